@@ -1,0 +1,175 @@
+"""The models folder: what is there, what it is called, and what it is. Free of torch; reads headers, never weights.
+
+    models/Stable-diffusion/   checkpoints: single .safetensors files, or diffusers folders (with model_index.json)
+    models/layer_model/        LayerDiffuse files under their published names
+    models/Lora/               LoRA files
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from alphalayer.catalog.hashes import SHORT_HASH_DIGITS, HashCache
+from alphalayer.catalog.headers import FAMILY_NAMES, Header, family_of, read_header
+from alphalayer.errors import CorruptFile, InvalidRequest, ModelNotFound, ModelUnusable, PickleRefused, UnsupportedFamily
+
+__all__ = ["FAMILY_NAMES", "Header", "ModelEntry", "find_lora", "find_models", "read_header", "resolve_model"]
+
+CHECKPOINTS = "Stable-diffusion"
+EMBEDDED_MODEL = Path(__file__).parent.parent / "models" / "alphalayer-mini"
+PICKLE_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin")
+PULL = "alphalayer models pull sdxl-base"
+
+
+@dataclass(frozen=True)
+class ModelEntry:
+    """One model of the folder. `problem` says why it cannot be drawn with, if it cannot."""
+
+    name: str
+    path: Path
+    kind: str
+    """"single_file" or "diffusers"."""
+    family: str
+    sha256: str | None = None
+    problem: ModelUnusable | None = None
+
+    @property
+    def short_hash(self) -> str | None:
+        """The first ten digits of the SHA-256, None until the file was hashed."""
+        return self.sha256[:SHORT_HASH_DIGITS] if self.sha256 else None
+
+    @property
+    def title(self) -> str:
+        """The name, with the short hash in brackets once it is known."""
+        return f"{self.name} [{self.short_hash}]" if self.short_hash else self.name
+
+    def webui_json(self) -> dict[str, Any]:
+        """The entry as `GET /sdapi/v1/sd-models` shows it."""
+        return {
+            "title": self.title,
+            "model_name": self.name,
+            "hash": self.short_hash,
+            "sha256": self.sha256,
+            "filename": str(self.path.resolve()),
+            "config": None,
+        }
+
+
+def find_models(models_dir: Path) -> list[ModelEntry]:
+    """All checkpoints of a models folder by name, usable or not, and the embedded model last."""
+    folder, cache = models_dir / CHECKPOINTS, _cache(models_dir)
+    entries: list[ModelEntry] = []
+    diffusers = [index.parent for index in sorted(folder.rglob("model_index.json"))]
+    entries += [_diffusers_entry(path, folder, cache) for path in diffusers]
+    for path in sorted(folder.rglob("*")):
+        inside = any(parent in path.parents for parent in diffusers)
+        if path.suffix in (".safetensors", *PICKLE_SUFFIXES) and path.is_file() and not inside:
+            entries.append(_file_entry(path, folder, cache))
+    if (EMBEDDED_MODEL / "model_index.json").is_file():
+        entries.append(_diffusers_entry(EMBEDDED_MODEL, EMBEDDED_MODEL.parent, cache))
+    return sorted(entries, key=lambda entry: (entry.path == EMBEDDED_MODEL, entry.name.lower()))
+
+
+def resolve_model(name: str | None, entries: list[ModelEntry]) -> ModelEntry:
+    """The entry that a name, title, file name or hash means; without one the first usable entry.
+
+    Raises:
+        ModelNotFound: none of that name; the message lists those that are there.
+        ModelUnusable: it is there and cannot be drawn with.
+    """
+    if not name:
+        usable = [entry for entry in entries if not entry.problem]
+        if usable:
+            return usable[0]
+        if entries and entries[0].problem:
+            raise entries[0].problem
+        raise ModelNotFound(
+            "no model is in models/Stable-diffusion.", hint=f"Put an SDXL checkpoint there, or run: {PULL}"
+        )
+    for entry in entries:
+        if name in (entry.name, entry.title, entry.path.name, entry.path.stem, entry.sha256, entry.short_hash):
+            if entry.problem:
+                raise entry.problem
+            return entry
+    there = ", ".join(entry.name for entry in entries) or "none"
+    raise ModelNotFound(
+        f'"{name}" is not in models/Stable-diffusion ({len(entries)} there: {there}).',
+        hint=f"Use one of them, or run: {PULL}",
+        field="model",
+    )
+
+
+def hash_model(entry: ModelEntry, models_dir: Path) -> str:
+    """The SHA-256 of a model, of its UNet where it is a folder; computed once, then remembered."""
+    return _cache(models_dir).sha256(_hashed_file(entry.path, entry.kind))
+
+
+def find_lora(models_dir: Path, name: str) -> Path:
+    """The file of a LoRA by its name without extension. Raises `InvalidRequest` if there is none."""
+    files = {path.stem: path for path in sorted((models_dir / "Lora").rglob("*.safetensors"))}
+    if name not in files:
+        there = ", ".join(files) or "none"
+        raise InvalidRequest(f'"{name}" is not in models/Lora ({len(files)} there: {there}).', field="loras")
+    return files[name]
+
+
+def _file_entry(path: Path, folder: Path, cache: HashCache) -> ModelEntry:
+    name = str(path.relative_to(folder).with_suffix("")).replace("/", "_").replace("\\", "_")
+    problem: ModelUnusable | None = None
+    family = "unknown"
+    if path.suffix in PICKLE_SUFFIXES:
+        problem = PickleRefused(
+            f"{path} is a pickle file, and opening one can run any code that is in it.",
+            hint="Use the .safetensors version of this model.",
+        )
+    else:
+        try:
+            family = _family_of_file(path, path.stat().st_mtime_ns)
+        except (CorruptFile, FileNotFoundError) as error:
+            problem = error if isinstance(error, CorruptFile) else CorruptFile(f"{path} is gone.")
+        else:
+            problem = None if family == "sdxl" else _unsupported(path, family)
+    return ModelEntry(name, path, "single_file", family, cache.known(path), problem)
+
+
+@lru_cache(256)
+def _family_of_file(path: Path, _modified: int) -> str:
+    return family_of(read_header(path))
+
+
+def _unsupported(path: Path, family: str) -> UnsupportedFamily:
+    right_place = {"layerdiffuse-patch": "layer_model", "transparent-decoder": "layer_model", "lora": "Lora"}
+    what = FAMILY_NAMES.get(family, family)
+    if family in right_place:
+        return UnsupportedFamily(f"{path} is a {what}, not a checkpoint.", hint=f"Move it to {right_place[family]}/.")
+    return UnsupportedFamily(f"{path} is a {what} checkpoint; this version draws with SDXL checkpoints only.")
+
+
+def _diffusers_entry(path: Path, folder: Path, cache: HashCache) -> ModelEntry:
+    name = str(path.relative_to(folder)).replace("/", "_").replace("\\", "_")
+    problem: ModelUnusable | None = None
+    try:
+        pipeline = json.loads((path / "model_index.json").read_text()).get("_class_name", "")
+    except (OSError, ValueError, AttributeError):
+        pipeline, problem = "", CorruptFile(f"{path / 'model_index.json'} is damaged.", hint="Download the folder again.")
+    is_sdxl = pipeline.startswith("StableDiffusionXL") and "Inpaint" not in pipeline
+    if not is_sdxl and not problem:
+        problem = UnsupportedFamily(f"{path} is a {pipeline}; this version draws with SDXL models only.")
+    hashed = _hashed_file(path, "diffusers")
+    known = cache.known(hashed) if hashed.is_file() else None
+    return ModelEntry(name, path, "diffusers", "sdxl" if is_sdxl else pipeline, known, problem)
+
+
+def _hashed_file(path: Path, kind: str) -> Path:
+    if kind == "single_file":
+        return path
+    files = sorted((path / "unet").glob("*.safetensors"))
+    return files[0] if files else path / "unet" / "diffusion_pytorch_model.safetensors"
+
+
+def _cache(models_dir: Path) -> HashCache:
+    return HashCache(models_dir / ".alphalayer-hashes.json")

@@ -1,0 +1,116 @@
+"""What a safetensors file holds, read from its header alone: tensor names, shapes, and so the family of a checkpoint."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from alphalayer.errors import CorruptFile
+
+MAX_HEADER_BYTES = 100_000_000
+_AGAIN = "Download it again; a complete file has the size that its page names."
+
+CONTEXT = "model.diffusion_model.input_blocks.4.1.transformer_blocks.0.attn2.to_k.weight"
+FIRST_CONV = "model.diffusion_model.input_blocks.0.0.weight"
+
+
+@dataclass(frozen=True)
+class Header:
+    """Shapes by tensor name, and the free text that the writer left."""
+
+    shapes: dict[str, tuple[int, ...]]
+    metadata: dict[str, str]
+
+
+def read_header(path: Path) -> Header:
+    """Read and check a safetensors header: 8 bytes of length, JSON, then as many bytes as it promises.
+
+    Raises:
+        CorruptFile: any of this does not hold; the message says which.
+    """
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            raw = file.read(8)
+            length = struct.unpack("<Q", raw)[0] if len(raw) == 8 else 0
+            if not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
+                raise CorruptFile(f"{path} is not a safetensors file, or only its beginning is there.", hint=_AGAIN)
+            entries = json.loads(file.read(length))
+    except (UnicodeDecodeError, ValueError, RecursionError):
+        raise CorruptFile(f"{path} has a damaged safetensors header.", hint=_AGAIN) from None
+    except OSError as error:
+        raise CorruptFile(f"{path} cannot be read: {error.strerror}.", hint="Check the disk and permissions.") from None
+    try:
+        shapes, end = _shapes(entries)
+    except (AttributeError, KeyError, TypeError, ValueError, IndexError):
+        raise CorruptFile(f"{path} has a damaged safetensors header.", hint=_AGAIN) from None
+    if 8 + length + end > size:
+        missing = 8 + length + end - size
+        raise CorruptFile(f"{path} is cut off: {missing:,} of {8 + length + end:,} bytes are missing.", hint=_AGAIN)
+    metadata = entries.get("__metadata__")
+    return Header(shapes, {str(k): str(v) for k, v in metadata.items()} if isinstance(metadata, dict) else {})
+
+
+def _shapes(entries: Any) -> tuple[dict[str, tuple[int, ...]], int]:
+    """Shapes, and where the last tensor ends."""
+    tensors = {name: entry for name, entry in entries.items() if name != "__metadata__"}
+    shapes = {name: tuple(int(side) for side in entry["shape"]) for name, entry in tensors.items()}
+    return shapes, max((int(entry["data_offsets"][1]) for entry in tensors.values()), default=0)
+
+
+def family_of(header: Header) -> str:
+    """The kind of file by its tensors: "sdxl", or the name of what it is instead."""
+    shapes = header.shapes
+    for mark, kind in _NOT_CHECKPOINTS:
+        if any(mark in name for name in shapes):
+            return kind
+    context = shapes.get(CONTEXT) or shapes.get(CONTEXT.removeprefix("model.diffusion_model."))
+    if context is None:
+        return _without_context(shapes)
+    if shapes.get(FIRST_CONV, (0, 4))[1] == 9:
+        return f"{_FAMILIES.get(context[1], 'unknown')}-inpaint"
+    if "conditioner.embedders.1.model.token_embedding.weight" in shapes:
+        return "sdxl" if _is_full_depth(shapes) else "ssd-1b"
+    return _FAMILIES.get(context[1], "unknown")
+
+
+_FAMILIES = {768: "sd15", 1024: "sd2", 1280: "sdxl-refiner", 2048: "sdxl"}
+_NOT_CHECKPOINTS = (
+    ("::lora::", "layerdiffuse-patch"),
+    ("::diff::", "layerdiffuse-patch"),
+    ("latent_conv_in.", "transparent-decoder"),
+    ("lora_down.", "lora"),
+    ("lora_A.", "lora"),
+    ("lora_unet_", "lora"),
+)
+
+FAMILY_NAMES = {
+    "sdxl": "Stable Diffusion XL",
+    "sdxl-refiner": "Stable Diffusion XL refiner",
+    "sdxl-inpaint": "Stable Diffusion XL inpainting",
+    "sd15": "Stable Diffusion 1.5",
+    "sd15-inpaint": "Stable Diffusion 1.5 inpainting",
+    "sd2": "Stable Diffusion 2",
+    "sd2-inpaint": "Stable Diffusion 2 inpainting",
+    "ssd-1b": "SSD-1B or Segmind Vega (a distilled Stable Diffusion XL)",
+    "layerdiffuse-patch": "LayerDiffuse patch",
+    "transparent-decoder": "LayerDiffuse transparent decoder",
+    "lora": "LoRA",
+    "vae": "VAE",
+    "unknown": "unknown kind of",
+}
+
+
+def _is_full_depth(shapes: Mapping[str, tuple[int, ...]]) -> bool:
+    """SSD-1B and Vega lack the middle block's transformer or most of its depth beside SDXL's text encoders."""
+    return any(name.startswith("model.diffusion_model.middle_block.1.") for name in shapes)
+
+
+def _without_context(shapes: Mapping[str, tuple[int, ...]]) -> str:
+    if any(name.startswith(("first_stage_model.", "encoder.conv_in", "decoder.conv_in")) for name in shapes):
+        return "vae"
+    return "sd15" if any(name.startswith("cond_stage_model.transformer.") for name in shapes) else "unknown"

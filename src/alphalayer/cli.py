@@ -1,0 +1,211 @@
+"""The `alphalayer` command: thin, and the only place that prints. Every command takes plain options and ends with one line."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from alphalayer import __version__, catalog, hub, images, infotext
+from alphalayer.config import Settings, load_settings
+from alphalayer.doctor import diagnose
+from alphalayer.engine import Progress as EngineProgress
+from alphalayer.errors import AlphalayerError, StorageFailed
+from alphalayer.request import ImageFormat, parse_request, split_sampler_name
+
+app = typer.Typer(
+    name="alphalayer",
+    help="Text in, transparent PNG out: Stable Diffusion XL with LayerDiffuse.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+models_app = typer.Typer(help="The models in the models folder.", no_args_is_help=True)
+app.add_typer(models_app, name="models")
+out = Console(highlight=False)
+err = Console(stderr=True, highlight=False)
+
+ModelsDir = Annotated[Path | None, typer.Option(help="Folder that holds Stable-diffusion/ and layer_model/.")]
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help="What to draw.")],
+    negative_prompt: Annotated[str, typer.Option(help="What to keep out.")] = "bad, ugly",
+    seed: Annotated[int, typer.Option(help="Same seed, same picture; -1 draws a fresh one.")] = 12345,
+    steps: Annotated[int | None, typer.Option(help="Sampling steps; default: the model's (SDXL: 20).")] = None,
+    sampler: Annotated[str | None, typer.Option(help='For instance "DPM++ 2M SDE" or "Euler a".')] = None,
+    scheduler: Annotated[str | None, typer.Option(help='For instance "Karras".')] = None,
+    cfg_scale: Annotated[float | None, typer.Option(help="How strictly the prompt is followed (SDXL: 5).")] = None,
+    width: Annotated[int | None, typer.Option(help="Pixels; default: the model's (SDXL: 1024).")] = None,
+    height: Annotated[int | None, typer.Option(help="Pixels; default: the model's (SDXL: 1024).")] = None,
+    batch_size: Annotated[int, typer.Option(help="Pictures, with seeds counting up.")] = 1,
+    model: Annotated[str | None, typer.Option(help="A name from `alphalayer models list`.")] = None,
+    models_dir: ModelsDir = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="File or folder to write to.")] = None,
+    format: Annotated[str, typer.Option(help="png, webp or avif.")] = "png",  # noqa: A002 - the option's name
+    device: Annotated[str | None, typer.Option(help="auto, cuda, cuda:0, mps or cpu.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="auto, fp16, bf16 or fp32.")] = None,
+    memory: Annotated[str | None, typer.Option(help="auto, high, balanced or low.")] = None,
+    noise: Annotated[str | None, typer.Option(help="nv (the same on every machine), cpu or gpu.")] = None,
+    decode: Annotated[str | None, typer.Option(help="official or forge2.")] = None,
+    transparent: Annotated[bool, typer.Option(help="Draw with LayerDiffuse.")] = True,
+) -> None:
+    """Draw PROMPT and write a picture with a real alpha channel."""
+    settings = load_settings(models_dir=models_dir, device=device, dtype=dtype, memory=memory)
+    if sampler and not scheduler:
+        sampler, scheduler = split_sampler_name(sampler)
+    asked: dict[str, Any] = {
+        "prompt": prompt,
+        "negative_prompt": negative_prompt,
+        "seed": seed,
+        "steps": steps,
+        "sampler": sampler,
+        "scheduler": scheduler,
+        "cfg_scale": cfg_scale,
+        "width": width,
+        "height": height,
+        "batch_size": batch_size,
+        "model": model,
+        "noise": noise or settings.noise,
+        "decode": decode or settings.decode,
+        "layerdiffuse": {"enabled": transparent},
+    }
+    request = parse_request(asked)
+    targets = _targets(output, images.check_format(format), batch_size, settings)
+    start = time.perf_counter()
+    with _progress() as report:
+        report(EngineProgress("start"))
+        from alphalayer.engine.pipeline import create_engine  # torch takes seconds to import
+
+        result = create_engine(settings.engine_options()).generate(request, on_progress=report)
+    for image, target in zip(result.images, targets, strict=True):
+        _write(target, images.encode(image.rgba, images.check_format(target.suffix[1:]), image.parameters))
+        high, wide = image.rgba.shape[:2]
+        seconds = time.perf_counter() - start
+        out.print(f"{target}  {wide}x{high}  seed {image.seed}  {seconds:.1f} s  {result.model_name}", soft_wrap=True)
+
+
+@app.command()
+def serve(
+    host: Annotated[str | None, typer.Option(help="Address to listen on; 0.0.0.0 for all.")] = None,
+    port: Annotated[int | None, typer.Option(help="Default 7861.")] = None,
+    models_dir: ModelsDir = None,
+    device: Annotated[str | None, typer.Option(help="auto, cuda, cuda:0, mps or cpu.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="auto, fp16, bf16 or fp32.")] = None,
+    memory: Annotated[str | None, typer.Option(help="auto, high, balanced or low.")] = None,
+    public_url: Annotated[str | None, typer.Option(help="Where clients reach this service, for the URLs it hands out.")] = None,
+    cors_allow_origins: Annotated[str | None, typer.Option(help='Comma-separated origins, or "*".')] = None,
+) -> None:
+    """Start the HTTP service."""
+    asked = {"models_dir": models_dir, "host": host, "port": port, "device": device, "dtype": dtype, "memory": memory}
+    run_server(load_settings(**asked, public_url=public_url, cors_allow_origins=cors_allow_origins))
+
+
+@models_app.command("list")
+def models_list(models_dir: ModelsDir = None) -> None:
+    """Show the models that can be asked for, and those that cannot, with the reason."""
+    table = Table("name", "kind", "family", "hash", "path")
+    for entry in catalog.find_models(load_settings(models_dir=models_dir).models_dir):
+        table.add_row(entry.name, entry.kind, entry.family, entry.short_hash or "-", str(entry.path))
+    out.print(table)
+
+
+@app.command()
+def doctor(models_dir: ModelsDir = None) -> None:
+    """Say what is wrong on this machine and what to do about it."""
+    marks = {"ok": "[green]ok[/]", "warning": "[yellow]warning[/]", "error": "[red]error[/]"}
+    findings = diagnose(load_settings(models_dir=models_dir))
+    for finding in findings:
+        out.print(f"{marks[finding.level]}  {finding.what}", soft_wrap=True)
+        if finding.hint:
+            out.print(f"    {finding.hint}", soft_wrap=True)
+    raise typer.Exit(any(finding.level == "error" for finding in findings))
+
+
+@app.command()
+def info(file: Annotated[Path, typer.Argument(help="A picture made here or by that ecosystem.")]) -> None:
+    """Show the settings that made a picture."""
+    rgba, parameters = images.decode(_read(file))
+    out.print(f"{file}  {rgba.shape[1]}x{rgba.shape[0]}", soft_wrap=True)
+    out.print(parameters or "no settings in this file.", soft_wrap=True, markup=False)
+
+
+@app.command()
+def version() -> None:
+    """Show the version."""
+    out.print(f"alphalayer {__version__}")
+
+
+def run_server(settings: Settings) -> None:
+    """Serve until stopped; used by `serve` and by the old start line."""
+    import uvicorn
+
+    from alphalayer.app import create_app
+
+    uvicorn.run(create_app(settings), host=settings.host, port=settings.port, log_config=None)
+
+
+def _targets(output: Path | None, kind: ImageFormat, count: int, settings: Settings) -> list[Path]:
+    """Where each picture of a batch goes: the named file (numbered from the second on), else a fresh name."""
+    if output and output.suffix:
+        return [output if i == 0 else output.with_stem(f"{output.stem}-{i + 1}") for i in range(count)]
+    folder = output or settings.outputs_dir
+    return [folder / f"alpha_{int(time.time())}_{secrets.token_hex(4)}.{kind}" for _ in range(count)]
+
+
+def _write(target: Path, data: bytes) -> None:
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(data)
+    except OSError as error:
+        raise StorageFailed(
+            f"cannot write {target}: {error.strerror}.", hint="Free some space or name another place with --output."
+        ) from None
+
+
+def _read(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise StorageFailed(f"cannot read {file}: {error.strerror}.", hint="Name a picture file.") from None
+
+
+@contextmanager
+def _progress() -> Iterator[Any]:
+    """A progress bar on stderr; yields the function that the engine reports to."""
+    columns = (TextColumn("{task.description:<8}"), BarColumn(), TextColumn("{task.fields[at]}"), TimeRemainingColumn())
+    with Progress(*columns, console=err, transient=True) as bar:
+        task: TaskID = bar.add_task("start", total=None, at="")
+
+        def report(progress: EngineProgress) -> None:
+            at = f"{progress.step}/{progress.steps}" if progress.steps else ""
+            bar.update(task, description=progress.stage, completed=progress.step, total=progress.steps or None, at=at)
+
+        yield report
+
+
+def main() -> None:
+    """Entry point: run a command; an error meant for users is one line on stderr and exit code 1."""
+    try:
+        app()
+    except AlphalayerError as error:
+        err.print(f"[red]error[/]  {error}" if err.is_terminal else f"error: {error}", markup=err.is_terminal, soft_wrap=True)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

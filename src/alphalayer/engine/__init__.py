@@ -1,0 +1,67 @@
+"""What an engine is. The rest of the program knows this protocol and no more; importing it does not import torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from alphalayer.request import GenerationRequest
+
+RgbaImage = NDArray[np.uint8]
+"""Straight (not premultiplied) RGBA, shape (height, width, 4)."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a request stands. `preview` is a small RGB picture (height, width, 3) of the latent, if asked for."""
+
+    stage: str
+    step: int = 0
+    steps: int = 0
+    preview: NDArray[np.uint8] | None = None
+
+
+@dataclass(frozen=True)
+class GeneratedImage:
+    """One finished picture, the seeds that made it, and the A1111 `parameters` text that goes into the file."""
+
+    rgba: RgbaImage
+    seed: int
+    subseed: int
+    parameters: str
+
+
+@dataclass(frozen=True)
+class GenerationResult:
+    """The pictures of one request, the request with nothing left open, and how long each stage took in seconds."""
+
+    request: GenerationRequest
+    model_name: str
+    model_hash: str
+    images: list[GeneratedImage]
+    seconds: dict[str, float] = field(default_factory=dict[str, float])
+    info: dict[str, Any] = field(default_factory=dict[str, Any])
+
+
+class Engine(Protocol):
+    """Draws pictures. One engine holds one device; `generate` is called by one thread at a time."""
+
+    def generate(
+        self,
+        request: GenerationRequest,
+        *,
+        on_progress: Callable[[Progress], None] = ...,
+        is_cancelled: Callable[[], bool] = ...,
+        previews: bool = False,
+    ) -> GenerationResult:
+        """Draw the pictures of one request.
+
+        Raises:
+            Cancelled: `is_cancelled` became true; checked at every step.
+            InvalidRequest, ModelNotFound, ModelUnusable, LayerDiffuseMissing, OutOfMemory: see `alphalayer.errors`.
+        """
+        ...

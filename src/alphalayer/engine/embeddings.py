@@ -1,0 +1,38 @@
+"""Textual-inversion files: learned vectors that stand in for a word, one set for each SDXL text encoder."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TextualInversion:
+    """`clip_l` (n, width of encoder 1) and `clip_g` (n, width of encoder 2), float32: n vectors under one name."""
+
+    name: str
+    clip_l: Tensor
+    clip_g: Tensor
+
+
+def read_embeddings(folder: Path) -> dict[str, TextualInversion]:
+    """All embeddings of a folder and its subfolders by name; files of another kind are skipped with a warning."""
+    found: dict[str, TextualInversion] = {}
+    for path in sorted(folder.rglob("*.safetensors")) if folder.is_dir() else ():
+        try:
+            tensors = load_file(path)
+        except (SafetensorError, OSError) as error:
+            logger.warning("%s cannot be read and is left out (%s).", path, error)
+            continue
+        if {"clip_l", "clip_g"} <= tensors.keys() and len(tensors["clip_l"]) == len(tensors["clip_g"]):
+            found[path.stem] = TextualInversion(path.stem, tensors["clip_l"].float(), tensors["clip_g"].float())
+        else:
+            logger.warning("%s is not an SDXL embedding (clip_l and clip_g) and is left out.", path)
+    return found

@@ -1,0 +1,237 @@
+"""Models from disk into memory, offline: SDXL single files and diffusers folders of the SDXL class, with their LayerDiffuse files.
+
+diffusers does the conversion of single files; the configs it wants ship with the package and are fitted to the file's tensor shapes.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from alphalayer.catalog import ModelEntry
+from alphalayer.catalog.headers import Header, read_header
+from alphalayer.engine.configs import fitted_configs
+from alphalayer.engine.devices import Precision
+from alphalayer.engine.patches import WeightPatcher
+from alphalayer.engine.schedules import SigmaTable
+from alphalayer.engine.transparency import TransparentDecoder, load_decoder
+from alphalayer.errors import CorruptFile, LayerDiffuseMissing, ModelUnusable, UnsupportedFamily
+from alphalayer.request import ModelDefaults
+
+PATCH_FILES = {
+    "attention": (
+        "layer_xl_transparent_attn.safetensors",
+        "ld_diffusers_sdxl_attn.safetensors",
+        "diffuser_layer_xl_transparent_attn.safetensors",
+    ),
+    "conv": ("layer_xl_transparent_conv.safetensors", "diffuser_layer_xl_transparent_conv.safetensors"),
+}
+DECODER_FILES = (
+    "vae_transparent_decoder.safetensors",
+    "ld_diffusers_sdxl_vae_transparent_decoder.safetensors",
+    "diffuser_layer_xl_vae_transparent_decoder.safetensors",
+)
+
+
+@dataclass(frozen=True)
+class LayerDiffuseFiles:
+    """Where a model's LayerDiffuse files are; a `layerdiffuse/` folder of its own wins over the shared one."""
+
+    folder: Path
+    config: dict[str, Any]
+
+    def patch(self, method: str) -> Path:
+        """The patch of a method ("attention" or "conv"). Raises `LayerDiffuseMissing`."""
+        return self._first((self.config["patch"],) if "patch" in self.config else PATCH_FILES[method])
+
+    def decoder(self) -> Path:
+        """The transparent decoder. Raises `LayerDiffuseMissing`."""
+        return self._first((self.config["decoder"],) if "decoder" in self.config else DECODER_FILES)
+
+    def _first(self, names: tuple[str, ...]) -> Path:
+        for name in names:
+            if (self.folder / name).is_file():
+                return self.folder / name
+        raise LayerDiffuseMissing(
+            f"{names[0]} is not in {self.folder}; transparency needs it.",
+            hint="Run: alphalayer models pull layerdiffuse",
+        )
+
+
+@dataclass
+class LoadedModel:
+    """A model in memory: the parts that draw, and the numbers that the recipe needs to know."""
+
+    entry: ModelEntry
+    unet: nn.Module
+    vae: Any
+    text_encoder: nn.Module
+    text_encoder_2: nn.Module
+    tokenizer: Any
+    tokenizer_2: Any
+    prediction_type: str
+    sigma_table: SigmaTable
+    defaults: ModelDefaults
+    layerdiffuse: LayerDiffuseFiles
+    precision: Precision
+
+    @cached_property
+    def patcher(self) -> WeightPatcher:
+        """Merges patches into the UNet."""
+        return WeightPatcher(self.unet)
+
+    @cached_property
+    def decoder(self) -> TransparentDecoder:
+        """The transparent decoder, read when first needed."""
+        config = self.layerdiffuse.config.get("decoder_config")
+        return load_decoder(self.layerdiffuse.decoder(), config, self.precision.decoder)
+
+    @property
+    def latent_channels(self) -> int:
+        """Channels of the latent."""
+        return int(self.vae.config.latent_channels)
+
+    @property
+    def scale_factor(self) -> int:
+        """Pixels a latent cell, along a side."""
+        config = self.vae.config
+        if "spatial_compression_ratio" in self.vae.__dict__ or hasattr(self.vae, "spatial_compression_ratio"):
+            return int(self.vae.spatial_compression_ratio)
+        blocks = config.get("block_out_channels") or config["encoder_block_out_channels"]
+        return 2 ** (len(blocks) - 1)
+
+    @property
+    def scaling_factor(self) -> float:
+        """The sampler's latent is the VAE's times this."""
+        return float(self.vae.config.scaling_factor)
+
+    @property
+    def shift_factor(self) -> float:
+        """Added to the VAE's latent after unscaling; 0 for most."""
+        return float(self.vae.config.get("shift_factor") or 0.0)
+
+    def decode_latent(self, latent: Tensor) -> Tensor:
+        """The sampler's latent (B, C, h, w) → picture (B, 3, H, W), about [-1, 1], float32."""
+        weight = next(self.vae.parameters())
+        unscaled = latent.to(weight.device) / self.scaling_factor + self.shift_factor
+        return self.vae.decode(unscaled.to(weight.dtype), return_dict=False)[0].float()
+
+
+def load_model(entry: ModelEntry, precision: Precision, models_dir: Path) -> LoadedModel:
+    """Read a model onto the CPU, each part in the number format it will work in.
+
+    Raises:
+        CorruptFile, ModelUnusable, UnsupportedFamily: see `alphalayer.errors`.
+    """
+    try:
+        parts, scheduler = _from_folder(entry, precision) if entry.kind == "diffusers" else _from_file(entry, precision)
+    except (OSError, ValueError, KeyError, SafetensorError, RuntimeError) as error:
+        if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
+            raise
+        raise ModelUnusable(
+            f"{entry.path} cannot be loaded: {str(error).strip().splitlines()[0][:300]}.",
+            hint="Check that it is a complete SDXL model; download it again if in doubt.",
+        ) from error
+    for part in ("text_encoder", "text_encoder_2", "unet", "vae"):
+        parts[part].eval().requires_grad_(False)
+    own = entry.path / "layerdiffuse"
+    config = _json(own / "config.json") if (own / "config.json").is_file() else {}
+    return LoadedModel(
+        entry=entry,
+        **parts,
+        prediction_type="v" if scheduler["prediction_type"] == "v_prediction" else "epsilon",
+        sigma_table=_sigma_table(scheduler),
+        defaults=ModelDefaults.model_validate(config.get("defaults", {})),
+        layerdiffuse=LayerDiffuseFiles(own if config else models_dir / "layer_model", config),
+        precision=precision,
+    )
+
+
+def _from_folder(entry: ModelEntry, precision: Precision) -> tuple[dict[str, Any], dict[str, Any]]:
+    folder = entry.path
+    local: dict[str, Any] = {"local_files_only": True}
+    vae_class = getattr(diffusers, _json(folder / "vae" / "config.json")["_class_name"])
+    parts: dict[str, Any] = {
+        "unet": UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=precision.unet, **local),
+        "vae": vae_class.from_pretrained(folder / "vae", torch_dtype=precision.vae, **local),
+        "text_encoder": _text(CLIPTextModel.from_pretrained(folder / "text_encoder", **local)),
+        "text_encoder_2": _text(CLIPTextModelWithProjection.from_pretrained(folder / "text_encoder_2", **local)),
+        "tokenizer": CLIPTokenizer.from_pretrained(folder / "tokenizer", **local),
+        "tokenizer_2": CLIPTokenizer.from_pretrained(folder / "tokenizer_2", **local),
+    }
+    return parts, {"prediction_type": "epsilon", **_json(folder / "scheduler" / "scheduler_config.json")}
+
+
+def _from_file(entry: ModelEntry, precision: Precision) -> tuple[dict[str, Any], dict[str, Any]]:
+    header = read_header(entry.path)
+    scheduler = _scheduler_of(entry.path, header)
+    path = str(entry.path)
+    with _config_folder(header) as folder:
+        local: dict[str, Any] = {"config": folder, "local_files_only": True}
+        unet = UNet2DConditionModel.from_single_file(path, subfolder="unet", torch_dtype=precision.unet, **local)
+        vae = diffusers.AutoencoderKL.from_single_file(path, subfolder="vae", torch_dtype=precision.vae, **local)
+        pipeline: Any = StableDiffusionXLPipeline.from_single_file(
+            path, unet=unet, vae=vae, torch_dtype=torch.float16, **local
+        )
+    parts = {name: getattr(pipeline, name) for name in ("unet", "vae", "tokenizer", "tokenizer_2")}
+    parts["text_encoder"], parts["text_encoder_2"] = _text(pipeline.text_encoder), _text(pipeline.text_encoder_2)
+    return parts, scheduler
+
+
+def _text(encoder: Any) -> nn.Module:
+    """Weights rounded to float16, computing in float32: what that ecosystem does on every device."""
+    return encoder.half().float()
+
+
+@contextmanager
+def _config_folder(header: Header) -> Iterator[str]:
+    """A folder of diffusers configs that describe a single file."""
+    with tempfile.TemporaryDirectory(prefix="alphalayer-config-") as name:
+        for relative, content in fitted_configs(header.shapes).items():
+            target = Path(name, relative)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_text(content, encoding="utf-8")
+        yield name
+
+
+def _scheduler_of(path: Path, header: Header) -> dict[str, Any]:
+    """Prediction type and noise schedule of a single file: marker tensors, or a .yaml beside it."""
+    if "edm_mean" in header.shapes or "edm_vpred.sigma_max" in header.shapes:
+        raise UnsupportedFamily(f"{path} is an EDM-trained SDXL checkpoint; this version knows epsilon and v only.")
+    yaml = path.with_suffix(".yaml")
+    text = yaml.read_text(errors="replace") if yaml.is_file() else ""
+    is_v = "v_pred" in header.shapes or 'parameterization: "v"' in text or "parameterization: v" in text
+    return {
+        "prediction_type": "v_prediction" if is_v or ".VScaling" in text else "epsilon",
+        "rescale_betas_zero_snr": "ztsnr" in header.shapes,
+    }
+
+
+def _sigma_table(scheduler: dict[str, Any]) -> SigmaTable:
+    return SigmaTable.from_betas(
+        scheduler.get("beta_start", 0.00085),
+        scheduler.get("beta_end", 0.012),
+        scheduler.get("beta_schedule", "scaled_linear"),
+        scheduler.get("num_train_timesteps", 1000),
+        zero_snr=bool(scheduler.get("rescale_betas_zero_snr")),
+    )
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        raise CorruptFile(f"{path} is not valid JSON.", hint="Get the model folder again.") from None

@@ -1,0 +1,82 @@
+"""UNet parameter names: from the layout of published checkpoints (LDM) to that of diffusers, and the flat names of LoRA files.
+
+SDXL's UNet has three levels with two residual blocks each, so its input blocks count 3 a level, as do its output blocks.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+_WHOLE = {
+    "input_blocks.0.0": "conv_in",
+    "out.0": "conv_norm_out",
+    "out.2": "conv_out",
+    "time_embed.0": "time_embedding.linear_1",
+    "time_embed.2": "time_embedding.linear_2",
+    "label_emb.0.0": "add_embedding.linear_1",
+    "label_emb.0.2": "add_embedding.linear_2",
+    "middle_block.0": "mid_block.resnets.0",
+    "middle_block.1": "mid_block.attentions.0",
+    "middle_block.2": "mid_block.resnets.1",
+}
+_RESNET = {
+    "in_layers.0": "norm1",
+    "in_layers.2": "conv1",
+    "emb_layers.1": "time_emb_proj",
+    "out_layers.0": "norm2",
+    "out_layers.3": "conv2",
+    "skip_connection": "conv_shortcut",
+}
+_BLOCK = re.compile(r"(input|output)_blocks[._](\d+)[._](\d+)(?=[._]|$)")
+
+
+def ldm_to_diffusers(name: str) -> str:
+    """Rename a UNet parameter, for instance `input_blocks.4.1.norm.weight` → `down_blocks.1.attentions.0.norm.weight`.
+
+    Names that are not of the LDM layout come back as they are.
+    """
+    found = _BLOCK.match(name)
+    if found and not name.startswith("input_blocks.0."):
+        return _resnet_layers(_block(found, name) + name[found.end() :])
+    for old, new in _WHOLE.items():
+        if name.startswith(old + "."):
+            return _resnet_layers(new + name[len(old) :])
+    return name
+
+
+def _block(found: re.Match[str], name: str) -> str:
+    side, number, part = found[1], int(found[2]), int(found[3])
+    if side == "input":
+        level, layer = divmod(number - 1, 3)
+        if layer == 2:
+            return f"down_blocks.{level}.downsamplers.0.conv"
+        return f"down_blocks.{level}.{'resnets' if part == 0 else 'attentions'}.{layer}"
+    level, layer = divmod(number, 3)
+    # an output block ends with its upsampler, which comes after the attention where there is one
+    if part == 2 or (part == 1 and re.match(r"[._]conv", name[found.end() :])):
+        return f"up_blocks.{level}.upsamplers.0"
+    return f"up_blocks.{level}.{'resnets' if part == 0 else 'attentions'}.{layer}"
+
+
+def _resnet_layers(name: str) -> str:
+    name = name.replace("downsamplers.0.conv.op.", "downsamplers.0.conv.")
+    if ".resnets." in name:
+        for old, new in _RESNET.items():
+            name = name.replace(f".{old}.", f".{new}.")
+    return name
+
+
+def flat_names(modules: Iterable[str]) -> dict[str, str]:
+    """Module names by their flat form in LoRA files, dots as underscores."""
+    return {name.replace(".", "_"): name for name in modules if name}
+
+
+def unflatten(flat: str, known: dict[str, str]) -> str | None:
+    """The module that a flat LoRA name means, in diffusers' or LDM's layout; None if there is none."""
+    if flat in known:
+        return known[flat]
+    found = _BLOCK.match(flat)
+    if found:
+        return known.get((_block(found, flat) + flat[found.end() :]).replace(".", "_"))
+    return known.get(flat.replace("middle_block_1_", "mid_block_attentions_0_", 1))

@@ -1,0 +1,179 @@
+"""Weight patches: the LayerDiffuse files and LoRAs, read in every published form, merged in float32 and taken off bit for bit.
+
+Forms: `<LDM name>::lora|diff|set::<index>` (LayerDiffuse as published); diffusers-named full offsets; LoRA in PEFT, diffusers or kohya names.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from alphalayer.engine.names import flat_names, ldm_to_diffusers, unflatten
+from alphalayer.errors import CorruptFile, LayerDiffuseMissing, ModelUnusable
+
+logger = logging.getLogger(__name__)
+
+_UP_DOWN = (
+    (".lora_B.weight", ".lora_A.weight"),
+    (".lora_up.weight", ".lora_down.weight"),
+    (".lora.up.weight", ".lora.down.weight"),
+    ("_lora.up.weight", "_lora.down.weight"),
+)
+
+
+@dataclass(frozen=True)
+class Delta:
+    """A change of one parameter W: `scale * up @ down` where `down` is given, else `up` added, or put in its place."""
+
+    up: Tensor
+    down: Tensor | None = None
+    scale: float = 1.0
+    replaces: bool = False
+
+    def applied(self, weight: Tensor, strength: float) -> Tensor:
+        """The changed weight, float32, from a float32 weight."""
+        up = self.up.to(weight.device, torch.float32)
+        if self.replaces:
+            return up.clone()
+        if self.down is not None:
+            up = up.flatten(1) @ self.down.to(weight.device, torch.float32).flatten(1)
+        return weight + strength * self.scale * up.reshape(weight.shape)
+
+    def fits(self, weight: Tensor) -> bool:
+        """Whether the shapes agree."""
+        if self.down is None:
+            return self.up.shape == weight.shape
+        return self.up.shape[0] == weight.shape[0] and self.down[0].numel() * weight.shape[0] == weight.numel()
+
+
+@dataclass
+class Patch:
+    """The changes of one file by parameter name (diffusers), and how many of its names the UNet does not have."""
+
+    deltas: dict[str, Delta] = field(default_factory=dict[str, Delta])
+    ignored: int = 0
+
+
+def read_patch(path: Path, unet: nn.Module) -> Patch:
+    """Read a patch file for a UNet.
+
+    Raises:
+        LayerDiffuseMissing: there is no such file.
+        CorruptFile: it cannot be read.
+        ModelUnusable: nothing in it fits this UNet.
+    """
+    if not path.is_file():
+        raise LayerDiffuseMissing(f"{path} is not there.", hint="Run: alphalayer models pull layerdiffuse")
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise CorruptFile(f"{path} cannot be read: {error}.", hint="Download it again.") from None
+    weights = dict(unet.named_parameters())
+    found = _published(tensors) if any("::" in key for key in tensors) else _converted(tensors, weights)
+    patch = Patch()
+    for name, delta in found.items():
+        if name in weights and delta.fits(weights[name]):
+            patch.deltas[name] = delta
+        else:
+            patch.ignored += 1
+    if not patch.deltas:
+        raise ModelUnusable(
+            f"{path} does not fit this model: none of its {len(found)} changes names a weight of the same shape.",
+            hint="Use the file that was made for this model family.",
+        )
+    if patch.ignored:
+        logger.warning("%s: %d of %d changes do not fit this UNet and are left out.", path, patch.ignored, len(found))
+    return patch
+
+
+def _published(tensors: Mapping[str, Tensor]) -> dict[str, Delta]:
+    """`<name>::<type>::<index>`; lora: 0 up, 1 down, 2 alpha (absent: scale 1)."""
+    slots: dict[str, dict[tuple[str, int], Tensor]] = {}
+    for key, tensor in tensors.items():
+        name, kind, index = key.split("::")
+        parameter = ldm_to_diffusers(name.removeprefix("diffusion_model."))
+        slots.setdefault(parameter, {})[kind, int(index)] = tensor
+    found: dict[str, Delta] = {}
+    for name, given in slots.items():
+        if ("lora", 0) in given and ("lora", 1) in given:
+            found[name] = _low_rank(given["lora", 0], given["lora", 1], given.get(("lora", 2)))
+        elif ("diff", 0) in given or ("set", 0) in given:
+            replaces = ("set", 0) in given
+            found[name] = Delta(given["set" if replaces else "diff", 0], replaces=replaces)
+    return found
+
+
+def _converted(tensors: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> dict[str, Delta]:
+    """LoRA pairs by any of the known endings; every other tensor is a full offset under its parameter's name."""
+    known = flat_names(name.removesuffix(".weight") for name in weights)
+    found: dict[str, Delta] = {}
+    for key, tensor in tensors.items():
+        ends = next(((up, down) for up, down in _UP_DOWN if key.endswith(up)), None)
+        if ends:
+            stem = key.removesuffix(ends[0])
+            if stem + ends[1] in tensors:
+                alpha = tensors.get(stem + ".alpha")
+                found[_lora_target(stem, known)] = _low_rank(tensor, tensors[stem + ends[1]], alpha)
+        elif not key.endswith((".alpha", *(down for _, down in _UP_DOWN))):
+            found[key.removeprefix("unet.")] = Delta(tensor)
+    return found
+
+
+def _lora_target(stem: str, known: Mapping[str, str]) -> str:
+    """The parameter that a LoRA stem names."""
+    name = stem.removeprefix("unet.").removeprefix("lora_unet_").replace(".processor.", ".")
+    if name.endswith(".to_out"):
+        name += ".0"
+    return (unflatten(name.replace(".", "_"), dict(known)) or name) + ".weight"
+
+
+def _low_rank(up: Tensor, down: Tensor, alpha: Tensor | None) -> Delta:
+    return Delta(up, down, 1.0 if alpha is None else float(alpha) / down.shape[0])
+
+
+class WeightPatcher:
+    """Keeps a UNet's weights in the state that is asked for; the originals wait on the CPU."""
+
+    def __init__(self, unet: nn.Module):
+        self._unet = unet
+        self._weights = dict(unet.named_parameters())
+        self._originals: dict[str, Tensor] = {}
+        self._applied: tuple[tuple[Path, float], ...] = ()
+        self._read = lru_cache(4)(lambda path: read_patch(path, unet))
+
+    def ensure(self, wanted: Sequence[tuple[Path, float]]) -> None:
+        """Make the weights original + `wanted` patches with their strengths, in order; nothing is done if they are."""
+        if tuple(wanted) == self._applied:
+            return
+        self.remove()
+        chosen = [(self._read(path), strength) for path, strength in wanted if strength]
+        self.apply(chosen)
+        self._applied = tuple(wanted)
+
+    @torch.no_grad()
+    def apply(self, patches: Sequence[tuple[Patch, float]]) -> None:
+        """Merge patches: all changes of a parameter in one float32 pass, then one cast to its own dtype."""
+        for name in {name: None for patch, _ in patches for name in patch.deltas}:
+            weight = self._weights[name]
+            self._originals.setdefault(name, weight.detach().to("cpu", copy=True))
+            merged = weight.detach().float()
+            for patch, strength in patches:
+                if name in patch.deltas:
+                    merged = patch.deltas[name].applied(merged, strength)
+            weight.copy_(merged.to(weight.dtype))
+
+    @torch.no_grad()
+    def remove(self) -> None:
+        """Put every changed weight back as it was, bit for bit."""
+        for name, original in self._originals.items():
+            self._weights[name].copy_(original)
+        self._originals.clear()
+        self._applied = ()

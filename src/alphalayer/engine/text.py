@@ -1,0 +1,160 @@
+"""Prompts into conditioning: both text encoders of the SDXL family, chunk by chunk, and the plan of a prompt over the steps.
+
+The encoders compute in float32 with weights as stored (float16 in published checkpoints). What comes out is what the UNet's
+cross-attention and its added conditioning read. Knows nothing of sampling.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from alphalayer.engine.chunks import Chunk, LearnedWord, chunk_fragments
+from alphalayer.engine.embeddings import TextualInversion
+from alphalayer.engine.prompt import parse_weights, schedule_prompt, split_and
+
+CACHED_PROMPTS = 128
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """`context` (1, 77 n, width of both encoders) and `pooled` (1, projection width), float32."""
+
+    context: Tensor
+    pooled: Tensor
+
+
+class TextEncoders:
+    """Both encoders with their tokenizers; `encode` remembers the last prompts."""
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        tokenizer_2: Any,
+        text_encoder: nn.Module,
+        text_encoder_2: nn.Module,
+        embeddings: Mapping[str, TextualInversion] | None = None,
+    ):
+        fitting = {
+            name: each
+            for name, each in (embeddings or {}).items()
+            if each.clip_l.shape[1] == _width(text_encoder) and each.clip_g.shape[1] == _width(text_encoder_2)
+        }
+        self._encoders = (
+            _Encoder(tokenizer, text_encoder, {name: each.clip_l for name, each in fitting.items()}),
+            _Encoder(tokenizer_2, text_encoder_2, {name: each.clip_g for name, each in fitting.items()}),
+        )
+        self.encode = lru_cache(CACHED_PROMPTS)(self._encode)
+
+    @torch.inference_mode()
+    def _encode(self, text: str, clip_skip: int = 1) -> Conditioning:
+        """Encode one text of any length: weights and BREAK are understood, schedules and AND are not.
+
+        Chunks of 75 tokens are encoded apart and laid side by side. The hidden state is the last but one, or that many layers
+        back, without the final norm; `pooled` is the first chunk's, by the second encoder.
+        """
+        hidden = [encoder.encode(text, max(clip_skip, 2)) for encoder in self._encoders]
+        context = torch.cat([each for each, _ in hidden], dim=-1)
+        return Conditioning(context.flatten(0, 1)[None], hidden[1][1][:1])
+
+    def empty(self) -> Conditioning:
+        """Zeros in place of an empty negative prompt, as SDXL was trained."""
+        some = self.encode(" ")
+        return Conditioning(torch.zeros_like(some.context), torch.zeros_like(some.pooled))
+
+
+class _Encoder:
+    """One tokenizer with its text encoder and its share of the learned vectors."""
+
+    def __init__(self, tokenizer: Any, model: nn.Module, vectors: Mapping[str, Tensor]):
+        self._tokenizer, self._model, self._vectors = tokenizer, model, vectors
+        comma = self._tokenize(",")
+        self._comma = comma[0] if len(comma) == 1 else -1
+        self._words = [LearnedWord(name, tuple(self._tokenize(name)), len(each)) for name, each in vectors.items()]
+
+    def encode(self, text: str, layer: int) -> tuple[Tensor, Tensor]:
+        """Hidden states `layer` from the end (chunks, 77, width) and pooled (chunks, projection) of a text."""
+        chunks = chunk_fragments(parse_weights(text), self._tokenize, self._comma, self._words)
+        device = next(self._model.parameters()).device
+        ids = torch.tensor([self._framed(chunk.tokens) for chunk in chunks], device=device)
+        with ExitStack() as stack:
+            if any(chunk.embeddings for chunk in chunks):
+                hook = _token_embedding(self._model).register_forward_hook(self._substitution(chunks))
+                stack.callback(hook.remove)
+            output = self._model(input_ids=ids, output_hidden_states=True)
+        hidden = output.hidden_states[-layer].float()
+        return torch.stack([_emphasize(each, chunk) for each, chunk in zip(hidden, chunks, strict=True)]), output[0]
+
+    def _tokenize(self, text: str) -> list[int]:
+        return self._tokenizer(text, add_special_tokens=False, truncation=False, verbose=False)["input_ids"]
+
+    def _framed(self, tokens: list[int]) -> list[int]:
+        """Start, tokens, end, padding. After an end token inside the prompt everything is padding."""
+        start, end, pad = (getattr(self._tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad"))
+        framed = [start, *tokens, end] + [pad] * (75 - len(tokens))
+        first_end = framed.index(end)
+        return framed if pad == end else framed[: first_end + 1] + [pad] * (76 - first_end)
+
+    def _substitution(self, chunks: Sequence[Chunk]) -> Any:
+        def put_vectors(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
+            for row, chunk in enumerate(chunks):
+                for at, name in chunk.embeddings:
+                    vectors = self._vectors[name]
+                    output[row, at + 1 : at + 1 + len(vectors)] = vectors.to(output.device, output.dtype)
+            return output
+
+        return put_vectors
+
+
+def _emphasize(hidden: Tensor, chunk: Chunk) -> Tensor:
+    """Scale the tokens of a chunk (77, width) by their weights and bring the mean back to what it was."""
+    if all(weight == 1.0 for weight in chunk.weights):
+        return hidden
+    weights = torch.ones(len(hidden), 1, device=hidden.device)
+    weights[1 : 1 + len(chunk.weights), 0] = torch.tensor(chunk.weights, device=hidden.device)
+    weighted = hidden * weights
+    return weighted * (hidden.mean() / weighted.mean())
+
+
+def _token_embedding(model: nn.Module) -> nn.Module:
+    return next(module for name, module in model.named_modules() if name.endswith("token_embedding"))
+
+
+def _width(model: nn.Module) -> int:
+    return model.config.hidden_size  # type: ignore[union-attr,return-value]
+
+
+@dataclass(frozen=True)
+class PromptPlan:
+    """What a prompt says at each step: one or, with AND, several schedules with a weight each."""
+
+    parts: Sequence[tuple[float, Sequence[tuple[int, Conditioning]]]]
+
+    def at(self, step: int) -> list[tuple[Conditioning, float]]:
+        """The conditionings of a step, counted from 0, with their weights."""
+        return [
+            (next((each for last, each in schedule if step <= last), schedule[-1][1]), weight)
+            for weight, schedule in self.parts
+        ]
+
+
+def plan_prompt(encoders: TextEncoders, prompt: str, steps: int, clip_skip: int = 1) -> PromptPlan:
+    """Encode every text that a prompt stands for over the steps."""
+    return PromptPlan([(weight, _schedule(encoders, part, steps, clip_skip)) for part, weight in split_and(prompt)])
+
+
+def plan_negative(encoders: TextEncoders, prompt: str, steps: int, clip_skip: int = 1) -> PromptPlan:
+    """The same for a negative prompt: AND is text there, and an empty one is zeros."""
+    if prompt == "":
+        return PromptPlan([(1.0, [(steps, encoders.empty())])])
+    return PromptPlan([(1.0, _schedule(encoders, prompt, steps, clip_skip))])
+
+
+def _schedule(encoders: TextEncoders, prompt: str, steps: int, clip_skip: int) -> list[tuple[int, Conditioning]]:
+    return [(last, encoders.encode(text, clip_skip)) for last, text in schedule_prompt(prompt, steps)]

@@ -1,0 +1,139 @@
+"""Every error that a user can meet, and nothing of HTTP.
+
+    AlphalayerError
+    ├── InvalidRequest         a field of a request is wrong
+    ├── ModelNotFound          no model of that name, or none at all
+    ├── ModelUnusable          a model file that is there cannot be used
+    │   ├── CorruptFile        truncated, unreadable, not what its name says
+    │   ├── UnsupportedFamily  a known kind of checkpoint that this version does not draw with
+    │   └── PickleRefused      .ckpt and .pt files can run code when they are opened
+    ├── LayerDiffuseMissing    the patch or the transparent decoder is not there
+    ├── OutOfMemory            the request does not fit the device, in the smallest mode either
+    ├── Cancelled              somebody asked for it
+    ├── QueueFull              no room; come back later
+    ├── FileMissing            no picture of that name
+    ├── StorageFailed          disk full, folder read-only
+    ├── EngineFailed           the engine process died or raised something unforeseen
+    └── SetupFailed            the service cannot start as configured
+
+Each has a stable `code`, a `message` that says what happened and why, a `hint` that says what to do next, and for
+requests the `field`. They cross processes as plain dictionaries.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class AlphalayerError(Exception):
+    """Base of all errors meant for users."""
+
+    code = "error"
+
+    def __init__(self, message: str, *, hint: str = "", field: str | None = None):
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+        self.field = field
+
+    def __str__(self) -> str:
+        text = f"{self.field}: {self.message}" if self.field else self.message
+        return f"{text} {self.hint}" if self.hint else text
+
+    def to_dict(self) -> dict[str, Any]:
+        """The error as JSON-ready data, the inverse of `from_dict`."""
+        return {"code": self.code, "message": self.message, "hint": self.hint, "field": self.field}
+
+    @staticmethod
+    def from_dict(data: dict[str, Any]) -> AlphalayerError:
+        """Rebuild the error of the class that `code` names; an unknown code gives the base class."""
+        kind = next((kind for kind in _subclasses(AlphalayerError) if kind.code == data.get("code")), AlphalayerError)
+        return kind(data["message"], hint=data.get("hint", ""), field=data.get("field"))
+
+
+def _subclasses(kind: type[AlphalayerError]) -> list[type[AlphalayerError]]:
+    return [found for child in kind.__subclasses__() for found in (child, *_subclasses(child))]
+
+
+class InvalidRequest(AlphalayerError):  # noqa: N818 - the names read as what happened, as HTTP's own do
+    """A field of a request is wrong; `field` names it."""
+
+    code = "invalid_request"
+
+
+class ModelNotFound(AlphalayerError):  # noqa: N818
+    """No model of that name is in the models folder."""
+
+    code = "model_not_found"
+
+
+class ModelUnusable(AlphalayerError):  # noqa: N818
+    """A model file that is there cannot be used."""
+
+    code = "model_unusable"
+
+
+class CorruptFile(ModelUnusable):
+    """A model file is truncated, unreadable or not what its name says."""
+
+    code = "corrupt_file"
+
+
+class UnsupportedFamily(ModelUnusable):
+    """A known kind of checkpoint that this version does not draw with."""
+
+    code = "unsupported_family"
+
+
+class PickleRefused(ModelUnusable):
+    """A pickle file: opening it could run code."""
+
+    code = "pickle_refused"
+
+
+class LayerDiffuseMissing(AlphalayerError):  # noqa: N818
+    """The LayerDiffuse patch or the transparent decoder is not there."""
+
+    code = "layerdiffuse_missing"
+
+
+class OutOfMemory(AlphalayerError):  # noqa: N818
+    """The request does not fit the device, in the smallest memory mode either."""
+
+    code = "out_of_memory"
+
+
+class Cancelled(AlphalayerError):  # noqa: N818
+    """Somebody asked for the job to stop."""
+
+    code = "cancelled"
+
+
+class QueueFull(AlphalayerError):  # noqa: N818
+    """There is no room for another job now."""
+
+    code = "queue_full"
+
+
+class FileMissing(AlphalayerError):  # noqa: N818
+    """No stored picture has that name."""
+
+    code = "file_not_found"
+
+
+class StorageFailed(AlphalayerError):  # noqa: N818
+    """A picture could not be written or read: disk full, folder read-only."""
+
+    code = "storage_failed"
+
+
+class EngineFailed(AlphalayerError):  # noqa: N818
+    """The engine process died, or raised something unforeseen."""
+
+    code = "engine_failed"
+
+
+class SetupFailed(AlphalayerError):  # noqa: N818
+    """The service or command cannot start as it is configured."""
+
+    code = "setup_failed"
