@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -10,6 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from alphalayer.request import GenerationRequest
+
+# the libraries below greet every start with notices and progress bars; both can be asked for in the environment
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 
 RgbaImage = NDArray[np.uint8]
 """Straight (not premultiplied) RGBA, shape (height, width, 4)."""

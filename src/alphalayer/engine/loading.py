@@ -16,6 +16,7 @@ from typing import Any
 
 import diffusers
 import torch
+import transformers
 from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -30,6 +31,11 @@ from alphalayer.engine.schedules import SigmaTable
 from alphalayer.engine.transparency import TransparentDecoder, load_decoder
 from alphalayer.errors import CorruptFile, LayerDiffuseMissing, ModelUnusable, UnsupportedFamily
 from alphalayer.request import ModelDefaults
+
+# casting whole modules is meant; both libraries warn at each
+diffusers.utils.logging.set_verbosity_error()
+diffusers.utils.logging.disable_progress_bar()
+transformers.utils.logging.disable_progress_bar()
 
 PATCH_FILES = {
     "attention": (
@@ -108,8 +114,9 @@ class LoadedModel:
     def scale_factor(self) -> int:
         """Pixels a latent cell, along a side."""
         config = self.vae.config
-        if "spatial_compression_ratio" in self.vae.__dict__ or hasattr(self.vae, "spatial_compression_ratio"):
-            return int(self.vae.spatial_compression_ratio)
+        ratio = getattr(self.vae, "spatial_compression_ratio", None)
+        if ratio:
+            return int(ratio)
         blocks = config.get("block_out_channels") or config["encoder_block_out_channels"]
         return 2 ** (len(blocks) - 1)
 

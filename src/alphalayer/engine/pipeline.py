@@ -34,10 +34,11 @@ from alphalayer.engine.devices import (
 from alphalayer.engine.embeddings import read_embeddings
 from alphalayer.engine.guidance import Denoiser, Guidance
 from alphalayer.engine.loading import LoadedModel, load_model
-from alphalayer.engine.noise import initial_noise, step_noise
-from alphalayer.engine.samplers import sample
+from alphalayer.engine.brownian import BrownianNoise
+from alphalayer.engine.noise import ImageGenerator, Shape, initial_noise
+from alphalayer.engine.samplers import SAMPLERS, Noise, brownian_intervals, sample
 from alphalayer.engine.schedules import sigmas_for
-from alphalayer.engine.text import PromptPlan, TextEncoders, plan_prompt
+from alphalayer.engine.text import PromptPlan, TextEncoders, plan_negative, plan_prompt
 from alphalayer.engine.transparency import decode_transparent, decoder_inputs, to_uint8
 from alphalayer.errors import Cancelled, OutOfMemory
 from alphalayer.request import GenerationRequest
@@ -175,8 +176,10 @@ class LocalEngine:
             canvas.drawn_height // model.scale_factor,
             canvas.drawn_width // model.scale_factor,
         )
-        noise = step_noise(request.sampler or "", seeds, shape, sigmas, request.noise, self.device)
-        start = initial_noise(seeds, shape, request.noise, self.device, subseeds, request.subseed_strength)
+        generators = [ImageGenerator(seed, request.noise, self.device) for seed in seeds]
+        variations = [ImageGenerator(seed, request.noise, self.device) for seed in subseeds]
+        start = initial_noise(generators, shape, variations, request.subseed_strength)
+        noise = _noise(request, generators, shape, sigmas, self.device)
 
         watcher.stage("text")
         with stopwatch.stage("text"), residency.of(model.text_encoder, model.text_encoder_2, keep=mode.keep_text):
@@ -188,7 +191,8 @@ class LocalEngine:
             latents = self._sample(request, model, Denoiser(model, guidance, mode), start, sigmas, noise, watcher)
 
         watcher.stage("decode")
-        with stopwatch.stage("decode"), residency.of(*model.decoders, keep=mode.keep_unet):
+        decoders = [model.vae, model.decoder] if request.layerdiffuse.enabled else [model.vae]
+        with stopwatch.stage("decode"), residency.of(*decoders, keep=mode.keep_unet):
             pictures = [self._decode(request, model, latent[None], mode, watcher) for latent in latents]
 
         return self._result(request, model, [canvas.crop(each) for each in pictures], seeds, subseeds, stopwatch)
@@ -213,8 +217,8 @@ class LocalEngine:
 
     def _plans(self, request: GenerationRequest, encoders: TextEncoders) -> tuple[PromptPlan, PromptPlan]:
         steps = request.steps or 0
-        positive = plan_prompt(encoders, request.prompt, steps, request.clip_skip, negative=False)
-        return positive, plan_prompt(encoders, request.negative_prompt, steps, request.clip_skip, negative=True)
+        positive = plan_prompt(encoders, request.prompt, steps, request.clip_skip)
+        return positive, plan_negative(encoders, request.negative_prompt, steps, request.clip_skip)
 
     def _sample(
         self,
@@ -223,7 +227,7 @@ class LocalEngine:
         denoiser: Denoiser,
         start: Tensor,
         sigmas: Tensor,
-        noise: Any,
+        noise: Noise,
         watcher: Watcher,
     ) -> Tensor:
         """Denoise `start` (B, C, h, w; unit variance) along `sigmas`; the scaled clean latents, float32."""
@@ -306,6 +310,21 @@ def create_engine(options: dict[str, Any]) -> LocalEngine:
     """Build the engine from plain options, as they come over a pipe: the keywords of `LocalEngine`, paths as text."""
     paths = {name: Path(options[name]) for name in ("models_dir", "embeddings_dir") if options.get(name)}
     return LocalEngine(**{**options, **paths})
+
+
+def _noise(
+    request: GenerationRequest,
+    generators: list[ImageGenerator],
+    shape: Shape,
+    sigmas: Tensor,
+    device: torch.device,
+) -> Noise:
+    """Where the sampler's noise comes from; Brownian noise begins to be drawn at once, in a thread."""
+    sampler = request.sampler or ""
+    if SAMPLERS[sampler].noise == "brownian":
+        ahead = brownian_intervals(sampler, sigmas)
+        return BrownianNoise(_seeds(request)[0], shape, sigmas, request.noise, device, ahead)
+    return lambda _from, _to: torch.stack([generator.randn(shape) for generator in generators])
 
 
 def _seeds(request: GenerationRequest) -> tuple[list[int], list[int]]:

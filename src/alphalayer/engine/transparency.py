@@ -199,7 +199,7 @@ def load_decoder(
 ) -> TransparentDecoder:
     """Read a decoder from a safetensors file, float16 or float32, frozen and ready for `decode_transparent`.
 
-    `config` holds the arguments of `TransparentDecoder`; what it leaves out is as published.
+    `config` holds the arguments of `TransparentDecoder`; what it leaves out is taken from the shapes in the file, else as published.
 
     Raises:
         LayerDiffuseMissing: there is no such file.
@@ -207,7 +207,7 @@ def load_decoder(
         ModelUnusable: it holds something else, or sizes that the config does not describe.
     """
     weights = read_weights(path)
-    arguments = {key: value for key, value in (config or {}).items() if not key.startswith("_")}
+    arguments = {**_sizes(weights), **{key: value for key, value in (config or {}).items() if key[0] != "_"}}
     try:
         with torch.device("meta"):
             decoder = TransparentDecoder(**arguments)
@@ -218,6 +218,20 @@ def load_decoder(
         ) from error
     fit(decoder, weights, path, "the transparent decoder")
     return decoder.to(device, dtype)
+
+
+def _sizes(weights: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The widths, depths and latent channels that a decoder's tensors show; nothing if they are not a decoder's."""
+    if "latent_conv_in.weight" not in weights:
+        return {}
+    levels = sorted({int(name.split(".")[1]) for name in weights if name.startswith("down_blocks.")})
+    first = {name for name in weights if name.startswith("down_blocks.0.resnets.") and name.endswith("conv1.weight")}
+    return {
+        "block_out_channels": [len(weights[f"down_blocks.{level}.resnets.0.conv1.weight"]) for level in levels],
+        "layers_per_block": len(first),
+        "attention_blocks": sum(f"down_blocks.{level}.attentions.0.to_q.weight" in weights for level in levels),
+        "latent_channels": weights["latent_conv_in.weight"].shape[1],
+    }
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:

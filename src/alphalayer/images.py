@@ -1,0 +1,129 @@
+"""Pictures as bytes: RGBA arrays to PNG, WebP or AVIF with their settings, and back; and what is done to a finished picture.
+
+Arrays are uint8 (height, width, 4), straight alpha.
+"""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+from typing import Any, get_args
+
+import numpy as np
+from isal import isal_zlib
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+
+from alphalayer.errors import InvalidRequest
+from alphalayer.request import ImageFormat
+
+Rgba = NDArray[np.uint8]
+
+MAX_PIXELS = 64_000_000
+MIME_TYPES: dict[ImageFormat, str] = {"png": "image/png", "webp": "image/webp", "avif": "image/avif"}
+_EXIF_IFD, _USER_COMMENT = 0x8769, 0x9286
+_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+_UP_FILTER = 2
+
+
+def check_format(name: str) -> ImageFormat:
+    """The format of that name. Raises `InvalidRequest` for others, jpeg above all, which has no alpha."""
+    for known in get_args(ImageFormat):
+        if name.lower() == known:
+            return known
+    raise InvalidRequest(
+        f'"{name}" is not a format with transparency that is written here.', hint="Use png, webp or avif.", field="format"
+    )
+
+
+def encode(rgba: Rgba, kind: ImageFormat = "png", parameters: str = "") -> bytes:
+    """A picture file, lossless for PNG and WebP, with the `parameters` text inside. Colour under alpha 0 is kept."""
+    if kind == "png":
+        return _encode_png(rgba, parameters)
+    image, buffer = Image.fromarray(rgba), io.BytesIO()
+    exif = Image.Exif()
+    if parameters:
+        exif.get_ifd(_EXIF_IFD)[_USER_COMMENT] = b"UNICODE\0" + parameters.encode("utf-16-be")
+    options: dict[str, Any] = {"lossless": True, "exact": True} if kind == "webp" else {"quality": 90}
+    image.save(buffer, format=kind.upper(), exif=exif, **options)
+    return buffer.getvalue()
+
+
+
+
+def decode(data: bytes) -> tuple[Rgba, str | None]:
+    """A picture file → (RGBA, `parameters` text if it carries one).
+
+    Raises:
+        InvalidRequest: not a picture, damaged, or larger than 64 megapixels.
+    """
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise InvalidRequest(f"the picture has {image.width}x{image.height} pixels; the limit is 64 megapixels.")
+            image.load()
+            return np.asarray(image.convert("RGBA")), _parameters(image)
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error) as error:
+        raise InvalidRequest(f"not a picture, or a damaged one ({error}).", hint="Use a PNG, WebP or AVIF file.") from None
+    except Image.DecompressionBombError:
+        raise InvalidRequest("the picture is too large; the limit is 64 megapixels.") from None
+
+
+def _parameters(image: Image.Image) -> str | None:
+    text = image.info.get("parameters")
+    if isinstance(text, str):
+        return text
+    comment = image.getexif().get_ifd(_EXIF_IFD).get(_USER_COMMENT)
+    if isinstance(comment, bytes) and comment.startswith(b"UNICODE\0"):
+        return comment[8:].decode("utf-16-be", errors="replace")
+    return None
+
+
+def _encode_png(rgba: Rgba, parameters: str) -> bytes:
+    """8-bit RGBA: every row as its difference to the row above, deflated by ISA-L; PNG specification, third edition."""
+    height, width = rgba.shape[:2]
+    pixels = rgba.reshape(height, width * 4)
+    rows = np.empty((height, 1 + width * 4), np.uint8)
+    rows[:, 0] = _UP_FILTER
+    rows[0, 1:] = pixels[0]
+    np.subtract(pixels[1:], pixels[:-1], out=rows[1:, 1:])
+    body = isal_zlib.compress(rows.reshape(-1).data, level=1)
+    chunks = [(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 6, 0, 0, 0))]
+    if parameters:
+        chunks.append(_text_chunk(parameters))
+    chunks += [(b"IDAT", body), (b"IEND", b"")]
+    return _PNG_SIGNATURE + b"".join(_chunk(name, data) for name, data in chunks)
+
+
+def _text_chunk(text: str) -> tuple[bytes, bytes]:
+    """Latin-1 text as tEXt, other text as iTXt; what neither can hold is replaced."""
+    text = text.replace("\0", " ")
+    try:
+        return b"tEXt", b"parameters\0" + text.encode("latin-1")
+    except UnicodeEncodeError:
+        return b"iTXt", b"parameters\0\0\0\0\0" + text.encode("utf-8", errors="replace")
+
+
+def _chunk(name: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + name + data + struct.pack(">I", isal_zlib.crc32(name + data))
+
+
+def trim(rgba: Rgba, threshold: int = 0, padding: int = 0) -> Rgba:
+    """Cut away the border whose alpha is at most `threshold`, keep `padding` pixels; an empty picture stays as it is."""
+    solid = rgba[..., 3] > threshold
+    if not solid.any():
+        return rgba
+    (top, bottom), (left, right) = (np.flatnonzero(solid.any(axis=axis))[[0, -1]] for axis in (1, 0))
+    height, width = solid.shape
+    return rgba[
+        max(top - padding, 0) : min(bottom + 1 + padding, height),
+        max(left - padding, 0) : min(right + 1 + padding, width),
+    ]
+
+
+def composite(rgba: Rgba, background: tuple[int, int, int]) -> Rgba:
+    """The picture over a colour, opaque."""
+    alpha = rgba[..., 3:].astype(np.float32) / 255
+    mixed = rgba[..., :3] * alpha + np.array(background, np.float32) * (1 - alpha)
+    return np.dstack([np.rint(mixed).astype(np.uint8), np.full_like(rgba[..., 3], 255)])

@@ -1,0 +1,92 @@
+"""The `parameters` text of a picture: written and read as that ecosystem does. Text only."""
+
+from __future__ import annotations
+
+import json
+import re
+
+from alphalayer import __version__
+from alphalayer.request import GenerationRequest
+
+METHOD_LABELS = {
+    "attention": "(SDXL) Only Generate Transparent Image (Attention Injection)",
+    "conv": "(SDXL) Only Generate Transparent Image (Conv Injection)",
+}
+_PAIR = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])*"|[^,]*)(?:,|$)')
+
+
+def write_parameters(
+    request: GenerationRequest, model_name: str, model_hash: str, seed: int, subseed: int | None = None
+) -> str:
+    """The text for one picture of a resolved request: prompt, negative prompt, then `key: value` pairs in the usual order."""
+    varied = request.subseed_strength > 0
+    pairs: dict[str, object | None] = {
+        "Steps": request.steps,
+        "Sampler": request.sampler,
+        "Schedule type": request.scheduler,
+        "CFG scale": _number(request.cfg_scale),
+        "Seed": seed,
+        "Size": f"{request.width}x{request.height}",
+        "Model hash": model_hash or None,
+        "Model": model_name,
+        "Variation seed": subseed if varied else None,
+        "Variation seed strength": _number(request.subseed_strength) if varied else None,
+        "Clip skip": request.clip_skip if request.clip_skip > 1 else None,
+        "RNG": request.noise.upper() if request.noise != "gpu" else None,
+        **_layerdiffuse(request),
+        "Version": f"alphalayer-{__version__}",
+    }
+    line = ", ".join(f"{key}: {_quoted(value)}" for key, value in pairs.items() if value is not None)
+    negative = f"\nNegative prompt: {request.negative_prompt}" if request.negative_prompt else ""
+    return f"{request.prompt}{negative}\n{line}"
+
+
+def read_parameters(text: str) -> dict[str, str]:
+    """The pairs of a `parameters` text, with "Prompt" and "Negative prompt"; unquoted, all values as text."""
+    lines = text.strip().split("\n")
+    pairs = {found[1]: _unquoted(found[2]) for found in _PAIR.finditer(lines[-1])}
+    if len(pairs) >= 3:
+        lines.pop()
+    else:
+        pairs = {}
+    prompt, _, negative = "\n".join(lines).partition("Negative prompt:")
+    return {"Prompt": prompt.strip(), "Negative prompt": negative.strip(), **pairs}
+
+
+def _layerdiffuse(request: GenerationRequest) -> dict[str, object]:
+    options = request.layerdiffuse
+    if not options.enabled:
+        return {}
+    values = {
+        "enabled": True,
+        "method": METHOD_LABELS[options.method],
+        "weight": _number(options.weight),
+        "ending_step": _number(options.stop_at),
+        "fg_image": False,
+        "bg_image": False,
+        "blend_image": False,
+        "resize_mode": "Crop and Resize",
+        "fg_additional_prompt": "",
+        "bg_additional_prompt": "",
+        "blend_additional_prompt": "",
+    }
+    return {f"layerdiffusion_{key}": value for key, value in values.items()}
+
+
+def _number(value: float | None) -> str | None:
+    """5.0 as "5", 7.25 as "7.25"."""
+    return None if value is None else f"{value:g}"
+
+
+def _quoted(value: object) -> str:
+    text = str(value)
+    return json.dumps(text, ensure_ascii=False) if any(mark in text for mark in ",:\n") else text
+
+
+def _unquoted(text: str) -> str:
+    if not text.startswith('"'):
+        return text.strip()
+    try:
+        return str(json.loads(text))
+    except ValueError:
+        return text
