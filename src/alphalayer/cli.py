@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import secrets
 import sys
 import time
@@ -17,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from alphalayer import __version__, catalog, hub, images, infotext
+from alphalayer import __version__, catalog, hub, images
 from alphalayer.config import Settings, load_settings
 from alphalayer.doctor import diagnose
 from alphalayer.engine import Progress as EngineProgress
@@ -120,6 +118,35 @@ def models_list(models_dir: ModelsDir = None) -> None:
     for entry in catalog.find_models(load_settings(models_dir=models_dir).models_dir):
         table.add_row(entry.name, entry.kind, entry.family, entry.short_hash or "-", str(entry.path))
     out.print(table)
+
+
+@models_app.command("pull")
+def models_pull(
+    names: Annotated[list[str] | None, typer.Argument(help="sdxl-base, layerdiffuse, layerdiffuse-conv.")] = None,
+    models_dir: ModelsDir = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Accept the licences without asking.")] = False,
+) -> None:
+    """Fetch models from their public hub; the licences are shown first."""
+    planned = hub.plan_pull(names or ["sdxl-base", "layerdiffuse"])
+    for licence in dict.fromkeys(each.licence for each in planned):
+        out.print(licence, soft_wrap=True)
+    out.print(f"{len(planned)} files, about {sum(each.size for each in planned) / 1e9:.1f} GB.")
+    if not yes and not typer.confirm("Fetch them under these licences?"):
+        raise typer.Exit(1)
+    folder = load_settings(models_dir=models_dir).models_dir
+    for each in planned:
+        out.print(f"{hub.pull(each, folder)}  ok", soft_wrap=True)
+
+
+@models_app.command("verify")
+def models_verify(models_dir: ModelsDir = None) -> None:
+    """Check every model file: readable, complete, the right kind, as published."""
+    found = hub.verify(load_settings(models_dir=models_dir).models_dir)
+    for each in found:
+        out.print(f"{'[green]ok[/]' if each.is_well else '[red]error[/]'}  {each.path}  {each.finding}", soft_wrap=True)
+    if not found:
+        out.print("no model files; get some with: alphalayer models pull")
+    raise typer.Exit(not all(each.is_well for each in found))
 
 
 @app.command()

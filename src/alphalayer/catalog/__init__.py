@@ -22,7 +22,8 @@ __all__ = ["FAMILY_NAMES", "Header", "ModelEntry", "find_lora", "find_models", "
 CHECKPOINTS = "Stable-diffusion"
 EMBEDDED_MODEL = Path(__file__).parent.parent / "models" / "alphalayer-mini"
 PICKLE_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin")
-PULL = "alphalayer models pull sdxl-base"
+PULL = "alphalayer models pull sdxl-base layerdiffuse"
+PULL_LAYERS = "Run: alphalayer models pull layerdiffuse"
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from alphalayer.catalog import ModelEntry
 from alphalayer.catalog.headers import Header, read_header
 from alphalayer.engine.configs import fitted_configs
 from alphalayer.engine.devices import Precision
+from alphalayer.engine.layerfiles import DECODER_FILES, PATCH_FILES
 from alphalayer.engine.patches import WeightPatcher
 from alphalayer.engine.schedules import SigmaTable
 from alphalayer.engine.transparency import TransparentDecoder, load_decoder
@@ -36,21 +37,6 @@ from alphalayer.request import ModelDefaults
 diffusers.utils.logging.set_verbosity_error()
 diffusers.utils.logging.disable_progress_bar()
 transformers.utils.logging.disable_progress_bar()
-
-PATCH_FILES = {
-    "attention": (
-        "layer_xl_transparent_attn.safetensors",
-        "ld_diffusers_sdxl_attn.safetensors",
-        "diffuser_layer_xl_transparent_attn.safetensors",
-    ),
-    "conv": ("layer_xl_transparent_conv.safetensors", "diffuser_layer_xl_transparent_conv.safetensors"),
-}
-DECODER_FILES = (
-    "vae_transparent_decoder.safetensors",
-    "ld_diffusers_sdxl_vae_transparent_decoder.safetensors",
-    "diffuser_layer_xl_vae_transparent_decoder.safetensors",
-)
-
 
 @dataclass(frozen=True)
 class LayerDiffuseFiles:

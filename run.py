@@ -1,0 +1,172 @@
+#!/usr/bin/env python3
+"""Set up and run Alphalayer with nothing but Python: `python3 run.py generate "an apple"`, `python3 run.py test`.
+
+Makes `.venv` beside this file, installs torch (for the GPU that is there, else for the CPU) and Alphalayer into it, and hands everything
+else to the `alphalayer` command. The second time it starts at once. Standard library only.
+
+    --cpu, --cuda     before the command: which build of torch (also ALPHALAYER_TORCH=cpu|cuda)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent
+VENV = ROOT / ".venv"
+BIN = VENV / ("Scripts" if os.name == "nt" else "bin")
+PYTHON = BIN / ("python.exe" if os.name == "nt" else "python")
+STAMP = VENV / "alphalayer-setup.json"
+LOG = VENV / "alphalayer-setup.log"
+TORCH = "torch==2.13.0"
+CPU_INDEX = "https://download.pytorch.org/whl/cpu"
+OLDEST, NEWEST = (3, 10), (3, 13)
+
+
+def main(arguments: list[str]) -> int:
+    """Set up what is missing, then run the command."""
+    torch_build = os.environ.get("ALPHALAYER_TORCH", "")
+    while arguments and arguments[0] in ("--cpu", "--cuda"):
+        torch_build = arguments.pop(0)[2:]
+    if not arguments:
+        print(__doc__)
+        return 2
+    if not OLDEST <= sys.version_info[:2] <= NEWEST:
+        return restart_with_another_python(arguments)
+    is_test = arguments[0] == "test"
+    set_up(torch_build or ("cuda" if has_nvidia_gpu() else "cpu"), is_test)
+    command = [str(PYTHON), "-m", "pytest"] if is_test else [str(PYTHON), "-m", "alphalayer.cli"]
+    return run(command + arguments[1:] if is_test else command + arguments)
+
+
+def set_up(torch_build: str, with_tests: bool) -> None:
+    """Bring `.venv` to what pyproject.toml asks for, unless a stamp says that it is there."""
+    project = hashlib.sha256((ROOT / "pyproject.toml").read_bytes()).hexdigest()
+    python = ".".join(map(str, sys.version_info[:3]))
+    wanted = {"project": project, "python": python, "torch": torch_build, "root": str(ROOT)}
+    stamp = read_stamp()
+    if all(stamp.get(key) == value for key, value in wanted.items()) and stamp.get("tests", False) >= with_tests:
+        return
+    start = time.monotonic()
+    if not is_venv_of(python, stamp):
+        say("1/3 making .venv")
+        make_venv()
+    say(f"2/3 installing torch for the {'GPU' if torch_build == 'cuda' else 'CPU'} (the largest part; minutes the first time)")
+    install_torch(torch_build)
+    say("3/3 installing alphalayer" + (" and its tests" if with_tests else ""))
+    pip("install", "--editable", f"{ROOT}[dev]" if with_tests else str(ROOT))
+    STAMP.write_text(json.dumps({**wanted, "tests": with_tests or stamp.get("tests", False)}))
+    say(f"ready after {time.monotonic() - start:.0f} s")
+
+
+def read_stamp() -> dict:
+    """What the last complete set-up was for."""
+    try:
+        return json.loads(STAMP.read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def is_venv_of(python: str, stamp: dict) -> bool:
+    """Whether there is a `.venv` that works, of this Python, made in this place."""
+    if not PYTHON.exists() or stamp.get("root", str(ROOT)) != str(ROOT):
+        return False
+    asked = subprocess.run([str(PYTHON), "-c", "import platform; print(platform.python_version())"], **QUIET)
+    return asked.returncode == 0 and asked.stdout.strip() == python
+
+
+def make_venv() -> None:
+    """Make `.venv`, without a pip of its own where the system's Python cannot give it one."""
+    shutil.rmtree(VENV, ignore_errors=True)
+    made = subprocess.run([sys.executable, "-m", "venv", str(VENV)], **QUIET)
+    if made.returncode:
+        shutil.rmtree(VENV, ignore_errors=True)
+        made = subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(VENV)], **QUIET)
+    if made.returncode:
+        fail("cannot make .venv: " + made.stdout[-500:], "On Debian and Ubuntu: apt install python3-venv python3-pip")
+
+
+def install_torch(build: str) -> None:
+    """torch for CUDA from the registry; for the CPU the smallest build that can be had."""
+    if build == "cuda" or sys.platform == "darwin":
+        pip("install", TORCH)
+        return
+    found = pip("install", "--dry-run", "--quiet", "--no-deps", "--ignore-installed", "--report", "-", TORCH, must=False)
+    is_cpu_build = "%2Bcpu" in found or "+cpu" in found
+    if not is_cpu_build and not pip("install", "--retries", "0", "--index-url", CPU_INDEX, TORCH, must=False):
+        say("    no CPU build can be had; installing the usual one, which is large")
+    pip("install", TORCH)
+
+
+def pip(*arguments: str, must: bool = True) -> str:
+    """Run pip for `.venv`; its output, empty after a failure that may be. A failure that may not be ends the program."""
+    has_own = subprocess.run([str(PYTHON), "-m", "pip", "--version"], **QUIET).returncode == 0
+    command = [str(PYTHON), "-m", "pip"] if has_own else [sys.executable, "-m", "pip", "--python", str(PYTHON)]
+    done = subprocess.run([*command, *arguments, "--disable-pip-version-check"], **QUIET)
+    with LOG.open("a") as log:
+        log.write(f"$ pip {' '.join(arguments)}\n{done.stdout}\n")
+    if done.returncode and must:
+        last = "\n".join(done.stdout.strip().splitlines()[-30:])
+        hint = "Check the connection and run the same command again; it goes on where it stopped."
+        fail(f"pip {' '.join(arguments)} failed:\n{last}", hint)
+    return "" if done.returncode else done.stdout or "done"
+
+
+def has_nvidia_gpu() -> bool:
+    """Whether `nvidia-smi` answers with at least one GPU."""
+    if not shutil.which("nvidia-smi"):
+        return False
+    try:
+        asked = subprocess.run(["nvidia-smi", "-L"], timeout=30, **QUIET)
+    except subprocess.TimeoutExpired:
+        return False
+    return asked.returncode == 0 and "GPU" in asked.stdout
+
+
+def restart_with_another_python(arguments: list[str]) -> int:
+    """Look for a Python that fits and start over with it."""
+    for minor in range(NEWEST[1], OLDEST[1] - 1, -1):
+        other = shutil.which(f"python3.{minor}")
+        if other:
+            return run([other, str(ROOT / "run.py"), *arguments])
+    here = ".".join(map(str, sys.version_info[:2]))
+    fail(f"this is Python {here}; Alphalayer needs Python 3.10 to 3.13.", "Install one of them, for instance python3.12.")
+    return 1
+
+
+def run(command: list[str]) -> int:
+    """Become the command where the system can do that, else wait for it."""
+    if os.name == "nt":
+        try:
+            return subprocess.run(command, check=False).returncode
+        except KeyboardInterrupt:
+            return 130
+    sys.stdout.flush()
+    os.execv(command[0], command)
+    return 0
+
+
+def say(line: str) -> None:
+    """Tell on stderr how far the set-up is."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def fail(what: str, hint: str) -> None:
+    """End the program with what happened and what to do."""
+    say(f"error: {what}\n{hint}")
+    raise SystemExit(1)
+
+
+QUIET = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+
+if __name__ == "__main__":
+    try:
+        raise SystemExit(main(sys.argv[1:]))
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None

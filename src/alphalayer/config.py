@@ -1,0 +1,100 @@
+"""Settings: from flags, the environment (`ALPHALAYER_*`) and `alphalayer.toml`, in that order; frozen; wrong ones fail loudly.
+
+Read by the command, the composition root and process entries only; everything else is handed plain values.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, SecretStr, ValidationError, field_validator
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
+
+from alphalayer.errors import SetupFailed
+from alphalayer.request import DecodeMode, NoiseSource
+
+PREFIX = "ALPHALAYER_"
+TOML_FILE = "alphalayer.toml"
+
+
+class Settings(BaseSettings):
+    """Everything that can be set. Each field's description is its documentation."""
+
+    model_config = SettingsConfigDict(env_prefix=PREFIX, toml_file=TOML_FILE, frozen=True, extra="forbid")
+
+    host: Annotated[str, Field(description="Address to listen on; 0.0.0.0 for all.")] = "127.0.0.1"
+    port: Annotated[int, Field(ge=1, le=65535, description="Port to listen on.")] = 7861
+    models_dir: Annotated[Path, Field(description="Folder with Stable-diffusion/, layer_model/ and Lora/.")] = Path("models")
+    embeddings_dir: Annotated[Path, Field(description="Folder with textual-inversion embeddings.")] = Path("embeddings")
+    outputs_dir: Annotated[Path, Field(description="Folder that pictures are written to.")] = Path("outputs")
+    default_model: Annotated[str | None, Field(description="Model of requests that name none; else the first one.")] = None
+    public_url: Annotated[str | None, Field(description="Base of the URLs handed out, as clients reach the service.")] = None
+    trusted_proxies: Annotated[
+        str, Field(description="Comma-separated addresses whose X-Forwarded-* headers are believed.")
+    ] = "127.0.0.1"
+    cors_allow_origins: Annotated[str, Field(description='Comma-separated origins for CORS, or "*"; empty: off.')] = ""
+    api_auth: Annotated[SecretStr | None, Field(description="user:password for HTTP Basic; several by commas.")] = None
+    device: Annotated[str, Field(description="auto, cuda, cuda:0, mps or cpu.")] = "auto"
+    dtype: Annotated[Literal["auto", "fp16", "bf16", "fp32"], Field(description="Number format of UNet and decoder.")] = "auto"
+    memory: Annotated[
+        Literal["auto", "high", "balanced", "low"],
+        Field(description="What stays on the GPU: high from 16 GB on, balanced for 12, low for 8."),
+    ] = "auto"
+    noise: Annotated[NoiseSource, Field(description="Noise where a request names none; nv is portable.")] = "nv"
+    decode: Annotated[DecodeMode, Field(description="Transparent decode: official, or forge2 for Forge 2's pictures.")] = "official"
+    queue_limit: Annotated[int, Field(ge=1, le=100_000, description="Jobs that may wait; more are answered 429.")] = 200
+    max_request_bytes: Annotated[int, Field(ge=1024, description="Largest request body.")] = 1_000_000
+    log_level: Annotated[Literal["debug", "info", "warning", "error"], Field(description="Least serious log lines shown.")] = "info"
+
+    @field_validator("port", mode="before")
+    @classmethod
+    def _whole_number(cls, value: Any) -> Any:
+        return int(value) if isinstance(value, str) and value.isdigit() else value
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Flags before environment before TOML file."""
+        return init_settings, env_settings, TomlConfigSettingsSource(settings_cls)
+
+    def engine_options(self) -> dict[str, Any]:
+        """The options of the engine process, as plain JSON values."""
+        return {
+            "models_dir": str(self.models_dir),
+            "embeddings_dir": str(self.embeddings_dir),
+            "device": self.device,
+            "dtype": self.dtype,
+            "memory": self.memory,
+            "default_model": self.default_model,
+        }
+
+
+def load_settings(**flags: Any) -> Settings:
+    """Read the settings; flags that are None do not count.
+
+    Raises:
+        SetupFailed: an unknown name or a value that is not accepted; the message names it.
+    """
+    known = {f"{PREFIX}{name.upper()}" for name in Settings.model_fields} | {f"{PREFIX}TORCH"}
+    unknown = sorted(name for name in os.environ if name.startswith(PREFIX) and name not in known)
+    if unknown:
+        raise SetupFailed(f"unknown setting in the environment: {', '.join(unknown)}.", hint=_LIST)
+    try:
+        return Settings(**{name: value for name, value in flags.items() if value is not None})
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        name = ".".join(str(part) for part in first["loc"])
+        raise SetupFailed(f"setting {name}: {first['msg']}.", hint=_LIST) from None
+    except (OSError, ValueError) as error:
+        raise SetupFailed(f"{TOML_FILE} cannot be read: {error}.", hint=_LIST) from None
+
+
+_LIST = "All settings are in docs/reference/settings.md."

@@ -1,0 +1,118 @@
+"""Says what is wrong on this machine, and what to do about it. Looks only; changes nothing."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from alphalayer import catalog
+from alphalayer.config import Settings
+from alphalayer.engine.layerfiles import DECODER_FILES, PATCH_FILES
+
+LITTLE_DISK = 2 * 1024**3
+# torch is asked in a process of its own: importing it here would take seconds and could crash
+_ASK_TORCH = (
+    "import json, torch; cuda = torch.cuda.is_available(); "
+    "print(json.dumps({'torch': torch.__version__, 'built': torch.version.cuda, "
+    "'gpus': [[torch.cuda.get_device_name(i), *torch.cuda.mem_get_info(i)] "
+    "for i in range(torch.cuda.device_count())] if cuda else []}))"
+)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing looked at: how it is, and what to do if it is not well."""
+
+    level: Literal["ok", "warning", "error"]
+    what: str
+    hint: str = ""
+
+
+def diagnose(settings: Settings) -> list[Finding]:
+    """Look at torch and GPU, models, LayerDiffuse files, the port, the outputs folder and the disk."""
+    findings: list[Finding] = []
+    for look in (_torch, _models, _layer_files, _port, _outputs):
+        findings += look(settings)
+    return findings
+
+
+def _torch(settings: Settings) -> Iterator[Finding]:
+    asked = subprocess.run([sys.executable, "-c", _ASK_TORCH], capture_output=True, text=True, timeout=120, check=False)
+    if asked.returncode:
+        last = (asked.stderr.strip().splitlines() or ["no message"])[-1]
+        yield Finding("error", f"torch cannot be imported: {last}", "Remove .venv and run: python3 run.py doctor")
+        return
+    answer = json.loads(asked.stdout)
+    yield Finding("ok", f"torch {answer['torch']}")
+    for name, free, total in answer["gpus"]:
+        yield Finding("ok", f"GPU {name}, {free / 2**30:.1f} of {total / 2**30:.1f} GiB free")
+    if answer["gpus"] or settings.device == "cpu":
+        return
+    if shutil.which("nvidia-smi"):
+        built = f"built for CUDA {answer['built']}" if answer["built"] else "a CPU build"
+        yield Finding(
+            "error",
+            f"this machine has an NVIDIA driver, and torch ({built}) sees no GPU.",
+            "Look at CUDA_VISIBLE_DEVICES and nvidia-smi, or remove .venv and run: python3 run.py --cuda doctor",
+        )
+    else:
+        yield Finding("warning", "no GPU; pictures are drawn on the CPU.", "SDXL wants a GPU of 8 GB or more.")
+
+
+def _models(settings: Settings) -> Iterator[Finding]:
+    entries = catalog.find_models(settings.models_dir)
+    for entry in entries:
+        if entry.problem:
+            yield Finding("warning", entry.problem.message, entry.problem.hint)
+        else:
+            yield Finding("ok", f"model {entry.title}")
+    if not any(entry.problem is None for entry in entries):
+        folder = settings.models_dir / catalog.CHECKPOINTS
+        yield Finding("error", f"no usable model in {folder}.", f"Put an SDXL checkpoint there, or run: {catalog.PULL}")
+
+
+def _layer_files(settings: Settings) -> Iterator[Finding]:
+    folder = settings.models_dir / "layer_model"
+    needs = any(
+        entry.problem is None and not (entry.path / "layerdiffuse").is_dir()
+        for entry in catalog.find_models(settings.models_dir)
+    )
+    for what, names in (("patch", PATCH_FILES["attention"]), ("transparent decoder", DECODER_FILES)):
+        if any((folder / name).is_file() for name in names):
+            yield Finding("ok", f"LayerDiffuse {what}")
+        elif needs:
+            yield Finding("error", f"the LayerDiffuse {what} ({names[0]}) is not in {folder}.", catalog.PULL_LAYERS)
+
+
+def _port(settings: Settings) -> Iterator[Finding]:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((settings.host, settings.port))
+        except OSError as error:
+            why = error.strerror or str(error)
+            yield Finding("warning", f"port {settings.port} on {settings.host}: {why}.", "Use another one with --port.")
+        else:
+            yield Finding("ok", f"port {settings.port} is free")
+
+
+def _outputs(settings: Settings) -> Iterator[Finding]:
+    folder = settings.outputs_dir
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+        free = shutil.disk_usage(folder).free
+    except OSError as error:
+        yield Finding("error", f"cannot write to {Path(folder).resolve()}: {error.strerror}.", "Set outputs_dir to a folder that can.")
+        return
+    what = f"{free / 2**30:.1f} GiB free for pictures in {folder}"
+    yield Finding("ok", what) if free > LITTLE_DISK else Finding("warning", what, "Free some space.")

@@ -1,0 +1,179 @@
+"""Getting published models and checking those that are there: names, licences, hashes. Free of torch.
+
+Downloads resume, show their progress and are checked; a hash that differs is told, never fatal for files that users brought.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from alphalayer import catalog
+from alphalayer.catalog.hashes import HashCache
+from alphalayer.catalog.headers import read_header
+from alphalayer.errors import AlphalayerError, CorruptFile, InvalidRequest, ModelNotFound, StorageFailed
+
+SDXL_LICENCE = (
+    "SDXL base 1.0: CreativeML Open RAIL++-M. Commercial and hosted use is allowed; its use restrictions must be passed on."
+)
+LAYERDIFFUSE_LICENCE = "LayerDiffuse weights: tagged creativeml-openrail-m by their authors."
+JUGGERNAUT = (
+    "Juggernaut XL is not fetched here: its licence bars use behind API services without a commercial licence. "
+    "If you have one, put the file into models/Stable-diffusion yourself."
+)
+
+
+@dataclass(frozen=True)
+class Published:
+    """A published file: where it is, where it goes, what it must hash to (None: not known), and its licence."""
+
+    name: str
+    repository: str
+    filename: str
+    folder: str
+    size: int
+    sha256: str | None
+    licence: str
+
+
+PUBLISHED = (
+    Published(
+        "sdxl-base",
+        "stabilityai/stable-diffusion-xl-base-1.0",
+        "sd_xl_base_1.0.safetensors",
+        "Stable-diffusion",
+        6_938_078_334,
+        None,
+        SDXL_LICENCE,
+    ),
+    Published(
+        "layerdiffuse",
+        "LayerDiffusion/layerdiffusion-v1",
+        "layer_xl_transparent_attn.safetensors",
+        "layer_model",
+        743_352_688,
+        "b7919c5b4837fb64f24c97a7abdf1a9c6e8d60de080a5dae089dde098266df95",
+        LAYERDIFFUSE_LICENCE,
+    ),
+    Published(
+        "layerdiffuse",
+        "LayerDiffusion/layerdiffusion-v1",
+        "vae_transparent_decoder.safetensors",
+        "layer_model",
+        208_266_320,
+        "59dc8feefe40d26b6cb7186aed7af70c60d94ac4f9db8ebe7f121a01ba27a2fc",
+        LAYERDIFFUSE_LICENCE,
+    ),
+    Published(
+        "layerdiffuse-conv",
+        "LayerDiffusion/layerdiffusion-v1",
+        "layer_xl_transparent_conv.safetensors",
+        "layer_model",
+        3_619_745_776,
+        "5ee958d80dcd515fa7ac915274c536fadd3db5d919adeb5ff45107b6169aacc7",
+        LAYERDIFFUSE_LICENCE,
+    ),
+)
+"""What `pull` knows. Sizes are about right and serve the check for free space."""
+
+
+def plan_pull(names: Sequence[str]) -> list[Published]:
+    """The files that names mean. Raises `InvalidRequest` for others, Juggernaut XL with its licence's reason."""
+    known = sorted({each.name for each in PUBLISHED})
+    for name in names:
+        if "juggernaut" in name.lower():
+            raise InvalidRequest(JUGGERNAUT, field="name")
+        if name not in known:
+            raise InvalidRequest(f'"{name}" is not a model that can be pulled.', hint=f"Use: {', '.join(known)}.", field="name")
+    return [each for each in PUBLISHED if each.name in names]
+
+
+def pull(published: Published, models_dir: Path) -> Path:
+    """Fetch one file into the models folder, resuming what was begun, and check it.
+
+    Raises:
+        StorageFailed: not enough room, or the folder cannot be written.
+        ModelNotFound: the hub cannot be reached or has no such file.
+        CorruptFile: what came does not hash to what was published; the file is kept beside, with `.wrong` added.
+    """
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    folder = models_dir / published.folder
+    target = folder / published.filename
+    if target.is_file():
+        return _checked(published, target, models_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(folder).free
+        if free < published.size:
+            raise StorageFailed(
+                f"{published.filename} needs {published.size / 1e9:.1f} GB in {folder} and {free / 1e9:.1f} GB are free.",
+                hint="Free some space or name another folder with --models-dir.",
+            )
+        hf_hub_download(published.repository, published.filename, local_dir=folder)
+    except (HfHubHTTPError, ConnectionError, TimeoutError) as error:
+        raise _unreachable(published, error) from None
+    except OSError as error:
+        if error.errno is None:
+            raise _unreachable(published, error) from None
+        raise StorageFailed(f"{target} cannot be written: {error.strerror}.", hint="Check space and permissions.") from None
+    return _checked(published, target, models_dir)
+
+
+def _unreachable(published: Published, error: Exception) -> ModelNotFound:
+    return ModelNotFound(
+        f"{published.repository}/{published.filename} cannot be fetched: {str(error).splitlines()[0]}.",
+        hint="Check the connection and run the same command again; it goes on where it stopped.",
+    )
+
+
+def _checked(published: Published, target: Path, models_dir: Path) -> Path:
+    digest = HashCache(models_dir / ".alphalayer-hashes.json").sha256(target)
+    if published.sha256 and digest != published.sha256:
+        wrong = target.with_name(target.name + ".wrong")
+        target.rename(wrong)
+        raise CorruptFile(
+            f"{published.filename} hashes to {digest[:10]} and was published as {published.sha256[:10]}; kept as {wrong.name}.",
+            hint="Run the same command again.",
+        )
+    return target
+
+
+@dataclass(frozen=True)
+class Verified:
+    """One file of the models folder and what was found: "as published", "differs from ...", "readable", or what is wrong."""
+
+    path: Path
+    finding: str
+    is_well: bool
+
+
+def verify(models_dir: Path) -> list[Verified]:
+    """Read every model file's header, hash every file that has a published hash, and say what each is."""
+    cache = HashCache(models_dir / ".alphalayer-hashes.json")
+    published = {each.filename: each for each in PUBLISHED}
+    found: list[Verified] = []
+    for path in sorted((models_dir / "layer_model").glob("*.safetensors")):
+        found.append(_verify_layer_file(path, published.get(path.name), cache))
+    for entry in catalog.find_models(models_dir):
+        if entry.problem:
+            found.append(Verified(entry.path, str(entry.problem), False))
+        else:
+            digest = catalog.hash_model(entry, models_dir)
+            found.append(Verified(entry.path, f"readable, {catalog.FAMILY_NAMES[entry.family]}, {digest[:10]}", True))
+    return found
+
+
+def _verify_layer_file(path: Path, published: Published | None, cache: HashCache) -> Verified:
+    try:
+        read_header(path)
+    except AlphalayerError as error:
+        return Verified(path, str(error), False)
+    digest = cache.sha256(path)
+    if published is None or published.sha256 is None:
+        return Verified(path, f"readable, {digest[:10]}", True)
+    same = digest == published.sha256
+    return Verified(path, "as published" if same else f"readable, differs from the published file ({digest[:10]})", True)
