@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import secrets
+import shlex
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,9 +17,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from alphalayer import __version__, catalog, hub, images
+from alphalayer import __version__, catalog, hub, images, oldflags
 from alphalayer.config import Settings, load_settings
-from alphalayer.doctor import diagnose
+from alphalayer.doctor import check_port, diagnose
 from alphalayer.engine import Progress as EngineProgress
 from alphalayer.errors import AlphalayerError, StorageFailed
 from alphalayer.request import ImageFormat, parse_request, split_sampler_name
@@ -52,7 +54,7 @@ def generate(
     model: Annotated[str | None, typer.Option(help="A name from `alphalayer models list`.")] = None,
     models_dir: ModelsDir = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="File or folder to write to.")] = None,
-    format: Annotated[str, typer.Option(help="png, webp or avif.")] = "png",  # noqa: A002 - the option's name
+    format: Annotated[str, typer.Option(help="png, webp or avif.")] = "png",
     device: Annotated[str | None, typer.Option(help="auto, cuda, cuda:0, mps or cpu.")] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, fp16, bf16 or fp32.")] = None,
     memory: Annotated[str | None, typer.Option(help="auto, high, balanced or low.")] = None,
@@ -103,12 +105,26 @@ def serve(
     device: Annotated[str | None, typer.Option(help="auto, cuda, cuda:0, mps or cpu.")] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, fp16, bf16 or fp32.")] = None,
     memory: Annotated[str | None, typer.Option(help="auto, high, balanced or low.")] = None,
-    public_url: Annotated[str | None, typer.Option(help="Where clients reach this service, for the URLs it hands out.")] = None,
+    public_url: Annotated[
+        str | None, typer.Option(help="Where clients reach this service, for the URLs it hands out.")
+    ] = None,
     cors_allow_origins: Annotated[str | None, typer.Option(help='Comma-separated origins, or "*".')] = None,
 ) -> None:
     """Start the HTTP service."""
     asked = {"models_dir": models_dir, "host": host, "port": port, "device": device, "dtype": dtype, "memory": memory}
     run_server(load_settings(**asked, public_url=public_url, cors_allow_origins=cors_allow_origins))
+
+
+@app.command(
+    "serve-as-before", hidden=True, context_settings={"ignore_unknown_options": True, "allow_extra_args": True}
+)
+def serve_as_before(context: typer.Context) -> None:
+    """Start the HTTP service from the old stack's flags and COMMANDLINE_ARGS; what means nothing here is named and left out."""
+    flags = shlex.split(os.environ.get("COMMANDLINE_ARGS", ""))
+    translation = oldflags.translate([*flags, *context.args])
+    for warning in translation.warnings:
+        err.print(f"warning: {warning}", markup=False, soft_wrap=True)
+    run_server(load_settings(**translation.settings))
 
 
 @models_app.command("list")
@@ -180,8 +196,18 @@ def run_server(settings: Settings) -> None:
     import uvicorn
 
     from alphalayer.app import create_app
+    from alphalayer.telemetry import set_up_logs
 
-    uvicorn.run(create_app(settings), host=settings.host, port=settings.port, log_config=None)
+    set_up_logs(settings.log_level, settings.log_json)
+    check_port(settings.host, settings.port)
+    uvicorn.run(
+        create_app(settings),
+        host=settings.host,
+        port=settings.port,
+        log_config=None,
+        proxy_headers=False,
+        timeout_graceful_shutdown=settings.drain_s,
+    )
 
 
 def _targets(output: Path | None, kind: ImageFormat, count: int, settings: Settings) -> list[Path]:
@@ -210,7 +236,7 @@ def _read(file: Path) -> bytes:
 
 
 @contextmanager
-def _progress() -> Iterator[Any]:
+def _progress() -> Generator[Any]:
     """A progress bar on stderr; yields the function that the engine reports to."""
     columns = (TextColumn("{task.description:<8}"), BarColumn(), TextColumn("{task.fields[at]}"), TimeRemainingColumn())
     with Progress(*columns, console=err, transient=True) as bar:
@@ -228,7 +254,9 @@ def main() -> None:
     try:
         app()
     except AlphalayerError as error:
-        err.print(f"[red]error[/]  {error}" if err.is_terminal else f"error: {error}", markup=err.is_terminal, soft_wrap=True)
+        err.print(
+            f"[red]error[/]  {error}" if err.is_terminal else f"error: {error}", markup=err.is_terminal, soft_wrap=True
+        )
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)

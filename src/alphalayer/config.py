@@ -26,27 +26,47 @@ class Settings(BaseSettings):
 
     host: Annotated[str, Field(description="Address to listen on; 0.0.0.0 for all.")] = "127.0.0.1"
     port: Annotated[int, Field(ge=1, le=65535, description="Port to listen on.")] = 7861
-    models_dir: Annotated[Path, Field(description="Folder with Stable-diffusion/, layer_model/ and Lora/.")] = Path("models")
+    models_dir: Annotated[Path, Field(description="Folder with Stable-diffusion/, layer_model/ and Lora/.")] = Path(
+        "models"
+    )
     embeddings_dir: Annotated[Path, Field(description="Folder with textual-inversion embeddings.")] = Path("embeddings")
     outputs_dir: Annotated[Path, Field(description="Folder that pictures are written to.")] = Path("outputs")
-    default_model: Annotated[str | None, Field(description="Model of requests that name none; else the first one.")] = None
-    public_url: Annotated[str | None, Field(description="Base of the URLs handed out, as clients reach the service.")] = None
+    data_dir: Annotated[Path, Field(description="Folder of the journal of jobs.")] = Path("data")
+    default_model: Annotated[str | None, Field(description="Model of requests that name none; else the first one.")] = (
+        None
+    )
+    public_url: Annotated[
+        str | None, Field(description="Base of the URLs handed out, as clients reach the service.")
+    ] = None
     trusted_proxies: Annotated[
         str, Field(description="Comma-separated addresses whose X-Forwarded-* headers are believed.")
     ] = "127.0.0.1"
     cors_allow_origins: Annotated[str, Field(description='Comma-separated origins for CORS, or "*"; empty: off.')] = ""
     api_auth: Annotated[SecretStr | None, Field(description="user:password for HTTP Basic; several by commas.")] = None
     device: Annotated[str, Field(description="auto, cuda, cuda:0, mps or cpu.")] = "auto"
-    dtype: Annotated[Literal["auto", "fp16", "bf16", "fp32"], Field(description="Number format of UNet and decoder.")] = "auto"
+    dtype: Annotated[
+        Literal["auto", "fp16", "bf16", "fp32"], Field(description="Number format of UNet and decoder.")
+    ] = "auto"
     memory: Annotated[
         Literal["auto", "high", "balanced", "low"],
         Field(description="What stays on the GPU: high from 16 GB on, balanced for 12, low for 8."),
     ] = "auto"
     noise: Annotated[NoiseSource, Field(description="Noise where a request names none; nv is portable.")] = "nv"
-    decode: Annotated[DecodeMode, Field(description="Transparent decode: official, or forge2 for Forge 2's pictures.")] = "official"
+    decode: Annotated[
+        DecodeMode, Field(description="Transparent decode: official, or forge2 for Forge 2's pictures.")
+    ] = "official"
     queue_limit: Annotated[int, Field(ge=1, le=100_000, description="Jobs that may wait; more are answered 429.")] = 200
+    silence_limit_s: Annotated[
+        float, Field(gt=0, description="Seconds of silence after which a working engine process is taken for hung.")
+    ] = 900.0
+    drain_s: Annotated[
+        int, Field(ge=0, description="Seconds that requests at work get to end when the service is stopped.")
+    ] = 60
     max_request_bytes: Annotated[int, Field(ge=1024, description="Largest request body.")] = 1_000_000
-    log_level: Annotated[Literal["debug", "info", "warning", "error"], Field(description="Least serious log lines shown.")] = "info"
+    log_level: Annotated[
+        Literal["debug", "info", "warning", "error"], Field(description="Least serious log lines shown.")
+    ] = "info"
+    log_json: Annotated[bool, Field(description="Log one JSON object a line instead of readable text.")] = False
 
     @field_validator("port", mode="before")
     @classmethod
@@ -59,8 +79,8 @@ class Settings(BaseSettings):
         settings_cls: type[BaseSettings],
         init_settings: PydanticBaseSettingsSource,
         env_settings: PydanticBaseSettingsSource,
-        dotenv_settings: PydanticBaseSettingsSource,
-        file_secret_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+        file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """Flags before environment before TOML file."""
         return init_settings, env_settings, TomlConfigSettingsSource(settings_cls)

@@ -16,6 +16,7 @@ from typing import Literal
 from alphalayer import catalog
 from alphalayer.config import Settings
 from alphalayer.engine.layerfiles import DECODER_FILES, PATCH_FILES
+from alphalayer.errors import SetupFailed
 
 LITTLE_DISK = 2 * 1024**3
 # torch is asked in a process of its own: importing it here would take seconds and could crash
@@ -92,16 +93,25 @@ def _layer_files(settings: Settings) -> Iterator[Finding]:
             yield Finding("error", f"the LayerDiffuse {what} ({names[0]}) is not in {folder}.", catalog.PULL_LAYERS)
 
 
-def _port(settings: Settings) -> Iterator[Finding]:
-    with socket.socket() as probe:
+def check_port(host: str, port: int) -> None:
+    """Raise `SetupFailed` if nothing can listen there."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind((settings.host, settings.port))
+            probe.bind((host, port))
         except OSError as error:
             why = error.strerror or str(error)
-            yield Finding("warning", f"port {settings.port} on {settings.host}: {why}.", "Use another one with --port.")
-        else:
-            yield Finding("ok", f"port {settings.port} is free")
+            raise SetupFailed(f"port {port} on {host}: {why}.", hint="Use another one with --port.") from None
+
+
+def _port(settings: Settings) -> Iterator[Finding]:
+    try:
+        check_port(settings.host, settings.port)
+    except SetupFailed as error:
+        yield Finding("warning", error.message, error.hint)
+    else:
+        yield Finding("ok", f"port {settings.port} is free")
 
 
 def _outputs(settings: Settings) -> Iterator[Finding]:
@@ -112,7 +122,11 @@ def _outputs(settings: Settings) -> Iterator[Finding]:
             pass
         free = shutil.disk_usage(folder).free
     except OSError as error:
-        yield Finding("error", f"cannot write to {Path(folder).resolve()}: {error.strerror}.", "Set outputs_dir to a folder that can.")
+        yield Finding(
+            "error",
+            f"cannot write to {Path(folder).resolve()}: {error.strerror}.",
+            "Set outputs_dir to a folder that can.",
+        )
         return
     what = f"{free / 2**30:.1f} GiB free for pictures in {folder}"
     yield Finding("ok", what) if free > LITTLE_DISK else Finding("warning", what, "Free some space.")

@@ -55,19 +55,19 @@ def _subclasses(kind: type[AlphalayerError]) -> list[type[AlphalayerError]]:
     return [found for child in kind.__subclasses__() for found in (child, *_subclasses(child))]
 
 
-class InvalidRequest(AlphalayerError):  # noqa: N818 - the names read as what happened, as HTTP's own do
+class InvalidRequest(AlphalayerError):
     """A field of a request is wrong; `field` names it."""
 
     code = "invalid_request"
 
 
-class ModelNotFound(AlphalayerError):  # noqa: N818
+class ModelNotFound(AlphalayerError):
     """No model of that name is in the models folder."""
 
     code = "model_not_found"
 
 
-class ModelUnusable(AlphalayerError):  # noqa: N818
+class ModelUnusable(AlphalayerError):
     """A model file that is there cannot be used."""
 
     code = "model_unusable"
@@ -91,49 +91,49 @@ class PickleRefused(ModelUnusable):
     code = "pickle_refused"
 
 
-class LayerDiffuseMissing(AlphalayerError):  # noqa: N818
+class LayerDiffuseMissing(AlphalayerError):
     """The LayerDiffuse patch or the transparent decoder is not there."""
 
     code = "layerdiffuse_missing"
 
 
-class OutOfMemory(AlphalayerError):  # noqa: N818
+class OutOfMemory(AlphalayerError):
     """The request does not fit the device, in the smallest memory mode either."""
 
     code = "out_of_memory"
 
 
-class Cancelled(AlphalayerError):  # noqa: N818
+class Cancelled(AlphalayerError):
     """Somebody asked for the job to stop."""
 
     code = "cancelled"
 
 
-class QueueFull(AlphalayerError):  # noqa: N818
+class QueueFull(AlphalayerError):
     """There is no room for another job now."""
 
     code = "queue_full"
 
 
-class FileMissing(AlphalayerError):  # noqa: N818
+class FileMissing(AlphalayerError):
     """No stored picture has that name."""
 
     code = "file_not_found"
 
 
-class StorageFailed(AlphalayerError):  # noqa: N818
+class StorageFailed(AlphalayerError):
     """A picture could not be written or read: disk full, folder read-only."""
 
     code = "storage_failed"
 
 
-class EngineFailed(AlphalayerError):  # noqa: N818
+class EngineFailed(AlphalayerError):
     """The engine process died, or raised something unforeseen."""
 
     code = "engine_failed"
 
 
-class SetupFailed(AlphalayerError):  # noqa: N818
+class SetupFailed(AlphalayerError):
     """The service or command cannot start as it is configured."""
 
     code = "setup_failed"

@@ -15,9 +15,7 @@ from alphalayer.catalog.hashes import HashCache
 from alphalayer.catalog.headers import read_header
 from alphalayer.errors import AlphalayerError, CorruptFile, InvalidRequest, ModelNotFound, StorageFailed
 
-SDXL_LICENCE = (
-    "SDXL base 1.0: CreativeML Open RAIL++-M. Commercial and hosted use is allowed; its use restrictions must be passed on."
-)
+SDXL_LICENCE = "SDXL base 1.0: CreativeML Open RAIL++-M. Commercial and hosted use is allowed; its use restrictions must be passed on."
 LAYERDIFFUSE_LICENCE = "LayerDiffuse weights: tagged creativeml-openrail-m by their authors."
 JUGGERNAUT = (
     "Juggernaut XL is not fetched here: its licence bars use behind API services without a commercial licence. "
@@ -86,7 +84,9 @@ def plan_pull(names: Sequence[str]) -> list[Published]:
         if "juggernaut" in name.lower():
             raise InvalidRequest(JUGGERNAUT, field="name")
         if name not in known:
-            raise InvalidRequest(f'"{name}" is not a model that can be pulled.', hint=f"Use: {', '.join(known)}.", field="name")
+            raise InvalidRequest(
+                f'"{name}" is not a model that can be pulled.', hint=f"Use: {', '.join(known)}.", field="name"
+            )
     return [each for each in PUBLISHED if each.name in names]
 
 
@@ -119,7 +119,9 @@ def pull(published: Published, models_dir: Path) -> Path:
     except OSError as error:
         if error.errno is None:
             raise _unreachable(published, error) from None
-        raise StorageFailed(f"{target} cannot be written: {error.strerror}.", hint="Check space and permissions.") from None
+        raise StorageFailed(
+            f"{target} cannot be written: {error.strerror}.", hint="Check space and permissions."
+        ) from None
     return _checked(published, target, models_dir)
 
 
@@ -176,4 +178,6 @@ def _verify_layer_file(path: Path, published: Published | None, cache: HashCache
     if published is None or published.sha256 is None:
         return Verified(path, f"readable, {digest[:10]}", True)
     same = digest == published.sha256
-    return Verified(path, "as published" if same else f"readable, differs from the published file ({digest[:10]})", True)
+    return Verified(
+        path, "as published" if same else f"readable, differs from the published file ({digest[:10]})", True
+    )

@@ -16,11 +16,13 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from alphalayer.errors import InvalidRequest
+from alphalayer.job import Output
 from alphalayer.request import ImageFormat
 
 Rgba = NDArray[np.uint8]
 
 MAX_PIXELS = 64_000_000
+SOLID_ALPHA = 255
 MIME_TYPES: dict[ImageFormat, str] = {"png": "image/png", "webp": "image/webp", "avif": "image/avif"}
 _EXIF_IFD, _USER_COMMENT = 0x8769, 0x9286
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -33,7 +35,9 @@ def check_format(name: str) -> ImageFormat:
         if name.lower() == known:
             return known
     raise InvalidRequest(
-        f'"{name}" is not a format with transparency that is written here.', hint="Use png, webp or avif.", field="format"
+        f'"{name}" is not a format with transparency that is written here.',
+        hint="Use png, webp or avif.",
+        field="format",
     )
 
 
@@ -50,6 +54,23 @@ def encode(rgba: Rgba, kind: ImageFormat = "png", parameters: str = "") -> bytes
     return buffer.getvalue()
 
 
+def encode_preview(rgb: NDArray[np.uint8]) -> bytes:
+    """A small WebP of an RGB picture (height, width, 3), for the eye only."""
+    buffer = io.BytesIO()
+    Image.fromarray(rgb).save(buffer, format="WEBP", quality=70)
+    return buffer.getvalue()
+
+
+def finish(rgba: Rgba, output: Output) -> Rgba:
+    """What a request wants done to a finished picture: defringe, trim, composite, in this order."""
+    if output.defringe:
+        rgba = defringe(rgba)
+    if output.trim:
+        rgba = trim(rgba, output.trim_threshold, output.trim_padding)
+    if output.background:
+        red, green, blue = bytes.fromhex(output.background[1:])
+        rgba = composite(rgba, (red, green, blue))
+    return rgba
 
 
 def decode(data: bytes) -> tuple[Rgba, str | None]:
@@ -61,11 +82,15 @@ def decode(data: bytes) -> tuple[Rgba, str | None]:
     try:
         with Image.open(io.BytesIO(data)) as image:
             if image.width * image.height > MAX_PIXELS:
-                raise InvalidRequest(f"the picture has {image.width}x{image.height} pixels; the limit is 64 megapixels.")
+                raise InvalidRequest(
+                    f"the picture has {image.width}x{image.height} pixels; the limit is 64 megapixels."
+                )
             image.load()
             return np.asarray(image.convert("RGBA")), _parameters(image)
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error) as error:
-        raise InvalidRequest(f"not a picture, or a damaged one ({error}).", hint="Use a PNG, WebP or AVIF file.") from None
+        raise InvalidRequest(
+            f"not a picture, or a damaged one ({error}).", hint="Use a PNG, WebP or AVIF file."
+        ) from None
     except Image.DecompressionBombError:
         raise InvalidRequest("the picture is too large; the limit is 64 megapixels.") from None
 
@@ -120,6 +145,33 @@ def trim(rgba: Rgba, threshold: int = 0, padding: int = 0) -> Rgba:
         max(top - padding, 0) : min(bottom + 1 + padding, height),
         max(left - padding, 0) : min(right + 1 + padding, width),
     ]
+
+
+def defringe(rgba: Rgba, reach: int = 3) -> Rgba:
+    """Give half-transparent edge pixels the colour of the solid pixels beside them, so that no old background shines through.
+
+    Colour spreads from pixels of full alpha outwards, `reach` pixels at most; alpha stays as it is, and so do pixels that no
+    solid one is near to (smoke, glass).
+    """
+    color = rgba[..., :3].astype(np.float32)
+    known = rgba[..., 3] == SOLID_ALPHA
+    for _ in range(reach):
+        weight = known.astype(np.float32)
+        total, count = _neighbours(color * weight[..., None]), _neighbours(weight)
+        reached = ~known & (count > 0)
+        color[reached] = total[reached] / count[reached][:, None]
+        known = known | reached
+    changed = known & (rgba[..., 3] < SOLID_ALPHA)
+    result = rgba.copy()
+    result[changed, :3] = np.rint(color[changed]).astype(np.uint8)
+    return result
+
+
+def _neighbours(values: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The sum over the 3x3 square around each pixel."""
+    padded: NDArray[np.float32] = np.pad(values, [(1, 1), (1, 1), *[(0, 0)] * (values.ndim - 2)])
+    rows: NDArray[np.float32] = padded[:-2] + padded[1:-1] + padded[2:]
+    return np.asarray(rows[:, :-2] + rows[:, 1:-1] + rows[:, 2:], np.float32)
 
 
 def composite(rgba: Rgba, background: tuple[int, int, int]) -> Rgba:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+import time
+from typing import Any
 
 from alphalayer import __version__
+from alphalayer.job import Job
 from alphalayer.request import GenerationRequest
 
 METHOD_LABELS = {
@@ -39,6 +42,49 @@ def write_parameters(
     line = ", ".join(f"{key}: {_quoted(value)}" for key, value in pairs.items() if value is not None)
     negative = f"\nNegative prompt: {request.negative_prompt}" if request.negative_prompt else ""
     return f"{request.prompt}{negative}\n{line}"
+
+
+def webui_info(job: Job) -> dict[str, Any]:
+    """The `info` object of an answer, with the keys that clients of that ecosystem read, for a job that is done."""
+    assert job.result is not None, job.id
+    result, request = job.result, job.result.generation
+    seeds = [image.seed for image in result.images]
+    subseeds = [image.subseed for image in result.images]
+    infotexts = [image.parameters for image in result.images]
+    return {
+        "prompt": request.prompt,
+        "all_prompts": [request.prompt] * len(seeds),
+        "negative_prompt": request.negative_prompt,
+        "all_negative_prompts": [request.negative_prompt] * len(seeds),
+        "seed": seeds[0],
+        "all_seeds": seeds,
+        "subseed": subseeds[0],
+        "all_subseeds": subseeds,
+        "subseed_strength": request.subseed_strength,
+        "width": request.width,
+        "height": request.height,
+        "sampler_name": request.sampler,
+        "cfg_scale": request.cfg_scale,
+        "steps": request.steps,
+        "batch_size": request.batch_size,
+        "restore_faces": False,
+        "face_restoration_model": None,
+        "sd_model_name": result.model_name,
+        "sd_model_hash": result.model_hash,
+        "sd_vae_name": None,
+        "sd_vae_hash": None,
+        "seed_resize_from_w": -1,
+        "seed_resize_from_h": -1,
+        "denoising_strength": None,
+        "extra_generation_params": {"Schedule type": request.scheduler, **_layerdiffuse(request)},
+        "index_of_first_image": 0,
+        "infotexts": infotexts,
+        "styles": [],
+        "job_timestamp": time.strftime("%Y%m%d%H%M%S", time.localtime(job.created_at)),
+        "clip_skip": request.clip_skip,
+        "is_using_inpainting_conditioning": False,
+        "version": f"alphalayer-{__version__}",
+    }
 
 
 def read_parameters(text: str) -> dict[str, str]:

@@ -18,7 +18,7 @@ HONOURED: dict[str, str] = {
 """Flags with a value, and the setting that takes it."""
 
 SWITCHES: dict[str, dict[str, str]] = {
-    "--listen": {"host": "0.0.0.0"},  # noqa: S104 - what the flag means
+    "--listen": {"host": "0.0.0.0"},
     "--api": {},
     "--nowebui": {},
     "--always-cpu": {"device": "cpu"},
@@ -38,11 +38,13 @@ SWITCHES: dict[str, dict[str, str]] = {
 """Flags without a value, and what they set."""
 
 MEANINGLESS = frozenset(
-    "--xformers --opt-sdp-attention --opt-sdp-no-mem-attention --opt-split-attention --disable-xformers --cuda-malloc "
-    "--cuda-stream --pin-shared-memory --skip-torch-cuda-test --skip-python-version-check --skip-install --skip-prepare-environment "
-    "--no-download-sd-model --no-half-vae --precision-full --upcast-sampling --enable-insecure-extension-access --api-log "
-    "--api-server-stop --share --autolaunch --theme-dark --disable-safe-unpickle --update-check --reinstall-torch --quiet "
-    "--attention-pytorch --attention-split --attention-quad --disable-ipex-hijack --vae-in-fp32 --vae-in-bf16 --clip-in-fp32".split()
+    """
+    --xformers --disable-xformers --opt-sdp-attention --opt-sdp-no-mem-attention --opt-split-attention --attention-pytorch
+    --attention-split --attention-quad --cuda-malloc --cuda-stream --pin-shared-memory --disable-ipex-hijack --upcast-sampling
+    --no-half-vae --vae-in-fp32 --vae-in-bf16 --clip-in-fp32 --precision-full --skip-torch-cuda-test --skip-python-version-check
+    --skip-install --skip-prepare-environment --reinstall-torch --update-check --no-download-sd-model --disable-safe-unpickle
+    --enable-insecure-extension-access --api-log --api-server-stop --share --autolaunch --theme-dark --quiet
+    """.split()
 )
 """Flags of the old stack that have nothing to change here."""
 

@@ -1,8 +1,8 @@
 """The models folder: what is there, what it is called, and what it is. Free of torch; reads headers, never weights.
 
-    models/Stable-diffusion/   checkpoints: single .safetensors files, or diffusers folders (with model_index.json)
-    models/layer_model/        LayerDiffuse files under their published names
-    models/Lora/               LoRA files
+models/Stable-diffusion/   checkpoints: single .safetensors files, or diffusers folders (with model_index.json)
+models/layer_model/        LayerDiffuse files under their published names
+models/Lora/               LoRA files
 """
 
 from __future__ import annotations
@@ -15,7 +15,14 @@ from typing import Any
 
 from alphalayer.catalog.hashes import SHORT_HASH_DIGITS, HashCache
 from alphalayer.catalog.headers import FAMILY_NAMES, Header, family_of, read_header
-from alphalayer.errors import CorruptFile, InvalidRequest, ModelNotFound, ModelUnusable, PickleRefused, UnsupportedFamily
+from alphalayer.errors import (
+    CorruptFile,
+    InvalidRequest,
+    ModelNotFound,
+    ModelUnusable,
+    PickleRefused,
+    UnsupportedFamily,
+)
 
 __all__ = ["FAMILY_NAMES", "Header", "ModelEntry", "find_lora", "find_models", "read_header", "resolve_model"]
 
@@ -156,7 +163,10 @@ def _diffusers_entry(path: Path, folder: Path, cache: HashCache) -> ModelEntry:
     try:
         pipeline = json.loads((path / "model_index.json").read_text()).get("_class_name", "")
     except (OSError, ValueError, AttributeError):
-        pipeline, problem = "", CorruptFile(f"{path / 'model_index.json'} is damaged.", hint="Download the folder again.")
+        pipeline, problem = (
+            "",
+            CorruptFile(f"{path / 'model_index.json'} is damaged.", hint="Download the folder again."),
+        )
     is_sdxl = pipeline.startswith("StableDiffusionXL") and "Inpaint" not in pipeline
     if not is_sdxl and not problem:
         problem = UnsupportedFamily(f"{path} is a {pipeline}; this version draws with SDXL models only.")

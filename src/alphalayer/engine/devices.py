@@ -6,7 +6,7 @@ Knows nothing of models' contents; the pipeline asks `Residency` to bring a modu
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -136,7 +136,7 @@ class Residency:
     mode: MemoryMode
 
     @contextmanager
-    def of(self, *modules: nn.Module, keep: bool = True) -> Iterator[None]:
+    def of(self, *modules: nn.Module, keep: bool = True) -> Generator[None]:
         """Hold `modules` on the device inside the block; afterwards they stay, or go to the CPU if not `keep`."""
         for module in modules:
             module.to(self.device)

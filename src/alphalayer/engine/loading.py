@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -37,6 +37,7 @@ from alphalayer.request import ModelDefaults
 diffusers.utils.logging.set_verbosity_error()
 diffusers.utils.logging.disable_progress_bar()
 transformers.utils.logging.disable_progress_bar()
+
 
 @dataclass(frozen=True)
 class LayerDiffuseFiles:
@@ -190,7 +191,7 @@ def _text(encoder: Any) -> nn.Module:
 
 
 @contextmanager
-def _config_folder(header: Header) -> Iterator[str]:
+def _config_folder(header: Header) -> Generator[str]:
     """A folder of diffusers configs that describe a single file."""
     with tempfile.TemporaryDirectory(prefix="alphalayer-config-") as name:
         for relative, content in fitted_configs(header.shapes).items():

@@ -1,6 +1,7 @@
 """Weight patches: the LayerDiffuse files and LoRAs, read in every published form, merged in float32 and taken off bit for bit.
 
-Forms: `<LDM name>::lora|diff|set::<index>` (LayerDiffuse as published); diffusers-named full offsets; LoRA in PEFT, diffusers or kohya names.
+Forms: `<LDM name>::lora|diff|set::<index>` (LayerDiffuse as published); diffusers-named full offsets; LoRA in PEFT, diffusers
+or kohya names.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
@@ -147,7 +148,7 @@ class WeightPatcher:
         self._weights = dict(unet.named_parameters())
         self._originals: dict[str, Tensor] = {}
         self._applied: tuple[tuple[Path, float], ...] = ()
-        self._read = lru_cache(4)(lambda path: read_patch(path, unet))
+        self._read = lru_cache(4)(partial(read_patch, unet=unet))
 
     def ensure(self, wanted: Sequence[tuple[Path, float]]) -> None:
         """Make the weights original + `wanted` patches with their strengths, in order; nothing is done if they are."""

@@ -7,7 +7,7 @@ memory mode's business. Knows nothing of queues, files or HTTP.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from alphalayer import catalog, infotext
 from alphalayer.engine import GeneratedImage, GenerationResult, Progress, RgbaImage
+from alphalayer.engine.brownian import BrownianNoise
 from alphalayer.engine.devices import (
     GIB,
     MemoryMode,
@@ -34,7 +35,6 @@ from alphalayer.engine.devices import (
 from alphalayer.engine.embeddings import read_embeddings
 from alphalayer.engine.guidance import Denoiser, Guidance
 from alphalayer.engine.loading import LoadedModel, load_model
-from alphalayer.engine.brownian import BrownianNoise
 from alphalayer.engine.noise import ImageGenerator, Shape, initial_noise
 from alphalayer.engine.samplers import SAMPLERS, Noise, brownian_intervals, sample
 from alphalayer.engine.schedules import sigmas_for
@@ -60,8 +60,8 @@ class Canvas:
     @classmethod
     def of(cls, width: int, height: int) -> Canvas:
         """The smallest canvas that holds width x height."""
-        up = lambda side: -(-side // SIZE_MULTIPLE) * SIZE_MULTIPLE  # noqa: E731
-        return cls(width, height, up(width), up(height))
+        drawn = [-(-side // SIZE_MULTIPLE) * SIZE_MULTIPLE for side in (width, height)]
+        return cls(width, height, *drawn)
 
     def crop(self, picture: NDArray[np.uint8]) -> NDArray[np.uint8]:
         """Cut the window out of a drawn picture (drawn_height, drawn_width, channels)."""
@@ -96,7 +96,7 @@ class Stopwatch:
         self._device = device
 
     @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
+    def stage(self, name: str) -> Generator[None]:
         """Time a block and add it to the stage's account."""
         start = time.perf_counter()
         try:
@@ -238,7 +238,7 @@ class LocalEngine:
             self._patch(request, model, with_transparency=request.layerdiffuse.enabled and sigma >= last_patched_sigma)
             return denoiser(x, sigma, step)
 
-        def on_step(done: int, x: Tensor, x0: Tensor) -> None:
+        def on_step(done: int, _x: Tensor, x0: Tensor) -> None:
             preview = self._preview(model, x0) if watcher.previews else None
             watcher.on_progress(Progress("sample", done, len(sigmas) - 1, preview))
 
@@ -308,8 +308,10 @@ class LocalEngine:
 
 def create_engine(options: dict[str, Any]) -> LocalEngine:
     """Build the engine from plain options, as they come over a pipe: the keywords of `LocalEngine`, paths as text."""
-    paths = {name: Path(options[name]) for name in ("models_dir", "embeddings_dir") if options.get(name)}
-    return LocalEngine(**{**options, **paths})
+    values: dict[str, Any] = {**options, "models_dir": Path(options["models_dir"])}
+    if values.get("embeddings_dir"):
+        values["embeddings_dir"] = Path(values["embeddings_dir"])
+    return LocalEngine(**values)
 
 
 def _noise(

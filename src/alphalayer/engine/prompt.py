@@ -1,10 +1,10 @@
 """The prompt language of that ecosystem: weights, BREAK, step schedules, alternation, AND. Text only; knows no tokens and no torch.
 
-    (word)  (word:1.3)  [word]      attention times 1.1, 1.3, 1/1.1; nesting multiplies; \\( and \\[ are literal
-    BREAK                           the rest starts a new chunk of 75 tokens
-    [a:b:0.5]  [a:b:8]  [b:8]  [a::8]   a up to that step (with a point: that part of the steps), then b
-    [a|b|c]                         a, b, c in turn, step by step
-    a AND b:0.5                     two prompts, mixed in the picture with these weights
+(word)  (word:1.3)  [word]      attention times 1.1, 1.3, 1/1.1; nesting multiplies; \\( and \\[ are literal
+BREAK                           the rest starts a new chunk of 75 tokens
+[a:b:0.5]  [a:b:8]  [b:8]  [a::8]   a up to that step (with a point: that part of the steps), then b
+[a|b|c]                         a, b, c in turn, step by step
+a AND b:0.5                     two prompts, mixed in the picture with these weights
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Literal, cast
 
 import torch
@@ -187,9 +188,7 @@ SAMPLERS = {
 }
 
 
-def sample(
-    name: str, denoise: Denoise, x: Tensor, sigmas: Tensor, noise: Noise, on_step: OnStep = lambda *_: None
-) -> Tensor:
+def sample(name: str, denoise: Denoise, x: Tensor, sigmas: Tensor, noise: Noise, on_step: OnStep) -> Tensor:
     """Take `x` (B, C, h, w), noised to `sigmas[0]`, to the clean latent with the sampler `name`."""
     return SAMPLERS[name].function(denoise, x, [float(sigma) for sigma in sigmas], noise, on_step)
 
@@ -205,7 +204,7 @@ def brownian_intervals(name: str, sigmas: Tensor) -> list[tuple[float, float]]:
 
 
 def _pairs(sigmas: Sequence[float]) -> list[tuple[float, float]]:
-    return list(zip(sigmas, sigmas[1:], strict=False))
+    return list(pairwise(sigmas))
 
 
 def _geometric_middle(sigma: float, following: float) -> float:

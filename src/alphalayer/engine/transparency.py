@@ -78,7 +78,7 @@ class TransparentDecoder(nn.Module):
             skips += outputs
         sample = self.mid_block(sample, None)
         for block in self.up_blocks:
-            taken = len(block.resnets)
+            taken = len(list(block.get_submodule("resnets").children()))
             sample, skips = block(sample, tuple(skips[-taken:]), None), skips[:-taken]
         return self.conv_out(nn.functional.silu(self.conv_norm_out(sample)))
 

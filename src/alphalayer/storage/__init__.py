@@ -1,1 +1,49 @@
+"""Where finished pictures are kept. The rest of the program knows this protocol and keys such as `alpha_1700000000_0af3.png`."""
 
+from __future__ import annotations
+
+import re
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Protocol
+
+from alphalayer.errors import FileMissing
+
+KEY = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,199}$")
+"""A key is one plain file name: no folders, no leading dot."""
+
+
+@dataclass(frozen=True)
+class StoredFile:
+    """A file opened for reading: its size in bytes, when it was written (Unix seconds) and its bytes, piece by piece."""
+
+    size_bytes: int
+    modified_at: float
+    chunks: AsyncIterator[bytes]
+
+
+class Storage(Protocol):
+    """A flat set of files. `put` and `delete` block and are called from threads; the rest is asynchronous."""
+
+    def put(self, key: str, data: bytes) -> None:
+        """Write a file as a whole, or not at all. Raises `StorageFailed`."""
+        ...
+
+    def delete(self, key: str) -> None:
+        """Remove a file; one that is not there is no error. Raises `StorageFailed`."""
+        ...
+
+    async def open(self, key: str) -> StoredFile:
+        """Open a file. Raises `FileMissing`, `StorageFailed`."""
+        ...
+
+    def list(self) -> list[tuple[str, int, float]]:
+        """Key, size in bytes and time of writing (Unix seconds) of every file. Raises `StorageFailed`."""
+        ...
+
+
+def check_key(key: str) -> str:
+    """The key, if it is one. Raises `FileMissing`: what cannot be a key names no file."""
+    if not KEY.match(key) or ".." in key:
+        raise FileMissing(f'there is no file "{key[:200]}".', hint="Use the name as it was given.")
+    return key

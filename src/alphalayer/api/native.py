@@ -1,0 +1,191 @@
+"""The native dialect, `/alpha/v1`: a prompt in, the URL of a transparent PNG out; and the pictures themselves."""
+
+from __future__ import annotations
+
+import base64
+import json
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Request
+from fastapi.responses import StreamingResponse
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from alphalayer import infotext
+from alphalayer.api.deps import Service, ServiceDep, User, file_url, run_job
+from alphalayer.api.problems import PROBLEMS
+from alphalayer.errors import InvalidRequest
+from alphalayer.images import MIME_TYPES
+from alphalayer.job import MAX_ITERATIONS, Job, JobSpec, Output
+from alphalayer.request import (
+    MAX_PROMPT_CHARACTERS,
+    MAX_SEED,
+    ImageFormat,
+    Lora,
+    Prompt,
+    SamplerName,
+    SchedulerName,
+    Side,
+    parse_request,
+    split_sampler_name,
+)
+from alphalayer.storage import check_key
+
+router = APIRouter(prefix="/alpha/v1", tags=["Alphalayer"], responses=PROBLEMS)
+_SAMPLER: TypeAdapter[str] = TypeAdapter(SamplerName)
+
+
+class GenerationFields(BaseModel):
+    """What may be asked for. Only the prompt must be given; what is left out is drawn as the model likes it."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, title="Txt2ImgRequest")
+
+    prompt: Annotated[Prompt, Field(description="What to draw.", examples=["an apple, high quality"])]
+    negative_prompt: Annotated[str, Field(max_length=MAX_PROMPT_CHARACTERS, description="What to keep out.")] = (
+        "bad, ugly"
+    )
+    seed: Annotated[int, Field(ge=-1, le=MAX_SEED, description="Same seed, same picture; -1 draws a fresh one.")] = (
+        12345
+    )
+    steps: Annotated[int, Field(ge=1, le=150, description="Sampling steps; SDXL: 20.")] | None = None
+    sampler_name: (
+        Annotated[str, Field(max_length=100, description='SDXL: "DPM++ 2M SDE"; may carry its scheduler.')] | None
+    ) = None
+    scheduler: Annotated[SchedulerName, Field(description='SDXL: "Karras".')] | None = None
+    cfg_scale: (
+        Annotated[float, Field(ge=1, le=30, description="How strictly the prompt is followed; SDXL: 5.")] | None
+    ) = None
+    width: Annotated[Side, Field(description="Pixels; SDXL: 1024.")] | None = None
+    height: Annotated[Side, Field(description="Pixels; SDXL: 1024.")] | None = None
+    batch_size: Annotated[int, Field(ge=1, le=8, description="Pictures drawn together; seeds count up.")] = 1
+    n_iter: Annotated[int, Field(ge=1, le=MAX_ITERATIONS, description="Batches drawn one after another.")] = 1
+    subseed: Annotated[int, Field(ge=-1, le=MAX_SEED, description="Variation seed.")] = -1
+    subseed_strength: Annotated[float, Field(ge=0, le=1, description="How far to go to the variation.")] = 0.0
+    checkpoint: Annotated[str, Field(max_length=500, description="A model by name, title or hash.")] | None = None
+    loras: Annotated[list[Lora], Field(max_length=16, description="LoRA files of models/Lora, with weights.")] = []
+    layerdiffuse_enabled: Annotated[bool, Field(description="Draw with transparency.")] = True
+    layerdiffuse_method: Annotated[Literal["attention", "conv"], Field(description="Which LayerDiffuse patch.")] = (
+        "attention"
+    )
+    layerdiffuse_weight: Annotated[float, Field(ge=0, le=2, description="Strength of the patch.")] = 1.0
+    layerdiffuse_stop_at: Annotated[float, Field(ge=0, le=1, description="Part of the schedule it is on.")] = 1.0
+    format: Annotated[ImageFormat, Field(description="All three have alpha.")] = "png"
+    defringe: Annotated[bool, Field(description="Take the old background's colour out of soft edges.")] = False
+    trim: Annotated[bool, Field(description="Cut empty borders away.")] = False
+    trim_threshold: Annotated[int, Field(ge=0, le=254, description="Alpha up to this is empty.")] = 0
+    trim_padding: Annotated[int, Field(ge=0, le=1024, description="Pixels left around the object.")] = 0
+    background: (
+        Annotated[str, Field(pattern=r"^#[0-9a-fA-F]{6}$", description="Lay the picture on this colour.")] | None
+    ) = None
+
+    def to_spec(self, service: Service) -> JobSpec:
+        """The job that does this. Raises `InvalidRequest`."""
+        sampler, scheduler = self.sampler_name, self.scheduler
+        if sampler and not scheduler:
+            sampler, scheduler = split_sampler_name(sampler)
+        same = ("prompt", "negative_prompt", "seed", "steps", "cfg_scale", "width", "height", "batch_size")
+        layers = {name: getattr(self, f"layerdiffuse_{name}") for name in ("enabled", "method", "weight", "stop_at")}
+        generation = parse_request(
+            {
+                **{name: getattr(self, name) for name in (*same, "subseed", "subseed_strength")},
+                "sampler": _checked_sampler(sampler),
+                "scheduler": scheduler,
+                "model": self.checkpoint or None,
+                "loras": tuple(self.loras),
+                "noise": service.noise,
+                "decode": service.decode,
+                "layerdiffuse": layers,
+            }
+        )
+        output = Output(**{name: getattr(self, name) for name in Output.model_fields})
+        return JobSpec(generation=generation, iterations=self.n_iter, output=output)
+
+
+class Txt2ImgRequest(GenerationFields):
+    """The body of `POST /alpha/v1/txt2img`."""
+
+    response_format: Annotated[
+        Literal["url", "base64"], Field(description="With base64 the picture itself is in the answer, too.")
+    ] = "url"
+
+
+class ImageAnswer(BaseModel):
+    """One picture of several."""
+
+    url: str
+    filename: str
+    seed: int
+    width: int
+    height: int
+    base64: str | None = None
+
+
+class Txt2ImgResponse(BaseModel):
+    """The picture's URL and name, and `info`, a JSON string with everything that made it."""
+
+    url: str
+    filename: str
+    info: Annotated[str, Field(description="A JSON string: seeds, size, sampler, model and the infotexts.")]
+    base64: Annotated[str | None, Field(description="The picture, where it was asked for.")] = None
+    images: Annotated[list[ImageAnswer] | None, Field(description="All pictures, where there are several.")] = None
+
+
+@router.post("/txt2img", response_model_exclude_none=True, summary="Draw a transparent picture")
+async def txt2img(body: Txt2ImgRequest, request: Request, service: ServiceDep, user: User) -> Txt2ImgResponse:
+    """Waits for the picture. While it waits it stands in the queue as a job; a client that leaves gives its place up."""
+    job = await run_job(request, body.to_spec(service), user)
+    return await _answer(job, request, service, with_data=body.response_format == "base64")
+
+
+@router.get(
+    "/file/{filename}",
+    summary="A finished picture",
+    response_class=StreamingResponse,
+    responses={200: {"content": {mime: {} for mime in MIME_TYPES.values()}, "description": "The picture itself."}},
+)
+async def file(filename: str, service: ServiceDep) -> StreamingResponse:
+    """Needs no password: the name is the secret, so that the URL opens wherever it is pasted."""
+    found = await service.storage.open(check_key(filename))
+    kind = filename.rpartition(".")[2]
+    headers = {"Cache-Control": "public, max-age=31536000, immutable", "Content-Length": str(found.size_bytes)}
+    mime = next((mime for name, mime in MIME_TYPES.items() if name == kind), "application/octet-stream")
+    return StreamingResponse(found.chunks, media_type=mime, headers=headers)
+
+
+async def _answer(job: Job, request: Request, service: Service, *, with_data: bool) -> Txt2ImgResponse:
+    result = job.result
+    assert result is not None, job.id
+    pictures = [
+        ImageAnswer(
+            url=file_url(request, image.key),
+            filename=image.key,
+            seed=image.seed,
+            width=image.width,
+            height=image.height,
+            base64=await _base64(service, image.key) if with_data else None,
+        )
+        for image in result.images
+    ]
+    first = pictures[0]
+    return Txt2ImgResponse(
+        url=first.url,
+        filename=first.filename,
+        info=json.dumps(infotext.webui_info(job), ensure_ascii=False),
+        base64=first.base64,
+        images=pictures if len(pictures) > 1 else None,
+    )
+
+
+async def _base64(service: Service, key: str) -> str:
+    found = await service.storage.open(key)
+    return base64.b64encode(b"".join([chunk async for chunk in found.chunks])).decode()
+
+
+def _checked_sampler(name: str | None) -> Any:
+    """The sampler by its exact name. Raises `InvalidRequest` that names the wire's field."""
+    if name is None:
+        return None
+    try:
+        return _SAMPLER.validate_python(name)
+    except ValidationError as error:
+        message = error.errors(include_url=False)[0]["msg"].removeprefix("Value error, ")
+        raise InvalidRequest(f"{message}.", field="sampler_name") from None

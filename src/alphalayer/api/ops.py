@@ -1,0 +1,34 @@
+"""For operators and their machines: is it alive, is it ready."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter, Response
+
+from alphalayer.api.deps import ServiceDep
+
+router = APIRouter(tags=["Operation"])
+
+
+@router.get("/livez", summary="Is the process alive?")
+async def livez() -> dict[str, str]:
+    """Answers as long as the service runs; says nothing of the GPU."""
+    return {"status": "alive"}
+
+
+@router.get("/readyz", summary="Can it draw?", responses={503: {"description": "Not now; the body says why."}})
+async def readyz(service: ServiceDep, response: Response) -> dict[str, Any]:
+    """200 when an engine is ready and there is a model to draw with, else 503 with the reason."""
+    ready = service.readiness()
+    if not ready["ready"]:
+        response.status_code = 503
+    return ready
+
+
+@router.get(
+    "/ping", summary="For load balancers", responses={204: {"description": "Still starting."}}, response_model=None
+)
+async def ping(service: ServiceDep) -> Response:
+    """200 when it can draw, 204 while it starts."""
+    return Response(status_code=200 if service.is_ready() else 204)

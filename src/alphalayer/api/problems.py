@@ -1,0 +1,127 @@
+"""Errors on the wire: problem details (RFC 9457) with the stable codes of `alphalayer.errors`, and the table of HTTP statuses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel
+from starlette.exceptions import HTTPException
+
+from alphalayer.errors import AlphalayerError
+from alphalayer.telemetry import log
+
+STATUSES = {
+    "invalid_request": 422,
+    "model_not_found": 404,
+    "corrupt_file": 503,
+    "unsupported_family": 422,
+    "pickle_refused": 422,
+    "model_unusable": 503,
+    "layerdiffuse_missing": 503,
+    "out_of_memory": 507,
+    "cancelled": 409,
+    "queue_full": 429,
+    "file_not_found": 404,
+    "job_not_found": 404,
+    "storage_failed": 507,
+    "engine_failed": 500,
+    "setup_failed": 500,
+    "unauthorized": 401,
+    "too_large": 413,
+}
+TITLES = {
+    401: "Who are you?",
+    404: "Not found",
+    405: "Method not allowed",
+    409: "Cancelled",
+    413: "Too large",
+    422: "The request is not right",
+    429: "No room now",
+    500: "Something broke here",
+    503: "Not ready for this",
+    507: "Not enough room",
+}
+
+
+class Problem(BaseModel):
+    """What every error answers."""
+
+    type: str = "about:blank"
+    title: str
+    status: int
+    detail: str
+    code: str
+    hint: str = ""
+    field: str | None = None
+
+
+PROBLEMS: dict[int | str, dict[str, Any]] = {
+    status: {"model": Problem, "description": TITLES[status]} for status in (401, 404, 413, 422, 429, 500, 503, 507)
+}
+"""The error answers of a route, for the API's description."""
+
+
+class ProblemResponse(JSONResponse):
+    """A problem as `application/problem+json`."""
+
+    media_type = "application/problem+json"
+
+
+def problem_response(error: AlphalayerError, headers: dict[str, str] | None = None) -> ProblemResponse:
+    """The answer that an error becomes."""
+    status = STATUSES.get(error.code, 500)
+    problem = Problem(
+        title=TITLES[status],
+        status=status,
+        detail=f"{error.field}: {error.message}" if error.field else error.message,
+        code=error.code,
+        hint=error.hint,
+        field=error.field,
+    )
+    return ProblemResponse(problem.model_dump(), status, headers)
+
+
+def install(app: FastAPI) -> None:
+    """Answer every error of this application as a problem."""
+
+    async def known(_: Request, error: Exception) -> ProblemResponse:
+        assert isinstance(error, AlphalayerError)
+        return problem_response(error, getattr(error, "headers", None))
+
+    async def invalid(_: Request, error: Exception) -> ProblemResponse:
+        assert isinstance(error, RequestValidationError)
+        return problem_response(_first_fault(error))
+
+    async def plain(_: Request, error: Exception) -> ProblemResponse:
+        assert isinstance(error, HTTPException)
+        title = TITLES.get(error.status_code, "Error")
+        problem = Problem(title=title, status=error.status_code, detail=str(error.detail), code="http")
+        return ProblemResponse(problem.model_dump(), error.status_code, dict(error.headers or {}))
+
+    async def unforeseen(request: Request, error: Exception) -> ProblemResponse:
+        log.error("unforeseen", path=request.url.path, exc_info=error)
+        problem = Problem(
+            title=TITLES[500], status=500, detail="an unforeseen error; the log has the details.", code="engine_failed"
+        )
+        return ProblemResponse(problem.model_dump(), 500)
+
+    app.add_exception_handler(AlphalayerError, known)
+    app.add_exception_handler(RequestValidationError, invalid)
+    app.add_exception_handler(HTTPException, plain)
+    app.add_exception_handler(Exception, unforeseen)
+
+
+def _first_fault(error: RequestValidationError) -> AlphalayerError:
+    first = error.errors()[0]
+    place = [str(part) for part in first["loc"][1:]]
+    message = str(first["msg"]).removeprefix("Value error, ")
+    if first["type"] == "extra_forbidden":
+        message = "there is no such field"
+    if first["type"] == "json_invalid":
+        message, place = f"the body is not valid JSON: {first.get('ctx', {}).get('error', '')}", []
+    fault = AlphalayerError(message + ".", hint="The fields are described at /docs.", field=".".join(place) or None)
+    fault.code = "invalid_request"
+    return fault

@@ -1,0 +1,168 @@
+"""The composition root: settings become storage, queue, engine processes and the HTTP application."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import shutil
+import subprocess
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi import Depends, FastAPI
+from fastapi.middleware.cors import CORSMiddleware
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from alphalayer import __version__, catalog
+from alphalayer.api import a1111, native, ops, problems
+from alphalayer.api.deps import Service, credential_digests, require_user
+from alphalayer.api.proxies import ForwardedHeaders
+from alphalayer.config import Settings
+from alphalayer.errors import AlphalayerError
+from alphalayer.jobs.embedded import EmbeddedDispatcher
+from alphalayer.storage.objects import open_storage
+from alphalayer.telemetry import log
+from alphalayer.worker.supervisor import EngineSpec, Supervisor
+
+ENGINE = "alphalayer.engine.pipeline:create_engine"
+DESCRIPTION = "Text in, transparent PNG out: Stable Diffusion XL with LayerDiffuse."
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What one running service is made of."""
+
+    service: Service
+    dispatcher: EmbeddedDispatcher
+    supervisors: list[Supervisor]
+
+
+def create_app(settings: Settings, *, engine: str = ENGINE, engine_options: dict[str, Any] | None = None) -> FastAPI:
+    """The ASGI application. `engine` names the function that makes the engine in its own process, as "module:function"."""
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncGenerator[None]:
+        options = {**settings.engine_options(), **(engine_options or {})}
+        parts = await _assemble(settings, engine, options)
+        app.state.service = parts.service
+        app.state.parts = parts
+        running = [asyncio.create_task(supervisor.run()) for supervisor in parts.supervisors]
+        _greet(settings)
+        try:
+            yield
+        finally:
+            for task in running:
+                task.cancel()
+            await asyncio.gather(*running, return_exceptions=True)
+            await parts.dispatcher.close()
+
+    app = FastAPI(title="Alphalayer", version=__version__, description=DESCRIPTION, lifespan=lifespan)
+    app.include_router(ops.router)
+    app.include_router(native.router)
+    app.include_router(a1111.router, dependencies=[Depends(require_user)])
+    problems.install(app)
+    app.add_middleware(BodyLimit, limit=settings.max_request_bytes)
+    if settings.cors_allow_origins:
+        origins = [origin.strip() for origin in settings.cors_allow_origins.split(",")]
+        app.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"])
+    app.add_middleware(ForwardedHeaders, trusted=settings.trusted_proxies)
+    return app
+
+
+async def _assemble(settings: Settings, engine: str, options: dict[str, Any]) -> Parts:
+    place = str(settings.outputs_dir)
+    storage = open_storage(place)
+    dispatcher = await EmbeddedDispatcher.open(settings.data_dir / "jobs.sqlite", settings.queue_limit)
+    supervisors = [
+        Supervisor(name, EngineSpec(engine, options, place, environment, settings.silence_limit_s), dispatcher)
+        for name, environment in engine_environments(settings.device).items()
+    ]
+    credentials = credential_digests(settings.api_auth.get_secret_value()) if settings.api_auth else []
+
+    def readiness() -> dict[str, Any]:
+        engines = {each.name: "ready" if each.is_ready else str(each.problem or "starting") for each in supervisors}
+        return {"ready": any(each.is_ready for each in supervisors), "engines": engines}
+
+    service = Service(
+        dispatcher=dispatcher,
+        storage=storage,
+        models_dir=settings.models_dir,
+        list_models=lambda: catalog.find_models(settings.models_dir),
+        is_ready=lambda: any(each.is_ready for each in supervisors),
+        readiness=readiness,
+        retry_after_s=lambda: dispatcher.retry_after_s,
+        noise=settings.noise,
+        decode=settings.decode,
+        public_url=settings.public_url,
+        credentials=credentials,
+    )
+    return Parts(service, dispatcher, supervisors)
+
+
+def engine_environments(device: str) -> dict[str, dict[str, str]]:
+    """One engine process per GPU: its name, and the environment that shows it that GPU alone; one process without GPUs."""
+    if device not in ("auto", "cuda"):
+        return {device: {}}
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = [each.strip() for each in visible.split(",") if each.strip()] if visible is not None else _count_gpus()
+    return {f"gpu{gpu}": {"CUDA_VISIBLE_DEVICES": gpu} for gpu in gpus} or {"cpu": {}}
+
+
+def _count_gpus() -> list[str]:
+    if not shutil.which("nvidia-smi"):
+        return []
+    with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+        asked = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=30, check=False)
+        return [str(i) for i, line in enumerate(asked.stdout.splitlines()) if line.startswith("GPU")]
+    return []
+
+
+def _greet(settings: Settings) -> None:
+    """The addresses that a person needs, and the model that will be drawn with."""
+    base = (
+        settings.public_url
+        or f"http://{'localhost' if settings.host in ('0.0.0.0', '::') else settings.host}:{settings.port}"
+    )
+    try:
+        model = catalog.resolve_model(settings.default_model, catalog.find_models(settings.models_dir)).title
+    except AlphalayerError as error:
+        model = None
+        log.warning("no_model", error=str(error))
+    log.info("serving", docs=f"{base}/docs", health=f"{base}/sdapi/v1/sd-models", ready=f"{base}/readyz", model=model)
+
+
+class BodyLimit:
+    """ASGI middleware that answers 413 to bodies over `limit` bytes, declared or sent."""
+
+    def __init__(self, app: ASGIApp, limit: int):
+        self._app = app
+        self._limit = limit
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on, counting what it sends."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        taken = 0
+
+        async def counted() -> Message:
+            nonlocal taken
+            message = await receive()
+            taken += len(message.get("body", b""))
+            if taken > self._limit:
+                raise _too_large(self._limit)
+            return message
+
+        declared = dict(scope["headers"]).get(b"content-length", b"0")
+        if declared.isdigit() and int(declared) > self._limit:
+            await problems.problem_response(_too_large(self._limit))(scope, receive, send)
+        else:
+            await self._app(scope, counted, send)
+
+
+def _too_large(limit: int) -> AlphalayerError:
+    error = AlphalayerError(f"the request is larger than {limit} bytes.", hint="Send less, or raise max_request_bytes.")
+    error.code = "too_large"
+    return error

@@ -1,0 +1,68 @@
+"""An engine without torch, for tests of the service and for trying clients: draws a soft disc whose colour comes from prompt and seed."""
+
+from __future__ import annotations
+
+import time
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from alphalayer import infotext
+from alphalayer.engine import GeneratedImage, GenerationResult, Progress, RgbaImage
+from alphalayer.errors import Cancelled
+from alphalayer.request import GenerationRequest, ModelDefaults
+
+
+class FakeEngine:
+    """Implements `alphalayer.engine.Engine`; each step takes `step_s` seconds. The same request gives the same picture."""
+
+    def __init__(self, step_s: float = 0.0):
+        self._step_s = step_s
+
+    def generate(
+        self,
+        request: GenerationRequest,
+        *,
+        on_progress: Callable[[Progress], None] = lambda _: None,
+        is_cancelled: Callable[[], bool] = lambda: False,
+        previews: bool = False,
+    ) -> GenerationResult:
+        """Draw the discs; see the protocol."""
+        request = request.resolved(ModelDefaults())
+        steps, width, height = request.steps or 1, request.width or 64, request.height or 64
+        start = time.perf_counter()
+        for step in range(1, steps + 1):
+            if is_cancelled():
+                raise Cancelled("cancelled.")
+            if self._step_s:
+                time.sleep(self._step_s)
+            preview = draw_disc(request.prompt, request.seed, 32, 32)[..., :3] if previews else None
+            on_progress(Progress("sample", step, steps, preview))
+        pictures = [
+            GeneratedImage(
+                draw_disc(request.prompt, request.seed + i, width, height),
+                request.seed + i,
+                request.subseed + i,
+                infotext.write_parameters(request, "fake", "0" * 10, request.seed + i),
+            )
+            for i in range(request.batch_size)
+        ]
+        return GenerationResult(request, "fake", "0" * 10, pictures, {"sample": time.perf_counter() - start})
+
+
+def draw_disc(prompt: str, seed: int, width: int, height: int) -> RgbaImage:
+    """A disc with a soft edge over nothing, (height, width, 4)."""
+    digest = zlib.crc32(f"{prompt}/{seed}".encode())
+    y, x = np.ogrid[-1 : 1 : height * 1j, -1 : 1 : width * 1j]
+    alpha = np.clip((0.9 - np.hypot(x, y)) * 8, 0, 1)
+    picture = np.empty((height, width, 4), np.uint8)
+    picture[..., :3] = [digest & 255, digest >> 8 & 255, digest >> 16 & 255]
+    picture[..., 3] = np.rint(alpha * 255)
+    return picture
+
+
+def create_engine(options: dict[str, Any]) -> FakeEngine:
+    """Build the engine from the options of the engine process; only `step_s` means something here."""
+    return FakeEngine(float(options.get("step_s", 0.0)))

@@ -1,0 +1,114 @@
+"""A job: what was asked for, how it stands, what came of it. The vocabulary of queue, worker and API; free of torch and HTTP."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from enum import Enum
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from alphalayer.request import GenerationRequest, ImageFormat
+
+MAX_ITERATIONS = 16
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Output(_Frozen):
+    """What is done to the finished pictures, in this order: defringe, trim, composite, encode."""
+
+    format: ImageFormat = "png"
+    defringe: bool = False
+    trim: bool = False
+    trim_threshold: Annotated[int, Field(ge=0, le=254)] = 0
+    """Alpha up to this counts as empty."""
+    trim_padding: Annotated[int, Field(ge=0, le=1024)] = 0
+    """Pixels left around what is not empty."""
+    background: Annotated[str, Field(pattern=r"^#[0-9a-fA-F]{6}$")] | None = None
+    """A colour to lay the picture on; the result is opaque."""
+
+
+class JobSpec(_Frozen):
+    """Everything a worker needs to know: the request, drawn `iterations` times with seeds counting up, and the output."""
+
+    generation: GenerationRequest
+    iterations: Annotated[int, Field(ge=1, le=MAX_ITERATIONS)] = 1
+    output: Output = Output()
+    previews: bool = False
+
+
+class JobState(str, Enum):
+    """Where a job stands; the last three are final."""
+
+    QUEUED = "queued"
+    RUNNING = "running"
+    DONE = "done"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+    @property
+    def is_final(self) -> bool:
+        """Whether nothing will change any more."""
+        return self in (JobState.DONE, JobState.FAILED, JobState.CANCELLED)
+
+
+class ImageRef(_Frozen):
+    """A stored picture: its storage key, and what is known of it without opening it."""
+
+    key: str
+    seed: int
+    subseed: int
+    width: int
+    height: int
+    size_bytes: int
+    parameters: str
+
+
+class JobResult(_Frozen):
+    """The pictures of a job, the request with nothing left open, and the seconds of each stage."""
+
+    images: tuple[ImageRef, ...]
+    generation: GenerationRequest
+    model_name: str
+    model_hash: str
+    seconds: dict[str, float] = {}
+
+
+class JobProgress(_Frozen):
+    """How far a running job is. `preview` is the storage key of a small picture."""
+
+    stage: str = "start"
+    step: int = 0
+    steps: int = 0
+    preview: str | None = None
+
+
+class Job(_Frozen):
+    """One job of the journal. Times are Unix seconds."""
+
+    id: str
+    spec: JobSpec
+    state: JobState = JobState.QUEUED
+    owner: str = ""
+    idempotency_key: str | None = None
+    created_at: float
+    started_at: float | None = None
+    finished_at: float | None = None
+    starts: int = 0
+    result: JobResult | None = None
+    error: dict[str, Any] | None = None
+
+    @classmethod
+    def new(cls, spec: JobSpec, owner: str = "", idempotency_key: str | None = None) -> Job:
+        """A fresh job with an id that cannot be guessed."""
+        return cls(
+            id=secrets.token_hex(12), spec=spec, owner=owner, idempotency_key=idempotency_key, created_at=time.time()
+        )
+
+    def file_name(self, index: int) -> str:
+        """The name of its picture number `index`: the same each time the job is run, so that a second run overwrites the first."""
+        return f"alpha_{int(self.created_at)}_{self.id[:10]}{index:02x}.{self.spec.output.format}"

@@ -1,0 +1,256 @@
+"""The dispatcher of one machine: the queue in memory, every change in the journal first. Lives on one event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from alphalayer.errors import AlphalayerError, EngineFailed, QueueFull, StorageFailed
+from alphalayer.job import Job, JobProgress, JobResult, JobSpec, JobState
+from alphalayer.jobs import MAX_STARTS, JobView
+from alphalayer.jobs.journal import Journal
+
+USUAL_SECONDS = 20.0
+"""What a job is thought to take before one was seen."""
+
+
+@dataclass
+class _Live:
+    """A job that is not over: as the journal has it, and who waits for its changes."""
+
+    job: Job
+    progress: JobProgress = JobProgress()
+    cancel: asyncio.Event = field(default_factory=asyncio.Event)
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def update(self, **changes: Any) -> None:
+        """Replace the job and wake everyone who watches it."""
+        self.job = self.job.model_copy(update=changes)
+        self.wake()
+
+    def wake(self) -> None:
+        """Let every watcher look again."""
+        self.changed.set()
+        self.changed = asyncio.Event()
+
+
+class EmbeddedDispatcher:
+    """Implements `alphalayer.jobs.Dispatcher` on a journal file."""
+
+    def __init__(self, journal: Journal, queue_limit: int):
+        self._journal = journal
+        self._queue_limit = queue_limit
+        self._live: dict[str, _Live] = {}
+        self._waiting: deque[str] = deque()
+        self._arrived = asyncio.Condition()
+        self._accepting = 0
+        self._usual_seconds = USUAL_SECONDS
+
+    @classmethod
+    async def open(cls, file: Path, queue_limit: int) -> EmbeddedDispatcher:
+        """Open the journal and queue again what was not over, oldest first. Raises `SetupFailed`."""
+        dispatcher = cls(await Journal.open(file), queue_limit)
+        for job in await dispatcher._journal.unfinished():
+            dispatcher._live[job.id] = _Live(job)
+            if job.starts >= MAX_STARTS:
+                await dispatcher.finished(job.id, _gave_up("the service stopped while it ran"))
+            else:
+                dispatcher._live[job.id].update(state=JobState.QUEUED)
+                dispatcher._waiting.append(job.id)
+        return dispatcher
+
+    async def close(self) -> None:
+        """Close the journal; what is not over stays in it."""
+        await self._journal.close()
+
+    @property
+    def queue_length(self) -> int:
+        """Jobs that wait for an engine."""
+        return len(self._waiting)
+
+    @property
+    def oldest_waiting_s(self) -> float:
+        """Seconds that the next job has waited; 0 with none."""
+        return time.time() - self._live[self._waiting[0]].job.created_at if self._waiting else 0.0
+
+    @property
+    def unfinished_ids(self) -> set[str]:
+        """The ids of all jobs that are not over."""
+        return set(self._live)
+
+    async def submit(self, spec: JobSpec, *, owner: str = "", idempotency_key: str | None = None) -> Job:
+        """Accept a job; see the protocol."""
+        # a place is taken before the journal is awaited, so that a crowd cannot pass the limit together
+        if len(self._waiting) + self._accepting >= self._queue_limit:
+            raise QueueFull(
+                f"{len(self._waiting)} jobs are waiting, and there is room for {self._queue_limit}.",
+                hint=f"Try again in {self.retry_after_s} seconds.",
+            )
+        self._accepting += 1
+        try:
+            new = Job.new(spec, owner, idempotency_key)
+            job = await self._journal.add(new)
+            if job is new:
+                self._live[job.id] = _Live(job)
+                self._waiting.append(job.id)
+        finally:
+            self._accepting -= 1
+        if job is new:
+            await self._ring()
+        return job
+
+    @property
+    def retry_after_s(self) -> int:
+        """When a client that found no room may try again, in seconds."""
+        return max(1, round(self._usual_seconds))
+
+    async def view(self, job_id: str) -> JobView | None:
+        """How a job stands; see the protocol."""
+        if job_id in self._live:
+            return self._view(self._live[job_id])
+        job = await self._journal.get(job_id)
+        return JobView(job) if job else None
+
+    async def list(
+        self, *, owner: str | None = None, state: JobState | None = None, limit: int = 50, before: float | None = None
+    ) -> list[JobView]:
+        """Jobs, newest first; see the protocol."""
+        found = await self._journal.list(owner, state, limit, before)
+        return [self._view(self._live[job.id]) if job.id in self._live else JobView(job) for job in found]
+
+    async def cancel(self, job_id: str) -> bool:
+        """Stop a job; one that runs is over when its engine says so."""
+        live = self._live.get(job_id)
+        if live is None:
+            return False
+        live.cancel.set()
+        if job_id in self._waiting:
+            await self._over(live, JobState.CANCELLED)
+        return True
+
+    async def wait(self, job_id: str) -> Job:
+        """The job, once it is over."""
+        while job_id in self._live:
+            await self._live[job_id].changed.wait()
+        job = await self._journal.get(job_id)
+        assert job is not None, job_id
+        return job
+
+    async def watch(self, job_id: str) -> AsyncIterator[JobView]:
+        """Every change of a job until it is over."""
+        while (live := self._live.get(job_id)) is not None:
+            changed = live.changed
+            yield self._view(live)
+            await changed.wait()
+        view = await self.view(job_id)
+        if view:
+            yield view
+
+    async def take(self) -> Job:
+        """The next job; see the protocol."""
+        async with self._arrived:
+            await self._arrived.wait_for(lambda: bool(self._waiting))
+            job_id = self._waiting.popleft()
+        self._wake_waiting()
+        return self._live[job_id].job
+
+    async def started(self, job_id: str) -> None:
+        """Count a start; see the protocol."""
+        live = self._live[job_id]
+        starts = live.job.starts + 1
+        live.update(state=JobState.RUNNING, started_at=time.time(), starts=starts)
+        await self._journal.save(live.job)
+
+    async def progressed(self, job_id: str, progress: JobProgress) -> None:
+        """Note progress; in memory only."""
+        if job_id in self._live:
+            self._live[job_id].progress = progress
+            self._live[job_id].wake()
+
+    async def finished(self, job_id: str, outcome: JobResult | AlphalayerError) -> None:
+        """End a job; see the protocol."""
+        live = self._live.get(job_id)
+        if live is None:
+            return
+        if isinstance(outcome, JobResult):
+            self._learn(live.job)
+            await self._over(live, JobState.DONE, result=outcome)
+        elif outcome.code == "cancelled":
+            await self._over(live, JobState.CANCELLED)
+        else:
+            await self._over(live, JobState.FAILED, error=outcome.to_dict())
+
+    async def released(self, job_id: str, reason: str) -> None:
+        """Queue a job again whose engine is gone, or fail it; see the protocol."""
+        live = self._live.get(job_id)
+        if live is None:
+            return
+        if live.cancel.is_set():
+            await self._over(live, JobState.CANCELLED)
+        elif live.job.starts >= MAX_STARTS:
+            await self.finished(job_id, _gave_up(reason))
+        else:
+            live.update(state=JobState.QUEUED)
+            live.progress = JobProgress()
+            self._waiting.appendleft(job_id)
+            await self._ring()
+
+    async def cancel_asked(self, job_id: str) -> None:
+        """Wait until a job is to be stopped."""
+        if job_id in self._live:
+            await self._live[job_id].cancel.wait()
+
+    async def forget(self, finished_before: float) -> int:
+        """Remove old jobs from the journal; how many."""
+        return await self._journal.forget(finished_before)
+
+    async def _over(self, live: _Live, state: JobState, **outcome: Any) -> None:
+        job_id = live.job.id
+        if job_id in self._waiting:
+            self._waiting.remove(job_id)
+        live.job = live.job.model_copy(update={"state": state, "finished_at": time.time(), **outcome})
+        while True:
+            try:
+                await self._journal.save(live.job)
+                break
+            except StorageFailed:
+                # a full disk: keep the outcome and try again; those who wait get it once it is safe
+                await asyncio.sleep(1.0)
+        self._live.pop(job_id, None)
+        live.wake()
+        self._wake_waiting()
+
+    async def _ring(self) -> None:
+        async with self._arrived:
+            self._arrived.notify()
+
+    def _wake_waiting(self) -> None:
+        """Positions changed."""
+        for job_id in self._waiting:
+            self._live[job_id].wake()
+
+    def _learn(self, job: Job) -> None:
+        if job.started_at:
+            self._usual_seconds += 0.2 * (time.time() - job.started_at - self._usual_seconds)
+
+    def _view(self, live: _Live) -> JobView:
+        job, progress = live.job, live.progress
+        if job.id in self._waiting:
+            position = self._waiting.index(job.id) + 1
+            return JobView(job, position, progress, round(position * self._usual_seconds, 1))
+        eta = None
+        if job.started_at and progress.steps and progress.step:
+            eta = round((time.time() - job.started_at) / progress.step * (progress.steps - progress.step), 1)
+        return JobView(job, 0, progress, eta)
+
+
+def _gave_up(reason: str) -> EngineFailed:
+    return EngineFailed(
+        f"the job was started {MAX_STARTS} times and did not come to its end ({reason}).",
+        hint="Look at the service's log; ask for a smaller picture, or run: alphalayer doctor",
+    )

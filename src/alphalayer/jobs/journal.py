@@ -1,0 +1,189 @@
+"""The journal: every job in one SQL table, so that nothing accepted is lost. SQL only; knows nothing of who waits for what.
+
+The schema has a version; `open` brings an older file up to date. One writer at a time: the service that owns the file.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import (
+    Column,
+    Float,
+    Integer,
+    MetaData,
+    String,
+    Table,
+    Text,
+    UniqueConstraint,
+    event,
+    select,
+    text,
+    update,
+)
+from sqlalchemy.dialects.sqlite import insert
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
+
+from alphalayer.errors import SetupFailed, StorageFailed
+from alphalayer.job import Job, JobState
+
+metadata = MetaData()
+jobs = Table(
+    "jobs",
+    metadata,
+    Column("id", String(32), primary_key=True),
+    Column("state", String(16), nullable=False, index=True),
+    Column("owner", String(100), nullable=False, server_default=""),
+    Column("idempotency_key", String(200)),
+    Column("created_at", Float, nullable=False, index=True),
+    Column("started_at", Float),
+    Column("finished_at", Float),
+    Column("starts", Integer, nullable=False, server_default="0"),
+    Column("spec", Text, nullable=False),
+    Column("result", Text),
+    Column("error", Text),
+    UniqueConstraint("owner", "idempotency_key"),
+)
+
+MIGRATIONS: tuple[tuple[str, ...], ...] = ()
+"""SQL that takes version 1 to 2, 2 to 3 and so on; the table above is always the newest."""
+VERSION = 1 + len(MIGRATIONS)
+
+
+class Journal:
+    """The table of jobs in one SQLite file."""
+
+    def __init__(self, engine: AsyncEngine):
+        self._engine = engine
+
+    @classmethod
+    async def open(cls, file: Path) -> Journal:
+        """Open or make the file and bring its schema up to date.
+
+        Raises:
+            SetupFailed: not a journal, from a newer version, or not to be written.
+        """
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            engine = create_async_engine(f"sqlite+aiosqlite:///{file}")
+            event.listen(engine.sync_engine, "connect", _tune)
+            async with engine.begin() as connection:
+                await _migrate(connection, file)
+        except (DBAPIError, OSError, sqlite3.Error) as error:
+            cause = getattr(error, "orig", error)
+            raise SetupFailed(
+                f"the journal {file} cannot be opened: {cause}.",
+                hint="Check the folder's rights and space, or move the file away.",
+            ) from None
+        return cls(engine)
+
+    async def close(self) -> None:
+        """Give the file back."""
+        await self._engine.dispose()
+
+    async def add(self, job: Job) -> Job:
+        """Write a new job; the one that is there already if owner and idempotency key are known. Raises `StorageFailed`."""
+        statement = insert(jobs).values(_row(job)).on_conflict_do_nothing(index_elements=["owner", "idempotency_key"])
+        done = await self._write(statement)
+        if done:
+            return job
+        same = (jobs.c.owner == job.owner) & (jobs.c.idempotency_key == job.idempotency_key)
+        return (await self._read(select(jobs).where(same)))[0]
+
+    async def save(self, job: Job) -> bool:
+        """Write what changed of a job that is not over in the journal; whether it was so. Raises `StorageFailed`."""
+        row = _row(job)
+        changed = {name: row[name] for name in ("state", "started_at", "finished_at", "starts", "result", "error")}
+        open_states = [JobState.QUEUED.value, JobState.RUNNING.value]
+        return (
+            await self._write(update(jobs).where(jobs.c.id == job.id, jobs.c.state.in_(open_states)).values(changed))
+            > 0
+        )
+
+    async def get(self, job_id: str) -> Job | None:
+        """The job of that id."""
+        found = await self._read(select(jobs).where(jobs.c.id == job_id))
+        return found[0] if found else None
+
+    async def unfinished(self) -> list[Job]:
+        """All jobs that are not over, oldest first."""
+        states = [JobState.QUEUED.value, JobState.RUNNING.value]
+        return await self._read(select(jobs).where(jobs.c.state.in_(states)).order_by(jobs.c.created_at))
+
+    async def list(
+        self, owner: str | None = None, state: JobState | None = None, limit: int = 50, before: float | None = None
+    ) -> list[Job]:
+        """Jobs, newest first, created before a time."""
+        statement = select(jobs).order_by(jobs.c.created_at.desc()).limit(limit)
+        if owner is not None:
+            statement = statement.where(jobs.c.owner == owner)
+        if state is not None:
+            statement = statement.where(jobs.c.state == state.value)
+        if before is not None:
+            statement = statement.where(jobs.c.created_at < before)
+        return await self._read(statement)
+
+    async def forget(self, finished_before: float) -> int:
+        """Remove jobs that were over before a time; how many."""
+        return await self._write(jobs.delete().where(jobs.c.finished_at < finished_before))
+
+    async def _write(self, statement: Any) -> int:
+        try:
+            async with self._engine.begin() as connection:
+                return (await connection.execute(statement)).rowcount
+        except DBAPIError as error:
+            raise StorageFailed(
+                f"the journal cannot be written: {error.orig}.",
+                hint="Free some space and check the rights of the file.",
+            ) from None
+
+    async def _read(self, statement: Any) -> list[Job]:
+        async with self._engine.connect() as connection:
+            return [_job(row) for row in (await connection.execute(statement)).mappings()]
+
+
+def _tune(connection: Any, _record: object) -> None:
+    """Write-ahead log, and a sync at each commit: an accepted job survives a power cut."""
+    cursor = connection.cursor()
+    for pragma in ("journal_mode=WAL", "synchronous=FULL", "busy_timeout=5000"):
+        cursor.execute(f"PRAGMA {pragma}")
+    cursor.close()
+
+
+async def _migrate(connection: AsyncConnection, file: Path) -> None:
+    version = int((await connection.execute(text("PRAGMA user_version"))).scalar_one())
+    if version > VERSION:
+        raise SetupFailed(
+            f"the journal {file} is of version {version}; this Alphalayer knows {VERSION}.",
+            hint="Update Alphalayer, or move the file away.",
+        )
+    if version == 0:
+        await connection.run_sync(metadata.create_all)
+    for step in MIGRATIONS[version - 1 :] if version else ():
+        for statement in step:
+            await connection.execute(text(statement))
+    await connection.execute(text(f"PRAGMA user_version = {VERSION}"))
+
+
+def _row(job: Job) -> dict[str, Any]:
+    row = job.model_dump(
+        include={"id", "owner", "idempotency_key", "created_at", "started_at", "finished_at", "starts"}
+    )
+    return {
+        **row,
+        "state": job.state.value,
+        "spec": job.spec.model_dump_json(),
+        "result": job.result.model_dump_json() if job.result else None,
+        "error": json.dumps(job.error) if job.error else None,
+    }
+
+
+def _job(row: Any) -> Job:
+    fields = dict(row)
+    for name in ("spec", "result", "error"):
+        fields[name] = json.loads(fields[name]) if fields[name] else None
+    return Job.model_validate(fields)

@@ -1,0 +1,87 @@
+"""Storage in a local folder or an S3 bucket, through one interface (obstore)."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import obstore
+from obstore.exceptions import BaseError
+from obstore.store import LocalStore, from_url
+
+from alphalayer.errors import FileMissing, StorageFailed
+from alphalayer.storage import StoredFile, check_key
+
+CHUNK_BYTES = 256 * 1024
+
+
+class ObjectStorage:
+    """Implements `alphalayer.storage.Storage` on any obstore store."""
+
+    def __init__(self, store: Any, where: str):
+        self._store = store
+        self._where = where
+
+    def put(self, key: str, data: bytes) -> None:
+        """Write a file as a whole; see the protocol."""
+        try:
+            obstore.put(self._store, check_key(key), data, use_multipart=False)
+        except (BaseError, OSError) as error:
+            raise self._failed("write", key, error) from None
+
+    def delete(self, key: str) -> None:
+        """Remove a file; see the protocol."""
+        try:
+            obstore.delete(self._store, check_key(key))
+        except FileNotFoundError:
+            pass
+        except (BaseError, OSError) as error:
+            raise self._failed("delete", key, error) from None
+
+    async def open(self, key: str) -> StoredFile:
+        """Open a file; see the protocol."""
+        try:
+            found = await obstore.get_async(self._store, check_key(key))
+        except FileNotFoundError:
+            raise FileMissing(
+                f'there is no file "{key}".', hint="It may have been removed after its time; draw it again."
+            ) from None
+        except (BaseError, OSError) as error:
+            raise self._failed("read", key, error) from None
+        return StoredFile(found.meta["size"], found.meta["last_modified"].timestamp(), _chunks(found))
+
+    def list(self) -> list[tuple[str, int, float]]:
+        """All files; see the protocol."""
+        try:
+            pages = obstore.list(self._store)
+            return [(each["path"], each["size"], each["last_modified"].timestamp()) for page in pages for each in page]
+        except (BaseError, OSError) as error:
+            raise self._failed("list", "", error) from None
+
+    def _failed(self, doing: str, key: str, error: Exception) -> StorageFailed:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        return StorageFailed(
+            f"cannot {doing} {key} in {self._where}: {lines[0] if lines else type(error).__name__}.",
+            hint="Check that there is space, that the place may be written to, and its address and keys.",
+        )
+
+
+async def _chunks(found: Any) -> AsyncIterator[bytes]:
+    async for chunk in found.stream(min_chunk_size=CHUNK_BYTES):
+        yield bytes(chunk)
+
+
+def open_storage(place: str) -> ObjectStorage:
+    """A folder's path, or a URL such as `s3://bucket/prefix` (credentials come from the usual AWS_* variables).
+
+    Raises:
+        StorageFailed: the folder cannot be made, or the URL is not understood.
+    """
+    try:
+        if "://" in place:
+            return ObjectStorage(from_url(place), place)
+        Path(place).mkdir(parents=True, exist_ok=True)
+        return ObjectStorage(LocalStore(place), str(Path(place).resolve()))
+    except (BaseError, OSError, ValueError) as error:
+        raise StorageFailed(f"cannot use {place} for pictures: {error}.", hint="Set another folder or URL.") from None

@@ -1,0 +1,189 @@
+"""The engine process: draws, encodes and stores what it is sent, and reports. Knows the engine and the storage, nothing of queues.
+
+Drawing has the main thread; encoding and storing have another, so that the device does not wait for them.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import queue
+import sys
+import threading
+import traceback
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import IO, Any
+
+from alphalayer import images
+from alphalayer.engine import Engine, GenerationResult, Progress
+from alphalayer.errors import AlphalayerError, Cancelled, EngineFailed
+from alphalayer.job import ImageRef, Job, JobResult
+from alphalayer.request import GenerationRequest
+from alphalayer.storage import Storage
+from alphalayer.storage.objects import open_storage
+from alphalayer.worker.protocol import read_message, write_message
+
+
+class EngineProcess:
+    """Serves one supervisor over two streams of lines."""
+
+    def __init__(self, reader: IO[bytes], writer: IO[bytes]):
+        self._reader = reader
+        self._writer = writer
+        self._write_lock = threading.Lock()
+        self._jobs: queue.Queue[Job] = queue.Queue()
+        self._cancelled: set[str] = set()
+        self._encoder = ThreadPoolExecutor(1, thread_name_prefix="encode")
+
+    def serve(self) -> None:
+        """Open the engine, then draw until the input ends."""
+        opening = read_message(self._reader.readline())
+        try:
+            create_engine = load_attribute(opening["engine"])
+            engine: Engine = create_engine(opening["options"])
+            storage = open_storage(opening["storage"])
+        except AlphalayerError as error:
+            self._send("failed", id=None, error=error.to_dict())
+            return
+        threading.Thread(target=self._read, name="read", daemon=True).start()
+        self._send("ready")
+        while True:
+            self._run(engine, storage, self._jobs.get())
+
+    def _read(self) -> None:
+        for line in self._reader:
+            message = read_message(line)
+            if message["kind"] == "run":
+                self._jobs.put(Job.model_validate(message["job"]))
+            elif message["kind"] == "cancel":
+                self._cancelled.add(message["id"])
+        # the supervisor is gone: nobody wants the picture, and the journal knows that the job is not over
+        os._exit(0)
+
+    def _run(self, engine: Engine, storage: Storage, job: Job) -> None:
+        self._send("started", id=job.id)
+        try:
+            results = [self._draw(engine, storage, job, request) for request in _iterations(job)]
+        except Exception as error:
+            self._fail(job, error)
+        else:
+            self._encoder.submit(self._store, storage, job, results)
+
+    def _draw(self, engine: Engine, storage: Storage, job: Job, request: GenerationRequest) -> GenerationResult:
+        def on_progress(progress: Progress) -> None:
+            key = f"preview_{job.id}.webp" if progress.preview is not None else None
+            if key and progress.preview is not None:
+                storage.put(key, images.encode_preview(progress.preview))
+            self._send("progress", id=job.id, progress=_progress_json(progress, key))
+
+        def is_cancelled() -> bool:
+            return job.id in self._cancelled
+
+        return engine.generate(request, on_progress=on_progress, is_cancelled=is_cancelled, previews=job.spec.previews)
+
+    def _store(self, storage: Storage, job: Job, results: list[GenerationResult]) -> None:
+        """Encode and store the pictures of a job; only then is it done."""
+        try:
+            self._send("progress", id=job.id, progress={"stage": "store"})
+            outcome = store_pictures(storage, job, results, lambda: job.id in self._cancelled)
+            if job.spec.previews:
+                storage.delete(f"preview_{job.id}.webp")
+            self._send("done", id=job.id, result=outcome.model_dump(mode="json"))
+        except Exception as error:
+            self._fail(job, error)
+        finally:
+            self._cancelled.discard(job.id)
+
+    def _fail(self, job: Job, error: Exception) -> None:
+        if not isinstance(error, AlphalayerError):
+            traceback.print_exc()
+            error = EngineFailed(
+                f"{type(error).__name__}: {str(error)[:300]}",
+                hint="The service's log has the details; please report it.",
+            )
+        self._cancelled.discard(job.id)
+        self._send("failed", id=job.id, error=error.to_dict())
+
+    def _send(self, kind: str, **fields: Any) -> None:
+        with self._write_lock:
+            self._writer.write(write_message(kind, **fields))
+            self._writer.flush()
+
+
+def store_pictures(
+    storage: Storage, job: Job, results: list[GenerationResult], is_cancelled: Callable[[], bool] = lambda: False
+) -> JobResult:
+    """Finish, encode and store every picture of a job's results.
+
+    Raises:
+        Cancelled: nobody wants them any more.
+        StorageFailed: see `alphalayer.storage`.
+    """
+    output = job.spec.output
+    references: list[ImageRef] = []
+    for image in (image for result in results for image in result.images):
+        if is_cancelled():
+            raise Cancelled("cancelled.")
+        rgba = images.finish(image.rgba, output)
+        data = images.encode(rgba, output.format, image.parameters)
+        key = job.file_name(len(references))
+        storage.put(key, data)
+        height, width = rgba.shape[:2]
+        references.append(
+            ImageRef(
+                key=key,
+                seed=image.seed,
+                subseed=image.subseed,
+                width=width,
+                height=height,
+                size_bytes=len(data),
+                parameters=image.parameters,
+            )
+        )
+    seconds: dict[str, float] = {}
+    for result in results:
+        for stage, spent in result.seconds.items():
+            seconds[stage] = round(seconds.get(stage, 0.0) + spent, 4)
+    first = results[0]
+    return JobResult(
+        images=tuple(references),
+        generation=first.request,
+        model_name=first.model_name,
+        model_hash=first.model_hash,
+        seconds=seconds,
+    )
+
+
+def load_attribute(path: str) -> Any:
+    """The object that "package.module:name" names."""
+    module, _, name = path.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def _iterations(job: Job) -> list[GenerationRequest]:
+    """The request of each iteration: seeds count on where the batch before stopped."""
+    request = job.spec.generation
+    if request.subseed_strength:
+        return [
+            request.model_copy(update={"subseed": request.subseed + i * request.batch_size})
+            for i in range(job.spec.iterations)
+        ]
+    return [
+        request.model_copy(update={"seed": request.seed + i * request.batch_size}) for i in range(job.spec.iterations)
+    ]
+
+
+def _progress_json(progress: Progress, preview: str | None) -> dict[str, Any]:
+    return {"stage": progress.stage, "step": progress.step, "steps": progress.steps, "preview": preview}
+
+
+def main() -> None:
+    """Entry of `python -m alphalayer.worker.process`; standard output belongs to the protocol, prints go to standard error."""
+    writer = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    EngineProcess(sys.stdin.buffer, writer).serve()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,200 @@
+"""The supervisor of one engine process: takes jobs, sends them over, relays what comes back, and starts the process again when it dies.
+
+Asynchronous and free of torch, so that the service stays up whatever the device does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import sys
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from alphalayer.errors import AlphalayerError
+from alphalayer.job import JobProgress, JobResult
+from alphalayer.jobs import Dispatcher
+from alphalayer.telemetry import log
+from alphalayer.worker.protocol import MAX_LINE_BYTES, read_message, write_message
+
+IN_FLIGHT = 2
+"""Jobs in an engine process at once: one is drawn while the next waits there and the last is encoded."""
+RESTART_PAUSE_S = (0.1, 1.0, 5.0, 15.0, 60.0)
+"""How long to wait before the process is started again, by how often it died without finishing anything."""
+
+
+@dataclass(frozen=True)
+class EngineSpec:
+    """How an engine process is made: the engine as "module:function", its options, where pictures go, and its environment."""
+
+    engine: str
+    options: dict[str, Any]
+    storage: str
+    environment: dict[str, str] = field(default_factory=dict[str, str])
+    silence_limit_s: float = 900.0
+    """A process that works and says nothing for so long is taken for hung and killed."""
+
+
+class Supervisor:
+    """Keeps one engine process at work. `run` is one task of the service's event loop."""
+
+    def __init__(self, name: str, spec: EngineSpec, dispatcher: Dispatcher):
+        self.name = name
+        self._spec = spec
+        self._dispatcher = dispatcher
+        self._jobs: dict[str, asyncio.Task[None]] = {}
+        self._begun: set[str] = set()
+        self._room = asyncio.Semaphore(IN_FLIGHT)
+        self._process: asyncio.subprocess.Process | None = None
+        self._heard_at = 0.0
+        self._fruitless = 0
+        self._draining = False
+        self.is_ready = False
+        self.problem: AlphalayerError | None = None
+
+    @property
+    def process_id(self) -> int | None:
+        """The engine process's id, None while there is none."""
+        return self._process.pid if self._process else None
+
+    async def run(self) -> None:
+        """Start the process, feed it, and start it again, until cancelled."""
+        while not self._draining:
+            reason = await self._live()
+            for job_id in list(self._jobs):
+                await self._settle(job_id)
+                await self._dispatcher.released(job_id, reason)
+            self._room = asyncio.Semaphore(IN_FLIGHT)
+            if self._draining:
+                return
+            pause = RESTART_PAUSE_S[min(self._fruitless, len(RESTART_PAUSE_S) - 1)]
+            self._fruitless += 1
+            log.error("engine_stopped", engine=self.name, reason=reason, restart_in_s=pause)
+            await asyncio.sleep(pause)
+
+    async def drain(self) -> None:
+        """Take no more jobs, and return when those at work are over."""
+        self._draining = True
+        while self._jobs:
+            await asyncio.sleep(0.05)
+
+    async def _live(self) -> str:
+        """One life of the process; why it ended."""
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "alphalayer.worker.process"),
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            env={**os.environ, **self._spec.environment},
+            limit=MAX_LINE_BYTES,
+            start_new_session=os.name != "nt",
+        )
+        self._process = process
+        spec = self._spec
+        feeding: list[asyncio.Task[None]] = []
+        try:
+            await self._send("open", engine=spec.engine, options=spec.options, storage=spec.storage)
+            self._heard_at = time.monotonic()
+            feeding = [asyncio.create_task(self._kill_when_hung(process))]
+            assert process.stdout is not None
+            async for line in process.stdout:
+                self._heard_at = time.monotonic()
+                message = read_message(line)
+                if message["kind"] == "ready":
+                    log.info("engine_ready", engine=self.name, pid=process.pid)
+                    self.is_ready, self.problem = True, None
+                    feeding.append(asyncio.create_task(self._feed()))
+                else:
+                    await self._hear(message)
+            code = await process.wait()
+        except (ConnectionError, ValueError) as error:
+            return f"its pipe broke: {error}"
+        finally:
+            self.is_ready = False
+            for task in feeding:
+                task.cancel()
+            await asyncio.gather(*feeding, return_exceptions=True)
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
+            await process.wait()
+            self._process = None
+        return f"the engine process ended with {_exit_text(code)}"
+
+    async def _feed(self) -> None:
+        """Take jobs as long as there is room in the process."""
+        while not self._draining:
+            await self._room.acquire()
+            taking = asyncio.create_task(self._dispatcher.take())
+            try:
+                job = await asyncio.shield(taking)
+            except asyncio.CancelledError:
+                # a job may have been handed out in the very moment that this was stopped
+                taking.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await self._dispatcher.released((await taking).id, "the supervisor stopped")
+                raise
+            if self._draining:
+                await self._dispatcher.released(job.id, "the supervisor stopped")
+                return
+            self._jobs[job.id] = asyncio.create_task(self._cancel_when_asked(job.id))
+            await self._send("run", job=job.model_dump(mode="json"))
+
+    async def _hear(self, message: dict[str, Any]) -> None:
+        kind, job_id = message["kind"], message.get("id")
+        if kind == "failed" and job_id is None:
+            self.problem = AlphalayerError.from_dict(message["error"])
+            log.error("engine_not_ready", engine=self.name, error=str(self.problem))
+        if job_id not in self._jobs:
+            return
+        if kind == "started":
+            await self._dispatcher.started(job_id)
+        elif kind == "progress":
+            await self._dispatcher.progressed(job_id, JobProgress.model_validate(message["progress"]))
+        elif kind == "done":
+            await self._end(job_id, JobResult.model_validate(message["result"]))
+        elif kind == "failed":
+            await self._end(job_id, AlphalayerError.from_dict(message["error"]))
+
+    async def _end(self, job_id: str, outcome: JobResult | AlphalayerError) -> None:
+        self._fruitless = 0
+        await self._settle(job_id)
+        await self._dispatcher.finished(job_id, outcome)
+        self._room.release()
+        if isinstance(outcome, JobResult):
+            log.info("job_done", job=job_id, engine=self.name, images=len(outcome.images), seconds=outcome.seconds)
+        else:
+            log.warning("job_failed", job=job_id, engine=self.name, code=outcome.code, error=outcome.message)
+
+    async def _settle(self, job_id: str) -> None:
+        """Forget a job that is no longer in the process."""
+        task = self._jobs.pop(job_id)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+    async def _cancel_when_asked(self, job_id: str) -> None:
+        await self._dispatcher.cancel_asked(job_id)
+        await self._send("cancel", id=job_id)
+
+    async def _kill_when_hung(self, process: asyncio.subprocess.Process) -> None:
+        while True:
+            await asyncio.sleep(1.0)
+            silence = time.monotonic() - self._heard_at
+            if not self._jobs:
+                self._heard_at = time.monotonic()
+            elif silence > self._spec.silence_limit_s:
+                log.error("engine_hung", engine=self.name, silence_s=round(silence))
+                process.kill()
+                return
+
+    async def _send(self, kind: str, **fields: Any) -> None:
+        process = self._process
+        if process is None or process.stdin is None:
+            return
+        with contextlib.suppress(ConnectionError):
+            process.stdin.write(write_message(kind, **fields))
+            await process.stdin.drain()
+
+
+def _exit_text(code: int) -> str:
+    return f"signal {-code}" if code < 0 else f"exit code {code}"
