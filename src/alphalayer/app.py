@@ -13,6 +13,7 @@ from typing import Any
 
 from fastapi import Depends, FastAPI
 from fastapi.middleware.cors import CORSMiddleware
+from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from alphalayer import __version__, catalog
@@ -146,23 +147,18 @@ class BodyLimit:
             await self._app(scope, receive, send)
             return
         taken = 0
+        error = HTTPException(413, f"the request is larger than {self._limit} bytes.")
 
         async def counted() -> Message:
             nonlocal taken
             message = await receive()
             taken += len(message.get("body", b""))
             if taken > self._limit:
-                raise _too_large(self._limit)
+                raise error
             return message
 
         declared = dict(scope["headers"]).get(b"content-length", b"0")
         if declared.isdigit() and int(declared) > self._limit:
-            await problems.problem_response(_too_large(self._limit))(scope, receive, send)
+            await problems.http_problem(error)(scope, receive, send)
         else:
             await self._app(scope, counted, send)
-
-
-def _too_large(limit: int) -> AlphalayerError:
-    error = AlphalayerError(f"the request is larger than {limit} bytes.", hint="Send less, or raise max_request_bytes.")
-    error.code = "too_large"
-    return error

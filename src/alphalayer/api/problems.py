@@ -30,7 +30,6 @@ STATUSES = {
     "engine_failed": 500,
     "setup_failed": 500,
     "unauthorized": 401,
-    "too_large": 413,
 }
 TITLES = {
     401: "Who are you?",
@@ -44,6 +43,10 @@ TITLES = {
     503: "Not ready for this",
     507: "Not enough room",
 }
+
+
+CODES = {404: "not_found", 405: "method_not_allowed", 413: "too_large"}
+"""Codes of the errors that the framework itself answers."""
 
 
 class Problem(BaseModel):
@@ -84,12 +87,26 @@ def problem_response(error: AlphalayerError, headers: dict[str, str] | None = No
     return ProblemResponse(problem.model_dump(), status, headers)
 
 
+def http_problem(error: HTTPException) -> ProblemResponse:
+    """The answer to an error of the framework itself."""
+    problem = Problem(
+        title=TITLES.get(error.status_code, "Error"),
+        status=error.status_code,
+        detail=str(error.detail),
+        code=CODES.get(error.status_code, "http_error"),
+    )
+    return ProblemResponse(problem.model_dump(), error.status_code, dict(error.headers or {}))
+
+
 def install(app: FastAPI) -> None:
     """Answer every error of this application as a problem."""
 
-    async def known(_: Request, error: Exception) -> ProblemResponse:
+    async def known(request: Request, error: Exception) -> ProblemResponse:
         assert isinstance(error, AlphalayerError)
-        return problem_response(error, getattr(error, "headers", None))
+        headers: dict[str, str] = dict(getattr(error, "headers", {}))
+        if error.code == "queue_full":
+            headers["Retry-After"] = str(request.app.state.service.retry_after_s())
+        return problem_response(error, headers)
 
     async def invalid(_: Request, error: Exception) -> ProblemResponse:
         assert isinstance(error, RequestValidationError)
@@ -97,9 +114,7 @@ def install(app: FastAPI) -> None:
 
     async def plain(_: Request, error: Exception) -> ProblemResponse:
         assert isinstance(error, HTTPException)
-        title = TITLES.get(error.status_code, "Error")
-        problem = Problem(title=title, status=error.status_code, detail=str(error.detail), code="http")
-        return ProblemResponse(problem.model_dump(), error.status_code, dict(error.headers or {}))
+        return http_problem(error)
 
     async def unforeseen(request: Request, error: Exception) -> ProblemResponse:
         log.error("unforeseen", path=request.url.path, exc_info=error)

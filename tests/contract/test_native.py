@@ -1,0 +1,230 @@
+"""The native contract, `/alpha/v1`, over real HTTP: the fields, defaults, answers and errors that clients rely on."""
+
+from __future__ import annotations
+
+import base64
+import concurrent.futures
+import io
+import json
+import re
+
+import httpx
+import numpy as np
+import pytest
+from PIL import Image
+
+from alphalayer.engine.fake import draw_disc
+from tests.serving import served, wait_until
+
+
+@pytest.fixture(scope="module")
+def client(tmp_path_factory):
+    with served(tmp_path_factory.mktemp("service")) as client:
+        yield client
+
+
+def draw(client: httpx.Client, **fields) -> httpx.Response:
+    return client.post("/alpha/v1/txt2img", json={"prompt": "an apple, high quality", "steps": 2, **fields})
+
+
+def test_a_prompt_alone_is_enough(client):
+    answer = client.post("/alpha/v1/txt2img", json={"prompt": "an apple, high quality"})
+    assert answer.status_code == 200
+    body = answer.json()
+    assert set(body) == {"url", "filename", "info"}
+    assert re.fullmatch(r"alpha_\d{10}_[0-9a-f]{6,}\.png", body["filename"])
+    assert body["url"] == f"{client.base_url}/alpha/v1/file/{body['filename']}".replace("//alpha", "/alpha")
+    info = json.loads(body["info"])
+    assert (info["seed"], info["negative_prompt"], info["steps"]) == (12345, "bad, ugly", 20)
+    assert (info["sampler_name"], info["cfg_scale"], info["width"], info["height"]) == ("DPM++ 2M SDE", 5, 1024, 1024)
+    assert "Schedule type: Karras" in info["infotexts"][0]
+
+
+def test_the_url_gives_the_picture_with_its_settings(client):
+    body = draw(client, seed=7, width=128, height=64).json()
+    answer = client.get(body["url"])
+    assert answer.status_code == 200
+    assert answer.headers["content-type"] == "image/png"
+    assert "immutable" in answer.headers["cache-control"]
+    picture = Image.open(io.BytesIO(answer.content))
+    assert picture.mode == "RGBA"
+    assert "Seed: 7" in picture.info["parameters"]
+    np.testing.assert_array_equal(np.asarray(picture), draw_disc("an apple, high quality", 7, 128, 64))
+
+
+def test_the_same_seed_gives_the_same_picture_and_minus_one_a_fresh_one(client):
+    def pixels(seed):
+        body = draw(client, seed=seed, width=64, height=64).json()
+        return json.loads(body["info"])["seed"], client.get(body["url"]).content
+
+    assert pixels(5) == pixels(5)
+    (first, _), (second, _) = pixels(-1), pixels(-1)
+    assert first != second
+    assert first >= 0
+
+
+def test_several_pictures(client):
+    body = draw(client, batch_size=2, n_iter=2, seed=10, width=64, height=64).json()
+    assert [image["seed"] for image in body["images"]] == [10, 11, 12, 13]
+    assert len({image["filename"] for image in body["images"]}) == 4
+    assert all(client.get(image["url"]).status_code == 200 for image in body["images"])
+    assert json.loads(body["info"])["all_seeds"] == [10, 11, 12, 13]
+
+
+@pytest.mark.parametrize("kind", ["png", "webp", "avif"])
+def test_every_format_has_alpha(client, kind):
+    body = draw(client, format=kind, width=64, height=64).json()
+    assert body["filename"].endswith(f".{kind}")
+    answer = client.get(body["url"])
+    assert answer.headers["content-type"] == f"image/{kind}"
+    alpha = np.asarray(Image.open(io.BytesIO(answer.content)).convert("RGBA"))[..., 3]
+    assert alpha[0, 0] == 0
+    assert alpha[32, 32] == 255
+
+
+def test_trim_background_and_base64(client):
+    body = draw(client, trim=True, trim_padding=1, width=128, height=128, response_format="base64").json()
+    picture = Image.open(io.BytesIO(base64.b64decode(body["base64"])))
+    whole = draw_disc("an apple, high quality", 12345, 128, 128)[..., 3] > 0
+    assert picture.size == (whole.any(0).sum() + 2, whole.any(1).sum() + 2)
+    body = draw(client, background="#ff8000", width=64, height=64).json()
+    laid = np.asarray(Image.open(io.BytesIO(client.get(body["url"]).content)))
+    assert laid[0, 0].tolist() == [255, 128, 0, 255]
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"prompt": ""}, "prompt"),
+        ({"prompt": "x" * 100_000}, "prompt"),
+        ({"negative_prompt": "x" * 100_000}, "negative_prompt"),
+        ({"seed": "soon"}, "seed"),
+        ({"seed": -2}, "seed"),
+        ({"seed": 2**64}, "seed"),
+        ({"width": -64}, "width"),
+        ({"height": 100_000}, "height"),
+        ({"steps": 0}, "steps"),
+        ({"cfg_scale": 1e9}, "cfg_scale"),
+        ({"sampler_name": "Magic"}, "sampler_name"),
+        ({"scheduler": "Magic"}, "scheduler"),
+        ({"batch_size": 1000}, "batch_size"),
+        ({"format": "jpeg"}, "format"),
+        ({"background": "red"}, "background"),
+        ({"layerdiffuse_weight": 9}, "layerdiffuse_weight"),
+        ({"denoise": 1}, "denoise"),
+    ],
+)
+def test_a_wrong_field_is_named(client, fields, named):
+    answer = draw(client, **fields)
+    assert answer.status_code == 422
+    problem = answer.json()
+    assert answer.headers["content-type"] == "application/problem+json"
+    assert problem["code"] == "invalid_request"
+    assert problem["field"] == named
+    assert named in problem["detail"]
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b"[]", b'{"prompt": "x", "cfg_scale": NaN}', b'"x"', b"\xff\xfe"])
+def test_a_broken_body_is_an_error_of_the_client(client, body):
+    answer = client.post("/alpha/v1/txt2img", content=body, headers={"content-type": "application/json"})
+    assert answer.status_code == 422
+    assert answer.json()["code"] == "invalid_request"
+
+
+def test_a_body_that_is_too_large_is_refused(client):
+    answer = client.post("/alpha/v1/txt2img", content=b" " * 1_100_000, headers={"content-type": "application/json"})
+    assert answer.status_code == 413
+    chunked = client.post(
+        "/alpha/v1/txt2img", content=iter([b" " * 600_000] * 2), headers={"content-type": "application/json"}
+    )
+    assert chunked.status_code == 413
+
+
+@pytest.mark.parametrize(
+    "name", ["alpha_1_abcdef.png", "..%2f..%2fetc%2fpasswd", "%2e%2e", ".hidden", "a%00b.png", "x" * 300, "..%5cx.png"]
+)
+def test_only_stored_pictures_can_be_read(client, name):
+    answer = client.get(f"/alpha/v1/file/{name}")
+    assert answer.status_code == 404
+    assert "root:" not in answer.text
+
+
+def test_health_docs_and_probes(client):
+    assert client.get("/sdapi/v1/sd-models").status_code == 200
+    assert client.get("/docs").status_code == 200
+    paths = client.get("/openapi.json").json()["paths"]
+    assert {"/alpha/v1/txt2img", "/alpha/v1/file/{filename}", "/sdapi/v1/sd-models"} <= set(paths)
+    assert client.get("/livez").json() == {"status": "alive"}
+    assert client.get("/ping").status_code == 200
+
+
+def test_a_full_queue_says_when_to_come_back(tmp_path):
+    with served(tmp_path, engine_options={"step_s": 0.2}, queue_limit=2) as client:
+        with concurrent.futures.ThreadPoolExecutor(12) as crowd:
+            answers = list(crowd.map(lambda seed: draw(client, seed=seed, width=64, height=64), range(12)))
+        full = [answer for answer in answers if answer.status_code == 429]
+        drawn = [answer for answer in answers if answer.status_code == 200]
+        assert len(full) + len(drawn) == 12
+        assert len(drawn) >= 2
+        assert full
+        for answer in full:
+            assert int(answer.headers["retry-after"]) >= 1
+            assert answer.json()["code"] == "queue_full"
+
+
+def test_a_client_that_leaves_frees_its_place(tmp_path):
+    with served(tmp_path, engine_options={"step_s": 0.2}) as client:
+        with pytest.raises(httpx.ReadTimeout):
+            client.post("/alpha/v1/txt2img", json={"prompt": "slow", "steps": 150}, timeout=0.7)
+        # 150 steps would take 30 s; the next picture comes as soon as the abandoned one has stopped
+        assert draw(client, width=64, height=64, steps=1).elapsed.total_seconds() < 5
+
+
+def test_basic_auth(tmp_path):
+    with served(tmp_path, api_auth="ann:secret,bob:other") as client:
+        refused = draw(client)
+        assert refused.status_code == 401
+        assert refused.headers["www-authenticate"].startswith("Basic")
+        assert client.get("/sdapi/v1/sd-models", auth=("ann", "wrong")).status_code == 401
+        assert client.get("/livez").status_code == 200
+        client.auth = ("bob", "other")
+        body = draw(client, width=64, height=64).json()
+        assert httpx.get(body["url"], trust_env=False).status_code == 200
+
+
+def test_cors_is_off_unless_asked_for(tmp_path, client):
+    asked = {"Origin": "https://example.com", "Access-Control-Request-Method": "POST"}
+    assert "access-control-allow-origin" not in client.options("/alpha/v1/txt2img", headers=asked).headers
+    with served(tmp_path, cors_allow_origins="*", wait_ready=False) as open_to_all:
+        headers = open_to_all.options("/alpha/v1/txt2img", headers=asked).headers
+        assert headers["access-control-allow-origin"] == "*"
+
+
+def test_urls_follow_the_proxy_and_the_public_url(tmp_path, client):
+    forwarded = {"X-Forwarded-Proto": "https", "X-Forwarded-Host": "pics.example.com", "X-Forwarded-Prefix": "/draw"}
+    body = {"prompt": "x", "steps": 1, "width": 64, "height": 64}
+    url = client.post("/alpha/v1/txt2img", json=body, headers=forwarded).json()["url"]
+    assert url.startswith("https://pics.example.com/draw/alpha/v1/file/")
+    (tmp_path / "a").mkdir()
+    with served(tmp_path / "a", trusted_proxies="10.0.0.0/8") as other:
+        url = other.post("/alpha/v1/txt2img", json=body, headers=forwarded).json()["url"]
+        assert url.startswith(str(other.base_url))
+    (tmp_path / "b").mkdir()
+    with served(tmp_path / "b", public_url="https://alpha.example.com/") as other:
+        url = other.post("/alpha/v1/txt2img", json=body).json()["url"]
+        assert url.startswith("https://alpha.example.com/alpha/v1/file/alpha_")
+
+
+def test_pictures_outlive_the_service(tmp_path):
+    with served(tmp_path) as client:
+        name = draw(client, width=64, height=64).json()["filename"]
+    with served(tmp_path, wait_ready=False) as client:
+        assert client.get(f"/alpha/v1/file/{name}").status_code == 200
+
+
+def test_it_is_not_ready_when_the_engine_cannot_start(tmp_path):
+    with served(tmp_path, engine="alphalayer.engine.fake:no_such_engine", wait_ready=False) as client:
+        assert client.get("/livez").status_code == 200
+        assert client.get("/readyz").status_code == 503
+        assert client.get("/ping").status_code == 204
+        wait_until(lambda: client.get("/sdapi/v1/sd-models").status_code == 200)

@@ -1,0 +1,67 @@
+"""Real services for tests: the ASGI application on a real port, with its engine process, in a thread of its own."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import uvicorn
+
+from alphalayer.app import create_app
+from alphalayer.config import Settings
+
+FAKE = "alphalayer.engine.fake:create_engine"
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@contextmanager
+def served(
+    folder: Path, *, engine: str = FAKE, engine_options: dict[str, Any] | None = None, wait_ready: bool = True, **settings: Any
+) -> Iterator[httpx.Client]:
+    """A service that keeps everything in `folder`; yields a client with its base URL. The server is in `client.server`."""
+    port = free_port()
+    values = {
+        "models_dir": folder / "models",
+        "embeddings_dir": folder / "embeddings",
+        "outputs_dir": folder / "outputs",
+        "data_dir": folder / "data",
+        "port": port,
+        "device": "cpu",
+        **settings,
+    }
+    app = create_app(Settings(**values), engine=engine, engine_options=engine_options)
+    server = uvicorn.Server(
+        uvicorn.Config(app, port=port, log_config=None, proxy_headers=False, timeout_graceful_shutdown=5)
+    )
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60, trust_env=False) as client:
+        wait_until(lambda: server.started)
+        if wait_ready:
+            wait_until(lambda: client.get("/ping").status_code == 200, 30)
+        client.app = app  # type: ignore[attr-defined]
+        try:
+            yield client
+        finally:
+            server.should_exit = True
+            thread.join(30)
+            assert not thread.is_alive(), "the service did not stop"
+
+
+def wait_until(condition: Any, timeout_s: float = 10.0) -> None:
+    """Poll until a condition holds; fails after a time."""
+    end = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < end, "waited too long"
+        time.sleep(0.02)
