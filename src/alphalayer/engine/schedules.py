@@ -67,9 +67,10 @@ class SigmaTable:
 
     def sigma(self, timestep: float) -> float:
         """The level at a training step, interpolated in log sigma between whole steps."""
-        low = min(max(int(timestep), 0), len(self.sigmas) - 1)
+        timestep = min(max(timestep, 0.0), len(self.sigmas) - 1)
+        low = int(timestep)
         high = min(low + 1, len(self.sigmas) - 1)
-        part = float(timestep) - low
+        part = timestep - low
         return float(((1 - part) * self._log_sigmas[low] + part * self._log_sigmas[high]).exp())
 
     def __len__(self) -> int:

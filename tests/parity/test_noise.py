@@ -1,0 +1,237 @@
+"""Random numbers: Philox and CPU reference vectors, variation seeds, and Brownian-tree noise against torchsde.
+
+The reference vectors were computed with the published generators (webui's Philox, torch's CPU generator, torchsde 0.2.6), not with
+this package.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torchsde
+
+from alphalayer.engine.brownian import BrownianNoise, BrownianTree
+from alphalayer.engine.noise import ImageGenerator, initial_noise, philox_normal, randn, slerp
+from alphalayer.engine.samplers import brownian_intervals
+from alphalayer.engine.schedules import SigmaTable, sigmas_for
+from alphalayer.errors import InvalidRequest
+from alphalayer.request import SCHEDULERS
+
+LATENT = (4, 128, 128)
+TABLE = SigmaTable.from_betas()
+KARRAS = sigmas_for("Karras", 20, TABLE)
+
+# the vectors are printed with five to seven decimals
+PRINTED = {"rtol": 0, "atol": 1e-5}
+# a tree's value is a sum of about twenty float32 terms of up to 15 in size, added in another order than torchsde does
+TREE = {"rtol": 0, "atol": 2e-5}
+
+
+def _values(tensor: torch.Tensor, count: int = 4) -> list[float]:
+    return tensor.flatten()[:count].tolist()
+
+
+# --- Philox
+
+
+def test_philox_gives_the_published_values():
+    expected = [-0.92466, -0.42534, -2.64385, 0.14518, -0.12087, -0.57973, -0.62285, -0.32839, -1.07454, -0.36314, -1.67105, 2.26551]
+    np.testing.assert_allclose(randn(0, (3, 4), "nv").flatten(), expected, **PRINTED)
+
+
+def test_philox_gives_the_published_values_of_a_whole_latent():
+    generator = ImageGenerator(12345, "nv")
+    first = generator.randn(LATENT)
+    np.testing.assert_allclose(_values(first), [0.5786413, -0.5247555, -0.29190373, 0.01401389], rtol=0, atol=1e-7)
+    np.testing.assert_allclose(first.flatten()[-2:], [0.1922484, 1.1355306], rtol=0, atol=1e-7)
+    # the sum is printed with five decimals
+    assert float(first.double().sum()) == pytest.approx(-590.37853, abs=1e-4)
+    np.testing.assert_allclose(_values(generator.randn(LATENT), 2), [2.7012851, -0.7103896], rtol=0, atol=1e-7)
+
+
+def _philox_4x32_10(counter: list[int], key: list[int]) -> list[int]:
+    """The paper's round function on plain integers."""
+    c, k = list(counter), list(key)
+    for _ in range(10):
+        a, b = 0xD2511F53 * c[0], 0xCD9E8D57 * c[2]
+        c = [(b >> 32) ^ c[1] ^ k[0], b % 2**32, (a >> 32) ^ c[3] ^ k[1], a % 2**32]
+        k = [(k[0] + 0x9E3779B9) % 2**32, (k[1] + 0xBB67AE85) % 2**32]
+    return c
+
+
+def test_the_integer_reference_passes_random123s_own_test():
+    assert _philox_4x32_10([0] * 4, [0] * 2) == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
+
+
+@pytest.mark.parametrize("seed", [0, 2**31, 2**32 - 1, 2**32, 2**40 + 7, 2**63 - 1, 2**63 + 6])
+@pytest.mark.parametrize("draw", [0, 1, 5])
+def test_philox_follows_the_formula_for_large_seeds_and_later_draws(seed: int, draw: int):
+    expected = []
+    for element in range(20):
+        g = _philox_4x32_10([draw, 0, element, 0], [seed % 2**32, seed >> 32])
+        a, b = float(np.float32(2.3283064e-10)), float(np.float32(2.3283064e-10 * 6.2831855))
+        expected.append(math.sqrt(-2 * math.log(g[0] * a + a / 2)) * math.sin(g[1] * b + b / 2))
+    # float64 on both sides, rounded to float32 once
+    np.testing.assert_allclose(philox_normal(seed, 20, draw), np.float32(expected), rtol=2e-7, atol=0)
+
+
+def test_philox_does_not_depend_on_the_shape():
+    assert torch.equal(randn(7, (2, 3, 5), "nv").flatten(), randn(7, (30,), "nv"))
+
+
+# --- CPU and GPU sources
+
+
+def test_cpu_gives_torchs_values_which_depend_on_the_shape():
+    # printed with four decimals
+    np.testing.assert_allclose(_values(randn(12345, LATENT, "cpu")), [-1.4798, 0.4873, -3.0128, 0.4439], rtol=0, atol=1e-4)
+    assert randn(12345, (4,), "cpu")[0].item() == pytest.approx(1.4271, abs=1e-4)
+
+
+def test_gpu_noise_is_refused_on_the_cpu():
+    with pytest.raises(InvalidRequest) as error:
+        ImageGenerator(1, "gpu", "cpu")
+    assert error.value.field == "noise"
+
+
+@pytest.mark.parametrize("source", ["nv", "cpu"])
+def test_an_images_noise_is_the_same_alone_and_in_a_batch(source):
+    shape = (4, 8, 8)
+    batch = initial_noise([ImageGenerator(seed, source) for seed in (5, 6, 7)], shape)
+    for i, seed in enumerate((5, 6, 7)):
+        assert torch.equal(batch[i], initial_noise([ImageGenerator(seed, source)], shape)[0])
+
+
+# --- variation seeds
+
+
+def test_variation_strengths_0_and_1_are_the_two_noises():
+    low, high = randn(1, (4, 8, 6), "nv"), randn(2, (4, 8, 6), "nv")
+    # sines of float32 angles
+    torch.testing.assert_close(slerp(0.0, low, high), low, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(slerp(1.0, low, high), high, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("strength", [0.1, 0.5, 0.8])
+def test_variation_turns_each_column_by_its_share_of_the_angle(strength: float):
+    """For unit vectors along the height axis the result is the one at that part of the great circle."""
+    unit = lambda x: x / x.norm(dim=1, keepdim=True)
+    low, high = unit(randn(1, (4, 8, 6), "nv").double()), unit(randn(2, (4, 8, 6), "nv").double())
+    angle = (low * high).sum(1).acos()
+    # Gram-Schmidt: the direction in the plane of both that is square to `low`
+    across = unit(high - (low * high).sum(1, keepdim=True) * low)
+    turn = (angle * strength).unsqueeze(1)
+    torch.testing.assert_close(slerp(strength, low, high), turn.cos() * low + turn.sin() * across, rtol=0, atol=1e-9)
+
+
+def test_nearly_parallel_noises_are_mixed_in_a_line():
+    low = randn(1, (4, 8, 6), "nv")
+    high = low * 3
+    torch.testing.assert_close(slerp(0.25, low, high), low * 1.5)
+
+
+def test_variation_noise_uses_the_variation_generators_first_draw():
+    shape = (4, 8, 6)
+    mixed = initial_noise([ImageGenerator(3, "nv")], shape, [ImageGenerator(9, "nv")], 0.3)
+    assert torch.equal(mixed[0], slerp(0.3, randn(3, shape, "nv"), randn(9, shape, "nv")))
+
+
+# --- Brownian tree
+
+
+def test_brownian_noise_gives_the_published_values_for_nv():
+    # Philox values do not depend on the shape, so four elements are enough
+    noise = BrownianNoise([12345, 12346], (4,), KARRAS, "nv")
+    steps = [noise(float(KARRAS[i]), float(KARRAS[i + 1])) for i in range(19)]
+    np.testing.assert_allclose(steps[0][0], [2.147270, 0.832033, 0.143413, -0.518045], **TREE)
+    np.testing.assert_allclose(steps[1][0], [1.003621, 0.283577, 2.696405, -0.341364], **TREE)
+    # the last interval is 0.02 wide, and dividing by its root makes rounding seven times larger
+    np.testing.assert_allclose(steps[18][0], [-0.974563, 1.615373, -0.551859, -0.434521], rtol=0, atol=2e-4)
+    np.testing.assert_allclose(steps[0][1, :2], [-0.590131, -1.679885], **TREE)
+
+
+def test_brownian_noise_gives_the_published_values_for_cpu():
+    noise = BrownianNoise([12345], LATENT, KARRAS, "cpu")
+    first = noise(float(KARRAS[0]), float(KARRAS[1]))
+    last = noise(float(KARRAS[18]), float(KARRAS[19]))
+    np.testing.assert_allclose(_values(first), [-0.022775, -0.113971, -0.228898, 0.103657], **TREE)
+    np.testing.assert_allclose(_values(last), [-0.523645, 0.101677, 0.570019, -0.948543], rtol=0, atol=2e-4)
+
+
+@pytest.mark.parametrize("seed", [0, 12345, 2**40 + 1])
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_tree_equals_torchsdes(scheduler: str, seed: int):
+    shape = (4, 5)
+    levels = [float(sigma) for sigma in sigmas_for(scheduler, 12, TABLE) if sigma > 0]
+    low, high = min(levels), max(levels)
+    theirs = torchsde.BrownianTree(low, torch.zeros(shape), high, entropy=seed)
+    ours = BrownianTree(low, high, shape, seed, "cpu")
+    for above, below in zip(levels, levels[1:], strict=False):
+        torch.testing.assert_close(ours.between(below, above), theirs(below, above), **TREE)
+
+
+@pytest.mark.parametrize("scheduler", ["Karras", "Beta"])
+def test_the_two_queries_a_step_of_dpmpp_sde_equal_torchsdes(scheduler: str):
+    shape, seeds = (4, 5), [3, 4]
+    sigmas = sigmas_for(scheduler, 10, TABLE)
+    intervals = brownian_intervals("DPM++ SDE", sigmas)
+    assert len(intervals) == 2 * 9
+    noise = BrownianNoise(seeds, shape, sigmas, "cpu")
+    low, high = float(sigmas[-2]), float(sigmas[0])
+    trees = [torchsde.BrownianTree(low, torch.zeros(shape), high, entropy=seed) for seed in seeds]
+    for above, below in intervals:
+        expected = torch.stack([-tree(below, above) for tree in trees]) / math.sqrt(above - below)
+        # rounding grows with the division by the root of a narrow interval
+        torch.testing.assert_close(noise(above, below), expected, rtol=0, atol=2e-5 / math.sqrt(above - below) + 2e-5)
+
+
+@pytest.mark.parametrize("source", ["nv", "cpu"])
+def test_brownian_noise_of_an_image_is_the_same_alone_and_in_a_batch(source):
+    sigmas = sigmas_for("Karras", 6, TABLE)
+    together = BrownianNoise([5, 6, 7], (4, 3), sigmas, source)
+    alone = [BrownianNoise([seed], (4, 3), sigmas, source) for seed in (5, 6, 7)]
+    for above, below in brownian_intervals("DPM++ 2M SDE", sigmas):
+        assert torch.equal(together(above, below), torch.cat([each(above, below) for each in alone]))
+
+
+def test_what_a_tree_says_does_not_depend_on_the_order_of_questions():
+    times = [0.05, 3.0, 0.7, 14.0, 0.0501, 6.2]
+    forward = BrownianTree(0.03, 14.6, (3,), 8, "nv")
+    backward = BrownianTree(0.03, 14.6, (3,), 8, "nv")
+    first = {time: forward.value(time) for time in times}
+    for time in reversed(times):
+        assert torch.equal(backward.value(time), first[time])
+
+
+def test_a_tree_begins_at_zero_and_is_clamped_to_its_ends():
+    tree = BrownianTree(1.0, 2.0, (3,), 8, "nv")
+    assert torch.equal(tree.value(0.5), torch.zeros(3))
+    assert torch.equal(tree.value(9.0), tree.value(2.0))
+
+
+def test_noise_drawn_ahead_equals_noise_drawn_when_asked():
+    sigmas = sigmas_for("Karras", 8, TABLE)
+    intervals = brownian_intervals("DPM++ SDE", sigmas)
+    ahead = BrownianNoise([5, 6], (4, 3), sigmas, "nv", ahead=intervals)
+    asked = BrownianNoise([5, 6], (4, 3), sigmas, "nv")
+    other = (float(sigmas[0]), float(sigmas[3]))
+    for interval in [*intervals[:3], other, *intervals[3:]]:
+        assert torch.equal(ahead(*interval), asked(*interval))
+
+
+def test_brownian_noise_has_unit_variance():
+    noise = BrownianNoise([1], (20_000,), KARRAS, "nv")
+    for i in (0, 9, 18):
+        drawn = noise(float(KARRAS[i]), float(KARRAS[i + 1]))
+        # four standard errors of the mean and of the deviation of 20,000 values
+        assert abs(drawn.mean()) < 4 / math.sqrt(20_000)
+        assert abs(drawn.std() - 1) < 4 / math.sqrt(40_000)
+
+
+def test_one_step_needs_no_brownian_noise():
+    sigmas = sigmas_for("Karras", 1, TABLE)
+    assert brownian_intervals("DPM++ 2M SDE", sigmas) == []
+    BrownianNoise([1], (4,), sigmas, "nv")

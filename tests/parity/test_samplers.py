@@ -1,0 +1,314 @@
+"""The ten samplers against implementations that are not ours, in float32, with the same noise fed to both.
+
+diffusers' schedulers where their formula is the sampler's; for DPM++ 3M SDE, UniPC and DPM++ 2M SDE's alternatives the update of the
+paper, written out here in float64. The denoiser is a small random network of latent and noise level, far from linear.
+"""
+
+from __future__ import annotations
+
+import math
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+
+from alphalayer.engine.brownian import BrownianNoise
+from alphalayer.engine.samplers import SAMPLERS, brownian_intervals, sample
+from alphalayer.engine.schedules import SigmaTable, sigmas_for
+
+SHAPE = (2, 4, 6, 5)
+BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
+TABLE = SigmaTable.from_betas()
+# the clean latent is of size 1, so this is absolute and relative at once
+TOLERANCE = {"rtol": 0, "atol": 1e-4}
+
+_generator = torch.Generator().manual_seed(0)
+_IN, _OUT, _TIME = (torch.randn(size, generator=_generator, dtype=torch.float64) for size in ((4, 16), (16, 4), (16,)))
+
+
+def denoise(x: torch.Tensor, sigma: float, step: int = 0) -> torch.Tensor:
+    """A clean latent in about [-1, 1], in the dtype of `x`: a two-layer network over the channels of each cell."""
+    inside = torch.einsum("bchw,cd->bdhw", x / math.sqrt(sigma**2 + 1), _IN.to(x.dtype))
+    hidden = torch.tanh(inside + (math.log(sigma) * _TIME.to(x.dtype))[:, None, None])
+    return torch.tanh(torch.einsum("bdhw,dc->bchw", hidden, _OUT.to(x.dtype)) / 2)
+
+
+START = torch.randn(SHAPE, generator=_generator)
+
+
+class Recorded:
+    """Noise of its own generator, remembered in the order in which it was asked for."""
+
+    def __init__(self):
+        self.drawn: list[torch.Tensor] = []
+        self._generator = torch.Generator().manual_seed(1)
+
+    def __call__(self, sigma: float, following: float) -> torch.Tensor:
+        self.drawn.append(torch.randn(SHAPE, generator=self._generator))
+        return self.drawn[-1]
+
+
+def ours(name: str, sigmas: torch.Tensor, noise=None) -> torch.Tensor:
+    """Our result from the common start; also checks what every sampler owes its caller."""
+    told: list[int] = []
+    last: list[torch.Tensor] = []
+
+    def on_step(done: int, x: torch.Tensor, clean: torch.Tensor) -> None:
+        told.append(done)
+        last[:] = [x]
+        assert clean.shape == SHAPE
+
+    result = sample(name, denoise, START * float(sigmas[0]), sigmas, noise or _no_noise, on_step)
+    assert told == list(range(1, len(sigmas)))
+    assert torch.equal(last[0], result)
+    return result
+
+
+def _no_noise(sigma: float, following: float) -> torch.Tensor:
+    raise AssertionError("this sampler has no noise")
+
+
+def _vp_multistep(scheduler, noises: list[torch.Tensor] | None = None) -> torch.Tensor:
+    """Drive a diffusers scheduler of the variance-preserving frame with the denoiser."""
+    x = START * scheduler.sigmas[0] / (scheduler.sigmas[0] ** 2 + 1).sqrt()
+    for i, timestep in enumerate(scheduler.timesteps):
+        sigma = float(scheduler.sigmas[i])
+        noisy = x * math.sqrt(sigma**2 + 1)
+        epsilon = (noisy - denoise(noisy, sigma)) / sigma
+        noise = {"variance_noise": noises[i] if i < len(noises) else torch.zeros(SHAPE)} if noises is not None else {}
+        x = scheduler.step(epsilon, timestep, x, return_dict=False, **noise)[0]
+    return x
+
+
+def _ve(scheduler, generator: torch.Generator | None = None) -> torch.Tensor:
+    """Drive a diffusers scheduler of the variance-exploding frame with the denoiser."""
+    x = START * scheduler.sigmas[0]
+    for i, timestep in enumerate(scheduler.timesteps):
+        sigma = float(scheduler.sigmas[i])
+        options = {"generator": generator} if generator else {}
+        x = scheduler.step((x - denoise(x, sigma)) / sigma, timestep, x, return_dict=False, **options)[0]
+    return x
+
+
+def _dpm(**options) -> diffusers.DPMSolverMultistepScheduler:
+    return diffusers.DPMSolverMultistepScheduler(
+        **BETAS, solver_type="midpoint", final_sigmas_type="zero", use_karras_sigmas=True, **options
+    )
+
+
+@pytest.mark.parametrize("steps", [2, 3, 8, 20])
+def test_dpmpp_2m_sde_equals_diffusers(steps: int):
+    scheduler = _dpm(algorithm_type="sde-dpmsolver++")
+    scheduler.set_timesteps(steps)
+    noise = Recorded()
+    result = ours("DPM++ 2M SDE", scheduler.sigmas, noise)
+    torch.testing.assert_close(result, _vp_multistep(scheduler, noise.drawn), **TOLERANCE)
+
+
+@pytest.mark.parametrize("steps", [2, 3, 8, 20])
+def test_dpmpp_2m_equals_diffusers(steps: int):
+    scheduler = _dpm(algorithm_type="dpmsolver++")
+    scheduler.set_timesteps(steps)
+    torch.testing.assert_close(ours("DPM++ 2M", scheduler.sigmas), _vp_multistep(scheduler), **TOLERANCE)
+
+
+@pytest.mark.parametrize("steps", [3, 4, 8, 20])
+def test_dpmpp_3m_sde_equals_the_published_update(steps: int):
+    """DPM-Solver++'s third-order multistep with twice the step in its phi functions, as the SDE with eta 1 has it.
+
+    In half-log-SNR lambda = -log sigma with K(h) = exp(-2h): x' = K x + phi1 D0 + phi2 D1 - phi3 D2. float64, and divided
+    differences from Newton's table instead of the ratios of step lengths.
+    """
+    sigmas = sigmas_for("Karras", steps, TABLE)
+    noise = Recorded()
+    result = ours("DPM++ 3M SDE", sigmas, noise)
+    levels = [float(sigma) for sigma in sigmas]
+    x, seen = START.double() * levels[0], []
+    for i in range(steps - 1):
+        place = -math.log(levels[i])
+        h = -math.log(levels[i + 1]) - place
+        seen.append((place, denoise(x, levels[i])))
+        phi1 = 1 - math.exp(-2 * h)
+        phi2 = (math.exp(-2 * h) - 1 + 2 * h) / (2 * h)
+        phi3 = phi2 / (2 * h) - 0.5
+        x = math.exp(-2 * h) * x + phi1 * seen[-1][1]
+        if len(seen) >= 2:
+            (l0, d0), (l1, d1) = seen[-1], seen[-2]
+            first = (d0 - d1) / (l0 - l1)
+            if len(seen) == 2:
+                x = x + phi2 * h * first
+            else:
+                l2, d2 = seen[-3]
+                second = (first - (d1 - d2) / (l1 - l2)) / (l0 - l2)
+                # the slope at the newest point of the parabola through all three, and its h^2-scaled bend
+                x = x + phi2 * h * (first + second * (l0 - l1)) - phi3 * h * h * second
+        x = x + noise.drawn[i].double() * levels[i + 1] * math.sqrt(1 - math.exp(-2 * h))
+    expected = denoise(x, levels[-2])
+    torch.testing.assert_close(result.double(), expected, **TOLERANCE)
+
+
+@pytest.mark.parametrize("steps", [2, 5, 20])
+def test_dpmpp_sde_equals_diffusers_with_torchsdes_tree(steps: int):
+    seed = 11
+    scheduler = diffusers.DPMSolverSDEScheduler(**BETAS, use_karras_sigmas=True, noise_sampler_seed=[seed, seed + 1])
+    scheduler.set_timesteps(steps)
+    # their list has every level twice: once for the middle of the step
+    sigmas = torch.cat([scheduler.sigmas[:1], scheduler.sigmas[1:-1:2], torch.zeros(1)])
+    assert len(sigmas) == steps + 1
+    noise = BrownianNoise([seed, seed + 1], SHAPE[1:], sigmas, "cpu", ahead=brownian_intervals("DPM++ SDE", sigmas))
+    result = ours("DPM++ SDE", sigmas, noise)
+
+    x = START * sigmas[0]
+    for timestep in scheduler.timesteps:
+        level = scheduler.sigmas[scheduler.step_index] if scheduler.step_index is not None else scheduler.sigmas[0]
+        if not scheduler.state_in_first_order:
+            level = scheduler.mid_point_sigma
+        x = scheduler.step((x - denoise(x, float(level))) / level, timestep, x, return_dict=False)[0]
+    torch.testing.assert_close(result, x, **TOLERANCE)
+
+
+@pytest.mark.parametrize("steps", [1, 5, 20])
+def test_euler_equals_diffusers(steps: int):
+    scheduler = diffusers.EulerDiscreteScheduler(**BETAS, use_karras_sigmas=True)
+    scheduler.set_timesteps(steps)
+    torch.testing.assert_close(ours("Euler", scheduler.sigmas), _ve(scheduler), **TOLERANCE)
+
+
+@pytest.mark.parametrize("steps", [2, 5, 20])
+def test_euler_a_equals_diffusers(steps: int):
+    scheduler = diffusers.EulerAncestralDiscreteScheduler(**BETAS, timestep_spacing="trailing")
+    scheduler.set_timesteps(steps)
+    # both draw one noise a step from generators of the same seed, in the same order
+    result = ours("Euler a", scheduler.sigmas, Recorded())
+    torch.testing.assert_close(result, _ve(scheduler, torch.Generator().manual_seed(1)), **TOLERANCE)
+
+
+@pytest.mark.parametrize("steps", [1, 5, 20])
+def test_heun_equals_diffusers(steps: int):
+    scheduler = diffusers.HeunDiscreteScheduler(**BETAS, use_karras_sigmas=True)
+    scheduler.set_timesteps(steps)
+    # their list repeats the inner levels for the second slope
+    sigmas = torch.cat([scheduler.sigmas[:1], scheduler.sigmas[1::2]])
+    assert len(sigmas) == steps + 1
+    torch.testing.assert_close(ours("Heun", sigmas), _ve(scheduler), **TOLERANCE)
+
+
+@pytest.mark.parametrize("steps", [2, 10, 20])
+def test_ddim_equals_diffusers(steps: int):
+    scheduler = diffusers.DDIMScheduler(**BETAS, clip_sample=False, set_alpha_to_one=True, timestep_spacing="leading")
+    scheduler.set_timesteps(steps)
+    alpha_bar = scheduler.alphas_cumprod[scheduler.timesteps]
+    sigmas = torch.cat([((1 - alpha_bar) / alpha_bar).sqrt(), torch.zeros(1)])
+    x = START * sigmas[0] / (sigmas[0] ** 2 + 1).sqrt()
+    for sigma, timestep in zip(sigmas.tolist(), scheduler.timesteps, strict=False):
+        noisy = x * math.sqrt(sigma**2 + 1)
+        x = scheduler.step((noisy - denoise(noisy, sigma)) / sigma, timestep, x, eta=0.0, return_dict=False)[0]
+    torch.testing.assert_close(ours("DDIM", sigmas), x, **TOLERANCE)
+
+
+def test_lcm_equals_diffusers():
+    # at these late training steps the boundary functions of the scheduler are 1 and 0 up to 1e-7
+    scheduler = diffusers.LCMScheduler(**BETAS, original_inference_steps=50, clip_sample=False)
+    scheduler.set_timesteps(4)
+    assert scheduler.timesteps.min() > 200
+    alpha_bar = scheduler.alphas_cumprod[scheduler.timesteps]
+    sigmas = torch.cat([((1 - alpha_bar) / alpha_bar).sqrt(), torch.zeros(1)])
+    x = START * sigmas[0] / (sigmas[0] ** 2 + 1).sqrt()
+    generator = torch.Generator().manual_seed(1)
+    for sigma, timestep in zip(sigmas.tolist(), scheduler.timesteps, strict=False):
+        noisy = x * math.sqrt(sigma**2 + 1)
+        epsilon = (noisy - denoise(noisy, sigma)) / sigma
+        x = scheduler.step(epsilon, timestep, x, generator=generator, return_dict=False)[0]
+    torch.testing.assert_close(ours("LCM", sigmas, Recorded()), x, **TOLERANCE)
+
+
+def _phi(k: int, z: float) -> float:
+    """phi_k(z) = integral over [0, 1] of e^((1-t) z) t^(k-1) / (k-1)!, by quadrature."""
+    nodes, weights = np.polynomial.legendre.leggauss(40)
+    t = (nodes + 1) / 2
+    return float((weights / 2 * np.exp((1 - t) * z) * t ** (k - 1)).sum()) / math.factorial(k - 1)
+
+
+@pytest.mark.parametrize("steps", [2, 3, 4, 8, 20])
+def test_unipc_equals_the_published_update(steps: int):
+    """UniPC of order 3 with B(h) = e^h - 1 on data prediction (Zhao et al. 2023, algorithms 5 to 8), in the exploding frame, float64.
+
+    The order rises from 1 at the start, falls to 1 at the end, and each new evaluation first corrects the step that led to it. At
+    order 2 the paper's weights are 1/2, as its code takes them.
+    """
+    sigmas = sigmas_for("Karras", steps, TABLE)
+    levels = [float(sigma) for sigma in sigmas]
+    x, seen = START.double() * levels[0], []
+
+    def moved(x, start: int, order: int, newest=None):
+        """From level `start` to the next, with the evaluations before it; with `newest` (at the next level) the corrector."""
+        place, h = -math.log(levels[start]), -math.log(levels[start + 1]) + math.log(levels[start])
+        base = math.exp(-h) * x + (1 - math.exp(-h)) * seen[start]
+        ratios = [(-math.log(levels[start - i]) - place) / h for i in range(1, order)]
+        slopes = [(seen[start - i] - seen[start]) / r for i, r in zip(range(1, order), ratios, strict=True)]
+        if newest is not None:
+            ratios, slopes = [*ratios, 1.0], [*slopes, newest - seen[start]]
+        if not slopes:
+            return base
+        # sum_m rho_m r_m^(k-1) = k! phi_(k+1)(-h) * (-h) / B, with B = e^-h - 1
+        b = math.expm1(-h)
+        wanted = [math.factorial(k) * _phi(k + 1, -h) * -h / b for k in range(1, len(ratios) + 1)]
+        rho = np.linalg.solve(np.array([[r ** (k - 1) for r in ratios] for k in range(1, len(ratios) + 1)]), wanted)
+        if len(ratios) == 1 and (newest is None) == (order == 2):
+            rho = [0.5]
+        return base - b * sum(weight * slope for weight, slope in zip(rho, slopes, strict=True))
+
+    before, order = x, 0
+    for i in range(steps):
+        clean = denoise(x, levels[i])
+        if i > 0:
+            x = moved(before, i - 1, order, newest=clean)
+        seen.append(clean)
+        order = min(3, i + 1, steps - i)
+        before = x
+        x = moved(x, i, order) if levels[i + 1] > 0 else clean
+    torch.testing.assert_close(ours("UniPC", sigmas).double(), x, **TOLERANCE)
+
+
+# --- properties of all of them
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_a_perfect_denoiser_is_followed_to_its_picture(name: str):
+    target = torch.linspace(-1, 1, math.prod(SHAPE)).reshape(SHAPE)
+    sigmas = sigmas_for("Karras", 12, TABLE)
+    result = sample(name, lambda x, sigma, step: target, START * float(sigmas[0]), sigmas, Recorded(), lambda *_: None)
+    torch.testing.assert_close(result, target, **TOLERANCE)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_only_samplers_with_noise_ask_for_it_and_brownian_ones_for_the_intervals_they_announce(name: str):
+    sigmas = sigmas_for("Karras", 5, TABLE)
+    asked: list[tuple[float, float]] = []
+
+    def noise(sigma: float, following: float) -> torch.Tensor:
+        asked.append((sigma, following))
+        return torch.zeros(SHAPE)
+
+    ours(name, sigmas, noise)
+    if SAMPLERS[name].noise == "brownian":
+        assert asked == brownian_intervals(name, sigmas)
+    else:
+        assert brownian_intervals(name, sigmas) == []
+        assert len(asked) == (4 if SAMPLERS[name].noise == "fresh" else 0)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_one_step_lands_on_the_predicted_latent(name: str):
+    sigmas = sigmas_for("Karras", 1, TABLE)
+    # x + (x - clean) / sigma * -sigma cancels terms of size 15
+    torch.testing.assert_close(ours(name, sigmas, Recorded()), denoise(START * sigmas[0], float(sigmas[0])), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["DPM++ 2M", "Heun", "UniPC"])
+def test_higher_orders_are_nearer_to_the_exact_path_than_euler(name: str):
+    exact = ours("Heun", sigmas_for("Karras", 400, TABLE))
+    coarse = sigmas_for("Karras", 30, TABLE)
+    error = lambda result: float((result - exact).abs().mean())
+    assert error(ours(name, coarse)) < error(ours("Euler", coarse)) / 2

@@ -1,0 +1,279 @@
+"""The autoencoder, and transparency hidden in its latent (Zhang and Agrawala, "Transparent Image Layer Diffusion using Latent
+Transparency", 2024): one training run for the VAE, the encoder of the offset, and the transparent decoder.
+
+    opaque picture           → VAE encoder → z                 VAE decoder(z) = the picture
+    transparent picture      → VAE encoder (laid on grey) + offset(RGBA) → z'
+                                                               VAE decoder(z') = the picture on grey
+                                                               transparent decoder(that, z') = colour and alpha
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderDC
+from diffusers.models.autoencoders.autoencoder_dc import Encoder
+from PIL import Image
+from torch import Tensor, nn
+
+from alphalayer.engine.transparency import TransparentDecoder
+from training import pictures
+from training.data import CACHE, TRAINING_SETS, load
+
+CHECKPOINT = CACHE / "autoencoder.pt"
+LATENT_CHANNELS = 16
+DOWNSAMPLING = 16
+DECODER_CONFIG = {
+    "in_channels": 3,
+    "out_channels": 4,
+    "latent_channels": LATENT_CHANNELS,
+    "block_out_channels": [12, 16, 24, 48, 64],
+    "layers_per_block": 1,
+    "attention_blocks": 0,
+    "latent_block": 4,
+    "norm_num_groups": 4,
+    "attention_head_dim": 8,
+}
+WEIGHTS = {"fluent-3d": 2.0, "fluent": 1.5, "noto": 1.0, "fluent-flat": 0.7, "twemoji": 0.8, "noto-v1": 0.7, "emojitwo": 0.6, "fxemoji": 0.5}
+HELD_OUT = 20
+"""Every 20th picture of a set is kept out of training."""
+
+
+def make_vae() -> AutoencoderDC:
+    """16 times smaller on a side, 16 channels; convolutions only."""
+    return AutoencoderDC(
+        in_channels=3,
+        latent_channels=LATENT_CHANNELS,
+        encoder_block_types="ResBlock",
+        decoder_block_types="ResBlock",
+        encoder_block_out_channels=(16, 32, 64, 128, 128),
+        decoder_block_out_channels=(16, 32, 64, 128, 128),
+        encoder_layers_per_block=(1, 1, 1, 2, 2),
+        decoder_layers_per_block=(1, 1, 2, 2, 3),
+        encoder_qkv_multiscales=((), (), (), (), ()),
+        decoder_qkv_multiscales=((), (), (), (), ()),
+        scaling_factor=1.0,
+    )
+
+
+def make_offset_encoder() -> nn.Module:
+    """RGBA (B, 4, H, W) → offset of the latent (B, 16, H/16, W/16); begins at zero."""
+    encoder = Encoder(
+        in_channels=4,
+        latent_channels=LATENT_CHANNELS,
+        block_out_channels=(12, 24, 48, 96, 96),
+        layers_per_block=(1, 1, 1, 1, 1),
+        qkv_multiscales=((), (), (), (), ()),
+        out_shortcut=False,
+    )
+    nn.init.normal_(encoder.conv_out.weight, std=1e-3)
+    nn.init.zeros_(encoder.conv_out.bias)
+    return encoder
+
+
+class LatentTransparency(nn.Module):
+    """The three networks together."""
+
+    def __init__(self):
+        super().__init__()
+        self.vae = make_vae()
+        self.offset = make_offset_encoder()
+        self.decoder = TransparentDecoder(**DECODER_CONFIG)
+
+    def encode_opaque(self, rgb: Tensor) -> Tensor:
+        """(B, 3, H, W) in [0, 1] → latent."""
+        return self.vae.encode(rgb * 2 - 1).latent
+
+    def encode_transparent(self, rgba: Tensor) -> Tensor:
+        """(B, 4, H, W) in [0, 1] → adjusted latent; the VAE sees the picture on mid grey."""
+        return self.encode_opaque(pictures.over(rgba, torch.full((1, 3, 1, 1), 0.5))) + self.offset(rgba * 2 - 1)
+
+    def decode(self, latent: Tensor) -> tuple[Tensor, Tensor]:
+        """latent → the VAE's picture in [-1, 1], and what the transparent decoder makes of it: (B, 4, H, W), alpha first."""
+        rgb = self.vae.decode(latent, return_dict=False)[0]
+        return rgb, self.decoder((rgb / 2 + 0.5).clamp(0, 1), latent)
+
+
+def load_trained() -> LatentTransparency:
+    """The networks as they were last saved, for use."""
+    model = LatentTransparency()
+    model.load_state_dict(torch.load(CHECKPOINT, weights_only=True)["model"])
+    return model.eval().requires_grad_(False)
+
+
+class Crops:
+    """Random crops of the training pictures (or of those held out), with what `pictures` does to them."""
+
+    def __init__(self, seed: int, *, held_out: bool = False):
+        self._sets = [pictures_ for pictures_, _ in load(TRAINING_SETS).values()]
+        self._weights = np.array([WEIGHTS[name] for name in TRAINING_SETS])
+        self._weights /= self._weights.sum()
+        self._rng = np.random.default_rng(seed)
+        self.torch_rng = torch.Generator().manual_seed(seed)
+        self._held_out = held_out
+
+    def batch(self, count: int, side: int) -> Tensor:
+        """(count, 4, side, side) in [0, 1]."""
+        crops = np.stack([self._crop(side) for _ in range(count)])
+        rgba = torch.from_numpy(crops).permute(0, 3, 1, 2).float() / 255
+        turned = torch.rand(count, generator=self.torch_rng) < 0.5
+        angles = torch.rand(count, generator=self.torch_rng) * 2 * torch.pi * turned
+        rgba = pictures.turn_hue(rgba, angles)
+        return pictures.soften(rgba, self.torch_rng) if self._rng.random() < 0.25 else rgba
+
+    def whole(self, count: int) -> Tensor:
+        """Whole pictures as they are, (count, 4, 256, 256)."""
+        return torch.from_numpy(np.stack([self._crop(256) for _ in range(count)])).permute(0, 3, 1, 2).float() / 255
+
+    def _crop(self, side: int) -> np.ndarray:
+        while True:
+            chosen = self._sets[self._rng.choice(len(self._sets), p=self._weights)]
+            index = int(self._rng.integers(len(chosen)))
+            if (index % HELD_OUT == 7) == self._held_out:
+                break
+        picture = chosen[index]
+        for _ in range(4):
+            top, left = self._rng.integers(0, 256 - side + 1, 2)
+            crop = picture[top : top + side, left : left + side]
+            if crop[..., 3].mean() > 60:
+                break
+        return crop[:, ::-1] if self._rng.random() < 0.5 and not self._held_out else crop
+
+
+def ssim(x: Tensor, y: Tensor) -> Tensor:
+    """Mean structural similarity (Wang et al. 2004) of pictures in [-1, 1], 7x7 windows."""
+    pool = lambda each: F.avg_pool2d(each, 7, 2)  # noqa: E731
+    x, y = (x + 1) / 2, (y + 1) / 2
+    mean_x, mean_y = pool(x), pool(y)
+    var_x, var_y = pool(x * x) - mean_x**2, pool(y * y) - mean_y**2
+    both = pool(x * y) - mean_x * mean_y
+    return (((2 * mean_x * mean_y + 1e-4) * (2 * both + 9e-4)) / ((mean_x**2 + mean_y**2 + 1e-4) * (var_x + var_y + 9e-4))).mean()
+
+
+def edges(x: Tensor) -> Tensor:
+    """Differences of neighbours, both ways."""
+    return torch.cat([(x[..., 1:, :] - x[..., :-1, :]).flatten(1), (x[..., 1:] - x[..., :-1]).flatten(1)], 1)
+
+
+def likeness(made: Tensor, wanted: Tensor) -> Tensor:
+    """Loss between pictures in [-1, 1]: absolute, edges, structure, and colour on a coarse scale."""
+    chroma = lambda each: F.avg_pool2d(torch.einsum("ij,bjhw->bihw", pictures.YIQ[1:], each), 4)  # noqa: E731
+    return (
+        (made - wanted).abs().mean()
+        + 0.5 * (edges(made) - edges(wanted)).abs().mean()
+        + 0.15 * (1 - ssim(made, wanted))
+        + 2 * (chroma(made) - chroma(wanted)).abs().mean()
+    )
+
+
+def loss_of(model: LatentTransparency, rgba: Tensor, noise: float, rng: torch.Generator) -> tuple[Tensor, float]:
+    """The loss of one batch, half of it laid on backgrounds as opaque pictures; and the spread of the latent."""
+    count, _, high, wide = rgba.shape
+    background = pictures.random_background(count, high, wide, rng)
+    opaque = pictures.over(rgba, background)
+    grey = pictures.over(rgba, torch.full((1, 3, 1, 1), 0.5))
+    half = count // 2
+    with torch.autocast("cpu", torch.bfloat16):
+        plain = model.encode_opaque(torch.cat([opaque[:half], grey[half:]]))
+        hidden = plain[half:] + model.offset(rgba[half:] * 2 - 1)
+        latent = torch.cat([plain[:half], hidden]).float()
+        latent = latent + torch.randn(latent.shape, generator=rng) * noise
+        rgb = model.vae.decode(latent, return_dict=False)[0].float()
+        made = model.decoder((rgb[half:] / 2 + 0.5).clamp(0, 1), latent[half:]).float()
+    wanted = torch.cat([opaque[:half], grey[half:]]) * 2 - 1
+    alpha, color = made[:, :1], made[:, 1:]
+    true_alpha = rgba[half:, 3:]
+    other = torch.rand(count - half, 3, 1, 1, generator=rng)
+    loss = likeness(rgb, wanted)
+    loss = loss + 2 * (alpha - true_alpha).abs().mean() + (edges(alpha) - edges(true_alpha)).abs().mean()
+    laid, true_laid = color * alpha + other * (1 - alpha), pictures.over(rgba[half:], other)
+    loss = loss + likeness(laid * 2 - 1, true_laid * 2 - 1)
+    loss = loss + 0.3 * ((color - rgba[half:, :3]).abs() * (true_alpha > 0.02)).mean()
+    spread = latent.std().clamp(min=1e-3)
+    centre = latent.mean((0, 2, 3)).pow(2).mean()
+    return loss + 0.02 * (spread.log() ** 2 + centre), float(spread.detach())
+
+
+@torch.inference_mode()
+def evaluate(model: LatentTransparency, count: int = 64, sheet: Path | None = None) -> dict[str, float]:
+    """On held-out whole pictures at 256 px: PSNR on a checkerboard of greys in dB, alpha error, and colour error (0 to 255)."""
+    crops = Crops(5, held_out=True)
+    y, x = torch.meshgrid(torch.arange(256), torch.arange(256), indexing="ij")
+    board = (((y // 16 + x // 16) % 2) * 0.2 + 0.4)[None, None].float()
+    psnr: list[float] = []
+    alpha_error: list[float] = []
+    color_error: list[float] = []
+    rows: list[Tensor] = []
+    for _ in range(count // 8):
+        rgba = crops.whole(8)
+        made = model.decode(model.encode_transparent(rgba))[1].clamp(0, 1)
+        made = torch.cat([made[:, 1:], made[:, :1]], 1)
+        laid, true = pictures.over(made, board), pictures.over(rgba, board)
+        psnr += (-10 * torch.log10((laid - true).pow(2).mean((1, 2, 3)))).tolist()
+        alpha_error.append(float((made[:, 3] - rgba[:, 3]).abs().mean()))
+        solid = rgba[:, 3:] > 0.5
+        mean = lambda each, where=solid: (each[:, :3] * where).sum((2, 3)) / where.sum((2, 3))  # noqa: E731
+        color_error.append(float((mean(made) - mean(rgba)).abs().mean()) * 255)
+        if len(rows) < 4:
+            rows += [torch.cat(list(true), -1), torch.cat(list(laid), -1)]
+    if sheet:
+        Image.fromarray((torch.cat(rows, -2).clamp(0, 1) * 255).byte().permute(1, 2, 0).numpy()).save(sheet)
+    return {
+        "psnr_mean": float(np.mean(psnr)),
+        "psnr_worst": float(np.min(psnr)),
+        "alpha_error": float(np.mean(alpha_error)),
+        "color_error": float(np.mean(color_error)),
+    }
+
+
+def train(minutes: float, learning_rate: float = 5e-4) -> None:
+    """Train for a time and save; goes on from the last checkpoint, with the same schedule."""
+    torch.manual_seed(0)
+    model = LatentTransparency().to(memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(model.parameters(), learning_rate, betas=(0.9, 0.95), weight_decay=1e-4)
+    spent, step = 0.0, 0
+    if CHECKPOINT.is_file():
+        saved = torch.load(CHECKPOINT, weights_only=True)
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        spent, step = saved["spent"], saved["step"]
+    crops = Crops(step + 1)
+    start = last = time.time() - spent
+    last = time.time()
+    while (done := (time.time() - start) / (minutes * 60)) < 1:
+        for group in optimizer.param_groups:
+            warm = min(1.0, (step + 1) / 100)
+            group["lr"] = learning_rate * warm * (0.02 + 0.98 * 0.5 * (1 + np.cos(np.pi * done)))
+        side, count = (64, 12) if done < 0.6 else (128, 4)
+        rgba = crops.batch(count, side).contiguous(memory_format=torch.channels_last)
+        loss, spread = loss_of(model, rgba, 0.05 * min(1.0, done * 8), crops.torch_rng)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        step += 1
+        if step % 100 == 0:
+            print(f"{step} {time.time() - start:.0f} s side {side} loss {loss.item():.3f} spread {spread:.2f}", flush=True)
+        if time.time() - last > 180:
+            save(model, optimizer, time.time() - start, step)
+            last = time.time()
+    save(model, optimizer, minutes * 60, step)
+    print(evaluate(model.eval(), sheet=CACHE / "autoencoder.png"), flush=True)
+
+
+def save(model: nn.Module, optimizer: torch.optim.Optimizer, spent: float, step: int) -> None:
+    """Write the checkpoint as a whole."""
+    content = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "spent": spent, "step": step}
+    torch.save(content, CHECKPOINT.with_suffix(".new"))
+    CHECKPOINT.with_suffix(".new").replace(CHECKPOINT)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--minutes", type=float, default=30)
+    train(parser.parse_args().minutes)
