@@ -10,6 +10,7 @@ Transparency", 2024): one training run for the VAE, the encoder of the offset, a
 from __future__ import annotations
 
 import argparse
+import math
 import time
 from pathlib import Path
 
@@ -231,24 +232,24 @@ def evaluate(model: LatentTransparency, count: int = 64, sheet: Path | None = No
     }
 
 
-def train(minutes: float, learning_rate: float = 5e-4) -> None:
-    """Train for a time and save; goes on from the last checkpoint, with the same schedule."""
+def train(steps: int, learning_rate: float = 5e-4) -> None:
+    """Train for so many steps in all and save; goes on from the last checkpoint, on the same schedule."""
     torch.manual_seed(0)
     model = LatentTransparency().to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(model.parameters(), learning_rate, betas=(0.9, 0.95), weight_decay=1e-4)
-    spent, step = 0.0, 0
+    step = 0
     if CHECKPOINT.is_file():
         saved = torch.load(CHECKPOINT, weights_only=True)
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
-        spent, step = saved["spent"], saved["step"]
+        step = saved["step"]
     crops = Crops(step + 1)
-    start = last = time.time() - spent
-    last = time.time()
-    while (done := (time.time() - start) / (minutes * 60)) < 1:
+    start = last = time.time()
+    while step < steps:
+        done = step / steps
         for group in optimizer.param_groups:
             warm = min(1.0, (step + 1) / 100)
-            group["lr"] = learning_rate * warm * (0.02 + 0.98 * 0.5 * (1 + np.cos(np.pi * done)))
+            group["lr"] = learning_rate * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done)))
         side, count = (64, 12) if done < 0.6 else (128, 4)
         rgba = crops.batch(count, side).contiguous(memory_format=torch.channels_last)
         loss, spread = loss_of(model, rgba, 0.05 * min(1.0, done * 8), crops.torch_rng)
@@ -257,23 +258,23 @@ def train(minutes: float, learning_rate: float = 5e-4) -> None:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         step += 1
-        if step % 100 == 0:
+        if step % 50 == 0:
             print(f"{step} {time.time() - start:.0f} s side {side} loss {loss.item():.3f} spread {spread:.2f}", flush=True)
-        if time.time() - last > 180:
-            save(model, optimizer, time.time() - start, step)
+        if time.time() - last > 120:
+            save(model, optimizer, step)
             last = time.time()
-    save(model, optimizer, minutes * 60, step)
+    save(model, optimizer, step)
     print(evaluate(model.eval(), sheet=CACHE / "autoencoder.png"), flush=True)
 
 
-def save(model: nn.Module, optimizer: torch.optim.Optimizer, spent: float, step: int) -> None:
+def save(model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
     """Write the checkpoint as a whole."""
-    content = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "spent": spent, "step": step}
+    content = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
     torch.save(content, CHECKPOINT.with_suffix(".new"))
     CHECKPOINT.with_suffix(".new").replace(CHECKPOINT)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--minutes", type=float, default=30)
-    train(parser.parse_args().minutes)
+    parser.add_argument("--steps", type=int, default=6000)
+    train(parser.parse_args().steps)

@@ -40,10 +40,15 @@ def soften(rgba: Tensor, generator: torch.Generator) -> Tensor:
 def halo(rgba: Tensor, radius: float, strength: float) -> Tensor:
     """The picture over a glow of its own colours that fades over about `radius` pixels."""
     alpha = rgba[:, 3:]
-    size = int(radius) * 2 + 1
-    blur = lambda each: F.avg_pool2d(  # noqa: E731
-        F.avg_pool2d(each, size, 1, size // 2, count_include_pad=False), size, 1, size // 2, count_include_pad=False
-    )
+    soft_edge = int(radius)
+
+    def blur(each: Tensor) -> Tensor:
+        """Two box blurs, each along rows and then columns."""
+        for _ in range(2):
+            for size, pad in (((1, 2 * soft_edge + 1), (0, soft_edge)), ((2 * soft_edge + 1, 1), (soft_edge, 0))):
+                each = F.avg_pool2d(each, size, 1, pad, count_include_pad=False)
+        return each
+
     soft = blur(alpha)
     color = blur(rgba[:, :3] * alpha) / soft.clamp(min=1e-3)
     glow = soft * strength

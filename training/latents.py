@@ -1,0 +1,123 @@
+"""The UNet's training set: every picture of every concept, recoloured, mirrored and made soft, as latents with what they show."""
+
+from __future__ import annotations
+
+import json
+import random
+
+import numpy as np
+import torch
+from PIL import Image
+
+from training import captions, pictures
+from training.autoencoder import LatentTransparency, load_trained
+from training.data import CACHE, TRAINING_SETS, Concept, load, read_concepts
+
+TRANSPARENT, OPAQUE, SUBJECTS = CACHE / "latents.npy", CACHE / "opaque.npy", CACHE / "subjects.json"
+RECOLORED = 3
+"""Other colours that a colourable picture is given."""
+BATCH = 16
+
+
+def dominant_hue(rgba: np.ndarray) -> float | None:
+    """The hue (0 to 1) that most of a picture has, None for pictures of many colours or of none."""
+    solid = rgba[..., 3] > 128
+    hsv = np.asarray(Image.fromarray(rgba[..., :3]).convert("HSV")).astype(np.float32) / 255
+    vivid = solid & (hsv[..., 1] > 0.35) & (hsv[..., 2] > 0.25)
+    if vivid.sum() < 0.4 * max(solid.sum(), 1):
+        return None
+    histogram = np.bincount((hsv[..., 0][vivid] * 24).astype(int) % 24, minlength=24).astype(float)
+    near = histogram + np.roll(histogram, 1) + np.roll(histogram, -1)
+    return float((near.argmax() + 0.5) / 24) if near.max() > 0.5 * histogram.sum() else None
+
+
+def nearest_color(hue: float) -> str:
+    """The colour word of a hue."""
+    return min(captions.HUES, key=lambda name: min(abs(captions.HUES[name] - hue), 1 - abs(captions.HUES[name] - hue)))
+
+
+def recolor(rgba: np.ndarray, hue: float, color: str) -> np.ndarray:
+    """The picture with its dominant hue turned to a colour; for black, gray, white and brown, its saturation and value, too."""
+    hsv = np.asarray(Image.fromarray(rgba[..., :3]).convert("HSV")).astype(np.float32) / 255
+    target = captions.HUES.get(color, 0.06)
+    hsv[..., 0] = (hsv[..., 0] + target - hue) % 1.0
+    saturation, gain, lift = {"white": (0.06, 0.35, 0.65), "gray": (0.06, 0.7, 0.05), "black": (0.1, 0.3, 0.0), "brown": (0.75, 0.6, 0.0)}.get(
+        color, (1.0, 1.0, 0.0)
+    )
+    hsv[..., 1] *= saturation
+    hsv[..., 2] = hsv[..., 2] * gain + lift
+    rgb = np.asarray(Image.fromarray((hsv.clip(0, 1) * 255).astype(np.uint8), "HSV").convert("RGB"))
+    return np.concatenate([rgb, rgba[..., 3:]], -1)
+
+
+def variants(rgba: np.ndarray, concept: Concept, rng: random.Random) -> list[tuple[np.ndarray, str | None, tuple[str, ...]]]:
+    """A picture as it is, mirrored, in other colours, and soft: (RGBA, colour to say, look to say)."""
+    flipped = lambda each: each[:, ::-1] if rng.random() < 0.5 else each  # noqa: E731
+    hue = dominant_hue(rgba)
+    own = nearest_color(hue) if hue is not None else None
+    made: list[tuple[np.ndarray, str | None, tuple[str, ...]]] = [(rgba, None, ()), (rgba[:, ::-1], own, ())]
+    if hue is not None:
+        others = [color for color in captions.COLORS if color != own and not captions.is_held_out(color, concept)]
+        for color in rng.sample(others, RECOLORED):
+            made.append((flipped(recolor(rgba, hue, color)), color, ()))
+    tensor = torch.from_numpy(np.array(rgba)).permute(2, 0, 1)[None].float() / 255
+    if rng.random() < 0.25:
+        faded = torch.cat([tensor[:, :3], tensor[:, 3:] * rng.uniform(0.35, 0.65)], 1)
+        made.append((flipped(_array(faded)), None, (rng.choice(captions.SOFT),)))
+    if rng.random() < 0.2:
+        made.append((flipped(_array(pictures.halo(tensor, rng.uniform(14, 26), 0.9))), None, (rng.choice(captions.GLOWING),)))
+    return made
+
+
+def _array(rgba: torch.Tensor) -> np.ndarray:
+    return (rgba[0].permute(1, 2, 0) * 255).round().byte().numpy()
+
+
+@torch.inference_mode()
+def encode(model: LatentTransparency, batch: list[np.ndarray], generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pictures → their adjusted latents, and the plain latents of the same pictures laid on backgrounds; float16."""
+    rgba = torch.from_numpy(np.stack(batch)).permute(0, 3, 1, 2).float().contiguous(memory_format=torch.channels_last) / 255
+    backgrounds = pictures.random_background(len(batch), 256, 256, generator) * 0.5 + 0.5
+    with torch.autocast("cpu", torch.bfloat16):
+        hidden = model.encode_transparent(rgba)
+        plain = model.encode_opaque(pictures.over(rgba, backgrounds)) if generator.initial_seed() % 4 == 0 else hidden[:0]
+    return hidden.half(), plain.half()
+
+
+def main() -> None:
+    """Encode everything once."""
+    rng, model = random.Random(0), load_trained().to(memory_format=torch.channels_last)
+    concepts = {concept.label: (i, concept) for i, concept in enumerate(read_concepts())}
+    hidden: list[torch.Tensor] = []
+    plain: list[torch.Tensor] = []
+    subjects: list[dict[str, object]] = []
+    opaque_of: list[int] = []
+    batch: list[np.ndarray] = []
+
+    def flush(number: int) -> None:
+        one, two = encode(model, batch, torch.Generator().manual_seed(number))
+        opaque_of.extend(range(len(subjects) - len(batch), len(subjects)) if len(two) else ())
+        hidden.append(one)
+        plain.append(two)
+        batch.clear()
+
+    for name, (images, labels) in load(TRAINING_SETS).items():
+        for image, label in zip(images, labels, strict=True):
+            if label not in concepts:
+                continue
+            number, concept = concepts[label]
+            for rgba, color, look in variants(image, concept, rng):
+                batch.append(rgba)
+                subjects.append({"concept": number, "set": name, "color": color, "look": look})
+                if len(batch) == BATCH:
+                    flush(len(hidden))
+        print(name, len(subjects), flush=True)
+    if batch:
+        flush(0)
+    np.save(TRANSPARENT, torch.cat(hidden).numpy())
+    np.save(OPAQUE, torch.cat(plain).numpy())
+    SUBJECTS.write_text(json.dumps({"subjects": subjects, "opaque_of": opaque_of}))
+
+
+if __name__ == "__main__":
+    main()

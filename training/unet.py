@@ -1,0 +1,199 @@
+"""The UNet: noise prediction on the adjusted latents, so that it draws transparent pictures; and the LoRA that teaches it opaque ones.
+
+SDXL's recipe at a small size: scaled-linear noise schedule, two text encoders, pooled text and sizes as added conditions; min-SNR
+weights (Hang et al. 2023), classifier-free guidance (Ho and Salimans 2022), an average of the weights over time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import random
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from diffusers import DDPMScheduler, UNet2DConditionModel
+from torch import Tensor
+
+from training import captions
+from training.captions import Subject
+from training.data import CACHE, read_concepts
+from training.latents import OPAQUE, SUBJECTS, TRANSPARENT
+from training.text import POOLED, WIDTH_1, WIDTH_2, Encoders
+
+CHECKPOINT = CACHE / "unet.pt"
+LATENT_CHANNELS = 16
+TIME_IDS_WIDTH = 32
+SIDE = 256
+MIN_SNR = 5.0
+SILENT, UNWANTED = 0.07, 0.05
+"""How often the text is zeroed, and how often it is one of those that stand in negative prompts."""
+
+
+def make_unet() -> UNet2DConditionModel:
+    """11 million parameters, for latents of 16x16x16."""
+    widths = (64, 128, 192)
+    return UNet2DConditionModel(
+        sample_size=SIDE // 16,
+        in_channels=LATENT_CHANNELS,
+        out_channels=LATENT_CHANNELS,
+        block_out_channels=widths,
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        transformer_layers_per_block=(1, 1, 1),
+        attention_head_dim=(2, 4, 6),
+        cross_attention_dim=WIDTH_1 + WIDTH_2,
+        use_linear_projection=True,
+        norm_num_groups=16,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=TIME_IDS_WIDTH,
+        projection_class_embeddings_input_dim=POOLED + 6 * TIME_IDS_WIDTH,
+    )
+
+
+def schedule() -> DDPMScheduler:
+    """SDXL's noise schedule."""
+    return DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", num_train_timesteps=1000)
+
+
+class Samples:
+    """Latents with freshly worded captions."""
+
+    def __init__(self, seed: int, *, opaque: bool = False):
+        listed = json.loads(SUBJECTS.read_text())
+        self._latents = torch.from_numpy(np.load(OPAQUE if opaque else TRANSPARENT))
+        self.scale = scaling_factor()
+        concepts = read_concepts()
+        chosen = listed["opaque_of"] if opaque else range(len(listed["subjects"]))
+        self._subjects = [
+            (Subject(concepts[each["concept"]], each["color"], tuple(each["look"])), each["set"])
+            for each in (listed["subjects"][i] for i in chosen)
+        ]
+        self._opaque = opaque
+        self._rng = random.Random(seed)
+        self._encoders = Encoders()
+
+    def batch(self, count: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Scaled latents (count, 16, 16, 16), context (count, 77, 192), pooled text (count, 128)."""
+        rows = [self._rng.randrange(len(self._subjects)) for _ in range(count)]
+        texts = [captions.describe(*self._subjects[i], self._rng) for i in rows]
+        chances = [self._rng.random() for _ in rows]
+        texts = [self._rng.choice(captions.UNWANTED) if c < UNWANTED else text for text, c in zip(texts, chances, strict=True)]
+        context, pooled = self._encoders(texts)
+        silent = torch.tensor([UNWANTED <= c < UNWANTED + SILENT for c in chances])
+        context[silent], pooled[silent] = 0.0, 0.0
+        return self._latents[rows].float() * self.scale, context, pooled
+
+
+def scaling_factor() -> float:
+    """1 / the spread of the adjusted latents: the sampler works at unit variance."""
+    return float(1 / np.load(TRANSPARENT, mmap_mode="r")[::7].astype(np.float32).std())
+
+
+def loss_of(unet: Any, samples: Samples, count: int, noise_schedule: DDPMScheduler) -> Tensor:
+    """Weighted squared error of the predicted noise."""
+    latents, context, pooled = samples.batch(count)
+    noise = torch.randn_like(latents)
+    steps = torch.randint(0, 1000, (count,))
+    sizes = torch.tensor([[SIDE, SIDE, 0, 0, SIDE, SIDE]], dtype=torch.float32).repeat(count, 1)
+    noisy = noise_schedule.add_noise(latents, noise, steps).contiguous(memory_format=torch.channels_last)
+    with torch.autocast("cpu", torch.bfloat16):
+        made = unet(noisy, steps, context, added_cond_kwargs={"text_embeds": pooled, "time_ids": sizes}).sample
+    kept = noise_schedule.alphas_cumprod[steps]
+    ratio = kept / (1 - kept)
+    return (ratio.clamp(max=MIN_SNR) / ratio * (made.float() - noise).pow(2).mean((1, 2, 3))).mean()
+
+
+class Average:
+    """The mean of the weights over time; the older the run, the longer the memory."""
+
+    def __init__(self, model: torch.nn.Module, longest: float = 0.9995):
+        self.weights = {name: value.detach().clone() for name, value in model.state_dict().items()}
+        self._longest = longest
+
+    @torch.no_grad()
+    def update(self, model: torch.nn.Module, step: int) -> None:
+        """Move towards the weights as they are."""
+        keep = min(self._longest, (1 + step) / (10 + step))
+        for name, value in model.state_dict().items():
+            self.weights[name].lerp_(value, 1 - keep)
+
+
+def train(minutes: float, count: int = 32, learning_rate: float = 6e-4) -> None:
+    """Train for a time and save; goes on from the last checkpoint. The rate falls over the last 40 % of the time given.
+
+    Under torchrun each process takes its own batches and the gradients are averaged.
+    """
+    ranks, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    if ranks > 1:
+        dist.init_process_group("gloo")
+    torch.manual_seed(0)
+    unet = make_unet().to(memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(unet.parameters(), learning_rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+    average, step = Average(unet), 0
+    if CHECKPOINT.is_file():
+        saved = torch.load(CHECKPOINT, weights_only=True)
+        unet.load_state_dict(saved["unet"])
+        optimizer.load_state_dict(saved["optimizer"])
+        average.weights, step = saved["average"], saved["step"]
+    first = step
+    torch.manual_seed(1000 * (step + 1) + rank)
+    samples, noise_schedule = Samples(1000 * (step + 1) + rank), schedule()
+    start = last = time.time()
+    mean = math.nan
+    while True:
+        done = torch.tensor((time.time() - start) / (minutes * 60))
+        if ranks > 1:
+            dist.broadcast(done, 0)
+        if (part := float(done)) >= 1:
+            break
+        tail = 1.0 if part < 0.6 else 0.5 * (1 + math.cos(math.pi * (part - 0.6) / 0.4))
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate * min(1.0, (step - first + 1) / 100) * (0.05 + 0.95 * tail)
+        loss = loss_of(unet, samples, count, noise_schedule)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        if ranks > 1:
+            gradient = torch.cat([each.grad.flatten() for each in unet.parameters()])
+            dist.all_reduce(gradient)
+            for each, part_of in zip(
+                unet.parameters(), gradient.div_(ranks).split([each.numel() for each in unet.parameters()]), strict=True
+            ):
+                each.grad.copy_(part_of.view_as(each.grad))
+        torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
+        optimizer.step()
+        step += 1
+        if rank == 0:
+            average.update(unet, step)
+            mean = loss.item() if math.isnan(mean) else 0.98 * mean + 0.02 * loss.item()
+            if step % 50 == 0:
+                rate = (step - first) * count * ranks / (time.time() - start)
+                print(f"{step} {time.time() - start:.0f} s {rate:.1f} samples/s loss {mean:.4f}", flush=True)
+            if time.time() - last > 180:
+                save(unet, optimizer, average, step)
+                last = time.time()
+    if rank == 0:
+        save(unet, optimizer, average, step)
+
+
+def save(unet: torch.nn.Module, optimizer: torch.optim.Optimizer, average: Average, step: int) -> None:
+    """Write the checkpoint as a whole."""
+    content = {"unet": unet.state_dict(), "optimizer": optimizer.state_dict(), "average": average.weights, "step": step}
+    new = Path(f"{CHECKPOINT}.new")
+    torch.save(content, new)
+    new.replace(CHECKPOINT)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--minutes", type=float, default=240)
+    parser.add_argument("--batch", type=int, default=32, help="a process")
+    options = parser.parse_args()
+    train(options.minutes, options.batch)
