@@ -1,5 +1,5 @@
 # `make check` is what has to pass before a change is handed on. Needs .venv: python3 run.py test
-.PHONY: check format test parity-full-size
+.PHONY: check format test full-size
 
 BIN = .venv/bin
 

@@ -27,7 +27,12 @@ def free_port() -> int:
 
 @contextmanager
 def served(
-    folder: Path, *, engine: str = FAKE, engine_options: dict[str, Any] | None = None, wait_ready: bool = True, **settings: Any
+    folder: Path,
+    *,
+    engine: str = FAKE,
+    engine_options: dict[str, Any] | None = None,
+    wait_ready: bool = True,
+    **settings: Any,
 ) -> Iterator[httpx.Client]:
     """A service that keeps everything in `folder`; yields a client with its base URL. The server is in `client.server`."""
     port = free_port()

@@ -142,16 +142,22 @@ def make_diffusers_folder(path: Path, seed: int = 0) -> Path:
 
 def make_single_file(path: Path, seed: int = 0, dtype: torch.dtype = torch.float16) -> Path:
     """The same model as an LDM single file."""
-    first, second = text_encoders(seed)
-    tensors = {f"model.diffusion_model.{unet_name_in_ldm(name)}": each for name, each in unet(seed).state_dict().items()}
-    tensors |= _vae_in_ldm(vae(seed).state_dict())
-    prefix = "conditioner.embedders.0.transformer."
-    for name, each in first.state_dict().items():
-        tensors[prefix + ("" if name.startswith("text_model.") else "text_model.") + name] = each
-    tensors |= _open_clip(second.state_dict())
+    tensors = single_file_tensors(*text_encoders(seed), unet(seed), vae(seed))
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file({name: each.to(dtype).contiguous() for name, each in tensors.items()}, path)
     return path
+
+
+def single_file_tensors(
+    first: CLIPTextModel, second: CLIPTextModelWithProjection, unet: UNet2DConditionModel, vae: AutoencoderKL
+) -> dict[str, torch.Tensor]:
+    """The tensors of a model under the names of an LDM single file."""
+    tensors = {f"model.diffusion_model.{unet_name_in_ldm(name)}": each for name, each in unet.state_dict().items()}
+    tensors |= _vae_in_ldm(vae.state_dict())
+    prefix = "conditioner.embedders.0.transformer."
+    for name, each in first.state_dict().items():
+        tensors[prefix + ("" if name.startswith("text_model.") else "text_model.") + name] = each
+    return tensors | _open_clip(second.state_dict())
 
 
 def make_layer_files(folder: Path, seed: int = 0) -> Path:
@@ -238,7 +244,7 @@ def _open_clip(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         "logit_scale": torch.tensor(4.6),
     }
     renames = {"layer_norm1": "ln_1", "layer_norm2": "ln_2", "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj"}
-    for i in range(TEXT["num_hidden_layers"]):
+    for i in range(sum(name.endswith("layer_norm1.weight") for name in state)):
         old, new = f"encoder.layers.{i}.", f"transformer.resblocks.{i}."
         for kind in ("weight", "bias"):
             projections = [state[f"{old}self_attn.{part}_proj.{kind}"] for part in "qkv"]

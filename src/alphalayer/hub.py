@@ -98,9 +98,6 @@ def pull(published: Published, models_dir: Path) -> Path:
         ModelNotFound: the hub cannot be reached or has no such file.
         CorruptFile: what came does not hash to what was published; the file is kept beside, with `.wrong` added.
     """
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError
-
     folder = models_dir / published.folder
     target = folder / published.filename
     if target.is_file():
@@ -113,11 +110,11 @@ def pull(published: Published, models_dir: Path) -> Path:
                 f"{published.filename} needs {published.size / 1e9:.1f} GB in {folder} and {free / 1e9:.1f} GB are free.",
                 hint="Free some space or name another folder with --models-dir.",
             )
-        hf_hub_download(published.repository, published.filename, local_dir=folder)
-    except (HfHubHTTPError, ConnectionError, TimeoutError) as error:
-        raise _unreachable(published, error) from None
-    except OSError as error:
-        if error.errno is None:
+        _fetch(published, target)
+    except AlphalayerError:
+        raise
+    except Exception as error:  # which errors of the network huggingface-hub lets through differs between its versions
+        if not isinstance(error, OSError) or error.errno is None or isinstance(error, (ConnectionError, TimeoutError)):
             raise _unreachable(published, error) from None
         raise StorageFailed(
             f"{target} cannot be written: {error.strerror}.", hint="Check space and permissions."
@@ -125,9 +122,24 @@ def pull(published: Published, models_dir: Path) -> Path:
     return _checked(published, target, models_dir)
 
 
+def _fetch(published: Published, target: Path) -> None:
+    """Download to a `.part` beside the target, from where an earlier attempt stopped; it bears the file's version in its name."""
+    # hf_hub_download forgets what a broken attempt had fetched
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+    from huggingface_hub.file_download import http_get
+
+    about = get_hf_file_metadata(hf_hub_url(published.repository, published.filename))
+    part = target.with_name(f"{target.name}.{(about.etag or 'unknown')[:10]}.part")
+    with part.open("ab") as file:
+        begun = file.tell()
+        if begun != about.size:
+            http_get(about.location, file, resume_size=begun, expected_size=about.size, displayed_filename=target.name)
+    part.replace(target)
+
+
 def _unreachable(published: Published, error: Exception) -> ModelNotFound:
     return ModelNotFound(
-        f"{published.repository}/{published.filename} cannot be fetched: {str(error).splitlines()[0]}.",
+        f"{published.repository}/{published.filename} cannot be fetched: {(str(error) or repr(error)).splitlines()[0]}.",
         hint="Check the connection and run the same command again; it goes on where it stopped.",
     )
 
@@ -161,10 +173,13 @@ def verify(models_dir: Path) -> list[Verified]:
     for path in sorted((models_dir / "layer_model").glob("*.safetensors")):
         found.append(_verify_layer_file(path, published.get(path.name), cache))
     for entry in catalog.find_models(models_dir):
-        if entry.problem:
-            found.append(Verified(entry.path, str(entry.problem), False))
-        else:
+        try:
+            if entry.problem:
+                raise entry.problem
             digest = catalog.hash_model(entry, models_dir)
+        except AlphalayerError as error:
+            found.append(Verified(entry.path, str(error), False))
+        else:
             found.append(Verified(entry.path, f"readable, {catalog.FAMILY_NAMES[entry.family]}, {digest[:10]}", True))
     return found
 

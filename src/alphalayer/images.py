@@ -46,11 +46,13 @@ def encode(rgba: Rgba, kind: ImageFormat = "png", parameters: str = "") -> bytes
     if kind == "png":
         return _encode_png(rgba, parameters)
     image, buffer = Image.fromarray(rgba), io.BytesIO()
-    exif = Image.Exif()
-    if parameters:
-        exif.get_ifd(_EXIF_IFD)[_USER_COMMENT] = b"UNICODE\0" + parameters.encode("utf-16-be")
     options: dict[str, Any] = {"lossless": True, "exact": True} if kind == "webp" else {"quality": 90}
-    image.save(buffer, format=kind.upper(), exif=exif, **options)
+    if parameters:
+        exif = Image.Exif()
+        exif.get_ifd(_EXIF_IFD)[_USER_COMMENT] = b"UNICODE\0" + parameters.encode("utf-16-be", errors="replace")
+        # as bytes: Pillow takes an Exif without main tags for an empty one
+        options["exif"] = exif.tobytes()
+    image.save(buffer, format=kind.upper(), **options)
     return buffer.getvalue()
 
 

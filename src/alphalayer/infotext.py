@@ -95,7 +95,7 @@ def read_parameters(text: str) -> dict[str, str]:
         lines.pop()
     else:
         pairs = {}
-    prompt, _, negative = "\n".join(lines).partition("Negative prompt:")
+    prompt, _, negative = ("\n" + "\n".join(lines)).partition("\nNegative prompt:")
     return {"Prompt": prompt.strip(), "Negative prompt": negative.strip(), **pairs}
 
 

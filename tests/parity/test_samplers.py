@@ -309,6 +309,7 @@ def test_one_step_lands_on_the_predicted_latent(name: str):
 @pytest.mark.parametrize("name", ["DPM++ 2M", "Heun", "UniPC"])
 def test_higher_orders_are_nearer_to_the_exact_path_than_euler(name: str):
     exact = ours("Heun", sigmas_for("Karras", 400, TABLE))
-    coarse = sigmas_for("Karras", 30, TABLE)
+    # at 60 steps the multistep methods resolve this denoiser; Euler is 0.004 off, they 0.0005 at most
+    coarse = sigmas_for("Karras", 60, TABLE)
     error = lambda result: float((result - exact).abs().mean())
-    assert error(ours(name, coarse)) < error(ours("Euler", coarse)) / 2
+    assert error(ours(name, coarse)) < error(ours("Euler", coarse)) / 4

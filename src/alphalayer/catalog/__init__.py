@@ -112,8 +112,12 @@ def resolve_model(name: str | None, entries: list[ModelEntry]) -> ModelEntry:
 
 
 def hash_model(entry: ModelEntry, models_dir: Path) -> str:
-    """The SHA-256 of a model, of its UNet where it is a folder; computed once, then remembered."""
-    return _cache(models_dir).sha256(_hashed_file(entry.path, entry.kind))
+    """The SHA-256 of a model, of its UNet where it is a folder; computed once, then remembered. Raises `CorruptFile`."""
+    file = _hashed_file(entry.path, entry.kind)
+    try:
+        return _cache(models_dir).sha256(file)
+    except OSError as error:
+        raise CorruptFile(f"{file} cannot be read: {error.strerror}.", hint="Get the model again.") from None
 
 
 def find_lora(models_dir: Path, name: str) -> Path:
@@ -161,7 +165,7 @@ def _diffusers_entry(path: Path, folder: Path, cache: HashCache) -> ModelEntry:
     name = str(path.relative_to(folder)).replace("/", "_").replace("\\", "_")
     problem: ModelUnusable | None = None
     try:
-        pipeline = json.loads((path / "model_index.json").read_text()).get("_class_name", "")
+        pipeline = str(json.loads((path / "model_index.json").read_text()).get("_class_name", ""))
     except (OSError, ValueError, AttributeError):
         pipeline, problem = (
             "",

@@ -28,7 +28,7 @@ class HashCache:
     def known(self, path: Path) -> str | None:
         """The SHA-256 of a file if it is known and the file is as it was."""
         entry = self._known.get(str(path.resolve()))
-        return entry["sha256"] if entry and entry.get("stamp") == _stamp(path) else None
+        return entry["sha256"] if isinstance(entry, dict) and entry.get("stamp") == _stamp(path) else None
 
     def sha256(self, path: Path, compute: Callable[[Path], str] | None = None) -> str:
         """The SHA-256 of a whole file, 64 hex digits."""

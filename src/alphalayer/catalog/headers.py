@@ -75,7 +75,8 @@ def family_of(header: Header) -> str:
         return f"{_FAMILIES.get(context[1], 'unknown')}-inpaint"
     if "conditioner.embedders.1.model.token_embedding.weight" in shapes:
         return "sdxl" if _is_full_depth(shapes) else "ssd-1b"
-    return _FAMILIES.get(context[1], "unknown")
+    family = _FAMILIES.get(context[1], "unknown")
+    return "sdxl-unet" if family == "sdxl" else family
 
 
 _FAMILIES = {768: "sd15", 1024: "sd2", 1280: "sdxl-refiner", 2048: "sdxl"}
@@ -90,6 +91,7 @@ _NOT_CHECKPOINTS = (
 
 FAMILY_NAMES = {
     "sdxl": "Stable Diffusion XL",
+    "sdxl-unet": "Stable Diffusion XL UNet (without its text encoders)",
     "sdxl-refiner": "Stable Diffusion XL refiner",
     "sdxl-inpaint": "Stable Diffusion XL inpainting",
     "sd15": "Stable Diffusion 1.5",

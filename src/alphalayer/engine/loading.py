@@ -18,6 +18,7 @@ import diffusers
 import torch
 import transformers
 from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
+from pydantic import ValidationError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
@@ -132,7 +133,7 @@ def load_model(entry: ModelEntry, precision: Precision, models_dir: Path) -> Loa
     """
     try:
         parts, scheduler = _from_folder(entry, precision) if entry.kind == "diffusers" else _from_file(entry, precision)
-    except (OSError, ValueError, KeyError, SafetensorError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, SafetensorError, RuntimeError) as error:
         if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
             raise
         raise ModelUnusable(
@@ -143,12 +144,18 @@ def load_model(entry: ModelEntry, precision: Precision, models_dir: Path) -> Loa
         parts[part].eval().requires_grad_(False)
     own = entry.path / "layerdiffuse"
     config = _json(own / "config.json") if (own / "config.json").is_file() else {}
+    try:
+        defaults = ModelDefaults.model_validate(config.get("defaults", {}))
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise CorruptFile(f"{own / 'config.json'}: defaults.{where}: {first['msg']}.") from None
     return LoadedModel(
         entry=entry,
         **parts,
         prediction_type="v" if scheduler["prediction_type"] == "v_prediction" else "epsilon",
         sigma_table=_sigma_table(scheduler),
-        defaults=ModelDefaults.model_validate(config.get("defaults", {})),
+        defaults=defaults,
         layerdiffuse=LayerDiffuseFiles(own if config else models_dir / "layer_model", config),
         precision=precision,
     )
@@ -226,6 +233,9 @@ def _sigma_table(scheduler: dict[str, Any]) -> SigmaTable:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        loaded = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
-        raise CorruptFile(f"{path} is not valid JSON.", hint="Get the model folder again.") from None
+        loaded = None
+    if not isinstance(loaded, dict):
+        raise CorruptFile(f"{path} is not a JSON object.", hint="Get the model folder again.")
+    return loaded

@@ -69,7 +69,7 @@ def _resnet_layers(name: str) -> str:
 
 def flat_names(modules: Iterable[str]) -> dict[str, str]:
     """Module names by their flat form in LoRA files, dots as underscores."""
-    return {name.replace(".", "_"): name for name in modules if name}
+    return {_flat(name): name for name in modules if name}
 
 
 def unflatten(flat: str, known: dict[str, str]) -> str | None:
@@ -77,6 +77,17 @@ def unflatten(flat: str, known: dict[str, str]) -> str | None:
     if flat in known:
         return known[flat]
     found = _BLOCK.match(flat)
-    if found:
-        return known.get((_block(found, flat) + flat[found.end() :]).replace(".", "_"))
-    return known.get(flat.replace("middle_block_1_", "mid_block_attentions_0_", 1))
+    name = flat
+    if found and not flat.startswith("input_blocks_0_"):
+        name = _block(found, flat) + flat[found.end() :].removesuffix("_op")
+    for old, new in _WHOLE.items():
+        if name.startswith(_flat(old) + "_") or name == _flat(old):
+            name = new + name[len(old) :]
+    for old, new in _RESNET.items():
+        if name.endswith("_" + _flat(old)):
+            name = name.removesuffix(_flat(old)) + new
+    return known.get(_flat(name))
+
+
+def _flat(name: str) -> str:
+    return name.replace(".", "_")

@@ -78,7 +78,13 @@ def read_patch(path: Path, unet: nn.Module) -> Patch:
     except (SafetensorError, OSError) as error:
         raise CorruptFile(f"{path} cannot be read: {error}.", hint="Download it again.") from None
     weights = dict(unet.named_parameters())
-    found = _published(tensors) if any("::" in key for key in tensors) else _converted(tensors, weights)
+    try:
+        found = _published(tensors) if any("::" in key for key in tensors) else _converted(tensors, weights)
+    except ValueError:
+        raise ModelUnusable(
+            f"{path} is not a LayerDiffuse patch: its names are not <parameter>::<type>::<number>.",
+            hint="Download it again.",
+        ) from None
     patch = Patch()
     for name, delta in found.items():
         if name in weights and delta.fits(weights[name]):

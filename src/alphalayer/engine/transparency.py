@@ -213,7 +213,7 @@ def load_decoder(
             decoder = TransparentDecoder(**arguments)
     except (TypeError, ValueError) as error:
         raise ModelUnusable(
-            f"the decoder's config beside {path.name} does not describe a transparent decoder ({error}).",
+            f"the decoder's config beside {path} does not describe a transparent decoder ({error}).",
             hint="Its keys are the sizes of the network: block_out_channels, latent_channels and so on.",
         ) from error
     fit(decoder, weights, path, "the transparent decoder")

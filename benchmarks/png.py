@@ -1,0 +1,94 @@
+"""PNG encoding: ours against Pillow, on pictures like those the service makes. `python benchmarks/png.py [FILE.png ...]`
+
+Times are the best of several runs of one thread; the last line is JSON.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import platform
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from alphalayer import images
+
+
+def soft_object(side: int = 1024) -> np.ndarray:
+    """A shaded, slightly noisy ball with a soft edge and clear corners: what a transparent picture is like to an encoder."""
+    rng = np.random.default_rng(0)
+    y, x = np.ogrid[-1 : 1 : side * 1j, -1 : 1 : side * 1j]
+    distance = np.hypot(x, y)
+    light = np.clip(1 - np.hypot(x + 0.3, y + 0.3), 0, 1)
+    rgba = np.zeros((side, side, 4))
+    rgba[..., :3] = light[..., None] * [220, 60, 40] + rng.normal(0, 2, (side, side, 3))
+    rgba[..., 3] = np.clip((0.8 - distance) * 40, 0, 1) * 255
+    rgba[distance > 0.85] = 0
+    return np.clip(np.rint(rgba), 0, 255).astype(np.uint8)
+
+
+def with_pillow(level: int) -> Callable[[np.ndarray], bytes]:
+    """Pillow at a compression level; 6 is its default."""
+
+    def encode(rgba: np.ndarray) -> bytes:
+        buffer = io.BytesIO()
+        Image.fromarray(rgba).save(buffer, "PNG", compress_level=level)
+        return buffer.getvalue()
+
+    return encode
+
+
+ENCODERS = {
+    "pillow default": with_pillow(6),
+    "pillow level 1": with_pillow(1),
+    "alphalayer": lambda rgba: images.encode(rgba, "png"),
+}
+
+
+def measure(rgba: np.ndarray, runs: int = 5) -> dict[str, dict[str, float]]:
+    """Milliseconds and bytes of each encoder, after checking that the picture comes back as it was."""
+    result: dict[str, dict[str, float]] = {}
+    for name, encode in ENCODERS.items():
+        data = encode(rgba)
+        assert np.array_equal(np.asarray(Image.open(io.BytesIO(data))), rgba), name
+        times: list[float] = []
+        for _ in range(runs):
+            start = time.perf_counter()
+            encode(rgba)
+            times.append(time.perf_counter() - start)
+        result[name] = {"ms": round(min(times) * 1000, 2), "bytes": len(data)}
+    return result
+
+
+def main() -> None:
+    """Measure the files given, or the made-up picture."""
+    files = [Path(name) for name in sys.argv[1:]]
+    pictures = {file.name: np.asarray(Image.open(file).convert("RGBA")) for file in files} or {
+        "soft object": soft_object()
+    }
+    report = {name: measure(rgba) for name, rgba in pictures.items()}
+    for name, encoders in report.items():
+        base = encoders["pillow default"]
+        for encoder, got in encoders.items():
+            faster, larger = base["ms"] / got["ms"], got["bytes"] / base["bytes"]
+            print(
+                f"{name:20} {encoder:16} {got['ms']:8.1f} ms  {got['bytes']:9d} bytes  {faster:5.1f}x as fast, {larger:.2f}x the size"
+            )
+    print(
+        json.dumps(
+            {
+                "machine": platform.processor() or platform.machine(),
+                "python": platform.python_version(),
+                "results": report,
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()

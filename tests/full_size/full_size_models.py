@@ -1,0 +1,90 @@
+"""A full-size SDXL checkpoint and LayerDiffuse files of random numbers, written to disk piece by piece: names, shapes and number formats as
+published, no meaning. Little memory is needed to make them."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterator
+from importlib.resources import files
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+from alphalayer.engine.transparency import TransparentDecoder
+from tests import tiny_models
+
+Shapes = dict[str, tuple[int, ...]]
+TILE = np.random.default_rng(0).normal(0, 0.02, 1 << 20).astype(np.float16)
+RANK = 256
+
+
+def checkpoint_shapes() -> Shapes:
+    """Every tensor of an SDXL base checkpoint in the LDM layout, from the shipped configs; 3,468,837,867 numbers."""
+    configs = files("alphalayer.models") / "sdxl"
+    read = lambda part: json.loads((configs / part / "config.json").read_text())  # noqa: E731
+    with torch.device("meta"):
+        unet, vae = UNet2DConditionModel.from_config(read("unet")), AutoencoderKL.from_config(read("vae"))
+        first = CLIPTextModel(CLIPTextConfig(**read("text_encoder")))
+        second = CLIPTextModelWithProjection(CLIPTextConfig(**read("text_encoder_2")))
+    tensors = tiny_models.single_file_tensors(first, second, unet, vae)
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def patch_shapes() -> Shapes:
+    """The attention patch: q, k, v and out of all transformer blocks, rank 256, in the published key scheme."""
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(
+            json.loads((files("alphalayer.models") / "sdxl/unet/config.json").read_text())
+        )
+    shapes: Shapes = {}
+    for name, weight in unet.named_parameters():
+        if any(f".{part}.weight" in name for part in ("to_q", "to_k", "to_v", "to_out.0")):
+            key = "diffusion_model." + tiny_models.unet_name_in_ldm(name)
+            shapes |= {f"{key}::lora::0": (weight.shape[0], RANK), f"{key}::lora::1": (RANK, weight.shape[1])}
+    return shapes
+
+
+def decoder_shapes() -> Shapes:
+    """The transparent decoder as published."""
+    with torch.device("meta"):
+        return {name: tuple(tensor.shape) for name, tensor in TransparentDecoder().state_dict().items()}
+
+
+def write_random(path: Path, shapes: Shapes, scale: float = 1.0) -> None:
+    """A float16 safetensors file with small random numbers in these shapes."""
+    header: dict[str, object] = {}
+    offset = 0
+    for name, shape in shapes.items():
+        size = 2 * int(np.prod(shape))
+        header[name] = {"dtype": "F16", "shape": list(shape), "data_offsets": [offset, offset + size]}
+        offset += size
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for block in _blocks(shapes, scale):
+            file.write(block)
+
+
+def _blocks(shapes: Shapes, scale: float) -> Iterator[bytes]:
+    tile = (TILE * np.float16(scale)).tobytes()
+    for shape in shapes.values():
+        left = 2 * int(np.prod(shape))
+        while left > 0:
+            yield tile[: min(left, len(tile))]
+            left -= len(tile)
+
+
+def write_models(models_dir: Path) -> Path:
+    """A models folder with a full-size checkpoint, patch and decoder; about 7.9 GB. The checkpoint's path."""
+    checkpoint = models_dir / "Stable-diffusion" / "random-sdxl.safetensors"
+    write_random(checkpoint, checkpoint_shapes())
+    layers = models_dir / "layer_model"
+    write_random(layers / "layer_xl_transparent_attn.safetensors", patch_shapes(), 0.1)
+    write_random(layers / "vae_transparent_decoder.safetensors", decoder_shapes())
+    return checkpoint

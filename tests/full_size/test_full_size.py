@@ -1,0 +1,55 @@
+"""A full-size checkpoint (random numbers, 6.9 GB, float16) with full-size LayerDiffuse files loads offline and draws, on two cores and 24 GiB.
+
+Not part of the default run: `python3 run.py test -m full_size -s` (needs 8 GB of disk for a while, some minutes, and 16 GiB of memory).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.full_size.full_size_models import checkpoint_shapes, write_models
+
+pytestmark = pytest.mark.full_size
+
+DRAW = """
+import json, resource, sys, time
+from pathlib import Path
+start = time.perf_counter()
+from alphalayer.engine.pipeline import LocalEngine
+from alphalayer.request import GenerationRequest
+imported = time.perf_counter()
+engine = LocalEngine(Path(sys.argv[1]), device="cpu", dtype="bf16")
+result = engine.generate(GenerationRequest(prompt="an apple, high quality", steps=2, width=256, height=256))
+print(json.dumps({
+    "import_s": round(imported - start, 1),
+    **{f"{stage}_s": round(seconds, 1) for stage, seconds in result.seconds.items()},
+    "peak_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 1),
+    "shape": result.images[0].rgba.shape,
+}))
+"""
+
+
+def test_a_full_size_checkpoint_loads_offline_and_draws(tmp_path: Path):
+    shapes = checkpoint_shapes()
+    checkpoint = write_models(tmp_path)
+    assert len(shapes) == 1680 + 248 + 196 + 390
+    assert 6.9e9 < checkpoint.stat().st_size < 7.0e9
+    done = subprocess.run(
+        [sys.executable, "-c", DRAW, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    report = json.loads(done.stdout.splitlines()[-1])
+    print("\n" + json.dumps(report))
+    assert report["shape"] == [256, 256, 4]
+    assert report["peak_gib"] < 20
+    assert report["load_s"] < report["sample_s"] + report["decode_s"]

@@ -1,0 +1,418 @@
+"""The ways through the engine on the CPU, with the tiny model: memory modes and running out of memory, progress, previews, cancelling,
+LoRAs, patch weight and stop-at, prediction types, and every sampler and schedule from end to end.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from alphalayer.engine import Progress
+from alphalayer.engine.guidance import _clean
+from alphalayer.engine.pipeline import LocalEngine, create_engine
+from alphalayer.errors import Cancelled, InvalidRequest, LayerDiffuseMissing, OutOfMemory
+from alphalayer.infotext import read_parameters
+from alphalayer.request import SAMPLERS, SCHEDULERS, GenerationRequest, LayerDiffuse, Lora
+from tests import tiny_models
+from tests.tiny_models import unet_name_in_ldm
+
+REQUEST = GenerationRequest(prompt="a red apple", seed=3, steps=2, width=64, height=64, model="folder")
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model as a folder of its own LayerDiffuse files, a single file, LoRAs."""
+    folder = tmp_path_factory.mktemp("models")
+    tiny_models.make_diffusers_folder(folder / "Stable-diffusion" / "folder")
+    tiny_models.make_single_file(folder / "Stable-diffusion" / "single.safetensors")
+    tiny_models.make_layer_files(folder / "layer_model")
+    _make_loras(folder / "Lora")
+    return folder
+
+
+def _make_loras(folder: Path) -> None:
+    """The same LoRA under kohya's names and under PEFT's."""
+    folder.mkdir()
+    kohya, peft = {}, {}
+    for name, (up, down) in tiny_models.lora_pairs(seed=50).items():
+        stem = "lora_unet_" + unet_name_in_ldm(name).removesuffix(".weight").replace(".", "_")
+        kohya |= {f"{stem}.lora_up.weight": up, f"{stem}.lora_down.weight": down}
+        stem = "unet." + name.removesuffix(".weight")
+        peft |= {f"{stem}.lora_B.weight": up, f"{stem}.lora_A.weight": down}
+    save_file(kohya, folder / "kohya.safetensors")
+    save_file(peft, folder / "peft.safetensors")
+
+
+@pytest.fixture(scope="module")
+def engine(models: Path) -> LocalEngine:
+    return LocalEngine(models, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def base(engine: LocalEngine) -> np.ndarray:
+    """What the engine draws of `REQUEST`."""
+    return _draw(engine)
+
+
+def _draw(engine: LocalEngine, **changes: object) -> np.ndarray:
+    return engine.generate(REQUEST.model_copy(update=changes)).images[0].rgba.astype(int)
+
+
+def _difference(a: np.ndarray, b: np.ndarray) -> int:
+    return int(np.abs(a - b).max())
+
+
+# --- memory
+
+
+def test_memory_modes_change_nothing_but_rounding(engine: LocalEngine, models: Path):
+    high = _draw(engine, batch_size=2)
+    for memory in ("balanced", "low"):
+        other = _draw(LocalEngine(models, device="cpu", memory=memory), batch_size=2)
+        # other batch sizes round differently, and truncation makes 1/255 of it
+        assert _difference(high, other) <= 1
+
+
+class _Fails:
+    """A hook on a real module that runs out of memory on its first `times` calls."""
+
+    def __init__(self, times: int, error: Exception):
+        self.left, self.error, self.calls = times, error, 0
+
+    def __call__(self, *_: object) -> None:
+        self.calls += 1
+        if self.left:
+            self.left -= 1
+            raise self.error
+
+
+OUT_OF_MEMORY = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 8.00 GiB."),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:121] . DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes."),
+]
+
+
+@pytest.mark.parametrize(
+    ("stage", "error"), [(stage, OUT_OF_MEMORY[0]) for stage in ("unet", "vae", "decoder", "text_encoder")] + [("unet", OUT_OF_MEMORY[1])]
+)
+def test_running_out_of_memory_is_retried_once_in_the_next_smaller_mode(
+    engine: LocalEngine, base: np.ndarray, stage: str, error: Exception
+):
+    _draw(engine, steps=1)
+    engine._encoders.encode.cache_clear()
+    module = getattr(engine._model, stage)
+    hooked = module.decoder if stage == "vae" else module
+    fails = _Fails(1, error)
+    handle = hooked.register_forward_pre_hook(fails)
+    progress: list[Progress] = []
+    try:
+        result = engine.generate(REQUEST, on_progress=progress.append)
+    finally:
+        handle.remove()
+    assert fails.left == 0
+    assert fails.calls > 1
+    assert [each.stage for each in progress].count("load") == 2
+    # smaller batches round differently, and truncation makes 1/255 of it
+    assert _difference(result.images[0].rgba.astype(int), base) <= 1
+    # the next request is tried in the usual mode again
+    assert engine.mode.name == "high"
+    assert np.array_equal(_draw(engine), base)
+
+
+def test_running_out_of_memory_twice_says_what_was_needed(engine: LocalEngine, base: np.ndarray):
+    _draw(engine, steps=1)
+    handle = engine._model.unet.register_forward_pre_hook(_Fails(99, OUT_OF_MEMORY[0]))
+    try:
+        with pytest.raises(OutOfMemory) as error:
+            engine.generate(REQUEST.model_copy(update={"batch_size": 2, "width": 128}))
+    finally:
+        handle.remove()
+    assert "128x64, batch of 2, needs about" in error.value.message
+    assert '"balanced"' in error.value.message
+    assert "smaller picture" in error.value.hint
+    # and the engine works on
+    assert np.array_equal(_draw(engine), base)
+
+
+def test_other_errors_are_not_taken_for_memory(engine: LocalEngine):
+    _draw(engine, steps=1)
+    fails = _Fails(1, RuntimeError("a shape is wrong"))
+    handle = engine._model.unet.register_forward_pre_hook(fails)
+    try:
+        with pytest.raises(RuntimeError, match="a shape is wrong"):
+            _draw(engine)
+    finally:
+        handle.remove()
+    assert fails.calls == 1
+
+
+# --- progress, previews, cancelling
+
+
+def test_every_stage_and_step_is_told(engine: LocalEngine):
+    told: list[Progress] = []
+    result = engine.generate(REQUEST, on_progress=told.append)
+    assert [(each.stage, each.step, each.steps) for each in told] == [
+        ("load", 0, 0), ("text", 0, 0), ("sample", 0, 0), ("sample", 1, 2), ("sample", 2, 2), ("decode", 0, 0),
+    ]  # fmt: skip
+    assert all(each.preview is None for each in told)
+    assert set(result.seconds) == {"load", "text", "sample", "decode"}
+
+
+def test_previews_are_small_pictures_and_do_not_change_the_result(engine: LocalEngine):
+    told: list[Progress] = []
+    request = REQUEST.model_copy(update={"width": 512, "height": 64})
+    result = engine.generate(request, on_progress=told.append, previews=True)
+    previews = [each.preview for each in told if each.step]
+    assert len(previews) == 2
+    for preview in previews:
+        assert preview is not None
+        assert preview.dtype == np.uint8
+        # 32 cells of 8 pixels along the longer side
+        assert preview.shape == (32, 256, 3)
+    assert not np.array_equal(previews[0], previews[1])
+    assert np.array_equal(result.images[0].rgba, engine.generate(request).images[0].rgba)
+
+
+@pytest.mark.parametrize("at", [0, 1])
+def test_cancelling_stops_before_the_next_step(engine: LocalEngine, base: np.ndarray, at: int):
+    told: list[Progress] = []
+    with pytest.raises(Cancelled):
+        engine.generate(
+            REQUEST, on_progress=told.append, is_cancelled=lambda: any(each.stage == "sample" and each.step == at for each in told)
+        )
+    assert told[-1].stage == "sample"
+    assert told[-1].step == at
+    assert np.array_equal(_draw(engine), base)
+
+
+def test_cancelling_before_the_start_loads_nothing(models: Path):
+    engine = LocalEngine(models, device="cpu")
+    with pytest.raises(Cancelled):
+        engine.generate(REQUEST, is_cancelled=lambda: True)
+    assert engine._model is None
+
+
+# --- LoRAs and the patch
+
+
+def test_loras_change_the_picture_by_their_weight_and_come_off(engine: LocalEngine, base: np.ndarray):
+    full, half = (_draw(engine, loras=(Lora(name="kohya", weight=weight),)) for weight in (1.0, 0.1))
+    assert _difference(base, full) > 3
+    assert 0 < np.abs(base - half).mean() < np.abs(base - full).mean()
+    assert np.array_equal(_draw(engine), base)
+    assert np.array_equal(_draw(engine, loras=(Lora(name="kohya", weight=0.0),)), base)
+
+
+def test_a_lora_is_the_same_under_either_naming(engine: LocalEngine):
+    assert np.array_equal(_draw(engine, loras=(Lora(name="kohya"),)), _draw(engine, loras=(Lora(name="peft"),)))
+
+
+def test_an_unknown_lora_is_a_clear_error(engine: LocalEngine):
+    with pytest.raises(InvalidRequest, match=r'"absent".*kohya, peft'):
+        _draw(engine, loras=(Lora(name="absent"),))
+
+
+def test_weight_0_is_the_base_model(engine: LocalEngine):
+    """And so is a patch that stops before the first step; the transparent decode stays on."""
+    without = _draw(engine, layerdiffuse=LayerDiffuse(weight=0.0))
+    never = _draw(engine, layerdiffuse=LayerDiffuse(stop_at=0.0))
+    assert np.array_equal(without, never)
+    assert _difference(without, _draw(engine)) > 3
+    assert without[..., 3].min() < 255
+
+
+def test_stop_at_moves_from_the_base_model_to_the_patched_one(engine: LocalEngine):
+    whole = _draw(engine, steps=6)
+    distances = [np.abs(_draw(engine, steps=6, layerdiffuse=LayerDiffuse(stop_at=part)) - whole).mean() for part in (0, 0.4, 0.8, 1)]
+    assert distances[0] > distances[1] > distances[2] >= distances[3] == 0
+
+
+def test_stop_at_patches_the_steps_that_the_published_levels_say(engine: LocalEngine):
+    """Six of twenty Karras steps at 0.25: the weights are looked at while the UNet runs."""
+    _draw(engine)
+    unet = engine._model.unet
+    name = next(iter(tiny_models.lora_pairs()))
+    original = tiny_models.unet().get_parameter(name)
+    patched: list[bool] = []
+    handle = unet.register_forward_pre_hook(lambda *_: patched.append(not torch.equal(unet.get_parameter(name), original)))
+    _draw(engine, steps=20, layerdiffuse=LayerDiffuse(stop_at=0.25))
+    handle.remove()
+    assert patched == [True] * 6 + [False] * 14
+
+
+def test_without_layer_files_transparency_is_refused_and_opaque_pictures_are_not(models: Path, tmp_path: Path):
+    (tmp_path / "Stable-diffusion").mkdir()
+    (tmp_path / "Stable-diffusion" / "single.safetensors").symlink_to(models / "Stable-diffusion" / "single.safetensors")
+    engine = LocalEngine(tmp_path, device="cpu")
+    with pytest.raises(LayerDiffuseMissing, match="layer_xl_transparent_attn"):
+        _draw(engine, model="single")
+    assert (_draw(engine, model="single", layerdiffuse=LayerDiffuse(enabled=False))[..., 3] == 255).all()
+
+
+# --- guidance
+
+
+def test_scale_1_skips_the_negative_row(engine: LocalEngine):
+    _draw(engine)
+    rows: list[int] = []
+    handle = engine._model.unet.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0])))
+    ignored = _draw(engine, cfg_scale=1.0, negative_prompt="something else entirely")
+    one_row = rows[:]
+    rows.clear()
+    _draw(engine)
+    handle.remove()
+    assert (one_row, rows) == ([1] * 2, [2] * 2)
+    assert np.array_equal(ignored, _draw(engine, cfg_scale=1.0))
+
+
+def test_and_mixes_two_prompts(engine: LocalEngine):
+    one = _draw(engine, prompt="a red apple")
+    # c1 counts whole, c2 by 0: the same picture up to the rounding of a larger batch
+    assert _difference(one, _draw(engine, prompt="a red apple AND a blue cup:0")) <= 1
+    assert _difference(one, _draw(engine, prompt="a red apple AND a blue cup:1")) > 3
+
+
+def test_prompts_of_unlike_length_are_tiled_or_evaluated_apart(engine: LocalEngine):
+    """A negative prompt of 1 chunk beside 2 chunks is tiled into one call, beside 5 chunks it has a call of its own."""
+    for chunks in (2, 5):
+        prompt = " BREAK ".join(["a red apple"] * chunks)
+        _draw(engine)
+        rows: list[int] = []
+        handle = engine._model.unet.register_forward_pre_hook(lambda _, inputs, rows=rows: rows.append(len(inputs[0])))
+        picture = _draw(engine, prompt=prompt, negative_prompt="bad")
+        handle.remove()
+        assert set(rows) == ({2} if chunks == 2 else {1})
+        assert picture.std() > 1
+
+
+def test_a_prompt_schedule_is_followed(engine: LocalEngine):
+    red, blue = (_draw(engine, steps=4, prompt=f"a {colour} apple") for colour in ("red", "blue"))
+    assert np.array_equal(_draw(engine, steps=4, prompt="a [red:blue:4] apple"), red)
+    assert np.array_equal(_draw(engine, steps=4, prompt="a [red:blue:0] apple"), blue)
+    mixed = _draw(engine, steps=4, prompt="a [red:blue:1] apple")
+    assert not np.array_equal(mixed, red)
+    assert not np.array_equal(mixed, blue)
+
+
+# --- prediction types
+
+
+def test_both_predictions_mean_the_same_clean_latent():
+    """eps and v of one noisy latent, from their definitions in the variance-preserving frame."""
+    generator = torch.Generator().manual_seed(0)
+    clean, noise = torch.randn(2, 1, 4, 2, 2, generator=generator)
+    for sigma in (0.03, 1.0, 14.6):
+        alpha, spread = 1 / math.sqrt(1 + sigma**2), sigma / math.sqrt(1 + sigma**2)
+        noisy = clean + sigma * noise
+        velocity = alpha * noise - spread * clean
+        # cancels terms of the size of sigma
+        torch.testing.assert_close(_clean(noisy, noise, sigma, "epsilon"), clean, rtol=0, atol=1e-5)
+        torch.testing.assert_close(_clean(noisy, velocity, sigma, "v"), clean, rtol=0, atol=1e-5)
+
+
+def _marked(models: Path, tmp_path: Path, markers: dict[str, torch.Tensor], yaml: str = "") -> LocalEngine:
+    """An engine with the single file under other marks of its prediction type."""
+    checkpoints = tmp_path / "Stable-diffusion"
+    checkpoints.mkdir()
+    (tmp_path / "layer_model").symlink_to(models / "layer_model")
+    tensors = load_file(models / "Stable-diffusion" / "single.safetensors")
+    save_file({**tensors, **markers}, checkpoints / "single.safetensors")
+    if yaml:
+        (checkpoints / "single.yaml").write_text(yaml)
+    return LocalEngine(tmp_path, device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("markers", "yaml", "prediction", "highest"),
+    [
+        ((), "", "epsilon", 14.6146),
+        (("v_pred",), "", "v", 14.6146),
+        (("v_pred", "ztsnr"), "", "v", 4518.76),
+        ((), 'model:\n  params:\n    parameterization: "v"\n', "v", 14.6146),
+        ((), "      target: sgm.modules.diffusionmodules.denoiser_scaling.VScaling\n", "v", 14.6146),
+    ],
+)
+def test_prediction_types_of_single_files_are_detected_and_drawn(
+    models: Path, tmp_path: Path, markers: tuple[str, ...], yaml: str, prediction: str, highest: float
+):
+    engine = _marked(models, tmp_path, {name: torch.zeros(1) for name in markers}, yaml)
+    picture = _draw(engine, model="single", sampler="Euler", scheduler="Normal")
+    assert engine._model.prediction_type == prediction
+    assert engine._model.sigma_table.sigma_max == pytest.approx(highest, rel=1e-5)
+    assert picture.std() > 1
+
+
+def test_the_prediction_type_of_a_folder_is_its_schedulers(models: Path, tmp_path: Path):
+    import shutil
+
+    folder = tmp_path / "Stable-diffusion" / "folder"
+    shutil.copytree(models / "Stable-diffusion" / "folder", folder)
+    config = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
+    config |= {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(config))
+    engine = LocalEngine(tmp_path, device="cpu")
+    _draw(engine)
+    assert engine._model.prediction_type == "v"
+    assert engine._model.sigma_table.sigma_max > 4000
+
+
+# --- everything that can be named draws
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_every_sampler_draws_and_batches(engine: LocalEngine, sampler: str):
+    batch = engine.generate(REQUEST.model_copy(update={"sampler": sampler, "batch_size": 2})).images
+    alone = _draw(engine, sampler=sampler, seed=4)
+    assert _difference(batch[1].rgba.astype(int), alone) <= 1
+    assert not np.array_equal(batch[0].rgba, batch[1].rgba)
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+@pytest.mark.parametrize("steps", [1, 2])
+def test_every_schedule_draws_with_few_steps(engine: LocalEngine, scheduler: str, steps: int):
+    assert _draw(engine, scheduler=scheduler, steps=steps, sampler="DPM++ SDE").shape == (64, 64, 4)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_16_bit_is_near_32_bit(engine: LocalEngine, models: Path, dtype: str):
+    other = _draw(LocalEngine(models, device="cpu", dtype=dtype))
+    # rounding of 8 or 11 bits through three steps of guidance; the pictures are the same to the eye
+    assert np.abs(other - _draw(engine)).mean() < 6
+
+
+def test_the_result_says_what_was_drawn(engine: LocalEngine):
+    result = engine.generate(REQUEST.model_copy(update={"seed": -1, "subseed_strength": 0.1, "batch_size": 2}))
+    assert result.model_name == "folder"
+    assert result.request.seed != -1
+    assert [image.seed for image in result.images] == [result.request.seed] * 2
+    assert [image.subseed for image in result.images] == [result.request.subseed, result.request.subseed + 1]
+    found = read_parameters(result.images[1].parameters)
+    assert found["Seed"] == str(result.request.seed)
+    assert found["Variation seed"] == str(result.request.subseed + 1)
+    assert found["Sampler"] == "DPM++ 2M SDE"
+    again = engine.generate(result.request)
+    assert np.array_equal(again.images[1].rgba, result.images[1].rgba)
+
+
+def test_a_models_own_defaults_fill_what_is_not_asked(engine: LocalEngine):
+    result = engine.generate(GenerationRequest(prompt="a cup", model="folder"))
+    assert (result.request.width, result.request.height, result.request.steps) == (64, 64, 4)
+    assert result.images[0].rgba.shape == (64, 64, 4)
+
+
+def test_changing_models_and_back_gives_the_same_picture(engine: LocalEngine, base: np.ndarray):
+    _draw(engine, model="single")
+    assert np.array_equal(_draw(engine), base)
+
+
+def test_an_engine_is_made_from_plain_options(models: Path):
+    options = json.loads(json.dumps({"models_dir": str(models), "embeddings_dir": None, "device": "cpu", "default_model": "single"}))
+    result = create_engine(options).generate(REQUEST.model_copy(update={"model": None, "steps": 1}))
+    assert result.model_name == "single"

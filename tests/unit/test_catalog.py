@@ -1,0 +1,312 @@
+"""The models folder: families by tensor shapes, files that cannot be used and why, names, hashes and their cache."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import struct
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from alphalayer import catalog
+from alphalayer.catalog.hashes import HashCache
+from alphalayer.catalog.headers import CONTEXT, FIRST_CONV, family_of, read_header
+from alphalayer.errors import CorruptFile, InvalidRequest, ModelNotFound, PickleRefused, UnsupportedFamily
+
+UNET = "model.diffusion_model."
+CLIP_L = "conditioner.embedders.0.transformer.text_model.embeddings.token_embedding.weight"
+CLIP_G = "conditioner.embedders.1.model.token_embedding.weight"
+MIDDLE = UNET + "middle_block.1.norm.weight"
+Shapes = dict[str, tuple[int, ...]]
+
+# the tensors that tell the families apart, with the shapes of the published checkpoints
+FAMILIES: dict[str, Shapes] = {
+    "sdxl": {FIRST_CONV: (320, 4, 3, 3), CONTEXT: (640, 2048), CLIP_L: (49408, 768), CLIP_G: (49408, 1280), MIDDLE: (1280,)},
+    "sdxl-inpaint": {FIRST_CONV: (320, 9, 3, 3), CONTEXT: (640, 2048), CLIP_G: (49408, 1280), MIDDLE: (1280,)},
+    "sdxl-refiner": {
+        FIRST_CONV: (384, 4, 3, 3), CONTEXT: (768, 1280), MIDDLE: (1536,),
+        "conditioner.embedders.0.model.token_embedding.weight": (49408, 1280),
+    },
+    "sdxl-unet": {FIRST_CONV.removeprefix(UNET): (320, 4, 3, 3), CONTEXT.removeprefix(UNET): (640, 2048)},
+    "ssd-1b": {FIRST_CONV: (320, 4, 3, 3), CONTEXT: (640, 2048), CLIP_G: (49408, 1280), UNET + "middle_block.0.x": (1280,)},
+    "sd15": {
+        FIRST_CONV: (320, 4, 3, 3), CONTEXT: (640, 768),
+        "cond_stage_model.transformer.text_model.embeddings.token_embedding.weight": (49408, 768),
+    },
+    "sd15-inpaint": {FIRST_CONV: (320, 9, 3, 3), CONTEXT: (640, 768)},
+    "sd2": {FIRST_CONV: (320, 4, 3, 3), CONTEXT: (640, 1024), "cond_stage_model.model.ln_final.weight": (1024,)},
+    "sd2-inpaint": {FIRST_CONV: (320, 9, 3, 3), CONTEXT: (640, 1024)},
+    "vae": {"first_stage_model.post_quant_conv.weight": (4, 4, 1, 1)},
+    "lora": {"lora_unet_input_blocks_4_1_proj_in.lora_down.weight": (8, 640)},
+    "layerdiffuse-patch": {"diffusion_model.input_blocks.4.1.transformer_blocks.0.attn1.to_q.weight::lora::0": (640, 256)},
+    "transparent-decoder": {"latent_conv_in.weight": (64, 4, 1, 1)},
+    "unknown": {"something.weight": (3, 3)},
+}  # fmt: skip
+
+
+def write(path: Path, shapes: Shapes, missing: int = 0) -> Path:
+    """A safetensors file of float16 zeros, as a sparse file, without its last `missing` bytes."""
+    entries, end = {}, 0
+    for name, shape in shapes.items():
+        size = 2
+        for side in shape:
+            size *= side
+        entries[name] = {"dtype": "F16", "shape": list(shape), "data_offsets": [end, end + size]}
+        end += size
+    header = json.dumps({"__metadata__": {"format": "pt"}, **entries}).encode()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(struct.pack("<Q", len(header)) + header)
+    os.truncate(path, 8 + len(header) + end - missing)
+    return path
+
+
+def _mine(models_dir: Path) -> dict[str, catalog.ModelEntry]:
+    """What was found in a folder, without the model that comes with the package."""
+    return {entry.name: entry for entry in catalog.find_models(models_dir) if models_dir in entry.path.parents}
+
+
+# --- families
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families_are_told_apart_by_shapes(tmp_path: Path, family: str):
+    assert family_of(read_header(write(tmp_path / "model.safetensors", FAMILIES[family]))) == family
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "sdxl"])
+def test_other_families_say_what_they_are(tmp_path: Path, family: str):
+    write(tmp_path / "Stable-diffusion" / "other.safetensors", FAMILIES[family])
+    entry = _mine(tmp_path)["other"]
+    assert isinstance(entry.problem, UnsupportedFamily)
+    assert "other.safetensors" in entry.problem.message
+    assert catalog.FAMILY_NAMES[family] in entry.problem.message
+    with pytest.raises(UnsupportedFamily):
+        catalog.resolve_model("other", [entry])
+
+
+@pytest.mark.parametrize(("family", "place"), [("layerdiffuse-patch", "layer_model"), ("transparent-decoder", "layer_model"), ("lora", "Lora")])
+def test_files_in_the_wrong_folder_are_told_the_right_one(tmp_path: Path, family: str, place: str):
+    write(tmp_path / "Stable-diffusion" / "other.safetensors", FAMILIES[family])
+    problem = _mine(tmp_path)["other"].problem
+    assert problem is not None
+    assert place in problem.hint
+
+
+# --- damaged files
+
+
+def _problem(tmp_path: Path) -> str:
+    problem = _mine(tmp_path)["bad"].problem
+    assert isinstance(problem, CorruptFile)
+    assert "bad.safetensors" in problem.message
+    return problem.message
+
+
+def test_a_truncated_file_says_how_much_is_missing(tmp_path: Path):
+    write(tmp_path / "Stable-diffusion" / "bad.safetensors", FAMILIES["sdxl"], missing=1234)
+    assert "1,234 of" in _problem(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"abc",
+        b"<html>404 Not Found</html>" * 20,
+        struct.pack("<Q", 10**15) + b"{}",
+        struct.pack("<Q", 4) + b"{{{{",
+        struct.pack("<Q", 2) + b"[]",
+        struct.pack("<Q", 4) + b"\xff\xfe\xfd\xfc",
+        struct.pack("<Q", 10) + b'{"a": 123}',
+        struct.pack("<Q", 25) + b'{"a": {"shape": [1, "x"]}}'[:25],
+        struct.pack("<Q", 50) + b'{"a": {"shape": [1], "data_offsets": [0]}}'.ljust(50),
+        struct.pack("<Q", 60_000) + b"[" * 60_000,
+    ],
+)
+def test_a_damaged_header_is_a_clear_error(tmp_path: Path, content: bytes):
+    folder = tmp_path / "Stable-diffusion"
+    folder.mkdir()
+    (folder / "bad.safetensors").write_bytes(content)
+    assert "safetensors" in _problem(tmp_path)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.binary(max_size=80))
+def test_any_header_is_read_or_refused(tmp_path_factory: pytest.TempPathFactory, header: bytes):
+    path = tmp_path_factory.mktemp("headers") / "any.safetensors"
+    path.write_bytes(struct.pack("<Q", len(header)) + header)
+    try:
+        family_of(read_header(path))
+    except CorruptFile as error:
+        assert "any.safetensors" in error.message
+
+
+@pytest.mark.parametrize("suffix", catalog.PICKLE_SUFFIXES)
+def test_pickle_files_are_refused_with_the_reason_and_never_opened(tmp_path: Path, suffix: str):
+    folder = tmp_path / "Stable-diffusion"
+    folder.mkdir()
+    # opening this one as a pickle would leave a file behind
+    trace = tmp_path / "opened"
+    (folder / f"old{suffix}").write_bytes(f"cos\nsystem\n(S'touch {trace}'\ntR.".encode())
+    problem = _mine(tmp_path)["old"].problem
+    assert isinstance(problem, PickleRefused)
+    assert "run any code" in problem.message
+    assert ".safetensors" in problem.hint
+    assert not trace.exists()
+
+
+# --- names
+
+
+def test_names_come_from_paths(tmp_path: Path):
+    for relative in ("plain", "sub/deep/model", "b"):
+        write(tmp_path / "Stable-diffusion" / f"{relative}.safetensors", FAMILIES["sdxl"])
+    assert list(_mine(tmp_path)) == ["b", "plain", "sub_deep_model"]
+    assert all(entry.problem is None for entry in _mine(tmp_path).values())
+
+
+def _folder(path: Path, index: object) -> Path:
+    (path / "unet").mkdir(parents=True)
+    (path / "model_index.json").write_text(index if isinstance(index, str) else json.dumps(index))
+    (path / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"weights")
+    return path
+
+
+def test_a_diffusers_folder_is_one_model_and_its_files_are_none(tmp_path: Path):
+    _folder(tmp_path / "Stable-diffusion" / "sub" / "xl", {"_class_name": "StableDiffusionXLPipeline"})
+    (entry,) = _mine(tmp_path).values()
+    assert (entry.name, entry.kind, entry.family, entry.problem) == ("sub_xl", "diffusers", "sdxl", None)
+
+
+@pytest.mark.parametrize("pipeline", ["StableDiffusionPipeline", "StableDiffusionXLInpaintPipeline", "FluxPipeline", 5, None])
+def test_a_folder_of_another_pipeline_says_so(tmp_path: Path, pipeline: object):
+    _folder(tmp_path / "Stable-diffusion" / "other", {"_class_name": pipeline})
+    problem = _mine(tmp_path)["other"].problem
+    assert isinstance(problem, UnsupportedFamily)
+    assert str(pipeline) in problem.message
+
+
+@pytest.mark.parametrize("index", ["{", "[]", ""])
+def test_a_damaged_index_is_named(tmp_path: Path, index: str):
+    _folder(tmp_path / "Stable-diffusion" / "bad", index)
+    problem = _mine(tmp_path)["bad"].problem
+    assert isinstance(problem, CorruptFile)
+    assert "model_index.json" in problem.message
+
+
+def test_a_model_is_found_by_every_name_it_has(tmp_path: Path):
+    write(tmp_path / "Stable-diffusion" / "sub" / "cup.safetensors", FAMILIES["unknown"])
+    entry = _mine(tmp_path)["sub_cup"]
+    known = catalog.ModelEntry(entry.name, entry.path, entry.kind, "sdxl", "ab" * 32)
+    assert known.title == "sub_cup [ababababab]"
+    for name in ("sub_cup", "sub_cup [ababababab]", "cup.safetensors", "cup", "ab" * 32, "ababababab"):
+        assert catalog.resolve_model(name, [known]) is known
+
+
+def test_an_unknown_name_lists_what_is_there(tmp_path: Path):
+    write(tmp_path / "Stable-diffusion" / "cup.safetensors", FAMILIES["sdxl"])
+    with pytest.raises(ModelNotFound, match=r'"plate".*cup') as error:
+        catalog.resolve_model("plate", list(_mine(tmp_path).values()))
+    assert error.value.field == "model"
+
+
+def test_without_a_name_the_first_usable_model_is_meant(tmp_path: Path):
+    write(tmp_path / "Stable-diffusion" / "a-broken.safetensors", FAMILIES["sdxl"], missing=1)
+    write(tmp_path / "Stable-diffusion" / "b-good.safetensors", FAMILIES["sdxl"])
+    entries = list(_mine(tmp_path).values())
+    assert catalog.resolve_model(None, entries).name == "b-good"
+    with pytest.raises(CorruptFile):
+        catalog.resolve_model(None, entries[:1])
+    with pytest.raises(ModelNotFound, match="no model"):
+        catalog.resolve_model(None, [])
+
+
+def test_loras_are_found_by_name(tmp_path: Path):
+    file = write(tmp_path / "Lora" / "sub" / "style.safetensors", FAMILIES["lora"])
+    assert catalog.find_lora(tmp_path, "style") == file
+    with pytest.raises(InvalidRequest, match=r'"other".*style') as error:
+        catalog.find_lora(tmp_path, "other")
+    assert error.value.field == "loras"
+
+
+@pytest.mark.parametrize("name", ["../../etc/passwd", "/etc/passwd", "..", "sub/style"])
+def test_a_loras_name_is_never_a_path(tmp_path: Path, name: str):
+    write(tmp_path / "Lora" / "sub" / "style.safetensors", FAMILIES["lora"])
+    with pytest.raises(InvalidRequest):
+        catalog.find_lora(tmp_path, name)
+
+
+def test_an_absent_folder_has_no_models(tmp_path: Path):
+    assert _mine(tmp_path / "absent") == {}
+
+
+# --- hashes
+
+
+def test_hashes_are_those_of_the_whole_file_and_show_once_known(tmp_path: Path):
+    file = write(tmp_path / "Stable-diffusion" / "cup.safetensors", FAMILIES["unknown"])
+    entry = _mine(tmp_path)["cup"]
+    assert (entry.sha256, entry.short_hash, entry.title) == (None, None, "cup")
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    assert catalog.hash_model(entry, tmp_path) == digest
+    entry = _mine(tmp_path)["cup"]
+    assert (entry.sha256, entry.short_hash, entry.title) == (digest, digest[:10], f"cup [{digest[:10]}]")
+    assert entry.webui_json() == {
+        "title": f"cup [{digest[:10]}]",
+        "model_name": "cup",
+        "hash": digest[:10],
+        "sha256": digest,
+        "filename": str(file.resolve()),
+        "config": None,
+    }
+
+
+def test_a_folders_hash_is_its_unets(tmp_path: Path):
+    path = _folder(tmp_path / "Stable-diffusion" / "xl", {"_class_name": "StableDiffusionXLPipeline"})
+    digest = hashlib.sha256((path / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()).hexdigest()
+    assert catalog.hash_model(_mine(tmp_path)["xl"], tmp_path) == digest
+
+
+def test_a_folder_without_weights_is_no_traceback(tmp_path: Path):
+    path = _folder(tmp_path / "Stable-diffusion" / "xl", {"_class_name": "StableDiffusionXLPipeline"})
+    (path / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    with pytest.raises(CorruptFile, match="diffusion_pytorch_model"):
+        catalog.hash_model(_mine(tmp_path)["xl"], tmp_path)
+
+
+def _changed(file: Path, content: bytes, modified: int) -> None:
+    file.write_bytes(content)
+    os.utime(file, ns=(modified, modified))
+
+
+def test_a_hash_is_computed_again_when_size_or_time_change_and_only_then(tmp_path: Path):
+    file, cache_file = tmp_path / "model", tmp_path / "cache.json"
+    digest = lambda content: hashlib.sha256(content).hexdigest()
+    _changed(file, b"one", 1_000)
+    assert HashCache(cache_file).sha256(file) == digest(b"one")
+    _changed(file, b"two", 1_000)  # same size and time: the remembered hash
+    assert HashCache(cache_file).sha256(file) == digest(b"one")
+    _changed(file, b"two", 2_000)
+    assert HashCache(cache_file).known(file) is None
+    assert HashCache(cache_file).sha256(file) == digest(b"two")
+    _changed(file, b"three", 2_000)
+    assert HashCache(cache_file).sha256(file) == digest(b"three")
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"x": 1}', "null"])
+def test_a_damaged_cache_is_begun_anew(tmp_path: Path, content: str):
+    file, cache_file = tmp_path / "model", tmp_path / "cache.json"
+    file.write_bytes(b"one")
+    cache_file.write_text(content.replace('"x"', json.dumps(str(file))))
+    assert HashCache(cache_file).sha256(file) == hashlib.sha256(b"one").hexdigest()
+    assert HashCache(cache_file).known(file) is not None
+
+
+def test_where_the_cache_cannot_be_written_hashes_are_still_given(tmp_path: Path):
+    (tmp_path / "model").write_bytes(b"one")
+    cache = HashCache(tmp_path / "absent" / "cache.json")
+    assert cache.sha256(tmp_path / "model") == hashlib.sha256(b"one").hexdigest()

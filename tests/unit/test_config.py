@@ -1,0 +1,106 @@
+"""Settings: flags before environment before file, and wrong ones that fail loudly by name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from alphalayer.config import load_settings
+from alphalayer.errors import SetupFailed
+
+
+@pytest.fixture(autouse=True)
+def clean(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder without a file of settings, an environment without ours."""
+    import os
+
+    for name in list(os.environ):
+        if name.startswith("ALPHALAYER_"):
+            monkeypatch.delenv(name)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_defaults_serve_this_machine_only():
+    settings = load_settings()
+    assert (settings.host, settings.port) == ("127.0.0.1", 7861)
+    assert settings.models_dir == Path("models")
+
+
+def test_the_environment_sets(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("ALPHALAYER_PORT", "9000")
+    monkeypatch.setenv("ALPHALAYER_LOG_JSON", "true")
+    settings = load_settings()
+    assert settings.port == 9000
+    assert settings.log_json is True
+
+
+def test_the_file_sets(clean: Path):
+    (clean / "alphalayer.toml").write_text('port = 9001\nmodels_dir = "elsewhere"\n')
+    settings = load_settings()
+    assert settings.port == 9001
+    assert settings.models_dir == Path("elsewhere")
+
+
+def test_flags_win_over_the_environment_and_that_over_the_file(clean: Path, monkeypatch: pytest.MonkeyPatch):
+    (clean / "alphalayer.toml").write_text('port = 1\nhost = "file"\ndevice = "cpu"\n')
+    monkeypatch.setenv("ALPHALAYER_PORT", "2")
+    monkeypatch.setenv("ALPHALAYER_HOST", "environment")
+    settings = load_settings(port=3, host=None)
+    assert (settings.port, settings.host, settings.device) == (3, "environment", "cpu")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("port", "0"), ("port", "65536"), ("port", "many"), ("memory", "huge"), ("dtype", "fp8"), ("noise", "dice"),
+        ("queue_limit", "-1"), ("silence_limit_s", "0"), ("drain_s", "-1"), ("log_level", "loud"),
+    ],
+)  # fmt: skip
+def test_wrong_values_are_named(monkeypatch: pytest.MonkeyPatch, name: str, value: str):
+    monkeypatch.setenv(f"ALPHALAYER_{name.upper()}", value)
+    with pytest.raises(SetupFailed, match=f"setting {name}"):
+        load_settings()
+
+
+def test_an_unknown_name_in_the_environment_is_named(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("ALPHALAYER_PROT", "80")
+    with pytest.raises(SetupFailed, match="ALPHALAYER_PROT"):
+        load_settings()
+
+
+def test_the_variable_of_the_start_script_is_no_unknown_name(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("ALPHALAYER_TORCH", "cpu")
+    load_settings()
+
+
+def test_an_unknown_name_in_the_file_is_named(clean: Path):
+    (clean / "alphalayer.toml").write_text("prot = 80\n")
+    with pytest.raises(SetupFailed, match="prot"):
+        load_settings()
+
+
+def test_a_file_that_is_not_toml_is_named(clean: Path):
+    (clean / "alphalayer.toml").write_text("port = = 80\n")
+    with pytest.raises(SetupFailed, match=r"alphalayer\.toml"):
+        load_settings()
+
+
+def test_settings_cannot_be_changed():
+    with pytest.raises(ValueError, match="frozen"):
+        load_settings().port = 1  # type: ignore[misc]
+
+
+def test_passwords_are_not_shown():
+    settings = load_settings(api_auth="user:secret")
+    assert "secret" not in repr(settings)
+    assert settings.api_auth is not None
+    assert settings.api_auth.get_secret_value() == "user:secret"
+
+
+def test_engine_options_are_plain_json():
+    options = load_settings(models_dir=Path("m"), device="cpu").engine_options()
+    assert json.loads(json.dumps(options)) == options
+    assert (options["models_dir"], options["device"]) == ("m", "cpu")

@@ -1,0 +1,24 @@
+"""The reference pages say what the program does: they are generated, and must be current."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+DOCS = Path(__file__).parents[2] / "docs"
+
+
+def _generator():
+    spec = importlib.util.spec_from_file_location("generate_docs", DOCS / "generate.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("name", ["settings.md", "cli.md", "api.md"])
+def test_reference_pages_are_current(name):
+    wanted = _generator().PAGES[name]()
+    assert (DOCS / "reference" / name).read_text(encoding="utf-8") == wanted, "run: python docs/generate.py"

@@ -1,0 +1,268 @@
+"""Getting published models, from a real HTTP server on this machine that answers as the public hub does; and verifying what is there.
+
+Each pull runs in a process of its own, which is how a user's second attempt meets what the first one left.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from alphalayer import hub
+from alphalayer.errors import InvalidRequest
+
+REPOSITORY, FILENAME = "someone/some-model", "weights.safetensors"
+CONTENT = bytes(range(256)) * 4096
+DIGEST = hashlib.sha256(CONTENT).hexdigest()
+
+
+@dataclass
+class Hub:
+    """What the server holds and how it behaves, and what it was asked."""
+
+    url: str = ""
+    content: bytes = CONTENT
+    breaks_at: int | None = None
+    """The connection breaks after so many bytes, and later requests are answered 503."""
+    is_broken: bool = False
+    asked: list[tuple[str, str, str | None]] = field(default_factory=list)
+
+
+class _Handler(BaseHTTPRequestHandler):
+    hub: Hub
+
+    def do_HEAD(self) -> None:
+        self._answer(with_body=False)
+
+    def do_GET(self) -> None:
+        self._answer(with_body=True)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+    def _answer(self, *, with_body: bool) -> None:
+        span = self.headers.get("Range")
+        self.hub.asked.append((self.command, self.path, span))
+        found = re.fullmatch(rf"/{REPOSITORY}/resolve/[^/]+/{FILENAME}", self.path)
+        if self.hub.is_broken or not found:
+            self.send_response(503 if found else 404)
+            self.send_header("Content-Length", "0")
+            if not found:
+                self.send_header("X-Error-Code", "EntryNotFound")
+            self.end_headers()
+            return
+        start = int(re.match(r"bytes=(\d+)-", span)[1]) if span else 0
+        body = self.hub.content[start:]
+        self.send_response(206 if span else 200)
+        self.send_header("Content-Length", str(len(body)))
+        if span:
+            self.send_header("Content-Range", f"bytes {start}-{len(self.hub.content) - 1}/{len(self.hub.content)}")
+        self.send_header("ETag", f'"{hashlib.sha256(self.hub.content).hexdigest()}"')
+        self.send_header("X-Repo-Commit", "0123456789abcdef0123456789abcdef01234567")
+        self.send_header("Accept-Ranges", "bytes")
+        self.end_headers()
+        if with_body and self.hub.breaks_at is not None:
+            self.hub.is_broken = True
+            self.wfile.write(body[: self.hub.breaks_at])
+            self.wfile.flush()
+            self.connection.close()
+        elif with_body:
+            self.wfile.write(body)
+
+
+@pytest.fixture
+def server() -> Iterator[Hub]:
+    hub_ = Hub()
+    handler = type("Handler", (_Handler,), {"hub": hub_})
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as http:
+        hub_.url = f"http://127.0.0.1:{http.server_port}"
+        thread = threading.Thread(target=http.serve_forever, args=(0.05,), daemon=True)
+        thread.start()
+        yield hub_
+        http.shutdown()
+        thread.join(5)
+
+
+_PULL = """
+import json, sys
+from pathlib import Path
+from alphalayer.errors import AlphalayerError
+from alphalayer.hub import Published, pull
+try:
+    print(json.dumps({"path": str(pull(Published(**json.loads(sys.argv[1])), Path(sys.argv[2])))}))
+except AlphalayerError as error:
+    print(json.dumps(error.to_dict()))
+"""
+
+
+def _published(**changes: Any) -> dict[str, Any]:
+    values = {"name": "m", "repository": REPOSITORY, "filename": FILENAME, "folder": "layer_model", "size": len(CONTENT)}
+    return {**values, "sha256": DIGEST, "licence": "free", **changes}
+
+
+def _environment(server: Hub, folder: Path) -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy") and not name.startswith("HF_")}
+    return {**kept, "HF_ENDPOINT": server.url, "HF_HOME": str(folder / "hf"), "HF_HUB_DISABLE_TELEMETRY": "1"}
+
+
+def _pull(server: Hub, models: Path, **changes: Any) -> dict[str, Any]:
+    done = subprocess.run(
+        [sys.executable, "-c", _PULL, json.dumps(_published(**changes)), str(models)],
+        env=_environment(server, models.parent), capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_a_file_is_fetched_checked_and_not_fetched_again(server: Hub, tmp_path: Path):
+    models = tmp_path / "models"
+    target = models / "layer_model" / FILENAME
+    assert _pull(server, models) == {"path": str(target)}
+    assert target.read_bytes() == CONTENT
+    assert [command for command, *_ in server.asked] == ["HEAD", "GET"]
+    assert _pull(server, models) == {"path": str(target)}
+    assert len(server.asked) == 2
+
+
+def test_what_was_begun_is_resumed(server: Hub, tmp_path: Path):
+    models = tmp_path / "models"
+    # huggingface-hub writes in pieces of 10 MB: what is left of the first attempt is 20 MB
+    server.content = CONTENT * 25
+    server.breaks_at = 21 * 2**20
+    asked = {"size": len(server.content), "sha256": hashlib.sha256(server.content).hexdigest()}
+    error = _pull(server, models, **asked)
+    assert error["code"] == "model_not_found"
+    assert FILENAME in error["message"]
+    assert "goes on where it stopped" in error["hint"]
+    assert not (models / "layer_model" / FILENAME).exists()
+
+    server.breaks_at, server.is_broken = None, False
+    server.asked.clear()
+    assert "path" in _pull(server, models, **asked)
+    assert [span for command, _, span in server.asked if command == "GET"] == [f"bytes={20 * 2**20}-"]
+    assert (models / "layer_model" / FILENAME).read_bytes() == server.content
+
+
+def test_a_wrong_hash_is_told_and_the_file_kept_beside(server: Hub, tmp_path: Path):
+    models = tmp_path / "models"
+    server.content = CONTENT[:-1] + b"!"
+    error = _pull(server, models)
+    assert error["code"] == "corrupt_file"
+    assert DIGEST[:10] in error["message"]
+    assert not (models / "layer_model" / FILENAME).exists()
+    assert (models / "layer_model" / f"{FILENAME}.wrong").read_bytes() == server.content
+    # as the hint says, the same command fetches it anew
+    server.content = CONTENT
+    assert "path" in _pull(server, models)
+
+
+def test_a_file_that_the_hub_does_not_have_is_named(server: Hub, tmp_path: Path):
+    error = _pull(server, tmp_path / "models", filename="absent.safetensors")
+    assert error["code"] == "model_not_found"
+    assert "absent.safetensors" in error["message"]
+    assert "\n" not in error["message"]
+
+
+def test_a_hub_that_cannot_be_reached_is_a_clear_error(tmp_path: Path):
+    # port 1 of this machine: nobody listens there
+    error = _pull(Hub(url="http://127.0.0.1:1"), tmp_path / "models")
+    assert error["code"] == "model_not_found"
+    assert f"{REPOSITORY}/{FILENAME} cannot be fetched" in error["message"]
+    assert "connection" in error["hint"]
+
+
+def test_too_little_room_is_said_before_anything_is_fetched(server: Hub, tmp_path: Path):
+    error = _pull(server, tmp_path / "models", size=10**18)
+    assert error["code"] == "storage_failed"
+    assert "1000000000.0 GB" in error["message"]
+    assert server.asked == []
+
+
+def test_a_models_folder_that_cannot_be_is_named(server: Hub, tmp_path: Path):
+    (tmp_path / "file").write_text("in the way")
+    error = _pull(server, tmp_path / "file")
+    assert error["code"] == "storage_failed"
+    assert str(tmp_path / "file") in error["message"]
+
+
+def test_the_command_shows_licences_first_and_a_wrong_hash_in_one_line(server: Hub, tmp_path: Path):
+    """The real command and the real list; the server has other bytes under the published names."""
+    names = {"REPOSITORY": hub.PUBLISHED[1].repository, "FILENAME": hub.PUBLISHED[1].filename}
+    globals_before = {name: globals()[name] for name in names}
+    globals().update(names)
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "alphalayer.cli", "models", "pull", "layerdiffuse", "--yes", "--models-dir", str(tmp_path / "models")],
+            env=_environment(server, tmp_path), capture_output=True, text=True, timeout=60, check=False,
+        )  # fmt: skip
+    finally:
+        globals().update(globals_before)
+    assert done.returncode == 1
+    assert done.stdout.startswith("LayerDiffuse weights: tagged creativeml-openrail-m")
+    assert "2 files, about 1.0 GB" in done.stdout
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: layer_xl_transparent_attn.safetensors hashes to")
+    assert "Traceback" not in done.stderr
+
+
+# --- plans
+
+
+def test_names_are_planned_and_unknown_ones_refused():
+    assert [each.filename for each in hub.plan_pull(["layerdiffuse"])] == [
+        "layer_xl_transparent_attn.safetensors",
+        "vae_transparent_decoder.safetensors",
+    ]
+    assert [each.name for each in hub.plan_pull(["layerdiffuse", "sdxl-base"])][0] == "sdxl-base"
+    with pytest.raises(InvalidRequest, match=r'"sd3".*layerdiffuse, layerdiffuse-conv, sdxl-base'):
+        hub.plan_pull(["sd3"])
+
+
+@pytest.mark.parametrize("name", ["juggernaut", "Juggernaut-XL-v9"])
+def test_juggernaut_is_named_with_its_licences_bar(name: str):
+    with pytest.raises(InvalidRequest, match="licence bars use behind API services"):
+        hub.plan_pull([name])
+    assert not any("juggernaut" in (each.name + each.repository).lower() for each in hub.PUBLISHED)
+
+
+def test_everything_published_has_a_licence_and_a_full_hash_where_known():
+    for each in hub.PUBLISHED:
+        assert each.licence
+        assert each.sha256 is None or re.fullmatch("[0-9a-f]{64}", each.sha256)
+
+
+# --- verify
+
+
+def test_verify_tells_what_each_file_is(tmp_path: Path):
+    layers, checkpoints = tmp_path / "layer_model", tmp_path / "Stable-diffusion"
+    layers.mkdir()
+    checkpoints.mkdir()
+    save_file({"latent_conv_in.weight": torch.zeros(64, 4, 1, 1)}, layers / "vae_transparent_decoder.safetensors")
+    save_file({"x": torch.zeros(1)}, layers / "own.safetensors")
+    (layers / "layer_xl_transparent_attn.safetensors").write_bytes(b"cut")
+    (checkpoints / "old.ckpt").write_bytes(b"pickle")
+    (checkpoints / "folder").mkdir()
+    (checkpoints / "folder" / "model_index.json").write_text('{"_class_name": "StableDiffusionXLPipeline"}')
+    found = {each.path.name: each for each in hub.verify(tmp_path) if tmp_path in each.path.parents}
+    assert "differs from the published file" in found["vae_transparent_decoder.safetensors"].finding
+    assert found["vae_transparent_decoder.safetensors"].is_well
+    assert found["own.safetensors"].finding.startswith("readable, ")
+    assert not found["layer_xl_transparent_attn.safetensors"].is_well
+    assert "pickle" in found["old.ckpt"].finding
+    assert not found["old.ckpt"].is_well
+    assert not found["folder"].is_well

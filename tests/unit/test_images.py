@@ -1,0 +1,203 @@
+"""Pictures as bytes: exact round trips, the `parameters` text in each format, damaged files, and trim, defringe and composite."""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from alphalayer import images
+from alphalayer.errors import InvalidRequest
+from alphalayer.job import Output
+
+
+def _picture(height: int = 33, width: int = 50, seed: int = 0) -> np.ndarray:
+    """A smooth colour under a disc of alpha, with some noise: neither flat nor random."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[:height, :width]
+    rgba = np.stack([x * 5, y * 7, x + y, 255 - np.hypot(x - width / 2, y - height / 2) * 9], -1)
+    return (rgba + rng.integers(0, 9, rgba.shape)).clip(0, 255).astype(np.uint8)
+
+
+SHAPES = [(1, 1), (1, 7), (9, 1), (33, 50), (64, 64), (130, 257)]
+
+
+@pytest.mark.parametrize("kind", ["png", "webp"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_lossless_formats_come_back_exactly(kind: images.ImageFormat, shape: tuple[int, int]):
+    """Colour under alpha 0 included."""
+    rgba = _picture(*shape)
+    rgba[0, 0] = (9, 8, 7, 0)
+    back, _ = images.decode(images.encode(rgba, kind))
+    assert np.array_equal(back, rgba)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 40), st.integers(1, 40), st.binary(min_size=1, max_size=64))
+def test_any_picture_survives_png(height: int, width: int, content: bytes):
+    rgba = np.resize(np.frombuffer(content, np.uint8), (height, width, 4))
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(images.encode(rgba)))), rgba)
+
+
+def test_a_view_of_a_larger_picture_is_written_as_it_looks():
+    whole = _picture(40, 40)
+    part = whole[3:20, 5:33]
+    assert np.array_equal(images.decode(images.encode(np.ascontiguousarray(part)))[0], part)
+    assert np.array_equal(images.decode(images.encode(part))[0], part)
+
+
+def test_png_follows_the_specification():
+    """Chunk by chunk: signature, IHDR of 8-bit RGBA, checksums, one deflate stream of filter byte and row, IEND."""
+    rgba = _picture()
+    data = images.encode(rgba, parameters="x")
+    assert data[:8] == b"\x89PNG\r\n\x1a\n"
+    chunks, at = [], 8
+    while at < len(data):
+        length, name = struct.unpack(">I4s", data[at : at + 8])
+        body = data[at + 8 : at + 8 + length]
+        assert struct.unpack(">I", data[at + 8 + length : at + 12 + length])[0] == zlib.crc32(name + body)
+        chunks.append((name, body))
+        at += 12 + length
+    assert [name for name, _ in chunks] == [b"IHDR", b"tEXt", b"IDAT", b"IEND"]
+    assert struct.unpack(">IIBBBBB", chunks[0][1]) == (50, 33, 8, 6, 0, 0, 0)
+    assert len(zlib.decompress(chunks[2][1])) == 33 * (1 + 50 * 4)
+
+
+def test_avif_keeps_alpha_and_colour_nearly():
+    rgba = _picture(64, 64)
+    back, _ = images.decode(images.encode(rgba, "avif"))
+    assert back.shape == rgba.shape
+    # quality 90, and half the colour resolution
+    assert np.abs(back[..., 3].astype(int) - rgba[..., 3]).mean() < 3
+    solid = rgba[..., 3] > 128
+    assert np.abs(back.astype(int) - rgba)[solid].mean() < 8
+
+
+@pytest.mark.parametrize("kind", ["png", "webp", "avif"])
+@pytest.mark.parametrize("text", ["a cup\nSteps: 20, Size: 64x64", "Äpfel, café", "苹果 🍎\nSteps: 1"])
+def test_parameters_travel_in_every_format(kind: images.ImageFormat, text: str):
+    assert images.decode(images.encode(_picture(), kind, text))[1] == text
+
+
+@pytest.mark.parametrize("text", ["latin é", "more 苹果"])
+def test_others_read_our_png_text(text: str):
+    assert Image.open(io.BytesIO(images.encode(_picture(), parameters=text))).info["parameters"] == text
+
+
+@pytest.mark.parametrize("kind", ["png", "webp", "avif"])
+def test_no_parameters_are_none(kind: images.ImageFormat):
+    assert images.decode(images.encode(_picture(), kind))[1] is None
+
+
+@pytest.mark.parametrize("kind", ["png", "webp"])
+@pytest.mark.parametrize("text", ["nul \0 inside", "lone \ud800 surrogate"])
+def test_text_that_no_chunk_can_hold_is_replaced(kind: images.ImageFormat, text: str):
+    rgba, found = images.decode(images.encode(_picture(), kind, text))
+    assert found is not None
+    assert found.split()[0] == text.split()[0]
+    assert np.array_equal(rgba, _picture())
+
+
+@pytest.mark.parametrize("data", [b"", b"not a picture", b"\x89PNG\r\n\x1a\n", images.encode(_picture())[:200]])
+def test_what_is_no_picture_is_a_clear_error(data: bytes):
+    with pytest.raises(InvalidRequest, match="picture"):
+        images.decode(data)
+
+
+def test_a_flipped_byte_is_a_clear_error():
+    data = bytearray(images.encode(_picture(130, 257)))
+    data[len(data) // 2] ^= 0xFF
+    with pytest.raises(InvalidRequest, match="damaged"):
+        images.decode(bytes(data))
+
+
+def test_a_picture_that_claims_to_be_huge_is_refused_unread():
+    header = struct.pack(">IIBBBBB", 9000, 9000, 8, 6, 0, 0, 0)
+    chunk = lambda name, body: struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+    data = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+    with pytest.raises(InvalidRequest, match="64 megapixels"):
+        images.decode(data)
+
+
+def test_formats_without_alpha_are_refused_by_name():
+    assert images.check_format("PNG") == "png"
+    with pytest.raises(InvalidRequest, match="jpeg") as error:
+        images.check_format("jpeg")
+    assert error.value.field == "format"
+
+
+def test_a_preview_is_a_small_webp():
+    data = images.encode_preview(_picture()[..., :3].copy())
+    with Image.open(io.BytesIO(data)) as image:
+        assert (image.format, image.size) == ("WEBP", (50, 33))
+
+
+# --- trim, composite, defringe
+
+
+def _spot() -> np.ndarray:
+    """10 x 12, empty but for rows 3-5 and columns 4-8; one faint pixel at the top left."""
+    rgba = np.zeros((10, 12, 4), np.uint8)
+    rgba[3:6, 4:9] = (200, 100, 50, 255)
+    rgba[0, 0, 3] = 4
+    return rgba
+
+
+def test_trim_cuts_to_what_is_not_empty():
+    assert images.trim(_spot()).shape == (6, 9, 4)
+    trimmed = images.trim(_spot(), threshold=4)
+    assert trimmed.shape == (3, 5, 4)
+    assert (trimmed == (200, 100, 50, 255)).all()
+
+
+def test_trim_leaves_padding_within_the_picture():
+    assert images.trim(_spot(), threshold=4, padding=2).shape == (7, 9, 4)
+    assert images.trim(_spot(), threshold=4, padding=100).shape == (10, 12, 4)
+
+
+def test_an_empty_picture_is_not_trimmed():
+    empty = np.zeros((5, 6, 4), np.uint8)
+    assert np.array_equal(images.trim(empty), empty)
+
+
+def test_a_trimmed_picture_can_be_written():
+    trimmed = images.trim(_spot(), threshold=4)
+    assert np.array_equal(images.decode(images.encode(trimmed))[0], trimmed)
+
+
+def test_composite_lays_straight_alpha_over_a_colour():
+    rgba = np.array([[(200, 100, 0, 255), (200, 100, 0, 0), (200, 100, 0, 51)]], np.uint8)
+    # 51 / 255 = 0.2
+    expected = [[(200, 100, 0, 255), (10, 20, 30, 255), (48, 36, 24, 255)]]
+    assert images.composite(rgba, (10, 20, 30)).tolist() == np.array(expected).tolist()
+
+
+def test_defringe_spreads_the_solid_colour_over_the_edge_and_no_further():
+    rgba = np.zeros((1, 9, 4), np.uint8)
+    rgba[0, :, :3] = (0, 255, 0)
+    rgba[0, 0] = (200, 10, 10, 255)
+    rgba[0, 1:7, 3] = 128
+    result = images.defringe(rgba, reach=3)
+    assert np.array_equal(result[..., 3], rgba[..., 3])
+    assert result[0, :4, :3].tolist() == [[200, 10, 10]] * 4
+    assert result[0, 4:, :3].tolist() == [[0, 255, 0]] * 5
+
+
+def test_defringe_leaves_smoke_alone():
+    rgba = _picture()
+    rgba[..., 3] = rgba[..., 3] // 2
+    assert np.array_equal(images.defringe(rgba), rgba)
+
+
+def test_finish_does_what_the_output_says_in_its_order():
+    assert np.array_equal(images.finish(_spot(), Output()), _spot())
+    finished = images.finish(_spot(), Output(trim=True, trim_threshold=4, trim_padding=1, background="#0A141E"))
+    assert finished.shape == (5, 7, 4)
+    assert finished[0, 0].tolist() == [10, 20, 30, 255]
+    assert finished[2, 3].tolist() == [200, 100, 50, 255]

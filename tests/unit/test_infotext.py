@@ -1,0 +1,118 @@
+"""The `parameters` text: written in the published order, read back whole, and texts of other programs."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from alphalayer import __version__
+from alphalayer.infotext import read_parameters, webui_info, write_parameters
+from alphalayer.job import ImageRef, Job, JobResult, JobSpec, JobState
+from alphalayer.request import GenerationRequest, LayerDiffuse, ModelDefaults
+
+REQUEST = GenerationRequest(prompt="an apple, high quality", seed=12345, subseed=7).resolved(ModelDefaults())
+
+
+def test_the_whole_text_is_as_published():
+    assert write_parameters(REQUEST, "juggernaut", "1fe6c7ec54", 12345) == (
+        "an apple, high quality\n"
+        "Negative prompt: bad, ugly\n"
+        "Steps: 20, Sampler: DPM++ 2M SDE, Schedule type: Karras, CFG scale: 5, Seed: 12345, Size: 1024x1024, "
+        "Model hash: 1fe6c7ec54, Model: juggernaut, RNG: NV, layerdiffusion_enabled: True, "
+        "layerdiffusion_method: (SDXL) Only Generate Transparent Image (Attention Injection), layerdiffusion_weight: 1, "
+        "layerdiffusion_ending_step: 1, layerdiffusion_fg_image: False, layerdiffusion_bg_image: False, "
+        "layerdiffusion_blend_image: False, layerdiffusion_resize_mode: Crop and Resize, "
+        "layerdiffusion_fg_additional_prompt: , layerdiffusion_bg_additional_prompt: , "
+        f"layerdiffusion_blend_additional_prompt: , Version: alphalayer-{__version__}"
+    )
+
+
+def test_what_is_not_used_is_not_written():
+    request = REQUEST.model_copy(
+        update={"negative_prompt": "", "noise": "gpu", "layerdiffuse": LayerDiffuse(enabled=False), "cfg_scale": 7.25}
+    )
+    text = write_parameters(request, "m", "", 1)
+    assert "Negative prompt" not in text
+    assert all(word not in text for word in ("RNG", "layerdiffusion", "Variation", "Clip skip", "Model hash"))
+    assert "CFG scale: 7.25," in text
+
+
+def test_what_is_used_is_written():
+    request = REQUEST.model_copy(update={"subseed_strength": 0.25, "clip_skip": 3, "noise": "cpu"})
+    found = read_parameters(write_parameters(request, "m", "", 5, 99))
+    assert found["Variation seed"] == "99"
+    assert found["Variation seed strength"] == "0.25"
+    assert found["Clip skip"] == "3"
+    assert found["RNG"] == "CPU"
+
+
+# text as prompts hold it: no carriage returns or other line ends that are not "\n", no space around it
+TEXT = st.text(st.characters(blacklist_categories=["Cs", "Cc", "Zl", "Zp"]) | st.sampled_from("\n,:()"), max_size=60).map(str.strip)
+
+
+@settings(max_examples=200, deadline=None)
+@given(TEXT.filter(bool), TEXT, TEXT.filter(lambda name: '"' not in name))
+def test_what_is_written_is_read_back(prompt: str, negative: str, model: str):
+    request = REQUEST.model_copy(update={"prompt": prompt, "negative_prompt": negative})
+    found = read_parameters(write_parameters(request, model, "abc", 3))
+    assert found["Prompt"] == prompt
+    assert found["Negative prompt"] == negative
+    assert found["Model"] == model.strip()
+    assert (found["Steps"], found["Seed"], found["Size"]) == ("20", "3", "1024x1024")
+
+
+def test_the_words_negative_prompt_inside_a_line_are_text():
+    request = REQUEST.model_copy(update={"prompt": "a sign: Negative prompt: none", "negative_prompt": "x"})
+    found = read_parameters(write_parameters(request, "m", "", 3))
+    assert (found["Prompt"], found["Negative prompt"]) == ("a sign: Negative prompt: none", "x")
+
+
+def test_the_text_of_the_published_example_is_read():
+    found = read_parameters(
+        "an apple, high quality\nNegative prompt: bad, ugly\nSteps: 20, Sampler: DPM++ 2M SDE Karras, CFG scale: 5, Seed: 12345, "
+        "Size: 1024x1024, Model hash: 1fe6c7ec54, Model: juggernautXL_version6Rundiffusion, layerdiffusion_enabled: True, "
+        "layerdiffusion_method: Only Generate Transparent Image (Attention Injection), layerdiffusion_weight: 1, "
+        'layerdiffusion_fg_additional_prompt: , Lora hashes: "a: 1, b: 2", Version: f0.0.17v1.8.0rc-latest-269-gef35383b'
+    )
+    assert found["Prompt"] == "an apple, high quality"
+    assert found["Negative prompt"] == "bad, ugly"
+    assert found["Sampler"] == "DPM++ 2M SDE Karras"
+    assert found["Model"] == "juggernautXL_version6Rundiffusion"
+    assert found["layerdiffusion_fg_additional_prompt"] == ""
+    assert found["Lora hashes"] == "a: 1, b: 2"
+    assert found["Version"] == "f0.0.17v1.8.0rc-latest-269-gef35383b"
+
+
+@pytest.mark.parametrize("text", ["just a prompt", "one\ntwo: three", "", "a\nNegative prompt: b"])
+def test_text_without_pairs_is_all_prompt(text: str):
+    found = read_parameters(text)
+    assert set(found) == {"Prompt", "Negative prompt"}
+    assert found["Prompt"] + found["Negative prompt"] == text.replace("\nNegative prompt: ", "")
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text(max_size=120))
+def test_any_text_is_read(text: str):
+    assert "Prompt" in read_parameters(text)
+
+
+def test_the_info_object_has_the_published_keys_in_their_order():
+    generation = REQUEST.model_copy(update={"batch_size": 2})
+    refs = [
+        ImageRef(key=f"{i}.png", seed=12345 + i, subseed=7 + i, width=1024, height=1024, size_bytes=1, parameters=f"text {i}")
+        for i in range(2)
+    ]
+    result = JobResult(images=tuple(refs), generation=generation, model_name="m", model_hash="abc")
+    job = Job.new(JobSpec(generation=generation)).model_copy(update={"state": JobState.DONE, "result": result})
+    info = webui_info(job)
+    assert list(info) == (
+        "prompt all_prompts negative_prompt all_negative_prompts seed all_seeds subseed all_subseeds subseed_strength width "
+        "height sampler_name cfg_scale steps batch_size restore_faces face_restoration_model sd_model_name sd_model_hash "
+        "sd_vae_name sd_vae_hash seed_resize_from_w seed_resize_from_h denoising_strength extra_generation_params "
+        "index_of_first_image infotexts styles job_timestamp clip_skip is_using_inpainting_conditioning version"
+    ).split()
+    assert info["all_seeds"] == [12345, 12346]
+    assert info["all_prompts"] == ["an apple, high quality"] * 2
+    assert info["infotexts"] == ["text 0", "text 1"]
+    assert info["extra_generation_params"]["layerdiffusion_weight"] == "1"

@@ -1,0 +1,157 @@
+"""Requests: what is accepted, and that everything else is refused in a line that names the field."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from alphalayer.errors import InvalidRequest
+from alphalayer.request import (
+    MAX_SEED,
+    SAMPLERS,
+    SCHEDULERS,
+    GenerationRequest,
+    ModelDefaults,
+    parse_request,
+    split_sampler_name,
+)
+
+BAD: list[tuple[str, Any]] = [
+    ("prompt", ""),
+    ("prompt", " \n\t"),
+    ("prompt", "x" * 100_000),
+    ("prompt", None),
+    ("prompt", 5),
+    ("negative_prompt", "x" * 100_000),
+    ("width", -64),
+    ("width", 0),
+    ("width", 63),
+    ("width", 2049),
+    ("height", 10**12),
+    ("height", 64.5),
+    ("height", math.nan),
+    ("width", "wide"),
+    ("steps", 0),
+    ("steps", -5),
+    ("steps", 151),
+    ("steps", math.inf),
+    ("cfg_scale", math.nan),
+    ("cfg_scale", math.inf),
+    ("cfg_scale", -math.inf),
+    ("cfg_scale", 0.99),
+    ("cfg_scale", 31),
+    ("seed", -2),
+    ("seed", 2**63),
+    ("seed", math.nan),
+    ("subseed", -2),
+    ("subseed_strength", math.nan),
+    ("subseed_strength", 1.01),
+    ("batch_size", 0),
+    ("batch_size", 9),
+    ("clip_skip", 0),
+    ("sampler", "Bogus"),
+    ("scheduler", "Bogus"),
+    ("noise", "dice"),
+    ("decode", "forge3"),
+    ("model", "x" * 501),
+    ("layerdiffuse.weight", 2.1),
+    ("layerdiffuse.weight", math.nan),
+    ("layerdiffuse.stop_at", -0.1),
+    ("layerdiffuse.method", "magic"),
+    ("loras.0.weight", math.nan),
+    ("loras.0.name", ""),
+    ("unknown_field", 1),
+]
+
+
+def _fields(name: str, value: Any) -> dict[str, Any]:
+    first, *rest = name.split(".")
+    if first == "layerdiffuse":
+        value = {rest[0]: value}
+    if first == "loras":
+        value = [{"name": "x", rest[1]: value}]
+    return {"prompt": "an apple", first: value}
+
+
+@pytest.mark.parametrize(("name", "value"), BAD, ids=lambda value: str(value)[:20])
+def test_bad_values_are_refused_in_one_line_that_names_the_field(name: str, value: Any):
+    with pytest.raises(InvalidRequest) as error:
+        parse_request(_fields(name, value))
+    assert error.value.field == name
+    line = str(error.value)
+    assert line.startswith(f"{name}: ")
+    assert "\n" not in line
+    assert len(line) < 400
+
+
+def test_an_unknown_name_lists_what_there_is():
+    with pytest.raises(InvalidRequest, match="DPM\\+\\+ 2M SDE.*Euler a"):
+        parse_request({"prompt": "x", "sampler": "Bogus"})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("width", 64), ("width", 2048), ("height", 1000), ("steps", 1), ("steps", 150), ("cfg_scale", 1), ("cfg_scale", 30),
+        ("seed", 0), ("seed", MAX_SEED), ("batch_size", 8), ("subseed_strength", 1), ("prompt", "x" * 10_000), ("negative_prompt", ""),
+        ("layerdiffuse.weight", 0), ("layerdiffuse.stop_at", 0), ("loras.0.weight", -1),
+    ],
+    ids=lambda value: str(value)[:20],
+)  # fmt: skip
+def test_limits_are_included(name: str, value: Any):
+    parse_request(_fields(name, value))
+
+
+@pytest.mark.parametrize(("name", "known"), [("sampler", SAMPLERS), ("scheduler", SCHEDULERS)])
+def test_names_are_found_in_any_case(name: str, known: tuple[str, ...]):
+    for each in known:
+        assert getattr(parse_request({"prompt": "x", name: each.upper()}), name) == each
+
+
+def test_silence_is_filled_from_the_model_and_nothing_else_is_changed():
+    defaults = ModelDefaults(width=256, height=512, steps=8, sampler="Euler", scheduler="Simple", cfg_scale=3)
+    resolved = GenerationRequest(prompt="x", steps=30).resolved(defaults)
+    assert (resolved.width, resolved.height, resolved.steps) == (256, 512, 30)
+    assert (resolved.sampler, resolved.scheduler, resolved.cfg_scale) == ("Euler", "Simple", 3)
+    assert resolved.seed == 12345
+    assert resolved.resolved(ModelDefaults()) == resolved
+
+
+def test_open_seeds_are_drawn_in_the_published_range():
+    drawn = [GenerationRequest(prompt="x", seed=-1, subseed=-1).resolved(ModelDefaults()) for _ in range(50)]
+    seeds = [seed for each in drawn for seed in (each.seed, each.subseed)]
+    assert all(0 <= seed < 4294967294 for seed in seeds)
+    assert len(set(seeds)) == 100
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("DPM++ 2M SDE Karras", ("DPM++ 2M SDE", "Karras")),
+        ("Euler a sgm uniform", ("Euler a", "SGM Uniform")),
+        ("Euler a", ("Euler a", None)),
+        ("Karras", ("Karras", None)),
+    ],
+)
+def test_old_sampler_names_are_split(name: str, expected: tuple[str, str | None]):
+    assert split_sampler_name(name) == expected
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20), lambda inner: st.lists(inner, max_size=3), max_leaves=5
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.dictionaries(st.sampled_from([*GenerationRequest.model_fields]) | st.text(max_size=8), JSON, max_size=6))
+def test_any_json_is_a_request_or_a_named_field(fields: dict[str, Any]):
+    try:
+        request = parse_request(fields)
+    except InvalidRequest as error:
+        assert error.field is not None
+    else:
+        assert request.prompt.strip()
