@@ -1,0 +1,146 @@
+"""Nothing accepted is lost: engine processes and whole services are killed with signal 9 and the jobs still come to their end."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+
+from alphalayer.job import JobSpec, JobState
+from alphalayer.jobs import MAX_STARTS
+from alphalayer.jobs.embedded import EmbeddedDispatcher
+from alphalayer.request import GenerationRequest
+from tests.serving import free_port, served, wait_until
+
+pytestmark = pytest.mark.skipif(os.name == "nt", reason="uses signal 9")
+BODY = {"prompt": "an apple", "steps": 10, "width": 64, "height": 64}
+
+
+def engine_pid(client) -> int | None:
+    return client.app.state.parts.supervisors[0].process_id
+
+
+def running_starts(client) -> int:
+    """How often the job that runs was started; 0 if none runs."""
+    jobs = [live.job for live in list(client.app.state.parts.dispatcher._live.values())]
+    return next((job.starts for job in jobs if job.state is JobState.RUNNING), 0)
+
+
+def kill_engine(client) -> None:
+    wait_until(lambda: engine_pid(client) is not None)
+    os.kill(engine_pid(client), signal.SIGKILL)
+
+
+def test_a_job_outlives_its_engine_process(tmp_path):
+    with served(tmp_path, engine_options={"step_s": 0.1}) as client, concurrent.futures.ThreadPoolExecutor() as pool:
+        waiting = [pool.submit(client.post, "/alpha/v1/txt2img", json={**BODY, "seed": i}) for i in range(4)]
+        time.sleep(0.5)
+        first = engine_pid(client)
+        kill_engine(client)
+        answers = [each.result(60) for each in waiting]
+        assert [answer.status_code for answer in answers] == [200] * 4
+        names = {answer.json()["filename"] for answer in answers}
+        assert {path.name for path in (tmp_path / "outputs").iterdir()} == names
+        assert engine_pid(client) != first
+        assert client.get("/readyz").status_code == 200
+
+
+def test_a_job_that_kills_its_engine_is_failed_and_the_next_one_drawn(tmp_path):
+    with served(tmp_path, engine_options={"step_s": 0.2}) as client, concurrent.futures.ThreadPoolExecutor() as pool:
+        doomed = pool.submit(client.post, "/alpha/v1/txt2img", json={**BODY, "steps": 150})
+        for start in range(1, MAX_STARTS + 1):
+            wait_until(lambda start=start: running_starts(client) == start, 20)
+            kill_engine(client)
+        answer = doomed.result(20)
+        assert answer.status_code == 500
+        problem = answer.json()
+        assert problem["code"] == "engine_failed"
+        assert f"{MAX_STARTS} times" in problem["detail"]
+        assert client.post("/alpha/v1/txt2img", json={**BODY, "steps": 1}).status_code == 200
+
+
+def test_an_engine_that_hangs_is_killed(tmp_path):
+    with served(tmp_path, engine_options={"step_s": 30}, silence_limit_s=1.0) as client:
+        first = engine_pid(client)
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            hanging = pool.submit(client.post, "/alpha/v1/txt2img", json=BODY, timeout=5)
+            wait_until(lambda: engine_pid(client) not in (None, first), 20)
+            with pytest.raises(httpx.ReadTimeout):
+                hanging.result()
+
+
+def start_service(folder: Path, port: int, step_s: float) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "tests.fake_service", str(folder), str(port), str(step_s)], stderr=subprocess.DEVNULL
+    )
+
+
+def test_a_killed_service_goes_on_where_it_was(tmp_path):
+    """Signal 9 to the service while five jobs wait and one runs; the next start finishes them all, once, and no engine is left over."""
+    port = free_port()
+    service = start_service(tmp_path, port, 0.05)
+    url = f"http://127.0.0.1:{port}"
+    with httpx.Client(base_url=url, trust_env=False, timeout=20) as client, concurrent.futures.ThreadPoolExecutor(6) as pool:
+        wait_until(lambda: _ping(client), 30)
+        sent = [pool.submit(client.post, "/alpha/v1/txt2img", json={**BODY, "seed": i}) for i in range(6)]
+        time.sleep(0.8)
+        service.send_signal(signal.SIGKILL)
+        service.wait()
+        broken = [each for each in sent if each.exception() is not None]
+        assert broken
+        service = start_service(tmp_path, port, 0.0)
+        try:
+            wait_until(lambda: _ping(client), 30)
+            wait_until(lambda: len(list((tmp_path / "outputs").glob("*.png"))) == 6, 20)
+        finally:
+            service.terminate()
+            service.wait(20)
+    jobs = asyncio.run(_all_jobs(tmp_path))
+    assert [job.state for job in jobs] == [JobState.DONE] * 6
+    stored = {path.name for path in (tmp_path / "outputs").iterdir()}
+    assert {image.key for job in jobs if job.result for image in job.result.images} == stored
+
+
+def test_a_restart_keeps_the_order_and_gives_up_on_what_was_started_too_often(tmp_path):
+    async def scenario() -> None:
+        spec = JobSpec(generation=GenerationRequest(prompt="x"))
+        dispatcher = await EmbeddedDispatcher.open(tmp_path / "jobs.sqlite", 10)
+        ids = [(await dispatcher.submit(spec)).id for _ in range(4)]
+        assert (await dispatcher.take()).id == ids[0]
+        for _ in range(MAX_STARTS):
+            await dispatcher.started(ids[0])
+        await dispatcher.take()
+        await dispatcher.started(ids[1])
+        await dispatcher.close()
+
+        again = await EmbeddedDispatcher.open(tmp_path / "jobs.sqlite", 10)
+        given_up = await again.view(ids[0])
+        assert given_up is not None
+        assert given_up.job.state is JobState.FAILED
+        assert [(await again.take()).id for _ in range(3)] == ids[1:]
+        await again.close()
+
+    asyncio.run(scenario())
+
+
+def _ping(client: httpx.Client) -> bool:
+    try:
+        return client.get("/ping").status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+async def _all_jobs(folder: Path):
+    dispatcher = await EmbeddedDispatcher.open(folder / "data" / "jobs.sqlite", 10)
+    try:
+        return [view.job for view in await dispatcher.list()]
+    finally:
+        await dispatcher.close()

@@ -1,0 +1,179 @@
+"""The `alphalayer` command: pictures of a tiny model, names of files, models, and errors in one line."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from alphalayer import __version__, images
+from alphalayer.cli import app, main
+from alphalayer.infotext import read_parameters
+from tests import tiny_models
+from tests.unit.test_catalog import FAMILIES, write
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    tiny_models.make_diffusers_folder(folder / "Stable-diffusion" / "tiny")
+    return folder
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run the entry point in an empty folder: exit code, standard output, standard error."""
+    import os
+
+    monkeypatch.chdir(tmp_path)
+    for name in [name for name in os.environ if name.startswith("ALPHALAYER_")]:
+        monkeypatch.delenv(name)
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["alphalayer", *arguments])
+        try:
+            main()
+            code = 0
+        except SystemExit as end:
+            code = int(end.code or 0)
+        printed = capsys.readouterr()
+        return code, printed.out, printed.err
+
+    return run
+
+
+def _generate(models: Path, *more: str) -> list[str]:
+    return ["generate", "a red apple", "--models-dir", str(models), "--model", "tiny", "--steps", "1", "--device", "cpu", *more]
+
+
+def test_generate_writes_a_transparent_png_with_its_settings(run: Run, models: Path, tmp_path: Path):
+    code, out, _ = run(*_generate(models, "--seed", "7"))
+    assert code == 0
+    (file,) = (tmp_path / "outputs").iterdir()
+    assert re.fullmatch(r"alpha_\d{10}_[0-9a-f]{8}\.png", file.name)
+    rgba, parameters = images.decode(file.read_bytes())
+    assert rgba.shape == (64, 64, 4)
+    assert rgba[..., 3].min() < 255
+    found = read_parameters(parameters or "")
+    assert (found["Prompt"], found["Seed"], found["Steps"], found["Model"]) == ("a red apple", "7", "1", "tiny")
+    assert re.fullmatch(rf"outputs/{file.name}  64x64  seed 7  [\d.]+ s  tiny\n", out)
+
+
+def test_a_batch_into_a_named_file_is_numbered(run: Run, models: Path, tmp_path: Path):
+    code, out, _ = run(*_generate(models, "--batch-size", "2", "--output", str(tmp_path / "new" / "cup.png")))
+    assert code == 0
+    assert sorted(file.name for file in (tmp_path / "new").iterdir()) == ["cup-2.png", "cup.png"]
+    assert [line.split("  ")[2] for line in out.splitlines()] == ["seed 12345", "seed 12346"]
+    first, second = (images.decode((tmp_path / "new" / name).read_bytes())[0] for name in ("cup.png", "cup-2.png"))
+    assert not np.array_equal(first, second)
+
+
+@pytest.mark.parametrize("kind", ["webp", "avif"])
+def test_other_formats_are_written_by_name_or_by_flag(run: Run, models: Path, tmp_path: Path, kind: str):
+    assert run(*_generate(models, "--output", str(tmp_path / f"cup.{kind}")))[0] == 0
+    assert run(*_generate(models, "--output", str(tmp_path / "folder"), "--format", kind))[0] == 0
+    (other,) = (tmp_path / "folder").iterdir()
+    for file in (tmp_path / f"cup.{kind}", other):
+        assert file.suffix == f".{kind}"
+        rgba, parameters = images.decode(file.read_bytes())
+        assert rgba.shape == (64, 64, 4)
+        assert (parameters or "").startswith("a red apple\n")
+
+
+def test_options_reach_the_engine(run: Run, models: Path, tmp_path: Path):
+    options = ["--sampler", "DPM++ 2M Karras", "--cfg-scale", "3.5", "--width", "128", "--height", "70", "--noise", "cpu", "--no-transparent"]
+    assert run(*_generate(models, *options, "--negative-prompt", "", "-o", str(tmp_path / "cup.png")))[0] == 0
+    rgba, parameters = images.decode((tmp_path / "cup.png").read_bytes())
+    assert rgba.shape == (70, 128, 4)
+    assert (rgba[..., 3] == 255).all()
+    found = read_parameters(parameters or "")
+    assert (found["Sampler"], found["Schedule type"], found["CFG scale"], found["RNG"]) == ("DPM++ 2M", "Karras", "3.5", "CPU")
+    assert found["Negative prompt"] == ""
+    assert "layerdiffusion_enabled" not in found
+
+
+def test_the_same_command_draws_the_same_picture(run: Run, models: Path, tmp_path: Path):
+    for name in ("one.png", "two.png"):
+        run(*_generate(models, "-o", str(tmp_path / name)))
+    assert (tmp_path / "one.png").read_bytes() == (tmp_path / "two.png").read_bytes()
+
+
+def test_info_shows_what_made_a_picture(run: Run, tmp_path: Path):
+    (tmp_path / "cup.png").write_bytes(images.encode(np.zeros((3, 5, 4), np.uint8), parameters="a [cup]\nSteps: 1, Size: 5x3, Seed: 2"))
+    (tmp_path / "bare.png").write_bytes(images.encode(np.zeros((3, 5, 4), np.uint8)))
+    code, out, _ = run("info", "cup.png")
+    assert (code, out) == (0, "cup.png  5x3\na [cup]\nSteps: 1, Size: 5x3, Seed: 2\n")
+    assert "no settings" in run("info", "bare.png")[1]
+
+
+def test_models_are_listed_and_verified(run: Run, tmp_path: Path):
+    write(tmp_path / "models" / "Stable-diffusion" / "cup.safetensors", FAMILIES["lora"])
+    write(tmp_path / "models" / "Stable-diffusion" / "old.safetensors", FAMILIES["sd15"], missing=5)
+    code, out, _ = run("models", "list")
+    assert code == 0
+    assert "cup" in out
+    assert "lora" in out
+    code, out, _ = run("models", "verify")
+    assert code == 1
+    assert "cup.safetensors" in out
+    assert "is cut off" in out
+
+
+def test_pulling_asks_first(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """With "n" nothing is fetched; the licences come before the question."""
+    result = CliRunner().invoke(app, ["models", "pull", "sdxl-base", "--models-dir", str(tmp_path)], input="n\n")
+    assert result.exit_code == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_pulling_what_is_not_known_or_not_free_is_refused(run: Run):
+    assert run("models", "pull", "sd3")[::2] == (1, run("models", "pull", "sd3")[2])
+    code, _, err = run("models", "pull", "juggernaut-xl")
+    assert code == 1
+    assert err.startswith("error: name: Juggernaut XL is not fetched here")
+    assert len(err.splitlines()) == 1
+
+
+def test_doctor_ends_with_a_code(run: Run, models: Path):
+    code, out, _ = run("doctor", "--models-dir", str(models))
+    assert "torch" in out
+    assert "model tiny" in out
+    assert code == (1 if re.search("^error", out, re.MULTILINE) else 0)
+
+
+def test_wrong_settings_are_one_line(run: Run, tmp_path: Path):
+    (tmp_path / "alphalayer.toml").write_text('port = "many"')
+    code, out, err = run("models", "list")
+    assert (code, out) == (1, "")
+    assert err.startswith("error: setting port")
+    assert len(err.splitlines()) == 1
+
+
+def test_errors_hold_no_markup_of_the_terminal(run: Run):
+    """A name in square brackets is shown as it is."""
+    _, _, err = run("generate", "x", "--sampler", "[bold]Magic[/]")
+    assert '"[bold]Magic[/]"' in err
+    assert "\x1b" not in err
+
+
+@pytest.mark.parametrize("arguments", [["generate"], ["generate", "x", "--steps", "many"], ["generate", "x", "--bogus"], ["bogus"]])
+def test_wrong_usage_is_code_2_without_a_traceback(run: Run, arguments: list[str]):
+    code, _, err = run(*arguments)
+    assert code == 2
+    assert "Usage:" in err
+    assert "Traceback" not in err
+
+
+def test_help_and_version(run: Run):
+    assert run("version") == (0, f"alphalayer {__version__}\n", "")
+    code, out, _ = run("--help")
+    assert code == 0
+    for command in ("generate", "serve", "models", "doctor", "info", "version"):
+        assert command in out

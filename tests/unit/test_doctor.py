@@ -1,0 +1,119 @@
+"""The doctor: what it finds on a good and on a bad machine, and that each finding says what to do. Files, ports and torch are real."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from alphalayer import doctor
+from alphalayer.config import Settings
+from alphalayer.doctor import Finding, check_port, diagnose
+from alphalayer.errors import SetupFailed
+from tests.unit.test_catalog import FAMILIES, write
+
+
+def _settings(folder: Path, port: int, **changes: object) -> Settings:
+    return Settings(models_dir=folder / "models", outputs_dir=folder / "outputs", port=port, device="cpu", **changes)
+
+
+@pytest.fixture
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture
+def taken_port() -> Iterator[int]:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        yield listener.getsockname()[1]
+
+
+@pytest.fixture
+def no_embedded_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As if the model that comes with the package were not there."""
+    monkeypatch.setattr(doctor.catalog, "EMBEDDED_MODEL", tmp_path / "absent")
+
+
+def _about(findings: list[Finding], words: str) -> Finding:
+    (found,) = [finding for finding in findings if words in finding.what]
+    return found
+
+
+def _files(folder: Path) -> None:
+    write(folder / "models" / "Stable-diffusion" / "cup.safetensors", FAMILIES["sdxl"])
+    layers = folder / "models" / "layer_model"
+    write(layers / "layer_xl_transparent_attn.safetensors", FAMILIES["layerdiffuse-patch"])
+    write(layers / "vae_transparent_decoder.safetensors", FAMILIES["transparent-decoder"])
+
+
+def test_a_good_machine_is_well(tmp_path: Path, free_port: int):
+    _files(tmp_path)
+    findings = diagnose(_settings(tmp_path, free_port))
+    assert [finding for finding in findings if finding.level == "error"] == []
+    for words in ("torch", "model cup", "LayerDiffuse patch", "LayerDiffuse transparent decoder", f"port {free_port}", "GiB free for pictures"):
+        assert _about(findings, words).level == "ok"
+
+
+def test_what_is_missing_is_an_error_with_what_to_do(tmp_path: Path, taken_port: int, no_embedded_model: None):
+    (tmp_path / "outputs").write_text("in the way")
+    findings = diagnose(_settings(tmp_path, taken_port))
+    assert _about(findings, "no usable model").level == "error"
+    assert "alphalayer models pull" in _about(findings, "no usable model").hint
+    assert _about(findings, f"port {taken_port}").level == "warning"
+    assert "--port" in _about(findings, f"port {taken_port}").hint
+    assert _about(findings, "cannot write to").level == "error"
+    assert all(finding.hint for finding in findings if finding.level != "ok")
+
+
+def test_missing_layer_files_are_errors_where_a_model_needs_them(tmp_path: Path):
+    write(tmp_path / "models" / "Stable-diffusion" / "cup.safetensors", FAMILIES["sdxl"])
+    findings = list(doctor._layer_files(_settings(tmp_path, 1)))
+    assert [finding.level for finding in findings] == ["error", "error"]
+    assert "layer_xl_transparent_attn.safetensors" in findings[0].what
+    assert "vae_transparent_decoder.safetensors" in findings[1].what
+    assert all("pull layerdiffuse" in finding.hint for finding in findings)
+
+
+def test_missing_layer_files_are_no_matter_to_a_model_with_its_own(tmp_path: Path, no_embedded_model: None):
+    folder = tmp_path / "models" / "Stable-diffusion" / "own"
+    (folder / "layerdiffuse").mkdir(parents=True)
+    (folder / "model_index.json").write_text('{"_class_name": "StableDiffusionXLPipeline"}')
+    assert list(doctor._layer_files(_settings(tmp_path, 1))) == []
+
+
+def test_wrong_files_are_told_what_they_are(tmp_path: Path):
+    checkpoints = tmp_path / "models" / "Stable-diffusion"
+    write(checkpoints / "old.safetensors", FAMILIES["sd15"])
+    write(checkpoints / "style.safetensors", FAMILIES["lora"])
+    write(checkpoints / "cut.safetensors", FAMILIES["sdxl"], missing=10)
+    (checkpoints / "virus.ckpt").write_bytes(b"\x80")
+    findings = list(doctor._models(_settings(tmp_path, 1)))
+    for words in ("old.safetensors is a Stable Diffusion 1.5", "style.safetensors is a LoRA", "cut.safetensors is cut off", "virus.ckpt is a pickle"):
+        assert _about(findings, words).level == "warning"
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0", "::1"])
+def test_a_port_is_free_or_taken(host: str):
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        listener = socket.socket(family)
+        listener.bind((host, 0))
+    except OSError:
+        pytest.skip("no IPv6 here")
+    with listener:
+        port = listener.getsockname()[1]
+        listener.listen()
+        with pytest.raises(SetupFailed, match=f"port {port} on {host}"):
+            check_port(host, port)
+    check_port(host, port)
+
+
+def test_an_address_that_is_not_ours_is_named():
+    with pytest.raises(SetupFailed, match=r"port 8000 on 203\.0\.113\.1"):
+        check_port("203.0.113.1", 8000)

@@ -1,0 +1,210 @@
+"""The start script `run.py`: which torch is chosen, when the set-up is taken for done, and what is handed on. Nothing is installed."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import importlib.util
+import json
+import os
+import stat
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+SCRIPT = Path(__file__).parents[2] / "run.py"
+
+
+@pytest.fixture
+def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The script as a module, for a project in an empty folder."""
+    spec = importlib.util.spec_from_file_location("run_script", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    (tmp_path / "pyproject.toml").write_text("[project]")
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    monkeypatch.setattr(module, "ROOT", tmp_path)
+    monkeypatch.setattr(module, "VENV", tmp_path / ".venv")
+    monkeypatch.setattr(module, "STAMP", tmp_path / ".venv" / "alphalayer-setup.json")
+    monkeypatch.setattr(module, "LOG", tmp_path / ".venv" / "alphalayer-setup.log")
+    monkeypatch.setattr(module, "PYTHON", tmp_path / ".venv" / "bin" / "python")
+    monkeypatch.delenv("ALPHALAYER_TORCH", raising=False)
+    return module
+
+
+def test_it_uses_the_standard_library_only():
+    names = set()
+    for node in ast.walk(ast.parse(SCRIPT.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add((node.module or "").split(".")[0])
+    assert names <= set(sys.stdlib_module_names)
+
+
+# --- choosing torch
+
+
+def _smi(folder: Path, answer: str, code: int = 0) -> None:
+    tool = folder / "nvidia-smi"
+    tool.write_text(f"#!/bin/sh\necho '{answer}'\nexit {code}\n")
+    tool.chmod(tool.stat().st_mode | stat.S_IEXEC)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="the stand-in for nvidia-smi is a shell script")
+@pytest.mark.parametrize(
+    ("answer", "code", "expected"),
+    [("GPU 0: NVIDIA GeForce RTX 3060 (UUID: GPU-1)", 0, True), ("No devices were found", 0, False), ("GPU lost", 9, False), (None, 0, False)],
+)
+def test_a_gpu_is_there_when_the_driver_lists_one(
+    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answer: str | None, code: int, expected: bool
+):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    if answer is not None:
+        _smi(tmp_path, answer, code)
+    assert script.has_nvidia_gpu() is expected
+
+
+@pytest.fixture
+def done(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What `main` would set up and run; the real things would install packages and replace this process."""
+    calls: list[Any] = []
+    monkeypatch.setattr(script, "set_up", lambda build, with_tests: calls.append((build, with_tests)))
+    monkeypatch.setattr(script, "run", lambda command: calls.append(command) or 0)
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "has_gpu", "expected"),
+    [
+        (["doctor"], "", False, "cpu"),
+        (["doctor"], "", True, "cuda"),
+        (["--cpu", "doctor"], "", True, "cpu"),
+        (["--cuda", "doctor"], "", False, "cuda"),
+        (["doctor"], "cpu", True, "cpu"),
+        (["--cuda", "doctor"], "cpu", False, "cuda"),
+    ],
+)
+def test_torch_is_chosen_by_flag_then_environment_then_machine(
+    script: ModuleType, done: list[Any], monkeypatch: pytest.MonkeyPatch, arguments, environment, has_gpu, expected
+):
+    monkeypatch.setenv("ALPHALAYER_TORCH", environment)
+    monkeypatch.setattr(script, "has_nvidia_gpu", lambda: has_gpu)
+    assert script.main(arguments) == 0
+    assert done[0] == (expected, False)
+    assert done[1] == [str(script.PYTHON), "-m", "alphalayer.cli", "doctor"]
+
+
+def test_commands_are_handed_on_as_they_are(script: ModuleType, done: list[Any]):
+    script.main(["--cpu", "generate", "an apple, high quality", "--cpu", "--steps", "4"])
+    assert done[1][3:] == ["generate", "an apple, high quality", "--cpu", "--steps", "4"]
+
+
+def test_test_is_pytest_with_its_packages(script: ModuleType, done: list[Any]):
+    script.main(["--cpu", "test", "-k", "noise"])
+    assert done == [("cpu", True), [str(script.PYTHON), "-m", "pytest", "-k", "noise"]]
+
+
+def test_without_a_command_it_explains_itself(script: ModuleType, done: list[Any], capsys: pytest.CaptureFixture[str]):
+    assert script.main([]) == 2
+    assert "python3 run.py generate" in capsys.readouterr().out
+    assert done == []
+
+
+# --- the stamp
+
+
+def _stamp(script: ModuleType, **changes: Any) -> None:
+    wanted = {
+        "project": hashlib.sha256((script.ROOT / "pyproject.toml").read_bytes()).hexdigest(),
+        "python": ".".join(map(str, sys.version_info[:3])),
+        "torch": "cpu",
+        "root": str(script.ROOT),
+        "tests": True,
+    }
+    script.STAMP.write_text(json.dumps({**wanted, **changes}))
+
+
+@pytest.fixture
+def steps(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What a set-up would do, in place of doing it."""
+    calls: list[Any] = []
+    monkeypatch.setattr(script, "is_venv_of", lambda python, stamp: True)
+    monkeypatch.setattr(script, "install_torch", calls.append)
+    monkeypatch.setattr(script, "pip", lambda *arguments, must=True: calls.append(arguments))
+    monkeypatch.setattr(script, "say", lambda line: None)
+    return calls
+
+
+@pytest.mark.parametrize("with_tests", [False, True])
+def test_a_fitting_stamp_means_that_nothing_is_done(script: ModuleType, steps: list[Any], with_tests: bool):
+    _stamp(script)
+    script.set_up("cpu", with_tests)
+    assert steps == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "build", "with_tests"),
+    [
+        ({"project": "other"}, "cpu", False),
+        ({"python": "3.9.0"}, "cpu", False),
+        ({"root": "/elsewhere"}, "cpu", False),
+        ({}, "cuda", False),
+        ({"tests": False}, "cpu", True),
+    ],
+)
+def test_another_project_python_place_torch_or_wish_sets_up_again(script: ModuleType, steps: list[Any], changes, build, with_tests):
+    _stamp(script, **changes)
+    script.set_up(build, with_tests)
+    assert steps[0] == build
+    assert steps[1][-1] == (f"{script.ROOT}[dev]" if with_tests else str(script.ROOT))
+    written = script.read_stamp()
+    assert written["torch"] == build
+    # packages for the tests that were there stay there
+    assert written["tests"] is (with_tests or changes.get("tests", True))
+    steps.clear()
+    script.set_up(build, with_tests)
+    assert steps == []
+
+
+@pytest.mark.parametrize("content", [None, "", "{", "\udcff"])
+def test_a_missing_or_damaged_stamp_is_none(script: ModuleType, content: str | None):
+    if content is not None:
+        script.STAMP.write_bytes(content.encode(errors="surrogateescape"))
+    assert script.read_stamp() == {}
+
+
+def test_a_venv_is_asked_for_its_python(script: ModuleType):
+    here = ".".join(map(str, sys.version_info[:3]))
+    assert not script.is_venv_of(here, {}), "there is none"
+    script.PYTHON.symlink_to(sys.executable)
+    assert script.is_venv_of(here, {})
+    assert not script.is_venv_of("3.9.0", {})
+    assert not script.is_venv_of(here, {"root": "/elsewhere"})
+
+
+def test_failures_are_two_lines_and_an_exit_code(script: ModuleType, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as end:
+        script.fail("no venv", "Install it.")
+    assert end.value.code == 1
+    assert capsys.readouterr().err == "error: no venv\nInstall it.\n"
+
+
+def test_a_pip_that_fails_is_shown_and_logged(script: ModuleType, capsys: pytest.CaptureFixture[str]):
+    script.PYTHON.symlink_to(sys.executable)
+    with pytest.raises(SystemExit):
+        script.pip("no-such-command")
+    assert "pip no-such-command failed" in capsys.readouterr().err
+    assert "$ pip no-such-command" in script.LOG.read_text()
+    assert script.pip("no-such-command", must=False) == ""
+
+
+def test_the_script_itself_runs():
+    done = subprocess.run([sys.executable, str(SCRIPT)], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (2, "")
