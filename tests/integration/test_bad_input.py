@@ -11,14 +11,14 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
+from tests import tiny_models
+from tests.unit.test_catalog import FAMILIES, write
 
 from alphalayer.catalog.headers import CONTEXT, FIRST_CONV
 from alphalayer.cli import main
 from alphalayer.engine.pipeline import LocalEngine
 from alphalayer.errors import AlphalayerError, CorruptFile, ModelUnusable
 from alphalayer.request import GenerationRequest
-from tests import tiny_models
-from tests.unit.test_catalog import FAMILIES, write
 
 SMALL = ["--width", "64", "--height", "64", "--steps", "1", "--device", "cpu"]
 
@@ -90,13 +90,17 @@ def test_a_wrong_value_names_its_field(command: Callable[..., str], arguments: l
     assert command("generate", *arguments).startswith(f"error: {named}")
 
 
-@pytest.mark.parametrize(("device", "named"), [("cuda:99", 'device "cuda:99"'), ("toaster", 'unknown device "toaster"')])
+@pytest.mark.parametrize(
+    ("device", "named"), [("cuda:99", 'device "cuda:99"'), ("toaster", 'unknown device "toaster"')]
+)
 def test_a_device_that_is_not_there_is_named(command: Callable[..., str], originals: Path, device: str, named: str):
     assert named in command("generate", "x", "--models-dir", str(originals), "--device", device)
 
 
 def test_gpu_noise_on_the_cpu_names_its_field(command: Callable[..., str], originals: Path):
-    assert command("generate", "x", *SMALL, "--models-dir", str(originals), "--noise", "gpu").startswith("error: noise: ")
+    assert command("generate", "x", *SMALL, "--models-dir", str(originals), "--noise", "gpu").startswith(
+        "error: noise: "
+    )
 
 
 def test_brackets_beyond_measure_name_the_prompt(command: Callable[..., str], originals: Path):
@@ -118,7 +122,9 @@ def test_a_model_that_is_not_there_lists_those_that_are(command: Callable[..., s
     assert "folder, single" in line
 
 
-@pytest.mark.parametrize("family", ["sd15", "sd2", "sdxl-refiner", "sdxl-inpaint", "sd15-inpaint", "sd2-inpaint", "ssd-1b", "sdxl-unet"])
+@pytest.mark.parametrize(
+    "family", ["sd15", "sd2", "sdxl-refiner", "sdxl-inpaint", "sd15-inpaint", "sd2-inpaint", "ssd-1b", "sdxl-unet"]
+)
 def test_a_checkpoint_of_another_family_is_named(command: Callable[..., str], tmp_path: Path, family: str):
     from alphalayer.catalog import FAMILY_NAMES
 
@@ -129,7 +135,9 @@ def test_a_checkpoint_of_another_family_is_named(command: Callable[..., str], tm
     assert "SDXL" in line
 
 
-def test_a_tiny_model_turned_into_an_inpainting_one_is_refused(command: Callable[..., str], originals: Path, tmp_path: Path):
+def test_a_tiny_model_turned_into_an_inpainting_one_is_refused(
+    command: Callable[..., str], originals: Path, tmp_path: Path
+):
     """By the shape of its first convolution, in an otherwise whole and good file."""
     tensors = load_file(originals / "Stable-diffusion" / "single.safetensors")
     assert CONTEXT in tensors
@@ -177,12 +185,16 @@ DAMAGES = [_cut, _cut_short, _flip_header, _claim_a_huge_header, _another_dtype]
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_single_file_is_named(command: Callable[..., str], originals: Path, tmp_path: Path, damage: Callable[[Path], None]):
+def test_a_damaged_single_file_is_named(
+    command: Callable[..., str], originals: Path, tmp_path: Path, damage: Callable[[Path], None]
+):
     file = tmp_path / "models" / "Stable-diffusion" / "broken.safetensors"
     file.parent.mkdir(parents=True)
     shutil.copy(originals / "Stable-diffusion" / "single.safetensors", file)
     damage(file)
-    assert "broken.safetensors" in command("generate", "x", *SMALL, "--models-dir", str(tmp_path / "models"), "--model", "broken")
+    assert "broken.safetensors" in command(
+        "generate", "x", *SMALL, "--models-dir", str(tmp_path / "models"), "--model", "broken"
+    )
 
 
 @pytest.mark.parametrize(
@@ -197,7 +209,9 @@ def test_a_damaged_single_file_is_named(command: Callable[..., str], originals: 
 def test_a_damaged_layer_file_is_named(originals: Path, tmp_path: Path, name: str, damage: Callable[[Path], None]):
     shutil.copytree(originals / "layer_model", tmp_path / "layer_model")
     (tmp_path / "Stable-diffusion").mkdir()
-    (tmp_path / "Stable-diffusion" / "single.safetensors").symlink_to(originals / "Stable-diffusion" / "single.safetensors")
+    (tmp_path / "Stable-diffusion" / "single.safetensors").symlink_to(
+        originals / "Stable-diffusion" / "single.safetensors"
+    )
     damage(tmp_path / "layer_model" / f"{name}.safetensors")
     request = GenerationRequest(prompt="x", width=64, height=64, steps=1, model="single")
     with pytest.raises(ModelUnusable, match=name):
@@ -249,7 +263,9 @@ def test_a_file_that_changes_under_a_listing_is_named(originals: Path, tmp_path:
     _cut(file)
     os.utime(file, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
     with pytest.raises(CorruptFile, match=r"single\.safetensors"):
-        LocalEngine(tmp_path, device="cpu").generate(GenerationRequest(prompt="x", model="single", width=64, height=64, steps=1))
+        LocalEngine(tmp_path, device="cpu").generate(
+            GenerationRequest(prompt="x", model="single", width=64, height=64, steps=1)
+        )
 
 
 # --- output
@@ -266,7 +282,9 @@ def test_an_output_folder_that_cannot_be_made_is_named(command: Callable[..., st
     assert "--output" in line
 
 
-def test_a_folder_in_the_place_of_the_output_file_is_named(command: Callable[..., str], originals: Path, tmp_path: Path):
+def test_a_folder_in_the_place_of_the_output_file_is_named(
+    command: Callable[..., str], originals: Path, tmp_path: Path
+):
     (tmp_path / "picture.png").mkdir()
     assert "cannot write" in command(*_generate(originals, tmp_path / "picture.png"))
 

@@ -13,12 +13,12 @@ from pathlib import Path
 
 import httpx
 import pytest
+from tests.serving import free_port, served, wait_until
 
 from alphalayer.job import JobSpec, JobState
 from alphalayer.jobs import MAX_STARTS
 from alphalayer.jobs.embedded import EmbeddedDispatcher
 from alphalayer.request import GenerationRequest
-from tests.serving import free_port, served, wait_until
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="uses signal 9")
 BODY = {"prompt": "an apple", "steps": 10, "width": 64, "height": 64}

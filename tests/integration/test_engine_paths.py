@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tests import tiny_models
+from tests.tiny_models import unet_name_in_ldm
 
 from alphalayer.engine import Progress
 from alphalayer.engine.guidance import _clean
@@ -19,8 +21,6 @@ from alphalayer.engine.pipeline import LocalEngine, create_engine
 from alphalayer.errors import Cancelled, InvalidRequest, LayerDiffuseMissing, OutOfMemory
 from alphalayer.infotext import read_parameters
 from alphalayer.request import SAMPLERS, SCHEDULERS, GenerationRequest, LayerDiffuse, Lora
-from tests import tiny_models
-from tests.tiny_models import unet_name_in_ldm
 
 REQUEST = GenerationRequest(prompt="a red apple", seed=3, steps=2, width=64, height=64, model="folder")
 
@@ -94,12 +94,15 @@ class _Fails:
 
 OUT_OF_MEMORY = [
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 8.00 GiB."),
-    RuntimeError("[enforce fail at alloc_cpu.cpp:121] . DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes."),
+    RuntimeError(
+        "[enforce fail at alloc_cpu.cpp:121] . DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes."
+    ),
 ]
 
 
 @pytest.mark.parametrize(
-    ("stage", "error"), [(stage, OUT_OF_MEMORY[0]) for stage in ("unet", "vae", "decoder", "text_encoder")] + [("unet", OUT_OF_MEMORY[1])]
+    ("stage", "error"),
+    [(stage, OUT_OF_MEMORY[0]) for stage in ("unet", "vae", "decoder", "text_encoder")] + [("unet", OUT_OF_MEMORY[1])],
 )
 def test_running_out_of_memory_is_retried_once_in_the_next_smaller_mode(
     engine: LocalEngine, base: np.ndarray, stage: str, error: Exception
@@ -185,7 +188,9 @@ def test_cancelling_stops_before_the_next_step(engine: LocalEngine, base: np.nda
     told: list[Progress] = []
     with pytest.raises(Cancelled):
         engine.generate(
-            REQUEST, on_progress=told.append, is_cancelled=lambda: any(each.stage == "sample" and each.step == at for each in told)
+            REQUEST,
+            on_progress=told.append,
+            is_cancelled=lambda: any(each.stage == "sample" and each.step == at for each in told),
         )
     assert told[-1].stage == "sample"
     assert told[-1].step == at
@@ -230,7 +235,10 @@ def test_weight_0_is_the_base_model(engine: LocalEngine):
 
 def test_stop_at_moves_from_the_base_model_to_the_patched_one(engine: LocalEngine):
     whole = _draw(engine, steps=6)
-    distances = [np.abs(_draw(engine, steps=6, layerdiffuse=LayerDiffuse(stop_at=part)) - whole).mean() for part in (0, 0.4, 0.8, 1)]
+    distances = [
+        np.abs(_draw(engine, steps=6, layerdiffuse=LayerDiffuse(stop_at=part)) - whole).mean()
+        for part in (0, 0.4, 0.8, 1)
+    ]
     assert distances[0] > distances[1] > distances[2] >= distances[3] == 0
 
 
@@ -241,7 +249,9 @@ def test_stop_at_patches_the_steps_that_the_published_levels_say(engine: LocalEn
     name = next(iter(tiny_models.lora_pairs()))
     original = tiny_models.unet().get_parameter(name)
     patched: list[bool] = []
-    handle = unet.register_forward_pre_hook(lambda *_: patched.append(not torch.equal(unet.get_parameter(name), original)))
+    handle = unet.register_forward_pre_hook(
+        lambda *_: patched.append(not torch.equal(unet.get_parameter(name), original))
+    )
     _draw(engine, steps=20, layerdiffuse=LayerDiffuse(stop_at=0.25))
     handle.remove()
     assert patched == [True] * 6 + [False] * 14
@@ -249,7 +259,9 @@ def test_stop_at_patches_the_steps_that_the_published_levels_say(engine: LocalEn
 
 def test_without_layer_files_transparency_is_refused_and_opaque_pictures_are_not(models: Path, tmp_path: Path):
     (tmp_path / "Stable-diffusion").mkdir()
-    (tmp_path / "Stable-diffusion" / "single.safetensors").symlink_to(models / "Stable-diffusion" / "single.safetensors")
+    (tmp_path / "Stable-diffusion" / "single.safetensors").symlink_to(
+        models / "Stable-diffusion" / "single.safetensors"
+    )
     engine = LocalEngine(tmp_path, device="cpu")
     with pytest.raises(LayerDiffuseMissing, match="layer_xl_transparent_attn"):
         _draw(engine, model="single")
@@ -413,6 +425,8 @@ def test_changing_models_and_back_gives_the_same_picture(engine: LocalEngine, ba
 
 
 def test_an_engine_is_made_from_plain_options(models: Path):
-    options = json.loads(json.dumps({"models_dir": str(models), "embeddings_dir": None, "device": "cpu", "default_model": "single"}))
+    options = json.loads(
+        json.dumps({"models_dir": str(models), "embeddings_dir": None, "device": "cpu", "default_model": "single"})
+    )
     result = create_engine(options).generate(REQUEST.model_copy(update={"model": None, "steps": 1}))
     assert result.model_name == "single"

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors.torch import load_file
+from torch.nn import functional
 from torchsde import BrownianTree
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
@@ -35,6 +35,7 @@ def draw(
     decode: str,
 ) -> np.ndarray:
     """Return the picture, uint8 (height, width, 4), straight alpha."""
+
     # text: both encoders, last but one hidden state without the final norm; pooled from the second
     def encode(text: str) -> tuple[torch.Tensor, torch.Tensor]:
         if text == "":
@@ -109,7 +110,10 @@ def draw(
     passes = []
     for flip in (False, True):
         for turns in range(4):
-            turn = lambda t, flip=flip, turns=turns: torch.rot90(t.flip(3) if flip else t, turns, (2, 3))
+
+            def turn(t, flip=flip, turns=turns):
+                return torch.rot90(t.flip(3) if flip else t, turns, (2, 3))
+
             y = decoder(weights, layer_config["decoder_config"], turn(pixel), turn(latent)).clamp(0, 1)
             y = torch.rot90(y, -turns, (2, 3))
             passes.append(y.flip(3) if flip else y)
@@ -135,26 +139,29 @@ def decoder(w: dict[str, torch.Tensor], config: dict, pixel: torch.Tensor, laten
 
     def conv(name: str, x: torch.Tensor, stride: int = 1) -> torch.Tensor:
         weight = w[name + ".weight"]
-        return F.conv2d(x, weight, w[name + ".bias"], stride=stride, padding=weight.shape[-1] // 2)
+        return functional.conv2d(x, weight, w[name + ".bias"], stride=stride, padding=weight.shape[-1] // 2)
 
     def norm(name: str, x: torch.Tensor, eps: float) -> torch.Tensor:
-        return F.group_norm(x, groups, w[name + ".weight"], w[name + ".bias"], eps)
+        return functional.group_norm(x, groups, w[name + ".weight"], w[name + ".bias"], eps)
 
     def resnet(name: str, x: torch.Tensor) -> torch.Tensor:
-        h = conv(name + ".conv1", F.silu(norm(name + ".norm1", x, 1e-5)))
-        h = conv(name + ".conv2", F.silu(norm(name + ".norm2", h, 1e-5)))
+        h = conv(name + ".conv1", functional.silu(norm(name + ".norm1", x, 1e-5)))
+        h = conv(name + ".conv2", functional.silu(norm(name + ".norm2", h, 1e-5)))
         return h + (conv(name + ".conv_shortcut", x) if name + ".conv_shortcut.weight" in w else x)
 
     def attention(name: str, x: torch.Tensor) -> torch.Tensor:
         b, c, height, width = x.shape
         tokens = norm(name + ".group_norm", x, 1e-5).flatten(2).transpose(1, 2)
-        project = lambda key: F.linear(tokens, w[f"{name}.{key}.weight"], w[f"{name}.{key}.bias"])
+
+        def project(key):
+            return functional.linear(tokens, w[f"{name}.{key}.weight"], w[f"{name}.{key}.bias"])
+
         q, k, v = (
             project(key).view(b, -1, c // head_dim, head_dim).transpose(1, 2) for key in ("to_q", "to_k", "to_v")
         )
         mixed = torch.softmax(q @ k.transpose(-1, -2) / math.sqrt(head_dim), dim=-1) @ v
         mixed = mixed.transpose(1, 2).reshape(b, -1, c)
-        mixed = F.linear(mixed, w[name + ".to_out.0.weight"], w[name + ".to_out.0.bias"])
+        mixed = functional.linear(mixed, w[name + ".to_out.0.weight"], w[name + ".to_out.0.bias"])
         return x + mixed.transpose(1, 2).view(b, c, height, width)
 
     h = conv("conv_in", pixel)
@@ -177,5 +184,5 @@ def decoder(w: dict[str, torch.Tensor], config: dict, pixel: torch.Tensor, laten
             if i < attention_blocks:
                 h = attention(f"up_blocks.{i}.attentions.{j}", h)
         if i < blocks - 1:
-            h = conv(f"up_blocks.{i}.upsamplers.0.conv", F.interpolate(h, scale_factor=2, mode="nearest"))
-    return conv("conv_out", F.silu(norm("conv_norm_out", h, 1e-5)))
+            h = conv(f"up_blocks.{i}.upsamplers.0.conv", functional.interpolate(h, scale_factor=2, mode="nearest"))
+    return conv("conv_out", functional.silu(norm("conv_norm_out", h, 1e-5)))

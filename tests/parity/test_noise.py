@@ -6,6 +6,7 @@ this package.
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -38,7 +39,20 @@ def _values(tensor: torch.Tensor, count: int = 4) -> list[float]:
 
 
 def test_philox_gives_the_published_values():
-    expected = [-0.92466, -0.42534, -2.64385, 0.14518, -0.12087, -0.57973, -0.62285, -0.32839, -1.07454, -0.36314, -1.67105, 2.26551]
+    expected = [
+        -0.92466,
+        -0.42534,
+        -2.64385,
+        0.14518,
+        -0.12087,
+        -0.57973,
+        -0.62285,
+        -0.32839,
+        -1.07454,
+        -0.36314,
+        -1.67105,
+        2.26551,
+    ]
     np.testing.assert_allclose(randn(0, (3, 4), "nv").flatten(), expected, **PRINTED)
 
 
@@ -87,7 +101,9 @@ def test_philox_does_not_depend_on_the_shape():
 
 def test_cpu_gives_torchs_values_which_depend_on_the_shape():
     # printed with four decimals
-    np.testing.assert_allclose(_values(randn(12345, LATENT, "cpu")), [-1.4798, 0.4873, -3.0128, 0.4439], rtol=0, atol=1e-4)
+    np.testing.assert_allclose(
+        _values(randn(12345, LATENT, "cpu")), [-1.4798, 0.4873, -3.0128, 0.4439], rtol=0, atol=1e-4
+    )
     assert randn(12345, (4,), "cpu")[0].item() == pytest.approx(1.4271, abs=1e-4)
 
 
@@ -118,7 +134,10 @@ def test_variation_strengths_0_and_1_are_the_two_noises():
 @pytest.mark.parametrize("strength", [0.1, 0.5, 0.8])
 def test_variation_turns_each_column_by_its_share_of_the_angle(strength: float):
     """For unit vectors along the height axis the result is the one at that part of the great circle."""
-    unit = lambda x: x / x.norm(dim=1, keepdim=True)
+
+    def unit(x):
+        return x / x.norm(dim=1, keepdim=True)
+
     low, high = unit(randn(1, (4, 8, 6), "nv").double()), unit(randn(2, (4, 8, 6), "nv").double())
     angle = (low * high).sum(1).acos()
     # Gram-Schmidt: the direction in the plane of both that is square to `low`
@@ -169,7 +188,7 @@ def test_tree_equals_torchsdes(scheduler: str, seed: int):
     low, high = min(levels), max(levels)
     theirs = torchsde.BrownianTree(low, torch.zeros(shape), high, entropy=seed)
     ours = BrownianTree(low, high, shape, seed, "cpu")
-    for above, below in zip(levels, levels[1:], strict=False):
+    for above, below in itertools.pairwise(levels):
         torch.testing.assert_close(ours.between(below, above), theirs(below, above), **TREE)
 
 

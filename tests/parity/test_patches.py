@@ -5,26 +5,30 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
+from tests import tiny_models
+from tests.tiny_models import unet_name_in_ldm
 
 from alphalayer.engine.names import ldm_to_diffusers
 from alphalayer.engine.patches import WeightPatcher, read_patch
 from alphalayer.errors import CorruptFile, LayerDiffuseMissing, ModelUnusable
-from tests import tiny_models
-from tests.tiny_models import unet_name_in_ldm
 
 Pairs = dict[str, tuple[torch.Tensor, torch.Tensor]]
 PAIRS: Pairs = tiny_models.lora_pairs()
 
 
+UNET = tiny_models.unet()
+
+
 @pytest.fixture
 def unet():
-    return tiny_models.unet()
+    return copy.deepcopy(UNET)
 
 
 def _weights(unet) -> dict[str, torch.Tensor]:
@@ -33,7 +37,9 @@ def _weights(unet) -> dict[str, torch.Tensor]:
 
 def _expected(weights: dict[str, torch.Tensor], pairs: Pairs, scale: float = 1.0) -> dict[str, torch.Tensor]:
     """The formula, in float64."""
-    changed = {name: weights[name].double() + scale * (up.double() @ down.double()) for name, (up, down) in pairs.items()}
+    changed = {
+        name: weights[name].double() + scale * (up.double() @ down.double()) for name, (up, down) in pairs.items()
+    }
     return {name: changed.get(name, each.double()) for name, each in weights.items()}
 
 
@@ -48,7 +54,9 @@ def _check(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) ->
     assert found.keys() == expected.keys()
     for name, each in expected.items():
         # float32 sums of four products
-        torch.testing.assert_close(found[name].double(), each, rtol=1e-6, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(
+            found[name].double(), each, rtol=1e-6, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}"
+        )
 
 
 # --- the forms
@@ -130,7 +138,10 @@ def test_published_full_differences_reach_every_parameter(unet, tmp_path: Path):
     before = _weights(unet)
     offsets = _offsets(before)
     tensors = {f"diffusion_model.{unet_name_in_ldm(name)}::diff::0": each for name, each in offsets.items()}
-    _check(_patched(unet, tmp_path, tensors, 0.5), {name: before[name].double() + 0.5 * offsets[name].double() for name in before})
+    _check(
+        _patched(unet, tmp_path, tensors, 0.5),
+        {name: before[name].double() + 0.5 * offsets[name].double() for name in before},
+    )
 
 
 def test_published_set_replaces(unet, tmp_path: Path):
@@ -146,7 +157,13 @@ def test_offsets_in_diffusers_names_are_added(unet, tmp_path: Path, prefix: str)
     before = _weights(unet)
     offsets = {name: each for name, each in _offsets(before).items() if ".attn" in name}
     found = _patched(unet, tmp_path, {prefix + name: each for name, each in offsets.items()})
-    _check(found, {name: each.double() + offsets[name].double() if name in offsets else each.double() for name, each in before.items()})
+    _check(
+        found,
+        {
+            name: each.double() + offsets[name].double() if name in offsets else each.double()
+            for name, each in before.items()
+        },
+    )
 
 
 def test_names_of_the_ldm_layout_are_renamed_and_others_left_alone(unet):
@@ -175,7 +192,7 @@ def test_kohya_loras_of_convolutions_and_other_layers_are_merged(unet, tmp_path:
 
 @pytest.mark.parametrize(("dtype", "ulp"), [(torch.float16, 2**-10), (torch.bfloat16, 2**-7), (torch.float32, 2**-22)])
 def test_the_sum_is_made_in_float32_and_cast_once(tmp_path: Path, dtype: torch.dtype, ulp: float):
-    unet = tiny_models.unet().to(dtype)
+    unet = copy.deepcopy(UNET).to(dtype)
     before = _weights(unet)
     found = _patched(unet, tmp_path, _published(PAIRS))
     expected = _expected(before, PAIRS)
@@ -193,7 +210,7 @@ def test_the_sum_is_made_in_float32_and_cast_once(tmp_path: Path, dtype: torch.d
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_removing_gives_back_every_bit(tmp_path: Path, dtype: torch.dtype):
-    unet = tiny_models.unet().to(dtype)
+    unet = copy.deepcopy(UNET).to(dtype)
     before = _weights(unet)
     first, second = tmp_path / "first.safetensors", tmp_path / "second.safetensors"
     save_file(_published(PAIRS), first)
@@ -208,7 +225,7 @@ def test_removing_gives_back_every_bit(tmp_path: Path, dtype: torch.dtype):
 
 
 def test_several_patches_add_up_in_one_pass(tmp_path: Path):
-    unet = tiny_models.unet().half()
+    unet = copy.deepcopy(UNET).half()
     before = _weights(unet)
     offsets = {name: each for name, each in _offsets(before).items() if ".attn" in name and name in PAIRS}
     lora, layer = tmp_path / "lora.safetensors", tmp_path / "layer.safetensors"
@@ -250,7 +267,9 @@ def test_a_damaged_file_is_named(unet, tmp_path: Path):
         read_patch(file, unet)
 
 
-@pytest.mark.parametrize("key", ["diffusion_model.out.2.weight::diff", "diffusion_model.out.2.weight::diff::zero", "a::b::c::0"])
+@pytest.mark.parametrize(
+    "key", ["diffusion_model.out.2.weight::diff", "diffusion_model.out.2.weight::diff::zero", "a::b::c::0"]
+)
 def test_keys_that_break_the_scheme_are_a_clear_error(unet, tmp_path: Path, key: str):
     file = tmp_path / "odd.safetensors"
     save_file({key: torch.zeros(1)}, file)

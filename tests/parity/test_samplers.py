@@ -303,7 +303,9 @@ def test_only_samplers_with_noise_ask_for_it_and_brownian_ones_for_the_intervals
 def test_one_step_lands_on_the_predicted_latent(name: str):
     sigmas = sigmas_for("Karras", 1, TABLE)
     # x + (x - clean) / sigma * -sigma cancels terms of size 15
-    torch.testing.assert_close(ours(name, sigmas, Recorded()), denoise(START * sigmas[0], float(sigmas[0])), rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        ours(name, sigmas, Recorded()), denoise(START * sigmas[0], float(sigmas[0])), rtol=0, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("name", ["DPM++ 2M", "Heun", "UniPC"])
@@ -311,5 +313,8 @@ def test_higher_orders_are_nearer_to_the_exact_path_than_euler(name: str):
     exact = ours("Heun", sigmas_for("Karras", 400, TABLE))
     # at 60 steps the multistep methods resolve this denoiser; Euler is 0.004 off, they 0.0005 at most
     coarse = sigmas_for("Karras", 60, TABLE)
-    error = lambda result: float((result - exact).abs().mean())
+
+    def error(result):
+        return float((result - exact).abs().mean())
+
     assert error(ours(name, coarse)) < error(ours("Euler", coarse)) / 4

@@ -99,8 +99,13 @@ def test_simple_takes_every_nth_level_from_the_top(steps: int):
 
 def test_beta_levels_are_quantiles_of_the_density():
     """Without scipy.stats: the integral of the Beta(0.6, 0.6) density up to a level's place is that level's probability."""
-    places = (sigmas_for("Beta", 9, TABLE)[1:-2].double().numpy() - TABLE.sigma_min) / (TABLE.sigma_max - TABLE.sigma_min)
-    density = lambda x: (x * (1 - x)) ** -0.4 / special.beta(0.6, 0.6)
+    places = (sigmas_for("Beta", 9, TABLE)[1:-2].double().numpy() - TABLE.sigma_min) / (
+        TABLE.sigma_max - TABLE.sigma_min
+    )
+
+    def density(x):
+        return (x * (1 - x)) ** -0.4 / special.beta(0.6, 0.6)
+
     reached = [integrate.quad(density, 0, place)[0] for place in places]
     # quadrature of a density that is infinite at 0
     np.testing.assert_allclose(reached, 1 - np.linspace(0, 1, 9)[1:-1], atol=1e-5)
@@ -122,7 +127,10 @@ def test_zero_snr_equals_diffusers():
     alpha_bar = torch.cumprod(1 - rescale_zero_terminal_snr(betas), 0)[:-1]
     # float64 on both sides; near the end 1 - alpha_bar cancels
     torch.testing.assert_close(
-        SigmaTable.from_betas(zero_snr=True).sigmas[:-1], ((1 - alpha_bar) / alpha_bar).sqrt().float(), rtol=1e-6, atol=0
+        SigmaTable.from_betas(zero_snr=True).sigmas[:-1],
+        ((1 - alpha_bar) / alpha_bar).sqrt().float(),
+        rtol=1e-6,
+        atol=0,
     )
 
 

@@ -9,12 +9,12 @@ import pytest
 import torch
 from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
 from safetensors.torch import save_file
+from tests import tiny_models
 from transformers import CLIPTokenizer
 
 from alphalayer.engine.configs import SHIPPED
 from alphalayer.engine.embeddings import TextualInversion, read_embeddings
 from alphalayer.engine.text import TextEncoders, plan_negative, plan_prompt
-from tests import tiny_models
 
 START, END = 49406, 49407
 # float32 through three layers, in other batch sizes
@@ -23,7 +23,9 @@ SAME = {"rtol": 0, "atol": 2e-5}
 
 @pytest.fixture(scope="module")
 def tokenizers():
-    return [CLIPTokenizer.from_pretrained(SHIPPED / name, local_files_only=True) for name in ("tokenizer", "tokenizer_2")]
+    return [
+        CLIPTokenizer.from_pretrained(SHIPPED / name, local_files_only=True) for name in ("tokenizer", "tokenizer_2")
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -185,7 +187,9 @@ def test_a_learned_word_of_another_width_is_left_out(tokenizers, models, encoder
 
 def test_embedding_files_are_read_and_others_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     (tmp_path / "deep").mkdir()
-    save_file({"clip_l": torch.ones(2, 3).half(), "clip_g": torch.ones(2, 5).half()}, tmp_path / "deep" / "good.safetensors")
+    save_file(
+        {"clip_l": torch.ones(2, 3).half(), "clip_g": torch.ones(2, 5).half()}, tmp_path / "deep" / "good.safetensors"
+    )
     save_file({"emb_params": torch.ones(2, 3)}, tmp_path / "sd15.safetensors")
     save_file({"clip_l": torch.ones(2, 3), "clip_g": torch.ones(1, 5)}, tmp_path / "uneven.safetensors")
     (tmp_path / "broken.safetensors").write_bytes(b"no")
@@ -201,7 +205,7 @@ def test_embedding_files_are_read_and_others_left_out(tmp_path: Path, caplog: py
 
 def _said(plan, step: int, encoders: TextEncoders, texts: list[str]) -> str:
     """Which of these texts a plan of one part shows at a step."""
-    (conditioning, weight), = plan.at(step)
+    ((conditioning, weight),) = plan.at(step)
     assert weight == 1.0
     (text,) = [text for text in texts if torch.equal(encoders.encode(text).context, conditioning.context)]
     return text
@@ -239,7 +243,7 @@ def test_and_gives_several_conditionings_with_weights(encoders: TextEncoders):
 
 
 def test_and_is_text_in_a_negative_prompt(encoders: TextEncoders):
-    (conditioning, weight), = plan_negative(encoders, "a cup AND a plate:0.5", 4).at(0)
+    ((conditioning, weight),) = plan_negative(encoders, "a cup AND a plate:0.5", 4).at(0)
     assert weight == 1.0
     torch.testing.assert_close(conditioning.context, encoders.encode("a cup AND a plate:0.5").context, **SAME)
 

@@ -13,6 +13,8 @@ from diffusers.models.downsampling import Downsample2D
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.upsampling import Upsample2D
 from safetensors.torch import save_file
+from tests import tiny_models
+from tests.parity import reference_pipeline
 from torch import nn
 
 from alphalayer.engine.transparency import (
@@ -23,8 +25,6 @@ from alphalayer.engine.transparency import (
     to_uint8,
 )
 from alphalayer.errors import CorruptFile, InvalidRequest, LayerDiffuseMissing, ModelUnusable
-from tests import tiny_models
-from tests.parity import reference_pipeline
 
 # the network is a few hundred float32 operations deep, with values of about 1
 NETWORK = {"rtol": 0, "atol": 2e-5}
@@ -224,7 +224,7 @@ def test_turning_the_input_turns_the_result(decoder: TransparentDecoder):
 def test_sizes_that_do_not_fit_are_clear_errors(decoder: TransparentDecoder):
     with pytest.raises(InvalidRequest, match="20x16"):
         decode_transparent(decoder, torch.zeros(1, 3, 16, 20), torch.zeros(1, 4, 2, 2))
-    with pytest.raises(ModelUnusable, match="4x2x2.*8x2x2"):
+    with pytest.raises(ModelUnusable, match=r"4x2x2.*8x2x2"):
         decode_transparent(decoder, torch.zeros(1, 3, 16, 16), torch.zeros(1, 8, 2, 2))
 
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import struct
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -88,7 +89,10 @@ def test_other_families_say_what_they_are(tmp_path: Path, family: str):
         catalog.resolve_model("other", [entry])
 
 
-@pytest.mark.parametrize(("family", "place"), [("layerdiffuse-patch", "layer_model"), ("transparent-decoder", "layer_model"), ("lora", "Lora")])
+@pytest.mark.parametrize(
+    ("family", "place"),
+    [("layerdiffuse-patch", "layer_model"), ("transparent-decoder", "layer_model"), ("lora", "Lora")],
+)
 def test_files_in_the_wrong_folder_are_told_the_right_one(tmp_path: Path, family: str, place: str):
     write(tmp_path / "Stable-diffusion" / "other.safetensors", FAMILIES[family])
     problem = _mine(tmp_path)["other"].problem
@@ -139,10 +143,9 @@ def test_a_damaged_header_is_a_clear_error(tmp_path: Path, content: bytes):
 def test_any_header_is_read_or_refused(tmp_path_factory: pytest.TempPathFactory, header: bytes):
     path = tmp_path_factory.mktemp("headers") / "any.safetensors"
     path.write_bytes(struct.pack("<Q", len(header)) + header)
-    try:
-        family_of(read_header(path))
-    except CorruptFile as error:
-        assert "any.safetensors" in error.message
+    # any other exception fails the test
+    with suppress(CorruptFile):
+        assert family_of(read_header(path)) in catalog.FAMILY_NAMES
 
 
 @pytest.mark.parametrize("suffix", catalog.PICKLE_SUFFIXES)
@@ -182,7 +185,9 @@ def test_a_diffusers_folder_is_one_model_and_its_files_are_none(tmp_path: Path):
     assert (entry.name, entry.kind, entry.family, entry.problem) == ("sub_xl", "diffusers", "sdxl", None)
 
 
-@pytest.mark.parametrize("pipeline", ["StableDiffusionPipeline", "StableDiffusionXLInpaintPipeline", "FluxPipeline", 5, None])
+@pytest.mark.parametrize(
+    "pipeline", ["StableDiffusionPipeline", "StableDiffusionXLInpaintPipeline", "FluxPipeline", 5, None]
+)
 def test_a_folder_of_another_pipeline_says_so(tmp_path: Path, pipeline: object):
     _folder(tmp_path / "Stable-diffusion" / "other", {"_class_name": pipeline})
     problem = _mine(tmp_path)["other"].problem
@@ -285,7 +290,10 @@ def _changed(file: Path, content: bytes, modified: int) -> None:
 
 def test_a_hash_is_computed_again_when_size_or_time_change_and_only_then(tmp_path: Path):
     file, cache_file = tmp_path / "model", tmp_path / "cache.json"
-    digest = lambda content: hashlib.sha256(content).hexdigest()
+
+    def digest(content):
+        return hashlib.sha256(content).hexdigest()
+
     _changed(file, b"one", 1_000)
     assert HashCache(cache_file).sha256(file) == digest(b"one")
     _changed(file, b"two", 1_000)  # same size and time: the remembered hash

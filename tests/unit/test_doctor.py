@@ -7,12 +7,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from tests.unit.test_catalog import FAMILIES, write
 
 from alphalayer import doctor
 from alphalayer.config import Settings
 from alphalayer.doctor import Finding, check_port, diagnose
 from alphalayer.errors import SetupFailed
-from tests.unit.test_catalog import FAMILIES, write
 
 
 def _settings(folder: Path, port: int, **changes: object) -> Settings:
@@ -56,13 +56,15 @@ def test_a_good_machine_is_well(tmp_path: Path, free_port: int):
     _files(tmp_path)
     findings = diagnose(_settings(tmp_path, free_port))
     assert [finding for finding in findings if finding.level == "error"] == []
-    for words in ("torch", "model cup", "LayerDiffuse patch", "LayerDiffuse transparent decoder", f"port {free_port}", "GiB free for pictures"):
+    layers = ("LayerDiffuse patch", "LayerDiffuse transparent decoder")
+    for words in ("torch", "model cup", *layers, f"port {free_port}", "GiB free for pictures"):
         assert _about(findings, words).level == "ok"
 
 
 def test_what_is_missing_is_an_error_with_what_to_do(tmp_path: Path, taken_port: int, no_embedded_model: None):
     (tmp_path / "outputs").write_text("in the way")
-    findings = diagnose(_settings(tmp_path, taken_port))
+    settings = _settings(tmp_path, taken_port)
+    findings = [each for look in (doctor._models, doctor._port, doctor._outputs) for each in look(settings)]
     assert _about(findings, "no usable model").level == "error"
     assert "alphalayer models pull" in _about(findings, "no usable model").hint
     assert _about(findings, f"port {taken_port}").level == "warning"
@@ -94,7 +96,8 @@ def test_wrong_files_are_told_what_they_are(tmp_path: Path):
     write(checkpoints / "cut.safetensors", FAMILIES["sdxl"], missing=10)
     (checkpoints / "virus.ckpt").write_bytes(b"\x80")
     findings = list(doctor._models(_settings(tmp_path, 1)))
-    for words in ("old.safetensors is a Stable Diffusion 1.5", "style.safetensors is a LoRA", "cut.safetensors is cut off", "virus.ckpt is a pickle"):
+    right = ("old.safetensors is a Stable Diffusion 1.5", "style.safetensors is a LoRA")
+    for words in (*right, "cut.safetensors is cut off", "virus.ckpt is a pickle"):
         assert _about(findings, words).level == "warning"
 
 

@@ -110,12 +110,22 @@ except AlphalayerError as error:
 
 
 def _published(**changes: Any) -> dict[str, Any]:
-    values = {"name": "m", "repository": REPOSITORY, "filename": FILENAME, "folder": "layer_model", "size": len(CONTENT)}
+    values = {
+        "name": "m",
+        "repository": REPOSITORY,
+        "filename": FILENAME,
+        "folder": "layer_model",
+        "size": len(CONTENT),
+    }
     return {**values, "sha256": DIGEST, "licence": "free", **changes}
 
 
 def _environment(server: Hub, folder: Path) -> dict[str, str]:
-    kept = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy") and not name.startswith("HF_")}
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.lower().endswith("_proxy") and not name.startswith("HF_")
+    }
     return {**kept, "HF_ENDPOINT": server.url, "HF_HOME": str(folder / "hf"), "HF_HUB_DISABLE_TELEMETRY": "1"}
 
 
@@ -227,7 +237,11 @@ def test_names_are_planned_and_unknown_ones_refused():
         "layer_xl_transparent_attn.safetensors",
         "vae_transparent_decoder.safetensors",
     ]
-    assert [each.name for each in hub.plan_pull(["layerdiffuse", "sdxl-base"])][0] == "sdxl-base"
+    assert [each.name for each in hub.plan_pull(["layerdiffuse", "sdxl-base"])] == [
+        "sdxl-base",
+        "layerdiffuse",
+        "layerdiffuse",
+    ]
     with pytest.raises(InvalidRequest, match=r'"sd3".*layerdiffuse, layerdiffuse-conv, sdxl-base'):
         hub.plan_pull(["sd3"])
 

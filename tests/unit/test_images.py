@@ -119,7 +119,10 @@ def test_a_flipped_byte_is_a_clear_error():
 
 def test_a_picture_that_claims_to_be_huge_is_refused_unread():
     header = struct.pack(">IIBBBBB", 9000, 9000, 8, 6, 0, 0, 0)
-    chunk = lambda name, body: struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+
+    def chunk(name, body):
+        return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+
     data = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
     with pytest.raises(InvalidRequest, match="64 megapixels"):
         images.decode(data)

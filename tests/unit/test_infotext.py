@@ -48,7 +48,9 @@ def test_what_is_used_is_written():
 
 
 # text as prompts hold it: no carriage returns or other line ends that are not "\n", no space around it
-TEXT = st.text(st.characters(blacklist_categories=["Cs", "Cc", "Zl", "Zp"]) | st.sampled_from("\n,:()"), max_size=60).map(str.strip)
+TEXT = st.text(
+    st.characters(blacklist_categories=["Cs", "Cc", "Zl", "Zp"]) | st.sampled_from("\n,:()"), max_size=60
+).map(str.strip)
 
 
 @settings(max_examples=200, deadline=None)
@@ -100,18 +102,23 @@ def test_any_text_is_read(text: str):
 def test_the_info_object_has_the_published_keys_in_their_order():
     generation = REQUEST.model_copy(update={"batch_size": 2})
     refs = [
-        ImageRef(key=f"{i}.png", seed=12345 + i, subseed=7 + i, width=1024, height=1024, size_bytes=1, parameters=f"text {i}")
+        ImageRef(
+            key=f"{i}.png", seed=12345 + i, subseed=7 + i, width=1024, height=1024, size_bytes=1, parameters=f"text {i}"
+        )
         for i in range(2)
     ]
     result = JobResult(images=tuple(refs), generation=generation, model_name="m", model_hash="abc")
     job = Job.new(JobSpec(generation=generation)).model_copy(update={"state": JobState.DONE, "result": result})
     info = webui_info(job)
-    assert list(info) == (
-        "prompt all_prompts negative_prompt all_negative_prompts seed all_seeds subseed all_subseeds subseed_strength width "
-        "height sampler_name cfg_scale steps batch_size restore_faces face_restoration_model sd_model_name sd_model_hash "
-        "sd_vae_name sd_vae_hash seed_resize_from_w seed_resize_from_h denoising_strength extra_generation_params "
-        "index_of_first_image infotexts styles job_timestamp clip_skip is_using_inpainting_conditioning version"
-    ).split()
+    assert (
+        list(info)
+        == (
+            "prompt all_prompts negative_prompt all_negative_prompts seed all_seeds subseed all_subseeds subseed_strength width "
+            "height sampler_name cfg_scale steps batch_size restore_faces face_restoration_model sd_model_name sd_model_hash "
+            "sd_vae_name sd_vae_hash seed_resize_from_w seed_resize_from_h denoising_strength extra_generation_params "
+            "index_of_first_image infotexts styles job_timestamp clip_skip is_using_inpainting_conditioning version"
+        ).split()
+    )
     assert info["all_seeds"] == [12345, 12346]
     assert info["all_prompts"] == ["an apple, high quality"] * 2
     assert info["infotexts"] == ["text 0", "text 1"]

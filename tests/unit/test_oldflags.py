@@ -76,7 +76,12 @@ def test_every_switch_is_accepted_by_the_settings(flag: str):
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.lists(st.sampled_from([*HONOURED, *SWITCHES, "--x", "--x=y", "--=", "-1", "v", "", "--"]) | st.text(max_size=6), max_size=8))
+@given(
+    st.lists(
+        st.sampled_from([*HONOURED, *SWITCHES, "--x", "--x=y", "--=", "-1", "v", "", "--"]) | st.text(max_size=6),
+        max_size=8,
+    )
+)
 def test_nothing_stops_a_start(arguments: list[str]):
     translation = translate(arguments)
     assert all(isinstance(line, str) and line.endswith("ignored.") for line in translation.warnings)

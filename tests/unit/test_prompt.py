@@ -122,8 +122,11 @@ SCHEDULES = {
 @pytest.mark.parametrize("prompt", SCHEDULES)
 def test_schedules(prompt: str):
     found = schedule_prompt(prompt, 10)
+
     # neighbours of equal text may be one entry or several: what counts is what is said at each step
-    said = lambda schedule: [next(text for last, text in schedule if step <= last) for step in range(11)]
+    def said(schedule):
+        return [next(text for last, text in schedule if step <= last) for step in range(11)]
+
     assert said(found) == said(SCHEDULES[prompt])
     assert found[-1][0] == 10
 
@@ -157,7 +160,10 @@ def test_any_text_is_read_or_refused(prompt: str):
 def test_brackets_without_numbers_give_positive_weights_and_keep_every_letter(prompt: str):
     fragments = parse_weights(prompt)
     assert all(each.weight > 0 for each in fragments)
-    letters = lambda text: [each for each in text if each in "ab ,"]
+
+    def letters(text):
+        return [each for each in text if each in "ab ,"]
+
     assert letters("".join(each.text for each in fragments)) == letters(prompt)
 
 

@@ -60,7 +60,12 @@ def _smi(folder: Path, answer: str, code: int = 0) -> None:
 @pytest.mark.skipif(os.name == "nt", reason="the stand-in for nvidia-smi is a shell script")
 @pytest.mark.parametrize(
     ("answer", "code", "expected"),
-    [("GPU 0: NVIDIA GeForce RTX 3060 (UUID: GPU-1)", 0, True), ("No devices were found", 0, False), ("GPU lost", 9, False), (None, 0, False)],
+    [
+        ("GPU 0: NVIDIA RTX 3060 (UUID: GPU-1)", 0, True),
+        ("No devices were found", 0, False),
+        ("GPU lost", 9, False),
+        (None, 0, False),
+    ],
 )
 def test_a_gpu_is_there_when_the_driver_lists_one(
     script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answer: str | None, code: int, expected: bool
@@ -159,7 +164,9 @@ def test_a_fitting_stamp_means_that_nothing_is_done(script: ModuleType, steps: l
         ({"tests": False}, "cpu", True),
     ],
 )
-def test_another_project_python_place_torch_or_wish_sets_up_again(script: ModuleType, steps: list[Any], changes, build, with_tests):
+def test_another_project_python_place_torch_or_wish_sets_up_again(
+    script: ModuleType, steps: list[Any], changes, build, with_tests
+):
     _stamp(script, **changes)
     script.set_up(build, with_tests)
     assert steps[0] == build
