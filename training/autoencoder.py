@@ -40,7 +40,16 @@ DECODER_CONFIG = {
     "norm_num_groups": 4,
     "attention_head_dim": 8,
 }
-WEIGHTS = {"fluent-3d": 2.0, "fluent": 1.5, "noto": 1.0, "fluent-flat": 0.7, "twemoji": 0.8, "noto-v1": 0.7, "emojitwo": 0.6, "fxemoji": 0.5}
+WEIGHTS = {
+    "fluent-3d": 2.0,
+    "fluent": 1.5,
+    "noto": 1.0,
+    "fluent-flat": 0.7,
+    "twemoji": 0.8,
+    "noto-v1": 0.7,
+    "emojitwo": 0.6,
+    "fxemoji": 0.5,
+}
 HELD_OUT = 20
 """Every 20th picture of a set is kept out of training."""
 
@@ -153,7 +162,9 @@ def ssim(x: Tensor, y: Tensor) -> Tensor:
     mean_x, mean_y = pool(x), pool(y)
     var_x, var_y = pool(x * x) - mean_x**2, pool(y * y) - mean_y**2
     both = pool(x * y) - mean_x * mean_y
-    return (((2 * mean_x * mean_y + 1e-4) * (2 * both + 9e-4)) / ((mean_x**2 + mean_y**2 + 1e-4) * (var_x + var_y + 9e-4))).mean()
+    return (
+        ((2 * mean_x * mean_y + 1e-4) * (2 * both + 9e-4)) / ((mean_x**2 + mean_y**2 + 1e-4) * (var_x + var_y + 9e-4))
+    ).mean()
 
 
 def edges(x: Tensor) -> Tensor:
@@ -259,7 +270,9 @@ def train(steps: int, learning_rate: float = 5e-4) -> None:
         optimizer.step()
         step += 1
         if step % 50 == 0:
-            print(f"{step} {time.time() - start:.0f} s side {side} loss {loss.item():.3f} spread {spread:.2f}", flush=True)
+            print(
+                f"{step} {time.time() - start:.0f} s side {side} loss {loss.item():.3f} spread {spread:.2f}", flush=True
+            )
         if time.time() - last > 120:
             save(model, optimizer, step)
             last = time.time()

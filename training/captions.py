@@ -22,7 +22,16 @@ COLORS = {
     "black": ("black", "jet black", "dark"),
     "gray": ("gray", "grey", "silver", "silvery"),
 }
-HUES = {"red": 0.0, "orange": 0.08, "yellow": 0.14, "green": 0.34, "teal": 0.48, "blue": 0.6, "purple": 0.76, "pink": 0.91}
+HUES = {
+    "red": 0.0,
+    "orange": 0.08,
+    "yellow": 0.14,
+    "green": 0.34,
+    "teal": 0.48,
+    "blue": 0.6,
+    "purple": 0.76,
+    "pink": 0.91,
+}
 STYLES = {
     "fluent-3d": ("3d render", "glossy 3d icon", "3d", "3d sticker", "soft 3d"),
     "fluent": ("smooth 3d icon", "shaded icon", "glossy icon"),
@@ -36,13 +45,29 @@ STYLES = {
 SOFT = ("translucent", "semi-transparent", "see-through", "glass", "ghostly", "made of glass")
 GLOWING = ("glowing", "shining", "with a glow", "neon", "luminous")
 QUALITY = ("high quality", "best quality", "detailed", "sharp", "masterpiece", "beautiful", "cute", "4k", "clean edges")
-PLACES = ("on a transparent background", "isolated", "no background", "on white background", "centered", "single object")
+PLACES = (
+    "on a transparent background",
+    "isolated",
+    "no background",
+    "on white background",
+    "centered",
+    "single object",
+)
 FRAMES = (
     "{}", "{}", "{}", "{}", "a photo of {}", "a picture of {}", "an image of {}", "a drawing of {}", "a sticker of {}", "one {}",
     "the {}", "an icon of {}", "an illustration of {}", "cute {}", "a cute {}", "a beautiful {}", "a small {}", "draw {}",
     "game asset of {}", "a cartoon {}", "a simple {}", "a single {}", "an emoji of {}", "clipart of {}",
 )  # fmt: skip
-UNWANTED = ("bad, ugly", "bad, ugly", "", "ugly", "low quality, blurry", "bad quality", "worst quality, low quality", "deformed, ugly")
+UNWANTED = (
+    "bad, ugly",
+    "bad, ugly",
+    "",
+    "ugly",
+    "low quality, blurry",
+    "bad quality",
+    "worst quality, low quality",
+    "deformed, ugly",
+)
 """What stands in negative prompts: trained as if nothing had been said."""
 
 
@@ -61,7 +86,17 @@ def describe(subject: Subject, style: str | None, rng: random.Random) -> str:
     if rng.random() < 0.45:
         phrase = _with_article(phrase)
     frame = rng.choice(FRAMES) if rng.random() < 0.5 else "{}"
-    if frame.endswith(" {}") and frame.split()[-2] in ("a", "one", "the", "single", "cute", "small", "beautiful", "simple", "cartoon"):
+    if frame.endswith(" {}") and frame.split()[-2] in (
+        "a",
+        "one",
+        "the",
+        "single",
+        "cute",
+        "small",
+        "beautiful",
+        "simple",
+        "cartoon",
+    ):
         phrase = noun(subject, rng)
     text = frame.format(phrase)
     extras: list[str] = []

@@ -163,7 +163,9 @@ if __name__ == "__main__":
     print("unknown labels:", [concept.label for concept in concepts if concept.label not in known])
     counts: dict[str, int] = {}
     for name, (pictures, labels) in load({**TRAINING_SETS, **EVALUATION_SETS}).items():
-        print(f"{name}: {len(pictures)} pictures, {len({c.label for c in concepts} & set(labels))} of {len(concepts)} concepts")
+        print(
+            f"{name}: {len(pictures)} pictures, {len({c.label for c in concepts} & set(labels))} of {len(concepts)} concepts"
+        )
         if name in TRAINING_SETS:
             for label in set(labels):
                 counts[label] = counts.get(label, 0) + 1

@@ -17,7 +17,14 @@ from training.text import TOKENIZER, Encoders
 from training.unet import SIDE, scaling_factor, schedule
 
 TARGET = Path(__file__).parents[1] / "src" / "alphalayer" / "models" / "alphalayer-mini"
-DEFAULTS = {"width": SIDE, "height": SIDE, "steps": 20, "sampler": "DPM++ 2M SDE", "scheduler": "Karras", "cfg_scale": 4.0}
+DEFAULTS = {
+    "width": SIDE,
+    "height": SIDE,
+    "steps": 20,
+    "sampler": "DPM++ 2M SDE",
+    "scheduler": "Karras",
+    "cfg_scale": 4.0,
+}
 LARGEST_BYTES = 40_000_000
 PARTS = {
     "unet": ("diffusers", "UNet2DConditionModel"),
@@ -43,7 +50,9 @@ def export(target: Path) -> int:
         weight = weights[f"{name}.weight"]
         weight += (change["up"] @ change["down"]).view_as(weight)
         patch[f"unet.{name}.lora_A.weight"] = _as_layer(change["down"], weight.shape[1:]).half()
-        patch[f"unet.{name}.lora_B.weight"] = _as_layer(-change["up"], (change["up"].shape[1], *(1,) * (weight.dim() - 2))).half()
+        patch[f"unet.{name}.lora_B.weight"] = _as_layer(
+            -change["up"], (change["up"].shape[1], *(1,) * (weight.dim() - 2))
+        ).half()
     autoencoder.vae.register_to_config(scaling_factor=scaling_factor())
     for name, module in (
         ("unet", unet),
@@ -58,7 +67,10 @@ def export(target: Path) -> int:
     layers = target / "layerdiffuse"
     layers.mkdir()
     save_file(patch, layers / "patch.safetensors")
-    save_file({name: each.half().contiguous() for name, each in autoencoder.decoder.state_dict().items()}, layers / "decoder.safetensors")
+    save_file(
+        {name: each.half().contiguous() for name, each in autoencoder.decoder.state_dict().items()},
+        layers / "decoder.safetensors",
+    )
     config = {
         "version": 1,
         "patch": "patch.safetensors",

@@ -41,16 +41,21 @@ def recolor(rgba: np.ndarray, hue: float, color: str) -> np.ndarray:
     hsv = np.asarray(Image.fromarray(rgba[..., :3]).convert("HSV")).astype(np.float32) / 255
     target = captions.HUES.get(color, 0.06)
     hsv[..., 0] = (hsv[..., 0] + target - hue) % 1.0
-    saturation, gain, lift = {"white": (0.06, 0.35, 0.65), "gray": (0.06, 0.7, 0.05), "black": (0.1, 0.3, 0.0), "brown": (0.75, 0.6, 0.0)}.get(
-        color, (1.0, 1.0, 0.0)
-    )
+    saturation, gain, lift = {
+        "white": (0.06, 0.35, 0.65),
+        "gray": (0.06, 0.7, 0.05),
+        "black": (0.1, 0.3, 0.0),
+        "brown": (0.75, 0.6, 0.0),
+    }.get(color, (1.0, 1.0, 0.0))
     hsv[..., 1] *= saturation
     hsv[..., 2] = hsv[..., 2] * gain + lift
     rgb = np.asarray(Image.fromarray((hsv.clip(0, 1) * 255).astype(np.uint8), "HSV").convert("RGB"))
     return np.concatenate([rgb, rgba[..., 3:]], -1)
 
 
-def variants(rgba: np.ndarray, concept: Concept, rng: random.Random) -> list[tuple[np.ndarray, str | None, tuple[str, ...]]]:
+def variants(
+    rgba: np.ndarray, concept: Concept, rng: random.Random
+) -> list[tuple[np.ndarray, str | None, tuple[str, ...]]]:
     """A picture as it is, mirrored, in other colours, and soft: (RGBA, colour to say, look to say)."""
     flipped = lambda each: each[:, ::-1] if rng.random() < 0.5 else each  # noqa: E731
     hue = dominant_hue(rgba)
@@ -65,7 +70,9 @@ def variants(rgba: np.ndarray, concept: Concept, rng: random.Random) -> list[tup
         faded = torch.cat([tensor[:, :3], tensor[:, 3:] * rng.uniform(0.35, 0.65)], 1)
         made.append((flipped(_array(faded)), None, (rng.choice(captions.SOFT),)))
     if rng.random() < 0.2:
-        made.append((flipped(_array(pictures.halo(tensor, rng.uniform(14, 26), 0.9))), None, (rng.choice(captions.GLOWING),)))
+        made.append(
+            (flipped(_array(pictures.halo(tensor, rng.uniform(14, 26), 0.9))), None, (rng.choice(captions.GLOWING),))
+        )
     return made
 
 
@@ -74,13 +81,20 @@ def _array(rgba: torch.Tensor) -> np.ndarray:
 
 
 @torch.inference_mode()
-def encode(model: LatentTransparency, batch: list[np.ndarray], generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+def encode(
+    model: LatentTransparency, batch: list[np.ndarray], generator: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Pictures → their adjusted latents, and the plain latents of the same pictures laid on backgrounds; float16."""
-    rgba = torch.from_numpy(np.stack(batch)).permute(0, 3, 1, 2).float().contiguous(memory_format=torch.channels_last) / 255
+    rgba = (
+        torch.from_numpy(np.stack(batch)).permute(0, 3, 1, 2).float().contiguous(memory_format=torch.channels_last)
+        / 255
+    )
     backgrounds = pictures.random_background(len(batch), 256, 256, generator) * 0.5 + 0.5
     with torch.autocast("cpu", torch.bfloat16):
         hidden = model.encode_transparent(rgba)
-        plain = model.encode_opaque(pictures.over(rgba, backgrounds)) if generator.initial_seed() % 4 == 0 else hidden[:0]
+        plain = (
+            model.encode_opaque(pictures.over(rgba, backgrounds)) if generator.initial_seed() % 4 == 0 else hidden[:0]
+        )
     return hidden.half(), plain.half()
 
 

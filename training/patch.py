@@ -51,7 +51,9 @@ def train(minutes: float, count: int = 32, learning_rate: float = 2e-3) -> None:
     changes = {name: LowRank(layer.weight) for name, layer in layers.items()}
     for name, layer in layers.items():
         parametrize.register_parametrization(layer, "weight", changes[name])
-    optimizer = torch.optim.AdamW([each for change in changes.values() for each in change.parameters()], learning_rate, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(
+        [each for change in changes.values() for each in change.parameters()], learning_rate, weight_decay=0.0
+    )
     samples, noise_schedule = Samples(7, opaque=True), schedule()
     start, step = time.time(), 0
     while (done := (time.time() - start) / (minutes * 60)) < 1:
@@ -65,7 +67,9 @@ def train(minutes: float, count: int = 32, learning_rate: float = 2e-3) -> None:
         step += 1
         if step % 25 == 0:
             print(f"{step} {time.time() - start:.0f} s loss {loss.item():.4f}", flush=True)
-    torch.save({name: {"up": change.up.detach(), "down": change.down.detach()} for name, change in changes.items()}, CHECKPOINT)
+    torch.save(
+        {name: {"up": change.up.detach(), "down": change.down.detach()} for name, change in changes.items()}, CHECKPOINT
+    )
 
 
 if __name__ == "__main__":

@@ -17,7 +17,14 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoModel, AutoTokenizer, CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import (
+    AutoModel,
+    AutoTokenizer,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+)
 
 from training import captions
 from training.data import CACHE, _labels, read_concepts
@@ -33,7 +40,9 @@ HAND_MADE = Path(__file__).parent / "paraphrases.tsv"
 
 def make_tokenizer(texts: Sequence[str]) -> CLIPTokenizer:
     """CLIP's tokenizer with the first merges and those that the words of `texts` use."""
-    merges = [tuple(line.split()) for line in (FULL_TOKENIZER / "merges.txt").read_text(encoding="utf-8").splitlines()[1:]]
+    merges = [
+        tuple(line.split()) for line in (FULL_TOKENIZER / "merges.txt").read_text(encoding="utf-8").splitlines()[1:]
+    ]
     rank = {pair: i for i, pair in enumerate(merges)}
     used = set(range(FIRST_MERGES))
     for word in {word for text in texts for word in re.findall(r"[a-z]+|\d", text.lower())}:
@@ -69,8 +78,12 @@ def make_encoders(vocabulary: int) -> tuple[CLIPTextModel, CLIPTextModelWithProj
         "eos_token_id": 2,  # makes transformers take the highest id, the end of the text, for the pooled position
         "projection_dim": POOLED,
     }
-    first = CLIPTextConfig(hidden_size=WIDTH_1, intermediate_size=4 * WIDTH_1, num_attention_heads=4, pad_token_id=1, **common)
-    second = CLIPTextConfig(hidden_size=WIDTH_2, intermediate_size=4 * WIDTH_2, num_attention_heads=2, pad_token_id=0, **common)
+    first = CLIPTextConfig(
+        hidden_size=WIDTH_1, intermediate_size=4 * WIDTH_1, num_attention_heads=4, pad_token_id=1, **common
+    )
+    second = CLIPTextConfig(
+        hidden_size=WIDTH_2, intermediate_size=4 * WIDTH_2, num_attention_heads=2, pad_token_id=0, **common
+    )
     return CLIPTextModel(first), CLIPTextModelWithProjection(second)
 
 
@@ -84,7 +97,10 @@ class Student(nn.Module):
 
     def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Token ids (B, L) that end with the end-of-text token → two normalised embeddings (B, 384)."""
-        one, two = self.head_1(self.first(input_ids=ids).pooler_output), self.head_2(self.second(input_ids=ids).text_embeds)
+        one, two = (
+            self.head_1(self.first(input_ids=ids).pooler_output),
+            self.head_2(self.second(input_ids=ids).text_embeds),
+        )
         return F.normalize(one.float(), dim=-1), F.normalize(two.float(), dim=-1)
 
 
@@ -103,7 +119,9 @@ class Encoders:
     def __call__(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Texts → context (B, 77, 192) and pooled (B, 128), float32."""
         first, second = (
-            tokenizer(list(texts), padding="max_length", max_length=LENGTH, truncation=True, return_tensors="pt").input_ids
+            tokenizer(
+                list(texts), padding="max_length", max_length=LENGTH, truncation=True, return_tensors="pt"
+            ).input_ids
             for tokenizer in (self.tokenizer, self.tokenizer_2)
         )
         one = self.student.first(input_ids=first, output_hidden_states=True).hidden_states[-2]
@@ -127,7 +145,9 @@ class Teacher:
         order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
         for start in range(0, len(order), 256):
             rows = order[start : start + 256]
-            words = self._tokenizer([texts[i] for i in rows], return_tensors="pt", padding=True, truncation=True, max_length=48)
+            words = self._tokenizer(
+                [texts[i] for i in rows], return_tensors="pt", padding=True, truncation=True, max_length=48
+            )
             with torch.autocast("cpu", torch.bfloat16):
                 hidden = self._model(**words).last_hidden_state.float()
             mask = words["attention_mask"][..., None]
@@ -142,7 +162,9 @@ def corpus(count: int) -> list[str]:
     others = [label["label"].lower() for label in _labels() if label.get("group") in range(8)]
     words = [tag for label in _labels() for tag in label.get("tags", ())]
     plain = [name for concept in concepts for name in (concept.name, *concept.synonyms, concept.label.lower())]
-    plain += [word for family in captions.COLORS.values() for word in family] + [word for word in captions.UNWANTED if word]
+    plain += [word for family in captions.COLORS.values() for word in family] + [
+        word for word in captions.UNWANTED if word
+    ]
     made = [captions.phrase_of_anything(concepts, others + words, rng) for _ in range(count)]
     return list(dict.fromkeys([*plain, *others, *words, *made]))
 
@@ -201,12 +223,17 @@ def evaluate() -> dict[str, float]:
     asked = {prompt: name for prompt, name in paraphrases().items() if name in names}
     result: dict[str, float] = {}
     ids = [
-        encoders.tokenizer(texts, padding="max_length", max_length=LENGTH, truncation=True, return_tensors="pt").input_ids
+        encoders.tokenizer(
+            texts, padding="max_length", max_length=LENGTH, truncation=True, return_tensors="pt"
+        ).input_ids
         for texts in (names, list(asked))
     ]
     targets = torch.tensor([names.index(name) for name in asked.values()])
     teacher = Teacher()
-    pairs = [*zip(encoders.student(ids[0]), encoders.student(ids[1]), strict=True), (teacher(names), teacher(list(asked)))]
+    pairs = [
+        *zip(encoders.student(ids[0]), encoders.student(ids[1]), strict=True),
+        (teacher(names), teacher(list(asked))),
+    ]
     for kind, (gallery, queries) in zip(("first", "second", "teacher"), pairs, strict=True):
         nearest = (queries @ gallery.T).topk(5).indices
         result[f"{kind}_top1"] = float((nearest[:, 0] == targets).float().mean())

@@ -85,7 +85,10 @@ class Samples:
         rows = [self._rng.randrange(len(self._subjects)) for _ in range(count)]
         texts = [captions.describe(*self._subjects[i], self._rng) for i in rows]
         chances = [self._rng.random() for _ in rows]
-        texts = [self._rng.choice(captions.UNWANTED) if c < UNWANTED else text for text, c in zip(texts, chances, strict=True)]
+        texts = [
+            self._rng.choice(captions.UNWANTED) if c < UNWANTED else text
+            for text, c in zip(texts, chances, strict=True)
+        ]
         context, pooled = self._encoders(texts)
         silent = torch.tensor([UNWANTED <= c < UNWANTED + SILENT for c in chances])
         context[silent], pooled[silent] = 0.0, 0.0
