@@ -57,7 +57,9 @@ def set_up(torch_build: str, with_tests: bool) -> None:
     if not is_venv_of(python, stamp):
         say("1/3 making .venv")
         make_venv()
-    say(f"2/3 installing torch for the {'GPU' if torch_build == 'cuda' else 'CPU'} (the largest part; minutes the first time)")
+    say(
+        f"2/3 installing torch for the {'GPU' if torch_build == 'cuda' else 'CPU'} (the largest part; minutes the first time)"
+    )
     install_torch(torch_build)
     say("3/3 installing alphalayer" + (" and its tests" if with_tests else ""))
     pip("install", "--editable", f"{ROOT}[dev]" if with_tests else str(ROOT))
@@ -97,7 +99,9 @@ def install_torch(build: str) -> None:
     if build == "cuda" or sys.platform == "darwin":
         pip("install", TORCH)
         return
-    found = pip("install", "--dry-run", "--quiet", "--no-deps", "--ignore-installed", "--report", "-", TORCH, must=False)
+    found = pip(
+        "install", "--dry-run", "--quiet", "--no-deps", "--ignore-installed", "--report", "-", TORCH, must=False
+    )
     is_cpu_build = "%2Bcpu" in found or "+cpu" in found
     if not is_cpu_build and not pip("install", "--retries", "0", "--index-url", CPU_INDEX, TORCH, must=False):
         say("    no CPU build can be had; installing the usual one, which is large")
@@ -136,7 +140,9 @@ def restart_with_another_python(arguments: list[str]) -> int:
         if other:
             return run([other, str(ROOT / "run.py"), *arguments])
     here = ".".join(map(str, sys.version_info[:2]))
-    fail(f"this is Python {here}; Alphalayer needs Python 3.10 to 3.13.", "Install one of them, for instance python3.12.")
+    fail(
+        f"this is Python {here}; Alphalayer needs Python 3.10 to 3.13.", "Install one of them, for instance python3.12."
+    )
     return 1
 
 

@@ -35,8 +35,8 @@ def settings_page() -> str:
         lines.append(f"| `{name}` | `{PREFIX}{name.upper()}` | {default} | {field.description} |")
     lines += [
         "",
-        f"Also read: `COMMANDLINE_ARGS` (by `launch.py`), `CUDA_VISIBLE_DEVICES` (one engine process per GPU listed), `{PREFIX}TORCH` (by `run.py`: "
-        "`cpu` or `cuda`).",
+        "Also read: `COMMANDLINE_ARGS` (by `launch.py`), `CUDA_VISIBLE_DEVICES` (one engine process per GPU listed), "
+        f"`{PREFIX}TORCH` (by `run.py`: `cpu` or `cuda`).",
     ]
     return "\n".join(lines) + "\n"
 

@@ -222,7 +222,9 @@ def _vae_in_ldm(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         for part, short in (("to_q", "q"), ("to_k", "k"), ("to_v", "v"), ("to_out.0", "proj_out")):
             new = new.replace(f".{part}.", f".{short}.")
         for level in range(4):
-            new = new.replace(f"down_blocks.{level}.", f"down.{level}.").replace(f"up_blocks.{level}.", f"up.{3 - level}.")
+            new = new.replace(f"down_blocks.{level}.", f"down.{level}.").replace(
+                f"up_blocks.{level}.", f"up.{3 - level}."
+            )
         new = new.replace(".resnets.", ".block.").replace(".conv_shortcut.", ".nin_shortcut.")
         new = new.replace("downsamplers.0.", "downsample.").replace("upsamplers.0.", "upsample.")
         new = new.replace("conv_norm_out.", "norm_out.")

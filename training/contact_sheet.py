@@ -1,4 +1,5 @@
-"""Contact sheets of the shipped model from fixed seeds: every prompt of sheet_prompts.txt over a checkerboard and over black, and the README's strip."""
+"""Contact sheets of the shipped model from fixed seeds: every prompt of sheet_prompts.txt over a checkerboard and over black; the README's
+strip."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """The LayerDiffuse patch: low-rank changes of every weight that move the transparent UNet to opaque pictures, turned round.
 
-LayerDiffuse trains a LoRA that moves an opaque model to adjusted latents. Here the long training has the transparent side, where the quality
-is wanted; the LoRA learns the way to the plain latents of pictures on backgrounds. What is shipped is the same pair as ever: a base that
-paints opaque pictures (UNet + LoRA), and a patch that makes it transparent (minus the LoRA).
+LayerDiffuse trains a LoRA that moves an opaque model to adjusted latents. Here the long training has the transparent side, where
+the quality is wanted; the LoRA learns the way to the plain latents of pictures on backgrounds. What is shipped is the same pair as
+ever: a base that paints opaque pictures (UNet + LoRA), and a patch that makes it transparent (minus the LoRA).
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ import random
 import re
 import time
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -47,7 +48,7 @@ def make_tokenizer(texts: Sequence[str]) -> CLIPTokenizer:
     used = set(range(FIRST_MERGES))
     for word in {word for text in texts for word in re.findall(r"[a-z]+|\d", text.lower())}:
         parts = [*word[:-1], word[-1] + "</w>"]
-        while pairs := [(rank[pair], i) for i, pair in enumerate(zip(parts, parts[1:], strict=False)) if pair in rank]:
+        while pairs := [(rank[pair], i) for i, pair in enumerate(pairwise(parts)) if pair in rank]:
             best, at = min(pairs)
             used.add(best)
             parts[at : at + 2] = [parts[at] + parts[at + 1]]
@@ -212,7 +213,7 @@ def _distance(made: Tensor, wanted: Tensor) -> Tensor:
 def paraphrases() -> dict[str, str]:
     """Hand-written prompts that are no captions, and the concept's name that each means."""
     lines = [line.split("\t") for line in HAND_MADE.read_text(encoding="utf-8").splitlines() if "\t" in line]
-    return {prompt: name for prompt, name in lines}
+    return dict(lines)
 
 
 @torch.inference_mode()

@@ -84,7 +84,9 @@ async def _assemble(settings: Settings, engine: str, options: dict[str, Any]) ->
 
     def readiness() -> dict[str, Any]:
         engines = {each.name: "ready" if each.is_ready else str(each.problem or "starting") for each in supervisors}
-        return {"ready": any(each.is_ready for each in supervisors), "engines": engines}
+        model, problem = _default_model(settings)
+        ready = model is not None and any(each.is_ready for each in supervisors)
+        return {"ready": ready, "engines": engines, "model": model, **({"problem": problem} if problem else {})}
 
     service = Service(
         dispatcher=dispatcher,
@@ -126,12 +128,18 @@ def _greet(settings: Settings) -> None:
         settings.public_url
         or f"http://{'localhost' if settings.host in ('0.0.0.0', '::') else settings.host}:{settings.port}"
     )
-    try:
-        model = catalog.resolve_model(settings.default_model, catalog.find_models(settings.models_dir)).title
-    except AlphalayerError as error:
-        model = None
-        log.warning("no_model", error=str(error))
+    model, problem = _default_model(settings)
+    if problem:
+        log.warning("no_model", error=problem)
     log.info("serving", docs=f"{base}/docs", health=f"{base}/sdapi/v1/sd-models", ready=f"{base}/readyz", model=model)
+
+
+def _default_model(settings: Settings) -> tuple[str | None, str | None]:
+    """The title of the model that a plain request is drawn with, or None and the reason."""
+    try:
+        return catalog.resolve_model(settings.default_model, catalog.find_models(settings.models_dir)).title, None
+    except AlphalayerError as error:
+        return None, str(error)
 
 
 class BodyLimit:

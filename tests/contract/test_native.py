@@ -12,9 +12,9 @@ import httpx
 import numpy as np
 import pytest
 from PIL import Image
+from tests.serving import served, wait_until
 
 from alphalayer.engine.fake import draw_disc
-from tests.serving import served, wait_until
 
 
 @pytest.fixture(scope="module")

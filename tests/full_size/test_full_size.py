@@ -1,4 +1,4 @@
-"""A full-size checkpoint (random numbers, 6.9 GB, float16) with full-size LayerDiffuse files loads offline and draws, on two cores and 24 GiB.
+"""A full-size checkpoint (random numbers, 6.9 GB, float16) with full-size LayerDiffuse files loads offline and draws on two cores, 24 GiB.
 
 Not part of the default run: `python3 run.py test -m full_size -s` (needs 8 GB of disk for a while, some minutes, and 16 GiB of memory).
 """

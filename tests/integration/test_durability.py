@@ -88,7 +88,10 @@ def test_a_killed_service_goes_on_where_it_was(tmp_path):
     port = free_port()
     service = start_service(tmp_path, port, 0.05)
     url = f"http://127.0.0.1:{port}"
-    with httpx.Client(base_url=url, trust_env=False, timeout=20) as client, concurrent.futures.ThreadPoolExecutor(6) as pool:
+    with (
+        httpx.Client(base_url=url, trust_env=False, timeout=20) as client,
+        concurrent.futures.ThreadPoolExecutor(6) as pool,
+    ):
         wait_until(lambda: _ping(client), 30)
         sent = [pool.submit(client.post, "/alpha/v1/txt2img", json={**BODY, "seed": i}) for i in range(6)]
         time.sleep(0.8)

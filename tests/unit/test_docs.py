@@ -12,7 +12,8 @@ DOCS = Path(__file__).parents[2] / "docs"
 
 def _generator():
     spec = importlib.util.spec_from_file_location("generate_docs", DOCS / "generate.py")
-    assert spec and spec.loader
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

@@ -40,7 +40,7 @@ from alphalayer.engine.samplers import SAMPLERS, Noise, brownian_intervals, samp
 from alphalayer.engine.schedules import sigmas_for
 from alphalayer.engine.text import PromptPlan, TextEncoders, plan_negative, plan_prompt
 from alphalayer.engine.transparency import decode_transparent, decoder_inputs, to_uint8
-from alphalayer.errors import Cancelled, OutOfMemory
+from alphalayer.errors import Cancelled, ModelNotFound, OutOfMemory
 from alphalayer.request import GenerationRequest
 
 SIZE_MULTIPLE = 64
@@ -158,6 +158,13 @@ class LocalEngine:
                 raise
         free_memory(self.device)
         raise self._out_of_memory(request, mode)
+
+    @property
+    def held_model(self) -> LoadedModel:
+        """The model in memory. Raises `ModelNotFound` before the first picture."""
+        if self._model is None:
+            raise ModelNotFound("no model is loaded yet.")
+        return self._model
 
     @torch.inference_mode()
     def _draw(self, request: GenerationRequest, mode: MemoryMode, watcher: Watcher) -> GenerationResult:

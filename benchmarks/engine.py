@@ -1,0 +1,183 @@
+"""What a picture costs, stage by stage: `python benchmarks/engine.py [--model NAME | --random-sdxl FOLDER] [--steps …] [--batch 1 2 4 8]`.
+
+For every batch size: seconds of each stage, pictures a second and peak memory; for the UNet also the share of the machine's limit, which is
+the rate of a large matrix product in the same number format, measured in the same run. The last line is JSON.
+
+`--random-sdxl FOLDER` draws with a full-size checkpoint of random numbers, written there first (7.9 GB) if it is not there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import resource
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from alphalayer import images
+from alphalayer.engine.pipeline import LocalEngine
+from alphalayer.request import GenerationRequest
+
+WARM_RUNS = 3
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Multiply-adds (as two operations) a second of a large matrix product: the limit that the UNet is held against."""
+    side = 8192 if device.type == "cuda" else 2048
+    a = torch.randn(side, side, device=device, dtype=dtype)
+    seconds: list[float] = []
+    for _ in range(5):
+        _wait(device)
+        start = time.perf_counter()
+        a @ a
+        _wait(device)
+        seconds.append(time.perf_counter() - start)
+    return 2 * side**3 / min(seconds)
+
+
+def unet_rows(engine: LocalEngine, width: int, height: int, rows: int) -> dict[str, float]:
+    """Milliseconds and operations of one UNet call with so many rows."""
+    model = engine.held_model
+    unet = model.unet.to(engine.device)
+    dtype = next(unet.parameters()).dtype
+    cell, device = model.scale_factor, engine.device
+    latent = torch.randn(rows, model.latent_channels, height // cell, width // cell, device=device, dtype=dtype)
+    context = torch.randn(rows, 77, unet.config["cross_attention_dim"], device=device, dtype=dtype)
+    pooled_width = unet.config["projection_class_embeddings_input_dim"] - 6 * unet.config["addition_time_embed_dim"]
+    pooled = torch.randn(rows, pooled_width, device=device, dtype=dtype)
+    sizes = torch.tensor([[height, width, 0, 0, height, width]] * rows, device=device, dtype=torch.float32)
+    added = {"text_embeds": pooled, "time_ids": sizes}
+    step = torch.full((rows,), 500.0, device=device)
+
+    def call() -> None:
+        unet(latent, step, encoder_hidden_states=context, added_cond_kwargs=added)
+
+    with torch.inference_mode():
+        with FlopCounterMode(display=False) as counter:
+            call()
+        seconds: list[float] = []
+        for _ in range(WARM_RUNS + 1):
+            _wait(device)
+            start = time.perf_counter()
+            call()
+            _wait(device)
+            seconds.append(time.perf_counter() - start)
+    return {"ms": round(min(seconds) * 1000, 2), "gigaoperations": round(counter.get_total_flops() / 1e9, 2)}
+
+
+def draw(engine: LocalEngine, request: GenerationRequest) -> dict[str, Any]:
+    """Warm figures of one request: median seconds of each stage, PNG included, pictures a second, peak memory."""
+    runs: list[dict[str, float]] = []
+    wall: list[float] = []
+    if engine.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(engine.device)
+    for _ in range(WARM_RUNS):
+        start = time.perf_counter()
+        result = engine.generate(request)
+        drawn = time.perf_counter()
+        for image in result.images:
+            images.encode(image.rgba, "png", image.parameters)
+        runs.append({**result.seconds, "png": time.perf_counter() - drawn})
+        wall.append(time.perf_counter() - start)
+    stages = {name: round(statistics.median(run[name] for run in runs), 4) for name in runs[0]}
+    return {
+        "seconds": stages,
+        "total_s": round(statistics.median(wall), 3),
+        "pictures_a_second": round(request.batch_size / statistics.median(wall), 4),
+        "peak_gib": round(_peak_bytes(engine.device) / 2**30, 2),
+    }
+
+
+def _peak_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _models_dir(options: argparse.Namespace) -> Path:
+    if options.random_sdxl is None:
+        return options.models_dir
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+    from tests.full_size.full_size_models import write_models
+
+    if not (options.random_sdxl / "layer_model").is_dir():
+        write_models(options.random_sdxl)
+    return options.random_sdxl
+
+
+def main() -> None:
+    """Measure and report."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model")
+    parser.add_argument("--models-dir", type=Path, default=Path("models"))
+    parser.add_argument("--random-sdxl", type=Path, metavar="FOLDER")
+    parser.add_argument("--prompt", default="an apple, high quality")
+    parser.add_argument("--width", type=int)
+    parser.add_argument("--height", type=int)
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 2, 4, 8])
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--memory", default="auto")
+    parser.add_argument("--compile", action="store_true", help="compile the UNet")
+    options = parser.parse_args()
+    engine = LocalEngine(
+        _models_dir(options),
+        device=options.device,
+        dtype=options.dtype,
+        memory=options.memory,
+        compile_unet=options.compile,
+    )
+    request = GenerationRequest(
+        prompt=options.prompt, model=options.model, width=options.width, height=options.height, steps=options.steps
+    )
+    start = time.perf_counter()
+    first = engine.generate(request)
+    cold_s, drawn = time.perf_counter() - start, first.request
+    limit = matmul_rate(engine.device, engine.precision.unet)
+    report: dict[str, Any] = {
+        "machine": torch.cuda.get_device_name()
+        if engine.device.type == "cuda"
+        else platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "dtype": str(engine.precision.unet).removeprefix("torch."),
+        "compiled": options.compile,
+        "memory_mode": engine.mode.name,
+        "model": first.model_name,
+        "size": [drawn.width, drawn.height],
+        "steps": drawn.steps,
+        "load_s": round(first.seconds["load"], 2),
+        "first_picture_s": round(cold_s, 2),
+        "matmul_teraoperations_a_second": round(limit / 1e12, 3),
+        "batches": {},
+    }
+    for batch in options.batch:
+        got = draw(engine, request.model_copy(update={"batch_size": batch}))
+        row = unet_rows(engine, drawn.width or 0, drawn.height or 0, 2 * batch)
+        got["unet_call"] = {**row, "share_of_limit": round(row["gigaoperations"] * 1e12 / row["ms"] / limit, 3)}
+        report["batches"][batch] = got
+        stages = "  ".join(f"{name} {seconds:.3f}" for name, seconds in got["seconds"].items())
+        print(
+            f"batch {batch}: {got['total_s']:.2f} s  {got['pictures_a_second']:.3f} pictures/s  {got['peak_gib']} GiB  [{stages}]"
+        )
+        print(
+            f"    one UNet call of {2 * batch} rows: {row['ms']} ms, {got['unet_call']['share_of_limit']:.0%} of the limit"
+        )
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,61 @@
+"""On a CUDA GPU: the same pictures as on the CPU, in every memory mode, and memory given back. `python3 run.py test -m gpu`."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from alphalayer.engine.devices import MEMORY_MODES
+from alphalayer.engine.noise import philox_normal
+from alphalayer.engine.pipeline import LocalEngine
+from alphalayer.request import SAMPLERS, GenerationRequest
+from tests import tiny_models
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
+
+
+@pytest.fixture(scope="module")
+def models_dir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    tiny_models.make_diffusers_folder(folder / "Stable-diffusion" / "tiny")
+    return folder
+
+
+def draw(models_dir, device, **fields):
+    memory, dtype = fields.pop("memory", "high"), fields.pop("dtype", "fp32")
+    engine = LocalEngine(models_dir, device=device, dtype=dtype, memory=memory)
+    return engine.generate(GenerationRequest(prompt="an apple", width=128, height=128, steps=4, **fields)).images[0].rgba
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_the_same_picture_as_on_the_cpu(models_dir, sampler):
+    on_cpu = draw(models_dir, "cpu", sampler=sampler).astype(int)
+    on_gpu = draw(models_dir, "cuda", sampler=sampler).astype(int)
+    # float32 sums in another order, truncated to 8 bits: neighbours at most, but for the odd pixel of a chaotic tiny model
+    assert np.mean(np.abs(on_cpu - on_gpu) > 1) < 0.001
+
+
+@pytest.mark.parametrize("memory", MEMORY_MODES)
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+def test_every_memory_mode_draws_the_same(models_dir, memory, dtype):
+    high, other = draw(models_dir, "cuda", dtype=dtype), draw(models_dir, "cuda", dtype=dtype, memory=memory)
+    assert np.mean(np.abs(high.astype(int) - other.astype(int)) > 8) < 0.02
+
+
+def test_the_generator_of_torch_equals_ours():
+    """Philox in torch operations against cuRAND's in PyTorch's CUDA kernels, over more elements than one grid has threads."""
+    for count in (1000, 65536, 1 << 20):
+        theirs = torch.randn(count, generator=torch.Generator("cuda").manual_seed(12345), device="cuda")
+        ours = philox_normal(12345, 0, count)
+        assert (theirs.cpu() - ours).abs().max() < 1e-5, count
+
+
+def test_memory_is_given_back(models_dir):
+    draw(models_dir, "cuda", memory="low")
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    for _ in range(3):
+        draw(models_dir, "cuda", memory="low")
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_allocated() <= before + 2**20
