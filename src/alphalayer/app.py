@@ -17,7 +17,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from alphalayer import __version__, catalog
-from alphalayer.api import a1111, native, ops, problems
+from alphalayer.api import a1111, jobs, native, ops, problems
 from alphalayer.api.deps import Service, credential_digests, require_user
 from alphalayer.api.proxies import ForwardedHeaders
 from alphalayer.config import Settings
@@ -62,6 +62,7 @@ def create_app(settings: Settings, *, engine: str = ENGINE, engine_options: dict
     app = FastAPI(title="Alphalayer", version=__version__, description=DESCRIPTION, lifespan=lifespan)
     app.include_router(ops.router)
     app.include_router(native.router)
+    app.include_router(jobs.router)
     app.include_router(a1111.router, dependencies=[Depends(require_user)])
     problems.install(app)
     app.add_middleware(BodyLimit, limit=settings.max_request_bytes)

@@ -12,6 +12,7 @@
     ├── Cancelled              somebody asked for it
     ├── QueueFull              no room; come back later
     ├── FileMissing            no picture of that name
+    ├── JobMissing             no job of that id
     ├── StorageFailed          disk full, folder read-only
     ├── EngineFailed           the engine process died or raised something unforeseen
     └── SetupFailed            the service cannot start as configured
@@ -119,6 +120,12 @@ class FileMissing(AlphalayerError):
     """No stored picture has that name."""
 
     code = "file_not_found"
+
+
+class JobMissing(AlphalayerError):
+    """No job has that id, or it is somebody else's."""
+
+    code = "job_not_found"
 
 
 class StorageFailed(AlphalayerError):

@@ -227,4 +227,5 @@ def test_it_is_not_ready_when_the_engine_cannot_start(tmp_path):
         assert client.get("/livez").status_code == 200
         assert client.get("/readyz").status_code == 503
         assert client.get("/ping").status_code == 204
+        wait_until(lambda: "ended with exit code 1" in client.get("/readyz").json()["engines"]["cpu"])
         wait_until(lambda: client.get("/sdapi/v1/sd-models").status_code == 200)

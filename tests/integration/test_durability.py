@@ -50,7 +50,7 @@ def test_a_job_outlives_its_engine_process(tmp_path):
         names = {answer.json()["filename"] for answer in answers}
         assert {path.name for path in (tmp_path / "outputs").iterdir()} == names
         assert engine_pid(client) != first
-        assert client.get("/readyz").status_code == 200
+        assert client.get("/ping").status_code == 200
 
 
 def test_a_job_that_kills_its_engine_is_failed_and_the_next_one_drawn(tmp_path):

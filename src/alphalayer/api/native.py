@@ -151,20 +151,24 @@ async def file(filename: str, service: ServiceDep) -> StreamingResponse:
     return StreamingResponse(found.chunks, media_type=mime, headers=headers)
 
 
-async def _answer(job: Job, request: Request, service: Service, *, with_data: bool) -> Txt2ImgResponse:
-    result = job.result
-    assert result is not None, job.id
-    pictures = [
+def image_answers(job: Job, request: Request) -> list[ImageAnswer]:
+    """The pictures of a job with their URLs; none before it is done."""
+    return [
         ImageAnswer(
             url=file_url(request, image.key),
             filename=image.key,
             seed=image.seed,
             width=image.width,
             height=image.height,
-            base64=await _base64(service, image.key) if with_data else None,
         )
-        for image in result.images
+        for image in (job.result.images if job.result else ())
     ]
+
+
+async def _answer(job: Job, request: Request, service: Service, *, with_data: bool) -> Txt2ImgResponse:
+    pictures = image_answers(job, request)
+    if with_data:
+        pictures = [each.model_copy(update={"base64": await _base64(service, each.filename)}) for each in pictures]
     first = pictures[0]
     return Txt2ImgResponse(
         url=first.url,

@@ -60,6 +60,19 @@ class Problem(BaseModel):
     hint: str = ""
     field: str | None = None
 
+    @classmethod
+    def of(cls, error: AlphalayerError) -> Problem:
+        """The problem that an error is."""
+        status = STATUSES.get(error.code, 500)
+        return cls(
+            title=TITLES[status],
+            status=status,
+            detail=f"{error.field}: {error.message}" if error.field else error.message,
+            code=error.code,
+            hint=error.hint,
+            field=error.field,
+        )
+
 
 PROBLEMS: dict[int | str, dict[str, Any]] = {
     status: {"model": Problem, "description": TITLES[status]} for status in (401, 404, 413, 422, 429, 500, 503, 507)
@@ -75,16 +88,8 @@ class ProblemResponse(JSONResponse):
 
 def problem_response(error: AlphalayerError, headers: dict[str, str] | None = None) -> ProblemResponse:
     """The answer that an error becomes."""
-    status = STATUSES.get(error.code, 500)
-    problem = Problem(
-        title=TITLES[status],
-        status=status,
-        detail=f"{error.field}: {error.message}" if error.field else error.message,
-        code=error.code,
-        hint=error.hint,
-        field=error.field,
-    )
-    return ProblemResponse(problem.model_dump(), status, headers)
+    problem = Problem.of(error)
+    return ProblemResponse(problem.model_dump(), problem.status, headers)
 
 
 def http_problem(error: HTTPException) -> ProblemResponse:

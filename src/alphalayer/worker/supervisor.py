@@ -13,7 +13,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from alphalayer.errors import AlphalayerError
+from alphalayer.errors import AlphalayerError, EngineFailed
 from alphalayer.job import JobProgress, JobResult
 from alphalayer.jobs import Dispatcher
 from alphalayer.telemetry import log
@@ -63,6 +63,7 @@ class Supervisor:
         """Start the process, feed it, and start it again, until cancelled."""
         while not self._draining:
             reason = await self._live()
+            self.problem = self.problem or EngineFailed(f"{reason}.", hint="The service's log has the details.")
             for job_id in list(self._jobs):
                 await self._settle(job_id)
                 await self._dispatcher.released(job_id, reason)

@@ -1,0 +1,149 @@
+"""Jobs of one's own, `/alpha/v1/jobs`: submit, look, list, cancel, and follow as server-sent events."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Header, Query, Request, Response
+from fastapi.sse import EventSourceResponse, ServerSentEvent
+from pydantic import BaseModel, Field
+
+from alphalayer.api.deps import Service, ServiceDep, User, file_url
+from alphalayer.api.native import GenerationFields, ImageAnswer, image_answers
+from alphalayer.api.problems import PROBLEMS, Problem
+from alphalayer.errors import AlphalayerError, JobMissing
+from alphalayer.job import JobState
+from alphalayer.jobs import JobView
+
+router = APIRouter(prefix="/alpha/v1/jobs", tags=["Jobs"], responses=PROBLEMS)
+
+IdempotencyKey = Annotated[
+    str | None,
+    Header(max_length=200, description="The same key gives the same job again, whatever became of the first answer."),
+]
+
+
+class JobRequest(GenerationFields):
+    """The body of `POST /alpha/v1/jobs`: the fields of txt2img, and what is wanted while it runs."""
+
+    previews: Annotated[bool, Field(description="Draw a small preview at every step.")] = False
+
+
+class JobAnswer(BaseModel):
+    """How a job stands."""
+
+    id: str
+    state: JobState
+    position: Annotated[int, Field(description="Place in the queue; 1 is next, 0 is not in it.")]
+    stage: str
+    step: int
+    steps: int
+    eta_s: Annotated[float | None, Field(description="Seconds left, where that can be said.")] = None
+    preview_url: str | None = None
+    created_at: float
+    started_at: float | None = None
+    finished_at: float | None = None
+    images: list[ImageAnswer] = []
+    error: Problem | None = None
+    url: Annotated[str, Field(description="Ask here how it stands.")]
+    events_url: Annotated[str, Field(description="Follow it here.")]
+
+
+class JobList(BaseModel):
+    """Jobs, newest first. `next_before` is the `before` of the next page."""
+
+    jobs: list[JobAnswer]
+    next_before: float | None = None
+
+
+@router.post("", status_code=202, summary="Submit a job")
+async def submit(
+    body: JobRequest,
+    request: Request,
+    response: Response,
+    service: ServiceDep,
+    user: User,
+    idempotency_key: IdempotencyKey = None,
+) -> JobAnswer:
+    """Answers at once. The job is kept whatever happens to the client or the service."""
+    spec = body.to_spec(service).model_copy(update={"previews": body.previews})
+    job = await service.dispatcher.submit(spec, owner=user, idempotency_key=idempotency_key)
+    answer = _answer(await _view(service, job.id, user), request)
+    response.headers["Location"] = answer.url
+    return answer
+
+
+@router.get("/{job_id}", summary="How a job stands")
+async def show(job_id: str, request: Request, service: ServiceDep, user: User) -> JobAnswer:
+    """Position, step, time left, and in the end the pictures or the error."""
+    return _answer(await _view(service, job_id, user), request)
+
+
+@router.get("", summary="List jobs")
+async def listing(
+    request: Request,
+    service: ServiceDep,
+    user: User,
+    state: JobState | None = None,
+    limit: Annotated[int, Query(ge=1, le=200)] = 50,
+    before: Annotated[
+        float | None, Query(description="Only jobs created before this time.", allow_inf_nan=False)
+    ] = None,
+) -> JobList:
+    """One's own jobs, newest first."""
+    views = await service.dispatcher.list(owner=user, state=state, limit=limit, before=before)
+    more = views[-1].job.created_at if len(views) == limit else None
+    return JobList(jobs=[_answer(view, request) for view in views], next_before=more)
+
+
+@router.delete("/{job_id}", summary="Cancel a job")
+async def cancel(job_id: str, request: Request, service: ServiceDep, user: User) -> JobAnswer:
+    """Stops this job and no other, within a step if it runs. One that is over stays as it is."""
+    await _view(service, job_id, user)
+    await service.dispatcher.cancel(job_id)
+    return _answer(await _view(service, job_id, user), request)
+
+
+@router.get("/{job_id}/events", summary="Follow a job", response_class=EventSourceResponse)
+async def events(job_id: str, request: Request, service: ServiceDep, user: User) -> AsyncIterator[ServerSentEvent]:
+    """An event at every change, named after the state; the last one is `done`, `failed` or `cancelled`."""
+    await _view(service, job_id, user)
+    async for view in service.dispatcher.watch(job_id):
+        answer = _answer(view, request)
+        yield ServerSentEvent(data=answer.model_dump(mode="json"), event=view.job.state.value)
+
+
+async def _view(service: Service, job_id: str, user: str) -> JobView:
+    """The job, if it is the user's. Raises `JobMissing`."""
+    view = await service.dispatcher.view(job_id)
+    if view is None or view.job.owner != user:
+        raise JobMissing(f'there is no job "{job_id[:100]}".', hint="Use the id as it was given.")
+    return view
+
+
+def _answer(view: JobView, request: Request) -> JobAnswer:
+    job, progress = view.job, view.progress
+    url = str(request.url_for("show", job_id=job.id))
+    stage: Literal["waiting"] | str = "waiting" if view.position else progress.stage
+    return JobAnswer(
+        id=job.id,
+        state=job.state,
+        position=view.position,
+        stage=job.state.value if job.state.is_final else stage,
+        step=progress.step,
+        steps=progress.steps,
+        eta_s=view.eta_s,
+        preview_url=file_url(request, progress.preview) if progress.preview and not job.state.is_final else None,
+        created_at=job.created_at,
+        started_at=job.started_at,
+        finished_at=job.finished_at,
+        images=image_answers(job, request),
+        error=_problem(job.error),
+        url=url,
+        events_url=f"{url}/events",
+    )
+
+
+def _problem(error: dict[str, Any] | None) -> Problem | None:
+    return Problem.of(AlphalayerError.from_dict(error)) if error else None

@@ -1,0 +1,124 @@
+"""Jobs over real HTTP: submit, look, list, cancel, follow."""
+
+from __future__ import annotations
+
+import json
+import time
+
+import httpx
+import pytest
+from tests.serving import served, wait_until
+
+BODY = {"prompt": "an apple", "steps": 10, "width": 64, "height": 64}
+
+
+@pytest.fixture(scope="module")
+def client(tmp_path_factory):
+    with served(tmp_path_factory.mktemp("service"), engine_options={"step_s": 0.05}) as client:
+        yield client
+
+
+def submit(client: httpx.Client, headers=None, **fields) -> dict:
+    answer = client.post("/alpha/v1/jobs", json={**BODY, **fields}, headers=headers)
+    assert answer.status_code == 202, answer.text
+    assert answer.headers["location"] == answer.json()["url"]
+    return answer.json()
+
+
+def finished(client: httpx.Client, job: dict, state: str = "done") -> dict:
+    wait_until(lambda: client.get(job["url"]).json()["state"] == state, 30)
+    return client.get(job["url"]).json()
+
+
+def test_a_job_comes_to_its_pictures(client):
+    job = submit(client, batch_size=2)
+    assert job["state"] in ("queued", "running")
+    done = finished(client, job)
+    assert [image["seed"] for image in done["images"]] == [12345, 12346]
+    assert client.get(done["images"][1]["url"]).status_code == 200
+    assert done["error"] is None
+    assert done["created_at"] <= done["started_at"] <= done["finished_at"]
+
+
+def test_positions_and_a_cancel_that_touches_one_job_only(client):
+    jobs = [submit(client, steps=20, seed=i) for i in range(6)]
+    waiting = client.get(jobs[5]["url"]).json()
+    assert waiting["position"] >= 2
+    assert waiting["eta_s"] > 0
+    assert client.delete(jobs[4]["url"]).json()["state"] == "cancelled"
+    assert client.delete(jobs[0]["url"]).status_code == 200
+    states = [
+        finished(client, job, state)
+        for job, state in zip(jobs, ["cancelled", *["done"] * 3, "cancelled", "done"], strict=True)
+    ]
+    assert [len(each["images"]) for each in states] == [0, 1, 1, 1, 0, 1]
+    assert client.delete(jobs[1]["url"]).json()["state"] == "done"
+
+
+def test_a_running_job_stops_within_a_step(client):
+    job = submit(client, steps=150)
+    wait_until(lambda: client.get(job["url"]).json()["step"] > 0)
+    client.delete(job["url"])
+    start = time.monotonic()
+    finished(client, job, "cancelled")
+    assert time.monotonic() - start < 2
+
+
+def test_events_tell_every_step_and_end(client):
+    job = submit(client, previews=True)
+    seen: list[tuple[str, dict]] = []
+    with client.stream("GET", job["events_url"]) as stream:
+        assert stream.headers["content-type"].startswith("text/event-stream")
+        kind = ""
+        for line in stream.iter_lines():
+            if line.startswith("event:"):
+                kind = line[6:].strip()
+            elif line.startswith("data:"):
+                seen.append((kind, json.loads(line[5:])))
+    assert seen[-1][0] == "done"
+    assert seen[-1][1]["images"]
+    steps = [each["step"] for _, each in seen if each["stage"] == "sample"]
+    assert steps == sorted(steps)
+    assert len(set(steps)) > 3
+    assert any(each["preview_url"] for _, each in seen)
+
+
+def test_the_same_key_gives_the_same_job(client):
+    first = submit(client, headers={"Idempotency-Key": "order-17"})
+    second = submit(client, headers={"Idempotency-Key": "order-17"}, seed=99)
+    assert first["id"] == second["id"]
+    assert submit(client)["id"] != first["id"]
+    finished(client, first)
+
+
+def test_lists_are_filtered_and_paged(tmp_path):
+    with served(tmp_path) as client:
+        jobs = [submit(client, seed=i, steps=1) for i in range(5)]
+        for job in jobs:
+            finished(client, job)
+        page = client.get("/alpha/v1/jobs", params={"limit": 3}).json()
+        assert [job["id"] for job in page["jobs"]] == [job["id"] for job in jobs[:1:-1]]
+        rest = client.get("/alpha/v1/jobs", params={"limit": 3, "before": page["next_before"]}).json()
+        assert [job["id"] for job in rest["jobs"]] == [jobs[1]["id"], jobs[0]["id"]]
+        assert client.get("/alpha/v1/jobs", params={"state": "failed"}).json()["jobs"] == []
+        assert client.get("/alpha/v1/jobs", params={"state": "lost"}).status_code == 422
+
+
+def test_a_job_is_its_owners(tmp_path):
+    with served(tmp_path, api_auth="ann:a,bob:b") as client:
+        job = client.post("/alpha/v1/jobs", json=BODY, auth=("ann", "a")).json()
+        assert client.get(job["url"], auth=("ann", "a")).status_code == 200
+        for method in ("GET", "DELETE"):
+            answer = client.request(method, job["url"], auth=("bob", "b"))
+            assert answer.status_code == 404
+            assert answer.json()["code"] == "job_not_found"
+        assert client.get("/alpha/v1/jobs", auth=("bob", "b")).json()["jobs"] == []
+        assert client.get(job["url"]).status_code == 401
+
+
+def test_what_went_wrong_is_in_the_job(tmp_path):
+    with served(tmp_path, engine="alphalayer.engine.pipeline:create_engine") as client:
+        job = submit(client, checkpoint="juggernaut")
+        failed = finished(client, job, "failed")
+        assert failed["error"]["code"] == "model_not_found"
+        assert "juggernaut" in failed["error"]["detail"]
