@@ -6,6 +6,7 @@ import os
 import secrets
 import shlex
 import sys
+import tempfile
 import time
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -211,21 +212,36 @@ def run_server(settings: Settings) -> None:
 
 
 def _targets(output: Path | None, kind: ImageFormat, count: int, settings: Settings) -> list[Path]:
-    """Where each picture of a batch goes: the named file (numbered from the second on), else a fresh name."""
+    """Where each picture of a batch goes: the named file (numbered from the second on), else a fresh name.
+
+    Checked before anything is drawn: that the ending is a format with alpha, and that the folder can be written to.
+    """
     if output and output.suffix:
-        return [output if i == 0 else output.with_stem(f"{output.stem}-{i + 1}") for i in range(count)]
-    folder = output or settings.outputs_dir
-    return [folder / f"alpha_{int(time.time())}_{secrets.token_hex(4)}.{kind}" for _ in range(count)]
+        images.check_format(output.suffix[1:])
+        targets = [output if i == 0 else output.with_stem(f"{output.stem}-{i + 1}") for i in range(count)]
+    else:
+        folder = output or settings.outputs_dir
+        targets = [folder / f"alpha_{int(time.time())}_{secrets.token_hex(4)}.{kind}" for _ in range(count)]
+    try:
+        targets[0].parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=targets[0].parent):
+            pass
+    except OSError as error:
+        raise _cannot_write(targets[0], error) from None
+    return targets
 
 
 def _write(target: Path, data: bytes) -> None:
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(data)
     except OSError as error:
-        raise StorageFailed(
-            f"cannot write {target}: {error.strerror}.", hint="Free some space or name another place with --output."
-        ) from None
+        raise _cannot_write(target, error) from None
+
+
+def _cannot_write(target: Path, error: OSError) -> StorageFailed:
+    return StorageFailed(
+        f"cannot write {target}: {error.strerror}.", hint="Free some space or name another place with --output."
+    )
 
 
 def _read(file: Path) -> bytes:
