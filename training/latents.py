@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+from multiprocessing import get_context
+from typing import Any
 
 import numpy as np
 import torch
@@ -81,56 +84,60 @@ def _array(rgba: torch.Tensor) -> np.ndarray:
 
 
 @torch.inference_mode()
-def encode(
-    model: LatentTransparency, batch: list[np.ndarray], generator: torch.Generator
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pictures → their adjusted latents, and the plain latents of the same pictures laid on backgrounds; float16."""
-    rgba = (
-        torch.from_numpy(np.stack(batch)).permute(0, 3, 1, 2).float().contiguous(memory_format=torch.channels_last)
-        / 255
-    )
+def encode(model: LatentTransparency, batch: list[np.ndarray]) -> torch.Tensor:
+    """Pictures → their adjusted latents, float16."""
+    with torch.autocast("cpu", torch.bfloat16):
+        return model.encode_transparent(_tensor(batch)).half()
+
+
+@torch.inference_mode()
+def encode_opaque(model: LatentTransparency, batch: list[np.ndarray], generator: torch.Generator) -> torch.Tensor:
+    """Pictures laid on light backgrounds → plain latents, float16."""
     backgrounds = pictures.random_background(len(batch), 256, 256, generator) * 0.5 + 0.5
     with torch.autocast("cpu", torch.bfloat16):
-        hidden = model.encode_transparent(rgba)
-        plain = (
-            model.encode_opaque(pictures.over(rgba, backgrounds)) if generator.initial_seed() % 4 == 0 else hidden[:0]
-        )
-    return hidden.half(), plain.half()
+        return model.encode_opaque(pictures.over(_tensor(batch), backgrounds)).half()
+
+
+def _tensor(batch: list[np.ndarray]) -> torch.Tensor:
+    return torch.from_numpy(np.stack(batch)).permute(0, 3, 1, 2).float().contiguous(memory_format=torch.channels_last) / 255
+
+
+def encode_set(name: str) -> dict[str, Any]:
+    """Everything of one set: adjusted latents, what they show, and the plain latents of every eighth batch."""
+    torch.set_num_threads(1)
+    seed = list(TRAINING_SETS).index(name)
+    rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+    model = load_trained().to(memory_format=torch.channels_last)
+    concepts = {concept.label: (i, concept) for i, concept in enumerate(read_concepts())}
+    images, labels = load(TRAINING_SETS)[name]
+    shown: list[tuple[np.ndarray, dict[str, Any]]] = []
+    for image, label in zip(images, labels, strict=True):
+        if label in concepts:
+            number, concept = concepts[label]
+            for rgba, color, look in variants(image, concept, rng):
+                shown.append((rgba, {"concept": number, "set": name, "color": color, "look": look}))
+    rng.shuffle(shown)
+    hidden: list[torch.Tensor] = []
+    plain: list[torch.Tensor] = []
+    for start in range(0, len(shown), BATCH):
+        batch = [rgba for rgba, _ in shown[start : start + BATCH]]
+        hidden.append(encode(model, batch))
+        if start % (8 * BATCH) == 0:
+            plain.append(encode_opaque(model, batch, generator))
+    subjects = [subject for _, subject in shown]
+    opaque = [subject for i, subject in enumerate(subjects) if i // BATCH % 8 == 0]
+    print(name, len(subjects), flush=True)
+    return {"hidden": torch.cat(hidden).numpy(), "plain": torch.cat(plain).numpy(), "subjects": subjects, "opaque": opaque}
 
 
 def main() -> None:
-    """Encode everything once."""
-    rng, model = random.Random(0), load_trained().to(memory_format=torch.channels_last)
-    concepts = {concept.label: (i, concept) for i, concept in enumerate(read_concepts())}
-    hidden: list[torch.Tensor] = []
-    plain: list[torch.Tensor] = []
-    subjects: list[dict[str, object]] = []
-    opaque_of: list[int] = []
-    batch: list[np.ndarray] = []
-
-    def flush(number: int) -> None:
-        one, two = encode(model, batch, torch.Generator().manual_seed(number))
-        opaque_of.extend(range(len(subjects) - len(batch), len(subjects)) if len(two) else ())
-        hidden.append(one)
-        plain.append(two)
-        batch.clear()
-
-    for name, (images, labels) in load(TRAINING_SETS).items():
-        for image, label in zip(images, labels, strict=True):
-            if label not in concepts:
-                continue
-            number, concept = concepts[label]
-            for rgba, color, look in variants(image, concept, rng):
-                batch.append(rgba)
-                subjects.append({"concept": number, "set": name, "color": color, "look": look})
-                if len(batch) == BATCH:
-                    flush(len(hidden))
-        print(name, len(subjects), flush=True)
-    if batch:
-        flush(0)
-    np.save(TRANSPARENT, torch.cat(hidden).numpy())
-    np.save(OPAQUE, torch.cat(plain).numpy())
-    SUBJECTS.write_text(json.dumps({"subjects": subjects, "opaque_of": opaque_of}))
+    """Encode everything once, a process for each core."""
+    with get_context("spawn").Pool(os.cpu_count()) as pool:
+        sets = pool.map(encode_set, TRAINING_SETS, chunksize=1)
+    np.save(TRANSPARENT, np.concatenate([each["hidden"] for each in sets]))
+    np.save(OPAQUE, np.concatenate([each["plain"] for each in sets]))
+    subjects = {kind: [subject for each in sets for subject in each[kind]] for kind in ("subjects", "opaque")}
+    SUBJECTS.write_text(json.dumps(subjects))
 
 
 if __name__ == "__main__":

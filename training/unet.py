@@ -71,10 +71,9 @@ class Samples:
         self._latents = torch.from_numpy(np.load(OPAQUE if opaque else TRANSPARENT))
         self.scale = scaling_factor()
         concepts = read_concepts()
-        chosen = listed["opaque_of"] if opaque else range(len(listed["subjects"]))
         self._subjects = [
             (Subject(concepts[each["concept"]], each["color"], tuple(each["look"])), each["set"])
-            for each in (listed["subjects"][i] for i in chosen)
+            for each in listed["opaque" if opaque else "subjects"]
         ]
         self._opaque = opaque
         self._rng = random.Random(seed)

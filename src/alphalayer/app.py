@@ -23,6 +23,7 @@ from alphalayer.api.proxies import ForwardedHeaders
 from alphalayer.config import Settings
 from alphalayer.errors import AlphalayerError
 from alphalayer.jobs.embedded import EmbeddedDispatcher
+from alphalayer.retention import Limits, keep_sweeping
 from alphalayer.storage.objects import open_storage
 from alphalayer.telemetry import log
 from alphalayer.worker.supervisor import EngineSpec, Supervisor
@@ -50,10 +51,15 @@ def create_app(settings: Settings, *, engine: str = ENGINE, engine_options: dict
         app.state.service = parts.service
         app.state.parts = parts
         running = [asyncio.create_task(supervisor.run()) for supervisor in parts.supervisors]
+        limits = Limits(settings.keep_pictures_days, settings.keep_pictures_bytes, settings.keep_jobs_days)
+        running.append(asyncio.create_task(keep_sweeping(parts.service.storage, parts.dispatcher, limits)))
         _greet(settings)
         try:
             yield
         finally:
+            # jobs at work get their time; what is not over by then stays in the journal and is run at the next start
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(asyncio.gather(*(each.drain() for each in parts.supervisors)), settings.drain_s)
             for task in running:
                 task.cancel()
             await asyncio.gather(*running, return_exceptions=True)

@@ -59,6 +59,11 @@ class Settings(BaseSettings):
     silence_limit_s: Annotated[
         float, Field(gt=0, description="Seconds of silence after which a working engine process is taken for hung.")
     ] = 900.0
+    keep_pictures_days: Annotated[float, Field(ge=0, description="Pictures older than this are removed; 0: never.")] = 0.0
+    keep_pictures_bytes: Annotated[
+        int, Field(ge=0, description="Above this size of all pictures the oldest are removed; 0: never.")
+    ] = 0
+    keep_jobs_days: Annotated[float, Field(ge=0, description="Jobs that were over so long are forgotten; 0: never.")] = 30.0
     drain_s: Annotated[
         int, Field(ge=0, description="Seconds that requests at work get to end when the service is stopped.")
     ] = 60

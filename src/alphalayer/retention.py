@@ -1,0 +1,70 @@
+"""Nothing grows without bound: old pictures and old jobs are removed, by age and by the size of all."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from alphalayer.errors import StorageFailed
+from alphalayer.jobs.embedded import EmbeddedDispatcher
+from alphalayer.storage import Storage
+from alphalayer.telemetry import log
+
+DAY_S = 86_400.0
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What may stay. 0 means without bound."""
+
+    pictures_days: float = 0.0
+    pictures_bytes: int = 0
+    jobs_days: float = 0.0
+
+
+def doomed(
+    files: Iterable[tuple[str, int, float]], limits: Limits, now: float, is_kept: Callable[[str], bool]
+) -> list[str]:
+    """The keys to remove of (key, bytes, time of writing): those too old, then the oldest until the rest fits; never those kept."""
+    free = sorted((modified, key, size) for key, size, modified in files if not is_kept(key))
+    total = sum(size for _, _, size in free)
+    gone: list[str] = []
+    for modified, key, size in free:
+        is_old = limits.pictures_days > 0 and now - modified > limits.pictures_days * DAY_S
+        if is_old or 0 < limits.pictures_bytes < total:
+            gone.append(key)
+            total -= size
+    return gone
+
+
+async def sweep(storage: Storage, dispatcher: EmbeddedDispatcher, limits: Limits) -> int:
+    """Remove what is over the limits; how many pictures went. Pictures of jobs that are not over stay."""
+    unfinished = {job_id[:10] for job_id in dispatcher.unfinished_ids}
+
+    def is_kept(key: str) -> bool:
+        return any(job_id in key for job_id in unfinished)
+
+    gone: list[str] = []
+    if limits.pictures_days or limits.pictures_bytes:
+        files = await asyncio.to_thread(storage.list)
+        gone = doomed(files, limits, time.time(), is_kept)
+        for key in gone:
+            await asyncio.to_thread(storage.delete, key)
+    jobs = await dispatcher.forget(time.time() - limits.jobs_days * DAY_S) if limits.jobs_days else 0
+    if gone or jobs:
+        log.info("swept", pictures=len(gone), jobs=jobs)
+    return len(gone)
+
+
+async def keep_sweeping(
+    storage: Storage, dispatcher: EmbeddedDispatcher, limits: Limits, every_s: float = 600.0
+) -> None:
+    """Sweep now and then until cancelled; what fails is tried again the next time."""
+    while True:
+        try:
+            await sweep(storage, dispatcher, limits)
+        except StorageFailed as error:
+            log.warning("sweep_failed", error=str(error))
+        await asyncio.sleep(every_s)

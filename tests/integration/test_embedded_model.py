@@ -1,0 +1,79 @@
+"""The embedded model, as shipped: it loads, draws what is asked with real transparency, and its patch is a real one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from alphalayer import catalog
+from alphalayer.engine.pipeline import LocalEngine
+from alphalayer.request import GenerationRequest, LayerDiffuse
+
+OFF = LayerDiffuse(enabled=False)
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory):
+    return LocalEngine(tmp_path_factory.mktemp("no-models"), device="cpu", dtype="fp32")
+
+
+def draw(engine: LocalEngine, prompt: str, **fields) -> np.ndarray:
+    return engine.generate(GenerationRequest(prompt=prompt, **fields)).images[0].rgba
+
+
+@pytest.fixture(scope="module")
+def apple(engine):
+    return draw(engine, "a red apple, high quality")
+
+
+def test_it_is_the_model_where_there_is_no_other(tmp_path):
+    entry = catalog.resolve_model(None, catalog.find_models(tmp_path))
+    assert entry.name == "alphalayer-mini"
+    files = [file for file in entry.path.rglob("*") if file.is_file()]
+    assert sum(file.stat().st_size for file in files) <= 40_000_000
+    assert {"README.md", "NOTICE"} <= {file.name for file in files}
+
+
+def test_a_red_apple_is_red_and_lies_on_nothing(apple):
+    assert apple.shape == (256, 256, 4)
+    alpha = apple[..., 3]
+    assert alpha[[0, 0, -1, -1], [0, -1, 0, -1]].max() == 0
+    assert alpha[96:160, 96:160].mean() > 200
+    red, green, blue = apple[alpha > 200][:, :3].mean(0)
+    assert red > 1.5 * green
+    assert red > 1.5 * blue
+
+
+def test_a_colour_word_changes_the_colour(engine):
+    blue = draw(engine, "a blue balloon")
+    red, _, much_blue = blue[blue[..., 3] > 200][:, :3].mean(0)
+    assert much_blue > red
+
+
+def test_other_seeds_and_prompts_give_other_pictures(engine, apple):
+    def apart(other):
+        return np.abs(apple.astype(float) - other).mean()
+
+    assert apart(draw(engine, "a red apple, high quality", seed=7)) > 0.5
+    assert apart(draw(engine, "a penguin")) > 10
+    assert apart(draw(engine, "a red apple, high quality")) == 0
+
+
+def test_without_its_patch_it_paints_opaque_pictures(engine, apple):
+    whole = draw(engine, "a red apple, high quality", layerdiffuse=OFF)
+    assert whole[..., 3].min() == 255
+    # the patch at no strength: the transparent decoder finds no transparency hidden in the latent of an opaque picture
+    unpatched = draw(engine, "a red apple, high quality", layerdiffuse=LayerDiffuse(weight=0.0))
+    assert (unpatched[..., 3] > 128).mean() > (apple[..., 3] > 128).mean() + 0.1
+
+
+def test_every_size_that_is_asked_for_comes_out(engine):
+    assert draw(engine, "a star", width=200, height=120, steps=2).shape == (120, 200, 4)
+
+
+def test_the_card_is_there():
+    text = (Path(catalog.EMBEDDED_MODEL) / "README.md").read_text(encoding="utf-8")
+    for word in ("Licence", "concepts", "What it cannot", "Transparency"):
+        assert word in text
