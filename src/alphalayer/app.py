@@ -18,14 +18,16 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from alphalayer import __version__, catalog
 from alphalayer.api import a1111, jobs, native, ops, problems
-from alphalayer.api.deps import Service, credential_digests, require_user
+from alphalayer.api.auth import Gate
+from alphalayer.api.deps import Service, require_user
 from alphalayer.api.proxies import ForwardedHeaders
 from alphalayer.config import Settings
 from alphalayer.errors import AlphalayerError
 from alphalayer.jobs.embedded import EmbeddedDispatcher
+from alphalayer.keys import basic_keys, read_keys
 from alphalayer.retention import Limits, keep_sweeping
 from alphalayer.storage.objects import open_storage
-from alphalayer.telemetry import log
+from alphalayer.telemetry import Metrics, log
 from alphalayer.worker.supervisor import EngineSpec, Supervisor
 
 ENGINE = "alphalayer.engine.pipeline:create_engine"
@@ -82,12 +84,16 @@ def create_app(settings: Settings, *, engine: str = ENGINE, engine_options: dict
 async def _assemble(settings: Settings, engine: str, options: dict[str, Any]) -> Parts:
     place = str(settings.outputs_dir)
     storage = open_storage(place)
-    dispatcher = await EmbeddedDispatcher.open(settings.data_dir / "jobs.sqlite", settings.queue_limit)
+    keys = read_keys(settings.keys_file) + basic_keys(settings.api_auth.get_secret_value() if settings.api_auth else "")
+    shares = {key.name: key.queue_share for key in keys}
+    dispatcher = await EmbeddedDispatcher.open(settings.data_dir / "jobs.sqlite", settings.queue_limit, shares)
+    metrics = Metrics()
+    metrics.queue_length.set_function(lambda: dispatcher.queue_length)
+    metrics.queue_age.set_function(lambda: dispatcher.oldest_waiting_s)
     supervisors = [
-        Supervisor(name, EngineSpec(engine, options, place, environment, settings.silence_limit_s), dispatcher)
+        Supervisor(name, EngineSpec(engine, options, place, environment, settings.silence_limit_s), dispatcher, metrics)
         for name, environment in engine_environments(settings.device).items()
     ]
-    credentials = credential_digests(settings.api_auth.get_secret_value()) if settings.api_auth else []
 
     def readiness() -> dict[str, Any]:
         engines = {each.name: "ready" if each.is_ready else str(each.problem or "starting") for each in supervisors}
@@ -103,10 +109,11 @@ async def _assemble(settings: Settings, engine: str, options: dict[str, Any]) ->
         is_ready=lambda: any(each.is_ready for each in supervisors),
         readiness=readiness,
         retry_after_s=lambda: dispatcher.retry_after_s,
+        metrics=metrics,
+        gate=Gate(keys),
         noise=settings.noise,
         decode=settings.decode,
         public_url=settings.public_url,
-        credentials=credentials,
     )
     return Parts(service, dispatcher, supervisors)
 

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from alphalayer import __version__, catalog, hub, images, oldflags
+from alphalayer import __version__, catalog, hub, images, keys, oldflags
 from alphalayer.config import Settings, load_settings
 from alphalayer.doctor import check_port, diagnose
 from alphalayer.engine import Progress as EngineProgress
@@ -34,6 +34,8 @@ app = typer.Typer(
 )
 models_app = typer.Typer(help="The models in the models folder.", no_args_is_help=True)
 app.add_typer(models_app, name="models")
+keys_app = typer.Typer(help="The API keys of the service.", no_args_is_help=True)
+app.add_typer(keys_app, name="keys")
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
 
@@ -164,6 +166,31 @@ def models_verify(models_dir: ModelsDir = None) -> None:
     if not found:
         out.print("no model files; get some with: alphalayer models pull")
     raise typer.Exit(not all(each.is_well for each in found))
+
+
+@keys_app.command("add")
+def keys_add(
+    name: Annotated[str, typer.Argument(help="Whose key it is.")],
+    per_minute: Annotated[int, typer.Option(help="How often it may ask; 0: as often as wanted.")] = 0,
+    queue_share: Annotated[float, typer.Option(help="Which part of the queue may be its own, up to 1.")] = 1.0,
+) -> None:
+    """Make a key and show it, this once; a running service knows it after a restart."""
+    out.print(keys.add_key(load_settings().keys_file, name, per_minute, queue_share))
+
+
+@keys_app.command("list")
+def keys_list() -> None:
+    """Show whose keys there are."""
+    table = Table("name", "per minute", "share of the queue")
+    for key in keys.read_keys(load_settings().keys_file):
+        table.add_row(key.name, str(key.per_minute or "-"), f"{key.queue_share:.0%}")
+    out.print(table)
+
+
+@keys_app.command("remove")
+def keys_remove(name: Annotated[str, typer.Argument(help="Whose key it is.")]) -> None:
+    """Forget a key; a running service knows it after a restart."""
+    keys.remove_key(load_settings().keys_file, name)
 
 
 @app.command()

@@ -43,6 +43,9 @@ class Settings(BaseSettings):
     ] = "127.0.0.1"
     cors_allow_origins: Annotated[str, Field(description='Comma-separated origins for CORS, or "*"; empty: off.')] = ""
     api_auth: Annotated[SecretStr | None, Field(description="user:password for HTTP Basic; several by commas.")] = None
+    keys_file: Annotated[
+        Path, Field(description="API keys, as hashes; made with `alphalayer keys add`. No file: no keys.")
+    ] = Path("data/keys.json")
     device: Annotated[str, Field(description="auto, cuda, cuda:0, mps or cpu.")] = "auto"
     dtype: Annotated[
         Literal["auto", "fp16", "bf16", "fp32"], Field(description="Number format of UNet and decoder.")
@@ -59,11 +62,15 @@ class Settings(BaseSettings):
     silence_limit_s: Annotated[
         float, Field(gt=0, description="Seconds of silence after which a working engine process is taken for hung.")
     ] = 900.0
-    keep_pictures_days: Annotated[float, Field(ge=0, description="Pictures older than this are removed; 0: never.")] = 0.0
+    keep_pictures_days: Annotated[float, Field(ge=0, description="Pictures older than this are removed; 0: never.")] = (
+        0.0
+    )
     keep_pictures_bytes: Annotated[
         int, Field(ge=0, description="Above this size of all pictures the oldest are removed; 0: never.")
     ] = 0
-    keep_jobs_days: Annotated[float, Field(ge=0, description="Jobs that were over so long are forgotten; 0: never.")] = 30.0
+    keep_jobs_days: Annotated[
+        float, Field(ge=0, description="Jobs that were over so long are forgotten; 0: never.")
+    ] = 30.0
     drain_s: Annotated[
         int, Field(ge=0, description="Seconds that requests at work get to end when the service is stopped.")
     ] = 60

@@ -11,6 +11,7 @@
     ├── OutOfMemory            the request does not fit the device, in the smallest mode either
     ├── Cancelled              somebody asked for it
     ├── QueueFull              no room; come back later
+    ├── RateLimited            this key asked too often
     ├── FileMissing            no picture of that name
     ├── JobMissing             no job of that id
     ├── StorageFailed          disk full, folder read-only
@@ -114,6 +115,13 @@ class QueueFull(AlphalayerError):
     """There is no room for another job now."""
 
     code = "queue_full"
+
+
+class RateLimited(AlphalayerError):
+    """A key asked more often than it may; `retry_after_s` says when it may again."""
+
+    code = "rate_limited"
+    retry_after_s = 60
 
 
 class FileMissing(AlphalayerError):

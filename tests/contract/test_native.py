@@ -158,6 +158,20 @@ def test_health_docs_and_probes(client):
     assert client.get("/ping").status_code == 200
 
 
+def test_metrics_count_what_happened(tmp_path):
+    with served(tmp_path) as client:
+        draw(client, width=64, height=64, batch_size=2)
+        text = client.get("/metrics").text
+        for line in (
+            'alphalayer_jobs_total{outcome="done"} 1.0',
+            "alphalayer_pictures_total 2.0",
+            'alphalayer_stage_seconds_count{stage="sample"} 1.0',
+            'alphalayer_engine_ready{engine="cpu"} 1.0',
+            "alphalayer_queue_length 0.0",
+        ):
+            assert line in text
+
+
 def test_a_full_queue_says_when_to_come_back(tmp_path):
     with served(tmp_path, engine_options={"step_s": 0.2}, queue_limit=2) as client:
         with concurrent.futures.ThreadPoolExecutor(12) as crowd:

@@ -3,30 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-import base64
-import binascii
-import hashlib
-import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 from fastapi import Depends, Request
 
+from alphalayer.api.auth import Gate
 from alphalayer.catalog import ModelEntry
 from alphalayer.errors import AlphalayerError, Cancelled
 from alphalayer.job import Job, JobSpec, JobState
 from alphalayer.jobs import Dispatcher
 from alphalayer.request import DecodeMode, NoiseSource
 from alphalayer.storage import Storage
-
-
-class Unauthorized(AlphalayerError):
-    """No credentials, or wrong ones."""
-
-    code = "unauthorized"
-    headers = {"WWW-Authenticate": 'Basic realm="alphalayer"'}  # noqa: RUF012 - never changed
+from alphalayer.telemetry import Metrics
 
 
 @dataclass(frozen=True)
@@ -40,11 +31,11 @@ class Service:
     is_ready: Callable[[], bool]
     readiness: Callable[[], dict[str, Any]]
     retry_after_s: Callable[[], int]
+    metrics: Metrics
+    gate: Gate
     noise: NoiseSource = "nv"
     decode: DecodeMode = "official"
     public_url: str | None = None
-    credentials: Sequence[bytes] = ()
-    """SHA-256 of each allowed "user:password"; none: everybody may."""
 
 
 def service(request: Request) -> Service:
@@ -55,27 +46,9 @@ def service(request: Request) -> Service:
 ServiceDep = Annotated[Service, Depends(service)]
 
 
-def credential_digests(pairs: str) -> list[bytes]:
-    """SHA-256 of each "user:password" of a comma-separated list."""
-    return [hashlib.sha256(pair.strip().encode()).digest() for pair in pairs.split(",") if pair.strip()]
-
-
 def require_user(request: Request) -> str:
-    """The name of who is asking; "" where no credentials are set up. Raises `Unauthorized`."""
-    allowed = service(request).credentials
-    if not allowed:
-        return ""
-    scheme, _, token = request.headers.get("authorization", "").partition(" ")
-    if scheme.lower() == "basic":
-        try:
-            pair = base64.b64decode(token, validate=True)
-        except (binascii.Error, ValueError):
-            pair = b""
-        digest = hashlib.sha256(pair).digest()
-        # every one is compared, so that the time tells nothing
-        if any([secrets.compare_digest(digest, each) for each in allowed]):
-            return pair.partition(b":")[0].decode(errors="replace")
-    raise Unauthorized("user and password are needed.", hint="Send them by HTTP Basic authentication.")
+    """The name of who is asking; "" where nobody has to say. Raises `Unauthorized`, `RateLimited`."""
+    return service(request).gate.admit(request)
 
 
 User = Annotated[str, Depends(require_user)]

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from fastapi import APIRouter, Response
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
-from alphalayer.api.deps import ServiceDep
+from alphalayer.api.deps import ServiceDep, User
 
 router = APIRouter(tags=["Operation"])
 
@@ -32,3 +33,9 @@ async def readyz(service: ServiceDep, response: Response) -> dict[str, Any]:
 async def ping(service: ServiceDep) -> Response:
     """200 when it can draw, 204 while it starts."""
     return Response(status_code=200 if service.is_ready() else 204)
+
+
+@router.get("/metrics", summary="For Prometheus", response_class=Response)
+async def metrics(service: ServiceDep, _user: User) -> Response:
+    """Queue, jobs by outcome, seconds by stage, engine processes."""
+    return Response(generate_latest(service.metrics.registry), media_type=CONTENT_TYPE_LATEST)

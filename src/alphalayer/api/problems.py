@@ -10,7 +10,7 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
-from alphalayer.errors import AlphalayerError
+from alphalayer.errors import AlphalayerError, RateLimited
 from alphalayer.telemetry import log
 
 STATUSES = {
@@ -24,6 +24,7 @@ STATUSES = {
     "out_of_memory": 507,
     "cancelled": 409,
     "queue_full": 429,
+    "rate_limited": 429,
     "file_not_found": 404,
     "job_not_found": 404,
     "storage_failed": 507,
@@ -109,7 +110,9 @@ def install(app: FastAPI) -> None:
     async def known(request: Request, error: Exception) -> ProblemResponse:
         assert isinstance(error, AlphalayerError)
         headers: dict[str, str] = dict(getattr(error, "headers", {}))
-        if error.code == "queue_full":
+        if isinstance(error, RateLimited):
+            headers["Retry-After"] = str(error.retry_after_s)
+        elif error.code == "queue_full":
             headers["Retry-After"] = str(request.app.state.service.retry_after_s())
         return problem_response(error, headers)
 

@@ -70,3 +70,7 @@ class Engine(Protocol):
             InvalidRequest, ModelNotFound, ModelUnusable, LayerDiffuseMissing, OutOfMemory: see `alphalayer.errors`.
         """
         ...
+
+    def memory_bytes(self) -> int:
+        """Memory held on the device in bytes; 0 where there is no device of its own."""
+        ...

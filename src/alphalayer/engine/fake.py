@@ -51,6 +51,10 @@ class FakeEngine:
         ]
         return GenerationResult(request, "fake", "0" * 10, pictures, {"sample": time.perf_counter() - start})
 
+    def memory_bytes(self) -> int:
+        """None of its own."""
+        return 0
+
 
 def draw_disc(prompt: str, seed: int, width: int, height: int) -> RgbaImage:
     """A disc with a soft edge over nothing, (height, width, 4)."""

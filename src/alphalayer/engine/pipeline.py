@@ -159,6 +159,10 @@ class LocalEngine:
         free_memory(self.device)
         raise self._out_of_memory(request, mode)
 
+    def memory_bytes(self) -> int:
+        """Memory that torch holds on the GPU, in bytes; 0 on the CPU."""
+        return torch.cuda.memory_reserved(self.device) if self.device.type == "cuda" else 0
+
     @property
     def held_model(self) -> LoadedModel:
         """The model in memory. Raises `ModelNotFound` before the first picture."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -42,9 +42,10 @@ class _Live:
 class EmbeddedDispatcher:
     """Implements `alphalayer.jobs.Dispatcher` on a journal file."""
 
-    def __init__(self, journal: Journal, queue_limit: int):
+    def __init__(self, journal: Journal, queue_limit: int, queue_shares: Mapping[str, float] | None = None):
         self._journal = journal
         self._queue_limit = queue_limit
+        self._queue_shares = queue_shares or {}
         self._live: dict[str, _Live] = {}
         self._waiting: deque[str] = deque()
         self._arrived = asyncio.Condition()
@@ -52,9 +53,14 @@ class EmbeddedDispatcher:
         self._usual_seconds = USUAL_SECONDS
 
     @classmethod
-    async def open(cls, file: Path, queue_limit: int) -> EmbeddedDispatcher:
-        """Open the journal and queue again what was not over, oldest first. Raises `SetupFailed`."""
-        dispatcher = cls(await Journal.open(file), queue_limit)
+    async def open(
+        cls, file: Path, queue_limit: int, queue_shares: Mapping[str, float] | None = None
+    ) -> EmbeddedDispatcher:
+        """Open the journal and queue again what was not over, oldest first. Raises `SetupFailed`.
+
+        `queue_shares` says for an owner which part of the queue may be theirs; others may fill it.
+        """
+        dispatcher = cls(await Journal.open(file), queue_limit, queue_shares)
         for job in await dispatcher._journal.unfinished():
             dispatcher._live[job.id] = _Live(job)
             if job.starts >= MAX_STARTS:
@@ -91,6 +97,7 @@ class EmbeddedDispatcher:
                 f"{len(self._waiting)} jobs are waiting, and there is room for {self._queue_limit}.",
                 hint=f"Try again in {self.retry_after_s} seconds.",
             )
+        self._check_share(owner)
         self._accepting += 1
         try:
             new = Job.new(spec, owner, idempotency_key)
@@ -103,6 +110,16 @@ class EmbeddedDispatcher:
         if job is new:
             await self._ring()
         return job
+
+    def _check_share(self, owner: str) -> None:
+        share = self._queue_shares.get(owner, 1.0)
+        if share < 1.0:
+            theirs = sum(self._live[job_id].job.owner == owner for job_id in self._waiting)
+            if theirs >= max(1, int(share * self._queue_limit)):
+                raise QueueFull(
+                    f'"{owner}" has {theirs} jobs waiting and may have {share:.0%} of the queue.',
+                    hint=f"Try again in {self.retry_after_s} seconds.",
+                )
 
     @property
     def retry_after_s(self) -> int:

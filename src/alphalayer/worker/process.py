@@ -34,6 +34,7 @@ class EngineProcess:
         self._write_lock = threading.Lock()
         self._jobs: queue.Queue[Job] = queue.Queue()
         self._cancelled: set[str] = set()
+        self._memory_bytes: Callable[[], int] = lambda: 0
         self._encoder = ThreadPoolExecutor(1, thread_name_prefix="encode")
 
     def serve(self) -> None:
@@ -42,6 +43,7 @@ class EngineProcess:
         try:
             create_engine = load_attribute(opening["engine"])
             engine: Engine = create_engine(opening["options"])
+            self._memory_bytes = engine.memory_bytes
             storage = open_storage(opening["storage"])
         except AlphalayerError as error:
             self._send("failed", id=None, error=error.to_dict())
@@ -89,7 +91,7 @@ class EngineProcess:
             outcome = store_pictures(storage, job, results, lambda: job.id in self._cancelled)
             if job.spec.previews:
                 storage.delete(f"preview_{job.id}.webp")
-            self._send("done", id=job.id, result=outcome.model_dump(mode="json"))
+            self._send("done", id=job.id, result=outcome.model_dump(mode="json"), memory_bytes=self._memory_bytes())
         except Exception as error:
             self._fail(job, error)
         finally:

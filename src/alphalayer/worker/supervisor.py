@@ -16,7 +16,7 @@ from typing import Any
 from alphalayer.errors import AlphalayerError, EngineFailed
 from alphalayer.job import JobProgress, JobResult
 from alphalayer.jobs import Dispatcher
-from alphalayer.telemetry import log
+from alphalayer.telemetry import Metrics, log
 from alphalayer.worker.protocol import MAX_LINE_BYTES, read_message, write_message
 
 IN_FLIGHT = 2
@@ -40,8 +40,9 @@ class EngineSpec:
 class Supervisor:
     """Keeps one engine process at work. `run` is one task of the service's event loop."""
 
-    def __init__(self, name: str, spec: EngineSpec, dispatcher: Dispatcher):
+    def __init__(self, name: str, spec: EngineSpec, dispatcher: Dispatcher, metrics: Metrics):
         self.name = name
+        self._metrics = metrics
         self._spec = spec
         self._dispatcher = dispatcher
         self._jobs: dict[str, asyncio.Task[None]] = {}
@@ -92,6 +93,7 @@ class Supervisor:
             start_new_session=os.name != "nt",
         )
         self._process = process
+        self._metrics.engine_starts.labels(self.name).inc()
         spec = self._spec
         feeding: list[asyncio.Task[None]] = []
         try:
@@ -105,6 +107,7 @@ class Supervisor:
                 if message["kind"] == "ready":
                     log.info("engine_ready", engine=self.name, pid=process.pid)
                     self.is_ready, self.problem = True, None
+                    self._metrics.engine_ready.labels(self.name).set(1)
                     feeding.append(asyncio.create_task(self._feed()))
                 else:
                     await self._hear(message)
@@ -113,6 +116,7 @@ class Supervisor:
             return f"its pipe broke: {error}"
         finally:
             self.is_ready = False
+            self._metrics.engine_ready.labels(self.name).set(0)
             for task in feeding:
                 task.cancel()
             await asyncio.gather(*feeding, return_exceptions=True)
@@ -153,6 +157,7 @@ class Supervisor:
         elif kind == "progress":
             await self._dispatcher.progressed(job_id, JobProgress.model_validate(message["progress"]))
         elif kind == "done":
+            self._metrics.engine_memory.labels(self.name).set(message.get("memory_bytes", 0))
             await self._end(job_id, JobResult.model_validate(message["result"]))
         elif kind == "failed":
             await self._end(job_id, AlphalayerError.from_dict(message["error"]))
@@ -163,8 +168,13 @@ class Supervisor:
         await self._dispatcher.finished(job_id, outcome)
         self._room.release()
         if isinstance(outcome, JobResult):
+            self._metrics.jobs.labels("done").inc()
+            self._metrics.pictures.inc(len(outcome.images))
+            for stage, seconds in outcome.seconds.items():
+                self._metrics.stage_seconds.labels(stage).observe(seconds)
             log.info("job_done", job=job_id, engine=self.name, images=len(outcome.images), seconds=outcome.seconds)
         else:
+            self._metrics.jobs.labels(outcome.code).inc()
             log.warning("job_failed", job=job_id, engine=self.name, code=outcome.code, error=outcome.message)
 
     async def _settle(self, job_id: str) -> None:

@@ -1,0 +1,82 @@
+"""Who may ask: API keys as Bearer token or `X-API-Key`, user and password by HTTP Basic, and how often each may ask."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import math
+import secrets
+import time
+from collections.abc import Sequence
+
+from fastapi import Request
+from limits import RateLimitItemPerMinute
+from limits.storage import MemoryStorage
+from limits.strategies import MovingWindowRateLimiter
+
+from alphalayer.errors import AlphalayerError, RateLimited
+from alphalayer.keys import Key, digest
+
+
+class Unauthorized(AlphalayerError):
+    """No credentials, or wrong ones."""
+
+    code = "unauthorized"
+    headers = {"WWW-Authenticate": 'Basic realm="alphalayer"'}  # noqa: RUF012 - never changed
+
+
+class Gate:
+    """Lets requests in by their key; without any keys, everybody."""
+
+    def __init__(self, keys: Sequence[Key]):
+        self._keys = list(keys)
+        self._limiter = MovingWindowRateLimiter(MemoryStorage())
+
+    def admit(self, request: Request) -> str:
+        """The name of who is asking; "" where nobody has to say. Raises `Unauthorized`, `RateLimited`."""
+        if not self._keys:
+            return ""
+        key = self._find(_secrets(request))
+        if key is None:
+            raise Unauthorized(
+                "a key is needed.", hint="Send it as Bearer token, as X-API-Key, or user and password by HTTP Basic."
+            )
+        if key.per_minute and request.method == "POST":
+            self._count(key)
+        return key.name
+
+    def _find(self, offered: list[str]) -> Key | None:
+        found: Key | None = None
+        for secret in offered:
+            hashed = digest(secret)
+            for key in self._keys:
+                # all are compared, so that the time tells nothing
+                if secrets.compare_digest(hashed, key.sha256):
+                    found = key
+        return found
+
+    def _count(self, key: Key) -> None:
+        rate = RateLimitItemPerMinute(key.per_minute)
+        if self._limiter.hit(rate, key.name):
+            return
+        wait = max(1, math.ceil(self._limiter.get_window_stats(rate, key.name).reset_time - time.time()))
+        error = RateLimited(
+            f'the key "{key.name}" may ask {key.per_minute} times a minute.', hint=f"Try again in {wait} seconds."
+        )
+        error.retry_after_s = wait
+        raise error
+
+
+def _secrets(request: Request) -> list[str]:
+    """What a request offers: Bearer token, X-API-Key, "user:password", and the password alone, which may be a key."""
+    offered = [request.headers["x-api-key"]] if "x-api-key" in request.headers else []
+    scheme, _, token = request.headers.get("authorization", "").partition(" ")
+    if scheme.lower() == "bearer":
+        offered.append(token.strip())
+    elif scheme.lower() == "basic":
+        try:
+            pair = base64.b64decode(token, validate=True).decode()
+        except (binascii.Error, ValueError):
+            return offered
+        offered += [pair, pair.partition(":")[2]]
+    return offered

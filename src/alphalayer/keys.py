@@ -1,0 +1,91 @@
+"""API keys: who may ask, how often, and how much of the queue each may fill. Kept as hashes in a JSON file; the keys themselves nowhere."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import secrets
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from alphalayer.errors import SetupFailed
+
+PREFIX = "alk_"
+
+
+class Key(BaseModel):
+    """One key. `per_minute` 0 means as often as wanted."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: Annotated[str, Field(min_length=1, max_length=100, pattern=r"^[A-Za-z0-9_.@-]+$")]
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    per_minute: Annotated[int, Field(ge=0)] = 0
+    queue_share: Annotated[float, Field(gt=0, le=1)] = 1.0
+
+
+_KEYS: TypeAdapter[list[Key]] = TypeAdapter(list[Key])
+
+
+def digest(secret: str) -> str:
+    """How a key, or a "user:password", is kept."""
+    return hashlib.sha256(secret.encode()).hexdigest()
+
+
+def read_keys(file: Path) -> list[Key]:
+    """The keys of a file; none if there is no file. Raises `SetupFailed`."""
+    try:
+        return _KEYS.validate_json(file.read_bytes()) if file.is_file() else []
+    except (OSError, ValidationError) as error:
+        raise SetupFailed(
+            f"{file} cannot be read: {error}.", hint="Mend it, or make keys with: alphalayer keys add"
+        ) from None
+
+
+def add_key(file: Path, name: str, per_minute: int = 0, queue_share: float = 1.0) -> str:
+    """Make a key, keep its hash, and give the key itself, once. Raises `SetupFailed`."""
+    keys = read_keys(file)
+    if any(key.name == name for key in keys):
+        raise SetupFailed(f'there is a key "{name}" already.', hint="Choose another name, or remove that one first.")
+    secret = PREFIX + secrets.token_urlsafe(32)
+    try:
+        keys.append(Key(name=name, sha256=digest(secret), per_minute=per_minute, queue_share=queue_share))
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise SetupFailed(f"{first['loc'][0]}: {first['msg']}.") from None
+    _write(file, keys)
+    return secret
+
+
+def remove_key(file: Path, name: str) -> None:
+    """Forget a key. Raises `SetupFailed`."""
+    keys = read_keys(file)
+    left = [key for key in keys if key.name != name]
+    if len(left) == len(keys):
+        raise SetupFailed(f'there is no key "{name}" in {file}.')
+    _write(file, left)
+
+
+def basic_keys(pairs: str) -> list[Key]:
+    """The keys that a comma-separated list of "user:password" is."""
+    found: list[Key] = []
+    for pair in filter(None, (each.strip() for each in pairs.split(","))):
+        name, colon, _ = pair.partition(":")
+        if not colon or not name:
+            raise SetupFailed("setting api_auth: it is a list of user:password, separated by commas.")
+        found.append(Key(name=name, sha256=digest(pair)))
+    return found
+
+
+def _write(file: Path, keys: list[Key]) -> None:
+    """Readable by the owner alone, written as a whole."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        new = file.with_suffix(".new")
+        new.touch(mode=0o600)
+        new.write_text(json.dumps([key.model_dump() for key in keys], indent=1) + "\n", encoding="utf-8")
+        new.replace(file)
+    except OSError as error:
+        raise SetupFailed(f"cannot write {file}: {error.strerror}.") from None

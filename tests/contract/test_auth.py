@@ -1,0 +1,74 @@
+"""Keys over real HTTP: Bearer, X-API-Key, Basic; how often, how much of the queue; and that none is kept in the clear."""
+
+from __future__ import annotations
+
+import stat
+
+import pytest
+from tests.serving import served
+
+from alphalayer import keys
+from alphalayer.errors import SetupFailed
+
+BODY = {"prompt": "x", "steps": 1, "width": 64, "height": 64}
+
+
+def test_every_way_to_send_a_key(tmp_path):
+    file = tmp_path / "keys.json"
+    secret = keys.add_key(file, "shop")
+    assert secret not in file.read_text()
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    with served(tmp_path, keys_file=file, api_auth="ann:secret") as client:
+        for headers in ({"Authorization": f"Bearer {secret}"}, {"X-API-Key": secret}):
+            assert client.post("/alpha/v1/txt2img", json=BODY, headers=headers).status_code == 200
+        assert client.post("/alpha/v1/txt2img", json=BODY, auth=("anybody", secret)).status_code == 200
+        assert client.post("/alpha/v1/txt2img", json=BODY, auth=("ann", "secret")).status_code == 200
+        for headers in ({}, {"Authorization": "Bearer wrong"}, {"X-API-Key": "é"}, {"Authorization": "Basic !"}):
+            encoded = {name: value.encode() for name, value in headers.items()}
+            refused = client.post("/alpha/v1/txt2img", json=BODY, headers=encoded)
+            assert refused.status_code == 401
+            assert refused.json()["code"] == "unauthorized"
+
+
+def test_a_key_that_asks_too_often_waits(tmp_path):
+    secret = keys.add_key(tmp_path / "keys.json", "shop", per_minute=2)
+    with served(tmp_path, keys_file=tmp_path / "keys.json") as client:
+        client.headers["X-API-Key"] = secret
+        answers = [client.post("/alpha/v1/txt2img", json=BODY) for _ in range(3)]
+        assert [answer.status_code for answer in answers] == [200, 200, 429]
+        assert answers[2].json()["code"] == "rate_limited"
+        assert 1 <= int(answers[2].headers["retry-after"]) <= 60
+        assert client.get("/alpha/v1/jobs").status_code == 200
+
+
+def test_a_key_fills_its_share_of_the_queue_only(tmp_path):
+    small, large = (
+        keys.add_key(tmp_path / "keys.json", name, queue_share=share) for name, share in (("s", 0.2), ("l", 1.0))
+    )
+    with served(tmp_path, keys_file=tmp_path / "keys.json", queue_limit=10, engine_options={"step_s": 0.2}) as client:
+        slow = {**BODY, "steps": 30}
+
+        def submit(secret):
+            return client.post("/alpha/v1/jobs", json=slow, headers={"X-API-Key": secret}).status_code
+
+        statuses = [submit(small) for _ in range(8)]
+        assert statuses.count(202) in (3, 4)  # two wait, one or two are in the engine process
+        assert statuses[-1] == 429
+        assert submit(large) == 202
+
+
+def test_keys_are_made_listed_and_removed(tmp_path):
+    file = tmp_path / "keys.json"
+    assert keys.read_keys(file) == []
+    keys.add_key(file, "a")
+    with pytest.raises(SetupFailed, match="already"):
+        keys.add_key(file, "a")
+    with pytest.raises(SetupFailed, match="queue_share"):
+        keys.add_key(file, "b", queue_share=2)
+    keys.remove_key(file, "a")
+    assert keys.read_keys(file) == []
+    with pytest.raises(SetupFailed, match="no key"):
+        keys.remove_key(file, "a")
+    file.write_text("{")
+    with pytest.raises(SetupFailed, match="cannot be read"):
+        keys.read_keys(file)
