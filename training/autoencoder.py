@@ -280,6 +280,37 @@ def train(steps: int, learning_rate: float = 5e-4) -> None:
     print(evaluate(model.eval(), sheet=CACHE / "autoencoder.png"), flush=True)
 
 
+def refine(steps: int, learning_rate: float = 3e-4) -> None:
+    """Train the two decoders on, with the encoders as they are: latents and UNets that were made stay valid."""
+    saved = torch.load(CHECKPOINT, weights_only=True)
+    model = LatentTransparency().to(memory_format=torch.channels_last)
+    model.load_state_dict(saved["model"])
+    model.vae.encoder.requires_grad_(False)
+    model.offset.requires_grad_(False)
+    decoders = [*model.vae.decoder.parameters(), *model.decoder.parameters()]
+    optimizer = torch.optim.AdamW(decoders, learning_rate, betas=(0.9, 0.95), weight_decay=1e-4)
+    refined = saved.get("refined", 0)
+    crops = Crops(100_000 + refined)
+    start = last = time.time()
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate * min(1.0, (step + 1) / 50) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
+        rgba = crops.batch(4, 128).contiguous(memory_format=torch.channels_last)
+        loss, _ = loss_of(model, rgba, 0.05, crops.torch_rng)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(decoders, 1.0)
+        optimizer.step()
+        if (step + 1) % 50 == 0:
+            print(f"refine {step + 1} {time.time() - start:.0f} s loss {loss.item():.3f}", flush=True)
+        if time.time() - last > 120 or step + 1 == steps:
+            saved.update(model=model.state_dict(), refined=refined + step + 1)
+            torch.save(saved, CHECKPOINT.with_suffix(".new"))
+            CHECKPOINT.with_suffix(".new").replace(CHECKPOINT)
+            last = time.time()
+    print(evaluate(model.eval(), sheet=CACHE / "autoencoder.png"), flush=True)
+
+
 def save(model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
     """Write the checkpoint as a whole."""
     content = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
@@ -290,4 +321,9 @@ def save(model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=6000)
-    train(parser.parse_args().steps)
+    parser.add_argument("--refine", type=int, metavar="STEPS", help="train the decoders on, and the encoders not")
+    options = parser.parse_args()
+    if options.refine:
+        refine(options.refine)
+    else:
+        train(options.steps)

@@ -3,6 +3,7 @@ strip."""
 
 from __future__ import annotations
 
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +33,7 @@ def prompts() -> list[str]:
     return (Path(__file__).parent / "sheet_prompts.txt").read_text(encoding="utf-8").split("\n")[:64]
 
 
+@lru_cache(1000)
 def draw(engine: LocalEngine, prompt: str, seed: int = SEED) -> np.ndarray:
     """One picture, (256, 256, 4) uint8."""
     return engine.generate(GenerationRequest(prompt=prompt, seed=seed, model="alphalayer-mini")).images[0].rgba

@@ -34,9 +34,10 @@ class Classifier(nn.Module):
 
     def __init__(self, classes: int):
         super().__init__()
-        widths = (32, 64, 128, 192)
-        layers: list[nn.Module] = []
-        entering = 4
+        widths = (64, 128, 160)
+        layers: list[nn.Module] = [nn.Conv2d(4, 32, 5, stride=2, padding=2), nn.BatchNorm2d(32), nn.ReLU()]
+        layers += [nn.Conv2d(32, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(), nn.MaxPool2d(2)]
+        entering = 32
         for width in widths:
             layers += [nn.Conv2d(entering, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU()]
             layers += [nn.Conv2d(width, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU(), nn.MaxPool2d(2)]
@@ -97,7 +98,7 @@ def train_classifier(steps: int) -> Classifier:
     rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
     rng = torch.Generator().manual_seed(0)
     for step in range(steps):
-        rows = torch.randint(0, len(data), (96,), generator=rng)
+        rows = torch.randint(0, len(data), (64,), generator=rng)
         with torch.autocast("cpu", torch.bfloat16):
             scores = model(augment(data[rows], rng))
         loss = F.cross_entropy(scores.float(), target[rows], label_smoothing=0.1)
@@ -237,7 +238,7 @@ def memorisation(engine: LocalEngine) -> dict[str, object]:
 def main() -> None:
     """Evaluate the shipped model and write the report beside the contact sheets."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--classifier-steps", type=int, default=3000)
+    parser.add_argument("--classifier-steps", type=int, default=2000)
     model = train_classifier(parser.parse_args().classifier_steps)
     by_name = {concept.name: concept.label for concept in read_concepts()}
     asked = list(paraphrases().items())[:200]

@@ -44,11 +44,14 @@ def averaged_unet() -> nn.Module:
 
 
 def train(minutes: float, count: int = 32, learning_rate: float = 2e-3) -> None:
-    """Train the LoRA for a time and save it."""
+    """Train the LoRA for a time and save it; goes on from the one that is there."""
     torch.manual_seed(1)
     unet = averaged_unet().to(memory_format=torch.channels_last)
     layers = {name: each for name, each in unet.named_modules() if isinstance(each, nn.Linear | nn.Conv2d)}
     changes = {name: LowRank(layer.weight) for name, layer in layers.items()}
+    if CHECKPOINT.is_file():
+        for name, change in torch.load(CHECKPOINT, weights_only=True).items():
+            changes[name].load_state_dict(change)
     for name, layer in layers.items():
         parametrize.register_parametrization(layer, "weight", changes[name])
     optimizer = torch.optim.AdamW(

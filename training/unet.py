@@ -12,6 +12,7 @@ import math
 import os
 import random
 import time
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,19 @@ SIDE = 256
 MIN_SNR = 5.0
 SILENT, UNWANTED = 0.07, 0.05
 """How often the text is zeroed, and how often it is one of those that stand in negative prompts."""
+SET_WEIGHTS = {
+    "fluent-3d": 5.0,
+    "fluent": 2.5,
+    "noto": 1.5,
+    "twemoji": 0.7,
+    "fluent-flat": 0.7,
+    "emojitwo": 0.5,
+    "noto-v1": 0.5,
+    "fxemoji": 0.3,
+}
+"""How often a set is shown; the shaded look most, so that it is what comes where no style is asked for."""
+AS_THEY_ARE = 2.0
+"""How much more often pictures in their own colours are shown than recoloured, faded or glowing ones."""
 
 
 def make_unet() -> UNet2DConditionModel:
@@ -75,20 +89,26 @@ class Samples:
             (Subject(concepts[each["concept"]], each["color"], tuple(each["look"])), each["set"])
             for each in listed["opaque" if opaque else "subjects"]
         ]
-        self._opaque = opaque
+        self._until = list(
+            accumulate(
+                SET_WEIGHTS[set_] * (1.0 if subject.color or subject.look else AS_THEY_ARE)
+                for subject, set_ in self._subjects
+            )
+        )
         self._rng = random.Random(seed)
         self._encoders = Encoders()
 
     def batch(self, count: int) -> tuple[Tensor, Tensor, Tensor]:
         """Scaled latents (count, 16, 16, 16), context (count, 77, 192), pooled text (count, 128)."""
-        rows = [self._rng.randrange(len(self._subjects)) for _ in range(count)]
+        rows = self._rng.choices(range(len(self._subjects)), cum_weights=self._until, k=count)
         texts = [captions.describe(*self._subjects[i], self._rng) for i in rows]
         chances = [self._rng.random() for _ in rows]
         texts = [
             self._rng.choice(captions.UNWANTED) if c < UNWANTED else text
             for text, c in zip(texts, chances, strict=True)
         ]
-        context, pooled = self._encoders(texts)
+        with torch.autocast("cpu", torch.bfloat16):
+            context, pooled = self._encoders(texts)
         silent = torch.tensor([UNWANTED <= c < UNWANTED + SILENT for c in chances])
         context[silent], pooled[silent] = 0.0, 0.0
         return self._latents[rows].float() * self.scale, context, pooled
@@ -128,7 +148,7 @@ class Average:
             self.weights[name].lerp_(value, 1 - keep)
 
 
-def train(minutes: float, count: int = 32, learning_rate: float = 6e-4) -> None:
+def train(minutes: float, count: int = 32, learning_rate: float = 8e-4) -> None:
     """Train for a time and save; goes on from the last checkpoint. The rate falls over the last 40 % of the time given.
 
     Under torchrun each process takes its own batches and the gradients are averaged.
