@@ -294,7 +294,9 @@ def refine(steps: int, learning_rate: float = 3e-4) -> None:
     start = last = time.time()
     for step in range(steps):
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate * min(1.0, (step + 1) / 50) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
+            group["lr"] = (
+                learning_rate * min(1.0, (step + 1) / 50) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
+            )
         rgba = crops.batch(4, 128).contiguous(memory_format=torch.channels_last)
         loss, _ = loss_of(model, rgba, 0.05, crops.torch_rng)
         optimizer.zero_grad()

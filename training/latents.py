@@ -99,7 +99,10 @@ def encode_opaque(model: LatentTransparency, batch: list[np.ndarray], generator:
 
 
 def _tensor(batch: list[np.ndarray]) -> torch.Tensor:
-    return torch.from_numpy(np.stack(batch)).permute(0, 3, 1, 2).float().contiguous(memory_format=torch.channels_last) / 255
+    return (
+        torch.from_numpy(np.stack(batch)).permute(0, 3, 1, 2).float().contiguous(memory_format=torch.channels_last)
+        / 255
+    )
 
 
 def encode_set(name: str) -> dict[str, Any]:
@@ -127,7 +130,12 @@ def encode_set(name: str) -> dict[str, Any]:
     subjects = [subject for _, subject in shown]
     opaque = [subject for i, subject in enumerate(subjects) if i // BATCH % 8 == 0]
     print(name, len(subjects), flush=True)
-    return {"hidden": torch.cat(hidden).numpy(), "plain": torch.cat(plain).numpy(), "subjects": subjects, "opaque": opaque}
+    return {
+        "hidden": torch.cat(hidden).numpy(),
+        "plain": torch.cat(plain).numpy(),
+        "subjects": subjects,
+        "opaque": opaque,
+    }
 
 
 def main() -> None:

@@ -43,7 +43,7 @@ def averaged_unet() -> nn.Module:
     return unet.requires_grad_(False)
 
 
-def train(minutes: float, count: int = 32, learning_rate: float = 2e-3) -> None:
+def train(minutes: float, count: int = 16, learning_rate: float = 2e-3) -> None:
     """Train the LoRA for a time and save it; goes on from the one that is there."""
     torch.manual_seed(1)
     unet = averaged_unet().to(memory_format=torch.channels_last)

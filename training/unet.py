@@ -216,6 +216,6 @@ def save(unet: torch.nn.Module, optimizer: torch.optim.Optimizer, average: Avera
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=240)
-    parser.add_argument("--batch", type=int, default=32, help="a process")
+    parser.add_argument("--batch", type=int, default=16, help="a process")
     options = parser.parse_args()
     train(options.minutes, options.batch)

@@ -17,7 +17,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from alphalayer import __version__, catalog
-from alphalayer.api import a1111, jobs, native, ops, problems
+from alphalayer.api import a1111, jobs, native, openai, ops, problems
 from alphalayer.api.auth import Gate
 from alphalayer.api.deps import Service, require_user
 from alphalayer.api.proxies import ForwardedHeaders
@@ -72,6 +72,8 @@ def create_app(settings: Settings, *, engine: str = ENGINE, engine_options: dict
     app.include_router(native.router)
     app.include_router(jobs.router)
     app.include_router(a1111.router, dependencies=[Depends(require_user)])
+    app.include_router(openai.router, dependencies=[Depends(require_user)])
+    app.state.a1111 = a1111.Options()
     problems.install(app)
     app.add_middleware(BodyLimit, limit=settings.max_request_bytes)
     if settings.cors_allow_origins:
@@ -181,6 +183,6 @@ class BodyLimit:
 
         declared = dict(scope["headers"]).get(b"content-length", b"0")
         if declared.isdigit() and int(declared) > self._limit:
-            await problems.http_problem(error)(scope, receive, send)
+            await problems.http_problem(error, scope["path"])(scope, receive, send)
         else:
             await self._app(scope, counted, send)

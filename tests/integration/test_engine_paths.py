@@ -4,6 +4,7 @@ LoRAs, patch weight and stop-at, prediction types, and every sampler and schedul
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from pathlib import Path
@@ -15,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from tests import tiny_models
 from tests.tiny_models import unet_name_in_ldm
 
+from alphalayer import catalog
 from alphalayer.engine import Progress
 from alphalayer.engine.guidance import _clean
 from alphalayer.engine.pipeline import LocalEngine, create_engine
@@ -430,3 +432,24 @@ def test_an_engine_is_made_from_plain_options(models: Path):
     )
     result = create_engine(options).generate(REQUEST.model_copy(update={"model": None, "steps": 1}))
     assert result.model_name == "single"
+
+
+def test_the_hash_is_in_the_picture_and_remembered(tmp_path):
+    path = tiny_models.make_single_file(tmp_path / "Stable-diffusion" / "tiny.safetensors")
+    tiny_models.make_layer_files(tmp_path / "layer_model")
+    engine = LocalEngine(tmp_path, device="cpu", dtype="fp32")
+    result = engine.generate(GenerationRequest(prompt="an apple", width=64, height=64, steps=1))
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    assert result.model_hash == sha256[:10]
+    assert f"Model hash: {sha256[:10]}" in result.images[0].parameters
+    assert catalog.find_models(tmp_path)[0].sha256 == sha256
+
+
+def test_a_folder_that_holds_the_fp16_files_alone_loads(tmp_path):
+    folder = tiny_models.make_diffusers_folder(tmp_path / "Stable-diffusion" / "tiny")
+    for part in ("unet", "vae", "text_encoder", "text_encoder_2"):
+        (file,) = (folder / part).glob("*.safetensors")
+        file.rename(file.with_name(file.name.replace(".safetensors", ".fp16.safetensors")))
+    engine = LocalEngine(tmp_path, device="cpu", dtype="fp32")
+    result = engine.generate(GenerationRequest(prompt="an apple", width=64, height=64, steps=1))
+    assert result.images[0].rgba.shape == (64, 64, 4)

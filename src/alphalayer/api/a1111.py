@@ -1,15 +1,181 @@
-"""The AUTOMATIC1111 dialect, `/sdapi/v1`."""
+"""The AUTOMATIC1111 dialect, `/sdapi/v1`, with LayerDiffuse as that ecosystem sends it."""
 
 from __future__ import annotations
 
-from typing import Any
+import asyncio
+import base64
+import binascii
+import hashlib
+import json
+import os
+import secrets
+import time
+from dataclasses import dataclass
+from typing import Annotated, Any
 
-from fastapi import APIRouter
-from pydantic import BaseModel
+from fastapi import APIRouter, Depends, Request
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from alphalayer.api.deps import ServiceDep, User
+from alphalayer import images, infotext
+from alphalayer.api.deps import Service, ServiceDep, User, read_file, run_job
+from alphalayer.api.problems import NotImplementedYet
+from alphalayer.catalog import resolve_model
+from alphalayer.errors import FileMissing, InvalidRequest
+from alphalayer.job import MAX_ITERATIONS, JobSpec, JobState
+from alphalayer.jobs import JobView
+from alphalayer.request import SAMPLERS, SCHEDULERS, GenerationRequest, LayerDiffuse, parse_request, split_sampler_name
 
 router = APIRouter(prefix="/sdapi/v1", tags=["AUTOMATIC1111"])
+
+SCRIPT = "LayerDiffuse"
+RESIZE_MODES = ("Just Resize", "Crop and Resize", "Resize and Fill")
+METHODS = {label: name for name, label in infotext.METHOD_LABELS.items()}
+OTHER_METHODS = (
+    "(SDXL) From Foreground to Blending",
+    "(SDXL) From Foreground and Blending to Background",
+    "(SDXL) From Background to Blending",
+    "(SDXL) From Background and Blending to Foreground",
+    "(SD1.5) Only Generate Transparent Image (Attention Injection)",
+    "(SD1.5) From Foreground to Background (need batch size 2)",
+    "(SD1.5) From Background to Foreground (need batch size 2)",
+    "(SD1.5) Generate Everything Together (need batch size 3)",
+)
+"""What the original can do and this version cannot."""
+AUTOMATIC = {"DPM++ 2M": "Karras", "DPM++ SDE": "Karras", "DPM++ 2M SDE": "Exponential", "DPM++ 3M SDE": "Exponential"}
+"""The schedule that "Automatic" means for a sampler; "Normal" for the others."""
+SCHEDULER_NAMES = {label: label.lower().replace(" ", "_") for label in SCHEDULERS}
+OWN_SEEDS = 4294967294
+
+
+@dataclass
+class Options:
+    """What this dialect keeps between requests; one for each application, as the original has one for each process."""
+
+    sd_model_checkpoint: str | None = None
+    clip_skip: int = 1
+    previews: bool = False
+
+
+def options_of(request: Request) -> Options:
+    """The options of this application."""
+    return request.app.state.a1111
+
+
+OptionsDep = Annotated[Options, Depends(options_of)]
+
+
+class OverrideSettings(BaseModel):
+    """Settings for one request. Others of the original are ignored."""
+
+    sd_model_checkpoint: str | None = None
+    sd_vae: str | None = None
+    CLIP_stop_at_last_layers: Annotated[int, Field(ge=1, le=12)] | None = None
+    live_previews_enable: bool | None = None
+
+
+class Script(BaseModel):
+    """What one script is given."""
+
+    args: list[Any] = []
+
+
+class Txt2ImgRequest(BaseModel):
+    """The body of `POST /sdapi/v1/txt2img`, with the defaults of that API. Fields that are not here are ignored, as there."""
+
+    model_config = ConfigDict(allow_inf_nan=False, title="A1111Txt2ImgRequest")
+
+    prompt: str = ""
+    negative_prompt: str = ""
+    seed: int = -1
+    subseed: int = -1
+    subseed_strength: float = 0.0
+    sampler_name: str | None = None
+    sampler_index: Annotated[str, Field(description="The old name of sampler_name.")] = "Euler"
+    scheduler: str | None = None
+    batch_size: int = 1
+    n_iter: Annotated[int, Field(ge=1, le=MAX_ITERATIONS)] = 1
+    steps: int = 50
+    cfg_scale: float = 7.0
+    width: int = 512
+    height: int = 512
+    override_settings: OverrideSettings = OverrideSettings()
+    send_images: bool = True
+    save_images: Annotated[bool, Field(description="Every picture is kept anyway.")] = False
+    force_task_id: Annotated[
+        str | None, Field(max_length=100, description="The same id and request give the same job again.")
+    ] = None
+    alwayson_scripts: dict[str, Script] = {}
+    layerdiffuse_enabled: Annotated[
+        bool, Field(description="Draw with transparency, also where the script is not named.")
+    ] = True
+    enable_hr: Annotated[Any, Field(description="This and all below would change the picture; not there yet.")] = False
+    restore_faces: Any = False
+    tiling: Any = False
+    styles: Any = ()
+    script_name: Any = None
+    refiner_checkpoint: Any = None
+    infotext: Any = None
+    seed_resize_from_w: int = -1
+    seed_resize_from_h: int = -1
+    s_churn: float = 0
+    eta: float | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_silence(cls, data: Any) -> Any:
+        return {name: value for name, value in data.items() if value is not None} if isinstance(data, dict) else data
+
+    def to_spec(self, service: Service, options: Options) -> JobSpec:
+        """The job that does this. Raises `InvalidRequest`."""
+        self._refuse_what_is_not_there()
+        override, sampler = self.override_settings, _sampler(self.sampler_name or self.sampler_index)
+        sampler, named = split_sampler_name(sampler)
+        same = ("prompt", "negative_prompt", "subseed_strength", "batch_size", "steps", "cfg_scale", "width", "height")
+        generation = _parse(
+            {
+                **{name: getattr(self, name) for name in same},
+                # drawn here, so that the batches of one request count on from one number
+                "seed": _fresh(self.seed),
+                "subseed": _fresh(self.subseed),
+                "sampler": sampler,
+                "scheduler": _scheduler(self.scheduler, sampler) if self.scheduler or not named else named,
+                "clip_skip": override.CLIP_stop_at_last_layers or options.clip_skip,
+                "model": override.sd_model_checkpoint or options.sd_model_checkpoint,
+                "noise": service.noise,
+                "decode": service.decode,
+                "layerdiffuse": self._layerdiffuse(),
+            }
+        )
+        previews = options.previews if override.live_previews_enable is None else override.live_previews_enable
+        return JobSpec(generation=generation, iterations=self.n_iter, previews=previews)
+
+    def _layerdiffuse(self) -> LayerDiffuse:
+        for title, script in self.alwayson_scripts.items():
+            if title.lower() != SCRIPT.lower():
+                raise InvalidRequest(
+                    f'there is no script "{title}" here.', hint=f"Use {SCRIPT}.", field="alwayson_scripts"
+                )
+            options = layerdiffuse_of(script.args)
+            return options if self.layerdiffuse_enabled else options.model_copy(update={"enabled": False})
+        return LayerDiffuse(enabled=self.layerdiffuse_enabled)
+
+    def _refuse_what_is_not_there(self) -> None:
+        names = ["enable_hr", "restore_faces", "tiling", "styles", "script_name", "refiner_checkpoint", "infotext"]
+        wanted = [name for name in (*names, "s_churn") if getattr(self, name)]
+        wanted += [name for name in ("seed_resize_from_w", "seed_resize_from_h") if getattr(self, name) > 0]
+        wanted += ["eta"] if self.eta not in (None, 0, 1) else []
+        if self.override_settings.sd_vae not in (None, "", "None", "Automatic"):
+            wanted.append("override_settings.sd_vae")
+        if wanted:
+            raise InvalidRequest("this is not there yet.", hint="Leave it out.", field=wanted[0])
+
+
+class Txt2ImgResponse(BaseModel):
+    """The pictures as bare base64, the request as it was understood, and `info`, a JSON string."""
+
+    images: list[str]
+    parameters: dict[str, Any]
+    info: str
 
 
 class SdModel(BaseModel):
@@ -23,7 +189,296 @@ class SdModel(BaseModel):
     config: str | None
 
 
+class Picture(BaseModel):
+    """A picture file as base64, with or without the head of a data URL."""
+
+    image: str
+
+
+@router.post("/txt2img", summary="Draw pictures")
+async def txt2img(
+    body: Txt2ImgRequest, request: Request, service: ServiceDep, options: OptionsDep, user: User
+) -> Txt2ImgResponse:
+    """With transparency, unless `layerdiffuse_enabled` is false. Nothing but the pictures is in `images`."""
+    spec = body.to_spec(service, options)
+    digest = hashlib.sha256(body.model_dump_json().encode()).hexdigest()
+    key = f"{body.force_task_id}:{digest}" if body.force_task_id else None
+    job = await run_job(request, spec, user, idempotency_key=key)
+    keys = [image.key for image in job.result.images] if job.result and body.send_images else []
+    return Txt2ImgResponse(
+        images=[base64.b64encode(await read_file(service, key)).decode() for key in keys],
+        parameters=body.model_dump(mode="json"),
+        info=json.dumps(infotext.webui_info(job), ensure_ascii=False),
+    )
+
+
+@router.post("/img2img", summary="Not there yet", status_code=501)
+async def img2img() -> None:
+    """Answers 501."""
+    raise NotImplementedYet("img2img is not there yet.", hint="Use /sdapi/v1/txt2img.")
+
+
 @router.get("/sd-models", summary="The models that can be asked for", response_model=list[SdModel])
-def sd_models(service: ServiceDep, _user: User) -> list[dict[str, Any]]:
+def sd_models(service: ServiceDep) -> list[dict[str, Any]]:
     """Also the health check that operators of the old stack use."""
     return [entry.webui_json() for entry in service.list_models() if entry.problem is None]
+
+
+@router.get("/options", summary="The settings of this dialect")
+def get_options(service: ServiceDep, options: OptionsDep) -> dict[str, Any]:
+    """Those that mean something here."""
+    title = sha256 = None
+    if options.sd_model_checkpoint:
+        entry = resolve_model(options.sd_model_checkpoint, service.list_models())
+        title, sha256 = entry.title, entry.sha256
+    return {
+        "sd_model_checkpoint": title or service.readiness()["model"],
+        "sd_checkpoint_hash": sha256 or "",
+        "sd_vae": "Automatic",
+        "CLIP_stop_at_last_layers": options.clip_skip,
+        "live_previews_enable": options.previews,
+        "samples_format": "png",
+        "randn_source": service.noise.upper(),
+    }
+
+
+@router.post("/options", summary="Change settings of this dialect")
+def set_options(body: OverrideSettings, service: ServiceDep, options: OptionsDep) -> None:
+    """Takes a part or the whole of what GET gives. The model is that of later requests here that name none."""
+    if body.sd_vae not in (None, "", "None", "Automatic"):
+        raise InvalidRequest("another VAE is not there yet.", hint='Use "Automatic".', field="sd_vae")
+    if body.sd_model_checkpoint:
+        options.sd_model_checkpoint = resolve_model(body.sd_model_checkpoint, service.list_models()).name
+    if body.CLIP_stop_at_last_layers:
+        options.clip_skip = body.CLIP_stop_at_last_layers
+    if body.live_previews_enable is not None:
+        options.previews = body.live_previews_enable
+
+
+@router.get("/progress", summary="How the picture that is being drawn stands")
+async def progress(service: ServiceDep, user: User, skip_current_image: bool = False) -> dict[str, Any]:
+    """One's own job that runs now; idle is progress 0 and job_count 0. The preview is there if `live_previews_enable` is."""
+    view = await _running(service, user)
+    done = view.progress.step / view.progress.steps if view and view.progress.steps else 0.0
+    preview = None if skip_current_image or view is None else view.progress.preview
+    return {
+        "progress": round(done, 4),
+        "eta_relative": (view.eta_s or 0.0) if view else 0.0,
+        "state": {
+            "skipped": False,
+            "interrupted": False,
+            "stopping_generation": False,
+            "job": view.job.id if view else "",
+            "job_count": view.job.spec.iterations if view else 0,
+            "job_timestamp": time.strftime("%Y%m%d%H%M%S", time.localtime(view.job.created_at if view else 0)),
+            "job_no": 0,
+            "sampling_step": view.progress.step if view else 0,
+            "sampling_steps": view.progress.steps if view else 0,
+        },
+        "current_image": await _preview(service, preview) if preview else None,
+        "textinfo": None,
+    }
+
+
+@router.post("/interrupt", summary="Stop the picture that is being drawn")
+@router.post("/skip", summary="Stop the picture that is being drawn")
+async def interrupt(service: ServiceDep, user: User) -> dict[str, Any]:
+    """Stops one's own job that runs now; those that wait stay."""
+    view = await _running(service, user)
+    if view:
+        await service.dispatcher.cancel(view.job.id)
+    return {}
+
+
+@router.post("/png-info", summary="The settings inside a picture")
+def png_info(body: Picture) -> dict[str, Any]:
+    """`info` is the text, `parameters` its parts."""
+    try:
+        data = base64.b64decode(body.image.rpartition(",")[2], validate=True)
+    except (binascii.Error, ValueError):
+        raise InvalidRequest("not base64.", field="image") from None
+    text = images.decode(data)[1] or ""
+    items = {"parameters": text} if text else {}
+    return {"info": text, "items": items, "parameters": infotext.read_parameters(text) if text else {}}
+
+
+@router.get("/samplers", summary="Samplers")
+def samplers() -> list[dict[str, Any]]:
+    """By the names that txt2img takes."""
+    return [{"name": name, "aliases": [], "options": {}} for name in SAMPLERS]
+
+
+@router.get("/schedulers", summary="Schedules of noise")
+def schedulers() -> list[dict[str, Any]]:
+    """By the names that txt2img takes; it takes the labels, too."""
+    names = {"Automatic": "automatic", **SCHEDULER_NAMES}
+    return [
+        {
+            "name": name,
+            "label": label,
+            "aliases": [],
+            "default_rho": 7.0 if label == "Karras" else -1.0,
+            "need_inner_model": label in ("Normal", "SGM Uniform", "Simple", "Beta"),
+        }
+        for label, name in names.items()
+    ]
+
+
+@router.get("/loras", summary="LoRA files")
+def loras(service: ServiceDep) -> list[dict[str, Any]]:
+    """The files of models/Lora."""
+    files = sorted((service.models_dir / "Lora").rglob("*.safetensors"))
+    return [{"name": file.stem, "alias": file.stem, "path": str(file), "metadata": {}} for file in files]
+
+
+@router.get("/upscalers", summary="None yet")
+def upscalers() -> list[dict[str, Any]]:
+    """The one that does nothing."""
+    return [{"name": "None", "model_name": None, "model_path": None, "model_url": None, "scale": 4.0}]
+
+
+@router.get("/sd-vae", summary="None: the model's own is used")
+@router.get("/sd-modules", summary="None: the model's own are used")
+@router.get("/latent-upscale-modes", summary="None yet")
+@router.get("/prompt-styles", summary="None yet")
+@router.get("/face-restorers", summary="None yet")
+@router.get("/realesrgan-models", summary="None yet")
+@router.get("/hypernetworks", summary="None yet")
+def nothing() -> list[dict[str, Any]]:
+    """An empty list."""
+    return []
+
+
+@router.post("/refresh-checkpoints", summary="Needs not be asked: folders are read each time")
+@router.post("/refresh-loras", summary="Needs not be asked: folders are read each time")
+@router.post("/refresh-vae", summary="Needs not be asked: folders are read each time")
+def refresh() -> None:
+    """Nothing to do."""
+
+
+@router.get("/scripts", summary="Scripts")
+def scripts() -> dict[str, list[str]]:
+    """LayerDiffuse alone."""
+    return {"txt2img": [SCRIPT.lower()], "img2img": []}
+
+
+@router.get("/script-info", summary="What the scripts take")
+def script_info() -> list[dict[str, Any]]:
+    """The positional arguments of LayerDiffuse that mean something here."""
+    number = {"minimum": 0, "step": 0.001}
+    args = [
+        {"label": "Enabled", "value": True},
+        {"label": "Method", "value": next(iter(METHODS)), "choices": list(METHODS)},
+        {"label": "Weight", "value": 1.0, "maximum": 2, **number},
+        {"label": "Stop At", "value": 1.0, "maximum": 1, **number},
+    ]
+    empty = {"minimum": None, "maximum": None, "step": None, "choices": None}
+    shown = [{**empty, **each} for each in args]
+    return [{"name": SCRIPT.lower(), "is_alwayson": True, "is_img2img": False, "args": shown}]
+
+
+@router.get("/memory", summary="Memory of this machine, in bytes")
+def memory() -> dict[str, Any]:
+    """The GPU belongs to other processes; /metrics has what they use."""
+    cuda = {"error": "not known to this process; see /metrics"}
+    try:
+        page = os.sysconf("SC_PAGE_SIZE")
+        total, free = page * os.sysconf("SC_PHYS_PAGES"), page * os.sysconf("SC_AVPHYS_PAGES")
+    except (AttributeError, OSError, ValueError):
+        return {"ram": {"error": "not known on this system"}, "cuda": cuda}
+    return {"ram": {"free": free, "used": total - free, "total": total}, "cuda": cuda}
+
+
+@router.get("/cmd-flags", summary="Flags")
+def cmd_flags(request: Request) -> dict[str, Any]:
+    """Those that clients look at; never a password or a path."""
+    return {"api": True, "nowebui": False, "subpath": request.scope.get("root_path", ""), "do_not_download_clip": True}
+
+
+def layerdiffuse_of(args: list[Any]) -> LayerDiffuse:
+    """The positional arguments of the script; a missing tail keeps the defaults. Raises `InvalidRequest`."""
+    names = ("enabled", "method", "weight", "ending_step", "fg_image", "bg_image", "blend_image", "resize_mode")
+    given = {name: value for name, value in zip(names, args, strict=False) if value is not None}
+    options = LayerDiffuse()
+    enabled = given.get("enabled", options.enabled)
+    if not isinstance(enabled, bool):
+        raise _wrong_arg("enabled", "it is true or false")
+    if not enabled:
+        return LayerDiffuse(enabled=False)
+    for name in ("fg_image", "bg_image", "blend_image"):
+        if given.get(name):
+            raise _wrong_arg(name, "pictures are not taken here yet")
+    if given.get("resize_mode", RESIZE_MODES[0]) not in RESIZE_MODES:
+        raise _wrong_arg("resize_mode", f"use one of: {', '.join(RESIZE_MODES)}")
+    if any(args[9:12]):
+        raise _wrong_arg("additional prompts", "they are not there yet")
+    return options.model_copy(
+        update={
+            "method": _method(given.get("method", infotext.METHOD_LABELS[options.method])),
+            "weight": _number(given, "weight", options.weight, 2),
+            "stop_at": _number(given, "ending_step", options.stop_at, 1),
+        }
+    )
+
+
+def _method(label: Any) -> str:
+    """The name of a method by its label, also by that of older versions, which had no "(SDXL)". Raises `InvalidRequest`."""
+    known = {**METHODS, **{each.removeprefix("(SDXL) "): name for each, name in METHODS.items()}}
+    if str(label) in known:
+        return known[str(label)]
+    if label in OTHER_METHODS:
+        raise _wrong_arg("method", f'"{label}" is not there yet; use one of: {", ".join(METHODS)}')
+    raise _wrong_arg("method", f'there is no "{label}"; use one of: {", ".join(METHODS)}')
+
+
+def _number(given: dict[str, Any], name: str, default: float, most: float) -> float:
+    value = given.get(name, default)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= most:
+        raise _wrong_arg(name, f"it is a number from 0 to {most:g}")
+    return float(value)
+
+
+def _wrong_arg(name: str, why: str) -> InvalidRequest:
+    return InvalidRequest(f"{name}: {why}.", field=f"alwayson_scripts.{SCRIPT}.args")
+
+
+def _parse(fields: dict[str, Any]) -> GenerationRequest:
+    """Validate; what is wrong is called as it is on this wire. Raises `InvalidRequest`."""
+    wire = {"sampler": "sampler_name", "model": "override_settings.sd_model_checkpoint"}
+    try:
+        return parse_request(fields)
+    except InvalidRequest as error:
+        raise InvalidRequest(
+            error.message, hint=error.hint, field=wire.get(error.field or "", error.field)
+        ) from None
+
+
+def _sampler(name: str) -> str:
+    """The name without what a scheduler that is "Automatic" adds to it."""
+    return name.removesuffix(" Automatic")
+
+
+def _scheduler(name: str | None, sampler: str) -> str:
+    """The schedule by label or name; "Automatic" as the original takes it."""
+    if not name or name.lower() == "automatic":
+        return next((schedule for each, schedule in AUTOMATIC.items() if each.lower() == sampler.lower()), "Normal")
+    return next((label for label, each in SCHEDULER_NAMES.items() if each == name.lower()), name)
+
+
+def _fresh(seed: int) -> int:
+    return secrets.randbelow(OWN_SEEDS) if seed == -1 else seed
+
+
+async def _running(service: Service, user: str) -> JobView | None:
+    """The user's job that runs longest."""
+    views = await service.dispatcher.list(owner=user, state=JobState.RUNNING)
+    return min(views, key=lambda view: view.job.started_at or 0.0, default=None)
+
+
+async def _preview(service: Service, key: str) -> str | None:
+    try:
+        data = await read_file(service, key)
+    except FileMissing:  # the picture is done
+        return None
+    png = await asyncio.to_thread(lambda: images.encode(images.decode(data)[0]))
+    return base64.b64encode(png).decode()

@@ -60,7 +60,13 @@ def file_url(request: Request, key: str) -> str:
     return f"{base.rstrip('/')}/alpha/v1/file/{key}"
 
 
-async def run_job(request: Request, spec: JobSpec, owner: str) -> Job:
+async def read_file(service: Service, key: str) -> bytes:
+    """A stored file as a whole. Raises `FileMissing`, `StorageFailed`."""
+    found = await service.storage.open(key)
+    return b"".join([chunk async for chunk in found.chunks])
+
+
+async def run_job(request: Request, spec: JobSpec, owner: str, idempotency_key: str | None = None) -> Job:
     """Queue a job and wait for its end; a client that leaves takes its job along.
 
     Raises:
@@ -69,7 +75,7 @@ async def run_job(request: Request, spec: JobSpec, owner: str) -> Job:
         QueueFull: see `Dispatcher.submit`.
     """
     dispatcher = service(request).dispatcher
-    job = await dispatcher.submit(spec, owner=owner)
+    job = await dispatcher.submit(spec, owner=owner, idempotency_key=idempotency_key)
     done, left = asyncio.create_task(dispatcher.wait(job.id)), asyncio.create_task(_client_left(request))
     try:
         await asyncio.wait((done, left), return_when=asyncio.FIRST_COMPLETED)

@@ -1,4 +1,5 @@
-"""Errors on the wire: problem details (RFC 9457) with the stable codes of `alphalayer.errors`, and the table of HTTP statuses."""
+"""Errors on the wire, from one table of HTTP statuses: problem details (RFC 9457) with the stable codes of `alphalayer.errors`,
+and the same in the shapes of the foreign dialects."""
 
 from __future__ import annotations
 
@@ -31,6 +32,7 @@ STATUSES = {
     "engine_failed": 500,
     "setup_failed": 500,
     "unauthorized": 401,
+    "not_implemented": 501,
 }
 TITLES = {
     401: "Who are you?",
@@ -41,6 +43,7 @@ TITLES = {
     422: "The request is not right",
     429: "No room now",
     500: "Something broke here",
+    501: "Not there yet",
     503: "Not ready for this",
     507: "Not enough room",
 }
@@ -87,13 +90,35 @@ class ProblemResponse(JSONResponse):
     media_type = "application/problem+json"
 
 
-def problem_response(error: AlphalayerError, headers: dict[str, str] | None = None) -> ProblemResponse:
-    """The answer that an error becomes."""
-    problem = Problem.of(error)
+class NotImplementedYet(AlphalayerError):
+    """A route that clients know from elsewhere and that does nothing here yet."""
+
+    code = "not_implemented"
+
+
+def openai_error(problem: Problem) -> dict[str, Any]:
+    """The body of an error as OpenAI's clients read it."""
+    kind = {429: "rate_limit_error"}.get(
+        problem.status, "server_error" if problem.status >= 500 else "invalid_request_error"
+    )
+    message = f"{problem.detail} {problem.hint}".strip()
+    return {"error": {"message": message, "type": kind, "param": problem.field, "code": problem.code}}
+
+
+def respond(path: str, problem: Problem, headers: dict[str, str] | None = None) -> JSONResponse:
+    """The answer that a problem is to a request for this path: each dialect has its own shape."""
+    headers = dict(headers or {})
+    if path.startswith("/sdapi/"):
+        return JSONResponse({"detail": f"{problem.detail} {problem.hint}".strip()}, problem.status, headers)
+    if path.startswith("/v1/"):
+        if problem.status in (409, 501):
+            # their clients would ask again by themselves
+            headers["x-should-retry"] = "false"
+        return JSONResponse(openai_error(problem), 400 if problem.status == 422 else problem.status, headers)
     return ProblemResponse(problem.model_dump(), problem.status, headers)
 
 
-def http_problem(error: HTTPException) -> ProblemResponse:
+def http_problem(error: HTTPException, path: str = "") -> JSONResponse:
     """The answer to an error of the framework itself."""
     problem = Problem(
         title=TITLES.get(error.status_code, "Error"),
@@ -101,40 +126,45 @@ def http_problem(error: HTTPException) -> ProblemResponse:
         detail=str(error.detail),
         code=CODES.get(error.status_code, "http_error"),
     )
-    return ProblemResponse(problem.model_dump(), error.status_code, dict(error.headers or {}))
+    return respond(path, problem, dict(error.headers or {}))
 
 
 def install(app: FastAPI) -> None:
     """Answer every error of this application as a problem."""
 
-    async def known(request: Request, error: Exception) -> ProblemResponse:
+    async def known(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, AlphalayerError)
         headers: dict[str, str] = dict(getattr(error, "headers", {}))
         if isinstance(error, RateLimited):
             headers["Retry-After"] = str(error.retry_after_s)
         elif error.code == "queue_full":
             headers["Retry-After"] = str(request.app.state.service.retry_after_s())
-        return problem_response(error, headers)
+        return respond(_path(request), Problem.of(error), headers)
 
-    async def invalid(_: Request, error: Exception) -> ProblemResponse:
+    async def invalid(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestValidationError)
-        return problem_response(_first_fault(error))
+        return respond(_path(request), Problem.of(_first_fault(error)))
 
-    async def plain(_: Request, error: Exception) -> ProblemResponse:
+    async def plain(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)
-        return http_problem(error)
+        return http_problem(error, _path(request))
 
-    async def unforeseen(request: Request, error: Exception) -> ProblemResponse:
+    async def unforeseen(request: Request, error: Exception) -> JSONResponse:
         log.error("unforeseen", path=request.url.path, exc_info=error)
         problem = Problem(
             title=TITLES[500], status=500, detail="an unforeseen error; the log has the details.", code="engine_failed"
         )
-        return ProblemResponse(problem.model_dump(), 500)
+        return respond(_path(request), problem)
 
     app.add_exception_handler(AlphalayerError, known)
     app.add_exception_handler(RequestValidationError, invalid)
     app.add_exception_handler(HTTPException, plain)
     app.add_exception_handler(Exception, unforeseen)
+
+
+def _path(request: Request) -> str:
+    """The path as routes see it, without a prefix of a proxy."""
+    return str(request.scope["path"]).removeprefix(request.scope.get("root_path", ""))
 
 
 def _first_fault(error: RequestValidationError) -> AlphalayerError:

@@ -24,7 +24,17 @@ from alphalayer.errors import (
     UnsupportedFamily,
 )
 
-__all__ = ["FAMILY_NAMES", "Header", "ModelEntry", "find_lora", "find_models", "read_header", "resolve_model"]
+__all__ = [
+    "FAMILY_NAMES",
+    "SHORT_HASH_DIGITS",
+    "Header",
+    "ModelEntry",
+    "find_lora",
+    "find_models",
+    "hash_model",
+    "read_header",
+    "resolve_model",
+]
 
 CHECKPOINTS = "Stable-diffusion"
 EMBEDDED_MODEL = Path(__file__).parent.parent / "models" / "alphalayer-mini"

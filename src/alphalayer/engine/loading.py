@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Generator
+from collections.abc import Callable, Generator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,6 +24,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from alphalayer import catalog
 from alphalayer.catalog import ModelEntry
 from alphalayer.catalog.headers import Header, read_header
 from alphalayer.engine.configs import fitted_configs
@@ -81,6 +83,13 @@ class LoadedModel:
     defaults: ModelDefaults
     layerdiffuse: LayerDiffuseFiles
     precision: Precision
+    hashing: Future[str]
+    """The file's SHA-256, computed in a thread while the first picture is drawn."""
+
+    @property
+    def short_hash(self) -> str:
+        """The first ten digits of the SHA-256; waits for it."""
+        return self.hashing.result()[: catalog.SHORT_HASH_DIGITS]
 
     @cached_property
     def patcher(self) -> WeightPatcher:
@@ -158,20 +167,35 @@ def load_model(entry: ModelEntry, precision: Precision, models_dir: Path) -> Loa
         defaults=defaults,
         layerdiffuse=LayerDiffuseFiles(own if config else models_dir / "layer_model", config),
         precision=precision,
+        hashing=_in_thread(catalog.hash_model, entry, models_dir),
     )
+
+
+def _in_thread(function: Callable[..., str], *arguments: Any) -> Future[str]:
+    executor = ThreadPoolExecutor(1, thread_name_prefix=function.__name__)
+    try:
+        return executor.submit(function, *arguments)
+    finally:
+        executor.shutdown(wait=False)
 
 
 def _from_folder(entry: ModelEntry, precision: Precision) -> tuple[dict[str, Any], dict[str, Any]]:
     folder = entry.path
-    local: dict[str, Any] = {"local_files_only": True}
+
+    def read(kind: Any, name: str, **options: Any) -> Any:
+        files = [file.name for file in (folder / name).glob("*.safetensors")]
+        # as published: plain files, or only those named for their number format
+        variant = "fp16" if files and all(".fp16" in file for file in files) else None
+        return kind.from_pretrained(folder / name, variant=variant, local_files_only=True, **options)
+
     vae_class = getattr(diffusers, _json(folder / "vae" / "config.json")["_class_name"])
     parts: dict[str, Any] = {
-        "unet": UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=precision.unet, **local),
-        "vae": vae_class.from_pretrained(folder / "vae", torch_dtype=precision.vae, **local),
-        "text_encoder": _text(CLIPTextModel.from_pretrained(folder / "text_encoder", **local)),
-        "text_encoder_2": _text(CLIPTextModelWithProjection.from_pretrained(folder / "text_encoder_2", **local)),
-        "tokenizer": CLIPTokenizer.from_pretrained(folder / "tokenizer", **local),
-        "tokenizer_2": CLIPTokenizer.from_pretrained(folder / "tokenizer_2", **local),
+        "unet": read(UNet2DConditionModel, "unet", torch_dtype=precision.unet),
+        "vae": read(vae_class, "vae", torch_dtype=precision.vae),
+        "text_encoder": _text(read(CLIPTextModel, "text_encoder")),
+        "text_encoder_2": _text(read(CLIPTextModelWithProjection, "text_encoder_2")),
+        "tokenizer": CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True),
+        "tokenizer_2": CLIPTokenizer.from_pretrained(folder / "tokenizer_2", local_files_only=True),
     }
     return parts, {"prediction_type": "epsilon", **_json(folder / "scheduler" / "scheduler_config.json")}
 

@@ -289,7 +289,7 @@ class LocalEngine:
         subseeds: list[int],
         stopwatch: Stopwatch,
     ) -> GenerationResult:
-        name, short_hash = model.entry.name, model.entry.short_hash or ""
+        name, short_hash = model.entry.name, model.short_hash
         images = [
             GeneratedImage(picture, seed, subseed, infotext.write_parameters(request, name, short_hash, seed, subseed))
             for picture, seed, subseed in zip(pictures, seeds, subseeds, strict=True)
