@@ -25,6 +25,8 @@ DEFAULTS = {
     "scheduler": "Karras",
     "cfg_scale": 4.0,
 }
+ALPHA_MARGIN = 0.03
+"""Alpha this near to 0 or 1 is made 0 or 1: the last layer of the transparent decoder is stretched by it at both ends."""
 LARGEST_BYTES = 40_000_000
 PARTS = {
     "unet": ("diffusers", "UNet2DConditionModel"),
@@ -64,6 +66,7 @@ def export(target: Path) -> int:
     for name in ("tokenizer", "tokenizer_2"):
         shutil.copytree(TOKENIZER.parent / name, target / name)
     schedule().save_pretrained(target / "scheduler")
+    stretch(autoencoder.decoder.conv_out)
     layers = target / "layerdiffuse"
     layers.mkdir()
     save_file(patch, layers / "patch.safetensors")
@@ -83,6 +86,14 @@ def export(target: Path) -> int:
     index = {"_class_name": "StableDiffusionXLPipeline", **{name: list(each) for name, each in PARTS.items()}}
     (target / "model_index.json").write_text(json.dumps(index, indent=1) + "\n")
     return sum(file.stat().st_size for file in target.rglob("*") if file.is_file())
+
+
+@torch.no_grad()
+def stretch(last: torch.nn.Conv2d) -> None:
+    """Widen the range of the first channel, alpha, from [0, 1] by the margin at both ends; what comes out is clamped."""
+    assert last.bias is not None
+    last.weight[0] *= 1 + 2 * ALPHA_MARGIN
+    last.bias[0] = last.bias[0] * (1 + 2 * ALPHA_MARGIN) - ALPHA_MARGIN
 
 
 def _as_layer(matrix: torch.Tensor, inner: tuple[int, ...]) -> torch.Tensor:

@@ -25,7 +25,15 @@ from alphalayer.job import MAX_ITERATIONS, JobSpec, JobState
 from alphalayer.jobs import JobView
 from alphalayer.request import SAMPLERS, SCHEDULERS, GenerationRequest, LayerDiffuse, parse_request, split_sampler_name
 
-router = APIRouter(prefix="/sdapi/v1", tags=["AUTOMATIC1111"])
+
+class Detail(BaseModel):
+    """What every error answers."""
+
+    detail: str
+
+
+ERRORS: dict[int | str, dict[str, Any]] = {"4XX": {"model": Detail, "description": "What is wrong."}}
+router = APIRouter(prefix="/sdapi/v1", tags=["AUTOMATIC1111"], responses=ERRORS)
 
 SCRIPT = "LayerDiffuse"
 RESIZE_MODES = ("Just Resize", "Crop and Resize", "Resize and Fill")
@@ -108,7 +116,9 @@ class Txt2ImgRequest(BaseModel):
     layerdiffuse_enabled: Annotated[
         bool, Field(description="Draw with transparency, also where the script is not named.")
     ] = True
-    enable_hr: Annotated[Any, Field(description="This and all below would change the picture; not there yet.")] = False
+    enable_hr: Annotated[
+        Any, Field(description="This and those below: not there yet, and refused where they would change the picture.")
+    ] = False
     restore_faces: Any = False
     tiling: Any = False
     styles: Any = ()
@@ -118,7 +128,7 @@ class Txt2ImgRequest(BaseModel):
     seed_resize_from_w: int = -1
     seed_resize_from_h: int = -1
     s_churn: float = 0
-    eta: float | None = None
+    eta: Annotated[float | None, Field(description="0 and 1 are ignored.")] = None
 
     @model_validator(mode="before")
     @classmethod
@@ -212,7 +222,7 @@ async def txt2img(
     )
 
 
-@router.post("/img2img", summary="Not there yet", status_code=501)
+@router.post("/img2img", summary="Not there yet", status_code=501, response_model=Detail)
 async def img2img() -> None:
     """Answers 501."""
     raise NotImplementedYet("img2img is not there yet.", hint="Use /sdapi/v1/txt2img.")
@@ -227,13 +237,11 @@ def sd_models(service: ServiceDep) -> list[dict[str, Any]]:
 @router.get("/options", summary="The settings of this dialect")
 def get_options(service: ServiceDep, options: OptionsDep) -> dict[str, Any]:
     """Those that mean something here."""
-    title = sha256 = None
-    if options.sd_model_checkpoint:
-        entry = resolve_model(options.sd_model_checkpoint, service.list_models())
-        title, sha256 = entry.title, entry.sha256
+    name = options.sd_model_checkpoint
+    entry = next((each for each in service.list_models() if each.name == name), None)
     return {
-        "sd_model_checkpoint": title or service.readiness()["model"],
-        "sd_checkpoint_hash": sha256 or "",
+        "sd_model_checkpoint": entry.title if entry else name or service.readiness()["model"],
+        "sd_checkpoint_hash": (entry.sha256 if entry else None) or "",
         "sd_vae": "Automatic",
         "CLIP_stop_at_last_layers": options.clip_skip,
         "live_previews_enable": options.previews,
@@ -448,9 +456,7 @@ def _parse(fields: dict[str, Any]) -> GenerationRequest:
     try:
         return parse_request(fields)
     except InvalidRequest as error:
-        raise InvalidRequest(
-            error.message, hint=error.hint, field=wire.get(error.field or "", error.field)
-        ) from None
+        raise InvalidRequest(error.message, hint=error.hint, field=wire.get(error.field or "", error.field)) from None
 
 
 def _sampler(name: str) -> str:

@@ -6,6 +6,7 @@ import asyncio
 import base64
 import io
 import json
+import secrets
 import time
 from collections.abc import AsyncIterator
 from typing import Annotated, Any, Literal
@@ -24,7 +25,24 @@ from alphalayer.job import ImageRef, Job, JobSpec, Output
 from alphalayer.jobs import JobView
 from alphalayer.request import MAX_SEED, MAX_SIDE, parse_request
 
-router = APIRouter(prefix="/v1", tags=["OpenAI"])
+
+class ErrorBody(BaseModel):
+    """What went wrong. `param` names the field."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str
+
+
+class ErrorAnswer(BaseModel):
+    """What every error answers."""
+
+    error: ErrorBody
+
+
+ERRORS: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorAnswer, "description": "What is wrong."}}
+router = APIRouter(prefix="/v1", tags=["OpenAI"], responses=ERRORS)
 
 OutputFormat = Literal["png", "webp", "jpeg"]
 Quality = Literal["auto", "standard", "low", "medium", "high", "hd", "xhigh", "max"]
@@ -32,6 +50,7 @@ QUALITY_STEPS: dict[Quality, int] = {"low": 12, "medium": 20, "high": 30, "hd": 
 """Sampling steps; "auto" and "standard" are not here and leave them to the model."""
 WHITE = "#ffffff"
 BEST = 100
+OWN_SEEDS = 4294967294
 USAGE = {
     "input_tokens": 0,
     "input_tokens_details": {"image_tokens": 0, "text_tokens": 0},
@@ -97,7 +116,9 @@ class GenerationsRequest(BaseModel):
                 hint='Use "png" or "webp", or background "opaque".',
                 field="output_format",
             )
-        fields: dict[str, Any] = {"prompt": self.prompt, "seed": self.seed, "model": model}
+        # drawn here, so that the pictures of one request count on from one number
+        seed = secrets.randbelow(OWN_SEEDS) if self.seed == -1 else self.seed
+        fields: dict[str, Any] = {"prompt": self.prompt, "seed": seed, "model": model}
         if self.size != "auto":
             fields["width"], fields["height"] = (int(side) for side in self.size.split("x"))
         try:
@@ -115,7 +136,7 @@ class GenerationsRequest(BaseModel):
         lossless = "webp" if self.output_format == "webp" and not self.is_lossy else "png"
         output = Output(format=lossless, background=WHITE if self.is_opaque else None)
         return JobSpec(
-            generation=_with_seed(generation),
+            generation=generation,
             iterations=self.n,
             output=output,
             previews=self.stream and self.partial_images > 0,
@@ -130,3 +151,178 @@ class GenerationsRequest(BaseModel):
             "quality": quality,
             "size": f"{image.width}x{image.height}",
         }
+
+
+class ImageData(BaseModel):
+    """One picture: its bytes or its URL."""
+
+    b64_json: str | None = None
+    url: str | None = None
+
+
+class GenerationsResponse(BaseModel):
+    """The pictures, and what they are."""
+
+    created: int
+    data: list[ImageData]
+    background: str
+    output_format: str
+    quality: str
+    size: str
+    usage: dict[str, Any] = USAGE
+
+
+class Model(BaseModel):
+    """One model."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str = "alphalayer"
+
+    @classmethod
+    def of(cls, entry: ModelEntry) -> Model:
+        """The model that an entry of the models folder is."""
+        return cls(id=entry.name, created=int(entry.path.stat().st_mtime))
+
+
+class ModelList(BaseModel):
+    """All models that can be drawn with."""
+
+    object: Literal["list"] = "list"
+    data: list[Model]
+
+
+@router.post(
+    "/images/generations",
+    summary="Draw pictures",
+    response_model=GenerationsResponse,
+    response_model_exclude_none=True,
+    responses={200: {"content": {"text/event-stream": {}}}},
+)
+async def generations(body: GenerationsRequest, request: Request, service: ServiceDep, user: User) -> Any:
+    """With transparency, unless the background is opaque. With `stream` the answer is events."""
+    model = await asyncio.to_thread(_known_model, body.model, service)
+    spec = body.to_spec(service, model)
+    if body.stream:
+        job = await service.dispatcher.submit(spec, owner=user)
+        return StreamingResponse(_events(body, service, job.id), media_type="text/event-stream")
+    job = await run_job(request, spec, user)
+    assert job.result is not None, job.id
+    pictures = job.result.images
+    if body.response_format == "url":
+        data = [ImageData(url=file_url(request, await _stored(body, service, image.key))) for image in pictures]
+    else:
+        data = [ImageData(b64_json=await _base64(body, service, image.key)) for image in pictures]
+    return GenerationsResponse(created=int(time.time()), data=data, **body.settings(pictures[0]))
+
+
+@router.post("/images/edits", summary="Not there yet", status_code=501, response_model=ErrorAnswer)
+@router.post("/images/variations", summary="Not there yet", status_code=501, response_model=ErrorAnswer)
+async def edits() -> None:
+    """Answers 501."""
+    raise NotImplementedYet("editing pictures is not there yet.", hint="Use /v1/images/generations.")
+
+
+@router.get("/models", summary="The models that can be asked for")
+def models(service: ServiceDep) -> ModelList:
+    """Those that can be drawn with."""
+    return ModelList(data=[Model.of(entry) for entry in service.list_models() if entry.problem is None])
+
+
+@router.get("/models/{model_id}", summary="One model")
+def model(model_id: str, service: ServiceDep) -> Model:
+    """By its name."""
+    return Model.of(resolve_model(model_id, service.list_models()))
+
+
+def _known_model(name: str | None, service: Service) -> str | None:
+    """The model of that name; None, which means the usual one, where there is none, for clients always name one of theirs."""
+    try:
+        return resolve_model(name, service.list_models()).name if name else None
+    except ModelNotFound:
+        return None
+
+
+async def _events(body: GenerationsRequest, service: Service, job_id: str) -> AsyncIterator[str]:
+    """The events of a job; a client that leaves takes its job along."""
+    sent, job = 0, None
+    try:
+        async for view in service.dispatcher.watch(job_id):
+            job = view.job
+            preview = view.progress.preview
+            if preview and not job.state.is_final and _is_due(view, sent, body.partial_images):
+                picture = await _partial(body, service, preview)
+                if picture:
+                    yield _event("partial_image", picture, partial_image_index=sent, **_asked(body))
+                    sent += 1
+        async for event in _last_events(body, service, job):
+            yield event
+    except AlphalayerError as error:
+        yield f"event: error\ndata: {json.dumps(openai_error(Problem.of(error)))}\n\n"
+    finally:
+        await asyncio.shield(service.dispatcher.cancel(job_id))
+
+
+async def _last_events(body: GenerationsRequest, service: Service, job: Job | None) -> AsyncIterator[str]:
+    result = raise_if_failed(job).result if job else None
+    for image in result.images if result else ():
+        picture = await _base64(body, service, image.key)
+        yield _event("completed", picture, **body.settings(image), usage=USAGE)
+
+
+def _is_due(view: JobView, sent: int, wanted: int) -> bool:
+    """Whether the next of the wanted pictures on the way is to be sent: they are spread evenly over the steps."""
+    return sent < wanted and view.progress.step * (wanted + 1) >= view.progress.steps * (sent + 1)
+
+
+def _asked(body: GenerationsRequest) -> dict[str, Any]:
+    return {name: getattr(body, name) for name in ("background", "output_format", "quality", "size")}
+
+
+def _event(name: str, picture: str, **fields: Any) -> str:
+    kind = f"image_generation.{name}"
+    data = {"type": kind, "b64_json": picture, "created_at": int(time.time()), **fields}
+    return f"event: {kind}\ndata: {json.dumps(data)}\n\n"
+
+
+async def _partial(body: GenerationsRequest, service: Service, key: str) -> str | None:
+    """A preview in the format that was asked for."""
+    try:
+        data = await read_file(service, key)
+    except FileMissing:  # the picture is done
+        return None
+    return base64.b64encode(await asyncio.to_thread(_convert, data, body.output_format, BEST)).decode()
+
+
+async def _finished(body: GenerationsRequest, service: Service, key: str) -> bytes:
+    """A picture as it was asked for."""
+    data = await read_file(service, key)
+    if body.is_lossy:
+        data = await asyncio.to_thread(_convert, data, body.output_format, body.output_compression)
+    return data
+
+
+async def _base64(body: GenerationsRequest, service: Service, key: str) -> str:
+    return base64.b64encode(await _finished(body, service, key)).decode()
+
+
+async def _stored(body: GenerationsRequest, service: Service, key: str) -> str:
+    """The storage key of a picture as it was asked for; one that is encoded again is stored beside the first."""
+    if not body.is_lossy:
+        return key
+    own = f"{key.rpartition('.')[0]}.{body.output_format}"
+    await asyncio.to_thread(service.storage.put, own, await _finished(body, service, key))
+    return own
+
+
+def _convert(data: bytes, kind: OutputFormat, quality: int) -> bytes:
+    """A picture file in another format; what jpeg cannot hold of it was laid on white before."""
+    rgba, parameters = images.decode(data)
+    if kind == "png":
+        return images.encode(rgba, "png", parameters or "")
+    image, buffer = Image.fromarray(rgba), io.BytesIO()
+    if kind == "jpeg":
+        image = image.convert("RGB")
+    image.save(buffer, format=kind.upper(), quality=max(quality, 1))
+    return buffer.getvalue()

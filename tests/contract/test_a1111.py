@@ -1,0 +1,314 @@
+"""The AUTOMATIC1111 contract, `/sdapi/v1`, over real HTTP: with webuiapi unchanged, with the payloads of other clients, and by hand."""
+
+from __future__ import annotations
+
+import base64
+import concurrent.futures
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import webuiapi
+from PIL import Image
+from tests.serving import served, wait_until
+
+from alphalayer.engine.fake import draw_disc
+from alphalayer.infotext import read_parameters
+
+RECORDED = Path(__file__).parent / "recorded"
+ATTENTION = "(SDXL) Only Generate Transparent Image (Attention Injection)"
+CONV = "(SDXL) Only Generate Transparent Image (Conv Injection)"
+INFO_KEYS = (
+    "prompt all_prompts negative_prompt all_negative_prompts seed all_seeds subseed all_subseeds subseed_strength width "
+    "height sampler_name cfg_scale steps batch_size restore_faces face_restoration_model sd_model_name sd_model_hash "
+    "sd_vae_name sd_vae_hash seed_resize_from_w seed_resize_from_h denoising_strength extra_generation_params "
+    "index_of_first_image infotexts styles job_timestamp clip_skip is_using_inpainting_conditioning version"
+).split()
+SMALL = {"prompt": "an apple", "width": 64, "height": 64, "steps": 2}
+IDLE = {
+    "progress": 0.0,
+    "eta_relative": 0.0,
+    "current_image": None,
+    "textinfo": None,
+}
+
+
+def put_model(folder):
+    """A model that can be listed and chosen; the fake engine reads none."""
+    model = folder / "models" / "Stable-diffusion" / "apples"
+    model.mkdir(parents=True)
+    (model / "model_index.json").write_text('{"_class_name": "StableDiffusionXLPipeline"}')
+    return folder
+
+
+@pytest.fixture(scope="module")
+def client(tmp_path_factory):
+    with served(put_model(tmp_path_factory.mktemp("service"))) as client:
+        yield client
+
+
+def webui(client, **options):
+    return webuiapi.WebUIApi(baseurl=f"{str(client.base_url).rstrip('/')}/sdapi/v1", **options)
+
+
+def draw(client, **fields):
+    return client.post("/sdapi/v1/txt2img", json={**SMALL, **fields})
+
+
+def made(answer):
+    """The settings of the only picture of an answer."""
+    assert answer.status_code == 200, answer.text
+    return read_parameters(json.loads(answer.json()["info"])["infotexts"][0])
+
+
+def play(client, name):
+    """Send what a client sends; the last answer, all of them good."""
+    for each in json.loads((RECORDED / f"{name}.json").read_text())["requests"]:
+        body = each.get("json")
+        if each["path"].endswith("/options") and body:
+            body = client.get("/sdapi/v1/options").json()
+            body["sd_model_checkpoint"] = client.get("/sdapi/v1/sd-models").json()[0]["title"]
+        answer = client.request(each["method"], each["path"], json=body)
+        assert answer.status_code == 200, (each, answer.text)
+        yield each["path"].rpartition("/")[2], answer.json()
+
+
+def test_webuiapi_draws(client):
+    api = webui(client)
+    result = api.txt2img(prompt="an apple", negative_prompt="ugly", seed=7, width=128, height=64, steps=3, batch_size=2)
+    assert len(result.images) == 2
+    np.testing.assert_array_equal(np.asarray(result.image), draw_disc("an apple", 7, 128, 64))
+    assert list(result.info) == INFO_KEYS
+    assert result.info["all_seeds"] == [7, 8]
+    assert result.image.info["parameters"] == result.info["infotexts"][0]
+    assert result.parameters["steps"] == 3
+    assert result.info["extra_generation_params"]["Schedule type"] == "Normal"
+    shown = api.png_info(result.image)
+    assert shown.info == result.info["infotexts"][0]
+    assert shown.parameters["Seed"] == "7"
+
+
+async def test_webuiapi_draws_asynchronously(client):
+    pytest.importorskip("aiohttp", reason="webuiapi asks for it and does not bring it")
+    result = await webui(client).txt2img(prompt="x", seed=3, width=64, height=64, steps=1, use_async=True)
+    np.testing.assert_array_equal(np.asarray(result.image), draw_disc("x", 3, 64, 64))
+
+
+def test_webuiapi_asks_for_everything(client):
+    api = webui(client)
+    assert next(each["name"] for each in api.get_samplers()) == "DPM++ 2M SDE"
+    assert {"automatic", "karras", "sgm_uniform"} <= {each["name"] for each in api.get_schedulers()}
+    for listing in (
+        api.get_sd_vae,
+        api.get_latent_upscale_modes,
+        api.get_loras,
+        api.get_prompt_styles,
+        api.get_hypernetworks,
+        api.get_face_restorers,
+        api.get_realesrgan_models,
+    ):
+        assert listing() == []
+    assert api.get_upscalers()[0]["name"] == "None"
+    assert api.get_scripts() == {"txt2img": ["layerdiffuse"], "img2img": []}
+    assert api.get_memory()["ram"]["total"] > 0
+    assert api.get_cmd_flags()["api"] is True
+    assert api.refresh_checkpoints() is None
+    assert api.interrupt() == api.skip() == {}
+    api.util_wait_for_ready(0.05)
+    with pytest.raises(RuntimeError, match="img2img is not there yet"):
+        api.img2img(images=[Image.new("RGB", (8, 8))])
+
+
+def test_the_model_is_chosen_by_options_and_by_one_request(tmp_path):
+    with served(put_model(tmp_path)) as client:
+        api = webui(client)
+        name = api.util_get_model_names()[0]
+        assert api.util_get_current_model() == name
+        api.util_set_model(name)
+        assert api.util_get_current_model() == name
+        assert draw(client, override_settings={"sd_model_checkpoint": name}).status_code == 200
+        answer = client.post("/sdapi/v1/options", json={"sd_model_checkpoint": "nowhere"})
+        assert answer.status_code == 404
+        assert "nowhere" in answer.json()["detail"]
+        client.post("/sdapi/v1/options", json={"CLIP_stop_at_last_layers": 2})
+        assert made(draw(client))["Clip skip"] == "2"
+        assert made(draw(client, override_settings={"CLIP_stop_at_last_layers": 3}))["Clip skip"] == "3"
+
+
+def test_the_defaults_of_that_api(client):
+    settings = made(client.post("/sdapi/v1/txt2img", json={"prompt": "x"}))
+    expected = {"Steps": "50", "Sampler": "Euler", "Schedule type": "Normal", "CFG scale": "7", "Size": "512x512"}
+    assert expected.items() <= settings.items()
+    assert settings["Negative prompt"] == ""
+    assert settings["layerdiffusion_enabled"] == "True"
+    first, second = (json.loads(draw(client, n_iter=2).json()["info"])["all_seeds"] for _ in range(2))
+    assert first[1] == first[0] + 1
+    assert first != second
+
+
+@pytest.mark.parametrize(
+    ("fields", "sampler", "scheduler"),
+    [
+        ({"sampler_name": "DPM++ 2M SDE Karras"}, "DPM++ 2M SDE", "Karras"),
+        ({"sampler_name": "dpm++ 2m sde", "scheduler": "sgm_uniform"}, "DPM++ 2M SDE", "SGM Uniform"),
+        ({"sampler_name": "DPM++ 2M", "scheduler": "Automatic"}, "DPM++ 2M", "Karras"),
+        ({"sampler_name": "DPM++ 2M SDE"}, "DPM++ 2M SDE", "Exponential"),
+        ({"sampler_index": "Euler a", "sampler_name": None}, "Euler a", "Normal"),
+        ({"sampler_index": "Heun", "sampler_name": "DDIM"}, "DDIM", "Normal"),
+    ],
+)
+def test_samplers_and_schedules_by_their_names_there(client, fields, sampler, scheduler):
+    settings = made(draw(client, **fields))
+    assert (settings["Sampler"], settings["Schedule type"]) == (sampler, scheduler)
+
+
+@pytest.mark.parametrize(
+    ("args", "expected"),
+    [
+        ([], {"method": ATTENTION, "weight": "1", "ending_step": "1"}),
+        ([True, CONV], {"method": CONV}),
+        ([True, "Only Generate Transparent Image (Conv Injection)"], {"method": CONV}),
+        (
+            [True, ATTENTION, 0.5, 0.8, None, None, None, "Just Resize", False, "", "", ""],
+            {"weight": "0.5", "ending_step": "0.8"},
+        ),
+        ([False], None),
+    ],
+)
+@pytest.mark.parametrize("title", ["LayerDiffuse", "layerdiffuse"])
+def test_layerdiffuse_as_a_script(client, title, args, expected):
+    settings = made(draw(client, alwayson_scripts={title: {"args": args}}))
+    if expected is None:
+        assert "layerdiffusion_enabled" not in settings
+    else:
+        assert {f"layerdiffusion_{key}": value for key, value in expected.items()}.items() <= settings.items()
+
+
+def test_transparency_is_switched_off_by_one_field(client):
+    assert "layerdiffusion_enabled" not in made(draw(client, layerdiffuse_enabled=False))
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"prompt": ""}, "prompt"),
+        ({"width": 63}, "width"),
+        ({"steps": "many"}, "steps"),
+        ({"cfg_scale": 0}, "cfg_scale"),
+        ({"sampler_name": "Magic"}, "sampler_name"),
+        ({"scheduler": "Magic"}, "scheduler"),
+        ({"batch_size": 100}, "batch_size"),
+        ({"n_iter": 100}, "n_iter"),
+        ({"enable_hr": True}, "enable_hr"),
+        ({"restore_faces": True}, "restore_faces"),
+        ({"tiling": True}, "tiling"),
+        ({"styles": ["cinematic"]}, "styles"),
+        ({"script_name": "X/Y/Z plot"}, "script_name"),
+        ({"refiner_checkpoint": "refiner"}, "refiner_checkpoint"),
+        ({"seed_resize_from_w": 64}, "seed_resize_from_w"),
+        ({"override_settings": {"sd_vae": "other"}}, "override_settings.sd_vae"),
+        ({"alwayson_scripts": {"ADetailer": {"args": [False]}}}, "ADetailer"),
+        ({"alwayson_scripts": {"LayerDiffuse": {"args": ["yes"]}}}, "enabled"),
+        ({"alwayson_scripts": {"LayerDiffuse": {"args": [True, "(SDXL) From Foreground to Blending"]}}}, "Blending"),
+        ({"alwayson_scripts": {"LayerDiffuse": {"args": [True, "Magic"]}}}, "Magic"),
+        ({"alwayson_scripts": {"LayerDiffuse": {"args": [True, CONV, 3]}}}, "weight"),
+        ({"alwayson_scripts": {"LayerDiffuse": {"args": [True, CONV, 1, 2]}}}, "ending_step"),
+        ({"alwayson_scripts": {"LayerDiffuse": {"args": [True, CONV, 1, 1, "aGk="]}}}, "fg_image"),
+    ],
+)
+def test_what_cannot_be_done_is_named(client, fields, named):
+    answer = draw(client, **fields)
+    assert answer.status_code == 422
+    assert list(answer.json()) == ["detail"]
+    assert named in answer.json()["detail"]
+
+
+def test_what_does_not_change_the_picture_is_ignored(client):
+    same = {"seed": 5}
+    other = {
+        "save_images": True,
+        "hr_scale": 2,
+        "denoising_strength": 0.7,
+        "eta": 1.0,
+        "s_noise": 1,
+        "future_field": {},
+    }
+    assert draw(client, **same).json()["images"] == draw(client, **same, **other).json()["images"]
+    answer = draw(client, **same, send_images=False).json()
+    assert answer["images"] == []
+    assert json.loads(answer["info"])["seed"] == 5
+
+
+def test_a_task_id_gives_the_same_job_again(client):
+    first, again, other = (draw(client, force_task_id="t", steps=steps).json()["info"] for steps in (2, 2, 3))
+    assert first == again != other
+
+
+def test_every_error_has_the_shape_of_that_api(client):
+    assert client.get("/sdapi/v1/nothing").json() == {"detail": "Not Found"}
+    assert client.get("/sdapi/v1/txt2img").json() == {"detail": "Method Not Allowed"}
+    answer = client.post("/sdapi/v1/img2img", json={})
+    assert answer.status_code == 501
+    assert answer.json() == {"detail": "img2img is not there yet. Use /sdapi/v1/txt2img."}
+    large = client.post("/sdapi/v1/txt2img", content=b" " * 1_100_000)
+    assert (large.status_code, list(large.json())) == (413, ["detail"])
+    broken = client.post("/sdapi/v1/png-info", json={"image": "data:image/png;base64,aGk="})
+    assert broken.status_code == 422
+    assert "not a picture" in broken.json()["detail"]
+    assert client.post("/sdapi/v1/png-info", json={"image": "?"}).json()["detail"].startswith("image: not base64")
+
+
+def test_progress_preview_and_interrupt(tmp_path):
+    with served(tmp_path, engine_options={"step_s": 0.05}) as client, concurrent.futures.ThreadPoolExecutor() as pool:
+        idle = client.get("/sdapi/v1/progress").json()
+        assert IDLE.items() <= idle.items()
+        assert idle["state"]["job_count"] == 0
+        slow = pool.submit(draw, client, steps=150, override_settings={"live_previews_enable": True})
+
+        def running():
+            return client.get("/sdapi/v1/progress").json()
+
+        wait_until(lambda: running()["current_image"])
+        now = running()
+        assert 0 < now["progress"] < 1
+        assert now["state"]["job_count"] == 1
+        assert now["state"]["sampling_steps"] == 150
+        assert Image.open(io.BytesIO(base64.b64decode(now["current_image"]))).size == (32, 32)
+        skipped = client.get("/sdapi/v1/progress", params={"skip_current_image": True}).json()
+        assert skipped["current_image"] is None
+        assert client.post("/sdapi/v1/interrupt").json() == {}
+        answer = slow.result(10)
+        assert answer.status_code == 409
+        assert "cancelled" in answer.json()["detail"]
+        wait_until(lambda: running()["state"]["job_count"] == 0)
+
+
+def test_basic_auth_and_jobs_of_others(tmp_path):
+    slow = {"engine_options": {"step_s": 0.05}}
+    with (
+        served(tmp_path, api_auth="ann:secret,bob:other", **slow) as client,
+        concurrent.futures.ThreadPoolExecutor() as pool,
+    ):
+        refused = client.get("/sdapi/v1/options")
+        assert refused.status_code == 401
+        assert refused.headers["www-authenticate"].startswith("Basic")
+        assert list(refused.json()) == ["detail"]
+        ann, bob = (webui(client, username=name, password=word) for name, word in (("ann", "secret"), ("bob", "other")))
+        drawing = pool.submit(ann.txt2img, prompt="x", steps=20, width=64, height=64)
+        wait_until(lambda: ann.get_progress()["state"]["job_count"])
+        assert bob.get_progress()["state"]["job_count"] == 0
+        bob.interrupt()
+        assert drawing.result(20).image.size == (64, 64)
+
+
+@pytest.mark.parametrize("name", ["open_webui_a1111", "sillytavern_a1111", "librechat_a1111"])
+def test_payloads_of_other_clients(client, name):
+    answers = dict(play(client, name))
+    drawn = answers["txt2img"]
+    info = json.loads(drawn["info"])
+    assert len(drawn["images"]) == 1
+    picture = Image.open(io.BytesIO(base64.b64decode(drawn["images"][0], validate=True)))
+    assert (picture.mode, picture.size) == ("RGBA", (info["width"], info["height"]))
+    assert f"Seed: {info['seed']}" in info["infotexts"][0]

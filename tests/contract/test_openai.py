@@ -1,0 +1,231 @@
+"""The OpenAI Images contract, `/v1`, over real HTTP: with the openai package unchanged, with the payloads of other clients, and by hand."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import openai
+import pytest
+from PIL import Image
+from tests.serving import served, wait_until
+
+from alphalayer.engine.fake import draw_disc
+
+RECORDED = Path(__file__).parent / "recorded"
+SMALL = {"prompt": "an apple", "model": "gpt-image-1", "size": "64x64"}
+SEED = {"extra_body": {"seed": 7}}
+NO_TOKENS = {
+    "input_tokens": 0,
+    "input_tokens_details": {"image_tokens": 0, "text_tokens": 0},
+    "output_tokens": 0,
+    "total_tokens": 0,
+}
+
+
+def put_model(folder):
+    """A model that can be listed and chosen; the fake engine reads none."""
+    model = folder / "models" / "Stable-diffusion" / "apples"
+    model.mkdir(parents=True)
+    (model / "model_index.json").write_text('{"_class_name": "StableDiffusionXLPipeline"}')
+    return folder
+
+
+@pytest.fixture(scope="module")
+def client(tmp_path_factory):
+    with served(put_model(tmp_path_factory.mktemp("service"))) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def api(client):
+    with openai.OpenAI(base_url=f"{client.base_url}/v1".replace("//v1", "/v1"), api_key="anything") as api:
+        yield api
+
+
+def picture(data):
+    return Image.open(io.BytesIO(base64.b64decode(data.b64_json, validate=True)))
+
+
+def test_the_openai_client_draws(api):
+    answer = api.images.generate(**SMALL, n=2, quality="low", background="transparent", user="ann", **SEED)
+    for i, each in enumerate(answer.data):
+        np.testing.assert_array_equal(np.asarray(picture(each)), draw_disc("an apple", 7 + i, 64, 64))
+        assert each.url is None
+    settings = answer.to_dict()
+    assert settings["created"] > 1_700_000_000
+    del settings["created"], settings["data"]
+    assert settings == {
+        "background": "transparent",
+        "output_format": "png",
+        "quality": "low",
+        "size": "64x64",
+        "usage": NO_TOKENS,
+    }
+    assert "Steps: 12" in picture(answer.data[0]).info["parameters"]
+
+
+async def test_the_asynchronous_client_draws_and_streams(client):
+    async with openai.AsyncOpenAI(base_url=f"{client.base_url}/v1".replace("//v1", "/v1"), api_key="x") as api:
+        answer = await api.images.generate(**SMALL, **SEED)
+        assert picture(answer.data[0]).size == (64, 64)
+        stream = await api.images.generate(**SMALL, **SEED, stream=True)
+        assert [event.type async for event in stream] == ["image_generation.completed"]
+
+
+def test_a_stream_with_pictures_on_the_way(tmp_path):
+    with (
+        served(tmp_path, engine_options={"step_s": 0.05}) as client,
+        openai.OpenAI(base_url=f"{client.base_url}/v1".replace("//v1", "/v1"), api_key="x") as api,
+    ):
+        events = list(api.images.generate(**SMALL, **SEED, stream=True, partial_images=2, output_format="webp"))
+        *partial, last = events
+        assert [(event.type, event.partial_image_index) for event in partial] == [
+            ("image_generation.partial_image", 0),
+            ("image_generation.partial_image", 1),
+        ]
+        assert {picture(event).format for event in events} == {"WEBP"}
+        assert last.type == "image_generation.completed"
+        assert last.size == "64x64"
+        assert last.usage.total_tokens == 0
+        np.testing.assert_array_equal(np.asarray(picture(last).convert("RGBA")), draw_disc("an apple", 7, 64, 64))
+
+
+def test_a_stream_that_is_left_or_cancelled(tmp_path):
+    with (
+        served(tmp_path, engine_options={"step_s": 0.05}) as client,
+        openai.OpenAI(base_url=f"{client.base_url}/v1".replace("//v1", "/v1"), api_key="x") as api,
+    ):
+        slow = {**SMALL, "quality": "max", "n": 10, "stream": True, "partial_images": 3}
+
+        def states():
+            return [job["state"] for job in client.get("/alpha/v1/jobs").json()["jobs"]]
+
+        with api.images.generate(**slow) as stream:
+            next(iter(stream))
+        wait_until(lambda: states() == ["cancelled"])
+        stream = api.images.generate(**slow)
+        next(iter(stream))
+        client.delete(f"/alpha/v1/jobs/{client.get('/alpha/v1/jobs').json()['jobs'][0]['id']}")
+        with pytest.raises(openai.APIError, match="cancelled"):
+            list(stream)
+
+
+def test_sizes_models_and_qualities(api, client):
+    assert api.images.generate(prompt="x", model="any", size="auto", **SEED).size == "1024x1024"
+    assert api.images.generate(prompt="x", size="144x80", **SEED).size == "144x80"
+    listed = api.models.list().data
+    assert listed[0].object == "model"
+    assert api.models.retrieve(listed[0].id) == listed[0]
+    assert api.images.generate(prompt="x", model=listed[0].id, size="64x64").data
+    with pytest.raises(openai.NotFoundError) as caught:
+        api.models.retrieve("nowhere")
+    assert caught.value.code == "model_not_found"
+    for quality, steps in (("hd", 30), ("standard", 20), ("auto", 20)):
+        image = picture(api.images.generate(**SMALL, quality=quality).data[0])
+        assert f"Steps: {steps}," in image.info["parameters"]
+
+
+@pytest.mark.parametrize("kind", ["png", "webp", "jpeg"])
+@pytest.mark.parametrize("compression", [None, 60])
+def test_formats_and_backgrounds(api, kind, compression):
+    extra = {"output_compression": compression} if compression and kind != "png" else {}
+    answer = api.images.generate(**SMALL, **SEED, output_format=kind, background="opaque", **extra)
+    image = picture(answer.data[0])
+    assert image.format == kind.upper()
+    assert answer.background == "opaque"
+    assert np.asarray(image.convert("RGBA"))[0, 0].min() > 250
+    if kind != "jpeg":
+        answer = api.images.generate(**SMALL, **SEED, output_format=kind, background="auto", **extra)
+        assert answer.background == "transparent"
+        assert np.asarray(picture(answer.data[0]).convert("RGBA"))[0, 0, 3] == 0
+
+
+@pytest.mark.parametrize(("kind", "compression"), [("png", 100), ("webp", 100), ("webp", 50), ("jpeg", 80)])
+def test_urls(api, client, kind, compression):
+    answer = api.images.generate(
+        **SMALL, **SEED, response_format="url", output_format=kind, output_compression=compression
+    )
+    assert answer.data[0].b64_json is None
+    assert answer.data[0].url.startswith(str(client.base_url))
+    found = client.get(answer.data[0].url)
+    assert Image.open(io.BytesIO(found.content)).format == kind.upper()
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"background": "transparent", "output_format": "jpeg"}, "output_format"),
+        ({"prompt": ""}, "prompt"),
+        ({"size": "big"}, "size"),
+        ({"size": "16x16"}, "size"),
+        ({"n": 11}, "n"),
+        ({"quality": "superb"}, "quality"),
+        ({"output_format": "gif"}, "output_format"),
+        ({"partial_images": 4}, "partial_images"),
+    ],
+)
+def test_a_wrong_field_is_named(api, fields, named):
+    with pytest.raises(openai.BadRequestError) as caught:
+        api.images.generate(**{**SMALL, **fields})
+    error = caught.value.body
+    assert set(error) == {"message", "type", "param", "code"}
+    assert (error["type"], error["param"], error["code"]) == ("invalid_request_error", named, "invalid_request")
+    assert named in error["message"]
+
+
+def test_every_error_has_the_shape_of_that_api(client, api):
+    answer = client.post("/v1/images/edits", files={"image": b"x"}, data={"prompt": "x"})
+    assert answer.status_code == 501
+    assert answer.headers["x-should-retry"] == "false"
+    assert answer.json() == {
+        "error": {
+            "message": "editing pictures is not there yet. Use /v1/images/generations.",
+            "type": "server_error",
+            "param": None,
+            "code": "not_implemented",
+        }
+    }
+    with pytest.raises(openai.InternalServerError, match="not there yet"):
+        api.images.edit(image=b"x", prompt="x")
+    assert client.get("/v1/nothing").json()["error"]["code"] == "not_found"
+    assert client.post("/v1/images/generations", content=b"{").status_code == 400
+    large = client.post("/v1/images/generations", content=b" " * 1_100_000)
+    assert (large.status_code, large.json()["error"]["code"]) == (413, "too_large")
+
+
+def test_bearer_tokens(tmp_path):
+    with served(tmp_path, api_auth="ann:secret") as client:
+        base = f"{client.base_url}/v1".replace("//v1", "/v1")
+        with openai.OpenAI(base_url=base, api_key="wrong") as api, pytest.raises(openai.AuthenticationError) as caught:
+            api.images.generate(**SMALL)
+        assert caught.value.code == "unauthorized"
+        with openai.OpenAI(base_url=base, api_key="ann:secret") as api:
+            assert api.images.generate(**SMALL).data
+
+
+def test_a_full_queue_is_tried_again_by_the_client(tmp_path):
+    with served(tmp_path, wait_ready=False, queue_limit=1, engine="alphalayer.engine.fake:no_such_engine") as client:
+        client.post("/alpha/v1/jobs", json={"prompt": "x"})
+        answer = client.post("/v1/images/generations", json=SMALL)
+        assert answer.status_code == 429
+        assert int(answer.headers["retry-after"]) >= 1
+        assert (answer.json()["error"]["type"], answer.json()["error"]["code"]) == ("rate_limit_error", "queue_full")
+
+
+@pytest.mark.parametrize("name", ["open_webui_openai", "librechat_openai", "litellm_openai"])
+def test_payloads_of_other_clients(client, name):
+    for each in json.loads((RECORDED / f"{name}.json").read_text())["requests"]:
+        answer = client.request(each["method"], each["path"], json=each["json"])
+        assert answer.status_code == 200, answer.text
+        body = answer.json()
+        assert len(body["data"]) == each["json"]["n"]
+        for data in body["data"]:
+            image = Image.open(io.BytesIO(base64.b64decode(data["b64_json"], validate=True)))
+            assert image.mode == "RGBA"
+            assert image.format == each["json"].get("output_format", "png").upper()
+            if each["json"]["size"] != "auto":
+                assert f"{image.width}x{image.height}" == each["json"]["size"]
