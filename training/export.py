@@ -17,6 +17,7 @@ from training.text import TOKENIZER, Encoders
 from training.unet import SIDE, scaling_factor, schedule
 
 TARGET = Path(__file__).parents[1] / "src" / "alphalayer" / "models" / "alphalayer-mini"
+CARD = Path(__file__).parent / "card"
 DEFAULTS = {
     "width": SIDE,
     "height": SIDE,
@@ -40,10 +41,9 @@ PARTS = {
 
 
 def export(target: Path) -> int:
-    """Write the folder (README.md and NOTICE in it are kept); its size in bytes."""
-    for part in (*PARTS, "layerdiffuse"):
-        shutil.rmtree(target / part, ignore_errors=True)
-    target.mkdir(parents=True, exist_ok=True)
+    """Write the folder anew, with the card and the notices; its size in bytes."""
+    shutil.rmtree(target, ignore_errors=True)
+    shutil.copytree(CARD, target)
     encoders, autoencoder, unet = Encoders(), load_trained(), averaged_unet()
     changes = torch.load(PATCH, weights_only=True) if PATCH.is_file() else {}
     weights = dict(unet.named_parameters())

@@ -74,7 +74,7 @@ class Settings(BaseSettings):
     drain_s: Annotated[
         int, Field(ge=0, description="Seconds that requests at work get to end when the service is stopped.")
     ] = 60
-    max_request_bytes: Annotated[int, Field(ge=1024, description="Largest request body.")] = 1_000_000
+    max_request_bytes: Annotated[int, Field(ge=1024, description="Largest request body.")] = 16_000_000
     log_level: Annotated[
         Literal["debug", "info", "warning", "error"], Field(description="Least serious log lines shown.")
     ] = "info"

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from alphalayer.request import GenerationRequest, ImageFormat
 
 MAX_ITERATIONS = 16
+PREVIEW_PREFIX = "preview_"
 
 
 class _Frozen(BaseModel):
@@ -104,10 +105,16 @@ class Job(_Frozen):
 
     @classmethod
     def new(cls, spec: JobSpec, owner: str = "", idempotency_key: str | None = None) -> Job:
-        """A fresh job with an id that cannot be guessed."""
+        """A fresh job with an id that cannot be guessed. Its seeds are drawn here, so that a second run draws the same picture."""
+        drawn = spec.model_copy(update={"generation": spec.generation.with_seeds()})
         return cls(
-            id=secrets.token_hex(12), spec=spec, owner=owner, idempotency_key=idempotency_key, created_at=time.time()
+            id=secrets.token_hex(12), spec=drawn, owner=owner, idempotency_key=idempotency_key, created_at=time.time()
         )
+
+    @property
+    def preview_name(self) -> str:
+        """The name of its preview, written over at every step."""
+        return f"{PREVIEW_PREFIX}{self.id}.webp"
 
     def file_name(self, index: int) -> str:
         """The name of its picture number `index`: the same each time the job is run, so that a second run overwrites the first."""

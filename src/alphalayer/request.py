@@ -111,10 +111,12 @@ class GenerationRequest(_Frozen):
     def resolved(self, defaults: ModelDefaults) -> GenerationRequest:
         """Fill what is `None` from the model's defaults and draw the seeds that are -1."""
         filled = {name: value for name, value in defaults if getattr(self, name) is None}
-        for name in ("seed", "subseed"):
-            if getattr(self, name) == -1:
-                filled[name] = secrets.randbelow(4294967294)
-        return self.model_copy(update=filled)
+        return self.with_seeds().model_copy(update=filled)
+
+    def with_seeds(self) -> GenerationRequest:
+        """Draw the seeds that are -1."""
+        drawn = {name: secrets.randbelow(4294967294) for name in ("seed", "subseed") if getattr(self, name) == -1}
+        return self.model_copy(update=drawn)
 
 
 def parse_request(fields: dict[str, Any]) -> GenerationRequest:

@@ -63,6 +63,12 @@ def test_the_same_seed_gives_the_same_picture_and_minus_one_a_fresh_one(client):
     assert first >= 0
 
 
+def test_fresh_seeds_count_up_over_all_batches(client):
+    body = draw(client, batch_size=2, n_iter=2, seed=-1, width=64, height=64).json()
+    first, *others = [image["seed"] for image in body["images"]]
+    assert others == [first + 1, first + 2, first + 3]
+
+
 def test_several_pictures(client):
     body = draw(client, batch_size=2, n_iter=2, seed=10, width=64, height=64).json()
     assert [image["seed"] for image in body["images"]] == [10, 11, 12, 13]
@@ -132,10 +138,10 @@ def test_a_broken_body_is_an_error_of_the_client(client, body):
 
 
 def test_a_body_that_is_too_large_is_refused(client):
-    answer = client.post("/alpha/v1/txt2img", content=b" " * 1_100_000, headers={"content-type": "application/json"})
+    answer = client.post("/alpha/v1/txt2img", content=b" " * 16_100_000, headers={"content-type": "application/json"})
     assert answer.status_code == 413
     chunked = client.post(
-        "/alpha/v1/txt2img", content=iter([b" " * 600_000] * 2), headers={"content-type": "application/json"}
+        "/alpha/v1/txt2img", content=iter([b" " * 8_100_000] * 2), headers={"content-type": "application/json"}
     )
     assert chunked.status_code == 413
 

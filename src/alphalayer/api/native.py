@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import mimetypes
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request
@@ -11,11 +12,11 @@ from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from alphalayer import infotext
-from alphalayer.api.deps import Service, ServiceDep, User, file_url, run_job
+from alphalayer.api.deps import Service, ServiceDep, User, file_url, read_file, run_job
 from alphalayer.api.problems import PROBLEMS
 from alphalayer.errors import InvalidRequest
 from alphalayer.images import MIME_TYPES
-from alphalayer.job import MAX_ITERATIONS, Job, JobSpec, Output
+from alphalayer.job import MAX_ITERATIONS, PREVIEW_PREFIX, Job, JobSpec, Output
 from alphalayer.request import (
     MAX_PROMPT_CHARACTERS,
     MAX_SEED,
@@ -145,9 +146,10 @@ async def txt2img(body: Txt2ImgRequest, request: Request, service: ServiceDep, u
 async def file(filename: str, service: ServiceDep) -> StreamingResponse:
     """Needs no password: the name is the secret, so that the URL opens wherever it is pasted."""
     found = await service.storage.open(check_key(filename))
-    kind = filename.rpartition(".")[2]
-    headers = {"Cache-Control": "public, max-age=31536000, immutable", "Content-Length": str(found.size_bytes)}
-    mime = next((mime for name, mime in MIME_TYPES.items() if name == kind), "application/octet-stream")
+    # a preview is written over at every step; a picture never changes
+    caching = "no-store" if filename.startswith(PREVIEW_PREFIX) else "public, max-age=31536000, immutable"
+    headers = {"Cache-Control": caching, "Content-Length": str(found.size_bytes)}
+    mime = mimetypes.guess_type(filename)[0] or "application/octet-stream"
     return StreamingResponse(found.chunks, media_type=mime, headers=headers)
 
 
@@ -168,7 +170,10 @@ def image_answers(job: Job, request: Request) -> list[ImageAnswer]:
 async def _answer(job: Job, request: Request, service: Service, *, with_data: bool) -> Txt2ImgResponse:
     pictures = image_answers(job, request)
     if with_data:
-        pictures = [each.model_copy(update={"base64": await _base64(service, each.filename)}) for each in pictures]
+        pictures = [
+            each.model_copy(update={"base64": base64.b64encode(await read_file(service, each.filename)).decode()})
+            for each in pictures
+        ]
     first = pictures[0]
     return Txt2ImgResponse(
         url=first.url,
@@ -177,11 +182,6 @@ async def _answer(job: Job, request: Request, service: Service, *, with_data: bo
         base64=first.base64,
         images=pictures if len(pictures) > 1 else None,
     )
-
-
-async def _base64(service: Service, key: str) -> str:
-    found = await service.storage.open(key)
-    return base64.b64encode(b"".join([chunk async for chunk in found.chunks])).decode()
 
 
 def _checked_sampler(name: str | None) -> Any:

@@ -74,7 +74,7 @@ class EngineProcess:
 
     def _draw(self, engine: Engine, storage: Storage, job: Job, request: GenerationRequest) -> GenerationResult:
         def on_progress(progress: Progress) -> None:
-            key = f"preview_{job.id}.webp" if progress.preview is not None else None
+            key = job.preview_name if progress.preview is not None else None
             if key and progress.preview is not None:
                 storage.put(key, images.encode_preview(progress.preview))
             self._send("progress", id=job.id, progress=_progress_json(progress, key))
@@ -90,7 +90,7 @@ class EngineProcess:
             self._send("progress", id=job.id, progress={"stage": "store"})
             outcome = store_pictures(storage, job, results, lambda: job.id in self._cancelled)
             if job.spec.previews:
-                storage.delete(f"preview_{job.id}.webp")
+                storage.delete(job.preview_name)
             self._send("done", id=job.id, result=outcome.model_dump(mode="json"), memory_bytes=self._memory_bytes())
         except Exception as error:
             self._fail(job, error)
