@@ -7,8 +7,6 @@ import base64
 import binascii
 import hashlib
 import json
-import os
-import secrets
 import time
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -17,13 +15,16 @@ from fastapi import APIRouter, Depends, Request
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from alphalayer import images, infotext
+from alphalayer.api import a1111_lists
+from alphalayer.api.a1111_lists import SCHEDULER_NAMES
 from alphalayer.api.deps import Service, ServiceDep, User, read_file, run_job
+from alphalayer.api.layerdiffuse_script import SCRIPT, layerdiffuse_of
 from alphalayer.api.problems import NotImplementedYet
 from alphalayer.catalog import resolve_model
 from alphalayer.errors import FileMissing, InvalidRequest
 from alphalayer.job import MAX_ITERATIONS, JobSpec, JobState
 from alphalayer.jobs import JobView
-from alphalayer.request import SAMPLERS, SCHEDULERS, GenerationRequest, LayerDiffuse, parse_request, split_sampler_name
+from alphalayer.request import GenerationRequest, LayerDiffuse, parse_request, split_sampler_name
 
 
 class Detail(BaseModel):
@@ -34,25 +35,10 @@ class Detail(BaseModel):
 
 ERRORS: dict[int | str, dict[str, Any]] = {"4XX": {"model": Detail, "description": "What is wrong."}}
 router = APIRouter(prefix="/sdapi/v1", tags=["AUTOMATIC1111"], responses=ERRORS)
+router.include_router(a1111_lists.router)
 
-SCRIPT = "LayerDiffuse"
-RESIZE_MODES = ("Just Resize", "Crop and Resize", "Resize and Fill")
-METHODS = {label: name for name, label in infotext.METHOD_LABELS.items()}
-OTHER_METHODS = (
-    "(SDXL) From Foreground to Blending",
-    "(SDXL) From Foreground and Blending to Background",
-    "(SDXL) From Background to Blending",
-    "(SDXL) From Background and Blending to Foreground",
-    "(SD1.5) Only Generate Transparent Image (Attention Injection)",
-    "(SD1.5) From Foreground to Background (need batch size 2)",
-    "(SD1.5) From Background to Foreground (need batch size 2)",
-    "(SD1.5) Generate Everything Together (need batch size 3)",
-)
-"""What the original can do and this version cannot."""
 AUTOMATIC = {"DPM++ 2M": "Karras", "DPM++ SDE": "Karras", "DPM++ 2M SDE": "Exponential", "DPM++ 3M SDE": "Exponential"}
 """The schedule that "Automatic" means for a sampler; "Normal" for the others."""
-SCHEDULER_NAMES = {label: label.lower().replace(" ", "_") for label in SCHEDULERS}
-OWN_SEEDS = 4294967294
 
 
 @dataclass
@@ -140,13 +126,21 @@ class Txt2ImgRequest(BaseModel):
         self._refuse_what_is_not_there()
         override, sampler = self.override_settings, _sampler(self.sampler_name or self.sampler_index)
         sampler, named = split_sampler_name(sampler)
-        same = ("prompt", "negative_prompt", "subseed_strength", "batch_size", "steps", "cfg_scale", "width", "height")
+        same = (
+            "prompt",
+            "negative_prompt",
+            "seed",
+            "subseed",
+            "subseed_strength",
+            "batch_size",
+            "steps",
+            "cfg_scale",
+            "width",
+            "height",
+        )
         generation = _parse(
             {
                 **{name: getattr(self, name) for name in same},
-                # drawn here, so that the batches of one request count on from one number
-                "seed": _fresh(self.seed),
-                "subseed": _fresh(self.subseed),
                 "sampler": sampler,
                 "scheduler": _scheduler(self.scheduler, sampler) if self.scheduler or not named else named,
                 "clip_skip": override.CLIP_stop_at_last_layers or options.clip_skip,
@@ -310,146 +304,6 @@ def png_info(body: Picture) -> dict[str, Any]:
     return {"info": text, "items": items, "parameters": infotext.read_parameters(text) if text else {}}
 
 
-@router.get("/samplers", summary="Samplers")
-def samplers() -> list[dict[str, Any]]:
-    """By the names that txt2img takes."""
-    return [{"name": name, "aliases": [], "options": {}} for name in SAMPLERS]
-
-
-@router.get("/schedulers", summary="Schedules of noise")
-def schedulers() -> list[dict[str, Any]]:
-    """By the names that txt2img takes; it takes the labels, too."""
-    names = {"Automatic": "automatic", **SCHEDULER_NAMES}
-    return [
-        {
-            "name": name,
-            "label": label,
-            "aliases": [],
-            "default_rho": 7.0 if label == "Karras" else -1.0,
-            "need_inner_model": label in ("Normal", "SGM Uniform", "Simple", "Beta"),
-        }
-        for label, name in names.items()
-    ]
-
-
-@router.get("/loras", summary="LoRA files")
-def loras(service: ServiceDep) -> list[dict[str, Any]]:
-    """The files of models/Lora."""
-    files = sorted((service.models_dir / "Lora").rglob("*.safetensors"))
-    return [{"name": file.stem, "alias": file.stem, "path": str(file), "metadata": {}} for file in files]
-
-
-@router.get("/upscalers", summary="None yet")
-def upscalers() -> list[dict[str, Any]]:
-    """The one that does nothing."""
-    return [{"name": "None", "model_name": None, "model_path": None, "model_url": None, "scale": 4.0}]
-
-
-@router.get("/sd-vae", summary="None: the model's own is used")
-@router.get("/sd-modules", summary="None: the model's own are used")
-@router.get("/latent-upscale-modes", summary="None yet")
-@router.get("/prompt-styles", summary="None yet")
-@router.get("/face-restorers", summary="None yet")
-@router.get("/realesrgan-models", summary="None yet")
-@router.get("/hypernetworks", summary="None yet")
-def nothing() -> list[dict[str, Any]]:
-    """An empty list."""
-    return []
-
-
-@router.post("/refresh-checkpoints", summary="Needs not be asked: folders are read each time")
-@router.post("/refresh-loras", summary="Needs not be asked: folders are read each time")
-@router.post("/refresh-vae", summary="Needs not be asked: folders are read each time")
-def refresh() -> None:
-    """Nothing to do."""
-
-
-@router.get("/scripts", summary="Scripts")
-def scripts() -> dict[str, list[str]]:
-    """LayerDiffuse alone."""
-    return {"txt2img": [SCRIPT.lower()], "img2img": []}
-
-
-@router.get("/script-info", summary="What the scripts take")
-def script_info() -> list[dict[str, Any]]:
-    """The positional arguments of LayerDiffuse that mean something here."""
-    number = {"minimum": 0, "step": 0.001}
-    args = [
-        {"label": "Enabled", "value": True},
-        {"label": "Method", "value": next(iter(METHODS)), "choices": list(METHODS)},
-        {"label": "Weight", "value": 1.0, "maximum": 2, **number},
-        {"label": "Stop At", "value": 1.0, "maximum": 1, **number},
-    ]
-    empty = {"minimum": None, "maximum": None, "step": None, "choices": None}
-    shown = [{**empty, **each} for each in args]
-    return [{"name": SCRIPT.lower(), "is_alwayson": True, "is_img2img": False, "args": shown}]
-
-
-@router.get("/memory", summary="Memory of this machine, in bytes")
-def memory() -> dict[str, Any]:
-    """The GPU belongs to other processes; /metrics has what they use."""
-    cuda = {"error": "not known to this process; see /metrics"}
-    try:
-        page = os.sysconf("SC_PAGE_SIZE")
-        total, free = page * os.sysconf("SC_PHYS_PAGES"), page * os.sysconf("SC_AVPHYS_PAGES")
-    except (AttributeError, OSError, ValueError):
-        return {"ram": {"error": "not known on this system"}, "cuda": cuda}
-    return {"ram": {"free": free, "used": total - free, "total": total}, "cuda": cuda}
-
-
-@router.get("/cmd-flags", summary="Flags")
-def cmd_flags(request: Request) -> dict[str, Any]:
-    """Those that clients look at; never a password or a path."""
-    return {"api": True, "nowebui": False, "subpath": request.scope.get("root_path", ""), "do_not_download_clip": True}
-
-
-def layerdiffuse_of(args: list[Any]) -> LayerDiffuse:
-    """The positional arguments of the script; a missing tail keeps the defaults. Raises `InvalidRequest`."""
-    names = ("enabled", "method", "weight", "ending_step", "fg_image", "bg_image", "blend_image", "resize_mode")
-    given = {name: value for name, value in zip(names, args, strict=False) if value is not None}
-    options = LayerDiffuse()
-    enabled = given.get("enabled", options.enabled)
-    if not isinstance(enabled, bool):
-        raise _wrong_arg("enabled", "it is true or false")
-    if not enabled:
-        return LayerDiffuse(enabled=False)
-    for name in ("fg_image", "bg_image", "blend_image"):
-        if given.get(name):
-            raise _wrong_arg(name, "pictures are not taken here yet")
-    if given.get("resize_mode", RESIZE_MODES[0]) not in RESIZE_MODES:
-        raise _wrong_arg("resize_mode", f"use one of: {', '.join(RESIZE_MODES)}")
-    if any(args[9:12]):
-        raise _wrong_arg("additional prompts", "they are not there yet")
-    return options.model_copy(
-        update={
-            "method": _method(given.get("method", infotext.METHOD_LABELS[options.method])),
-            "weight": _number(given, "weight", options.weight, 2),
-            "stop_at": _number(given, "ending_step", options.stop_at, 1),
-        }
-    )
-
-
-def _method(label: Any) -> str:
-    """The name of a method by its label, also by that of older versions, which had no "(SDXL)". Raises `InvalidRequest`."""
-    known = {**METHODS, **{each.removeprefix("(SDXL) "): name for each, name in METHODS.items()}}
-    if str(label) in known:
-        return known[str(label)]
-    if label in OTHER_METHODS:
-        raise _wrong_arg("method", f'"{label}" is not there yet; use one of: {", ".join(METHODS)}')
-    raise _wrong_arg("method", f'there is no "{label}"; use one of: {", ".join(METHODS)}')
-
-
-def _number(given: dict[str, Any], name: str, default: float, most: float) -> float:
-    value = given.get(name, default)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= most:
-        raise _wrong_arg(name, f"it is a number from 0 to {most:g}")
-    return float(value)
-
-
-def _wrong_arg(name: str, why: str) -> InvalidRequest:
-    return InvalidRequest(f"{name}: {why}.", field=f"alwayson_scripts.{SCRIPT}.args")
-
-
 def _parse(fields: dict[str, Any]) -> GenerationRequest:
     """Validate; what is wrong is called as it is on this wire. Raises `InvalidRequest`."""
     wire = {"sampler": "sampler_name", "model": "override_settings.sd_model_checkpoint"}
@@ -469,10 +323,6 @@ def _scheduler(name: str | None, sampler: str) -> str:
     if not name or name.lower() == "automatic":
         return next((schedule for each, schedule in AUTOMATIC.items() if each.lower() == sampler.lower()), "Normal")
     return next((label for label, each in SCHEDULER_NAMES.items() if each == name.lower()), name)
-
-
-def _fresh(seed: int) -> int:
-    return secrets.randbelow(OWN_SEEDS) if seed == -1 else seed
 
 
 async def _running(service: Service, user: str) -> JobView | None:
