@@ -252,7 +252,7 @@ def test_every_error_has_the_shape_of_that_api(client):
     answer = client.post("/sdapi/v1/img2img", json={})
     assert answer.status_code == 501
     assert answer.json() == {"detail": "img2img is not there yet. Use /sdapi/v1/txt2img."}
-    large = client.post("/sdapi/v1/txt2img", content=b" " * 1_100_000)
+    large = client.post("/sdapi/v1/txt2img", content=b" " * 16_100_000)
     assert (large.status_code, list(large.json())) == (413, ["detail"])
     broken = client.post("/sdapi/v1/png-info", json={"image": "data:image/png;base64,aGk="})
     assert broken.status_code == 422
