@@ -148,6 +148,7 @@ def restart_with_another_python(arguments: list[str]) -> int:
 
 def run(command: list[str]) -> int:
     """Become the command where the system can do that, else wait for it."""
+    os.environ["ALPHALAYER_STARTED_BY"] = "py run.py" if os.name == "nt" else "python3 run.py"
     if os.name == "nt":
         try:
             return subprocess.run(command, check=False).returncode

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import shlex
 import sys
@@ -15,11 +16,12 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from alphalayer import __version__, catalog, hub, images, keys, oldflags
-from alphalayer.config import Settings, load_settings
+from alphalayer.config import STARTED_BY, Settings, load_settings
 from alphalayer.doctor import check_port, diagnose
 from alphalayer.engine import Progress as EngineProgress
 from alphalayer.errors import AlphalayerError, StorageFailed
@@ -201,7 +203,7 @@ def doctor(models_dir: ModelsDir = None) -> None:
     for finding in findings:
         out.print(f"{marks[finding.level]}  {finding.what}", soft_wrap=True)
         if finding.hint:
-            out.print(f"    {finding.hint}", soft_wrap=True)
+            out.print(f"    {_as_started(finding.hint)}", soft_wrap=True)
     raise typer.Exit(any(finding.level == "error" for finding in findings))
 
 
@@ -292,14 +294,18 @@ def _progress() -> Generator[Any]:
         yield report
 
 
+def _as_started(hint: str) -> str:
+    """A hint with its commands as they are written here: run.py starts this program without an `alphalayer` on the path."""
+    started_by = os.environ.get(STARTED_BY)
+    return re.sub(r"\balphalayer (?=models|doctor|keys|serve|generate)", f"{started_by} ", hint) if started_by else hint
+
+
 def main() -> None:
     """Entry point: run a command; an error meant for users is one line on stderr and exit code 1."""
     try:
         app()
     except AlphalayerError as error:
-        err.print(
-            f"[red]error[/]  {error}" if err.is_terminal else f"error: {error}", markup=err.is_terminal, soft_wrap=True
-        )
+        err.print(f"[red]error:[/] {escape(_as_started(str(error)))}", soft_wrap=True)
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
