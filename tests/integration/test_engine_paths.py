@@ -167,7 +167,7 @@ def test_every_stage_and_step_is_told(engine: LocalEngine):
         ("load", 0, 0), ("text", 0, 0), ("sample", 0, 0), ("sample", 1, 2), ("sample", 2, 2), ("decode", 0, 0),
     ]  # fmt: skip
     assert all(each.preview is None for each in told)
-    assert set(result.seconds) == {"load", "text", "sample", "decode"}
+    assert set(result.seconds) == {"load", "text", "sample", "vae", "decode"}
 
 
 def test_previews_are_small_pictures_and_do_not_change_the_result(engine: LocalEngine):

@@ -203,8 +203,8 @@ class LocalEngine:
 
         watcher.stage("decode")
         decoders = [model.vae, model.decoder] if request.layerdiffuse.enabled else [model.vae]
-        with stopwatch.stage("decode"), residency.of(*decoders, keep=mode.keep_unet):
-            pictures = [self._decode(request, model, latent[None], mode, watcher) for latent in latents]
+        with residency.of(*decoders, keep=mode.keep_unet):
+            pictures = [self._decode(request, model, latent[None], mode, watcher, stopwatch) for latent in latents]
 
         return self._result(request, model, [canvas.crop(each) for each in pictures], seeds, subseeds, stopwatch)
 
@@ -263,15 +263,23 @@ class LocalEngine:
         model.patcher.ensure(wanted)
 
     def _decode(
-        self, request: GenerationRequest, model: LoadedModel, latent: Tensor, mode: MemoryMode, watcher: Watcher
+        self,
+        request: GenerationRequest,
+        model: LoadedModel,
+        latent: Tensor,
+        mode: MemoryMode,
+        watcher: Watcher,
+        stopwatch: Stopwatch,
     ) -> RgbaImage:
         """One scaled latent (1, C, h, w) → RGBA; opaque if LayerDiffuse is off."""
         watcher.check()
-        rgb = model.decode_latent(latent)
+        with stopwatch.stage("vae"):
+            rgb = model.decode_latent(latent)
         if not request.layerdiffuse.enabled:
             return _opaque(rgb)
-        pixel, decoder_latent = decoder_inputs(rgb, latent, model.scaling_factor, request.decode, model.shift_factor)
-        return to_uint8(decode_transparent(model.decoder, pixel, decoder_latent, mode.passes_at_once))
+        with stopwatch.stage("decode"):
+            pixel, decoder_latent = decoder_inputs(rgb, latent, model.scaling_factor, request.decode, model.shift_factor)
+            return to_uint8(decode_transparent(model.decoder, pixel, decoder_latent, mode.passes_at_once))
 
     def _preview(self, model: LoadedModel, x0: Tensor) -> NDArray[np.uint8]:
         """The first image's predicted latent, averaged down to 32 cells a side, through the VAE: small RGB."""
