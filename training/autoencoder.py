@@ -27,8 +27,12 @@ from training import pictures
 from training.data import CACHE, TRAINING_SETS, load
 
 CHECKPOINT = CACHE / "autoencoder.pt"
-LATENT_CHANNELS = 16
+LATENT_CHANNELS = 12
 DOWNSAMPLING = 16
+LATENT_NOISE = 0.1
+COARSE_SHARE = 0.3
+"""How often the latent is also halved and must decode to the halved picture: keeps the latent smooth, so that it can be learnt
+(Kouzelis et al. 2025, "EQ-VAE")."""
 DECODER_CONFIG = {
     "in_channels": 3,
     "out_channels": 4,
@@ -55,7 +59,7 @@ HELD_OUT = 20
 
 
 def make_vae() -> AutoencoderDC:
-    """16 times smaller on a side, 16 channels; convolutions only."""
+    """16 times smaller on a side, 12 channels; convolutions only."""
     return AutoencoderDC(
         in_channels=3,
         latent_channels=LATENT_CHANNELS,
@@ -67,12 +71,14 @@ def make_vae() -> AutoencoderDC:
         decoder_layers_per_block=(1, 1, 2, 2, 3),
         encoder_qkv_multiscales=((), (), (), (), ()),
         decoder_qkv_multiscales=((), (), (), (), ()),
+        encoder_out_shortcut=False,
+        decoder_in_shortcut=False,
         scaling_factor=1.0,
     )
 
 
 def make_offset_encoder() -> nn.Module:
-    """RGBA (B, 4, H, W) → offset of the latent (B, 16, H/16, W/16); begins at zero."""
+    """RGBA (B, 4, H, W) → offset of the latent (B, 12, H/16, W/16); begins at zero."""
     encoder = Encoder(
         in_channels=4,
         latent_channels=LATENT_CHANNELS,
@@ -202,6 +208,10 @@ def loss_of(model: LatentTransparency, rgba: Tensor, noise: float, rng: torch.Ge
     true_alpha = rgba[half:, 3:]
     other = torch.rand(count - half, 3, 1, 1, generator=rng)
     loss = likeness(rgb, wanted)
+    if torch.rand(1, generator=rng) < COARSE_SHARE:
+        with torch.autocast("cpu", torch.bfloat16):
+            coarse = model.vae.decode(F.avg_pool2d(latent, 2), return_dict=False)[0].float()
+        loss = loss + likeness(coarse, F.avg_pool2d(wanted, 2))
     loss = loss + 2 * (alpha - true_alpha).abs().mean() + (edges(alpha) - edges(true_alpha)).abs().mean()
     laid, true_laid = color * alpha + other * (1 - alpha), pictures.over(rgba[half:], other)
     loss = loss + likeness(laid * 2 - 1, true_laid * 2 - 1)
@@ -243,6 +253,26 @@ def evaluate(model: LatentTransparency, count: int = 64, sheet: Path | None = No
     }
 
 
+@torch.no_grad()
+def whiten(model: LatentTransparency, crops: Crops, batches: int = 24) -> None:
+    """Give every channel of the adjusted latent mean 0 and spread 1, by changing the convolutions at both its ends.
+
+    Exact but for the picture's border, where convolutions pad with 0; the training that follows mends that.
+    """
+    latents = torch.cat([model.encode_transparent(crops.batch(8, 128)) for _ in range(batches)])
+    mean, spread = latents.mean((0, 2, 3)), latents.std((0, 2, 3)).clamp(min=0.05)
+    out, offset, into = model.vae.encoder.conv_out, model.offset.conv_out, model.vae.decoder.conv_in
+    into.bias += torch.einsum("oihw,i->o", into.weight, mean)
+    into.weight *= spread[None, :, None, None]
+    injected = model.decoder.latent_conv_in
+    injected.bias += injected.weight[:, :, 0, 0] @ mean
+    injected.weight *= spread[None, :, None, None]
+    out.bias.copy_((out.bias - mean) / spread)
+    offset.bias.copy_(offset.bias / spread)
+    for layer in (out, offset):
+        layer.weight /= spread[:, None, None, None]
+
+
 def train(steps: int, learning_rate: float = 5e-4) -> None:
     """Train for so many steps in all and save; goes on from the last checkpoint, on the same schedule."""
     torch.manual_seed(0)
@@ -262,8 +292,10 @@ def train(steps: int, learning_rate: float = 5e-4) -> None:
             warm = min(1.0, (step + 1) / 100)
             group["lr"] = learning_rate * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done)))
         side, count = (64, 12) if done < 0.6 else (128, 4)
+        if step == int(0.6 * steps):
+            whiten(model, crops)
         rgba = crops.batch(count, side).contiguous(memory_format=torch.channels_last)
-        loss, spread = loss_of(model, rgba, 0.05 * min(1.0, done * 8), crops.torch_rng)
+        loss, spread = loss_of(model, rgba, LATENT_NOISE * min(1.0, done * 8), crops.torch_rng)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -298,7 +330,7 @@ def refine(steps: int, learning_rate: float = 3e-4) -> None:
                 learning_rate * min(1.0, (step + 1) / 50) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
             )
         rgba = crops.batch(4, 128).contiguous(memory_format=torch.channels_last)
-        loss, _ = loss_of(model, rgba, 0.05, crops.torch_rng)
+        loss, _ = loss_of(model, rgba, LATENT_NOISE, crops.torch_rng)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(decoders, 1.0)

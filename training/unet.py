@@ -23,13 +23,13 @@ from diffusers import DDPMScheduler, UNet2DConditionModel
 from torch import Tensor
 
 from training import captions
+from training.autoencoder import LATENT_CHANNELS
 from training.captions import Subject
 from training.data import CACHE, read_concepts
 from training.latents import OPAQUE, SUBJECTS, TRANSPARENT
 from training.text import POOLED, WIDTH_1, WIDTH_2, Encoders
 
 CHECKPOINT = CACHE / "unet.pt"
-LATENT_CHANNELS = 16
 TIME_IDS_WIDTH = 32
 SIDE = 256
 MIN_SNR = 5.0
@@ -51,7 +51,7 @@ AS_THEY_ARE = 2.0
 
 
 def make_unet() -> UNet2DConditionModel:
-    """11 million parameters, for latents of 16x16x16."""
+    """11 million parameters, for latents of 12x16x16."""
     widths = (64, 128, 192)
     return UNet2DConditionModel(
         sample_size=SIDE // 16,
@@ -99,7 +99,7 @@ class Samples:
         self._encoders = Encoders()
 
     def batch(self, count: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Scaled latents (count, 16, 16, 16), context (count, 77, 192), pooled text (count, 128)."""
+        """Scaled latents (count, 12, 16, 16), context (count, 77, 192), pooled text (count, 128)."""
         rows = self._rng.choices(range(len(self._subjects)), cum_weights=self._until, k=count)
         texts = [captions.describe(*self._subjects[i], self._rng) for i in rows]
         chances = [self._rng.random() for _ in rows]
