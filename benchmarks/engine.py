@@ -1,7 +1,8 @@
 """What a picture costs, stage by stage: `python benchmarks/engine.py [--model NAME | --random-sdxl FOLDER] [--steps …] [--batch 1 2 4 8]`.
 
-For every batch size: seconds of each stage, pictures a second and peak memory; for the UNet also the share of the machine's limit, which is
-the rate of a large matrix product in the same number format, measured in the same run. The last line is JSON.
+For every batch size: seconds of each stage, pictures a second and peak memory. For the UNet, the VAE and the transparent decoder
+also the share of the machine's limit, which is the rate of a large matrix product in the same number format, measured in the same
+run. The last line is JSON.
 
 `--random-sdxl FOLDER` draws with a full-size checkpoint of random numbers, written there first (7.9 GB) if it is not there.
 """
@@ -15,6 +16,7 @@ import resource
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from alphalayer import images
-from alphalayer.engine.pipeline import LocalEngine
+from alphalayer.engine.pipeline import Canvas, LocalEngine
 from alphalayer.request import GenerationRequest
 
 WARM_RUNS = 3
@@ -42,12 +44,11 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * side**3 / min(seconds)
 
 
-def unet_rows(engine: LocalEngine, width: int, height: int, rows: int) -> dict[str, float]:
-    """Milliseconds and operations of one UNet call with so many rows."""
-    model = engine.held_model
-    unet = model.unet.to(engine.device)
-    dtype = next(unet.parameters()).dtype
-    cell, device = model.scale_factor, engine.device
+def unet_call(engine: LocalEngine, width: int, height: int, rows: int) -> Callable[[], Any]:
+    """One UNet call with so many rows."""
+    model, device = engine.held_model, engine.device
+    unet = model.unet.to(device)
+    dtype, cell = next(unet.parameters()).dtype, model.scale_factor
     latent = torch.randn(rows, model.latent_channels, height // cell, width // cell, device=device, dtype=dtype)
     context = torch.randn(rows, 77, unet.config["cross_attention_dim"], device=device, dtype=dtype)
     pooled_width = unet.config["projection_class_embeddings_input_dim"] - 6 * unet.config["addition_time_embed_dim"]
@@ -55,21 +56,38 @@ def unet_rows(engine: LocalEngine, width: int, height: int, rows: int) -> dict[s
     sizes = torch.tensor([[height, width, 0, 0, height, width]] * rows, device=device, dtype=torch.float32)
     added = {"text_embeds": pooled, "time_ids": sizes}
     step = torch.full((rows,), 500.0, device=device)
+    return lambda: unet(latent, step, encoder_hidden_states=context, added_cond_kwargs=added)
 
-    def call() -> None:
-        unet(latent, step, encoder_hidden_states=context, added_cond_kwargs=added)
 
-    with torch.inference_mode():
-        with FlopCounterMode(display=False) as counter:
-            call()
-        seconds: list[float] = []
-        for _ in range(WARM_RUNS + 1):
-            _wait(device)
-            start = time.perf_counter()
-            call()
-            _wait(device)
-            seconds.append(time.perf_counter() - start)
-    return {"ms": round(min(seconds) * 1000, 2), "gigaoperations": round(counter.get_total_flops() / 1e9, 2)}
+def decode_calls(engine: LocalEngine, width: int, height: int) -> dict[str, Callable[[], Any]]:
+    """The VAE and one pass of the transparent decoder for one picture."""
+    model, device, cell = engine.held_model, engine.device, engine.held_model.scale_factor
+    model.vae.to(device)
+    decoder = model.decoder.to(device)
+    dtype = next(decoder.parameters()).dtype
+    latent = torch.randn(1, model.latent_channels, height // cell, width // cell, device=device)
+    pixel = torch.rand(1, 3, height, width, device=device, dtype=dtype)
+    return {"vae": lambda: model.decode_latent(latent), "decoder_pass": lambda: decoder(pixel, latent.to(dtype))}
+
+
+@torch.inference_mode()
+def cost(call: Callable[[], Any], device: torch.device, limit: float) -> dict[str, float]:
+    """Milliseconds of a call, its operations in billions, and the share of the limit that it reaches."""
+    with FlopCounterMode(display=False) as counter:
+        call()
+    seconds: list[float] = []
+    for _ in range(WARM_RUNS + 1):
+        _wait(device)
+        start = time.perf_counter()
+        call()
+        _wait(device)
+        seconds.append(time.perf_counter() - start)
+    operations = counter.get_total_flops()
+    return {
+        "ms": round(min(seconds) * 1000, 2),
+        "gigaoperations": round(operations / 1e9, 2),
+        "share_of_limit": round(operations / min(seconds) / limit, 3),
+    }
 
 
 def draw(engine: LocalEngine, request: GenerationRequest) -> dict[str, Any]:
@@ -104,6 +122,10 @@ def _peak_bytes(device: torch.device) -> int:
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def _said(got: dict[str, float]) -> str:
+    return f"{got['ms']} ms, {got['gigaoperations']} billion operations, {got['share_of_limit']:.0%} of the limit"
 
 
 def _models_dir(options: argparse.Namespace) -> Path:
@@ -147,6 +169,8 @@ def main() -> None:
     first = engine.generate(request)
     cold_s, drawn = time.perf_counter() - start, first.request
     limit = matmul_rate(engine.device, engine.precision.unet)
+    canvas = Canvas.of(drawn.width or 0, drawn.height or 0)
+    wide, high = canvas.drawn_width, canvas.drawn_height
     report: dict[str, Any] = {
         "machine": torch.cuda.get_device_name()
         if engine.device.type == "cuda"
@@ -162,20 +186,20 @@ def main() -> None:
         "load_s": round(first.seconds["load"], 2),
         "first_picture_s": round(cold_s, 2),
         "matmul_teraoperations_a_second": round(limit / 1e12, 3),
+        "parts": {name: cost(call, engine.device, limit) for name, call in decode_calls(engine, wide, high).items()},
         "batches": {},
     }
+    for name, got in report["parts"].items():
+        print(f"{name}: {_said(got)}")
     for batch in options.batch:
         got = draw(engine, request.model_copy(update={"batch_size": batch}))
-        row = unet_rows(engine, drawn.width or 0, drawn.height or 0, 2 * batch)
-        got["unet_call"] = {**row, "share_of_limit": round(row["gigaoperations"] * 1e12 / row["ms"] / limit, 3)}
+        got["unet_call"] = cost(unet_call(engine, wide, high, 2 * batch), engine.device, limit)
         report["batches"][batch] = got
         stages = "  ".join(f"{name} {seconds:.3f}" for name, seconds in got["seconds"].items())
         print(
             f"batch {batch}: {got['total_s']:.2f} s  {got['pictures_a_second']:.3f} pictures/s  {got['peak_gib']} GiB  [{stages}]"
         )
-        print(
-            f"    one UNet call of {2 * batch} rows: {row['ms']} ms, {got['unet_call']['share_of_limit']:.0%} of the limit"
-        )
+        print(f"    one UNet call of {2 * batch} rows: {_said(got['unet_call'])}")
     print(json.dumps(report))
 
 
