@@ -17,7 +17,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from alphalayer import __version__, catalog
-from alphalayer.api import a1111, jobs, native, openai, ops, problems
+from alphalayer.api import a1111, docs, jobs, native, openai, ops, problems
 from alphalayer.api.auth import Gate
 from alphalayer.api.deps import Service, require_user
 from alphalayer.api.proxies import ForwardedHeaders
@@ -67,13 +67,21 @@ def create_app(settings: Settings, *, engine: str = ENGINE, engine_options: dict
             await asyncio.gather(*running, return_exceptions=True)
             await parts.dispatcher.close()
 
-    app = FastAPI(title="Alphalayer", version=__version__, description=DESCRIPTION, lifespan=lifespan)
+    app = FastAPI(
+        title="Alphalayer",
+        version=__version__,
+        description=DESCRIPTION,
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+    )
     app.include_router(ops.router)
     app.include_router(native.router)
     app.include_router(jobs.router)
     app.include_router(a1111.router, dependencies=[Depends(require_user)])
     app.include_router(openai.router, dependencies=[Depends(require_user)])
     app.state.a1111 = a1111.Options()
+    docs.install(app)
     problems.install(app)
     app.add_middleware(BodyLimit, limit=settings.max_request_bytes)
     if settings.cors_allow_origins:

@@ -157,7 +157,12 @@ def test_only_stored_pictures_can_be_read(client, name):
 
 def test_health_docs_and_probes(client):
     assert client.get("/sdapi/v1/sd-models").status_code == 200
-    assert client.get("/docs").status_code == 200
+    page = client.get("/docs").text
+    assets = re.findall(r'(?:src|href)="([^"]+)"', page)
+    assert len(assets) == 3
+    for asset in assets:
+        assert asset.startswith("/docs/assets/"), "the page asks nobody else"
+        assert client.get(asset).status_code == 200
     paths = client.get("/openapi.json").json()["paths"]
     assert {"/alpha/v1/txt2img", "/alpha/v1/file/{filename}", "/sdapi/v1/sd-models"} <= set(paths)
     assert client.get("/livez").json() == {"status": "alive"}

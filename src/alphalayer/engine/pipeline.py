@@ -278,7 +278,9 @@ class LocalEngine:
         if not request.layerdiffuse.enabled:
             return _opaque(rgb)
         with stopwatch.stage("decode"):
-            pixel, decoder_latent = decoder_inputs(rgb, latent, model.scaling_factor, request.decode, model.shift_factor)
+            pixel, decoder_latent = decoder_inputs(
+                rgb, latent, model.scaling_factor, request.decode, model.shift_factor
+            )
             return to_uint8(decode_transparent(model.decoder, pixel, decoder_latent, mode.passes_at_once))
 
     def _preview(self, model: LoadedModel, x0: Tensor) -> NDArray[np.uint8]:
