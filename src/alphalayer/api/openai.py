@@ -6,7 +6,6 @@ import asyncio
 import base64
 import io
 import json
-import secrets
 import time
 from collections.abc import AsyncIterator
 from typing import Annotated, Any, Literal
@@ -50,7 +49,6 @@ QUALITY_STEPS: dict[Quality, int] = {"low": 12, "medium": 20, "high": 30, "hd": 
 """Sampling steps; "auto" and "standard" are not here and leave them to the model."""
 WHITE = "#ffffff"
 BEST = 100
-OWN_SEEDS = 4294967294
 USAGE = {
     "input_tokens": 0,
     "input_tokens_details": {"image_tokens": 0, "text_tokens": 0},
@@ -116,9 +114,7 @@ class GenerationsRequest(BaseModel):
                 hint='Use "png" or "webp", or background "opaque".',
                 field="output_format",
             )
-        # drawn here, so that the pictures of one request count on from one number
-        seed = secrets.randbelow(OWN_SEEDS) if self.seed == -1 else self.seed
-        fields: dict[str, Any] = {"prompt": self.prompt, "seed": seed, "model": model}
+        fields: dict[str, Any] = {"prompt": self.prompt, "seed": self.seed, "model": model}
         if self.size != "auto":
             fields["width"], fields["height"] = (int(side) for side in self.size.split("x"))
         try:
