@@ -130,7 +130,9 @@ def test_a_wrong_field_is_named(client, fields, named):
     assert named in problem["detail"]
 
 
-@pytest.mark.parametrize("body", [b"", b"{", b"[]", b'{"prompt": "x", "cfg_scale": NaN}', b'"x"', b"\xff\xfe"])
+@pytest.mark.parametrize(
+    "body", [b"", b"{", b"[]", b'{"prompt": "x", "cfg_scale": NaN}', b'"x"', b"\xff\xfe", b"\x19\x92\x12"]
+)
 def test_a_broken_body_is_an_error_of_the_client(client, body):
     answer = client.post("/alpha/v1/txt2img", content=body, headers={"content-type": "application/json"})
     assert answer.status_code == 422

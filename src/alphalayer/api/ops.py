@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fastapi import APIRouter, Response
+from fastapi.responses import PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from alphalayer.api.deps import ServiceDep, User
@@ -28,14 +29,17 @@ async def readyz(service: ServiceDep, response: Response) -> dict[str, Any]:
 
 
 @router.get(
-    "/ping", summary="For load balancers", responses={204: {"description": "Still starting."}}, response_model=None
+    "/ping",
+    summary="For load balancers",
+    response_class=PlainTextResponse,
+    responses={204: {"description": "Still starting."}},
 )
 async def ping(service: ServiceDep) -> Response:
     """200 when it can draw, 204 while it starts."""
-    return Response(status_code=200 if service.is_ready() else 204)
+    return PlainTextResponse("ready") if service.is_ready() else Response(status_code=204)
 
 
-@router.get("/metrics", summary="For Prometheus", response_class=Response)
+@router.get("/metrics", summary="For Prometheus", response_class=PlainTextResponse)
 async def metrics(service: ServiceDep, _user: User) -> Response:
     """Queue, jobs by outcome, seconds by stage, engine processes."""
     return Response(generate_latest(service.metrics.registry), media_type=CONTENT_TYPE_LATEST)

@@ -11,7 +11,7 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
-from alphalayer.errors import AlphalayerError, RateLimited
+from alphalayer.errors import AlphalayerError, InvalidRequest, RateLimited
 from alphalayer.telemetry import log
 
 STATUSES = {
@@ -79,7 +79,11 @@ class Problem(BaseModel):
 
 
 PROBLEMS: dict[int | str, dict[str, Any]] = {
-    status: {"model": Problem, "description": TITLES[status]} for status in (401, 404, 413, 422, 429, 500, 503, 507)
+    status: {
+        "description": TITLES[status],
+        "content": {"application/problem+json": {"schema": {"$ref": "#/components/schemas/Problem"}}},
+    }
+    for status in (401, 404, 409, 413, 422, 429, 500, 503, 507)
 }
 """The error answers of a route, for the API's description."""
 
@@ -120,6 +124,11 @@ def respond(path: str, problem: Problem, headers: dict[str, str] | None = None) 
 
 def http_problem(error: HTTPException, path: str = "") -> JSONResponse:
     """The answer to an error of the framework itself."""
+    if error.status_code == 400:
+        unreadable = InvalidRequest(
+            "the body cannot be read as JSON in UTF-8.", hint="The fields are described at /docs."
+        )
+        return respond(path, Problem.of(unreadable))
     problem = Problem(
         title=TITLES.get(error.status_code, "Error"),
         status=error.status_code,

@@ -1,0 +1,36 @@
+"""The OpenAPI document is true: schemathesis makes requests from it, right and wrong, and every answer must be one that it describes.
+
+The default run makes some hundred requests; `SCHEMATHESIS_EXAMPLES=40` makes more than two thousand.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.serving import served
+
+CHECKS = "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance"
+BY_DESIGN = "events|readyz|img2img|edits|variations"
+"""An endless answer, a 503 that is the answer, and the routes that answer 501."""
+
+
+def test_every_answer_is_documented(tmp_path):
+    examples = os.environ.get("SCHEMATHESIS_EXAMPLES", "4")
+    with served(tmp_path) as client:
+        done = subprocess.run(
+            [
+                str(Path(sys.executable).parent / "schemathesis"),
+                *("run", f"{client.base_url}/openapi.json".replace("//openapi", "/openapi")),
+                *("--max-examples", examples, "--checks", CHECKS, "--exclude-path-regex", BY_DESIGN, "--seed", "1"),
+            ],
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+            env={**os.environ, "NO_COLOR": "1"},
+            check=False,
+        )
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout
