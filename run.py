@@ -53,6 +53,8 @@ def set_up(torch_build: str, with_tests: bool) -> None:
     stamp = read_stamp()
     if all(stamp.get(key) == value for key, value in wanted.items()) and stamp.get("tests", False) >= with_tests:
         return
+    # what was installed once is kept current, so that the stamp stays true
+    with_tests = with_tests or stamp.get("tests", False)
     start = time.monotonic()
     if not is_venv_of(python, stamp):
         say("1/3 making .venv")
@@ -63,7 +65,7 @@ def set_up(torch_build: str, with_tests: bool) -> None:
     install_torch(torch_build)
     say("3/3 installing alphalayer" + (" and its tests" if with_tests else ""))
     pip("install", "--editable", f"{ROOT}[dev]" if with_tests else str(ROOT))
-    STAMP.write_text(json.dumps({**wanted, "tests": with_tests or stamp.get("tests", False)}))
+    STAMP.write_text(json.dumps({**wanted, "tests": with_tests}))
     say(f"ready after {time.monotonic() - start:.0f} s")
 
 
