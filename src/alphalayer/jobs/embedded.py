@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Mapping
@@ -181,7 +182,9 @@ class EmbeddedDispatcher:
         live = self._live[job_id]
         starts = live.job.starts + 1
         live.update(state=JobState.RUNNING, started_at=time.time(), starts=starts)
-        await self._journal.save(live.job)
+        # on a full disk the start is counted in memory alone; the job goes on and ends with its own error
+        with contextlib.suppress(StorageFailed):
+            await self._journal.save(live.job)
 
     async def progressed(self, job_id: str, progress: JobProgress) -> None:
         """Note progress; in memory only."""
