@@ -46,7 +46,7 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
 
 def unet_call(engine: LocalEngine, width: int, height: int, rows: int) -> Callable[[], Any]:
     """One UNet call with so many rows."""
-    model, device = engine.held_model, engine.device
+    model, device = engine.held.model, engine.device
     unet = model.unet.to(device)
     dtype, cell = next(unet.parameters()).dtype, model.scale_factor
     latent = torch.randn(rows, model.latent_channels, height // cell, width // cell, device=device, dtype=dtype)
@@ -61,7 +61,7 @@ def unet_call(engine: LocalEngine, width: int, height: int, rows: int) -> Callab
 
 def decode_calls(engine: LocalEngine, width: int, height: int) -> dict[str, Callable[[], Any]]:
     """The VAE and one pass of the transparent decoder for one picture."""
-    model, device, cell = engine.held_model, engine.device, engine.held_model.scale_factor
+    model, device, cell = engine.held.model, engine.device, engine.held_model.scale_factor
     model.vae.to(device)
     decoder = model.decoder.to(device)
     dtype = next(decoder.parameters()).dtype

@@ -7,36 +7,35 @@ import subprocess
 import sys
 import time
 
-from training import latents, patch, text
+from training import latents, patch, text, wordings
 
-STAGES = ("data", "text", "autoencoder", "latents", "unet", "patch", "export", "contact_sheet", "evaluate")
+STAGES = ("data", "text", "autoencoder", "latents", "wordings", "unet", "patch", "export", "contact_sheet", "evaluate")
 
 
 def main() -> None:
     """Run the stages in order, each in a process of its own."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--text-minutes", type=float, default=12)
-    parser.add_argument("--autoencoder-steps", type=int, default=6000)
+    parser.add_argument("--autoencoder-steps", type=int, default=1900)
     parser.add_argument("--unet-minutes", type=float, default=480)
     parser.add_argument("--patch-minutes", type=float, default=10)
-    parser.add_argument("--ranks", type=int, default=2, help="processes of one thread each that train the UNet")
+    parser.add_argument("--ranks", type=int, default=2, help="processes of one thread each that train the autoencoder and the UNet")
     parser.add_argument("--only", choices=STAGES, help="this stage alone, though it was done")
     options = parser.parse_args()
+    torchrun = ["-m", "torch.distributed.run", f"--nproc-per-node={options.ranks}", "--master-port=29561"]
     commands: dict[str, list[str]] = {
         "data": ["-m", "training.data"],
         "text": ["-m", "training.text", f"--minutes={options.text_minutes}"],
-        "autoencoder": ["-m", "training.autoencoder", f"--steps={options.autoencoder_steps}"],
+        "autoencoder": [*torchrun, "-m", "training.autoencoder", f"--steps={options.autoencoder_steps}"],
         "latents": ["-m", "training.latents"],
-        "unet": [
-            *("-m", "torch.distributed.run", f"--nproc-per-node={options.ranks}", "--master-port=29561"),
-            *("-m", "training.unet", f"--minutes={options.unet_minutes}"),
-        ],
+        "wordings": ["-m", "training.wordings"],
+        "unet": [*torchrun, "-m", "training.unet", f"--minutes={options.unet_minutes}"],
         "patch": ["-m", "training.patch", f"--minutes={options.patch_minutes}"],
         "export": ["-m", "training.export"],
         "contact_sheet": ["-m", "training.contact_sheet"],
         "evaluate": ["-m", "training.evaluate"],
     }
-    done = {"text": text.CHECKPOINT, "latents": latents.SUBJECTS, "patch": patch.CHECKPOINT}
+    done = {"text": text.CHECKPOINT, "latents": latents.SUBJECTS, "wordings": wordings.POOLS, "patch": patch.CHECKPOINT}
     for stage, command in commands.items():
         if options.only not in (None, stage):
             continue

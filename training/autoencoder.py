@@ -23,14 +23,14 @@ from PIL import Image
 from torch import Tensor, nn
 
 from alphalayer.engine.transparency import TransparentDecoder
-from training import pictures
+from training import pictures, ranks
 from training.data import CACHE, TRAINING_SETS, load
 
 CHECKPOINT = CACHE / "autoencoder.pt"
-LATENT_CHANNELS = 12
-DOWNSAMPLING = 16
-LATENT_NOISE = 0.1
-COARSE_SHARE = 0.3
+LATENT_CHANNELS = 4
+DOWNSAMPLING = 8
+LATENT_NOISE = 0.07
+COARSE_SHARE = 0.2
 """How often the latent is also halved and must decode to the halved picture: keeps the latent smooth, so that it can be learnt
 (Kouzelis et al. 2025, "EQ-VAE")."""
 DECODER_CONFIG = {
@@ -40,7 +40,7 @@ DECODER_CONFIG = {
     "block_out_channels": [12, 16, 24, 48, 64],
     "layers_per_block": 1,
     "attention_blocks": 0,
-    "latent_block": 4,
+    "latent_block": 3,
     "norm_num_groups": 4,
     "attention_head_dim": 8,
 }
@@ -49,28 +49,25 @@ WEIGHTS = {
     "fluent": 1.5,
     "noto": 1.0,
     "fluent-flat": 0.7,
-    "twemoji": 0.8,
     "noto-v1": 0.7,
-    "emojitwo": 0.6,
-    "fxemoji": 0.5,
 }
 HELD_OUT = 20
 """Every 20th picture of a set is kept out of training."""
 
 
 def make_vae() -> AutoencoderDC:
-    """16 times smaller on a side, 12 channels; convolutions only."""
+    """8 times smaller on a side, 4 channels; convolutions only."""
     return AutoencoderDC(
         in_channels=3,
         latent_channels=LATENT_CHANNELS,
         encoder_block_types="ResBlock",
         decoder_block_types="ResBlock",
-        encoder_block_out_channels=(16, 32, 64, 128, 128),
-        decoder_block_out_channels=(16, 32, 64, 128, 128),
-        encoder_layers_per_block=(1, 1, 1, 2, 2),
-        decoder_layers_per_block=(1, 1, 2, 2, 3),
-        encoder_qkv_multiscales=((), (), (), (), ()),
-        decoder_qkv_multiscales=((), (), (), (), ()),
+        encoder_block_out_channels=(16, 32, 64, 128),
+        decoder_block_out_channels=(16, 32, 64, 128),
+        encoder_layers_per_block=(1, 1, 1, 2),
+        decoder_layers_per_block=(1, 1, 2, 3),
+        encoder_qkv_multiscales=((), (), (), ()),
+        decoder_qkv_multiscales=((), (), (), ()),
         encoder_out_shortcut=False,
         decoder_in_shortcut=False,
         scaling_factor=1.0,
@@ -78,13 +75,13 @@ def make_vae() -> AutoencoderDC:
 
 
 def make_offset_encoder() -> nn.Module:
-    """RGBA (B, 4, H, W) → offset of the latent (B, 12, H/16, W/16); begins at zero."""
+    """RGBA (B, 4, H, W) → offset of the latent (B, 4, H/8, W/8); begins at zero."""
     encoder = Encoder(
         in_channels=4,
         latent_channels=LATENT_CHANNELS,
-        block_out_channels=(12, 24, 48, 96, 96),
-        layers_per_block=(1, 1, 1, 1, 1),
-        qkv_multiscales=((), (), (), (), ()),
+        block_out_channels=(12, 24, 48, 96),
+        layers_per_block=(1, 1, 1, 1),
+        qkv_multiscales=((), (), (), ()),
         out_shortcut=False,
     )
     nn.init.normal_(encoder.conv_out.weight, std=1e-3)
@@ -273,8 +270,9 @@ def whiten(model: LatentTransparency, crops: Crops, batches: int = 24) -> None:
         layer.weight /= spread[:, None, None, None]
 
 
-def train(steps: int, learning_rate: float = 5e-4) -> None:
+def train(steps: int, learning_rate: float = 1e-3) -> None:
     """Train for so many steps in all and save; goes on from the last checkpoint, on the same schedule."""
+    ranks.join()
     torch.manual_seed(0)
     model = LatentTransparency().to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(model.parameters(), learning_rate, betas=(0.9, 0.95), weight_decay=1e-4)
@@ -284,23 +282,27 @@ def train(steps: int, learning_rate: float = 5e-4) -> None:
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         step = saved["step"]
-    crops = Crops(step + 1)
+    crops = Crops((step + 1) * 100 + ranks.rank())
+    torch.manual_seed((step + 1) * 100 + ranks.rank())
     start = last = time.time()
     while step < steps:
         done = step / steps
         for group in optimizer.param_groups:
             warm = min(1.0, (step + 1) / 100)
             group["lr"] = learning_rate * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done)))
-        side, count = (64, 12) if done < 0.6 else (128, 4)
+        side, count = (64, 8) if done < 0.6 else (128, 3)
         if step == int(0.6 * steps):
-            whiten(model, crops)
+            whiten(model, Crops(7))
         rgba = crops.batch(count, side).contiguous(memory_format=torch.channels_last)
         loss, spread = loss_of(model, rgba, LATENT_NOISE * min(1.0, done * 8), crops.torch_rng)
         optimizer.zero_grad()
         loss.backward()
+        ranks.average_gradients(model)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         step += 1
+        if ranks.rank() > 0:
+            continue
         if step % 50 == 0:
             print(
                 f"{step} {time.time() - start:.0f} s side {side} loss {loss.item():.3f} spread {spread:.2f}", flush=True
@@ -308,8 +310,9 @@ def train(steps: int, learning_rate: float = 5e-4) -> None:
         if time.time() - last > 120:
             save(model, optimizer, step)
             last = time.time()
-    save(model, optimizer, step)
-    print(evaluate(model.eval(), sheet=CACHE / "autoencoder.png"), flush=True)
+    if ranks.rank() == 0:
+        save(model, optimizer, step)
+        print(evaluate(model.eval(), sheet=CACHE / "autoencoder.png"), flush=True)
 
 
 def refine(steps: int, learning_rate: float = 3e-4) -> None:

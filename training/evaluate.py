@@ -176,7 +176,7 @@ def _recolorable_labels() -> dict[str, str]:
     """Concepts whose pictures have one dominant colour in most sets, with that colour."""
     votes: dict[str, list[str | None]] = {}
     names = {concept.label for concept in read_concepts()}
-    for images, labels in load({name: TRAINING_SETS[name] for name in ("fluent-3d", "noto", "twemoji")}).values():
+    for images, labels in load({name: TRAINING_SETS[name] for name in ("fluent-3d", "fluent", "noto")}).values():
         for image, label in zip(images, labels, strict=True):
             if label in names:
                 hue = dominant_hue(image)

@@ -1,4 +1,4 @@
-"""The UNet's training set: every picture of every concept, recoloured, mirrored and made soft, as latents with what they show."""
+"""The UNet's training pictures: every picture of every concept, recoloured, mirrored and made soft, as latents with what they show."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from training.autoencoder import LatentTransparency, load_trained
 from training.data import CACHE, TRAINING_SETS, Concept, load, read_concepts
 
 TRANSPARENT, OPAQUE, SUBJECTS = CACHE / "latents.npy", CACHE / "opaque.npy", CACHE / "subjects.json"
-RECOLORED = 3
+RECOLORED = 4
 """Other colours that a colourable picture is given."""
 BATCH = 16
 
@@ -128,7 +128,7 @@ def encode_set(name: str) -> dict[str, Any]:
         if start % (8 * BATCH) == 0:
             plain.append(encode_opaque(model, batch, generator))
     subjects = [subject for _, subject in shown]
-    opaque = [subject for i, subject in enumerate(subjects) if i // BATCH % 8 == 0]
+    opaque = [i for i in range(len(subjects)) if i // BATCH % 8 == 0]
     print(name, len(subjects), flush=True)
     return {
         "hidden": torch.cat(hidden).numpy(),
@@ -144,8 +144,10 @@ def main() -> None:
         sets = pool.map(encode_set, TRAINING_SETS, chunksize=1)
     np.save(TRANSPARENT, np.concatenate([each["hidden"] for each in sets]))
     np.save(OPAQUE, np.concatenate([each["plain"] for each in sets]))
-    subjects = {kind: [subject for each in sets for subject in each[kind]] for kind in ("subjects", "opaque")}
-    SUBJECTS.write_text(json.dumps(subjects))
+    subjects = [subject for each in sets for subject in each["subjects"]]
+    firsts = np.cumsum([0, *(len(each["subjects"]) for each in sets)])
+    opaque = [int(first) + i for first, each in zip(firsts, sets, strict=False) for i in each["opaque"]]
+    SUBJECTS.write_text(json.dumps({"subjects": subjects, "opaque": opaque}))
 
 
 if __name__ == "__main__":

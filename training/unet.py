@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import random
 import time
 from itertools import accumulate
@@ -18,16 +17,15 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from diffusers import DDPMScheduler, UNet2DConditionModel
 from torch import Tensor
 
-from training import captions
-from training.autoencoder import LATENT_CHANNELS
-from training.captions import Subject
-from training.data import CACHE, read_concepts
+from training import captions, ranks
+from training.autoencoder import DOWNSAMPLING, LATENT_CHANNELS
+from training.data import CACHE
 from training.latents import OPAQUE, SUBJECTS, TRANSPARENT
-from training.text import POOLED, WIDTH_1, WIDTH_2, Encoders
+from training.text import POOLED, WIDTH_1, WIDTH_2
+from training.wordings import CONTEXT, POOLS, WORDINGS
 
 CHECKPOINT = CACHE / "unet.pt"
 TIME_IDS_WIDTH = 32
@@ -39,11 +37,8 @@ SET_WEIGHTS = {
     "fluent-3d": 5.0,
     "fluent": 2.5,
     "noto": 1.5,
-    "twemoji": 0.7,
     "fluent-flat": 0.7,
-    "emojitwo": 0.5,
     "noto-v1": 0.5,
-    "fxemoji": 0.3,
 }
 """How often a set is shown; the shaded look most, so that it is what comes where no style is asked for."""
 AS_THEY_ARE = 2.0
@@ -51,18 +46,17 @@ AS_THEY_ARE = 2.0
 
 
 def make_unet() -> UNet2DConditionModel:
-    """11 million parameters, for latents of 12x16x16."""
-    widths = (64, 128, 192)
+    """11 million parameters, for latents of 4x32x32; the finest level is narrow, so that a step costs little."""
     return UNet2DConditionModel(
-        sample_size=SIDE // 16,
+        sample_size=SIDE // DOWNSAMPLING,
         in_channels=LATENT_CHANNELS,
         out_channels=LATENT_CHANNELS,
-        block_out_channels=widths,
+        block_out_channels=(32, 64, 128, 192),
         layers_per_block=1,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        transformer_layers_per_block=(1, 1, 1),
-        attention_head_dim=(2, 4, 6),
+        down_block_types=("DownBlock2D", "DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
+        transformer_layers_per_block=1,
+        attention_head_dim=(1, 2, 4, 6),
         cross_attention_dim=WIDTH_1 + WIDTH_2,
         use_linear_projection=True,
         norm_num_groups=16,
@@ -78,40 +72,36 @@ def schedule() -> DDPMScheduler:
 
 
 class Samples:
-    """Latents with freshly worded captions."""
+    """Latents, each with one of its wordings."""
 
     def __init__(self, seed: int, *, opaque: bool = False):
         listed = json.loads(SUBJECTS.read_text())
+        self._pictures = listed["opaque"] if opaque else range(len(listed["subjects"]))
         self._latents = torch.from_numpy(np.load(OPAQUE if opaque else TRANSPARENT))
+        self._context, self._pooled = np.load(CONTEXT, mmap_mode="r"), np.load(POOLS, mmap_mode="r")
         self.scale = scaling_factor()
-        concepts = read_concepts()
-        self._subjects = [
-            (Subject(concepts[each["concept"]], each["color"], tuple(each["look"])), each["set"])
-            for each in listed["opaque" if opaque else "subjects"]
-        ]
         self._until = list(
             accumulate(
-                SET_WEIGHTS[set_] * (1.0 if subject.color or subject.look else AS_THEY_ARE)
-                for subject, set_ in self._subjects
+                SET_WEIGHTS[each["set"]] * (1.0 if each["color"] or each["look"] else AS_THEY_ARE)
+                for each in (listed["subjects"][i] for i in self._pictures)
             )
         )
         self._rng = random.Random(seed)
-        self._encoders = Encoders()
 
     def batch(self, count: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Scaled latents (count, 12, 16, 16), context (count, 77, 192), pooled text (count, 128)."""
-        rows = self._rng.choices(range(len(self._subjects)), cum_weights=self._until, k=count)
-        texts = [captions.describe(*self._subjects[i], self._rng) for i in rows]
-        chances = [self._rng.random() for _ in rows]
+        """Scaled latents (count, 4, 32, 32), context (count, 77, 192), pooled text (count, 128)."""
+        chosen = self._rng.choices(range(len(self._until)), cum_weights=self._until, k=count)
+        texts = [self._pictures[i] * WORDINGS + self._rng.randrange(WORDINGS) for i in chosen]
+        chances = [self._rng.random() for _ in chosen]
         texts = [
-            self._rng.choice(captions.UNWANTED) if c < UNWANTED else text
+            -1 - self._rng.randrange(len(captions.UNWANTED)) if c < UNWANTED else text
             for text, c in zip(texts, chances, strict=True)
         ]
-        with torch.autocast("cpu", torch.bfloat16):
-            context, pooled = self._encoders(texts)
+        context = torch.from_numpy(self._context[texts]).float()
+        pooled = torch.from_numpy(self._pooled[texts]).float()
         silent = torch.tensor([UNWANTED <= c < UNWANTED + SILENT for c in chances])
         context[silent], pooled[silent] = 0.0, 0.0
-        return self._latents[rows].float() * self.scale, context, pooled
+        return self._latents[chosen].float() * self.scale, context, pooled
 
 
 def scaling_factor() -> float:
@@ -153,9 +143,7 @@ def train(minutes: float, count: int = 32, learning_rate: float = 8e-4) -> None:
 
     Under torchrun each process takes its own batches and the gradients are averaged.
     """
-    ranks, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
-    if ranks > 1:
-        dist.init_process_group("gloo")
+    ranks.join()
     torch.manual_seed(0)
     unet = make_unet().to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(unet.parameters(), learning_rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
@@ -166,15 +154,12 @@ def train(minutes: float, count: int = 32, learning_rate: float = 8e-4) -> None:
         optimizer.load_state_dict(saved["optimizer"])
         average.weights, step = saved["average"], saved["step"]
     first = step
-    torch.manual_seed(1000 * (step + 1) + rank)
-    samples, noise_schedule = Samples(1000 * (step + 1) + rank), schedule()
+    torch.manual_seed(1000 * (step + 1) + ranks.rank())
+    samples, noise_schedule = Samples(1000 * (step + 1) + ranks.rank()), schedule()
     start = last = time.time()
     mean = math.nan
     while True:
-        done = torch.tensor((time.time() - start) / (minutes * 60))
-        if ranks > 1:
-            dist.broadcast(done, 0)
-        if (part := float(done)) >= 1:
+        if (part := ranks.agree((time.time() - start) / (minutes * 60))) >= 1:
             break
         tail = 1.0 if part < 0.6 else 0.5 * (1 + math.cos(math.pi * (part - 0.6) / 0.4))
         for group in optimizer.param_groups:
@@ -182,26 +167,20 @@ def train(minutes: float, count: int = 32, learning_rate: float = 8e-4) -> None:
         loss = loss_of(unet, samples, count, noise_schedule)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        if ranks > 1:
-            gradient = torch.cat([each.grad.flatten() for each in unet.parameters()])
-            dist.all_reduce(gradient)
-            for each, part_of in zip(
-                unet.parameters(), gradient.div_(ranks).split([each.numel() for each in unet.parameters()]), strict=True
-            ):
-                each.grad.copy_(part_of.view_as(each.grad))
+        ranks.average_gradients(unet)
         torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
         optimizer.step()
         step += 1
-        if rank == 0:
+        if ranks.rank() == 0:
             average.update(unet, step)
             mean = loss.item() if math.isnan(mean) else 0.98 * mean + 0.02 * loss.item()
             if step % 50 == 0:
-                rate = (step - first) * count * ranks / (time.time() - start)
+                rate = (step - first) * count * ranks.count() / (time.time() - start)
                 print(f"{step} {time.time() - start:.0f} s {rate:.1f} samples/s loss {mean:.4f}", flush=True)
             if time.time() - last > 180:
                 save(unet, optimizer, average, step)
                 last = time.time()
-    if rank == 0:
+    if ranks.rank() == 0:
         save(unet, optimizer, average, step)
 
 

@@ -101,7 +101,12 @@ async def _assemble(settings: Settings, engine: str, options: dict[str, Any]) ->
     metrics.queue_length.set_function(lambda: dispatcher.queue_length)
     metrics.queue_age.set_function(lambda: dispatcher.oldest_waiting_s)
     supervisors = [
-        Supervisor(name, EngineSpec(engine, options, place, environment, settings.silence_limit_s), dispatcher, metrics)
+        Supervisor(
+            name,
+            EngineSpec(engine, options, place, environment, settings.silence_limit_s, settings.batch_wait_s),
+            dispatcher,
+            metrics,
+        )
         for name, environment in engine_environments(settings.device).items()
     ]
 

@@ -60,6 +60,20 @@ class Settings(BaseSettings):
     decode: Annotated[
         DecodeMode, Field(description="Transparent decode: official, or forge2 for Forge 2's pictures.")
     ] = "official"
+    batch_pixels: Annotated[
+        int | None,
+        Field(
+            ge=0,
+            description="Pixels drawn together at most, over several jobs; 0: each job alone; unset: what the GPU has room for.",
+        ),
+    ] = None
+    batch_wait_s: Annotated[
+        float, Field(ge=0, le=10, description="Seconds that a batch which is not full waits for more jobs.")
+    ] = 0.02
+    spare_model_gb: Annotated[
+        float,
+        Field(ge=0, description="Host memory for models that are not in use, so that going back to one needs no disk."),
+    ] = 0.0
     queue_limit: Annotated[int, Field(ge=1, le=100_000, description="Jobs that may wait; more are answered 429.")] = 200
     silence_limit_s: Annotated[
         float, Field(gt=0, description="Seconds of silence after which a working engine process is taken for hung.")
@@ -108,6 +122,8 @@ class Settings(BaseSettings):
             "dtype": self.dtype,
             "memory": self.memory,
             "default_model": self.default_model,
+            "batch_pixels": self.batch_pixels,
+            "spare_model_bytes": int(self.spare_model_gb * 1e9),
         }
 
 

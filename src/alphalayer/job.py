@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from alphalayer.request import GenerationRequest, ImageFormat
+from alphalayer.request import GenerationRequest, ImageFormat, ModelDefaults
 
 MAX_ITERATIONS = 16
 PREVIEW_PREFIX = "preview_"
@@ -40,6 +40,13 @@ class JobSpec(_Frozen):
     iterations: Annotated[int, Field(ge=1, le=MAX_ITERATIONS)] = 1
     output: Output = Output()
     previews: bool = False
+
+    @property
+    def pixels(self) -> int:
+        """How much is drawn at once, in pixels; a side that is left to the model counts as SDXL's."""
+        side = ModelDefaults()
+        wanted = self.generation
+        return (wanted.width or side.width) * (wanted.height or side.height) * wanted.batch_size
 
 
 class JobState(str, Enum):
@@ -110,6 +117,11 @@ class Job(_Frozen):
         return cls(
             id=secrets.token_hex(12), spec=drawn, owner=owner, idempotency_key=idempotency_key, created_at=time.time()
         )
+
+    @property
+    def batch_key(self) -> str | None:
+        """Jobs of one key may be drawn together. None: alone, as several rounds are asked for, or as it took an engine down before."""
+        return self.spec.generation.batch_key if self.spec.iterations == 1 and self.starts == 0 else None
 
     @property
     def preview_name(self) -> str:

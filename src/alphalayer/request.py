@@ -30,6 +30,17 @@ ImageFormat = Literal["png", "webp", "avif"]
 MAX_PROMPT_CHARACTERS = 10_000
 MAX_SIDE = 2048
 MAX_SEED = 2**63 - 1
+OWN_IN_A_BATCH = {
+    "prompt",
+    "negative_prompt",
+    "seed",
+    "subseed",
+    "subseed_strength",
+    "cfg_scale",
+    "batch_size",
+    "clip_skip",
+}
+"""What each of several requests that are drawn together has for itself."""
 
 
 def _known(names: tuple[str, ...], what: str):
@@ -107,6 +118,11 @@ class GenerationRequest(_Frozen):
     noise: NoiseSource = "nv"
     decode: DecodeMode = "official"
     layerdiffuse: LayerDiffuse = LayerDiffuse()
+
+    @property
+    def batch_key(self) -> str:
+        """Requests of one key may be drawn together: they differ in prompts, seeds, guidance and number of pictures only."""
+        return self.model_dump_json(exclude=OWN_IN_A_BATCH)
 
     def resolved(self, defaults: ModelDefaults) -> GenerationRequest:
         """Fill what is `None` from the model's defaults and draw the seeds that are -1."""

@@ -61,6 +61,9 @@ class Metrics:
             buckets=(0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100),
             **make,
         )
+        self.batch_jobs = Histogram(
+            "alphalayer_batch_jobs", "Jobs that are drawn together.", buckets=(1, 2, 4, 8, 16, 32), **make
+        )
         self.engine_starts = Counter("alphalayer_engine_starts", "Starts of engine processes.", ["engine"], **make)
         self.engine_ready = Gauge("alphalayer_engine_ready", "1 while an engine process is ready.", ["engine"], **make)
         self.engine_memory = Gauge(

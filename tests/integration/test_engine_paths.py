@@ -20,7 +20,7 @@ from alphalayer import catalog
 from alphalayer.engine import Progress
 from alphalayer.engine.guidance import _clean
 from alphalayer.engine.pipeline import LocalEngine, create_engine
-from alphalayer.errors import Cancelled, InvalidRequest, LayerDiffuseMissing, OutOfMemory
+from alphalayer.errors import Cancelled, InvalidRequest, LayerDiffuseMissing, ModelNotFound, OutOfMemory
 from alphalayer.infotext import read_parameters
 from alphalayer.request import SAMPLERS, SCHEDULERS, GenerationRequest, LayerDiffuse, Lora
 
@@ -110,8 +110,8 @@ def test_running_out_of_memory_is_retried_once_in_the_next_smaller_mode(
     engine: LocalEngine, base: np.ndarray, stage: str, error: Exception
 ):
     _draw(engine, steps=1)
-    engine._encoders.encode.cache_clear()
-    module = getattr(engine._model, stage)
+    engine.held.encoders.encode.cache_clear()
+    module = getattr(engine.held.model, stage)
     hooked = module.decoder if stage == "vae" else module
     fails = _Fails(1, error)
     handle = hooked.register_forward_pre_hook(fails)
@@ -132,7 +132,7 @@ def test_running_out_of_memory_is_retried_once_in_the_next_smaller_mode(
 
 def test_running_out_of_memory_twice_says_what_was_needed(engine: LocalEngine, base: np.ndarray):
     _draw(engine, steps=1)
-    handle = engine._model.unet.register_forward_pre_hook(_Fails(99, OUT_OF_MEMORY[0]))
+    handle = engine.held.model.unet.register_forward_pre_hook(_Fails(99, OUT_OF_MEMORY[0]))
     try:
         with pytest.raises(OutOfMemory) as error:
             engine.generate(REQUEST.model_copy(update={"batch_size": 2, "width": 128}))
@@ -148,7 +148,7 @@ def test_running_out_of_memory_twice_says_what_was_needed(engine: LocalEngine, b
 def test_other_errors_are_not_taken_for_memory(engine: LocalEngine):
     _draw(engine, steps=1)
     fails = _Fails(1, RuntimeError("a shape is wrong"))
-    handle = engine._model.unet.register_forward_pre_hook(fails)
+    handle = engine.held.model.unet.register_forward_pre_hook(fails)
     try:
         with pytest.raises(RuntimeError, match="a shape is wrong"):
             _draw(engine)
@@ -203,7 +203,8 @@ def test_cancelling_before_the_start_loads_nothing(models: Path):
     engine = LocalEngine(models, device="cpu")
     with pytest.raises(Cancelled):
         engine.generate(REQUEST, is_cancelled=lambda: True)
-    assert engine._model is None
+    with pytest.raises(ModelNotFound):
+        _ = engine.held
 
 
 # --- LoRAs and the patch
@@ -247,7 +248,7 @@ def test_stop_at_moves_from_the_base_model_to_the_patched_one(engine: LocalEngin
 def test_stop_at_patches_the_steps_that_the_published_levels_say(engine: LocalEngine):
     """Six of twenty Karras steps at 0.25: the weights are looked at while the UNet runs."""
     _draw(engine)
-    unet = engine._model.unet
+    unet = engine.held.model.unet
     name = next(iter(tiny_models.lora_pairs()))
     original = tiny_models.unet().get_parameter(name)
     patched: list[bool] = []
@@ -276,7 +277,7 @@ def test_without_layer_files_transparency_is_refused_and_opaque_pictures_are_not
 def test_scale_1_skips_the_negative_row(engine: LocalEngine):
     _draw(engine)
     rows: list[int] = []
-    handle = engine._model.unet.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0])))
+    handle = engine.held.model.unet.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0])))
     ignored = _draw(engine, cfg_scale=1.0, negative_prompt="something else entirely")
     one_row = rows[:]
     rows.clear()
@@ -299,7 +300,9 @@ def test_prompts_of_unlike_length_are_tiled_or_evaluated_apart(engine: LocalEngi
         prompt = " BREAK ".join(["a red apple"] * chunks)
         _draw(engine)
         rows: list[int] = []
-        handle = engine._model.unet.register_forward_pre_hook(lambda _, inputs, rows=rows: rows.append(len(inputs[0])))
+        handle = engine.held.model.unet.register_forward_pre_hook(
+            lambda _, inputs, rows=rows: rows.append(len(inputs[0]))
+        )
         picture = _draw(engine, prompt=prompt, negative_prompt="bad")
         handle.remove()
         assert set(rows) == ({2} if chunks == 2 else {1})
@@ -358,8 +361,8 @@ def test_prediction_types_of_single_files_are_detected_and_drawn(
 ):
     engine = _marked(models, tmp_path, {name: torch.zeros(1) for name in markers}, yaml)
     picture = _draw(engine, model="single", sampler="Euler", scheduler="Normal")
-    assert engine._model.prediction_type == prediction
-    assert engine._model.sigma_table.sigma_max == pytest.approx(highest, rel=1e-5)
+    assert engine.held.model.prediction_type == prediction
+    assert engine.held.model.sigma_table.sigma_max == pytest.approx(highest, rel=1e-5)
     assert picture.std() > 1
 
 
@@ -373,8 +376,8 @@ def test_the_prediction_type_of_a_folder_is_its_schedulers(models: Path, tmp_pat
     (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(config))
     engine = LocalEngine(tmp_path, device="cpu")
     _draw(engine)
-    assert engine._model.prediction_type == "v"
-    assert engine._model.sigma_table.sigma_max > 4000
+    assert engine.held.model.prediction_type == "v"
+    assert engine.held.model.sigma_table.sigma_max > 4000
 
 
 # --- everything that can be named draws

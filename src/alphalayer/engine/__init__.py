@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -52,22 +52,35 @@ class GenerationResult:
     info: dict[str, Any] = field(default_factory=dict[str, Any])
 
 
-class Engine(Protocol):
-    """Draws pictures. One engine holds one device; `generate` is called by one thread at a time."""
+@dataclass(frozen=True)
+class Order:
+    """A request, whom to tell how far it is, and whether it is still wanted."""
 
-    def generate(
-        self,
-        request: GenerationRequest,
-        *,
-        on_progress: Callable[[Progress], None] = ...,
-        is_cancelled: Callable[[], bool] = ...,
-        previews: bool = False,
-    ) -> GenerationResult:
-        """Draw the pictures of one request.
+    request: GenerationRequest
+    on_progress: Callable[[Progress], None] = lambda _: None
+    is_cancelled: Callable[[], bool] = lambda: False
+    previews: bool = False
+
+
+class Engine(Protocol):
+    """Draws pictures. One engine holds one device and is called by one thread at a time."""
+
+    @property
+    def batch_pixels(self) -> int:
+        """How many pixels it draws together well; 0: each request alone."""
+        ...
+
+    def warm_up(self) -> None:
+        """Make the first request as quick as the second: load the default model and draw once. Never raises."""
+        ...
+
+    def draw(self, orders: Sequence[Order]) -> list[GenerationResult]:
+        """Draw the pictures of one request, or of several with the same `batch_key` together; each comes out as it would alone.
 
         Raises:
-            Cancelled: `is_cancelled` became true; checked at every step.
-            InvalidRequest, ModelNotFound, ModelUnusable, LayerDiffuseMissing, OutOfMemory: see `alphalayer.errors`.
+            Cancelled: nobody wants any of them any more; checked at every step.
+            InvalidRequest, ModelNotFound, ModelUnusable, LayerDiffuseMissing, OutOfMemory: see `alphalayer.errors`. Of several
+                requests it is not said which is to blame.
         """
         ...
 

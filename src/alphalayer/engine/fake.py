@@ -4,56 +4,60 @@ from __future__ import annotations
 
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from alphalayer import infotext
-from alphalayer.engine import GeneratedImage, GenerationResult, Progress, RgbaImage
+from alphalayer.engine import GeneratedImage, GenerationResult, Order, Progress, RgbaImage
 from alphalayer.errors import Cancelled
-from alphalayer.request import GenerationRequest, ModelDefaults
+from alphalayer.request import ModelDefaults
 
 
 class FakeEngine:
-    """Implements `alphalayer.engine.Engine`; each step takes `step_s` seconds. The same request gives the same picture."""
+    """Implements `alphalayer.engine.Engine`; each step takes `step_s` seconds, however many are drawn together. The same request
+    gives the same picture."""
 
-    def __init__(self, step_s: float = 0.0):
+    def __init__(self, step_s: float = 0.0, batch_pixels: int = 0):
         self._step_s = step_s
+        self.batch_pixels = batch_pixels
 
-    def generate(
-        self,
-        request: GenerationRequest,
-        *,
-        on_progress: Callable[[Progress], None] = lambda _: None,
-        is_cancelled: Callable[[], bool] = lambda: False,
-        previews: bool = False,
-    ) -> GenerationResult:
+    def warm_up(self) -> None:
+        """Nothing to warm up."""
+
+    def draw(self, orders: Sequence[Order]) -> list[GenerationResult]:
         """Draw the discs; see the protocol."""
-        request = request.resolved(ModelDefaults())
-        steps, width, height = request.steps or 1, request.width or 64, request.height or 64
+        steps = orders[0].request.steps or ModelDefaults().steps
         start = time.perf_counter()
         for step in range(1, steps + 1):
-            if is_cancelled():
+            if all(order.is_cancelled() for order in orders):
                 raise Cancelled("cancelled.")
             if self._step_s:
                 time.sleep(self._step_s)
-            preview = draw_disc(request.prompt, request.seed, 32, 32)[..., :3] if previews else None
-            on_progress(Progress("sample", step, steps, preview))
+            for order in orders:
+                preview = (
+                    draw_disc(order.request.prompt, order.request.seed, 32, 32)[..., :3] if order.previews else None
+                )
+                order.on_progress(Progress("sample", step, steps, preview))
+        return [self._result(order, time.perf_counter() - start) for order in orders]
+
+    def memory_bytes(self) -> int:
+        """None of its own."""
+        return 0
+
+    def _result(self, order: Order, seconds: float) -> GenerationResult:
+        request = order.request.resolved(ModelDefaults())
         pictures = [
             GeneratedImage(
-                draw_disc(request.prompt, request.seed + i, width, height),
+                draw_disc(request.prompt, request.seed + i, request.width or 64, request.height or 64),
                 request.seed + i,
                 request.subseed + i,
                 infotext.write_parameters(request, "fake", "0" * 10, request.seed + i),
             )
             for i in range(request.batch_size)
         ]
-        return GenerationResult(request, "fake", "0" * 10, pictures, {"sample": time.perf_counter() - start})
-
-    def memory_bytes(self) -> int:
-        """None of its own."""
-        return 0
+        return GenerationResult(request, "fake", "0" * 10, pictures, {"sample": seconds})
 
 
 def draw_disc(prompt: str, seed: int, width: int, height: int) -> RgbaImage:
@@ -68,5 +72,5 @@ def draw_disc(prompt: str, seed: int, width: int, height: int) -> RgbaImage:
 
 
 def create_engine(options: dict[str, Any]) -> FakeEngine:
-    """Build the engine from the options of the engine process; only `step_s` means something here."""
-    return FakeEngine(float(options.get("step_s", 0.0)))
+    """Build the engine from the options of the engine process; `step_s` and `batch_pixels` mean something here."""
+    return FakeEngine(float(options.get("step_s", 0.0)), int(options.get("batch_pixels") or 0))

@@ -19,55 +19,80 @@ from alphalayer.engine.text import Conditioning, PromptPlan
 
 @dataclass(frozen=True)
 class Guidance:
-    """What steers the UNet: prompt plans over the steps, the scale, and the size that SDXL is told."""
+    """What steers the UNet for a request's images: prompt plans over the steps, and the scale."""
 
     positive: PromptPlan
     negative: PromptPlan
     scale: float
-    width: int
-    height: int
+    images: int = 1
+
+    def conditionings(self, step: int) -> list[Conditioning]:
+        """What x0 is predicted under: the negative, if it counts, then each part of the prompt."""
+        positives = self.positive.at(step)
+        if self.scale == 1.0 and len(positives) == 1 and positives[0][1] == 1.0:
+            return [positives[0][0]]
+        return [self.negative.at(step)[0][0], *(each for each, _ in positives)]
+
+    def steer(self, step: int, predicted: Sequence[Tensor]) -> Tensor:
+        """x0 from what was predicted under each of the conditionings."""
+        unconditional, *conditional = predicted
+        if not conditional:
+            return unconditional
+        weights = [weight for _, weight in self.positive.at(step)]
+        steered = sum((weight * (c - unconditional) for c, weight in zip(conditional, weights, strict=True)))
+        return unconditional + self.scale * steered
 
 
 @dataclass
 class Denoiser:
-    """`denoiser(x, sigma, step)` → x0, both float32 of shape (B, C, h, w).
+    """`denoiser(x, sigma, step)` → x0, both float32 of shape (B, C, h, w): the images of all guidances, one after the other.
 
-    Guidance is done on x0: `u + scale * sum_i w_i (c_i - u)`, with several `c_i` where the prompt has AND. At scale 1 with a
-    single prompt the negative row is skipped. Rows of unlike token counts are tiled to a common length if that is at most
-    four times the shorter one (cross-attention does not change when its keys are repeated), else evaluated apart.
+    `width` and `height` are the size that SDXL is told. Guidance is done on x0: `u + scale * sum_i w_i (c_i - u)`, with several
+    `c_i` where the prompt has AND. At scale 1 with a single prompt the negative row is skipped. Rows of unlike token counts are
+    tiled to a common length if that is at most four times the shorter one (cross-attention does not change when its keys are
+    repeated), else evaluated apart.
     """
 
     model: LoadedModel
-    guidance: Guidance
+    guidances: Sequence[Guidance]
+    width: int
+    height: int
     mode: MemoryMode
 
     @torch.inference_mode()
     def __call__(self, x: Tensor, sigma: float, step: int) -> Tensor:
         """Predict the clean latent from `x` (B, C, h, w) at noise level `sigma` in schedule step `step`."""
-        positives = self.guidance.positive.at(step)
-        if self.guidance.scale == 1.0 and len(positives) == 1 and positives[0][1] == 1.0:
-            return self._predict(x, sigma, [positives[0][0]])[0]
-        negative = self.guidance.negative.at(step)[0][0]
-        unconditional, *conditional = self._predict(x, sigma, [negative, *(each for each, _ in positives)])
-        steered = sum((weight * (c - unconditional) for c, (_, weight) in zip(conditional, positives, strict=True)))
-        return unconditional + self.guidance.scale * steered
+        asked = [each.conditionings(step) for each in self.guidances]
+        own = x.split([each.images for each in self.guidances])
+        rows = [_Rows(images, each) for images, conditionings in zip(own, asked, strict=True) for each in conditionings]
+        predicted = iter(self._predict(rows, sigma))
+        return torch.cat(
+            [
+                guidance.steer(step, [next(predicted) for _ in conditionings])
+                for guidance, conditionings in zip(self.guidances, asked, strict=True)
+            ]
+        )
 
-    def _predict(self, x: Tensor, sigma: float, conditionings: Sequence[Conditioning]) -> list[Tensor]:
-        """x0 under each conditioning, in order."""
+    def _predict(self, asked: Sequence[_Rows], sigma: float) -> list[Tensor]:
+        """x0 of each, in order."""
         predicted: list[Tensor] = []
-        for group in _groups(conditionings):
-            output = self._evaluate(x, sigma, group)
-            noisy = x.repeat(len(group), 1, 1, 1)
-            predicted += _clean(noisy, output, sigma, self.model.prediction_type).chunk(len(group))
+        for group in _groups(asked):
+            noisy = torch.cat([each.images for each in group])
+            output = self._evaluate(noisy, sigma, group)
+            clean = _clean(noisy, output, sigma, self.model.prediction_type)
+            predicted += clean.split([len(each.images) for each in group])
         return predicted
 
-    def _evaluate(self, x: Tensor, sigma: float, group: Sequence[Conditioning]) -> Tensor:
-        """The UNet's raw output, float32 (rows, C, h, w); rows ordered conditioning by conditioning, then by image."""
-        images = x.shape[0]
-        dtype, device = next(self.model.unet.parameters()).dtype, x.device
-        scaled = (x / math.sqrt(sigma**2 + 1)).to(dtype).repeat(len(group), 1, 1, 1)
-        context = torch.cat([each.context.expand(images, -1, -1) for each in group]).to(device, dtype)
-        pooled = torch.cat([each.pooled.expand(images, -1) for each in group]).to(device, dtype)
+    def _evaluate(self, noisy: Tensor, sigma: float, group: Sequence[_Rows]) -> Tensor:
+        """The UNet's raw output, float32 (rows, C, h, w)."""
+        dtype, device = next(self.model.unet.parameters()).dtype, noisy.device
+        scaled = (noisy / math.sqrt(sigma**2 + 1)).to(dtype)
+        context, pooled = (
+            torch.cat([getattr(each.conditioning, name).expand(len(each.images), *shape) for each in group]).to(
+                device, dtype
+            )
+            for name, shape in (("context", (-1, -1)), ("pooled", (-1,)))
+        )
         at_once = self.mode.rows_at_once or len(scaled)
         outputs = [
             self._unet(*rows, sigma)
@@ -77,7 +102,7 @@ class Denoiser:
 
     def _unet(self, scaled: Tensor, context: Tensor, pooled: Tensor, sigma: float) -> Tensor:
         """One call of the UNet on a few rows, float32 (rows, C, h, w)."""
-        size = [self.guidance.height, self.guidance.width, 0, 0, self.guidance.height, self.guidance.width]
+        size = [self.height, self.width, 0, 0, self.height, self.width]
         return self.model.unet(
             scaled,
             torch.full((len(scaled),), self.model.sigma_table.timestep(sigma), device=scaled.device),
@@ -97,10 +122,22 @@ def _clean(x: Tensor, output: Tensor, sigma: float, prediction_type: str) -> Ten
     return x - output * sigma
 
 
-def _groups(conditionings: Sequence[Conditioning]) -> list[list[Conditioning]]:
+@dataclass(frozen=True)
+class _Rows:
+    """Noisy images (n, C, h, w) and what their x0 is to be predicted under."""
+
+    images: Tensor
+    conditioning: Conditioning
+
+    @property
+    def tokens(self) -> int:
+        return self.conditioning.context.shape[1]
+
+
+def _groups(asked: Sequence[_Rows]) -> list[list[_Rows]]:
     """Neighbours that may share a UNet call, tiled to the same number of tokens."""
-    groups: list[list[Conditioning]] = []
-    for each in conditionings:
+    groups: list[list[_Rows]] = []
+    for each in asked:
         if groups and _compatible([*groups[-1], each]):
             groups[-1].append(each)
         else:
@@ -108,15 +145,17 @@ def _groups(conditionings: Sequence[Conditioning]) -> list[list[Conditioning]]:
     return [_tiled(group) for group in groups]
 
 
-def _lengths(group: Sequence[Conditioning]) -> list[int]:
-    return [each.context.shape[1] for each in group]
-
-
-def _compatible(group: Sequence[Conditioning]) -> bool:
-    lengths = _lengths(group)
+def _compatible(group: Sequence[_Rows]) -> bool:
+    lengths = [each.tokens for each in group]
     return math.lcm(*lengths) <= 4 * min(lengths)
 
 
-def _tiled(group: Sequence[Conditioning]) -> list[Conditioning]:
-    length = math.lcm(*_lengths(group))
-    return [Conditioning(each.context.repeat(1, length // each.context.shape[1], 1), each.pooled) for each in group]
+def _tiled(group: Sequence[_Rows]) -> list[_Rows]:
+    length = math.lcm(*(each.tokens for each in group))
+    return [
+        _Rows(
+            each.images,
+            Conditioning(each.conditioning.context.repeat(1, length // each.tokens, 1), each.conditioning.pooled),
+        )
+        for each in group
+    ]

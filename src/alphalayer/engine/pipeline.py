@@ -1,4 +1,4 @@
-"""The recipe: a request becomes transparent pictures. Read `LocalEngine._draw` from top to bottom.
+"""The recipe: requests become transparent pictures. Read `LocalEngine._draw` from top to bottom.
 
 Stages: load → text → sample → decode. Each takes what the one before it returned; what stays on the device between them is the
 memory mode's business. Knows nothing of queues, files or HTTP.
@@ -7,9 +7,10 @@ memory mode's business. Knows nothing of queues, files or HTTP.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from alphalayer import catalog, infotext
-from alphalayer.engine import GeneratedImage, GenerationResult, Progress, RgbaImage
+from alphalayer.catalog import ModelEntry
+from alphalayer.engine import GeneratedImage, GenerationResult, Order, Progress, RgbaImage
 from alphalayer.engine.brownian import BrownianNoise
 from alphalayer.engine.devices import (
     GIB,
     MemoryMode,
     Residency,
+    choose_batch_pixels,
     choose_device,
     choose_memory_mode,
     choose_precision,
@@ -38,9 +41,10 @@ from alphalayer.engine.loading import LoadedModel, load_model
 from alphalayer.engine.noise import ImageGenerator, Shape, initial_noise
 from alphalayer.engine.samplers import SAMPLERS, Noise, brownian_intervals, sample
 from alphalayer.engine.schedules import sigmas_for
-from alphalayer.engine.text import PromptPlan, TextEncoders, plan_negative, plan_prompt
+from alphalayer.engine.shelf import ModelShelf, Ready
+from alphalayer.engine.text import TextEncoders, plan_negative, plan_prompt
 from alphalayer.engine.transparency import decode_transparent, decoder_inputs, to_uint8
-from alphalayer.errors import Cancelled, ModelNotFound, OutOfMemory
+from alphalayer.errors import AlphalayerError, Cancelled, ModelNotFound, OutOfMemory
 from alphalayer.request import GenerationRequest
 
 SIZE_MULTIPLE = 64
@@ -69,23 +73,22 @@ class Canvas:
         return np.ascontiguousarray(picture[top : top + self.height, left : left + self.width])
 
 
-@dataclass(frozen=True)
-class Watcher:
-    """Tells a caller how far a request is, and stops it when the caller wants that."""
+class Watchers:
+    """Tells the callers of a batch how far it is, and stops it when none of them wants it any more."""
 
-    on_progress: Callable[[Progress], None]
-    is_cancelled: Callable[[], bool]
-    previews: bool
+    def __init__(self, orders: Sequence[Order]):
+        self._orders = orders
 
     def check(self) -> None:
-        """Raise `Cancelled` if the caller no longer wants the pictures."""
-        if self.is_cancelled():
+        """Raise `Cancelled` if nobody wants the pictures."""
+        if all(order.is_cancelled() for order in self._orders):
             raise Cancelled("cancelled.")
 
     def stage(self, name: str) -> None:
         """A stage begins."""
         self.check()
-        self.on_progress(Progress(name))
+        for order in self._orders:
+            order.on_progress(Progress(name))
 
 
 class Stopwatch:
@@ -108,7 +111,11 @@ class Stopwatch:
 
 
 class LocalEngine:
-    """Draws on one device with one model at a time; implements `alphalayer.engine.Engine`."""
+    """Draws on one device with one model at a time; implements `alphalayer.engine.Engine`.
+
+    `batch_pixels` bounds what is drawn together, None: what the GPU's memory has room for. `spare_model_bytes` is host memory for
+    models that are not in use.
+    """
 
     def __init__(
         self,
@@ -120,6 +127,8 @@ class LocalEngine:
         memory: str = "auto",
         default_model: str | None = None,
         compile_unet: bool = False,
+        batch_pixels: int | None = None,
+        spare_model_bytes: int = 0,
     ):
         self.device = choose_device(device)
         self.precision = choose_precision(self.device, dtype)
@@ -128,8 +137,19 @@ class LocalEngine:
         self._embeddings_dir = embeddings_dir or models_dir.parent / "embeddings"
         self._default_model = default_model
         self._compile_unet = compile_unet
-        self._model: LoadedModel | None = None
-        self._encoders: TextEncoders | None = None
+        self._batch_pixels = choose_batch_pixels(self.device, self.mode) if batch_pixels is None else batch_pixels
+        self._shelf = ModelShelf(self._read, spare_model_bytes)
+
+    @property
+    def batch_pixels(self) -> int:
+        """How many pixels are drawn together; 0: each request alone."""
+        return self._batch_pixels
+
+    def warm_up(self) -> None:
+        """Load the default model and draw once: full size on a GPU, as small as can be on a CPU. Without a model nothing is done."""
+        with suppress(AlphalayerError, OSError):
+            side = None if self.device.type == "cuda" else SIZE_MULTIPLE
+            self.generate(GenerationRequest(prompt="warm up", steps=1, width=side, height=side))
 
     def generate(
         self,
@@ -139,121 +159,131 @@ class LocalEngine:
         is_cancelled: Callable[[], bool] = lambda: False,
         previews: bool = False,
     ) -> GenerationResult:
-        """Draw the pictures of one request; see `alphalayer.engine.Engine.generate`.
+        """Draw the pictures of one request; see `draw`."""
+        return self.draw([Order(request, on_progress, is_cancelled, previews)])[0]
 
-        Out of memory: what was taken is given back and the request is drawn once more in the next smaller memory mode.
+    def draw(self, orders: Sequence[Order]) -> list[GenerationResult]:
+        """Draw the pictures of one request, or of several together; see `alphalayer.engine.Engine.draw`.
+
+        Out of memory: what was taken is given back and a single request is drawn once more in the next smaller memory mode.
         """
-        watcher = Watcher(on_progress, is_cancelled, previews)
-        try:
-            return self._draw(request, self.mode, watcher)
-        except (torch.OutOfMemoryError, RuntimeError) as error:
-            if not _is_out_of_memory(error):
-                raise
-        free_memory(self.device)
-        mode = smaller_mode(self.mode) or self.mode
-        try:
-            return self._draw(request, mode, watcher)
-        except (torch.OutOfMemoryError, RuntimeError) as error:
-            if not _is_out_of_memory(error):
-                raise
-        free_memory(self.device)
-        raise self._out_of_memory(request, mode)
+        mode = self.mode
+        for following in (smaller_mode(mode) or mode, None):
+            try:
+                return self._draw(orders, mode)
+            except (torch.OutOfMemoryError, RuntimeError) as error:
+                if not _is_out_of_memory(error):
+                    raise
+            free_memory(self.device)
+            if following is None or len(orders) > 1:
+                break
+            mode = following
+        raise self._out_of_memory([order.request for order in orders], mode)
 
     def memory_bytes(self) -> int:
         """Memory that torch holds on the GPU, in bytes; 0 on the CPU."""
         return torch.cuda.memory_reserved(self.device) if self.device.type == "cuda" else 0
 
     @property
-    def held_model(self) -> LoadedModel:
+    def held(self) -> Ready:
         """The model in memory. Raises `ModelNotFound` before the first picture."""
-        if self._model is None:
+        if self._shelf.held is None:
             raise ModelNotFound("no model is loaded yet.")
-        return self._model
+        return self._shelf.held
 
     @torch.inference_mode()
-    def _draw(self, request: GenerationRequest, mode: MemoryMode, watcher: Watcher) -> GenerationResult:
+    def _draw(self, orders: Sequence[Order], mode: MemoryMode) -> list[GenerationResult]:
+        """The recipe. What the requests share is read from the first of them."""
+        watchers = Watchers(orders)
         stopwatch = Stopwatch(self.device)
         residency = Residency(self.device, mode)
 
-        watcher.stage("load")
+        watchers.stage("load")
         with stopwatch.stage("load"):
-            model, encoders = self._load(request.model)
-        request = request.resolved(model.defaults)
-        canvas = Canvas.of(request.width or 0, request.height or 0)
-        sigmas = sigmas_for(request.scheduler or "", request.steps or 0, model.sigma_table)
-        seeds, subseeds = _seeds(request)
+            ready = self._shelf.get(self._entry(orders[0].request.model))
+        model = ready.model
+        requests = [order.request.resolved(model.defaults) for order in orders]
+        shared = requests[0]
+        canvas = Canvas.of(shared.width or 0, shared.height or 0)
+        sigmas = sigmas_for(shared.scheduler or "", shared.steps or 0, model.sigma_table)
         shape = (
             model.latent_channels,
             canvas.drawn_height // model.scale_factor,
             canvas.drawn_width // model.scale_factor,
         )
-        generators = [ImageGenerator(seed, request.noise, self.device) for seed in seeds]
-        variations = [ImageGenerator(seed, request.noise, self.device) for seed in subseeds]
-        start = initial_noise(generators, shape, variations, request.subseed_strength)
-        noise = _noise(request, generators, shape, sigmas, self.device)
+        start, noise = self._noise(requests, shape, sigmas)
 
-        watcher.stage("text")
+        watchers.stage("text")
         with stopwatch.stage("text"), residency.of(model.text_encoder, model.text_encoder_2, keep=mode.keep_text):
-            positive, negative = self._plans(request, encoders)
+            guidances = [_guidance(each, ready.encoders) for each in requests]
 
-        guidance = Guidance(positive, negative, request.cfg_scale or 1.0, canvas.drawn_width, canvas.drawn_height)
-        watcher.stage("sample")
+        denoiser = Denoiser(model, guidances, canvas.drawn_width, canvas.drawn_height, mode)
+        watchers.stage("sample")
         with stopwatch.stage("sample"), residency.of(model.unet, keep=mode.keep_unet):
-            latents = self._sample(request, model, Denoiser(model, guidance, mode), start, sigmas, noise, watcher)
+            latents = self._sample(orders, shared, denoiser, start, sigmas, noise, watchers)
 
-        watcher.stage("decode")
-        decoders = [model.vae, model.decoder] if request.layerdiffuse.enabled else [model.vae]
+        watchers.stage("decode")
+        decoders = [model.vae, model.decoder] if shared.layerdiffuse.enabled else [model.vae]
         with residency.of(*decoders, keep=mode.keep_unet):
-            pictures = [self._decode(request, model, latent[None], mode, watcher, stopwatch) for latent in latents]
+            pictures = [self._decode(shared, model, each[None], mode, watchers, stopwatch) for each in latents]
 
-        return self._result(request, model, [canvas.crop(each) for each in pictures], seeds, subseeds, stopwatch)
+        cropped = iter([canvas.crop(each) for each in pictures])
+        return [_result(each, model, list(islice(cropped, each.batch_size)), stopwatch) for each in requests]
 
-    def _load(self, name: str | None) -> tuple[LoadedModel, TextEncoders]:
-        """The asked-for model, from memory if it is the one held, else from disk; one is held at a time."""
-        entry = catalog.resolve_model(name or self._default_model, catalog.find_models(self._models_dir))
-        if self._model is None or self._encoders is None or self._model.entry.path != entry.path:
-            self._model = self._encoders = None
-            free_memory(self.device)
-            self._model = load_model(entry, self.precision, self._models_dir)
-            if self._compile_unet:
-                self._model.unet.compile()
-            self._encoders = TextEncoders(
-                self._model.tokenizer,
-                self._model.tokenizer_2,
-                self._model.text_encoder,
-                self._model.text_encoder_2,
-                read_embeddings(self._embeddings_dir),
+    def _entry(self, name: str | None) -> ModelEntry:
+        return catalog.resolve_model(name or self._default_model, catalog.find_models(self._models_dir))
+
+    def _read(self, entry: ModelEntry) -> Ready:
+        model = load_model(entry, self.precision, self._models_dir)
+        if self._compile_unet:
+            model.unet.compile()
+        words = read_embeddings(self._embeddings_dir)
+        encoders = (model.tokenizer, model.tokenizer_2, model.text_encoder, model.text_encoder_2)
+        return Ready(model, TextEncoders(*encoders, words))
+
+    def _noise(self, requests: Sequence[GenerationRequest], shape: Shape, sigmas: Tensor) -> tuple[Tensor, Noise]:
+        """The starting noise (B, *shape) of all images, and where the sampler's noise comes from; Brownian noise begins to be drawn
+        at once, in a thread."""
+        generators: list[ImageGenerator] = []
+        start: list[Tensor] = []
+        for request in requests:
+            own, variations = (
+                [ImageGenerator(seed, request.noise, self.device) for seed in seeds] for seeds in _seeds(request)
             )
-        return self._model, self._encoders
-
-    def _plans(self, request: GenerationRequest, encoders: TextEncoders) -> tuple[PromptPlan, PromptPlan]:
-        steps = request.steps or 0
-        positive = plan_prompt(encoders, request.prompt, steps, request.clip_skip)
-        return positive, plan_negative(encoders, request.negative_prompt, steps, request.clip_skip)
+            start.append(initial_noise(own, shape, variations, request.subseed_strength))
+            generators += own
+        shared, seeds = requests[0], [seed for request in requests for seed in _seeds(request)[0]]
+        if SAMPLERS[shared.sampler or ""].noise == "brownian":
+            ahead = brownian_intervals(shared.sampler or "", sigmas)
+            return torch.cat(start), BrownianNoise(seeds, shape, sigmas, shared.noise, self.device, ahead)
+        return torch.cat(start), lambda _from, _to: torch.stack([each.randn(shape) for each in generators])
 
     def _sample(
         self,
-        request: GenerationRequest,
-        model: LoadedModel,
+        orders: Sequence[Order],
+        shared: GenerationRequest,
         denoiser: Denoiser,
         start: Tensor,
         sigmas: Tensor,
         noise: Noise,
-        watcher: Watcher,
+        watchers: Watchers,
     ) -> Tensor:
         """Denoise `start` (B, C, h, w; unit variance) along `sigmas`; the scaled clean latents, float32."""
-        last_patched_sigma = _last_patched_sigma(request.layerdiffuse.stop_at, model)
+        model = denoiser.model
+        last_patched_sigma = _last_patched_sigma(shared.layerdiffuse.stop_at, model)
+        firsts = [0, *accumulate(each.images for each in denoiser.guidances)]
 
         def denoise(x: Tensor, sigma: float, step: int) -> Tensor:
-            watcher.check()
-            self._patch(request, model, with_transparency=request.layerdiffuse.enabled and sigma >= last_patched_sigma)
+            watchers.check()
+            self._patch(shared, model, with_transparency=shared.layerdiffuse.enabled and sigma >= last_patched_sigma)
             return denoiser(x, sigma, step)
 
-        def on_step(done: int, _x: Tensor, x0: Tensor) -> None:
-            preview = self._preview(model, x0) if watcher.previews else None
-            watcher.on_progress(Progress("sample", done, len(sigmas) - 1, preview))
+        def on_step(step: int, _x: Tensor, clean: Tensor) -> None:
+            for order, first in zip(orders, firsts, strict=False):
+                preview = self._preview(model, clean[first : first + 1]) if order.previews else None
+                order.on_progress(Progress("sample", step, len(sigmas) - 1, preview))
 
-        return sample(request.sampler or "", denoise, start * float(sigmas[0]), sigmas, noise, on_step)
+        return sample(shared.sampler or "", denoise, start * float(sigmas[0]), sigmas, noise, on_step)
 
     def _patch(self, request: GenerationRequest, model: LoadedModel, *, with_transparency: bool) -> None:
         """Merge the user's LoRAs and, above them, the LayerDiffuse patch; nothing is done if that is how it stands."""
@@ -268,11 +298,11 @@ class LocalEngine:
         model: LoadedModel,
         latent: Tensor,
         mode: MemoryMode,
-        watcher: Watcher,
+        watchers: Watchers,
         stopwatch: Stopwatch,
     ) -> RgbaImage:
         """One scaled latent (1, C, h, w) → RGBA; opaque if LayerDiffuse is off."""
-        watcher.check()
+        watchers.check()
         with stopwatch.stage("vae"):
             rgb = model.decode_latent(latent)
         if not request.layerdiffuse.enabled:
@@ -284,44 +314,28 @@ class LocalEngine:
             return to_uint8(decode_transparent(model.decoder, pixel, decoder_latent, mode.passes_at_once))
 
     def _preview(self, model: LoadedModel, x0: Tensor) -> NDArray[np.uint8]:
-        """The first image's predicted latent, averaged down to 32 cells a side, through the VAE: small RGB."""
+        """An image's predicted latent (1, C, h, w), averaged down to 32 cells a side, through the VAE: small RGB."""
         shrink = max(1, max(x0.shape[-2:]) // PREVIEW_LATENT_SIDE)
-        small = torch.nn.functional.avg_pool2d(x0[:1], shrink)
+        small = torch.nn.functional.avg_pool2d(x0, shrink)
         with Residency(self.device, self.mode).of(model.vae, keep=True):
             return _opaque(model.decode_latent(small))[..., :3]
-
-    def _result(
-        self,
-        request: GenerationRequest,
-        model: LoadedModel,
-        pictures: list[RgbaImage],
-        seeds: list[int],
-        subseeds: list[int],
-        stopwatch: Stopwatch,
-    ) -> GenerationResult:
-        name, short_hash = model.entry.name, model.short_hash
-        images = [
-            GeneratedImage(picture, seed, subseed, infotext.write_parameters(request, name, short_hash, seed, subseed))
-            for picture, seed, subseed in zip(pictures, seeds, subseeds, strict=True)
-        ]
-        return GenerationResult(request, name, short_hash, images, stopwatch.seconds)
 
     def _lora_path(self, name: str) -> Path:
         return catalog.find_lora(self._models_dir, name)
 
-    def _out_of_memory(self, request: GenerationRequest, mode: MemoryMode) -> OutOfMemory:
+    def _out_of_memory(self, requests: Sequence[GenerationRequest], mode: MemoryMode) -> OutOfMemory:
         """What was needed and what was there, with what to do."""
-        model = self._model
-        unet_bytes = sum(each.nbytes for each in model.unet.parameters()) if model else 0
-        size = request.resolved(model.defaults) if model else request
-        width, height = size.width or 0, size.height or 0
-        needed = memory_needed(unet_bytes, width, height, mode, request.batch_size) / GIB
+        held = self._shelf.held
+        unet_bytes = sum(each.nbytes for each in held.model.unet.parameters()) if held else 0
+        size = requests[0].resolved(held.model.defaults) if held else requests[0]
+        width, height, images = size.width or 0, size.height or 0, sum(each.batch_size for each in requests)
+        needed = memory_needed(unet_bytes, width, height, mode, images) / GIB
         there = ""
         if self.device.type == "cuda":
             free, total = torch.cuda.mem_get_info(self.device)
             there = f" and the GPU has {free / GIB:.1f} of {total / GIB:.1f} GiB free"
         return OutOfMemory(
-            f'{width}x{height}, batch of {request.batch_size}, needs about {needed:.1f} GiB in memory mode "{mode.name}"'
+            f'{width}x{height}, batch of {images}, needs about {needed:.1f} GiB in memory mode "{mode.name}"'
             f"{there}; it was tried in two modes.",
             hint="Ask for a smaller picture or batch, close other programs on the GPU, or start with --memory low.",
         )
@@ -335,19 +349,23 @@ def create_engine(options: dict[str, Any]) -> LocalEngine:
     return LocalEngine(**values)
 
 
-def _noise(
-    request: GenerationRequest,
-    generators: list[ImageGenerator],
-    shape: Shape,
-    sigmas: Tensor,
-    device: torch.device,
-) -> Noise:
-    """Where the sampler's noise comes from; Brownian noise begins to be drawn at once, in a thread."""
-    sampler = request.sampler or ""
-    if SAMPLERS[sampler].noise == "brownian":
-        ahead = brownian_intervals(sampler, sigmas)
-        return BrownianNoise(_seeds(request)[0], shape, sigmas, request.noise, device, ahead)
-    return lambda _from, _to: torch.stack([generator.randn(shape) for generator in generators])
+def _guidance(request: GenerationRequest, encoders: TextEncoders) -> Guidance:
+    """What a request says, encoded."""
+    steps = request.steps or 0
+    positive = plan_prompt(encoders, request.prompt, steps, request.clip_skip)
+    negative = plan_negative(encoders, request.negative_prompt, steps, request.clip_skip)
+    return Guidance(positive, negative, request.cfg_scale or 1.0, request.batch_size)
+
+
+def _result(
+    request: GenerationRequest, model: LoadedModel, pictures: list[RgbaImage], stopwatch: Stopwatch
+) -> GenerationResult:
+    name, short_hash = model.entry.name, model.short_hash
+    images = [
+        GeneratedImage(picture, seed, subseed, infotext.write_parameters(request, name, short_hash, seed, subseed))
+        for picture, seed, subseed in zip(pictures, *_seeds(request), strict=True)
+    ]
+    return GenerationResult(request, name, short_hash, images, stopwatch.seconds)
 
 
 def _seeds(request: GenerationRequest) -> tuple[list[int], list[int]]:

@@ -56,6 +56,10 @@ class Dispatcher(Protocol):
         """The next job to run; waits for one. Used by supervisors, as all below."""
         ...
 
+    async def take_like(self, job: Job, pixels: int) -> Job | None:
+        """The oldest waiting job that may be drawn together with `job` and has at most so many pixels; does not wait for one."""
+        ...
+
     async def started(self, job_id: str) -> None:
         """The engine began with it: counts a start."""
         ...

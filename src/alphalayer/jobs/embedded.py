@@ -177,6 +177,17 @@ class EmbeddedDispatcher:
         self._wake_waiting()
         return self._live[job_id].job
 
+    async def take_like(self, job: Job, pixels: int) -> Job | None:
+        """The oldest waiting job that fits to `job`; see the protocol."""
+        key = job.batch_key
+        for job_id in self._waiting if key else ():
+            mate = self._live[job_id].job
+            if mate.spec.pixels <= pixels and mate.batch_key == key:
+                self._waiting.remove(job_id)
+                self._wake_waiting()
+                return mate
+        return None
+
     async def started(self, job_id: str) -> None:
         """Count a start; see the protocol."""
         live = self._live[job_id]

@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import IO, Any
 
 from alphalayer import images
-from alphalayer.engine import Engine, GenerationResult, Progress
+from alphalayer.engine import Engine, GenerationResult, Order, Progress
 from alphalayer.errors import AlphalayerError, Cancelled, EngineFailed
 from alphalayer.job import ImageRef, Job, JobResult
 from alphalayer.request import GenerationRequest
@@ -32,7 +32,7 @@ class EngineProcess:
         self._reader = reader
         self._writer = writer
         self._write_lock = threading.Lock()
-        self._jobs: queue.Queue[Job] = queue.Queue()
+        self._jobs: queue.Queue[list[Job]] = queue.Queue()
         self._cancelled: set[str] = set()
         self._memory_bytes: Callable[[], int] = lambda: 0
         self._encoder = ThreadPoolExecutor(1, thread_name_prefix="encode")
@@ -49,7 +49,8 @@ class EngineProcess:
             self._send("failed", id=None, error=error.to_dict())
             return
         threading.Thread(target=self._read, name="read", daemon=True).start()
-        self._send("ready")
+        engine.warm_up()
+        self._send("ready", batch_pixels=engine.batch_pixels)
         while True:
             self._run(engine, storage, self._jobs.get())
 
@@ -57,32 +58,45 @@ class EngineProcess:
         for line in self._reader:
             message = read_message(line)
             if message["kind"] == "run":
-                self._jobs.put(Job.model_validate(message["job"]))
+                self._jobs.put([Job.model_validate(job) for job in message["jobs"]])
             elif message["kind"] == "cancel":
                 self._cancelled.add(message["id"])
         # the supervisor is gone: nobody wants the picture, and the journal knows that the job is not over
         os._exit(0)
 
-    def _run(self, engine: Engine, storage: Storage, job: Job) -> None:
-        self._send("started", id=job.id)
+    def _run(self, engine: Engine, storage: Storage, jobs: list[Job]) -> None:
+        for job in jobs:
+            self._send("started", id=job.id)
+        self._deliver(engine, storage, jobs)
+
+    def _deliver(self, engine: Engine, storage: Storage, jobs: list[Job]) -> None:
+        """Draw and store a batch; one that fails is drawn again job by job, so that each answers for itself."""
         try:
-            results = [self._draw(engine, storage, job, request) for request in _iterations(job)]
+            drawn = self._draw(engine, storage, jobs)
         except Exception as error:
-            self._fail(job, error)
-        else:
+            if len(jobs) == 1:
+                self._fail(jobs[0], error)
+            else:
+                for job in jobs:
+                    self._deliver(engine, storage, [job])
+            return
+        for job, results in zip(jobs, drawn, strict=True):
             self._encoder.submit(self._store, storage, job, results)
 
-    def _draw(self, engine: Engine, storage: Storage, job: Job, request: GenerationRequest) -> GenerationResult:
+    def _draw(self, engine: Engine, storage: Storage, jobs: list[Job]) -> list[list[GenerationResult]]:
+        """The results of each job: one a round."""
+        if len(jobs) > 1:
+            return [[each] for each in engine.draw([self._order(storage, job, job.spec.generation) for job in jobs])]
+        return [[engine.draw([self._order(storage, job, request)])[0] for job in jobs for request in _iterations(job)]]
+
+    def _order(self, storage: Storage, job: Job, request: GenerationRequest) -> Order:
         def on_progress(progress: Progress) -> None:
             key = job.preview_name if progress.preview is not None else None
             if key and progress.preview is not None:
                 storage.put(key, images.encode_preview(progress.preview))
             self._send("progress", id=job.id, progress=_progress_json(progress, key))
 
-        def is_cancelled() -> bool:
-            return job.id in self._cancelled
-
-        return engine.generate(request, on_progress=on_progress, is_cancelled=is_cancelled, previews=job.spec.previews)
+        return Order(request, on_progress, lambda: job.id in self._cancelled, job.spec.previews)
 
     def _store(self, storage: Storage, job: Job, results: list[GenerationResult]) -> None:
         """Encode and store the pictures of a job; only then is it done."""

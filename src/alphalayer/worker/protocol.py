@@ -1,9 +1,9 @@
 """What supervisor and engine process say to each other: one JSON object a line, over the process's standard input and output.
 
 to the engine     open    {engine, options, storage}        once, first
-                  run     {job}                              draw it and store it; several may be sent ahead
+                  run     {jobs}                             draw them together and store them; sent ahead
                   cancel  {id}
-from the engine   ready   {}                                 after `open`
+from the engine   ready   {batch_pixels}                     after `open`; how much it draws together
                   started, progress, done, failed            {id, …}
 The engine ends when its input ends.
 """

@@ -17,10 +17,11 @@ from alphalayer.errors import AlphalayerError, EngineFailed
 from alphalayer.job import JobProgress, JobResult
 from alphalayer.jobs import Dispatcher
 from alphalayer.telemetry import Metrics, log
+from alphalayer.worker.batcher import next_batch
 from alphalayer.worker.protocol import MAX_LINE_BYTES, read_message, write_message
 
-IN_FLIGHT = 2
-"""Jobs in an engine process at once: one is drawn while the next waits there and the last is encoded."""
+LAST_STAGES = ("decode", "store")
+"""Once a batch is here the next one is sent: it waits in the process, so that the device need not wait for it."""
 RESTART_PAUSE_S = (0.1, 1.0, 5.0, 15.0, 60.0)
 """How long to wait before the process is started again, by how often it died without finishing anything."""
 
@@ -35,6 +36,16 @@ class EngineSpec:
     environment: dict[str, str] = field(default_factory=dict[str, str])
     silence_limit_s: float = 900.0
     """A process that works and says nothing for so long is taken for hung and killed."""
+    batch_wait_s: float = 0.0
+    """How long a batch that is not full waits for more."""
+
+
+@dataclass(eq=False)
+class _Batch:
+    """Jobs that are drawn together: how many are not over, and whether the next batch waits for them."""
+
+    left: int
+    holds_the_next: bool = True
 
 
 class Supervisor:
@@ -45,9 +56,9 @@ class Supervisor:
         self._metrics = metrics
         self._spec = spec
         self._dispatcher = dispatcher
-        self._jobs: dict[str, asyncio.Task[None]] = {}
-        self._begun: set[str] = set()
-        self._room = asyncio.Semaphore(IN_FLIGHT)
+        self._jobs: dict[str, tuple[_Batch, asyncio.Task[None]]] = {}
+        self._room = asyncio.Semaphore(1)
+        self._batch_pixels = 0
         self._process: asyncio.subprocess.Process | None = None
         self._heard_at = 0.0
         self._fruitless = 0
@@ -65,10 +76,10 @@ class Supervisor:
         while not self._draining:
             reason = await self._live()
             self.problem = self.problem or EngineFailed(f"{reason}.", hint="The service's log has the details.")
-            for job_id in list(self._jobs):
+            for job_id in reversed(list(self._jobs)):
                 await self._settle(job_id)
                 await self._dispatcher.released(job_id, reason)
-            self._room = asyncio.Semaphore(IN_FLIGHT)
+            self._room = asyncio.Semaphore(1)
             if self._draining:
                 return
             pause = RESTART_PAUSE_S[min(self._fruitless, len(RESTART_PAUSE_S) - 1)]
@@ -107,6 +118,7 @@ class Supervisor:
                 if message["kind"] == "ready":
                     log.info("engine_ready", engine=self.name, pid=process.pid)
                     self.is_ready, self.problem = True, None
+                    self._batch_pixels = message.get("batch_pixels", 0)
                     self._metrics.engine_ready.labels(self.name).set(1)
                     feeding.append(asyncio.create_task(self._feed()))
                 else:
@@ -127,23 +139,19 @@ class Supervisor:
         return f"the engine process ended with {_exit_text(code)}"
 
     async def _feed(self) -> None:
-        """Take jobs as long as there is room in the process."""
+        """Send a batch whenever the process is about to be done with the one before."""
         while not self._draining:
             await self._room.acquire()
-            taking = asyncio.create_task(self._dispatcher.take())
-            try:
-                job = await asyncio.shield(taking)
-            except asyncio.CancelledError:
-                # a job may have been handed out in the very moment that this was stopped
-                taking.cancel()
-                with contextlib.suppress(asyncio.CancelledError):
-                    await self._dispatcher.released((await taking).id, "the supervisor stopped")
-                raise
+            jobs = await next_batch(self._dispatcher, self._batch_pixels, self._spec.batch_wait_s)
             if self._draining:
-                await self._dispatcher.released(job.id, "the supervisor stopped")
+                for job in reversed(jobs):
+                    await self._dispatcher.released(job.id, "the supervisor stopped")
                 return
-            self._jobs[job.id] = asyncio.create_task(self._cancel_when_asked(job.id))
-            await self._send("run", job=job.model_dump(mode="json"))
+            self._metrics.batch_jobs.observe(len(jobs))
+            batch = _Batch(len(jobs))
+            for job in jobs:
+                self._jobs[job.id] = batch, asyncio.create_task(self._cancel_when_asked(job.id))
+            await self._send("run", jobs=[job.model_dump(mode="json") for job in jobs])
 
     async def _hear(self, message: dict[str, Any]) -> None:
         kind, job_id = message["kind"], message.get("id")
@@ -155,7 +163,10 @@ class Supervisor:
         if kind == "started":
             await self._dispatcher.started(job_id)
         elif kind == "progress":
-            await self._dispatcher.progressed(job_id, JobProgress.model_validate(message["progress"]))
+            progress = JobProgress.model_validate(message["progress"])
+            if progress.stage in LAST_STAGES:
+                self._make_room(self._jobs[job_id][0])
+            await self._dispatcher.progressed(job_id, progress)
         elif kind == "done":
             self._metrics.engine_memory.labels(self.name).set(message.get("memory_bytes", 0))
             await self._end(job_id, JobResult.model_validate(message["result"]))
@@ -164,9 +175,10 @@ class Supervisor:
 
     async def _end(self, job_id: str, outcome: JobResult | AlphalayerError) -> None:
         self._fruitless = 0
-        await self._settle(job_id)
+        batch = await self._settle(job_id)
         await self._dispatcher.finished(job_id, outcome)
-        self._room.release()
+        if batch.left == 0:
+            self._make_room(batch)
         if isinstance(outcome, JobResult):
             self._metrics.jobs.labels("done").inc()
             self._metrics.pictures.inc(len(outcome.images))
@@ -177,11 +189,19 @@ class Supervisor:
             self._metrics.jobs.labels(outcome.code).inc()
             log.warning("job_failed", job=job_id, engine=self.name, code=outcome.code, error=outcome.message)
 
-    async def _settle(self, job_id: str) -> None:
-        """Forget a job that is no longer in the process."""
-        task = self._jobs.pop(job_id)
+    async def _settle(self, job_id: str) -> _Batch:
+        """Forget a job that is no longer in the process; the batch that it was in."""
+        batch, task = self._jobs.pop(job_id)
+        batch.left -= 1
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
+        return batch
+
+    def _make_room(self, batch: _Batch) -> None:
+        """Let the next batch be sent, once for each."""
+        if batch.holds_the_next:
+            batch.holds_the_next = False
+            self._room.release()
 
     async def _cancel_when_asked(self, job_id: str) -> None:
         await self._dispatcher.cancel_asked(job_id)

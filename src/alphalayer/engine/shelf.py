@@ -1,0 +1,68 @@
+"""The models in memory: one that draws, and others that were put aside, as many as a budget of host memory holds."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+
+from alphalayer.catalog import ModelEntry
+from alphalayer.engine.devices import free_memory
+from alphalayer.engine.loading import LoadedModel
+from alphalayer.engine.text import TextEncoders
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A model with its text encoders' cache."""
+
+    model: LoadedModel
+    encoders: TextEncoders
+
+    @property
+    def modules(self) -> list[nn.Module]:
+        """Everything that may be on a device."""
+        model = self.model
+        decoder = [model.decoder] if "decoder" in vars(model) else []
+        return [model.unet, model.vae, model.text_encoder, model.text_encoder_2, *decoder]
+
+    @property
+    def size_bytes(self) -> int:
+        """Memory of all weights."""
+        return sum(each.nbytes for module in self.modules for each in module.parameters())
+
+
+class ModelShelf:
+    """`get` brings a model; the one before goes to the CPU and stays there while all that are put aside fit into `spare_bytes`."""
+
+    def __init__(self, load: Callable[[ModelEntry], Ready], spare_bytes: int):
+        self._load = load
+        self._spare_bytes = spare_bytes
+        self._aside: OrderedDict[Path, Ready] = OrderedDict()
+        self.held: Ready | None = None
+
+    def get(self, entry: ModelEntry) -> Ready:
+        """The model of an entry: the one held, one put aside, or read from disk. Raises what loading raises; then none is held."""
+        if self.held and self.held.model.entry.path == entry.path:
+            return self.held
+        self._put_aside()
+        self.held = self._aside.pop(entry.path, None) or self._load(entry)
+        return self.held
+
+    def _put_aside(self) -> None:
+        held, self.held = self.held, None
+        if held is None:
+            return
+        device = next(held.model.unet.parameters()).device
+        room = self._spare_bytes - held.size_bytes
+        while self._aside and sum(each.size_bytes for each in self._aside.values()) > max(room, 0):
+            self._aside.popitem(last=False)
+        if room >= 0:
+            for module in held.modules:
+                module.to("cpu")
+            self._aside[held.model.entry.path] = held
+        del held
+        free_memory(device)
