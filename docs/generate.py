@@ -7,12 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import typer
+from prometheus_client import Counter
+from prometheus_client.metrics import MetricWrapperBase
 from typer.main import get_command
 
 from alphalayer.app import create_app
 from alphalayer.cli import app as cli
 from alphalayer.config import PREFIX, TOML_FILE, Settings
 from alphalayer.request import SAMPLERS, SCHEDULERS
+from alphalayer.telemetry import Metrics
 
 REFERENCE = Path(__file__).parent / "reference"
 NOTE = "<!-- made by docs/generate.py; do not edit -->"
@@ -97,7 +100,25 @@ def _fields(schema: dict[str, Any]) -> list[str]:
     return [*lines, ""]
 
 
-PAGES = {"settings.md": settings_page, "cli.md": cli_page, "api.md": api_page}
+def metrics_page() -> str:
+    """Every metric of `GET /metrics`."""
+    lines = [
+        "# Metrics",
+        NOTE,
+        "",
+        "What `GET /metrics` answers, for Prometheus.",
+        "",
+        "| metric | labels | meaning |",
+        "|---|---|---|",
+    ]
+    for metric in vars(Metrics()).values():
+        if isinstance(metric, MetricWrapperBase):
+            name = metric._name + ("_total" if isinstance(metric, Counter) else "")
+            lines.append(f"| `{name}` | {', '.join(metric._labelnames)} | {metric._documentation} |")
+    return "\n".join(lines) + "\n"
+
+
+PAGES = {"settings.md": settings_page, "cli.md": cli_page, "api.md": api_page, "metrics.md": metrics_page}
 
 
 def main() -> None:

@@ -21,9 +21,18 @@ from alphalayer.worker.batcher import next_batch
 REQUESTS = [
     GenerationRequest(prompt="a red apple", seed=1, subseed=5, steps=4, width=64, height=64),
     GenerationRequest(
-        prompt="a (blue:1.3) ghost AND smoke", seed=9, subseed=5, steps=4, width=64, height=64, cfg_scale=2.5, batch_size=2
+        prompt="a (blue:1.3) ghost AND smoke",
+        seed=9,
+        subseed=5,
+        steps=4,
+        width=64,
+        height=64,
+        cfg_scale=2.5,
+        batch_size=2,
     ),
-    GenerationRequest(prompt="word " * 90, negative_prompt="", seed=1, subseed=5, steps=4, width=64, height=64, cfg_scale=1.0),
+    GenerationRequest(
+        prompt="word " * 90, negative_prompt="", seed=1, subseed=5, steps=4, width=64, height=64, cfg_scale=1.0
+    ),
     GenerationRequest(prompt="[a:b:0.5] cat", seed=4, steps=4, width=64, height=64, subseed=3, subseed_strength=0.4),
 ]
 

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import re
 from pathlib import Path
 
 import pytest
+
+from alphalayer.telemetry import Metrics
 
 DOCS = Path(__file__).parents[2] / "docs"
 
@@ -19,7 +23,19 @@ def _generator():
     return module
 
 
-@pytest.mark.parametrize("name", ["settings.md", "cli.md", "api.md"])
+@pytest.mark.parametrize("name", ["settings.md", "cli.md", "api.md", "metrics.md"])
 def test_reference_pages_are_current(name):
     wanted = _generator().PAGES[name]()
     assert (DOCS / "reference" / name).read_text(encoding="utf-8") == wanted, "run: python docs/generate.py"
+
+
+def test_the_dashboard_shows_every_metric_and_no_other():
+    dashboard = json.loads((DOCS.parent / "deploy" / "grafana" / "alphalayer.json").read_text(encoding="utf-8"))
+    shown = {
+        re.sub(r"_(total|bucket|sum|count)$", "", name)
+        for panel in dashboard["panels"]
+        for target in panel["targets"]
+        for name in re.findall(r"alphalayer_\w+", target["expr"])
+    }
+    told = {family.name for family in Metrics().registry.collect()}
+    assert shown == told

@@ -1,0 +1,105 @@
+"""The examples of the guides, run word by word: only the port is another. PowerShell is not run here."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import sqlite3
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+from PIL import Image
+from tests.serving import free_port, served, wait_until
+
+GUIDES = Path(__file__).parents[2] / "docs" / "guides"
+RUNNERS = {
+    "bash": ["bash", "-euc"],
+    "python": [sys.executable, "-c"],
+    "javascript": ["node", "--input-type=module", "-e"],
+}
+
+
+def examples(guide: str, language: str) -> list[str]:
+    """The blocks of one language in a guide."""
+    return re.findall(rf"```{language}\n(.*?)```", (GUIDES / guide).read_text(encoding="utf-8"), re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("service")
+
+
+@pytest.fixture(scope="module")
+def service(home: Path) -> Iterator[httpx.Client]:
+    with served(home) as client:
+        yield client
+
+
+def run(language: str, code: str, folder: Path) -> None:
+    runner = RUNNERS[language]
+    if not shutil.which(runner[0]):
+        pytest.skip(f"{runner[0]} is not there")
+    done = subprocess.run([*runner, code], cwd=folder, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("language", RUNNERS)
+def test_the_clients_of_the_old_stack(service: httpx.Client, tmp_path: Path, language: str):
+    code = next(block for block in examples("coming-from-forge.md", language) if "txt2img" in block)
+    run(language, code.replace("localhost:7861", f"127.0.0.1:{service.base_url.port}"), tmp_path)
+    with Image.open(tmp_path / "apple.png") as picture:
+        assert picture.mode == "RGBA"
+        assert picture.size == (1024, 1024)
+        assert np.asarray(picture)[0, 0, 3] == 0
+        assert "Seed: 12345" in picture.info["parameters"]
+
+
+@pytest.mark.parametrize("guide", ["coming-from-forge.md", "reverse-proxy.md"])
+def test_nginx_blocks(service: httpx.Client, tmp_path: Path, guide: str):
+    if not shutil.which("nginx"):
+        pytest.skip("nginx is not there")
+    outside = free_port()
+    (block,) = examples(guide, "nginx")
+    block = re.sub(r"listen 80;", f"listen 127.0.0.1:{outside};", block)
+    block = re.sub(r"127\.0\.0\.1:786[12]", f"127.0.0.1:{service.base_url.port}", block)
+    paths = "".join(
+        f"{kind}_temp_path {tmp_path}/{kind};\n" for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+    )
+    config = f"pid {tmp_path}/pid;\nerror_log {tmp_path}/error.log;\nevents {{}}\nhttp {{\naccess_log off;\n{paths}{block}}}\n"
+    (tmp_path / "nginx.conf").write_text(config)
+    nginx = subprocess.Popen(
+        ["nginx", "-c", tmp_path / "nginx.conf", "-g", "daemon off;", "-e", tmp_path / "error.log"]
+    )
+    try:
+        with httpx.Client(base_url=f"http://127.0.0.1:{outside}", trust_env=False, timeout=30) as client:
+            wait_until(lambda: answers(client))
+            answer = client.post("/alpha/v1/txt2img", json={"prompt": "an apple", "width": 64, "height": 64}).json()
+            assert httpx.URL(answer["url"]).port in (outside, None), "the URL is for those outside"
+            assert client.get(httpx.URL(answer["url"]).path).headers["content-type"] == "image/png"
+            job = client.post("/alpha/v1/jobs", json={"prompt": "an apple", "width": 64, "height": 64}).json()
+            with client.stream("GET", f"/alpha/v1/jobs/{job['id']}/events") as events:
+                assert '"done"' in "".join(events.iter_text())
+    finally:
+        nginx.terminate()
+        nginx.wait(10)
+
+
+def answers(client: httpx.Client) -> bool:
+    try:
+        return client.get("/ping").status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+def test_a_backup_of_a_running_service_is_whole(service: httpx.Client, home: Path):
+    done = service.post("/alpha/v1/txt2img", json={"prompt": "an apple", "width": 64, "height": 64}).json()
+    run("bash", examples("backup.md", "bash")[0], home)
+    with sqlite3.connect(home / "backup" / "jobs.sqlite") as journal:
+        kept = journal.execute("SELECT count(*) FROM jobs WHERE state = 'done'").fetchone()[0]
+    assert kept >= 1
+    assert (home / "backup" / "outputs" / done["filename"]).is_file()
