@@ -122,3 +122,9 @@ def test_what_went_wrong_is_in_the_job(tmp_path):
         failed = finished(client, job, "failed")
         assert failed["error"]["code"] == "model_not_found"
         assert "juggernaut" in failed["error"]["detail"]
+
+
+def test_events_of_a_job_that_is_not_there(client):
+    answer = client.get("/alpha/v1/jobs/000000000000000000000000/events")
+    assert answer.status_code == 404
+    assert answer.json()["code"] == "job_not_found"

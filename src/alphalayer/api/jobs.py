@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Header, Query, Request, Response
+from fastapi import APIRouter, Depends, Header, Query, Request, Response
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 from pydantic import BaseModel, Field
 
@@ -105,10 +105,19 @@ async def cancel(job_id: str, request: Request, service: ServiceDep, user: User)
     return _answer(await _view(service, job_id, user), request)
 
 
-@router.get("/{job_id}/events", summary="Follow a job", response_class=EventSourceResponse)
-async def events(job_id: str, request: Request, service: ServiceDep, user: User) -> AsyncIterator[ServerSentEvent]:
+async def own_job(job_id: str, service: ServiceDep, user: User) -> JobView:
+    """A dependency, so that the answer is 404 before a stream has begun."""
+    return await _view(service, job_id, user)
+
+
+@router.get(
+    "/{job_id}/events",
+    summary="Follow a job",
+    response_class=EventSourceResponse,
+    dependencies=[Depends(own_job)],
+)
+async def events(job_id: str, request: Request, service: ServiceDep) -> AsyncIterator[ServerSentEvent]:
     """An event at every change, named after the state; the last one is `done`, `failed` or `cancelled`."""
-    await _view(service, job_id, user)
     async for view in service.dispatcher.watch(job_id):
         answer = _answer(view, request)
         yield ServerSentEvent(data=answer.model_dump(mode="json"), event=view.job.state.value)

@@ -1,0 +1,284 @@
+"""The service from Python: `Client`, and `AsyncClient` with the same methods to be awaited.
+
+    from alphalayer.client import Client
+
+    with Client("http://localhost:7861") as client:
+        (picture,) = client.generate("an apple, high quality", seed=7)
+        Path("apple.png").write_bytes(picture)
+
+Fields of a request are those of `POST /alpha/v1/jobs`. Errors of the service are those of `alphalayer.errors`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import secrets
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+
+from alphalayer.errors import AlphalayerError, Cancelled
+
+BASE_URL = "http://localhost:7861"
+TIMEOUT_S = 60.0
+"""How long the service may be silent; a job that waits tells so more often than that."""
+JOBS = "/alpha/v1/jobs"
+PAUSES_S = (0.2, 1.0, 3.0, 5.0, 10.0, 20.0)
+"""Before each new try when the service cannot be reached; about the time that it takes to start again."""
+_WHERE = "Check the address, and that the service runs: alphalayer serve"
+
+
+class ServiceUnreachable(AlphalayerError):
+    """Nothing answers at the address, or what answers is no Alphalayer."""
+
+    code = "unreachable"
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A finished picture, as the service names it; sides in pixels."""
+
+    url: str
+    filename: str
+    seed: int
+    width: int
+    height: int
+
+
+@dataclass(frozen=True)
+class JobStatus:
+    """How a job stands. `position` 1 is next, 0 is not in the queue; `eta_s` in seconds where it can be said; times are Unix seconds."""
+
+    id: str
+    state: str
+    position: int
+    stage: str
+    step: int
+    steps: int
+    eta_s: float | None
+    preview_url: str | None
+    created_at: float
+    pictures: tuple[Picture, ...]
+    error: AlphalayerError | None
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing will change any more."""
+        return self.state in ("done", "failed", "cancelled")
+
+    @classmethod
+    def read(cls, answer: dict[str, Any]) -> JobStatus:
+        """From the service's JSON."""
+        names = ("id", "state", "position", "stage", "step", "steps", "created_at")
+        pictures = [Picture(**{name: each[name] for name in Picture.__dataclass_fields__}) for each in answer["images"]]
+        return cls(
+            **{name: answer[name] for name in names},
+            eta_s=answer.get("eta_s"),
+            preview_url=answer.get("preview_url"),
+            pictures=tuple(pictures),
+            error=_problem(answer["error"]) if answer.get("error") else None,
+        )
+
+    def check(self) -> JobStatus:
+        """The job itself, if it is done. Raises the error it ended with."""
+        if self.state == "done":
+            return self
+        raise self.error or Cancelled(f"job {self.id} was cancelled.")
+
+
+class _Calls:
+    """What is said and how answers are understood, the same for both clients."""
+
+    def __init__(self, base_url: str, api_key: str | None):
+        self._base_url = base_url.rstrip("/")
+        self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+
+    def call(self, method: str, path: str, **more: Any) -> dict[str, Any]:
+        """The arguments of a request to the service."""
+        headers = {**self._headers, **more.pop("headers", {})}
+        return {"method": method, "url": f"{self._base_url}{path}", "headers": headers, **more}
+
+    def submit(self, prompt: str, idempotency_key: str | None, fields: dict[str, Any]) -> dict[str, Any]:
+        """A new job; the key makes it safe to send twice."""
+        headers = {"Idempotency-Key": idempotency_key or secrets.token_hex(12)}
+        return self.call("POST", JOBS, json={"prompt": prompt, **fields}, headers=headers)
+
+    def check(self, response: httpx.Response) -> httpx.Response:
+        """The response, if it is no error; it must have been read."""
+        if response.is_success:
+            return response
+        try:
+            raise _problem(response.json())
+        except (ValueError, KeyError, TypeError):
+            text = response.text.strip()[:200]
+            raise ServiceUnreachable(f"{response.url} answered {response.status_code}: {text}", hint=_WHERE) from None
+
+    def after_failure(self, failures: int, error: httpx.TransportError) -> float:
+        """How long to wait before the next try, in seconds. Raises `ServiceUnreachable` after the last."""
+        if failures > len(PAUSES_S):
+            raise ServiceUnreachable(f"{self._base_url} does not answer: {error}.", hint=_WHERE) from error
+        return PAUSES_S[failures - 1]
+
+
+class Client:
+    """One service. `http` may bring an `httpx.Client` of one's own, with its proxies and certificates."""
+
+    def __init__(self, base_url: str = BASE_URL, *, api_key: str | None = None, http: httpx.Client | None = None):
+        self._calls = _Calls(base_url, api_key)
+        self._http = http or httpx.Client(timeout=TIMEOUT_S)
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._http.close()
+
+    def generate(
+        self, prompt: str, *, on_change: Callable[[JobStatus], None] = lambda _: None, **fields: Any
+    ) -> list[bytes]:
+        """Draw, and bring the files; `on_change` is called at every change of the job. Raises what became of it."""
+        status = self.submit(prompt, **fields)
+        for change in self.events(status.id):
+            on_change(status := change)
+        return [self.download(each) for each in status.check().pictures]
+
+    def submit(self, prompt: str, *, idempotency_key: str | None = None, **fields: Any) -> JobStatus:
+        """Put a job into the queue; the same key gives the same job again. Raises `QueueFull`, `InvalidRequest` and others."""
+        return JobStatus.read(self._send(self._calls.submit(prompt, idempotency_key, fields)).json())
+
+    def get(self, job_id: str) -> JobStatus:
+        """How a job stands. Raises `JobMissing`."""
+        return JobStatus.read(self._send(self._calls.call("GET", f"{JOBS}/{job_id}")).json())
+
+    def list(self, **query: Any) -> Sequence[JobStatus]:
+        """One's jobs, newest first; `state`, `limit`, `before` (created before this time)."""
+        answer = self._send(self._calls.call("GET", JOBS, params=query)).json()
+        return [JobStatus.read(each) for each in answer["jobs"]]
+
+    def cancel(self, job_id: str) -> JobStatus:
+        """Stop a job. Raises `JobMissing`."""
+        return JobStatus.read(self._send(self._calls.call("DELETE", f"{JOBS}/{job_id}")).json())
+
+    def events(self, job_id: str) -> Iterator[JobStatus]:
+        """Every change of a job until it is over; goes on where the service is away for a while."""
+        call, failures = self._calls.call("GET", f"{JOBS}/{job_id}/events"), 0
+        while True:
+            try:
+                with self._http.stream(**call) as response:
+                    if response.is_error:
+                        response.read()
+                    for line in self._calls.check(response).iter_lines():
+                        if status := _event(line):
+                            failures = 0
+                            yield status
+                            if status.is_over:
+                                return
+                raise httpx.RemoteProtocolError("the events ended before the job")
+            except httpx.TransportError as error:
+                failures += 1
+                time.sleep(self._calls.after_failure(failures, error))
+
+    def download(self, picture: Picture | str) -> bytes:
+        """The file of a picture, or of its URL."""
+        return self._send({"method": "GET", "url": picture if isinstance(picture, str) else picture.url}).content
+
+    def _send(self, call: dict[str, Any]) -> httpx.Response:
+        failures = 0
+        while True:
+            try:
+                return self._calls.check(self._http.request(**call))
+            except httpx.TransportError as error:
+                failures += 1
+                time.sleep(self._calls.after_failure(failures, error))
+
+
+class AsyncClient:
+    """`Client`, to be awaited."""
+
+    def __init__(self, base_url: str = BASE_URL, *, api_key: str | None = None, http: httpx.AsyncClient | None = None):
+        self._calls = _Calls(base_url, api_key)
+        self._http = http or httpx.AsyncClient(timeout=TIMEOUT_S)
+
+    async def __aenter__(self) -> AsyncClient:
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        await self._http.aclose()
+
+    async def generate(
+        self, prompt: str, *, on_change: Callable[[JobStatus], None] = lambda _: None, **fields: Any
+    ) -> list[bytes]:
+        """See `Client.generate`."""
+        status = await self.submit(prompt, **fields)
+        async for change in self.events(status.id):
+            on_change(status := change)
+        return [await self.download(each) for each in status.check().pictures]
+
+    async def submit(self, prompt: str, *, idempotency_key: str | None = None, **fields: Any) -> JobStatus:
+        """See `Client.submit`."""
+        return JobStatus.read((await self._send(self._calls.submit(prompt, idempotency_key, fields))).json())
+
+    async def get(self, job_id: str) -> JobStatus:
+        """See `Client.get`."""
+        return JobStatus.read((await self._send(self._calls.call("GET", f"{JOBS}/{job_id}"))).json())
+
+    async def list(self, **query: Any) -> Sequence[JobStatus]:
+        """See `Client.list`."""
+        answer = (await self._send(self._calls.call("GET", JOBS, params=query))).json()
+        return [JobStatus.read(each) for each in answer["jobs"]]
+
+    async def cancel(self, job_id: str) -> JobStatus:
+        """See `Client.cancel`."""
+        return JobStatus.read((await self._send(self._calls.call("DELETE", f"{JOBS}/{job_id}"))).json())
+
+    async def events(self, job_id: str) -> AsyncIterator[JobStatus]:
+        """See `Client.events`."""
+        call, failures = self._calls.call("GET", f"{JOBS}/{job_id}/events"), 0
+        while True:
+            try:
+                async with self._http.stream(**call) as response:
+                    if response.is_error:
+                        await response.aread()
+                    async for line in self._calls.check(response).aiter_lines():
+                        if status := _event(line):
+                            failures = 0
+                            yield status
+                            if status.is_over:
+                                return
+                raise httpx.RemoteProtocolError("the events ended before the job")
+            except httpx.TransportError as error:
+                failures += 1
+                await asyncio.sleep(self._calls.after_failure(failures, error))
+
+    async def download(self, picture: Picture | str) -> bytes:
+        """See `Client.download`."""
+        return (
+            await self._send({"method": "GET", "url": picture if isinstance(picture, str) else picture.url})
+        ).content
+
+    async def _send(self, call: dict[str, Any]) -> httpx.Response:
+        failures = 0
+        while True:
+            try:
+                return self._calls.check(await self._http.request(**call))
+            except httpx.TransportError as error:
+                failures += 1
+                await asyncio.sleep(self._calls.after_failure(failures, error))
+
+
+def _event(line: str) -> JobStatus | None:
+    """The job of a line of server-sent events, None for lines that carry none."""
+    return JobStatus.read(json.loads(line[5:])) if line.startswith("data:") else None
+
+
+def _problem(answer: dict[str, Any]) -> AlphalayerError:
+    """The error that problem details stand for; `detail` begins with the field where there is one."""
+    field = answer.get("field")
+    message = answer["detail"].removeprefix(f"{field}: ") if field else answer["detail"]
+    return AlphalayerError.from_dict(
+        {"code": answer["code"], "message": message, "hint": answer.get("hint", ""), "field": field}
+    )

@@ -1,0 +1,142 @@
+"""Our own Python client, sync and async, against real services."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import httpx
+import pytest
+from tests.serving import free_port, served
+
+from alphalayer import images
+from alphalayer.client import AsyncClient, Client, JobStatus, ServiceUnreachable
+from alphalayer.errors import Cancelled, InvalidRequest, JobMissing
+from alphalayer.keys import add_key
+
+SMALL = {"width": 64, "height": 64, "steps": 5}
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with served(tmp_path_factory.mktemp("service"), engine_options={"step_s": 0.02}) as service:
+        yield str(service.base_url)
+
+
+def test_generate_brings_the_files_and_tells_every_step(address: str):
+    changes: list[JobStatus] = []
+    with Client(address) as client:
+        pictures = client.generate("an apple", seed=7, batch_size=2, on_change=changes.append, **SMALL)
+    assert len(pictures) == 2
+    rgba, parameters = images.decode(pictures[1])
+    assert rgba.shape == (64, 64, 4)
+    assert "Seed: 8" in (parameters or "")
+    assert {each.step for each in changes} >= {1, 3, 5}
+    assert changes[-1].state == "done"
+    assert [each.seed for each in changes[-1].pictures] == [7, 8]
+
+
+async def test_the_async_client_does_the_same(address: str):
+    changes: list[JobStatus] = []
+    async with AsyncClient(address) as client:
+        (picture,) = await client.generate("an apple", seed=7, on_change=changes.append, **SMALL)
+        assert images.decode(picture)[0].shape == (64, 64, 4)
+        assert changes[-1].is_over
+        job = await client.submit("slow", steps=150, width=64, height=64)
+        assert (await client.get(job.id)).state in ("queued", "running")
+        assert job.id in {each.id for each in await client.list(limit=5)}
+        await client.cancel(job.id)
+        last = [each async for each in client.events(job.id)][-1]
+        assert last.state == "cancelled"
+        with pytest.raises(JobMissing):
+            [each async for each in client.events("0" * 24)]
+
+
+def test_the_same_key_is_the_same_job(address: str):
+    with Client(address) as client:
+        first = client.submit("an apple", idempotency_key="mine", **SMALL)
+        assert client.submit("an apple", idempotency_key="mine", **SMALL).id == first.id
+        assert client.submit("an apple", **SMALL).id != first.id
+
+
+def test_errors_are_those_of_the_service(address: str):
+    with Client(address) as client:
+        with pytest.raises(InvalidRequest) as wrong:
+            client.submit("an apple", steps=0)
+        assert wrong.value.field == "steps"
+        with pytest.raises(JobMissing):
+            client.get("0" * 24)
+        job = client.submit("slow", steps=150, width=64, height=64)
+        client.cancel(job.id)
+        with pytest.raises(Cancelled):
+            list(client.events(job.id))[-1].check()
+
+
+def test_nobody_there(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("alphalayer.client.PAUSES_S", (0.01, 0.01))
+    with (
+        Client(f"http://127.0.0.1:{free_port()}") as client,
+        pytest.raises(ServiceUnreachable, match="does not answer"),
+    ):
+        client.generate("an apple")
+
+
+def test_something_else_there():
+    other = HTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler)
+    threading.Thread(target=other.serve_forever, daemon=True).start()
+    with Client(f"http://127.0.0.1:{other.server_port}") as client, pytest.raises(ServiceUnreachable, match="501"):
+        client.generate("an apple")
+    other.shutdown()
+    other.server_close()
+
+
+def test_a_key_is_sent_with_the_calls_and_not_with_files(tmp_path: Path):
+    (tmp_path / "data").mkdir()
+    key = add_key(tmp_path / "data" / "keys.json", "me")
+    with served(tmp_path, keys_file=tmp_path / "data" / "keys.json") as service:
+        with Client(str(service.base_url)) as client, pytest.raises(Exception, match="key"):
+            client.submit("an apple")
+        asked: list[httpx.Request] = []
+        http = httpx.Client(event_hooks={"request": [asked.append]})
+        with Client(str(service.base_url), api_key=key, http=http) as client:
+            assert len(client.generate("an apple", **SMALL)) == 1
+        assert {"authorization" in each.headers for each in asked if "/file/" in str(each.url)} == {False}
+
+
+def test_a_picture_is_waited_for_across_a_restart_of_the_service(tmp_path: Path):
+    port = free_port()
+
+    def start() -> subprocess.Popen[bytes]:
+        return subprocess.Popen([sys.executable, "-m", "tests.fake_service", str(tmp_path), str(port), "0.1"])
+
+    running = [start()]
+
+    def restart() -> None:
+        running[0].kill()
+        running[0].wait()
+        time.sleep(0.5)
+        running.append(start())
+
+    try:
+        with Client(f"http://127.0.0.1:{port}") as client:
+            job = client.submit("an apple", width=64, height=64, steps=20)
+            seen = threading.Event()
+            killer = threading.Thread(target=lambda: (seen.wait(30), restart()))
+            killer.start()
+            states = []
+            for status in client.events(job.id):
+                states.append(status)
+                if status.step >= 3:
+                    seen.set()
+            killer.join()
+            assert states[-1].state == "done"
+            assert len(client.download(states[-1].pictures[0])) > 100
+    finally:
+        for each in running:
+            each.kill()
+            each.wait()
