@@ -17,7 +17,7 @@ from training.autoencoder import LatentTransparency, load_trained
 from training.data import CACHE, TRAINING_SETS, Concept, load, read_concepts
 
 TRANSPARENT, OPAQUE, SUBJECTS = CACHE / "latents.npy", CACHE / "opaque.npy", CACHE / "subjects.json"
-RECOLORED = 4
+RECOLORED = 3
 """Other colours that a colourable picture is given."""
 BATCH = 16
 
@@ -86,16 +86,14 @@ def _array(rgba: torch.Tensor) -> np.ndarray:
 @torch.inference_mode()
 def encode(model: LatentTransparency, batch: list[np.ndarray]) -> torch.Tensor:
     """Pictures → their adjusted latents, float16."""
-    with torch.autocast("cpu", torch.bfloat16):
-        return model.encode_transparent(_tensor(batch)).half()
+    return model.encode_transparent(_tensor(batch)).half()
 
 
 @torch.inference_mode()
 def encode_opaque(model: LatentTransparency, batch: list[np.ndarray], generator: torch.Generator) -> torch.Tensor:
     """Pictures laid on light backgrounds → plain latents, float16."""
     backgrounds = pictures.random_background(len(batch), 256, 256, generator) * 0.5 + 0.5
-    with torch.autocast("cpu", torch.bfloat16):
-        return model.encode_opaque(pictures.over(_tensor(batch), backgrounds)).half()
+    return model.encode_opaque(pictures.over(_tensor(batch), backgrounds)).half()
 
 
 def _tensor(batch: list[np.ndarray]) -> torch.Tensor:
