@@ -7,7 +7,8 @@ import contextlib
 import os
 import shutil
 import subprocess
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,7 +58,8 @@ def create_app(settings: Settings, *, engine: str = ENGINE, engine_options: dict
         running.append(asyncio.create_task(keep_sweeping(parts.service.storage, parts.dispatcher, limits)))
         _greet(settings)
         try:
-            yield
+            async with assistants(app):
+                yield
         finally:
             # jobs at work get their time; what is not over by then stays in the journal and is run at the next start
             with contextlib.suppress(asyncio.TimeoutError):
@@ -81,6 +83,7 @@ def create_app(settings: Settings, *, engine: str = ENGINE, engine_options: dict
     app.include_router(a1111.router, dependencies=[Depends(require_user)])
     app.include_router(openai.router, dependencies=[Depends(require_user)])
     app.state.a1111 = a1111.Options()
+    assistants = _mount_mcp(app)
     docs.install(app)
     problems.install(app)
     app.add_middleware(BodyLimit, limit=settings.max_request_bytes)
@@ -89,6 +92,17 @@ def create_app(settings: Settings, *, engine: str = ENGINE, engine_options: dict
         app.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"])
     app.add_middleware(ForwardedHeaders, trusted=settings.trusted_proxies)
     return app
+
+
+def _mount_mcp(app: FastAPI) -> Callable[[Any], AbstractAsyncContextManager[Any]]:
+    """Mount the tool for assistants, where its package is installed; the context to be in while it serves."""
+    try:
+        from alphalayer.api import mcp
+    except ImportError:
+        return lambda _app: contextlib.nullcontext()
+    tool = mcp.create_server(mcp.connect_to_caller).http_app("/", stateless_http=True, host_origin_protection=False)
+    app.mount(mcp.PATH, tool)
+    return tool.lifespan
 
 
 async def _assemble(settings: Settings, engine: str, options: dict[str, Any]) -> Parts:

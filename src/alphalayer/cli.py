@@ -21,10 +21,10 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from rich.table import Table
 
 from alphalayer import __version__, catalog, hub, images, keys, oldflags
-from alphalayer.config import STARTED_BY, Settings, load_settings
+from alphalayer.config import API_KEY, STARTED_BY, Settings, load_settings
 from alphalayer.doctor import check_port, diagnose
 from alphalayer.engine import Progress as EngineProgress
-from alphalayer.errors import AlphalayerError, StorageFailed
+from alphalayer.errors import AlphalayerError, SetupFailed, StorageFailed
 from alphalayer.request import ImageFormat, parse_request, split_sampler_name
 
 app = typer.Typer(
@@ -213,6 +213,21 @@ def info(file: Annotated[Path, typer.Argument(help="A picture made here or by th
     rgba, parameters = images.decode(_read(file))
     out.print(f"{file}  {rgba.shape[1]}x{rgba.shape[0]}", soft_wrap=True)
     out.print(parameters or "no settings in this file.", soft_wrap=True, markup=False)
+
+
+@app.command()
+def mcp(
+    url: Annotated[str, typer.Option(help="The service that draws.")] = "http://localhost:7861",
+    key: Annotated[str | None, typer.Option(help="Its API key.", envvar=API_KEY)] = None,
+) -> None:
+    """Be a tool of an assistant: the Model Context Protocol over standard input and output, for a running service."""
+    try:
+        from alphalayer.api.mcp import create_server
+    except ImportError as error:
+        raise SetupFailed(f"{error.name} is not installed.", hint='Run: pip install "alphalayer[mcp]"') from None
+    from alphalayer.client import AsyncClient
+
+    create_server(lambda: AsyncClient(url, api_key=key)).run("stdio", show_banner=False)
 
 
 @app.command()

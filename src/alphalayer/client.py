@@ -94,13 +94,13 @@ class _Calls:
     """What is said and how answers are understood, the same for both clients."""
 
     def __init__(self, base_url: str, api_key: str | None):
-        self._base_url = base_url.rstrip("/")
+        self.base_url = base_url.rstrip("/")
         self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
 
     def call(self, method: str, path: str, **more: Any) -> dict[str, Any]:
         """The arguments of a request to the service."""
         headers = {**self._headers, **more.pop("headers", {})}
-        return {"method": method, "url": f"{self._base_url}{path}", "headers": headers, **more}
+        return {"method": method, "url": f"{self.base_url}{path}", "headers": headers, **more}
 
     def submit(self, prompt: str, idempotency_key: str | None, fields: dict[str, Any]) -> dict[str, Any]:
         """A new job; the key makes it safe to send twice."""
@@ -120,7 +120,7 @@ class _Calls:
     def after_failure(self, failures: int, error: httpx.TransportError) -> float:
         """How long to wait before the next try, in seconds. Raises `ServiceUnreachable` after the last."""
         if failures > len(PAUSES_S):
-            raise ServiceUnreachable(f"{self._base_url} does not answer: {error}.", hint=_WHERE) from error
+            raise ServiceUnreachable(f"{self.base_url} does not answer: {error}.", hint=_WHERE) from error
         return PAUSES_S[failures - 1]
 
 
@@ -136,6 +136,11 @@ class Client:
 
     def __exit__(self, *error: object) -> None:
         self._http.close()
+
+    @property
+    def base_url(self) -> str:
+        """The service's address, without a slash at its end."""
+        return self._calls.base_url
 
     def generate(
         self, prompt: str, *, on_change: Callable[[JobStatus], None] = lambda _: None, **fields: Any
@@ -208,6 +213,11 @@ class AsyncClient:
 
     async def __aexit__(self, *error: object) -> None:
         await self._http.aclose()
+
+    @property
+    def base_url(self) -> str:
+        """The service's address, without a slash at its end."""
+        return self._calls.base_url
 
     async def generate(
         self, prompt: str, *, on_change: Callable[[JobStatus], None] = lambda _: None, **fields: Any

@@ -19,6 +19,8 @@ PREFIX = "ALPHALAYER_"
 TOML_FILE = "alphalayer.toml"
 STARTED_BY = f"{PREFIX}STARTED_BY"
 """Set by run.py to the words that start this program, for hints."""
+API_KEY = f"{PREFIX}API_KEY"
+"""The key that `alphalayer mcp` shows to the service."""
 
 
 class Settings(BaseSettings):
@@ -133,7 +135,7 @@ def load_settings(**flags: Any) -> Settings:
     Raises:
         SetupFailed: an unknown name or a value that is not accepted; the message names it.
     """
-    known = {f"{PREFIX}{name.upper()}" for name in Settings.model_fields} | {f"{PREFIX}TORCH", STARTED_BY}
+    known = {f"{PREFIX}{name.upper()}" for name in Settings.model_fields} | {f"{PREFIX}TORCH", STARTED_BY, API_KEY}
     unknown = sorted(name for name in os.environ if name.startswith(PREFIX) and name not in known)
     if unknown:
         raise SetupFailed(f"unknown setting in the environment: {', '.join(unknown)}.", hint=_LIST)

@@ -1,0 +1,110 @@
+"""The Model Context Protocol, for assistants: one tool that draws and returns the picture. Mounted at `/mcp`, and over stdio.
+
+The tool is a client of the service's own HTTP API, with the key of whoever calls it: there is no second way to draw. Needs the
+extra `mcp` (fastmcp).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import httpx
+from fastmcp import Context, FastMCP
+from fastmcp.exceptions import ToolError
+from fastmcp.server.dependencies import get_http_request
+from fastmcp.utilities.types import Image
+from pydantic import Field
+
+from alphalayer import __version__
+from alphalayer.client import TIMEOUT_S, AsyncClient, JobStatus
+from alphalayer.errors import AlphalayerError
+from alphalayer.request import MAX_PROMPT_CHARACTERS, MAX_SEED, MAX_SIDE
+
+PATH = "/mcp"
+INSTRUCTIONS = (
+    "Draws single objects, stickers, sprites and product art as PNG files with a real transparent background."
+)
+PASSED_ON = (
+    "authorization",
+    "x-api-key",
+    "host",
+    "x-forwarded-for",
+    "x-forwarded-host",
+    "x-forwarded-prefix",
+    "x-forwarded-proto",
+)
+"""Headers of the caller that go on to the API: who it is, and under which address it knows the service."""
+
+
+def create_server(connect: Callable[[], AsyncClient]) -> FastMCP[Any]:
+    """A server with the tool; `connect` makes the client that a call is answered with."""
+    server: FastMCP[Any] = FastMCP("Alphalayer", version=__version__, instructions=INSTRUCTIONS)
+
+    async def draw_transparent_picture(
+        context: Context,
+        prompt: Annotated[
+            str, Field(max_length=MAX_PROMPT_CHARACTERS, description="What to draw, in a few words: one object.")
+        ],
+        negative_prompt: Annotated[str, Field(description="What should not be in it.")] = "bad, ugly",
+        width: Annotated[
+            int | None, Field(ge=64, le=MAX_SIDE, description="Pixels; left out: as the model likes.")
+        ] = None,
+        height: Annotated[
+            int | None, Field(ge=64, le=MAX_SIDE, description="Pixels; left out: as the model likes.")
+        ] = None,
+        steps: Annotated[
+            int | None, Field(ge=1, le=150, description="More take longer; left out: as the model likes.")
+        ] = None,
+        seed: Annotated[
+            int, Field(ge=-1, le=MAX_SEED, description="The same seed gives the same picture; -1: another each time.")
+        ] = -1,
+    ) -> list[Any]:
+        """Draw a picture with a transparent background. Returns the PNG, and its address, size and seed."""
+        wanted = {"negative_prompt": negative_prompt, "width": width, "height": height, "steps": steps, "seed": seed}
+        try:
+            async with connect() as client:
+                return await _draw(
+                    client, context, prompt, {name: each for name, each in wanted.items() if each is not None}
+                )
+        except AlphalayerError as error:
+            raise ToolError(str(error)) from None
+
+    server.tool(draw_transparent_picture, title="Draw a transparent picture", annotations={"openWorldHint": False})
+    return server
+
+
+async def _draw(client: AsyncClient, context: Context, prompt: str, fields: dict[str, Any]) -> list[Any]:
+    """Submit, tell the progress, bring the file; a caller that goes away takes its job along."""
+    status = await client.submit(prompt, **fields)
+    step = steps = 0
+    try:
+        async for change in client.events(status.id):
+            status = change
+            # that protocol's progress only grows; stages after the steps count none
+            step, steps = max(step, status.step), max(steps, status.steps)
+            await context.report_progress(step, steps or None, _say(status))
+    except asyncio.CancelledError:
+        await asyncio.shield(client.cancel(status.id))
+        raise
+    (picture,) = status.check().pictures
+    return [
+        # not at its own address: that is for those outside
+        Image(data=await client.download(f"{client.base_url}/alpha/v1/file/{picture.filename}"), format="png"),
+        f"{picture.url} ({picture.width}x{picture.height}, seed {picture.seed})",
+    ]
+
+
+def _say(status: JobStatus) -> str:
+    return f"waiting, number {status.position}" if status.position else status.stage
+
+
+def connect_to_caller() -> AsyncClient:
+    """The API of the service that the tool is mounted in, as the caller of the tool."""
+    request = get_http_request()
+    host, port = request.scope["server"]
+    headers = {name: request.headers[name] for name in PASSED_ON if name in request.headers}
+    return AsyncClient(
+        f"http://{host}:{port}", http=httpx.AsyncClient(headers=headers, trust_env=False, timeout=TIMEOUT_S)
+    )

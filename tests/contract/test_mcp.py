@@ -1,0 +1,98 @@
+"""The tool for assistants, with a real MCP client: mounted in a service, and over stdio."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+from fastmcp import Client
+from fastmcp.client.transports import StdioTransport, StreamableHttpTransport
+from fastmcp.exceptions import ToolError
+from tests.serving import served
+
+from alphalayer import images
+from alphalayer.keys import add_key
+
+# the client of that package leaves a connection to the garbage collector when a call has failed
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+TOOL = "draw_transparent_picture"
+SMALL = {"prompt": "an apple", "width": 64, "height": 64, "steps": 4}
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
+    with served(tmp_path_factory.mktemp("service"), engine_options={"step_s": 0.05}) as service:
+        yield service
+
+
+@pytest.fixture(params=["mounted", "stdio"])
+def transport(request: pytest.FixtureRequest, service: httpx.Client) -> object:
+    if request.param == "mounted":
+        return StreamableHttpTransport(f"{service.base_url}/mcp/")
+    return StdioTransport(sys.executable, ["-m", "alphalayer.cli", "mcp", "--url", str(service.base_url)])
+
+
+async def test_a_picture_comes_back_with_progress(transport: object):
+    told: list[tuple[float, float | None]] = []
+
+    async def progress(done: float, total: float | None, _message: str | None) -> None:
+        told.append((done, total))
+
+    async with Client(transport) as client:
+        (tool,) = await client.list_tools()
+        assert tool.name == TOOL
+        assert "prompt" in tool.input_schema["required"]
+        answer = await client.call_tool(TOOL, {**SMALL, "seed": 7}, progress_handler=progress)
+    picture, words = answer.content
+    rgba, parameters = images.decode(base64.b64decode(picture.data))
+    assert rgba.shape == (64, 64, 4)
+    assert "Seed: 7" in (parameters or "")
+    assert "/alpha/v1/file/alpha_" in words.text
+    assert "seed 7" in words.text
+    done = [each for each, _ in told]
+    assert done == sorted(done)
+    assert len({*done} & {1, 2, 3, 4}) >= 2
+    assert told[-1][1] == 4
+
+
+async def test_errors_are_told_in_words(transport: object):
+    async with Client(transport) as client:
+        with pytest.raises(ToolError, match="prompt: empty"):
+            await client.call_tool(TOOL, {**SMALL, "prompt": "   "})
+        with pytest.raises(ToolError, match="steps"):
+            await client.call_tool(TOOL, {**SMALL, "steps": 0})
+
+
+async def test_a_call_that_is_given_up_takes_its_job_along(service: httpx.Client):
+    async with Client(StreamableHttpTransport(f"{service.base_url}/mcp/")) as client:
+        call = asyncio.create_task(client.call_tool(TOOL, {**SMALL, "steps": 150}))
+        while not service.get("/alpha/v1/jobs", params={"state": "running"}).json()["jobs"]:
+            await asyncio.sleep(0.05)
+        call.cancel()
+        await asyncio.gather(call, return_exceptions=True)
+    for _ in range(100):
+        if not service.get("/alpha/v1/jobs", params={"state": "running"}).json()["jobs"]:
+            break
+        await asyncio.sleep(0.05)
+    (last, *_) = service.get("/alpha/v1/jobs").json()["jobs"]
+    assert last["state"] == "cancelled"
+
+
+async def test_the_callers_key_counts(tmp_path: Path):
+    (tmp_path / "data").mkdir()
+    key = add_key(tmp_path / "data" / "keys.json", "me")
+    with served(tmp_path, keys_file=tmp_path / "data" / "keys.json") as service:
+        async with Client(StreamableHttpTransport(f"{service.base_url}/mcp/")) as client:
+            with pytest.raises(ToolError, match="a key is needed"):
+                await client.call_tool(TOOL, SMALL)
+        own = {"Authorization": f"Bearer {key}", "X-Forwarded-Host": "pics.example.com", "X-Forwarded-Proto": "https"}
+        async with Client(StreamableHttpTransport(f"{service.base_url}/mcp/", headers=own)) as client:
+            answer = await client.call_tool(TOOL, SMALL)
+        assert answer.content[1].text.startswith("https://pics.example.com/alpha/v1/file/")
+        mine = service.get("/alpha/v1/jobs", headers={"X-API-Key": key}).json()["jobs"]
+        assert len(mine) == 1
