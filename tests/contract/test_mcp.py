@@ -47,7 +47,7 @@ async def test_a_picture_comes_back_with_progress(transport: object):
         (tool,) = await client.list_tools()
         assert tool.name == TOOL
         assert "prompt" in tool.input_schema["required"]
-        answer = await client.call_tool(TOOL, {**SMALL, "seed": 7}, progress_handler=progress)
+        answer = await client.call_tool(TOOL, {**SMALL, "seed": 7, "steps": 20}, progress_handler=progress)
     picture, words = answer.content
     rgba, parameters = images.decode(base64.b64decode(picture.data))
     assert rgba.shape == (64, 64, 4)
@@ -56,8 +56,8 @@ async def test_a_picture_comes_back_with_progress(transport: object):
     assert "seed 7" in words.text
     done = [each for each, _ in told]
     assert done == sorted(done)
-    assert len({*done} & {1, 2, 3, 4}) >= 2
-    assert told[-1][1] == 4
+    assert len({*done} - {0, 20}) >= 2
+    assert told[-1][1] == 20
 
 
 async def test_errors_are_told_in_words(transport: object):
