@@ -10,6 +10,7 @@ import subprocess
 from collections.abc import AsyncGenerator, Callable
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from fastapi import Depends, FastAPI
@@ -22,6 +23,7 @@ from alphalayer.api import a1111, docs, jobs, native, openai, ops, problems
 from alphalayer.api.auth import Gate
 from alphalayer.api.deps import Service, require_user
 from alphalayer.api.proxies import ForwardedHeaders
+from alphalayer.api.webhooks import Webhooks, check_url
 from alphalayer.config import Settings
 from alphalayer.errors import AlphalayerError
 from alphalayer.jobs.embedded import EmbeddedDispatcher
@@ -42,6 +44,7 @@ class Parts:
     service: Service
     dispatcher: EmbeddedDispatcher
     supervisors: list[Supervisor]
+    webhooks: Webhooks | None
 
 
 def create_app(settings: Settings, *, engine: str = ENGINE, engine_options: dict[str, Any] | None = None) -> FastAPI:
@@ -56,6 +59,8 @@ def create_app(settings: Settings, *, engine: str = ENGINE, engine_options: dict
         running = [asyncio.create_task(supervisor.run()) for supervisor in parts.supervisors]
         limits = Limits(settings.keep_pictures_days, settings.keep_pictures_bytes, settings.keep_jobs_days)
         running.append(asyncio.create_task(keep_sweeping(parts.service.storage, parts.dispatcher, limits)))
+        if parts.webhooks:
+            running.append(asyncio.create_task(parts.webhooks.run()))
         _greet(settings)
         try:
             async with assistants(app):
@@ -130,6 +135,8 @@ async def _assemble(settings: Settings, engine: str, options: dict[str, Any]) ->
         ready = model is not None and any(each.is_ready for each in supervisors)
         return {"ready": ready, "engines": engines, "model": model, **({"problem": problem} if problem else {})}
 
+    secret = settings.webhook_secret.get_secret_value() if settings.webhook_secret else ""
+    webhooks = Webhooks(dispatcher, metrics, secret, allow_private=settings.webhook_allow_private) if secret else None
     service = Service(
         dispatcher=dispatcher,
         storage=storage,
@@ -143,8 +150,9 @@ async def _assemble(settings: Settings, engine: str, options: dict[str, Any]) ->
         noise=settings.noise,
         decode=settings.decode,
         public_url=settings.public_url,
+        check_webhook=partial(check_url, allow_private=settings.webhook_allow_private) if webhooks else None,
     )
-    return Parts(service, dispatcher, supervisors)
+    return Parts(service, dispatcher, supervisors, webhooks)
 
 
 def engine_environments(device: str) -> dict[str, dict[str, str]]:

@@ -80,6 +80,12 @@ class Settings(BaseSettings):
     silence_limit_s: Annotated[
         float, Field(gt=0, description="Seconds of silence after which a working engine process is taken for hung.")
     ] = 900.0
+    webhook_secret: Annotated[
+        SecretStr | None, Field(description="Signs webhooks; without it jobs with a webhook_url are refused.")
+    ] = None
+    webhook_allow_private: Annotated[
+        bool, Field(description="Send webhooks into private networks and to this machine, too.")
+    ] = False
     keep_pictures_days: Annotated[float, Field(ge=0, description="Pictures older than this are removed; 0: never.")] = (
         0.0
     )

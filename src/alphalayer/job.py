@@ -33,6 +33,13 @@ class Output(_Frozen):
     """A colour to lay the picture on; the result is opaque."""
 
 
+class Webhook(_Frozen):
+    """Whom to tell when a job is over, and under which address they know the service."""
+
+    url: Annotated[str, Field(max_length=2000)]
+    service_url: str
+
+
 class JobSpec(_Frozen):
     """Everything a worker needs to know: the request, drawn `iterations` times with seeds counting up, and the output."""
 
@@ -40,6 +47,7 @@ class JobSpec(_Frozen):
     iterations: Annotated[int, Field(ge=1, le=MAX_ITERATIONS)] = 1
     output: Output = Output()
     previews: bool = False
+    webhook: Webhook | None = None
 
     @property
     def pixels(self) -> int:

@@ -64,6 +64,9 @@ class Metrics:
         self.batch_jobs = Histogram(
             "alphalayer_batch_jobs", "Jobs that are drawn together.", buckets=(1, 2, 4, 8, 16, 32), **make
         )
+        self.webhooks = Counter(
+            "alphalayer_webhooks", "Webhooks, by outcome: delivered, retried, given_up.", ["outcome"], **make
+        )
         self.engine_starts = Counter("alphalayer_engine_starts", "Starts of engine processes.", ["engine"], **make)
         self.engine_ready = Gauge("alphalayer_engine_ready", "1 while an engine process is ready.", ["engine"], **make)
         self.engine_memory = Gauge(

@@ -36,6 +36,8 @@ class Service:
     noise: NoiseSource = "nv"
     decode: DecodeMode = "official"
     public_url: str | None = None
+    check_webhook: Callable[[str], None] | None = None
+    """Raises `InvalidRequest` for addresses that cannot be told; None where webhooks are off."""
 
 
 def service(request: Request) -> Service:
@@ -54,10 +56,14 @@ def require_user(request: Request) -> str:
 User = Annotated[str, Depends(require_user)]
 
 
-def file_url(request: Request, key: str) -> str:
-    """Where the client gets a stored picture: below the public URL if one is set, else as the client reached us."""
-    base = service(request).public_url or str(request.base_url)
-    return f"{base.rstrip('/')}/alpha/v1/file/{key}"
+def base_url(request: Request) -> str:
+    """The service's address for the client, without a slash at its end: the public URL if one is set, else as it reached us."""
+    return (service(request).public_url or str(request.base_url)).rstrip("/")
+
+
+def file_url(base: str, key: str) -> str:
+    """Where a client that knows the service as `base` gets a stored picture."""
+    return f"{base}/alpha/v1/file/{key}"
 
 
 async def read_file(service: Service, key: str) -> bytes:

@@ -9,11 +9,11 @@ from fastapi import APIRouter, Depends, Header, Query, Request, Response
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 from pydantic import BaseModel, Field
 
-from alphalayer.api.deps import Service, ServiceDep, User, file_url
+from alphalayer.api.deps import Service, ServiceDep, User, base_url, file_url
 from alphalayer.api.native import GenerationFields, ImageAnswer, image_answers
 from alphalayer.api.problems import PROBLEMS, Problem
-from alphalayer.errors import AlphalayerError, JobMissing
-from alphalayer.job import JobState
+from alphalayer.errors import AlphalayerError, InvalidRequest, JobMissing
+from alphalayer.job import JobState, Webhook
 from alphalayer.jobs import JobView
 
 router = APIRouter(prefix="/alpha/v1/jobs", tags=["Jobs"], responses=PROBLEMS)
@@ -28,6 +28,18 @@ class JobRequest(GenerationFields):
     """The body of `POST /alpha/v1/jobs`: the fields of txt2img, and what is wanted while it runs."""
 
     previews: Annotated[bool, Field(description="Draw a small preview at every step.")] = False
+    webhook_url: (
+        Annotated[str, Field(max_length=2000, description="Gets this job's JSON, signed, when it is over.")] | None
+    ) = None
+
+    def webhook(self, service: Service, base: str) -> Webhook | None:
+        """Whom to tell. Raises `InvalidRequest`."""
+        if self.webhook_url is None:
+            return None
+        if service.check_webhook is None:
+            raise InvalidRequest("webhooks are off.", hint="The service needs a webhook_secret.", field="webhook_url")
+        service.check_webhook(self.webhook_url)
+        return Webhook(url=self.webhook_url, service_url=base)
 
 
 class JobAnswer(BaseModel):
@@ -67,17 +79,18 @@ async def submit(
     idempotency_key: IdempotencyKey = None,
 ) -> JobAnswer:
     """Answers at once. The job is kept whatever happens to the client or the service."""
-    spec = body.to_spec(service).model_copy(update={"previews": body.previews})
+    more = {"previews": body.previews, "webhook": body.webhook(service, base_url(request))}
+    spec = body.to_spec(service).model_copy(update=more)
     job = await service.dispatcher.submit(spec, owner=user, idempotency_key=idempotency_key)
-    answer = _answer(await _view(service, job.id, user), request)
-    response.headers["Location"] = answer.url
-    return answer
+    shown = answer(await _view(service, job.id, user), base_url(request))
+    response.headers["Location"] = shown.url
+    return shown
 
 
 @router.get("/{job_id}", summary="How a job stands")
 async def show(job_id: str, request: Request, service: ServiceDep, user: User) -> JobAnswer:
     """Position, step, time left, and in the end the pictures or the error."""
-    return _answer(await _view(service, job_id, user), request)
+    return answer(await _view(service, job_id, user), base_url(request))
 
 
 @router.get("", summary="List jobs")
@@ -94,7 +107,7 @@ async def listing(
     """One's own jobs, newest first."""
     views = await service.dispatcher.list(owner=user, state=state, limit=limit, before=before)
     more = views[-1].job.created_at if len(views) == limit else None
-    return JobList(jobs=[_answer(view, request) for view in views], next_before=more)
+    return JobList(jobs=[answer(view, base_url(request)) for view in views], next_before=more)
 
 
 @router.delete("/{job_id}", summary="Cancel a job")
@@ -102,7 +115,7 @@ async def cancel(job_id: str, request: Request, service: ServiceDep, user: User)
     """Stops this job and no other, within a step if it runs. One that is over stays as it is."""
     await _view(service, job_id, user)
     await service.dispatcher.cancel(job_id)
-    return _answer(await _view(service, job_id, user), request)
+    return answer(await _view(service, job_id, user), base_url(request))
 
 
 async def own_job(job_id: str, service: ServiceDep, user: User) -> JobView:
@@ -119,8 +132,8 @@ async def own_job(job_id: str, service: ServiceDep, user: User) -> JobView:
 async def events(job_id: str, request: Request, service: ServiceDep) -> AsyncIterator[ServerSentEvent]:
     """An event at every change, named after the state; the last one is `done`, `failed` or `cancelled`."""
     async for view in service.dispatcher.watch(job_id):
-        answer = _answer(view, request)
-        yield ServerSentEvent(data=answer.model_dump(mode="json"), event=view.job.state.value)
+        shown = answer(view, base_url(request))
+        yield ServerSentEvent(data=shown.model_dump(mode="json"), event=view.job.state.value)
 
 
 async def _view(service: Service, job_id: str, user: str) -> JobView:
@@ -131,9 +144,10 @@ async def _view(service: Service, job_id: str, user: str) -> JobView:
     return view
 
 
-def _answer(view: JobView, request: Request) -> JobAnswer:
+def answer(view: JobView, base: str) -> JobAnswer:
+    """The JSON of a job, for a client that knows the service as `base`."""
     job, progress = view.job, view.progress
-    url = str(request.url_for("show", job_id=job.id))
+    url = f"{base}{router.prefix}/{job.id}"
     stage: Literal["waiting"] | str = "waiting" if view.position else progress.stage
     return JobAnswer(
         id=job.id,
@@ -143,11 +157,11 @@ def _answer(view: JobView, request: Request) -> JobAnswer:
         step=progress.step,
         steps=progress.steps,
         eta_s=view.eta_s,
-        preview_url=file_url(request, progress.preview) if progress.preview and not job.state.is_final else None,
+        preview_url=file_url(base, progress.preview) if progress.preview and not job.state.is_final else None,
         created_at=job.created_at,
         started_at=job.started_at,
         finished_at=job.finished_at,
-        images=image_answers(job, request),
+        images=image_answers(job, base),
         error=_problem(job.error),
         url=url,
         events_url=f"{url}/events",

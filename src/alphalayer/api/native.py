@@ -12,7 +12,7 @@ from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from alphalayer import infotext
-from alphalayer.api.deps import Service, ServiceDep, User, file_url, read_file, run_job
+from alphalayer.api.deps import Service, ServiceDep, User, base_url, file_url, read_file, run_job
 from alphalayer.api.problems import PROBLEMS
 from alphalayer.errors import InvalidRequest
 from alphalayer.images import MIME_TYPES
@@ -153,11 +153,11 @@ async def file(filename: str, service: ServiceDep) -> StreamingResponse:
     return StreamingResponse(found.chunks, media_type=mime, headers=headers)
 
 
-def image_answers(job: Job, request: Request) -> list[ImageAnswer]:
+def image_answers(job: Job, base: str) -> list[ImageAnswer]:
     """The pictures of a job with their URLs; none before it is done."""
     return [
         ImageAnswer(
-            url=file_url(request, image.key),
+            url=file_url(base, image.key),
             filename=image.key,
             seed=image.seed,
             width=image.width,
@@ -168,7 +168,7 @@ def image_answers(job: Job, request: Request) -> list[ImageAnswer]:
 
 
 async def _answer(job: Job, request: Request, service: Service, *, with_data: bool) -> Txt2ImgResponse:
-    pictures = image_answers(job, request)
+    pictures = image_answers(job, base_url(request))
     if with_data:
         pictures = [
             each.model_copy(update={"base64": base64.b64encode(await read_file(service, each.filename)).decode()})

@@ -16,7 +16,7 @@ from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from alphalayer import images
-from alphalayer.api.deps import Service, ServiceDep, User, file_url, raise_if_failed, read_file, run_job
+from alphalayer.api.deps import Service, ServiceDep, User, base_url, file_url, raise_if_failed, read_file, run_job
 from alphalayer.api.problems import NotImplementedYet, Problem, openai_error
 from alphalayer.catalog import ModelEntry, resolve_model
 from alphalayer.errors import AlphalayerError, FileMissing, InvalidRequest, ModelNotFound
@@ -207,7 +207,9 @@ async def generations(body: GenerationsRequest, request: Request, service: Servi
     assert job.result is not None, job.id
     pictures = job.result.images
     if body.response_format == "url":
-        data = [ImageData(url=file_url(request, await _stored(body, service, image.key))) for image in pictures]
+        data = [
+            ImageData(url=file_url(base_url(request), await _stored(body, service, image.key))) for image in pictures
+        ]
     else:
         data = [ImageData(b64_json=await _base64(body, service, image.key)) for image in pictures]
     return GenerationsResponse(created=int(time.time()), data=data, **body.settings(pictures[0]))

@@ -240,6 +240,15 @@ class EmbeddedDispatcher:
         """Remove old jobs from the journal; how many."""
         return await self._journal.forget(finished_before)
 
+    async def owed_webhooks(self, limit: int) -> list[tuple[Job, int]]:
+        """Jobs whose receivers are to be told now, with how often that was tried."""
+        return await self._journal.owed_webhooks(time.time(), limit)
+
+    async def webhook_told(self, job_id: str, due: float | None, tries: int) -> None:
+        """Note a try, and when the next one is due; None: no more. On a full disk the receiver is told once more."""
+        with contextlib.suppress(StorageFailed):
+            await self._journal.webhook_told(job_id, due, tries)
+
     async def _over(self, live: _Live, state: JobState, **outcome: Any) -> None:
         job_id = live.job.id
         if job_id in self._waiting:

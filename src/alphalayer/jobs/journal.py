@@ -46,10 +46,18 @@ jobs = Table(
     Column("spec", Text, nullable=False),
     Column("result", Text),
     Column("error", Text),
+    Column("webhook_due", Float, index=True),
+    Column("webhook_tries", Integer, nullable=False, server_default="0"),
     UniqueConstraint("owner", "idempotency_key"),
 )
 
-MIGRATIONS: tuple[tuple[str, ...], ...] = ()
+MIGRATIONS: tuple[tuple[str, ...], ...] = (
+    (
+        "ALTER TABLE jobs ADD COLUMN webhook_due FLOAT",
+        "ALTER TABLE jobs ADD COLUMN webhook_tries INTEGER NOT NULL DEFAULT 0",
+        "CREATE INDEX ix_jobs_webhook_due ON jobs (webhook_due)",
+    ),
+)
 """SQL that takes version 1 to 2, 2 to 3 and so on; the table above is always the newest."""
 VERSION = 1 + len(MIGRATIONS)
 
@@ -98,6 +106,8 @@ class Journal:
         """Write what changed of a job that is not over in the journal; whether it was so. Raises `StorageFailed`."""
         row = _row(job)
         changed = {name: row[name] for name in ("state", "started_at", "finished_at", "starts", "result", "error")}
+        if job.state.is_final and job.spec.webhook:
+            changed["webhook_due"] = job.finished_at
         open_states = [JobState.QUEUED.value, JobState.RUNNING.value]
         return (
             await self._write(update(jobs).where(jobs.c.id == job.id, jobs.c.state.in_(open_states)).values(changed))
@@ -129,7 +139,20 @@ class Journal:
 
     async def forget(self, finished_before: float) -> int:
         """Remove jobs that were over before a time; how many."""
-        return await self._write(jobs.delete().where(jobs.c.finished_at < finished_before))
+        return await self._write(
+            jobs.delete().where(jobs.c.finished_at < finished_before, jobs.c.webhook_due.is_(None))
+        )
+
+    async def owed_webhooks(self, now: float, limit: int) -> list[tuple[Job, int]]:
+        """Jobs that are over and whose receiver is to be told by now, with how often that was tried; the longest due first."""
+        statement = select(jobs).where(jobs.c.webhook_due <= now).order_by(jobs.c.webhook_due).limit(limit)
+        async with self._engine.connect() as connection:
+            rows = (await connection.execute(statement)).mappings().all()
+        return [(_job(row), int(row["webhook_tries"])) for row in rows]
+
+    async def webhook_told(self, job_id: str, due: float | None, tries: int) -> None:
+        """Note a try, and when the next one is due; None: no more. Raises `StorageFailed`."""
+        await self._write(update(jobs).where(jobs.c.id == job_id).values(webhook_due=due, webhook_tries=tries))
 
     async def _write(self, statement: Any) -> int:
         try:
@@ -183,7 +206,7 @@ def _row(job: Job) -> dict[str, Any]:
 
 
 def _job(row: Any) -> Job:
-    fields = dict(row)
+    fields = {name: each for name, each in row.items() if not name.startswith("webhook_")}
     for name in ("spec", "result", "error"):
         fields[name] = json.loads(fields[name]) if fields[name] else None
     return Job.model_validate(fields)

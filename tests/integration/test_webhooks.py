@@ -1,0 +1,191 @@
+"""Webhooks against a real receiver: signed, tried again, kept across a restart, and never sent into private networks unasked."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import hmac
+import json
+import sqlite3
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.serving import free_port, served, wait_until
+
+from alphalayer.api import webhooks
+from alphalayer.errors import InvalidRequest
+from alphalayer.job import Job
+from alphalayer.jobs.embedded import EmbeddedDispatcher
+from alphalayer.jobs.journal import jobs
+
+SECRET = "whsec_" + base64.b64encode(b"a key of our own").decode()
+BODY = {"prompt": "an apple", "width": 64, "height": 64, "steps": 2}
+
+
+class Receiver(ThreadingHTTPServer):
+    """Answers as it is told, in turn, then 204; keeps what it got."""
+
+    def __init__(self, *answers: int, port: int = 0):
+        super().__init__(("127.0.0.1", port), _Handler)
+        self.answers = list(answers)
+        self.got: list[tuple[str, dict[str, str], bytes]] = []
+        self.url = f"http://127.0.0.1:{self.server_port}/told?by=us"
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    def __enter__(self) -> Receiver:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.shutdown()
+        self.server_close()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    def do_POST(self) -> None:
+        server: Receiver = self.server  # type: ignore[assignment]
+        body = self.rfile.read(int(self.headers["content-length"]))
+        server.got.append((self.path, {name.lower(): value for name, value in self.headers.items()}, body))
+        self.send_response(server.answers.pop(0) if server.answers else 204)
+        self.send_header("location", "http://127.0.0.1:1/elsewhere")
+        self.send_header("content-length", "0")
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(webhooks, "PAUSES_S", (0.1, 0.1))
+    monkeypatch.setattr(webhooks, "LOOK_EVERY_S", 0.05)
+
+
+@pytest.fixture
+def service(tmp_path: Path) -> Iterator[object]:
+    options = {"step_s": 0.02}
+    with served(tmp_path, webhook_secret=SECRET, webhook_allow_private=True, engine_options=options) as client:
+        yield client
+
+
+def test_what_is_told_is_the_job_signed(service):
+    with Receiver() as receiver:
+        job = service.post("/alpha/v1/jobs", json={**BODY, "webhook_url": receiver.url}).json()
+        wait_until(lambda: receiver.got)
+        path, headers, body = receiver.got[0]
+        assert path == "/told?by=us"
+        assert headers["host"] == f"127.0.0.1:{receiver.server_port}"
+        assert headers["webhook-id"] == job["id"]
+        assert abs(int(headers["webhook-timestamp"]) - time.time()) < 60
+        signed = f"{job['id']}.{headers['webhook-timestamp']}.".encode() + body
+        wanted = base64.b64encode(hmac.new(b"a key of our own", signed, hashlib.sha256).digest()).decode()
+        assert headers["webhook-signature"] == f"v1,{wanted}"
+        guide = (Path(__file__).parents[2] / "docs" / "guides" / "clients.md").read_text(encoding="utf-8")
+        (example,) = [block for block in guide.split("```python\n") if "def is_ours" in block]
+        names: dict[str, Any] = {}
+        exec(example.split("```")[0], names)  # the guide's own receiver
+        assert names["is_ours"](headers, body)
+        assert not names["is_ours"](headers, body + b" ")
+        told = json.loads(body)
+        assert told == service.get(job["url"]).json()
+        assert told["state"] == "done"
+        assert service.get(told["images"][0]["url"]).status_code == 200
+        time.sleep(0.3)
+        assert len(receiver.got) == 1
+
+
+def test_failed_and_cancelled_jobs_are_told_too(service):
+    with Receiver() as receiver:
+        slow = service.post("/alpha/v1/jobs", json={**BODY, "steps": 150, "webhook_url": receiver.url}).json()
+        waiting = service.post("/alpha/v1/jobs", json={**BODY, "webhook_url": receiver.url}).json()
+        service.delete(waiting["url"])
+        service.delete(slow["url"])
+        wait_until(lambda: len(receiver.got) == 2)
+        assert {json.loads(body)["state"] for _, _, body in receiver.got} == {"cancelled"}
+
+
+def test_it_is_tried_again_and_given_up_in_the_end(service):
+    with Receiver(500, 429) as receiver, Receiver(*[503] * 9) as broken, Receiver(410) as gone, Receiver(302) as moved:
+        for each in (receiver, broken, gone, moved):
+            service.post("/alpha/v1/jobs", json={**BODY, "webhook_url": each.url})
+        wait_until(lambda: len(receiver.got) == 3 and len(broken.got) == 3 and len(moved.got) == 2)
+        assert len({headers["webhook-id"] for _, headers, _ in receiver.got}) == 1
+        time.sleep(0.4)
+        assert [len(each.got) for each in (receiver, broken, gone, moved)] == [3, 3, 1, 2]
+        counted = service.get("/metrics").text
+        for outcome, count in (("delivered", 2), ("given_up", 2), ("retried", 5)):
+            assert f'alphalayer_webhooks_total{{outcome="{outcome}"}} {count}.0' in counted
+
+
+def test_what_is_owed_outlives_the_service(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(webhooks, "PAUSES_S", (1.5,) * 9)
+    port = free_port()
+    settings = {"webhook_secret": SECRET, "webhook_allow_private": True}
+    with served(tmp_path, **settings) as service:
+        job = service.post("/alpha/v1/jobs", json={**BODY, "webhook_url": f"http://127.0.0.1:{port}/"}).json()
+        wait_until(lambda: 'outcome="retried"} 1.0' in service.get("/metrics").text)
+    with Receiver(port=port) as receiver, served(tmp_path, **settings):
+        wait_until(lambda: receiver.got)
+        assert receiver.got[0][1]["webhook-id"] == job["id"]
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "ftp://example.com/", "http://", "http://me:secret@example.com/", "nonsense", "http://10.0.0.1/", "http://[::1]/",
+        "http://169.254.169.254/latest",
+    ],
+)  # fmt: skip
+def test_addresses_that_are_refused_at_once(tmp_path: Path, url: str):
+    with pytest.raises(InvalidRequest) as wrong:
+        webhooks.check_url(url, allow_private=False)
+    assert wrong.value.field == "webhook_url"
+
+
+def test_the_internet_is_not_refused():
+    webhooks.check_url("https://example.com/hook", allow_private=False)
+    webhooks.check_url("https://93.184.216.34:8443/hook", allow_private=False)
+    webhooks.check_url("http://10.0.0.1/", allow_private=True)
+
+
+def test_a_name_that_means_this_machine_is_not_sent_to(tmp_path: Path):
+    with Receiver() as receiver, served(tmp_path, webhook_secret=SECRET) as service:
+        assert service.post("/alpha/v1/jobs", json={**BODY, "webhook_url": receiver.url}).status_code == 422
+        url = f"http://localhost:{receiver.server_port}/"
+        assert service.post("/alpha/v1/jobs", json={**BODY, "webhook_url": url}).status_code == 202
+        wait_until(lambda: 'outcome="given_up"} 1.0' in service.get("/metrics").text)
+        assert receiver.got == []
+
+
+def test_without_a_secret_webhooks_are_off(tmp_path: Path):
+    with served(tmp_path) as service:
+        answer = service.post("/alpha/v1/jobs", json={**BODY, "webhook_url": "https://example.com/"})
+        assert answer.status_code == 422
+        assert answer.json()["field"] == "webhook_url"
+        assert "webhook_secret" in answer.json()["hint"]
+
+
+async def test_a_journal_of_the_first_version_is_brought_up_to_date(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    file = tmp_path / "jobs.sqlite"
+    first = [column for column in jobs.columns.keys() if not column.startswith("webhook_")]  # noqa: SIM118
+    with sqlite3.connect(file) as old:
+        old.execute(
+            "CREATE TABLE jobs (id VARCHAR(32) PRIMARY KEY, state VARCHAR(16) NOT NULL, owner VARCHAR(100) NOT NULL DEFAULT '', "
+            "idempotency_key VARCHAR(200), created_at FLOAT NOT NULL, started_at FLOAT, finished_at FLOAT, "
+            "starts INTEGER NOT NULL DEFAULT 0, spec TEXT NOT NULL, result TEXT, error TEXT, UNIQUE (owner, idempotency_key))"
+        )
+        spec = json.dumps({"generation": {"prompt": "an old apple"}})
+        values = ("a" * 24, "queued", "", None, 1.0, None, None, 0, spec, None, None)
+        old.execute(f"INSERT INTO jobs ({', '.join(first)}) VALUES ({', '.join('?' * len(first))})", values)
+        old.execute("PRAGMA user_version = 1")
+    dispatcher = await EmbeddedDispatcher.open(file, 10)
+    job: Job = await dispatcher.take()
+    assert job.spec.generation.prompt == "an old apple"
+    assert await dispatcher.owed_webhooks(5) == []
+    await dispatcher.close()
+    with sqlite3.connect(file) as now:
+        assert now.execute("PRAGMA user_version").fetchone() == (2,)
