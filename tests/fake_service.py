@@ -1,7 +1,9 @@
-"""A service with the fake engine as a process of its own, for tests that kill it: `python -m tests.fake_service FOLDER PORT STEP_S`."""
+"""A service with the fake engine as a process of its own, for tests that kill it:
+`python -m tests.fake_service FOLDER PORT STEP_S [QUEUE_LIMIT]`."""
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from pathlib import Path
 
@@ -11,10 +13,22 @@ from alphalayer.app import create_app
 from alphalayer.config import Settings
 
 
+def start(folder: Path, port: int, step_s: float, queue_limit: int = 200) -> subprocess.Popen[bytes]:
+    """Start one."""
+    arguments = [str(folder), str(port), str(step_s), str(queue_limit)]
+    with (folder / "service.log").open("ab") as log:
+        return subprocess.Popen([sys.executable, "-m", "tests.fake_service", *arguments], stdout=log, stderr=log)
+
+
 def main() -> None:
     folder, port, step_s = Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
     settings = Settings(
-        models_dir=folder / "models", outputs_dir=folder / "outputs", data_dir=folder / "data", port=port, device="cpu"
+        models_dir=folder / "models",
+        outputs_dir=folder / "outputs",
+        data_dir=folder / "data",
+        port=port,
+        device="cpu",
+        queue_limit=int(sys.argv[4]) if len(sys.argv) > 4 else 200,
     )
     app = create_app(settings, engine="alphalayer.engine.fake:create_engine", engine_options={"step_s": step_s})
     uvicorn.run(app, port=port, log_config=None, proxy_headers=False)

@@ -19,7 +19,9 @@ def main() -> None:
     parser.add_argument("--autoencoder-steps", type=int, default=1900)
     parser.add_argument("--unet-minutes", type=float, default=480)
     parser.add_argument("--patch-minutes", type=float, default=10)
-    parser.add_argument("--ranks", type=int, default=2, help="processes of one thread each that train the autoencoder and the UNet")
+    parser.add_argument(
+        "--ranks", type=int, default=2, help="processes of one thread each that train the autoencoder and the UNet"
+    )
     parser.add_argument("--only", choices=STAGES, help="this stage alone, though it was done")
     options = parser.parse_args()
     torchrun = ["-m", "torch.distributed.run", f"--nproc-per-node={options.ranks}", "--master-port=29561"]

@@ -41,6 +41,7 @@ SET_WEIGHTS = {
     "noto-v1": 0.5,
 }
 """How often a set is shown; the shaded look most, so that it is what comes where no style is asked for."""
+AVERAGED_EVERY = 4
 AS_THEY_ARE = 2.0
 """How much more often pictures in their own colours are shown than recoloured, faded or glowing ones."""
 
@@ -133,7 +134,7 @@ class Average:
     @torch.no_grad()
     def update(self, model: torch.nn.Module, step: int) -> None:
         """Move towards the weights as they are."""
-        keep = min(self._longest, (1 + step) / (10 + step))
+        keep = min(self._longest, (1 + step) / (10 + step)) ** AVERAGED_EVERY
         for name, value in model.state_dict().items():
             self.weights[name].lerp_(value, 1 - keep)
 
@@ -163,7 +164,7 @@ def train(minutes: float, count: int = 32, learning_rate: float = 8e-4) -> None:
             break
         tail = 1.0 if part < 0.6 else 0.5 * (1 + math.cos(math.pi * (part - 0.6) / 0.4))
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate * min(1.0, (step - first + 1) / 100) * (0.05 + 0.95 * tail)
+            group["lr"] = learning_rate * min(1.0, (step + 1) / 100) * (0.05 + 0.95 * tail)
         loss = loss_of(unet, samples, count, noise_schedule)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -172,7 +173,8 @@ def train(minutes: float, count: int = 32, learning_rate: float = 8e-4) -> None:
         optimizer.step()
         step += 1
         if ranks.rank() == 0:
-            average.update(unet, step)
+            if step % AVERAGED_EVERY == 0:
+                average.update(unet, step)
             mean = loss.item() if math.isnan(mean) else 0.98 * mean + 0.02 * loss.item()
             if step % 50 == 0:
                 rate = (step - first) * count * ranks.count() / (time.time() - start)

@@ -31,7 +31,9 @@ def encode(part: tuple[int, int]) -> None:
     concepts, encoders = read_concepts(), Encoders()
     context, pools = np.load(CONTEXT, mmap_mode="r+"), np.load(POOLS, mmap_mode="r+")
     listed = json.loads(SUBJECTS.read_text())["subjects"][first:last]
-    subjects = [(Subject(concepts[each["concept"]], each["color"], tuple(each["look"])), each["set"]) for each in listed]
+    subjects = [
+        (Subject(concepts[each["concept"]], each["color"], tuple(each["look"])), each["set"]) for each in listed
+    ]
     texts = [captions.describe(*subject, rng) for subject in subjects for _ in range(WORDINGS)]
     texts += captions.UNWANTED if last == len(context) // WORDINGS else ()
     for start in range(0, len(texts), BATCH):

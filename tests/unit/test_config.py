@@ -94,10 +94,11 @@ def test_settings_cannot_be_changed():
 
 
 def test_passwords_are_not_shown():
-    settings = load_settings(api_auth="user:secret")
-    assert "secret" not in repr(settings)
+    settings = load_settings(api_auth="user:open-sesame", webhook_secret="swordfish")
+    assert "open-sesame" not in repr(settings)
+    assert "swordfish" not in repr(settings)
     assert settings.api_auth is not None
-    assert settings.api_auth.get_secret_value() == "user:secret"
+    assert settings.api_auth.get_secret_value() == "user:open-sesame"
 
 
 def test_engine_options_are_plain_json():
