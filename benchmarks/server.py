@@ -146,12 +146,11 @@ def main() -> None:
         "machine": f"{os.cpu_count()} x {platform.processor() or platform.machine()}, Python {platform.python_version()}",
         "note": options.note,
     }
-    with tempfile.TemporaryDirectory() as folder:
-        with Service(Path(folder), 0.02, QUEUE) as service:
-            met = asyncio.run(crowd(service, CLIENTS))
-            report["crowd"] = {**met, "ids": None, "done": asyncio.run(all_end(service, met["ids"]))}
-            del report["crowd"]["ids"]
-            print(json.dumps(report["crowd"]))
+    with tempfile.TemporaryDirectory() as folder, Service(Path(folder), 0.02, QUEUE) as service:
+        met = asyncio.run(crowd(service, CLIENTS))
+        report["crowd"] = {**met, "ids": None, "done": asyncio.run(all_end(service, met["ids"]))}
+        del report["crowd"]["ids"]
+        print(json.dumps(report["crowd"]))
     with tempfile.TemporaryDirectory() as folder, Service(Path(folder), 0.0, 10_000) as service:
         report["rounds"] = asyncio.run(rounds(service, options.jobs))
     (RESULTS / f"server-{date.today()}.json").write_text(json.dumps(report, indent=1) + "\n")

@@ -19,7 +19,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from alphalayer import __version__, catalog
-from alphalayer.api import a1111, docs, jobs, native, openai, ops, problems
+from alphalayer.api import a1111, docs, jobs, native, openai, ops, playground, problems
 from alphalayer.api.auth import Gate
 from alphalayer.api.deps import Service, require_user
 from alphalayer.api.proxies import ForwardedHeaders
@@ -90,6 +90,7 @@ def create_app(settings: Settings, *, engine: str = ENGINE, engine_options: dict
     app.state.a1111 = a1111.Options()
     assistants = _mount_mcp(app)
     docs.install(app)
+    playground.install(app)
     problems.install(app)
     app.add_middleware(BodyLimit, limit=settings.max_request_bytes)
     if settings.cors_allow_origins:

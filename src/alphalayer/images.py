@@ -75,6 +75,12 @@ def finish(rgba: Rgba, output: Output) -> Rgba:
     return rgba
 
 
+def convert(data: bytes, output: Output) -> bytes:
+    """A picture file made anew as `output` wants it, with the `parameters` text it had. Raises `InvalidRequest`; see `decode`."""
+    rgba, parameters = decode(data)
+    return encode(finish(rgba, output), output.format, parameters or "")
+
+
 def decode(data: bytes) -> tuple[Rgba, str | None]:
     """A picture file → (RGBA, `parameters` text if it carries one).
 

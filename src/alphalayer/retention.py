@@ -1,4 +1,4 @@
-"""Nothing grows without bound: old pictures and old jobs are removed, by age and by the size of all."""
+"""Nothing grows without bound: old pictures and old jobs are removed, by age and by the size of all; and previews that served."""
 
 from __future__ import annotations
 
@@ -8,11 +8,14 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from alphalayer.errors import StorageFailed
+from alphalayer.job import PREVIEW_PREFIX
 from alphalayer.jobs.embedded import EmbeddedDispatcher
 from alphalayer.storage import Storage
 from alphalayer.telemetry import log
 
 DAY_S = 86_400.0
+PREVIEW_S = 60.0
+"""How long a preview stays after its last change: whoever was told of it may still come for it."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,8 @@ def doomed(
     total = sum(size for _, _, size in free)
     gone: list[str] = []
     for modified, key, size in free:
-        is_old = limits.pictures_days > 0 and now - modified > limits.pictures_days * DAY_S
+        days = PREVIEW_S / DAY_S if key.startswith(PREVIEW_PREFIX) else limits.pictures_days
+        is_old = days > 0 and now - modified > days * DAY_S
         if is_old or 0 < limits.pictures_bytes < total:
             gone.append(key)
             total -= size
@@ -46,12 +50,9 @@ async def sweep(storage: Storage, dispatcher: EmbeddedDispatcher, limits: Limits
     def is_kept(key: str) -> bool:
         return any(job_id in key for job_id in unfinished)
 
-    gone: list[str] = []
-    if limits.pictures_days or limits.pictures_bytes:
-        files = await asyncio.to_thread(storage.list)
-        gone = doomed(files, limits, time.time(), is_kept)
-        for key in gone:
-            await asyncio.to_thread(storage.delete, key)
+    gone = doomed(await asyncio.to_thread(storage.list), limits, time.time(), is_kept)
+    for key in gone:
+        await asyncio.to_thread(storage.delete, key)
     jobs = await dispatcher.forget(time.time() - limits.jobs_days * DAY_S) if limits.jobs_days else 0
     if gone or jobs:
         log.info("swept", pictures=len(gone), jobs=jobs)

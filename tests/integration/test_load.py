@@ -1,4 +1,4 @@
-"""A crowd at the door: exactly as many as there is room for are let in, the others are told when to come back, and nobody let in is lost."""
+"""A crowd at the door: as many as there is room for are let in, the others are told when to come back, and nobody let in is lost."""
 
 from __future__ import annotations
 

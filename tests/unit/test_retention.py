@@ -22,6 +22,11 @@ def test_no_limits_no_loss():
     assert doomed(FILES, Limits(), 1e12, lambda _: False) == []
 
 
+def test_previews_go_soon_after_their_job():
+    files = [("preview_a.webp", 10, 0.0), ("preview_b.webp", 10, 0.0), ("preview_c.webp", 10, 50.0), ("a", 10, 0.0)]
+    assert doomed(files, Limits(), 90.0, lambda key: key == "preview_b.webp") == ["preview_a.webp"]
+
+
 def test_what_is_kept_stays_though_it_is_old_and_large():
     assert doomed(FILES, Limits(pictures_days=0.1, pictures_bytes=1), 1e9, lambda key: key in "ab") == ["c", "d"]
 

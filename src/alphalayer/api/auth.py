@@ -38,9 +38,13 @@ class Gate:
             return ""
         key = self._find(_secrets(request))
         if key is None:
-            raise Unauthorized(
+            error = Unauthorized(
                 "a key is needed.", hint="Send it as Bearer token, as X-API-Key, or user and password by HTTP Basic."
             )
+            if "x-requested-with" in request.headers:
+                # a page that asks by itself: the browser is not to open its own dialog for passwords
+                error.headers = {"WWW-Authenticate": 'Bearer realm="alphalayer"'}
+            raise error
         if key.per_minute and request.method == "POST":
             self._count(key)
         return key.name

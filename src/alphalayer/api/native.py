@@ -5,16 +5,19 @@ from __future__ import annotations
 import base64
 import json
 import mimetypes
+from pathlib import PurePath
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Query, Request, Response
+from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from alphalayer import infotext
+from alphalayer import images, infotext
 from alphalayer.api.deps import Service, ServiceDep, User, base_url, file_url, read_file, run_job
 from alphalayer.api.problems import PROBLEMS
-from alphalayer.errors import InvalidRequest
+from alphalayer.catalog import ModelEntry, model_defaults
+from alphalayer.errors import CorruptFile, InvalidRequest
 from alphalayer.images import MIME_TYPES
 from alphalayer.job import MAX_ITERATIONS, PREVIEW_PREFIX, Job, JobSpec, Output
 from alphalayer.request import (
@@ -22,6 +25,7 @@ from alphalayer.request import (
     MAX_SEED,
     ImageFormat,
     Lora,
+    ModelDefaults,
     Prompt,
     SamplerName,
     SchedulerName,
@@ -151,6 +155,59 @@ async def file(filename: str, service: ServiceDep) -> StreamingResponse:
     headers = {"Cache-Control": caching, "Content-Length": str(found.size_bytes)}
     mime = mimetypes.guess_type(filename)[0] or "application/octet-stream"
     return StreamingResponse(found.chunks, media_type=mime, headers=headers)
+
+
+@router.get(
+    "/convert/{filename}",
+    summary="A finished picture in another form",
+    response_class=Response,
+    responses={200: {"content": {mime: {} for mime in MIME_TYPES.values()}, "description": "The picture made anew."}},
+)
+async def convert(filename: str, output: Annotated[Output, Query()], service: ServiceDep, _user: User) -> Response:
+    """Another format, trimmed, defringed or laid on a colour; the settings inside stay. The stored picture does not change."""
+    data = await read_file(service, check_key(filename))
+    made = await run_in_threadpool(images.convert, data, output)
+    name = f"{PurePath(filename).stem}.{output.format}"
+    headers = {"Content-Disposition": f'attachment; filename="{name}"'}
+    return Response(made, media_type=MIME_TYPES[output.format], headers=headers)
+
+
+class Model(BaseModel):
+    """One model: what a request that leaves fields out is drawn with, or why it cannot be drawn with."""
+
+    name: str
+    title: str
+    is_default: Annotated[bool, Field(description="Taken where a request names none.")]
+    defaults: ModelDefaults
+    problem: Annotated[str | None, Field(description="Why it cannot be drawn with.")] = None
+
+
+class ModelList(BaseModel):
+    """The models of this service."""
+
+    models: list[Model]
+
+
+@router.get("/models", summary="The models, with the defaults of each")
+def models(service: ServiceDep, _user: User) -> ModelList:
+    """Those that cannot be used are there, too, with the reason."""
+    default = service.readiness()["model"]
+    return ModelList(models=[_model(entry, default) for entry in service.list_models()])
+
+
+def _model(entry: ModelEntry, default: str | None) -> Model:
+    problem, defaults = entry.problem, ModelDefaults()
+    try:
+        defaults = model_defaults(entry.path)
+    except CorruptFile as error:
+        problem = problem or error
+    return Model(
+        name=entry.name,
+        title=entry.title,
+        is_default=entry.title == default,
+        defaults=defaults,
+        problem=f"{problem.message} {problem.hint}".strip() if problem else None,
+    )
 
 
 def image_answers(job: Job, base: str) -> list[ImageAnswer]:

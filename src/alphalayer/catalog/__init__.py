@@ -13,6 +13,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from alphalayer.catalog.hashes import SHORT_HASH_DIGITS, HashCache
 from alphalayer.catalog.headers import FAMILY_NAMES, Header, family_of, read_header
 from alphalayer.errors import (
@@ -23,6 +25,7 @@ from alphalayer.errors import (
     PickleRefused,
     UnsupportedFamily,
 )
+from alphalayer.request import ModelDefaults
 
 __all__ = [
     "FAMILY_NAMES",
@@ -32,6 +35,7 @@ __all__ = [
     "find_lora",
     "find_models",
     "hash_model",
+    "model_defaults",
     "read_header",
     "resolve_model",
 ]
@@ -128,6 +132,21 @@ def hash_model(entry: ModelEntry, models_dir: Path) -> str:
         return _cache(models_dir).sha256(file)
     except OSError as error:
         raise CorruptFile(f"{file} cannot be read: {error.strerror}.", hint="Get the model again.") from None
+
+
+def model_defaults(path: Path) -> ModelDefaults:
+    """What a model is drawn with where a request is silent: its folder's own defaults, or those of SDXL. Raises `CorruptFile`."""
+    own = path / "layerdiffuse" / "config.json"
+    if not own.is_file():
+        return ModelDefaults()
+    try:
+        return ModelDefaults.model_validate(json.loads(own.read_text()).get("defaults", {}))
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise CorruptFile(f"{own}: defaults.{where}: {first['msg']}.") from None
+    except (OSError, ValueError, AttributeError):
+        raise CorruptFile(f"{own} is damaged.", hint="Get the model again.") from None
 
 
 def find_lora(models_dir: Path, name: str) -> Path:

@@ -19,7 +19,6 @@ import diffusers
 import torch
 import transformers
 from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
-from pydantic import ValidationError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
@@ -153,18 +152,12 @@ def load_model(entry: ModelEntry, precision: Precision, models_dir: Path) -> Loa
         parts[part].eval().requires_grad_(False)
     own = entry.path / "layerdiffuse"
     config = _json(own / "config.json") if (own / "config.json").is_file() else {}
-    try:
-        defaults = ModelDefaults.model_validate(config.get("defaults", {}))
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise CorruptFile(f"{own / 'config.json'}: defaults.{where}: {first['msg']}.") from None
     return LoadedModel(
         entry=entry,
         **parts,
         prediction_type="v" if scheduler["prediction_type"] == "v_prediction" else "epsilon",
         sigma_table=_sigma_table(scheduler),
-        defaults=defaults,
+        defaults=catalog.model_defaults(entry.path),
         layerdiffuse=LayerDiffuseFiles(own if config else models_dir / "layer_model", config),
         precision=precision,
         hashing=_in_thread(catalog.hash_model, entry, models_dir),

@@ -103,8 +103,6 @@ class EngineProcess:
         try:
             self._send("progress", id=job.id, progress={"stage": "store"})
             outcome = store_pictures(storage, job, results, lambda: job.id in self._cancelled)
-            if job.spec.previews:
-                storage.delete(job.preview_name)
             self._send("done", id=job.id, result=outcome.model_dump(mode="json"), memory_bytes=self._memory_bytes())
         except Exception as error:
             self._fail(job, error)

@@ -1,0 +1,45 @@
+// A request as code: curl, Python, JavaScript.
+
+const NAME = "ALPHALAYER_API_KEY";
+
+/** `withKey`: the service asks for a key; the code takes it from the environment. */
+export function snippet(language, address, body, withKey) {
+  return { curl, python, javascript }[language](`${address}alpha/v1/txt2img`, body, withKey);
+}
+
+const curl = (url, body, withKey) =>
+  [
+    `curl -s ${url}`,
+    "-H 'Content-Type: application/json'",
+    ...(withKey ? [`-H "X-API-Key: $${NAME}"`] : []),
+    `-d '${JSON.stringify(body).replaceAll("'", "'\\''")}'`,
+  ].join(" \\\n  ");
+
+function python(url, body, withKey) {
+  const key = withKey ? `, headers={"X-API-Key": os.environ["${NAME}"]}` : "";
+  return `${withKey ? "import os\n\n" : ""}import requests
+
+body = ${literal(body)}
+answer = requests.post("${url}", json=body${key}, timeout=600)
+answer.raise_for_status()
+picture = requests.get(answer.json()["url"], timeout=60).content
+with open(answer.json()["filename"], "wb") as file:
+    file.write(picture)`;
+}
+
+function javascript(url, body, withKey) {
+  const key = withKey ? `, "X-API-Key": process.env.${NAME}` : "";
+  return `const answer = await fetch("${url}", {
+  method: "POST",
+  headers: { "Content-Type": "application/json"${key} },
+  body: JSON.stringify(${JSON.stringify(body, null, 2).replaceAll("\n", "\n  ")}),
+});
+if (!answer.ok) throw new Error(await answer.text());
+const { url } = await answer.json();
+console.log(url);`;
+}
+
+const literal = (body) =>
+  `{${Object.entries(body)
+    .map(([name, value]) => `"${name}": ${typeof value === "boolean" ? (value ? "True" : "False") : JSON.stringify(value)}`)
+    .join(", ")}}`;
