@@ -198,5 +198,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=240)
     parser.add_argument("--batch", type=int, default=16, help="a process")
+    parser.add_argument("--learning-rate", type=float, default=8e-4, help="smaller for smaller batches")
     options = parser.parse_args()
-    train(options.minutes, options.batch)
+    train(options.minutes, options.batch, options.learning_rate)

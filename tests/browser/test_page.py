@@ -18,7 +18,7 @@ import pytest
 import pytest_asyncio
 from axe_playwright_python.async_playwright import Axe
 from PIL import Image
-from playwright.async_api import Browser, BrowserContext, Page, async_playwright, expect
+from playwright.async_api import Browser, BrowserContext, Page, ViewportSize, async_playwright, expect
 from tests import fake_service
 from tests.serving import free_port, served, wait_until
 
@@ -33,7 +33,7 @@ pytestmark = [
     pytest.mark.asyncio(loop_scope="module"),
 ]
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"]
-DESKTOP, PHONE = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
+DESKTOP, PHONE = ViewportSize(width=1280, height=900), ViewportSize(width=390, height=844)
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -92,7 +92,7 @@ async def visit(browser: Browser, service: httpx.Client) -> AsyncIterator[Visit]
 async def _open(context: BrowserContext, address: str) -> Visit:
     opened = Visit(await context.new_page(), address)
     await opened.page.goto(address)
-    await opened.page.wait_for_function("document.getElementById('scheduler').options.length > 1")
+    await expect(opened.page.locator("#scheduler option")).not_to_have_count(0)
     return opened
 
 
@@ -243,7 +243,7 @@ async def test_downloads(visit: Visit):
 @pytest.mark.parametrize("language", ["curl", "python", "javascript"])
 async def test_the_code_that_it_shows_works(visit: Visit, language: str, tmp_path: Path):
     page = visit.page
-    await visit.fill(prompt="it's a \"cup\" – über $HOME", steps="2")
+    await visit.fill(prompt='it\'s a "cup" – über $HOME', steps="2")
     await page.click("#code summary")
     await page.check(f"[name=language][value={language}]")
     code = str(await page.text_content("#snippet"))
@@ -261,26 +261,20 @@ async def test_the_code_that_it_shows_works(visit: Visit, language: str, tmp_pat
         said = done.stdout.decode()
         url = json.loads(said)["url"] if language == "curl" else said.strip()
         data = (await asyncio.to_thread(httpx.get, url, trust_env=False)).content
-    assert "it's a \"cup\" – über $HOME" in (images.decode(data)[1] or "")
+    assert 'it\'s a "cup" – über $HOME' in (images.decode(data)[1] or "")
 
 
 async def test_by_keyboard_alone(visit: Visit):
     page = visit.page
+    await _tab_to(page, "prompt", within=6)
     await visit.fill(steps="2")
-    await page.focus("h1")
-    await page.keyboard.press("Tab")
-    await page.keyboard.press("Tab")
-    await page.keyboard.press("Tab")
-    assert await page.evaluate("document.activeElement.id") == "prompt"
+    await page.focus("#prompt")
     await page.keyboard.press("Control+a")
     await page.keyboard.type("typed")
     await page.keyboard.press("Control+Enter")
     await expect(page.locator("#history li")).to_have_count(1)
-    reached: set[str] = set()
-    for _ in range(40):
-        await page.keyboard.press("Tab")
-        reached.add(str(await page.evaluate("document.activeElement.id || document.activeElement.tagName")))
-    assert {"draw", "viewport", "save-png", "save-webp", "reuse", "alpha", "zoom-in", "forget", "open-file"} <= reached
+    reached = await _tab_to(page, "forget", within=40)
+    assert {"draw", "viewport", "save-png", "save-webp", "reuse", "alpha", "zoom-in", "open-file"} <= reached
 
 
 async def test_a_key_is_asked_for(browser: Browser, tmp_path: Path):
@@ -300,7 +294,7 @@ async def test_a_key_is_asked_for(browser: Browser, tmp_path: Path):
             await page.fill("#key", word)
             await page.click("#key-dialog [value=save]")
             await expect(page.locator("#key-dialog")).to_be_hidden()
-            await page.wait_for_function("document.getElementById('scheduler').options.length > 1")
+            await expect(page.locator("#scheduler option")).not_to_have_count(0)
             await page.fill("#width", "64")
             await page.fill("#height", "64")
             before = await page.locator("#history li").count()
@@ -339,7 +333,7 @@ async def test_a_service_that_was_away_is_waited_for(browser: Browser, tmp_path:
 
 @pytest.mark.parametrize("size", [DESKTOP, PHONE], ids=["desktop", "phone"])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-async def test_nothing_in_the_way_of_anybody(browser: Browser, service: httpx.Client, size: dict[str, int], scheme: str):
+async def test_nothing_in_the_way_of_anybody(browser: Browser, service: httpx.Client, size: ViewportSize, scheme: str):
     context = await browser.new_context(viewport=size, color_scheme=scheme)  # type: ignore[arg-type]
     visit = await _open(context, str(service.base_url))
     page = visit.page
@@ -353,6 +347,17 @@ async def test_nothing_in_the_way_of_anybody(browser: Browser, service: httpx.Cl
     await page.click("#open-key")
     await _no_serious_fault(page)
     await context.close()
+
+
+async def _tab_to(page: Page, wanted: str, within: int) -> set[str]:
+    """Press Tab until the element with the id has the focus; the ids on the way."""
+    reached: set[str] = set()
+    for _ in range(within):
+        await page.keyboard.press("Tab")
+        reached.add(str(await page.evaluate("document.activeElement.id || document.activeElement.outerHTML")))
+        if wanted in reached:
+            return reached
+    pytest.fail(f"{wanted} is not reached, but {reached}")
 
 
 async def _no_serious_fault(page: Page) -> None:

@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 from PIL import Image
 from tests.serving import served, wait_until
+from tests.tiny_models import make_diffusers_folder, make_single_file
 
+from alphalayer import images
 from alphalayer.engine.fake import draw_disc
 
 
@@ -217,6 +219,38 @@ def test_basic_auth(tmp_path):
         client.auth = ("bob", "other")
         body = draw(client, width=64, height=64).json()
         assert httpx.get(body["url"], trust_env=False).status_code == 200
+
+
+def test_a_finished_picture_in_another_form(client):
+    body = draw(client, width=64, height=64).json()
+    stored = client.get(body["url"]).content
+    answer = client.get(
+        f"/alpha/v1/convert/{body['filename']}", params={"format": "webp", "trim": True, "trim_padding": 3}
+    )
+    assert answer.status_code == 200
+    assert answer.headers["content-type"] == "image/webp"
+    assert body["filename"].replace(".png", ".webp") in answer.headers["content-disposition"]
+    rgba, parameters = images.decode(answer.content)
+    np.testing.assert_array_equal(rgba, images.trim(images.decode(stored)[0], 0, 3))
+    assert "Seed: 12345" in (parameters or "")
+    assert client.get(body["url"]).content == stored
+    assert client.get("/alpha/v1/convert/alpha_1_000000.png").status_code == 404
+    assert client.get(f"/alpha/v1/convert/{body['filename']}", params={"format": "bmp"}).status_code == 422
+
+
+def test_models_come_with_their_defaults_and_their_faults(tmp_path):
+    folder = tmp_path / "models" / "Stable-diffusion"
+    own = make_diffusers_folder(folder / "own") / "layerdiffuse" / "config.json"
+    own.write_text(json.dumps({**json.loads(own.read_text()), "defaults": {"steps": 9, "width": 256}}))
+    make_single_file(folder / "sdxl.safetensors")
+    (folder / "broken.safetensors").write_bytes(b"no weights")
+    with served(tmp_path) as client:
+        listed = {each["name"]: each for each in client.get("/alpha/v1/models").json()["models"]}
+    assert [each["name"] for each in listed.values() if each["is_default"]] == ["own"]
+    assert (listed["own"]["defaults"]["steps"], listed["own"]["defaults"]["width"]) == (9, 256)
+    assert (listed["sdxl"]["defaults"]["steps"], listed["sdxl"]["defaults"]["width"]) == (20, 1024)
+    assert listed["sdxl"]["problem"] is None
+    assert "damaged" in listed["broken"]["problem"] or "not a safetensors" in listed["broken"]["problem"]
 
 
 def test_cors_is_off_unless_asked_for(tmp_path, client):
