@@ -27,6 +27,7 @@ from alphalayer.api.webhooks import Webhooks, check_url
 from alphalayer.config import Settings
 from alphalayer.errors import AlphalayerError
 from alphalayer.jobs.embedded import EmbeddedDispatcher
+from alphalayer.jobs.journal import Journal
 from alphalayer.keys import basic_keys, read_keys
 from alphalayer.retention import Limits, keep_sweeping
 from alphalayer.storage.objects import open_storage
@@ -35,6 +36,9 @@ from alphalayer.worker.supervisor import EngineSpec, Supervisor
 
 ENGINE = "alphalayer.engine.pipeline:create_engine"
 DESCRIPTION = "Text in, transparent PNG out: Stable Diffusion XL with LayerDiffuse."
+
+
+JOURNAL = "jobs.sqlite"
 
 
 @dataclass(frozen=True)
@@ -111,12 +115,19 @@ def _mount_mcp(app: FastAPI) -> Callable[[Any], AbstractAsyncContextManager[Any]
     return tool.lifespan
 
 
+async def check(settings: Settings) -> None:
+    """Open what the service keeps and close it again, so that what is wrong is said before a server runs. Raises `AlphalayerError`."""
+    open_storage(str(settings.outputs_dir))
+    read_keys(settings.keys_file)
+    await (await Journal.open(settings.data_dir / JOURNAL)).close()
+
+
 async def _assemble(settings: Settings, engine: str, options: dict[str, Any]) -> Parts:
     place = str(settings.outputs_dir)
     storage = open_storage(place)
     keys = read_keys(settings.keys_file) + basic_keys(settings.api_auth.get_secret_value() if settings.api_auth else "")
     shares = {key.name: key.queue_share for key in keys}
-    dispatcher = await EmbeddedDispatcher.open(settings.data_dir / "jobs.sqlite", settings.queue_limit, shares)
+    dispatcher = await EmbeddedDispatcher.open(settings.data_dir / JOURNAL, settings.queue_limit, shares)
     metrics = Metrics()
     metrics.queue_length.set_function(lambda: dispatcher.queue_length)
     metrics.queue_age.set_function(lambda: dispatcher.oldest_waiting_s)

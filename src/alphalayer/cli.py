@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
 import secrets
@@ -240,11 +241,12 @@ def run_server(settings: Settings) -> None:
     """Serve until stopped; used by `serve` and by the old start line."""
     import uvicorn
 
-    from alphalayer.app import create_app
+    from alphalayer.app import check, create_app
     from alphalayer.telemetry import set_up_logs
 
     set_up_logs(settings.log_level, settings.log_json)
     check_port(settings.host, settings.port)
+    asyncio.run(check(settings))
     uvicorn.run(
         create_app(settings),
         host=settings.host,

@@ -5,6 +5,7 @@ Drawing has the main thread; encoding and storing have another, so that the devi
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import queue
@@ -17,7 +18,7 @@ from typing import IO, Any
 
 from alphalayer import images
 from alphalayer.engine import Engine, GenerationResult, Order, Progress
-from alphalayer.errors import AlphalayerError, Cancelled, EngineFailed
+from alphalayer.errors import AlphalayerError, Cancelled, EngineFailed, StorageFailed
 from alphalayer.job import ImageRef, Job, JobResult
 from alphalayer.request import GenerationRequest
 from alphalayer.storage import Storage
@@ -91,9 +92,12 @@ class EngineProcess:
 
     def _order(self, storage: Storage, job: Job, request: GenerationRequest) -> Order:
         def on_progress(progress: Progress) -> None:
-            key = job.preview_name if progress.preview is not None else None
-            if key and progress.preview is not None:
-                storage.put(key, images.encode_preview(progress.preview))
+            key = None
+            if progress.preview is not None:
+                # without room for a preview the job goes on; it fails when there is none for the picture
+                with contextlib.suppress(StorageFailed):
+                    storage.put(job.preview_name, images.encode_preview(progress.preview))
+                    key = job.preview_name
             self._send("progress", id=job.id, progress=_progress_json(progress, key))
 
         return Order(request, on_progress, lambda: job.id in self._cancelled, job.spec.previews)

@@ -1,0 +1,99 @@
+"""A disk that is full, a folder that is read-only: on a real small filesystem. Skipped where none may be mounted."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+from tests.serving import free_port, served, wait_until
+
+BODY = {"prompt": "x", "steps": 2, "width": 512, "height": 512}
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A filesystem of 1 MB of its own."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    try:
+        mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], capture_output=True)
+    except FileNotFoundError:
+        pytest.skip("needs mount")
+    if mounted.returncode:
+        pytest.skip("needs the right to mount a filesystem")
+    yield folder
+    subprocess.run(["umount", "-l", folder], check=True)
+
+
+def fill(folder: Path) -> Path:
+    """Take all the room there is; the file that holds it."""
+    filler = folder / "filler"
+    try:
+        with filler.open("wb", buffering=0) as file:
+            while True:
+                file.write(bytes(4096))
+    except OSError:
+        return filler
+
+
+def remount(folder: Path, rights: str) -> None:
+    subprocess.run(["mount", "-o", f"remount,{rights}", folder], check=True)
+
+
+def assert_told(answer: httpx.Response, reason: str) -> None:
+    """An error of storage, with the reason and what to do."""
+    problem = answer.json()
+    assert (answer.status_code, problem["code"]) == (507, "storage_failed"), answer.text
+    assert "space" in problem["hint"]
+    assert reason in problem["detail"].lower()
+
+
+def test_a_full_folder_of_pictures(tmp_path, small_disk):
+    with served(tmp_path, outputs_dir=small_disk) as client:
+        filler = fill(small_disk)
+        assert_told(client.post("/alpha/v1/txt2img", json=BODY), "no space")
+        assert client.get("/livez").status_code == 200
+        assert [file.name for file in small_disk.iterdir()] == ["filler"]
+        filler.unlink()
+        drawn = client.post("/alpha/v1/txt2img", json=BODY)
+        assert client.get(drawn.json()["url"]).status_code == 200
+
+
+def test_a_read_only_folder_of_pictures(tmp_path, small_disk):
+    with served(tmp_path, outputs_dir=small_disk) as client:
+        remount(small_disk, "ro")
+        assert_told(client.post("/alpha/v1/txt2img", json=BODY), "read-only")
+        remount(small_disk, "rw")
+        assert client.post("/alpha/v1/txt2img", json=BODY).status_code == 200
+
+
+def test_a_journal_without_room(tmp_path, small_disk):
+    """What was accepted before ends once there is room; what cannot be noted is not accepted."""
+    with served(tmp_path, data_dir=small_disk, engine_options={"step_s": 0.2}) as client:
+        accepted = client.post("/alpha/v1/jobs", json=BODY).json()["id"]
+        waiting = client.post("/alpha/v1/jobs", json=BODY).json()["id"]
+        filler = fill(small_disk)
+        wait_until(lambda: client.post("/alpha/v1/jobs", json=BODY).status_code == 507)
+        assert_told(client.post("/alpha/v1/txt2img", json=BODY), "full")
+        assert client.get(f"/alpha/v1/jobs/{accepted}").json()["state"] in ("queued", "running")
+        filler.unlink()
+        for job in (accepted, waiting):
+            wait_until(lambda job=job: client.get(f"/alpha/v1/jobs/{job}").json()["state"] == "done", 20)
+        assert client.post("/alpha/v1/txt2img", json=BODY).status_code == 200
+
+
+def test_a_full_disk_at_the_start(tmp_path, small_disk):
+    """The service says so and ends."""
+    fill(small_disk)
+    command = [sys.executable, "-m", "alphalayer.cli", "serve", "--port", str(free_port())]
+    environment = {**os.environ, "ALPHALAYER_DATA_DIR": str(small_disk / "data")}
+    ended = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 1
+    assert "cannot be opened" in ended.stderr
+    assert "space" in ended.stderr
+    assert "Traceback" not in ended.stderr
