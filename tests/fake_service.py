@@ -11,6 +11,7 @@ import uvicorn
 
 from alphalayer.app import create_app
 from alphalayer.config import Settings
+from alphalayer.telemetry import set_up_logs
 
 
 def start(folder: Path, port: int, step_s: float, queue_limit: int = 200) -> subprocess.Popen[bytes]:
@@ -30,6 +31,7 @@ def main() -> None:
         device="cpu",
         queue_limit=int(sys.argv[4]) if len(sys.argv) > 4 else 200,
     )
+    set_up_logs(settings.log_level, settings.log_json)
     app = create_app(settings, engine="alphalayer.engine.fake:create_engine", engine_options={"step_s": step_s})
     uvicorn.run(app, port=port, log_config=None, proxy_headers=False)
 

@@ -23,6 +23,7 @@ from alphalayer.api import a1111, docs, jobs, native, openai, ops, playground, p
 from alphalayer.api.auth import Gate
 from alphalayer.api.deps import Service, require_user
 from alphalayer.api.proxies import ForwardedHeaders
+from alphalayer.api.requestlog import RequestLog
 from alphalayer.api.webhooks import Webhooks, check_url
 from alphalayer.config import Settings
 from alphalayer.errors import AlphalayerError
@@ -101,6 +102,7 @@ def create_app(settings: Settings, *, engine: str = ENGINE, engine_options: dict
         origins = [origin.strip() for origin in settings.cors_allow_origins.split(",")]
         app.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"])
     app.add_middleware(ForwardedHeaders, trusted=settings.trusted_proxies)
+    app.add_middleware(RequestLog)
     return app
 
 
@@ -162,6 +164,7 @@ async def _assemble(settings: Settings, engine: str, options: dict[str, Any]) ->
         noise=settings.noise,
         decode=settings.decode,
         public_url=settings.public_url,
+        log_prompts=settings.log_prompts,
         check_webhook=partial(check_url, allow_private=settings.webhook_allow_private) if webhooks else None,
     )
     return Parts(service, dispatcher, supervisors, webhooks)

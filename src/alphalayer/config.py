@@ -102,6 +102,7 @@ class Settings(BaseSettings):
     log_level: Annotated[
         Literal["debug", "info", "warning", "error"], Field(description="Least serious log lines shown.")
     ] = "info"
+    log_prompts: Annotated[bool, Field(description="Write prompts into the log.")] = False
     log_json: Annotated[bool, Field(description="Log one JSON object a line instead of readable text.")] = False
 
     @field_validator("port", mode="before")

@@ -17,7 +17,7 @@ from alphalayer.job import Job, JobSpec, JobState
 from alphalayer.jobs import Dispatcher
 from alphalayer.request import DecodeMode, NoiseSource
 from alphalayer.storage import Storage
-from alphalayer.telemetry import Metrics
+from alphalayer.telemetry import Metrics, log
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,7 @@ class Service:
     noise: NoiseSource = "nv"
     decode: DecodeMode = "official"
     public_url: str | None = None
+    log_prompts: bool = False
     check_webhook: Callable[[str], None] | None = None
     """Raises `InvalidRequest` for addresses that cannot be told; None where webhooks are off."""
 
@@ -72,6 +73,14 @@ async def read_file(service: Service, key: str) -> bytes:
     return b"".join([chunk async for chunk in found.chunks])
 
 
+async def submit_job(service: Service, spec: JobSpec, owner: str, idempotency_key: str | None = None) -> Job:
+    """Queue a job and say so in the log. Raises `QueueFull`."""
+    job = await service.dispatcher.submit(spec, owner=owner, idempotency_key=idempotency_key)
+    said = {"prompt": spec.generation.prompt} if service.log_prompts else {}
+    log.info("job_accepted", job=job.id, owner=owner, **said)
+    return job
+
+
 async def run_job(request: Request, spec: JobSpec, owner: str, idempotency_key: str | None = None) -> Job:
     """Queue a job and wait for its end; a client that leaves takes its job along.
 
@@ -81,7 +90,7 @@ async def run_job(request: Request, spec: JobSpec, owner: str, idempotency_key: 
         QueueFull: see `Dispatcher.submit`.
     """
     dispatcher = service(request).dispatcher
-    job = await dispatcher.submit(spec, owner=owner, idempotency_key=idempotency_key)
+    job = await submit_job(service(request), spec, owner, idempotency_key)
     done, left = asyncio.create_task(dispatcher.wait(job.id)), asyncio.create_task(_client_left(request))
     try:
         await asyncio.wait((done, left), return_when=asyncio.FIRST_COMPLETED)

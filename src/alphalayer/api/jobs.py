@@ -9,7 +9,7 @@ from fastapi import APIRouter, Depends, Header, Query, Request, Response
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 from pydantic import BaseModel, Field
 
-from alphalayer.api.deps import Service, ServiceDep, User, base_url, file_url
+from alphalayer.api.deps import Service, ServiceDep, User, base_url, file_url, submit_job
 from alphalayer.api.native import GenerationFields, ImageAnswer, image_answers
 from alphalayer.api.problems import PROBLEMS, Problem
 from alphalayer.errors import AlphalayerError, InvalidRequest, JobMissing
@@ -81,7 +81,7 @@ async def submit(
     """Answers at once. The job is kept whatever happens to the client or the service."""
     more = {"previews": body.previews, "webhook": body.webhook(service, base_url(request))}
     spec = body.to_spec(service).model_copy(update=more)
-    job = await service.dispatcher.submit(spec, owner=user, idempotency_key=idempotency_key)
+    job = await submit_job(service, spec, user, idempotency_key)
     shown = answer(await _view(service, job.id, user), base_url(request))
     response.headers["Location"] = shown.url
     return shown

@@ -1,0 +1,67 @@
+"""The log of a running service: ids that lead from a request to its job, and no prompt, key or password unless asked for."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from tests.serving import free_port, wait_until
+
+from alphalayer.keys import add_key
+
+
+def serve_and_draw(folder: Path, **environment: str) -> tuple[list[dict[str, Any]], str]:
+    """Draw one picture through a service that logs JSON; the lines of its log, and the key that was used."""
+    port, keys = free_port(), folder / "keys.json"
+    secret = add_key(keys, "shop")
+    variables = {"LOG_JSON": "true", "KEYS_FILE": str(keys), "API_AUTH": "ann:pass-word", **environment}
+    settings = {f"ALPHALAYER_{name}": value for name, value in variables.items()}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tests.fake_service", str(folder), str(port), "0"],
+        env={**os.environ, **settings},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", trust_env=False, timeout=30) as client:
+            wait_until(lambda: _is_ready(client), 30)
+            headers = {"X-API-Key": secret, "X-Request-ID": "order-77"}
+            body = {"prompt": "a hidden wish", "steps": 1, "width": 64, "height": 64}
+            answer = client.post("/alpha/v1/txt2img", json=body, headers=headers)
+            assert answer.headers["x-request-id"] == "order-77"
+            strange = client.get("/alpha/v1/file/no.png", headers={"X-Request-ID": "two words"})
+            assert len(strange.headers["x-request-id"]) == 16
+            assert client.post("/alpha/v1/txt2img", json=body, auth=("ann", "wrong-word")).status_code == 401
+    finally:
+        process.terminate()
+        _, said = process.communicate(timeout=30)
+    return [json.loads(line) for line in said.splitlines()], secret
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_ids_lead_from_a_request_to_its_job(tmp_path, asked):
+    lines, secret = serve_and_draw(tmp_path, LOG_PROMPTS=str(asked).lower())
+    by_event: dict[str, list[dict[str, Any]]] = {}
+    for line in lines:
+        by_event.setdefault(line["event"], []).append(line)
+    accepted, done = by_event["job_accepted"][0], by_event["job_done"][0]
+    assert (accepted["request"], accepted["owner"], accepted["job"]) == ("order-77", "shop", done["job"])
+    mine = next(line for line in by_event["request"] if line["request"] == "order-77")
+    assert (mine["method"], mine["path"], mine["status"]) == ("POST", "/alpha/v1/txt2img", 200)
+    everything = json.dumps(lines)
+    assert ("a hidden wish" in everything) == asked
+    for word in (secret, "pass-word", "wrong-word"):
+        assert word not in everything
+
+
+def _is_ready(client: httpx.Client) -> bool:
+    try:
+        return client.get("/ping").status_code == 200
+    except httpx.TransportError:
+        return False
