@@ -50,7 +50,7 @@ class Options:
     previews: bool = False
 
 
-def options_of(request: Request) -> Options:
+async def options_of(request: Request) -> Options:
     """The options of this application."""
     return request.app.state.a1111
 

@@ -46,10 +46,15 @@ def service(request: Request) -> Service:
     return request.app.state.service
 
 
-ServiceDep = Annotated[Service, Depends(service)]
+async def _service(request: Request) -> Service:
+    # dependencies are coroutines: FastAPI sends plain functions through a thread, which costs more than they do
+    return service(request)
 
 
-def require_user(request: Request) -> str:
+ServiceDep = Annotated[Service, Depends(_service)]
+
+
+async def require_user(request: Request) -> str:
     """The name of who is asking; "" where nobody has to say. Raises `Unauthorized`, `RateLimited`."""
     return service(request).gate.admit(request)
 

@@ -5,6 +5,7 @@ The schema has a version; `open` brings an older file up to date. One writer at 
 
 from __future__ import annotations
 
+import asyncio
 import json
 import sqlite3
 from pathlib import Path
@@ -19,6 +20,7 @@ from sqlalchemy import (
     Table,
     Text,
     UniqueConstraint,
+    bindparam,
     event,
     select,
     text,
@@ -51,6 +53,15 @@ jobs = Table(
     UniqueConstraint("owner", "idempotency_key"),
 )
 
+_OPEN = [JobState.QUEUED.value, JobState.RUNNING.value]
+_CHANGING = ("state", "started_at", "finished_at", "starts", "result", "error")
+_ADD = insert(jobs).on_conflict_do_nothing(index_elements=["owner", "idempotency_key"])
+_SAVE = (
+    update(jobs)
+    .where(jobs.c.id == bindparam("job_id"), jobs.c.state.in_(_OPEN))
+    .values({name: bindparam(name) for name in (*_CHANGING, "webhook_due")})
+)
+
 MIGRATIONS: tuple[tuple[str, ...], ...] = (
     (
         "ALTER TABLE jobs ADD COLUMN webhook_due FLOAT",
@@ -67,6 +78,8 @@ class Journal:
 
     def __init__(self, engine: AsyncEngine):
         self._engine = engine
+        self._pending: list[tuple[Any, dict[str, Any], asyncio.Future[int]]] = []
+        self._writer: asyncio.Task[None] | None = None
 
     @classmethod
     async def open(cls, file: Path) -> Journal:
@@ -90,14 +103,14 @@ class Journal:
         return cls(engine)
 
     async def close(self) -> None:
-        """Give the file back."""
+        """Give the file back, once all is written."""
+        if self._writer:
+            await self._writer
         await self._engine.dispose()
 
     async def add(self, job: Job) -> Job:
         """Write a new job; the one that is there already if owner and idempotency key are known. Raises `StorageFailed`."""
-        statement = insert(jobs).values(_row(job)).on_conflict_do_nothing(index_elements=["owner", "idempotency_key"])
-        done = await self._write(statement)
-        if done:
+        if await self._write(_ADD, _row(job)):
             return job
         same = (jobs.c.owner == job.owner) & (jobs.c.idempotency_key == job.idempotency_key)
         return (await self._read(select(jobs).where(same)))[0]
@@ -105,14 +118,9 @@ class Journal:
     async def save(self, job: Job) -> bool:
         """Write what changed of a job that is not over in the journal; whether it was so. Raises `StorageFailed`."""
         row = _row(job)
-        changed = {name: row[name] for name in ("state", "started_at", "finished_at", "starts", "result", "error")}
-        if job.state.is_final and job.spec.webhook:
-            changed["webhook_due"] = job.finished_at
-        open_states = [JobState.QUEUED.value, JobState.RUNNING.value]
-        return (
-            await self._write(update(jobs).where(jobs.c.id == job.id, jobs.c.state.in_(open_states)).values(changed))
-            > 0
-        )
+        changed = {name: row[name] for name in _CHANGING}
+        changed["webhook_due"] = job.finished_at if job.state.is_final and job.spec.webhook else None
+        return await self._write(_SAVE, {**changed, "job_id": job.id}) > 0
 
     async def get(self, job_id: str) -> Job | None:
         """The job of that id."""
@@ -121,8 +129,7 @@ class Journal:
 
     async def unfinished(self) -> list[Job]:
         """All jobs that are not over, oldest first."""
-        states = [JobState.QUEUED.value, JobState.RUNNING.value]
-        return await self._read(select(jobs).where(jobs.c.state.in_(states)).order_by(jobs.c.created_at))
+        return await self._read(select(jobs).where(jobs.c.state.in_(_OPEN)).order_by(jobs.c.created_at))
 
     async def list(
         self, owner: str | None = None, state: JobState | None = None, limit: int = 50, before: float | None = None
@@ -154,19 +161,38 @@ class Journal:
         """Note a try, and when the next one is due; None: no more. Raises `StorageFailed`."""
         await self._write(update(jobs).where(jobs.c.id == job_id).values(webhook_due=due, webhook_tries=tries))
 
-    async def _write(self, statement: Any) -> int:
-        try:
-            async with self._engine.begin() as connection:
-                return (await connection.execute(statement)).rowcount
-        except DBAPIError as error:
-            raise StorageFailed(
-                f"the journal cannot be written: {error.orig}.",
-                hint="Free some space and check the rights of the file.",
-            ) from None
+    async def _write(self, statement: Any, values: dict[str, Any] | None = None) -> int:
+        """Run a statement and commit it; how many rows it changed. What comes while a commit is at work shares the next one."""
+        done: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        self._pending.append((statement, values or {}, done))
+        if self._writer is None or self._writer.done():
+            self._writer = asyncio.create_task(self._commit_pending())
+        return await done
+
+    async def _commit_pending(self) -> None:
+        while self._pending:
+            batch, self._pending = self._pending, []
+            try:
+                async with self._engine.begin() as connection:
+                    counts = [(await connection.execute(statement, values)).rowcount for statement, values, _ in batch]
+            except Exception as error:
+                fault = _not_written(error) if isinstance(error, DBAPIError) else error
+                for *_, done in batch:
+                    if not done.done():
+                        done.set_exception(fault)
+                continue
+            for (*_, done), count in zip(batch, counts, strict=True):
+                if not done.done():
+                    done.set_result(count)
 
     async def _read(self, statement: Any) -> list[Job]:
         async with self._engine.connect() as connection:
             return [_job(row) for row in (await connection.execute(statement)).mappings()]
+
+
+def _not_written(error: DBAPIError) -> StorageFailed:
+    hint = "Free some space and check the rights of the file."
+    return StorageFailed(f"the journal cannot be written: {error.orig}.", hint=hint)
 
 
 def _tune(connection: Any, _record: object) -> None:
