@@ -7,7 +7,7 @@ import contextlib
 import os
 import shutil
 import subprocess
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from functools import partial
@@ -26,9 +26,9 @@ from alphalayer.api.proxies import ForwardedHeaders
 from alphalayer.api.requestlog import RequestLog
 from alphalayer.api.webhooks import Webhooks, check_url
 from alphalayer.config import Settings
-from alphalayer.errors import AlphalayerError
+from alphalayer.errors import AlphalayerError, SetupFailed
+from alphalayer.jobs import Dispatcher
 from alphalayer.jobs.embedded import EmbeddedDispatcher
-from alphalayer.jobs.journal import Journal
 from alphalayer.keys import basic_keys, read_keys
 from alphalayer.retention import Limits, keep_sweeping
 from alphalayer.storage.objects import open_storage
@@ -47,7 +47,7 @@ class Parts:
     """What one running service is made of."""
 
     service: Service
-    dispatcher: EmbeddedDispatcher
+    dispatcher: Dispatcher
     supervisors: list[Supervisor]
     webhooks: Webhooks | None
 
@@ -88,15 +88,8 @@ def create_app(settings: Settings, *, engine: str = ENGINE, engine_options: dict
         redoc_url=None,
     )
     app.include_router(ops.router)
-    app.include_router(native.router)
-    app.include_router(jobs.router)
-    app.include_router(a1111.router, dependencies=[Depends(require_user)])
-    app.include_router(openai.router, dependencies=[Depends(require_user)])
-    app.state.a1111 = a1111.Options()
-    assistants = _mount_mcp(app)
-    docs.install(app)
-    playground.install(app)
     problems.install(app)
+    assistants = _add_dialects(app) if settings.role != "worker" else _nobody
     app.add_middleware(BodyLimit, limit=settings.max_request_bytes)
     if settings.cors_allow_origins:
         origins = [origin.strip() for origin in settings.cors_allow_origins.split(",")]
@@ -106,12 +99,31 @@ def create_app(settings: Settings, *, engine: str = ENGINE, engine_options: dict
     return app
 
 
-def _mount_mcp(app: FastAPI) -> Callable[[Any], AbstractAsyncContextManager[Any]]:
+_Lifespan = Callable[[Any], AbstractAsyncContextManager[Any]]
+
+
+def _add_dialects(app: FastAPI) -> _Lifespan:
+    """Everything that takes requests for pictures; the context to be in while it serves."""
+    app.include_router(native.router)
+    app.include_router(jobs.router)
+    app.include_router(a1111.router, dependencies=[Depends(require_user)])
+    app.include_router(openai.router, dependencies=[Depends(require_user)])
+    app.state.a1111 = a1111.Options()
+    docs.install(app)
+    playground.install(app)
+    return _mount_mcp(app)
+
+
+def _nobody(_app: FastAPI) -> AbstractAsyncContextManager[None]:
+    return contextlib.nullcontext()
+
+
+def _mount_mcp(app: FastAPI) -> _Lifespan:
     """Mount the tool for assistants, where its package is installed; the context to be in while it serves."""
     try:
         from alphalayer.api import mcp
     except ImportError:
-        return lambda _app: contextlib.nullcontext()
+        return _nobody
     tool = mcp.create_server(mcp.connect_to_caller).http_app("/", stateless_http=True, host_origin_protection=False)
     app.mount(mcp.PATH, tool)
     return tool.lifespan
@@ -119,17 +131,28 @@ def _mount_mcp(app: FastAPI) -> Callable[[Any], AbstractAsyncContextManager[Any]
 
 async def check(settings: Settings) -> None:
     """Open what the service keeps and close it again, so that what is wrong is said before a server runs. Raises `AlphalayerError`."""
-    open_storage(str(settings.outputs_dir))
+    open_storage(settings.pictures)
     read_keys(settings.keys_file)
-    await (await Journal.open(settings.data_dir / JOURNAL)).close()
+    await (await _open_dispatcher(settings, {})).close()
+
+
+async def _open_dispatcher(settings: Settings, shares: Mapping[str, float]) -> Dispatcher:
+    """The queue of this machine alone, or the one that many share."""
+    if settings.database is None:
+        return await EmbeddedDispatcher.open(settings.data_dir / JOURNAL, settings.queue_limit, shares)
+    try:
+        from alphalayer.jobs.shared import SharedDispatcher
+    except ImportError as error:
+        raise SetupFailed(f"a shared queue needs {error.name}.", hint='Run: pip install "alphalayer[shared]"') from None
+    return await SharedDispatcher.open(settings.database.get_secret_value(), settings.queue_limit, shares)
 
 
 async def _assemble(settings: Settings, engine: str, options: dict[str, Any]) -> Parts:
-    place = str(settings.outputs_dir)
+    place = settings.pictures
     storage = open_storage(place)
     keys = read_keys(settings.keys_file) + basic_keys(settings.api_auth.get_secret_value() if settings.api_auth else "")
     shares = {key.name: key.queue_share for key in keys}
-    dispatcher = await EmbeddedDispatcher.open(settings.data_dir / JOURNAL, settings.queue_limit, shares)
+    dispatcher = await _open_dispatcher(settings, shares)
     metrics = Metrics()
     metrics.queue_length.set_function(lambda: dispatcher.queue_length)
     metrics.queue_age.set_function(lambda: dispatcher.oldest_waiting_s)
@@ -140,13 +163,17 @@ async def _assemble(settings: Settings, engine: str, options: dict[str, Any]) ->
             dispatcher,
             metrics,
         )
-        for name, environment in engine_environments(settings.device).items()
+        for name, environment in (engine_environments(settings.device).items() if settings.role != "api" else ())
     ]
+
+    def is_ready() -> bool:
+        """Where others draw, it is enough that jobs can be handed to them."""
+        return dispatcher.is_reachable and (settings.role == "api" or any(each.is_ready for each in supervisors))
 
     def readiness() -> dict[str, Any]:
         engines = {each.name: "ready" if each.is_ready else str(each.problem or "starting") for each in supervisors}
         model, problem = _default_model(settings)
-        ready = model is not None and any(each.is_ready for each in supervisors)
+        ready = is_ready() and (model is not None or settings.role == "api")
         return {"ready": ready, "engines": engines, "model": model, **({"problem": problem} if problem else {})}
 
     secret = settings.webhook_secret.get_secret_value() if settings.webhook_secret else ""
@@ -156,7 +183,7 @@ async def _assemble(settings: Settings, engine: str, options: dict[str, Any]) ->
         storage=storage,
         models_dir=settings.models_dir,
         list_models=lambda: catalog.find_models(settings.models_dir),
-        is_ready=lambda: any(each.is_ready for each in supervisors),
+        is_ready=is_ready,
         readiness=readiness,
         retry_after_s=lambda: dispatcher.retry_after_s,
         metrics=metrics,

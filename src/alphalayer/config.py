@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, SecretStr, ValidationError, field_validator
+from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
 
 from alphalayer.errors import SetupFailed
@@ -36,6 +36,19 @@ class Settings(BaseSettings):
     embeddings_dir: Annotated[Path, Field(description="Folder with textual-inversion embeddings.")] = Path("embeddings")
     outputs_dir: Annotated[Path, Field(description="Folder that pictures are written to.")] = Path("outputs")
     data_dir: Annotated[Path, Field(description="Folder of the journal of jobs.")] = Path("data")
+    database: Annotated[
+        SecretStr | None,
+        Field(
+            description="postgresql://user:password@host/name of a queue that many machines share; else a file in data_dir."
+        ),
+    ] = None
+    storage: Annotated[
+        str | None, Field(description="s3://bucket/prefix for pictures that many machines share; else outputs_dir.")
+    ] = None
+    role: Annotated[
+        Literal["all", "api", "worker"],
+        Field(description="With a shared queue: answer requests (api), draw (worker), or both."),
+    ] = "all"
     default_model: Annotated[str | None, Field(description="Model of requests that name none; else the first one.")] = (
         None
     )
@@ -121,6 +134,19 @@ class Settings(BaseSettings):
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """Flags before environment before TOML file."""
         return init_settings, env_settings, TomlConfigSettingsSource(settings_cls)
+
+    @model_validator(mode="after")
+    def _parts_need_a_shared_queue(self) -> Settings:
+        if self.role != "all" and not self.database:
+            raise ValueError(f'role "{self.role}" needs a database that is shared')
+        if self.database and not self.database.get_secret_value().startswith(("postgresql://", "postgres://")):
+            raise ValueError("database is the address of a PostgreSQL database, postgresql://user:password@host/name")
+        return self
+
+    @property
+    def pictures(self) -> str:
+        """Where pictures go: a folder's path, or the URL of a bucket."""
+        return self.storage or str(self.outputs_dir)
 
     def engine_options(self) -> dict[str, Any]:
         """The options of the engine process, as plain JSON values."""

