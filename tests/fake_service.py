@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,11 +15,14 @@ from alphalayer.config import Settings
 from alphalayer.telemetry import set_up_logs
 
 
-def start(folder: Path, port: int, step_s: float, queue_limit: int = 200) -> subprocess.Popen[bytes]:
+def start(
+    folder: Path, port: int, step_s: float, queue_limit: int = 200, environment: dict[str, str] | None = None
+) -> subprocess.Popen[bytes]:
     """Start one."""
     arguments = [str(folder), str(port), str(step_s), str(queue_limit)]
     with (folder / "service.log").open("ab") as log:
-        return subprocess.Popen([sys.executable, "-m", "tests.fake_service", *arguments], stdout=log, stderr=log)
+        command = [sys.executable, "-m", "tests.fake_service", *arguments]
+        return subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, **(environment or {})})
 
 
 def main() -> None:

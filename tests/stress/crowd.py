@@ -1,0 +1,124 @@
+"""Clients that ask for pictures again and again while something is killed, and the count at the end: every job that was accepted has
+ended once, with its pictures."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import secrets
+import threading
+import time
+from collections import Counter
+from typing import Any
+
+import httpx
+
+from alphalayer import images
+from tests.serving import wait_until
+
+SIDE = 64
+GIVEN_UP = "engine_failed"
+"""How a job ends that took engine processes down as often as it may."""
+
+
+class Crowd:
+    """Clients of one service, which may have several addresses."""
+
+    def __init__(self, addresses: list[str], clients: int = 4):
+        self._addresses = addresses
+        self._https = [httpx.Client(base_url=each, timeout=30, trust_env=False) for each in addresses]
+        self._calm = threading.Event()
+        self.accepted: dict[str, int] = {}
+        """The number of pictures of each job."""
+        self.failed_requests = 0
+        self._clients = [threading.Thread(target=self._ask, args=(i,), daemon=True) for i in range(clients)]
+        for client in self._clients:
+            client.start()
+
+    def count(self, patience_s: float = 120.0) -> dict[str, Any]:
+        """Let no more jobs in, wait until all are over, and say what became of them; `faults` is empty if all is well."""
+        self.calm()
+        wait_until(lambda: all(self._answers(http, "/ping") for http in self._https), 60)
+        wait_until(lambda: not self._unfinished(), patience_s)
+        known = self._all_jobs()
+        faults = [f"{each} was accepted and is lost" for each in self.accepted if each not in known]
+        faults += [f"{each} is there and nobody asked for it" for each in known if each not in self.accepted]
+        wanted: list[str] = []
+        for job_id, job in known.items():
+            names = [each["filename"] for each in job["images"]]
+            wanted += names
+            if job["state"] == "done" and len(names) != self.accepted.get(job_id):
+                faults.append(f"{job_id} has {len(names)} pictures and not {self.accepted.get(job_id)}")
+            if job["state"] != "done" and (job["error"] or {}).get("code") != GIVEN_UP:
+                faults.append(f"{job_id} is {job['state']}: {job['error']}")
+            faults += [
+                f"{name} cannot be read from {http.base_url}"
+                for name, http in itertools.product(names, self._https)
+                if not _is_whole(http, name)
+            ]
+        faults += [f"{name} belongs to two jobs" for name, count in Counter(wanted).items() if count > 1]
+        states = Counter(job["state"] for job in known.values())
+        self.jobs, self.pictures = known, set(wanted)
+        return {"accepted": len(self.accepted), **states, "pictures": len(wanted), "faults": faults}
+
+    def calm(self) -> None:
+        """Ask for nothing more."""
+        self._calm.set()
+        for client in self._clients:
+            client.join()
+
+    def close(self) -> None:
+        """Stop asking and close the connections."""
+        self.calm()
+        for http in self._https:
+            http.close()
+
+    def _ask(self, number: int) -> None:
+        """Ask one address after another; an answer that was lost is asked for again with the same key."""
+        rng = random.Random(number)
+        order = itertools.cycle(rng.sample(self._addresses, len(self._addresses)))
+        with httpx.Client(timeout=30, trust_env=False) as http:
+            while not self._calm.is_set():
+                count = rng.randint(1, 2)
+                body = {"prompt": "x", "width": SIDE, "height": SIDE, "steps": rng.randint(1, 12), "batch_size": count}
+                key = {"Idempotency-Key": secrets.token_hex(8)}
+                while True:
+                    try:
+                        answer = http.post(f"{next(order)}/alpha/v1/jobs", json=body, headers=key)
+                    except httpx.TransportError:
+                        answer = None
+                    if answer is not None and answer.status_code in (202, 429):
+                        break
+                    self.failed_requests += 1
+                    time.sleep(0.05)
+                if answer.status_code == 202:
+                    self.accepted[answer.json()["id"]] = count
+                time.sleep(0.2 if answer.status_code == 429 else rng.uniform(0.02, 0.1))
+
+    def _all_jobs(self) -> dict[str, dict[str, Any]]:
+        found: dict[str, dict[str, Any]] = {}
+        before: float | None = None
+        while True:
+            query = {"limit": 200, **({"before": before} if before else {})}
+            page = self._https[0].get("/alpha/v1/jobs", params=query).json()
+            found |= {each["id"]: each for each in page["jobs"]}
+            before = page["next_before"]
+            if before is None:
+                return found
+
+    def _unfinished(self) -> bool:
+        return any(
+            self._https[0].get("/alpha/v1/jobs", params={"state": state, "limit": 1}).json()["jobs"]
+            for state in ("queued", "running")
+        )
+
+    def _answers(self, http: httpx.Client, path: str) -> bool:
+        try:
+            return http.get(path).status_code == 200
+        except httpx.TransportError:
+            return False
+
+
+def _is_whole(http: httpx.Client, name: str) -> bool:
+    answer = http.get(f"/alpha/v1/file/{name}")
+    return answer.status_code == 200 and images.decode(answer.content)[0].shape == (SIDE, SIDE, 4)

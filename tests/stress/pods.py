@@ -1,0 +1,109 @@
+"""Pods and workers that share PostgreSQL and S3 are killed while clients ask for pictures, and PostgreSQL restarts once; then counts:
+every accepted job has ended once, and every pod gives every picture. `python -m tests.stress.pods --jobs 2000 --kills 60`; Linux."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from tests import fake_service
+from tests.servers import Postgres, s3_server
+from tests.serving import free_port, wait_until
+from tests.stress.crowd import Crowd
+
+STEP_S = 0.01
+
+
+class Node:
+    """A pod that answers requests, or a worker that draws."""
+
+    def __init__(self, folder: Path, role: str, environment: dict[str, str]):
+        folder.mkdir()
+        self._folder, self._port = folder, free_port()
+        self._environment = {**environment, "ALPHALAYER_ROLE": role}
+        self.address = f"http://127.0.0.1:{self._port}"
+        self.start()
+
+    def start(self) -> None:
+        """Start its process."""
+        self._process = fake_service.start(self._folder, self._port, STEP_S, 500, self._environment)
+
+    def kill(self) -> None:
+        """kill -9."""
+        self._process.kill()
+        self._process.wait()
+
+    def stop(self) -> None:
+        """End it gently."""
+        self._process.terminate()
+        try:
+            self._process.wait(60)
+        except subprocess.TimeoutExpired:
+            self.kill()
+
+    def answers(self) -> bool:
+        """Whether it can do its work."""
+        try:
+            return httpx.get(f"{self.address}/ping", trust_env=False).status_code == 200
+        except httpx.TransportError:
+            return False
+
+
+def run(folder: Path, *, pods: int, workers: int, jobs: int, kills: int, seed: int = 0) -> dict[str, Any]:
+    """Kill at random until so many jobs are accepted and so many kills done; what `Crowd.count` says."""
+    rng = random.Random(seed)
+    with ExitStack() as stack:
+        postgres = Postgres()
+        stack.callback(postgres.remove)
+        (folder / "s3").mkdir()
+        bucket = stack.enter_context(s3_server(folder / "s3"))
+        environment = {**bucket, "ALPHALAYER_DATABASE": postgres.url, "ALPHALAYER_STORAGE": "s3://pictures/drawn"}
+        roles = ["api"] * pods + ["worker"] * workers
+        nodes = [Node(folder / f"{role}{i}", role, environment) for i, role in enumerate(roles)]
+        for node in nodes:
+            stack.callback(node.stop)
+        wait_until(lambda: all(node.answers() for node in nodes), 120)
+        crowd = Crowd([node.address for node in nodes[:pods]], clients=8)
+        stack.callback(crowd.close)
+        for i in range(kills):
+            time.sleep(rng.uniform(0.3, 1.5))
+            if i == kills // 2:
+                postgres.stop(signal.SIGQUIT)
+                time.sleep(1.0)
+                postgres.start()
+            victim = rng.choice(nodes)
+            victim.kill()
+            victim.start()
+        wait_until(lambda: len(crowd.accepted) >= jobs, 3600)
+        counted = crowd.count(patience_s=300)
+        return {**counted, "requests_that_failed": crowd.failed_requests}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--pods", type=int, default=3)
+    parser.add_argument("--workers", type=int, default=4)
+    parser.add_argument("--jobs", type=int, default=2000)
+    parser.add_argument("--kills", type=int, default=60)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        start = time.monotonic()
+        result = run(Path(folder), **vars(options))
+        print(json.dumps({**vars(options), "seconds": round(time.monotonic() - start), **result}, indent=1))
+        sys.exit(bool(result["faults"]))
+
+
+if __name__ == "__main__":
+    main()
