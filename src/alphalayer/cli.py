@@ -25,7 +25,8 @@ from alphalayer import __version__, catalog, hub, images, keys, oldflags
 from alphalayer.config import API_KEY, STARTED_BY, Settings, load_settings
 from alphalayer.doctor import check_port, diagnose
 from alphalayer.engine import Progress as EngineProgress
-from alphalayer.errors import AlphalayerError, SetupFailed, StorageFailed
+from alphalayer.errors import AlphalayerError, InvalidRequest, SetupFailed, StorageFailed
+from alphalayer.plan import GPUS, OLD_SECONDS, Load, pods_needed
 from alphalayer.request import ImageFormat, parse_request, split_sampler_name
 
 app = typer.Typer(
@@ -115,9 +116,15 @@ def serve(
         str | None, typer.Option(help="Where clients reach this service, for the URLs it hands out.")
     ] = None,
     cors_allow_origins: Annotated[str | None, typer.Option(help='Comma-separated origins, or "*".')] = None,
+    database: Annotated[str | None, typer.Option(help="postgresql://… of a queue that many machines share.")] = None,
+    storage: Annotated[
+        str | None, typer.Option(help="s3://bucket/prefix for pictures that many machines share.")
+    ] = None,
+    role: Annotated[str | None, typer.Option(help="all, api (answer) or worker (draw).")] = None,
 ) -> None:
     """Start the HTTP service."""
     asked = {"models_dir": models_dir, "host": host, "port": port, "device": device, "dtype": dtype, "memory": memory}
+    asked |= {"database": database, "storage": storage, "role": role}
     run_server(load_settings(**asked, public_url=public_url, cors_allow_origins=cors_allow_origins))
 
 
@@ -131,6 +138,45 @@ def serve_as_before(context: typer.Context) -> None:
     for warning in translation.warnings:
         err.print(f"warning: {warning}", markup=False, soft_wrap=True)
     run_server(load_settings(**translation.settings))
+
+
+@app.command()
+def plan(
+    users: Annotated[int, typer.Option(min=1, help="People who use the service at the same time.")],
+    think_time: Annotated[
+        float, typer.Option(min=0, help="Seconds a user looks at a picture before the next one.")
+    ] = 30.0,
+    gpu: Annotated[str, typer.Option(help=f"{', '.join(GPUS)}, or all.")] = "all",
+    p95: Annotated[float, typer.Option(help="Seconds in which 95 of 100 requests are to have their picture.")] = 20.0,
+    batch: Annotated[int, typer.Option(min=1, help="Jobs drawn together at most.")] = 4,
+    seconds: Annotated[float | None, typer.Option(help="Seconds of one picture alone, where you measured it.")] = None,
+    price: Annotated[float | None, typer.Option(help="Dollars an hour of one pod.")] = None,
+) -> None:
+    """Say how many pods that many users need, how long they wait, and what it costs; by simulation."""
+    chosen = GPUS if gpu == "all" else {gpu: GPUS[gpu]} if gpu in GPUS else None
+    if chosen is None:
+        raise InvalidRequest(f'unknown card "{gpu}".', hint=f"Use one of: {', '.join(GPUS)}, or all.", field="gpu")
+    table = Table("card", "s alone", "pods", "mean wait", "p95 wait", "in use", "$/hour", "$/1000")
+    load = Load(users, think_time)
+    for name, card in chosen.items():
+        alone = seconds or card.seconds
+        try:
+            pods, outcome = pods_needed(load, alone, batch, p95)
+        except ValueError as error:
+            err.print(f"{name}: {error}.", markup=False)
+            continue
+        hourly = pods * (card.price if price is None else price)
+        thousands_an_hour = users * 3.6 / (think_time + outcome.mean_s)
+        waits = [f"{outcome.mean_s:.1f} s", f"{outcome.p95_s:.1f} s", f"{outcome.use:.0%}"]
+        table.add_row(name, f"{alone:g}", str(pods), *waits, f"{hourly:.2f}", f"{hourly / thousands_an_hour:.2f}")
+    out.print(table)
+    if not seconds:
+        out.print("\n".join(f"{name}: {card.source}" for name, card in chosen.items()), markup=False)
+    quick, slow = (pods_needed(load, each, 1, max(p95, 2 * each))[0] for each in OLD_SECONDS)
+    out.print(
+        f"The old stack, one picture at a time in {OLD_SECONDS[0]:g} to {OLD_SECONDS[1]:g} s: {quick} to {slow} pods "
+        "(answers in twice the time of a picture)."
+    )
 
 
 @models_app.command("list")

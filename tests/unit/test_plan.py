@@ -1,0 +1,55 @@
+"""The simulation against what queueing theory knows, and what the command says."""
+
+from __future__ import annotations
+
+import pytest
+from typer.testing import CliRunner
+
+from alphalayer.cli import app
+from alphalayer.plan import Fleet, Load, pods_needed, simulate
+
+
+def test_one_user_never_waits_for_another():
+    outcome = simulate(Load(1, 10.0), Fleet(1, 2.0, batch=1), duration_s=5000)
+    assert outcome.mean_s == pytest.approx(2.0)
+    assert outcome.use == pytest.approx(2.0 / 12.0, rel=0.15)
+
+
+def test_too_few_pods_serve_at_their_own_pace():
+    """Saturated, a closed system's cycle is users x seconds / pods (the operational law for closed networks)."""
+    outcome = simulate(Load(50, 10.0), Fleet(2, 3.0, batch=1), duration_s=4000)
+    assert outcome.mean_s == pytest.approx(50 * 3.0 / 2 - 10.0, rel=0.05)
+    assert outcome.use > 0.99
+
+
+def test_batches_gain_what_they_are_said_to_gain():
+    alone = simulate(Load(50, 1.0), Fleet(2, 3.0, batch=1), duration_s=3000)
+    together = simulate(Load(50, 1.0), Fleet(2, 3.0, batch=4), duration_s=3000)
+    assert len(together.waits) / len(alone.waits) == pytest.approx(4 / 3.7, rel=0.03)
+
+
+def test_a_fleet_that_may_grow_does_when_jobs_wait_too_long():
+    load = Load(60, 10.0)
+    fixed = simulate(load, Fleet(1, 2.0), duration_s=6000)
+    growing = simulate(load, Fleet(1, 2.0, most_pods=20, cold_start_s=60), duration_s=6000)
+    assert growing.mean_s < fixed.mean_s / 4
+
+
+def test_the_fewest_pods_that_are_enough():
+    load = Load(100, 30.0)
+    pods, outcome = pods_needed(load, 3.0, 4, 15.0)
+    assert outcome.p95_s <= 15.0
+    assert outcome.use <= 0.9
+    fewer = simulate(load, Fleet(pods - 1, 3.0, 4))
+    assert fewer.p95_s > 15.0 or fewer.use > 0.9
+    with pytest.raises(ValueError, match=r"alone takes 20\.0 s"):
+        pods_needed(load, 20.0, 4, 15.0)
+
+
+def test_the_command():
+    said = CliRunner().invoke(app, ["plan", "--users", "20", "--gpu", "h200", "--price", "4"])
+    assert said.exit_code == 0
+    assert "h200" in said.output
+    assert "The old stack" in said.output
+    wrong = CliRunner().invoke(app, ["plan", "--users", "20", "--gpu", "abacus"])
+    assert 'unknown card "abacus"' in str(wrong.exception)
