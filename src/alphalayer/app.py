@@ -192,6 +192,7 @@ async def _assemble(settings: Settings, engine: str, options: dict[str, Any]) ->
         decode=settings.decode,
         public_url=settings.public_url,
         log_prompts=settings.log_prompts,
+        redirect_files=settings.redirect_files,
         check_webhook=partial(check_url, allow_private=settings.webhook_allow_private) if webhooks else None,
     )
     return Parts(service, dispatcher, supervisors, webhooks)

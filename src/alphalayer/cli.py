@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib.util
 import os
 import re
 import secrets
@@ -126,6 +127,16 @@ def serve(
     asked = {"models_dir": models_dir, "host": host, "port": port, "device": device, "dtype": dtype, "memory": memory}
     asked |= {"database": database, "storage": storage, "role": role}
     run_server(load_settings(**asked, public_url=public_url, cors_allow_origins=cors_allow_origins))
+
+
+@app.command(context_settings={"ignore_unknown_options": True, "allow_extra_args": True})
+def serverless(_context: typer.Context) -> None:
+    """Work for a Runpod serverless endpoint; flags of their SDK are passed on (--rp_serve_api, --test_input)."""
+    if importlib.util.find_spec("runpod") is None:
+        raise SetupFailed("the Runpod SDK is not installed.", hint='Run: pip install "alphalayer[serverless]"')
+    from alphalayer.serverless import serve
+
+    serve(load_settings())
 
 
 @app.command(

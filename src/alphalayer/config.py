@@ -45,6 +45,9 @@ class Settings(BaseSettings):
     storage: Annotated[
         str | None, Field(description="s3://bucket/prefix for pictures that many machines share; else outputs_dir.")
     ] = None
+    redirect_files: Annotated[
+        bool, Field(description="Send those who want a picture to a signed URL of the bucket, instead of its bytes.")
+    ] = False
     role: Annotated[
         Literal["all", "api", "worker"],
         Field(description="With a shared queue: answer requests (api), draw (worker), or both."),

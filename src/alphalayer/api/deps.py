@@ -37,6 +37,7 @@ class Service:
     decode: DecodeMode = "official"
     public_url: str | None = None
     log_prompts: bool = False
+    redirect_files: bool = False
     check_webhook: Callable[[str], None] | None = None
     """Raises `InvalidRequest` for addresses that cannot be told; None where webhooks are off."""
 

@@ -80,7 +80,7 @@ async def submit(
 ) -> JobAnswer:
     """Answers at once. The job is kept whatever happens to the client or the service."""
     more = {"previews": body.previews, "webhook": body.webhook(service, base_url(request))}
-    spec = body.to_spec(service).model_copy(update=more)
+    spec = body.to_spec(service.noise, service.decode).model_copy(update=more)
     job = await submit_job(service, spec, user, idempotency_key)
     shown = answer(await _view(service, job.id, user), base_url(request))
     response.headers["Location"] = shown.url

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
-from fastapi.responses import StreamingResponse
+from fastapi.responses import RedirectResponse, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from alphalayer import images, infotext
@@ -23,9 +23,11 @@ from alphalayer.job import MAX_ITERATIONS, PREVIEW_PREFIX, Job, JobSpec, Output
 from alphalayer.request import (
     MAX_PROMPT_CHARACTERS,
     MAX_SEED,
+    DecodeMode,
     ImageFormat,
     Lora,
     ModelDefaults,
+    NoiseSource,
     Prompt,
     SamplerName,
     SchedulerName,
@@ -82,8 +84,8 @@ class GenerationFields(BaseModel):
         Annotated[str, Field(pattern=r"^#[0-9a-fA-F]{6}$", description="Lay the picture on this colour.")] | None
     ) = None
 
-    def to_spec(self, service: Service) -> JobSpec:
-        """The job that does this. Raises `InvalidRequest`."""
+    def to_spec(self, noise: NoiseSource, decode: DecodeMode) -> JobSpec:
+        """The job that does this, with the noise and the decoding that the service is set to. Raises `InvalidRequest`."""
         sampler, scheduler = self.sampler_name, self.scheduler
         if sampler and not scheduler:
             sampler, scheduler = split_sampler_name(sampler)
@@ -96,8 +98,8 @@ class GenerationFields(BaseModel):
                 "scheduler": scheduler,
                 "model": self.checkpoint or None,
                 "loras": tuple(self.loras),
-                "noise": service.noise,
-                "decode": service.decode,
+                "noise": noise,
+                "decode": decode,
                 "layerdiffuse": layers,
             }
         )
@@ -137,18 +139,27 @@ class Txt2ImgResponse(BaseModel):
 @router.post("/txt2img", response_model_exclude_none=True, summary="Draw a transparent picture")
 async def txt2img(body: Txt2ImgRequest, request: Request, service: ServiceDep, user: User) -> Txt2ImgResponse:
     """Waits for the picture. While it waits it stands in the queue as a job; a client that leaves gives its place up."""
-    job = await run_job(request, body.to_spec(service), user)
+    job = await run_job(request, body.to_spec(service.noise, service.decode), user)
     return await _answer(job, request, service, with_data=body.response_format == "base64")
+
+
+REDIRECT_S = 3600
+"""How long a signed URL opens a picture."""
 
 
 @router.get(
     "/file/{filename}",
     summary="A finished picture",
     response_class=StreamingResponse,
-    responses={200: {"content": {mime: {} for mime in MIME_TYPES.values()}, "description": "The picture itself."}},
+    responses={
+        200: {"content": {mime: {} for mime in MIME_TYPES.values()}, "description": "The picture itself."},
+        307: {"description": "Where the picture is, for an hour; where the service is set so."},
+    },
 )
-async def file(filename: str, service: ServiceDep) -> StreamingResponse:
+async def file(filename: str, service: ServiceDep) -> Response:
     """Needs no password: the name is the secret, so that the URL opens wherever it is pasted."""
+    if service.redirect_files and (url := service.storage.presign(check_key(filename), REDIRECT_S)):
+        return RedirectResponse(url, 307, {"Cache-Control": f"max-age={REDIRECT_S // 2}"})
     found = await service.storage.open(check_key(filename))
     # a preview is written over at every step; a picture never changes
     caching = "no-store" if filename.startswith(PREVIEW_PREFIX) else "public, max-age=31536000, immutable"

@@ -153,7 +153,7 @@ def install(app: FastAPI) -> None:
 
     async def invalid(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestValidationError)
-        return respond(_path(request), Problem.of(_first_fault(error)))
+        return respond(_path(request), Problem.of(first_fault(error.errors()[0])))
 
     async def plain(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)
@@ -188,8 +188,8 @@ def _path(request: Request) -> str:
     return str(request.scope["path"]).removeprefix(request.scope.get("root_path", ""))
 
 
-def _first_fault(error: RequestValidationError) -> AlphalayerError:
-    first = error.errors()[0]
+def first_fault(first: Any) -> AlphalayerError:
+    """What pydantic found wrong in a request, in the service's words; `loc` begins with where the field was sent."""
     place = [str(part) for part in first["loc"][1:]]
     message = str(first["msg"]).removeprefix("Value error, ")
     if first["type"] == "extra_forbidden":

@@ -37,6 +37,10 @@ class Storage(Protocol):
         """Open a file. Raises `FileMissing`, `StorageFailed`."""
         ...
 
+    def presign(self, key: str, seconds: float) -> str | None:
+        """A URL that opens the file for so long without asking this service; None where files are only here."""
+        ...
+
     def list(self) -> list[tuple[str, int, float]]:
         """Key, size in bytes and time of writing (Unix seconds) of every file. Raises `StorageFailed`."""
         ...

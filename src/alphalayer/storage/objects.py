@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,15 @@ class ObjectStorage:
         except (BaseError, OSError) as error:
             raise self._failed("read", key, error) from None
         return StoredFile(found.meta["size"], found.meta["last_modified"].timestamp(), _chunks(found))
+
+    def presign(self, key: str, seconds: float) -> str | None:
+        """A URL of the bucket's own; see the protocol."""
+        if isinstance(self._store, LocalStore):
+            return None
+        try:
+            return obstore.sign(self._store, "GET", check_key(key), timedelta(seconds=seconds))
+        except (BaseError, OSError) as error:
+            raise self._failed("sign a URL for", key, error) from None
 
     def list(self) -> list[tuple[str, int, float]]:
         """All files; see the protocol."""

@@ -88,7 +88,7 @@ class EngineProcess:
         """The results of each job: one a round."""
         if len(jobs) > 1:
             return [[each] for each in engine.draw([self._order(storage, job, job.spec.generation) for job in jobs])]
-        return [[engine.draw([self._order(storage, job, request)])[0] for job in jobs for request in _iterations(job)]]
+        return [[engine.draw([self._order(storage, job, request)])[0] for job in jobs for request in iterations(job)]]
 
     def _order(self, storage: Storage, job: Job, request: GenerationRequest) -> Order:
         def on_progress(progress: Progress) -> None:
@@ -179,7 +179,7 @@ def load_attribute(path: str) -> Any:
     return getattr(importlib.import_module(module), name)
 
 
-def _iterations(job: Job) -> list[GenerationRequest]:
+def iterations(job: Job) -> list[GenerationRequest]:
     """The request of each iteration: seeds count on where the batch before stopped."""
     request = job.spec.generation
     if request.subseed_strength:

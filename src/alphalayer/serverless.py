@@ -1,0 +1,90 @@
+"""A worker for Runpod's serverless endpoints: the same engine, asked through their SDK.
+
+A job's input is the body of `POST /alpha/v1/txt2img`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+from typing import Any
+
+from pydantic import ValidationError
+
+from alphalayer import infotext
+from alphalayer.api.native import Txt2ImgRequest
+from alphalayer.api.problems import Problem, first_fault
+from alphalayer.config import Settings
+from alphalayer.engine import Order, Progress
+from alphalayer.errors import AlphalayerError
+from alphalayer.job import ImageRef, Job, JobSpec, JobState
+from alphalayer.storage import Storage
+from alphalayer.storage.objects import open_storage
+from alphalayer.worker.process import iterations, load_attribute, store_pictures
+
+URL_S = 24 * 3600
+"""How long the URL of a picture in a bucket opens it."""
+
+
+class Handler:
+    """Draws what jobs ask for, one after another. The engine is opened once, when the worker starts."""
+
+    def __init__(self, settings: Settings, engine: str = "alphalayer.engine.pipeline:create_engine"):
+        self._settings = settings
+        self._storage: Storage = open_storage(settings.pictures)
+        self._engine: Any = load_attribute(engine)(settings.engine_options())
+        self._engine.warm_up()
+        self._turn = asyncio.Lock()
+
+    async def __call__(self, job: dict[str, Any]) -> dict[str, Any]:
+        """The answer of txt2img, or `{"error": …}` with the problem as JSON; pictures as URLs of the bucket, without one as base64."""
+        import runpod
+
+        def on_progress(progress: Progress) -> None:
+            # none at the end: it could arrive after the result
+            if progress.stage == "sample" and progress.step < progress.steps:
+                runpod.serverless.progress_update(job, {"step": progress.step, "steps": progress.steps})
+
+        try:
+            wanted = Txt2ImgRequest.model_validate(job.get("input") or {})
+            spec = wanted.to_spec(self._settings.noise, self._settings.decode)
+            async with self._turn:
+                return await asyncio.to_thread(self._draw, spec, on_progress, wanted.response_format == "base64")
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            return _failed(first_fault({**first, "loc": ("input", *first["loc"])}))
+        except AlphalayerError as error:
+            return _failed(error)
+
+    def _draw(self, spec: JobSpec, on_progress: Any, with_data: bool) -> dict[str, Any]:
+        drawing = Job.new(spec)
+        results = [self._engine.draw([Order(each, on_progress)])[0] for each in iterations(drawing)]
+        result = store_pictures(self._storage, drawing, results)
+        done = drawing.model_copy(update={"state": JobState.DONE, "result": result})
+        pictures = [self._answer(image, with_data) for image in result.images]
+        return {**pictures[0], "images": pictures, "info": json.dumps(infotext.webui_info(done), ensure_ascii=False)}
+
+    def _answer(self, image: ImageRef, with_data: bool) -> dict[str, Any]:
+        url = self._storage.presign(image.key, URL_S)
+        told = {"filename": image.key, "seed": image.seed, "width": image.width, "height": image.height}
+        if url and not with_data:
+            return {**told, "url": url}
+        data = asyncio.run(_read(self._storage, image.key))
+        return {**told, **({"url": url} if url else {}), "base64": base64.b64encode(data).decode()}
+
+
+async def _read(storage: Storage, key: str) -> bytes:
+    found = await storage.open(key)
+    return b"".join([chunk async for chunk in found.chunks])
+
+
+def _failed(error: AlphalayerError) -> dict[str, Any]:
+    return {"error": Problem.of(error).model_dump_json()}
+
+
+def serve(settings: Settings) -> None:
+    """Take jobs from Runpod until stopped; the SDK reads its own flags, as --rp_serve_api and --test_input."""
+    import runpod
+
+    runpod.serverless.start({"handler": Handler(settings)})

@@ -1,0 +1,132 @@
+"""The serverless worker through the SDK's own loop, against a small job API as Runpod's, and through the SDK's local server."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from tests.serving import free_port, wait_until
+
+from alphalayer import images
+
+pytest.importorskip("runpod")
+START = "from alphalayer.serverless import Handler; import runpod; from alphalayer.config import Settings; "
+START += "runpod.serverless.start({'handler': Handler(Settings(device='cpu'), 'alphalayer.engine.fake:create_engine')})"
+
+
+class Jobs:
+    """Hands out jobs as Runpod does, and keeps what comes back."""
+
+    def __init__(self, jobs: list[dict[str, Any]]):
+        self.waiting = list(jobs)
+        self.progress: list[Any] = []
+        self.results: dict[str, Any] = {}
+        jobs_api = self
+
+        class Api(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                if "job-take" in self.path and jobs_api.waiting:
+                    body, status = json.dumps(jobs_api.waiting.pop(0)).encode(), 200
+                else:
+                    body, status = b"", 204 if "job-take" in self.path else 200
+                self.send_response(status)
+                self.send_header("Content-Type", "application/json")
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+
+            def do_POST(self) -> None:
+                told = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                if told.get("status") == "IN_PROGRESS":
+                    jobs_api.progress.append(told["output"])
+                else:
+                    jobs_api.results[self.headers["X-Request-ID"]] = told
+                self.send_response(200)
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+
+            def log_message(self, *_: Any) -> None:
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Api)
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+    @property
+    def address(self) -> str:
+        return f"http://127.0.0.1:{self.server.server_port}"
+
+
+@contextmanager
+def worker(folder: Path, *flags: str, **environment: str) -> Iterator[subprocess.Popen[bytes]]:
+    with (folder / "worker.log").open("wb") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-c", START, *flags],
+            cwd=folder,
+            env={**os.environ, "RUNPOD_SKIP_GPU_CHECK": "true", **environment},
+            stdout=log,
+            stderr=log,
+        )
+    try:
+        yield process
+    finally:
+        process.terminate()
+        process.wait(20)
+
+
+def test_jobs_are_drawn_and_wrong_ones_answered(tmp_path):
+    small = {"width": 64, "height": 64, "steps": 3}
+    jobs = Jobs(
+        [
+            {"id": "good", "input": {"prompt": "an apple", "batch_size": 2, **small}},
+            {"id": "wrong", "input": {"prompt": "an apple", "steps": 0}},
+        ]
+    )
+    environment = {
+        "RUNPOD_WEBHOOK_GET_JOB": f"{jobs.address}/job-take/$ID",
+        "RUNPOD_WEBHOOK_POST_OUTPUT": f"{jobs.address}/job-done/$RUNPOD_POD_ID/$ID",
+        "RUNPOD_WEBHOOK_PING": f"{jobs.address}/ping",
+        "RUNPOD_POD_ID": "pod",
+        "RUNPOD_AI_API_KEY": "key",
+    }
+    with worker(tmp_path, **environment):
+        wait_until(lambda: len(jobs.results) == 2, 60)
+    jobs.server.shutdown()
+    jobs.server.server_close()
+    answer = jobs.results["good"]["output"]
+    assert len(answer["images"]) == 2
+    picture, parameters = images.decode(base64.b64decode(answer["base64"]))
+    assert picture.shape == (64, 64, 4)
+    assert "Seed: 12345" in (parameters or "")
+    assert json.loads(answer["info"])["all_seeds"] == [12345, 12346]
+    assert {"step": 1, "steps": 3} in jobs.progress
+    problem = json.loads(jobs.results["wrong"]["error"])
+    assert (problem["code"], problem["field"]) == ("invalid_request", "steps")
+
+
+def test_the_sdks_own_server_with_the_test_input(tmp_path):
+    port = free_port()
+    body = json.loads((Path(__file__).parents[2] / "deploy/runpod/test_input.json").read_text())
+    body["input"] |= {"width": 64, "height": 64}
+    with worker(tmp_path, "--rp_serve_api", "--rp_api_port", str(port), "--rp_api_host", "127.0.0.1"):
+        address = f"http://127.0.0.1:{port}"
+        wait_until(lambda: _answers(address), 60)
+        answer = httpx.post(f"{address}/runsync", json=body, timeout=60, trust_env=False).json()
+    assert images.decode(base64.b64decode(answer["output"]["base64"]))[0].shape == (64, 64, 4)
+
+
+def _answers(address: str) -> bool:
+    try:
+        return httpx.get(address, trust_env=False).status_code == 200
+    except httpx.TransportError:
+        return False
