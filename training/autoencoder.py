@@ -29,6 +29,7 @@ from training.data import CACHE, TRAINING_SETS, load
 CHECKPOINT = CACHE / "autoencoder.pt"
 LATENT_CHANNELS = 4
 DOWNSAMPLING = 8
+MARGIN = 0.02
 LATENT_NOISE = 0.07
 COARSE_SHARE = 0.2
 """How often the latent is also halved and must decode to the halved picture: keeps the latent smooth, so that it can be learnt
@@ -186,6 +187,12 @@ def likeness(made: Tensor, wanted: Tensor) -> Tensor:
     )
 
 
+def beyond(alpha: Tensor, true_alpha: Tensor) -> Tensor:
+    """Alpha as the loss sees it: empty must be below zero and full above one by a margin, so that both are exact once cut to [0, 1]."""
+    empty, full = F.relu(alpha + MARGIN), 1 - F.relu(1 + MARGIN - alpha)
+    return torch.where(true_alpha == 0, empty, torch.where(true_alpha == 1, full, alpha))
+
+
 def loss_of(model: LatentTransparency, rgba: Tensor, noise: float, rng: torch.Generator) -> tuple[Tensor, float]:
     """The loss of one batch, half of it laid on backgrounds as opaque pictures; and the spread of the latent."""
     count, _, high, wide = rgba.shape
@@ -203,6 +210,7 @@ def loss_of(model: LatentTransparency, rgba: Tensor, noise: float, rng: torch.Ge
     wanted = torch.cat([opaque[:half], grey[half:]]) * 2 - 1
     alpha, color = made[:, :1], made[:, 1:]
     true_alpha = rgba[half:, 3:]
+    alpha = beyond(alpha, true_alpha)
     other = torch.rand(count - half, 3, 1, 1, generator=rng)
     loss = likeness(rgb, wanted)
     if torch.rand(1, generator=rng) < COARSE_SHARE:
@@ -332,7 +340,8 @@ def refine(steps: int, learning_rate: float = 3e-4) -> None:
             group["lr"] = (
                 learning_rate * min(1.0, (step + 1) / 50) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
             )
-        rgba = crops.batch(4, 128).contiguous(memory_format=torch.channels_last)
+        # whole pictures, too: the borders of crops are not those of pictures
+        rgba = (crops.whole(2) if step % 3 == 2 else crops.batch(4, 128)).contiguous(memory_format=torch.channels_last)
         loss, _ = loss_of(model, rgba, LATENT_NOISE, crops.torch_rng)
         optimizer.zero_grad()
         loss.backward()

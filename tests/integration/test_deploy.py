@@ -1,0 +1,159 @@
+"""What lies in deploy/: Nginx with its file in front of real pods; and that every other file can be read by what it is for."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+import yaml
+from tests.servers import Postgres, postgres_programs, s3_program, s3_server
+from tests.serving import free_port, wait_until
+from tests.stress.crowd import Crowd
+from tests.stress.pods import Node
+
+DEPLOY = Path(__file__).parents[2] / "deploy"
+BODY = {"prompt": "x", "width": 64, "height": 64, "steps": 10}
+
+
+@contextmanager
+def nginx(folder: Path, pods: list[str]) -> Iterator[str]:
+    """Nginx with the file as it is, but for the pods' addresses and the port."""
+    port = free_port()
+    written = (DEPLOY / "nginx" / "alphalayer.conf").read_text()
+    servers = "".join(f"    server {pod.removeprefix('http://')} max_fails=0;\n" for pod in pods)
+    site, replaced = re.subn(r"(    server 10\.0\.0\..*\n)+", servers, written)
+    assert replaced == 1
+    site = site.replace("listen 80;", f"listen 127.0.0.1:{port};")
+    temporary = "".join(
+        f"{name}_temp_path {folder / name};\n" for name in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+    )
+    (folder / "nginx.conf").write_text(
+        f"daemon off;\npid {folder / 'pid'};\nerror_log {folder / 'error.log'};\nevents {{}}\n"
+        f"http {{\naccess_log off;\n{temporary}{site}}}\n"
+    )
+    process = subprocess.Popen(["nginx", "-p", str(folder), "-c", str(folder / "nginx.conf")])
+    address = f"http://127.0.0.1:{port}"
+    try:
+        wait_until(lambda: _answers(address), 20)
+        yield address
+    finally:
+        process.terminate()
+        process.wait(20)
+
+
+@contextmanager
+def site(tmp_path: Path) -> Iterator[tuple[str, list[Node]]]:
+    """Two pods that answer and a worker, on PostgreSQL and S3, behind Nginx; its address and the pods."""
+    with ExitStack() as stack:
+        postgres = Postgres()
+        stack.callback(postgres.remove)
+        (tmp_path / "s3").mkdir()
+        shared = stack.enter_context(s3_server(tmp_path / "s3"))
+        shared |= {"ALPHALAYER_DATABASE": postgres.url, "ALPHALAYER_STORAGE": "s3://pictures/drawn"}
+        nodes = [Node(tmp_path / name, name[:-1], shared) for name in ("api1", "api2", "worker1")]
+        for node in nodes:
+            stack.callback(node.stop)
+        wait_until(lambda: all(node.answers() for node in nodes), 90)
+        (tmp_path / "nginx").mkdir()
+        yield stack.enter_context(nginx(tmp_path / "nginx", [node.address for node in nodes[:2]])), nodes
+
+
+needs_servers = pytest.mark.skipif(
+    not (shutil.which("nginx") and postgres_programs() and s3_program()), reason="needs Nginx, PostgreSQL and S3"
+)
+
+
+@needs_servers
+def test_nginx_in_front_of_pods_that_die(tmp_path):
+    with site(tmp_path) as (address, nodes), httpx.Client(base_url=address, trust_env=False, timeout=60) as client:
+        drawn = client.post("/alpha/v1/txt2img", json=BODY).json()
+        assert drawn["url"].startswith(address)
+        assert [client.get(drawn["url"]).status_code for _ in range(8)] == [200] * 8
+
+        # events come as they happen, whichever pod is asked
+        job = client.post("/alpha/v1/jobs", json={**BODY, "steps": 150}).json()
+        arrived: list[str] = []
+        with client.stream("GET", job["events_url"]) as events:
+            for line in events.iter_lines():
+                if line.startswith("data:"):
+                    arrived.append(json.loads(line[5:])["state"])
+        assert arrived[-1] == "done"
+        assert len(arrived) >= 4
+
+        nodes[0].kill()
+        assert [client.get(drawn["url"]).status_code for _ in range(8)] == [200] * 8
+        assert client.post("/alpha/v1/txt2img", json=BODY).status_code == 200
+
+
+@needs_servers
+def test_a_rolling_restart_under_load_fails_no_request(tmp_path):
+    with site(tmp_path) as (address, nodes):
+        crowd = Crowd([address], clients=4)
+        try:
+            for node in nodes:
+                node.stop()
+                node.start()
+                wait_until(node.answers, 60)
+            counted = crowd.count()
+        finally:
+            crowd.close()
+    assert crowd.failed_requests == 0
+    assert counted["faults"] == []
+    assert counted["done"] > 10
+
+
+def test_a_job_at_work_is_ended_before_the_service(tmp_path):
+    """SIGTERM: what has begun is ended, and its answer is sent."""
+    node = Node(tmp_path / "one", "all", {})
+    wait_until(node.answers, 60)
+    with httpx.Client(base_url=node.address, trust_env=False, timeout=60) as client:
+        job = client.post("/alpha/v1/jobs", json={**BODY, "steps": 60}).json()
+        wait_until(lambda: client.get(job["url"]).json()["state"] == "running")
+        node.stop()
+    node.start()
+    try:
+        wait_until(node.answers, 60)
+        ended = httpx.get(f"{node.address}/alpha/v1/jobs/{job['id']}", trust_env=False).json()
+        assert ended["state"] == "done"
+    finally:
+        node.stop()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the linter is for Linux")
+def test_the_dockerfile_is_clean():
+    linter = Path(sys.executable).parent / "hadolint"
+    linted = subprocess.run([linter, DEPLOY / "docker" / "Dockerfile"], capture_output=True, text=True, check=False)
+    assert linted.returncode == 0, linted.stdout
+
+
+def test_compose_and_kubernetes_files_are_whole():
+    compose = yaml.safe_load((DEPLOY / "docker" / "compose.yaml").read_text())
+    assert {"api", "worker", "postgres", "s3", "nginx"} <= set(compose["services"])
+    roles = {compose["services"][name]["environment"]["ALPHALAYER_ROLE"] for name in ("api", "worker")}
+    assert roles == {"api", "worker"}
+    folder = DEPLOY / "kubernetes"
+    listed = yaml.safe_load((folder / "kustomization.yaml").read_text())["resources"]
+    objects = [each for name in listed for each in yaml.safe_load_all((folder / name).read_text())]
+    kinds = [each["kind"] for each in objects]
+    assert kinds.count("Deployment") == 2
+    assert {"ScaledObject", "Service", "ConfigMap"} <= set(kinds)
+    for each in objects:
+        if each["kind"] == "Deployment":
+            container = each["spec"]["template"]["spec"]["containers"][0]
+            assert container["readinessProbe"]["httpGet"]["path"] == "/readyz"
+            assert each["spec"]["template"]["spec"]["securityContext"]["runAsNonRoot"] is True
+
+
+def _answers(address: str) -> bool:
+    try:
+        return httpx.get(f"{address}/livez", trust_env=False).status_code == 200
+    except httpx.TransportError:
+        return False
