@@ -9,7 +9,10 @@ import time
 
 from training import latents, patch, text, wordings
 
-STAGES = ("data", "text", "autoencoder", "latents", "wordings", "unet", "patch", "export", "contact_sheet", "evaluate")
+STAGES = (
+    *("data", "text", "autoencoder", "refine", "latents", "wordings", "unet", "patch"),
+    *("export", "contact_sheet", "evaluate"),
+)
 
 
 def main() -> None:
@@ -17,6 +20,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--text-minutes", type=float, default=12)
     parser.add_argument("--autoencoder-steps", type=int, default=1900)
+    parser.add_argument("--refine-steps", type=int, default=1100)
     parser.add_argument("--unet-minutes", type=float, default=480)
     parser.add_argument("--patch-minutes", type=float, default=10)
     parser.add_argument(
@@ -29,6 +33,7 @@ def main() -> None:
         "data": ["-m", "training.data"],
         "text": ["-m", "training.text", f"--minutes={options.text_minutes}"],
         "autoencoder": [*torchrun, "-m", "training.autoencoder", f"--steps={options.autoencoder_steps}"],
+        "refine": ["-m", "training.autoencoder", f"--refine={options.refine_steps}"],
         "latents": ["-m", "training.latents"],
         "wordings": ["-m", "training.wordings"],
         "unet": [*torchrun, "-m", "training.unet", f"--minutes={options.unet_minutes}"],
