@@ -18,6 +18,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+import asyncpg
 from tests.servers import Postgres
 
 from alphalayer.job import ImageRef, JobResult, JobSpec
@@ -77,6 +78,31 @@ def work(url: str, workers: int) -> tuple[list[float], float, float]:
     return asyncio.run(_work(url, workers))
 
 
+async def news(url: str, listeners: int, count: int = 500) -> dict[str, float]:
+    """One sender and so many listening connections: messages a second until everybody has all of them, and deliveries a second."""
+    left = listeners * count
+    everything = asyncio.Event()
+
+    def hear(*_: object) -> None:
+        nonlocal left
+        left -= 1
+        if left == 0:
+            everything.set()
+
+    connections = [await asyncpg.connect(url) for _ in range(listeners)]
+    for connection in connections:
+        await connection.add_listener("news", hear)
+    sender = await asyncpg.connect(url)
+    start = time.perf_counter()
+    for _ in range(count):
+        await sender.execute("SELECT pg_notify('news', $1)", '{"news": "progress", "id": "0123456789abcdef01234567"}')
+    await everything.wait()
+    spent = time.perf_counter() - start
+    for connection in (*connections, sender):
+        await connection.close()
+    return {"messages_a_second": round(count / spent), "deliveries_a_second": round(count * listeners / spent)}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 4, 16, 64])
@@ -108,6 +134,8 @@ def main() -> None:
                 },
             }
             print(workers, report["workers"][workers], flush=True)
+        report["news"] = {n: asyncio.run(news(postgres.url, n)) for n in (1, 10, 50, 200)}
+        print(report["news"])
     finally:
         postgres.remove()
     (RESULTS / f"queue-{date.today()}.json").write_text(json.dumps(report, indent=1) + "\n")

@@ -10,7 +10,7 @@ import time
 from training import latents, patch, text, wordings
 
 STAGES = (
-    *("data", "text", "autoencoder", "refine", "latents", "wordings", "unet", "patch"),
+    *("data", "text", "autoencoder", "refine", "latents", "wordings", "unet", "patch", "decoder"),
     *("export", "contact_sheet", "evaluate"),
 )
 
@@ -38,6 +38,7 @@ def main() -> None:
         "wordings": ["-m", "training.wordings"],
         "unet": [*torchrun, "-m", "training.unet", f"--minutes={options.unet_minutes}"],
         "patch": ["-m", "training.patch", f"--minutes={options.patch_minutes}"],
+        "decoder": ["-m", "training.decoder"],
         "export": ["-m", "training.export"],
         "contact_sheet": ["-m", "training.contact_sheet"],
         "evaluate": ["-m", "training.evaluate"],

@@ -24,9 +24,9 @@ DEFAULTS = {
     "steps": 20,
     "sampler": "DPM++ 2M SDE",
     "scheduler": "Karras",
-    "cfg_scale": 4.0,
+    "cfg_scale": 3.0,
 }
-ALPHA_MARGIN = 0.03
+ALPHA_MARGIN = 0.06
 """Alpha this near to 0 or 1 is made 0 or 1: the last layer of the transparent decoder is stretched by it at both ends."""
 LARGEST_BYTES = 40_000_000
 PARTS = {

@@ -31,6 +31,8 @@ CHECKPOINT = CACHE / "unet.pt"
 TIME_IDS_WIDTH = 32
 SIDE = 256
 MIN_SNR = 5.0
+NOISY, PICTURE_WEIGHT = 500, 0.2
+"""The error of the noise hardly shows an error of the picture where there is much noise; this much of the latter's is added."""
 SILENT, UNWANTED = 0.07, 0.05
 """How often the text is zeroed, and how often it is one of those that stand in negative prompts."""
 SET_WEIGHTS = {
@@ -114,14 +116,16 @@ def loss_of(unet: Any, samples: Samples, count: int, noise_schedule: DDPMSchedul
     """Weighted squared error of the predicted noise."""
     latents, context, pooled = samples.batch(count)
     noise = torch.randn_like(latents)
-    steps = torch.randint(0, 1000, (count,))
+    # half of all from the noisy end, where the text and not the noise is to say what colour it will be
+    steps = torch.cat([torch.randint(0, 1000, (count - count // 2,)), torch.randint(NOISY, 1000, (count // 2,))])
     sizes = torch.tensor([[SIDE, SIDE, 0, 0, SIDE, SIDE]], dtype=torch.float32).repeat(count, 1)
     noisy = noise_schedule.add_noise(latents, noise, steps).contiguous(memory_format=torch.channels_last)
     with torch.autocast("cpu", torch.bfloat16):
         made = unet(noisy, steps, context, added_cond_kwargs={"text_embeds": pooled, "time_ids": sizes}).sample
     kept = noise_schedule.alphas_cumprod[steps]
     ratio = kept / (1 - kept)
-    return (ratio.clamp(max=MIN_SNR) / ratio * (made.float() - noise).pow(2).mean((1, 2, 3))).mean()
+    weights = ratio.clamp(max=MIN_SNR) / ratio + PICTURE_WEIGHT / ratio.clamp(min=0.01)
+    return (weights * (made.float() - noise).pow(2).mean((1, 2, 3))).mean()
 
 
 class Average:

@@ -144,7 +144,9 @@ async def _open_dispatcher(settings: Settings, shares: Mapping[str, float]) -> D
         from alphalayer.jobs.shared import SharedDispatcher
     except ImportError as error:
         raise SetupFailed(f"a shared queue needs {error.name}.", hint='Run: pip install "alphalayer[shared]"') from None
-    return await SharedDispatcher.open(settings.database.get_secret_value(), settings.queue_limit, shares)
+    return await SharedDispatcher.open(
+        settings.database.get_secret_value(), settings.queue_limit, shares, settings.role
+    )
 
 
 async def _assemble(settings: Settings, engine: str, options: dict[str, Any]) -> Parts:

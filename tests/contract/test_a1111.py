@@ -124,7 +124,7 @@ def test_webuiapi_asks_for_everything(client):
 def test_the_model_is_chosen_by_options_and_by_one_request(tmp_path):
     with served(put_model(tmp_path)) as client:
         api = webui(client)
-        name = api.util_get_model_names()[0]
+        [name] = [each for each in api.util_get_model_names() if "alphalayer-mini" not in each]
         assert api.util_get_current_model() == name
         api.util_set_model(name)
         assert api.util_get_current_model() == name

@@ -153,7 +153,7 @@ def test_the_settings_in_a_png_come_back(prompt: str, negative: str):
     assert infotext.read_parameters(text)["Seed"] == "7"
 
 
-names = st.text(alphabet=st.sampled_from("./\\%2eF0~a\0 :-_"), max_size=24) | st.text(max_size=40)
+names = st.text(alphabet=st.sampled_from("./\\%2eF0~a\0\n :-_"), max_size=24) | st.text(max_size=40)
 
 
 @often

@@ -13,7 +13,7 @@ from structlog.contextvars import bound_contextvars
 from alphalayer.telemetry import log
 
 HEADER = "X-Request-ID"
-_ID = re.compile(r"^[\w.:/+=-]{1,128}$", re.ASCII)
+_ID = re.compile(r"[\w.:/+=-]{1,128}", re.ASCII)
 _WATCHING = ("/livez", "/readyz", "/ping", "/metrics")
 
 
@@ -28,7 +28,7 @@ class RequestLog:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
         given = Headers(scope=scope).get(HEADER, "")
-        request_id = given if _ID.match(given) else secrets.token_hex(8)
+        request_id = given if _ID.fullmatch(given) else secrets.token_hex(8)
         start, status = time.perf_counter(), 0
 
         async def answer(message: Message) -> None:

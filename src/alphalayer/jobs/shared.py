@@ -33,7 +33,9 @@ from alphalayer.jobs import MAX_STARTS, USUAL_SECONDS, JobView, gave_up
 from alphalayer.jobs.journal import ADD, OPEN, UNREACHABLE, Journal, job_of, jobs, row_of
 from alphalayer.telemetry import log
 
-CHANNEL = "alphalayer"
+TO_WORKERS, TO_PODS = "alphalayer_work", "alphalayer_news"
+"""Two channels, so that progress, which is most of the news, does not go to those that only draw: every listener gets everything."""
+CHANNELS = {"all": (TO_WORKERS, TO_PODS), "api": (TO_PODS,), "worker": (TO_WORKERS,)}
 CLAIM_S = 15.0
 """A claim without heartbeat for so long is another's to take."""
 PATIENCE_S = 10.0
@@ -59,8 +61,9 @@ class _Held:
 class SharedDispatcher:
     """Implements `alphalayer.jobs.Dispatcher` on PostgreSQL."""
 
-    def __init__(self, journal: Journal, url: str, queue_limit: int, queue_shares: Mapping[str, float]):
+    def __init__(self, journal: Journal, url: str, queue_limit: int, queue_shares: Mapping[str, float], role: str):
         self._journal = journal
+        self._channels = CHANNELS[role]
         self._url = url
         self._queue_limit = queue_limit
         self._queue_shares = queue_shares
@@ -77,10 +80,10 @@ class SharedDispatcher:
 
     @classmethod
     async def open(
-        cls, url: str, queue_limit: int, queue_shares: Mapping[str, float] | None = None
+        cls, url: str, queue_limit: int, queue_shares: Mapping[str, float] | None = None, role: str = "all"
     ) -> SharedDispatcher:
-        """Connect and bring both schemas up to date. Raises `SetupFailed`."""
-        dispatcher = cls(await Journal.open(url), url, queue_limit, queue_shares or {})
+        """Connect and bring both schemas up to date. `role` says whose news are heard: "api", "worker" or "all". Raises `SetupFailed`."""
+        dispatcher = cls(await Journal.open(url), url, queue_limit, queue_shares or {}, role)
         await dispatcher._install_queue()
         await dispatcher._look()
         dispatcher._tasks = [
@@ -379,7 +382,8 @@ class SharedDispatcher:
             return False
 
     async def _tell(self, connection: AsyncConnection, **news: Any) -> None:
-        await connection.execute(select(func.pg_notify(CHANNEL, json.dumps(news))))
+        channel = TO_WORKERS if news["news"] in ("queued", "cancel") else TO_PODS
+        await connection.execute(select(func.pg_notify(channel, json.dumps(news))))
 
     async def _view(self, job: Job) -> JobView:
         progress = self._progress.get(job.id, JobProgress())
@@ -403,7 +407,8 @@ class SharedDispatcher:
             try:
                 connection = await asyncpg.connect(self._url, timeout=10)
                 connection.add_termination_listener(partial(_set, lost))
-                await connection.add_listener(CHANNEL, self._hear)
+                for channel in self._channels:
+                    await connection.add_listener(channel, self._hear)
                 self._wake_all()
                 await lost.wait()
             except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError, asyncio.TimeoutError) as error:

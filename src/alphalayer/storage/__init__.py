@@ -9,7 +9,7 @@ from typing import Protocol
 
 from alphalayer.errors import FileMissing
 
-KEY = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,199}$")
+KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 """A key is one plain file name: no folders, no leading dot."""
 
 
@@ -48,6 +48,6 @@ class Storage(Protocol):
 
 def check_key(key: str) -> str:
     """The key, if it is one. Raises `FileMissing`: what cannot be a key names no file."""
-    if not KEY.match(key) or ".." in key:
+    if not KEY.fullmatch(key) or ".." in key:
         raise FileMissing(f'there is no file "{key[:200]}".', hint="Use the name as it was given.")
     return key
