@@ -61,7 +61,7 @@ def unet_call(engine: LocalEngine, width: int, height: int, rows: int) -> Callab
 
 def decode_calls(engine: LocalEngine, width: int, height: int) -> dict[str, Callable[[], Any]]:
     """The VAE and one pass of the transparent decoder for one picture."""
-    model, device, cell = engine.held.model, engine.device, engine.held_model.scale_factor
+    model, device, cell = engine.held.model, engine.device, engine.held.model.scale_factor
     model.vae.to(device)
     decoder = model.decoder.to(device)
     dtype = next(decoder.parameters()).dtype

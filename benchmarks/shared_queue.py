@@ -1,8 +1,8 @@
-"""What the shared queue carries on one machine: `python -m benchmarks.queue [--workers 1 4 16 64] [--jobs 2000]`.
+"""What the shared queue carries on one machine: `python -m benchmarks.shared_queue [--workers 1 4 16 64] [--jobs 2000]`.
 
 Workers that draw at once claim jobs from a real PostgreSQL (in a folder of its own, fsync off), start and finish them. Each is a
 `SharedDispatcher` of its own, with its own connections, in one of two processes. Reported: jobs a second from the first claim to the
-last end, and how long a claim takes while jobs are waiting. Writes benchmarks/results/queue-<date>.json.
+last end, and how long a claim takes while jobs are waiting. Writes benchmarks/results/shared-queue-<date>.json.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2000)
     options = parser.parse_args()
     report: dict[str, Any] = {
-        "command": "python -m benchmarks.queue",
+        "command": "python -m benchmarks.shared_queue",
         "machine": f"{os.cpu_count()} x {platform.processor() or platform.machine()}, Python {platform.python_version()}",
         "jobs": options.jobs,
         "workers": {},
@@ -138,7 +138,7 @@ def main() -> None:
         print(report["news"])
     finally:
         postgres.remove()
-    (RESULTS / f"queue-{date.today()}.json").write_text(json.dumps(report, indent=1) + "\n")
+    (RESULTS / f"shared-queue-{date.today()}.json").write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":
