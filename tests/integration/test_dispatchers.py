@@ -235,7 +235,7 @@ async def test_a_worker_takes_what_it_has_loaded_unless_another_job_waits_too_lo
     other, mine = await asking.submit(spec(model="other")), await asking.submit(spec(model="mine"))
     assert (await soon(drawing.take("mine"))).id == mine.id
     assert (await soon(drawing.take("mine"))).id == other.id
-    monkeypatch.setattr("alphalayer.jobs.shared.PATIENCE_S", 0.2)
+    monkeypatch.setattr("alphalayer.jobs.claims.PATIENCE_S", 0.2)
     other, mine = await asking.submit(spec(model="other")), await asking.submit(spec(model="mine"))
     await asyncio.sleep(0.4)
     assert (await soon(drawing.take("mine"))).id == other.id
@@ -243,9 +243,9 @@ async def test_a_worker_takes_what_it_has_loaded_unless_another_job_waits_too_lo
 
 async def test_a_late_result_changes_nothing(postgres, monkeypatch):
     """A worker that was cut off: its claim runs out, another one draws, and what the first one brings later is not wanted."""
-    from alphalayer.jobs import shared
+    from alphalayer.jobs import claims, shared
 
-    monkeypatch.setattr(shared, "CLAIM_S", 1.0)
+    monkeypatch.setattr(claims, "CLAIM_S", 1.0)
     url = postgres.fresh_database()
     cut_off, healthy = await shared.SharedDispatcher.open(url, 10), await shared.SharedDispatcher.open(url, 10)
     try:

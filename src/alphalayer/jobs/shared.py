@@ -9,42 +9,31 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
 import json
 import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
-from functools import partial
 from typing import Any
 
 import asyncpg
 from pgqueuer import Queries
 from pgqueuer.models import Job as QueueRow
-from pgqueuer.ports.repository import EntrypointExecutionParameter
-from pgqueuer.types import JobId, QueueEntrypoint, QueueManagerId
+from pgqueuer.types import JobId, QueueManagerId
 from sqlalchemy import func, select, text, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from alphalayer.errors import AlphalayerError, Cancelled, QueueFull, StorageFailed
 from alphalayer.job import Job, JobProgress, JobResult, JobSpec, JobState
-from alphalayer.jobs import MAX_STARTS, USUAL_SECONDS, JobView, gave_up
+from alphalayer.jobs import MAX_STARTS, USUAL_SECONDS, JobView, claims, gave_up
 from alphalayer.jobs.journal import ADD, OPEN, UNREACHABLE, Journal, job_of, jobs, row_of
+from alphalayer.jobs.news import News
 from alphalayer.telemetry import log
 
-TO_WORKERS, TO_PODS = "alphalayer_work", "alphalayer_news"
-"""Two channels, so that progress, which is most of the news, does not go to those that only draw: every listener gets everything."""
-CHANNELS = {"all": (TO_WORKERS, TO_PODS), "api": (TO_PODS,), "worker": (TO_WORKERS,)}
-CLAIM_S = 15.0
-"""A claim without heartbeat for so long is another's to take."""
-PATIENCE_S = 10.0
-"""A job that has waited so long goes first, whatever model the worker holds."""
 LOOK_EVERY_S = 2.0
 """How often to look without any news: news may be lost while a connection is made anew."""
 PROGRESS_EVERY_S = 0.3
-REMEMBERED = 10_000
-"""Of how many jobs the last progress is kept."""
 
 
 @dataclass
@@ -63,15 +52,11 @@ class SharedDispatcher:
 
     def __init__(self, journal: Journal, url: str, queue_limit: int, queue_shares: Mapping[str, float], role: str):
         self._journal = journal
-        self._channels = CHANNELS[role]
-        self._url = url
+        self._news = News(url, role, self._asked_to_cancel)
         self._queue_limit = queue_limit
         self._queue_shares = queue_shares
         self._worker = QueueManagerId(uuid.uuid4())
         self._held: dict[str, _Held] = {}
-        self._progress: dict[str, JobProgress] = {}
-        self._news = asyncio.Event()
-        self._watchers: dict[str, set[asyncio.Event]] = {}
         self._usual_seconds = USUAL_SECONDS
         self._tasks: list[asyncio.Task[None]] = []
         self.is_reachable = True
@@ -87,7 +72,8 @@ class SharedDispatcher:
         await dispatcher._install_queue()
         await dispatcher._look()
         dispatcher._tasks = [
-            asyncio.create_task(each) for each in (dispatcher._listen(), dispatcher._beat(), dispatcher._keep_looking())
+            asyncio.create_task(each)
+            for each in (dispatcher._news.run(), dispatcher._beat(), dispatcher._keep_looking())
         ]
         return dispatcher
 
@@ -105,10 +91,10 @@ class SharedDispatcher:
         job = Job.new(spec, owner, idempotency_key)
         async with self._transaction() as (connection, queue):
             await self._check_room(connection, owner)
-            [row_id] = await queue.enqueue(entrypoint_of(job), job.id.encode())
+            [row_id] = await queue.enqueue(claims.entrypoint_of(job), job.id.encode())
             added = await connection.execute(ADD["postgresql"], {**row_of(job), "queue_id": row_id})
             if added.rowcount:
-                await self._tell(connection, news="queued")
+                await self._news.tell(connection, "queued")
                 return job
             await connection.rollback()
         same = (jobs.c.owner == owner) & (jobs.c.idempotency_key == idempotency_key)
@@ -137,10 +123,10 @@ class SharedDispatcher:
             ).scalar()
             if row_id is not None:
                 await queue.mark_job_as_cancelled([JobId(row_id)])
-                await self._tell(connection, news="changed", id=job_id)
+                await self._news.tell(connection, "changed", job_id)
             elif not (await connection.execute(select(jobs.c.id).where(mine, jobs.c.state.in_(OPEN)))).scalar():
                 return False
-            await self._tell(connection, news="cancel", id=job_id)
+            await self._news.tell(connection, "cancel", job_id)
             return True
 
     async def wait(self, job_id: str) -> Job:
@@ -152,10 +138,8 @@ class SharedDispatcher:
 
     async def watch(self, job_id: str) -> AsyncIterator[JobView]:
         """Every change of a job until it is over; looks by itself now and then."""
-        changed = asyncio.Event()
-        self._watchers.setdefault(job_id, set()).add(changed)
         last: JobView | None = None
-        try:
+        with self._news.about(job_id) as changed:
             while True:
                 changed.clear()
                 with contextlib.suppress(StorageFailed):
@@ -169,10 +153,6 @@ class SharedDispatcher:
                     last = view
                 with contextlib.suppress(asyncio.TimeoutError):
                     await asyncio.wait_for(changed.wait(), LOOK_EVERY_S)
-        finally:
-            self._watchers[job_id].discard(changed)
-            if not self._watchers[job_id]:
-                del self._watchers[job_id]
 
     @property
     def retry_after_s(self) -> int:
@@ -184,16 +164,16 @@ class SharedDispatcher:
     async def take(self, holding: str | None = None) -> Job:
         """The next job; see the protocol."""
         while True:
-            self._news.clear()
+            self._news.queued.clear()
             with contextlib.suppress(StorageFailed):
                 async with self._transaction() as (_, queue):
-                    claimed = await self._claim_next(queue, holding)
+                    claimed = await claims.claim_next(queue, self._worker, holding)
                 if claimed and (job := await self._hold(claimed)):
                     return job
                 if claimed:
                     continue
             with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(self._news.wait(), LOOK_EVERY_S)
+                await asyncio.wait_for(self._news.queued.wait(), LOOK_EVERY_S)
 
     async def take_like(self, job: Job, pixels: int) -> Job | None:
         """The oldest waiting job that fits to `job`; see the protocol. Jobs of one key have one size here."""
@@ -201,7 +181,7 @@ class SharedDispatcher:
             return None
         try:
             async with self._transaction() as (_, queue):
-                claimed = await self._claim(queue, [entrypoint_of(job)])
+                claimed = await claims.claim(queue, self._worker, [claims.entrypoint_of(job)])
         except StorageFailed:
             return None
         return await self._hold(claimed) if claimed else None
@@ -218,7 +198,7 @@ class SharedDispatcher:
                 async with self._transaction() as (connection, _):
                     counted = update(jobs).where(open_one).values(changes).returning(jobs.c.starts)
                     held.start = (await connection.execute(counted)).scalar() or 0
-                    await self._tell(connection, news="changed", id=job_id)
+                    await self._news.tell(connection, "changed", job_id)
                 break
             await asyncio.sleep(1.0)
         if not held.start:
@@ -232,7 +212,7 @@ class SharedDispatcher:
         held.told_at = time.monotonic()
         with contextlib.suppress(StorageFailed):
             async with self._transaction() as (connection, _):
-                await self._tell(connection, news="progress", id=job_id, **progress.model_dump())
+                await self._news.tell(connection, "progress", job_id, **progress.model_dump())
 
     async def finished(self, job_id: str, outcome: JobResult | AlphalayerError) -> None:
         """End a job, if it is still this start's to end; tried again until the database has it."""
@@ -271,7 +251,7 @@ class SharedDispatcher:
                 row = await queue.queue_job_by_id(held.row.id)
                 if back.rowcount and row and row.queue_manager_id == self._worker:
                     await queue.retry_job(held.row, timedelta(0), None)
-                    await self._tell(connection, news="queued")
+                    await self._news.tell(connection, "queued")
 
     async def cancel_asked(self, job_id: str) -> None:
         """Wait until a job is to be stopped."""
@@ -332,26 +312,6 @@ class SharedDispatcher:
                     f'"{owner}" has {theirs} jobs waiting and may have {share:.0%} of the queue.', hint=hint
                 )
 
-    async def _claim_next(self, queue: Queries, holding: str | None) -> QueueRow | None:
-        """The oldest job of the model that is held, or of all if one waits too long; those whose worker is gone count as oldest."""
-        stale = await queue.stale_jobs(timedelta(seconds=CLAIM_S), 1)
-        if stale and (claimed := await self._claim(queue, [each.entrypoint for each in stale])):
-            return claimed
-        ages = sorted(await queue.queue_age(), key=lambda each: each.oldest_created)
-        if not ages:
-            return None
-        mine = [each for each in ages if each.entrypoint.split("/")[0] == model_key(holding)]
-        patient = ages[0].oldest_age_seconds < PATIENCE_S
-        for each in [*(mine if patient else []), *ages]:
-            if claimed := await self._claim(queue, [each.entrypoint]):
-                return claimed
-        return None
-
-    async def _claim(self, queue: Queries, entrypoints: list[str]) -> QueueRow | None:
-        wanted = {QueueEntrypoint(each): EntrypointExecutionParameter(0) for each in entrypoints}
-        rows = await queue.dequeue(1, wanted, self._worker, None, timedelta(seconds=CLAIM_S))
-        return rows[0] if rows else None
-
     async def _hold(self, row: QueueRow) -> Job | None:
         """The job of a claimed row; None where it is over, or given up now."""
         job = await self._journal.get((row.payload or b"").decode())
@@ -373,7 +333,7 @@ class SharedDispatcher:
                 ended = (await connection.execute(update(jobs).where(mine).values(over))).rowcount
                 if ended:
                     await queue.log_jobs([(held.row, "successful" if "result" in over else "exception", None)])
-                    await self._tell(connection, news="changed", id=held.job.id)
+                    await self._news.tell(connection, "changed", held.job.id)
                 else:
                     log.warning("outcome_too_late", job=held.job.id, start=held.start)
             return True
@@ -381,12 +341,8 @@ class SharedDispatcher:
             log.warning("outcome_not_written", job=held.job.id, error=str(error))
             return False
 
-    async def _tell(self, connection: AsyncConnection, **news: Any) -> None:
-        channel = TO_WORKERS if news["news"] in ("queued", "cancel") else TO_PODS
-        await connection.execute(select(func.pg_notify(channel, json.dumps(news))))
-
     async def _view(self, job: Job) -> JobView:
-        progress = self._progress.get(job.id, JobProgress())
+        progress = self._news.progress_of(job.id)
         if job.state is JobState.QUEUED:
             older = (jobs.c.state == JobState.QUEUED.value) & (jobs.c.created_at < job.created_at)
             async with self._transaction() as (connection, _):
@@ -399,50 +355,14 @@ class SharedDispatcher:
             eta = round((time.time() - job.started_at) / progress.step * (progress.steps - progress.step), 1)
         return JobView(job, 0, progress, eta)
 
-    async def _listen(self) -> None:
-        """Hear the news; connect again when the connection is lost, and look at everything then."""
-        while True:
-            lost = asyncio.Event()
-            connection: Any = None
-            try:
-                connection = await asyncpg.connect(self._url, timeout=10)
-                connection.add_termination_listener(partial(_set, lost))
-                for channel in self._channels:
-                    await connection.add_listener(channel, self._hear)
-                self._wake_all()
-                await lost.wait()
-            except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError, asyncio.TimeoutError) as error:
-                log.warning("database_away", error=str(error))
-            finally:
-                if connection and not connection.is_closed():
-                    connection.terminate()
-            await asyncio.sleep(1.0)
-
-    def _hear(self, _connection: object, _pid: int, _channel: str, payload: object) -> None:
-        news = json.loads(str(payload))
-        kind, job_id = news.pop("news"), news.pop("id", "")
-        if kind == "queued":
-            self._news.set()
-        if kind == "cancel" and job_id in self._held:
+    def _asked_to_cancel(self, job_id: str) -> None:
+        if job_id in self._held:
             self._held[job_id].cancel.set()
-        if kind == "progress":
-            self._progress.pop(job_id, None)
-            self._progress[job_id] = JobProgress.model_validate(news)
-            while len(self._progress) > REMEMBERED:
-                del self._progress[next(iter(self._progress))]
-        for watcher in self._watchers.get(job_id, ()):
-            watcher.set()
-
-    def _wake_all(self) -> None:
-        self._news.set()
-        for watchers in self._watchers.values():
-            for watcher in watchers:
-                watcher.set()
 
     async def _beat(self) -> None:
         """Keep this pod's claims alive."""
         while True:
-            await asyncio.sleep(CLAIM_S / 4)
+            await asyncio.sleep(claims.CLAIM_S / 4)
             rows = [held.row.id for held in self._held.values()]
             if rows:
                 with contextlib.suppress(StorageFailed):
@@ -476,19 +396,3 @@ class SharedDispatcher:
         self.queue_length = count
         self.oldest_waiting_s = time.time() - oldest if oldest else 0.0
         self._usual_seconds = float(seconds) if seconds is not None else USUAL_SECONDS
-
-
-def _set(event: asyncio.Event, _connection: object) -> None:
-    event.set()
-
-
-def model_key(model: str | None) -> str:
-    """The part of an entrypoint that says which model a job wants."""
-    return hashlib.sha256((model or "").encode()).hexdigest()[:8]
-
-
-def entrypoint_of(job: Job) -> str:
-    """The queue that a job stands in: those of one entrypoint may be drawn together, and begin with the model that they want."""
-    spec = job.spec
-    alike = f"{job.batch_key}/{spec.generation.batch_size}" if job.batch_key else job.id
-    return f"{model_key(spec.generation.model)}/{hashlib.sha256(alike.encode()).hexdigest()[:16]}"
