@@ -33,6 +33,7 @@ from alphalayer.keys import basic_keys, read_keys
 from alphalayer.retention import Limits, keep_sweeping
 from alphalayer.storage.objects import open_storage
 from alphalayer.telemetry import Metrics, log
+from alphalayer.tracing import Traces
 from alphalayer.worker.supervisor import EngineSpec, Supervisor
 
 ENGINE = "alphalayer.engine.pipeline:create_engine"
@@ -58,7 +59,7 @@ def create_app(settings: Settings, *, engine: str = ENGINE, engine_options: dict
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncGenerator[None]:
         options = {**settings.engine_options(), **(engine_options or {})}
-        parts = await _assemble(settings, engine, options)
+        parts = await _assemble(settings, engine, options, traces)
         app.state.service = parts.service
         app.state.parts = parts
         running = [asyncio.create_task(supervisor.run()) for supervisor in parts.supervisors]
@@ -78,6 +79,7 @@ def create_app(settings: Settings, *, engine: str = ENGINE, engine_options: dict
                 task.cancel()
             await asyncio.gather(*running, return_exceptions=True)
             await parts.dispatcher.close()
+            await asyncio.to_thread(send_traces)
 
     app = FastAPI(
         title="Alphalayer",
@@ -89,6 +91,7 @@ def create_app(settings: Settings, *, engine: str = ENGINE, engine_options: dict
     )
     app.include_router(ops.router)
     problems.install(app)
+    traces, send_traces = _trace(app) if settings.tracing else (Traces(), _nothing)
     assistants = _add_dialects(app) if settings.role != "worker" else _nobody
     app.add_middleware(BodyLimit, limit=settings.max_request_bytes)
     if settings.cors_allow_origins:
@@ -112,6 +115,20 @@ def _add_dialects(app: FastAPI) -> _Lifespan:
     docs.install(app)
     playground.install(app)
     return _mount_mcp(app)
+
+
+def _trace(app: FastAPI) -> tuple[Traces, Callable[[], None]]:
+    """Spans that are sent off, and what sends those that are left."""
+    try:
+        from alphalayer.api import tracing
+    except ImportError as error:
+        raise SetupFailed(f"tracing needs {error.name}.", hint='Run: pip install "alphalayer[tracing]"') from None
+    provider = tracing.install(app)
+    return Traces(provider), provider.shutdown
+
+
+def _nothing() -> None:
+    pass
 
 
 def _nobody(_app: FastAPI) -> AbstractAsyncContextManager[None]:
@@ -149,7 +166,7 @@ async def _open_dispatcher(settings: Settings, shares: Mapping[str, float]) -> D
     )
 
 
-async def _assemble(settings: Settings, engine: str, options: dict[str, Any]) -> Parts:
+async def _assemble(settings: Settings, engine: str, options: dict[str, Any], traces: Traces) -> Parts:
     place = settings.pictures
     storage = open_storage(place)
     keys = read_keys(settings.keys_file) + basic_keys(settings.api_auth.get_secret_value() if settings.api_auth else "")
@@ -164,6 +181,7 @@ async def _assemble(settings: Settings, engine: str, options: dict[str, Any]) ->
             EngineSpec(engine, options, place, environment, settings.silence_limit_s, settings.batch_wait_s),
             dispatcher,
             metrics,
+            traces,
         )
         for name, environment in (engine_environments(settings.device).items() if settings.role != "api" else ())
     ]

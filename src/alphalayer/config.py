@@ -119,6 +119,9 @@ class Settings(BaseSettings):
         Literal["debug", "info", "warning", "error"], Field(description="Least serious log lines shown.")
     ] = "info"
     log_prompts: Annotated[bool, Field(description="Write prompts into the log.")] = False
+    tracing: Annotated[
+        bool, Field(description="Send traces over OTLP; the OTEL_* variables of OpenTelemetry say where to.")
+    ] = False
     log_json: Annotated[bool, Field(description="Log one JSON object a line instead of readable text.")] = False
 
     @field_validator("port", mode="before")

@@ -48,6 +48,8 @@ class JobSpec(_Frozen):
     output: Output = Output()
     previews: bool = False
     webhook: Webhook | None = None
+    traceparent: str | None = None
+    """The request that it came with, for traces."""
 
     @property
     def pixels(self) -> int:

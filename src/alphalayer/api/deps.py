@@ -18,6 +18,7 @@ from alphalayer.jobs import Dispatcher
 from alphalayer.request import DecodeMode, NoiseSource
 from alphalayer.storage import Storage
 from alphalayer.telemetry import Metrics, log
+from alphalayer.tracing import here
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,8 @@ async def read_file(service: Service, key: str) -> bytes:
 
 async def submit_job(service: Service, spec: JobSpec, owner: str, idempotency_key: str | None = None) -> Job:
     """Queue a job and say so in the log. Raises `QueueFull`."""
-    job = await service.dispatcher.submit(spec, owner=owner, idempotency_key=idempotency_key)
+    traced = spec.model_copy(update={"traceparent": here()})
+    job = await service.dispatcher.submit(traced, owner=owner, idempotency_key=idempotency_key)
     said = {"prompt": spec.generation.prompt} if service.log_prompts else {}
     log.info("job_accepted", job=job.id, owner=owner, **said)
     return job

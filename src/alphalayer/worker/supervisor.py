@@ -14,9 +14,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from alphalayer.errors import AlphalayerError, EngineFailed
-from alphalayer.job import JobProgress, JobResult
+from alphalayer.job import Job, JobProgress, JobResult
 from alphalayer.jobs import Dispatcher
 from alphalayer.telemetry import Metrics, log
+from alphalayer.tracing import JobTrace, Traces
 from alphalayer.worker.batcher import next_batch
 from alphalayer.worker.protocol import MAX_LINE_BYTES, read_message, write_message
 
@@ -48,15 +49,25 @@ class _Batch:
     holds_the_next: bool = True
 
 
+@dataclass(frozen=True)
+class _Work:
+    """A job that is in the process."""
+
+    batch: _Batch
+    cancelling: asyncio.Task[None]
+    trace: JobTrace
+
+
 class Supervisor:
     """Keeps one engine process at work. `run` is one task of the service's event loop."""
 
-    def __init__(self, name: str, spec: EngineSpec, dispatcher: Dispatcher, metrics: Metrics):
+    def __init__(self, name: str, spec: EngineSpec, dispatcher: Dispatcher, metrics: Metrics, traces: Traces):
         self.name = name
         self._metrics = metrics
+        self._traces = traces
         self._spec = spec
         self._dispatcher = dispatcher
-        self._jobs: dict[str, tuple[_Batch, asyncio.Task[None]]] = {}
+        self._jobs: dict[str, _Work] = {}
         self._room = asyncio.Semaphore(1)
         self._batch_pixels = 0
         self._holding: str | None = None
@@ -78,7 +89,7 @@ class Supervisor:
             reason = await self._live()
             self.problem = self.problem or EngineFailed(f"{reason}.", hint="The service's log has the details.")
             for job_id in reversed(list(self._jobs)):
-                await self._settle(job_id)
+                await self._settle(job_id, reason)
                 await self._dispatcher.released(job_id, reason)
             self._room = asyncio.Semaphore(1)
             if self._draining:
@@ -152,8 +163,14 @@ class Supervisor:
             batch = _Batch(len(jobs))
             self._holding = jobs[0].spec.generation.model
             for job in jobs:
-                self._jobs[job.id] = batch, asyncio.create_task(self._cancel_when_asked(job.id))
+                self._jobs[job.id] = self._begin(job, batch)
             await self._send("run", jobs=[job.model_dump(mode="json") for job in jobs])
+
+    def _begin(self, job: Job, batch: _Batch) -> _Work:
+        named = {"job.id": job.id, "job.engine": self.name, "job.starts": job.starts + 1, "job.batch": batch.left}
+        trace = self._traces.follow(job.spec.traceparent, job.created_at, named)
+        trace.stage("sent")
+        return _Work(batch, asyncio.create_task(self._cancel_when_asked(job.id)), trace)
 
     async def _hear(self, message: dict[str, Any]) -> None:
         kind, job_id = message["kind"], message.get("id")
@@ -162,12 +179,15 @@ class Supervisor:
             log.error("engine_not_ready", engine=self.name, error=str(self.problem))
         if job_id not in self._jobs:
             return
+        work = self._jobs[job_id]
         if kind == "started":
+            work.trace.stage("start")
             await self._dispatcher.started(job_id)
         elif kind == "progress":
             progress = JobProgress.model_validate(message["progress"])
+            work.trace.stage(progress.stage)
             if progress.stage in LAST_STAGES:
-                self._make_room(self._jobs[job_id][0])
+                self._make_room(work.batch)
             await self._dispatcher.progressed(job_id, progress)
         elif kind == "done":
             self._metrics.engine_memory.labels(self.name).set(message.get("memory_bytes", 0))
@@ -177,7 +197,7 @@ class Supervisor:
 
     async def _end(self, job_id: str, outcome: JobResult | AlphalayerError) -> None:
         self._fruitless = 0
-        batch = await self._settle(job_id)
+        batch = await self._settle(job_id, outcome.message if isinstance(outcome, AlphalayerError) else None)
         await self._dispatcher.finished(job_id, outcome)
         if batch.left == 0:
             self._make_room(batch)
@@ -191,13 +211,14 @@ class Supervisor:
             self._metrics.jobs.labels(outcome.code).inc()
             log.warning("job_failed", job=job_id, engine=self.name, code=outcome.code, error=outcome.message)
 
-    async def _settle(self, job_id: str) -> _Batch:
+    async def _settle(self, job_id: str, problem: str | None) -> _Batch:
         """Forget a job that is no longer in the process; the batch that it was in."""
-        batch, task = self._jobs.pop(job_id)
-        batch.left -= 1
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
-        return batch
+        work = self._jobs.pop(job_id)
+        work.trace.end(problem)
+        work.batch.left -= 1
+        work.cancelling.cancel()
+        await asyncio.gather(work.cancelling, return_exceptions=True)
+        return work.batch
 
     def _make_room(self, batch: _Batch) -> None:
         """Let the next batch be sent, once for each."""
