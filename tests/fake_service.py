@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import uvicorn
@@ -16,12 +17,17 @@ from alphalayer.telemetry import set_up_logs
 
 
 def start(
-    folder: Path, port: int, step_s: float, queue_limit: int = 200, environment: dict[str, str] | None = None
+    folder: Path,
+    port: int,
+    step_s: float,
+    queue_limit: int = 200,
+    environment: dict[str, str] | None = None,
+    host: Sequence[str] = (),
 ) -> subprocess.Popen[bytes]:
-    """Start one."""
+    """Start one; `host` are the words that run a command on another host."""
     arguments = [str(folder), str(port), str(step_s), str(queue_limit)]
     with (folder / "service.log").open("ab") as log:
-        command = [sys.executable, "-m", "tests.fake_service", *arguments]
+        command = [*host, sys.executable, "-m", "tests.fake_service", *arguments]
         return subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, **(environment or {})})
 
 

@@ -34,7 +34,8 @@ def postgres_programs() -> Path | None:
 class Postgres:
     """A PostgreSQL server of its own in a folder of its own; it can be killed and started again."""
 
-    def __init__(self):
+    def __init__(self, listen_addresses: str = "127.0.0.1"):
+        self._listen_addresses = listen_addresses
         programs = postgres_programs()
         assert programs is not None
         self._programs = programs
@@ -46,12 +47,14 @@ class Postgres:
         if self._user:
             shutil.chown(self._folder, self._user)
         self._run("initdb", "--pgdata", str(self._data), "--username", "alphalayer", "--auth", "trust", "--no-sync")
+        with (self._data / "pg_hba.conf").open("a") as rules:
+            rules.write("host all all samenet trust\n")
         self.start()
 
     @property
     def url(self) -> str:
         """The address of its database."""
-        return self._address("postgres")
+        return self.address("postgres")
 
     @property
     def _data(self) -> Path:
@@ -59,7 +62,11 @@ class Postgres:
 
     def start(self) -> None:
         """Start it and wait until it answers."""
-        options = {"port": self._port, "listen_addresses": "127.0.0.1", "unix_socket_directories": self._folder}
+        options = {
+            "port": self._port,
+            "listen_addresses": self._listen_addresses,
+            "unix_socket_directories": self._folder,
+        }
         options |= {"fsync": "off", "max_connections": 300}
         arguments = [each for name, value in options.items() for each in ("-c", f"{name}={value}")]
         with (self._folder.parent / f"{self._folder.name}.log").open("ab") as log:
@@ -88,10 +95,11 @@ class Postgres:
         """The address of an empty database."""
         name = f"test_{time.time_ns()}"
         self._run("createdb", "--host", "127.0.0.1", "--port", str(self._port), "--username", "alphalayer", name)
-        return self._address(name)
+        return self.address(name)
 
-    def _address(self, database: str) -> str:
-        return f"postgresql://alphalayer@127.0.0.1:{self._port}/{database}"
+    def address(self, database: str, host: str = "127.0.0.1") -> str:
+        """The address of a database, as it is known to a host."""
+        return f"postgresql://alphalayer@{host}:{self._port}/{database}"
 
     def _answers(self) -> bool:
         asked = [str(self._programs / "pg_isready"), "-h", "127.0.0.1", "-p", str(self._port), "-q"]

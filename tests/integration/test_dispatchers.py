@@ -10,7 +10,7 @@ import pytest
 import pytest_asyncio
 from tests.servers import Postgres, postgres_programs
 
-from alphalayer.errors import Cancelled, EngineFailed, QueueFull
+from alphalayer.errors import Cancelled, EngineFailed, QueueFull, StorageFailed
 from alphalayer.job import ImageRef, JobProgress, JobResult, JobSpec, JobState
 from alphalayer.jobs import MAX_STARTS, Dispatcher
 from alphalayer.jobs.embedded import EmbeddedDispatcher
@@ -267,6 +267,20 @@ async def test_a_late_result_changes_nothing(postgres, monkeypatch):
     finally:
         await cut_off.close()
         await healthy.close()
+
+
+async def test_a_worker_that_is_cut_off_while_it_claims_locks_the_job_for_a_short_time_only(two, monkeypatch):
+    from alphalayer.jobs import claims, shared
+
+    monkeypatch.setattr(shared, "SILENT_S", 1)
+    cut_off, healthy = two
+    job = await cut_off.submit(spec())
+    with pytest.raises(StorageFailed):  # noqa: PT012
+        async with cut_off._transaction() as (_, queue):
+            assert await claims.claim_next(queue, cut_off._worker, None)
+            with pytest.raises(asyncio.TimeoutError):
+                await soon(healthy.take(), 0.5)
+            assert (await soon(healthy.take(), 5)).id == job.id
 
 
 async def test_a_database_that_is_away_is_waited_for(postgres):

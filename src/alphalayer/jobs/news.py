@@ -22,6 +22,8 @@ from alphalayer.telemetry import log
 TO_WORKERS, TO_PODS = "alphalayer_work", "alphalayer_news"
 """Two channels, so that progress, which is most of the news, does not go to those that only draw: every listener gets everything."""
 CHANNELS = {"all": (TO_WORKERS, TO_PODS), "api": (TO_PODS,), "worker": (TO_WORKERS,)}
+ASK_EVERY_S = 10.0
+"""How often to make sure that there is still somebody at the other end."""
 REMEMBERED = 10_000
 """Of how many jobs the last progress is kept."""
 
@@ -49,7 +51,7 @@ class News:
                 for channel in self._channels:
                     await connection.add_listener(channel, self._hear)
                 self._wake_all()
-                await lost.wait()
+                await _lose(connection, lost)
             except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError, asyncio.TimeoutError) as error:
                 log.warning("database_away", error=str(error))
             finally:
@@ -98,6 +100,15 @@ class News:
         for watchers in self._watchers.values():
             for watcher in watchers:
                 watcher.set()
+
+
+async def _lose(connection: Any, lost: asyncio.Event) -> None:
+    """Return or raise when the connection is gone: who only listens would not notice that nobody speaks any more."""
+    while not lost.is_set():
+        try:
+            await asyncio.wait_for(lost.wait(), ASK_EVERY_S)
+        except asyncio.TimeoutError:
+            await connection.execute("SELECT 1", timeout=ASK_EVERY_S)
 
 
 def _set(event: asyncio.Event, _connection: object) -> None:

@@ -21,7 +21,7 @@ import asyncpg
 from pgqueuer import Queries
 from pgqueuer.models import Job as QueueRow
 from pgqueuer.types import JobId, QueueManagerId
-from sqlalchemy import func, select, text, update
+from sqlalchemy import func, select, text, true, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from alphalayer.errors import AlphalayerError, Cancelled, QueueFull, StorageFailed
@@ -34,6 +34,8 @@ from alphalayer.telemetry import log
 LOOK_EVERY_S = 2.0
 """How often to look without any news: news may be lost while a connection is made anew."""
 PROGRESS_EVERY_S = 0.3
+SILENT_S = 15
+"""A transaction in which nothing is said for so long is ended by the server: whoever was cut off in it would keep rows locked."""
 
 
 @dataclass
@@ -285,8 +287,10 @@ class SharedDispatcher:
         """One transaction for our tables and PgQueuer's. Raises `StorageFailed`."""
         try:
             async with self._journal.engine.begin() as connection:
-                # the driver's own statements do not open a transaction, so one of ours goes first
-                await connection.execute(text("SELECT 1"))
+                # goes first: the driver's own statements, which PgQueuer uses, do not open a transaction
+                await connection.execute(
+                    select(func.set_config("idle_in_transaction_session_timeout", f"{SILENT_S}s", true()))
+                )
                 raw: Any = (await connection.get_raw_connection()).driver_connection
                 yield connection, Queries.from_asyncpg_connection(raw)
         except (*UNREACHABLE, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
@@ -342,7 +346,8 @@ class SharedDispatcher:
             return False
 
     async def _view(self, job: Job) -> JobView:
-        progress = self._news.progress_of(job.id)
+        if job.state.is_final:
+            return JobView(job)
         if job.state is JobState.QUEUED:
             older = (jobs.c.state == JobState.QUEUED.value) & (jobs.c.created_at < job.created_at)
             async with self._transaction() as (connection, _):
@@ -350,8 +355,8 @@ class SharedDispatcher:
                     await connection.execute(select(func.count()).select_from(jobs).where(older))
                 ).scalar_one() + 1
             return JobView(job, position, JobProgress(), round(position * self._usual_seconds, 1))
-        eta = None
-        if job.state is JobState.RUNNING and job.started_at and progress.steps and progress.step:
+        eta, progress = None, self._news.progress_of(job.id)
+        if job.started_at and progress.steps and progress.step:
             eta = round((time.time() - job.started_at) / progress.step * (progress.steps - progress.step), 1)
         return JobView(job, 0, progress, eta)
 
