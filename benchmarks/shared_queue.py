@@ -2,13 +2,16 @@
 
 Workers that draw at once claim jobs from a real PostgreSQL (in a folder of its own, fsync off), start and finish them. Each is a
 `SharedDispatcher` of its own, with its own connections, in one of two processes. Reported: jobs a second from the first claim to the
-last end, and how long a claim takes while jobs are waiting. Writes benchmarks/results/shared-queue-<date>.json.
+last end, how long a claim takes while jobs are waiting, and what PostgreSQL's processes alone spend on a job. Then workers that are idle
+while a job comes now and then: how long it waits, and what it costs that all of them hear of it. Writes
+benchmarks/results/shared-queue-<date>.json.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import os
 import platform
@@ -78,6 +81,88 @@ def work(url: str, workers: int) -> tuple[list[float], float, float]:
     return asyncio.run(_work(url, workers))
 
 
+class Spent:
+    """CPU seconds of PostgreSQL: all its processes, those that are over, too."""
+
+    def __init__(self, postgres: Postgres):
+        self._parent = postgres.process_id
+        self._before = self._now()
+
+    def __call__(self) -> float:
+        """Since this was made."""
+        return self._now() - self._before
+
+    def _now(self) -> float:
+        ticks = 0
+        for stat in Path("/proc").glob("[0-9]*/stat"):
+            with contextlib.suppress(OSError):
+                fields = stat.read_text().rpartition(")")[2].split()
+                if int(stat.parent.name) == self._parent:
+                    ticks += sum(map(int, fields[11:15]))
+                elif int(fields[1]) == self._parent:
+                    ticks += sum(map(int, fields[11:13]))
+        return ticks / os.sysconf("SC_CLK_TCK")
+
+
+async def _idle(url: str, workers: int, seconds: float) -> list[float]:
+    delays: list[float] = []
+
+    async def work(queue: SharedDispatcher) -> None:
+        while True:
+            job = await queue.take()
+            delays.append(time.time() - job.created_at)
+            await queue.started(job.id)
+            await queue.finished(job.id, RESULT)
+
+    queues = [await SharedDispatcher.open(url, 10, role="worker") for _ in range(workers)]
+    tasks = [asyncio.create_task(work(queue)) for queue in queues]
+    await asyncio.sleep(seconds)
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    for queue in queues:
+        await queue.close()
+    return delays
+
+
+def idle(url: str, workers: int, seconds: float) -> list[float]:
+    """So many workers in this process for so long: seconds from when a job was made to when it was taken."""
+    return asyncio.run(_idle(url, workers, seconds))
+
+
+async def now_and_then(url: str, jobs: int, every_s: float) -> None:
+    """Submit a job now and then."""
+    queue = await SharedDispatcher.open(url, jobs + 1, role="api")
+    for _ in range(jobs):
+        await queue.submit(SPEC)
+        await asyncio.sleep(every_s)
+    await queue.close()
+
+
+def herd(
+    postgres: Postgres, workers: int, jobs: int = 30, every_s: float = 0.5, settle_s: float = 15.0
+) -> dict[str, float]:
+    """Idle workers and a job now and then: how long a job waits, what it costs, and what idling costs by itself."""
+    url = postgres.fresh_database()
+    with ProcessPoolExecutor(1) as pool:
+        working = pool.submit(idle, url, workers, 2 * settle_s + jobs * every_s)
+        time.sleep(settle_s)
+        spent = Spent(postgres)
+        time.sleep(settle_s / 2)
+        idling = spent() / (settle_s / 2)
+        spent = Spent(postgres)
+        asyncio.run(now_and_then(url, jobs, every_s))
+        each = spent() / jobs - idling * every_s
+        delays = sorted(working.result())
+    return {
+        "taken": len(delays),
+        "waits_ms_median": round(delays[len(delays) // 2] * 1000, 1),
+        "waits_ms_max": round(delays[-1] * 1000, 1),
+        "postgres_cpu_ms_a_job": round(each * 1000, 1),
+        "postgres_cpu_ms_a_second_idle": round(idling * 1000, 1),
+    }
+
+
 async def news(url: str, listeners: int, count: int = 500) -> dict[str, float]:
     """One sender and so many listening connections: messages a second until everybody has all of them, and deliveries a second."""
     left = listeners * count
@@ -106,6 +191,7 @@ async def news(url: str, listeners: int, count: int = 500) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 4, 16, 64])
+    parser.add_argument("--idle", type=int, nargs="+", default=[1, 8, 64, 128])
     parser.add_argument("--jobs", type=int, default=2000)
     options = parser.parse_args()
     report: dict[str, Any] = {
@@ -118,22 +204,33 @@ def main() -> None:
     try:
         for workers in options.workers:
             url = postgres.fresh_database()
+            spent = Spent(postgres)
             submitted = asyncio.run(fill(url, options.jobs))
+            submitting_cpu, spent = spent(), Spent(postgres)
             processes = min(2, workers)
             shares = [workers // processes + (i < workers % processes) for i in range(processes)]
             with ProcessPoolExecutor(processes) as pool:
                 results = list(pool.map(work, [url] * processes, shares))
             claims = sorted(each for result in results for each in result[0])
-            spent = max(result[2] for result in results) - min(result[1] for result in results)
+            drawing_cpu = spent()
+            seconds = max(result[2] for result in results) - min(result[1] for result in results)
             report["workers"][workers] = {
                 "submitted_a_second": round(submitted, 1),
-                "finished_a_second": round(len(claims) / spent, 1),
+                "finished_a_second": round(len(claims) / seconds, 1),
                 "claim_ms": {
                     "median": round(claims[len(claims) // 2] * 1000, 1),
                     "p99": round(claims[int(len(claims) * 0.99)] * 1000, 1),
                 },
+                "postgres_cpu_ms_a_job": {
+                    "submit": round(submitting_cpu / options.jobs * 1000, 2),
+                    "claim_start_finish": round(drawing_cpu / options.jobs * 1000, 2),
+                },
             }
             print(workers, report["workers"][workers], flush=True)
+        report["idle_workers"] = {}
+        for workers in options.idle:
+            report["idle_workers"][workers] = herd(postgres, workers)
+            print("idle", workers, report["idle_workers"][workers], flush=True)
         report["news"] = {n: asyncio.run(news(postgres.url, n)) for n in (1, 10, 50, 200)}
         print(report["news"])
     finally:

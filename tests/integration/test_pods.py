@@ -1,12 +1,15 @@
-"""The short form of `tests.stress.pods`."""
+"""Many pods: the short form of `tests.stress.pods`, and the signal that they are scaled by."""
 
 from __future__ import annotations
 
 import sys
+import time
 from pathlib import Path
 
 import pytest
-from tests.servers import postgres_programs, s3_program
+from prometheus_client.parser import text_string_to_metric_families
+from tests.servers import Postgres, postgres_programs, s3_program
+from tests.serving import served, wait_until
 from tests.stress import pods
 
 
@@ -15,3 +18,29 @@ def test_pods_and_workers_die_and_no_job_is_lost(tmp_path: Path):
     result = pods.run(tmp_path, pods=2, workers=2, jobs=30, kills=4)
     assert result["faults"] == []
     assert result["done"] >= 30
+
+
+@pytest.mark.skipif(sys.platform == "win32" or not postgres_programs(), reason="needs PostgreSQL")
+def test_the_signal_for_scaling_rises_without_workers_and_falls_with_one(tmp_path: Path):
+    postgres = Postgres()
+    shared = {"database": postgres.url}
+    try:
+        with served(tmp_path / "api", role="api", **shared) as pod:
+
+            def signal(name: str) -> float:
+                said = text_string_to_metric_families(pod.get("/metrics").text)
+                return next(sample.value for family in said for sample in family.samples if sample.name == name)
+
+            assert signal("alphalayer_queue_age_seconds") == 0
+            for i in range(20):
+                pod.post("/alpha/v1/jobs", json={"prompt": str(i), "width": 64, "height": 64}).raise_for_status()
+            wait_until(lambda: signal("alphalayer_queue_length") == 20)
+            before, at = signal("alphalayer_queue_age_seconds"), time.monotonic()
+            time.sleep(4)
+            # looked up every two seconds
+            assert signal("alphalayer_queue_age_seconds") - before == pytest.approx(time.monotonic() - at, abs=2.5)
+            with served(tmp_path / "worker", role="worker", **shared):
+                wait_until(lambda: signal("alphalayer_queue_age_seconds") == 0, 30)
+                assert signal("alphalayer_queue_length") == 0
+    finally:
+        postgres.remove()
