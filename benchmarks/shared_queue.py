@@ -16,6 +16,7 @@ import json
 import os
 import platform
 import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from datetime import date
 from pathlib import Path
@@ -24,12 +25,14 @@ from typing import Any
 import asyncpg
 from tests.servers import Postgres
 
-from alphalayer.job import ImageRef, JobResult, JobSpec
+from alphalayer.job import ImageRef, JobProgress, JobResult, JobSpec
+from alphalayer.jobs import claims
 from alphalayer.jobs.shared import SharedDispatcher
 from alphalayer.request import GenerationRequest
 
 RESULTS = Path(__file__).parent / "results"
 SPEC = JobSpec(generation=GenerationRequest(prompt="x", width=64, height=64, steps=1))
+MESSAGES = 500
 RESULT = JobResult(
     images=(ImageRef(key="alpha_1.png", seed=1, subseed=1, width=64, height=64, size_bytes=1, parameters=""),),
     generation=SPEC.generation,
@@ -55,7 +58,7 @@ async def fill(url: str, jobs: int) -> float:
 
 
 async def _work(url: str, workers: int) -> tuple[list[float], float, float]:
-    claims: list[float] = []
+    waits: list[float] = []
     ends: list[float] = []
 
     async def work() -> None:
@@ -64,7 +67,7 @@ async def _work(url: str, workers: int) -> tuple[list[float], float, float]:
             while True:
                 start = time.perf_counter()
                 job = await asyncio.wait_for(queue.take(), 3.0)
-                claims.append(time.perf_counter() - start)
+                waits.append(time.perf_counter() - start)
                 await queue.started(job.id)
                 await queue.finished(job.id, RESULT)
                 ends.append(time.time())
@@ -73,7 +76,7 @@ async def _work(url: str, workers: int) -> tuple[list[float], float, float]:
 
     begun = time.time()
     await asyncio.gather(*(work() for _ in range(workers)))
-    return claims, begun, max(ends, default=begun)
+    return waits, begun, max(ends, default=begun)
 
 
 def work(url: str, workers: int) -> tuple[list[float], float, float]:
@@ -163,7 +166,35 @@ def herd(
     }
 
 
-async def news(url: str, listeners: int, count: int = 500) -> dict[str, float]:
+async def _small_things(url: str, spent: Callable[[], Callable[[], float]], count: int = 1000) -> dict[str, float]:
+    queue = await SharedDispatcher.open(url, 10, role="worker")
+    job = await queue.submit(SPEC)
+    await queue.take()
+
+    async def ask_for_nothing() -> None:
+        async with queue._transaction() as (_, rows):
+            assert await claims.claim_next(rows, queue._worker, None) is None
+
+    async def tell_progress() -> None:
+        queue._held[job.id].told_at = 0.0
+        await queue.progressed(job.id, JobProgress(stage="sample", step=1, steps=20))
+
+    costs: dict[str, float] = {}
+    for name, act in {"ask_for_nothing": ask_for_nothing, "look": queue._look, "progress": tell_progress}.items():
+        since = spent()
+        for _ in range(count):
+            await act()
+        costs[name] = round(since() / count * 1000, 2)
+    await queue.close()
+    return costs
+
+
+def small_things(postgres: Postgres) -> dict[str, float]:
+    """CPU milliseconds of PostgreSQL for what happens often: a worker that asks for nothing, a pod that looks, a message of progress."""
+    return asyncio.run(_small_things(postgres.fresh_database(), lambda: Spent(postgres)))
+
+
+async def news(url: str, listeners: int, count: int = MESSAGES) -> dict[str, float]:
     """One sender and so many listening connections: messages a second until everybody has all of them, and deliveries a second."""
     left = listeners * count
     everything = asyncio.Event()
@@ -186,6 +217,37 @@ async def news(url: str, listeners: int, count: int = 500) -> dict[str, float]:
     for connection in (*connections, sender):
         await connection.close()
     return {"messages_a_second": round(count / spent), "deliveries_a_second": round(count * listeners / spent)}
+
+
+async def commits(url: str, senders: int = 16, seconds: float = 5.0) -> dict[str, int]:
+    """Commits a second of so many connections at once, by what they commit: a commit with NOTIFY holds a lock of the whole server."""
+    kinds = {
+        "a row": ("on", "INSERT INTO written VALUES (1)"),
+        "a message": ("on", "SELECT pg_notify('news', 'x')"),
+        "a message, not waited for on the disk": ("off", "SELECT pg_notify('news', 'x')"),
+    }
+    connections = [await asyncpg.connect(url) for _ in range(senders)]
+    await connections[0].execute("CREATE TABLE written (x int)")
+    done: dict[str, int] = {}
+    for name, (synchronous, statement) in kinds.items():
+        count, end = 0, time.perf_counter() + seconds
+
+        async def send(
+            connection: Any, end: float = end, synchronous: str = synchronous, statement: str = statement
+        ) -> int:
+            sent = 0
+            while time.perf_counter() < end:
+                async with connection.transaction():
+                    await connection.execute(f"SET LOCAL synchronous_commit = {synchronous}")
+                    await connection.execute(statement)
+                sent += 1
+            return sent
+
+        count = sum(await asyncio.gather(*map(send, connections)))
+        done[name] = round(count / seconds)
+    for connection in connections:
+        await connection.close()
+    return done
 
 
 def main() -> None:
@@ -211,15 +273,15 @@ def main() -> None:
             shares = [workers // processes + (i < workers % processes) for i in range(processes)]
             with ProcessPoolExecutor(processes) as pool:
                 results = list(pool.map(work, [url] * processes, shares))
-            claims = sorted(each for result in results for each in result[0])
+            waits = sorted(each for result in results for each in result[0])
             drawing_cpu = spent()
             seconds = max(result[2] for result in results) - min(result[1] for result in results)
             report["workers"][workers] = {
                 "submitted_a_second": round(submitted, 1),
-                "finished_a_second": round(len(claims) / seconds, 1),
+                "finished_a_second": round(len(waits) / seconds, 1),
                 "claim_ms": {
-                    "median": round(claims[len(claims) // 2] * 1000, 1),
-                    "p99": round(claims[int(len(claims) * 0.99)] * 1000, 1),
+                    "median": round(waits[len(waits) // 2] * 1000, 1),
+                    "p99": round(waits[int(len(waits) * 0.99)] * 1000, 1),
                 },
                 "postgres_cpu_ms_a_job": {
                     "submit": round(submitting_cpu / options.jobs * 1000, 2),
@@ -227,14 +289,26 @@ def main() -> None:
                 },
             }
             print(workers, report["workers"][workers], flush=True)
+        report["postgres_cpu_ms"] = small_things(postgres)
+        print(report["postgres_cpu_ms"], flush=True)
         report["idle_workers"] = {}
         for workers in options.idle:
             report["idle_workers"][workers] = herd(postgres, workers)
             print("idle", workers, report["idle_workers"][workers], flush=True)
-        report["news"] = {n: asyncio.run(news(postgres.url, n)) for n in (1, 10, 50, 200)}
+        report["news"] = {}
+        for listeners in (1, 10, 50, 200):
+            since = Spent(postgres)
+            report["news"][listeners] = asyncio.run(news(postgres.url, listeners))
+        report["delivery_cpu_ms"] = round(since() / (listeners * MESSAGES) * 1000, 4)
         print(report["news"])
     finally:
         postgres.remove()
+    durable = Postgres(fsync=True)
+    try:
+        report["commits_a_second_with_fsync"] = asyncio.run(commits(durable.url))
+        print(report["commits_a_second_with_fsync"])
+    finally:
+        durable.remove()
     (RESULTS / f"shared-queue-{date.today()}.json").write_text(json.dumps(report, indent=1) + "\n")
 
 

@@ -34,8 +34,9 @@ def postgres_programs() -> Path | None:
 class Postgres:
     """A PostgreSQL server of its own in a folder of its own; it can be killed and started again."""
 
-    def __init__(self, listen_addresses: str = "127.0.0.1"):
+    def __init__(self, listen_addresses: str = "127.0.0.1", *, fsync: bool = False):
         self._listen_addresses = listen_addresses
+        self._fsync = "on" if fsync else "off"
         programs = postgres_programs()
         assert programs is not None
         self._programs = programs
@@ -73,7 +74,7 @@ class Postgres:
             "listen_addresses": self._listen_addresses,
             "unix_socket_directories": self._folder,
         }
-        options |= {"fsync": "off", "max_connections": 300}
+        options |= {"fsync": self._fsync, "max_connections": 300}
         arguments = [each for name, value in options.items() for each in ("-c", f"{name}={value}")]
         with (self._folder.parent / f"{self._folder.name}.log").open("ab") as log:
             self._process = subprocess.Popen(

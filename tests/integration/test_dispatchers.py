@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 
 import pytest
@@ -239,6 +240,49 @@ async def test_a_worker_takes_what_it_has_loaded_unless_another_job_waits_too_lo
     other, mine = await asking.submit(spec(model="other")), await asking.submit(spec(model="mine"))
     await asyncio.sleep(0.4)
     assert (await soon(drawing.take("mine"))).id == other.id
+
+
+async def test_of_many_idle_workers_a_few_ask_for_a_job(postgres, monkeypatch):
+    from alphalayer.jobs import claims
+    from alphalayer.jobs.shared import SharedDispatcher
+
+    asked = 0
+    claim_next = claims.claim_next
+
+    async def counted(*arguments):
+        nonlocal asked
+        asked += 1
+        return await claim_next(*arguments)
+
+    monkeypatch.setattr(claims, "claim_next", counted)
+    url, workers, count = postgres.fresh_database(), 24, 60
+    delays: list[float] = []
+
+    async def draw(worker: SharedDispatcher) -> None:
+        while True:
+            job = await worker.take()
+            delays.append(time.time() - job.created_at)
+            await worker.started(job.id)
+            await worker.finished(job.id, result_of(job.spec))
+
+    async with contextlib.AsyncExitStack() as stack:
+        pods = [await SharedDispatcher.open(url, 100, role="worker") for _ in range(workers)]
+        for pod in pods:
+            stack.push_async_callback(pod.close)
+        drawing = [asyncio.create_task(draw(pod)) for pod in pods]
+        for i in range(count):
+            if i == count // 2:
+                asked = 0
+            await pods[0].submit(spec(str(i)))
+            await asyncio.sleep(0.1)
+        await asyncio.sleep(3)
+        for task in drawing:
+            task.cancel()
+        await asyncio.gather(*drawing, return_exceptions=True)
+    assert len(delays) == count
+    # each of them would ask for each job; drawing one asks again afterwards, too
+    assert asked < workers * count / 2 / 2
+    assert sorted(delays)[count // 2] < 0.1
 
 
 async def test_a_late_result_changes_nothing(postgres, monkeypatch):

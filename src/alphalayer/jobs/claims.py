@@ -14,6 +14,7 @@ from alphalayer.job import Job
 
 CLAIM_S = 15.0
 """A claim without heartbeat for so long is another's to take."""
+LEAST_EAGER = 0.002
 PATIENCE_S = 10.0
 """A job that has waited so long goes first, whatever model the worker holds."""
 
@@ -46,6 +47,26 @@ async def claim(queue: Queries, worker: QueueManagerId, entrypoints: list[str]) 
     wanted = {QueueEntrypoint(each): EntrypointExecutionParameter(0) for each in entrypoints}
     rows = await queue.dequeue(1, wanted, worker, None, timedelta(seconds=CLAIM_S))
     return rows[0] if rows else None
+
+
+class Eagerness:
+    """Which part of the news of jobs an idle worker answers.
+
+    All idle workers hear of a job, and one will have it; the rest would ask the database for nothing. So each answer lowers the part and
+    each claim raises it, until some four of however many answer. Where nobody did, one that looks by itself finds the job: the less eager
+    they are, the more they are.
+    """
+
+    def __init__(self) -> None:
+        self.part = 1.0
+
+    def answered(self) -> None:
+        """The worker goes to see whether it gets the job."""
+        self.part = max(LEAST_EAGER, self.part * 0.85)
+
+    def claimed(self) -> None:
+        """It got one."""
+        self.part = min(1.0, self.part * 2)
 
 
 def _model_key(model: str | None) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import random
 from collections.abc import Callable, Generator
 from functools import partial
 from typing import Any
@@ -58,6 +59,19 @@ class News:
                 if connection and not connection.is_closed():
                     connection.terminate()
             await asyncio.sleep(1.0)
+
+    async def of_jobs(self, part: float, longest_s: float) -> bool:
+        """Wait for news of a job, of which only a part is heeded, or for so long; whether there were news."""
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + longest_s
+        while True:
+            try:
+                await asyncio.wait_for(self.queued.wait(), deadline - loop.time())
+            except asyncio.TimeoutError:
+                return False
+            if random.random() < part:
+                return True
+            self.queued.clear()
 
     async def tell(self, connection: AsyncConnection, kind: str, job_id: str = "", **more: Any) -> None:
         """Tell everybody, once the transaction of this connection is committed: "queued", "cancel", "changed" or "progress"."""

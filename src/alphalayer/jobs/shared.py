@@ -33,6 +33,8 @@ from alphalayer.telemetry import log
 
 LOOK_EVERY_S = 2.0
 """How often to look without any news: news may be lost while a connection is made anew."""
+LOOK_AT_LEAST_EVERY_S = 20.0
+"""The same for one of many workers that wait."""
 PROGRESS_EVERY_S = 0.3
 SILENT_S = 15
 """A transaction in which nothing is said for so long is ended by the server: whoever was cut off in it would keep rows locked."""
@@ -58,6 +60,7 @@ class SharedDispatcher:
         self._queue_limit = queue_limit
         self._queue_shares = queue_shares
         self._worker = QueueManagerId(uuid.uuid4())
+        self._eagerness = claims.Eagerness()
         self._held: dict[str, _Held] = {}
         self._usual_seconds = USUAL_SECONDS
         self._tasks: list[asyncio.Task[None]] = []
@@ -170,12 +173,14 @@ class SharedDispatcher:
             with contextlib.suppress(StorageFailed):
                 async with self._transaction() as (_, queue):
                     claimed = await claims.claim_next(queue, self._worker, holding)
-                if claimed and (job := await self._hold(claimed)):
-                    return job
                 if claimed:
+                    self._eagerness.claimed()
+                    if job := await self._hold(claimed):
+                        return job
                     continue
-            with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(self._news.queued.wait(), LOOK_EVERY_S)
+            part = self._eagerness.part
+            if await self._news.of_jobs(part, min(LOOK_EVERY_S / part, LOOK_AT_LEAST_EVERY_S)):
+                self._eagerness.answered()
 
     async def take_like(self, job: Job, pixels: int) -> Job | None:
         """The oldest waiting job that fits to `job`; see the protocol. Jobs of one key have one size here."""
