@@ -143,20 +143,21 @@ async def now_and_then(url: str, jobs: int, every_s: float) -> None:
 
 
 def herd(
-    postgres: Postgres, workers: int, jobs: int = 30, every_s: float = 0.5, settle_s: float = 15.0
+    postgres: Postgres, workers: int, jobs: int = 30, every_s: float = 0.4, settle_s: float = 8.0
 ) -> dict[str, float]:
     """Idle workers and a job now and then: how long a job waits, what it costs, and what idling costs by itself."""
     url = postgres.fresh_database()
     with ProcessPoolExecutor(1) as pool:
-        working = pool.submit(idle, url, workers, 2 * settle_s + jobs * every_s)
+        working = pool.submit(idle, url, workers, 2.5 * settle_s + 2 * jobs * every_s)
         time.sleep(settle_s)
+        asyncio.run(now_and_then(url, jobs, every_s))
         spent = Spent(postgres)
         time.sleep(settle_s / 2)
         idling = spent() / (settle_s / 2)
         spent = Spent(postgres)
         asyncio.run(now_and_then(url, jobs, every_s))
         each = spent() / jobs - idling * every_s
-        delays = sorted(working.result())
+        delays = sorted(working.result()[jobs:])
     return {
         "taken": len(delays),
         "waits_ms_median": round(delays[len(delays) // 2] * 1000, 1),
@@ -253,7 +254,7 @@ async def commits(url: str, senders: int = 16, seconds: float = 5.0) -> dict[str
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 4, 16, 64])
-    parser.add_argument("--idle", type=int, nargs="+", default=[1, 8, 64, 128])
+    parser.add_argument("--idle", type=int, nargs="+", default=[1, 8, 64])
     parser.add_argument("--jobs", type=int, default=2000)
     options = parser.parse_args()
     report: dict[str, Any] = {

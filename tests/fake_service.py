@@ -1,5 +1,5 @@
 """A service with the fake engine as a process of its own, for tests that kill it:
-`python -m tests.fake_service FOLDER PORT STEP_S [QUEUE_LIMIT]`."""
+`python -m tests.fake_service FOLDER PORT STEP_S [QUEUE_LIMIT]`. With REAL_ENGINE=1 in the environment it draws with the embedded model."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import uvicorn
 from alphalayer.app import create_app
 from alphalayer.config import Settings
 from alphalayer.telemetry import set_up_logs
+from tests.serving import FAKE
 
 
 def start(
@@ -42,7 +43,8 @@ def main() -> None:
         queue_limit=int(sys.argv[4]) if len(sys.argv) > 4 else 200,
     )
     set_up_logs(settings.log_level, settings.log_json)
-    app = create_app(settings, engine="alphalayer.engine.fake:create_engine", engine_options={"step_s": step_s})
+    fake = {"engine": FAKE, "engine_options": {"step_s": step_s}}
+    app = create_app(settings, **({} if os.environ.get("REAL_ENGINE") else fake))
     uvicorn.run(app, port=port, log_config=None, proxy_headers=False)
 
 

@@ -1,5 +1,6 @@
 """Pods and workers that share PostgreSQL and S3 are killed while clients ask for pictures, and PostgreSQL restarts once; then counts:
-every accepted job has ended once, and every pod gives every picture. `python -m tests.stress.pods --jobs 2000 --kills 60`; Linux."""
+every accepted job has ended once, and every pod gives every picture. Linux:
+`python -m tests.stress.pods --jobs 2000 --kills 60 --real 1`."""
 
 from __future__ import annotations
 
@@ -60,8 +61,13 @@ class Node:
             return False
 
 
-def run(folder: Path, *, pods: int, workers: int, jobs: int, kills: int, seed: int = 0) -> dict[str, Any]:
-    """Kill at random until so many jobs are accepted and so many kills done; what `Crowd.count` says."""
+def run(
+    folder: Path, *, pods: int, workers: int, jobs: int, kills: int, seed: int = 0, real: int = 0
+) -> dict[str, Any]:
+    """Kill at random until so many jobs are accepted and so many kills done; what `Crowd.count` says.
+
+    So many of the workers as `real` says draw with the embedded model.
+    """
     rng = random.Random(seed)
     with ExitStack() as stack:
         postgres = Postgres()
@@ -70,7 +76,11 @@ def run(folder: Path, *, pods: int, workers: int, jobs: int, kills: int, seed: i
         bucket = stack.enter_context(s3_server(folder / "s3"))
         environment = {**bucket, "ALPHALAYER_DATABASE": postgres.url, "ALPHALAYER_STORAGE": "s3://pictures/drawn"}
         roles = ["api"] * pods + ["worker"] * workers
-        nodes = [Node(folder / f"{role}{i}", role, environment) for i, role in enumerate(roles)]
+        first_real = len(roles) - real
+        nodes = [
+            Node(folder / f"{role}{i}", role, environment | ({"REAL_ENGINE": "1"} if i >= first_real else {}))
+            for i, role in enumerate(roles)
+        ]
         for node in nodes:
             stack.callback(node.stop)
         wait_until(lambda: all(node.answers() for node in nodes), 120)
@@ -96,6 +106,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=4)
     parser.add_argument("--jobs", type=int, default=2000)
     parser.add_argument("--kills", type=int, default=60)
+    parser.add_argument("--real", type=int, default=0, help="workers that draw with the embedded model")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

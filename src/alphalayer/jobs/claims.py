@@ -62,11 +62,11 @@ class Eagerness:
 
     def answered(self) -> None:
         """The worker goes to see whether it gets the job."""
-        self.part = max(LEAST_EAGER, self.part * 0.85)
+        self.part = max(LEAST_EAGER, self.part * 0.7)
 
     def claimed(self) -> None:
         """It got one."""
-        self.part = min(1.0, self.part * 2)
+        self.part = min(1.0, self.part * 4)
 
 
 def _model_key(model: str | None) -> str:
