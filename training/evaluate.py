@@ -22,7 +22,7 @@ from alphalayer.engine.pipeline import LocalEngine
 from training import captions, contact_sheet, pictures
 from training.autoencoder import load_trained
 from training.data import CACHE, EVALUATION_SETS, TRAINING_SETS, load, read_concepts
-from training.latents import dominant_hue, nearest_color
+from training.latents import SUBJECTS, dominant_hue, nearest_color
 from training.text import paraphrases
 
 CHECKPOINT = CACHE / "classifier.pt"
@@ -153,14 +153,14 @@ def ceiling(model: Classifier, count: int = 200) -> dict[str, dict[str, float]]:
 
 
 def color_pairs(engine: LocalEngine, count: int = 50) -> dict[str, float]:
-    """Held-out (colour, concept) pairs, the concept's own colour not among them: how often the dominant hue is nearest to the word."""
-    concepts = read_concepts()
+    """(colour, concept) pairs that no training picture shows and that are not its own: how often the main hue is nearest to the word."""
     recolorable = _recolorable_labels()
+    shown = {(each["concept"], each["color"]) for each in json.loads(SUBJECTS.read_text())["subjects"]}
     pairs = [
         (color, concept)
-        for concept in concepts
+        for number, concept in enumerate(read_concepts())
         for color in captions.HUES
-        if concept.label in recolorable and captions.is_held_out(color, concept) and recolorable[concept.label] != color
+        if recolorable.get(concept.label, color) != color and (number, color) not in shown
     ]
     random.Random(0).shuffle(pairs)
     right = 0
