@@ -29,8 +29,6 @@ PROGRESS_A_SECOND, LOOKS_A_SECOND = 1 / 0.3, 1 / 2
 JOBS_A_POD = 100
 """Jobs a second that an API pod is given to do."""
 CONNECTIONS_A_MACHINE, CONNECTIONS_A_POD = 3, 6
-DEAD_ROWS_A_JOB = 6
-"""Row versions that a job leaves behind: in the queue the claim and the removal, in `jobs` three changes, one heartbeat."""
 HOPELESS = 50_000
 """A run ends when so much waits for PostgreSQL: it will not catch up."""
 
@@ -47,14 +45,14 @@ class Costs:
     delivery: float
 
 
-def measured_costs() -> tuple[Costs, int]:
-    """From the newest measurement; and how many messages a second the server there took at most."""
+def measured_costs() -> tuple[Costs, dict[str, Any]]:
+    """From the newest measurement; and that whole."""
     found = json.loads(max(RESULTS.glob("shared-queue-*.json")).read_text())
     jobs, small = found["workers"]["4"]["postgres_cpu_ms_a_job"], found["postgres_cpu_ms"]
     milliseconds = {"submit": jobs["submit"], "draw": jobs["claim_start_finish"], **small}
     milliseconds["delivery"] = found["delivery_cpu_ms"]
     costs = Costs(**{name: value / 1000 for name, value in milliseconds.items()})
-    return costs, found["commits_a_second_with_fsync"]["a message"]
+    return costs, found
 
 
 @dataclass
@@ -156,7 +154,6 @@ def simulate(
         "connections": machines * CONNECTIONS_A_MACHINE + pods * CONNECTIONS_A_POD,
         "messages_a_second": round(database.messages / env.now),
         "deliveries_a_second": round(database.messages / env.now * pods),
-        "dead_rows_a_second": round(jobs_a_second * DEAD_ROWS_A_JOB),
     }
 
 
@@ -166,13 +163,15 @@ def main() -> None:
     parser.add_argument("--cores", type=int, default=16, help="of PostgreSQL's machine")
     parser.add_argument("--seconds", type=float, default=2.8, help="a picture takes")
     options = parser.parse_args()
-    costs, messages = measured_costs()
+    costs, measured = measured_costs()
     report: dict[str, Any] = {"command": "python -m benchmarks.scaling", **vars(options), "costs_s": vars(costs)}
-    report["messages_a_second_that_one_server_took"] = messages
+    report["messages_a_second_that_one_server_took"] = measured["commits_a_second_with_fsync"]["a message"]
+    dead_rows = sum(each["dead_rows"] for each in measured["a_job_leaves"].values())
     for name, all_answer in (("some answer", False), ("all answer", True)):
         report[name] = {}
         for gpus in options.gpus:
-            report[name][gpus] = simulate(gpus, options.cores, options.seconds, costs, all_answer=all_answer)
+            found = simulate(gpus, options.cores, options.seconds, costs, all_answer=all_answer)
+            report[name][gpus] = {**found, "dead_rows_a_second": round(found["jobs_a_second"] * dead_rows)}
             print(name, gpus, report[name][gpus], flush=True)
     (RESULTS / f"scaling-{date.today()}.json").write_text(json.dumps(report, indent=1) + "\n")
 

@@ -167,6 +167,21 @@ def herd(
     }
 
 
+async def footprint(url: str, jobs: int) -> dict[str, dict[str, float]]:
+    """What a job that is over leaves in each table: row versions that are dead until autovacuum comes, and bytes on disk, indexes included."""
+    await asyncio.sleep(2.0)  # statistics arrive with a delay
+    connection = await asyncpg.connect(url)
+    rows = await connection.fetch(
+        "SELECT relname, n_tup_upd + n_tup_del AS dead, pg_total_relation_size(relid) AS bytes FROM pg_stat_user_tables"
+    )
+    await connection.close()
+    return {
+        row["relname"]: {"dead_rows": round(row["dead"] / jobs, 2), "bytes": round(row["bytes"] / jobs)}
+        for row in rows
+        if row["dead"] or row["bytes"] > 50 * jobs
+    }
+
+
 async def _small_things(url: str, spent: Callable[[], Callable[[], float]], count: int = 1000) -> dict[str, float]:
     queue = await SharedDispatcher.open(url, 10, role="worker")
     job = await queue.submit(SPEC)
@@ -290,6 +305,8 @@ def main() -> None:
                 },
             }
             print(workers, report["workers"][workers], flush=True)
+        report["a_job_leaves"] = asyncio.run(footprint(url, options.jobs))
+        print(report["a_job_leaves"], flush=True)
         report["postgres_cpu_ms"] = small_things(postgres)
         print(report["postgres_cpu_ms"], flush=True)
         report["idle_workers"] = {}
