@@ -168,7 +168,7 @@ def herd(
 
 
 async def footprint(url: str, jobs: int) -> dict[str, dict[str, float]]:
-    """What a job that is over leaves in each table: row versions that are dead until autovacuum comes, and bytes on disk, indexes included."""
+    """What a job that is over leaves in each table: rows that are dead until autovacuum comes, and bytes on disk, indexes included."""
     await asyncio.sleep(2.0)  # statistics arrive with a delay
     connection = await asyncpg.connect(url)
     rows = await connection.fetch(
