@@ -25,7 +25,7 @@ USE = 0.85
 GPUS_A_MACHINE = 8
 ANSWERS = 4
 """Idle workers that ask for a job when they hear of one."""
-PROGRESS_A_SECOND, LOOKS_A_SECOND = 1 / 0.3, 1 / 2
+PROGRESS_A_SECOND, LOOKS_A_SECOND, ASKS_A_SECOND = 1 / 0.3, 1 / 2, 1.0
 JOBS_A_POD = 100
 """Jobs a second that an API pod is given to do."""
 CONNECTIONS_A_MACHINE, CONNECTIONS_A_POD = 3, 6
@@ -141,6 +141,7 @@ def simulate(
 
     env.process(repeat(jobs_a_second, fleet.submit))
     env.process(repeat((machines + pods) * LOOKS_A_SECOND, lambda: database.do(costs.look)))
+    env.process(repeat((1 - USE) * gpus * ASKS_A_SECOND, lambda: database.do(costs.ask_for_nothing)))
     while env.peek() < duration_s and len(database.cores.queue) < HOPELESS:
         env.step()
     delays = sorted(fleet.delays)

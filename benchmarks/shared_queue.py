@@ -195,8 +195,12 @@ async def _small_things(url: str, spent: Callable[[], Callable[[], float]], coun
         queue._held[job.id].told_at = 0.0
         await queue.progressed(job.id, JobProgress(stage="sample", step=1, steps=20))
 
+    async def look() -> None:
+        async with queue._transaction() as (connection, _):
+            await queue._room.look(connection)
+
     costs: dict[str, float] = {}
-    for name, act in {"ask_for_nothing": ask_for_nothing, "look": queue._look, "progress": tell_progress}.items():
+    for name, act in {"ask_for_nothing": ask_for_nothing, "look": look, "progress": tell_progress}.items():
         since = spent()
         for _ in range(count):
             await act()

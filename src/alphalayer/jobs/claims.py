@@ -53,8 +53,7 @@ class Eagerness:
     """Which part of the news of jobs an idle worker answers.
 
     All idle workers hear of a job, and one will have it; the rest would ask the database for nothing. So each answer lowers the part and
-    each claim raises it, until some four of however many answer. Where nobody did, one that looks by itself finds the job: the less eager
-    they are, the more they are.
+    each claim raises it, until some four of however many answer. Where nobody did, the job waits for one that asks by itself.
     """
 
     def __init__(self) -> None:

@@ -24,17 +24,18 @@ from pgqueuer.types import JobId, QueueManagerId
 from sqlalchemy import func, select, text, true, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from alphalayer.errors import AlphalayerError, Cancelled, QueueFull, StorageFailed
+from alphalayer.errors import AlphalayerError, Cancelled, StorageFailed
 from alphalayer.job import Job, JobProgress, JobResult, JobSpec, JobState
-from alphalayer.jobs import MAX_STARTS, USUAL_SECONDS, JobView, claims, gave_up
+from alphalayer.jobs import MAX_STARTS, JobView, claims, gave_up
 from alphalayer.jobs.journal import ADD, OPEN, UNREACHABLE, Journal, job_of, jobs, row_of
 from alphalayer.jobs.news import News
+from alphalayer.jobs.room import Room
 from alphalayer.telemetry import log
 
 LOOK_EVERY_S = 2.0
 """How often to look without any news: news may be lost while a connection is made anew."""
-LOOK_AT_LEAST_EVERY_S = 20.0
-"""The same for one of many workers that wait."""
+ASK_EVERY_S = 1.0
+"""How often an idle worker asks for a job without any news: the longest that a job waits because nobody was eager."""
 PROGRESS_EVERY_S = 0.3
 SILENT_S = 15
 """A transaction in which nothing is said for so long is ended by the server: whoever was cut off in it would keep rows locked."""
@@ -57,16 +58,12 @@ class SharedDispatcher:
     def __init__(self, journal: Journal, url: str, queue_limit: int, queue_shares: Mapping[str, float], role: str):
         self._journal = journal
         self._news = News(url, role, self._asked_to_cancel)
-        self._queue_limit = queue_limit
-        self._queue_shares = queue_shares
+        self._room = Room(queue_limit, queue_shares)
         self._worker = QueueManagerId(uuid.uuid4())
         self._eagerness = claims.Eagerness()
         self._held: dict[str, _Held] = {}
-        self._usual_seconds = USUAL_SECONDS
         self._tasks: list[asyncio.Task[None]] = []
         self.is_reachable = True
-        self.queue_length = 0
-        self.oldest_waiting_s = 0.0
 
     @classmethod
     async def open(
@@ -75,7 +72,8 @@ class SharedDispatcher:
         """Connect and bring both schemas up to date. `role` says whose news are heard: "api", "worker" or "all". Raises `SetupFailed`."""
         dispatcher = cls(await Journal.open(url), url, queue_limit, queue_shares or {}, role)
         await dispatcher._install_queue()
-        await dispatcher._look()
+        async with dispatcher._transaction() as (connection, _):
+            await dispatcher._room.look(connection)
         dispatcher._tasks = [
             asyncio.create_task(each)
             for each in (dispatcher._news.run(), dispatcher._beat(), dispatcher._keep_looking())
@@ -95,7 +93,7 @@ class SharedDispatcher:
         """Accept a job; see the protocol. Pods that count at the same moment may pass the limit by as many as they are."""
         job = Job.new(spec, owner, idempotency_key)
         async with self._transaction() as (connection, queue):
-            await self._check_room(connection, owner)
+            await self._room.check(connection, owner)
             [row_id] = await queue.enqueue(claims.entrypoint_of(job), job.id.encode())
             added = await connection.execute(ADD["postgresql"], {**row_of(job), "queue_id": row_id})
             if added.rowcount:
@@ -160,9 +158,19 @@ class SharedDispatcher:
                     await asyncio.wait_for(changed.wait(), LOOK_EVERY_S)
 
     @property
+    def queue_length(self) -> int:
+        """Jobs that wait, anywhere; a few seconds old."""
+        return self._room.queue_length
+
+    @property
+    def oldest_waiting_s(self) -> float:
+        """Seconds that the oldest of them has waited."""
+        return self._room.oldest_waiting_s
+
+    @property
     def retry_after_s(self) -> int:
         """When a client that found no room may try again, in seconds."""
-        return max(1, round(self._usual_seconds))
+        return self._room.retry_after_s
 
     # --- for supervisors
 
@@ -178,8 +186,7 @@ class SharedDispatcher:
                     if job := await self._hold(claimed):
                         return job
                     continue
-            part = self._eagerness.part
-            if await self._news.of_jobs(part, min(LOOK_EVERY_S / part, LOOK_AT_LEAST_EVERY_S)):
+            if await self._news.of_jobs(self._eagerness.part, ASK_EVERY_S):
                 self._eagerness.answered()
 
     async def take_like(self, job: Job, pixels: int) -> Job | None:
@@ -307,20 +314,6 @@ class SharedDispatcher:
             if not await queue.schema_is_installed():
                 await queue.install()
 
-    async def _check_room(self, connection: AsyncConnection, owner: str) -> None:
-        waiting = select(func.count()).select_from(jobs).where(jobs.c.state == JobState.QUEUED.value)
-        count = (await connection.execute(waiting)).scalar_one()
-        hint = f"Try again in {self.retry_after_s} seconds."
-        if count >= self._queue_limit:
-            raise QueueFull(f"{count} jobs are waiting, and there is room for {self._queue_limit}.", hint=hint)
-        share = self._queue_shares.get(owner, 1.0)
-        if share < 1.0:
-            theirs = (await connection.execute(waiting.where(jobs.c.owner == owner))).scalar_one()
-            if theirs >= max(1, int(share * self._queue_limit)):
-                raise QueueFull(
-                    f'"{owner}" has {theirs} jobs waiting and may have {share:.0%} of the queue.', hint=hint
-                )
-
     async def _hold(self, row: QueueRow) -> Job | None:
         """The job of a claimed row; None where it is over, or given up now."""
         job = await self._journal.get((row.payload or b"").decode())
@@ -359,7 +352,7 @@ class SharedDispatcher:
                 position = (
                     await connection.execute(select(func.count()).select_from(jobs).where(older))
                 ).scalar_one() + 1
-            return JobView(job, position, JobProgress(), round(position * self._usual_seconds, 1))
+            return JobView(job, position, JobProgress(), round(position * self._room.usual_s, 1))
         eta, progress = None, self._news.progress_of(job.id)
         if job.started_at and progress.steps and progress.step:
             eta = round((time.time() - job.started_at) / progress.step * (progress.steps - progress.step), 1)
@@ -383,26 +376,8 @@ class SharedDispatcher:
         while True:
             await asyncio.sleep(LOOK_EVERY_S)
             try:
-                await self._look()
+                async with self._transaction() as (connection, _):
+                    await self._room.look(connection)
                 self.is_reachable = True
             except StorageFailed:
                 self.is_reachable = False
-
-    async def _look(self) -> None:
-        """The figures of the whole queue, and what a job took lately."""
-        waiting = jobs.c.state == JobState.QUEUED.value
-        recent = (
-            select((jobs.c.finished_at - jobs.c.started_at).label("seconds"))
-            .where(jobs.c.state == JobState.DONE.value)
-            .order_by(jobs.c.created_at.desc())
-            .limit(20)
-            .subquery()
-        )
-        async with self._transaction() as (connection, _):
-            count, oldest = (
-                await connection.execute(select(func.count(), func.min(jobs.c.created_at)).where(waiting))
-            ).one()
-            seconds = (await connection.execute(select(func.avg(recent.c.seconds)))).scalar()
-        self.queue_length = count
-        self.oldest_waiting_s = time.time() - oldest if oldest else 0.0
-        self._usual_seconds = float(seconds) if seconds is not None else USUAL_SECONDS

@@ -1,0 +1,64 @@
+"""How full the shared queue is: how many jobs wait and for how long, what one takes lately, and whether there is room for one more."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+
+from sqlalchemy import func, select
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from alphalayer.errors import QueueFull
+from alphalayer.job import JobState
+from alphalayer.jobs import USUAL_SECONDS
+from alphalayer.jobs.journal import jobs
+
+_WAITING = jobs.c.state == JobState.QUEUED.value
+_COUNT = select(func.count()).select_from(jobs).where(_WAITING)
+_LATELY = (
+    select((jobs.c.finished_at - jobs.c.started_at).label("seconds"))
+    .where(jobs.c.state == JobState.DONE.value)
+    .order_by(jobs.c.created_at.desc())
+    .limit(20)
+    .subquery()
+)
+
+
+class Room:
+    """The figures of the whole queue, as they were when somebody looked last, and its limits."""
+
+    def __init__(self, limit: int, shares: Mapping[str, float]):
+        self._limit = limit
+        self._shares = shares
+        self.queue_length = 0
+        self.oldest_waiting_s = 0.0
+        self.usual_s = USUAL_SECONDS
+        """What a job took lately."""
+
+    @property
+    def retry_after_s(self) -> int:
+        """When a client that found no room may try again, in seconds."""
+        return max(1, round(self.usual_s))
+
+    async def look(self, connection: AsyncConnection) -> None:
+        """Bring the figures up to date."""
+        oldest = select(func.count(), func.min(jobs.c.created_at)).where(_WAITING)
+        count, since = (await connection.execute(oldest)).one()
+        seconds = (await connection.execute(select(func.avg(_LATELY.c.seconds)))).scalar()
+        self.queue_length = count
+        self.oldest_waiting_s = time.time() - since if since else 0.0
+        self.usual_s = float(seconds) if seconds is not None else USUAL_SECONDS
+
+    async def check(self, connection: AsyncConnection, owner: str) -> None:
+        """Raises `QueueFull` where the queue, or the owner's share of it, has no room for one more."""
+        count = (await connection.execute(_COUNT)).scalar_one()
+        hint = f"Try again in {self.retry_after_s} seconds."
+        if count >= self._limit:
+            raise QueueFull(f"{count} jobs are waiting, and there is room for {self._limit}.", hint=hint)
+        share = self._shares.get(owner, 1.0)
+        if share < 1.0:
+            theirs = (await connection.execute(_COUNT.where(jobs.c.owner == owner))).scalar_one()
+            if theirs >= max(1, int(share * self._limit)):
+                raise QueueFull(
+                    f'"{owner}" has {theirs} jobs waiting and may have {share:.0%} of the queue.', hint=hint
+                )
