@@ -77,7 +77,7 @@ def train(count: int, steps: int, learning_rate: float = 3e-4) -> None:
         # the border is a hundredth of the picture and empty in all of them
         rim = torch.cat([alpha[..., :4, :], alpha[..., -4:, :]], -2).abs().mean()
         rim = rim + torch.cat([alpha[..., :4], alpha[..., -4:]], -1).abs().mean()
-        loss = loss + 0.5 * rim * (true_alpha[..., :4, :].max() == 0)
+        loss = loss + 1.5 * rim * (true_alpha[..., :4, :].max() == 0)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(decoder.parameters(), 1.0)
@@ -93,7 +93,7 @@ def train(count: int, steps: int, learning_rate: float = 3e-4) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--pictures", type=int, default=200)
-    parser.add_argument("--steps", type=int, default=350)
+    parser.add_argument("--pictures", type=int, default=280)
+    parser.add_argument("--steps", type=int, default=450)
     options = parser.parse_args()
     train(options.pictures, options.steps)
