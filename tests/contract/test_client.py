@@ -28,7 +28,7 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         yield str(service.base_url)
 
 
-def test_generate_brings_the_files_and_tells_every_step(address: str):
+def test_generate_brings_the_files_and_tells_how_far_it_is(address: str):
     changes: list[JobStatus] = []
     with Client(address) as client:
         pictures = client.generate("an apple", seed=7, batch_size=2, on_change=changes.append, **SMALL)
@@ -36,7 +36,10 @@ def test_generate_brings_the_files_and_tells_every_step(address: str):
     rgba, parameters = images.decode(pictures[1])
     assert rgba.shape == (64, 64, 4)
     assert "Seed: 8" in (parameters or "")
-    assert {each.step for each in changes} >= {1, 3, 5}
+    # steps that follow each other closely may be told as one
+    steps = [each.step for each in changes if each.state == "running"]
+    assert steps == sorted(steps)
+    assert len(set(steps)) > 1
     assert changes[-1].state == "done"
     assert [each.seed for each in changes[-1].pictures] == [7, 8]
 
