@@ -104,6 +104,10 @@ class JobProgress(_Frozen):
     steps: int = 0
     preview: str | None = None
 
+    def following(self, before: JobProgress) -> JobProgress:
+        """A stage without steps of its own stands where the one before it ended."""
+        return self if self.steps else before.model_copy(update={"stage": self.stage})
+
 
 class Job(_Frozen):
     """One job of the journal. Times are Unix seconds."""

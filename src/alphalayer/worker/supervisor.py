@@ -49,13 +49,14 @@ class _Batch:
     holds_the_next: bool = True
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class _Work:
     """A job that is in the process."""
 
     batch: _Batch
     cancelling: asyncio.Task[None]
     trace: JobTrace
+    progress: JobProgress = JobProgress()
 
 
 class Supervisor:
@@ -184,11 +185,11 @@ class Supervisor:
             work.trace.stage("start")
             await self._dispatcher.started(job_id)
         elif kind == "progress":
-            progress = JobProgress.model_validate(message["progress"])
-            work.trace.stage(progress.stage)
-            if progress.stage in LAST_STAGES:
+            work.progress = JobProgress.model_validate(message["progress"]).following(work.progress)
+            work.trace.stage(work.progress.stage)
+            if work.progress.stage in LAST_STAGES:
                 self._make_room(work.batch)
-            await self._dispatcher.progressed(job_id, progress)
+            await self._dispatcher.progressed(job_id, work.progress)
         elif kind == "done":
             self._metrics.engine_memory.labels(self.name).set(message.get("memory_bytes", 0))
             await self._end(job_id, JobResult.model_validate(message["result"]))
