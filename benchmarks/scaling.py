@@ -168,10 +168,15 @@ def main() -> None:
     report: dict[str, Any] = {"command": "python -m benchmarks.scaling", **vars(options), "costs_s": vars(costs)}
     report["messages_a_second_that_one_server_took"] = measured["commits_a_second_with_fsync"]["a message"]
     dead_rows = sum(each["dead_rows"] for each in measured["a_job_leaves"].values())
-    for name, all_answer in (("some answer", False), ("all answer", True)):
+    cases = (
+        ("some answer", False, options.cores),
+        ("some answer, cores without end", False, 10_000),
+        ("all answer", True, options.cores),
+    )
+    for name, all_answer, cores in cases:
         report[name] = {}
         for gpus in options.gpus:
-            found = simulate(gpus, options.cores, options.seconds, costs, all_answer=all_answer)
+            found = simulate(gpus, cores, options.seconds, costs, all_answer=all_answer)
             report[name][gpus] = {**found, "dead_rows_a_second": round(found["jobs_a_second"] * dead_rows)}
             print(name, gpus, report[name][gpus], flush=True)
     (RESULTS / f"scaling-{date.today()}.json").write_text(json.dumps(report, indent=1) + "\n")
