@@ -23,7 +23,7 @@ STRIP = (
     "a rose",
     "a rocket",
     "a crystal ball",
-    "soap bubbles",
+    "translucent soap bubbles",
     "a red heart",
 )
 
