@@ -7,6 +7,8 @@ import subprocess
 import sys
 import time
 
+import torch
+
 from training import latents, patch, text, wordings
 
 STAGES = (
@@ -29,6 +31,7 @@ def main() -> None:
     parser.add_argument("--only", choices=STAGES, help="this stage alone, though it was done")
     options = parser.parse_args()
     torchrun = ["-m", "torch.distributed.run", f"--nproc-per-node={options.ranks}", "--master-port=29561"]
+    unet = [] if torch.cuda.is_available() else torchrun
     commands: dict[str, list[str]] = {
         "data": ["-m", "training.data"],
         "text": ["-m", "training.text", f"--minutes={options.text_minutes}"],
@@ -36,7 +39,7 @@ def main() -> None:
         "refine": ["-m", "training.autoencoder", f"--refine={options.refine_steps}"],
         "latents": ["-m", "training.latents"],
         "wordings": ["-m", "training.wordings"],
-        "unet": [*torchrun, "-m", "training.unet", f"--minutes={options.unet_minutes}"],
+        "unet": [*unet, "-m", "training.unet", f"--minutes={options.unet_minutes}"],
         "patch": ["-m", "training.patch", f"--minutes={options.patch_minutes}"],
         "decoder": ["-m", "training.decoder"],
         "export": ["-m", "training.export"],

@@ -39,7 +39,7 @@ class LowRank(nn.Module):
 def averaged_unet() -> nn.Module:
     """The UNet with the averaged weights of its training."""
     unet = make_unet()
-    unet.load_state_dict(torch.load(UNET, weights_only=True)["average"])
+    unet.load_state_dict(torch.load(UNET, map_location="cpu", weights_only=True)["average"])
     return unet.requires_grad_(False)
 
 

@@ -114,15 +114,18 @@ def scaling_factor() -> float:
 
 def loss_of(unet: Any, samples: Samples, count: int, noise_schedule: DDPMScheduler) -> Tensor:
     """Weighted squared error of the predicted noise."""
-    latents, context, pooled = samples.batch(count)
+    where = next(unet.parameters()).device
+    latents, context, pooled = (each.to(where) for each in samples.batch(count))
     noise = torch.randn_like(latents)
     # half of all from the noisy end, where the text and not the noise is to say what colour it will be
-    steps = torch.cat([torch.randint(0, 1000, (count - count // 2,)), torch.randint(NOISY, 1000, (count // 2,))])
-    sizes = torch.tensor([[SIDE, SIDE, 0, 0, SIDE, SIDE]], dtype=torch.float32).repeat(count, 1)
+    steps = torch.cat([torch.randint(0, 1000, (count - count // 2,)), torch.randint(NOISY, 1000, (count // 2,))]).to(
+        where
+    )
+    sizes = torch.tensor([[SIDE, SIDE, 0, 0, SIDE, SIDE]], dtype=torch.float32, device=where).repeat(count, 1)
     noisy = noise_schedule.add_noise(latents, noise, steps).contiguous(memory_format=torch.channels_last)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(where.type, torch.bfloat16):
         made = unet(noisy, steps, context, added_cond_kwargs={"text_embeds": pooled, "time_ids": sizes}).sample
-    kept = noise_schedule.alphas_cumprod[steps]
+    kept = noise_schedule.alphas_cumprod.to(where)[steps]
     ratio = kept / (1 - kept)
     weights = ratio.clamp(max=MIN_SNR) / ratio + PICTURE_WEIGHT / ratio.clamp(min=0.01)
     return (weights * (made.float() - noise).pow(2).mean((1, 2, 3))).mean()
@@ -144,17 +147,18 @@ class Average:
 
 
 def train(minutes: float, count: int = 32, learning_rate: float = 8e-4) -> None:
-    """Train for a time and save; goes on from the last checkpoint. The rate falls over the last 40 % of the time given.
+    """Train for a time and save, on a GPU if there is one; goes on from the last checkpoint. The rate falls over the last 40 % of the time.
 
-    Under torchrun each process takes its own batches and the gradients are averaged.
+    Under torchrun each process takes its own batches and the gradients are averaged; that is for CPUs.
     """
     ranks.join()
     torch.manual_seed(0)
-    unet = make_unet().to(memory_format=torch.channels_last)
+    where = "cuda" if torch.cuda.is_available() else "cpu"
+    unet = make_unet().to(where, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(unet.parameters(), learning_rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     average, step = Average(unet), 0
     if CHECKPOINT.is_file():
-        saved = torch.load(CHECKPOINT, weights_only=True)
+        saved = torch.load(CHECKPOINT, map_location=where, weights_only=True)
         unet.load_state_dict(saved["unet"])
         optimizer.load_state_dict(saved["optimizer"])
         average.weights, step = saved["average"], saved["step"]
