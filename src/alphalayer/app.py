@@ -245,7 +245,7 @@ def _greet(settings: Settings) -> None:
     model, problem = _default_model(settings)
     if problem:
         log.warning("no_model", error=problem)
-    log.info("serving", docs=f"{base}/docs", health=f"{base}/sdapi/v1/sd-models", ready=f"{base}/readyz", model=model)
+    log.info("serving", page=f"{base}/", docs=f"{base}/docs", health=f"{base}/sdapi/v1/sd-models", model=model)
 
 
 def _default_model(settings: Settings) -> tuple[str | None, str | None]:

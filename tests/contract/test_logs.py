@@ -54,6 +54,7 @@ def test_ids_lead_from_a_request_to_its_job(tmp_path, asked):
     assert (accepted["request"], accepted["owner"], accepted["job"]) == ("order-77", "shop", done["job"])
     mine = next(line for line in by_event["request"] if line["request"] == "order-77")
     assert (mine["method"], mine["path"], mine["status"]) == ("POST", "/alpha/v1/txt2img", 200)
+    assert by_event["engine_ready"][0]["device"] == "discs, no device"
     everything = json.dumps(lines)
     assert ("a hidden wish" in everything) == asked
     for word in (secret, "pass-word", "wrong-word"):

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import structlog.testing
 from tests.serving import free_port, served, wait_until
 
 from alphalayer.api import webhooks
@@ -183,7 +184,9 @@ async def test_a_journal_of_the_first_version_is_brought_up_to_date(tmp_path: Pa
         values = ("a" * 24, "queued", "", None, 1.0, None, None, 0, spec, None, None)
         old.execute(f"INSERT INTO jobs ({', '.join(first)}) VALUES ({', '.join('?' * len(first))})", values)
         old.execute("PRAGMA user_version = 1")
-    dispatcher = await EmbeddedDispatcher.open(file, 10)
+    with structlog.testing.capture_logs() as logs:
+        dispatcher = await EmbeddedDispatcher.open(file, 10)
+    assert [(line["event"], line["from_version"]) for line in logs] == [("journal_migrated", 1)]
     job: Job = await dispatcher.take()
     assert job.spec.generation.prompt == "an old apple"
     assert await dispatcher.owed_webhooks(5) == []

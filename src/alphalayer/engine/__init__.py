@@ -66,6 +66,11 @@ class Engine(Protocol):
     """Draws pictures. One engine holds one device and is called by one thread at a time."""
 
     @property
+    def description(self) -> str:
+        """What it draws with, in words: device, number format, memory mode."""
+        ...
+
+    @property
     def batch_pixels(self) -> int:
         """How many pixels it draws together well; 0: each request alone."""
         ...

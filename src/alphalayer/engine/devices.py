@@ -115,6 +115,18 @@ def choose_batch_pixels(device: torch.device, mode: MemoryMode) -> int:
     return int(min(max(room / 2.2e9, 0), 8) * 1024**2)
 
 
+def describe(device: torch.device, precision: Precision, mode: MemoryMode, *, asked: tuple[str, str]) -> str:
+    """What will be drawn with, in words, and whether it was chosen here; `asked` is what the settings say of device and memory."""
+    what = str(device)
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        what = f"{properties.name} ({properties.total_memory / GIB:.1f} GiB)"
+    elif device.type == "cpu" and asked[0] == "auto":
+        what = "cpu (torch sees no GPU)"
+    chosen = " (by its memory)" if asked[1] == "auto" and device.type == "cuda" else ""
+    return f'{what}, {str(precision.unet).removeprefix("torch.")}, memory mode "{mode.name}"{chosen}'
+
+
 def free_memory(device: torch.device) -> None:
     """Give back what the allocator holds and nobody uses."""
     gc.collect()

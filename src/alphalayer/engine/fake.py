@@ -22,6 +22,7 @@ class FakeEngine:
     def __init__(self, step_s: float = 0.0, batch_pixels: int = 0):
         self._step_s = step_s
         self.batch_pixels = batch_pixels
+        self.description = "discs, no device"
 
     def warm_up(self) -> None:
         """Nothing to warm up."""

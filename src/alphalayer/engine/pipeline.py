@@ -31,6 +31,7 @@ from alphalayer.engine.devices import (
     choose_device,
     choose_memory_mode,
     choose_precision,
+    describe,
     free_memory,
     memory_needed,
     smaller_mode,
@@ -139,6 +140,7 @@ class LocalEngine:
         self._compile_unet = compile_unet
         self._batch_pixels = choose_batch_pixels(self.device, self.mode) if batch_pixels is None else batch_pixels
         self._shelf = ModelShelf(self._read, spare_model_bytes)
+        self.description = describe(self.device, self.precision, self.mode, asked=(device, memory))
 
     @property
     def batch_pixels(self) -> int:

@@ -35,6 +35,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_en
 
 from alphalayer.errors import SetupFailed, StorageFailed
 from alphalayer.job import Job, JobState
+from alphalayer.telemetry import log
 
 metadata = MetaData()
 jobs = Table(
@@ -265,6 +266,8 @@ async def _migrate(connection: AsyncConnection, place: Path | str) -> None:
     for step in MIGRATIONS[version - 1 :] if version else ():
         for statement in step:
             await connection.execute(text(statement))
+    if version:
+        log.warning("journal_migrated", journal=str(place), from_version=version, to_version=VERSION)
     note = "INSERT INTO alphalayer_version VALUES ({})" if shared else "PRAGMA user_version = {}"
     await connection.execute(text(note.format(VERSION)))
 

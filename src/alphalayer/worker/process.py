@@ -51,7 +51,7 @@ class EngineProcess:
             return
         threading.Thread(target=self._read, name="read", daemon=True).start()
         engine.warm_up()
-        self._send("ready", batch_pixels=engine.batch_pixels)
+        self._send("ready", batch_pixels=engine.batch_pixels, device=engine.description)
         while True:
             self._run(engine, storage, self._jobs.get())
 

@@ -3,7 +3,7 @@
 to the engine     open    {engine, options, storage}        once, first
                   run     {jobs}                             draw them together and store them; sent ahead
                   cancel  {id}
-from the engine   ready   {batch_pixels}                     after `open`; how much it draws together
+from the engine   ready   {batch_pixels, device}             after `open`; how much it draws together, with what
                   started, progress, done, failed            {id, …}
 The engine ends when its input ends.
 """

@@ -129,7 +129,7 @@ class Supervisor:
                 self._heard_at = time.monotonic()
                 message = read_message(line)
                 if message["kind"] == "ready":
-                    log.info("engine_ready", engine=self.name, pid=process.pid)
+                    log.info("engine_ready", engine=self.name, pid=process.pid, device=message.get("device"))
                     self.is_ready, self.problem = True, None
                     self._batch_pixels = message.get("batch_pixels", 0)
                     self._metrics.engine_ready.labels(self.name).set(1)
