@@ -16,7 +16,8 @@ PREVIEW_PREFIX = "preview_"
 
 
 class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    # errors go into logs, and what was put in holds prompts
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, hide_input_in_errors=True)
 
 
 class Output(_Frozen):

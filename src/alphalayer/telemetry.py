@@ -13,7 +13,10 @@ log: Any = structlog.get_logger("alphalayer")
 
 
 def set_up_logs(level: str, as_json: bool) -> None:
-    """Send all logs, those of libraries too, to standard error: readable lines, or one JSON object each."""
+    """Send all logs, those of libraries too, to standard error: readable lines, or one JSON object each.
+
+    Tracebacks are plain, without the values of variables: those hold keys and prompts.
+    """
     shared: list[Any] = [
         structlog.contextvars.merge_contextvars,
         structlog.stdlib.add_log_level,
@@ -26,13 +29,21 @@ def set_up_logs(level: str, as_json: bool) -> None:
         cache_logger_on_first_use=True,
     )
     renderer: Any = (
-        structlog.processors.JSONRenderer() if as_json else structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())
+        structlog.processors.JSONRenderer()
+        if as_json
+        else structlog.dev.ConsoleRenderer(
+            colors=sys.stderr.isatty(), exception_formatter=structlog.dev.plain_traceback
+        )
     )
     handler = logging.StreamHandler()
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
             foreign_pre_chain=shared,
-            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, renderer],
+            processors=[
+                structlog.stdlib.ProcessorFormatter.remove_processors_meta,
+                structlog.processors.format_exc_info,
+                renderer,
+            ],
         )
     )
     root = logging.getLogger()

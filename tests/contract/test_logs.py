@@ -6,6 +6,8 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,33 +17,71 @@ from tests.serving import free_port, wait_until
 
 from alphalayer.keys import add_key
 
+BODY = {"prompt": "a hidden wish", "steps": 1, "width": 64, "height": 64}
+BROKEN = """
+from alphalayer.jobs.embedded import EmbeddedDispatcher
+from tests import fake_service
 
-def serve_and_draw(folder: Path, **environment: str) -> tuple[list[dict[str, Any]], str]:
-    """Draw one picture through a service that logs JSON; the lines of its log, and the key that was used."""
+async def submit(self, spec, **others):
+    raise RuntimeError("nobody thought of this")
+
+EmbeddedDispatcher.submit = submit
+fake_service.main()
+"""
+
+
+@contextmanager
+def serving(folder: Path, log: Path, *program: str, **environment: str) -> Iterator[tuple[httpx.Client, str]]:
+    """A service of its own that logs into a file; a client for it, and a key."""
     port, keys = free_port(), folder / "keys.json"
     secret = add_key(keys, "shop")
-    variables = {"LOG_JSON": "true", "KEYS_FILE": str(keys), "API_AUTH": "ann:pass-word", **environment}
+    variables = {"KEYS_FILE": str(keys), "API_AUTH": "ann:pass-word", **environment}
     settings = {f"ALPHALAYER_{name}": value for name, value in variables.items()}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "tests.fake_service", str(folder), str(port), "0"],
-        env={**os.environ, **settings},
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    with log.open("wb") as errors:
+        process = subprocess.Popen(
+            [sys.executable, *(program or ("-m", "tests.fake_service")), str(folder), str(port), "0"],
+            env={**os.environ, **settings},
+            stderr=errors,
+        )
     try:
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", trust_env=False, timeout=30) as client:
             wait_until(lambda: _is_ready(client), 30)
-            headers = {"X-API-Key": secret, "X-Request-ID": "order-77"}
-            body = {"prompt": "a hidden wish", "steps": 1, "width": 64, "height": 64}
-            answer = client.post("/alpha/v1/txt2img", json=body, headers=headers)
-            assert answer.headers["x-request-id"] == "order-77"
-            strange = client.get("/alpha/v1/file/no.png", headers={"X-Request-ID": "two words"})
-            assert len(strange.headers["x-request-id"]) == 16
-            assert client.post("/alpha/v1/txt2img", json=body, auth=("ann", "wrong-word")).status_code == 401
+            yield client, secret
     finally:
         process.terminate()
-        _, said = process.communicate(timeout=30)
-    return [json.loads(line) for line in said.splitlines()], secret
+        process.wait(30)
+
+
+def serve_and_draw(folder: Path, **environment: str) -> tuple[list[dict[str, Any]], str]:
+    """Draw one picture through a service that logs JSON; the lines of its log, and the key that was used."""
+    log = folder / "log"
+    with serving(folder, log, LOG_JSON="true", **environment) as (client, secret):
+        headers = {"X-API-Key": secret, "X-Request-ID": "order-77"}
+        answer = client.post("/alpha/v1/txt2img", json=BODY, headers=headers)
+        assert answer.headers["x-request-id"] == "order-77"
+        strange = client.get("/alpha/v1/file/no.png", headers={"X-Request-ID": "two words"})
+        assert len(strange.headers["x-request-id"]) == 16
+        assert client.post("/alpha/v1/txt2img", json=BODY, auth=("ann", "wrong-word")).status_code == 401
+    return [json.loads(line) for line in log.read_text().splitlines()], secret
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_what_nobody_foresaw_is_logged_once_and_without_secrets(tmp_path, as_json):
+    log = tmp_path / "log"
+    with serving(tmp_path, log, "-c", BROKEN, LOG_JSON=str(as_json).lower()) as (client, secret):
+        headers = {"X-API-Key": secret, "Authorization": "Bearer other-secret", "X-Request-ID": "order-78"}
+        answer = client.post("/alpha/v1/txt2img", json=BODY, headers=headers)
+        assert (answer.status_code, answer.json()["code"]) == (500, "engine_failed")
+        assert answer.headers["x-request-id"] == "order-78"
+    text = log.read_text()
+    assert len(text.splitlines()) < 100
+    assert text.count("RuntimeError: nobody thought of this") == 1
+    assert "in submit" in text
+    mine = [line for line in text.splitlines() if "order-78" in line]
+    assert len(mine) == 2, "the error and the request"
+    assert "500" in mine[1]
+    for word in ("a hidden wish", secret, "pass-word", "other-secret"):
+        assert word not in text
 
 
 @pytest.mark.parametrize("asked", [False, True])

@@ -13,7 +13,6 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Match
 
 from alphalayer.errors import AlphalayerError, InvalidRequest, RateLimited
-from alphalayer.telemetry import log
 
 STATUSES = {
     "invalid_request": 422,
@@ -139,8 +138,16 @@ def http_problem(error: HTTPException, path: str = "") -> JSONResponse:
     return respond(path, problem, dict(error.headers or {}))
 
 
+def unforeseen(path: str) -> JSONResponse:
+    """The answer where something broke that nobody thought of."""
+    problem = Problem(
+        title=TITLES[500], status=500, detail="an unforeseen error; the log has the details.", code="engine_failed"
+    )
+    return respond(path, problem)
+
+
 def install(app: FastAPI) -> None:
-    """Answer every error of this application as a problem."""
+    """Answer every foreseen error of this application as a problem."""
 
     async def known(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, AlphalayerError)
@@ -161,17 +168,9 @@ def install(app: FastAPI) -> None:
             error.headers = {"Allow": ", ".join(_allowed(request))}
         return http_problem(error, _path(request))
 
-    async def unforeseen(request: Request, error: Exception) -> JSONResponse:
-        log.error("unforeseen", path=request.url.path, exc_info=error)
-        problem = Problem(
-            title=TITLES[500], status=500, detail="an unforeseen error; the log has the details.", code="engine_failed"
-        )
-        return respond(_path(request), problem)
-
     app.add_exception_handler(AlphalayerError, known)
     app.add_exception_handler(RequestValidationError, invalid)
     app.add_exception_handler(HTTPException, plain)
-    app.add_exception_handler(Exception, unforeseen)
 
 
 def _allowed(request: Request) -> list[str]:

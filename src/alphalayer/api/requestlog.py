@@ -1,4 +1,7 @@
-"""One log line a request, and an id that stands in every line written on its way and in the answer's `X-Request-ID`."""
+"""One log line a request, and an id that stands in every line written on its way and in the answer's `X-Request-ID`.
+
+What nobody foresaw ends here, so that it is logged once, with the id, and answered with it.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from structlog.contextvars import bound_contextvars
 
+from alphalayer.api import problems
 from alphalayer.telemetry import log
 
 HEADER = "X-Request-ID"
@@ -41,6 +45,10 @@ class RequestLog:
         with bound_contextvars(request=request_id):
             try:
                 await self._app(scope, receive, answer)
+            except Exception as error:
+                log.error("unforeseen", path=scope["path"], exc_info=error)
+                if not status:
+                    await problems.unforeseen(scope["path"])(scope, receive, answer)
             finally:
                 level = log.debug if scope["path"].endswith(_WATCHING) else log.info
                 seconds = round(time.perf_counter() - start, 4)

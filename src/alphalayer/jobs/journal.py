@@ -112,11 +112,13 @@ class Journal:
         try:
             if isinstance(place, Path):
                 place.parent.mkdir(parents=True, exist_ok=True)
-                engine = create_async_engine(f"sqlite+aiosqlite:///{place}")
+                engine = create_async_engine(f"sqlite+aiosqlite:///{place}", hide_parameters=True)
                 event.listen(engine.sync_engine, "connect", _tune)
             else:
                 url = make_url(place).set(drivername="postgresql+asyncpg")
-                engine = create_async_engine(url, pool_pre_ping=True, pool_size=5, max_overflow=10)
+                engine = create_async_engine(
+                    url, pool_pre_ping=True, pool_size=5, max_overflow=10, hide_parameters=True
+                )
                 place, hint = url.render_as_string(hide_password=True), "Check the address, and that PostgreSQL runs."
             async with engine.begin() as connection:
                 await _migrate(connection, place)
