@@ -44,6 +44,7 @@ app.add_typer(keys_app, name="keys")
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
 
+OLD_PORT = 7861
 ModelsDir = Annotated[Path | None, typer.Option(help="Folder that holds Stable-diffusion/ and layer_model/.")]
 
 
@@ -148,7 +149,11 @@ def serve_as_before(context: typer.Context) -> None:
     translation = oldflags.translate([*flags, *context.args])
     for warning in translation.warnings:
         err.print(f"warning: {warning}", markup=False, soft_wrap=True)
-    run_server(load_settings(**translation.settings))
+    settings = load_settings(**translation.settings)
+    if settings.port != OLD_PORT and "data_dir" not in settings.model_fields_set:
+        # the old stack was started once a GPU, in one folder, each on a port of its own
+        settings = settings.model_copy(update={"data_dir": settings.data_dir / str(settings.port)})
+    run_server(settings)
 
 
 @app.command()

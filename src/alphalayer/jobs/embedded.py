@@ -11,7 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from alphalayer.errors import AlphalayerError, QueueFull, StorageFailed
+from filelock import FileLock, Timeout
+
+from alphalayer.errors import AlphalayerError, QueueFull, SetupFailed, StorageFailed
 from alphalayer.job import Job, JobProgress, JobResult, JobSpec, JobState
 from alphalayer.jobs import MAX_STARTS, USUAL_SECONDS, JobView, gave_up
 from alphalayer.jobs.journal import Journal
@@ -40,8 +42,11 @@ class _Live:
 class EmbeddedDispatcher:
     """Implements `alphalayer.jobs.Dispatcher` on a journal file."""
 
-    def __init__(self, journal: Journal, queue_limit: int, queue_shares: Mapping[str, float] | None = None):
+    def __init__(
+        self, journal: Journal, lock: FileLock, queue_limit: int, queue_shares: Mapping[str, float] | None = None
+    ):
         self._journal = journal
+        self._lock = lock
         self._queue_limit = queue_limit
         self._queue_shares = queue_shares or {}
         self._live: dict[str, _Live] = {}
@@ -54,11 +59,19 @@ class EmbeddedDispatcher:
     async def open(
         cls, file: Path, queue_limit: int, queue_shares: Mapping[str, float] | None = None
     ) -> EmbeddedDispatcher:
-        """Open the journal and queue again what was not over, oldest first. Raises `SetupFailed`.
+        """Open the journal and queue again what was not over, oldest first.
 
         `queue_shares` says for an owner which part of the queue may be theirs; others may fill it.
+
+        Raises:
+            SetupFailed: another service has this journal, or see `Journal.open`.
         """
-        dispatcher = cls(await Journal.open(file), queue_limit, queue_shares)
+        lock = _lock(file)
+        try:
+            dispatcher = cls(await Journal.open(file), lock, queue_limit, queue_shares)
+        except BaseException:
+            lock.release()
+            raise
         for job in await dispatcher._journal.unfinished():
             dispatcher._live[job.id] = _Live(job)
             if job.starts >= MAX_STARTS:
@@ -71,6 +84,7 @@ class EmbeddedDispatcher:
     async def close(self) -> None:
         """Close the journal; what is not over stays in it."""
         await self._journal.close()
+        self._lock.release()
 
     @property
     def is_reachable(self) -> bool:
@@ -288,3 +302,21 @@ class EmbeddedDispatcher:
         if job.started_at and progress.steps and progress.step:
             eta = round((time.time() - job.started_at) / progress.step * (progress.steps - progress.step), 1)
         return JobView(job, 0, progress, eta)
+
+
+def _lock(file: Path) -> FileLock:
+    """Keep other services off a journal until this one ends, however it ends: two would draw each job twice. Raises `SetupFailed`."""
+    lock = FileLock(file.with_name(f"{file.name}.lock"), timeout=0, thread_local=False)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout:
+        raise SetupFailed(
+            f"another service uses the folder {file.parent.resolve()}.",
+            hint="Stop it, or give each its own data_dir (ALPHALAYER_DATA_DIR); outputs_dir may be shared.",
+        ) from None
+    except OSError as error:
+        raise SetupFailed(
+            f"{file.parent.resolve()} cannot be used: {error}.", hint="Check the folder's rights and space."
+        ) from None
+    return lock
