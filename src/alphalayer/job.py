@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import secrets
 import time
 from enum import Enum
@@ -13,6 +14,9 @@ from alphalayer.request import GenerationRequest, ImageFormat, ModelDefaults
 
 MAX_ITERATIONS = 16
 PREVIEW_PREFIX = "preview_"
+_MADE_NAME = re.compile(
+    rf"(?:alpha_\d+_([0-9a-f]{{10}})[0-9a-f]{{2}}|{PREVIEW_PREFIX}([0-9a-f]{{10}})[0-9a-f]{{14}})\.\w+"
+)
 
 
 class _Frozen(BaseModel):
@@ -146,3 +150,9 @@ class Job(_Frozen):
     def file_name(self, index: int) -> str:
         """The name of its picture number `index`: the same each time the job is run, so that a second run overwrites the first."""
         return f"alpha_{int(self.created_at)}_{self.id[:10]}{index:02x}.{self.spec.output.format}"
+
+
+def made_for(name: str) -> str | None:
+    """The first ten digits of the id of the job that a file was made for, by its name; None for files that no job made."""
+    made = _MADE_NAME.fullmatch(name)
+    return made and (made[1] or made[2])

@@ -7,8 +7,8 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from alphalayer.errors import StorageFailed
-from alphalayer.job import PREVIEW_PREFIX
+from alphalayer.errors import AlphalayerError
+from alphalayer.job import PREVIEW_PREFIX, made_for
 from alphalayer.jobs import Dispatcher
 from alphalayer.storage import Storage
 from alphalayer.telemetry import log
@@ -44,13 +44,12 @@ def doomed(
 
 
 async def sweep(storage: Storage, dispatcher: Dispatcher, limits: Limits) -> int:
-    """Remove what is over the limits; how many pictures went. Pictures of jobs that are not over stay."""
+    """Remove what is over the limits; how many pictures went. Pictures of jobs that are not over stay, and so do others' files."""
+    files = await asyncio.to_thread(storage.list)
+    # asked after the files are listed: a file of a job that came meanwhile is not among them
     unfinished = {job_id[:10] for job_id in await dispatcher.unfinished_ids()}
-
-    def is_kept(key: str) -> bool:
-        return any(job_id in key for job_id in unfinished)
-
-    gone = doomed(await asyncio.to_thread(storage.list), limits, time.time(), is_kept)
+    ours = [(key, size, modified) for key, size, modified in files if made_for(key)]
+    gone = doomed(ours, limits, time.time(), lambda key: made_for(key) in unfinished)
     for key in gone:
         await asyncio.to_thread(storage.delete, key)
     jobs = await dispatcher.forget(time.time() - limits.jobs_days * DAY_S) if limits.jobs_days else 0
@@ -64,6 +63,6 @@ async def keep_sweeping(storage: Storage, dispatcher: Dispatcher, limits: Limits
     while True:
         try:
             await sweep(storage, dispatcher, limits)
-        except StorageFailed as error:
+        except AlphalayerError as error:
             log.warning("sweep_failed", error=str(error))
         await asyncio.sleep(every_s)

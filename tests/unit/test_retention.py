@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
+import time
+from pathlib import Path
+
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.serving import wait_until
 
-from alphalayer.retention import DAY_S, Limits, doomed
+from alphalayer.job import JobResult, JobSpec
+from alphalayer.jobs.embedded import EmbeddedDispatcher
+from alphalayer.request import GenerationRequest
+from alphalayer.retention import DAY_S, Limits, doomed, keep_sweeping
+from alphalayer.storage.objects import open_storage
 
 FILES = [("a", 10, 0.0), ("b", 10, 1 * DAY_S), ("c", 10, 2 * DAY_S), ("d", 10, 3 * DAY_S)]
 
@@ -39,3 +49,33 @@ def test_afterwards_the_rest_fits(files, limit):
     named = [(str(i), size, modified) for i, (size, modified) in enumerate(files)]
     gone = set(doomed(named, Limits(pictures_bytes=limit), 1e9, lambda _: False))
     assert sum(size for key, size, _ in named if key not in gone) <= limit
+
+
+async def test_a_sweep_takes_old_pictures_of_finished_jobs_and_nothing_else(tmp_path: Path):
+    outputs = tmp_path / "outputs"
+    dispatcher = await EmbeddedDispatcher.open(tmp_path / "jobs.sqlite", 10)
+    spec = JobSpec(generation=GenerationRequest(prompt="x"))
+    over, running, waiting = [await dispatcher.submit(spec) for _ in range(3)]
+    for _ in range(2):
+        await dispatcher.started((await dispatcher.take()).id)
+    await dispatcher.finished(over.id, JobResult(images=(), generation=spec.generation, model_name="m", model_hash="h"))
+    foreign = ["notes.txt", ".hidden", "txt2img-images/00001.png", "alpha_1_aaaaaaaaaa.png", "alphalayer.png"]
+    ours = [job.file_name(i) for job in (over, running, waiting) for i in (0, 255)] + [running.preview_name]
+    gone = [over.file_name(0), over.file_name(255), over.preview_name, "alpha_1_bbbbbbbbbb00.webp"]
+    for name in {*foreign, *ours, *gone}:
+        file = outputs / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(b"x" * 10)
+        os.utime(file, (time.time() - 90 * DAY_S,) * 2)
+    limits = Limits(pictures_days=30, pictures_bytes=1)
+    sweeping = asyncio.create_task(keep_sweeping(open_storage(str(outputs)), dispatcher, limits, every_s=0.05))
+    await asyncio.to_thread(wait_until, lambda: not any((outputs / name).exists() for name in gone))
+    later = outputs / "alpha_2_cccccccccc00.png"
+    later.write_bytes(b"x")
+    os.utime(later, (0, 0))
+    await asyncio.to_thread(wait_until, lambda: not later.exists())
+    left = {str(file.relative_to(outputs)) for file in outputs.rglob("*") if file.is_file()}
+    assert left == {*foreign, *ours} - {*gone}
+    sweeping.cancel()
+    await asyncio.gather(sweeping, return_exceptions=True)
+    await dispatcher.close()
