@@ -7,7 +7,7 @@ import contextlib
 import os
 import shutil
 import subprocess
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from functools import partial
@@ -32,6 +32,7 @@ from alphalayer.jobs.embedded import EmbeddedDispatcher
 from alphalayer.keys import basic_keys, read_keys
 from alphalayer.retention import Limits, keep_sweeping
 from alphalayer.storage.objects import open_storage
+from alphalayer.tasks import keep_running
 from alphalayer.telemetry import Metrics, log
 from alphalayer.tracing import Traces
 from alphalayer.worker.supervisor import EngineSpec, Supervisor
@@ -62,11 +63,12 @@ def create_app(settings: Settings, *, engine: str = ENGINE, engine_options: dict
         parts = await _assemble(settings, engine, options, traces)
         app.state.service = parts.service
         app.state.parts = parts
-        running = [asyncio.create_task(supervisor.run()) for supervisor in parts.supervisors]
         limits = Limits(settings.keep_pictures_days, settings.keep_pictures_bytes, settings.keep_jobs_days)
-        running.append(asyncio.create_task(keep_sweeping(parts.service.storage, parts.dispatcher, limits)))
+        work: dict[str, Callable[[], Awaitable[None]]] = {each.name: each.run for each in parts.supervisors}
+        work["sweep"] = partial(keep_sweeping, parts.service.storage, parts.dispatcher, limits)
         if parts.webhooks:
-            running.append(asyncio.create_task(parts.webhooks.run()))
+            work["webhooks"] = parts.webhooks.run
+        running = [asyncio.create_task(keep_running(name, each)) for name, each in work.items()]
         _greet(settings)
         try:
             async with assistants(app):

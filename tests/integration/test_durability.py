@@ -15,6 +15,7 @@ import httpx
 import pytest
 from tests.serving import free_port, served, wait_until
 
+from alphalayer import tasks
 from alphalayer.job import JobSpec, JobState
 from alphalayer.jobs import MAX_STARTS
 from alphalayer.jobs.embedded import EmbeddedDispatcher
@@ -75,6 +76,31 @@ def test_an_engine_that_hangs_is_killed(tmp_path):
             wait_until(lambda: engine_pid(client) not in (None, first), 20)
             with pytest.raises(httpx.ReadTimeout):
                 hanging.result()
+
+
+def test_an_engine_that_cannot_be_started_is_tried_again(tmp_path, monkeypatch):
+    with served(tmp_path) as client:
+        monkeypatch.setattr(sys, "executable", str(tmp_path / "nothing"))
+        kill_engine(client)
+        wait_until(lambda: "cannot be started" in client.get("/readyz").text)
+        monkeypatch.undo()
+        assert client.post("/alpha/v1/txt2img", json=BODY).status_code == 200
+
+
+def test_a_supervisor_that_fails_is_started_again_with_its_jobs(tmp_path, monkeypatch):
+    monkeypatch.setattr(tasks, "PAUSE_S", 0.1)
+    with served(tmp_path, engine_options={"step_s": 0.05}) as client:
+        dispatcher = client.app.state.parts.dispatcher
+        progressed, left = dispatcher.progressed, [RuntimeError("nobody thought of this")]
+
+        async def fail(job_id, progress):
+            if left:
+                raise left.pop()
+            await progressed(job_id, progress)
+
+        monkeypatch.setattr(dispatcher, "progressed", fail)
+        assert client.post("/alpha/v1/txt2img", json=BODY).status_code == 200
+        assert left == []
 
 
 def start_service(folder: Path, port: int, step_s: float) -> subprocess.Popen[bytes]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import hmac
 import json
@@ -97,6 +98,16 @@ def test_what_is_told_is_the_job_signed(service):
         assert service.get(told["images"][0]["url"]).status_code == 200
         time.sleep(0.3)
         assert len(receiver.got) == 1
+
+
+def test_a_journal_that_is_away_for_a_moment_ends_no_webhooks(service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(webhooks, "AWAY_S", 0.1)
+    with contextlib.closing(sqlite3.connect(tmp_path / "data" / "jobs.sqlite")) as journal, Receiver() as receiver:
+        journal.execute("ALTER TABLE jobs RENAME TO away")
+        time.sleep(0.5)
+        journal.execute("ALTER TABLE away RENAME TO jobs")
+        service.post("/alpha/v1/jobs", json={**BODY, "webhook_url": receiver.url})
+        wait_until(lambda: receiver.got)
 
 
 def test_failed_and_cancelled_jobs_are_told_too(service):

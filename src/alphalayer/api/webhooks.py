@@ -18,7 +18,7 @@ from typing import Any
 import httpx
 
 from alphalayer.api.jobs import answer
-from alphalayer.errors import InvalidRequest
+from alphalayer.errors import InvalidRequest, StorageFailed
 from alphalayer.job import Job
 from alphalayer.jobs import Dispatcher, JobView
 from alphalayer.telemetry import Metrics, log
@@ -27,6 +27,8 @@ PAUSES_S = (5.0, 30.0, 120.0, 600.0, 3600.0)
 """Before each new try; after the last one it is given up."""
 TIMEOUT_S = 15.0
 LOOK_EVERY_S = 0.5
+AWAY_S = 5.0
+"""Before the journal is asked again that could not be reached."""
 AT_ONCE = 16
 SECRET_PREFIX = "whsec_"
 GONE = 410
@@ -81,7 +83,13 @@ class Webhooks:
         async with httpx.AsyncClient(timeout=TIMEOUT_S, trust_env=False) as http:
             try:
                 while True:
-                    for job, tries in await self._dispatcher.owed_webhooks(AT_ONCE):
+                    try:
+                        owed = await self._dispatcher.owed_webhooks(AT_ONCE)
+                    except StorageFailed as error:
+                        log.warning("webhooks_wait", error=str(error), again_in_s=AWAY_S)
+                        await asyncio.sleep(AWAY_S)
+                        continue
+                    for job, tries in owed:
                         if job.id not in self._at_work:
                             self._at_work[job.id] = asyncio.create_task(self._tell(http, job, tries))
                     await asyncio.sleep(LOOK_EVERY_S)

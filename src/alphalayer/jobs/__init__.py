@@ -117,7 +117,7 @@ class Dispatcher(Protocol):
         ...
 
     async def owed_webhooks(self, limit: int) -> list[tuple[Job, int]]:
-        """Jobs whose receivers are to be told now, with how often that was tried."""
+        """Jobs whose receivers are to be told now, with how often that was tried. Raises `StorageFailed`."""
         ...
 
     async def webhook_told(self, job_id: str, due: float | None, tries: int) -> None:

@@ -176,10 +176,16 @@ class Journal:
         )
 
     async def owed_webhooks(self, now: float, limit: int) -> list[tuple[Job, int]]:
-        """Jobs that are over and whose receiver is to be told by now, with how often that was tried; the longest due first."""
+        """Jobs that are over and whose receiver is to be told by now, with how often that was tried; the longest due first.
+
+        Raises `StorageFailed`.
+        """
         statement = select(jobs).where(jobs.c.webhook_due <= now).order_by(jobs.c.webhook_due).limit(limit)
-        async with self.engine.connect() as connection:
-            rows = (await connection.execute(statement)).mappings().all()
+        try:
+            async with self.engine.connect() as connection:
+                rows = (await connection.execute(statement)).mappings().all()
+        except UNREACHABLE as error:
+            raise self.fault(error) from None
         return [(job_of(row), int(row["webhook_tries"])) for row in rows]
 
     async def claim_webhooks(self, now: float, limit: int) -> list[tuple[Job, int]]:

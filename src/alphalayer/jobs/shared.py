@@ -30,6 +30,7 @@ from alphalayer.jobs import MAX_STARTS, JobView, claims, gave_up
 from alphalayer.jobs.journal import ADD, OPEN, UNREACHABLE, Journal, job_of, jobs, row_of
 from alphalayer.jobs.news import News
 from alphalayer.jobs.room import Room
+from alphalayer.tasks import keep_running
 from alphalayer.telemetry import log
 
 LOOK_EVERY_S = 2.0
@@ -75,8 +76,12 @@ class SharedDispatcher:
         async with dispatcher._transaction() as (connection, _):
             await dispatcher._room.look(connection)
         dispatcher._tasks = [
-            asyncio.create_task(each)
-            for each in (dispatcher._news.run(), dispatcher._beat(), dispatcher._keep_looking())
+            asyncio.create_task(keep_running(name, each))
+            for name, each in (
+                ("news", dispatcher._news.run),
+                ("heartbeat", dispatcher._beat),
+                ("look", dispatcher._keep_looking),
+            )
         ]
         return dispatcher
 
@@ -196,9 +201,9 @@ class SharedDispatcher:
         try:
             async with self._transaction() as (_, queue):
                 claimed = await claims.claim(queue, self._worker, [claims.entrypoint_of(job)])
+            return await self._hold(claimed) if claimed else None
         except StorageFailed:
             return None
-        return await self._hold(claimed) if claimed else None
 
     async def started(self, job_id: str) -> None:
         """Count a start; see the protocol. A job that is over by now is told to stop."""

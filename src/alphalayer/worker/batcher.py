@@ -19,7 +19,7 @@ async def next_batch(
 ) -> list[Job]:
     """Wait for a job, then up to `wait_s` seconds for more that may be drawn with it; stops as soon as the budget is used up.
 
-    When it is cancelled, what was taken goes back to the queue in its order.
+    When it is cancelled or fails, what was taken goes back to the queue in its order.
     """
     batch: list[Job] = []
     try:
@@ -36,7 +36,7 @@ async def next_batch(
                 await asyncio.sleep(LOOK_AGAIN_S)
             else:
                 break
-    except asyncio.CancelledError:
+    except BaseException:
         for job in reversed(batch):
             await dispatcher.released(job.id, "the supervisor stopped")
         raise

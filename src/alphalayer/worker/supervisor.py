@@ -85,14 +85,17 @@ class Supervisor:
         return self._process.pid if self._process else None
 
     async def run(self) -> None:
-        """Start the process, feed it, and start it again, until cancelled."""
+        """Start the process, feed it, and start it again, until cancelled. May be run again where it raised something."""
         while not self._draining:
-            reason = await self._live()
-            self.problem = self.problem or EngineFailed(f"{reason}.", hint="The service's log has the details.")
-            for job_id in reversed(list(self._jobs)):
-                await self._settle(job_id, reason)
-                await self._dispatcher.released(job_id, reason)
-            self._room = asyncio.Semaphore(1)
+            await self._give_back("its supervisor failed")
+            known = self.problem
+            try:
+                reason = await self._live()
+            except OSError as error:
+                reason = f"it cannot be started: {error}"
+            if self.problem in (known, None):  # else the process said by itself what is wrong
+                self.problem = EngineFailed(f"{reason}.", hint="The service's log has the details.")
+            await self._give_back(reason)
             if self._draining:
                 return
             pause = RESTART_PAUSE_S[min(self._fruitless, len(RESTART_PAUSE_S) - 1)]
@@ -106,8 +109,15 @@ class Supervisor:
         while self._jobs:
             await asyncio.sleep(0.05)
 
+    async def _give_back(self, reason: str) -> None:
+        """Queue again what the process had that is gone."""
+        for job_id in reversed(list(self._jobs)):
+            await self._settle(job_id, reason)
+            await self._dispatcher.released(job_id, reason)
+        self._room = asyncio.Semaphore(1)
+
     async def _live(self) -> str:
-        """One life of the process; why it ended."""
+        """One life of the process; why it ended. Raises `OSError` if it cannot be started."""
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "alphalayer.worker.process"),
             stdin=asyncio.subprocess.PIPE,
@@ -133,7 +143,7 @@ class Supervisor:
                     self.is_ready, self.problem = True, None
                     self._batch_pixels = message.get("batch_pixels", 0)
                     self._metrics.engine_ready.labels(self.name).set(1)
-                    feeding.append(asyncio.create_task(self._feed()))
+                    feeding.append(asyncio.create_task(self._keep_feeding(process)))
                 else:
                     await self._hear(message)
             code = await process.wait()
@@ -150,6 +160,14 @@ class Supervisor:
             await process.wait()
             self._process = None
         return f"the engine process ended with {_exit_text(code)}"
+
+    async def _keep_feeding(self, process: asyncio.subprocess.Process) -> None:
+        """Feed the process; one that cannot be fed is ended, so that it is started again."""
+        try:
+            await self._feed()
+        except Exception as error:
+            log.error("task_failed", task=f"{self.name} feed", exc_info=error)
+            process.kill()
 
     async def _feed(self) -> None:
         """Send a batch whenever the process is about to be done with the one before."""
