@@ -24,7 +24,7 @@ from alphalayer.api.auth import Gate
 from alphalayer.api.deps import Service, require_user
 from alphalayer.api.proxies import ForwardedHeaders
 from alphalayer.api.requestlog import RequestLog
-from alphalayer.api.webhooks import Webhooks, check_url
+from alphalayer.api.webhooks import Webhooks, check_url, read_secret
 from alphalayer.config import Settings
 from alphalayer.errors import AlphalayerError, SetupFailed
 from alphalayer.jobs import Dispatcher
@@ -152,7 +152,13 @@ async def check(settings: Settings) -> None:
     """Open what the service keeps and close it again, so that what is wrong is said before a server runs. Raises `AlphalayerError`."""
     open_storage(settings.pictures)
     read_keys(settings.keys_file)
+    _webhook_key(settings)
     await (await _open_dispatcher(settings, {})).close()
+
+
+def _webhook_key(settings: Settings) -> bytes | None:
+    secret = settings.webhook_secret.get_secret_value() if settings.webhook_secret else ""
+    return read_secret(secret) if secret else None
 
 
 async def _open_dispatcher(settings: Settings, shares: Mapping[str, float]) -> Dispatcher:
@@ -171,6 +177,7 @@ async def _open_dispatcher(settings: Settings, shares: Mapping[str, float]) -> D
 async def _assemble(settings: Settings, engine: str, options: dict[str, Any], traces: Traces) -> Parts:
     place = settings.pictures
     storage = open_storage(place)
+    secret = _webhook_key(settings)
     keys = read_keys(settings.keys_file) + basic_keys(settings.api_auth.get_secret_value() if settings.api_auth else "")
     shares = {key.name: key.queue_share for key in keys}
     dispatcher = await _open_dispatcher(settings, shares)
@@ -198,7 +205,6 @@ async def _assemble(settings: Settings, engine: str, options: dict[str, Any], tr
         ready = is_ready() and (model is not None or settings.role == "api")
         return {"ready": ready, "engines": engines, "model": model, **({"problem": problem} if problem else {})}
 
-    secret = settings.webhook_secret.get_secret_value() if settings.webhook_secret else ""
     webhooks = Webhooks(dispatcher, metrics, secret, allow_private=settings.webhook_allow_private) if secret else None
     service = Service(
         dispatcher=dispatcher,

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import contextlib
 import hashlib
 import hmac
+import ipaddress
 import json
+import socket
 import sqlite3
 import threading
 import time
@@ -20,7 +23,9 @@ import structlog.testing
 from tests.serving import free_port, served, wait_until
 
 from alphalayer.api import webhooks
-from alphalayer.errors import InvalidRequest
+from alphalayer.app import check
+from alphalayer.config import Settings
+from alphalayer.errors import InvalidRequest, SetupFailed
 from alphalayer.job import Job
 from alphalayer.jobs.embedded import EmbeddedDispatcher
 from alphalayer.jobs.journal import VERSION, jobs
@@ -162,6 +167,67 @@ def test_the_internet_is_not_refused():
     webhooks.check_url("https://example.com/hook", allow_private=False)
     webhooks.check_url("https://93.184.216.34:8443/hook", allow_private=False)
     webhooks.check_url("http://10.0.0.1/", allow_private=True)
+
+
+@pytest.mark.parametrize(
+    ("address", "public"),
+    [
+        ("93.184.216.34", True), ("2606:2800:220:1::1", True), ("64:ff9b::5db8:d822", True), ("2002:5db8:d822::1", True),
+        ("::ffff:93.184.216.34", True),
+        ("127.0.0.1", False), ("10.0.0.1", False), ("100.64.0.1", False), ("169.254.169.254", False), ("0.0.0.0", False),
+        ("224.0.0.1", False), ("240.0.0.1", False), ("255.255.255.255", False), ("192.0.2.1", False), ("198.18.0.1", False),
+        ("::1", False), ("::", False), ("fe80::1", False), ("fc00::1", False), ("fec0::1", False), ("ff02::1", False),
+        ("ff0e::1", False), ("2001:db8::1", False), ("::127.0.0.1", False), ("::ffff:10.0.0.1", False),
+        ("::ffff:0:127.0.0.1", False), ("64:ff9b::7f00:1", False), ("64:ff9b::a9fe:a9fe", False), ("64:ff9b:1::1", False),
+        ("2002:7f00:1::", False), ("2002:a00:1::1", False),
+    ],
+)  # fmt: skip
+def test_which_addresses_are_of_the_internet(address: str, public: bool):
+    assert webhooks.is_public(ipaddress.ip_address(address)) == public
+    host = f"[{address}]" if ":" in address else address
+    with contextlib.nullcontext() if public else pytest.raises(InvalidRequest):
+        webhooks.check_url(f"http://{host}/", allow_private=False)
+
+
+@pytest.mark.parametrize("secret", ["whsec_not base64!", "whsec_", "whsec_abc"])
+def test_a_secret_that_is_none_stops_the_start(tmp_path: Path, secret: str):
+    settings = Settings(data_dir=tmp_path, outputs_dir=tmp_path, keys_file=tmp_path / "none", webhook_secret=secret)
+    with pytest.raises(SetupFailed, match="webhook_secret") as wrong:
+        asyncio.run(check(settings))
+    assert "openssl rand" in wrong.value.hint
+
+
+def test_receivers_that_hang_hold_nobody_back(service):
+    """They take connections and never answer."""
+    with socket.create_server(("127.0.0.1", 0)) as deaf, Receiver() as receiver:
+        for _ in range(20):
+            url = f"http://127.0.0.1:{deaf.getsockname()[1]}/"
+            service.post("/alpha/v1/jobs", json={**BODY, "webhook_url": url})
+        service.post("/alpha/v1/jobs", json={**BODY, "webhook_url": receiver.url})
+        wait_until(lambda: receiver.got, 5)
+
+
+def test_one_that_answers_a_byte_at_a_time_has_its_time(service, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(webhooks, "TIMEOUT_S", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as slow:
+
+        def drip() -> None:
+            connection, _ = slow.accept()
+            with contextlib.suppress(OSError), connection:
+                while True:
+                    connection.send(b"H")
+                    time.sleep(0.1)
+
+        threading.Thread(target=drip, daemon=True).start()
+        url = f"http://127.0.0.1:{slow.getsockname()[1]}/"
+        service.post("/alpha/v1/jobs", json={**BODY, "webhook_url": url})
+        wait_until(lambda: 'outcome="retried"} 1.0' in service.get("/metrics").text, 5)
+
+
+def test_an_address_that_breaks_the_sender_is_tried_again_and_given_up(service):
+    url = f"http://{'a' * 70}.example/"
+    service.post("/alpha/v1/jobs", json={**BODY, "webhook_url": url})
+    wait_until(lambda: 'outcome="given_up"} 1.0' in service.get("/metrics").text)
 
 
 def test_a_name_that_means_this_machine_is_not_sent_to(tmp_path: Path):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -116,8 +116,8 @@ class Dispatcher(Protocol):
         """Remove jobs that were over before a time (Unix seconds) and owe nobody a webhook; how many."""
         ...
 
-    async def owed_webhooks(self, limit: int) -> list[tuple[Job, int]]:
-        """Jobs whose receivers are to be told now, with how often that was tried. Raises `StorageFailed`."""
+    async def owed_webhooks(self, limit: int, at_work: Collection[str] = ()) -> list[tuple[Job, int]]:
+        """Jobs whose receivers are to be told now, but for those `at_work`, with how often that was tried. Raises `StorageFailed`."""
         ...
 
     async def webhook_told(self, job_id: str, due: float | None, tries: int) -> None:

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -255,9 +255,9 @@ class EmbeddedDispatcher:
         """Remove old jobs from the journal; how many."""
         return await self._journal.forget(finished_before)
 
-    async def owed_webhooks(self, limit: int) -> list[tuple[Job, int]]:
+    async def owed_webhooks(self, limit: int, at_work: Collection[str] = ()) -> list[tuple[Job, int]]:
         """Jobs whose receivers are to be told now, with how often that was tried."""
-        return await self._journal.owed_webhooks(time.time(), limit)
+        return await self._journal.owed_webhooks(time.time(), limit, at_work)
 
     async def webhook_told(self, job_id: str, due: float | None, tries: int) -> None:
         """Note a try, and when the next one is due; None: no more. On a full disk the receiver is told once more."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import sqlite3
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -175,12 +176,11 @@ class Journal:
             jobs.delete().where(jobs.c.finished_at < finished_before, jobs.c.webhook_due.is_(None))
         )
 
-    async def owed_webhooks(self, now: float, limit: int) -> list[tuple[Job, int]]:
-        """Jobs that are over and whose receiver is to be told by now, with how often that was tried; the longest due first.
-
-        Raises `StorageFailed`.
-        """
-        statement = select(jobs).where(jobs.c.webhook_due <= now).order_by(jobs.c.webhook_due).limit(limit)
+    async def owed_webhooks(self, now: float, limit: int, at_work: Collection[str] = ()) -> list[tuple[Job, int]]:
+        """Jobs that are over and whose receiver is to be told by now, but for those `at_work`, with how often that was tried;
+        the longest due first. Raises `StorageFailed`."""
+        due = (jobs.c.webhook_due <= now) & jobs.c.id.not_in(at_work)
+        statement = select(jobs).where(due).order_by(jobs.c.webhook_due).limit(limit)
         try:
             async with self.engine.connect() as connection:
                 rows = (await connection.execute(statement)).mappings().all()
@@ -188,11 +188,11 @@ class Journal:
             raise self.fault(error) from None
         return [(job_of(row), int(row["webhook_tries"])) for row in rows]
 
-    async def claim_webhooks(self, now: float, limit: int) -> list[tuple[Job, int]]:
+    async def claim_webhooks(self, now: float, limit: int, at_work: Collection[str] = ()) -> list[tuple[Job, int]]:
         """The same for one of many: what it gets is due for the others only after a minute."""
         chosen = (
             select(jobs.c.id)
-            .where(jobs.c.webhook_due <= now)
+            .where(jobs.c.webhook_due <= now, jobs.c.id.not_in(at_work))
             .order_by(jobs.c.webhook_due)
             .limit(limit)
             .with_for_update(skip_locked=True)

@@ -12,7 +12,7 @@ import contextlib
 import json
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Collection, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -288,9 +288,9 @@ class SharedDispatcher:
         """Remove old jobs from the journal; how many."""
         return await self._journal.forget(finished_before)
 
-    async def owed_webhooks(self, limit: int) -> list[tuple[Job, int]]:
+    async def owed_webhooks(self, limit: int, at_work: Collection[str] = ()) -> list[tuple[Job, int]]:
         """Jobs whose receivers are to be told now, for this pod alone: the others see them as due in a minute."""
-        return await self._journal.claim_webhooks(time.time(), limit)
+        return await self._journal.claim_webhooks(time.time(), limit, at_work)
 
     async def webhook_told(self, job_id: str, due: float | None, tries: int) -> None:
         """Note a try, and when the next one is due; None: no more."""
