@@ -29,6 +29,7 @@ from alphalayer.config import Settings
 from alphalayer.errors import AlphalayerError, SetupFailed
 from alphalayer.jobs import Dispatcher
 from alphalayer.jobs.embedded import EmbeddedDispatcher
+from alphalayer.jobs.ends import note_end
 from alphalayer.keys import basic_keys, read_keys
 from alphalayer.retention import Limits, keep_sweeping
 from alphalayer.storage.objects import open_storage
@@ -153,7 +154,7 @@ async def check(settings: Settings) -> None:
     open_storage(settings.pictures)
     read_keys(settings.keys_file)
     _webhook_key(settings)
-    await (await _open_dispatcher(settings, {})).close()
+    await (await _open_dispatcher(settings, {}, Metrics())).close()
 
 
 def _webhook_key(settings: Settings) -> bytes | None:
@@ -161,16 +162,17 @@ def _webhook_key(settings: Settings) -> bytes | None:
     return read_secret(secret) if secret else None
 
 
-async def _open_dispatcher(settings: Settings, shares: Mapping[str, float]) -> Dispatcher:
+async def _open_dispatcher(settings: Settings, shares: Mapping[str, float], metrics: Metrics) -> Dispatcher:
     """The queue of this machine alone, or the one that many share."""
+    on_end = partial(note_end, metrics)
     if settings.database is None:
-        return await EmbeddedDispatcher.open(settings.data_dir / JOURNAL, settings.queue_limit, shares)
+        return await EmbeddedDispatcher.open(settings.data_dir / JOURNAL, settings.queue_limit, shares, on_end)
     try:
         from alphalayer.jobs.shared import SharedDispatcher
     except ImportError as error:
         raise SetupFailed(f"a shared queue needs {error.name}.", hint='Run: pip install "alphalayer[shared]"') from None
     return await SharedDispatcher.open(
-        settings.database.get_secret_value(), settings.queue_limit, shares, settings.role
+        settings.database.get_secret_value(), settings.queue_limit, shares, settings.role, on_end
     )
 
 
@@ -180,8 +182,8 @@ async def _assemble(settings: Settings, engine: str, options: dict[str, Any], tr
     secret = _webhook_key(settings)
     keys = read_keys(settings.keys_file) + basic_keys(settings.api_auth.get_secret_value() if settings.api_auth else "")
     shares = {key.name: key.queue_share for key in keys}
-    dispatcher = await _open_dispatcher(settings, shares)
     metrics = Metrics()
+    dispatcher = await _open_dispatcher(settings, shares, metrics)
     metrics.queue_length.set_function(lambda: dispatcher.queue_length)
     metrics.queue_age.set_function(lambda: dispatcher.oldest_waiting_s)
     supervisors = [

@@ -64,6 +64,12 @@ class Metrics:
             ["outcome"],
             **make,
         )
+        self.refused = Counter(
+            "alphalayer_refused",
+            "Requests that were told to come back later, by reason: queue_full, rate_limited.",
+            ["reason"],
+            **make,
+        )
         self.pictures = Counter("alphalayer_pictures", "Pictures stored.", **make)
         self.stage_seconds = Histogram(
             "alphalayer_stage_seconds",

@@ -92,6 +92,7 @@ def test_ids_lead_from_a_request_to_its_job(tmp_path, asked):
         by_event.setdefault(line["event"], []).append(line)
     accepted, done = by_event["job_accepted"][0], by_event["job_done"][0]
     assert (accepted["request"], accepted["owner"], accepted["job"]) == ("order-77", "shop", done["job"])
+    assert done["engine"] == "cpu"
     mine = next(line for line in by_event["request"] if line["request"] == "order-77")
     assert (mine["method"], mine["path"], mine["status"]) == ("POST", "/alpha/v1/txt2img", 200)
     assert by_event["engine_ready"][0]["device"] == "discs, no device"

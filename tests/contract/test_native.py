@@ -199,6 +199,7 @@ def test_a_full_queue_says_when_to_come_back(tmp_path):
         for answer in full:
             assert int(answer.headers["retry-after"]) >= 1
             assert answer.json()["code"] == "queue_full"
+        assert f'alphalayer_refused_total{{reason="queue_full"}} {len(full)}.0' in client.get("/metrics").text
 
 
 def test_a_client_that_leaves_frees_its_place(tmp_path):

@@ -13,7 +13,7 @@ from tests.servers import Postgres, postgres_programs
 
 from alphalayer.errors import Cancelled, EngineFailed, QueueFull, StorageFailed
 from alphalayer.job import ImageRef, JobProgress, JobResult, JobSpec, JobState
-from alphalayer.jobs import MAX_STARTS, Dispatcher
+from alphalayer.jobs import MAX_STARTS, Dispatcher, Outcome
 from alphalayer.jobs.embedded import EmbeddedDispatcher
 from alphalayer.request import GenerationRequest
 
@@ -29,9 +29,19 @@ def postgres() -> Iterator[Postgres]:
     server.remove()
 
 
+@pytest.fixture
+def ends() -> list[tuple[str, str]]:
+    """Each end of a job of `open_one` that was told: id, and what came of it."""
+    return []
+
+
 @pytest_asyncio.fixture(params=["embedded", "shared"])
-async def open_one(request, tmp_path) -> AsyncIterator[Open]:
+async def open_one(request, tmp_path, ends) -> AsyncIterator[Open]:
     """Opens a dispatcher with room for ten jobs; each time the same queue. Closed at the end."""
+
+    def on_end(job_id: str, outcome: Outcome) -> None:
+        ends.append((job_id, getattr(outcome, "code", "done")))
+
     opened: list[Dispatcher] = []
     shares = {"half": 0.5}
     if request.param == "shared":
@@ -41,9 +51,9 @@ async def open_one(request, tmp_path) -> AsyncIterator[Open]:
 
     async def open_now() -> Dispatcher:
         if request.param == "shared":
-            opened.append(await SharedDispatcher.open(url, 10, shares))
+            opened.append(await SharedDispatcher.open(url, 10, shares, on_end=on_end))
         else:
-            opened.append(await EmbeddedDispatcher.open(tmp_path / "jobs.sqlite", 10, shares))
+            opened.append(await EmbeddedDispatcher.open(tmp_path / "jobs.sqlite", 10, shares, on_end))
         return opened[-1]
 
     yield open_now
@@ -156,6 +166,31 @@ async def test_a_job_whose_engine_died_comes_first_again_and_is_given_up_in_the_
     assert given_up.state is JobState.FAILED
     assert "it died" in str(given_up.error)
     assert (await soon(queue.take())).id == second.id
+
+
+async def test_every_end_is_told_once(open_one, ends):
+    queue = await open_one()
+    done, failed, lost, stopped, waiting = [(await queue.submit(spec(name))).id for name in "abcde"]
+    for _ in range(2):
+        job = await soon(queue.take())
+        await queue.started(job.id)
+        await queue.finished(job.id, result_of(job.spec) if job.id == done else EngineFailed("it broke."))
+        await queue.finished(job.id, EngineFailed("again."))
+    for _ in range(MAX_STARTS):
+        await queue.started((await soon(queue.take())).id)
+        await queue.released(lost, "it died")
+    assert await queue.cancel(waiting)
+    assert not await queue.cancel(waiting)
+    await queue.started((await soon(queue.take())).id)
+    assert await queue.cancel(stopped)
+    await queue.finished(stopped, Cancelled("cancelled."))
+    assert ends == [
+        (done, "done"),
+        (failed, "engine_failed"),
+        (lost, "engine_failed"),
+        (waiting, "cancelled"),
+        (stopped, "cancelled"),
+    ]
 
 
 async def test_mates_are_alike(open_one):

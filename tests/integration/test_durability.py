@@ -66,6 +66,9 @@ def test_a_job_that_kills_its_engine_is_failed_and_the_next_one_drawn(tmp_path):
         assert problem["code"] == "engine_failed"
         assert f"{MAX_STARTS} times" in problem["detail"]
         assert client.post("/alpha/v1/txt2img", json={**BODY, "steps": 1}).status_code == 200
+        counted = client.get("/metrics").text
+        assert 'alphalayer_jobs_total{outcome="engine_failed"} 1.0' in counted
+        assert 'alphalayer_jobs_total{outcome="done"} 1.0' in counted
 
 
 def test_an_engine_that_hangs_is_killed(tmp_path):

@@ -152,6 +152,8 @@ def install(app: FastAPI) -> None:
     async def known(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, AlphalayerError)
         headers: dict[str, str] = dict(getattr(error, "headers", {}))
+        if STATUSES.get(error.code) == 429:
+            request.app.state.service.metrics.refused.labels(error.code).inc()
         if isinstance(error, RateLimited):
             headers["Retry-After"] = str(error.retry_after_s)
         elif error.code == "queue_full":

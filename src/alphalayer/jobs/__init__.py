@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Collection
+from collections.abc import AsyncIterator, Callable, Collection
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
-from alphalayer.errors import AlphalayerError, EngineFailed
+from alphalayer.errors import AlphalayerError, Cancelled, EngineFailed
 from alphalayer.job import Job, JobProgress, JobResult, JobSpec, JobState
 
 MAX_STARTS = 3
@@ -15,6 +15,25 @@ MAX_STARTS = 3
 
 USUAL_SECONDS = 20.0
 """What a job is thought to take before one was seen."""
+
+
+Outcome = JobResult | AlphalayerError
+"""How a job ends: with its pictures, or the reason why there are none; `Cancelled` where somebody wanted it to stop."""
+OnEnd = Callable[[str, Outcome], None]
+"""Told each end of a job once, wherever it ends, after it is written down: the job's id and its outcome."""
+
+
+def nobody(_job_id: str, _outcome: Outcome) -> None:
+    """Is told and does nothing."""
+
+
+def over(outcome: Outcome) -> dict[str, Any]:
+    """What an outcome changes of a job: state, and result or error."""
+    if isinstance(outcome, JobResult):
+        return {"state": JobState.DONE, "result": outcome}
+    if isinstance(outcome, Cancelled):
+        return {"state": JobState.CANCELLED}
+    return {"state": JobState.FAILED, "error": outcome.to_dict()}
 
 
 @dataclass(frozen=True)
@@ -96,8 +115,8 @@ class Dispatcher(Protocol):
         """The engine is so far."""
         ...
 
-    async def finished(self, job_id: str, outcome: JobResult | AlphalayerError) -> None:
-        """It is over: pictures, or the reason why there are none. Says nothing where it was over already."""
+    async def finished(self, job_id: str, outcome: Outcome) -> None:
+        """It is over. Says nothing where it was over already."""
         ...
 
     async def released(self, job_id: str, reason: str) -> None:

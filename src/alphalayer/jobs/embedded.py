@@ -13,9 +13,9 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from alphalayer.errors import AlphalayerError, QueueFull, SetupFailed, StorageFailed
+from alphalayer.errors import Cancelled, QueueFull, SetupFailed, StorageFailed
 from alphalayer.job import Job, JobProgress, JobResult, JobSpec, JobState
-from alphalayer.jobs import MAX_STARTS, USUAL_SECONDS, JobView, gave_up
+from alphalayer.jobs import MAX_STARTS, USUAL_SECONDS, JobView, OnEnd, Outcome, gave_up, nobody, over
 from alphalayer.jobs.journal import Journal
 
 
@@ -43,12 +43,13 @@ class EmbeddedDispatcher:
     """Implements `alphalayer.jobs.Dispatcher` on a journal file."""
 
     def __init__(
-        self, journal: Journal, lock: FileLock, queue_limit: int, queue_shares: Mapping[str, float] | None = None
+        self, journal: Journal, lock: FileLock, queue_limit: int, queue_shares: Mapping[str, float], on_end: OnEnd
     ):
         self._journal = journal
         self._lock = lock
         self._queue_limit = queue_limit
-        self._queue_shares = queue_shares or {}
+        self._queue_shares = queue_shares
+        self._on_end = on_end
         self._live: dict[str, _Live] = {}
         self._waiting: deque[str] = deque()
         self._arrived = asyncio.Condition()
@@ -57,7 +58,11 @@ class EmbeddedDispatcher:
 
     @classmethod
     async def open(
-        cls, file: Path, queue_limit: int, queue_shares: Mapping[str, float] | None = None
+        cls,
+        file: Path,
+        queue_limit: int,
+        queue_shares: Mapping[str, float] | None = None,
+        on_end: OnEnd = nobody,
     ) -> EmbeddedDispatcher:
         """Open the journal and queue again what was not over, oldest first.
 
@@ -68,7 +73,7 @@ class EmbeddedDispatcher:
         """
         lock = _lock(file)
         try:
-            dispatcher = cls(await Journal.open(file), lock, queue_limit, queue_shares)
+            dispatcher = cls(await Journal.open(file), lock, queue_limit, queue_shares or {}, on_end)
         except BaseException:
             lock.release()
             raise
@@ -163,7 +168,7 @@ class EmbeddedDispatcher:
             return False
         live.cancel.set()
         if job_id in self._waiting:
-            await self._over(live, JobState.CANCELLED)
+            await self._over(live, Cancelled("cancelled."))
         return True
 
     async def wait(self, job_id: str) -> Job:
@@ -218,18 +223,14 @@ class EmbeddedDispatcher:
             self._live[job_id].progress = progress
             self._live[job_id].wake()
 
-    async def finished(self, job_id: str, outcome: JobResult | AlphalayerError) -> None:
+    async def finished(self, job_id: str, outcome: Outcome) -> None:
         """End a job; see the protocol."""
         live = self._live.get(job_id)
         if live is None:
             return
         if isinstance(outcome, JobResult):
             self._learn(live.job)
-            await self._over(live, JobState.DONE, result=outcome)
-        elif outcome.code == "cancelled":
-            await self._over(live, JobState.CANCELLED)
-        else:
-            await self._over(live, JobState.FAILED, error=outcome.to_dict())
+        await self._over(live, outcome)
 
     async def released(self, job_id: str, reason: str) -> None:
         """Queue a job again whose engine is gone, or fail it; see the protocol."""
@@ -237,7 +238,7 @@ class EmbeddedDispatcher:
         if live is None:
             return
         if live.cancel.is_set():
-            await self._over(live, JobState.CANCELLED)
+            await self._over(live, Cancelled("cancelled."))
         elif live.job.starts >= MAX_STARTS:
             await self.finished(job_id, gave_up(reason))
         else:
@@ -264,11 +265,11 @@ class EmbeddedDispatcher:
         with contextlib.suppress(StorageFailed):
             await self._journal.webhook_told(job_id, due, tries)
 
-    async def _over(self, live: _Live, state: JobState, **outcome: Any) -> None:
+    async def _over(self, live: _Live, outcome: Outcome) -> None:
         job_id = live.job.id
         if job_id in self._waiting:
             self._waiting.remove(job_id)
-        live.job = live.job.model_copy(update={"state": state, "finished_at": time.time(), **outcome})
+        live.job = live.job.model_copy(update={"finished_at": time.time(), **over(outcome)})
         while True:
             try:
                 await self._journal.save(live.job)
@@ -277,6 +278,7 @@ class EmbeddedDispatcher:
                 # a full disk: keep the outcome and try again; those who wait get it once it is safe
                 await asyncio.sleep(1.0)
         self._live.pop(job_id, None)
+        self._on_end(job_id, outcome)
         live.wake()
         self._wake_waiting()
 

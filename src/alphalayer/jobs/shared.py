@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Collection, Mapping
@@ -24,9 +23,9 @@ from pgqueuer.types import JobId, QueueManagerId
 from sqlalchemy import func, select, text, true, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from alphalayer.errors import AlphalayerError, Cancelled, StorageFailed
+from alphalayer.errors import Cancelled, StorageFailed
 from alphalayer.job import Job, JobProgress, JobResult, JobSpec, JobState
-from alphalayer.jobs import MAX_STARTS, JobView, claims, gave_up
+from alphalayer.jobs import MAX_STARTS, JobView, OnEnd, Outcome, claims, gave_up, nobody, over
 from alphalayer.jobs.journal import ADD, OPEN, UNREACHABLE, Journal, job_of, jobs, row_of
 from alphalayer.jobs.news import News
 from alphalayer.jobs.room import Room
@@ -56,8 +55,17 @@ class _Held:
 class SharedDispatcher:
     """Implements `alphalayer.jobs.Dispatcher` on PostgreSQL."""
 
-    def __init__(self, journal: Journal, url: str, queue_limit: int, queue_shares: Mapping[str, float], role: str):
+    def __init__(
+        self,
+        journal: Journal,
+        url: str,
+        queue_limit: int,
+        queue_shares: Mapping[str, float],
+        role: str,
+        on_end: OnEnd,
+    ):
         self._journal = journal
+        self._on_end = on_end
         self._news = News(url, role, self._asked_to_cancel)
         self._room = Room(queue_limit, queue_shares)
         self._worker = QueueManagerId(uuid.uuid4())
@@ -68,10 +76,15 @@ class SharedDispatcher:
 
     @classmethod
     async def open(
-        cls, url: str, queue_limit: int, queue_shares: Mapping[str, float] | None = None, role: str = "all"
+        cls,
+        url: str,
+        queue_limit: int,
+        queue_shares: Mapping[str, float] | None = None,
+        role: str = "all",
+        on_end: OnEnd = nobody,
     ) -> SharedDispatcher:
         """Connect and bring both schemas up to date. `role` says whose news are heard: "api", "worker" or "all". Raises `SetupFailed`."""
-        dispatcher = cls(await Journal.open(url), url, queue_limit, queue_shares or {}, role)
+        dispatcher = cls(await Journal.open(url), url, queue_limit, queue_shares or {}, role, on_end)
         await dispatcher._install_queue()
         async with dispatcher._transaction() as (connection, _):
             await dispatcher._room.look(connection)
@@ -122,12 +135,12 @@ class SharedDispatcher:
 
     async def cancel(self, job_id: str) -> bool:
         """Stop a job, wherever it is; see the protocol."""
-        over = {"state": JobState.CANCELLED.value, "finished_at": time.time()}
+        changes = {"state": JobState.CANCELLED.value, "finished_at": time.time()}
         mine = jobs.c.id == job_id
         async with self._transaction() as (connection, queue):
             waiting = mine & (jobs.c.state == JobState.QUEUED.value)
             row_id = (
-                await connection.execute(update(jobs).where(waiting).values(over).returning(jobs.c.queue_id))
+                await connection.execute(update(jobs).where(waiting).values(changes).returning(jobs.c.queue_id))
             ).scalar()
             if row_id is not None:
                 await queue.mark_job_as_cancelled([JobId(row_id)])
@@ -135,7 +148,9 @@ class SharedDispatcher:
             elif not (await connection.execute(select(jobs.c.id).where(mine, jobs.c.state.in_(OPEN)))).scalar():
                 return False
             await self._news.tell(connection, "cancel", job_id)
-            return True
+        if row_id is not None:
+            self._on_end(job_id, Cancelled("cancelled."))
+        return True
 
     async def wait(self, job_id: str) -> Job:
         """The job, once it is over."""
@@ -233,21 +248,13 @@ class SharedDispatcher:
             async with self._transaction() as (connection, _):
                 await self._news.tell(connection, "progress", job_id, **progress.model_dump())
 
-    async def finished(self, job_id: str, outcome: JobResult | AlphalayerError) -> None:
+    async def finished(self, job_id: str, outcome: Outcome) -> None:
         """End a job, if it is still this start's to end; tried again until the database has it."""
         held = self._held.get(job_id)
         if held is None:
             return
-        over: dict[str, Any] = {"finished_at": time.time()}
-        if isinstance(outcome, JobResult):
-            over |= {"state": JobState.DONE.value, "result": outcome.model_dump_json()}
-        elif outcome.code == "cancelled":
-            over |= {"state": JobState.CANCELLED.value}
-        else:
-            over |= {"state": JobState.FAILED.value, "error": json.dumps(outcome.to_dict())}
-        if held.job.spec.webhook:
-            over["webhook_due"] = over["finished_at"]
-        while not await self._end(held, over):
+        ended = held.job.model_copy(update={"finished_at": time.time(), **over(outcome)})
+        while not await self._end(held, ended, outcome):
             await asyncio.sleep(1.0)
         del self._held[job_id]
 
@@ -332,21 +339,27 @@ class SharedDispatcher:
             return None
         return job
 
-    async def _end(self, held: _Held, over: dict[str, Any]) -> bool:
+    async def _end(self, held: _Held, ended: Job, outcome: Outcome) -> bool:
         """Write the outcome, if the job is still of this start; whether the database could be reached."""
-        mine = (jobs.c.id == held.job.id) & jobs.c.state.in_(OPEN) & (jobs.c.starts == held.start)
+        mine = (jobs.c.id == ended.id) & jobs.c.state.in_(OPEN) & (jobs.c.starts == held.start)
+        row = row_of(ended)
+        changes = {name: row[name] for name in ("state", "finished_at", "result", "error")}
+        changes["webhook_due"] = ended.finished_at if ended.spec.webhook else None
         try:
             async with self._transaction() as (connection, queue):
-                ended = (await connection.execute(update(jobs).where(mine).values(over))).rowcount
-                if ended:
-                    await queue.log_jobs([(held.row, "successful" if "result" in over else "exception", None)])
-                    await self._news.tell(connection, "changed", held.job.id)
-                else:
-                    log.warning("outcome_too_late", job=held.job.id, start=held.start)
-            return True
+                is_mine = (await connection.execute(update(jobs).where(mine).values(changes))).rowcount > 0
+                if is_mine:
+                    done = isinstance(outcome, JobResult)
+                    await queue.log_jobs([(held.row, "successful" if done else "exception", None)])
+                    await self._news.tell(connection, "changed", ended.id)
         except StorageFailed as error:
-            log.warning("outcome_not_written", job=held.job.id, error=str(error))
+            log.warning("outcome_not_written", job=ended.id, error=str(error))
             return False
+        if is_mine:
+            self._on_end(ended.id, outcome)
+        else:
+            log.warning("outcome_too_late", job=ended.id, start=held.start)
+        return True
 
     async def _view(self, job: Job) -> JobView:
         if job.state.is_final:

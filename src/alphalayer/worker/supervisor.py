@@ -13,6 +13,8 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
+from structlog.contextvars import bind_contextvars
+
 from alphalayer.errors import AlphalayerError, EngineFailed
 from alphalayer.job import Job, JobProgress, JobResult
 from alphalayer.jobs import Dispatcher
@@ -86,6 +88,8 @@ class Supervisor:
 
     async def run(self) -> None:
         """Start the process, feed it, and start it again, until cancelled. May be run again where it raised something."""
+        # stands in every line that is written from here on, in those of the ends of jobs, too
+        bind_contextvars(engine=self.name)
         while not self._draining:
             await self._give_back("its supervisor failed")
             known = self.problem
@@ -100,7 +104,7 @@ class Supervisor:
                 return
             pause = RESTART_PAUSE_S[min(self._fruitless, len(RESTART_PAUSE_S) - 1)]
             self._fruitless += 1
-            log.error("engine_stopped", engine=self.name, reason=reason, restart_in_s=pause)
+            log.error("engine_stopped", reason=reason, restart_in_s=pause)
             await asyncio.sleep(pause)
 
     async def drain(self) -> None:
@@ -139,7 +143,7 @@ class Supervisor:
                 self._heard_at = time.monotonic()
                 message = read_message(line)
                 if message["kind"] == "ready":
-                    log.info("engine_ready", engine=self.name, pid=process.pid, device=message.get("device"))
+                    log.info("engine_ready", pid=process.pid, device=message.get("device"))
                     self.is_ready, self.problem = True, None
                     self._batch_pixels = message.get("batch_pixels", 0)
                     self._metrics.engine_ready.labels(self.name).set(1)
@@ -166,7 +170,7 @@ class Supervisor:
         try:
             await self._feed()
         except Exception as error:
-            log.error("task_failed", task=f"{self.name} feed", exc_info=error)
+            log.error("task_failed", task="feed", exc_info=error)
             process.kill()
 
     async def _feed(self) -> None:
@@ -195,7 +199,7 @@ class Supervisor:
         kind, job_id = message["kind"], message.get("id")
         if kind == "failed" and job_id is None:
             self.problem = AlphalayerError.from_dict(message["error"])
-            log.error("engine_not_ready", engine=self.name, error=str(self.problem))
+            log.error("engine_not_ready", error=str(self.problem))
         if job_id not in self._jobs:
             return
         work = self._jobs[job_id]
@@ -220,15 +224,6 @@ class Supervisor:
         await self._dispatcher.finished(job_id, outcome)
         if batch.left == 0:
             self._make_room(batch)
-        if isinstance(outcome, JobResult):
-            self._metrics.jobs.labels("done").inc()
-            self._metrics.pictures.inc(len(outcome.images))
-            for stage, seconds in outcome.seconds.items():
-                self._metrics.stage_seconds.labels(stage).observe(seconds)
-            log.info("job_done", job=job_id, engine=self.name, images=len(outcome.images), seconds=outcome.seconds)
-        else:
-            self._metrics.jobs.labels(outcome.code).inc()
-            log.warning("job_failed", job=job_id, engine=self.name, code=outcome.code, error=outcome.message)
 
     async def _settle(self, job_id: str, problem: str | None) -> _Batch:
         """Forget a job that is no longer in the process; the batch that it was in."""
@@ -256,7 +251,7 @@ class Supervisor:
             if not self._jobs:
                 self._heard_at = time.monotonic()
             elif silence > self._spec.silence_limit_s:
-                log.error("engine_hung", engine=self.name, silence_s=round(silence))
+                log.error("engine_hung", silence_s=round(silence))
                 process.kill()
                 return
 

@@ -1,0 +1,24 @@
+"""Every end of a job is counted and written down here, once, whoever ended it."""
+
+from __future__ import annotations
+
+from alphalayer.errors import Cancelled
+from alphalayer.job import JobResult
+from alphalayer.jobs import Outcome
+from alphalayer.telemetry import Metrics, log
+
+
+def note_end(metrics: Metrics, job_id: str, outcome: Outcome) -> None:
+    """Count an outcome and log it; with `metrics` bound, an `alphalayer.jobs.OnEnd`."""
+    if isinstance(outcome, JobResult):
+        metrics.jobs.labels("done").inc()
+        metrics.pictures.inc(len(outcome.images))
+        for stage, seconds in outcome.seconds.items():
+            metrics.stage_seconds.labels(stage).observe(seconds)
+        log.info("job_done", job=job_id, images=len(outcome.images), seconds=outcome.seconds)
+    elif isinstance(outcome, Cancelled):
+        metrics.jobs.labels("cancelled").inc()
+        log.info("job_cancelled", job=job_id)
+    else:
+        metrics.jobs.labels(outcome.code).inc()
+        log.warning("job_failed", job=job_id, code=outcome.code, error=outcome.message)
