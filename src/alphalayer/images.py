@@ -97,7 +97,7 @@ def decode(data: bytes) -> tuple[Rgba, str | None]:
             return np.asarray(image.convert("RGBA")), _parameters(image)
     except UnidentifiedImageError:
         raise InvalidRequest("not a picture.", hint="Use a PNG, WebP or AVIF file.") from None
-    except (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error) as error:
+    except (OSError, SyntaxError, ValueError, EOFError, RuntimeError, struct.error, zlib.error) as error:
         raise InvalidRequest(f"the picture is damaged ({error}).", hint="Use a PNG, WebP or AVIF file.") from None
     except Image.DecompressionBombError:
         raise InvalidRequest("the picture is too large; the limit is 64 megapixels.") from None

@@ -195,12 +195,23 @@ def test_a_folder_of_another_pipeline_says_so(tmp_path: Path, pipeline: object):
     assert str(pipeline) in problem.message
 
 
-@pytest.mark.parametrize("index", ["{", "[]", ""])
+DEEP = '{"a":' + "[" * 60_000 + "]" * 60_000 + "}"
+
+
+@pytest.mark.parametrize("index", ["{", "[]", "", DEEP], ids=["open", "list", "empty", "deep"])
 def test_a_damaged_index_is_named(tmp_path: Path, index: str):
     _folder(tmp_path / "Stable-diffusion" / "bad", index)
     problem = _mine(tmp_path)["bad"].problem
     assert isinstance(problem, CorruptFile)
     assert "model_index.json" in problem.message
+
+
+def test_defaults_that_are_nested_without_end_are_damaged(tmp_path: Path):
+    own = tmp_path / "layerdiffuse" / "config.json"
+    own.parent.mkdir()
+    own.write_text(DEEP)
+    with pytest.raises(CorruptFile, match=r"config\.json"):
+        catalog.model_defaults(tmp_path)
 
 
 def test_a_model_is_found_by_every_name_it_has(tmp_path: Path):

@@ -100,7 +100,9 @@ def _foreign_png() -> bytes:
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
-    "whole", [_picture("png"), _picture("webp"), _foreign_png()], ids=["png", "webp", "foreign png"]
+    "whole",
+    [_picture("png"), _picture("webp"), _picture("avif"), _foreign_png()],
+    ids=["png", "webp", "avif", "foreign png"],
 )
 def test_pictures(whole: bytes):
     @often

@@ -145,7 +145,7 @@ def model_defaults(path: Path) -> ModelDefaults:
         first = error.errors(include_url=False)[0]
         where = ".".join(str(part) for part in first["loc"])
         raise CorruptFile(f"{own}: defaults.{where}: {first['msg']}.") from None
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError, RecursionError):
         raise CorruptFile(f"{own} is damaged.", hint="Get the model again.") from None
 
 
@@ -195,7 +195,7 @@ def _diffusers_entry(path: Path, folder: Path, cache: HashCache) -> ModelEntry:
     problem: ModelUnusable | None = None
     try:
         pipeline = str(json.loads((path / "model_index.json").read_text()).get("_class_name", ""))
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError, RecursionError):
         pipeline, problem = (
             "",
             CorruptFile(f"{path / 'model_index.json'} is damaged.", hint="Download the folder again."),
