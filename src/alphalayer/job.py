@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import secrets
 import time
@@ -10,6 +11,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from alphalayer.errors import InvalidRequest
 from alphalayer.request import GenerationRequest, ImageFormat, ModelDefaults
 
 MAX_ITERATIONS = 16
@@ -55,6 +57,12 @@ class JobSpec(_Frozen):
     webhook: Webhook | None = None
     traceparent: str | None = None
     """The request that it came with, for traces."""
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of what is asked for, whichever way the request came; the same for the same request from version to version."""
+        asked = self.model_dump_json(exclude={"traceparent": True, "webhook": {"service_url"}}, exclude_defaults=True)
+        return hashlib.sha256(asked.encode()).hexdigest()
 
     @property
     def pixels(self) -> int:
@@ -122,6 +130,8 @@ class Job(_Frozen):
     state: JobState = JobState.QUEUED
     owner: str = ""
     idempotency_key: str | None = None
+    digest: str | None = None
+    """Of the request that the key came with."""
     created_at: float
     started_at: float | None = None
     finished_at: float | None = None
@@ -134,8 +144,23 @@ class Job(_Frozen):
         """A fresh job with an id that cannot be guessed. Its seeds are drawn here, so that a second run draws the same picture."""
         drawn = spec.model_copy(update={"generation": spec.generation.with_seeds()})
         return cls(
-            id=secrets.token_hex(12), spec=drawn, owner=owner, idempotency_key=idempotency_key, created_at=time.time()
+            id=secrets.token_hex(12),
+            spec=drawn,
+            owner=owner,
+            idempotency_key=idempotency_key,
+            digest=spec.digest if idempotency_key is not None else None,
+            created_at=time.time(),
         )
+
+    def repeated_by(self, new: Job) -> Job:
+        """This job, where `new` came with its key and asks for the same. Raises `InvalidRequest` where it asks for something else."""
+        if self.digest not in (None, new.digest):
+            raise InvalidRequest(
+                "this key came with another request before.",
+                hint="Give each request a key of its own, and send it again unchanged with the same key.",
+                field="Idempotency-Key",
+            )
+        return self
 
     @property
     def batch_key(self) -> str | None:

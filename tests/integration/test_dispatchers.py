@@ -9,12 +9,14 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 
 import pytest
 import pytest_asyncio
+from sqlalchemy import update
 from tests.servers import Postgres, postgres_programs
 
-from alphalayer.errors import Cancelled, EngineFailed, QueueFull, StorageFailed
+from alphalayer.errors import Cancelled, EngineFailed, InvalidRequest, QueueFull, StorageFailed
 from alphalayer.job import ImageRef, JobProgress, JobResult, JobSpec, JobState
 from alphalayer.jobs import MAX_STARTS, Dispatcher, Outcome
 from alphalayer.jobs.embedded import EmbeddedDispatcher
+from alphalayer.jobs.journal import jobs
 from alphalayer.request import GenerationRequest
 
 Open = Callable[[], Awaitable[Dispatcher]]
@@ -134,6 +136,40 @@ async def test_room_shares_and_idempotency(open_one):
         await queue.submit(spec())
     with pytest.raises(QueueFull, match="room for 10"):
         await queue.submit(spec())
+    # a retry of what was accepted needs no room
+    assert await queue.submit(spec("same"), owner="a", idempotency_key="k") == first
+    with pytest.raises(InvalidRequest, match="another request") as other:
+        await queue.submit(spec("other"), owner="a", idempotency_key="k")
+    assert other.value.field == "Idempotency-Key"
+
+
+async def test_one_key_at_the_same_moment_is_one_job(open_one):
+    queue = await open_one()
+    asked = spec("same", seed=-1)
+    twice = [asked, asked.model_copy(update={"traceparent": "00-another-way-in"})]
+    same = await asyncio.gather(*(queue.submit(each, idempotency_key="k") for each in twice * 3))
+    assert len({job.id for job in same}) == 1
+    assert queue.queue_length <= 1
+
+
+async def test_a_row_that_cannot_be_read_any_more_is_a_failed_job(open_one, ends):
+    queue = await open_one()
+    broken, done = await queue.submit(spec("broken")), await queue.submit(spec("fine"))
+    async with queue._journal.engine.begin() as connection:
+        await connection.execute(
+            update(jobs).where(jobs.c.id == broken.id).values(spec='{"prompt": "hidden", "new_field": 1}')
+        )
+    await queue.close()
+    again = await open_one()
+    assert (await soon(again.take())).id == done.id
+    view = await again.view(broken.id)
+    assert view
+    assert view.job.state is JobState.FAILED
+    assert "cannot be read" in str(view.job.error)
+    assert "hidden" not in str(view.job.error)
+    assert {each.job.id for each in await again.list()} == {broken.id, done.id}
+    assert await again.unfinished_ids() == {done.id}
+    assert ends == [(broken.id, "storage_failed")]
 
 
 async def test_cancel_while_it_waits_and_while_it_runs(open_one):

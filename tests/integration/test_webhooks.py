@@ -19,16 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import structlog.testing
 from tests.serving import free_port, served, wait_until
 
 from alphalayer.api import webhooks
 from alphalayer.app import check
 from alphalayer.config import Settings
 from alphalayer.errors import InvalidRequest, SetupFailed
-from alphalayer.job import Job
-from alphalayer.jobs.embedded import EmbeddedDispatcher
-from alphalayer.jobs.journal import VERSION, jobs
 
 SECRET = "whsec_" + base64.b64encode(b"a key of our own").decode()
 BODY = {"prompt": "an apple", "width": 64, "height": 64, "steps": 2}
@@ -245,28 +241,3 @@ def test_without_a_secret_webhooks_are_off(tmp_path: Path):
         assert answer.status_code == 422
         assert answer.json()["field"] == "webhook_url"
         assert "webhook_secret" in answer.json()["hint"]
-
-
-async def test_a_journal_of_the_first_version_is_brought_up_to_date(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    file = tmp_path / "jobs.sqlite"
-    later = ("webhook_due", "webhook_tries", "queue_id")
-    first = [column for column in jobs.columns.keys() if column not in later]  # noqa: SIM118
-    with sqlite3.connect(file) as old:
-        old.execute(
-            "CREATE TABLE jobs (id VARCHAR(32) PRIMARY KEY, state VARCHAR(16) NOT NULL, owner VARCHAR(100) NOT NULL DEFAULT '', "
-            "idempotency_key VARCHAR(200), created_at FLOAT NOT NULL, started_at FLOAT, finished_at FLOAT, "
-            "starts INTEGER NOT NULL DEFAULT 0, spec TEXT NOT NULL, result TEXT, error TEXT, UNIQUE (owner, idempotency_key))"
-        )
-        spec = json.dumps({"generation": {"prompt": "an old apple"}})
-        values = ("a" * 24, "queued", "", None, 1.0, None, None, 0, spec, None, None)
-        old.execute(f"INSERT INTO jobs ({', '.join(first)}) VALUES ({', '.join('?' * len(first))})", values)
-        old.execute("PRAGMA user_version = 1")
-    with structlog.testing.capture_logs() as logs:
-        dispatcher = await EmbeddedDispatcher.open(file, 10)
-    assert [(line["event"], line["from_version"]) for line in logs] == [("journal_migrated", 1)]
-    job: Job = await dispatcher.take()
-    assert job.spec.generation.prompt == "an old apple"
-    assert await dispatcher.owed_webhooks(5) == []
-    await dispatcher.close()
-    with sqlite3.connect(file) as now:
-        assert now.execute("PRAGMA user_version").fetchone() == (VERSION,)

@@ -164,7 +164,8 @@ class Webhooks:
     async def _post(self, http: httpx.AsyncClient, job: Job) -> int:
         """Send; the status. Redirects are not followed, and nothing of the answer is read."""
         webhook = job.spec.webhook
-        assert webhook is not None
+        if webhook is None:
+            raise Refused("its entry in the journal cannot be read any more.")
         url = httpx.URL(webhook.url)
         address = await self._look_up(url)
         body = answer(JobView(job), webhook.service_url).model_dump_json().encode()

@@ -74,7 +74,12 @@ class Dispatcher(Protocol):
         ...
 
     async def submit(self, spec: JobSpec, *, owner: str = "", idempotency_key: str | None = None) -> Job:
-        """Accept a job; from then on it is not lost. The same owner and key give the same job again. Raises `QueueFull`."""
+        """Accept a job; from then on it is not lost. The same owner and key give the same job again, however full the queue is.
+
+        Raises:
+            QueueFull: no room.
+            InvalidRequest: the key came with another request before.
+        """
         ...
 
     async def view(self, job_id: str) -> JobView | None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from alphalayer.errors import Cancelled, QueueFull, SetupFailed, StorageFailed
+from alphalayer.errors import AlphalayerError, Cancelled, QueueFull, SetupFailed, StorageFailed
 from alphalayer.job import Job, JobProgress, JobResult, JobSpec, JobState
 from alphalayer.jobs import MAX_STARTS, USUAL_SECONDS, JobView, OnEnd, Outcome, gave_up, nobody, over
 from alphalayer.jobs.journal import Journal
@@ -79,7 +79,9 @@ class EmbeddedDispatcher:
             raise
         for job in await dispatcher._journal.unfinished():
             dispatcher._live[job.id] = _Live(job)
-            if job.starts >= MAX_STARTS:
+            if job.error:  # it cannot be read
+                await dispatcher.finished(job.id, AlphalayerError.from_dict(job.error))
+            elif job.starts >= MAX_STARTS:
                 await dispatcher.finished(job.id, gave_up("the service stopped while it ran"))
             else:
                 dispatcher._live[job.id].update(state=JobState.QUEUED)
@@ -112,6 +114,9 @@ class EmbeddedDispatcher:
 
     async def submit(self, spec: JobSpec, *, owner: str = "", idempotency_key: str | None = None) -> Job:
         """Accept a job; see the protocol."""
+        new = Job.new(spec, owner, idempotency_key)
+        if known := await self._journal.known(new):
+            return known.repeated_by(new)
         # a place is taken before the journal is awaited, so that a crowd cannot pass the limit together
         if len(self._waiting) + self._accepting >= self._queue_limit:
             raise QueueFull(
@@ -121,15 +126,15 @@ class EmbeddedDispatcher:
         self._check_share(owner)
         self._accepting += 1
         try:
-            new = Job.new(spec, owner, idempotency_key)
             job = await self._journal.add(new)
             if job is new:
                 self._live[job.id] = _Live(job)
                 self._waiting.append(job.id)
         finally:
             self._accepting -= 1
-        if job is new:
-            await self._ring()
+        if job is not new:
+            return job.repeated_by(new)
+        await self._ring()
         return job
 
     def _check_share(self, owner: str) -> None:

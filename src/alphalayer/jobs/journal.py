@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import sqlite3
+import time
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,8 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
 from alphalayer.errors import SetupFailed, StorageFailed
-from alphalayer.job import Job, JobState
+from alphalayer.job import Job, JobSpec, JobState
+from alphalayer.request import GenerationRequest
 from alphalayer.telemetry import log
 
 metadata = MetaData()
@@ -56,6 +58,7 @@ jobs = Table(
     Column("webhook_due", Float, index=True),
     Column("webhook_tries", Integer, nullable=False, server_default="0"),
     Column("queue_id", BigInteger),
+    Column("digest", String(64)),
     UniqueConstraint("owner", "idempotency_key"),
 )
 
@@ -79,6 +82,7 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         "CREATE INDEX ix_jobs_webhook_due ON jobs (webhook_due)",
     ),
     ("ALTER TABLE jobs ADD COLUMN queue_id BIGINT",),
+    ("ALTER TABLE jobs ADD COLUMN digest VARCHAR(64)",),
 )
 """SQL that takes version 1 to 2, 2 to 3 and so on; the table above is always the newest."""
 VERSION = 1 + len(MIGRATIONS)
@@ -138,8 +142,17 @@ class Journal:
         """Write a new job; the one that is there already if owner and idempotency key are known. Raises `StorageFailed`."""
         if await self._write(self._add, row_of(job)):
             return job
+        same = await self.known(job)
+        assert same is not None, job.id
+        return same
+
+    async def known(self, job: Job) -> Job | None:
+        """The job that came with the same owner and idempotency key before. Raises `StorageFailed`."""
+        if job.idempotency_key is None:
+            return None
         same = (jobs.c.owner == job.owner) & (jobs.c.idempotency_key == job.idempotency_key)
-        return (await self._read(select(jobs).where(same)))[0]
+        found = await self._read(select(jobs).where(same))
+        return found[0] if found else None
 
     async def save(self, job: Job) -> bool:
         """Write what changed of a job that is not over in the journal; whether it was so. Raises `StorageFailed`."""
@@ -260,6 +273,9 @@ async def _migrate(connection: AsyncConnection, place: Path | str) -> None:
         # many may start at once: the first one does the work
         await connection.execute(text("SELECT pg_advisory_xact_lock(hashtext('alphalayer'))"))
         await connection.execute(text("CREATE TABLE IF NOT EXISTS alphalayer_version (version INTEGER NOT NULL)"))
+    else:
+        # by itself the driver begins a transaction only before rows are changed, not before tables are
+        await connection.execute(text("BEGIN IMMEDIATE"))
     ask = "SELECT max(version) FROM alphalayer_version" if shared else "PRAGMA user_version"
     version = (await connection.execute(text(ask))).scalar_one() or 0
     if version > VERSION:
@@ -283,7 +299,7 @@ async def _migrate(connection: AsyncConnection, place: Path | str) -> None:
 def row_of(job: Job) -> dict[str, Any]:
     """The job as a row of the table."""
     row = job.model_dump(
-        include={"id", "owner", "idempotency_key", "created_at", "started_at", "finished_at", "starts"}
+        include={"id", "owner", "idempotency_key", "digest", "created_at", "started_at", "finished_at", "starts"}
     )
     return {
         **row,
@@ -295,8 +311,20 @@ def row_of(job: Job) -> dict[str, Any]:
 
 
 def job_of(row: Any) -> Job:
-    """The job of a row of the table."""
+    """The job of a row of the table; one that cannot be read any more is a failed job."""
     fields = {name: each for name, each in row.items() if name in Job.model_fields}
-    for name in ("spec", "result", "error"):
-        fields[name] = json.loads(fields[name]) if fields[name] else None
-    return Job.model_validate(fields)
+    try:
+        for name in ("spec", "result", "error"):
+            fields[name] = json.loads(fields[name]) if fields[name] else None
+        return Job.model_validate(fields)
+    except ValueError as error:
+        reason = " ".join(line.strip() for line in str(error).splitlines()[:3])
+        problem = StorageFailed(
+            f"its entry in the journal cannot be read any more ({reason}).", hint="Ask for the picture again."
+        )
+        kept = {name: row[name] for name in ("id", "owner", "idempotency_key", "digest", "created_at")}
+        over = {"state": "failed", "finished_at": row["finished_at"] or time.time(), "error": problem.to_dict()}
+        return Job.model_validate({**kept, **over, "spec": _UNREADABLE})
+
+
+_UNREADABLE = JobSpec(generation=GenerationRequest(prompt="unreadable"))

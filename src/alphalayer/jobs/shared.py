@@ -23,10 +23,10 @@ from pgqueuer.types import JobId, QueueManagerId
 from sqlalchemy import func, select, text, true, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from alphalayer.errors import Cancelled, StorageFailed
+from alphalayer.errors import AlphalayerError, Cancelled, StorageFailed
 from alphalayer.job import Job, JobProgress, JobResult, JobSpec, JobState
 from alphalayer.jobs import MAX_STARTS, JobView, OnEnd, Outcome, claims, gave_up, nobody, over
-from alphalayer.jobs.journal import ADD, OPEN, UNREACHABLE, Journal, job_of, jobs, row_of
+from alphalayer.jobs.journal import ADD, OPEN, UNREACHABLE, Journal, jobs, row_of
 from alphalayer.jobs.news import News
 from alphalayer.jobs.room import Room
 from alphalayer.tasks import keep_running
@@ -110,6 +110,8 @@ class SharedDispatcher:
     async def submit(self, spec: JobSpec, *, owner: str = "", idempotency_key: str | None = None) -> Job:
         """Accept a job; see the protocol. Pods that count at the same moment may pass the limit by as many as they are."""
         job = Job.new(spec, owner, idempotency_key)
+        if known := await self._journal.known(job):
+            return known.repeated_by(job)
         async with self._transaction() as (connection, queue):
             await self._room.check(connection, owner)
             [row_id] = await queue.enqueue(claims.entrypoint_of(job), job.id.encode())
@@ -118,9 +120,9 @@ class SharedDispatcher:
                 await self._news.tell(connection, "queued")
                 return job
             await connection.rollback()
-        same = (jobs.c.owner == owner) & (jobs.c.idempotency_key == idempotency_key)
-        async with self._transaction() as (connection, _):
-            return job_of((await connection.execute(select(jobs).where(same))).mappings().one())
+        known = await self._journal.known(job)
+        assert known is not None, job.id
+        return known.repeated_by(job)
 
     async def view(self, job_id: str) -> JobView | None:
         """How a job stands; see the protocol."""
@@ -330,6 +332,8 @@ class SharedDispatcher:
         """The job of a claimed row; None where it is over, or given up now."""
         job = await self._journal.get((row.payload or b"").decode())
         if job is None or job.state.is_final:
+            if job and job.error and await self._journal.save(job):  # it cannot be read
+                self._on_end(job.id, AlphalayerError.from_dict(job.error))
             async with self._transaction() as (_, queue):
                 await queue.log_jobs([(row, "canceled", None)])
             return None
