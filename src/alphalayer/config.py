@@ -94,7 +94,10 @@ class Settings(BaseSettings):
     ] = 0.0
     queue_limit: Annotated[int, Field(ge=1, le=100_000, description="Jobs that may wait; more are answered 429.")] = 200
     silence_limit_s: Annotated[
-        float, Field(gt=0, description="Seconds of silence after which a working engine process is taken for hung.")
+        float,
+        Field(
+            gt=0, description="Seconds of silence after which an engine process that starts or works is taken for hung."
+        ),
     ] = 900.0
     webhook_secret: Annotated[
         SecretStr | None, Field(description="Signs webhooks; without it jobs with a webhook_url are refused.")

@@ -81,6 +81,16 @@ def test_an_engine_that_hangs_is_killed(tmp_path):
                 hanging.result()
 
 
+def hanging_engine(_options):
+    time.sleep(3600)
+
+
+def test_an_engine_that_hangs_while_it_starts_is_killed(tmp_path):
+    engine = "tests.integration.test_durability:hanging_engine"
+    with served(tmp_path, engine=engine, wait_ready=False, silence_limit_s=0.5) as client:
+        wait_until(lambda: "signal 9" in client.get("/readyz").text, 20)
+
+
 def test_an_engine_that_cannot_be_started_is_tried_again(tmp_path, monkeypatch):
     with served(tmp_path) as client:
         monkeypatch.setattr(sys, "executable", str(tmp_path / "nothing"))

@@ -38,7 +38,7 @@ class EngineSpec:
     storage: str
     environment: dict[str, str] = field(default_factory=dict[str, str])
     silence_limit_s: float = 900.0
-    """A process that works and says nothing for so long is taken for hung and killed."""
+    """A process that starts or works and says nothing for so long is taken for hung and killed."""
     batch_wait_s: float = 0.0
     """How long a batch that is not full waits for more."""
 
@@ -248,7 +248,7 @@ class Supervisor:
         while True:
             await asyncio.sleep(1.0)
             silence = time.monotonic() - self._heard_at
-            if not self._jobs:
+            if self.is_ready and not self._jobs:
                 self._heard_at = time.monotonic()
             elif silence > self._spec.silence_limit_s:
                 log.error("engine_hung", silence_s=round(silence))

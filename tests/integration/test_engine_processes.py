@@ -1,0 +1,96 @@
+"""Engine processes as the service keeps them: one a GPU, warm before they are ready, and never without the next batch."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.serving import served, wait_until
+
+from alphalayer.app import engine_environments
+from alphalayer.engine.fake import FakeEngine
+
+
+@pytest.fixture
+def two_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine whose `nvidia-smi` lists two cards."""
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\necho 'GPU 0: Some Card (UUID: GPU-1)'\necho 'GPU 1: Some Card (UUID: GPU-2)'\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="the stand-in for nvidia-smi is a shell script")
+@pytest.mark.parametrize(
+    ("visible", "device", "engines"),
+    [
+        (None, "auto", {"gpu0": "0", "gpu1": "1"}),
+        ("1", "auto", {"gpu1": "1"}),
+        ("3, GPU-2", "cuda", {"gpu3": "3", "gpuGPU-2": "GPU-2"}),
+        ("", "auto", {"cpu": None}),
+        (None, "cpu", {"cpu": None}),
+        (None, "cuda:1", {"cuda:1": None}),
+    ],
+)
+def test_one_process_a_gpu(two_gpus, monkeypatch, visible, device, engines):
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    found = engine_environments(device)
+    assert {name: each.get("CUDA_VISIBLE_DEVICES") for name, each in found.items()} == engines
+
+
+def test_without_a_driver_one_process_draws_on_the_cpu(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert engine_environments("auto") == {"cpu": {}}
+
+
+class SlowToWarm(FakeEngine):
+    """Leaves a file behind once it is warm."""
+
+    def __init__(self, mark: str):
+        super().__init__()
+        self._mark = Path(mark)
+
+    def warm_up(self) -> None:
+        time.sleep(0.5)
+        self._mark.touch()
+
+
+def slow_to_warm(options: dict[str, Any]) -> SlowToWarm:
+    return SlowToWarm(options["mark"])
+
+
+def test_it_is_warm_before_it_is_ready(tmp_path: Path):
+    mark, engine = tmp_path / "warm", "tests.integration.test_engine_processes:slow_to_warm"
+    with served(tmp_path, engine=engine, engine_options={"mark": str(mark)}, wait_ready=False) as client:
+        wait_until(lambda: client.get("/ping").status_code == 200, 20)
+        assert mark.exists()
+
+
+def test_the_next_job_is_sent_before_the_one_before_is_stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    with served(tmp_path, engine_options={"step_s": 0.05}) as client:
+        dispatcher = client.app.state.parts.dispatcher
+        take, finished = dispatcher.take, dispatcher.finished
+        seen: list[tuple[str, str]] = []
+
+        async def taken(holding: str | None = None) -> Any:
+            job = await take(holding)
+            seen.append(("taken", job.id))
+            return job
+
+        async def ended(job_id: str, outcome: Any) -> None:
+            seen.append(("over", job_id))
+            await finished(job_id, outcome)
+
+        monkeypatch.setattr(dispatcher, "take", taken)
+        monkeypatch.setattr(dispatcher, "finished", ended)
+        body = {"prompt": "x", "steps": 5, "width": 512, "height": 512, "format": "webp"}
+        ids = [client.post("/alpha/v1/jobs", json={**body, "seed": i}).json()["id"] for i in range(3)]
+        wait_until(lambda: seen.count(("over", ids[2])), 30)
+        assert seen.index(("taken", ids[1])) < seen.index(("over", ids[0]))
+        assert seen.index(("taken", ids[2])) < seen.index(("over", ids[1]))
