@@ -56,13 +56,7 @@ class SharedDispatcher:
     """Implements `alphalayer.jobs.Dispatcher` on PostgreSQL."""
 
     def __init__(
-        self,
-        journal: Journal,
-        url: str,
-        queue_limit: int,
-        queue_shares: Mapping[str, float],
-        role: str,
-        on_end: OnEnd,
+        self, journal: Journal, url: str, queue_limit: int, queue_shares: Mapping[str, float], role: str, on_end: OnEnd
     ):
         self._journal = journal
         self._on_end = on_end
@@ -92,7 +86,7 @@ class SharedDispatcher:
             asyncio.create_task(keep_running(name, each))
             for name, each in (
                 ("news", dispatcher._news.run),
-                ("heartbeat", dispatcher._beat),
+                ("beat", dispatcher._beat),
                 ("look", dispatcher._keep_looking),
             )
         ]
