@@ -1,11 +1,12 @@
-"""Kills engine processes and whole services while clients ask for pictures, then counts: every accepted job has ended once, with
-its files. `python -m tests.stress.kills --engine-kills 100 --service-kills 20`; Linux."""
+"""Kills engine processes and whole services while they draw for many clients, then counts: every accepted job has ended once, with
+its files. `python -m tests.stress.kills --engine-kills 100 --service-kills 20`; Linux. `--output` writes the counts into a file."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import os
+import platform
 import random
 import signal
 import subprocess
@@ -21,7 +22,8 @@ from tests import fake_service
 from tests.serving import free_port, wait_until
 from tests.stress.crowd import Crowd
 
-STEP_S = 0.01
+STEP_S = 0.02
+CLIENTS = 8
 
 
 class Storm:
@@ -31,16 +33,20 @@ class Storm:
         self._folder, self._port = folder, free_port()
         self._address = f"http://127.0.0.1:{self._port}"
         self._start()
-        self._crowd = Crowd([self._address])
+        self._crowd = Crowd([self._address], CLIENTS)
+
+    def wait_for_work(self) -> None:
+        """Until a job runs in the engine process that is there now; one that was killed has its job taken from it soon."""
+        wait_until(lambda: self._is_ready() and self._a_job_runs(), 90)
 
     def kill_engine(self) -> None:
-        """kill -9 the engine process, as soon as there is one."""
-        while not (found := _children(self._service.pid)):
-            time.sleep(0.01)
-        os.kill(found[0], signal.SIGKILL)
+        """kill -9 the engine process while it draws."""
+        self.wait_for_work()
+        os.kill(_children(self._service.pid)[0], signal.SIGKILL)
 
     def kill_service(self) -> None:
-        """kill -9 the service and start it again."""
+        """kill -9 the service while its engine draws, and start it again."""
+        self.wait_for_work()
         self._service.kill()
         self._service.wait()
         self._start()
@@ -61,8 +67,16 @@ class Storm:
         self._service.wait()
 
     def _start(self) -> None:
-        self._service = fake_service.start(self._folder, self._port, STEP_S, 60)
+        self._service = fake_service.start(self._folder, self._port, STEP_S, 20)
         wait_until(self._answers, 60)
+
+    def _a_job_runs(self) -> bool:
+        query = {"state": "running", "limit": 1}
+        found = httpx.get(f"{self._address}/alpha/v1/jobs", params=query, trust_env=False, timeout=30).json()["jobs"]
+        return bool(found and found[0]["step"])
+
+    def _is_ready(self) -> bool:
+        return httpx.get(f"{self._address}/ping", trust_env=False, timeout=30).status_code == 200
 
     def _answers(self) -> bool:
         try:
@@ -79,7 +93,9 @@ def run(folder: Path, engine_kills: int, service_kills: int, seed: int = 0) -> d
     storm = Storm(folder)
     try:
         for kill in kills:
-            time.sleep(rng.uniform(0.2, 1.5))
+            storm.wait_for_work()
+            # a process that never ends a job is restarted more and more slowly
+            time.sleep(rng.uniform(0.2, 1.0))
             getattr(storm, kill)()
         return storm.count()
     finally:
@@ -96,11 +112,23 @@ def main() -> None:
     parser.add_argument("--engine-kills", type=int, default=100)
     parser.add_argument("--service-kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         start = time.monotonic()
         result = run(Path(folder), options.engine_kills, options.service_kills, options.seed)
-        print(json.dumps({**vars(options), "seconds": round(time.monotonic() - start), **result}, indent=1))
+        report = {
+            "command": f"python -m tests.stress.kills --engine-kills {options.engine_kills} --service-kills {options.service_kills}",
+            "machine": f"{os.cpu_count()} x {platform.machine()}, Python {platform.python_version()}",
+            "clients": CLIENTS,
+            "seed": options.seed,
+            "seconds": round(time.monotonic() - start),
+            **result,
+        }
+        text = json.dumps(report, indent=1)
+        print(text)
+        if options.output:
+            options.output.write_text(text + "\n")
         sys.exit(bool(result["faults"]))
 
 
