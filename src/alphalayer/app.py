@@ -218,6 +218,8 @@ async def _assemble(settings: Settings, engine: str, options: dict[str, Any], tr
         retry_after_s=lambda: dispatcher.retry_after_s,
         metrics=metrics,
         gate=Gate(keys),
+        default_model=settings.default_model,
+        knows_models=settings.role != "api" or (settings.models_dir / catalog.CHECKPOINTS).is_dir(),
         noise=settings.noise,
         decode=settings.decode,
         public_url=settings.public_url,

@@ -13,7 +13,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from alphalayer import infotext
-from alphalayer.api.native import Txt2ImgRequest
+from alphalayer.api.deps import wire_names
+from alphalayer.api.native import FIELDS, Txt2ImgRequest
 from alphalayer.api.problems import Problem, first_fault
 from alphalayer.config import Settings
 from alphalayer.engine import Order, Progress
@@ -49,8 +50,9 @@ class Handler:
         try:
             wanted = Txt2ImgRequest.model_validate(job.get("input") or {})
             spec = wanted.to_spec(self._settings.noise, self._settings.decode)
-            async with self._turn:
-                return await asyncio.to_thread(self._draw, spec, on_progress, wanted.response_format == "base64")
+            with wire_names(FIELDS):
+                async with self._turn:
+                    return await asyncio.to_thread(self._draw, spec, on_progress, wanted.response_format == "base64")
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
             return _failed(first_fault({**first, "loc": ("input", *first["loc"])}))

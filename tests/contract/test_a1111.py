@@ -131,7 +131,7 @@ def test_the_model_is_chosen_by_options_and_by_one_request(tmp_path):
         assert draw(client, override_settings={"sd_model_checkpoint": name}).status_code == 200
         answer = client.post("/sdapi/v1/options", json={"sd_model_checkpoint": "nowhere"})
         assert answer.status_code == 404
-        assert "nowhere" in answer.json()["detail"]
+        assert answer.json()["detail"].startswith('sd_model_checkpoint: "nowhere" is not')
         client.post("/sdapi/v1/options", json={"CLIP_stop_at_last_layers": 2})
         assert made(draw(client))["Clip skip"] == "2"
         assert made(draw(client, override_settings={"CLIP_stop_at_last_layers": 3}))["Clip skip"] == "3"
@@ -209,6 +209,7 @@ def test_transparency_is_switched_off_by_one_field(client):
         ({"refiner_checkpoint": "refiner"}, "refiner_checkpoint"),
         ({"seed_resize_from_w": 64}, "seed_resize_from_w"),
         ({"override_settings": {"sd_vae": "other"}}, "override_settings.sd_vae"),
+        ({"override_settings": {"sd_model_checkpoint": "nowhere"}}, "override_settings.sd_model_checkpoint: "),
         ({"alwayson_scripts": {"ADetailer": {"args": [False]}}}, "ADetailer"),
         ({"alwayson_scripts": {"LayerDiffuse": {"args": ["yes"]}}}, "enabled"),
         ({"alwayson_scripts": {"LayerDiffuse": {"args": [True, "(SDXL) From Foreground to Blending"]}}}, "Blending"),

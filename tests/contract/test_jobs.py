@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 
@@ -116,12 +117,24 @@ def test_a_job_is_its_owners(tmp_path):
         assert client.get(job["url"]).status_code == 401
 
 
+def test_a_name_that_is_not_there_is_refused_at_once(client):
+    for field, value in (("checkpoint", "juggernaut"), ("loras", [{"name": "juggernaut"}])):
+        answer = client.post("/alpha/v1/jobs", json={**BODY, field: value})
+        assert (answer.status_code, answer.json()["field"]) == (422, field)
+        assert "juggernaut" in answer.json()["detail"]
+
+
 def test_what_went_wrong_is_in_the_job(tmp_path):
     with served(tmp_path, engine="alphalayer.engine.pipeline:create_engine") as client:
-        job = submit(client, checkpoint="juggernaut")
-        failed = finished(client, job, "failed")
+        # as a pod does that has no models folder of its own
+        service = client.app.state.service
+        client.app.state.service = dataclasses.replace(service, knows_models=False)
+        failed = finished(client, submit(client, checkpoint="juggernaut"), "failed")
         assert failed["error"]["code"] == "model_not_found"
+        assert failed["error"]["field"] == "checkpoint"
         assert "juggernaut" in failed["error"]["detail"]
+        failed = finished(client, submit(client, layerdiffuse_method="conv"), "failed")
+        assert (failed["error"]["code"], failed["error"]["field"]) == ("invalid_request", "layerdiffuse_method")
 
 
 def test_events_of_a_job_that_is_not_there(client):

@@ -16,6 +16,7 @@ from tests.serving import served, wait_until
 from tests.tiny_models import make_diffusers_folder, make_single_file
 
 from alphalayer import images
+from alphalayer.api.native import Txt2ImgRequest
 from alphalayer.engine.fake import draw_disc
 
 
@@ -120,6 +121,15 @@ def test_trim_background_and_base64(client):
         ({"background": "red"}, "background"),
         ({"layerdiffuse_weight": 9}, "layerdiffuse_weight"),
         ({"denoise": 1}, "denoise"),
+        ({"checkpoint": ""}, "checkpoint"),
+        ({"checkpoint": "juggernaut"}, "checkpoint"),
+        ({"loras": [{"name": "fluffy"}]}, "loras"),
+        ({"layerdiffuse_method": "conv"}, "layerdiffuse_method"),
+        ({"layerdiffuse_enabled": False, "layerdiffuse_method": "conv"}, "layerdiffuse_method"),
+        ({"layerdiffuse_enabled": False, "layerdiffuse_weight": 0.5}, "layerdiffuse_weight"),
+        ({"layerdiffuse_enabled": False, "layerdiffuse_stop_at": 0.5}, "layerdiffuse_stop_at"),
+        ({"trim_padding": 3}, "trim_padding"),
+        ({"trim_threshold": 3}, "trim_threshold"),
     ],
 )
 def test_a_wrong_field_is_named(client, fields, named):
@@ -130,6 +140,18 @@ def test_a_wrong_field_is_named(client, fields, named):
     assert problem["code"] == "invalid_request"
     assert problem["field"] == named
     assert named in problem["detail"]
+
+
+def test_every_default_may_be_sent(client):
+    fields = Txt2ImgRequest(prompt="x").model_dump(mode="json", exclude={"prompt", "width", "height", "steps"})
+    assert draw(client, **fields, width=64, height=64).status_code == 200
+    assert draw(client, **{**fields, "layerdiffuse_enabled": False}, width=64, height=64).status_code == 200
+
+
+def test_a_model_that_is_not_there_lists_those_that_are(client):
+    detail = draw(client, checkpoint="juggernaut").json()["detail"]
+    assert detail == 'checkpoint: "juggernaut" is not in models/Stable-diffusion (1 there: alphalayer-mini).'
+    assert draw(client, checkpoint="alphalayer-mini", width=64, height=64).status_code == 200
 
 
 @pytest.mark.parametrize(
@@ -237,6 +259,8 @@ def test_a_finished_picture_in_another_form(client):
     assert client.get(body["url"]).content == stored
     assert client.get("/alpha/v1/convert/alpha_1_000000.png").status_code == 404
     assert client.get(f"/alpha/v1/convert/{body['filename']}", params={"format": "bmp"}).status_code == 422
+    idle = client.get(f"/alpha/v1/convert/{body['filename']}", params={"trim_padding": 3})
+    assert (idle.status_code, idle.json()["field"]) == (422, "trim_padding")
 
 
 def test_models_come_with_their_defaults_and_their_faults(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -329,3 +330,14 @@ def test_where_the_cache_cannot_be_written_hashes_are_still_given(tmp_path: Path
     (tmp_path / "model").write_bytes(b"one")
     cache = HashCache(tmp_path / "absent" / "cache.json")
     assert cache.sha256(tmp_path / "model") == hashlib.sha256(b"one").hexdigest()
+
+
+def test_a_models_own_patch_is_of_one_method(tmp_path: Path):
+    own = tmp_path / "own" / "layerdiffuse"
+    own.mkdir(parents=True)
+    entry = catalog.ModelEntry("own", own.parent, "diffusers", "sdxl")
+    for config, methods in (({}, "both"), ({"patch": "p"}, "attention"), ({"patch": "p", "method": "conv"}, "both")):
+        (own / "config.json").write_text(json.dumps(config))
+        catalog.check_layerdiffuse_method(entry, "attention")
+        with contextlib.nullcontext() if methods == "both" else pytest.raises(InvalidRequest, match="own LayerDiffuse"):
+            catalog.check_layerdiffuse_method(entry, "conv")

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, StrictBool, model_validator
 from alphalayer import images, infotext
 from alphalayer.api import a1111_lists
 from alphalayer.api.a1111_lists import SCHEDULER_NAMES
-from alphalayer.api.deps import Service, ServiceDep, User, read_file, run_job
+from alphalayer.api.deps import Service, ServiceDep, User, read_file, run_job, wire_names
 from alphalayer.api.layerdiffuse_script import SCRIPT, layerdiffuse_of
 from alphalayer.api.problems import NotImplementedYet
 from alphalayer.catalog import resolve_model
@@ -25,6 +25,13 @@ from alphalayer.errors import FileMissing, InvalidRequest
 from alphalayer.job import MAX_ITERATIONS, JobSpec, JobState
 from alphalayer.jobs import JobView
 from alphalayer.request import GenerationRequest, LayerDiffuse, parse_request, split_sampler_name
+
+FIELDS = {
+    "sampler": "sampler_name",
+    "model": "override_settings.sd_model_checkpoint",
+    "layerdiffuse_method": f"alwayson_scripts.{SCRIPT}.args",
+}
+"""What a field is called here, where that differs from `GenerationRequest`."""
 
 
 class Detail(BaseModel):
@@ -207,7 +214,8 @@ async def txt2img(
     spec = body.to_spec(service, options)
     digest = hashlib.sha256(body.model_dump_json().encode()).hexdigest()
     key = f"{body.force_task_id}:{digest}" if body.force_task_id else None
-    job = await run_job(request, spec, user, idempotency_key=key)
+    with wire_names(FIELDS):
+        job = await run_job(request, spec, user, idempotency_key=key)
     keys = [image.key for image in job.result.images] if job.result and body.send_images else []
     return Txt2ImgResponse(
         images=[base64.b64encode(await read_file(service, key)).decode() for key in keys],
@@ -250,7 +258,8 @@ def set_options(body: OverrideSettings, service: ServiceDep, options: OptionsDep
     if body.sd_vae not in (None, "", "None", "Automatic"):
         raise InvalidRequest("another VAE is not there yet.", hint='Use "Automatic".', field="sd_vae")
     if body.sd_model_checkpoint:
-        options.sd_model_checkpoint = resolve_model(body.sd_model_checkpoint, service.list_models()).name
+        with wire_names({"model": "sd_model_checkpoint"}):
+            options.sd_model_checkpoint = resolve_model(body.sd_model_checkpoint, service.list_models()).name
     if body.CLIP_stop_at_last_layers:
         options.clip_skip = body.CLIP_stop_at_last_layers
     if body.live_previews_enable is not None:
@@ -306,11 +315,8 @@ def png_info(body: Picture) -> dict[str, Any]:
 
 def _parse(fields: dict[str, Any]) -> GenerationRequest:
     """Validate; what is wrong is called as it is on this wire. Raises `InvalidRequest`."""
-    wire = {"sampler": "sampler_name", "model": "override_settings.sd_model_checkpoint"}
-    try:
+    with wire_names(FIELDS):
         return parse_request(fields)
-    except InvalidRequest as error:
-        raise InvalidRequest(error.message, hint=error.hint, field=wire.get(error.field or "", error.field)) from None
 
 
 def _sampler(name: str) -> str:

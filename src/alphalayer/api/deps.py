@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,11 +12,11 @@ from typing import Annotated, Any
 from fastapi import Depends, Request
 
 from alphalayer.api.auth import Gate
-from alphalayer.catalog import ModelEntry
-from alphalayer.errors import AlphalayerError, Cancelled
+from alphalayer.catalog import ModelEntry, check_layerdiffuse_method, find_lora, resolve_model
+from alphalayer.errors import AlphalayerError, Cancelled, InvalidRequest, ModelNotFound, ModelUnusable
 from alphalayer.job import Job, JobSpec, JobState
 from alphalayer.jobs import Dispatcher
-from alphalayer.request import DecodeMode, NoiseSource
+from alphalayer.request import DecodeMode, GenerationRequest, NoiseSource
 from alphalayer.storage import Storage
 from alphalayer.telemetry import Metrics, log
 from alphalayer.tracing import here
@@ -34,6 +35,9 @@ class Service:
     retry_after_s: Callable[[], int]
     metrics: Metrics
     gate: Gate
+    default_model: str | None = None
+    knows_models: bool = True
+    """Whether the models folder here is that of whoever draws: names are checked against it."""
     noise: NoiseSource = "nv"
     decode: DecodeMode = "official"
     public_url: str | None = None
@@ -80,8 +84,36 @@ async def read_file(service: Service, key: str) -> bytes:
     return b"".join([chunk async for chunk in found.chunks])
 
 
+@contextmanager
+def wire_names(names: Mapping[str, str]) -> Generator[None]:
+    """Errors from within call a field as the dialect does: `names` has its name for ours."""
+    try:
+        yield
+    except AlphalayerError as error:
+        error.field = names.get(error.field or "", error.field)
+        raise
+
+
+def _check_models(service: Service, generation: GenerationRequest) -> None:
+    """Raise `InvalidRequest` or `ModelUnusable` for a model, LoRA or LayerDiffuse method that cannot be had here. Reads folders."""
+    try:
+        entry = resolve_model(generation.model or service.default_model, service.list_models())
+    except ModelNotFound as error:
+        raise InvalidRequest(error.message, hint=error.hint, field="model") from None
+    except ModelUnusable as error:
+        error.field = "model"
+        raise
+    for lora in generation.loras:
+        find_lora(service.models_dir, lora.name)
+    if generation.layerdiffuse.enabled:
+        check_layerdiffuse_method(entry, generation.layerdiffuse.method)
+
+
 async def submit_job(service: Service, spec: JobSpec, owner: str, idempotency_key: str | None = None) -> Job:
-    """Queue a job and say so in the log. Raises `QueueFull`."""
+    """Queue a job and say so in the log. Raises `QueueFull`, and `InvalidRequest` or `ModelUnusable` for models that cannot be had."""
+    asked = spec.generation
+    if service.knows_models and (asked.model or asked.loras or asked.layerdiffuse.method != "attention"):
+        await asyncio.to_thread(_check_models, service, asked)
     traced = spec.model_copy(update={"traceparent": here()})
     job = await service.dispatcher.submit(traced, owner=owner, idempotency_key=idempotency_key)
     said = {"prompt": spec.generation.prompt} if service.log_prompts else {}
@@ -95,7 +127,7 @@ async def run_job(request: Request, spec: JobSpec, owner: str, idempotency_key: 
     Raises:
         AlphalayerError: what the job failed with.
         Cancelled: somebody cancelled it, or the client left.
-        QueueFull: see `Dispatcher.submit`.
+        QueueFull, InvalidRequest, ModelUnusable: see `submit_job`.
     """
     dispatcher = service(request).dispatcher
     job = await submit_job(service(request), spec, owner, idempotency_key)

@@ -9,8 +9,8 @@ from fastapi import APIRouter, Depends, Header, Query, Request, Response
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 from pydantic import BaseModel, Field
 
-from alphalayer.api.deps import Service, ServiceDep, User, base_url, file_url, submit_job
-from alphalayer.api.native import GenerationFields, ImageAnswer, image_answers
+from alphalayer.api.deps import Service, ServiceDep, User, base_url, file_url, submit_job, wire_names
+from alphalayer.api.native import FIELDS, GenerationFields, ImageAnswer, image_answers
 from alphalayer.api.problems import PROBLEMS, Problem
 from alphalayer.errors import AlphalayerError, InvalidRequest, JobMissing
 from alphalayer.job import JobState, Webhook
@@ -81,7 +81,8 @@ async def submit(
     """Answers at once. The job is kept whatever happens to the client or the service."""
     more = {"previews": body.previews, "webhook": body.webhook(service, base_url(request))}
     spec = body.to_spec(service.noise, service.decode).model_copy(update=more)
-    job = await submit_job(service, spec, user, idempotency_key)
+    with wire_names(FIELDS):
+        job = await submit_job(service, spec, user, idempotency_key)
     shown = answer(await _view(service, job.id, user), base_url(request))
     response.headers["Location"] = shown.url
     return shown
@@ -169,4 +170,6 @@ def answer(view: JobView, base: str) -> JobAnswer:
 
 
 def _problem(error: dict[str, Any] | None) -> Problem | None:
-    return Problem.of(AlphalayerError.from_dict(error)) if error else None
+    if error is None:
+        return None
+    return Problem.of(AlphalayerError.from_dict({**error, "field": FIELDS.get(error["field"], error["field"])}))

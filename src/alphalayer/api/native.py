@@ -14,7 +14,7 @@ from fastapi.responses import RedirectResponse, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from alphalayer import images, infotext
-from alphalayer.api.deps import Service, ServiceDep, User, base_url, file_url, read_file, run_job
+from alphalayer.api.deps import Service, ServiceDep, User, base_url, file_url, read_file, run_job, wire_names
 from alphalayer.api.problems import PROBLEMS
 from alphalayer.catalog import ModelEntry, model_defaults
 from alphalayer.errors import CorruptFile, InvalidRequest
@@ -38,6 +38,8 @@ from alphalayer.request import (
 from alphalayer.storage import check_key
 
 router = APIRouter(prefix="/alpha/v1", tags=["Alphalayer"], responses=PROBLEMS)
+FIELDS = {"model": "checkpoint"}
+"""What a field is called here, where that differs from `GenerationRequest`."""
 _SAMPLER: TypeAdapter[str] = TypeAdapter(SamplerName)
 
 
@@ -67,7 +69,9 @@ class GenerationFields(BaseModel):
     n_iter: Annotated[int, Field(ge=1, le=MAX_ITERATIONS, description="Batches drawn one after another.")] = 1
     subseed: Annotated[int, Field(ge=-1, le=MAX_SEED, description="Variation seed.")] = -1
     subseed_strength: Annotated[float, Field(ge=0, le=1, description="How far to go to the variation.")] = 0.0
-    checkpoint: Annotated[str, Field(max_length=500, description="A model by name, title or hash.")] | None = None
+    checkpoint: (
+        Annotated[str, Field(min_length=1, max_length=500, description="A model by name, title or hash.")] | None
+    ) = None
     loras: Annotated[list[Lora], Field(max_length=16, description="LoRA files of models/Lora, with weights.")] = []
     layerdiffuse_enabled: Annotated[bool, Field(description="Draw with transparency.")] = True
     layerdiffuse_method: Annotated[Literal["attention", "conv"], Field(description="Which LayerDiffuse patch.")] = (
@@ -86,6 +90,7 @@ class GenerationFields(BaseModel):
 
     def to_spec(self, noise: NoiseSource, decode: DecodeMode) -> JobSpec:
         """The job that does this, with the noise and the decoding that the service is set to. Raises `InvalidRequest`."""
+        self._refuse_what_would_do_nothing()
         sampler, scheduler = self.sampler_name, self.scheduler
         if sampler and not scheduler:
             sampler, scheduler = split_sampler_name(sampler)
@@ -96,7 +101,7 @@ class GenerationFields(BaseModel):
                 **{name: getattr(self, name) for name in (*same, "subseed", "subseed_strength")},
                 "sampler": _checked_sampler(sampler),
                 "scheduler": scheduler,
-                "model": self.checkpoint or None,
+                "model": self.checkpoint,
                 "loras": tuple(self.loras),
                 "noise": noise,
                 "decode": decode,
@@ -105,6 +110,18 @@ class GenerationFields(BaseModel):
         )
         output = Output(**{name: getattr(self, name) for name in Output.model_fields})
         return JobSpec(generation=generation, iterations=self.n_iter, output=output)
+
+    def _refuse_what_would_do_nothing(self) -> None:
+        """A field that is set and means nothing beside another one; at its default it is no wish."""
+        refuse_idle(self, "trim", "trim_threshold", "trim_padding")
+        refuse_idle(self, "layerdiffuse_enabled", "layerdiffuse_method", "layerdiffuse_weight", "layerdiffuse_stop_at")
+
+
+def refuse_idle(asked: BaseModel, switch: str, *names: str) -> None:
+    """Raise `InvalidRequest` for fields that mean something only with `switch`, where that is off and they are not at their default."""
+    for name in names:
+        if not getattr(asked, switch) and getattr(asked, name) != type(asked).model_fields[name].default:
+            raise InvalidRequest(f"it has no effect without {switch}.", hint="Leave it out.", field=name)
 
 
 class Txt2ImgRequest(GenerationFields):
@@ -139,7 +156,8 @@ class Txt2ImgResponse(BaseModel):
 @router.post("/txt2img", response_model_exclude_none=True, summary="Draw a transparent picture")
 async def txt2img(body: Txt2ImgRequest, request: Request, service: ServiceDep, user: User) -> Txt2ImgResponse:
     """Waits for the picture. While it waits it stands in the queue as a job; a client that leaves gives its place up."""
-    job = await run_job(request, body.to_spec(service.noise, service.decode), user)
+    with wire_names(FIELDS):
+        job = await run_job(request, body.to_spec(service.noise, service.decode), user)
     return await _answer(job, request, service, with_data=body.response_format == "base64")
 
 
@@ -176,6 +194,7 @@ async def file(filename: str, service: ServiceDep) -> Response:
 )
 async def convert(filename: str, output: Annotated[Output, Query()], service: ServiceDep, _user: User) -> Response:
     """Another format, trimmed, defringed or laid on a colour; the settings inside stay. The stored picture does not change."""
+    refuse_idle(output, "trim", "trim_threshold", "trim_padding")
     data = await read_file(service, check_key(filename))
     made = await run_in_threadpool(images.convert, data, output)
     name = f"{PurePath(filename).stem}.{output.format}"

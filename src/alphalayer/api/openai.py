@@ -16,10 +16,20 @@ from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from alphalayer import images
-from alphalayer.api.deps import Service, ServiceDep, User, base_url, file_url, raise_if_failed, read_file, run_job
+from alphalayer.api.deps import (
+    Service,
+    ServiceDep,
+    User,
+    base_url,
+    file_url,
+    raise_if_failed,
+    read_file,
+    run_job,
+    submit_job,
+)
 from alphalayer.api.problems import NotImplementedYet, Problem, openai_error
 from alphalayer.catalog import ModelEntry, resolve_model
-from alphalayer.errors import AlphalayerError, FileMissing, InvalidRequest, ModelNotFound
+from alphalayer.errors import AlphalayerError, FileMissing, InvalidRequest, ModelNotFound, ModelUnusable
 from alphalayer.job import ImageRef, Job, JobSpec, Output
 from alphalayer.jobs import JobView
 from alphalayer.request import MAX_SEED, MAX_SIDE, parse_request
@@ -201,7 +211,7 @@ async def generations(body: GenerationsRequest, request: Request, service: Servi
     model = await asyncio.to_thread(_known_model, body.model, service)
     spec = body.to_spec(service, model)
     if body.stream:
-        job = await service.dispatcher.submit(spec, owner=user)
+        job = await submit_job(service, spec, user)
         return StreamingResponse(_events(body, service, job.id), media_type="text/event-stream")
     job = await run_job(request, spec, user)
     assert job.result is not None, job.id
@@ -235,11 +245,18 @@ def model(model_id: str, service: ServiceDep) -> Model:
 
 
 def _known_model(name: str | None, service: Service) -> str | None:
-    """The model of that name; None, which means the usual one, where there is none, for clients always name one of theirs."""
+    """The model of that name; None, which means the usual one, where there is none, for clients always name one of theirs.
+
+    Raises:
+        ModelUnusable: it is there and cannot be drawn with.
+    """
     try:
         return resolve_model(name, service.list_models()).name if name else None
     except ModelNotFound:
         return None
+    except ModelUnusable as error:
+        error.field = "model"
+        raise
 
 
 async def _events(body: GenerationsRequest, service: Service, job_id: str) -> AsyncIterator[str]:

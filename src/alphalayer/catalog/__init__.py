@@ -32,6 +32,7 @@ __all__ = [
     "SHORT_HASH_DIGITS",
     "Header",
     "ModelEntry",
+    "check_layerdiffuse_method",
     "find_lora",
     "find_models",
     "hash_model",
@@ -43,6 +44,8 @@ __all__ = [
 CHECKPOINTS = "Stable-diffusion"
 EMBEDDED_MODEL = Path(__file__).parent.parent / "models" / "alphalayer-mini"
 PICKLE_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin")
+LAYER_CONFIG = Path("layerdiffuse", "config.json")
+"""In a model's folder: its own patch, decoder and defaults."""
 PULL = "alphalayer models pull sdxl-base layerdiffuse"
 PULL_LAYERS = "Run: alphalayer models pull layerdiffuse"
 
@@ -136,17 +139,28 @@ def hash_model(entry: ModelEntry, models_dir: Path) -> str:
 
 def model_defaults(path: Path) -> ModelDefaults:
     """What a model is drawn with where a request is silent: its folder's own defaults, or those of SDXL. Raises `CorruptFile`."""
-    own = path / "layerdiffuse" / "config.json"
-    if not own.is_file():
-        return ModelDefaults()
     try:
-        return ModelDefaults.model_validate(json.loads(own.read_text()).get("defaults", {}))
+        return ModelDefaults.model_validate(_layer_config(path).get("defaults", {}))
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = ".".join(str(part) for part in first["loc"])
-        raise CorruptFile(f"{own}: defaults.{where}: {first['msg']}.") from None
-    except (OSError, ValueError, AttributeError, RecursionError):
-        raise CorruptFile(f"{own} is damaged.", hint="Get the model again.") from None
+        raise CorruptFile(f"{path / LAYER_CONFIG}: defaults.{where}: {first['msg']}.") from None
+
+
+def check_layerdiffuse_method(entry: ModelEntry, method: str) -> None:
+    """Raise `InvalidRequest` where a model brings a patch of its own and that is of another method.
+
+    Its `layerdiffuse/config.json` names the method; "attention", the default of requests, means the model's patch, whatever it is.
+    """
+    if method == "attention":
+        return
+    config = _layer_config(entry.path)
+    if "patch" in config and method != config.get("method"):
+        raise InvalidRequest(
+            f'{entry.name} brings its own LayerDiffuse patch, which is not one of "{method}".',
+            hint='Use "attention", or another model.',
+            field="layerdiffuse_method",
+        )
 
 
 def find_lora(models_dir: Path, name: str) -> Path:
@@ -156,6 +170,20 @@ def find_lora(models_dir: Path, name: str) -> Path:
         there = ", ".join(files) or "none"
         raise InvalidRequest(f'"{name}" is not in models/Lora ({len(files)} there: {there}).', field="loras")
     return files[name]
+
+
+def _layer_config(path: Path) -> dict[str, Any]:
+    """What a model's folder says of its own LayerDiffuse files; empty where it has none. Raises `CorruptFile`."""
+    own = path / LAYER_CONFIG
+    if not own.is_file():
+        return {}
+    try:
+        config = json.loads(own.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        config = None
+    if not isinstance(config, dict):
+        raise CorruptFile(f"{own} is damaged.", hint="Get the model again.")
+    return config
 
 
 def _file_entry(path: Path, folder: Path, cache: HashCache) -> ModelEntry:

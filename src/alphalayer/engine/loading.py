@@ -50,19 +50,19 @@ class LayerDiffuseFiles:
 
     def patch(self, method: str) -> Path:
         """The patch of a method ("attention" or "conv"). Raises `LayerDiffuseMissing`."""
-        return self._first((self.config["patch"],) if "patch" in self.config else PATCH_FILES[method])
+        return self._first((self.config["patch"],) if "patch" in self.config else PATCH_FILES[method], method)
 
     def decoder(self) -> Path:
         """The transparent decoder. Raises `LayerDiffuseMissing`."""
         return self._first((self.config["decoder"],) if "decoder" in self.config else DECODER_FILES)
 
-    def _first(self, names: tuple[str, ...]) -> Path:
+    def _first(self, names: tuple[str, ...], method: str = "attention") -> Path:
         for name in names:
             if (self.folder / name).is_file():
                 return self.folder / name
         raise LayerDiffuseMissing(
             f"{names[0]} is not in {self.folder}; transparency needs it.",
-            hint="Run: alphalayer models pull layerdiffuse",
+            hint=f"Run: alphalayer models pull layerdiffuse{'-conv' if method == 'conv' else ''}",
         )
 
 

@@ -202,7 +202,7 @@ class LocalEngine:
 
         watchers.stage("load")
         with stopwatch.stage("load"):
-            ready = self._shelf.get(self._entry(orders[0].request.model))
+            ready = self._shelf.get(self._entry(orders[0].request))
         model = ready.model
         requests = [order.request.resolved(model.defaults) for order in orders]
         shared = requests[0]
@@ -232,8 +232,11 @@ class LocalEngine:
         cropped = iter([canvas.crop(each) for each in pictures])
         return [_result(each, model, list(islice(cropped, each.batch_size)), stopwatch) for each in requests]
 
-    def _entry(self, name: str | None) -> ModelEntry:
-        return catalog.resolve_model(name or self._default_model, catalog.find_models(self._models_dir))
+    def _entry(self, request: GenerationRequest) -> ModelEntry:
+        entry = catalog.resolve_model(request.model or self._default_model, catalog.find_models(self._models_dir))
+        if request.layerdiffuse.enabled:
+            catalog.check_layerdiffuse_method(entry, request.layerdiffuse.method)
+        return entry
 
     def _read(self, entry: ModelEntry) -> Ready:
         model = load_model(entry, self.precision, self._models_dir)

@@ -52,7 +52,7 @@ export const nameOf = (url) => decodeURIComponent(new URL(url, document.baseURI)
 
 /** A finished picture as a Blob, in another format or trimmed if asked for. */
 export async function download(name, { format, trim, padding }) {
-  const query = new URLSearchParams({ format, trim, trim_padding: padding });
+  const query = new URLSearchParams(trim ? { format, trim, trim_padding: padding } : { format });
   const path = format === "png" && !trim ? fileAddress(name) : `alpha/v1/convert/${encodeURIComponent(name)}?${query}`;
   return (await ask(path)).blob();
 }
