@@ -54,6 +54,8 @@ class JobSpec(_Frozen):
     iterations: Annotated[int, Field(ge=1, le=MAX_ITERATIONS)] = 1
     output: Output = Output()
     previews: bool = False
+    with_data: bool = False
+    """Whether the answer is to hold the pictures themselves."""
     webhook: Webhook | None = None
     traceparent: str | None = None
     """The request that it came with, for traces."""

@@ -103,3 +103,12 @@ def test_a_backup_of_a_running_service_is_whole(service: httpx.Client, home: Pat
         kept = journal.execute("SELECT count(*) FROM jobs WHERE state = 'done'").fetchone()[0]
     assert kept >= 1
     assert (home / "backup" / "outputs" / done["filename"]).is_file()
+
+
+@pytest.mark.parametrize("number", range(3), ids=["submit", "follow", "cancel"])
+def test_the_guide_of_jobs(service: httpx.Client, tmp_path: Path, number: int):
+    code = examples("jobs.md", "bash")[number]
+    run("bash", code.replace("localhost:7861", f"127.0.0.1:{service.base_url.port}"), tmp_path)
+    if number == 0:
+        with Image.open(tmp_path / "apple.png") as picture:
+            assert "Seed: 7" in picture.info["parameters"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import json
 import time
@@ -90,6 +91,20 @@ def test_the_same_key_gives_the_same_job(client):
     assert first["id"] == second["id"]
     assert submit(client)["id"] != first["id"]
     finished(client, first)
+
+
+def test_an_empty_key_is_refused(client):
+    answer = client.post("/alpha/v1/jobs", json=BODY, headers={"Idempotency-Key": ""})
+    assert (answer.status_code, answer.json()["field"]) == (422, "Idempotency-Key")
+
+
+def test_a_job_may_bring_its_pictures_itself(client):
+    done = finished(client, submit(client, batch_size=2, response_format="base64"))
+    for image in done["images"]:
+        assert base64.b64decode(image["base64"]) == client.get(image["url"]).content
+    listed = client.get("/alpha/v1/jobs").json()["jobs"][0]
+    for job in (listed, finished(client, submit(client))):
+        assert [image["base64"] for image in job["images"]] == [None] * len(job["images"])
 
 
 def test_lists_are_filtered_and_paged(tmp_path):

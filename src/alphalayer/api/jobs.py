@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Header, Query, Request, Response
@@ -10,9 +11,9 @@ from fastapi.sse import EventSourceResponse, ServerSentEvent
 from pydantic import BaseModel, Field
 
 from alphalayer.api.deps import Service, ServiceDep, User, base_url, file_url, submit_job, wire_names
-from alphalayer.api.native import FIELDS, GenerationFields, ImageAnswer, image_answers
+from alphalayer.api.native import FIELDS, GenerationFields, ImageAnswer, add_data, image_answers
 from alphalayer.api.problems import PROBLEMS, Problem
-from alphalayer.errors import AlphalayerError, InvalidRequest, JobMissing
+from alphalayer.errors import AlphalayerError, FileMissing, InvalidRequest, JobMissing
 from alphalayer.job import JobState, Webhook
 from alphalayer.jobs import JobView
 
@@ -20,7 +21,12 @@ router = APIRouter(prefix="/alpha/v1/jobs", tags=["Jobs"], responses=PROBLEMS)
 
 IdempotencyKey = Annotated[
     str | None,
-    Header(max_length=200, description="The same key gives the same job again, whatever became of the first answer."),
+    Header(
+        alias="Idempotency-Key",
+        min_length=1,
+        max_length=200,
+        description="The same key gives the same job again, whatever became of the first answer.",
+    ),
 ]
 
 
@@ -90,8 +96,14 @@ async def submit(
 
 @router.get("/{job_id}", summary="How a job stands")
 async def show(job_id: str, request: Request, service: ServiceDep, user: User) -> JobAnswer:
-    """Position, step, time left, and in the end the pictures or the error."""
-    return answer(await _view(service, job_id, user), base_url(request))
+    """Position, step, time left, and in the end the pictures (as base64, too, where the job asked for that) or the error."""
+    view = await _view(service, job_id, user)
+    shown = answer(view, base_url(request))
+    if view.job.spec.with_data:
+        # pictures may be removed before their job is forgotten
+        with suppress(FileMissing):
+            await add_data(shown.images, service)
+    return shown
 
 
 @router.get("", summary="List jobs")

@@ -87,6 +87,9 @@ class GenerationFields(BaseModel):
     background: (
         Annotated[str, Field(pattern=r"^#[0-9a-fA-F]{6}$", description="Lay the picture on this colour.")] | None
     ) = None
+    response_format: Annotated[
+        Literal["url", "base64"], Field(description="With base64 the answer holds the pictures themselves, too.")
+    ] = "url"
 
     def to_spec(self, noise: NoiseSource, decode: DecodeMode) -> JobSpec:
         """The job that does this, with the noise and the decoding that the service is set to. Raises `InvalidRequest`."""
@@ -109,7 +112,8 @@ class GenerationFields(BaseModel):
             }
         )
         output = Output(**{name: getattr(self, name) for name in Output.model_fields})
-        return JobSpec(generation=generation, iterations=self.n_iter, output=output)
+        with_data = self.response_format == "base64"
+        return JobSpec(generation=generation, iterations=self.n_iter, output=output, with_data=with_data)
 
     def _refuse_what_would_do_nothing(self) -> None:
         """A field that is set and means nothing beside another one; at its default it is no wish."""
@@ -126,10 +130,6 @@ def refuse_idle(asked: BaseModel, switch: str, *names: str) -> None:
 
 class Txt2ImgRequest(GenerationFields):
     """The body of `POST /alpha/v1/txt2img`."""
-
-    response_format: Annotated[
-        Literal["url", "base64"], Field(description="With base64 the picture itself is in the answer, too.")
-    ] = "url"
 
 
 class ImageAnswer(BaseModel):
@@ -158,7 +158,7 @@ async def txt2img(body: Txt2ImgRequest, request: Request, service: ServiceDep, u
     """Waits for the picture. While it waits it stands in the queue as a job; a client that leaves gives its place up."""
     with wire_names(FIELDS):
         job = await run_job(request, body.to_spec(service.noise, service.decode), user)
-    return await _answer(job, request, service, with_data=body.response_format == "base64")
+    return await _answer(job, request, service)
 
 
 REDIRECT_S = 3600
@@ -254,13 +254,16 @@ def image_answers(job: Job, base: str) -> list[ImageAnswer]:
     ]
 
 
-async def _answer(job: Job, request: Request, service: Service, *, with_data: bool) -> Txt2ImgResponse:
+async def add_data(pictures: list[ImageAnswer], service: Service) -> None:
+    """Put the files themselves into the answers. Raises `FileMissing`, `StorageFailed`."""
+    for each in pictures:
+        each.base64 = base64.b64encode(await read_file(service, each.filename)).decode()
+
+
+async def _answer(job: Job, request: Request, service: Service) -> Txt2ImgResponse:
     pictures = image_answers(job, base_url(request))
-    if with_data:
-        pictures = [
-            each.model_copy(update={"base64": base64.b64encode(await read_file(service, each.filename)).decode()})
-            for each in pictures
-        ]
+    if job.spec.with_data:
+        await add_data(pictures, service)
     first = pictures[0]
     return Txt2ImgResponse(
         url=first.url,
