@@ -9,10 +9,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import uvicorn
-
 from alphalayer.app import create_app
 from alphalayer.config import Settings
+from alphalayer.server import Server, serve
 from alphalayer.telemetry import set_up_logs
 from tests.serving import FAKE
 
@@ -45,7 +44,7 @@ def main() -> None:
     set_up_logs(settings.log_level, settings.log_json)
     fake = {"engine": FAKE, "engine_options": {"step_s": step_s}}
     app = create_app(settings, **({} if os.environ.get("REAL_ENGINE") else fake))
-    uvicorn.run(app, port=port, log_config=None, proxy_headers=False)
+    serve(Server(app, port=port, drain_s=settings.drain_s))
 
 
 if __name__ == "__main__":

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import uvicorn
 
 from alphalayer.app import create_app
 from alphalayer.config import Settings
+from alphalayer.server import Server
 
 FAKE = "alphalayer.engine.fake:create_engine"
 
@@ -43,12 +43,11 @@ def served(
         "data_dir": folder / "data",
         "port": port,
         "device": "cpu",
+        "drain_s": 5,
         **settings,
     }
     app = create_app(Settings(**values), engine=engine, engine_options=engine_options)
-    server = uvicorn.Server(
-        uvicorn.Config(app, port=port, log_config=None, proxy_headers=False, timeout_graceful_shutdown=5)
-    )
+    server = Server(app, port=port, drain_s=values["drain_s"])
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60, trust_env=False) as client:

@@ -22,6 +22,7 @@ from alphalayer import __version__, catalog
 from alphalayer.api import a1111, docs, jobs, native, openai, ops, playground, problems
 from alphalayer.api.auth import Gate
 from alphalayer.api.deps import Service, require_user
+from alphalayer.api.ending import Ending, stopping
 from alphalayer.api.proxies import ForwardedHeaders
 from alphalayer.api.requestlog import RequestLog
 from alphalayer.api.webhooks import Webhooks, check_url, read_secret
@@ -64,6 +65,7 @@ def create_app(settings: Settings, *, engine: str = ENGINE, engine_options: dict
         parts = await _assemble(settings, engine, options, traces)
         app.state.service = parts.service
         app.state.parts = parts
+        app.state.ending = parts.service.ending
         limits = Limits(settings.keep_pictures_days, settings.keep_pictures_bytes, settings.keep_jobs_days)
         work: dict[str, Callable[[], Awaitable[None]]] = {each.name: each.run for each in parts.supervisors}
         work["sweep"] = partial(keep_sweeping, parts.service.storage, parts.dispatcher, limits)
@@ -76,8 +78,10 @@ def create_app(settings: Settings, *, engine: str = ENGINE, engine_options: dict
                 yield
         finally:
             # jobs at work get their time; what is not over by then stays in the journal and is run at the next start
+            ending = parts.service.ending
+            ending.begin()
             with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(asyncio.gather(*(each.drain() for each in parts.supervisors)), settings.drain_s)
+                await asyncio.wait_for(asyncio.gather(*(each.drain() for each in parts.supervisors)), ending.left_s)
             for task in running:
                 task.cancel()
             await asyncio.gather(*running, return_exceptions=True)
@@ -197,13 +201,26 @@ async def _assemble(settings: Settings, engine: str, options: dict[str, Any], tr
         for name, environment in (engine_environments(settings.device).items() if settings.role != "api" else ())
     ]
 
+    def take_no_more() -> None:
+        for each in supervisors:
+            each.take_no_more()
+
+    ending = Ending(
+        settings.drain_s,
+        take_no_more,
+        lambda job_id: any(each.is_at_work(job_id) for each in supervisors),
+        others_draw=settings.database is not None,
+    )
+
     def is_ready() -> bool:
         """Where others draw, it is enough that jobs can be handed to them."""
-        return dispatcher.is_reachable and (settings.role == "api" or any(each.is_ready for each in supervisors))
+        can_draw = settings.role == "api" or any(each.is_ready for each in supervisors)
+        return dispatcher.is_reachable and can_draw and not ending.has_begun
 
     def readiness() -> dict[str, Any]:
         engines = {each.name: "ready" if each.is_ready else str(each.problem or "starting") for each in supervisors}
         model, problem = _default_model(settings)
+        problem = stopping().message if ending.has_begun else problem
         ready = is_ready() and (model is not None or settings.role == "api")
         return {"ready": ready, "engines": engines, "model": model, **({"problem": problem} if problem else {})}
 
@@ -218,6 +235,7 @@ async def _assemble(settings: Settings, engine: str, options: dict[str, Any], tr
         retry_after_s=lambda: dispatcher.retry_after_s,
         metrics=metrics,
         gate=Gate(keys),
+        ending=ending,
         default_model=settings.default_model,
         knows_models=settings.role != "api" or (settings.models_dir / catalog.CHECKPOINTS).is_dir(),
         noise=settings.noise,

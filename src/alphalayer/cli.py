@@ -301,22 +301,14 @@ def version() -> None:
 
 def run_server(settings: Settings) -> None:
     """Serve until stopped; used by `serve` and by the old start line."""
-    import uvicorn
-
     from alphalayer.app import check, create_app
+    from alphalayer.server import Server, serve
     from alphalayer.telemetry import set_up_logs
 
     set_up_logs(settings.log_level, settings.log_json)
     check_port(settings.host, settings.port)
     asyncio.run(check(settings))
-    uvicorn.run(
-        create_app(settings),
-        host=settings.host,
-        port=settings.port,
-        log_config=None,
-        proxy_headers=False,
-        timeout_graceful_shutdown=settings.drain_s,
-    )
+    serve(Server(create_app(settings), host=settings.host, port=settings.port, drain_s=settings.drain_s))
 
 
 def _targets(output: Path | None, kind: ImageFormat, count: int, settings: Settings) -> list[Path]:

@@ -12,6 +12,7 @@
     ├── Cancelled              somebody asked for it
     ├── QueueFull              no room; come back later
     ├── RateLimited            this key asked too often
+    ├── Stopping               the service is being stopped; ask again
     ├── FileMissing            no picture of that name
     ├── JobMissing             no job of that id
     ├── StorageFailed          disk full, folder read-only
@@ -122,6 +123,13 @@ class RateLimited(AlphalayerError):
 
     code = "rate_limited"
     retry_after_s = 60
+
+
+class Stopping(AlphalayerError):
+    """The service is being stopped; `retry_after_s` says when to ask again."""
+
+    code = "stopping"
+    retry_after_s = 10
 
 
 class FileMissing(AlphalayerError):

@@ -19,6 +19,9 @@ from tests.serving import free_port, wait_until
 from tests.stress.crowd import Crowd
 from tests.stress.pods import Node
 
+from alphalayer.config import Settings
+from alphalayer.server import ANSWER_S
+
 DEPLOY = Path(__file__).parents[2] / "deploy"
 BODY = {"prompt": "x", "width": 64, "height": 64, "steps": 10}
 
@@ -139,6 +142,9 @@ def test_compose_and_kubernetes_files_are_whole():
     assert {"api", "worker", "postgres", "s3", "nginx"} <= set(compose["services"])
     roles = {compose["services"][name]["environment"]["ALPHALAYER_ROLE"] for name in ("api", "worker")}
     assert roles == {"api", "worker"}
+    for name in ("api", "worker"):
+        grace = int(compose["services"][name]["stop_grace_period"].removesuffix("s"))
+        assert grace > Settings.model_fields["drain_s"].default + ANSWER_S
     folder = DEPLOY / "kubernetes"
     listed = yaml.safe_load((folder / "kustomization.yaml").read_text())["resources"]
     objects = [each for name in listed for each in yaml.safe_load_all((folder / name).read_text())]

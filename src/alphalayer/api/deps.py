@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import AsyncIterator, Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +12,11 @@ from typing import Annotated, Any
 from fastapi import Depends, Request
 
 from alphalayer.api.auth import Gate
+from alphalayer.api.ending import Ending, stopping
 from alphalayer.catalog import ModelEntry, check_layerdiffuse_method, find_lora, resolve_model
 from alphalayer.errors import AlphalayerError, Cancelled, InvalidRequest, ModelNotFound, ModelUnusable
 from alphalayer.job import Job, JobSpec, JobState
-from alphalayer.jobs import Dispatcher
+from alphalayer.jobs import Dispatcher, JobView
 from alphalayer.request import DecodeMode, GenerationRequest, NoiseSource
 from alphalayer.storage import Storage
 from alphalayer.telemetry import Metrics, log
@@ -35,6 +36,7 @@ class Service:
     retry_after_s: Callable[[], int]
     metrics: Metrics
     gate: Gate
+    ending: Ending
     default_model: str | None = None
     knows_models: bool = True
     """Whether the models folder here is that of whoever draws: names are checked against it."""
@@ -127,22 +129,50 @@ async def run_job(request: Request, spec: JobSpec, owner: str, idempotency_key: 
     Raises:
         AlphalayerError: what the job failed with.
         Cancelled: somebody cancelled it, or the client left.
+        Stopping: the service ends before the job; it stays in the queue.
         QueueFull, InvalidRequest, ModelUnusable: see `submit_job`.
     """
-    dispatcher = service(request).dispatcher
+    dispatcher, ending = service(request).dispatcher, service(request).ending
+    ending.check()
     job = await submit_job(service(request), spec, owner, idempotency_key)
     done, left = asyncio.create_task(dispatcher.wait(job.id)), asyncio.create_task(_client_left(request))
+    ended = asyncio.create_task(ending.wait(job.id, elsewhere=True))
     try:
-        await asyncio.wait((done, left), return_when=asyncio.FIRST_COMPLETED)
-        if not done.done():
-            raise Cancelled("the client left.")
-        return raise_if_failed(await done)
-    except (Cancelled, asyncio.CancelledError):
-        await asyncio.shield(dispatcher.cancel(job.id))
+        await asyncio.wait((done, left, ended), return_when=asyncio.FIRST_COMPLETED)
+        if done.done():
+            return raise_if_failed(done.result())
+        if ended.done() and not left.done():
+            raise stopping()
+        raise Cancelled("the client left.")
+    except (Cancelled, asyncio.CancelledError) as error:
+        # a server that ends cancels its requests; that is no wish of the client
+        if isinstance(error, Cancelled) or not ending.has_begun:
+            await asyncio.shield(dispatcher.cancel(job.id))
         raise
     finally:
-        done.cancel()
-        left.cancel()
+        for task in (done, left, ended):
+            task.cancel()
+
+
+async def follow(service: Service, job_id: str) -> AsyncIterator[JobView]:
+    """`Dispatcher.watch`; raises `Stopping` where the service ends before the job."""
+    views = service.dispatcher.watch(job_id)
+    ended = asyncio.ensure_future(service.ending.wait(job_id))
+    following: asyncio.Future[JobView | None] | None = None
+    try:
+        while True:
+            following = asyncio.ensure_future(anext(views, None))
+            await asyncio.wait((following, ended), return_when=asyncio.FIRST_COMPLETED)
+            if not following.done():
+                raise stopping()
+            view = following.result()
+            if view is None:
+                return
+            yield view
+    finally:
+        ended.cancel()
+        if following:
+            following.cancel()
 
 
 def raise_if_failed(job: Job) -> Job:

@@ -10,10 +10,10 @@ from fastapi import APIRouter, Depends, Header, Query, Request, Response
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 from pydantic import BaseModel, Field
 
-from alphalayer.api.deps import Service, ServiceDep, User, base_url, file_url, submit_job, wire_names
+from alphalayer.api.deps import Service, ServiceDep, User, base_url, file_url, follow, submit_job, wire_names
 from alphalayer.api.native import FIELDS, GenerationFields, ImageAnswer, add_data, image_answers
 from alphalayer.api.problems import PROBLEMS, Problem
-from alphalayer.errors import AlphalayerError, FileMissing, InvalidRequest, JobMissing
+from alphalayer.errors import AlphalayerError, FileMissing, InvalidRequest, JobMissing, Stopping
 from alphalayer.job import JobState, Webhook
 from alphalayer.jobs import JobView
 
@@ -144,9 +144,11 @@ async def own_job(job_id: str, service: ServiceDep, user: User) -> JobView:
 )
 async def events(job_id: str, request: Request, service: ServiceDep) -> AsyncIterator[ServerSentEvent]:
     """An event at every change, named after the state; the last one is `done`, `failed` or `cancelled`."""
-    async for view in service.dispatcher.watch(job_id):
-        shown = answer(view, base_url(request))
-        yield ServerSentEvent(data=shown.model_dump(mode="json"), event=view.job.state.value)
+    # a service that ends ends the stream; the client opens it again
+    with suppress(Stopping):
+        async for view in follow(service, job_id):
+            shown = answer(view, base_url(request))
+            yield ServerSentEvent(data=shown.model_dump(mode="json"), event=view.job.state.value)
 
 
 async def _view(service: Service, job_id: str, user: str) -> JobView:

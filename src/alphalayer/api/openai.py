@@ -22,6 +22,7 @@ from alphalayer.api.deps import (
     User,
     base_url,
     file_url,
+    follow,
     raise_if_failed,
     read_file,
     run_job,
@@ -211,6 +212,7 @@ async def generations(body: GenerationsRequest, request: Request, service: Servi
     model = await asyncio.to_thread(_known_model, body.model, service)
     spec = body.to_spec(service, model)
     if body.stream:
+        service.ending.check()
         job = await submit_job(service, spec, user)
         return StreamingResponse(_events(body, service, job.id), media_type="text/event-stream")
     job = await run_job(request, spec, user)
@@ -263,7 +265,7 @@ async def _events(body: GenerationsRequest, service: Service, job_id: str) -> As
     """The events of a job; a client that leaves takes its job along."""
     sent, job = 0, None
     try:
-        async for view in service.dispatcher.watch(job_id):
+        async for view in follow(service, job_id):
             job = view.job
             preview = view.progress.preview
             if preview and not job.state.is_final and _is_due(view, sent, body.partial_images):
@@ -275,8 +277,9 @@ async def _events(body: GenerationsRequest, service: Service, job_id: str) -> As
             yield event
     except AlphalayerError as error:
         yield f"event: error\ndata: {json.dumps(openai_error(Problem.of(error)))}\n\n"
-    finally:
+    except (asyncio.CancelledError, GeneratorExit):
         await asyncio.shield(service.dispatcher.cancel(job_id))
+        raise
 
 
 async def _last_events(body: GenerationsRequest, service: Service, job: Job | None) -> AsyncIterator[str]:

@@ -12,7 +12,7 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.routing import Match
 
-from alphalayer.errors import AlphalayerError, InvalidRequest, RateLimited
+from alphalayer.errors import AlphalayerError, InvalidRequest, RateLimited, Stopping
 
 STATUSES = {
     "invalid_request": 422,
@@ -26,6 +26,7 @@ STATUSES = {
     "cancelled": 409,
     "queue_full": 429,
     "rate_limited": 429,
+    "stopping": 503,
     "file_not_found": 404,
     "job_not_found": 404,
     "storage_failed": 507,
@@ -154,7 +155,7 @@ def install(app: FastAPI) -> None:
         headers: dict[str, str] = dict(getattr(error, "headers", {}))
         if STATUSES.get(error.code) == 429:
             request.app.state.service.metrics.refused.labels(error.code).inc()
-        if isinstance(error, RateLimited):
+        if isinstance(error, RateLimited | Stopping):
             headers["Retry-After"] = str(error.retry_after_s)
         elif error.code == "queue_full":
             headers["Retry-After"] = str(request.app.state.service.retry_after_s())

@@ -107,9 +107,17 @@ class Supervisor:
             log.error("engine_stopped", reason=reason, restart_in_s=pause)
             await asyncio.sleep(pause)
 
+    def take_no_more(self) -> None:
+        """Begin no more jobs."""
+        self._draining = True
+
+    def is_at_work(self, job_id: str) -> bool:
+        """Whether a job is in the process."""
+        return job_id in self._jobs
+
     async def drain(self) -> None:
         """Take no more jobs, and return when those at work are over."""
-        self._draining = True
+        self.take_no_more()
         while self._jobs:
             await asyncio.sleep(0.05)
 
@@ -177,6 +185,8 @@ class Supervisor:
         """Send a batch whenever the process is about to be done with the one before."""
         while not self._draining:
             await self._room.acquire()
+            if self._draining:
+                return
             jobs = await next_batch(self._dispatcher, self._batch_pixels, self._spec.batch_wait_s, self._holding)
             if self._draining:
                 for job in reversed(jobs):

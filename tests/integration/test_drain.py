@@ -1,0 +1,118 @@
+"""SIGTERM: what is at work is finished, nothing new is begun, who waits in vain is told so, and nothing accepted is lost."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from fastapi.testclient import TestClient
+from tests import fake_service
+from tests.serving import FAKE, free_port, wait_until
+
+from alphalayer.app import create_app
+from alphalayer.config import Settings
+
+pytestmark = pytest.mark.skipif(os.name == "nt", reason="uses signals")
+BODY = {"prompt": "an apple", "steps": 10, "width": 64, "height": 64}
+
+
+@contextmanager
+def service(folder: Path, step_s: float, drain_s: int) -> Iterator[tuple[subprocess.Popen[bytes], httpx.Client]]:
+    """A service that draws one job at a time, each of ten steps."""
+    port = free_port()
+    process = fake_service.start(folder, port, step_s, environment={"ALPHALAYER_DRAIN_S": str(drain_s)})
+    with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60, trust_env=False) as client:
+        try:
+            wait_until(lambda: _answers(client), 60)
+            yield process, client
+        finally:
+            process.kill()
+            process.wait()
+
+
+def _answers(client: httpx.Client) -> bool:
+    try:
+        return client.get("/ping").status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+def draw(client: httpx.Client, seed: int) -> httpx.Response:
+    return httpx.post(f"{client.base_url}/alpha/v1/txt2img", json={**BODY, "seed": seed}, timeout=60, trust_env=False)
+
+
+def submit(client: httpx.Client, seed: int) -> dict[str, Any]:
+    return client.post("/alpha/v1/jobs", json={**BODY, "seed": seed}).json()
+
+
+def stop(process: subprocess.Popen[bytes]) -> float:
+    """Send SIGTERM; the seconds until the process ended."""
+    start = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    process.wait(60)
+    return time.monotonic() - start
+
+
+def states(client: httpx.Client) -> dict[int, str]:
+    """The states of the jobs by their age, the oldest first."""
+    jobs = client.get("/alpha/v1/jobs").json()["jobs"]
+    return {number: job["state"] for number, job in enumerate(reversed(jobs))}
+
+
+def test_nothing_new_is_begun_and_who_waits_is_told(tmp_path):
+    with service(tmp_path, step_s=0.1, drain_s=30) as (process, client), ThreadPoolExecutor(2) as pool:
+        at_work: Future[httpx.Response] = pool.submit(draw, client, 0)
+        wait_until(lambda: "running" in states(client).values())
+        jobs = [submit(client, seed) for seed in range(1, 7)]
+        waiting: Future[httpx.Response] = pool.submit(draw, client, 7)
+        wait_until(lambda: len(states(client)) == 8)
+        heard: list[str] = []
+        with httpx.stream("GET", jobs[-1]["events_url"], timeout=60, trust_env=False) as stream:
+            listener = threading.Thread(target=lambda: heard.extend(stream.iter_lines()))
+            listener.start()
+            wait_until(lambda: bool(heard))
+            seconds = stop(process)
+            listener.join(5)
+        assert at_work.result().status_code == 200
+        refused = waiting.result()
+        assert (refused.status_code, refused.json()["code"]) == (503, "stopping")
+        assert int(refused.headers["retry-after"]) > 0
+        assert not any(line.startswith("event: done") for line in heard)
+        # the one at work, and one more that its engine had already been given
+        assert seconds < 4
+    with service(tmp_path, step_s=0.0, drain_s=5) as (_, client):
+        wait_until(lambda: set(states(client).values()) == {"done"})
+        assert len(states(client)) == 8
+
+
+def test_the_deadline_is_one_for_all(tmp_path):
+    with service(tmp_path, step_s=3.0, drain_s=1) as (process, client), ThreadPoolExecutor(1) as pool:
+        at_work: Future[httpx.Response] = pool.submit(draw, client, 0)
+        wait_until(lambda: "running" in states(client).values())
+        assert stop(process) < 3
+        assert (at_work.result().status_code, at_work.result().json()["code"]) == (503, "stopping")
+    with service(tmp_path, step_s=0.0, drain_s=5) as (_, client):
+        wait_until(lambda: states(client) == {0: "done"})
+
+
+def test_a_service_that_ends_is_not_ready_and_takes_nobody_on(tmp_path):
+    folders = {f"{name}_dir": tmp_path / name for name in ("models", "outputs", "data")}
+    app = create_app(Settings(**folders, device="cpu", drain_s=1), engine=FAKE)
+    with TestClient(app) as client:
+        wait_until(lambda: client.get("/readyz").status_code == 200, 30)
+        client.portal.call(app.state.ending.begin)
+        answer = client.get("/readyz")
+        assert (answer.status_code, answer.json()["problem"]) == (503, "the service is being stopped.")
+        answer = client.post("/alpha/v1/txt2img", json=BODY)
+        assert (answer.status_code, answer.json()["code"]) == (503, "stopping")
+        assert client.get("/alpha/v1/jobs").json()["jobs"] == []
