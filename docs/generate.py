@@ -27,15 +27,16 @@ def settings_page() -> str:
         "# Settings",
         NOTE,
         "",
-        f"A setting is taken from the command line (where the command has such a flag), else from the environment (`{PREFIX}…`), else from",
-        f"`{TOML_FILE}` in the folder that the service is started in. Unknown names and wrong values stop the start with a message.",
+        f"A setting is taken from the command line (`alphalayer serve`; `--no-…` switches off), else from the environment (`{PREFIX}…`),",
+        f"else from `{TOML_FILE}` in the folder that the service is started in. Unknown names and wrong values stop the start.",
         "",
-        "| setting (TOML) | environment | default | meaning |",
-        "|---|---|---|---|",
+        "| setting (TOML) | environment | flag | default | meaning |",
+        "|---|---|---|---|---|",
     ]
     for name, field in Settings.model_fields.items():
         default = "" if field.default in (None, "") else f"`{field.default}`"
-        lines.append(f"| `{name}` | `{PREFIX}{name.upper()}` | {default} | {field.description} |")
+        flag = "--" + name.replace("_", "-")
+        lines.append(f"| `{name}` | `{PREFIX}{name.upper()}` | `{flag}` | {default} | {field.description} |")
     lines += [
         "",
         "Also read: `COMMANDLINE_ARGS` (by `launch.py`), `CUDA_VISIBLE_DEVICES` (one engine process per GPU listed), "

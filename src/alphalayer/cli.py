@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
+import inspect
 import os
 import re
 import secrets
@@ -11,10 +12,10 @@ import shlex
 import sys
 import tempfile
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import typer
 from rich.console import Console
@@ -106,28 +107,32 @@ def generate(
         out.print(f"{target}  {wide}x{high}  seed {image.seed}  {seconds:.1f} s  {result.model_name}", soft_wrap=True)
 
 
+def _option_each_setting(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command that takes `**flags` an option for each setting, described as the setting is. Settings check the values."""
+    options: list[inspect.Parameter] = []
+    for name, field in Settings.model_fields.items():
+        kind = bool if field.annotation is bool else str
+        names = [] if kind is str else [f"--{name}/--no-{name}".replace("_", "-")]
+        choices = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
+        default = "" if field.default is None else str(field.default)
+        option = typer.Option(
+            *names,
+            help=field.description,
+            metavar="|".join(choices) or (None if names else "TEXT"),
+            show_default=default if default and kind is str else False,
+        )
+        annotation = Annotated[kind | None, option]
+        options.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation))
+    command.__signature__ = inspect.Signature(options)  # type: ignore[attr-defined]
+    command.__annotations__ = {option.name: option.annotation for option in options}
+    return command
+
+
 @app.command()
-def serve(
-    host: Annotated[str | None, typer.Option(help="Address to listen on; 0.0.0.0 for all.")] = None,
-    port: Annotated[int | None, typer.Option(help="Default 7861.")] = None,
-    models_dir: ModelsDir = None,
-    device: Annotated[str | None, typer.Option(help="auto, cuda, cuda:0, mps or cpu.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="auto, fp16, bf16 or fp32.")] = None,
-    memory: Annotated[str | None, typer.Option(help="auto, high, balanced or low.")] = None,
-    public_url: Annotated[
-        str | None, typer.Option(help="Where clients reach this service, for the URLs it hands out.")
-    ] = None,
-    cors_allow_origins: Annotated[str | None, typer.Option(help='Comma-separated origins, or "*".')] = None,
-    database: Annotated[str | None, typer.Option(help="postgresql://… of a queue that many machines share.")] = None,
-    storage: Annotated[
-        str | None, typer.Option(help="s3://bucket/prefix for pictures that many machines share.")
-    ] = None,
-    role: Annotated[str | None, typer.Option(help="all, api (answer) or worker (draw).")] = None,
-) -> None:
-    """Start the HTTP service."""
-    asked = {"models_dir": models_dir, "host": host, "port": port, "device": device, "dtype": dtype, "memory": memory}
-    asked |= {"database": database, "storage": storage, "role": role}
-    run_server(load_settings(**asked, public_url=public_url, cors_allow_origins=cors_allow_origins))
+@_option_each_setting
+def serve(**flags: Any) -> None:
+    """Start the HTTP service. What is not given is taken from ALPHALAYER_... variables, then from alphalayer.toml."""
+    run_server(load_settings(**flags))
 
 
 @app.command(context_settings={"ignore_unknown_options": True, "allow_extra_args": True})

@@ -6,10 +6,12 @@ Read by the command, the composition root and process entries only; everything e
 from __future__ import annotations
 
 import os
+import re
+from ipaddress import ip_network
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, Field, SecretStr, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
 
 from alphalayer.errors import SetupFailed
@@ -21,6 +23,32 @@ STARTED_BY = f"{PREFIX}STARTED_BY"
 """Set by run.py to the words that start this program, for hints."""
 API_KEY = f"{PREFIX}API_KEY"
 """The key that `alphalayer mcp` shows to the service."""
+
+
+def _matching(pattern: str, accepted: str, *, is_list: bool = False) -> AfterValidator:
+    """A check of a text, or of each part of a comma-separated list; `accepted` says what may stand there. Secrets are not repeated."""
+
+    def check(value: Any) -> Any:
+        text = (value.get_secret_value() if isinstance(value, SecretStr) else value) or ""
+        for part in filter(None, (each.strip() for each in (text.split(",") if is_list else [text]))):
+            if not re.fullmatch(pattern, part):
+                shown = "" if isinstance(value, SecretStr) else f'"{part}" is not accepted; '
+                raise ValueError(f"{shown}use {accepted}")
+        return value
+
+    return AfterValidator(check)
+
+
+def _check_networks(value: str) -> str:
+    for part in filter(None, (each.strip() for each in value.split(","))):
+        try:
+            ip_network(part if part != "*" else "::", strict=False)
+        except ValueError:
+            raise ValueError(f'"{part}" is no address; use IP addresses, networks such as 10.0.0.0/8, or *') from None
+    return value
+
+
+_HTTP = r"https?://[^/\s]+"
 
 
 class Settings(BaseSettings):
@@ -41,9 +69,12 @@ class Settings(BaseSettings):
         Field(
             description="postgresql://user:password@host/name of a queue that many machines share; else a file in data_dir."
         ),
+        _matching(r"postgres(ql)?://.*", "the address of a PostgreSQL database, postgresql://user:password@host/name"),
     ] = None
     storage: Annotated[
-        str | None, Field(description="s3://bucket/prefix for pictures that many machines share; else outputs_dir.")
+        str | None,
+        Field(description="s3://bucket/prefix for pictures that many machines share; else outputs_dir."),
+        _matching(r"(s3|gs|az)://[^/\s].*", "s3://bucket/prefix"),
     ] = None
     redirect_files: Annotated[
         bool, Field(description="Send those who want a picture to a signed URL of the bucket, instead of its bytes.")
@@ -56,13 +87,27 @@ class Settings(BaseSettings):
         None
     )
     public_url: Annotated[
-        str | None, Field(description="Base of the URLs handed out, as clients reach the service.")
+        str | None,
+        Field(description="Base of the URLs handed out, as clients reach the service."),
+        _matching(_HTTP + r"\S*", "http:// or https:// and a host, https://pics.example.com say"),
     ] = None
     trusted_proxies: Annotated[
-        str, Field(description="Comma-separated addresses whose X-Forwarded-* headers are believed.")
+        str,
+        Field(description="Comma-separated addresses whose X-Forwarded-* headers are believed."),
+        AfterValidator(_check_networks),
     ] = "127.0.0.1"
-    cors_allow_origins: Annotated[str, Field(description='Comma-separated origins for CORS, or "*"; empty: off.')] = ""
-    api_auth: Annotated[SecretStr | None, Field(description="user:password for HTTP Basic; several by commas.")] = None
+    cors_allow_origins: Annotated[
+        str,
+        Field(description='Comma-separated origins for CORS, or "*"; empty: off.'),
+        _matching(rf"\*|{_HTTP}", 'origins such as https://example.com, without a path, or "*"', is_list=True),
+    ] = ""
+    api_auth: Annotated[
+        SecretStr | None,
+        Field(description="user:password for HTTP Basic; several by commas."),
+        _matching(
+            r"[\w.@-]{1,100}:.*", "user:password, several by commas; users of letters, digits and _.@-", is_list=True
+        ),
+    ] = None
     keys_file: Annotated[
         Path, Field(description="API keys, as hashes; made with `alphalayer keys add`. No file: no keys.")
     ] = Path("data/keys.json")
@@ -144,13 +189,12 @@ class Settings(BaseSettings):
         """Flags before environment before TOML file."""
         return init_settings, env_settings, TomlConfigSettingsSource(settings_cls)
 
-    @model_validator(mode="after")
-    def _parts_need_a_shared_queue(self) -> Settings:
-        if self.role != "all" and not self.database:
-            raise ValueError(f'role "{self.role}" needs a database that is shared')
-        if self.database and not self.database.get_secret_value().startswith(("postgresql://", "postgres://")):
-            raise ValueError("database is the address of a PostgreSQL database, postgresql://user:password@host/name")
-        return self
+    @field_validator("role")
+    @classmethod
+    def _parts_need_a_shared_queue(cls, value: str, info: ValidationInfo) -> str:
+        if value != "all" and not info.data.get("database", True):
+            raise ValueError(f'"{value}" needs a database that is shared')
+        return value
 
     @property
     def pictures(self) -> str:
@@ -186,7 +230,8 @@ def load_settings(**flags: Any) -> Settings:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         name = ".".join(str(part) for part in first["loc"])
-        raise SetupFailed(f"setting {name}: {first['msg']}.", hint=_LIST) from None
+        message = first["msg"].removeprefix("Value error, ")
+        raise SetupFailed(f"setting {name}: {message}.", hint=_LIST) from None
     except (OSError, ValueError) as error:
         raise SetupFailed(f"{TOML_FILE} cannot be read: {error}.", hint=_LIST) from None
 

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from alphalayer import __version__, images
 from alphalayer.cli import app, main
+from alphalayer.config import Settings
 from alphalayer.infotext import read_parameters
 
 Run = Callable[..., tuple[int, str, str]]
@@ -192,6 +193,17 @@ def test_wrong_settings_are_one_line(run: Run, tmp_path: Path):
     assert (code, out) == (1, "")
     assert err.startswith("error: setting port")
     assert len(err.splitlines()) == 1
+
+
+def test_serve_has_a_flag_for_each_setting(run: Run, monkeypatch: pytest.MonkeyPatch):
+    taken: list[Settings] = []
+    monkeypatch.setattr("alphalayer.cli.run_server", taken.append)
+    flags = ["--queue-limit", "5", "--log-json", "--no-tracing", "--keep-jobs-days", "0.5", "--api-auth", "ann:a"]
+    assert run("serve", *flags, "--port", "9000")[0] == 0
+    (settings,) = taken
+    assert (settings.queue_limit, settings.log_json, settings.tracing, settings.port) == (5, True, False, 9000)
+    assert settings.keep_jobs_days == 0.5
+    assert run("serve", "--queue-limit", "many")[2].startswith("error: setting queue_limit: ")
 
 
 def test_errors_hold_no_markup_of_the_terminal(run: Run):

@@ -57,12 +57,31 @@ def test_flags_win_over_the_environment_and_that_over_the_file(clean: Path, monk
     [
         ("port", "0"), ("port", "65536"), ("port", "many"), ("memory", "huge"), ("dtype", "fp8"), ("noise", "dice"),
         ("queue_limit", "-1"), ("silence_limit_s", "0"), ("drain_s", "-1"), ("log_level", "loud"),
+        ("trusted_proxies", "proxy.local"), ("api_auth", "useronly"), ("api_auth", "ann:a,bob"), ("storage", "ftp://x"),
+        ("storage", "s3://"), ("database", "mysql://x/y"), ("public_url", "pics.example.com"), ("role", "api"),
+        ("cors_allow_origins", "example.com"), ("cors_allow_origins", "https://example.com/page"),
     ],
 )  # fmt: skip
 def test_wrong_values_are_named(monkeypatch: pytest.MonkeyPatch, name: str, value: str):
     monkeypatch.setenv(f"ALPHALAYER_{name.upper()}", value)
-    with pytest.raises(SetupFailed, match=f"setting {name}"):
+    with pytest.raises(SetupFailed, match=f"setting {name}: ") as caught:
         load_settings()
+    assert "Value error" not in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_good_addresses_are_taken():
+    settings = load_settings(
+        trusted_proxies="127.0.0.1, 10.0.0.0/8,*",
+        api_auth="ann:a,bob:b:c",
+        public_url="https://pics.example.com/draw/",
+        cors_allow_origins="https://example.com, http://localhost:3000",
+        storage="s3://bucket/prefix",
+        database="postgres://user:pass,word@host/name",
+        role="worker",
+    )
+    assert settings.role == "worker"
+    assert load_settings(cors_allow_origins="*", trusted_proxies="").cors_allow_origins == "*"
 
 
 def test_an_unknown_name_in_the_environment_is_named(monkeypatch: pytest.MonkeyPatch):

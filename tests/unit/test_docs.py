@@ -8,7 +8,10 @@ import re
 from pathlib import Path
 
 import pytest
+from typer.main import get_command
 
+from alphalayer.cli import app
+from alphalayer.config import Settings
 from alphalayer.telemetry import Metrics
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -27,6 +30,13 @@ def _generator():
 def test_reference_pages_are_current(name):
     wanted = _generator().PAGES[name]()
     assert (DOCS / "reference" / name).read_text(encoding="utf-8") == wanted, "run: python docs/generate.py"
+
+
+def test_every_setting_has_a_meaning_and_a_flag():
+    options = {option for parameter in get_command(app).commands["serve"].params for option in parameter.opts}
+    for name, field in Settings.model_fields.items():
+        assert field.description, name
+        assert f"--{name.replace('_', '-')}" in options
 
 
 def test_every_log_line_of_the_service_is_in_the_reference_and_no_other():

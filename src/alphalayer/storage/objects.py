@@ -70,11 +70,16 @@ class ObjectStorage:
             raise self._failed("list", "", error) from None
 
     def _failed(self, doing: str, key: str, error: Exception) -> StorageFailed:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         return StorageFailed(
-            f"cannot {doing} {key} in {self._where}: {lines[0] if lines else type(error).__name__}.",
+            f"cannot {doing} {key} in {self._where}: {_first_line(error)}.",
             hint="Check that there is space, that the place may be written to, and its address and keys.",
         )
+
+
+def _first_line(error: Exception) -> str:
+    """What is wrong, without the trace that obstore adds."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
 
 
 async def _chunks(found: Any) -> AsyncIterator[bytes]:
@@ -94,4 +99,6 @@ def open_storage(place: str) -> ObjectStorage:
         Path(place).mkdir(parents=True, exist_ok=True)
         return ObjectStorage(LocalStore(place), str(Path(place).resolve()))
     except (BaseError, OSError, ValueError) as error:
-        raise StorageFailed(f"cannot use {place} for pictures: {error}.", hint="Set another folder or URL.") from None
+        raise StorageFailed(
+            f"cannot use {place} for pictures: {_first_line(error)}.", hint="Set another folder or URL."
+        ) from None
