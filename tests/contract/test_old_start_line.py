@@ -1,0 +1,42 @@
+"""The start line of the stack that this replaces, as `launch.py` hands it on, over real HTTP."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import httpx
+from tests.serving import free_port, wait_until
+
+
+def test_the_old_start_line_serves(tmp_path: Path):
+    port = free_port()
+    flags = ["--nowebui", "--api", "--listen", "--port", str(port), "--cors-allow-origins", "*"]
+    ours = {name: value for name, value in os.environ.items() if not name.startswith("ALPHALAYER_")}
+    # an address that is given before --listen stays
+    environment = {**ours, "COMMANDLINE_ARGS": "--server-name 127.0.0.1 --xformers --always-cpu"}
+    command = [sys.executable, "-m", "alphalayer.cli", "serve-as-before", *flags]
+    with (tmp_path / "log").open("wb") as log:
+        process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=log, stderr=log)
+    try:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", trust_env=False) as client:
+            wait_until(lambda: _answers(client), 60)
+            models = client.get("/sdapi/v1/sd-models", headers={"Origin": "https://example.com"})
+            assert models.status_code == 200
+            assert models.headers["access-control-allow-origin"] == "*"
+            assert {"title", "model_name", "hash", "sha256", "filename", "config"} <= models.json()[0].keys()
+            assert client.get("/docs").status_code == 200
+            assert client.get("/readyz").json()["engines"].keys() == {"cpu"}
+        assert "warning: --xformers has nothing to change here" in (tmp_path / "log").read_text()
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+def _answers(client: httpx.Client) -> bool:
+    try:
+        return client.get("/livez").status_code == 200
+    except httpx.TransportError:
+        return False
