@@ -69,36 +69,93 @@ def cli_page() -> str:
 
 
 def api_page() -> str:
-    """Every route, its fields and its answers, from the OpenAPI description."""
+    """Every route with its parameters, fields and answers, and the objects in them, from the OpenAPI description."""
     description = create_app(Settings()).openapi()
     schemas = description["components"]["schemas"]
     lines = ["# The HTTP interface", NOTE, "", "The same is at `/docs` of a running service, to be tried out.", ""]
+    named: dict[str | None, None] = {}
     for path, methods in description["paths"].items():
         for method, route in methods.items():
             lines += [f"## {method.upper()} `{path}`", "", route.get("summary", ""), ""]
             if route.get("description"):
                 lines += [route["description"], ""]
-            body = (
-                route.get("requestBody", {})
-                .get("content", {})
-                .get("application/json", {})
-                .get("schema", {})
-                .get("$ref")
-            )
-            if body:
-                lines += _fields(schemas[body.rpartition("/")[2]])
-            answers = [f"{status} {answer['description'].rstrip('.')}" for status, answer in route["responses"].items()]
+            lines += _parameters(route.get("parameters", []))
+            if "requestBody" in route:
+                body = schemas[_json_of(route["requestBody"])]
+                lines += _fields(body)
+                named |= dict.fromkeys(map(_named, body["properties"].values()))
+            answers = [_answer(status, answer) for status, answer in route["responses"].items()]
             lines += ["Answers: " + "; ".join(answers) + ".", ""]
+            named |= dict.fromkeys(map(_json_of, route["responses"].values()))
     lines += [f"Samplers: {', '.join(SAMPLERS)}. Schedulers: {', '.join(SCHEDULERS)}.", ""]
-    return "\n".join(lines)
+    return "\n".join(lines + _objects([name for name in named if name], schemas))
+
+
+def _json_of(message: dict[str, Any]) -> str | None:
+    """The name of the object that a body is, None for those that are none."""
+    for content in message.get("content", {}).values():
+        return _named(content.get("schema", {}))
+    return None
+
+
+def _named(schema: dict[str, Any]) -> str | None:
+    """The name of an object, also as one of several choices or as the items of a list."""
+    inside = [schema, schema.get("items", {}), *schema.get("anyOf", [])]
+    return next((each["$ref"].rpartition("/")[2] for each in inside if "$ref" in each), None)
+
+
+def _title(name: str) -> str:
+    """Dialects have objects of one name: `native.Model`."""
+    return ".".join(name.split("__")[-2:])
+
+
+def _answer(status: str, answer: dict[str, Any]) -> str:
+    name = _json_of(answer)
+    what = "" if answer["description"] == "Successful Response" else f" {answer['description'].rstrip('.')}"
+    return f"{status}{what}" + (f" (`{_title(name)}`)" if name else "")
+
+
+def _meaning(field: dict[str, Any]) -> str:
+    """Its description, which stands inside where a field may be null; an object among it is named."""
+    inside = [field, *field.get("anyOf", [])]
+    found = next((each["description"] for each in inside if each.get("description")), "")
+    name = _named(field)
+    return f"{found} `{_title(name)}`".strip() if name else found
+
+
+def _parameters(parameters: list[dict[str, Any]]) -> list[str]:
+    if not parameters:
+        return []
+    lines = ["| parameter | where | default | meaning |", "|---|---|---|---|"]
+    for each in parameters:
+        default = "must be given" if each["required"] else f"`{json.dumps(each['schema'].get('default'))}`"
+        lines.append(f"| `{each['name']}` | {each['in']} | {default} | {_meaning({**each['schema'], **each})} |")
+    return [*lines, ""]
 
 
 def _fields(schema: dict[str, Any]) -> list[str]:
     lines = ["| field | default | meaning |", "|---|---|---|"]
     for name, field in schema["properties"].items():
         default = "must be given" if name in schema.get("required", ()) else f"`{json.dumps(field.get('default'))}`"
-        lines.append(f"| `{name}` | {default} | {field.get('description', '')} |")
+        lines.append(f"| `{name}` | {default} | {_meaning(field)} |")
     return [*lines, ""]
+
+
+def _objects(names: list[str], schemas: dict[str, Any]) -> list[str]:
+    """The objects of these names and those inside them."""
+    lines = ["# Objects", ""]
+    for name in names:
+        schema = schemas[name]
+        if "properties" not in schema:
+            continue
+        lines += [f"## `{_title(name)}`", "", schema.get("description", ""), "", "| field | meaning |", "|---|---|"]
+        for field, about in schema["properties"].items():
+            inner = _named(about)
+            if inner and inner not in names:
+                names.append(inner)
+            lines.append(f"| `{field}` | {_meaning(about)} |")
+        lines.append("")
+    return lines
 
 
 def metrics_page() -> str:

@@ -44,6 +44,8 @@ DESCRIPTION = "Text in, transparent PNG out: Stable Diffusion XL with LayerDiffu
 
 
 JOURNAL = "jobs.sqlite"
+EXPOSED = ("Location", "Retry-After", "X-Request-ID")
+"""Headers that a page of another origin may read."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,9 @@ def create_app(settings: Settings, *, engine: str = ENGINE, engine_options: dict
     app.add_middleware(BodyLimit, limit=settings.max_request_bytes)
     if settings.cors_allow_origins:
         origins = [origin.strip() for origin in settings.cors_allow_origins.split(",")]
-        app.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"])
+        app.add_middleware(
+            CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"], expose_headers=EXPOSED
+        )
     app.add_middleware(ForwardedHeaders, trusted=settings.trusted_proxies)
     app.add_middleware(RequestLog)
     return app

@@ -29,9 +29,14 @@ class _Frozen(BaseModel):
 class Output(_Frozen):
     """What is done to the finished pictures, in this order: defringe, trim, composite, encode."""
 
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
     format: ImageFormat = "png"
+    """All three have alpha."""
     defringe: bool = False
+    """Take the old background's colour out of soft edges."""
     trim: bool = False
+    """Cut empty borders away."""
     trim_threshold: Annotated[int, Field(ge=0, le=254)] = 0
     """Alpha up to this counts as empty."""
     trim_padding: Annotated[int, Field(ge=0, le=1024)] = 0

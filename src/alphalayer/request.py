@@ -81,12 +81,12 @@ class _Frozen(BaseModel):
 class ModelDefaults(_Frozen):
     """What a request gets where it is silent. The values here are those of SDXL; a model folder may bring its own."""
 
-    width: Side = 1024
-    height: Side = 1024
-    steps: int = 20
-    sampler: SamplerName = "DPM++ 2M SDE"
-    scheduler: SchedulerName = "Karras"
-    cfg_scale: float = 5.0
+    width: Annotated[Side, Field(description="Pixels.")] = 1024
+    height: Annotated[Side, Field(description="Pixels.")] = 1024
+    steps: Annotated[int, Field(description="Sampling steps.")] = 20
+    sampler: Annotated[SamplerName, Field(description="One of the samplers below.")] = "DPM++ 2M SDE"
+    scheduler: Annotated[SchedulerName, Field(description="One of the schedulers below.")] = "Karras"
+    cfg_scale: Annotated[float, Field(description="How strictly the prompt is followed.")] = 5.0
 
 
 class LayerDiffuse(_Frozen):
@@ -101,8 +101,8 @@ class LayerDiffuse(_Frozen):
 class Lora(_Frozen):
     """A user's LoRA file (its name without extension, in `models/Lora`) and its weight."""
 
-    name: Annotated[str, Field(min_length=1, max_length=200)]
-    weight: Annotated[float, Field(ge=-4, le=4)] = 1.0
+    name: Annotated[str, Field(min_length=1, max_length=200, description="The file's name without its ending.")]
+    weight: Annotated[float, Field(ge=-4, le=4, description="How strongly it works.")] = 1.0
 
 
 class GenerationRequest(_Frozen):

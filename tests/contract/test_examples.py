@@ -78,7 +78,10 @@ def test_nginx_blocks(service: httpx.Client, tmp_path: Path, guide: str):
     try:
         with httpx.Client(base_url=f"http://127.0.0.1:{outside}", trust_env=False, timeout=30) as client:
             wait_until(lambda: answers(client))
-            answer = client.post("/alpha/v1/txt2img", json={"prompt": "an apple", "width": 64, "height": 64}).json()
+            own = {"X-Forwarded-Host": "evil.example", "X-Forwarded-Prefix": "/evil"}
+            small = {"prompt": "an apple", "width": 64, "height": 64}
+            answer = client.post("/alpha/v1/txt2img", json=small, headers=own).json()
+            assert "evil" not in answer["url"]
             assert httpx.URL(answer["url"]).port in (outside, None), "the URL is for those outside"
             assert client.get(httpx.URL(answer["url"]).path).headers["content-type"] == "image/png"
             job = client.post("/alpha/v1/jobs", json={"prompt": "an apple", "width": 64, "height": 64}).json()

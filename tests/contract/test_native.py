@@ -163,6 +163,23 @@ def test_a_broken_body_is_an_error_of_the_client(client, body):
     assert answer.json()["code"] == "invalid_request"
 
 
+@pytest.mark.parametrize("kind", [None, "text/plain"])
+def test_a_body_of_another_kind_is_told_so(client, kind):
+    headers = {"content-type": kind} if kind else {}
+    answer = client.post("/alpha/v1/txt2img", content=b'{"prompt": "x"}', headers=headers)
+    assert (answer.status_code, answer.json()["field"]) == (422, "Content-Type")
+    assert "application/json" in answer.json()["detail"] + answer.json()["hint"]
+
+
+def test_head_tells_of_a_picture_what_get_would(client):
+    url = draw(client, width=64, height=64).json()["url"]
+    asked, got = client.head(url), client.get(url)
+    assert (asked.status_code, asked.content) == (200, b"")
+    for name in ("content-type", "content-length", "cache-control"):
+        assert asked.headers[name] == got.headers[name]
+    assert client.head("/alpha/v1/file/alpha_1_000000.png").status_code == 404
+
+
 def test_a_body_that_is_too_large_is_refused(client):
     answer = client.post("/alpha/v1/txt2img", content=b" " * 16_100_000, headers={"content-type": "application/json"})
     assert answer.status_code == 413
@@ -284,6 +301,8 @@ def test_cors_is_off_unless_asked_for(tmp_path, client):
     with served(tmp_path, cors_allow_origins="*", wait_ready=False) as open_to_all:
         headers = open_to_all.options("/alpha/v1/txt2img", headers=asked).headers
         assert headers["access-control-allow-origin"] == "*"
+        answer = open_to_all.get("/livez", headers={"Origin": "https://example.com"})
+        assert answer.headers["access-control-expose-headers"] == "Location, Retry-After, X-Request-ID"
 
 
 def test_urls_follow_the_proxy_and_the_public_url(tmp_path, client):

@@ -17,8 +17,17 @@ CONFIGURATION = """
 include-path-regex = "^(/alpha/v1/(jobs|txt2img)|/sdapi/v1/(txt2img|png-info|options)|/v1/images/generations)$"
 include-method = "POST"
 checks.positive_data_acceptance.enabled = false
+
+[[operations]]
+include-path-regex = "^/alpha/v1/convert/"
+checks.positive_data_acceptance.enabled = false
+
+[[operations]]
+include-path-regex = "^/alpha/v1/jobs/"
+checks.use_after_free.enabled = false
 """
-"""What a schema cannot say: that a text is a picture's base64, that fields go together, every spelling of a sampler's name."""
+"""What a schema cannot say: that a text is a picture's base64, that fields go together, every spelling of a sampler's name;
+and that DELETE cancels a job, which is shown after that, too."""
 BY_DESIGN = "events|readyz|img2img|edits|variations"
 """An endless answer, a 503 that is the answer, and the routes that answer 501."""
 

@@ -39,6 +39,12 @@ def test_every_setting_has_a_meaning_and_a_flag():
         assert f"--{name.replace('_', '-')}" in options
 
 
+def test_every_field_and_parameter_of_the_interface_has_a_meaning():
+    rows = [line for line in (DOCS / "reference" / "api.md").read_text(encoding="utf-8").splitlines() if "|" in line]
+    assert len(rows) > 200
+    assert [row for row in rows if row.endswith("|  |")] == []
+
+
 def test_every_log_line_of_the_service_is_in_the_reference_and_no_other():
     source = DOCS.parent / "src" / "alphalayer"
     calls = r'\b(?:log\.(?:debug|info|warning|error)|level)\(\s*f?"(\w+)[\w{}]*"'

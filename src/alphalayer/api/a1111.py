@@ -11,7 +11,7 @@ import time
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Request
+from fastapi import APIRouter, Depends, Query, Request
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, model_validator
 
 from alphalayer import images, infotext
@@ -37,7 +37,7 @@ FIELDS = {
 class Detail(BaseModel):
     """What every error answers."""
 
-    detail: str
+    detail: Annotated[str, Field(description="What is wrong, and what to do.")]
 
 
 ERRORS: dict[int | str, dict[str, Any]] = {"4XX": {"model": Detail, "description": "What is wrong."}}
@@ -68,16 +68,20 @@ OptionsDep = Annotated[Options, Depends(options_of)]
 class OverrideSettings(BaseModel):
     """Settings for one request. Others of the original are ignored."""
 
-    sd_model_checkpoint: str | None = None
-    sd_vae: str | None = None
-    CLIP_stop_at_last_layers: Annotated[int, Field(ge=1, le=12)] | None = None
-    live_previews_enable: StrictBool | None = None
+    sd_model_checkpoint: Annotated[str | None, Field(description="A model by name, title or hash.")] = None
+    sd_vae: Annotated[str | None, Field(description='"Automatic" alone; another one is not there yet.')] = None
+    CLIP_stop_at_last_layers: (
+        Annotated[int, Field(ge=1, le=12, description="The layer to stop at; 1: the last.")] | None
+    ) = None
+    live_previews_enable: Annotated[StrictBool | None, Field(description="Whether `progress` has a picture.")] = None
 
 
 class Script(BaseModel):
     """What one script is given."""
 
-    args: list[Any] = []
+    args: Annotated[
+        list[Any], Field(description="In the order of `script-info`; a missing tail keeps its defaults.")
+    ] = []
 
 
 class Txt2ImgRequest(BaseModel):
@@ -85,42 +89,46 @@ class Txt2ImgRequest(BaseModel):
 
     model_config = ConfigDict(allow_inf_nan=False, title="A1111Txt2ImgRequest")
 
-    prompt: str = ""
-    negative_prompt: str = ""
-    seed: int = -1
-    subseed: int = -1
-    subseed_strength: float = 0.0
-    sampler_name: str | None = None
+    prompt: Annotated[str, Field(description="What to draw.")] = ""
+    negative_prompt: Annotated[str, Field(description="What to keep out.")] = ""
+    seed: Annotated[int, Field(description="Same seed, same picture; -1 draws a fresh one.")] = -1
+    subseed: Annotated[int, Field(description="Variation seed.")] = -1
+    subseed_strength: Annotated[float, Field(description="How far to go to the variation.")] = 0.0
+    sampler_name: Annotated[str | None, Field(description="One of `samplers`; may carry its scheduler.")] = None
     sampler_index: Annotated[str, Field(description="The old name of sampler_name.")] = "Euler"
-    scheduler: str | None = None
-    batch_size: int = 1
-    n_iter: Annotated[int, Field(ge=1, le=MAX_ITERATIONS)] = 1
-    steps: int = 50
-    cfg_scale: float = 7.0
-    width: int = 512
-    height: int = 512
-    override_settings: OverrideSettings = OverrideSettings()
-    send_images: bool = True
+    scheduler: Annotated[str | None, Field(description="One of `schedulers`, by name or label.")] = None
+    batch_size: Annotated[int, Field(description="Pictures drawn together; seeds count up.")] = 1
+    n_iter: Annotated[int, Field(ge=1, le=MAX_ITERATIONS, description="Batches drawn one after another.")] = 1
+    steps: Annotated[int, Field(description="Sampling steps.")] = 50
+    cfg_scale: Annotated[float, Field(description="How strictly the prompt is followed.")] = 7.0
+    width: Annotated[int, Field(description="Pixels.")] = 512
+    height: Annotated[int, Field(description="Pixels.")] = 512
+    override_settings: Annotated[OverrideSettings, Field(description="Settings for this request alone.")] = (
+        OverrideSettings()
+    )
+    send_images: Annotated[bool, Field(description="Whether the answer holds the pictures.")] = True
     save_images: Annotated[bool, Field(description="Every picture is kept anyway.")] = False
     force_task_id: Annotated[
         str | None, Field(max_length=100, description="The same id and request give the same job again.")
     ] = None
-    alwayson_scripts: dict[str, Script] = {}
+    alwayson_scripts: Annotated[
+        dict[str, Script], Field(description="LayerDiffuse, by its name, with positional arguments.")
+    ] = {}
     layerdiffuse_enabled: Annotated[
         bool, Field(description="Draw with transparency, also where the script is not named.")
     ] = True
     enable_hr: Annotated[
         Any, Field(description="This and those below: not there yet, and refused where they would change the picture.")
     ] = False
-    restore_faces: Any = False
-    tiling: Any = False
-    styles: Any = ()
-    script_name: Any = None
-    refiner_checkpoint: Any = None
-    infotext: Any = None
-    seed_resize_from_w: int = -1
-    seed_resize_from_h: int = -1
-    s_churn: float = 0
+    restore_faces: Annotated[Any, Field(description="Not there yet.")] = False
+    tiling: Annotated[Any, Field(description="Not there yet.")] = False
+    styles: Annotated[Any, Field(description="Not there yet.")] = ()
+    script_name: Annotated[Any, Field(description="Not there yet.")] = None
+    refiner_checkpoint: Annotated[Any, Field(description="Not there yet.")] = None
+    infotext: Annotated[Any, Field(description="Not there yet.")] = None
+    seed_resize_from_w: Annotated[int, Field(description="Not there yet.")] = -1
+    seed_resize_from_h: Annotated[int, Field(description="Not there yet.")] = -1
+    s_churn: Annotated[float, Field(description="Not there yet.")] = 0
     eta: Annotated[float | None, Field(description="0 and 1 are ignored.")] = None
 
     @model_validator(mode="before")
@@ -184,26 +192,26 @@ class Txt2ImgRequest(BaseModel):
 class Txt2ImgResponse(BaseModel):
     """The pictures as bare base64, the request as it was understood, and `info`, a JSON string."""
 
-    images: list[str]
-    parameters: dict[str, Any]
-    info: str
+    images: Annotated[list[str], Field(description="PNG files as base64.")]
+    parameters: Annotated[dict[str, Any], Field(description="The request as it was understood.")]
+    info: Annotated[str, Field(description="A JSON string: seeds, size, sampler, model and the infotexts.")]
 
 
 class SdModel(BaseModel):
     """One checkpoint."""
 
-    title: str
-    model_name: str
-    hash: str | None
-    sha256: str | None
-    filename: str
-    config: str | None
+    title: Annotated[str, Field(description="The name, with the short hash once it is known.")]
+    model_name: Annotated[str, Field(description="The name.")]
+    hash: Annotated[str | None, Field(description="The first ten digits of the SHA-256.")]
+    sha256: Annotated[str | None, Field(description="Null until the file was hashed.")]
+    filename: Annotated[str, Field(description="Where it lies.")]
+    config: Annotated[str | None, Field(description="Always null.")]
 
 
 class Picture(BaseModel):
     """A picture file as base64, with or without the head of a data URL."""
 
-    image: str
+    image: Annotated[str, Field(description="The file.")]
 
 
 @router.post("/txt2img", summary="Draw pictures")
@@ -267,7 +275,11 @@ def set_options(body: OverrideSettings, service: ServiceDep, options: OptionsDep
 
 
 @router.get("/progress", summary="How the picture that is being drawn stands")
-async def progress(service: ServiceDep, user: User, skip_current_image: bool = False) -> dict[str, Any]:
+async def progress(
+    service: ServiceDep,
+    user: User,
+    skip_current_image: Annotated[bool, Query(description="Leave the preview out.")] = False,
+) -> dict[str, Any]:
     """One's own job that runs now; idle is progress 0 and job_count 0. The preview is there if `live_previews_enable` is."""
     view = await _running(service, user)
     done = view.progress.step / view.progress.steps if view and view.progress.steps else 0.0

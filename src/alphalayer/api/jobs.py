@@ -6,9 +6,9 @@ from collections.abc import AsyncIterator
 from contextlib import suppress
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Depends, Header, Query, Request, Response
+from fastapi import APIRouter, Depends, Header, Path, Query, Request, Response
 from fastapi.sse import EventSourceResponse, ServerSentEvent
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from alphalayer.api.deps import Service, ServiceDep, User, base_url, file_url, follow, submit_job, wire_names
 from alphalayer.api.native import FIELDS, GenerationFields, ImageAnswer, add_data, image_answers
@@ -28,6 +28,21 @@ IdempotencyKey = Annotated[
         description="The same key gives the same job again, whatever became of the first answer.",
     ),
 ]
+
+
+JobId = Annotated[str, Path(description="The id of a job, as it was given.")]
+
+
+class ListQuery(BaseModel):
+    """Which jobs to list."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    state: Annotated[JobState | None, Field(description="Only jobs that stand there.")] = None
+    limit: Annotated[int, Field(ge=1, le=200, description="Jobs of a page at most.")] = 50
+    before: Annotated[
+        float | None, Field(allow_inf_nan=False, description="Only jobs created before this time, in Unix seconds.")
+    ] = None
 
 
 class JobRequest(GenerationFields):
@@ -51,19 +66,23 @@ class JobRequest(GenerationFields):
 class JobAnswer(BaseModel):
     """How a job stands."""
 
-    id: str
-    state: JobState
+    id: Annotated[str, Field(description="Of this job alone.")]
+    state: Annotated[JobState, Field(description="Where it stands.")]
     position: Annotated[int, Field(description="Place in the queue; 1 is next, 0 is not in it.")]
-    stage: str
-    step: int
-    steps: int
+    stage: Annotated[
+        str, Field(description="waiting, load, text, sample, vae, decode, store, or the state once it is over.")
+    ]
+    step: Annotated[int, Field(description="The last step done.")]
+    steps: Annotated[int, Field(description="Steps in all.")]
     eta_s: Annotated[float | None, Field(description="Seconds left, where that can be said.")] = None
-    preview_url: str | None = None
-    created_at: float
-    started_at: float | None = None
-    finished_at: float | None = None
-    images: list[ImageAnswer] = []
-    error: Problem | None = None
+    preview_url: Annotated[
+        str | None, Field(description="A small picture of how it stands, where previews were asked for.")
+    ] = None
+    created_at: Annotated[float, Field(description="Unix seconds, as all times.")]
+    started_at: Annotated[float | None, Field(description="When an engine began with it.")] = None
+    finished_at: Annotated[float | None, Field(description="When it was over.")] = None
+    images: Annotated[list[ImageAnswer], Field(description="The pictures, once it is done.")] = []
+    error: Annotated[Problem | None, Field(description="What went wrong.")] = None
     url: Annotated[str, Field(description="Ask here how it stands.")]
     events_url: Annotated[str, Field(description="Follow it here.")]
 
@@ -71,8 +90,8 @@ class JobAnswer(BaseModel):
 class JobList(BaseModel):
     """Jobs, newest first. `next_before` is the `before` of the next page."""
 
-    jobs: list[JobAnswer]
-    next_before: float | None = None
+    jobs: Annotated[list[JobAnswer], Field(description="Newest first.")]
+    next_before: Annotated[float | None, Field(description="The `before` of the next page; null on the last.")] = None
 
 
 @router.post("", status_code=202, summary="Submit a job")
@@ -95,7 +114,7 @@ async def submit(
 
 
 @router.get("/{job_id}", summary="How a job stands")
-async def show(job_id: str, request: Request, service: ServiceDep, user: User) -> JobAnswer:
+async def show(job_id: JobId, request: Request, service: ServiceDep, user: User) -> JobAnswer:
     """Position, step, time left, and in the end the pictures (as base64, too, where the job asked for that) or the error."""
     view = await _view(service, job_id, user)
     shown = answer(view, base_url(request))
@@ -111,27 +130,23 @@ async def listing(
     request: Request,
     service: ServiceDep,
     user: User,
-    state: JobState | None = None,
-    limit: Annotated[int, Query(ge=1, le=200)] = 50,
-    before: Annotated[
-        float | None, Query(description="Only jobs created before this time.", allow_inf_nan=False)
-    ] = None,
+    query: Annotated[ListQuery, Query()],
 ) -> JobList:
     """One's own jobs, newest first."""
-    views = await service.dispatcher.list(owner=user, state=state, limit=limit, before=before)
-    more = views[-1].job.created_at if len(views) == limit else None
+    views = await service.dispatcher.list(owner=user, **query.model_dump())
+    more = views[-1].job.created_at if len(views) == query.limit else None
     return JobList(jobs=[answer(view, base_url(request)) for view in views], next_before=more)
 
 
 @router.delete("/{job_id}", summary="Cancel a job")
-async def cancel(job_id: str, request: Request, service: ServiceDep, user: User) -> JobAnswer:
+async def cancel(job_id: JobId, request: Request, service: ServiceDep, user: User) -> JobAnswer:
     """Stops this job and no other, within a step if it runs. One that is over stays as it is."""
     await _view(service, job_id, user)
     await service.dispatcher.cancel(job_id)
     return answer(await _view(service, job_id, user), base_url(request))
 
 
-async def own_job(job_id: str, service: ServiceDep, user: User) -> JobView:
+async def own_job(job_id: JobId, service: ServiceDep, user: User) -> JobView:
     """A dependency, so that the answer is 404 before a stream has begun."""
     return await _view(service, job_id, user)
 
@@ -142,7 +157,7 @@ async def own_job(job_id: str, service: ServiceDep, user: User) -> JobView:
     response_class=EventSourceResponse,
     dependencies=[Depends(own_job)],
 )
-async def events(job_id: str, request: Request, service: ServiceDep) -> AsyncIterator[ServerSentEvent]:
+async def events(job_id: JobId, request: Request, service: ServiceDep) -> AsyncIterator[ServerSentEvent]:
     """An event at every change, named after the state; the last one is `done`, `failed` or `cancelled`."""
     # a service that ends ends the stream; the client opens it again
     with suppress(Stopping):

@@ -8,7 +8,7 @@ import mimetypes
 from pathlib import PurePath
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Query, Request, Response
+from fastapi import APIRouter, Path, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import RedirectResponse, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
@@ -135,19 +135,19 @@ class Txt2ImgRequest(GenerationFields):
 class ImageAnswer(BaseModel):
     """One picture of several."""
 
-    url: str
-    filename: str
-    seed: int
-    width: int
-    height: int
-    base64: str | None = None
+    url: Annotated[str, Field(description="Where the picture is.")]
+    filename: Annotated[str, Field(description="Its name in the storage.")]
+    seed: Annotated[int, Field(description="Its own seed.")]
+    width: Annotated[int, Field(description="Pixels.")]
+    height: Annotated[int, Field(description="Pixels.")]
+    base64: Annotated[str | None, Field(description="The file itself, where it was asked for.")] = None
 
 
 class Txt2ImgResponse(BaseModel):
     """The picture's URL and name, and `info`, a JSON string with everything that made it."""
 
-    url: str
-    filename: str
+    url: Annotated[str, Field(description="Where the first picture is.")]
+    filename: Annotated[str, Field(description="Its name in the storage.")]
     info: Annotated[str, Field(description="A JSON string: seeds, size, sampler, model and the infotexts.")]
     base64: Annotated[str | None, Field(description="The picture, where it was asked for.")] = None
     images: Annotated[list[ImageAnswer] | None, Field(description="All pictures, where there are several.")] = None
@@ -161,10 +161,12 @@ async def txt2img(body: Txt2ImgRequest, request: Request, service: ServiceDep, u
     return await _answer(job, request, service)
 
 
+FileName = Annotated[str, Path(description="The name of a picture, as an answer gave it.")]
 REDIRECT_S = 3600
 """How long a signed URL opens a picture."""
 
 
+@router.head("/file/{filename}", include_in_schema=False)
 @router.get(
     "/file/{filename}",
     summary="A finished picture",
@@ -174,7 +176,7 @@ REDIRECT_S = 3600
         307: {"description": "Where the picture is, for an hour; where the service is set so."},
     },
 )
-async def file(filename: str, service: ServiceDep) -> Response:
+async def file(filename: FileName, request: Request, service: ServiceDep) -> Response:
     """Needs no password: the name is the secret, so that the URL opens wherever it is pasted."""
     if service.redirect_files and (url := service.storage.presign(check_key(filename), REDIRECT_S)):
         return RedirectResponse(url, 307, {"Cache-Control": f"max-age={REDIRECT_S // 2}"})
@@ -183,6 +185,8 @@ async def file(filename: str, service: ServiceDep) -> Response:
     caching = "no-store" if filename.startswith(PREVIEW_PREFIX) else "public, max-age=31536000, immutable"
     headers = {"Cache-Control": caching, "Content-Length": str(found.size_bytes)}
     mime = mimetypes.guess_type(filename)[0] or "application/octet-stream"
+    if request.method == "HEAD":
+        return Response(media_type=mime, headers=headers)
     return StreamingResponse(found.chunks, media_type=mime, headers=headers)
 
 
@@ -192,7 +196,7 @@ async def file(filename: str, service: ServiceDep) -> Response:
     response_class=Response,
     responses={200: {"content": {mime: {} for mime in MIME_TYPES.values()}, "description": "The picture made anew."}},
 )
-async def convert(filename: str, output: Annotated[Output, Query()], service: ServiceDep, _user: User) -> Response:
+async def convert(filename: FileName, output: Annotated[Output, Query()], service: ServiceDep, _user: User) -> Response:
     """Another format, trimmed, defringed or laid on a colour; the settings inside stay. The stored picture does not change."""
     refuse_idle(output, "trim", "trim_threshold", "trim_padding")
     data = await read_file(service, check_key(filename))
@@ -205,17 +209,17 @@ async def convert(filename: str, output: Annotated[Output, Query()], service: Se
 class Model(BaseModel):
     """One model: what a request that leaves fields out is drawn with, or why it cannot be drawn with."""
 
-    name: str
-    title: str
+    name: Annotated[str, Field(description="What a request calls it.")]
+    title: Annotated[str, Field(description="The name, with the short hash once it is known.")]
     is_default: Annotated[bool, Field(description="Taken where a request names none.")]
-    defaults: ModelDefaults
+    defaults: Annotated[ModelDefaults, Field(description="What it draws with where a request is silent.")]
     problem: Annotated[str | None, Field(description="Why it cannot be drawn with.")] = None
 
 
 class ModelList(BaseModel):
     """The models of this service."""
 
-    models: list[Model]
+    models: Annotated[list[Model], Field(description="By name.")]
 
 
 @router.get("/models", summary="The models, with the defaults of each")

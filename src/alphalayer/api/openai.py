@@ -10,7 +10,7 @@ import time
 from collections.abc import AsyncIterator
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Path, Request
 from fastapi.responses import StreamingResponse
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -39,16 +39,16 @@ from alphalayer.request import MAX_SEED, MAX_SIDE, parse_request
 class ErrorBody(BaseModel):
     """What went wrong. `param` names the field."""
 
-    message: str
-    type: str
-    param: str | None
-    code: str
+    message: Annotated[str, Field(description="What happened, and what to do.")]
+    type: Annotated[str, Field(description="By the status, as that API has it.")]
+    param: Annotated[str | None, Field(description="The field that is wrong.")]
+    code: Annotated[str, Field(description="Stable, for programs.")]
 
 
 class ErrorAnswer(BaseModel):
     """What every error answers."""
 
-    error: ErrorBody
+    error: Annotated[ErrorBody, Field(description="The error.")]
 
 
 ERRORS: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorAnswer, "description": "What is wrong."}}
@@ -74,7 +74,7 @@ class GenerationsRequest(BaseModel):
 
     model_config = ConfigDict(title="OpenAIGenerationsRequest")
 
-    prompt: str
+    prompt: Annotated[str, Field(description="What to draw.")]
     model: Annotated[
         str | None, Field(max_length=500, description="One of /v1/models; any other name means the usual one.")
     ] = None
@@ -94,13 +94,15 @@ class GenerationsRequest(BaseModel):
     output_compression: Annotated[
         int, Field(ge=0, le=BEST, description="Quality of webp and jpeg; webp is lossless at 100.")
     ] = BEST
-    response_format: Literal["url", "b64_json"] = "b64_json"
+    response_format: Annotated[
+        Literal["url", "b64_json"], Field(description="The pictures themselves or their URLs.")
+    ] = "b64_json"
     stream: Annotated[bool, Field(description="Answer with server-sent events.")] = False
     partial_images: Annotated[int, Field(ge=0, le=3, description="Pictures on the way, when streaming.")] = 0
     seed: Annotated[int, Field(ge=-1, le=MAX_SEED, description="Not of that API: same seed, same picture.")] = -1
     user: Annotated[str | None, Field(description="Ignored, as moderation and style are.")] = None
-    moderation: str | None = None
-    style: str | None = None
+    moderation: Annotated[str | None, Field(description="Ignored.")] = None
+    style: Annotated[str | None, Field(description="Ignored.")] = None
 
     @model_validator(mode="before")
     @classmethod
@@ -163,29 +165,29 @@ class GenerationsRequest(BaseModel):
 class ImageData(BaseModel):
     """One picture: its bytes or its URL."""
 
-    b64_json: str | None = None
-    url: str | None = None
+    b64_json: Annotated[str | None, Field(description="The file itself.")] = None
+    url: Annotated[str | None, Field(description="Where it is.")] = None
 
 
 class GenerationsResponse(BaseModel):
     """The pictures, and what they are."""
 
-    created: int
-    data: list[ImageData]
-    background: str
-    output_format: str
-    quality: str
-    size: str
-    usage: dict[str, Any] = USAGE
+    created: Annotated[int, Field(description="Unix seconds.")]
+    data: Annotated[list[ImageData], Field(description="The pictures.")]
+    background: Annotated[str, Field(description="transparent or opaque.")]
+    output_format: Annotated[str, Field(description="As asked for.")]
+    quality: Annotated[str, Field(description="As understood.")]
+    size: Annotated[str, Field(description="WxH.")]
+    usage: Annotated[dict[str, Any], Field(description="Zeros: nothing is counted in tokens.")] = USAGE
 
 
 class Model(BaseModel):
     """One model."""
 
-    id: str
-    object: Literal["model"] = "model"
-    created: int
-    owned_by: str = "alphalayer"
+    id: Annotated[str, Field(description="The name.")]
+    object: Annotated[Literal["model"], Field(description='Always "model".')] = "model"
+    created: Annotated[int, Field(description="Unix seconds.")]
+    owned_by: Annotated[str, Field(description='Always "alphalayer".')] = "alphalayer"
 
     @classmethod
     def of(cls, entry: ModelEntry) -> Model:
@@ -196,8 +198,8 @@ class Model(BaseModel):
 class ModelList(BaseModel):
     """All models that can be drawn with."""
 
-    object: Literal["list"] = "list"
-    data: list[Model]
+    object: Annotated[Literal["list"], Field(description='Always "list".')] = "list"
+    data: Annotated[list[Model], Field(description="Those that can be drawn with.")]
 
 
 @router.post(
@@ -241,7 +243,7 @@ def models(service: ServiceDep) -> ModelList:
 
 
 @router.get("/models/{model_id}", summary="One model")
-def model(model_id: str, service: ServiceDep) -> Model:
+def model(model_id: Annotated[str, Path(description="Its name.")], service: ServiceDep) -> Model:
     """By its name."""
     return Model.of(resolve_model(model_id, service.list_models()))
 

@@ -3,12 +3,12 @@ and the same in the shapes of the foreign dialects."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 from starlette.routing import Match
 
@@ -57,13 +57,13 @@ CODES = {404: "not_found", 405: "method_not_allowed", 413: "too_large"}
 class Problem(BaseModel):
     """What every error answers."""
 
-    type: str = "about:blank"
-    title: str
-    status: int
-    detail: str
-    code: str
-    hint: str = ""
-    field: str | None = None
+    type: Annotated[str, Field(description="As RFC 9457 has it.")] = "about:blank"
+    title: Annotated[str, Field(description="The status in words.")]
+    status: Annotated[int, Field(description="The HTTP status.")]
+    detail: Annotated[str, Field(description="What happened and why.")]
+    code: Annotated[str, Field(description="Stable, for programs.")]
+    hint: Annotated[str, Field(description="What to do next.")] = ""
+    field: Annotated[str | None, Field(description="The field that is wrong, as it was sent.")] = None
 
     @classmethod
     def of(cls, error: AlphalayerError) -> Problem:
@@ -163,7 +163,11 @@ def install(app: FastAPI) -> None:
 
     async def invalid(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestValidationError)
-        return respond(_path(request), Problem.of(first_fault(error.errors()[0])))
+        first = error.errors()[0]
+        is_unread = (
+            isinstance(error.body, bytes | str) and first["loc"] == ("body",) and first["type"] != "json_invalid"
+        )
+        return respond(_path(request), Problem.of(_not_json(request) if is_unread else first_fault(first)))
 
     async def plain(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)
@@ -188,6 +192,16 @@ def _allowed(request: Request) -> list[str]:
 def _path(request: Request) -> str:
     """The path as routes see it, without a prefix of a proxy."""
     return str(request.scope["path"]).removeprefix(request.scope.get("root_path", ""))
+
+
+def _not_json(request: Request) -> InvalidRequest:
+    """A body that was not taken for JSON."""
+    kind = request.headers.get("content-type")
+    return InvalidRequest(
+        f'"{kind}" is not application/json.' if kind else "it is missing, so the body is not taken for JSON.",
+        hint="Send Content-Type: application/json.",
+        field="Content-Type",
+    )
 
 
 def first_fault(first: Any) -> AlphalayerError:
