@@ -241,6 +241,7 @@ async def _assemble(settings: Settings, engine: str, options: dict[str, Any], tr
         gate=Gate(keys),
         ending=ending,
         default_model=settings.default_model,
+        max_pixels=settings.max_request_pixels,
         knows_models=settings.role != "api" or (settings.models_dir / catalog.CHECKPOINTS).is_dir(),
         noise=settings.noise,
         decode=settings.decode,

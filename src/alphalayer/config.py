@@ -162,6 +162,14 @@ class Settings(BaseSettings):
     drain_s: Annotated[
         int, Field(ge=0, description="Seconds that requests at work get to end when the service is stopped.")
     ] = 60
+    max_request_pixels: Annotated[
+        int,
+        Field(
+            ge=0,
+            description="Pixels of all pictures of one request together, with a side left out counted as 1024; more are answered 422; "
+            "0: no limit.",
+        ),
+    ] = 0
     max_request_bytes: Annotated[int, Field(ge=1024, description="Largest request body.")] = 16_000_000
     log_level: Annotated[
         Literal["debug", "info", "warning", "error"], Field(description="Least serious log lines shown.")

@@ -78,6 +78,18 @@ class JobSpec(_Frozen):
         wanted = self.generation
         return (wanted.width or side.width) * (wanted.height or side.height) * wanted.batch_size
 
+    def check_pixels(self, most: int) -> None:
+        """Raise `InvalidRequest` if all rounds together are more than `most` pixels (0: no limit), naming the first thing to make less."""
+        wanted = self.pixels * self.iterations
+        if not most or wanted <= most:
+            return
+        fields = {"iterations": self.iterations, "batch_size": self.generation.batch_size}
+        raise InvalidRequest(
+            f"{wanted:,} pixels in all are asked for, and one request may have {most:,}.",
+            hint="Ask for fewer or smaller pictures.",
+            field=next((name for name, count in fields.items() if count > 1), "width"),
+        )
+
 
 class JobState(str, Enum):
     """Where a job stands; the last three are final."""

@@ -249,6 +249,19 @@ def test_a_client_that_leaves_frees_its_place(tmp_path):
         assert draw(client, width=64, height=64, steps=1).elapsed.total_seconds() < 5
 
 
+def test_a_request_of_too_many_pixels_is_refused_in_each_dialect(tmp_path):
+    with served(tmp_path, max_request_pixels=128 * 64, wait_ready=False) as client:
+        small, more = {"prompt": "x", "width": 64, "height": 64, "steps": 1}, {"prompt": "x", "n": 2, "size": "128x64"}
+        assert draw(client, **{**small, "batch_size": 2}).status_code == 200
+        for wanted, field in (({"n_iter": 3}, "n_iter"), ({"batch_size": 3}, "batch_size"), ({"width": 192}, "width")):
+            answer = draw(client, **{**small, **wanted})
+            assert (answer.status_code, answer.json()["field"]) == (422, field)
+            assert "8,192" in answer.json()["detail"]
+        assert "n_iter: " in client.post("/sdapi/v1/txt2img", json={**small, "n_iter": 3}).json()["detail"]
+        assert client.post("/v1/images/generations", json=more).json()["error"]["param"] == "n"
+        assert draw(client).status_code == 422, "a side left out counts, too"
+
+
 def test_basic_auth(tmp_path):
     with served(tmp_path, api_auth="ann:secret,bob:other") as client:
         refused = draw(client)

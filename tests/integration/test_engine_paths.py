@@ -110,7 +110,7 @@ def test_running_out_of_memory_is_retried_once_in_the_next_smaller_mode(
     engine: LocalEngine, base: np.ndarray, stage: str, error: Exception
 ):
     _draw(engine, steps=1)
-    engine.held.encoders.encode.cache_clear()
+    engine.held.encoders._remembered.clear()
     module = getattr(engine.held.model, stage)
     hooked = module.decoder if stage == "vae" else module
     fails = _Fails(1, error)

@@ -29,6 +29,7 @@ from alphalayer.request import GenerationRequest, LayerDiffuse, parse_request, s
 FIELDS = {
     "sampler": "sampler_name",
     "model": "override_settings.sd_model_checkpoint",
+    "iterations": "n_iter",
     "layerdiffuse_method": f"alwayson_scripts.{SCRIPT}.args",
 }
 """What a field is called here, where that differs from `GenerationRequest`."""

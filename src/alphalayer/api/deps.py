@@ -38,6 +38,7 @@ class Service:
     gate: Gate
     ending: Ending
     default_model: str | None = None
+    max_pixels: int = 0
     knows_models: bool = True
     """Whether the models folder here is that of whoever draws: names are checked against it."""
     noise: NoiseSource = "nv"
@@ -112,7 +113,8 @@ def _check_models(service: Service, generation: GenerationRequest) -> None:
 
 
 async def submit_job(service: Service, spec: JobSpec, owner: str, idempotency_key: str | None = None) -> Job:
-    """Queue a job and say so in the log. Raises `QueueFull`, and `InvalidRequest` or `ModelUnusable` for models that cannot be had."""
+    """Queue a job and log it. Raises `QueueFull`; `InvalidRequest` or `ModelUnusable` for too many pixels or what is not there."""
+    spec.check_pixels(service.max_pixels)
     asked = spec.generation
     if service.knows_models and (asked.model or asked.loras or asked.layerdiffuse.method != "attention"):
         await asyncio.to_thread(_check_models, service, asked)

@@ -38,7 +38,7 @@ from alphalayer.request import (
 from alphalayer.storage import check_key
 
 router = APIRouter(prefix="/alpha/v1", tags=["Alphalayer"], responses=PROBLEMS)
-FIELDS = {"model": "checkpoint"}
+FIELDS = {"model": "checkpoint", "iterations": "n_iter"}
 """What a field is called here, where that differs from `GenerationRequest`."""
 _SAMPLER: TypeAdapter[str] = TypeAdapter(SamplerName)
 

@@ -27,6 +27,7 @@ from alphalayer.api.deps import (
     read_file,
     run_job,
     submit_job,
+    wire_names,
 )
 from alphalayer.api.problems import NotImplementedYet, Problem, openai_error
 from alphalayer.catalog import ModelEntry, resolve_model
@@ -54,6 +55,8 @@ class ErrorAnswer(BaseModel):
 ERRORS: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorAnswer, "description": "What is wrong."}}
 router = APIRouter(prefix="/v1", tags=["OpenAI"], responses=ERRORS)
 
+FIELDS = {"iterations": "n", "width": "size", "height": "size"}
+"""What a field is called here, where that differs from `GenerationRequest` and `JobSpec`."""
 OutputFormat = Literal["png", "webp", "jpeg"]
 Quality = Literal["auto", "standard", "low", "medium", "high", "hd", "xhigh", "max"]
 QUALITY_STEPS: dict[Quality, int] = {"low": 12, "medium": 20, "high": 30, "hd": 30, "xhigh": 40, "max": 50}
@@ -130,18 +133,9 @@ class GenerationsRequest(BaseModel):
         fields: dict[str, Any] = {"prompt": self.prompt, "seed": self.seed, "model": model}
         if self.size != "auto":
             fields["width"], fields["height"] = (int(side) for side in self.size.split("x"))
-        try:
-            generation = parse_request(
-                {
-                    **fields,
-                    "steps": QUALITY_STEPS.get(self.quality),
-                    "noise": service.noise,
-                    "decode": service.decode,
-                }
-            )
-        except InvalidRequest as error:
-            field = "size" if error.field in ("width", "height") else error.field
-            raise InvalidRequest(error.message, hint=error.hint, field=field) from None
+        fields |= {"steps": QUALITY_STEPS.get(self.quality), "noise": service.noise, "decode": service.decode}
+        with wire_names(FIELDS):
+            generation = parse_request(fields)
         lossless = "webp" if self.output_format == "webp" and not self.is_lossy else "png"
         output = Output(format=lossless, background=WHITE if self.is_opaque else None)
         return JobSpec(
@@ -215,9 +209,11 @@ async def generations(body: GenerationsRequest, request: Request, service: Servi
     spec = body.to_spec(service, model)
     if body.stream:
         service.ending.check()
-        job = await submit_job(service, spec, user)
+        with wire_names(FIELDS):
+            job = await submit_job(service, spec, user)
         return StreamingResponse(_events(body, service, job.id), media_type="text/event-stream")
-    job = await run_job(request, spec, user)
+    with wire_names(FIELDS):
+        job = await run_job(request, spec, user)
     assert job.result is not None, job.id
     pictures = job.result.images
     if body.response_format == "url":

@@ -6,10 +6,10 @@ cross-attention and its added conditioning read. Knows nothing of sampling.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -19,7 +19,8 @@ from alphalayer.engine.chunks import Chunk, LearnedWord, chunk_fragments
 from alphalayer.engine.embeddings import TextualInversion
 from alphalayer.engine.prompt import parse_weights, schedule_prompt, split_and
 
-CACHED_PROMPTS = 128
+CACHED_BYTES = 128 << 20
+"""What remembered prompts may take: about 200 of one chunk, for SDXL."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,11 @@ class Conditioning:
 
     context: Tensor
     pooled: Tensor
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that it takes."""
+        return self.context.nbytes + self.pooled.nbytes
 
 
 class TextEncoders:
@@ -50,10 +56,20 @@ class TextEncoders:
             _Encoder(tokenizer, text_encoder, {name: each.clip_l for name, each in fitting.items()}),
             _Encoder(tokenizer_2, text_encoder_2, {name: each.clip_g for name, each in fitting.items()}),
         )
-        self.encode = lru_cache(CACHED_PROMPTS)(self._encode)
+        self._remembered: OrderedDict[tuple[str, int], Conditioning] = OrderedDict()
+
+    def encode(self, text: str, clip_skip: int = 1) -> Conditioning:
+        """`_encode`, remembered; those that were not used for longest are forgotten first."""
+        key, kept = (text, clip_skip), self._remembered
+        if key not in kept:
+            kept[key] = self._encode(text, clip_skip)
+            while sum(each.nbytes for each in kept.values()) > CACHED_BYTES and len(kept) > 1:
+                kept.popitem(last=False)
+        kept.move_to_end(key)
+        return kept[key]
 
     @torch.inference_mode()
-    def _encode(self, text: str, clip_skip: int = 1) -> Conditioning:
+    def _encode(self, text: str, clip_skip: int) -> Conditioning:
         """Encode one text of any length: weights and BREAK are understood, schedules and AND are not.
 
         Chunks of 75 tokens are encoded apart and laid side by side. The hidden state is the last but one, or that many layers
