@@ -10,16 +10,19 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 from tests.serving import free_port, served, wait_until
 
 from alphalayer import tasks
+from alphalayer.engine.fake import FakeEngine
 from alphalayer.job import JobSpec, JobState
 from alphalayer.jobs import MAX_STARTS
 from alphalayer.jobs.embedded import EmbeddedDispatcher
 from alphalayer.request import GenerationRequest
+from alphalayer.worker.protocol import read_message, write_message
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="uses signal 9")
 BODY = {"prompt": "an apple", "steps": 10, "width": 64, "height": 64}
@@ -69,6 +72,37 @@ def test_a_job_that_kills_its_engine_is_failed_and_the_next_one_drawn(tmp_path):
         counted = client.get("/metrics").text
         assert 'alphalayer_jobs_total{outcome="engine_failed"} 1.0' in counted
         assert 'alphalayer_jobs_total{outcome="done"} 1.0' in counted
+
+
+class Unwarmable(FakeEngine):
+    """Breaks the promise of `warm_up`."""
+
+    def warm_up(self) -> None:
+        raise IndexError("list index out of range")
+
+
+def create_unwarmable(_options: dict[str, Any]) -> FakeEngine:
+    return Unwarmable()
+
+
+@pytest.mark.parametrize("name", ["create_unwarmable", "create_nothing"])
+def test_an_engine_that_cannot_be_opened_says_why_and_ends_by_itself(tmp_path, name: str):
+    opening = {"engine": f"tests.integration.test_durability:{name}", "options": {}, "storage": str(tmp_path)}
+    with subprocess.Popen(
+        [sys.executable, "-m", "alphalayer.worker.process"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as process:
+        process.stdin.write(write_message("open", **opening))
+        process.stdin.flush()
+        message = read_message(process.stdout.readline())
+        assert (message["kind"], message["id"], message["error"]["code"]) == ("failed", None, "engine_failed")
+        expected = "IndexError" if name == "create_unwarmable" else "AttributeError"
+        assert expected in message["error"]["message"]
+        # its input is still open
+        assert process.wait(20) == 1
+        assert expected in process.stderr.read().decode()
 
 
 def test_an_engine_that_hangs_is_killed(tmp_path):

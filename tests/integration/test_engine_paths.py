@@ -17,10 +17,18 @@ from tests import tiny_models
 from tests.tiny_models import unet_name_in_ldm
 
 from alphalayer import catalog
+from alphalayer.catalog.headers import FIRST_CONV
 from alphalayer.engine import Progress
 from alphalayer.engine.guidance import _clean
 from alphalayer.engine.pipeline import LocalEngine, create_engine
-from alphalayer.errors import Cancelled, InvalidRequest, LayerDiffuseMissing, ModelNotFound, OutOfMemory
+from alphalayer.errors import (
+    Cancelled,
+    InvalidRequest,
+    LayerDiffuseMissing,
+    ModelNotFound,
+    ModelUnusable,
+    OutOfMemory,
+)
 from alphalayer.infotext import read_parameters
 from alphalayer.request import SAMPLERS, SCHEDULERS, GenerationRequest, LayerDiffuse, Lora
 
@@ -378,6 +386,42 @@ def test_the_prediction_type_of_a_folder_is_its_schedulers(models: Path, tmp_pat
     _draw(engine)
     assert engine.held.model.prediction_type == "v"
     assert engine.held.model.sigma_table.sigma_max > 4000
+
+
+def test_a_model_that_cannot_be_loaded_is_told_to_those_who_ask_and_lets_the_engine_start(
+    models: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    checkpoints = tmp_path / "Stable-diffusion"
+    checkpoints.mkdir()
+    (tmp_path / "layer_model").symlink_to(models / "layer_model")
+    tensors = load_file(models / "Stable-diffusion" / "single.safetensors")
+    save_file(tensors, checkpoints / "b.safetensors")
+    holed = {name: each for name, each in tensors.items() if ".encoder.down." not in name}
+    save_file(holed, checkpoints / "a.safetensors")
+    engine = LocalEngine(tmp_path, device="cpu")
+    engine.warm_up()
+    assert "a.safetensors cannot be loaded" in caplog.text
+    with pytest.raises(ModelUnusable, match=r"a\.safetensors cannot be loaded"):
+        _draw(engine, model=None)
+    assert _draw(engine, model="b").shape == (64, 64, 4)
+
+
+def test_models_that_would_be_drawn_wrongly_are_passed_over(models: Path, tmp_path: Path):
+    """A model of another kind that comes first: what names no model is drawn with the first that can be drawn with."""
+    checkpoints = tmp_path / "Stable-diffusion"
+    checkpoints.mkdir()
+    (tmp_path / "layer_model").symlink_to(models / "layer_model")
+    tensors = load_file(models / "Stable-diffusion" / "single.safetensors")
+    save_file(tensors, checkpoints / "z.safetensors")
+    save_file({**tensors, "edm_mean": torch.zeros(4)}, checkpoints / "a.safetensors")
+    save_file(
+        {name: each for name, each in tensors.items() if "first_stage" not in name}, checkpoints / "b.safetensors"
+    )
+    wide = torch.cat([tensors[FIRST_CONV], torch.zeros_like(tensors[FIRST_CONV])], dim=1)
+    save_file({**tensors, FIRST_CONV: wide}, checkpoints / "c.safetensors")
+    engine = LocalEngine(tmp_path, device="cpu")
+    result = engine.generate(REQUEST.model_copy(update={"model": None}))
+    assert result.model_name == "z"
 
 
 # --- everything that can be named draws

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+import shutil
 import struct
 from contextlib import suppress
 from pathlib import Path
@@ -16,7 +17,8 @@ from hypothesis import strategies as st
 
 from alphalayer import catalog
 from alphalayer.catalog.hashes import HashCache
-from alphalayer.catalog.headers import CONTEXT, FIRST_CONV, family_of, read_header
+from alphalayer.catalog.headers import CONTEXT, FIRST_CONV, VAE_MARKS, family_of, read_header
+from alphalayer.engine.configs import SHIPPED
 from alphalayer.errors import CorruptFile, InvalidRequest, ModelNotFound, PickleRefused, UnsupportedFamily
 
 UNET = "model.diffusion_model."
@@ -24,11 +26,18 @@ CLIP_L = "conditioner.embedders.0.transformer.text_model.embeddings.token_embedd
 CLIP_G = "conditioner.embedders.1.model.token_embedding.weight"
 MIDDLE = UNET + "middle_block.1.norm.weight"
 Shapes = dict[str, tuple[int, ...]]
+VAE: Shapes = dict.fromkeys(VAE_MARKS, (128, 3, 3, 3))
+SDXL: Shapes = {
+    FIRST_CONV: (320, 4, 3, 3), CONTEXT: (640, 2048), CLIP_L: (49408, 768), CLIP_G: (49408, 1280), MIDDLE: (1280,), **VAE,
+}  # fmt: skip
 
 # the tensors that tell the families apart, with the shapes of the published checkpoints
 FAMILIES: dict[str, Shapes] = {
-    "sdxl": {FIRST_CONV: (320, 4, 3, 3), CONTEXT: (640, 2048), CLIP_L: (49408, 768), CLIP_G: (49408, 1280), MIDDLE: (1280,)},
-    "sdxl-inpaint": {FIRST_CONV: (320, 9, 3, 3), CONTEXT: (640, 2048), CLIP_G: (49408, 1280), MIDDLE: (1280,)},
+    "sdxl": SDXL,
+    "sdxl-inpaint": {**SDXL, FIRST_CONV: (320, 9, 3, 3)},
+    "edit": {**SDXL, FIRST_CONV: (320, 8, 3, 3)},
+    "sdxl-edm": {**SDXL, "edm_mean": (1, 4, 1, 1), "edm_std": (1, 4, 1, 1)},
+    "sdxl-no-vae": {name: shape for name, shape in SDXL.items() if name not in VAE},
     "sdxl-refiner": {
         FIRST_CONV: (384, 4, 3, 3), CONTEXT: (768, 1280), MIDDLE: (1536,),
         "conditioner.embedders.0.model.token_embedding.weight": (49408, 1280),
@@ -72,6 +81,17 @@ def _mine(models_dir: Path) -> dict[str, catalog.ModelEntry]:
 
 
 # --- families
+
+
+def test_other_marks_of_the_same_families(tmp_path: Path):
+    same: list[tuple[str, Shapes]] = [
+        ("sdxl-edm", {**SDXL, "edm_vpred.sigma_max": ()}),
+        ("sdxl-no-vae", {name: shape for name, shape in SDXL.items() if name != VAE_MARKS[0]}),
+        ("sdxl", {**SDXL, "v_pred": (), "ztsnr": ()}),
+        ("edit", {FIRST_CONV: (320, 8, 3, 3), CONTEXT: (640, 768)}),
+    ]
+    for family, shapes in same:
+        assert family_of(read_header(write(tmp_path / "model.safetensors", shapes))) == family
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -174,10 +194,16 @@ def test_names_come_from_paths(tmp_path: Path):
 
 
 def _folder(path: Path, index: object) -> Path:
-    (path / "unet").mkdir(parents=True)
+    """A folder with all its parts: those of SDXL base, weights by name only."""
+    shutil.copytree(SHIPPED, path)
     (path / "model_index.json").write_text(index if isinstance(index, str) else json.dumps(index))
-    (path / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"weights")
+    for part in ("unet", "vae", "text_encoder", "text_encoder_2"):
+        (path / part / "diffusion_pytorch_model.safetensors").write_bytes(b"weights")
     return path
+
+
+def _change(file: Path, **values: object) -> None:
+    file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
 
 
 def test_a_diffusers_folder_is_one_model_and_its_files_are_none(tmp_path: Path):
@@ -187,7 +213,15 @@ def test_a_diffusers_folder_is_one_model_and_its_files_are_none(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    "pipeline", ["StableDiffusionPipeline", "StableDiffusionXLInpaintPipeline", "FluxPipeline", 5, None]
+    "pipeline",
+    [
+        "StableDiffusionPipeline",
+        "StableDiffusionXLInpaintPipeline",
+        "StableDiffusionXLImg2ImgPipeline",  # the refiner
+        "FluxPipeline",
+        5,
+        None,
+    ],
 )
 def test_a_folder_of_another_pipeline_says_so(tmp_path: Path, pipeline: object):
     _folder(tmp_path / "Stable-diffusion" / "other", {"_class_name": pipeline})
@@ -197,6 +231,37 @@ def test_a_folder_of_another_pipeline_says_so(tmp_path: Path, pipeline: object):
 
 
 DEEP = '{"a":' + "[" * 60_000 + "]" * 60_000 + "}"
+
+
+@pytest.mark.parametrize(
+    ("file", "values", "family"),
+    [
+        ("model_index.json", {"_class_name": "StableDiffusionXLInstructPix2PixPipeline"}, "edit"),
+        ("unet/config.json", {"in_channels": 8}, "edit"),
+        ("unet/config.json", {"in_channels": 9}, "sdxl-inpaint"),
+        ("scheduler/scheduler_config.json", {"_class_name": "EDMDPMSolverMultistepScheduler"}, "sdxl-edm"),
+        ("scheduler/scheduler_config.json", {"sigma_data": 1.0, "prediction_type": "v_prediction"}, "sdxl-edm"),
+        ("scheduler/scheduler_config.json", {"prediction_type": "flow_prediction"}, "sdxl-other"),
+    ],
+)
+def test_a_folder_that_would_be_drawn_wrongly_is_refused(tmp_path: Path, file: str, values: dict, family: str):
+    path = _folder(tmp_path / "Stable-diffusion" / "a", {"_class_name": "StableDiffusionXLPipeline"})
+    _folder(tmp_path / "Stable-diffusion" / "b", {"_class_name": "StableDiffusionXLPipeline"})
+    _change(path / file, **values)
+    entry = _mine(tmp_path)["a"]
+    assert entry.family == family
+    assert isinstance(entry.problem, UnsupportedFamily)
+    assert catalog.FAMILY_NAMES[family] in entry.problem.message
+    assert catalog.resolve_model(None, list(_mine(tmp_path).values())).name == "b"
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder", "text_encoder_2", "scheduler"])
+def test_a_folder_without_one_of_its_parts_names_it(tmp_path: Path, part: str):
+    path = _folder(tmp_path / "Stable-diffusion" / "a", {"_class_name": "StableDiffusionXLPipeline"})
+    shutil.rmtree(path / part)
+    problem = _mine(tmp_path)["a"].problem
+    assert isinstance(problem, CorruptFile)
+    assert str(path / part) in problem.message
 
 
 @pytest.mark.parametrize("index", ["{", "[]", "", DEEP], ids=["open", "list", "empty", "deep"])

@@ -15,6 +15,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from alphalayer.catalog.folders import family_of_folder
 from alphalayer.catalog.hashes import SHORT_HASH_DIGITS, HashCache
 from alphalayer.catalog.headers import FAMILY_NAMES, Header, family_of, read_header
 from alphalayer.errors import (
@@ -215,25 +216,25 @@ def _unsupported(path: Path, family: str) -> UnsupportedFamily:
     what = FAMILY_NAMES.get(family, family)
     if family in right_place:
         return UnsupportedFamily(f"{path} is a {what}, not a checkpoint.", hint=f"Move it to {right_place[family]}/.")
-    return UnsupportedFamily(f"{path} is a {what} checkpoint; this version draws with SDXL checkpoints only.")
+    return UnsupportedFamily(
+        f"{path} is a {what} checkpoint; this version draws with whole SDXL text-to-picture checkpoints only.",
+        hint="Use a version with the VAE inside." if family == "sdxl-no-vae" else "",
+    )
 
 
 def _diffusers_entry(path: Path, folder: Path, cache: HashCache) -> ModelEntry:
     name = str(path.relative_to(folder)).replace("/", "_").replace("\\", "_")
     problem: ModelUnusable | None = None
+    family = "unknown"
     try:
-        pipeline = str(json.loads((path / "model_index.json").read_text()).get("_class_name", ""))
-    except (OSError, ValueError, AttributeError, RecursionError):
-        pipeline, problem = (
-            "",
-            CorruptFile(f"{path / 'model_index.json'} is damaged.", hint="Download the folder again."),
-        )
-    is_sdxl = pipeline.startswith("StableDiffusionXL") and "Inpaint" not in pipeline
-    if not is_sdxl and not problem:
-        problem = UnsupportedFamily(f"{path} is a {pipeline}; this version draws with SDXL models only.")
+        family = family_of_folder(path)
+    except CorruptFile as error:
+        problem = error
+    else:
+        problem = None if family == "sdxl" else _unsupported(path, family)
     hashed = _hashed_file(path, "diffusers")
     known = cache.known(hashed) if hashed.is_file() else None
-    return ModelEntry(name, path, "diffusers", "sdxl" if is_sdxl else pipeline, known, problem)
+    return ModelEntry(name, path, "diffusers", family, known, problem)
 
 
 def _hashed_file(path: Path, kind: str) -> Path:

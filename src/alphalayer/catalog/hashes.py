@@ -22,7 +22,7 @@ class HashCache:
         try:
             loaded = json.loads(file.read_text())
             self._known = loaded if isinstance(loaded, dict) else {}
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             pass
 
     def known(self, path: Path) -> str | None:

@@ -16,6 +16,9 @@ _AGAIN = "Download it again; a complete file has the size that its page names."
 
 CONTEXT = "model.diffusion_model.input_blocks.4.1.transformer_blocks.0.attn2.to_k.weight"
 FIRST_CONV = "model.diffusion_model.input_blocks.0.0.weight"
+LATENT_CHANNELS = 4
+EDM_MARKS = ("edm_mean", "edm_vpred.sigma_max")
+VAE_MARKS = ("first_stage_model.encoder.conv_in.weight", "first_stage_model.decoder.conv_in.weight")
 
 
 @dataclass(frozen=True)
@@ -71,12 +74,22 @@ def family_of(header: Header) -> str:
     context = shapes.get(CONTEXT) or shapes.get(CONTEXT.removeprefix("model.diffusion_model."))
     if context is None:
         return _without_context(shapes)
-    if shapes.get(FIRST_CONV, (0, 4))[1] == 9:
-        return f"{_FAMILIES.get(context[1], 'unknown')}-inpaint"
-    if "conditioner.embedders.1.model.token_embedding.weight" in shapes:
-        return "sdxl" if _is_full_depth(shapes) else "ssd-1b"
     family = _FAMILIES.get(context[1], "unknown")
+    channels = shapes.get(FIRST_CONV, (0, LATENT_CHANNELS))[1]
+    if channels > LATENT_CHANNELS:
+        return f"{family}-inpaint" if channels == 9 else "edit"
+    if "conditioner.embedders.1.model.token_embedding.weight" in shapes:
+        return _kind_of_sdxl(shapes)
     return "sdxl-unet" if family == "sdxl" else family
+
+
+def _kind_of_sdxl(shapes: Mapping[str, tuple[int, ...]]) -> str:
+    """What has SDXL's text encoders: SDXL itself, or something near it."""
+    if not _is_full_depth(shapes):
+        return "ssd-1b"
+    if any(mark in shapes for mark in EDM_MARKS):
+        return "sdxl-edm"
+    return "sdxl" if all(mark in shapes for mark in VAE_MARKS) else "sdxl-no-vae"
 
 
 _FAMILIES = {768: "sd15", 1024: "sd2", 1280: "sdxl-refiner", 2048: "sdxl"}
@@ -94,10 +107,14 @@ FAMILY_NAMES = {
     "sdxl-unet": "Stable Diffusion XL UNet (without its text encoders)",
     "sdxl-refiner": "Stable Diffusion XL refiner",
     "sdxl-inpaint": "Stable Diffusion XL inpainting",
+    "sdxl-edm": "Stable Diffusion XL (EDM-trained, as Playground 2.5 and CosXL)",
+    "sdxl-other": "Stable Diffusion XL (trained to predict neither epsilon nor v)",
+    "sdxl-no-vae": "Stable Diffusion XL (without its whole VAE)",
     "sd15": "Stable Diffusion 1.5",
     "sd15-inpaint": "Stable Diffusion 1.5 inpainting",
     "sd2": "Stable Diffusion 2",
     "sd2-inpaint": "Stable Diffusion 2 inpainting",
+    "edit": "picture-to-picture (as InstructPix2Pix)",
     "ssd-1b": "SSD-1B or Segmind Vega (a distilled Stable Diffusion XL)",
     "layerdiffuse-patch": "LayerDiffuse patch",
     "transparent-decoder": "LayerDiffuse transparent decoder",

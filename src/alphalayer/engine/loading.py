@@ -32,7 +32,7 @@ from alphalayer.engine.layerfiles import DECODER_FILES, PATCH_FILES
 from alphalayer.engine.patches import WeightPatcher
 from alphalayer.engine.schedules import SigmaTable
 from alphalayer.engine.transparency import TransparentDecoder, load_decoder
-from alphalayer.errors import CorruptFile, LayerDiffuseMissing, ModelUnusable, UnsupportedFamily
+from alphalayer.errors import CorruptFile, LayerDiffuseMissing, ModelUnusable
 from alphalayer.request import ModelDefaults
 
 # casting whole modules is meant; both libraries warn at each
@@ -137,15 +137,15 @@ def load_model(entry: ModelEntry, precision: Precision, models_dir: Path) -> Loa
     """Read a model onto the CPU, each part in the number format it will work in.
 
     Raises:
-        CorruptFile, ModelUnusable, UnsupportedFamily: see `alphalayer.errors`.
+        CorruptFile, ModelUnusable: see `alphalayer.errors`.
     """
     try:
         parts, scheduler = _from_folder(entry, precision) if entry.kind == "diffusers" else _from_file(entry, precision)
-    except (OSError, ValueError, KeyError, AttributeError, TypeError, SafetensorError, RuntimeError) as error:
+    except (OSError, ValueError, LookupError, AttributeError, TypeError, SafetensorError, RuntimeError) as error:
         if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
             raise
         raise ModelUnusable(
-            f"{entry.path} cannot be loaded: {str(error).strip().splitlines()[0][:300]}.",
+            f"{entry.path} cannot be loaded: {(str(error).strip() or type(error).__name__).splitlines()[0][:300]}.",
             hint="Check that it is a complete SDXL model; download it again if in doubt.",
         ) from error
     for part in ("text_encoder", "text_encoder_2", "unet", "vae"):
@@ -227,8 +227,6 @@ def _config_folder(header: Header) -> Generator[str]:
 
 def _scheduler_of(path: Path, header: Header) -> dict[str, Any]:
     """Prediction type and noise schedule of a single file: marker tensors, or a .yaml beside it."""
-    if "edm_mean" in header.shapes or "edm_vpred.sigma_max" in header.shapes:
-        raise UnsupportedFamily(f"{path} is an EDM-trained SDXL checkpoint; this version knows epsilon and v only.")
     yaml = path.with_suffix(".yaml")
     text = yaml.read_text(errors="replace") if yaml.is_file() else ""
     is_v = "v_pred" in header.shapes or 'parameterization: "v"' in text or "parameterization: v" in text

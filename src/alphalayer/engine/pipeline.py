@@ -6,9 +6,10 @@ memory mode's business. Knows nothing of queues, files or HTTP.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate, islice
 from pathlib import Path
@@ -47,6 +48,8 @@ from alphalayer.engine.text import TextEncoders, plan_negative, plan_prompt
 from alphalayer.engine.transparency import decode_transparent, decoder_inputs, to_uint8
 from alphalayer.errors import AlphalayerError, Cancelled, ModelNotFound, OutOfMemory
 from alphalayer.request import GenerationRequest
+
+logger = logging.getLogger(__name__)
 
 SIZE_MULTIPLE = 64
 """Pictures are drawn at multiples of this and cropped: the transparent decoder halves the side six times."""
@@ -148,10 +151,15 @@ class LocalEngine:
         return self._batch_pixels
 
     def warm_up(self) -> None:
-        """Load the default model and draw once: full size on a GPU, as small as can be on a CPU. Without a model nothing is done."""
-        with suppress(AlphalayerError, OSError):
-            side = None if self.device.type == "cuda" else SIZE_MULTIPLE
+        """Load the default model and draw once: full size on a GPU, as small as can be on a CPU. What fails is logged: a request
+        will say it again."""
+        side = None if self.device.type == "cuda" else SIZE_MULTIPLE
+        try:
             self.generate(GenerationRequest(prompt="warm up", steps=1, width=side, height=side))
+        except AlphalayerError as error:
+            logger.warning("Nothing could be drawn at the start: %s", error)
+        except Exception:
+            logger.exception("Nothing could be drawn at the start.")
 
     def generate(
         self,

@@ -39,19 +39,18 @@ class EngineProcess:
         self._encoder = ThreadPoolExecutor(1, thread_name_prefix="encode")
 
     def serve(self) -> None:
-        """Open the engine, then draw until the input ends."""
+        """Open the engine, then draw until the input ends; returns if it cannot be opened, after it said why."""
         opening = read_message(self._reader.readline())
         try:
-            create_engine = load_attribute(opening["engine"])
-            engine: Engine = create_engine(opening["options"])
+            engine: Engine = load_attribute(opening["engine"])(opening["options"])
             self._memory_bytes = engine.memory_bytes
             storage = open_storage(opening["storage"])
-        except AlphalayerError as error:
-            self._send("failed", id=None, error=error.to_dict())
+            threading.Thread(target=self._read, name="read", daemon=True).start()
+            engine.warm_up()
+            self._send("ready", batch_pixels=engine.batch_pixels, device=engine.description)
+        except Exception as error:
+            self._send("failed", id=None, error=_for_users(error).to_dict())
             return
-        threading.Thread(target=self._read, name="read", daemon=True).start()
-        engine.warm_up()
-        self._send("ready", batch_pixels=engine.batch_pixels, device=engine.description)
         while True:
             self._run(engine, storage, self._jobs.get())
 
@@ -114,14 +113,8 @@ class EngineProcess:
             self._cancelled.discard(job.id)
 
     def _fail(self, job: Job, error: Exception) -> None:
-        if not isinstance(error, AlphalayerError):
-            traceback.print_exc()
-            error = EngineFailed(
-                f"{type(error).__name__}: {str(error)[:300]}",
-                hint="The service's log has the details; please report it.",
-            )
         self._cancelled.discard(job.id)
-        self._send("failed", id=job.id, error=error.to_dict())
+        self._send("failed", id=job.id, error=_for_users(error).to_dict())
 
     def _send(self, kind: str, **fields: Any) -> None:
         with self._write_lock:
@@ -192,6 +185,16 @@ def iterations(job: Job) -> list[GenerationRequest]:
     ]
 
 
+def _for_users(error: Exception) -> AlphalayerError:
+    """The error itself if it is meant for users, else one that says where to look; what was not foreseen is printed whole."""
+    if isinstance(error, AlphalayerError):
+        return error
+    traceback.print_exception(error)
+    return EngineFailed(
+        f"{type(error).__name__}: {str(error)[:300]}", hint="The service's log has the details; please report it."
+    )
+
+
 def _progress_json(progress: Progress, preview: str | None) -> dict[str, Any]:
     return {"stage": progress.stage, "step": progress.step, "steps": progress.steps, "preview": preview}
 
@@ -201,6 +204,9 @@ def main() -> None:
     writer = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     EngineProcess(sys.stdin.buffer, writer).serve()
+    # not by sys.exit: the thread that reads holds standard input, and Python aborts when it cannot take it back
+    sys.stderr.flush()
+    os._exit(1)
 
 
 if __name__ == "__main__":
