@@ -15,7 +15,10 @@ METHOD_LABELS = {
     "attention": "(SDXL) Only Generate Transparent Image (Attention Injection)",
     "conv": "(SDXL) Only Generate Transparent Image (Conv Injection)",
 }
-_PAIR = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])*"|[^,]*)(?:,|$)')
+MAX_LINE = 50_000
+"""Longer last lines are prompt; no program writes so many settings."""
+# keys are short: a search for the end of one must not run through the whole line from each of its letters
+_PAIR = re.compile(r'(\w[\w \-/]{1,60}):\s*("(?:\\.|[^\\"])*"|[^,]*)(?:,|$)')
 
 
 def write_parameters(
@@ -90,7 +93,8 @@ def webui_info(job: Job) -> dict[str, Any]:
 def read_parameters(text: str) -> dict[str, str]:
     """The pairs of a `parameters` text, with "Prompt" and "Negative prompt"; unquoted, all values as text."""
     lines = text.strip().split("\n")
-    pairs = {found[1]: _unquoted(found[2]) for found in _PAIR.finditer(lines[-1])}
+    last = lines[-1] if len(lines[-1]) <= MAX_LINE else ""
+    pairs = {found[1]: _unquoted(found[2]) for found in _PAIR.finditer(last)}
     if len(pairs) >= 3:
         lines.pop()
     else:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import time
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -97,6 +100,31 @@ def test_text_without_pairs_is_all_prompt(text: str):
 @given(st.text(max_size=120))
 def test_any_text_is_read(text: str):
     assert "Prompt" in read_parameters(text)
+
+
+# the same grammar with a pattern that takes the square of a line's length
+_PAIR = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])*"|[^,]*)(?:,|$)')
+_LINE = st.lists(
+    st.sampled_from(["a", "Seed", " ", "-", "/", ":", ": ", ",", ", ", '"', "\\", "1", "(", "é"]), max_size=40
+)
+
+
+@settings(max_examples=500, deadline=None)
+@given(_LINE.map("".join))
+def test_pairs_are_those_that_a_plain_pattern_finds(line: str):
+    found = read_parameters("x\n" + line)
+    expected = [match[1] for match in _PAIR.finditer(("x\n" + line).strip().split("\n")[-1])]
+    assert [key for key in found if key not in ("Prompt", "Negative prompt")] == (
+        list(dict.fromkeys(expected)) if len(set(expected)) >= 3 else []
+    )
+
+
+@pytest.mark.parametrize("line", ["a" * 40_000, "a " * 20_000, " " * 40_000 + "x", 'aa:"' * 10_000, "a" * 16_000_000])
+def test_the_time_to_read_a_text_grows_with_its_length(line: str):
+    """At forty thousand characters what takes the square of them takes most of a minute, and holds the whole process."""
+    start = time.process_time()
+    read_parameters("x\n" + line + ";")
+    assert time.process_time() - start < 2
 
 
 def test_the_info_object_has_the_published_keys_in_their_order():

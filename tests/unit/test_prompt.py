@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import re
+import time
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from alphalayer.engine.prompt import MAX_WEIGHT, Fragment, parse_weights, schedule_prompt, split_and
@@ -199,6 +201,59 @@ def test_and_keeps_all_text_and_gives_finite_weights(prompt: str):
     parts = split_and(prompt)
     assert len(parts) >= 1
     assert all(math.isfinite(weight) and text in prompt for text, weight in parts)
+
+
+# the same grammar with patterns that take the square of a text's length
+_BREAK = re.compile(r"\s*\bBREAK\b\s*")
+_AND_WEIGHT = re.compile(r":\s*([-+]?(?:\d+\.?\d*|\.\d+))\s*$")
+_NUMBER = re.compile(r"\s*[-+]?(?:\d+\.?\d*|\.\d+)\s*")
+_SPACED = st.lists(
+    st.sampled_from(
+        [" ", "  ", "\n", "\t", "\u3000", "\x1c", "BREAK", "BREAKS", "a", ",", ":", "-", "1", "12", ".", "AND"]
+    )
+).map("".join)
+
+
+@settings(max_examples=500, deadline=None)
+@given(_SPACED)
+@example("BREAK")
+@example(" BREAK  BREAK ")
+@example("a\u2003BREAK\u2003b")
+def test_breaks_are_where_a_plain_pattern_finds_them(text: str):
+    parts = [Fragment(part) for part in _BREAK.split(text)]
+    expected = [each for part in parts for each in (Fragment("", is_break=True), part)][1:]
+    assert parse_weights(text.replace(":", ";")) == (
+        [Fragment(each.text.replace(":", ";"), 1.0, each.is_break) for each in expected if each.is_break or each.text]
+        or [Fragment("")]
+    )
+
+
+@settings(max_examples=500, deadline=None)
+@given(_SPACED.filter(lambda text: "AND" not in text))
+def test_weights_of_and_and_numbers_are_those_that_plain_patterns_find(text: str):
+    found = _AND_WEIGHT.search(text)
+    assert split_and(text) == [(text[: found.start()], float(found[1])) if found else (text, 1.0)]
+    plain = text.replace(":", "")
+    switches = schedule_prompt(f"[a:b:{plain}]", 4) != [(4, f"[a:b:{plain}]")]
+    assert switches == bool(_NUMBER.fullmatch(plain))
+
+
+LONG = 100_000
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [" " * LONG + "x", "a:" + "1" * LONG + "x", "[a:b:" + "1" * LONG + "x]", "[a:b:1." + "1" * LONG + "x]", ": " * LONG,
+     "a:" + " " * LONG + "x", "a:1" + " " * LONG + "x", "BREAK " * LONG, "(a:" + "1" * LONG, "(a:1" + " " * LONG],
+    ids=lambda prompt: prompt[:8],
+)  # fmt: skip
+def test_the_time_to_read_a_prompt_grows_with_its_length(prompt: str):
+    """At a hundred thousand characters what takes the square of them takes minutes, the rest a fraction of a second."""
+    start = time.process_time()
+    parse_weights(prompt)
+    split_and(prompt)
+    schedule_prompt(prompt, 1)
+    assert time.process_time() - start < 5
 
 
 def test_very_deep_nesting_is_read():

@@ -21,10 +21,11 @@ MAX_NESTING = 60
 """Brackets nested deeper than this are text, not schedules."""
 
 _TOKEN = re.compile(r"\\[()\[\]\\]|[()\[\]\\]|:\s*([+-]?[.\d]+)\s*\)|:|[^\\()\[\]:]+")
-_BREAK = re.compile(r"\s*\bBREAK\b\s*")
+_BREAK = re.compile(r"\bBREAK\b")
 _AND = re.compile(r"\bAND\b")
-_AND_WEIGHT = re.compile(r":\s*([-+]?(?:\d+\.?\d*|\.\d+))\s*$")
-_NUMBER = re.compile(r"\s*[-+]?(?:\d+\.?\d*|\.\d+)\s*")
+# one way only to read a run of digits or spaces, so that the time grows with the length and not with its square
+_AND_WEIGHT = re.compile(r":\s*([-+]?(?:\d+(?:\.\d*)?|\.\d+))\s*$")
+_NUMBER = re.compile(r"\s*[-+]?(?:\d+(?:\.\d*)?|\.\d+)\s*")
 _PIECE = re.compile(r"\\.|[][():|]|[^][():|\\]+|\\", re.DOTALL)
 
 
@@ -94,10 +95,14 @@ def _finite(number: str | None) -> float | None:
 
 
 def _append(fragments: list[Fragment], text: str, weight: float) -> None:
-    """Add text, joining it to a neighbour of equal weight, and cut it at BREAK."""
-    for i, part in enumerate(_BREAK.split(text)):
+    """Add text, joining it to a neighbour of equal weight, and cut it at BREAK, whose spaces are not kept."""
+    parts = _BREAK.split(text)
+    for i, part in enumerate(parts):
         if i:
             fragments.append(Fragment("", is_break=True))
+            part = part.lstrip()
+        if i < len(parts) - 1:
+            part = part.rstrip()
         last = fragments[-1] if fragments else None
         if part and last and not last.is_break and last.weight == weight:
             fragments[-1] = Fragment(last.text + part, weight)
@@ -216,7 +221,8 @@ class _Reader:
         return closing
 
     def _boundary(self, when: str) -> int:
-        value = float(when) * self.steps if "." in when else float(when)
+        number = float(when.strip())
+        value = number * self.steps if "." in when else number
         boundary = int(max(min(value, self.steps), -1))
         if boundary >= 1:
             self.boundaries.add(boundary)
