@@ -16,7 +16,7 @@ from tests import tiny_models
 from tests.tiny_models import unet_name_in_ldm
 
 from alphalayer.engine.names import ldm_to_diffusers
-from alphalayer.engine.patches import WeightPatcher, read_patch
+from alphalayer.engine.patches import Delta, Patch, WeightPatcher, read_patch
 from alphalayer.errors import CorruptFile, LayerDiffuseMissing, ModelUnusable
 
 Pairs = dict[str, tuple[torch.Tensor, torch.Tensor]]
@@ -222,6 +222,34 @@ def test_removing_gives_back_every_bit(tmp_path: Path, dtype: torch.dtype):
     patcher.remove()
     for name, each in unet.named_parameters():
         assert torch.equal(each, before[name]), name
+
+
+class _Fails(Delta):
+    """A change for which there is no memory."""
+
+    def applied(self, weight: torch.Tensor, strength: float) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+
+@pytest.mark.parametrize("place", [0, 1, 40, -1])
+def test_running_out_of_memory_in_the_middle_gives_back_every_bit(tmp_path: Path, place: int):
+    unet = copy.deepcopy(UNET).half()
+    before = _weights(unet)
+    file = tmp_path / "patch.safetensors"
+    save_file(_published(PAIRS), file)
+    patcher = WeightPatcher(unet)
+    patcher.ensure([(file, 1.0)])
+    whole = _weights(unet)
+    patcher.remove()
+    patch = read_patch(file, unet)
+    name = list(patch.deltas)[place]
+    failing = Patch({**patch.deltas, name: _Fails(patch.deltas[name].up)})
+    with pytest.raises(torch.OutOfMemoryError):
+        patcher.apply([(failing, 1.0)])
+    for name, each in unet.named_parameters():
+        assert torch.equal(each, before[name]), name
+    patcher.ensure([(file, 1.0)])
+    assert all(torch.equal(each, whole[name]) for name, each in unet.named_parameters())
 
 
 def test_several_patches_add_up_in_one_pass(tmp_path: Path):

@@ -165,9 +165,17 @@ class WeightPatcher:
         self.apply(chosen)
         self._applied = tuple(wanted)
 
-    @torch.no_grad()
     def apply(self, patches: Sequence[tuple[Patch, float]]) -> None:
-        """Merge patches: all changes of a parameter in one float32 pass, then one cast to its own dtype."""
+        """Merge patches, all or, where one raises (out of memory), none."""
+        try:
+            self._merge(patches)
+        except BaseException:
+            self.remove()
+            raise
+
+    @torch.no_grad()
+    def _merge(self, patches: Sequence[tuple[Patch, float]]) -> None:
+        """All changes of a parameter in one float32 pass, then one cast to its own dtype."""
         for name in {name: None for patch, _ in patches for name in patch.deltas}:
             weight = self._weights[name]
             self._originals.setdefault(name, weight.detach().to("cpu", copy=True))
