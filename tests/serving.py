@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import socket
 import threading
 import time
@@ -14,6 +15,7 @@ import httpx
 
 from alphalayer.app import create_app
 from alphalayer.config import Settings
+from alphalayer.engine.configs import SHIPPED
 from alphalayer.server import Server
 
 FAKE = "alphalayer.engine.fake:create_engine"
@@ -61,6 +63,15 @@ def served(
             server.should_exit = True
             thread.join(30)
             assert not thread.is_alive(), "the service did not stop"
+
+
+def put_model(folder: Path) -> Path:
+    """A model "apples" that can be listed and chosen, with weights by name only; the fake engine reads none."""
+    model = folder / "models" / "Stable-diffusion" / "apples"
+    shutil.copytree(SHIPPED, model)
+    for part in ("unet", "vae", "text_encoder", "text_encoder_2"):
+        (model / part / "model.safetensors").touch()
+    return folder
 
 
 def wait_until(condition: Any, timeout_s: float = 10.0) -> None:

@@ -74,8 +74,7 @@ def generate(
 ) -> None:
     """Draw PROMPT and write a picture with a real alpha channel."""
     settings = load_settings(models_dir=models_dir, device=device, dtype=dtype, memory=memory)
-    if sampler and not scheduler:
-        sampler, scheduler = split_sampler_name(sampler)
+    sampler, scheduler = split_sampler_name(sampler, scheduler)
     asked: dict[str, Any] = {
         "prompt": prompt,
         "negative_prompt": negative_prompt,

@@ -24,7 +24,8 @@ _PAIR = re.compile(r'(\w[\w \-/]{1,60}):\s*("(?:\\.|[^\\"])*"|[^,]*)(?:,|$)')
 def write_parameters(
     request: GenerationRequest, model_name: str, model_hash: str, seed: int, subseed: int | None = None
 ) -> str:
-    """The text for one picture of a resolved request: prompt, negative prompt, then `key: value` pairs in the usual order."""
+    """The text for one picture of a resolved request: prompt with its LoRAs, negative prompt, then `key: value` pairs in the usual
+    order. Everything that another machine needs to draw it again."""
     varied = request.subseed_strength > 0
     pairs: dict[str, object | None] = {
         "Steps": request.steps,
@@ -44,7 +45,7 @@ def write_parameters(
     }
     line = ", ".join(f"{key}: {_quoted(value)}" for key, value in pairs.items() if value is not None)
     negative = f"\nNegative prompt: {request.negative_prompt}" if request.negative_prompt else ""
-    return f"{request.prompt}{negative}\n{line}"
+    return f"{request.tagged_prompt}{negative}\n{line}"
 
 
 def webui_info(job: Job) -> dict[str, Any]:
@@ -119,6 +120,7 @@ def _layerdiffuse(request: GenerationRequest) -> dict[str, object]:
         "fg_additional_prompt": "",
         "bg_additional_prompt": "",
         "blend_additional_prompt": "",
+        **({"decode": request.decode} if request.decode != "official" else {}),
     }
     return {f"layerdiffusion_{key}": value for key, value in values.items()}
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import secrets
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from alphalayer.errors import InvalidRequest
 
@@ -22,6 +23,9 @@ SAMPLERS = (
     "LCM",
 )
 SCHEDULERS = ("Karras", "Exponential", "Normal", "SGM Uniform", "Simple", "Beta")
+AUTOMATIC = "Automatic"
+_AUTOMATIC = {"DPM++ 2M": "Karras", "DPM++ SDE": "Karras", "DPM++ 2M SDE": "Exponential", "DPM++ 3M SDE": "Exponential"}
+"""The schedule that "Automatic" means for a sampler; "Normal" for the others."""
 
 NoiseSource = Literal["nv", "cpu", "gpu"]
 DecodeMode = Literal["official", "forge2"]
@@ -30,6 +34,7 @@ ImageFormat = Literal["png", "webp", "avif"]
 MAX_PROMPT_CHARACTERS = 10_000
 MAX_SIDE = 2048
 MAX_SEED = 2**63 - 1
+_LORA = re.compile(r"<(?:lora|lyco):([^<>]*)>")
 OWN_IN_A_BATCH = {
     "prompt",
     "negative_prompt",
@@ -106,7 +111,10 @@ class Lora(_Frozen):
 
 
 class GenerationRequest(_Frozen):
-    """One request for pictures. `None` means "as the model likes it"; see `ModelDefaults` and `resolved`."""
+    """One request for pictures. `None` means "as the model likes it"; see `ModelDefaults` and `resolved`.
+
+    `<lora:name:weight>` in the prompt is taken out of it and joins `loras`. Raises `InvalidRequest` if such a tag is not whole.
+    """
 
     prompt: Prompt
     negative_prompt: Annotated[str, Field(max_length=MAX_PROMPT_CHARACTERS)] = "bad, ugly"
@@ -127,6 +135,20 @@ class GenerationRequest(_Frozen):
     decode: DecodeMode = "official"
     layerdiffuse: LayerDiffuse = LayerDiffuse()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _loras_of_the_prompt(cls, data: Any) -> Any:
+        prompt, given = (data.get("prompt"), data.get("loras") or ()) if isinstance(data, dict) else (None, ())
+        if not isinstance(prompt, str) or not isinstance(given, (list, tuple)) or not _LORA.search(prompt):
+            return data
+        loras = [*given, *(_lora(found[1]) for found in _LORA.finditer(prompt))]
+        return {**data, "prompt": _LORA.sub("", prompt).strip(), "loras": tuple(loras)}
+
+    @property
+    def tagged_prompt(self) -> str:
+        """The prompt with its LoRAs as tags: what has to be asked for to get the same."""
+        return " ".join([self.prompt, *(f"<lora:{each.name}:{each.weight:.12g}>" for each in self.loras)])
+
     @property
     def batch_key(self) -> str:
         """Requests of one key may be drawn together: they differ in prompts, seeds, guidance and number of pictures only."""
@@ -143,6 +165,19 @@ class GenerationRequest(_Frozen):
         return self.model_copy(update=drawn)
 
 
+def _lora(tag: str) -> Lora:
+    """The LoRA that the inside of a tag, "name" or "name:weight", means. Raises `InvalidRequest`."""
+    name, _, weight = tag.partition(":")
+    try:
+        return Lora(name=name.strip(), weight=float(weight or 1))
+    except ValueError:
+        raise InvalidRequest(
+            f'"<lora:{tag[:100]}>" is not a LoRA with its weight.',
+            hint="Write <lora:name:0.8>, with a weight from -4 to 4.",
+            field="prompt",
+        ) from None
+
+
 def parse_request(fields: dict[str, Any]) -> GenerationRequest:
     """Validate plain data. Raises `InvalidRequest` naming the first field that is wrong, and what is accepted."""
     try:
@@ -154,9 +189,22 @@ def parse_request(fields: dict[str, Any]) -> GenerationRequest:
         ) from None
 
 
-def split_sampler_name(name: str) -> tuple[str, str | None]:
-    """Split a name such as "DPM++ 2M SDE Karras" into sampler and scheduler; the scheduler is None if not named."""
-    for scheduler in SCHEDULERS:
-        if name.lower().endswith(f" {scheduler.lower()}"):
-            return name[: -len(scheduler) - 1], scheduler
-    return name, None
+def split_sampler_name(name: str | None, scheduler: str | None = None) -> tuple[str | None, str | None]:
+    """Sampler and scheduler of a sampler's name as that ecosystem writes it, such as "DPM++ 2M SDE Karras".
+
+    The schedule in the name wins over `scheduler`. Schedules go by label or by name ("SGM Uniform", "sgm_uniform"); "Automatic" is
+    the sampler's own. What is unknown comes back as it is.
+    """
+    for label in (*SCHEDULERS, AUTOMATIC):
+        for known in (label, scheduler_name(label)):
+            if name and name.lower().endswith(f" {known.lower()}"):
+                name, scheduler = name[: -len(known) - 1], label
+    if scheduler and scheduler.lower() == AUTOMATIC.lower():
+        own = {sampler.lower(): schedule for sampler, schedule in _AUTOMATIC.items()}
+        return name, own.get(name.lower(), "Normal") if name else None
+    return name, next((label for label in SCHEDULERS if scheduler_name(label) == (scheduler or "").lower()), scheduler)
+
+
+def scheduler_name(label: str) -> str:
+    """The name beside a schedule's label: "sgm_uniform" for "SGM Uniform"."""
+    return label.lower().replace(" ", "_")

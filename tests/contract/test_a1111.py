@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import webuiapi
 from PIL import Image
-from tests.serving import served, wait_until
+from tests.serving import put_model, served, wait_until
 
 from alphalayer.engine.fake import draw_disc
 from alphalayer.infotext import read_parameters
@@ -33,14 +33,6 @@ IDLE = {
     "current_image": None,
     "textinfo": None,
 }
-
-
-def put_model(folder):
-    """A model that can be listed and chosen; the fake engine reads none."""
-    model = folder / "models" / "Stable-diffusion" / "apples"
-    model.mkdir(parents=True)
-    (model / "model_index.json").write_text('{"_class_name": "StableDiffusionXLPipeline"}')
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -152,6 +144,9 @@ def test_the_defaults_of_that_api(client):
     ("fields", "sampler", "scheduler"),
     [
         ({"sampler_name": "DPM++ 2M SDE Karras"}, "DPM++ 2M SDE", "Karras"),
+        ({"sampler_name": "DPM++ 2M SDE Karras", "scheduler": "Automatic"}, "DPM++ 2M SDE", "Karras"),
+        ({"sampler_name": "DPM++ 2M SDE Karras", "scheduler": "exponential"}, "DPM++ 2M SDE", "Karras"),
+        ({"sampler_name": "DPM++ 2M SDE Automatic"}, "DPM++ 2M SDE", "Exponential"),
         ({"sampler_name": "dpm++ 2m sde", "scheduler": "sgm_uniform"}, "DPM++ 2M SDE", "SGM Uniform"),
         ({"sampler_name": "DPM++ 2M", "scheduler": "Automatic"}, "DPM++ 2M", "Karras"),
         ({"sampler_name": "DPM++ 2M SDE"}, "DPM++ 2M SDE", "Exponential"),
@@ -162,6 +157,14 @@ def test_the_defaults_of_that_api(client):
 def test_samplers_and_schedules_by_their_names_there(client, fields, sampler, scheduler):
     settings = made(draw(client, **fields))
     assert (settings["Sampler"], settings["Schedule type"]) == (sampler, scheduler)
+
+
+def test_loras_in_the_prompt(client):
+    settings = made(draw(client, prompt="an apple <lora:style:0.8>, red"))
+    assert settings["Prompt"] == "an apple , red <lora:style:0.8>"
+    refused = draw(client, prompt="an apple <lora:style:strong>")
+    assert refused.status_code == 422
+    assert "<lora:style:strong>" in refused.json()["detail"]
 
 
 @pytest.mark.parametrize(

@@ -43,6 +43,22 @@ def test_a_prompt_alone_is_enough(client):
     assert "Schedule type: Karras" in info["infotexts"][0]
 
 
+@pytest.mark.parametrize("more", [{}, {"scheduler": "Exponential"}])
+def test_a_samplers_name_may_carry_its_schedule(client, more):
+    info = json.loads(draw(client, sampler_name="Euler a Karras", width=64, height=64, **more).json()["info"])
+    assert info["sampler_name"] == "Euler a"
+    assert "Schedule type: Karras" in info["infotexts"][0]
+
+
+def test_loras_in_the_prompt_are_those_of_the_field(client):
+    tagged = draw(client, prompt="an apple <lora:style:0.8>", width=64, height=64).json()
+    named = draw(client, prompt="an apple", loras=[{"name": "style", "weight": 0.8}], width=64, height=64).json()
+    first, second = (json.loads(each["info"]) for each in (tagged, named))
+    assert first["prompt"] == second["prompt"] == "an apple"
+    assert first["infotexts"] == second["infotexts"]
+    assert first["infotexts"][0].startswith("an apple <lora:style:0.8>\n")
+
+
 def test_the_url_gives_the_picture_with_its_settings(client):
     body = draw(client, seed=7, width=128, height=64).json()
     answer = client.get(body["url"])
@@ -345,5 +361,5 @@ def test_it_is_not_ready_when_the_engine_cannot_start(tmp_path):
         assert client.get("/livez").status_code == 200
         assert client.get("/readyz").status_code == 503
         assert client.get("/ping").status_code == 204
-        wait_until(lambda: "ended with exit code 1" in client.get("/readyz").json()["engines"]["cpu"])
+        wait_until(lambda: "no_such_engine" in client.get("/readyz").json()["engines"]["cpu"])
         wait_until(lambda: client.get("/sdapi/v1/sd-models").status_code == 200)

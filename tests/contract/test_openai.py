@@ -11,7 +11,7 @@ import numpy as np
 import openai
 import pytest
 from PIL import Image
-from tests.serving import served, wait_until
+from tests.serving import put_model, served, wait_until
 
 from alphalayer.engine.fake import draw_disc
 
@@ -24,14 +24,6 @@ NO_TOKENS = {
     "output_tokens": 0,
     "total_tokens": 0,
 }
-
-
-def put_model(folder):
-    """A model that can be listed and chosen; the fake engine reads none."""
-    model = folder / "models" / "Stable-diffusion" / "apples"
-    model.mkdir(parents=True)
-    (model / "model_index.json").write_text('{"_class_name": "StableDiffusionXLPipeline"}')
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -230,6 +230,13 @@ def test_a_lora_is_the_same_under_either_naming(engine: LocalEngine):
     assert np.array_equal(_draw(engine, loras=(Lora(name="kohya"),)), _draw(engine, loras=(Lora(name="peft"),)))
 
 
+def test_a_lora_may_be_named_in_the_prompt(engine: LocalEngine):
+    named = GenerationRequest(**{**REQUEST.model_dump(), "prompt": f"{REQUEST.prompt} <lora:kohya:0.5>"})
+    result = engine.generate(named)
+    assert np.array_equal(result.images[0].rgba, _draw(engine, loras=(Lora(name="kohya", weight=0.5),)))
+    assert result.images[0].parameters.startswith(f"{REQUEST.prompt} <lora:kohya:0.5>\n")
+
+
 def test_an_unknown_lora_is_a_clear_error(engine: LocalEngine):
     with pytest.raises(InvalidRequest, match=r'"absent".*kohya, peft'):
         _draw(engine, loras=(Lora(name="absent"),))

@@ -103,6 +103,8 @@ def test_options_reach_the_engine(run: Run, models: Path, tmp_path: Path):
     options = [
         "--sampler",
         "DPM++ 2M Karras",
+        "--scheduler",
+        "Automatic",
         "--cfg-scale",
         "3.5",
         "--width",

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from alphalayer import __version__
 from alphalayer.infotext import read_parameters, webui_info, write_parameters
 from alphalayer.job import ImageRef, Job, JobResult, JobSpec, JobState
-from alphalayer.request import GenerationRequest, LayerDiffuse, ModelDefaults
+from alphalayer.request import GenerationRequest, LayerDiffuse, ModelDefaults, parse_request
 
 REQUEST = GenerationRequest(prompt="an apple, high quality", seed=12345, subseed=7).resolved(ModelDefaults())
 
@@ -100,6 +100,30 @@ def test_text_without_pairs_is_all_prompt(text: str):
 @given(st.text(max_size=120))
 def test_any_text_is_read(text: str):
     assert "Prompt" in read_parameters(text)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(
+        st.tuples(
+            st.text(
+                st.characters(blacklist_characters="<>:\n\r", blacklist_categories=["Cs", "Cc", "Zl", "Zp"]), min_size=1
+            )
+            .map(str.strip)
+            .filter(bool),
+            st.floats(-4, 4).map(lambda weight: round(weight, 3)),
+        ),
+        max_size=4,
+    ),
+    st.sampled_from(["official", "forge2"]),
+)
+def test_loras_and_the_decoding_are_written_and_read_back(loras: list[tuple[str, float]], decode: str):
+    given = [{"name": name, "weight": weight} for name, weight in loras]
+    request = parse_request({"prompt": "a cat", "loras": given, "decode": decode}).resolved(ModelDefaults())
+    found = read_parameters(write_parameters(request, "m", "", 1))
+    again = parse_request({"prompt": found["Prompt"]})
+    assert (again.prompt, again.loras) == (request.prompt, request.loras)
+    assert found.get("layerdiffusion_decode", "official") == decode
 
 
 # the same grammar with a pattern that takes the square of a line's length

@@ -15,6 +15,7 @@ from alphalayer.request import (
     SAMPLERS,
     SCHEDULERS,
     GenerationRequest,
+    Lora,
     ModelDefaults,
     parse_request,
     split_sampler_name,
@@ -134,11 +135,76 @@ def test_open_seeds_are_drawn_in_the_published_range():
         ("DPM++ 2M SDE Karras", ("DPM++ 2M SDE", "Karras")),
         ("Euler a sgm uniform", ("Euler a", "SGM Uniform")),
         ("Euler a", ("Euler a", None)),
+        ("Euler sgm_uniform", ("Euler", "SGM Uniform")),
+        ("DPM++ 2M SDE Automatic", ("DPM++ 2M SDE", "Exponential")),
+        ("Euler Automatic", ("Euler", "Normal")),
         ("Karras", ("Karras", None)),
+        ("Magic", ("Magic", None)),
+        (None, (None, None)),
     ],
 )
-def test_old_sampler_names_are_split(name: str, expected: tuple[str, str | None]):
+def test_old_sampler_names_are_split(name: str | None, expected: tuple[str | None, str | None]):
     assert split_sampler_name(name) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "scheduler", "expected"),
+    [
+        ("DPM++ 2M SDE Karras", "Automatic", ("DPM++ 2M SDE", "Karras")),
+        ("DPM++ 2M SDE Karras", "Exponential", ("DPM++ 2M SDE", "Karras")),
+        ("dpm++ 2m sde", "automatic", ("dpm++ 2m sde", "Exponential")),
+        ("Euler", "sgm_uniform", ("Euler", "SGM Uniform")),
+        ("Euler", "Magic", ("Euler", "Magic")),
+        (None, "Automatic", (None, None)),
+        (None, "beta", (None, "Beta")),
+    ],
+)
+def test_the_schedule_in_a_samplers_name_wins(
+    name: str | None, scheduler: str, expected: tuple[str | None, str | None]
+):
+    assert split_sampler_name(name, scheduler) == expected
+
+
+def test_loras_in_a_prompt_join_those_of_the_request():
+    request = parse_request(
+        {
+            "prompt": "<lora:first one> a red <lora:sub/x:0.8>apple (ripe:1.2) <lyco:y:-1>",
+            "negative_prompt": "<lora:z:1>",
+            "loras": [{"name": "w", "weight": 0.5}],
+        }
+    )
+    assert request.prompt == "a red apple (ripe:1.2)"
+    assert request.negative_prompt == "<lora:z:1>"
+    assert request.loras == (
+        Lora(name="w", weight=0.5),
+        Lora(name="first one"),
+        Lora(name="sub/x", weight=0.8),
+        Lora(name="y", weight=-1),
+    )
+    # and as JSON it comes through a journal unchanged
+    assert GenerationRequest.model_validate_json(request.model_dump_json()) == request
+
+
+def test_requests_of_unlike_loras_are_not_drawn_together():
+    keys = {
+        parse_request({"prompt": f"a cat {tag}"}).batch_key for tag in ("", "<lora:x>", "<lora:x:0.5>", "<lora:x:1>")
+    }
+    assert len(keys) == 3
+
+
+@pytest.mark.parametrize("tag", ["", ":", ":1", " :1", "x:much", "x:nan", "x:inf", "x:5", "x:1:1", "x:1:lbw=OUTALL"])
+def test_a_lora_tag_that_is_not_whole_is_refused_and_named(tag: str):
+    with pytest.raises(InvalidRequest) as error:
+        parse_request({"prompt": f"a cat <lora:{tag}>"})
+    assert error.value.field == "prompt"
+    assert f"<lora:{tag}>" in error.value.message
+
+
+def test_too_many_loras_and_nothing_but_loras_are_refused():
+    with pytest.raises(InvalidRequest, match=r"loras: .*16"):
+        parse_request({"prompt": "a cat" + "<lora:x>" * 17})
+    with pytest.raises(InvalidRequest, match="prompt: empty"):
+        parse_request({"prompt": "<lora:x>"})
 
 
 JSON = st.recursive(

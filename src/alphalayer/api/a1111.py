@@ -16,7 +16,6 @@ from pydantic import BaseModel, ConfigDict, Field, StrictBool, model_validator
 
 from alphalayer import images, infotext
 from alphalayer.api import a1111_lists
-from alphalayer.api.a1111_lists import SCHEDULER_NAMES
 from alphalayer.api.deps import Service, ServiceDep, User, read_file, run_job, wire_names
 from alphalayer.api.layerdiffuse_script import SCRIPT, layerdiffuse_of
 from alphalayer.api.problems import NotImplementedYet
@@ -24,7 +23,7 @@ from alphalayer.catalog import resolve_model
 from alphalayer.errors import FileMissing, InvalidRequest
 from alphalayer.job import MAX_ITERATIONS, JobSpec, JobState
 from alphalayer.jobs import JobView
-from alphalayer.request import GenerationRequest, LayerDiffuse, parse_request, split_sampler_name
+from alphalayer.request import AUTOMATIC, GenerationRequest, LayerDiffuse, parse_request, split_sampler_name
 
 FIELDS = {
     "sampler": "sampler_name",
@@ -44,9 +43,6 @@ class Detail(BaseModel):
 ERRORS: dict[int | str, dict[str, Any]] = {"4XX": {"model": Detail, "description": "What is wrong."}}
 router = APIRouter(prefix="/sdapi/v1", tags=["AUTOMATIC1111"], responses=ERRORS)
 router.include_router(a1111_lists.router)
-
-AUTOMATIC = {"DPM++ 2M": "Karras", "DPM++ SDE": "Karras", "DPM++ 2M SDE": "Exponential", "DPM++ 3M SDE": "Exponential"}
-"""The schedule that "Automatic" means for a sampler; "Normal" for the others."""
 
 
 @dataclass
@@ -140,8 +136,8 @@ class Txt2ImgRequest(BaseModel):
     def to_spec(self, service: Service, options: Options) -> JobSpec:
         """The job that does this. Raises `InvalidRequest`."""
         self._refuse_what_is_not_there()
-        override, sampler = self.override_settings, _sampler(self.sampler_name or self.sampler_index)
-        sampler, named = split_sampler_name(sampler)
+        override = self.override_settings
+        sampler, scheduler = split_sampler_name(self.sampler_name or self.sampler_index, self.scheduler or AUTOMATIC)
         same = (
             "prompt",
             "negative_prompt",
@@ -158,7 +154,7 @@ class Txt2ImgRequest(BaseModel):
             {
                 **{name: getattr(self, name) for name in same},
                 "sampler": sampler,
-                "scheduler": _scheduler(self.scheduler, sampler) if self.scheduler or not named else named,
+                "scheduler": scheduler,
                 "clip_skip": override.CLIP_stop_at_last_layers or options.clip_skip,
                 "model": override.sd_model_checkpoint or options.sd_model_checkpoint,
                 "noise": service.noise,
@@ -330,18 +326,6 @@ def _parse(fields: dict[str, Any]) -> GenerationRequest:
     """Validate; what is wrong is called as it is on this wire. Raises `InvalidRequest`."""
     with wire_names(FIELDS):
         return parse_request(fields)
-
-
-def _sampler(name: str) -> str:
-    """The name without what a scheduler that is "Automatic" adds to it."""
-    return name.removesuffix(" Automatic")
-
-
-def _scheduler(name: str | None, sampler: str) -> str:
-    """The schedule by label or name; "Automatic" as the original takes it."""
-    if not name or name.lower() == "automatic":
-        return next((schedule for each, schedule in AUTOMATIC.items() if each.lower() == sampler.lower()), "Normal")
-    return next((label for label, each in SCHEDULER_NAMES.items() if each == name.lower()), name)
 
 
 async def _running(service: Service, user: str) -> JobView | None:

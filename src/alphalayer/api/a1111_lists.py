@@ -9,10 +9,9 @@ from fastapi import APIRouter, Request
 
 from alphalayer.api.deps import ServiceDep
 from alphalayer.api.layerdiffuse_script import METHODS, SCRIPT
-from alphalayer.request import SAMPLERS, SCHEDULERS
+from alphalayer.request import AUTOMATIC, SAMPLERS, SCHEDULERS, scheduler_name
 
 router = APIRouter()
-SCHEDULER_NAMES = {label: label.lower().replace(" ", "_") for label in SCHEDULERS}
 
 
 @router.get("/samplers", summary="Samplers")
@@ -24,16 +23,15 @@ def samplers() -> list[dict[str, Any]]:
 @router.get("/schedulers", summary="Schedules of noise")
 def schedulers() -> list[dict[str, Any]]:
     """By the names that txt2img takes; it takes the labels, too."""
-    names = {"Automatic": "automatic", **SCHEDULER_NAMES}
     return [
         {
-            "name": name,
+            "name": scheduler_name(label),
             "label": label,
             "aliases": [],
             "default_rho": 7.0 if label == "Karras" else -1.0,
             "need_inner_model": label in ("Normal", "SGM Uniform", "Simple", "Beta"),
         }
-        for label, name in names.items()
+        for label in (AUTOMATIC, *SCHEDULERS)
     ]
 
 

@@ -94,9 +94,7 @@ class GenerationFields(BaseModel):
     def to_spec(self, noise: NoiseSource, decode: DecodeMode) -> JobSpec:
         """The job that does this, with the noise and the decoding that the service is set to. Raises `InvalidRequest`."""
         self._refuse_what_would_do_nothing()
-        sampler, scheduler = self.sampler_name, self.scheduler
-        if sampler and not scheduler:
-            sampler, scheduler = split_sampler_name(sampler)
+        sampler, scheduler = split_sampler_name(self.sampler_name, self.scheduler)
         same = ("prompt", "negative_prompt", "seed", "steps", "cfg_scale", "width", "height", "batch_size")
         layers = {name: getattr(self, f"layerdiffuse_{name}") for name in ("enabled", "method", "weight", "stop_at")}
         generation = parse_request(
