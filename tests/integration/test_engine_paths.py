@@ -442,6 +442,18 @@ def test_every_sampler_draws_and_batches(engine: LocalEngine, sampler: str):
     assert not np.array_equal(batch[0].rgba, batch[1].rgba)
 
 
+def test_the_3m_sampler_leaves_the_lowest_level_out(engine: LocalEngine):
+    """As that ecosystem does, for this sampler alone: the UNet is asked at the timesteps of those levels."""
+    _draw(engine)
+    asked: list[int] = []
+    handle = engine.held.model.unet.register_forward_pre_hook(lambda _, inputs: asked.append(int(inputs[1][0])))
+    _draw(engine, steps=4, sampler="DPM++ 3M SDE", scheduler="Karras")
+    _draw(engine, steps=5, sampler="DPM++ 2M SDE", scheduler="Karras")
+    handle.remove()
+    assert asked[:4] == asked[4:8]
+    assert asked[8:] == [0]
+
+
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 @pytest.mark.parametrize("steps", [1, 2])
 def test_every_schedule_draws_with_few_steps(engine: LocalEngine, scheduler: str, steps: int):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -82,6 +84,24 @@ def test_sgm_uniform_is_one_step_more_without_the_lowest_level(steps: int):
     theirs.set_timesteps(steps + 1)
     expected = torch.cat([theirs.sigmas[:-2], torch.zeros(1)])
     torch.testing.assert_close(sigmas_for("SGM Uniform", steps, TABLE), expected, rtol=3e-5, atol=0)
+
+
+# k-diffusion's formulas, written out, for one step more; then all but the last level, and 0
+def _karras(n: int) -> np.ndarray:
+    ends = np.array([TABLE.sigma_max, TABLE.sigma_min]) ** (1 / 7)
+    return (ends[0] + np.linspace(0, 1, n) * (ends[1] - ends[0])) ** 7
+
+
+def _exponential(n: int) -> np.ndarray:
+    return np.exp(np.linspace(math.log(TABLE.sigma_max), math.log(TABLE.sigma_min), n))
+
+
+@pytest.mark.parametrize("steps", [1, 2, 20, 150])
+@pytest.mark.parametrize(("scheduler", "levels"), [("Karras", _karras), ("Exponential", _exponential)])
+def test_without_the_lowest_level_a_schedule_is_that_of_one_step_more(scheduler: str, levels, steps: int):
+    expected = [*levels(steps + 1)[:-1], 0.0]
+    # float32 powers and exponentials
+    np.testing.assert_allclose(sigmas_for(scheduler, steps, TABLE, skip_lowest=True), expected, rtol=2e-6, atol=0)
 
 
 def test_between_training_steps_log_sigma_is_interpolated():

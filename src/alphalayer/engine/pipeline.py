@@ -215,7 +215,10 @@ class LocalEngine:
         requests = [order.request.resolved(model.defaults) for order in orders]
         shared = requests[0]
         canvas = Canvas.of(shared.width or 0, shared.height or 0)
-        sigmas = sigmas_for(shared.scheduler or "", shared.steps or 0, model.sigma_table)
+        sampler = SAMPLERS[shared.sampler or ""]
+        sigmas = sigmas_for(
+            shared.scheduler or "", shared.steps or 0, model.sigma_table, skip_lowest=sampler.skips_lowest
+        )
         shape = (
             model.latent_channels,
             canvas.drawn_height // model.scale_factor,

@@ -168,17 +168,19 @@ def unipc(denoise: Denoise, x: Tensor, sigmas: Sequence[float], noise: Noise, on
 
 @dataclass(frozen=True)
 class Sampler:
-    """A row of the table: the function, and whether its noise comes from a Brownian tree, from fresh draws or not at all."""
+    """A row of the table: the function, whether its noise comes from a Brownian tree, from fresh draws or not at all, and whether
+    that ecosystem leaves the lowest level of its schedule out."""
 
     function: Callable[[Denoise, Tensor, Sequence[float], Noise, OnStep], Tensor]
     noise: Literal["none", "fresh", "brownian"]
+    skips_lowest: bool = False
 
 
 SAMPLERS = {
     "DPM++ 2M SDE": Sampler(dpmpp_2m_sde, "brownian"),
     "DPM++ 2M": Sampler(dpmpp_2m, "none"),
     "DPM++ SDE": Sampler(dpmpp_sde, "brownian"),
-    "DPM++ 3M SDE": Sampler(dpmpp_3m_sde, "brownian"),
+    "DPM++ 3M SDE": Sampler(dpmpp_3m_sde, "brownian", skips_lowest=True),
     "Euler": Sampler(euler, "none"),
     "Euler a": Sampler(euler_ancestral, "fresh"),
     "Heun": Sampler(heun, "none"),

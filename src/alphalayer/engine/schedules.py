@@ -124,9 +124,11 @@ _SCHEDULES: dict[str, Callable[[int, SigmaTable], Tensor]] = {
 }
 
 
-def sigmas_for(scheduler: str, steps: int, table: SigmaTable) -> Tensor:
+def sigmas_for(scheduler: str, steps: int, table: SigmaTable, *, skip_lowest: bool = False) -> Tensor:
     """The `steps` noise levels of a schedule, highest first, and a final 0: float32 (steps + 1,), on the CPU.
 
-    `scheduler` is one of `alphalayer.request.SCHEDULERS`.
+    `scheduler` is one of `alphalayer.request.SCHEDULERS`. With `skip_lowest` they are those of a schedule of one step more without its
+    lowest level, so that the last step, which goes to 0, is a long one.
     """
-    return torch.cat([_SCHEDULES[scheduler](steps, table), torch.zeros(1)])
+    levels = _SCHEDULES[scheduler](steps + skip_lowest, table)[:steps]
+    return torch.cat([levels, torch.zeros(1)])
