@@ -57,6 +57,17 @@ def _make_loras(folder: Path) -> None:
         peft |= {f"{stem}.lora_B.weight": up, f"{stem}.lora_A.weight": down}
     save_file(kohya, folder / "kohya.safetensors")
     save_file(peft, folder / "peft.safetensors")
+    generator = torch.Generator().manual_seed(51)
+    words = {}
+    for part, encoder in zip(("te1", "te2"), tiny_models.text_encoders(), strict=True):
+        for name, weight in encoder.named_parameters():
+            if ".mlp." in name and name.endswith("weight"):
+                stem = f"lora_{part}_text_model_" + name.removesuffix(".weight").replace(".", "_").removeprefix(
+                    "text_model_"
+                )
+                words[f"{stem}.lora_up.weight"] = torch.randn(weight.shape[0], 4, generator=generator)
+                words[f"{stem}.lora_down.weight"] = torch.randn(4, weight.shape[1], generator=generator)
+    save_file(words, folder / "words.safetensors")
 
 
 @pytest.fixture(scope="module")
@@ -224,6 +235,16 @@ def test_loras_change_the_picture_by_their_weight_and_come_off(engine: LocalEngi
     assert 0 < np.abs(base - half).mean() < np.abs(base - full).mean()
     assert np.array_equal(_draw(engine), base)
     assert np.array_equal(_draw(engine, loras=(Lora(name="kohya", weight=0.0),)), base)
+
+
+def test_what_a_lora_changes_in_the_text_encoders_counts_and_comes_off(engine: LocalEngine, base: np.ndarray):
+    with_words = _draw(engine, loras=(Lora(name="words"),))
+    assert _difference(base, with_words) > 3
+    # the unpatched prompt was remembered before, the patched one is now
+    assert np.array_equal(_draw(engine), base)
+    assert np.array_equal(_draw(engine, loras=(Lora(name="words"),)), with_words)
+    assert not np.array_equal(_draw(engine, loras=(Lora(name="words", weight=0.5),)), with_words)
+    assert np.array_equal(_draw(engine), base)
 
 
 def test_a_lora_is_the_same_under_either_naming(engine: LocalEngine):

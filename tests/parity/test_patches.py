@@ -16,7 +16,7 @@ from tests import tiny_models
 from tests.tiny_models import unet_name_in_ldm
 
 from alphalayer.engine.names import ldm_to_diffusers
-from alphalayer.engine.patches import Delta, Patch, WeightPatcher, read_patch
+from alphalayer.engine.patches import Delta, Patch, WeightPatcher, patchers, read_patch
 from alphalayer.errors import CorruptFile, LayerDiffuseMissing, ModelUnusable
 
 Pairs = dict[str, tuple[torch.Tensor, torch.Tensor]]
@@ -24,6 +24,7 @@ PAIRS: Pairs = tiny_models.lora_pairs()
 
 
 UNET = tiny_models.unet()
+TEXT_ENCODERS = tiny_models.text_encoders()
 
 
 @pytest.fixture
@@ -33,6 +34,14 @@ def unet():
 
 def _weights(unet) -> dict[str, torch.Tensor]:
     return {name: each.detach().clone() for name, each in unet.named_parameters()}
+
+
+def _parameters(unet) -> dict[str, torch.Tensor]:
+    return dict(unet.named_parameters())
+
+
+def _patcher(unet) -> WeightPatcher:
+    return patchers(unet, TEXT_ENCODERS, torch.float16)[0]
 
 
 def _expected(weights: dict[str, torch.Tensor], pairs: Pairs, scale: float = 1.0) -> dict[str, torch.Tensor]:
@@ -46,7 +55,7 @@ def _expected(weights: dict[str, torch.Tensor], pairs: Pairs, scale: float = 1.0
 def _patched(unet, tmp_path: Path, tensors: dict[str, torch.Tensor], strength: float = 1.0) -> dict[str, torch.Tensor]:
     file = tmp_path / "patch.safetensors"
     save_file(tensors, file)
-    WeightPatcher(unet).ensure([(file, strength)])
+    _patcher(unet).ensure([(file, strength)])
     return _weights(unet)
 
 
@@ -79,13 +88,23 @@ def _kohya(name: str) -> str:
     return "lora_unet_" + name.replace(".", "_")
 
 
+def _ldm(name: str) -> str:
+    return unet_name_in_ldm(name + ".weight").removesuffix(".weight")
+
+
 def _kohya_ldm(name: str) -> str:
-    return _kohya(unet_name_in_ldm(name + ".weight").removesuffix(".weight"))
+    return _kohya(_ldm(name))
 
 
 FORMS = {
     "LayerDiffuse as published": _published,
     "PEFT": lambda pairs: _named(pairs, ".lora_B.weight", ".lora_A.weight", lambda name: "unet." + name),
+    "PEFT, wrapped": lambda pairs: _named(
+        pairs, ".lora_B.weight", ".lora_A.weight", lambda name: "base_model.model." + name
+    ),
+    "ComfyUI": lambda pairs: _named(
+        pairs, ".lora_up.weight", ".lora_down.weight", lambda name: "diffusion_model." + _ldm(name)
+    ),
     "PEFT without prefix": lambda pairs: _named(pairs, ".lora_B.weight", ".lora_A.weight"),
     "kohya, LDM names": lambda pairs: _named(pairs, ".lora_up.weight", ".lora_down.weight", _kohya_ldm),
     "kohya, diffusers names": lambda pairs: _named(pairs, ".lora_up.weight", ".lora_down.weight", _kohya),
@@ -187,6 +206,66 @@ def test_kohya_loras_of_convolutions_and_other_layers_are_merged(unet, tmp_path:
     _check(_patched(unet, tmp_path, tensors), expected)
 
 
+# --- text encoders
+
+
+def _text_pairs() -> Pairs:
+    """A change of every linear layer of both encoders, by names as in published files, `text_model.` included."""
+    generator = torch.Generator().manual_seed(7)
+    pairs = {}
+    for part, encoder in zip(("text_encoder", "text_encoder_2"), TEXT_ENCODERS, strict=True):
+        for name, weight in encoder.named_parameters():
+            if name.endswith("weight") and (".mlp." in name or ("_proj." in name and ".self_attn." in name)):
+                up = torch.randn(weight.shape[0], 2, generator=generator) / 10
+                down = torch.randn(2, weight.shape[1], generator=generator) / 10
+                inside = name if name.startswith("text_model.") else f"text_model.{name}"
+                pairs[f"{part}.{inside}"] = up, down
+    return pairs
+
+
+def _kohya_text(name: str) -> str:
+    part, inside = name.split(".", 1)
+    return f"lora_te{2 if part.endswith('2') else 1}_{inside.replace('.', '_')}"
+
+
+@pytest.mark.parametrize(
+    ("up", "down", "stem"),
+    [
+        (".lora_up.weight", ".lora_down.weight", _kohya_text),
+        (".lora_B.weight", ".lora_A.weight", lambda name: name),
+        (".lora.up.weight", ".lora.down.weight", lambda name: name),
+    ],
+    ids=["kohya", "PEFT", "diffusers"],
+)
+def test_what_a_lora_changes_in_the_text_encoders_is_merged_and_rounded_as_stored(unet, tmp_path: Path, up, down, stem):
+    encoders = copy.deepcopy(TEXT_ENCODERS)
+    before = [_weights(each) for each in (unet, *encoders)]
+    text, file = _text_pairs(), tmp_path / "lora.safetensors"
+    assert len(text) == 6 * 3 * 2
+    unet_part = FORMS["PEFT"](PAIRS) if stem("x.y") == "x.y" else FORMS["kohya, LDM names"](PAIRS)
+    save_file({**_named(text, up, down, stem), **unet_part}, file)
+    for_unet, for_text = patchers(unet, encoders, torch.float16)
+    for_text.ensure([(file, 0.5)])
+    assert all(torch.equal(each, before[0][name]) for name, each in _weights(unet).items())
+    for part, encoder, weights in zip(("text_encoder", "text_encoder_2"), encoders, before[1:], strict=True):
+        changed = 0
+        for name, found in _weights(encoder).items():
+            pair = text.get(f"{part}.{name}") or text.get(f"{part}.text_model.{name}")
+            if pair is None:
+                assert torch.equal(found, weights[name])
+                continue
+            changed += 1
+            expected = (weights[name].double() + 0.5 * (pair[0].double() @ pair[1].double())).half().float()
+            assert torch.equal(found, found.half().float())
+            torch.testing.assert_close(found, expected, rtol=2**-10, atol=1e-6)
+        assert changed == 18
+    for_unet.ensure([(file, 1.0)])
+    _check(_weights(unet), _expected(before[0], PAIRS))
+    for_text.remove()
+    for encoder, weights in zip(encoders, before[1:], strict=True):
+        assert all(torch.equal(each, weights[name]) for name, each in _weights(encoder).items())
+
+
 # --- number formats
 
 
@@ -215,7 +294,7 @@ def test_removing_gives_back_every_bit(tmp_path: Path, dtype: torch.dtype):
     first, second = tmp_path / "first.safetensors", tmp_path / "second.safetensors"
     save_file(_published(PAIRS), first)
     save_file({"unet." + name: each for name, each in _offsets(before).items()}, second)
-    patcher = WeightPatcher(unet)
+    patcher = _patcher(unet)
     patcher.ensure([(first, 1.0)])
     patcher.ensure([(second, 1.7), (first, -0.3)])
     assert any(not torch.equal(before[name], each) for name, each in unet.named_parameters())
@@ -237,11 +316,11 @@ def test_running_out_of_memory_in_the_middle_gives_back_every_bit(tmp_path: Path
     before = _weights(unet)
     file = tmp_path / "patch.safetensors"
     save_file(_published(PAIRS), file)
-    patcher = WeightPatcher(unet)
+    patcher = _patcher(unet)
     patcher.ensure([(file, 1.0)])
     whole = _weights(unet)
     patcher.remove()
-    patch = read_patch(file, unet)
+    patch = read_patch(file, _parameters(unet))
     name = list(patch.deltas)[place]
     failing = Patch({**patch.deltas, name: _Fails(patch.deltas[name].up)})
     with pytest.raises(torch.OutOfMemoryError):
@@ -259,7 +338,7 @@ def test_several_patches_add_up_in_one_pass(tmp_path: Path):
     lora, layer = tmp_path / "lora.safetensors", tmp_path / "layer.safetensors"
     save_file({"unet." + name: each for name, each in offsets.items()}, lora)
     save_file(_published(PAIRS), layer)
-    WeightPatcher(unet).ensure([(lora, 0.7), (layer, 1.0)])
+    _patcher(unet).ensure([(lora, 0.7), (layer, 1.0)])
     wanted = _expected(before, PAIRS)
     for name, each in offsets.items():
         torch.testing.assert_close(
@@ -271,7 +350,7 @@ def test_wanting_something_else_starts_from_the_original_weights(unet, tmp_path:
     before = _weights(unet)
     file = tmp_path / "patch.safetensors"
     save_file(_published(PAIRS), file)
-    patcher = WeightPatcher(unet)
+    patcher = _patcher(unet)
     for strength in (1.0, 0.25, 0.25, 2.0):
         patcher.ensure([(file, strength)])
         _check(_weights(unet), _expected(before, PAIRS, strength))
@@ -284,7 +363,7 @@ def test_wanting_something_else_starts_from_the_original_weights(unet, tmp_path:
 
 def test_a_missing_file_is_named(unet, tmp_path: Path):
     with pytest.raises(LayerDiffuseMissing, match=r"absent\.safetensors"):
-        read_patch(tmp_path / "absent.safetensors", unet)
+        read_patch(tmp_path / "absent.safetensors", _parameters(unet))
 
 
 def test_a_damaged_file_is_named(unet, tmp_path: Path):
@@ -292,7 +371,7 @@ def test_a_damaged_file_is_named(unet, tmp_path: Path):
     save_file(_published(PAIRS), file)
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(CorruptFile, match=r"damaged\.safetensors"):
-        read_patch(file, unet)
+        read_patch(file, _parameters(unet))
 
 
 @pytest.mark.parametrize(
@@ -302,14 +381,44 @@ def test_keys_that_break_the_scheme_are_a_clear_error(unet, tmp_path: Path, key:
     file = tmp_path / "odd.safetensors"
     save_file({key: torch.zeros(1)}, file)
     with pytest.raises(ModelUnusable, match=r"odd\.safetensors"):
-        read_patch(file, unet)
+        read_patch(file, _parameters(unet))
 
 
 def test_a_patch_for_another_model_is_a_clear_error(unet, tmp_path: Path):
     file = tmp_path / "other.safetensors"
     save_file({"diffusion_model.out.2.weight::diff::0": torch.zeros(4, 320, 3, 3)}, file)
     with pytest.raises(ModelUnusable, match="does not fit"):
-        read_patch(file, unet)
+        read_patch(file, _parameters(unet))
+
+
+@pytest.mark.parametrize(
+    ("ending", "kind"),
+    [
+        ("dora_scale", "DoRA"),
+        ("lora_magnitude_vector", "DoRA"),
+        ("hada_w1_a", "LoHa"),
+        ("lokr_w1", "LoKr"),
+        ("oft_blocks", "OFT"),
+        ("lora_mid.weight", "LoCon in three parts"),
+    ],
+)
+def test_other_kinds_are_refused_by_their_name(unet, tmp_path: Path, ending: str, kind: str):
+    file = tmp_path / "other.safetensors"
+    name = next(iter(PAIRS)).removesuffix(".weight")
+    save_file({**FORMS["kohya, LDM names"](PAIRS), f"{_kohya_ldm(name)}.{ending}": torch.ones(4)}, file)
+    with pytest.raises(ModelUnusable, match=f"is a {kind}"):
+        read_patch(file, _parameters(unet))
+
+
+def test_a_lora_of_another_family_that_fits_in_places_is_refused(unet, tmp_path: Path):
+    """As one for SD 1.5 does: some of its layers are called as SDXL's are, and a few of them are as large."""
+    file = tmp_path / "sd15.safetensors"
+    fitting = dict(list(PAIRS.items())[:10])
+    other = {f"unet.down_blocks.0.attentions.{i}.to_q.lora_A.weight": torch.zeros(4, 320) for i in range(11)}
+    other |= {name.replace("lora_A", "lora_B"): torch.zeros(320, 4) for name in other}
+    save_file({**FORMS["PEFT"](fitting), **other}, file)
+    with pytest.raises(ModelUnusable, match="10 of its 21 changes"):
+        read_patch(file, _parameters(unet))
 
 
 def test_changes_that_do_not_fit_are_left_out_and_counted(unet, tmp_path: Path, caplog: pytest.LogCaptureFixture):
@@ -317,6 +426,6 @@ def test_changes_that_do_not_fit_are_left_out_and_counted(unet, tmp_path: Path, 
     extra = {"diffusion_model.input_blocks.77.0.weight::diff::0": torch.zeros(1)}
     save_file({**_published(PAIRS), **extra}, file)
     with caplog.at_level(logging.WARNING):
-        patch = read_patch(file, unet)
+        patch = read_patch(file, _parameters(unet))
     assert (len(patch.deltas), patch.ignored) == (len(PAIRS), 1)
     assert "1 of" in caplog.text

@@ -100,6 +100,8 @@ _NOT_CHECKPOINTS = (
     ("lora_down.", "lora"),
     ("lora_A.", "lora"),
     ("lora_unet_", "lora"),
+    (".hada_w", "lora"),
+    (".lokr_w", "lora"),
 )
 
 FAMILY_NAMES = {

@@ -29,7 +29,7 @@ from alphalayer.catalog.headers import Header, read_header
 from alphalayer.engine.configs import fitted_configs
 from alphalayer.engine.devices import Precision
 from alphalayer.engine.layerfiles import DECODER_FILES, PATCH_FILES
-from alphalayer.engine.patches import WeightPatcher
+from alphalayer.engine.patches import WeightPatcher, patchers
 from alphalayer.engine.schedules import SigmaTable
 from alphalayer.engine.transparency import TransparentDecoder, load_decoder
 from alphalayer.errors import CorruptFile, LayerDiffuseMissing, ModelUnusable
@@ -39,6 +39,9 @@ from alphalayer.request import ModelDefaults
 diffusers.utils.logging.set_verbosity_error()
 diffusers.utils.logging.disable_progress_bar()
 transformers.utils.logging.disable_progress_bar()
+
+
+TEXT_STORED = torch.float16
 
 
 @dataclass(frozen=True)
@@ -91,9 +94,9 @@ class LoadedModel:
         return self.hashing.result()[: catalog.SHORT_HASH_DIGITS]
 
     @cached_property
-    def patcher(self) -> WeightPatcher:
-        """Merges patches into the UNet."""
-        return WeightPatcher(self.unet)
+    def patchers(self) -> tuple[WeightPatcher, WeightPatcher]:
+        """Those that merge patches into the UNet and into the text encoders."""
+        return patchers(self.unet, (self.text_encoder, self.text_encoder_2), TEXT_STORED)
 
     @cached_property
     def decoder(self) -> TransparentDecoder:
@@ -211,7 +214,7 @@ def _from_file(entry: ModelEntry, precision: Precision) -> tuple[dict[str, Any],
 
 def _text(encoder: Any) -> nn.Module:
     """Weights rounded to float16, computing in float32: what that ecosystem does on every device."""
-    return encoder.half().float()
+    return encoder.to(TEXT_STORED).float()
 
 
 @contextmanager

@@ -6,7 +6,7 @@ SDXL's UNet has three levels with two residual blocks each, so its input blocks 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 _WHOLE = {
     "input_blocks.0.0": "conv_in",
@@ -72,7 +72,7 @@ def flat_names(modules: Iterable[str]) -> dict[str, str]:
     return {_flat(name): name for name in modules if name}
 
 
-def unflatten(flat: str, known: dict[str, str]) -> str | None:
+def unflatten(flat: str, known: Mapping[str, str]) -> str | None:
     """The module that a flat LoRA name means, in diffusers' or LDM's layout; None if there is none."""
     if flat in known:
         return known[flat]

@@ -1,13 +1,13 @@
 """Weight patches: the LayerDiffuse files and LoRAs, read in every published form, merged in float32 and taken off bit for bit.
 
 Forms: `<LDM name>::lora|diff|set::<index>` (LayerDiffuse as published); diffusers-named full offsets; LoRA in PEFT, diffusers
-or kohya names.
+or kohya names. What else is called a LoRA (DoRA, LoHa, LoKr ...) is refused by its name.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
@@ -28,6 +28,18 @@ _UP_DOWN = (
     (".lora.up.weight", ".lora.down.weight"),
     ("_lora.up.weight", "_lora.down.weight"),
 )
+TEXT_ENCODERS = ("text_encoder.", "text_encoder_2.")
+_KOHYA_TEXT_ENCODERS = ("lora_te1_", "lora_te2_")
+_PREFIXES = ("base_model.model.", "diffusion_model.", "unet.", "lora_unet_")
+_OTHER_KINDS = (
+    (".dora_scale", "DoRA"),
+    (".lora_magnitude_vector", "DoRA"),
+    (".hada_w", "LoHa"),
+    (".lokr_w", "LoKr"),
+    (".oft_", "OFT"),
+    (".lora_mid.", "LoCon in three parts"),
+)
+"""What a part of a tensor's name gives away."""
 
 
 @dataclass(frozen=True)
@@ -57,19 +69,23 @@ class Delta:
 
 @dataclass
 class Patch:
-    """The changes of one file by parameter name (diffusers), and how many of its names the UNet does not have."""
+    """The changes of one file by parameter name (diffusers), and how many of its names the model does not have."""
 
     deltas: dict[str, Delta] = field(default_factory=dict[str, Delta])
     ignored: int = 0
 
 
-def read_patch(path: Path, unet: nn.Module) -> Patch:
-    """Read a patch file for a UNet.
+Weights = Mapping[str, Tensor]
+"""Parameters by name: the UNet's as they are, those of the text encoders behind `TEXT_ENCODERS`."""
+
+
+def read_patch(path: Path, weights: Weights) -> Patch:
+    """Read a patch file for a model.
 
     Raises:
         LayerDiffuseMissing: there is no such file.
         CorruptFile: it cannot be read.
-        ModelUnusable: nothing in it fits this UNet.
+        ModelUnusable: less than half of it fits this model, or it is of a kind that is not merged here.
     """
     if not path.is_file():
         raise LayerDiffuseMissing(f"{path} is not there.", hint="Run: alphalayer models pull layerdiffuse")
@@ -77,7 +93,9 @@ def read_patch(path: Path, unet: nn.Module) -> Patch:
         tensors = load_file(path)
     except (SafetensorError, OSError) as error:
         raise CorruptFile(f"{path} cannot be read: {error}.", hint="Download it again.") from None
-    weights = dict(unet.named_parameters())
+    for mark, kind in _OTHER_KINDS:
+        if any(mark in key for key in tensors):
+            raise ModelUnusable(f"{path} is a {kind}; this version merges plain LoRA only.", hint="Use a plain LoRA.")
     try:
         found = _published(tensors) if any("::" in key for key in tensors) else _converted(tensors, weights)
     except ValueError:
@@ -85,19 +103,15 @@ def read_patch(path: Path, unet: nn.Module) -> Patch:
             f"{path} is not a LayerDiffuse patch: its names are not <parameter>::<type>::<number>.",
             hint="Download it again.",
         ) from None
-    patch = Patch()
-    for name, delta in found.items():
-        if name in weights and delta.fits(weights[name]):
-            patch.deltas[name] = delta
-        else:
-            patch.ignored += 1
-    if not patch.deltas:
+    fitting = {name: delta for name, delta in found.items() if name in weights and delta.fits(weights[name])}
+    patch = Patch(fitting, len(found) - len(fitting))
+    if not fitting or patch.ignored > len(fitting):
         raise ModelUnusable(
-            f"{path} does not fit this model: none of its {len(found)} changes names a weight of the same shape.",
+            f"{path} does not fit this model: {len(fitting)} of its {len(found)} changes name a weight of the same shape.",
             hint="Use the file that was made for this model family.",
         )
     if patch.ignored:
-        logger.warning("%s: %d of %d changes do not fit this UNet and are left out.", path, patch.ignored, len(found))
+        logger.warning("%s: %d of %d changes do not fit this model and are left out.", path, patch.ignored, len(found))
     return patch
 
 
@@ -118,7 +132,7 @@ def _published(tensors: Mapping[str, Tensor]) -> dict[str, Delta]:
     return found
 
 
-def _converted(tensors: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> dict[str, Delta]:
+def _converted(tensors: Mapping[str, Tensor], weights: Weights) -> dict[str, Delta]:
     """LoRA pairs by any of the known endings; every other tensor is a full offset under its parameter's name."""
     known = flat_names(name.removesuffix(".weight") for name in weights)
     found: dict[str, Delta] = {}
@@ -130,16 +144,28 @@ def _converted(tensors: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> 
                 alpha = tensors.get(stem + ".alpha")
                 found[_lora_target(stem, known)] = _low_rank(tensor, tensors[stem + ends[1]], alpha)
         elif not key.endswith((".alpha", *(down for _, down in _UP_DOWN))):
-            found[key.removeprefix("unet.")] = Delta(tensor)
+            found[_without_prefixes(key)] = Delta(tensor)
     return found
 
 
 def _lora_target(stem: str, known: Mapping[str, str]) -> str:
     """The parameter that a LoRA stem names."""
-    name = stem.removeprefix("unet.").removeprefix("lora_unet_").replace(".processor.", ".")
+    name = _without_prefixes(stem).replace(".processor.", ".")
     if name.endswith(".to_out"):
         name += ".0"
-    return (unflatten(name.replace(".", "_"), dict(known)) or name) + ".weight"
+    flat = name.replace(".", "_")
+    # some versions of transformers have one level less
+    return (unflatten(flat, known) or unflatten(flat.replace("_text_model_", "_", 1), known) or name) + ".weight"
+
+
+def _without_prefixes(name: str) -> str:
+    """A parameter's name, without what says that it is the UNet's; those of text encoders begin with `TEXT_ENCODERS`."""
+    for theirs, ours in zip(_KOHYA_TEXT_ENCODERS, TEXT_ENCODERS, strict=True):
+        if name.startswith(theirs):
+            return ours + name.removeprefix(theirs)
+    for prefix in _PREFIXES:
+        name = name.removeprefix(prefix)
+    return name
 
 
 def _low_rank(up: Tensor, down: Tensor, alpha: Tensor | None) -> Delta:
@@ -147,23 +173,27 @@ def _low_rank(up: Tensor, down: Tensor, alpha: Tensor | None) -> Delta:
 
 
 class WeightPatcher:
-    """Keeps a UNet's weights in the state that is asked for; the originals wait on the CPU."""
+    """Keeps weights in the state that is asked for; the originals wait on the CPU.
 
-    def __init__(self, unet: nn.Module):
-        self._unet = unet
-        self._weights = dict(unet.named_parameters())
+    `read` reads patches; what they change elsewhere is not looked at. Changed weights are rounded to `rounded` where that is less than
+    their own dtype.
+    """
+
+    def __init__(self, weights: Weights, read: Callable[[Path], Patch], rounded: torch.dtype | None = None):
+        self._weights = weights
+        self._read = read
+        self._rounded = rounded
         self._originals: dict[str, Tensor] = {}
-        self._applied: tuple[tuple[Path, float], ...] = ()
-        self._read = lru_cache(4)(partial(read_patch, unet=unet))
+        self.applied: tuple[tuple[Path, float], ...] = ()
 
     def ensure(self, wanted: Sequence[tuple[Path, float]]) -> None:
         """Make the weights original + `wanted` patches with their strengths, in order; nothing is done if they are."""
-        if tuple(wanted) == self._applied:
+        if tuple(wanted) == self.applied:
             return
         self.remove()
         chosen = [(self._read(path), strength) for path, strength in wanted if strength]
         self.apply(chosen)
-        self._applied = tuple(wanted)
+        self.applied = tuple(wanted)
 
     def apply(self, patches: Sequence[tuple[Patch, float]]) -> None:
         """Merge patches, all or, where one raises (out of memory), none."""
@@ -176,14 +206,14 @@ class WeightPatcher:
     @torch.no_grad()
     def _merge(self, patches: Sequence[tuple[Patch, float]]) -> None:
         """All changes of a parameter in one float32 pass, then one cast to its own dtype."""
-        for name in {name: None for patch, _ in patches for name in patch.deltas}:
+        for name in {name: None for patch, _ in patches for name in patch.deltas if name in self._weights}:
             weight = self._weights[name]
             self._originals.setdefault(name, weight.detach().to("cpu", copy=True))
             merged = weight.detach().float()
             for patch, strength in patches:
                 if name in patch.deltas:
                     merged = patch.deltas[name].applied(merged, strength)
-            weight.copy_(merged.to(weight.dtype))
+            weight.copy_(merged.to(self._rounded or weight.dtype))
 
     @torch.no_grad()
     def remove(self) -> None:
@@ -191,4 +221,18 @@ class WeightPatcher:
         for name, original in self._originals.items():
             self._weights[name].copy_(original)
         self._originals.clear()
-        self._applied = ()
+        self.applied = ()
+
+
+def patchers(
+    unet: nn.Module, text_encoders: Sequence[nn.Module], text_dtype: torch.dtype
+) -> tuple[WeightPatcher, WeightPatcher]:
+    """Those of a model's UNet and of its text encoders, whose weights are of the values of `text_dtype`; a file is read once for both."""
+    own = dict(unet.named_parameters())
+    text = {
+        prefix + name: weight
+        for prefix, encoder in zip(TEXT_ENCODERS, text_encoders, strict=True)
+        for name, weight in encoder.named_parameters()
+    }
+    read = lru_cache(4)(partial(read_patch, weights={**own, **text}))
+    return WeightPatcher(own, read), WeightPatcher(text, read, text_dtype)

@@ -228,6 +228,7 @@ class LocalEngine:
 
         watchers.stage("text")
         with stopwatch.stage("text"), residency.of(model.text_encoder, model.text_encoder_2, keep=mode.keep_text):
+            self._patch_text(shared, ready)
             guidances = [_guidance(each, ready.encoders) for each in requests]
 
         denoiser = Denoiser(model, guidances, canvas.drawn_width, canvas.drawn_height, mode)
@@ -303,10 +304,17 @@ class LocalEngine:
 
     def _patch(self, request: GenerationRequest, model: LoadedModel, *, with_transparency: bool) -> None:
         """Merge the user's LoRAs and, above them, the LayerDiffuse patch; nothing is done if that is how it stands."""
-        wanted = [(self._lora_path(lora.name), lora.weight) for lora in request.loras]
+        wanted = self._loras(request)
         if with_transparency:
             wanted.append((model.layerdiffuse.patch(request.layerdiffuse.method), request.layerdiffuse.weight))
-        model.patcher.ensure(wanted)
+        model.patchers[0].ensure(wanted)
+
+    def _patch_text(self, request: GenerationRequest, ready: Ready) -> None:
+        """Merge what the user's LoRAs change in the text encoders; what was encoded before is forgotten if that is something else."""
+        patcher, wanted = ready.model.patchers[1], self._loras(request)
+        if tuple(wanted) != patcher.applied:
+            ready.encoders.encode.cache_clear()
+            patcher.ensure(wanted)
 
     def _decode(
         self,
@@ -336,8 +344,8 @@ class LocalEngine:
         with Residency(self.device, self.mode).of(model.vae, keep=True):
             return _opaque(model.decode_latent(small))[..., :3]
 
-    def _lora_path(self, name: str) -> Path:
-        return catalog.find_lora(self._models_dir, name)
+    def _loras(self, request: GenerationRequest) -> list[tuple[Path, float]]:
+        return [(catalog.find_lora(self._models_dir, lora.name), lora.weight) for lora in request.loras]
 
     def _out_of_memory(self, requests: Sequence[GenerationRequest], mode: MemoryMode) -> OutOfMemory:
         """What was needed and what was there, with what to do."""
