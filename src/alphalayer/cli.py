@@ -8,7 +8,6 @@ import inspect
 import os
 import re
 import secrets
-import shlex
 import sys
 import tempfile
 import time
@@ -147,10 +146,14 @@ def serverless(_context: typer.Context) -> None:
 @app.command(
     "serve-as-before", hidden=True, context_settings={"ignore_unknown_options": True, "allow_extra_args": True}
 )
-def serve_as_before(context: typer.Context) -> None:
+def serve_as_before(
+    context: typer.Context,
+    home: Annotated[Path, typer.Option(help="Folder to work in; those that flags name are seen from here.")] = Path(),
+) -> None:
     """Start the HTTP service from the old stack's flags and COMMANDLINE_ARGS; what means nothing here is named and left out."""
-    flags = shlex.split(os.environ.get("COMMANDLINE_ARGS", ""))
+    flags = oldflags.split(os.environ.get(oldflags.VARIABLE, ""))
     translation = oldflags.translate([*flags, *context.args])
+    os.chdir(home)
     for warning in translation.warnings:
         err.print(f"warning: {warning}", markup=False, soft_wrap=True)
     settings = load_settings(**translation.settings)

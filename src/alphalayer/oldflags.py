@@ -2,20 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import shlex
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
-HONOURED: dict[str, str] = {
-    "--port": "port",
-    "--server-name": "host",
-    "--api-auth": "api_auth",
-    "--cors-allow-origins": "cors_allow_origins",
-    "--ckpt": "default_model",
-    "--embeddings-dir": "embeddings_dir",
-    "--models-dir": "models_dir",
+from alphalayer.errors import SetupFailed
+
+VARIABLE = "COMMANDLINE_ARGS"
+
+
+def _folder(value: str) -> str:
+    """A folder as it was meant where the start line was written; the service runs in its own."""
+    return str(Path(value).absolute())
+
+
+def _user_data(value: str) -> dict[str, Any]:
+    base = Path(value).absolute()
+    names = {"models_dir": "models", "embeddings_dir": "embeddings", "outputs_dir": "outputs"}
+    return {setting: str(base / name) for setting, name in names.items()}
+
+
+def _log_level(value: str) -> dict[str, Any]:
+    level = {"critical": "error"}.get(value.lower(), value.lower())
+    return {"log_level": level} if level in ("debug", "info", "warning", "error") else {}
+
+
+HONOURED: dict[str, Callable[[str], dict[str, Any]]] = {
+    "--port": lambda value: {"port": value},
+    "--server-name": lambda value: {"host": value},
+    "--api-auth": lambda value: {"api_auth": value},
+    "--cors-allow-origins": lambda value: {"cors_allow_origins": value},
+    # a path there, of either system; a model is found by its file's name
+    "--ckpt": lambda value: {"default_model": PureWindowsPath(value).name},
+    "--models-dir": lambda value: {"models_dir": _folder(value)},
+    "--embeddings-dir": lambda value: {"embeddings_dir": _folder(value)},
+    "--data-dir": _user_data,
+    "--device-id": lambda value: {"device": f"cuda:{value}"},
+    "--gpu-device-id": lambda value: {"device": f"cuda:{value}"},
+    "--use-cpu": lambda value: {"device": "cpu"} if value == "all" else {},
+    "--precision": lambda value: {"dtype": {"full": "fp32"}.get(value, "auto")},
+    "--loglevel": _log_level,
 }
-"""Flags with a value, and the setting that takes it."""
+"""Flags with a value, and the settings that it makes; none where the value means nothing here."""
+
+DEFAULTS = ("--data-dir", "--listen")
+"""Flags that leave a setting alone which another flag makes, wherever that stands."""
 
 SWITCHES: dict[str, dict[str, str]] = {
     "--listen": {"host": "0.0.0.0"},
@@ -32,18 +65,45 @@ SWITCHES: dict[str, dict[str, str]] = {
     "--medvram-sdxl": {"memory": "balanced"},
     "--always-low-vram": {"memory": "low"},
     "--always-no-vram": {"memory": "low"},
+    "--always-normal-vram": {"memory": "auto"},
     "--always-high-vram": {"memory": "high"},
     "--always-gpu": {"memory": "high"},
 }
 """Flags without a value, and what they set."""
 
+_TLS = "TLS is off; put a proxy such as Nginx in front (docs/guides/reverse-proxy.md)"
+_AUTH = "the page asks for nothing; --api-auth user:password protects the API, through which the page draws"
+NOT_DONE = {
+    "--ckpt-dir": "that folder is not looked into; put its files, or a link to each, into models/Stable-diffusion/",
+    "--lora-dir": "that folder is not looked into; put its files, or a link to each, into models/Lora/",
+    "--vae-dir": "that folder is not looked into; the VAE in the checkpoint is used",
+    "--vae-path": "that VAE is not used; the one in the checkpoint is",
+    "--forge-ref-a1111-home": "that installation is not looked into; name its models with --models-dir",
+    "--tls-keyfile": _TLS,
+    "--tls-certfile": _TLS,
+    "--gradio-auth": _AUTH,
+    "--gradio-auth-path": _AUTH,
+    "--cors-allow-origins-regex": "origins are taken one by one, with --cors-allow-origins",
+    "--subpath": "the service does not move; a proxy that serves it below a path sends X-Forwarded-Prefix (docs/guides/reverse-proxy.md)",
+    "--share": "no public address is made",
+    "--ngrok": "no public address is made",
+}
+"""Flags of the old stack that asked for something which does not happen here."""
+
 MEANINGLESS = frozenset(
     """
-    --xformers --disable-xformers --opt-sdp-attention --opt-sdp-no-mem-attention --opt-split-attention --attention-pytorch
-    --attention-split --attention-quad --cuda-malloc --cuda-stream --pin-shared-memory --disable-ipex-hijack --upcast-sampling
-    --no-half-vae --vae-in-fp32 --vae-in-bf16 --clip-in-fp32 --precision-full --skip-torch-cuda-test --skip-python-version-check
-    --skip-install --skip-prepare-environment --reinstall-torch --update-check --no-download-sd-model --disable-safe-unpickle
-    --enable-insecure-extension-access --api-log --api-server-stop --share --autolaunch --theme-dark --quiet
+    --xformers --disable-xformers --force-enable-xformers --xformers-flash-attention --reinstall-xformers --opt-sdp-attention
+    --opt-sdp-no-mem-attention --opt-split-attention --opt-split-attention-v1 --opt-sub-quad-attention --opt-channelslast
+    --attention-pytorch --attention-split --attention-quad --force-upcast-attention --disable-attention-upcast --upcast-sampling
+    --cuda-malloc --cuda-stream --pin-shared-memory --always-offload-from-vram --pytorch-deterministic --disable-ipex-hijack
+    --disable-gpu-warning --no-half-vae --vae-in-fp16 --vae-in-fp32 --vae-in-bf16 --vae-in-cpu --clip-in-fp16 --clip-in-fp32
+    --lowram --disable-nan-check --disable-model-loading-ram-optimization --skip-load-model-at-start --no-hashing
+    --skip-torch-cuda-test --skip-python-version-check --skip-version-check --skip-install --skip-prepare-environment
+    --reinstall-torch --update-check --update-all-extensions --log-startup --do-not-download-clip --no-download-sd-model
+    --disable-safe-unpickle --enable-insecure-extension-access --allow-code --disable-all-extensions --disable-extra-extensions
+    --api-log --api-server-stop --add-stop-route --autolaunch --theme --theme-dark --quiet --gradio-debug --gradio-queue
+    --no-gradio-queue --no-progressbar-hiding --disable-console-progressbars --no-prompt-history --hide-ui-dir-config
+    --freeze-settings --ui-config-file --ui-settings-file --styles-file --timeout-keep-alive --config -f
     """.split()
 )
 """Flags of the old stack that have nothing to change here."""
@@ -57,35 +117,42 @@ class Translation:
     warnings: list[str] = field(default_factory=list[str])
 
 
+def split(line: str) -> list[str]:
+    """The flags in a line such as COMMANDLINE_ARGS, as a shell reads them. Raises `SetupFailed` for a quote that is left open."""
+    try:
+        return shlex.split(line)
+    except ValueError as error:
+        hint = "Close the quote; put a value with spaces between two of one kind."
+        # without the line, which may hold a password
+        raise SetupFailed(f"{VARIABLE} cannot be read: {str(error).lower()}.", hint=hint) from None
+
+
 def translate(arguments: Sequence[str]) -> Translation:
     """Read old flags, as `--flag value` or `--flag=value`. Unknown ones are named and left out, with their values."""
-    translation = Translation()
+    given: dict[str, dict[str, Any]] = {}
+    warnings: list[str] = []
     waiting = _split_equals(arguments)
     while waiting:
         flag = waiting.pop(0)
-        value = waiting.pop(0) if waiting and not waiting[0].startswith("--") else None
-        _take(flag, value, translation)
-    return translation
+        takes_value = flag.startswith("-") and flag not in SWITCHES and waiting and not waiting[0].startswith("-")
+        value = waiting.pop(0) if takes_value else ""
+        settings = SWITCHES.get(flag) or (HONOURED[flag](value) if value and flag in HONOURED else {})
+        given[flag] = settings
+        if not settings and flag not in SWITCHES:
+            warnings.append(_why_not(flag, value))
+    order = sorted(given, key=lambda flag: flag not in DEFAULTS)
+    return Translation({name: value for flag in order for name, value in given[flag].items()}, warnings)
 
 
-def _take(flag: str, value: str | None, translation: Translation) -> None:
-    if flag in HONOURED and value is not None:
-        translation.settings[HONOURED[flag]] = value
-    elif flag in ("--device-id", "--gpu-device-id") and value is not None:
-        translation.settings["device"] = f"cuda:{value}"
-    elif flag == "--use-cpu" and value == "all":
-        translation.settings["device"] = "cpu"
-    elif flag in SWITCHES:
-        # --listen keeps an address given before it
-        for name, setting in SWITCHES[flag].items():
-            translation.settings.setdefault(name, setting)
-    elif flag in HONOURED:
-        translation.warnings.append(f"{flag} needs a value and is ignored.")
-    elif flag in MEANINGLESS:
-        translation.warnings.append(f"{flag} has nothing to change here and is ignored.")
-    else:
-        given = flag if value is None else f"{flag} {value}"
-        translation.warnings.append(f"{given} is not known and is ignored.")
+def _why_not(flag: str, value: str) -> str:
+    if flag in HONOURED:
+        return f"{flag} {value} is not known and is ignored." if value else f"{flag} needs a value and is ignored."
+    if flag in NOT_DONE:
+        # without its value, which may be a password
+        return f"{flag} is ignored: {NOT_DONE[flag]}."
+    if flag in MEANINGLESS:
+        return f"{flag} has nothing to change here and is ignored."
+    return f"{f'{flag} {value}'.strip()} is not known and is ignored."
 
 
 def _split_equals(arguments: Sequence[str]) -> list[str]:

@@ -208,6 +208,22 @@ def test_serve_has_a_flag_for_each_setting(run: Run, monkeypatch: pytest.MonkeyP
     assert run("serve", "--queue-limit", "many")[2].startswith("error: setting queue_limit: ")
 
 
+def test_the_old_start_line_works_in_its_own_folder_and_says_what_it_cannot_read(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    home = tmp_path / "home"
+    home.mkdir()
+    (home / "alphalayer.toml").write_text('port = "many"')
+    code, _, err = run("serve-as-before", "--home", str(home), "--bogus")
+    assert code == 1
+    assert [line.partition(":")[0] for line in err.splitlines()] == ["warning", "error"]
+    assert "setting port" in err
+    monkeypatch.setenv("COMMANDLINE_ARGS", '--port "78')
+    code, _, err = run("serve-as-before")
+    assert code == 1
+    assert err.startswith("error: COMMANDLINE_ARGS cannot be read: no closing quotation.")
+
+
 def test_errors_hold_no_markup_of_the_terminal(run: Run):
     """A name in square brackets is shown as it is."""
     _, _, err = run("generate", "x", "--sampler", "[bold]Magic[/]")

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import shlex
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.unit.test_catalog import FAMILIES, write
 
+from alphalayer.catalog import find_models, resolve_model
 from alphalayer.config import Settings
-from alphalayer.oldflags import HONOURED, MEANINGLESS, SWITCHES, translate
+from alphalayer.errors import SetupFailed
+from alphalayer.oldflags import HONOURED, MEANINGLESS, NOT_DONE, SWITCHES, split, translate
 
 
 def _settings(line: str) -> dict[str, str]:
@@ -34,10 +38,39 @@ def _settings(line: str) -> dict[str, str]:
         ("--medvram-sdxl", {"memory": "balanced"}),
         ("--cors-allow-origins 'http://a,http://b'", {"cors_allow_origins": "http://a,http://b"}),
         ("--ckpt 'my model.safetensors'", {"default_model": "my model.safetensors"}),
+        ("--ckpt models/Stable-diffusion/cup.safetensors", {"default_model": "cup.safetensors"}),
+        ("--ckpt=/srv/models/cup.safetensors", {"default_model": "cup.safetensors"}),
+        (r"--ckpt 'C:\models\cup.safetensors'", {"default_model": "cup.safetensors"}),
+        ("--models-dir /srv/models", {"models_dir": "/srv/models"}),
+        (
+            "--models-dir /elsewhere --data-dir /srv",
+            {"models_dir": "/elsewhere", "embeddings_dir": "/srv/embeddings", "outputs_dir": "/srv/outputs"},
+        ),
+        ("--precision full", {"dtype": "fp32"}),
+        ("--precision autocast", {"dtype": "auto"}),
+        ("--always-normal-vram", {"memory": "auto"}),
+        ("--loglevel WARNING", {"log_level": "warning"}),
+        ("--loglevel CRITICAL", {"log_level": "error"}),
     ],
 )
 def test_flags_that_count(line: str, expected: dict[str, str]):
     assert _settings(line) == expected
+
+
+def test_folders_are_seen_from_where_the_line_was_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    assert _settings("--models-dir ../m --embeddings-dir e") == {
+        "models_dir": str(tmp_path / ".." / "m"),
+        "embeddings_dir": str(tmp_path / "e"),
+    }
+
+
+@pytest.mark.parametrize("flag", sorted(NOT_DONE))
+def test_flags_that_ask_for_what_is_not_done_are_told_what_and_without_their_value(flag: str):
+    for arguments in ([flag, "user:secret"], [f"{flag}=user:secret"], [flag]):
+        translation = translate([*arguments, "--port", "80"])
+        assert translation.settings == {"port": "80"}
+        assert translation.warnings == [f"{flag} is ignored: {NOT_DONE[flag]}."]
 
 
 @pytest.mark.parametrize("flag", sorted(MEANINGLESS))
@@ -56,17 +89,23 @@ def test_flags_without_meaning_are_named(flag: str):
         (["--port"], "--port needs a value"),
         (["--use-cpu", "vae"], "--use-cpu vae is not known"),
         (["stray"], "stray is not known"),
+        (["--listen", "stray"], "stray is not known"),
+        (["--loglevel", "loud"], "--loglevel loud is not known"),
+        (["--port="], "--port needs a value"),
     ],
 )
 def test_unknown_flags_are_named_and_left_out(arguments: list[str], warning: str):
     translation = translate(arguments)
-    assert translation.settings == {}
+    assert translation.settings == ({"host": "0.0.0.0"} if "--listen" in arguments else {})
     assert len(translation.warnings) == 1
     assert warning in translation.warnings[0]
 
 
 def test_every_translation_is_a_setting_that_exists():
-    names = {*HONOURED.values(), *(name for setting in SWITCHES.values() for name in setting)}
+    values = {"--loglevel": "INFO", "--use-cpu": "all"}
+    made = [make(values.get(flag, "x")) for flag, make in HONOURED.items()]
+    assert all(made)
+    names = {name for settings in (*made, *SWITCHES.values()) for name in settings}
     assert names <= set(Settings.model_fields)
 
 
@@ -84,4 +123,24 @@ def test_every_switch_is_accepted_by_the_settings(flag: str):
 )
 def test_nothing_stops_a_start(arguments: list[str]):
     translation = translate(arguments)
-    assert all(isinstance(line, str) and line.endswith("ignored.") for line in translation.warnings)
+    assert all("ignored" in line for line in translation.warnings)
+
+
+def test_a_flag_after_a_switch_or_another_flag_is_a_flag():
+    assert translate(["--listen", "-f", "--port", "-h"]).settings == {"host": "0.0.0.0"}
+
+
+def test_a_line_with_an_open_quote_is_an_error_for_users_that_shows_no_password():
+    assert split("--port '7 8'") == ["--port", "7 8"]
+    with pytest.raises(SetupFailed, match="COMMANDLINE_ARGS cannot be read: no closing quotation") as raised:
+        split('--api-auth user:secret --port "78')
+    assert "secret" not in str(raised.value)
+
+
+def test_a_checkpoint_named_by_its_path_is_the_model_that_is_drawn_with(tmp_path: Path):
+    folder = tmp_path / "Stable-diffusion"
+    for name in ("a", "cup"):
+        write(folder / "sub" / f"{name}.safetensors", FAMILIES["sdxl"])
+    for path in ("models/Stable-diffusion/sub/cup.safetensors", str(folder / "sub" / "cup.safetensors")):
+        wanted = translate(["--ckpt", path]).settings["default_model"]
+        assert resolve_model(wanted, find_models(tmp_path)).path == folder / "sub" / "cup.safetensors"

@@ -7,6 +7,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -216,3 +217,29 @@ def test_a_pip_that_fails_is_shown_and_logged(script: ModuleType, capsys: pytest
 def test_the_script_itself_runs():
     done = subprocess.run([sys.executable, str(SCRIPT)], capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stderr) == (2, "")
+
+
+# --- the old stack's start lines
+
+
+def test_the_old_start_line_explains_itself_without_a_set_up(tmp_path: Path):
+    command = [sys.executable, str(SCRIPT.with_name("launch.py")), "--listen", "-h"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "coming-from-forge.md" in done.stdout
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a shell script")
+@pytest.mark.parametrize("line", ["COMMANDLINE_ARGS='--port 9'", "export COMMANDLINE_ARGS='--port 9'"])
+def test_webui_user_sh_is_read_where_there_is_one(tmp_path: Path, line: str):
+    script = shutil.copy(SCRIPT.with_name("webui.sh"), tmp_path)
+    (tmp_path / "launch.py").write_text("import os, sys; print(os.environ.get('COMMANDLINE_ARGS'), sys.argv[1:])")
+
+    def start() -> str:
+        kept = {name: value for name, value in os.environ.items() if name != "COMMANDLINE_ARGS"}
+        done = subprocess.run([script, "--api"], env=kept, capture_output=True, text=True, timeout=60, check=True)
+        return done.stdout
+
+    assert start() == "None ['--api']\n"
+    (tmp_path / "webui-user.sh").write_text(f"#!/bin/bash\n{line}\n")
+    assert start() == "--port 9 ['--api']\n"
