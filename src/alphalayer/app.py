@@ -286,7 +286,8 @@ def _greet(settings: Settings) -> None:
 def _default_model(settings: Settings) -> tuple[str | None, str | None]:
     """The title of the model that a plain request is drawn with, or None and the reason."""
     try:
-        return catalog.resolve_model(settings.default_model, catalog.find_models(settings.models_dir)).title, None
+        entries = catalog.find_models(settings.models_dir)
+        return catalog.resolve_model(settings.default_model, entries, settings.models_dir).title, None
     except AlphalayerError as error:
         return None, str(error)
 

@@ -1,4 +1,4 @@
-"""The `alphalayer` command: thin, and the only place that prints. Every command takes plain options and ends with one line."""
+"""The `alphalayer` command: thin; with `terminal` the only place that prints. Commands take plain options and end with one line."""
 
 from __future__ import annotations
 
@@ -6,29 +6,24 @@ import asyncio
 import importlib.util
 import inspect
 import os
-import re
 import secrets
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 import typer
-from rich.console import Console
-from rich.markup import escape
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from alphalayer import __version__, catalog, hub, images, keys, oldflags
-from alphalayer.config import API_KEY, STARTED_BY, Settings, load_settings
-from alphalayer.doctor import check_port, diagnose
-from alphalayer.engine import Progress as EngineProgress
+from alphalayer.config import API_KEY, Settings, load_settings
+from alphalayer.doctor import check_models_dir, check_port, diagnose
 from alphalayer.errors import AlphalayerError, InvalidRequest, SetupFailed, StorageFailed
 from alphalayer.plan import GPUS, OLD_SECONDS, Load, pods_needed
-from alphalayer.request import ImageFormat, parse_request, split_sampler_name
+from alphalayer.request import SAMPLERS, SCHEDULERS, ImageFormat, parse_request, split_sampler_name
+from alphalayer.terminal import as_started, err, out, program_name, progress, show_error, show_mark
 
 app = typer.Typer(
     name="alphalayer",
@@ -36,13 +31,12 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 models_app = typer.Typer(help="The models in the models folder.", no_args_is_help=True)
 app.add_typer(models_app, name="models")
 keys_app = typer.Typer(help="The API keys of the service.", no_args_is_help=True)
 app.add_typer(keys_app, name="keys")
-out = Console(highlight=False)
-err = Console(stderr=True, highlight=False)
 
 OLD_PORT = 7861
 ModelsDir = Annotated[Path | None, typer.Option(help="Folder that holds Stable-diffusion/ and layer_model/.")]
@@ -54,8 +48,8 @@ def generate(
     negative_prompt: Annotated[str, typer.Option(help="What to keep out.")] = "bad, ugly",
     seed: Annotated[int, typer.Option(help="Same seed, same picture; -1 draws a fresh one.")] = 12345,
     steps: Annotated[int | None, typer.Option(help="Sampling steps; default: the model's (SDXL: 20).")] = None,
-    sampler: Annotated[str | None, typer.Option(help='For instance "DPM++ 2M SDE" or "Euler a".')] = None,
-    scheduler: Annotated[str | None, typer.Option(help='For instance "Karras".')] = None,
+    sampler: Annotated[str | None, typer.Option(help=f"One of: {', '.join(SAMPLERS)}.")] = None,
+    scheduler: Annotated[str | None, typer.Option(help=f"One of: {', '.join(SCHEDULERS)}.")] = None,
     cfg_scale: Annotated[float | None, typer.Option(help="How strictly the prompt is followed (SDXL: 5).")] = None,
     width: Annotated[int | None, typer.Option(help="Pixels; default: the model's (SDXL: 1024).")] = None,
     height: Annotated[int | None, typer.Option(help="Pixels; default: the model's (SDXL: 1024).")] = None,
@@ -73,6 +67,7 @@ def generate(
 ) -> None:
     """Draw PROMPT and write a picture with a real alpha channel."""
     settings = load_settings(models_dir=models_dir, device=device, dtype=dtype, memory=memory)
+    check_models_dir(settings)
     sampler, scheduler = split_sampler_name(sampler, scheduler)
     asked: dict[str, Any] = {
         "prompt": prompt,
@@ -92,9 +87,9 @@ def generate(
     }
     request = parse_request(asked)
     targets = _targets(output, images.check_format(format), batch_size, settings)
+    _tell_of_embedded_model(model or settings.default_model, settings.models_dir)
     start = time.perf_counter()
-    with _progress() as report:
-        report(EngineProgress("start"))
+    with progress() as report:
         from alphalayer.engine.pipeline import create_engine  # torch takes seconds to import
 
         result = create_engine(settings.engine_options()).generate(request, on_progress=report)
@@ -102,7 +97,7 @@ def generate(
         _write(target, images.encode(image.rgba, images.check_format(target.suffix[1:]), image.parameters))
         high, wide = image.rgba.shape[:2]
         seconds = time.perf_counter() - start
-        out.print(f"{target}  {wide}x{high}  seed {image.seed}  {seconds:.1f} s  {result.model_name}", soft_wrap=True)
+        out.print(f"{target}  {wide}x{high}  seed {image.seed}  {seconds:.1f} s  {result.model_name}")
 
 
 def _option_each_setting(command: Callable[..., None]) -> Callable[..., None]:
@@ -155,7 +150,7 @@ def serve_as_before(
     translation = oldflags.translate([*flags, *context.args])
     os.chdir(home)
     for warning in translation.warnings:
-        err.print(f"warning: {warning}", markup=False, soft_wrap=True)
+        err.print(f"warning: {warning}")
     settings = load_settings(**translation.settings)
     if settings.port != OLD_PORT and "data_dir" not in settings.model_fields_set:
         # the old stack was started once a GPU, in one folder, each on a port of its own
@@ -170,10 +165,14 @@ def plan(
         float, typer.Option(min=0, help="Seconds a user looks at a picture before the next one.")
     ] = 30.0,
     gpu: Annotated[str, typer.Option(help=f"{', '.join(GPUS)}, or all.")] = "all",
-    p95: Annotated[float, typer.Option(help="Seconds in which 95 of 100 requests are to have their picture.")] = 20.0,
+    p95: Annotated[
+        float, typer.Option(min=0.1, help="Seconds in which 95 of 100 requests are to have their picture.")
+    ] = 20.0,
     batch: Annotated[int, typer.Option(min=1, help="Jobs drawn together at most.")] = 4,
-    seconds: Annotated[float | None, typer.Option(help="Seconds of one picture alone, where you measured it.")] = None,
-    price: Annotated[float | None, typer.Option(help="Dollars an hour of one pod.")] = None,
+    seconds: Annotated[
+        float | None, typer.Option(min=0.01, help="Seconds of one picture alone, where you measured it.")
+    ] = None,
+    price: Annotated[float | None, typer.Option(min=0, help="Dollars an hour of one pod.")] = None,
 ) -> None:
     """Say how many pods that many users need, how long they wait, and what it costs; by simulation."""
     chosen = GPUS if gpu == "all" else {gpu: GPUS[gpu]} if gpu in GPUS else None
@@ -186,15 +185,17 @@ def plan(
         try:
             pods, outcome = pods_needed(load, alone, batch, p95)
         except ValueError as error:
-            err.print(f"{name}: {error}.", markup=False)
+            err.print(f"{name}: {error}.")
             continue
         hourly = pods * (card.price if price is None else price)
         thousands_an_hour = users * 3.6 / (think_time + outcome.mean_s)
         waits = [f"{outcome.mean_s:.1f} s", f"{outcome.p95_s:.1f} s", f"{outcome.use:.0%}"]
         table.add_row(name, f"{alone:g}", str(pods), *waits, f"{hourly:.2f}", f"{hourly / thousands_an_hour:.2f}")
+    if not table.rows:
+        raise typer.Exit(1)
     out.print(table)
     if not seconds:
-        out.print("\n".join(f"{name}: {card.source}" for name, card in chosen.items()), markup=False)
+        out.print("\n".join(f"{name}: {card.source}" for name, card in chosen.items()))
     quick, slow = (pods_needed(load, each, 1, max(p95, 2 * each))[0] for each in OLD_SECONDS)
     out.print(
         f"The old stack, one picture at a time in {OLD_SECONDS[0]:g} to {OLD_SECONDS[1]:g} s: {quick} to {slow} pods "
@@ -205,10 +206,14 @@ def plan(
 @models_app.command("list")
 def models_list(models_dir: ModelsDir = None) -> None:
     """Show the models that can be asked for, and those that cannot, with the reason."""
-    table = Table("name", "kind", "family", "hash", "path")
-    for entry in catalog.find_models(load_settings(models_dir=models_dir).models_dir):
-        table.add_row(entry.name, entry.kind, entry.family, entry.short_hash or "-", str(entry.path))
-    out.print(table)
+    settings = load_settings(models_dir=models_dir)
+    check_models_dir(settings)
+    for entry in catalog.find_models(settings.models_dir):
+        family = catalog.FAMILY_NAMES.get(entry.family, entry.family)
+        if entry.problem:
+            show_mark("error", f"{entry.name}  {entry.problem.message}", entry.problem.hint)
+        else:
+            show_mark("ok", f"{entry.title}  {family}  {entry.path}")
 
 
 @models_app.command("pull")
@@ -220,23 +225,25 @@ def models_pull(
     """Fetch models from their public hub; the licences are shown first."""
     planned = hub.plan_pull(names or ["sdxl-base", "layerdiffuse"])
     for licence in dict.fromkeys(each.licence for each in planned):
-        out.print(licence, soft_wrap=True)
+        out.print(licence)
     out.print(f"{len(planned)} files, about {sum(each.size for each in planned) / 1e9:.1f} GB.")
     if not yes and not typer.confirm("Fetch them under these licences?"):
         raise typer.Exit(1)
     folder = load_settings(models_dir=models_dir).models_dir
     for each in planned:
-        out.print(f"{hub.pull(each, folder)}  ok", soft_wrap=True)
+        out.print(f"{hub.pull(each, folder)}  ok")
 
 
 @models_app.command("verify")
 def models_verify(models_dir: ModelsDir = None) -> None:
-    """Check every model file: readable, complete, the right kind, as published."""
-    found = hub.verify(load_settings(models_dir=models_dir).models_dir)
+    """Check every model file, LoRAs and embeddings too: readable, complete, the right kind, as published."""
+    settings = load_settings(models_dir=models_dir)
+    check_models_dir(settings)
+    found = hub.verify(settings.models_dir, settings.embeddings_dir)
     for each in found:
-        out.print(f"{'[green]ok[/]' if each.is_well else '[red]error[/]'}  {each.path}  {each.finding}", soft_wrap=True)
+        show_mark("ok" if each.is_well else "error", f"{each.path}  {each.finding.removeprefix(f'{each.path} ')}")
     if not found:
-        out.print("no model files; get some with: alphalayer models pull")
+        out.print(as_started("no model files; get some with: alphalayer models pull"))
     raise typer.Exit(not all(each.is_well for each in found))
 
 
@@ -268,21 +275,25 @@ def keys_remove(name: Annotated[str, typer.Argument(help="Whose key it is.")]) -
 @app.command()
 def doctor(models_dir: ModelsDir = None) -> None:
     """Say what is wrong on this machine and what to do about it."""
-    marks = {"ok": "[green]ok[/]", "warning": "[yellow]warning[/]", "error": "[red]error[/]"}
     findings = diagnose(load_settings(models_dir=models_dir))
     for finding in findings:
-        out.print(f"{marks[finding.level]}  {finding.what}", soft_wrap=True)
-        if finding.hint:
-            out.print(f"    {_as_started(finding.hint)}", soft_wrap=True)
+        show_mark(finding.level, finding.what, finding.hint)
     raise typer.Exit(any(finding.level == "error" for finding in findings))
 
 
 @app.command()
-def info(file: Annotated[Path, typer.Argument(help="A picture made here or by that ecosystem.")]) -> None:
+def info(
+    file: Annotated[
+        Path,
+        typer.Argument(
+            help="A picture made here, or by another program that writes its settings as AUTOMATIC1111's does."
+        ),
+    ],
+) -> None:
     """Show the settings that made a picture."""
     rgba, parameters = images.decode(_read(file))
-    out.print(f"{file}  {rgba.shape[1]}x{rgba.shape[0]}", soft_wrap=True)
-    out.print(parameters or "no settings in this file.", soft_wrap=True, markup=False)
+    out.print(f"{file}  {rgba.shape[1]}x{rgba.shape[0]}")
+    out.print(parameters or "no settings in this file.", soft_wrap=True)
 
 
 @app.command()
@@ -313,6 +324,7 @@ def run_server(settings: Settings) -> None:
     from alphalayer.telemetry import set_up_logs
 
     set_up_logs(settings.log_level, settings.log_json)
+    check_models_dir(settings)
     check_port(settings.host, settings.port)
     asyncio.run(check(settings))
     serve(Server(create_app(settings), host=settings.host, port=settings.port, drain_s=settings.drain_s))
@@ -358,32 +370,21 @@ def _read(file: Path) -> bytes:
         raise StorageFailed(f"cannot read {file}: {error.strerror}.", hint="Name a picture file.") from None
 
 
-@contextmanager
-def _progress() -> Generator[Any]:
-    """A progress bar on stderr; yields the function that the engine reports to."""
-    columns = (TextColumn("{task.description:<8}"), BarColumn(), TextColumn("{task.fields[at]}"), TimeRemainingColumn())
-    with Progress(*columns, console=err, transient=True) as bar:
-        task: TaskID = bar.add_task("start", total=None, at="")
-
-        def report(progress: EngineProgress) -> None:
-            at = f"{progress.step}/{progress.steps}" if progress.steps else ""
-            bar.update(task, description=progress.stage, completed=progress.step, total=progress.steps or None, at=at)
-
-        yield report
-
-
-def _as_started(hint: str) -> str:
-    """A hint with its commands as they are written here: run.py starts this program without an `alphalayer` on the path."""
-    started_by = os.environ.get(STARTED_BY)
-    return re.sub(r"\balphalayer (?=models|doctor|keys|serve|generate)", f"{started_by} ", hint) if started_by else hint
+def _tell_of_embedded_model(name: str | None, models_dir: Path) -> None:
+    """Say so where a picture is drawn with the model that comes along for want of another. Raises what `resolve_model` raises."""
+    entry = catalog.resolve_model(name, catalog.find_models(models_dir), models_dir)
+    if not name and entry.path == catalog.EMBEDDED_MODEL:
+        folder = models_dir / catalog.CHECKPOINTS
+        err.print(f"No model to draw with is in {folder}: this is {entry.name}, the small one that comes along.")
+        err.print(as_started("To draw with SDXL: alphalayer models pull"))
 
 
 def main() -> None:
     """Entry point: run a command; an error meant for users is one line on stderr and exit code 1."""
     try:
-        app()
+        app(prog_name=program_name())
     except AlphalayerError as error:
-        err.print(f"[red]error:[/] {escape(_as_started(str(error)))}", soft_wrap=True)
+        show_error(error)
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)

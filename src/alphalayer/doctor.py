@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 import socket
@@ -11,7 +12,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from alphalayer import catalog
 from alphalayer.config import Settings
@@ -19,6 +20,8 @@ from alphalayer.engine.layerfiles import DECODER_FILES, PATCH_FILES
 from alphalayer.errors import SetupFailed
 
 LITTLE_DISK = 2 * 1024**3
+PATIENCE_S = 120
+_OTHER_PORT = "Use another one with --port."
 # torch is asked in a process of its own: importing it here would take seconds and could crash
 _ASK_TORCH = (
     "import json, torch; cuda = torch.cuda.is_available(); "
@@ -45,13 +48,29 @@ def diagnose(settings: Settings) -> list[Finding]:
     return findings
 
 
-def _torch(settings: Settings) -> Iterator[Finding]:
-    asked = subprocess.run([sys.executable, "-c", _ASK_TORCH], capture_output=True, text=True, timeout=120, check=False)
+def _ask_torch() -> dict[str, Any] | str:
+    """What torch says of itself, or why it says nothing."""
+    command = [sys.executable, "-c", _ASK_TORCH]
+    try:
+        asked = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
+    except subprocess.TimeoutExpired:
+        return f"torch does not answer within {PATIENCE_S} s."
     if asked.returncode:
-        last = (asked.stderr.strip().splitlines() or ["no message"])[-1]
-        yield Finding("error", f"torch cannot be imported: {last}", "Remove .venv and run: python3 run.py doctor")
+        last = (asked.stderr.strip().splitlines() or [f"no message, exit code {asked.returncode}"])[-1]
+        return f"torch cannot be imported: {last}"
+    try:
+        # what is imported along with it may print, too
+        return json.loads(asked.stdout.splitlines()[-1])
+    except (IndexError, ValueError):
+        return f"torch says nothing of itself: {asked.stdout[-200:]!r}"
+
+
+def _torch(settings: Settings) -> Iterator[Finding]:
+    answer = _ask_torch()
+    if isinstance(answer, str):
+        hint = "Look at nvidia-smi (a driver that hangs holds torch up), or remove .venv and run: python3 run.py doctor"
+        yield Finding("error", answer, hint)
         return
-    answer = json.loads(asked.stdout)
     yield Finding("ok", f"torch {answer['torch']}")
     for name, free, total in answer["gpus"]:
         yield Finding("ok", f"GPU {name}, {free / 2**30:.1f} of {total / 2**30:.1f} GiB free")
@@ -68,7 +87,23 @@ def _torch(settings: Settings) -> Iterator[Finding]:
         yield Finding("warning", "no GPU; pictures are drawn on the CPU.", "SDXL wants a GPU of 8 GB or more.")
 
 
+def check_models_dir(settings: Settings) -> None:
+    """Raise `SetupFailed` if the models folder that somebody named is not there, or if there is a file in its place."""
+    folder = settings.models_dir
+    if folder.is_dir() or ("models_dir" not in settings.model_fields_set and not folder.exists()):
+        return
+    raise SetupFailed(
+        f"the models folder {folder} is {'not a folder' if folder.exists() else 'not there'}.",
+        hint=f"Name the one that holds {catalog.CHECKPOINTS}/ with --models-dir (the setting models_dir).",
+    )
+
+
 def _models(settings: Settings) -> Iterator[Finding]:
+    try:
+        check_models_dir(settings)
+    except SetupFailed as error:
+        yield Finding("error", error.message, error.hint)
+        return
     entries = catalog.find_models(settings.models_dir)
     for entry in entries:
         if entry.problem:
@@ -101,8 +136,9 @@ def check_port(host: str, port: int) -> None:
         try:
             probe.bind((host, port))
         except OSError as error:
-            why = error.strerror or str(error)
-            raise SetupFailed(f"port {port} on {host}: {why}.", hint="Use another one with --port.") from None
+            is_address = isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL
+            hint = "Use an address of this machine with --host; 0.0.0.0 means all." if is_address else _OTHER_PORT
+            raise SetupFailed(f"port {port} on {host}: {error.strerror or error}.", hint=hint) from None
 
 
 def _port(settings: Settings) -> Iterator[Finding]:

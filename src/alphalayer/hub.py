@@ -12,14 +12,14 @@ from pathlib import Path
 
 from alphalayer import catalog
 from alphalayer.catalog.hashes import HashCache
-from alphalayer.catalog.headers import read_header
+from alphalayer.catalog.headers import family_of, read_header
 from alphalayer.errors import AlphalayerError, CorruptFile, InvalidRequest, ModelNotFound, StorageFailed
 
 SDXL_LICENCE = "SDXL base 1.0: CreativeML Open RAIL++-M. Commercial and hosted use is allowed; its use restrictions must be passed on."
 LAYERDIFFUSE_LICENCE = "LayerDiffuse weights: tagged creativeml-openrail-m by their authors."
 JUGGERNAUT = (
     "Juggernaut XL is not fetched here: its licence bars use behind API services without a commercial licence. "
-    "If you have one, put the file into models/Stable-diffusion yourself."
+    "If you have one, put the file into Stable-diffusion/ of your models folder yourself."
 )
 
 
@@ -165,23 +165,64 @@ class Verified:
     is_well: bool
 
 
-def verify(models_dir: Path) -> list[Verified]:
-    """Read every model file's header, hash every file that has a published hash, and say what each is."""
+def verify(models_dir: Path, embeddings_dir: Path) -> list[Verified]:
+    """Read the header of every model file, LoRA and embedding, hash what is published or a checkpoint, and say what each is."""
     cache = HashCache(models_dir / ".alphalayer-hashes.json")
     published = {each.filename: each for each in PUBLISHED}
     found: list[Verified] = []
     for path in sorted((models_dir / "layer_model").glob("*.safetensors")):
         found.append(_verify_layer_file(path, published.get(path.name), cache))
-    for entry in catalog.find_models(models_dir):
-        try:
-            if entry.problem:
-                raise entry.problem
-            digest = catalog.hash_model(entry, models_dir)
-        except AlphalayerError as error:
-            found.append(Verified(entry.path, str(error), False))
-        else:
-            found.append(Verified(entry.path, f"readable, {catalog.FAMILY_NAMES[entry.family]}, {digest[:10]}", True))
+    found += [_verify_checkpoint(entry, models_dir) for entry in catalog.find_models(models_dir)]
+    found += [_verify_lora(path) for path in _weight_files(models_dir / "Lora")]
+    found += [_verify_embedding(path) for path in _weight_files(embeddings_dir)]
     return found
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    kinds = (".safetensors", *catalog.PICKLE_SUFFIXES)
+    return [path for path in sorted(folder.rglob("*")) if path.suffix in kinds and path.is_file()]
+
+
+def _verify_checkpoint(entry: catalog.ModelEntry, models_dir: Path) -> Verified:
+    try:
+        if entry.problem:
+            raise entry.problem
+        digest = catalog.hash_model(entry, models_dir)
+    except AlphalayerError as error:
+        return Verified(entry.path, str(error), False)
+    return Verified(entry.path, f"readable, {catalog.FAMILY_NAMES[entry.family]}, {digest[:10]}", True)
+
+
+def _verify_lora(path: Path) -> Verified:
+    """A LoRA by its names, or a file whose names say nothing else: LoRAs have many forms."""
+    if path.suffix in catalog.PICKLE_SUFFIXES:
+        return _refused(path)
+    try:
+        family = family_of(read_header(path))
+    except AlphalayerError as error:
+        return Verified(path, str(error), False)
+    is_well = family in ("lora", "unknown")
+    what = (
+        "readable, LoRA" if is_well else f"is no LoRA, but a {catalog.FAMILY_NAMES[family]}; move it where it belongs."
+    )
+    return Verified(path, what, is_well)
+
+
+def _verify_embedding(path: Path) -> Verified:
+    if path.suffix in catalog.PICKLE_SUFFIXES:
+        return _refused(path)
+    try:
+        names = read_header(path).shapes.keys()
+    except AlphalayerError as error:
+        return Verified(path, str(error), False)
+    is_well = {"clip_l", "clip_g"} <= names
+    return Verified(
+        path, "readable, embedding" if is_well else "is not an SDXL embedding (clip_l and clip_g).", is_well
+    )
+
+
+def _refused(path: Path) -> Verified:
+    return Verified(path, "is a pickle file and is not opened; use its .safetensors version.", False)
 
 
 def _verify_layer_file(path: Path, published: Published | None, cache: HashCache) -> Verified:

@@ -38,10 +38,14 @@ def read_keys(file: Path) -> list[Key]:
     """The keys of a file; none if there is no file. Raises `SetupFailed`."""
     try:
         return _KEYS.validate_json(file.read_bytes()) if file.is_file() else []
-    except (OSError, ValidationError) as error:
-        raise SetupFailed(
-            f"{file} cannot be read: {error}.", hint="Mend it, or make keys with: alphalayer keys add"
-        ) from None
+    except OSError as error:
+        why = error.strerror or str(error)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        why = ".".join(str(part) for part in first["loc"]) + (": " if first["loc"] else "") + first["msg"]
+    raise SetupFailed(
+        f"{file} cannot be read: {why}.", hint="Mend it, or move it away and make keys with: alphalayer keys add"
+    )
 
 
 def add_key(file: Path, name: str, per_minute: int = 0, queue_share: float = 1.0) -> str:

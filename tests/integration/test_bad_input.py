@@ -118,7 +118,7 @@ def test_a_long_prompt_within_the_limit_is_drawn(originals: Path):
 
 def test_a_model_that_is_not_there_lists_those_that_are(command: Callable[..., str], originals: Path):
     line = command("generate", "x", *SMALL, "--models-dir", str(originals), "--model", "absent")
-    assert line.startswith('error: model: "absent" is not in models/Stable-diffusion')
+    assert line.startswith(f'error: model: "absent" is not in {originals}/Stable-diffusion')
     assert "folder, single" in line
 
 

@@ -155,12 +155,73 @@ def test_models_are_listed_and_verified(run: Run, tmp_path: Path):
     write(tmp_path / "models" / "Stable-diffusion" / "old.safetensors", FAMILIES["sd15"], missing=5)
     code, out, _ = run("models", "list")
     assert code == 0
-    assert "cup" in out
-    assert "lora" in out
+    checkpoints = "models/Stable-diffusion"
+    assert f"error  cup  {checkpoints}/cup.safetensors is a LoRA, not a checkpoint.\n    Move it to Lora/.\n" in out
+    assert f"error  old  {checkpoints}/old.safetensors is cut off" in out
+    assert re.search(
+        r"^ok  alphalayer-mini( \[\w+\])?  Stable Diffusion XL  \S+/models/alphalayer-mini$", out, re.MULTILINE
+    )
     code, out, _ = run("models", "verify")
     assert code == 1
-    assert "cup.safetensors" in out
-    assert "is cut off" in out
+    assert f"error  {checkpoints}/old.safetensors  is cut off" in out
+
+
+def test_names_in_brackets_are_shown_as_they_are(run: Run, tmp_path: Path):
+    """They are markup to the library that prints."""
+    folder = tmp_path / "m[/x]" / "Stable-diffusion"
+    write(folder / "model[v1].safetensors", FAMILIES["sd15"])
+    for command in (["models", "list"], ["models", "verify"], ["doctor"]):
+        _, out, err = run(*command, "--models-dir", "m[/x]")
+        assert "m[/x]/Stable-diffusion/model[v1].safetensors" in out
+        assert err == ""
+    (tmp_path / "cup[red].png").write_bytes(images.encode(np.zeros((3, 5, 4), np.uint8)))
+    assert run("info", "cup[red].png")[1].startswith("cup[red].png  5x3\n")
+
+
+@pytest.mark.parametrize("command", [["models", "list"], ["models", "verify"], ["generate", "x"], ["serve"]])
+def test_a_models_folder_that_was_named_has_to_be_there(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: list[str]
+):
+    (tmp_path / "file").touch()
+    for folder, why in (("absent", "is not there"), ("file", "is not a folder")):
+        code, out, err = run(*command, "--models-dir", folder)
+        assert (code, out) == (1, "")
+        assert err.startswith(f"error: the models folder {folder} {why}.")
+    monkeypatch.setenv("ALPHALAYER_MODELS_DIR", "elsewhere")
+    assert run(*command)[2].startswith("error: the models folder elsewhere is not there.")
+
+
+def test_a_model_that_is_not_there_is_missed_in_the_folder_that_was_named(run: Run, tmp_path: Path):
+    (tmp_path / "mine").mkdir()
+    _, _, err = run("generate", "x", "--models-dir", "mine", "--model", "absent")
+    assert err.startswith('error: model: "absent" is not in mine/Stable-diffusion (1 there: alphalayer-mini)')
+
+
+def test_drawing_with_the_embedded_model_for_want_of_another_is_said(run: Run, tmp_path: Path):
+    (tmp_path / "mine").mkdir()
+    small = ["--width", "64", "--height", "64", "--steps", "1", "--device", "cpu"]
+    code, out, err = run("generate", "an apple", "--models-dir", "mine", *small)
+    assert code == 0
+    assert out.endswith("  alphalayer-mini\n")
+    assert "No model to draw with is in mine/Stable-diffusion" in err
+    assert "alphalayer models pull" in err
+
+
+def test_usage_and_hints_bear_the_name_that_it_was_started_with(run: Run, monkeypatch: pytest.MonkeyPatch):
+    assert "Usage: alphalayer generate" in run("generate", "-h")[1]
+    monkeypatch.setenv("ALPHALAYER_STARTED_BY", "python3 run.py")
+    assert "Usage: python3 run.py generate" in run("generate")[2]
+
+
+def test_a_broken_keys_file_is_one_line(run: Run, tmp_path: Path):
+    (tmp_path / "data").mkdir()
+    for content in ("{", '[{"name": "me"}]', '{"name": "me"}'):
+        (tmp_path / "data" / "keys.json").write_text(content)
+        code, _, err = run("keys", "list")
+        assert code == 1
+        assert err.startswith("error: data/keys.json cannot be read: ")
+        assert len(err.splitlines()) == 1
+        assert "https://" not in err
 
 
 def test_pulling_asks_first(run: Run, tmp_path: Path):
@@ -242,6 +303,9 @@ def test_wrong_usage_is_code_2_without_a_traceback(run: Run, arguments: list[str
 
 
 def test_help_and_version(run: Run):
+    help_ = re.sub(r"[│\s]+", " ", run("generate", "--help")[1])
+    assert "DPM++ 3M SDE" in help_
+    assert "SGM Uniform" in help_
     assert run("version") == (0, f"alphalayer {__version__}\n", "")
     code, out, _ = run("--help")
     assert code == 0

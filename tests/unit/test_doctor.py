@@ -63,6 +63,7 @@ def test_a_good_machine_is_well(tmp_path: Path, free_port: int):
 
 def test_what_is_missing_is_an_error_with_what_to_do(tmp_path: Path, taken_port: int, no_embedded_model: None):
     (tmp_path / "outputs").write_text("in the way")
+    (tmp_path / "models").mkdir()
     settings = _settings(tmp_path, taken_port)
     findings = [each for look in (doctor._models, doctor._port, doctor._outputs) for each in look(settings)]
     assert _about(findings, "no usable model").level == "error"
@@ -117,6 +118,46 @@ def test_a_port_is_free_or_taken(host: str):
     check_port(host, port)
 
 
-def test_an_address_that_is_not_ours_is_named():
-    with pytest.raises(SetupFailed, match=r"port 8000 on 203\.0\.113\.1"):
-        check_port("203.0.113.1", 8000)
+@pytest.mark.parametrize("host", ["203.0.113.1", "nowhere.invalid"])
+def test_an_address_that_is_not_ours_is_named(host: str):
+    with pytest.raises(SetupFailed, match=f"port 8000 on {host}") as raised:
+        check_port(host, 8000)
+    assert "--host" in raised.value.hint
+    assert "--port" not in raised.value.hint
+
+
+def _torch(folder: Path, monkeypatch: pytest.MonkeyPatch, source: str) -> list[Finding]:
+    """What the doctor finds where importing torch runs this."""
+    (folder / "torch.py").write_text(source)
+    monkeypatch.setenv("PYTHONPATH", str(folder))
+    return list(doctor._torch(_settings(folder, 1)))
+
+
+def test_a_torch_that_hangs_fails_or_ends_the_process_is_a_finding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(doctor, "PATIENCE_S", 2)
+    for source, words in (
+        ("import time; time.sleep(60)", "torch does not answer within 2 s"),
+        ("raise OSError('libcuda.so is damaged')", "torch cannot be imported: OSError: libcuda.so is damaged"),
+        ("import os; os._exit(7)", "torch cannot be imported: no message, exit code 7"),
+        ("import sys; sys.exit()", "torch says nothing of itself"),
+    ):
+        (finding,) = _torch(tmp_path, monkeypatch, source)
+        assert finding.level == "error"
+        assert words in finding.what
+        assert finding.hint
+
+
+def test_what_is_printed_while_torch_is_imported_does_no_harm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    stand_in = """
+print("a library greets")
+__version__ = "9.9"
+class version: cuda = None
+class cuda: is_available = staticmethod(lambda: False)
+"""
+    assert _torch(tmp_path, monkeypatch, stand_in)[0] == Finding("ok", "torch 9.9")
+
+
+def test_a_models_folder_that_was_named_and_is_not_there_is_an_error(tmp_path: Path):
+    (finding,) = doctor._models(_settings(tmp_path, 1))
+    assert finding.level == "error"
+    assert f"the models folder {tmp_path / 'models'} is not there" in finding.what

@@ -272,7 +272,9 @@ def test_verify_tells_what_each_file_is(tmp_path: Path):
     (checkpoints / "old.ckpt").write_bytes(b"pickle")
     (checkpoints / "folder").mkdir()
     (checkpoints / "folder" / "model_index.json").write_text('{"_class_name": "StableDiffusionXLPipeline"}')
-    found = {each.path.name: each for each in hub.verify(tmp_path) if tmp_path in each.path.parents}
+    found = {
+        each.path.name: each for each in hub.verify(tmp_path, tmp_path / "embeddings") if tmp_path in each.path.parents
+    }
     assert "differs from the published file" in found["vae_transparent_decoder.safetensors"].finding
     assert found["vae_transparent_decoder.safetensors"].is_well
     assert found["own.safetensors"].finding.startswith("readable, ")
@@ -280,3 +282,27 @@ def test_verify_tells_what_each_file_is(tmp_path: Path):
     assert "pickle" in found["old.ckpt"].finding
     assert not found["old.ckpt"].is_well
     assert not found["folder"].is_well
+
+
+def test_verify_reads_loras_and_embeddings(tmp_path: Path):
+    models, words = tmp_path / "models", tmp_path / "embeddings"
+    for folder in (models / "Lora" / "styles", words):
+        folder.mkdir(parents=True)
+    one = torch.zeros(1, 4)
+    save_file({"lora_unet_x.lora_down.weight": one}, models / "Lora" / "styles" / "pixel.safetensors")
+    save_file({"unet.conv_in.weight": one}, models / "Lora" / "difference.safetensors")
+    save_file({"latent_conv_in.weight": one}, models / "Lora" / "decoder.safetensors")
+    (models / "Lora" / "cut.safetensors").write_bytes(b"cut")
+    save_file({"clip_l": one, "clip_g": one.clone()}, words / "good.safetensors")
+    save_file({"emb_params": one}, words / "sd15.safetensors")
+    (words / "old.pt").write_bytes(b"pickle")
+    found = {each.path.name: each for each in hub.verify(models, words) if tmp_path in each.path.parents}
+    assert {name for name, each in found.items() if each.is_well} == {
+        "pixel.safetensors",
+        "difference.safetensors",
+        "good.safetensors",
+    }
+    assert "LayerDiffuse transparent decoder" in found["decoder.safetensors"].finding
+    assert "clip_l and clip_g" in found["sd15.safetensors"].finding
+    assert "pickle" in found["old.pt"].finding
+    assert len(found) == 7

@@ -53,3 +53,18 @@ def test_the_command():
     assert "The old stack" in said.output
     wrong = CliRunner().invoke(app, ["plan", "--users", "20", "--gpu", "abacus"])
     assert 'unknown card "abacus"' in str(wrong.exception)
+
+
+@pytest.mark.parametrize(
+    "wrong", [("--seconds", "0"), ("--seconds", "-1"), ("--price", "-1"), ("--users", "-5"), ("--p95", "0")]
+)
+def test_figures_that_cannot_be_are_refused(wrong: tuple[str, str]):
+    said = CliRunner().invoke(app, ["plan", "--users", "5", *wrong])
+    assert said.exit_code == 2
+    assert wrong[0] in said.output
+
+
+def test_no_card_that_can_is_a_failure():
+    said = CliRunner().invoke(app, ["plan", "--users", "5", "--gpu", "h200", "--p95", "0.5"])
+    assert said.exit_code == 1
+    assert "a picture alone takes 0.9 s" in said.output

@@ -100,8 +100,8 @@ def find_models(models_dir: Path) -> list[ModelEntry]:
     return sorted(entries, key=lambda entry: (entry.path == EMBEDDED_MODEL, entry.name.lower()))
 
 
-def resolve_model(name: str | None, entries: list[ModelEntry]) -> ModelEntry:
-    """The entry that a name, title, file name or hash means; without one the first usable entry.
+def resolve_model(name: str | None, entries: list[ModelEntry], models_dir: Path = Path("models")) -> ModelEntry:
+    """The entry that a name, title, file name or hash means; without one the first usable entry. `models_dir` is for messages.
 
     Raises:
         ModelNotFound: none of that name; the message lists those that are there.
@@ -114,7 +114,7 @@ def resolve_model(name: str | None, entries: list[ModelEntry]) -> ModelEntry:
         if entries and entries[0].problem:
             raise entries[0].problem
         raise ModelNotFound(
-            "no model is in models/Stable-diffusion.", hint=f"Put an SDXL checkpoint there, or run: {PULL}"
+            f"no model is in {models_dir / CHECKPOINTS}.", hint=f"Put an SDXL checkpoint there, or run: {PULL}"
         )
     for entry in entries:
         if name in (entry.name, entry.title, entry.path.name, entry.path.stem, entry.sha256, entry.short_hash):
@@ -123,7 +123,7 @@ def resolve_model(name: str | None, entries: list[ModelEntry]) -> ModelEntry:
             return entry
     there = ", ".join(entry.name for entry in entries) or "none"
     raise ModelNotFound(
-        f'"{name}" is not in models/Stable-diffusion ({len(entries)} there: {there}).',
+        f'"{name}" is not in {models_dir / CHECKPOINTS} ({len(entries)} there: {there}).',
         hint=f"Use one of them, or run: {PULL}",
         field="model",
     )
@@ -169,7 +169,7 @@ def find_lora(models_dir: Path, name: str) -> Path:
     files = {path.stem: path for path in sorted((models_dir / "Lora").rglob("*.safetensors"))}
     if name not in files:
         there = ", ".join(files) or "none"
-        raise InvalidRequest(f'"{name}" is not in models/Lora ({len(files)} there: {there}).', field="loras")
+        raise InvalidRequest(f'"{name}" is not in {models_dir / "Lora"} ({len(files)} there: {there}).', field="loras")
     return files[name]
 
 

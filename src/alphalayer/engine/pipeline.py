@@ -245,7 +245,8 @@ class LocalEngine:
         return [_result(each, model, list(islice(cropped, each.batch_size)), stopwatch) for each in requests]
 
     def _entry(self, request: GenerationRequest) -> ModelEntry:
-        entry = catalog.resolve_model(request.model or self._default_model, catalog.find_models(self._models_dir))
+        entries = catalog.find_models(self._models_dir)
+        entry = catalog.resolve_model(request.model or self._default_model, entries, self._models_dir)
         if request.layerdiffuse.enabled:
             catalog.check_layerdiffuse_method(entry, request.layerdiffuse.method)
         return entry
