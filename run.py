@@ -1,5 +1,10 @@
 #!/usr/bin/env python3
-"""Set up and run Alphalayer with nothing but Python: `python3 run.py generate "an apple"`, `python3 run.py test`.
+"""Set up and run Alphalayer with nothing but Python.
+
+    python3 run.py generate "an apple"   draw a picture into outputs/
+    python3 run.py serve                 start the service: a page, and the HTTP interface
+    python3 run.py test                  run the tests
+    python3 run.py models | doctor | info | plan | keys    each explains itself with --help
 
 Makes `.venv` beside this file, installs torch (for the GPU that is there, else for the CPU) and Alphalayer into it, and hands everything
 else to the `alphalayer` command. The second time it starts at once. Standard library only.
@@ -31,14 +36,17 @@ OLDEST, NEWEST = (3, 10), (3, 13)
 
 def main(arguments: list[str]) -> int:
     """Set up what is missing, then run the command."""
+    given = list(arguments)
     torch_build = os.environ.get("ALPHALAYER_TORCH", "")
     while arguments and arguments[0] in ("--cpu", "--cuda"):
         torch_build = arguments.pop(0)[2:]
-    if not arguments:
+    if not arguments or arguments[0] in ("-h", "--help"):
         print(__doc__)
-        return 2
+        return 0 if arguments else 2
+    if torch_build not in ("", "cpu", "cuda"):
+        fail(f'ALPHALAYER_TORCH is "{torch_build}".', "It can be cpu or cuda; without it, the machine is asked.")
     if not OLDEST <= sys.version_info[:2] <= NEWEST:
-        return restart_with_another_python(arguments)
+        return restart_with_another_python(given)
     is_test = arguments[0] == "test"
     set_up(torch_build or ("cuda" if has_nvidia_gpu() else "cpu"), is_test)
     command = [str(PYTHON), "-m", "pytest"] if is_test else [str(PYTHON), "-m", "alphalayer.cli"]
@@ -114,14 +122,42 @@ def pip(*arguments: str, must: bool = True) -> str:
     """Run pip for `.venv`; its output, empty after a failure that may be. A failure that may not be ends the program."""
     has_own = subprocess.run([str(PYTHON), "-m", "pip", "--version"], **QUIET).returncode == 0
     command = [str(PYTHON), "-m", "pip"] if has_own else [sys.executable, "-m", "pip", "--python", str(PYTHON)]
-    done = subprocess.run([*command, *arguments, "--disable-pip-version-check"], **QUIET)
     with LOG.open("a") as log:
-        log.write(f"$ pip {' '.join(arguments)}\n{done.stdout}\n")
-    if done.returncode and must:
-        last = "\n".join(done.stdout.strip().splitlines()[-30:])
-        hint = "Check the connection and run the same command again; it goes on where it stopped."
+        log.write(f"$ pip {' '.join(arguments)}\n")
+    code, output = watch([*command, *arguments, "--disable-pip-version-check"])
+    if code and must:
+        last = "\n".join(output.strip().splitlines()[-30:])
+        hint = (
+            f"Check the connection and run the same command again; it goes on where it stopped. All of it is in {LOG}."
+        )
         fail(f"pip {' '.join(arguments)} failed:\n{last}", hint)
-    return "" if done.returncode else done.stdout or "done"
+    return "" if code else output or "done"
+
+
+def watch(command: list[str]) -> tuple[int, str]:
+    """Run a command into the log: its exit code and output. On a terminal, show the seconds and the last line of it meanwhile."""
+    start, begin, shown = time.monotonic(), LOG.stat().st_size, 0
+
+    def output() -> str:
+        return LOG.read_bytes()[begin:].decode(errors="replace")
+
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PIP_PROGRESS_BAR": "off"}
+    streams = {"stderr": subprocess.STDOUT, "env": environment}
+    with LOG.open("a") as log, subprocess.Popen(command, stdout=log, **streams) as process:
+        while True:
+            try:
+                process.wait(1)
+                break
+            except subprocess.TimeoutExpired:
+                if not sys.stderr.isatty():
+                    continue
+            last = (output().strip().splitlines() or [""])[-1].strip()
+            line = f"    {time.monotonic() - start:.0f} s  {last}"[: shutil.get_terminal_size().columns - 1]
+            print(f"\r{line:<{shown}}", end="", file=sys.stderr, flush=True)
+            shown = len(line)
+    if shown:
+        print(f"\r{'':<{shown}}\r", end="", file=sys.stderr, flush=True)
+    return process.returncode, output()
 
 
 def has_nvidia_gpu() -> bool:

@@ -375,8 +375,8 @@ def _tell_of_embedded_model(name: str | None, models_dir: Path) -> None:
     entry = catalog.resolve_model(name, catalog.find_models(models_dir), models_dir)
     if not name and entry.path == catalog.EMBEDDED_MODEL:
         folder = models_dir / catalog.CHECKPOINTS
-        err.print(f"No model to draw with is in {folder}: this is {entry.name}, the small one that comes along.")
-        err.print(as_started("To draw with SDXL: alphalayer models pull"))
+        told = f"Drawing with {entry.name}, the small model that comes along, since {folder} holds none to draw with."
+        err.print(as_started(f"{told} For SDXL: alphalayer models pull"))
 
 
 def main() -> None:

@@ -203,7 +203,9 @@ def test_drawing_with_the_embedded_model_for_want_of_another_is_said(run: Run, t
     code, out, err = run("generate", "an apple", "--models-dir", "mine", *small)
     assert code == 0
     assert out.endswith("  alphalayer-mini\n")
-    assert "No model to draw with is in mine/Stable-diffusion" in err
+    assert err.startswith(
+        "Drawing with alphalayer-mini, the small model that comes along, since mine/Stable-diffusion holds none"
+    )
     assert "alphalayer models pull" in err
 
 

@@ -123,6 +123,33 @@ def test_without_a_command_it_explains_itself(script: ModuleType, done: list[Any
     assert done == []
 
 
+@pytest.mark.parametrize("arguments", [["--help"], ["-h"], ["--cpu", "--help"]])
+def test_help_sets_nothing_up(
+    script: ModuleType, done: list[Any], capsys: pytest.CaptureFixture[str], arguments: list[str]
+):
+    assert script.main(arguments) == 0
+    assert "python3 run.py serve" in capsys.readouterr().out
+    assert done == []
+
+
+def test_another_python_gets_the_same_line(script: ModuleType, done: list[Any], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(script, "NEWEST", (3, 12))
+    monkeypatch.setattr(script.sys, "version_info", (3, 99, 0))
+    monkeypatch.setattr(script.shutil, "which", lambda name: f"/bin/{name}")
+    script.main(["--cpu", "generate", "an apple"])
+    assert done == [["/bin/python3.12", str(script.ROOT / "run.py"), "--cpu", "generate", "an apple"]]
+
+
+def test_a_torch_that_is_not_known_is_named(
+    script: ModuleType, done: list[Any], monkeypatch: pytest.MonkeyPatch, capsys
+):
+    monkeypatch.setenv("ALPHALAYER_TORCH", "gpu")
+    with pytest.raises(SystemExit):
+        script.main(["doctor"])
+    assert 'ALPHALAYER_TORCH is "gpu"' in capsys.readouterr().err
+    assert done == []
+
+
 # --- the stamp
 
 
@@ -217,6 +244,20 @@ def test_a_pip_that_fails_is_shown_and_logged(script: ModuleType, capsys: pytest
 def test_the_script_itself_runs():
     done = subprocess.run([sys.executable, str(SCRIPT)], capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stderr) == (2, "")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs a pseudo-terminal")
+def test_on_a_terminal_what_takes_long_is_watched(script: ModuleType, monkeypatch: pytest.MonkeyPatch):
+    import pty
+
+    there, here = pty.openpty()
+    script.LOG.touch()
+    with os.fdopen(here, "w") as terminal:
+        monkeypatch.setattr(script.sys, "stderr", terminal)
+        slow = "import time; print('Downloading torch (196.5 MB)'); time.sleep(1.5); print('end'); raise SystemExit(3)"
+        assert script.watch([sys.executable, "-c", slow]) == (3, "Downloading torch (196.5 MB)\nend\n")
+        assert "1 s  Downloading torch (196.5 MB)" in os.read(there, 1000).decode()
+    os.close(there)
 
 
 # --- the old stack's start lines
