@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from alphalayer.errors import InvalidRequest
+from alphalayer.wording import in_our_words
 
 SAMPLERS = (
     "DPM++ 2M SDE",
@@ -184,9 +185,7 @@ def parse_request(fields: dict[str, Any]) -> GenerationRequest:
         return GenerationRequest.model_validate(fields)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        raise InvalidRequest(
-            first["msg"].removeprefix("Value error, ") + ".", field=".".join(str(part) for part in first["loc"])
-        ) from None
+        raise InvalidRequest(in_our_words(first) + ".", field=".".join(str(part) for part in first["loc"])) from None
 
 
 def split_sampler_name(name: str | None, scheduler: str | None = None) -> tuple[str | None, str | None]:
