@@ -129,7 +129,7 @@ class JobResult(_Frozen):
 
 
 class JobProgress(_Frozen):
-    """How far a running job is. `preview` is the storage key of a small picture."""
+    """How far a running job is, in steps over all its iterations. `preview` is the storage key of a small picture."""
 
     stage: str = "start"
     step: int = 0

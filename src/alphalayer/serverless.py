@@ -62,7 +62,11 @@ class Handler:
 
     def _draw(self, spec: JobSpec, on_progress: Any, with_data: bool) -> dict[str, Any]:
         drawing = Job.new(spec)
-        results = [self._engine.draw([Order(each, on_progress)])[0] for each in iterations(drawing)]
+        orders = [
+            Order(each, lambda progress, i=i: on_progress(progress.within(i, spec.iterations)))
+            for i, each in enumerate(iterations(drawing))
+        ]
+        results = [self._engine.draw([order])[0] for order in orders]
         result = store_pictures(self._storage, drawing, results)
         done = drawing.model_copy(update={"state": JobState.DONE, "result": result})
         pictures = [self._answer(image, with_data) for image in result.images]

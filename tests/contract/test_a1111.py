@@ -6,6 +6,7 @@ import base64
 import concurrent.futures
 import io
 import json
+import time
 from pathlib import Path
 
 import numpy as np
@@ -268,7 +269,7 @@ def test_progress_preview_and_interrupt(tmp_path):
     with served(tmp_path, engine_options={"step_s": 0.05}) as client, concurrent.futures.ThreadPoolExecutor() as pool:
         idle = client.get("/sdapi/v1/progress").json()
         assert IDLE.items() <= idle.items()
-        assert idle["state"]["job_count"] == 0
+        assert (idle["state"]["job_count"], idle["state"]["job_timestamp"]) == (0, "0")
         slow = pool.submit(draw, client, steps=150, override_settings={"live_previews_enable": True})
 
         def running():
@@ -287,6 +288,23 @@ def test_progress_preview_and_interrupt(tmp_path):
         assert answer.status_code == 409
         assert "cancelled" in answer.json()["detail"]
         wait_until(lambda: running()["state"]["job_count"] == 0)
+
+
+def test_progress_counts_over_all_iterations(tmp_path):
+    with served(tmp_path, engine_options={"step_s": 0.03}) as client, concurrent.futures.ThreadPoolExecutor() as pool:
+        slow = pool.submit(draw, client, steps=10, n_iter=3)
+        seen = []
+        while not slow.done():
+            now = client.get("/sdapi/v1/progress").json()
+            if now["state"]["sampling_steps"]:
+                seen.append((now["progress"], now["state"]["job_no"], now["state"]["sampling_step"]))
+                assert (now["state"]["job_count"], now["state"]["sampling_steps"]) == (3, 10)
+                assert now["progress"] == pytest.approx((10 * seen[-1][1] + seen[-1][2]) / 30, abs=1e-3)
+            time.sleep(0.01)
+        assert slow.result().status_code == 200
+        assert [each for each, _, _ in seen] == sorted(each for each, _, _ in seen)
+        assert {number for _, number, _ in seen} == {0, 1, 2}
+        assert all(0 <= step <= 10 for _, _, step in seen)
 
 
 def test_basic_auth_and_jobs_of_others(tmp_path):

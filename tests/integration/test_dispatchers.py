@@ -14,7 +14,7 @@ from tests.servers import Postgres, postgres_programs
 
 from alphalayer.errors import Cancelled, EngineFailed, InvalidRequest, QueueFull, StorageFailed
 from alphalayer.job import ImageRef, JobProgress, JobResult, JobSpec, JobState
-from alphalayer.jobs import MAX_STARTS, Dispatcher, Outcome
+from alphalayer.jobs import MAX_STARTS, USUAL_SECONDS, Dispatcher, Outcome, eta
 from alphalayer.jobs.embedded import EmbeddedDispatcher
 from alphalayer.jobs.journal import jobs
 from alphalayer.request import GenerationRequest
@@ -121,6 +121,23 @@ async def test_whoever_watches_sees_progress_and_the_end(open_one):
     await soon(watching)
     assert seen[-1][0] is JobState.FAILED
     assert (JobState.RUNNING, 3) in seen
+
+
+async def test_the_time_left_counts_all_that_comes_before(open_one):
+    queue = await open_one()
+    first, second, third = [await queue.submit(spec()) for _ in range(3)]
+    assert [(await queue.view(each.id)).eta_s for each in (first, third)] == [USUAL_SECONDS, 3 * USUAL_SECONDS]
+    await soon(queue.take())
+    await queue.started(first.id)
+    await asyncio.sleep(0.2)
+    await queue.progressed(first.id, JobProgress(stage="sample", step=1, steps=101))
+    async for view in queue.watch(second.id):  # told again as time passes, without any news of it
+        if view.eta_s > USUAL_SECONDS:
+            break
+    rest = (await queue.view(first.id)).eta_s
+    assert rest >= 20
+    assert (await queue.view(second.id)).eta_s == pytest.approx(rest + USUAL_SECONDS, rel=0.2)
+    assert (await queue.view(third.id)).eta_s == pytest.approx(rest + 2 * USUAL_SECONDS, rel=0.2)
 
 
 async def test_room_shares_and_idempotency(open_one):
@@ -253,6 +270,12 @@ async def test_finished_jobs_are_forgotten_in_time(open_one):
     assert await queue.forget(ended - 1) == 0
     assert await queue.forget(ended + 1) == 1
     assert await queue.view(job.id) is None
+
+
+def test_several_engines_share_what_waits():
+    assert eta.wait_s([10.0, None], 2, 4, usual_s=20.0) == (10 + 20) / 2 + 4 * 20 / 2 + 20
+    assert eta.rest_s(None, JobProgress()) is eta.rest_s(time.time(), JobProgress(steps=9)) is None
+    assert eta.rest_s(time.time() - 10, JobProgress(step=5, steps=20)) == pytest.approx(30, abs=1)
 
 
 # --- only where many share a queue

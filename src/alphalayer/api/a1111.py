@@ -279,21 +279,23 @@ async def progress(
 ) -> dict[str, Any]:
     """One's own job that runs now; idle is progress 0 and job_count 0. The preview is there if `live_previews_enable` is."""
     view = await _running(service, user)
-    done = view.progress.step / view.progress.steps if view and view.progress.steps else 0.0
+    step, steps, count = (view.progress.step, view.progress.steps, view.job.spec.iterations) if view else (0, 0, 0)
+    steps_each = steps // count if count else 0
+    number = min(step // steps_each, count - 1) if steps_each else 0
     preview = None if skip_current_image or view is None else view.progress.preview
     return {
-        "progress": round(done, 4),
+        "progress": round(step / steps, 4) if steps else 0.0,
         "eta_relative": (view.eta_s or 0.0) if view else 0.0,
         "state": {
             "skipped": False,
             "interrupted": False,
             "stopping_generation": False,
             "job": view.job.id if view else "",
-            "job_count": view.job.spec.iterations if view else 0,
-            "job_timestamp": time.strftime("%Y%m%d%H%M%S", time.localtime(view.job.created_at if view else 0)),
-            "job_no": 0,
-            "sampling_step": view.progress.step if view else 0,
-            "sampling_steps": view.progress.steps if view else 0,
+            "job_count": count,
+            "job_timestamp": time.strftime("%Y%m%d%H%M%S", time.localtime(view.job.created_at)) if view else "0",
+            "job_no": number,
+            "sampling_step": step - number * steps_each,
+            "sampling_steps": steps_each,
         },
         "current_image": await _preview(service, preview) if preview else None,
         "textinfo": None,

@@ -73,7 +73,7 @@ class JobAnswer(BaseModel):
         str, Field(description="waiting, load, text, sample, vae, decode, store, or the state once it is over.")
     ]
     step: Annotated[int, Field(description="The last step done.")]
-    steps: Annotated[int, Field(description="Steps in all.")]
+    steps: Annotated[int, Field(description="Steps in all, over all iterations; 0 before they are known.")]
     eta_s: Annotated[float | None, Field(description="Seconds left, where that can be said.")] = None
     preview_url: Annotated[
         str | None, Field(description="A small picture of how it stands, where previews were asked for.")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -28,6 +28,10 @@ class Progress:
     step: int = 0
     steps: int = 0
     preview: NDArray[np.uint8] | None = None
+
+    def within(self, iteration: int, iterations: int) -> Progress:
+        """The same of a request that is one of several, drawn one after another: steps counted over all of them."""
+        return replace(self, step=iteration * self.steps + self.step, steps=iterations * self.steps)
 
 
 @dataclass(frozen=True)

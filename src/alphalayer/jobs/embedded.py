@@ -15,8 +15,11 @@ from filelock import FileLock, Timeout
 
 from alphalayer.errors import AlphalayerError, Cancelled, QueueFull, SetupFailed, StorageFailed
 from alphalayer.job import Job, JobProgress, JobResult, JobSpec, JobState
-from alphalayer.jobs import MAX_STARTS, USUAL_SECONDS, JobView, OnEnd, Outcome, gave_up, nobody, over
+from alphalayer.jobs import MAX_STARTS, USUAL_SECONDS, JobView, OnEnd, Outcome, eta, gave_up, nobody, over
 from alphalayer.jobs.journal import Journal
+
+LOOK_EVERY_S = 2.0
+"""How often whoever watches a waiting job is told the time left."""
 
 
 @dataclass
@@ -187,9 +190,11 @@ class EmbeddedDispatcher:
     async def watch(self, job_id: str) -> AsyncIterator[JobView]:
         """Every change of a job until it is over."""
         while (live := self._live.get(job_id)) is not None:
-            changed = live.changed
+            changed, waits = live.changed, job_id in self._waiting
             yield self._view(live)
-            await changed.wait()
+            # time passes for those who wait, whether something happens or not
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(changed.wait(), LOOK_EVERY_S if waits else None)
         view = await self.view(job_id)
         if view:
             yield view
@@ -304,11 +309,14 @@ class EmbeddedDispatcher:
         job, progress = live.job, live.progress
         if job.id in self._waiting:
             position = self._waiting.index(job.id) + 1
-            return JobView(job, position, progress, round(position * self._usual_seconds, 1))
-        eta = None
-        if job.started_at and progress.steps and progress.step:
-            eta = round((time.time() - job.started_at) / progress.step * (progress.steps - progress.step), 1)
-        return JobView(job, 0, progress, eta)
+            return JobView(job, position, progress, self._wait_s(position))
+        return JobView(job, 0, progress, eta.rest_s(job.started_at, progress))
+
+    def _wait_s(self, position: int) -> float:
+        running = [each for each in self._live.values() if each.job.state is JobState.RUNNING]
+        sent_ahead = len(self._live) - len(self._waiting) - len(running)
+        rests = [eta.rest_s(each.job.started_at, each.progress) for each in running]
+        return eta.wait_s(rests, len(running), sent_ahead + position - 1, self._usual_seconds)
 
 
 def _lock(file: Path) -> FileLock:

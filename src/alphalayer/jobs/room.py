@@ -15,6 +15,10 @@ from alphalayer.jobs.journal import jobs
 
 _WAITING = jobs.c.state == JobState.QUEUED.value
 _COUNT = select(func.count()).select_from(jobs).where(_WAITING)
+_RUNNING = (
+    select(jobs.c.id, jobs.c.started_at, func.count().over()).where(jobs.c.state == JobState.RUNNING.value).limit(20)
+)
+"""Some of those that run, each with the number of all."""
 _LATELY = (
     select((jobs.c.finished_at - jobs.c.started_at).label("seconds"))
     .where(jobs.c.state == JobState.DONE.value)
@@ -34,6 +38,9 @@ class Room:
         self.oldest_waiting_s = 0.0
         self.usual_s = USUAL_SECONDS
         """What a job took lately."""
+        self.running = 0
+        self.some_running: dict[str, float] = {}
+        """When some of those that run were started, by id."""
 
     @property
     def retry_after_s(self) -> int:
@@ -45,6 +52,9 @@ class Room:
         oldest = select(func.count(), func.min(jobs.c.created_at)).where(_WAITING)
         count, since = (await connection.execute(oldest)).one()
         seconds = (await connection.execute(select(func.avg(_LATELY.c.seconds)))).scalar()
+        found = (await connection.execute(_RUNNING)).all()
+        self.running = found[0][2] if found else 0
+        self.some_running = {job_id: started_at for job_id, started_at, _ in found}
         self.queue_length = count
         self.oldest_waiting_s = time.time() - since if since else 0.0
         self.usual_s = float(seconds) if seconds is not None else USUAL_SECONDS

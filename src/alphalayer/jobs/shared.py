@@ -25,7 +25,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from alphalayer.errors import AlphalayerError, Cancelled, StorageFailed
 from alphalayer.job import Job, JobProgress, JobResult, JobSpec, JobState
-from alphalayer.jobs import MAX_STARTS, JobView, OnEnd, Outcome, claims, gave_up, nobody, over
+from alphalayer.jobs import MAX_STARTS, JobView, OnEnd, Outcome, claims, eta, gave_up, nobody, over
 from alphalayer.jobs.journal import ADD, OPEN, UNREACHABLE, Journal, jobs, row_of
 from alphalayer.jobs.news import News
 from alphalayer.jobs.room import Room
@@ -368,11 +368,11 @@ class SharedDispatcher:
                 position = (
                     await connection.execute(select(func.count()).select_from(jobs).where(older))
                 ).scalar_one() + 1
-            return JobView(job, position, JobProgress(), round(position * self._room.usual_s, 1))
-        eta, progress = None, self._news.progress_of(job.id)
-        if job.started_at and progress.steps and progress.step:
-            eta = round((time.time() - job.started_at) / progress.step * (progress.steps - progress.step), 1)
-        return JobView(job, 0, progress, eta)
+            room = self._room
+            rests = [eta.rest_s(at, self._news.progress_of(each)) for each, at in room.some_running.items()]
+            return JobView(job, position, JobProgress(), eta.wait_s(rests, room.running, position - 1, room.usual_s))
+        progress = self._news.progress_of(job.id)
+        return JobView(job, 0, progress, eta.rest_s(job.started_at, progress))
 
     def _asked_to_cancel(self, job_id: str) -> None:
         if job_id in self._held:

@@ -87,10 +87,12 @@ class EngineProcess:
         """The results of each job: one a round."""
         if len(jobs) > 1:
             return [[each] for each in engine.draw([self._order(storage, job, job.spec.generation) for job in jobs])]
-        return [[engine.draw([self._order(storage, job, request)])[0] for job in jobs for request in iterations(job)]]
+        rounds = [(job, request, i) for job in jobs for i, request in enumerate(iterations(job))]
+        return [[engine.draw([self._order(storage, *each)])[0] for each in rounds]]
 
-    def _order(self, storage: Storage, job: Job, request: GenerationRequest) -> Order:
-        def on_progress(progress: Progress) -> None:
+    def _order(self, storage: Storage, job: Job, request: GenerationRequest, iteration: int = 0) -> Order:
+        def on_progress(of_one: Progress) -> None:
+            progress = of_one.within(iteration, job.spec.iterations)
             key = None
             if progress.preview is not None:
                 # without room for a preview the job goes on; it fails when there is none for the picture

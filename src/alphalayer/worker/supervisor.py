@@ -24,7 +24,7 @@ from alphalayer.worker.batcher import next_batch
 from alphalayer.worker.protocol import MAX_LINE_BYTES, read_message, write_message
 
 LAST_STAGES = ("decode", "store")
-"""Once a batch is here the next one is sent: it waits in the process, so that the device need not wait for it."""
+"""Once a batch is here with its last step the next one is sent: it waits in the process, so that the device need not wait for it."""
 RESTART_PAUSE_S = (0.1, 1.0, 5.0, 15.0, 60.0)
 """How long to wait before the process is started again, by how often it died without finishing anything."""
 
@@ -219,7 +219,7 @@ class Supervisor:
         elif kind == "progress":
             work.progress = JobProgress.model_validate(message["progress"]).following(work.progress)
             work.trace.stage(work.progress.stage)
-            if work.progress.stage in LAST_STAGES:
+            if work.progress.stage in LAST_STAGES and work.progress.step == work.progress.steps:
                 self._make_room(work.batch)
             await self._dispatcher.progressed(job_id, work.progress)
         elif kind == "done":
