@@ -27,8 +27,11 @@ BASE_URL = "http://localhost:7861"
 TIMEOUT_S = 60.0
 """How long the service may be silent; a job that waits tells so more often than that."""
 JOBS = "/alpha/v1/jobs"
-PAUSES_S = (0.2, 1.0, 3.0, 5.0, 10.0, 20.0)
-"""Before each new try when the service cannot be reached; about the time that it takes to start again."""
+PATIENCE_S = 40.0
+"""How long a job is waited for where the service is away; about the time that it takes to start again."""
+PAUSES_S = (0.2, 1.0, 3.0, 5.0, 10.0)
+"""Before each new try; the last one goes on."""
+NOT_EVEN_SENT = (httpx.ConnectError, httpx.ConnectTimeout, httpx.UnsupportedProtocol)
 _WHERE = "Check the address, and that the service runs: alphalayer serve"
 
 
@@ -90,11 +93,38 @@ class JobStatus:
         raise self.error or Cancelled(f"job {self.id} was cancelled.")
 
 
+class _Patience:
+    """What to do when the service cannot be reached, in one call: try again for a while, but a new request only if it was there."""
+
+    def __init__(self, address: str, seconds: float, *, is_new: bool):
+        self._address = address
+        self._seconds = seconds
+        self._is_new = is_new
+        self._failures = 0
+        self._end = 0.0
+
+    def renew(self) -> None:
+        """It was there."""
+        self._failures = 0
+
+    def pause_s(self, error: httpx.TransportError) -> float:
+        """How long to wait before the next try, in seconds. Raises `ServiceUnreachable` instead of the last."""
+        self._failures += 1
+        if self._failures == 1:
+            self._end = time.monotonic() + self._seconds
+        is_hopeless = self._is_new and self._failures == 1 and isinstance(error, NOT_EVEN_SENT)
+        pause = PAUSES_S[min(self._failures, len(PAUSES_S)) - 1]
+        if is_hopeless or time.monotonic() + pause > self._end:
+            raise ServiceUnreachable(f"{self._address} does not answer: {error}.", hint=_WHERE) from error
+        return pause
+
+
 class _Calls:
     """What is said and how answers are understood, the same for both clients."""
 
-    def __init__(self, base_url: str, api_key: str | None):
+    def __init__(self, base_url: str, api_key: str | None, patience_s: float):
         self.base_url = base_url.rstrip("/")
+        self._patience_s = patience_s
         self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
 
     def call(self, method: str, path: str, **more: Any) -> dict[str, Any]:
@@ -117,18 +147,27 @@ class _Calls:
             text = response.text.strip()[:200]
             raise ServiceUnreachable(f"{response.url} answered {response.status_code}: {text}", hint=_WHERE) from None
 
-    def after_failure(self, failures: int, error: httpx.TransportError) -> float:
-        """How long to wait before the next try, in seconds. Raises `ServiceUnreachable` after the last."""
-        if failures > len(PAUSES_S):
-            raise ServiceUnreachable(f"{self.base_url} does not answer: {error}.", hint=_WHERE) from error
-        return PAUSES_S[failures - 1]
+    def patience(self, *, is_new: bool = False) -> _Patience:
+        """That of one call; of a new request, or one about a job that the service has."""
+        return _Patience(self.base_url, self._patience_s, is_new=is_new)
 
 
 class Client:
-    """One service. `http` may bring an `httpx.Client` of one's own, with its proxies and certificates."""
+    """One service. `http` may bring an `httpx.Client` of one's own, with its proxies and certificates.
 
-    def __init__(self, base_url: str = BASE_URL, *, api_key: str | None = None, http: httpx.Client | None = None):
-        self._calls = _Calls(base_url, api_key)
+    A job that was submitted is waited for across a restart of the service, up to `patience_s` seconds without an answer; a new
+    request to where nobody is fails at once.
+    """
+
+    def __init__(
+        self,
+        base_url: str = BASE_URL,
+        *,
+        api_key: str | None = None,
+        http: httpx.Client | None = None,
+        patience_s: float = PATIENCE_S,
+    ):
+        self._calls = _Calls(base_url, api_key, patience_s)
         self._http = http or httpx.Client(timeout=TIMEOUT_S)
 
     def __enter__(self) -> Client:
@@ -153,7 +192,7 @@ class Client:
 
     def submit(self, prompt: str, *, idempotency_key: str | None = None, **fields: Any) -> JobStatus:
         """Put a job into the queue; the same key gives the same job again. Raises `QueueFull`, `InvalidRequest` and others."""
-        return JobStatus.read(self._send(self._calls.submit(prompt, idempotency_key, fields)).json())
+        return JobStatus.read(self._send(self._calls.submit(prompt, idempotency_key, fields), is_new=True).json())
 
     def get(self, job_id: str) -> JobStatus:
         """How a job stands. Raises `JobMissing`."""
@@ -161,7 +200,7 @@ class Client:
 
     def list(self, **query: Any) -> Sequence[JobStatus]:
         """One's jobs, newest first; `state`, `limit`, `before` (created before this time)."""
-        answer = self._send(self._calls.call("GET", JOBS, params=query)).json()
+        answer = self._send(self._calls.call("GET", JOBS, params=query), is_new=True).json()
         return [JobStatus.read(each) for each in answer["jobs"]]
 
     def cancel(self, job_id: str) -> JobStatus:
@@ -170,7 +209,7 @@ class Client:
 
     def events(self, job_id: str) -> Iterator[JobStatus]:
         """Every change of a job until it is over; goes on where the service is away for a while."""
-        call, failures = self._calls.call("GET", f"{JOBS}/{job_id}/events"), 0
+        call, patience = self._calls.call("GET", f"{JOBS}/{job_id}/events"), self._calls.patience()
         while True:
             try:
                 with self._http.stream(**call) as response:
@@ -178,34 +217,39 @@ class Client:
                         response.read()
                     for line in self._calls.check(response).iter_lines():
                         if status := _event(line):
-                            failures = 0
+                            patience.renew()
                             yield status
                             if status.is_over:
                                 return
                 raise httpx.RemoteProtocolError("the events ended before the job")
             except httpx.TransportError as error:
-                failures += 1
-                time.sleep(self._calls.after_failure(failures, error))
+                time.sleep(patience.pause_s(error))
 
     def download(self, picture: Picture | str) -> bytes:
         """The file of a picture, or of its URL."""
         return self._send({"method": "GET", "url": picture if isinstance(picture, str) else picture.url}).content
 
-    def _send(self, call: dict[str, Any]) -> httpx.Response:
-        failures = 0
+    def _send(self, call: dict[str, Any], *, is_new: bool = False) -> httpx.Response:
+        patience = self._calls.patience(is_new=is_new)
         while True:
             try:
                 return self._calls.check(self._http.request(**call))
             except httpx.TransportError as error:
-                failures += 1
-                time.sleep(self._calls.after_failure(failures, error))
+                time.sleep(patience.pause_s(error))
 
 
 class AsyncClient:
     """`Client`, to be awaited."""
 
-    def __init__(self, base_url: str = BASE_URL, *, api_key: str | None = None, http: httpx.AsyncClient | None = None):
-        self._calls = _Calls(base_url, api_key)
+    def __init__(
+        self,
+        base_url: str = BASE_URL,
+        *,
+        api_key: str | None = None,
+        http: httpx.AsyncClient | None = None,
+        patience_s: float = PATIENCE_S,
+    ):
+        self._calls = _Calls(base_url, api_key, patience_s)
         self._http = http or httpx.AsyncClient(timeout=TIMEOUT_S)
 
     async def __aenter__(self) -> AsyncClient:
@@ -230,7 +274,9 @@ class AsyncClient:
 
     async def submit(self, prompt: str, *, idempotency_key: str | None = None, **fields: Any) -> JobStatus:
         """See `Client.submit`."""
-        return JobStatus.read((await self._send(self._calls.submit(prompt, idempotency_key, fields))).json())
+        return JobStatus.read(
+            (await self._send(self._calls.submit(prompt, idempotency_key, fields), is_new=True)).json()
+        )
 
     async def get(self, job_id: str) -> JobStatus:
         """See `Client.get`."""
@@ -238,7 +284,7 @@ class AsyncClient:
 
     async def list(self, **query: Any) -> Sequence[JobStatus]:
         """See `Client.list`."""
-        answer = (await self._send(self._calls.call("GET", JOBS, params=query))).json()
+        answer = (await self._send(self._calls.call("GET", JOBS, params=query), is_new=True)).json()
         return [JobStatus.read(each) for each in answer["jobs"]]
 
     async def cancel(self, job_id: str) -> JobStatus:
@@ -247,7 +293,7 @@ class AsyncClient:
 
     async def events(self, job_id: str) -> AsyncIterator[JobStatus]:
         """See `Client.events`."""
-        call, failures = self._calls.call("GET", f"{JOBS}/{job_id}/events"), 0
+        call, patience = self._calls.call("GET", f"{JOBS}/{job_id}/events"), self._calls.patience()
         while True:
             try:
                 async with self._http.stream(**call) as response:
@@ -255,14 +301,13 @@ class AsyncClient:
                         await response.aread()
                     async for line in self._calls.check(response).aiter_lines():
                         if status := _event(line):
-                            failures = 0
+                            patience.renew()
                             yield status
                             if status.is_over:
                                 return
                 raise httpx.RemoteProtocolError("the events ended before the job")
             except httpx.TransportError as error:
-                failures += 1
-                await asyncio.sleep(self._calls.after_failure(failures, error))
+                await asyncio.sleep(patience.pause_s(error))
 
     async def download(self, picture: Picture | str) -> bytes:
         """See `Client.download`."""
@@ -270,14 +315,13 @@ class AsyncClient:
             await self._send({"method": "GET", "url": picture if isinstance(picture, str) else picture.url})
         ).content
 
-    async def _send(self, call: dict[str, Any]) -> httpx.Response:
-        failures = 0
+    async def _send(self, call: dict[str, Any], *, is_new: bool = False) -> httpx.Response:
+        patience = self._calls.patience(is_new=is_new)
         while True:
             try:
                 return self._calls.check(await self._http.request(**call))
             except httpx.TransportError as error:
-                failures += 1
-                await asyncio.sleep(self._calls.after_failure(failures, error))
+                await asyncio.sleep(patience.pause_s(error))
 
 
 def _event(line: str) -> JobStatus | None:

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import httpx
 import pytest
-from tests.serving import free_port, served
+from tests.serving import free_port, served, wait_until
 
 from alphalayer import images
 from alphalayer.client import AsyncClient, Client, JobStatus, ServiceUnreachable
-from alphalayer.errors import Cancelled, InvalidRequest, JobMissing
+from alphalayer.errors import AlphalayerError, Cancelled, InvalidRequest, JobMissing
 from alphalayer.keys import add_key
 
 SMALL = {"width": 64, "height": 64, "steps": 5}
@@ -80,13 +80,24 @@ def test_errors_are_those_of_the_service(address: str):
             list(client.events(job.id))[-1].check()
 
 
-def test_nobody_there(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("alphalayer.client.PAUSES_S", (0.01, 0.01))
-    with (
-        Client(f"http://127.0.0.1:{free_port()}") as client,
-        pytest.raises(ServiceUnreachable, match="does not answer"),
-    ):
-        client.generate("an apple")
+@pytest.mark.parametrize("address", [f"http://127.0.0.1:{free_port()}", "localhost:7861"])
+def test_nobody_there_is_told_at_once(address: str):
+    start = time.monotonic()
+    with Client(address) as client:
+        for ask in (lambda: client.generate("an apple"), client.list):
+            with pytest.raises(ServiceUnreachable, match="does not answer"):
+                ask()
+    assert time.monotonic() - start < 2
+
+
+async def test_a_job_is_waited_for_as_long_as_was_said():
+    address, start = f"http://127.0.0.1:{free_port()}", time.monotonic()
+    with Client(address, patience_s=0.4) as client, pytest.raises(ServiceUnreachable):
+        list(client.events("0" * 24))
+    async with AsyncClient(address, patience_s=0.4) as client:
+        with pytest.raises(ServiceUnreachable):
+            await client.get("0" * 24)
+    assert 0.4 <= time.monotonic() - start < 3
 
 
 def test_something_else_there():
@@ -102,13 +113,21 @@ def test_a_key_is_sent_with_the_calls_and_not_with_files(tmp_path: Path):
     (tmp_path / "data").mkdir()
     key = add_key(tmp_path / "data" / "keys.json", "me")
     with served(tmp_path, keys_file=tmp_path / "data" / "keys.json") as service:
-        with Client(str(service.base_url)) as client, pytest.raises(Exception, match="key"):
+        with Client(str(service.base_url)) as client, pytest.raises(AlphalayerError, match="key") as refused:
             client.submit("an apple")
+        assert refused.value.code == "unauthorized"
         asked: list[httpx.Request] = []
         http = httpx.Client(event_hooks={"request": [asked.append]})
         with Client(str(service.base_url), api_key=key, http=http) as client:
             assert len(client.generate("an apple", **SMALL)) == 1
         assert {"authorization" in each.headers for each in asked if "/file/" in str(each.url)} == {False}
+
+
+def answers(port: int) -> bool:
+    try:
+        return httpx.get(f"http://127.0.0.1:{port}/ping", trust_env=False).status_code == 200
+    except httpx.TransportError:
+        return False
 
 
 def test_a_picture_is_waited_for_across_a_restart_of_the_service(tmp_path: Path):
@@ -126,6 +145,7 @@ def test_a_picture_is_waited_for_across_a_restart_of_the_service(tmp_path: Path)
         running.append(start())
 
     try:
+        wait_until(lambda: answers(port), 30)
         with Client(f"http://127.0.0.1:{port}") as client:
             job = client.submit("an apple", width=64, height=64, steps=20)
             seen = threading.Event()
