@@ -130,6 +130,25 @@ def test_the_model_is_chosen_by_options_and_by_one_request(tmp_path):
         assert made(draw(client, override_settings={"CLIP_stop_at_last_layers": 3}))["Clip skip"] == "3"
 
 
+def test_the_embedded_model_has_its_hash_from_the_start(client):
+    [mini] = [each for each in client.get("/sdapi/v1/sd-models").json() if each["model_name"] == "alphalayer-mini"]
+    assert mini["title"] == f"alphalayer-mini [{mini['hash']}]"
+    assert len(mini["hash"]) == 10
+    for name in (mini["title"], mini["hash"], "apples [0123456789]"):
+        assert draw(client, override_settings={"sd_model_checkpoint": name}).status_code == 200
+    assert draw(client, override_settings={"sd_model_checkpoint": "apples [012]"}).status_code == 422
+
+
+def test_a_lora_is_listed_with_its_whole_path(tmp_path, monkeypatch):
+    file = tmp_path / "models" / "Lora" / "apples.safetensors"
+    file.parent.mkdir(parents=True)
+    file.write_bytes(b"")
+    monkeypatch.chdir(tmp_path)
+    with served(tmp_path, models_dir="models") as client:
+        [found] = client.get("/sdapi/v1/loras").json()
+        assert (found["name"], found["path"]) == ("apples", str(file))
+
+
 def test_the_defaults_of_that_api(client):
     settings = made(client.post("/sdapi/v1/txt2img", json={"prompt": "x"}))
     expected = {"Steps": "50", "Sampler": "Euler", "Schedule type": "Normal", "CFG scale": "7", "Size": "512x512"}
@@ -153,6 +172,9 @@ def test_the_defaults_of_that_api(client):
         ({"sampler_name": "DPM++ 2M SDE"}, "DPM++ 2M SDE", "Exponential"),
         ({"sampler_index": "Euler a", "sampler_name": None}, "Euler a", "Normal"),
         ({"sampler_index": "Heun", "sampler_name": "DDIM"}, "DDIM", "Normal"),
+        ({"sampler_name": "k_euler_a"}, "Euler a", "Normal"),
+        ({"sampler_name": "K_DPMPP_2M"}, "DPM++ 2M", "Karras"),
+        ({"sampler_name": "ddim"}, "DDIM", "Normal"),
     ],
 )
 def test_samplers_and_schedules_by_their_names_there(client, fields, sampler, scheduler):
@@ -179,6 +201,7 @@ def test_loras_in_the_prompt(client):
             {"weight": "0.5", "ending_step": "0.8"},
         ),
         ([False], None),
+        ([True, CONV, 1, 1, None, None, None, "Just Resize", False], {"method": CONV}),
     ],
 )
 @pytest.mark.parametrize("title", ["LayerDiffuse", "layerdiffuse"])
@@ -214,9 +237,25 @@ def test_transparency_is_switched_off_by_one_field(client):
         ({"seed_resize_from_w": 64}, "seed_resize_from_w"),
         ({"override_settings": {"sd_vae": "other"}}, "override_settings.sd_vae"),
         ({"override_settings": {"sd_model_checkpoint": "nowhere"}}, "override_settings.sd_model_checkpoint: "),
+        ({"override_settings": {"forge_additional_modules": ["vae.safetensors"]}}, "forge_additional_modules"),
         ({"alwayson_scripts": {"ADetailer": {"args": [False]}}}, "ADetailer"),
         ({"alwayson_scripts": {"LayerDiffuse": {"args": ["yes"]}}}, "enabled"),
         ({"alwayson_scripts": {"LayerDiffuse": {"args": [True, "(SDXL) From Foreground to Blending"]}}}, "Blending"),
+        (
+            {"alwayson_scripts": {"LayerDiffuse": {"args": [True, "From Foreground to Blending"]}}},
+            'Blending" is not there',
+        ),
+        ({"alwayson_scripts": {"LayerDiffuse": {"args": [True, f"(SD1.5) {CONV[7:]}"]}}}, 'there is no "(SD1.5) Only'),
+        ({"alwayson_scripts": {"LayerDiffuse": {"args": [True, f"(SD1.5) {ATTENTION[7:]}"]}}}, "is not there yet"),
+        ({"alwayson_scripts": {"LayerDiffuse": {"args": [True, CONV, *[None] * 6, True]}}}, "output_origin"),
+        (
+            {"alwayson_scripts": {"LayerDiffuse": {"args": [True]}}, "layerdiffuse_enabled": False},
+            "layerdiffuse_enabled",
+        ),
+        (
+            {"alwayson_scripts": {"LayerDiffuse": {"args": [False]}}, "layerdiffuse_enabled": True},
+            "layerdiffuse_enabled",
+        ),
         ({"alwayson_scripts": {"LayerDiffuse": {"args": [True, "Magic"]}}}, "Magic"),
         ({"alwayson_scripts": {"LayerDiffuse": {"args": [True, CONV, 3]}}}, "weight"),
         ({"alwayson_scripts": {"LayerDiffuse": {"args": [True, CONV, 1, 2]}}}, "ending_step"),
@@ -239,6 +278,7 @@ def test_what_does_not_change_the_picture_is_ignored(client):
         "eta": 1.0,
         "s_noise": 1,
         "future_field": {},
+        "override_settings": {"forge_additional_modules": [], "sd_vae": "Automatic"},
     }
     assert draw(client, **same).json()["images"] == draw(client, **same, **other).json()["images"]
     answer = draw(client, **same, send_images=False).json()

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, StrictBool, model_validator
 
 from alphalayer import images, infotext
 from alphalayer.api import a1111_lists
+from alphalayer.api.a1111_lists import ALIASES
 from alphalayer.api.deps import Service, ServiceDep, User, read_file, run_job, wire_names
 from alphalayer.api.layerdiffuse_script import SCRIPT, layerdiffuse_of
 from alphalayer.api.problems import NotImplementedYet
@@ -71,6 +72,14 @@ class OverrideSettings(BaseModel):
         Annotated[int, Field(ge=1, le=12, description="The layer to stop at; 1: the last.")] | None
     ) = None
     live_previews_enable: Annotated[StrictBool | None, Field(description="Whether `progress` has a picture.")] = None
+    forge_additional_modules: Annotated[Any, Field(description="Not there yet.")] = None
+
+    def refuse_what_is_not_there(self, place: str = "") -> None:
+        """Raise `InvalidRequest` for a setting that would change the picture and is not there yet; `place` is where it was sent."""
+        other_vae = self.sd_vae not in (None, "", "None", "Automatic")
+        for name, wanted in (("sd_vae", other_vae), ("forge_additional_modules", self.forge_additional_modules)):
+            if wanted:
+                raise InvalidRequest("this is not there yet.", hint="Leave it out.", field=f"{place}{name}")
 
 
 class Script(BaseModel):
@@ -137,7 +146,8 @@ class Txt2ImgRequest(BaseModel):
         """The job that does this. Raises `InvalidRequest`."""
         self._refuse_what_is_not_there()
         override = self.override_settings
-        sampler, scheduler = split_sampler_name(self.sampler_name or self.sampler_index, self.scheduler or AUTOMATIC)
+        name = self.sampler_name or self.sampler_index
+        sampler, scheduler = split_sampler_name(ALIASES.get(name.lower(), name), self.scheduler or AUTOMATIC)
         same = (
             "prompt",
             "negative_prompt",
@@ -172,6 +182,16 @@ class Txt2ImgRequest(BaseModel):
                     f'there is no script "{title}" here.', hint=f"Use {SCRIPT}.", field="alwayson_scripts"
                 )
             options = layerdiffuse_of(script.args)
+            if (
+                script.args
+                and options.enabled != self.layerdiffuse_enabled
+                and "layerdiffuse_enabled" in self.model_fields_set
+            ):
+                raise InvalidRequest(
+                    f"it is {str(self.layerdiffuse_enabled).lower()}, and the script {SCRIPT} says otherwise.",
+                    hint="Say it in one place.",
+                    field="layerdiffuse_enabled",
+                )
             return options if self.layerdiffuse_enabled else options.model_copy(update={"enabled": False})
         return LayerDiffuse(enabled=self.layerdiffuse_enabled)
 
@@ -180,8 +200,7 @@ class Txt2ImgRequest(BaseModel):
         wanted = [name for name in (*names, "s_churn") if getattr(self, name)]
         wanted += [name for name in ("seed_resize_from_w", "seed_resize_from_h") if getattr(self, name) > 0]
         wanted += ["eta"] if self.eta not in (None, 0, 1) else []
-        if self.override_settings.sd_vae not in (None, "", "None", "Automatic"):
-            wanted.append("override_settings.sd_vae")
+        self.override_settings.refuse_what_is_not_there("override_settings.")
         if wanted:
             raise InvalidRequest("this is not there yet.", hint="Leave it out.", field=wanted[0])
 
@@ -260,8 +279,7 @@ def get_options(service: ServiceDep, options: OptionsDep) -> dict[str, Any]:
 @router.post("/options", summary="Change settings of this dialect")
 def set_options(body: OverrideSettings, service: ServiceDep, options: OptionsDep) -> None:
     """Takes a part or the whole of what GET gives. The model is that of later requests here that name none."""
-    if body.sd_vae not in (None, "", "None", "Automatic"):
-        raise InvalidRequest("another VAE is not there yet.", hint='Use "Automatic".', field="sd_vae")
+    body.refuse_what_is_not_there()
     if body.sd_model_checkpoint:
         with wire_names({"model": "sd_model_checkpoint"}):
             options.sd_model_checkpoint = resolve_model(body.sd_model_checkpoint, service.list_models()).name
@@ -305,7 +323,7 @@ async def progress(
 @router.post("/interrupt", summary="Stop the picture that is being drawn")
 @router.post("/skip", summary="Stop the picture that is being drawn")
 async def interrupt(service: ServiceDep, user: User) -> dict[str, Any]:
-    """Stops one's own job that runs now; those that wait stay."""
+    """Stops one's own job that runs now, with all of its iterations; those that wait stay."""
     view = await _running(service, user)
     if view:
         await service.dispatcher.cancel(view.job.id)

@@ -12,12 +12,25 @@ from alphalayer.api.layerdiffuse_script import METHODS, SCRIPT
 from alphalayer.request import AUTOMATIC, SAMPLERS, SCHEDULERS, scheduler_name
 
 router = APIRouter()
+ALIASES = {
+    "k_dpmpp_2m_sde": "DPM++ 2M SDE",
+    "k_dpmpp_2m": "DPM++ 2M",
+    "k_dpmpp_sde": "DPM++ SDE",
+    "k_dpmpp_3m_sde": "DPM++ 3M SDE",
+    "k_euler": "Euler",
+    "k_euler_a": "Euler a",
+    "k_euler_ancestral": "Euler a",
+    "k_heun": "Heun",
+    "k_lcm": "LCM",
+}
+"""Other names of samplers in that ecosystem, beside those that differ in case alone."""
 
 
 @router.get("/samplers", summary="Samplers")
 def samplers() -> list[dict[str, Any]]:
-    """By the names that txt2img takes."""
-    return [{"name": name, "aliases": [], "options": {}} for name in SAMPLERS]
+    """By the names that txt2img takes; it takes the aliases, too."""
+    aliases = {name: [alias for alias, meant in ALIASES.items() if meant == name] for name in SAMPLERS}
+    return [{"name": name, "aliases": aliases[name], "options": {}} for name in SAMPLERS]
 
 
 @router.get("/schedulers", summary="Schedules of noise")
@@ -39,7 +52,7 @@ def schedulers() -> list[dict[str, Any]]:
 def loras(service: ServiceDep) -> list[dict[str, Any]]:
     """The files of models/Lora."""
     files = sorted((service.models_dir / "Lora").rglob("*.safetensors"))
-    return [{"name": file.stem, "alias": file.stem, "path": str(file), "metadata": {}} for file in files]
+    return [{"name": file.stem, "alias": file.stem, "path": str(file.resolve()), "metadata": {}} for file in files]
 
 
 @router.get("/upscalers", summary="None yet")

@@ -27,6 +27,7 @@ OTHER_METHODS = (
 def layerdiffuse_of(args: list[Any]) -> LayerDiffuse:
     """The positional arguments of the script; a missing tail keeps the defaults. Raises `InvalidRequest`."""
     names = ("enabled", "method", "weight", "ending_step", "fg_image", "bg_image", "blend_image", "resize_mode")
+    names = (*names, "output_origin")
     given = {name: value for name, value in zip(names, args, strict=False) if value is not None}
     options = LayerDiffuse()
     enabled = given.get("enabled", options.enabled)
@@ -39,6 +40,8 @@ def layerdiffuse_of(args: list[Any]) -> LayerDiffuse:
             raise _wrong_arg(name, "pictures are not taken here yet")
     if given.get("resize_mode", RESIZE_MODES[0]) not in RESIZE_MODES:
         raise _wrong_arg("resize_mode", f"use one of: {', '.join(RESIZE_MODES)}")
+    if given.get("output_origin"):
+        raise _wrong_arg("output_origin", "the picture before decoding is not there yet")
     if any(args[9:12]):
         raise _wrong_arg("additional prompts", "they are not there yet")
     return options.model_copy(
@@ -52,12 +55,13 @@ def layerdiffuse_of(args: list[Any]) -> LayerDiffuse:
 
 def _method(label: Any) -> str:
     """The name of a method by its label, also by that of older versions, which had no "(SDXL)". Raises `InvalidRequest`."""
-    known = {**METHODS, **{each.removeprefix("(SDXL) "): name for each, name in METHODS.items()}}
-    if str(label) in known:
-        return known[str(label)]
-    if label in OTHER_METHODS:
-        raise _wrong_arg("method", f'"{label}" is not there yet; use one of: {", ".join(METHODS)}')
-    raise _wrong_arg("method", f'there is no "{label}"; use one of: {", ".join(METHODS)}')
+    bare = str(label).removeprefix("(SDXL) ")
+    known = {each.removeprefix("(SDXL) "): name for each, name in METHODS.items()}
+    if bare in known:
+        return known[bare]
+    others = {each.partition(") ")[2] for each in OTHER_METHODS}
+    what = f'"{label}" is not there yet' if bare.removeprefix("(SD1.5) ") in others else f'there is no "{label}"'
+    raise _wrong_arg("method", f"{what}; use one of: {', '.join(METHODS)}")
 
 
 def _number(given: dict[str, Any], name: str, default: float, most: float) -> float:

@@ -8,7 +8,8 @@ models/Lora/               LoRA files
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from alphalayer.catalog.folders import family_of_folder
-from alphalayer.catalog.hashes import SHORT_HASH_DIGITS, HashCache
+from alphalayer.catalog.hashes import SHORT_HASH_DIGITS, HashCache, file_sha256
 from alphalayer.catalog.headers import FAMILY_NAMES, Header, family_of, read_header
 from alphalayer.errors import (
     CorruptFile,
@@ -47,6 +48,7 @@ EMBEDDED_MODEL = Path(__file__).parent.parent / "models" / "alphalayer-mini"
 PICKLE_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin")
 LAYER_CONFIG = Path("layerdiffuse", "config.json")
 """In a model's folder: its own patch, decoder and defaults."""
+_BRACKETED_HASH = re.compile(rf" \[[0-9a-f]{{{SHORT_HASH_DIGITS}}}\]$")
 PULL = "alphalayer models pull sdxl-base layerdiffuse"
 PULL_LAYERS = "Run: alphalayer models pull layerdiffuse"
 
@@ -96,7 +98,8 @@ def find_models(models_dir: Path) -> list[ModelEntry]:
         if path.suffix in (".safetensors", *PICKLE_SUFFIXES) and path.is_file() and not inside:
             entries.append(_file_entry(path, folder, cache))
     if (EMBEDDED_MODEL / "model_index.json").is_file():
-        entries.append(_diffusers_entry(EMBEDDED_MODEL, EMBEDDED_MODEL.parent, cache))
+        entry = _diffusers_entry(EMBEDDED_MODEL, EMBEDDED_MODEL.parent, cache)
+        entries.append(replace(entry, sha256=entry.sha256 or _embedded_sha256()))
     return sorted(entries, key=lambda entry: (entry.path == EMBEDDED_MODEL, entry.name.lower()))
 
 
@@ -116,8 +119,9 @@ def resolve_model(name: str | None, entries: list[ModelEntry], models_dir: Path 
         raise ModelNotFound(
             f"no model is in {models_dir / CHECKPOINTS}.", hint=f"Put an SDXL checkpoint there, or run: {PULL}"
         )
+    bare = _BRACKETED_HASH.sub("", name)  # a title may be older than the hash that we know, or newer
     for entry in entries:
-        if name in (entry.name, entry.title, entry.path.name, entry.path.stem, entry.sha256, entry.short_hash):
+        if {name, bare} & {entry.name, entry.path.name, entry.path.stem, entry.sha256, entry.short_hash}:
             if entry.problem:
                 raise entry.problem
             return entry
@@ -204,6 +208,12 @@ def _file_entry(path: Path, folder: Path, cache: HashCache) -> ModelEntry:
         else:
             problem = None if family == "sdxl" else _unsupported(path, family)
     return ModelEntry(name, path, "single_file", family, cache.known(path), problem)
+
+
+@lru_cache(1)
+def _embedded_sha256() -> str:
+    """Small enough to be known from the start, also where the models folder cannot be written."""
+    return file_sha256(_hashed_file(EMBEDDED_MODEL, "diffusers"))
 
 
 @lru_cache(256)
