@@ -214,6 +214,13 @@ def test_only_stored_pictures_can_be_read(client, name):
     assert "root:" not in answer.text
 
 
+def test_the_pages_files_are_asked_for_again_so_that_they_are_of_one_version(client):
+    script = client.get("/playground/main.js")
+    assert script.headers["cache-control"] == client.get("/").headers["cache-control"] == "no-cache"
+    again = client.get("/playground/main.js", headers={"If-None-Match": script.headers["etag"]})
+    assert (again.status_code, again.headers["cache-control"]) == (304, "no-cache")
+
+
 def test_health_docs_and_probes(client):
     assert client.get("/sdapi/v1/sd-models").status_code == 200
     page = client.get("/docs").text

@@ -86,6 +86,19 @@ def test_a_stream_with_pictures_on_the_way(tmp_path):
         np.testing.assert_array_equal(np.asarray(picture(last).convert("RGBA")), draw_disc("an apple", 7, 64, 64))
 
 
+def test_a_stream_that_waits_is_kept_open(tmp_path, monkeypatch):
+    monkeypatch.setattr("alphalayer.api.openai.SILENT_S", 0.1)
+    with served(tmp_path, engine_options={"step_s": 0.05}) as client:
+        slow = client.post("/alpha/v1/jobs", json={"prompt": "first", "steps": 20, "width": 64, "height": 64}).json()
+        with client.stream("POST", "/v1/images/generations", json={**SMALL, "stream": True}) as answer:
+            assert answer.headers["cache-control"] == "no-cache"
+            assert answer.headers["x-accel-buffering"] == "no"
+            lines = iter(answer.iter_lines())
+            assert next(lines).startswith(":")
+            assert client.get(slow["url"]).json()["state"] != "done"
+            assert "event: image_generation.completed" in list(lines)
+
+
 def test_a_stream_that_is_left_or_cancelled(tmp_path):
     with (
         served(tmp_path, engine_options={"step_s": 0.05}) as client,

@@ -61,6 +61,9 @@ OutputFormat = Literal["png", "webp", "jpeg"]
 Quality = Literal["auto", "standard", "low", "medium", "high", "hd", "xhigh", "max"]
 QUALITY_STEPS: dict[Quality, int] = {"low": 12, "medium": 20, "high": 30, "hd": 30, "xhigh": 40, "max": 50}
 """Sampling steps; "auto" and "standard" are not here and leave them to the model."""
+SILENT_S = 15.0
+"""After so long without an event a comment is sent: proxies end connections in which nothing is said."""
+STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 WHITE = "#ffffff"
 BEST = 100
 USAGE = {
@@ -211,7 +214,8 @@ async def generations(body: GenerationsRequest, request: Request, service: Servi
         service.ending.check()
         with wire_names(FIELDS):
             job = await submit_job(service, spec, user)
-        return StreamingResponse(_events(body, service, job.id), media_type="text/event-stream")
+        events = _never_silent(_events(body, service, job.id))
+        return StreamingResponse(events, media_type="text/event-stream", headers=STREAM_HEADERS)
     with wire_names(FIELDS):
         job = await run_job(request, spec, user)
     assert job.result is not None, job.id
@@ -257,6 +261,23 @@ def _known_model(name: str | None, service: Service) -> str | None:
     except ModelUnusable as error:
         error.field = "model"
         raise
+
+
+async def _never_silent(events: AsyncIterator[str]) -> AsyncIterator[str]:
+    """The events, with comments where there are none for a while."""
+    following = asyncio.ensure_future(anext(events, ""))
+    try:
+        while True:
+            said, _ = await asyncio.wait({following}, timeout=SILENT_S)
+            if said:
+                if not (event := following.result()):
+                    return
+                yield event
+                following = asyncio.ensure_future(anext(events, ""))
+            else:
+                yield ": still here\n\n"
+    finally:
+        following.cancel()
 
 
 async def _events(body: GenerationsRequest, service: Service, job_id: str) -> AsyncIterator[str]:

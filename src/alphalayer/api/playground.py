@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 from importlib.resources import files
+from typing import Any
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Request, Response
 from fastapi.responses import FileResponse
 from fastapi.staticfiles import StaticFiles
 
 FOLDER = files("alphalayer") / "web" / "playground"
 POLICY = "default-src 'self'; img-src 'self' blob: data:; frame-ancestors 'self'; base-uri 'none'; form-action 'self'"
+
+
+class _FreshFiles(StaticFiles):
+    """Files that browsers ask for again each time, and get where they have changed: page and scripts must be of one version."""
+
+    def file_response(self, *args: Any, **kwargs: Any) -> Response:
+        """The file, or 304 for the version that the browser has."""
+        response = super().file_response(*args, **kwargs)
+        response.headers["Cache-Control"] = "no-cache"
+        return response
 
 
 def install(app: FastAPI) -> None:
@@ -20,4 +31,4 @@ def install(app: FastAPI) -> None:
         return FileResponse(str(FOLDER / "index.html"), media_type="text/html", headers=headers)
 
     app.add_route("/", page, include_in_schema=False)
-    app.mount("/playground", StaticFiles(directory=str(FOLDER)))
+    app.mount("/playground", _FreshFiles(directory=str(FOLDER)))
