@@ -1,10 +1,12 @@
-"""Other people's servers for tests, started for real: PostgreSQL and an S3 server (SeaweedFS), from the machine or from their wheels."""
+"""Other people's servers for tests, started for real: PostgreSQL and an S3 server (SeaweedFS), from the machine or from their wheels,
+and Nginx, from the machine."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -18,6 +20,8 @@ from pathlib import Path
 import httpx
 
 from tests.serving import free_port, wait_until
+
+NGINX_SITE = Path(__file__).parents[1] / "deploy" / "nginx" / "alphalayer.conf"
 
 
 def postgres_programs() -> Path | None:
@@ -176,6 +180,33 @@ def s3_server(folder: Path) -> Iterator[dict[str, str]]:
     finally:
         process.kill()
         process.wait()
+
+
+@contextmanager
+def nginx(folder: Path, pods: list[str]) -> Iterator[str]:
+    """Nginx with the file of deploy/ as it is, but for the pods' addresses and the port; yields its address. Its log: error.log."""
+    folder.mkdir()
+    port = free_port()
+    written = NGINX_SITE.read_text()
+    servers = "".join(f"    server {pod.removeprefix('http://')} max_fails=0;\n" for pod in pods)
+    site, replaced = re.subn(r"(    server 10\.0\.0\..*\n)+", servers, written)
+    assert replaced == 1
+    site = site.replace("listen 80;", f"listen 127.0.0.1:{port};")
+    temporary = "".join(
+        f"{name}_temp_path {folder / name};\n" for name in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+    )
+    (folder / "nginx.conf").write_text(
+        f"daemon off;\npid {folder / 'pid'};\nerror_log {folder / 'error.log'};\nevents {{}}\n"
+        f"http {{\naccess_log off;\n{temporary}{site}}}\n"
+    )
+    process = subprocess.Popen(["nginx", "-p", str(folder), "-c", str(folder / "nginx.conf")])
+    address = f"http://127.0.0.1:{port}"
+    try:
+        wait_until(lambda: _answers(f"{address}/livez"), 20)
+        yield address
+    finally:
+        process.terminate()
+        process.wait(20)
 
 
 def _answers(address: str) -> bool:

@@ -9,6 +9,8 @@ from typing import Any
 
 import uvicorn
 
+KEEP_ALIVE_S = 75
+"""Longer than proxies keep idle connections (Nginx: 60 s): who closes first must be the one that sends the next request."""
 ANSWER_S = 5
 """After the deadline of the jobs, time to send those who waited their answer."""
 FAILED = 3
@@ -26,6 +28,7 @@ class Server(uvicorn.Server):
             lifespan="on",
             log_config=None,
             proxy_headers=False,
+            timeout_keep_alive=KEEP_ALIVE_S,
             timeout_graceful_shutdown=drain_s + ANSWER_S,
         )
         super().__init__(config)

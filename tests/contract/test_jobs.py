@@ -93,6 +93,20 @@ def test_the_same_key_gives_the_same_job(client):
     finished(client, first)
 
 
+@pytest.mark.parametrize("route", ["/alpha/v1/txt2img", "/sdapi/v1/txt2img", "/v1/images/generations"])
+def test_the_same_key_draws_once_where_the_picture_is_waited_for(client, route):
+    """What a proxy needs that sends a request again: its first answer may have been lost."""
+
+    def jobs() -> set[str]:
+        return {job["id"] for job in client.get("/alpha/v1/jobs", params={"limit": 200}).json()["jobs"]}
+
+    before, body = jobs(), {"prompt": "x", "seed": -1, "steps": 2}
+    body |= {"size": "64x64"} if route.startswith("/v1/") else {"width": 64, "height": 64}
+    for _ in range(2):
+        client.post(route, json=body, headers={"Idempotency-Key": f"order-18{route}"}).raise_for_status()
+    assert len(jobs() - before) == 1
+
+
 def test_an_empty_key_is_refused(client):
     answer = client.post("/alpha/v1/jobs", json=BODY, headers={"Idempotency-Key": ""})
     assert (answer.status_code, answer.json()["field"]) == (422, "Idempotency-Key")

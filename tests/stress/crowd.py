@@ -9,6 +9,7 @@ import secrets
 import threading
 import time
 from collections import Counter
+from datetime import datetime
 from typing import Any
 
 import httpx
@@ -17,21 +18,25 @@ from alphalayer import images
 from tests.serving import wait_until
 
 SIDE = 64
+SHORT = 10
+"""So much of a job's id is in the names of its pictures."""
 GIVEN_UP = "engine_failed"
 """How a job ends that took engine processes down as often as it may."""
 
 
 class Crowd:
-    """Clients of one service, which may have several addresses."""
+    """Clients of one service, which may have several addresses. So many of them as `waiting` says wait for their picture, the others
+    submit jobs. What is drawn is looked at from each of `seen_from`, or from where it was asked."""
 
-    def __init__(self, addresses: list[str], clients: int = 4):
+    def __init__(self, addresses: list[str], clients: int = 4, *, waiting: int = 0, seen_from: list[str] | None = None):
         self._addresses = addresses
-        self._https = [httpx.Client(base_url=each, timeout=30, trust_env=False) for each in addresses]
+        self._https = [httpx.Client(base_url=each, timeout=30, trust_env=False) for each in seen_from or addresses]
         self._calm = threading.Event()
         self.accepted: dict[str, int] = {}
-        """The number of pictures of each job."""
-        self.failed_requests = 0
-        self._clients = [threading.Thread(target=self._ask, args=(i,), daemon=True) for i in range(clients)]
+        """The number of pictures of each job, by the part of its id that names its pictures."""
+        self.failures: list[str] = []
+        """What requests got that were sent again, and when."""
+        self._clients = [threading.Thread(target=self._ask, args=(i, i < waiting), daemon=True) for i in range(clients)]
         for client in self._clients:
             client.start()
 
@@ -41,14 +46,16 @@ class Crowd:
         wait_until(lambda: all(self._answers(http, "/ping") for http in self._https), 60)
         wait_until(lambda: not self._unfinished(), patience_s)
         known = self._all_jobs()
-        faults = [f"{each} was accepted and is lost" for each in self.accepted if each not in known]
-        faults += [f"{each} is there and nobody asked for it" for each in known if each not in self.accepted]
+        names_known = set(map(_short, known))
+        faults = [f"{each} was accepted and is lost" for each in self.accepted if each not in names_known]
+        faults += [f"{each} is there and nobody asked for it" for each in names_known - self.accepted.keys()]
         wanted: list[str] = []
         for job_id, job in known.items():
             names = [each["filename"] for each in job["images"]]
             wanted += names
-            if job["state"] == "done" and len(names) != self.accepted.get(job_id):
-                faults.append(f"{job_id} has {len(names)} pictures and not {self.accepted.get(job_id)}")
+            asked_for = self.accepted.get(_short(job_id))
+            if job["state"] == "done" and len(names) != asked_for:
+                faults.append(f"{job_id} has {len(names)} pictures and not {asked_for}")
             if job["state"] != "done" and (job["error"] or {}).get("code") != GIVEN_UP:
                 faults.append(f"{job_id} is {job['state']}: {job['error']}")
             faults += [
@@ -73,26 +80,30 @@ class Crowd:
         for http in self._https:
             http.close()
 
-    def _ask(self, number: int) -> None:
+    def _ask(self, number: int, waits: bool) -> None:
         """Ask one address after another; an answer that was lost is asked for again with the same key."""
+        path, good = ("/alpha/v1/txt2img", 200) if waits else ("/alpha/v1/jobs", 202)
         rng = random.Random(number)
         order = itertools.cycle(rng.sample(self._addresses, len(self._addresses)))
-        with httpx.Client(timeout=30, trust_env=False) as http:
+        with httpx.Client(timeout=120 if waits else 30, trust_env=False) as http:
             while not self._calm.is_set():
                 count = rng.randint(1, 2)
                 body = {"prompt": "x", "width": SIDE, "height": SIDE, "steps": rng.randint(1, 12), "batch_size": count}
                 key = {"Idempotency-Key": secrets.token_hex(8)}
                 while True:
                     try:
-                        answer = http.post(f"{next(order)}/alpha/v1/jobs", json=body, headers=key)
-                    except httpx.TransportError:
-                        answer = None
-                    if answer is not None and answer.status_code in (202, 429):
-                        break
-                    self.failed_requests += 1
+                        answer = http.post(f"{next(order)}{path}", json=body, headers=key)
+                    except httpx.TransportError as error:
+                        answer, failure = None, repr(error)
+                    else:
+                        if answer.status_code in (good, 429):
+                            break
+                        failure = f"{answer.status_code} {answer.text[:300]}"
+                    self.failures.append(f"{datetime.now():%H:%M:%S.%f} POST {path}: {failure}")
                     time.sleep(0.05)
-                if answer.status_code == 202:
-                    self.accepted[answer.json()["id"]] = count
+                if answer.status_code == good:
+                    told = answer.json()
+                    self.accepted[told["filename"].split("_")[2][:SHORT] if waits else _short(told["id"])] = count
                 time.sleep(0.2 if answer.status_code == 429 else rng.uniform(0.02, 0.1))
 
     def _all_jobs(self) -> dict[str, dict[str, Any]]:
@@ -117,6 +128,10 @@ class Crowd:
             return http.get(path).status_code == 200
         except httpx.TransportError:
             return False
+
+
+def _short(job_id: str) -> str:
+    return job_id[:SHORT]
 
 
 def _is_whole(http: httpx.Client, name: str) -> bool:

@@ -29,16 +29,16 @@ STEP_S = 0.01
 class Node:
     """A pod that answers requests, or a worker that draws."""
 
-    def __init__(self, folder: Path, role: str, environment: dict[str, str]):
+    def __init__(self, folder: Path, role: str, environment: dict[str, str], queue_limit: int = 500):
         folder.mkdir()
-        self._folder, self._port = folder, free_port()
+        self._folder, self._port, self._queue_limit = folder, free_port(), queue_limit
         self._environment = {**environment, "ALPHALAYER_ROLE": role}
         self.address = f"http://127.0.0.1:{self._port}"
         self.start()
 
     def start(self) -> None:
         """Start its process."""
-        self._process = fake_service.start(self._folder, self._port, STEP_S, 500, self._environment)
+        self._process = fake_service.start(self._folder, self._port, STEP_S, self._queue_limit, self._environment)
 
     def kill(self) -> None:
         """kill -9."""

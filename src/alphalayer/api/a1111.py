@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, StrictBool, model_validator
 from alphalayer import images, infotext
 from alphalayer.api import a1111_lists
 from alphalayer.api.a1111_lists import ALIASES
-from alphalayer.api.deps import Service, ServiceDep, User, read_file, run_job, wire_names
+from alphalayer.api.deps import IdempotencyKey, Service, ServiceDep, User, read_file, run_job, wire_names
 from alphalayer.api.layerdiffuse_script import SCRIPT, layerdiffuse_of
 from alphalayer.api.problems import NotImplementedYet
 from alphalayer.catalog import resolve_model
@@ -232,12 +232,17 @@ class Picture(BaseModel):
 
 @router.post("/txt2img", summary="Draw pictures")
 async def txt2img(
-    body: Txt2ImgRequest, request: Request, service: ServiceDep, options: OptionsDep, user: User
+    body: Txt2ImgRequest,
+    request: Request,
+    service: ServiceDep,
+    options: OptionsDep,
+    user: User,
+    idempotency_key: IdempotencyKey = None,
 ) -> Txt2ImgResponse:
     """With transparency, unless `layerdiffuse_enabled` is false. Nothing but the pictures is in `images`."""
     spec = body.to_spec(service, options)
     digest = hashlib.sha256(body.model_dump_json().encode()).hexdigest()
-    key = f"{body.force_task_id}:{digest}" if body.force_task_id else None
+    key = f"{body.force_task_id}:{digest}" if body.force_task_id else idempotency_key
     with wire_names(FIELDS):
         job = await run_job(request, spec, user, idempotency_key=key)
     keys = [image.key for image in job.result.images] if job.result and body.send_images else []

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from fastapi import Depends, Request
+from fastapi import Depends, Header, Request
 
 from alphalayer.api.auth import Gate
 from alphalayer.api.ending import Ending, stopping
@@ -69,6 +69,16 @@ async def require_user(request: Request) -> str:
 
 
 User = Annotated[str, Depends(require_user)]
+
+IdempotencyKey = Annotated[
+    str | None,
+    Header(
+        alias="Idempotency-Key",
+        min_length=1,
+        max_length=200,
+        description="The same key gives the same job again, whatever became of the first answer.",
+    ),
+]
 
 
 def base_url(request: Request) -> str:

@@ -6,11 +6,21 @@ from collections.abc import AsyncIterator
 from contextlib import suppress
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Depends, Header, Path, Query, Request, Response
+from fastapi import APIRouter, Depends, Path, Query, Request, Response
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 from pydantic import BaseModel, ConfigDict, Field
 
-from alphalayer.api.deps import Service, ServiceDep, User, base_url, file_url, follow, submit_job, wire_names
+from alphalayer.api.deps import (
+    IdempotencyKey,
+    Service,
+    ServiceDep,
+    User,
+    base_url,
+    file_url,
+    follow,
+    submit_job,
+    wire_names,
+)
 from alphalayer.api.native import FIELDS, GenerationFields, ImageAnswer, add_data, image_answers
 from alphalayer.api.problems import PROBLEMS, Problem
 from alphalayer.errors import AlphalayerError, FileMissing, InvalidRequest, JobMissing, Stopping
@@ -18,16 +28,6 @@ from alphalayer.job import JobState, Webhook
 from alphalayer.jobs import JobView
 
 router = APIRouter(prefix="/alpha/v1/jobs", tags=["Jobs"], responses=PROBLEMS)
-
-IdempotencyKey = Annotated[
-    str | None,
-    Header(
-        alias="Idempotency-Key",
-        min_length=1,
-        max_length=200,
-        description="The same key gives the same job again, whatever became of the first answer.",
-    ),
-]
 
 
 JobId = Annotated[str, Path(description="The id of a job, as it was given.")]

@@ -14,7 +14,17 @@ from fastapi.responses import RedirectResponse, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from alphalayer import images, infotext
-from alphalayer.api.deps import Service, ServiceDep, User, base_url, file_url, read_file, run_job, wire_names
+from alphalayer.api.deps import (
+    IdempotencyKey,
+    Service,
+    ServiceDep,
+    User,
+    base_url,
+    file_url,
+    read_file,
+    run_job,
+    wire_names,
+)
 from alphalayer.api.problems import PROBLEMS
 from alphalayer.catalog import ModelEntry, model_defaults
 from alphalayer.errors import CorruptFile, InvalidRequest
@@ -152,10 +162,16 @@ class Txt2ImgResponse(BaseModel):
 
 
 @router.post("/txt2img", response_model_exclude_none=True, summary="Draw a transparent picture")
-async def txt2img(body: Txt2ImgRequest, request: Request, service: ServiceDep, user: User) -> Txt2ImgResponse:
+async def txt2img(
+    body: Txt2ImgRequest,
+    request: Request,
+    service: ServiceDep,
+    user: User,
+    idempotency_key: IdempotencyKey = None,
+) -> Txt2ImgResponse:
     """Waits for the picture. While it waits it stands in the queue as a job; a client that leaves gives its place up."""
     with wire_names(FIELDS):
-        job = await run_job(request, body.to_spec(service.noise, service.decode), user)
+        job = await run_job(request, body.to_spec(service.noise, service.decode), user, idempotency_key)
     return await _answer(job, request, service)
 
 

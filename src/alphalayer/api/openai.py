@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from alphalayer import images
 from alphalayer.api.deps import (
+    IdempotencyKey,
     Service,
     ServiceDep,
     User,
@@ -206,18 +207,24 @@ class ModelList(BaseModel):
     response_model_exclude_none=True,
     responses={200: {"content": {"text/event-stream": {}}}},
 )
-async def generations(body: GenerationsRequest, request: Request, service: ServiceDep, user: User) -> Any:
+async def generations(
+    body: GenerationsRequest,
+    request: Request,
+    service: ServiceDep,
+    user: User,
+    idempotency_key: IdempotencyKey = None,
+) -> Any:
     """With transparency, unless the background is opaque. With `stream` the answer is events."""
     model = await asyncio.to_thread(_known_model, body.model, service)
     spec = body.to_spec(service, model)
     if body.stream:
         service.ending.check()
         with wire_names(FIELDS):
-            job = await submit_job(service, spec, user)
+            job = await submit_job(service, spec, user, idempotency_key)
         events = _never_silent(_events(body, service, job.id))
         return StreamingResponse(events, media_type="text/event-stream", headers=STREAM_HEADERS)
     with wire_names(FIELDS):
-        job = await run_job(request, spec, user)
+        job = await run_job(request, spec, user, idempotency_key)
     assert job.result is not None, job.id
     pictures = job.result.images
     if body.response_format == "url":
