@@ -26,6 +26,14 @@ from alphalayer.worker.process import iterations, load_attribute, store_pictures
 
 URL_S = 24 * 3600
 """How long the URL of a picture in a bucket opens it."""
+MOST_BYTES = 10_000_000
+"""Runpod refuses results of more than 10 MB."""
+
+
+class ResultTooLarge(AlphalayerError):
+    """The pictures are drawn, and too large for a result."""
+
+    code = "result_too_large"
 
 
 class Handler:
@@ -70,7 +78,9 @@ class Handler:
         result = store_pictures(self._storage, drawing, results)
         done = drawing.model_copy(update={"state": JobState.DONE, "result": result})
         pictures = [self._answer(image, with_data) for image in result.images]
-        return {**pictures[0], "images": pictures, "info": json.dumps(infotext.webui_info(done), ensure_ascii=False)}
+        several = {"images": pictures} if len(pictures) > 1 else {}
+        info = json.dumps(infotext.webui_info(done), ensure_ascii=False)
+        return _checked({**pictures[0], **several, "info": info})
 
     def _answer(self, image: ImageRef, with_data: bool) -> dict[str, Any]:
         url = self._storage.presign(image.key, URL_S)
@@ -84,6 +94,16 @@ class Handler:
 async def _read(storage: Storage, key: str) -> bytes:
     found = await storage.open(key)
     return b"".join([chunk async for chunk in found.chunks])
+
+
+def _checked(answer: dict[str, Any]) -> dict[str, Any]:
+    """The answer, if Runpod takes it. Raises `ResultTooLarge`."""
+    if (size := len(json.dumps(answer))) > MOST_BYTES:
+        raise ResultTooLarge(
+            f"the result has {size / 1e6:.1f} MB and Runpod takes {MOST_BYTES / 1e6:g}.",
+            hint="Set ALPHALAYER_STORAGE to a bucket and ask for URLs, or ask for fewer pictures or webp.",
+        )
+    return answer
 
 
 def _failed(error: AlphalayerError) -> dict[str, Any]:

@@ -68,10 +68,10 @@ class Jobs:
 
 
 @contextmanager
-def worker(folder: Path, *flags: str, **environment: str) -> Iterator[subprocess.Popen[bytes]]:
+def worker(folder: Path, *flags: str, start: str = START, **environment: str) -> Iterator[subprocess.Popen[bytes]]:
     with (folder / "worker.log").open("wb") as log:
         process = subprocess.Popen(
-            [sys.executable, "-c", START, *flags],
+            [sys.executable, "-c", start, *flags],
             cwd=folder,
             env={**os.environ, "RUNPOD_SKIP_GPU_CHECK": "true", **environment},
             stdout=log,
@@ -89,7 +89,9 @@ def test_jobs_are_drawn_and_wrong_ones_answered(tmp_path):
     jobs = Jobs(
         [
             {"id": "good", "input": {"prompt": "an apple", "batch_size": 2, **small}},
+            {"id": "one", "input": {"prompt": "an apple", **small}},
             {"id": "wrong", "input": {"prompt": "an apple", "steps": 0}},
+            {"id": "large", "input": {"prompt": "an apple", "n_iter": 8, "batch_size": 8, **small}},
         ]
     )
     environment = {
@@ -99,8 +101,8 @@ def test_jobs_are_drawn_and_wrong_ones_answered(tmp_path):
         "RUNPOD_POD_ID": "pod",
         "RUNPOD_AI_API_KEY": "key",
     }
-    with worker(tmp_path, **environment):
-        wait_until(lambda: len(jobs.results) == 2, 60)
+    with worker(tmp_path, start=f"import alphalayer.serverless as s; s.MOST_BYTES = 20_000; {START}", **environment):
+        wait_until(lambda: len(jobs.results) == 4, 60)
     jobs.server.shutdown()
     jobs.server.server_close()
     answer = jobs.results["good"]["output"]
@@ -110,8 +112,14 @@ def test_jobs_are_drawn_and_wrong_ones_answered(tmp_path):
     assert "Seed: 12345" in (parameters or "")
     assert json.loads(answer["info"])["all_seeds"] == [12345, 12346]
     assert {"step": 1, "steps": 3} in jobs.progress
+    one = jobs.results["one"]["output"]
+    assert images.decode(base64.b64decode(one["base64"]))[0].shape == (64, 64, 4)
+    assert "images" not in one
     problem = json.loads(jobs.results["wrong"]["error"])
     assert (problem["code"], problem["field"]) == ("invalid_request", "steps")
+    problem = json.loads(jobs.results["large"]["error"])
+    assert problem["code"] == "result_too_large"
+    assert "ALPHALAYER_STORAGE" in problem["hint"]
 
 
 def test_the_sdks_own_server_with_the_test_input(tmp_path):
