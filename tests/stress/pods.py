@@ -1,17 +1,23 @@
-"""Pods and workers that share PostgreSQL and S3 are killed while clients ask for pictures, and PostgreSQL restarts once; then counts:
-every accepted job has ended once, and every pod gives every picture. Linux:
-`python -m tests.stress.pods --jobs 2000 --kills 60 --real 1`."""
+"""Pods and workers that share PostgreSQL and S3 are killed while clients ask for pictures through Nginx, and PostgreSQL restarts once;
+then counts: every accepted job has ended once, and every pod and Nginx give every picture. Linux:
+`python -m tests.stress.pods --jobs 2000 --kills 60 --real 1 --write benchmarks/results/pods.json`."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import platform
 import random
+import re
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -19,7 +25,7 @@ from typing import Any
 import httpx
 
 from tests import fake_service
-from tests.servers import Postgres, s3_server
+from tests.servers import Postgres, nginx, s3_server
 from tests.serving import free_port, wait_until
 from tests.stress.crowd import Crowd
 
@@ -66,7 +72,7 @@ def run(
 ) -> dict[str, Any]:
     """Kill at random until so many jobs are accepted and so many kills done; what `Crowd.count` says.
 
-    So many of the workers as `real` says draw with the embedded model.
+    So many of the workers as `real` says draw with the embedded model. Where there is no Nginx, clients ask the pods themselves.
     """
     rng = random.Random(seed)
     with ExitStack() as stack:
@@ -84,7 +90,9 @@ def run(
         for node in nodes:
             stack.callback(node.stop)
         wait_until(lambda: all(node.answers() for node in nodes), 120)
-        crowd = Crowd([node.address for node in nodes[:pods]], clients=8)
+        seen_from = [node.address for node in nodes[:pods]]
+        front = [stack.enter_context(nginx(folder / "nginx", seen_from))] if shutil.which("nginx") else []
+        crowd = Crowd(front or seen_from, clients=8, seen_from=seen_from + front)
         stack.callback(crowd.close)
         for i in range(kills):
             time.sleep(rng.uniform(0.3, 1.5))
@@ -97,7 +105,23 @@ def run(
             victim.start()
         wait_until(lambda: len(crowd.accepted) >= jobs, 3600)
         counted = crowd.count(patience_s=300)
-        return {**counted, "requests_that_failed": crowd.failed_requests}
+        asked = "Nginx" if front else "the pods"
+        return {
+            **counted,
+            "asked": asked,
+            "pictures_read": len(crowd.pictures) * len(seen_from + front),
+            "requests_that_failed": _kinds(crowd.failures),
+        }
+
+
+def _kinds(failures: list[str]) -> dict[str, int]:
+    """How often requests failed, by what they got: the name of the exception or the status and its code."""
+    kinds = [each.partition(": ")[2] for each in failures]
+    return dict(
+        Counter(
+            re.sub(r'^(\d+).*?(?:"code":"(\w+)".*)?$|\(.*', r"\1 \2", each, flags=re.DOTALL).strip() for each in kinds
+        )
+    )
 
 
 def main() -> None:
@@ -108,11 +132,19 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=60)
     parser.add_argument("--real", type=int, default=0, help="workers that draw with the embedded model")
     parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
+    parser.add_argument("--write", type=Path, help="a file for the result, as JSON")
+    options = vars(parser.parse_args())
+    target: Path | None = options.pop("write")
     with tempfile.TemporaryDirectory() as folder:
         start = time.monotonic()
-        result = run(Path(folder), **vars(options))
-        print(json.dumps({**vars(options), "seconds": round(time.monotonic() - start), **result}, indent=1))
+        Path(folder).chmod(0o755)  # Nginx's workers are another user
+        result = run(Path(folder), **options)
+        machine = f"{os.cpu_count()} x {platform.machine()}, Python {platform.python_version()}"
+        told = {"command": shlex.join(["python", "-m", "tests.stress.pods", *sys.argv[1:]]), "machine": machine}
+        report = json.dumps({**told, **options, "seconds": round(time.monotonic() - start), **result}, indent=1)
+        print(report)
+        if target:
+            target.write_text(f"{report}\n")
         sys.exit(bool(result["faults"]))
 
 
