@@ -21,7 +21,7 @@ from alphalayer import __version__, catalog, hub, images, keys, oldflags
 from alphalayer.config import API_KEY, Settings, load_settings
 from alphalayer.doctor import check_models_dir, check_port, diagnose
 from alphalayer.errors import AlphalayerError, InvalidRequest, SetupFailed, StorageFailed
-from alphalayer.plan import GPUS, OLD_SECONDS, Load, pods_needed
+from alphalayer.plan import GPUS, OLD_STACK, Load, Offer, Scaling, fixed_offer, old_offers, scaled_offer
 from alphalayer.request import SAMPLERS, SCHEDULERS, ImageFormat, parse_request, split_sampler_name
 from alphalayer.terminal import as_started, err, out, program_name, progress, show_error, show_mark
 
@@ -173,34 +173,41 @@ def plan(
         float | None, typer.Option(min=0.01, help="Seconds of one picture alone, where you measured it.")
     ] = None,
     price: Annotated[float | None, typer.Option(min=0, help="Dollars an hour of one pod.")] = None,
+    autoscale: Annotated[bool, typer.Option(help="Also with pods that come and go by the queue's age.")] = False,
+    cold_start: Annotated[float, typer.Option(min=0, help="Seconds until a pod that is started can draw.")] = 90.0,
+    scale_age: Annotated[float, typer.Option(min=0.1, help="Age of the oldest job at which pods are started.")] = 10.0,
+    max_pods: Annotated[int, typer.Option(min=1, help="Pods at most, where they come and go.")] = 100,
 ) -> None:
     """Say how many pods that many users need, how long they wait, and what it costs; by simulation."""
     chosen = GPUS if gpu == "all" else {gpu: GPUS[gpu]} if gpu in GPUS else None
     if chosen is None:
         raise InvalidRequest(f'unknown card "{gpu}".', hint=f"Use one of: {', '.join(GPUS)}, or all.", field="gpu")
-    table = Table("card", "s alone", "pods", "mean wait", "p95 wait", "in use", "$/hour", "$/1000")
-    load = Load(users, think_time)
+    load, offers = Load(users, think_time), list[Offer]()
     for name, card in chosen.items():
-        alone = seconds or card.seconds
+        alone, cost = seconds or card.seconds, card.price if price is None else price
         try:
-            pods, outcome = pods_needed(load, alone, batch, p95)
+            offers.append(fixed_offer(name, load, alone, batch, p95, cost))
         except ValueError as error:
             err.print(f"{name}: {error}.")
             continue
-        hourly = pods * (card.price if price is None else price)
-        thousands_an_hour = users * 3.6 / (think_time + outcome.mean_s)
-        waits = [f"{outcome.mean_s:.1f} s", f"{outcome.p95_s:.1f} s", f"{outcome.use:.0%}"]
-        table.add_row(name, f"{alone:g}", str(pods), *waits, f"{hourly:.2f}", f"{hourly / thousands_an_hour:.2f}")
-    if not table.rows:
+        if autoscale:
+            scaling = Scaling(max_pods, cold_start, scale_age)
+            offers.append(scaled_offer(f"{name}, autoscaled", load, alone, batch, cost, scaling))
+    if not offers:
         raise typer.Exit(1)
-    out.print(table)
+    _show_offers(offers + old_offers(load, p95))
     if not seconds:
         out.print("\n".join(f"{name}: {card.source}" for name, card in chosen.items()))
-    quick, slow = (pods_needed(load, each, 1, max(p95, 2 * each))[0] for each in OLD_SECONDS)
-    out.print(
-        f"The old stack, one picture at a time in {OLD_SECONDS[0]:g} to {OLD_SECONDS[1]:g} s: {quick} to {slow} pods "
-        "(answers in twice the time of a picture)."
-    )
+    out.print(OLD_STACK)
+
+
+def _show_offers(offers: list[Offer]) -> None:
+    table = Table("card", "s alone", "pods", "mean wait", "p95 wait", "in use", "$/hour", "$/1000")
+    for each in offers:
+        waits = [f"{each.outcome.mean_s:.1f} s", f"{each.outcome.p95_s:.1f} s", f"{each.outcome.use:.0%}"]
+        costs = ["-" if cost is None else f"{cost:.2f}" for cost in (each.hourly, each.a_thousand)]
+        table.add_row(each.name, f"{each.seconds:g}", each.pods, *waits, *costs)
+    out.print(table)
 
 
 @models_app.command("list")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from typer.testing import CliRunner
 
 from alphalayer.cli import app
-from alphalayer.plan import Fleet, Load, pods_needed, simulate
+from alphalayer.plan import SYNC_S, Fleet, Load, Scaler, Scaling, pods_needed, simulate
 
 
 def test_one_user_never_waits_for_another():
@@ -31,8 +33,38 @@ def test_batches_gain_what_they_are_said_to_gain():
 def test_a_fleet_that_may_grow_does_when_jobs_wait_too_long():
     load = Load(60, 10.0)
     fixed = simulate(load, Fleet(1, 2.0), duration_s=6000)
-    growing = simulate(load, Fleet(1, 2.0, most_pods=20, cold_start_s=60), duration_s=6000)
+    growing = simulate(load, Fleet(1, 2.0, scaling=Scaling(20, cold_start_s=60)), duration_s=6000)
     assert growing.mean_s < fixed.mean_s / 4
+    assert growing.most_pods > growing.mean_pods > 1
+    assert fixed.mean_pods == pytest.approx(1)
+
+
+def test_a_fleet_shrinks_when_nobody_waits():
+    """From ten pods for one user: one leaves every five minutes, once none was wanted for that long."""
+    env, scaler = 0.0, Scaler(Scaling(20, down_every_s=300.0), 1)
+    pods, gone = 10, list[float]()
+    for step in range(240):
+        age = 60.0 if step == 0 else 0.0
+        after = scaler.look(env, pods, age)
+        gone += [env] * (after < pods)
+        pods, env = after, env + SYNC_S
+    assert gone[0] == pytest.approx(315, abs=SYNC_S)
+    assert {later - sooner for sooner, later in itertools.pairwise(gone)} == {300.0}
+
+
+def test_pods_come_in_proportion_to_the_age_and_not_too_fast():
+    scaler = Scaler(Scaling(20, age_s=20.0, up_a_minute=2), 1)
+    assert scaler.look(0, 10, 21.0) == 10
+    assert [scaler.look(now, pods, 25.0) for now, pods in ((15, 10), (30, 12), (75, 12), (90, 14))] == [12, 12, 14, 14]
+    assert Scaler(Scaling(11), 1).look(0, 10, 1000.0) == 11
+
+
+def test_a_cold_pod_draws_nothing():
+    scaling = Scaling(20, cold_start_s=10_000.0)
+    late = simulate(Load(60, 10.0), Fleet(1, 2.0, scaling=scaling), duration_s=6000)
+    fixed = simulate(Load(60, 10.0), Fleet(1, 2.0), duration_s=6000)
+    assert late.mean_s == pytest.approx(fixed.mean_s)
+    assert late.mean_pods > 5
 
 
 def test_the_fewest_pods_that_are_enough():
@@ -47,10 +79,16 @@ def test_the_fewest_pods_that_are_enough():
 
 
 def test_the_command():
-    said = CliRunner().invoke(app, ["plan", "--users", "20", "--gpu", "h200", "--price", "4"])
-    assert said.exit_code == 0
-    assert "h200" in said.output
-    assert "The old stack" in said.output
+    def say(*options: str) -> str:
+        said = CliRunner().invoke(app, ["plan", "--users", "20", "--gpu", "h200", *options], env={"COLUMNS": "140"})
+        assert said.exit_code == 0
+        return said.output
+
+    plain = say("--price", "4")
+    assert "h200" in plain
+    assert "old stack, 15 s" in plain
+    assert "autoscaled" not in plain
+    assert "h200, autoscaled" in say("--autoscale", "--cold-start", "30", "--scale-age", "5", "--max-pods", "3")
     wrong = CliRunner().invoke(app, ["plan", "--users", "20", "--gpu", "abacus"])
     assert 'unknown card "abacus"' in str(wrong.exception)
 
