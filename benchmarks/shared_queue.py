@@ -189,7 +189,7 @@ async def _small_things(url: str, spent: Callable[[], Callable[[], float]], coun
 
     async def ask_for_nothing() -> None:
         async with queue._transaction() as (_, rows):
-            assert await claims.claim_next(rows, queue._worker, None) is None
+            assert await claims.claim_next(rows, queue._worker, None, claims.Patience(), may_take_over=True) is None
 
     async def tell_progress() -> None:
         queue._held[job.id].told_at = 0.0

@@ -97,6 +97,19 @@ class Postgres:
             self._process.wait(30)
             self._process = None
 
+    @contextmanager
+    def hanging(self) -> Iterator[None]:
+        """It answers nothing, and all its connections stay."""
+        found = subprocess.run(["pgrep", "-P", str(self.process_id)], capture_output=True, text=True, check=True)
+        processes = [self.process_id, *map(int, found.stdout.split())]
+        for each in processes:
+            os.kill(each, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            for each in processes:
+                os.kill(each, signal.SIGCONT)
+
     def remove(self) -> None:
         """Stop it and remove its folder."""
         self.stop()

@@ -155,6 +155,8 @@ class Job(_Frozen):
     started_at: float | None = None
     finished_at: float | None = None
     starts: int = 0
+    cancel_asked: bool = False
+    """Somebody wanted it to stop while it ran."""
     result: JobResult | None = None
     error: dict[str, Any] | None = None
 

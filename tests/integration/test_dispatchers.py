@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from datetime import timedelta
 
 import pytest
 import pytest_asyncio
@@ -206,6 +207,19 @@ async def test_cancel_while_it_waits_and_while_it_runs(open_one):
         await soon(queue.take(), 0.3)
 
 
+async def test_a_cancel_outlives_the_service_that_was_told(claims_of_a_second, open_one):
+    queue = await open_one()
+    job = await queue.submit(spec())
+    await soon(queue.take())
+    await queue.started(job.id)
+    assert await queue.cancel(job.id)
+    await queue.close()
+    queue = await open_one()
+    with pytest.raises(asyncio.TimeoutError):
+        await soon(queue.take(), 3)
+    assert (await soon(queue.wait(job.id))).state is JobState.CANCELLED
+
+
 async def test_a_job_whose_engine_died_comes_first_again_and_is_given_up_in_the_end(open_one):
     queue = await open_one()
     first, second = await queue.submit(spec("one")), await queue.submit(spec("two"))
@@ -293,6 +307,11 @@ async def two(postgres) -> AsyncIterator[tuple[Dispatcher, Dispatcher]]:
         yield pods[0], pods[1]
 
 
+@pytest.fixture
+def claims_of_a_second(monkeypatch):
+    monkeypatch.setattr("alphalayer.jobs.claims.CLAIM_S", 1.0)
+
+
 async def test_any_pod_answers_streams_and_cancels(two):
     asking, drawing = two
     taking = asyncio.create_task(drawing.take())
@@ -325,15 +344,44 @@ async def test_no_job_is_taken_twice(two):
     assert len(taken) == len(ids)
 
 
-async def test_a_worker_takes_what_it_has_loaded_unless_another_job_waits_too_long(two, monkeypatch):
+async def draw(queue: Dispatcher, count: int, pause_s: float = 0.0) -> list[str | None]:
+    """Take and finish so many jobs as a worker does; the models that it had to hold, one after the other."""
+    held: list[str | None] = []
+    for _ in range(count):
+        job = await soon(queue.take(held[-1] if held else None))
+        held.append(job.spec.generation.model)
+        await queue.started(job.id)
+        await asyncio.sleep(pause_s)
+        await queue.finished(job.id, result_of(job.spec))
+    return held
+
+
+async def test_a_worker_stays_with_its_model_for_a_time_however_long_all_have_waited(two, monkeypatch):
     asking, drawing = two
-    other, mine = await asking.submit(spec(model="other")), await asking.submit(spec(model="mine"))
-    assert (await soon(drawing.take("mine"))).id == mine.id
-    assert (await soon(drawing.take("mine"))).id == other.id
-    monkeypatch.setattr("alphalayer.jobs.claims.PATIENCE_S", 0.2)
-    other, mine = await asking.submit(spec(model="other")), await asking.submit(spec(model="mine"))
-    await asyncio.sleep(0.4)
-    assert (await soon(drawing.take("mine"))).id == other.id
+    for i in range(8):
+        await asking.submit(spec(model="ab"[i % 2]))
+    monkeypatch.setattr("alphalayer.jobs.claims.STAY_S", 0.0)
+    assert await draw(drawing, 2) == ["a", "b"]
+    monkeypatch.setattr("alphalayer.jobs.claims.STAY_S", 30.0)
+    assert await draw(drawing, 6) == ["a"] * 3 + ["b"] * 3
+
+
+async def test_no_model_is_kept_waiting_by_a_stream_of_jobs_for_another(two, monkeypatch):
+    monkeypatch.setattr("alphalayer.jobs.claims.STAY_S", 0.3)
+    asking, drawing = two
+    await asking.submit(spec(model="popular"))
+    await asking.submit(spec(model="rare"))
+    for _ in range(6):
+        await asking.submit(spec(model="popular"))
+    held = await draw(drawing, 8, pause_s=0.12)
+    assert 1 < held.index("rare") < 6
+
+
+async def test_a_model_is_known_by_its_name_its_file_and_its_title(two):
+    asking, drawing = two
+    await asking.submit(spec(model="other"))
+    mine = [await asking.submit(spec(model=name)) for name in ("mine.safetensors", "mine [0123abcdef]", "mine")]
+    assert [(await soon(drawing.take("mine"))).id for _ in mine] == [job.id for job in mine]
 
 
 async def test_of_many_idle_workers_a_few_ask_for_a_job(postgres, monkeypatch):
@@ -408,17 +456,124 @@ async def test_a_late_result_changes_nothing(postgres, monkeypatch):
 
 
 async def test_a_worker_that_is_cut_off_while_it_claims_locks_the_job_for_a_short_time_only(two, monkeypatch):
-    from alphalayer.jobs import claims, shared
+    from alphalayer.jobs import claims, transactions
 
-    monkeypatch.setattr(shared, "SILENT_S", 1)
+    monkeypatch.setattr(transactions, "SILENT_S", 1)
     cut_off, healthy = two
     job = await cut_off.submit(spec())
     with pytest.raises(StorageFailed):  # noqa: PT012
         async with cut_off._transaction() as (_, queue):
-            assert await claims.claim_next(queue, cut_off._worker, None)
+            assert await claims.claim_next(queue, cut_off._worker, None, claims.Patience(), may_take_over=False)
             with pytest.raises(asyncio.TimeoutError):
                 await soon(healthy.take(), 0.5)
             assert (await soon(healthy.take(), 5)).id == job.id
+
+
+async def test_a_cancel_that_nobody_hears_of_is_seen(claims_of_a_second, two):
+    asking, drawing = two
+    drawing._tasks[0].cancel()  # hears no news from here on
+    for is_started in (True, False):
+        job = await asking.submit(spec())
+        await soon(drawing.take())
+        if is_started:
+            await drawing.started(job.id)
+        asked = asyncio.create_task(drawing.cancel_asked(job.id))
+        assert await asking.cancel(job.id)
+        await soon(asked)
+        await drawing.finished(job.id, Cancelled("cancelled."))
+        assert (await soon(asking.wait(job.id))).state is JobState.CANCELLED
+
+
+async def test_whose_claim_is_anothers_by_now_stops_and_ends_nothing(claims_of_a_second, two):
+    cut_off, healthy = two
+    job = await cut_off.submit(spec())
+    await soon(cut_off.take())
+    await cut_off.started(job.id)
+    beating = cut_off._tasks[1]
+    beating.cancel()
+    assert (await soon(healthy.take())).id == job.id
+    beating = asyncio.create_task(cut_off._beat())
+    await soon(cut_off.cancel_asked(job.id), 2)
+    await cut_off.finished(job.id, Cancelled("cancelled."))
+    assert (await healthy.view(job.id)).job.state is JobState.RUNNING
+    await healthy.started(job.id)
+    await healthy.finished(job.id, result_of(job.spec))
+    assert (await soon(healthy.wait(job.id))).state is JobState.DONE
+    beating.cancel()
+
+
+async def test_a_job_that_took_an_engine_down_is_nobodys_mate(two):
+    asking, drawing = two
+    crashing, innocent, mate = [await asking.submit(spec(str(i), width=64, height=64)) for i in range(3)]
+    assert (await soon(drawing.take())).id == crashing.id
+    await drawing.started(crashing.id)
+    job = await soon(asking.take())
+    assert job.id == innocent.id
+    await drawing.released(crashing.id, "it died")
+    taken = await asking.take_like(job, 64 * 64)
+    assert taken
+    assert taken.id == mate.id
+    assert await asking.take_like(job, 64 * 64) is None
+    assert (await soon(asking.take())).id == crashing.id
+    assert await asking.cancel(crashing.id)
+
+
+async def test_a_database_that_was_away_takes_no_job_from_the_worker_that_draws_it(postgres, monkeypatch):
+    from alphalayer.jobs import claims
+    from alphalayer.jobs.shared import SharedDispatcher
+
+    monkeypatch.setattr(claims, "CLAIM_S", 2.0)
+    url = postgres.fresh_database()
+    drawing, idle = [await SharedDispatcher.open(url, 10, role="worker") for _ in range(2)]
+    try:
+        job = await drawing.submit(spec())
+        await soon(drawing.take())
+        await drawing.started(job.id)
+        takings = [asyncio.create_task(each.take()) for each in (idle, drawing)]
+        await asyncio.sleep(1.5)
+        await asyncio.to_thread(postgres.stop)
+        await asyncio.sleep(2.5)
+        await asyncio.to_thread(postgres.start)
+        with pytest.raises(asyncio.TimeoutError):
+            await soon(asyncio.wait(takings, return_when=asyncio.FIRST_COMPLETED), 3)
+        for task in takings:
+            task.cancel()
+        assert not drawing._held[job.id].cancel.is_set()
+    finally:
+        await drawing.close()
+        await idle.close()
+
+
+async def test_a_database_that_hangs_ends_neither_waiting_nor_heartbeats(postgres, monkeypatch):
+    from alphalayer.jobs import claims, shared
+    from alphalayer.jobs import postgres as connections
+
+    for name in ("CONNECT_S", "ANSWER_S", "PLACE_S"):
+        monkeypatch.setattr(connections, name, 0.5)
+    monkeypatch.setattr(claims, "CLAIM_S", 2.0)
+    monkeypatch.setattr(shared, "AWAY_S", 2.5)
+    queue = await shared.SharedDispatcher.open(postgres.fresh_database(), 100)
+    try:
+        job = await queue.submit(spec())
+        await soon(queue.take())
+        await queue.started(job.id)
+        others = [await queue.submit(spec(str(i))) for i in range(30)]
+        waiting = [asyncio.create_task(queue.wait(each.id)) for each in others]
+        await asyncio.sleep(0.5)
+        with postgres.hanging():
+            await asyncio.sleep(3)
+            assert not queue.is_reachable
+            with pytest.raises(StorageFailed):
+                await queue.view(job.id)
+        await asyncio.sleep(2.5)
+        assert queue.is_reachable
+        assert not any(task.done() for task in (*waiting, *queue._tasks))
+        async with queue._transaction() as (_, rows):
+            assert await rows.stale_jobs(timedelta(seconds=2)) == []
+        for task in waiting:
+            task.cancel()
+    finally:
+        await queue.close()
 
 
 async def test_a_database_that_is_away_is_waited_for(postgres):

@@ -84,6 +84,8 @@ class EmbeddedDispatcher:
             dispatcher._live[job.id] = _Live(job)
             if job.error:  # it cannot be read
                 await dispatcher.finished(job.id, AlphalayerError.from_dict(job.error))
+            elif job.cancel_asked:
+                await dispatcher.finished(job.id, Cancelled("cancelled."))
             elif job.starts >= MAX_STARTS:
                 await dispatcher.finished(job.id, gave_up("the service stopped while it ran"))
             else:
@@ -177,6 +179,10 @@ class EmbeddedDispatcher:
         live.cancel.set()
         if job_id in self._waiting:
             await self._over(live, Cancelled("cancelled."))
+        else:
+            # for the next start, should this one end before the engine stops
+            with contextlib.suppress(StorageFailed):
+                await self._journal.ask_to_cancel(job_id)
         return True
 
     async def wait(self, job_id: str) -> Job:

@@ -16,8 +16,10 @@ from typing import Any
 
 from sqlalchemy import (
     BigInteger,
+    Boolean,
     Column,
     Float,
+    Index,
     Integer,
     MetaData,
     String,
@@ -26,6 +28,7 @@ from sqlalchemy import (
     UniqueConstraint,
     bindparam,
     event,
+    false,
     select,
     text,
     update,
@@ -33,6 +36,7 @@ from sqlalchemy import (
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
 from alphalayer.errors import SetupFailed, StorageFailed
@@ -45,7 +49,7 @@ jobs = Table(
     "jobs",
     metadata,
     Column("id", String(32), primary_key=True),
-    Column("state", String(16), nullable=False, index=True),
+    Column("state", String(16), nullable=False),
     Column("owner", String(100), nullable=False, server_default=""),
     Column("idempotency_key", String(200)),
     Column("created_at", Float, nullable=False, index=True),
@@ -59,7 +63,9 @@ jobs = Table(
     Column("webhook_tries", Integer, nullable=False, server_default="0"),
     Column("queue_id", BigInteger),
     Column("digest", String(64)),
+    Column("cancel_asked", Boolean, nullable=False, server_default=false()),
     UniqueConstraint("owner", "idempotency_key"),
+    Index("ix_jobs_state_created_at", "state", "created_at"),
 )
 
 OPEN = [JobState.QUEUED.value, JobState.RUNNING.value]
@@ -83,13 +89,18 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
     ),
     ("ALTER TABLE jobs ADD COLUMN queue_id BIGINT",),
     ("ALTER TABLE jobs ADD COLUMN digest VARCHAR(64)",),
+    (
+        "ALTER TABLE jobs ADD COLUMN cancel_asked BOOLEAN NOT NULL DEFAULT FALSE",
+        "CREATE INDEX ix_jobs_state_created_at ON jobs (state, created_at)",
+        "DROP INDEX IF EXISTS ix_jobs_state",
+    ),
 )
 """SQL that takes version 1 to 2, 2 to 3 and so on; the table above is always the newest."""
 VERSION = 1 + len(MIGRATIONS)
 
 CLAIMED_S = 60.0
-UNREACHABLE = (DBAPIError, OSError, TimeoutError)
-"""What the database raises when it is away, full or read-only."""
+UNREACHABLE = (DBAPIError, PoolTimeout, OSError, TimeoutError, asyncio.TimeoutError)
+"""What the database raises when it is away, hangs, is full or read-only."""
 
 
 class Journal:
@@ -117,16 +128,17 @@ class Journal:
         try:
             if isinstance(place, Path):
                 place.parent.mkdir(parents=True, exist_ok=True)
-                engine = create_async_engine(f"sqlite+aiosqlite:///{place}", hide_parameters=True)
+                engine = patient = create_async_engine(f"sqlite+aiosqlite:///{place}", hide_parameters=True)
                 event.listen(engine.sync_engine, "connect", _tune)
             else:
-                url = make_url(place).set(drivername="postgresql+asyncpg")
-                engine = create_async_engine(
-                    url, pool_pre_ping=True, pool_size=5, max_overflow=10, hide_parameters=True
-                )
-                place, hint = url.render_as_string(hide_password=True), "Check the address, and that PostgreSQL runs."
-            async with engine.begin() as connection:
+                from alphalayer.jobs import postgres
+
+                engine, patient = postgres.create_engine(place, postgres.ANSWER_S), postgres.create_engine(place)
+                place = make_url(place).render_as_string(hide_password=True)
+                hint = "Check the address, and that PostgreSQL runs."
+            async with patient.begin() as connection:
                 await _migrate(connection, place)
+            await patient.dispose()
         except (DBAPIError, OSError, sqlite3.Error) as error:
             cause = getattr(error, "orig", error)
             raise SetupFailed(f"the journal {place} cannot be opened: {cause}.", hint=hint) from None
@@ -160,6 +172,10 @@ class Journal:
         changed = {name: row[name] for name in _CHANGING}
         changed["webhook_due"] = job.finished_at if job.state.is_final and job.spec.webhook else None
         return await self._write(_SAVE, {**changed, "job_id": job.id}) > 0
+
+    async def ask_to_cancel(self, job_id: str) -> None:
+        """Note that a job that runs is to stop. Raises `StorageFailed`."""
+        await self._write(update(jobs).where(jobs.c.id == job_id).values(cancel_asked=True))
 
     async def get(self, job_id: str) -> Job | None:
         """The job of that id."""

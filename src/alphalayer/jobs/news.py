@@ -18,6 +18,7 @@ from sqlalchemy import func, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from alphalayer.job import JobProgress
+from alphalayer.jobs import postgres
 from alphalayer.telemetry import log
 
 TO_WORKERS, TO_PODS = "alphalayer_work", "alphalayer_news"
@@ -47,7 +48,7 @@ class News:
             lost = asyncio.Event()
             connection: Any = None
             try:
-                connection = await asyncpg.connect(self._url, timeout=10)
+                connection = await postgres.connect(self._url)
                 connection.add_termination_listener(partial(_set, lost))
                 for channel in self._channels:
                     await connection.add_listener(channel, self._hear)

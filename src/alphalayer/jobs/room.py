@@ -9,7 +9,7 @@ from sqlalchemy import func, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from alphalayer.errors import QueueFull
-from alphalayer.job import JobState
+from alphalayer.job import Job, JobState
 from alphalayer.jobs import USUAL_SECONDS
 from alphalayer.jobs.journal import jobs
 
@@ -58,6 +58,10 @@ class Room:
         self.queue_length = count
         self.oldest_waiting_s = time.time() - since if since else 0.0
         self.usual_s = float(seconds) if seconds is not None else USUAL_SECONDS
+
+    async def position(self, connection: AsyncConnection, job: Job) -> int:
+        """The place in the queue of a job that waits; 1 is next."""
+        return (await connection.execute(_COUNT.where(jobs.c.created_at < job.created_at))).scalar_one() + 1
 
     async def check(self, connection: AsyncConnection, owner: str) -> None:
         """Raises `QueueFull` where the queue, or the owner's share of it, has no room for one more."""

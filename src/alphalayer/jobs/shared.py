@@ -11,24 +11,20 @@ import asyncio
 import contextlib
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Collection, Mapping
-from dataclasses import dataclass, field
-from datetime import timedelta
-from typing import Any
+from collections.abc import AsyncIterator, Collection, Mapping
 
-import asyncpg
-from pgqueuer import Queries
 from pgqueuer.models import Job as QueueRow
 from pgqueuer.types import JobId, QueueManagerId
-from sqlalchemy import func, select, text, true, update
-from sqlalchemy.ext.asyncio import AsyncConnection
+from sqlalchemy import select, update
 
 from alphalayer.errors import AlphalayerError, Cancelled, StorageFailed
 from alphalayer.job import Job, JobProgress, JobResult, JobSpec, JobState
 from alphalayer.jobs import MAX_STARTS, JobView, OnEnd, Outcome, claims, eta, gave_up, nobody, over
-from alphalayer.jobs.journal import ADD, OPEN, UNREACHABLE, Journal, jobs, row_of
+from alphalayer.jobs.claims import Held
+from alphalayer.jobs.journal import ADD, OPEN, Journal, jobs, row_of
 from alphalayer.jobs.news import News
 from alphalayer.jobs.room import Room
+from alphalayer.jobs.transactions import Transactions
 from alphalayer.tasks import keep_running
 from alphalayer.telemetry import log
 
@@ -37,19 +33,8 @@ LOOK_EVERY_S = 2.0
 ASK_EVERY_S = 1.0
 """How often an idle worker asks for a job without any news: the longest that a job waits because nobody was eager."""
 PROGRESS_EVERY_S = 0.3
-SILENT_S = 15
-"""A transaction in which nothing is said for so long is ended by the server: whoever was cut off in it would keep rows locked."""
-
-
-@dataclass
-class _Held:
-    """A job that this pod's engines have: its row in the queue, which start of it this is, and whether it is to stop."""
-
-    job: Job
-    row: QueueRow
-    start: int = 0
-    cancel: asyncio.Event = field(default_factory=asyncio.Event)
-    told_at: float = 0.0
+AWAY_S = 10.0
+"""Jobs cannot be written down where the last look at the queue that went well is so long ago."""
 
 
 class SharedDispatcher:
@@ -59,14 +44,16 @@ class SharedDispatcher:
         self, journal: Journal, url: str, queue_limit: int, queue_shares: Mapping[str, float], role: str, on_end: OnEnd
     ):
         self._journal = journal
+        self._transaction = Transactions(journal)
         self._on_end = on_end
         self._news = News(url, role, self._asked_to_cancel)
         self._room = Room(queue_limit, queue_shares)
         self._worker = QueueManagerId(uuid.uuid4())
         self._eagerness = claims.Eagerness()
-        self._held: dict[str, _Held] = {}
+        self._patience = claims.Patience()
+        self._held: dict[str, Held] = {}
         self._tasks: list[asyncio.Task[None]] = []
-        self.is_reachable = True
+        self._looked_at = 0.0
 
     @classmethod
     async def open(
@@ -79,9 +66,8 @@ class SharedDispatcher:
     ) -> SharedDispatcher:
         """Connect and bring both schemas up to date. `role` says whose news are heard: "api", "worker" or "all". Raises `SetupFailed`."""
         dispatcher = cls(await Journal.open(url), url, queue_limit, queue_shares or {}, role, on_end)
-        await dispatcher._install_queue()
-        async with dispatcher._transaction() as (connection, _):
-            await dispatcher._room.look(connection)
+        await claims.install(url)
+        await dispatcher._look()
         dispatcher._tasks = [
             asyncio.create_task(keep_running(name, each))
             for name, each in (
@@ -133,6 +119,8 @@ class SharedDispatcher:
         """Stop a job, wherever it is; see the protocol."""
         changes = {"state": JobState.CANCELLED.value, "finished_at": time.time()}
         mine = jobs.c.id == job_id
+        # the worker hears of it at once, or sees it with its next heartbeat, or another one does when it takes the job over
+        ask = update(jobs).where(mine, jobs.c.state.in_(OPEN)).values(cancel_asked=True)
         async with self._transaction() as (connection, queue):
             waiting = mine & (jobs.c.state == JobState.QUEUED.value)
             row_id = (
@@ -141,7 +129,7 @@ class SharedDispatcher:
             if row_id is not None:
                 await queue.mark_job_as_cancelled([JobId(row_id)])
                 await self._news.tell(connection, "changed", job_id)
-            elif not (await connection.execute(select(jobs.c.id).where(mine, jobs.c.state.in_(OPEN)))).scalar():
+            elif not (await connection.execute(ask)).rowcount:
                 return False
             await self._news.tell(connection, "cancel", job_id)
         if row_id is not None:
@@ -174,6 +162,11 @@ class SharedDispatcher:
                     await asyncio.wait_for(changed.wait(), LOOK_EVERY_S)
 
     @property
+    def is_reachable(self) -> bool:
+        """Whether jobs can be written down now, as far as is known."""
+        return time.monotonic() - self._looked_at < AWAY_S
+
+    @property
     def queue_length(self) -> int:
         """Jobs that wait, anywhere; a few seconds old."""
         return self._room.queue_length
@@ -196,7 +189,9 @@ class SharedDispatcher:
             self._news.queued.clear()
             with contextlib.suppress(StorageFailed):
                 async with self._transaction() as (_, queue):
-                    claimed = await claims.claim_next(queue, self._worker, holding)
+                    # where the database was away, those who are at work need time for their next heartbeat
+                    may_take_over = self._transaction.well_for_s > claims.CLAIM_S / 2
+                    claimed = await claims.claim_next(queue, self._worker, holding, self._patience, may_take_over)
                 if claimed:
                     self._eagerness.claimed()
                     if job := await self._hold(claimed):
@@ -211,27 +206,29 @@ class SharedDispatcher:
             return None
         try:
             async with self._transaction() as (_, queue):
-                claimed = await claims.claim(queue, self._worker, [claims.entrypoint_of(job)])
+                claimed = await claims.claim(queue, self._worker, claims.entrypoint_of(job))
             return await self._hold(claimed) if claimed else None
         except StorageFailed:
             return None
 
     async def started(self, job_id: str) -> None:
-        """Count a start; see the protocol. A job that is over by now is told to stop."""
+        """Count a start; see the protocol. A job that is over by now, or another's, is told to stop."""
         held = self._held.get(job_id)
         if held is None:
             return
         changes = {"state": JobState.RUNNING.value, "started_at": time.time(), "starts": jobs.c.starts + 1}
-        open_one = (jobs.c.id == job_id) & jobs.c.state.in_(OPEN)
+        count = update(jobs).where(jobs.c.id == job_id, jobs.c.state.in_(OPEN)).values(changes)
         while True:
             with contextlib.suppress(StorageFailed):
-                async with self._transaction() as (connection, _):
-                    counted = update(jobs).where(open_one).values(changes).returning(jobs.c.starts)
-                    held.start = (await connection.execute(counted)).scalar() or 0
+                async with self._transaction() as (connection, queue):
+                    if not await held.is_of(self._worker, queue):
+                        return
+                    counted = await connection.execute(count.returning(jobs.c.starts, jobs.c.cancel_asked))
+                    held.start, is_to_stop = counted.first() or (0, True)
                     await self._news.tell(connection, "changed", job_id)
                 break
             await asyncio.sleep(1.0)
-        if not held.start:
+        if is_to_stop:
             held.cancel.set()
 
     async def progressed(self, job_id: str, progress: JobProgress) -> None:
@@ -250,7 +247,9 @@ class SharedDispatcher:
         if held is None:
             return
         ended = held.job.model_copy(update={"finished_at": time.time(), **over(outcome)})
-        while not await self._end(held, ended, outcome):
+        # the pictures of one that is another's now still count if the other has not begun
+        is_ours = not held.is_lost or isinstance(outcome, JobResult)
+        while is_ours and not await self._end(held, ended, outcome):
             await asyncio.sleep(1.0)
         del self._held[job_id]
 
@@ -268,11 +267,11 @@ class SharedDispatcher:
         del self._held[job_id]
         with contextlib.suppress(StorageFailed):  # without a database the claim runs out by itself
             async with self._transaction() as (connection, queue):
-                mine = (jobs.c.id == job_id) & (jobs.c.state.in_(OPEN)) & (jobs.c.starts == held.start)
-                back = await connection.execute(update(jobs).where(mine).values(state=JobState.QUEUED.value))
-                row = await queue.queue_job_by_id(held.row.id)
-                if back.rowcount and row and row.queue_manager_id == self._worker:
-                    await queue.retry_job(held.row, timedelta(0), None)
+                if await held.is_of(self._worker, queue):
+                    mine = (jobs.c.id == job_id) & (jobs.c.state.in_(OPEN)) & (jobs.c.starts == held.start)
+                    row_id = await claims.give_back(queue, held.row, held.job.model_copy(update={"starts": held.start}))
+                    back = {"state": JobState.QUEUED.value, "queue_id": row_id}
+                    await connection.execute(update(jobs).where(mine).values(back))
                     await self._news.tell(connection, "queued")
 
     async def cancel_asked(self, job_id: str) -> None:
@@ -302,42 +301,26 @@ class SharedDispatcher:
 
     # --- inside
 
-    @contextlib.asynccontextmanager
-    async def _transaction(self) -> AsyncGenerator[tuple[AsyncConnection, Queries]]:
-        """One transaction for our tables and PgQueuer's. Raises `StorageFailed`."""
-        try:
-            async with self._journal.engine.begin() as connection:
-                # goes first: the driver's own statements, which PgQueuer uses, do not open a transaction
-                await connection.execute(
-                    select(func.set_config("idle_in_transaction_session_timeout", f"{SILENT_S}s", true()))
-                )
-                raw: Any = (await connection.get_raw_connection()).driver_connection
-                yield connection, Queries.from_asyncpg_connection(raw)
-        except (*UNREACHABLE, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
-            raise self._journal.fault(error) from None
-
-    async def _install_queue(self) -> None:
-        async with self._transaction() as (connection, queue):
-            await connection.execute(text("SELECT pg_advisory_xact_lock(hashtext('alphalayer'))"))
-            if not await queue.schema_is_installed():
-                await queue.install()
-
     async def _hold(self, row: QueueRow) -> Job | None:
-        """The job of a claimed row; None where it is over, or given up now."""
-        job = await self._journal.get((row.payload or b"").decode())
+        """The job of a claimed row; None where it is over, given up now, or at work here all the same."""
+        job_id = (row.payload or b"").decode()
+        if job_id in self._held:
+            return None
+        job = await self._journal.get(job_id)
         if job is None or job.state.is_final:
             if job and job.error and await self._journal.save(job):  # it cannot be read
                 self._on_end(job.id, AlphalayerError.from_dict(job.error))
             async with self._transaction() as (_, queue):
                 await queue.log_jobs([(row, "canceled", None)])
             return None
-        self._held[job.id] = _Held(job, row, job.starts)
-        if job.starts >= MAX_STARTS:
-            await self.finished(job.id, gave_up("its worker stopped while it ran"))
+        self._held[job.id] = Held(job, row, job.starts)
+        end = Cancelled("cancelled.") if job.cancel_asked else gave_up("its worker stopped while it ran")
+        if job.cancel_asked or job.starts >= MAX_STARTS:
+            await self.finished(job.id, end)
             return None
         return job
 
-    async def _end(self, held: _Held, ended: Job, outcome: Outcome) -> bool:
+    async def _end(self, held: Held, ended: Job, outcome: Outcome) -> bool:
         """Write the outcome, if the job is still of this start; whether the database could be reached."""
         mine = (jobs.c.id == ended.id) & jobs.c.state.in_(OPEN) & (jobs.c.starts == held.start)
         row = row_of(ended)
@@ -363,11 +346,8 @@ class SharedDispatcher:
         if job.state.is_final:
             return JobView(job)
         if job.state is JobState.QUEUED:
-            older = (jobs.c.state == JobState.QUEUED.value) & (jobs.c.created_at < job.created_at)
             async with self._transaction() as (connection, _):
-                position = (
-                    await connection.execute(select(func.count()).select_from(jobs).where(older))
-                ).scalar_one() + 1
+                position = await self._room.position(connection, job)
             room = self._room
             rests = [eta.rest_s(at, self._news.progress_of(each)) for each, at in room.some_running.items()]
             return JobView(job, position, JobProgress(), eta.wait_s(rests, room.running, position - 1, room.usual_s))
@@ -379,21 +359,30 @@ class SharedDispatcher:
             self._held[job_id].cancel.set()
 
     async def _beat(self) -> None:
-        """Keep this pod's claims alive."""
+        """Keep this pod's claims alive, and do what news may have failed to say: a job is to stop, a claim is another's by now."""
         while True:
             await asyncio.sleep(claims.CLAIM_S / 4)
-            rows = [held.row.id for held in self._held.values()]
-            if rows:
-                with contextlib.suppress(StorageFailed):
-                    async with self._transaction() as (_, queue):
-                        await queue.update_heartbeat(rows)
+            held = list(self._held.values())
+            if held:
+                with contextlib.suppress(StorageFailed, asyncio.TimeoutError):
+                    # a connection that is stuck must not keep the next heartbeat
+                    await asyncio.wait_for(self._renew(held), claims.CLAIM_S / 2)
+
+    async def _renew(self, held: list[Held]) -> None:
+        cancelled = select(jobs.c.id).where(jobs.c.id.in_([each.job.id for each in held]), jobs.c.cancel_asked)
+        async with self._transaction() as (connection, queue):
+            mine = [each for each in held if await each.is_of(self._worker, queue)]
+            await queue.update_heartbeat([each.row.id for each in mine])
+            for job_id in (await connection.execute(cancelled)).scalars():
+                self._asked_to_cancel(job_id)
 
     async def _keep_looking(self) -> None:
         while True:
             await asyncio.sleep(LOOK_EVERY_S)
-            try:
-                async with self._transaction() as (connection, _):
-                    await self._room.look(connection)
-                self.is_reachable = True
-            except StorageFailed:
-                self.is_reachable = False
+            with contextlib.suppress(StorageFailed):
+                await self._look()
+
+    async def _look(self) -> None:
+        async with self._transaction() as (connection, _):
+            await self._room.look(connection)
+        self._looked_at = time.monotonic()

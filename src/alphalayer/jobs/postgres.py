@@ -1,0 +1,40 @@
+"""Connections to PostgreSQL, made in one way for all: an address means the same everywhere, and nobody waits for ever.
+
+What may stand in an address is asyncpg's to say: `?sslmode=require` and what else PostgreSQL's own programs know.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from functools import partial
+from typing import Any
+
+import asyncpg
+from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+
+CONNECT_S = 10
+ANSWER_S = 20.0
+"""A statement without answer for so long has failed: the server hangs, or nobody is at the other end."""
+PLACE_S = 10.0
+"""How long to wait for one of the connections when all are at work."""
+
+
+async def connect(url: str, answer_s: float | None = None) -> Any:
+    """An asyncpg connection. Raises `ConnectionError`, whatever the reason is why there is none."""
+    try:
+        return await asyncpg.connect(url, timeout=CONNECT_S, command_timeout=answer_s)
+    except (OSError, ValueError, asyncpg.PostgresError, asyncpg.InterfaceError, asyncio.TimeoutError) as error:
+        raise ConnectionError(str(error) or f"no answer for {CONNECT_S} seconds") from error
+
+
+def create_engine(url: str, answer_s: float | None = None) -> AsyncEngine:
+    """An engine for statements that may take `answer_s` seconds each; without it, as long as they like."""
+    return create_async_engine(
+        "postgresql+asyncpg://",
+        async_creator=partial(connect, url, answer_s),
+        pool_pre_ping=True,
+        pool_size=5,
+        max_overflow=10,
+        pool_timeout=PLACE_S,
+        hide_parameters=True,
+    )
