@@ -87,8 +87,10 @@ def test_events_tell_every_step_and_end(client):
 
 def test_the_same_key_gives_the_same_job(client):
     first = submit(client, headers={"Idempotency-Key": "order-17"})
-    second = submit(client, headers={"Idempotency-Key": "order-17"}, seed=99)
+    second = submit(client, headers={"Idempotency-Key": "order-17"})
     assert first["id"] == second["id"]
+    other = client.post("/alpha/v1/jobs", json={"prompt": "other"}, headers={"Idempotency-Key": "order-17"})
+    assert (other.status_code, other.json()["field"]) == (422, "Idempotency-Key")
     assert submit(client)["id"] != first["id"]
     finished(client, first)
 
