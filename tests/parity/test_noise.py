@@ -225,6 +225,33 @@ def test_what_a_tree_says_does_not_depend_on_the_order_of_questions():
         assert torch.equal(backward.value(time), first[time])
 
 
+@pytest.mark.parametrize("sampler", ["DPM++ 2M SDE", "DPM++ SDE"])
+def test_a_tree_keeps_little_and_says_the_same_to_the_last_bit(sampler: str, monkeypatch: pytest.MonkeyPatch):
+    """150 steps touch some thousand nodes (2 GiB at 1024x1024); one way down is at most 25 deep (15 halved to 1e-6), two nodes each."""
+    sigmas = sigmas_for("Karras", 150, TABLE)
+    drawn: list[int] = []
+
+    def counted(seed, *rest):
+        drawn.append(seed)
+        return randn(seed, *rest)
+
+    monkeypatch.setattr("alphalayer.engine.brownian.randn", counted)
+    tree = BrownianTree(float(sigmas[-2]), float(sigmas[0]), (3,), 8, "nv")
+
+    def held(node) -> int:
+        return 0 if node is None else 1 + held(node.left) + held(node.right)
+
+    intervals = brownian_intervals(sampler, sigmas)
+    said = [tree.between(below, above) for above, below in intervals]
+    assert held(tree._root) <= 51
+    # and nothing was drawn twice on the way down
+    assert len(drawn) == len(set(drawn))
+    for (above, below), increment in list(zip(intervals, said, strict=True))[::7]:
+        fresh = BrownianTree(float(sigmas[-2]), float(sigmas[0]), (3,), 8, "nv")
+        assert torch.equal(increment, fresh.between(below, above))
+        assert torch.equal(increment, tree.between(below, above))
+
+
 def test_a_tree_begins_at_zero_and_is_clamped_to_its_ends():
     tree = BrownianTree(1.0, 2.0, (3,), 8, "nv")
     assert torch.equal(tree.value(0.5), torch.zeros(3))

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -19,6 +20,8 @@ from alphalayer.request import NoiseSource
 
 _POOL_SIZE = 24
 _DECIMALS = 6
+_VALUES_KEPT = 4
+"""Each end of an interval is asked for again with the next one; DPM++ SDE has three."""
 
 
 @dataclass
@@ -39,7 +42,11 @@ class _Node:
 
 
 class BrownianTree:
-    """W over [start, end] for one image; `value(t)` is W(t), a float32 tensor of `shape` with W(start) = 0."""
+    """W over [start, end] for one image; `value(t)` is W(t), a float32 tensor of `shape` with W(start) = 0.
+
+    Only the way to the last time asked for is kept (about fifty tensors) and the last few values: a sampler asks downwards, and what
+    was dropped is drawn again, with the same seeds, if it is asked for.
+    """
 
     def __init__(
         self, start: float, end: float, shape: Shape, seed: int, source: NoiseSource, device: torch.device | str = "cpu"
@@ -49,17 +56,22 @@ class BrownianTree:
         first = int(np.random.SeedSequence(entropy=seed, pool_size=_POOL_SIZE).generate_state(3)[0])
         whole = self._randn(first) * float(np.sqrt(end - start))
         self._root = _Node(round(start, _DECIMALS), round(end, _DECIMALS), 0, 0, whole)
+        self._value = lru_cache(_VALUES_KEPT)(self._walk)
 
     def value(self, time: float) -> Tensor:
         """W at a time, clamped to the tree's interval."""
-        time = min(max(round(time, _DECIMALS), self._root.start), self._root.end)
+        return self._value(min(max(round(time, _DECIMALS), self._root.start), self._root.end))
+
+    def _walk(self, time: float) -> Tensor:
+        """Down to the node that begins or ends at a time of the tree's interval."""
         node, before = self._root, torch.zeros(self._shape, device=self._device)
         while time not in (node.start, node.end):
             left, right = self._children(node)
             if time >= right.start:
-                before, node = before + left.increment, right
+                before, node, aside = before + left.increment, right, left
             else:
-                node = left
+                node, aside = left, right
+            aside.left = aside.right = None
         return before + node.increment if time == node.end else before
 
     def between(self, start: float, end: float) -> Tensor:
@@ -67,7 +79,7 @@ class BrownianTree:
         return self.value(end) - self.value(start)
 
     def _children(self, node: _Node) -> tuple[_Node, _Node]:
-        """Split a node by a Brownian bridge; its halves stay for later queries."""
+        """Split a node by a Brownian bridge."""
         if node.left is None or node.right is None:
             a, m, b = node.start, node.middle, node.end
             spawned = np.random.SeedSequence(
@@ -112,7 +124,7 @@ class BrownianNoise:
 
     def __call__(self, sigma: float, sigma_next: float) -> Tensor:
         """Noise of the step from `sigma` down to `sigma_next`."""
-        drawn = self._ahead.get((sigma, sigma_next))
+        drawn = self._ahead.pop((sigma, sigma_next), None)
         if drawn is not None:
             return drawn.result()
         for pending in self._ahead.values():
