@@ -314,7 +314,7 @@ class LocalEngine:
         """Merge what the user's LoRAs change in the text encoders; what was encoded before is forgotten if that is something else."""
         patcher, wanted = ready.model.patchers[1], self._loras(request)
         if tuple(wanted) != patcher.applied:
-            ready.encoders.encode.cache_clear()
+            ready.encoders.forget()
             patcher.ensure(wanted)
 
     def _decode(

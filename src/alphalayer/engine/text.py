@@ -68,6 +68,10 @@ class TextEncoders:
         kept.move_to_end(key)
         return kept[key]
 
+    def forget(self) -> None:
+        """Encode anew what was encoded before: the encoders have changed."""
+        self._remembered.clear()
+
     @torch.inference_mode()
     def _encode(self, text: str, clip_skip: int) -> Conditioning:
         """Encode one text of any length: weights and BREAK are understood, schedules and AND are not.
