@@ -12,6 +12,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from alphalayer.errors import InvalidRequest
+from alphalayer.faults import COLOUR
 from alphalayer.request import GenerationRequest, ImageFormat, ModelDefaults
 
 MAX_ITERATIONS = 16
@@ -41,7 +42,7 @@ class Output(_Frozen):
     """Alpha up to this counts as empty."""
     trim_padding: Annotated[int, Field(ge=0, le=1024)] = 0
     """Pixels left around what is not empty."""
-    background: Annotated[str, Field(pattern=r"^#[0-9a-fA-F]{6}$")] | None = None
+    background: Annotated[str, Field(pattern=COLOUR)] | None = None
     """A colour to lay the picture on; the result is opaque."""
 
 

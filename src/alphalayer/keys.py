@@ -10,8 +10,8 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
+from alphalayer import faults
 from alphalayer.errors import SetupFailed
-from alphalayer.wording import in_our_words
 
 PREFIX = "alk_"
 
@@ -43,7 +43,7 @@ def read_keys(file: Path) -> list[Key]:
         why = error.strerror or str(error)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        why = ".".join(str(part) for part in first["loc"]) + (": " if first["loc"] else "") + in_our_words(first)
+        why = ".".join(str(part) for part in first["loc"]) + (": " if first["loc"] else "") + faults.say(first)
     raise SetupFailed(
         f"{file} cannot be read: {why}.", hint="Mend it, or move it away and make keys with: alphalayer keys add"
     )
@@ -59,7 +59,7 @@ def add_key(file: Path, name: str, per_minute: int = 0, queue_share: float = 1.0
         keys.append(Key(name=name, sha256=digest(secret), per_minute=per_minute, queue_share=queue_share))
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        raise SetupFailed(f"{first['loc'][0]}: {in_our_words(first)}.") from None
+        raise SetupFailed(f"{first['loc'][0]}: {faults.say(first)}.") from None
     _write(file, keys)
     return secret
 

@@ -8,8 +8,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from alphalayer import faults
 from alphalayer.errors import InvalidRequest
-from alphalayer.wording import in_our_words
 
 SAMPLERS = (
     "DPM++ 2M SDE",
@@ -33,7 +33,7 @@ DecodeMode = Literal["official", "forge2"]
 ImageFormat = Literal["png", "webp", "avif"]
 
 MAX_PROMPT_CHARACTERS = 10_000
-MAX_SIDE = 2048
+MIN_SIDE, MAX_SIDE = 64, 2048
 MAX_SEED = 2**63 - 1
 _LORA = re.compile(r"<(?:lora|lyco):([^<>]*)>")
 OWN_IN_A_BATCH = {
@@ -77,7 +77,7 @@ Prompt = Annotated[
     Field(max_length=MAX_PROMPT_CHARACTERS, json_schema_extra={"pattern": r"\S"}),
     AfterValidator(_not_blank),
 ]
-Side = Annotated[int, Field(ge=64, le=MAX_SIDE)]
+Side = Annotated[int, Field(ge=MIN_SIDE, le=MAX_SIDE)]
 
 
 class _Frozen(BaseModel):
@@ -185,7 +185,7 @@ def parse_request(fields: dict[str, Any]) -> GenerationRequest:
         return GenerationRequest.model_validate(fields)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        raise InvalidRequest(in_our_words(first) + ".", field=".".join(str(part) for part in first["loc"])) from None
+        raise InvalidRequest(f"{faults.say(first)}.", field=".".join(str(part) for part in first["loc"])) from None
 
 
 def split_sampler_name(name: str | None, scheduler: str | None = None) -> tuple[str | None, str | None]:

@@ -13,7 +13,7 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import RedirectResponse, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from alphalayer import images, infotext
+from alphalayer import faults, images, infotext
 from alphalayer.api.deps import (
     IdempotencyKey,
     Service,
@@ -28,6 +28,7 @@ from alphalayer.api.deps import (
 from alphalayer.api.problems import PROBLEMS
 from alphalayer.catalog import ModelEntry, model_defaults
 from alphalayer.errors import CorruptFile, InvalidRequest
+from alphalayer.faults import COLOUR
 from alphalayer.images import MIME_TYPES
 from alphalayer.job import MAX_ITERATIONS, PREVIEW_PREFIX, Job, JobSpec, Output
 from alphalayer.request import (
@@ -94,9 +95,7 @@ class GenerationFields(BaseModel):
     trim: Annotated[bool, Field(description="Cut empty borders away.")] = False
     trim_threshold: Annotated[int, Field(ge=0, le=254, description="Alpha up to this is empty.")] = 0
     trim_padding: Annotated[int, Field(ge=0, le=1024, description="Pixels left around the object.")] = 0
-    background: (
-        Annotated[str, Field(pattern=r"^#[0-9a-fA-F]{6}$", description="Lay the picture on this colour.")] | None
-    ) = None
+    background: Annotated[str, Field(pattern=COLOUR, description="Lay the picture on this colour.")] | None = None
     response_format: Annotated[
         Literal["url", "base64"], Field(description="With base64 the answer holds the pictures themselves, too.")
     ] = "url"
@@ -299,5 +298,4 @@ def _checked_sampler(name: str | None) -> Any:
     try:
         return _SAMPLER.validate_python(name)
     except ValidationError as error:
-        message = error.errors(include_url=False)[0]["msg"].removeprefix("Value error, ")
-        raise InvalidRequest(f"{message}.", field="sampler_name") from None
+        raise InvalidRequest(f"{faults.say(error.errors(include_url=False)[0])}.", field="sampler_name") from None

@@ -6,6 +6,7 @@ import asyncio
 import base64
 import io
 import json
+import re
 import time
 from collections.abc import AsyncIterator
 from typing import Annotated, Any, Literal
@@ -13,9 +14,9 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Path, Request
 from fastapi.responses import StreamingResponse
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-from alphalayer import images
+from alphalayer import faults, images
 from alphalayer.api.deps import (
     IdempotencyKey,
     Service,
@@ -35,7 +36,7 @@ from alphalayer.catalog import ModelEntry, resolve_model
 from alphalayer.errors import AlphalayerError, FileMissing, InvalidRequest, ModelNotFound, ModelUnusable
 from alphalayer.job import ImageRef, Job, JobSpec, Output
 from alphalayer.jobs import JobView
-from alphalayer.request import MAX_SEED, MAX_SIDE, parse_request
+from alphalayer.request import MAX_SEED, MAX_SIDE, MIN_SIDE, parse_request
 
 
 class ErrorBody(BaseModel):
@@ -62,6 +63,7 @@ OutputFormat = Literal["png", "webp", "jpeg"]
 Quality = Literal["auto", "standard", "low", "medium", "high", "hd", "xhigh", "max"]
 QUALITY_STEPS: dict[Quality, int] = {"low": 12, "medium": 20, "high": 30, "hd": 30, "xhigh": 40, "max": 50}
 """Sampling steps; "auto" and "standard" are not here and leave them to the model."""
+SIZE = re.compile(r"^(auto|\d{1,5}x\d{1,5})$", re.ASCII)
 SILENT_S = 15.0
 """After so long without an event a comment is sent: proxies end connections in which nothing is said."""
 STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
@@ -76,6 +78,14 @@ USAGE = {
 """Nothing is counted in tokens here; clients want the numbers."""
 
 
+def _checked_size(size: str) -> str:
+    sides = [] if size == "auto" else [int(side) for side in size.split("x")] if SIZE.fullmatch(size) else [0]
+    if not all(MIN_SIDE <= side <= MAX_SIDE for side in sides):
+        accepted = f"auto or WIDTHxHEIGHT, each a whole number from {MIN_SIDE} to {MAX_SIDE}"
+        raise ValueError(f"got {faults.shown(size)}; {accepted}")
+    return size
+
+
 class GenerationsRequest(BaseModel):
     """The body of `POST /v1/images/generations`. Fields that are not here are ignored."""
 
@@ -87,7 +97,9 @@ class GenerationsRequest(BaseModel):
     ] = None
     n: Annotated[int, Field(ge=1, le=10, description="How many pictures.")] = 1
     size: Annotated[
-        str, Field(pattern=r"^(auto|\d{1,5}x\d{1,5})$", description=f'"auto" or WxH, sides from 64 to {MAX_SIDE}.')
+        str,
+        Field(json_schema_extra={"pattern": SIZE.pattern}, description=f'"auto" or WxH, sides from 64 to {MAX_SIDE}.'),
+        AfterValidator(_checked_size),
     ] = "auto"
     quality: Annotated[
         Quality,

@@ -12,8 +12,8 @@ from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 from starlette.routing import Match
 
+from alphalayer import faults
 from alphalayer.errors import AlphalayerError, InvalidRequest, RateLimited, Stopping
-from alphalayer.wording import in_our_words
 
 STATUSES = {
     "invalid_request": 422,
@@ -208,7 +208,7 @@ def _not_json(request: Request) -> InvalidRequest:
 def first_fault(first: Any) -> AlphalayerError:
     """What pydantic found wrong in a request, in the service's words; `loc` begins with where the field was sent."""
     place = [str(part) for part in first["loc"][1:]]
-    message = in_our_words(first)
+    message = faults.say(first)
     if first["type"] == "json_invalid":
         message, place = f"the body is not valid JSON: {first.get('ctx', {}).get('error', '')}", []
     fault = AlphalayerError(message + ".", hint="The fields are described at /docs.", field=".".join(place) or None)

@@ -1,0 +1,73 @@
+"""What is wrong with a request is said in one form, in every dialect: the field, what it got, and what is accepted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import httpx
+import pytest
+from tests.serving import served
+
+NATIVE, JOBS, A1111, OPENAI = "/alpha/v1/txt2img", "/alpha/v1/jobs", "/sdapi/v1/txt2img", "/v1/images/generations"
+JSON = {"Content-Type": "application/json"}
+SIZES = "auto or WIDTHxHEIGHT, each a whole number from 64 to 2048"
+
+
+@pytest.fixture(scope="module")
+def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
+    with served(tmp_path_factory.mktemp("service")) as client:
+        yield client
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "words"),
+    [
+        (NATIVE, {"width": 4096}, "width: got 4096; at most 2048."),
+        (NATIVE, {"height": 63}, "height: got 63; at least 64."),
+        (NATIVE, {"steps": 2.5}, "steps: got 2.5; a whole number."),
+        (NATIVE, {"steps": "many"}, 'steps: got "many"; a whole number.'),
+        (NATIVE, {"steps": [1]}, "steps: got [1]; a whole number."),
+        (NATIVE, {"cfg_scale": "strong"}, 'cfg_scale: got "strong"; a number.'),
+        (NATIVE, {"trim": "perhaps"}, 'trim: got "perhaps"; true or false.'),
+        (NATIVE, {"prompt": 7}, "prompt: got 7; a text."),
+        (NATIVE, {"prompt": None}, "prompt: got null; a text."),
+        (NATIVE, {"prompt": "a" * 10_001}, "prompt: got 10001 characters; at most 10000."),
+        (NATIVE, {"format": "gif"}, "format: got \"gif\"; 'png', 'webp' or 'avif'."),
+        (NATIVE, {"format": "g" * 99}, f"format: got \"{'g' * 59}…; 'png', 'webp' or 'avif'."),
+        (NATIVE, {"background": "white"}, 'background: got "white"; a colour such as "#ffffff".'),
+        (NATIVE, {"loras": "x"}, 'loras: got "x"; a list.'),
+        (NATIVE, {"loras": [{"name": "x"}] * 17}, "loras: got 17 entries; at most 16."),
+        (NATIVE, {"loras": [{"name": "x", "weight": 5}]}, "loras.0.weight: got 5; at most 4."),
+        (NATIVE, {"checkpoint": ""}, "checkpoint: it is empty."),
+        (NATIVE, {"colour": "red"}, "colour: there is no such field."),
+        (JOBS, {"previews": 3}, "previews: got 3; true or false."),
+        (A1111, {"width": 4096}, "width: got 4096; at most 2048."),
+        (A1111, {"steps": 2.5}, "steps: got 2.5; a whole number."),
+        (A1111, {"n_iter": 100}, "n_iter: got 100; at most 16."),
+        (A1111, {"override_settings": 1}, "override_settings: got 1; an object."),
+        (OPENAI, {"size": "63x64"}, f'size: got "63x64"; {SIZES}.'),
+        (OPENAI, {"size": "64x2049"}, f'size: got "64x2049"; {SIZES}.'),
+        (OPENAI, {"size": "64x64\n"}, f'size: got "64x64\\n"; {SIZES}.'),
+        (OPENAI, {"size": "large"}, f'size: got "large"; {SIZES}.'),
+        (OPENAI, {"n": 11}, "n: got 11; at most 10."),
+        (OPENAI, {"response_format": "png"}, "response_format: got \"png\"; 'url' or 'b64_json'."),
+    ],
+)
+def test_words(client: httpx.Client, path: str, fields: dict[str, object], words: str):
+    answer = client.post(path, json={"prompt": "an apple", **fields})
+    assert answer.status_code in (400, 422)
+    said = answer.json()
+    text = said["error"]["message"] if "error" in said else said["detail"]
+    assert text.removesuffix(" The fields are described at /docs.") == words
+
+
+@pytest.mark.parametrize(("path", "query", "words"), [(JOBS, "?limit=all", 'limit: got "all"; a whole number.')])
+def test_words_about_a_query(client: httpx.Client, path: str, query: str, words: str):
+    assert client.get(path + query).json()["detail"] == words
+
+
+def test_what_must_be_given_and_what_is_no_text(client: httpx.Client):
+    assert client.post(NATIVE, json={}).json()["detail"] == "prompt: it must be given."
+    lone = client.post(NATIVE, content=b'{"prompt": "a", "format": "\\ud800"}', headers=JSON)
+    assert lone.status_code == 422
+    assert lone.json()["detail"].startswith("format: got ")
