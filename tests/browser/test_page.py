@@ -1,157 +1,109 @@
-"""The page at `/` in Chromium, against real services with the fake engine. Skipped where there is no Chromium."""
+"""The page at `/` in Chromium: drawing, the queue, the history, keys, and a service that is away."""
 
 from __future__ import annotations
 
 import asyncio
-import io
-import json
-import os
-import shutil
 import subprocess
-import sys
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import httpx
-import numpy as np
 import pytest
-import pytest_asyncio
-from axe_playwright_python.async_playwright import Axe
-from PIL import Image
-from playwright.async_api import Browser, BrowserContext, Page, ViewportSize, async_playwright, expect
+from playwright.async_api import Browser, Page, ViewportSize, expect
 from tests import fake_service
+from tests.browser.visit import DESKTOP, PHONE, Visit, visited
 from tests.serving import free_port, served, wait_until
 
-from alphalayer import images
 from alphalayer.keys import add_key
 
-CHROMIUM = os.environ.get("CHROMIUM") or next(
-    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable"))), None
-)
-pytestmark = [
-    pytest.mark.skipif(not CHROMIUM, reason="needs Chromium (or its path in CHROMIUM)"),
-    pytest.mark.asyncio(loop_scope="module"),
-]
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"]
-DESKTOP, PHONE = ViewportSize(width=1280, height=900), ViewportSize(width=390, height=844)
-
-
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def browser() -> AsyncIterator[Browser]:
-    async with async_playwright() as playwright:
-        started = await playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        yield started
-        await started.close()
-
-
-@pytest.fixture(scope="module")
-def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
-    with served(tmp_path_factory.mktemp("service"), engine_options={"step_s": 0.02}) as client:
-        yield client
-
-
-class Visit:
-    """A page that is open, and what went wrong on it."""
-
-    def __init__(self, page: Page, address: str):
-        self.page, self.address = page, address
-        self.faults: list[str] = []
-        self.outside: list[str] = []
-        page.on("console", lambda said: self.faults.append(said.text) if said.type == "error" else None)
-        page.on("pageerror", lambda error: self.faults.append(str(error)))
-        page.on("request", lambda request: self._note(request.url))
-        page.set_default_timeout(20_000)
-
-    def _note(self, url: str) -> None:
-        if not url.startswith((self.address, "blob:", "data:")):
-            self.outside.append(url)
-
-    async def draw(self, **fields: str) -> None:
-        """Fill the form, draw, and wait for the picture."""
-        await self.fill(**fields)
-        before = await self.page.locator("#history li").count()
-        await self.page.click("#draw")
-        await expect(self.page.locator("#history li")).to_have_count(before + 1)
-
-    async def fill(self, **fields: str) -> None:
-        """Small pictures, few steps, and what is given."""
-        for name, value in {"width": "64", "height": "64", "steps": "5", **fields}.items():
-            await self.page.fill(f"#{name}", value)
-
-
-@pytest_asyncio.fixture(loop_scope="module")
-async def visit(browser: Browser, service: httpx.Client) -> AsyncIterator[Visit]:
-    context = await browser.new_context(viewport=DESKTOP, accept_downloads=True)
-    opened = await _open(context, str(service.base_url))
-    yield opened
-    await context.close()
-    assert opened.faults == []
-    assert opened.outside == []
-
-
-async def _open(context: BrowserContext, address: str) -> Visit:
-    opened = Visit(await context.new_page(), address)
-    await opened.page.goto(address)
-    await expect(opened.page.locator("#scheduler option")).not_to_have_count(0)
-    return opened
+pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 
 async def test_a_first_picture_with_everything_on_the_way(visit: Visit):
     page = visit.page
-    await visit.fill(prompt="a red apple", steps="60")
-    await page.click("#draw")
-    await expect(page.locator("#jobs .how")).to_contain_text("Step")
+    await visit.start("a red apple", steps=60)
+    await expect(page.locator("#progress-prompt")).to_have_text("a red apple")
     await page.wait_for_selector("#picture.preview[src*='preview_']")
-    await expect(page.locator("#caption")).to_contain_text("step")
-    await expect(page.locator("#actions")).to_be_visible()
+    assert float(await page.get_attribute("#progress-bar", "value") or 0) > 0
+    assert await page.locator("#stop").evaluate("each => each.getBoundingClientRect().bottom <= innerHeight")
     await expect(page.locator("#queue")).to_be_hidden()
-    await expect(page.locator("#caption")).to_have_text("64×64, seed 12345: a red apple")
+    await expect(page.locator("#actions")).to_be_visible()
+    await expect(page.locator("#progress")).to_be_hidden()
+    await expect(page.locator("#caption")).to_have_text("a red apple")
     assert await page.locator("#picture").get_attribute("alt") == "a red apple"
     assert await page.evaluate("document.getElementById('picture').naturalWidth") == 64
+    facts = await visit.facts()
+    assert facts["Size"] == "64 × 64"
+    assert (facts["Seed"], facts["Steps"], facts["Guidance"]) == ("12345", "60", "3")
+    assert {"Model", "Sampler", "Schedule", "Negative prompt"} <= set(facts)
 
 
-async def test_what_is_wrong_stands_beside_its_field(visit: Visit):
+async def test_what_is_wrong_stands_beside_its_field_before_anything_is_sent(visit: Visit):
     page = visit.page
-    await visit.fill(prompt="", width="64")
+    await visit.fill(prompt=" ", width="9", seed="1.5", batch_size="9")
+    visit.asked.clear()
     await page.click("#draw")
-    await expect(page.locator("#prompt-error")).to_contain_text("empty. Say what to draw")
+    await expect(page.locator("#prompt-error")).to_contain_text("Say what to draw")
+    await expect(page.locator("#width-error")).to_have_text("A whole number from 64 to 2048.")
+    await expect(page.locator("#batch_size-error")).to_have_text("A whole number from 1 to 8.")
+    await expect(page.locator("#seed-error")).to_contain_text("A whole number")
+    await expect(page.locator("#height-error")).to_be_empty()
     assert await page.evaluate("document.activeElement.id") == "prompt"
-    await visit.fill(prompt="x", width="9")
-    await page.click("#draw")
-    await expect(page.locator("#width-error")).to_contain_text("64")
+    assert not [each for each in visit.asked if "jobs" in each]
+    await visit.expect_no_serious_fault()
+    await page.fill("#batch_size", "1")
+    await visit.draw(prompt="x", seed="7")
     await expect(page.locator("#prompt-error")).to_be_empty()
-    # Chromium tells its console of every answer that is an error; these two are the service's own 422
-    assert len(visit.faults) == 2
-    assert all("422" in each for each in visit.faults)
-    visit.faults.clear()
 
 
-async def test_cancel_stops_that_job_and_leaves_the_other(visit: Visit):
+async def test_what_only_the_service_finds_wrong_is_said_too(visit: Visit):
     page = visit.page
-    await visit.fill(prompt="first", steps="150")
+    await visit.fill(prompt="x")
+    await page.evaluate("document.getElementById('sampler_name').options[0].value = 'Eulr'")
     await page.click("#draw")
-    await expect(page.locator("#jobs .how")).to_contain_text("Step")
-    await visit.fill(prompt="second", steps="20")
+    await expect(page.locator("#sampler_name-error")).to_contain_text('nknown sampler "Eulr"')
+    assert [each for each in visit.faults if "422" not in each] == []
+    visit.faults.clear()  # Chromium tells its console of every answer that is an error
+
+
+async def test_the_stage_follows_what_runs_and_rows_of_the_queue_can_be_watched(visit: Visit):
+    page = visit.page
+    await visit.start("first")
+    await visit.fill(prompt="second", steps="30")
     await page.click("#draw")
-    await expect(page.locator("#jobs li")).to_have_count(2)
-    await expect(page.locator("#jobs li").nth(1)).to_contain_text("Next in the queue")
+    rows = page.locator("#jobs li")
+    await expect(rows).to_have_count(2)
+    await expect(rows.nth(1)).to_contain_text("Next in the queue")
+    await expect(page.locator("#progress-prompt")).to_have_text("first")
+    await rows.nth(1).locator(".what").click()
+    await expect(page.locator("#progress-prompt")).to_have_text("second")
+    assert float(await page.get_attribute("#progress-bar", "value") or 0) == 0
     await page.get_by_role("button", name="Cancel first").click()
+    await expect(page.locator("#note")).to_have_text("Cancelled.")
+    assert await page.evaluate("document.activeElement !== document.body")
     await expect(page.locator("#history li")).to_have_count(1)
     assert "second" in str(await page.locator("#history button").get_attribute("title"))
     await expect(page.locator("#queue")).to_be_hidden()
 
 
-async def test_a_cancelled_job_says_so(visit: Visit):
-    await visit.fill(prompt="one", steps="150")
-    await visit.page.click("#draw")
-    await visit.page.get_by_role("button", name="Cancel one").click()
-    await expect(visit.page.locator("#caption")).to_have_text("Cancelled.")
+async def test_an_old_picture_can_be_looked_at_while_another_is_drawn(visit: Visit):
+    page = visit.page
+    await visit.draw(prompt="old")
+    await visit.start("new")
+    await page.locator("#history button").click()
+    await expect(page.locator("#caption")).to_have_text("old")
+    await expect(page.locator("#progress")).to_be_hidden()
+    await page.locator("#jobs .what").click()
+    await expect(page.locator("#progress-prompt")).to_have_text("new")
+    await page.click("#stop")
+    await expect(page.locator("#actions")).to_be_visible()
+    await expect(page.locator("#caption")).to_have_text("old")
+    assert await page.evaluate("document.activeElement.id") == "viewport"
 
 
 async def test_a_page_that_is_closed_leaves_no_work(visit: Visit, service: httpx.Client):
-    await visit.fill(prompt="left alone", steps="150")
-    await visit.page.click("#draw")
-    await expect(visit.page.locator("#jobs .how")).to_contain_text("Step")
+    await visit.start("left alone")
     job = service.get("/alpha/v1/jobs", params={"limit": 1}).json()["jobs"][0]
     await visit.page.goto("about:blank")
 
@@ -163,105 +115,65 @@ async def test_a_page_that_is_closed_leaves_no_work(visit: Visit, service: httpx
 
 async def test_history_outlives_a_reload_and_gives_settings_back(visit: Visit):
     page = visit.page
-    await visit.draw(prompt="a blue cup", seed="7")
-    await visit.draw(prompt="a green hat", seed="8")
+    await visit.draw(prompt="a blue cup", seed="7", cfg_scale="4.5")
+    await page.fill("#cfg_scale", "")
+    await visit.draw(prompt="a green hat", seed="9007199254740993")
     await page.reload()
     await expect(page.locator("#history li")).to_have_count(2)
     await page.locator("#history button").nth(1).click()
-    await expect(page.locator("#caption")).to_have_text("64×64, seed 7: a blue cup")
+    await expect(page.locator("#caption")).to_have_text("a blue cup")
+    assert (await visit.facts())["Guidance"] == "4.5"
     await page.click("#reuse")
-    assert await page.input_value("#prompt") == "a blue cup"
-    assert await page.input_value("#seed") == "7"
-    assert await page.input_value("#steps") == "5"
+    wanted = {"prompt": "a blue cup", "seed": "7", "steps": "5", "cfg_scale": "4.5", "width": "64"}
+    assert await visit.values(*wanted) == wanted
+    await page.locator("#history button").nth(0).click()
+    assert (await visit.facts())["Seed"] == "9007199254740993"
     await page.click("#forget")
-    await expect(page.locator("#past")).to_be_hidden()
+    await expect(page.locator("#history li")).to_have_count(0)
+    await page.click("#forget")
+    await expect(page.locator("#history li")).to_have_count(2)
 
 
-async def test_a_dropped_picture_brings_its_settings(visit: Visit, service: httpx.Client):
+async def test_a_picture_of_a_batch_is_drawn_again_alone(visit: Visit):
     page = visit.page
-    body = {"prompt": "a dropped, (fine:1.2) star", "negative_prompt": "", "seed": 99, "steps": 3, "cfg_scale": 7.5}
-    body |= {"width": 64, "height": 128, "sampler_name": "Euler a", "scheduler": "Exponential"}
-    drawn = await asyncio.to_thread(service.post, "/alpha/v1/txt2img", json=body)
-    data = (await asyncio.to_thread(service.get, drawn.json()["url"])).content
-    await _drop(page, "star.png", data)
-    await expect(page.locator("#caption")).to_have_text("The settings of star.png are in the form.")
-    for name, value in body.items():
-        assert await page.input_value(f"#{name}") == str(value), name
-    assert await page.is_checked("#layerdiffuse_enabled")
+    await visit.fill(prompt="pair", seed="7", batch_size="2")
+    await page.click("#draw")
+    await expect(page.locator("#history li")).to_have_count(2)
+    await page.locator("#history button").nth(1).click()
+    await page.click("#reuse")
+    assert await visit.values("seed", "batch_size") == {"seed": "8", "batch_size": "1"}
 
 
-async def test_another_picture_lies_behind(visit: Visit):
+async def test_two_tabs_keep_one_history(visit: Visit):
+    other = await visited(visit.page.context, visit.address)
+    await visit.draw(prompt="here")
+    await expect(other.page.locator("#history li")).to_have_count(1)
+    await other.draw(prompt="there")
+    await expect(visit.page.locator("#history li")).to_have_count(2)
+    await visit.page.reload()
+    await expect(visit.page.locator("#history li")).to_have_count(2)
+
+
+async def test_a_picture_that_is_no_longer_kept_still_has_its_settings(visit: Visit):
     page = visit.page
-    await visit.draw(prompt="x")
-    photo = io.BytesIO()
-    Image.new("RGB", (40, 40), (200, 30, 90)).save(photo, "PNG")
-    await page.set_input_files(
-        "#open-file", files=[{"name": "wall.png", "mimeType": "image/png", "buffer": photo.getvalue()}]
+    await visit.draw(prompt="kept")
+    await page.evaluate(
+        """() => {
+          const [entry] = JSON.parse(localStorage.getItem("alphalayer.history"));
+          const gone = { ...entry, name: "alpha_1_gone.png", settings: { ...entry.settings, prompt: "gone" } };
+          localStorage.setItem("alphalayer.history", JSON.stringify([gone]));
+        }"""
     )
-    await expect(page.locator("#caption")).to_have_text("wall.png lies behind the picture.")
-    assert await page.is_checked("[name=backdrop][value=photo]")
-    assert await _corner(page) == (200, 30, 90)
-    await _drop(page, "broken.png", b"no picture")
-    await expect(page.locator("#caption")).to_contain_text("not a picture")
-    visit.faults.clear()  # the 422 of the broken one
-
-
-async def test_backdrops_alpha_and_zoom(visit: Visit):
-    page = visit.page
-    await visit.draw(prompt="x")
-    for backdrop, color in (("white", (255, 255, 255)), ("black", (0, 0, 0))):
-        await page.check(f"[name=backdrop][value={backdrop}]")
-        assert await _corner(page) == color
-    await page.fill("#backdrop-color", "#102030")
-    assert await _corner(page) == (0x10, 0x20, 0x30)
-    await page.check("#alpha")
-    shot = await _viewport(page)
-    assert tuple(shot[shot.shape[0] // 2, shot.shape[1] // 2]) == (255, 255, 255)
-    await page.focus("#viewport")
-    fitted = await page.evaluate("document.getElementById('picture').clientWidth")
-    await page.keyboard.press("-")
-    assert await page.evaluate("document.getElementById('picture').clientWidth") < fitted
-    await page.keyboard.press("0")
-    assert await page.evaluate("document.getElementById('picture').clientWidth") == fitted
-
-
-async def test_downloads(visit: Visit):
-    page = visit.page
-    await visit.draw(prompt="x")
-    png = await _download(page, "#save-png")
-    assert images.decode(png)[0].shape == (64, 64, 4)
-    await page.check("#trimmed")
-    await page.fill("#padding", "2")
-    webp = await _download(page, "#save-webp")
-    rgba, parameters = images.decode(webp)
-    assert webp[8:12] == b"WEBP"
-    assert np.array_equal(rgba, images.trim(images.decode(png)[0], 0, 2))
-    assert rgba.shape[0] < 64
-    assert "Seed: 12345" in (parameters or "")
-
-
-@pytest.mark.parametrize("language", ["curl", "python", "javascript"])
-async def test_the_code_that_it_shows_works(visit: Visit, language: str, tmp_path: Path):
-    page = visit.page
-    await visit.fill(prompt='it\'s a "cup" – über $HOME', steps="2")
-    await page.click("#code summary")
-    await page.check(f"[name=language][value={language}]")
-    code = str(await page.text_content("#snippet"))
-    command = {"curl": ["bash", "-c", code], "python": [sys.executable, "-c", code]}.get(
-        language, ["node", "--input-type=module", "-e", code]
-    )
-    if not shutil.which(command[0]):
-        pytest.skip(f"needs {command[0]}")
-    done = await asyncio.to_thread(subprocess.run, command, cwd=tmp_path, capture_output=True, timeout=60, check=False)
-    assert done.returncode == 0, done.stderr
-    if language == "python":
-        name, data = next((file.name, file.read_bytes()) for file in tmp_path.iterdir())
-        assert name.endswith(".png")
-    else:
-        said = done.stdout.decode()
-        url = json.loads(said)["url"] if language == "curl" else said.strip()
-        data = (await asyncio.to_thread(httpx.get, url, trust_env=False)).content
-    assert 'it\'s a "cup" – über $HOME' in (images.decode(data)[1] or "")
+    await page.reload()
+    await expect(page.locator("#history span")).to_have_text("gone")
+    await page.locator("#history button").click()
+    await expect(page.locator("#empty")).to_contain_text("keeps this picture no longer")
+    await expect(page.locator("#save-png")).to_be_hidden()
+    await page.click("#reuse")
+    assert await page.input_value("#prompt") == "gone"
+    visit.faults.clear()
+    await page.reload()
+    await expect(page.locator("#history span")).to_have_text("gone")  # and is not asked for again
 
 
 async def test_by_keyboard_alone(visit: Visit):
@@ -274,32 +186,36 @@ async def test_by_keyboard_alone(visit: Visit):
     await page.keyboard.press("Control+Enter")
     await expect(page.locator("#history li")).to_have_count(1)
     reached = await _tab_to(page, "forget", within=40)
-    assert {"draw", "viewport", "save-png", "save-webp", "reuse", "alpha", "zoom-in", "open-file"} <= reached
+    assert {"draw", "viewport", "save-png", "save-webp", "reuse", "alpha", "zoom-in", "choose-photo"} <= reached
 
 
-async def test_a_key_is_asked_for(browser: Browser, tmp_path: Path):
+async def test_a_key_is_asked_for_once(browser: Browser, tmp_path: Path):
     secret = add_key(tmp_path / "keys.json", "page")
     with served(tmp_path, keys_file=tmp_path / "keys.json", api_auth="user:word") as client:
         context = await browser.new_context(viewport=DESKTOP)
-        page = await context.new_page()
-        await page.goto(str(client.base_url))
+        visit = Visit(await context.new_page(), str(client.base_url))
+        page = visit.page
+        await page.goto(visit.address)
+        await expect(page.locator("#key-error")).to_have_text("This service needs a key.")
+        await visit.expect_no_serious_fault()
+        await page.keyboard.press("Escape")
+        await visit.fill()
+        await page.click("#draw")
         await expect(page.locator("#key-dialog")).to_be_visible()
+        assert len(visit.faults) == 1, "one question that was refused, and no other"
         await page.fill("#key", "wrong")
         await page.keyboard.press("Enter")
-        await expect(page.locator("#state")).to_contain_text("a key is needed")
-        await expect(page.locator("#key-dialog")).to_be_visible()
+        await expect(page.locator("#key-error")).to_have_text("This key is not known.")
         for word in (secret, "user:word"):
             if not await page.locator("#key-dialog").is_visible():
                 await page.click("#open-key")
             await page.fill("#key", word)
             await page.click("#key-dialog [value=save]")
             await expect(page.locator("#key-dialog")).to_be_hidden()
+            await expect(page.locator("#state")).to_be_empty()
             await expect(page.locator("#scheduler option")).not_to_have_count(0)
-            await page.fill("#width", "64")
-            await page.fill("#height", "64")
-            before = await page.locator("#history li").count()
-            await page.click("#draw")
-            await expect(page.locator("#history li")).to_have_count(before + 1)
+            await visit.draw()
+            await expect(page.locator("#form-error")).to_be_empty()
         assert "X-API-Key" in str(await page.text_content("#snippet"))
         assert word not in str(await page.text_content("#snippet"))
         await context.close()
@@ -308,45 +224,94 @@ async def test_a_key_is_asked_for(browser: Browser, tmp_path: Path):
 async def test_a_service_that_was_away_is_waited_for(browser: Browser, tmp_path: Path):
     port = free_port()
     address = f"http://127.0.0.1:{port}"
-
-    def start() -> subprocess.Popen[bytes]:
-        return fake_service.start(tmp_path, port, 0.02)
-
-    running = start()
-    try:
-        await asyncio.to_thread(wait_until, lambda: _answers(address), 60)
+    async with _restartable(tmp_path, port) as restart:
         context = await browser.new_context(viewport=DESKTOP)
-        visit = await _open(context, address)
-        await visit.fill(prompt="patient", steps="150")
-        await visit.page.click("#draw")
-        await expect(visit.page.locator("#jobs .how")).to_contain_text("Step")
-        running.kill()
-        running.wait()
-        await expect(visit.page.locator("#jobs .how")).to_contain_text("does not answer")
-        running = start()
-        await expect(visit.page.locator("#history li")).to_have_count(1, timeout=60_000)
+        visit = await visited(context, address)
+        page = visit.page
+        await visit.start("patient")
+        restart.kill()
+        await expect(page.locator("#state")).to_have_text("The service cannot be reached. Looking for it…")
+        await expect(page.locator("#progress-words")).to_have_text("Waiting for the service")
+        await page.click("#stop")
+        await expect(page.locator("#progress-words")).to_contain_text("Not cancelled.")
+        await expect(page.locator("#stop")).to_be_enabled()
+        await page.click("#draw")
+        await expect(page.locator("#form-error")).to_contain_text("Draw again when it is back")
+        await visit.expect_no_serious_fault()
+        restart.start()
+        await expect(page.locator("#state")).to_be_empty(timeout=60_000)
+        await expect(page.locator("#form-error")).to_be_empty()
+        await page.click("#stop")
+        await expect(page.locator("#note")).to_have_text("Cancelled.")
         await context.close()
-    finally:
-        running.kill()
-        running.wait()
+
+
+async def test_a_job_before_the_engine_is_ready_says_so(browser: Browser, tmp_path: Path):
+    context = await browser.new_context(viewport=DESKTOP)
+    with served(tmp_path, engine_options={"step_s": 0.02}) as client:
+        # an engine process takes half a second to start; the page is told for longer that it does
+        await context.route("**/ping", lambda route: route.fulfill(status=204))
+        visit = await visited(context, str(client.base_url))
+        await visit.fill(prompt="early", steps="150")
+        await visit.page.click("#draw")
+        await expect(visit.page.locator("#progress-words")).to_have_text("Starting: the model is being loaded")
+        await context.close()
 
 
 @pytest.mark.parametrize("size", [DESKTOP, PHONE], ids=["desktop", "phone"])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 async def test_nothing_in_the_way_of_anybody(browser: Browser, service: httpx.Client, size: ViewportSize, scheme: str):
     context = await browser.new_context(viewport=size, color_scheme=scheme)  # type: ignore[arg-type]
-    visit = await _open(context, str(service.base_url))
+    visit = await visited(context, str(service.base_url))
     page = visit.page
+    await visit.expect_no_serious_fault()
     await page.evaluate("document.querySelectorAll('details').forEach((each) => (each.open = true))")
-    await visit.draw(prompt="x")
-    await visit.fill(steps="100")
+    await visit.draw(prompt="x" * 300)
+    await visit.expect_no_serious_fault()
+    await visit.start("one", steps=100)
     await page.click("#draw")
-    await expect(page.locator("#jobs .how")).to_contain_text("Step")
-    assert await page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
-    await _no_serious_fault(page)
-    await page.click("#open-key")
-    await _no_serious_fault(page)
+    await expect(page.locator("#jobs li")).to_have_count(2)
+    assert await visit.fits()
+    await visit.expect_no_serious_fault()
+    for dialog in ("key", "code"):
+        await page.click(f"#open-{dialog}")
+        await visit.expect_no_serious_fault()
+        await page.keyboard.press("Escape")
     await context.close()
+
+
+class _Restart:
+    """A service as a process of its own, to be killed and started again."""
+
+    def __init__(self, folder: Path, port: int):
+        self._folder, self._port = folder, port
+        self.start()
+
+    def start(self) -> None:
+        """Start the process."""
+        self._process: subprocess.Popen[bytes] = fake_service.start(self._folder, self._port, 0.02)
+
+    def kill(self) -> None:
+        """End it at once."""
+        self._process.kill()
+        self._process.wait()
+
+
+@asynccontextmanager
+async def _restartable(folder: Path, port: int) -> AsyncGenerator[_Restart, None]:
+    service = _Restart(folder, port)
+    try:
+        await asyncio.to_thread(wait_until, lambda: _answers(f"http://127.0.0.1:{port}"), 60)
+        yield service
+    finally:
+        service.kill()
+
+
+def _answers(address: str) -> bool:
+    try:
+        return httpx.get(f"{address}/ping", trust_env=False).status_code == 200
+    except httpx.TransportError:
+        return False
 
 
 async def _tab_to(page: Page, wanted: str, within: int) -> set[str]:
@@ -358,43 +323,3 @@ async def _tab_to(page: Page, wanted: str, within: int) -> set[str]:
         if wanted in reached:
             return reached
     pytest.fail(f"{wanted} is not reached, but {reached}")
-
-
-async def _no_serious_fault(page: Page) -> None:
-    found = await Axe().run(page)
-    serious = [each for each in found.response["violations"] if each["impact"] in ("serious", "critical")]
-    assert serious == [], json.dumps(serious, indent=1)[:4000]
-
-
-async def _viewport(page: Page) -> np.ndarray:
-    shot = await page.locator("#viewport").screenshot()
-    return np.asarray(Image.open(io.BytesIO(shot)).convert("RGB"))
-
-
-async def _corner(page: Page) -> tuple[int, ...]:
-    return tuple(int(each) for each in (await _viewport(page))[8, 8])
-
-
-async def _download(page: Page, button: str) -> bytes:
-    async with page.expect_download() as waiting:
-        await page.click(button)
-    return Path(await (await waiting.value).path()).read_bytes()
-
-
-async def _drop(page: Page, name: str, data: bytes) -> None:
-    transfer = await page.evaluate_handle(
-        """([name, bytes]) => {
-          const transfer = new DataTransfer();
-          transfer.items.add(new File([new Uint8Array(bytes)], name, { type: "image/png" }));
-          return transfer;
-        }""",
-        [name, list(data)],
-    )
-    await page.dispatch_event("#viewport", "drop", {"dataTransfer": transfer})
-
-
-def _answers(address: str) -> bool:
-    try:
-        return httpx.get(f"{address}/ping", trust_env=False).status_code == 200
-    except httpx.TransportError:
-        return False

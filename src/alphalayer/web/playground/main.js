@@ -1,35 +1,48 @@
 // Puts the parts of the page together.
 
 import * as history from "./history.js";
-import * as queue from "./queue.js";
+import * as jobs from "./jobs.js";
+import * as outside from "./outside.js";
+import * as result from "./result.js";
 import * as service from "./service.js";
 import * as settings from "./settings.js";
 import { snippet } from "./snippets.js";
 import * as stage from "./stage.js";
 
 const find = (id) => document.getElementById(id);
-const running = new Set();
-let models = [];
+const pause = (seconds) => new Promise((resume) => setTimeout(resume, seconds * 1000));
+const EMPTY = "Say what to draw and press Draw. The picture appears here, without a background.";
 let needsKey = false;
-let shown = null;
-let watched = null;
+let isLocked = false;
+let vanishing;
 
-const past = history.start(service.fileAddress, present);
+/** A message over the page; one that only confirms what can be seen goes away by itself. */
+function say(words, { isBrief = false } = {}) {
+  clearTimeout(vanishing);
+  find("note").textContent = words;
+  if (isBrief) vanishing = setTimeout(() => say(""), 5000);
+}
 
 // --- the service
 
 async function connect() {
   try {
-    settings.name(await Promise.all(["samplers", "schedulers"].map(names)));
-    models = await service.models();
+    // one question first: without a key there is one refusal, not three
+    const models = await service.models();
+    isLocked = false;
+    const [samplers, schedulers] = await Promise.all(["samplers", "schedulers"].map(names));
+    settings.offer({ models, samplers, schedulers });
+    find("state").textContent = models.some((each) => !each.problem) ? "" : unusable(models);
+    settings.clearFaults();
+    changed();
+    await awaitEngine();
   } catch (error) {
-    if (error.status === 401) return askForKey(error);
+    if (error.status === 401) return askForKey();
+    if (error instanceof service.Away) return;
     find("state").textContent = error.message;
-    return void setTimeout(connect, 2000);
+    await pause(3);
+    connect();
   }
-  settings.offer(models);
-  find("state").textContent = models.some((each) => !each.problem) ? "" : unusable();
-  renderCode();
 }
 
 async function names(list) {
@@ -37,91 +50,140 @@ async function names(list) {
   return all.map((each) => each.label ?? each.name).filter((each) => each !== "Automatic");
 }
 
-const unusable = () => models[0]?.problem ?? "There is no model to draw with. Run: alphalayer models pull";
+const unusable = (models) => models[0]?.problem ?? "There is no model to draw with. Run: alphalayer models pull";
 
-function askForKey(error) {
-  needsKey = true;
-  find("state").textContent = error.message;
+async function awaitEngine() {
+  for (;;) {
+    const isReady = await service.isReady();
+    jobs.setStarting(!isReady);
+    if (isReady) return;
+    await pause(1);
+  }
+}
+
+service.onReach(async (isThere) => {
+  find("state").textContent = isThere ? "" : "The service cannot be reached. Looking for it…";
+  if (isThere) return connect();
+  for (;;) {
+    await pause(2);
+    if (await service.isReady().then(() => true, () => false)) return;
+  }
+});
+
+// --- the key
+
+function askForKey() {
+  [needsKey, isLocked] = [true, true];
+  const words = service.key.read() ? "This key is not known." : "This service needs a key.";
+  find("state").textContent = words;
+  openKey(words);
+}
+
+function openKey(words) {
+  find("key-error").textContent = words;
   find("key").value = service.key.read();
   if (!find("key-dialog").open) find("key-dialog").showModal();
 }
 
-find("open-key").addEventListener("click", () => {
-  find("key").value = service.key.read();
-  find("key-dialog").showModal();
-});
+find("open-key").addEventListener("click", () => openKey(""));
 find("key-dialog").addEventListener("close", () => {
   if (find("key-dialog").returnValue !== "save") return;
   service.key.write(find("key").value.trim());
   connect();
 });
 
+/** Say what went wrong; without a right key, ask for it. */
+function explain(error) {
+  if (error.status === 401) askForKey();
+  else say(error.message);
+}
+
 // --- drawing
+
+let isSending = false;
 
 async function draw() {
   settings.clearFaults();
+  if (!settings.check() || isSending) return;
+  if (isLocked) return askForKey();
   const body = settings.read();
+  say("");
   let job;
+  isSending = true;
+  find("draw-word").textContent = "Sending…";
   try {
     job = await service.submit(body);
+    taken();
   } catch (error) {
-    settings.fault(error);
-    if (error.status === 401) askForKey(error);
+    find("draw-word").textContent = "Draw";
+    if (error.status === 401) askForKey();
+    else if (error instanceof service.Away) settings.fault(new Error("Not sent: the service cannot be reached. Draw again when it is back."));
+    else settings.fault(error);
     return;
-  }
-  const row = queue.row(body.prompt, () => stop(job.id, row));
-  running.add(job.id);
-  watched = job.id;
-  find("stage").scrollIntoView({ block: "nearest" });
-  try {
-    const end = await service.follow(
-      job.id,
-      (now) => {
-        row.update(now);
-        if (watched === now.id && !service.isOver(now)) preview(now, body);
-      },
-      (error) => row.say(error.message),
-    );
-    finish(end, body);
-  } catch (error) {
-    stage.say(error.message);
   } finally {
-    running.delete(job.id);
-    row.remove();
+    isSending = false;
   }
-}
-
-async function stop(id, row) {
+  find("stage").scrollIntoView({ block: "nearest", behavior: "smooth" });
   try {
-    await service.cancel(id);
+    finish(await jobs.follow(job, body), body);
   } catch (error) {
-    row.say(error.message);
+    explain(error);
   }
 }
 
-function preview(job, body) {
-  const caption = `${body.prompt}: ${queue.describe(job).toLowerCase()}`;
-  if (!job.preview_url) return stage.say(caption);
-  stage.show(`${service.fileAddress(service.nameOf(job.preview_url))}?step=${job.step}`, { alt: "Preview", caption, isFinal: false });
+async function taken() {
+  find("draw-word").textContent = "Sent ✓";
+  await pause(1);
+  if (!isSending) find("draw-word").textContent = "Draw";
 }
 
-function finish(job, body) {
-  if (job.state === "done") {
-    const entries = job.images.map(({ filename, seed, width, height }) => ({ name: filename, seed, width, height, body }));
-    for (const entry of entries.toReversed()) past.add(entry);
-    if (watched === job.id) present(entries[0]);
+/** What the stage shows of a job that is not over. */
+function preview(job, body) {
+  result.hide();
+  if (!job.preview_url) {
+    if (!result.current()) stage.blank("");
     return;
   }
-  if (watched !== job.id) return;
-  if (shown) present(shown);
-  stage.say(job.state === "cancelled" ? "Cancelled." : [job.error?.detail, job.error?.hint].filter(Boolean).join(" "));
+  const { width, height } = settings.resolve(body);
+  const address = `${service.fileAddress(service.nameOf(job.preview_url))}?step=${job.step}`;
+  stage.show(address, { alt: "Preview", width, height, isFinal: false });
 }
 
-function present(entry) {
-  shown = entry;
-  const caption = `${entry.width}×${entry.height}, seed ${entry.seed}: ${entry.body.prompt}`;
-  stage.show(service.fileAddress(entry.name), { alt: entry.body.prompt, caption, isFinal: true });
+function finish({ end, wasShown }, body) {
+  if (end.state === "done") {
+    const entries = end.images.map((image, i) => entry(image, i, body));
+    for (const each of entries.toReversed()) past.add(each);
+    if (wasShown) result.present(entries[0]);
+    return;
+  }
+  if (wasShown) back();
+  if (end.state === "cancelled") return say("Cancelled.", { isBrief: true });
+  const why = [end.error?.detail, end.error?.hint].filter(Boolean).join(" ");
+  say(`“${body.prompt.slice(0, 60)}” was not drawn: ${why}`);
 }
+
+/** An entry of the history: picture number `i` of a batch, with all that made it. */
+function entry({ filename, seed, width, height }, i, body) {
+  // JSON's numbers are exact up to 2^53 only
+  const exact = Number.isSafeInteger(seed) ? seed : String(BigInt(body.seed) + BigInt(i));
+  const own = { seed: exact, width, height, batch_size: 1 };
+  if (body.subseed !== undefined) own.subseed = Number.isSafeInteger(body.subseed) ? body.subseed + i : String(BigInt(body.subseed) + BigInt(i));
+  return { name: filename, seed: exact, width, height, settings: { ...settings.resolve(body), ...own } };
+}
+
+/** What was on the stage before the jobs. */
+function back() {
+  if (result.current()) result.present(result.current());
+  else stage.blank(EMPTY);
+}
+
+jobs.start(preview);
+const past = history.start(service.fileAddress, service.isGone, (chosen) => {
+  say("");
+  jobs.look();
+  result.present(chosen);
+  find("stage").scrollIntoView({ block: "nearest", behavior: "smooth" });
+});
 
 find("settings").addEventListener("submit", (event) => {
   event.preventDefault();
@@ -132,99 +194,101 @@ find("prompt").addEventListener("keydown", (event) => {
 });
 find("roll").addEventListener("click", () => {
   find("seed").value = Math.floor(Math.random() * 4294967294);
-  renderCode();
+  changed();
 });
 // a page that is closed leaves no work behind
 window.addEventListener("pagehide", (event) => {
   if (event.persisted) return;
-  for (const id of running) service.cancel(id, { keepalive: true }).catch(() => {});
+  for (const id of jobs.ids()) service.cancel(id, { keepalive: true }).catch(() => {});
 });
 
-// --- the finished picture
-
-async function save(format) {
-  const name = shown.name;
-  try {
-    const blob = await service.download(name, { format, trim: find("trimmed").checked, padding: find("padding").value || 0 });
-    const link = document.createElement("a");
-    link.href = URL.createObjectURL(blob);
-    link.download = name.replace(/\.\w+$/, `.${format}`);
-    link.click();
-    setTimeout(() => URL.revokeObjectURL(link.href), 10_000);
-  } catch (error) {
-    stage.say(error.message);
-    if (error.status === 401) askForKey(error);
-  }
+for (const format of ["png", "webp"]) {
+  find(`save-${format}`).addEventListener("click", () => result.save(format).catch(explain));
 }
+find("reuse").addEventListener("click", () => reuse(result.current().settings));
 
-find("save-png").addEventListener("click", () => save("png"));
-find("save-webp").addEventListener("click", () => save("webp"));
-find("reuse").addEventListener("click", () => reuse({ ...shown.body, seed: shown.seed }));
-
-function reuse(body) {
-  settings.write(body);
+function reuse(chosen) {
+  settings.write(chosen);
   settings.clearFaults();
-  renderCode();
+  changed();
+  find("options").open = true;
   find("prompt").focus();
 }
 
+find("close-note").addEventListener("click", () => say(""));
+
 // --- pictures from outside
 
-async function open(file) {
-  let read;
+/** `isDropped`: a picture without settings is then meant to lie behind. */
+async function take(file, isDropped) {
   try {
-    read = await service.json("sdapi/v1/png-info", { method: "POST", body: { image: await base64(file) } });
+    const found = await outside.carriedBy(file);
+    if (!found && isDropped) return layBehind(file);
+    if (!found) return say(`${file.name} carries no settings. Pictures made here or by AUTOMATIC1111 and Forge do.`);
+    reuse(found.settings);
+    say(`The settings of ${file.name} are in the form.${found.missing.length ? ` Not here: ${found.missing.join(", ")}.` : ""}`);
   } catch (error) {
-    if (error.status === 401) askForKey(error);
-    return stage.say(error.message);
+    explain(error);
   }
-  const body = settings.fromPicture(read.parameters, models);
-  if (!body) {
-    stage.layBehind(file);
-    return stage.say(`${file.name} lies behind the picture.`);
-  }
-  reuse(body);
-  stage.say(`The settings of ${file.name} are in the form.`);
 }
 
-const base64 = (file) =>
-  new Promise((resolve, reject) => {
-    const reader = new FileReader();
-    reader.onload = () => resolve(reader.result);
-    reader.onerror = () => reject(new Error(`${file.name} cannot be read.`));
-    reader.readAsDataURL(file);
-  });
+async function layBehind(file) {
+  try {
+    await outside.behind(file);
+    say(`${file.name} lies behind the picture.`, { isBrief: true });
+  } catch (error) {
+    explain(error);
+  }
+}
 
-find("open-file").addEventListener("change", (event) => {
-  if (event.target.files[0]) open(event.target.files[0]);
-  event.target.value = "";
+function onFile(id, taken) {
+  find(id).addEventListener("change", (event) => {
+    if (event.target.files[0]) taken(event.target.files[0]);
+    event.target.value = "";
+  });
+}
+
+onFile("open-file", (file) => take(file, false));
+onFile("open-photo", layBehind);
+document.addEventListener("dragover", (event) => {
+  event.preventDefault();
+  document.body.classList.add("dropping");
 });
-document.addEventListener("dragover", (event) => event.preventDefault());
+for (const kind of ["dragleave", "drop"]) document.addEventListener(kind, () => document.body.classList.remove("dropping"));
 document.addEventListener("drop", (event) => {
   event.preventDefault();
-  if (event.dataTransfer.files[0]) open(event.dataTransfer.files[0]);
+  if (event.dataTransfer.files[0]) take(event.dataTransfer.files[0], true);
 });
 
 // --- the request as code
 
-function renderCode() {
+function changed() {
+  find("brief").textContent = settings.brief();
   const language = document.querySelector("[name=language]:checked").value;
   find("snippet").textContent = snippet(language, document.baseURI.split(/[?#]/)[0], settings.read(), needsKey || Boolean(service.key.read()));
 }
 
-find("settings").addEventListener("input", renderCode);
-find("settings").addEventListener("change", renderCode);
+for (const place of ["settings", "code-dialog"]) {
+  for (const kind of ["input", "change"]) find(place).addEventListener(kind, changed);
+}
+find("drop-carried").addEventListener("click", changed);
+find("open-code").addEventListener("click", () => find("code-dialog").showModal());
 find("copy").addEventListener("click", async () => {
   try {
     await navigator.clipboard.writeText(find("snippet").textContent);
+    find("copy").textContent = "Copied";
   } catch {
     // pages that come over plain HTTP from elsewhere may not write there: leave it selected, to be copied by hand
     getSelection().selectAllChildren(find("snippet"));
     find("copy").textContent = "Selected";
-    return;
   }
-  find("copy").textContent = "Copied";
-  setTimeout(() => (find("copy").textContent = "Copy"), 2000);
+  await pause(2);
+  find("copy").textContent = "Copy";
 });
 
+if (navigator.platform.startsWith("Mac")) find("shortcut").textContent = "⌘ + Enter";
+// where the picture stands below the form, what it needs every time comes first
+find("options").open = matchMedia("(min-width: 60rem)").matches;
+stage.blank(EMPTY);
+changed();
 connect();

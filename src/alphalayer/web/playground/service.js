@@ -5,7 +5,8 @@ const KEY = "alphalayer.key";
 /** An answer that is an error: `problem` is its JSON (title, detail, hint, code, field). */
 export class Refused extends Error {
   constructor(status, problem) {
-    super([problem.detail, problem.hint].filter(Boolean).join(" "));
+    const words = [problem.detail, problem.hint].filter(Boolean).join(" ");
+    super(words.charAt(0).toUpperCase() + words.slice(1));
     this.status = status;
     this.problem = problem;
   }
@@ -14,7 +15,7 @@ export class Refused extends Error {
 /** No answer at all. */
 export class Away extends Error {
   constructor() {
-    super("The service does not answer. It is tried again by itself.");
+    super("The service cannot be reached.");
   }
 }
 
@@ -22,6 +23,18 @@ export const key = {
   read: () => localStorage.getItem(KEY) ?? "",
   write: (value) => (value ? localStorage.setItem(KEY, value) : localStorage.removeItem(KEY)),
 };
+
+let reachable = true;
+let listen = () => {};
+
+/** `told` is called with false when the service stops answering, and with true when it answers again. */
+export const onReach = (told) => (listen = told);
+
+function reached(is) {
+  if (is === reachable) return;
+  reachable = is;
+  listen(is);
+}
 
 /** A request; the Response if it is 2xx. Throws `Refused` or `Away`. */
 export async function ask(path, { method = "GET", body, ...more } = {}) {
@@ -32,12 +45,17 @@ export async function ask(path, { method = "GET", body, ...more } = {}) {
     answer = await fetch(path, { method, headers, body: body === undefined ? undefined : JSON.stringify(body), ...more });
   } catch (error) {
     if (error.name === "AbortError") throw error;
+    reached(false);
     throw new Away();
   }
+  // a proxy that speaks for a service that is not there
+  const isAway = [502, 504].includes(answer.status);
+  reached(!isAway);
+  if (isAway) throw new Away();
   if (answer.ok) return answer;
-  if ([502, 504].includes(answer.status)) throw new Away();
-  const said = await answer.json().catch(() => ({ detail: `The service answered ${answer.status}.` }));
-  throw new Refused(answer.status, typeof said.detail === "string" ? said : { detail: `The service answered ${answer.status}.` });
+  const said = await answer.json().catch(() => ({}));
+  const unexplained = { detail: `The service answered ${answer.status} without a reason. Try again; its log may say more.` };
+  throw new Refused(answer.status, typeof said.detail === "string" ? said : unexplained);
 }
 
 export const json = async (path, options) => (await ask(path, options)).json();
@@ -45,7 +63,12 @@ export const models = async () => (await json("alpha/v1/models")).models;
 export const submit = (body) => json("alpha/v1/jobs", { method: "POST", body: { ...body, previews: true } });
 export const look = (id) => json(`alpha/v1/jobs/${id}`);
 export const cancel = (id, options) => json(`alpha/v1/jobs/${id}`, { method: "DELETE", ...options });
+/** Whether it can draw; false while it starts. */
+export const isReady = async () => (await ask("ping")).status === 200;
 export const fileAddress = (name) => `alpha/v1/file/${encodeURIComponent(name)}`;
+
+/** Whether a picture is no longer kept, and not merely out of reach. */
+export const isGone = (name) => ask(fileAddress(name)).then(() => false, (error) => error.status === 404);
 
 /** The last part of an absolute address that the service gave: the name of a file. */
 export const nameOf = (url) => decodeURIComponent(new URL(url, document.baseURI).pathname.split("/").pop());
@@ -57,15 +80,15 @@ export async function download(name, { format, trim, padding }) {
   return (await ask(path)).blob();
 }
 
-/** Follow a job until it is over; `told` gets it at each change. Goes on when the service was away for a while. */
-export async function follow(id, told, away) {
+/** Follow a job until it is over; `told` gets it at each change. Calls `broken` and goes on when the service was away for a while. */
+export async function follow(id, told, broken) {
   for (;;) {
     try {
       const job = await lastEvent(id, told);
       if (job && isOver(job)) return job;
     } catch (error) {
       if (error instanceof Refused) throw error;
-      away(error);
+      broken();
     }
     await new Promise((resume) => setTimeout(resume, 1500));
   }

@@ -1,93 +1,161 @@
 // The form: settings in, the body of a request out, and what was wrong with it beside the field.
 
+import { LAYERS } from "./infotext.js";
+
 const NUMBERS = ["width", "height", "seed", "steps", "cfg_scale", "batch_size"];
 const TEXTS = ["prompt", "negative_prompt", "checkpoint", "sampler_name", "scheduler"];
+const CARRIED = [...Object.keys(LAYERS), "subseed", "subseed_strength"];
 const SILENT = { negative_prompt: "bad, ugly", seed: 12345, batch_size: 1, layerdiffuse_enabled: true };
+const MOST_SEED = 2n ** 63n - 1n;
 const input = (name) => document.getElementById(name);
+
+let models = [];
+let samplers = [];
+let schedulers = [];
+let carried = {}; // what a picture brought that the form has no field for
 
 /** The body of a request: what is empty or as the service has it anyway is left out. */
 export function read() {
   const body = {};
   for (const name of TEXTS) body[name] = input(name).value;
-  for (const name of NUMBERS) body[name] = input(name).value === "" ? "" : Number(input(name).value);
+  for (const name of NUMBERS) body[name] = number(input(name).value.trim());
   body.layerdiffuse_enabled = input("layerdiffuse_enabled").checked;
   for (const [name, value] of Object.entries(body)) {
-    const said = name === "negative_prompt" || name === "prompt" ? true : value !== "";
-    if (!said || SILENT[name] === value) delete body[name];
+    const isSaid = name === "negative_prompt" || name === "prompt" || value !== "";
+    if (!isSaid || SILENT[name] === value) delete body[name];
   }
-  return body;
+  return { ...body, ...carried };
 }
+
+/** Whole numbers beyond 2^53 stay text, which the service reads as exactly that number. */
+const number = (text) => (text === "" || (/^\d+$/.test(text) && !Number.isSafeInteger(Number(text))) ? text : Number(text));
 
 /** Put settings into the form; what they do not name goes back to what it is at the start. */
-export function write(body) {
-  const values = { ...SILENT, prompt: "", ...body };
-  for (const name of [...TEXTS, ...NUMBERS]) input(name).value = values[name] ?? "";
-  for (const name of ["checkpoint", "sampler_name", "scheduler"]) if (input(name).selectedIndex < 0) input(name).value = "";
+export function write(settings) {
+  const values = { ...SILENT, prompt: "", ...settings };
+  input("checkpoint").value = values.checkpoint === usual()?.name ? "" : values.checkpoint ?? "";
+  if (input("checkpoint").selectedIndex < 0) input("checkpoint").value = "";
+  hint();
+  for (const name of ["prompt", "negative_prompt", ...NUMBERS]) input(name).value = values[name] ?? "";
+  for (const name of ["sampler_name", "scheduler"]) select(name, values[name]);
   input("layerdiffuse_enabled").checked = values.layerdiffuse_enabled;
+  carry(Object.fromEntries(CARRIED.filter((name) => values[name] !== undefined).map((name) => [name, values[name]])));
 }
 
-/** The settings that a picture carries, as the service read them, in the words of a request; null if it carries none. */
-export function fromPicture(parameters, models) {
-  if (!parameters.Steps) return null;
-  const [width, height] = (parameters.Size ?? "").split("x").map(Number);
-  const body = {
-    prompt: parameters.Prompt,
-    negative_prompt: parameters["Negative prompt"] ?? "",
-    steps: Number(parameters.Steps),
-    seed: Number(parameters.Seed),
-    cfg_scale: Number(parameters["CFG scale"]),
-    sampler_name: parameters.Sampler,
-    scheduler: parameters["Schedule type"],
-    checkpoint: models.some((each) => each.name === parameters.Model) ? parameters.Model : "",
-    layerdiffuse_enabled: "layerdiffusion_enabled" in parameters,
-    ...(width && height ? { width, height } : {}),
-  };
-  return Object.fromEntries(Object.entries(body).filter(([, value]) => value !== undefined && !Number.isNaN(value)));
+/** What the service draws with when it is sent `body`: the model's own values where the body has none. */
+export function resolve(body) {
+  const { sampler: sampler_name, ...defaults } = defaultsOf(body.checkpoint) ?? {};
+  return { ...SILENT, ...defaults, sampler_name, checkpoint: usual()?.name, ...body };
 }
 
-/** The models to choose from; the placeholders say what the chosen one takes where a field is empty. */
-export function offer(models) {
-  const chosen = input("checkpoint").value;
-  const usable = models.filter((each) => !each.problem);
-  const usual = usable.find((each) => each.is_default);
-  fill("checkpoint", usable.map((each) => each.name), usual ? `Usual: ${usual.name}` : "None there");
-  input("checkpoint").value = usable.some((each) => each.name === chosen) ? chosen : "";
-  const hint = () => {
-    const defaults = (usable.find((each) => each.name === input("checkpoint").value) ?? usual)?.defaults;
-    for (const name of ["width", "height", "steps", "cfg_scale"]) input(name).placeholder = defaults?.[name] ?? "";
-    fill("sampler_name", samplers, defaults ? `Usual: ${defaults.sampler}` : "Usual");
-    fill("scheduler", schedulers, defaults ? `Usual: ${defaults.scheduler}` : "Usual");
-  };
-  input("checkpoint").onchange = hint;
+/** The form in a few words. */
+export function brief() {
+  const { width, height, steps, seed } = resolve(read());
+  return `${width ?? "?"} × ${height ?? "?"}, ${steps ?? "?"} steps, seed ${seed}`;
+}
+
+function carry(settings) {
+  carried = settings;
+  const words = extra(settings);
+  input("carried").hidden = !words;
+  input("carried-words").textContent = `Also: ${words}.`;
+}
+
+/** What settings say beyond the form's fields, in words. */
+export const extra = (settings) =>
+  CARRIED.filter((name) => settings[name] !== undefined)
+    .map((name) => `${LAYERS[name] ?? { subseed: "variation seed", subseed_strength: "variation strength" }[name]} ${settings[name]}`)
+    .join(", ");
+
+// --- what there is to choose from
+
+const usable = () => models.filter((each) => !each.problem);
+const usual = () => usable().find((each) => each.is_default);
+const defaultsOf = (checkpoint) => (usable().find((each) => each.name === checkpoint) ?? usual())?.defaults;
+
+/** The models, and the names of samplers and schedules. What is chosen stays chosen. */
+export function offer(all) {
+  ({ models, samplers, schedulers } = all);
+  fill("checkpoint", usable().map((each) => each.name), usual()?.name);
   hint();
 }
 
-let samplers = [];
-let schedulers = [];
+/** All that `offer` got. */
+export const choices = () => ({ models: usable(), samplers, schedulers });
 
-/** The names of samplers and schedules. */
-export function name(lists) {
-  [samplers, schedulers] = lists;
+/** Where a field is empty, it shows what the chosen model takes. */
+function hint() {
+  const defaults = defaultsOf(input("checkpoint").value);
+  for (const name of ["width", "height", "steps", "cfg_scale"]) input(name).placeholder = defaults?.[name] ?? "";
+  fill("sampler_name", samplers, defaults?.sampler);
+  fill("scheduler", schedulers, defaults?.scheduler);
 }
 
+/** The one that is taken unless another is chosen stands first and has the empty value. */
 function fill(id, names, usual) {
   const before = input(id).value;
-  input(id).replaceChildren(new Option(usual, ""), ...names.map((each) => new Option(each, each)));
-  input(id).value = names.includes(before) ? before : "";
+  const others = names.filter((each) => each !== usual).map((each) => new Option(each, each));
+  input(id).replaceChildren(group("Default", [new Option(usual ?? "None", "")]), ...(others.length ? [group("Others", others)] : []));
+  select(id, before);
 }
 
-/** Say what was wrong, beside the field if it is one of the form's. */
+function group(label, options) {
+  const made = document.createElement("optgroup");
+  made.label = label;
+  made.append(...options);
+  return made;
+}
+
+function select(id, value) {
+  input(id).value = value ?? "";
+  if (input(id).selectedIndex < 0) input(id).value = "";
+}
+
+input("checkpoint").addEventListener("change", hint);
+input("drop-carried").addEventListener("click", () => {
+  carry({});
+  input("layerdiffuse_enabled").focus();
+});
+
+// --- what is wrong
+
+/** Whether all fields can be sent; says beside each what it takes if not, and goes to the first. */
+export function check() {
+  const wrong = [...NUMBERS, "prompt"].filter((name) => !isRight(name)).map((name) => input(name));
+  for (const control of wrong) mark(control, expected(control));
+  // in the order of the form
+  wrong.sort((a, b) => (a.compareDocumentPosition(b) & Node.DOCUMENT_POSITION_FOLLOWING ? -1 : 1))[0]?.focus();
+  return wrong.length === 0;
+}
+
+function isRight(name) {
+  const { value, validity, min, max } = input(name);
+  if (name === "prompt") return value.trim() !== "";
+  if (name === "seed") return value.trim() === "" || (/^(-1|\d+)$/.test(value.trim()) && BigInt(value) <= MOST_SEED);
+  if (value === "") return !validity.badInput;
+  return Number(value) >= min && Number(value) <= max && (name === "cfg_scale" || Number.isInteger(Number(value)));
+}
+
+function expected({ id, min, max }) {
+  if (id === "prompt") return "The prompt is empty. Say what to draw, for instance “an apple, high quality”.";
+  if (id === "seed") return `A whole number up to ${MOST_SEED}, or −1 for another each time.`;
+  return `${id === "cfg_scale" ? "A number" : "A whole number"} from ${min} to ${max}.`;
+}
+
+/** Say what the service found wrong, beside the field if it is one of the form's. */
 export function fault(error) {
-  clearFaults();
   const field = error.problem?.field;
   const place = field && input(`${field}-error`);
-  (place || input("form-error")).textContent = place ? error.message.replace(`${field}: `, "") : error.message;
-  if (!place) return;
-  const control = input(field);
+  if (!place) return void (input("form-error").textContent = error.message);
+  mark(input(field), error.message.replace(`${field}: `, ""));
+  input(field).focus();
+}
+
+function mark(control, words) {
+  input(`${control.id}-error`).textContent = words;
   control.setAttribute("aria-invalid", "true");
   const folded = control.closest("details");
   if (folded) folded.open = true;
-  control.focus();
 }
 
 export function clearFaults() {

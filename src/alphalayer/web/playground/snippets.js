@@ -1,4 +1,4 @@
-// A request as code: curl, Python, JavaScript.
+// A request as code that ends with the picture in a file: curl, Python, JavaScript.
 
 const NAME = "ALPHALAYER_API_KEY";
 
@@ -7,13 +7,15 @@ export function snippet(language, address, body, withKey) {
   return { curl, python, javascript }[language](`${address}alpha/v1/txt2img`, body, withKey);
 }
 
-const curl = (url, body, withKey) =>
-  [
-    `curl -s ${url}`,
+function curl(url, body, withKey) {
+  const lines = [
+    `url=$(curl -sSf ${url}`,
     "-H 'Content-Type: application/json'",
     ...(withKey ? [`-H "X-API-Key: $${NAME}"`] : []),
-    `-d '${JSON.stringify(body).replaceAll("'", "'\\''")}'`,
-  ].join(" \\\n  ");
+    `-d '${JSON.stringify(body).replaceAll("'", "'\\''")}' | cut -d '"' -f 4)`,
+  ];
+  return `${lines.join(" \\\n  ")}\ncurl -sSO "$url"`;
+}
 
 function python(url, body, withKey) {
   const key = withKey ? `, headers={"X-API-Key": os.environ["${NAME}"]}` : "";
@@ -29,14 +31,17 @@ with open(answer.json()["filename"], "wb") as file:
 
 function javascript(url, body, withKey) {
   const key = withKey ? `, "X-API-Key": process.env.${NAME}` : "";
-  return `const answer = await fetch("${url}", {
+  return `import { writeFile } from "node:fs/promises";
+
+const answer = await fetch("${url}", {
   method: "POST",
   headers: { "Content-Type": "application/json"${key} },
   body: JSON.stringify(${JSON.stringify(body, null, 2).replaceAll("\n", "\n  ")}),
 });
 if (!answer.ok) throw new Error(await answer.text());
-const { url } = await answer.json();
-console.log(url);`;
+const { url, filename } = await answer.json();
+const picture = await fetch(url);
+await writeFile(filename, Buffer.from(await picture.arrayBuffer()));`;
 }
 
 const literal = (body) =>

@@ -1,0 +1,67 @@
+// The settings that a picture carries, in the words of a request.
+
+/** LayerDiffuse's own settings and what they are called. */
+export const LAYERS = {
+  layerdiffuse_method: "LayerDiffuse method",
+  layerdiffuse_weight: "LayerDiffuse weight",
+  layerdiffuse_stop_at: "LayerDiffuse until",
+};
+const USUAL = { layerdiffuse_method: "attention", layerdiffuse_weight: 1, layerdiffuse_stop_at: 1 };
+// of no consequence for the picture, or already in another one
+const SILENT = /^(Prompt|Negative prompt|Version|RNG|Size|Model hash|.* hashes|VAE hash|layerdiffusion_.*)$/;
+const SEEDS = { Seed: "seed", "Variation seed": "subseed" };
+const NUMBERS = { Steps: "steps", "CFG scale": "cfg_scale", "Variation seed strength": "subseed_strength" };
+
+/** `parameters` as the service read them, and what there is to choose from. Gives {settings, missing}, where `missing` names what cannot
+ * be taken; null if the picture carries no settings. */
+export function fromPicture(parameters, { models, samplers, schedulers }) {
+  if (!parameters.Steps) return null;
+  const settings = { prompt: parameters.Prompt ?? "", negative_prompt: parameters["Negative prompt"] ?? "" };
+  const missing = [];
+  for (const [key, value] of Object.entries(parameters)) {
+    if (SEEDS[key]) settings[SEEDS[key]] = Number.isSafeInteger(Number(value)) ? Number(value) : value;
+    else if (NUMBERS[key]) settings[NUMBERS[key]] = Number(value);
+    else if (!SILENT.test(key) && !TAKEN[key]?.(value, settings, { models, samplers, schedulers, parameters })) missing.push(`${lower(key)} ${value}`);
+  }
+  const [width, height] = (parameters.Size ?? "").split("x").map(Number);
+  if (width && height) Object.assign(settings, { width, height });
+  return { settings: { ...settings, ...layers(parameters, missing) }, missing };
+}
+
+/** What else a picture names; each says whether it is here, and takes it. */
+const TAKEN = {
+  Sampler(value, settings, { samplers, schedulers }) {
+    // older tools write the two as one: "DPM++ 2M SDE Karras"
+    const scheduler = schedulers.find((each) => value.endsWith(` ${each}`));
+    const sampler = scheduler ? value.slice(0, -scheduler.length - 1) : value;
+    if (scheduler) settings.scheduler ??= scheduler;
+    if (!samplers.includes(sampler)) return false;
+    settings.sampler_name = sampler;
+    return true;
+  },
+  "Schedule type"(value, settings, { schedulers }) {
+    if (schedulers.includes(value)) settings.scheduler = value;
+    return schedulers.includes(value) || value === "Automatic";
+  },
+  Model(value, settings, { models, parameters }) {
+    const hash = parameters["Model hash"];
+    settings.checkpoint = models.find((each) => each.name === value || (hash && each.title.includes(`[${hash}]`)))?.name;
+    return Boolean(settings.checkpoint);
+  },
+  "Clip skip": (value) => value === "1",
+};
+
+function layers(parameters, missing) {
+  if (parameters.layerdiffusion_enabled !== "True") return { layerdiffuse_enabled: false };
+  const label = parameters.layerdiffusion_method ?? "";
+  const method = [/Attention Injection/, /Conv Injection/].map((each) => each.test(label));
+  if (label && !method.includes(true)) missing.push(`LayerDiffuse ${label}`);
+  const found = {
+    layerdiffuse_method: method[1] ? "conv" : "attention",
+    layerdiffuse_weight: Number(parameters.layerdiffusion_weight ?? 1),
+    layerdiffuse_stop_at: Number(parameters.layerdiffusion_ending_step ?? 1),
+  };
+  return Object.fromEntries(Object.entries(found).filter(([name, value]) => value !== USUAL[name]));
+}
+
+const lower = (key) => (/^[A-Z][a-z]/.test(key) ? key[0].toLowerCase() + key.slice(1) : key);

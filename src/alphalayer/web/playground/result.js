@@ -1,0 +1,70 @@
+// A finished picture: what made it, and its downloads.
+
+import * as service from "./service.js";
+import { extra } from "./settings.js";
+import * as stage from "./stage.js";
+
+const find = (id) => document.getElementById(id);
+const NAMES = {
+  checkpoint: "Model",
+  size: "Size",
+  steps: "Steps",
+  cfg_scale: "Guidance",
+  sampler_name: "Sampler",
+  scheduler: "Schedule",
+  seed: "Seed",
+  negative_prompt: "Negative prompt",
+  extra: "Also",
+};
+let shown = null;
+
+/** The entry of the history that is shown, or null. */
+export const current = () => shown;
+
+/** Show an entry of the history. */
+export function present(entry) {
+  shown = entry;
+  const { settings } = entry;
+  find("actions").hidden = find("details").hidden = find("downloads").hidden = false;
+  find("caption").textContent = find("caption").title = settings.prompt;
+  const facts = { ...settings, size: `${entry.width} × ${entry.height}`, extra: extra(settings) };
+  if (!settings.layerdiffuse_enabled) facts.extra = ["opaque background", facts.extra].filter(Boolean).join(", ");
+  const named = Object.entries(NAMES).filter(([name]) => facts[name] !== undefined && facts[name] !== "");
+  find("facts").replaceChildren(...named.map(([name, title]) => fact(title, facts[name])));
+  const gone = () => {
+    find("downloads").hidden = true;
+    stage.blank("The service keeps this picture no longer. Its settings can still be used.");
+  };
+  if (entry.gone) return gone();
+  const away = () => stage.blank("This picture cannot be loaded now. Choose it again when the service is back.");
+  const missing = async () => ((await service.isGone(entry.name)) ? gone() : away());
+  stage.show(service.fileAddress(entry.name), { alt: settings.prompt, width: entry.width, height: entry.height, isFinal: true, missing });
+}
+
+/** Make room for a job's preview. */
+export function hide() {
+  find("actions").hidden = true;
+  find("details").hidden = true;
+}
+
+function fact(title, value) {
+  const pair = document.createElement("div");
+  const [term, text] = [document.createElement("dt"), document.createElement("dd")];
+  term.textContent = title;
+  text.textContent = text.title = value;
+  pair.append(term, text);
+  return pair;
+}
+
+/** Download the picture as a file. Throws `Refused` or `Away`. */
+export async function save(format) {
+  const { name } = shown;
+  const blob = await service.download(name, { format, trim: find("trimmed").checked, padding: find("padding").value || 0 });
+  const link = document.createElement("a");
+  link.href = URL.createObjectURL(blob);
+  link.download = name.replace(/\.\w+$/, `.${format}`);
+  link.click();
+  setTimeout(() => URL.revokeObjectURL(link.href), 10_000);
+}
+
+find("trimmed").addEventListener("change", (event) => (find("margin").hidden = !event.target.checked));

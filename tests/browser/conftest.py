@@ -1,0 +1,39 @@
+"""Chromium, and a service with the fake engine, for the tests of the page. They are skipped where there is no Chromium."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator
+
+import httpx
+import pytest
+import pytest_asyncio
+from playwright.async_api import Browser, async_playwright
+from tests.browser.visit import CHROMIUM, DESKTOP, FLAGS, Visit, visited
+from tests.serving import served
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def browser() -> AsyncIterator[Browser]:
+    if not CHROMIUM:
+        pytest.skip("needs Chromium (or its path in CHROMIUM)")
+    async with async_playwright() as playwright:
+        started = await playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield started
+        await started.close()
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
+    with served(tmp_path_factory.mktemp("service"), engine_options={"step_s": 0.02}) as client:
+        yield client
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def visit(browser: Browser, service: httpx.Client) -> AsyncIterator[Visit]:
+    """The page, open; in the end nothing was in its console and nothing was asked of anybody else."""
+    context = await browser.new_context(viewport=DESKTOP, accept_downloads=True)
+    opened = await visited(context, str(service.base_url))
+    yield opened
+    await context.close()
+    assert opened.faults == []
+    assert opened.outside == []

@@ -1,0 +1,191 @@
+"""The page at `/` in Chromium: the picture, what lies behind it, zoom, downloads, code, and pictures from outside."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+from playwright.async_api import Browser, ViewportSize, expect
+from tests.browser.visit import DESKTOP, PHONE, Visit, picture, visited
+
+from alphalayer import images
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+
+async def _drawn(service: httpx.Client, **fields: Any) -> bytes:
+    """A picture of the service."""
+    body = {"steps": 3, "width": 64, "height": 128, **fields}
+    answer = await asyncio.to_thread(service.post, "/alpha/v1/txt2img", json=body)
+    return (await asyncio.to_thread(service.get, answer.json()["url"])).content
+
+
+async def test_a_dropped_picture_brings_its_settings(visit: Visit, service: httpx.Client):
+    page = visit.page
+    body = {"prompt": "a dropped, (fine:1.2) star", "negative_prompt": "", "seed": 99, "steps": 3, "cfg_scale": 7.5}
+    body |= {"width": 64, "height": 128, "sampler_name": "Euler a", "scheduler": "Exponential"}
+    await visit.drop("star.png", await _drawn(service, **body))
+    await expect(page.locator("#note")).to_contain_text("The settings of star.png are in the form.")
+    assert await visit.values(*body) == {name: str(value) for name, value in body.items()}
+    assert await page.is_checked("#layerdiffuse_enabled")
+    await expect(page.locator("#carried")).to_be_hidden()
+
+
+async def test_what_the_form_has_no_field_for_is_carried_along(visit: Visit, service: httpx.Client):
+    page = visit.page
+    body = {"prompt": "a mug", "seed": 9007199254740993, "layerdiffuse_method": "conv", "layerdiffuse_weight": 0.5}
+    body |= {"layerdiffuse_stop_at": 0.25, "subseed": 9007199254740995, "subseed_strength": 0.5}
+    first = await _drawn(service, **body)
+    await visit.drop("mug.png", first)
+    await expect(page.locator("#carried-words")).to_contain_text("conv")
+    assert await page.input_value("#seed") == "9007199254740993"
+    await page.click("#draw")
+    await expect(page.locator("#history li")).to_have_count(1)
+    again = images.decode(await visit.download("#save-png"))[1] or ""
+    for each in ("Conv Injection", "weight: 0.5", "ending_step: 0.25", "Seed: 9007199254740993"):
+        assert each in (images.decode(first)[1] or "")
+        assert each in again
+    assert "conv" in (await visit.facts())["Also"]
+    await page.click("#drop-carried")
+    assert "layerdiffuse" not in str(await page.text_content("#snippet"))
+
+
+async def test_a_picture_of_forge_says_what_is_not_here(visit: Visit):
+    text = (
+        "a cat, <lora:foo:0.8>\nNegative prompt: ugly\nSteps: 20, Sampler: DPM++ 2M Karras, CFG scale: 5, Seed: 7, "
+        "Size: 512x768, Model hash: abc, Model: juggernautXL, Clip skip: 2, Hires upscale: 2, Version: f2.0"
+    )
+    await visit.drop("cat.png", picture(parameters=text))
+    await expect(visit.page.locator("#note")).to_have_text(
+        "The settings of cat.png are in the form. Not here: model juggernautXL, clip skip 2, hires upscale 2."
+    )
+    wanted = {"prompt": "a cat, <lora:foo:0.8>", "sampler_name": "DPM++ 2M", "scheduler": "", "width": "512"}
+    assert await visit.values(*wanted) == wanted  # "" is the model's own: Karras
+    assert not await visit.page.is_checked("#layerdiffuse_enabled")
+
+
+async def test_another_picture_lies_behind(visit: Visit):
+    page = visit.page
+    await visit.draw(prompt="x")
+    assert not await page.is_visible("#photo-choice")
+    await page.set_input_files(
+        "#open-photo", files=[{"name": "wall.png", "mimeType": "image/png", "buffer": picture()}]
+    )
+    await expect(page.locator("#note")).to_have_text("wall.png lies behind the picture.")
+    assert await visit.corner() == (200, 30, 90)
+    await page.check("[name=backdrop][value=white]")
+    await page.check("[name=backdrop][value=photo]")
+    assert await visit.corner() == (200, 30, 90)
+    await visit.drop("plain.png", picture(color=(1, 2, 3)))
+    await expect(page.locator("#note")).to_have_text("plain.png lies behind the picture.")
+    assert await visit.corner() == (1, 2, 3)
+    visit.asked.clear()
+    await visit.drop("large.jpg", picture("JPEG"), "image/jpeg", more=13_000_000)
+    await expect(page.locator("#note")).to_have_text("large.jpg lies behind the picture.")
+    await visit.drop("large.png", picture(), more=13_000_000)
+    await expect(page.locator("#note")).to_have_text("large.png lies behind the picture.")
+    await visit.drop("broken.png", b"no picture")
+    await expect(page.locator("#note")).to_contain_text("broken.png is not a picture")
+    assert not [each for each in visit.asked if "png-info" in each]
+
+
+async def test_settings_are_looked_for_where_there_are_none(visit: Visit):
+    await visit.page.set_input_files(
+        "#open-file", files=[{"name": "wall.png", "mimeType": "image/png", "buffer": picture()}]
+    )
+    await expect(visit.page.locator("#note")).to_contain_text("wall.png carries no settings")
+    assert await visit.page.get_attribute("#stage", "data-backdrop") == "checkerboard"
+
+
+async def test_backdrops_and_alpha(visit: Visit):
+    page = visit.page
+    await visit.draw(prompt="x")
+    for backdrop, color in (("white", (255, 255, 255)), ("black", (0, 0, 0))):
+        await page.check(f"[name=backdrop][value={backdrop}]")
+        assert await visit.corner() == color
+    await page.fill("#backdrop-color", "#102030")
+    assert await visit.corner() == (0x10, 0x20, 0x30)
+    await page.check("#alpha")
+    shot = await visit.viewport()
+    assert tuple(shot[shot.shape[0] // 2, shot.shape[1] // 2]) == (255, 255, 255)
+
+
+@pytest.mark.parametrize("size", [DESKTOP, PHONE], ids=["desktop", "phone"])
+async def test_zoom_stays_in_its_frame(browser: Browser, service: httpx.Client, size: ViewportSize):
+    context = await browser.new_context(viewport=size)
+    visit = await visited(context, str(service.base_url))
+    page = visit.page
+    await page.evaluate("document.querySelectorAll('details').forEach((each) => (each.open = true))")
+    await visit.draw(prompt="x", width="256", height="256")
+    level, width = page.locator("#zoom-level"), "document.getElementById('picture').clientWidth"
+    fitted = {"desktop": 200, "phone": 142}["desktop" if size is DESKTOP else "phone"]
+    await expect(level).to_have_text(f"{fitted} %")  # no more than twice as large by itself
+    for wanted in ("400 %", "800 %", "800 %") if size is DESKTOP else ("200 %", "400 %", "800 %"):
+        await page.click("#zoom-in")
+        await expect(level).to_have_text(wanted)
+        assert await visit.fits()
+    assert await page.evaluate(width) == 2048
+    frame = "document.getElementById('viewport')"
+    # what was in the middle is in the middle
+    assert await page.evaluate(f"Math.abs({frame}.scrollLeft + {frame}.clientWidth / 2 - 1024) < 4")
+    before = await page.evaluate(f"{frame}.scrollLeft")
+    box = await page.locator("#viewport").bounding_box()
+    assert box
+    await page.mouse.move(box["x"] + 150, box["y"] + 150)
+    await page.mouse.down()
+    await page.mouse.move(box["x"] + 110, box["y"] + 140)
+    await page.mouse.up()
+    assert await page.evaluate(f"{frame}.scrollLeft") == before + 40
+    await page.focus("#viewport")
+    await page.keyboard.press("-")
+    await expect(level).to_have_text("400 %")
+    await page.keyboard.press("0")
+    await expect(level).to_have_text(f"{fitted} %")
+    await page.keyboard.down("Control")
+    await page.mouse.wheel(0, -100)
+    await page.keyboard.up("Control")
+    await expect(level).not_to_have_text(f"{fitted} %")
+    assert await visit.fits()
+    await context.close()
+
+
+async def test_downloads(visit: Visit):
+    page = visit.page
+    await visit.draw(prompt="x")
+    png = await visit.download("#save-png")
+    assert images.decode(png)[0].shape == (64, 64, 4)
+    await page.check("#trimmed")
+    await page.fill("#padding", "2")
+    webp = await visit.download("#save-webp")
+    rgba, parameters = images.decode(webp)
+    assert webp[8:12] == b"WEBP"
+    assert np.array_equal(rgba, images.trim(images.decode(png)[0], 0, 2))
+    assert rgba.shape[0] < 64
+    assert "Seed: 12345" in (parameters or "")
+
+
+@pytest.mark.parametrize("language", ["curl", "python", "javascript"])
+async def test_the_code_that_it_shows_saves_the_picture(visit: Visit, language: str, tmp_path: Path):
+    page = visit.page
+    prompt = 'it\'s a "cup" – über $HOME'
+    await visit.fill(prompt=prompt, steps="2")
+    await page.click("#open-code")
+    await page.check(f"[name=language][value={language}]")
+    code = str(await page.text_content("#snippet"))
+    command = {"curl": ["bash", "-c", code], "python": [sys.executable, "-c", code]}.get(
+        language, ["node", "--input-type=module", "-e", code]
+    )
+    if not shutil.which(command[0]):
+        pytest.skip(f"needs {command[0]}")
+    done = await asyncio.to_thread(subprocess.run, command, cwd=tmp_path, capture_output=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    (saved,) = tmp_path.iterdir()
+    assert saved.suffix == ".png"
+    assert prompt in (images.decode(saved.read_bytes())[1] or "")

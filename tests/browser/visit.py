@@ -1,0 +1,121 @@
+"""Somebody who uses the page."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+from axe_playwright_python.async_playwright import Axe
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from playwright.async_api import BrowserContext, Page, ViewportSize, expect
+
+CHROMIUM = os.environ.get("CHROMIUM") or next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable"))), None
+)
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"]
+DESKTOP, PHONE = ViewportSize(width=1280, height=900), ViewportSize(width=390, height=844)
+
+
+class Visit:
+    """A page that is open, and what went wrong on it."""
+
+    def __init__(self, page: Page, address: str):
+        self.page, self.address = page, address
+        self.faults: list[str] = []
+        self.outside: list[str] = []
+        self.asked: list[str] = []
+        page.on("console", lambda said: self.faults.append(said.text) if said.type == "error" else None)
+        page.on("pageerror", lambda error: self.faults.append(str(error)))
+        page.on("request", lambda request: self._note(request.url))
+        page.set_default_timeout(20_000)
+
+    def _note(self, url: str) -> None:
+        if not url.startswith((self.address, "blob:", "data:")):
+            self.outside.append(url)
+        self.asked.append(url.removeprefix(self.address))
+
+    async def draw(self, **fields: str) -> None:
+        """Fill the form, draw, and wait for the picture."""
+        await self.fill(**fields)
+        before = await self.page.locator("#history li").count()
+        await self.page.click("#draw")
+        await expect(self.page.locator("#history li")).to_have_count(before + 1)
+
+    async def fill(self, **fields: str) -> None:
+        """Small pictures, few steps, and what is given."""
+        for name, value in {"width": "64", "height": "64", "steps": "5", **fields}.items():
+            await self.page.fill(f"#{name}", value)
+
+    async def start(self, prompt: str, steps: int = 150) -> None:
+        """Draw, and wait until it runs."""
+        await self.fill(prompt=prompt, steps=str(steps))
+        await self.page.click("#draw")
+        await expect(self.page.locator("#progress-words")).to_contain_text("Step")
+
+    async def values(self, *names: str) -> dict[str, str]:
+        """What fields of the form hold."""
+        return {name: await self.page.input_value(f"#{name}") for name in names}
+
+    async def facts(self) -> dict[str, str]:
+        """What stands under the picture."""
+        terms = await self.page.locator("#facts dt").all_text_contents()
+        return dict(zip(terms, await self.page.locator("#facts dd").all_text_contents(), strict=True))
+
+    async def drop(self, name: str, data: bytes, mime: str = "image/png", more: int = 0) -> None:
+        """Drop a file on the page; `more` bytes are added to it."""
+        transfer = await self.page.evaluate_handle(
+            """([name, bytes, type, more]) => {
+              const transfer = new DataTransfer();
+              transfer.items.add(new File([new Uint8Array(bytes), new Uint8Array(more)], name, { type }));
+              return transfer;
+            }""",
+            [name, list(data), mime, more],
+        )
+        await self.page.dispatch_event("#viewport", "drop", {"dataTransfer": transfer})
+
+    async def download(self, button: str) -> bytes:
+        """Press a button that downloads; the file."""
+        async with self.page.expect_download() as waiting:
+            await self.page.click(button)
+        return Path(await (await waiting.value).path()).read_bytes()
+
+    async def viewport(self) -> np.ndarray:
+        """The pixels around the picture, (height, width, 3)."""
+        shot = await self.page.locator("#viewport").screenshot()
+        return np.asarray(Image.open(io.BytesIO(shot)).convert("RGB"))
+
+    async def corner(self) -> tuple[int, ...]:
+        """The colour behind the picture."""
+        return tuple(int(each) for each in (await self.viewport())[8, 8])
+
+    async def fits(self) -> bool:
+        """Whether the page does not scroll sideways."""
+        return await self.page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+
+    async def expect_no_serious_fault(self) -> None:
+        """Nothing serious that axe finds."""
+        found = await Axe().run(self.page)
+        serious = [each for each in found.response["violations"] if each["impact"] in ("serious", "critical")]
+        assert serious == [], json.dumps(serious, indent=1)[:4000]
+
+
+async def visited(context: BrowserContext, address: str) -> Visit:
+    """Open the page and wait until it knows the service."""
+    opened = Visit(await context.new_page(), address)
+    await opened.page.goto(address)
+    await expect(opened.page.locator("#scheduler option")).not_to_have_count(0)
+    return opened
+
+
+def picture(format: str = "PNG", parameters: str = "", color: tuple[int, int, int] = (200, 30, 90)) -> bytes:
+    """A file of one colour, with the `parameters` text of other tools if given."""
+    info, file = PngInfo(), io.BytesIO()
+    if parameters:
+        info.add_text("parameters", parameters)
+    Image.new("RGB", (40, 40), color).save(file, format, **({"pnginfo": info} if format == "PNG" else {}))
+    return file.getvalue()
