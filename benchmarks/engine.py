@@ -24,7 +24,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from alphalayer import images
-from alphalayer.engine.pipeline import Canvas, LocalEngine
+from alphalayer.engine.canvas import Canvas
+from alphalayer.engine.pipeline import LocalEngine
 from alphalayer.request import GenerationRequest
 
 WARM_RUNS = 3
@@ -153,14 +154,13 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--memory", default="auto")
-    parser.add_argument("--compile", action="store_true", help="compile the UNet")
+    parser.add_argument("--compile", action="store_true", help="compile the UNet, after the first picture")
     options = parser.parse_args()
     engine = LocalEngine(
         _models_dir(options),
         device=options.device,
         dtype=options.dtype,
         memory=options.memory,
-        compile_unet=options.compile,
     )
     request = GenerationRequest(
         prompt=options.prompt, model=options.model, width=options.width, height=options.height, steps=options.steps
@@ -168,6 +168,9 @@ def main() -> None:
     start = time.perf_counter()
     first = engine.generate(request)
     cold_s, drawn = time.perf_counter() - start, first.request
+    if options.compile:
+        engine.held.model.unet.compile()
+        engine.generate(request)
     limit = matmul_rate(engine.device, engine.precision.unet)
     canvas = Canvas.of(drawn.width or 0, drawn.height or 0)
     wide, high = canvas.drawn_width, canvas.drawn_height

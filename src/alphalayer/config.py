@@ -62,7 +62,10 @@ class Settings(BaseSettings):
     models_dir: Annotated[Path, Field(description="Folder with Stable-diffusion/, layer_model/ and Lora/.")] = Path(
         "models"
     )
-    embeddings_dir: Annotated[Path, Field(description="Folder with textual-inversion embeddings.")] = Path("embeddings")
+    embeddings_dir: Annotated[
+        Path | None,
+        Field(description="Folder with textual-inversion embeddings; unset: embeddings, beside models_dir."),
+    ] = None
     outputs_dir: Annotated[Path, Field(description="Folder that pictures are written to.")] = Path("outputs")
     data_dir: Annotated[Path, Field(description="Folder of the journal of jobs.")] = Path("data")
     database: Annotated[
@@ -214,7 +217,7 @@ class Settings(BaseSettings):
         """The options of the engine process, as plain JSON values."""
         return {
             "models_dir": str(self.models_dir),
-            "embeddings_dir": str(self.embeddings_dir),
+            "embeddings_dir": str(self.embeddings_dir) if self.embeddings_dir else None,
             "device": self.device,
             "dtype": self.dtype,
             "memory": self.memory,

@@ -18,6 +18,7 @@ from tests.tiny_models import unet_name_in_ldm
 
 from alphalayer import catalog
 from alphalayer.catalog.headers import FIRST_CONV
+from alphalayer.config import Settings
 from alphalayer.engine import Progress
 from alphalayer.engine.guidance import _clean
 from alphalayer.engine.pipeline import LocalEngine, create_engine
@@ -129,7 +130,7 @@ def test_running_out_of_memory_is_retried_once_in_the_next_smaller_mode(
     engine: LocalEngine, base: np.ndarray, stage: str, error: Exception
 ):
     _draw(engine, steps=1)
-    engine.held.encoders._remembered.clear()
+    engine.held.encoders.forget()
     module = getattr(engine.held.model, stage)
     hooked = module.decoder if stage == "vae" else module
     fails = _Fails(1, error)
@@ -159,9 +160,23 @@ def test_running_out_of_memory_twice_says_what_was_needed(engine: LocalEngine, b
         handle.remove()
     assert "128x64, batch of 2, needs about" in error.value.message
     assert '"balanced"' in error.value.message
+    assert "a larger mode was tried, too" in error.value.message
     assert "smaller picture" in error.value.hint
+    assert "--memory low" in error.value.hint
     # and the engine works on
     assert np.array_equal(_draw(engine), base)
+
+
+def test_the_smallest_mode_is_tried_once_and_is_not_recommended(models: Path):
+    engine = LocalEngine(models, device="cpu", memory="low")
+    _draw(engine, steps=1)
+    fails = _Fails(99, OUT_OF_MEMORY[0])
+    engine.held.model.unet.register_forward_pre_hook(fails)
+    with pytest.raises(OutOfMemory) as error:
+        _draw(engine)
+    assert fails.calls == 1
+    assert '"low".' in error.value.message
+    assert "--memory" not in error.value.hint
 
 
 def test_other_errors_are_not_taken_for_memory(engine: LocalEngine):
@@ -450,6 +465,18 @@ def test_models_that_would_be_drawn_wrongly_are_passed_over(models: Path, tmp_pa
     engine = LocalEngine(tmp_path, device="cpu")
     result = engine.generate(REQUEST.model_copy(update={"model": None}))
     assert result.model_name == "z"
+
+
+def test_embeddings_are_found_beside_the_models_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """With the settings as they are: a models folder elsewhere brings its embeddings along."""
+    monkeypatch.chdir(tmp_path)
+    tiny_models.make_diffusers_folder(tmp_path / "there" / "models" / "Stable-diffusion" / "folder")
+    (tmp_path / "there" / "embeddings").mkdir()
+    learned = {"clip_l": torch.ones(2, tiny_models.WIDTH_L), "clip_g": torch.ones(2, tiny_models.WIDTH_G)}
+    options = Settings(models_dir=tmp_path / "there" / "models", device="cpu").engine_options()
+    plain = _draw(create_engine(options))
+    save_file(learned, tmp_path / "there" / "embeddings" / "apple.safetensors")
+    assert not np.array_equal(_draw(create_engine(options)), plain)
 
 
 # --- everything that can be named draws

@@ -185,6 +185,32 @@ def test_a_learned_word_of_another_width_is_left_out(tokenizers, models, encoder
     torch.testing.assert_close(taught.encode("glowstyle").context, encoders.encode("glowstyle").context, **SAME)
 
 
+def test_a_learned_word_without_a_name_is_in_no_prompt(tokenizers, models, encoders, learned: TextualInversion):
+    taught = TextEncoders(*tokenizers, *models, {"\u200b": learned})
+    torch.testing.assert_close(taught.encode("an apple").context, encoders.encode("an apple").context, **SAME)
+
+
+def test_what_is_remembered_fits_into_its_room(tokenizers, models, monkeypatch: pytest.MonkeyPatch):
+    taught = TextEncoders(*tokenizers, *models)
+    calls: list[int] = []
+    models[0].register_forward_pre_hook(lambda *_: calls.append(1))
+    one = taught.encode("an apple").nbytes
+    assert one == (77 * (tiny_models.WIDTH_L + tiny_models.WIDTH_G) + tiny_models.WIDTH_G) * 4
+    monkeypatch.setattr("alphalayer.engine.text.CACHE_BYTES", 2 * one)
+    texts = ["an apple", "a pear", "an apple", "a plum", "an apple", "a pear"]
+    for text in texts:
+        taught.encode(text)
+    # the pear was the one to go when the plum came
+    assert len(calls) == 4
+    # what is larger than the room is encoded each time, and as it should be
+    long = " BREAK ".join(["a cat"] * 3)
+    assert torch.equal(taught.encode(long).context, taught.encode(long).context)
+    assert len(calls) == 6
+    taught.forget()
+    taught.encode(long)
+    assert len(calls) == 7
+
+
 def test_embedding_files_are_read_and_others_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     (tmp_path / "deep").mkdir()
     save_file(
@@ -192,9 +218,11 @@ def test_embedding_files_are_read_and_others_left_out(tmp_path: Path, caplog: py
     )
     save_file({"emb_params": torch.ones(2, 3)}, tmp_path / "sd15.safetensors")
     save_file({"clip_l": torch.ones(2, 3), "clip_g": torch.ones(1, 5)}, tmp_path / "uneven.safetensors")
+    save_file({"clip_l": torch.ones(3), "clip_g": torch.ones(5)}, tmp_path / "single.safetensors")
     (tmp_path / "broken.safetensors").write_bytes(b"no")
     found = read_embeddings(tmp_path)
-    assert list(found) == ["good"]
+    assert list(found) == ["good", "single"]
+    assert found["single"].clip_l.shape == (1, 3)
     assert found["good"].clip_g.dtype == torch.float32
     assert all(name in caplog.text for name in ("sd15", "uneven", "broken"))
     assert read_embeddings(tmp_path / "absent") == {}

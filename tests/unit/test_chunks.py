@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from alphalayer.engine.chunks import CHUNK_LENGTH, COMMA_BACKTRACK, LearnedWord, chunk_fragments
 from alphalayer.engine.prompt import Fragment
+from alphalayer.errors import InvalidRequest
 
 COMMA = 267
 
@@ -137,3 +139,12 @@ def test_learned_words_stand_where_their_vectors_are(fragments: list[list[int]])
         for at, _ in chunk.embeddings:
             assert chunk.tokens[at : at + 3] == [0, 0, 0]
         assert chunk.tokens.count(0) == 3 * len(chunk.embeddings)
+
+
+def test_a_learned_word_of_more_vectors_than_a_chunk_holds_is_refused_where_it_is_used():
+    long = LearnedWord("long", (7, 8), 76)
+    assert _chunks([1, 7, 9], words=[long]) == [[1, 7, 9]]
+    with pytest.raises(InvalidRequest, match='"long" has 76 vectors') as error:
+        _full([1, 7, 8], words=[long])
+    assert error.value.field == "prompt"
+    assert len(_full([1, 7, 8], words=[LearnedWord("full", (7, 8), 75)])) == 2

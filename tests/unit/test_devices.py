@@ -1,10 +1,17 @@
-"""What the log says about the device."""
+"""What the log says about the device, and the figures that are chosen by."""
 
 from __future__ import annotations
 
-import torch
+import json
 
-from alphalayer.engine.devices import MEMORY_MODES, choose_precision, describe
+import pytest
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+from alphalayer.engine.configs import SHIPPED
+from alphalayer.engine.devices import GIB, MEMORY_MODES, SDXL_GIB, choose_precision, describe
+from alphalayer.engine.transparency import TransparentDecoder
 
 
 def test_the_device_is_described_with_what_was_chosen_for_the_user():
@@ -13,3 +20,21 @@ def test_the_device_is_described_with_what_was_chosen_for_the_user():
     unasked = describe(cpu, precision, MEMORY_MODES["high"], asked=("auto", "auto"))
     assert unasked == 'cpu (torch sees no GPU), float32, memory mode "high"'
     assert describe(cpu, precision, MEMORY_MODES["high"], asked=("cpu", "high")) == 'cpu, float32, memory mode "high"'
+
+
+def test_the_weights_that_batches_leave_room_for_are_those_of_sdxl():
+    """Counted in the shipped configs, without memory for them; bytes a weight as `choose_precision` and loading hold them."""
+    parts = [
+        (UNet2DConditionModel, "unet", 2),
+        (AutoencoderKL, "vae", 2),
+        (CLIPTextModel, "text_encoder", 4),
+        (CLIPTextModelWithProjection, "text_encoder_2", 4),
+    ]
+    total = 0
+    with torch.device("meta"):
+        for kind, name, size in parts:
+            config = json.loads((SHIPPED / name / "config.json").read_text())
+            made = kind(CLIPTextConfig(**config)) if name.startswith("text") else kind.from_config(config)
+            total += size * sum(each.numel() for each in made.parameters())
+        total += 2 * sum(each.numel() for each in TransparentDecoder().parameters())
+    assert total / GIB == pytest.approx(SDXL_GIB, abs=0.05)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from alphalayer.engine.prompt import Fragment
+from alphalayer.errors import InvalidRequest
 
 CHUNK_LENGTH = 75
 COMMA_BACKTRACK = 20
@@ -39,6 +40,9 @@ def chunk_fragments(
 
     When a chunk is full and its last comma stands at most 20 tokens back, what follows the comma moves on with the next chunk. A
     learned word is never cut in two.
+
+    Raises:
+        InvalidRequest: a learned word has more vectors than a chunk holds.
     """
     layer = _Layer(comma)
     by_first: dict[int, list[LearnedWord]] = {}
@@ -80,6 +84,12 @@ class _Layer:
         self._chunk.weights.append(weight)
 
     def add_word(self, word: LearnedWord, weight: float) -> None:
+        if word.vectors > CHUNK_LENGTH:
+            raise InvalidRequest(
+                f'the embedding "{word.name}" has {word.vectors} vectors; a text encoder reads {CHUNK_LENGTH} at a time.',
+                hint="Leave it out.",
+                field="prompt",
+            )
         if len(self._chunk.tokens) + word.vectors > CHUNK_LENGTH:
             self.close()
         self._chunk.embeddings.append((len(self._chunk.tokens), word.name))

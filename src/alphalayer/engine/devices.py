@@ -16,6 +16,8 @@ from torch import nn
 from alphalayer.errors import SetupFailed
 
 GIB = 1024**3
+SDXL_GIB = 8.2
+"""Weights of SDXL with LayerDiffuse's decoder as they are held: UNet, VAE and decoder in 16 bit, text encoders in float32."""
 
 
 @dataclass(frozen=True)
@@ -107,11 +109,11 @@ def choose_memory_mode(device: torch.device, name: str) -> MemoryMode:
 
 
 def choose_batch_pixels(device: torch.device, mode: MemoryMode) -> int:
-    """How many pixels to draw together at most: what an SDXL in 16 bit (7.5 GiB with all its parts) leaves of the GPU, at about
-    2.2 GB a megapixel under guidance [computed], and at most 8 megapixels. 0 for the smaller memory modes, and on the CPU."""
+    """How many pixels to draw together at most: what an SDXL leaves of the GPU, at about 2.2 GB a megapixel under guidance [computed],
+    and at most 8 megapixels. 0 for the smaller memory modes, and on the CPU."""
     if device.type != "cuda" or mode.name != "high":
         return 0
-    room = torch.cuda.get_device_properties(device).total_memory - 7.5 * GIB
+    room = torch.cuda.get_device_properties(device).total_memory - SDXL_GIB * GIB
     return int(min(max(room / 2.2e9, 0), 8) * 1024**2)
 
 

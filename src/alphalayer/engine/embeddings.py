@@ -6,6 +6,7 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -31,8 +32,10 @@ def read_embeddings(folder: Path) -> dict[str, TextualInversion]:
         except (SafetensorError, OSError) as error:
             logger.warning("%s cannot be read and is left out (%s).", path, error)
             continue
-        if {"clip_l", "clip_g"} <= tensors.keys() and len(tensors["clip_l"]) == len(tensors["clip_g"]):
-            found[path.stem] = TextualInversion(path.stem, tensors["clip_l"].float(), tensors["clip_g"].float())
+        # a single vector may come without a dimension of its own
+        sides = [torch.atleast_2d(tensors[name].float()) for name in ("clip_l", "clip_g") if name in tensors]
+        if len(sides) == 2 and len(sides[0]) == len(sides[1]) and all(side.ndim == 2 for side in sides):
+            found[path.stem] = TextualInversion(path.stem, *sides)
         else:
             logger.warning("%s is not an SDXL embedding (clip_l and clip_g) and is left out.", path)
     return found

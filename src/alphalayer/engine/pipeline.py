@@ -7,10 +7,7 @@ memory mode's business. Knows nothing of queues, files or HTTP.
 from __future__ import annotations
 
 import logging
-import time
-from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any
@@ -24,6 +21,7 @@ from alphalayer import catalog, infotext
 from alphalayer.catalog import ModelEntry
 from alphalayer.engine import GeneratedImage, GenerationResult, Order, Progress, RgbaImage
 from alphalayer.engine.brownian import BrownianNoise
+from alphalayer.engine.canvas import SIZE_MULTIPLE, Canvas
 from alphalayer.engine.devices import (
     GIB,
     MemoryMode,
@@ -46,72 +44,13 @@ from alphalayer.engine.schedules import sigmas_for
 from alphalayer.engine.shelf import ModelShelf, Ready
 from alphalayer.engine.text import TextEncoders, plan_negative, plan_prompt
 from alphalayer.engine.transparency import decode_transparent, decoder_inputs, to_uint8
-from alphalayer.errors import AlphalayerError, Cancelled, ModelNotFound, OutOfMemory
+from alphalayer.engine.watching import Stopwatch, Watchers
+from alphalayer.errors import AlphalayerError, ModelNotFound, OutOfMemory
 from alphalayer.request import GenerationRequest
 
 logger = logging.getLogger(__name__)
 
-SIZE_MULTIPLE = 64
-"""Pictures are drawn at multiples of this and cropped: the transparent decoder halves the side six times."""
 PREVIEW_LATENT_SIDE = 32
-
-
-@dataclass(frozen=True)
-class Canvas:
-    """The size that is drawn (multiples of 64) and the window in its middle that was asked for, in pixels."""
-
-    width: int
-    height: int
-    drawn_width: int
-    drawn_height: int
-
-    @classmethod
-    def of(cls, width: int, height: int) -> Canvas:
-        """The smallest canvas that holds width x height."""
-        drawn = [-(-side // SIZE_MULTIPLE) * SIZE_MULTIPLE for side in (width, height)]
-        return cls(width, height, *drawn)
-
-    def crop(self, picture: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """Cut the window out of a drawn picture (drawn_height, drawn_width, channels)."""
-        top, left = (self.drawn_height - self.height) // 2, (self.drawn_width - self.width) // 2
-        return np.ascontiguousarray(picture[top : top + self.height, left : left + self.width])
-
-
-class Watchers:
-    """Tells the callers of a batch how far it is, and stops it when none of them wants it any more."""
-
-    def __init__(self, orders: Sequence[Order]):
-        self._orders = orders
-
-    def check(self) -> None:
-        """Raise `Cancelled` if nobody wants the pictures."""
-        if all(order.is_cancelled() for order in self._orders):
-            raise Cancelled("cancelled.")
-
-    def stage(self, name: str) -> None:
-        """A stage begins."""
-        self.check()
-        for order in self._orders:
-            order.on_progress(Progress(name))
-
-
-class Stopwatch:
-    """Seconds of each stage; waits for the device, so that a stage is charged with its own work."""
-
-    def __init__(self, device: torch.device):
-        self.seconds: dict[str, float] = {}
-        self._device = device
-
-    @contextmanager
-    def stage(self, name: str) -> Generator[None]:
-        """Time a block and add it to the stage's account."""
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            if self._device.type == "cuda":
-                torch.cuda.synchronize(self._device)
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
 
 class LocalEngine:
@@ -130,7 +69,6 @@ class LocalEngine:
         dtype: str = "auto",
         memory: str = "auto",
         default_model: str | None = None,
-        compile_unet: bool = False,
         batch_pixels: int | None = None,
         spare_model_bytes: int = 0,
     ):
@@ -140,7 +78,6 @@ class LocalEngine:
         self._models_dir = models_dir
         self._embeddings_dir = embeddings_dir or models_dir.parent / "embeddings"
         self._default_model = default_model
-        self._compile_unet = compile_unet
         self._batch_pixels = choose_batch_pixels(self.device, self.mode) if batch_pixels is None else batch_pixels
         self._shelf = ModelShelf(self._read, spare_model_bytes)
         self.description = describe(self.device, self.precision, self.mode, asked=(device, memory))
@@ -177,18 +114,16 @@ class LocalEngine:
 
         Out of memory: what was taken is given back and a single request is drawn once more in the next smaller memory mode.
         """
-        mode = self.mode
-        for following in (smaller_mode(mode) or mode, None):
+        smaller = smaller_mode(self.mode)
+        modes = [self.mode, smaller] if smaller and len(orders) == 1 else [self.mode]
+        for mode in modes:
             try:
                 return self._draw(orders, mode)
             except (torch.OutOfMemoryError, RuntimeError) as error:
                 if not _is_out_of_memory(error):
                     raise
             free_memory(self.device)
-            if following is None or len(orders) > 1:
-                break
-            mode = following
-        raise self._out_of_memory([order.request for order in orders], mode)
+        raise self._out_of_memory([order.request for order in orders], modes)
 
     def memory_bytes(self) -> int:
         """Memory that torch holds on the GPU, in bytes; 0 on the CPU."""
@@ -253,8 +188,6 @@ class LocalEngine:
 
     def _read(self, entry: ModelEntry) -> Ready:
         model = load_model(entry, self.precision, self._models_dir)
-        if self._compile_unet:
-            model.unet.compile()
         words = read_embeddings(self._embeddings_dir)
         encoders = (model.tokenizer, model.tokenizer_2, model.text_encoder, model.text_encoder_2)
         return Ready(model, TextEncoders(*encoders, words))
@@ -348,21 +281,22 @@ class LocalEngine:
     def _loras(self, request: GenerationRequest) -> list[tuple[Path, float]]:
         return [(catalog.find_lora(self._models_dir, lora.name), lora.weight) for lora in request.loras]
 
-    def _out_of_memory(self, requests: Sequence[GenerationRequest], mode: MemoryMode) -> OutOfMemory:
-        """What was needed and what was there, with what to do."""
+    def _out_of_memory(self, requests: Sequence[GenerationRequest], tried: Sequence[MemoryMode]) -> OutOfMemory:
+        """What was needed in the last mode that was tried and what was there, with what to do."""
         held = self._shelf.held
         unet_bytes = sum(each.nbytes for each in held.model.unet.parameters()) if held else 0
         size = requests[0].resolved(held.model.defaults) if held else requests[0]
         width, height, images = size.width or 0, size.height or 0, sum(each.batch_size for each in requests)
-        needed = memory_needed(unet_bytes, width, height, mode, images) / GIB
+        needed = memory_needed(unet_bytes, width, height, tried[-1], images) / GIB
         there = ""
         if self.device.type == "cuda":
             free, total = torch.cuda.mem_get_info(self.device)
             there = f" and the GPU has {free / GIB:.1f} of {total / GIB:.1f} GiB free"
         return OutOfMemory(
-            f'{width}x{height}, batch of {images}, needs about {needed:.1f} GiB in memory mode "{mode.name}"'
-            f"{there}; it was tried in two modes.",
-            hint="Ask for a smaller picture or batch, close other programs on the GPU, or start with --memory low.",
+            f'{width}x{height}, batch of {images}, needs about {needed:.1f} GiB in memory mode "{tried[-1].name}"'
+            f"{there}{'; a larger mode was tried, too' if len(tried) > 1 else ''}.",
+            hint="Ask for a smaller picture or batch, or close other programs on the GPU"
+            + (", or start with --memory low." if smaller_mode(tried[-1]) else "."),
         )
 
 

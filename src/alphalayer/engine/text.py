@@ -19,8 +19,8 @@ from alphalayer.engine.chunks import Chunk, LearnedWord, chunk_fragments
 from alphalayer.engine.embeddings import TextualInversion
 from alphalayer.engine.prompt import parse_weights, schedule_prompt, split_and
 
-CACHED_BYTES = 128 << 20
-"""What remembered prompts may take: about 200 of one chunk, for SDXL."""
+CACHE_BYTES = 64 * 1024**2
+"""Room for what was encoded, on the device: about a hundred short prompts of SDXL, or four of the longest."""
 
 
 @dataclass(frozen=True)
@@ -32,12 +32,12 @@ class Conditioning:
 
     @property
     def nbytes(self) -> int:
-        """Memory that it takes."""
+        """Memory of both."""
         return self.context.nbytes + self.pooled.nbytes
 
 
 class TextEncoders:
-    """Both encoders with their tokenizers; `encode` remembers the last prompts."""
+    """Both encoders with their tokenizers; `encode` remembers the last prompts, as many as `CACHE_BYTES` hold."""
 
     def __init__(
         self,
@@ -56,21 +56,22 @@ class TextEncoders:
             _Encoder(tokenizer, text_encoder, {name: each.clip_l for name, each in fitting.items()}),
             _Encoder(tokenizer_2, text_encoder_2, {name: each.clip_g for name, each in fitting.items()}),
         )
-        self._remembered: OrderedDict[tuple[str, int], Conditioning] = OrderedDict()
+        self._known: OrderedDict[tuple[str, int], Conditioning] = OrderedDict()
 
     def encode(self, text: str, clip_skip: int = 1) -> Conditioning:
-        """`_encode`, remembered; those that were not used for longest are forgotten first."""
-        key, kept = (text, clip_skip), self._remembered
-        if key not in kept:
-            kept[key] = self._encode(text, clip_skip)
-            while sum(each.nbytes for each in kept.values()) > CACHED_BYTES and len(kept) > 1:
-                kept.popitem(last=False)
-        kept.move_to_end(key)
-        return kept[key]
+        """What one text of any length says; see `_encode`."""
+        key = text, clip_skip
+        if key not in self._known:
+            self._known[key] = self._encode(text, clip_skip)
+        self._known.move_to_end(key)
+        found = self._known[key]
+        while sum(each.nbytes for each in self._known.values()) > CACHE_BYTES:
+            self._known.popitem(last=False)
+        return found
 
     def forget(self) -> None:
-        """Encode anew what was encoded before: the encoders have changed."""
-        self._remembered.clear()
+        """Encode every text anew."""
+        self._known.clear()
 
     @torch.inference_mode()
     def _encode(self, text: str, clip_skip: int) -> Conditioning:
@@ -96,7 +97,9 @@ class _Encoder:
         self._tokenizer, self._model, self._vectors = tokenizer, model, vectors
         comma = self._tokenize(",")
         self._comma = comma[0] if len(comma) == 1 else -1
-        self._words = [LearnedWord(name, tuple(self._tokenize(name)), len(each)) for name, each in vectors.items()]
+        words = [LearnedWord(name, tuple(self._tokenize(name)), len(each)) for name, each in vectors.items()]
+        # a name of nothing that can be read is in no prompt
+        self._words = [word for word in words if word.tokens]
 
     def encode(self, text: str, layer: int) -> tuple[Tensor, Tensor]:
         """Hidden states `layer` from the end (chunks, 77, width) and pooled (chunks, projection) of a text."""
