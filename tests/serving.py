@@ -74,6 +74,14 @@ def put_model(folder: Path) -> Path:
     return folder
 
 
+def put_lora(folder: Path) -> Path:
+    """A LoRA "style" that can be named; the fake engine does not read it."""
+    loras = folder / "models" / "Lora"
+    loras.mkdir(parents=True)
+    (loras / "style.safetensors").touch()
+    return folder
+
+
 def wait_until(condition: Any, timeout_s: float = 10.0) -> None:
     """Poll until a condition holds; fails after a time."""
     end = time.monotonic() + timeout_s

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import webuiapi
 from PIL import Image
-from tests.serving import put_model, served, wait_until
+from tests.serving import put_lora, put_model, served, wait_until
 
 from alphalayer.engine.fake import draw_disc
 from alphalayer.infotext import read_parameters
@@ -38,7 +38,7 @@ IDLE = {
 
 @pytest.fixture(scope="module")
 def client(tmp_path_factory):
-    with served(put_model(tmp_path_factory.mktemp("service"))) as client:
+    with served(put_lora(put_model(tmp_path_factory.mktemp("service")))) as client:
         yield client
 
 

@@ -12,7 +12,7 @@ import httpx
 import numpy as np
 import pytest
 from PIL import Image
-from tests.serving import served, wait_until
+from tests.serving import put_lora, served, wait_until
 from tests.tiny_models import make_diffusers_folder, make_single_file
 
 from alphalayer import images
@@ -22,7 +22,7 @@ from alphalayer.engine.fake import draw_disc
 
 @pytest.fixture(scope="module")
 def client(tmp_path_factory):
-    with served(tmp_path_factory.mktemp("service")) as client:
+    with served(put_lora(tmp_path_factory.mktemp("service"))) as client:
         yield client
 
 

@@ -280,19 +280,3 @@ def test_schedules_inside_weights_and_weights_inside_schedules(encoders: TextEnc
     plan = plan_prompt(encoders, "([red:(blue:1.4):2]:1.2) cup", 4)
     texts = ["(red:1.2) cup", "((blue:1.4):1.2) cup"]
     assert [_said(plan, step, encoders, texts) for step in (0, 3)] == texts
-
-
-def test_prompts_are_remembered_within_a_bound_of_memory(tokenizers, models, monkeypatch: pytest.MonkeyPatch):
-    encoders = TextEncoders(*tokenizers, *models)
-    first = encoders.encode("an apple")
-    assert encoders.encode("an apple") is first
-    monkeypatch.setattr("alphalayer.engine.text.CACHED_BYTES", 2 * first.nbytes)
-    second = encoders.encode("a pear")
-    assert encoders.encode("an apple") is first
-    encoders.encode("a plum")
-    assert encoders.encode("an apple") is first, "used since"
-    assert encoders.encode("a pear") is not second
-    long = encoders.encode("word " * 300)
-    assert long.nbytes > 2 * first.nbytes
-    assert encoders.encode("word " * 300) is long
-    assert encoders.encode("an apple") is not first

@@ -107,7 +107,9 @@ def test_any_text_is_read(text: str):
     st.lists(
         st.tuples(
             st.text(
-                st.characters(blacklist_characters="<>:\n\r", blacklist_categories=["Cs", "Cc", "Zl", "Zp"]), min_size=1
+                st.characters(blacklist_characters="<>:\n\r", blacklist_categories=["Cs", "Cc", "Zl", "Zp"]),
+                min_size=1,
+                max_size=40,
             )
             .map(str.strip)
             .filter(bool),
