@@ -31,9 +31,10 @@ class Storm:
 
     def __init__(self, folder: Path):
         self._folder, self._port = folder, free_port()
-        self._address = f"http://127.0.0.1:{self._port}"
+        address = f"http://127.0.0.1:{self._port}"
+        self._http = httpx.Client(base_url=address, trust_env=False, timeout=30)
         self._start()
-        self._crowd = Crowd([self._address], CLIENTS)
+        self._crowd = Crowd([address], CLIENTS)
 
     def wait_for_work(self) -> None:
         """Until a job runs in the engine process that is there now; one that was killed has its job taken from it soon."""
@@ -63,6 +64,7 @@ class Storm:
     def stop(self) -> None:
         """End the service."""
         self._crowd.close()
+        self._http.close()
         self._service.kill()
         self._service.wait()
 
@@ -72,15 +74,15 @@ class Storm:
 
     def _a_job_runs(self) -> bool:
         query = {"state": "running", "limit": 1}
-        found = httpx.get(f"{self._address}/alpha/v1/jobs", params=query, trust_env=False, timeout=30).json()["jobs"]
+        found = self._http.get("/alpha/v1/jobs", params=query).json()["jobs"]
         return bool(found and found[0]["step"])
 
     def _is_ready(self) -> bool:
-        return httpx.get(f"{self._address}/ping", trust_env=False, timeout=30).status_code == 200
+        return self._http.get("/ping").status_code == 200
 
     def _answers(self) -> bool:
         try:
-            return httpx.get(f"{self._address}/livez", trust_env=False).status_code == 200
+            return self._http.get("/livez").status_code == 200
         except httpx.TransportError:
             return False
 
