@@ -64,8 +64,10 @@ async def test_errors_are_told_in_words(transport: object):
     async with Client(transport) as client:
         with pytest.raises(ToolError, match="prompt: empty"):
             await client.call_tool(TOOL, {**SMALL, "prompt": "   "})
-        with pytest.raises(ToolError, match="steps"):
-            await client.call_tool(TOOL, {**SMALL, "steps": 0})
+        for steps, words in ((0, "got 0; at least 1."), ("many", 'got "many"; a whole number.')):
+            with pytest.raises(ToolError) as wrong:
+                await client.call_tool(TOOL, {**SMALL, "steps": steps})
+            assert str(wrong.value) == f"steps: {words} The fields are described at /docs."
 
 
 async def test_a_call_that_is_given_up_takes_its_job_along(service: httpx.Client):

@@ -13,11 +13,14 @@ from typing import Annotated, Any
 import httpx
 from fastmcp import Context, FastMCP
 from fastmcp.exceptions import ToolError
+from fastmcp.exceptions import ValidationError as FastMCPValidationError
 from fastmcp.server.dependencies import get_http_request
+from fastmcp.server.middleware import CallNext, Middleware, MiddlewareContext
 from fastmcp.utilities.types import Image
-from pydantic import Field
+from pydantic import Field, ValidationError
 
 from alphalayer import __version__
+from alphalayer.api.problems import first_fault
 from alphalayer.client import TIMEOUT_S, AsyncClient, JobStatus
 from alphalayer.errors import AlphalayerError
 from alphalayer.request import MAX_PROMPT_CHARACTERS, MAX_SEED, MAX_SIDE
@@ -41,6 +44,7 @@ PASSED_ON = (
 def create_server(connect: Callable[[], AsyncClient]) -> FastMCP[Any]:
     """A server with the tool; `connect` makes the client that a call is answered with."""
     server: FastMCP[Any] = FastMCP("Alphalayer", version=__version__, instructions=INSTRUCTIONS)
+    server.add_middleware(_OwnWords())
 
     async def draw_transparent_picture(
         context: Context,
@@ -73,6 +77,20 @@ def create_server(connect: Callable[[], AsyncClient]) -> FastMCP[Any]:
 
     server.tool(draw_transparent_picture, title="Draw a transparent picture", annotations={"openWorldHint": False})
     return server
+
+
+class _OwnWords(Middleware):
+    """Says in the service's words what is wrong with the arguments of a call."""
+
+    async def on_call_tool(self, context: MiddlewareContext[Any], call_next: CallNext[Any, Any]) -> Any:
+        """Pass a call on."""
+        try:
+            return await call_next(context)
+        except FastMCPValidationError as error:
+            if not isinstance(error.__cause__, ValidationError):
+                raise
+            first = error.__cause__.errors(include_url=False)[0]
+            raise ToolError(str(first_fault({**first, "loc": ("arguments", *first["loc"])}))) from None
 
 
 async def _draw(client: AsyncClient, context: Context, prompt: str, fields: dict[str, Any]) -> list[Any]:
