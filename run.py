@@ -72,7 +72,7 @@ def set_up(torch_build: str, with_tests: bool) -> None:
     )
     install_torch(torch_build)
     say("3/3 installing alphalayer" + (" and its tests" if with_tests else ""))
-    pip("install", "--editable", f"{ROOT}[dev]" if with_tests else str(ROOT))
+    pip("install", "--editable", f"{ROOT}[{'dev' if with_tests else 'mcp'}]")
     STAMP.write_text(json.dumps({**wanted, "tests": with_tests}))
     say(f"ready after {time.monotonic() - start:.0f} s")
 

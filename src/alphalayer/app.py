@@ -150,7 +150,8 @@ def _mount_mcp(app: FastAPI) -> _Lifespan:
     """Mount the tool for assistants, where its package is installed; the context to be in while it serves."""
     try:
         from alphalayer.api import mcp
-    except ImportError:
+    except ImportError as error:
+        log.info("mcp_off", path="/mcp/", missing=error.name, hint='To have it, run: pip install "alphalayer[mcp]"')
         return _nobody
     tool = mcp.create_server(mcp.connect_to_caller).http_app("/", stateless_http=True, host_origin_protection=False)
     app.mount(mcp.PATH, tool)

@@ -13,9 +13,12 @@ import pytest
 from fastmcp import Client
 from fastmcp.client.transports import StdioTransport, StreamableHttpTransport
 from fastmcp.exceptions import ToolError
+from structlog.testing import capture_logs
 from tests.serving import served
 
 from alphalayer import images
+from alphalayer.app import create_app
+from alphalayer.config import Settings
 from alphalayer.keys import add_key
 
 # the client of that package leaves a connection to the garbage collector when a call has failed
@@ -83,6 +86,16 @@ async def test_a_call_that_is_given_up_takes_its_job_along(service: httpx.Client
         await asyncio.sleep(0.05)
     (last, *_) = service.get("/alpha/v1/jobs").json()["jobs"]
     assert last["state"] == "cancelled"
+
+
+def test_where_the_package_is_missing_a_log_line_says_so(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "alphalayer.api.mcp", None)
+    monkeypatch.delattr("alphalayer.api.mcp", raising=False)
+    with capture_logs() as lines:
+        app = create_app(Settings())
+    assert not [route for route in app.routes if getattr(route, "path", "") == "/mcp"]
+    [line] = [each for each in lines if each["event"] == "mcp_off"]
+    assert 'pip install "alphalayer[mcp]"' in line["hint"]
 
 
 async def test_the_callers_key_counts(tmp_path: Path):

@@ -45,29 +45,48 @@ def apple(service: httpx.Client) -> np.ndarray:
     return rgba
 
 
-def test_webuiapi(service: httpx.Client, apple: np.ndarray):
+@pytest.mark.parametrize("use_async", [False, True])
+async def test_webuiapi(service: httpx.Client, apple: np.ndarray, use_async: bool):
     api = webuiapi.WebUIApi(baseurl=f"{str(service.base_url).rstrip('/')}/sdapi/v1")
     assert "alphalayer-mini" in api.util_get_model_names()[0]
-    drawn = api.txt2img(
-        prompt=PROMPT, negative_prompt=NEGATIVE, sampler_name="DPM++ 2M SDE", scheduler="Karras", **SETTINGS
-    )
+    fields = {"prompt": PROMPT, "negative_prompt": NEGATIVE, "sampler_name": "DPM++ 2M SDE", "scheduler": "Karras"}
+    asked = api.txt2img(**fields, **SETTINGS, use_async=use_async)
+    drawn = await asked if use_async else asked
     np.testing.assert_array_equal(np.asarray(drawn.image), apple)
     assert drawn.info["all_seeds"] == [SEED]
 
 
-def test_openai_with_partial_images(service: httpx.Client):
+@pytest.fixture(scope="module")
+def small_apple(service: httpx.Client) -> np.ndarray:
+    """As the native API draws what `OPENAI` asks for: "low" is 12 steps."""
+    body = {"prompt": PROMPT, "steps": 12, "width": 192, "height": 192, "seed": SEED}
+    return images.decode(service.get(service.post("/alpha/v1/txt2img", json=body).json()["url"]).content)[0]
+
+
+OPENAI = {"model": "alphalayer-mini", "prompt": PROMPT, "size": "192x192", "quality": "low"}
+OPENAI["extra_body"] = {"seed": SEED}
+
+
+def decoded(b64_json: str) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(b64_json))))
+
+
+def test_openai(service: httpx.Client, small_apple: np.ndarray):
     with openai.OpenAI(base_url=f"{str(service.base_url).rstrip('/')}/v1", api_key="x", timeout=120) as api:
         assert [model.id for model in api.models.list()] == ["alphalayer-mini"]
-        events = list(
-            api.images.generate(
-                model="alphalayer-mini", prompt=PROMPT, size="256x256", quality="low", stream=True, partial_images=1
-            )
-        )
-    *partial, last = events
-    assert [event.type for event in partial] == ["image_generation.partial_image"]
-    picture = Image.open(io.BytesIO(base64.b64decode(last.b64_json)))
-    assert (picture.mode, picture.size) == ("RGBA", (256, 256))
-    assert picture.getpixel((128, 128))[3] == 255
+        np.testing.assert_array_equal(decoded(api.images.generate(**OPENAI).data[0].b64_json), small_apple)
+        *partial, last = api.images.generate(**OPENAI, stream=True, partial_images=2)
+    assert [event.type for event in partial] == ["image_generation.partial_image"] * 2
+    np.testing.assert_array_equal(decoded(last.b64_json), small_apple)
+
+
+async def test_openai_asynchronously(service: httpx.Client, small_apple: np.ndarray):
+    async with openai.AsyncOpenAI(base_url=f"{str(service.base_url).rstrip('/')}/v1", api_key="x", timeout=120) as api:
+        answer = await api.images.generate(**OPENAI)
+        np.testing.assert_array_equal(decoded(answer.data[0].b64_json), small_apple)
+        events = [event async for event in await api.images.generate(**OPENAI, stream=True)]
+    assert [event.type for event in events] == ["image_generation.completed"]
+    np.testing.assert_array_equal(decoded(events[0].b64_json), small_apple)
 
 
 async def test_mcp(service: httpx.Client, apple: np.ndarray):

@@ -200,7 +200,7 @@ def test_another_project_python_place_torch_or_wish_sets_up_again(
     assert steps[0] == build
     # the tests' packages that were there are brought up to date, too: else the stamp would say more than is true
     tests_wanted = with_tests or changes.get("tests", True)
-    assert steps[1][-1] == (f"{script.ROOT}[dev]" if tests_wanted else str(script.ROOT))
+    assert steps[1][-1] == f"{script.ROOT}[{'dev' if tests_wanted else 'mcp'}]"
     written = script.read_stamp()
     assert written["torch"] == build
     assert written["tests"] is tests_wanted
