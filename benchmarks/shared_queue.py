@@ -3,7 +3,8 @@
 Workers that draw at once claim jobs from a real PostgreSQL (in a folder of its own, fsync off), start and finish them. Each is a
 `SharedDispatcher` of its own, with its own connections, in one of two processes. Reported: jobs a second from the first claim to the
 last end, how long a claim takes while jobs are waiting, and what PostgreSQL's processes alone spend on a job. Then workers that are idle
-while a job comes now and then: how long it waits, and what it costs that all of them hear of it. Writes
+while a job comes now and then: how long it waits, and what it costs that all of them hear of it. (Real workers, and claims while many
+jobs wait: benchmarks/queue_depth.py.) Writes
 benchmarks/results/shared-queue-<date>.json.
 """
 
@@ -15,6 +16,8 @@ import contextlib
 import json
 import os
 import platform
+import shlex
+import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -277,7 +280,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2000)
     options = parser.parse_args()
     report: dict[str, Any] = {
-        "command": "python -m benchmarks.shared_queue",
+        "command": shlex.join(["python", "-m", "benchmarks.shared_queue", *sys.argv[1:]]),
         "machine": f"{os.cpu_count()} x {platform.processor() or platform.machine()}, Python {platform.python_version()}",
         "jobs": options.jobs,
         "workers": {},

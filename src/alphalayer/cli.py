@@ -246,7 +246,7 @@ def models_verify(models_dir: ModelsDir = None) -> None:
     """Check every model file, LoRAs and embeddings too: readable, complete, the right kind, as published."""
     settings = load_settings(models_dir=models_dir)
     check_models_dir(settings)
-    found = hub.verify(settings.models_dir, settings.embeddings_dir)
+    found = hub.verify(settings.models_dir, settings.embeddings)
     for each in found:
         show_mark("ok" if each.is_well else "error", f"{each.path}  {each.finding.removeprefix(f'{each.path} ')}")
     if not found:

@@ -213,11 +213,16 @@ class Settings(BaseSettings):
         """Where pictures go: a folder's path, or the URL of a bucket."""
         return self.storage or str(self.outputs_dir)
 
+    @property
+    def embeddings(self) -> Path:
+        """The folder of embeddings that is meant."""
+        return self.embeddings_dir or self.models_dir.parent / "embeddings"
+
     def engine_options(self) -> dict[str, Any]:
         """The options of the engine process, as plain JSON values."""
         return {
             "models_dir": str(self.models_dir),
-            "embeddings_dir": str(self.embeddings_dir) if self.embeddings_dir else None,
+            "embeddings_dir": str(self.embeddings),
             "device": self.device,
             "dtype": self.dtype,
             "memory": self.memory,

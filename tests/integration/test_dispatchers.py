@@ -13,7 +13,7 @@ import pytest_asyncio
 from sqlalchemy import update
 from tests.servers import Postgres, postgres_programs
 
-from alphalayer.errors import Cancelled, EngineFailed, InvalidRequest, QueueFull, StorageFailed
+from alphalayer.errors import Cancelled, EngineFailed, InvalidRequest, QueueFull, SetupFailed, StorageFailed
 from alphalayer.job import ImageRef, JobProgress, JobResult, JobSpec, JobState
 from alphalayer.jobs import MAX_STARTS, USUAL_SECONDS, Dispatcher, Outcome, eta
 from alphalayer.jobs.embedded import EmbeddedDispatcher
@@ -597,3 +597,48 @@ async def test_a_database_that_is_away_is_waited_for(postgres):
         assert (await soon(taking)).id == later.id
     finally:
         await queue.close()
+
+
+async def test_an_address_says_what_postgresqls_own_programs_understand(postgres):
+    from alphalayer.jobs.shared import SharedDispatcher
+
+    url = postgres.fresh_database()
+    queue = await SharedDispatcher.open(f"{url}?sslmode=prefer&application_name=pod", 10)
+    try:
+        taking = asyncio.create_task(queue.take())
+        job = await queue.submit(spec())
+        assert (await soon(taking)).id == job.id
+    finally:
+        await queue.close()
+    # the server here has no TLS
+    for wrong in ("?sslmode=require", "?sslmode=nonsense", "_not_there"):
+        with pytest.raises(SetupFailed, match="cannot be opened"):
+            await SharedDispatcher.open(url + wrong, 10)
+
+
+async def test_pgqueuers_tables_are_cleaned_often_enough_and_its_log_is_emptied(postgres, monkeypatch):
+    from alphalayer.jobs import news, shared
+
+    monkeypatch.setattr(news, "ASK_EVERY_S", 0.2)
+    monkeypatch.setattr(shared, "TIDY_EVERY_S", 0.5)
+    url = postgres.fresh_database()
+    pods = [await shared.SharedDispatcher.open(url, 10) for _ in range(2)]
+    try:
+        await pods[0].submit(spec())
+        async with pods[0]._transaction() as (connection, queue):
+            options = "SELECT reloptions::text FROM pg_class WHERE relname = 'pgqueuer'"
+            assert "autovacuum_vacuum_scale_factor" in (await connection.exec_driver_sql(options)).scalar_one()
+            assert await queue.queue_log() != []
+        await asyncio.sleep(1.5)
+        assert sorted(pod._news.is_first for pod in pods) == [False, True]
+        async with pods[0]._transaction() as (_, queue):
+            assert await queue.queue_log() == []
+            assert await queue.queue_size() != []
+        first, other = sorted(pods, key=lambda pod: pod._news.is_first, reverse=True)
+        await first.close()
+        pods.remove(first)
+        await asyncio.sleep(0.5)
+        assert other._news.is_first
+    finally:
+        for pod in pods:
+            await pod.close()

@@ -89,7 +89,7 @@ def run(
         ]
         for node in nodes:
             stack.callback(node.stop)
-        wait_until(lambda: all(node.answers() for node in nodes), 120)
+        wait_until(lambda: all(node.answers() for node in nodes), 400)
         seen_from = [node.address for node in nodes[:pods]]
         front = [stack.enter_context(nginx(folder / "nginx", seen_from))] if shutil.which("nginx") else []
         crowd = Crowd(front or seen_from, clients=8, seen_from=seen_from + front)

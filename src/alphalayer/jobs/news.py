@@ -41,6 +41,8 @@ class News:
         self._progress: dict[str, JobProgress] = {}
         self.queued = asyncio.Event()
         """Set when a job came in; whoever takes jobs clears it."""
+        self.is_first = False
+        """Whether this one, of all that listen, does what one is to do."""
 
     async def run(self) -> None:
         """Listen until cancelled; when the connection is lost, connect again and let everybody look."""
@@ -53,10 +55,11 @@ class News:
                 for channel in self._channels:
                     await connection.add_listener(channel, self._hear)
                 self._wake_all()
-                await _lose(connection, lost)
+                await self._lose(connection, lost)
             except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError, asyncio.TimeoutError) as error:
                 log.warning("database_away", error=str(error))
             finally:
+                self.is_first = False
                 if connection and not connection.is_closed():
                     connection.terminate()
             await asyncio.sleep(1.0)
@@ -110,20 +113,20 @@ class News:
         for watcher in self._watchers.get(job_id, ()):
             watcher.set()
 
+    async def _lose(self, connection: Any, lost: asyncio.Event) -> None:
+        """Return or raise when the connection is gone: who only listens would not notice that nobody speaks any more."""
+        while not lost.is_set():
+            # the lock is the connection's: whoever is gone has it no more
+            ask = "SELECT TRUE" if self.is_first else "SELECT pg_try_advisory_lock(hashtext('alphalayer first'))"
+            self.is_first = await connection.fetchval(ask, timeout=ASK_EVERY_S)
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(lost.wait(), ASK_EVERY_S)
+
     def _wake_all(self) -> None:
         self.queued.set()
         for watchers in self._watchers.values():
             for watcher in watchers:
                 watcher.set()
-
-
-async def _lose(connection: Any, lost: asyncio.Event) -> None:
-    """Return or raise when the connection is gone: who only listens would not notice that nobody speaks any more."""
-    while not lost.is_set():
-        try:
-            await asyncio.wait_for(lost.wait(), ASK_EVERY_S)
-        except asyncio.TimeoutError:
-            await connection.execute("SELECT 1", timeout=ASK_EVERY_S)
 
 
 def _set(event: asyncio.Event, _connection: object) -> None:

@@ -33,6 +33,7 @@ LOOK_EVERY_S = 2.0
 ASK_EVERY_S = 1.0
 """How often an idle worker asks for a job without any news: the longest that a job waits because nobody was eager."""
 PROGRESS_EVERY_S = 0.3
+TIDY_EVERY_S = 600.0
 AWAY_S = 10.0
 """Jobs cannot be written down where the last look at the queue that went well is so long ago."""
 
@@ -74,6 +75,7 @@ class SharedDispatcher:
                 ("news", dispatcher._news.run),
                 ("beat", dispatcher._beat),
                 ("look", dispatcher._keep_looking),
+                ("tidy", dispatcher._keep_tidy),
             )
         ]
         return dispatcher
@@ -276,8 +278,7 @@ class SharedDispatcher:
 
     async def cancel_asked(self, job_id: str) -> None:
         """Wait until a job is to be stopped."""
-        held = self._held.get(job_id)
-        if held:
+        if held := self._held.get(job_id):
             await held.cancel.wait()
 
     # --- housekeeping
@@ -314,11 +315,11 @@ class SharedDispatcher:
                 await queue.log_jobs([(row, "canceled", None)])
             return None
         self._held[job.id] = Held(job, row, job.starts)
-        end = Cancelled("cancelled.") if job.cancel_asked else gave_up("its worker stopped while it ran")
-        if job.cancel_asked or job.starts >= MAX_STARTS:
-            await self.finished(job.id, end)
-            return None
-        return job
+        if job.cancel_asked:
+            await self.finished(job.id, Cancelled("cancelled."))
+        elif job.starts >= MAX_STARTS:
+            await self.finished(job.id, gave_up("its worker stopped while it ran"))
+        return job if job.id in self._held else None
 
     async def _end(self, held: Held, ended: Job, outcome: Outcome) -> bool:
         """Write the outcome, if the job is still of this start; whether the database could be reached."""
@@ -386,3 +387,12 @@ class SharedDispatcher:
         async with self._transaction() as (connection, _):
             await self._room.look(connection)
         self._looked_at = time.monotonic()
+
+    async def _keep_tidy(self) -> None:
+        """Empty PgQueuer's log, three rows a job that nobody reads; one of all does it."""
+        while True:
+            await asyncio.sleep(TIDY_EVERY_S)
+            if self._news.is_first:
+                with contextlib.suppress(StorageFailed):
+                    async with self._transaction() as (_, queue):
+                        await queue.clear_queue_log()
