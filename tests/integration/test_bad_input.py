@@ -64,7 +64,7 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     [
         ([""], "prompt: empty"),
         (["   "], "prompt: empty"),
-        (["x" * 100_000], "prompt: 100,000 characters are too many; at most 10,000"),
+        (["x" * 100_000], "prompt: got 100000 characters; at most 10000"),
         (["x", "--negative-prompt", "x" * 100_000], "negative_prompt: "),
         (["x", "--cfg-scale", "nan"], "cfg_scale: "),
         (["x", "--cfg-scale", "inf"], "cfg_scale: "),
