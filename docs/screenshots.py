@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,33 +14,67 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
-from playwright.async_api import async_playwright
+from playwright.async_api import BrowserContext, Page, async_playwright, expect
 
 TARGET = Path(__file__).parent / "guides" / "playground"
 PORT = 7899
 ADDRESS = f"http://127.0.0.1:{PORT}"
-SIZES: dict[str, Any] = {"desktop": {"width": 1280, "height": 1080}, "phone": {"width": 390, "height": 844}}
+SIZES: dict[str, Any] = {"desktop": {"width": 1440, "height": 900}, "phone": {"width": 390, "height": 844}}
 PROMPTS = ("a slice of pizza", "a green dinosaur", "a red apple")
+QUEUED = ("a yellow star", "a blue cup, high quality", "a fish")
+SLOW_MS = 600_000
 
 
 async def shoot() -> None:
-    """Draw on the page as a person would, in both schemes and sizes."""
+    """Draw on the page as a person would; look at it in both sizes and schemes, finished and while it draws."""
     async with async_playwright() as playwright:
         path = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
         browser = await playwright.chromium.launch(executable_path=path, args=["--no-sandbox", "--disable-gpu"])
-        for scheme in ("light", "dark"):
-            for name, size in SIZES.items():
-                context = await browser.new_context(viewport=size, color_scheme=scheme)  # type: ignore[arg-type]
-                page = await context.new_page()
-                await page.goto(ADDRESS)
-                await page.wait_for_selector("#scheduler option", state="attached")
-                for i, prompt in enumerate(PROMPTS):
-                    await page.fill("#prompt", prompt)
-                    await page.click("#draw")
-                    await page.locator("#history li").nth(i).wait_for(timeout=120_000)
-                await page.screenshot(path=TARGET / f"{name}-{scheme}.png", full_page=name == "phone")
-                await context.close()
+        context = await browser.new_context()
+        page = await _open(context)
+        for i, prompt in enumerate(PROMPTS):
+            await _draw(page, prompt)
+            await page.locator("#history li").nth(i).wait_for(timeout=SLOW_MS)
+        history = await context.storage_state()
+        await context.close()
+        for name, size in SIZES.items():
+            is_phone = name == "phone"
+            context = await browser.new_context(
+                viewport=size, storage_state=history, has_touch=is_phone, is_mobile=is_phone
+            )
+            page = await _open(context)
+            await page.fill("#prompt", PROMPTS[-1])
+            await page.locator("#history button").first.click()
+            await page.wait_for_selector("#picture:not(.preview)")
+            await _shoot(page, name, "")
+            for prompt in QUEUED:
+                await _draw(page, prompt)
+            step = page.locator("#progress-words")
+            await expect(step).to_contain_text(re.compile(r"Step (8|9|1\d) "), timeout=SLOW_MS)
+            await _shoot(page, name, "-running")
+            await context.close()
         await browser.close()
+
+
+async def _shoot(page: Page, name: str, state: str) -> None:
+    for scheme in ("light", "dark"):
+        await page.emulate_media(color_scheme=scheme)  # type: ignore[arg-type]
+        await page.wait_for_timeout(500)
+        await page.screenshot(path=TARGET / f"{name}-{scheme}{state}.png", full_page=name == "phone")
+
+
+async def _open(context: BrowserContext) -> Page:
+    page = await context.new_page()
+    await page.goto(ADDRESS)
+    await page.wait_for_selector("#scheduler option", state="attached")
+    return page
+
+
+async def _draw(page: Page, prompt: str) -> None:
+    """Press Draw, and wait until the button can be pressed again."""
+    await page.fill("#prompt", prompt)
+    await page.click("#draw")
+    await expect(page.locator("#draw-word")).to_have_text("Draw")
 
 
 def main() -> None:
@@ -52,7 +87,7 @@ def main() -> None:
             asyncio.run(_wait_and_shoot())
         finally:
             service.terminate()
-            service.wait(60)
+            service.wait(SLOW_MS / 1000)
 
 
 async def _wait_and_shoot() -> None:

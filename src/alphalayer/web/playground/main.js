@@ -127,6 +127,7 @@ async function draw() {
   try {
     finish(await jobs.follow(job, body), body);
   } catch (error) {
+    if (!jobs.ids().length) back();
     explain(error);
   }
 }
