@@ -159,6 +159,7 @@ def s3_server(folder: Path) -> Iterator[dict[str, str]]:
     (folder / "s3.json").write_text(json.dumps({"identities": [identity]}))
     command = [str(program), "server", f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-filer", "-s3"]
     command += [f"-s3.config={folder / 's3.json'}", "-master.volumeSizeLimitMB=64", f"-master.port={ports['master']}"]
+    command += ["-s3.port.iceberg=0", "-s3.port.lance=0"]  # fixed ports else: two servers could not run at once
     command += [f"-volume.port={ports['volume']}", f"-filer.port={ports['filer']}", f"-s3.port={ports['s3']}"]
     with (folder / "weed.log").open("wb") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, cwd=folder)

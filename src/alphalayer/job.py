@@ -195,7 +195,7 @@ class Job(_Frozen):
         return f"{PREVIEW_PREFIX}{self.id}.webp"
 
     def file_name(self, index: int) -> str:
-        """The name of its picture number `index`: the same each time the job is run, so that a second run overwrites the first."""
+        """The name of its picture number `index`: the same each time the job is run; what a first run stored stays."""
         return f"alpha_{int(self.created_at)}_{self.id[:10]}{index:02x}.{self.spec.output.format}"
 
 

@@ -25,8 +25,8 @@ class StoredFile:
 class Storage(Protocol):
     """A flat set of files. `put` and `delete` block and are called from threads; the rest is asynchronous."""
 
-    def put(self, key: str, data: bytes) -> None:
-        """Write a file as a whole, or not at all. Raises `StorageFailed`."""
+    def put(self, key: str, data: bytes, *, replace: bool = False) -> None:
+        """Write a file as a whole, or not at all. One that is there stays as it is, unless it is to be replaced. Raises `StorageFailed`."""
         ...
 
     def delete(self, key: str) -> None:

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import mimetypes
 from collections.abc import AsyncIterator
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import obstore
-from obstore.exceptions import BaseError
+from obstore.exceptions import AlreadyExistsError, BaseError
 from obstore.store import LocalStore, from_url
 
 from alphalayer.errors import FileMissing, StorageFailed
 from alphalayer.storage import StoredFile, check_key
 
 CHUNK_BYTES = 256 * 1024
+FOR_EVER = "public, max-age=31536000, immutable"
 
 
 class ObjectStorage:
@@ -24,12 +26,29 @@ class ObjectStorage:
         self._store = store
         self._where = where
 
-    def put(self, key: str, data: bytes) -> None:
+    def put(self, key: str, data: bytes, *, replace: bool = False) -> None:
         """Write a file as a whole; see the protocol."""
         try:
-            obstore.put(self._store, check_key(key), data, use_multipart=False)
+            self._put(check_key(key), data, "overwrite" if replace else "create")
+        except AlreadyExistsError:
+            pass  # the job was run before
         except (BaseError, OSError) as error:
             raise self._failed("write", key, error) from None
+
+    def _put(self, key: str, data: bytes, mode: Literal["create", "overwrite"]) -> None:
+        if not isinstance(self._store, LocalStore):
+            # whoever opens a signed URL is told by the bucket what they get
+            lasts = FOR_EVER if mode == "create" else "no-store"
+            said = {"Content-Type": mimetypes.guess_type(key)[0] or "application/octet-stream", "Cache-Control": lasts}
+            obstore.put(self._store, key, data, attributes=said, mode=mode, use_multipart=False)
+            return
+        try:
+            obstore.put(self._store, key, data, mode=mode, use_multipart=False)
+        except AlreadyExistsError:
+            raise
+        except BaseError:
+            # to create is to link; some file systems (exFAT, many SMB shares) have no links
+            obstore.put(self._store, key, data, use_multipart=False)
 
     def delete(self, key: str) -> None:
         """Remove a file; see the protocol."""

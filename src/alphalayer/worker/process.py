@@ -97,7 +97,7 @@ class EngineProcess:
             if progress.preview is not None:
                 # without room for a preview the job goes on; it fails when there is none for the picture
                 with contextlib.suppress(StorageFailed):
-                    storage.put(job.preview_name, images.encode_preview(progress.preview))
+                    storage.put(job.preview_name, images.encode_preview(progress.preview), replace=True)
                     key = job.preview_name
             self._send("progress", id=job.id, progress=_progress_json(progress, key))
 

@@ -1,0 +1,110 @@
+"""What storage promises: in a folder, and in a bucket of a real S3 server."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import pytest
+from tests.servers import s3_program, s3_server
+from tests.serving import served
+
+from alphalayer.errors import FileMissing, StorageFailed
+from alphalayer.storage import Storage
+from alphalayer.storage.objects import open_storage
+
+FOR_EVER = "public, max-age=31536000, immutable"
+
+
+@pytest.fixture(scope="module")
+def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    if not s3_program():
+        pytest.skip("needs an S3 server")
+    with pytest.MonkeyPatch.context() as patch, s3_server(tmp_path_factory.mktemp("s3")) as environment:
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        yield "s3://pictures/drawn"
+
+
+@pytest.fixture(params=["folder", "bucket"])
+def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
+    if request.param == "folder":
+        return open_storage(str(tmp_path / "pictures"))
+    return open_storage(f"{request.getfixturevalue('bucket')}/{os.urandom(4).hex()}")
+
+
+async def read(storage: Storage, key: str) -> bytes:
+    return b"".join([chunk async for chunk in (await storage.open(key)).chunks])
+
+
+async def test_a_file_is_written_found_listed_and_removed(storage: Storage):
+    storage.put("alpha_1.png", b"one")
+    found = await storage.open("alpha_1.png")
+    assert (found.size_bytes, b"".join([chunk async for chunk in found.chunks])) == (3, b"one")
+    assert [(key, size) for key, size, _ in storage.list()] == [("alpha_1.png", 3)]
+    for _ in range(2):
+        storage.delete("alpha_1.png")
+    with pytest.raises(FileMissing, match=r"alpha_1\.png"):
+        await storage.open("alpha_1.png")
+
+
+async def test_a_picture_stays_what_it_was_and_a_preview_is_replaced(storage: Storage):
+    for data in (b"first", b"second"):
+        storage.put("alpha_1.png", data)
+        storage.put("preview_1.webp", data, replace=True)
+    assert await read(storage, "alpha_1.png") == b"first"
+    assert await read(storage, "preview_1.webp") == b"second"
+
+
+async def test_of_many_who_write_one_picture_one_does(storage: Storage):
+    with ThreadPoolExecutor(8) as pool:
+        written = list(pool.map(lambda i: storage.put("alpha_1.png", bytes([i]) * 50_000), range(8)))
+    assert written == [None] * 8
+    data = await read(storage, "alpha_1.png")
+    assert len(data) == 50_000
+    assert len(set(data)) == 1
+
+
+async def test_a_name_that_is_no_key_leads_nowhere(storage: Storage):
+    for key in ("../out.png", ".hidden", "a/b.png", ""):
+        with pytest.raises(FileMissing):
+            storage.put(key, b"x")
+
+
+def test_a_signed_url_tells_what_it_is_and_how_long_it_stays(bucket: str):
+    storage = open_storage(bucket)
+    storage.put("alpha_2.avif", b"picture")
+    storage.put("preview_2.webp", b"preview", replace=True)
+    for key, kind, lasts in (("alpha_2.avif", "image/avif", FOR_EVER), ("preview_2.webp", "image/webp", "no-store")):
+        url = storage.presign(key, 60)
+        assert url
+        answer = httpx.get(url, trust_env=False)
+        assert answer.status_code == 200
+        assert (answer.headers["content-type"], answer.headers["cache-control"]) == (kind, lasts)
+
+
+def test_a_folder_signs_nothing(tmp_path: Path):
+    assert open_storage(str(tmp_path)).presign("alpha_1.png", 60) is None
+
+
+def test_a_place_that_is_gone_is_said(tmp_path: Path):
+    storage = open_storage(str(tmp_path / "pictures"))
+    with contextlib.suppress(OSError):
+        (tmp_path / "pictures").rmdir()
+    (tmp_path / "pictures").write_text("a file now")
+    with pytest.raises(StorageFailed, match=r"cannot write alpha_1\.png"):
+        storage.put("alpha_1.png", b"x")
+
+
+def test_pictures_are_redirected_to_the_bucket(bucket: str, tmp_path: Path):
+    with served(tmp_path, storage=bucket, redirect_files=True) as client:
+        made = client.post("/alpha/v1/txt2img", json={"prompt": "x", "width": 64, "height": 64, "steps": 2}).json()
+        answer = client.get(made["url"])
+        assert answer.status_code == 307
+        picture = httpx.get(answer.headers["location"], trust_env=False)
+        assert picture.content.startswith(b"\x89PNG")
+        assert (picture.headers["content-type"], picture.headers["cache-control"]) == ("image/png", FOR_EVER)
