@@ -281,6 +281,8 @@ def _greet(settings: Settings) -> None:
     model, problem = _default_model(settings)
     if problem:
         log.warning("no_model", error=problem)
+    if settings.database and "://" not in settings.pictures:
+        log.warning("pictures_stay_here", folder=settings.pictures)
     log.info("serving", page=f"{base}/", docs=f"{base}/docs", health=f"{base}/sdapi/v1/sd-models", model=model)
 
 

@@ -45,11 +45,13 @@ def doomed(
 
 async def sweep(storage: Storage, dispatcher: Dispatcher, limits: Limits) -> int:
     """Remove what is over the limits; how many pictures went. Pictures of jobs that are not over stay, and so do others' files."""
-    files = await asyncio.to_thread(storage.list)
+    # without limits only previews go: a bucket need not tell of each picture then
+    all_of_them = limits.pictures_days or limits.pictures_bytes
+    files = await asyncio.to_thread(storage.list, "" if all_of_them else PREVIEW_PREFIX)
     # asked after the files are listed: a file of a job that came meanwhile is not among them
     unfinished = {job_id[:10] for job_id in await dispatcher.unfinished_ids()}
     ours = [(key, size, modified) for key, size, modified in files if made_for(key)]
-    gone = doomed(ours, limits, time.time(), lambda key: made_for(key) in unfinished)
+    gone = await asyncio.to_thread(doomed, ours, limits, time.time(), lambda key: made_for(key) in unfinished)
     for key in gone:
         await asyncio.to_thread(storage.delete, key)
     jobs = await dispatcher.forget(time.time() - limits.jobs_days * DAY_S) if limits.jobs_days else 0

@@ -21,7 +21,9 @@ def test_pods_and_workers_die_and_no_job_is_lost(tmp_path: Path):
 
 
 @pytest.mark.skipif(sys.platform == "win32" or not postgres_programs(), reason="needs PostgreSQL")
-def test_the_signal_for_scaling_rises_without_workers_and_falls_with_one(tmp_path: Path):
+def test_the_signal_for_scaling_rises_without_workers_and_falls_with_one(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+):
     postgres = Postgres()
     shared = {"database": postgres.url}
     try:
@@ -31,6 +33,7 @@ def test_the_signal_for_scaling_rises_without_workers_and_falls_with_one(tmp_pat
                 said = text_string_to_metric_families(pod.get("/metrics").text)
                 return next(sample.value for family in said for sample in family.samples if sample.name == name)
 
+            assert "pictures_stay_here" in "".join(capfd.readouterr())
             assert signal("alphalayer_queue_age_seconds") == 0
             for i in range(20):
                 pod.post("/alpha/v1/jobs", json={"prompt": str(i), "width": 64, "height": 64}).raise_for_status()

@@ -45,7 +45,9 @@ async def test_a_file_is_written_found_listed_and_removed(storage: Storage):
     storage.put("alpha_1.png", b"one")
     found = await storage.open("alpha_1.png")
     assert (found.size_bytes, b"".join([chunk async for chunk in found.chunks])) == (3, b"one")
-    assert [(key, size) for key, size, _ in storage.list()] == [("alpha_1.png", 3)]
+    storage.put("preview_1.webp", b"preview", replace=True)
+    assert sorted((key, size) for key, size, _ in storage.list()) == [("alpha_1.png", 3), ("preview_1.webp", 7)]
+    assert [key for key, _, _ in storage.list("preview_")] == ["preview_1.webp"]
     for _ in range(2):
         storage.delete("alpha_1.png")
     with pytest.raises(FileMissing, match=r"alpha_1\.png"):

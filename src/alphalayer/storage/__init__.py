@@ -41,8 +41,8 @@ class Storage(Protocol):
         """A URL that opens the file for so long without asking this service; None where files are only here."""
         ...
 
-    def list(self) -> list[tuple[str, int, float]]:
-        """Key, size in bytes and time of writing (Unix seconds) of every file. Raises `StorageFailed`."""
+    def list(self, after: str = "") -> list[tuple[str, int, float]]:
+        """Key, size in bytes and time of writing (Unix seconds) of every file whose key sorts after this. Raises `StorageFailed`."""
         ...
 
 

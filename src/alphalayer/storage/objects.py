@@ -80,10 +80,10 @@ class ObjectStorage:
         except (BaseError, OSError) as error:
             raise self._failed("sign a URL for", key, error) from None
 
-    def list(self) -> list[tuple[str, int, float]]:
-        """All files; see the protocol."""
+    def list(self, after: str = "") -> list[tuple[str, int, float]]:
+        """All files from a name on; see the protocol."""
         try:
-            pages = obstore.list(self._store)
+            pages = obstore.list(self._store, offset=after or None)
             return [(each["path"], each["size"], each["last_modified"].timestamp()) for page in pages for each in page]
         except (BaseError, OSError) as error:
             raise self._failed("list", "", error) from None
