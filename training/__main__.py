@@ -9,7 +9,7 @@ import time
 
 import torch
 
-from training import latents, patch, text, wordings
+from training import autoencoder, latents, patch, text, wordings
 
 STAGES = (
     *("data", "text", "autoencoder", "refine", "latents", "wordings", "unet", "patch", "decoder"),
@@ -21,7 +21,7 @@ def main() -> None:
     """Run the stages in order, each in a process of its own."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--text-minutes", type=float, default=12)
-    parser.add_argument("--autoencoder-steps", type=int, default=1900)
+    parser.add_argument("--autoencoder-steps", type=int, default=autoencoder.STEPS)
     parser.add_argument("--refine-steps", type=int, default=1100)
     parser.add_argument("--unet-minutes", type=float, default=480)
     parser.add_argument("--patch-minutes", type=float, default=10)

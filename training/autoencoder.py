@@ -27,6 +27,8 @@ from training import pictures, ranks
 from training.data import CACHE, TRAINING_SETS, load
 
 CHECKPOINT = CACHE / "autoencoder.pt"
+STEPS = 1900
+"""Of the whole training; the decoders are trained on by `--refine`."""
 LATENT_CHANNELS = 4
 DOWNSAMPLING = 8
 MARGIN = 0.02
@@ -140,9 +142,10 @@ class Crops:
         rgba = pictures.turn_hue(rgba, angles)
         return pictures.soften(rgba, self.torch_rng) if self._rng.random() < 0.25 else rgba
 
-    def whole(self, count: int) -> Tensor:
-        """Whole pictures as they are, (count, 4, 256, 256)."""
-        return torch.from_numpy(np.stack([self._crop(256) for _ in range(count)])).permute(0, 3, 1, 2).float() / 255
+    def whole(self, count: int, *, soft: float = 0.0) -> Tensor:
+        """Whole pictures as they are, or with this chance made soft, (count, 4, 256, 256)."""
+        rgba = torch.from_numpy(np.stack([self._crop(256) for _ in range(count)])).permute(0, 3, 1, 2).float() / 255
+        return pictures.soften(rgba, self.torch_rng) if soft and self._rng.random() < soft else rgba
 
     def _crop(self, side: int) -> np.ndarray:
         while True:
@@ -366,7 +369,7 @@ def save(model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--refine", type=int, metavar="STEPS", help="train the decoders on, and the encoders not")
     options = parser.parse_args()
     if options.refine:

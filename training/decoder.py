@@ -21,6 +21,8 @@ from training.unet import SIDE, scaling_factor
 
 STEPS, FIRST = 20, 12
 """Of so many steps of the sampler those from here on are made."""
+SOFT = 0.4
+"""How often pictures are made soft: where all are hard, the decoder forgets how a glow meets what glows."""
 
 
 @torch.inference_mode()
@@ -52,7 +54,7 @@ def train(count: int, steps: int, learning_rate: float = 3e-4) -> None:
     rgba, latents, seen = [], [], []
     with torch.inference_mode():
         for _ in range(count // 8):
-            whole = crops.whole(8)
+            whole = crops.whole(8, soft=SOFT)
             clean = model.encode_transparent(whole)
             drawn = torch.cat([as_drawn(unet, clean[:6], rng), clean[6:]])
             rgba.append(whole)

@@ -89,11 +89,14 @@ def export(target: Path) -> int:
 
 
 @torch.no_grad()
-def stretch(last: torch.nn.Conv2d) -> None:
-    """Widen the range of the first channel, alpha, from [0, 1] by the margin at both ends; what comes out is clamped."""
+def stretch(last: torch.nn.Conv2d, *, back: bool = False) -> None:
+    """Widen the range of the first channel, alpha, from [0, 1] by the margin at both ends, or narrow it again; outputs are clamped."""
     assert last.bias is not None
-    last.weight[0] *= 1 + 2 * ALPHA_MARGIN
-    last.bias[0] = last.bias[0] * (1 + 2 * ALPHA_MARGIN) - ALPHA_MARGIN
+    scale, shift = 1 + 2 * ALPHA_MARGIN, -ALPHA_MARGIN
+    if back:
+        scale, shift = 1 / scale, -shift / scale
+    last.weight[0] *= scale
+    last.bias[0] = last.bias[0] * scale + shift
 
 
 def _as_layer(matrix: torch.Tensor, inner: tuple[int, ...]) -> torch.Tensor:

@@ -59,28 +59,34 @@ def recolor(rgba: np.ndarray, hue: float, color: str) -> np.ndarray:
 def variants(
     rgba: np.ndarray, concept: Concept, rng: random.Random
 ) -> list[tuple[np.ndarray, str | None, tuple[str, ...]]]:
-    """A picture as it is, mirrored, in other colours, and soft: (RGBA, colour to say, look to say)."""
+    """A picture as it is, mirrored, in other colours, and soft or glowing in its own and another: (RGBA, colour to say, look to say)."""
     flipped = lambda each: each[:, ::-1] if rng.random() < 0.5 else each  # noqa: E731
     hue = dominant_hue(rgba)
     own = nearest_color(hue) if hue is not None else None
+    others = [color for color in captions.COLORS if color != own and not captions.is_held_out(color, concept)]
     made: list[tuple[np.ndarray, str | None, tuple[str, ...]]] = [(rgba, None, ()), (rgba[:, ::-1], own, ())]
     if hue is not None:
-        others = [color for color in captions.COLORS if color != own and not captions.is_held_out(color, concept)]
         for color in rng.sample(others, RECOLORED):
             made.append((flipped(recolor(rgba, hue, color)), color, ()))
-    tensor = torch.from_numpy(np.array(rgba)).permute(2, 0, 1)[None].float() / 255
-    if rng.random() < 0.25:
-        faded = torch.cat([tensor[:, :3], tensor[:, 3:] * rng.uniform(0.35, 0.65)], 1)
-        made.append((flipped(_array(faded)), None, (rng.choice(captions.SOFT),)))
-    if rng.random() < 0.2:
-        made.append(
-            (flipped(_array(pictures.halo(tensor, rng.uniform(14, 26), 0.9))), None, (rng.choice(captions.GLOWING),))
-        )
+    for words, chance, change in ((captions.SOFT, 0.25, _fade), (captions.GLOWING, 0.2, _glow)):
+        if rng.random() < chance:
+            made.append((flipped(change(rgba, rng)), None, (rng.choice(words),)))
+            if hue is not None:
+                color = rng.choice(others)
+                made.append((flipped(change(recolor(rgba, hue, color), rng)), color, (rng.choice(words),)))
     return made
 
 
-def _array(rgba: torch.Tensor) -> np.ndarray:
-    return (rgba[0].permute(1, 2, 0) * 255).round().byte().numpy()
+def _fade(rgba: np.ndarray, rng: random.Random) -> np.ndarray:
+    """The same at a third to two thirds of its opacity."""
+    alpha = rgba[..., 3:] * rng.uniform(0.35, 0.65)
+    return np.concatenate([rgba[..., :3], alpha.round().astype(np.uint8)], -1)
+
+
+def _glow(rgba: np.ndarray, rng: random.Random) -> np.ndarray:
+    """The same over a glow of its own colours."""
+    haloed = pictures.halo(_tensor([rgba]), rng.uniform(14, 26), 0.9)
+    return (haloed[0].permute(1, 2, 0) * 255).round().byte().numpy()
 
 
 @torch.inference_mode()

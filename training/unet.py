@@ -27,7 +27,7 @@ from training.latents import OPAQUE, SUBJECTS, TRANSPARENT
 from training.text import POOLED, WIDTH_1, WIDTH_2
 from training.wordings import CONTEXT, POOLS, WORDINGS
 
-CHECKPOINT = CACHE / "unet.pt"
+CHECKPOINT, SCALE = CACHE / "unet.pt", CACHE / "scaling-factor.txt"
 TIME_IDS_WIDTH = 32
 SIDE = 256
 MIN_SNR = 5.0
@@ -108,8 +108,10 @@ class Samples:
 
 
 def scaling_factor() -> float:
-    """1 / the spread of the adjusted latents: the sampler works at unit variance."""
-    return float(1 / np.load(TRANSPARENT, mmap_mode="r")[::7].astype(np.float32).std())
+    """1 / the spread of the adjusted latents, so that the sampler works at unit variance: measured once, then the UNet's for good."""
+    if not SCALE.is_file():
+        SCALE.write_text(repr(float(1 / np.load(TRANSPARENT, mmap_mode="r")[::7].astype(np.float32).std())))
+    return float(SCALE.read_text())
 
 
 def loss_of(unet: Any, samples: Samples, count: int, noise_schedule: DDPMScheduler) -> Tensor:
@@ -146,6 +148,11 @@ class Average:
             self.weights[name].lerp_(value, 1 - keep)
 
 
+def make_optimizer(unet: torch.nn.Module, learning_rate: float) -> torch.optim.AdamW:
+    """The optimizer whose state is in the checkpoints."""
+    return torch.optim.AdamW(unet.parameters(), learning_rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+
+
 def train(minutes: float, count: int = 32, learning_rate: float = 8e-4) -> None:
     """Train for a time and save, on a GPU if there is one; goes on from the last checkpoint. The rate falls over the last 40 % of the time.
 
@@ -155,7 +162,7 @@ def train(minutes: float, count: int = 32, learning_rate: float = 8e-4) -> None:
     torch.manual_seed(0)
     where = "cuda" if torch.cuda.is_available() else "cpu"
     unet = make_unet().to(where, memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(unet.parameters(), learning_rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+    optimizer = make_optimizer(unet, learning_rate)
     average, step = Average(unet), 0
     if CHECKPOINT.is_file():
         saved = torch.load(CHECKPOINT, map_location=where, weights_only=True)

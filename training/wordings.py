@@ -18,7 +18,7 @@ from training.latents import SUBJECTS
 from training.text import LENGTH, POOLED, WIDTH_1, WIDTH_2, Encoders
 
 CONTEXT, POOLS = CACHE / "context.npy", CACHE / "pooled.npy"
-WORDINGS = 8
+WORDINGS = 16
 """Different texts for each picture."""
 BATCH = 64
 
