@@ -191,6 +191,8 @@ def main() -> None:
         case = CASES[name]
         outcome, seconds, log = real_run(case, options.minutes * 60)
         real = _figures(outcome)
+        if case.batch > 1:
+            real["use"] = None  # how full the batches were is not seen from outside
         cold_s = statistics.fmean(log["cold_s"]) if log["cold_s"] else 0.0
         scaling = Scaling(MOST, cold_s, AGE_S) if case.scales else None
         fleet = Fleet(case.pods, seconds, case.batch, scaling, batch_cost=0.0)
