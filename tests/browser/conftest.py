@@ -9,7 +9,7 @@ import pytest
 import pytest_asyncio
 from playwright.async_api import Browser, async_playwright
 from tests.browser.visit import CHROMIUM, DESKTOP, FLAGS, Visit, visited
-from tests.serving import served
+from tests.serving import put_model, served
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -24,7 +24,8 @@ async def browser() -> AsyncIterator[Browser]:
 
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
-    with served(tmp_path_factory.mktemp("service"), engine_options={"step_s": 0.02}) as client:
+    folder = put_model(tmp_path_factory.mktemp("service"))
+    with served(folder, engine_options={"step_s": 0.02}, default_model="alphalayer-mini") as client:
         yield client
 
 

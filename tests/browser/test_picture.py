@@ -41,11 +41,12 @@ async def test_a_dropped_picture_brings_its_settings(visit: Visit, service: http
 async def test_what_the_form_has_no_field_for_is_carried_along(visit: Visit, service: httpx.Client):
     page = visit.page
     body = {"prompt": "a mug", "seed": 9007199254740993, "layerdiffuse_method": "conv", "layerdiffuse_weight": 0.5}
-    body |= {"layerdiffuse_stop_at": 0.25, "subseed": 9007199254740995, "subseed_strength": 0.5}
+    body |= {"layerdiffuse_stop_at": 0.25, "subseed": 9007199254740995, "subseed_strength": 0.5, "checkpoint": "apples"}
     first = await _drawn(service, **body)
     await visit.drop("mug.png", first)
     await expect(page.locator("#carried-words")).to_contain_text("conv")
     assert await page.input_value("#seed") == "9007199254740993"
+    await page.select_option("#checkpoint", "apples")
     await page.click("#draw")
     await expect(page.locator("#history li")).to_have_count(1)
     again = images.decode(await visit.download("#save-png"))[1] or ""

@@ -38,7 +38,7 @@ IDLE = {
 
 @pytest.fixture(scope="module")
 def client(tmp_path_factory):
-    with served(put_lora(put_model(tmp_path_factory.mktemp("service")))) as client:
+    with served(put_model(tmp_path_factory.mktemp("service"))) as client:
         yield client
 
 
@@ -182,8 +182,9 @@ def test_samplers_and_schedules_by_their_names_there(client, fields, sampler, sc
     assert (settings["Sampler"], settings["Schedule type"]) == (sampler, scheduler)
 
 
-def test_loras_in_the_prompt(client):
-    settings = made(draw(client, prompt="an apple <lora:style:0.8>, red"))
+def test_loras_in_the_prompt(client, tmp_path):
+    with served(put_lora(tmp_path)) as other:
+        settings = made(draw(other, prompt="an apple <lora:style:0.8>, red"))
     assert settings["Prompt"] == "an apple , red <lora:style:0.8>"
     refused = draw(client, prompt="an apple <lora:style:strong>")
     assert refused.status_code == 422

@@ -19,7 +19,7 @@ from typing import Any
 import httpx
 import pytest
 from tests.contract.masks import masked
-from tests.serving import served
+from tests.serving import put_model, served
 
 GOLDEN = Path(__file__).parent / "golden"
 PREFIXES = {"native": "/alpha/v1/", "a1111": "/sdapi/v1/", "openai": "/v1/"}
@@ -28,10 +28,7 @@ MAY_WRITE = os.environ.get("ALPHALAYER_GOLDEN") == "write"
 
 @pytest.fixture(scope="module")
 def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
-    folder = tmp_path_factory.mktemp("service")
-    model = folder / "models" / "Stable-diffusion" / "apples"
-    model.mkdir(parents=True)
-    (model / "model_index.json").write_text('{"_class_name": "StableDiffusionXLPipeline"}')
+    folder = put_model(tmp_path_factory.mktemp("service"))
     (folder / "models" / "Lora").mkdir()
     (folder / "models" / "Lora" / "shiny.safetensors").write_bytes(b"")
     with served(folder, api_auth="ann:secret") as client:
