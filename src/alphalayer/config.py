@@ -247,8 +247,10 @@ def load_settings(**flags: Any) -> Settings:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         name = ".".join(str(part) for part in first["loc"])
-        message = faults.say(first)
-        raise SetupFailed(f"setting {name}: {message}.", hint=_LIST) from None
+        field = Settings.model_fields.get(name)
+        if field and field.annotation == SecretStr | None:
+            first["input"] = "…"  # what was given may be a password in the wrong form
+        raise SetupFailed(f"setting {name}: {faults.say(first)}.", hint=_LIST) from None
     except (OSError, ValueError) as error:
         raise SetupFailed(f"{TOML_FILE} cannot be read: {error}.", hint=_LIST) from None
 

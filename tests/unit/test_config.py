@@ -124,3 +124,12 @@ def test_engine_options_are_plain_json():
     options = load_settings(models_dir=Path("m"), device="cpu").engine_options()
     assert json.loads(json.dumps(options)) == options
     assert (options["models_dir"], options["device"]) == ("m", "cpu")
+
+
+def test_a_secret_in_the_wrong_form_is_not_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "alphalayer.toml").write_text("webhook_secret = 424242\n")
+    with pytest.raises(SetupFailed) as raised:
+        load_settings()
+    assert "webhook_secret" in str(raised.value)
+    assert "424242" not in str(raised.value)
