@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -15,13 +16,13 @@ from alphalayer.jobs import journal
 from alphalayer.jobs.embedded import EmbeddedDispatcher
 from alphalayer.jobs.journal import MIGRATIONS, VERSION, jobs
 
-LATER = ("webhook_due", "webhook_tries", "queue_id", "digest")
+LATER = ("webhook_due", "webhook_tries", "queue_id", "digest", "cancel_asked")
 
 
 def first_version(file: Path) -> None:
     """A journal as the first version wrote it, with one job that waits."""
     first = [column for column in jobs.columns.keys() if column not in LATER]  # noqa: SIM118
-    with sqlite3.connect(file) as old:
+    with closing(sqlite3.connect(file)) as old, old:
         old.execute(
             "CREATE TABLE jobs (id VARCHAR(32) PRIMARY KEY, state VARCHAR(16) NOT NULL, owner VARCHAR(100) NOT NULL DEFAULT '', "
             "idempotency_key VARCHAR(200), created_at FLOAT NOT NULL, started_at FLOAT, finished_at FLOAT, "
@@ -43,7 +44,7 @@ async def test_a_journal_of_the_first_version_is_brought_up_to_date(tmp_path: Pa
     assert job.spec.generation.prompt == "an old apple"
     assert await dispatcher.owed_webhooks(5) == []
     await dispatcher.close()
-    with sqlite3.connect(file) as now:
+    with closing(sqlite3.connect(file)) as now, now:
         assert now.execute("PRAGMA user_version").fetchone() == (VERSION,)
 
 
@@ -54,7 +55,7 @@ async def test_a_migration_that_breaks_off_has_changed_nothing(tmp_path: Path, m
         broken.setattr(journal, "MIGRATIONS", (MIGRATIONS[0], ("SELECT no_such_function()",), *MIGRATIONS[2:]))
         with pytest.raises(SetupFailed, match="no_such_function"):
             await EmbeddedDispatcher.open(file, 10)
-    with sqlite3.connect(file) as now:
+    with closing(sqlite3.connect(file)) as now, now:
         columns = {row[1] for row in now.execute("PRAGMA table_info(jobs)")}
         assert not columns & set(LATER)
         assert now.execute("PRAGMA user_version").fetchone() == (1,)
