@@ -136,9 +136,11 @@ class Journal:
                 engine, patient = postgres.create_engine(place, postgres.ANSWER_S), postgres.create_engine(place)
                 place = make_url(place).render_as_string(hide_password=True)
                 hint = "Check the address, and that PostgreSQL runs."
-            async with patient.begin() as connection:
-                await _migrate(connection, place)
-            await patient.dispose()
+            try:
+                async with patient.begin() as connection:
+                    await _migrate(connection, place)
+            finally:
+                await patient.dispose()
         except (DBAPIError, OSError, sqlite3.Error) as error:
             cause = getattr(error, "orig", error)
             raise SetupFailed(f"the journal {place} cannot be opened: {cause}.", hint=hint) from None
