@@ -1,9 +1,7 @@
-"""The shared queue with real workers, and with many jobs waiting: `python -m benchmarks.queue_depth [--depths 200 1000] [--workers 1 4]`.
+"""The shared queue with many jobs waiting: `python -m benchmarks.queue_depth [--depths 200 1000]`.
 
-First what a claim takes while so many jobs wait: four workers in this process claim, start and finish at once. Then real workers, a service
-and an engine process each, with the fake engine: one step a picture of 64x64, drawn, encoded and stored; jobs a second from the first
-start to the last end. PostgreSQL in a folder of its own, fsync off.
-Writes benchmarks/results/queue-depth-<date>.json.
+What a claim takes while so many jobs wait: four workers in this process claim, start and finish at once. PostgreSQL in a folder of its own,
+fsync off. Writes benchmarks/results/queue-depth-<date>.json.
 """
 
 from __future__ import annotations
@@ -15,18 +13,13 @@ import os
 import platform
 import shlex
 import sys
-import tempfile
 import time
-from contextlib import ExitStack
 from datetime import date
-from pathlib import Path
 from typing import Any
 
 import asyncpg
-from benchmarks.shared_queue import RESULT, RESULTS, SPEC, Spent, fill
+from benchmarks.shared_queue import RESULT, RESULTS, SPEC, Spent
 from tests.servers import Postgres
-from tests.serving import wait_until
-from tests.stress.pods import Node
 
 from alphalayer.jobs.shared import SharedDispatcher
 
@@ -78,50 +71,21 @@ async def claims_at_depth(postgres: Postgres, depth: int, workers: int = 4, coun
     return {name: round(value, 1) for name, value in quantiles.items()}
 
 
-def real_workers(url: str, workers: int, jobs: int) -> dict[str, float]:
-    """So many real workers with the fake engine, one step a picture of 64x64: jobs a second from the first start to the last end."""
-    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-        nodes = [
-            Node(Path(folder) / f"{i}", "worker", {"ALPHALAYER_DATABASE": url, "ALPHALAYER_LOG_LEVEL": "error"})
-            for i in range(workers)
-        ]
-        for node in nodes:
-            stack.callback(node.stop)
-        wait_until(lambda: all(node.answers() for node in nodes), 300)
-        asyncio.run(fill(url, jobs))
-        return {"finished_a_second": round(asyncio.run(_rate(url, jobs)), 1)}
-
-
-async def _rate(url: str, jobs: int) -> float:
-    connection = await asyncpg.connect(url)
-    over = "SELECT count(*), min(started_at), max(finished_at) FROM jobs WHERE state = 'done'"
-    while (row := await connection.fetchrow(over))[0] < jobs:
-        await asyncio.sleep(0.5)
-    await connection.close()
-    return jobs / (row[2] - row[1])
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--depths", type=int, nargs="+", default=[200, 1000, 20_000], help="jobs that wait")
-    parser.add_argument("--workers", type=int, nargs="+", default=[1, 4, 16], help="real ones, two processes each")
-    parser.add_argument("--jobs", type=int, default=500)
     options = parser.parse_args()
     report: dict[str, Any] = {
         "command": shlex.join(["python", "-m", "benchmarks.queue_depth", *sys.argv[1:]]),
         "machine": f"{os.cpu_count()} x {platform.machine()}, Python {platform.python_version()}",
         "load_of_the_machine": {"before": os.getloadavg()},
         "claim_ms_at_depth": {},
-        "real_workers": {},
     }
     postgres = Postgres()
     try:
         for depth in options.depths:
             report["claim_ms_at_depth"][depth] = asyncio.run(claims_at_depth(postgres, depth))
             print("waiting", depth, report["claim_ms_at_depth"][depth], flush=True)
-        for workers in options.workers:
-            report["real_workers"][workers] = real_workers(postgres.fresh_database(), workers, options.jobs)
-            print("real", workers, report["real_workers"][workers], flush=True)
     finally:
         postgres.remove()
     report["load_of_the_machine"]["after"] = os.getloadavg()

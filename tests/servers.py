@@ -16,10 +16,14 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import httpx
 
 from tests.serving import free_port, wait_until
+
+if TYPE_CHECKING:
+    from trustme import LeafCert
 
 NGINX_SITE = Path(__file__).parents[1] / "deploy" / "nginx" / "alphalayer.conf"
 
@@ -38,13 +42,18 @@ def postgres_programs() -> Path | None:
 class Postgres:
     """A PostgreSQL server of its own in a folder of its own; it can be killed and started again."""
 
-    def __init__(self, listen_addresses: str = "127.0.0.1", *, fsync: bool = False):
+    def __init__(
+        self, listen_addresses: str = "127.0.0.1", *, fsync: bool = False, certificate: LeafCert | None = None
+    ):
+        """With a certificate it answers by TLS alone."""
         self._listen_addresses = listen_addresses
+        self._certificate = certificate
         self._fsync = "on" if fsync else "off"
         programs = postgres_programs()
         assert programs is not None
         self._programs = programs
         self._folder = Path(tempfile.mkdtemp(prefix="alphalayer-postgres-", dir="/tmp"))
+        self._log = self._folder / "log"
         self._port = free_port()
         self._process: subprocess.Popen[bytes] | None = None
         # PostgreSQL refuses to run as root
@@ -54,7 +63,19 @@ class Postgres:
         self._run("initdb", "--pgdata", str(self._data), "--username", "alphalayer", "--auth", "trust", "--no-sync")
         with (self._data / "pg_hba.conf").open("a") as rules:
             rules.write("host all all samenet trust\n")
+        if certificate:
+            self._answer_by_tls_alone(certificate)
         self.start()
+
+    def _answer_by_tls_alone(self, certificate: LeafCert) -> None:
+        certificate.cert_chain_pems[0].write_to_path(self._data / "server.crt")
+        key = self._data / "server.key"
+        certificate.private_key_pem.write_to_path(key)
+        key.chmod(0o600)
+        if self._user:
+            shutil.chown(key, self._user)
+        rules = self._data / "pg_hba.conf"
+        rules.write_text(re.sub(r"^host ", "hostssl ", rules.read_text(), flags=re.MULTILINE))
 
     @property
     def url(self) -> str:
@@ -78,9 +99,9 @@ class Postgres:
             "listen_addresses": self._listen_addresses,
             "unix_socket_directories": self._folder,
         }
-        options |= {"fsync": self._fsync, "max_connections": 300}
+        options |= {"fsync": self._fsync, "max_connections": 300, "ssl": "on" if self._certificate else "off"}
         arguments = [each for name, value in options.items() for each in ("-c", f"{name}={value}")]
-        with (self._folder.parent / f"{self._folder.name}.log").open("ab") as log:
+        with self._log.open("ab") as log:
             self._process = subprocess.Popen(
                 [str(self._programs / "postgres"), "-D", str(self._data), *arguments],
                 user=self._user,
@@ -118,7 +139,7 @@ class Postgres:
     def fresh_database(self) -> str:
         """The address of an empty database."""
         name = f"test_{time.time_ns()}"
-        self._run("createdb", "--host", "127.0.0.1", "--port", str(self._port), "--username", "alphalayer", name)
+        self._run("createdb", "--host", str(self._folder), "--port", str(self._port), "--username", "alphalayer", name)
         return self.address(name)
 
     def address(self, database: str, host: str = "127.0.0.1") -> str:
@@ -157,7 +178,8 @@ def s3_server(folder: Path) -> Iterator[dict[str, str]]:
     keys = [{"accessKey": "pictures-key", "secretKey": "pictures-secret"}]
     identity = {"name": "alphalayer", "credentials": keys, "actions": ["Admin", "Read", "Write", "List"]}
     (folder / "s3.json").write_text(json.dumps({"identities": [identity]}))
-    command = [str(program), "server", f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-filer", "-s3"]
+    weed = [str(program), f"-logdir={folder}"]
+    command = [*weed, "server", f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-filer", "-s3"]
     command += [f"-s3.config={folder / 's3.json'}", "-master.volumeSizeLimitMB=64", f"-master.port={ports['master']}"]
     command += ["-s3.port.iceberg=0", "-s3.port.lance=0"]  # fixed ports else: two servers could not run at once
     command += [f"-volume.port={ports['volume']}", f"-filer.port={ports['filer']}", f"-s3.port={ports['s3']}"]
@@ -170,12 +192,7 @@ def s3_server(folder: Path) -> Iterator[dict[str, str]]:
         wait_until(
             lambda: (
                 subprocess.run(
-                    [
-                        str(program),
-                        "shell",
-                        f"-master=127.0.0.1:{ports['master']}",
-                        f"-filer=127.0.0.1:{ports['filer']}",
-                    ],
+                    [*weed, "shell", f"-master=127.0.0.1:{ports['master']}", f"-filer=127.0.0.1:{ports['filer']}"],
                     input=shell.encode(),
                     capture_output=True,
                     cwd=folder,
