@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import stat
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -69,6 +71,38 @@ async def test_of_many_who_write_one_picture_one_does(storage: Storage):
     data = await read(storage, "alpha_1.png")
     assert len(data) == 50_000
     assert len(set(data)) == 1
+
+
+async def test_a_picture_has_its_name_once_it_is_safe_from_a_power_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    fsync, link, done = os.fsync, os.link, []
+
+    def synced(file: int) -> None:
+        done.append("folder" if stat.S_ISDIR(os.fstat(file).st_mode) else "file")
+        fsync(file)
+
+    def linked(*names: str) -> None:
+        done.append("name")
+        link(*names)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "link", linked)
+    storage = open_storage(str(tmp_path))
+    storage.put("alpha_1.png", b"first")
+    storage.put("preview_1.webp", b"preview", replace=True)
+    assert done == ["file", "name", *(["folder"] if os.name != "nt" else [])]
+    assert {each.name for each in tmp_path.iterdir()} == {"alpha_1.png", "preview_1.webp"}
+
+
+async def test_a_picture_stays_what_it_was_where_there_are_no_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def refuse(*_names: str) -> None:
+        raise PermissionError(errno.EPERM, "no links here")
+
+    monkeypatch.setattr(os, "link", refuse)
+    storage = open_storage(str(tmp_path))
+    for data in (b"first", b"second"):
+        storage.put("alpha_1.png", data)
+    assert await read(storage, "alpha_1.png") == b"first"
+    assert [each.name for each in tmp_path.iterdir()] == ["alpha_1.png"]
 
 
 async def test_a_name_that_is_no_key_leads_nowhere(storage: Storage):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import mimetypes
+import os
+import secrets
 from collections.abc import AsyncIterator
 from datetime import timedelta
 from pathlib import Path
@@ -29,26 +32,20 @@ class ObjectStorage:
     def put(self, key: str, data: bytes, *, replace: bool = False) -> None:
         """Write a file as a whole; see the protocol."""
         try:
-            self._put(check_key(key), data, "overwrite" if replace else "create")
+            if isinstance(self._store, LocalStore):
+                _write(Path(self._where), check_key(key), data, replace=replace)
+            else:
+                self._put(check_key(key), data, "overwrite" if replace else "create")
         except AlreadyExistsError:
             pass  # the job was run before
         except (BaseError, OSError) as error:
             raise self._failed("write", key, error) from None
 
     def _put(self, key: str, data: bytes, mode: Literal["create", "overwrite"]) -> None:
-        if not isinstance(self._store, LocalStore):
-            # whoever opens a signed URL is told by the bucket what they get
-            lasts = FOR_EVER if mode == "create" else "no-store"
-            said = {"Content-Type": mimetypes.guess_type(key)[0] or "application/octet-stream", "Cache-Control": lasts}
-            obstore.put(self._store, key, data, attributes=said, mode=mode, use_multipart=False)
-            return
-        try:
-            obstore.put(self._store, key, data, mode=mode, use_multipart=False)
-        except AlreadyExistsError:
-            raise
-        except BaseError:
-            # to create is to link; some file systems (exFAT, many SMB shares) have no links
-            obstore.put(self._store, key, data, use_multipart=False)
+        # whoever opens a signed URL is told by the bucket what they get
+        lasts = FOR_EVER if mode == "create" else "no-store"
+        said = {"Content-Type": mimetypes.guess_type(key)[0] or "application/octet-stream", "Cache-Control": lasts}
+        obstore.put(self._store, key, data, attributes=said, mode=mode, use_multipart=False)
 
     def delete(self, key: str) -> None:
         """Remove a file; see the protocol."""
@@ -93,6 +90,47 @@ class ObjectStorage:
             f"cannot {doing} {key} in {self._where}: {_first_line(error)}.",
             hint="Check that there is space, that the place may be written to, and its address and keys.",
         )
+
+
+def _write(folder: Path, key: str, data: bytes, *, replace: bool) -> None:
+    """Write a file of a folder; one that is there stays, unless it is to be replaced. A new one has its name only once its bytes are safe
+    from a power cut, and when this returns, the name is, too: obstore syncs neither. Raises `OSError`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    unfinished = folder / f"{key}#{secrets.randbits(64)}"  # a name that obstore takes for no file
+    try:
+        with unfinished.open("xb") as file:
+            file.write(data)
+            if not replace:
+                file.flush()
+                os.fsync(file.fileno())
+        if replace:
+            unfinished.replace(folder / key)
+            return
+        try:
+            (folder / key).hardlink_to(unfinished)
+        except FileExistsError:
+            return
+        except OSError:
+            # some file systems (exFAT, many SMB shares) have no links
+            if (folder / key).exists():
+                return
+            unfinished.replace(folder / key)
+        _sync(folder)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def _sync(folder: Path) -> None:
+    if os.name == "nt":  # folders cannot be opened there, and their changes are written as they are made
+        return
+    opened = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # a file system that does not know how
+            raise
+    finally:
+        os.close(opened)
 
 
 def _first_line(error: Exception) -> str:
