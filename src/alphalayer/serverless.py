@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import json
 from typing import Any
 
@@ -18,11 +19,11 @@ from alphalayer.api.native import FIELDS, Txt2ImgRequest
 from alphalayer.api.problems import Problem, first_fault
 from alphalayer.config import Settings
 from alphalayer.engine import Order, Progress
-from alphalayer.errors import AlphalayerError
+from alphalayer.errors import AlphalayerError, StorageFailed
 from alphalayer.job import ImageRef, Job, JobSpec, JobState
 from alphalayer.storage import Storage
 from alphalayer.storage.objects import open_storage
-from alphalayer.worker.process import iterations, load_attribute, store_pictures
+from alphalayer.worker.process import for_users, iterations, load_attribute, store_pictures
 
 URL_S = 24 * 3600
 """How long the URL of a picture in a bucket opens it."""
@@ -47,7 +48,8 @@ class Handler:
         self._turn = asyncio.Lock()
 
     async def __call__(self, job: dict[str, Any]) -> dict[str, Any]:
-        """The answer of txt2img, or `{"error": …}` with the problem as JSON; pictures as URLs of the bucket, without one as base64."""
+        """The answer of txt2img, or `{"error": …}` with the problem as JSON; pictures as URLs of the bucket, without one as base64
+        and nowhere else."""
         import runpod
 
         def on_progress(progress: Progress) -> None:
@@ -67,6 +69,9 @@ class Handler:
             return _failed(first_fault({**first, "loc": ("input", *first["loc"])}))
         except AlphalayerError as error:
             return _failed(error)
+        except Exception as error:
+            # it may be the GPU, and then every later job would fail, too: the worker is started again
+            return {**_failed(for_users(error)), "refresh_worker": True}
 
     def _draw(self, spec: JobSpec, on_progress: Any, with_data: bool) -> dict[str, Any]:
         drawing = Job.new(spec)
@@ -88,6 +93,9 @@ class Handler:
         if url and not with_data:
             return {**told, "url": url}
         data = asyncio.run(_read(self._storage, image.key))
+        if not url:
+            with contextlib.suppress(StorageFailed):  # nobody would ever come for it
+                self._storage.delete(image.key)
         return {**told, **({"url": url} if url else {}), "base64": base64.b64encode(data).decode()}
 
 

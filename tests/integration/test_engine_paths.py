@@ -449,6 +449,16 @@ def test_a_model_that_cannot_be_loaded_is_told_to_those_who_ask_and_lets_the_eng
     assert _draw(engine, model="b").shape == (64, 64, 4)
 
 
+def test_a_gpu_that_is_broken_lets_no_engine_start(models: Path, monkeypatch: pytest.MonkeyPatch):
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("CUDA error: unspecified launch failure")
+
+    engine = LocalEngine(models, device="cpu")
+    monkeypatch.setattr(engine, "draw", broken)
+    with pytest.raises(RuntimeError, match="launch failure"):
+        engine.warm_up()
+
+
 def test_models_that_would_be_drawn_wrongly_are_passed_over(models: Path, tmp_path: Path):
     """A model of another kind that comes first: what names no model is drawn with the first that can be drawn with."""
     checkpoints = tmp_path / "Stable-diffusion"

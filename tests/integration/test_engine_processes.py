@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import os
+import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +14,12 @@ import pytest
 from tests.serving import served, wait_until
 
 from alphalayer.app import engine_environments
+from alphalayer.engine import GenerationResult, Order
 from alphalayer.engine.fake import FakeEngine
+from alphalayer.job import Job, JobSpec
+from alphalayer.request import GenerationRequest
+from alphalayer.storage.objects import ObjectStorage, open_storage
+from alphalayer.worker.process import EngineProcess
 
 
 @pytest.fixture
@@ -94,3 +102,33 @@ def test_the_next_job_is_sent_before_the_one_before_is_stored(tmp_path: Path, mo
         wait_until(lambda: seen.count(("over", ids[2])), 30)
         assert seen.index(("taken", ids[1])) < seen.index(("over", ids[0]))
         assert seen.index(("taken", ids[2])) < seen.index(("over", ids[1]))
+
+
+def test_what_waits_to_be_stored_stops_the_drawing(tmp_path: Path):
+    """A bucket that hangs: one batch waits to be stored, the next one is drawn, and no more."""
+    drawn: list[str] = []
+    may_store = threading.Event()
+
+    class Counting(FakeEngine):
+        def draw(self, orders: Sequence[Order]) -> list[GenerationResult]:
+            drawn.append(orders[0].request.prompt)
+            return super().draw(orders)
+
+    class Hanging(ObjectStorage):
+        def put(self, key: str, data: bytes, *, replace: bool = False) -> None:
+            may_store.wait(10)
+            super().put(key, data, replace=replace)
+
+    storage = Hanging(open_storage(str(tmp_path))._store, str(tmp_path))
+    process = EngineProcess(io.BytesIO(), io.BytesIO())
+    jobs = [
+        Job.new(JobSpec(generation=GenerationRequest(prompt=name, width=64, height=64, steps=1))) for name in "abcd"
+    ]
+    drawing = threading.Thread(target=lambda: [process._run(Counting(), storage, [job]) for job in jobs])
+    drawing.start()
+    wait_until(lambda: drawn == ["a", "b"])
+    drawing.join(0.3)
+    assert drawn == ["a", "b"]
+    may_store.set()
+    drawing.join(10)
+    wait_until(lambda: len(list(tmp_path.iterdir())) == len(jobs))

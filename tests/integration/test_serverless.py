@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
 import os
@@ -19,6 +20,9 @@ import pytest
 from tests.serving import free_port, wait_until
 
 from alphalayer import images
+from alphalayer.config import Settings
+from alphalayer.engine.fake import FakeEngine
+from alphalayer.serverless import Handler
 
 pytest.importorskip("runpod")
 START = "from alphalayer.serverless import Handler; import runpod; from alphalayer.config import Settings; "
@@ -115,6 +119,7 @@ def test_jobs_are_drawn_and_wrong_ones_answered(tmp_path):
     one = jobs.results["one"]["output"]
     assert images.decode(base64.b64decode(one["base64"]))[0].shape == (64, 64, 4)
     assert "images" not in one
+    assert list((tmp_path / "outputs").iterdir()) == []
     problem = json.loads(jobs.results["wrong"]["error"])
     assert (problem["code"], problem["field"]) == ("invalid_request", "steps")
     problem = json.loads(jobs.results["large"]["error"])
@@ -131,6 +136,25 @@ def test_the_sdks_own_server_with_the_test_input(tmp_path):
         wait_until(lambda: _answers(address), 60)
         answer = httpx.post(f"{address}/runsync", json=body, timeout=60, trust_env=False).json()
     assert images.decode(base64.b64decode(answer["output"]["base64"]))[0].shape == (64, 64, 4)
+
+
+class Broken(FakeEngine):
+    """A GPU that no longer works."""
+
+    def draw(self, orders: Any) -> Any:
+        raise RuntimeError("CUDA error: unspecified launch failure")
+
+
+def create_broken(_options: Any) -> Broken:
+    return Broken()
+
+
+def test_a_worker_whose_gpu_is_broken_is_started_again(tmp_path):
+    settings = Settings(device="cpu", outputs_dir=tmp_path, models_dir=tmp_path)
+    handler = Handler(settings, "tests.integration.test_serverless:create_broken")
+    answer = asyncio.run(handler({"id": "job", "input": {"prompt": "an apple"}}))
+    assert answer["refresh_worker"] is True
+    assert json.loads(answer["error"])["code"] == "engine_failed"
 
 
 def _answers(address: str) -> bool:

@@ -80,11 +80,12 @@ class Engine(Protocol):
         ...
 
     def warm_up(self) -> None:
-        """Make the first request as quick as the second: load the default model and draw once. Never raises."""
+        """Make the first request as quick as the second: load the default model and draw once. Raises what is no `AlphalayerError`."""
         ...
 
     def draw(self, orders: Sequence[Order]) -> list[GenerationResult]:
         """Draw the pictures of one request, or of several with the same `batch_key` together; each comes out as it would alone.
+        After what it raises besides these the engine is not used again.
 
         Raises:
             Cancelled: nobody wants any of them any more; checked at every step.

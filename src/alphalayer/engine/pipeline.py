@@ -88,15 +88,13 @@ class LocalEngine:
         return self._batch_pixels
 
     def warm_up(self) -> None:
-        """Load the default model and draw once: full size on a GPU, as small as can be on a CPU. What fails is logged: a request
-        will say it again."""
+        """Load the default model and draw once: full size on a GPU, as small as can be on a CPU. What users can mend is logged: a
+        request will say it again. Raises what nobody foresaw, as a GPU that is broken."""
         side = None if self.device.type == "cuda" else SIZE_MULTIPLE
         try:
             self.generate(GenerationRequest(prompt="warm up", steps=1, width=side, height=side))
         except AlphalayerError as error:
             logger.warning("Nothing could be drawn at the start: %s", error)
-        except Exception:
-            logger.exception("Nothing could be drawn at the start.")
 
     def generate(
         self,
@@ -171,7 +169,6 @@ class LocalEngine:
         with stopwatch.stage("sample"), residency.of(model.unet, keep=mode.keep_unet):
             latents = self._sample(orders, shared, denoiser, start, sigmas, noise, watchers)
 
-        watchers.stage("decode")
         decoders = [model.vae, model.decoder] if shared.layerdiffuse.enabled else [model.vae]
         with residency.of(*decoders, keep=mode.keep_unet):
             pictures = [self._decode(shared, model, each[None], mode, watchers, stopwatch) for each in latents]
@@ -260,7 +257,7 @@ class LocalEngine:
         stopwatch: Stopwatch,
     ) -> RgbaImage:
         """One scaled latent (1, C, h, w) → RGBA; opaque if LayerDiffuse is off."""
-        watchers.check()
+        watchers.stage("decode")  # said of each image: silence is taken for a process that hangs
         with stopwatch.stage("vae"):
             rgb = model.decode_latent(latent)
         if not request.layerdiffuse.enabled:

@@ -1,6 +1,7 @@
 """The engine process: draws, encodes and stores what it is sent, and reports. Knows the engine and the storage, nothing of queues.
 
-Drawing has the main thread; encoding and storing have another, so that the device does not wait for them.
+Drawing has the main thread; encoding and storing have another, so that the device does not wait for them. What nobody foresaw while it
+draws ends the process: after some errors of a GPU every later call fails, too, and only a new process can draw again.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import IO, Any
 
 from alphalayer import images
@@ -37,9 +38,10 @@ class EngineProcess:
         self._cancelled: set[str] = set()
         self._memory_bytes: Callable[[], int] = lambda: 0
         self._encoder = ThreadPoolExecutor(1, thread_name_prefix="encode")
+        self._storing: list[Future[None]] = []
 
     def serve(self) -> None:
-        """Open the engine, then draw until the input ends; returns if it cannot be opened, after it said why."""
+        """Open the engine, then draw until the input ends; returns if it cannot be opened or go on, after it said why."""
         opening = read_message(self._reader.readline())
         try:
             engine: Engine = load_attribute(opening["engine"])(opening["options"])
@@ -48,11 +50,12 @@ class EngineProcess:
             threading.Thread(target=self._read, name="read", daemon=True).start()
             engine.warm_up()
             self._send("ready", batch_pixels=engine.batch_pixels, device=engine.description)
+            while True:
+                self._run(engine, storage, self._jobs.get())
         except Exception as error:
-            self._send("failed", id=None, error=_for_users(error).to_dict())
-            return
-        while True:
-            self._run(engine, storage, self._jobs.get())
+            self._send("failed", id=None, error=for_users(error).to_dict())
+            # what is drawn is not lost
+            self._encoder.shutdown()
 
     def _read(self) -> None:
         for line in self._reader:
@@ -70,18 +73,29 @@ class EngineProcess:
         self._deliver(engine, storage, jobs)
 
     def _deliver(self, engine: Engine, storage: Storage, jobs: list[Job]) -> None:
-        """Draw and store a batch; one that fails is drawn again job by job, so that each answers for itself."""
+        """Draw and store a batch; one that fails is drawn again job by job, so that each answers for itself.
+
+        Raises what is no `AlphalayerError`. Who is to blame, the device or the job, is not known: jobs that have not failed here go back
+        to the queue with the process, and are drawn once more, each alone. One that was started before has failed twice, and is over.
+        """
         try:
             drawn = self._draw(engine, storage, jobs)
-        except Exception as error:
+        except AlphalayerError as error:
             if len(jobs) == 1:
                 self._fail(jobs[0], error)
             else:
                 for job in jobs:
                     self._deliver(engine, storage, [job])
             return
-        for job, results in zip(jobs, drawn, strict=True):
-            self._encoder.submit(self._store, storage, job, results)
+        except Exception as error:
+            if len(jobs) == 1 and jobs[0].starts:
+                self._fail(jobs[0], error)
+            raise
+        # pictures that wait to be stored take memory: those of one batch may, while the next one is drawn
+        wait(self._storing)
+        self._storing = [
+            self._encoder.submit(self._store, storage, job, results) for job, results in zip(jobs, drawn, strict=True)
+        ]
 
     def _draw(self, engine: Engine, storage: Storage, jobs: list[Job]) -> list[list[GenerationResult]]:
         """The results of each job: one a round."""
@@ -116,7 +130,7 @@ class EngineProcess:
 
     def _fail(self, job: Job, error: Exception) -> None:
         self._cancelled.discard(job.id)
-        self._send("failed", id=job.id, error=_for_users(error).to_dict())
+        self._send("failed", id=job.id, error=for_users(error).to_dict())
 
     def _send(self, kind: str, **fields: Any) -> None:
         with self._write_lock:
@@ -187,7 +201,7 @@ def iterations(job: Job) -> list[GenerationRequest]:
     ]
 
 
-def _for_users(error: Exception) -> AlphalayerError:
+def for_users(error: Exception) -> AlphalayerError:
     """The error itself if it is meant for users, else one that says where to look; what was not foreseen is printed whole."""
     if isinstance(error, AlphalayerError):
         return error
