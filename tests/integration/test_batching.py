@@ -60,6 +60,12 @@ def test_together_as_alone(engine: LocalEngine, sampler: str):
             assert np.abs(ours.rgba.astype(int) - theirs.rgba).max() <= 1
 
 
+def test_a_batch_is_not_silent_while_it_is_decoded(engine: LocalEngine):
+    told: list[str] = []
+    engine.draw([Order(REQUESTS[0], lambda progress: told.append(progress.stage)), Order(REQUESTS[1])])
+    assert told.count("decode") == REQUESTS[0].batch_size + REQUESTS[1].batch_size
+
+
 def test_each_is_told_its_own_progress_and_one_that_leaves_does_not_stop_the_others(engine: LocalEngine):
     steps: dict[str, list[int]] = {"stays": [], "leaves": []}
     orders = [
@@ -142,6 +148,25 @@ def test_the_budget_counts_pixels(tmp_path: Path):
 
 def test_jobs_of_several_rounds_are_drawn_alone(tmp_path: Path):
     assert _batches(tmp_path, [_spec("a", iterations=2), _spec("b")], 9 * PIXELS) == [["a"], ["b"]]
+
+
+def test_a_batch_that_waits_for_more_asks_for_it_less_and_less_often(tmp_path: Path):
+    async def form() -> int:
+        dispatcher = await EmbeddedDispatcher.open(tmp_path / "jobs.sqlite", 100)
+        asked, take_like = 0, dispatcher.take_like
+
+        async def counted(job: Job, pixels: int) -> Job | None:
+            nonlocal asked
+            asked += 1
+            return await take_like(job, pixels)
+
+        dispatcher.take_like = counted
+        await dispatcher.submit(_spec("a"))
+        assert len(await next_batch(dispatcher, 9 * PIXELS, 0.5)) == 1
+        await dispatcher.close()
+        return asked
+
+    assert 4 <= asyncio.run(form()) <= 9
 
 
 def test_a_batch_that_is_stopped_while_it_forms_gives_its_jobs_back_in_order(tmp_path: Path):

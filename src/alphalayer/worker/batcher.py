@@ -11,7 +11,8 @@ import asyncio
 from alphalayer.job import Job
 from alphalayer.jobs import Dispatcher
 
-LOOK_AGAIN_S = 0.01
+LOOK_AGAIN_S = (0.01, 0.25)
+"""The pauses between two looks for more: the first, each next one twice as long, and the longest."""
 
 
 async def next_batch(
@@ -27,13 +28,15 @@ async def next_batch(
         batch.append(first)
         room = budget_pixels - first.spec.pixels
         deadline = asyncio.get_running_loop().time() + wait_s
+        pause = LOOK_AGAIN_S[0]
         while first.batch_key and room >= first.spec.pixels // first.spec.generation.batch_size:
             mate = await dispatcher.take_like(first, room)
             if mate:
                 batch.append(mate)
                 room -= mate.spec.pixels
-            elif asyncio.get_running_loop().time() < deadline:
-                await asyncio.sleep(LOOK_AGAIN_S)
+            elif (left := deadline - asyncio.get_running_loop().time()) > 0:
+                await asyncio.sleep(min(pause, left))
+                pause = min(2 * pause, LOOK_AGAIN_S[1])
             else:
                 break
     except BaseException:
