@@ -45,6 +45,8 @@ def doomed(
 
 async def sweep(storage: Storage, dispatcher: Dispatcher, limits: Limits) -> int:
     """Remove what is over the limits; how many pictures went. Pictures of jobs that are not over stay, and so do others' files."""
+    # first, as the database may do what the place of the pictures does not
+    jobs = await dispatcher.forget(time.time() - limits.jobs_days * DAY_S) if limits.jobs_days else 0
     # without limits only previews go: a bucket need not tell of each picture then
     all_of_them = limits.pictures_days or limits.pictures_bytes
     files = await asyncio.to_thread(storage.list, "" if all_of_them else PREVIEW_PREFIX)
@@ -52,12 +54,22 @@ async def sweep(storage: Storage, dispatcher: Dispatcher, limits: Limits) -> int
     unfinished = {job_id[:10] for job_id in await dispatcher.unfinished_ids()}
     ours = [(key, size, modified) for key, size, modified in files if made_for(key)]
     gone = await asyncio.to_thread(doomed, ours, limits, time.time(), lambda key: made_for(key) in unfinished)
-    for key in gone:
-        await asyncio.to_thread(storage.delete, key)
-    jobs = await dispatcher.forget(time.time() - limits.jobs_days * DAY_S) if limits.jobs_days else 0
-    if gone or jobs:
-        log.info("swept", pictures=len(gone), jobs=jobs)
-    return len(gone)
+    faults = [fault for key in gone if (fault := await asyncio.to_thread(_delete, storage, key))]
+    if faults:
+        log.warning("pictures_stay", pictures=len(faults), error=str(faults[0]))
+    swept = len(gone) - len(faults)
+    if swept or jobs:
+        log.info("swept", pictures=swept, jobs=jobs)
+    return swept
+
+
+def _delete(storage: Storage, key: str) -> AlphalayerError | None:
+    """Remove a file; why it stays."""
+    try:
+        storage.delete(key)
+    except AlphalayerError as error:
+        return error
+    return None
 
 
 async def keep_sweeping(storage: Storage, dispatcher: Dispatcher, limits: Limits, every_s: float = 600.0) -> None:

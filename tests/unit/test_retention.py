@@ -9,13 +9,15 @@ from pathlib import Path
 
 from hypothesis import given
 from hypothesis import strategies as st
+from structlog.testing import capture_logs
 from tests.serving import wait_until
 
+from alphalayer.errors import StorageFailed
 from alphalayer.job import JobResult, JobSpec
 from alphalayer.jobs.embedded import EmbeddedDispatcher
 from alphalayer.request import GenerationRequest
-from alphalayer.retention import DAY_S, Limits, doomed, keep_sweeping
-from alphalayer.storage.objects import open_storage
+from alphalayer.retention import DAY_S, Limits, doomed, keep_sweeping, sweep
+from alphalayer.storage.objects import ObjectStorage, open_storage
 
 FILES = [("a", 10, 0.0), ("b", 10, 1 * DAY_S), ("c", 10, 2 * DAY_S), ("d", 10, 3 * DAY_S)]
 
@@ -78,4 +80,31 @@ async def test_a_sweep_takes_old_pictures_of_finished_jobs_and_nothing_else(tmp_
     assert left == {*foreign, *ours} - {*gone}
     sweeping.cancel()
     await asyncio.gather(sweeping, return_exceptions=True)
+    await dispatcher.close()
+
+
+async def test_what_cannot_be_removed_stops_nothing_else(tmp_path: Path):
+    class Guarded(ObjectStorage):
+        def delete(self, key: str) -> None:
+            if "aaaa" in key:
+                raise StorageFailed("no right to delete.")
+            super().delete(key)
+
+    dispatcher = await EmbeddedDispatcher.open(tmp_path / "jobs.sqlite", 10)
+    spec = JobSpec(generation=GenerationRequest(prompt="x"))
+    job = await dispatcher.submit(spec)
+    await dispatcher.started((await dispatcher.take()).id)
+    await dispatcher.finished(job.id, JobResult(images=(), generation=spec.generation, model_name="m", model_hash="h"))
+    outputs = tmp_path / "outputs"
+    storage = Guarded(open_storage(str(outputs))._store, str(outputs))
+    for name in ("alpha_1_aaaaaaaaaa00.png", "alpha_1_bbbbbbbbbb00.png"):
+        storage.put(name, b"x")
+        os.utime(outputs / name, (0, 0))
+    with capture_logs() as logs:
+        assert await sweep(storage, dispatcher, Limits(pictures_days=1, jobs_days=1e-9)) == 1
+    assert [file.name for file in outputs.iterdir()] == ["alpha_1_aaaaaaaaaa00.png"]
+    assert [(line["event"], line["pictures"], line.get("jobs")) for line in logs] == [
+        ("pictures_stay", 1, None),
+        ("swept", 1, 1),
+    ]
     await dispatcher.close()
