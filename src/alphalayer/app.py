@@ -44,6 +44,8 @@ DESCRIPTION = "Text in, transparent PNG out: Stable Diffusion XL with LayerDiffu
 
 
 JOURNAL = "jobs.sqlite"
+HAND_BACK_S = 5.0
+"""How long jobs that are not over at the deadline may take to go back to the queue, where its database is away."""
 EXPOSED = ("Location", "Retry-After", "X-Request-ID")
 """Headers that a page of another origin may read."""
 
@@ -79,7 +81,7 @@ def create_app(settings: Settings, *, engine: str = ENGINE, engine_options: dict
             async with assistants(app):
                 yield
         finally:
-            # jobs at work get their time; what is not over by then stays in the journal and is run at the next start
+            # jobs at work get their time; what is not over by then goes back to the queue, and is run at the next start or elsewhere
             ending = parts.service.ending
             ending.begin()
             with contextlib.suppress(asyncio.TimeoutError):
@@ -87,6 +89,8 @@ def create_app(settings: Settings, *, engine: str = ENGINE, engine_options: dict
             for task in running:
                 task.cancel()
             await asyncio.gather(*running, return_exceptions=True)
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(asyncio.gather(*(each.hand_back() for each in parts.supervisors)), HAND_BACK_S)
             await parts.dispatcher.close()
             await asyncio.to_thread(send_traces)
 
@@ -100,8 +104,8 @@ def create_app(settings: Settings, *, engine: str = ENGINE, engine_options: dict
     )
     app.include_router(ops.router)
     problems.install(app)
-    traces, send_traces = _trace(app) if settings.tracing else (Traces(), _nothing)
-    assistants = _add_dialects(app) if settings.role != "worker" else _nobody
+    traces, send_traces = _trace(app) if settings.tracing else (Traces(), lambda: None)
+    assistants = _add_dialects(app) if settings.role != "worker" else contextlib.nullcontext
     app.add_middleware(BodyLimit, limit=settings.max_request_bytes)
     if settings.cors_allow_origins:
         origins = [origin.strip() for origin in settings.cors_allow_origins.split(",")]
@@ -138,21 +142,13 @@ def _trace(app: FastAPI) -> tuple[Traces, Callable[[], None]]:
     return Traces(provider), provider.shutdown
 
 
-def _nothing() -> None:
-    pass
-
-
-def _nobody(_app: FastAPI) -> AbstractAsyncContextManager[None]:
-    return contextlib.nullcontext()
-
-
 def _mount_mcp(app: FastAPI) -> _Lifespan:
     """Mount the tool for assistants, where its package is installed; the context to be in while it serves."""
     try:
         from alphalayer.api import mcp
     except ImportError as error:
         log.info("mcp_off", path="/mcp/", missing=error.name, hint='To have it, run: pip install "alphalayer[mcp]"')
-        return _nobody
+        return contextlib.nullcontext
     tool = mcp.create_server(mcp.connect_to_caller).http_app("/", stateless_http=True, host_origin_protection=False)
     app.mount(mcp.PATH, tool)
     return tool.lifespan
@@ -222,9 +218,10 @@ async def _assemble(settings: Settings, engine: str, options: dict[str, Any], tr
         can_draw = settings.role == "api" or any(each.is_ready for each in supervisors)
         return dispatcher.is_reachable and can_draw and not ending.has_begun
 
-    def readiness() -> dict[str, Any]:
+    async def readiness() -> dict[str, Any]:
         engines = {each.name: "ready" if each.is_ready else str(each.problem or "starting") for each in supervisors}
-        model, problem = _default_model(settings)
+        # a folder on a network may take its time
+        model, problem = await asyncio.to_thread(_default_model, settings)
         problem = stopping().message if ending.has_begun else problem
         ready = is_ready() and (model is not None or settings.role == "api")
         return {"ready": ready, "engines": engines, "model": model, **({"problem": problem} if problem else {})}

@@ -142,6 +142,11 @@ class JobProgress(_Frozen):
         return self if self.steps else before.model_copy(update={"stage": self.stage})
 
 
+def new_id() -> str:
+    """An id for a job, which cannot be guessed."""
+    return secrets.token_hex(12)
+
+
 class Job(_Frozen):
     """One job of the journal. Times are Unix seconds."""
 
@@ -162,11 +167,11 @@ class Job(_Frozen):
     error: dict[str, Any] | None = None
 
     @classmethod
-    def new(cls, spec: JobSpec, owner: str = "", idempotency_key: str | None = None) -> Job:
-        """A fresh job with an id that cannot be guessed. Its seeds are drawn here, so that a second run draws the same picture."""
+    def new(cls, spec: JobSpec, owner: str = "", idempotency_key: str | None = None, job_id: str | None = None) -> Job:
+        """A fresh job. Its seeds are drawn here, so that a second run draws the same picture."""
         drawn = spec.model_copy(update={"generation": spec.generation.with_seeds()})
         return cls(
-            id=secrets.token_hex(12),
+            id=job_id or new_id(),
             spec=drawn,
             owner=owner,
             idempotency_key=idempotency_key,

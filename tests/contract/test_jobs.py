@@ -6,6 +6,7 @@ import base64
 import dataclasses
 import json
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
@@ -107,6 +108,63 @@ def test_the_same_key_draws_once_where_the_picture_is_waited_for(client, route):
     for _ in range(2):
         client.post(route, json=body, headers={"Idempotency-Key": f"order-18{route}"}).raise_for_status()
     assert len(jobs() - before) == 1
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_who_leaves_takes_their_own_job_along_and_no_other(client, stream):
+    """Of two that ask for one picture under one key the first leaves, then the second, then the only one."""
+    route = "/v1/images/generations" if stream else "/alpha/v1/txt2img"
+    body = {"prompt": "x", "size": "64x64", "quality": "high", "stream": True} if stream else {**BODY, "steps": 30}
+
+    def ask(name: str, timeout_s: float) -> httpx.Response | None:
+        try:
+            headers = {"Idempotency-Key": f"{name} {stream}"}
+            return client.post(route, json=body, headers=headers, timeout=timeout_s)
+        except httpx.ReadTimeout:
+            return None
+
+    def jobs() -> dict[str, str]:
+        listed = client.get("/alpha/v1/jobs", params={"limit": 200}).json()["jobs"]
+        return {job["id"]: job["state"] for job in listed if job["id"] not in before}
+
+    def ask_twice(name: str, first_s: float, second_s: float) -> list[bool]:
+        with ThreadPoolExecutor(2) as pool:
+            first = pool.submit(ask, name, first_s)
+            wait_until(lambda: "running" in jobs().values())
+            answers = [first, pool.submit(ask, name, second_s)]
+            return [(answer := each.result()) is not None and answer.status_code == 200 for each in answers]
+
+    before = set()
+    before = set(jobs())
+    assert ask_twice("first leaves", 0.5, 30) == [False, True]
+    assert sorted(jobs().values()) == ["cancelled", "done"]
+    before |= set(jobs())
+    assert ask_twice("second leaves", 30, 0.5) == [True, False]
+    assert list(jobs().values()) == ["done"]
+    before |= set(jobs())
+    assert ask("alone", 0.5) is None
+    again = ask("alone", 30)
+    assert again is not None
+    assert again.status_code == 200, again.text
+    wait_until(lambda: sorted(jobs().values()) == ["cancelled", "done"])
+
+
+def test_a_client_that_leaves_lets_a_job_go_on_that_was_submitted_before(client):
+    headers = {"Idempotency-Key": "order-19"}
+    job = submit(client, headers, steps=30)
+    with pytest.raises(httpx.ReadTimeout):
+        client.post("/alpha/v1/txt2img", json={**BODY, "steps": 30}, headers=headers, timeout=0.5)
+    finished(client, job)
+
+
+def test_a_job_that_was_cancelled_on_purpose_keeps_its_key(client):
+    headers = {"Idempotency-Key": "order-20"}
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(client.post, "/alpha/v1/txt2img", json={**BODY, "steps": 150}, headers=headers)
+        wait_until(lambda: client.get("/alpha/v1/jobs", params={"state": "running"}).json()["jobs"])
+        client.delete(client.get("/alpha/v1/jobs", params={"state": "running"}).json()["jobs"][0]["url"])
+        assert waiting.result().status_code == 409
+    assert client.post("/alpha/v1/txt2img", json={**BODY, "steps": 150}, headers=headers).status_code == 409
 
 
 def test_an_empty_key_is_refused(client):

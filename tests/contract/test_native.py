@@ -7,6 +7,8 @@ import concurrent.futures
 import io
 import json
 import re
+import threading
+import time
 
 import httpx
 import numpy as np
@@ -15,7 +17,7 @@ from PIL import Image
 from tests.serving import put_lora, served, wait_until
 from tests.tiny_models import make_diffusers_folder, make_single_file
 
-from alphalayer import images
+from alphalayer import app, images
 from alphalayer.api.native import Txt2ImgRequest
 from alphalayer.engine.fake import draw_disc
 
@@ -370,3 +372,19 @@ def test_it_is_not_ready_when_the_engine_cannot_start(tmp_path):
         assert client.get("/ping").status_code == 204
         wait_until(lambda: "no_such_engine" in client.get("/readyz").json()["engines"]["cpu"])
         wait_until(lambda: client.get("/sdapi/v1/sd-models").status_code == 200)
+
+
+def test_a_folder_that_is_slow_to_read_keeps_nobody_but_who_asks_for_it(tmp_path, monkeypatch):
+    look, looking = app._default_model, threading.Event()
+
+    def slow(settings):
+        looking.set()
+        time.sleep(0.5)
+        return look(settings)
+
+    with served(tmp_path) as client, concurrent.futures.ThreadPoolExecutor(1) as pool:
+        monkeypatch.setattr(app, "_default_model", slow)
+        asked = pool.submit(client.get, "/readyz")
+        assert looking.wait(5)
+        assert client.get("/livez").elapsed.total_seconds() < 0.4
+        assert asked.result().status_code == 200

@@ -98,7 +98,7 @@ async def test_a_job_from_its_place_in_the_queue_to_its_pictures(open_one):
     assert view
     assert view.position == 1
     assert await queue.unfinished_ids() == {second.id}
-    assert [each.job.id for each in await queue.list()] == [second.id, first.id]
+    assert [(each.job.id, each.position) for each in await queue.list()] == [(second.id, 1), (first.id, 0)]
     assert [each.job.id for each in await queue.list(state=JobState.DONE)] == [first.id]
     assert await queue.view("none") is None
 
@@ -168,6 +168,37 @@ async def test_one_key_at_the_same_moment_is_one_job(open_one):
     same = await asyncio.gather(*(queue.submit(each, idempotency_key="k") for each in twice * 3))
     assert len({job.id for job in same}) == 1
     assert queue.queue_length <= 1
+
+
+@pytest.mark.parametrize("is_running", [False, True])
+async def test_a_job_whose_client_left_gives_up_its_key(open_one, is_running):
+    queue = await open_one()
+    first = await queue.submit(spec("same"), idempotency_key="k")
+    if is_running:
+        await soon(queue.take())
+        await queue.started(first.id)
+    assert await queue.cancel(first.id, free_key=True)
+    second = await queue.submit(spec("same"), idempotency_key="k", job_id="0123456789ab")
+    assert second.id == "0123456789ab"
+    if is_running:
+        await queue.finished(first.id, Cancelled("cancelled."))
+    assert (await soon(queue.wait(first.id))).state is JobState.CANCELLED
+    # one that somebody wanted to stop keeps it, also over a restart
+    assert await queue.cancel(second.id)
+    await queue.close()
+    queue = await open_one()
+    assert (await queue.submit(spec("same"), idempotency_key="k", job_id="ab")).id == second.id
+
+
+async def test_a_job_that_was_stopped_in_good_order_waits_again_as_if_it_had_not_been_begun(open_one):
+    queue = await open_one()
+    first, second = await queue.submit(spec("one")), await queue.submit(spec("two"))
+    for _ in range(MAX_STARTS + 1):
+        assert (await soon(queue.take(), 2)).id == first.id
+        await queue.started(first.id)
+        await queue.released(first.id, "the service was stopped", is_counted=False)
+    waiting = await queue.list(state=JobState.QUEUED)
+    assert [(each.job.id, each.job.starts, each.position) for each in waiting] == [(second.id, 0, 2), (first.id, 0, 1)]
 
 
 async def test_a_row_that_cannot_be_read_any_more_is_a_failed_job(open_one, ends):
@@ -364,6 +395,31 @@ async def test_a_worker_stays_with_its_model_for_a_time_however_long_all_have_wa
     assert await draw(drawing, 2) == ["a", "b"]
     monkeypatch.setattr("alphalayer.jobs.claims.STAY_S", 30.0)
     assert await draw(drawing, 6) == ["a"] * 3 + ["b"] * 3
+
+
+async def test_a_job_that_was_begun_before_goes_before_the_model_that_is_held(two):
+    asking, drawing = two
+    crashing = await asking.submit(spec(model="other"))
+    await asking.submit(spec(model="held"))
+    await soon(drawing.take("other"))
+    await drawing.started(crashing.id)
+    await drawing.released(crashing.id, "it died")
+    assert (await soon(drawing.take("held"))).id == crashing.id
+
+
+async def test_who_only_waits_does_not_count_the_queue(two, monkeypatch):
+    asking, drawing = two
+
+    async def never(*_arguments):
+        raise AssertionError("nobody reads a position here")
+
+    monkeypatch.setattr(asking._room, "positions", never)
+    job = await asking.submit(spec())
+    waiting = asyncio.create_task(asking.wait(job.id))
+    await soon(drawing.take())
+    await drawing.started(job.id)
+    await drawing.finished(job.id, result_of(job.spec))
+    assert (await soon(waiting)).state is JobState.DONE
 
 
 async def test_no_model_is_kept_waiting_by_a_stream_of_jobs_for_another(two, monkeypatch):
@@ -610,6 +666,12 @@ async def test_an_address_says_what_postgresqls_own_programs_understand(postgres
         assert (await soon(taking)).id == job.id
     finally:
         await queue.close()
+    # of several hosts the first one that answers
+    await (await SharedDispatcher.open(url.replace("@", "@127.0.0.1:1,"), 10)).close()
+    for wrong in ("postgresql://u:zzz/zzz@127.0.0.1/db", "postgresql://u@127.0.0.1:1/db?password=zzz"):
+        with pytest.raises(SetupFailed, match="cannot be opened") as refused:
+            await SharedDispatcher.open(wrong, 10)
+        assert "zzz" not in str(refused.value)
     # the server here has no TLS
     for wrong in ("?sslmode=require", "?sslmode=nonsense", "_not_there"):
         with pytest.raises(SetupFailed, match="cannot be opened"):

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
+import sqlite3
 import subprocess
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ import httpx
 import pytest
 from fastapi.testclient import TestClient
 from tests import fake_service
-from tests.serving import FAKE, free_port, wait_until
+from tests.serving import FAKE, free_port, served, wait_until
 
 from alphalayer.app import create_app
 from alphalayer.config import Settings
@@ -101,8 +103,32 @@ def test_the_deadline_is_one_for_all(tmp_path):
         wait_until(lambda: "running" in states(client).values())
         assert stop(process) < 3
         assert (at_work.result().status_code, at_work.result().json()["code"]) == (503, "stopping")
+    # it is given back as if it had not been started: no fault of the job
+    assert journal(tmp_path) == [("queued", 0)]
     with service(tmp_path, step_s=0.0, drain_s=5) as (_, client):
         wait_until(lambda: states(client) == {0: "done"})
+
+
+def test_the_end_of_the_last_job_is_waited_for(tmp_path, monkeypatch):
+    with served(tmp_path) as client:
+        dispatcher, ending = client.app.state.parts.dispatcher, threading.Event()
+        finished = dispatcher.finished
+
+        async def finished_late(job_id: str, outcome: Any) -> None:
+            ending.set()
+            await asyncio.sleep(0.5)
+            await finished(job_id, outcome)
+
+        monkeypatch.setattr(dispatcher, "finished", finished_late)
+        submit(client, 0)
+        assert ending.wait(10)
+    assert journal(tmp_path) == [("done", 1)]
+
+
+def journal(folder: Path) -> list[tuple[str, int]]:
+    """State and starts of each job."""
+    with closing(sqlite3.connect(folder / "data" / "jobs.sqlite")) as file:
+        return file.execute("SELECT state, starts FROM jobs").fetchall()
 
 
 def test_a_service_that_ends_is_not_ready_and_takes_nobody_on(tmp_path):

@@ -6,21 +6,28 @@ import asyncio
 import concurrent.futures
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+from structlog.testing import capture_logs
 from tests.serving import free_port, served, wait_until
 
 from alphalayer import tasks
+from alphalayer.engine import GenerationResult, Order
 from alphalayer.engine.fake import FakeEngine
-from alphalayer.job import JobSpec, JobState
-from alphalayer.jobs import MAX_STARTS
+from alphalayer.errors import StorageFailed
+from alphalayer.job import Job, JobSpec, JobState
+from alphalayer.jobs import MAX_STARTS, embedded
 from alphalayer.jobs.embedded import EmbeddedDispatcher
+from alphalayer.jobs.journal import Journal
 from alphalayer.request import GenerationRequest
 from alphalayer.worker.protocol import read_message, write_message
 
@@ -74,8 +81,43 @@ def test_a_job_that_kills_its_engine_is_failed_and_the_next_one_drawn(tmp_path):
         assert 'alphalayer_jobs_total{outcome="done"} 1.0' in counted
 
 
+class Breaking(FakeEngine):
+    """As a GPU after an illegal access: what "boom" does to it stays until its process ends."""
+
+    is_broken = False
+
+    def draw(self, orders: Sequence[Order]) -> list[GenerationResult]:
+        self.is_broken |= any(order.request.prompt == "boom" for order in orders)
+        if self.is_broken:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        return super().draw(orders)
+
+
+def create_breaking(_options: dict[str, Any]) -> FakeEngine:
+    return Breaking(batch_pixels=3 * 64 * 64)
+
+
+def test_an_engine_that_is_broken_for_good_fails_the_job_that_broke_it_and_no_other(tmp_path):
+    large = {**BODY, "width": 1024, "height": 1024, "format": "webp"}
+    bodies = [large, BODY, {**BODY, "prompt": "boom"}, BODY, BODY]
+    with served(tmp_path, engine="tests.integration.test_durability:create_breaking") as client:
+        jobs = [client.post("/alpha/v1/jobs", json=body).json()["url"] for body in bodies]
+        wait_until(lambda: all(client.get(job).json()["finished_at"] for job in jobs), 30)
+        ended = [client.get(job).json() for job in jobs]
+        assert [job["state"] for job in ended] == ["done", "done", "failed", "done", "done"]
+        assert ended[2]["error"]["code"] == "engine_failed"
+        assert "illegal memory access" in ended[2]["error"]["detail"]
+        counted = client.get("/metrics").text
+        assert 'alphalayer_engine_starts_total{engine="cpu"} 3.0' in counted
+        wait_until(lambda: client.get("/ping").status_code == 200)
+    with closing(sqlite3.connect(tmp_path / "data" / "jobs.sqlite")) as journal:
+        starts = [row[0] for row in journal.execute("SELECT starts FROM jobs ORDER BY created_at")]
+    # the large one was still being stored when the GPU broke
+    assert (starts[0], starts[2]) == (1, 2)
+
+
 class Unwarmable(FakeEngine):
-    """Breaks the promise of `warm_up`."""
+    """A GPU that is broken from the start."""
 
     def warm_up(self) -> None:
         raise IndexError("list index out of range")
@@ -115,6 +157,20 @@ def test_an_engine_that_hangs_is_killed(tmp_path):
                 hanging.result()
 
 
+def test_an_engine_that_is_not_heard_as_the_database_is_away_does_not_hang(tmp_path, monkeypatch):
+    with served(tmp_path, silence_limit_s=0.5) as client:
+        first, dispatcher = engine_pid(client), client.app.state.parts.dispatcher
+        started = dispatcher.started
+
+        async def started_late(job_id: str) -> None:
+            await asyncio.sleep(2.5)
+            await started(job_id)
+
+        monkeypatch.setattr(dispatcher, "started", started_late)
+        assert client.post("/alpha/v1/txt2img", json=BODY).status_code == 200
+        assert engine_pid(client) == first
+
+
 def hanging_engine(_options):
     time.sleep(3600)
 
@@ -123,6 +179,7 @@ def test_an_engine_that_hangs_while_it_starts_is_killed(tmp_path):
     engine = "tests.integration.test_durability:hanging_engine"
     with served(tmp_path, engine=engine, wait_ready=False, silence_limit_s=0.5) as client:
         wait_until(lambda: "signal 9" in client.get("/readyz").text, 20)
+        assert "silence_limit_s" in client.get("/readyz").text
 
 
 def test_an_engine_that_cannot_be_started_is_tried_again(tmp_path, monkeypatch):
@@ -201,8 +258,33 @@ def test_a_restart_keeps_the_order_and_gives_up_on_what_was_started_too_often(tm
         given_up = await again.view(ids[0])
         assert given_up is not None
         assert given_up.job.state is JobState.FAILED
+        assert [view.job.id for view in await again.list(state=JobState.QUEUED)] == ids[:0:-1]
         assert [(await again.take()).id for _ in range(3)] == ids[1:]
         await again.close()
+
+    asyncio.run(scenario())
+
+
+def test_a_start_does_not_wait_for_room_to_note_what_is_over(tmp_path, monkeypatch):
+    async def scenario() -> None:
+        spec = JobSpec(generation=GenerationRequest(prompt="x"))
+        dispatcher = await EmbeddedDispatcher.open(tmp_path / "jobs.sqlite", 10)
+        stopped, waiting = [(await dispatcher.submit(spec)).id for _ in range(2)]
+        await dispatcher.started((await dispatcher.take()).id)
+        await dispatcher.cancel(stopped)
+        await dispatcher.close()
+
+        monkeypatch.setattr(embedded, "END_S", 0.1)
+        with monkeypatch.context() as full, capture_logs() as logs:
+            full.setattr(Journal, "save", no_room)
+            again = await asyncio.wait_for(EmbeddedDispatcher.open(tmp_path / "jobs.sqlite", 10), 5)
+            assert (await again.take()).id == waiting
+        assert ("outcome_not_written", stopped) in [(line["event"], line.get("job")) for line in logs]
+        assert (await asyncio.wait_for(again.wait(stopped), 5)).state is JobState.CANCELLED
+        await again.close()
+
+    async def no_room(_journal: Journal, _job: Job) -> bool:
+        raise StorageFailed("the disk is full.")
 
     asyncio.run(scenario())
 

@@ -81,6 +81,8 @@ def test_a_journal_without_room(tmp_path, small_disk):
         wait_until(lambda: client.post("/alpha/v1/jobs", json=BODY).status_code == 507)
         assert_told(client.post("/alpha/v1/txt2img", json=BODY), "full")
         assert client.get(f"/alpha/v1/jobs/{accepted}").json()["state"] in ("queued", "running")
+        # one that waits cannot be stopped either, and goes on
+        assert_told(client.delete(f"/alpha/v1/jobs/{waiting}"), "full")
         filler.unlink()
         for job in (accepted, waiting):
             wait_until(lambda job=job: client.get(f"/alpha/v1/jobs/{job}").json()["state"] == "done", 20)

@@ -62,3 +62,9 @@ async def test_a_migration_that_breaks_off_has_changed_nothing(tmp_path: Path, m
     dispatcher = await EmbeddedDispatcher.open(file, 10)
     assert (await dispatcher.take()).spec.generation.prompt == "an old apple"
     await dispatcher.close()
+
+
+async def test_a_folder_may_be_called_as_it_likes(tmp_path: Path):
+    file = tmp_path / "a?b" / "c%20d" / "jobs.sqlite"
+    await (await EmbeddedDispatcher.open(file, 10)).close()
+    assert {each.name for each in file.parent.iterdir()} >= {"jobs.sqlite", "jobs.sqlite.lock"}

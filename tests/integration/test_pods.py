@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from tests.servers import Postgres, postgres_programs, s3_program
@@ -18,6 +20,29 @@ def test_pods_and_workers_die_and_no_job_is_lost(tmp_path: Path):
     result = pods.run(tmp_path, pods=2, workers=2, jobs=30, kills=4)
     assert result["faults"] == []
     assert result["done"] >= 30
+
+
+@pytest.mark.skipif(sys.platform == "win32" or not postgres_programs(), reason="needs PostgreSQL")
+def test_a_pod_that_a_proxy_gave_up_takes_no_picture_from_the_one_that_it_asked_next(tmp_path: Path):
+    """The proxy closes on one pod and asks another one under the same key; only then the first sees that its client left."""
+    postgres = Postgres()
+    slow, body = {"engine_options": {"step_s": 0.05}}, {"prompt": "x", "steps": 30, "width": 64, "height": 64}
+    asked = {"url": "/alpha/v1/txt2img", "json": body, "headers": {"Idempotency-Key": "a-proxys-own"}}
+    try:
+        with (
+            served(tmp_path / "one", database=postgres.url, **slow) as one,
+            served(tmp_path / "other", database=postgres.url, role="api") as other,
+            ThreadPoolExecutor(2) as pool,
+        ):
+            given_up = pool.submit(one.post, **asked, timeout=0.7)
+            wait_until(lambda: other.get("/alpha/v1/jobs").json()["jobs"])
+            asked_next = pool.submit(other.post, **asked)
+            assert isinstance(given_up.exception(), httpx.ReadTimeout)
+            assert asked_next.result().status_code == 200
+            states = sorted(job["state"] for job in other.get("/alpha/v1/jobs").json()["jobs"])
+            assert states == ["cancelled", "done"]
+    finally:
+        postgres.remove()
 
 
 @pytest.mark.skipif(sys.platform == "win32" or not postgres_programs(), reason="needs PostgreSQL")

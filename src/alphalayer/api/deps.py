@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Generator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ from alphalayer.api.auth import Gate
 from alphalayer.api.ending import Ending, stopping
 from alphalayer.catalog import ModelEntry, check_layerdiffuse_method, find_lora, resolve_model
 from alphalayer.errors import AlphalayerError, Cancelled, InvalidRequest, ModelNotFound, ModelUnusable
-from alphalayer.job import Job, JobSpec, JobState
+from alphalayer.job import Job, JobSpec, JobState, new_id
 from alphalayer.jobs import Dispatcher, JobView
 from alphalayer.request import DecodeMode, GenerationRequest, NoiseSource
 from alphalayer.storage import Storage
@@ -32,7 +32,7 @@ class Service:
     models_dir: Path
     list_models: Callable[[], list[ModelEntry]]
     is_ready: Callable[[], bool]
-    readiness: Callable[[], dict[str, Any]]
+    readiness: Callable[[], Awaitable[dict[str, Any]]]
     retry_after_s: Callable[[], int]
     metrics: Metrics
     gate: Gate
@@ -76,7 +76,8 @@ IdempotencyKey = Annotated[
         alias="Idempotency-Key",
         min_length=1,
         max_length=200,
-        description="The same key gives the same job again, whatever became of the first answer.",
+        description="The same key gives the same job again, whatever became of the first answer; "
+        "a new one where the client left before its picture was done.",
     ),
 ]
 
@@ -122,17 +123,60 @@ def _check_models(service: Service, generation: GenerationRequest) -> None:
         check_layerdiffuse_method(entry, generation.layerdiffuse.method)
 
 
-async def submit_job(service: Service, spec: JobSpec, owner: str, idempotency_key: str | None = None) -> Job:
-    """Queue a job and log it. Raises `QueueFull`; `InvalidRequest` or `ModelUnusable` for too many pixels or what is not there."""
+async def submit_job(
+    service: Service, spec: JobSpec, owner: str, idempotency_key: str | None = None, job_id: str | None = None
+) -> Job:
+    """Queue a job and log it; see `Dispatcher.submit`. Raises `QueueFull`; `InvalidRequest` or `ModelUnusable` for too many pixels or
+    what is not there."""
     spec.check_pixels(service.max_pixels)
     asked = spec.generation
     if service.knows_models and (asked.model or asked.loras or asked.layerdiffuse.method != "attention"):
         await asyncio.to_thread(_check_models, service, asked)
     traced = spec.model_copy(update={"traceparent": here()})
-    job = await service.dispatcher.submit(traced, owner=owner, idempotency_key=idempotency_key)
+    job = await service.dispatcher.submit(traced, owner=owner, idempotency_key=idempotency_key, job_id=job_id)
     said = {"prompt": spec.generation.prompt} if service.log_prompts else {}
     log.info("job_accepted", job=job.id, owner=owner, **said)
     return job
+
+
+class Errand:
+    """What one request waits for: a job that it made, or one that another request made with the same key. A client that leaves takes
+    along only what its own request made, and with it the key: the same request draws anew then."""
+
+    def __init__(self, service: Service, spec: JobSpec, owner: str, idempotency_key: str | None):
+        self._service = service
+        self._asked = (spec, owner, idempotency_key)
+        self._key = idempotency_key
+        self._own_id: str | None = None
+        self.job_id = ""
+
+    async def submit(self) -> None:
+        """Queue the job, or find it. Raises `Stopping` where the service ends, and what `submit_job` does."""
+        self._service.ending.check()
+        self._own_id = new_id()
+        self.job_id = (await submit_job(self._service, *self._asked, job_id=self._own_id)).id
+
+    async def submit_again(self, job: Job | None) -> bool:
+        """Queue it anew where the job was cancelled as another client left; whether it was. A key that leads to the same job still says
+        that somebody wanted that one to stop."""
+        if job is None or job.state is not JobState.CANCELLED or self._key is None:
+            return False
+        await self.submit()
+        return self.job_id != job.id
+
+    async def follow(self) -> AsyncIterator[JobView]:
+        """How the job stands, as `follow` says it; then the same of the job that took its place, if one did."""
+        while True:
+            last: JobView | None = None
+            async for view in follow(self._service, self.job_id):
+                yield (last := view)
+            if not await self.submit_again(last and last.job):
+                return
+
+    async def leave(self) -> None:
+        """The client left. Not where the service ends, which cancels its requests: that is no wish of the client."""
+        if self.job_id == self._own_id and not self._service.ending.has_begun:
+            await asyncio.shield(self._service.dispatcher.cancel(self.job_id, free_key=True))
 
 
 async def run_job(request: Request, spec: JobSpec, owner: str, idempotency_key: str | None = None) -> Job:
@@ -144,26 +188,38 @@ async def run_job(request: Request, spec: JobSpec, owner: str, idempotency_key: 
         Stopping: the service ends before the job; it stays in the queue.
         QueueFull, InvalidRequest, ModelUnusable: see `submit_job`.
     """
-    dispatcher, ending = service(request).dispatcher, service(request).ending
-    ending.check()
-    job = await submit_job(service(request), spec, owner, idempotency_key)
-    done, left = asyncio.create_task(dispatcher.wait(job.id)), asyncio.create_task(_client_left(request))
-    ended = asyncio.create_task(ending.wait(job.id, elsewhere=True))
+    errand = Errand(service(request), spec, owner, idempotency_key)
+    left = asyncio.create_task(_client_left(request))
+    try:
+        await errand.submit()
+        job = await _end_of(service(request), errand.job_id, left)
+        while await errand.submit_again(job):
+            job = await _end_of(service(request), errand.job_id, left)
+    except asyncio.CancelledError:
+        await errand.leave()
+        raise
+    finally:
+        left.cancel()
+    if job is None:
+        await errand.leave()
+        raise Cancelled("the client left.")
+    return raise_if_failed(job)
+
+
+async def _end_of(service: Service, job_id: str, left: asyncio.Task[None]) -> Job | None:
+    """The job, once it is over; None where the client leaves before. Raises `Stopping`."""
+    done = asyncio.create_task(service.dispatcher.wait(job_id))
+    ended = asyncio.create_task(service.ending.wait(job_id, elsewhere=True))
     try:
         await asyncio.wait((done, left, ended), return_when=asyncio.FIRST_COMPLETED)
         if done.done():
-            return raise_if_failed(done.result())
-        if ended.done() and not left.done():
-            raise stopping()
-        raise Cancelled("the client left.")
-    except (Cancelled, asyncio.CancelledError) as error:
-        # a server that ends cancels its requests; that is no wish of the client
-        if isinstance(error, Cancelled) or not ending.has_begun:
-            await asyncio.shield(dispatcher.cancel(job.id))
-        raise
+            return done.result()
+        if left.done():
+            return None
+        raise stopping()
     finally:
-        for task in (done, left, ended):
-            task.cancel()
+        done.cancel()
+        ended.cancel()
 
 
 async def follow(service: Service, job_id: str) -> AsyncIterator[JobView]:

@@ -140,7 +140,8 @@ async def listing(
 
 @router.delete("/{job_id}", summary="Cancel a job")
 async def cancel(job_id: JobId, request: Request, service: ServiceDep, user: User) -> JobAnswer:
-    """Stops this job and no other, within a step if it runs. One that is over stays as it is."""
+    """Stops this job and no other: within a step if it runs, and with the others of its batch if it is drawn with some. One that is over
+    stays as it is."""
     await _view(service, job_id, user)
     await service.dispatcher.cancel(job_id)
     return answer(await _view(service, job_id, user), base_url(request))

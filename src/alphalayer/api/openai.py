@@ -18,17 +18,16 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 
 from alphalayer import faults, images
 from alphalayer.api.deps import (
+    Errand,
     IdempotencyKey,
     Service,
     ServiceDep,
     User,
     base_url,
     file_url,
-    follow,
     raise_if_failed,
     read_file,
     run_job,
-    submit_job,
     wire_names,
 )
 from alphalayer.api.problems import NotImplementedYet, Problem, openai_error
@@ -230,10 +229,10 @@ async def generations(
     model = await asyncio.to_thread(_known_model, body.model, service)
     spec = body.to_spec(service, model)
     if body.stream:
-        service.ending.check()
+        errand = Errand(service, spec, user, idempotency_key)
         with wire_names(FIELDS):
-            job = await submit_job(service, spec, user, idempotency_key)
-        events = _never_silent(_events(body, service, job.id))
+            await errand.submit()
+        events = _never_silent(_events(body, service, errand))
         return StreamingResponse(events, media_type="text/event-stream", headers=STREAM_HEADERS)
     with wire_names(FIELDS):
         job = await run_job(request, spec, user, idempotency_key)
@@ -299,11 +298,11 @@ async def _never_silent(events: AsyncIterator[str]) -> AsyncIterator[str]:
         following.cancel()
 
 
-async def _events(body: GenerationsRequest, service: Service, job_id: str) -> AsyncIterator[str]:
+async def _events(body: GenerationsRequest, service: Service, errand: Errand) -> AsyncIterator[str]:
     """The events of a job; a client that leaves takes its job along."""
     sent, job = 0, None
     try:
-        async for view in follow(service, job_id):
+        async for view in errand.follow():
             job = view.job
             preview = view.progress.preview
             if preview and not job.state.is_final and _is_due(view, sent, body.partial_images):
@@ -316,7 +315,7 @@ async def _events(body: GenerationsRequest, service: Service, job_id: str) -> As
     except AlphalayerError as error:
         yield f"event: error\ndata: {json.dumps(openai_error(Problem.of(error)))}\n\n"
     except (asyncio.CancelledError, GeneratorExit):
-        await asyncio.shield(service.dispatcher.cancel(job_id))
+        await errand.leave()
         raise
 
 

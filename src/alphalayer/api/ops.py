@@ -22,7 +22,7 @@ async def livez() -> dict[str, str]:
 @router.get("/readyz", summary="Can it draw?", responses={503: {"description": "Not now; the body says why."}})
 async def readyz(service: ServiceDep, response: Response) -> dict[str, Any]:
     """200 when an engine is ready and there is a model to draw with, else 503 with the reason."""
-    ready = service.readiness()
+    ready = await service.readiness()
     if not ready["ready"]:
         response.status_code = 503
     return ready

@@ -73,8 +73,11 @@ class Dispatcher(Protocol):
         """Give everything back; what is not over stays in the journal."""
         ...
 
-    async def submit(self, spec: JobSpec, *, owner: str = "", idempotency_key: str | None = None) -> Job:
+    async def submit(
+        self, spec: JobSpec, *, owner: str = "", idempotency_key: str | None = None, job_id: str | None = None
+    ) -> Job:
         """Accept a job; from then on it is not lost. The same owner and key give the same job again, however full the queue is.
+        `job_id` is the id that a new one gets (see `alphalayer.job.new_id`), for those who want to know whether it is theirs.
 
         Raises:
             QueueFull: no room.
@@ -92,8 +95,9 @@ class Dispatcher(Protocol):
         """Jobs, newest first, created before a time."""
         ...
 
-    async def cancel(self, job_id: str) -> bool:
-        """Stop this job, if it is not over; whether there was something to stop."""
+    async def cancel(self, job_id: str, *, free_key: bool = False) -> bool:
+        """Stop this job, if it is not over; whether there was something to stop. `free_key`: it gives up its idempotency key, so that
+        the same request is a new job. Raises `StorageFailed` where that cannot be written down; then the job goes on."""
         ...
 
     async def wait(self, job_id: str) -> Job:
@@ -124,8 +128,9 @@ class Dispatcher(Protocol):
         """It is over. Says nothing where it was over already."""
         ...
 
-    async def released(self, job_id: str, reason: str) -> None:
-        """The engine process is gone: back to the front of the queue, or failed after `MAX_STARTS` starts."""
+    async def released(self, job_id: str, reason: str, *, is_counted: bool = True) -> None:
+        """The engine process is gone: back to the front of the queue, or failed after `MAX_STARTS` starts. Where it was ended in good
+        order, this start is not counted."""
         ...
 
     async def cancel_asked(self, job_id: str) -> None:

@@ -70,10 +70,12 @@ async def claim_next(
     stale = await queue.stale_jobs(timedelta(seconds=CLAIM_S), 1) if may_take_over else []
     if stale and (claimed := await claim(queue, worker, stale[0].entrypoint, CLAIM_S)):
         return claimed
-    ages = sorted(await queue.queue_age(), key=lambda each: (not each.entrypoint.endswith(AGAIN), each.oldest_created))
+    waiting = sorted(await queue.queue_age(), key=lambda each: each.oldest_created)
+    again = [each for each in waiting if each.entrypoint.endswith(AGAIN)]
+    ages = [each for each in waiting if each not in again]
     mine = [each for each in ages if each.entrypoint.split("/")[0] == model_key(holding)]
     stays = patience.lasts(model_key(holding), is_tried=bool(mine) and mine[0] is not ages[0])
-    for each in [*(mine if stays else []), *ages]:
+    for each in [*again, *(mine if stays else []), *ages]:
         if claimed := await claim(queue, worker, each.entrypoint):
             return claimed
     return None

@@ -17,9 +17,12 @@ from alphalayer.errors import AlphalayerError, Cancelled, QueueFull, SetupFailed
 from alphalayer.job import Job, JobProgress, JobResult, JobSpec, JobState
 from alphalayer.jobs import MAX_STARTS, USUAL_SECONDS, JobView, OnEnd, Outcome, eta, gave_up, nobody, over
 from alphalayer.jobs.journal import Journal
+from alphalayer.telemetry import log
 
 LOOK_EVERY_S = 2.0
 """How often whoever watches a waiting job is told the time left."""
+END_S = 2.0
+"""How long a start waits until jobs that are over by now are noted as such."""
 
 
 @dataclass
@@ -57,6 +60,7 @@ class EmbeddedDispatcher:
         self._waiting: deque[str] = deque()
         self._arrived = asyncio.Condition()
         self._accepting = 0
+        self._ending: set[asyncio.Task[None]] = set()
         self._usual_seconds = USUAL_SECONDS
 
     @classmethod
@@ -83,18 +87,25 @@ class EmbeddedDispatcher:
         for job in await dispatcher._journal.unfinished():
             dispatcher._live[job.id] = _Live(job)
             if job.error:  # it cannot be read
-                await dispatcher.finished(job.id, AlphalayerError.from_dict(job.error))
+                dispatcher._end_soon(job.id, AlphalayerError.from_dict(job.error))
             elif job.cancel_asked:
-                await dispatcher.finished(job.id, Cancelled("cancelled."))
+                dispatcher._end_soon(job.id, Cancelled("cancelled."))
             elif job.starts >= MAX_STARTS:
-                await dispatcher.finished(job.id, gave_up("the service stopped while it ran"))
+                dispatcher._end_soon(job.id, gave_up("the service stopped while it ran"))
             else:
-                dispatcher._live[job.id].update(state=JobState.QUEUED)
                 dispatcher._waiting.append(job.id)
+                if job.state is JobState.RUNNING:
+                    await dispatcher._note(dispatcher._live[job.id], state=JobState.QUEUED)
+        if dispatcher._ending:
+            # on a full disk they are over later, and the service starts all the same
+            await asyncio.wait(dispatcher._ending, timeout=END_S)
         return dispatcher
 
     async def close(self) -> None:
         """Close the journal; what is not over stays in it."""
+        for task in self._ending:
+            task.cancel()
+        await asyncio.gather(*self._ending, return_exceptions=True)
         await self._journal.close()
         self._lock.release()
 
@@ -117,9 +128,11 @@ class EmbeddedDispatcher:
         """The ids of all jobs that are not over."""
         return set(self._live)
 
-    async def submit(self, spec: JobSpec, *, owner: str = "", idempotency_key: str | None = None) -> Job:
+    async def submit(
+        self, spec: JobSpec, *, owner: str = "", idempotency_key: str | None = None, job_id: str | None = None
+    ) -> Job:
         """Accept a job; see the protocol."""
-        new = Job.new(spec, owner, idempotency_key)
+        new = Job.new(spec, owner, idempotency_key, job_id)
         if known := await self._journal.known(new):
             return known.repeated_by(new)
         # a place is taken before the journal is awaited, so that a crowd cannot pass the limit together
@@ -171,18 +184,29 @@ class EmbeddedDispatcher:
         found = await self._journal.list(owner, state, limit, before)
         return [self._view(self._live[job.id]) if job.id in self._live else JobView(job) for job in found]
 
-    async def cancel(self, job_id: str) -> bool:
-        """Stop a job; one that runs is over when its engine says so."""
+    async def cancel(self, job_id: str, *, free_key: bool = False) -> bool:
+        """Stop a job; one that runs is over when its engine says so. See the protocol."""
         live = self._live.get(job_id)
         if live is None:
             return False
-        live.cancel.set()
-        if job_id in self._waiting:
-            await self._over(live, Cancelled("cancelled."))
-        else:
+        before = live.job
+        if free_key:
+            live.job = before.model_copy(update={"idempotency_key": None})
+        if job_id not in self._waiting:
+            live.cancel.set()
             # for the next start, should this one end before the engine stops
             with contextlib.suppress(StorageFailed):
-                await self._journal.ask_to_cancel(job_id)
+                await self._journal.ask_to_cancel(live.job)
+            return True
+        place = self._waiting.index(job_id)
+        self._waiting.remove(job_id)
+        try:
+            await self._write_end(live, Cancelled("cancelled."))
+        except StorageFailed:
+            live.job = before
+            self._waiting.insert(place, job_id)
+            await self._ring()
+            raise
         return True
 
     async def wait(self, job_id: str) -> Job:
@@ -227,11 +251,7 @@ class EmbeddedDispatcher:
     async def started(self, job_id: str) -> None:
         """Count a start; see the protocol."""
         live = self._live[job_id]
-        starts = live.job.starts + 1
-        live.update(state=JobState.RUNNING, started_at=time.time(), starts=starts)
-        # on a full disk the start is counted in memory alone; the job goes on and ends with its own error
-        with contextlib.suppress(StorageFailed):
-            await self._journal.save(live.job)
+        await self._note(live, state=JobState.RUNNING, started_at=time.time(), starts=live.job.starts + 1)
 
     async def progressed(self, job_id: str, progress: JobProgress) -> None:
         """Note progress; in memory only."""
@@ -248,19 +268,22 @@ class EmbeddedDispatcher:
             self._learn(live.job)
         await self._over(live, outcome)
 
-    async def released(self, job_id: str, reason: str) -> None:
+    async def released(self, job_id: str, reason: str, *, is_counted: bool = True) -> None:
         """Queue a job again whose engine is gone, or fail it; see the protocol."""
         live = self._live.get(job_id)
         if live is None:
             return
+        was_started = live.job.state is JobState.RUNNING
+        starts = live.job.starts - (was_started and not is_counted)
         if live.cancel.is_set():
             await self._over(live, Cancelled("cancelled."))
-        elif live.job.starts >= MAX_STARTS:
+        elif starts >= MAX_STARTS:
             await self.finished(job_id, gave_up(reason))
         else:
-            live.update(state=JobState.QUEUED)
             live.progress = JobProgress()
             self._waiting.appendleft(job_id)
+            if was_started:
+                await self._note(live, state=JobState.QUEUED, starts=starts)
             await self._ring()
 
     async def cancel_asked(self, job_id: str) -> None:
@@ -281,20 +304,32 @@ class EmbeddedDispatcher:
         with contextlib.suppress(StorageFailed):
             await self._journal.webhook_told(job_id, due, tries)
 
+    async def _note(self, live: _Live, **changes: Any) -> None:
+        """Change a job; on a full disk in memory alone: it goes on, and ends with an error of its own."""
+        live.update(**changes)
+        with contextlib.suppress(StorageFailed):
+            await self._journal.save(live.job)
+
+    def _end_soon(self, job_id: str, outcome: Outcome) -> None:
+        ending = asyncio.create_task(self.finished(job_id, outcome))
+        self._ending.add(ending)
+        ending.add_done_callback(self._ending.discard)
+
     async def _over(self, live: _Live, outcome: Outcome) -> None:
-        job_id = live.job.id
-        if job_id in self._waiting:
-            self._waiting.remove(job_id)
-        live.job = live.job.model_copy(update={"finished_at": time.time(), **over(outcome)})
+        """End a job. On a full disk its outcome is kept, and written again until it is safe; those who wait get it then."""
         while True:
             try:
-                await self._journal.save(live.job)
-                break
-            except StorageFailed:
-                # a full disk: keep the outcome and try again; those who wait get it once it is safe
+                return await self._write_end(live, outcome)
+            except StorageFailed as error:
+                log.warning("outcome_not_written", job=live.job.id, error=str(error))
                 await asyncio.sleep(1.0)
-        self._live.pop(job_id, None)
-        self._on_end(job_id, outcome)
+
+    async def _write_end(self, live: _Live, outcome: Outcome) -> None:
+        """Write an outcome down, then tell everybody. Raises `StorageFailed`."""
+        live.job = live.job.model_copy(update={"finished_at": time.time(), **over(outcome)})
+        await self._journal.save(live.job)
+        self._live.pop(live.job.id, None)
+        self._on_end(live.job.id, outcome)
         live.wake()
         self._wake_waiting()
 

@@ -10,7 +10,7 @@ import asyncio
 import json
 import sqlite3
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ from sqlalchemy import (
     update,
 )
 from sqlalchemy.dialects import postgresql, sqlite
-from sqlalchemy.engine import make_url
+from sqlalchemy.engine import URL
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
@@ -69,7 +69,7 @@ jobs = Table(
 )
 
 OPEN = [JobState.QUEUED.value, JobState.RUNNING.value]
-_CHANGING = ("state", "started_at", "finished_at", "starts", "result", "error")
+_CHANGING = ("state", "idempotency_key", "started_at", "finished_at", "starts", "result", "error")
 ADD = {
     "sqlite": sqlite.insert(jobs).on_conflict_do_nothing(index_elements=["owner", "idempotency_key"]),
     "postgresql": postgresql.insert(jobs).on_conflict_do_nothing(index_elements=["owner", "idempotency_key"]),
@@ -128,13 +128,14 @@ class Journal:
         try:
             if isinstance(place, Path):
                 place.parent.mkdir(parents=True, exist_ok=True)
-                engine = patient = create_async_engine(f"sqlite+aiosqlite:///{place}", hide_parameters=True)
+                file = URL.create("sqlite+aiosqlite", database=str(place))
+                engine = patient = create_async_engine(file, hide_parameters=True)
                 event.listen(engine.sync_engine, "connect", _tune)
             else:
                 from alphalayer.jobs import postgres
 
                 engine, patient = postgres.create_engine(place, postgres.ANSWER_S), postgres.create_engine(place)
-                place = make_url(place).render_as_string(hide_password=True)
+                place = "in PostgreSQL"  # its address may hold a password in more than one place
                 hint = "Check the address, and that PostgreSQL runs."
             try:
                 async with patient.begin() as connection:
@@ -154,14 +155,13 @@ class Journal:
 
     async def add(self, job: Job) -> Job:
         """Write a new job; the one that is there already if owner and idempotency key are known. Raises `StorageFailed`."""
-        if await self._write(self._add, row_of(job)):
-            return job
-        same = await self.known(job)
-        assert same is not None, job.id
-        return same
+        while not await self._write(self._add, row_of(job)):
+            if same := await self.known(job):
+                return same
+        return job
 
     async def known(self, job: Job) -> Job | None:
-        """The job that came with the same owner and idempotency key before. Raises `StorageFailed`."""
+        """The job that came with the same owner and idempotency key before, if it still has it. Raises `StorageFailed`."""
         if job.idempotency_key is None:
             return None
         same = (jobs.c.owner == job.owner) & (jobs.c.idempotency_key == job.idempotency_key)
@@ -175,9 +175,10 @@ class Journal:
         changed["webhook_due"] = job.finished_at if job.state.is_final and job.spec.webhook else None
         return await self._write(_SAVE, {**changed, "job_id": job.id}) > 0
 
-    async def ask_to_cancel(self, job_id: str) -> None:
-        """Note that a job that runs is to stop. Raises `StorageFailed`."""
-        await self._write(update(jobs).where(jobs.c.id == job_id).values(cancel_asked=True))
+    async def ask_to_cancel(self, job: Job) -> None:
+        """Note that a job that runs is to stop, and its key. Raises `StorageFailed`."""
+        asked = {"cancel_asked": True, "idempotency_key": job.idempotency_key}
+        await self._write(update(jobs).where(jobs.c.id == job.id).values(asked))
 
     async def get(self, job_id: str) -> Job | None:
         """The job of that id."""
@@ -187,6 +188,10 @@ class Journal:
     async def unfinished(self) -> list[Job]:
         """All jobs that are not over, oldest first."""
         return await self._read(select(jobs).where(jobs.c.state.in_(OPEN)).order_by(jobs.c.created_at))
+
+    async def unfinished_ids(self) -> set[str]:
+        """The ids of all jobs that are not over. Raises `StorageFailed`."""
+        return {row["id"] for row in await self._rows(select(jobs.c.id).where(jobs.c.state.in_(OPEN)))}
 
     async def list(
         self, owner: str | None = None, state: JobState | None = None, limit: int = 50, before: float | None = None
@@ -212,12 +217,7 @@ class Journal:
         the longest due first. Raises `StorageFailed`."""
         due = (jobs.c.webhook_due <= now) & jobs.c.id.not_in(at_work)
         statement = select(jobs).where(due).order_by(jobs.c.webhook_due).limit(limit)
-        try:
-            async with self.engine.connect() as connection:
-                rows = (await connection.execute(statement)).mappings().all()
-        except UNREACHABLE as error:
-            raise self.fault(error) from None
-        return [(job_of(row), int(row["webhook_tries"])) for row in rows]
+        return [(job_of(row), int(row["webhook_tries"])) for row in await self._rows(statement)]
 
     async def claim_webhooks(self, now: float, limit: int, at_work: Collection[str] = ()) -> list[tuple[Job, int]]:
         """The same for one of many: what it gets is due for the others only after a minute."""
@@ -229,12 +229,7 @@ class Journal:
             .with_for_update(skip_locked=True)
         )
         claim = update(jobs).where(jobs.c.id.in_(chosen)).values(webhook_due=now + CLAIMED_S).returning(jobs)
-        try:
-            async with self.engine.begin() as connection:
-                rows = (await connection.execute(claim)).mappings().all()
-        except UNREACHABLE as error:
-            raise self.fault(error) from None
-        return [(job_of(row), int(row["webhook_tries"])) for row in rows]
+        return [(job_of(row), int(row["webhook_tries"])) for row in await self._rows(claim)]
 
     async def webhook_told(self, job_id: str, due: float | None, tries: int) -> None:
         """Note a try, and when the next one is due; None: no more. Raises `StorageFailed`."""
@@ -265,9 +260,12 @@ class Journal:
                     done.set_result(count)
 
     async def _read(self, statement: Any) -> list[Job]:
+        return [job_of(row) for row in await self._rows(statement)]
+
+    async def _rows(self, statement: Any) -> Sequence[Any]:
         try:
-            async with self.engine.connect() as connection:
-                return [job_of(row) for row in (await connection.execute(statement)).mappings()]
+            async with self.engine.begin() as connection:
+                return (await connection.execute(statement)).mappings().all()
         except UNREACHABLE as error:
             raise self.fault(error) from None
 

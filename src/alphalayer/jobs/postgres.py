@@ -23,8 +23,12 @@ async def connect(url: str, answer_s: float | None = None) -> Any:
     """An asyncpg connection. Raises `ConnectionError`, whatever the reason is why there is none."""
     try:
         return await asyncpg.connect(url, timeout=CONNECT_S, command_timeout=answer_s)
-    except (OSError, ValueError, asyncpg.PostgresError, asyncpg.InterfaceError, asyncio.TimeoutError) as error:
+    except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError, asyncio.TimeoutError) as error:
         raise ConnectionError(str(error) or f"no answer for {CONNECT_S} seconds") from error
+    except ValueError:
+        # the error quotes what stands in the place of the port, which may be a piece of the password
+        reason = "its address cannot be read; write postgresql://user:password@host:port/database, with % codes for / : @ ? #"
+        raise ConnectionError(reason) from None
 
 
 def create_engine(url: str, answer_s: float | None = None) -> AsyncEngine:

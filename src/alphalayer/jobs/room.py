@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from sqlalchemy import func, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from alphalayer.errors import QueueFull
-from alphalayer.job import Job, JobState
+from alphalayer.job import JobState
 from alphalayer.jobs import USUAL_SECONDS
 from alphalayer.jobs.journal import jobs
 
@@ -59,9 +59,16 @@ class Room:
         self.oldest_waiting_s = time.time() - since if since else 0.0
         self.usual_s = float(seconds) if seconds is not None else USUAL_SECONDS
 
-    async def position(self, connection: AsyncConnection, job: Job) -> int:
-        """The place in the queue of a job that waits; 1 is next."""
-        return (await connection.execute(_COUNT.where(jobs.c.created_at < job.created_at))).scalar_one() + 1
+    async def positions(self, connection: AsyncConnection, job_ids: Collection[str]) -> dict[str, int]:
+        """The places in the queue of those of the jobs that wait; 1 is next."""
+        waits = jobs.alias()
+        before = (
+            select(func.count() + 1)
+            .where(waits.c.state == JobState.QUEUED.value, waits.c.created_at < jobs.c.created_at)
+            .scalar_subquery()
+        )
+        found = await connection.execute(select(jobs.c.id, before).where(_WAITING, jobs.c.id.in_(job_ids)))
+        return dict(found.tuples().all())
 
     async def check(self, connection: AsyncConnection, owner: str) -> None:
         """Raises `QueueFull` where the queue, or the owner's share of it, has no room for one more."""

@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import time
 import uuid
-from collections.abc import AsyncIterator, Collection, Mapping
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 
 from pgqueuer.models import Job as QueueRow
 from pgqueuer.types import JobId, QueueManagerId
@@ -89,40 +89,41 @@ class SharedDispatcher:
 
     # --- for those who ask for pictures
 
-    async def submit(self, spec: JobSpec, *, owner: str = "", idempotency_key: str | None = None) -> Job:
+    async def submit(
+        self, spec: JobSpec, *, owner: str = "", idempotency_key: str | None = None, job_id: str | None = None
+    ) -> Job:
         """Accept a job; see the protocol. Pods that count at the same moment may pass the limit by as many as they are."""
-        job = Job.new(spec, owner, idempotency_key)
-        if known := await self._journal.known(job):
-            return known.repeated_by(job)
-        async with self._transaction() as (connection, queue):
-            await self._room.check(connection, owner)
-            [row_id] = await queue.enqueue(claims.entrypoint_of(job), job.id.encode())
-            added = await connection.execute(ADD["postgresql"], {**row_of(job), "queue_id": row_id})
-            if added.rowcount:
-                await self._news.tell(connection, "queued")
-                return job
-            await connection.rollback()
-        known = await self._journal.known(job)
-        assert known is not None, job.id
-        return known.repeated_by(job)
+        job = Job.new(spec, owner, idempotency_key, job_id)
+        while True:
+            if known := await self._journal.known(job):
+                return known.repeated_by(job)
+            async with self._transaction() as (connection, queue):
+                await self._room.check(connection, owner)
+                [row_id] = await queue.enqueue(claims.entrypoint_of(job), job.id.encode())
+                added = await connection.execute(ADD["postgresql"], {**row_of(job), "queue_id": row_id})
+                if added.rowcount:
+                    await self._news.tell(connection, "queued")
+                    return job
+                await connection.rollback()  # another request was quicker with this key
 
     async def view(self, job_id: str) -> JobView | None:
         """How a job stands; see the protocol."""
         job = await self._journal.get(job_id)
-        return await self._view(job) if job else None
+        return (await self._views([job]))[0] if job else None
 
     async def list(
         self, *, owner: str | None = None, state: JobState | None = None, limit: int = 50, before: float | None = None
     ) -> list[JobView]:
         """Jobs, newest first; see the protocol."""
-        return [await self._view(job) for job in await self._journal.list(owner, state, limit, before)]
+        return await self._views(await self._journal.list(owner, state, limit, before))
 
-    async def cancel(self, job_id: str) -> bool:
+    async def cancel(self, job_id: str, *, free_key: bool = False) -> bool:
         """Stop a job, wherever it is; see the protocol."""
-        changes = {"state": JobState.CANCELLED.value, "finished_at": time.time()}
+        freed = {"idempotency_key": None} if free_key else {}
+        changes = {"state": JobState.CANCELLED.value, "finished_at": time.time(), **freed}
         mine = jobs.c.id == job_id
         # the worker hears of it at once, or sees it with its next heartbeat, or another one does when it takes the job over
-        ask = update(jobs).where(mine, jobs.c.state.in_(OPEN)).values(cancel_asked=True)
+        ask = update(jobs).where(mine, jobs.c.state.in_(OPEN)).values(cancel_asked=True, **freed)
         async with self._transaction() as (connection, queue):
             waiting = mine & (jobs.c.state == JobState.QUEUED.value)
             row_id = (
@@ -139,11 +140,17 @@ class SharedDispatcher:
         return True
 
     async def wait(self, job_id: str) -> Job:
-        """The job, once it is over."""
-        async for view in self.watch(job_id):
-            if view.job.state.is_final:
-                return view.job
-        raise AssertionError(job_id)
+        """The job, once it is over; looks by itself now and then."""
+        with self._news.about(job_id) as changed:
+            while True:
+                changed.clear()
+                with contextlib.suppress(StorageFailed):
+                    job = await self._journal.get(job_id)
+                    assert job is not None, job_id
+                    if job.state.is_final:
+                        return job
+                with contextlib.suppress(asyncio.TimeoutError):
+                    await asyncio.wait_for(changed.wait(), LOOK_EVERY_S)
 
     async def watch(self, job_id: str) -> AsyncIterator[JobView]:
         """Every change of a job until it is over; looks by itself now and then."""
@@ -255,7 +262,7 @@ class SharedDispatcher:
             await asyncio.sleep(1.0)
         del self._held[job_id]
 
-    async def released(self, job_id: str, reason: str) -> None:
+    async def released(self, job_id: str, reason: str, *, is_counted: bool = True) -> None:
         """Give a job back to the queue whose engine is gone, or fail it; see the protocol."""
         held = self._held.get(job_id)
         if held is None:
@@ -263,7 +270,8 @@ class SharedDispatcher:
         if held.cancel.is_set():
             await self.finished(job_id, Cancelled("cancelled."))
             return
-        if held.start >= MAX_STARTS:
+        starts = held.start if is_counted else held.job.starts
+        if starts >= MAX_STARTS:
             await self.finished(job_id, gave_up(reason))
             return
         del self._held[job_id]
@@ -271,8 +279,8 @@ class SharedDispatcher:
             async with self._transaction() as (connection, queue):
                 if await held.is_of(self._worker, queue):
                     mine = (jobs.c.id == job_id) & (jobs.c.state.in_(OPEN)) & (jobs.c.starts == held.start)
-                    row_id = await claims.give_back(queue, held.row, held.job.model_copy(update={"starts": held.start}))
-                    back = {"state": JobState.QUEUED.value, "queue_id": row_id}
+                    row_id = await claims.give_back(queue, held.row, held.job.model_copy(update={"starts": starts}))
+                    back = {"state": JobState.QUEUED.value, "starts": starts, "queue_id": row_id}
                     await connection.execute(update(jobs).where(mine).values(back))
                     await self._news.tell(connection, "queued")
 
@@ -285,7 +293,7 @@ class SharedDispatcher:
 
     async def unfinished_ids(self) -> set[str]:
         """The ids of all jobs that are not over, anywhere."""
-        return {job.id for job in await self._journal.unfinished()}
+        return await self._journal.unfinished_ids()
 
     async def forget(self, finished_before: float) -> int:
         """Remove old jobs from the journal; how many."""
@@ -343,12 +351,18 @@ class SharedDispatcher:
             log.warning("outcome_too_late", job=ended.id, start=held.start)
         return True
 
-    async def _view(self, job: Job) -> JobView:
+    async def _views(self, found: Sequence[Job]) -> list[JobView]:
+        waiting = [job.id for job in found if job.state is JobState.QUEUED]
+        positions: dict[str, int] = {}
+        if waiting:
+            async with self._transaction() as (connection, _):
+                positions = await self._room.positions(connection, waiting)
+        return [self._view(job, positions.get(job.id)) for job in found]
+
+    def _view(self, job: Job, position: int | None) -> JobView:
         if job.state.is_final:
             return JobView(job)
-        if job.state is JobState.QUEUED:
-            async with self._transaction() as (connection, _):
-                position = await self._room.position(connection, job)
+        if position is not None:
             room = self._room
             rests = [eta.rest_s(at, self._news.progress_of(each)) for each, at in room.some_running.items()]
             return JobView(job, position, JobProgress(), eta.wait_s(rests, room.running, position - 1, room.usual_s))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import os
 import sys
 import time
@@ -17,7 +18,7 @@ from structlog.contextvars import bind_contextvars
 
 from alphalayer.errors import AlphalayerError, EngineFailed
 from alphalayer.job import Job, JobProgress, JobResult
-from alphalayer.jobs import Dispatcher
+from alphalayer.jobs import Dispatcher, Outcome
 from alphalayer.telemetry import Metrics, log
 from alphalayer.tracing import JobTrace, Traces
 from alphalayer.worker.batcher import next_batch
@@ -26,7 +27,7 @@ from alphalayer.worker.protocol import MAX_LINE_BYTES, read_message, write_messa
 LAST_STAGES = ("decode", "store")
 """Once a batch is here with its last step the next one is sent: it waits in the process, so that the device need not wait for it."""
 RESTART_PAUSE_S = (0.1, 1.0, 5.0, 15.0, 60.0)
-"""How long to wait before the process is started again, by how often it died without finishing anything."""
+"""How long to wait before the process is started again, by how often it died without finishing anything that it could draw."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,7 @@ class Supervisor:
         self._holding: str | None = None
         self._process: asyncio.subprocess.Process | None = None
         self._heard_at = 0.0
+        self._hung = False
         self._fruitless = 0
         self._draining = False
         self.is_ready = False
@@ -121,11 +123,15 @@ class Supervisor:
         while self._jobs:
             await asyncio.sleep(0.05)
 
-    async def _give_back(self, reason: str) -> None:
+    async def hand_back(self) -> None:
+        """Queue again what is still at work, as if it had not been begun; once `run` is over."""
+        await self._give_back("the service was stopped", is_counted=False)
+
+    async def _give_back(self, reason: str, *, is_counted: bool = True) -> None:
         """Queue again what the process had that is gone."""
         for job_id in reversed(list(self._jobs)):
-            await self._settle(job_id, reason)
-            await self._dispatcher.released(job_id, reason)
+            await self._dispatcher.released(job_id, reason, is_counted=is_counted)
+            await self._forget(job_id, reason)
         self._room = asyncio.Semaphore(1)
 
     async def _live(self) -> str:
@@ -144,11 +150,12 @@ class Supervisor:
         feeding: list[asyncio.Task[None]] = []
         try:
             await self._send("open", engine=spec.engine, options=spec.options, storage=spec.storage)
-            self._heard_at = time.monotonic()
+            self._heard_at, self._hung = time.monotonic(), False
             feeding = [asyncio.create_task(self._kill_when_hung(process))]
             assert process.stdout is not None
             async for line in process.stdout:
-                self._heard_at = time.monotonic()
+                # until this is noted, which a database may keep us from, nothing more is heard, and that is not the process's fault
+                self._heard_at = math.inf
                 message = read_message(line)
                 if message["kind"] == "ready":
                     log.info("engine_ready", pid=process.pid, device=message.get("device"))
@@ -158,6 +165,7 @@ class Supervisor:
                     feeding.append(asyncio.create_task(self._keep_feeding(process)))
                 else:
                     await self._hear(message)
+                self._heard_at = time.monotonic()
             code = await process.wait()
         except (ConnectionError, ValueError) as error:
             return f"its pipe broke: {error}"
@@ -171,7 +179,8 @@ class Supervisor:
                 process.kill()
             await process.wait()
             self._process = None
-        return f"the engine process ended with {_exit_text(code)}"
+        silence = f", as it had said nothing for {spec.silence_limit_s:g} s (silence_limit_s)" if self._hung else ""
+        return f"the engine process ended with {_exit_text(code)}{silence}"
 
     async def _keep_feeding(self, process: asyncio.subprocess.Process) -> None:
         """Feed the process; one that cannot be fed is ended, so that it is started again."""
@@ -208,7 +217,7 @@ class Supervisor:
     async def _hear(self, message: dict[str, Any]) -> None:
         kind, job_id = message["kind"], message.get("id")
         if kind == "failed" and job_id is None:
-            self.problem = AlphalayerError.from_dict(message["error"])
+            self.is_ready, self.problem = False, AlphalayerError.from_dict(message["error"])
             log.error("engine_not_ready", error=str(self.problem))
         if job_id not in self._jobs:
             return
@@ -228,14 +237,16 @@ class Supervisor:
         elif kind == "failed":
             await self._end(job_id, AlphalayerError.from_dict(message["error"]))
 
-    async def _end(self, job_id: str, outcome: JobResult | AlphalayerError) -> None:
-        self._fruitless = 0
-        batch = await self._settle(job_id, outcome.message if isinstance(outcome, AlphalayerError) else None)
+    async def _end(self, job_id: str, outcome: Outcome) -> None:
+        if not isinstance(outcome, EngineFailed):
+            self._fruitless = 0
+        # first this, then forget it: who ends waits for what is at work
         await self._dispatcher.finished(job_id, outcome)
+        batch = await self._forget(job_id, outcome.message if isinstance(outcome, AlphalayerError) else None)
         if batch.left == 0:
             self._make_room(batch)
 
-    async def _settle(self, job_id: str, problem: str | None) -> _Batch:
+    async def _forget(self, job_id: str, problem: str | None) -> _Batch:
         """Forget a job that is no longer in the process; the batch that it was in."""
         work = self._jobs.pop(job_id)
         work.trace.end(problem)
@@ -261,7 +272,8 @@ class Supervisor:
             if self.is_ready and not self._jobs:
                 self._heard_at = time.monotonic()
             elif silence > self._spec.silence_limit_s:
-                log.error("engine_hung", silence_s=round(silence))
+                log.error("engine_hung", silence_s=round(silence), silence_limit_s=self._spec.silence_limit_s)
+                self._hung = True
                 process.kill()
                 return
 
