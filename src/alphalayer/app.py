@@ -90,7 +90,8 @@ def create_app(settings: Settings, *, engine: str = ENGINE, engine_options: dict
                 task.cancel()
             await asyncio.gather(*running, return_exceptions=True)
             with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(asyncio.gather(*(each.hand_back() for each in parts.supervisors)), HAND_BACK_S)
+                back = asyncio.gather(*(each.hand_back() for each in parts.supervisors), return_exceptions=True)
+                await asyncio.wait_for(back, HAND_BACK_S)
             await parts.dispatcher.close()
             await asyncio.to_thread(send_traces)
 
@@ -218,10 +219,9 @@ async def _assemble(settings: Settings, engine: str, options: dict[str, Any], tr
         can_draw = settings.role == "api" or any(each.is_ready for each in supervisors)
         return dispatcher.is_reachable and can_draw and not ending.has_begun
 
-    async def readiness() -> dict[str, Any]:
+    def readiness() -> dict[str, Any]:
         engines = {each.name: "ready" if each.is_ready else str(each.problem or "starting") for each in supervisors}
-        # a folder on a network may take its time
-        model, problem = await asyncio.to_thread(_default_model, settings)
+        model, problem = _default_model(settings)
         problem = stopping().message if ending.has_begun else problem
         ready = is_ready() and (model is not None or settings.role == "api")
         return {"ready": ready, "engines": engines, "model": model, **({"problem": problem} if problem else {})}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Mapping
+from collections.abc import AsyncIterator, Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +32,7 @@ class Service:
     models_dir: Path
     list_models: Callable[[], list[ModelEntry]]
     is_ready: Callable[[], bool]
-    readiness: Callable[[], Awaitable[dict[str, Any]]]
+    readiness: Callable[[], dict[str, Any]]
     retry_after_s: Callable[[], int]
     metrics: Metrics
     gate: Gate
@@ -175,8 +175,9 @@ class Errand:
 
     async def leave(self) -> None:
         """The client left. Not where the service ends, which cancels its requests: that is no wish of the client."""
-        if self.job_id == self._own_id and not self._service.ending.has_begun:
-            await asyncio.shield(self._service.dispatcher.cancel(self.job_id, free_key=True))
+        if self._own_id and not self._service.ending.has_begun:
+            # where another request made the job, there is none of this id
+            await asyncio.shield(self._service.dispatcher.cancel(self._own_id, free_key=True))
 
 
 async def run_job(request: Request, spec: JobSpec, owner: str, idempotency_key: str | None = None) -> Job:

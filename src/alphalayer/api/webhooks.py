@@ -123,7 +123,7 @@ class Webhooks:
         """Begin a try for each job that is due; in how many seconds to look again."""
         room = AT_ONCE - len(self._at_work)
         try:
-            owed = await self._dispatcher.owed_webhooks(room, self._at_work) if room else []
+            owed = await self._dispatcher.owed_webhooks(room) if room else []
         except StorageFailed as error:
             log.warning("webhooks_wait", error=str(error), again_in_s=AWAY_S)
             return AWAY_S

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Collection
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from alphalayer.errors import AlphalayerError, Cancelled, EngineFailed
+from alphalayer.errors import AlphalayerError, Cancelled, EngineFailed, QueueFull
 from alphalayer.job import Job, JobProgress, JobResult, JobSpec, JobState
 
 MAX_STARTS = 3
@@ -145,8 +145,9 @@ class Dispatcher(Protocol):
         """Remove jobs that were over before a time (Unix seconds) and owe nobody a webhook; how many."""
         ...
 
-    async def owed_webhooks(self, limit: int, at_work: Collection[str] = ()) -> list[tuple[Job, int]]:
-        """Jobs whose receivers are to be told now, but for those `at_work`, with how often that was tried. Raises `StorageFailed`."""
+    async def owed_webhooks(self, limit: int) -> list[tuple[Job, int]]:
+        """Jobs whose receivers are to be told now, with how often that was tried; due again in a minute, unless `webhook_told` says
+        something else. Raises `StorageFailed`."""
         ...
 
     async def webhook_told(self, job_id: str, due: float | None, tries: int) -> None:
@@ -160,3 +161,13 @@ def gave_up(reason: str) -> EngineFailed:
         f"the job was started {MAX_STARTS} times and did not come to its end ({reason}).",
         hint="Look at the service's log; ask for a smaller picture, or run: alphalayer doctor",
     )
+
+
+def check_room(waiting: int, limit: int, owner: str, theirs: int, share: float, retry_after_s: int) -> None:
+    """Raise `QueueFull` where a queue in which `waiting` jobs wait, `theirs` of them the owner's, has no room for one more: for anybody,
+    or in the part of it that the owner may have."""
+    hint = f"Try again in {retry_after_s} seconds."
+    if waiting >= limit:
+        raise QueueFull(f"{waiting} jobs are waiting, and there is room for {limit}.", hint=hint)
+    if share < 1.0 and theirs >= max(1, int(share * limit)):
+        raise QueueFull(f'"{owner}" has {theirs} jobs waiting and may have {share:.0%} of the queue.', hint=hint)

@@ -6,16 +6,17 @@ import asyncio
 import contextlib
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Collection, Mapping
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
-from alphalayer.errors import AlphalayerError, Cancelled, QueueFull, SetupFailed, StorageFailed
+from alphalayer.errors import AlphalayerError, Cancelled, SetupFailed, StorageFailed
 from alphalayer.job import Job, JobProgress, JobResult, JobSpec, JobState
-from alphalayer.jobs import MAX_STARTS, USUAL_SECONDS, JobView, OnEnd, Outcome, eta, gave_up, nobody, over
+from alphalayer.jobs import MAX_STARTS, USUAL_SECONDS, JobView, OnEnd, Outcome, check_room, eta, gave_up, nobody, over
+from alphalayer.jobs.housekeeping import Housekeeping
 from alphalayer.jobs.journal import Journal
 from alphalayer.telemetry import log
 
@@ -45,13 +46,13 @@ class _Live:
         self.changed = asyncio.Event()
 
 
-class EmbeddedDispatcher:
+class EmbeddedDispatcher(Housekeeping):
     """Implements `alphalayer.jobs.Dispatcher` on a journal file."""
 
     def __init__(
         self, journal: Journal, lock: FileLock, queue_limit: int, queue_shares: Mapping[str, float], on_end: OnEnd
     ):
-        self._journal = journal
+        super().__init__(journal)
         self._lock = lock
         self._queue_limit = queue_limit
         self._queue_shares = queue_shares
@@ -124,10 +125,6 @@ class EmbeddedDispatcher:
         """Seconds that the next job has waited; 0 with none."""
         return time.time() - self._live[self._waiting[0]].job.created_at if self._waiting else 0.0
 
-    async def unfinished_ids(self) -> set[str]:
-        """The ids of all jobs that are not over."""
-        return set(self._live)
-
     async def submit(
         self, spec: JobSpec, *, owner: str = "", idempotency_key: str | None = None, job_id: str | None = None
     ) -> Job:
@@ -135,13 +132,10 @@ class EmbeddedDispatcher:
         new = Job.new(spec, owner, idempotency_key, job_id)
         if known := await self._journal.known(new):
             return known.repeated_by(new)
+        share = self._queue_shares.get(owner, 1.0)
+        theirs = sum(self._live[each].job.owner == owner for each in self._waiting) if share < 1.0 else 0
+        check_room(len(self._waiting) + self._accepting, self._queue_limit, owner, theirs, share, self.retry_after_s)
         # a place is taken before the journal is awaited, so that a crowd cannot pass the limit together
-        if len(self._waiting) + self._accepting >= self._queue_limit:
-            raise QueueFull(
-                f"{len(self._waiting)} jobs are waiting, and there is room for {self._queue_limit}.",
-                hint=f"Try again in {self.retry_after_s} seconds.",
-            )
-        self._check_share(owner)
         self._accepting += 1
         try:
             job = await self._journal.add(new)
@@ -154,16 +148,6 @@ class EmbeddedDispatcher:
             return job.repeated_by(new)
         await self._ring()
         return job
-
-    def _check_share(self, owner: str) -> None:
-        share = self._queue_shares.get(owner, 1.0)
-        if share < 1.0:
-            theirs = sum(self._live[job_id].job.owner == owner for job_id in self._waiting)
-            if theirs >= max(1, int(share * self._queue_limit)):
-                raise QueueFull(
-                    f'"{owner}" has {theirs} jobs waiting and may have {share:.0%} of the queue.',
-                    hint=f"Try again in {self.retry_after_s} seconds.",
-                )
 
     @property
     def retry_after_s(self) -> int:
@@ -290,19 +274,6 @@ class EmbeddedDispatcher:
         """Wait until a job is to be stopped."""
         if job_id in self._live:
             await self._live[job_id].cancel.wait()
-
-    async def forget(self, finished_before: float) -> int:
-        """Remove old jobs from the journal; how many."""
-        return await self._journal.forget(finished_before)
-
-    async def owed_webhooks(self, limit: int, at_work: Collection[str] = ()) -> list[tuple[Job, int]]:
-        """Jobs whose receivers are to be told now, with how often that was tried."""
-        return await self._journal.owed_webhooks(time.time(), limit, at_work)
-
-    async def webhook_told(self, job_id: str, due: float | None, tries: int) -> None:
-        """Note a try, and when the next one is due; None: no more. On a full disk the receiver is told once more."""
-        with contextlib.suppress(StorageFailed):
-            await self._journal.webhook_told(job_id, due, tries)
 
     async def _note(self, live: _Live, **changes: Any) -> None:
         """Change a job; on a full disk in memory alone: it goes on, and ends with an error of its own."""

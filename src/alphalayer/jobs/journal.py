@@ -10,7 +10,7 @@ import asyncio
 import json
 import sqlite3
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -212,18 +212,12 @@ class Journal:
             jobs.delete().where(jobs.c.finished_at < finished_before, jobs.c.webhook_due.is_(None))
         )
 
-    async def owed_webhooks(self, now: float, limit: int, at_work: Collection[str] = ()) -> list[tuple[Job, int]]:
-        """Jobs that are over and whose receiver is to be told by now, but for those `at_work`, with how often that was tried;
-        the longest due first. Raises `StorageFailed`."""
-        due = (jobs.c.webhook_due <= now) & jobs.c.id.not_in(at_work)
-        statement = select(jobs).where(due).order_by(jobs.c.webhook_due).limit(limit)
-        return [(job_of(row), int(row["webhook_tries"])) for row in await self._rows(statement)]
-
-    async def claim_webhooks(self, now: float, limit: int, at_work: Collection[str] = ()) -> list[tuple[Job, int]]:
-        """The same for one of many: what it gets is due for the others only after a minute."""
+    async def claim_webhooks(self, now: float, limit: int) -> list[tuple[Job, int]]:
+        """Jobs that are over and whose receiver is to be told by now, with how often that was tried, the longest due first. For whoever
+        claims them alone: they are due again after a minute. Raises `StorageFailed`."""
         chosen = (
             select(jobs.c.id)
-            .where(jobs.c.webhook_due <= now, jobs.c.id.not_in(at_work))
+            .where(jobs.c.webhook_due <= now)
             .order_by(jobs.c.webhook_due)
             .limit(limit)
             .with_for_update(skip_locked=True)

@@ -8,9 +8,8 @@ from collections.abc import Collection, Mapping
 from sqlalchemy import func, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from alphalayer.errors import QueueFull
 from alphalayer.job import JobState
-from alphalayer.jobs import USUAL_SECONDS
+from alphalayer.jobs import USUAL_SECONDS, check_room
 from alphalayer.jobs.journal import jobs
 
 _WAITING = jobs.c.state == JobState.QUEUED.value
@@ -73,13 +72,7 @@ class Room:
     async def check(self, connection: AsyncConnection, owner: str) -> None:
         """Raises `QueueFull` where the queue, or the owner's share of it, has no room for one more."""
         count = (await connection.execute(_COUNT)).scalar_one()
-        hint = f"Try again in {self.retry_after_s} seconds."
-        if count >= self._limit:
-            raise QueueFull(f"{count} jobs are waiting, and there is room for {self._limit}.", hint=hint)
         share = self._shares.get(owner, 1.0)
-        if share < 1.0:
-            theirs = (await connection.execute(_COUNT.where(jobs.c.owner == owner))).scalar_one()
-            if theirs >= max(1, int(share * self._limit)):
-                raise QueueFull(
-                    f'"{owner}" has {theirs} jobs waiting and may have {share:.0%} of the queue.', hint=hint
-                )
+        mine = _COUNT.where(jobs.c.owner == owner)
+        theirs = (await connection.execute(mine)).scalar_one() if share < 1.0 else 0
+        check_room(count, self._limit, owner, theirs, share, self.retry_after_s)

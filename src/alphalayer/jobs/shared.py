@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import time
 import uuid
-from collections.abc import AsyncIterator, Collection, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 
 from pgqueuer.models import Job as QueueRow
 from pgqueuer.types import JobId, QueueManagerId
@@ -21,6 +21,7 @@ from alphalayer.errors import AlphalayerError, Cancelled, StorageFailed
 from alphalayer.job import Job, JobProgress, JobResult, JobSpec, JobState
 from alphalayer.jobs import MAX_STARTS, JobView, OnEnd, Outcome, claims, eta, gave_up, nobody, over
 from alphalayer.jobs.claims import Held
+from alphalayer.jobs.housekeeping import Housekeeping
 from alphalayer.jobs.journal import ADD, OPEN, Journal, jobs, row_of
 from alphalayer.jobs.news import News
 from alphalayer.jobs.room import Room
@@ -38,13 +39,13 @@ AWAY_S = 10.0
 """Jobs cannot be written down where the last look at the queue that went well is so long ago."""
 
 
-class SharedDispatcher:
+class SharedDispatcher(Housekeeping):
     """Implements `alphalayer.jobs.Dispatcher` on PostgreSQL."""
 
     def __init__(
         self, journal: Journal, url: str, queue_limit: int, queue_shares: Mapping[str, float], role: str, on_end: OnEnd
     ):
-        self._journal = journal
+        super().__init__(journal)
         self._transaction = Transactions(journal)
         self._on_end = on_end
         self._news = News(url, role, self._asked_to_cancel)
@@ -288,25 +289,6 @@ class SharedDispatcher:
         """Wait until a job is to be stopped."""
         if held := self._held.get(job_id):
             await held.cancel.wait()
-
-    # --- housekeeping
-
-    async def unfinished_ids(self) -> set[str]:
-        """The ids of all jobs that are not over, anywhere."""
-        return await self._journal.unfinished_ids()
-
-    async def forget(self, finished_before: float) -> int:
-        """Remove old jobs from the journal; how many."""
-        return await self._journal.forget(finished_before)
-
-    async def owed_webhooks(self, limit: int, at_work: Collection[str] = ()) -> list[tuple[Job, int]]:
-        """Jobs whose receivers are to be told now, for this pod alone: the others see them as due in a minute."""
-        return await self._journal.claim_webhooks(time.time(), limit, at_work)
-
-    async def webhook_told(self, job_id: str, due: float | None, tries: int) -> None:
-        """Note a try, and when the next one is due; None: no more."""
-        with contextlib.suppress(StorageFailed):
-            await self._journal.webhook_told(job_id, due, tries)
 
     # --- inside
 

@@ -1,0 +1,34 @@
+"""What both dispatchers leave to the journal: which jobs are open, which are forgotten, and whose receivers are to be told."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+
+from alphalayer.errors import StorageFailed
+from alphalayer.job import Job
+from alphalayer.jobs.journal import Journal
+
+
+class Housekeeping:
+    """The part of `alphalayer.jobs.Dispatcher` that is the same on every database."""
+
+    def __init__(self, journal: Journal):
+        self._journal = journal
+
+    async def unfinished_ids(self) -> set[str]:
+        """The ids of all jobs that are not over, anywhere."""
+        return await self._journal.unfinished_ids()
+
+    async def forget(self, finished_before: float) -> int:
+        """Remove old jobs from the journal; how many."""
+        return await self._journal.forget(finished_before)
+
+    async def owed_webhooks(self, limit: int) -> list[tuple[Job, int]]:
+        """Jobs whose receivers are to be told now, for this service alone; see the protocol."""
+        return await self._journal.claim_webhooks(time.time(), limit)
+
+    async def webhook_told(self, job_id: str, due: float | None, tries: int) -> None:
+        """Note a try, and when the next one is due; None: no more. On a full disk the receiver is told once more."""
+        with contextlib.suppress(StorageFailed):
+            await self._journal.webhook_told(job_id, due, tries)
