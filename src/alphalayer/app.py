@@ -31,7 +31,7 @@ from alphalayer.errors import AlphalayerError, SetupFailed
 from alphalayer.jobs import Dispatcher
 from alphalayer.jobs.embedded import EmbeddedDispatcher
 from alphalayer.jobs.ends import note_end
-from alphalayer.keys import basic_keys, read_keys
+from alphalayer.keys import Key, who_may_ask
 from alphalayer.retention import Limits, keep_sweeping
 from alphalayer.storage.objects import open_storage
 from alphalayer.tasks import keep_running
@@ -161,9 +161,15 @@ def _mount_mcp(app: FastAPI) -> _Lifespan:
 async def check(settings: Settings) -> None:
     """Open what the service keeps and close it again, so that what is wrong is said before a server runs. Raises `AlphalayerError`."""
     open_storage(settings.pictures)
-    read_keys(settings.keys_file)
+    _keys(settings)
     _webhook_key(settings)
     await (await _open_dispatcher(settings, {}, Metrics())).close()
+
+
+def _keys(settings: Settings) -> list[Key] | None:
+    """Who may ask; None: everybody. Raises `SetupFailed`."""
+    users = settings.api_auth.get_secret_value() if settings.api_auth else ""
+    return who_may_ask(settings.keys_file, users, must_be="keys_file" in settings.model_fields_set)
 
 
 def _webhook_key(settings: Settings) -> bytes | None:
@@ -189,8 +195,8 @@ async def _assemble(settings: Settings, engine: str, options: dict[str, Any], tr
     place = settings.pictures
     storage = open_storage(place)
     secret = _webhook_key(settings)
-    keys = read_keys(settings.keys_file) + basic_keys(settings.api_auth.get_secret_value() if settings.api_auth else "")
-    shares = {key.name: key.queue_share for key in keys}
+    keys = _keys(settings)
+    shares = {key.name: key.queue_share for key in keys or ()}
     metrics = Metrics()
     dispatcher = await _open_dispatcher(settings, shares, metrics)
     metrics.queue_length.set_function(lambda: dispatcher.queue_length)

@@ -246,7 +246,7 @@ def keys_add(
 def keys_list() -> None:
     """Show whose keys there are."""
     table = Table("name", "per minute", "share of the queue")
-    for key in keys.read_keys(load_settings().keys_file):
+    for key in keys.read_keys(load_settings().keys_file) or ():
         table.add_row(key.name, str(key.per_minute or "-"), f"{key.queue_share:.0%}")
     out.print(table)
 
