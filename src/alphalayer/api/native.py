@@ -177,6 +177,8 @@ async def txt2img(
 FileName = Annotated[str, Path(description="The name of a picture, as an answer gave it.")]
 REDIRECT_S = 3600
 """How long a signed URL opens a picture."""
+FROM = "Sec-Fetch-Site"
+"""The header in which browsers say whether a page of this service asks."""
 
 
 @router.head("/file/{filename}", include_in_schema=False)
@@ -191,12 +193,16 @@ REDIRECT_S = 3600
 )
 async def file(filename: FileName, request: Request, service: ServiceDep) -> Response:
     """Needs no password: the name is the secret, so that the URL opens wherever it is pasted."""
-    if service.redirect_files and (url := service.storage.presign(check_key(filename), REDIRECT_S)):
-        return RedirectResponse(url, 307, {"Cache-Control": f"max-age={REDIRECT_S // 2}"})
-    found = await service.storage.open(check_key(filename))
+    key = check_key(filename)
+    # the page's own policy, and a bucket without CORS, would keep the picture from it
+    is_page = request.headers.get(FROM) == "same-origin"
+    if service.redirect_files and not is_page and (url := service.storage.presign(key, REDIRECT_S)):
+        return RedirectResponse(url, 307, {"Cache-Control": f"max-age={REDIRECT_S // 2}", "Vary": FROM})
+    found = await service.storage.open(key)
     # a preview is written over at every step; a picture never changes
     caching = "no-store" if filename.startswith(PREVIEW_PREFIX) else "public, max-age=31536000, immutable"
     headers = {"Cache-Control": caching, "Content-Length": str(found.size_bytes)}
+    headers |= {"Vary": FROM} if service.redirect_files else {}
     mime = mimetypes.guess_type(filename)[0] or "application/octet-stream"
     if request.method == "HEAD":
         return Response(media_type=mime, headers=headers)
