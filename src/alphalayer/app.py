@@ -235,21 +235,21 @@ async def _assemble(settings: Settings, engine: str, options: dict[str, Any], tr
         ready = is_ready() and (model is not None or settings.role == "api")
         return {"ready": ready, "engines": engines, "model": model, **({"problem": problem} if problem else {})}
 
+    knows_models = _knows_models(settings)
     webhooks = Webhooks(dispatcher, metrics, secret, allow_private=settings.webhook_allow_private) if secret else None
     service = Service(
         dispatcher=dispatcher,
         storage=storage,
         models_dir=settings.models_dir,
-        list_models=lambda: catalog.find_models(settings.models_dir),
+        list_models=lambda: catalog.find_models(settings.models_dir) if knows_models else [],
         is_ready=is_ready,
         readiness=readiness,
-        retry_after_s=lambda: dispatcher.retry_after_s,
         metrics=metrics,
         gate=Gate(keys),
         ending=ending,
         default_model=settings.default_model,
         max_pixels=settings.max_request_pixels,
-        knows_models=settings.role != "api" or (settings.models_dir / catalog.CHECKPOINTS).is_dir(),
+        knows_models=knows_models,
         noise=settings.noise,
         decode=settings.decode,
         public_url=settings.public_url,
@@ -292,8 +292,15 @@ def _greet(settings: Settings) -> None:
     log.info("serving", page=f"{base}/", docs=f"{base}/docs", health=f"{base}/sdapi/v1/sd-models", model=model)
 
 
+def _knows_models(settings: Settings) -> bool:
+    """Whether the models folder here is that of whoever draws."""
+    return settings.role != "api" or (settings.models_dir / catalog.CHECKPOINTS).is_dir()
+
+
 def _default_model(settings: Settings) -> tuple[str | None, str | None]:
-    """The title of the model that a plain request is drawn with, or None and the reason."""
+    """The title of the model that a plain request is drawn with, or None and the reason, if it is known here."""
+    if not _knows_models(settings):
+        return settings.default_model, None
     try:
         entries = catalog.find_models(settings.models_dir)
         return catalog.resolve_model(settings.default_model, entries, settings.models_dir).title, None

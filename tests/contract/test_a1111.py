@@ -123,7 +123,7 @@ def test_the_model_is_chosen_by_options_and_by_one_request(tmp_path):
         assert api.util_get_current_model() == name
         assert draw(client, override_settings={"sd_model_checkpoint": name}).status_code == 200
         answer = client.post("/sdapi/v1/options", json={"sd_model_checkpoint": "nowhere"})
-        assert answer.status_code == 404
+        assert answer.status_code == 422
         assert answer.json()["detail"].startswith('sd_model_checkpoint: "nowhere" is not')
         client.post("/sdapi/v1/options", json={"CLIP_stop_at_last_layers": 2})
         assert made(draw(client))["Clip skip"] == "2"

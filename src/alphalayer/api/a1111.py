@@ -17,10 +17,9 @@ from pydantic import BaseModel, ConfigDict, Field, StrictBool, model_validator
 from alphalayer import images, infotext
 from alphalayer.api import a1111_lists
 from alphalayer.api.a1111_lists import ALIASES
-from alphalayer.api.deps import IdempotencyKey, Service, ServiceDep, User, read_file, run_job, wire_names
+from alphalayer.api.deps import IdempotencyKey, Service, ServiceDep, User, find_model, read_file, run_job, wire_names
 from alphalayer.api.layerdiffuse_script import SCRIPT, layerdiffuse_of
 from alphalayer.api.problems import NotImplementedYet
-from alphalayer.catalog import resolve_model
 from alphalayer.errors import FileMissing, InvalidRequest
 from alphalayer.job import MAX_ITERATIONS, JobSpec, JobState
 from alphalayer.jobs import JobView
@@ -271,7 +270,7 @@ def get_options(service: ServiceDep, options: OptionsDep) -> dict[str, Any]:
     name = options.sd_model_checkpoint
     entry = next((each for each in service.list_models() if each.name == name), None)
     return {
-        "sd_model_checkpoint": entry.title if entry else name or service.readiness()["model"],
+        "sd_model_checkpoint": entry.title if entry else name or service.readiness()["model"] or "",
         "sd_checkpoint_hash": (entry.sha256 if entry else None) or "",
         "sd_vae": "Automatic",
         "CLIP_stop_at_last_layers": options.clip_skip,
@@ -285,9 +284,11 @@ def get_options(service: ServiceDep, options: OptionsDep) -> dict[str, Any]:
 def set_options(body: OverrideSettings, service: ServiceDep, options: OptionsDep) -> None:
     """Takes a part or the whole of what GET gives. The model is that of later requests here that name none."""
     body.refuse_what_is_not_there()
-    if body.sd_model_checkpoint:
+    name = body.sd_model_checkpoint
+    if name and service.knows_models:
         with wire_names({"model": "sd_model_checkpoint"}):
-            options.sd_model_checkpoint = resolve_model(body.sd_model_checkpoint, service.list_models()).name
+            name = find_model(service, name).name
+    options.sd_model_checkpoint = name or options.sd_model_checkpoint
     if body.CLIP_stop_at_last_layers:
         options.clip_skip = body.CLIP_stop_at_last_layers
     if body.live_previews_enable is not None:

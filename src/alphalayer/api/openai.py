@@ -64,6 +64,8 @@ Quality = Literal["auto", "standard", "low", "medium", "high", "hd", "xhigh", "m
 QUALITY_STEPS: dict[Quality, int] = {"low": 12, "medium": 20, "high": 30, "hd": 30, "xhigh": 40, "max": 50}
 """Sampling steps; "auto" and "standard" are not here and leave them to the model."""
 SIZE = re.compile(r"^(auto|\d{1,5}x\d{1,5})$", re.ASCII)
+THEIRS = re.compile(r"(gpt-|chatgpt-|dall-e|alphalayer$)", re.IGNORECASE)
+"""Models that clients name which know nothing of ours."""
 SILENT_S = 15.0
 """After so long without an event a comment is sent: proxies end connections in which nothing is said."""
 STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
@@ -270,9 +272,13 @@ def model(model_id: Annotated[str, Path(description="Its name.")], service: Serv
 def _known_model(name: str | None, service: Service) -> str | None:
     """The model of that name; None, which means the usual one, where there is none, for clients always name one of theirs.
 
+    Where the models are not known, names of that API's own models mean the usual one, and any other has to be there when it is drawn.
+
     Raises:
         ModelUnusable: it is there and cannot be drawn with.
     """
+    if not service.knows_models:
+        return None if not name or THEIRS.match(name) else name
     try:
         return resolve_model(name, service.list_models()).name if name else None
     except ModelNotFound:

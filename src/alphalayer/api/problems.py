@@ -159,7 +159,7 @@ def install(app: FastAPI) -> None:
         if isinstance(error, RateLimited | Stopping):
             headers["Retry-After"] = str(error.retry_after_s)
         elif error.code == "queue_full":
-            headers["Retry-After"] = str(request.app.state.service.retry_after_s())
+            headers["Retry-After"] = str(request.app.state.service.dispatcher.retry_after_s)
         return respond(_path(request), Problem.of(error), headers)
 
     async def invalid(request: Request, error: Exception) -> JSONResponse:

@@ -50,7 +50,7 @@ async function names(list) {
   return all.map((each) => each.label ?? each.name).filter((each) => each !== "Automatic");
 }
 
-const unusable = (models) => models[0]?.problem ?? "There is no model to draw with. Run: alphalayer models pull";
+const unusable = (models) => models[0]?.problem ?? "";  // none: they are where it is drawn
 
 async function awaitEngine() {
   for (;;) {
