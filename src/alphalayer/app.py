@@ -333,6 +333,6 @@ class BodyLimit:
 
         declared = dict(scope["headers"]).get(b"content-length", b"0")
         if declared.isdigit() and int(declared) > self._limit:
-            await problems.http_problem(error, scope["path"])(scope, receive, send)
+            await problems.http_problem(error, problems.path_of(scope))(scope, receive, send)
         else:
             await self._app(scope, counted, send)

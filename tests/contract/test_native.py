@@ -187,6 +187,12 @@ def test_a_body_of_another_kind_is_told_so(client, kind):
     assert "application/json" in answer.json()["detail"] + answer.json()["hint"]
 
 
+def test_json_that_was_made_json_twice_is_told_so(client):
+    answer = client.post("/alpha/v1/txt2img", json=json.dumps({"prompt": "x"}))
+    assert answer.status_code == 422
+    assert answer.json()["detail"] == "the body is a JSON text, not an object."
+
+
 def test_head_tells_of_a_picture_what_get_would(client):
     url = draw(client, width=64, height=64).json()["url"]
     asked, got = client.head(url), client.get(url)
@@ -354,6 +360,22 @@ def test_urls_follow_the_proxy_and_the_public_url(tmp_path, client):
     with served(tmp_path / "b", public_url="https://alpha.example.com/") as other:
         url = other.post("/alpha/v1/txt2img", json=body).json()["url"]
         assert url.startswith("https://alpha.example.com/alpha/v1/file/alpha_")
+
+
+@pytest.mark.parametrize("prefix", ["/alpha", "/v1", "/docs", "/mcp", "/draw/"])
+def test_below_any_path_every_route_is_found(client, prefix):
+    forwarded = {"X-Forwarded-Prefix": prefix, "X-Forwarded-Host": "pics.example.com"}
+    for path in ("/", "/playground/main.js", "/docs/assets/swagger-ui.css", "/alpha/v1/jobs", "/sdapi/v1/options"):
+        assert client.get(path, headers=forwarded).status_code == 200, path
+    assert client.post("/mcp/", headers=forwarded).status_code == 400, "the tool's own answer"
+    wrong = client.get("/v1/nothing", headers=forwarded).json()["error"]
+    assert wrong["code"] == "not_found"
+    large = client.post("/v1/images/generations", content=b" " * 16_100_000, headers=forwarded)
+    assert (large.status_code, large.json()["error"]["code"]) == (413, "too_large")
+    made = client.post("/alpha/v1/txt2img", json={"prompt": "x", "width": 64, "height": 64}, headers=forwarded).json()
+    start = f"http://pics.example.com{prefix.rstrip('/')}"
+    assert made["url"].startswith(f"{start}/alpha/v1/file/")
+    assert client.get(made["url"].removeprefix(start), headers=forwarded).status_code == 200
 
 
 def test_pictures_outlive_the_service(tmp_path):

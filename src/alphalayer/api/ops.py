@@ -20,8 +20,9 @@ async def livez() -> dict[str, str]:
 
 
 @router.get("/readyz", summary="Can it draw?", responses={503: {"description": "Not now; the body says why."}})
-async def readyz(service: ServiceDep, response: Response) -> dict[str, Any]:
+def readyz(service: ServiceDep, response: Response) -> dict[str, Any]:
     """200 when an engine is ready and there is a model to draw with, else 503 with the reason."""
+    # in a thread, for it reads the models folder
     ready = service.readiness()
     if not ready["ready"]:
         response.status_code = 503
