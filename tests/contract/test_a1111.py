@@ -236,6 +236,7 @@ def test_transparency_is_switched_off_by_one_field(client):
         ({"script_name": "X/Y/Z plot"}, "script_name"),
         ({"refiner_checkpoint": "refiner"}, "refiner_checkpoint"),
         ({"seed_resize_from_w": 64}, "seed_resize_from_w"),
+        ({"s_noise": 0.5}, "s_noise"),
         ({"override_settings": {"sd_vae": "other"}}, "override_settings.sd_vae"),
         ({"override_settings": {"sd_model_checkpoint": "nowhere"}}, "override_settings.sd_model_checkpoint: "),
         ({"override_settings": {"forge_additional_modules": ["vae.safetensors"]}}, "forge_additional_modules"),

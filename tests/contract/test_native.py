@@ -164,6 +164,14 @@ def test_every_default_may_be_sent(client):
     assert draw(client, **{**fields, "layerdiffuse_enabled": False}, width=64, height=64).status_code == 200
 
 
+@pytest.mark.parametrize("path", ["/alpha/v1/txt2img", "/alpha/v1/jobs"])
+def test_null_is_silence_and_what_other_servers_take_is_taken(client, path):
+    taken = {"layerdiffuse_resize_mode": "Resize and Fill", "layerdiffuse_output_origin": False}
+    silent = dict.fromkeys(set(Txt2ImgRequest.model_fields) - {"prompt", "width", "height", *taken})
+    body = {"prompt": "x", "width": 64, "height": 64, **silent, **taken}
+    assert client.post(path, json=body).status_code in (200, 202)
+
+
 def test_a_model_that_is_not_there_lists_those_that_are(client):
     detail = draw(client, checkpoint="juggernaut").json()["detail"]
     assert detail == 'checkpoint: "juggernaut" is not in models/Stable-diffusion (1 there: alphalayer-mini).'

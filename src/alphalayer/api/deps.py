@@ -14,7 +14,7 @@ from fastapi import Depends, Header, Request
 from alphalayer.api.auth import Gate
 from alphalayer.api.ending import Ending, stopping
 from alphalayer.catalog import ModelEntry, check_layerdiffuse_method, find_lora, resolve_model
-from alphalayer.errors import AlphalayerError, Cancelled, InvalidRequest, ModelNotFound, ModelUnusable
+from alphalayer.errors import AlphalayerError, Cancelled, FileMissing, InvalidRequest, ModelNotFound, ModelUnusable
 from alphalayer.job import Job, JobSpec, JobState
 from alphalayer.jobs import Dispatcher, JobView
 from alphalayer.request import DecodeMode, GenerationRequest, NoiseSource
@@ -94,6 +94,14 @@ async def read_file(service: Service, key: str) -> bytes:
     """A stored file as a whole. Raises `FileMissing`, `StorageFailed`."""
     found = await service.storage.open(key)
     return b"".join([chunk async for chunk in found.chunks])
+
+
+async def read_preview(service: Service, key: str) -> bytes | None:
+    """A preview as a whole; None once its picture is done. Raises `StorageFailed`."""
+    try:
+        return await read_file(service, key)
+    except FileMissing:
+        return None
 
 
 @contextmanager

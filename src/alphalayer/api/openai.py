@@ -14,9 +14,10 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Path, Request
 from fastapi.responses import StreamingResponse
 from PIL import Image
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from alphalayer import faults, images
+from alphalayer.api.bodies import Body
 from alphalayer.api.deps import (
     IdempotencyKey,
     Service,
@@ -27,13 +28,14 @@ from alphalayer.api.deps import (
     follow,
     raise_if_failed,
     read_file,
+    read_preview,
     run_job,
     submit_job,
     wire_names,
 )
 from alphalayer.api.problems import NotImplementedYet, Problem, openai_error
 from alphalayer.catalog import ModelEntry, resolve_model
-from alphalayer.errors import AlphalayerError, FileMissing, InvalidRequest, ModelNotFound, ModelUnusable
+from alphalayer.errors import AlphalayerError, InvalidRequest, ModelNotFound, ModelUnusable
 from alphalayer.job import ImageRef, Job, JobSpec, Output
 from alphalayer.jobs import JobView
 from alphalayer.request import MAX_SEED, MAX_SIDE, MIN_SIDE, parse_request
@@ -88,7 +90,7 @@ def _checked_size(size: str) -> str:
     return size
 
 
-class GenerationsRequest(BaseModel):
+class GenerationsRequest(Body):
     """The body of `POST /v1/images/generations`. Fields that are not here are ignored."""
 
     model_config = ConfigDict(title="OpenAIGenerationsRequest")
@@ -124,11 +126,6 @@ class GenerationsRequest(BaseModel):
     user: Annotated[str | None, Field(description="Ignored, as moderation and style are.")] = None
     moderation: Annotated[str | None, Field(description="Ignored.")] = None
     style: Annotated[str | None, Field(description="Ignored.")] = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _null_is_silence(cls, data: Any) -> Any:
-        return {name: value for name, value in data.items() if value is not None} if isinstance(data, dict) else data
 
     @property
     def is_opaque(self) -> bool:
@@ -350,9 +347,8 @@ def _event(name: str, picture: str, **fields: Any) -> str:
 
 async def _partial(body: GenerationsRequest, service: Service, key: str) -> str | None:
     """A preview in the format that was asked for."""
-    try:
-        data = await read_file(service, key)
-    except FileMissing:  # the picture is done
+    data = await read_preview(service, key)
+    if data is None:
         return None
     return base64.b64encode(await asyncio.to_thread(_convert, data, body.output_format, BEST)).decode()
 

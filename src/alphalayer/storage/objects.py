@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import mimetypes
 from collections.abc import AsyncIterator
 from datetime import timedelta
 from pathlib import Path
@@ -12,6 +11,7 @@ import obstore
 from obstore.exceptions import AlreadyExistsError, BaseError
 from obstore.store import LocalStore, from_url
 
+from alphalayer import images
 from alphalayer.errors import FileMissing, StorageFailed
 from alphalayer.storage import StoredFile, check_key
 
@@ -39,7 +39,7 @@ class ObjectStorage:
         if not isinstance(self._store, LocalStore):
             # whoever opens a signed URL is told by the bucket what they get
             lasts = FOR_EVER if mode == "create" else "no-store"
-            said = {"Content-Type": mimetypes.guess_type(key)[0] or "application/octet-stream", "Cache-Control": lasts}
+            said = {"Content-Type": images.mime_type(key), "Cache-Control": lasts}
             obstore.put(self._store, key, data, attributes=said, mode=mode, use_multipart=False)
             return
         try:
