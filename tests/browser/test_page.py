@@ -282,6 +282,9 @@ async def test_more_jobs_than_a_browser_has_connections(visit: Visit):
         await visit.fill(prompt=f"job {i}", steps="5")
         await page.click("#draw")
         await expect(page.locator("#jobs li")).to_have_count(i + 1)
+    await expect(page.locator("#jobs .how").last).to_contain_text("Number 7 in the queue")
+    apart = "all => all.every((each) => each.getBoundingClientRect().right <= each.nextSibling.getBoundingClientRect().left)"
+    assert await page.locator("#jobs .how").evaluate_all(apart)
     await page.get_by_role("button", name="Cancel job 7").click()
     await expect(page.locator("#jobs li")).to_have_count(7)
     # a page that nobody sees streams nothing, and hears of the end all the same

@@ -29,6 +29,8 @@ export async function follow(job, body) {
     jobs.delete(job.id);
     entry.row.item.remove();
     render();
+    // their places in the queue have changed
+    for (const each of jobs.values()) if (!each.isLive) each.turn.abort();
     // not to another button that cancels
     if (hadFocus) find("viewport").focus({ preventScroll: true });
   }
@@ -46,14 +48,15 @@ async function turn(entry) {
     if (error instanceof service.Refused && error.status < 500) throw error;
     if (!signal.aborted) update(entry, { isAway: true });
   }
-  if (!service.isOver(entry.now)) await pause(entry.isStopping ? LOOK_EVERY_S.stopping : LOOK_EVERY_S.usual, signal);
+  if (!service.isOver(entry.now)) await nextLook(entry.isStopping ? LOOK_EVERY_S.stopping : LOOK_EVERY_S.usual, signal);
 }
 
-function pause(seconds, signal) {
+/** All look at the same moments, so that their places in the queue fit together. */
+function nextLook(everyS, signal) {
   return new Promise((resume) => {
     if (signal.aborted) return resume();
     signal.addEventListener("abort", resume);
-    setTimeout(resume, seconds * 1000);
+    setTimeout(resume, everyS * 1000 - (performance.now() % (everyS * 1000)));
   });
 }
 
