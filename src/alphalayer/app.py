@@ -31,7 +31,7 @@ from alphalayer.errors import AlphalayerError, SetupFailed
 from alphalayer.jobs import Dispatcher
 from alphalayer.jobs.embedded import EmbeddedDispatcher
 from alphalayer.jobs.ends import note_end
-from alphalayer.keys import basic_keys, read_keys
+from alphalayer.keys import Key, who_may_ask
 from alphalayer.retention import Limits, keep_sweeping
 from alphalayer.storage.objects import open_storage
 from alphalayer.tasks import keep_running
@@ -158,9 +158,15 @@ def _mount_mcp(app: FastAPI) -> _Lifespan:
 async def check(settings: Settings) -> None:
     """Open what the service keeps and close it again, so that what is wrong is said before a server runs. Raises `AlphalayerError`."""
     open_storage(settings.pictures)
-    read_keys(settings.keys_file)
+    _keys(settings)
     _webhook_key(settings)
     await (await _open_dispatcher(settings, {}, Metrics())).close()
+
+
+def _keys(settings: Settings) -> list[Key] | None:
+    """Who may ask; None: everybody. Raises `SetupFailed`."""
+    users = settings.api_auth.get_secret_value() if settings.api_auth else ""
+    return who_may_ask(settings.keys_file, users, must_be="keys_file" in settings.model_fields_set)
 
 
 def _webhook_key(settings: Settings) -> bytes | None:
@@ -186,8 +192,8 @@ async def _assemble(settings: Settings, engine: str, options: dict[str, Any], tr
     place = settings.pictures
     storage = open_storage(place)
     secret = _webhook_key(settings)
-    keys = read_keys(settings.keys_file) + basic_keys(settings.api_auth.get_secret_value() if settings.api_auth else "")
-    shares = {key.name: key.queue_share for key in keys}
+    keys = _keys(settings)
+    shares = {key.name: key.queue_share for key in keys or ()}
     metrics = Metrics()
     dispatcher = await _open_dispatcher(settings, shares, metrics)
     metrics.queue_length.set_function(lambda: dispatcher.queue_length)
@@ -226,21 +232,21 @@ async def _assemble(settings: Settings, engine: str, options: dict[str, Any], tr
         ready = is_ready() and (model is not None or settings.role == "api")
         return {"ready": ready, "engines": engines, "model": model, **({"problem": problem} if problem else {})}
 
+    knows_models = _knows_models(settings)
     webhooks = Webhooks(dispatcher, metrics, secret, allow_private=settings.webhook_allow_private) if secret else None
     service = Service(
         dispatcher=dispatcher,
         storage=storage,
         models_dir=settings.models_dir,
-        list_models=lambda: catalog.find_models(settings.models_dir),
+        list_models=lambda: catalog.find_models(settings.models_dir) if knows_models else [],
         is_ready=is_ready,
         readiness=readiness,
-        retry_after_s=lambda: dispatcher.retry_after_s,
         metrics=metrics,
         gate=Gate(keys),
         ending=ending,
         default_model=settings.default_model,
         max_pixels=settings.max_request_pixels,
-        knows_models=settings.role != "api" or (settings.models_dir / catalog.CHECKPOINTS).is_dir(),
+        knows_models=knows_models,
         noise=settings.noise,
         decode=settings.decode,
         public_url=settings.public_url,
@@ -283,8 +289,15 @@ def _greet(settings: Settings) -> None:
     log.info("serving", page=f"{base}/", docs=f"{base}/docs", health=f"{base}/sdapi/v1/sd-models", model=model)
 
 
+def _knows_models(settings: Settings) -> bool:
+    """Whether the models folder here is that of whoever draws."""
+    return settings.role != "api" or (settings.models_dir / catalog.CHECKPOINTS).is_dir()
+
+
 def _default_model(settings: Settings) -> tuple[str | None, str | None]:
-    """The title of the model that a plain request is drawn with, or None and the reason."""
+    """The title of the model that a plain request is drawn with, or None and the reason, if it is known here."""
+    if not _knows_models(settings):
+        return settings.default_model, None
     try:
         entries = catalog.find_models(settings.models_dir)
         return catalog.resolve_model(settings.default_model, entries, settings.models_dir).title, None
@@ -317,6 +330,6 @@ class BodyLimit:
 
         declared = dict(scope["headers"]).get(b"content-length", b"0")
         if declared.isdigit() and int(declared) > self._limit:
-            await problems.http_problem(error, scope["path"])(scope, receive, send)
+            await problems.http_problem(error, problems.path_of(scope))(scope, receive, send)
         else:
             await self._app(scope, counted, send)

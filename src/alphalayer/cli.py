@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
-import inspect
 import os
 import secrets
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
@@ -21,6 +19,7 @@ from alphalayer import __version__, catalog, hub, images, keys, oldflags
 from alphalayer.config import API_KEY, Settings, load_settings
 from alphalayer.doctor import check_models_dir, check_port, diagnose
 from alphalayer.errors import AlphalayerError, InvalidRequest, SetupFailed, StorageFailed
+from alphalayer.flags import option_each_setting
 from alphalayer.plan import GPUS, OLD_STACK, Load, Offer, Scaling, fixed_offer, old_offers, scaled_offer
 from alphalayer.request import SAMPLERS, SCHEDULERS, ImageFormat, parse_request, split_sampler_name
 from alphalayer.terminal import as_started, err, out, program_name, progress, show_error, show_mark
@@ -100,29 +99,8 @@ def generate(
         out.print(f"{target}  {wide}x{high}  seed {image.seed}  {seconds:.1f} s  {result.model_name}")
 
 
-def _option_each_setting(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command that takes `**flags` an option for each setting, described as the setting is. Settings check the values."""
-    options: list[inspect.Parameter] = []
-    for name, field in Settings.model_fields.items():
-        kind = bool if field.annotation is bool else str
-        names = [] if kind is str else [f"--{name}/--no-{name}".replace("_", "-")]
-        choices = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
-        default = "" if field.default is None else str(field.default)
-        option = typer.Option(
-            *names,
-            help=field.description,
-            metavar="|".join(choices) or (None if names else "TEXT"),
-            show_default=default if default and kind is str else False,
-        )
-        annotation = Annotated[kind | None, option]
-        options.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation))
-    command.__signature__ = inspect.Signature(options)  # type: ignore[attr-defined]
-    command.__annotations__ = {option.name: option.annotation for option in options}
-    return command
-
-
 @app.command()
-@_option_each_setting
+@option_each_setting
 def serve(**flags: Any) -> None:
     """Start the HTTP service. What is not given is taken from ALPHALAYER_... variables, then from alphalayer.toml."""
     run_server(load_settings(**flags))
@@ -268,7 +246,7 @@ def keys_add(
 def keys_list() -> None:
     """Show whose keys there are."""
     table = Table("name", "per minute", "share of the queue")
-    for key in keys.read_keys(load_settings().keys_file):
+    for key in keys.read_keys(load_settings().keys_file) or ():
         table.add_row(key.name, str(key.per_minute or "-"), f"{key.queue_share:.0%}")
     out.print(table)
 

@@ -15,7 +15,7 @@ import asyncio
 import json
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +31,8 @@ PATIENCE_S = 40.0
 """How long a job is waited for where the service is away; about the time that it takes to start again."""
 PAUSES_S = (0.2, 1.0, 3.0, 5.0, 10.0)
 """Before each new try; the last one goes on."""
+AWAY = (502, 503, 504)
+"""What a proxy answers for a service that is not there."""
 NOT_EVEN_SENT = (httpx.ConnectError, httpx.ConnectTimeout, httpx.UnsupportedProtocol)
 _WHERE = "Check the address, and that the service runs: alphalayer serve"
 
@@ -122,10 +124,10 @@ class _Patience:
 class _Calls:
     """What is said and how answers are understood, the same for both clients."""
 
-    def __init__(self, base_url: str, api_key: str | None, patience_s: float):
+    def __init__(self, base_url: str, api_key: str | None, headers: Mapping[str, str] | None, patience_s: float):
         self.base_url = base_url.rstrip("/")
         self._patience_s = patience_s
-        self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        self._headers = {**(headers or {}), **({"Authorization": f"Bearer {api_key}"} if api_key else {})}
 
     def call(self, method: str, path: str, **more: Any) -> dict[str, Any]:
         """The arguments of a request to the service."""
@@ -137,15 +139,22 @@ class _Calls:
         headers = {"Idempotency-Key": idempotency_key or secrets.token_hex(12)}
         return self.call("POST", JOBS, json={"prompt": prompt, **fields}, headers=headers)
 
+    def file(self, picture: Picture | str) -> dict[str, Any]:
+        """The arguments of a request for a file: without our key, for a file needs none, and a redirect may lead to a bucket."""
+        url = picture if isinstance(picture, str) else picture.url
+        return {"method": "GET", "url": url, "follow_redirects": True}
+
     def check(self, response: httpx.Response) -> httpx.Response:
-        """The response, if it is no error; it must have been read."""
+        """The response, if it is no error; it must have been read. Raises what a service that is away raises for a proxy's answer."""
         if response.is_success:
             return response
         try:
             raise _problem(response.json())
         except (ValueError, KeyError, TypeError):
-            text = response.text.strip()[:200]
-            raise ServiceUnreachable(f"{response.url} answered {response.status_code}: {text}", hint=_WHERE) from None
+            said = f"{response.url} answered {response.status_code}: {response.text.strip()[:200]}"
+            if response.status_code in AWAY:
+                raise httpx.RemoteProtocolError(said) from None
+            raise ServiceUnreachable(said, hint=_WHERE) from None
 
     def patience(self, *, is_new: bool = False) -> _Patience:
         """That of one call; of a new request, or one about a job that the service has."""
@@ -153,7 +162,8 @@ class _Calls:
 
 
 class Client:
-    """One service. `http` may bring an `httpx.Client` of one's own, with its proxies and certificates.
+    """One service. `headers` go with every call to it, and not with files; `http` may bring an `httpx.Client` of one's own, with its
+    proxies and certificates.
 
     A job that was submitted is waited for across a restart of the service, up to `patience_s` seconds without an answer; a new
     request to where nobody is fails at once.
@@ -164,10 +174,11 @@ class Client:
         base_url: str = BASE_URL,
         *,
         api_key: str | None = None,
+        headers: Mapping[str, str] | None = None,
         http: httpx.Client | None = None,
         patience_s: float = PATIENCE_S,
     ):
-        self._calls = _Calls(base_url, api_key, patience_s)
+        self._calls = _Calls(base_url, api_key, headers, patience_s)
         self._http = http or httpx.Client(timeout=TIMEOUT_S)
 
     def __enter__(self) -> Client:
@@ -227,7 +238,7 @@ class Client:
 
     def download(self, picture: Picture | str) -> bytes:
         """The file of a picture, or of its URL."""
-        return self._send({"method": "GET", "url": picture if isinstance(picture, str) else picture.url}).content
+        return self._send(self._calls.file(picture)).content
 
     def _send(self, call: dict[str, Any], *, is_new: bool = False) -> httpx.Response:
         patience = self._calls.patience(is_new=is_new)
@@ -246,10 +257,11 @@ class AsyncClient:
         base_url: str = BASE_URL,
         *,
         api_key: str | None = None,
+        headers: Mapping[str, str] | None = None,
         http: httpx.AsyncClient | None = None,
         patience_s: float = PATIENCE_S,
     ):
-        self._calls = _Calls(base_url, api_key, patience_s)
+        self._calls = _Calls(base_url, api_key, headers, patience_s)
         self._http = http or httpx.AsyncClient(timeout=TIMEOUT_S)
 
     async def __aenter__(self) -> AsyncClient:
@@ -311,9 +323,7 @@ class AsyncClient:
 
     async def download(self, picture: Picture | str) -> bytes:
         """See `Client.download`."""
-        return (
-            await self._send({"method": "GET", "url": picture if isinstance(picture, str) else picture.url})
-        ).content
+        return (await self._send(self._calls.file(picture))).content
 
     async def _send(self, call: dict[str, Any], *, is_new: bool = False) -> httpx.Response:
         patience = self._calls.patience(is_new=is_new)

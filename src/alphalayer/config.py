@@ -113,7 +113,10 @@ class Settings(BaseSettings):
         ),
     ] = None
     keys_file: Annotated[
-        Path, Field(description="API keys, as hashes; made with `alphalayer keys add`. No file: no keys.")
+        Path,
+        Field(
+            description="API keys, as hashes; made with `alphalayer keys add`; where the file is, a key is asked for."
+        ),
     ] = Path("data/keys.json")
     device: Annotated[str, Field(description="auto, cuda, cuda:0, mps or cpu.")] = "auto"
     dtype: Annotated[

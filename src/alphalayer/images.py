@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import struct
 import zlib
+from pathlib import PurePath
 from typing import Any, get_args
 
 import numpy as np
@@ -24,9 +25,15 @@ Rgba = NDArray[np.uint8]
 MAX_PIXELS = 64_000_000
 SOLID_ALPHA = 255
 MIME_TYPES: dict[ImageFormat, str] = {"png": "image/png", "webp": "image/webp", "avif": "image/avif"}
+_MIME_TYPES_BY_ENDING = {**{f".{kind}": mime for kind, mime in MIME_TYPES.items()}, ".jpeg": "image/jpeg"}
 _EXIF_IFD, _USER_COMMENT = 0x8769, 0x9286
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _UP_FILTER = 2
+
+
+def mime_type(filename: str) -> str:
+    """The type of a picture file by its name; `mimetypes` knows .webp on some machines only."""
+    return _MIME_TYPES_BY_ENDING.get(PurePath(filename).suffix, "application/octet-stream")
 
 
 def check_format(name: str) -> ImageFormat:

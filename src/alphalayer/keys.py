@@ -35,10 +35,12 @@ def digest(secret: str) -> str:
     return hashlib.sha256(secret.encode()).hexdigest()
 
 
-def read_keys(file: Path) -> list[Key]:
-    """The keys of a file; none if there is no file. Raises `SetupFailed`."""
+def read_keys(file: Path) -> list[Key] | None:
+    """The keys of a file; None if there is no file. Raises `SetupFailed`."""
     try:
-        return _KEYS.validate_json(file.read_bytes()) if file.is_file() else []
+        return _KEYS.validate_json(file.read_bytes())
+    except FileNotFoundError:
+        return None
     except OSError as error:
         why = error.strerror or str(error)
     except ValidationError as error:
@@ -51,7 +53,7 @@ def read_keys(file: Path) -> list[Key]:
 
 def add_key(file: Path, name: str, per_minute: int = 0, queue_share: float = 1.0) -> str:
     """Make a key, keep its hash, and give the key itself, once. Raises `SetupFailed`."""
-    keys = read_keys(file)
+    keys = read_keys(file) or []
     if any(key.name == name for key in keys):
         raise SetupFailed(f'there is a key "{name}" already.', hint="Choose another name, or remove that one first.")
     secret = PREFIX + secrets.token_urlsafe(32)
@@ -65,12 +67,32 @@ def add_key(file: Path, name: str, per_minute: int = 0, queue_share: float = 1.0
 
 
 def remove_key(file: Path, name: str) -> None:
-    """Forget a key. Raises `SetupFailed`."""
-    keys = read_keys(file)
+    """Forget a key; the file stays, so that nobody is let in after the last one. Raises `SetupFailed`."""
+    keys = read_keys(file) or []
     left = [key for key in keys if key.name != name]
     if len(left) == len(keys):
         raise SetupFailed(f'there is no key "{name}" in {file}.')
     _write(file, left)
+
+
+def who_may_ask(file: Path, users: str, *, must_be: bool) -> list[Key] | None:
+    """The keys of a file, and the users of a list of "user:password"; None where everybody may ask, for there is neither.
+
+    A file without a key lets nobody in. Raises `SetupFailed`, also where the file `must_be` and is not there.
+    """
+    keys, basic = read_keys(file), basic_keys(users)
+    if keys is None and must_be:
+        raise SetupFailed(
+            f"setting keys_file: {file} is not there, and without it everybody might ask.",
+            hint="Make it with `alphalayer keys add NAME`, mend its path, or leave the setting out.",
+        )
+    doubled = {key.name for key in keys or []} & {user.name for user in basic}
+    if doubled:
+        raise SetupFailed(
+            f'"{min(doubled)}" is a key in {file} and a user in api_auth: each would see the jobs of the other.',
+            hint="Give one of them another name.",
+        )
+    return None if keys is None and not basic else [*(keys or []), *basic]
 
 
 def basic_keys(pairs: str) -> list[Key]:

@@ -59,8 +59,8 @@ class Handler:
 
         try:
             wanted = Txt2ImgRequest.model_validate(job.get("input") or {})
-            spec = wanted.to_spec(self._settings.noise, self._settings.decode)
             with wire_names(FIELDS):
+                spec = wanted.to_spec(self._settings.noise, self._settings.decode)
                 spec.check_pixels(self._settings.max_request_pixels)
                 async with self._turn:
                     return await asyncio.to_thread(self._draw, spec, on_progress, wanted.response_format == "base64")

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import re
+import signal
 import subprocess
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
@@ -62,7 +65,7 @@ async def test_what_only_the_service_finds_wrong_is_said_too(visit: Visit):
     await visit.fill(prompt="x")
     await page.evaluate("document.getElementById('sampler_name').options[0].value = 'Eulr'")
     await page.click("#draw")
-    await expect(page.locator("#sampler_name-error")).to_contain_text('nknown sampler "Eulr"')
+    await expect(page.locator("#sampler_name-error")).to_have_text(re.compile('^Unknown sampler "Eulr"'))
     assert [each for each in visit.faults if "422" not in each] == []
     visit.faults.clear()  # Chromium tells its console of every answer that is an error
 
@@ -246,16 +249,89 @@ async def test_a_service_that_was_away_is_waited_for(browser: Browser, tmp_path:
         await context.close()
 
 
-async def test_a_job_before_the_engine_is_ready_says_so(browser: Browser, tmp_path: Path):
-    context = await browser.new_context(viewport=DESKTOP)
-    with served(tmp_path, engine_options={"step_s": 0.02}) as client:
-        # an engine process takes half a second to start; the page is told for longer that it does
-        await context.route("**/ping", lambda route: route.fulfill(status=204))
+async def test_why_the_service_cannot_draw_is_said_as_long_as_it_cannot(browser: Browser, tmp_path: Path):
+    gate = tmp_path / "gate"
+    options = {"engine": "tests.browser.gated:create_engine", "engine_options": {"gate": str(gate)}}
+    with served(tmp_path, wait_ready=False, **options) as client:
+        context = await browser.new_context(viewport=DESKTOP)
         visit = await visited(context, str(client.base_url))
-        await visit.fill(prompt="early", steps="150")
-        await visit.page.click("#draw")
-        await expect(visit.page.locator("#progress-words")).to_have_text("Starting: the model is being loaded")
+        page = visit.page
+        await visit.fill(prompt="early")
+        await page.click("#draw")
+        await expect(page.locator("#progress-words")).to_have_text("Starting: the model is being loaded")
+        await expect(page.locator("#state")).to_be_empty()
+        gate.write_text("fine")
+        await expect(page.locator("#history li")).to_have_count(1, timeout=15_000)
+        gate.write_text("broken")
+        os.kill(client.app.state.parts.supervisors[0].process_id, signal.SIGKILL)  # type: ignore[attr-defined]
+        words = "The service cannot draw now: the card is gone. Put it back."
+        await expect(page.locator("#state")).to_have_text(words, timeout=15_000)
+        await page.click("#draw")
+        await expect(page.locator("#progress-words")).to_have_text("Waiting: the service cannot draw now")
+        await visit.expect_no_serious_fault()
+        gate.write_text("fine")
+        await expect(page.locator("#history li")).to_have_count(2, timeout=15_000)
+        await expect(page.locator("#state")).to_be_empty()
         await context.close()
+
+
+async def test_more_jobs_than_a_browser_has_connections(visit: Visit):
+    page = visit.page
+    await visit.start("job 0")
+    for i in range(1, 8):
+        await visit.fill(prompt=f"job {i}", steps="5")
+        await page.click("#draw")
+        await expect(page.locator("#jobs li")).to_have_count(i + 1)
+    await expect(page.locator("#jobs .how").last).to_contain_text("Number 7 in the queue")
+    apart = "all => all.every((each) => each.getBoundingClientRect().right <= each.nextSibling.getBoundingClientRect().left)"
+    assert await page.locator("#jobs .how").evaluate_all(apart)
+    await page.get_by_role("button", name="Cancel job 7").click()
+    await expect(page.locator("#jobs li")).to_have_count(7)
+    # a page that nobody sees streams nothing, and hears of the end all the same
+    await page.evaluate("Object.defineProperty(document, 'hidden', { get: () => true })")
+    await page.evaluate("document.dispatchEvent(new Event('visibilitychange'))")
+    visit.asked.clear()
+    await page.click("#stop")
+    await expect(page.locator("#history li")).to_have_count(6)
+    assert not [each for each in visit.asked if each.endswith("/events")]
+
+
+async def test_a_proxy_without_a_service_behind_it_is_no_answer(visit: Visit):
+    page = visit.page
+    await visit.start("first", steps=40)
+    await visit.fill(prompt="second", steps="5")
+    await page.click("#draw")
+    await expect(page.locator("#jobs li")).to_have_count(2)
+    await page.context.route("**/*", lambda route: route.fulfill(status=503, body="no endpoints"))
+    await expect(page.locator("#state")).to_contain_text("cannot be reached")
+    await expect(page.locator("#jobs li").last).to_contain_text("Waiting for the service")
+    await page.context.unroute_all()
+    await expect(page.locator("#history li")).to_have_count(2)
+    await expect(page.locator("#state")).to_be_empty()
+    assert [each for each in visit.faults if "503" not in each] == []
+    visit.faults.clear()
+
+
+async def test_a_service_that_does_not_know_its_workers_models(browser: Browser, service: httpx.Client):
+    context = await browser.new_context(viewport=DESKTOP)
+    await context.route("**/alpha/v1/models", lambda route: route.fulfill(json={"models": []}))
+    visit = await visited(context, str(service.base_url))
+    page = visit.page
+    assert await page.locator("#checkpoint, #sampler_name").evaluate_all("all => all.map((each) => each.value)") == [
+        "",
+        "",
+    ]
+    for field in ("width", "height", "steps"):
+        await page.fill(f"#{field}", "")
+    await page.fill("#prompt", "any")
+    await expect(page.locator("#brief")).to_have_text("seed 12345")
+    await page.click("#draw")
+    await expect(page.locator("#caption")).to_have_text("any")
+    facts = await visit.facts()
+    assert facts == {"Size": "1024 × 1024", "Seed": "12345", "Negative prompt": "bad, ugly"}
+    assert await page.text_content("#state") == ""
+    assert visit.faults == []
+    await context.close()
 
 
 @pytest.mark.parametrize("size", [DESKTOP, PHONE], ids=["desktop", "phone"])

@@ -72,6 +72,34 @@ async def test_a_picture_of_forge_says_what_is_not_here(visit: Visit):
     assert not await visit.page.is_checked("#layerdiffuse_enabled")
 
 
+async def test_a_schedule_and_noise_that_are_not_the_models_own_are_not_passed_over(visit: Visit):
+    text = (
+        "a cat\nSteps: 20, Sampler: DPM++ 2M SDE, Schedule type: Automatic, CFG scale: 5, Seed: 7, Size: 64x64, RNG: "
+    )
+    await visit.drop("cat.png", picture(parameters=text + "CPU"))
+    await expect(visit.page.locator("#note")).to_have_text(
+        "The settings of cat.png are in the form. Not here: RNG CPU."
+    )
+    assert await visit.values("scheduler") == {"scheduler": "Exponential"}
+    await visit.drop("dog.png", picture(parameters=text.replace(" Automatic", " Turbo") + "NV"))
+    await expect(visit.page.locator("#note")).to_have_text(
+        "The settings of dog.png are in the form. Not here: schedule type Turbo."
+    )
+    assert await visit.values("scheduler") == {"scheduler": ""}
+
+
+@pytest.mark.parametrize(
+    ("status", "words"), [(413, "This is too large for the way to the service"), (429, "without a reason")]
+)
+async def test_a_picture_that_does_not_reach_the_service_is_not_said_to_carry_nothing(
+    visit: Visit, status: int, words: str
+):
+    await visit.page.context.route("**/png-info", lambda route: route.fulfill(status=status, body="no"))
+    await visit.drop("cat.png", picture())
+    await expect(visit.page.locator("#note")).to_contain_text(words)
+    visit.faults.clear()
+
+
 async def test_another_picture_lies_behind(visit: Visit):
     page = visit.page
     await visit.draw(prompt="x")
@@ -91,7 +119,9 @@ async def test_another_picture_lies_behind(visit: Visit):
     await visit.drop("large.jpg", picture("JPEG"), "image/jpeg", more=13_000_000)
     await expect(page.locator("#note")).to_have_text("large.jpg lies behind the picture.")
     await visit.drop("large.png", picture(), more=13_000_000)
-    await expect(page.locator("#note")).to_have_text("large.png lies behind the picture.")
+    await expect(page.locator("#note")).to_have_text(
+        "large.png lies behind the picture. Settings are looked for in PNG, WebP and AVIF up to 11 MB."
+    )
     await visit.drop("broken.png", b"no picture")
     await expect(page.locator("#note")).to_contain_text("broken.png is not a picture")
     assert not [each for each in visit.asked if "png-info" in each]
@@ -101,7 +131,7 @@ async def test_settings_are_looked_for_where_there_are_none(visit: Visit):
     await visit.page.set_input_files(
         "#open-file", files=[{"name": "wall.png", "mimeType": "image/png", "buffer": picture()}]
     )
-    await expect(visit.page.locator("#note")).to_contain_text("wall.png carries no settings")
+    await expect(visit.page.locator("#note")).to_contain_text("No settings were found in wall.png.")
     assert await visit.page.get_attribute("#stage", "data-backdrop") == "checkerboard"
 
 

@@ -123,7 +123,7 @@ def test_the_model_is_chosen_by_options_and_by_one_request(tmp_path):
         assert api.util_get_current_model() == name
         assert draw(client, override_settings={"sd_model_checkpoint": name}).status_code == 200
         answer = client.post("/sdapi/v1/options", json={"sd_model_checkpoint": "nowhere"})
-        assert answer.status_code == 404
+        assert answer.status_code == 422
         assert answer.json()["detail"].startswith('sd_model_checkpoint: "nowhere" is not')
         client.post("/sdapi/v1/options", json={"CLIP_stop_at_last_layers": 2})
         assert made(draw(client))["Clip skip"] == "2"
@@ -236,6 +236,7 @@ def test_transparency_is_switched_off_by_one_field(client):
         ({"script_name": "X/Y/Z plot"}, "script_name"),
         ({"refiner_checkpoint": "refiner"}, "refiner_checkpoint"),
         ({"seed_resize_from_w": 64}, "seed_resize_from_w"),
+        ({"s_noise": 0.5}, "s_noise"),
         ({"override_settings": {"sd_vae": "other"}}, "override_settings.sd_vae"),
         ({"override_settings": {"sd_model_checkpoint": "nowhere"}}, "override_settings.sd_model_checkpoint: "),
         ({"override_settings": {"forge_additional_modules": ["vae.safetensors"]}}, "forge_additional_modules"),

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import stat
 
 import pytest
 from tests.serving import served
 
 from alphalayer import keys
+from alphalayer.app import check
+from alphalayer.config import Settings
 from alphalayer.errors import SetupFailed
 
 BODY = {"prompt": "x", "steps": 1, "width": 64, "height": 64}
@@ -57,9 +60,35 @@ def test_a_key_fills_its_share_of_the_queue_only(tmp_path):
         assert submit(large) == 202
 
 
+def test_without_its_last_key_a_service_lets_nobody_in(tmp_path):
+    file = tmp_path / "keys.json"
+    keys.add_key(file, "shop")
+    keys.remove_key(file, "shop")
+    with served(tmp_path, keys_file=file, wait_ready=False) as client:
+        assert client.post("/alpha/v1/txt2img", json=BODY).status_code == 401
+        assert client.get("/sdapi/v1/options", auth=("shop", "")).status_code == 401
+
+
+def test_a_start_that_would_let_in_whom_it_should_not_fails(tmp_path):
+    def start(**settings):
+        asyncio.run(check(Settings(data_dir=tmp_path, outputs_dir=tmp_path, **settings)))
+
+    file = tmp_path / "keys.json"
+    with pytest.raises(SetupFailed, match=r"keys_file: .* is not there"):
+        start(keys_file=file)
+    keys.add_key(file, "ann")
+    start(keys_file=file, api_auth="bob:secret")
+    with pytest.raises(SetupFailed, match=r'"ann" is a key .* and a user in api_auth'):
+        start(keys_file=file, api_auth="bob:secret,ann:secret")
+    file.unlink()
+    file.mkdir()  # as Docker makes of a file that is not there
+    with pytest.raises(SetupFailed, match="cannot be read"):
+        start(keys_file=file)
+
+
 def test_keys_are_made_listed_and_removed(tmp_path):
     file = tmp_path / "keys.json"
-    assert keys.read_keys(file) == []
+    assert keys.read_keys(file) is None
     keys.add_key(file, "a")
     with pytest.raises(SetupFailed, match="already"):
         keys.add_key(file, "a")

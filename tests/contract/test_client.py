@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
@@ -100,13 +101,47 @@ async def test_a_job_is_waited_for_as_long_as_was_said():
     assert 0.4 <= time.monotonic() - start < 3
 
 
+@contextmanager
+def other(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
+    """The address of another server."""
+    server = HTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
 def test_something_else_there():
-    other = HTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler)
-    threading.Thread(target=other.serve_forever, daemon=True).start()
-    with Client(f"http://127.0.0.1:{other.server_port}") as client, pytest.raises(ServiceUnreachable, match="501"):
+    with (
+        other(BaseHTTPRequestHandler) as address,
+        Client(address) as client,
+        pytest.raises(ServiceUnreachable, match="501"),
+    ):
         client.generate("an apple")
-    other.shutdown()
-    other.server_close()
+
+
+async def test_a_proxy_that_finds_nobody_is_asked_again(address: str):
+    found: list[int] = []
+
+    class Proxy(BaseHTTPRequestHandler):
+        """Finds nobody three times, then hands on."""
+
+        def do_GET(self) -> None:
+            found.append(502 + len(found) if len(found) < 3 else 200)
+            content = httpx.get(f"{address}{self.path}").content if found[-1] == 200 else b"<h1>Bad Gateway</h1>"
+            self.send_response(found[-1])
+            self.end_headers()
+            self.wfile.write(content)
+
+    with Client(address) as client:
+        job = client.submit("an apple", **SMALL)
+    with other(Proxy) as proxy:
+        async with AsyncClient(proxy, patience_s=0) as client:
+            with pytest.raises(ServiceUnreachable, match="answered 502: <h1>Bad Gateway</h1>"):
+                await client.get(job.id)
+        with Client(proxy) as client:
+            assert [each.state for each in client.events(job.id)][-1] == "done"
+    assert found == [502, 503, 504, 200]
 
 
 def test_a_key_is_sent_with_the_calls_and_not_with_files(tmp_path: Path):

@@ -111,3 +111,23 @@ async def test_the_callers_key_counts(tmp_path: Path):
         assert answer.content[1].text.startswith("https://pics.example.com/alpha/v1/file/")
         mine = service.get("/alpha/v1/jobs", headers={"X-API-Key": key}).json()["jobs"]
         assert len(mine) == 1
+
+
+async def test_a_call_that_a_proxy_sends_twice_is_drawn_once(service: httpx.Client):
+    headers = {"Accept": "application/json, text/event-stream", "Idempotency-Key": "a request of Nginx"}
+
+    def call(number: int) -> str:
+        wanted = {"name": TOOL, "arguments": {**SMALL, "prompt": "drawn once"}}
+        message = {"jsonrpc": "2.0", "id": number, "method": "tools/call", "params": wanted}
+        answer = service.post("/mcp/", json=message, headers=headers)
+        assert answer.status_code == 200, answer.text
+        return next(line for line in answer.text.splitlines() if "/alpha/v1/file/" in line)
+
+    assert call(7) == call(7) != call(8)
+
+
+def test_the_services_own_address_may_be_ipv6():
+    from alphalayer.api.mcp import address
+
+    assert address("::1", 7861) == "http://[::1]:7861"
+    assert address("127.0.0.1", 7861) == "http://127.0.0.1:7861"

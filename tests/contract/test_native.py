@@ -166,6 +166,14 @@ def test_every_default_may_be_sent(client):
     assert draw(client, **{**fields, "layerdiffuse_enabled": False}, width=64, height=64).status_code == 200
 
 
+@pytest.mark.parametrize("path", ["/alpha/v1/txt2img", "/alpha/v1/jobs"])
+def test_null_is_silence_and_what_other_servers_take_is_taken(client, path):
+    taken = {"layerdiffuse_resize_mode": "Resize and Fill", "layerdiffuse_output_origin": False}
+    silent = dict.fromkeys(set(Txt2ImgRequest.model_fields) - {"prompt", "width", "height", *taken})
+    body = {"prompt": "x", "width": 64, "height": 64, **silent, **taken}
+    assert client.post(path, json=body).status_code in (200, 202)
+
+
 def test_a_model_that_is_not_there_lists_those_that_are(client):
     detail = draw(client, checkpoint="juggernaut").json()["detail"]
     assert detail == 'checkpoint: "juggernaut" is not in models/Stable-diffusion (1 there: alphalayer-mini).'
@@ -187,6 +195,12 @@ def test_a_body_of_another_kind_is_told_so(client, kind):
     answer = client.post("/alpha/v1/txt2img", content=b'{"prompt": "x"}', headers=headers)
     assert (answer.status_code, answer.json()["field"]) == (422, "Content-Type")
     assert "application/json" in answer.json()["detail"] + answer.json()["hint"]
+
+
+def test_json_that_was_made_json_twice_is_told_so(client):
+    answer = client.post("/alpha/v1/txt2img", json=json.dumps({"prompt": "x"}))
+    assert answer.status_code == 422
+    assert answer.json()["detail"] == "the body is a JSON text, not an object."
 
 
 def test_head_tells_of_a_picture_what_get_would(client):
@@ -356,6 +370,22 @@ def test_urls_follow_the_proxy_and_the_public_url(tmp_path, client):
     with served(tmp_path / "b", public_url="https://alpha.example.com/") as other:
         url = other.post("/alpha/v1/txt2img", json=body).json()["url"]
         assert url.startswith("https://alpha.example.com/alpha/v1/file/alpha_")
+
+
+@pytest.mark.parametrize("prefix", ["/alpha", "/v1", "/docs", "/mcp", "/draw/"])
+def test_below_any_path_every_route_is_found(client, prefix):
+    forwarded = {"X-Forwarded-Prefix": prefix, "X-Forwarded-Host": "pics.example.com"}
+    for path in ("/", "/playground/main.js", "/docs/assets/swagger-ui.css", "/alpha/v1/jobs", "/sdapi/v1/options"):
+        assert client.get(path, headers=forwarded).status_code == 200, path
+    assert client.post("/mcp/", headers=forwarded).status_code == 400, "the tool's own answer"
+    wrong = client.get("/v1/nothing", headers=forwarded).json()["error"]
+    assert wrong["code"] == "not_found"
+    large = client.post("/v1/images/generations", content=b" " * 16_100_000, headers=forwarded)
+    assert (large.status_code, large.json()["error"]["code"]) == (413, "too_large")
+    made = client.post("/alpha/v1/txt2img", json={"prompt": "x", "width": 64, "height": 64}, headers=forwarded).json()
+    start = f"http://pics.example.com{prefix.rstrip('/')}"
+    assert made["url"].startswith(f"{start}/alpha/v1/file/")
+    assert client.get(made["url"].removeprefix(start), headers=forwarded).status_code == 200
 
 
 def test_pictures_outlive_the_service(tmp_path):

@@ -7,13 +7,17 @@ import io
 import json
 from pathlib import Path
 
+import httpx
 import numpy as np
 import openai
 import pytest
 from PIL import Image
 from tests.serving import put_model, served, wait_until
 
+from alphalayer.api import problems
+from alphalayer.api.problems import Problem
 from alphalayer.engine.fake import draw_disc
+from alphalayer.errors import AlphalayerError
 
 RECORDED = Path(__file__).parent / "recorded"
 SMALL = {"prompt": "an apple", "model": "gpt-image-1", "size": "64x64"}
@@ -200,6 +204,18 @@ def test_every_error_has_the_shape_of_that_api(client, api):
     assert client.post("/v1/images/generations", content=b"{").status_code == 400
     large = client.post("/v1/images/generations", content=b" " * 16_100_000)
     assert (large.status_code, large.json()["error"]["code"]) == (413, "too_large")
+
+
+@pytest.mark.parametrize(
+    ("code", "again"), [("out_of_memory", False), ("engine_failed", False), ("queue_full", True), ("stopping", True)]
+)
+def test_the_client_asks_again_only_for_what_may_pass(code, again):
+    """An engine that a request takes down went down for each try of the client."""
+    answer = problems.respond(
+        "/v1/images/generations", Problem.of(AlphalayerError.from_dict({"code": code, "message": "."}))
+    )
+    with openai.OpenAI(api_key="x") as api:
+        assert api._should_retry(httpx.Response(answer.status_code, headers=answer.headers)) is again
 
 
 def test_bearer_tokens(tmp_path):

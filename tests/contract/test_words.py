@@ -8,8 +8,11 @@ import httpx
 import pytest
 from tests.serving import served
 
+from alphalayer.request import SAMPLERS
+
 NATIVE, JOBS, A1111, OPENAI = "/alpha/v1/txt2img", "/alpha/v1/jobs", "/sdapi/v1/txt2img", "/v1/images/generations"
 JSON = {"Content-Type": "application/json"}
+RESIZE_MODES = "'Just Resize', 'Crop and Resize' or 'Resize and Fill'"
 SIZES = "auto or WIDTHxHEIGHT, each a whole number from 64 to 2048"
 
 
@@ -30,7 +33,19 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
         (NATIVE, {"cfg_scale": "strong"}, 'cfg_scale: got "strong"; a number.'),
         (NATIVE, {"trim": "perhaps"}, 'trim: got "perhaps"; true or false.'),
         (NATIVE, {"prompt": 7}, "prompt: got 7; a text."),
-        (NATIVE, {"prompt": None}, "prompt: got null; a text."),
+        (NATIVE, {"prompt": None}, "prompt: it must be given."),
+        (
+            NATIVE,
+            {"sampler_name": "Magic"},
+            f'sampler_name: unknown sampler "Magic"; use one of: {", ".join(SAMPLERS)}.',
+        ),
+        (NATIVE, {"colour": None}, "colour: there is no such field."),
+        (NATIVE, {"layerdiffuse_resize_mode": "Stretch"}, f'layerdiffuse_resize_mode: got "Stretch"; {RESIZE_MODES}.'),
+        (
+            NATIVE,
+            {"layerdiffuse_output_origin": True},
+            "layerdiffuse_output_origin: the picture before decoding is not there yet.",
+        ),
         (NATIVE, {"prompt": "a" * 10_001}, "prompt: got 10001 characters; at most 10000."),
         (NATIVE, {"format": "gif"}, "format: got \"gif\"; 'png', 'webp' or 'avif'."),
         (NATIVE, {"format": "g" * 99}, f"format: got \"{'g' * 59}…; 'png', 'webp' or 'avif'."),

@@ -46,6 +46,38 @@ def test_a_pod_that_a_proxy_gave_up_takes_no_picture_from_the_one_that_it_asked_
 
 
 @pytest.mark.skipif(sys.platform == "win32" or not postgres_programs(), reason="needs PostgreSQL")
+def test_a_pod_without_models_names_none_and_takes_any_name(tmp_path: Path):
+    postgres = Postgres()
+    shared = {"database": postgres.url, "outputs_dir": tmp_path / "outputs"}
+    real, small = (
+        "alphalayer.engine.pipeline:create_engine",
+        {"prompt": "a red apple", "size": "64x64", "quality": "low"},
+    )
+    try:
+        with (
+            served(tmp_path / "api", role="api", **shared) as pod,
+            served(tmp_path / "worker", role="worker", engine=real, wait_ready=False, **shared),
+        ):
+            assert pod.get("/readyz").json() == {"ready": True, "engines": {}, "model": None}
+            assert pod.get("/alpha/v1/models").json() == {"models": []}
+            assert pod.get("/v1/models").json()["data"] == pod.get("/sdapi/v1/sd-models").json() == []
+
+            options = pod.get("/sdapi/v1/options").json()
+            assert options["sd_model_checkpoint"] == ""
+            for chosen in (options, {"sd_model_checkpoint": "sd_xl_base_1.0"}):
+                assert pod.post("/sdapi/v1/options", json=chosen).status_code == 200
+                assert pod.get("/sdapi/v1/options").json()["sd_model_checkpoint"] == chosen["sd_model_checkpoint"]
+
+            missing = pod.post("/v1/images/generations", json={**small, "model": "sd_xl_base_1.0"})
+            assert missing.status_code == 404
+            assert (missing.json()["error"]["code"], missing.json()["error"]["param"]) == ("model_not_found", "model")
+            for usual in ("gpt-image-1", "dall-e-3", "alphalayer"):
+                assert pod.post("/v1/images/generations", json={**small, "model": usual}).status_code == 200
+    finally:
+        postgres.remove()
+
+
+@pytest.mark.skipif(sys.platform == "win32" or not postgres_programs(), reason="needs PostgreSQL")
 def test_the_signal_for_scaling_rises_without_workers_and_falls_with_one(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ):

@@ -12,10 +12,14 @@ from pathlib import Path
 
 import httpx
 import pytest
+from fastmcp import Client as Assistant
+from fastmcp.client.transports import StreamableHttpTransport
 from tests.servers import s3_program, s3_server
 from tests.serving import served
 
+from alphalayer.client import Client
 from alphalayer.errors import FileMissing, StorageFailed
+from alphalayer.keys import add_key
 from alphalayer.storage import Storage
 from alphalayer.storage.objects import open_storage
 
@@ -144,3 +148,25 @@ def test_pictures_are_redirected_to_the_bucket(bucket: str, tmp_path: Path):
         picture = httpx.get(answer.headers["location"], trust_env=False)
         assert picture.content.startswith(b"\x89PNG")
         assert (picture.headers["content-type"], picture.headers["cache-control"]) == ("image/png", FOR_EVER)
+        # not the page, whose policy lets it show nothing from elsewhere
+        shown = client.get(made["url"], headers={"Sec-Fetch-Site": "same-origin"})
+        assert shown.content == picture.content
+        assert shown.headers["vary"] == answer.headers["vary"] == "Sec-Fetch-Site"
+
+
+async def test_our_clients_follow_to_the_bucket_without_their_key(bucket: str, tmp_path: Path):
+    key, small = add_key(tmp_path / "keys.json", "me"), {"width": 64, "height": 64, "steps": 2}
+    asked: list[httpx.Request] = []
+    http = httpx.Client(event_hooks={"request": [asked.append]}, trust_env=False)
+    with served(tmp_path, storage=bucket, redirect_files=True, keys_file=tmp_path / "keys.json") as service:
+        with Client(str(service.base_url), api_key=key, headers={"X-Tenant": "shop"}, http=http) as client:
+            (picture,) = client.generate("an apple", **small)
+        assert picture.startswith(b"\x89PNG")
+        to_bucket = [each for each in asked if each.url.port != service.base_url.port]
+        assert len(to_bucket) == 1
+        assert not {"authorization", "x-tenant"} & set(to_bucket[0].headers)
+        assert all(each.headers["x-tenant"] == "shop" for each in asked if "/jobs" in each.url.path)
+        own = StreamableHttpTransport(f"{service.base_url}/mcp/", headers={"X-API-Key": key})
+        async with Assistant(own) as assistant:
+            answer = await assistant.call_tool("draw_transparent_picture", {"prompt": "an apple", **small})
+        assert answer.content[0].mime_type == "image/png"

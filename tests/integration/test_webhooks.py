@@ -187,7 +187,7 @@ def test_which_addresses_are_of_the_internet(address: str, public: bool):
 
 @pytest.mark.parametrize("secret", ["whsec_not base64!", "whsec_", "whsec_abc"])
 def test_a_secret_that_is_none_stops_the_start(tmp_path: Path, secret: str):
-    settings = Settings(data_dir=tmp_path, outputs_dir=tmp_path, keys_file=tmp_path / "none", webhook_secret=secret)
+    settings = Settings(data_dir=tmp_path, outputs_dir=tmp_path, webhook_secret=secret)
     with pytest.raises(SetupFailed, match="webhook_secret") as wrong:
         asyncio.run(check(settings))
     assert "openssl rand" in wrong.value.hint

@@ -45,6 +45,13 @@ def test_any_picture_survives_png(height: int, width: int, content: bytes):
     assert np.array_equal(np.asarray(Image.open(io.BytesIO(images.encode(rgba)))), rgba)
 
 
+def test_types_are_known_on_machines_that_have_no_list_of_them(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("mimetypes.guess_type", lambda _: (None, None))
+    types = {"a_1.png": "png", "preview_1.webp": "webp", "a_1.avif": "avif", "a_1.jpeg": "jpeg"}
+    assert {name: images.mime_type(name) for name in types} == {name: f"image/{kind}" for name, kind in types.items()}
+    assert images.mime_type("a_1") == "application/octet-stream"
+
+
 def test_a_view_of_a_larger_picture_is_written_as_it_looks():
     whole = _picture(40, 40)
     part = whole[3:20, 5:33]

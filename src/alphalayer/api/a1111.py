@@ -12,19 +12,29 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Query, Request
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StrictBool
 
 from alphalayer import images, infotext
 from alphalayer.api import a1111_lists
 from alphalayer.api.a1111_lists import ALIASES
-from alphalayer.api.deps import IdempotencyKey, Service, ServiceDep, User, read_file, run_job, wire_names
+from alphalayer.api.bodies import Body
+from alphalayer.api.deps import (
+    IdempotencyKey,
+    Service,
+    ServiceDep,
+    User,
+    find_model,
+    read_file,
+    read_preview,
+    run_job,
+    wire_names,
+)
 from alphalayer.api.layerdiffuse_script import SCRIPT, layerdiffuse_of
 from alphalayer.api.problems import NotImplementedYet
-from alphalayer.catalog import resolve_model
-from alphalayer.errors import FileMissing, InvalidRequest
+from alphalayer.errors import InvalidRequest
 from alphalayer.job import MAX_ITERATIONS, JobSpec, JobState
 from alphalayer.jobs import JobView
-from alphalayer.request import AUTOMATIC, GenerationRequest, LayerDiffuse, parse_request, split_sampler_name
+from alphalayer.request import AUTOMATIC, LayerDiffuse, parse_request, split_sampler_name
 
 FIELDS = {
     "sampler": "sampler_name",
@@ -90,7 +100,7 @@ class Script(BaseModel):
     ] = []
 
 
-class Txt2ImgRequest(BaseModel):
+class Txt2ImgRequest(Body):
     """The body of `POST /sdapi/v1/txt2img`, with the defaults of that API. Fields that are not here are ignored, as there."""
 
     model_config = ConfigDict(allow_inf_nan=False, title="A1111Txt2ImgRequest")
@@ -119,7 +129,7 @@ class Txt2ImgRequest(BaseModel):
     ] = None
     alwayson_scripts: Annotated[
         dict[str, Script], Field(description="LayerDiffuse, by its name, with positional arguments.")
-    ] = {}
+    ] = {}  # noqa: RUF012 - pydantic copies it
     layerdiffuse_enabled: Annotated[
         bool, Field(description="Draw with transparency, also where the script is not named.")
     ] = True
@@ -135,12 +145,8 @@ class Txt2ImgRequest(BaseModel):
     seed_resize_from_w: Annotated[int, Field(description="Not there yet.")] = -1
     seed_resize_from_h: Annotated[int, Field(description="Not there yet.")] = -1
     s_churn: Annotated[float, Field(description="Not there yet.")] = 0
+    s_noise: Annotated[float, Field(description="1 is ignored; others are not there yet.")] = 1
     eta: Annotated[float | None, Field(description="0 and 1 are ignored.")] = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _null_is_silence(cls, data: Any) -> Any:
-        return {name: value for name, value in data.items() if value is not None} if isinstance(data, dict) else data
 
     def to_spec(self, service: Service, options: Options) -> JobSpec:
         """The job that does this. Raises `InvalidRequest`."""
@@ -160,18 +166,18 @@ class Txt2ImgRequest(BaseModel):
             "width",
             "height",
         )
-        generation = _parse(
-            {
-                **{name: getattr(self, name) for name in same},
-                "sampler": sampler,
-                "scheduler": scheduler,
-                "clip_skip": override.CLIP_stop_at_last_layers or options.clip_skip,
-                "model": override.sd_model_checkpoint or options.sd_model_checkpoint,
-                "noise": service.noise,
-                "decode": service.decode,
-                "layerdiffuse": self._layerdiffuse(),
-            }
-        )
+        fields = {
+            **{name: getattr(self, name) for name in same},
+            "sampler": sampler,
+            "scheduler": scheduler,
+            "clip_skip": override.CLIP_stop_at_last_layers or options.clip_skip,
+            "model": override.sd_model_checkpoint or options.sd_model_checkpoint,
+            "noise": service.noise,
+            "decode": service.decode,
+            "layerdiffuse": self._layerdiffuse(),
+        }
+        with wire_names(FIELDS):
+            generation = parse_request(fields)
         previews = options.previews if override.live_previews_enable is None else override.live_previews_enable
         return JobSpec(generation=generation, iterations=self.n_iter, previews=previews)
 
@@ -199,6 +205,7 @@ class Txt2ImgRequest(BaseModel):
         names = ["enable_hr", "restore_faces", "tiling", "styles", "script_name", "refiner_checkpoint", "infotext"]
         wanted = [name for name in (*names, "s_churn") if getattr(self, name)]
         wanted += [name for name in ("seed_resize_from_w", "seed_resize_from_h") if getattr(self, name) > 0]
+        wanted += ["s_noise"] if self.s_noise != 1 else []
         wanted += ["eta"] if self.eta not in (None, 0, 1) else []
         self.override_settings.refuse_what_is_not_there("override_settings.")
         if wanted:
@@ -271,7 +278,7 @@ def get_options(service: ServiceDep, options: OptionsDep) -> dict[str, Any]:
     name = options.sd_model_checkpoint
     entry = next((each for each in service.list_models() if each.name == name), None)
     return {
-        "sd_model_checkpoint": entry.title if entry else name or service.readiness()["model"],
+        "sd_model_checkpoint": entry.title if entry else name or service.readiness()["model"] or "",
         "sd_checkpoint_hash": (entry.sha256 if entry else None) or "",
         "sd_vae": "Automatic",
         "CLIP_stop_at_last_layers": options.clip_skip,
@@ -285,9 +292,11 @@ def get_options(service: ServiceDep, options: OptionsDep) -> dict[str, Any]:
 def set_options(body: OverrideSettings, service: ServiceDep, options: OptionsDep) -> None:
     """Takes a part or the whole of what GET gives. The model is that of later requests here that name none."""
     body.refuse_what_is_not_there()
-    if body.sd_model_checkpoint:
+    name = body.sd_model_checkpoint
+    if name and service.knows_models:
         with wire_names({"model": "sd_model_checkpoint"}):
-            options.sd_model_checkpoint = resolve_model(body.sd_model_checkpoint, service.list_models()).name
+            name = find_model(service, name).name
+    options.sd_model_checkpoint = name or options.sd_model_checkpoint
     if body.CLIP_stop_at_last_layers:
         options.clip_skip = body.CLIP_stop_at_last_layers
     if body.live_previews_enable is not None:
@@ -347,12 +356,6 @@ def png_info(body: Picture) -> dict[str, Any]:
     return {"info": text, "items": items, "parameters": infotext.read_parameters(text) if text else {}}
 
 
-def _parse(fields: dict[str, Any]) -> GenerationRequest:
-    """Validate; what is wrong is called as it is on this wire. Raises `InvalidRequest`."""
-    with wire_names(FIELDS):
-        return parse_request(fields)
-
-
 async def _running(service: Service, user: str) -> JobView | None:
     """The user's job that runs longest."""
     views = await service.dispatcher.list(owner=user, state=JobState.RUNNING)
@@ -360,9 +363,8 @@ async def _running(service: Service, user: str) -> JobView | None:
 
 
 async def _preview(service: Service, key: str) -> str | None:
-    try:
-        data = await read_file(service, key)
-    except FileMissing:  # the picture is done
+    data = await read_preview(service, key)
+    if data is None:
         return None
     png = await asyncio.to_thread(lambda: images.encode(images.decode(data)[0]))
     return base64.b64encode(png).decode()

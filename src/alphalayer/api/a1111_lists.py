@@ -9,7 +9,7 @@ from fastapi import APIRouter, Request
 
 from alphalayer.api.deps import ServiceDep
 from alphalayer.api.layerdiffuse_script import METHODS, SCRIPT
-from alphalayer.request import AUTOMATIC, SAMPLERS, SCHEDULERS, scheduler_name
+from alphalayer.request import AUTOMATIC, SAMPLERS, SCHEDULERS, scheduler_name, split_sampler_name
 
 router = APIRouter()
 ALIASES = {
@@ -28,9 +28,10 @@ ALIASES = {
 
 @router.get("/samplers", summary="Samplers")
 def samplers() -> list[dict[str, Any]]:
-    """By the names that txt2img takes; it takes the aliases, too."""
+    """By the names that txt2img takes; it takes the aliases, too. `scheduler` is what Automatic means for one."""
     aliases = {name: [alias for alias, meant in ALIASES.items() if meant == name] for name in SAMPLERS}
-    return [{"name": name, "aliases": aliases[name], "options": {}} for name in SAMPLERS]
+    own = {name: scheduler_name(split_sampler_name(name, AUTOMATIC)[1] or "") for name in SAMPLERS}
+    return [{"name": name, "aliases": aliases[name], "options": {"scheduler": own[name]}} for name in SAMPLERS]
 
 
 @router.get("/schedulers", summary="Schedules of noise")

@@ -26,17 +26,17 @@ class Unauthorized(AlphalayerError):
 
 
 class Gate:
-    """Lets requests in by their key; without any keys, everybody."""
+    """Lets requests in by their key; with None in place of keys, everybody. Rates are counted in this process."""
 
-    def __init__(self, keys: Sequence[Key]):
-        self._keys = list(keys)
+    def __init__(self, keys: Sequence[Key] | None):
+        self._keys = keys
         self._limiter = MovingWindowRateLimiter(MemoryStorage())
 
     def admit(self, request: Request) -> str:
         """The name of who is asking; "" where nobody has to say. Raises `Unauthorized`, `RateLimited`."""
-        if not self._keys:
+        if self._keys is None:
             return ""
-        key = self._find(_secrets(request))
+        key = self._find(self._keys, _secrets(request))
         if key is None:
             error = Unauthorized(
                 "a key is needed.", hint="Send it as Bearer token, as X-API-Key, or user and password by HTTP Basic."
@@ -49,11 +49,12 @@ class Gate:
             self._count(key)
         return key.name
 
-    def _find(self, offered: list[str]) -> Key | None:
+    @staticmethod
+    def _find(keys: Sequence[Key], offered: list[str]) -> Key | None:
         found: Key | None = None
         for secret in offered:
             hashed = digest(secret)
-            for key in self._keys:
+            for key in keys:
                 # all are compared, so that the time tells nothing
                 if secrets.compare_digest(hashed, key.sha256):
                     found = key

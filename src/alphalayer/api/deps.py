@@ -14,7 +14,7 @@ from fastapi import Depends, Header, Request
 from alphalayer.api.auth import Gate
 from alphalayer.api.ending import Ending, stopping
 from alphalayer.catalog import ModelEntry, check_layerdiffuse_method, find_lora, resolve_model
-from alphalayer.errors import AlphalayerError, Cancelled, InvalidRequest, ModelNotFound, ModelUnusable
+from alphalayer.errors import AlphalayerError, Cancelled, FileMissing, InvalidRequest, ModelNotFound, ModelUnusable
 from alphalayer.job import Job, JobSpec, JobState, new_id
 from alphalayer.jobs import Dispatcher, JobView
 from alphalayer.request import DecodeMode, GenerationRequest, NoiseSource
@@ -33,14 +33,13 @@ class Service:
     list_models: Callable[[], list[ModelEntry]]
     is_ready: Callable[[], bool]
     readiness: Callable[[], dict[str, Any]]
-    retry_after_s: Callable[[], int]
     metrics: Metrics
     gate: Gate
     ending: Ending
     default_model: str | None = None
     max_pixels: int = 0
     knows_models: bool = True
-    """Whether the models folder here is that of whoever draws: names are checked against it."""
+    """Whether the models folder here is that of whoever draws. If not, `list_models` is empty and names are taken as they are."""
     noise: NoiseSource = "nv"
     decode: DecodeMode = "official"
     public_url: str | None = None
@@ -98,6 +97,14 @@ async def read_file(service: Service, key: str) -> bytes:
     return b"".join([chunk async for chunk in found.chunks])
 
 
+async def read_preview(service: Service, key: str) -> bytes | None:
+    """A preview as a whole; None once its picture is done. Raises `StorageFailed`."""
+    try:
+        return await read_file(service, key)
+    except FileMissing:
+        return None
+
+
 @contextmanager
 def wire_names(names: Mapping[str, str]) -> Generator[None]:
     """Errors from within call a field as the dialect does: `names` has its name for ours."""
@@ -108,15 +115,20 @@ def wire_names(names: Mapping[str, str]) -> Generator[None]:
         raise
 
 
-def _check_models(service: Service, generation: GenerationRequest) -> None:
-    """Raise `InvalidRequest` or `ModelUnusable` for a model, LoRA or LayerDiffuse method that cannot be had here. Reads folders."""
+def find_model(service: Service, name: str | None) -> ModelEntry:
+    """The model of that name, or the usual one. Raises `InvalidRequest` or `ModelUnusable`, of the field `model`. Reads folders."""
     try:
-        entry = resolve_model(generation.model or service.default_model, service.list_models())
+        return resolve_model(name or service.default_model, service.list_models())
     except ModelNotFound as error:
         raise InvalidRequest(error.message, hint=error.hint, field="model") from None
     except ModelUnusable as error:
         error.field = "model"
         raise
+
+
+def _check_models(service: Service, generation: GenerationRequest) -> None:
+    """Raise `InvalidRequest` or `ModelUnusable` for a model, LoRA or LayerDiffuse method that cannot be had here. Reads folders."""
+    entry = find_model(service, generation.model)
     for lora in generation.loras:
         find_lora(service.models_dir, lora.name)
     if generation.layerdiffuse.enabled:

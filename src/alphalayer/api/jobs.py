@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import suppress
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Path, Query, Request, Response
 from fastapi.sse import EventSourceResponse, ServerSentEvent
@@ -21,7 +21,7 @@ from alphalayer.api.deps import (
     submit_job,
     wire_names,
 )
-from alphalayer.api.native import FIELDS, GenerationFields, ImageAnswer, add_data, image_answers
+from alphalayer.api.native import FIELDS, ImageAnswer, Txt2ImgRequest, add_data, image_answers
 from alphalayer.api.problems import PROBLEMS, Problem
 from alphalayer.errors import AlphalayerError, FileMissing, InvalidRequest, JobMissing, Stopping
 from alphalayer.job import JobState, Webhook
@@ -45,7 +45,7 @@ class ListQuery(BaseModel):
     ] = None
 
 
-class JobRequest(GenerationFields):
+class JobRequest(Txt2ImgRequest):
     """The body of `POST /alpha/v1/jobs`: the fields of txt2img, and what is wanted while it runs."""
 
     previews: Annotated[bool, Field(description="Draw a small preview at every step.")] = False
@@ -70,7 +70,7 @@ class JobAnswer(BaseModel):
     state: Annotated[JobState, Field(description="Where it stands.")]
     position: Annotated[int, Field(description="Place in the queue; 1 is next, 0 is not in it.")]
     stage: Annotated[
-        str, Field(description="waiting, load, text, sample, vae, decode, store, or the state once it is over.")
+        str, Field(description="waiting, start, load, text, sample, vae, decode, store, or the state once it is over.")
     ]
     step: Annotated[int, Field(description="The last step done.")]
     steps: Annotated[int, Field(description="Steps in all, over all iterations; 0 before they are known.")]
@@ -91,7 +91,9 @@ class JobList(BaseModel):
     """Jobs, newest first. `next_before` is the `before` of the next page."""
 
     jobs: Annotated[list[JobAnswer], Field(description="Newest first.")]
-    next_before: Annotated[float | None, Field(description="The `before` of the next page; null on the last.")] = None
+    next_before: Annotated[
+        float | None, Field(description="The `before` of the next page; null where this one is not full.")
+    ] = None
 
 
 @router.post("", status_code=202, summary="Submit a job")
@@ -105,8 +107,8 @@ async def submit(
 ) -> JobAnswer:
     """Answers at once. The job is kept whatever happens to the client or the service."""
     more = {"previews": body.previews, "webhook": body.webhook(service, base_url(request))}
-    spec = body.to_spec(service.noise, service.decode).model_copy(update=more)
     with wire_names(FIELDS):
+        spec = body.to_spec(service.noise, service.decode).model_copy(update=more)
         job = await submit_job(service, spec, user, idempotency_key)
     shown = answer(await _view(service, job.id, user), base_url(request))
     response.headers["Location"] = shown.url
@@ -179,7 +181,7 @@ def answer(view: JobView, base: str) -> JobAnswer:
     """The JSON of a job, for a client that knows the service as `base`."""
     job, progress = view.job, view.progress
     url = f"{base}{router.prefix}/{job.id}"
-    stage: Literal["waiting"] | str = "waiting" if view.position else progress.stage
+    stage = "waiting" if view.position else progress.stage
     return JobAnswer(
         id=job.id,
         state=job.state,

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, get_args
 
 from alphalayer import infotext
 from alphalayer.errors import InvalidRequest
 from alphalayer.request import LayerDiffuse
 
 SCRIPT = "LayerDiffuse"
-RESIZE_MODES = ("Just Resize", "Crop and Resize", "Resize and Fill")
+ResizeMode = Literal["Just Resize", "Crop and Resize", "Resize and Fill"]
+"""How pictures that are given are brought to size. None are taken here yet, so that all of them do the same."""
+RESIZE_MODES: tuple[ResizeMode, ...] = get_args(ResizeMode)
 METHODS = {label: name for name, label in infotext.METHOD_LABELS.items()}
 OTHER_METHODS = (
     "(SDXL) From Foreground to Blending",

@@ -7,6 +7,7 @@ extra `mcp` (fastmcp).
 from __future__ import annotations
 
 import asyncio
+import hashlib
 from collections.abc import Callable
 from typing import Annotated, Any
 
@@ -14,7 +15,7 @@ import httpx
 from fastmcp import Context, FastMCP
 from fastmcp.exceptions import ToolError
 from fastmcp.exceptions import ValidationError as FastMCPValidationError
-from fastmcp.server.dependencies import get_http_request
+from fastmcp.server.dependencies import get_http_headers, get_http_request
 from fastmcp.server.middleware import CallNext, Middleware, MiddlewareContext
 from fastmcp.utilities.types import Image
 from pydantic import Field, ValidationError
@@ -95,7 +96,7 @@ class _OwnWords(Middleware):
 
 async def _draw(client: AsyncClient, context: Context, prompt: str, fields: dict[str, Any]) -> list[Any]:
     """Submit, tell the progress, bring the file; a caller that goes away takes its job along."""
-    status = await client.submit(prompt, **fields)
+    status = await client.submit(prompt, idempotency_key=_job_key(context), **fields)
     step = steps = 0
     try:
         async for change in client.events(status.id):
@@ -114,6 +115,12 @@ async def _draw(client: AsyncClient, context: Context, prompt: str, fields: dict
     ]
 
 
+def _job_key(context: Context) -> str | None:
+    """The same for a call that a proxy sends twice, with the `Idempotency-Key` of its HTTP request; None where there is none."""
+    key = get_http_headers().get("idempotency-key")
+    return hashlib.sha256(f"{key} {context.request_id}".encode()).hexdigest() if key else None
+
+
 def _say(status: JobStatus) -> str:
     return f"waiting, number {status.position}" if status.position else status.stage
 
@@ -121,8 +128,11 @@ def _say(status: JobStatus) -> str:
 def connect_to_caller() -> AsyncClient:
     """The API of the service that the tool is mounted in, as the caller of the tool."""
     request = get_http_request()
-    host, port = request.scope["server"]
     headers = {name: request.headers[name] for name in PASSED_ON if name in request.headers}
-    return AsyncClient(
-        f"http://{host}:{port}", http=httpx.AsyncClient(headers=headers, trust_env=False, timeout=TIMEOUT_S)
-    )
+    http = httpx.AsyncClient(trust_env=False, timeout=TIMEOUT_S)
+    return AsyncClient(address(*request.scope["server"]), headers=headers, http=http)
+
+
+def address(host: str, port: int) -> str:
+    """The URL of what listens there; an IPv6 address gets its brackets."""
+    return str(httpx.URL(scheme="http", host=host, port=port))

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import base64
 import json
-import mimetypes
 from pathlib import PurePath
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from fastapi import APIRouter, Path, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import RedirectResponse, StreamingResponse
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
-from alphalayer import faults, images, infotext
+from alphalayer import images, infotext
+from alphalayer.api.bodies import Body
 from alphalayer.api.deps import (
     IdempotencyKey,
     Service,
@@ -25,6 +25,7 @@ from alphalayer.api.deps import (
     run_job,
     wire_names,
 )
+from alphalayer.api.layerdiffuse_script import ResizeMode
 from alphalayer.api.problems import PROBLEMS
 from alphalayer.catalog import ModelEntry, model_defaults
 from alphalayer.errors import CorruptFile, InvalidRequest
@@ -40,7 +41,6 @@ from alphalayer.request import (
     ModelDefaults,
     NoiseSource,
     Prompt,
-    SamplerName,
     SchedulerName,
     Side,
     parse_request,
@@ -49,15 +49,14 @@ from alphalayer.request import (
 from alphalayer.storage import check_key
 
 router = APIRouter(prefix="/alpha/v1", tags=["Alphalayer"], responses=PROBLEMS)
-FIELDS = {"model": "checkpoint", "iterations": "n_iter"}
+FIELDS = {"model": "checkpoint", "iterations": "n_iter", "sampler": "sampler_name"}
 """What a field is called here, where that differs from `GenerationRequest`."""
-_SAMPLER: TypeAdapter[str] = TypeAdapter(SamplerName)
 
 
-class GenerationFields(BaseModel):
-    """What may be asked for. Only the prompt must be given; what is left out is drawn as the model likes it."""
+class Txt2ImgRequest(Body):
+    """The body of `POST /alpha/v1/txt2img`. Only the prompt must be given; what is left out is drawn as the model likes it."""
 
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, title="Txt2ImgRequest")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     prompt: Annotated[Prompt, Field(description="What to draw.", examples=["an apple, high quality"])]
     negative_prompt: Annotated[str, Field(max_length=MAX_PROMPT_CHARACTERS, description="What to keep out.")] = (
@@ -83,13 +82,17 @@ class GenerationFields(BaseModel):
     checkpoint: (
         Annotated[str, Field(min_length=1, max_length=500, description="A model by name, title or hash.")] | None
     ) = None
-    loras: Annotated[list[Lora], Field(max_length=16, description="LoRA files of models/Lora, with weights.")] = []
+    loras: Annotated[list[Lora], Field(max_length=16, description="LoRA files of models/Lora, with weights.")] = []  # noqa: RUF012 - copied
     layerdiffuse_enabled: Annotated[bool, Field(description="Draw with transparency.")] = True
     layerdiffuse_method: Annotated[Literal["attention", "conv"], Field(description="Which LayerDiffuse patch.")] = (
         "attention"
     )
     layerdiffuse_weight: Annotated[float, Field(ge=0, le=2, description="Strength of the patch.")] = 1.0
     layerdiffuse_stop_at: Annotated[float, Field(ge=0, le=1, description="Part of the schedule it is on.")] = 1.0
+    layerdiffuse_resize_mode: Annotated[ResizeMode, Field(description="Means nothing yet: no picture is given.")] = (
+        "Just Resize"
+    )
+    layerdiffuse_output_origin: Annotated[bool, Field(description="Not there yet: true is refused.")] = False
     format: Annotated[ImageFormat, Field(description="All three have alpha.")] = "png"
     defringe: Annotated[bool, Field(description="Take the old background's colour out of soft edges.")] = False
     trim: Annotated[bool, Field(description="Cut empty borders away.")] = False
@@ -102,14 +105,14 @@ class GenerationFields(BaseModel):
 
     def to_spec(self, noise: NoiseSource, decode: DecodeMode) -> JobSpec:
         """The job that does this, with the noise and the decoding that the service is set to. Raises `InvalidRequest`."""
-        self._refuse_what_would_do_nothing()
+        self._refuse_what_cannot_be_done()
         sampler, scheduler = split_sampler_name(self.sampler_name, self.scheduler)
         same = ("prompt", "negative_prompt", "seed", "steps", "cfg_scale", "width", "height", "batch_size")
         layers = {name: getattr(self, f"layerdiffuse_{name}") for name in ("enabled", "method", "weight", "stop_at")}
         generation = parse_request(
             {
                 **{name: getattr(self, name) for name in (*same, "subseed", "subseed_strength")},
-                "sampler": _checked_sampler(sampler),
+                "sampler": sampler,
                 "scheduler": scheduler,
                 "model": self.checkpoint,
                 "loras": tuple(self.loras),
@@ -122,8 +125,14 @@ class GenerationFields(BaseModel):
         with_data = self.response_format == "base64"
         return JobSpec(generation=generation, iterations=self.n_iter, output=output, with_data=with_data)
 
-    def _refuse_what_would_do_nothing(self) -> None:
-        """A field that is set and means nothing beside another one; at its default it is no wish."""
+    def _refuse_what_cannot_be_done(self) -> None:
+        """What is not there yet, or means nothing beside another field; at its default a field is no wish."""
+        if self.layerdiffuse_output_origin:
+            raise InvalidRequest(
+                "the picture before decoding is not there yet.",
+                hint="Leave it out.",
+                field="layerdiffuse_output_origin",
+            )
         refuse_idle(self, "trim", "trim_threshold", "trim_padding")
         refuse_idle(self, "layerdiffuse_enabled", "layerdiffuse_method", "layerdiffuse_weight", "layerdiffuse_stop_at")
 
@@ -133,10 +142,6 @@ def refuse_idle(asked: BaseModel, switch: str, *names: str) -> None:
     for name in names:
         if not getattr(asked, switch) and getattr(asked, name) != type(asked).model_fields[name].default:
             raise InvalidRequest(f"it has no effect without {switch}.", hint="Leave it out.", field=name)
-
-
-class Txt2ImgRequest(GenerationFields):
-    """The body of `POST /alpha/v1/txt2img`."""
 
 
 class ImageAnswer(BaseModel):
@@ -177,6 +182,8 @@ async def txt2img(
 FileName = Annotated[str, Path(description="The name of a picture, as an answer gave it.")]
 REDIRECT_S = 3600
 """How long a signed URL opens a picture."""
+FROM = "Sec-Fetch-Site"
+"""The header in which browsers say whether a page of this service asks."""
 
 
 @router.head("/file/{filename}", include_in_schema=False)
@@ -191,13 +198,17 @@ REDIRECT_S = 3600
 )
 async def file(filename: FileName, request: Request, service: ServiceDep) -> Response:
     """Needs no password: the name is the secret, so that the URL opens wherever it is pasted."""
-    if service.redirect_files and (url := service.storage.presign(check_key(filename), REDIRECT_S)):
-        return RedirectResponse(url, 307, {"Cache-Control": f"max-age={REDIRECT_S // 2}"})
-    found = await service.storage.open(check_key(filename))
+    key = check_key(filename)
+    # the page's own policy, and a bucket without CORS, would keep the picture from it
+    is_page = request.headers.get(FROM) == "same-origin"
+    if service.redirect_files and not is_page and (url := service.storage.presign(key, REDIRECT_S)):
+        return RedirectResponse(url, 307, {"Cache-Control": f"max-age={REDIRECT_S // 2}", "Vary": FROM})
+    found = await service.storage.open(key)
     # a preview is written over at every step; a picture never changes
     caching = "no-store" if filename.startswith(PREVIEW_PREFIX) else "public, max-age=31536000, immutable"
     headers = {"Cache-Control": caching, "Content-Length": str(found.size_bytes)}
-    mime = mimetypes.guess_type(filename)[0] or "application/octet-stream"
+    headers |= {"Vary": FROM} if service.redirect_files else {}
+    mime = images.mime_type(filename)
     if request.method == "HEAD":
         return Response(media_type=mime, headers=headers)
     return StreamingResponse(found.chunks, media_type=mime, headers=headers)
@@ -289,13 +300,3 @@ async def _answer(job: Job, request: Request, service: Service) -> Txt2ImgRespon
         base64=first.base64,
         images=pictures if len(pictures) > 1 else None,
     )
-
-
-def _checked_sampler(name: str | None) -> Any:
-    """The sampler by its exact name. Raises `InvalidRequest` that names the wire's field."""
-    if name is None:
-        return None
-    try:
-        return _SAMPLER.validate_python(name)
-    except ValidationError as error:
-        raise InvalidRequest(f"{faults.say(error.errors(include_url=False)[0])}.", field="sampler_name") from None

@@ -14,9 +14,10 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Path, Request
 from fastapi.responses import StreamingResponse
 from PIL import Image
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from alphalayer import faults, images
+from alphalayer.api.bodies import Body
 from alphalayer.api.deps import (
     Errand,
     IdempotencyKey,
@@ -27,12 +28,13 @@ from alphalayer.api.deps import (
     file_url,
     raise_if_failed,
     read_file,
+    read_preview,
     run_job,
     wire_names,
 )
 from alphalayer.api.problems import NotImplementedYet, Problem, openai_error
 from alphalayer.catalog import ModelEntry, resolve_model
-from alphalayer.errors import AlphalayerError, FileMissing, InvalidRequest, ModelNotFound, ModelUnusable
+from alphalayer.errors import AlphalayerError, InvalidRequest, ModelNotFound, ModelUnusable
 from alphalayer.job import ImageRef, Job, JobSpec, Output
 from alphalayer.jobs import JobView
 from alphalayer.request import MAX_SEED, MAX_SIDE, MIN_SIDE, parse_request
@@ -63,6 +65,8 @@ Quality = Literal["auto", "standard", "low", "medium", "high", "hd", "xhigh", "m
 QUALITY_STEPS: dict[Quality, int] = {"low": 12, "medium": 20, "high": 30, "hd": 30, "xhigh": 40, "max": 50}
 """Sampling steps; "auto" and "standard" are not here and leave them to the model."""
 SIZE = re.compile(r"^(auto|\d{1,5}x\d{1,5})$", re.ASCII)
+THEIRS = re.compile(r"(gpt-|chatgpt-|dall-e|alphalayer$)", re.IGNORECASE)
+"""Models that clients name which know nothing of ours."""
 SILENT_S = 15.0
 """After so long without an event a comment is sent: proxies end connections in which nothing is said."""
 STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
@@ -85,7 +89,7 @@ def _checked_size(size: str) -> str:
     return size
 
 
-class GenerationsRequest(BaseModel):
+class GenerationsRequest(Body):
     """The body of `POST /v1/images/generations`. Fields that are not here are ignored."""
 
     model_config = ConfigDict(title="OpenAIGenerationsRequest")
@@ -121,11 +125,6 @@ class GenerationsRequest(BaseModel):
     user: Annotated[str | None, Field(description="Ignored, as moderation and style are.")] = None
     moderation: Annotated[str | None, Field(description="Ignored.")] = None
     style: Annotated[str | None, Field(description="Ignored.")] = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _null_is_silence(cls, data: Any) -> Any:
-        return {name: value for name, value in data.items() if value is not None} if isinstance(data, dict) else data
 
     @property
     def is_opaque(self) -> bool:
@@ -269,9 +268,13 @@ def model(model_id: Annotated[str, Path(description="Its name.")], service: Serv
 def _known_model(name: str | None, service: Service) -> str | None:
     """The model of that name; None, which means the usual one, where there is none, for clients always name one of theirs.
 
+    Where the models are not known, names of that API's own models mean the usual one, and any other has to be there when it is drawn.
+
     Raises:
         ModelUnusable: it is there and cannot be drawn with.
     """
+    if not service.knows_models:
+        return None if not name or THEIRS.match(name) else name
     try:
         return resolve_model(name, service.list_models()).name if name else None
     except ModelNotFound:
@@ -343,9 +346,8 @@ def _event(name: str, picture: str, **fields: Any) -> str:
 
 async def _partial(body: GenerationsRequest, service: Service, key: str) -> str | None:
     """A preview in the format that was asked for."""
-    try:
-        data = await read_file(service, key)
-    except FileMissing:  # the picture is done
+    data = await read_preview(service, key)
+    if data is None:
         return None
     return base64.b64encode(await asyncio.to_thread(_convert, data, body.output_format, BEST)).decode()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import Any
 
 from fastapi import APIRouter, Response
@@ -21,10 +20,10 @@ async def livez() -> dict[str, str]:
 
 
 @router.get("/readyz", summary="Can it draw?", responses={503: {"description": "Not now; the body says why."}})
-async def readyz(service: ServiceDep, response: Response) -> dict[str, Any]:
+def readyz(service: ServiceDep, response: Response) -> dict[str, Any]:
     """200 when an engine is ready and there is a model to draw with, else 503 with the reason."""
-    # the models folder may be on a network that takes its time
-    ready = await asyncio.to_thread(service.readiness)
+    # in a thread, for it reads the models folder
+    ready = service.readiness()
     if not ready["ready"]:
         response.status_code = 503
     return ready

@@ -11,6 +11,7 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 from starlette.routing import Match
+from starlette.types import Scope
 
 from alphalayer import faults
 from alphalayer.errors import AlphalayerError, InvalidRequest, RateLimited, Stopping
@@ -51,6 +52,9 @@ TITLES = {
 }
 
 
+PASSING = ("queue_full", "rate_limited", "stopping", "storage_failed")
+"""What may be gone at the next try. OpenAI's clients would ask again by themselves after any 409 and 5xx, and a request that takes an
+engine down would do so each time."""
 CODES = {404: "not_found", 405: "method_not_allowed", 413: "too_large"}
 """Codes of the errors that the framework itself answers."""
 
@@ -117,8 +121,7 @@ def respond(path: str, problem: Problem, headers: dict[str, str] | None = None) 
     if path.startswith("/sdapi/"):
         return JSONResponse({"detail": f"{problem.detail} {problem.hint}".strip()}, problem.status, headers)
     if path.startswith("/v1/"):
-        if problem.status in (409, 501):
-            # their clients would ask again by themselves
+        if problem.code not in PASSING:
             headers["x-should-retry"] = "false"
         return JSONResponse(openai_error(problem), 400 if problem.status == 422 else problem.status, headers)
     return ProblemResponse(problem.model_dump(), problem.status, headers)
@@ -159,22 +162,27 @@ def install(app: FastAPI) -> None:
         if isinstance(error, RateLimited | Stopping):
             headers["Retry-After"] = str(error.retry_after_s)
         elif error.code == "queue_full":
-            headers["Retry-After"] = str(request.app.state.service.retry_after_s())
-        return respond(_path(request), Problem.of(error), headers)
+            headers["Retry-After"] = str(request.app.state.service.dispatcher.retry_after_s)
+        return respond(path_of(request.scope), Problem.of(error), headers)
 
     async def invalid(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestValidationError)
         first = error.errors()[0]
-        is_unread = (
-            isinstance(error.body, bytes | str) and first["loc"] == ("body",) and first["type"] != "json_invalid"
-        )
-        return respond(_path(request), Problem.of(_not_json(request) if is_unread else first_fault(first)))
+        fault = first_fault(first)
+        if first["loc"] == ("body",) and first["type"] != "json_invalid":
+            if isinstance(error.body, bytes):  # as it came: its header names another type
+                fault = _not_json(request)
+            elif isinstance(error.body, str):
+                fault = InvalidRequest(
+                    "the body is a JSON text, not an object.", hint="It was made JSON twice: send the object itself."
+                )
+        return respond(path_of(request.scope), Problem.of(fault))
 
     async def plain(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)
         if error.status_code == 405:
             error.headers = {"Allow": ", ".join(_allowed(request))}
-        return http_problem(error, _path(request))
+        return http_problem(error, path_of(request.scope))
 
     app.add_exception_handler(AlphalayerError, known)
     app.add_exception_handler(RequestValidationError, invalid)
@@ -190,9 +198,9 @@ def _allowed(request: Request) -> list[str]:
     ]
 
 
-def _path(request: Request) -> str:
+def path_of(scope: Scope) -> str:
     """The path as routes see it, without a prefix of a proxy."""
-    return str(request.scope["path"]).removeprefix(request.scope.get("root_path", ""))
+    return str(scope["path"]).removeprefix(scope.get("root_path", ""))
 
 
 def _not_json(request: Request) -> InvalidRequest:

@@ -42,7 +42,11 @@ def _forwarded(scope: Scope, headers: dict[str, str]) -> dict[str, Any]:
         kept = [pair for pair in scope["headers"] if pair[0] != b"host"]
         changed["headers"] = [*kept, (b"host", first["x-forwarded-host"].encode("latin-1"))]
     if first.get("x-forwarded-prefix", "").startswith("/"):
-        changed["root_path"] = first["x-forwarded-prefix"].rstrip("/")
+        # the proxy took the prefix off; ASGI has it in the path, too, and takes it off there before it looks for a route
+        prefix = first["x-forwarded-prefix"].rstrip("/")
+        changed |= {"root_path": prefix, "path": prefix + scope["path"]}
+        if scope.get("raw_path") is not None:
+            changed["raw_path"] = prefix.encode("latin-1") + scope["raw_path"]
     if first.get("x-forwarded-for"):
         # the last address is the one that the trusted proxy saw; those before it are only claimed
         changed["client"] = (headers["x-forwarded-for"].rpartition(",")[2].strip(), 0)

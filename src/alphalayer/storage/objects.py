@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import mimetypes
 import os
 import secrets
 from collections.abc import AsyncIterator
@@ -15,6 +14,7 @@ import obstore
 from obstore.exceptions import AlreadyExistsError, BaseError
 from obstore.store import LocalStore, from_url
 
+from alphalayer import images
 from alphalayer.errors import FileMissing, StorageFailed
 from alphalayer.storage import StoredFile, check_key
 
@@ -44,7 +44,7 @@ class ObjectStorage:
     def _put(self, key: str, data: bytes, mode: Literal["create", "overwrite"]) -> None:
         # whoever opens a signed URL is told by the bucket what they get
         lasts = FOR_EVER if mode == "create" else "no-store"
-        said = {"Content-Type": mimetypes.guess_type(key)[0] or "application/octet-stream", "Cache-Control": lasts}
+        said = {"Content-Type": images.mime_type(key), "Cache-Control": lasts}
         obstore.put(self._store, key, data, attributes=said, mode=mode, use_multipart=False)
 
     def delete(self, key: str) -> None:

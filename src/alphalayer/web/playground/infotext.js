@@ -8,20 +8,21 @@ export const LAYERS = {
 };
 const USUAL = { layerdiffuse_method: "attention", layerdiffuse_weight: 1, layerdiffuse_stop_at: 1 };
 // of no consequence for the picture, or already in another one
-const SILENT = /^(Prompt|Negative prompt|Version|RNG|Size|Model hash|.* hashes|VAE hash|layerdiffusion_.*)$/;
+const SILENT = /^(Prompt|Negative prompt|Version|Size|Model hash|.* hashes|VAE hash|layerdiffusion_.*)$/;
 const SEEDS = { Seed: "seed", "Variation seed": "subseed" };
 const NUMBERS = { Steps: "steps", "CFG scale": "cfg_scale", "Variation seed strength": "subseed_strength" };
 
 /** `parameters` as the service read them, and what there is to choose from. Gives {settings, missing}, where `missing` names what cannot
  * be taken; null if the picture carries no settings. */
-export function fromPicture(parameters, { models, samplers, schedulers }) {
+export function fromPicture(parameters, choices) {
   if (!parameters.Steps) return null;
   const settings = { prompt: parameters.Prompt ?? "", negative_prompt: parameters["Negative prompt"] ?? "" };
   const missing = [];
-  for (const [key, value] of Object.entries(parameters)) {
+  // programs that draw noise on the GPU do not say so
+  for (const [key, value] of Object.entries({ RNG: "GPU", ...parameters })) {
     if (SEEDS[key]) settings[SEEDS[key]] = Number.isSafeInteger(Number(value)) ? Number(value) : value;
     else if (NUMBERS[key]) settings[NUMBERS[key]] = Number(value);
-    else if (!SILENT.test(key) && !TAKEN[key]?.(value, settings, { models, samplers, schedulers, parameters })) missing.push(`${lower(key)} ${value}`);
+    else if (!SILENT.test(key) && !TAKEN[key]?.(value, settings, { ...choices, parameters })) missing.push(`${lower(key)} ${value}`);
   }
   const [width, height] = (parameters.Size ?? "").split("x").map(Number);
   if (width && height) Object.assign(settings, { width, height });
@@ -39,9 +40,10 @@ const TAKEN = {
     settings.sampler_name = sampler;
     return true;
   },
-  "Schedule type"(value, settings, { schedulers }) {
-    if (schedulers.includes(value)) settings.scheduler = value;
-    return schedulers.includes(value) || value === "Automatic";
+  "Schedule type"(value, settings, { schedulers, automatic, parameters }) {
+    const meant = value === "Automatic" ? automatic[parameters.Sampler] : value;
+    if (schedulers.includes(meant)) settings.scheduler = meant;
+    return schedulers.includes(meant);
   },
   Model(value, settings, { models, parameters }) {
     const hash = parameters["Model hash"];
@@ -49,6 +51,7 @@ const TAKEN = {
     return Boolean(settings.checkpoint);
   },
   "Clip skip": (value) => value === "1",
+  RNG: (value, _settings, { noise }) => portable(value) === portable(noise),
 };
 
 function layers(parameters, missing) {
@@ -64,4 +67,6 @@ function layers(parameters, missing) {
   return Object.fromEntries(Object.entries(found).filter(([name, value]) => value !== USUAL[name]));
 }
 
+/** NV is the noise of the GPU, made anywhere. */
+const portable = (source) => (source === "GPU" ? "NV" : source);
 const lower = (key) => (/^[A-Z][a-z]/.test(key) ? key[0].toLowerCase() + key.slice(1) : key);

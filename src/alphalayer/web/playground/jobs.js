@@ -1,12 +1,16 @@
 // The jobs of this page that are not over, and the one among them that the stage shows.
+//
+// That one is streamed, as long as the page can be seen; the others are looked at now and then. A browser has six connections to a service
+// for all its tabs together: streams of them all would leave none for anything else.
 
 import * as service from "./service.js";
 
+const LOOK_EVERY_S = { usual: 2, stopping: 0.3 };
 const find = (id) => document.getElementById(id);
 const jobs = new Map();
 let chosen = null; // the id of a job that was chosen by hand; else the one that runs is shown
 let isWatching = true; // false while a finished picture is looked at instead
-let isStarting = false;
+let waiting = ""; // why nothing begins, if nothing does
 let show = () => {};
 
 /** `shown` is called with a job that has news and its request's body, where the stage is to show it. */
@@ -14,24 +18,46 @@ export const start = (shown) => (show = shown);
 
 /** Follow a job until it is over; gives how it ended, and whether it was on the stage. Throws `Refused`. */
 export async function follow(job, body) {
-  const entry = { now: job, body, isAway: false, row: row(job.id, body.prompt) };
+  const entry = { now: job, body, isAway: false, isLive: false, turn: new AbortController(), row: row(job.id, body.prompt) };
   jobs.set(job.id, entry);
   watch();
   try {
-    const end = await service.follow(
-      job.id,
-      (now) => update(entry, { now, isAway: false }),
-      () => update(entry, { isAway: true }),
-    );
-    return { end, wasShown: current() === entry };
+    while (!service.isOver(entry.now)) await turn(entry);
+    return { end: entry.now, wasShown: current() === entry };
   } finally {
     const hadFocus = entry.row.item.contains(document.activeElement) || (current() === entry && document.activeElement === find("stop"));
     jobs.delete(job.id);
     entry.row.item.remove();
     render();
+    // their places in the queue have changed
+    for (const each of jobs.values()) if (!each.isLive) each.turn.abort();
     // not to another button that cancels
     if (hadFocus) find("viewport").focus({ preventScroll: true });
   }
+}
+
+/** Follow a job until it comes onto the stage or leaves it, or for a while. */
+async function turn(entry) {
+  entry.turn = new AbortController();
+  const { signal } = entry.turn;
+  const told = (now) => update(entry, { now, isAway: false });
+  try {
+    if (entry.isLive) await service.stream(entry.now.id, told, signal);
+    else told(await service.look(entry.now.id));
+  } catch (error) {
+    if (error instanceof service.Refused && error.status < 500) throw error;
+    if (!signal.aborted) update(entry, { isAway: true });
+  }
+  if (!service.isOver(entry.now)) await nextLook(entry.isStopping ? LOOK_EVERY_S.stopping : LOOK_EVERY_S.usual, signal);
+}
+
+/** All look at the same moments, so that their places in the queue fit together. */
+function nextLook(everyS, signal) {
+  return new Promise((resume) => {
+    if (signal.aborted) return resume();
+    signal.addEventListener("abort", resume);
+    setTimeout(resume, everyS * 1000 - (performance.now() % (everyS * 1000)));
+  });
 }
 
 /** Look at the jobs: at the one with the id, or at whichever runs. */
@@ -49,9 +75,9 @@ export function look() {
   render();
 }
 
-/** Whether the service is still starting, which is why nothing runs. */
-export function setStarting(is) {
-  isStarting = is;
+/** Why the service begins with no job now, in words; "" if it does. */
+export function setWaiting(words) {
+  waiting = words;
   render();
 }
 
@@ -70,6 +96,11 @@ function update(entry, news) {
 function render() {
   const shown = current();
   for (const entry of jobs.values()) {
+    const isLive = entry === shown && !document.hidden;
+    if (isLive !== entry.isLive) {
+      entry.isLive = isLive;
+      entry.turn.abort();
+    }
     entry.row.state.textContent = describe(entry);
     entry.row.open.setAttribute("aria-current", String(entry === shown));
   }
@@ -87,7 +118,7 @@ function describe({ now, isAway, isStopping, note }) {
   if (isStopping) return "Cancelling";
   if (note) return note;
   if (isAway) return "Waiting for the service";
-  if (isStarting) return "Starting: the model is being loaded";
+  if (waiting && now.position > 0) return waiting;
   const left = now.eta_s == null ? "" : `, ${duration(now.eta_s)} left`;
   if (now.position === 1) return `Next in the queue${left}`;
   if (now.position > 1) return `Number ${now.position} in the queue${left}`;
@@ -106,7 +137,8 @@ async function cancel(id) {
   if (!entry || entry.isStopping) return;
   update(entry, { isStopping: true, note: "" });
   try {
-    await service.cancel(id);
+    update(entry, { now: await service.cancel(id), isAway: false });
+    entry.turn.abort(); // look at once
   } catch (error) {
     // the button can be pressed again
     update(entry, { isStopping: false, note: `Not cancelled. ${error.message}` });
@@ -136,6 +168,7 @@ function element(tag, name, text) {
   return made;
 }
 
+document.addEventListener("visibilitychange", render);
 find("stop").addEventListener("click", () => {
   const shown = current();
   if (shown) cancel(shown.now.id);

@@ -1,5 +1,6 @@
 // Puts the parts of the page together.
 
+import * as health from "./health.js";
 import * as history from "./history.js";
 import * as jobs from "./jobs.js";
 import * as outside from "./outside.js";
@@ -30,44 +31,22 @@ async function connect() {
     // one question first: without a key there is one refusal, not three
     const models = await service.models();
     isLocked = false;
-    const [samplers, schedulers] = await Promise.all(["samplers", "schedulers"].map(names));
-    settings.offer({ models, samplers, schedulers });
-    find("state").textContent = models.some((each) => !each.problem) ? "" : unusable(models);
+    settings.offer({ models, ...(await service.lists()) });
+    health.say("entry", "");
     settings.clearFaults();
     changed();
-    await awaitEngine();
   } catch (error) {
     if (error.status === 401) return askForKey();
     if (error instanceof service.Away) return;
-    find("state").textContent = error.message;
+    health.say("entry", error.message);
     await pause(3);
     connect();
   }
 }
 
-async function names(list) {
-  const all = await service.json(`sdapi/v1/${list}`);
-  return all.map((each) => each.label ?? each.name).filter((each) => each !== "Automatic");
-}
-
-const unusable = (models) => models[0]?.problem ?? "There is no model to draw with. Run: alphalayer models pull";
-
-async function awaitEngine() {
-  for (;;) {
-    const isReady = await service.isReady();
-    jobs.setStarting(!isReady);
-    if (isReady) return;
-    await pause(1);
-  }
-}
-
-service.onReach(async (isThere) => {
-  find("state").textContent = isThere ? "" : "The service cannot be reached. Looking for it…";
-  if (isThere) return connect();
-  for (;;) {
-    await pause(2);
-    if (await service.isReady().then(() => true, () => false)) return;
-  }
+service.onReach((isThere) => {
+  health.say("reach", isThere ? "" : "The service cannot be reached. Looking for it…");
+  if (isThere) connect();
 });
 
 // --- the key
@@ -75,7 +54,7 @@ service.onReach(async (isThere) => {
 function askForKey() {
   [needsKey, isLocked] = [true, true];
   const words = service.key.read() ? "This key is not known." : "This service needs a key.";
-  find("state").textContent = words;
+  health.say("entry", words);
   openKey(words);
 }
 
@@ -145,7 +124,7 @@ function preview(job, body) {
     if (!result.current()) stage.blank("");
     return;
   }
-  const { width, height } = settings.resolve(body);
+  const { width = 1024, height = 1024 } = settings.resolve(body);
   const address = `${service.fileAddress(service.nameOf(job.preview_url))}?step=${job.step}`;
   stage.show(address, { alt: "Preview", width, height, isFinal: false });
 }
@@ -225,7 +204,7 @@ async function take(file, isDropped) {
   try {
     const found = await outside.carriedBy(file);
     if (!found && isDropped) return layBehind(file);
-    if (!found) return say(`${file.name} carries no settings. Pictures made here or by AUTOMATIC1111 and Forge do.`);
+    if (!found) return say(`No settings were found in ${file.name}. ${outside.LOOKED_INTO} Those made here or by AUTOMATIC1111 and Forge have some.`);
     reuse(found.settings);
     say(`The settings of ${file.name} are in the form.${found.missing.length ? ` Not here: ${found.missing.join(", ")}.` : ""}`);
   } catch (error) {
@@ -236,7 +215,7 @@ async function take(file, isDropped) {
 async function layBehind(file) {
   try {
     await outside.behind(file);
-    say(`${file.name} lies behind the picture.`, { isBrief: true });
+    say(`${file.name} lies behind the picture.${outside.isTooLarge(file) ? ` ${outside.LOOKED_INTO}` : ""}`, { isBrief: true });
   } catch (error) {
     explain(error);
   }
@@ -293,3 +272,4 @@ find("options").open = matchMedia("(min-width: 60rem)").matches;
 stage.blank(EMPTY);
 changed();
 connect();
+health.keepLooking();

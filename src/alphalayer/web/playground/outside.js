@@ -8,16 +8,22 @@ import * as stage from "./stage.js";
 const MAY_CARRY = ["image/png", "image/webp", "image/avif"];
 const MOST_BYTES = 11_000_000; // as base64 under the service's limit for a request
 
+/** Whether a picture may carry settings and is too large to be looked into. */
+export const isTooLarge = (file) => MAY_CARRY.includes(file.type) && file.size > MOST_BYTES;
+
+/** Which files are looked into, in words. */
+export const LOOKED_INTO = `Settings are looked for in PNG, WebP and AVIF up to ${MOST_BYTES / 1e6} MB.`;
+
 /** What a picture brings: {settings, missing} where it carries settings, else null. Throws an Error that says why it cannot be read. */
 export async function carriedBy(file) {
   await check(file);
-  if (!MAY_CARRY.includes(file.type) || file.size > MOST_BYTES) return null;
+  if (!MAY_CARRY.includes(file.type) || isTooLarge(file)) return null;
   try {
     const read = await service.json("sdapi/v1/png-info", { method: "POST", body: { image: await base64(file) } });
     return fromPicture(read.parameters, settings.choices());
   } catch (error) {
-    // what the service cannot read is still a picture; a key that is missing is another matter
-    if (error instanceof service.Refused && error.status !== 401) return null;
+    // what the service cannot read is still a picture
+    if (error.status === 422) return null;
     throw error;
   }
 }

@@ -2,17 +2,21 @@
 
 const KEY = "alphalayer.key";
 
-/** An answer that is an error: `problem` is its JSON (title, detail, hint, code, field). */
+/** An answer that is an error: `problem` is its JSON (title, detail, hint, code, field); `besideField` are the words without the field. */
 export class Refused extends Error {
   constructor(status, problem) {
     const words = [problem.detail, problem.hint].filter(Boolean).join(" ");
-    super(words.charAt(0).toUpperCase() + words.slice(1));
+    const name = problem.field ? `${problem.field}: ` : "";
+    super(name && words.startsWith(name) ? words : capital(words));
+    this.besideField = capital(words.startsWith(name) ? words.slice(name.length) : words);
     this.status = status;
     this.problem = problem;
   }
 }
 
-/** No answer at all. */
+const capital = (words) => words.charAt(0).toUpperCase() + words.slice(1);
+
+/** No answer at all, or one of a proxy that speaks for a service that is not there. */
 export class Away extends Error {
   constructor() {
     super("The service cannot be reached.");
@@ -48,23 +52,45 @@ export async function ask(path, { method = "GET", body, ...more } = {}) {
     reached(false);
     throw new Away();
   }
-  // a proxy that speaks for a service that is not there
-  const isAway = [502, 504].includes(answer.status);
+  const said = answer.ok ? null : await answer.json().catch(() => null);
+  // the service gives its reasons; /readyz has them in a form of its own
+  const isExplained = answer.ok || typeof said?.detail === "string" || typeof said?.ready === "boolean";
+  const isAway = !isExplained && [502, 503, 504].includes(answer.status);
   reached(!isAway);
   if (isAway) throw new Away();
   if (answer.ok) return answer;
-  const said = await answer.json().catch(() => ({}));
-  const unexplained = { detail: `The service answered ${answer.status} without a reason. Try again; its log may say more.` };
-  throw new Refused(answer.status, typeof said.detail === "string" ? said : unexplained);
+  throw new Refused(answer.status, isExplained ? said : { detail: unexplained(answer.status) });
 }
+
+const unexplained = (status) =>
+  status === 413
+    ? "This is too large for the way to the service: something before it does not let so much through."
+    : `The service answered ${status} without a reason. Try again; its log may say more.`;
 
 export const json = async (path, options) => (await ask(path, options)).json();
 export const models = async () => (await json("alpha/v1/models")).models;
+
+/** The names of samplers and schedules, the schedule that "Automatic" means for each sampler, and the source of noise. */
+export async function lists() {
+  const [samplers, schedulers, options] = await Promise.all(["samplers", "schedulers", "options"].map((each) => json(`sdapi/v1/${each}`)));
+  const labels = Object.fromEntries(schedulers.map((each) => [each.name, each.label]));
+  return {
+    samplers: samplers.map((each) => each.name),
+    schedulers: Object.values(labels).filter((each) => each !== "Automatic"),
+    automatic: Object.fromEntries(samplers.map((each) => [each.name, labels[each.options.scheduler]])),
+    noise: options.randn_source,
+  };
+}
+
 export const submit = (body) => json("alpha/v1/jobs", { method: "POST", body: { ...body, previews: true } });
 export const look = (id) => json(`alpha/v1/jobs/${id}`);
 export const cancel = (id, options) => json(`alpha/v1/jobs/${id}`, { method: "DELETE", ...options });
-/** Whether it can draw; false while it starts. */
-export const isReady = async () => (await ask("ping")).status === 200;
+/** Whether it can draw: {ready, engines: how each is by its name, problem: what is wrong if that is known}. */
+export const readiness = () =>
+  json("readyz").catch((error) => {
+    if (error.problem?.engines) return error.problem;
+    throw error;
+  });
 export const fileAddress = (name) => `alpha/v1/file/${encodeURIComponent(name)}`;
 
 /** Whether a picture is no longer kept, and not merely out of reach. */
@@ -80,35 +106,21 @@ export async function download(name, { format, trim, padding }) {
   return (await ask(path)).blob();
 }
 
-/** Follow a job until it is over; `told` gets it at each change. Calls `broken` and goes on when the service was away for a while. */
-export async function follow(id, told, broken) {
-  for (;;) {
-    try {
-      const job = await lastEvent(id, told);
-      if (job && isOver(job)) return job;
-    } catch (error) {
-      if (error instanceof Refused) throw error;
-      broken();
-    }
-    await new Promise((resume) => setTimeout(resume, 1500));
-  }
-}
-
 export const isOver = (job) => ["done", "failed", "cancelled"].includes(job.state);
 
-async function lastEvent(id, told) {
-  const answer = await ask(`alpha/v1/jobs/${id}/events`);
+/** `told` gets a job at each change, until it is over, the connection ends, or `signal` says so. Holds a connection all the while. */
+export async function stream(id, told, signal) {
+  const answer = await ask(`alpha/v1/jobs/${id}/events`, { signal });
   const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";
-  let job = null;
   for (;;) {
     const { value, done } = await reader.read();
-    if (done) return job;
+    if (done) return;
     const events = (rest + value).split(/\r?\n\r?\n/);
     rest = events.pop();
     for (const event of events) {
       const data = event.split(/\r?\n/).filter((line) => line.startsWith("data:")).map((line) => line.slice(5)).join("\n");
-      if (data) told((job = JSON.parse(data)));
+      if (data) told(JSON.parse(data));
     }
   }
 }

@@ -10,8 +10,7 @@ const MOST_SEED = 2n ** 63n - 1n;
 const input = (name) => document.getElementById(name);
 
 let models = [];
-let samplers = [];
-let schedulers = [];
+let lists = { samplers: [], schedulers: [] };
 let carried = {}; // what a picture brought that the form has no field for
 
 /** The body of a request: what is empty or as the service has it anyway is left out. */
@@ -51,7 +50,7 @@ export function resolve(body) {
 /** The form in a few words. */
 export function brief() {
   const { width, height, steps, seed } = resolve(read());
-  return `${width ?? "?"} × ${height ?? "?"}, ${steps ?? "?"} steps, seed ${seed}`;
+  return [width && height && `${width} × ${height}`, steps && `${steps} steps`, `seed ${seed}`].filter(Boolean).join(", ");
 }
 
 function carry(settings) {
@@ -73,29 +72,29 @@ const usable = () => models.filter((each) => !each.problem);
 const usual = () => usable().find((each) => each.is_default);
 const defaultsOf = (checkpoint) => (usable().find((each) => each.name === checkpoint) ?? usual())?.defaults;
 
-/** The models, and the names of samplers and schedules. What is chosen stays chosen. */
+/** The models, and what `service.lists` gives. What is chosen stays chosen. */
 export function offer(all) {
-  ({ models, samplers, schedulers } = all);
+  ({ models, ...lists } = all);
   fill("checkpoint", usable().map((each) => each.name), usual()?.name);
   hint();
 }
 
 /** All that `offer` got. */
-export const choices = () => ({ models: usable(), samplers, schedulers });
+export const choices = () => ({ models: usable(), ...lists });
 
 /** Where a field is empty, it shows what the chosen model takes. */
 function hint() {
   const defaults = defaultsOf(input("checkpoint").value);
   for (const name of ["width", "height", "steps", "cfg_scale"]) input(name).placeholder = defaults?.[name] ?? "";
-  fill("sampler_name", samplers, defaults?.sampler);
-  fill("scheduler", schedulers, defaults?.scheduler);
+  fill("sampler_name", lists.samplers, defaults?.sampler);
+  fill("scheduler", lists.schedulers, defaults?.scheduler);
 }
 
 /** The one that is taken unless another is chosen stands first and has the empty value. */
 function fill(id, names, usual) {
   const before = input(id).value;
   const others = names.filter((each) => each !== usual).map((each) => new Option(each, each));
-  input(id).replaceChildren(group("Default", [new Option(usual ?? "None", "")]), ...(others.length ? [group("Others", others)] : []));
+  input(id).replaceChildren(group("Default", [new Option(usual ?? "As the service has it", "")]), ...(others.length ? [group("Others", others)] : []));
   select(id, before);
 }
 
@@ -147,7 +146,7 @@ export function fault(error) {
   const field = error.problem?.field;
   const place = field && input(`${field}-error`);
   if (!place) return void (input("form-error").textContent = error.message);
-  mark(input(field), error.message.replace(`${field}: `, ""));
+  mark(input(field), error.besideField);
   input(field).focus();
 }
 

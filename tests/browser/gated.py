@@ -1,0 +1,20 @@
+"""A fake engine that starts once a file is there, unless that says "broken"."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from alphalayer.engine.fake import FakeEngine
+from alphalayer.errors import SetupFailed
+
+
+def create_engine(options: dict[str, Any]) -> FakeEngine:
+    """`gate` is the file."""
+    gate = Path(options["gate"])
+    while not gate.exists():
+        time.sleep(0.02)
+    if gate.read_text() == "broken":
+        raise SetupFailed("the card is gone.", hint="Put it back.")
+    return FakeEngine()
