@@ -276,8 +276,8 @@ def info(
     ],
 ) -> None:
     """Show the settings that made a picture."""
-    rgba, parameters = images.decode(_read(file))
-    out.print(f"{file}  {rgba.shape[1]}x{rgba.shape[0]}")
+    (width, height), parameters = images.read_settings(_read(file))
+    out.print(f"{file}  {width}x{height}")
     out.print(parameters or "no settings in this file.", soft_wrap=True)
 
 
