@@ -233,6 +233,17 @@ def test_cancelling_stops_before_the_next_step(engine: LocalEngine, base: np.nda
     assert np.array_equal(_draw(engine), base)
 
 
+def test_cancelling_is_seen_between_two_calls_of_the_unet(models: Path):
+    """A step may be many of them, where memory is scarce."""
+    engine = LocalEngine(models, device="cpu", memory="low")
+    _draw(engine, steps=1)
+    calls: list[int] = []
+    engine.held.model.unet.register_forward_pre_hook(lambda *_: calls.append(1))
+    with pytest.raises(Cancelled):
+        engine.generate(REQUEST, is_cancelled=lambda: bool(calls))
+    assert len(calls) == 1
+
+
 def test_cancelling_before_the_start_loads_nothing(models: Path):
     engine = LocalEngine(models, device="cpu")
     with pytest.raises(Cancelled):

@@ -22,6 +22,14 @@ def test_the_device_is_described_with_what_was_chosen_for_the_user():
     assert describe(cpu, precision, MEMORY_MODES["high"], asked=("cpu", "high")) == 'cpu, float32, memory mode "high"'
 
 
+def test_a_call_of_the_unet_has_a_bound_in_every_mode():
+    """Batches of 8 at 1024x1024 under guidance are one call on a large GPU, as are many small pictures."""
+    bounds = {
+        name: [mode.rows_at_once(side, side) for side in (256, 1024, 2048)] for name, mode in MEMORY_MODES.items()
+    }
+    assert bounds == {"high": [256, 16, 4], "balanced": [64, 4, 1], "low": [1, 1, 1]}
+
+
 def test_the_weights_that_batches_leave_room_for_are_those_of_sdxl():
     """Counted in the shipped configs, without memory for them; bytes a weight as `choose_precision` and loading hold them."""
     parts = [

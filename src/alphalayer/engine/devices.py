@@ -37,18 +37,22 @@ class MemoryMode:
     name: str
     keep_text: bool
     keep_unet: bool
-    rows_at_once: int | None
-    """Rows of one UNet call; None = all rows of the batch in one call."""
+    unet_megapixels: int
+    """Of all rows of one UNet call; a single row may have more."""
     passes_at_once: int
     """Transparent decoder passes in one call, out of 8."""
+
+    def rows_at_once(self, width: int, height: int) -> int:
+        """Rows of one UNet call for pictures of that size, at least 1."""
+        return max(1, self.unet_megapixels * 1024**2 // (width * height))
 
 
 MEMORY_MODES = {
     mode.name: mode
     for mode in (
-        MemoryMode("high", keep_text=True, keep_unet=True, rows_at_once=None, passes_at_once=8),
-        MemoryMode("balanced", keep_text=False, keep_unet=True, rows_at_once=None, passes_at_once=2),
-        MemoryMode("low", keep_text=False, keep_unet=False, rows_at_once=1, passes_at_once=1),
+        MemoryMode("high", keep_text=True, keep_unet=True, unet_megapixels=16, passes_at_once=8),
+        MemoryMode("balanced", keep_text=False, keep_unet=True, unet_megapixels=4, passes_at_once=2),
+        MemoryMode("low", keep_text=False, keep_unet=False, unet_megapixels=0, passes_at_once=1),
     )
 }
 _SMALLER = {"high": "balanced", "balanced": "low"}
@@ -145,7 +149,7 @@ def memory_needed(unet_bytes: int, width: int, height: int, mode: MemoryMode, ba
     error messages only; nothing is refused because of it.
     """
     megapixels = width * height / 1024**2
-    rows = mode.rows_at_once or 2 * batch_size
+    rows = min(2 * batch_size, mode.rows_at_once(width, height))
     sampling = unet_bytes + 1.1e9 * megapixels * rows
     decoding = (unet_bytes if mode.keep_unet else 0) + 1.6e9 * megapixels * max(mode.passes_at_once, 2)
     return int(max(sampling, decoding))

@@ -164,12 +164,12 @@ class LocalEngine:
         watchers.stage("text")
         with stopwatch.stage("text"), residency.of(model.text_encoder, model.text_encoder_2, keep=mode.keep_text):
             self._patch_text(shared, ready)
-            guidances = [_guidance(each, ready.encoders) for each in requests]
+            guidances = [_guidance(each, ready.encoders, watchers.check) for each in requests]
 
-        denoiser = Denoiser(model, guidances, canvas.drawn_width, canvas.drawn_height, mode)
+        denoiser = Denoiser(model, guidances, canvas.drawn_width, canvas.drawn_height, mode, watchers.check)
         watchers.stage("sample")
         with stopwatch.stage("sample"), residency.of(model.unet, keep=mode.keep_unet):
-            latents = self._sample(orders, shared, denoiser, start, sigmas, noise, watchers)
+            latents = self._sample(orders, shared, denoiser, start, sigmas, noise)
 
         watchers.stage("decode")
         decoders = [model.vae, model.decoder] if shared.layerdiffuse.enabled else [model.vae]
@@ -217,7 +217,6 @@ class LocalEngine:
         start: Tensor,
         sigmas: Tensor,
         noise: Noise,
-        watchers: Watchers,
     ) -> Tensor:
         """Denoise `start` (B, C, h, w; unit variance) along `sigmas`; the scaled clean latents, float32."""
         model = denoiser.model
@@ -225,7 +224,6 @@ class LocalEngine:
         firsts = [0, *accumulate(each.images for each in denoiser.guidances)]
 
         def denoise(x: Tensor, sigma: float, step: int) -> Tensor:
-            watchers.check()
             self._patch(shared, model, with_transparency=shared.layerdiffuse.enabled and sigma >= last_patched_sigma)
             return denoiser(x, sigma, step)
 
@@ -308,11 +306,11 @@ def create_engine(options: dict[str, Any]) -> LocalEngine:
     return LocalEngine(**values)
 
 
-def _guidance(request: GenerationRequest, encoders: TextEncoders) -> Guidance:
+def _guidance(request: GenerationRequest, encoders: TextEncoders, check: Callable[[], None]) -> Guidance:
     """What a request says, encoded."""
     steps = request.steps or 0
-    positive = plan_prompt(encoders, request.prompt, steps, request.clip_skip)
-    negative = plan_negative(encoders, request.negative_prompt, steps, request.clip_skip)
+    positive = plan_prompt(encoders, request.prompt, steps, request.clip_skip, check)
+    negative = plan_negative(encoders, request.negative_prompt, steps, request.clip_skip, check)
     return Guidance(positive, negative, request.cfg_scale or 1.0, request.batch_size)
 
 
