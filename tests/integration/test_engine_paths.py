@@ -126,8 +126,8 @@ OUT_OF_MEMORY = [
     ("stage", "error"),
     [(stage, OUT_OF_MEMORY[0]) for stage in ("unet", "vae", "decoder", "text_encoder")] + [("unet", OUT_OF_MEMORY[1])],
 )
-def test_running_out_of_memory_is_retried_once_in_the_next_smaller_mode(
-    engine: LocalEngine, base: np.ndarray, stage: str, error: Exception
+def test_running_out_of_memory_is_retried_in_the_next_smaller_mode(
+    engine: LocalEngine, base: np.ndarray, stage: str, error: Exception, caplog: pytest.LogCaptureFixture
 ):
     _draw(engine, steps=1)
     engine.held.encoders.forget()
@@ -143,6 +143,9 @@ def test_running_out_of_memory_is_retried_once_in_the_next_smaller_mode(
     assert fails.left == 0
     assert fails.calls > 1
     assert [each.stage for each in progress].count("load") == 2
+    assert [each.message for each in caplog.records if "memory" in each.message] == [
+        'Out of memory in memory mode "high"; trying "balanced".'
+    ]
     # smaller batches round differently, and truncation makes 1/255 of it
     assert _difference(result.images[0].rgba.astype(int), base) <= 1
     # the next request is tried in the usual mode again
@@ -150,7 +153,25 @@ def test_running_out_of_memory_is_retried_once_in_the_next_smaller_mode(
     assert np.array_equal(_draw(engine), base)
 
 
-def test_running_out_of_memory_twice_says_what_was_needed(engine: LocalEngine, base: np.ndarray):
+def test_a_retry_begins_with_an_empty_device(engine: LocalEngine, monkeypatch: pytest.MonkeyPatch):
+    """The UNet, which larger modes keep there, must not be in the way of the text encoders."""
+    _draw(engine, steps=1)
+    engine.held.encoders.forget()
+    unet, moves = engine.held.model.unet, []
+    for name in ("unet", "text_encoder"):
+        module = getattr(engine.held.model, name)
+        move = module.to
+        monkeypatch.setattr(module, "to", lambda to, name=name, move=move: (moves.append((name, str(to))), move(to)))
+    handle = unet.register_forward_pre_hook(_Fails(1, OUT_OF_MEMORY[0]))
+    try:
+        _draw(engine)
+    finally:
+        handle.remove()
+    once = [("text_encoder", "cpu"), ("unet", "cpu")]
+    assert moves == [*once, *once[::-1], *once], "to the device, off it, and to it again"
+
+
+def test_running_out_of_memory_in_every_mode_says_what_was_needed(engine: LocalEngine, base: np.ndarray):
     _draw(engine, steps=1)
     handle = engine.held.model.unet.register_forward_pre_hook(_Fails(99, OUT_OF_MEMORY[0]))
     try:
@@ -159,10 +180,9 @@ def test_running_out_of_memory_twice_says_what_was_needed(engine: LocalEngine, b
     finally:
         handle.remove()
     assert "128x64, batch of 2, needs about" in error.value.message
-    assert '"balanced"' in error.value.message
-    assert "a larger mode was tried, too" in error.value.message
-    assert "smaller picture" in error.value.hint
-    assert "--memory low" in error.value.hint
+    assert '"low"' in error.value.message
+    assert "larger modes were tried, too" in error.value.message
+    assert error.value.hint == "Ask for a smaller picture or batch, or close other programs on the GPU."
     # and the engine works on
     assert np.array_equal(_draw(engine), base)
 
@@ -177,6 +197,19 @@ def test_the_smallest_mode_is_tried_once_and_is_not_recommended(models: Path):
     assert fails.calls == 1
     assert '"low".' in error.value.message
     assert "--memory" not in error.value.hint
+
+
+@pytest.mark.parametrize("error", [OSError(12, "Cannot allocate memory"), MemoryError()])
+def test_memory_that_ends_while_a_model_is_read_is_told_as_such(
+    models: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+):
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("alphalayer.engine.loading.UNet2DConditionModel.from_pretrained", fail)
+    with pytest.raises(OutOfMemory, match="to read the model") as found:
+        _draw(LocalEngine(models, device="cpu"))
+    assert "0x0" not in str(found.value)
 
 
 def test_other_errors_are_not_taken_for_memory(engine: LocalEngine):

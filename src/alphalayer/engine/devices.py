@@ -55,13 +55,20 @@ MEMORY_MODES = {
         MemoryMode("low", keep_text=False, keep_unet=False, unet_megapixels=0, passes_at_once=1),
     )
 }
-_SMALLER = {"high": "balanced", "balanced": "low"}
+_OUT_OF_MEMORY = (
+    "out of memory",  # CUDA, MPS
+    "allocate memory",  # torch on Linux's CPU, and ENOMEM
+    "not enough memory",  # torch on Windows' CPU
+    "paging file is too small",  # Windows
+    "alloc_failed",  # cuBLAS, cuDNN
+)
 _DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
-def smaller_mode(mode: MemoryMode) -> MemoryMode | None:
-    """The next smaller memory mode, None below "low"."""
-    return MEMORY_MODES[_SMALLER[mode.name]] if mode.name in _SMALLER else None
+def modes_down_from(mode: MemoryMode) -> list[MemoryMode]:
+    """A memory mode and the smaller ones, down to "low"."""
+    modes = list(MEMORY_MODES.values())
+    return modes[modes.index(mode) :]
 
 
 def choose_device(name: str) -> torch.device:
@@ -140,6 +147,13 @@ def free_memory(device: torch.device) -> None:
         torch.cuda.empty_cache()
     elif device.type == "mps":
         torch.mps.empty_cache()
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether that is what an error of torch, of a library below it or of the system says."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, (RuntimeError, OSError)) and any(each in str(error).lower() for each in _OUT_OF_MEMORY)
 
 
 def memory_needed(unet_bytes: int, width: int, height: int, mode: MemoryMode, batch_size: int) -> int:

@@ -27,7 +27,7 @@ from alphalayer import catalog
 from alphalayer.catalog import ModelEntry
 from alphalayer.catalog.headers import Header, read_header
 from alphalayer.engine.configs import fitted_configs
-from alphalayer.engine.devices import Precision
+from alphalayer.engine.devices import Precision, is_out_of_memory
 from alphalayer.engine.layerfiles import DECODER_FILES, PATCH_FILES
 from alphalayer.engine.patches import WeightPatcher, patchers
 from alphalayer.engine.schedules import SigmaTable
@@ -141,11 +141,12 @@ def load_model(entry: ModelEntry, precision: Precision, models_dir: Path) -> Loa
 
     Raises:
         CorruptFile, ModelUnusable: see `alphalayer.errors`.
+        Exception: one that `is_out_of_memory` knows.
     """
     try:
         parts, scheduler = _from_folder(entry, precision) if entry.kind == "diffusers" else _from_file(entry, precision)
     except (OSError, ValueError, LookupError, AttributeError, TypeError, SafetensorError, RuntimeError) as error:
-        if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
+        if is_out_of_memory(error):
             raise
         raise ModelUnusable(
             f"{entry.path} cannot be loaded: {(str(error).strip() or type(error).__name__).splitlines()[0][:300]}.",

@@ -32,8 +32,9 @@ from alphalayer.engine.devices import (
     choose_precision,
     describe,
     free_memory,
+    is_out_of_memory,
     memory_needed,
-    smaller_mode,
+    modes_down_from,
 )
 from alphalayer.engine.embeddings import read_embeddings
 from alphalayer.engine.guidance import Denoiser, Guidance
@@ -112,17 +113,21 @@ class LocalEngine:
     def draw(self, orders: Sequence[Order]) -> list[GenerationResult]:
         """Draw the pictures of one request, or of several together; see `alphalayer.engine.Engine.draw`.
 
-        Out of memory: what was taken is given back and a single request is drawn once more in the next smaller memory mode.
+        Out of memory: what was taken is given back and a single request is drawn in the next smaller memory mode, down to the smallest.
         """
-        smaller = smaller_mode(self.mode)
-        modes = [self.mode, smaller] if smaller and len(orders) == 1 else [self.mode]
-        for mode in modes:
+        modes = modes_down_from(self.mode) if len(orders) == 1 else [self.mode]
+        for mode, smaller in zip(modes, [*modes[1:], None], strict=True):
             try:
                 return self._draw(orders, mode)
-            except (torch.OutOfMemoryError, RuntimeError) as error:
-                if not _is_out_of_memory(error):
+            except Exception as error:
+                if not is_out_of_memory(error):
                     raise
+            if self._shelf.held is None:
+                break  # a model is read in every mode alike
+            self._shelf.held.leave_device()
             free_memory(self.device)
+            if smaller:
+                logger.warning('Out of memory in memory mode "%s"; trying "%s".', mode.name, smaller.name)
         raise self._out_of_memory([order.request for order in orders], modes)
 
     def memory_bytes(self) -> int:
@@ -282,8 +287,13 @@ class LocalEngine:
     def _out_of_memory(self, requests: Sequence[GenerationRequest], tried: Sequence[MemoryMode]) -> OutOfMemory:
         """What was needed in the last mode that was tried and what was there, with what to do."""
         held = self._shelf.held
-        unet_bytes = sum(each.nbytes for each in held.model.unet.parameters()) if held else 0
-        size = requests[0].resolved(held.model.defaults) if held else requests[0]
+        if held is None:
+            return OutOfMemory(
+                "there is not enough memory to read the model.",
+                hint="Close other programs, set spare_model_gb to 0 if it is not, or use a model file of 16 bit.",
+            )
+        unet_bytes = sum(each.nbytes for each in held.model.unet.parameters())
+        size = requests[0].resolved(held.model.defaults)
         width, height, images = size.width or 0, size.height or 0, sum(each.batch_size for each in requests)
         needed = memory_needed(unet_bytes, width, height, tried[-1], images) / GIB
         there = ""
@@ -292,9 +302,9 @@ class LocalEngine:
             there = f" and the GPU has {free / GIB:.1f} of {total / GIB:.1f} GiB free"
         return OutOfMemory(
             f'{width}x{height}, batch of {images}, needs about {needed:.1f} GiB in memory mode "{tried[-1].name}"'
-            f"{there}{'; a larger mode was tried, too' if len(tried) > 1 else ''}.",
+            f"{there}{'; larger modes were tried, too' if len(tried) > 1 else ''}.",
             hint="Ask for a smaller picture or batch, or close other programs on the GPU"
-            + (", or start with --memory low." if smaller_mode(tried[-1]) else "."),
+            + (", or start with --memory low." if tried[-1].name != "low" else "."),
         )
 
 
@@ -344,7 +354,3 @@ def _opaque(rgb: Tensor) -> RgbaImage:
     """VAE picture (1, 3, H, W) in [-1, 1] → RGBA without transparency; 8 bit by truncation."""
     picture = ((rgb[0].float() + 1) / 2).clamp(0, 1).mul(255).to(torch.uint8).permute(1, 2, 0).cpu().numpy()
     return np.concatenate([picture, np.full_like(picture[..., :1], 255)], axis=-1)
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)

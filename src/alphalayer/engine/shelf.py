@@ -34,6 +34,11 @@ class Ready:
         """Memory of all weights."""
         return sum(each.nbytes for module in self.modules for each in module.parameters())
 
+    def leave_device(self) -> None:
+        """Move everything to the CPU."""
+        for module in self.modules:
+            module.to("cpu")
+
 
 class ModelShelf:
     """`get` brings a model; the one before goes to the CPU and stays there while all that are put aside fit into `spare_bytes`."""
@@ -61,8 +66,7 @@ class ModelShelf:
         while self._aside and sum(each.size_bytes for each in self._aside.values()) > max(room, 0):
             self._aside.popitem(last=False)
         if room >= 0:
-            for module in held.modules:
-                module.to("cpu")
+            held.leave_device()
             self._aside[held.model.entry.path] = held
         del held
         free_memory(device)
