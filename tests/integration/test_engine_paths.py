@@ -7,6 +7,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +26,8 @@ from alphalayer.engine.guidance import _clean
 from alphalayer.engine.pipeline import LocalEngine, create_engine
 from alphalayer.errors import (
     Cancelled,
+    CorruptFile,
+    EngineFailed,
     InvalidRequest,
     LayerDiffuseMissing,
     ModelNotFound,
@@ -364,6 +368,112 @@ def test_without_layer_files_transparency_is_refused_and_opaque_pictures_are_not
     with pytest.raises(LayerDiffuseMissing, match="layer_xl_transparent_attn"):
         _draw(engine, model="single")
     assert (_draw(engine, model="single", layerdiffuse=LayerDiffuse(enabled=False))[..., 3] == 255).all()
+
+
+@pytest.mark.parametrize("missing", ["decoder", "patch"])
+def test_layer_files_that_are_missing_are_told_before_the_work(tmp_path: Path, missing: str):
+    own = tiny_models.make_diffusers_folder(tmp_path / "Stable-diffusion" / "folder") / "layerdiffuse"
+    (own / f"{missing}.safetensors").unlink()
+    told: list[Progress] = []
+    with pytest.raises(LayerDiffuseMissing, match=missing):
+        LocalEngine(tmp_path, device="cpu").generate(REQUEST, on_progress=told.append)
+    assert [each.stage for each in told] == ["load"]
+
+
+# --- files that change
+
+
+def _rewrite_checkpoint(folder: Path) -> None:
+    tiny_models.unet(seed=1).save_pretrained(folder / "Stable-diffusion" / "folder" / "unet")
+
+
+def _rewrite_patch(folder: Path) -> None:
+    path = folder / "Stable-diffusion" / "folder" / "layerdiffuse" / "patch.safetensors"
+    save_file({name: each * 2 for name, each in load_file(path).items()}, path)
+
+
+def _rewrite_lora(folder: Path) -> None:
+    path = folder / "Lora" / "kohya.safetensors"
+    save_file({name: each * 2 for name, each in load_file(path).items()}, path)
+
+
+def _add_embedding(folder: Path) -> None:
+    learned = {"clip_l": torch.ones(2, tiny_models.WIDTH_L), "clip_g": torch.ones(2, tiny_models.WIDTH_G)}
+    save_file(learned, folder / "embeddings" / "apple.safetensors")
+
+
+@pytest.mark.parametrize("change", [_rewrite_checkpoint, _rewrite_patch, _rewrite_lora, _add_embedding])
+def test_a_file_that_is_written_anew_is_read_anew(tmp_path: Path, change: Callable[[Path], None]):
+    tiny_models.make_diffusers_folder(tmp_path / "Stable-diffusion" / "folder")
+    _make_loras(tmp_path / "Lora")
+    (tmp_path / "embeddings").mkdir()
+    engine = LocalEngine(tmp_path, device="cpu", embeddings_dir=tmp_path / "embeddings")
+    before = _draw(engine, loras=(Lora(name="kohya", weight=0.5),))
+    held = engine.held
+    assert np.array_equal(before, _draw(engine, loras=(Lora(name="kohya", weight=0.5),)))
+    change(tmp_path)
+    assert not np.array_equal(before, _draw(engine, loras=(Lora(name="kohya", weight=0.5),)))
+    assert (engine.held is held) is (change in (_rewrite_lora, _add_embedding)), "the model is not read for it"
+
+
+def test_loras_are_looked_for_once_a_picture(engine: LocalEngine, monkeypatch: pytest.MonkeyPatch):
+    found: list[str] = []
+    find = catalog.find_lora
+    monkeypatch.setattr(catalog, "find_lora", lambda folder, name: found.append(name) or find(folder, name))
+    _draw(engine, loras=(Lora(name="kohya"),), steps=4)
+    assert found == ["kohya"]
+
+
+def test_a_model_that_is_put_aside_keeps_its_weights_alone(models: Path, base: np.ndarray):
+    """What was merged into them, what was read for it and what was encoded is not in `spare_model_gb`."""
+    engine = LocalEngine(models, device="cpu", spare_model_bytes=2**30)
+    with_words = _draw(engine, loras=(Lora(name="words"),))
+    aside = engine.held
+    _draw(engine, model="single")
+    assert "patchers" not in vars(aside.model)
+    for name, weight in tiny_models.unet().named_parameters():
+        assert torch.equal(aside.model.unet.get_parameter(name), weight), name
+    assert np.array_equal(_draw(engine), base)
+    assert engine.held is aside
+    assert np.array_equal(_draw(engine, loras=(Lora(name="words"),)), with_words)
+
+
+# --- numbers that are none
+
+
+@pytest.mark.parametrize(
+    ("part", "named"), [("unet", "the UNet"), ("vae.decoder", "the VAE"), ("decoder", "the transparent decoder")]
+)
+def test_numbers_that_overflowed_are_an_error_and_no_black_picture(
+    engine: LocalEngine, base: np.ndarray, part: str, named: str
+):
+    _draw(engine)
+    module = getattr(engine.held.model, part.partition(".")[0])
+    module = module.decoder if part == "vae.decoder" else module
+    handle = module.register_forward_hook(
+        lambda _module, _inputs, output: (output[0] * math.nan,) if isinstance(output, tuple) else output * math.nan
+    )
+    try:
+        with pytest.raises(EngineFailed, match=f"^{named} gave") as error:
+            _draw(engine)
+    finally:
+        handle.remove()
+    assert "--dtype" in error.value.hint
+    assert np.array_equal(_draw(engine), base)
+
+
+def test_a_hash_that_cannot_be_had_costs_no_picture(
+    engine: LocalEngine, base: np.ndarray, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    _draw(engine)
+    failed: Future[str] = Future()
+    failed.set_exception(CorruptFile("folder cannot be read: Input/output error."))
+    monkeypatch.setattr(engine.held.model, "hashing", failed)
+    result = engine.generate(REQUEST)
+    assert np.array_equal(result.images[0].rgba, base)
+    assert result.model_hash == ""
+    assert "Model hash" not in result.images[0].parameters
+    assert "Input/output error" in caplog.text
 
 
 # --- guidance

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any
@@ -36,17 +37,18 @@ from alphalayer.engine.devices import (
     memory_needed,
     modes_down_from,
 )
-from alphalayer.engine.embeddings import read_embeddings
+from alphalayer.engine.embeddings import EmbeddingFolder
 from alphalayer.engine.guidance import Denoiser, Guidance
 from alphalayer.engine.loading import LoadedModel, load_model
 from alphalayer.engine.noise import ImageGenerator, Shape, initial_noise
+from alphalayer.engine.patches import Merge, PatchFile
 from alphalayer.engine.samplers import SAMPLERS, Noise, brownian_intervals, sample
 from alphalayer.engine.schedules import sigmas_for
 from alphalayer.engine.shelf import ModelShelf, Ready
 from alphalayer.engine.text import TextEncoders, plan_negative, plan_prompt
 from alphalayer.engine.transparency import decode_transparent, decoder_inputs, to_uint8
 from alphalayer.engine.watching import Stopwatch, Watchers
-from alphalayer.errors import AlphalayerError, ModelNotFound, OutOfMemory
+from alphalayer.errors import AlphalayerError, EngineFailed, ModelNotFound, OutOfMemory
 from alphalayer.request import GenerationRequest
 
 logger = logging.getLogger(__name__)
@@ -77,7 +79,7 @@ class LocalEngine:
         self.precision = choose_precision(self.device, dtype)
         self.mode = choose_memory_mode(self.device, memory)
         self._models_dir = models_dir
-        self._embeddings_dir = embeddings_dir or models_dir.parent / "embeddings"
+        self._embeddings = EmbeddingFolder(embeddings_dir or models_dir.parent / "embeddings")
         self._default_model = default_model
         self._batch_pixels = choose_batch_pixels(self.device, self.mode) if batch_pixels is None else batch_pixels
         self._shelf = ModelShelf(self._read, spare_model_bytes)
@@ -151,9 +153,13 @@ class LocalEngine:
         watchers.stage("load")
         with stopwatch.stage("load"):
             ready = self._shelf.get(self._entry(orders[0].request))
-        model = ready.model
-        requests = [order.request.resolved(model.defaults) for order in orders]
-        shared = requests[0]
+            ready.encoders.learn(self._embeddings.read())
+            model = ready.model
+            requests = [order.request.resolved(model.defaults) for order in orders]
+            shared = requests[0]
+            merges = self._merges(shared, model)
+            # read here, so that a decoder that is missing or damaged is told before the work
+            decoders = [model.vae, model.decoder] if shared.layerdiffuse.enabled else [model.vae]
         canvas = Canvas.of(shared.width or 0, shared.height or 0)
         sampler = SAMPLERS[shared.sampler or ""]
         sigmas = sigmas_for(
@@ -168,16 +174,15 @@ class LocalEngine:
 
         watchers.stage("text")
         with stopwatch.stage("text"), residency.of(model.text_encoder, model.text_encoder_2, keep=mode.keep_text):
-            self._patch_text(shared, ready)
+            _patch_text(merges.loras, ready)
             guidances = [_guidance(each, ready.encoders, watchers.check) for each in requests]
 
         denoiser = Denoiser(model, guidances, canvas.drawn_width, canvas.drawn_height, mode, watchers.check)
         watchers.stage("sample")
         with stopwatch.stage("sample"), residency.of(model.unet, keep=mode.keep_unet):
-            latents = self._sample(orders, shared, denoiser, start, sigmas, noise)
+            latents = self._sample(orders, shared, denoiser, merges, start, sigmas, noise)
 
         watchers.stage("decode")
-        decoders = [model.vae, model.decoder] if shared.layerdiffuse.enabled else [model.vae]
         with residency.of(*decoders, keep=mode.keep_unet):
             pictures = [self._decode(shared, model, each[None], mode, watchers, stopwatch) for each in latents]
 
@@ -193,9 +198,8 @@ class LocalEngine:
 
     def _read(self, entry: ModelEntry) -> Ready:
         model = load_model(entry, self.precision, self._models_dir)
-        words = read_embeddings(self._embeddings_dir)
         encoders = (model.tokenizer, model.tokenizer_2, model.text_encoder, model.text_encoder_2)
-        return Ready(model, TextEncoders(*encoders, words))
+        return Ready(model, TextEncoders(*encoders))
 
     def _noise(self, requests: Sequence[GenerationRequest], shape: Shape, sigmas: Tensor) -> tuple[Tensor, Noise]:
         """The starting noise (B, *shape) of all images, and where the sampler's noise comes from; Brownian noise begins to be drawn
@@ -219,6 +223,7 @@ class LocalEngine:
         orders: Sequence[Order],
         shared: GenerationRequest,
         denoiser: Denoiser,
+        merges: _Merges,
         start: Tensor,
         sigmas: Tensor,
         noise: Noise,
@@ -229,7 +234,7 @@ class LocalEngine:
         firsts = [0, *accumulate(each.images for each in denoiser.guidances)]
 
         def denoise(x: Tensor, sigma: float, step: int) -> Tensor:
-            self._patch(shared, model, with_transparency=shared.layerdiffuse.enabled and sigma >= last_patched_sigma)
+            model.patchers[0].ensure(merges.with_transparency if sigma >= last_patched_sigma else merges.loras)
             return denoiser(x, sigma, step)
 
         def on_step(step: int, _x: Tensor, clean: Tensor) -> None:
@@ -237,21 +242,8 @@ class LocalEngine:
                 preview = self._preview(model, clean[first : first + 1]) if order.previews else None
                 order.on_progress(Progress("sample", step, len(sigmas) - 1, preview))
 
-        return sample(shared.sampler or "", denoise, start * float(sigmas[0]), sigmas, noise, on_step)
-
-    def _patch(self, request: GenerationRequest, model: LoadedModel, *, with_transparency: bool) -> None:
-        """Merge the user's LoRAs and, above them, the LayerDiffuse patch; nothing is done if that is how it stands."""
-        wanted = self._loras(request)
-        if with_transparency:
-            wanted.append((model.layerdiffuse.patch(request.layerdiffuse.method), request.layerdiffuse.weight))
-        model.patchers[0].ensure(wanted)
-
-    def _patch_text(self, request: GenerationRequest, ready: Ready) -> None:
-        """Merge what the user's LoRAs change in the text encoders; what was encoded before is forgotten if that is something else."""
-        patcher, wanted = ready.model.patchers[1], self._loras(request)
-        if tuple(wanted) != patcher.applied:
-            ready.encoders.forget()
-            patcher.ensure(wanted)
+        latents = sample(shared.sampler or "", denoise, start * float(sigmas[0]), sigmas, noise, on_step)
+        return _finite(latents, "the UNet")
 
     def _decode(
         self,
@@ -265,14 +257,15 @@ class LocalEngine:
         """One scaled latent (1, C, h, w) → RGBA; opaque if LayerDiffuse is off."""
         watchers.check()
         with stopwatch.stage("vae"):
-            rgb = model.decode_latent(latent)
+            rgb = _finite(model.decode_latent(latent), "the VAE")
         if not request.layerdiffuse.enabled:
             return _opaque(rgb)
         with stopwatch.stage("decode"):
             pixel, decoder_latent = decoder_inputs(
                 rgb, latent, model.scaling_factor, request.decode, model.shift_factor
             )
-            return to_uint8(decode_transparent(model.decoder, pixel, decoder_latent, mode.passes_at_once))
+            decoded = decode_transparent(model.decoder, pixel, decoder_latent, mode.passes_at_once)
+            return to_uint8(_finite(decoded, "the transparent decoder"))
 
     def _preview(self, model: LoadedModel, x0: Tensor) -> NDArray[np.uint8]:
         """An image's predicted latent (1, C, h, w), averaged down to 32 cells a side, through the VAE: small RGB."""
@@ -281,8 +274,15 @@ class LocalEngine:
         with Residency(self.device, self.mode).of(model.vae, keep=True):
             return _opaque(model.decode_latent(small))[..., :3]
 
-    def _loras(self, request: GenerationRequest) -> list[tuple[Path, float]]:
-        return [(catalog.find_lora(self._models_dir, lora.name), lora.weight) for lora in request.loras]
+    def _merges(self, request: GenerationRequest, model: LoadedModel) -> _Merges:
+        """Raises `InvalidRequest` for a LoRA that is not there, `LayerDiffuseMissing`."""
+        loras = tuple(
+            (PatchFile.at(catalog.find_lora(self._models_dir, lora.name)), lora.weight) for lora in request.loras
+        )
+        options = request.layerdiffuse
+        if not options.enabled:
+            return _Merges(loras, loras)
+        return _Merges(loras, (*loras, (PatchFile.at(model.layerdiffuse.patch(options.method)), options.weight)))
 
     def _out_of_memory(self, requests: Sequence[GenerationRequest], tried: Sequence[MemoryMode]) -> OutOfMemory:
         """What was needed in the last mode that was tried and what was there, with what to do."""
@@ -308,12 +308,28 @@ class LocalEngine:
         )
 
 
+@dataclass(frozen=True)
+class _Merges:
+    """What is merged into the weights: the user's LoRAs, and what there is while the LayerDiffuse patch, above them, is on."""
+
+    loras: tuple[Merge, ...]
+    with_transparency: tuple[Merge, ...]
+
+
 def create_engine(options: dict[str, Any]) -> LocalEngine:
     """Build the engine from plain options, as they come over a pipe: the keywords of `LocalEngine`, paths as text."""
     values: dict[str, Any] = {**options, "models_dir": Path(options["models_dir"])}
     if values.get("embeddings_dir"):
         values["embeddings_dir"] = Path(values["embeddings_dir"])
     return LocalEngine(**values)
+
+
+def _patch_text(loras: tuple[Merge, ...], ready: Ready) -> None:
+    """Merge what LoRAs change in the text encoders; what was encoded before is forgotten if that is something else."""
+    patcher = ready.model.patchers[1]
+    if loras != patcher.applied:
+        ready.encoders.forget()
+        patcher.ensure(loras)
 
 
 def _guidance(request: GenerationRequest, encoders: TextEncoders, check: Callable[[], None]) -> Guidance:
@@ -348,6 +364,16 @@ def _last_patched_sigma(stop_at: float, model: LoadedModel) -> float:
     if stop_at <= 0:
         return float("inf")
     return 0.0 if stop_at >= 1 else model.sigma_table.sigma((1 - stop_at) * 999)
+
+
+def _finite(values: Tensor, what: str) -> Tensor:
+    """The same numbers. Raises `EngineFailed` where one is none: the picture would be black or empty."""
+    if not torch.isfinite(values).all():
+        raise EngineFailed(
+            f"{what} gave numbers that are not finite: they became too large for its number format, or its weights are damaged.",
+            hint="Start with --dtype bf16 or fp32, take off LoRAs or lower their weights, or run: alphalayer models verify",
+        )
+    return values
 
 
 def _opaque(rgb: Tensor) -> RgbaImage:

@@ -52,16 +52,24 @@ class TextEncoders:
         text_encoder_2: nn.Module,
         embeddings: Mapping[str, TextualInversion] | None = None,
     ):
-        fitting = {
-            name: each
-            for name, each in (embeddings or {}).items()
-            if each.clip_l.shape[1] == _width(text_encoder) and each.clip_g.shape[1] == _width(text_encoder_2)
-        }
-        self._encoders = (
-            _Encoder(tokenizer, text_encoder, {name: each.clip_l for name, each in fitting.items()}),
-            _Encoder(tokenizer_2, text_encoder_2, {name: each.clip_g for name, each in fitting.items()}),
-        )
+        self._parts = (tokenizer, text_encoder), (tokenizer_2, text_encoder_2)
         self._known: OrderedDict[tuple[str, int], Conditioning] = OrderedDict()
+        self._words: Mapping[str, TextualInversion] | None = None
+        self.learn(embeddings or {})
+
+    def learn(self, words: Mapping[str, TextualInversion]) -> None:
+        """Know these learned words and no others, as far as they fit; nothing is done if they are the same object as before."""
+        if words is self._words:
+            return
+        widths = tuple(_width(model) for _, model in self._parts)
+        fitting = [each for each in words.values() if (each.clip_l.shape[1], each.clip_g.shape[1]) == widths]
+        first, second = self._parts
+        self._encoders = (
+            _Encoder(*first, {each.name: each.clip_l for each in fitting}),
+            _Encoder(*second, {each.name: each.clip_g for each in fitting}),
+        )
+        self._words = words
+        self.forget()
 
     def encode(self, text: str, clip_skip: int = 1) -> Conditioning:
         """What one text of any length says; see `_encode`."""
