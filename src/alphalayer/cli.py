@@ -216,7 +216,8 @@ def models_pull(
         raise typer.Exit(1)
     folder = load_settings(models_dir=models_dir).models_dir
     for each in planned:
-        out.print(f"{hub.pull(each, folder)}  ok")
+        pulled = hub.pull(each, folder)
+        out.print(f"{pulled.path}  {pulled.finding}")
 
 
 @models_app.command("verify")

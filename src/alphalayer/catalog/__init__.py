@@ -237,7 +237,12 @@ def _family_of_file(path: Path, _modified: int) -> str:
 
 
 def _unsupported(path: Path, family: str) -> UnsupportedFamily:
-    right_place = {"layerdiffuse-patch": "layer_model", "transparent-decoder": "layer_model", "lora": "Lora"}
+    right_place = {
+        "layerdiffuse-patch": "layer_model",
+        "transparent-decoder": "layer_model",
+        "lora": "Lora",
+        "embedding": "embeddings",
+    }
     what = FAMILY_NAMES.get(family, family)
     if family in right_place:
         return UnsupportedFamily(f"{path} is a {what}, not a checkpoint.", hint=f"Move it to {right_place[family]}/.")

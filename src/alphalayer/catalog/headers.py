@@ -71,6 +71,8 @@ def family_of(header: Header) -> str:
     for mark, kind in _NOT_CHECKPOINTS:
         if any(mark in name for name in shapes):
             return kind
+    if shapes.keys() >= _EMBEDDING:
+        return "embedding"
     context = shapes.get(CONTEXT) or shapes.get(CONTEXT.removeprefix("model.diffusion_model."))
     if context is None:
         return _without_context(shapes)
@@ -92,6 +94,7 @@ def _kind_of_sdxl(shapes: Mapping[str, tuple[int, ...]]) -> str:
     return "sdxl" if all(mark in shapes for mark in VAE_MARKS) else "sdxl-no-vae"
 
 
+_EMBEDDING = {"clip_l", "clip_g"}
 _FAMILIES = {768: "sd15", 1024: "sd2", 1280: "sdxl-refiner", 2048: "sdxl"}
 _NOT_CHECKPOINTS = (
     ("::lora::", "layerdiffuse-patch"),
@@ -121,6 +124,7 @@ FAMILY_NAMES = {
     "layerdiffuse-patch": "LayerDiffuse patch",
     "transparent-decoder": "LayerDiffuse transparent decoder",
     "lora": "LoRA",
+    "embedding": "textual-inversion embedding (clip_l and clip_g)",
     "vae": "VAE",
     "unknown": "unknown kind of",
 }
