@@ -23,10 +23,9 @@ VAE_MARKS = ("first_stage_model.encoder.conv_in.weight", "first_stage_model.deco
 
 @dataclass(frozen=True)
 class Header:
-    """Shapes by tensor name, and the free text that the writer left."""
+    """Shapes by tensor name."""
 
     shapes: dict[str, tuple[int, ...]]
-    metadata: dict[str, str]
 
 
 def read_header(path: Path) -> Header:
@@ -54,8 +53,7 @@ def read_header(path: Path) -> Header:
     if 8 + length + end > size:
         missing = 8 + length + end - size
         raise CorruptFile(f"{path} is cut off: {missing:,} of {8 + length + end:,} bytes are missing.", hint=_AGAIN)
-    metadata = entries.get("__metadata__")
-    return Header(shapes, {str(k): str(v) for k, v in metadata.items()} if isinstance(metadata, dict) else {})
+    return Header(shapes)
 
 
 def _shapes(entries: Any) -> tuple[dict[str, tuple[int, ...]], int]:

@@ -27,7 +27,6 @@ class Precision:
     unet: torch.dtype
     vae: torch.dtype
     decoder: torch.dtype
-    text: torch.dtype = torch.float32
 
 
 @dataclass(frozen=True)

@@ -252,6 +252,9 @@ def patchers(
         for prefix, encoder in zip(TEXT_ENCODERS, text_encoders, strict=True)
         for name, weight in encoder.named_parameters()
     }
-    weights = {**own, **text}
-    read = lru_cache(4)(lambda file: read_patch(file.path, weights))
+
+    @lru_cache(4)
+    def read(file: PatchFile) -> Patch:
+        return read_patch(file.path, {**own, **text})
+
     return WeightPatcher(own, read), WeightPatcher(text, read, text_dtype)
