@@ -216,7 +216,8 @@ def models_pull(
         raise typer.Exit(1)
     folder = load_settings(models_dir=models_dir).models_dir
     for each in planned:
-        out.print(f"{hub.pull(each, folder)}  ok")
+        pulled = hub.pull(each, folder)
+        out.print(f"{pulled.path}  {pulled.finding}")
 
 
 @models_app.command("verify")
@@ -276,8 +277,8 @@ def info(
     ],
 ) -> None:
     """Show the settings that made a picture."""
-    rgba, parameters = images.decode(_read(file))
-    out.print(f"{file}  {rgba.shape[1]}x{rgba.shape[0]}")
+    (width, height), parameters = images.read_settings(_read(file))
+    out.print(f"{file}  {width}x{height}")
     out.print(parameters or "no settings in this file.", soft_wrap=True)
 
 

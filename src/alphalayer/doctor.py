@@ -26,6 +26,7 @@ _OTHER_PORT = "Use another one with --port."
 _ASK_TORCH = (
     "import json, torch; cuda = torch.cuda.is_available(); "
     "print(json.dumps({'torch': torch.__version__, 'built': torch.version.cuda, "
+    "'mps': torch.backends.mps.is_available(), "
     "'gpus': [[torch.cuda.get_device_name(i), *torch.cuda.mem_get_info(i)] "
     "for i in range(torch.cuda.device_count())] if cuda else []}))"
 )
@@ -74,7 +75,9 @@ def _torch(settings: Settings) -> Iterator[Finding]:
     yield Finding("ok", f"torch {answer['torch']}")
     for name, free, total in answer["gpus"]:
         yield Finding("ok", f"GPU {name}, {free / 2**30:.1f} of {total / 2**30:.1f} GiB free")
-    if answer["gpus"] or settings.device == "cpu":
+    if answer["mps"]:
+        yield Finding("ok", "GPU of Apple silicon (mps)")
+    if answer["gpus"] or answer["mps"] or settings.device == "cpu":
         return
     if shutil.which("nvidia-smi"):
         built = f"built for CUDA {answer['built']}" if answer["built"] else "a CPU build"

@@ -16,7 +16,7 @@
     ├── FileMissing            no picture of that name
     ├── JobMissing             no job of that id
     ├── StorageFailed          disk full, folder read-only
-    ├── EngineFailed           the engine process died or raised something unforeseen
+    ├── EngineFailed           the engine process died, raised something unforeseen, or its numbers overflowed
     └── SetupFailed            the service cannot start as configured
 
 Each has a stable `code`, a `message` that says what happened and why, a `hint` that says what to do next, and for
@@ -153,7 +153,7 @@ class StorageFailed(AlphalayerError):
 
 
 class EngineFailed(AlphalayerError):
-    """The engine process died, or raised something unforeseen."""
+    """The engine process died, raised something unforeseen, or its numbers overflowed."""
 
     code = "engine_failed"
 

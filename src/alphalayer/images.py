@@ -8,6 +8,8 @@ from __future__ import annotations
 import io
 import struct
 import zlib
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import PurePath
 from typing import Any, get_args
 
@@ -22,13 +24,17 @@ from alphalayer.request import ImageFormat
 
 Rgba = NDArray[np.uint8]
 
-MAX_PIXELS = 64_000_000
+MAX_PIXELS = 16_000_000
+"""Of a picture that is decoded: four times the largest that is drawn. It takes about 150 MB."""
+READABLE = ("PNG", "WEBP", "AVIF", "JPEG")
+"""What is opened, of all that Pillow knows: some of its readers start other programs."""
 SOLID_ALPHA = 255
 MIME_TYPES: dict[ImageFormat, str] = {"png": "image/png", "webp": "image/webp", "avif": "image/avif"}
 _MIME_TYPES_BY_ENDING = {**{f".{kind}": mime for kind, mime in MIME_TYPES.items()}, ".jpeg": "image/jpeg"}
 _EXIF_IFD, _USER_COMMENT = 0x8769, 0x9286
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _UP_FILTER = 2
+_USE = "Use a PNG, WebP, AVIF or JPEG file."
 
 
 def mime_type(filename: str) -> str:
@@ -92,29 +98,52 @@ def decode(data: bytes) -> tuple[Rgba, str | None]:
     """A picture file → (RGBA, `parameters` text if it carries one).
 
     Raises:
-        InvalidRequest: not a picture, damaged, or larger than 64 megapixels.
+        InvalidRequest: not a PNG, WebP, AVIF or JPEG, damaged, or larger than 16 megapixels.
     """
+    with _opened(data) as image:
+        if image.width * image.height > MAX_PIXELS:
+            raise _too_large(f"{image.width}x{image.height} pixels")
+        image.load()
+        return np.asarray(image if image.mode == "RGBA" else image.convert("RGBA")), _parameters(image)
+
+
+def read_settings(data: bytes) -> tuple[tuple[int, int], str | None]:
+    """(width, height) and the `parameters` text of a picture file, of any size: no pixel is decoded.
+
+    Raises:
+        InvalidRequest: not a PNG, WebP, AVIF or JPEG, or its head is damaged.
+    """
+    with _opened(data) as image:
+        return image.size, _parameters(image)
+
+
+@contextmanager
+def _opened(data: bytes) -> Generator[Image.Image]:
+    """A picture file whose head was read. What goes wrong inside the block is said of the file, too."""
     try:
-        with Image.open(io.BytesIO(data)) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise InvalidRequest(
-                    f"the picture has {image.width}x{image.height} pixels; the limit is 64 megapixels."
-                )
-            image.load()
-            return np.asarray(image.convert("RGBA")), _parameters(image)
+        with Image.open(io.BytesIO(data), formats=READABLE) as image:
+            yield image
     except UnidentifiedImageError:
-        raise InvalidRequest("not a picture.", hint="Use a PNG, WebP or AVIF file.") from None
+        raise InvalidRequest("not a picture.", hint=_USE) from None
     except (OSError, SyntaxError, ValueError, EOFError, RuntimeError, struct.error, zlib.error) as error:
-        raise InvalidRequest(f"the picture is damaged ({error}).", hint="Use a PNG, WebP or AVIF file.") from None
+        raise InvalidRequest(f"the picture is damaged ({error}).", hint=_USE) from None
     except Image.DecompressionBombError:
-        raise InvalidRequest("the picture is too large; the limit is 64 megapixels.") from None
+        raise _too_large("far more pixels than that") from None
+
+
+def _too_large(what: str) -> InvalidRequest:
+    limit = f"{MAX_PIXELS // 1_000_000} megapixels"
+    return InvalidRequest(f"the picture is too large: the limit is {limit}, and it has {what}.")
 
 
 def _parameters(image: Image.Image) -> str | None:
     text = image.info.get("parameters")
     if isinstance(text, str):
         return text
-    comment = image.getexif().get_ifd(_EXIF_IFD).get(_USER_COMMENT)
+    # not image.getexif(), which decodes a PNG to look behind its pixels
+    exif = Image.Exif()
+    exif.load(image.info.get("exif") or b"")
+    comment = exif.get_ifd(_EXIF_IFD).get(_USER_COMMENT)
     if isinstance(comment, bytes) and comment.startswith(b"UNICODE\0"):
         return comment[8:].decode("utf-16-be", errors="replace")
     return None

@@ -33,6 +33,9 @@ DecodeMode = Literal["official", "forge2"]
 ImageFormat = Literal["png", "webp", "avif"]
 
 MAX_PROMPT_CHARACTERS = 10_000
+AND = re.compile(r"\bAND\b")
+"""Parts a prompt into several, mixed in the picture. Each is another pass through the UNet at every step."""
+MAX_PROMPT_PARTS = 8
 MIN_SIDE, MAX_SIDE = 64, 2048
 MAX_SEED = 2**63 - 1
 _LORA = re.compile(r"<(?:lora|lyco):([^<>]*)>")
@@ -66,6 +69,15 @@ def _not_blank(value: str) -> str:
     return value
 
 
+def _few_parts(prompt: str) -> str:
+    parts = len(AND.findall(prompt)) + 1
+    if parts > MAX_PROMPT_PARTS:
+        raise ValueError(
+            f"got {parts} parts between ANDs; at most {MAX_PROMPT_PARTS}. Write and in small letters for the word"
+        )
+    return prompt
+
+
 SamplerName = Annotated[
     str, Field(json_schema_extra={"enum": list(SAMPLERS)}), AfterValidator(_known(SAMPLERS, "sampler"))
 ]
@@ -76,6 +88,7 @@ Prompt = Annotated[
     str,
     Field(max_length=MAX_PROMPT_CHARACTERS, json_schema_extra={"pattern": r"\S"}),
     AfterValidator(_not_blank),
+    AfterValidator(_few_parts),
 ]
 Side = Annotated[int, Field(ge=MIN_SIDE, le=MAX_SIDE)]
 

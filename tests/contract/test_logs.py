@@ -59,6 +59,8 @@ def serve_and_draw(folder: Path, **environment: str) -> tuple[list[dict[str, Any
         headers = {"X-API-Key": secret, "X-Request-ID": "order-77"}
         answer = client.post("/alpha/v1/txt2img", json=BODY, headers=headers)
         assert answer.headers["x-request-id"] == "order-77"
+        made = client.post("/alpha/v1/jobs", json=BODY, headers=headers).json()
+        assert client.get(made["url"], headers=headers).status_code == 200  # asked again and again: no line each time
         strange = client.get("/alpha/v1/file/no.png", headers={"X-Request-ID": "two words"})
         assert len(strange.headers["x-request-id"]) == 16
         assert client.post("/alpha/v1/txt2img", json=BODY, auth=("ann", "wrong-word")).status_code == 401
@@ -95,6 +97,7 @@ def test_ids_lead_from_a_request_to_its_job(tmp_path, asked):
     assert done["engine"] == "cpu"
     mine = next(line for line in by_event["request"] if line["request"] == "order-77")
     assert (mine["method"], mine["path"], mine["status"]) == ("POST", "/alpha/v1/txt2img", 200)
+    assert {line["method"] for line in by_event["request"] if "/jobs" in line["path"]} == {"POST"}
     assert by_event["engine_ready"][0]["device"] == "discs, no device"
     everything = json.dumps(lines)
     assert ("a hidden wish" in everything) == asked

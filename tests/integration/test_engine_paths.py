@@ -7,6 +7,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +26,8 @@ from alphalayer.engine.guidance import _clean
 from alphalayer.engine.pipeline import LocalEngine, create_engine
 from alphalayer.errors import (
     Cancelled,
+    CorruptFile,
+    EngineFailed,
     InvalidRequest,
     LayerDiffuseMissing,
     ModelNotFound,
@@ -126,8 +130,8 @@ OUT_OF_MEMORY = [
     ("stage", "error"),
     [(stage, OUT_OF_MEMORY[0]) for stage in ("unet", "vae", "decoder", "text_encoder")] + [("unet", OUT_OF_MEMORY[1])],
 )
-def test_running_out_of_memory_is_retried_once_in_the_next_smaller_mode(
-    engine: LocalEngine, base: np.ndarray, stage: str, error: Exception
+def test_running_out_of_memory_is_retried_in_the_next_smaller_mode(
+    engine: LocalEngine, base: np.ndarray, stage: str, error: Exception, caplog: pytest.LogCaptureFixture
 ):
     _draw(engine, steps=1)
     engine.held.encoders.forget()
@@ -143,6 +147,9 @@ def test_running_out_of_memory_is_retried_once_in_the_next_smaller_mode(
     assert fails.left == 0
     assert fails.calls > 1
     assert [each.stage for each in progress].count("load") == 2
+    assert [each.message for each in caplog.records if "memory" in each.message] == [
+        'Out of memory in memory mode "high"; trying "balanced".'
+    ]
     # smaller batches round differently, and truncation makes 1/255 of it
     assert _difference(result.images[0].rgba.astype(int), base) <= 1
     # the next request is tried in the usual mode again
@@ -150,7 +157,25 @@ def test_running_out_of_memory_is_retried_once_in_the_next_smaller_mode(
     assert np.array_equal(_draw(engine), base)
 
 
-def test_running_out_of_memory_twice_says_what_was_needed(engine: LocalEngine, base: np.ndarray):
+def test_a_retry_begins_with_an_empty_device(engine: LocalEngine, monkeypatch: pytest.MonkeyPatch):
+    """The UNet, which larger modes keep there, must not be in the way of the text encoders."""
+    _draw(engine, steps=1)
+    engine.held.encoders.forget()
+    unet, moves = engine.held.model.unet, []
+    for name in ("unet", "text_encoder"):
+        module = getattr(engine.held.model, name)
+        move = module.to
+        monkeypatch.setattr(module, "to", lambda to, name=name, move=move: (moves.append((name, str(to))), move(to)))
+    handle = unet.register_forward_pre_hook(_Fails(1, OUT_OF_MEMORY[0]))
+    try:
+        _draw(engine)
+    finally:
+        handle.remove()
+    once = [("text_encoder", "cpu"), ("unet", "cpu")]
+    assert moves == [*once, *once[::-1], *once], "to the device, off it, and to it again"
+
+
+def test_running_out_of_memory_in_every_mode_says_what_was_needed(engine: LocalEngine, base: np.ndarray):
     _draw(engine, steps=1)
     handle = engine.held.model.unet.register_forward_pre_hook(_Fails(99, OUT_OF_MEMORY[0]))
     try:
@@ -159,10 +184,9 @@ def test_running_out_of_memory_twice_says_what_was_needed(engine: LocalEngine, b
     finally:
         handle.remove()
     assert "128x64, batch of 2, needs about" in error.value.message
-    assert '"balanced"' in error.value.message
-    assert "a larger mode was tried, too" in error.value.message
-    assert "smaller picture" in error.value.hint
-    assert "--memory low" in error.value.hint
+    assert '"low"' in error.value.message
+    assert "larger modes were tried, too" in error.value.message
+    assert error.value.hint == "Ask for a smaller picture or batch, or close other programs on the GPU."
     # and the engine works on
     assert np.array_equal(_draw(engine), base)
 
@@ -177,6 +201,19 @@ def test_the_smallest_mode_is_tried_once_and_is_not_recommended(models: Path):
     assert fails.calls == 1
     assert '"low".' in error.value.message
     assert "--memory" not in error.value.hint
+
+
+@pytest.mark.parametrize("error", [OSError(12, "Cannot allocate memory"), MemoryError()])
+def test_memory_that_ends_while_a_model_is_read_is_told_as_such(
+    models: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+):
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("alphalayer.engine.loading.UNet2DConditionModel.from_pretrained", fail)
+    with pytest.raises(OutOfMemory, match="to read the model") as found:
+        _draw(LocalEngine(models, device="cpu"))
+    assert "0x0" not in str(found.value)
 
 
 def test_other_errors_are_not_taken_for_memory(engine: LocalEngine):
@@ -231,6 +268,17 @@ def test_cancelling_stops_before_the_next_step(engine: LocalEngine, base: np.nda
     assert told[-1].stage == "sample"
     assert told[-1].step == at
     assert np.array_equal(_draw(engine), base)
+
+
+def test_cancelling_is_seen_between_two_calls_of_the_unet(models: Path):
+    """A step may be many of them, where memory is scarce."""
+    engine = LocalEngine(models, device="cpu", memory="low")
+    _draw(engine, steps=1)
+    calls: list[int] = []
+    engine.held.model.unet.register_forward_pre_hook(lambda *_: calls.append(1))
+    with pytest.raises(Cancelled):
+        engine.generate(REQUEST, is_cancelled=lambda: bool(calls))
+    assert len(calls) == 1
 
 
 def test_cancelling_before_the_start_loads_nothing(models: Path):
@@ -320,6 +368,112 @@ def test_without_layer_files_transparency_is_refused_and_opaque_pictures_are_not
     with pytest.raises(LayerDiffuseMissing, match="layer_xl_transparent_attn"):
         _draw(engine, model="single")
     assert (_draw(engine, model="single", layerdiffuse=LayerDiffuse(enabled=False))[..., 3] == 255).all()
+
+
+@pytest.mark.parametrize("missing", ["decoder", "patch"])
+def test_layer_files_that_are_missing_are_told_before_the_work(tmp_path: Path, missing: str):
+    own = tiny_models.make_diffusers_folder(tmp_path / "Stable-diffusion" / "folder") / "layerdiffuse"
+    (own / f"{missing}.safetensors").unlink()
+    told: list[Progress] = []
+    with pytest.raises(LayerDiffuseMissing, match=missing):
+        LocalEngine(tmp_path, device="cpu").generate(REQUEST, on_progress=told.append)
+    assert [each.stage for each in told] == ["load"]
+
+
+# --- files that change
+
+
+def _rewrite_checkpoint(folder: Path) -> None:
+    tiny_models.unet(seed=1).save_pretrained(folder / "Stable-diffusion" / "folder" / "unet")
+
+
+def _rewrite_patch(folder: Path) -> None:
+    path = folder / "Stable-diffusion" / "folder" / "layerdiffuse" / "patch.safetensors"
+    save_file({name: each * 2 for name, each in load_file(path).items()}, path)
+
+
+def _rewrite_lora(folder: Path) -> None:
+    path = folder / "Lora" / "kohya.safetensors"
+    save_file({name: each * 2 for name, each in load_file(path).items()}, path)
+
+
+def _add_embedding(folder: Path) -> None:
+    learned = {"clip_l": torch.ones(2, tiny_models.WIDTH_L), "clip_g": torch.ones(2, tiny_models.WIDTH_G)}
+    save_file(learned, folder / "embeddings" / "apple.safetensors")
+
+
+@pytest.mark.parametrize("change", [_rewrite_checkpoint, _rewrite_patch, _rewrite_lora, _add_embedding])
+def test_a_file_that_is_written_anew_is_read_anew(tmp_path: Path, change: Callable[[Path], None]):
+    tiny_models.make_diffusers_folder(tmp_path / "Stable-diffusion" / "folder")
+    _make_loras(tmp_path / "Lora")
+    (tmp_path / "embeddings").mkdir()
+    engine = LocalEngine(tmp_path, device="cpu", embeddings_dir=tmp_path / "embeddings")
+    before = _draw(engine, loras=(Lora(name="kohya", weight=0.5),))
+    held = engine.held
+    assert np.array_equal(before, _draw(engine, loras=(Lora(name="kohya", weight=0.5),)))
+    change(tmp_path)
+    assert not np.array_equal(before, _draw(engine, loras=(Lora(name="kohya", weight=0.5),)))
+    assert (engine.held is held) is (change in (_rewrite_lora, _add_embedding)), "the model is not read for it"
+
+
+def test_loras_are_looked_for_once_a_picture(engine: LocalEngine, monkeypatch: pytest.MonkeyPatch):
+    found: list[str] = []
+    find = catalog.find_lora
+    monkeypatch.setattr(catalog, "find_lora", lambda folder, name: found.append(name) or find(folder, name))
+    _draw(engine, loras=(Lora(name="kohya"),), steps=4)
+    assert found == ["kohya"]
+
+
+def test_a_model_that_is_put_aside_keeps_its_weights_alone(models: Path, base: np.ndarray):
+    """What was merged into them, what was read for it and what was encoded is not in `spare_model_gb`."""
+    engine = LocalEngine(models, device="cpu", spare_model_bytes=2**30)
+    with_words = _draw(engine, loras=(Lora(name="words"),))
+    aside = engine.held
+    _draw(engine, model="single")
+    assert "patchers" not in vars(aside.model)
+    for name, weight in tiny_models.unet().named_parameters():
+        assert torch.equal(aside.model.unet.get_parameter(name), weight), name
+    assert np.array_equal(_draw(engine), base)
+    assert engine.held is aside
+    assert np.array_equal(_draw(engine, loras=(Lora(name="words"),)), with_words)
+
+
+# --- numbers that are none
+
+
+@pytest.mark.parametrize(
+    ("part", "named"), [("unet", "the UNet"), ("vae.decoder", "the VAE"), ("decoder", "the transparent decoder")]
+)
+def test_numbers_that_overflowed_are_an_error_and_no_black_picture(
+    engine: LocalEngine, base: np.ndarray, part: str, named: str
+):
+    _draw(engine)
+    module = getattr(engine.held.model, part.partition(".")[0])
+    module = module.decoder if part == "vae.decoder" else module
+    handle = module.register_forward_hook(
+        lambda _module, _inputs, output: (output[0] * math.nan,) if isinstance(output, tuple) else output * math.nan
+    )
+    try:
+        with pytest.raises(EngineFailed, match=f"^{named} gave") as error:
+            _draw(engine)
+    finally:
+        handle.remove()
+    assert "--dtype" in error.value.hint
+    assert np.array_equal(_draw(engine), base)
+
+
+def test_a_hash_that_cannot_be_had_costs_no_picture(
+    engine: LocalEngine, base: np.ndarray, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    _draw(engine)
+    failed: Future[str] = Future()
+    failed.set_exception(CorruptFile("folder cannot be read: Input/output error."))
+    monkeypatch.setattr(engine.held.model, "hashing", failed)
+    result = engine.generate(REQUEST)
+    assert np.array_equal(result.images[0].rgba, base)
+    assert result.model_hash == ""
+    assert "Model hash" not in result.images[0].parameters
+    assert "Input/output error" in caplog.text
 
 
 # --- guidance

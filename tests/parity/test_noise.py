@@ -6,8 +6,10 @@ this package.
 
 from __future__ import annotations
 
+import gc
 import itertools
 import math
+import weakref
 
 import numpy as np
 import pytest
@@ -281,3 +283,16 @@ def test_one_step_needs_no_brownian_noise():
     sigmas = sigmas_for("Karras", 1, TABLE)
     assert brownian_intervals("DPM++ 2M SDE", sigmas) == []
     BrownianNoise([1], (4,), sigmas, "nv")
+
+
+def test_a_tree_is_let_go_of_with_its_last_user():
+    """It holds some fifty latents: too much to wait for the collector of cycles."""
+    tree = BrownianTree(0.1, 10.0, (4,), 5, "nv")
+    tree.between(1.0, 2.0)
+    gone = weakref.ref(tree)
+    gc.disable()
+    try:
+        del tree
+        assert gone() is None
+    finally:
+        gc.enable()

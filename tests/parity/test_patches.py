@@ -16,7 +16,7 @@ from tests import tiny_models
 from tests.tiny_models import unet_name_in_ldm
 
 from alphalayer.engine.names import ldm_to_diffusers
-from alphalayer.engine.patches import Delta, Patch, WeightPatcher, patchers, read_patch
+from alphalayer.engine.patches import Delta, Patch, PatchFile, WeightPatcher, patchers, read_patch
 from alphalayer.errors import CorruptFile, LayerDiffuseMissing, ModelUnusable
 
 Pairs = dict[str, tuple[torch.Tensor, torch.Tensor]]
@@ -55,7 +55,7 @@ def _expected(weights: dict[str, torch.Tensor], pairs: Pairs, scale: float = 1.0
 def _patched(unet, tmp_path: Path, tensors: dict[str, torch.Tensor], strength: float = 1.0) -> dict[str, torch.Tensor]:
     file = tmp_path / "patch.safetensors"
     save_file(tensors, file)
-    _patcher(unet).ensure([(file, strength)])
+    _patcher(unet).ensure([(PatchFile.at(file), strength)])
     return _weights(unet)
 
 
@@ -245,7 +245,7 @@ def test_what_a_lora_changes_in_the_text_encoders_is_merged_and_rounded_as_store
     unet_part = FORMS["PEFT"](PAIRS) if stem("x.y") == "x.y" else FORMS["kohya, LDM names"](PAIRS)
     save_file({**_named(text, up, down, stem), **unet_part}, file)
     for_unet, for_text = patchers(unet, encoders, torch.float16)
-    for_text.ensure([(file, 0.5)])
+    for_text.ensure([(PatchFile.at(file), 0.5)])
     assert all(torch.equal(each, before[0][name]) for name, each in _weights(unet).items())
     for part, encoder, weights in zip(("text_encoder", "text_encoder_2"), encoders, before[1:], strict=True):
         changed = 0
@@ -259,7 +259,7 @@ def test_what_a_lora_changes_in_the_text_encoders_is_merged_and_rounded_as_store
             assert torch.equal(found, found.half().float())
             torch.testing.assert_close(found, expected, rtol=2**-10, atol=1e-6)
         assert changed == 18
-    for_unet.ensure([(file, 1.0)])
+    for_unet.ensure([(PatchFile.at(file), 1.0)])
     _check(_weights(unet), _expected(before[0], PAIRS))
     for_text.remove()
     for encoder, weights in zip(encoders, before[1:], strict=True):
@@ -291,10 +291,10 @@ def test_the_sum_is_made_in_float32_and_cast_once(tmp_path: Path, dtype: torch.d
 def test_removing_gives_back_every_bit(tmp_path: Path, dtype: torch.dtype):
     unet = copy.deepcopy(UNET).to(dtype)
     before = _weights(unet)
-    first, second = tmp_path / "first.safetensors", tmp_path / "second.safetensors"
-    save_file(_published(PAIRS), first)
-    save_file({"unet." + name: each for name, each in _offsets(before).items()}, second)
+    save_file(_published(PAIRS), tmp_path / "first.safetensors")
+    save_file({"unet." + name: each for name, each in _offsets(before).items()}, tmp_path / "second.safetensors")
     patcher = _patcher(unet)
+    first, second = (PatchFile.at(tmp_path / f"{name}.safetensors") for name in ("first", "second"))
     patcher.ensure([(first, 1.0)])
     patcher.ensure([(second, 1.7), (first, -0.3)])
     assert any(not torch.equal(before[name], each) for name, each in unet.named_parameters())
@@ -317,7 +317,7 @@ def test_running_out_of_memory_in_the_middle_gives_back_every_bit(tmp_path: Path
     file = tmp_path / "patch.safetensors"
     save_file(_published(PAIRS), file)
     patcher = _patcher(unet)
-    patcher.ensure([(file, 1.0)])
+    patcher.ensure([(PatchFile.at(file), 1.0)])
     whole = _weights(unet)
     patcher.remove()
     patch = read_patch(file, _parameters(unet))
@@ -327,7 +327,7 @@ def test_running_out_of_memory_in_the_middle_gives_back_every_bit(tmp_path: Path
         patcher.apply([(failing, 1.0)])
     for name, each in unet.named_parameters():
         assert torch.equal(each, before[name]), name
-    patcher.ensure([(file, 1.0)])
+    patcher.ensure([(PatchFile.at(file), 1.0)])
     assert all(torch.equal(each, whole[name]) for name, each in unet.named_parameters())
 
 
@@ -338,7 +338,7 @@ def test_several_patches_add_up_in_one_pass(tmp_path: Path):
     lora, layer = tmp_path / "lora.safetensors", tmp_path / "layer.safetensors"
     save_file({"unet." + name: each for name, each in offsets.items()}, lora)
     save_file(_published(PAIRS), layer)
-    _patcher(unet).ensure([(lora, 0.7), (layer, 1.0)])
+    _patcher(unet).ensure([(PatchFile.at(lora), 0.7), (PatchFile.at(layer), 1.0)])
     wanted = _expected(before, PAIRS)
     for name, each in offsets.items():
         torch.testing.assert_close(
@@ -352,9 +352,9 @@ def test_wanting_something_else_starts_from_the_original_weights(unet, tmp_path:
     save_file(_published(PAIRS), file)
     patcher = _patcher(unet)
     for strength in (1.0, 0.25, 0.25, 2.0):
-        patcher.ensure([(file, strength)])
+        patcher.ensure([(PatchFile.at(file), strength)])
         _check(_weights(unet), _expected(before, PAIRS, strength))
-    patcher.ensure([(file, 0.0)])
+    patcher.ensure([(PatchFile.at(file), 0.0)])
     _check(_weights(unet), _expected(before, {}))
 
 

@@ -15,6 +15,7 @@ from transformers import CLIPTokenizer
 from alphalayer.engine.configs import SHIPPED
 from alphalayer.engine.embeddings import TextualInversion, read_embeddings
 from alphalayer.engine.text import TextEncoders, plan_negative, plan_prompt
+from alphalayer.errors import InvalidRequest
 
 START, END = 49406, 49407
 # float32 through three layers, in other batch sizes
@@ -133,6 +134,25 @@ def test_a_long_prompt_is_cut_after_75_tokens(encoders: TextEncoders):
     whole = encoders.encode(" ".join(words))
     parts = [encoders.encode(" ".join(words[:75])), encoders.encode(" ".join(words[75:]))]
     torch.testing.assert_close(whole.context, torch.cat([each.context for each in parts], dim=1), **SAME)
+
+
+@pytest.mark.parametrize("prompt", ["a cat" + "!" * 80, "apple " * 73 + "!! cup"])
+def test_the_encoders_may_part_a_text_into_unlike_numbers_of_chunks(encoders: TextEncoders, prompt: str):
+    """Exclamation marks are tokens of their own to encoder 2; encoder 1 reads empty chunks in place of those that it lacks."""
+    ours, empty = encoders.encode(prompt), encoders.encode("")
+    assert ours.context.shape[1] == 2 * 77
+    width = tiny_models.WIDTH_L
+    torch.testing.assert_close(ours.context[:, 77:, :width], empty.context[..., :width], **SAME)
+    assert (ours.context[:, 77:, width:] - empty.context[..., width:]).abs().max() > 0.1
+
+
+def test_a_text_of_many_chunks_is_encoded_by_parts(encoders: TextEncoders, monkeypatch: pytest.MonkeyPatch):
+    whole = encoders.encode("red apple BREAK blue cup BREAK a cat")
+    monkeypatch.setattr("alphalayer.engine.text.CHUNKS_AT_ONCE", 2)
+    encoders.forget()
+    parts = encoders.encode("red apple BREAK blue cup BREAK a cat")
+    torch.testing.assert_close(parts.context, whole.context, **SAME)
+    torch.testing.assert_close(parts.pooled, whole.pooled, **SAME)
 
 
 def test_an_empty_prompt_is_one_chunk_of_padding(encoders: TextEncoders, models):
@@ -268,6 +288,26 @@ def test_and_gives_several_conditionings_with_weights(encoders: TextEncoders):
     assert (one, half) == (1.0, 0.5)
     torch.testing.assert_close(first.context, encoders.encode("a cup").context, **SAME)
     torch.testing.assert_close(second.context, encoders.encode("a plate").context, **SAME)
+
+
+def test_each_text_of_a_plan_is_encoded_once(encoders: TextEncoders, models, monkeypatch: pytest.MonkeyPatch):
+    """Also where it is too long to be remembered."""
+    monkeypatch.setattr("alphalayer.engine.text.CACHE_BYTES", 0)
+    calls: list[int] = []
+    handle = models[0].register_forward_pre_hook(lambda *_: calls.append(1))
+    asked: list[int] = []
+    plan = plan_prompt(encoders, "[red|blue] cup AND [red|blue] plate", 20, check=lambda: asked.append(len(calls)))
+    handle.remove()
+    assert len({id(each) for step in range(20) for each, _ in plan.at(step)}) == len(calls) == 4
+    assert asked == [0, 1, 2, 3], "the job may be given up between any two"
+
+
+@pytest.mark.parametrize("prompt", ["BREAK " * 600 + "a", "[" + "|".join(map(str, range(61))) + "]" + " BREAK a" * 10])
+def test_what_a_prompt_comes_to_over_the_steps_has_a_bound(encoders: TextEncoders, prompt: str):
+    for plan, field in ((plan_prompt, "prompt"), (plan_negative, "negative_prompt")):
+        with pytest.raises(InvalidRequest, match="600 chunks") as error:
+            plan(encoders, prompt, 60)
+        assert error.value.field == field
 
 
 def test_and_is_text_in_a_negative_prompt(encoders: TextEncoders):

@@ -287,6 +287,22 @@ def test_a_model_is_found_by_every_name_it_has(tmp_path: Path):
     assert known.title == "sub_cup [ababababab]"
     for name in ("sub_cup", "sub_cup [ababababab]", "cup.safetensors", "cup", "ab" * 32, "ababababab"):
         assert catalog.resolve_model(name, [known]) is known
+    # as Forge writes its titles
+    for name in ("sub/cup.safetensors [0123456789]", r"sub\cup.safetensors [0123456789]", "sub/cup"):
+        assert catalog.resolve_model(name, [known]) is known
+
+
+def test_a_file_that_cannot_be_used_does_not_hide_one_of_its_name_that_can(tmp_path: Path):
+    folder = tmp_path / "Stable-diffusion"
+    write(folder / "cup.safetensors", FAMILIES["sdxl"])
+    (folder / "cup.ckpt").write_bytes(b"pickle")
+    entries = catalog.find_models(tmp_path)
+    assert catalog.resolve_model("cup", entries).path == folder / "cup.safetensors"
+    with pytest.raises(PickleRefused):
+        catalog.resolve_model("cup.ckpt", entries)
+    (folder / "cup.safetensors").unlink()
+    with pytest.raises(PickleRefused):
+        catalog.resolve_model("cup", catalog.find_models(tmp_path))
 
 
 def test_an_unknown_name_lists_what_is_there(tmp_path: Path):

@@ -126,6 +126,15 @@ def test_an_address_that_is_not_ours_is_named(host: str):
     assert "--port" not in raised.value.hint
 
 
+STAND_IN = """
+__version__ = "9.9"
+class version: cuda = None
+class cuda: is_available = staticmethod(lambda: False)
+class backends:
+    class mps: is_available = staticmethod(lambda: {mps})
+"""
+
+
 def _torch(folder: Path, monkeypatch: pytest.MonkeyPatch, source: str) -> list[Finding]:
     """What the doctor finds where importing torch runs this."""
     (folder / "torch.py").write_text(source)
@@ -148,13 +157,15 @@ def test_a_torch_that_hangs_fails_or_ends_the_process_is_a_finding(tmp_path: Pat
 
 
 def test_what_is_printed_while_torch_is_imported_does_no_harm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    stand_in = """
-print("a library greets")
-__version__ = "9.9"
-class version: cuda = None
-class cuda: is_available = staticmethod(lambda: False)
-"""
+    stand_in = f'print("a library greets")\n{STAND_IN.format(mps=False)}'
     assert _torch(tmp_path, monkeypatch, stand_in)[0] == Finding("ok", "torch 9.9")
+
+
+def test_apple_silicon_is_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "torch.py").write_text(STAND_IN.format(mps=True))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    settings = _settings(tmp_path, 1).model_copy(update={"device": "auto"})
+    assert list(doctor._torch(settings))[1:] == [Finding("ok", "GPU of Apple silicon (mps)")]
 
 
 def test_a_models_folder_that_was_named_and_is_not_there_is_an_error(tmp_path: Path):

@@ -109,6 +109,7 @@ def test_pictures(whole: bytes):
     @given(data=damaged(whole) | st.binary(max_size=60))
     def check(data: bytes) -> None:
         try:
+            images.read_settings(data)
             rgba, parameters = images.decode(data)
             assert rgba.shape[2] == 4
             assert parameters is None or isinstance(infotext.read_parameters(parameters), dict)

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -20,9 +21,10 @@ from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 from safetensors.torch import save_file
 
-from alphalayer import hub
+from alphalayer import catalog, hub
 from alphalayer.errors import InvalidRequest
 
 REPOSITORY, FILENAME = "someone/some-model", "weights.safetensors"
@@ -39,6 +41,8 @@ class Hub:
     breaks_at: int | None = None
     """The connection breaks after so many bytes, and later requests are answered 503."""
     is_broken: bool = False
+    is_damaging: bool = False
+    """What is sent is not what the ETag names."""
     asked: list[tuple[str, str, str | None]] = field(default_factory=list)
 
 
@@ -66,7 +70,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.end_headers()
             return
         start = int(re.match(r"bytes=(\d+)-", span)[1]) if span else 0
-        body = self.hub.content[start:]
+        content = self.hub.content[:-1] + b"!" if self.hub.is_damaging else self.hub.content
+        body = content[start:]
         self.send_response(206 if span else 200)
         self.send_header("Content-Length", str(len(body)))
         if span:
@@ -103,7 +108,8 @@ from pathlib import Path
 from alphalayer.errors import AlphalayerError
 from alphalayer.hub import Published, pull
 try:
-    print(json.dumps({"path": str(pull(Published(**json.loads(sys.argv[1])), Path(sys.argv[2])))}))
+    pulled = pull(Published(**json.loads(sys.argv[1])), Path(sys.argv[2]))
+    print(json.dumps({"path": str(pulled.path), "finding": pulled.finding}))
 except AlphalayerError as error:
     print(json.dumps(error.to_dict()))
 """
@@ -141,10 +147,10 @@ def _pull(server: Hub, models: Path, **changes: Any) -> dict[str, Any]:
 def test_a_file_is_fetched_checked_and_not_fetched_again(server: Hub, tmp_path: Path):
     models = tmp_path / "models"
     target = models / "layer_model" / FILENAME
-    assert _pull(server, models) == {"path": str(target)}
+    assert _pull(server, models) == {"path": str(target), "finding": "as published"}
     assert target.read_bytes() == CONTENT
     assert [command for command, *_ in server.asked] == ["HEAD", "GET"]
-    assert _pull(server, models) == {"path": str(target)}
+    assert _pull(server, models) == {"path": str(target), "finding": "as published"}
     assert len(server.asked) == 2
 
 
@@ -180,6 +186,38 @@ def test_a_wrong_hash_is_told_and_the_file_kept_beside(server: Hub, tmp_path: Pa
     assert "path" in _pull(server, models)
 
 
+def test_without_a_published_hash_the_hubs_own_is_held_against_what_came(server: Hub, tmp_path: Path):
+    server.is_damaging = True
+    error = _pull(server, tmp_path / "models", sha256=None)
+    assert error["code"] == "corrupt_file"
+    assert DIGEST[:10] in error["message"]
+    server.is_damaging = False
+    assert _pull(server, tmp_path / "models", sha256=None)["finding"] == "as published"
+
+
+def test_a_users_own_file_of_that_name_is_left_alone(server: Hub, tmp_path: Path):
+    """It may be the published one saved again: that it differs is told."""
+    own = tmp_path / "models" / "layer_model" / FILENAME
+    own.parent.mkdir(parents=True)
+    own.write_bytes(b"saved again")
+    answer = _pull(server, tmp_path / "models")
+    assert answer["path"] == str(own)
+    assert "differs from the published file" in answer["finding"]
+    assert own.read_bytes() == b"saved again"
+    assert server.asked == []
+
+
+def test_two_that_fetch_the_same_file_do_not_mix_it(server: Hub, tmp_path: Path):
+    folder = tmp_path / "models" / "layer_model"
+    folder.mkdir(parents=True)
+    with FileLock(folder / f".{FILENAME}.lock"):
+        error = _pull(server, tmp_path / "models")
+    assert error["code"] == "storage_failed"
+    assert "another process fetches" in error["message"]
+    assert server.asked == []
+    assert _pull(server, tmp_path / "models")["finding"] == "as published"
+
+
 def test_a_file_that_the_hub_does_not_have_is_named(server: Hub, tmp_path: Path):
     error = _pull(server, tmp_path / "models", filename="absent.safetensors")
     assert error["code"] == "model_not_found"
@@ -193,6 +231,15 @@ def test_a_hub_that_cannot_be_reached_is_a_clear_error(tmp_path: Path):
     assert error["code"] == "model_not_found"
     assert f"{REPOSITORY}/{FILENAME} cannot be fetched" in error["message"]
     assert "connection" in error["hint"]
+
+
+def test_what_was_begun_needs_no_room_again(server: Hub, tmp_path: Path):
+    folder = tmp_path / "models" / "layer_model"
+    folder.mkdir(parents=True)
+    # 2 GiB by its length, and nothing on the disk
+    with (folder / f"{FILENAME}.{DIGEST[:10]}.part").open("wb") as file:
+        file.truncate(2**31)
+    assert _pull(server, tmp_path / "models", size=shutil.disk_usage(tmp_path).free + 2**30)["code"] != "storage_failed"
 
 
 def test_too_little_room_is_said_before_anything_is_fetched(server: Hub, tmp_path: Path):
@@ -282,6 +329,39 @@ def test_verify_tells_what_each_file_is(tmp_path: Path):
     assert "pickle" in found["old.ckpt"].finding
     assert not found["old.ckpt"].is_well
     assert not found["folder"].is_well
+
+
+def test_verify_tells_layer_files_under_another_files_name(tmp_path: Path):
+    layers, one = tmp_path / "layer_model", torch.zeros(1)
+    layers.mkdir()
+    lora, patch, decoder = ({name: one} for name in ("lora_unet_x.lora_down.weight", "a::lora::0", "latent_conv_in.x"))
+    given = {
+        "layer_xl_transparent_attn": lora,
+        "layer_xl_transparent_conv": decoder,
+        "vae_transparent_decoder": patch,
+        "style": lora,
+        "layer_xl_fg2ble": patch,
+        "ld_diffusers_sdxl_attn": {"unet.x.to_q.lora_A.weight": one},
+    }
+    for name, tensors in given.items():
+        save_file(tensors, layers / f"{name}.safetensors")
+    found = {each.path.stem: each for each in hub.verify(tmp_path, tmp_path / "embeddings")}
+    assert "is no LayerDiffuse patch, but a LoRA" in found["layer_xl_transparent_attn"].finding
+    assert "is no LayerDiffuse patch, but a LayerDiffuse tr" in found["layer_xl_transparent_conv"].finding
+    assert "is no LayerDiffuse transparent decoder, but a" in found["vae_transparent_decoder"].finding
+    assert {name for name in given if found[name].is_well} == {"layer_xl_fg2ble", "ld_diffusers_sdxl_attn"}
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
+def test_verify_reads_every_weight_file_of_a_folder(tmp_path: Path, part: str):
+    folder = tmp_path / "Stable-diffusion" / "mini"
+    shutil.copytree(catalog.EMBEDDED_MODEL, folder)
+    (file,) = (folder / part).glob("*.safetensors")
+    with file.open("r+b") as whole:
+        whole.truncate(file.stat().st_size - 1)
+    (found,) = (each for each in hub.verify(tmp_path, tmp_path / "embeddings") if each.path == folder)
+    assert "is cut off" in found.finding
+    assert not found.is_well
 
 
 def test_verify_reads_loras_and_embeddings(tmp_path: Path):

@@ -124,15 +124,44 @@ def test_a_flipped_byte_is_a_clear_error():
         images.decode(bytes(data))
 
 
-def test_a_picture_that_claims_to_be_huge_is_refused_unread():
-    header = struct.pack(">IIBBBBB", 9000, 9000, 8, 6, 0, 0, 0)
+def _huge_png(text: bytes = b"parameters\0a cup") -> bytes:
+    """A PNG of 9000x9000 with a text, whose pixels are not there."""
 
     def chunk(name, body):
         return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
 
-    data = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
-    with pytest.raises(InvalidRequest, match="64 megapixels"):
-        images.decode(data)
+    chunks = [
+        (b"IHDR", struct.pack(">IIBBBBB", 9000, 9000, 8, 6, 0, 0, 0)),
+        (b"tEXt", text),
+        (b"IDAT", zlib.compress(b"")),
+        (b"IEND", b""),
+    ]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*each) for each in chunks)
+
+
+def test_a_picture_that_claims_to_be_huge_is_refused_unread():
+    with pytest.raises(InvalidRequest, match="16 megapixels, and it has 9000x9000"):
+        images.decode(_huge_png())
+
+
+def test_settings_are_read_without_the_pixels():
+    """So of a picture of any size, and where there are none, too: Pillow would decode a PNG to look for its Exif."""
+    assert images.read_settings(_huge_png()) == ((9000, 9000), "a cup")
+    assert images.read_settings(_huge_png(b"Comment\0a cup")) == ((9000, 9000), None)
+
+
+@pytest.mark.parametrize("kind", ["png", "webp", "avif"])
+def test_settings_are_those_that_decode_finds(kind: images.ImageFormat):
+    assert images.read_settings(images.encode(_picture(), kind, "a cup")) == ((50, 33), "a cup")
+
+
+def test_other_readers_of_pillow_are_out_of_reach():
+    """Its EPS reader, for one, starts Ghostscript."""
+    written = io.BytesIO()
+    Image.fromarray(_picture()[..., :3].copy()).save(written, "EPS")
+    for read in (images.decode, images.read_settings):
+        with pytest.raises(InvalidRequest, match="not a picture"):
+            read(written.getvalue())
 
 
 def test_formats_without_alpha_are_refused_by_name():

@@ -25,6 +25,7 @@ BAD: list[tuple[str, Any]] = [
     ("prompt", ""),
     ("prompt", " \n\t"),
     ("prompt", "x" * 100_000),
+    ("prompt", "a cat AND " * 8 + "a dog"),
     ("prompt", None),
     ("prompt", 5),
     ("negative_prompt", "x" * 100_000),
@@ -98,7 +99,8 @@ def test_an_unknown_name_lists_what_there_is():
     ("name", "value"),
     [
         ("width", 64), ("width", 2048), ("height", 1000), ("steps", 1), ("steps", 150), ("cfg_scale", 1), ("cfg_scale", 30),
-        ("seed", 0), ("seed", MAX_SEED), ("batch_size", 8), ("subseed_strength", 1), ("prompt", "x" * 10_000), ("negative_prompt", ""),
+        ("seed", 0), ("seed", MAX_SEED), ("batch_size", 8), ("subseed_strength", 1), ("prompt", "x" * 10_000),
+        ("prompt", "a cat AND " * 7 + "SAND"), ("negative_prompt", "AND " * 99), ("negative_prompt", ""),
         ("layerdiffuse.weight", 0), ("layerdiffuse.stop_at", 0), ("loras.0.weight", -1),
     ],
     ids=lambda value: str(value)[:20],

@@ -351,7 +351,7 @@ def png_info(body: Picture) -> dict[str, Any]:
         data = base64.b64decode(body.image.rpartition(",")[2], validate=True)
     except (binascii.Error, ValueError):
         raise InvalidRequest("not base64.", field="image") from None
-    text = images.decode(data)[1] or ""
+    text = images.read_settings(data)[1] or ""
     items = {"parameters": text} if text else {}
     return {"info": text, "items": items, "parameters": infotext.read_parameters(text) if text else {}}
 

@@ -18,11 +18,13 @@ from alphalayer.telemetry import log
 
 HEADER = "X-Request-ID"
 _ID = re.compile(r"[\w.:/+=-]{1,128}", re.ASCII)
-_WATCHING = ("/livez", "/readyz", "/ping", "/metrics")
+_WATCHING = re.compile(r".*/(livez|readyz|ping|metrics|sdapi/v1/progress|alpha/v1/jobs/[0-9a-f]+)")
+"""What is asked again and again."""
 
 
 class RequestLog:
-    """ASGI middleware. A client's own `X-Request-ID` is kept if it is a plain word; probes are logged at debug level."""
+    """ASGI middleware. A client's own `X-Request-ID` is kept if it is a plain word; probes and polls are logged at
+    debug level."""
 
     def __init__(self, app: ASGIApp):
         self._app = app
@@ -50,6 +52,7 @@ class RequestLog:
                 if not status:
                     await problems.unforeseen(scope["path"])(scope, receive, answer)
             finally:
-                level = log.debug if scope["path"].endswith(_WATCHING) else log.info
+                is_watching = scope["method"] == "GET" and _WATCHING.fullmatch(scope["path"])
+                level = log.debug if is_watching else log.info
                 seconds = round(time.perf_counter() - start, 4)
                 level("request", method=scope["method"], path=scope["path"], status=status, seconds=seconds)

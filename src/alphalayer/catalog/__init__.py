@@ -17,7 +17,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from alphalayer.catalog.folders import family_of_folder
-from alphalayer.catalog.hashes import SHORT_HASH_DIGITS, HashCache, file_sha256
+from alphalayer.catalog.hashes import SHORT_HASH_DIGITS, HashCache, file_sha256, file_stamp
 from alphalayer.catalog.headers import FAMILY_NAMES, Header, family_of, read_header
 from alphalayer.errors import (
     CorruptFile,
@@ -35,6 +35,7 @@ __all__ = [
     "Header",
     "ModelEntry",
     "check_layerdiffuse_method",
+    "file_stamp",
     "find_lora",
     "find_models",
     "hash_model",
@@ -64,6 +65,8 @@ class ModelEntry:
     family: str
     sha256: str | None = None
     problem: ModelUnusable | None = None
+    stamp: tuple[tuple[int, int], ...] = ()
+    """The `file_stamp` of each of its files: a model that was written anew under its old name has another."""
 
     @property
     def short_hash(self) -> str | None:
@@ -104,7 +107,8 @@ def find_models(models_dir: Path) -> list[ModelEntry]:
 
 
 def resolve_model(name: str | None, entries: list[ModelEntry], models_dir: Path = Path("models")) -> ModelEntry:
-    """The entry that a name, title, file name or hash means; without one the first usable entry. `models_dir` is for messages.
+    """The entry that a name, title, file name, path below `CHECKPOINTS` or hash means, of several the first that is usable; without one
+    the first usable entry. `models_dir` is for messages.
 
     Raises:
         ModelNotFound: none of that name; the message lists those that are there.
@@ -120,11 +124,17 @@ def resolve_model(name: str | None, entries: list[ModelEntry], models_dir: Path 
             f"no model is in {models_dir / CHECKPOINTS}.", hint=f"Put an SDXL checkpoint there, or run: {PULL}"
         )
     bare = _BRACKETED_HASH.sub("", name)  # a title may be older than the hash that we know, or newer
-    for entry in entries:
-        if {name, bare} & {entry.name, entry.path.name, entry.path.stem, entry.sha256, entry.short_hash}:
-            if entry.problem:
-                raise entry.problem
+    matches = [
+        entry
+        for entry in entries
+        if {name, bare} & {entry.name, entry.path.name, entry.path.stem, entry.sha256, entry.short_hash}
+        or _flat(bare) in (entry.name, entry.name + entry.path.suffix)
+    ]
+    for entry in matches:
+        if entry.problem is None:
             return entry
+    if matches and matches[0].problem:
+        raise matches[0].problem
     there = ", ".join(entry.name for entry in entries) or "none"
     raise ModelNotFound(
         f'"{name}" is not in {models_dir / CHECKPOINTS} ({len(entries)} there: {there}).',
@@ -191,8 +201,13 @@ def _layer_config(path: Path) -> dict[str, Any]:
     return config
 
 
+def _flat(path: str) -> str:
+    """A name of the list from a path below `CHECKPOINTS`."""
+    return path.replace("/", "_").replace("\\", "_")
+
+
 def _file_entry(path: Path, folder: Path, cache: HashCache) -> ModelEntry:
-    name = str(path.relative_to(folder).with_suffix("")).replace("/", "_").replace("\\", "_")
+    name = _flat(str(path.relative_to(folder).with_suffix("")))
     problem: ModelUnusable | None = None
     family = "unknown"
     if path.suffix in PICKLE_SUFFIXES:
@@ -207,7 +222,7 @@ def _file_entry(path: Path, folder: Path, cache: HashCache) -> ModelEntry:
             problem = error if isinstance(error, CorruptFile) else CorruptFile(f"{path} is gone.")
         else:
             problem = None if family == "sdxl" else _unsupported(path, family)
-    return ModelEntry(name, path, "single_file", family, cache.known(path), problem)
+    return ModelEntry(name, path, "single_file", family, cache.known(path), problem, (file_stamp(path),))
 
 
 @lru_cache(1)
@@ -222,7 +237,12 @@ def _family_of_file(path: Path, _modified: int) -> str:
 
 
 def _unsupported(path: Path, family: str) -> UnsupportedFamily:
-    right_place = {"layerdiffuse-patch": "layer_model", "transparent-decoder": "layer_model", "lora": "Lora"}
+    right_place = {
+        "layerdiffuse-patch": "layer_model",
+        "transparent-decoder": "layer_model",
+        "lora": "Lora",
+        "embedding": "embeddings",
+    }
     what = FAMILY_NAMES.get(family, family)
     if family in right_place:
         return UnsupportedFamily(f"{path} is a {what}, not a checkpoint.", hint=f"Move it to {right_place[family]}/.")
@@ -233,7 +253,7 @@ def _unsupported(path: Path, family: str) -> UnsupportedFamily:
 
 
 def _diffusers_entry(path: Path, folder: Path, cache: HashCache) -> ModelEntry:
-    name = str(path.relative_to(folder)).replace("/", "_").replace("\\", "_")
+    name = _flat(str(path.relative_to(folder)))
     problem: ModelUnusable | None = None
     family = "unknown"
     try:
@@ -244,7 +264,8 @@ def _diffusers_entry(path: Path, folder: Path, cache: HashCache) -> ModelEntry:
         problem = None if family == "sdxl" else _unsupported(path, family)
     hashed = _hashed_file(path, "diffusers")
     known = cache.known(hashed) if hashed.is_file() else None
-    return ModelEntry(name, path, "diffusers", family, known, problem)
+    files = sorted(file for file in path.rglob("*") if file.suffix in (".safetensors", ".json"))
+    return ModelEntry(name, path, "diffusers", family, known, problem, tuple(file_stamp(file) for file in files))
 
 
 def _hashed_file(path: Path, kind: str) -> Path:

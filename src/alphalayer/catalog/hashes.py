@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +27,15 @@ class HashCache:
     def known(self, path: Path) -> str | None:
         """The SHA-256 of a file if it is known and the file is as it was."""
         entry = self._known.get(str(path.resolve()))
-        return entry["sha256"] if isinstance(entry, dict) and entry.get("stamp") == _stamp(path) else None
+        return entry["sha256"] if isinstance(entry, dict) and entry.get("stamp") == [*file_stamp(path)] else None
 
-    def sha256(self, path: Path, compute: Callable[[Path], str] | None = None) -> str:
+    def sha256(self, path: Path) -> str:
         """The SHA-256 of a whole file, 64 hex digits."""
         known = self.known(path)
         if known:
             return known
-        digest = (compute or file_sha256)(path)
-        self._known[str(path.resolve())] = {"stamp": _stamp(path), "sha256": digest}
+        digest = file_sha256(path)
+        self._known[str(path.resolve())] = {"stamp": [*file_stamp(path)], "sha256": digest}
         self._save()
         return digest
 
@@ -58,6 +57,10 @@ def file_sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _stamp(path: Path) -> list[int]:
-    status = path.stat()
-    return [status.st_size, status.st_mtime_ns]
+def file_stamp(path: Path) -> tuple[int, int]:
+    """Size and time of the last change (ns), by which a file that was written anew is known; (-1, -1) where there is none."""
+    try:
+        status = path.stat()
+    except OSError:
+        return -1, -1
+    return status.st_size, status.st_mtime_ns

@@ -23,10 +23,9 @@ VAE_MARKS = ("first_stage_model.encoder.conv_in.weight", "first_stage_model.deco
 
 @dataclass(frozen=True)
 class Header:
-    """Shapes by tensor name, and the free text that the writer left."""
+    """Shapes by tensor name."""
 
     shapes: dict[str, tuple[int, ...]]
-    metadata: dict[str, str]
 
 
 def read_header(path: Path) -> Header:
@@ -54,8 +53,7 @@ def read_header(path: Path) -> Header:
     if 8 + length + end > size:
         missing = 8 + length + end - size
         raise CorruptFile(f"{path} is cut off: {missing:,} of {8 + length + end:,} bytes are missing.", hint=_AGAIN)
-    metadata = entries.get("__metadata__")
-    return Header(shapes, {str(k): str(v) for k, v in metadata.items()} if isinstance(metadata, dict) else {})
+    return Header(shapes)
 
 
 def _shapes(entries: Any) -> tuple[dict[str, tuple[int, ...]], int]:
@@ -71,6 +69,8 @@ def family_of(header: Header) -> str:
     for mark, kind in _NOT_CHECKPOINTS:
         if any(mark in name for name in shapes):
             return kind
+    if shapes.keys() >= _EMBEDDING:
+        return "embedding"
     context = shapes.get(CONTEXT) or shapes.get(CONTEXT.removeprefix("model.diffusion_model."))
     if context is None:
         return _without_context(shapes)
@@ -92,6 +92,7 @@ def _kind_of_sdxl(shapes: Mapping[str, tuple[int, ...]]) -> str:
     return "sdxl" if all(mark in shapes for mark in VAE_MARKS) else "sdxl-no-vae"
 
 
+_EMBEDDING = {"clip_l", "clip_g"}
 _FAMILIES = {768: "sd15", 1024: "sd2", 1280: "sdxl-refiner", 2048: "sdxl"}
 _NOT_CHECKPOINTS = (
     ("::lora::", "layerdiffuse-patch"),
@@ -121,6 +122,7 @@ FAMILY_NAMES = {
     "layerdiffuse-patch": "LayerDiffuse patch",
     "transparent-decoder": "LayerDiffuse transparent decoder",
     "lora": "LoRA",
+    "embedding": "textual-inversion embedding (clip_l and clip_g)",
     "vae": "VAE",
     "unknown": "unknown kind of",
 }

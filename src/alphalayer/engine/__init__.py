@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -53,7 +53,6 @@ class GenerationResult:
     model_hash: str
     images: list[GeneratedImage]
     seconds: dict[str, float] = field(default_factory=dict[str, float])
-    info: dict[str, Any] = field(default_factory=dict[str, Any])
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 import torch
@@ -56,11 +55,16 @@ class BrownianTree:
         first = int(np.random.SeedSequence(entropy=seed, pool_size=_POOL_SIZE).generate_state(3)[0])
         whole = self._randn(first) * float(np.sqrt(end - start))
         self._root = _Node(round(start, _DECIMALS), round(end, _DECIMALS), 0, 0, whole)
-        self._value = lru_cache(_VALUES_KEPT)(self._walk)
+        self._values: dict[float, Tensor] = {}
 
     def value(self, time: float) -> Tensor:
         """W at a time, clamped to the tree's interval."""
-        return self._value(min(max(round(time, _DECIMALS), self._root.start), self._root.end))
+        at = min(max(round(time, _DECIMALS), self._root.start), self._root.end)
+        known = self._values.pop(at, None)
+        value = self._values[at] = self._walk(at) if known is None else known
+        if len(self._values) > _VALUES_KEPT:
+            del self._values[next(iter(self._values))]
+        return value
 
     def _walk(self, time: float) -> Tensor:
         """Down to the node that begins or ends at a time of the tree's interval."""

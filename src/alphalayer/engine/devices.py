@@ -27,7 +27,6 @@ class Precision:
     unet: torch.dtype
     vae: torch.dtype
     decoder: torch.dtype
-    text: torch.dtype = torch.float32
 
 
 @dataclass(frozen=True)
@@ -37,27 +36,38 @@ class MemoryMode:
     name: str
     keep_text: bool
     keep_unet: bool
-    rows_at_once: int | None
-    """Rows of one UNet call; None = all rows of the batch in one call."""
+    unet_megapixels: int
+    """Of all rows of one UNet call; a single row may have more."""
     passes_at_once: int
     """Transparent decoder passes in one call, out of 8."""
+
+    def rows_at_once(self, width: int, height: int) -> int:
+        """Rows of one UNet call for pictures of that size, at least 1."""
+        return max(1, self.unet_megapixels * 1024**2 // (width * height))
 
 
 MEMORY_MODES = {
     mode.name: mode
     for mode in (
-        MemoryMode("high", keep_text=True, keep_unet=True, rows_at_once=None, passes_at_once=8),
-        MemoryMode("balanced", keep_text=False, keep_unet=True, rows_at_once=None, passes_at_once=2),
-        MemoryMode("low", keep_text=False, keep_unet=False, rows_at_once=1, passes_at_once=1),
+        MemoryMode("high", keep_text=True, keep_unet=True, unet_megapixels=16, passes_at_once=8),
+        MemoryMode("balanced", keep_text=False, keep_unet=True, unet_megapixels=4, passes_at_once=2),
+        MemoryMode("low", keep_text=False, keep_unet=False, unet_megapixels=0, passes_at_once=1),
     )
 }
-_SMALLER = {"high": "balanced", "balanced": "low"}
+_OUT_OF_MEMORY = (
+    "out of memory",  # CUDA, MPS
+    "allocate memory",  # torch on Linux's CPU, and ENOMEM
+    "not enough memory",  # torch on Windows' CPU
+    "paging file is too small",  # Windows
+    "alloc_failed",  # cuBLAS, cuDNN
+)
 _DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
-def smaller_mode(mode: MemoryMode) -> MemoryMode | None:
-    """The next smaller memory mode, None below "low"."""
-    return MEMORY_MODES[_SMALLER[mode.name]] if mode.name in _SMALLER else None
+def modes_down_from(mode: MemoryMode) -> list[MemoryMode]:
+    """A memory mode and the smaller ones, down to "low"."""
+    modes = list(MEMORY_MODES.values())
+    return modes[modes.index(mode) :]
 
 
 def choose_device(name: str) -> torch.device:
@@ -138,6 +148,13 @@ def free_memory(device: torch.device) -> None:
         torch.mps.empty_cache()
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether that is what an error of torch, of a library below it or of the system says."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, (RuntimeError, OSError)) and any(each in str(error).lower() for each in _OUT_OF_MEMORY)
+
+
 def memory_needed(unet_bytes: int, width: int, height: int, mode: MemoryMode, batch_size: int) -> int:
     """Rough need of the largest stage in bytes: the weights that stay, plus activations that grow with the pixels.
 
@@ -145,7 +162,7 @@ def memory_needed(unet_bytes: int, width: int, height: int, mode: MemoryMode, ba
     error messages only; nothing is refused because of it.
     """
     megapixels = width * height / 1024**2
-    rows = mode.rows_at_once or 2 * batch_size
+    rows = min(2 * batch_size, mode.rows_at_once(width, height))
     sampling = unet_bytes + 1.1e9 * megapixels * rows
     decoding = (unet_bytes if mode.keep_unet else 0) + 1.6e9 * megapixels * max(mode.passes_at_once, 2)
     return int(max(sampling, decoding))

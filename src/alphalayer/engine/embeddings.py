@@ -11,6 +11,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from alphalayer.catalog import file_stamp
+
 logger = logging.getLogger(__name__)
 
 
@@ -21,6 +23,22 @@ class TextualInversion:
     name: str
     clip_l: Tensor
     clip_g: Tensor
+
+
+class EmbeddingFolder:
+    """The embeddings of a folder, read when first asked for and again when its files changed."""
+
+    def __init__(self, folder: Path):
+        self._folder = folder
+        self._stamps: dict[Path, tuple[int, int]] = {}
+        self._read: dict[str, TextualInversion] = {}
+
+    def read(self) -> dict[str, TextualInversion]:
+        """All of them by name; the same object as long as the files stay as they are."""
+        stamps = {path: file_stamp(path) for path in self._folder.rglob("*.safetensors")}
+        if stamps != self._stamps:
+            self._stamps, self._read = stamps, read_embeddings(self._folder)
+        return self._read
 
 
 def read_embeddings(folder: Path) -> dict[str, TextualInversion]:

@@ -6,7 +6,7 @@ Everything around the UNet is float32: input scaling, prediction to x0, guidance
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -58,6 +58,8 @@ class Denoiser:
     width: int
     height: int
     mode: MemoryMode
+    check: Callable[[], None] = lambda: None
+    """Asked before each call of the UNet; may raise."""
 
     @torch.inference_mode()
     def __call__(self, x: Tensor, sigma: float, step: int) -> Tensor:
@@ -93,7 +95,7 @@ class Denoiser:
             )
             for name, shape in (("context", (-1, -1)), ("pooled", (-1,)))
         )
-        at_once = self.mode.rows_at_once or len(scaled)
+        at_once = self.mode.rows_at_once(self.width, self.height)
         outputs = [
             self._unet(*rows, sigma)
             for rows in zip(scaled.split(at_once), context.split(at_once), pooled.split(at_once), strict=True)
@@ -102,6 +104,7 @@ class Denoiser:
 
     def _unet(self, scaled: Tensor, context: Tensor, pooled: Tensor, sigma: float) -> Tensor:
         """One call of the UNet on a few rows, float32 (rows, C, h, w)."""
+        self.check()
         size = [self.height, self.width, 0, 0, self.height, self.width]
         return self.model.unet(
             scaled,

@@ -6,6 +6,7 @@ diffusers does the conversion of single files; the configs it wants ship with th
 from __future__ import annotations
 
 import json
+import logging
 import tempfile
 from collections.abc import Callable, Generator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -27,13 +28,15 @@ from alphalayer import catalog
 from alphalayer.catalog import ModelEntry
 from alphalayer.catalog.headers import Header, read_header
 from alphalayer.engine.configs import fitted_configs
-from alphalayer.engine.devices import Precision
+from alphalayer.engine.devices import Precision, is_out_of_memory
 from alphalayer.engine.layerfiles import DECODER_FILES, PATCH_FILES
 from alphalayer.engine.patches import WeightPatcher, patchers
 from alphalayer.engine.schedules import SigmaTable
 from alphalayer.engine.transparency import TransparentDecoder, load_decoder
 from alphalayer.errors import CorruptFile, LayerDiffuseMissing, ModelUnusable
 from alphalayer.request import ModelDefaults
+
+logger = logging.getLogger(__name__)
 
 # casting whole modules is meant; both libraries warn at each
 diffusers.utils.logging.set_verbosity_error()
@@ -90,13 +93,22 @@ class LoadedModel:
 
     @property
     def short_hash(self) -> str:
-        """The first ten digits of the SHA-256; waits for it."""
-        return self.hashing.result()[: catalog.SHORT_HASH_DIGITS]
+        """The first ten digits of the SHA-256; waits for it. Empty if the file could not be read for it."""
+        try:
+            return self.hashing.result()[: catalog.SHORT_HASH_DIGITS]
+        except CorruptFile as error:
+            logger.warning("No hash is written into pictures of this model: %s", error)
+            return ""
 
     @cached_property
     def patchers(self) -> tuple[WeightPatcher, WeightPatcher]:
         """Those that merge patches into the UNet and into the text encoders."""
         return patchers(self.unet, (self.text_encoder, self.text_encoder_2), TEXT_STORED)
+
+    def take_off_patches(self) -> None:
+        """Take off all that was merged into the weights, and let go of what was read for it."""
+        for patcher in vars(self).pop("patchers", ()):
+            patcher.remove()
 
     @cached_property
     def decoder(self) -> TransparentDecoder:
@@ -141,11 +153,12 @@ def load_model(entry: ModelEntry, precision: Precision, models_dir: Path) -> Loa
 
     Raises:
         CorruptFile, ModelUnusable: see `alphalayer.errors`.
+        Exception: one that `is_out_of_memory` knows.
     """
     try:
         parts, scheduler = _from_folder(entry, precision) if entry.kind == "diffusers" else _from_file(entry, precision)
     except (OSError, ValueError, LookupError, AttributeError, TypeError, SafetensorError, RuntimeError) as error:
-        if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
+        if is_out_of_memory(error):
             raise
         raise ModelUnusable(
             f"{entry.path} cannot be loaded: {(str(error).strip() or type(error).__name__).splitlines()[0][:300]}.",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from alphalayer.catalog import file_stamp
 from alphalayer.engine.names import flat_names, ldm_to_diffusers, unflatten
 from alphalayer.errors import CorruptFile, LayerDiffuseMissing, ModelUnusable
 
@@ -65,6 +66,23 @@ class Delta:
         if self.down is None:
             return self.up.shape == weight.shape
         return self.up.shape[0] == weight.shape[0] and self.down[0].numel() * weight.shape[0] == weight.numel()
+
+
+@dataclass(frozen=True)
+class PatchFile:
+    """A patch file as it stands: one that is written anew under its old name is another."""
+
+    path: Path
+    stamp: tuple[int, int]
+
+    @classmethod
+    def at(cls, path: Path) -> PatchFile:
+        """The file of a path; one that is not there is told when it is read."""
+        return cls(path, file_stamp(path))
+
+
+Merge = tuple[PatchFile, float]
+"""What is merged, and how strongly."""
 
 
 @dataclass
@@ -179,19 +197,19 @@ class WeightPatcher:
     their own dtype.
     """
 
-    def __init__(self, weights: Weights, read: Callable[[Path], Patch], rounded: torch.dtype | None = None):
+    def __init__(self, weights: Weights, read: Callable[[PatchFile], Patch], rounded: torch.dtype | None = None):
         self._weights = weights
         self._read = read
         self._rounded = rounded
         self._originals: dict[str, Tensor] = {}
-        self.applied: tuple[tuple[Path, float], ...] = ()
+        self.applied: tuple[Merge, ...] = ()
 
-    def ensure(self, wanted: Sequence[tuple[Path, float]]) -> None:
+    def ensure(self, wanted: Sequence[Merge]) -> None:
         """Make the weights original + `wanted` patches with their strengths, in order; nothing is done if they are."""
         if tuple(wanted) == self.applied:
             return
         self.remove()
-        chosen = [(self._read(path), strength) for path, strength in wanted if strength]
+        chosen = [(self._read(file), strength) for file, strength in wanted if strength]
         self.apply(chosen)
         self.applied = tuple(wanted)
 
@@ -234,5 +252,9 @@ def patchers(
         for prefix, encoder in zip(TEXT_ENCODERS, text_encoders, strict=True)
         for name, weight in encoder.named_parameters()
     }
-    read = lru_cache(4)(partial(read_patch, weights={**own, **text}))
+
+    @lru_cache(4)
+    def read(file: PatchFile) -> Patch:
+        return read_patch(file.path, {**own, **text})
+
     return WeightPatcher(own, read), WeightPatcher(text, read, text_dtype)

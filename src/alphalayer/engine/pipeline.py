@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any
@@ -32,20 +33,22 @@ from alphalayer.engine.devices import (
     choose_precision,
     describe,
     free_memory,
+    is_out_of_memory,
     memory_needed,
-    smaller_mode,
+    modes_down_from,
 )
-from alphalayer.engine.embeddings import read_embeddings
+from alphalayer.engine.embeddings import EmbeddingFolder
 from alphalayer.engine.guidance import Denoiser, Guidance
 from alphalayer.engine.loading import LoadedModel, load_model
 from alphalayer.engine.noise import ImageGenerator, Shape, initial_noise
+from alphalayer.engine.patches import Merge, PatchFile
 from alphalayer.engine.samplers import SAMPLERS, Noise, brownian_intervals, sample
 from alphalayer.engine.schedules import sigmas_for
 from alphalayer.engine.shelf import ModelShelf, Ready
 from alphalayer.engine.text import TextEncoders, plan_negative, plan_prompt
 from alphalayer.engine.transparency import decode_transparent, decoder_inputs, to_uint8
 from alphalayer.engine.watching import Stopwatch, Watchers
-from alphalayer.errors import AlphalayerError, ModelNotFound, OutOfMemory
+from alphalayer.errors import AlphalayerError, EngineFailed, ModelNotFound, OutOfMemory
 from alphalayer.request import GenerationRequest
 
 logger = logging.getLogger(__name__)
@@ -76,7 +79,7 @@ class LocalEngine:
         self.precision = choose_precision(self.device, dtype)
         self.mode = choose_memory_mode(self.device, memory)
         self._models_dir = models_dir
-        self._embeddings_dir = embeddings_dir or models_dir.parent / "embeddings"
+        self._embeddings = EmbeddingFolder(embeddings_dir or models_dir.parent / "embeddings")
         self._default_model = default_model
         self._batch_pixels = choose_batch_pixels(self.device, self.mode) if batch_pixels is None else batch_pixels
         self._shelf = ModelShelf(self._read, spare_model_bytes)
@@ -110,17 +113,21 @@ class LocalEngine:
     def draw(self, orders: Sequence[Order]) -> list[GenerationResult]:
         """Draw the pictures of one request, or of several together; see `alphalayer.engine.Engine.draw`.
 
-        Out of memory: what was taken is given back and a single request is drawn once more in the next smaller memory mode.
+        Out of memory: what was taken is given back and a single request is drawn in the next smaller memory mode, down to the smallest.
         """
-        smaller = smaller_mode(self.mode)
-        modes = [self.mode, smaller] if smaller and len(orders) == 1 else [self.mode]
-        for mode in modes:
+        modes = modes_down_from(self.mode) if len(orders) == 1 else [self.mode]
+        for mode, smaller in zip(modes, [*modes[1:], None], strict=True):
             try:
                 return self._draw(orders, mode)
-            except (torch.OutOfMemoryError, RuntimeError) as error:
-                if not _is_out_of_memory(error):
+            except Exception as error:
+                if not is_out_of_memory(error):
                     raise
+            if self._shelf.held is None:
+                break  # a model is read in every mode alike
+            self._shelf.held.leave_device()
             free_memory(self.device)
+            if smaller:
+                logger.warning('Out of memory in memory mode "%s"; trying "%s".', mode.name, smaller.name)
         raise self._out_of_memory([order.request for order in orders], modes)
 
     def memory_bytes(self) -> int:
@@ -144,9 +151,13 @@ class LocalEngine:
         watchers.stage("load")
         with stopwatch.stage("load"):
             ready = self._shelf.get(self._entry(orders[0].request))
-        model = ready.model
-        requests = [order.request.resolved(model.defaults) for order in orders]
-        shared = requests[0]
+            ready.encoders.learn(self._embeddings.read())
+            model = ready.model
+            requests = [order.request.resolved(model.defaults) for order in orders]
+            shared = requests[0]
+            merges = self._merges(shared, model)
+            # read here, so that a decoder that is missing or damaged is told before the work
+            decoders = [model.vae, model.decoder] if shared.layerdiffuse.enabled else [model.vae]
         canvas = Canvas.of(shared.width or 0, shared.height or 0)
         sampler = SAMPLERS[shared.sampler or ""]
         sigmas = sigmas_for(
@@ -161,15 +172,14 @@ class LocalEngine:
 
         watchers.stage("text")
         with stopwatch.stage("text"), residency.of(model.text_encoder, model.text_encoder_2, keep=mode.keep_text):
-            self._patch_text(shared, ready)
-            guidances = [_guidance(each, ready.encoders) for each in requests]
+            _patch_text(merges.loras, ready)
+            guidances = [_guidance(each, ready.encoders, watchers.check) for each in requests]
 
-        denoiser = Denoiser(model, guidances, canvas.drawn_width, canvas.drawn_height, mode)
+        denoiser = Denoiser(model, guidances, canvas.drawn_width, canvas.drawn_height, mode, watchers.check)
         watchers.stage("sample")
         with stopwatch.stage("sample"), residency.of(model.unet, keep=mode.keep_unet):
-            latents = self._sample(orders, shared, denoiser, start, sigmas, noise, watchers)
+            latents = self._sample(orders, shared, denoiser, merges, start, sigmas, noise)
 
-        decoders = [model.vae, model.decoder] if shared.layerdiffuse.enabled else [model.vae]
         with residency.of(*decoders, keep=mode.keep_unet):
             pictures = [self._decode(shared, model, each[None], mode, watchers, stopwatch) for each in latents]
 
@@ -185,9 +195,8 @@ class LocalEngine:
 
     def _read(self, entry: ModelEntry) -> Ready:
         model = load_model(entry, self.precision, self._models_dir)
-        words = read_embeddings(self._embeddings_dir)
         encoders = (model.tokenizer, model.tokenizer_2, model.text_encoder, model.text_encoder_2)
-        return Ready(model, TextEncoders(*encoders, words))
+        return Ready(model, TextEncoders(*encoders))
 
     def _noise(self, requests: Sequence[GenerationRequest], shape: Shape, sigmas: Tensor) -> tuple[Tensor, Noise]:
         """The starting noise (B, *shape) of all images, and where the sampler's noise comes from; Brownian noise begins to be drawn
@@ -211,10 +220,10 @@ class LocalEngine:
         orders: Sequence[Order],
         shared: GenerationRequest,
         denoiser: Denoiser,
+        merges: _Merges,
         start: Tensor,
         sigmas: Tensor,
         noise: Noise,
-        watchers: Watchers,
     ) -> Tensor:
         """Denoise `start` (B, C, h, w; unit variance) along `sigmas`; the scaled clean latents, float32."""
         model = denoiser.model
@@ -222,8 +231,7 @@ class LocalEngine:
         firsts = [0, *accumulate(each.images for each in denoiser.guidances)]
 
         def denoise(x: Tensor, sigma: float, step: int) -> Tensor:
-            watchers.check()
-            self._patch(shared, model, with_transparency=shared.layerdiffuse.enabled and sigma >= last_patched_sigma)
+            model.patchers[0].ensure(merges.with_transparency if sigma >= last_patched_sigma else merges.loras)
             return denoiser(x, sigma, step)
 
         def on_step(step: int, _x: Tensor, clean: Tensor) -> None:
@@ -231,21 +239,8 @@ class LocalEngine:
                 preview = self._preview(model, clean[first : first + 1]) if order.previews else None
                 order.on_progress(Progress("sample", step, len(sigmas) - 1, preview))
 
-        return sample(shared.sampler or "", denoise, start * float(sigmas[0]), sigmas, noise, on_step)
-
-    def _patch(self, request: GenerationRequest, model: LoadedModel, *, with_transparency: bool) -> None:
-        """Merge the user's LoRAs and, above them, the LayerDiffuse patch; nothing is done if that is how it stands."""
-        wanted = self._loras(request)
-        if with_transparency:
-            wanted.append((model.layerdiffuse.patch(request.layerdiffuse.method), request.layerdiffuse.weight))
-        model.patchers[0].ensure(wanted)
-
-    def _patch_text(self, request: GenerationRequest, ready: Ready) -> None:
-        """Merge what the user's LoRAs change in the text encoders; what was encoded before is forgotten if that is something else."""
-        patcher, wanted = ready.model.patchers[1], self._loras(request)
-        if tuple(wanted) != patcher.applied:
-            ready.encoders.forget()
-            patcher.ensure(wanted)
+        latents = sample(shared.sampler or "", denoise, start * float(sigmas[0]), sigmas, noise, on_step)
+        return _finite(latents, "the UNet")
 
     def _decode(
         self,
@@ -259,14 +254,15 @@ class LocalEngine:
         """One scaled latent (1, C, h, w) → RGBA; opaque if LayerDiffuse is off."""
         watchers.stage("decode")  # said of each image: silence is taken for a process that hangs
         with stopwatch.stage("vae"):
-            rgb = model.decode_latent(latent)
+            rgb = _finite(model.decode_latent(latent), "the VAE")
         if not request.layerdiffuse.enabled:
             return _opaque(rgb)
         with stopwatch.stage("decode"):
             pixel, decoder_latent = decoder_inputs(
                 rgb, latent, model.scaling_factor, request.decode, model.shift_factor
             )
-            return to_uint8(decode_transparent(model.decoder, pixel, decoder_latent, mode.passes_at_once))
+            decoded = decode_transparent(model.decoder, pixel, decoder_latent, mode.passes_at_once)
+            return to_uint8(_finite(decoded, "the transparent decoder"))
 
     def _preview(self, model: LoadedModel, x0: Tensor) -> NDArray[np.uint8]:
         """An image's predicted latent (1, C, h, w), averaged down to 32 cells a side, through the VAE: small RGB."""
@@ -275,14 +271,26 @@ class LocalEngine:
         with Residency(self.device, self.mode).of(model.vae, keep=True):
             return _opaque(model.decode_latent(small))[..., :3]
 
-    def _loras(self, request: GenerationRequest) -> list[tuple[Path, float]]:
-        return [(catalog.find_lora(self._models_dir, lora.name), lora.weight) for lora in request.loras]
+    def _merges(self, request: GenerationRequest, model: LoadedModel) -> _Merges:
+        """Raises `InvalidRequest` for a LoRA that is not there, `LayerDiffuseMissing`."""
+        loras = tuple(
+            (PatchFile.at(catalog.find_lora(self._models_dir, lora.name)), lora.weight) for lora in request.loras
+        )
+        options = request.layerdiffuse
+        if not options.enabled:
+            return _Merges(loras, loras)
+        return _Merges(loras, (*loras, (PatchFile.at(model.layerdiffuse.patch(options.method)), options.weight)))
 
     def _out_of_memory(self, requests: Sequence[GenerationRequest], tried: Sequence[MemoryMode]) -> OutOfMemory:
         """What was needed in the last mode that was tried and what was there, with what to do."""
         held = self._shelf.held
-        unet_bytes = sum(each.nbytes for each in held.model.unet.parameters()) if held else 0
-        size = requests[0].resolved(held.model.defaults) if held else requests[0]
+        if held is None:
+            return OutOfMemory(
+                "there is not enough memory to read the model.",
+                hint="Close other programs, set spare_model_gb to 0 if it is not, or use a model file of 16 bit.",
+            )
+        unet_bytes = sum(each.nbytes for each in held.model.unet.parameters())
+        size = requests[0].resolved(held.model.defaults)
         width, height, images = size.width or 0, size.height or 0, sum(each.batch_size for each in requests)
         needed = memory_needed(unet_bytes, width, height, tried[-1], images) / GIB
         there = ""
@@ -291,10 +299,18 @@ class LocalEngine:
             there = f" and the GPU has {free / GIB:.1f} of {total / GIB:.1f} GiB free"
         return OutOfMemory(
             f'{width}x{height}, batch of {images}, needs about {needed:.1f} GiB in memory mode "{tried[-1].name}"'
-            f"{there}{'; a larger mode was tried, too' if len(tried) > 1 else ''}.",
+            f"{there}{'; larger modes were tried, too' if len(tried) > 1 else ''}.",
             hint="Ask for a smaller picture or batch, or close other programs on the GPU"
-            + (", or start with --memory low." if smaller_mode(tried[-1]) else "."),
+            + (", or start with --memory low." if tried[-1].name != "low" else "."),
         )
+
+
+@dataclass(frozen=True)
+class _Merges:
+    """What is merged into the weights: the user's LoRAs, and what there is while the LayerDiffuse patch, above them, is on."""
+
+    loras: tuple[Merge, ...]
+    with_transparency: tuple[Merge, ...]
 
 
 def create_engine(options: dict[str, Any]) -> LocalEngine:
@@ -305,11 +321,19 @@ def create_engine(options: dict[str, Any]) -> LocalEngine:
     return LocalEngine(**values)
 
 
-def _guidance(request: GenerationRequest, encoders: TextEncoders) -> Guidance:
+def _patch_text(loras: tuple[Merge, ...], ready: Ready) -> None:
+    """Merge what LoRAs change in the text encoders; what was encoded before is forgotten if that is something else."""
+    patcher = ready.model.patchers[1]
+    if loras != patcher.applied:
+        ready.encoders.forget()
+        patcher.ensure(loras)
+
+
+def _guidance(request: GenerationRequest, encoders: TextEncoders, check: Callable[[], None]) -> Guidance:
     """What a request says, encoded."""
     steps = request.steps or 0
-    positive = plan_prompt(encoders, request.prompt, steps, request.clip_skip)
-    negative = plan_negative(encoders, request.negative_prompt, steps, request.clip_skip)
+    positive = plan_prompt(encoders, request.prompt, steps, request.clip_skip, check)
+    negative = plan_negative(encoders, request.negative_prompt, steps, request.clip_skip, check)
     return Guidance(positive, negative, request.cfg_scale or 1.0, request.batch_size)
 
 
@@ -339,11 +363,17 @@ def _last_patched_sigma(stop_at: float, model: LoadedModel) -> float:
     return 0.0 if stop_at >= 1 else model.sigma_table.sigma((1 - stop_at) * 999)
 
 
+def _finite(values: Tensor, what: str) -> Tensor:
+    """The same numbers. Raises `EngineFailed` where one is none: the picture would be black or empty."""
+    if not torch.isfinite(values).all():
+        raise EngineFailed(
+            f"{what} gave numbers that are not finite: they became too large for its number format, or its weights are damaged.",
+            hint="Start with --dtype bf16 or fp32, take off LoRAs or lower their weights, or run: alphalayer models verify",
+        )
+    return values
+
+
 def _opaque(rgb: Tensor) -> RgbaImage:
     """VAE picture (1, 3, H, W) in [-1, 1] → RGBA without transparency; 8 bit by truncation."""
     picture = ((rgb[0].float() + 1) / 2).clamp(0, 1).mul(255).to(torch.uint8).permute(1, 2, 0).cpu().numpy()
     return np.concatenate([picture, np.full_like(picture[..., :1], 255)], axis=-1)
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)

@@ -14,6 +14,7 @@ import re
 from dataclasses import dataclass, field
 
 from alphalayer.errors import InvalidRequest
+from alphalayer.request import AND
 
 ROUND_WEIGHT = 1.1
 MAX_WEIGHT = 1e4
@@ -22,7 +23,6 @@ MAX_NESTING = 60
 
 _TOKEN = re.compile(r"\\[()\[\]\\]|[()\[\]\\]|:\s*([+-]?[.\d]+)\s*\)|:|[^\\()\[\]:]+")
 _BREAK = re.compile(r"\bBREAK\b")
-_AND = re.compile(r"\bAND\b")
 # one way only to read a run of digits or spaces, so that the time grows with the length and not with its square
 _AND_WEIGHT = re.compile(r":\s*([-+]?(?:\d+(?:\.\d*)?|\.\d+))\s*$")
 _NUMBER = re.compile(r"\s*[-+]?(?:\d+(?:\.\d*)?|\.\d+)\s*")
@@ -113,7 +113,7 @@ def _append(fragments: list[Fragment], text: str, weight: float) -> None:
 def split_and(prompt: str) -> list[tuple[str, float]]:
     """Split at AND into (text, weight); a part's weight is the number after its last colon, else 1."""
     parts: list[tuple[str, float]] = []
-    for part in _AND.split(prompt):
+    for part in AND.split(prompt):
         found = _AND_WEIGHT.search(part)
         weight = _finite(found[1]) if found else None
         parts.append((part[: found.start()], weight) if found and weight is not None else (part, 1.0))

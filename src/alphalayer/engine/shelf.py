@@ -34,6 +34,21 @@ class Ready:
         """Memory of all weights."""
         return sum(each.nbytes for module in self.modules for each in module.parameters())
 
+    def is_of(self, entry: ModelEntry) -> bool:
+        """Whether it was read from the files of an entry as they are."""
+        return (self.model.entry.path, self.model.entry.stamp) == (entry.path, entry.stamp)
+
+    def leave_device(self) -> None:
+        """Move everything to the CPU."""
+        for module in self.modules:
+            module.to("cpu")
+
+    def put_aside(self) -> None:
+        """Keep the weights alone, as they were read, on the CPU."""
+        self.encoders.forget()
+        self.model.take_off_patches()
+        self.leave_device()
+
 
 class ModelShelf:
     """`get` brings a model; the one before goes to the CPU and stays there while all that are put aside fit into `spare_bytes`."""
@@ -45,11 +60,13 @@ class ModelShelf:
         self.held: Ready | None = None
 
     def get(self, entry: ModelEntry) -> Ready:
-        """The model of an entry: the one held, one put aside, or read from disk. Raises what loading raises; then none is held."""
-        if self.held and self.held.model.entry.path == entry.path:
+        """The model of an entry: the one held, one put aside, or read from disk, as it is if its files changed since. Raises what
+        loading raises; then none is held."""
+        if self.held and self.held.is_of(entry):
             return self.held
         self._put_aside()
-        self.held = self._aside.pop(entry.path, None) or self._load(entry)
+        aside = self._aside.pop(entry.path, None)
+        self.held = aside if aside and aside.is_of(entry) else self._load(entry)
         return self.held
 
     def _put_aside(self) -> None:
@@ -61,8 +78,7 @@ class ModelShelf:
         while self._aside and sum(each.size_bytes for each in self._aside.values()) > max(room, 0):
             self._aside.popitem(last=False)
         if room >= 0:
-            for module in held.modules:
-                module.to("cpu")
+            held.put_aside()
             self._aside[held.model.entry.path] = held
         del held
         free_memory(device)

@@ -7,7 +7,7 @@ cross-attention and its added conditioning read. Knows nothing of sampling.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -18,9 +18,14 @@ from torch import Tensor, nn
 from alphalayer.engine.chunks import Chunk, LearnedWord, chunk_fragments
 from alphalayer.engine.embeddings import TextualInversion
 from alphalayer.engine.prompt import parse_weights, schedule_prompt, split_and
+from alphalayer.errors import InvalidRequest
 
 CACHE_BYTES = 64 * 1024**2
 """Room for what was encoded, on the device: about a hundred short prompts of SDXL, or four of the longest."""
+MAX_CHUNKS = 600
+"""Of a prompt, over all steps: 380 MB of SDXL's, and more than 10,000 characters fill without BREAK."""
+CHUNKS_AT_ONCE = 32
+"""Of one call of an encoder, which keeps what all of its layers say."""
 
 
 @dataclass(frozen=True)
@@ -47,16 +52,24 @@ class TextEncoders:
         text_encoder_2: nn.Module,
         embeddings: Mapping[str, TextualInversion] | None = None,
     ):
-        fitting = {
-            name: each
-            for name, each in (embeddings or {}).items()
-            if each.clip_l.shape[1] == _width(text_encoder) and each.clip_g.shape[1] == _width(text_encoder_2)
-        }
-        self._encoders = (
-            _Encoder(tokenizer, text_encoder, {name: each.clip_l for name, each in fitting.items()}),
-            _Encoder(tokenizer_2, text_encoder_2, {name: each.clip_g for name, each in fitting.items()}),
-        )
+        self._parts = (tokenizer, text_encoder), (tokenizer_2, text_encoder_2)
         self._known: OrderedDict[tuple[str, int], Conditioning] = OrderedDict()
+        self._words: Mapping[str, TextualInversion] | None = None
+        self.learn(embeddings or {})
+
+    def learn(self, words: Mapping[str, TextualInversion]) -> None:
+        """Know these learned words and no others, as far as they fit; nothing is done if they are the same object as before."""
+        if words is self._words:
+            return
+        widths = tuple(_width(model) for _, model in self._parts)
+        fitting = [each for each in words.values() if (each.clip_l.shape[1], each.clip_g.shape[1]) == widths]
+        first, second = self._parts
+        self._encoders = (
+            _Encoder(*first, {each.name: each.clip_l for each in fitting}),
+            _Encoder(*second, {each.name: each.clip_g for each in fitting}),
+        )
+        self._words = words
+        self.forget()
 
     def encode(self, text: str, clip_skip: int = 1) -> Conditioning:
         """What one text of any length says; see `_encode`."""
@@ -73,6 +86,16 @@ class TextEncoders:
         """Encode every text anew."""
         self._known.clear()
 
+    def chunks(self, text: str) -> int:
+        """How many chunks a text fills."""
+        return len(self._laid(text)[0])
+
+    def _laid(self, text: str) -> list[list[Chunk]]:
+        """The chunks of a text for each encoder, as many for both: where its tokenizer makes fewer of a text, empty ones follow."""
+        laid = [encoder.lay(text) for encoder in self._encoders]
+        count = max(len(each) for each in laid)
+        return [[*each, *(Chunk() for _ in range(count - len(each)))] for each in laid]
+
     @torch.inference_mode()
     def _encode(self, text: str, clip_skip: int) -> Conditioning:
         """Encode one text of any length: weights and BREAK are understood, schedules and AND are not.
@@ -80,7 +103,10 @@ class TextEncoders:
         Chunks of 75 tokens are encoded apart and laid side by side. The hidden state is the last but one, or that many layers
         back, without the final norm; `pooled` is the first chunk's, by the second encoder.
         """
-        hidden = [encoder.encode(text, max(clip_skip, 2)) for encoder in self._encoders]
+        layer = max(clip_skip, 2)
+        hidden = [
+            encoder.encode(chunks, layer) for encoder, chunks in zip(self._encoders, self._laid(text), strict=True)
+        ]
         context = torch.cat([each for each, _ in hidden], dim=-1)
         return Conditioning(context.flatten(0, 1)[None], hidden[1][1][:1])
 
@@ -101,9 +127,18 @@ class _Encoder:
         # a name of nothing that can be read is in no prompt
         self._words = [word for word in words if word.tokens]
 
-    def encode(self, text: str, layer: int) -> tuple[Tensor, Tensor]:
-        """Hidden states `layer` from the end (chunks, 77, width) and pooled (chunks, projection) of a text."""
-        chunks = chunk_fragments(parse_weights(text), self._tokenize, self._comma, self._words)
+    def lay(self, text: str) -> list[Chunk]:
+        """The chunks of a text."""
+        return chunk_fragments(parse_weights(text), self._tokenize, self._comma, self._words)
+
+    def encode(self, chunks: Sequence[Chunk], layer: int) -> tuple[Tensor, Tensor]:
+        """Hidden states `layer` from the end (chunks, 77, width) and pooled (chunks, projection)."""
+        batches = [chunks[i : i + CHUNKS_AT_ONCE] for i in range(0, len(chunks), CHUNKS_AT_ONCE)]
+        hidden, pooled = zip(*(self._encode(batch, layer) for batch in batches), strict=True)
+        return torch.cat(hidden), torch.cat(pooled)
+
+    def _encode(self, chunks: Sequence[Chunk], layer: int) -> tuple[Tensor, Tensor]:
+        """The same in one call of the model."""
         device = next(self._model.parameters()).device
         ids = torch.tensor([self._framed(chunk.tokens) for chunk in chunks], device=device)
         with ExitStack() as stack:
@@ -167,17 +202,45 @@ class PromptPlan:
         ]
 
 
-def plan_prompt(encoders: TextEncoders, prompt: str, steps: int, clip_skip: int = 1) -> PromptPlan:
-    """Encode every text that a prompt stands for over the steps."""
-    return PromptPlan([(weight, _schedule(encoders, part, steps, clip_skip)) for part, weight in split_and(prompt)])
+def plan_prompt(
+    encoders: TextEncoders, prompt: str, steps: int, clip_skip: int = 1, check: Callable[[], None] = lambda: None
+) -> PromptPlan:
+    """Encode every text that a prompt stands for over the steps, each once. `check` is asked before each and may raise.
+
+    Raises:
+        InvalidRequest: all of them fill more than `MAX_CHUNKS`.
+    """
+    return _plan(encoders, split_and(prompt), steps, clip_skip, check, "prompt")
 
 
-def plan_negative(encoders: TextEncoders, prompt: str, steps: int, clip_skip: int = 1) -> PromptPlan:
+def plan_negative(
+    encoders: TextEncoders, prompt: str, steps: int, clip_skip: int = 1, check: Callable[[], None] = lambda: None
+) -> PromptPlan:
     """The same for a negative prompt: AND is text there, and an empty one is zeros."""
     if prompt == "":
         return PromptPlan([(1.0, [(steps, encoders.empty())])])
-    return PromptPlan([(1.0, _schedule(encoders, prompt, steps, clip_skip))])
+    return _plan(encoders, [(prompt, 1.0)], steps, clip_skip, check, "negative_prompt")
 
 
-def _schedule(encoders: TextEncoders, prompt: str, steps: int, clip_skip: int) -> list[tuple[int, Conditioning]]:
-    return [(last, encoders.encode(text, clip_skip)) for last, text in schedule_prompt(prompt, steps)]
+def _plan(
+    encoders: TextEncoders,
+    parts: Sequence[tuple[str, float]],
+    steps: int,
+    clip_skip: int,
+    check: Callable[[], None],
+    field: str,
+) -> PromptPlan:
+    schedules = [(weight, schedule_prompt(part, steps)) for part, weight in parts]
+    encoded: dict[str, Conditioning] = {}
+    chunks = 0
+    for text in dict.fromkeys(text for _, schedule in schedules for _, text in schedule):
+        check()
+        chunks += encoders.chunks(text)
+        if chunks > MAX_CHUNKS:
+            raise InvalidRequest(
+                f"the texts that it stands for over {steps} steps fill more than {MAX_CHUNKS} chunks of 75 tokens.",
+                hint="Shorten it, or use fewer BREAKs, or fewer changes from step to step such as [a|b].",
+                field=field,
+            )
+        encoded[text] = encoders.encode(text, clip_skip)
+    return PromptPlan([(weight, [(last, encoded[text]) for last, text in schedule]) for weight, schedule in schedules])
