@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from alphalayer import catalog
+from alphalayer.catalog.layerfiles import DECODER_FILES, PATCH_FILES
 from alphalayer.config import Settings
-from alphalayer.engine.layerfiles import DECODER_FILES, PATCH_FILES
 from alphalayer.errors import SetupFailed
 
 LITTLE_DISK = 2 * 1024**3

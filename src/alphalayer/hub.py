@@ -16,7 +16,7 @@ from filelock import FileLock, Timeout
 from alphalayer import catalog
 from alphalayer.catalog.hashes import HashCache
 from alphalayer.catalog.headers import family_of, read_header
-from alphalayer.engine.layerfiles import DECODER_FILES, PATCH_FILES
+from alphalayer.catalog.layerfiles import DECODER_FILES, PATCH_FILES
 from alphalayer.errors import AlphalayerError, CorruptFile, InvalidRequest, ModelNotFound, StorageFailed
 
 SDXL_LICENCE = "SDXL base 1.0: CreativeML Open RAIL++-M. Commercial and hosted use is allowed; its use restrictions must be passed on."

@@ -27,9 +27,9 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 from alphalayer import catalog
 from alphalayer.catalog import ModelEntry
 from alphalayer.catalog.headers import Header, read_header
+from alphalayer.catalog.layerfiles import DECODER_FILES, PATCH_FILES
 from alphalayer.engine.configs import fitted_configs
 from alphalayer.engine.devices import Precision, is_out_of_memory
-from alphalayer.engine.layerfiles import DECODER_FILES, PATCH_FILES
 from alphalayer.engine.patches import WeightPatcher, patchers
 from alphalayer.engine.schedules import SigmaTable
 from alphalayer.engine.transparency import TransparentDecoder, load_decoder
