@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import signal
 import socketserver
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
+from fnmatch import fnmatch
+from pathlib import Path, PurePosixPath
+from typing import Any
 
 import httpx
 import pytest
@@ -21,7 +25,8 @@ from tests.serving import served, wait_until
 from tests.stress.crowd import Crowd
 from tests.stress.pods import Node
 
-from alphalayer.config import Settings
+from alphalayer import hub
+from alphalayer.config import Settings, load_settings
 from alphalayer.server import ANSWER_S
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
@@ -173,6 +178,76 @@ def test_the_compose_files_nginx_is_right(tmp_path):
     assert tried.returncode == 0, tried.stderr
 
 
+def kubernetes_objects() -> list[dict[str, Any]]:
+    """Everything that `kubectl apply -k deploy/kubernetes` makes."""
+    folder = DEPLOY / "kubernetes"
+    listed = yaml.safe_load((folder / "kustomization.yaml").read_text())["resources"]
+    return [each for name in listed for each in yaml.safe_load_all((folder / name).read_text())]
+
+
+def test_what_kubernetes_hands_to_each_pod_is_settings(tmp_path, monkeypatch):
+    """And nothing else: of a Service's name Kubernetes makes variables, for every pod that does not refuse them."""
+    monkeypatch.chdir(tmp_path)
+    objects = kubernetes_objects()
+    maps = {each["metadata"]["name"]: each["data"] for each in objects if each["kind"] == "ConfigMap"}
+    links: dict[str, str] = {}
+    for name in (each["metadata"]["name"].upper() for each in objects if each["kind"] == "Service"):
+        links |= {f"{name}_PORT": "tcp://10.0.0.1:80", f"{name}_SERVICE_HOST": "10.0.0.1", f"{name}_SERVICE_PORT": "80"}
+    secrets = {"database": "postgresql://user:password@db/alphalayer"}
+    loaded = []
+    for each in objects:
+        if each["kind"] not in ("Deployment", "Job"):
+            continue
+        pod = each["spec"]["template"]["spec"]
+        for container in [*pod.get("initContainers", []), *pod["containers"]]:
+            environment = dict(links) if pod.get("enableServiceLinks", True) else {}
+            for source in container.get("envFrom", []):
+                environment |= maps[source["configMapRef"]["name"]]
+            for variable in container.get("env", []):
+                secret = variable.get("valueFrom", {}).get("secretKeyRef", {}).get("key", "")
+                environment[variable["name"]] = variable.get("value") or secrets.get(secret, "secret")
+            with monkeypatch.context() as patch:
+                for name, value in environment.items():
+                    patch.setenv(name, value)
+                loaded.append(load_settings().role)
+    assert sorted(loaded) == ["all", "all", "api", "worker"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a shell script")
+def test_a_worker_waits_for_the_models(tmp_path):
+    """Until the checkpoint and both layer files are there: with fewer it would draw small pictures, or none."""
+    named = {(each["kind"], each["metadata"]["name"]): each for each in kubernetes_objects()}
+    worker = named["Deployment", "alphalayer-worker"]
+    [waiting] = worker["spec"]["template"]["spec"]["initContainers"]
+    command = [*waiting["command"], *waiting["args"]]
+    for published in hub.plan_pull(["sdxl-base", "layerdiffuse"]):
+        with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, start_new_session=True) as process:
+            assert process.stdout
+            assert b"waiting for the models" in process.stdout.readline()
+            os.killpg(process.pid, signal.SIGKILL)
+        (tmp_path / published.folder).mkdir(exist_ok=True)
+        (tmp_path / published.folder / published.filename).touch()
+    subprocess.run(command, cwd=tmp_path, timeout=20, check=True)
+
+
+def test_what_the_dockerfile_copies_is_sent_to_docker():
+    """A `.dockerignore` leaves out what its last fitting line leaves out; a line fits what it names and all below."""
+    lines = (DEPLOY.parent / ".dockerignore").read_text().split()
+
+    def is_sent(path: PurePosixPath) -> bool:
+        sent = True
+        for line in lines:
+            if any(fnmatch(str(part), line.removeprefix("!")) for part in (path, *path.parents[:-1])):
+                sent = line.startswith("!")
+        return sent
+
+    copied = re.findall(r"^COPY (?!--from)(.+) \S+$", (DEPLOY / "docker" / "Dockerfile").read_text(), re.MULTILINE)
+    sources = [PurePosixPath(each) for line in copied for each in line.split()]
+    assert len(sources) >= 6
+    assert [each for each in sources if not is_sent(each)] == []
+    assert all((DEPLOY.parent / each).exists() for each in sources)
+
+
 def test_compose_and_kubernetes_files_are_whole():
     compose = yaml.safe_load((DEPLOY / "docker" / "compose.yaml").read_text())
     assert {"api", "worker", "postgres", "s3", "nginx"} <= set(compose["services"])
@@ -181,9 +256,8 @@ def test_compose_and_kubernetes_files_are_whole():
     for name in ("api", "worker"):
         grace = int(compose["services"][name]["stop_grace_period"].removesuffix("s"))
         assert grace > Settings.model_fields["drain_s"].default + ANSWER_S
-    folder = DEPLOY / "kubernetes"
-    listed = yaml.safe_load((folder / "kustomization.yaml").read_text())["resources"]
-    objects = [each for name in listed for each in yaml.safe_load_all((folder / name).read_text())]
+    assert all(port.startswith("127.0.0.1:") for port in compose["services"]["nginx"]["ports"])
+    objects = kubernetes_objects()
     kinds = [each["kind"] for each in objects]
     assert kinds.count("Deployment") == 2
     assert {"ScaledObject", "Service", "ConfigMap"} <= set(kinds)
@@ -195,6 +269,7 @@ def test_compose_and_kubernetes_files_are_whole():
     # what workers read can be written by somebody
     assert by_name["PersistentVolumeClaim", "alphalayer-models"]["spec"]["accessModes"] == ["ReadWriteMany"]
     filling = by_name["Job", "alphalayer-models"]["spec"]["template"]["spec"]["containers"][0]
+    assert by_name["Job", "alphalayer-models"]["spec"]["ttlSecondsAfterFinished"], "a job cannot be changed"
     assert all("readOnly" not in mount for mount in filling["volumeMounts"])
     for each in objects:
         if each["kind"] == "Deployment":
