@@ -14,6 +14,7 @@ else to the `alphalayer` command. The second time it starts at once. Standard li
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -21,7 +22,14 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TextIO
+
+if os.name == "nt":
+    import msvcrt
+else:
+    import fcntl
 
 ROOT = Path(__file__).resolve().parent
 VENV = ROOT / ".venv"
@@ -29,8 +37,10 @@ BIN = VENV / ("Scripts" if os.name == "nt" else "bin")
 PYTHON = BIN / ("python.exe" if os.name == "nt" else "python")
 STAMP = VENV / "alphalayer-setup.json"
 LOG = VENV / "alphalayer-setup.log"
+LOCK = ROOT / ".venv.lock"
 TORCH = "torch==2.13.0"
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
+CUDA_INDEX = "https://download.pytorch.org/whl/cu130"
 OLDEST, NEWEST = (3, 10), (3, 13)
 
 
@@ -58,23 +68,53 @@ def set_up(torch_build: str, with_tests: bool) -> None:
     project = hashlib.sha256((ROOT / "pyproject.toml").read_bytes()).hexdigest()
     python = ".".join(map(str, sys.version_info[:3]))
     wanted = {"project": project, "python": python, "torch": torch_build, "root": str(ROOT)}
-    stamp = read_stamp()
-    if all(stamp.get(key) == value for key, value in wanted.items()) and stamp.get("tests", False) >= with_tests:
+    if fits(read_stamp(), wanted, with_tests):
         return
-    # what was installed once is kept current, so that the stamp stays true
-    with_tests = with_tests or stamp.get("tests", False)
-    start = time.monotonic()
-    if not is_venv_of(python, stamp):
-        say("1/3 making .venv")
-        make_venv()
-    say(
-        f"2/3 installing torch for the {'GPU' if torch_build == 'cuda' else 'CPU'} (the largest part; minutes the first time)"
-    )
-    install_torch(torch_build)
-    say("3/3 installing alphalayer" + (" and its tests" if with_tests else ""))
-    pip("install", "--editable", f"{ROOT}[{'dev' if with_tests else 'mcp'}]")
-    STAMP.write_text(json.dumps({**wanted, "tests": with_tests}))
-    say(f"ready after {time.monotonic() - start:.0f} s")
+    with alone():
+        stamp = read_stamp()
+        if fits(stamp, wanted, with_tests):
+            return
+        # what was installed once is kept current, so that the stamp stays true
+        with_tests = with_tests or stamp.get("tests", False)
+        start = time.monotonic()
+        if not is_venv_of(python, stamp):
+            say("1/3 making .venv")
+            make_venv()
+        device = "GPU" if torch_build == "cuda" else "CPU"
+        say(f"2/3 installing torch for the {device} (the largest part; minutes the first time)")
+        install_torch(torch_build, replace=stamp.get("torch") != torch_build)
+        say("3/3 installing alphalayer" + (" and its tests" if with_tests else ""))
+        pip("install", "--editable", f"{ROOT}[{'dev' if with_tests else 'mcp'}]")
+        STAMP.write_text(json.dumps({**wanted, "tests": with_tests}))
+        say(f"ready after {time.monotonic() - start:.0f} s")
+
+
+def fits(stamp: dict, wanted: dict, with_tests: bool) -> bool:
+    """Whether the last set-up was for what is wanted, or for more."""
+    return all(stamp.get(key) == value for key, value in wanted.items()) and stamp.get("tests", False) >= with_tests
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """Wait until no other set-up is at work in this folder, and keep others waiting meanwhile."""
+    with LOCK.open("a") as file:
+        if not lock(file):
+            say("another set-up is at work in this folder; waiting for its end")
+            while not lock(file):
+                time.sleep(0.2)
+        yield  # the system takes the lock away with the file, however this ends
+
+
+def lock(file: TextIO) -> bool:
+    """Whether the file could be locked; no if another process has it."""
+    try:
+        if os.name == "nt":
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return False
+    return True
 
 
 def read_stamp() -> dict:
@@ -104,18 +144,31 @@ def make_venv() -> None:
         fail("cannot make .venv: " + made.stdout[-500:], "On Debian and Ubuntu: apt install python3-venv python3-pip")
 
 
-def install_torch(build: str) -> None:
-    """torch for CUDA from the registry; for the CPU the smallest build that can be had."""
-    if build == "cuda" or sys.platform == "darwin":
-        pip("install", TORCH)
-        return
-    found = pip(
-        "install", "--dry-run", "--quiet", "--no-deps", "--ignore-installed", "--report", "-", TORCH, must=False
-    )
-    is_cpu_build = "%2Bcpu" in found or "+cpu" in found
-    if not is_cpu_build and not pip("install", "--retries", "0", "--index-url", CPU_INDEX, TORCH, must=False):
-        say("    no CPU build can be had; installing the usual one, which is large")
+def install_torch(build: str, replace: bool) -> None:
+    """torch for CUDA, or for the CPU the smallest build that can be had; in the place of another build if `replace`.
+
+    From the registry where that has it. For Windows it has none with CUDA.
+    """
+    # without these, pip leaves the build that is there: it is of the right version
+    replacing = ("--force-reinstall", "--no-deps") if replace else ()
+    from_registry = True
+    if build == "cuda" and sys.platform == "win32":
+        from_registry = not pip("install", *replacing, "--index-url", CUDA_INDEX, TORCH)
+    elif build == "cpu" and sys.platform != "darwin" and not registry_has_cpu_build():
+        from_cpu_index = ("--retries", "0", "--index-url", CPU_INDEX)
+        from_registry = not pip("install", *replacing, *from_cpu_index, TORCH, must=False)
+        if from_registry:
+            say("    no CPU build can be had; installing the usual one, which is large")
+    if from_registry and replace:
+        pip("install", *replacing, TORCH)
     pip("install", TORCH)
+
+
+def registry_has_cpu_build() -> bool:
+    """Whether the torch that pip would install is one for the CPU alone."""
+    looking = ("--dry-run", "--quiet", "--no-deps", "--ignore-installed", "--report", "-")
+    found = pip("install", *looking, TORCH, must=False)
+    return "%2Bcpu" in found or "+cpu" in found
 
 
 def pip(*arguments: str, must: bool = True) -> str:

@@ -11,6 +11,10 @@ import shutil
 import stat
 import subprocess
 import sys
+import threading
+import venv
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -34,6 +38,7 @@ def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.setattr(module, "VENV", tmp_path / ".venv")
     monkeypatch.setattr(module, "STAMP", tmp_path / ".venv" / "alphalayer-setup.json")
     monkeypatch.setattr(module, "LOG", tmp_path / ".venv" / "alphalayer-setup.log")
+    monkeypatch.setattr(module, "LOCK", tmp_path / ".venv.lock")
     monkeypatch.setattr(module, "PYTHON", tmp_path / ".venv" / "bin" / "python")
     monkeypatch.delenv("ALPHALAYER_TORCH", raising=False)
     return module
@@ -75,6 +80,44 @@ def test_a_gpu_is_there_when_the_driver_lists_one(
     if answer is not None:
         _smi(tmp_path, answer, code)
     assert script.has_nvidia_gpu() is expected
+
+
+def _torch_wheel(folder: Path, version: str) -> None:
+    """A torch of that version with nothing in it."""
+    folder.mkdir()
+    about = f"torch-{version}.dist-info"
+    with zipfile.ZipFile(folder / f"torch-{version}-py3-none-any.whl", "w") as wheel:
+        wheel.writestr(f"{about}/METADATA", f"Metadata-Version: 2.1\nName: torch\nVersion: {version}\n")
+        wheel.writestr(f"{about}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(f"{about}/RECORD", "")
+
+
+def test_one_build_takes_the_place_of_another_of_the_same_version(
+    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """By real pip, to which 2.13.0+cpu is a 2.13.0 as good as any."""
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    venv.create(script.VENV, clear=True)
+    number = script.TORCH.removeprefix("torch==")
+    for build, version in (("cpu", f"{number}+cpu"), ("cuda", number)):
+        _torch_wheel(tmp_path / build, version)
+        monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / build))
+        script.install_torch(build, replace=True)
+        assert [each.name for each in script.VENV.rglob("torch-*.dist-info")] == [f"torch-{version}.dist-info"]
+
+
+@pytest.mark.parametrize(("build", "index"), [("cuda", "CUDA_INDEX"), ("cpu", "CPU_INDEX")])
+def test_on_windows_torch_comes_from_its_makers(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch, build: str, index: str
+):
+    """What the registry has for Windows is not for CUDA."""
+    calls: list[tuple[str, ...]] = []
+    monkeypatch.setattr(script, "pip", lambda *arguments, must=True: calls.append(arguments) or "done")
+    monkeypatch.setattr(script.sys, "platform", "win32")
+    script.install_torch(build, replace=True)
+    monkeypatch.undo()
+    assert {"--force-reinstall", "--no-deps", getattr(script, index)} <= set(calls[-2])
+    assert calls[-1] == ("install", script.TORCH)
 
 
 @pytest.fixture
@@ -169,7 +212,7 @@ def steps(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """What a set-up would do, in place of doing it."""
     calls: list[Any] = []
     monkeypatch.setattr(script, "is_venv_of", lambda python, stamp: True)
-    monkeypatch.setattr(script, "install_torch", calls.append)
+    monkeypatch.setattr(script, "install_torch", lambda build, replace: calls.append(build))
     monkeypatch.setattr(script, "pip", lambda *arguments, must=True: calls.append(arguments))
     monkeypatch.setattr(script, "say", lambda line: None)
     return calls
@@ -206,6 +249,19 @@ def test_another_project_python_place_torch_or_wish_sets_up_again(
     assert written["tests"] is tests_wanted
     steps.clear()
     script.set_up(build, with_tests)
+    assert steps == []
+
+
+def test_of_two_set_ups_at_once_one_does_the_work(script: ModuleType, steps: list[Any]):
+    waiting = threading.Event()
+    script.say = lambda line: waiting.set()
+    with ThreadPoolExecutor() as pool:
+        with script.alone():
+            second = pool.submit(script.set_up, "cpu", False)
+            assert waiting.wait(10)
+            assert steps == []
+            _stamp(script)
+        second.result(10)
     assert steps == []
 
 
