@@ -375,6 +375,19 @@ async def test_no_job_is_taken_twice(two):
     assert len(taken) == len(ids)
 
 
+async def test_a_pod_has_six_connections_at_most(two):
+    """One for news and five for statements, whatever is asked of it: docs/concepts/scaling.md counts on that."""
+    pod, other = two
+    async with contextlib.AsyncExitStack() as stack:
+        for _ in range(5):
+            await stack.enter_async_context(pod._transaction())
+        sixth = asyncio.create_task(pod.submit(spec()))
+        await other.submit(spec())
+        _, pending = await asyncio.wait([sixth], timeout=0.3)
+        assert pending
+    await soon(sixth)
+
+
 async def draw(queue: Dispatcher, count: int, pause_s: float = 0.0) -> list[str | None]:
     """Take and finish so many jobs as a worker does; the models that it had to hold, one after the other."""
     held: list[str | None] = []

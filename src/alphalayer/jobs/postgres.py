@@ -15,8 +15,8 @@ from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 CONNECT_S = 10
 ANSWER_S = 20.0
 """A statement without answer for so long has failed: the server hangs, or nobody is at the other end."""
-PLACE_S = 10.0
-"""How long to wait for one of the connections when all are at work."""
+PLACES, PLACE_S = 5, 10.0
+"""Connections at most, each for one transaction at a time, and how long to wait for one when all are at work."""
 
 
 async def connect(url: str, answer_s: float | None = None) -> Any:
@@ -37,8 +37,8 @@ def create_engine(url: str, answer_s: float | None = None) -> AsyncEngine:
         "postgresql+asyncpg://",
         async_creator=partial(connect, url, answer_s),
         pool_pre_ping=True,
-        pool_size=5,
-        max_overflow=10,
+        pool_size=PLACES,
+        max_overflow=0,
         pool_timeout=PLACE_S,
         hide_parameters=True,
     )

@@ -93,7 +93,7 @@ class SharedDispatcher(Housekeeping):
     async def submit(
         self, spec: JobSpec, *, owner: str = "", idempotency_key: str | None = None, job_id: str | None = None
     ) -> Job:
-        """Accept a job; see the protocol. Pods that count at the same moment may pass the limit by as many as they are."""
+        """Accept a job; see the protocol. Those that count at the same moment, five a pod at most, may pass the limit together."""
         job = Job.new(spec, owner, idempotency_key, job_id)
         while True:
             if known := await self._journal.known(job):
