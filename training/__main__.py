@@ -1,4 +1,8 @@
-"""Trains the embedded model from nothing to the shipped folder: `python -m training`. Stages that are done are not done again."""
+"""Trains the embedded model from nothing to the shipped folder: `python -m training`.
+
+Started again it leaves out text, latents, wordings and patch if they are there, and ends an autoencoder that was stopped; refine, unet and
+decoder train what there is once more.
+"""
 
 from __future__ import annotations
 
