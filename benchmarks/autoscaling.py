@@ -1,24 +1,23 @@
 """How many workers Kubernetes and KEDA make of the queue's age, by simulation: `python -m benchmarks.autoscaling`.
 
 Users who look at each picture for five minutes, so that requests come nearly at random, as many as keep 5, 10 or 18 workers busy at 95 %;
-a picture takes 2.8 seconds, a worker is cold for 90. Three ways to scale: as deploy/kubernetes/worker.yaml does it, the same without its
-limits on how fast workers come, and with KEDA's default metric type. Writes benchmarks/results/autoscaling-<date>.json.
+a picture takes 2.8 seconds, a worker is cold for 90, and 20 of them are the most. Three ways to scale: as deploy/kubernetes/worker.yaml
+does it, the same without its limits on how fast workers come, and with KEDA's default metric type. Writes
+benchmarks/results/autoscaling-<date>.json.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from dataclasses import dataclass
-from datetime import date
-from pathlib import Path
 from typing import Any
+
+from benchmarks.report import write_report
 
 from alphalayer.plan import Fleet, Load, Scaling, simulate
 
-RESULTS = Path(__file__).parent / "results"
-THINK_S, PICTURE_S, USE, MOST = 300.0, 2.8, 0.95, 30
+THINK_S, PICTURE_S, USE, MOST = 300.0, 2.8, 0.95, 20
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,7 @@ def main() -> None:
     parser.add_argument("--needed", type=int, nargs="+", default=[5, 10, 18], help="workers that the load needs")
     parser.add_argument("--hours", type=float, default=5.0)
     options = parser.parse_args()
-    report: dict[str, Any] = {"command": "python -m benchmarks.autoscaling", **vars(options), "ways": {}}
+    report: dict[str, Any] = {**vars(options), "ways": {}}
     for name, scaling in WAYS.items():
         report["ways"][name] = {}
         for needed in options.needed:
@@ -55,7 +54,7 @@ def main() -> None:
                 "most_pods": found.most_pods,
             }
             print(name, needed, report["ways"][name][needed], flush=True)
-    (RESULTS / f"autoscaling-{date.today()}.json").write_text(json.dumps(report, indent=1) + "\n")
+    write_report("autoscaling", report)
 
 
 if __name__ == "__main__":

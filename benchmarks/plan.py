@@ -13,27 +13,23 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import platform
 import random
-import shlex
 import statistics
-import sys
 import tempfile
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 import httpx
+from benchmarks.report import write_report
 from tests.servers import Postgres
 from tests.serving import wait_until
 from tests.stress.pods import Node
 
 from alphalayer.plan import SYNC_S, Fleet, Load, Outcome, Scaler, Scaling, simulate
 
-RESULTS = Path(__file__).parent / "results"
 STEPS = 150
 REQUEST = {"prompt": "x", "width": 64, "height": 64, "steps": STEPS}
 MOST, AGE_S = 4, 4.0
@@ -180,13 +176,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=3.0, help="of each case")
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=CASES)
-    parser.add_argument("--write", type=Path, default=RESULTS / f"plan-{date.today()}.json")
+    parser.add_argument("--write", type=Path, help="where to; else benchmarks/results")
     options = parser.parse_args()
-    report: dict[str, Any] = {
-        "command": shlex.join(["python", "-m", "benchmarks.plan", *sys.argv[1:]]),
-        "machine": f"2 x {platform.machine()}, Python {platform.python_version()}",
-        "cases": {},
-    }
+    report: dict[str, Any] = {"cases": {}}
     for name in options.cases:
         case = CASES[name]
         outcome, seconds, log = real_run(case, options.minutes * 60)
@@ -212,7 +204,7 @@ def main() -> None:
             "simulated_range": ranges,
         }
         print(json.dumps({name: report["cases"][name]}, indent=1), flush=True)
-    options.write.write_text(json.dumps(report, indent=1) + "\n")
+    write_report("plan", report, options.write)
 
 
 if __name__ == "__main__":

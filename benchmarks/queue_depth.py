@@ -1,36 +1,38 @@
 """The shared queue with many jobs waiting: `python -m benchmarks.queue_depth [--depths 200 1000]`.
 
-What a claim takes while so many jobs wait: four workers in this process claim, start and finish at once. PostgreSQL in a folder of its own,
-fsync off. Writes benchmarks/results/queue-depth-<date>.json.
+What a claim takes while so many jobs wait: four workers in this process claim, start and finish at once. All jobs are of one kind, so that
+they might be drawn together, or each is of its own. PostgreSQL in a folder of its own, fsync off. Writes
+benchmarks/results/queue-depth-<date>.json.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import json
-import os
-import platform
-import shlex
-import sys
 import time
-from datetime import date
 from typing import Any
 
 import asyncpg
-from benchmarks.shared_queue import RESULT, RESULTS, SPEC, Spent
+from benchmarks.report import write_report
+from benchmarks.shared_queue import RESULT, SPEC, Spent
 from tests.servers import Postgres
 
 from alphalayer.jobs.shared import SharedDispatcher
 
 
-async def deepen(url: str, jobs: int) -> None:
-    """Copies of one job in the queue, until so many wait."""
+async def deepen(url: str, jobs: int, alike: bool) -> None:
+    """Copies of one job in the queue, until so many wait: of one kind, or each of its own, as jobs of several rounds are."""
     connection = await asyncpg.connect(url)
     name = "lpad(to_hex(n), 24, '0')"
     copies = {
         "jobs": {"id": name, "queue_id": "NULL", "created_at": "created_at + n / 1000.0", "idempotency_key": "NULL"},
-        "pgqueuer": {"id": None, "payload": f"convert_to({name}, 'UTF8')"},
+        "pgqueuer": {
+            "id": None,
+            "payload": f"convert_to({name}, 'UTF8')",
+            "entrypoint": "entrypoint"
+            if alike
+            else "split_part(entrypoint, '/', 1) || '/' || lpad(to_hex(n), 16, '0')",
+        },
     }
     for table, changes in copies.items():
         found = await connection.fetch(
@@ -45,12 +47,14 @@ async def deepen(url: str, jobs: int) -> None:
     await connection.close()
 
 
-async def claims_at_depth(postgres: Postgres, depth: int, workers: int = 4, count: int = 200) -> dict[str, float]:
+async def claims_at_depth(
+    postgres: Postgres, depth: int, *, alike: bool, workers: int = 4, count: int = 200
+) -> dict[str, float]:
     """So many workers claim, start and finish jobs while so many wait: milliseconds of a claim, and of PostgreSQL's CPU for all three."""
     url = postgres.fresh_database()
     queues = [await SharedDispatcher.open(url, depth + 1) for _ in range(workers)]
     await queues[0].submit(SPEC)
-    await deepen(url, depth)
+    await deepen(url, depth, alike)
     waits: list[float] = []
     spent = Spent(postgres)
 
@@ -75,21 +79,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--depths", type=int, nargs="+", default=[200, 1000, 20_000], help="jobs that wait")
     options = parser.parse_args()
-    report: dict[str, Any] = {
-        "command": shlex.join(["python", "-m", "benchmarks.queue_depth", *sys.argv[1:]]),
-        "machine": f"{os.cpu_count()} x {platform.machine()}, Python {platform.python_version()}",
-        "load_of_the_machine": {"before": os.getloadavg()},
-        "claim_ms_at_depth": {},
-    }
+    report: dict[str, Any] = {"alike": {}, "each of its own kind": {}}
     postgres = Postgres()
     try:
-        for depth in options.depths:
-            report["claim_ms_at_depth"][depth] = asyncio.run(claims_at_depth(postgres, depth))
-            print("waiting", depth, report["claim_ms_at_depth"][depth], flush=True)
+        for name, found in report.items():
+            for depth in options.depths:
+                found[depth] = asyncio.run(claims_at_depth(postgres, depth, alike=name == "alike"))
+                print(name, depth, found[depth], flush=True)
     finally:
         postgres.remove()
-    report["load_of_the_machine"]["after"] = os.getloadavg()
-    (RESULTS / f"queue-depth-{date.today()}.json").write_text(json.dumps(report, indent=1) + "\n")
+    write_report("queue_depth", report)
 
 
 if __name__ == "__main__":

@@ -18,14 +18,12 @@ import random
 from collections import deque
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
-from datetime import date
-from pathlib import Path
 from statistics import NormalDist
 from typing import Any
 
 import simpy
+from benchmarks.report import RESULTS, write_report
 
-RESULTS = Path(__file__).parent / "results"
 USE = 0.85
 GPUS_A_MACHINE = 8
 ANSWERS = 4
@@ -176,7 +174,7 @@ def main() -> None:
     costs, measured = measured_costs()
     claim = measured["workers"]["4"]["claim_ms"]
     sigma = math.log(claim["p99"] / claim["median"]) / NormalDist().inv_cdf(0.99)
-    report: dict[str, Any] = {"command": "python -m benchmarks.scaling", **vars(options), "costs_s": vars(costs)}
+    report: dict[str, Any] = {**vars(options), "costs_s": vars(costs)}
     report["sigma"] = round(sigma, 3)
     report["messages_a_second_that_one_server_took"] = measured["commits_a_second_with_fsync"]["a message"]
     dead_rows = sum(each["dead_rows"] for each in measured["a_job_leaves"].values())
@@ -191,7 +189,7 @@ def main() -> None:
             found = simulate(gpus, cores, options.seconds, costs, sigma=sigma, all_answer=all_answer)
             report[name][gpus] = {**found, "dead_rows_a_second": round(found["jobs_a_second"] * dead_rows)}
             print(name, gpus, report[name][gpus], flush=True)
-    (RESULTS / f"scaling-{date.today()}.json").write_text(json.dumps(report, indent=1) + "\n")
+    write_report("scaling", report)
 
 
 if __name__ == "__main__":

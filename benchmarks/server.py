@@ -14,19 +14,17 @@ import argparse
 import asyncio
 import json
 import os
-import platform
 import statistics
 import tempfile
 import time
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 import httpx
+from benchmarks.report import write_report
 from tests import fake_service
 from tests.serving import free_port, wait_until
 
-RESULTS = Path(__file__).parent / "results"
 BODY = {"prompt": "an apple", "width": 64, "height": 64, "steps": 1}
 CLIENTS, QUEUE = 1000, 200
 
@@ -141,11 +139,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2000)
     parser.add_argument("--note", default="", help="what else the machine did meanwhile")
     options = parser.parse_args()
-    report: dict[str, Any] = {
-        "command": f"python -m benchmarks.server --jobs {options.jobs}",
-        "machine": f"{os.cpu_count()} x {platform.processor() or platform.machine()}, Python {platform.python_version()}",
-        "note": options.note,
-    }
+    report: dict[str, Any] = {"note": options.note}
     with tempfile.TemporaryDirectory() as folder, Service(Path(folder), 0.02, QUEUE) as service:
         met = asyncio.run(crowd(service, CLIENTS))
         report["crowd"] = {**met, "ids": None, "done": asyncio.run(all_end(service, met["ids"]))}
@@ -153,7 +147,7 @@ def main() -> None:
         print(json.dumps(report["crowd"]))
     with tempfile.TemporaryDirectory() as folder, Service(Path(folder), 0.0, 10_000) as service:
         report["rounds"] = asyncio.run(rounds(service, options.jobs))
-    (RESULTS / f"server-{date.today()}.json").write_text(json.dumps(report, indent=1) + "\n")
+    write_report("server", report)
     print(json.dumps(report, indent=1))
 
 

@@ -13,19 +13,15 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import json
 import os
-import platform
-import shlex
-import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 import asyncpg
+from benchmarks.report import write_report
 from tests.servers import Postgres
 
 from alphalayer.job import ImageRef, JobProgress, JobResult, JobSpec
@@ -33,7 +29,6 @@ from alphalayer.jobs import claims
 from alphalayer.jobs.shared import SharedDispatcher
 from alphalayer.request import GenerationRequest
 
-RESULTS = Path(__file__).parent / "results"
 SPEC = JobSpec(generation=GenerationRequest(prompt="x", width=64, height=64, steps=1))
 MESSAGES = 500
 RESULT = JobResult(
@@ -279,12 +274,7 @@ def main() -> None:
     parser.add_argument("--idle", type=int, nargs="+", default=[1, 8, 64])
     parser.add_argument("--jobs", type=int, default=2000)
     options = parser.parse_args()
-    report: dict[str, Any] = {
-        "command": shlex.join(["python", "-m", "benchmarks.shared_queue", *sys.argv[1:]]),
-        "machine": f"{os.cpu_count()} x {platform.processor() or platform.machine()}, Python {platform.python_version()}",
-        "jobs": options.jobs,
-        "workers": {},
-    }
+    report: dict[str, Any] = {"jobs": options.jobs, "workers": {}}
     postgres = Postgres()
     try:
         for workers in options.workers:
@@ -334,7 +324,7 @@ def main() -> None:
         print(report["commits_a_second_with_fsync"])
     finally:
         durable.remove()
-    (RESULTS / f"shared-queue-{date.today()}.json").write_text(json.dumps(report, indent=1) + "\n")
+    write_report("shared_queue", report)
 
 
 if __name__ == "__main__":

@@ -10,20 +10,15 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
-import os
-import platform
-import shlex
-import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 import asyncpg
-from benchmarks.shared_queue import RESULTS, Spent, fill
+from benchmarks.report import write_report
+from benchmarks.shared_queue import Spent, fill
 from tests.servers import Postgres
 from tests.serving import FAKE, wait_until
 
@@ -120,12 +115,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 4, 16, 64])
     parser.add_argument("--jobs", type=int, default=1000)
     options = parser.parse_args()
-    report: dict[str, Any] = {
-        "command": shlex.join(["python", "-m", "benchmarks.shared_workers", *sys.argv[1:]]),
-        "machine": f"{os.cpu_count()} x {platform.machine()}, Python {platform.python_version()}",
-        "load_of_the_machine_before": os.getloadavg(),
-        "jobs": options.jobs,
-    }
+    report: dict[str, Any] = {"jobs": options.jobs}
     for fsync in (False, True):
         postgres = Postgres(fsync=fsync)
         name = "with_fsync" if fsync else "without_fsync"
@@ -136,7 +126,7 @@ def main() -> None:
                 print(name, workers, report[name][workers], flush=True)
         finally:
             postgres.remove()
-    (RESULTS / f"shared-workers-{date.today()}.json").write_text(json.dumps(report, indent=1) + "\n")
+    write_report("shared_workers", report)
 
 
 if __name__ == "__main__":
