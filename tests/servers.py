@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 import httpx
 
-from tests.serving import free_port, wait_until
+from tests.serving import answers, free_port, wait_until
 
 if TYPE_CHECKING:
     from trustme import LeafCert
@@ -174,7 +174,7 @@ def s3_server(folder: Path) -> Iterator[dict[str, str]]:
     program = s3_program()
     assert program is not None
     # SeaweedFS speaks gRPC on each port + 10000
-    ports = {name: free_port() % 20000 + 20000 for name in ("master", "volume", "filer", "s3")}
+    ports = {name: free_port(10_000) for name in ("master", "volume", "filer", "s3")}
     keys = [{"accessKey": "pictures-key", "secretKey": "pictures-secret"}]
     identity = {"name": "alphalayer", "credentials": keys, "actions": ["Admin", "Read", "Write", "List"]}
     (folder / "s3.json").write_text(json.dumps({"identities": [identity]}))
@@ -233,7 +233,7 @@ def nginx(folder: Path, pods: list[str]) -> Iterator[str]:
     process = subprocess.Popen(["nginx", "-p", str(folder), "-c", str(folder / "nginx.conf")])
     address = f"http://127.0.0.1:{port}"
     try:
-        wait_until(lambda: _answers(f"{address}/livez"), 20)
+        wait_until(lambda: answers(address, "/livez"), 20)
         yield address
     finally:
         process.terminate()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import shutil
 import socket
 import threading
@@ -21,10 +22,32 @@ from alphalayer.server import Server
 FAKE = "alphalayer.engine.fake:create_engine"
 
 
-def free_port() -> int:
+def free_port(*also: int) -> int:
+    """A port that nobody has, nor those so much above it.
+
+    Not one of those that the system hands out by itself, so that a server which is killed finds it free when it comes back.
+    """
+    while True:
+        port = random.SystemRandom().randrange(11_000, 32_000 - max(also, default=0))
+        if all(_is_free(port + each) for each in (0, *also)):
+            return port
+
+
+def _is_free(port: int) -> bool:
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+        return True
+
+
+def answers(address: str, path: str = "/ping") -> bool:
+    """Whether a service is there and answers 200; at `/ping`, that it can draw."""
+    try:
+        return httpx.get(f"{address}{path}", trust_env=False, timeout=10).status_code == 200
+    except httpx.TransportError:
+        return False
 
 
 @contextmanager

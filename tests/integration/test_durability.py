@@ -18,7 +18,8 @@ from typing import Any
 import httpx
 import pytest
 from structlog.testing import capture_logs
-from tests.serving import free_port, served, wait_until
+from tests import fake_service
+from tests.serving import answers, free_port, served, wait_until
 
 from alphalayer import tasks
 from alphalayer.engine import GenerationResult, Order
@@ -207,31 +208,27 @@ def test_a_supervisor_that_fails_is_started_again_with_its_jobs(tmp_path, monkey
         assert left == []
 
 
-def start_service(folder: Path, port: int, step_s: float) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "tests.fake_service", str(folder), str(port), str(step_s)], stderr=subprocess.DEVNULL
-    )
-
-
 def test_a_killed_service_goes_on_where_it_was(tmp_path):
     """Signal 9 to the service while five jobs wait and one runs; the next start finishes them all, once, and no engine is left over."""
     port = free_port()
-    service = start_service(tmp_path, port, 0.05)
+    service = fake_service.start(tmp_path, port, 0.05)
     url = f"http://127.0.0.1:{port}"
     with (
         httpx.Client(base_url=url, trust_env=False, timeout=20) as client,
         concurrent.futures.ThreadPoolExecutor(6) as pool,
     ):
-        wait_until(lambda: _ping(client), 30)
+        wait_until(lambda: answers(url), 30)
         sent = [pool.submit(client.post, "/alpha/v1/txt2img", json={**BODY, "seed": i}) for i in range(6)]
-        time.sleep(0.8)
+        query = {"state": "running"}
+        wait_until(lambda: len(client.get("/alpha/v1/jobs").json()["jobs"]) == 6)
+        wait_until(lambda: client.get("/alpha/v1/jobs", params=query).json()["jobs"])
         service.send_signal(signal.SIGKILL)
         service.wait()
         broken = [each for each in sent if each.exception() is not None]
         assert broken
-        service = start_service(tmp_path, port, 0.0)
+        service = fake_service.start(tmp_path, port, 0.0)
         try:
-            wait_until(lambda: _ping(client), 30)
+            wait_until(lambda: answers(url), 30)
             wait_until(lambda: len(list((tmp_path / "outputs").glob("*.png"))) == 6, 20)
         finally:
             service.terminate()
@@ -287,13 +284,6 @@ def test_a_start_does_not_wait_for_room_to_note_what_is_over(tmp_path, monkeypat
         raise StorageFailed("the disk is full.")
 
     asyncio.run(scenario())
-
-
-def _ping(client: httpx.Client) -> bool:
-    try:
-        return client.get("/ping").status_code == 200
-    except httpx.TransportError:
-        return False
 
 
 async def _all_jobs(folder: Path):

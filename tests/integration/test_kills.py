@@ -4,10 +4,37 @@ from __future__ import annotations
 
 import shutil
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from tests.stress import kills
+from tests.serving import wait_until
+from tests.stress import crowd, kills
+
+
+class Broken(BaseHTTPRequestHandler):
+    """Answers 500 to everything."""
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["content-length"]))
+        self.send_error(500)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_a_service_that_never_answers_ends_the_crowd(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(crowd, "LAST_S", 0.1)
+    with ThreadingHTTPServer(("127.0.0.1", 0), Broken) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        clients = crowd.Crowd([f"http://127.0.0.1:{server.server_port}"], 2)
+        wait_until(lambda: len(clients.failures) > 2)
+        ending = threading.Thread(target=clients.close, daemon=True)
+        ending.start()
+        ending.join(10)
+        server.shutdown()
+    assert not ending.is_alive()
 
 
 @pytest.mark.skipif(sys.platform == "win32" or not shutil.which("pgrep"), reason="needs kill -9 and pgrep")

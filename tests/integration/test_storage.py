@@ -6,7 +6,6 @@ import contextlib
 import errno
 import os
 import stat
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -14,7 +13,6 @@ import httpx
 import pytest
 from fastmcp import Client as Assistant
 from fastmcp.client.transports import StreamableHttpTransport
-from tests.servers import s3_program, s3_server
 from tests.serving import served
 
 from alphalayer.client import Client
@@ -26,21 +24,17 @@ from alphalayer.storage.objects import open_storage
 FOR_EVER = "public, max-age=31536000, immutable"
 
 
-@pytest.fixture(scope="module")
-def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    if not s3_program():
-        pytest.skip("needs an S3 server")
-    with pytest.MonkeyPatch.context() as patch, s3_server(tmp_path_factory.mktemp("s3")) as environment:
-        for name, value in environment.items():
-            patch.setenv(name, value)
-        yield "s3://pictures/drawn"
+@pytest.fixture
+def bucket(s3: dict[str, str], s3_prefix: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    for name, value in s3.items():
+        monkeypatch.setenv(name, value)
+    return s3_prefix
 
 
 @pytest.fixture(params=["folder", "bucket"])
 def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
-    if request.param == "folder":
-        return open_storage(str(tmp_path / "pictures"))
-    return open_storage(f"{request.getfixturevalue('bucket')}/{os.urandom(4).hex()}")
+    place = str(tmp_path / "pictures") if request.param == "folder" else request.getfixturevalue("bucket")
+    return open_storage(place)
 
 
 async def read(storage: Storage, key: str) -> bytes:

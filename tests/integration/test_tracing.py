@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import secrets
-import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -15,7 +14,7 @@ import httpx
 import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
-from tests.servers import Postgres, postgres_programs
+from tests.servers import Postgres
 from tests.serving import served, wait_until
 from tests.stress.pods import Node
 
@@ -68,10 +67,11 @@ def collector() -> Iterator[Collector]:
     collector.server.server_close()
 
 
-@pytest.mark.skipif(sys.platform == "win32" or not postgres_programs(), reason="needs PostgreSQL")
-def test_one_trace_from_the_client_to_the_stages_on_another_machine(tmp_path: Path, collector: Collector):
-    postgres = Postgres()
-    environment = {**collector.environment, "ALPHALAYER_TRACING": "true", "ALPHALAYER_DATABASE": postgres.url}
+def test_one_trace_from_the_client_to_the_stages_on_another_machine(
+    tmp_path: Path, collector: Collector, postgres: Postgres
+):
+    database = postgres.fresh_database()
+    environment = {**collector.environment, "ALPHALAYER_TRACING": "true", "ALPHALAYER_DATABASE": database}
     nodes = [Node(tmp_path / role, role, environment) for role in ("api", "worker")]
     try:
         wait_until(lambda: all(node.answers() for node in nodes), 60)
@@ -88,7 +88,6 @@ def test_one_trace_from_the_client_to_the_stages_on_another_machine(tmp_path: Pa
     finally:
         for node in nodes:
             node.stop()
-        postgres.remove()
     request, job = collector.named("POST /alpha/v1/txt2img"), collector.named("job")
     assert {span.trace_id.hex() for span in collector.spans} == {trace_id}
     assert request.parent_span_id.hex() == parent

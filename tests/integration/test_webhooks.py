@@ -9,6 +9,7 @@ import hashlib
 import hmac
 import ipaddress
 import json
+import shutil
 import socket
 import sqlite3
 import threading
@@ -111,14 +112,20 @@ def test_a_journal_that_is_away_for_a_moment_ends_no_webhooks(service, tmp_path:
         wait_until(lambda: receiver.got)
 
 
-def test_failed_and_cancelled_jobs_are_told_too(service):
+def test_failed_and_cancelled_jobs_are_told_too(service, tmp_path: Path):
     with Receiver() as receiver:
         slow = service.post("/alpha/v1/jobs", json={**BODY, "steps": 150, "webhook_url": receiver.url}).json()
         waiting = service.post("/alpha/v1/jobs", json={**BODY, "webhook_url": receiver.url}).json()
         service.delete(waiting["url"])
         service.delete(slow["url"])
         wait_until(lambda: len(receiver.got) == 2)
-        assert {json.loads(body)["state"] for _, _, body in receiver.got} == {"cancelled"}
+        shutil.rmtree(tmp_path / "outputs")
+        (tmp_path / "outputs").write_text("a file in the way")
+        failed = service.post("/alpha/v1/jobs", json={**BODY, "webhook_url": receiver.url}).json()
+        wait_until(lambda: len(receiver.got) == 3)
+        told = [json.loads(body) for _, _, body in receiver.got]
+        assert [each["state"] for each in told] == ["cancelled", "cancelled", "failed"]
+        assert (told[2]["id"], told[2]["error"]["code"]) == (failed["id"], "storage_failed")
 
 
 def test_it_is_tried_again_and_given_up_in_the_end(service):

@@ -15,11 +15,13 @@ from typing import Any
 import httpx
 
 from alphalayer import images
-from tests.serving import wait_until
+from tests.serving import answers, wait_until
 
 SIDE = 64
 SHORT = 10
 """So much of a job's id is in the names of its pictures."""
+LAST_S = 60.0
+"""So long clients go on asking for what they have no answer to, once nothing new is asked for."""
 GIVEN_UP = "engine_failed"
 """How a job ends that took engine processes down as often as it may."""
 
@@ -31,7 +33,8 @@ class Crowd:
     def __init__(self, addresses: list[str], clients: int = 4, *, waiting: int = 0, seen_from: list[str] | None = None):
         self._addresses = addresses
         self._https = [httpx.Client(base_url=each, timeout=30, trust_env=False) for each in seen_from or addresses]
-        self._calm = threading.Event()
+        self._calm, self._over = threading.Event(), threading.Event()
+        self._unanswered: list[str] = []
         self.accepted: dict[str, int] = {}
         """The number of pictures of each job, by the part of its id that names its pictures."""
         self.failures: list[str] = []
@@ -43,7 +46,7 @@ class Crowd:
     def count(self, patience_s: float = 120.0) -> dict[str, Any]:
         """Let no more jobs in, wait until all are over, and say what became of them; `faults` is empty if all is well."""
         self.calm()
-        wait_until(lambda: all(self._answers(http, "/ping") for http in self._https), 60)
+        wait_until(lambda: all(answers(str(http.base_url).rstrip("/")) for http in self._https), 60)
         wait_until(lambda: not self._unfinished(), patience_s)
         known = self._all_jobs()
         names_known = set(map(_short, known))
@@ -64,13 +67,18 @@ class Crowd:
                 if not _is_whole(http, name)
             ]
         faults += [f"{name} belongs to two jobs" for name, count in Counter(wanted).items() if count > 1]
+        faults += [f"never answered: {failure}" for failure in self._unanswered]
         states = Counter(job["state"] for job in known.values())
         self.jobs, self.pictures = known, set(wanted)
         return {"accepted": len(self.accepted), **states, "pictures": len(wanted), "faults": faults}
 
     def calm(self) -> None:
-        """Ask for nothing more."""
+        """Ask for nothing more; what was asked for has `LAST_S` seconds for its answer."""
         self._calm.set()
+        end = time.monotonic() + LAST_S
+        for client in self._clients:
+            client.join(max(0.0, end - time.monotonic()))
+        self._over.set()
         for client in self._clients:
             client.join()
 
@@ -94,12 +102,15 @@ class Crowd:
                     try:
                         answer = http.post(f"{next(order)}{path}", json=body, headers=key)
                     except httpx.TransportError as error:
-                        answer, failure = None, repr(error)
+                        failure = repr(error)
                     else:
                         if answer.status_code in (good, 429):
                             break
                         failure = f"{answer.status_code} {answer.text[:300]}"
                     self.failures.append(f"{datetime.now():%H:%M:%S.%f} POST {path}: {failure}")
+                    if self._over.is_set():
+                        self._unanswered.append(self.failures[-1])
+                        return
                     time.sleep(0.05)
                 if answer.status_code == good:
                     told = answer.json()
@@ -122,12 +133,6 @@ class Crowd:
             self._https[0].get("/alpha/v1/jobs", params={"state": state, "limit": 1}).json()["jobs"]
             for state in ("queued", "running")
         )
-
-    def _answers(self, http: httpx.Client, path: str) -> bool:
-        try:
-            return http.get(path).status_code == 200
-        except httpx.TransportError:
-            return False
 
 
 def _short(job_id: str) -> str:

@@ -19,7 +19,7 @@ from typing import Any
 import httpx
 
 from tests import fake_service
-from tests.serving import free_port, wait_until
+from tests.serving import answers, free_port, wait_until
 from tests.stress.crowd import Crowd
 
 STEP_S = 0.02
@@ -31,10 +31,10 @@ class Storm:
 
     def __init__(self, folder: Path):
         self._folder, self._port = folder, free_port()
-        address = f"http://127.0.0.1:{self._port}"
-        self._http = httpx.Client(base_url=address, trust_env=False, timeout=30)
+        self._address = f"http://127.0.0.1:{self._port}"
+        self._http = httpx.Client(base_url=self._address, trust_env=False, timeout=30)
         self._start()
-        self._crowd = Crowd([address], CLIENTS)
+        self._crowd = Crowd([self._address], CLIENTS)
 
     def wait_for_work(self) -> None:
         """Until a job runs in the engine process that is there now; one that was killed has its job taken from it soon."""
@@ -70,7 +70,7 @@ class Storm:
 
     def _start(self) -> None:
         self._service = fake_service.start(self._folder, self._port, STEP_S, 20)
-        wait_until(self._answers, 60)
+        wait_until(lambda: answers(self._address, "/livez"), 60)
 
     def _a_job_runs(self) -> bool:
         query = {"state": "running", "limit": 1}
@@ -79,12 +79,6 @@ class Storm:
 
     def _is_ready(self) -> bool:
         return self._http.get("/ping").status_code == 200
-
-    def _answers(self) -> bool:
-        try:
-            return self._http.get("/livez").status_code == 200
-        except httpx.TransportError:
-            return False
 
 
 def run(folder: Path, engine_kills: int, service_kills: int, seed: int = 0) -> dict[str, Any]:

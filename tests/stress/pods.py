@@ -22,11 +22,9 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import httpx
-
 from tests import fake_service
 from tests.servers import Postgres, nginx, s3_server
-from tests.serving import free_port, wait_until
+from tests.serving import answers, free_port, wait_until
 from tests.stress.crowd import Crowd
 
 STEP_S = 0.01
@@ -61,26 +59,31 @@ class Node:
 
     def answers(self) -> bool:
         """Whether it can do its work."""
-        try:
-            return httpx.get(f"{self.address}/ping", trust_env=False).status_code == 200
-        except httpx.TransportError:
-            return False
+        return answers(self.address)
 
 
 def run(
-    folder: Path, *, pods: int, workers: int, jobs: int, kills: int, seed: int = 0, real: int = 0
+    folder: Path,
+    shared: dict[str, str],
+    *,
+    pods: int,
+    workers: int,
+    jobs: int,
+    kills: int,
+    seed: int = 0,
+    real: int = 0,
+    patience_s: float = 120.0,
 ) -> dict[str, Any]:
     """Kill at random until so many jobs are accepted and so many kills done; what `Crowd.count` says.
 
+    `shared` is the environment that leads to the bucket. Fails where the jobs are not accepted within `patience_s` seconds.
     So many of the workers as `real` says draw with the embedded model. Where there is no Nginx, clients ask the pods themselves.
     """
     rng = random.Random(seed)
     with ExitStack() as stack:
         postgres = Postgres()
         stack.callback(postgres.remove)
-        (folder / "s3").mkdir()
-        bucket = stack.enter_context(s3_server(folder / "s3"))
-        environment = {**bucket, "ALPHALAYER_DATABASE": postgres.url, "ALPHALAYER_STORAGE": "s3://pictures/drawn"}
+        environment = {**shared, "ALPHALAYER_DATABASE": postgres.url}
         roles = ["api"] * pods + ["worker"] * workers
         first_real = len(roles) - real
         nodes = [
@@ -103,8 +106,8 @@ def run(
             victim = rng.choice(nodes)
             victim.kill()
             victim.start()
-        wait_until(lambda: len(crowd.accepted) >= jobs, 3600)
-        counted = crowd.count(patience_s=300)
+        wait_until(lambda: len(crowd.accepted) >= jobs, patience_s)
+        counted = crowd.count(patience_s)
         asked = "Nginx" if front else "the pods"
         return {
             **counted,
@@ -138,7 +141,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         start = time.monotonic()
         Path(folder).chmod(0o755)  # Nginx's workers are another user
-        result = run(Path(folder), **options)
+        (Path(folder) / "s3").mkdir()
+        with s3_server(Path(folder) / "s3") as bucket:
+            shared = {**bucket, "ALPHALAYER_STORAGE": "s3://pictures/drawn"}
+            result = run(Path(folder), shared, patience_s=3600, **options)
         machine = f"{os.cpu_count()} x {platform.machine()}, Python {platform.python_version()}"
         told = {"command": shlex.join(["python", "-m", "tests.stress.pods", *sys.argv[1:]]), "machine": machine}
         report = json.dumps({**told, **options, "seconds": round(time.monotonic() - start), **result}, indent=1)
