@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -13,7 +11,8 @@ from pathlib import Path
 
 import httpx
 import pytest
-from tests.serving import free_port, served, wait_until
+from tests import fake_service
+from tests.serving import answers, free_port, served, wait_until
 
 from alphalayer import images
 from alphalayer.client import AsyncClient, Client, JobStatus, ServiceUnreachable
@@ -158,30 +157,20 @@ def test_a_key_is_sent_with_the_calls_and_not_with_files(tmp_path: Path):
         assert {"authorization" in each.headers for each in asked if "/file/" in str(each.url)} == {False}
 
 
-def answers(port: int) -> bool:
-    try:
-        return httpx.get(f"http://127.0.0.1:{port}/ping", trust_env=False).status_code == 200
-    except httpx.TransportError:
-        return False
-
-
 def test_a_picture_is_waited_for_across_a_restart_of_the_service(tmp_path: Path):
     port = free_port()
-
-    def start() -> subprocess.Popen[bytes]:
-        return subprocess.Popen([sys.executable, "-m", "tests.fake_service", str(tmp_path), str(port), "0.1"])
-
-    running = [start()]
+    address = f"http://127.0.0.1:{port}"
+    running = [fake_service.start(tmp_path, port, 0.1)]
 
     def restart() -> None:
         running[0].kill()
         running[0].wait()
         time.sleep(0.5)
-        running.append(start())
+        running.append(fake_service.start(tmp_path, port, 0.1))
 
     try:
-        wait_until(lambda: answers(port), 30)
-        with Client(f"http://127.0.0.1:{port}") as client:
+        wait_until(lambda: answers(address), 30)
+        with Client(address) as client:
             job = client.submit("an apple", width=64, height=64, steps=20)
             seen = threading.Event()
             killer = threading.Thread(target=lambda: (seen.wait(30), restart()))
