@@ -8,14 +8,14 @@ check:
 	$(BIN)/ruff check .
 	$(BIN)/pyright
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest
+	python3 run.py test
 
 format:
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
 test:
-	$(BIN)/python -m pytest
+	python3 run.py test
 
 full-size:
 	$(BIN)/python -m pytest -m full_size -s

@@ -42,6 +42,8 @@ TORCH = "torch==2.13.0"
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 CUDA_INDEX = "https://download.pytorch.org/whl/cu130"
 OLDEST, NEWEST = (3, 10), (3, 13)
+TWO_AT_ONCE = ["-n", "2", "--dist", "loadfile"]
+"""All tests in two processes, since many of them wait."""
 
 
 def main(arguments: list[str]) -> int:
@@ -59,8 +61,9 @@ def main(arguments: list[str]) -> int:
         return restart_with_another_python(given)
     is_test = arguments[0] == "test"
     set_up(torch_build or ("cuda" if has_nvidia_gpu() else "cpu"), is_test)
-    command = [str(PYTHON), "-m", "pytest"] if is_test else [str(PYTHON), "-m", "alphalayer.cli"]
-    return run(command + arguments[1:] if is_test else command + arguments)
+    if is_test:
+        return run([str(PYTHON), "-m", "pytest", *(arguments[1:] or TWO_AT_ONCE)])
+    return run([str(PYTHON), "-m", "alphalayer.cli", *arguments])
 
 
 def set_up(torch_build: str, with_tests: bool) -> None:

@@ -80,7 +80,7 @@ def test_errors_are_those_of_the_service(address: str):
             list(client.events(job.id))[-1].check()
 
 
-@pytest.mark.parametrize("address", [f"http://127.0.0.1:{free_port()}", "localhost:7861"])
+@pytest.mark.parametrize("address", [f"http://127.0.0.1:{free_port()}", "localhost:7861"], ids=["nobody", "no scheme"])
 def test_nobody_there_is_told_at_once(address: str):
     start = time.monotonic()
     with Client(address) as client:

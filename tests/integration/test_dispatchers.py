@@ -77,6 +77,13 @@ async def until(condition: Callable[[], object]) -> None:
     await soon(poll())
 
 
+async def stop(*tasks: asyncio.Task) -> None:
+    """Cancel tasks and wait until they are over: one that still has a connection would keep it from being closed."""
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
 async def test_a_job_from_its_place_in_the_queue_to_its_pictures(open_one):
     queue = await open_one()
     first, second = await queue.submit(spec("one")), await queue.submit(spec("two"))
@@ -248,7 +255,7 @@ async def test_a_cancel_outlives_the_service_that_was_told(claims_of_a_second, o
     taking = asyncio.create_task(queue.take())
     assert (await soon(queue.wait(job.id))).state is JobState.CANCELLED
     assert not taking.done()
-    taking.cancel()
+    await stop(taking)
 
 
 async def test_a_job_whose_engine_died_comes_first_again_and_is_given_up_in_the_end(open_one):
@@ -486,9 +493,7 @@ async def test_of_many_idle_workers_a_few_ask_for_a_job(postgres, monkeypatch):
             await pods[0].submit(spec(str(i)))
             await asyncio.sleep(0.1)
         await until(lambda: len(delays) == count)
-        for task in drawing:
-            task.cancel()
-        await asyncio.gather(*drawing, return_exceptions=True)
+        await stop(*drawing)
     # each of them would ask for each job; drawing one asks again afterwards, too
     assert asked < workers * count / 2 / 2
     assert sorted(delays)[count // 2] < 0.5, "most are taken by the news; who hears none asks once a second"
@@ -557,7 +562,7 @@ async def test_whose_claim_is_anothers_by_now_stops_and_ends_nothing(claims_of_a
     await soon(cut_off.take())
     await cut_off.started(job.id)
     beating = cut_off._tasks[1]
-    beating.cancel()
+    await stop(beating)
     assert (await soon(healthy.take())).id == job.id
     beating = asyncio.create_task(cut_off._beat())
     await soon(cut_off.cancel_asked(job.id), 2)
@@ -566,7 +571,7 @@ async def test_whose_claim_is_anothers_by_now_stops_and_ends_nothing(claims_of_a
     await healthy.started(job.id)
     await healthy.finished(job.id, result_of(job.spec))
     assert (await soon(healthy.wait(job.id))).state is JobState.DONE
-    beating.cancel()
+    await stop(beating)
 
 
 async def test_a_job_that_took_an_engine_down_is_nobodys_mate(two):
@@ -605,8 +610,7 @@ async def test_a_database_that_was_away_takes_no_job_from_the_worker_that_draws_
         # until they may take claims over again, and some
         with pytest.raises(asyncio.TimeoutError):
             await soon(asyncio.wait(takings, return_when=asyncio.FIRST_COMPLETED), claims.CLAIM_S / 2 + 0.8)
-        for task in takings:
-            task.cancel()
+        await stop(*takings)
         assert not drawing._held[job.id].cancel.is_set()
     finally:
         await drawing.close()
@@ -646,8 +650,7 @@ async def test_a_database_that_hangs_ends_neither_waiting_nor_heartbeats(postgre
 
         await soon(caught_up())
         assert not any(task.done() for task in (*waiting, *queue._tasks))
-        for task in waiting:
-            task.cancel()
+        await stop(*waiting)
     finally:
         await queue.close()
 
