@@ -91,6 +91,17 @@ async def test_a_picture_has_its_name_once_it_is_safe_from_a_power_cut(tmp_path:
     assert {each.name for each in tmp_path.iterdir()} == {"alpha_1.png", "preview_1.webp"}
 
 
+def test_what_a_killed_process_left_unfinished_goes_at_a_later_start(tmp_path: Path):
+    old, new, foreign = tmp_path / "alpha_1.png#77", tmp_path / "alpha_2.png#78", tmp_path / "notes#old"
+    for path in (old, new, foreign):
+        path.write_bytes(b"half a pict")
+    for path in (old, foreign):
+        os.utime(path, (1e9, 1e9))
+    assert open_storage(str(tmp_path)).list() == [("notes#old", 11, 1e9)]
+    assert not old.exists()
+    assert new.exists(), "somebody may be writing it"
+
+
 async def test_a_picture_stays_what_it_was_where_there_are_no_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def refuse(*_names: str) -> None:
         raise PermissionError(errno.EPERM, "no links here")

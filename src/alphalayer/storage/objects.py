@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import os
-import secrets
 from collections.abc import AsyncIterator
 from datetime import timedelta
 from pathlib import Path
@@ -16,7 +13,7 @@ from obstore.store import LocalStore, from_url
 
 from alphalayer import images
 from alphalayer.errors import FileMissing, StorageFailed
-from alphalayer.storage import StoredFile, check_key
+from alphalayer.storage import StoredFile, check_key, localfiles
 
 CHUNK_BYTES = 256 * 1024
 FOR_EVER = "public, max-age=31536000, immutable"
@@ -33,7 +30,7 @@ class ObjectStorage:
         """Write a file as a whole; see the protocol."""
         try:
             if isinstance(self._store, LocalStore):
-                _write(Path(self._where), check_key(key), data, replace=replace)
+                localfiles.write(Path(self._where), check_key(key), data, replace=replace)
             else:
                 self._put(check_key(key), data, "overwrite" if replace else "create")
         except AlreadyExistsError:
@@ -92,47 +89,6 @@ class ObjectStorage:
         )
 
 
-def _write(folder: Path, key: str, data: bytes, *, replace: bool) -> None:
-    """Write a file of a folder; one that is there stays, unless it is to be replaced. A new one has its name only once its bytes are safe
-    from a power cut, and when this returns, the name is, too: obstore syncs neither. Raises `OSError`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    unfinished = folder / f"{key}#{secrets.randbits(64)}"  # a name that obstore takes for no file
-    try:
-        with unfinished.open("xb") as file:
-            file.write(data)
-            if not replace:
-                file.flush()
-                os.fsync(file.fileno())
-        if replace:
-            unfinished.replace(folder / key)
-            return
-        try:
-            (folder / key).hardlink_to(unfinished)
-        except FileExistsError:
-            return
-        except OSError:
-            # some file systems (exFAT, many SMB shares) have no links
-            if (folder / key).exists():
-                return
-            unfinished.replace(folder / key)
-        _sync(folder)
-    finally:
-        unfinished.unlink(missing_ok=True)
-
-
-def _sync(folder: Path) -> None:
-    if os.name == "nt":  # folders cannot be opened there, and their changes are written as they are made
-        return
-    opened = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(opened)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # a file system that does not know how
-            raise
-    finally:
-        os.close(opened)
-
-
 def _first_line(error: Exception) -> str:
     """What is wrong, without the trace that obstore adds."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
@@ -154,6 +110,7 @@ def open_storage(place: str) -> ObjectStorage:
         if "://" in place:
             return ObjectStorage(from_url(place), place)
         Path(place).mkdir(parents=True, exist_ok=True)
+        localfiles.remove_unfinished(Path(place))
         return ObjectStorage(LocalStore(place), str(Path(place).resolve()))
     except (BaseError, OSError, ValueError) as error:
         raise StorageFailed(
