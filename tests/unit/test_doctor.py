@@ -139,6 +139,8 @@ def _torch(folder: Path, monkeypatch: pytest.MonkeyPatch, source: str) -> list[F
     """What the doctor finds where importing torch runs this."""
     (folder / "torch.py").write_text(source)
     monkeypatch.setenv("PYTHONPATH", str(folder))
+    # else one of the same length, written in the same second, is taken for the one before
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
     return list(doctor._torch(_settings(folder, 1)))
 
 
