@@ -28,8 +28,9 @@ def can_make_hosts() -> bool:
     """Whether this machine lets us make network namespaces."""
     if sys.platform != "linux" or os.getuid() != 0 or not shutil.which("ip"):
         return False
-    made = subprocess.run(["ip", "netns", "add", "alphalayer-probe"], capture_output=True, check=False)
-    return made.returncode == 0 and bool(ip("netns", "delete", "alphalayer-probe") or True)
+    name = f"probe{os.getpid()}"  # two test processes ask at the same moment
+    made = subprocess.run(["ip", "netns", "add", name], capture_output=True, check=False)
+    return made.returncode == 0 and bool(ip("netns", "delete", name) or True)
 
 
 class FarHost:
