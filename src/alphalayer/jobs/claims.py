@@ -72,7 +72,7 @@ async def claim_next(
         return claimed
     waiting = sorted(await queue.queue_age(), key=lambda each: each.oldest_created)
     again = [each for each in waiting if each.entrypoint.endswith(AGAIN)]
-    ages = [each for each in waiting if each not in again]
+    ages = [each for each in waiting if not each.entrypoint.endswith(AGAIN)]
     mine = [each for each in ages if each.entrypoint.split("/")[0] == model_key(holding)]
     stays = patience.lasts(model_key(holding), is_tried=bool(mine) and mine[0] is not ages[0])
     for each in [*again, *(mine if stays else []), *ages]:
