@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import pytest
+import structlog
 
 if TYPE_CHECKING:
     from tests.servers import Postgres
@@ -17,10 +18,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(autouse=True)
-def no_logs_into_what_is_closed() -> Iterator[None]:
-    """What a command sets up in this process writes into the standard error of its test, which is gone afterwards."""
-    yield
+def own_logs() -> Iterator[None]:
+    """A command that a test runs in this process sets up its logs; no other test shall depend on whether one did."""
     root = logging.getLogger()
+    level = root.level
+    yield
+    structlog.reset_defaults()
+    root.setLevel(level)
     for handler in root.handlers[:]:
         if type(handler) is logging.StreamHandler:
             root.removeHandler(handler)

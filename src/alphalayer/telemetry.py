@@ -26,7 +26,6 @@ def set_up_logs(level: str, as_json: bool) -> None:
         processors=[*shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
         logger_factory=structlog.stdlib.LoggerFactory(),
         wrapper_class=structlog.stdlib.BoundLogger,
-        cache_logger_on_first_use=True,
     )
     renderer: Any = (
         structlog.processors.JSONRenderer()

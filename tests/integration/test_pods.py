@@ -9,6 +9,7 @@ from pathlib import Path
 import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
+from structlog.testing import capture_logs
 from tests.servers import Postgres, postgres_programs
 from tests.serving import served, wait_until
 from tests.stress import pods
@@ -70,17 +71,15 @@ def test_a_pod_without_models_names_none_and_takes_any_name(tmp_path: Path, post
             assert pod.post("/v1/images/generations", json={**small, "model": usual}).status_code == 200
 
 
-def test_the_signal_for_scaling_rises_without_workers_and_falls_with_one(
-    tmp_path: Path, postgres: Postgres, capfd: pytest.CaptureFixture[str]
-):
+def test_the_signal_for_scaling_rises_without_workers_and_falls_with_one(tmp_path: Path, postgres: Postgres):
     shared = {"database": postgres.fresh_database()}
-    with served(tmp_path / "api", role="api", **shared) as pod:
+    with capture_logs() as logs, served(tmp_path / "api", role="api", **shared) as pod:
 
         def signal(name: str) -> float:
             said = text_string_to_metric_families(pod.get("/metrics").text)
             return next(sample.value for family in said for sample in family.samples if sample.name == name)
 
-        assert "pictures_stay_here" in "".join(capfd.readouterr())
+        assert "pictures_stay_here" in {line["event"] for line in logs}
         assert signal("alphalayer_queue_age_seconds") == 0
         for i in range(20):
             pod.post("/alpha/v1/jobs", json={"prompt": str(i), "width": 64, "height": 64}).raise_for_status()
