@@ -139,6 +139,10 @@ class _Calls:
         headers = {"Idempotency-Key": idempotency_key or secrets.token_hex(12)}
         return self.call("POST", JOBS, json={"prompt": prompt, **fields}, headers=headers)
 
+    def leave(self, job_id: str) -> dict[str, Any]:
+        """One's own request for a job is taken back."""
+        return self.call("DELETE", f"{JOBS}/{job_id}", params={"leave": True})
+
     def file(self, picture: Picture | str) -> dict[str, Any]:
         """The arguments of a request for a file: without our key, for a file needs none, and a redirect may lead to a bucket."""
         url = picture if isinstance(picture, str) else picture.url
@@ -217,6 +221,10 @@ class Client:
     def cancel(self, job_id: str) -> JobStatus:
         """Stop a job. Raises `JobMissing`."""
         return JobStatus.read(self._send(self._calls.call("DELETE", f"{JOBS}/{job_id}")).json())
+
+    def leave(self, job_id: str) -> JobStatus:
+        """Want a job no more: it stops, unless somebody else submitted it, too, with the same key. Raises `JobMissing`."""
+        return JobStatus.read(self._send(self._calls.leave(job_id)).json())
 
     def events(self, job_id: str) -> Iterator[JobStatus]:
         """Every change of a job until it is over; goes on where the service is away for a while."""
@@ -302,6 +310,10 @@ class AsyncClient:
     async def cancel(self, job_id: str) -> JobStatus:
         """See `Client.cancel`."""
         return JobStatus.read((await self._send(self._calls.call("DELETE", f"{JOBS}/{job_id}"))).json())
+
+    async def leave(self, job_id: str) -> JobStatus:
+        """See `Client.leave`."""
+        return JobStatus.read((await self._send(self._calls.leave(job_id))).json())
 
     async def events(self, job_id: str) -> AsyncIterator[JobStatus]:
         """See `Client.events`."""

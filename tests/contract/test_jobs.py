@@ -111,7 +111,7 @@ def test_the_same_key_draws_once_where_the_picture_is_waited_for(client, route):
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_who_leaves_takes_their_own_job_along_and_no_other(client, stream):
+def test_a_job_stops_with_the_last_one_who_waits_for_it(client, stream):
     """Of two that ask for one picture under one key the first leaves, then the second, then the only one."""
     route = "/v1/images/generations" if stream else "/alpha/v1/txt2img"
     body = {"prompt": "x", "size": "64x64", "quality": "high", "stream": True} if stream else {**BODY, "steps": 30}
@@ -137,7 +137,7 @@ def test_who_leaves_takes_their_own_job_along_and_no_other(client, stream):
     before = set()
     before = set(jobs())
     assert ask_twice("first leaves", 0.5, 30) == [False, True]
-    assert sorted(jobs().values()) == ["cancelled", "done"]
+    assert list(jobs().values()) == ["done"]
     before |= set(jobs())
     assert ask_twice("second leaves", 30, 0.5) == [True, False]
     assert list(jobs().values()) == ["done"]
@@ -149,16 +149,39 @@ def test_who_leaves_takes_their_own_job_along_and_no_other(client, stream):
     wait_until(lambda: sorted(jobs().values()) == ["cancelled", "done"])
 
 
-def test_a_client_that_leaves_lets_a_job_go_on_that_was_submitted_before(client):
-    headers = {"Idempotency-Key": "order-19"}
-    job = submit(client, headers, steps=30)
-    with pytest.raises(httpx.ReadTimeout):
-        client.post("/alpha/v1/txt2img", json={**BODY, "steps": 30}, headers=headers, timeout=0.5)
-    finished(client, job)
+def test_a_client_that_leaves_lets_a_job_go_on_that_somebody_submitted(client):
+    def leave(key: str) -> None:
+        headers = {"Idempotency-Key": key}
+        with pytest.raises(httpx.ReadTimeout):
+            client.post("/alpha/v1/txt2img", json={**BODY, "steps": 30}, headers=headers, timeout=0.5)
+
+    before = submit(client, {"Idempotency-Key": "order-19"}, steps=30)
+    leave("order-19")
+    finished(client, before)
+    with ThreadPoolExecutor(1) as pool:
+        leaving = pool.submit(leave, "order-20")
+        wait_until(lambda: client.get("/alpha/v1/jobs", params={"state": "running"}).json()["jobs"])
+        afterwards = submit(client, {"Idempotency-Key": "order-20"}, steps=30)
+        leaving.result()
+    finished(client, afterwards)
+
+
+def test_a_request_for_a_job_is_taken_back(client):
+    headers = {"Idempotency-Key": "order-21"}
+    job = submit(client, headers, steps=150)
+    assert submit(client, headers, steps=150)["id"] == job["id"]
+    client.delete(job["url"], params={"leave": True}).raise_for_status()
+    wait_until(lambda: client.get(job["url"]).json()["step"] > 0)
+    client.delete(job["url"], params={"leave": True}).raise_for_status()
+    finished(client, job, "cancelled")
+    again = submit(client, headers, steps=150)
+    assert again["id"] != job["id"]
+    client.delete(again["url"])
+    finished(client, again, "cancelled")
 
 
 def test_a_job_that_was_cancelled_on_purpose_keeps_its_key(client):
-    headers = {"Idempotency-Key": "order-20"}
+    headers = {"Idempotency-Key": "order-22"}
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(client.post, "/alpha/v1/txt2img", json={**BODY, "steps": 150}, headers=headers)
         wait_until(lambda: client.get("/alpha/v1/jobs", params={"state": "running"}).json()["jobs"])

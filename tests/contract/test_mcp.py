@@ -6,6 +6,7 @@ import asyncio
 import base64
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -114,16 +115,27 @@ async def test_the_callers_key_counts(tmp_path: Path):
 
 
 async def test_a_call_that_a_proxy_sends_twice_is_drawn_once(service: httpx.Client):
+    assert send(service, 7) == send(service, 7) != send(service, 8)
+
+
+async def test_a_call_that_a_proxy_gives_up_and_sends_again_is_answered(service: httpx.Client):
+    with ThreadPoolExecutor(1) as pool:
+        given_up = pool.submit(send, service, 9, steps=30, timeout_s=0.7)
+        while not service.get("/alpha/v1/jobs", params={"state": "running"}).json()["jobs"]:
+            await asyncio.sleep(0.05)
+        assert send(service, 9, steps=30)
+        with pytest.raises(httpx.ReadTimeout):
+            given_up.result()
+
+
+def send(service: httpx.Client, number: int, *, steps: int = 4, timeout_s: float = 30) -> str:
+    """What comes of a call as a proxy sends it: the line of the answer with the address of the picture."""
     headers = {"Accept": "application/json, text/event-stream", "Idempotency-Key": "a request of Nginx"}
-
-    def call(number: int) -> str:
-        wanted = {"name": TOOL, "arguments": {**SMALL, "prompt": "drawn once"}}
-        message = {"jsonrpc": "2.0", "id": number, "method": "tools/call", "params": wanted}
-        answer = service.post("/mcp/", json=message, headers=headers)
-        assert answer.status_code == 200, answer.text
-        return next(line for line in answer.text.splitlines() if "/alpha/v1/file/" in line)
-
-    assert call(7) == call(7) != call(8)
+    wanted = {"name": TOOL, "arguments": {**SMALL, "prompt": "drawn once", "steps": steps}}
+    message = {"jsonrpc": "2.0", "id": number, "method": "tools/call", "params": wanted}
+    answer = service.post("/mcp/", json=message, headers=headers, timeout=timeout_s)
+    assert answer.status_code == 200, answer.text
+    return next(line for line in answer.text.splitlines() if "/alpha/v1/file/" in line)
 
 
 def test_the_services_own_address_may_be_ipv6():

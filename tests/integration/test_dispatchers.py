@@ -177,13 +177,17 @@ async def test_one_key_at_the_same_moment_is_one_job(open_one):
 
 
 @pytest.mark.parametrize("is_running", [False, True])
-async def test_a_job_whose_client_left_gives_up_its_key(open_one, is_running):
+async def test_a_job_whose_clients_left_gives_up_its_key(open_one, is_running):
     queue = await open_one()
     first = await queue.submit(spec("same"), idempotency_key="k")
     if is_running:
         await soon(queue.take())
         await queue.started(first.id)
-    assert await queue.cancel(first.id, free_key=True)
+    assert (await queue.submit(spec("same"), idempotency_key="k")).id == first.id
+    await queue.leave(first.id)
+    assert (await queue.submit(spec("same"), idempotency_key="k")).id == first.id
+    await queue.leave(first.id)
+    await queue.leave(first.id)
     second = await queue.submit(spec("same"), idempotency_key="k", job_id="0123456789ab")
     assert second.id == "0123456789ab"
     if is_running:
@@ -194,6 +198,33 @@ async def test_a_job_whose_client_left_gives_up_its_key(open_one, is_running):
     await queue.close()
     queue = await open_one()
     assert (await queue.submit(spec("same"), idempotency_key="k", job_id="ab")).id == second.id
+
+
+@pytest.mark.parametrize("is_running", [False, True])
+async def test_who_comes_as_the_last_one_leaves_has_a_job_that_goes_on(open_one, is_running):
+    queue = await open_one()
+    for i in range(10):
+        first = await queue.submit(spec(str(i)), idempotency_key=str(i))
+        if is_running:
+            assert (await soon(queue.take())).id == first.id
+            await queue.started(first.id)
+        left, *came = await asyncio.gather(
+            queue.leave(first.id), *(queue.submit(spec(str(i)), idempotency_key=str(i)) for _ in range(2))
+        )
+        assert left is None
+        assert len({job.id for job in came}) == 1
+        stays = came[0].id == first.id
+        view = await queue.view(came[0].id)
+        assert view
+        assert view.job.state is (JobState.RUNNING if is_running and stays else JobState.QUEUED)
+        await queue.leave(came[0].id)
+        await queue.leave(came[0].id)
+        if is_running:
+            await soon(queue.cancel_asked(first.id))
+            await queue.finished(first.id, Cancelled("cancelled."))
+        for job_id in (first.id, came[0].id):
+            assert (await soon(queue.wait(job_id))).state is JobState.CANCELLED
+    await until(lambda: queue.queue_length == 0)
 
 
 async def test_a_job_that_was_stopped_in_good_order_waits_again_as_if_it_had_not_been_begun(open_one):

@@ -16,7 +16,7 @@ from alphalayer.jobs import journal
 from alphalayer.jobs.embedded import EmbeddedDispatcher
 from alphalayer.jobs.journal import MIGRATIONS, VERSION, jobs
 
-LATER = ("webhook_due", "webhook_tries", "queue_id", "digest", "cancel_asked")
+LATER = ("webhook_due", "webhook_tries", "queue_id", "digest", "cancel_asked", "wanted_by")
 
 
 def first_version(file: Path) -> None:

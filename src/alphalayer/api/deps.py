@@ -76,7 +76,7 @@ IdempotencyKey = Annotated[
         min_length=1,
         max_length=200,
         description="The same key gives the same job again, whatever became of the first answer; "
-        "a new one where the client left before its picture was done.",
+        "a new one where all clients that waited for it left before it was done.",
     ),
 ]
 
@@ -152,48 +152,25 @@ async def submit_job(
 
 
 class Errand:
-    """What one request waits for: a job that it made, or one that another request made with the same key. A client that leaves takes
-    along only what its own request made, and with it the key: the same request draws anew then."""
+    """What one request waits for: a job that it made, or one that another request made with the same key."""
 
-    def __init__(self, service: Service, spec: JobSpec, owner: str, idempotency_key: str | None):
+    def __init__(self, service: Service, job_id: str | None = None):
         self._service = service
-        self._asked = (spec, owner, idempotency_key)
-        self._key = idempotency_key
-        self._own_id: str | None = None
-        self.job_id = ""
+        self.job_id = job_id or new_id()
 
-    async def submit(self) -> None:
+    async def submit(self, spec: JobSpec, owner: str, idempotency_key: str | None) -> None:
         """Queue the job, or find it. Raises `Stopping` where the service ends, and what `submit_job` does."""
         self._service.ending.check()
-        self._own_id = new_id()
-        self.job_id = (await submit_job(self._service, *self._asked, job_id=self._own_id)).id
-
-    async def submit_again(self, job: Job | None) -> bool:
-        """Queue it anew where the job was cancelled as another client left; whether it was. A key that leads to the same job still says
-        that somebody wanted that one to stop."""
-        if job is None or job.state is not JobState.CANCELLED or self._key is None:
-            return False
-        await self.submit()
-        return self.job_id != job.id
-
-    async def follow(self) -> AsyncIterator[JobView]:
-        """How the job stands, as `follow` says it; then the same of the job that took its place, if one did."""
-        while True:
-            last: JobView | None = None
-            async for view in follow(self._service, self.job_id):
-                yield (last := view)
-            if not await self.submit_again(last and last.job):
-                return
+        self.job_id = (await submit_job(self._service, spec, owner, idempotency_key, self.job_id)).id
 
     async def leave(self) -> None:
         """The client left. Not where the service ends, which cancels its requests: that is no wish of the client."""
-        if self._own_id and not self._service.ending.has_begun:
-            # where another request made the job, there is none of this id
-            await asyncio.shield(self._service.dispatcher.cancel(self._own_id, free_key=True))
+        if not self._service.ending.has_begun:
+            await asyncio.shield(self._service.dispatcher.leave(self.job_id))
 
 
 async def run_job(request: Request, spec: JobSpec, owner: str, idempotency_key: str | None = None) -> Job:
-    """Queue a job and wait for its end; a client that leaves takes its job along.
+    """Queue a job and wait for its end; a client that leaves takes its job along, unless others wait for it.
 
     Raises:
         AlphalayerError: what the job failed with.
@@ -201,13 +178,11 @@ async def run_job(request: Request, spec: JobSpec, owner: str, idempotency_key: 
         Stopping: the service ends before the job; it stays in the queue.
         QueueFull, InvalidRequest, ModelUnusable: see `submit_job`.
     """
-    errand = Errand(service(request), spec, owner, idempotency_key)
+    errand = Errand(service(request))
     left = asyncio.create_task(_client_left(request))
     try:
-        await errand.submit()
+        await errand.submit(spec, owner, idempotency_key)
         job = await _end_of(service(request), errand.job_id, left)
-        while await errand.submit_again(job):
-            job = await _end_of(service(request), errand.job_id, left)
     except asyncio.CancelledError:
         await errand.leave()
         raise

@@ -11,6 +11,7 @@ from fastapi.sse import EventSourceResponse, ServerSentEvent
 from pydantic import BaseModel, ConfigDict, Field
 
 from alphalayer.api.deps import (
+    Errand,
     IdempotencyKey,
     Service,
     ServiceDep,
@@ -141,11 +142,23 @@ async def listing(
 
 
 @router.delete("/{job_id}", summary="Cancel a job")
-async def cancel(job_id: JobId, request: Request, service: ServiceDep, user: User) -> JobAnswer:
+async def cancel(
+    job_id: JobId,
+    request: Request,
+    service: ServiceDep,
+    user: User,
+    leave: Annotated[
+        bool,
+        Query(description="Only take one's own request back: the job goes on if another one came with its key."),
+    ] = False,
+) -> JobAnswer:
     """Stops this job and no other: within a step if it runs, and with the others of its batch if it is drawn with some. One that is over
     stays as it is."""
     await _view(service, job_id, user)
-    await service.dispatcher.cancel(job_id)
+    if leave:
+        await Errand(service, job_id).leave()
+    else:
+        await service.dispatcher.cancel(job_id)
     return answer(await _view(service, job_id, user), base_url(request))
 
 

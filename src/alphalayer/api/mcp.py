@@ -11,6 +11,7 @@ import hashlib
 from collections.abc import Callable
 from typing import Annotated, Any
 
+import anyio
 import httpx
 from fastmcp import Context, FastMCP
 from fastmcp.exceptions import ToolError
@@ -95,7 +96,7 @@ class _OwnWords(Middleware):
 
 
 async def _draw(client: AsyncClient, context: Context, prompt: str, fields: dict[str, Any]) -> list[Any]:
-    """Submit, tell the progress, bring the file; a caller that goes away takes its job along."""
+    """Submit, tell the progress, bring the file; a caller that goes away takes its job along, unless others wait for it."""
     status = await client.submit(prompt, idempotency_key=_job_key(context), **fields)
     step = steps = 0
     try:
@@ -105,7 +106,9 @@ async def _draw(client: AsyncClient, context: Context, prompt: str, fields: dict
             step, steps = max(step, status.step), max(steps, status.steps)
             await context.report_progress(step, steps or None, _say(status))
     except asyncio.CancelledError:
-        await asyncio.shield(client.cancel(status.id))
+        # a cancelled scope would cancel this, too
+        with anyio.CancelScope(shield=True):
+            await client.leave(status.id)
         raise
     (picture,) = status.check().pictures
     return [

@@ -26,6 +26,7 @@ from alphalayer.api.deps import (
     User,
     base_url,
     file_url,
+    follow,
     raise_if_failed,
     read_file,
     read_preview,
@@ -228,9 +229,9 @@ async def generations(
     model = await asyncio.to_thread(_known_model, body.model, service)
     spec = body.to_spec(service, model)
     if body.stream:
-        errand = Errand(service, spec, user, idempotency_key)
+        errand = Errand(service)
         with wire_names(FIELDS):
-            await errand.submit()
+            await errand.submit(spec, user, idempotency_key)
         events = _never_silent(_events(body, service, errand))
         return StreamingResponse(events, media_type="text/event-stream", headers=STREAM_HEADERS)
     with wire_names(FIELDS):
@@ -302,10 +303,10 @@ async def _never_silent(events: AsyncIterator[str]) -> AsyncIterator[str]:
 
 
 async def _events(body: GenerationsRequest, service: Service, errand: Errand) -> AsyncIterator[str]:
-    """The events of a job; a client that leaves takes its job along."""
+    """The events of a job; a client that leaves takes its job along, unless others wait for it."""
     sent, job = 0, None
     try:
-        async for view in errand.follow():
+        async for view in follow(service, errand.job_id):
             job = view.job
             preview = view.progress.preview
             if preview and not job.state.is_final and _is_due(view, sent, body.partial_images):

@@ -76,8 +76,8 @@ class Dispatcher(Protocol):
     async def submit(
         self, spec: JobSpec, *, owner: str = "", idempotency_key: str | None = None, job_id: str | None = None
     ) -> Job:
-        """Accept a job; from then on it is not lost. The same owner and key give the same job again, however full the queue is.
-        `job_id` is the id that a new one gets (see `alphalayer.job.new_id`), for those who want to know whether it is theirs.
+        """Accept a job; from then on it is not lost. The same owner and key give the same job again, however full the queue is, and it
+        is wanted by one more. `job_id` is the id that a new one gets (see `alphalayer.job.new_id`), for those who may not hear the answer.
 
         Raises:
             QueueFull: no room.
@@ -95,9 +95,14 @@ class Dispatcher(Protocol):
         """Jobs, newest first, created before a time."""
         ...
 
-    async def cancel(self, job_id: str, *, free_key: bool = False) -> bool:
-        """Stop this job, if it is not over; whether there was something to stop. `free_key`: it gives up its idempotency key, so that
-        the same request is a new job. Raises `StorageFailed` where that cannot be written down; then the job goes on."""
+    async def cancel(self, job_id: str) -> bool:
+        """Stop this job, if it is not over; whether there was something to stop. Raises `StorageFailed` where that cannot be written
+        down; then the job goes on."""
+        ...
+
+    async def leave(self, job_id: str) -> None:
+        """One of those who submitted this job wants it no more. With the last of them it is cancelled, and gives up its idempotency key,
+        so that the same request is a new job. Raises as `cancel` does."""
         ...
 
     async def wait(self, job_id: str) -> Job:

@@ -32,6 +32,8 @@ class _Live:
 
     job: Job
     progress: JobProgress = JobProgress()
+    wanted_by: int = 1
+    """How many submitted it, less those who left."""
     cancel: asyncio.Event = field(default_factory=asyncio.Event)
     changed: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -130,8 +132,8 @@ class EmbeddedDispatcher(Housekeeping):
     ) -> Job:
         """Accept a job; see the protocol."""
         new = Job.new(spec, owner, idempotency_key, job_id)
-        if known := await self._journal.known(new):
-            return known.repeated_by(new)
+        if known := await self._known(new):
+            return known
         share = self._queue_shares.get(owner, 1.0)
         theirs = sum(self._live[each].job.owner == owner for each in self._waiting) if share < 1.0 else 0
         check_room(len(self._waiting) + self._accepting, self._queue_limit, owner, theirs, share, self.retry_after_s)
@@ -145,9 +147,24 @@ class EmbeddedDispatcher(Housekeeping):
         finally:
             self._accepting -= 1
         if job is not new:
-            return job.repeated_by(new)
+            # another request was quicker with this key
+            return await self.submit(spec, owner=owner, idempotency_key=idempotency_key, job_id=job_id)
         await self._ring()
         return job
+
+    async def _known(self, new: Job) -> Job | None:
+        """The job that came with the same key before, wanted by one more now; None where there is none. Raises `InvalidRequest`."""
+        while known := await self._journal.known(new):
+            known.repeated_by(new)
+            live = self._live.get(known.id)
+            if live and live.job.idempotency_key:
+                live.wanted_by += 1
+                return live.job
+            if known.state.is_final:
+                return known
+            # it is being taken in, or is giving up its key
+            await asyncio.sleep(0.01)
+        return None
 
     @property
     def retry_after_s(self) -> int:
@@ -168,14 +185,24 @@ class EmbeddedDispatcher(Housekeeping):
         found = await self._journal.list(owner, state, limit, before)
         return [self._view(self._live[job.id]) if job.id in self._live else JobView(job) for job in found]
 
-    async def cancel(self, job_id: str, *, free_key: bool = False) -> bool:
+    async def cancel(self, job_id: str) -> bool:
         """Stop a job; one that runs is over when its engine says so. See the protocol."""
         live = self._live.get(job_id)
+        return live is not None and await self._cancel(live, live.job.idempotency_key)
+
+    async def leave(self, job_id: str) -> None:
+        """One that wanted this job is gone; see the protocol."""
+        live = self._live.get(job_id)
         if live is None:
-            return False
-        before = live.job
-        if free_key:
-            live.job = before.model_copy(update={"idempotency_key": None})
+            return
+        live.wanted_by -= 1
+        if live.wanted_by == 0:
+            await self._cancel(live, None)
+
+    async def _cancel(self, live: _Live, key: str | None) -> bool:
+        """Cancel a job, which has this key from now on."""
+        job_id, before = live.job.id, live.job
+        live.job = before.model_copy(update={"idempotency_key": key})
         if job_id not in self._waiting:
             live.cancel.set()
             # for the next start, should this one end before the engine stops

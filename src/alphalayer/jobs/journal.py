@@ -64,6 +64,7 @@ jobs = Table(
     Column("queue_id", BigInteger),
     Column("digest", String(64)),
     Column("cancel_asked", Boolean, nullable=False, server_default=false()),
+    Column("wanted_by", Integer, nullable=False, server_default="1"),
     UniqueConstraint("owner", "idempotency_key"),
     Index("ix_jobs_state_created_at", "state", "created_at"),
 )
@@ -94,6 +95,7 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         "CREATE INDEX ix_jobs_state_created_at ON jobs (state, created_at)",
         "DROP INDEX IF EXISTS ix_jobs_state",
     ),
+    ("ALTER TABLE jobs ADD COLUMN wanted_by INTEGER NOT NULL DEFAULT 1",),
 )
 """SQL that takes version 1 to 2, 2 to 3 and so on; the table above is always the newest."""
 VERSION = 1 + len(MIGRATIONS)

@@ -97,7 +97,9 @@ class SharedDispatcher(Housekeeping):
         job = Job.new(spec, owner, idempotency_key, job_id)
         while True:
             if known := await self._journal.known(job):
-                return known.repeated_by(job)
+                if known.repeated_by(job).state.is_final or await self._join(known):
+                    return known
+                continue
             async with self._transaction() as (connection, queue):
                 await self._room.check(connection, owner)
                 [row_id] = await queue.enqueue(claims.entrypoint_of(job), job.id.encode())
@@ -106,6 +108,13 @@ class SharedDispatcher(Housekeeping):
                     await self._news.tell(connection, "queued")
                     return job
                 await connection.rollback()  # another request was quicker with this key
+
+    async def _join(self, job: Job) -> bool:
+        """One more wants this job; whether it still runs or waits under its key."""
+        same = (jobs.c.id == job.id) & (jobs.c.idempotency_key == job.idempotency_key) & jobs.c.state.in_(OPEN)
+        async with self._transaction() as (connection, _):
+            joined = await connection.execute(update(jobs).where(same).values(wanted_by=jobs.c.wanted_by + 1))
+        return joined.rowcount > 0
 
     async def view(self, job_id: str) -> JobView | None:
         """How a job stands; see the protocol."""
@@ -118,14 +127,24 @@ class SharedDispatcher(Housekeeping):
         """Jobs, newest first; see the protocol."""
         return await self._views(await self._journal.list(owner, state, limit, before))
 
-    async def cancel(self, job_id: str, *, free_key: bool = False) -> bool:
+    async def cancel(self, job_id: str) -> bool:
         """Stop a job, wherever it is; see the protocol."""
-        freed = {"idempotency_key": None} if free_key else {}
-        changes = {"state": JobState.CANCELLED.value, "finished_at": time.time(), **freed}
+        return await self._cancel(job_id)
+
+    async def leave(self, job_id: str) -> None:
+        """One that wanted this job is gone; see the protocol."""
+        await self._cancel(job_id, as_leaving=True)
+
+    async def _cancel(self, job_id: str, *, as_leaving: bool = False) -> bool:
         mine = jobs.c.id == job_id
+        freed = {"idempotency_key": None} if as_leaving else {}
+        changes = {"state": JobState.CANCELLED.value, "finished_at": time.time(), **freed}
         # the worker hears of it at once, or sees it with its next heartbeat, or another one does when it takes the job over
         ask = update(jobs).where(mine, jobs.c.state.in_(OPEN)).values(cancel_asked=True, **freed)
+        leave = update(jobs).where(mine).values(wanted_by=jobs.c.wanted_by - 1).returning(jobs.c.wanted_by)
         async with self._transaction() as (connection, queue):
+            if as_leaving and (await connection.execute(leave)).scalar() != 0:
+                return False
             waiting = mine & (jobs.c.state == JobState.QUEUED.value)
             row_id = (
                 await connection.execute(update(jobs).where(waiting).values(changes).returning(jobs.c.queue_id))
