@@ -13,7 +13,7 @@ from benchmarks import server
 @pytest.mark.skipif(sys.platform == "win32", reason="reads /proc")
 def test_a_crowd(tmp_path: Path):
     # the engine is at the first job for as long as the crowd comes: it holds one, and so many wait
-    with server.Service(tmp_path, 5.0, 50) as service:
+    with server.Service(tmp_path, 60.0, 50) as service:
         met = asyncio.run(server.crowd(service, 200))
         assert met["accepted"] == 51
         assert met["told_to_come_back"] == 150
