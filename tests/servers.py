@@ -216,13 +216,21 @@ def s3_server(folder: Path) -> Iterator[dict[str, str]]:
 @contextmanager
 def nginx(folder: Path, pods: list[str]) -> Iterator[str]:
     """Nginx with the file of deploy/ as it is, but for the pods' addresses and the port; yields its address. Its log: error.log."""
-    folder.mkdir()
-    port = free_port()
     written = NGINX_SITE.read_text()
     servers = "".join(f"    server {pod.removeprefix('http://')} max_fails=0;\n" for pod in pods)
     site, replaced = re.subn(r"(    server 10\.0\.0\..*\n)+", servers, written)
     assert replaced == 1
-    site = site.replace("listen 80;", f"listen 127.0.0.1:{port};")
+    with nginx_of(folder, site) as address:
+        yield address
+
+
+@contextmanager
+def nginx_of(folder: Path, site: str) -> Iterator[str]:
+    """Nginx with one server that listens on port 80 in what is written, and on a free one here; yields its address."""
+    folder.mkdir()
+    port = free_port()
+    site, replaced = re.subn(r"listen 80\b", f"listen 127.0.0.1:{port}", site)
+    assert replaced == 1
     temporary = "".join(
         f"{name}_temp_path {folder / name};\n" for name in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
     )

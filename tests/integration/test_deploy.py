@@ -22,7 +22,7 @@ import httpx
 import pytest
 import yaml
 from benchmarks import autoscaling
-from tests.servers import NGINX_SITE, Postgres, nginx
+from tests.servers import NGINX_SITE, Postgres, nginx, nginx_of
 from tests.serving import served, wait_until
 from tests.stress.crowd import Crowd
 from tests.stress.pods import Node
@@ -32,6 +32,7 @@ from alphalayer.config import Settings, load_settings
 from alphalayer.server import ANSWER_S
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
+GUIDE = DEPLOY.parent / "docs" / "guides" / "reverse-proxy.md"
 BODY = {"prompt": "x", "width": 64, "height": 64, "steps": 10}
 
 
@@ -102,6 +103,18 @@ def test_a_post_that_a_pod_closes_on_is_asked_of_another_one_and_drawn_once(tmp_
     assert closing.posts
     keys = re.findall(rb"Idempotency-Key: (\w+)\r\n", b"".join(closing.posts))
     assert len(set(keys)) == len(closing.posts)
+
+
+@needs_nginx
+def test_the_guides_own_block_gives_addresses_that_open(tmp_path):
+    block = re.search(r"```nginx\n(.*?)```", GUIDE.read_text(), re.DOTALL)
+    assert block
+    with served(tmp_path / "service") as service:
+        site = block[1].replace("http://127.0.0.1:7861", str(service.base_url).rstrip("/"))
+        with nginx_of(tmp_path / "nginx", site) as address:
+            url = httpx.post(f"{address}/alpha/v1/txt2img", json=BODY, trust_env=False, timeout=60).json()["url"]
+            assert url.startswith(address)
+            assert httpx.get(url, trust_env=False).status_code == 200
 
 
 @needs_nginx
