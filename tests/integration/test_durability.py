@@ -109,12 +109,50 @@ def test_an_engine_that_is_broken_for_good_fails_the_job_that_broke_it_and_no_ot
         assert ended[2]["error"]["code"] == "engine_failed"
         assert "illegal memory access" in ended[2]["error"]["detail"]
         counted = client.get("/metrics").text
-        assert 'alphalayer_engine_starts_total{engine="cpu"} 3.0' in counted
+        assert f'alphalayer_engine_starts_total{{engine="cpu"}} {MAX_STARTS + 1}.0' in counted
         wait_until(lambda: client.get("/ping").status_code == 200)
     with closing(sqlite3.connect(tmp_path / "data" / "jobs.sqlite")) as journal:
         starts = [row[0] for row in journal.execute("SELECT starts FROM jobs ORDER BY created_at")]
     # the large one was still being stored when the GPU broke
-    assert (starts[0], starts[2]) == (1, 2)
+    assert (starts[0], starts[2]) == (1, MAX_STARTS)
+
+
+def test_a_job_that_lost_a_start_to_others_is_not_failed_by_the_first_error_of_its_own(tmp_path):
+    """Begun on a pod that was killed, then met by a GPU that breaks."""
+
+    async def begin_and_be_killed() -> str:
+        dispatcher = await EmbeddedDispatcher.open(tmp_path / "data" / "jobs.sqlite", 10)
+        request = GenerationRequest(prompt="x", steps=1, width=64, height=64)
+        job = await dispatcher.submit(JobSpec(generation=request))
+        await dispatcher.started((await dispatcher.take()).id)
+        await dispatcher.close()
+        return job.id
+
+    job_id = asyncio.run(begin_and_be_killed())
+    options = {"mark": str(tmp_path / "broken")}
+    with served(
+        tmp_path, engine="tests.integration.test_durability:create_broken_once", engine_options=options
+    ) as client:
+        wait_until(lambda: client.get(f"/alpha/v1/jobs/{job_id}").json()["finished_at"], 30)
+        assert client.get(f"/alpha/v1/jobs/{job_id}").json()["state"] == "done"
+
+
+class BrokenOnce(FakeEngine):
+    """Raises at the first picture that the first process draws."""
+
+    def __init__(self, mark: str):
+        super().__init__()
+        self._mark = Path(mark)
+
+    def draw(self, orders: Sequence[Order]) -> list[GenerationResult]:
+        if not self._mark.exists():
+            self._mark.touch()
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        return super().draw(orders)
+
+
+def create_broken_once(options: dict[str, Any]) -> FakeEngine:
+    return BrokenOnce(options["mark"])
 
 
 class Unwarmable(FakeEngine):

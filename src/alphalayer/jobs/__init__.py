@@ -96,8 +96,8 @@ class Dispatcher(Protocol):
         ...
 
     async def cancel(self, job_id: str) -> bool:
-        """Stop this job, if it is not over; whether there was something to stop. Raises `StorageFailed` where that cannot be written
-        down; then the job goes on."""
+        """Stop this job, if it is not over; whether there was something to stop. Raises `StorageFailed` where the job goes on, as that
+        cannot be written down."""
         ...
 
     async def leave(self, job_id: str) -> None:

@@ -11,13 +11,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
+from filelock import FileLock
 
-from alphalayer.errors import AlphalayerError, Cancelled, SetupFailed, StorageFailed
+from alphalayer.errors import AlphalayerError, Cancelled, StorageFailed
 from alphalayer.job import Job, JobProgress, JobResult, JobSpec, JobState
 from alphalayer.jobs import MAX_STARTS, USUAL_SECONDS, JobView, OnEnd, Outcome, check_room, eta, gave_up, nobody, over
 from alphalayer.jobs.housekeeping import Housekeeping
 from alphalayer.jobs.journal import Journal
+from alphalayer.jobs.opening import open_alone
 from alphalayer.telemetry import log
 
 LOOK_EVERY_S = 2.0
@@ -62,7 +63,8 @@ class EmbeddedDispatcher(Housekeeping):
         self._live: dict[str, _Live] = {}
         self._waiting: deque[str] = deque()
         self._arrived = asyncio.Condition()
-        self._accepting = 0
+        self._accepting: dict[str, str] = {}
+        """Whose the jobs are that are being written down, by id."""
         self._ending: set[asyncio.Task[None]] = set()
         self._usual_seconds = USUAL_SECONDS
 
@@ -79,15 +81,11 @@ class EmbeddedDispatcher(Housekeeping):
         `queue_shares` says for an owner which part of the queue may be theirs; others may fill it.
 
         Raises:
-            SetupFailed: another service has this journal, or see `Journal.open`.
+            SetupFailed: see `alphalayer.jobs.opening.check`.
         """
-        lock = _lock(file)
-        try:
-            dispatcher = cls(await Journal.open(file), lock, queue_limit, queue_shares or {}, on_end)
-        except BaseException:
-            lock.release()
-            raise
-        for job in await dispatcher._journal.unfinished():
+        journal, lock, unfinished = await open_alone(file)
+        dispatcher = cls(journal, lock, queue_limit, queue_shares or {}, on_end)
+        for job in unfinished:
             dispatcher._live[job.id] = _Live(job)
             if job.error:  # it cannot be read
                 dispatcher._end_soon(job.id, AlphalayerError.from_dict(job.error))
@@ -135,22 +133,35 @@ class EmbeddedDispatcher(Housekeeping):
         if known := await self._known(new):
             return known
         share = self._queue_shares.get(owner, 1.0)
-        theirs = sum(self._live[each].job.owner == owner for each in self._waiting) if share < 1.0 else 0
-        check_room(len(self._waiting) + self._accepting, self._queue_limit, owner, theirs, share, self.retry_after_s)
+        theirs = self._count(owner) if share < 1.0 else 0
+        check_room(
+            len(self._waiting) + len(self._accepting), self._queue_limit, owner, theirs, share, self.retry_after_s
+        )
         # a place is taken before the journal is awaited, so that a crowd cannot pass the limit together
-        self._accepting += 1
+        self._accepting[new.id] = owner
+        # what is written down is queued, whatever becomes of whoever asked
+        job = await asyncio.shield(self._accept(new))
+        if job is not new:
+            # another request was quicker with this key
+            return await self.submit(spec, owner=owner, idempotency_key=idempotency_key, job_id=job_id)
+        return job
+
+    async def _accept(self, new: Job) -> Job:
+        """Write a job down and queue it; the one that has its key already."""
         try:
             job = await self._journal.add(new)
             if job is new:
                 self._live[job.id] = _Live(job)
                 self._waiting.append(job.id)
         finally:
-            self._accepting -= 1
-        if job is not new:
-            # another request was quicker with this key
-            return await self.submit(spec, owner=owner, idempotency_key=idempotency_key, job_id=job_id)
+            del self._accepting[new.id]
         await self._ring()
         return job
+
+    def _count(self, owner: str) -> int:
+        """How many places of the queue are an owner's."""
+        waiting = sum(self._live[each].job.owner == owner for each in self._waiting)
+        return waiting + sum(each == owner for each in self._accepting.values())
 
     async def _known(self, new: Job) -> Job | None:
         """The job that came with the same key before, wanted by one more now; None where there is none. Raises `InvalidRequest`."""
@@ -192,6 +203,8 @@ class EmbeddedDispatcher(Housekeeping):
 
     async def leave(self, job_id: str) -> None:
         """One that wanted this job is gone; see the protocol."""
+        while job_id in self._accepting:
+            await asyncio.sleep(0.01)
         live = self._live.get(job_id)
         if live is None:
             return
@@ -324,8 +337,8 @@ class EmbeddedDispatcher(Housekeeping):
 
     async def _write_end(self, live: _Live, outcome: Outcome) -> None:
         """Write an outcome down, then tell everybody. Raises `StorageFailed`."""
-        live.job = live.job.model_copy(update={"finished_at": time.time(), **over(outcome)})
-        await self._journal.save(live.job)
+        # until it is written the job stands as it stood, for those who look and for the next start
+        await self._journal.save(live.job.model_copy(update={"finished_at": time.time(), **over(outcome)}))
         self._live.pop(live.job.id, None)
         self._on_end(live.job.id, outcome)
         live.wake()
@@ -356,21 +369,3 @@ class EmbeddedDispatcher(Housekeeping):
         sent_ahead = len(self._live) - len(self._waiting) - len(running)
         rests = [eta.rest_s(each.job.started_at, each.progress) for each in running]
         return eta.wait_s(rests, len(running), sent_ahead + position - 1, self._usual_seconds)
-
-
-def _lock(file: Path) -> FileLock:
-    """Keep other services off a journal until this one ends, however it ends: two would draw each job twice. Raises `SetupFailed`."""
-    lock = FileLock(file.with_name(f"{file.name}.lock"), timeout=0, thread_local=False)
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
-    except Timeout:
-        raise SetupFailed(
-            f"another service uses the folder {file.parent.resolve()}.",
-            hint="Stop it, or give each its own data_dir (ALPHALAYER_DATA_DIR); outputs_dir may be shared.",
-        ) from None
-    except OSError as error:
-        raise SetupFailed(
-            f"{file.parent.resolve()} cannot be used: {error}.", hint="Check the folder's rights and space."
-        ) from None
-    return lock

@@ -100,9 +100,17 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
 """SQL that takes version 1 to 2, 2 to 3 and so on; the table above is always the newest."""
 VERSION = 1 + len(MIGRATIONS)
 
+WITH_WEBHOOK = jobs.c.spec.contains('"webhook":{')
+"""Jobs whose end somebody is to be told. In a text of the request the quotes would be escaped."""
+
 CLAIMED_S = 60.0
+FORGOTTEN_AT_ONCE = 1000
+"""Jobs that are removed before others may write."""
 UNREACHABLE = (DBAPIError, PoolTimeout, OSError, TimeoutError, asyncio.TimeoutError)
 """What the database raises when it is away, hangs, is full or read-only."""
+_DAMAGED = ("malformed", "not a database")
+"""What SQLite says of a file that it cannot make sense of."""
+_MEND = "Put its backup back, or move it away (its jobs are lost then): docs/guides/backup.md."
 
 
 class Journal:
@@ -146,6 +154,7 @@ class Journal:
                 await patient.dispose()
         except (DBAPIError, OSError, sqlite3.Error) as error:
             cause = getattr(error, "orig", error)
+            hint = _MEND if _is_damage(cause) else hint
             raise SetupFailed(f"the journal {place} cannot be opened: {cause}.", hint=hint) from None
         return cls(engine)
 
@@ -209,10 +218,14 @@ class Journal:
         return await self._read(statement)
 
     async def forget(self, finished_before: float) -> int:
-        """Remove jobs that were over before a time; how many."""
-        return await self._write(
-            jobs.delete().where(jobs.c.finished_at < finished_before, jobs.c.webhook_due.is_(None))
-        )
+        """Remove jobs that were over before a time; how many. In portions, between which others write."""
+        old = select(jobs.c.id).where(jobs.c.finished_at < finished_before, jobs.c.webhook_due.is_(None))
+        some = jobs.delete().where(jobs.c.id.in_(old.limit(FORGOTTEN_AT_ONCE)))
+        gone = portion = await self._write(some)
+        while portion == FORGOTTEN_AT_ONCE:
+            portion = await self._write(some)
+            gone += portion
+        return gone
 
     async def claim_webhooks(self, now: float, limit: int) -> list[tuple[Job, int]]:
         """Jobs that are over and whose receiver is to be told by now, with how often that was tried, the longest due first. For whoever
@@ -268,7 +281,13 @@ class Journal:
     def fault(self, error: Exception) -> StorageFailed:
         """An error of the database in the words of the service."""
         cause = getattr(error, "orig", None) or error
+        if _is_damage(cause):
+            return StorageFailed(f"the journal is damaged: {cause}.", hint=_MEND)
         return StorageFailed(f"the journal cannot be reached: {cause}.", hint=self._hint)
+
+
+def _is_damage(cause: object) -> bool:
+    return isinstance(cause, sqlite3.DatabaseError) and any(word in str(cause) for word in _DAMAGED)
 
 
 def _tune(connection: Any, _record: object) -> None:

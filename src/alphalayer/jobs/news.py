@@ -105,6 +105,8 @@ class News:
             self.queued.set()
         elif kind == "cancel":
             self._on_cancel(job_id)
+        elif kind == "changed":
+            self._progress.pop(job_id, None)
         elif kind == "progress":
             self._progress.pop(job_id, None)
             self._progress[job_id] = JobProgress.model_validate(news)

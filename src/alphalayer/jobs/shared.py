@@ -15,14 +15,14 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 
 from pgqueuer.models import Job as QueueRow
 from pgqueuer.types import JobId, QueueManagerId
-from sqlalchemy import select, update
+from sqlalchemy import case, select, update
 
 from alphalayer.errors import AlphalayerError, Cancelled, StorageFailed
 from alphalayer.job import Job, JobProgress, JobResult, JobSpec, JobState
 from alphalayer.jobs import MAX_STARTS, JobView, OnEnd, Outcome, claims, eta, gave_up, nobody, over
 from alphalayer.jobs.claims import Held
 from alphalayer.jobs.housekeeping import Housekeeping
-from alphalayer.jobs.journal import ADD, OPEN, Journal, jobs, row_of
+from alphalayer.jobs.journal import ADD, OPEN, WITH_WEBHOOK, Journal, jobs, row_of
 from alphalayer.jobs.news import News
 from alphalayer.jobs.room import Room
 from alphalayer.jobs.transactions import Transactions
@@ -138,7 +138,9 @@ class SharedDispatcher(Housekeeping):
     async def _cancel(self, job_id: str, *, as_leaving: bool = False) -> bool:
         mine = jobs.c.id == job_id
         freed = {"idempotency_key": None} if as_leaving else {}
-        changes = {"state": JobState.CANCELLED.value, "finished_at": time.time(), **freed}
+        now = time.time()
+        due = case((WITH_WEBHOOK, now))
+        changes = {"state": JobState.CANCELLED.value, "finished_at": now, "webhook_due": due, **freed}
         # the worker hears of it at once, or sees it with its next heartbeat, or another one does when it takes the job over
         ask = update(jobs).where(mine, jobs.c.state.in_(OPEN)).values(cancel_asked=True, **freed)
         leave = update(jobs).where(mine).values(wanted_by=jobs.c.wanted_by - 1).returning(jobs.c.wanted_by)
@@ -324,10 +326,15 @@ class SharedDispatcher(Housekeeping):
                 await queue.log_jobs([(row, "canceled", None)])
             return None
         self._held[job.id] = Held(job, row, job.starts)
-        if job.cancel_asked:
-            await self.finished(job.id, Cancelled("cancelled."))
-        elif job.starts >= MAX_STARTS:
-            await self.finished(job.id, gave_up("its worker stopped while it ran"))
+        try:
+            if job.cancel_asked:
+                await self.finished(job.id, Cancelled("cancelled."))
+            elif job.starts >= MAX_STARTS:
+                await self.finished(job.id, gave_up("its worker stopped while it ran"))
+        except BaseException:
+            # nobody will have it from here: its claim is to run out
+            self._held.pop(job.id, None)
+            raise
         return job if job.id in self._held else None
 
     async def _end(self, held: Held, ended: Job, outcome: Outcome) -> bool:

@@ -21,6 +21,7 @@ from alphalayer import images
 from alphalayer.engine import Engine, GenerationResult, Order, Progress
 from alphalayer.errors import AlphalayerError, Cancelled, EngineFailed, StorageFailed
 from alphalayer.job import ImageRef, Job, JobResult
+from alphalayer.jobs import MAX_STARTS
 from alphalayer.request import GenerationRequest
 from alphalayer.storage import Storage
 from alphalayer.storage.objects import open_storage
@@ -75,8 +76,8 @@ class EngineProcess:
     def _deliver(self, engine: Engine, storage: Storage, jobs: list[Job]) -> None:
         """Draw and store a batch; one that fails is drawn again job by job, so that each answers for itself.
 
-        Raises what is no `AlphalayerError`. Who is to blame, the device or the job, is not known: jobs that have not failed here go back
-        to the queue with the process, and are drawn once more, each alone. One that was started before has failed twice, and is over.
+        Raises what is no `AlphalayerError`. Who is to blame, the device or the job, is not known: jobs that have starts left go back
+        to the queue with the process, and are drawn again, each alone. One that would be given up there is over, with this error.
         """
         try:
             drawn = self._draw(engine, storage, jobs)
@@ -88,7 +89,7 @@ class EngineProcess:
                     self._deliver(engine, storage, [job])
             return
         except Exception as error:
-            if len(jobs) == 1 and jobs[0].starts:
+            if len(jobs) == 1 and jobs[0].starts >= MAX_STARTS - 1:
                 self._fail(jobs[0], error)
             raise
         # pictures that wait to be stored take memory: those of one batch may, while the next one is drawn

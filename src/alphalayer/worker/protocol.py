@@ -5,6 +5,7 @@ to the engine     open    {engine, options, storage}        once, first
                   cancel  {id}
 from the engine   ready   {batch_pixels, device}             after `open`; how much it draws together, with what
                   started, progress, done, failed            {id, …}
+                  failed  {id: null, error}                  it cannot start or go on, and ends
 The engine ends when its input ends.
 """
 
