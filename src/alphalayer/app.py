@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from functools import partial
+from itertools import takewhile
 from typing import Any
 
 from fastapi import Depends, FastAPI
@@ -20,6 +22,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from alphalayer import __version__, catalog
 from alphalayer.api import a1111, docs, jobs, native, openai, ops, playground, problems
+from alphalayer.api.addresses import address
 from alphalayer.api.auth import Gate
 from alphalayer.api.deps import Service, require_user
 from alphalayer.api.ending import Ending, stopping
@@ -28,12 +31,12 @@ from alphalayer.api.requestlog import RequestLog
 from alphalayer.api.webhooks import Webhooks, check_url, read_secret
 from alphalayer.config import Settings
 from alphalayer.errors import AlphalayerError, SetupFailed
-from alphalayer.jobs import Dispatcher
+from alphalayer.jobs import Dispatcher, opening
 from alphalayer.jobs.embedded import EmbeddedDispatcher
 from alphalayer.jobs.ends import note_end
 from alphalayer.keys import Key, who_may_ask
 from alphalayer.retention import Limits, keep_sweeping
-from alphalayer.storage.objects import open_storage
+from alphalayer.storage.objects import check_bucket, open_storage
 from alphalayer.tasks import keep_running
 from alphalayer.telemetry import Metrics, log
 from alphalayer.tracing import Traces
@@ -156,11 +159,19 @@ def _mount_mcp(app: FastAPI) -> _Lifespan:
 
 
 async def check(settings: Settings) -> None:
-    """Open what the service keeps and close it again, so that what is wrong is said before a server runs. Raises `AlphalayerError`."""
+    """Open what the service keeps and close it again, so that what is wrong is said before a server runs; no job changes.
+
+    Raises `AlphalayerError`.
+    """
     open_storage(settings.pictures)
+    if settings.storage and settings.role != "api":
+        await asyncio.to_thread(check_bucket, settings.storage)
     _keys(settings)
     _webhook_key(settings)
-    await (await _open_dispatcher(settings, {}, Metrics())).close()
+    if settings.database is None:
+        await opening.check(settings.data_dir / JOURNAL)
+    else:
+        await (await _open_dispatcher(settings, {}, Metrics())).close()
 
 
 def _keys(settings: Settings) -> list[Key] | None:
@@ -193,6 +204,8 @@ async def _assemble(settings: Settings, engine: str, options: dict[str, Any], tr
     storage = open_storage(place)
     secret = _webhook_key(settings)
     keys = _keys(settings)
+    if settings.role != "worker":
+        _tell_who_may_ask(settings, keys)
     shares = {key.name: key.queue_share for key in keys or ()}
     metrics = Metrics()
     dispatcher = await _open_dispatcher(settings, shares, metrics)
@@ -262,31 +275,46 @@ def engine_environments(device: str) -> dict[str, dict[str, str]]:
     if device not in ("auto", "cuda"):
         return {device: {}}
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    gpus = [each.strip() for each in visible.split(",") if each.strip()] if visible is not None else _count_gpus()
+    listed = _list_gpus() if visible is None else [each.strip() for each in visible.split(",") if each.strip()]
+    # CUDA shows none from a -1 on
+    gpus = takewhile(lambda each: each != "-1", listed)
     return {f"gpu{gpu}": {"CUDA_VISIBLE_DEVICES": gpu} for gpu in gpus} or {"cpu": {}}
 
 
-def _count_gpus() -> list[str]:
+def _list_gpus() -> list[str]:
+    """The numbers of the GPUs that the driver knows; parts that a GPU is cut into (MIG) are not counted."""
     if not shutil.which("nvidia-smi"):
         return []
     with contextlib.suppress(OSError, subprocess.TimeoutExpired):
         asked = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=30, check=False)
-        return [str(i) for i, line in enumerate(asked.stdout.splitlines()) if line.startswith("GPU")]
+        return re.findall(r"^GPU (\d+):", asked.stdout, re.MULTILINE)
     return []
 
 
 def _greet(settings: Settings) -> None:
     """The addresses that a person needs, and the model that will be drawn with."""
-    base = (
-        settings.public_url
-        or f"http://{'localhost' if settings.host in ('0.0.0.0', '::') else settings.host}:{settings.port}"
-    )
+    host = "localhost" if settings.host in ("0.0.0.0", "::") else settings.host
+    base = (settings.public_url or address(host, settings.port)).rstrip("/")
     model, problem = _default_model(settings)
     if problem:
         log.warning("no_model", error=problem)
     if settings.database and "://" not in settings.pictures:
-        log.warning("pictures_stay_here", folder=settings.pictures)
-    log.info("serving", page=f"{base}/", docs=f"{base}/docs", health=f"{base}/sdapi/v1/sd-models", model=model)
+        hint = "Set storage to a bucket (s3://…), unless all machines see this folder."
+        log.warning("pictures_stay_here", folder=settings.pictures, hint=hint)
+    if settings.role == "worker":
+        said = {"livez": f"{base}/livez", "metrics": f"{base}/metrics"}
+    else:
+        said = {"page": f"{base}/", "docs": f"{base}/docs", "health": f"{base}/sdapi/v1/sd-models"}
+    log.info("serving", **said, model=model)
+
+
+def _tell_who_may_ask(settings: Settings, keys: list[Key] | None) -> None:
+    """Warn where everybody may draw who reaches the service from elsewhere, and where nobody may."""
+    hint = "Make a key with: alphalayer keys add NAME"
+    if keys is None and settings.host not in ("127.0.0.1", "localhost", "::1"):
+        log.warning("open_to_all", host=settings.host, hint=hint)
+    elif keys == []:
+        log.warning("open_to_nobody", keys_file=str(settings.keys_file), hint=hint)
 
 
 def _knows_models(settings: Settings) -> bool:

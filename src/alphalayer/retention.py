@@ -44,9 +44,10 @@ def doomed(
 
 
 async def sweep(storage: Storage, dispatcher: Dispatcher, limits: Limits) -> int:
-    """Remove what is over the limits; how many pictures went. Pictures of jobs that are not over stay, and so do others' files."""
+    """Remove what is over the limits; how many files went. Pictures of jobs that are not over stay, and so do others' files."""
     # first, as the database may do what the place of the pictures does not
     jobs = await dispatcher.forget(time.time() - limits.jobs_days * DAY_S) if limits.jobs_days else 0
+    await asyncio.to_thread(storage.tidy)
     # without limits only previews go: a bucket need not tell of each picture then
     all_of_them = limits.pictures_days or limits.pictures_bytes
     files = await asyncio.to_thread(storage.list, "" if all_of_them else PREVIEW_PREFIX)
@@ -54,13 +55,14 @@ async def sweep(storage: Storage, dispatcher: Dispatcher, limits: Limits) -> int
     unfinished = {job_id[:10] for job_id in await dispatcher.unfinished_ids()}
     ours = [(key, size, modified) for key, size, modified in files if made_for(key)]
     gone = await asyncio.to_thread(doomed, ours, limits, time.time(), lambda key: made_for(key) in unfinished)
-    faults = [fault for key in gone if (fault := await asyncio.to_thread(_delete, storage, key))]
+    faults = {key: fault for key in gone if (fault := await asyncio.to_thread(_delete, storage, key))}
     if faults:
-        log.warning("pictures_stay", pictures=len(faults), error=str(faults[0]))
-    swept = len(gone) - len(faults)
+        log.warning("pictures_stay", pictures=len(faults), error=str(next(iter(faults.values()))))
+    swept = [key for key in gone if key not in faults]
+    previews = sum(key.startswith(PREVIEW_PREFIX) for key in swept)
     if swept or jobs:
-        log.info("swept", pictures=swept, jobs=jobs)
-    return swept
+        log.info("swept", pictures=len(swept) - previews, previews=previews, jobs=jobs)
+    return len(swept)
 
 
 def _delete(storage: Storage, key: str) -> AlphalayerError | None:

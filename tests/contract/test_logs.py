@@ -13,7 +13,8 @@ from typing import Any
 
 import httpx
 import pytest
-from tests.serving import free_port, wait_until
+from structlog.testing import capture_logs
+from tests.serving import free_port, served, wait_until
 
 from alphalayer.keys import add_key
 
@@ -103,6 +104,29 @@ def test_ids_lead_from_a_request_to_its_job(tmp_path, asked):
     assert ("a hidden wish" in everything) == asked
     for word in (secret, "pass-word", "wrong-word"):
         assert word not in everything
+
+
+@pytest.mark.parametrize(
+    ("settings", "warnings", "said"),
+    [
+        ({}, [], {"page": "http://127.0.0.1:7861/", "docs": "http://127.0.0.1:7861/docs"}),
+        ({"host": "0.0.0.0"}, ["open_to_all"], {"page": "http://localhost:7861/"}),
+        ({"host": "::1"}, [], {"page": "http://[::1]:7861/"}),
+        ({"host": "::", "api_auth": "ann:pass-word"}, [], {"page": "http://localhost:7861/"}),
+        ({"host": "0.0.0.0", "role": "worker"}, [], {"livez": "http://localhost:7861/livez", "page": None}),
+        ({"keys_file": "keys.json"}, ["open_to_nobody"], {}),
+    ],
+)
+def test_a_start_says_where_it_is_and_who_may_ask(tmp_path, monkeypatch, request, settings, warnings, said):
+    monkeypatch.chdir(tmp_path)
+    Path("keys.json").write_text("[]")
+    if "role" in settings:
+        settings = {**settings, "database": request.getfixturevalue("postgres").fresh_database()}
+    with capture_logs() as logs, served(tmp_path, **{"port": 7861, **settings}):
+        pass
+    assert [line["event"] for line in logs if line["event"].startswith("open_to")] == warnings
+    serving = next(line for line in logs if line["event"] == "serving")
+    assert {name: serving.get(name) for name in said} == said
 
 
 def _is_ready(client: httpx.Client) -> bool:

@@ -139,7 +139,7 @@ def send(service: httpx.Client, number: int, *, steps: int = 4, timeout_s: float
 
 
 def test_the_services_own_address_may_be_ipv6():
-    from alphalayer.api.mcp import address
+    from alphalayer.api.addresses import address
 
     assert address("::1", 7861) == "http://[::1]:7861"
     assert address("127.0.0.1", 7861) == "http://127.0.0.1:7861"

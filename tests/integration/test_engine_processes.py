@@ -24,9 +24,15 @@ from alphalayer.worker.process import EngineProcess
 
 @pytest.fixture
 def two_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine whose `nvidia-smi` lists two cards."""
+    """A machine whose `nvidia-smi` lists two cards, one of them cut in two."""
+    listed = [
+        "GPU 0: Some Card (UUID: GPU-1)",
+        "  MIG 3g.20gb Device  0: (UUID: MIG-1)",
+        "  MIG 3g.20gb Device  1: (UUID: MIG-2)",
+    ]
+    listed.append("GPU 1: Some Card (UUID: GPU-2)")
     tool = tmp_path / "nvidia-smi"
-    tool.write_text("#!/bin/sh\necho 'GPU 0: Some Card (UUID: GPU-1)'\necho 'GPU 1: Some Card (UUID: GPU-2)'\n")
+    tool.write_text("#!/bin/sh\n" + "".join(f"echo '{line}'\n" for line in listed))
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
@@ -40,6 +46,8 @@ def two_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("1", "auto", {"gpu1": "1"}),
         ("3, GPU-2", "cuda", {"gpu3": "3", "gpuGPU-2": "GPU-2"}),
         ("", "auto", {"cpu": None}),
+        ("-1", "auto", {"cpu": None}),
+        ("1,-1,0", "auto", {"gpu1": "1"}),
         (None, "cpu", {"cpu": None}),
         (None, "cuda:1", {"cuda:1": None}),
     ],

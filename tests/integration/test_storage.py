@@ -6,19 +6,25 @@ import contextlib
 import errno
 import os
 import stat
+import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import httpx
 import pytest
 from fastmcp import Client as Assistant
 from fastmcp.client.transports import StreamableHttpTransport
+from structlog.testing import capture_logs
 from tests.serving import served
 
+from alphalayer.app import check
 from alphalayer.client import Client
-from alphalayer.errors import FileMissing, StorageFailed
+from alphalayer.config import Settings
+from alphalayer.errors import FileMissing, SetupFailed, StorageFailed
 from alphalayer.keys import add_key
-from alphalayer.storage import Storage
+from alphalayer.storage import Storage, localfiles
 from alphalayer.storage.objects import open_storage
 
 FOR_EVER = "public, max-age=31536000, immutable"
@@ -91,15 +97,46 @@ async def test_a_picture_has_its_name_once_it_is_safe_from_a_power_cut(tmp_path:
     assert {each.name for each in tmp_path.iterdir()} == {"alpha_1.png", "preview_1.webp"}
 
 
-def test_what_a_killed_process_left_unfinished_goes_at_a_later_start(tmp_path: Path):
-    old, new, foreign = tmp_path / "alpha_1.png#77", tmp_path / "alpha_2.png#78", tmp_path / "notes#old"
-    for path in (old, new, foreign):
+async def test_the_name_of_a_picture_is_safe_for_whoever_wrote_it_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A first process may have been killed between the name and its sync."""
+    storage = open_storage(str(tmp_path))
+    storage.put("alpha_1.png", b"first")
+    synced: list[Path] = []
+    monkeypatch.setattr(localfiles, "_sync", synced.append)
+    storage.put("alpha_1.png", b"second")
+    assert synced == [tmp_path]
+    assert await read(storage, "alpha_1.png") == b"first"
+
+
+def test_what_a_killed_process_left_unfinished_goes_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def unlink(path: Path, missing_ok: bool = False) -> None:
+        if path == stuck:
+            raise PermissionError(errno.EPERM, "Operation not permitted")
+        path_unlink(path, missing_ok)
+
+    path_unlink = Path.unlink
+    monkeypatch.setattr(Path, "unlink", unlink)
+    made = [
+        "alpha_1_aaaaaaaaaa00.png",
+        "alpha_1_bbbbbbbbbb00.png",
+        f"preview_{'c' * 24}.webp",
+        "alpha_1_dddddddddd00.png",
+    ]
+    old, stuck, preview, new = [tmp_path / f"{name}#{i}" for i, name in enumerate(made)]
+    foreign = [tmp_path / "my notes#1", tmp_path / "alpha_1.png#77", tmp_path / "alpha_1_eeeeeeeeee00.png#x"]
+    for path in (old, stuck, preview, new, *foreign):
         path.write_bytes(b"half a pict")
-    for path in (old, foreign):
+    folders = [tmp_path / "set#2", tmp_path / "alpha_1_ffffffffff00.png#5"]
+    for folder in folders:
+        folder.mkdir()
+    for path in set(tmp_path.iterdir()) - {new}:
         os.utime(path, (1e9, 1e9))
-    assert open_storage(str(tmp_path)).list() == [("notes#old", 11, 1e9)]
-    assert not old.exists()
-    assert new.exists(), "somebody may be writing it"
+    storage = open_storage(str(tmp_path))
+    assert old.exists(), "to open it does not walk through all pictures"
+    with capture_logs() as logs:
+        storage.tidy()
+    assert set(tmp_path.iterdir()) == {stuck, new, *foreign, *folders}, "somebody may be writing the new one"
+    assert [(line["event"], line["file"]) for line in logs] == [("unfinished_stays", str(stuck))]
 
 
 async def test_a_picture_stays_what_it_was_where_there_are_no_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -143,6 +180,58 @@ def test_a_place_that_is_gone_is_said(tmp_path: Path):
     (tmp_path / "pictures").write_text("a file now")
     with pytest.raises(StorageFailed, match=r"cannot write alpha_1\.png"):
         storage.put("alpha_1.png", b"x")
+
+
+async def test_a_bucket_that_cannot_be_used_is_said_at_the_start(
+    bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    settings = Settings(storage=bucket, data_dir=tmp_path)
+
+    async def refused() -> str:
+        with pytest.raises(SetupFailed) as told:
+            await check(settings)
+        assert "<" not in str(told.value)
+        return str(told.value)
+
+    with monkeypatch.context() as wrong:
+        wrong.setenv("AWS_ACCESS_KEY_ID", "wrong")
+        assert "(InvalidAccessKeyId)" in await refused()
+    with monkeypatch.context() as wrong:
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            wrong.delenv(name)
+        wrong.setenv("AWS_METADATA_ENDPOINT", "http://127.0.0.1:1")
+        assert "Set AWS_ACCESS_KEY_ID" in await refused()
+    with monkeypatch.context() as wrong, no_such_bucket() as address:
+        wrong.setenv("AWS_ENDPOINT_URL", address)
+        assert f'there is no bucket "pictures" at {address}.' in await refused()
+        with pytest.raises(StorageFailed, match=r"does not exist \(NoSuchBucket\)\.") as told:
+            open_storage(bucket).put("alpha_1.png", b"x")
+        assert "<" not in str(told.value)
+    await check(settings)
+    assert open_storage(bucket).list() == []
+
+
+@contextlib.contextmanager
+def no_such_bucket() -> Iterator[str]:
+    """A server that says of every bucket what Amazon's says of one that is not there."""
+
+    class Answer(BaseHTTPRequestHandler):
+        def do_PUT(self) -> None:
+            self.rfile.read(int(self.headers["content-length"]))
+            body = b'<?xml version="1.0" encoding="UTF-8"?>\n<Error><Code>NoSuchBucket</Code>'
+            body += b"<Message>The specified bucket does not exist</Message><BucketName>pictures</BucketName></Error>"
+            self.send_response(404)
+            self.send_header("content-length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Answer) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
 
 
 def test_pictures_are_redirected_to_the_bucket(bucket: str, tmp_path: Path):

@@ -107,4 +107,13 @@ async def test_what_cannot_be_removed_stops_nothing_else(tmp_path: Path):
         ("pictures_stay", 1, None),
         ("swept", 1, 1),
     ]
+    storage.put("preview_bbbbbbbbbbbbbbbbbbbbbbbb.webp", b"x", replace=True)
+    unfinished = outputs / "alpha_1_cccccccccc00.png#7"
+    unfinished.write_bytes(b"half a pict")
+    for path in outputs.iterdir():
+        os.utime(path, (0, 0))
+    with capture_logs() as logs:
+        assert await sweep(storage, dispatcher, Limits()) == 1
+    assert [(line["event"], line["pictures"], line["previews"]) for line in logs] == [("swept", 0, 1)]
+    assert not unfinished.exists()
     await dispatcher.close()

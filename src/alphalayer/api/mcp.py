@@ -22,6 +22,7 @@ from fastmcp.utilities.types import Image
 from pydantic import Field, ValidationError
 
 from alphalayer import __version__
+from alphalayer.api.addresses import address
 from alphalayer.api.problems import first_fault
 from alphalayer.client import TIMEOUT_S, AsyncClient, JobStatus
 from alphalayer.errors import AlphalayerError
@@ -134,8 +135,3 @@ def connect_to_caller() -> AsyncClient:
     headers = {name: request.headers[name] for name in PASSED_ON if name in request.headers}
     http = httpx.AsyncClient(trust_env=False, timeout=TIMEOUT_S)
     return AsyncClient(address(*request.scope["server"]), headers=headers, http=http)
-
-
-def address(host: str, port: int) -> str:
-    """The URL of what listens there; an IPv6 address gets its brackets."""
-    return str(httpx.URL(scheme="http", host=host, port=port))

@@ -23,7 +23,7 @@ class StoredFile:
 
 
 class Storage(Protocol):
-    """A flat set of files. `put` and `delete` block and are called from threads; the rest is asynchronous."""
+    """A flat set of files. `open` is asynchronous; all that asks the place blocks and is called from threads."""
 
     def put(self, key: str, data: bytes, *, replace: bool = False) -> None:
         """Write a file as a whole, or not at all. One that is there stays as it is, unless it is to be replaced. Raises `StorageFailed`."""
@@ -43,6 +43,10 @@ class Storage(Protocol):
 
     def list(self, after: str = "") -> list[tuple[str, int, float]]:
         """Key, size in bytes and time of writing (Unix seconds) of every file whose key sorts after this. Raises `StorageFailed`."""
+        ...
+
+    def tidy(self) -> None:
+        """Remove what was left by processes that were killed while they wrote. Raises `StorageFailed`."""
         ...
 
 

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
-import re
 import secrets
+import stat
 import time
 from pathlib import Path
 
+from alphalayer.job import made_for
+from alphalayer.telemetry import log
+
 ABANDONED_S = 600.0
 """Nobody writes a picture for so long."""
-_UNFINISHED = re.compile(r"[^#]+#\d+")
-"""Names that obstore takes for no files."""
 
 
 def write(folder: Path, key: str, data: bytes, *, replace: bool) -> None:
     """Write a file of a folder; one that is there stays, unless it is to be replaced. A new one has its name only once its bytes are safe
     from a power cut, and when this returns, the name is, too: obstore syncs neither. Raises `OSError`."""
     folder.mkdir(parents=True, exist_ok=True)
+    # obstore takes names that end so for no files
     unfinished = folder / f"{key}#{secrets.randbits(64)}"
     try:
         with unfinished.open("xb") as file:
@@ -33,24 +34,31 @@ def write(folder: Path, key: str, data: bytes, *, replace: bool) -> None:
         try:
             (folder / key).hardlink_to(unfinished)
         except FileExistsError:
-            return
+            pass  # whoever wrote it may not have come to the sync below
         except OSError:
             # some file systems (exFAT, many SMB shares) have no links
-            if (folder / key).exists():
-                return
-            unfinished.replace(folder / key)
+            if not (folder / key).exists():
+                unfinished.replace(folder / key)
         _sync(folder)
     finally:
         unfinished.unlink(missing_ok=True)
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Remove what processes left that were killed while they wrote, here or, a while ago, elsewhere. Raises `OSError`."""
+    """Remove what processes left that were killed a while ago as they wrote pictures. What cannot be removed is logged; files of others
+    stay. Raises `OSError` where there is no folder."""
     for path in folder.iterdir():
-        if _UNFINISHED.fullmatch(path.name):
-            with contextlib.suppress(FileNotFoundError):
-                if time.time() - path.stat().st_mtime > ABANDONED_S:
-                    path.unlink()
+        key, _, number = path.name.partition("#")
+        if not number.isdigit() or not made_for(key):
+            continue
+        try:
+            about = path.lstat()
+            if stat.S_ISREG(about.st_mode) and time.time() - about.st_mtime > ABANDONED_S:
+                path.unlink()
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            log.warning("unfinished_stays", file=str(path), error=error.strerror)
 
 
 def _sync(folder: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import re
 from collections.abc import AsyncIterator
 from datetime import timedelta
 from pathlib import Path
@@ -12,11 +14,14 @@ from obstore.exceptions import AlreadyExistsError, BaseError
 from obstore.store import LocalStore, from_url
 
 from alphalayer import images
-from alphalayer.errors import FileMissing, StorageFailed
+from alphalayer.errors import FileMissing, SetupFailed, StorageFailed
+from alphalayer.job import PREVIEW_PREFIX, new_id
 from alphalayer.storage import StoredFile, check_key, localfiles
 
 CHUNK_BYTES = 256 * 1024
 FOR_EVER = "public, max-age=31536000, immutable"
+_ASKS_FOR_KEYS = re.compile("/latest/(api/token|meta-data)")
+"""Where machines of Amazon's find keys; whoever has none is sent there."""
 
 
 class ObjectStorage:
@@ -82,16 +87,27 @@ class ObjectStorage:
         except (BaseError, OSError) as error:
             raise self._failed("list", "", error) from None
 
+    def tidy(self) -> None:
+        """Remove what killed processes left, of which buckets keep nothing; see the protocol."""
+        if not isinstance(self._store, LocalStore):
+            return
+        try:
+            localfiles.remove_unfinished(Path(self._where))
+        except OSError as error:
+            raise self._failed("tidy", "", error) from None
+
     def _failed(self, doing: str, key: str, error: Exception) -> StorageFailed:
         return StorageFailed(
-            f"cannot {doing} {key} in {self._where}: {_first_line(error)}.",
+            f"cannot {doing} {key or 'the files'} in {self._where}: {_cause(error)}.",
             hint="Check that there is space, that the place may be written to, and its address and keys.",
         )
 
 
-def _first_line(error: Exception) -> str:
-    """What is wrong, without the trace that obstore adds."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+def _cause(error: Exception) -> str:
+    """What is wrong: a bucket's own words, or the error without the trace that obstore adds."""
+    if said := re.search(r"<Code>(.*?)</Code>\s*<Message>(.*?)\.?</Message>", str(error), re.DOTALL):
+        return f"{said[2]} ({said[1]})"
+    lines = [line.strip() for line in str(error).partition("<?xml")[0].splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__
 
 
@@ -110,9 +126,42 @@ def open_storage(place: str) -> ObjectStorage:
         if "://" in place:
             return ObjectStorage(from_url(place), place)
         Path(place).mkdir(parents=True, exist_ok=True)
-        localfiles.remove_unfinished(Path(place))
         return ObjectStorage(LocalStore(place), str(Path(place).resolve()))
     except (BaseError, OSError, ValueError) as error:
         raise StorageFailed(
-            f"cannot use {place} for pictures: {_first_line(error)}.", hint="Set another folder or URL."
+            f"cannot use {place} for pictures: {_cause(error)}.", hint="Set another folder or URL."
         ) from None
+
+
+def check_bucket(place: str) -> None:
+    """Write a small file into a bucket and remove it, so that what is wrong is known before anything is drawn. Asks no long time.
+
+    Raises:
+        SetupFailed: no such bucket, no keys or keys that are refused, or it cannot be reached.
+    """
+    # a preview by its name: where it may not be removed, it is swept away with those
+    key = f"{PREVIEW_PREFIX}{new_id()}.webp"
+    try:
+        store = from_url(place, retry_config={"max_retries": 2})
+        obstore.put(store, key, b"alphalayer", mode="overwrite", use_multipart=False)
+    except (BaseError, OSError, ValueError) as error:
+        raise _unusable(place, error) from None
+    with contextlib.suppress(BaseError, OSError):
+        obstore.delete(store, key)
+
+
+def _unusable(place: str, error: Exception) -> SetupFailed:
+    name, asked = place.split("/")[2], re.search(r"https?://[^/\s]+", str(error))
+    if _ASKS_FOR_KEYS.search(str(error)):
+        return SetupFailed(
+            f'there are no keys for the bucket "{name}".', hint="Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY."
+        )
+    if isinstance(error, FileNotFoundError):
+        return SetupFailed(
+            f'there is no bucket "{name}" at {asked[0] if asked else place}.',
+            hint="Make it, or mend the setting storage or AWS_ENDPOINT_URL.",
+        )
+    return SetupFailed(
+        f'the bucket "{name}" cannot be written to: {_cause(error)}.',
+        hint="Check its address, its keys and their rights.",
+    )
