@@ -214,7 +214,15 @@ async def _assemble(settings: Settings, engine: str, options: dict[str, Any], tr
     supervisors = [
         Supervisor(
             name,
-            EngineSpec(engine, options, place, environment, settings.silence_limit_s, settings.batch_wait_s),
+            EngineSpec(
+                engine,
+                options,
+                place,
+                environment,
+                settings.silence_limit_s,
+                settings.batch_wait_s,
+                {"level": settings.log_level, "as_json": settings.log_json},
+            ),
             dispatcher,
             metrics,
             traces,

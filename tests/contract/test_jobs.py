@@ -34,10 +34,11 @@ def finished(client: httpx.Client, job: dict, state: str = "done") -> dict:
 
 
 def test_a_job_comes_to_its_pictures(client):
-    job = submit(client, batch_size=2)
+    job = submit(client, batch_size=2, n_iter=2)
     assert job["state"] in ("queued", "running")
     done = finished(client, job)
-    assert [image["seed"] for image in done["images"]] == [12345, 12346]
+    assert (done["step"], done["steps"]) == (20, 20)
+    assert [image["seed"] for image in done["images"]] == [12345, 12346, 12347, 12348]
     assert client.get(done["images"][1]["url"]).status_code == 200
     assert done["error"] is None
     assert done["created_at"] <= done["started_at"] <= done["finished_at"]

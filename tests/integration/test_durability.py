@@ -169,6 +169,7 @@ def create_unwarmable(_options: dict[str, Any]) -> FakeEngine:
 @pytest.mark.parametrize("name", ["create_unwarmable", "create_nothing"])
 def test_an_engine_that_cannot_be_opened_says_why_and_ends_by_itself(tmp_path, name: str):
     opening = {"engine": f"tests.integration.test_durability:{name}", "options": {}, "storage": str(tmp_path)}
+    opening |= {"name": "cpu", "logs": {"level": "info", "as_json": False}}
     with subprocess.Popen(
         [sys.executable, "-m", "alphalayer.worker.process"],
         stdin=subprocess.PIPE,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import json
+import logging
 import os
 import threading
 import time
@@ -86,6 +88,31 @@ def test_it_is_warm_before_it_is_ready(tmp_path: Path):
     with served(tmp_path, engine=engine, engine_options={"mark": str(mark)}, wait_ready=False) as client:
         wait_until(lambda: client.get("/ping").status_code == 200, 20)
         assert mark.exists()
+
+
+class Grumbling(FakeEngine):
+    """Has something to say."""
+
+    def warm_up(self) -> None:
+        logging.getLogger("alphalayer.engine").warning("a file is left out (%s).", "broken")
+
+
+def create_grumbling(_options: dict[str, Any]) -> Grumbling:
+    return Grumbling()
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_what_the_engine_logs_looks_as_the_log_of_its_service(tmp_path: Path, capfd, as_json: bool):
+    engine = "tests.integration.test_engine_processes:create_grumbling"
+    with served(tmp_path, engine=engine, log_json=as_json):
+        pass
+    (line,) = [line for line in capfd.readouterr().err.splitlines() if "a file is left out (broken)." in line]
+    if as_json:
+        said = json.loads(line)
+        assert (said["event"], said["level"], said["engine"]) == ("a file is left out (broken).", "warning", "cpu")
+    else:
+        assert "warning" in line
+        assert "engine=cpu" in line
 
 
 def test_the_next_job_is_sent_before_the_one_before_is_stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

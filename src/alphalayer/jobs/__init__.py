@@ -45,6 +45,12 @@ class JobView:
     progress: JobProgress = JobProgress()
     eta_s: float | None = None
 
+    @classmethod
+    def of_ended(cls, job: Job) -> JobView:
+        """A job that is over, as the journal has it; one that is done stands at its last step."""
+        steps = (job.result.generation.steps or 0) * job.spec.iterations if job.result else 0
+        return cls(job, progress=JobProgress(step=steps, steps=steps))
+
 
 class Dispatcher(Protocol):
     """Takes jobs in, hands them out once each, and remembers what came of them."""

@@ -187,14 +187,14 @@ class EmbeddedDispatcher(Housekeeping):
         if job_id in self._live:
             return self._view(self._live[job_id])
         job = await self._journal.get(job_id)
-        return JobView(job) if job else None
+        return JobView.of_ended(job) if job else None
 
     async def list(
         self, *, owner: str | None = None, state: JobState | None = None, limit: int = 50, before: float | None = None
     ) -> list[JobView]:
         """Jobs, newest first; see the protocol."""
         found = await self._journal.list(owner, state, limit, before)
-        return [self._view(self._live[job.id]) if job.id in self._live else JobView(job) for job in found]
+        return [self._view(self._live[job.id]) if job.id in self._live else JobView.of_ended(job) for job in found]
 
     async def cancel(self, job_id: str) -> bool:
         """Stop a job; one that runs is over when its engine says so. See the protocol."""

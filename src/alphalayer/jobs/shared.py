@@ -369,7 +369,7 @@ class SharedDispatcher(Housekeeping):
 
     def _view(self, job: Job, position: int | None) -> JobView:
         if job.state.is_final:
-            return JobView(job)
+            return JobView.of_ended(job)
         if position is not None:
             room = self._room
             rests = [eta.rest_s(at, self._news.progress_of(each)) for each, at in room.some_running.items()]

@@ -17,6 +17,8 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import IO, Any
 
+from structlog.contextvars import bind_contextvars
+
 from alphalayer import images
 from alphalayer.engine import Engine, GenerationResult, Order, Progress
 from alphalayer.errors import AlphalayerError, Cancelled, EngineFailed, StorageFailed
@@ -25,6 +27,7 @@ from alphalayer.jobs import MAX_STARTS
 from alphalayer.request import GenerationRequest
 from alphalayer.storage import Storage
 from alphalayer.storage.objects import open_storage
+from alphalayer.telemetry import set_up_logs
 from alphalayer.worker.protocol import read_message, write_message
 
 
@@ -44,6 +47,9 @@ class EngineProcess:
     def serve(self) -> None:
         """Open the engine, then draw until the input ends; returns if it cannot be opened or go on, after it said why."""
         opening = read_message(self._reader.readline())
+        set_up_logs(**opening["logs"])
+        # stands in every line, as in those of its supervisor
+        bind_contextvars(engine=opening["name"])
         try:
             engine: Engine = load_attribute(opening["engine"])(opening["options"])
             self._memory_bytes = engine.memory_bytes

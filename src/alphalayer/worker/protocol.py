@@ -1,6 +1,6 @@
 """What supervisor and engine process say to each other: one JSON object a line, over the process's standard input and output.
 
-to the engine     open    {engine, options, storage}        once, first
+to the engine     open    {name, logs, engine, options, storage}   once, first
                   run     {jobs}                             draw them together and store them; sent ahead
                   cancel  {id}
 from the engine   ready   {batch_pixels, device}             after `open`; how much it draws together, with what

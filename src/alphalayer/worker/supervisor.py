@@ -42,6 +42,8 @@ class EngineSpec:
     """A process that starts or works and says nothing for so long is taken for hung and killed."""
     batch_wait_s: float = 0.0
     """How long a batch that is not full waits for more."""
+    logs: dict[str, Any] = field(default_factory=lambda: {"level": "info", "as_json": False})
+    """What it sets its logs up with, as `alphalayer.telemetry.set_up_logs` wants it."""
 
 
 @dataclass(eq=False)
@@ -149,7 +151,8 @@ class Supervisor:
         spec = self._spec
         feeding: list[asyncio.Task[None]] = []
         try:
-            await self._send("open", engine=spec.engine, options=spec.options, storage=spec.storage)
+            about = {"engine": spec.engine, "options": spec.options, "storage": spec.storage}
+            await self._send("open", name=self.name, logs=spec.logs, **about)
             self._heard_at, self._hung = time.monotonic(), False
             feeding = [asyncio.create_task(self._kill_when_hung(process))]
             assert process.stdout is not None
