@@ -21,7 +21,7 @@ from alphalayer.config import Settings
 from alphalayer.engine import Order, Progress
 from alphalayer.errors import AlphalayerError, StorageFailed
 from alphalayer.job import ImageRef, Job, JobSpec, JobState
-from alphalayer.storage import Storage
+from alphalayer.storage import Storage, read
 from alphalayer.storage.objects import open_storage
 from alphalayer.worker.process import for_users, iterations, load_attribute, store_pictures
 
@@ -92,16 +92,11 @@ class Handler:
         told = {"filename": image.key, "seed": image.seed, "width": image.width, "height": image.height}
         if url and not with_data:
             return {**told, "url": url}
-        data = asyncio.run(_read(self._storage, image.key))
+        data = asyncio.run(read(self._storage, image.key))
         if not url:
             with contextlib.suppress(StorageFailed):  # nobody would ever come for it
                 self._storage.delete(image.key)
         return {**told, **({"url": url} if url else {}), "base64": base64.b64encode(data).decode()}
-
-
-async def _read(storage: Storage, key: str) -> bytes:
-    found = await storage.open(key)
-    return b"".join([chunk async for chunk in found.chunks])
 
 
 def _checked(answer: dict[str, Any]) -> dict[str, Any]:

@@ -733,10 +733,10 @@ async def test_an_address_says_what_postgresqls_own_programs_understand(postgres
 
 
 async def test_pgqueuers_tables_are_cleaned_often_enough_and_its_log_is_emptied(postgres, monkeypatch):
-    from alphalayer.jobs import news, shared
+    from alphalayer.jobs import claims, news, shared
 
     monkeypatch.setattr(news, "ASK_EVERY_S", 0.2)
-    monkeypatch.setattr(shared, "TIDY_EVERY_S", 0.5)
+    monkeypatch.setattr(claims, "TIDY_EVERY_S", 0.5)
     url = postgres.fresh_database()
     pods = [await shared.SharedDispatcher.open(url, 10) for _ in range(2)]
     try:

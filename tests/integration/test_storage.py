@@ -24,7 +24,7 @@ from alphalayer.client import Client
 from alphalayer.config import Settings
 from alphalayer.errors import FileMissing, SetupFailed, StorageFailed
 from alphalayer.keys import add_key
-from alphalayer.storage import Storage, localfiles
+from alphalayer.storage import Storage, localfiles, read
 from alphalayer.storage.objects import open_storage
 
 FOR_EVER = "public, max-age=31536000, immutable"
@@ -41,10 +41,6 @@ def bucket(s3: dict[str, str], s3_prefix: str, monkeypatch: pytest.MonkeyPatch) 
 def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
     place = str(tmp_path / "pictures") if request.param == "folder" else request.getfixturevalue("bucket")
     return open_storage(place)
-
-
-async def read(storage: Storage, key: str) -> bytes:
-    return b"".join([chunk async for chunk in (await storage.open(key)).chunks])
 
 
 async def test_a_file_is_written_found_listed_and_removed(storage: Storage):

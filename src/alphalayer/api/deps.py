@@ -18,7 +18,7 @@ from alphalayer.errors import AlphalayerError, Cancelled, FileMissing, InvalidRe
 from alphalayer.job import Job, JobSpec, JobState, new_id
 from alphalayer.jobs import Dispatcher, JobView
 from alphalayer.request import DecodeMode, GenerationRequest, NoiseSource
-from alphalayer.storage import Storage
+from alphalayer.storage import Storage, read
 from alphalayer.telemetry import Metrics, log
 from alphalayer.tracing import here
 
@@ -93,8 +93,7 @@ def file_url(base: str, key: str) -> str:
 
 async def read_file(service: Service, key: str) -> bytes:
     """A stored file as a whole. Raises `FileMissing`, `StorageFailed`."""
-    found = await service.storage.open(key)
-    return b"".join([chunk async for chunk in found.chunks])
+    return await read(service.storage, key)
 
 
 async def read_preview(service: Service, key: str) -> bytes | None:

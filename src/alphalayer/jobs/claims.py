@@ -1,11 +1,16 @@
-"""Which job of the shared queue a worker claims next. PgQueuer's rows carry an entrypoint; here it says what the job wants."""
+"""Which job of the shared queue a worker claims next, and how it keeps it.
+
+PgQueuer's rows carry an entrypoint; here it says what the job wants.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import re
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
 
@@ -14,14 +19,19 @@ from pgqueuer import Queries
 from pgqueuer.models import Job as QueueRow
 from pgqueuer.ports.repository import EntrypointExecutionParameter
 from pgqueuer.types import QueueEntrypoint, QueueManagerId
+from sqlalchemy import select
 
-from alphalayer.errors import SetupFailed
+from alphalayer.errors import SetupFailed, StorageFailed
 from alphalayer.job import Job
 from alphalayer.jobs import postgres
+from alphalayer.jobs.journal import jobs
+from alphalayer.jobs.news import News
+from alphalayer.jobs.transactions import Transactions
 
 CLAIM_S = 15.0
 """A claim without heartbeat for so long is another's to take."""
 NEVER_S = 1e9
+TIDY_EVERY_S = 600.0
 LEAST_EAGER = 0.002
 STAY_S = 30.0
 """So long a worker stays with its model while an older job waits for another one. To load a model takes some 5 to 10 seconds."""
@@ -121,6 +131,38 @@ class Held:
             self.is_lost = True
             self.cancel.set()
         return not self.is_lost
+
+
+async def keep_alive(held: Mapping[str, Held], worker: QueueManagerId, transaction: Transactions) -> None:
+    """Keep a worker's claims alive until cancelled, and do what news may have failed to say: a job is to stop, a claim is another's by
+    now."""
+    while True:
+        await asyncio.sleep(CLAIM_S / 4)
+        if held:
+            with contextlib.suppress(StorageFailed, asyncio.TimeoutError):
+                # a connection that is stuck must not keep the next heartbeat
+                await asyncio.wait_for(_renew(list(held.values()), worker, transaction), CLAIM_S / 2)
+
+
+async def _renew(held: list[Held], worker: QueueManagerId, transaction: Transactions) -> None:
+    cancelled = select(jobs.c.id).where(jobs.c.id.in_([each.job.id for each in held]), jobs.c.cancel_asked)
+    async with transaction() as (connection, queue):
+        mine = [each for each in held if await each.is_of(worker, queue)]
+        await queue.update_heartbeat([each.row.id for each in mine])
+        asked = set((await connection.execute(cancelled)).scalars())
+    for each in held:
+        if each.job.id in asked:
+            each.cancel.set()
+
+
+async def keep_tidy(news: News, transaction: Transactions) -> None:
+    """Empty PgQueuer's log, three rows a job that nobody reads; one of all that listen does it. Until cancelled."""
+    while True:
+        await asyncio.sleep(TIDY_EVERY_S)
+        if news.is_first:
+            with contextlib.suppress(StorageFailed):
+                async with transaction() as (_, queue):
+                    await queue.clear_queue_log()
 
 
 class Patience:

@@ -12,10 +12,11 @@ import contextlib
 import time
 import uuid
 from collections.abc import AsyncIterator, Mapping, Sequence
+from functools import partial
 
 from pgqueuer.models import Job as QueueRow
 from pgqueuer.types import JobId, QueueManagerId
-from sqlalchemy import case, select, update
+from sqlalchemy import case, update
 
 from alphalayer.errors import AlphalayerError, Cancelled, StorageFailed
 from alphalayer.job import Job, JobProgress, JobResult, JobSpec, JobState
@@ -34,7 +35,6 @@ LOOK_EVERY_S = 2.0
 ASK_EVERY_S = 1.0
 """How often an idle worker asks for a job without any news: the longest that a job waits because nobody was eager."""
 PROGRESS_EVERY_S = 0.3
-TIDY_EVERY_S = 600.0
 AWAY_S = 10.0
 """Jobs cannot be written down where the last look at the queue that went well is so long ago."""
 
@@ -76,7 +76,7 @@ class SharedDispatcher(Housekeeping):
                 ("news", dispatcher._news.run),
                 ("beat", dispatcher._beat),
                 ("look", dispatcher._keep_looking),
-                ("tidy", dispatcher._keep_tidy),
+                ("tidy", partial(claims.keep_tidy, dispatcher._news, dispatcher._transaction)),
             )
         ]
         return dispatcher
@@ -382,22 +382,7 @@ class SharedDispatcher(Housekeeping):
             self._held[job_id].cancel.set()
 
     async def _beat(self) -> None:
-        """Keep this pod's claims alive, and do what news may have failed to say: a job is to stop, a claim is another's by now."""
-        while True:
-            await asyncio.sleep(claims.CLAIM_S / 4)
-            held = list(self._held.values())
-            if held:
-                with contextlib.suppress(StorageFailed, asyncio.TimeoutError):
-                    # a connection that is stuck must not keep the next heartbeat
-                    await asyncio.wait_for(self._renew(held), claims.CLAIM_S / 2)
-
-    async def _renew(self, held: list[Held]) -> None:
-        cancelled = select(jobs.c.id).where(jobs.c.id.in_([each.job.id for each in held]), jobs.c.cancel_asked)
-        async with self._transaction() as (connection, queue):
-            mine = [each for each in held if await each.is_of(self._worker, queue)]
-            await queue.update_heartbeat([each.row.id for each in mine])
-            for job_id in (await connection.execute(cancelled)).scalars():
-                self._asked_to_cancel(job_id)
+        await claims.keep_alive(self._held, self._worker, self._transaction)
 
     async def _keep_looking(self) -> None:
         while True:
@@ -409,12 +394,3 @@ class SharedDispatcher(Housekeeping):
         async with self._transaction() as (connection, _):
             await self._room.look(connection)
         self._looked_at = time.monotonic()
-
-    async def _keep_tidy(self) -> None:
-        """Empty PgQueuer's log, three rows a job that nobody reads; one of all does it."""
-        while True:
-            await asyncio.sleep(TIDY_EVERY_S)
-            if self._news.is_first:
-                with contextlib.suppress(StorageFailed):
-                    async with self._transaction() as (_, queue):
-                        await queue.clear_queue_log()

@@ -50,6 +50,12 @@ class Storage(Protocol):
         ...
 
 
+async def read(storage: Storage, key: str) -> bytes:
+    """A file as a whole. Raises `FileMissing`, `StorageFailed`."""
+    found = await storage.open(key)
+    return b"".join([chunk async for chunk in found.chunks])
+
+
 def check_key(key: str) -> str:
     """The key, if it is one. Raises `FileMissing`: what cannot be a key names no file."""
     if not KEY.fullmatch(key) or ".." in key:
