@@ -34,7 +34,7 @@ from alphalayer.errors import AlphalayerError, SetupFailed
 from alphalayer.jobs import Dispatcher, opening
 from alphalayer.jobs.embedded import EmbeddedDispatcher
 from alphalayer.jobs.ends import note_end
-from alphalayer.keys import Key, who_may_ask
+from alphalayer.keys import Key, Keyring
 from alphalayer.retention import Limits, keep_sweeping
 from alphalayer.storage.objects import check_bucket, open_storage
 from alphalayer.tasks import keep_running
@@ -168,16 +168,18 @@ async def check(settings: Settings) -> None:
         await asyncio.to_thread(check_bucket, settings.storage)
     _keys(settings)
     _webhook_key(settings)
+    if settings.default_model and settings.role != "api":
+        catalog.resolve_model(settings.default_model, catalog.find_models(settings.models_dir), settings.models_dir)
     if settings.database is None:
         await opening.check(settings.data_dir / JOURNAL)
     else:
         await (await _open_dispatcher(settings, {}, Metrics())).close()
 
 
-def _keys(settings: Settings) -> list[Key] | None:
-    """Who may ask; None: everybody. Raises `SetupFailed`."""
+def _keys(settings: Settings) -> Keyring:
+    """Who may ask. Raises `SetupFailed`."""
     users = settings.api_auth.get_secret_value() if settings.api_auth else ""
-    return who_may_ask(settings.keys_file, users, must_be="keys_file" in settings.model_fields_set)
+    return Keyring(settings.keys_file, users, must_be="keys_file" in settings.model_fields_set)
 
 
 def _webhook_key(settings: Settings) -> bytes | None:
@@ -205,10 +207,9 @@ async def _assemble(settings: Settings, engine: str, options: dict[str, Any], tr
     secret = _webhook_key(settings)
     keys = _keys(settings)
     if settings.role != "worker":
-        _tell_who_may_ask(settings, keys)
-    shares = {key.name: key.queue_share for key in keys or ()}
+        _tell_who_may_ask(settings, keys.keys())
     metrics = Metrics()
-    dispatcher = await _open_dispatcher(settings, shares, metrics)
+    dispatcher = await _open_dispatcher(settings, keys.shares, metrics)
     metrics.queue_length.set_function(lambda: dispatcher.queue_length)
     metrics.queue_age.set_function(lambda: dispatcher.oldest_waiting_s)
     supervisors = [
@@ -263,7 +264,7 @@ async def _assemble(settings: Settings, engine: str, options: dict[str, Any], tr
         is_ready=is_ready,
         readiness=readiness,
         metrics=metrics,
-        gate=Gate(keys),
+        gate=Gate(keys.keys),
         ending=ending,
         default_model=settings.default_model,
         max_pixels=settings.max_request_pixels,

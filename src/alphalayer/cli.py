@@ -239,8 +239,12 @@ def keys_add(
     per_minute: Annotated[int, typer.Option(help="How often it may ask; 0: as often as wanted.")] = 0,
     queue_share: Annotated[float, typer.Option(help="Which part of the queue may be its own, up to 1.")] = 1.0,
 ) -> None:
-    """Make a key and show it, this once; a running service knows it after a restart."""
-    out.print(keys.add_key(load_settings().keys_file, name, per_minute, queue_share))
+    """Make a key and show it, this once; a running service knows it at once."""
+    file = load_settings().keys_file
+    out.print(keys.add_key(file, name, per_minute, queue_share))
+    err.print(
+        f"The key of {name}, shown this once. Its hash is in {file.absolute()}; a service that reads that file asks for a key now."
+    )
 
 
 @keys_app.command("list")
@@ -254,8 +258,12 @@ def keys_list() -> None:
 
 @keys_app.command("remove")
 def keys_remove(name: Annotated[str, typer.Argument(help="Whose key it is.")]) -> None:
-    """Forget a key; a running service knows it after a restart."""
-    keys.remove_key(load_settings().keys_file, name)
+    """Forget a key; a running service does so at once."""
+    file = load_settings().keys_file
+    if not keys.remove_key(file, name):
+        err.print(
+            f"warning: no key is left, and nobody may draw. To let in everybody, stop the service and remove {file.absolute()}"
+        )
 
 
 @app.command()

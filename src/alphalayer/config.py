@@ -55,7 +55,9 @@ _HTTP = r"https?://[^/\s]+"
 class Settings(BaseSettings):
     """Everything that can be set. Each field's description is its documentation."""
 
-    model_config = SettingsConfigDict(env_prefix=PREFIX, toml_file=TOML_FILE, frozen=True, extra="forbid")
+    model_config = SettingsConfigDict(
+        env_prefix=PREFIX, env_ignore_empty=True, toml_file=TOML_FILE, frozen=True, extra="forbid"
+    )
 
     host: Annotated[str, Field(description="Address to listen on; 0.0.0.0 for all.")] = "127.0.0.1"
     port: Annotated[int, Field(ge=1, le=65535, description="Port to listen on.")] = 7861
@@ -109,7 +111,9 @@ class Settings(BaseSettings):
         SecretStr | None,
         Field(description="user:password for HTTP Basic; several by commas."),
         _matching(
-            r"[\w.@-]{1,100}:.*", "user:password, several by commas; users of letters, digits and _.@-", is_list=True
+            r"[A-Za-z0-9_.@-]{1,100}:.*",
+            "user:password, several by commas; users of ASCII letters, digits and _.@-",
+            is_list=True,
         ),
     ] = None
     keys_file: Annotated[
@@ -186,6 +190,13 @@ class Settings(BaseSettings):
         bool, Field(description="Send traces over OTLP; the OTEL_* variables of OpenTelemetry say where to.")
     ] = False
     log_json: Annotated[bool, Field(description="Log one JSON object a line instead of readable text.")] = False
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _not_empty(cls, value: Any, info: ValidationInfo) -> Any:
+        if value == "" and info.field_name not in ("cors_allow_origins", "trusted_proxies"):
+            raise ValueError("it is empty; leave it out where it is not meant")
+        return value
 
     @field_validator("port", mode="before")
     @classmethod

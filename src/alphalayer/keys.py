@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import secrets
+import time
 from pathlib import Path
 from typing import Annotated
 
@@ -12,8 +13,11 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from alphalayer import faults
 from alphalayer.errors import SetupFailed
+from alphalayer.telemetry import log
 
 PREFIX = "alk_"
+LOOK_EVERY_S = 1.0
+"""How often it is looked whether the file of keys has changed."""
 
 
 class Key(BaseModel):
@@ -66,13 +70,52 @@ def add_key(file: Path, name: str, per_minute: int = 0, queue_share: float = 1.0
     return secret
 
 
-def remove_key(file: Path, name: str) -> None:
-    """Forget a key; the file stays, so that nobody is let in after the last one. Raises `SetupFailed`."""
+def remove_key(file: Path, name: str) -> list[Key]:
+    """Forget a key, and give those that are left; the file stays, so that nobody is let in after the last one. Raises `SetupFailed`."""
     keys = read_keys(file) or []
     left = [key for key in keys if key.name != name]
     if len(left) == len(keys):
         raise SetupFailed(f'there is no key "{name}" in {file}.')
     _write(file, left)
+    return left
+
+
+class Keyring:
+    """The keys and users of `who_may_ask`, read anew when the file has changed. One that is gone or broken by then changes nothing.
+
+    Raises what that raises.
+    """
+
+    def __init__(self, file: Path, users: str, *, must_be: bool):
+        self._file, self._users = file, users
+        self._stamp, self._looked_at = _stamp(file), time.monotonic()
+        self._keys = who_may_ask(file, users, must_be=must_be)
+        self.shares = {key.name: key.queue_share for key in self._keys or ()}
+        """Which part of the queue may be whose; changes with the keys."""
+
+    def keys(self) -> list[Key] | None:
+        """Who may ask now; None: everybody."""
+        if time.monotonic() - self._looked_at < LOOK_EVERY_S:
+            return self._keys
+        self._looked_at = time.monotonic()
+        stamp = _stamp(self._file)
+        if stamp != self._stamp:
+            self._stamp = stamp
+            try:
+                self._keys = who_may_ask(self._file, self._users, must_be=True)
+                self.shares.update({key.name: key.queue_share for key in self._keys or ()})
+            except SetupFailed as error:
+                log.error("keys_stay", error=str(error))
+        return self._keys
+
+
+def _stamp(file: Path) -> tuple[int, int, int] | None:
+    """Changes with the file, and with who may read it; None where it is not there."""
+    try:
+        about = file.stat()
+    except OSError:
+        return None
+    return about.st_mtime_ns, about.st_ctime_ns, about.st_size
 
 
 def who_may_ask(file: Path, users: str, *, must_be: bool) -> list[Key] | None:

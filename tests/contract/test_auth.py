@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import stat
+from pathlib import Path
 
 import pytest
-from tests.serving import served
+from tests.serving import served, wait_until
 
 from alphalayer import keys
 from alphalayer.app import check
@@ -31,6 +33,51 @@ def test_every_way_to_send_a_key(tmp_path):
             refused = client.post("/alpha/v1/txt2img", json=BODY, headers=encoded)
             assert refused.status_code == 401
             assert refused.json()["code"] == "unauthorized"
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "latin-1"])
+def test_a_password_outside_ascii_is_known_in_either_encoding(tmp_path, encoding):
+    pair = "ann:pässwörd".encode(encoding)
+    with served(tmp_path, api_auth="ann:pässwörd", wait_ready=False) as client:
+        for header in (b"Basic " + base64.b64encode(pair), b"Bearer " + pair):
+            assert client.get("/alpha/v1/jobs", headers={"Authorization": header}).status_code == 200
+
+
+def test_keys_that_change_while_the_service_runs_count(tmp_path, monkeypatch):
+    monkeypatch.setattr(keys, "LOOK_EVERY_S", 0)
+    file = tmp_path / "keys.json"
+    keys.add_key(file, "first")
+    with served(tmp_path, keys_file=file, wait_ready=False) as client:
+
+        def is_known(secret):
+            return client.get("/alpha/v1/jobs", headers={"X-API-Key": secret}).status_code == 200
+
+        secret = keys.add_key(file, "second", queue_share=0.5)
+        assert is_known(secret)
+        good = file.read_text()
+        file.write_text("{")  # the keys stay what they were
+        assert is_known(secret)
+        file.unlink()
+        assert is_known(secret)
+        assert client.get("/alpha/v1/jobs").status_code == 401
+        file.write_text(good)
+        keys.remove_key(file, "second")
+        assert not is_known(secret)
+
+
+def test_the_first_key_closes_a_service_that_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where the setting is left out, its file may be missing
+    with served(tmp_path, wait_ready=False) as client:
+        assert client.get("/alpha/v1/jobs").status_code == 200
+        keys.add_key(Path("data/keys.json"), "first")
+        wait_until(lambda: client.get("/alpha/v1/jobs").status_code == 401)
+
+
+def test_a_key_that_is_not_known_is_told_from_none(tmp_path):
+    keys.add_key(tmp_path / "keys.json", "shop")
+    with served(tmp_path, keys_file=tmp_path / "keys.json", wait_ready=False) as client:
+        for headers, said in (({}, "a key is needed."), ({"X-API-Key": "alk_x"}, "this key is not known.")):
+            assert client.get("/alpha/v1/jobs", headers=headers).json()["detail"].startswith(said)
 
 
 def test_a_key_that_asks_too_often_waits(tmp_path):

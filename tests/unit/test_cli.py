@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from tests import tiny_models
+from tests.serving import free_port
 from tests.unit.test_catalog import FAMILIES, write
 from typer.testing import CliRunner
 
@@ -224,6 +225,27 @@ def test_a_broken_keys_file_is_one_line(run: Run, tmp_path: Path):
         assert err.startswith("error: data/keys.json cannot be read: ")
         assert len(err.splitlines()) == 1
         assert "https://" not in err
+
+
+def test_a_key_is_shown_alone_and_where_it_is_kept_beside(run: Run, tmp_path: Path):
+    code, out, err = run("keys", "add", "bob")
+    assert code == 0
+    assert re.fullmatch(r"alk_\S+\n", out)
+    assert str(tmp_path / "data" / "keys.json") in err
+    run("keys", "add", "ann")
+    assert run("keys", "remove", "bob") == (0, "", "")
+    code, _, err = run("keys", "remove", "ann")
+    assert code == 0
+    assert "no key is left, and nobody may draw" in err
+    assert str(tmp_path / "data" / "keys.json") in err
+
+
+def test_a_default_model_that_is_not_there_stops_the_start(run: Run):
+    for command in (["serve", "--default-model", "nope"], ["serve-as-before", "--ckpt", "nope.safetensors"]):
+        code, _, err = run(*command, "--port", str(free_port()))
+        assert code == 1
+        assert "error: model: " in err
+        assert '"nope' in err
 
 
 def test_pulling_asks_first(run: Run, tmp_path: Path):

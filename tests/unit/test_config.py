@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from alphalayer.config import load_settings
+from alphalayer.config import Settings, load_settings
 from alphalayer.errors import SetupFailed
 
 
@@ -57,7 +57,7 @@ def test_flags_win_over_the_environment_and_that_over_the_file(clean: Path, monk
     [
         ("port", "0"), ("port", "65536"), ("port", "many"), ("memory", "huge"), ("dtype", "fp8"), ("noise", "dice"),
         ("queue_limit", "-1"), ("silence_limit_s", "0"), ("drain_s", "-1"), ("log_level", "loud"),
-        ("trusted_proxies", "proxy.local"), ("api_auth", "useronly"), ("api_auth", "ann:a,bob"), ("storage", "ftp://x"),
+        ("trusted_proxies", "proxy.local"), ("api_auth", "useronly"), ("api_auth", "ann:a,bob"), ("api_auth", "jörg:pw"), ("storage", "ftp://x"),
         ("storage", "s3://"), ("database", "mysql://x/y"), ("public_url", "pics.example.com"), ("role", "api"),
         ("cors_allow_origins", "example.com"), ("cors_allow_origins", "https://example.com/page"),
     ],
@@ -68,6 +68,21 @@ def test_wrong_values_are_named(monkeypatch: pytest.MonkeyPatch, name: str, valu
         load_settings()
     assert "Value error" not in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_an_empty_variable_is_none(monkeypatch: pytest.MonkeyPatch):
+    for name in Settings.model_fields:
+        monkeypatch.setenv(f"ALPHALAYER_{name.upper()}", "")
+    assert load_settings() == Settings.model_construct()
+
+
+@pytest.mark.parametrize("name", ["database", "data_dir", "api_auth", "port"])
+def test_an_empty_flag_or_line_is_refused(clean: Path, name: str):
+    with pytest.raises(SetupFailed, match=f"setting {name}: it is empty"):
+        load_settings(**{name: ""})
+    (clean / "alphalayer.toml").write_text(f'{name} = ""\n')
+    with pytest.raises(SetupFailed, match=f"setting {name}: it is empty"):
+        load_settings()
 
 
 def test_good_addresses_are_taken():

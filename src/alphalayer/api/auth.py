@@ -7,7 +7,7 @@ import binascii
 import math
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from fastapi import Request
 from limits import RateLimitItemPerMinute
@@ -26,20 +26,23 @@ class Unauthorized(AlphalayerError):
 
 
 class Gate:
-    """Lets requests in by their key; with None in place of keys, everybody. Rates are counted in this process."""
+    """Lets requests in by the keys that there are now; with None in place of keys, everybody. Rates are counted in this process."""
 
-    def __init__(self, keys: Sequence[Key] | None):
+    def __init__(self, keys: Callable[[], Sequence[Key] | None]):
         self._keys = keys
         self._limiter = MovingWindowRateLimiter(MemoryStorage())
 
     def admit(self, request: Request) -> str:
         """The name of who is asking; "" where nobody has to say. Raises `Unauthorized`, `RateLimited`."""
-        if self._keys is None:
+        keys = self._keys()
+        if keys is None:
             return ""
-        key = self._find(self._keys, _secrets(request))
+        offered = _secrets(request)
+        key = self._find(keys, offered)
         if key is None:
             error = Unauthorized(
-                "a key is needed.", hint="Send it as Bearer token, as X-API-Key, or user and password by HTTP Basic."
+                "this key is not known." if offered else "a key is needed.",
+                hint="Send it as Bearer token, as X-API-Key, or user and password by HTTP Basic.",
             )
             if "x-requested-with" in request.headers:
                 # a page that asks by itself: the browser is not to open its own dialog for passwords
@@ -80,8 +83,16 @@ def _secrets(request: Request) -> list[str]:
         offered.append(token.strip())
     elif scheme.lower() == "basic":
         try:
-            pair = base64.b64decode(token, validate=True).decode()
+            pair = base64.b64decode(token, validate=True).decode("latin-1")
         except (binascii.Error, ValueError):
             return offered
         offered += [pair, pair.partition(":")[2]]
-    return offered
+    return [reading for each in offered for reading in _readings(each)]
+
+
+def _readings(sent: str) -> list[str]:
+    """What bytes, read as Latin-1, may have meant: that, or UTF-8; clients differ in which they send."""
+    try:
+        return list(dict.fromkeys((sent, sent.encode("latin-1").decode())))
+    except UnicodeDecodeError:
+        return [sent]

@@ -84,7 +84,7 @@ class EmbeddedDispatcher(Housekeeping):
             SetupFailed: see `alphalayer.jobs.opening.check`.
         """
         journal, lock, unfinished = await open_alone(file)
-        dispatcher = cls(journal, lock, queue_limit, queue_shares or {}, on_end)
+        dispatcher = cls(journal, lock, queue_limit, {} if queue_shares is None else queue_shares, on_end)
         for job in unfinished:
             dispatcher._live[job.id] = _Live(job)
             if job.error:  # it cannot be read

@@ -67,7 +67,9 @@ class SharedDispatcher(Housekeeping):
         on_end: OnEnd = nobody,
     ) -> SharedDispatcher:
         """Connect and bring both schemas up to date. `role` says whose news are heard: "api", "worker" or "all". Raises `SetupFailed`."""
-        dispatcher = cls(await Journal.open(url), url, queue_limit, queue_shares or {}, role, on_end)
+        dispatcher = cls(
+            await Journal.open(url), url, queue_limit, {} if queue_shares is None else queue_shares, role, on_end
+        )
         await claims.install(url)
         await dispatcher._look()
         dispatcher._tasks = [
