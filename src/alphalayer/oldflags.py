@@ -1,4 +1,5 @@
-"""The flags of the stack that this replaces: which are honoured, which mean nothing here, and none that stops a start."""
+"""The flags of the stack that this replaces: which are honoured, which mean nothing here, and none that stops a start but an
+empty --api-auth, without which everybody might draw."""
 
 from __future__ import annotations
 
@@ -24,6 +25,11 @@ def _user_data(value: str) -> dict[str, Any]:
     return {setting: str(base / name) for setting, name in names.items()}
 
 
+def _number_format(value: str) -> dict[str, Any]:
+    dtype = {"full": "fp32", "half": "auto", "autocast": "auto"}.get(value)
+    return {"dtype": dtype} if dtype else {}
+
+
 def _log_level(value: str) -> dict[str, Any]:
     level = {"critical": "error"}.get(value.lower(), value.lower())
     return {"log_level": level} if level in ("debug", "info", "warning", "error") else {}
@@ -42,12 +48,12 @@ HONOURED: dict[str, Callable[[str], dict[str, Any]]] = {
     "--device-id": lambda value: {"device": f"cuda:{value}"},
     "--gpu-device-id": lambda value: {"device": f"cuda:{value}"},
     "--use-cpu": lambda value: {"device": "cpu"} if value == "all" else {},
-    "--precision": lambda value: {"dtype": {"full": "fp32"}.get(value, "auto")},
+    "--precision": _number_format,
     "--loglevel": _log_level,
 }
 """Flags with a value, and the settings that it makes; none where the value means nothing here."""
 
-DEFAULTS = ("--data-dir", "--listen")
+DEFAULTS = ("--data-dir", "--listen", "--precision")
 """Flags that leave a setting alone which another flag makes, wherever that stands."""
 
 SWITCHES: dict[str, dict[str, str]] = {
@@ -128,7 +134,10 @@ def split(line: str) -> list[str]:
 
 
 def translate(arguments: Sequence[str]) -> Translation:
-    """Read old flags, as `--flag value` or `--flag=value`. Unknown ones are named and left out, with their values."""
+    """Read old flags, as `--flag value` or `--flag=value`. Unknown ones are named and left out, with their values.
+
+    Raises `SetupFailed` for --api-auth without a value.
+    """
     given: dict[str, dict[str, Any]] = {}
     warnings: list[str] = []
     waiting = _split_equals(arguments)
@@ -136,6 +145,8 @@ def translate(arguments: Sequence[str]) -> Translation:
         flag = waiting.pop(0)
         takes_value = flag.startswith("-") and flag not in SWITCHES and waiting and not waiting[0].startswith("-")
         value = waiting.pop(0) if takes_value else ""
+        if flag == "--api-auth" and not value:
+            raise SetupFailed("--api-auth needs a value, user:password.", hint="Without the flag everybody may draw.")
         settings = SWITCHES.get(flag) or (HONOURED[flag](value) if value and flag in HONOURED else {})
         given[flag] = settings
         if not settings and flag not in SWITCHES:

@@ -48,6 +48,8 @@ def _settings(line: str) -> dict[str, str]:
         ),
         ("--precision full", {"dtype": "fp32"}),
         ("--precision autocast", {"dtype": "auto"}),
+        ("--no-half --precision autocast", {"dtype": "fp32"}),
+        ("--precision full --all-in-fp16", {"dtype": "fp16"}),
         ("--always-normal-vram", {"memory": "auto"}),
         ("--loglevel WARNING", {"log_level": "warning"}),
         ("--loglevel CRITICAL", {"log_level": "error"}),
@@ -91,6 +93,7 @@ def test_flags_without_meaning_are_named(flag: str):
         (["stray"], "stray is not known"),
         (["--listen", "stray"], "stray is not known"),
         (["--loglevel", "loud"], "--loglevel loud is not known"),
+        (["--precision", "banana"], "--precision banana is not known"),
         (["--port="], "--port needs a value"),
     ],
 )
@@ -102,7 +105,7 @@ def test_unknown_flags_are_named_and_left_out(arguments: list[str], warning: str
 
 
 def test_every_translation_is_a_setting_that_exists():
-    values = {"--loglevel": "INFO", "--use-cpu": "all"}
+    values = {"--loglevel": "INFO", "--use-cpu": "all", "--precision": "full"}
     made = [make(values.get(flag, "x")) for flag, make in HONOURED.items()]
     assert all(made)
     names = {name for settings in (*made, *SWITCHES.values()) for name in settings}
@@ -122,8 +125,20 @@ def test_every_switch_is_accepted_by_the_settings(flag: str):
     )
 )
 def test_nothing_stops_a_start(arguments: list[str]):
-    translation = translate(arguments)
-    assert all("ignored" in line for line in translation.warnings)
+    try:
+        translation = translate(arguments)
+    except SetupFailed:
+        assert "--api-auth" in arguments
+    else:
+        assert all("ignored" in line for line in translation.warnings)
+
+
+@pytest.mark.parametrize(
+    "line", ["--api-auth '' --listen", "--api-auth --listen", "--api-auth=", "--listen --api-auth"]
+)
+def test_no_start_is_open_to_all_for_want_of_a_password(line: str):
+    with pytest.raises(SetupFailed, match="--api-auth needs a value"):
+        translate(shlex.split(line))
 
 
 def test_a_flag_after_a_switch_or_another_flag_is_a_flag():
