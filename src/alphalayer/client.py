@@ -17,23 +17,29 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx
 
-from alphalayer.errors import AlphalayerError, Cancelled
+from alphalayer.errors import AlphalayerError, Cancelled, FileMissing
 
 BASE_URL = "http://localhost:7861"
 TIMEOUT_S = 60.0
 """How long the service may be silent; a job that waits tells so more often than that."""
 JOBS = "/alpha/v1/jobs"
-PATIENCE_S = 40.0
-"""How long a job is waited for where the service is away; about the time that it takes to start again."""
+PATIENCE_S = 120.0
+"""How long a job is waited for where the service is away: a stop (it listens no more while it ends what is at work, `drain_s`, 60) and a
+start."""
 PAUSES_S = (0.2, 1.0, 3.0, 5.0, 10.0)
 """Before each new try; the last one goes on."""
 AWAY = (502, 503, 504)
 """What a proxy answers for a service that is not there."""
-NOT_EVEN_SENT = (httpx.ConnectError, httpx.ConnectTimeout, httpx.UnsupportedProtocol)
+NOT_EVEN_SENT = (httpx.ConnectError, httpx.ConnectTimeout)
+GONE = (403, 404)
+"""What a bucket answers for a file that it has not, or has no longer."""
+NOT_OURS = (ValueError, KeyError, TypeError, AttributeError)
+"""What reading an answer raises that is not the service's."""
+T = TypeVar("T")
 _WHERE = "Check the address, and that the service runs: alphalayer serve"
 
 
@@ -96,10 +102,10 @@ class JobStatus:
 
 
 class _Patience:
-    """What to do when the service cannot be reached, in one call: try again for a while, but a new request only if it was there."""
+    """What to do when nobody answers one call: try again for a while, but a new request only if the service was there."""
 
-    def __init__(self, address: str, seconds: float, *, is_new: bool):
-        self._address = address
+    def __init__(self, url: str, seconds: float, *, is_new: bool):
+        self._url = url
         self._seconds = seconds
         self._is_new = is_new
         self._failures = 0
@@ -114,10 +120,11 @@ class _Patience:
         self._failures += 1
         if self._failures == 1:
             self._end = time.monotonic() + self._seconds
-        is_hopeless = self._is_new and self._failures == 1 and isinstance(error, NOT_EVEN_SENT)
+        is_absent = self._is_new and self._failures == 1 and isinstance(error, NOT_EVEN_SENT)
+        is_hopeless = is_absent or isinstance(error, httpx.UnsupportedProtocol)
         pause = PAUSES_S[min(self._failures, len(PAUSES_S)) - 1]
         if is_hopeless or time.monotonic() + pause > self._end:
-            raise ServiceUnreachable(f"{self._address} does not answer: {error}.", hint=_WHERE) from error
+            raise ServiceUnreachable(f"{self._url} does not answer: {error}.", hint=_WHERE) from error
         return pause
 
 
@@ -139,6 +146,10 @@ class _Calls:
         headers = {"Idempotency-Key": idempotency_key or secrets.token_hex(12)}
         return self.call("POST", JOBS, json={"prompt": prompt, **fields}, headers=headers)
 
+    def list(self, query: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of a request for jobs; what is None is not asked for."""
+        return self.call("GET", JOBS, params={name: value for name, value in query.items() if value is not None})
+
     def leave(self, job_id: str) -> dict[str, Any]:
         """One's own request for a job is taken back."""
         return self.call("DELETE", f"{JOBS}/{job_id}", params={"leave": True})
@@ -154,15 +165,16 @@ class _Calls:
             return response
         try:
             raise _problem(response.json())
-        except (ValueError, KeyError, TypeError):
-            said = f"{response.url} answered {response.status_code}: {response.text.strip()[:200]}"
+        except NOT_OURS:
             if response.status_code in AWAY:
-                raise httpx.RemoteProtocolError(said) from None
-            raise ServiceUnreachable(said, hint=_WHERE) from None
+                raise httpx.RemoteProtocolError(_foreign(response, response.text).message) from None
+            if response.status_code in GONE and JOBS not in response.url.path:
+                raise FileMissing(f"no picture is at {response.url.copy_with(query=None)}.") from None
+            raise _foreign(response, response.text) from None
 
-    def patience(self, *, is_new: bool = False) -> _Patience:
+    def patience(self, call: dict[str, Any], *, is_new: bool = False) -> _Patience:
         """That of one call; of a new request, or one about a job that the service has."""
-        return _Patience(self.base_url, self._patience_s, is_new=is_new)
+        return _Patience(call["url"], self._patience_s, is_new=is_new)
 
 
 class Client:
@@ -207,35 +219,35 @@ class Client:
 
     def submit(self, prompt: str, *, idempotency_key: str | None = None, **fields: Any) -> JobStatus:
         """Put a job into the queue; the same key gives the same job again. Raises `QueueFull`, `InvalidRequest` and others."""
-        return JobStatus.read(self._send(self._calls.submit(prompt, idempotency_key, fields), is_new=True).json())
+        return _read(self._send(self._calls.submit(prompt, idempotency_key, fields), is_new=True), JobStatus.read)
 
     def get(self, job_id: str) -> JobStatus:
         """How a job stands. Raises `JobMissing`."""
-        return JobStatus.read(self._send(self._calls.call("GET", f"{JOBS}/{job_id}")).json())
+        return _read(self._send(self._calls.call("GET", f"{JOBS}/{job_id}")), JobStatus.read)
 
     def list(self, **query: Any) -> Sequence[JobStatus]:
         """One's jobs, newest first; `state`, `limit`, `before` (created before this time)."""
-        answer = self._send(self._calls.call("GET", JOBS, params=query), is_new=True).json()
-        return [JobStatus.read(each) for each in answer["jobs"]]
+        return _read(self._send(self._calls.list(query), is_new=True), _read_list)
 
     def cancel(self, job_id: str) -> JobStatus:
         """Stop a job. Raises `JobMissing`."""
-        return JobStatus.read(self._send(self._calls.call("DELETE", f"{JOBS}/{job_id}")).json())
+        return _read(self._send(self._calls.call("DELETE", f"{JOBS}/{job_id}")), JobStatus.read)
 
     def leave(self, job_id: str) -> JobStatus:
         """Want a job no more: it stops, unless somebody else submitted it, too, with the same key. Raises `JobMissing`."""
-        return JobStatus.read(self._send(self._calls.leave(job_id)).json())
+        return _read(self._send(self._calls.leave(job_id)), JobStatus.read)
 
     def events(self, job_id: str) -> Iterator[JobStatus]:
         """Every change of a job until it is over; goes on where the service is away for a while."""
-        call, patience = self._calls.call("GET", f"{JOBS}/{job_id}/events"), self._calls.patience()
+        call = self._calls.call("GET", f"{JOBS}/{job_id}/events")
+        patience = self._calls.patience(call)
         while True:
             try:
                 with self._http.stream(**call) as response:
                     if response.is_error:
                         response.read()
                     for line in self._calls.check(response).iter_lines():
-                        if status := _event(line):
+                        if status := _event(response, line):
                             patience.renew()
                             yield status
                             if status.is_over:
@@ -249,7 +261,7 @@ class Client:
         return self._send(self._calls.file(picture)).content
 
     def _send(self, call: dict[str, Any], *, is_new: bool = False) -> httpx.Response:
-        patience = self._calls.patience(is_new=is_new)
+        patience = self._calls.patience(call, is_new=is_new)
         while True:
             try:
                 return self._calls.check(self._http.request(**call))
@@ -294,37 +306,35 @@ class AsyncClient:
 
     async def submit(self, prompt: str, *, idempotency_key: str | None = None, **fields: Any) -> JobStatus:
         """See `Client.submit`."""
-        return JobStatus.read(
-            (await self._send(self._calls.submit(prompt, idempotency_key, fields), is_new=True)).json()
-        )
+        return _read(await self._send(self._calls.submit(prompt, idempotency_key, fields), is_new=True), JobStatus.read)
 
     async def get(self, job_id: str) -> JobStatus:
         """See `Client.get`."""
-        return JobStatus.read((await self._send(self._calls.call("GET", f"{JOBS}/{job_id}"))).json())
+        return _read(await self._send(self._calls.call("GET", f"{JOBS}/{job_id}")), JobStatus.read)
 
     async def list(self, **query: Any) -> Sequence[JobStatus]:
         """See `Client.list`."""
-        answer = (await self._send(self._calls.call("GET", JOBS, params=query), is_new=True)).json()
-        return [JobStatus.read(each) for each in answer["jobs"]]
+        return _read(await self._send(self._calls.list(query), is_new=True), _read_list)
 
     async def cancel(self, job_id: str) -> JobStatus:
         """See `Client.cancel`."""
-        return JobStatus.read((await self._send(self._calls.call("DELETE", f"{JOBS}/{job_id}"))).json())
+        return _read(await self._send(self._calls.call("DELETE", f"{JOBS}/{job_id}")), JobStatus.read)
 
     async def leave(self, job_id: str) -> JobStatus:
         """See `Client.leave`."""
-        return JobStatus.read((await self._send(self._calls.leave(job_id))).json())
+        return _read(await self._send(self._calls.leave(job_id)), JobStatus.read)
 
     async def events(self, job_id: str) -> AsyncIterator[JobStatus]:
         """See `Client.events`."""
-        call, patience = self._calls.call("GET", f"{JOBS}/{job_id}/events"), self._calls.patience()
+        call = self._calls.call("GET", f"{JOBS}/{job_id}/events")
+        patience = self._calls.patience(call)
         while True:
             try:
                 async with self._http.stream(**call) as response:
                     if response.is_error:
                         await response.aread()
                     async for line in self._calls.check(response).aiter_lines():
-                        if status := _event(line):
+                        if status := _event(response, line):
                             patience.renew()
                             yield status
                             if status.is_over:
@@ -338,7 +348,7 @@ class AsyncClient:
         return (await self._send(self._calls.file(picture))).content
 
     async def _send(self, call: dict[str, Any], *, is_new: bool = False) -> httpx.Response:
-        patience = self._calls.patience(is_new=is_new)
+        patience = self._calls.patience(call, is_new=is_new)
         while True:
             try:
                 return self._calls.check(await self._http.request(**call))
@@ -346,9 +356,31 @@ class AsyncClient:
                 await asyncio.sleep(patience.pause_s(error))
 
 
-def _event(line: str) -> JobStatus | None:
-    """The job of a line of server-sent events, None for lines that carry none."""
-    return JobStatus.read(json.loads(line[5:])) if line.startswith("data:") else None
+def _read(response: httpx.Response, read: Callable[[Any], T]) -> T:
+    """What an answer says. Raises `ServiceUnreachable` if it is not the service's."""
+    try:
+        return read(response.json())
+    except NOT_OURS:
+        raise _foreign(response, response.text) from None
+
+
+def _read_list(answer: dict[str, Any]) -> list[JobStatus]:
+    return [JobStatus.read(each) for each in answer["jobs"]]
+
+
+def _event(response: httpx.Response, line: str) -> JobStatus | None:
+    """The job of a line of server-sent events, None for lines that carry none. Raises as `_read` does."""
+    if not line or line.startswith((":", "event:", "id:", "retry:")):
+        return None
+    try:
+        return JobStatus.read(json.loads(line.removeprefix("data:")))
+    except NOT_OURS:
+        raise _foreign(response, line) from None
+
+
+def _foreign(response: httpx.Response, said: str) -> ServiceUnreachable:
+    """The error for an answer that is not the service's."""
+    return ServiceUnreachable(f"{response.url} answered {response.status_code}: {said.strip()[:200]}", hint=_WHERE)
 
 
 def _problem(answer: dict[str, Any]) -> AlphalayerError:

@@ -16,7 +16,7 @@ from tests.serving import answers, free_port, served, wait_until
 
 from alphalayer import images
 from alphalayer.client import AsyncClient, Client, JobStatus, ServiceUnreachable
-from alphalayer.errors import AlphalayerError, Cancelled, InvalidRequest, JobMissing
+from alphalayer.errors import AlphalayerError, Cancelled, FileMissing, InvalidRequest, JobMissing
 from alphalayer.keys import add_key
 
 SMALL = {"width": 64, "height": 64, "steps": 5}
@@ -80,6 +80,28 @@ def test_errors_are_those_of_the_service(address: str):
             list(client.events(job.id))[-1].check()
 
 
+def test_a_query_may_hold_none(address: str):
+    with Client(address) as client:
+        assert [each.id for each in client.list(state=None, limit=1)] == [each.id for each in client.list(limit=1)]
+
+
+def test_an_address_that_cannot_be_asked_is_told_at_once():
+    start = time.monotonic()
+    with Client("localhost:7861") as client:
+        for ask in (client.get, client.download, lambda job: list(client.events(job))):
+            with pytest.raises(ServiceUnreachable, match="does not answer"):
+                ask("0" * 24)
+    assert time.monotonic() - start < 2
+
+
+def test_a_picture_that_nobody_hands_out_is_missed_at_its_own_address(address: str):
+    elsewhere = f"http://127.0.0.1:{free_port()}/cup.png"
+    with Client(address, patience_s=0) as client, pytest.raises(ServiceUnreachable, match=elsewhere):
+        client.download(elsewhere)
+    with Client(address) as client, pytest.raises(FileMissing):
+        client.download(f"{address}/alpha/v1/file/absent.png")
+
+
 @pytest.mark.parametrize("address", [f"http://127.0.0.1:{free_port()}", "localhost:7861"], ids=["nobody", "no scheme"])
 def test_nobody_there_is_told_at_once(address: str):
     start = time.monotonic()
@@ -117,6 +139,53 @@ def test_something_else_there():
         pytest.raises(ServiceUnreachable, match="501"),
     ):
         client.generate("an apple")
+
+
+@contextmanager
+def saying(status: int, body: str) -> Iterator[str]:
+    """The address of a server that always answers this."""
+
+    class Sayer(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.rfile.read(int(self.headers.get("content-length", 0)))
+            self.send_response(status)
+            self.end_headers()
+            self.wfile.write(body.encode())
+
+    for method in ("POST", "DELETE"):
+        setattr(Sayer, f"do_{method}", Sayer.do_GET)
+    with other(Sayer) as address:
+        yield address
+
+
+@pytest.mark.parametrize(
+    ("status", "body"),
+    [(200, "<h1>Welcome</h1>"), (200, '{"jobs": [{}], "id": 1}'), (200, "[]"), (400, '"no"'), (400, "[]")],
+)
+async def test_answers_of_something_else_are_told_as_such(status: int, body: str):
+    with saying(status, body) as address:
+        with Client(address) as client:
+            for ask in (client.submit, client.get, client.cancel, client.leave, lambda job: list(client.events(job))):
+                with pytest.raises(ServiceUnreachable, match=str(status)):
+                    ask("0" * 24)
+            with pytest.raises(ServiceUnreachable, match=str(status)):
+                client.list()
+        async with AsyncClient(address) as client:
+            with pytest.raises(ServiceUnreachable, match=str(status)):
+                await client.get("0" * 24)
+            with pytest.raises(ServiceUnreachable, match=str(status)):
+                [each async for each in client.events("0" * 24)]
+
+
+@pytest.mark.parametrize("status", [403, 404])
+def test_a_bucket_without_the_picture_is_no_service_that_is_away(status: int):
+    refusal = "<Error><Code>AccessDenied</Code></Error>"
+    with (
+        saying(status, refusal) as address,
+        Client(address) as client,
+        pytest.raises(FileMissing, match=rf"no picture is at {address}/pictures/cup.png\."),
+    ):
+        client.download(f"{address}/pictures/cup.png?X-Amz-Signature=secret")
 
 
 async def test_a_proxy_that_finds_nobody_is_asked_again(address: str):
