@@ -31,6 +31,7 @@ from alphalayer.api.requestlog import RequestLog
 from alphalayer.api.webhooks import Webhooks, check_url, read_secret
 from alphalayer.config import Settings
 from alphalayer.errors import AlphalayerError, SetupFailed
+from alphalayer.extras import how_to_get
 from alphalayer.jobs import Dispatcher, opening
 from alphalayer.jobs.embedded import EmbeddedDispatcher
 from alphalayer.jobs.ends import note_end
@@ -141,7 +142,7 @@ def _trace(app: FastAPI) -> tuple[Traces, Callable[[], None]]:
     try:
         from alphalayer.api import tracing
     except ImportError as error:
-        raise SetupFailed(f"tracing needs {error.name}.", hint='Run: pip install "alphalayer[tracing]"') from None
+        raise SetupFailed(f"tracing needs {error.name}.", hint=how_to_get("tracing")) from None
     provider = tracing.install(app)
     return Traces(provider), provider.shutdown
 
@@ -151,7 +152,7 @@ def _mount_mcp(app: FastAPI) -> _Lifespan:
     try:
         from alphalayer.api import mcp
     except ImportError as error:
-        log.info("mcp_off", path="/mcp/", missing=error.name, hint='To have it, run: pip install "alphalayer[mcp]"')
+        log.info("mcp_off", path="/mcp/", missing=error.name, hint=f"To have it: {how_to_get('mcp')}")
         return contextlib.nullcontext
     tool = mcp.create_server(mcp.connect_to_caller).http_app("/", stateless_http=True, host_origin_protection=False)
     app.mount(mcp.PATH, tool)
@@ -195,7 +196,7 @@ async def _open_dispatcher(settings: Settings, shares: Mapping[str, float], metr
     try:
         from alphalayer.jobs.shared import SharedDispatcher
     except ImportError as error:
-        raise SetupFailed(f"a shared queue needs {error.name}.", hint='Run: pip install "alphalayer[shared]"') from None
+        raise SetupFailed(f"a shared queue needs {error.name}.", hint=how_to_get("shared")) from None
     return await SharedDispatcher.open(
         settings.database.get_secret_value(), settings.queue_limit, shares, settings.role, on_end
     )

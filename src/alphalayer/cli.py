@@ -19,6 +19,7 @@ from alphalayer import __version__, catalog, hub, images, keys, oldflags
 from alphalayer.config import API_KEY, Settings, load_settings
 from alphalayer.doctor import check_models_dir, check_port, diagnose
 from alphalayer.errors import AlphalayerError, InvalidRequest, SetupFailed, StorageFailed
+from alphalayer.extras import how_to_get
 from alphalayer.flags import option_each_setting
 from alphalayer.plan import GPUS, OLD_STACK, Load, Offer, Scaling, fixed_offer, old_offers, scaled_offer
 from alphalayer.request import SAMPLERS, SCHEDULERS, ImageFormat, parse_request, split_sampler_name
@@ -110,7 +111,7 @@ def serve(**flags: Any) -> None:
 def serverless(_context: typer.Context) -> None:
     """Work for a Runpod serverless endpoint; flags of their SDK are passed on (--rp_serve_api, --test_input)."""
     if importlib.util.find_spec("runpod") is None:
-        raise SetupFailed("the Runpod SDK is not installed.", hint='Run: pip install "alphalayer[serverless]"')
+        raise SetupFailed("the Runpod SDK is not installed.", hint=how_to_get("serverless"))
     from alphalayer.serverless import serve
 
     serve(load_settings())
@@ -299,7 +300,7 @@ def mcp(
     try:
         from alphalayer.api.mcp import create_server
     except ImportError as error:
-        raise SetupFailed(f"{error.name} is not installed.", hint='Run: pip install "alphalayer[mcp]"') from None
+        raise SetupFailed(f"{error.name} is not installed.", hint=how_to_get("mcp")) from None
     from alphalayer.client import AsyncClient
 
     create_server(lambda: AsyncClient(url, api_key=key)).run("stdio", show_banner=False)

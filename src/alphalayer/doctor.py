@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import json
 import shutil
@@ -14,13 +15,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from alphalayer import catalog
+from alphalayer import catalog, hub
 from alphalayer.catalog.layerfiles import DECODER_FILES, PATCH_FILES
 from alphalayer.config import Settings
-from alphalayer.errors import SetupFailed
+from alphalayer.errors import SetupFailed, StorageFailed
+from alphalayer.extras import how_to_get
+from alphalayer.storage.objects import open_storage
 
 LITTLE_DISK = 2 * 1024**3
 PATIENCE_S = 120
+_AFTER_ALL = "~"
+"""Sorts after the name of every picture: nothing is to come, but the bucket has to answer."""
 _OTHER_PORT = "Use another one with --port."
 # torch is asked in a process of its own: importing it here would take seconds and could crash
 _ASK_TORCH = (
@@ -42,9 +47,10 @@ class Finding:
 
 
 def diagnose(settings: Settings) -> list[Finding]:
-    """Look at torch and GPU, models, LayerDiffuse files, the port, the outputs folder and the disk."""
+    """Look at torch and GPU, models, LayerDiffuse files, the port, the place of pictures and its room, and the shared queue."""
     findings: list[Finding] = []
-    for look in (_torch, _models, _layer_files, _port, _outputs):
+    pictures = _bucket if settings.storage else _outputs
+    for look in (_torch, _models, _layer_files, _port, pictures, _database):
         findings += look(settings)
     return findings
 
@@ -125,8 +131,14 @@ def _layer_files(settings: Settings) -> Iterator[Finding]:
         for entry in catalog.find_models(settings.models_dir)
     )
     for what, names in (("patch", PATCH_FILES["attention"]), ("transparent decoder", DECODER_FILES)):
-        if any((folder / name).is_file() for name in names):
-            yield Finding("ok", f"LayerDiffuse {what}")
+        path = next((folder / name for name in names if (folder / name).is_file()), None)
+        if path:
+            found = hub.verify_layer_file(path)
+            if found.is_well:
+                yield Finding("ok", f"LayerDiffuse {what}")
+            else:
+                hint = f"Remove it. {catalog.PULL_LAYERS}"
+                yield Finding("error", f"LayerDiffuse {what}: {path} {found.finding.removeprefix(f'{path} ')}", hint)
         elif needs:
             yield Finding("error", f"the LayerDiffuse {what} ({names[0]}) is not in {folder}.", catalog.PULL_LAYERS)
 
@@ -169,3 +181,40 @@ def _outputs(settings: Settings) -> Iterator[Finding]:
         return
     what = f"{free / 2**30:.1f} GiB free for pictures in {folder}"
     yield Finding("ok", what) if free > LITTLE_DISK else Finding("warning", what, "Free some space.")
+
+
+def _bucket(settings: Settings) -> Iterator[Finding]:
+    place = settings.pictures
+    try:
+        open_storage(place).list(_AFTER_ALL)
+    except StorageFailed as error:
+        yield Finding("error", error.message, "Check its name, and the AWS_... variables: address, region and keys.")
+    else:
+        yield Finding("ok", f"{place} can be read")
+
+
+def _database(settings: Settings) -> Iterator[Finding]:
+    if settings.database is None:
+        return
+    try:
+        # all that a shared queue needs, whether installed or not
+        from alphalayer.jobs import postgres, shared  # noqa: F401
+    except ImportError as error:
+        yield Finding("error", f"a shared queue needs {error.name}.", how_to_get("shared"))
+        return
+
+    async def ask(url: str) -> str:
+        connection = await postgres.connect(url, postgres.ANSWER_S)
+        try:
+            return await connection.fetchval("SHOW server_version")
+        finally:
+            await connection.close()
+
+    try:
+        version = asyncio.run(ask(settings.database.get_secret_value()))
+    except (OSError, asyncio.TimeoutError) as error:
+        yield Finding(
+            "error", f"the database cannot be reached: {error}.", "Check its address, and that PostgreSQL runs."
+        )
+    else:
+        yield Finding("ok", f"the database answers: PostgreSQL {version}")

@@ -171,7 +171,7 @@ def _unreachable(published: Published, error: Exception) -> ModelNotFound:
 def _checked(target: Path, digest: str, sha256: str | None) -> Verified:
     if sha256 is not None and digest != sha256:
         wrong = target.with_name(target.name + ".wrong")
-        target.rename(wrong)
+        target.replace(wrong)
         raise CorruptFile(
             f"{target.name} hashes to {digest[:10]} and was published as {sha256[:10]}; kept as {wrong.name}.",
             hint="Run the same command again.",
@@ -194,7 +194,7 @@ def verify(models_dir: Path, embeddings_dir: Path) -> list[Verified]:
     published = {each.filename: each for each in PUBLISHED}
     found: list[Verified] = []
     for path in sorted((models_dir / "layer_model").glob("*.safetensors")):
-        verified = _verify(path, _layer_families(path.name))
+        verified = verify_layer_file(path)
         if verified.is_well:
             verified = Verified(path, _compared(published.get(path.name), cache.sha256(path)), True)
         found.append(verified)
@@ -203,6 +203,11 @@ def verify(models_dir: Path, embeddings_dir: Path) -> list[Verified]:
     found += [_verify(path, ("lora", "unknown")) for path in _weight_files(models_dir / "Lora")]
     found += [_verify(path, ("embedding",)) for path in _weight_files(embeddings_dir)]
     return found
+
+
+def verify_layer_file(path: Path) -> Verified:
+    """Read the header of a file of `layer_model`, and say whether it is what its name says."""
+    return _verify(path, _layer_families(path.name))
 
 
 def _layer_families(name: str) -> tuple[str, ...]:

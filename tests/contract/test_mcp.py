@@ -96,7 +96,8 @@ def test_where_the_package_is_missing_a_log_line_says_so(monkeypatch: pytest.Mon
         app = create_app(Settings())
     assert not [route for route in app.routes if getattr(route, "path", "") == "/mcp"]
     [line] = [each for each in lines if each["event"] == "mcp_off"]
-    assert 'pip install "alphalayer[mcp]"' in line["hint"]
+    assert " install " in line["hint"]
+    assert "[mcp]" in line["hint"]
 
 
 async def test_the_callers_key_counts(tmp_path: Path):

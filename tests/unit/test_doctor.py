@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import socket
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from tests.servers import Postgres
 from tests.unit.test_catalog import FAMILIES, write
 
 from alphalayer import doctor
@@ -81,6 +84,46 @@ def test_missing_layer_files_are_errors_where_a_model_needs_them(tmp_path: Path)
     assert "layer_xl_transparent_attn.safetensors" in findings[0].what
     assert "vae_transparent_decoder.safetensors" in findings[1].what
     assert all("pull layerdiffuse" in finding.hint for finding in findings)
+
+
+def test_layer_files_are_opened(tmp_path: Path):
+    _files(tmp_path)
+    patch = tmp_path / "models" / "layer_model" / "layer_xl_transparent_attn.safetensors"
+    patch.write_bytes(os.urandom(5000))
+    found = _about(list(doctor._layer_files(_settings(tmp_path, 1))), "LayerDiffuse patch")
+    assert found.level == "error"
+    assert str(patch) in found.what
+    assert "pull layerdiffuse" in found.hint
+
+
+def test_a_shared_queue_is_looked_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, postgres: Postgres, free_port: int
+):
+    assert list(doctor._database(_settings(tmp_path, 1))) == []
+    (found,) = doctor._database(_settings(tmp_path, 1, database=postgres.fresh_database()))
+    assert found.level == "ok"
+    assert "PostgreSQL 1" in found.what
+    there = _settings(tmp_path, 1, database=f"postgresql://me:swordfish@127.0.0.1:{free_port}/x")
+    (found,) = doctor._database(there)
+    assert (found.level, "swordfish" in found.what) == ("error", False)
+    monkeypatch.setitem(sys.modules, "alphalayer.jobs.shared", None)
+    monkeypatch.delattr("alphalayer.jobs.shared", raising=False)
+    (found,) = doctor._database(there)
+    assert found.level == "error"
+    assert "[shared]" in found.hint
+
+
+def test_a_bucket_is_looked_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, s3: dict[str, str], s3_prefix: str, free_port: int
+):
+    for name, value in s3.items():
+        monkeypatch.setenv(name, value)
+    (found,) = doctor._bucket(_settings(tmp_path, 1, storage=s3_prefix))
+    assert found == Finding("ok", f"{s3_prefix} can be read")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+    (found,) = doctor._bucket(_settings(tmp_path, 1, storage=s3_prefix))
+    assert found.level == "error"
+    assert s3_prefix in found.what
 
 
 def test_missing_layer_files_are_no_matter_to_a_model_with_its_own(tmp_path: Path, no_embedded_model: None):

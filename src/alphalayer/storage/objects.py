@@ -85,7 +85,7 @@ class ObjectStorage:
             pages = obstore.list(self._store, offset=after or None)
             return [(each["path"], each["size"], each["last_modified"].timestamp()) for page in pages for each in page]
         except (BaseError, OSError) as error:
-            raise self._failed("list", "", error) from None
+            raise self._failed("list", "files", error) from None
 
     def tidy(self) -> None:
         """Remove what killed processes left, of which buckets keep nothing; see the protocol."""
