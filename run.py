@@ -4,7 +4,15 @@
     python3 run.py generate "an apple"   draw a picture into outputs/
     python3 run.py serve                 start the service: a page, and the HTTP interface
     python3 run.py test                  run the tests
-    python3 run.py models | doctor | info | plan | keys    each explains itself with --help
+    python3 run.py models                list, pull, verify: the models
+    python3 run.py keys                  add, list, remove: who may use the service
+    python3 run.py doctor                say what is wrong on this machine and what to do
+    python3 run.py info FILE             show the settings that made a picture
+    python3 run.py plan                  say how many GPUs a number of users needs
+    python3 run.py mcp | serverless | version
+                                         a tool of assistants; a worker of Runpod; the version
+
+Each explains itself with --help.
 
 Makes `.venv` beside this file, installs torch (for the GPU that is there, else for the CPU) and Alphalayer into it, and hands everything
 else to the `alphalayer` command. The second time it starts at once. Standard library only.
@@ -100,7 +108,14 @@ def fits(stamp: dict, wanted: dict, with_tests: bool) -> bool:
 @contextlib.contextmanager
 def alone() -> Iterator[None]:
     """Wait until no other set-up is at work in this folder, and keep others waiting meanwhile."""
-    with LOCK.open("a") as file:
+    try:
+        file = LOCK.open("a")
+    except OSError as error:
+        fail(
+            f"cannot write {LOCK}: {error.strerror}.",
+            "What is needed is set up in this folder: copy it to one that you may write to.",
+        )
+    with file:
         if not lock(file):
             say("another set-up is at work in this folder; waiting for its end")
             while not lock(file):

@@ -141,6 +141,11 @@ def test_no_start_is_open_to_all_for_want_of_a_password(line: str):
         translate(shlex.split(line))
 
 
+def test_the_old_start_line_explains_every_flag_that_counts():
+    said = (Path(__file__).parents[2] / "launch.py").read_text(encoding="utf-8")
+    assert [flag for flag in (*HONOURED, *SWITCHES) if flag not in said] == []
+
+
 def test_a_flag_after_a_switch_or_another_flag_is_a_flag():
     assert translate(["--listen", "-f", "--port", "-h"]).settings == {"host": "0.0.0.0"}
 

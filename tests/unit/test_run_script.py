@@ -20,6 +20,9 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from typer.main import get_command
+
+from alphalayer.cli import app
 
 SCRIPT = Path(__file__).parents[2] / "run.py"
 
@@ -343,3 +346,17 @@ def test_webui_user_sh_is_read_where_there_is_one(tmp_path: Path, line: str):
     assert start() == "None ['--api']\n"
     (tmp_path / "webui-user.sh").write_text(f"#!/bin/bash\n{line}\n")
     assert start() == "--port 9 ['--api']\n"
+
+
+def test_a_folder_that_cannot_be_written_to_is_one_line(
+    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(script, "LOCK", tmp_path / "absent" / ".venv.lock")  # as good as one without the right to it
+    with pytest.raises(SystemExit, match="1"), script.alone():
+        pass
+    assert capsys.readouterr().err.startswith(f"error: cannot write {tmp_path / 'absent' / '.venv.lock'}: ")
+
+
+def test_its_help_names_every_command(script: ModuleType):
+    words = set((script.__doc__ or "").split())
+    assert {name for name, each in get_command(app).commands.items() if not each.hidden} <= words
