@@ -169,12 +169,21 @@ async def check(settings: Settings) -> None:
         await asyncio.to_thread(check_bucket, settings.storage)
     _keys(settings)
     _webhook_key(settings)
-    if settings.default_model and settings.role != "api":
-        catalog.resolve_model(settings.default_model, catalog.find_models(settings.models_dir), settings.models_dir)
+    _check_default_model(settings)
     if settings.database is None:
         await opening.check(settings.data_dir / JOURNAL)
     else:
         await (await _open_dispatcher(settings, {}, Metrics())).close()
+
+
+def _check_default_model(settings: Settings) -> None:
+    """Raise `SetupFailed` where a model is named that whoever draws here cannot draw with."""
+    if not settings.default_model or settings.role == "api":
+        return
+    try:
+        catalog.resolve_model(settings.default_model, catalog.find_models(settings.models_dir), settings.models_dir)
+    except AlphalayerError as error:
+        raise SetupFailed(f"setting default_model: {error.message}", hint=error.hint) from None
 
 
 def _keys(settings: Settings) -> Keyring:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import importlib.util
 import os
 import secrets
@@ -18,11 +19,12 @@ from rich.table import Table
 from alphalayer import __version__, catalog, hub, images, keys, oldflags
 from alphalayer.config import API_KEY, Settings, load_settings
 from alphalayer.doctor import check_models_dir, check_port, diagnose
-from alphalayer.errors import AlphalayerError, InvalidRequest, SetupFailed, StorageFailed
+from alphalayer.errors import AlphalayerError, SetupFailed, StorageFailed
 from alphalayer.extras import how_to_get
-from alphalayer.flags import option_each_setting
-from alphalayer.plan import GPUS, OLD_STACK, Load, Offer, Scaling, fixed_offer, old_offers, scaled_offer
-from alphalayer.request import SAMPLERS, SCHEDULERS, ImageFormat, parse_request, split_sampler_name
+from alphalayer.flags import naming_flags, option_each_setting
+from alphalayer.job import Output
+from alphalayer.planning import plan
+from alphalayer.request import SAMPLERS, SCHEDULERS, ImageFormat, parse_as, parse_request, split_sampler_name
 from alphalayer.terminal import as_started, err, out, program_name, progress, show_error, show_mark
 
 app = typer.Typer(
@@ -32,6 +34,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
+    rich_markup_mode=None,  # its tables cut the names of flags at 80 columns
 )
 models_app = typer.Typer(help="The models in the models folder.", no_args_is_help=True)
 app.add_typer(models_app, name="models")
@@ -39,12 +42,29 @@ keys_app = typer.Typer(help="The API keys of the service.", no_args_is_help=True
 app.add_typer(keys_app, name="keys")
 
 OLD_PORT = 7861
+_BUILT_IN = "small, built in; for SDXL run: alphalayer models pull"
 ModelsDir = Annotated[Path | None, typer.Option(help="Folder that holds Stable-diffusion/ and layer_model/.")]
 
 
-@app.command()
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        version()
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    _version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None: ...
+
+
+@app.command(context_settings={"allow_extra_args": True})
+@naming_flags
 def generate(
-    prompt: Annotated[str, typer.Argument(help="What to draw.")],
+    context: typer.Context,
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What to draw.")],
     negative_prompt: Annotated[str, typer.Option(help="What to keep out.")] = "bad, ugly",
     seed: Annotated[int, typer.Option(help="Same seed, same picture; -1 draws a fresh one.")] = 12345,
     steps: Annotated[int | None, typer.Option(help="Sampling steps; default: the model's (SDXL: 20).")] = None,
@@ -64,8 +84,16 @@ def generate(
     noise: Annotated[str | None, typer.Option(help="nv (the same on every machine), cpu or gpu.")] = None,
     decode: Annotated[str | None, typer.Option(help="official or forge2.")] = None,
     transparent: Annotated[bool, typer.Option(help="Draw with LayerDiffuse.")] = True,
+    defringe: Annotated[
+        bool, typer.Option("--defringe", help="Take the old background's colour out of edges.")
+    ] = False,
+    trim: Annotated[bool, typer.Option("--trim", help="Cut empty borders away.")] = False,
+    background: Annotated[str | None, typer.Option(help="A colour to lay the picture on, as #ffffff.")] = None,
 ) -> None:
     """Draw PROMPT and write a picture with a real alpha channel."""
+    if context.args:
+        words = " ".join([prompt, *context.args])
+        raise typer.BadParameter(f'put it in quotes: {program_name()} generate "{words}"', param_hint="PROMPT")
     settings = load_settings(models_dir=models_dir, device=device, dtype=dtype, memory=memory)
     check_models_dir(settings)
     sampler, scheduler = split_sampler_name(sampler, scheduler)
@@ -86,6 +114,7 @@ def generate(
         "layerdiffuse": {"enabled": transparent},
     }
     request = parse_request(asked)
+    finish = parse_as(Output, {"defringe": defringe, "trim": trim, "background": background})
     targets = _targets(output, images.check_format(format), batch_size, settings)
     _tell_of_embedded_model(model or settings.default_model, settings.models_dir)
     start = time.perf_counter()
@@ -94,8 +123,9 @@ def generate(
 
         result = create_engine(settings.engine_options()).generate(request, on_progress=report)
     for image, target in zip(result.images, targets, strict=True):
-        _write(target, images.encode(image.rgba, images.check_format(target.suffix[1:]), image.parameters))
-        high, wide = image.rgba.shape[:2]
+        rgba = images.finish(image.rgba, finish)
+        _write(target, images.encode(rgba, images.check_format(target.suffix[1:]), image.parameters))
+        high, wide = rgba.shape[:2]
         seconds = time.perf_counter() - start
         out.print(f"{target}  {wide}x{high}  seed {image.seed}  {seconds:.1f} s  {result.model_name}")
 
@@ -104,6 +134,8 @@ def generate(
 @option_each_setting
 def serve(**flags: Any) -> None:
     """Start the HTTP service. What is not given is taken from ALPHALAYER_... variables, then from alphalayer.toml."""
+    if flags.pop("listen") and flags["host"] is None:
+        flags["host"] = "0.0.0.0"
     run_server(load_settings(**flags))
 
 
@@ -137,56 +169,7 @@ def serve_as_before(
     run_server(settings)
 
 
-@app.command()
-def plan(
-    users: Annotated[int, typer.Option(min=1, help="People who use the service at the same time.")],
-    think_time: Annotated[
-        float, typer.Option(min=0, help="Seconds a user looks at a picture before the next one.")
-    ] = 30.0,
-    gpu: Annotated[str, typer.Option(help=f"{', '.join(GPUS)}, or all.")] = "all",
-    p95: Annotated[
-        float, typer.Option(min=0.1, help="Seconds in which 95 of 100 requests are to have their picture.")
-    ] = 20.0,
-    batch: Annotated[int, typer.Option(min=1, help="Jobs drawn together at most.")] = 4,
-    seconds: Annotated[
-        float | None, typer.Option(min=0.01, help="Seconds of one picture alone, where you measured it.")
-    ] = None,
-    price: Annotated[float | None, typer.Option(min=0, help="Dollars an hour of one pod.")] = None,
-    autoscale: Annotated[bool, typer.Option(help="Also with pods that come and go by the queue's age.")] = False,
-    cold_start: Annotated[float, typer.Option(min=0, help="Seconds until a pod that is started can draw.")] = 90.0,
-    scale_age: Annotated[float, typer.Option(min=0.1, help="Age of the oldest job at which pods are started.")] = 10.0,
-    max_pods: Annotated[int, typer.Option(min=1, help="Pods at most, where they come and go.")] = 100,
-) -> None:
-    """Say how many pods that many users need, how long they wait, and what it costs; by simulation."""
-    chosen = GPUS if gpu == "all" else {gpu: GPUS[gpu]} if gpu in GPUS else None
-    if chosen is None:
-        raise InvalidRequest(f'unknown card "{gpu}".', hint=f"Use one of: {', '.join(GPUS)}, or all.", field="gpu")
-    load, offers = Load(users, think_time), list[Offer]()
-    for name, card in chosen.items():
-        alone, cost = seconds or card.seconds, card.price if price is None else price
-        try:
-            offers.append(fixed_offer(name, load, alone, batch, p95, cost))
-        except ValueError as error:
-            err.print(f"{name}: {error}.")
-            continue
-        if autoscale:
-            scaling = Scaling(max_pods, cold_start, scale_age)
-            offers.append(scaled_offer(f"{name}, autoscaled", load, alone, batch, cost, scaling))
-    if not offers:
-        raise typer.Exit(1)
-    _show_offers(offers + old_offers(load, p95))
-    if not seconds:
-        out.print("\n".join(f"{name}: {card.source}" for name, card in chosen.items()))
-    out.print(OLD_STACK)
-
-
-def _show_offers(offers: list[Offer]) -> None:
-    table = Table("card", "s alone", "pods", "mean wait", "p95 wait", "in use", "$/hour", "$/1000")
-    for each in offers:
-        waits = [f"{each.outcome.mean_s:.1f} s", f"{each.outcome.p95_s:.1f} s", f"{each.outcome.use:.0%}"]
-        costs = ["-" if cost is None else f"{cost:.2f}" for cost in (each.hourly, each.a_thousand)]
-        table.add_row(each.name, f"{each.seconds:g}", each.pods, *waits, *costs)
-    out.print(table)
+app.command()(naming_flags(plan))
 
 
 @models_app.command("list")
@@ -199,12 +182,16 @@ def models_list(models_dir: ModelsDir = None) -> None:
         if entry.problem:
             show_mark("error", f"{entry.name}  {entry.problem.message}", entry.problem.hint)
         else:
-            show_mark("ok", f"{entry.title}  {family}  {entry.path}")
+            show_mark(
+                "ok", f"{entry.title}  {_BUILT_IN if entry.path == catalog.EMBEDDED_MODEL else family}  {entry.path}"
+            )
 
 
 @models_app.command("pull")
 def models_pull(
-    names: Annotated[list[str] | None, typer.Argument(help="sdxl-base, layerdiffuse, layerdiffuse-conv.")] = None,
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="[NAMES]...", help="sdxl-base, layerdiffuse, layerdiffuse-conv.")
+    ] = None,
     models_dir: ModelsDir = None,
     yes: Annotated[bool, typer.Option("--yes", help="Accept the licences without asking.")] = False,
 ) -> None:
@@ -236,7 +223,7 @@ def models_verify(models_dir: ModelsDir = None) -> None:
 
 @keys_app.command("add")
 def keys_add(
-    name: Annotated[str, typer.Argument(help="Whose key it is.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Whose key it is.")],
     per_minute: Annotated[int, typer.Option(help="How often it may ask; 0: as often as wanted.")] = 0,
     queue_share: Annotated[float, typer.Option(help="Which part of the queue may be its own, up to 1.")] = 1.0,
 ) -> None:
@@ -258,7 +245,7 @@ def keys_list() -> None:
 
 
 @keys_app.command("remove")
-def keys_remove(name: Annotated[str, typer.Argument(help="Whose key it is.")]) -> None:
+def keys_remove(name: Annotated[str, typer.Argument(metavar="NAME", help="Whose key it is.")]) -> None:
     """Forget a key; a running service does so at once."""
     file = load_settings().keys_file
     if not keys.remove_key(file, name):
@@ -281,7 +268,8 @@ def info(
     file: Annotated[
         Path,
         typer.Argument(
-            help="A picture made here, or by another program that writes its settings as AUTOMATIC1111's does."
+            metavar="FILE",
+            help="A picture made here, or by another program that writes its settings as AUTOMATIC1111's does.",
         ),
     ],
 ) -> None:
@@ -353,9 +341,8 @@ def _write(target: Path, data: bytes) -> None:
 
 
 def _cannot_write(target: Path, error: OSError) -> StorageFailed:
-    return StorageFailed(
-        f"cannot write {target}: {error.strerror}.", hint="Free some space or name another place with --output."
-    )
+    room = "Free some space, or name" if error.errno == errno.ENOSPC else "Name"
+    return StorageFailed(f"cannot write {target}: {error.strerror}.", hint=f"{room} another place with --output.")
 
 
 def _read(file: Path) -> bytes:

@@ -250,7 +250,7 @@ def load_settings(**flags: Any) -> Settings:
     """Read the settings; flags that are None do not count.
 
     Raises:
-        SetupFailed: an unknown name or a value that is not accepted; the message names it.
+        SetupFailed: an unknown name or a value that is not accepted; the message names it as it was given: flag, variable, or line.
     """
     known = {f"{PREFIX}{name.upper()}" for name in Settings.model_fields} | {f"{PREFIX}TORCH", STARTED_BY, API_KEY}
     unknown = sorted(name for name in os.environ if name.startswith(PREFIX) and name not in known)
@@ -264,9 +264,21 @@ def load_settings(**flags: Any) -> Settings:
         field = Settings.model_fields.get(name)
         if field and field.annotation == SecretStr | None:
             first["input"] = "…"  # what was given may be a password in the wrong form
-        raise SetupFailed(f"setting {name}: {faults.say(first)}.", hint=_LIST) from None
+        raise SetupFailed(f"{_as_given(name, flags)}: {faults.say(first)}.", hint=_LIST) from None
     except (OSError, ValueError) as error:
         raise SetupFailed(f"{TOML_FILE} cannot be read: {error}.", hint=_LIST) from None
+
+
+def flag_of(name: str) -> str:
+    """The flag of a setting or field."""
+    return "--" + name.replace("_", "-")
+
+
+def _as_given(name: str, flags: dict[str, Any]) -> str:
+    if flags.get(name) is not None:
+        return flag_of(name)
+    variable = f"{PREFIX}{name.upper()}"
+    return variable if os.environ.get(variable) else f"{TOML_FILE}, {name}"
 
 
 _LIST = "All settings are in docs/reference/settings.md."

@@ -118,7 +118,12 @@ def _models(settings: Settings) -> Iterator[Finding]:
         if entry.problem:
             yield Finding("warning", entry.problem.message, entry.problem.hint)
         else:
-            yield Finding("ok", f"model {entry.title}")
+            built_in = (
+                " (small, built in; for SDXL run: alphalayer models pull)"
+                if entry.path == catalog.EMBEDDED_MODEL
+                else ""
+            )
+            yield Finding("ok", f"model {entry.title}{built_in}")
     if not any(entry.problem is None for entry in entries):
         folder = settings.models_dir / catalog.CHECKPOINTS
         yield Finding("error", f"no usable model in {folder}.", f"Put an SDXL checkpoint there, or run: {catalog.PULL}")
@@ -198,7 +203,7 @@ def _database(settings: Settings) -> Iterator[Finding]:
         return
     try:
         # all that a shared queue needs, whether installed or not
-        from alphalayer.jobs import postgres, shared  # noqa: F401
+        from alphalayer.jobs import postgres, shared  # noqa: F401  # pyright: ignore[reportUnusedImport]
     except ImportError as error:
         yield Finding("error", f"a shared queue needs {error.name}.", how_to_get("shared"))
         return

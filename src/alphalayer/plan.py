@@ -303,7 +303,7 @@ def fixed_offer(name: str, load: Load, seconds: float, batch: int, p95_s: float,
 def scaled_offer(name: str, load: Load, seconds: float, batch: int, price: float, scaling: Scaling) -> Offer:
     """From one pod on as many as it takes, by the age of the oldest job."""
     outcome = simulate(load, Fleet(1, seconds, batch, scaling))
-    return Offer(name, seconds, f"{outcome.mean_pods:.1f}, at most {outcome.most_pods}", outcome, price)
+    return Offer(name, seconds, f"{outcome.mean_pods:.1f} ({outcome.most_pods})", outcome, price)
 
 
 def old_offers(load: Load, p95_s: float) -> list[Offer]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 import secrets
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from alphalayer import faults
 from alphalayer.errors import InvalidRequest
 
+T = TypeVar("T", bound=BaseModel)
 SAMPLERS = (
     "DPM++ 2M SDE",
     "DPM++ 2M",
@@ -193,9 +194,14 @@ def _lora(tag: str) -> Lora:
 
 
 def parse_request(fields: dict[str, Any]) -> GenerationRequest:
+    """`parse_as`, for a request."""
+    return parse_as(GenerationRequest, fields)
+
+
+def parse_as(kind: type[T], fields: dict[str, Any]) -> T:
     """Validate plain data. Raises `InvalidRequest` naming the first field that is wrong, and what is accepted."""
     try:
-        return GenerationRequest.model_validate(fields)
+        return kind.model_validate(fields)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         raise InvalidRequest(f"{faults.say(first)}.", field=".".join(str(part) for part in first["loc"])) from None

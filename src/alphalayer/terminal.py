@@ -37,7 +37,7 @@ def as_started(hint: str) -> str:
 
 def show_mark(mark: str, what: str, hint: str = "") -> None:
     """A line that begins with "ok", "warning" or "error", and below it what to do."""
-    out.print(Text.assemble((mark, _COLOURS[mark]), f"  {what}"))
+    out.print(Text.assemble((mark, _COLOURS[mark]), f"  {as_started(what)}"))
     if hint:
         out.print(f"    {as_started(hint)}")
 

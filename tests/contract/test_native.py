@@ -176,7 +176,9 @@ def test_null_is_silence_and_what_other_servers_take_is_taken(client, path):
 
 def test_a_model_that_is_not_there_lists_those_that_are(client):
     detail = draw(client, checkpoint="juggernaut").json()["detail"]
-    assert detail == 'checkpoint: "juggernaut" is not in models/Stable-diffusion (1 there: alphalayer-mini).'
+    assert (
+        detail == 'checkpoint: no model "juggernaut" in models/Stable-diffusion; there is: alphalayer-mini (built in).'
+    )
     assert draw(client, checkpoint="alphalayer-mini", width=64, height=64).status_code == 200
 
 

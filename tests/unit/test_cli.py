@@ -160,7 +160,9 @@ def test_models_are_listed_and_verified(run: Run, tmp_path: Path):
     assert f"error  cup  {checkpoints}/cup.safetensors is a LoRA, not a checkpoint.\n    Move it to Lora/.\n" in out
     assert f"error  old  {checkpoints}/old.safetensors is cut off" in out
     assert re.search(
-        r"^ok  alphalayer-mini( \[\w+\])?  Stable Diffusion XL  \S+/models/alphalayer-mini$", out, re.MULTILINE
+        r"^ok  alphalayer-mini( \[\w+\])?  small, built in; .* models pull  \S+/models/alphalayer-mini$",
+        out,
+        re.MULTILINE,
     )
     code, out, _ = run("models", "verify")
     assert code == 1
@@ -195,7 +197,9 @@ def test_a_models_folder_that_was_named_has_to_be_there(
 def test_a_model_that_is_not_there_is_missed_in_the_folder_that_was_named(run: Run, tmp_path: Path):
     (tmp_path / "mine").mkdir()
     _, _, err = run("generate", "x", "--models-dir", "mine", "--model", "absent")
-    assert err.startswith('error: model: "absent" is not in mine/Stable-diffusion (1 there: alphalayer-mini)')
+    assert err.startswith(
+        'error: --model: no model "absent" in mine/Stable-diffusion; there is: alphalayer-mini (built in).'
+    )
 
 
 def test_drawing_with_the_embedded_model_for_want_of_another_is_said(run: Run, tmp_path: Path):
@@ -244,7 +248,7 @@ def test_a_default_model_that_is_not_there_stops_the_start(run: Run):
     for command in (["serve", "--default-model", "nope"], ["serve-as-before", "--ckpt", "nope.safetensors"]):
         code, _, err = run(*command, "--port", str(free_port()))
         assert code == 1
-        assert "error: model: " in err
+        assert "error: setting default_model: no model " in err
         assert '"nope' in err
 
 
@@ -278,7 +282,7 @@ def test_wrong_settings_are_one_line(run: Run, tmp_path: Path):
     (tmp_path / "alphalayer.toml").write_text('port = "many"')
     code, out, err = run("models", "list")
     assert (code, out) == (1, "")
-    assert err.startswith("error: setting port")
+    assert err.startswith("error: alphalayer.toml, port: ")
     assert len(err.splitlines()) == 1
 
 
@@ -290,7 +294,50 @@ def test_serve_has_a_flag_for_each_setting(run: Run, monkeypatch: pytest.MonkeyP
     (settings,) = taken
     assert (settings.queue_limit, settings.log_json, settings.tracing, settings.port) == (5, True, False, 9000)
     assert settings.keep_jobs_days == 0.5
-    assert run("serve", "--queue-limit", "many")[2].startswith("error: setting queue_limit: ")
+    assert run("serve", "--queue-limit", "many")[2].startswith("error: --queue-limit: ")
+    assert run("serve", "--listen")[0] == 0
+    assert taken[-1].host == "0.0.0.0"
+    assert run("serve", "--listen", "--host", "10.0.0.5")[0] == 0
+    assert taken[-1].host == "10.0.0.5"
+
+
+def test_help_fits_a_narrow_terminal_and_cuts_no_flag(run: Run, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = run("serve", "--help")[1].splitlines()
+    assert max(map(len, lines)) <= 80
+    for name in Settings.model_fields:
+        assert any(line.lstrip().startswith(f"--{name.replace('_', '-')}") for line in lines), name
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--batch-size", "100"], "--batch-size: got 100; at most 8."),
+        (["--dtype", "fp8"], '--dtype: got "fp8"'),
+        (["--background", "red"], '--background: got "red"; a colour'),
+        (["--output", "/proc/absent/cup.png"], "No such file or directory. Name another place with --output."),
+    ],
+)
+def test_errors_name_the_flag(run: Run, arguments: list[str], said: str):
+    code, _, err = run("generate", "x", *arguments)
+    assert code == 1
+    assert said in err
+
+
+def test_a_prompt_without_quotes_is_told_so(run: Run):
+    code, _, err = run("generate", "an", "apple", "--steps", "1")
+    assert code == 2
+    assert 'put it in quotes: alphalayer generate "an apple"' in err
+
+
+def test_what_is_done_to_a_finished_picture(run: Run, models: Path):
+    assert run(*_generate(models, "--background", "#ff0000", "--defringe", "-o", "plain.png"))[0] == 0
+    rgba, _ = images.decode(Path("plain.png").read_bytes())
+    assert (rgba[..., 3] == 255).all()
+    code, out, _ = run(*_generate(models, "--trim", "-o", "cut.png"))
+    assert code == 0
+    drawn, _ = images.decode(Path("cut.png").read_bytes())
+    assert f"{drawn.shape[1]}x{drawn.shape[0]}" in out
 
 
 def test_the_old_start_line_works_in_its_own_folder_and_says_what_it_cannot_read(
@@ -302,7 +349,7 @@ def test_the_old_start_line_works_in_its_own_folder_and_says_what_it_cannot_read
     code, _, err = run("serve-as-before", "--home", str(home), "--bogus")
     assert code == 1
     assert [line.partition(":")[0] for line in err.splitlines()] == ["warning", "error"]
-    assert "setting port" in err
+    assert "alphalayer.toml, port" in err
     monkeypatch.setenv("COMMANDLINE_ARGS", '--port "78')
     code, _, err = run("serve-as-before")
     assert code == 1
@@ -327,9 +374,10 @@ def test_wrong_usage_is_code_2_without_a_traceback(run: Run, arguments: list[str
 
 
 def test_help_and_version(run: Run):
-    help_ = re.sub(r"[│\s]+", " ", run("generate", "--help")[1])
+    help_ = " ".join(run("generate", "--help")[1].split())
     assert "DPM++ 3M SDE" in help_
     assert "SGM Uniform" in help_
+    assert run("--version") == run("version")
     assert run("version") == (0, f"alphalayer {__version__}\n", "")
     code, out, _ = run("--help")
     assert code == 0

@@ -64,7 +64,7 @@ def test_flags_win_over_the_environment_and_that_over_the_file(clean: Path, monk
 )  # fmt: skip
 def test_wrong_values_are_named(monkeypatch: pytest.MonkeyPatch, name: str, value: str):
     monkeypatch.setenv(f"ALPHALAYER_{name.upper()}", value)
-    with pytest.raises(SetupFailed, match=f"setting {name}: ") as caught:
+    with pytest.raises(SetupFailed, match=f"ALPHALAYER_{name.upper()}: ") as caught:
         load_settings()
     assert "Value error" not in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -78,10 +78,10 @@ def test_an_empty_variable_is_none(monkeypatch: pytest.MonkeyPatch):
 
 @pytest.mark.parametrize("name", ["database", "data_dir", "api_auth", "port"])
 def test_an_empty_flag_or_line_is_refused(clean: Path, name: str):
-    with pytest.raises(SetupFailed, match=f"setting {name}: it is empty"):
+    with pytest.raises(SetupFailed, match=f"--{name.replace('_', '-')}: it is empty"):
         load_settings(**{name: ""})
     (clean / "alphalayer.toml").write_text(f'{name} = ""\n')
-    with pytest.raises(SetupFailed, match=f"setting {name}: it is empty"):
+    with pytest.raises(SetupFailed, match=rf"alphalayer\.toml, {name}: it is empty"):
         load_settings()
 
 
@@ -112,7 +112,7 @@ def test_the_variable_of_the_start_script_is_no_unknown_name(monkeypatch: pytest
 
 def test_an_unknown_name_in_the_file_is_named(clean: Path):
     (clean / "alphalayer.toml").write_text("prot = 80\n")
-    with pytest.raises(SetupFailed, match="prot"):
+    with pytest.raises(SetupFailed, match=r"alphalayer\.toml, prot: there is no such"):
         load_settings()
 
 

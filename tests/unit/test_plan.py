@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 
 import pytest
 from typer.testing import CliRunner
@@ -80,7 +81,7 @@ def test_the_fewest_pods_that_are_enough():
 
 
 def test_the_command(monkeypatch):
-    monkeypatch.setattr(terminal.out, "_width", 140)  # else as wide as COLUMNS was when this was imported first
+    monkeypatch.setattr(terminal.out, "_width", 80)  # else as wide as COLUMNS was when this was imported first
 
     def say(*options: str) -> str:
         said = CliRunner().invoke(app, ["plan", "--users", "20", "--gpu", "h200", *options])
@@ -91,7 +92,9 @@ def test_the_command(monkeypatch):
     assert "h200" in plain
     assert "old stack, 15 s" in plain
     assert "autoscaled" not in plain
-    assert "h200, autoscaled" in say("--autoscale", "--cold-start", "30", "--scale-age", "5", "--max-pods", "3")
+    scaled = say("--autoscale", "--cold-start", "30", "--scale-age", "5", "--max-pods", "3")
+    (row,) = [line for line in scaled.splitlines() if line.startswith("h200, autoscaled")]
+    assert re.search(r" \d\.\d \(\d\) .* \d+\.\d\d  \d+\.\d\d\s*$", row)
     wrong = CliRunner().invoke(app, ["plan", "--users", "20", "--gpu", "abacus"])
     assert 'unknown card "abacus"' in str(wrong.exception)
 

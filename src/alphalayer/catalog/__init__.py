@@ -135,9 +135,9 @@ def resolve_model(name: str | None, entries: list[ModelEntry], models_dir: Path 
             return entry
     if matches and matches[0].problem:
         raise matches[0].problem
-    there = ", ".join(entry.name for entry in entries) or "none"
+    there = [f"{entry.name} (built in)" if entry.path == EMBEDDED_MODEL else entry.name for entry in entries]
     raise ModelNotFound(
-        f'"{name}" is not in {models_dir / CHECKPOINTS} ({len(entries)} there: {there}).',
+        f'no model "{name}" in {models_dir / CHECKPOINTS}; {_listed(there)}.',
         hint=f"Use one of them, or run: {PULL}",
         field="model",
     )
@@ -182,9 +182,12 @@ def find_lora(models_dir: Path, name: str) -> Path:
     """The file of a LoRA by its name without extension. Raises `InvalidRequest` if there is none."""
     files = {path.stem: path for path in sorted((models_dir / "Lora").rglob("*.safetensors"))}
     if name not in files:
-        there = ", ".join(files) or "none"
-        raise InvalidRequest(f'"{name}" is not in {models_dir / "Lora"} ({len(files)} there: {there}).', field="loras")
+        raise InvalidRequest(f'no LoRA "{name}" in {models_dir / "Lora"}; {_listed(list(files))}.', field="loras")
     return files[name]
+
+
+def _listed(names: list[str]) -> str:
+    return f"there {'is' if len(names) == 1 else 'are'}: {', '.join(names)}" if names else "there is none"
 
 
 def _layer_config(path: Path) -> dict[str, Any]:
