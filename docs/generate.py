@@ -28,7 +28,8 @@ def settings_page() -> str:
         NOTE,
         "",
         f"A setting is taken from the command line (`alphalayer serve`; `--no-…` switches off), else from the environment (`{PREFIX}…`),",
-        f"else from `{TOML_FILE}` in the folder that the service is started in. Unknown names and wrong values stop the start; an empty variable is none.",
+        f"else from `{TOML_FILE}` in the folder that the service is started in. Unknown names and wrong values stop the start; "
+        "an empty variable is none.",
         "",
         "| setting (TOML) | environment | flag | default | meaning |",
         "|---|---|---|---|---|",
