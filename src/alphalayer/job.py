@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 import secrets
 import time
@@ -65,12 +64,8 @@ class JobSpec(_Frozen):
     webhook: Webhook | None = None
     traceparent: str | None = None
     """The request that it came with, for traces."""
-
-    @property
-    def digest(self) -> str:
-        """SHA-256 of what is asked for, whichever way the request came; the same for the same request from version to version."""
-        asked = self.model_dump_json(exclude={"traceparent": True, "webhook": {"service_url"}}, exclude_defaults=True)
-        return hashlib.sha256(asked.encode()).hexdigest()
+    asked_digest: str | None = None
+    """SHA-256 of what the client sent, without what the service adds: that may change before the same request comes again."""
 
     @property
     def pixels(self) -> int:
@@ -175,7 +170,7 @@ class Job(_Frozen):
             spec=drawn,
             owner=owner,
             idempotency_key=idempotency_key,
-            digest=spec.digest if idempotency_key is not None else None,
+            digest=spec.asked_digest if idempotency_key is not None else None,
             created_at=time.time(),
         )
 

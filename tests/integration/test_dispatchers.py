@@ -55,7 +55,7 @@ async def open_one(request, tmp_path, ends) -> AsyncIterator[Open]:
 
 
 def spec(prompt: str = "x", **fields) -> JobSpec:
-    return JobSpec(generation=GenerationRequest(prompt=prompt, **fields))
+    return JobSpec(generation=GenerationRequest(prompt=prompt, **fields), asked_digest=prompt)
 
 
 def result_of(job_spec: JobSpec) -> JobResult:

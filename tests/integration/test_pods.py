@@ -43,6 +43,21 @@ def test_a_pod_that_a_proxy_gave_up_takes_no_picture_from_the_one_that_it_asked_
         assert [job["state"] for job in other.get("/alpha/v1/jobs").json()["jobs"]] == ["done"]
 
 
+def test_a_stream_that_cannot_be_opened_again_goes_on_while_its_pod_is_stopped(tmp_path: Path, postgres: Postgres):
+    shared = {"database": postgres.fresh_database(), "outputs_dir": tmp_path / "outputs"}
+    body = {"prompt": "x", "size": "64x64", "quality": "high", "stream": True}
+    with (
+        served(tmp_path / "one", engine_options={"step_s": 0.05}, **shared) as one,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        with served(tmp_path / "other", role="api", **shared) as other:
+            url = f"{str(other.base_url).rstrip('/')}/v1/images/generations"
+            drawing = pool.submit(httpx.post, url, json=body, timeout=60, trust_env=False)
+            wait_until(lambda: one.get("/alpha/v1/jobs", params={"state": "running"}).json()["jobs"])
+        assert "event: image_generation." in drawing.result().text
+        assert "event: error" not in drawing.result().text
+
+
 def test_a_pod_without_models_names_none_and_takes_any_name(tmp_path: Path, postgres: Postgres):
     shared = {"database": postgres.fresh_database(), "outputs_dir": tmp_path / "outputs"}
     real, small = (

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
-import hashlib
 import json
 import time
 from dataclasses import dataclass
@@ -179,7 +178,7 @@ class Txt2ImgRequest(Body):
         with wire_names(FIELDS):
             generation = parse_request(fields)
         previews = options.previews if override.live_previews_enable is None else override.live_previews_enable
-        return JobSpec(generation=generation, iterations=self.n_iter, previews=previews)
+        return JobSpec(generation=generation, iterations=self.n_iter, previews=previews, asked_digest=self.digest)
 
     def _layerdiffuse(self) -> LayerDiffuse:
         for title, script in self.alwayson_scripts.items():
@@ -248,8 +247,7 @@ async def txt2img(
 ) -> Txt2ImgResponse:
     """With transparency, unless `layerdiffuse_enabled` is false. Nothing but the pictures is in `images`."""
     spec = body.to_spec(service, options)
-    digest = hashlib.sha256(body.model_dump_json().encode()).hexdigest()
-    key = f"{body.force_task_id}:{digest}" if body.force_task_id else idempotency_key
+    key = f"{body.force_task_id}:{body.digest}" if body.force_task_id else idempotency_key
     with wire_names(FIELDS):
         job = await run_job(request, spec, user, idempotency_key=key)
     keys = [image.key for image in job.result.images] if job.result and body.send_images else []

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from typing import Any
 
 from pydantic import BaseModel, model_validator
@@ -9,6 +11,12 @@ from pydantic import BaseModel, model_validator
 
 class Body(BaseModel):
     """A request's body, in which null is silence: many clients send every field that they know."""
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of what is asked for; the same for the same request from version to version."""
+        asked = self.model_dump(exclude_defaults=True)
+        return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
 
     @model_validator(mode="before")
     @classmethod

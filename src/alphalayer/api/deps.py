@@ -209,10 +209,10 @@ async def _end_of(service: Service, job_id: str, left: asyncio.Task[None]) -> Jo
         ended.cancel()
 
 
-async def follow(service: Service, job_id: str) -> AsyncIterator[JobView]:
-    """`Dispatcher.watch`; raises `Stopping` where the service ends before the job."""
+async def follow(service: Service, job_id: str, *, elsewhere: bool = False) -> AsyncIterator[JobView]:
+    """`Dispatcher.watch`; raises `Stopping` where the service ends before the job. `elsewhere`: see `Ending.wait`."""
     views = service.dispatcher.watch(job_id)
-    ended = asyncio.ensure_future(service.ending.wait(job_id))
+    ended = asyncio.ensure_future(service.ending.wait(job_id, elsewhere=elsewhere))
     following: asyncio.Future[JobView | None] | None = None
     try:
         while True:

@@ -122,8 +122,13 @@ class Txt2ImgRequest(Body):
             }
         )
         output = Output(**{name: getattr(self, name) for name in Output.model_fields})
-        with_data = self.response_format == "base64"
-        return JobSpec(generation=generation, iterations=self.n_iter, output=output, with_data=with_data)
+        return JobSpec(
+            generation=generation,
+            iterations=self.n_iter,
+            output=output,
+            with_data=self.response_format == "base64",
+            asked_digest=self.digest,
+        )
 
     def _refuse_what_cannot_be_done(self) -> None:
         """What is not there yet, or means nothing beside another field; at its default a field is no wish."""

@@ -158,6 +158,7 @@ class GenerationsRequest(Body):
             iterations=self.n,
             output=output,
             previews=self.stream and self.partial_images > 0,
+            asked_digest=self.digest,
         )
 
     def settings(self, image: ImageRef) -> dict[str, Any]:
@@ -306,7 +307,7 @@ async def _events(body: GenerationsRequest, service: Service, errand: Errand) ->
     """The events of a job; a client that leaves takes its job along, unless others wait for it."""
     sent, job = 0, None
     try:
-        async for view in follow(service, errand.job_id):
+        async for view in follow(service, errand.job_id, elsewhere=True):
             job = view.job
             preview = view.progress.preview
             if preview and not job.state.is_final and _is_due(view, sent, body.partial_images):
