@@ -110,7 +110,7 @@ def create_app(settings: Settings, *, engine: str = ENGINE, engine_options: dict
     app.include_router(ops.router)
     problems.install(app)
     traces, send_traces = _trace(app) if settings.tracing else (Traces(), lambda: None)
-    assistants = _add_dialects(app) if settings.role != "worker" else contextlib.nullcontext
+    assistants = _add_dialects(app, settings) if settings.role != "worker" else contextlib.nullcontext
     app.add_middleware(BodyLimit, limit=settings.max_request_bytes)
     if settings.cors_allow_origins:
         origins = [origin.strip() for origin in settings.cors_allow_origins.split(",")]
@@ -125,7 +125,7 @@ def create_app(settings: Settings, *, engine: str = ENGINE, engine_options: dict
 _Lifespan = Callable[[Any], AbstractAsyncContextManager[Any]]
 
 
-def _add_dialects(app: FastAPI) -> _Lifespan:
+def _add_dialects(app: FastAPI, settings: Settings) -> _Lifespan:
     """Everything that takes requests for pictures; the context to be in while it serves."""
     app.include_router(native.router)
     app.include_router(jobs.router)
@@ -134,7 +134,7 @@ def _add_dialects(app: FastAPI) -> _Lifespan:
     app.state.a1111 = a1111.Options()
     docs.install(app)
     playground.install(app)
-    return _mount_mcp(app)
+    return _mount_mcp(app, settings)
 
 
 def _trace(app: FastAPI) -> tuple[Traces, Callable[[], None]]:
@@ -147,14 +147,15 @@ def _trace(app: FastAPI) -> tuple[Traces, Callable[[], None]]:
     return Traces(provider), provider.shutdown
 
 
-def _mount_mcp(app: FastAPI) -> _Lifespan:
+def _mount_mcp(app: FastAPI, settings: Settings) -> _Lifespan:
     """Mount the tool for assistants, where its package is installed; the context to be in while it serves."""
     try:
         from alphalayer.api import mcp
     except ImportError as error:
         log.info("mcp_off", path="/mcp/", missing=error.name, hint=f"To have it: {how_to_get('mcp')}")
         return contextlib.nullcontext
-    tool = mcp.create_server(mcp.connect_to_caller).http_app("/", stateless_http=True, host_origin_protection=False)
+    server = mcp.create_server(mcp.connect_to_caller, partial(mcp.outside, settings.public_url))
+    tool = server.http_app("/", stateless_http=True, host_origin_protection=False)
     app.mount(mcp.PATH, tool)
     return tool.lifespan
 

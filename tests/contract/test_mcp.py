@@ -139,6 +139,21 @@ def send(service: httpx.Client, number: int, *, steps: int = 4, timeout_s: float
     return next(line for line in answer.text.splitlines() if "/alpha/v1/file/" in line)
 
 
+@pytest.mark.parametrize(
+    ("trusted", "start"), [("127.0.0.2", "https://pics.example.com/draw"), ("127.0.0.1", "http://127.0.0.1")]
+)
+def test_the_address_of_a_picture_is_what_a_trusted_proxy_says(tmp_path: Path, trusted: str, start: str):
+    """The call comes from 127.0.0.2, the tool's own request from 127.0.0.1."""
+    forwarded = {"Host": "pics.example.com", "Proto": "https", "Prefix": "/draw"}
+    headers = {f"X-Forwarded-{name}": value for name, value in forwarded.items()}
+    with served(tmp_path, trusted_proxies=trusted) as service:
+        other = httpx.HTTPTransport(local_address="127.0.0.2")
+        with httpx.Client(base_url=service.base_url, transport=other, headers=headers) as proxy:
+            assert start in send(proxy, 1)
+    with served(tmp_path, public_url="https://alpha.example.com/") as service:
+        assert "https://alpha.example.com/alpha/v1/file/" in send(service, 2)
+
+
 def test_the_services_own_address_may_be_ipv6():
     from alphalayer.api.addresses import address
 

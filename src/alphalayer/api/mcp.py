@@ -23,8 +23,9 @@ from pydantic import Field, ValidationError
 
 from alphalayer import __version__
 from alphalayer.api.addresses import address
+from alphalayer.api.deps import file_url
 from alphalayer.api.problems import first_fault
-from alphalayer.client import TIMEOUT_S, AsyncClient, JobStatus
+from alphalayer.client import TIMEOUT_S, AsyncClient, JobStatus, Picture
 from alphalayer.errors import AlphalayerError
 from alphalayer.request import MAX_PROMPT_CHARACTERS, MAX_SEED, MAX_SIDE
 
@@ -32,20 +33,13 @@ PATH = "/mcp"
 INSTRUCTIONS = (
     "Draws single objects, stickers, sprites and product art as PNG files with a real transparent background."
 )
-PASSED_ON = (
-    "authorization",
-    "x-api-key",
-    "host",
-    "x-forwarded-for",
-    "x-forwarded-host",
-    "x-forwarded-prefix",
-    "x-forwarded-proto",
-)
-"""Headers of the caller that go on to the API: who it is, and under which address it knows the service."""
+PASSED_ON = ("authorization", "x-api-key")
+"""Headers of the caller that go on to the API: who it is."""
 
 
-def create_server(connect: Callable[[], AsyncClient]) -> FastMCP[Any]:
-    """A server with the tool; `connect` makes the client that a call is answered with."""
+def create_server(connect: Callable[[], AsyncClient], outside: Callable[[], str] | None = None) -> FastMCP[Any]:
+    """A server with the tool; `connect` makes the client that a call is answered with, `outside` says under which address the caller
+    knows the service, where that is not for the API to say."""
     server: FastMCP[Any] = FastMCP("Alphalayer", version=__version__, instructions=INSTRUCTIONS)
     server.add_middleware(_OwnWords())
 
@@ -72,11 +66,12 @@ def create_server(connect: Callable[[], AsyncClient]) -> FastMCP[Any]:
         wanted = {"negative_prompt": negative_prompt, "width": width, "height": height, "steps": steps, "seed": seed}
         try:
             async with connect() as client:
-                return await _draw(
-                    client, context, prompt, {name: each for name, each in wanted.items() if each is not None}
-                )
+                fields = {name: each for name, each in wanted.items() if each is not None}
+                data, picture = await _draw(client, context, prompt, fields)
         except AlphalayerError as error:
             raise ToolError(str(error)) from None
+        url = file_url(outside(), picture.filename) if outside else picture.url
+        return [Image(data=data, format="png"), f"{url} ({picture.width}x{picture.height}, seed {picture.seed})"]
 
     server.tool(draw_transparent_picture, title="Draw a transparent picture", annotations={"openWorldHint": False})
     return server
@@ -96,7 +91,7 @@ class _OwnWords(Middleware):
             raise ToolError(str(first_fault({**first, "loc": ("arguments", *first["loc"])}))) from None
 
 
-async def _draw(client: AsyncClient, context: Context, prompt: str, fields: dict[str, Any]) -> list[Any]:
+async def _draw(client: AsyncClient, context: Context, prompt: str, fields: dict[str, Any]) -> tuple[bytes, Picture]:
     """Submit, tell the progress, bring the file; a caller that goes away takes its job along, unless others wait for it."""
     status = await client.submit(prompt, idempotency_key=_job_key(context), **fields)
     step = steps = 0
@@ -112,11 +107,8 @@ async def _draw(client: AsyncClient, context: Context, prompt: str, fields: dict
             await client.leave(status.id)
         raise
     (picture,) = status.check().pictures
-    return [
-        # not at its own address: that is for those outside
-        Image(data=await client.download(f"{client.base_url}/alpha/v1/file/{picture.filename}"), format="png"),
-        f"{picture.url} ({picture.width}x{picture.height}, seed {picture.seed})",
-    ]
+    # not at its own address: that is for those outside
+    return await client.download(file_url(client.base_url, picture.filename)), picture
 
 
 def _job_key(context: Context) -> str | None:
@@ -135,3 +127,8 @@ def connect_to_caller() -> AsyncClient:
     headers = {name: request.headers[name] for name in PASSED_ON if name in request.headers}
     http = httpx.AsyncClient(trust_env=False, timeout=TIMEOUT_S)
     return AsyncClient(address(*request.scope["server"]), headers=headers, http=http)
+
+
+def outside(public_url: str | None) -> str:
+    """The service's address for whoever calls the tool, without a slash at its end: the public URL if one is set, else as it reached us."""
+    return (public_url or str(get_http_request().base_url)).rstrip("/")
