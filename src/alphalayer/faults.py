@@ -62,6 +62,14 @@ def say(fault: Mapping[str, Any]) -> str:
     return str(fault["msg"]).removeprefix("Value error, ")
 
 
+def check_unicode(value: Any) -> None:
+    """Raise `ValueError` where a text of a JSON value, however deep, has halves of characters, which no answer can hold."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise ValueError("a text in it is not Unicode") from None
+
+
 def shown(value: Any) -> str:
     """A value as it was sent, as JSON, cut where it is long."""
     text = json.dumps(value, ensure_ascii=False, default=str).encode(errors="replace").decode()

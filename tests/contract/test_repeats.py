@@ -30,7 +30,8 @@ def test_options_that_were_changed_do_not_make_it_another_request(tmp_path: Path
 @pytest.mark.parametrize("path", ["/alpha/v1/jobs", "/alpha/v1/txt2img", "/sdapi/v1/txt2img", "/v1/images/generations"])
 def test_settings_that_were_changed_do_not_make_it_another_request(tmp_path: Path, path: str):
     body = {"prompt": "an apple", "size": "64x64"} if path.startswith("/v1/") else BODY
-    for settings in ({}, {"decode": "forge2", "noise": "cpu"}):
+    changes: list[dict[str, Any]] = [{}, {"decode": "forge2", "noise": "cpu"}]
+    for settings in changes:
         with served(tmp_path, **settings) as client:
             client.post(path, json=body, headers=KEY).raise_for_status()
             assert jobs(client) == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 
 import httpx
@@ -79,6 +80,26 @@ def test_words(client: httpx.Client, path: str, fields: dict[str, object], words
 @pytest.mark.parametrize(("path", "query", "words"), [(JOBS, "?limit=all", 'limit: got "all"; a whole number.')])
 def test_words_about_a_query(client: httpx.Client, path: str, query: str, words: str):
     assert client.get(path + query).json()["detail"] == words
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"alwayson_scripts": {"\ud800": {"args": []}}},
+        {"alwayson_scripts": {"\ud800": 3}},
+        {"alwayson_scripts": {"LayerDiffuse": {"args": []}, "\ud800": {}}},
+        {"alwayson_scripts": {"LayerDiffuse": {"args": [True, "\ud800"]}}},
+        {"alwayson_scripts": {"LayerDiffuse": {"args": [True, *[None] * 11, "\ud800"]}}},
+        {"sampler_name": "Euler", "sampler_index": "\ud800"},
+        {"sampler_name": "Euler Karras", "scheduler": "\ud800"},
+        {"override_settings": {"sd_model_checkpoint": "\ud800"}},
+        {"force_task_id": "\ud800"},
+    ],
+)
+def test_text_that_is_not_unicode_is_told_so(client: httpx.Client, more: dict[str, object]):
+    answer = client.post(A1111, content=json.dumps({"prompt": "a", "width": 64, "height": 64, **more}), headers=JSON)
+    assert answer.status_code == 422
+    assert "Unicode" in answer.json()["detail"]
 
 
 def test_what_must_be_given_and_what_is_no_text(client: httpx.Client):

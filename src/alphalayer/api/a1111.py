@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Query, Request
-from pydantic import BaseModel, ConfigDict, Field, StrictBool
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, field_validator
 
-from alphalayer import images, infotext
+from alphalayer import faults, images, infotext
 from alphalayer.api import a1111_lists
 from alphalayer.api.a1111_lists import ALIASES
 from alphalayer.api.bodies import Body
@@ -75,7 +75,9 @@ OptionsDep = Annotated[Options, Depends(options_of)]
 class OverrideSettings(BaseModel):
     """Settings for one request. Others of the original are ignored."""
 
-    sd_model_checkpoint: Annotated[str | None, Field(description="A model by name, title or hash.")] = None
+    sd_model_checkpoint: Annotated[str | None, Field(max_length=500, description="A model by name, title or hash.")] = (
+        None
+    )
     sd_vae: Annotated[str | None, Field(description='"Automatic" alone; another one is not there yet.')] = None
     CLIP_stop_at_last_layers: (
         Annotated[int, Field(ge=1, le=12, description="The layer to stop at; 1: the last.")] | None
@@ -109,9 +111,11 @@ class Txt2ImgRequest(Body):
     seed: Annotated[int, Field(description="Same seed, same picture; -1 draws a fresh one.")] = -1
     subseed: Annotated[int, Field(description="Variation seed.")] = -1
     subseed_strength: Annotated[float, Field(description="How far to go to the variation.")] = 0.0
-    sampler_name: Annotated[str | None, Field(description="One of `samplers`; may carry its scheduler.")] = None
-    sampler_index: Annotated[str, Field(description="The old name of sampler_name.")] = "Euler"
-    scheduler: Annotated[str | None, Field(description="One of `schedulers`, by name or label.")] = None
+    sampler_name: Annotated[
+        str | None, Field(max_length=100, description="One of `samplers`; may carry its scheduler.")
+    ] = None
+    sampler_index: Annotated[str, Field(max_length=100, description="The old name of sampler_name.")] = "Euler"
+    scheduler: Annotated[str | None, Field(max_length=100, description="One of `schedulers`, by name or label.")] = None
     batch_size: Annotated[int, Field(description="Pictures drawn together; seeds count up.")] = 1
     n_iter: Annotated[int, Field(ge=1, le=MAX_ITERATIONS, description="Batches drawn one after another.")] = 1
     steps: Annotated[int, Field(description="Sampling steps.")] = 50
@@ -146,6 +150,13 @@ class Txt2ImgRequest(Body):
     s_churn: Annotated[float, Field(description="Not there yet.")] = 0
     s_noise: Annotated[float, Field(description="1 is ignored; others are not there yet.")] = 1
     eta: Annotated[float | None, Field(description="0 and 1 are ignored.")] = None
+
+    @field_validator("alwayson_scripts", mode="before")
+    @classmethod
+    def _is_unicode(cls, scripts: Any) -> Any:
+        # what is in it may be anything, and goes back to the client
+        faults.check_unicode(scripts)
+        return scripts
 
     def to_spec(self, service: Service, options: Options) -> JobSpec:
         """The job that does this. Raises `InvalidRequest`."""

@@ -3,6 +3,7 @@ and the same in the shapes of the foreign dialects."""
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any
 
 from fastapi import FastAPI, Request
@@ -94,7 +95,15 @@ PROBLEMS: dict[int | str, dict[str, Any]] = {
 """The error answers of a route, for the API's description."""
 
 
-class ProblemResponse(JSONResponse):
+class ErrorResponse(JSONResponse):
+    """An error as JSON; what it quotes of a request need not be Unicode."""
+
+    def render(self, content: Any) -> bytes:
+        """The body."""
+        return json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode(errors="replace")
+
+
+class ProblemResponse(ErrorResponse):
     """A problem as `application/problem+json`."""
 
     media_type = "application/problem+json"
@@ -119,11 +128,11 @@ def respond(path: str, problem: Problem, headers: dict[str, str] | None = None) 
     """The answer that a problem is to a request for this path: each dialect has its own shape."""
     headers = dict(headers or {})
     if path.startswith("/sdapi/"):
-        return JSONResponse({"detail": f"{problem.detail} {problem.hint}".strip()}, problem.status, headers)
+        return ErrorResponse({"detail": f"{problem.detail} {problem.hint}".strip()}, problem.status, headers)
     if path.startswith("/v1/"):
         if problem.code not in PASSING:
             headers["x-should-retry"] = "false"
-        return JSONResponse(openai_error(problem), 400 if problem.status == 422 else problem.status, headers)
+        return ErrorResponse(openai_error(problem), 400 if problem.status == 422 else problem.status, headers)
     return ProblemResponse(problem.model_dump(), problem.status, headers)
 
 
