@@ -253,16 +253,15 @@ async def _assemble(settings: Settings, engine: str, options: dict[str, Any], tr
         others_draw=settings.database is not None,
     )
 
-    def is_ready() -> bool:
-        """Where others draw, it is enough that jobs can be handed to them."""
-        can_draw = settings.role == "api" or any(each.is_ready for each in supervisors)
-        return dispatcher.is_reachable and can_draw and not ending.has_begun
-
     def readiness() -> dict[str, Any]:
+        """Where others draw, it is enough that jobs can be handed to them."""
         engines = {each.name: "ready" if each.is_ready else str(each.problem or "starting") for each in supervisors}
         model, problem = _default_model(settings)
-        problem = stopping().message if ending.has_begun else problem
-        ready = is_ready() and (model is not None or settings.role == "api")
+        ready = settings.role == "api" or (model is not None and any(each.is_ready for each in supervisors))
+        if ending.has_begun:
+            ready, problem = False, stopping().message
+        elif not dispatcher.is_reachable:
+            ready, problem = False, "the database cannot be reached."
         return {"ready": ready, "engines": engines, "model": model, **({"problem": problem} if problem else {})}
 
     knows_models = _knows_models(settings)
@@ -272,7 +271,6 @@ async def _assemble(settings: Settings, engine: str, options: dict[str, Any], tr
         storage=storage,
         models_dir=settings.models_dir,
         list_models=lambda: catalog.find_models(settings.models_dir) if knows_models else [],
-        is_ready=is_ready,
         readiness=readiness,
         metrics=metrics,
         gate=Gate(keys.keys),

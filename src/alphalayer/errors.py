@@ -16,6 +16,7 @@
     ├── FileMissing            no picture of that name
     ├── JobMissing             no job of that id
     ├── StorageFailed          disk full, folder read-only
+    │   └── DatabaseAway       the database that many machines share cannot be reached; ask again
     ├── EngineFailed           the engine process died, raised something unforeseen, or its numbers overflowed
     └── SetupFailed            the service cannot start as configured
 
@@ -150,6 +151,13 @@ class StorageFailed(AlphalayerError):
     """A picture could not be written or read: disk full, folder read-only."""
 
     code = "storage_failed"
+
+
+class DatabaseAway(StorageFailed):
+    """The database that many machines share cannot be reached; `retry_after_s` says when to ask again."""
+
+    code = "database_away"
+    retry_after_s = 10
 
 
 class EngineFailed(AlphalayerError):

@@ -406,6 +406,13 @@ def test_it_is_not_ready_when_the_engine_cannot_start(tmp_path):
         wait_until(lambda: client.get("/sdapi/v1/sd-models").status_code == 200)
 
 
+def test_it_is_not_ready_without_its_model(tmp_path):
+    with served(tmp_path, default_model="nope", wait_ready=False) as client:
+        wait_until(lambda: client.get("/readyz").json()["engines"] == {"cpu": "ready"})
+        assert client.get("/readyz").status_code == client.get("/ping").status_code == 503
+        assert client.get("/ping").text == client.get("/readyz").json()["problem"]
+
+
 def test_a_folder_that_is_slow_to_read_keeps_nobody_but_who_asks_for_it(tmp_path, monkeypatch):
     look, looking = app._default_model, threading.Event()
 

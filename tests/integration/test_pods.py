@@ -85,6 +85,25 @@ def test_a_pod_without_models_names_none_and_takes_any_name(tmp_path: Path, post
             assert pod.post("/v1/images/generations", json={**small, "model": usual}).status_code == 200
 
 
+def test_a_database_that_is_away_is_said(tmp_path: Path, postgres: Postgres, monkeypatch: pytest.MonkeyPatch):
+    from alphalayer.jobs import shared
+
+    monkeypatch.setattr(shared, "AWAY_S", 3.0)
+    with served(tmp_path, role="api", database=postgres.fresh_database()) as pod:
+        postgres.stop()
+        try:
+            refused = pod.post("/alpha/v1/jobs", json={"prompt": "x"})
+            assert (refused.status_code, refused.json()["code"]) == (503, "database_away")
+            assert int(refused.headers["retry-after"]) > 0
+            wait_until(lambda: pod.get("/readyz").status_code == 503)
+            assert "database" in pod.get("/readyz").json()["problem"]
+            ping = pod.get("/ping")
+            assert (ping.status_code, ping.text) == (503, "the database cannot be reached.")
+        finally:
+            postgres.start()
+        wait_until(lambda: pod.get("/ping").status_code == 200)
+
+
 def test_the_signal_for_scaling_rises_without_workers_and_falls_with_one(tmp_path: Path, postgres: Postgres):
     shared = {"database": postgres.fresh_database()}
     with capture_logs() as logs, served(tmp_path / "api", role="api", **shared) as pod:

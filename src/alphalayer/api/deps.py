@@ -31,7 +31,6 @@ class Service:
     storage: Storage
     models_dir: Path
     list_models: Callable[[], list[ModelEntry]]
-    is_ready: Callable[[], bool]
     readiness: Callable[[], dict[str, Any]]
     metrics: Metrics
     gate: Gate

@@ -33,11 +33,14 @@ def readyz(service: ServiceDep, response: Response) -> dict[str, Any]:
     "/ping",
     summary="For load balancers",
     response_class=PlainTextResponse,
-    responses={204: {"description": "Still starting."}},
+    responses={204: {"description": "Still starting."}, 503: {"description": "Not now; the body says why."}},
 )
-async def ping(service: ServiceDep) -> Response:
-    """200 when it can draw, 204 while it starts."""
-    return PlainTextResponse("ready") if service.is_ready() else Response(status_code=204)
+def ping(service: ServiceDep) -> Response:
+    """200 where `/readyz` says 200, 204 while an engine starts, else 503 with the reason."""
+    ready = service.readiness()
+    if ready["ready"]:
+        return PlainTextResponse("ready")
+    return PlainTextResponse(ready["problem"], 503) if "problem" in ready else Response(status_code=204)
 
 
 @router.get("/metrics", summary="For Prometheus", response_class=PlainTextResponse)

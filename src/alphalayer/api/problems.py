@@ -15,7 +15,7 @@ from starlette.routing import Match
 from starlette.types import Scope
 
 from alphalayer import faults
-from alphalayer.errors import AlphalayerError, InvalidRequest, RateLimited, Stopping
+from alphalayer.errors import AlphalayerError, DatabaseAway, InvalidRequest, RateLimited, Stopping
 
 STATUSES = {
     "invalid_request": 422,
@@ -33,6 +33,7 @@ STATUSES = {
     "file_not_found": 404,
     "job_not_found": 404,
     "storage_failed": 507,
+    "database_away": 503,
     "engine_failed": 500,
     "setup_failed": 500,
     "unauthorized": 401,
@@ -53,7 +54,7 @@ TITLES = {
 }
 
 
-PASSING = ("queue_full", "rate_limited", "stopping", "storage_failed")
+PASSING = ("queue_full", "rate_limited", "stopping", "storage_failed", "database_away")
 """What may be gone at the next try. OpenAI's clients would ask again by themselves after any 409 and 5xx, and a request that takes an
 engine down would do so each time."""
 CODES = {404: "not_found", 405: "method_not_allowed", 413: "too_large"}
@@ -168,7 +169,7 @@ def install(app: FastAPI) -> None:
         headers: dict[str, str] = dict(getattr(error, "headers", {}))
         if STATUSES.get(error.code) == 429:
             request.app.state.service.metrics.refused.labels(error.code).inc()
-        if isinstance(error, RateLimited | Stopping):
+        if isinstance(error, RateLimited | Stopping | DatabaseAway):
             headers["Retry-After"] = str(error.retry_after_s)
         elif error.code == "queue_full":
             headers["Retry-After"] = str(request.app.state.service.dispatcher.retry_after_s)

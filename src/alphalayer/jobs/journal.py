@@ -39,7 +39,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
-from alphalayer.errors import SetupFailed, StorageFailed
+from alphalayer.errors import DatabaseAway, SetupFailed, StorageFailed
 from alphalayer.job import Job, JobSpec, JobState
 from alphalayer.request import GenerationRequest
 from alphalayer.telemetry import log
@@ -119,11 +119,6 @@ class Journal:
     def __init__(self, engine: AsyncEngine):
         self.engine = engine
         self._add = ADD[engine.dialect.name]
-        self._hint = (
-            "Free some space and check the rights of the file."
-            if engine.dialect.name == "sqlite"
-            else "Check that PostgreSQL runs, and try again."
-        )
         self._pending: list[tuple[Any, dict[str, Any], asyncio.Future[int]]] = []
         self._writer: asyncio.Task[None] | None = None
 
@@ -283,7 +278,11 @@ class Journal:
         cause = getattr(error, "orig", None) or error
         if _is_damage(cause):
             return StorageFailed(f"the journal is damaged: {cause}.", hint=_MEND)
-        return StorageFailed(f"the journal cannot be reached: {cause}.", hint=self._hint)
+        if self.engine.dialect.name == "sqlite":
+            hint = "Free some space and check the rights of the file."
+            return StorageFailed(f"the journal cannot be written or read: {cause}.", hint=hint)
+        hint = "Try again in a moment; if it stays away, check that PostgreSQL runs."
+        return DatabaseAway(f"the database cannot be reached: {cause}.", hint=hint)
 
 
 def _is_damage(cause: object) -> bool:
