@@ -125,7 +125,17 @@ def _opened(data: bytes) -> Generator[Image.Image]:
             yield image
     except UnidentifiedImageError:
         raise InvalidRequest("not a picture.", hint=_USE) from None
-    except (OSError, SyntaxError, ValueError, EOFError, RuntimeError, OverflowError, struct.error, zlib.error) as error:
+    except (
+        OSError,
+        SyntaxError,
+        ValueError,
+        EOFError,
+        RuntimeError,
+        ArithmeticError,
+        LookupError,
+        struct.error,
+        zlib.error,
+    ) as error:
         raise InvalidRequest(f"the picture is damaged ({error}).", hint=_USE) from None
     except Image.DecompressionBombError:
         raise _too_large("far more pixels than that") from None

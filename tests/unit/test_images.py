@@ -139,6 +139,14 @@ def _huge_png(text: bytes = b"parameters\0a cup") -> bytes:
     return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*each) for each in chunks)
 
 
+def test_a_chunk_that_is_too_short_is_a_clear_error():
+    data = images.encode(_picture())
+    chunk = b"iCCP?"
+    added = struct.pack(">I", 1) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    with pytest.raises(InvalidRequest, match="damaged"):
+        images.decode(data[:-12] + added + data[-12:])
+
+
 def test_a_picture_that_claims_to_be_huge_is_refused_unread():
     with pytest.raises(InvalidRequest, match="16 megapixels, and it has 9000x9000"):
         images.decode(_huge_png())

@@ -50,7 +50,10 @@ class Detail(BaseModel):
     detail: Annotated[str, Field(description="What is wrong, and what to do.")]
 
 
-ERRORS: dict[int | str, dict[str, Any]] = {"4XX": {"model": Detail, "description": "What is wrong."}}
+ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {"model": Detail, "description": "What is wrong."} for status in (422, "4XX")
+}
+EXAMPLE = {"prompt": "an apple, high quality", "steps": 20, "width": 1024, "height": 1024}
 router = APIRouter(prefix="/sdapi/v1", tags=["AUTOMATIC1111"], responses=ERRORS)
 router.include_router(a1111_lists.router)
 
@@ -104,7 +107,9 @@ class Script(BaseModel):
 class Txt2ImgRequest(Body):
     """The body of `POST /sdapi/v1/txt2img`, with the defaults of that API. Fields that are not here are ignored, as there."""
 
-    model_config = ConfigDict(allow_inf_nan=False, title="A1111Txt2ImgRequest")
+    model_config = ConfigDict(
+        allow_inf_nan=False, title="A1111Txt2ImgRequest", json_schema_extra={"examples": [EXAMPLE]}
+    )
 
     prompt: Annotated[str, Field(description="What to draw.")] = ""
     negative_prompt: Annotated[str, Field(description="What to keep out.")] = ""

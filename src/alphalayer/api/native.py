@@ -56,9 +56,11 @@ FIELDS = {"model": "checkpoint", "iterations": "n_iter", "sampler": "sampler_nam
 class Txt2ImgRequest(Body):
     """The body of `POST /alpha/v1/txt2img`. Only the prompt must be given; what is left out is drawn as the model likes it."""
 
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid", allow_inf_nan=False, json_schema_extra={"examples": [{"prompt": "an apple, high quality"}]}
+    )
 
-    prompt: Annotated[Prompt, Field(description="What to draw.", examples=["an apple, high quality"])]
+    prompt: Annotated[Prompt, Field(description="What to draw.")]
     negative_prompt: Annotated[str, Field(max_length=MAX_PROMPT_CHARACTERS, description="What to keep out.")] = (
         "bad, ugly"
     )

@@ -56,7 +56,9 @@ class ErrorAnswer(BaseModel):
     error: Annotated[ErrorBody, Field(description="The error.")]
 
 
-ERRORS: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorAnswer, "description": "What is wrong."}}
+ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {"model": ErrorAnswer, "description": "What is wrong."} for status in (400, "4XX")
+}
 router = APIRouter(prefix="/v1", tags=["OpenAI"], responses=ERRORS)
 
 FIELDS = {"iterations": "n", "width": "size", "height": "size"}
@@ -93,7 +95,9 @@ def _checked_size(size: str) -> str:
 class GenerationsRequest(Body):
     """The body of `POST /v1/images/generations`. Fields that are not here are ignored."""
 
-    model_config = ConfigDict(title="OpenAIGenerationsRequest")
+    model_config = ConfigDict(
+        title="OpenAIGenerationsRequest", json_schema_extra={"examples": [{"prompt": "an apple, high quality"}]}
+    )
 
     prompt: Annotated[str, Field(description="What to draw.")]
     model: Annotated[
