@@ -270,6 +270,7 @@ async def _assemble(settings: Settings, engine: str, options: dict[str, Any], tr
         dispatcher=dispatcher,
         storage=storage,
         models_dir=settings.models_dir,
+        embeddings_dir=settings.embeddings,
         list_models=lambda: catalog.find_models(settings.models_dir) if knows_models else [],
         readiness=readiness,
         metrics=metrics,

@@ -1,4 +1,4 @@
-"""Every error that a user can meet, and nothing of HTTP.
+"""Every error that the service answers with, and nothing of HTTP. (`alphalayer.client` adds `ServiceUnreachable`.)
 
     AlphalayerError
     ├── InvalidRequest         a field of a request is wrong
@@ -11,6 +11,8 @@
     ├── OutOfMemory            the request does not fit the device, in the smallest mode either
     ├── Cancelled              somebody asked for it
     ├── QueueFull              no room; come back later
+    ├── Unauthorized           no credentials, or wrong ones
+    ├── NotImplementedYet      a route that clients know from elsewhere and that does nothing here yet
     ├── RateLimited            this key asked too often
     ├── Stopping               the service is being stopped; ask again
     ├── FileMissing            no picture of that name
@@ -119,6 +121,18 @@ class QueueFull(AlphalayerError):
     """There is no room for another job now."""
 
     code = "queue_full"
+
+
+class Unauthorized(AlphalayerError):
+    """No credentials, or wrong ones."""
+
+    code = "unauthorized"
+
+
+class NotImplementedYet(AlphalayerError):
+    """A route that clients know from elsewhere and that does nothing here yet."""
+
+    code = "not_implemented"
 
 
 class RateLimited(AlphalayerError):

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 SHOWN_CHARACTERS = 60
+DESCRIBED = "The fields are described at /docs."
 COLOUR = r"^#[0-9a-fA-F]{6}$"
 _ACCEPTED = {
     "int_type": "a whole number",

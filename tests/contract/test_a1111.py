@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import webuiapi
 from PIL import Image
+from safetensors.numpy import save_file
 from tests.serving import put_lora, put_model, served, wait_until
 
 from alphalayer.engine.fake import draw_disc
@@ -109,6 +110,7 @@ def test_webuiapi_asks_for_everything(client):
     assert api.get_cmd_flags()["api"] is True
     assert api.refresh_checkpoints() is None
     assert api.interrupt() == api.skip() == {}
+    assert api.get_embeddings() == {"loaded": {}, "skipped": {}}
     api.util_wait_for_ready(0.05)
     with pytest.raises(RuntimeError, match="img2img is not there yet"):
         api.img2img(images=[Image.new("RGB", (8, 8))])
@@ -214,6 +216,30 @@ def test_layerdiffuse_as_a_script(client, title, args, expected):
         assert {f"layerdiffusion_{key}": value for key, value in expected.items()}.items() <= settings.items()
 
 
+def test_the_usual_model_has_its_hash_in_the_options(tmp_path):
+    with served(tmp_path) as client:
+        options = client.get("/sdapi/v1/options").json()
+    assert options["sd_model_checkpoint"] == f"alphalayer-mini [{options['sd_checkpoint_hash'][:10]}]"
+
+
+def test_embeddings_are_listed_by_what_they_are(tmp_path):
+    (tmp_path / "embeddings").mkdir()
+    sides = {"clip_l": np.zeros((3, 768), np.float32), "clip_g": np.zeros((3, 1280), np.float32)}
+    for name, tensors in {"soft": sides, "other": {"emb_params": sides["clip_l"]}}.items():
+        save_file(tensors, tmp_path / "embeddings" / f"{name}.safetensors")
+    with served(tmp_path) as client:
+        found = client.get("/sdapi/v1/embeddings").json()
+    assert (found["loaded"]["soft"]["vectors"], found["loaded"]["soft"]["shape"]) == (3, 2048)
+    assert (list(found["loaded"]), list(found["skipped"])) == (["soft"], ["other"])
+
+
+def test_a_lora_that_is_not_there_is_a_fault_of_the_prompt(client, tmp_path):
+    for path in ("/sdapi/v1/txt2img", "/v1/images/generations"):
+        answer = client.post(path, json={"prompt": "an apple <lora:nowhere>"})
+        assert answer.status_code in (400, 422)
+        assert 'prompt: "nowhere" is not in' in answer.text.replace("\\", "")
+
+
 def test_transparency_is_switched_off_by_one_field(client):
     assert "layerdiffusion_enabled" not in made(draw(client, layerdiffuse_enabled=False))
 
@@ -294,8 +320,12 @@ def test_a_task_id_gives_the_same_job_again(client):
 
 
 def test_every_error_has_the_shape_of_that_api(client):
-    assert client.get("/sdapi/v1/nothing").json() == {"detail": "Not Found"}
-    assert client.get("/sdapi/v1/txt2img").json() == {"detail": "Method Not Allowed"}
+    assert client.get("/sdapi/v1/nothing").json() == {
+        "detail": "there is no such path. All paths are described at /docs."
+    }
+    assert client.get("/sdapi/v1/txt2img").json() == {
+        "detail": "this path does not take that method. Use POST; see /docs."
+    }
     answer = client.post("/sdapi/v1/img2img", json={})
     assert answer.status_code == 501
     assert answer.json() == {"detail": "img2img is not there yet. Use /sdapi/v1/txt2img."}

@@ -16,7 +16,10 @@ import pytest
 from structlog.testing import capture_logs
 from tests.serving import free_port, served, wait_until
 
+from alphalayer.errors import InvalidRequest
+from alphalayer.jobs.ends import note_end
 from alphalayer.keys import add_key
+from alphalayer.telemetry import Metrics
 
 BODY = {"prompt": "a hidden wish", "steps": 1, "width": 64, "height": 64}
 BROKEN = """
@@ -134,3 +137,11 @@ def _is_ready(client: httpx.Client) -> bool:
         return client.get("/ping").status_code == 200
     except httpx.TransportError:
         return False
+
+
+def test_what_is_wrong_with_a_prompt_is_logged_by_its_field_alone():
+    with capture_logs() as lines:
+        note_end(Metrics(), "0123", InvalidRequest('the attention weight of "my secret" is too high.', field="prompt"))
+    assert lines == [
+        {"event": "job_failed", "log_level": "warning", "job": "0123", "code": "invalid_request", "field": "prompt"}
+    ]

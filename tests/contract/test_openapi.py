@@ -32,9 +32,9 @@ checks.positive_data_acceptance.enabled = false
 include-path-regex = "^/alpha/v1/jobs/"
 checks.use_after_free.enabled = false
 """
-"""What a schema cannot say: that a text is a picture's base64, that fields go together, every spelling of a sampler's name, that null is silence;
-and that DELETE cancels a job, which is shown after that, too."""
-BY_DESIGN = "events|readyz|img2img|edits|variations"
+"""What a schema cannot say: that a text is a picture's base64, that fields go together, every spelling of a sampler's name, that null
+is silence; and that DELETE cancels a job, which is shown after that, too."""
+BY_DESIGN = "events|readyz|img2img|extra-|interrogate|edits|variations"
 """An endless answer, a 503 that is the answer, and the routes that answer 501."""
 
 

@@ -77,6 +77,29 @@ def test_words(client: httpx.Client, path: str, fields: dict[str, object], words
     assert text.removesuffix(" The fields are described at /docs.") == words
 
 
+@pytest.mark.parametrize(
+    ("fields", "like"),
+    [
+        ({"promt": "an apple"}, "prompt"),
+        ({"model": "apples"}, "checkpoint"),
+        ({"sampler": "Euler"}, "sampler_name"),
+        ({"colour": "red"}, None),
+    ],
+)
+def test_a_wrong_name_of_a_field_is_told_before_what_is_missing(
+    client: httpx.Client, fields: dict[str, object], like: str | None
+):
+    for path in (NATIVE, JOBS):
+        said = client.post(path, json=fields).json()
+        assert said["detail"] == f"{next(iter(fields))}: there is no such field."
+        assert said["hint"].partition(" The fields")[0] == (f'Did you mean "{like}"?' if like else said["hint"])
+
+
+@pytest.mark.parametrize(("content", "words"), [(b"", "it must be given."), (b"[]", "got []; an object.")])
+def test_words_about_the_body_as_a_whole(client: httpx.Client, content: bytes, words: str):
+    assert client.post(NATIVE, content=content, headers=JSON).json()["detail"] == f"the body: {words}"
+
+
 @pytest.mark.parametrize(("path", "query", "words"), [(JOBS, "?limit=all", 'limit: got "all"; a whole number.')])
 def test_words_about_a_query(client: httpx.Client, path: str, query: str, words: str):
     assert client.get(path + query).json()["detail"] == words

@@ -235,6 +235,8 @@ def test_pictures_are_redirected_to_the_bucket(bucket: str, tmp_path: Path):
         made = client.post("/alpha/v1/txt2img", json={"prompt": "x", "width": 64, "height": 64, "steps": 2}).json()
         answer = client.get(made["url"])
         assert answer.status_code == 307
+        # a URL that is signed for GET opens for nothing else
+        assert (client.head(made["url"]).status_code, client.head(made["url"]).is_redirect) == (200, False)
         picture = httpx.get(answer.headers["location"], trust_env=False)
         assert picture.content.startswith(b"\x89PNG")
         assert (picture.headers["content-type"], picture.headers["cache-control"]) == ("image/png", FOR_EVER)

@@ -29,8 +29,7 @@ from alphalayer.api.deps import (
     wire_names,
 )
 from alphalayer.api.layerdiffuse_script import SCRIPT, layerdiffuse_of
-from alphalayer.api.problems import NotImplementedYet
-from alphalayer.errors import InvalidRequest
+from alphalayer.errors import InvalidRequest, NotImplementedYet
 from alphalayer.job import MAX_ITERATIONS, JobSpec, JobState
 from alphalayer.jobs import JobView
 from alphalayer.request import AUTOMATIC, LayerDiffuse, parse_request, split_sampler_name
@@ -39,6 +38,7 @@ FIELDS = {
     "sampler": "sampler_name",
     "model": "override_settings.sd_model_checkpoint",
     "iterations": "n_iter",
+    "loras": "prompt",
     "layerdiffuse_method": f"alwayson_scripts.{SCRIPT}.args",
 }
 """What a field is called here, where that differs from `GenerationRequest`."""
@@ -53,7 +53,6 @@ class Detail(BaseModel):
 ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": Detail, "description": "What is wrong."} for status in (422, "4XX")
 }
-EXAMPLE = {"prompt": "an apple, high quality", "steps": 20, "width": 1024, "height": 1024}
 router = APIRouter(prefix="/sdapi/v1", tags=["AUTOMATIC1111"], responses=ERRORS)
 router.include_router(a1111_lists.router)
 
@@ -108,7 +107,11 @@ class Txt2ImgRequest(Body):
     """The body of `POST /sdapi/v1/txt2img`, with the defaults of that API. Fields that are not here are ignored, as there."""
 
     model_config = ConfigDict(
-        allow_inf_nan=False, title="A1111Txt2ImgRequest", json_schema_extra={"examples": [EXAMPLE]}
+        allow_inf_nan=False,
+        title="A1111Txt2ImgRequest",
+        json_schema_extra={
+            "examples": [{"prompt": "an apple, high quality", "steps": 20, "width": 1024, "height": 1024}]
+        },
     )
 
     prompt: Annotated[str, Field(description="What to draw.")] = ""
@@ -275,9 +278,13 @@ async def txt2img(
 
 
 @router.post("/img2img", summary="Not there yet", status_code=501, response_model=Detail)
-async def img2img() -> None:
+@router.post("/extra-single-image", summary="Not there yet", status_code=501, response_model=Detail)
+@router.post("/extra-batch-images", summary="Not there yet", status_code=501, response_model=Detail)
+@router.post("/interrogate", summary="Not there yet", status_code=501, response_model=Detail)
+async def not_there(request: Request) -> None:
     """Answers 501."""
-    raise NotImplementedYet("img2img is not there yet.", hint="Use /sdapi/v1/txt2img.")
+    name = request.url.path.rpartition("/")[2]
+    raise NotImplementedYet(f"{name} is not there yet.", hint="Use /sdapi/v1/txt2img.")
 
 
 @router.get("/sd-models", summary="The models that can be asked for", response_model=list[SdModel])
@@ -289,10 +296,10 @@ def sd_models(service: ServiceDep) -> list[dict[str, Any]]:
 @router.get("/options", summary="The settings of this dialect")
 def get_options(service: ServiceDep, options: OptionsDep) -> dict[str, Any]:
     """Those that mean something here."""
-    name = options.sd_model_checkpoint
-    entry = next((each for each in service.list_models() if each.name == name), None)
+    name = options.sd_model_checkpoint or service.readiness()["model"]
+    entry = next((each for each in service.list_models() if name in (each.name, each.title)), None)
     return {
-        "sd_model_checkpoint": entry.title if entry else name or service.readiness()["model"] or "",
+        "sd_model_checkpoint": entry.title if entry else name or "",
         "sd_checkpoint_hash": (entry.sha256 if entry else None) or "",
         "sd_vae": "Automatic",
         "CLIP_stop_at_last_layers": options.clip_skip,

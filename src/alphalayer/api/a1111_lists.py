@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from typing import Any
 
 from fastapi import APIRouter, Request
 
 from alphalayer.api.deps import ServiceDep
 from alphalayer.api.layerdiffuse_script import METHODS, SCRIPT
+from alphalayer.catalog.headers import read_header
+from alphalayer.errors import CorruptFile
 from alphalayer.request import AUTOMATIC, SAMPLERS, SCHEDULERS, scheduler_name, split_sampler_name
 
 router = APIRouter()
@@ -24,6 +27,8 @@ ALIASES = {
     "k_lcm": "LCM",
 }
 """Other names of samplers in that ecosystem, beside those that differ in case alone."""
+
+EMBEDDING = {"step": None, "sd_checkpoint": None, "sd_checkpoint_name": None, "shape": 0, "vectors": 0}
 
 
 @router.get("/samplers", summary="Samplers")
@@ -54,6 +59,21 @@ def loras(service: ServiceDep) -> list[dict[str, Any]]:
     """The files of models/Lora."""
     files = sorted((service.models_dir / "Lora").rglob("*.safetensors"))
     return [{"name": file.stem, "alias": file.stem, "path": str(file.resolve()), "metadata": {}} for file in files]
+
+
+@router.get("/embeddings", summary="Embeddings")
+def embeddings(service: ServiceDep) -> dict[str, dict[str, Any]]:
+    """The files of the embeddings folder, by the names that prompts use; skipped are those that are not SDXL's."""
+    found: dict[str, dict[str, Any]] = {"loaded": {}, "skipped": {}}
+    for path in sorted(service.embeddings_dir.rglob("*.safetensors")):
+        with suppress(CorruptFile):
+            shapes = read_header(path).shapes
+            sides = [shapes[name] for name in ("clip_l", "clip_g") if name in shapes]
+            vectors = {side[0] if len(side) > 1 else 1 for side in sides}
+            is_sdxl = len(sides) == 2 and len(vectors) == 1 and all(len(side) in (1, 2) for side in sides)
+            about = {"shape": sum(side[-1] for side in sides), "vectors": vectors.pop()} if is_sdxl else {}
+            found["loaded" if is_sdxl else "skipped"][path.stem] = {**EMBEDDING, **about}
+    return found
 
 
 @router.get("/upscalers", summary="None yet")

@@ -14,14 +14,13 @@ from limits import RateLimitItemPerMinute
 from limits.storage import MemoryStorage
 from limits.strategies import MovingWindowRateLimiter
 
-from alphalayer.errors import AlphalayerError, RateLimited
+from alphalayer.errors import RateLimited, Unauthorized
 from alphalayer.keys import Key, digest
 
 
-class Unauthorized(AlphalayerError):
-    """No credentials, or wrong ones."""
+class Challenge(Unauthorized):
+    """Says in HTTP, too, how to send credentials."""
 
-    code = "unauthorized"
     headers = {"WWW-Authenticate": 'Basic realm="alphalayer"'}  # noqa: RUF012 - never changed
 
 
@@ -40,7 +39,7 @@ class Gate:
         offered = _secrets(request)
         key = self._find(keys, offered)
         if key is None:
-            error = Unauthorized(
+            error = Challenge(
                 "this key is not known." if offered else "a key is needed.",
                 hint="Send it as Bearer token, as X-API-Key, or user and password by HTTP Basic.",
             )

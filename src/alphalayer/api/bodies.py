@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Any
+from collections.abc import Mapping
+from difflib import get_close_matches
+from typing import Any, ClassVar
 
 from pydantic import BaseModel, model_validator
+
+from alphalayer import faults
+from alphalayer.errors import InvalidRequest
 
 
 class Body(BaseModel):
     """A request's body, in which null is silence: many clients send every field that they know."""
+
+    other_names: ClassVar[Mapping[str, str]] = {}
+    """Fields by what they are called elsewhere, for those who take them from there."""
 
     @property
     def digest(self) -> str:
@@ -23,5 +31,14 @@ class Body(BaseModel):
     def _null_is_silence(cls, data: Any) -> Any:
         if not isinstance(data, dict):
             return data
-        # what is unknown stays, so that it is refused where unknown fields are
-        return {name: value for name, value in data.items() if value is not None or name not in cls.model_fields}
+        # the first fault of all that is told: a field that is missing may be there under a wrong name
+        for name in data if cls.model_config.get("extra") == "forbid" else ():
+            if name not in cls.model_fields:
+                raise cls._unknown(name)
+        return {name: value for name, value in data.items() if value is not None}
+
+    @classmethod
+    def _unknown(cls, name: str) -> InvalidRequest:
+        like = cls.other_names.get(name) or next(iter(get_close_matches(name, cls.model_fields, n=1)), None)
+        hint = f'Did you mean "{like}"? {faults.DESCRIBED}' if like else faults.DESCRIBED
+        return InvalidRequest("there is no such field.", hint=hint, field=name)

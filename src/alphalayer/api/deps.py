@@ -30,6 +30,7 @@ class Service:
     dispatcher: Dispatcher
     storage: Storage
     models_dir: Path
+    embeddings_dir: Path
     list_models: Callable[[], list[ModelEntry]]
     readiness: Callable[[], dict[str, Any]]
     metrics: Metrics

@@ -60,6 +60,8 @@ class Txt2ImgRequest(Body):
         extra="forbid", allow_inf_nan=False, json_schema_extra={"examples": [{"prompt": "an apple, high quality"}]}
     )
 
+    other_names = FIELDS
+
     prompt: Annotated[Prompt, Field(description="What to draw.")]
     negative_prompt: Annotated[str, Field(max_length=MAX_PROMPT_CHARACTERS, description="What to keep out.")] = (
         "bad, ugly"
@@ -206,9 +208,14 @@ FROM = "Sec-Fetch-Site"
 async def file(filename: FileName, request: Request, service: ServiceDep) -> Response:
     """Needs no password: the name is the secret, so that the URL opens wherever it is pasted."""
     key = check_key(filename)
-    # the page's own policy, and a bucket without CORS, would keep the picture from it
+    # the page's own policy, and a bucket without CORS, would keep the picture from it; HEAD does not open a URL signed for GET
     is_page = request.headers.get(FROM) == "same-origin"
-    if service.redirect_files and not is_page and (url := service.storage.presign(key, REDIRECT_S)):
+    if (
+        request.method == "GET"
+        and service.redirect_files
+        and not is_page
+        and (url := service.storage.presign(key, REDIRECT_S))
+    ):
         return RedirectResponse(url, 307, {"Cache-Control": f"max-age={REDIRECT_S // 2}", "Vary": FROM})
     found = await service.storage.open(key)
     # a preview is written over at every step; a picture never changes

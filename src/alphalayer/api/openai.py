@@ -33,9 +33,9 @@ from alphalayer.api.deps import (
     run_job,
     wire_names,
 )
-from alphalayer.api.problems import NotImplementedYet, Problem, openai_error
+from alphalayer.api.problems import Problem, openai_error
 from alphalayer.catalog import ModelEntry, resolve_model
-from alphalayer.errors import AlphalayerError, InvalidRequest, ModelNotFound, ModelUnusable
+from alphalayer.errors import AlphalayerError, InvalidRequest, ModelNotFound, ModelUnusable, NotImplementedYet
 from alphalayer.job import ImageRef, Job, JobSpec, Output
 from alphalayer.jobs import JobView
 from alphalayer.request import MAX_SEED, MAX_SIDE, MIN_SIDE, parse_request
@@ -61,7 +61,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {
 }
 router = APIRouter(prefix="/v1", tags=["OpenAI"], responses=ERRORS)
 
-FIELDS = {"iterations": "n", "width": "size", "height": "size"}
+FIELDS = {"iterations": "n", "width": "size", "height": "size", "loras": "prompt"}
 """What a field is called here, where that differs from `GenerationRequest` and `JobSpec`."""
 OutputFormat = Literal["png", "webp", "jpeg"]
 Quality = Literal["auto", "standard", "low", "medium", "high", "hd", "xhigh", "max"]

@@ -110,12 +110,6 @@ class ProblemResponse(ErrorResponse):
     media_type = "application/problem+json"
 
 
-class NotImplementedYet(AlphalayerError):
-    """A route that clients know from elsewhere and that does nothing here yet."""
-
-    code = "not_implemented"
-
-
 def openai_error(problem: Problem) -> dict[str, Any]:
     """The body of an error as OpenAI's clients read it."""
     kind = {429: "rate_limit_error"}.get(
@@ -140,15 +134,19 @@ def respond(path: str, problem: Problem, headers: dict[str, str] | None = None) 
 def http_problem(error: HTTPException, path: str = "") -> JSONResponse:
     """The answer to an error of the framework itself."""
     if error.status_code == 400:
-        unreadable = InvalidRequest(
-            "the body cannot be read as JSON in UTF-8.", hint="The fields are described at /docs."
-        )
+        unreadable = InvalidRequest("the body cannot be read as JSON in UTF-8.", hint=faults.DESCRIBED)
         return respond(path, Problem.of(unreadable))
+    allowed = (error.headers or {}).get("Allow", "").replace(", ", " or ")
+    detail, hint = {
+        404: ("there is no such path.", "All paths are described at /docs."),
+        405: ("this path does not take that method.", f"Use {allowed}; see /docs."),
+    }.get(error.status_code, (str(error.detail), ""))
     problem = Problem(
         title=TITLES.get(error.status_code, "Error"),
         status=error.status_code,
-        detail=str(error.detail),
+        detail=detail,
         code=CODES.get(error.status_code, "http_error"),
+        hint=hint,
     )
     return respond(path, problem, dict(error.headers or {}))
 
@@ -223,12 +221,10 @@ def _not_json(request: Request) -> InvalidRequest:
     )
 
 
-def first_fault(first: Any) -> AlphalayerError:
+def first_fault(first: Any) -> InvalidRequest:
     """What pydantic found wrong in a request, in the service's words; `loc` begins with where the field was sent."""
     place = [str(part) for part in first["loc"][1:]]
-    message = faults.say(first)
+    message = faults.say(first) if place else f"the {first['loc'][0]}: {faults.say(first)}"
     if first["type"] == "json_invalid":
         message, place = f"the body is not valid JSON: {first.get('ctx', {}).get('error', '')}", []
-    fault = AlphalayerError(message + ".", hint="The fields are described at /docs.", field=".".join(place) or None)
-    fault.code = "invalid_request"
-    return fault
+    return InvalidRequest(message + ".", hint=faults.DESCRIBED, field=".".join(place) or None)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from alphalayer.errors import Cancelled
+from alphalayer.errors import Cancelled, InvalidRequest
 from alphalayer.job import JobResult
 from alphalayer.jobs import Outcome
 from alphalayer.telemetry import Metrics, log
@@ -21,4 +21,6 @@ def note_end(metrics: Metrics, job_id: str, outcome: Outcome) -> None:
         log.info("job_cancelled", job=job_id)
     else:
         metrics.jobs.labels(outcome.code).inc()
-        log.warning("job_failed", job=job_id, code=outcome.code, error=outcome.message)
+        # what is wrong with a request is said in pieces of its prompt
+        said = {"field": outcome.field} if isinstance(outcome, InvalidRequest) else {"error": outcome.message}
+        log.warning("job_failed", job=job_id, code=outcome.code, **said)
