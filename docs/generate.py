@@ -14,7 +14,7 @@ from typer.main import get_command
 from alphalayer.app import create_app
 from alphalayer.cli import app as cli
 from alphalayer.config import PREFIX, TOML_FILE, Settings
-from alphalayer.request import SAMPLERS, SCHEDULERS
+from alphalayer.request import MAX_SEED, NOT_BLANK, SAMPLERS, SCHEDULERS
 from alphalayer.telemetry import Metrics
 
 REFERENCE = Path(__file__).parent / "reference"
@@ -117,11 +117,24 @@ def _answer(status: str, answer: dict[str, Any]) -> str:
 
 
 def _meaning(field: dict[str, Any]) -> str:
-    """Its description, which stands inside where a field may be null; an object among it is named."""
+    """Its description, which stands inside where a field may be null, and what is allowed; an object among it is named."""
     inside = [field, *field.get("anyOf", [])]
     found = next((each["description"] for each in inside if each.get("description")), "")
+    limits = next(filter(None, map(_limits, inside)), "")
     name = _named(field)
-    return f"{found} `{_title(name)}`".strip() if name else found
+    return " ".join(filter(None, [found, limits and f"({limits})", name and f"`{_title(name)}`"]))
+
+
+def _limits(schema: dict[str, Any]) -> str:
+    """What a value may be: "64 to 2048", "one of ...", `a pattern`; lists that stand at the end of the page are left out."""
+    if "minimum" in schema and "maximum" in schema:
+        return f"{schema['minimum']:g} to {schema['maximum']:g}" if schema["maximum"] < MAX_SEED else "-1 to 2^63 - 1"
+    if len(schema.get("enum", ())) > 1 and schema["enum"] not in (list(SAMPLERS), list(SCHEDULERS)):
+        return f"one of {', '.join(f'`{each}`' for each in schema['enum'])}"
+    if schema.get("pattern", NOT_BLANK) != NOT_BLANK:
+        return f"`{schema['pattern']}`".replace("|", "\\|")
+    longest = [(schema.get("maxLength"), "characters"), (schema.get("maxItems"), "entries")]
+    return next((f"at most {count} {what}" for count, what in longest if count), "")
 
 
 def _parameters(parameters: list[dict[str, Any]]) -> list[str]:

@@ -39,6 +39,7 @@ AND = re.compile(r"\bAND\b")
 MAX_PROMPT_PARTS = 8
 MIN_SIDE, MAX_SIDE = 64, 2048
 MAX_SEED = 2**63 - 1
+NOT_BLANK = r"\S"
 _LORA = re.compile(r"<(?:lora|lyco):([^<>]*)>")
 OWN_IN_A_BATCH = {
     "prompt",
@@ -87,7 +88,7 @@ SchedulerName = Annotated[
 ]
 Prompt = Annotated[
     str,
-    Field(max_length=MAX_PROMPT_CHARACTERS, json_schema_extra={"pattern": r"\S"}),
+    Field(max_length=MAX_PROMPT_CHARACTERS, json_schema_extra={"pattern": NOT_BLANK}),
     AfterValidator(_not_blank),
     AfterValidator(_few_parts),
 ]
