@@ -16,7 +16,7 @@ from tests.serving import answers, free_port, served, wait_until
 
 from alphalayer import images
 from alphalayer.client import AsyncClient, Client, JobStatus, ServiceUnreachable
-from alphalayer.errors import AlphalayerError, Cancelled, FileMissing, InvalidRequest, JobMissing, Unauthorized
+from alphalayer.errors import Cancelled, FileMissing, InvalidRequest, JobMissing, Unauthorized
 from alphalayer.keys import add_key
 
 SMALL = {"width": 64, "height": 64, "steps": 5}
