@@ -137,6 +137,42 @@ async def test_history_outlives_a_reload_and_gives_settings_back(visit: Visit):
     await expect(page.locator("#history li")).to_have_count(2)
 
 
+async def test_undo_keeps_what_was_drawn_in_another_tab_meanwhile(visit: Visit):
+    page = visit.page
+    await visit.draw(prompt="old")
+    await page.click("#forget")
+    await expect(page.locator("#history li")).to_have_count(0)
+    other = await visited(page.context, visit.address)
+    await other.draw(prompt="new")
+    await expect(page.locator("#history li")).to_have_count(1)
+    await page.click("#forget")
+    await expect(page.locator("#history li")).to_have_count(2)
+
+
+async def test_settings_of_a_model_that_is_no_longer_here_say_so(visit: Visit):
+    page = visit.page
+    await page.select_option("#checkpoint", "apples")
+    await expect(page.locator("#checkpoint-help")).to_be_hidden()
+    await visit.draw(prompt="apple")
+    await page.click("#reuse")
+    await expect(page.locator("#note")).to_be_empty()
+    assert await page.input_value("#checkpoint") == "apples"
+    await page.evaluate(
+        """() => {
+          const [entry] = JSON.parse(localStorage.getItem("alphalayer.history"));
+          Object.assign(entry.settings, { checkpoint: "pears", sampler_name: "Eulr" });
+          localStorage.setItem("alphalayer.history", JSON.stringify([entry]));
+        }"""
+    )
+    await page.reload()
+    await expect(page.locator("#scheduler option")).not_to_have_count(0)
+    await page.locator("#history button").click()
+    await page.click("#reuse")
+    await expect(page.locator("#note")).to_have_text("Not here: model pears, sampler Eulr.")
+    assert await page.input_value("#checkpoint") == ""
+    await expect(page.locator("#checkpoint-help")).to_contain_text("small built-in model")
+
+
 async def test_a_picture_of_a_batch_is_drawn_again_alone(visit: Visit):
     page = visit.page
     await visit.fill(prompt="pair", seed="7", batch_size="2")

@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-from playwright.async_api import Browser, ViewportSize, expect
+from playwright.async_api import Browser, Route, ViewportSize, expect
 from tests.browser.visit import DESKTOP, PHONE, Visit, picture, visited
 
 from alphalayer import images
@@ -70,6 +70,64 @@ async def test_a_picture_of_forge_says_what_is_not_here(visit: Visit):
     wanted = {"prompt": "a cat, <lora:foo:0.8>", "sampler_name": "DPM++ 2M", "scheduler": "", "width": "512"}
     assert await visit.values(*wanted) == wanted  # "" is the model's own: Karras
     assert not await visit.page.is_checked("#layerdiffuse_enabled")
+
+
+@pytest.mark.parametrize(
+    ("said", "words", "chosen"),
+    [
+        ("Model hash: deadbeef12", " Not here: model [deadbeef12].", ""),
+        ("Model hash: deadbeef12, Model: apples", " Not here: model apples [deadbeef12].", "apples"),
+        ("Model hash: 0123456789, Model: another name", "", "apples"),
+        (
+            "layerdiffusion_enabled: True, layerdiffusion_decode: forge2",
+            " Not here: LayerDiffuse decode forge2 (unless the service is set to it).",
+            "",
+        ),
+    ],
+)
+async def test_another_model_of_the_same_name_is_not_taken_for_it(
+    browser: Browser, service: httpx.Client, said: str, words: str, chosen: str
+):
+    async def with_hash(route: Route) -> None:
+        found = await asyncio.to_thread(lambda: service.get("/alpha/v1/models").json())
+        for each in found["models"]:
+            each["title"] = f"{each['name']} [0123456789]" if each["name"] == "apples" else each["name"]
+        await route.fulfill(json=found)
+
+    context = await browser.new_context(viewport=DESKTOP)
+    await context.route("**/alpha/v1/models", with_hash)
+    visit = await visited(context, str(service.base_url))
+    text = f"a cat\nSteps: 20, Sampler: Euler, CFG scale: 5, Seed: 7, Size: 512x512, {said}"
+    await visit.drop("cat.png", picture(parameters=text))
+    await expect(visit.page.locator("#note")).to_have_text(f"The settings of cat.png are in the form.{words}")
+    assert await visit.values("checkpoint") == {"checkpoint": chosen}
+    await context.close()
+
+
+async def test_a_batch_of_variations_has_one_seed(visit: Visit, service: httpx.Client):
+    page = visit.page
+    body = {"prompt": "a mug", "seed": 9007199254740993, "subseed": 5, "subseed_strength": 0.5}
+    await visit.drop("mug.png", await _drawn(service, **body))
+    await expect(page.locator("#carried-words")).to_contain_text("variation")
+    await page.fill("#batch_size", "2")
+    await page.click("#draw")
+    await expect(page.locator("#history li")).to_have_count(2)
+    for i in range(2):
+        await page.locator("#history button").nth(i).click()
+        assert (await visit.facts())["Seed"] == "9007199254740993"
+
+
+async def test_text_can_be_dragged_on_the_page(visit: Visit):
+    goes_its_way = """([kind, name]) => {
+      const dataTransfer = new DataTransfer();
+      if (name) dataTransfer.items.add(new File(["x"], name));
+      else dataTransfer.setData("text/plain", "a word");
+      return document.getElementById("prompt").dispatchEvent(
+        new DragEvent(kind, { dataTransfer, bubbles: true, cancelable: true }));
+    }"""
+    for kind in ("dragover", "drop"):
+        assert await visit.page.evaluate(goes_its_way, [kind, ""])
+        assert not await visit.page.evaluate(goes_its_way, [kind, "cat.txt"])
 
 
 async def test_a_schedule_and_noise_that_are_not_the_models_own_are_not_passed_over(visit: Visit):

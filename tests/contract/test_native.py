@@ -239,6 +239,13 @@ def test_the_pages_files_are_asked_for_again_so_that_they_are_of_one_version(cli
     assert (again.status_code, again.headers["cache-control"]) == (304, "no-cache")
 
 
+def test_the_pages_scripts_are_scripts_whatever_the_system_says(client, monkeypatch):
+    monkeypatch.setattr("starlette.responses.guess_type", lambda _path: ("text/plain", None))
+    assert client.get("/playground/main.js").headers["content-type"] == "text/javascript; charset=utf-8"
+    assert client.get("/playground/style.css").headers["content-type"] == "text/css; charset=utf-8"
+    assert client.get("/playground/icon.svg").headers["content-type"] == "image/svg+xml"
+
+
 def test_health_docs_and_probes(client):
     assert client.get("/sdapi/v1/sd-models").status_code == 200
     page = client.get("/docs").text

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -13,13 +15,23 @@ FOLDER = files("alphalayer") / "web" / "playground"
 POLICY = "default-src 'self'; img-src 'self' blob: data:; frame-ancestors 'self'; base-uri 'none'; form-action 'self'"
 
 
+TYPES = {
+    ".js": "text/javascript; charset=utf-8",
+    ".css": "text/css; charset=utf-8",
+    ".svg": "image/svg+xml",
+}
+"""The types of the files; what the system says of them, as Windows' registry does, may be wrong, and no browser runs a text as a script."""
+
+
 class _FreshFiles(StaticFiles):
     """Files that browsers ask for again each time, and get where they have changed: page and scripts must be of one version."""
 
-    def file_response(self, *args: Any, **kwargs: Any) -> Response:
+    def file_response(self, full_path: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Response:
         """The file, or 304 for the version that the browser has."""
-        response = super().file_response(*args, **kwargs)
+        response = super().file_response(full_path, *args, **kwargs)
         response.headers["Cache-Control"] = "no-cache"
+        if "content-type" in response.headers:
+            response.headers["Content-Type"] = TYPES.get(Path(full_path).suffix, response.headers["Content-Type"])
         return response
 
 

@@ -1,5 +1,7 @@
 // The pictures drawn on this page, newest first, with all that made each; kept in this browser, in all its tabs alike.
 
+import * as store from "./store.js";
+
 const STORE = "alphalayer.history";
 const MOST = 100;
 const find = (id) => document.getElementById(id);
@@ -22,7 +24,8 @@ export function start(address, isGone, chosen) {
   };
   find("forget").addEventListener("click", () => {
     const before = forgotten ? null : load();
-    save(forgotten ?? []);
+    // others may have drawn meanwhile, in other tabs
+    save(forgotten ? [...load(), ...forgotten].slice(0, MOST) : []);
     forgotten = before;
     draw();
   });
@@ -69,13 +72,11 @@ function words(entry) {
 
 function load() {
   try {
-    const kept = JSON.parse(localStorage.getItem(STORE) ?? "[]");
+    const kept = JSON.parse(store.read(STORE) ?? "[]");
     return Array.isArray(kept) ? kept.filter((each) => each?.name && each.settings?.prompt) : [];
   } catch {
     return [];
   }
 }
 
-function save(entries) {
-  localStorage.setItem(STORE, JSON.stringify(entries));
-}
+const save = (entries) => store.write(STORE, JSON.stringify(entries));

@@ -8,7 +8,7 @@ export const LAYERS = {
 };
 const USUAL = { layerdiffuse_method: "attention", layerdiffuse_weight: 1, layerdiffuse_stop_at: 1 };
 // of no consequence for the picture, or already in another one
-const SILENT = /^(Prompt|Negative prompt|Version|Size|Model hash|.* hashes|VAE hash|layerdiffusion_.*)$/;
+const SILENT = /^(Prompt|Negative prompt|Version|Size|Model|Model hash|.* hashes|VAE hash|layerdiffusion_.*)$/;
 const SEEDS = { Seed: "seed", "Variation seed": "subseed" };
 const NUMBERS = { Steps: "steps", "CFG scale": "cfg_scale", "Variation seed strength": "subseed_strength" };
 
@@ -16,8 +16,9 @@ const NUMBERS = { Steps: "steps", "CFG scale": "cfg_scale", "Variation seed stre
  * be taken; null if the picture carries no settings. */
 export function fromPicture(parameters, choices) {
   if (!parameters.Steps) return null;
-  const settings = { prompt: parameters.Prompt ?? "", negative_prompt: parameters["Negative prompt"] ?? "" };
   const missing = [];
+  const checkpoint = model(parameters, choices.models, missing);
+  const settings = { prompt: parameters.Prompt ?? "", negative_prompt: parameters["Negative prompt"] ?? "", checkpoint };
   // programs that draw noise on the GPU do not say so
   for (const [key, value] of Object.entries({ RNG: "GPU", ...parameters })) {
     if (SEEDS[key]) settings[SEEDS[key]] = Number.isSafeInteger(Number(value)) ? Number(value) : value;
@@ -45,20 +46,27 @@ const TAKEN = {
     if (schedulers.includes(meant)) settings.scheduler = meant;
     return schedulers.includes(meant);
   },
-  Model(value, settings, { models, parameters }) {
-    const hash = parameters["Model hash"];
-    settings.checkpoint = models.find((each) => each.name === value || (hash && each.title.includes(`[${hash}]`)))?.name;
-    return Boolean(settings.checkpoint);
-  },
   "Clip skip": (value) => value === "1",
   RNG: (value, _settings, { noise }) => portable(value) === portable(noise),
 };
+
+/** The model with the picture's hash, else the one of its name. A title has the hash once it is known. */
+function model({ Model: name, "Model hash": hash }, models, missing) {
+  const same = models.find((each) => hash && each.title === `${each.name} [${hash}]`);
+  const called = models.find((each) => each.name === name);
+  const mayBeSame = called && (!hash || called.title === called.name);
+  if ((name || hash) && !same && !mayBeSame) missing.push(["model", name, (called || !name) && `[${hash}]`].filter(Boolean).join(" "));
+  return (same ?? called)?.name;
+}
 
 function layers(parameters, missing) {
   if (parameters.layerdiffusion_enabled !== "True") return { layerdiffuse_enabled: false };
   const label = parameters.layerdiffusion_method ?? "";
   const method = [/Attention Injection/, /Conv Injection/].map((each) => each.test(label));
   if (label && !method.includes(true)) missing.push(`LayerDiffuse ${label}`);
+  // nothing tells what the service is set to
+  const decode = parameters.layerdiffusion_decode;
+  if (decode) missing.push(`LayerDiffuse decode ${decode} (unless the service is set to it)`);
   const found = {
     layerdiffuse_method: method[1] ? "conv" : "attention",
     layerdiffuse_weight: Number(parameters.layerdiffusion_weight ?? 1),

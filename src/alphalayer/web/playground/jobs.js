@@ -12,13 +12,14 @@ let chosen = null; // the id of a job that was chosen by hand; else the one that
 let isWatching = true; // false while a finished picture is looked at instead
 let waiting = ""; // why nothing begins, if nothing does
 let show = () => {};
+let lacksKey = () => {};
 
-/** `shown` is called with a job that has news and its request's body, where the stage is to show it. */
-export const start = (shown) => (show = shown);
+/** `shown` is called with a job that has news and its request's body, where the stage is to show it; `refused` where the key is not taken. */
+export const start = (shown, refused) => ([show, lacksKey] = [shown, refused]);
 
-/** Follow a job until it is over; gives how it ended, and whether it was on the stage. Throws `Refused`. */
+/** Follow a job until it is over; gives how it ended, and whether it was on the stage. Throws `Refused` where the service has no such job. */
 export async function follow(job, body) {
-  const entry = { now: job, body, isAway: false, isLive: false, turn: new AbortController(), row: row(job.id, body.prompt) };
+  const entry = { now: job, body, trouble: "", isLive: false, turn: new AbortController(), row: row(job.id, body.prompt) };
   jobs.set(job.id, entry);
   watch();
   try {
@@ -40,13 +41,14 @@ export async function follow(job, body) {
 async function turn(entry) {
   entry.turn = new AbortController();
   const { signal } = entry.turn;
-  const told = (now) => update(entry, { now, isAway: false });
+  const told = (now) => update(entry, { now, trouble: "" });
   try {
     if (entry.isLive) await service.stream(entry.now.id, told, signal);
     else told(await service.look(entry.now.id));
   } catch (error) {
-    if (error instanceof service.Refused && error.status < 500) throw error;
-    if (!signal.aborted) update(entry, { isAway: true });
+    if (error.status === 404) throw error;
+    if (!signal.aborted) update(entry, { trouble: error.status === 401 ? "Waiting for the key" : "Waiting for the service" });
+    if (error.status === 401) lacksKey();
   }
   if (!service.isOver(entry.now)) await nextLook(entry.isStopping ? LOOK_EVERY_S.stopping : LOOK_EVERY_S.usual, signal);
 }
@@ -90,7 +92,7 @@ const current = () => (isWatching ? jobs.get(chosen) ?? [...jobs.values()].find(
 function update(entry, news) {
   Object.assign(entry, news);
   render();
-  if (current() === entry && !entry.isAway && !service.isOver(entry.now)) show(entry.now, entry.body);
+  if (current() === entry && !entry.trouble && !service.isOver(entry.now)) show(entry.now, entry.body);
 }
 
 function render() {
@@ -114,10 +116,10 @@ function render() {
 }
 
 /** How a job stands, in words. */
-function describe({ now, isAway, isStopping, note }) {
+function describe({ now, trouble, isStopping, note }) {
   if (isStopping) return "Cancelling";
   if (note) return note;
-  if (isAway) return "Waiting for the service";
+  if (trouble) return trouble;
   if (waiting && now.position > 0) return waiting;
   const left = now.eta_s == null ? "" : `, ${duration(now.eta_s)} left`;
   if (now.position === 1) return `Next in the queue${left}`;
@@ -137,7 +139,7 @@ async function cancel(id) {
   if (!entry || entry.isStopping) return;
   update(entry, { isStopping: true, note: "" });
   try {
-    update(entry, { now: await service.cancel(id), isAway: false });
+    update(entry, { now: await service.cancel(id), trouble: "" });
     entry.turn.abort(); // look at once
   } catch (error) {
     // the button can be pressed again

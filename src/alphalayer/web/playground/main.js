@@ -12,6 +12,7 @@ import * as stage from "./stage.js";
 
 const find = (id) => document.getElementById(id);
 const pause = (seconds) => new Promise((resume) => setTimeout(resume, seconds * 1000));
+const UNANSWERED = "The service did not answer, so it may have this or not. Draw again when it is back: it is drawn once all the same.";
 const EMPTY = "Say what to draw and press Draw. The picture appears here, without a background.";
 let needsKey = false;
 let isLocked = false;
@@ -60,14 +61,23 @@ function askForKey() {
 
 function openKey(words) {
   find("key-error").textContent = words;
+  // what is being typed stays
+  if (find("key-dialog").open) return;
   find("key").value = service.key.read();
-  if (!find("key-dialog").open) find("key-dialog").showModal();
+  find("key-dialog").showModal();
 }
 
 find("open-key").addEventListener("click", () => openKey(""));
-find("key-dialog").addEventListener("close", () => {
-  if (find("key-dialog").returnValue !== "save") return;
-  service.key.write(find("key").value.trim());
+find("key-form").addEventListener("submit", (event) => {
+  if (event.submitter?.value !== "save") return;
+  const typed = find("key").value.trim();
+  const unfit = service.key.unfit(typed);
+  if (unfit) {
+    event.preventDefault();
+    find("key-error").textContent = `A key has no “${unfit}” in it. Copy it once more.`;
+    return;
+  }
+  service.key.write(typed);
   connect();
 });
 
@@ -96,7 +106,7 @@ async function draw() {
   } catch (error) {
     find("draw-word").textContent = "Draw";
     if (error.status === 401) askForKey();
-    else if (error instanceof service.Away) settings.fault(new Error("Not sent: the service cannot be reached. Draw again when it is back."));
+    else if (error instanceof service.Away) settings.fault(new Error(UNANSWERED));
     else settings.fault(error);
     return;
   } finally {
@@ -144,8 +154,8 @@ function finish({ end, wasShown }, body) {
 
 /** An entry of the history: picture number `i` of a batch, with all that made it. */
 function entry({ filename, seed, width, height }, i, body) {
-  // JSON's numbers are exact up to 2^53 only
-  const exact = Number.isSafeInteger(seed) ? seed : String(BigInt(body.seed) + BigInt(i));
+  // JSON's numbers are exact up to 2^53 only; a batch of variations is of one seed
+  const exact = Number.isSafeInteger(seed) ? seed : String(BigInt(body.seed) + BigInt(body.subseed_strength ? 0 : i));
   const own = { seed: exact, width, height, batch_size: 1 };
   if (body.subseed !== undefined) own.subseed = Number.isSafeInteger(body.subseed) ? body.subseed + i : String(BigInt(body.subseed) + BigInt(i));
   return { name: filename, seed: exact, width, height, settings: { ...settings.resolve(body), ...own } };
@@ -157,7 +167,8 @@ function back() {
   else stage.blank(EMPTY);
 }
 
-jobs.start(preview);
+// connecting finds out whether it is the key that is kept now that is not taken
+jobs.start(preview, () => isLocked || connect());
 const past = history.start(service.fileAddress, service.isGone, (chosen) => {
   say("");
   jobs.look();
@@ -185,14 +196,18 @@ window.addEventListener("pagehide", (event) => {
 for (const format of ["png", "webp"]) {
   find(`save-${format}`).addEventListener("click", () => result.save(format).catch(explain));
 }
-find("reuse").addEventListener("click", () => reuse(result.current().settings));
+find("reuse").addEventListener("click", () => say(notHere(reuse(result.current().settings))));
 
+const notHere = (names) => (names.length ? `Not here: ${names.join(", ")}.` : "");
+
+/** Put settings into the form; gives the names of what is not here. */
 function reuse(chosen) {
-  settings.write(chosen);
+  const missing = settings.write(chosen);
   settings.clearFaults();
   changed();
   find("options").open = true;
   find("prompt").focus();
+  return missing;
 }
 
 find("close-note").addEventListener("click", () => say(""));
@@ -205,8 +220,8 @@ async function take(file, isDropped) {
     const found = await outside.carriedBy(file);
     if (!found && isDropped) return layBehind(file);
     if (!found) return say(`No settings were found in ${file.name}. ${outside.LOOKED_INTO} Those made here or by AUTOMATIC1111 and Forge have some.`);
-    reuse(found.settings);
-    say(`The settings of ${file.name} are in the form.${found.missing.length ? ` Not here: ${found.missing.join(", ")}.` : ""}`);
+    const missing = [...found.missing, ...reuse(found.settings)];
+    say(`The settings of ${file.name} are in the form. ${notHere(missing)}`.trim());
   } catch (error) {
     explain(error);
   }
@@ -230,12 +245,16 @@ function onFile(id, taken) {
 
 onFile("open-file", (file) => take(file, false));
 onFile("open-photo", layBehind);
+// text that is dragged goes where it always goes
+const hasFiles = (event) => event.dataTransfer.types.includes("Files");
 document.addEventListener("dragover", (event) => {
+  if (!hasFiles(event)) return;
   event.preventDefault();
   document.body.classList.add("dropping");
 });
 for (const kind of ["dragleave", "drop"]) document.addEventListener(kind, () => document.body.classList.remove("dropping"));
 document.addEventListener("drop", (event) => {
+  if (!hasFiles(event)) return;
   event.preventDefault();
   if (event.dataTransfer.files[0]) take(event.dataTransfer.files[0], true);
 });

@@ -1,5 +1,7 @@
 // The service over HTTP. Addresses are relative to the page, so that a prefix before it and another public name do no harm.
 
+import * as store from "./store.js";
+
 const KEY = "alphalayer.key";
 
 /** An answer that is an error: `problem` is its JSON (title, detail, hint, code, field); `besideField` are the words without the field. */
@@ -24,8 +26,14 @@ export class Away extends Error {
 }
 
 export const key = {
-  read: () => localStorage.getItem(KEY) ?? "",
-  write: (value) => (value ? localStorage.setItem(KEY, value) : localStorage.removeItem(KEY)),
+  /** "" also where what is kept cannot be sent. */
+  read() {
+    const kept = store.read(KEY) ?? "";
+    return key.unfit(kept) ? "" : kept;
+  },
+  write: (text) => store.write(KEY, text),
+  /** The first character that no header can carry; undefined if all is well. A user and a password go as base64 and may have any. */
+  unfit: (text) => (text.includes(":") ? undefined : /[^ -~\u00a0-\u00ff]/u.exec(text)?.[0]),
 };
 
 let reachable = true;
@@ -41,12 +49,17 @@ function reached(is) {
 }
 
 /** A request; the Response if it is 2xx. Throws `Refused` or `Away`. */
-export async function ask(path, { method = "GET", body, ...more } = {}) {
-  const headers = { "X-Requested-With": "fetch", ...credentials() };
-  if (body !== undefined) headers["Content-Type"] = "application/json";
+export async function ask(path, { method = "GET", body, headers = {}, ...more } = {}) {
+  // made here, so that a fault of ours is not taken for a service that is away
+  const request = new Request(path, {
+    method,
+    headers: { "X-Requested-With": "fetch", ...(body === undefined ? {} : { "Content-Type": "application/json" }), ...credentials(), ...headers },
+    body: body === undefined ? undefined : JSON.stringify(body),
+    ...more,
+  });
   let answer;
   try {
-    answer = await fetch(path, { method, headers, body: body === undefined ? undefined : JSON.stringify(body), ...more });
+    answer = await fetch(request);
   } catch (error) {
     if (error.name === "AbortError") throw error;
     reached(false);
@@ -82,7 +95,25 @@ export async function lists() {
   };
 }
 
-export const submit = (body) => json("alpha/v1/jobs", { method: "POST", body: { ...body, previews: true } });
+let unanswered = null; // a request that may have made a job or not: {text, name}
+
+/** Submit a job. Throws `Refused` or `Away`; the same body sent again after `Away` finds the job that the first one made, if it made one. */
+export async function submit(body) {
+  const text = JSON.stringify(body);
+  const sent = unanswered?.text === text ? unanswered : { text, name: freshName() };
+  unanswered = null;
+  try {
+    return await json("alpha/v1/jobs", { method: "POST", body: { ...body, previews: true }, headers: { "Idempotency-Key": sent.name } });
+  } catch (error) {
+    if (error instanceof Refused) throw error;
+    unanswered = sent;
+    throw new Away();
+  }
+}
+
+/** No randomUUID: browsers have that over HTTPS only. */
+const freshName = () => Array.from(crypto.getRandomValues(new Uint8Array(16)), (each) => each.toString(16).padStart(2, "0")).join("");
+
 export const look = (id) => json(`alpha/v1/jobs/${id}`);
 export const cancel = (id, options) => json(`alpha/v1/jobs/${id}`, { method: "DELETE", ...options });
 /** Whether it can draw: {ready, engines: how each is by its name, problem: what is wrong if that is known}. */

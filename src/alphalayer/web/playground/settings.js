@@ -6,6 +6,7 @@ const NUMBERS = ["width", "height", "seed", "steps", "cfg_scale", "batch_size"];
 const TEXTS = ["prompt", "negative_prompt", "checkpoint", "sampler_name", "scheduler"];
 const CARRIED = [...Object.keys(LAYERS), "subseed", "subseed_strength"];
 const SILENT = { negative_prompt: "bad, ugly", seed: 12345, batch_size: 1, layerdiffuse_enabled: true };
+const BUILT_IN = "alphalayer-mini";
 const MOST_SEED = 2n ** 63n - 1n;
 const input = (name) => document.getElementById(name);
 
@@ -29,16 +30,20 @@ export function read() {
 /** Whole numbers beyond 2^53 stay text, which the service reads as exactly that number. */
 const number = (text) => (text === "" || (/^\d+$/.test(text) && !Number.isSafeInteger(Number(text))) ? text : Number(text));
 
-/** Put settings into the form; what they do not name goes back to what it is at the start. */
+/** Put settings into the form; what they do not name goes back to what it is at the start. Gives the names of what is not here, for which
+ * the default is chosen. */
 export function write(settings) {
   const values = { ...SILENT, prompt: "", ...settings };
-  input("checkpoint").value = values.checkpoint === usual()?.name ? "" : values.checkpoint ?? "";
-  if (input("checkpoint").selectedIndex < 0) input("checkpoint").value = "";
+  const missing = [];
+  const choose = (name, word) => select(name, values[name]) || missing.push(`${word} ${values[name]}`);
+  choose("checkpoint", "model");
   hint();
   for (const name of ["prompt", "negative_prompt", ...NUMBERS]) input(name).value = values[name] ?? "";
-  for (const name of ["sampler_name", "scheduler"]) select(name, values[name]);
+  choose("sampler_name", "sampler");
+  choose("scheduler", "schedule");
   input("layerdiffuse_enabled").checked = values.layerdiffuse_enabled;
   carry(Object.fromEntries(CARRIED.filter((name) => values[name] !== undefined).map((name) => [name, values[name]])));
+  return missing;
 }
 
 /** What the service draws with when it is sent `body`: the model's own values where the body has none. */
@@ -85,6 +90,7 @@ export const choices = () => ({ models: usable(), ...lists });
 /** Where a field is empty, it shows what the chosen model takes. */
 function hint() {
   const defaults = defaultsOf(input("checkpoint").value);
+  input("checkpoint-help").hidden = (input("checkpoint").value || usual()?.name) !== BUILT_IN;
   for (const name of ["width", "height", "steps", "cfg_scale"]) input(name).placeholder = defaults?.[name] ?? "";
   fill("sampler_name", lists.samplers, defaults?.sampler);
   fill("scheduler", lists.schedulers, defaults?.scheduler);
@@ -94,7 +100,7 @@ function hint() {
 function fill(id, names, usual) {
   const before = input(id).value;
   const others = names.filter((each) => each !== usual).map((each) => new Option(each, each));
-  input(id).replaceChildren(group("Default", [new Option(usual ?? "As the service has it", "")]), ...(others.length ? [group("Others", others)] : []));
+  input(id).replaceChildren(group("Default", [new Option(usual ?? "Default", "")]), ...(others.length ? [group("Others", others)] : []));
   select(id, before);
 }
 
@@ -105,9 +111,11 @@ function group(label, options) {
   return made;
 }
 
-function select(id, value) {
-  input(id).value = value ?? "";
-  if (input(id).selectedIndex < 0) input(id).value = "";
+/** Choose by name, or the default for none and for one that is not there; gives whether it is there. */
+function select(id, name) {
+  const found = [...input(id).options].find((each) => each.text === name);
+  input(id).value = found?.value ?? "";
+  return Boolean(found || !name);
 }
 
 input("checkpoint").addEventListener("change", hint);
