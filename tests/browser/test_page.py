@@ -363,8 +363,12 @@ async def test_a_service_that_does_not_know_its_workers_models(browser: Browser,
     await expect(page.locator("#brief")).to_have_text("seed 12345")
     await page.click("#draw")
     await expect(page.locator("#caption")).to_have_text("any")
-    facts = await visit.facts()
-    assert facts == {"Size": "1024 × 1024", "Seed": "12345", "Negative prompt": "bad, ugly"}
+    # what the worker took by itself, as the picture says it
+    assert await visit.facts() == {
+        **{"Model": "fake", "Size": "1024 × 1024", "Steps": "20", "Guidance": "5", "Sampler": "DPM++ 2M SDE"},
+        **{"Schedule": "Karras", "Seed": "12345", "Negative prompt": "bad, ugly"},
+    }
+    assert await page.locator("#checkpoint option").all_text_contents() == ["Default"]
     assert await page.text_content("#state") == ""
     assert visit.faults == []
     await context.close()

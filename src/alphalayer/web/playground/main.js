@@ -114,7 +114,7 @@ async function draw() {
   }
   find("stage").scrollIntoView({ block: "nearest", behavior: "smooth" });
   try {
-    finish(await jobs.follow(job, body), body);
+    await finish(await jobs.follow(job, body), body);
   } catch (error) {
     if (!jobs.ids().length) back();
     explain(error);
@@ -139,9 +139,9 @@ function preview(job, body) {
   stage.show(address, { alt: "Preview", width, height, isFinal: false });
 }
 
-function finish({ end, wasShown }, body) {
+async function finish({ end, wasShown }, body) {
   if (end.state === "done") {
-    const entries = end.images.map((image, i) => entry(image, i, body));
+    const entries = await Promise.all(end.images.map((image, i) => entry(image, i, body)));
     for (const each of entries.toReversed()) past.add(each);
     if (wasShown) result.present(entries[0]);
     return;
@@ -153,13 +153,18 @@ function finish({ end, wasShown }, body) {
 }
 
 /** An entry of the history: picture number `i` of a batch, with all that made it. */
-function entry({ filename, seed, width, height }, i, body) {
+async function entry({ filename, seed, width, height }, i, body) {
   // JSON's numbers are exact up to 2^53 only; a batch of variations is of one seed
   const exact = Number.isSafeInteger(seed) ? seed : String(BigInt(body.seed) + BigInt(body.subseed_strength ? 0 : i));
   const own = { seed: exact, width, height, batch_size: 1 };
   if (body.subseed !== undefined) own.subseed = Number.isSafeInteger(body.subseed) ? body.subseed + i : String(BigInt(body.subseed) + BigInt(i));
-  return { name: filename, seed: exact, width, height, settings: { ...settings.resolve(body), ...own } };
+  let made = settings.resolve(body);
+  // who does not know the workers' models does not know their values either
+  if (made.checkpoint === undefined) made = { ...(await outside.drawnWith(filename)), ...defined(made) };
+  return { name: filename, seed: exact, width, height, settings: { ...made, ...own } };
 }
+
+const defined = (all) => Object.fromEntries(Object.entries(all).filter(([, value]) => value !== undefined));
 
 /** What was on the stage before the jobs. */
 function back() {

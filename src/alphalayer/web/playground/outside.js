@@ -19,14 +19,26 @@ export async function carriedBy(file) {
   await check(file);
   if (!MAY_CARRY.includes(file.type) || isTooLarge(file)) return null;
   try {
-    const read = await service.json("sdapi/v1/png-info", { method: "POST", body: { image: await base64(file) } });
-    return fromPicture(read.parameters, settings.choices());
+    return fromPicture(await parametersOf(file), settings.choices());
   } catch (error) {
     // what the service cannot read is still a picture
     if (error.status === 422) return null;
     throw error;
   }
 }
+
+/** The settings that a picture of the service was drawn with, as its file says it; {} where that cannot be had. */
+export async function drawnWith(name) {
+  try {
+    const parameters = await parametersOf(await service.download(name, { format: "png" }));
+    return { ...fromPicture(parameters, settings.choices())?.settings, checkpoint: parameters.Model };
+  } catch {
+    return {};
+  }
+}
+
+const parametersOf = async (file) =>
+  (await service.json("sdapi/v1/png-info", { method: "POST", body: { image: await base64(file) } })).parameters;
 
 /** Lay a picture behind. Throws as above. */
 export async function behind(file) {

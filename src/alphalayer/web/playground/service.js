@@ -101,13 +101,13 @@ let unanswered = null; // a request that may have made a job or not: {text, name
 export async function submit(body) {
   const text = JSON.stringify(body);
   const sent = unanswered?.text === text ? unanswered : { text, name: freshName() };
-  unanswered = null;
+  unanswered = sent;
   try {
-    return await json("alpha/v1/jobs", { method: "POST", body: { ...body, previews: true }, headers: { "Idempotency-Key": sent.name } });
+    const job = await json("alpha/v1/jobs", { method: "POST", body: { ...body, previews: true }, headers: { "Idempotency-Key": sent.name } });
+    unanswered = null;
+    return job;
   } catch (error) {
-    if (error instanceof Refused) throw error;
-    unanswered = sent;
-    throw new Away();
+    throw error instanceof Refused ? error : new Away();
   }
 }
 
