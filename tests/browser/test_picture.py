@@ -225,6 +225,7 @@ async def test_zoom_stays_in_its_frame(browser: Browser, service: httpx.Client, 
     # what was in the middle is in the middle
     assert await page.evaluate(f"Math.abs({frame}.scrollLeft + {frame}.clientWidth / 2 - 1024) < 4")
     before = await page.evaluate(f"{frame}.scrollLeft")
+    await page.locator("#viewport").scroll_into_view_if_needed()
     box = await page.locator("#viewport").bounding_box()
     assert box
     await page.mouse.move(box["x"] + 150, box["y"] + 150)
