@@ -9,6 +9,7 @@ import os
 import shutil
 import struct
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -303,6 +304,20 @@ def test_a_file_that_cannot_be_used_does_not_hide_one_of_its_name_that_can(tmp_p
     (folder / "cup.safetensors").unlink()
     with pytest.raises(PickleRefused):
         catalog.resolve_model("cup", catalog.find_models(tmp_path))
+
+
+def test_a_models_own_name_goes_before_the_file_name_of_another():
+    folder = Path("models", "Stable-diffusion")
+    backup = catalog.ModelEntry("backup_cup", folder / "backup" / "cup.safetensors", "single_file", "sdxl", "b" * 64)
+    cup = catalog.ModelEntry("cup", folder / "cup.safetensors", "single_file", "sdxl", "a" * 64)
+    for name in ("cup", "cup.safetensors", cup.title, "a" * 10, "cup.safetensors [0123456789]"):
+        assert catalog.resolve_model(name, [backup, cup]) is cup
+    # a hash says more than a name: the file was moved
+    for name in ("backup/cup", backup.title, "cup.safetensors [bbbbbbbbbb]"):
+        assert catalog.resolve_model(name, [backup, cup]) is backup
+    damaged = replace(cup, problem=CorruptFile("cut off."))
+    with pytest.raises(CorruptFile):
+        catalog.resolve_model("cup", [backup, damaged])
 
 
 def test_an_unknown_name_lists_what_is_there(tmp_path: Path):

@@ -107,8 +107,8 @@ def find_models(models_dir: Path) -> list[ModelEntry]:
 
 
 def resolve_model(name: str | None, entries: list[ModelEntry], models_dir: Path = Path("models")) -> ModelEntry:
-    """The entry that a name, title, file name, path below `CHECKPOINTS` or hash means, of several the first that is usable; without one
-    the first usable entry. `models_dir` is for messages.
+    """The entry that a name, title, path below `CHECKPOINTS`, hash, file name or file name without its ending means, as `_rank` ranks
+    them; of several of one rank the first that is usable. Without one the first usable entry. `models_dir` is for messages.
 
     Raises:
         ModelNotFound: none of that name; the message lists those that are there.
@@ -123,13 +123,9 @@ def resolve_model(name: str | None, entries: list[ModelEntry], models_dir: Path 
         raise ModelNotFound(
             f"no model is in {models_dir / CHECKPOINTS}.", hint=f"Put an SDXL checkpoint there, or run: {PULL}"
         )
-    bare = _BRACKETED_HASH.sub("", name)  # a title may be older than the hash that we know, or newer
-    matches = [
-        entry
-        for entry in entries
-        if {name, bare} & {entry.name, entry.path.name, entry.path.stem, entry.sha256, entry.short_hash}
-        or _flat(bare) in (entry.name, entry.name + entry.path.suffix)
-    ]
+    ranks = [_rank(entry, name) for entry in entries]
+    best = max((rank for rank in ranks if rank), default=None)
+    matches = [entry for entry, rank in zip(entries, ranks, strict=True) if rank and rank == best]
     for entry in matches:
         if entry.problem is None:
             return entry
@@ -141,6 +137,23 @@ def resolve_model(name: str | None, entries: list[ModelEntry], models_dir: Path 
         hint=f"Use one of them, or run: {PULL}",
         field="model",
     )
+
+
+def _rank(entry: ModelEntry, name: str) -> tuple[bool, int] | None:
+    """How well an entry answers to a name, greater is better; None: not at all. A title's hash may be older than the one that we know, or
+    newer: it speaks for the entry that has it and against none."""
+    bracketed = _BRACKETED_HASH.search(name)
+    bare = name[: bracketed.start()] if bracketed else name
+    agrees = bracketed is not None and entry.short_hash == bracketed[0][2:-1]
+    ways = (
+        {entry.name, entry.name + entry.path.suffix, entry.sha256, entry.short_hash},
+        {entry.path.name},
+        {entry.path.stem},
+    )
+    for i, way in enumerate(ways):
+        if way & {name, bare, _flat(bare)}:
+            return agrees, -i
+    return None
 
 
 def hash_model(entry: ModelEntry, models_dir: Path) -> str:
