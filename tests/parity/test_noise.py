@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import itertools
 import math
+import threading
 import weakref
 
 import numpy as np
@@ -266,8 +267,26 @@ def test_noise_drawn_ahead_equals_noise_drawn_when_asked():
     ahead = BrownianNoise([5, 6], (4, 3), sigmas, "nv", ahead=intervals)
     asked = BrownianNoise([5, 6], (4, 3), sigmas, "nv")
     other = (float(sigmas[0]), float(sigmas[3]))
-    for interval in [*intervals[:3], other, *intervals[3:]]:
-        assert torch.equal(ahead(*interval), asked(*interval))
+    with ahead:
+        for interval in [*intervals[:3], other, *intervals[3:]]:
+            assert torch.equal(ahead(*interval), asked(*interval))
+
+
+def test_noise_that_nobody_wants_any_more_is_not_drawn(monkeypatch: pytest.MonkeyPatch):
+    """It would go on for the whole schedule, on a device that is wanted by others, and hold what it drew."""
+    asked: list[tuple[float, float]] = []
+    between = BrownianTree.between
+    monkeypatch.setattr(BrownianTree, "between", lambda tree, a, b: asked.append((b, a)) or between(tree, a, b))
+    sigmas = sigmas_for("Karras", 150, TABLE)
+    intervals = brownian_intervals("DPM++ SDE", sigmas)
+    with pytest.raises(KeyboardInterrupt), BrownianNoise([5], (4, 3), sigmas, "nv", ahead=intervals) as noise:
+        noise(*intervals[0])
+        raise KeyboardInterrupt
+    assert asked == intervals[: len(asked)]
+    assert 1 <= len(asked) <= 5
+    assert not any(each.name.startswith("brownian-noise") for each in threading.enumerate())
+    with pytest.raises(RuntimeError):
+        noise(*intervals[-1])
 
 
 def test_brownian_noise_has_unit_variance():

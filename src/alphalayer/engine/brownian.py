@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 import torch
@@ -21,6 +22,8 @@ _POOL_SIZE = 24
 _DECIMALS = 6
 _VALUES_KEPT = 4
 """Each end of an interval is asked for again with the next one; DPM++ SDE has three."""
+_INTERVALS_AHEAD = 4
+"""Two steps of DPM++ SDE: one that goes on and the next."""
 
 
 @dataclass
@@ -102,8 +105,8 @@ class BrownianTree:
 class BrownianNoise:
     """Unit-variance noise between two noise levels for a batch, one tree an image.
 
-    `noise(sigma, sigma_next)` is -(W(sigma) - W(sigma_next)) / sqrt(sigma - sigma_next), float32 (B, *shape). The intervals in
-    `ahead` are drawn by a thread from the start on, so that a step finds its noise ready; other intervals are drawn when asked for.
+    `noise(sigma, sigma_next)` is -(W(sigma) - W(sigma_next)) / sqrt(sigma - sigma_next), float32 (B, *shape). Inside a `with` block a
+    thread draws the next few intervals of `ahead`, so that a step finds its noise ready; other intervals are drawn when asked for.
     """
 
     def __init__(
@@ -117,23 +120,32 @@ class BrownianNoise:
     ):
         low, high = float(sigmas[sigmas > 0].min()), float(sigmas.max())
         self._trees = [BrownianTree(low, high, shape, seed, source, device) for seed in seeds] if low < high else []
-        self._shape = (len(seeds), *shape)
-        self._device = device
-        self._ahead: dict[tuple[float, float], Future[Tensor]] = {}
-        if ahead:
-            # one thread only: a tree grows while it is asked
-            self._thread = ThreadPoolExecutor(1, thread_name_prefix="brownian-noise")
-            self._ahead = {pair: self._thread.submit(self._draw, *pair) for pair in ahead}
-            self._thread.shutdown(wait=False)
+        self._ahead = iter(ahead)
+        self._drawn: dict[tuple[float, float], Future[Tensor]] = {}
+        # one thread only: a tree grows while it is asked
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="brownian-noise")
+
+    def __enter__(self) -> BrownianNoise:
+        self._draw_ahead()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Nothing more is drawn, and what was drawn is let go of."""
+        self._thread.shutdown(cancel_futures=True)
+        self._drawn.clear()
+        self._trees.clear()
 
     def __call__(self, sigma: float, sigma_next: float) -> Tensor:
         """Noise of the step from `sigma` down to `sigma_next`."""
-        drawn = self._ahead.pop((sigma, sigma_next), None)
-        if drawn is not None:
-            return drawn.result()
-        for pending in self._ahead.values():
-            pending.result()
-        return self._draw(sigma, sigma_next)
+        drawn = self._drawn.pop((sigma, sigma_next), None)
+        if drawn is None:
+            return self._thread.submit(self._draw, sigma, sigma_next).result()
+        self._draw_ahead()
+        return drawn.result()
+
+    def _draw_ahead(self) -> None:
+        for interval in islice(self._ahead, _INTERVALS_AHEAD - len(self._drawn)):
+            self._drawn[interval] = self._thread.submit(self._draw, *interval)
 
     @torch.inference_mode()
     def _draw(self, sigma: float, sigma_next: float) -> Tensor:

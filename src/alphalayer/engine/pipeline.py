@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import accumulate, islice
 from pathlib import Path
@@ -177,8 +178,8 @@ class LocalEngine:
 
         denoiser = Denoiser(model, guidances, canvas.drawn_width, canvas.drawn_height, mode, watchers.check)
         watchers.stage("sample")
-        with stopwatch.stage("sample"), residency.of(model.unet, keep=mode.keep_unet):
-            latents = self._sample(orders, shared, denoiser, merges, start, sigmas, noise)
+        with stopwatch.stage("sample"), residency.of(model.unet, keep=mode.keep_unet), noise as drawn:
+            latents = self._sample(orders, shared, denoiser, merges, start, sigmas, drawn)
 
         with residency.of(*decoders, keep=mode.keep_unet):
             pictures = [self._decode(shared, model, each[None], mode, watchers, stopwatch) for each in latents]
@@ -198,9 +199,10 @@ class LocalEngine:
         encoders = (model.tokenizer, model.tokenizer_2, model.text_encoder, model.text_encoder_2)
         return Ready(model, TextEncoders(*encoders))
 
-    def _noise(self, requests: Sequence[GenerationRequest], shape: Shape, sigmas: Tensor) -> tuple[Tensor, Noise]:
-        """The starting noise (B, *shape) of all images, and where the sampler's noise comes from; Brownian noise begins to be drawn
-        at once, in a thread."""
+    def _noise(
+        self, requests: Sequence[GenerationRequest], shape: Shape, sigmas: Tensor
+    ) -> tuple[Tensor, AbstractContextManager[Noise]]:
+        """The starting noise (B, *shape) of all images, and where the sampler's noise comes from while it samples."""
         generators: list[ImageGenerator] = []
         start: list[Tensor] = []
         for request in requests:
@@ -213,7 +215,7 @@ class LocalEngine:
         if SAMPLERS[shared.sampler or ""].noise == "brownian":
             ahead = brownian_intervals(shared.sampler or "", sigmas)
             return torch.cat(start), BrownianNoise(seeds, shape, sigmas, shared.noise, self.device, ahead)
-        return torch.cat(start), lambda _from, _to: torch.stack([each.randn(shape) for each in generators])
+        return torch.cat(start), nullcontext(lambda _from, _to: torch.stack([each.randn(shape) for each in generators]))
 
     def _sample(
         self,
