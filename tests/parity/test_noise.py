@@ -38,6 +38,10 @@ def _values(tensor: torch.Tensor, count: int = 4) -> list[float]:
     return tensor.flatten()[:count].tolist()
 
 
+def _randn(seed: int, *rest) -> torch.Tensor:
+    return randn([seed], *rest)[0]
+
+
 # --- Philox
 
 
@@ -56,7 +60,7 @@ def test_philox_gives_the_published_values():
         -1.67105,
         2.26551,
     ]
-    np.testing.assert_allclose(randn(0, (3, 4), "nv").flatten(), expected, **PRINTED)
+    np.testing.assert_allclose(_randn(0, (3, 4), "nv").flatten(), expected, **PRINTED)
 
 
 def test_philox_gives_the_published_values_of_a_whole_latent():
@@ -92,11 +96,17 @@ def test_philox_follows_the_formula_for_large_seeds_and_later_draws(seed: int, d
         a, b = float(np.float32(2.3283064e-10)), float(np.float32(2.3283064e-10 * 6.2831855))
         expected.append(math.sqrt(-2 * math.log(g[0] * a + a / 2)) * math.sin(g[1] * b + b / 2))
     # float64 on both sides, rounded to float32 once
-    np.testing.assert_allclose(philox_normal(seed, 20, draw), np.float32(expected), rtol=2e-7, atol=0)
+    np.testing.assert_allclose(philox_normal([seed], 20, draw)[0], np.float32(expected), rtol=2e-7, atol=0)
+
+
+def test_philox_of_many_seeds_is_that_of_each():
+    seeds = [0, 7, 2**40 + 7, 2**63 + 6]
+    for together, seed in zip(philox_normal(seeds, 50, 3), seeds, strict=True):
+        assert torch.equal(together, philox_normal([seed], 50, 3)[0])
 
 
 def test_philox_does_not_depend_on_the_shape():
-    assert torch.equal(randn(7, (2, 3, 5), "nv").flatten(), randn(7, (30,), "nv"))
+    assert torch.equal(_randn(7, (2, 3, 5), "nv").flatten(), _randn(7, (30,), "nv"))
 
 
 # --- CPU and GPU sources
@@ -105,9 +115,9 @@ def test_philox_does_not_depend_on_the_shape():
 def test_cpu_gives_torchs_values_which_depend_on_the_shape():
     # printed with four decimals
     np.testing.assert_allclose(
-        _values(randn(12345, LATENT, "cpu")), [-1.4798, 0.4873, -3.0128, 0.4439], rtol=0, atol=1e-4
+        _values(_randn(12345, LATENT, "cpu")), [-1.4798, 0.4873, -3.0128, 0.4439], rtol=0, atol=1e-4
     )
-    assert randn(12345, (4,), "cpu")[0].item() == pytest.approx(1.4271, abs=1e-4)
+    assert _randn(12345, (4,), "cpu")[0].item() == pytest.approx(1.4271, abs=1e-4)
 
 
 def test_gpu_noise_is_refused_on_the_cpu():
@@ -128,7 +138,7 @@ def test_an_images_noise_is_the_same_alone_and_in_a_batch(source):
 
 
 def test_variation_strengths_0_and_1_are_the_two_noises():
-    low, high = randn(1, (4, 8, 6), "nv"), randn(2, (4, 8, 6), "nv")
+    low, high = _randn(1, (4, 8, 6), "nv"), _randn(2, (4, 8, 6), "nv")
     # sines of float32 angles
     torch.testing.assert_close(slerp(0.0, low, high), low, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(slerp(1.0, low, high), high, rtol=1e-6, atol=1e-6)
@@ -141,7 +151,7 @@ def test_variation_turns_each_column_by_its_share_of_the_angle(strength: float):
     def unit(x):
         return x / x.norm(dim=1, keepdim=True)
 
-    low, high = unit(randn(1, (4, 8, 6), "nv").double()), unit(randn(2, (4, 8, 6), "nv").double())
+    low, high = unit(_randn(1, (4, 8, 6), "nv").double()), unit(_randn(2, (4, 8, 6), "nv").double())
     angle = (low * high).sum(1).acos()
     # Gram-Schmidt: the direction in the plane of both that is square to `low`
     across = unit(high - (low * high).sum(1, keepdim=True) * low)
@@ -150,7 +160,7 @@ def test_variation_turns_each_column_by_its_share_of_the_angle(strength: float):
 
 
 def test_nearly_parallel_noises_are_mixed_in_a_line():
-    low = randn(1, (4, 8, 6), "nv")
+    low = _randn(1, (4, 8, 6), "nv")
     high = low * 3
     torch.testing.assert_close(slerp(0.25, low, high), low * 1.5)
 
@@ -158,7 +168,7 @@ def test_nearly_parallel_noises_are_mixed_in_a_line():
 def test_variation_noise_uses_the_variation_generators_first_draw():
     shape = (4, 8, 6)
     mixed = initial_noise([ImageGenerator(3, "nv")], shape, [ImageGenerator(9, "nv")], 0.3)
-    assert torch.equal(mixed[0], slerp(0.3, randn(3, shape, "nv"), randn(9, shape, "nv")))
+    assert torch.equal(mixed[0], slerp(0.3, _randn(3, shape, "nv"), _randn(9, shape, "nv")))
 
 
 # --- Brownian tree
@@ -190,9 +200,9 @@ def test_tree_equals_torchsdes(scheduler: str, seed: int):
     levels = [float(sigma) for sigma in sigmas_for(scheduler, 12, TABLE) if sigma > 0]
     low, high = min(levels), max(levels)
     theirs = torchsde.BrownianTree(low, torch.zeros(shape), high, entropy=seed)
-    ours = BrownianTree(low, high, shape, seed, "cpu")
+    ours = BrownianTree(low, high, shape, [seed], "cpu")
     for above, below in itertools.pairwise(levels):
-        torch.testing.assert_close(ours.between(below, above), theirs(below, above), **TREE)
+        torch.testing.assert_close(ours.between(below, above), theirs(below, above)[None], **TREE)
 
 
 @pytest.mark.parametrize("scheduler", ["Karras", "Beta"])
@@ -221,8 +231,8 @@ def test_brownian_noise_of_an_image_is_the_same_alone_and_in_a_batch(source):
 
 def test_what_a_tree_says_does_not_depend_on_the_order_of_questions():
     times = [0.05, 3.0, 0.7, 14.0, 0.0501, 6.2]
-    forward = BrownianTree(0.03, 14.6, (3,), 8, "nv")
-    backward = BrownianTree(0.03, 14.6, (3,), 8, "nv")
+    forward = BrownianTree(0.03, 14.6, (3,), [8], "nv")
+    backward = BrownianTree(0.03, 14.6, (3,), [8], "nv")
     first = {time: forward.value(time) for time in times}
     for time in reversed(times):
         assert torch.equal(backward.value(time), first[time])
@@ -234,12 +244,12 @@ def test_a_tree_keeps_little_and_says_the_same_to_the_last_bit(sampler: str, mon
     sigmas = sigmas_for("Karras", 150, TABLE)
     drawn: list[int] = []
 
-    def counted(seed, *rest):
-        drawn.append(seed)
-        return randn(seed, *rest)
+    def counted(seeds, *rest):
+        drawn.extend(seeds)
+        return randn(seeds, *rest)
 
     monkeypatch.setattr("alphalayer.engine.brownian.randn", counted)
-    tree = BrownianTree(float(sigmas[-2]), float(sigmas[0]), (3,), 8, "nv")
+    tree = BrownianTree(float(sigmas[-2]), float(sigmas[0]), (3,), [8], "nv")
 
     def held(node) -> int:
         return 0 if node is None else 1 + held(node.left) + held(node.right)
@@ -250,14 +260,14 @@ def test_a_tree_keeps_little_and_says_the_same_to_the_last_bit(sampler: str, mon
     # and nothing was drawn twice on the way down
     assert len(drawn) == len(set(drawn))
     for (above, below), increment in list(zip(intervals, said, strict=True))[::7]:
-        fresh = BrownianTree(float(sigmas[-2]), float(sigmas[0]), (3,), 8, "nv")
+        fresh = BrownianTree(float(sigmas[-2]), float(sigmas[0]), (3,), [8], "nv")
         assert torch.equal(increment, fresh.between(below, above))
         assert torch.equal(increment, tree.between(below, above))
 
 
 def test_a_tree_begins_at_zero_and_is_clamped_to_its_ends():
-    tree = BrownianTree(1.0, 2.0, (3,), 8, "nv")
-    assert torch.equal(tree.value(0.5), torch.zeros(3))
+    tree = BrownianTree(1.0, 2.0, (3,), [8], "nv")
+    assert torch.equal(tree.value(0.5), torch.zeros(1, 3))
     assert torch.equal(tree.value(9.0), tree.value(2.0))
 
 
@@ -306,7 +316,7 @@ def test_one_step_needs_no_brownian_noise():
 
 def test_a_tree_is_let_go_of_with_its_last_user():
     """It holds some fifty latents: too much to wait for the collector of cycles."""
-    tree = BrownianTree(0.1, 10.0, (4,), 5, "nv")
+    tree = BrownianTree(0.1, 10.0, (4,), [5], "nv")
     tree.between(1.0, 2.0)
     gone = weakref.ref(tree)
     gc.disable()

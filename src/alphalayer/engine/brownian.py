@@ -6,7 +6,7 @@ six decimals), with the normal draws of `alphalayer.engine.noise`. Knows nothing
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
@@ -38,25 +38,27 @@ class _Node:
     left: _Node | None = None
     right: _Node | None = None
 
-    @property
-    def middle(self) -> float:
-        return round((self.start + self.end) / 2, _DECIMALS)
-
 
 class BrownianTree:
-    """W over [start, end] for one image; `value(t)` is W(t), a float32 tensor of `shape` with W(start) = 0.
+    """W over [start, end] for the images of a batch; `value(t)` is W(t), float32 (seeds, *shape) with W(start) = 0.
 
     Only the way to the last time asked for is kept (about fifty tensors) and the last few values: a sampler asks downwards, and what
     was dropped is drawn again, with the same seeds, if it is asked for.
     """
 
     def __init__(
-        self, start: float, end: float, shape: Shape, seed: int, source: NoiseSource, device: torch.device | str = "cpu"
+        self,
+        start: float,
+        end: float,
+        shape: Shape,
+        seeds: Sequence[int],
+        source: NoiseSource,
+        device: torch.device | str = "cpu",
     ):
-        self._seed, self._shape, self._device = seed, shape, device
+        self._seeds, self._shape, self._device = seeds, shape, device
         self._source: NoiseSource = source
-        first = int(np.random.SeedSequence(entropy=seed, pool_size=_POOL_SIZE).generate_state(3)[0])
-        whole = self._randn(first) * float(np.sqrt(end - start))
+        firsts = [_generated(np.random.SeedSequence(seed, pool_size=_POOL_SIZE), 3) for seed in seeds]
+        whole = randn(firsts, shape, source, device) * float(np.sqrt(end - start))
         self._root = _Node(round(start, _DECIMALS), round(end, _DECIMALS), 0, 0, whole)
         self._values: dict[float, Tensor] = {}
 
@@ -69,11 +71,20 @@ class BrownianTree:
             del self._values[next(iter(self._values))]
         return value
 
+    def between(self, start: float, end: float) -> Tensor:
+        """W(end) - W(start)."""
+        return self.value(end) - self.value(start)
+
     def _walk(self, time: float) -> Tensor:
         """Down to the node that begins or ends at a time of the tree's interval."""
-        node, before = self._root, torch.zeros(self._shape, device=self._device)
+        node, before = self._root, torch.zeros_like(self._root.increment)
+        drawn: Iterator[Tensor] | None = None
         while time not in (node.start, node.end):
-            left, right = self._children(node)
+            if node.left is None or node.right is None:
+                # below a node without halves none has any: what all of them need is drawn in one go
+                drawn = drawn or iter(self._draw(_splits(node, time)))
+                node.left, node.right = _halves(node, next(drawn))
+            left, right = node.left, node.right
             if time >= right.start:
                 before, node, aside = before + left.increment, right, left
             else:
@@ -81,29 +92,50 @@ class BrownianTree:
             aside.left = aside.right = None
         return before + node.increment if time == node.end else before
 
-    def between(self, start: float, end: float) -> Tensor:
-        """W(end) - W(start)."""
-        return self.value(end) - self.value(start)
+    def _draw(self, nodes: Sequence[tuple[int, int]]) -> Tensor:
+        """Normal values for splitting nodes, told by index and depth: (nodes, seeds, *shape)."""
+        seeds = [
+            _generated(np.random.SeedSequence(seed, spawn_key=node, pool_size=_POOL_SIZE), 4)
+            for node in nodes
+            for seed in self._seeds
+        ]
+        return randn(seeds, self._shape, self._source, self._device).unflatten(0, (len(nodes), len(self._seeds)))
 
-    def _children(self, node: _Node) -> tuple[_Node, _Node]:
-        """Split a node by a Brownian bridge."""
-        if node.left is None or node.right is None:
-            a, m, b = node.start, node.middle, node.end
-            spawned = np.random.SeedSequence(
-                entropy=self._seed, spawn_key=(node.index, node.depth), pool_size=_POOL_SIZE
-            )
-            bridge = self._randn(int(spawned.generate_state(4)[0])) * float(np.sqrt((m - a) * (b - m) / (b - a)))
-            left = node.increment * ((m - a) / (b - a)) + bridge
-            node.left = _Node(a, m, 2 * node.index, node.depth + 1, left)
-            node.right = _Node(m, b, 2 * node.index + 1, node.depth + 1, node.increment - left)
-        return node.left, node.right
 
-    def _randn(self, seed: int) -> Tensor:
-        return randn(seed, self._shape, self._source, self._device)
+def _generated(sequence: np.random.SeedSequence, words: int) -> int:
+    return int(sequence.generate_state(words)[0])
+
+
+def _middle(start: float, end: float) -> float:
+    return round((start + end) / 2, _DECIMALS)
+
+
+def _splits(node: _Node, time: float) -> list[tuple[int, int]]:
+    """Index and depth of the nodes that are split on the way from a node down to a time."""
+    start, end, index, depth = node.start, node.end, node.index, node.depth
+    found: list[tuple[int, int]] = []
+    while time not in (start, end):
+        found.append((index, depth))
+        middle = _middle(start, end)
+        goes_right = time >= middle
+        start, end = (middle, end) if goes_right else (start, middle)
+        index, depth = 2 * index + goes_right, depth + 1
+    return found
+
+
+def _halves(node: _Node, drawn: Tensor) -> tuple[_Node, _Node]:
+    """Split a node by a Brownian bridge."""
+    a, m, b = node.start, _middle(node.start, node.end), node.end
+    bridge = drawn * float(np.sqrt((m - a) * (b - m) / (b - a)))
+    left = node.increment * ((m - a) / (b - a)) + bridge
+    return (
+        _Node(a, m, 2 * node.index, node.depth + 1, left),
+        _Node(m, b, 2 * node.index + 1, node.depth + 1, node.increment - left),
+    )
 
 
 class BrownianNoise:
-    """Unit-variance noise between two noise levels for a batch, one tree an image.
+    """Unit-variance noise between two noise levels for a batch.
 
     `noise(sigma, sigma_next)` is -(W(sigma) - W(sigma_next)) / sqrt(sigma - sigma_next), float32 (B, *shape). Inside a `with` block a
     thread draws the next few intervals of `ahead`, so that a step finds its noise ready; other intervals are drawn when asked for.
@@ -119,7 +151,8 @@ class BrownianNoise:
         ahead: Sequence[tuple[float, float]] = (),
     ):
         low, high = float(sigmas[sigmas > 0].min()), float(sigmas.max())
-        self._trees = [BrownianTree(low, high, shape, seed, source, device) for seed in seeds] if low < high else []
+        # one step asks for none
+        self._tree = BrownianTree(low, high, shape, seeds, source, device) if low < high else None
         self._ahead = iter(ahead)
         self._drawn: dict[tuple[float, float], Future[Tensor]] = {}
         # one thread only: a tree grows while it is asked
@@ -133,7 +166,7 @@ class BrownianNoise:
         """Nothing more is drawn, and what was drawn is let go of."""
         self._thread.shutdown(cancel_futures=True)
         self._drawn.clear()
-        self._trees.clear()
+        self._tree = None
 
     def __call__(self, sigma: float, sigma_next: float) -> Tensor:
         """Noise of the step from `sigma` down to `sigma_next`."""
@@ -149,5 +182,6 @@ class BrownianNoise:
 
     @torch.inference_mode()
     def _draw(self, sigma: float, sigma_next: float) -> Tensor:
-        increments = torch.stack([tree.between(sigma_next, sigma) for tree in self._trees])
-        return -increments / float(np.sqrt(abs(sigma - sigma_next)))
+        if self._tree is None:
+            raise ValueError("there is no noise between equal levels, nor after the block")
+        return -self._tree.between(sigma_next, sigma) / float(np.sqrt(abs(sigma - sigma_next)))

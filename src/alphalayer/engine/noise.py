@@ -23,11 +23,14 @@ _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 _LOW = 0xFFFFFFFF
 _UNIT = float(np.float32(2.3283064e-10))
+_PHILOX_AT_ONCE = 1 << 20
+"""Values of one evaluation on a GPU, which holds some ten words of 8 bytes each meanwhile; a CPU is quickest with one seed at a time."""
 _TURN = float(np.float32(2.3283064e-10 * 6.2831855))
 
 
-def philox_normal(seed: int, count: int, draw: int = 0, device: torch.device | str = "cpu") -> Tensor:
-    """`count` standard normal values, float32: those of the `draw`-th `randn` call on a CUDA generator with this seed.
+def philox_normal(seeds: Sequence[int], count: int, draw: int = 0, device: torch.device | str = "cpu") -> Tensor:
+    """`count` standard normal values a seed, float32 (seeds, count): those of the `draw`-th `randn` call on CUDA generators with these
+    seeds.
 
     Philox-4x32-10 (Salmon et al. 2011) with counter (draw, 0, element, 0), the first two words through Box-Muller as in
     PyTorch's CUDA kernels. Integers and float64 only, so every device gives the same values; a GPU's own generator equals
@@ -39,16 +42,18 @@ def philox_normal(seed: int, count: int, draw: int = 0, device: torch.device | s
         torch.arange(count, device=device),
         torch.zeros(count, dtype=torch.int64, device=device),
     ]
-    keys = [seed & _LOW, (seed >> 32) & _LOW]
-    for _ in range(10):
+    first_keys = torch.tensor([[seed & _LOW for seed in seeds], [(seed >> 32) & _LOW for seed in seeds]])[..., None]
+    keys = (first_keys + torch.arange(10)[:, None, None, None] * torch.tensor(_KEY_STEPS)[:, None, None]) & _LOW
+    # so that it does not wait for what the GPU has to do before
+    of_rounds = keys.flatten(0, 1).to(device, non_blocking=True).unbind()
+    for key, other_key in zip(of_rounds[::2], of_rounds[1::2], strict=True):
         first, second = words[0] * _MULTIPLIERS[0], words[2] * _MULTIPLIERS[1]
         words = [
-            ((second >> 32) & _LOW) ^ words[1] ^ keys[0],
+            ((second >> 32) & _LOW) ^ words[1] ^ key,
             second & _LOW,
-            ((first >> 32) & _LOW) ^ words[3] ^ keys[1],
+            ((first >> 32) & _LOW) ^ words[3] ^ other_key,
             first & _LOW,
         ]
-        keys = [(key + step) & _LOW for key, step in zip(keys, _KEY_STEPS, strict=True)]
     u = words[0].double() * _UNIT + _UNIT / 2
     v = words[1].double() * _TURN + _TURN / 2
     return (torch.sqrt(-2.0 * torch.log(u)) * torch.sin(v)).float()
@@ -73,16 +78,24 @@ class ImageGenerator:
         if self._source != "nv":
             place = self._torch.device
             return torch.randn(shape, generator=self._torch, device=place).to(self._device)
-        # MPS has no float64
-        place = self._device if self._device.type == "cuda" else "cpu"
-        values = philox_normal(self._seed, math.prod(shape), self._draws, place)
+        values = philox_normal([self._seed], math.prod(shape), self._draws, _place_of_philox(self._device))
         self._draws += 1
         return values.reshape(shape).to(self._device)
 
 
-def randn(seed: int, shape: Shape, source: NoiseSource, device: torch.device | str = "cpu") -> Tensor:
-    """Standard normal values of a fresh generator, float32."""
-    return ImageGenerator(seed, source, device).randn(shape)
+def randn(seeds: Sequence[int], shape: Shape, source: NoiseSource, device: torch.device | str = "cpu") -> Tensor:
+    """Standard normal values of fresh generators, float32 (seeds, *shape)."""
+    if source != "nv":
+        return torch.stack([ImageGenerator(seed, source, device).randn(shape) for seed in seeds])
+    count, place = math.prod(shape), _place_of_philox(torch.device(device))
+    at_once = max(1, _PHILOX_AT_ONCE // count) if place.type == "cuda" else 1
+    drawn = [philox_normal(seeds[i : i + at_once], count, 0, place) for i in range(0, len(seeds), at_once)]
+    return torch.cat(drawn).reshape(-1, *shape).to(device)
+
+
+def _place_of_philox(device: torch.device) -> torch.device:
+    """MPS has no float64."""
+    return device if device.type == "cuda" else torch.device("cpu")
 
 
 def initial_noise(
