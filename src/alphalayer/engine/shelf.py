@@ -64,8 +64,9 @@ class ModelShelf:
         loading raises; then none is held."""
         if self.held and self.held.is_of(entry):
             return self.held
-        self._put_aside()
+        # taken off first: it is not what has to make room
         aside = self._aside.pop(entry.path, None)
+        self._put_aside()
         self.held = aside if aside and aside.is_of(entry) else self._load(entry)
         return self.held
 
