@@ -146,7 +146,8 @@ def test_running_out_of_memory_is_retried_in_the_next_smaller_mode(
         handle.remove()
     assert fails.left == 0
     assert fails.calls > 1
-    assert [each.stage for each in progress].count("load") == 2
+    # what was sampled is not sampled again to be decoded
+    assert [each.stage for each in progress].count("load") == (1 if stage in ("vae", "decoder") else 2)
     assert [each.message for each in caplog.records if "memory" in each.message] == [
         'Out of memory in memory mode "high"; trying "balanced".'
     ]
@@ -172,7 +173,8 @@ def test_a_retry_begins_with_an_empty_device(engine: LocalEngine, monkeypatch: p
     finally:
         handle.remove()
     once = [("text_encoder", "cpu"), ("unet", "cpu")]
-    assert moves == [*once, *once[::-1], *once], "to the device, off it, and to it again"
+    # what was read is not read again
+    assert moves == [*once, *once[::-1], once[1]], "to the device, off it, and to it again"
 
 
 def test_running_out_of_memory_in_every_mode_says_what_was_needed(engine: LocalEngine, base: np.ndarray):

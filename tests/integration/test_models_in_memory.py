@@ -1,4 +1,4 @@
-"""Models in memory: those that are put aside in a budget of host memory."""
+"""Models in memory: those that are put aside in a budget of host memory, and what is moved and drawn again where memory is scarce."""
 
 from __future__ import annotations
 
@@ -7,10 +7,24 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from tests import tiny_models
 from torch import nn
 
 from alphalayer.catalog import ModelEntry
+from alphalayer.engine.pipeline import LocalEngine
 from alphalayer.engine.shelf import ModelShelf, Ready
+from alphalayer.errors import OutOfMemory
+from alphalayer.request import GenerationRequest
+
+REQUEST = GenerationRequest(prompt="a red [apple:cup:1]", seed=3, steps=2, width=64, height=64, batch_size=2)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    tiny_models.make_diffusers_folder(folder / "Stable-diffusion" / "folder")
+    return folder
 
 
 @pytest.mark.parametrize(("room", "reads"), [(0, "ABABA"), (1, "AB"), (1.5, "AB"), (0.9, "ABABA")])
@@ -31,3 +45,48 @@ def test_room_for_one_model_lets_two_take_turns(room: float, reads: str):
     for name in "ABABA":
         assert shelf.get(entries[name]).model.entry.name == name
     assert "".join(read) == reads
+
+
+def test_text_encoders_are_moved_for_texts_alone_that_were_not_read_yet(models: Path, monkeypatch: pytest.MonkeyPatch):
+    engine = LocalEngine(models, device="cpu", memory="balanced")
+    engine.generate(REQUEST)
+    encoder, moves = engine.held.model.text_encoder, []
+    move = encoder.to
+    monkeypatch.setattr(encoder, "to", lambda to: (moves.append(to), move(to)))
+    for changes, expected in (
+        ({"seed": 4}, 0),
+        ({"negative_prompt": "bad"}, 1),
+        ({"negative_prompt": "bad", "seed": 5}, 0),
+        ({"clip_skip": 3}, 1),
+        ({"prompt": "a red [apple:plate:1]"}, 1),
+    ):
+        moves.clear()
+        engine.generate(REQUEST.model_copy(update=changes))
+        assert len(moves) == expected, changes
+
+
+@pytest.mark.parametrize("failures", [[2], [2, 3], [1, 2, 3]])
+def test_what_was_sampled_is_kept_when_decoding_runs_out_of_memory(models: Path, failures: list[int]):
+    """Each picture that came out is kept, too, and after the smallest mode it is over."""
+    engine = LocalEngine(models, device="cpu", memory="high")
+    first = engine.generate(REQUEST).images
+    model, sampled, decoded = engine.held.model, [], []
+    model.unet.register_forward_pre_hook(lambda *_: sampled.append(1))
+
+    def fails(*_: object) -> None:
+        decoded.append(1)
+        if len(decoded) in failures:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    model.vae.decoder.register_forward_pre_hook(fails)
+    if len(failures) == 3:
+        with pytest.raises(OutOfMemory, match='"low"'):
+            engine.generate(REQUEST)
+        assert len(decoded) == 3
+    else:
+        again = engine.generate(REQUEST).images
+        assert len(decoded) == 2 + len(failures)
+        assert len(again) == len(first)
+        # smaller batches of passes round differently, and truncation makes 1/255 of it
+        assert all(abs(a.rgba.astype(int) - b.rgba.astype(int)).max() <= 1 for a, b in zip(again, first, strict=True))
+    assert len(sampled) == REQUEST.steps

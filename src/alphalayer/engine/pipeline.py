@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import accumulate, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -46,8 +46,8 @@ from alphalayer.engine.patches import Merge, PatchFile
 from alphalayer.engine.samplers import SAMPLERS, Noise, brownian_intervals, sample
 from alphalayer.engine.schedules import sigmas_for
 from alphalayer.engine.shelf import ModelShelf, Ready
-from alphalayer.engine.text import TextEncoders, plan_negative, plan_prompt
-from alphalayer.engine.transparency import decode_transparent, decoder_inputs, to_uint8
+from alphalayer.engine.text import TextEncoders, is_known, plan_negative, plan_prompt
+from alphalayer.engine.transparency import decode_transparent, decoder_inputs, opaque, to_uint8
 from alphalayer.engine.watching import Stopwatch, Watchers
 from alphalayer.errors import AlphalayerError, EngineFailed, ModelNotFound, OutOfMemory
 from alphalayer.request import GenerationRequest
@@ -55,6 +55,7 @@ from alphalayer.request import GenerationRequest
 logger = logging.getLogger(__name__)
 
 PREVIEW_LATENT_SIDE = 32
+T = TypeVar("T")
 
 
 class LocalEngine:
@@ -117,9 +118,15 @@ class LocalEngine:
         Out of memory: what was taken is given back and a single request is drawn in the next smaller memory mode, down to the smallest.
         """
         modes = modes_down_from(self.mode) if len(orders) == 1 else [self.mode]
+        return self._in_less_and_less([order.request for order in orders], modes, lambda mode: self._draw(orders, mode))
+
+    def _in_less_and_less(
+        self, requests: Sequence[GenerationRequest], modes: Sequence[MemoryMode], work: Callable[[MemoryMode], T]
+    ) -> T:
+        """What comes of some work in the first of the memory modes that has room for it. Raises `OutOfMemory`."""
         for mode, smaller in zip(modes, [*modes[1:], None], strict=True):
             try:
-                return self._draw(orders, mode)
+                return work(mode)
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
@@ -129,7 +136,7 @@ class LocalEngine:
             free_memory(self.device)
             if smaller:
                 logger.warning('Out of memory in memory mode "%s"; trying "%s".', mode.name, smaller.name)
-        raise self._out_of_memory([order.request for order in orders], modes)
+        raise self._out_of_memory(requests, modes)
 
     def memory_bytes(self) -> int:
         """Memory that torch holds on the GPU, in bytes; 0 on the CPU."""
@@ -172,7 +179,8 @@ class LocalEngine:
         start, noise = self._noise(requests, shape, sigmas)
 
         watchers.stage("text")
-        with stopwatch.stage("text"), residency.of(model.text_encoder, model.text_encoder_2, keep=mode.keep_text):
+        readers = [] if _is_read(requests, merges.loras, ready) else [model.text_encoder, model.text_encoder_2]
+        with stopwatch.stage("text"), residency.of(*readers, keep=mode.keep_text):
             _patch_text(merges.loras, ready)
             guidances = [_guidance(each, ready.encoders, watchers.check) for each in requests]
 
@@ -181,8 +189,15 @@ class LocalEngine:
         with stopwatch.stage("sample"), residency.of(model.unet, keep=mode.keep_unet), noise as drawn:
             latents = self._sample(orders, shared, denoiser, merges, start, sigmas, drawn)
 
-        with residency.of(*decoders, keep=mode.keep_unet):
-            pictures = [self._decode(shared, model, each[None], mode, watchers, stopwatch) for each in latents]
+        # what was sampled is kept, and so is each picture that came out
+        pictures: list[RgbaImage] = []
+
+        def decode(mode: MemoryMode) -> None:
+            with Residency(self.device, mode).of(*decoders, keep=mode.keep_unet):
+                for latent in latents[len(pictures) :]:
+                    pictures.append(self._decode(shared, model, latent[None], mode, watchers, stopwatch))
+
+        self._in_less_and_less(requests, modes_down_from(mode), decode)
 
         cropped = iter([canvas.crop(each) for each in pictures])
         return [_result(each, model, list(islice(cropped, each.batch_size)), stopwatch) for each in requests]
@@ -258,7 +273,7 @@ class LocalEngine:
         with stopwatch.stage("vae"):
             rgb = _finite(model.decode_latent(latent), "the VAE")
         if not request.layerdiffuse.enabled:
-            return _opaque(rgb)
+            return opaque(rgb)
         with stopwatch.stage("decode"):
             pixel, decoder_latent = decoder_inputs(
                 rgb, latent, model.scaling_factor, request.decode, model.shift_factor
@@ -271,7 +286,7 @@ class LocalEngine:
         shrink = max(1, max(x0.shape[-2:]) // PREVIEW_LATENT_SIDE)
         small = torch.nn.functional.avg_pool2d(x0, shrink)
         with Residency(self.device, self.mode).of(model.vae, keep=True):
-            return _opaque(model.decode_latent(small))[..., :3]
+            return opaque(model.decode_latent(small))[..., :3]
 
     def _merges(self, request: GenerationRequest, model: LoadedModel) -> _Merges:
         """Raises `InvalidRequest` for a LoRA that is not there, `LayerDiffuseMissing`."""
@@ -321,6 +336,14 @@ def create_engine(options: dict[str, Any]) -> LocalEngine:
     if values.get("embeddings_dir"):
         values["embeddings_dir"] = Path(values["embeddings_dir"])
     return LocalEngine(**values)
+
+
+def _is_read(requests: Sequence[GenerationRequest], loras: tuple[Merge, ...], ready: Ready) -> bool:
+    """Whether all that requests say was encoded before, with the same LoRAs."""
+    return loras == ready.model.patchers[1].applied and all(
+        is_known(ready.encoders, each.prompt, each.negative_prompt, each.steps or 0, each.clip_skip)
+        for each in requests
+    )
 
 
 def _patch_text(loras: tuple[Merge, ...], ready: Ready) -> None:
@@ -373,9 +396,3 @@ def _finite(values: Tensor, what: str) -> Tensor:
             hint="Start with --dtype bf16 or fp32, take off LoRAs or lower their weights, or run: alphalayer models verify",
         )
     return values
-
-
-def _opaque(rgb: Tensor) -> RgbaImage:
-    """VAE picture (1, 3, H, W) in [-1, 1] → RGBA without transparency; 8 bit by truncation."""
-    picture = ((rgb[0].float() + 1) / 2).clamp(0, 1).mul(255).to(torch.uint8).permute(1, 2, 0).cpu().numpy()
-    return np.concatenate([picture, np.full_like(picture[..., :1], 255)], axis=-1)

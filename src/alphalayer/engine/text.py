@@ -24,6 +24,7 @@ CACHE_BYTES = 64 * 1024**2
 """Room for what was encoded, on the device: about a hundred short prompts of SDXL, or four of the longest."""
 MAX_CHUNKS = 600
 """Of a prompt, over all steps: 380 MB of SDXL's, and more than 10,000 characters fill without BREAK."""
+_SOME_TEXT = " "
 CHUNKS_AT_ONCE = 32
 """Of one call of an encoder, which keeps what all of its layers say."""
 
@@ -82,6 +83,10 @@ class TextEncoders:
             self._known.popitem(last=False)
         return found
 
+    def knows(self, text: str, clip_skip: int) -> bool:
+        """Whether a text is remembered."""
+        return (text, clip_skip) in self._known
+
     def forget(self) -> None:
         """Encode every text anew."""
         self._known.clear()
@@ -112,7 +117,7 @@ class TextEncoders:
 
     def empty(self) -> Conditioning:
         """Zeros in place of an empty negative prompt, as SDXL was trained."""
-        some = self.encode(" ")
+        some = self.encode(_SOME_TEXT)
         return Conditioning(torch.zeros_like(some.context), torch.zeros_like(some.pooled))
 
 
@@ -220,6 +225,15 @@ def plan_negative(
     if prompt == "":
         return PromptPlan([(1.0, [(steps, encoders.empty())])])
     return _plan(encoders, [(prompt, 1.0)], steps, clip_skip, check, "negative_prompt")
+
+
+def is_known(encoders: TextEncoders, prompt: str, negative_prompt: str, steps: int, clip_skip: int) -> bool:
+    """Whether both plans can be made of what is remembered, without a call of an encoder."""
+    parts = [part for part, _ in split_and(prompt)]
+    parts += [negative_prompt] if negative_prompt else []
+    return (bool(negative_prompt) or encoders.knows(_SOME_TEXT, 1)) and all(
+        encoders.knows(text, clip_skip) for part in parts for _, text in schedule_prompt(part, steps)
+    )
 
 
 def _plan(

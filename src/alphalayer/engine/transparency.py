@@ -12,6 +12,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers.models.unets.unet_2d_blocks import UNetMidBlock2D, get_down_block, get_up_block
 from safetensors import SafetensorError, safe_open
@@ -189,6 +190,12 @@ def to_uint8(decoded: Tensor) -> RgbaImage:
     """
     scaled = (decoded[0] * 255).float().clamp(0, 255).to(torch.uint8)
     return scaled[[1, 2, 3, 0]].permute(1, 2, 0).contiguous().cpu().numpy()
+
+
+def opaque(rgb: Tensor) -> RgbaImage:
+    """VAE picture (1, 3, H, W) in [-1, 1] → RGBA without transparency; 8 bit by truncation."""
+    picture = ((rgb[0].float() + 1) / 2).clamp(0, 1).mul(255).to(torch.uint8).permute(1, 2, 0).cpu().numpy()
+    return np.concatenate([picture, np.full_like(picture[..., :1], 255)], axis=-1)
 
 
 def load_decoder(
