@@ -46,8 +46,9 @@ def test_every_memory_mode_draws_the_same(models_dir, memory, dtype):
 
 
 def test_the_generator_of_torch_equals_ours():
-    """Philox in torch operations against cuRAND's in PyTorch's CUDA kernels, over more elements than one grid has threads."""
-    for count in (1000, 65536, 1 << 20):
+    """Philox in torch operations against cuRAND's in PyTorch's CUDA kernels, where they have a thread for each element."""
+    gpu = torch.cuda.get_device_properties(0)
+    for count in (1000, 65536, gpu.multi_processor_count * (gpu.max_threads_per_multi_processor // 256) * 256):
         theirs = torch.randn(count, generator=torch.Generator("cuda").manual_seed(12345), device="cuda")
         ours = philox_normal([12345], count)[0]
         assert (theirs.cpu() - ours).abs().max() < 1e-5, count

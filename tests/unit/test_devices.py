@@ -22,6 +22,14 @@ def test_the_device_is_described_with_what_was_chosen_for_the_user():
     assert describe(cpu, precision, MEMORY_MODES["high"], asked=("cpu", "high")) == 'cpu, float32, memory mode "high"'
 
 
+def test_float32_that_was_asked_for_is_not_rounded_in_convolutions(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    choose_precision(torch.device("cpu"), "auto")
+    assert torch.backends.cudnn.allow_tf32
+    choose_precision(torch.device("cpu"), "fp32")
+    assert not torch.backends.cudnn.allow_tf32
+
+
 @pytest.mark.parametrize(
     "error",
     [

@@ -99,8 +99,11 @@ def choose_device(name: str) -> torch.device:
 def choose_precision(device: torch.device, dtype: str) -> Precision:
     """Number formats for a device; `dtype` is "auto", "fp16", "bf16" or "fp32" and rules UNet and decoder.
 
-    The VAE overflows in float16, so it works in bfloat16 where the GPU has it and in float32 elsewhere.
+    The VAE overflows in float16, so it works in bfloat16 where the GPU has it and in float32 elsewhere. Who asks for "fp32" gets it in
+    convolutions, too, where GPUs else round to TF32; that holds for the process.
     """
+    if dtype == "fp32":
+        torch.backends.cudnn.allow_tf32 = False
     on_gpu = device.type != "cpu"
     main = _DTYPES[dtype] if dtype != "auto" else (torch.float16 if on_gpu else torch.float32)
     has_bf16 = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8
@@ -183,7 +186,7 @@ class Residency:
         try:
             yield
         finally:
-            if not keep and self.device.type != "cpu":
+            if modules and not keep and self.device.type != "cpu":
                 for module in modules:
                     module.to("cpu")
                 free_memory(self.device)
