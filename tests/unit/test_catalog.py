@@ -277,8 +277,9 @@ def test_defaults_that_are_nested_without_end_are_damaged(tmp_path: Path):
     own = tmp_path / "layerdiffuse" / "config.json"
     own.parent.mkdir()
     own.write_text(DEEP)
-    with pytest.raises(CorruptFile, match=r"config\.json"):
-        catalog.model_defaults(tmp_path)
+    for read in (catalog.model_defaults, catalog.layer_config):
+        with pytest.raises(CorruptFile, match=r"config\.json"):
+            read(tmp_path)
 
 
 def test_a_model_is_found_by_every_name_it_has(tmp_path: Path):
@@ -382,6 +383,29 @@ def test_a_folders_hash_is_its_unets(tmp_path: Path):
     path = _folder(tmp_path / "Stable-diffusion" / "xl", {"_class_name": "StableDiffusionXLPipeline"})
     digest = hashlib.sha256((path / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()).hexdigest()
     assert catalog.hash_model(_mine(tmp_path)["xl"], tmp_path) == digest
+
+
+def test_the_hash_is_of_the_file_that_is_read(tmp_path: Path):
+    path = _folder(tmp_path / "Stable-diffusion" / "xl", {"_class_name": "StableDiffusionXLPipeline"})
+    half = path / "unet" / "diffusion_pytorch_model.fp16.safetensors"
+    half.write_bytes(b"half")
+    plain = hashlib.sha256((path / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()).hexdigest()
+    assert catalog.hash_model(_mine(tmp_path)["xl"], tmp_path) == plain
+    (path / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    assert catalog.hash_model(_mine(tmp_path)["xl"], tmp_path) == hashlib.sha256(b"half").hexdigest()
+
+
+def test_each_layer_file_is_the_models_own_or_the_shared_one(tmp_path: Path):
+    model, names = tmp_path / "model", ("first.safetensors", "second.safetensors")
+    own, shared = model / "layerdiffuse", tmp_path / "layer_model"
+    for folder in (own, shared):
+        folder.mkdir(parents=True)
+    assert catalog.layer_file(model, names, None, tmp_path) == shared / names[0], "where it would be"
+    (shared / names[1]).touch()
+    assert catalog.layer_file(model, names, None, tmp_path) == shared / names[1]
+    (own / names[0]).touch()
+    assert catalog.layer_file(model, names, None, tmp_path) == own / names[0]
+    assert catalog.layer_file(model, names, "named.safetensors", tmp_path) == own / "named.safetensors"
 
 
 def test_a_folder_without_weights_is_no_traceback(tmp_path: Path):

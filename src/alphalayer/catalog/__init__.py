@@ -7,8 +7,8 @@ models/Lora/               LoRA files
 
 from __future__ import annotations
 
-import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from alphalayer.catalog.folders import family_of_folder
+from alphalayer.catalog.folders import family_of_folder, read_json
 from alphalayer.catalog.hashes import SHORT_HASH_DIGITS, HashCache, file_sha256, file_stamp
 from alphalayer.catalog.headers import FAMILY_NAMES, Header, family_of, read_header
 from alphalayer.errors import (
@@ -39,9 +39,13 @@ __all__ = [
     "find_lora",
     "find_models",
     "hash_model",
+    "layer_config",
+    "layer_file",
     "model_defaults",
     "read_header",
+    "read_json",
     "resolve_model",
+    "weight_files",
 ]
 
 CHECKPOINTS = "Stable-diffusion"
@@ -50,6 +54,7 @@ PICKLE_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin")
 LAYER_CONFIG = Path("layerdiffuse", "config.json")
 """In a model's folder: its own patch, decoder and defaults."""
 _BRACKETED_HASH = re.compile(rf" \[[0-9a-f]{{{SHORT_HASH_DIGITS}}}\]$")
+FP16 = ".fp16"
 PULL = "alphalayer models pull sdxl-base layerdiffuse"
 PULL_LAYERS = "Run: alphalayer models pull layerdiffuse"
 
@@ -168,7 +173,7 @@ def hash_model(entry: ModelEntry, models_dir: Path) -> str:
 def model_defaults(path: Path) -> ModelDefaults:
     """What a model is drawn with where a request is silent: its folder's own defaults, or those of SDXL. Raises `CorruptFile`."""
     try:
-        return ModelDefaults.model_validate(_layer_config(path).get("defaults", {}))
+        return ModelDefaults.model_validate(layer_config(path).get("defaults", {}))
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = ".".join(str(part) for part in first["loc"])
@@ -182,7 +187,7 @@ def check_layerdiffuse_method(entry: ModelEntry, method: str) -> None:
     """
     if method == "attention":
         return
-    config = _layer_config(entry.path)
+    config = layer_config(entry.path)
     if "patch" in config and method != config.get("method"):
         raise InvalidRequest(
             f'{entry.name} brings its own LayerDiffuse patch, which is not one of "{method}".',
@@ -203,18 +208,20 @@ def _listed(names: list[str]) -> str:
     return f"there {'is' if len(names) == 1 else 'are'}: {', '.join(names)}" if names else "there is none"
 
 
-def _layer_config(path: Path) -> dict[str, Any]:
+def layer_config(path: Path) -> dict[str, Any]:
     """What a model's folder says of its own LayerDiffuse files; empty where it has none. Raises `CorruptFile`."""
     own = path / LAYER_CONFIG
-    if not own.is_file():
-        return {}
-    try:
-        config = json.loads(own.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        config = None
-    if not isinstance(config, dict):
-        raise CorruptFile(f"{own} is damaged.", hint="Get the model again.")
-    return config
+    return read_json(own) if own.is_file() else {}
+
+
+def layer_file(model: Path, names: Sequence[str], named: str | None, models_dir: Path) -> Path:
+    """Where a LayerDiffuse file of a model is, or would be: the one `named` by its folder's config, the first of the published `names` in
+    its own `layerdiffuse/`, or the first of them in the shared folder."""
+    own, shared = (model / LAYER_CONFIG).parent, models_dir / "layer_model"
+    if named is not None:
+        return own / named
+    places = [folder / name for folder in (own, shared) for name in names]
+    return next((place for place in places if place.is_file()), shared / names[0])
 
 
 def _flat(path: str) -> str:
@@ -287,8 +294,14 @@ def _diffusers_entry(path: Path, folder: Path, cache: HashCache) -> ModelEntry:
 def _hashed_file(path: Path, kind: str) -> Path:
     if kind == "single_file":
         return path
-    files = sorted((path / "unet").glob("*.safetensors"))
-    return files[0] if files else path / "unet" / "diffusion_pytorch_model.safetensors"
+    folder = path / "unet"
+    return next(iter(weight_files(folder)), folder / "diffusion_pytorch_model.safetensors")
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that a part of a diffusers folder is read from: plain ones, or, where there are no others, those named for 16 bit."""
+    files = sorted(folder.glob("*.safetensors"))
+    return [file for file in files if FP16 not in file.name] or files
 
 
 def _cache(models_dir: Path) -> HashCache:

@@ -20,34 +20,35 @@ def family_of_folder(path: Path) -> str:
     Raises:
         CorruptFile: a part is missing or damaged; the message names it.
     """
-    pipeline = str(_read(path, "model_index.json").get("_class_name", ""))
+    pipeline = str(read_json(path / "model_index.json").get("_class_name", ""))
     if "InstructPix2Pix" in pipeline:
         return "edit"
     if pipeline != PIPELINE:
         return pipeline
-    scheduler = _read(path, "scheduler/scheduler_config.json")
+    scheduler = read_json(path / "scheduler/scheduler_config.json")
     # trained over continuous noise levels, and drawn with other scalings of the UNet's input and output
     if "sigma_data" in scheduler or str(scheduler.get("_class_name")).startswith("EDM"):
         return "sdxl-edm"
     if scheduler.get("prediction_type", PREDICTIONS[0]) not in PREDICTIONS:
         return "sdxl-other"
-    unet = _read(path, "unet/config.json")
+    unet = read_json(path / "unet/config.json")
     if unet.get("in_channels") != unet.get("out_channels"):
         return "sdxl-inpaint" if unet.get("in_channels") == 9 else "edit"
     for part in _WITH_WEIGHTS:
-        _read(path, f"{part}/config.json")
+        read_json(path / part / "config.json")
         if not any((path / part).glob("*.safetensors")):
             raise CorruptFile(f"{path / part} holds no .safetensors file.", hint=_AGAIN)
     return "sdxl"
 
 
-def _read(path: Path, name: str) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """What a small JSON file of a model's folder holds. Raises `CorruptFile` where that is no object, or nothing can be read."""
     try:
-        loaded = json.loads((path / name).read_text(encoding="utf-8"))
+        loaded = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise CorruptFile(f"{path / name} is not there.", hint=_AGAIN) from None
+        raise CorruptFile(f"{path} is not there.", hint=_AGAIN) from None
     except (OSError, ValueError, RecursionError):
         loaded = None
     if not isinstance(loaded, dict):
-        raise CorruptFile(f"{path / name} is damaged.", hint=_AGAIN)
+        raise CorruptFile(f"{path} is damaged.", hint=_AGAIN)
     return loaded

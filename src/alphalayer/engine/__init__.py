@@ -84,7 +84,7 @@ class Engine(Protocol):
 
     def draw(self, orders: Sequence[Order]) -> list[GenerationResult]:
         """Draw the pictures of one request, or of several with the same `batch_key` together; each comes out as it would alone.
-        After what it raises besides these the engine is not used again.
+        After what it raises besides `AlphalayerError` the engine is not used again.
 
         Raises:
             Cancelled: nobody wants any of them any more; checked at every step.

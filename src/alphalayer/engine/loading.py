@@ -5,7 +5,6 @@ diffusers does the conversion of single files; the configs it wants ship with th
 
 from __future__ import annotations
 
-import json
 import logging
 import tempfile
 from collections.abc import Callable, Generator
@@ -49,27 +48,28 @@ TEXT_STORED = torch.float16
 
 @dataclass(frozen=True)
 class LayerDiffuseFiles:
-    """Where a model's LayerDiffuse files are; a `layerdiffuse/` folder of its own wins over the shared one."""
+    """Where a model's LayerDiffuse files are, see `catalog.layer_file`; `config` is that of its folder."""
 
-    folder: Path
+    entry: ModelEntry
     config: dict[str, Any]
+    models_dir: Path
 
     def patch(self, method: str) -> Path:
         """The patch of a method ("attention" or "conv"). Raises `LayerDiffuseMissing`."""
-        return self._first((self.config["patch"],) if "patch" in self.config else PATCH_FILES[method], method)
+        return self._found("patch", PATCH_FILES[method], method)
 
     def decoder(self) -> Path:
         """The transparent decoder. Raises `LayerDiffuseMissing`."""
-        return self._first((self.config["decoder"],) if "decoder" in self.config else DECODER_FILES)
+        return self._found("decoder", DECODER_FILES)
 
-    def _first(self, names: tuple[str, ...], method: str = "attention") -> Path:
-        for name in names:
-            if (self.folder / name).is_file():
-                return self.folder / name
-        raise LayerDiffuseMissing(
-            f"{names[0]} is not in {self.folder}; transparency needs it.",
-            hint=f"Run: alphalayer models pull layerdiffuse{'-conv' if method == 'conv' else ''}",
-        )
+    def _found(self, what: str, names: tuple[str, ...], method: str = "attention") -> Path:
+        path = catalog.layer_file(self.entry.path, names, self.config.get(what), self.models_dir)
+        if not path.is_file():
+            raise LayerDiffuseMissing(
+                f"{path.name} is not in {path.parent}; transparency needs it.",
+                hint=f"Run: alphalayer models pull layerdiffuse{'-conv' if method == 'conv' else ''}",
+            )
+        return path
 
 
 @dataclass
@@ -166,15 +166,13 @@ def load_model(entry: ModelEntry, precision: Precision, models_dir: Path) -> Loa
         ) from error
     for part in ("text_encoder", "text_encoder_2", "unet", "vae"):
         parts[part].eval().requires_grad_(False)
-    own = entry.path / "layerdiffuse"
-    config = _json(own / "config.json") if (own / "config.json").is_file() else {}
     return LoadedModel(
         entry=entry,
         **parts,
         prediction_type="v" if scheduler["prediction_type"] == "v_prediction" else "epsilon",
         sigma_table=_sigma_table(scheduler),
         defaults=catalog.model_defaults(entry.path),
-        layerdiffuse=LayerDiffuseFiles(own if config else models_dir / "layer_model", config),
+        layerdiffuse=LayerDiffuseFiles(entry, catalog.layer_config(entry.path), models_dir),
         precision=precision,
         hashing=_in_thread(catalog.hash_model, entry, models_dir),
     )
@@ -192,12 +190,10 @@ def _from_folder(entry: ModelEntry, precision: Precision) -> tuple[dict[str, Any
     folder = entry.path
 
     def read(kind: Any, name: str, **options: Any) -> Any:
-        files = [file.name for file in (folder / name).glob("*.safetensors")]
-        # as published: plain files, or only those named for their number format
-        variant = "fp16" if files and all(".fp16" in file for file in files) else None
+        variant = "fp16" if any(catalog.FP16 in file.name for file in catalog.weight_files(folder / name)) else None
         return kind.from_pretrained(folder / name, variant=variant, local_files_only=True, **options)
 
-    vae_class = getattr(diffusers, _json(folder / "vae" / "config.json")["_class_name"])
+    vae_class = getattr(diffusers, catalog.read_json(folder / "vae" / "config.json")["_class_name"])
     parts: dict[str, Any] = {
         "unet": read(UNet2DConditionModel, "unet", torch_dtype=precision.unet),
         "vae": read(vae_class, "vae", torch_dtype=precision.vae),
@@ -206,7 +202,7 @@ def _from_folder(entry: ModelEntry, precision: Precision) -> tuple[dict[str, Any
         "tokenizer": CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True),
         "tokenizer_2": CLIPTokenizer.from_pretrained(folder / "tokenizer_2", local_files_only=True),
     }
-    return parts, {"prediction_type": "epsilon", **_json(folder / "scheduler" / "scheduler_config.json")}
+    return parts, {"prediction_type": "epsilon", **catalog.read_json(folder / "scheduler" / "scheduler_config.json")}
 
 
 def _from_file(entry: ModelEntry, precision: Precision) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -260,13 +256,3 @@ def _sigma_table(scheduler: dict[str, Any]) -> SigmaTable:
         scheduler.get("num_train_timesteps", 1000),
         zero_snr=bool(scheduler.get("rescale_betas_zero_snr")),
     )
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        loaded = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        loaded = None
-    if not isinstance(loaded, dict):
-        raise CorruptFile(f"{path} is not a JSON object.", hint="Get the model folder again.")
-    return loaded
