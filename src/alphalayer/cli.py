@@ -42,7 +42,6 @@ keys_app = typer.Typer(help="The API keys of the service.", no_args_is_help=True
 app.add_typer(keys_app, name="keys")
 
 OLD_PORT = 7861
-_BUILT_IN = "small, built in; for SDXL run: alphalayer models pull"
 ModelsDir = Annotated[Path | None, typer.Option(help="Folder that holds Stable-diffusion/ and layer_model/.")]
 
 
@@ -183,7 +182,8 @@ def models_list(models_dir: ModelsDir = None) -> None:
             show_mark("error", f"{entry.name}  {entry.problem.message}", entry.problem.hint)
         else:
             show_mark(
-                "ok", f"{entry.title}  {_BUILT_IN if entry.path == catalog.EMBEDDED_MODEL else family}  {entry.path}"
+                "ok",
+                f"{entry.title}  {catalog.BUILT_IN if entry.path == catalog.EMBEDDED_MODEL else family}  {entry.path}",
             )
 
 

@@ -18,7 +18,7 @@ from typing import Any, Literal
 from alphalayer import catalog, hub
 from alphalayer.catalog.layerfiles import DECODER_FILES, PATCH_FILES
 from alphalayer.config import Settings
-from alphalayer.errors import SetupFailed, StorageFailed
+from alphalayer.errors import CorruptFile, SetupFailed, StorageFailed
 from alphalayer.extras import how_to_get
 from alphalayer.storage.objects import open_storage
 
@@ -118,11 +118,7 @@ def _models(settings: Settings) -> Iterator[Finding]:
         if entry.problem:
             yield Finding("warning", entry.problem.message, entry.problem.hint)
         else:
-            built_in = (
-                " (small, built in; for SDXL run: alphalayer models pull)"
-                if entry.path == catalog.EMBEDDED_MODEL
-                else ""
-            )
+            built_in = f" ({catalog.BUILT_IN})" if entry.path == catalog.EMBEDDED_MODEL else ""
             yield Finding("ok", f"model {entry.title}{built_in}")
     if not any(entry.problem is None for entry in entries):
         folder = settings.models_dir / catalog.CHECKPOINTS
@@ -131,11 +127,21 @@ def _models(settings: Settings) -> Iterator[Finding]:
 
 def _layer_files(settings: Settings) -> Iterator[Finding]:
     folder = settings.models_dir / "layer_model"
-    needs = any(
-        entry.problem is None and not (entry.path / "layerdiffuse").is_dir()
-        for entry in catalog.find_models(settings.models_dir)
-    )
-    for what, names in (("patch", PATCH_FILES["attention"]), ("transparent decoder", DECODER_FILES)):
+    configs: dict[Path, dict[str, Any]] = {}
+    for entry in catalog.find_models(settings.models_dir):
+        if entry.problem is None:
+            try:
+                configs[entry.path] = catalog.layer_config(entry.path)
+            except CorruptFile as error:
+                yield Finding("error", error.message, error.hint)
+    kinds = (("patch", "patch", PATCH_FILES["attention"]), ("decoder", "transparent decoder", DECODER_FILES))
+    for key, what, names in kinds:
+        wanted = {
+            catalog.layer_file(path, names, config.get(key), settings.models_dir) for path, config in configs.items()
+        }
+        for missing in sorted(path for path in wanted if not path.is_file()):
+            where = f"the LayerDiffuse {what} ({missing.name}) is not in {missing.parent}."
+            yield Finding("error", where, catalog.PULL_LAYERS if missing.parent == folder else "Get the model again.")
         path = next((folder / name for name in names if (folder / name).is_file()), None)
         if path:
             found = hub.verify_layer_file(path)
@@ -144,8 +150,6 @@ def _layer_files(settings: Settings) -> Iterator[Finding]:
             else:
                 hint = f"Remove it. {catalog.PULL_LAYERS}"
                 yield Finding("error", f"LayerDiffuse {what}: {path} {found.finding.removeprefix(f'{path} ')}", hint)
-        elif needs:
-            yield Finding("error", f"the LayerDiffuse {what} ({names[0]}) is not in {folder}.", catalog.PULL_LAYERS)
 
 
 def check_port(host: str, port: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import sys
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ import pytest
 from tests.servers import Postgres
 from tests.unit.test_catalog import FAMILIES, write
 
-from alphalayer import doctor
+from alphalayer import catalog, doctor
 from alphalayer.config import Settings
 from alphalayer.doctor import Finding, check_port, diagnose
 from alphalayer.errors import SetupFailed
@@ -84,6 +85,18 @@ def test_missing_layer_files_are_errors_where_a_model_needs_them(tmp_path: Path)
     assert "layer_xl_transparent_attn.safetensors" in findings[0].what
     assert "vae_transparent_decoder.safetensors" in findings[1].what
     assert all("pull layerdiffuse" in finding.hint for finding in findings)
+
+
+def test_a_model_that_names_its_own_layer_file_has_to_have_it(tmp_path: Path, no_embedded_model: None):
+    folder = tmp_path / "models" / "Stable-diffusion" / "own"
+    shutil.copytree(Path(catalog.__file__).parent.parent / "models" / "alphalayer-mini", folder)
+    (folder / "layerdiffuse" / "config.json").write_text('{"patch": "mine.safetensors"}')
+    (patch, decoder) = doctor._layer_files(_settings(tmp_path, 1))
+    assert f"(mine.safetensors) is not in {folder / 'layerdiffuse'}" in patch.what
+    assert f"is not in {tmp_path / 'models' / 'layer_model'}" in decoder.what
+    (folder / "layerdiffuse" / "config.json").write_text("[" * 5)
+    (broken,) = doctor._layer_files(_settings(tmp_path, 1))
+    assert "config.json is damaged" in broken.what
 
 
 def test_layer_files_are_opened(tmp_path: Path):

@@ -50,6 +50,8 @@ __all__ = [
 
 CHECKPOINTS = "Stable-diffusion"
 EMBEDDED_MODEL = Path(__file__).parent.parent / "models" / "alphalayer-mini"
+BUILT_IN = "small, built in; for SDXL run: alphalayer models pull"
+"""What the embedded model is, wherever models are listed for people."""
 PICKLE_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin")
 LAYER_CONFIG = Path("layerdiffuse", "config.json")
 """In a model's folder: its own patch, decoder and defaults."""
