@@ -126,7 +126,7 @@ def test_the_model_is_chosen_by_options_and_by_one_request(tmp_path):
         assert draw(client, override_settings={"sd_model_checkpoint": name}).status_code == 200
         answer = client.post("/sdapi/v1/options", json={"sd_model_checkpoint": "nowhere"})
         assert answer.status_code == 422
-        assert answer.json()["detail"].startswith('sd_model_checkpoint: "nowhere" is not')
+        assert answer.json()["detail"].startswith('sd_model_checkpoint: no model "nowhere"')
         client.post("/sdapi/v1/options", json={"CLIP_stop_at_last_layers": 2})
         assert made(draw(client))["Clip skip"] == "2"
         assert made(draw(client, override_settings={"CLIP_stop_at_last_layers": 3}))["Clip skip"] == "3"
@@ -237,7 +237,7 @@ def test_a_lora_that_is_not_there_is_a_fault_of_the_prompt(client, tmp_path):
     for path in ("/sdapi/v1/txt2img", "/v1/images/generations"):
         answer = client.post(path, json={"prompt": "an apple <lora:nowhere>"})
         assert answer.status_code in (400, 422)
-        assert 'prompt: "nowhere" is not in' in answer.text.replace("\\", "")
+        assert 'prompt: no LoRA "nowhere" in' in answer.text.replace("\\", "")
 
 
 def test_transparency_is_switched_off_by_one_field(client):
