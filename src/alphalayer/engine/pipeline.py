@@ -228,7 +228,8 @@ class LocalEngine:
             generators += own
         shared, seeds = requests[0], [seed for request in requests for seed in _seeds(request)[0]]
         if SAMPLERS[shared.sampler or ""].noise == "brownian":
-            ahead = brownian_intervals(shared.sampler or "", sigmas)
+            # on the CPU a thread beside the UNet's costs more than it saves
+            ahead = brownian_intervals(shared.sampler or "", sigmas) if self.device.type != "cpu" else ()
             return torch.cat(start), BrownianNoise(seeds, shape, sigmas, shared.noise, self.device, ahead)
         return torch.cat(start), nullcontext(lambda _from, _to: torch.stack([each.randn(shape) for each in generators]))
 
