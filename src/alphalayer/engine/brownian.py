@@ -138,7 +138,8 @@ class BrownianNoise:
     """Unit-variance noise between two noise levels for a batch.
 
     `noise(sigma, sigma_next)` is -(W(sigma) - W(sigma_next)) / sqrt(sigma - sigma_next), float32 (B, *shape). Inside a `with` block a
-    thread draws the next few intervals of `ahead`, so that a step finds its noise ready; other intervals are drawn when asked for.
+    thread draws the next few intervals of `ahead`, so that a step finds its noise ready; other intervals are drawn when asked for, without
+    `ahead` by whoever asks.
     """
 
     def __init__(
@@ -156,7 +157,7 @@ class BrownianNoise:
         self._ahead = iter(ahead)
         self._drawn: dict[tuple[float, float], Future[Tensor]] = {}
         # one thread only: a tree grows while it is asked
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="brownian-noise")
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="brownian-noise") if ahead else None
 
     def __enter__(self) -> BrownianNoise:
         self._draw_ahead()
@@ -164,12 +165,15 @@ class BrownianNoise:
 
     def __exit__(self, *_: object) -> None:
         """Nothing more is drawn, and what was drawn is let go of."""
-        self._thread.shutdown(cancel_futures=True)
+        if self._thread:
+            self._thread.shutdown(cancel_futures=True)
         self._drawn.clear()
         self._tree = None
 
     def __call__(self, sigma: float, sigma_next: float) -> Tensor:
         """Noise of the step from `sigma` down to `sigma_next`."""
+        if self._thread is None:
+            return self._draw(sigma, sigma_next)
         drawn = self._drawn.pop((sigma, sigma_next), None)
         if drawn is None:
             return self._thread.submit(self._draw, sigma, sigma_next).result()
@@ -177,6 +181,8 @@ class BrownianNoise:
         return drawn.result()
 
     def _draw_ahead(self) -> None:
+        if self._thread is None:
+            return
         for interval in islice(self._ahead, _INTERVALS_AHEAD - len(self._drawn)):
             self._drawn[interval] = self._thread.submit(self._draw, *interval)
 
