@@ -15,9 +15,9 @@ from typing import Any
 import asyncpg
 from benchmarks.report import write_report
 from benchmarks.shared_queue import RESULT, SPEC, Spent
-from tests.servers import Postgres
+from tests.support.servers import Postgres
 
-from alphalayer.jobs.shared import SharedDispatcher
+from alphalayer.jobs.postgres import SharedDispatcher
 
 
 async def deepen(url: str, jobs: int, alike: bool) -> None:

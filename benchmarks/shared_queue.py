@@ -22,12 +22,12 @@ from typing import Any
 
 import asyncpg
 from benchmarks.report import write_report
-from tests.servers import Postgres
+from tests.support.servers import Postgres
 
-from alphalayer.job import ImageRef, JobProgress, JobResult, JobSpec
+from alphalayer.core.job import ImageRef, JobProgress, JobResult, JobSpec
+from alphalayer.core.request import GenerationRequest
 from alphalayer.jobs import claims
-from alphalayer.jobs.shared import SharedDispatcher
-from alphalayer.request import GenerationRequest
+from alphalayer.jobs.postgres import SharedDispatcher
 
 SPEC = JobSpec(generation=GenerationRequest(prompt="x", width=64, height=64, steps=1))
 MESSAGES = 500

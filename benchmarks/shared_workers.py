@@ -19,13 +19,14 @@ from typing import Any
 import asyncpg
 from benchmarks.report import write_report
 from benchmarks.shared_queue import Spent, fill
-from tests.servers import Postgres
-from tests.serving import FAKE, wait_until
+from tests.support.servers import Postgres
+from tests.support.serving import FAKE, wait_until
 
-from alphalayer.job import Job
-from alphalayer.jobs.shared import SharedDispatcher
-from alphalayer.telemetry import Metrics, set_up_logs
-from alphalayer.tracing import Traces
+from alphalayer.core.job import Job
+from alphalayer.jobs.postgres import SharedDispatcher
+from alphalayer.observability.logging import set_up_logs
+from alphalayer.observability.metrics import Metrics
+from alphalayer.observability.tracing import Traces
 from alphalayer.worker.supervisor import EngineSpec, Supervisor
 
 HOSTS = 4

@@ -6,7 +6,7 @@
         (picture,) = client.generate("an apple, high quality", seed=7)
         Path("apple.png").write_bytes(picture)
 
-Fields of a request are those of `POST /alpha/v1/jobs`. Errors of the service are those of `alphalayer.errors`.
+Fields of a request are those of `POST /alpha/v1/jobs`. Errors of the service are those of `alphalayer.core.errors`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 
 import httpx
 
-from alphalayer.errors import AlphalayerError, Cancelled, FileMissing
+from alphalayer.core.errors import AlphalayerError, Cancelled, FileMissing
 
 BASE_URL = "http://localhost:7861"
 TIMEOUT_S = 60.0

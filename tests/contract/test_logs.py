@@ -14,17 +14,17 @@ from typing import Any
 import httpx
 import pytest
 from structlog.testing import capture_logs
-from tests.serving import free_port, served, wait_until
+from tests.support.serving import free_port, served, wait_until
 
-from alphalayer.errors import InvalidRequest
-from alphalayer.jobs.ends import note_end
-from alphalayer.keys import add_key
-from alphalayer.telemetry import Metrics
+from alphalayer.auth.api_keys import add_key
+from alphalayer.core.errors import InvalidRequest
+from alphalayer.jobs.outcomes import note_end
+from alphalayer.observability.metrics import Metrics
 
 BODY = {"prompt": "a hidden wish", "steps": 1, "width": 64, "height": 64}
 BROKEN = """
 from alphalayer.jobs.embedded import EmbeddedDispatcher
-from tests import fake_service
+from tests.support import fake_service
 
 async def submit(self, spec, **others):
     raise RuntimeError("nobody thought of this")
@@ -43,7 +43,7 @@ def serving(folder: Path, log: Path, *program: str, **environment: str) -> Itera
     settings = {f"ALPHALAYER_{name}": value for name, value in variables.items()}
     with log.open("wb") as errors:
         process = subprocess.Popen(
-            [sys.executable, *(program or ("-m", "tests.fake_service")), str(folder), str(port), "0"],
+            [sys.executable, *(program or ("-m", "tests.support.fake_service")), str(folder), str(port), "0"],
             env={**os.environ, **settings},
             stderr=errors,
         )

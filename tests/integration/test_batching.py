@@ -7,16 +7,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests import tiny_models
-from tests.serving import served, wait_until
+from tests.support import tiny_models
+from tests.support.serving import served, wait_until
 
-from alphalayer.engine import Order
+from alphalayer.core.errors import Cancelled
+from alphalayer.core.job import Job, JobSpec
+from alphalayer.core.request import GenerationRequest
+from alphalayer.engine.base import Order
 from alphalayer.engine.pipeline import LocalEngine
-from alphalayer.errors import Cancelled
-from alphalayer.job import Job, JobSpec
-from alphalayer.jobs.embedded import EmbeddedDispatcher
-from alphalayer.request import GenerationRequest
-from alphalayer.worker.batcher import next_batch
+from alphalayer.jobs.sqlite import EmbeddedDispatcher
+from alphalayer.worker.batching import next_batch
 
 REQUESTS = [
     GenerationRequest(prompt="a red apple", seed=1, subseed=5, steps=4, width=64, height=64),

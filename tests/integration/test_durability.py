@@ -18,19 +18,20 @@ from typing import Any
 import httpx
 import pytest
 from structlog.testing import capture_logs
-from tests import fake_service
-from tests.serving import answers, free_port, served, wait_until
+from tests.support import fake_service
+from tests.support.serving import answers, free_port, served, wait_until
 
-from alphalayer import tasks
-from alphalayer.engine import GenerationResult, Order
+from alphalayer.core.errors import StorageFailed
+from alphalayer.core.job import Job, JobSpec, JobState
+from alphalayer.core.request import GenerationRequest
+from alphalayer.engine.base import GenerationResult, Order
 from alphalayer.engine.fake import FakeEngine
-from alphalayer.errors import StorageFailed
-from alphalayer.job import Job, JobSpec, JobState
-from alphalayer.jobs import MAX_STARTS, embedded
-from alphalayer.jobs.embedded import EmbeddedDispatcher
-from alphalayer.jobs.journal import Journal
-from alphalayer.request import GenerationRequest
-from alphalayer.worker.protocol import read_message, write_message
+from alphalayer.jobs import sqlite
+from alphalayer.jobs.base import MAX_STARTS
+from alphalayer.jobs.sqlite import EmbeddedDispatcher
+from alphalayer.jobs.table import Journal
+from alphalayer.observability import background
+from alphalayer.worker.messages import read_message, write_message
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="uses signal 9")
 BODY = {"prompt": "an apple", "steps": 10, "width": 64, "height": 64}
@@ -171,7 +172,7 @@ def test_an_engine_that_cannot_be_opened_says_why_and_ends_by_itself(tmp_path, n
     opening = {"engine": f"tests.integration.test_durability:{name}", "options": {}, "storage": str(tmp_path)}
     opening |= {"name": "cpu", "logs": {"level": "info", "as_json": False}}
     with subprocess.Popen(
-        [sys.executable, "-m", "alphalayer.worker.process"],
+        [sys.executable, "-m", "alphalayer.worker.engine_process"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -232,7 +233,7 @@ def test_an_engine_that_cannot_be_started_is_tried_again(tmp_path, monkeypatch):
 
 
 def test_a_supervisor_that_fails_is_started_again_with_its_jobs(tmp_path, monkeypatch):
-    monkeypatch.setattr(tasks, "PAUSE_S", 0.1)
+    monkeypatch.setattr(background, "PAUSE_S", 0.1)
     with served(tmp_path, engine_options={"step_s": 0.05}) as client:
         dispatcher = client.app.state.parts.dispatcher
         progressed, left = dispatcher.progressed, [RuntimeError("nobody thought of this")]
@@ -310,7 +311,7 @@ def test_a_start_does_not_wait_for_room_to_note_what_is_over(tmp_path, monkeypat
         await dispatcher.cancel(stopped)
         await dispatcher.close()
 
-        monkeypatch.setattr(embedded, "END_S", 0.1)
+        monkeypatch.setattr(sqlite, "END_S", 0.1)
         with monkeypatch.context() as full, capture_logs() as logs:
             full.setattr(Journal, "save", no_room)
             again = await asyncio.wait_for(EmbeddedDispatcher.open(tmp_path / "jobs.sqlite", 10), 5)

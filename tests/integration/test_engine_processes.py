@@ -13,15 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.serving import served, wait_until
+from tests.support.serving import served, wait_until
 
-from alphalayer.app import engine_environments
-from alphalayer.engine import GenerationResult, Order
+from alphalayer.core.job import Job, JobSpec
+from alphalayer.core.request import GenerationRequest
+from alphalayer.engine.base import GenerationResult, Order
 from alphalayer.engine.fake import FakeEngine
-from alphalayer.job import Job, JobSpec
-from alphalayer.request import GenerationRequest
+from alphalayer.service.app import engine_environments
 from alphalayer.storage.objects import ObjectStorage, open_storage
-from alphalayer.worker.process import EngineProcess
+from alphalayer.worker.engine_process import EngineProcess
 
 
 @pytest.fixture

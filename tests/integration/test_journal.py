@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import structlog.testing
 
-from alphalayer.errors import SetupFailed
-from alphalayer.job import Job
-from alphalayer.jobs import journal
-from alphalayer.jobs.embedded import EmbeddedDispatcher
-from alphalayer.jobs.journal import MIGRATIONS, VERSION, jobs
+from alphalayer.core.errors import SetupFailed
+from alphalayer.core.job import Job
+from alphalayer.jobs import table
+from alphalayer.jobs.sqlite import EmbeddedDispatcher
+from alphalayer.jobs.table import MIGRATIONS, VERSION, jobs
 
 LATER = ("webhook_due", "webhook_tries", "queue_id", "digest", "cancel_asked", "wanted_by")
 
@@ -52,7 +52,7 @@ async def test_a_migration_that_breaks_off_has_changed_nothing(tmp_path: Path, m
     file = tmp_path / "jobs.sqlite"
     first_version(file)
     with monkeypatch.context() as broken:
-        broken.setattr(journal, "MIGRATIONS", (MIGRATIONS[0], ("SELECT no_such_function()",), *MIGRATIONS[2:]))
+        broken.setattr(table, "MIGRATIONS", (MIGRATIONS[0], ("SELECT no_such_function()",), *MIGRATIONS[2:]))
         with pytest.raises(SetupFailed, match="no_such_function"):
             await EmbeddedDispatcher.open(file, 10)
     with closing(sqlite3.connect(file)) as now, now:

@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from tests import tiny_models
+from tests.support import tiny_models
 from torch import nn
 
 from alphalayer.catalog import ModelEntry
+from alphalayer.core.errors import OutOfMemory
+from alphalayer.core.request import GenerationRequest
+from alphalayer.engine.model_cache import ModelShelf, Ready
 from alphalayer.engine.pipeline import LocalEngine
-from alphalayer.engine.shelf import ModelShelf, Ready
-from alphalayer.errors import OutOfMemory
-from alphalayer.request import GenerationRequest
 
 REQUEST = GenerationRequest(prompt="a red [apple:cup:1]", seed=3, steps=2, width=64, height=64, batch_size=2)
 

@@ -12,13 +12,14 @@ from pathlib import Path
 
 import pytest
 import pytest_asyncio
-from tests.integration.test_dispatchers import result_of, soon, spec, until
+from tests.integration.test_job_queues import result_of, soon, spec, until
 
-from alphalayer.errors import EngineFailed, QueueFull, SetupFailed, StorageFailed
-from alphalayer.job import Job, JobProgress, JobState, Webhook
-from alphalayer.jobs import Dispatcher, journal, opening
-from alphalayer.jobs.embedded import EmbeddedDispatcher
-from alphalayer.jobs.journal import Journal
+from alphalayer.core.errors import EngineFailed, QueueFull, SetupFailed, StorageFailed
+from alphalayer.core.job import Job, JobProgress, JobState, Webhook
+from alphalayer.jobs import lock, table
+from alphalayer.jobs.base import Dispatcher
+from alphalayer.jobs.sqlite import EmbeddedDispatcher
+from alphalayer.jobs.table import Journal
 
 
 @pytest_asyncio.fixture
@@ -32,7 +33,7 @@ async def own(tmp_path: Path) -> AsyncIterator[EmbeddedDispatcher]:
 @pytest_asyncio.fixture
 async def shared(postgres) -> AsyncIterator[Dispatcher]:
     """A queue of many, in which there is one."""
-    from alphalayer.jobs.shared import SharedDispatcher
+    from alphalayer.jobs.postgres import SharedDispatcher
 
     queue = await SharedDispatcher.open(postgres.fresh_database(), 10)
     yield queue
@@ -67,7 +68,7 @@ async def test_the_receiver_of_a_job_that_is_cancelled_as_it_waits_is_told(queue
 
 
 async def test_old_jobs_are_forgotten_in_portions(queue: Dispatcher, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(journal, "FORGOTTEN_AT_ONCE", 2)
+    monkeypatch.setattr(table, "FORGOTTEN_AT_ONCE", 2)
     for _ in range(5):
         await queue.cancel((await queue.submit(spec())).id)
     stays = await queue.submit(spec())
@@ -146,7 +147,7 @@ async def test_a_damaged_journal_is_said_and_let_go(tmp_path: Path):
     await queue.close()
     whole = file.read_bytes()
     file.write_bytes(whole[:8192] + b"\xff" * (len(whole) - 8192))
-    for damaged in (opening.check(file), EmbeddedDispatcher.open(file, 10)):
+    for damaged in (lock.check(file), EmbeddedDispatcher.open(file, 10)):
         with pytest.raises(SetupFailed, match="damaged") as told:
             await damaged
         assert "docs/guides/backup.md" in told.value.hint
@@ -164,7 +165,7 @@ async def test_a_look_at_the_journal_ends_no_job(own: EmbeddedDispatcher, tmp_pa
     await own.started(job.id)
     await own.cancel(job.id)
     await own.close()
-    await opening.check(tmp_path / "jobs.sqlite")
+    await lock.check(tmp_path / "jobs.sqlite")
     with closing(sqlite3.connect(tmp_path / "jobs.sqlite")) as file:
         assert file.execute("SELECT state FROM jobs").fetchall() == [("running",)]
 

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 import trustme
-from tests.integration.test_dispatchers import result_of, soon, spec
-from tests.servers import Postgres, postgres_programs
+from tests.integration.test_job_queues import result_of, soon, spec
+from tests.support.servers import Postgres, postgres_programs
 
-from alphalayer.errors import SetupFailed
-from alphalayer.job import JobState
-from alphalayer.jobs.shared import SharedDispatcher
+from alphalayer.core.errors import SetupFailed
+from alphalayer.core.job import JobState
+from alphalayer.jobs.postgres import SharedDispatcher
 
 
 def can_tls(programs: Path) -> bool:

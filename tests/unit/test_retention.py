@@ -10,13 +10,13 @@ from pathlib import Path
 from hypothesis import given
 from hypothesis import strategies as st
 from structlog.testing import capture_logs
-from tests.serving import wait_until
+from tests.support.serving import wait_until
 
-from alphalayer.errors import StorageFailed
-from alphalayer.job import JobResult, JobSpec
-from alphalayer.jobs.embedded import EmbeddedDispatcher
-from alphalayer.request import GenerationRequest
-from alphalayer.retention import DAY_S, Limits, doomed, keep_sweeping, sweep
+from alphalayer.core.errors import StorageFailed
+from alphalayer.core.job import JobResult, JobSpec
+from alphalayer.core.request import GenerationRequest
+from alphalayer.jobs.sqlite import EmbeddedDispatcher
+from alphalayer.service.retention import DAY_S, Limits, doomed, keep_sweeping, sweep
 from alphalayer.storage.objects import ObjectStorage, open_storage
 
 FILES = [("a", 10, 0.0), ("b", 10, 1 * DAY_S), ("c", 10, 2 * DAY_S), ("d", 10, 3 * DAY_S)]

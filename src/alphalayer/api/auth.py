@@ -14,8 +14,8 @@ from limits import RateLimitItemPerMinute
 from limits.storage import MemoryStorage
 from limits.strategies import MovingWindowRateLimiter
 
-from alphalayer.errors import RateLimited, Unauthorized
-from alphalayer.keys import Key, digest
+from alphalayer.auth.api_keys import Key, digest
+from alphalayer.core.errors import RateLimited, Unauthorized
 
 
 class Challenge(Unauthorized):

@@ -12,20 +12,21 @@ from typing import Annotated, Any
 from fastapi import Depends, Header, Request
 
 from alphalayer.api.auth import Gate
-from alphalayer.api.ending import Ending, stopping
+from alphalayer.api.shutdown import Ending, stopping
 from alphalayer.catalog import ModelEntry, check_layerdiffuse_method, find_lora, resolve_model
-from alphalayer.errors import AlphalayerError, Cancelled, FileMissing, InvalidRequest, ModelNotFound, ModelUnusable
-from alphalayer.job import Job, JobSpec, JobState, new_id
-from alphalayer.jobs import Dispatcher, JobView
-from alphalayer.request import DecodeMode, GenerationRequest, NoiseSource
+from alphalayer.core.errors import AlphalayerError, Cancelled, FileMissing, InvalidRequest, ModelNotFound, ModelUnusable
+from alphalayer.core.job import Job, JobSpec, JobState, new_id
+from alphalayer.core.request import DecodeMode, GenerationRequest, NoiseSource
+from alphalayer.jobs.base import Dispatcher, JobView
+from alphalayer.observability.logging import log
+from alphalayer.observability.metrics import Metrics
+from alphalayer.observability.tracing import here
 from alphalayer.storage import Storage, read
-from alphalayer.telemetry import Metrics, log
-from alphalayer.tracing import here
 
 
 @dataclass(frozen=True)
 class Service:
-    """The parts that routes work with, put together by `alphalayer.app`."""
+    """The parts that routes work with, put together by `alphalayer.service.app`."""
 
     dispatcher: Dispatcher
     storage: Storage

@@ -16,8 +16,6 @@ from fastapi.responses import StreamingResponse
 from PIL import Image
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from alphalayer import faults, images
-from alphalayer.api.bodies import Body
 from alphalayer.api.deps import (
     Errand,
     IdempotencyKey,
@@ -33,12 +31,15 @@ from alphalayer.api.deps import (
     run_job,
     wire_names,
 )
-from alphalayer.api.problems import Problem, openai_error
+from alphalayer.api.errors import Problem, openai_error
+from alphalayer.api.schemas import Body
 from alphalayer.catalog import ModelEntry, resolve_model
-from alphalayer.errors import AlphalayerError, InvalidRequest, ModelNotFound, ModelUnusable, NotImplementedYet
-from alphalayer.job import ImageRef, Job, JobSpec, Output
-from alphalayer.jobs import JobView
-from alphalayer.request import MAX_SEED, MAX_SIDE, MIN_SIDE, parse_request
+from alphalayer.core import validation
+from alphalayer.core.errors import AlphalayerError, InvalidRequest, ModelNotFound, ModelUnusable, NotImplementedYet
+from alphalayer.core.job import ImageRef, Job, JobSpec, Output
+from alphalayer.core.request import MAX_SEED, MAX_SIDE, MIN_SIDE, parse_request
+from alphalayer.images import codecs
+from alphalayer.jobs.base import JobView
 
 
 class ErrorBody(BaseModel):
@@ -88,7 +89,7 @@ def _checked_size(size: str) -> str:
     sides = [] if size == "auto" else [int(side) for side in size.split("x")] if SIZE.fullmatch(size) else [0]
     if not all(MIN_SIDE <= side <= MAX_SIDE for side in sides):
         accepted = f"auto or WIDTHxHEIGHT, each a whole number from {MIN_SIDE} to {MAX_SIDE}"
-        raise ValueError(f"got {faults.shown(size)}; {accepted}")
+        raise ValueError(f"got {validation.shown(size)}; {accepted}")
     return size
 
 
@@ -381,9 +382,9 @@ async def _stored(body: GenerationsRequest, service: Service, key: str) -> str:
 
 def _convert(data: bytes, kind: OutputFormat, quality: int) -> bytes:
     """A picture file in another format; what jpeg cannot hold of it was laid on white before."""
-    rgba, parameters = images.decode(data)
+    rgba, parameters = codecs.decode(data)
     if kind == "png":
-        return images.encode(rgba, "png", parameters or "")
+        return codecs.encode(rgba, "png", parameters or "")
     image, buffer = Image.fromarray(rgba), io.BytesIO()
     if kind == "jpeg":
         image = image.convert("RGB")

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from alphalayer import infotext
-from alphalayer.engine import GeneratedImage, GenerationResult, Order, Progress, RgbaImage
-from alphalayer.errors import Cancelled
-from alphalayer.request import ModelDefaults
+from alphalayer.core.errors import Cancelled
+from alphalayer.core.request import ModelDefaults
+from alphalayer.engine.base import GeneratedImage, GenerationResult, Order, Progress, RgbaImage
+from alphalayer.images import infotext
 
 
 class FakeEngine:

@@ -19,12 +19,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from alphalayer import catalog, infotext
+from alphalayer import catalog
 from alphalayer.catalog import ModelEntry
-from alphalayer.engine import GeneratedImage, GenerationResult, Order, Progress, RgbaImage
-from alphalayer.engine.brownian import BrownianNoise
+from alphalayer.core.errors import AlphalayerError, EngineFailed, ModelNotFound, OutOfMemory
+from alphalayer.core.request import GenerationRequest
+from alphalayer.engine.base import GeneratedImage, GenerationResult, Order, Progress, RgbaImage
 from alphalayer.engine.canvas import SIZE_MULTIPLE, Canvas
-from alphalayer.engine.devices import (
+from alphalayer.engine.families.sdxl import LoadedModel, load_model
+from alphalayer.engine.memory import (
     GIB,
     MemoryMode,
     Residency,
@@ -38,19 +40,18 @@ from alphalayer.engine.devices import (
     memory_needed,
     modes_down_from,
 )
-from alphalayer.engine.embeddings import EmbeddingFolder
-from alphalayer.engine.guidance import Denoiser, Guidance
-from alphalayer.engine.loading import LoadedModel, load_model
-from alphalayer.engine.noise import ImageGenerator, Shape, initial_noise
-from alphalayer.engine.patches import Merge, PatchFile
-from alphalayer.engine.samplers import SAMPLERS, Noise, brownian_intervals, sample
-from alphalayer.engine.schedules import sigmas_for
-from alphalayer.engine.shelf import ModelShelf, Ready
-from alphalayer.engine.text import TextEncoders, is_known, plan_negative, plan_prompt
-from alphalayer.engine.transparency import decode_transparent, decoder_inputs, opaque, to_uint8
-from alphalayer.engine.watching import Stopwatch, Watchers
-from alphalayer.errors import AlphalayerError, EngineFailed, ModelNotFound, OutOfMemory
-from alphalayer.request import GenerationRequest
+from alphalayer.engine.model_cache import ModelShelf, Ready
+from alphalayer.engine.progress import Stopwatch, Watchers
+from alphalayer.engine.sampling.brownian_tree import BrownianNoise
+from alphalayer.engine.sampling.guidance import Denoiser, Guidance
+from alphalayer.engine.sampling.noise import ImageGenerator, Shape, initial_noise
+from alphalayer.engine.sampling.samplers import SAMPLERS, Noise, brownian_intervals, sample
+from alphalayer.engine.sampling.schedules import sigmas_for
+from alphalayer.engine.text.encoders import TextEncoders, is_known, plan_negative, plan_prompt
+from alphalayer.engine.text.textual_inversion import EmbeddingFolder
+from alphalayer.engine.transparency.decode import decode_transparent, decoder_inputs, opaque, to_uint8
+from alphalayer.engine.transparency.patch import Merge, PatchFile
+from alphalayer.images import infotext
 
 logger = logging.getLogger(__name__)
 

@@ -21,11 +21,11 @@ from pgqueuer.ports.repository import EntrypointExecutionParameter
 from pgqueuer.types import QueueEntrypoint, QueueManagerId
 from sqlalchemy import select
 
-from alphalayer.errors import SetupFailed, StorageFailed
-from alphalayer.job import Job
-from alphalayer.jobs import postgres
-from alphalayer.jobs.journal import jobs
-from alphalayer.jobs.news import News
+from alphalayer.core.errors import SetupFailed, StorageFailed
+from alphalayer.core.job import Job
+from alphalayer.jobs import connections
+from alphalayer.jobs.notifications import News
+from alphalayer.jobs.table import jobs
 from alphalayer.jobs.transactions import Transactions
 
 CLAIM_S = 15.0
@@ -45,14 +45,14 @@ async def install(url: str) -> None:
     Outside of a transaction, as its upgrades want it, and for as long as they take.
     """
     try:
-        connection = await postgres.connect(url)
+        connection = await connections.connect(url)
         try:
             await connection.execute("SELECT pg_advisory_lock(hashtext('alphalayer queue'))")
             queue = Queries.from_asyncpg_connection(connection)
             await (queue.upgrade() if await queue.schema_is_installed() else queue.install())
             await queue.optimize_autovacuum()
         finally:
-            await connection.close(timeout=postgres.CONNECT_S)
+            await connection.close(timeout=connections.CONNECT_S)
     except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
         raise SetupFailed(
             f"the queue's tables cannot be made: {error}.", hint="Check that PostgreSQL runs, and the user's rights."

@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import time
 
-from alphalayer.errors import StorageFailed
-from alphalayer.job import Job
-from alphalayer.jobs.journal import Journal
+from alphalayer.core.errors import StorageFailed
+from alphalayer.core.job import Job
+from alphalayer.jobs.table import Journal
 
 
 class Housekeeping:

@@ -9,8 +9,8 @@ import stat
 import time
 from pathlib import Path
 
-from alphalayer.job import made_for
-from alphalayer.telemetry import log
+from alphalayer.core.job import made_for
+from alphalayer.observability.logging import log
 
 ABANDONED_S = 600.0
 """Nobody writes a picture for so long."""

@@ -16,13 +16,14 @@ from typing import Any
 
 from structlog.contextvars import bind_contextvars
 
-from alphalayer.errors import AlphalayerError, EngineFailed
-from alphalayer.job import Job, JobProgress, JobResult
-from alphalayer.jobs import Dispatcher, Outcome
-from alphalayer.telemetry import Metrics, log
-from alphalayer.tracing import JobTrace, Traces
-from alphalayer.worker.batcher import next_batch
-from alphalayer.worker.protocol import MAX_LINE_BYTES, read_message, write_message
+from alphalayer.core.errors import AlphalayerError, EngineFailed
+from alphalayer.core.job import Job, JobProgress, JobResult
+from alphalayer.jobs.base import Dispatcher, Outcome
+from alphalayer.observability.logging import log
+from alphalayer.observability.metrics import Metrics
+from alphalayer.observability.tracing import JobTrace, Traces
+from alphalayer.worker.batching import next_batch
+from alphalayer.worker.messages import MAX_LINE_BYTES, read_message, write_message
 
 LAST_STAGES = ("decode", "store")
 """Once a batch is here with its last step the next one is sent: it waits in the process, so that the device need not wait for it."""
@@ -139,7 +140,7 @@ class Supervisor:
     async def _live(self) -> str:
         """One life of the process; why it ended. Raises `OSError` if it cannot be started."""
         process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "alphalayer.worker.process"),
+            *(sys.executable, "-m", "alphalayer.worker.engine_process"),
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             env={**os.environ, **self._spec.environment},
