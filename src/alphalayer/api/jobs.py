@@ -11,8 +11,8 @@ from fastapi.sse import EventSourceResponse, ServerSentEvent
 from pydantic import BaseModel, ConfigDict, Field
 
 from alphalayer.api.deps import (
-    Errand,
     IdempotencyKey,
+    PendingJob,
     Service,
     ServiceDep,
     User,
@@ -156,7 +156,7 @@ async def cancel(
     stays as it is."""
     await _view(service, job_id, user)
     if leave:
-        await Errand(service, job_id).leave()
+        await PendingJob(service, job_id).withdraw()
     else:
         await service.dispatcher.cancel(job_id)
     return answer(await _view(service, job_id, user), base_url(request))

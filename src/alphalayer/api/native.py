@@ -44,7 +44,7 @@ from alphalayer.core.request import (
     split_sampler_name,
 )
 from alphalayer.core.validation import COLOUR
-from alphalayer.images import codecs, infotext
+from alphalayer.images import codecs, infotext, postprocess
 from alphalayer.images.codecs import MIME_TYPES
 from alphalayer.storage import check_key
 
@@ -131,7 +131,7 @@ class Txt2ImgRequest(Body):
             iterations=self.n_iter,
             output=output,
             with_data=self.response_format == "base64",
-            asked_digest=self.digest,
+            request_digest=self.digest,
         )
 
     def _refuse_what_cannot_be_done(self) -> None:
@@ -142,11 +142,11 @@ class Txt2ImgRequest(Body):
                 hint="Leave it out.",
                 field="layerdiffuse_output_origin",
             )
-        refuse_idle(self, "trim", "trim_threshold", "trim_padding")
-        refuse_idle(self, "layerdiffuse_enabled", "layerdiffuse_method", "layerdiffuse_weight", "layerdiffuse_stop_at")
+        reject_unused_options(self, "trim", "trim_threshold", "trim_padding")
+        reject_unused_options(self, "layerdiffuse_enabled", "layerdiffuse_method", "layerdiffuse_weight", "layerdiffuse_stop_at")
 
 
-def refuse_idle(asked: BaseModel, switch: str, *names: str) -> None:
+def reject_unused_options(asked: BaseModel, switch: str, *names: str) -> None:
     """Raise `InvalidRequest` for fields that mean something only with `switch`, where that is off and they are not at their default."""
     for name in names:
         if not getattr(asked, switch) and getattr(asked, name) != type(asked).model_fields[name].default:
@@ -236,9 +236,9 @@ async def file(filename: FileName, request: Request, service: ServiceDep) -> Res
 )
 async def convert(filename: FileName, output: Annotated[Output, Query()], service: ServiceDep, _user: User) -> Response:
     """Another format, trimmed, defringed or laid on a colour; the settings inside stay. The stored picture does not change."""
-    refuse_idle(output, "trim", "trim_threshold", "trim_padding")
+    reject_unused_options(output, "trim", "trim_threshold", "trim_padding")
     data = await read_file(service, check_key(filename))
-    made = await run_in_threadpool(codecs.convert, data, output)
+    made = await run_in_threadpool(postprocess.convert, data, output)
     name = f"{PurePath(filename).stem}.{output.format}"
     headers = {"Content-Disposition": f'attachment; filename="{name}"'}
     return Response(made, media_type=MIME_TYPES[output.format], headers=headers)

@@ -27,7 +27,7 @@ from alphalayer.cli.plan import plan
 from alphalayer.config import API_KEY, Settings, load_settings
 from alphalayer.core.errors import AlphalayerError, SetupFailed, StorageFailed
 from alphalayer.core.job import Output
-from alphalayer.core.optional_dependencies import how_to_get
+from alphalayer.core.optional_dependencies import install_hint
 from alphalayer.core.request import SAMPLERS, SCHEDULERS, ImageFormat, parse_as, parse_request, split_sampler_name
 from alphalayer.images import codecs, postprocess
 
@@ -146,7 +146,7 @@ def serve(**flags: Any) -> None:
 def serverless(_context: typer.Context) -> None:
     """Work for a Runpod serverless endpoint; flags of their SDK are passed on (--rp_serve_api, --test_input)."""
     if importlib.util.find_spec("runpod") is None:
-        raise SetupFailed("the Runpod SDK is not installed.", hint=how_to_get("serverless"))
+        raise SetupFailed("the Runpod SDK is not installed.", hint=install_hint("serverless"))
     from alphalayer.integrations.runpod import serve
 
     serve(load_settings())
@@ -292,7 +292,7 @@ def mcp(
     try:
         from alphalayer.integrations.mcp import create_server
     except ImportError as error:
-        raise SetupFailed(f"{error.name} is not installed.", hint=how_to_get("mcp")) from None
+        raise SetupFailed(f"{error.name} is not installed.", hint=install_hint("mcp")) from None
     from alphalayer.client import AsyncClient
 
     create_server(lambda: AsyncClient(url, api_key=key)).run("stdio", show_banner=False)
@@ -306,11 +306,11 @@ def version() -> None:
 
 def run_server(settings: Settings) -> None:
     """Serve until stopped; used by `serve` and by the old start line."""
-    from alphalayer.observability.logging import set_up_logs
+    from alphalayer.observability.logging import configure_logging
     from alphalayer.service.app import check, create_app
     from alphalayer.service.uvicorn_server import Server, serve
 
-    set_up_logs(settings.log_level, settings.log_json)
+    configure_logging(settings.log_level, settings.log_json)
     check_models_dir(settings)
     check_port(settings.host, settings.port)
     asyncio.run(check(settings))

@@ -64,7 +64,7 @@ class JobSpec(_Frozen):
     webhook: Webhook | None = None
     traceparent: str | None = None
     """The request that it came with, for traces."""
-    asked_digest: str | None = None
+    request_digest: str | None = None
     """SHA-256 of what the client sent, without what the service adds: that may change before the same request comes again."""
 
     @property
@@ -170,7 +170,7 @@ class Job(_Frozen):
             spec=drawn,
             owner=owner,
             idempotency_key=idempotency_key,
-            digest=spec.asked_digest if idempotency_key is not None else None,
+            digest=spec.request_digest if idempotency_key is not None else None,
             created_at=time.time(),
         )
 
@@ -199,7 +199,7 @@ class Job(_Frozen):
         return f"alpha_{int(self.created_at)}_{self.id[:10]}{index:02x}.{self.spec.output.format}"
 
 
-def made_for(name: str) -> str | None:
+def job_prefix_of(name: str) -> str | None:
     """The first ten digits of the id of the job that a file was made for, by its name; None for files that no job made."""
     made = _MADE_NAME.fullmatch(name)
     return made and (made[1] or made[2])

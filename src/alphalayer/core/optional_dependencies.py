@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
 
-def how_to_get(extra: str) -> str:
+def install_hint(extra: str) -> str:
     """The command that installs an extra here: from the checkout or file that this package was installed from, else from the index."""
     came_from: dict[str, Any] = {}
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):

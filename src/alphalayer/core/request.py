@@ -205,7 +205,7 @@ def parse_as(kind: type[T], fields: dict[str, Any]) -> T:
         return kind.model_validate(fields)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        raise InvalidRequest(f"{validation.say(first)}.", field=".".join(str(part) for part in first["loc"])) from None
+        raise InvalidRequest(f"{validation.describe_validation_error(first)}.", field=".".join(str(part) for part in first["loc"])) from None
 
 
 def split_sampler_name(name: str | None, scheduler: str | None = None) -> tuple[str | None, str | None]:

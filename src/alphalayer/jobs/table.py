@@ -215,7 +215,7 @@ class Journal:
             statement = statement.where(jobs.c.created_at < before)
         return await self._read(statement)
 
-    async def forget(self, finished_before: float) -> int:
+    async def delete_finished(self, finished_before: float) -> int:
         """Remove jobs that were over before a time; how many. In portions, between which others write."""
         old = select(jobs.c.id).where(jobs.c.finished_at < finished_before, jobs.c.webhook_due.is_(None))
         some = jobs.delete().where(jobs.c.id.in_(old.limit(FORGOTTEN_AT_ONCE)))
@@ -238,7 +238,7 @@ class Journal:
         claim = update(jobs).where(jobs.c.id.in_(chosen)).values(webhook_due=now + CLAIMED_S).returning(jobs)
         return [(job_of(row), int(row["webhook_tries"])) for row in await self._rows(claim)]
 
-    async def webhook_told(self, job_id: str, due: float | None, tries: int) -> None:
+    async def record_webhook_attempt(self, job_id: str, due: float | None, tries: int) -> None:
         """Note a try, and when the next one is due; None: no more. Raises `StorageFailed`."""
         await self._write(update(jobs).where(jobs.c.id == job_id).values(webhook_due=due, webhook_tries=tries))
 

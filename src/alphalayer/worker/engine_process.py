@@ -22,10 +22,10 @@ from structlog.contextvars import bind_contextvars
 from alphalayer.core.errors import AlphalayerError, Cancelled, EngineFailed, StorageFailed
 from alphalayer.core.job import ImageRef, Job, JobResult
 from alphalayer.core.request import GenerationRequest
-from alphalayer.engine.base import Engine, GenerationResult, Order, Progress
+from alphalayer.engine.base import Engine, GenerationResult, Progress, RenderTask
 from alphalayer.images import codecs, postprocess
 from alphalayer.jobs.base import MAX_STARTS
-from alphalayer.observability.logging import set_up_logs
+from alphalayer.observability.logging import configure_logging
 from alphalayer.storage import Storage
 from alphalayer.storage.objects import open_storage
 from alphalayer.worker.messages import read_message, write_message
@@ -47,7 +47,7 @@ class EngineProcess:
     def serve(self) -> None:
         """Open the engine, then draw until the input ends; returns if it cannot be opened or go on, after it said why."""
         opening = read_message(self._reader.readline())
-        set_up_logs(**opening["logs"])
+        configure_logging(**opening["logs"])
         # stands in every line, as in those of its supervisor
         bind_contextvars(engine=opening["name"])
         try:
@@ -60,7 +60,7 @@ class EngineProcess:
             while True:
                 self._run(engine, storage, self._jobs.get())
         except Exception as error:
-            self._send("failed", id=None, error=for_users(error).to_dict())
+            self._send("failed", id=None, error=to_public_error(error).to_dict())
             # what is drawn is not lost
             self._encoder.shutdown()
 
@@ -111,7 +111,7 @@ class EngineProcess:
         rounds = [(job, request, i) for job in jobs for i, request in enumerate(iterations(job))]
         return [[engine.draw([self._order(storage, *each)])[0] for each in rounds]]
 
-    def _order(self, storage: Storage, job: Job, request: GenerationRequest, iteration: int = 0) -> Order:
+    def _order(self, storage: Storage, job: Job, request: GenerationRequest, iteration: int = 0) -> RenderTask:
         def on_progress(of_one: Progress) -> None:
             progress = of_one.within(iteration, job.spec.iterations)
             key = None
@@ -122,7 +122,7 @@ class EngineProcess:
                     key = job.preview_name
             self._send("progress", id=job.id, progress=_progress_json(progress, key))
 
-        return Order(request, on_progress, lambda: job.id in self._cancelled, job.spec.previews)
+        return RenderTask(request, on_progress, lambda: job.id in self._cancelled, job.spec.previews)
 
     def _store(self, storage: Storage, job: Job, results: list[GenerationResult]) -> None:
         """Encode and store the pictures of a job; only then is it done."""
@@ -137,7 +137,7 @@ class EngineProcess:
 
     def _fail(self, job: Job, error: Exception) -> None:
         self._cancelled.discard(job.id)
-        self._send("failed", id=job.id, error=for_users(error).to_dict())
+        self._send("failed", id=job.id, error=to_public_error(error).to_dict())
 
     def _send(self, kind: str, **fields: Any) -> None:
         with self._write_lock:
@@ -208,7 +208,7 @@ def iterations(job: Job) -> list[GenerationRequest]:
     ]
 
 
-def for_users(error: Exception) -> AlphalayerError:
+def to_public_error(error: Exception) -> AlphalayerError:
     """The error itself if it is meant for users, else one that says where to look; what was not foreseen is printed whole."""
     if isinstance(error, AlphalayerError):
         return error

@@ -198,7 +198,7 @@ class Txt2ImgRequest(Body):
         with wire_names(FIELDS):
             generation = parse_request(fields)
         previews = options.previews if override.live_previews_enable is None else override.live_previews_enable
-        return JobSpec(generation=generation, iterations=self.n_iter, previews=previews, asked_digest=self.digest)
+        return JobSpec(generation=generation, iterations=self.n_iter, previews=previews, request_digest=self.digest)
 
     def _layerdiffuse(self) -> LayerDiffuse:
         for title, script in self.alwayson_scripts.items():
