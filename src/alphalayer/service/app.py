@@ -32,7 +32,7 @@ from alphalayer.api.shutdown import Ending, stopping
 from alphalayer.auth.api_keys import Key, Keyring
 from alphalayer.config import Settings
 from alphalayer.core.errors import AlphalayerError, SetupFailed
-from alphalayer.core.optional_dependencies import how_to_get
+from alphalayer.core.optional_dependencies import how_to_get, require
 from alphalayer.jobs import lock
 from alphalayer.jobs.base import Dispatcher
 from alphalayer.jobs.outcomes import note_end
@@ -168,6 +168,8 @@ async def check(settings: Settings) -> None:
 
     Raises `AlphalayerError`.
     """
+    if settings.role != "api":
+        require("torch", "engine")
     open_storage(settings.pictures)
     if settings.storage and settings.role != "api":
         await asyncio.to_thread(check_bucket, settings.storage)
