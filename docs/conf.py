@@ -46,9 +46,8 @@ def _name_outside_paths(app: Sphinx, docname: str, source: list[str]) -> None:
     def name(match: re.Match[str]) -> str:
         text, link = match[1], match[2]
         target = (page.parent / link).resolve()
-        if target.is_relative_to(DOCS) or not (target.is_dir() or target.suffix == ".md"):
-            return match[0]
-        if not target.exists():
+        is_outside = target.is_relative_to(DOCS.parent) and not target.is_relative_to(DOCS)
+        if not is_outside or not (target.is_dir() or (target.suffix == ".md" and target.exists())):
             return match[0]
         path = f"`{target.relative_to(DOCS.parent).as_posix()}`"
         return path if text.strip("`") == path.strip("`") else f"{text} ({path})"
