@@ -173,8 +173,8 @@ def test_wheel_has_type_marker_data_and_version(tmp_path):
     for folder in ("builtin_models", "web"):
         assert any(name.startswith(f"alphalayer/{folder}/") for name in names)
     torch_lines = re.findall(r"^Requires-Dist: torch\b.*$", metadata, re.MULTILINE)
-    assert torch_lines
-    assert all('extra == "engine"' in line or "extra == 'engine'" in line for line in torch_lines)
+    assert len(torch_lines) >= 1
+    assert [line for line in torch_lines if "extra ==" not in line] == []
 
 
 def test_command_and_module_start_the_same_program():
