@@ -23,8 +23,8 @@ from tests.support.servers import Postgres
 from tests.support.serving import FAKE, wait_until
 
 from alphalayer.core.job import Job
-from alphalayer.jobs.postgres import SharedDispatcher
-from alphalayer.observability.logging import set_up_logs
+from alphalayer.jobs.postgres import PostgresJobQueue
+from alphalayer.observability.logging import configure_logging
 from alphalayer.observability.metrics import Metrics
 from alphalayer.observability.tracing import Traces
 from alphalayer.worker.supervisor import EngineSpec, Supervisor
@@ -33,13 +33,13 @@ HOSTS = 4
 READY, BEGIN, OVER = "ready", "begin", "over"
 
 
-class Timed(SharedDispatcher):
+class Timed(PostgresJobQueue):
     """Takes nothing before the file `begin` is there, and notes how long each claim took, in seconds."""
 
     begin: Path
     claims: list[float]
 
-    async def take(self, holding: str | None = None) -> Job:
+    async def claim(self, holding: str | None = None) -> Job:
         """The next job; see the protocol."""
         while not self.begin.exists():
             await asyncio.sleep(0.02)
@@ -76,7 +76,7 @@ async def _draw(url: str, workers: int, folder: Path, host: int) -> list[float]:
 
 def draw(url: str, workers: int, folder: Path, host: int) -> list[float]:
     """So many workers in this process until the file `over` is there: seconds of each claim."""
-    set_up_logs("error", False)
+    configure_logging("error", False)
     return asyncio.run(_draw(url, workers, folder, host))
 
 

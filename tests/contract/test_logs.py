@@ -18,18 +18,18 @@ from tests.support.serving import free_port, served, wait_until
 
 from alphalayer.auth.api_keys import add_key
 from alphalayer.core.errors import InvalidRequest
-from alphalayer.jobs.outcomes import note_end
+from alphalayer.jobs.outcomes import record_outcome
 from alphalayer.observability.metrics import Metrics
 
 BODY = {"prompt": "a hidden wish", "steps": 1, "width": 64, "height": 64}
 BROKEN = """
-from alphalayer.jobs.embedded import EmbeddedDispatcher
+from alphalayer.jobs.embedded import SqliteJobQueue
 from tests.support import fake_service
 
 async def submit(self, spec, **others):
     raise RuntimeError("nobody thought of this")
 
-EmbeddedDispatcher.submit = submit
+SqliteJobQueue.submit = submit
 fake_service.main()
 """
 
@@ -141,7 +141,9 @@ def _is_ready(client: httpx.Client) -> bool:
 
 def test_what_is_wrong_with_a_prompt_is_logged_by_its_field_alone():
     with capture_logs() as lines:
-        note_end(Metrics(), "0123", InvalidRequest('the attention weight of "my secret" is too high.', field="prompt"))
+        record_outcome(
+            Metrics(), "0123", InvalidRequest('the attention weight of "my secret" is too high.', field="prompt")
+        )
     assert lines == [
         {"event": "job_failed", "log_level": "warning", "job": "0123", "code": "invalid_request", "field": "prompt"}
     ]

@@ -7,17 +7,18 @@ import contextlib
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from datetime import timedelta
+from typing import Any
 
 import pytest
 import pytest_asyncio
 from sqlalchemy import update
 
 from alphalayer.core.errors import Cancelled, EngineFailed, InvalidRequest, QueueFull, SetupFailed, StorageFailed
-from alphalayer.core.job import ImageRef, JobProgress, JobResult, JobSpec, JobState
-from alphalayer.core.request import GenerationRequest
+from alphalayer.core.job import ImageRef, Job, JobProgress, JobResult, JobSpec, JobState, Submission
+from alphalayer.core.request import GenerationRequest, ModelDefaults
 from alphalayer.jobs import estimates
 from alphalayer.jobs.base import MAX_STARTS, USUAL_SECONDS, Dispatcher, Outcome
-from alphalayer.jobs.sqlite import EmbeddedDispatcher
+from alphalayer.jobs.sqlite import SqliteJobQueue
 from alphalayer.jobs.table import jobs
 
 Open = Callable[[], Awaitable[Dispatcher]]
@@ -39,15 +40,15 @@ async def open_one(request, tmp_path, ends) -> AsyncIterator[Open]:
     opened: list[Dispatcher] = []
     shares = {"half": 0.5}
     if request.param == "shared":
-        from alphalayer.jobs.postgres import SharedDispatcher
+        from alphalayer.jobs.postgres import PostgresJobQueue
 
         url = request.getfixturevalue("postgres").fresh_database()
 
     async def open_now() -> Dispatcher:
         if request.param == "shared":
-            opened.append(await SharedDispatcher.open(url, 10, shares, on_end=on_end))
+            opened.append(await PostgresJobQueue.open(url, 10, shares, on_end=on_end))
         else:
-            opened.append(await EmbeddedDispatcher.open(tmp_path / "jobs.sqlite", 10, shares, on_end))
+            opened.append(await SqliteJobQueue.open(tmp_path / "jobs.sqlite", 10, shares, on_end))
         return opened[-1]
 
     yield open_now
@@ -56,12 +57,19 @@ async def open_one(request, tmp_path, ends) -> AsyncIterator[Open]:
 
 
 def spec(prompt: str = "x", **fields) -> JobSpec:
-    return JobSpec(generation=GenerationRequest(prompt=prompt, **fields), asked_digest=prompt)
+    return JobSpec(generation=GenerationRequest(prompt=prompt, **fields))
 
 
 def result_of(job_spec: JobSpec) -> JobResult:
-    image = ImageRef(key="alpha_1.png", seed=1, subseed=1, width=8, height=8, size_bytes=1, parameters="p")
-    return JobResult(images=(image,), generation=job_spec.generation, model_name="m", model_hash="h")
+    image = ImageRef(key="alpha_1.png", seed=1, subseed=1, width=8, height=8, size_bytes=1)
+    return JobResult(images=(image,), settings=ModelDefaults(), model_name="m", model_hash="h")
+
+
+async def submit(
+    queue: Any, job_spec: JobSpec, owner: str = "", idempotency_key: str | None = None, job_id: str | None = None
+) -> Job:
+    submission = Submission(owner=owner, idempotency_key=idempotency_key, digest=job_spec.generation.prompt)
+    return await queue.submit(job_spec, submission, job_id=job_id)
 
 
 async def soon(awaitable, seconds: float = 10):
@@ -92,13 +100,13 @@ async def test_a_job_from_its_place_in_the_queue_to_its_pictures(open_one):
         view = await queue.view(job.id)
         assert view
         assert (view.job.state, view.position) == (JobState.QUEUED, position)
-    taken = await soon(queue.take())
+    taken = await soon(queue.claim())
     assert taken == first
-    await queue.started(taken.id)
+    await queue.mark_started(taken.id)
     running = await queue.view(first.id)
     assert running
     assert (running.job.state, running.job.starts, running.position) == (JobState.RUNNING, 1, 0)
-    await queue.finished(taken.id, result_of(taken.spec))
+    await queue.complete(taken.id, result_of(taken.spec))
     done = await soon(queue.wait(first.id))
     assert (done.state, done.result) == (JobState.DONE, result_of(taken.spec))
     assert done.finished_at
@@ -121,12 +129,12 @@ async def test_whoever_watches_sees_progress_and_the_end(open_one):
             seen.append((view.job.state, view.progress.step))
 
     watching = asyncio.create_task(watch())
-    await soon(queue.take())
-    await queue.started(job.id)
+    await soon(queue.claim())
+    await queue.mark_started(job.id)
     await until(lambda: (JobState.RUNNING, 0) in seen)
-    await queue.progressed(job.id, JobProgress(stage="sample", step=3, steps=9))
+    await queue.report_progress(job.id, JobProgress(stage="sample", step=3, steps=9))
     await until(lambda: (JobState.RUNNING, 3) in seen)
-    await queue.finished(job.id, EngineFailed("it broke."))
+    await queue.complete(job.id, EngineFailed("it broke."))
     await soon(watching)
     assert seen[-1][0] is JobState.FAILED
 
@@ -135,10 +143,10 @@ async def test_the_time_left_counts_all_that_comes_before(open_one):
     queue = await open_one()
     first, second, third = [await queue.submit(spec()) for _ in range(3)]
     assert [(await queue.view(each.id)).eta_s for each in (first, third)] == [USUAL_SECONDS, 3 * USUAL_SECONDS]
-    await soon(queue.take())
-    await queue.started(first.id)
+    await soon(queue.claim())
+    await queue.mark_started(first.id)
     await asyncio.sleep(0.2)
-    await queue.progressed(first.id, JobProgress(stage="sample", step=1, steps=101))
+    await queue.report_progress(first.id, JobProgress(stage="sample", step=1, steps=101))
     async for view in queue.watch(second.id):  # told again as time passes, without any news of it
         if view.eta_s > USUAL_SECONDS:
             break
@@ -151,28 +159,28 @@ async def test_the_time_left_counts_all_that_comes_before(open_one):
 async def test_room_shares_and_idempotency(open_one):
     queue = await open_one()
     for _ in range(5):
-        await queue.submit(spec(), owner="half")
+        await submit(queue, spec(), owner="half")
     with pytest.raises(QueueFull, match="may have 50%"):
-        await queue.submit(spec(), owner="half")
-    first = await queue.submit(spec("same"), owner="a", idempotency_key="k")
-    assert await queue.submit(spec("same"), owner="a", idempotency_key="k") == first
-    assert (await queue.submit(spec("same"), owner="b", idempotency_key="k")).id != first.id
+        await submit(queue, spec(), owner="half")
+    first = await submit(queue, spec("same"), owner="a", idempotency_key="k")
+    assert await submit(queue, spec("same"), owner="a", idempotency_key="k") == first
+    assert (await submit(queue, spec("same"), owner="b", idempotency_key="k")).id != first.id
     for _ in range(3):
         await queue.submit(spec())
     with pytest.raises(QueueFull, match="room for 10"):
         await queue.submit(spec())
     # a retry of what was accepted needs no room
-    assert await queue.submit(spec("same"), owner="a", idempotency_key="k") == first
+    assert await submit(queue, spec("same"), owner="a", idempotency_key="k") == first
     with pytest.raises(InvalidRequest, match="another request") as other:
-        await queue.submit(spec("other"), owner="a", idempotency_key="k")
+        await submit(queue, spec("other"), owner="a", idempotency_key="k")
     assert other.value.field == "Idempotency-Key"
 
 
 async def test_one_key_at_the_same_moment_is_one_job(open_one):
     queue = await open_one()
     asked = spec("same", seed=-1)
-    twice = [asked, asked.model_copy(update={"traceparent": "00-another-way-in"})]
-    same = await asyncio.gather(*(queue.submit(each, idempotency_key="k") for each in twice * 3))
+    twice = [asked, asked.model_copy()]
+    same = await asyncio.gather(*(submit(queue, each, idempotency_key="k") for each in twice * 3))
     assert len({job.id for job in same}) == 1
     assert queue.queue_length <= 1
 
@@ -180,37 +188,37 @@ async def test_one_key_at_the_same_moment_is_one_job(open_one):
 @pytest.mark.parametrize("is_running", [False, True])
 async def test_a_job_whose_clients_left_gives_up_its_key(open_one, is_running):
     queue = await open_one()
-    first = await queue.submit(spec("same"), idempotency_key="k")
+    first = await submit(queue, spec("same"), idempotency_key="k")
     if is_running:
-        await soon(queue.take())
-        await queue.started(first.id)
-    assert (await queue.submit(spec("same"), idempotency_key="k")).id == first.id
-    await queue.leave(first.id)
-    assert (await queue.submit(spec("same"), idempotency_key="k")).id == first.id
-    await queue.leave(first.id)
-    await queue.leave(first.id)
-    second = await queue.submit(spec("same"), idempotency_key="k", job_id="0123456789ab")
+        await soon(queue.claim())
+        await queue.mark_started(first.id)
+    assert (await submit(queue, spec("same"), idempotency_key="k")).id == first.id
+    await queue.withdraw(first.id)
+    assert (await submit(queue, spec("same"), idempotency_key="k")).id == first.id
+    await queue.withdraw(first.id)
+    await queue.withdraw(first.id)
+    second = await submit(queue, spec("same"), idempotency_key="k", job_id="0123456789ab")
     assert second.id == "0123456789ab"
     if is_running:
-        await queue.finished(first.id, Cancelled("cancelled."))
+        await queue.complete(first.id, Cancelled("cancelled."))
     assert (await soon(queue.wait(first.id))).state is JobState.CANCELLED
     # one that somebody wanted to stop keeps it, also over a restart
     assert await queue.cancel(second.id)
     await queue.close()
     queue = await open_one()
-    assert (await queue.submit(spec("same"), idempotency_key="k", job_id="ab")).id == second.id
+    assert (await submit(queue, spec("same"), idempotency_key="k", job_id="ab")).id == second.id
 
 
 @pytest.mark.parametrize("is_running", [False, True])
 async def test_who_comes_as_the_last_one_leaves_has_a_job_that_goes_on(open_one, is_running):
     queue = await open_one()
     for i in range(10):
-        first = await queue.submit(spec(str(i)), idempotency_key=str(i))
+        first = await submit(queue, spec(str(i)), idempotency_key=str(i))
         if is_running:
-            assert (await soon(queue.take())).id == first.id
-            await queue.started(first.id)
+            assert (await soon(queue.claim())).id == first.id
+            await queue.mark_started(first.id)
         left, *came = await asyncio.gather(
-            queue.leave(first.id), *(queue.submit(spec(str(i)), idempotency_key=str(i)) for _ in range(2))
+            queue.withdraw(first.id), *(submit(queue, spec(str(i)), idempotency_key=str(i)) for _ in range(2))
         )
         assert left is None
         assert len({job.id for job in came}) == 1
@@ -218,11 +226,11 @@ async def test_who_comes_as_the_last_one_leaves_has_a_job_that_goes_on(open_one,
         view = await queue.view(came[0].id)
         assert view
         assert view.job.state is (JobState.RUNNING if is_running and stays else JobState.QUEUED)
-        await queue.leave(came[0].id)
-        await queue.leave(came[0].id)
+        await queue.withdraw(came[0].id)
+        await queue.withdraw(came[0].id)
         if is_running:
-            await soon(queue.cancel_asked(first.id))
-            await queue.finished(first.id, Cancelled("cancelled."))
+            await soon(queue.wait_for_cancel(first.id))
+            await queue.complete(first.id, Cancelled("cancelled."))
         for job_id in (first.id, came[0].id):
             assert (await soon(queue.wait(job_id))).state is JobState.CANCELLED
     await until(lambda: queue.queue_length == 0)
@@ -232,9 +240,9 @@ async def test_a_job_that_was_stopped_in_good_order_waits_again_as_if_it_had_not
     queue = await open_one()
     first, second = await queue.submit(spec("one")), await queue.submit(spec("two"))
     for _ in range(MAX_STARTS + 1):
-        assert (await soon(queue.take(), 2)).id == first.id
-        await queue.started(first.id)
-        await queue.released(first.id, "the service was stopped", is_counted=False)
+        assert (await soon(queue.claim(), 2)).id == first.id
+        await queue.mark_started(first.id)
+        await queue.requeue(first.id, "the service was stopped", is_counted=False)
     waiting = await queue.list(state=JobState.QUEUED)
     assert [(each.job.id, each.job.starts, each.position) for each in waiting] == [(second.id, 0, 2), (first.id, 0, 1)]
 
@@ -248,7 +256,7 @@ async def test_a_row_that_cannot_be_read_any_more_is_a_failed_job(open_one, ends
         )
     await queue.close()
     again = await open_one()
-    assert (await soon(again.take())).id == done.id
+    assert (await soon(again.claim())).id == done.id
     view = await again.view(broken.id)
     assert view
     assert view.job.state is JobState.FAILED
@@ -262,29 +270,29 @@ async def test_a_row_that_cannot_be_read_any_more_is_a_failed_job(open_one, ends
 async def test_cancel_while_it_waits_and_while_it_runs(open_one):
     queue = await open_one()
     running, waiting = await queue.submit(spec()), await queue.submit(spec())
-    await soon(queue.take())
-    await queue.started(running.id)
+    await soon(queue.claim())
+    await queue.mark_started(running.id)
     assert await queue.cancel(waiting.id)
     assert (await soon(queue.wait(waiting.id))).state is JobState.CANCELLED
     assert not await queue.cancel(waiting.id)
-    asked = asyncio.create_task(queue.cancel_asked(running.id))
+    asked = asyncio.create_task(queue.wait_for_cancel(running.id))
     assert await queue.cancel(running.id)
     await soon(asked)
-    await queue.finished(running.id, Cancelled("cancelled."))
+    await queue.complete(running.id, Cancelled("cancelled."))
     assert (await soon(queue.wait(running.id))).state is JobState.CANCELLED
     with pytest.raises(asyncio.TimeoutError):
-        await soon(queue.take(), 0.3)
+        await soon(queue.claim(), 0.3)
 
 
 async def test_a_cancel_outlives_the_service_that_was_told(claims_of_a_second, open_one):
     queue = await open_one()
     job = await queue.submit(spec())
-    await soon(queue.take())
-    await queue.started(job.id)
+    await soon(queue.claim())
+    await queue.mark_started(job.id)
     assert await queue.cancel(job.id)
     await queue.close()
     queue = await open_one()
-    taking = asyncio.create_task(queue.take())
+    taking = asyncio.create_task(queue.claim())
     assert (await soon(queue.wait(job.id))).state is JobState.CANCELLED
     assert not taking.done()
     await stop(taking)
@@ -294,33 +302,33 @@ async def test_a_job_whose_engine_died_comes_first_again_and_is_given_up_in_the_
     queue = await open_one()
     first, second = await queue.submit(spec("one")), await queue.submit(spec("two"))
     for start in range(MAX_STARTS):
-        job = await soon(queue.take())
+        job = await soon(queue.claim())
         assert job.id == first.id
         assert job.starts == start
-        await queue.started(job.id)
-        await queue.released(job.id, "it died")
+        await queue.mark_started(job.id)
+        await queue.requeue(job.id, "it died")
     given_up = await soon(queue.wait(first.id))
     assert given_up.state is JobState.FAILED
     assert "it died" in str(given_up.error)
-    assert (await soon(queue.take())).id == second.id
+    assert (await soon(queue.claim())).id == second.id
 
 
 async def test_every_end_is_told_once(open_one, ends):
     queue = await open_one()
     done, failed, lost, stopped, waiting = [(await queue.submit(spec(name))).id for name in "abcde"]
     for _ in range(2):
-        job = await soon(queue.take())
-        await queue.started(job.id)
-        await queue.finished(job.id, result_of(job.spec) if job.id == done else EngineFailed("it broke."))
-        await queue.finished(job.id, EngineFailed("again."))
+        job = await soon(queue.claim())
+        await queue.mark_started(job.id)
+        await queue.complete(job.id, result_of(job.spec) if job.id == done else EngineFailed("it broke."))
+        await queue.complete(job.id, EngineFailed("again."))
     for _ in range(MAX_STARTS):
-        await queue.started((await soon(queue.take())).id)
-        await queue.released(lost, "it died")
+        await queue.mark_started((await soon(queue.claim())).id)
+        await queue.requeue(lost, "it died")
     assert await queue.cancel(waiting)
     assert not await queue.cancel(waiting)
-    await queue.started((await soon(queue.take())).id)
+    await queue.mark_started((await soon(queue.claim())).id)
     assert await queue.cancel(stopped)
-    await queue.finished(stopped, Cancelled("cancelled."))
+    await queue.complete(stopped, Cancelled("cancelled."))
     assert ends == [
         (done, "done"),
         (failed, "engine_failed"),
@@ -335,24 +343,24 @@ async def test_mates_are_alike(open_one):
     first = await queue.submit(spec("a", width=512, height=512))
     await queue.submit(spec("b", width=256, height=512))
     mate = await queue.submit(spec("c", width=512, height=512, seed=9))
-    job = await soon(queue.take())
+    job = await soon(queue.claim())
     assert job.id == first.id
-    assert await queue.take_like(job, 512 * 511) is None
-    taken = await queue.take_like(job, 512 * 512)
+    assert await queue.claim_compatible(job, 512 * 511) is None
+    taken = await queue.claim_compatible(job, 512 * 512)
     assert taken
     assert taken.id == mate.id
-    assert await queue.take_like(job, 512 * 512) is None
+    assert await queue.claim_compatible(job, 512 * 512) is None
 
 
 async def test_finished_jobs_are_forgotten_in_time(open_one):
     queue = await open_one()
     job = await queue.submit(spec())
-    await soon(queue.take())
-    await queue.started(job.id)
-    await queue.finished(job.id, result_of(job.spec))
+    await soon(queue.claim())
+    await queue.mark_started(job.id)
+    await queue.complete(job.id, result_of(job.spec))
     ended = (await soon(queue.wait(job.id))).finished_at
-    assert await queue.forget(ended - 1) == 0
-    assert await queue.forget(ended + 1) == 1
+    assert await queue.delete_finished(ended - 1) == 0
+    assert await queue.delete_finished(ended + 1) == 1
     assert await queue.view(job.id) is None
 
 
@@ -367,11 +375,11 @@ def test_several_engines_share_what_waits():
 
 @pytest_asyncio.fixture
 async def two(postgres) -> AsyncIterator[tuple[Dispatcher, Dispatcher]]:
-    from alphalayer.jobs.postgres import SharedDispatcher
+    from alphalayer.jobs.postgres import PostgresJobQueue
 
     url = postgres.fresh_database()
     async with contextlib.AsyncExitStack() as stack:
-        pods = [await SharedDispatcher.open(url, 10), await SharedDispatcher.open(url, 10)]
+        pods = [await PostgresJobQueue.open(url, 10), await PostgresJobQueue.open(url, 10)]
         for pod in pods:
             stack.push_async_callback(pod.close)
         yield pods[0], pods[1]
@@ -384,12 +392,12 @@ def claims_of_a_second(monkeypatch):
 
 async def test_any_pod_answers_streams_and_cancels(two):
     asking, drawing = two
-    taking = asyncio.create_task(drawing.take())
+    taking = asyncio.create_task(drawing.claim())
     await asyncio.sleep(0.2)
     job = await asking.submit(spec())
     assert (await soon(taking, 2)).id == job.id  # by the news, not by looking
-    await drawing.started(job.id)
-    asked = asyncio.create_task(drawing.cancel_asked(job.id))
+    await drawing.mark_started(job.id)
+    asked = asyncio.create_task(drawing.wait_for_cancel(job.id))
     steps: list[int] = []
 
     async def watch() -> None:
@@ -398,11 +406,11 @@ async def test_any_pod_answers_streams_and_cancels(two):
 
     watching = asyncio.create_task(watch())
     await until(lambda: steps)
-    await drawing.progressed(job.id, JobProgress(stage="sample", step=5, steps=9))
+    await drawing.report_progress(job.id, JobProgress(stage="sample", step=5, steps=9))
     await until(lambda: 5 in steps)
     assert await asking.cancel(job.id)
     await soon(asked)
-    await drawing.finished(job.id, Cancelled("cancelled."))
+    await drawing.complete(job.id, Cancelled("cancelled."))
     await soon(watching)
 
 
@@ -430,11 +438,11 @@ async def draw(queue: Dispatcher, count: int, pause_s: float = 0.0) -> list[str 
     """Take and finish so many jobs as a worker does; the models that it had to hold, one after the other."""
     held: list[str | None] = []
     for _ in range(count):
-        job = await soon(queue.take(held[-1] if held else None))
+        job = await soon(queue.claim(held[-1] if held else None))
         held.append(job.spec.generation.model)
-        await queue.started(job.id)
+        await queue.mark_started(job.id)
         await asyncio.sleep(pause_s)
-        await queue.finished(job.id, result_of(job.spec))
+        await queue.complete(job.id, result_of(job.spec))
     return held
 
 
@@ -452,10 +460,10 @@ async def test_a_job_that_was_begun_before_goes_before_the_model_that_is_held(tw
     asking, drawing = two
     crashing = await asking.submit(spec(model="other"))
     await asking.submit(spec(model="held"))
-    await soon(drawing.take("other"))
-    await drawing.started(crashing.id)
-    await drawing.released(crashing.id, "it died")
-    assert (await soon(drawing.take("held"))).id == crashing.id
+    await soon(drawing.claim("other"))
+    await drawing.mark_started(crashing.id)
+    await drawing.requeue(crashing.id, "it died")
+    assert (await soon(drawing.claim("held"))).id == crashing.id
 
 
 async def test_who_only_waits_does_not_count_the_queue(two, monkeypatch):
@@ -467,9 +475,9 @@ async def test_who_only_waits_does_not_count_the_queue(two, monkeypatch):
     monkeypatch.setattr(asking._room, "positions", never)
     job = await asking.submit(spec())
     waiting = asyncio.create_task(asking.wait(job.id))
-    await soon(drawing.take())
-    await drawing.started(job.id)
-    await drawing.finished(job.id, result_of(job.spec))
+    await soon(drawing.claim())
+    await drawing.mark_started(job.id)
+    await drawing.complete(job.id, result_of(job.spec))
     assert (await soon(waiting)).state is JobState.DONE
 
 
@@ -488,12 +496,12 @@ async def test_a_model_is_known_by_its_name_its_file_and_its_title(two):
     asking, drawing = two
     await asking.submit(spec(model="other"))
     mine = [await asking.submit(spec(model=name)) for name in ("mine.safetensors", "mine [0123abcdef]", "mine")]
-    assert [(await soon(drawing.take("mine"))).id for _ in mine] == [job.id for job in mine]
+    assert [(await soon(drawing.claim("mine"))).id for _ in mine] == [job.id for job in mine]
 
 
 async def test_of_many_idle_workers_a_few_ask_for_a_job(postgres, monkeypatch):
     from alphalayer.jobs import claims
-    from alphalayer.jobs.postgres import SharedDispatcher
+    from alphalayer.jobs.postgres import PostgresJobQueue
 
     asked = 0
     claim_next = claims.claim_next
@@ -507,15 +515,15 @@ async def test_of_many_idle_workers_a_few_ask_for_a_job(postgres, monkeypatch):
     url, workers, count = postgres.fresh_database(), 24, 40
     delays: list[float] = []
 
-    async def draw(worker: SharedDispatcher) -> None:
+    async def draw(worker: PostgresJobQueue) -> None:
         while True:
-            job = await worker.take()
+            job = await worker.claim()
             delays.append(time.time() - job.created_at)
-            await worker.started(job.id)
-            await worker.finished(job.id, result_of(job.spec))
+            await worker.mark_started(job.id)
+            await worker.complete(job.id, result_of(job.spec))
 
     async with contextlib.AsyncExitStack() as stack:
-        pods = [await SharedDispatcher.open(url, 100, role="worker") for _ in range(workers)]
+        pods = [await PostgresJobQueue.open(url, 100, role="worker") for _ in range(workers)]
         for pod in pods:
             stack.push_async_callback(pod.close)
         drawing = [asyncio.create_task(draw(pod)) for pod in pods]
@@ -539,24 +547,24 @@ async def test_a_late_result_changes_nothing(postgres, monkeypatch):
     monkeypatch.setattr(claims, "CLAIM_S", 1.0)
     url = postgres.fresh_database()
     cut_off, healthy = (
-        await postgres_queue.SharedDispatcher.open(url, 10),
-        await postgres_queue.SharedDispatcher.open(url, 10),
+        await postgres_queue.PostgresJobQueue.open(url, 10),
+        await postgres_queue.PostgresJobQueue.open(url, 10),
     )
     try:
         job = await cut_off.submit(spec())
-        await soon(cut_off.take())
-        await cut_off.started(job.id)
+        await soon(cut_off.claim())
+        await cut_off.mark_started(job.id)
         for task in cut_off._tasks:
             task.cancel()  # no heartbeats from here on
-        again = await soon(healthy.take())
+        again = await soon(healthy.claim())
         assert (again.id, again.starts) == (job.id, 1)
-        await healthy.started(job.id)
-        await cut_off.finished(job.id, EngineFailed("too late."))
+        await healthy.mark_started(job.id)
+        await cut_off.complete(job.id, EngineFailed("too late."))
         view = await healthy.view(job.id)
         assert view
         assert view.job.state is JobState.RUNNING
-        await healthy.finished(job.id, result_of(job.spec))
-        await cut_off.finished(job.id, EngineFailed("too late."))
+        await healthy.complete(job.id, result_of(job.spec))
+        await cut_off.complete(job.id, EngineFailed("too late."))
         assert (await soon(healthy.wait(job.id))).state is JobState.DONE
     finally:
         await cut_off.close()
@@ -571,10 +579,10 @@ async def test_a_worker_that_is_cut_off_while_it_claims_locks_the_job_for_a_shor
     job = await cut_off.submit(spec())
     with pytest.raises(StorageFailed):  # noqa: PT012
         async with cut_off._transaction() as (_, queue):
-            assert await claims.claim_next(queue, cut_off._worker, None, claims.Patience(), may_take_over=False)
+            assert await claims.claim_next(queue, cut_off._worker, None, claims.ModelAffinity(), may_take_over=False)
             with pytest.raises(asyncio.TimeoutError):
-                await soon(healthy.take(), 0.5)
-            assert (await soon(healthy.take(), 5)).id == job.id
+                await soon(healthy.claim(), 0.5)
+            assert (await soon(healthy.claim(), 5)).id == job.id
 
 
 async def test_a_cancel_that_nobody_hears_of_is_seen(claims_of_a_second, two):
@@ -582,30 +590,30 @@ async def test_a_cancel_that_nobody_hears_of_is_seen(claims_of_a_second, two):
     drawing._tasks[0].cancel()  # hears no news from here on
     for is_started in (True, False):
         job = await asking.submit(spec())
-        await soon(drawing.take())
+        await soon(drawing.claim())
         if is_started:
-            await drawing.started(job.id)
-        asked = asyncio.create_task(drawing.cancel_asked(job.id))
+            await drawing.mark_started(job.id)
+        asked = asyncio.create_task(drawing.wait_for_cancel(job.id))
         assert await asking.cancel(job.id)
         await soon(asked)
-        await drawing.finished(job.id, Cancelled("cancelled."))
+        await drawing.complete(job.id, Cancelled("cancelled."))
         assert (await soon(asking.wait(job.id))).state is JobState.CANCELLED
 
 
 async def test_whose_claim_is_anothers_by_now_stops_and_ends_nothing(claims_of_a_second, two):
     cut_off, healthy = two
     job = await cut_off.submit(spec())
-    await soon(cut_off.take())
-    await cut_off.started(job.id)
+    await soon(cut_off.claim())
+    await cut_off.mark_started(job.id)
     beating = cut_off._tasks[1]
     await stop(beating)
-    assert (await soon(healthy.take())).id == job.id
+    assert (await soon(healthy.claim())).id == job.id
     beating = asyncio.create_task(cut_off._beat())
-    await soon(cut_off.cancel_asked(job.id), 2)
-    await cut_off.finished(job.id, Cancelled("cancelled."))
+    await soon(cut_off.wait_for_cancel(job.id), 2)
+    await cut_off.complete(job.id, Cancelled("cancelled."))
     assert (await healthy.view(job.id)).job.state is JobState.RUNNING
-    await healthy.started(job.id)
-    await healthy.finished(job.id, result_of(job.spec))
+    await healthy.mark_started(job.id)
+    await healthy.complete(job.id, result_of(job.spec))
     assert (await soon(healthy.wait(job.id))).state is JobState.DONE
     await stop(beating)
 
@@ -613,33 +621,33 @@ async def test_whose_claim_is_anothers_by_now_stops_and_ends_nothing(claims_of_a
 async def test_a_job_that_took_an_engine_down_is_nobodys_mate(two):
     asking, drawing = two
     crashing, innocent, mate = [await asking.submit(spec(str(i), width=64, height=64)) for i in range(3)]
-    assert (await soon(drawing.take())).id == crashing.id
-    await drawing.started(crashing.id)
-    job = await soon(asking.take())
+    assert (await soon(drawing.claim())).id == crashing.id
+    await drawing.mark_started(crashing.id)
+    job = await soon(asking.claim())
     assert job.id == innocent.id
-    await drawing.released(crashing.id, "it died")
-    taken = await asking.take_like(job, 64 * 64)
+    await drawing.requeue(crashing.id, "it died")
+    taken = await asking.claim_compatible(job, 64 * 64)
     assert taken
     assert taken.id == mate.id
-    assert await asking.take_like(job, 64 * 64) is None
-    assert (await soon(asking.take())).id == crashing.id
+    assert await asking.claim_compatible(job, 64 * 64) is None
+    assert (await soon(asking.claim())).id == crashing.id
     assert await asking.cancel(crashing.id)
 
 
 async def test_a_database_that_was_away_takes_no_job_from_the_worker_that_draws_it(postgres, monkeypatch):
     from alphalayer.jobs import claims
     from alphalayer.jobs import postgres as postgres_queue
-    from alphalayer.jobs.postgres import SharedDispatcher
+    from alphalayer.jobs.postgres import PostgresJobQueue
 
     monkeypatch.setattr(claims, "CLAIM_S", 2.0)
     monkeypatch.setattr(postgres_queue, "ASK_EVERY_S", 0.2)
     url = postgres.fresh_database()
-    drawing, idle = [await SharedDispatcher.open(url, 10, role="worker") for _ in range(2)]
+    drawing, idle = [await PostgresJobQueue.open(url, 10, role="worker") for _ in range(2)]
     try:
         job = await drawing.submit(spec())
-        await soon(drawing.take())
-        await drawing.started(job.id)
-        takings = [asyncio.create_task(each.take()) for each in (idle, drawing)]
+        await soon(drawing.claim())
+        await drawing.mark_started(job.id)
+        takings = [asyncio.create_task(each.claim()) for each in (idle, drawing)]
         await until(lambda: idle._transaction.well_for_s > claims.CLAIM_S / 2)
         await asyncio.to_thread(postgres.stop)
         await asyncio.sleep(claims.CLAIM_S + 0.2)
@@ -663,11 +671,11 @@ async def test_a_database_that_hangs_ends_neither_waiting_nor_heartbeats(postgre
     monkeypatch.setattr(claims, "CLAIM_S", 1.0)
     monkeypatch.setattr(postgres_queue, "LOOK_EVERY_S", 0.2)
     monkeypatch.setattr(postgres_queue, "AWAY_S", 1.5)
-    queue = await postgres_queue.SharedDispatcher.open(postgres.fresh_database(), 100)
+    queue = await postgres_queue.PostgresJobQueue.open(postgres.fresh_database(), 100)
     try:
         job = await queue.submit(spec())
-        await soon(queue.take())
-        await queue.started(job.id)
+        await soon(queue.claim())
+        await queue.mark_started(job.id)
         others = [await queue.submit(spec(str(i))) for i in range(30)]
 
         async def stale() -> list:
@@ -693,22 +701,22 @@ async def test_a_database_that_hangs_ends_neither_waiting_nor_heartbeats(postgre
 
 
 async def test_a_database_that_is_away_is_waited_for(postgres):
-    from alphalayer.jobs.postgres import SharedDispatcher
+    from alphalayer.jobs.postgres import PostgresJobQueue
 
-    queue = await SharedDispatcher.open(postgres.fresh_database(), 10)
+    queue = await PostgresJobQueue.open(postgres.fresh_database(), 10)
     try:
         job = await queue.submit(spec())
-        await soon(queue.take())
-        await queue.started(job.id)
+        await soon(queue.claim())
+        await queue.mark_started(job.id)
         waiting = asyncio.create_task(queue.wait(job.id))
         await asyncio.to_thread(postgres.stop)
-        finishing = asyncio.create_task(queue.finished(job.id, result_of(job.spec)))
+        finishing = asyncio.create_task(queue.complete(job.id, result_of(job.spec)))
         await asyncio.sleep(0.3)
         assert not finishing.done()
         await asyncio.to_thread(postgres.start)
         await soon(finishing)
         assert (await soon(waiting)).state is JobState.DONE
-        taking = asyncio.create_task(queue.take())
+        taking = asyncio.create_task(queue.claim())
         later = await queue.submit(spec())
         assert (await soon(taking)).id == later.id
     finally:
@@ -716,26 +724,26 @@ async def test_a_database_that_is_away_is_waited_for(postgres):
 
 
 async def test_an_address_says_what_postgresqls_own_programs_understand(postgres):
-    from alphalayer.jobs.postgres import SharedDispatcher
+    from alphalayer.jobs.postgres import PostgresJobQueue
 
     url = postgres.fresh_database()
-    queue = await SharedDispatcher.open(f"{url}?sslmode=prefer&application_name=pod", 10)
+    queue = await PostgresJobQueue.open(f"{url}?sslmode=prefer&application_name=pod", 10)
     try:
-        taking = asyncio.create_task(queue.take())
+        taking = asyncio.create_task(queue.claim())
         job = await queue.submit(spec())
         assert (await soon(taking)).id == job.id
     finally:
         await queue.close()
     # of several hosts the first one that answers
-    await (await SharedDispatcher.open(url.replace("@", "@127.0.0.1:1,"), 10)).close()
+    await (await PostgresJobQueue.open(url.replace("@", "@127.0.0.1:1,"), 10)).close()
     for wrong in ("postgresql://u:zzz/zzz@127.0.0.1/db", "postgresql://u@127.0.0.1:1/db?password=zzz"):
         with pytest.raises(SetupFailed, match="cannot be opened") as refused:
-            await SharedDispatcher.open(wrong, 10)
+            await PostgresJobQueue.open(wrong, 10)
         assert "zzz" not in str(refused.value)
     # the server here has no TLS
     for wrong in ("?sslmode=require", "?sslmode=nonsense", "_not_there"):
         with pytest.raises(SetupFailed, match="cannot be opened"):
-            await SharedDispatcher.open(url + wrong, 10)
+            await PostgresJobQueue.open(url + wrong, 10)
 
 
 async def test_pgqueuers_tables_are_cleaned_often_enough_and_its_log_is_emptied(postgres, monkeypatch):
@@ -745,14 +753,14 @@ async def test_pgqueuers_tables_are_cleaned_often_enough_and_its_log_is_emptied(
     monkeypatch.setattr(notifications, "ASK_EVERY_S", 0.2)
     monkeypatch.setattr(claims, "TIDY_EVERY_S", 0.5)
     url = postgres.fresh_database()
-    pods = [await postgres_queue.SharedDispatcher.open(url, 10) for _ in range(2)]
+    pods = [await postgres_queue.PostgresJobQueue.open(url, 10) for _ in range(2)]
     try:
         await pods[0].submit(spec())
         async with pods[0]._transaction() as (connection, queue):
             options = "SELECT reloptions::text FROM pg_class WHERE relname = 'pgqueuer'"
             assert "autovacuum_vacuum_scale_factor" in (await connection.exec_driver_sql(options)).scalar_one()
             assert await queue.queue_log() != []
-        await until(lambda: sorted(pod._news.is_first for pod in pods) == [False, True])
+        await until(lambda: sorted(pod._notifications.is_first for pod in pods) == [False, True])
 
         async def emptied() -> None:
             while True:
@@ -763,10 +771,10 @@ async def test_pgqueuers_tables_are_cleaned_often_enough_and_its_log_is_emptied(
                 await asyncio.sleep(0.1)
 
         await soon(emptied())
-        first, other = sorted(pods, key=lambda pod: pod._news.is_first, reverse=True)
+        first, other = sorted(pods, key=lambda pod: pod._notifications.is_first, reverse=True)
         await first.close()
         pods.remove(first)
-        await until(lambda: other._news.is_first)
+        await until(lambda: other._notifications.is_first)
     finally:
         for pod in pods:
             await pod.close()

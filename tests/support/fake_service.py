@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from alphalayer.config import Settings
-from alphalayer.observability.logging import set_up_logs
+from alphalayer.observability.logging import configure_logging
 from alphalayer.service.app import create_app
 from alphalayer.service.uvicorn_server import Server, serve
 from tests.support.serving import FAKE
@@ -41,7 +41,7 @@ def main() -> None:
         device="cpu",
         queue_limit=int(sys.argv[4]) if len(sys.argv) > 4 else 200,
     )
-    set_up_logs(settings.log_level, settings.log_json)
+    configure_logging(settings.log_level, settings.log_json)
     fake = {"engine": FAKE, "engine_options": {"step_s": step_s}}
     app = create_app(settings, **({} if os.environ.get("REAL_ENGINE") else fake))
     serve(Server(app, port=port, drain_s=settings.drain_s))

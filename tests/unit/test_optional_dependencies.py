@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from alphalayer.core.optional_dependencies import how_to_get
+from alphalayer.core.optional_dependencies import install_hint
 
 
 def _installed(folder: Path, monkeypatch: pytest.MonkeyPatch, came_from: object) -> None:
@@ -40,6 +40,6 @@ def test_an_extra_comes_from_where_the_package_came(
 ):
     _installed(tmp_path, monkeypatch, came_from)
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: object())
-    assert how_to_get("shared") == f"Run: {sys.executable} -m pip install {what}"
+    assert install_hint("shared") == f"Run: {sys.executable} -m pip install {what}"
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
-    assert how_to_get("shared") == f"Run: pip --python {sys.executable} install {what}"
+    assert install_hint("shared") == f"Run: pip --python {sys.executable} install {what}"

@@ -24,7 +24,7 @@ class Challenge(Unauthorized):
     headers = {"WWW-Authenticate": 'Basic realm="alphalayer"'}  # noqa: RUF012 - never changed
 
 
-class Gate:
+class Authenticator:
     """Lets requests in by the keys that there are now; with None in place of keys, everybody. Rates are counted in this process."""
 
     def __init__(self, keys: Callable[[], Sequence[Key] | None]):

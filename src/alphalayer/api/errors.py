@@ -151,10 +151,10 @@ def http_problem(error: HTTPException, path: str = "") -> JSONResponse:
     return respond(path, problem, dict(error.headers or {}))
 
 
-def unforeseen(path: str) -> JSONResponse:
+def internal_error(path: str) -> JSONResponse:
     """The answer where something broke that nobody thought of."""
     problem = Problem(
-        title=TITLES[500], status=500, detail="an unforeseen error; the log has the details.", code="engine_failed"
+        title=TITLES[500], status=500, detail="an internal_error error; the log has the details.", code="engine_failed"
     )
     return respond(path, problem)
 
@@ -176,7 +176,7 @@ def install(app: FastAPI) -> None:
     async def invalid(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestValidationError)
         first = error.errors()[0]
-        fault = first_fault(first)
+        fault = first_error(first)
         if first["loc"] == ("body",) and first["type"] != "json_invalid":
             if isinstance(error.body, bytes):  # as it came: its header names another type
                 fault = _not_json(request)
@@ -221,10 +221,14 @@ def _not_json(request: Request) -> InvalidRequest:
     )
 
 
-def first_fault(first: Any) -> InvalidRequest:
+def first_error(first: Any) -> InvalidRequest:
     """What pydantic found wrong in a request, in the service's words; `loc` begins with where the field was sent."""
     place = [str(part) for part in first["loc"][1:]]
-    message = validation.say(first) if place else f"the {first['loc'][0]}: {validation.say(first)}"
+    message = (
+        validation.describe_validation_error(first)
+        if place
+        else f"the {first['loc'][0]}: {validation.describe_validation_error(first)}"
+    )
     if first["type"] == "json_invalid":
         message, place = f"the body is not valid JSON: {first.get('ctx', {}).get('error', '')}", []
     return InvalidRequest(message + ".", hint=validation.DESCRIBED, field=".".join(place) or None)

@@ -28,7 +28,7 @@ class Body(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _null_is_silence(cls, data: Any) -> Any:
+    def drop_nulls(cls, data: Any) -> Any:
         if not isinstance(data, dict):
             return data
         # the first fault of all that is told: a field that is missing may be there under a wrong name

@@ -11,13 +11,13 @@ from alphalayer.observability.logging import log
 
 
 @dataclass
-class Ending:
+class Shutdown:
     """Begins once, by `begin`; ends `drain_s` seconds later. Made and used on the service's event loop."""
 
     drain_s: float
-    take_no_more: Callable[[], None]
+    stop_accepting: Callable[[], None]
     """Lets the engines here begin nothing new."""
-    is_at_work: Callable[[str], bool]
+    is_running: Callable[[str], bool]
     """Whether a job is in an engine here."""
     others_draw: bool = False
     """Whether what waits in the queue may be drawn elsewhere."""
@@ -32,7 +32,7 @@ class Ending:
         loop = asyncio.get_running_loop()
         self._deadline = loop.time() + self.drain_s
         loop.call_later(self.drain_s, self._over.set)
-        self.take_no_more()
+        self.stop_accepting()
         self._begun.set()
         log.info("stopping", drain_s=self.drain_s)
 
@@ -54,7 +54,7 @@ class Ending:
     async def wait(self, job_id: str, *, elsewhere: bool = False) -> None:
         """Return when it is no use to wait here for this job any longer. `elsewhere`: another pod that draws it is waited for, too."""
         await self._begun.wait()
-        if self.is_at_work(job_id) or (elsewhere and self.others_draw):
+        if self.is_running(job_id) or (elsewhere and self.others_draw):
             await self._over.wait()
 
 

@@ -49,7 +49,11 @@ def read_keys(file: Path) -> list[Key] | None:
         why = error.strerror or str(error)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        why = ".".join(str(part) for part in first["loc"]) + (": " if first["loc"] else "") + validation.say(first)
+        why = (
+            ".".join(str(part) for part in first["loc"])
+            + (": " if first["loc"] else "")
+            + validation.describe_validation_error(first)
+        )
     raise SetupFailed(
         f"{file} cannot be read: {why}.", hint="Mend it, or move it away and make keys with: alphalayer keys add"
     )
@@ -65,7 +69,7 @@ def add_key(file: Path, name: str, per_minute: int = 0, queue_share: float = 1.0
         keys.append(Key(name=name, sha256=digest(secret), per_minute=per_minute, queue_share=queue_share))
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        raise SetupFailed(f"{first['loc'][0]}: {validation.say(first)}.") from None
+        raise SetupFailed(f"{first['loc'][0]}: {validation.describe_validation_error(first)}.") from None
     _write(file, keys)
     return secret
 
@@ -80,8 +84,8 @@ def remove_key(file: Path, name: str) -> list[Key]:
     return left
 
 
-class Keyring:
-    """The keys and users of `who_may_ask`, read anew when the file has changed. One that is gone or broken by then changes nothing.
+class ApiKeyStore:
+    """The keys and users of `load_api_keys`, read anew when the file has changed. One that is gone or broken by then changes nothing.
 
     Raises what that raises.
     """
@@ -89,7 +93,7 @@ class Keyring:
     def __init__(self, file: Path, users: str, *, must_be: bool):
         self._file, self._users = file, users
         self._stamp, self._looked_at = _stamp(file), time.monotonic()
-        self._keys = who_may_ask(file, users, must_be=must_be)
+        self._keys = load_api_keys(file, users, must_be=must_be)
         self.shares = {key.name: key.queue_share for key in self._keys or ()}
         """Which part of the queue may be whose; changes with the keys."""
 
@@ -102,7 +106,7 @@ class Keyring:
         if stamp != self._stamp:
             self._stamp = stamp
             try:
-                self._keys = who_may_ask(self._file, self._users, must_be=True)
+                self._keys = load_api_keys(self._file, self._users, must_be=True)
                 self.shares.update({key.name: key.queue_share for key in self._keys or ()})
             except SetupFailed as error:
                 log.error("keys_stay", error=str(error))
@@ -118,7 +122,7 @@ def _stamp(file: Path) -> tuple[int, int, int] | None:
     return about.st_mtime_ns, about.st_ctime_ns, about.st_size
 
 
-def who_may_ask(file: Path, users: str, *, must_be: bool) -> list[Key] | None:
+def load_api_keys(file: Path, users: str, *, must_be: bool) -> list[Key] | None:
     """The keys of a file, and the users of a list of "user:password"; None where everybody may ask, for there is neither.
 
     A file without a key lets nobody in. Raises `SetupFailed`, also where the file `must_be` and is not there.

@@ -27,9 +27,17 @@ from alphalayer.cli.plan import plan
 from alphalayer.config import API_KEY, Settings, load_settings
 from alphalayer.core.errors import AlphalayerError, SetupFailed, StorageFailed
 from alphalayer.core.job import Output
-from alphalayer.core.optional_dependencies import how_to_get, require
-from alphalayer.core.request import SAMPLERS, SCHEDULERS, ImageFormat, parse_as, parse_request, split_sampler_name
-from alphalayer.images import codecs, postprocess
+from alphalayer.core.optional_dependencies import install_hint, require
+from alphalayer.core.request import (
+    OPAQUE,
+    SAMPLERS,
+    SCHEDULERS,
+    ImageFormat,
+    parse_as,
+    parse_request,
+    split_sampler_name,
+)
+from alphalayer.images import codecs, infotext, postprocess
 
 app = typer.Typer(
     name="alphalayer",
@@ -115,7 +123,7 @@ def generate(
         "model": model,
         "noise": noise or settings.noise,
         "decode": decode or settings.decode,
-        "layerdiffuse": {"enabled": transparent},
+        "mode": "attention" if transparent else OPAQUE,
     }
     request = parse_request(asked)
     finish = parse_as(Output, {"defringe": defringe, "trim": trim, "background": background})
@@ -128,7 +136,10 @@ def generate(
         result = create_engine(settings.engine_options()).generate(request, on_progress=report)
     for image, target in zip(result.images, targets, strict=True):
         rgba = postprocess.finish(image.rgba, finish)
-        _write(target, codecs.encode(rgba, codecs.check_format(target.suffix[1:]), image.parameters))
+        settings_text = infotext.write_parameters(
+            result.request, result.model_name, result.model_hash, image.seed, image.subseed
+        )
+        _write(target, codecs.encode(rgba, codecs.check_format(target.suffix[1:]), settings_text))
         high, wide = rgba.shape[:2]
         seconds = time.perf_counter() - start
         out.print(f"{target}  {wide}x{high}  seed {image.seed}  {seconds:.1f} s  {result.model_name}")
@@ -147,7 +158,7 @@ def serve(**flags: Any) -> None:
 def serverless(_context: typer.Context) -> None:
     """Work for a Runpod serverless endpoint; flags of their SDK are passed on (--rp_serve_api, --test_input)."""
     if importlib.util.find_spec("runpod") is None:
-        raise SetupFailed("the Runpod SDK is not installed.", hint=how_to_get("serverless"))
+        raise SetupFailed("the Runpod SDK is not installed.", hint=install_hint("serverless"))
     require("torch", "engine")
     from alphalayer.integrations.runpod import serve
 
@@ -294,7 +305,7 @@ def mcp(
     try:
         from alphalayer.integrations.mcp import create_server
     except ImportError as error:
-        raise SetupFailed(f"{error.name} is not installed.", hint=how_to_get("mcp")) from None
+        raise SetupFailed(f"{error.name} is not installed.", hint=install_hint("mcp")) from None
     from alphalayer.client import AsyncClient
 
     create_server(lambda: AsyncClient(url, api_key=key)).run("stdio", show_banner=False)
@@ -308,11 +319,11 @@ def version() -> None:
 
 def run_server(settings: Settings) -> None:
     """Serve until stopped; used by `serve` and by the old start line."""
-    from alphalayer.observability.logging import set_up_logs
+    from alphalayer.observability.logging import configure_logging
     from alphalayer.service.app import check, create_app
     from alphalayer.service.uvicorn_server import Server, serve
 
-    set_up_logs(settings.log_level, settings.log_json)
+    configure_logging(settings.log_level, settings.log_json)
     check_models_dir(settings)
     check_port(settings.host, settings.port)
     asyncio.run(check(settings))

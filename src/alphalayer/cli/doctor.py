@@ -20,7 +20,7 @@ from alphalayer.catalog import download
 from alphalayer.catalog.layer_files import DECODER_FILES, PATCH_FILES
 from alphalayer.config import Settings
 from alphalayer.core.errors import CorruptFile, SetupFailed, StorageFailed
-from alphalayer.core.optional_dependencies import how_to_get, is_installed
+from alphalayer.core.optional_dependencies import install_hint, is_installed
 from alphalayer.storage.objects import open_storage
 
 LITTLE_DISK = 2 * 1024**3
@@ -78,7 +78,7 @@ def _torch(settings: Settings) -> Iterator[Finding]:
         if settings.role == "api":
             yield Finding("ok", "torch is not installed; the role api does not need it")
         else:
-            yield Finding("error", "torch is not installed.", how_to_get("engine"))
+            yield Finding("error", "torch is not installed.", install_hint("engine"))
         return
     answer = _ask_torch()
     if isinstance(answer, str):
@@ -216,7 +216,7 @@ def _database(settings: Settings) -> Iterator[Finding]:
         # all that a shared queue needs, whether installed or not
         from alphalayer.jobs import connections, postgres  # noqa: F401  # pyright: ignore[reportUnusedImport]
     except ImportError as error:
-        yield Finding("error", f"a shared queue needs {error.name}.", how_to_get("shared"))
+        yield Finding("error", f"a shared queue needs {error.name}.", install_hint("shared"))
         return
 
     async def ask(url: str) -> str:

@@ -19,7 +19,7 @@
     ├── JobMissing             no job of that id
     ├── StorageFailed          disk full, folder read-only
     │   └── DatabaseAway       the database that many machines share cannot be reached; ask again
-    ├── EngineFailed           the engine process died, raised something unforeseen, or its numbers overflowed
+    ├── EngineFailed           the engine process died, raised something internal_error, or its numbers overflowed
     └── SetupFailed            the service cannot start as configured
 
 Each has a stable `code`, a `message` that says what happened and why, a `hint` that says what to do next, and for
@@ -175,7 +175,7 @@ class DatabaseAway(StorageFailed):
 
 
 class EngineFailed(AlphalayerError):
-    """The engine process died, raised something unforeseen, or its numbers overflowed."""
+    """The engine process died, raised something internal_error, or its numbers overflowed."""
 
     code = "engine_failed"
 

@@ -26,10 +26,10 @@ def require(package: str, extra: str) -> None:
         SetupFailed: it is missing; the hint is the command that installs the extra.
     """
     if not is_installed(package):
-        raise SetupFailed(f"{package} is not installed.", hint=how_to_get(extra))
+        raise SetupFailed(f"{package} is not installed.", hint=install_hint(extra))
 
 
-def how_to_get(extra: str) -> str:
+def install_hint(extra: str) -> str:
     """The command that installs an extra here: from the checkout or file that this package was installed from, else from the index."""
     came_from: dict[str, Any] = {}
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):

@@ -46,7 +46,7 @@ _WHOLE = {
 _FORMS = {COLOUR: 'a colour such as "#ffffff"'}
 
 
-def say(fault: Mapping[str, Any]) -> str:
+def describe_validation_error(fault: Mapping[str, Any]) -> str:
     """One of `ValidationError.errors()` as a sentence without its full stop and without the name of the field."""
     kind, value = fault["type"], fault.get("input")
     # a limit of 4.0 is shown as 4

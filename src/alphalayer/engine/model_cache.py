@@ -16,7 +16,7 @@ from alphalayer.engine.text.encoders import TextEncoders
 
 
 @dataclass(frozen=True)
-class Ready:
+class LoadedPipeline:
     """A model with its text encoders' cache."""
 
     model: LoadedModel
@@ -43,34 +43,34 @@ class Ready:
         for module in self.modules:
             module.to("cpu")
 
-    def put_aside(self) -> None:
+    def offload(self) -> None:
         """Keep the weights alone, as they were read, on the CPU."""
         self.encoders.forget()
-        self.model.take_off_patches()
+        self.model.remove_patches()
         self.leave_device()
 
 
-class ModelShelf:
+class ModelCache:
     """`get` brings a model; the one before goes to the CPU and stays there while all that are put aside fit into `spare_bytes`."""
 
-    def __init__(self, load: Callable[[ModelEntry], Ready], spare_bytes: int):
+    def __init__(self, load: Callable[[ModelEntry], LoadedPipeline], spare_bytes: int):
         self._load = load
         self._spare_bytes = spare_bytes
-        self._aside: OrderedDict[Path, Ready] = OrderedDict()
-        self.held: Ready | None = None
+        self._aside: OrderedDict[Path, LoadedPipeline] = OrderedDict()
+        self.held: LoadedPipeline | None = None
 
-    def get(self, entry: ModelEntry) -> Ready:
+    def get(self, entry: ModelEntry) -> LoadedPipeline:
         """The model of an entry: the one held, one put aside, or read from disk, as it is if its files changed since. Raises what
         loading raises; then none is held."""
         if self.held and self.held.is_of(entry):
             return self.held
         # taken off first: it is not what has to make room
         aside = self._aside.pop(entry.path, None)
-        self._put_aside()
+        self._offload()
         self.held = aside if aside and aside.is_of(entry) else self._load(entry)
         return self.held
 
-    def _put_aside(self) -> None:
+    def _offload(self) -> None:
         held, self.held = self.held, None
         if held is None:
             return
@@ -79,7 +79,7 @@ class ModelShelf:
         while self._aside and sum(each.size_bytes for each in self._aside.values()) > max(room, 0):
             self._aside.popitem(last=False)
         if room >= 0:
-            held.put_aside()
+            held.offload()
             self._aside[held.model.entry.path] = held
         del held
         free_memory(device)

@@ -9,13 +9,13 @@ from contextlib import contextmanager
 import torch
 
 from alphalayer.core.errors import Cancelled
-from alphalayer.engine.base import Order, Progress
+from alphalayer.engine.base import Progress, RenderTask
 
 
-class Watchers:
+class ProgressReporter:
     """Tells the callers of a batch how far it is, and stops it when none of them wants it any more."""
 
-    def __init__(self, orders: Sequence[Order]):
+    def __init__(self, orders: Sequence[RenderTask]):
         self._orders = orders
 
     def check(self) -> None:

@@ -24,7 +24,7 @@ from pydantic import Field, ValidationError
 from alphalayer import __version__
 from alphalayer.api.addresses import address
 from alphalayer.api.deps import file_url
-from alphalayer.api.errors import first_fault
+from alphalayer.api.errors import first_error
 from alphalayer.client import TIMEOUT_S, AsyncClient, JobStatus, Picture
 from alphalayer.core.errors import AlphalayerError
 from alphalayer.core.request import MAX_PROMPT_CHARACTERS, MAX_SEED, MAX_SIDE
@@ -88,7 +88,7 @@ class _OwnWords(Middleware):
             if not isinstance(error.__cause__, ValidationError):
                 raise
             first = error.__cause__.errors(include_url=False)[0]
-            raise ToolError(str(first_fault({**first, "loc": ("arguments", *first["loc"])}))) from None
+            raise ToolError(str(first_error({**first, "loc": ("arguments", *first["loc"])}))) from None
 
 
 async def _draw(client: AsyncClient, context: Context, prompt: str, fields: dict[str, Any]) -> tuple[bytes, Picture]:
@@ -104,7 +104,7 @@ async def _draw(client: AsyncClient, context: Context, prompt: str, fields: dict
     except asyncio.CancelledError:
         # a cancelled scope would cancel this, too
         with anyio.CancelScope(shield=True):
-            await client.leave(status.id)
+            await client.withdraw(status.id)
         raise
     (picture,) = status.check().pictures
     # not at its own address: that is for those outside

@@ -14,16 +14,16 @@ from typing import Any
 from pydantic import ValidationError
 
 from alphalayer.api.deps import wire_names
-from alphalayer.api.errors import Problem, first_fault
+from alphalayer.api.errors import Problem, first_error
 from alphalayer.api.native import FIELDS, Txt2ImgRequest
 from alphalayer.config import Settings
 from alphalayer.core.errors import AlphalayerError, StorageFailed
 from alphalayer.core.job import ImageRef, Job, JobSpec, JobState
-from alphalayer.engine.base import Order, Progress
+from alphalayer.engine.base import Progress, RenderTask
 from alphalayer.images import infotext
 from alphalayer.storage import Storage, read
 from alphalayer.storage.objects import open_storage
-from alphalayer.worker.engine_process import for_users, iterations, load_attribute, store_pictures
+from alphalayer.worker.engine_process import load_attribute, store_pictures, to_public_error
 
 URL_S = 24 * 3600
 """How long the URL of a picture in a bucket opens it."""
@@ -66,18 +66,20 @@ class Handler:
                     return await asyncio.to_thread(self._draw, spec, on_progress, wanted.response_format == "base64")
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
-            return _failed(first_fault({**first, "loc": ("input", *first["loc"])}))
+            return _failed(first_error({**first, "loc": ("input", *first["loc"])}))
         except AlphalayerError as error:
             return _failed(error)
         except Exception as error:
             # it may be the GPU, and then every later job would fail, too: the worker is started again
-            return {**_failed(for_users(error)), "refresh_worker": True}
+            return {**_failed(to_public_error(error)), "refresh_worker": True}
 
     def _draw(self, spec: JobSpec, on_progress: Any, with_data: bool) -> dict[str, Any]:
         drawing = Job.new(spec)
         orders = [
-            Order(each, lambda progress, i=i: on_progress(progress.within(i, spec.iterations)))
-            for i, each in enumerate(iterations(drawing))
+            RenderTask(
+                drawing.spec.generation, seeds, lambda progress, i=i: on_progress(progress.within(i, spec.iterations))
+            )
+            for i, seeds in enumerate(drawing.spec.batches())
         ]
         results = [self._engine.draw([order])[0] for order in orders]
         result = store_pictures(self._storage, drawing, results)

@@ -9,13 +9,15 @@ from sqlalchemy import func, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from alphalayer.core.job import JobState
-from alphalayer.jobs.base import USUAL_SECONDS, check_room
+from alphalayer.jobs.base import USUAL_SECONDS, check_capacity
 from alphalayer.jobs.table import jobs
 
 _WAITING = jobs.c.state == JobState.QUEUED.value
 _COUNT = select(func.count()).select_from(jobs).where(_WAITING)
 _RUNNING = (
-    select(jobs.c.id, jobs.c.started_at, func.count().over()).where(jobs.c.state == JobState.RUNNING.value).limit(20)
+    select(jobs.c.id, jobs.c.started_at, func.count().over())
+    .where(jobs.c.state == JobState.RUNNING.value)
+    .limit(20)
 )
 """Some of those that run, each with the number of all."""
 _LATELY = (
@@ -27,7 +29,7 @@ _LATELY = (
 )
 
 
-class Room:
+class QueueStats:
     """The figures of the whole queue, as they were when somebody looked last, and its limits."""
 
     def __init__(self, limit: int, shares: Mapping[str, float]):
@@ -75,4 +77,4 @@ class Room:
         share = self._shares.get(owner, 1.0)
         mine = _COUNT.where(jobs.c.owner == owner)
         theirs = (await connection.execute(mine)).scalar_one() if share < 1.0 else 0
-        check_room(count, self._limit, owner, theirs, share, self.retry_after_s)
+        check_capacity(count, self._limit, owner, theirs, share, self.retry_after_s)

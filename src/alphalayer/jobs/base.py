@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from alphalayer.core.errors import AlphalayerError, Cancelled, EngineFailed, QueueFull
-from alphalayer.core.job import Job, JobProgress, JobResult, JobSpec, JobState
+from alphalayer.core.job import Delivery, Job, JobProgress, JobResult, JobSpec, JobState, Submission
 
 MAX_STARTS = 3
 """A job that took its engine process down this often is failed, so that it cannot loop."""
@@ -23,11 +23,11 @@ OnEnd = Callable[[str, Outcome], None]
 """Told each end of a job once, wherever it ends, after it is written down: the job's id and its outcome."""
 
 
-def nobody(_job_id: str, _outcome: Outcome) -> None:
+def ignore_outcome(_job_id: str, _outcome: Outcome) -> None:
     """Is told and does nothing."""
 
 
-def over(outcome: Outcome) -> dict[str, Any]:
+def outcome_fields(outcome: Outcome) -> dict[str, Any]:
     """What an outcome changes of a job: state, and result or error."""
     if isinstance(outcome, JobResult):
         return {"state": JobState.DONE, "result": outcome}
@@ -48,7 +48,7 @@ class JobView:
     @classmethod
     def of_ended(cls, job: Job) -> JobView:
         """A job that is over, as the journal has it; one that is done stands at its last step."""
-        steps = (job.result.generation.steps or 0) * job.spec.iterations if job.result else 0
+        steps = job.result.settings.steps * job.spec.iterations if job.result else 0
         return cls(job, progress=JobProgress(step=steps, steps=steps))
 
 
@@ -80,7 +80,11 @@ class Dispatcher(Protocol):
         ...
 
     async def submit(
-        self, spec: JobSpec, *, owner: str = "", idempotency_key: str | None = None, job_id: str | None = None
+        self,
+        spec: JobSpec,
+        submission: Submission = Submission(),
+        delivery: Delivery = Delivery(),
+        job_id: str | None = None,
     ) -> Job:
         """Accept a job; from then on it is not lost. The same owner and key give the same job again, however full the queue is, and it
         is wanted by one more. `job_id` is the id that a new one gets (see `alphalayer.core.job.new_id`), for those who may not hear the answer.
@@ -106,7 +110,7 @@ class Dispatcher(Protocol):
         cannot be written down."""
         ...
 
-    async def leave(self, job_id: str) -> None:
+    async def withdraw(self, job_id: str) -> None:
         """One of those who submitted this job wants it no more. With the last of them it is cancelled, and gives up its idempotency key,
         so that the same request is a new job. Raises as `cancel` does."""
         ...
@@ -119,32 +123,32 @@ class Dispatcher(Protocol):
         """How the job stands, now and at every change, until it is over."""
         ...
 
-    async def take(self, holding: str | None = None) -> Job:
+    async def claim(self, holding: str | None = None) -> Job:
         """The next job to run; waits for one. `holding` names the model that the engine has loaded. Used by supervisors, as all below."""
         ...
 
-    async def take_like(self, job: Job, pixels: int) -> Job | None:
+    async def claim_compatible(self, job: Job, pixels: int) -> Job | None:
         """The oldest waiting job that may be drawn together with `job` and has at most so many pixels; does not wait for one."""
         ...
 
-    async def started(self, job_id: str) -> None:
+    async def mark_started(self, job_id: str) -> None:
         """The engine began with it: counts a start."""
         ...
 
-    async def progressed(self, job_id: str, progress: JobProgress) -> None:
+    async def report_progress(self, job_id: str, progress: JobProgress) -> None:
         """The engine is so far."""
         ...
 
-    async def finished(self, job_id: str, outcome: Outcome) -> None:
+    async def complete(self, job_id: str, outcome: Outcome) -> None:
         """It is over. Says nothing where it was over already."""
         ...
 
-    async def released(self, job_id: str, reason: str, *, is_counted: bool = True) -> None:
+    async def requeue(self, job_id: str, reason: str, *, is_counted: bool = True) -> None:
         """The engine process is gone: back to the front of the queue, or failed after `MAX_STARTS` starts. Where it was ended in good
         order, this start is not counted."""
         ...
 
-    async def cancel_asked(self, job_id: str) -> None:
+    async def wait_for_cancel(self, job_id: str) -> None:
         """Returns when somebody wants this job to stop."""
         ...
 
@@ -152,21 +156,21 @@ class Dispatcher(Protocol):
         """The ids of all jobs that are not over. Used by housekeeping, as all below."""
         ...
 
-    async def forget(self, finished_before: float) -> int:
+    async def delete_finished(self, finished_before: float) -> int:
         """Remove jobs that were over before a time (Unix seconds) and owe nobody a webhook; how many."""
         ...
 
-    async def owed_webhooks(self, limit: int) -> list[tuple[Job, int]]:
-        """Jobs whose receivers are to be told now, with how often that was tried; due again in a minute, unless `webhook_told` says
+    async def claim_due_webhooks(self, limit: int) -> list[tuple[Job, int]]:
+        """Jobs whose receivers are to be told now, with how often that was tried; due again in a minute, unless `record_webhook_attempt` says
         something else. Raises `StorageFailed`."""
         ...
 
-    async def webhook_told(self, job_id: str, due: float | None, tries: int) -> None:
+    async def record_webhook_attempt(self, job_id: str, due: float | None, tries: int) -> None:
         """Note a try, and when (Unix seconds) the next one is due; None: no more."""
         ...
 
 
-def gave_up(reason: str) -> EngineFailed:
+def too_many_starts(reason: str) -> EngineFailed:
     """The end of a job that was started too often."""
     return EngineFailed(
         f"the job was started {MAX_STARTS} times and did not come to its end ({reason}).",
@@ -174,7 +178,7 @@ def gave_up(reason: str) -> EngineFailed:
     )
 
 
-def check_room(waiting: int, limit: int, owner: str, theirs: int, share: float, retry_after_s: int) -> None:
+def check_capacity(waiting: int, limit: int, owner: str, theirs: int, share: float, retry_after_s: int) -> None:
     """Raise `QueueFull` where a queue in which `waiting` jobs wait, `theirs` of them the owner's, has no room for one more: for anybody,
     or in the part of it that the owner may have."""
     hint = f"Try again in {retry_after_s} seconds."

@@ -18,12 +18,12 @@ async def check(file: Path) -> None:
     Raises:
         SetupFailed: another service has this journal, it is damaged, or see `Journal.open`.
     """
-    journal, lock, _ = await open_alone(file)
+    journal, lock, _ = await open_exclusively(file)
     await journal.close()
     lock.release()
 
 
-async def open_alone(file: Path) -> tuple[Journal, FileLock, list[Job]]:
+async def open_exclusively(file: Path) -> tuple[Journal, FileLock, list[Job]]:
     """A journal for this service alone, and the jobs in it that are not over. Raises `SetupFailed`, see `check`."""
     async with contextlib.AsyncExitStack() as undo:
         lock = _lock(file)

@@ -1,6 +1,6 @@
 """What pods tell each other through PostgreSQL's NOTIFY: new jobs, cancels, changes and progress.
 
-News may be lost while a connection is made anew; whoever waits for them looks by itself now and then.
+Notifications may be lost while a connection is made anew; whoever waits for them looks by itself now and then.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ REMEMBERED = 10_000
 """Of how many jobs the last progress is kept."""
 
 
-class News:
+class Notifications:
     """Hears the news of one role ("api", "worker" or "all") on a connection of its own. `run` is one task of the event loop."""
 
     def __init__(self, url: str, role: str, on_cancel: Callable[[str], None]):

@@ -9,7 +9,7 @@ from alphalayer.observability.logging import log
 from alphalayer.observability.metrics import Metrics
 
 
-def note_end(metrics: Metrics, job_id: str, outcome: Outcome) -> None:
+def record_outcome(metrics: Metrics, job_id: str, outcome: Outcome) -> None:
     """Count an outcome and log it; with `metrics` bound, an `alphalayer.jobs.OnEnd`."""
     if isinstance(outcome, JobResult):
         metrics.jobs.labels("done").inc()

@@ -19,13 +19,13 @@ from pgqueuer.types import JobId, QueueManagerId
 from sqlalchemy import case, update
 
 from alphalayer.core.errors import AlphalayerError, Cancelled, StorageFailed
-from alphalayer.core.job import Job, JobProgress, JobResult, JobSpec, JobState
+from alphalayer.core.job import Delivery, Job, JobProgress, JobResult, JobSpec, JobState, Submission
 from alphalayer.jobs import claims, estimates
-from alphalayer.jobs.admission import Room
-from alphalayer.jobs.base import MAX_STARTS, JobView, OnEnd, Outcome, gave_up, nobody, over
-from alphalayer.jobs.claims import Held
+from alphalayer.jobs.admission import QueueStats
+from alphalayer.jobs.base import MAX_STARTS, JobView, OnEnd, Outcome, ignore_outcome, outcome_fields, too_many_starts
+from alphalayer.jobs.claims import Claim
 from alphalayer.jobs.housekeeping import Housekeeping
-from alphalayer.jobs.notifications import News
+from alphalayer.jobs.notifications import Notifications
 from alphalayer.jobs.table import ADD, OPEN, WITH_WEBHOOK, Journal, jobs, row_of
 from alphalayer.jobs.transactions import Transactions
 from alphalayer.observability.background import keep_running
@@ -40,7 +40,7 @@ AWAY_S = 10.0
 """Jobs cannot be written down where the last look at the queue that went well is so long ago."""
 
 
-class SharedDispatcher(Housekeeping):
+class PostgresJobQueue(Housekeeping):
     """Implements `alphalayer.jobs.Dispatcher` on PostgreSQL."""
 
     def __init__(
@@ -49,12 +49,12 @@ class SharedDispatcher(Housekeeping):
         super().__init__(journal)
         self._transaction = Transactions(journal)
         self._on_end = on_end
-        self._news = News(url, role, self._asked_to_cancel)
-        self._room = Room(queue_limit, queue_shares)
+        self._notifications = Notifications(url, role, self._asked_to_cancel)
+        self._room = QueueStats(queue_limit, queue_shares)
         self._worker = QueueManagerId(uuid.uuid4())
-        self._eagerness = claims.Eagerness()
-        self._patience = claims.Patience()
-        self._held: dict[str, Held] = {}
+        self._eagerness = claims.WakeupSampling()
+        self._patience = claims.ModelAffinity()
+        self._held: dict[str, Claim] = {}
         self._tasks: list[asyncio.Task[None]] = []
         self._looked_at = 0.0
 
@@ -65,8 +65,8 @@ class SharedDispatcher(Housekeeping):
         queue_limit: int,
         queue_shares: Mapping[str, float] | None = None,
         role: str = "all",
-        on_end: OnEnd = nobody,
-    ) -> SharedDispatcher:
+        on_end: OnEnd = ignore_outcome,
+    ) -> PostgresJobQueue:
         """Connect and bring both schemas up to date. `role` says whose news are heard: "api", "worker" or "all". Raises `SetupFailed`."""
         dispatcher = cls(
             await Journal.open(url), url, queue_limit, {} if queue_shares is None else queue_shares, role, on_end
@@ -76,10 +76,10 @@ class SharedDispatcher(Housekeeping):
         dispatcher._tasks = [
             asyncio.create_task(keep_running(name, each))
             for name, each in (
-                ("news", dispatcher._news.run),
+                ("news", dispatcher._notifications.run),
                 ("beat", dispatcher._beat),
                 ("look", dispatcher._keep_looking),
-                ("tidy", partial(claims.keep_tidy, dispatcher._news, dispatcher._transaction)),
+                ("tidy", partial(claims.keep_queue_log_short, dispatcher._notifications, dispatcher._transaction)),
             )
         ]
         return dispatcher
@@ -94,27 +94,33 @@ class SharedDispatcher(Housekeeping):
     # --- for those who ask for pictures
 
     async def submit(
-        self, spec: JobSpec, *, owner: str = "", idempotency_key: str | None = None, job_id: str | None = None
+        self,
+        spec: JobSpec,
+        submission: Submission = Submission(),
+        delivery: Delivery = Delivery(),
+        job_id: str | None = None,
     ) -> Job:
         """Accept a job; see the protocol. Those that count at the same moment, five a pod at most, may pass the limit together."""
-        job = Job.new(spec, owner, idempotency_key, job_id)
+        job = Job.new(spec, submission, delivery, job_id)
         while True:
             if known := await self._journal.known(job):
-                if known.repeated_by(job).state.is_final or await self._join(known):
+                if known.check_repeated(job).state.is_final or await self._join(known):
                     return known
                 continue
             async with self._transaction() as (connection, queue):
-                await self._room.check(connection, owner)
+                await self._room.check(connection, submission.owner)
                 [row_id] = await queue.enqueue(claims.entrypoint_of(job), job.id.encode())
                 added = await connection.execute(ADD["postgresql"], {**row_of(job), "queue_id": row_id})
                 if added.rowcount:
-                    await self._news.tell(connection, "queued")
+                    await self._notifications.tell(connection, "queued")
                     return job
                 await connection.rollback()  # another request was quicker with this key
 
     async def _join(self, job: Job) -> bool:
         """One more wants this job; whether it still runs or waits under its key."""
-        same = (jobs.c.id == job.id) & (jobs.c.idempotency_key == job.idempotency_key) & jobs.c.state.in_(OPEN)
+        same = (
+            (jobs.c.id == job.id) & (jobs.c.idempotency_key == job.submission.idempotency_key) & jobs.c.state.in_(OPEN)
+        )
         async with self._transaction() as (connection, _):
             joined = await connection.execute(update(jobs).where(same).values(wanted_by=jobs.c.wanted_by + 1))
         return joined.rowcount > 0
@@ -134,7 +140,7 @@ class SharedDispatcher(Housekeeping):
         """Stop a job, wherever it is; see the protocol."""
         return await self._cancel(job_id)
 
-    async def leave(self, job_id: str) -> None:
+    async def withdraw(self, job_id: str) -> None:
         """One that wanted this job is gone; see the protocol."""
         await self._cancel(job_id, as_leaving=True)
 
@@ -156,17 +162,17 @@ class SharedDispatcher(Housekeeping):
             ).scalar()
             if row_id is not None:
                 await queue.mark_job_as_cancelled([JobId(row_id)])
-                await self._news.tell(connection, "changed", job_id)
+                await self._notifications.tell(connection, "changed", job_id)
             elif not (await connection.execute(ask)).rowcount:
                 return False
-            await self._news.tell(connection, "cancel", job_id)
+            await self._notifications.tell(connection, "cancel", job_id)
         if row_id is not None:
             self._on_end(job_id, Cancelled("cancelled."))
         return True
 
     async def wait(self, job_id: str) -> Job:
         """The job, once it is over; looks by itself now and then."""
-        with self._news.about(job_id) as changed:
+        with self._notifications.about(job_id) as changed:
             while True:
                 changed.clear()
                 with contextlib.suppress(StorageFailed):
@@ -180,7 +186,7 @@ class SharedDispatcher(Housekeeping):
     async def watch(self, job_id: str) -> AsyncIterator[JobView]:
         """Every change of a job until it is over; looks by itself now and then."""
         last: JobView | None = None
-        with self._news.about(job_id) as changed:
+        with self._notifications.about(job_id) as changed:
             while True:
                 changed.clear()
                 with contextlib.suppress(StorageFailed):
@@ -217,10 +223,10 @@ class SharedDispatcher(Housekeeping):
 
     # --- for supervisors
 
-    async def take(self, holding: str | None = None) -> Job:
+    async def claim(self, holding: str | None = None) -> Job:
         """The next job; see the protocol."""
         while True:
-            self._news.queued.clear()
+            self._notifications.queued.clear()
             with contextlib.suppress(StorageFailed):
                 async with self._transaction() as (_, queue):
                     # where the database was away, those who are at work need time for their next heartbeat
@@ -231,10 +237,10 @@ class SharedDispatcher(Housekeeping):
                     if job := await self._hold(claimed):
                         return job
                     continue
-            if await self._news.of_jobs(self._eagerness.part, ASK_EVERY_S):
+            if await self._notifications.of_jobs(self._eagerness.part, ASK_EVERY_S):
                 self._eagerness.answered()
 
-    async def take_like(self, job: Job, pixels: int) -> Job | None:
+    async def claim_compatible(self, job: Job, pixels: int) -> Job | None:
         """The oldest waiting job that fits to `job`; see the protocol. Jobs of one key have one size here."""
         if job.batch_key is None or job.spec.pixels > pixels:
             return None
@@ -245,7 +251,7 @@ class SharedDispatcher(Housekeeping):
         except StorageFailed:
             return None
 
-    async def started(self, job_id: str) -> None:
+    async def mark_started(self, job_id: str) -> None:
         """Count a start; see the protocol. A job that is over by now, or another's, is told to stop."""
         held = self._held.get(job_id)
         if held is None:
@@ -259,13 +265,13 @@ class SharedDispatcher(Housekeeping):
                         return
                     counted = await connection.execute(count.returning(jobs.c.starts, jobs.c.cancel_asked))
                     held.start, is_to_stop = counted.first() or (0, True)
-                    await self._news.tell(connection, "changed", job_id)
+                    await self._notifications.tell(connection, "changed", job_id)
                 break
             await asyncio.sleep(1.0)
         if is_to_stop:
             held.cancel.set()
 
-    async def progressed(self, job_id: str, progress: JobProgress) -> None:
+    async def report_progress(self, job_id: str, progress: JobProgress) -> None:
         """Tell it to whoever watches, a few times a second at most."""
         held = self._held.get(job_id)
         if held is None or time.monotonic() - held.told_at < PROGRESS_EVERY_S:
@@ -273,43 +279,43 @@ class SharedDispatcher(Housekeeping):
         held.told_at = time.monotonic()
         with contextlib.suppress(StorageFailed):
             async with self._transaction() as (connection, _):
-                await self._news.tell(connection, "progress", job_id, **progress.model_dump())
+                await self._notifications.tell(connection, "progress", job_id, **progress.model_dump())
 
-    async def finished(self, job_id: str, outcome: Outcome) -> None:
+    async def complete(self, job_id: str, outcome: Outcome) -> None:
         """End a job, if it is still this start's to end; tried again until the database has it."""
         held = self._held.get(job_id)
         if held is None:
             return
-        ended = held.job.model_copy(update={"finished_at": time.time(), **over(outcome)})
+        ended = held.job.model_copy(update={"finished_at": time.time(), **outcome_fields(outcome)})
         # the pictures of one that is another's now still count if the other has not begun
         is_ours = not held.is_lost or isinstance(outcome, JobResult)
         while is_ours and not await self._end(held, ended, outcome):
             await asyncio.sleep(1.0)
         del self._held[job_id]
 
-    async def released(self, job_id: str, reason: str, *, is_counted: bool = True) -> None:
+    async def requeue(self, job_id: str, reason: str, *, is_counted: bool = True) -> None:
         """Give a job back to the queue whose engine is gone, or fail it; see the protocol."""
         held = self._held.get(job_id)
         if held is None:
             return
         if held.cancel.is_set():
-            await self.finished(job_id, Cancelled("cancelled."))
+            await self.complete(job_id, Cancelled("cancelled."))
             return
         starts = held.start if is_counted else held.job.starts
         if starts >= MAX_STARTS:
-            await self.finished(job_id, gave_up(reason))
+            await self.complete(job_id, too_many_starts(reason))
             return
         del self._held[job_id]
         with contextlib.suppress(StorageFailed):  # without a database the claim runs out by itself
             async with self._transaction() as (connection, queue):
                 if await held.is_of(self._worker, queue):
                     mine = (jobs.c.id == job_id) & (jobs.c.state.in_(OPEN)) & (jobs.c.starts == held.start)
-                    row_id = await claims.give_back(queue, held.row, held.job.model_copy(update={"starts": starts}))
+                    row_id = await claims.release_claim(queue, held.row, held.job.model_copy(update={"starts": starts}))
                     back = {"state": JobState.QUEUED.value, "starts": starts, "queue_id": row_id}
                     await connection.execute(update(jobs).where(mine).values(back))
-                    await self._news.tell(connection, "queued")
+                    await self._notifications.tell(connection, "queued")
 
-    async def cancel_asked(self, job_id: str) -> None:
+    async def wait_for_cancel(self, job_id: str) -> None:
         """Wait until a job is to be stopped."""
         if held := self._held.get(job_id):
             await held.cancel.wait()
@@ -328,31 +334,31 @@ class SharedDispatcher(Housekeeping):
             async with self._transaction() as (_, queue):
                 await queue.log_jobs([(row, "canceled", None)])
             return None
-        self._held[job.id] = Held(job, row, job.starts)
+        self._held[job.id] = Claim(job, row, job.starts)
         try:
             if job.cancel_asked:
-                await self.finished(job.id, Cancelled("cancelled."))
+                await self.complete(job.id, Cancelled("cancelled."))
             elif job.starts >= MAX_STARTS:
-                await self.finished(job.id, gave_up("its worker stopped while it ran"))
+                await self.complete(job.id, too_many_starts("its worker stopped while it ran"))
         except BaseException:
             # nobody will have it from here: its claim is to run out
             self._held.pop(job.id, None)
             raise
         return job if job.id in self._held else None
 
-    async def _end(self, held: Held, ended: Job, outcome: Outcome) -> bool:
+    async def _end(self, held: Claim, ended: Job, outcome: Outcome) -> bool:
         """Write the outcome, if the job is still of this start; whether the database could be reached."""
         mine = (jobs.c.id == ended.id) & jobs.c.state.in_(OPEN) & (jobs.c.starts == held.start)
         row = row_of(ended)
         changes = {name: row[name] for name in ("state", "finished_at", "result", "error")}
-        changes["webhook_due"] = ended.finished_at if ended.spec.webhook else None
+        changes["webhook_due"] = ended.finished_at if ended.delivery.webhook else None
         try:
             async with self._transaction() as (connection, queue):
                 is_mine = (await connection.execute(update(jobs).where(mine).values(changes))).rowcount > 0
                 if is_mine:
                     done = isinstance(outcome, JobResult)
                     await queue.log_jobs([(held.row, "successful" if done else "exception", None)])
-                    await self._news.tell(connection, "changed", ended.id)
+                    await self._notifications.tell(connection, "changed", ended.id)
         except StorageFailed as error:
             log.warning("outcome_not_written", job=ended.id, error=str(error))
             return False
@@ -375,11 +381,13 @@ class SharedDispatcher(Housekeeping):
             return JobView.of_ended(job)
         if position is not None:
             room = self._room
-            rests = [estimates.rest_s(at, self._news.progress_of(each)) for each, at in room.some_running.items()]
+            rests = [
+                estimates.rest_s(at, self._notifications.progress_of(each)) for each, at in room.some_running.items()
+            ]
             return JobView(
                 job, position, JobProgress(), estimates.wait_s(rests, room.running, position - 1, room.usual_s)
             )
-        progress = self._news.progress_of(job.id)
+        progress = self._notifications.progress_of(job.id)
         return JobView(job, 0, progress, estimates.rest_s(job.started_at, progress))
 
     def _asked_to_cancel(self, job_id: str) -> None:
@@ -387,7 +395,7 @@ class SharedDispatcher(Housekeeping):
             self._held[job_id].cancel.set()
 
     async def _beat(self) -> None:
-        await claims.keep_alive(self._held, self._worker, self._transaction)
+        await claims.keep_claims_alive(self._held, self._worker, self._transaction)
 
     async def _keep_looking(self) -> None:
         while True:

@@ -14,11 +14,21 @@ from typing import Any
 from filelock import FileLock
 
 from alphalayer.core.errors import AlphalayerError, Cancelled, StorageFailed
-from alphalayer.core.job import Job, JobProgress, JobResult, JobSpec, JobState
+from alphalayer.core.job import Delivery, Job, JobProgress, JobResult, JobSpec, JobState, Submission
 from alphalayer.jobs import estimates
-from alphalayer.jobs.base import MAX_STARTS, USUAL_SECONDS, JobView, OnEnd, Outcome, check_room, gave_up, nobody, over
+from alphalayer.jobs.base import (
+    MAX_STARTS,
+    USUAL_SECONDS,
+    JobView,
+    OnEnd,
+    Outcome,
+    check_capacity,
+    ignore_outcome,
+    outcome_fields,
+    too_many_starts,
+)
 from alphalayer.jobs.housekeeping import Housekeeping
-from alphalayer.jobs.lock import open_alone
+from alphalayer.jobs.lock import open_exclusively
 from alphalayer.jobs.table import Journal
 from alphalayer.observability.logging import log
 
@@ -50,7 +60,7 @@ class _Live:
         self.changed = asyncio.Event()
 
 
-class EmbeddedDispatcher(Housekeeping):
+class SqliteJobQueue(Housekeeping):
     """Implements `alphalayer.jobs.Dispatcher` on a journal file."""
 
     def __init__(
@@ -75,8 +85,8 @@ class EmbeddedDispatcher(Housekeeping):
         file: Path,
         queue_limit: int,
         queue_shares: Mapping[str, float] | None = None,
-        on_end: OnEnd = nobody,
-    ) -> EmbeddedDispatcher:
+        on_end: OnEnd = ignore_outcome,
+    ) -> SqliteJobQueue:
         """Open the journal and queue again what was not over, oldest first.
 
         `queue_shares` says for an owner which part of the queue may be theirs; others may fill it.
@@ -84,7 +94,7 @@ class EmbeddedDispatcher(Housekeeping):
         Raises:
             SetupFailed: see `alphalayer.jobs.lock.check`.
         """
-        journal, lock, unfinished = await open_alone(file)
+        journal, lock, unfinished = await open_exclusively(file)
         dispatcher = cls(journal, lock, queue_limit, {} if queue_shares is None else queue_shares, on_end)
         for job in unfinished:
             dispatcher._live[job.id] = _Live(job)
@@ -93,7 +103,7 @@ class EmbeddedDispatcher(Housekeeping):
             elif job.cancel_asked:
                 dispatcher._end_soon(job.id, Cancelled("cancelled."))
             elif job.starts >= MAX_STARTS:
-                dispatcher._end_soon(job.id, gave_up("the service stopped while it ran"))
+                dispatcher._end_soon(job.id, too_many_starts("the service stopped while it ran"))
             else:
                 dispatcher._waiting.append(job.id)
                 if job.state is JobState.RUNNING:
@@ -127,24 +137,33 @@ class EmbeddedDispatcher(Housekeeping):
         return time.time() - self._live[self._waiting[0]].job.created_at if self._waiting else 0.0
 
     async def submit(
-        self, spec: JobSpec, *, owner: str = "", idempotency_key: str | None = None, job_id: str | None = None
+        self,
+        spec: JobSpec,
+        submission: Submission = Submission(),
+        delivery: Delivery = Delivery(),
+        job_id: str | None = None,
     ) -> Job:
         """Accept a job; see the protocol."""
-        new = Job.new(spec, owner, idempotency_key, job_id)
+        new = Job.new(spec, submission, delivery, job_id)
         if known := await self._known(new):
             return known
-        share = self._queue_shares.get(owner, 1.0)
-        theirs = self._count(owner) if share < 1.0 else 0
-        check_room(
-            len(self._waiting) + len(self._accepting), self._queue_limit, owner, theirs, share, self.retry_after_s
+        share = self._queue_shares.get(submission.owner, 1.0)
+        theirs = self._count(submission.owner) if share < 1.0 else 0
+        check_capacity(
+            len(self._waiting) + len(self._accepting),
+            self._queue_limit,
+            submission.owner,
+            theirs,
+            share,
+            self.retry_after_s,
         )
         # a place is taken before the journal is awaited, so that a crowd cannot pass the limit together
-        self._accepting[new.id] = owner
+        self._accepting[new.id] = submission.owner
         # what is written down is queued, whatever becomes of whoever asked
         job = await asyncio.shield(self._accept(new))
         if job is not new:
             # another request was quicker with this key
-            return await self.submit(spec, owner=owner, idempotency_key=idempotency_key, job_id=job_id)
+            return await self.submit(spec, submission, delivery, job_id)
         return job
 
     async def _accept(self, new: Job) -> Job:
@@ -167,9 +186,9 @@ class EmbeddedDispatcher(Housekeeping):
     async def _known(self, new: Job) -> Job | None:
         """The job that came with the same key before, wanted by one more now; None where there is none. Raises `InvalidRequest`."""
         while known := await self._journal.known(new):
-            known.repeated_by(new)
+            known.check_repeated(new)
             live = self._live.get(known.id)
-            if live and live.job.idempotency_key:
+            if live and live.job.submission.idempotency_key:
                 live.wanted_by += 1
                 return live.job
             if known.state.is_final:
@@ -200,9 +219,9 @@ class EmbeddedDispatcher(Housekeeping):
     async def cancel(self, job_id: str) -> bool:
         """Stop a job; one that runs is over when its engine says so. See the protocol."""
         live = self._live.get(job_id)
-        return live is not None and await self._cancel(live, live.job.idempotency_key)
+        return live is not None and await self._cancel(live, live.job.submission.idempotency_key)
 
-    async def leave(self, job_id: str) -> None:
+    async def withdraw(self, job_id: str) -> None:
         """One that wanted this job is gone; see the protocol."""
         while job_id in self._accepting:
             await asyncio.sleep(0.01)
@@ -216,7 +235,7 @@ class EmbeddedDispatcher(Housekeeping):
     async def _cancel(self, live: _Live, key: str | None) -> bool:
         """Cancel a job, which has this key from now on."""
         job_id, before = live.job.id, live.job
-        live.job = before.model_copy(update={"idempotency_key": key})
+        live.job = before.with_key(key)
         if job_id not in self._waiting:
             live.cancel.set()
             # for the next start, should this one end before the engine stops
@@ -254,7 +273,7 @@ class EmbeddedDispatcher(Housekeeping):
         if view:
             yield view
 
-    async def take(self, holding: str | None = None) -> Job:  # noqa: ARG002 - oldest first on one machine
+    async def claim(self, holding: str | None = None) -> Job:  # noqa: ARG002 - oldest first on one machine
         """The next job; see the protocol."""
         async with self._arrived:
             await self._arrived.wait_for(lambda: bool(self._waiting))
@@ -262,7 +281,7 @@ class EmbeddedDispatcher(Housekeeping):
         self._wake_waiting()
         return self._live[job_id].job
 
-    async def take_like(self, job: Job, pixels: int) -> Job | None:
+    async def claim_compatible(self, job: Job, pixels: int) -> Job | None:
         """The oldest waiting job that fits to `job`; see the protocol."""
         key = job.batch_key
         for job_id in self._waiting if key else ():
@@ -273,18 +292,18 @@ class EmbeddedDispatcher(Housekeeping):
                 return mate
         return None
 
-    async def started(self, job_id: str) -> None:
+    async def mark_started(self, job_id: str) -> None:
         """Count a start; see the protocol."""
         live = self._live[job_id]
         await self._note(live, state=JobState.RUNNING, started_at=time.time(), starts=live.job.starts + 1)
 
-    async def progressed(self, job_id: str, progress: JobProgress) -> None:
+    async def report_progress(self, job_id: str, progress: JobProgress) -> None:
         """Note progress; in memory only."""
         if job_id in self._live:
             self._live[job_id].progress = progress
             self._live[job_id].wake()
 
-    async def finished(self, job_id: str, outcome: Outcome) -> None:
+    async def complete(self, job_id: str, outcome: Outcome) -> None:
         """End a job; see the protocol."""
         live = self._live.get(job_id)
         if live is None:
@@ -293,7 +312,7 @@ class EmbeddedDispatcher(Housekeeping):
             self._learn(live.job)
         await self._over(live, outcome)
 
-    async def released(self, job_id: str, reason: str, *, is_counted: bool = True) -> None:
+    async def requeue(self, job_id: str, reason: str, *, is_counted: bool = True) -> None:
         """Queue a job again whose engine is gone, or fail it; see the protocol."""
         live = self._live.get(job_id)
         if live is None:
@@ -303,7 +322,7 @@ class EmbeddedDispatcher(Housekeeping):
         if live.cancel.is_set():
             await self._over(live, Cancelled("cancelled."))
         elif starts >= MAX_STARTS:
-            await self.finished(job_id, gave_up(reason))
+            await self.complete(job_id, too_many_starts(reason))
         else:
             live.progress = JobProgress()
             self._waiting.appendleft(job_id)
@@ -311,7 +330,7 @@ class EmbeddedDispatcher(Housekeeping):
                 await self._note(live, state=JobState.QUEUED, starts=starts)
             await self._ring()
 
-    async def cancel_asked(self, job_id: str) -> None:
+    async def wait_for_cancel(self, job_id: str) -> None:
         """Wait until a job is to be stopped."""
         if job_id in self._live:
             await self._live[job_id].cancel.wait()
@@ -323,7 +342,7 @@ class EmbeddedDispatcher(Housekeeping):
             await self._journal.save(live.job)
 
     def _end_soon(self, job_id: str, outcome: Outcome) -> None:
-        ending = asyncio.create_task(self.finished(job_id, outcome))
+        ending = asyncio.create_task(self.complete(job_id, outcome))
         self._ending.add(ending)
         ending.add_done_callback(self._ending.discard)
 
@@ -339,7 +358,7 @@ class EmbeddedDispatcher(Housekeeping):
     async def _write_end(self, live: _Live, outcome: Outcome) -> None:
         """Write an outcome down, then tell everybody. Raises `StorageFailed`."""
         # until it is written the job stands as it stood, for those who look and for the next start
-        await self._journal.save(live.job.model_copy(update={"finished_at": time.time(), **over(outcome)}))
+        await self._journal.save(live.job.model_copy(update={"finished_at": time.time(), **outcome_fields(outcome)}))
         self._live.pop(live.job.id, None)
         self._on_end(live.job.id, outcome)
         live.wake()

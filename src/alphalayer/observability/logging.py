@@ -11,7 +11,7 @@ import structlog
 log: Any = structlog.get_logger("alphalayer")
 
 
-def set_up_logs(level: str, as_json: bool) -> None:
+def configure_logging(level: str, as_json: bool) -> None:
     """Send all logs, those of libraries too, to standard error: readable lines, or one JSON object each.
 
     Tracebacks are plain, without the values of variables: those hold keys and prompts.

@@ -24,19 +24,19 @@ from alphalayer import __version__, catalog
 from alphalayer.api import docs, errors, jobs, native, openai, ops, playground
 from alphalayer.api.a1111 import routes
 from alphalayer.api.addresses import address
-from alphalayer.api.auth import Gate
+from alphalayer.api.auth import Authenticator
 from alphalayer.api.deps import Service, require_user
 from alphalayer.api.middleware.forwarded import ForwardedHeaders
 from alphalayer.api.middleware.request_log import RequestLog
-from alphalayer.api.shutdown import Ending, stopping
-from alphalayer.auth.api_keys import Key, Keyring
+from alphalayer.api.shutdown import Shutdown, stopping
+from alphalayer.auth.api_keys import ApiKeyStore, Key
 from alphalayer.config import Settings
 from alphalayer.core.errors import AlphalayerError, SetupFailed
-from alphalayer.core.optional_dependencies import how_to_get, require
+from alphalayer.core.optional_dependencies import install_hint, require
 from alphalayer.jobs import lock
 from alphalayer.jobs.base import Dispatcher
-from alphalayer.jobs.outcomes import note_end
-from alphalayer.jobs.sqlite import EmbeddedDispatcher
+from alphalayer.jobs.outcomes import record_outcome
+from alphalayer.jobs.sqlite import SqliteJobQueue
 from alphalayer.observability.background import keep_running
 from alphalayer.observability.logging import log
 from alphalayer.observability.metrics import Metrics
@@ -97,7 +97,7 @@ def create_app(settings: Settings, *, engine: str = ENGINE, engine_options: dict
                 task.cancel()
             await asyncio.gather(*running, return_exceptions=True)
             with contextlib.suppress(asyncio.TimeoutError):
-                back = asyncio.gather(*(each.hand_back() for each in parts.supervisors), return_exceptions=True)
+                back = asyncio.gather(*(each.requeue_running() for each in parts.supervisors), return_exceptions=True)
                 await asyncio.wait_for(back, HAND_BACK_S)
             await parts.dispatcher.close()
             await asyncio.to_thread(send_traces)
@@ -145,7 +145,7 @@ def _trace(app: FastAPI) -> tuple[Traces, Callable[[], None]]:
     try:
         from alphalayer.observability import otlp
     except ImportError as error:
-        raise SetupFailed(f"tracing needs {error.name}.", hint=how_to_get("tracing")) from None
+        raise SetupFailed(f"tracing needs {error.name}.", hint=install_hint("tracing")) from None
     provider = otlp.install(app)
     return Traces(provider), provider.shutdown
 
@@ -155,7 +155,7 @@ def _mount_mcp(app: FastAPI, settings: Settings) -> _Lifespan:
     try:
         from alphalayer.integrations import mcp
     except ImportError as error:
-        log.info("mcp_off", path="/mcp/", missing=error.name, hint=f"To have it: {how_to_get('mcp')}")
+        log.info("mcp_off", path="/mcp/", missing=error.name, hint=f"To have it: {install_hint('mcp')}")
         return contextlib.nullcontext
     server = mcp.create_server(mcp.connect_to_caller, partial(mcp.outside, settings.public_url))
     tool = server.http_app("/", stateless_http=True, host_origin_protection=False)
@@ -192,10 +192,10 @@ def _check_default_model(settings: Settings) -> None:
         raise SetupFailed(f"setting default_model: {error.message}", hint=error.hint) from None
 
 
-def _keys(settings: Settings) -> Keyring:
+def _keys(settings: Settings) -> ApiKeyStore:
     """Who may ask. Raises `SetupFailed`."""
     users = settings.api_auth.get_secret_value() if settings.api_auth else ""
-    return Keyring(settings.keys_file, users, must_be="keys_file" in settings.model_fields_set)
+    return ApiKeyStore(settings.keys_file, users, must_be="keys_file" in settings.model_fields_set)
 
 
 def _webhook_key(settings: Settings) -> bytes | None:
@@ -205,14 +205,14 @@ def _webhook_key(settings: Settings) -> bytes | None:
 
 async def _open_dispatcher(settings: Settings, shares: Mapping[str, float], metrics: Metrics) -> Dispatcher:
     """The queue of this machine alone, or the one that many share."""
-    on_end = partial(note_end, metrics)
+    on_end = partial(record_outcome, metrics)
     if settings.database is None:
-        return await EmbeddedDispatcher.open(settings.data_dir / JOURNAL, settings.queue_limit, shares, on_end)
+        return await SqliteJobQueue.open(settings.data_dir / JOURNAL, settings.queue_limit, shares, on_end)
     try:
-        from alphalayer.jobs.postgres import SharedDispatcher
+        from alphalayer.jobs.postgres import PostgresJobQueue
     except ImportError as error:
-        raise SetupFailed(f"a shared queue needs {error.name}.", hint=how_to_get("shared")) from None
-    return await SharedDispatcher.open(
+        raise SetupFailed(f"a shared queue needs {error.name}.", hint=install_hint("shared")) from None
+    return await PostgresJobQueue.open(
         settings.database.get_secret_value(), settings.queue_limit, shares, settings.role, on_end
     )
 
@@ -247,14 +247,14 @@ async def _assemble(settings: Settings, engine: str, options: dict[str, Any], tr
         for name, environment in (engine_environments(settings.device).items() if settings.role != "api" else ())
     ]
 
-    def take_no_more() -> None:
+    def stop_accepting() -> None:
         for each in supervisors:
-            each.take_no_more()
+            each.stop_accepting()
 
-    ending = Ending(
+    ending = Shutdown(
         settings.drain_s,
-        take_no_more,
-        lambda job_id: any(each.is_at_work(job_id) for each in supervisors),
+        stop_accepting,
+        lambda job_id: any(each.is_running(job_id) for each in supervisors),
         others_draw=settings.database is not None,
     )
 
@@ -279,7 +279,7 @@ async def _assemble(settings: Settings, engine: str, options: dict[str, Any], tr
         list_models=lambda: catalog.find_models(settings.models_dir) if knows_models else [],
         readiness=readiness,
         metrics=metrics,
-        gate=Gate(keys.keys),
+        gate=Authenticator(keys.keys),
         ending=ending,
         default_model=settings.default_model,
         max_pixels=settings.max_request_pixels,

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from alphalayer.core.errors import AlphalayerError
-from alphalayer.core.job import PREVIEW_PREFIX, made_for
+from alphalayer.core.job import PREVIEW_PREFIX, job_prefix_of
 from alphalayer.jobs.base import Dispatcher
 from alphalayer.observability.logging import log
 from alphalayer.storage import Storage
@@ -27,7 +27,7 @@ class Limits:
     jobs_days: float = 0.0
 
 
-def doomed(
+def select_expired(
     files: Iterable[tuple[str, int, float]], limits: Limits, now: float, is_kept: Callable[[str], bool]
 ) -> list[str]:
     """The keys to remove of (key, bytes, time of writing): those too old, then the oldest until the rest fits; never those kept."""
@@ -46,15 +46,17 @@ def doomed(
 async def sweep(storage: Storage, dispatcher: Dispatcher, limits: Limits) -> int:
     """Remove what is over the limits; how many files went. Pictures of jobs that are not over stay, and so do others' files."""
     # first, as the database may do what the place of the pictures does not
-    jobs = await dispatcher.forget(time.time() - limits.jobs_days * DAY_S) if limits.jobs_days else 0
+    jobs = await dispatcher.delete_finished(time.time() - limits.jobs_days * DAY_S) if limits.jobs_days else 0
     await asyncio.to_thread(storage.tidy)
     # without limits only previews go: a bucket need not tell of each picture then
     all_of_them = limits.pictures_days or limits.pictures_bytes
     files = await asyncio.to_thread(storage.list, "" if all_of_them else PREVIEW_PREFIX)
     # asked after the files are listed: a file of a job that came meanwhile is not among them
     unfinished = {job_id[:10] for job_id in await dispatcher.unfinished_ids()}
-    ours = [(key, size, modified) for key, size, modified in files if made_for(key)]
-    gone = await asyncio.to_thread(doomed, ours, limits, time.time(), lambda key: made_for(key) in unfinished)
+    ours = [(key, size, modified) for key, size, modified in files if job_prefix_of(key)]
+    gone = await asyncio.to_thread(
+        select_expired, ours, limits, time.time(), lambda key: job_prefix_of(key) in unfinished
+    )
     faults = {key: fault for key in gone if (fault := await asyncio.to_thread(_delete, storage, key))}
     if faults:
         log.warning("pictures_stay", pictures=len(faults), error=str(next(iter(faults.values()))))

@@ -18,7 +18,7 @@ FAILED = 3
 
 
 class Server(uvicorn.Server):
-    """Serves an application that has an `alphalayer.api.shutdown.Ending` in its state."""
+    """Serves an application that has an `alphalayer.api.shutdown.Shutdown` in its state."""
 
     def __init__(self, app: Any, *, host: str = "127.0.0.1", port: int, drain_s: int):
         config = uvicorn.Config(

@@ -124,7 +124,7 @@ class Webhooks:
         """Begin a try for each job that is due; in how many seconds to look again."""
         room = AT_ONCE - len(self._at_work)
         try:
-            owed = await self._dispatcher.owed_webhooks(room) if room else []
+            owed = await self._dispatcher.claim_due_webhooks(room) if room else []
         except StorageFailed as error:
             log.warning("webhooks_wait", error=str(error), again_in_s=AWAY_S)
             return AWAY_S
@@ -143,7 +143,7 @@ class Webhooks:
                 )
             self._metrics.webhooks.labels(outcome).inc()
             log.info(f"webhook_{outcome}", job=job.id, tries=tries + 1, **({"reason": reason} if reason else {}))
-            await self._dispatcher.webhook_told(job.id, due, tries + 1)
+            await self._dispatcher.record_webhook_attempt(job.id, due, tries + 1)
         finally:
             del self._at_work[job.id]
 
@@ -164,7 +164,7 @@ class Webhooks:
 
     async def _post(self, http: httpx.AsyncClient, job: Job) -> int:
         """Send; the status. Redirects are not followed, and nothing of the answer is read."""
-        webhook = job.spec.webhook
+        webhook = job.delivery.webhook
         if webhook is None:
             raise Refused("its entry in the journal cannot be read any more.")
         url = httpx.URL(webhook.url)

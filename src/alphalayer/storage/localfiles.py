@@ -9,7 +9,7 @@ import stat
 import time
 from pathlib import Path
 
-from alphalayer.core.job import made_for
+from alphalayer.core.job import job_prefix_of
 from alphalayer.observability.logging import log
 
 ABANDONED_S = 600.0
@@ -49,7 +49,7 @@ def remove_unfinished(folder: Path) -> None:
     stay. Raises `OSError` where there is no folder."""
     for path in folder.iterdir():
         key, _, number = path.name.partition("#")
-        if not number.isdigit() or not made_for(key):
+        if not number.isdigit() or not job_prefix_of(key):
             continue
         try:
             about = path.lstat()

@@ -15,7 +15,7 @@ LOOK_AGAIN_S = (0.01, 0.25)
 """The pauses between two looks for more: the first, each next one twice as long, and the longest."""
 
 
-async def next_batch(
+async def claim_batch(
     dispatcher: Dispatcher, budget_pixels: int, wait_s: float, holding: str | None = None
 ) -> list[Job]:
     """Wait for a job, then up to `wait_s` seconds for more that may be drawn with it; stops as soon as the budget is used up.
@@ -24,13 +24,13 @@ async def next_batch(
     """
     batch: list[Job] = []
     try:
-        first = await dispatcher.take(holding)
+        first = await dispatcher.claim(holding)
         batch.append(first)
         room = budget_pixels - first.spec.pixels
         deadline = asyncio.get_running_loop().time() + wait_s
         pause = LOOK_AGAIN_S[0]
         while first.batch_key and room >= first.spec.pixels // first.spec.generation.batch_size:
-            mate = await dispatcher.take_like(first, room)
+            mate = await dispatcher.claim_compatible(first, room)
             if mate:
                 batch.append(mate)
                 room -= mate.spec.pixels
@@ -41,6 +41,6 @@ async def next_batch(
                 break
     except BaseException:
         for job in reversed(batch):
-            await dispatcher.released(job.id, "the supervisor stopped")
+            await dispatcher.requeue(job.id, "the supervisor stopped")
         raise
     return batch

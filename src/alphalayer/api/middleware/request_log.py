@@ -48,9 +48,9 @@ class RequestLog:
             try:
                 await self._app(scope, receive, answer)
             except Exception as error:
-                log.error("unforeseen", path=scope["path"], exc_info=error)
+                log.error("internal_error", path=scope["path"], exc_info=error)
                 if not status:
-                    await errors.unforeseen(scope["path"])(scope, receive, answer)
+                    await errors.internal_error(scope["path"])(scope, receive, answer)
             finally:
                 is_watching = scope["method"] == "GET" and _WATCHING.fullmatch(scope["path"])
                 level = log.debug if is_watching else log.info

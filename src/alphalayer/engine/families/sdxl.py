@@ -105,7 +105,7 @@ class LoadedModel:
         """Those that merge patches into the UNet and into the text encoders."""
         return patchers(self.unet, (self.text_encoder, self.text_encoder_2), TEXT_STORED)
 
-    def take_off_patches(self) -> None:
+    def remove_patches(self) -> None:
         """Take off all that was merged into the weights, and let go of what was read for it."""
         for patcher in vars(self).pop("patchers", ()):
             patcher.remove()

@@ -21,7 +21,7 @@ from alphalayer.engine.text.grammar import parse_weights, schedule_prompt, split
 from alphalayer.engine.text.textual_inversion import TextualInversion
 
 CACHE_BYTES = 64 * 1024**2
-"""Room for what was encoded, on the device: about a hundred short prompts of SDXL, or four of the longest."""
+"""QueueStats for what was encoded, on the device: about a hundred short prompts of SDXL, or four of the longest."""
 MAX_CHUNKS = 600
 """Of a prompt, over all steps: 380 MB of SDXL's, and more than 10,000 characters fill without BREAK."""
 _SOME_TEXT = " "
@@ -56,9 +56,9 @@ class TextEncoders:
         self._parts = (tokenizer, text_encoder), (tokenizer_2, text_encoder_2)
         self._known: OrderedDict[tuple[str, int], Conditioning] = OrderedDict()
         self._words: Mapping[str, TextualInversion] | None = None
-        self.learn(embeddings or {})
+        self.set_embeddings(embeddings or {})
 
-    def learn(self, words: Mapping[str, TextualInversion]) -> None:
+    def set_embeddings(self, words: Mapping[str, TextualInversion]) -> None:
         """Know these learned words and no others, as far as they fit; nothing is done if they are the same object as before."""
         if words is self._words:
             return
@@ -83,7 +83,7 @@ class TextEncoders:
             self._known.popitem(last=False)
         return found
 
-    def knows(self, text: str, clip_skip: int) -> bool:
+    def is_cached(self, text: str, clip_skip: int) -> bool:
         """Whether a text is remembered."""
         return (text, clip_skip) in self._known
 
@@ -227,12 +227,12 @@ def plan_negative(
     return _plan(encoders, [(prompt, 1.0)], steps, clip_skip, check, "negative_prompt")
 
 
-def is_known(encoders: TextEncoders, prompt: str, negative_prompt: str, steps: int, clip_skip: int) -> bool:
+def is_cached(encoders: TextEncoders, prompt: str, negative_prompt: str, steps: int, clip_skip: int) -> bool:
     """Whether both plans can be made of what is remembered, without a call of an encoder."""
     parts = [part for part, _ in split_and(prompt)]
     parts += [negative_prompt] if negative_prompt else []
-    return (bool(negative_prompt) or encoders.knows(_SOME_TEXT, 1)) and all(
-        encoders.knows(text, clip_skip) for part in parts for _, text in schedule_prompt(part, steps)
+    return (bool(negative_prompt) or encoders.is_cached(_SOME_TEXT, 1)) and all(
+        encoders.is_cached(text, clip_skip) for part in parts for _, text in schedule_prompt(part, steps)
     )
 
 

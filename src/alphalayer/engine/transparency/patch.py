@@ -81,7 +81,7 @@ class PatchFile:
         return cls(path, file_stamp(path))
 
 
-Merge = tuple[PatchFile, float]
+PatchSpec = tuple[PatchFile, float]
 """What is merged, and how strongly."""
 
 
@@ -202,9 +202,9 @@ class WeightPatcher:
         self._read = read
         self._rounded = rounded
         self._originals: dict[str, Tensor] = {}
-        self.applied: tuple[Merge, ...] = ()
+        self.applied: tuple[PatchSpec, ...] = ()
 
-    def ensure(self, wanted: Sequence[Merge]) -> None:
+    def ensure(self, wanted: Sequence[PatchSpec]) -> None:
         """Make the weights original + `wanted` patches with their strengths, in order; nothing is done if they are."""
         if tuple(wanted) == self.applied:
             return
@@ -214,7 +214,7 @@ class WeightPatcher:
         self.applied = tuple(wanted)
 
     def apply(self, patches: Sequence[tuple[Patch, float]]) -> None:
-        """Merge patches, all or, where one raises (out of memory), none."""
+        """PatchSpec patches, all or, where one raises (out of memory), none."""
         try:
             self._merge(patches)
         except BaseException:
