@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from alphalayer import catalog
+from alphalayer.core.request import GenerationRequest, LayerDiffuse
 from alphalayer.engine.pipeline import LocalEngine
-from alphalayer.request import GenerationRequest, LayerDiffuse
 
 OFF = LayerDiffuse(enabled=False)
 

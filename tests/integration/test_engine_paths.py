@@ -15,16 +15,13 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests import tiny_models
-from tests.tiny_models import unet_name_in_ldm
+from tests.support import tiny_models
+from tests.support.tiny_models import unet_name_in_ldm
 
 from alphalayer import catalog
 from alphalayer.catalog.headers import FIRST_CONV
 from alphalayer.config import Settings
-from alphalayer.engine import Progress
-from alphalayer.engine.guidance import _clean
-from alphalayer.engine.pipeline import LocalEngine, create_engine
-from alphalayer.errors import (
+from alphalayer.core.errors import (
     Cancelled,
     CorruptFile,
     EngineFailed,
@@ -34,8 +31,11 @@ from alphalayer.errors import (
     ModelUnusable,
     OutOfMemory,
 )
-from alphalayer.infotext import read_parameters
-from alphalayer.request import SAMPLERS, SCHEDULERS, GenerationRequest, LayerDiffuse, Lora
+from alphalayer.core.request import SAMPLERS, SCHEDULERS, GenerationRequest, LayerDiffuse, Lora
+from alphalayer.engine.base import Progress
+from alphalayer.engine.pipeline import LocalEngine, create_engine
+from alphalayer.engine.sampling.guidance import _clean
+from alphalayer.images.infotext import read_parameters
 
 REQUEST = GenerationRequest(prompt="a red apple", seed=3, steps=2, width=64, height=64, model="folder")
 
@@ -212,7 +212,7 @@ def test_memory_that_ends_while_a_model_is_read_is_told_as_such(
     def fail(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr("alphalayer.engine.loading.UNet2DConditionModel.from_pretrained", fail)
+    monkeypatch.setattr("alphalayer.engine.families.sdxl.UNet2DConditionModel.from_pretrained", fail)
     with pytest.raises(OutOfMemory, match="to read the model") as found:
         _draw(LocalEngine(models, device="cpu"))
     assert "0x0" not in str(found.value)

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests import tiny_models
 from tests.parity.reference_pipeline import draw
+from tests.support import tiny_models
 
+from alphalayer.core.request import GenerationRequest, LayerDiffuse
 from alphalayer.engine.pipeline import LocalEngine
-from alphalayer.request import GenerationRequest, LayerDiffuse
 
 PROMPT = "a red apple, high quality"
 REQUEST = GenerationRequest(prompt=PROMPT, seed=7, steps=6, width=64, height=128, noise="cpu")

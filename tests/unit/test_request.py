@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from alphalayer.errors import InvalidRequest
-from alphalayer.request import (
+from alphalayer.core.errors import InvalidRequest
+from alphalayer.core.request import (
     MAX_SEED,
     SAMPLERS,
     SCHEDULERS,

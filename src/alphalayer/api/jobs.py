@@ -11,8 +11,8 @@ from fastapi.sse import EventSourceResponse, ServerSentEvent
 from pydantic import BaseModel, ConfigDict, Field
 
 from alphalayer.api.deps import (
-    Errand,
     IdempotencyKey,
+    PendingJob,
     Service,
     ServiceDep,
     User,
@@ -22,11 +22,11 @@ from alphalayer.api.deps import (
     submit_job,
     wire_names,
 )
+from alphalayer.api.errors import PROBLEMS, Problem
 from alphalayer.api.native import FIELDS, ImageAnswer, Txt2ImgRequest, add_data, image_answers
-from alphalayer.api.problems import PROBLEMS, Problem
-from alphalayer.errors import AlphalayerError, FileMissing, InvalidRequest, JobMissing, Stopping
-from alphalayer.job import JobState, Webhook
-from alphalayer.jobs import JobView
+from alphalayer.core.errors import AlphalayerError, FileMissing, InvalidRequest, JobMissing, Stopping
+from alphalayer.core.job import JobState, Webhook
+from alphalayer.jobs.base import JobView
 
 router = APIRouter(prefix="/alpha/v1/jobs", tags=["Jobs"], responses=PROBLEMS)
 
@@ -156,7 +156,7 @@ async def cancel(
     stays as it is."""
     await _view(service, job_id, user)
     if leave:
-        await Errand(service, job_id).leave()
+        await PendingJob(service, job_id).withdraw()
     else:
         await service.dispatcher.cancel(job_id)
     return answer(await _view(service, job_id, user), base_url(request))

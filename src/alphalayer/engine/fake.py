@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from alphalayer import infotext
-from alphalayer.engine import GeneratedImage, GenerationResult, Order, Progress, RgbaImage
-from alphalayer.errors import Cancelled
-from alphalayer.request import ModelDefaults
+from alphalayer.core.errors import Cancelled
+from alphalayer.core.request import ModelDefaults
+from alphalayer.engine.base import GeneratedImage, GenerationResult, Progress, RenderTask, RgbaImage
+from alphalayer.images import infotext
 
 
 class FakeEngine:
@@ -27,7 +27,7 @@ class FakeEngine:
     def warm_up(self) -> None:
         """Nothing to warm up."""
 
-    def draw(self, orders: Sequence[Order]) -> list[GenerationResult]:
+    def draw(self, orders: Sequence[RenderTask]) -> list[GenerationResult]:
         """Draw the discs; see the protocol."""
         steps = orders[0].request.steps or ModelDefaults().steps
         start = time.perf_counter()
@@ -47,7 +47,7 @@ class FakeEngine:
         """None of its own."""
         return 0
 
-    def _result(self, order: Order, seconds: float) -> GenerationResult:
+    def _result(self, order: RenderTask, seconds: float) -> GenerationResult:
         request = order.request.resolved(ModelDefaults())
         pictures = [
             GeneratedImage(

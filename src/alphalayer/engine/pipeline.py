@@ -19,12 +19,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from alphalayer import catalog, infotext
+from alphalayer import catalog
 from alphalayer.catalog import ModelEntry
-from alphalayer.engine import GeneratedImage, GenerationResult, Order, Progress, RgbaImage
-from alphalayer.engine.brownian import BrownianNoise
+from alphalayer.core.errors import AlphalayerError, EngineFailed, ModelNotFound, OutOfMemory
+from alphalayer.core.request import GenerationRequest
+from alphalayer.engine.base import GeneratedImage, GenerationResult, Progress, RenderTask, RgbaImage
 from alphalayer.engine.canvas import SIZE_MULTIPLE, Canvas
-from alphalayer.engine.devices import (
+from alphalayer.engine.families.sdxl import LoadedModel, load_model
+from alphalayer.engine.memory import (
     GIB,
     MemoryMode,
     Residency,
@@ -38,19 +40,18 @@ from alphalayer.engine.devices import (
     memory_needed,
     modes_down_from,
 )
-from alphalayer.engine.embeddings import EmbeddingFolder
-from alphalayer.engine.guidance import Denoiser, Guidance
-from alphalayer.engine.loading import LoadedModel, load_model
-from alphalayer.engine.noise import ImageGenerator, Shape, initial_noise
-from alphalayer.engine.patches import Merge, PatchFile
-from alphalayer.engine.samplers import SAMPLERS, Noise, brownian_intervals, sample
-from alphalayer.engine.schedules import sigmas_for
-from alphalayer.engine.shelf import ModelShelf, Ready
-from alphalayer.engine.text import TextEncoders, is_known, plan_negative, plan_prompt
-from alphalayer.engine.transparency import decode_transparent, decoder_inputs, opaque, to_uint8
-from alphalayer.engine.watching import Stopwatch, Watchers
-from alphalayer.errors import AlphalayerError, EngineFailed, ModelNotFound, OutOfMemory
-from alphalayer.request import GenerationRequest
+from alphalayer.engine.model_cache import LoadedPipeline, ModelCache
+from alphalayer.engine.progress import ProgressReporter, Stopwatch
+from alphalayer.engine.sampling.brownian_tree import BrownianNoise
+from alphalayer.engine.sampling.guidance import Denoiser, Guidance
+from alphalayer.engine.sampling.noise import ImageGenerator, Shape, initial_noise
+from alphalayer.engine.sampling.samplers import SAMPLERS, Noise, brownian_intervals, sample
+from alphalayer.engine.sampling.schedules import sigmas_for
+from alphalayer.engine.text.encoders import TextEncoders, is_cached, plan_negative, plan_prompt
+from alphalayer.engine.text.textual_inversion import EmbeddingFolder
+from alphalayer.engine.transparency.decode import decode_transparent, decoder_inputs, opaque, to_uint8
+from alphalayer.engine.transparency.patch import PatchFile, PatchSpec
+from alphalayer.images import infotext
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +85,7 @@ class LocalEngine:
         self._embeddings = EmbeddingFolder(embeddings_dir or models_dir.parent / "embeddings")
         self._default_model = default_model
         self._batch_pixels = choose_batch_pixels(self.device, self.mode) if batch_pixels is None else batch_pixels
-        self._shelf = ModelShelf(self._read, spare_model_bytes)
+        self._shelf = ModelCache(self._read, spare_model_bytes)
         self.description = describe(self.device, self.precision, self.mode, asked=(device, memory))
 
     @property
@@ -110,9 +111,9 @@ class LocalEngine:
         previews: bool = False,
     ) -> GenerationResult:
         """Draw the pictures of one request; see `draw`."""
-        return self.draw([Order(request, on_progress, is_cancelled, previews)])[0]
+        return self.draw([RenderTask(request, on_progress, is_cancelled, previews)])[0]
 
-    def draw(self, orders: Sequence[Order]) -> list[GenerationResult]:
+    def draw(self, orders: Sequence[RenderTask]) -> list[GenerationResult]:
         """Draw the pictures of one request, or of several together; see `alphalayer.engine.Engine.draw`.
 
         Out of memory: what was taken is given back and a single request is drawn in the next smaller memory mode, down to the smallest.
@@ -143,27 +144,27 @@ class LocalEngine:
         return torch.cuda.memory_reserved(self.device) if self.device.type == "cuda" else 0
 
     @property
-    def held(self) -> Ready:
+    def held(self) -> LoadedPipeline:
         """The model in memory. Raises `ModelNotFound` before the first picture."""
         if self._shelf.held is None:
             raise ModelNotFound("no model is loaded yet.")
         return self._shelf.held
 
     @torch.inference_mode()
-    def _draw(self, orders: Sequence[Order], mode: MemoryMode) -> list[GenerationResult]:
+    def _draw(self, orders: Sequence[RenderTask], mode: MemoryMode) -> list[GenerationResult]:
         """The recipe. What the requests share is read from the first of them."""
-        watchers = Watchers(orders)
+        watchers = ProgressReporter(orders)
         stopwatch = Stopwatch(self.device)
         residency = Residency(self.device, mode)
 
         watchers.stage("load")
         with stopwatch.stage("load"):
             ready = self._shelf.get(self._entry(orders[0].request))
-            ready.encoders.learn(self._embeddings.read())
+            ready.encoders.set_embeddings(self._embeddings.read())
             model = ready.model
             requests = [order.request.resolved(model.defaults) for order in orders]
             shared = requests[0]
-            merges = self._merges(shared, model)
+            merges = self._patch_specs(shared, model)
             # read here, so that a decoder that is missing or damaged is told before the work
             decoders = [model.vae, model.decoder] if shared.layerdiffuse.enabled else [model.vae]
         canvas = Canvas.of(shared.width or 0, shared.height or 0)
@@ -209,10 +210,10 @@ class LocalEngine:
             catalog.check_layerdiffuse_method(entry, request.layerdiffuse.method)
         return entry
 
-    def _read(self, entry: ModelEntry) -> Ready:
+    def _read(self, entry: ModelEntry) -> LoadedPipeline:
         model = load_model(entry, self.precision, self._models_dir)
         encoders = (model.tokenizer, model.tokenizer_2, model.text_encoder, model.text_encoder_2)
-        return Ready(model, TextEncoders(*encoders))
+        return LoadedPipeline(model, TextEncoders(*encoders))
 
     def _noise(
         self, requests: Sequence[GenerationRequest], shape: Shape, sigmas: Tensor
@@ -235,10 +236,10 @@ class LocalEngine:
 
     def _sample(
         self,
-        orders: Sequence[Order],
+        orders: Sequence[RenderTask],
         shared: GenerationRequest,
         denoiser: Denoiser,
-        merges: _Merges,
+        merges: _PatchSpecs,
         start: Tensor,
         sigmas: Tensor,
         noise: Noise,
@@ -266,7 +267,7 @@ class LocalEngine:
         model: LoadedModel,
         latent: Tensor,
         mode: MemoryMode,
-        watchers: Watchers,
+        watchers: ProgressReporter,
         stopwatch: Stopwatch,
     ) -> RgbaImage:
         """One scaled latent (1, C, h, w) → RGBA; opaque if LayerDiffuse is off."""
@@ -289,15 +290,15 @@ class LocalEngine:
         with Residency(self.device, self.mode).of(model.vae, keep=True):
             return opaque(model.decode_latent(small))[..., :3]
 
-    def _merges(self, request: GenerationRequest, model: LoadedModel) -> _Merges:
+    def _patch_specs(self, request: GenerationRequest, model: LoadedModel) -> _PatchSpecs:
         """Raises `InvalidRequest` for a LoRA that is not there, `LayerDiffuseMissing`."""
         loras = tuple(
             (PatchFile.at(catalog.find_lora(self._models_dir, lora.name)), lora.weight) for lora in request.loras
         )
         options = request.layerdiffuse
         if not options.enabled:
-            return _Merges(loras, loras)
-        return _Merges(loras, (*loras, (PatchFile.at(model.layerdiffuse.patch(options.method)), options.weight)))
+            return _PatchSpecs(loras, loras)
+        return _PatchSpecs(loras, (*loras, (PatchFile.at(model.layerdiffuse.patch(options.method)), options.weight)))
 
     def _out_of_memory(self, requests: Sequence[GenerationRequest], tried: Sequence[MemoryMode]) -> OutOfMemory:
         """What was needed in the last mode that was tried and what was there, with what to do."""
@@ -324,11 +325,11 @@ class LocalEngine:
 
 
 @dataclass(frozen=True)
-class _Merges:
+class _PatchSpecs:
     """What is merged into the weights: the user's LoRAs, and what there is while the LayerDiffuse patch, above them, is on."""
 
-    loras: tuple[Merge, ...]
-    with_transparency: tuple[Merge, ...]
+    loras: tuple[PatchSpec, ...]
+    with_transparency: tuple[PatchSpec, ...]
 
 
 def create_engine(options: dict[str, Any]) -> LocalEngine:
@@ -339,16 +340,16 @@ def create_engine(options: dict[str, Any]) -> LocalEngine:
     return LocalEngine(**values)
 
 
-def _is_read(requests: Sequence[GenerationRequest], loras: tuple[Merge, ...], ready: Ready) -> bool:
+def _is_read(requests: Sequence[GenerationRequest], loras: tuple[PatchSpec, ...], ready: LoadedPipeline) -> bool:
     """Whether all that requests say was encoded before, with the same LoRAs."""
     return loras == ready.model.patchers[1].applied and all(
-        is_known(ready.encoders, each.prompt, each.negative_prompt, each.steps or 0, each.clip_skip)
+        is_cached(ready.encoders, each.prompt, each.negative_prompt, each.steps or 0, each.clip_skip)
         for each in requests
     )
 
 
-def _patch_text(loras: tuple[Merge, ...], ready: Ready) -> None:
-    """Merge what LoRAs change in the text encoders; what was encoded before is forgotten if that is something else."""
+def _patch_text(loras: tuple[PatchSpec, ...], ready: LoadedPipeline) -> None:
+    """PatchSpec what LoRAs change in the text encoders; what was encoded before is forgotten if that is something else."""
     patcher = ready.model.patchers[1]
     if loras != patcher.applied:
         ready.encoders.forget()
