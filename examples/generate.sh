@@ -18,7 +18,8 @@ curl -sf "$image" -o apple.png
 
 # A job: the answer comes at once, and its events report the progress.
 body='{"prompt": "a pear, high quality", "seed": 7}'
-curl -sf "$url/alpha/v1/jobs" "${headers[@]}" -H "Idempotency-Key: $RANDOM$RANDOM" -d "$body" > job.json
+curl -sf "$url/alpha/v1/jobs" "${headers[@]}" -H "Idempotency-Key: $RANDOM$RANDOM" \
+  -d "$body" > job.json
 curl -sfN "$(field '["events_url"]' < job.json)" "${headers[@]}" | grep "^event:"
 image=$(curl -sf "$(field '["url"]' < job.json)" "${headers[@]}" | field '["images"][0]["url"]')
 curl -sf "$image" -o pear.png
