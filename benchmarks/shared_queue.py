@@ -25,15 +25,15 @@ from benchmarks.report import write_report
 from tests.support.servers import Postgres
 
 from alphalayer.core.job import ImageRef, JobProgress, JobResult, JobSpec
-from alphalayer.core.request import GenerationRequest
+from alphalayer.core.request import GenerationRequest, ModelDefaults
 from alphalayer.jobs import claims
 from alphalayer.jobs.postgres import PostgresJobQueue
 
 SPEC = JobSpec(generation=GenerationRequest(prompt="x", width=64, height=64, steps=1))
 MESSAGES = 500
 RESULT = JobResult(
-    images=(ImageRef(key="alpha_1.png", seed=1, subseed=1, width=64, height=64, size_bytes=1, parameters=""),),
-    generation=SPEC.generation,
+    images=(ImageRef(key="alpha_1.png", seed=1, subseed=1, width=64, height=64, size_bytes=1),),
+    settings=ModelDefaults(),
     model_name="none",
     model_hash="0",
 )
@@ -187,7 +187,9 @@ async def _small_things(url: str, spent: Callable[[], Callable[[], float]], coun
 
     async def ask_for_nothing() -> None:
         async with queue._transaction() as (_, rows):
-            assert await claims.claim_next(rows, queue._worker, None, claims.ModelAffinity(), may_take_over=True) is None
+            assert (
+                await claims.claim_next(rows, queue._worker, None, claims.ModelAffinity(), may_take_over=True) is None
+            )
 
     async def tell_progress() -> None:
         queue._held[job.id].told_at = 0.0

@@ -264,7 +264,9 @@ def load_settings(**flags: Any) -> Settings:
         field = Settings.model_fields.get(name)
         if field and field.annotation == SecretStr | None:
             first["input"] = "…"  # what was given may be a password in the wrong form
-        raise SetupFailed(f"{_as_given(name, flags)}: {validation.describe_validation_error(first)}.", hint=_LIST) from None
+        raise SetupFailed(
+            f"{_as_given(name, flags)}: {validation.describe_validation_error(first)}.", hint=_LIST
+        ) from None
     except (OSError, ValueError) as error:
         raise SetupFailed(f"{TOML_FILE} cannot be read: {error}.", hint=_LIST) from None
 

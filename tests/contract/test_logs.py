@@ -141,7 +141,9 @@ def _is_ready(client: httpx.Client) -> bool:
 
 def test_what_is_wrong_with_a_prompt_is_logged_by_its_field_alone():
     with capture_logs() as lines:
-        record_outcome(Metrics(), "0123", InvalidRequest('the attention weight of "my secret" is too high.', field="prompt"))
+        record_outcome(
+            Metrics(), "0123", InvalidRequest('the attention weight of "my secret" is too high.', field="prompt")
+        )
     assert lines == [
         {"event": "job_failed", "log_level": "warning", "job": "0123", "code": "invalid_request", "field": "prompt"}
     ]

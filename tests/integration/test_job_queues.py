@@ -7,14 +7,15 @@ import contextlib
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from datetime import timedelta
+from typing import Any
 
 import pytest
 import pytest_asyncio
 from sqlalchemy import update
 
 from alphalayer.core.errors import Cancelled, EngineFailed, InvalidRequest, QueueFull, SetupFailed, StorageFailed
-from alphalayer.core.job import ImageRef, JobProgress, JobResult, JobSpec, JobState
-from alphalayer.core.request import GenerationRequest
+from alphalayer.core.job import ImageRef, Job, JobProgress, JobResult, JobSpec, JobState, Submission
+from alphalayer.core.request import GenerationRequest, ModelDefaults
 from alphalayer.jobs import estimates
 from alphalayer.jobs.base import MAX_STARTS, USUAL_SECONDS, Dispatcher, Outcome
 from alphalayer.jobs.sqlite import SqliteJobQueue
@@ -56,12 +57,19 @@ async def open_one(request, tmp_path, ends) -> AsyncIterator[Open]:
 
 
 def spec(prompt: str = "x", **fields) -> JobSpec:
-    return JobSpec(generation=GenerationRequest(prompt=prompt, **fields), request_digest=prompt)
+    return JobSpec(generation=GenerationRequest(prompt=prompt, **fields))
 
 
 def result_of(job_spec: JobSpec) -> JobResult:
-    image = ImageRef(key="alpha_1.png", seed=1, subseed=1, width=8, height=8, size_bytes=1, parameters="p")
-    return JobResult(images=(image,), generation=job_spec.generation, model_name="m", model_hash="h")
+    image = ImageRef(key="alpha_1.png", seed=1, subseed=1, width=8, height=8, size_bytes=1)
+    return JobResult(images=(image,), settings=ModelDefaults(), model_name="m", model_hash="h")
+
+
+async def submit(
+    queue: Any, job_spec: JobSpec, owner: str = "", idempotency_key: str | None = None, job_id: str | None = None
+) -> Job:
+    submission = Submission(owner=owner, idempotency_key=idempotency_key, digest=job_spec.generation.prompt)
+    return await queue.submit(job_spec, submission, job_id=job_id)
 
 
 async def soon(awaitable, seconds: float = 10):
@@ -151,28 +159,28 @@ async def test_the_time_left_counts_all_that_comes_before(open_one):
 async def test_room_shares_and_idempotency(open_one):
     queue = await open_one()
     for _ in range(5):
-        await queue.submit(spec(), owner="half")
+        await submit(queue, spec(), owner="half")
     with pytest.raises(QueueFull, match="may have 50%"):
-        await queue.submit(spec(), owner="half")
-    first = await queue.submit(spec("same"), owner="a", idempotency_key="k")
-    assert await queue.submit(spec("same"), owner="a", idempotency_key="k") == first
-    assert (await queue.submit(spec("same"), owner="b", idempotency_key="k")).id != first.id
+        await submit(queue, spec(), owner="half")
+    first = await submit(queue, spec("same"), owner="a", idempotency_key="k")
+    assert await submit(queue, spec("same"), owner="a", idempotency_key="k") == first
+    assert (await submit(queue, spec("same"), owner="b", idempotency_key="k")).id != first.id
     for _ in range(3):
         await queue.submit(spec())
     with pytest.raises(QueueFull, match="room for 10"):
         await queue.submit(spec())
     # a retry of what was accepted needs no room
-    assert await queue.submit(spec("same"), owner="a", idempotency_key="k") == first
+    assert await submit(queue, spec("same"), owner="a", idempotency_key="k") == first
     with pytest.raises(InvalidRequest, match="another request") as other:
-        await queue.submit(spec("other"), owner="a", idempotency_key="k")
+        await submit(queue, spec("other"), owner="a", idempotency_key="k")
     assert other.value.field == "Idempotency-Key"
 
 
 async def test_one_key_at_the_same_moment_is_one_job(open_one):
     queue = await open_one()
     asked = spec("same", seed=-1)
-    twice = [asked, asked.model_copy(update={"traceparent": "00-another-way-in"})]
-    same = await asyncio.gather(*(queue.submit(each, idempotency_key="k") for each in twice * 3))
+    twice = [asked, asked.model_copy()]
+    same = await asyncio.gather(*(submit(queue, each, idempotency_key="k") for each in twice * 3))
     assert len({job.id for job in same}) == 1
     assert queue.queue_length <= 1
 
@@ -180,16 +188,16 @@ async def test_one_key_at_the_same_moment_is_one_job(open_one):
 @pytest.mark.parametrize("is_running", [False, True])
 async def test_a_job_whose_clients_left_gives_up_its_key(open_one, is_running):
     queue = await open_one()
-    first = await queue.submit(spec("same"), idempotency_key="k")
+    first = await submit(queue, spec("same"), idempotency_key="k")
     if is_running:
         await soon(queue.claim())
         await queue.mark_started(first.id)
-    assert (await queue.submit(spec("same"), idempotency_key="k")).id == first.id
+    assert (await submit(queue, spec("same"), idempotency_key="k")).id == first.id
     await queue.withdraw(first.id)
-    assert (await queue.submit(spec("same"), idempotency_key="k")).id == first.id
+    assert (await submit(queue, spec("same"), idempotency_key="k")).id == first.id
     await queue.withdraw(first.id)
     await queue.withdraw(first.id)
-    second = await queue.submit(spec("same"), idempotency_key="k", job_id="0123456789ab")
+    second = await submit(queue, spec("same"), idempotency_key="k", job_id="0123456789ab")
     assert second.id == "0123456789ab"
     if is_running:
         await queue.complete(first.id, Cancelled("cancelled."))
@@ -198,19 +206,19 @@ async def test_a_job_whose_clients_left_gives_up_its_key(open_one, is_running):
     assert await queue.cancel(second.id)
     await queue.close()
     queue = await open_one()
-    assert (await queue.submit(spec("same"), idempotency_key="k", job_id="ab")).id == second.id
+    assert (await submit(queue, spec("same"), idempotency_key="k", job_id="ab")).id == second.id
 
 
 @pytest.mark.parametrize("is_running", [False, True])
 async def test_who_comes_as_the_last_one_leaves_has_a_job_that_goes_on(open_one, is_running):
     queue = await open_one()
     for i in range(10):
-        first = await queue.submit(spec(str(i)), idempotency_key=str(i))
+        first = await submit(queue, spec(str(i)), idempotency_key=str(i))
         if is_running:
             assert (await soon(queue.claim())).id == first.id
             await queue.mark_started(first.id)
         left, *came = await asyncio.gather(
-            queue.withdraw(first.id), *(queue.submit(spec(str(i)), idempotency_key=str(i)) for _ in range(2))
+            queue.withdraw(first.id), *(submit(queue, spec(str(i)), idempotency_key=str(i)) for _ in range(2))
         )
         assert left is None
         assert len({job.id for job in came}) == 1

@@ -15,7 +15,7 @@ import pytest_asyncio
 from tests.integration.test_job_queues import result_of, soon, spec, until
 
 from alphalayer.core.errors import EngineFailed, QueueFull, SetupFailed, StorageFailed
-from alphalayer.core.job import Job, JobProgress, JobState, Webhook
+from alphalayer.core.job import Job, JobProgress, JobState, Submission, Webhook
 from alphalayer.jobs import lock, table
 from alphalayer.jobs.base import Dispatcher
 from alphalayer.jobs.sqlite import SqliteJobQueue
@@ -85,11 +85,13 @@ async def test_old_jobs_are_forgotten_in_portions(queue: Dispatcher, monkeypatch
 
 
 async def test_a_crowd_does_not_pass_the_share_of_its_owner(own: SqliteJobQueue):
-    asked = await asyncio.gather(*(own.submit(spec(), owner="half") for _ in range(9)), return_exceptions=True)
+    asked = await asyncio.gather(
+        *(own.submit(spec(), Submission(owner="half")) for _ in range(9)), return_exceptions=True
+    )
     refused = [each for each in asked if isinstance(each, QueueFull)]
     assert len(refused) == 4
     assert "may have 50%" in str(refused[0])
-    await own.submit(spec(), owner="other")
+    await own.submit(spec(), Submission(owner="other"))
 
 
 async def test_a_request_that_goes_away_as_its_job_is_written_leaves_a_job_in_the_queue(
@@ -116,9 +118,7 @@ async def test_a_request_that_goes_away_as_its_job_is_written_leaves_a_job_in_th
     assert own.queue_length == 0
 
 
-async def test_a_job_is_over_when_that_is_written(
-    own: SqliteJobQueue, full_disk: pytest.MonkeyPatch, tmp_path: Path
-):
+async def test_a_job_is_over_when_that_is_written(own: SqliteJobQueue, full_disk: pytest.MonkeyPatch, tmp_path: Path):
     job = await own.submit(spec())
     await soon(own.claim())
     await own.mark_started(job.id)

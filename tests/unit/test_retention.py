@@ -14,7 +14,7 @@ from tests.support.serving import wait_until
 
 from alphalayer.core.errors import StorageFailed
 from alphalayer.core.job import JobResult, JobSpec
-from alphalayer.core.request import GenerationRequest
+from alphalayer.core.request import GenerationRequest, ModelDefaults
 from alphalayer.jobs.sqlite import SqliteJobQueue
 from alphalayer.service.retention import DAY_S, Limits, keep_sweeping, select_expired, sweep
 from alphalayer.storage.objects import ObjectStorage, open_storage
@@ -40,7 +40,10 @@ def test_previews_go_soon_after_their_job():
 
 
 def test_what_is_kept_stays_though_it_is_old_and_large():
-    assert select_expired(FILES, Limits(pictures_days=0.1, pictures_bytes=1), 1e9, lambda key: key in "ab") == ["c", "d"]
+    assert select_expired(FILES, Limits(pictures_days=0.1, pictures_bytes=1), 1e9, lambda key: key in "ab") == [
+        "c",
+        "d",
+    ]
 
 
 sizes = st.lists(st.tuples(st.integers(0, 1000), st.floats(0, 1e9)), max_size=30)
@@ -60,7 +63,7 @@ async def test_a_sweep_takes_old_pictures_of_finished_jobs_and_nothing_else(tmp_
     over, running, waiting = [await dispatcher.submit(spec) for _ in range(3)]
     for _ in range(2):
         await dispatcher.mark_started((await dispatcher.claim()).id)
-    await dispatcher.complete(over.id, JobResult(images=(), generation=spec.generation, model_name="m", model_hash="h"))
+    await dispatcher.complete(over.id, JobResult(images=(), settings=ModelDefaults(), model_name="m", model_hash="h"))
     foreign = ["notes.txt", ".hidden", "txt2img-images/00001.png", "alpha_1_aaaaaaaaaa.png", "alphalayer.png"]
     ours = [job.file_name(i) for job in (over, running, waiting) for i in (0, 255)] + [running.preview_name]
     gone = [over.file_name(0), over.file_name(255), over.preview_name, "alpha_1_bbbbbbbbbb00.webp"]
@@ -94,7 +97,7 @@ async def test_what_cannot_be_removed_stops_nothing_else(tmp_path: Path):
     spec = JobSpec(generation=GenerationRequest(prompt="x"))
     job = await dispatcher.submit(spec)
     await dispatcher.mark_started((await dispatcher.claim()).id)
-    await dispatcher.complete(job.id, JobResult(images=(), generation=spec.generation, model_name="m", model_hash="h"))
+    await dispatcher.complete(job.id, JobResult(images=(), settings=ModelDefaults(), model_name="m", model_hash="h"))
     outputs = tmp_path / "outputs"
     storage = Guarded(open_storage(str(outputs))._store, str(outputs))
     for name in ("alpha_1_aaaaaaaaaa00.png", "alpha_1_bbbbbbbbbb00.png"):

@@ -15,7 +15,7 @@ from alphalayer.api.auth import Authenticator
 from alphalayer.api.shutdown import Shutdown, stopping
 from alphalayer.catalog import ModelEntry, check_layerdiffuse_method, find_lora, resolve_model
 from alphalayer.core.errors import AlphalayerError, Cancelled, FileMissing, InvalidRequest, ModelNotFound, ModelUnusable
-from alphalayer.core.job import Job, JobSpec, JobState, new_id
+from alphalayer.core.job import Delivery, Job, JobSpec, JobState, Submission, new_id
 from alphalayer.core.request import DecodeMode, GenerationRequest, NoiseSource
 from alphalayer.jobs.base import Dispatcher, JobView
 from alphalayer.observability.logging import log
@@ -131,23 +131,23 @@ def _check_models(service: Service, generation: GenerationRequest) -> None:
     entry = find_model(service, generation.model)
     for lora in generation.loras:
         find_lora(service.models_dir, lora.name)
-    if generation.layerdiffuse.enabled:
-        check_layerdiffuse_method(entry, generation.layerdiffuse.method)
+    if generation.is_transparent:
+        check_layerdiffuse_method(entry, generation.mode)
 
 
 async def submit_job(
-    service: Service, spec: JobSpec, owner: str, idempotency_key: str | None = None, job_id: str | None = None
+    service: Service, spec: JobSpec, submission: Submission, delivery: Delivery = Delivery(), job_id: str | None = None
 ) -> Job:
     """Queue a job and log it; see `Dispatcher.submit`. Raises `QueueFull`; `InvalidRequest` or `ModelUnusable` for too many pixels or
     what is not there."""
     spec.check_pixels(service.max_pixels)
     asked = spec.generation
-    if service.knows_models and (asked.model or asked.loras or asked.layerdiffuse.method != "attention"):
+    if service.knows_models and (asked.model or asked.loras or asked.mode == "conv"):
         await asyncio.to_thread(_check_models, service, asked)
-    traced = spec.model_copy(update={"traceparent": here()})
-    job = await service.dispatcher.submit(traced, owner=owner, idempotency_key=idempotency_key, job_id=job_id)
+    traced = submission.model_copy(update={"traceparent": here()})
+    job = await service.dispatcher.submit(spec, traced, delivery, job_id)
     said = {"prompt": spec.generation.prompt} if service.log_prompts else {}
-    log.info("job_accepted", job=job.id, owner=owner, **said)
+    log.info("job_accepted", job=job.id, owner=submission.owner, **said)
     return job
 
 
@@ -158,10 +158,10 @@ class PendingJob:
         self._service = service
         self.job_id = job_id or new_id()
 
-    async def submit(self, spec: JobSpec, owner: str, idempotency_key: str | None) -> None:
+    async def submit(self, spec: JobSpec, submission: Submission, delivery: Delivery) -> None:
         """Queue the job, or find it. Raises `Stopping` where the service ends, and what `submit_job` does."""
         self._service.ending.check()
-        self.job_id = (await submit_job(self._service, spec, owner, idempotency_key, self.job_id)).id
+        self.job_id = (await submit_job(self._service, spec, submission, delivery, self.job_id)).id
 
     async def withdraw(self) -> None:
         """The client left. Not where the service ends, which cancels its requests: that is no wish of the client."""
@@ -169,7 +169,7 @@ class PendingJob:
             await asyncio.shield(self._service.dispatcher.withdraw(self.job_id))
 
 
-async def run_job(request: Request, spec: JobSpec, owner: str, idempotency_key: str | None = None) -> Job:
+async def run_job(request: Request, spec: JobSpec, submission: Submission, delivery: Delivery = Delivery()) -> Job:
     """Queue a job and wait for its end; a client that leaves takes its job along, unless others wait for it.
 
     Raises:
@@ -181,7 +181,7 @@ async def run_job(request: Request, spec: JobSpec, owner: str, idempotency_key: 
     pending = PendingJob(service(request))
     left = asyncio.create_task(_client_left(request))
     try:
-        await pending.submit(spec, owner, idempotency_key)
+        await pending.submit(spec, submission, delivery)
         job = await _end_of(service(request), pending.job_id, left)
     except asyncio.CancelledError:
         await pending.withdraw()

@@ -224,7 +224,11 @@ def _not_json(request: Request) -> InvalidRequest:
 def first_error(first: Any) -> InvalidRequest:
     """What pydantic found wrong in a request, in the service's words; `loc` begins with where the field was sent."""
     place = [str(part) for part in first["loc"][1:]]
-    message = validation.describe_validation_error(first) if place else f"the {first['loc'][0]}: {validation.describe_validation_error(first)}"
+    message = (
+        validation.describe_validation_error(first)
+        if place
+        else f"the {first['loc'][0]}: {validation.describe_validation_error(first)}"
+    )
     if first["type"] == "json_invalid":
         message, place = f"the body is not valid JSON: {first.get('ctx', {}).get('error', '')}", []
     return InvalidRequest(message + ".", hint=validation.DESCRIBED, field=".".join(place) or None)

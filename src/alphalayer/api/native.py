@@ -28,10 +28,11 @@ from alphalayer.api.errors import PROBLEMS
 from alphalayer.api.schemas import Body
 from alphalayer.catalog import ModelEntry, model_defaults
 from alphalayer.core.errors import CorruptFile, InvalidRequest
-from alphalayer.core.job import MAX_ITERATIONS, PREVIEW_PREFIX, Job, JobSpec, Output
+from alphalayer.core.job import MAX_ITERATIONS, PREVIEW_PREFIX, Delivery, Job, JobSpec, Output, Submission
 from alphalayer.core.request import (
     MAX_PROMPT_CHARACTERS,
     MAX_SEED,
+    OPAQUE,
     DecodeMode,
     ImageFormat,
     Lora,
@@ -112,7 +113,6 @@ class Txt2ImgRequest(Body):
         self._refuse_what_cannot_be_done()
         sampler, scheduler = split_sampler_name(self.sampler_name, self.scheduler)
         same = ("prompt", "negative_prompt", "seed", "steps", "cfg_scale", "width", "height", "batch_size")
-        layers = {name: getattr(self, f"layerdiffuse_{name}") for name in ("enabled", "method", "weight", "stop_at")}
         generation = parse_request(
             {
                 **{name: getattr(self, name) for name in (*same, "subseed", "subseed_strength")},
@@ -122,17 +122,18 @@ class Txt2ImgRequest(Body):
                 "loras": tuple(self.loras),
                 "noise": noise,
                 "decode": decode,
-                "layerdiffuse": layers,
+                "mode": self.layerdiffuse_method if self.layerdiffuse_enabled else OPAQUE,
+                "layerdiffuse_weight": self.layerdiffuse_weight,
+                "layerdiffuse_stop_at": self.layerdiffuse_stop_at,
             }
         )
         output = Output(**{name: getattr(self, name) for name in Output.model_fields})
-        return JobSpec(
-            generation=generation,
-            iterations=self.n_iter,
-            output=output,
-            with_data=self.response_format == "base64",
-            request_digest=self.digest,
-        )
+        return JobSpec(generation=generation, iterations=self.n_iter, output=output)
+
+    @property
+    def with_data(self) -> bool:
+        """Whether the answer holds the images themselves."""
+        return self.response_format == "base64"
 
     def _refuse_what_cannot_be_done(self) -> None:
         """What is not there yet, or means nothing beside another field; at its default a field is no wish."""
@@ -143,7 +144,9 @@ class Txt2ImgRequest(Body):
                 field="layerdiffuse_output_origin",
             )
         reject_unused_options(self, "trim", "trim_threshold", "trim_padding")
-        reject_unused_options(self, "layerdiffuse_enabled", "layerdiffuse_method", "layerdiffuse_weight", "layerdiffuse_stop_at")
+        reject_unused_options(
+            self, "layerdiffuse_enabled", "layerdiffuse_method", "layerdiffuse_weight", "layerdiffuse_stop_at"
+        )
 
 
 def reject_unused_options(asked: BaseModel, switch: str, *names: str) -> None:
@@ -184,7 +187,9 @@ async def txt2img(
 ) -> Txt2ImgResponse:
     """Waits for the picture. While it waits it stands in the queue as a job; a client that leaves gives its place up."""
     with wire_names(FIELDS):
-        job = await run_job(request, body.to_spec(service.noise, service.decode), user, idempotency_key)
+        submission = Submission(owner=user, idempotency_key=idempotency_key, digest=body.digest)
+        spec = body.to_spec(service.noise, service.decode)
+        job = await run_job(request, spec, submission, Delivery(with_data=body.with_data))
     return await _answer(job, request, service)
 
 
@@ -304,7 +309,7 @@ async def add_data(pictures: list[ImageAnswer], service: Service) -> None:
 
 async def _answer(job: Job, request: Request, service: Service) -> Txt2ImgResponse:
     pictures = image_answers(job, base_url(request))
-    if job.spec.with_data:
+    if job.delivery.with_data:
         await add_data(pictures, service)
     first = pictures[0]
     return Txt2ImgResponse(

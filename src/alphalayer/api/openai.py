@@ -36,7 +36,7 @@ from alphalayer.api.schemas import Body
 from alphalayer.catalog import ModelEntry, resolve_model
 from alphalayer.core import validation
 from alphalayer.core.errors import AlphalayerError, InvalidRequest, ModelNotFound, ModelUnusable, NotImplementedYet
-from alphalayer.core.job import ImageRef, Job, JobSpec, Output
+from alphalayer.core.job import Delivery, ImageRef, Job, JobSpec, Output, Submission
 from alphalayer.core.request import MAX_SEED, MAX_SIDE, MIN_SIDE, parse_request
 from alphalayer.images import codecs
 from alphalayer.jobs.base import JobView
@@ -163,7 +163,6 @@ class GenerationsRequest(Body):
             iterations=self.n,
             output=output,
             previews=self.stream and self.partial_images > 0,
-            request_digest=self.digest,
         )
 
     def settings(self, image: ImageRef) -> dict[str, Any]:
@@ -234,14 +233,15 @@ async def generations(
     """With transparency, unless the background is opaque. With `stream` the answer is events."""
     model = await asyncio.to_thread(_known_model, body.model, service)
     spec = body.to_spec(service, model)
+    submission = Submission(owner=user, idempotency_key=idempotency_key, digest=body.digest)
     if body.stream:
         pending = PendingJob(service)
         with wire_names(FIELDS):
-            await pending.submit(spec, user, idempotency_key)
+            await pending.submit(spec, submission, Delivery())
         events = _never_silent(_events(body, service, pending))
         return StreamingResponse(events, media_type="text/event-stream", headers=STREAM_HEADERS)
     with wire_names(FIELDS):
-        job = await run_job(request, spec, user, idempotency_key)
+        job = await run_job(request, spec, submission)
     assert job.result is not None, job.id
     pictures = job.result.images
     if body.response_format == "url":

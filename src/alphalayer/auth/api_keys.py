@@ -49,7 +49,11 @@ def read_keys(file: Path) -> list[Key] | None:
         why = error.strerror or str(error)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        why = ".".join(str(part) for part in first["loc"]) + (": " if first["loc"] else "") + validation.describe_validation_error(first)
+        why = (
+            ".".join(str(part) for part in first["loc"])
+            + (": " if first["loc"] else "")
+            + validation.describe_validation_error(first)
+        )
     raise SetupFailed(
         f"{file} cannot be read: {why}.", hint="Mend it, or move it away and make keys with: alphalayer keys add"
     )

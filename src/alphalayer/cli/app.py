@@ -28,8 +28,16 @@ from alphalayer.config import API_KEY, Settings, load_settings
 from alphalayer.core.errors import AlphalayerError, SetupFailed, StorageFailed
 from alphalayer.core.job import Output
 from alphalayer.core.optional_dependencies import install_hint
-from alphalayer.core.request import SAMPLERS, SCHEDULERS, ImageFormat, parse_as, parse_request, split_sampler_name
-from alphalayer.images import codecs, postprocess
+from alphalayer.core.request import (
+    OPAQUE,
+    SAMPLERS,
+    SCHEDULERS,
+    ImageFormat,
+    parse_as,
+    parse_request,
+    split_sampler_name,
+)
+from alphalayer.images import codecs, infotext, postprocess
 
 app = typer.Typer(
     name="alphalayer",
@@ -114,7 +122,7 @@ def generate(
         "model": model,
         "noise": noise or settings.noise,
         "decode": decode or settings.decode,
-        "layerdiffuse": {"enabled": transparent},
+        "mode": "attention" if transparent else OPAQUE,
     }
     request = parse_request(asked)
     finish = parse_as(Output, {"defringe": defringe, "trim": trim, "background": background})
@@ -127,7 +135,10 @@ def generate(
         result = create_engine(settings.engine_options()).generate(request, on_progress=report)
     for image, target in zip(result.images, targets, strict=True):
         rgba = postprocess.finish(image.rgba, finish)
-        _write(target, codecs.encode(rgba, codecs.check_format(target.suffix[1:]), image.parameters))
+        settings_text = infotext.write_parameters(
+            result.request, result.model_name, result.model_hash, image.seed, image.subseed
+        )
+        _write(target, codecs.encode(rgba, codecs.check_format(target.suffix[1:]), settings_text))
         high, wide = rgba.shape[:2]
         seconds = time.perf_counter() - start
         out.print(f"{target}  {wide}x{high}  seed {image.seed}  {seconds:.1f} s  {result.model_name}")

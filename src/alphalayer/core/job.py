@@ -6,27 +6,31 @@ import re
 import secrets
 import time
 from enum import Enum
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import ConfigDict, Field
 
 from alphalayer.core.errors import InvalidRequest
-from alphalayer.core.request import GenerationRequest, ImageFormat, ModelDefaults
+from alphalayer.core.request import (
+    Frozen,
+    GenerationRequest,
+    ImageFormat,
+    ImageSeed,
+    ModelDefaults,
+    ResolvedRequest,
+)
 from alphalayer.core.validation import COLOUR
 
 MAX_ITERATIONS = 16
 PREVIEW_PREFIX = "preview_"
+LayerRole = Literal["image", "foreground", "background", "blended"]
+"""What a layer of a result is."""
 _MADE_NAME = re.compile(
     rf"(?:alpha_\d+_([0-9a-f]{{10}})[0-9a-f]{{2}}|{PREVIEW_PREFIX}([0-9a-f]{{10}})[0-9a-f]{{14}})\.\w+"
 )
 
 
-class _Frozen(BaseModel):
-    # errors go into logs, and what was put in holds prompts
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, hide_input_in_errors=True)
-
-
-class Output(_Frozen):
+class Output(Frozen, frozen=True):
     """What is done to the finished pictures, in this order: defringe, trim, composite, encode."""
 
     model_config = ConfigDict(use_attribute_docstrings=True)
@@ -45,27 +49,51 @@ class Output(_Frozen):
     """A colour to lay the picture on; the result is opaque."""
 
 
-class Webhook(_Frozen):
-    """Whom to tell when a job is over, and under which address they know the service."""
+class Webhook(Frozen, frozen=True):
+    """Receiver of a job's outcome, and the service's address as the client knows it."""
 
     url: Annotated[str, Field(max_length=2000)]
     service_url: str
 
 
-class JobSpec(_Frozen):
-    """Everything a worker needs to know: the request, drawn `iterations` times with seeds counting up, and the output."""
+class Delivery(Frozen, frozen=True):
+    """How the outcome reaches the client. Workers do not need it."""
+
+    webhook: Webhook | None = None
+    with_data: bool = False
+    """Whether the answer holds the images themselves."""
+
+
+class Submission(Frozen, frozen=True):
+    """Where a job came from."""
+
+    owner: str = ""
+    idempotency_key: str | None = None
+    digest: str | None = None
+    """SHA-256 of the client's request as sent, without what the service adds."""
+    traceparent: str | None = None
+    """W3C trace context of the request."""
+
+
+class JobSpec(Frozen, frozen=True):
+    """What a worker needs: the request, its iterations, their seeds, and the output."""
 
     generation: GenerationRequest
-    iterations: Annotated[int, Field(ge=1, le=MAX_ITERATIONS)] = 1
+    iterations: Annotated[int, Field(ge=1, le=MAX_ITERATIONS, description="Batches generated in turn.")] = 1
     output: Output = Output()
-    previews: bool = False
-    with_data: bool = False
-    """Whether the answer is to hold the pictures themselves."""
-    webhook: Webhook | None = None
-    traceparent: str | None = None
-    """The request that it came with, for traces."""
-    request_digest: str | None = None
-    """SHA-256 of what the client sent, without what the service adds: that may change before the same request comes again."""
+    previews: Annotated[bool, Field(description="Generate a small preview at every step.")] = False
+    seeds: tuple[ImageSeed, ...] = ()
+    """Seeds of all images; filled once, at submission."""
+
+    def with_seeds(self) -> JobSpec:
+        """Replace random seeds by numbers and expand them to one pair an image."""
+        generation = self.generation.with_seeds()
+        return self.model_copy(update={"generation": generation, "seeds": generation.image_seeds(self.iterations)})
+
+    def batches(self) -> list[tuple[ImageSeed, ...]]:
+        """Return the seeds of each iteration."""
+        size = self.generation.batch_size
+        return [self.seeds[i : i + size] for i in range(0, len(self.seeds), size)]
 
     @property
     def pixels(self) -> int:
@@ -102,8 +130,8 @@ class JobState(str, Enum):
         return self in (JobState.DONE, JobState.FAILED, JobState.CANCELLED)
 
 
-class ImageRef(_Frozen):
-    """A stored picture: its storage key, and what is known of it without opening it."""
+class ImageRef(Frozen, frozen=True):
+    """A stored image: its storage key, its role, and what is known without opening it."""
 
     key: str
     seed: int
@@ -111,20 +139,21 @@ class ImageRef(_Frozen):
     width: int
     height: int
     size_bytes: int
-    parameters: str
+    role: LayerRole = "image"
 
 
-class JobResult(_Frozen):
-    """The pictures of a job, the request with nothing left open, and the seconds of each stage."""
+class JobResult(Frozen, frozen=True):
+    """The images of a job, the model that generated them, and the seconds of each stage."""
 
     images: tuple[ImageRef, ...]
-    generation: GenerationRequest
+    settings: ModelDefaults
+    """Values of the request's open fields, as they were used."""
     model_name: str
     model_hash: str
     seconds: dict[str, float] = {}
 
 
-class JobProgress(_Frozen):
+class JobProgress(Frozen, frozen=True):
     """How far a running job is, in steps over all its iterations. `preview` is the storage key of a small picture."""
 
     stage: str = "start"
@@ -142,41 +171,63 @@ def new_id() -> str:
     return secrets.token_hex(12)
 
 
-class Job(_Frozen):
+class Job(Frozen, frozen=True):
     """One job of the journal. Times are Unix seconds."""
 
     id: str
     spec: JobSpec
+    submission: Submission = Submission()
+    delivery: Delivery = Delivery()
     state: JobState = JobState.QUEUED
-    owner: str = ""
-    idempotency_key: str | None = None
-    digest: str | None = None
-    """Of the request that the key came with."""
     created_at: float
     started_at: float | None = None
     finished_at: float | None = None
     starts: int = 0
     cancel_asked: bool = False
-    """Somebody wanted it to stop while it ran."""
+    """Whether a client asked to stop it while it ran."""
     result: JobResult | None = None
     error: dict[str, Any] | None = None
 
     @classmethod
-    def new(cls, spec: JobSpec, owner: str = "", idempotency_key: str | None = None, job_id: str | None = None) -> Job:
-        """A fresh job. Its seeds are drawn here, so that a second run draws the same picture."""
-        drawn = spec.model_copy(update={"generation": spec.generation.with_seeds()})
-        return cls(
+    def new(
+        cls,
+        spec: JobSpec,
+        submission: Submission = Submission(),
+        delivery: Delivery = Delivery(),
+        job_id: str | None = None,
+    ) -> Job:
+        """Create a job. Seeds are expanded here, so that every run generates the same images."""
+        return cls.model_construct(
             id=job_id or new_id(),
-            spec=drawn,
-            owner=owner,
-            idempotency_key=idempotency_key,
-            digest=spec.request_digest if idempotency_key is not None else None,
+            spec=spec.with_seeds(),
+            submission=submission,
+            delivery=delivery,
             created_at=time.time(),
         )
 
-    def repeated_by(self, new: Job) -> Job:
-        """This job, where `new` came with its key and asks for the same. Raises `InvalidRequest` where it asks for something else."""
-        if self.digest not in (None, new.digest):
+    @property
+    def owner(self) -> str:
+        """Name of the client that submitted it; "" without authentication."""
+        return self.submission.owner
+
+    @property
+    def request(self) -> ResolvedRequest:
+        """The request as it was generated. Only of a job that is done."""
+        assert self.result is not None, self.id
+        return self.spec.generation.resolve(self.result.settings, self.spec.seeds)
+
+    def with_key(self, idempotency_key: str | None) -> Job:
+        """Return the job with another idempotency key."""
+        submission = self.submission.model_copy(update={"idempotency_key": idempotency_key})
+        return self.model_copy(update={"submission": submission})
+
+    def check_repeated(self, new: Job) -> Job:
+        """Return this job if `new`, which came with its idempotency key, is the same request.
+
+        Raises:
+            InvalidRequest: it is another request.
+        """
+        if self.submission.digest not in (None, new.submission.digest):
             raise InvalidRequest(
                 "this key came with another request before.",
                 hint="Give each request a key of its own, and send it again unchanged with the same key.",

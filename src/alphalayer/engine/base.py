@@ -10,7 +10,8 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from alphalayer.core.request import GenerationRequest
+from alphalayer.core.job import LayerRole
+from alphalayer.core.request import GenerationRequest, ImageSeed, ResolvedRequest
 
 # the libraries below greet every start with notices and progress bars; both can be asked for in the environment
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -36,19 +37,19 @@ class Progress:
 
 @dataclass(frozen=True)
 class GeneratedImage:
-    """One finished picture, the seeds that made it, and the A1111 `parameters` text that goes into the file."""
+    """One generated layer: its pixels, its seeds and its role."""
 
     rgba: RgbaImage
     seed: int
     subseed: int
-    parameters: str
+    role: LayerRole = "image"
 
 
 @dataclass(frozen=True)
 class GenerationResult:
     """The pictures of one request, the request with nothing left open, and how long each stage took in seconds."""
 
-    request: GenerationRequest
+    request: ResolvedRequest
     model_name: str
     model_hash: str
     images: list[GeneratedImage]
@@ -60,6 +61,8 @@ class RenderTask:
     """A request, whom to tell how far it is, and whether it is still wanted."""
 
     request: GenerationRequest
+    images: tuple[ImageSeed, ...] = ()
+    """Seeds of the images; default: those of one batch of the request."""
     on_progress: Callable[[Progress], None] = lambda _: None
     is_cancelled: Callable[[], bool] = lambda: False
     previews: bool = False

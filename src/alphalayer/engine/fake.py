@@ -12,7 +12,6 @@ import numpy as np
 from alphalayer.core.errors import Cancelled
 from alphalayer.core.request import ModelDefaults
 from alphalayer.engine.base import GeneratedImage, GenerationResult, Progress, RenderTask, RgbaImage
-from alphalayer.images import infotext
 
 
 class FakeEngine:
@@ -38,7 +37,11 @@ class FakeEngine:
                 time.sleep(self._step_s)
             for order in orders:
                 preview = (
-                    draw_disc(order.request.prompt, order.request.seed, 32, 32)[..., :3] if order.previews else None
+                    draw_disc(order.request.prompt, (order.images or order.request.image_seeds())[0].seed, 32, 32)[
+                        ..., :3
+                    ]
+                    if order.previews
+                    else None
                 )
                 order.on_progress(Progress("sample", step, steps, preview))
         return [self._result(order, time.perf_counter() - start) for order in orders]
@@ -48,17 +51,12 @@ class FakeEngine:
         return 0
 
     def _result(self, order: RenderTask, seconds: float) -> GenerationResult:
-        request = order.request.resolved(ModelDefaults())
-        pictures = [
-            GeneratedImage(
-                draw_disc(request.prompt, request.seed + i, request.width or 64, request.height or 64),
-                request.seed + i,
-                request.subseed + i,
-                infotext.write_parameters(request, "fake", "0" * 10, request.seed + i),
-            )
-            for i in range(request.batch_size)
+        request = order.request.resolve(ModelDefaults(), order.images)
+        images = [
+            GeneratedImage(draw_disc(request.prompt, each.seed, request.width, request.height), each.seed, each.subseed)
+            for each in request.images
         ]
-        return GenerationResult(request, "fake", "0" * 10, pictures, {"sample": seconds})
+        return GenerationResult(request, "fake", "0" * 10, images, {"sample": seconds})
 
 
 def draw_disc(prompt: str, seed: int, width: int, height: int) -> RgbaImage:

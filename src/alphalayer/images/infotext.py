@@ -9,7 +9,7 @@ from typing import Any
 
 from alphalayer import __version__
 from alphalayer.core.job import Job
-from alphalayer.core.request import GenerationRequest
+from alphalayer.core.request import GenerationRequest, ResolvedRequest
 
 METHOD_LABELS = {
     "attention": "(SDXL) Only Generate Transparent Image (Attention Injection)",
@@ -22,7 +22,7 @@ _PAIR = re.compile(r'(\w[\w \-/]{1,60}):\s*("(?:\\.|[^\\"])*"|[^,]*)(?:,|$)')
 
 
 def write_parameters(
-    request: GenerationRequest, model_name: str, model_hash: str, seed: int, subseed: int | None = None
+    request: ResolvedRequest, model_name: str, model_hash: str, seed: int, subseed: int | None = None
 ) -> str:
     """The text for one picture of a resolved request: prompt with its LoRAs, negative prompt, then `key: value` pairs in the usual
     order. Everything that another machine needs to draw it again."""
@@ -51,10 +51,13 @@ def write_parameters(
 def webui_info(job: Job) -> dict[str, Any]:
     """The `info` object of an answer, with the keys that clients of that ecosystem read, for a job that is done."""
     assert job.result is not None, job.id
-    result, request = job.result, job.result.generation
+    result, request = job.result, job.request
     seeds = [image.seed for image in result.images]
     subseeds = [image.subseed for image in result.images]
-    infotexts = [image.parameters for image in result.images]
+    infotexts = [
+        write_parameters(request, result.model_name, result.model_hash, image.seed, image.subseed)
+        for image in result.images
+    ]
     return {
         "prompt": request.prompt,
         "all_prompts": [request.prompt] * len(seeds),
@@ -105,14 +108,13 @@ def read_parameters(text: str) -> dict[str, str]:
 
 
 def _layerdiffuse(request: GenerationRequest) -> dict[str, object]:
-    options = request.layerdiffuse
-    if not options.enabled:
+    if not request.is_transparent:
         return {}
     values = {
         "enabled": True,
-        "method": METHOD_LABELS[options.method],
-        "weight": _number(options.weight),
-        "ending_step": _number(options.stop_at),
+        "method": METHOD_LABELS[request.mode],
+        "weight": _number(request.layerdiffuse_weight),
+        "ending_step": _number(request.layerdiffuse_stop_at),
         "fg_image": False,
         "bg_image": False,
         "blend_image": False,

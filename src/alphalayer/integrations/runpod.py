@@ -23,7 +23,7 @@ from alphalayer.engine.base import Progress, RenderTask
 from alphalayer.images import infotext
 from alphalayer.storage import Storage, read
 from alphalayer.storage.objects import open_storage
-from alphalayer.worker.engine_process import iterations, load_attribute, store_pictures, to_public_error
+from alphalayer.worker.engine_process import load_attribute, store_pictures, to_public_error
 
 URL_S = 24 * 3600
 """How long the URL of a picture in a bucket opens it."""
@@ -76,8 +76,10 @@ class Handler:
     def _draw(self, spec: JobSpec, on_progress: Any, with_data: bool) -> dict[str, Any]:
         drawing = Job.new(spec)
         orders = [
-            RenderTask(each, lambda progress, i=i: on_progress(progress.within(i, spec.iterations)))
-            for i, each in enumerate(iterations(drawing))
+            RenderTask(
+                drawing.spec.generation, seeds, lambda progress, i=i: on_progress(progress.within(i, spec.iterations))
+            )
+            for i, seeds in enumerate(drawing.spec.batches())
         ]
         results = [self._engine.draw([order])[0] for order in orders]
         result = store_pictures(self._storage, drawing, results)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from alphalayer.core.errors import AlphalayerError, Cancelled, EngineFailed, QueueFull
-from alphalayer.core.job import Job, JobProgress, JobResult, JobSpec, JobState
+from alphalayer.core.job import Delivery, Job, JobProgress, JobResult, JobSpec, JobState, Submission
 
 MAX_STARTS = 3
 """A job that took its engine process down this often is failed, so that it cannot loop."""
@@ -48,7 +48,7 @@ class JobView:
     @classmethod
     def of_ended(cls, job: Job) -> JobView:
         """A job that is over, as the journal has it; one that is done stands at its last step."""
-        steps = (job.result.generation.steps or 0) * job.spec.iterations if job.result else 0
+        steps = job.result.settings.steps * job.spec.iterations if job.result else 0
         return cls(job, progress=JobProgress(step=steps, steps=steps))
 
 
@@ -80,7 +80,11 @@ class Dispatcher(Protocol):
         ...
 
     async def submit(
-        self, spec: JobSpec, *, owner: str = "", idempotency_key: str | None = None, job_id: str | None = None
+        self,
+        spec: JobSpec,
+        submission: Submission = Submission(),
+        delivery: Delivery = Delivery(),
+        job_id: str | None = None,
     ) -> Job:
         """Accept a job; from then on it is not lost. The same owner and key give the same job again, however full the queue is, and it
         is wanted by one more. `job_id` is the id that a new one gets (see `alphalayer.core.job.new_id`), for those who may not hear the answer.

@@ -19,7 +19,7 @@ from pgqueuer.types import JobId, QueueManagerId
 from sqlalchemy import case, update
 
 from alphalayer.core.errors import AlphalayerError, Cancelled, StorageFailed
-from alphalayer.core.job import Job, JobProgress, JobResult, JobSpec, JobState
+from alphalayer.core.job import Delivery, Job, JobProgress, JobResult, JobSpec, JobState, Submission
 from alphalayer.jobs import claims, estimates
 from alphalayer.jobs.admission import QueueStats
 from alphalayer.jobs.base import MAX_STARTS, JobView, OnEnd, Outcome, ignore_outcome, outcome_fields, too_many_starts
@@ -94,17 +94,21 @@ class PostgresJobQueue(Housekeeping):
     # --- for those who ask for pictures
 
     async def submit(
-        self, spec: JobSpec, *, owner: str = "", idempotency_key: str | None = None, job_id: str | None = None
+        self,
+        spec: JobSpec,
+        submission: Submission = Submission(),
+        delivery: Delivery = Delivery(),
+        job_id: str | None = None,
     ) -> Job:
         """Accept a job; see the protocol. Those that count at the same moment, five a pod at most, may pass the limit together."""
-        job = Job.new(spec, owner, idempotency_key, job_id)
+        job = Job.new(spec, submission, delivery, job_id)
         while True:
             if known := await self._journal.known(job):
-                if known.repeated_by(job).state.is_final or await self._join(known):
+                if known.check_repeated(job).state.is_final or await self._join(known):
                     return known
                 continue
             async with self._transaction() as (connection, queue):
-                await self._room.check(connection, owner)
+                await self._room.check(connection, submission.owner)
                 [row_id] = await queue.enqueue(claims.entrypoint_of(job), job.id.encode())
                 added = await connection.execute(ADD["postgresql"], {**row_of(job), "queue_id": row_id})
                 if added.rowcount:
@@ -114,7 +118,9 @@ class PostgresJobQueue(Housekeeping):
 
     async def _join(self, job: Job) -> bool:
         """One more wants this job; whether it still runs or waits under its key."""
-        same = (jobs.c.id == job.id) & (jobs.c.idempotency_key == job.idempotency_key) & jobs.c.state.in_(OPEN)
+        same = (
+            (jobs.c.id == job.id) & (jobs.c.idempotency_key == job.submission.idempotency_key) & jobs.c.state.in_(OPEN)
+        )
         async with self._transaction() as (connection, _):
             joined = await connection.execute(update(jobs).where(same).values(wanted_by=jobs.c.wanted_by + 1))
         return joined.rowcount > 0
@@ -345,7 +351,7 @@ class PostgresJobQueue(Housekeeping):
         mine = (jobs.c.id == ended.id) & jobs.c.state.in_(OPEN) & (jobs.c.starts == held.start)
         row = row_of(ended)
         changes = {name: row[name] for name in ("state", "finished_at", "result", "error")}
-        changes["webhook_due"] = ended.finished_at if ended.spec.webhook else None
+        changes["webhook_due"] = ended.finished_at if ended.delivery.webhook else None
         try:
             async with self._transaction() as (connection, queue):
                 is_mine = (await connection.execute(update(jobs).where(mine).values(changes))).rowcount > 0
@@ -375,7 +381,9 @@ class PostgresJobQueue(Housekeeping):
             return JobView.of_ended(job)
         if position is not None:
             room = self._room
-            rests = [estimates.rest_s(at, self._notifications.progress_of(each)) for each, at in room.some_running.items()]
+            rests = [
+                estimates.rest_s(at, self._notifications.progress_of(each)) for each, at in room.some_running.items()
+            ]
             return JobView(
                 job, position, JobProgress(), estimates.wait_s(rests, room.running, position - 1, room.usual_s)
             )

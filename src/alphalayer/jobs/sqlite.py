@@ -14,7 +14,7 @@ from typing import Any
 from filelock import FileLock
 
 from alphalayer.core.errors import AlphalayerError, Cancelled, StorageFailed
-from alphalayer.core.job import Job, JobProgress, JobResult, JobSpec, JobState
+from alphalayer.core.job import Delivery, Job, JobProgress, JobResult, JobSpec, JobState, Submission
 from alphalayer.jobs import estimates
 from alphalayer.jobs.base import (
     MAX_STARTS,
@@ -137,24 +137,33 @@ class SqliteJobQueue(Housekeeping):
         return time.time() - self._live[self._waiting[0]].job.created_at if self._waiting else 0.0
 
     async def submit(
-        self, spec: JobSpec, *, owner: str = "", idempotency_key: str | None = None, job_id: str | None = None
+        self,
+        spec: JobSpec,
+        submission: Submission = Submission(),
+        delivery: Delivery = Delivery(),
+        job_id: str | None = None,
     ) -> Job:
         """Accept a job; see the protocol."""
-        new = Job.new(spec, owner, idempotency_key, job_id)
+        new = Job.new(spec, submission, delivery, job_id)
         if known := await self._known(new):
             return known
-        share = self._queue_shares.get(owner, 1.0)
-        theirs = self._count(owner) if share < 1.0 else 0
+        share = self._queue_shares.get(submission.owner, 1.0)
+        theirs = self._count(submission.owner) if share < 1.0 else 0
         check_capacity(
-            len(self._waiting) + len(self._accepting), self._queue_limit, owner, theirs, share, self.retry_after_s
+            len(self._waiting) + len(self._accepting),
+            self._queue_limit,
+            submission.owner,
+            theirs,
+            share,
+            self.retry_after_s,
         )
         # a place is taken before the journal is awaited, so that a crowd cannot pass the limit together
-        self._accepting[new.id] = owner
+        self._accepting[new.id] = submission.owner
         # what is written down is queued, whatever becomes of whoever asked
         job = await asyncio.shield(self._accept(new))
         if job is not new:
             # another request was quicker with this key
-            return await self.submit(spec, owner=owner, idempotency_key=idempotency_key, job_id=job_id)
+            return await self.submit(spec, submission, delivery, job_id)
         return job
 
     async def _accept(self, new: Job) -> Job:
@@ -177,9 +186,9 @@ class SqliteJobQueue(Housekeeping):
     async def _known(self, new: Job) -> Job | None:
         """The job that came with the same key before, wanted by one more now; None where there is none. Raises `InvalidRequest`."""
         while known := await self._journal.known(new):
-            known.repeated_by(new)
+            known.check_repeated(new)
             live = self._live.get(known.id)
-            if live and live.job.idempotency_key:
+            if live and live.job.submission.idempotency_key:
                 live.wanted_by += 1
                 return live.job
             if known.state.is_final:
@@ -210,7 +219,7 @@ class SqliteJobQueue(Housekeeping):
     async def cancel(self, job_id: str) -> bool:
         """Stop a job; one that runs is over when its engine says so. See the protocol."""
         live = self._live.get(job_id)
-        return live is not None and await self._cancel(live, live.job.idempotency_key)
+        return live is not None and await self._cancel(live, live.job.submission.idempotency_key)
 
     async def withdraw(self, job_id: str) -> None:
         """One that wanted this job is gone; see the protocol."""
@@ -226,7 +235,7 @@ class SqliteJobQueue(Housekeeping):
     async def _cancel(self, live: _Live, key: str | None) -> bool:
         """Cancel a job, which has this key from now on."""
         job_id, before = live.job.id, live.job
-        live.job = before.model_copy(update={"idempotency_key": key})
+        live.job = before.with_key(key)
         if job_id not in self._waiting:
             live.cancel.set()
             # for the next start, should this one end before the engine stops

@@ -7,6 +7,7 @@ up to date.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import sqlite3
 import time
@@ -40,8 +41,9 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
 from alphalayer.core.errors import DatabaseAway, SetupFailed, StorageFailed
-from alphalayer.core.job import Job, JobSpec, JobState
+from alphalayer.core.job import Job, JobSpec, JobState, Submission
 from alphalayer.core.request import GenerationRequest
+from alphalayer.jobs.upgrades import upgrade_6_to_7
 from alphalayer.observability.logging import log
 
 metadata = MetaData()
@@ -65,6 +67,8 @@ jobs = Table(
     Column("digest", String(64)),
     Column("cancel_asked", Boolean, nullable=False, server_default=false()),
     Column("wanted_by", Integer, nullable=False, server_default="1"),
+    Column("delivery", Text),
+    Column("traceparent", String(64)),
     UniqueConstraint("owner", "idempotency_key"),
     Index("ix_jobs_state_created_at", "state", "created_at"),
 )
@@ -96,11 +100,12 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         "DROP INDEX IF EXISTS ix_jobs_state",
     ),
     ("ALTER TABLE jobs ADD COLUMN wanted_by INTEGER NOT NULL DEFAULT 1",),
+    ("ALTER TABLE jobs ADD COLUMN delivery TEXT", "ALTER TABLE jobs ADD COLUMN traceparent VARCHAR(64)"),
 )
 """SQL that takes version 1 to 2, 2 to 3 and so on; the table above is always the newest."""
 VERSION = 1 + len(MIGRATIONS)
 
-WITH_WEBHOOK = jobs.c.spec.contains('"webhook":{')
+WITH_WEBHOOK = jobs.c.delivery.contains('"webhook":{')
 """Jobs whose end somebody is to be told. In a text of the request the quotes would be escaped."""
 
 CLAIMED_S = 60.0
@@ -171,9 +176,9 @@ class Journal:
 
     async def known(self, job: Job) -> Job | None:
         """The job that came with the same owner and idempotency key before, if it still has it. Raises `StorageFailed`."""
-        if job.idempotency_key is None:
+        if job.submission.idempotency_key is None:
             return None
-        same = (jobs.c.owner == job.owner) & (jobs.c.idempotency_key == job.idempotency_key)
+        same = (jobs.c.owner == job.owner) & (jobs.c.idempotency_key == job.submission.idempotency_key)
         found = await self._read(select(jobs).where(same))
         return found[0] if found else None
 
@@ -181,12 +186,12 @@ class Journal:
         """Write what changed of a job that is not over in the journal; whether it was so. Raises `StorageFailed`."""
         row = row_of(job)
         changed = {name: row[name] for name in _CHANGING}
-        changed["webhook_due"] = job.finished_at if job.state.is_final and job.spec.webhook else None
+        changed["webhook_due"] = job.finished_at if job.state.is_final and job.delivery.webhook else None
         return await self._write(_SAVE, {**changed, "job_id": job.id}) > 0
 
     async def ask_to_cancel(self, job: Job) -> None:
         """Note that a job that runs is to stop, and its key. Raises `StorageFailed`."""
-        asked = {"cancel_asked": True, "idempotency_key": job.idempotency_key}
+        asked = {"cancel_asked": True, "idempotency_key": job.submission.idempotency_key}
         await self._write(update(jobs).where(jobs.c.id == job.id).values(asked))
 
     async def get(self, job_id: str) -> Job | None:
@@ -323,21 +328,31 @@ async def _migrate(connection: AsyncConnection, place: Path | str) -> None:
     for step in MIGRATIONS[version - 1 :] if version else ():
         for statement in step:
             await connection.execute(text(statement))
+    if 0 < version < 7:
+        await _upgrade_rows(connection)
     if version:
         log.warning("journal_migrated", journal=str(place), from_version=version, to_version=VERSION)
     note = "INSERT INTO alphalayer_version VALUES ({})" if shared else "PRAGMA user_version = {}"
     await connection.execute(text(note.format(VERSION)))
 
 
+async def _upgrade_rows(connection: AsyncConnection) -> None:
+    """Rewrite the rows of version 6; one that cannot be read stays, and fails when it is read."""
+    rows = (await connection.execute(select(jobs.c.id, jobs.c.spec, jobs.c.result))).mappings().all()
+    for row in rows:
+        with contextlib.suppress(ValueError, LookupError, TypeError, AttributeError):
+            changed = upgrade_6_to_7(dict(row))
+            await connection.execute(update(jobs).where(jobs.c.id == row["id"]).values(changed))
+
+
 def row_of(job: Job) -> dict[str, Any]:
-    """The job as a row of the table."""
-    row = job.model_dump(
-        include={"id", "owner", "idempotency_key", "digest", "created_at", "started_at", "finished_at", "starts"}
-    )
+    """Return the job as a row of the table."""
     return {
-        **row,
+        **job.model_dump(include={"id", "created_at", "started_at", "finished_at", "starts"}),
+        **job.submission.model_dump(),
         "state": job.state.value,
         "spec": job.spec.model_dump_json(),
+        "delivery": job.delivery.model_dump_json(),
         "result": job.result.model_dump_json() if job.result else None,
         "error": json.dumps(job.error) if job.error else None,
     }
@@ -345,9 +360,10 @@ def row_of(job: Job) -> dict[str, Any]:
 
 def job_of(row: Any) -> Job:
     """The job of a row of the table; one that cannot be read any more is a failed job."""
-    fields = {name: each for name, each in row.items() if name in Job.model_fields}
+    fields = {name: value for name, value in row.items() if name in Job.model_fields}
+    fields["submission"] = {name: row[name] for name in Submission.model_fields}
     try:
-        for name in ("spec", "result", "error"):
+        for name in ("spec", "delivery", "result", "error"):
             fields[name] = json.loads(fields[name]) if fields[name] else None
         return Job.model_validate(fields)
     except ValueError as error:
@@ -355,7 +371,7 @@ def job_of(row: Any) -> Job:
         problem = StorageFailed(
             f"its entry in the journal cannot be read any more ({reason}).", hint="Ask for the picture again."
         )
-        kept = {name: row[name] for name in ("id", "owner", "idempotency_key", "digest", "created_at")}
+        kept = {"id": row["id"], "created_at": row["created_at"], "submission": fields["submission"]}
         over = {"state": "failed", "finished_at": row["finished_at"] or time.time(), "error": problem.to_dict()}
         return Job.model_validate({**kept, **over, "spec": _UNREADABLE})
 

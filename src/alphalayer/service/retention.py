@@ -54,7 +54,9 @@ async def sweep(storage: Storage, dispatcher: Dispatcher, limits: Limits) -> int
     # asked after the files are listed: a file of a job that came meanwhile is not among them
     unfinished = {job_id[:10] for job_id in await dispatcher.unfinished_ids()}
     ours = [(key, size, modified) for key, size, modified in files if job_prefix_of(key)]
-    gone = await asyncio.to_thread(select_expired, ours, limits, time.time(), lambda key: job_prefix_of(key) in unfinished)
+    gone = await asyncio.to_thread(
+        select_expired, ours, limits, time.time(), lambda key: job_prefix_of(key) in unfinished
+    )
     faults = {key: fault for key in gone if (fault := await asyncio.to_thread(_delete, storage, key))}
     if faults:
         log.warning("pictures_stay", pictures=len(faults), error=str(next(iter(faults.values()))))

@@ -164,7 +164,7 @@ class Webhooks:
 
     async def _post(self, http: httpx.AsyncClient, job: Job) -> int:
         """Send; the status. Redirects are not followed, and nothing of the answer is read."""
-        webhook = job.spec.webhook
+        webhook = job.delivery.webhook
         if webhook is None:
             raise Refused("its entry in the journal cannot be read any more.")
         url = httpx.URL(webhook.url)

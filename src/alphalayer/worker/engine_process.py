@@ -21,9 +21,9 @@ from structlog.contextvars import bind_contextvars
 
 from alphalayer.core.errors import AlphalayerError, Cancelled, EngineFailed, StorageFailed
 from alphalayer.core.job import ImageRef, Job, JobResult
-from alphalayer.core.request import GenerationRequest
-from alphalayer.engine.base import Engine, GenerationResult, Progress, RenderTask
-from alphalayer.images import codecs, postprocess
+from alphalayer.core.request import ImageSeed
+from alphalayer.engine.base import Engine, GeneratedImage, GenerationResult, Progress, RenderTask
+from alphalayer.images import codecs, infotext, postprocess
 from alphalayer.jobs.base import MAX_STARTS
 from alphalayer.observability.logging import configure_logging
 from alphalayer.storage import Storage
@@ -107,11 +107,11 @@ class EngineProcess:
     def _draw(self, engine: Engine, storage: Storage, jobs: list[Job]) -> list[list[GenerationResult]]:
         """The results of each job: one a round."""
         if len(jobs) > 1:
-            return [[each] for each in engine.draw([self._order(storage, job, job.spec.generation) for job in jobs])]
-        rounds = [(job, request, i) for job in jobs for i, request in enumerate(iterations(job))]
+            return [[each] for each in engine.draw([self._order(storage, job, job.spec.seeds) for job in jobs])]
+        rounds = [(job, seeds, i) for job in jobs for i, seeds in enumerate(job.spec.batches())]
         return [[engine.draw([self._order(storage, *each)])[0] for each in rounds]]
 
-    def _order(self, storage: Storage, job: Job, request: GenerationRequest, iteration: int = 0) -> RenderTask:
+    def _order(self, storage: Storage, job: Job, seeds: tuple[ImageSeed, ...], iteration: int = 0) -> RenderTask:
         def on_progress(of_one: Progress) -> None:
             progress = of_one.within(iteration, job.spec.iterations)
             key = None
@@ -122,7 +122,7 @@ class EngineProcess:
                     key = job.preview_name
             self._send("progress", id=job.id, progress=_progress_json(progress, key))
 
-        return RenderTask(request, on_progress, lambda: job.id in self._cancelled, job.spec.previews)
+        return RenderTask(job.spec.generation, seeds, on_progress, lambda: job.id in self._cancelled, job.spec.previews)
 
     def _store(self, storage: Storage, job: Job, results: list[GenerationResult]) -> None:
         """Encode and store the pictures of a job; only then is it done."""
@@ -156,11 +156,12 @@ def store_pictures(
     """
     output = job.spec.output
     references: list[ImageRef] = []
+    first = results[0]
     for image in (image for result in results for image in result.images):
         if is_cancelled():
             raise Cancelled("cancelled.")
         rgba = postprocess.finish(image.rgba, output)
-        data = codecs.encode(rgba, output.format, image.parameters)
+        data = codecs.encode(rgba, output.format, _infotext(first, image))
         key = job.file_name(len(references))
         storage.put(key, data)
         height, width = rgba.shape[:2]
@@ -172,17 +173,16 @@ def store_pictures(
                 width=width,
                 height=height,
                 size_bytes=len(data),
-                parameters=image.parameters,
+                role=image.role,
             )
         )
     seconds: dict[str, float] = {}
     for result in results:
         for stage, spent in result.seconds.items():
             seconds[stage] = round(seconds.get(stage, 0.0) + spent, 4)
-    first = results[0]
     return JobResult(
         images=tuple(references),
-        generation=first.request,
+        settings=first.request.settings,
         model_name=first.model_name,
         model_hash=first.model_hash,
         seconds=seconds,
@@ -195,17 +195,9 @@ def load_attribute(path: str) -> Any:
     return getattr(importlib.import_module(module), name)
 
 
-def iterations(job: Job) -> list[GenerationRequest]:
-    """The request of each iteration: seeds count on where the batch before stopped."""
-    request = job.spec.generation
-    if request.subseed_strength:
-        return [
-            request.model_copy(update={"subseed": request.subseed + i * request.batch_size})
-            for i in range(job.spec.iterations)
-        ]
-    return [
-        request.model_copy(update={"seed": request.seed + i * request.batch_size}) for i in range(job.spec.iterations)
-    ]
+def _infotext(result: GenerationResult, image: GeneratedImage) -> str:
+    """Write the settings of one image."""
+    return infotext.write_parameters(result.request, result.model_name, result.model_hash, image.seed, image.subseed)
 
 
 def to_public_error(error: Exception) -> AlphalayerError:

@@ -214,7 +214,7 @@ class Supervisor:
 
     def _begin(self, job: Job, batch: _Batch) -> _Work:
         named = {"job.id": job.id, "job.engine": self.name, "job.starts": job.starts + 1, "job.batch": batch.left}
-        trace = self._traces.follow(job.spec.traceparent, job.created_at, named)
+        trace = self._traces.follow(job.submission.traceparent, job.created_at, named)
         trace.stage("sent")
         return _Work(batch, asyncio.create_task(self._cancel_when_asked(job.id)), trace)
 

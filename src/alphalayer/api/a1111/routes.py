@@ -30,8 +30,8 @@ from alphalayer.api.deps import (
 from alphalayer.api.schemas import Body
 from alphalayer.core import validation
 from alphalayer.core.errors import InvalidRequest, NotImplementedYet
-from alphalayer.core.job import MAX_ITERATIONS, JobSpec, JobState
-from alphalayer.core.request import AUTOMATIC, LayerDiffuse, parse_request, split_sampler_name
+from alphalayer.core.job import MAX_ITERATIONS, JobSpec, JobState, Submission
+from alphalayer.core.request import AUTOMATIC, OPAQUE, parse_request, split_sampler_name
 from alphalayer.images import codecs, infotext
 from alphalayer.jobs.base import JobView
 
@@ -193,14 +193,14 @@ class Txt2ImgRequest(Body):
             "model": override.sd_model_checkpoint or options.sd_model_checkpoint,
             "noise": service.noise,
             "decode": service.decode,
-            "layerdiffuse": self._layerdiffuse(),
+            **self._layerdiffuse(),
         }
         with wire_names(FIELDS):
             generation = parse_request(fields)
         previews = options.previews if override.live_previews_enable is None else override.live_previews_enable
-        return JobSpec(generation=generation, iterations=self.n_iter, previews=previews, request_digest=self.digest)
+        return JobSpec(generation=generation, iterations=self.n_iter, previews=previews)
 
-    def _layerdiffuse(self) -> LayerDiffuse:
+    def _layerdiffuse(self) -> dict[str, Any]:
         for title, script in self.alwayson_scripts.items():
             if title.lower() != SCRIPT.lower():
                 raise InvalidRequest(
@@ -209,7 +209,7 @@ class Txt2ImgRequest(Body):
             options = layerdiffuse_of(script.args)
             if (
                 script.args
-                and options.enabled != self.layerdiffuse_enabled
+                and (options["mode"] != OPAQUE) != self.layerdiffuse_enabled
                 and "layerdiffuse_enabled" in self.model_fields_set
             ):
                 raise InvalidRequest(
@@ -217,8 +217,8 @@ class Txt2ImgRequest(Body):
                     hint="Say it in one place.",
                     field="layerdiffuse_enabled",
                 )
-            return options if self.layerdiffuse_enabled else options.model_copy(update={"enabled": False})
-        return LayerDiffuse(enabled=self.layerdiffuse_enabled)
+            return options if self.layerdiffuse_enabled else {"mode": OPAQUE}
+        return {} if self.layerdiffuse_enabled else {"mode": OPAQUE}
 
     def _refuse_what_is_not_there(self) -> None:
         names = ["enable_hr", "restore_faces", "tiling", "styles", "script_name", "refiner_checkpoint", "infotext"]
@@ -269,7 +269,7 @@ async def txt2img(
     spec = body.to_spec(service, options)
     key = f"{body.force_task_id}:{body.digest}" if body.force_task_id else idempotency_key
     with wire_names(FIELDS):
-        job = await run_job(request, spec, user, idempotency_key=key)
+        job = await run_job(request, spec, Submission(owner=user, idempotency_key=key, digest=body.digest))
     keys = [image.key for image in job.result.images] if job.result and body.send_images else []
     return Txt2ImgResponse(
         images=[base64.b64encode(await read_file(service, key)).decode() for key in keys],

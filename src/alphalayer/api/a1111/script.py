@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal, get_args
 
 from alphalayer.core.errors import InvalidRequest
-from alphalayer.core.request import LayerDiffuse
+from alphalayer.core.request import OPAQUE
 from alphalayer.images import infotext
 
 SCRIPT = "LayerDiffuse"
@@ -26,17 +26,16 @@ OTHER_METHODS = (
 """What the original can do and this version cannot."""
 
 
-def layerdiffuse_of(args: list[Any]) -> LayerDiffuse:
+def layerdiffuse_of(args: list[Any]) -> dict[str, Any]:
     """The positional arguments of the script; a missing tail keeps the defaults. Raises `InvalidRequest`."""
     names = ("enabled", "method", "weight", "ending_step", "fg_image", "bg_image", "blend_image", "resize_mode")
     names = (*names, "output_origin")
     given = {name: value for name, value in zip(names, args, strict=False) if value is not None}
-    options = LayerDiffuse()
-    enabled = given.get("enabled", options.enabled)
+    enabled = given.get("enabled", True)
     if not isinstance(enabled, bool):
         raise _wrong_arg("enabled", "it is true or false")
     if not enabled:
-        return LayerDiffuse(enabled=False)
+        return {"mode": OPAQUE}
     for name in ("fg_image", "bg_image", "blend_image"):
         if given.get(name):
             raise _wrong_arg(name, "pictures are not taken here yet")
@@ -46,13 +45,11 @@ def layerdiffuse_of(args: list[Any]) -> LayerDiffuse:
         raise _wrong_arg("output_origin", "the picture before decoding is not there yet")
     if any(args[9:12]):
         raise _wrong_arg("additional prompts", "they are not there yet")
-    return options.model_copy(
-        update={
-            "method": _method(given.get("method", infotext.METHOD_LABELS[options.method])),
-            "weight": _number(given, "weight", options.weight, 2),
-            "stop_at": _number(given, "ending_step", options.stop_at, 1),
-        }
-    )
+    return {
+        "mode": _method(given.get("method", infotext.METHOD_LABELS["attention"])),
+        "layerdiffuse_weight": _number(given, "weight", 1.0, 2),
+        "layerdiffuse_stop_at": _number(given, "ending_step", 1.0, 1),
+    }
 
 
 def _method(label: Any) -> str:
