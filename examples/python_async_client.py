@@ -18,7 +18,7 @@ async def main() -> None:
     """Write one file for each seed."""
     async with AsyncClient(URL, api_key=KEY) as client:
         jobs = [client.generate("a red heart", seed=seed) for seed in SEEDS]
-        for seed, (image,) in zip(SEEDS, await asyncio.gather(*jobs)):
+        for seed, (image,) in zip(SEEDS, await asyncio.gather(*jobs), strict=True):
             Path(f"heart-{seed}.png").write_bytes(image)
             print(f"wrote heart-{seed}.png")
 

@@ -56,7 +56,9 @@ def run_example(name: str, folder: Path, **environment: str) -> str:
     runner = [sys.executable] if name.endswith(".py") else [shutil.which("bash") or ""]
     if not runner[0] or (name.endswith(".sh") and not shutil.which("curl")):
         pytest.skip("needs bash and curl")
-    plain = {name: value for name, value in os.environ.items() if not name.startswith("ALPHALAYER_")}
+    plain = {
+        name: value for name, value in os.environ.items() if not name.startswith("ALPHALAYER_")
+    }
     done = subprocess.run(
         [*runner, EXAMPLES / name],
         cwd=folder,

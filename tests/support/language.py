@@ -52,7 +52,8 @@ EXCEPTIONS = {
 """Words that one document may use: (path, word in lower case) and the reason."""
 
 _BANNED = [
-    (re.compile(rf"\b(?:{words})\b", re.IGNORECASE), better) for words, better in BANNED_WORDS.items()
+    (re.compile(rf"\b(?:{words})\b", re.IGNORECASE), better)
+    for words, better in BANNED_WORDS.items()
 ]
 _ALLOWED = re.compile("|".join(ALLOWED_PHRASES), re.IGNORECASE)
 _SENTENCE_END = re.compile(r"""(?<=[.!?])["')]*\s+(?=["'(]*[A-Z0-9/§])""")
@@ -101,7 +102,9 @@ class Block:
 
 def read_markdown(text: str) -> list[Block]:
     """Return the prose of a Markdown document, without code blocks, comments and addresses."""
-    return list(_blocks(MarkdownIt("commonmark").enable("table").parse(_without_front_matter(text))))
+    return list(
+        _blocks(MarkdownIt("commonmark").enable("table").parse(_without_front_matter(text)))
+    )
 
 
 def split_sentences(text: str) -> list[str]:
@@ -121,7 +124,12 @@ def _without_front_matter(text: str) -> str:
 
 def _blocks(tokens: list[Token]) -> Iterator[Block]:
     kinds: list[str] = []
-    opened = {"heading_open": "heading", "list_item_open": "item", "th_open": "cell", "td_open": "cell"}
+    opened = {
+        "heading_open": "heading",
+        "list_item_open": "item",
+        "th_open": "cell",
+        "td_open": "cell",
+    }
     line = 0
     for token in tokens:
         if token.map:
@@ -143,8 +151,6 @@ def _plain(tokens: list[Token]) -> str:
             parts.append(CODE)
         elif token.type in ("softbreak", "hardbreak"):
             parts.append("\n")
-        elif token.type == "text":
-            parts.append(token.content)
-        elif token.type == "image":
+        elif token.type in ("text", "image"):
             parts.append(token.content)
     return "".join(parts)

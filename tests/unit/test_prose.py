@@ -21,7 +21,9 @@ MAX_LINE = 100
 MAX_PARAGRAPH_LINES = 5
 MAX_LINES_WITHOUT_HEADING = 40
 MAX_MEAN_WORDS, MAX_P90_WORDS = 15, 24
-GENERATED = {ROOT / "docs" / "reference" / name for name in ("api.md", "cli.md", "metrics.md", "settings.md")}
+GENERATED = {
+    ROOT / "docs" / "reference" / name for name in ("api.md", "cli.md", "metrics.md", "settings.md")
+}
 """Their words are those of docstrings and descriptions in the code, which have a check of their own."""
 RECORDS = {ROOT / "docs" / "log.md"}
 """Dated notes, which stay as they were written."""
@@ -111,7 +113,9 @@ def test_document_headings_are_nouns_or_tasks(path):
 def test_document_paragraphs_are_short(path):
     kinds = ("paragraph", "item")
     found = [
-        block.line for block in prose_of(path) if block.kind in kinds and block.lines > MAX_PARAGRAPH_LINES
+        block.line
+        for block in prose_of(path)
+        if block.kind in kinds and block.lines > MAX_PARAGRAPH_LINES
     ]
     assert found == []
 
