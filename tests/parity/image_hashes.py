@@ -33,7 +33,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from tests import tiny_models
+from tests.support import tiny_models
 
 Fields = dict[str, Any]
 Rendered = tuple[bytes, str]
@@ -55,8 +55,10 @@ def create_renderer(
     Returns:
         A function from the fields of requests, rendered as one batch, to the images of each.
     """
-    from alphalayer.engine import Order, pipeline
-    from alphalayer.request import GenerationRequest
+    from alphalayer.core.request import GenerationRequest
+    from alphalayer.engine import pipeline
+    from alphalayer.engine.base import RenderTask
+    from alphalayer.images.infotext import write_parameters
 
     original = pipeline.sample
 
@@ -71,17 +73,29 @@ def create_renderer(
     def render(requests: list[Fields]) -> list[list[Rendered]]:
         pipeline.sample = sample
         try:
-            results = engine.draw([Order(GenerationRequest(**fields)) for fields in requests])
+            results = engine.draw([RenderTask(GenerationRequest(**fields)) for fields in requests])
         finally:
             pipeline.sample = original
-        return [[(_raw(image.rgba), image.parameters) for image in each.images] for each in results]
+        return [
+            [
+                (
+                    _raw(image.rgba),
+                    write_parameters(
+                        each.request, each.model_name, each.model_hash, image.seed, image.subseed
+                    ),
+                )
+                for image in each.images
+            ]
+            for each in results
+        ]
 
     return render
 
 
 def transparency(method: str | None = "attention", **options: float) -> Fields:
     """Return the request fields of a LayerDiffuse method, None for off."""
-    return {"layerdiffuse": {"enabled": False} if method is None else {"method": method, **options}}
+    settings = {f"layerdiffuse_{name}": value for name, value in options.items()}
+    return {"mode": method or "opaque", **settings}
 
 
 # Models and cases. Fields are those of the native API; `single` has a conv patch, `folder` not.
