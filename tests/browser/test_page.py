@@ -299,7 +299,7 @@ async def test_why_the_service_cannot_draw_is_said_as_long_as_it_cannot(browser:
         gate.write_text("fine")
         await expect(page.locator("#history li")).to_have_count(1, timeout=15_000)
         gate.write_text("broken")
-        os.kill(client.app.state.parts.supervisors[0].process_id, signal.SIGKILL)  # type: ignore[attr-defined]
+        os.kill(client.app.state.parts.pool.supervisors[0].process_id, signal.SIGKILL)  # type: ignore[attr-defined]
         words = "The service cannot draw now: the card is gone. Put it back."
         await expect(page.locator("#state")).to_have_text(words, timeout=15_000)
         await page.click("#draw")

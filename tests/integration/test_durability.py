@@ -38,7 +38,7 @@ BODY = {"prompt": "an apple", "steps": 10, "width": 64, "height": 64}
 
 
 def engine_pid(client) -> int | None:
-    return client.app.state.parts.supervisors[0].process_id
+    return client.app.state.parts.pool.supervisors[0].process_id
 
 
 def running_starts(client) -> int:

@@ -19,7 +19,7 @@ from alphalayer.core.job import Job, JobSpec
 from alphalayer.core.request import GenerationRequest
 from alphalayer.engine.base import GenerationResult, RenderTask
 from alphalayer.engine.fake import FakeEngine
-from alphalayer.service.app import engine_environments
+from alphalayer.service.gpus import engine_environments
 from alphalayer.storage.objects import ObjectStorage, open_storage
 from alphalayer.worker.engine_process import EngineProcess
 

@@ -15,9 +15,7 @@ from alphalayer.jobs.table import jobs
 _WAITING = jobs.c.state == JobState.QUEUED.value
 _COUNT = select(func.count()).select_from(jobs).where(_WAITING)
 _RUNNING = (
-    select(jobs.c.id, jobs.c.started_at, func.count().over())
-    .where(jobs.c.state == JobState.RUNNING.value)
-    .limit(20)
+    select(jobs.c.id, jobs.c.started_at, func.count().over()).where(jobs.c.state == JobState.RUNNING.value).limit(20)
 )
 """Some of those that run, each with the number of all."""
 _LATELY = (

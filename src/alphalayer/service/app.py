@@ -4,21 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
-import re
-import shutil
-import subprocess
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from functools import partial
-from itertools import takewhile
 from typing import Any
 
 from fastapi import Depends, FastAPI
 from fastapi.middleware.cors import CORSMiddleware
-from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from alphalayer import __version__, catalog
 from alphalayer.api import docs, errors, jobs, native, openai, ops, playground
@@ -26,9 +19,10 @@ from alphalayer.api.a1111 import routes
 from alphalayer.api.addresses import address
 from alphalayer.api.auth import Authenticator
 from alphalayer.api.deps import Service, require_user
+from alphalayer.api.middleware.body_limit import BodyLimit
 from alphalayer.api.middleware.forwarded import ForwardedHeaders
 from alphalayer.api.middleware.request_log import RequestLog
-from alphalayer.api.shutdown import Shutdown, stopping
+from alphalayer.api.shutdown import Shutdown
 from alphalayer.auth.api_keys import ApiKeyStore, Key
 from alphalayer.config import Settings
 from alphalayer.core.errors import AlphalayerError, SetupFailed
@@ -41,6 +35,9 @@ from alphalayer.observability.background import keep_running
 from alphalayer.observability.logging import log
 from alphalayer.observability.metrics import Metrics
 from alphalayer.observability.tracing import Traces
+from alphalayer.service.gpus import engine_environments
+from alphalayer.service.health import Health, ModelLookup
+from alphalayer.service.pool import WorkerPool
 from alphalayer.service.retention import Limits, keep_sweeping
 from alphalayer.service.webhooks import Webhooks, check_url, read_secret
 from alphalayer.storage.objects import check_bucket, open_storage
@@ -51,8 +48,6 @@ DESCRIPTION = "Text in, transparent PNG out: Stable Diffusion XL with LayerDiffu
 
 
 JOURNAL = "jobs.sqlite"
-HAND_BACK_S = 5.0
-"""How long jobs that are not over at the deadline may take to go back to the queue, where its database is away."""
 EXPOSED = ("Location", "Retry-After", "X-Request-ID")
 """Headers that a page of another origin may read."""
 
@@ -63,7 +58,7 @@ class Parts:
 
     service: Service
     dispatcher: Dispatcher
-    supervisors: list[Supervisor]
+    pool: WorkerPool
     webhooks: Webhooks | None
 
 
@@ -78,7 +73,7 @@ def create_app(settings: Settings, *, engine: str = ENGINE, engine_options: dict
         app.state.parts = parts
         app.state.ending = parts.service.ending
         limits = Limits(settings.keep_pictures_days, settings.keep_pictures_bytes, settings.keep_jobs_days)
-        work: dict[str, Callable[[], Awaitable[None]]] = {each.name: each.run for each in parts.supervisors}
+        work = parts.pool.tasks
         work["sweep"] = partial(keep_sweeping, parts.service.storage, parts.dispatcher, limits)
         if parts.webhooks:
             work["webhooks"] = parts.webhooks.run
@@ -88,17 +83,14 @@ def create_app(settings: Settings, *, engine: str = ENGINE, engine_options: dict
             async with assistants(app):
                 yield
         finally:
-            # jobs at work get their time; what is not over by then goes back to the queue, and is run at the next start or elsewhere
-            ending = parts.service.ending
-            ending.begin()
-            with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(asyncio.gather(*(each.drain() for each in parts.supervisors)), ending.left_s)
+            # running jobs get their time, the rest goes back to the queue
+            shutdown = parts.service.ending
+            shutdown.begin()
+            await parts.pool.drain(shutdown.left_s)
             for task in running:
                 task.cancel()
             await asyncio.gather(*running, return_exceptions=True)
-            with contextlib.suppress(asyncio.TimeoutError):
-                back = asyncio.gather(*(each.requeue_running() for each in parts.supervisors), return_exceptions=True)
-                await asyncio.wait_for(back, HAND_BACK_S)
+            await parts.pool.requeue_running()
             await parts.dispatcher.close()
             await asyncio.to_thread(send_traces)
 
@@ -228,62 +220,51 @@ async def _assemble(settings: Settings, engine: str, options: dict[str, Any], tr
     dispatcher = await _open_dispatcher(settings, keys.shares, metrics)
     metrics.queue_length.set_function(lambda: dispatcher.queue_length)
     metrics.queue_age.set_function(lambda: dispatcher.oldest_waiting_s)
-    supervisors = [
-        Supervisor(
-            name,
-            EngineSpec(
-                engine,
-                options,
-                place,
-                environment,
-                settings.silence_limit_s,
-                settings.batch_wait_s,
-                {"level": settings.log_level, "as_json": settings.log_json},
-            ),
-            dispatcher,
-            metrics,
-            traces,
-        )
-        for name, environment in (engine_environments(settings.device).items() if settings.role != "api" else ())
-    ]
-
-    def stop_accepting() -> None:
-        for each in supervisors:
-            each.stop_accepting()
-
-    ending = Shutdown(
+    has_engines = settings.role != "api"
+    logs = {"level": settings.log_level, "as_json": settings.log_json}
+    environments = engine_environments(settings.device) if has_engines else {}
+    pool = WorkerPool(
+        [
+            Supervisor(
+                name,
+                EngineSpec(
+                    engine,
+                    options,
+                    place,
+                    environment,
+                    settings.silence_limit_s,
+                    settings.batch_wait_s,
+                    logs,
+                ),
+                dispatcher,
+                metrics,
+                traces,
+            )
+            for name, environment in environments.items()
+        ]
+    )
+    shutdown = Shutdown(
         settings.drain_s,
-        stop_accepting,
-        lambda job_id: any(each.is_running(job_id) for each in supervisors),
+        pool.stop_accepting,
+        pool.is_running,
         others_draw=settings.database is not None,
     )
-
-    def readiness() -> dict[str, Any]:
-        """Where others draw, it is enough that jobs can be handed to them."""
-        engines = {each.name: "ready" if each.is_ready else str(each.problem or "starting") for each in supervisors}
-        model, problem = _default_model(settings)
-        ready = settings.role == "api" or (model is not None and any(each.is_ready for each in supervisors))
-        if ending.has_begun:
-            ready, problem = False, stopping().message
-        elif not dispatcher.is_reachable:
-            ready, problem = False, "the database cannot be reached."
-        return {"ready": ready, "engines": engines, "model": model, **({"problem": problem} if problem else {})}
-
-    knows_models = _knows_models(settings)
+    models = _model_lookup(settings)
+    health = Health(pool, shutdown, lambda: dispatcher.is_reachable, models.default, has_engines)
     webhooks = Webhooks(dispatcher, metrics, secret, allow_private=settings.webhook_allow_private) if secret else None
     service = Service(
         dispatcher=dispatcher,
         storage=storage,
         models_dir=settings.models_dir,
         embeddings_dir=settings.embeddings,
-        list_models=lambda: catalog.find_models(settings.models_dir) if knows_models else [],
-        readiness=readiness,
+        list_models=models.list,
+        readiness=health.readiness,
         metrics=metrics,
         gate=Authenticator(keys.keys),
-        ending=ending,
+        ending=shutdown,
         default_model=settings.default_model,
         max_pixels=settings.max_request_pixels,
-        knows_models=knows_models,
+        knows_models=models.knows_models,
         noise=settings.noise,
         decode=settings.decode,
         public_url=settings.public_url,
@@ -291,35 +272,19 @@ async def _assemble(settings: Settings, engine: str, options: dict[str, Any], tr
         redirect_files=settings.redirect_files,
         check_webhook=partial(check_url, allow_private=settings.webhook_allow_private) if webhooks else None,
     )
-    return Parts(service, dispatcher, supervisors, webhooks)
+    return Parts(service, dispatcher, pool, webhooks)
 
 
-def engine_environments(device: str) -> dict[str, dict[str, str]]:
-    """One engine process per GPU: its name, and the environment that shows it that GPU alone; one process without GPUs."""
-    if device not in ("auto", "cuda"):
-        return {device: {}}
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    listed = _list_gpus() if visible is None else [each.strip() for each in visible.split(",") if each.strip()]
-    # CUDA shows none from a -1 on
-    gpus = takewhile(lambda each: each != "-1", listed)
-    return {f"gpu{gpu}": {"CUDA_VISIBLE_DEVICES": gpu} for gpu in gpus} or {"cpu": {}}
-
-
-def _list_gpus() -> list[str]:
-    """The numbers of the GPUs that the driver knows; parts that a GPU is cut into (MIG) are not counted."""
-    if not shutil.which("nvidia-smi"):
-        return []
-    with contextlib.suppress(OSError, subprocess.TimeoutExpired):
-        asked = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=30, check=False)
-        return re.findall(r"^GPU (\d+):", asked.stdout, re.MULTILINE)
-    return []
+def _model_lookup(settings: Settings) -> ModelLookup:
+    """Return the models that this service knows of."""
+    return ModelLookup(settings.models_dir, settings.default_model, settings.role != "api")
 
 
 def _greet(settings: Settings) -> None:
     """The addresses that a person needs, and the model that will be drawn with."""
     host = "localhost" if settings.host in ("0.0.0.0", "::") else settings.host
     base = (settings.public_url or address(host, settings.port)).rstrip("/")
-    model, problem = _default_model(settings)
+    model, problem = _model_lookup(settings).default()
     if problem:
         log.warning("no_model", error=problem)
     if settings.database and "://" not in settings.pictures:
@@ -339,49 +304,3 @@ def _tell_who_may_ask(settings: Settings, keys: list[Key] | None) -> None:
         log.warning("open_to_all", host=settings.host, hint=hint)
     elif keys == []:
         log.warning("open_to_nobody", keys_file=str(settings.keys_file), hint=hint)
-
-
-def _knows_models(settings: Settings) -> bool:
-    """Whether the models folder here is that of whoever draws."""
-    return settings.role != "api" or (settings.models_dir / catalog.CHECKPOINTS).is_dir()
-
-
-def _default_model(settings: Settings) -> tuple[str | None, str | None]:
-    """The title of the model that a plain request is drawn with, or None and the reason, if it is known here."""
-    if not _knows_models(settings):
-        return settings.default_model, None
-    try:
-        entries = catalog.find_models(settings.models_dir)
-        return catalog.resolve_model(settings.default_model, entries, settings.models_dir).title, None
-    except AlphalayerError as error:
-        return None, str(error)
-
-
-class BodyLimit:
-    """ASGI middleware that answers 413 to bodies over `limit` bytes, declared or sent."""
-
-    def __init__(self, app: ASGIApp, limit: int):
-        self._app = app
-        self._limit = limit
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass a request on, counting what it sends."""
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        taken = 0
-        error = HTTPException(413, f"the request is larger than {self._limit} bytes.")
-
-        async def counted() -> Message:
-            nonlocal taken
-            message = await receive()
-            taken += len(message.get("body", b""))
-            if taken > self._limit:
-                raise error
-            return message
-
-        declared = dict(scope["headers"]).get(b"content-length", b"0")
-        if declared.isdigit() and int(declared) > self._limit:
-            await errors.http_problem(error, errors.path_of(scope))(scope, receive, send)
-        else:
-            await self._app(scope, counted, send)
