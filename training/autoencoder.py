@@ -366,7 +366,7 @@ def rgba_loss(decoded: Tensor, rgba: Tensor, generator: torch.Generator) -> Tens
 class WeightAverage:
     """Exponential average of a model's weights."""
 
-    def __init__(self, model: nn.Module, longest: float = 0.998):
+    def __init__(self, model: nn.Module, longest: float = 0.995):
         self.weights = {name: value.detach().clone() for name, value in model.state_dict().items()}
         self._longest = longest
         self._steps = 0
@@ -397,7 +397,14 @@ def learning_rate_factor(step: int, remaining_seconds: float) -> float:
     return min(1.0, (step + 1) / 100) * min(1.0, max(0.02, remaining_seconds / DECAY_SECONDS))
 
 
-def train(minutes: float, learning_rate: float = 1e-3) -> None:
+def make_optimizer(model: nn.Module, learning_rate: float) -> torch.optim.AdamW:
+    """Return the optimizer whose state is in the checkpoints."""
+    return torch.optim.AdamW(
+        model.parameters(), learning_rate, betas=(0.9, 0.98), weight_decay=1e-4
+    )
+
+
+def train(minutes: float, learning_rate: float = 1.5e-3) -> None:
     """Train until the deadline or SIGTERM, from the last checkpoint or committed weights.
 
     Args:
@@ -413,9 +420,7 @@ def train(minutes: float, learning_rate: float = 1e-3) -> None:
         model.load_state_dict(saved["model"])
         step = saved["step"]
     model = model.to(memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), learning_rate, betas=(0.9, 0.98), weight_decay=1e-4
-    )
+    optimizer = make_optimizer(model, learning_rate)
     average = WeightAverage(model)
     if saved is not None:
         optimizer.load_state_dict(saved["optimizer"])
@@ -428,7 +433,7 @@ def train(minutes: float, learning_rate: float = 1e-3) -> None:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * learning_rate_factor(step - first, remaining)
         # The borders of crops are not those of images.
-        rgba = sampler.whole(2, soft_share=0.3) if step % 40 == 39 else sampler.crops(8, 128)
+        rgba = sampler.whole(2, soft_share=0.3) if step % 40 == 39 else sampler.crops(6, 128)
         noise = LATENT_NOISE * min(1.0, step / 200)
         loss, figures = compute_loss(model, rgba, noise, sampler.generator)
         optimizer.zero_grad(set_to_none=True)
@@ -437,7 +442,8 @@ def train(minutes: float, learning_rate: float = 1e-3) -> None:
         optimizer.step()
         average.update(model)
         step += 1
-        mean_loss = figures["loss"] if mean_loss is None else 0.98 * mean_loss + 0.02 * figures["loss"]
+        value = figures["loss"]
+        mean_loss = value if mean_loss is None else 0.98 * mean_loss + 0.02 * value
         if step % 50 == 0:
             print(
                 f"step {step} wall {time.time() - start:.0f} s cpu {time.process_time():.0f} s "
@@ -508,9 +514,8 @@ def evaluate(model: nn.Module, count: int = 64, sheet: Path | None = None) -> di
     sampler = ImageSampler(5, held_out=True)
     y, x = torch.meshgrid(torch.arange(256), torch.arange(256), indexing="ij")
     board = (((y // 16 + x // 16) % 2) * 0.2 + 0.4)[None, None].float()
-    values: dict[str, list[float]] = {
-        name: [] for name in ("psnr", "alpha", "color", "edges_256", "edges_512", "half", "half_true")
-    }
+    names = ("psnr", "alpha", "color", "edges_256", "edges_512", "half", "half_true")
+    values: dict[str, list[float]] = {name: [] for name in names}
     rows: list[Tensor] = []
     for _ in range(count // 8):
         rgba = sampler.whole(8)
@@ -549,7 +554,7 @@ def evaluate(model: nn.Module, count: int = 64, sheet: Path | None = None) -> di
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=120)
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--learning-rate", type=float, default=1.5e-3)
     parser.add_argument("--evaluate", action="store_true", help="only measure the last checkpoint")
     parser.add_argument("--export", action="store_true", help="only write the unfinished weights")
     options = parser.parse_args()

@@ -54,10 +54,11 @@ def read_concepts(*, every: bool = False) -> Sequence[Concept]:
         for language in LANGUAGES
     }
     named = _named()
-    counts = {label: len(designs) for label, designs in designs_by_label().items()}
+    # The Open Clip Art Library's labels need the names of all concepts.
+    designs = {} if every else designs_by_label()
     concepts: list[Concept] = []
     for label in sorted({*wanted_labels().values(), *named}):
-        if not every and counts.get(label, 0) < MINIMUM_DESIGNS:
+        if not every and len(designs.get(label, ())) < MINIMUM_DESIGNS:
             continue
         entry = entries.get(label, {})
         name, synonyms = named.get(label, (derive_name(label), ()))

@@ -131,7 +131,7 @@ def main() -> None:
     weights = {k: v for k, v in model.state_dict().items() if not k.startswith("shipped.")}
     fresh = LatentTransparency()
     fresh.load_state_dict(weights)
-    optimizer = torch.optim.AdamW(fresh.parameters(), 1e-3)
+    optimizer = autoencoder.make_optimizer(fresh, 1e-3)
     autoencoder.save(fresh, optimizer, WeightAverage(fresh), 0)
 
 
