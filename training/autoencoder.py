@@ -68,6 +68,8 @@ SET_WEIGHTS = {
 }
 """Shares of the sets. `fluent-3d` has the drawings of `fluent` at 256 pixels and stays out."""
 HELD_OUT_SHARE = 20
+ENCODER_RATE = 0.2
+"""Learning rate of the encoders as a share of the decoders'."""
 DECAY_SECONDS = 1500.0
 """Time before the deadline in which the learning rate falls to zero."""
 
@@ -272,9 +274,7 @@ def ssim(first: Tensor, second: Tensor) -> Tensor:
     variance_2 = pool(second * second) - mean_2**2
     covariance = pool(first * second) - mean_1 * mean_2
     similarity = (2 * mean_1 * mean_2 + 1e-4) * (2 * covariance + 9e-4)
-    similarity = similarity / (
-        (mean_1**2 + mean_2**2 + 1e-4) * (variance_1 + variance_2 + 9e-4)
-    )
+    similarity = similarity / ((mean_1**2 + mean_2**2 + 1e-4) * (variance_1 + variance_2 + 9e-4))
     return similarity.mean()
 
 
@@ -314,7 +314,7 @@ def compute_loss(
     Args:
         model: The networks.
         rgba: (B, 4, H, W) in [0, 1].
-        noise: Standard deviation of the noise added to the latent.
+        noise: Standard deviation of the noise added to the latent, as a share of its own.
         generator: Source of random numbers.
 
     Returns:
@@ -330,7 +330,10 @@ def compute_loss(
         latent = model.encode_opaque(target)
         hidden = latent[opaque_count:] + model.offset(rgba[opaque_count:] * 2 - 1)
         clean = torch.cat([latent[:opaque_count], hidden]).float()
-        latent = clean + torch.randn(clean.shape, generator=generator) * noise
+        # Noise in proportion to the spread: a fixed one would reward an ever larger latent.
+        spread = clean.std((0, 2, 3), keepdim=True)
+        noise_level = noise * spread.detach()
+        latent = clean + torch.randn(clean.shape, generator=generator) * noise_level
         rgb = model.vae.decode(latent, return_dict=False)[0].float()
         pixels = (rgb[opaque_count:] / 2 + 0.5).clamp(0, 1)
         decoded = model.decoder(pixels, latent[opaque_count:]).float()
@@ -340,9 +343,8 @@ def compute_loss(
             coarse = model.vae.decode(F.avg_pool2d(latent, 2), return_dict=False)[0].float()
         loss = loss + 0.5 * image_loss(coarse, F.avg_pool2d(target * 2 - 1, 2))
     loss = loss + rgba_loss(decoded, rgba[opaque_count:], generator)
-    spread = clean.std((0, 2, 3)).clamp(min=1e-3)
     center = clean.mean((0, 2, 3)).pow(2).mean()
-    loss = loss + 0.02 * (spread.log().pow(2).mean() + center)
+    loss = loss + 0.05 * (spread.clamp(min=1e-3).log().pow(2).mean() + center)
     return loss, {"loss": float(loss.detach()), "spread": float(spread.detach().mean())}
 
 
@@ -398,10 +400,15 @@ def learning_rate_factor(step: int, remaining_seconds: float) -> float:
 
 
 def make_optimizer(model: nn.Module, learning_rate: float) -> torch.optim.AdamW:
-    """Return the optimizer whose state is in the checkpoints."""
-    return torch.optim.AdamW(
-        model.parameters(), learning_rate, betas=(0.9, 0.98), weight_decay=1e-4
-    )
+    """Return the optimizer whose state is in the checkpoints.
+
+    The encoders are slower. Otherwise they run away from what the decoders can read.
+    """
+    encoders, decoders = [], []
+    for name, value in model.named_parameters():
+        (encoders if name.startswith(("vae.encoder", "offset")) else decoders).append(value)
+    groups = [{"params": encoders, "factor": ENCODER_RATE}, {"params": decoders, "factor": 1.0}]
+    return torch.optim.AdamW(groups, learning_rate, betas=(0.9, 0.98), weight_decay=1e-4)
 
 
 def train(minutes: float, learning_rate: float = 1.5e-3) -> None:
@@ -431,7 +438,8 @@ def train(minutes: float, learning_rate: float = 1.5e-3) -> None:
     stop, start, last_saved, mean_loss = Stop(), time.time(), time.time(), None
     while (remaining := minutes * 60 - (time.time() - start)) > 0 and not stop.requested:
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate * learning_rate_factor(step - first, remaining)
+            factor = group["factor"] * learning_rate_factor(step - first, remaining)
+            group["lr"] = learning_rate * factor
         # The borders of crops are not those of images.
         rgba = sampler.whole(2, soft_share=0.3) if step % 40 == 39 else sampler.crops(6, 128)
         noise = LATENT_NOISE * min(1.0, step / 200)

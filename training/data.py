@@ -293,7 +293,8 @@ def report() -> None:
     """Print the size of each set and the number of concepts by number of designs."""
     for name in {**TRAINING_SETS, **EVALUATION_SETS}:
         images, labels = load_set(name)
-        print(f"{name}: {images.shape[0]} images of {images.shape[1]} px, {len(set(labels))} labels")
+        count, side = images.shape[:2]
+        print(f"{name}: {count} images of {side} px, {len(set(labels))} labels")
     designs = designs_by_label()
     for minimum in (2, 3, 4, 5):
         count = sum(len(names) >= minimum for names in designs.values())

@@ -176,8 +176,7 @@ def encode_set(name: str, copies: int) -> None:
         for array, sample, concept in listed[start : start + SHARD_SIZE]:
             rgba = to_tensor(array)
             pairs = [
-                augment(rgba, sample, concept, generator, first=copy == 0)
-                for copy in range(copies)
+                augment(rgba, sample, concept, generator, first=copy == 0) for copy in range(copies)
             ]
             batch = torch.cat([image for image, _ in pairs])
             batch = batch.contiguous(memory_format=torch.channels_last)

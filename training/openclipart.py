@@ -51,14 +51,15 @@ TRADEMARKS = re.compile(
     r"nokia|motorola|canon|nikon|olympus|kodak|lego|volkswagen|vw|bmw|ferrari|mercedes|porsche|toyota|"
     r"skoda|dodge|shelby|cobra|jeep|blazer|fiat|citroen|renault|peugeot|honda|yamaha|vespa|trabant|"
     r"fender|gibson|stratocaster|barbie|disney|mickey|bambi|pokemon|mario|batman|superman|spider_?man|"
-    r"star_?wars|road_?runner|coca|pepsi|mcdonald|nasa|olympic|red_cross|unicef|fifa|evel|logo|marchio|"
+    r"star_?wars|road_?runner|coca|pepsi|mcdonald|nasa|olympic|red_cross|unicef|fifa|evel_|logo|marchio|"
     r"adidas|nike|converse|swatch|rolex|rubik|monopoly|van_gogh|picasso|nutella|heineken|guinness|"
     r"abrams|ak47|fingerboard|domo_kun|light_?saber|emule|ec2",
     re.IGNORECASE,
 )
 LEFT_OUT_WORDS = re.compile(
     r"nude|naked|erotic|sex|cannabis|marijuana|swastika|hitler|bullet_hole|gallows|blood|corpse|"
-    r"_b[wn](_|\b)|flourish|corner|boating_rules|sailing_|_ahead|menu_|striscia|outline|blueprint|diagram|wireframe|border\b|pattern|background|scene|map\b|flag",
+    r"_b[wn](_|\b)|flourish|corner|boating_rules|sailing_|_ahead|menu_|striscia|outline|"
+    r"blueprint|diagram|wireframe|border\b|pattern|background|scene|map\b|flag",
     re.IGNORECASE,
 )
 
@@ -68,21 +69,20 @@ def svg_folder() -> Path:
     return debian_folder(OPENCLIPART) / "usr" / "share" / "openclipart" / "svg"
 
 
-def describe(path: Path) -> tuple[str, str, tuple[str, ...]] | None:
+def describe(path: Path) -> tuple[str, tuple[str, ...]] | None:
     """Read the metadata of a drawing.
 
     Returns:
-        File name in words, title and keywords, or None for a file without a public domain notice.
+        Title and keywords in lower case, or None for a file without a public domain notice.
     """
-    text = path.read_text(encoding="utf-8", errors="ignore")
-    if not re.search(r"public ?domain", text, re.IGNORECASE):
+    text = path.read_text(encoding="utf-8", errors="ignore").lower()
+    if not re.search(r"public ?domain", text):
         return None
     metadata = text.partition("<metadata")[2].partition("</metadata>")[0]
     title = re.search(r"<dc:title[^>]*>([^<]*)</dc:title>", metadata)
     subject = re.search(r"<dc:subject>(.*?)</dc:subject>", metadata, re.DOTALL)
     keywords = re.findall(r"<rdf:li>([^<]*)</rdf:li>", subject[1]) if subject else []
-    words = re.sub(r"[\W\d_]+", " ", path.stem).strip().lower()
-    return words, (title[1].strip().lower() if title else ""), tuple(word.lower() for word in keywords)
+    return title[1].strip() if title else "", tuple(keywords)
 
 
 @lru_cache
@@ -160,8 +160,8 @@ def drawings() -> dict[str, tuple[Path, str]]:
             metadata = describe(path)
             if metadata is None or path.stem in rejected():
                 continue
-            words, title, keywords = metadata
-            text = " ".join((path.stem, words.replace(" ", "_"), title, *keywords))
+            title, keywords = metadata
+            text = " ".join((path.stem, title, *keywords))
             if TRADEMARKS.search(text) or LEFT_OUT_WORDS.search(text):
                 continue
             label = by_hand.get(path.stem) or find_label(path.stem, title, keywords)

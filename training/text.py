@@ -117,7 +117,8 @@ class Student(nn.Module):
     def __init__(self, vocabulary: int, teacher_width: int = 384):
         super().__init__()
         self.first, self.second = make_encoders(vocabulary)
-        self.head_1, self.head_2 = nn.Linear(WIDTH_1, teacher_width), nn.Linear(POOLED, teacher_width)
+        self.head_1 = nn.Linear(WIDTH_1, teacher_width)
+        self.head_2 = nn.Linear(POOLED, teacher_width)
 
     def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Embed texts in the teacher's space.

@@ -99,8 +99,7 @@ class SampleStream:
         self._pooled = np.load(POOLS, mmap_mode="r")
         self.scale = scaling_factor()
         shown = [
-            (samples[number].label, TRAINING_SETS[samples[number].set].design)
-            for number in numbers
+            (samples[number].label, TRAINING_SETS[samples[number].set].design) for number in numbers
         ]
         in_design = Counter(shown)
         designs = Counter(label for label, _ in in_design)
@@ -241,7 +240,10 @@ def train(minutes: float, count: int = 32, learning_rate: float = 8e-4) -> None:
         if step % 50 == 0:
             elapsed = time.time() - start
             rate = (step - first) * count * distributed.process_count() / elapsed
-            print(f"step {step} {elapsed:.0f} s {rate:.1f} samples/s loss {mean_loss:.4f}", flush=True)
+            print(
+                f"step {step} {elapsed:.0f} s {rate:.1f} samples/s loss {mean_loss:.4f}",
+                flush=True,
+            )
         if time.time() - last_saved > 180:
             save(unet, optimizer, average, step)
             last_saved = time.time()
