@@ -71,7 +71,7 @@ def main(arguments: list[str]) -> int:
     set_up(torch_build or ("cuda" if has_nvidia_gpu() else "cpu"), is_test)
     if is_test:
         return run([str(PYTHON), "-m", "pytest", *(arguments[1:] or TWO_AT_ONCE)])
-    return run([str(PYTHON), "-m", "alphalayer.cli", *arguments])
+    return run([str(PYTHON), "-m", "alphalayer", *arguments])
 
 
 def set_up(torch_build: str, with_tests: bool) -> None:

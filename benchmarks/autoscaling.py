@@ -15,7 +15,7 @@ from typing import Any
 
 from benchmarks.report import write_report
 
-from alphalayer.plan import Fleet, Load, Scaling, simulate
+from alphalayer.planner.simulation import Fleet, Load, Scaling, simulate
 
 THINK_S, PICTURE_S, USE, MOST = 300.0, 2.8, 0.95, 20
 

@@ -23,10 +23,10 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from alphalayer import images
+from alphalayer.core.request import GenerationRequest
 from alphalayer.engine.canvas import Canvas
 from alphalayer.engine.pipeline import LocalEngine
-from alphalayer.request import GenerationRequest
+from alphalayer.images import codecs
 
 WARM_RUNS = 3
 
@@ -102,7 +102,7 @@ def draw(engine: LocalEngine, request: GenerationRequest) -> dict[str, Any]:
         result = engine.generate(request)
         drawn = time.perf_counter()
         for image in result.images:
-            images.encode(image.rgba, "png", image.parameters)
+            codecs.encode(image.rgba, "png", image.parameters)
         runs.append({**result.seconds, "png": time.perf_counter() - drawn})
         wall.append(time.perf_counter() - start)
     stages = {name: round(statistics.median(run[name] for run in runs), 4) for name in runs[0]}

@@ -24,11 +24,11 @@ from typing import Any
 
 import httpx
 from benchmarks.report import write_report
-from tests.servers import Postgres
-from tests.serving import wait_until
 from tests.stress.pods import Node
+from tests.support.servers import Postgres
+from tests.support.serving import wait_until
 
-from alphalayer.plan import SYNC_S, Fleet, Load, Outcome, Scaler, Scaling, simulate
+from alphalayer.planner.simulation import SYNC_S, Fleet, Load, Outcome, Scaler, Scaling, simulate
 
 STEPS = 150
 REQUEST = {"prompt": "x", "width": 64, "height": 64, "steps": STEPS}

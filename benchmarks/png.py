@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from alphalayer import images
+from alphalayer.images import codecs
 
 
 def soft_object(side: int = 1024) -> np.ndarray:
@@ -46,7 +46,7 @@ def with_pillow(level: int) -> Callable[[np.ndarray], bytes]:
 ENCODERS = {
     "pillow default": with_pillow(6),
     "pillow level 1": with_pillow(1),
-    "alphalayer": lambda rgba: images.encode(rgba, "png"),
+    "alphalayer": lambda rgba: codecs.encode(rgba, "png"),
 }
 
 

@@ -15,9 +15,9 @@ from typing import Any
 import asyncpg
 from benchmarks.report import write_report
 from benchmarks.shared_queue import RESULT, SPEC, Spent
-from tests.servers import Postgres
+from tests.support.servers import Postgres
 
-from alphalayer.jobs.shared import SharedDispatcher
+from alphalayer.jobs.postgres import PostgresJobQueue
 
 
 async def deepen(url: str, jobs: int, alike: bool) -> None:
@@ -52,19 +52,19 @@ async def claims_at_depth(
 ) -> dict[str, float]:
     """So many workers claim, start and finish jobs while so many wait: milliseconds of a claim, and of PostgreSQL's CPU for all three."""
     url = postgres.fresh_database()
-    queues = [await SharedDispatcher.open(url, depth + 1) for _ in range(workers)]
+    queues = [await PostgresJobQueue.open(url, depth + 1) for _ in range(workers)]
     await queues[0].submit(SPEC)
     await deepen(url, depth, alike)
     waits: list[float] = []
     spent = Spent(postgres)
 
-    async def work(queue: SharedDispatcher) -> None:
+    async def work(queue: PostgresJobQueue) -> None:
         for _ in range(count // workers):
             start = time.perf_counter()
-            job = await queue.take()
+            job = await queue.claim()
             waits.append((time.perf_counter() - start) * 1000)
-            await queue.started(job.id)
-            await queue.finished(job.id, RESULT)
+            await queue.mark_started(job.id)
+            await queue.complete(job.id, RESULT)
 
     await asyncio.gather(*map(work, queues))
     cpu = spent() / len(waits) * 1000

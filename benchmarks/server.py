@@ -22,8 +22,8 @@ from typing import Any
 
 import httpx
 from benchmarks.report import write_report
-from tests import fake_service
-from tests.serving import free_port, wait_until
+from tests.support import fake_service
+from tests.support.serving import free_port, wait_until
 
 BODY = {"prompt": "an apple", "width": 64, "height": 64, "steps": 1}
 CLIENTS, QUEUE = 1000, 200

@@ -1,7 +1,7 @@
 """What the shared queue carries on one machine: `python -m benchmarks.shared_queue [--workers 1 4 16 64] [--jobs 2000]`.
 
 Workers that draw at once claim jobs from a real PostgreSQL (in a folder of its own, fsync off), start and finish them. Each is a
-`SharedDispatcher` of its own, with its own connections, in one of two processes. Reported: jobs a second from the first claim to the
+`PostgresJobQueue` of its own, with its own connections, in one of two processes. Reported: jobs a second from the first claim to the
 last end, how long a claim takes while jobs are waiting, and what PostgreSQL's processes alone spend on a job. Then workers that are idle
 while a job comes now and then: how long it waits, and what it costs that all of them hear of it. (Real workers, and claims while many
 jobs wait: benchmarks/queue_depth.py.) Writes
@@ -22,18 +22,18 @@ from typing import Any
 
 import asyncpg
 from benchmarks.report import write_report
-from tests.servers import Postgres
+from tests.support.servers import Postgres
 
-from alphalayer.job import ImageRef, JobProgress, JobResult, JobSpec
+from alphalayer.core.job import ImageRef, JobProgress, JobResult, JobSpec
+from alphalayer.core.request import GenerationRequest, ModelDefaults
 from alphalayer.jobs import claims
-from alphalayer.jobs.shared import SharedDispatcher
-from alphalayer.request import GenerationRequest
+from alphalayer.jobs.postgres import PostgresJobQueue
 
 SPEC = JobSpec(generation=GenerationRequest(prompt="x", width=64, height=64, steps=1))
 MESSAGES = 500
 RESULT = JobResult(
-    images=(ImageRef(key="alpha_1.png", seed=1, subseed=1, width=64, height=64, size_bytes=1, parameters=""),),
-    generation=SPEC.generation,
+    images=(ImageRef(key="alpha_1.png", seed=1, subseed=1, width=64, height=64, size_bytes=1),),
+    settings=ModelDefaults(),
     model_name="none",
     model_hash="0",
 )
@@ -41,7 +41,7 @@ RESULT = JobResult(
 
 async def fill(url: str, jobs: int) -> float:
     """Submit so many jobs, 16 at a time; jobs a second."""
-    queue = await SharedDispatcher.open(url, jobs + 1)
+    queue = await PostgresJobQueue.open(url, jobs + 1)
     start = time.perf_counter()
     room = asyncio.Semaphore(16)
 
@@ -60,14 +60,14 @@ async def _work(url: str, workers: int) -> tuple[list[float], float, float]:
     ends: list[float] = []
 
     async def work() -> None:
-        queue = await SharedDispatcher.open(url, 10)
+        queue = await PostgresJobQueue.open(url, 10)
         try:
             while True:
                 start = time.perf_counter()
-                job = await asyncio.wait_for(queue.take(), 3.0)
+                job = await asyncio.wait_for(queue.claim(), 3.0)
                 waits.append(time.perf_counter() - start)
-                await queue.started(job.id)
-                await queue.finished(job.id, RESULT)
+                await queue.mark_started(job.id)
+                await queue.complete(job.id, RESULT)
                 ends.append(time.time())
         except asyncio.TimeoutError:
             await queue.close()
@@ -108,14 +108,14 @@ class Spent:
 async def _idle(url: str, workers: int, seconds: float) -> list[float]:
     delays: list[float] = []
 
-    async def work(queue: SharedDispatcher) -> None:
+    async def work(queue: PostgresJobQueue) -> None:
         while True:
-            job = await queue.take()
+            job = await queue.claim()
             delays.append(time.time() - job.created_at)
-            await queue.started(job.id)
-            await queue.finished(job.id, RESULT)
+            await queue.mark_started(job.id)
+            await queue.complete(job.id, RESULT)
 
-    queues = [await SharedDispatcher.open(url, 10, role="worker") for _ in range(workers)]
+    queues = [await PostgresJobQueue.open(url, 10, role="worker") for _ in range(workers)]
     tasks = [asyncio.create_task(work(queue)) for queue in queues]
     await asyncio.sleep(seconds)
     for task in tasks:
@@ -133,7 +133,7 @@ def idle(url: str, workers: int, seconds: float) -> list[float]:
 
 async def now_and_then(url: str, jobs: int, every_s: float) -> None:
     """Submit a job now and then."""
-    queue = await SharedDispatcher.open(url, jobs + 1, role="api")
+    queue = await PostgresJobQueue.open(url, jobs + 1, role="api")
     for _ in range(jobs):
         await queue.submit(SPEC)
         await asyncio.sleep(every_s)
@@ -181,17 +181,19 @@ async def footprint(url: str, jobs: int) -> dict[str, dict[str, float]]:
 
 
 async def _small_things(url: str, spent: Callable[[], Callable[[], float]], count: int = 1000) -> dict[str, float]:
-    queue = await SharedDispatcher.open(url, 10, role="worker")
+    queue = await PostgresJobQueue.open(url, 10, role="worker")
     job = await queue.submit(SPEC)
-    await queue.take()
+    await queue.claim()
 
     async def ask_for_nothing() -> None:
         async with queue._transaction() as (_, rows):
-            assert await claims.claim_next(rows, queue._worker, None, claims.Patience(), may_take_over=True) is None
+            assert (
+                await claims.claim_next(rows, queue._worker, None, claims.ModelAffinity(), may_take_over=True) is None
+            )
 
     async def tell_progress() -> None:
         queue._held[job.id].told_at = 0.0
-        await queue.progressed(job.id, JobProgress(stage="sample", step=1, steps=20))
+        await queue.report_progress(job.id, JobProgress(stage="sample", step=1, steps=20))
 
     async def look() -> None:
         async with queue._transaction() as (connection, _):

@@ -19,26 +19,27 @@ from typing import Any
 import asyncpg
 from benchmarks.report import write_report
 from benchmarks.shared_queue import Spent, fill
-from tests.servers import Postgres
-from tests.serving import FAKE, wait_until
+from tests.support.servers import Postgres
+from tests.support.serving import FAKE, wait_until
 
-from alphalayer.job import Job
-from alphalayer.jobs.shared import SharedDispatcher
-from alphalayer.telemetry import Metrics, set_up_logs
-from alphalayer.tracing import Traces
+from alphalayer.core.job import Job
+from alphalayer.jobs.postgres import PostgresJobQueue
+from alphalayer.observability.logging import configure_logging
+from alphalayer.observability.metrics import Metrics
+from alphalayer.observability.tracing import Traces
 from alphalayer.worker.supervisor import EngineSpec, Supervisor
 
 HOSTS = 4
 READY, BEGIN, OVER = "ready", "begin", "over"
 
 
-class Timed(SharedDispatcher):
+class Timed(PostgresJobQueue):
     """Takes nothing before the file `begin` is there, and notes how long each claim took, in seconds."""
 
     begin: Path
     claims: list[float]
 
-    async def take(self, holding: str | None = None) -> Job:
+    async def claim(self, holding: str | None = None) -> Job:
         """The next job; see the protocol."""
         while not self.begin.exists():
             await asyncio.sleep(0.02)
@@ -75,7 +76,7 @@ async def _draw(url: str, workers: int, folder: Path, host: int) -> list[float]:
 
 def draw(url: str, workers: int, folder: Path, host: int) -> list[float]:
     """So many workers in this process until the file `over` is there: seconds of each claim."""
-    set_up_logs("error", False)
+    configure_logging("error", False)
     return asyncio.run(_draw(url, workers, folder, host))
 
 

@@ -11,11 +11,11 @@ from prometheus_client import Counter
 from prometheus_client.metrics import MetricWrapperBase
 from typer.main import get_command
 
-from alphalayer.app import create_app
-from alphalayer.cli import app as cli
+from alphalayer.cli.app import app as cli
 from alphalayer.config import PREFIX, TOML_FILE, Settings
-from alphalayer.request import MAX_SEED, NOT_BLANK, SAMPLERS, SCHEDULERS
-from alphalayer.telemetry import Metrics
+from alphalayer.core.request import MAX_SEED, NOT_BLANK, SAMPLERS, SCHEDULERS
+from alphalayer.observability.metrics import Metrics
+from alphalayer.service.app import create_app
 
 REFERENCE = Path(__file__).parent / "reference"
 NOTE = "<!-- made by docs/generate.py; do not edit -->"

@@ -81,7 +81,7 @@ def main() -> None:
     """Start a service in an empty folder, take the pictures, stop it."""
     TARGET.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "alphalayer.cli", "serve", "--port", str(PORT), "--device", "cpu"]
+        command = [sys.executable, "-m", "alphalayer", "serve", "--port", str(PORT), "--device", "cpu"]
         service = subprocess.Popen(command, cwd=folder)
         try:
             asyncio.run(_wait_and_shoot())

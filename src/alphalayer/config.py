@@ -14,9 +14,9 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, SecretStr, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
 
-from alphalayer import faults
-from alphalayer.errors import SetupFailed
-from alphalayer.request import DecodeMode, NoiseSource
+from alphalayer.core import validation
+from alphalayer.core.errors import SetupFailed
+from alphalayer.core.request import DecodeMode, NoiseSource
 
 PREFIX = "ALPHALAYER_"
 TOML_FILE = "alphalayer.toml"
@@ -264,7 +264,9 @@ def load_settings(**flags: Any) -> Settings:
         field = Settings.model_fields.get(name)
         if field and field.annotation == SecretStr | None:
             first["input"] = "…"  # what was given may be a password in the wrong form
-        raise SetupFailed(f"{_as_given(name, flags)}: {faults.say(first)}.", hint=_LIST) from None
+        raise SetupFailed(
+            f"{_as_given(name, flags)}: {validation.describe_validation_error(first)}.", hint=_LIST
+        ) from None
     except (OSError, ValueError) as error:
         raise SetupFailed(f"{TOML_FILE} cannot be read: {error}.", hint=_LIST) from None
 

@@ -9,7 +9,7 @@ import pytest
 import pytest_asyncio
 from playwright.async_api import Browser, async_playwright
 from tests.browser.visit import CHROMIUM, DESKTOP, FLAGS, Visit, visited
-from tests.serving import put_model, served
+from tests.support.serving import put_model, served
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")

@@ -6,8 +6,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from alphalayer.core.errors import SetupFailed
 from alphalayer.engine.fake import FakeEngine
-from alphalayer.errors import SetupFailed
 
 
 def create_engine(options: dict[str, Any]) -> FakeEngine:

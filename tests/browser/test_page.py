@@ -14,11 +14,11 @@ from pathlib import Path
 import httpx
 import pytest
 from playwright.async_api import Browser, Page, ViewportSize, expect
-from tests import fake_service
 from tests.browser.visit import DESKTOP, PHONE, Visit, visited
-from tests.serving import free_port, served, wait_until
+from tests.support import fake_service
+from tests.support.serving import free_port, served, wait_until
 
-from alphalayer.keys import add_key
+from alphalayer.auth.api_keys import add_key
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

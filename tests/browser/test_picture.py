@@ -15,7 +15,7 @@ import pytest
 from playwright.async_api import Browser, Route, ViewportSize, expect
 from tests.browser.visit import DESKTOP, PHONE, Visit, picture, visited
 
-from alphalayer import images
+from alphalayer.images import codecs, postprocess
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -49,9 +49,9 @@ async def test_what_the_form_has_no_field_for_is_carried_along(visit: Visit, ser
     await page.select_option("#checkpoint", "apples")
     await page.click("#draw")
     await expect(page.locator("#history li")).to_have_count(1)
-    again = images.decode(await visit.download("#save-png"))[1] or ""
+    again = codecs.decode(await visit.download("#save-png"))[1] or ""
     for each in ("Conv Injection", "weight: 0.5", "ending_step: 0.25", "Seed: 9007199254740993"):
-        assert each in (images.decode(first)[1] or "")
+        assert each in (codecs.decode(first)[1] or "")
         assert each in again
     assert "conv" in (await visit.facts())["Also"]
     await page.click("#drop-carried")
@@ -250,13 +250,13 @@ async def test_downloads(visit: Visit):
     page = visit.page
     await visit.draw(prompt="x")
     png = await visit.download("#save-png")
-    assert images.decode(png)[0].shape == (64, 64, 4)
+    assert codecs.decode(png)[0].shape == (64, 64, 4)
     await page.check("#trimmed")
     await page.fill("#padding", "2")
     webp = await visit.download("#save-webp")
-    rgba, parameters = images.decode(webp)
+    rgba, parameters = codecs.decode(webp)
     assert webp[8:12] == b"WEBP"
-    assert np.array_equal(rgba, images.trim(images.decode(png)[0], 0, 2))
+    assert np.array_equal(rgba, postprocess.trim(codecs.decode(png)[0], 0, 2))
     assert rgba.shape[0] < 64
     assert "Seed: 12345" in (parameters or "")
 
@@ -278,4 +278,4 @@ async def test_the_code_that_it_shows_saves_the_picture(visit: Visit, language: 
     assert done.returncode == 0, done.stderr
     (saved,) = tmp_path.iterdir()
     assert saved.suffix == ".png"
-    assert prompt in (images.decode(saved.read_bytes())[1] or "")
+    assert prompt in (codecs.decode(saved.read_bytes())[1] or "")

@@ -9,7 +9,7 @@ import httpx
 import pytest
 from playwright.async_api import Browser, Route, expect
 from tests.browser.visit import DESKTOP, Visit, visited
-from tests.serving import served
+from tests.support.serving import served
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

@@ -14,10 +14,10 @@ import pytest
 import webuiapi
 from PIL import Image
 from safetensors.numpy import save_file
-from tests.serving import put_lora, put_model, served, wait_until
+from tests.support.serving import put_lora, put_model, served, wait_until
 
 from alphalayer.engine.fake import draw_disc
-from alphalayer.infotext import read_parameters
+from alphalayer.images.infotext import read_parameters
 
 RECORDED = Path(__file__).parent / "recorded"
 ATTENTION = "(SDXL) Only Generate Transparent Image (Attention Injection)"

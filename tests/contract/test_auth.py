@@ -8,19 +8,19 @@ import stat
 from pathlib import Path
 
 import pytest
-from tests.serving import served, wait_until
+from tests.support.serving import served, wait_until
 
-from alphalayer import keys
-from alphalayer.app import check
+from alphalayer.auth import api_keys
 from alphalayer.config import Settings
-from alphalayer.errors import SetupFailed
+from alphalayer.core.errors import SetupFailed
+from alphalayer.service.app import check
 
 BODY = {"prompt": "x", "steps": 1, "width": 64, "height": 64}
 
 
 def test_every_way_to_send_a_key(tmp_path):
     file = tmp_path / "keys.json"
-    secret = keys.add_key(file, "shop")
+    secret = api_keys.add_key(file, "shop")
     assert secret not in file.read_text()
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
     with served(tmp_path, keys_file=file, api_auth="ann:secret") as client:
@@ -44,15 +44,15 @@ def test_a_password_outside_ascii_is_known_in_either_encoding(tmp_path, encoding
 
 
 def test_keys_that_change_while_the_service_runs_count(tmp_path, monkeypatch):
-    monkeypatch.setattr(keys, "LOOK_EVERY_S", 0)
+    monkeypatch.setattr(api_keys, "LOOK_EVERY_S", 0)
     file = tmp_path / "keys.json"
-    keys.add_key(file, "first")
+    api_keys.add_key(file, "first")
     with served(tmp_path, keys_file=file, wait_ready=False) as client:
 
         def is_known(secret):
             return client.get("/alpha/v1/jobs", headers={"X-API-Key": secret}).status_code == 200
 
-        secret = keys.add_key(file, "second", queue_share=0.5)
+        secret = api_keys.add_key(file, "second", queue_share=0.5)
         assert is_known(secret)
         good = file.read_text()
         file.write_text("{")  # the keys stay what they were
@@ -61,7 +61,7 @@ def test_keys_that_change_while_the_service_runs_count(tmp_path, monkeypatch):
         assert is_known(secret)
         assert client.get("/alpha/v1/jobs").status_code == 401
         file.write_text(good)
-        keys.remove_key(file, "second")
+        api_keys.remove_key(file, "second")
         assert not is_known(secret)
 
 
@@ -69,19 +69,19 @@ def test_the_first_key_closes_a_service_that_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # where the setting is left out, its file may be missing
     with served(tmp_path, wait_ready=False) as client:
         assert client.get("/alpha/v1/jobs").status_code == 200
-        keys.add_key(Path("data/keys.json"), "first")
+        api_keys.add_key(Path("data/keys.json"), "first")
         wait_until(lambda: client.get("/alpha/v1/jobs").status_code == 401)
 
 
 def test_a_key_that_is_not_known_is_told_from_none(tmp_path):
-    keys.add_key(tmp_path / "keys.json", "shop")
+    api_keys.add_key(tmp_path / "keys.json", "shop")
     with served(tmp_path, keys_file=tmp_path / "keys.json", wait_ready=False) as client:
         for headers, said in (({}, "a key is needed."), ({"X-API-Key": "alk_x"}, "this key is not known.")):
             assert client.get("/alpha/v1/jobs", headers=headers).json()["detail"].startswith(said)
 
 
 def test_a_key_that_asks_too_often_waits(tmp_path):
-    secret = keys.add_key(tmp_path / "keys.json", "shop", per_minute=2)
+    secret = api_keys.add_key(tmp_path / "keys.json", "shop", per_minute=2)
     with served(tmp_path, keys_file=tmp_path / "keys.json") as client:
         client.headers["X-API-Key"] = secret
         answers = [client.post("/alpha/v1/txt2img", json=BODY) for _ in range(3)]
@@ -93,7 +93,7 @@ def test_a_key_that_asks_too_often_waits(tmp_path):
 
 def test_a_key_fills_its_share_of_the_queue_only(tmp_path):
     small, large = (
-        keys.add_key(tmp_path / "keys.json", name, queue_share=share) for name, share in (("s", 0.2), ("l", 1.0))
+        api_keys.add_key(tmp_path / "keys.json", name, queue_share=share) for name, share in (("s", 0.2), ("l", 1.0))
     )
     with served(tmp_path, keys_file=tmp_path / "keys.json", queue_limit=10, engine_options={"step_s": 0.2}) as client:
         slow = {**BODY, "steps": 30}
@@ -109,8 +109,8 @@ def test_a_key_fills_its_share_of_the_queue_only(tmp_path):
 
 def test_without_its_last_key_a_service_lets_nobody_in(tmp_path):
     file = tmp_path / "keys.json"
-    keys.add_key(file, "shop")
-    keys.remove_key(file, "shop")
+    api_keys.add_key(file, "shop")
+    api_keys.remove_key(file, "shop")
     with served(tmp_path, keys_file=file, wait_ready=False) as client:
         assert client.post("/alpha/v1/txt2img", json=BODY).status_code == 401
         assert client.get("/sdapi/v1/options", auth=("shop", "")).status_code == 401
@@ -123,7 +123,7 @@ def test_a_start_that_would_let_in_whom_it_should_not_fails(tmp_path):
     file = tmp_path / "keys.json"
     with pytest.raises(SetupFailed, match=r"keys_file: .* is not there"):
         start(keys_file=file)
-    keys.add_key(file, "ann")
+    api_keys.add_key(file, "ann")
     start(keys_file=file, api_auth="bob:secret")
     with pytest.raises(SetupFailed, match=r'"ann" is a key .* and a user in api_auth'):
         start(keys_file=file, api_auth="bob:secret,ann:secret")
@@ -135,16 +135,16 @@ def test_a_start_that_would_let_in_whom_it_should_not_fails(tmp_path):
 
 def test_keys_are_made_listed_and_removed(tmp_path):
     file = tmp_path / "keys.json"
-    assert keys.read_keys(file) is None
-    keys.add_key(file, "a")
+    assert api_keys.read_keys(file) is None
+    api_keys.add_key(file, "a")
     with pytest.raises(SetupFailed, match="already"):
-        keys.add_key(file, "a")
+        api_keys.add_key(file, "a")
     with pytest.raises(SetupFailed, match="queue_share"):
-        keys.add_key(file, "b", queue_share=2)
-    keys.remove_key(file, "a")
-    assert keys.read_keys(file) == []
+        api_keys.add_key(file, "b", queue_share=2)
+    api_keys.remove_key(file, "a")
+    assert api_keys.read_keys(file) == []
     with pytest.raises(SetupFailed, match="no key"):
-        keys.remove_key(file, "a")
+        api_keys.remove_key(file, "a")
     file.write_text("{")
     with pytest.raises(SetupFailed, match="cannot be read"):
-        keys.read_keys(file)
+        api_keys.read_keys(file)

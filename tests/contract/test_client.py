@@ -11,13 +11,13 @@ from pathlib import Path
 
 import httpx
 import pytest
-from tests import fake_service
-from tests.serving import answers, free_port, served, wait_until
+from tests.support import fake_service
+from tests.support.serving import answers, free_port, served, wait_until
 
-from alphalayer import images
+from alphalayer.auth.api_keys import add_key
 from alphalayer.client import AsyncClient, Client, JobStatus, ServiceUnreachable
-from alphalayer.errors import Cancelled, FileMissing, InvalidRequest, JobMissing, Unauthorized
-from alphalayer.keys import add_key
+from alphalayer.core.errors import Cancelled, FileMissing, InvalidRequest, JobMissing, Unauthorized
+from alphalayer.images import codecs
 
 SMALL = {"width": 64, "height": 64, "steps": 5}
 
@@ -33,7 +33,7 @@ def test_generate_brings_the_files_and_tells_how_far_it_is(address: str):
     with Client(address) as client:
         pictures = client.generate("an apple", seed=7, batch_size=2, on_change=changes.append, **SMALL)
     assert len(pictures) == 2
-    rgba, parameters = images.decode(pictures[1])
+    rgba, parameters = codecs.decode(pictures[1])
     assert rgba.shape == (64, 64, 4)
     assert "Seed: 8" in (parameters or "")
     # steps that follow each other closely may be told as one
@@ -48,7 +48,7 @@ async def test_the_async_client_does_the_same(address: str):
     changes: list[JobStatus] = []
     async with AsyncClient(address) as client:
         (picture,) = await client.generate("an apple", seed=7, on_change=changes.append, **SMALL)
-        assert images.decode(picture)[0].shape == (64, 64, 4)
+        assert codecs.decode(picture)[0].shape == (64, 64, 4)
         assert changes[-1].is_over
         job = await client.submit("slow", steps=150, width=64, height=64)
         assert (await client.get(job.id)).state in ("queued", "running")

@@ -14,7 +14,7 @@ import httpx
 import numpy as np
 import pytest
 from PIL import Image
-from tests.serving import free_port, served, wait_until
+from tests.support.serving import free_port, served, wait_until
 
 GUIDES = Path(__file__).parents[2] / "docs" / "guides"
 RUNNERS = {

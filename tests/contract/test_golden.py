@@ -19,7 +19,7 @@ from typing import Any
 import httpx
 import pytest
 from tests.contract.masks import masked
-from tests.serving import put_model, served
+from tests.support.serving import put_model, served
 
 GOLDEN = Path(__file__).parent / "golden"
 PREFIXES = {"native": "/alpha/v1/", "a1111": "/sdapi/v1/", "openai": "/v1/"}

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
-from tests.serving import served, wait_until
+from tests.support.serving import served, wait_until
 
 BODY = {"prompt": "an apple", "steps": 10, "width": 64, "height": 64}
 

@@ -14,22 +14,22 @@ from typing import Any
 import httpx
 import pytest
 from structlog.testing import capture_logs
-from tests.serving import free_port, served, wait_until
+from tests.support.serving import free_port, served, wait_until
 
-from alphalayer.errors import InvalidRequest
-from alphalayer.jobs.ends import note_end
-from alphalayer.keys import add_key
-from alphalayer.telemetry import Metrics
+from alphalayer.auth.api_keys import add_key
+from alphalayer.core.errors import InvalidRequest
+from alphalayer.jobs.outcomes import record_outcome
+from alphalayer.observability.metrics import Metrics
 
 BODY = {"prompt": "a hidden wish", "steps": 1, "width": 64, "height": 64}
 BROKEN = """
-from alphalayer.jobs.embedded import EmbeddedDispatcher
-from tests import fake_service
+from alphalayer.jobs.embedded import SqliteJobQueue
+from tests.support import fake_service
 
 async def submit(self, spec, **others):
     raise RuntimeError("nobody thought of this")
 
-EmbeddedDispatcher.submit = submit
+SqliteJobQueue.submit = submit
 fake_service.main()
 """
 
@@ -43,7 +43,7 @@ def serving(folder: Path, log: Path, *program: str, **environment: str) -> Itera
     settings = {f"ALPHALAYER_{name}": value for name, value in variables.items()}
     with log.open("wb") as errors:
         process = subprocess.Popen(
-            [sys.executable, *(program or ("-m", "tests.fake_service")), str(folder), str(port), "0"],
+            [sys.executable, *(program or ("-m", "tests.support.fake_service")), str(folder), str(port), "0"],
             env={**os.environ, **settings},
             stderr=errors,
         )
@@ -141,7 +141,9 @@ def _is_ready(client: httpx.Client) -> bool:
 
 def test_what_is_wrong_with_a_prompt_is_logged_by_its_field_alone():
     with capture_logs() as lines:
-        note_end(Metrics(), "0123", InvalidRequest('the attention weight of "my secret" is too high.', field="prompt"))
+        record_outcome(
+            Metrics(), "0123", InvalidRequest('the attention weight of "my secret" is too high.', field="prompt")
+        )
     assert lines == [
         {"event": "job_failed", "log_level": "warning", "job": "0123", "code": "invalid_request", "field": "prompt"}
     ]

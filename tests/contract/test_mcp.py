@@ -15,12 +15,12 @@ from fastmcp import Client
 from fastmcp.client.transports import StdioTransport, StreamableHttpTransport
 from fastmcp.exceptions import ToolError
 from structlog.testing import capture_logs
-from tests.serving import served
+from tests.support.serving import served
 
-from alphalayer import images
-from alphalayer.app import create_app
+from alphalayer.auth.api_keys import add_key
 from alphalayer.config import Settings
-from alphalayer.keys import add_key
+from alphalayer.images import codecs
+from alphalayer.service.app import create_app
 
 # the client of that package leaves a connection to the garbage collector when a call has failed
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -38,7 +38,7 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
 def transport(request: pytest.FixtureRequest, service: httpx.Client) -> object:
     if request.param == "mounted":
         return StreamableHttpTransport(f"{service.base_url}/mcp/")
-    return StdioTransport(sys.executable, ["-m", "alphalayer.cli", "mcp", "--url", str(service.base_url)])
+    return StdioTransport(sys.executable, ["-m", "alphalayer", "mcp", "--url", str(service.base_url)])
 
 
 async def test_a_picture_comes_back_with_progress(transport: object):
@@ -53,7 +53,7 @@ async def test_a_picture_comes_back_with_progress(transport: object):
         assert "prompt" in tool.input_schema["required"]
         answer = await client.call_tool(TOOL, {**SMALL, "seed": 7, "steps": 20}, progress_handler=progress)
     picture, words = answer.content
-    rgba, parameters = images.decode(base64.b64decode(picture.data))
+    rgba, parameters = codecs.decode(base64.b64decode(picture.data))
     assert rgba.shape == (64, 64, 4)
     assert "Seed: 7" in (parameters or "")
     assert "/alpha/v1/file/alpha_" in words.text
@@ -90,8 +90,8 @@ async def test_a_call_that_is_given_up_takes_its_job_along(service: httpx.Client
 
 
 def test_where_the_package_is_missing_a_log_line_says_so(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setitem(sys.modules, "alphalayer.api.mcp", None)
-    monkeypatch.delattr("alphalayer.api.mcp", raising=False)
+    monkeypatch.setitem(sys.modules, "alphalayer.integrations.mcp", None)
+    monkeypatch.delattr("alphalayer.integrations.mcp", raising=False)
     with capture_logs() as lines:
         app = create_app(Settings())
     assert not [route for route in app.routes if getattr(route, "path", "") == "/mcp"]

@@ -14,12 +14,13 @@ import httpx
 import numpy as np
 import pytest
 from PIL import Image
-from tests.serving import put_lora, served, wait_until
-from tests.tiny_models import make_diffusers_folder, make_single_file
+from tests.support.serving import put_lora, served, wait_until
+from tests.support.tiny_models import make_diffusers_folder, make_single_file
 
-from alphalayer import app, images
 from alphalayer.api.native import Txt2ImgRequest
 from alphalayer.engine.fake import draw_disc
+from alphalayer.images import codecs, postprocess
+from alphalayer.service import app
 
 
 @pytest.fixture(scope="module")
@@ -331,8 +332,8 @@ def test_a_finished_picture_in_another_form(client):
     assert answer.status_code == 200
     assert answer.headers["content-type"] == "image/webp"
     assert body["filename"].replace(".png", ".webp") in answer.headers["content-disposition"]
-    rgba, parameters = images.decode(answer.content)
-    np.testing.assert_array_equal(rgba, images.trim(images.decode(stored)[0], 0, 3))
+    rgba, parameters = codecs.decode(answer.content)
+    np.testing.assert_array_equal(rgba, postprocess.trim(codecs.decode(stored)[0], 0, 3))
     assert "Seed: 12345" in (parameters or "")
     assert client.get(body["url"]).content == stored
     assert client.get("/alpha/v1/convert/alpha_1_000000.png").status_code == 404

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import httpx
-from tests.serving import free_port, wait_until
+from tests.support.serving import free_port, wait_until
 
 
 def test_the_old_start_line_serves(tmp_path: Path):
@@ -17,7 +17,7 @@ def test_the_old_start_line_serves(tmp_path: Path):
     ours = {name: value for name, value in os.environ.items() if not name.startswith("ALPHALAYER_")}
     # an address that is given before --listen stays
     environment = {**ours, "COMMANDLINE_ARGS": "--server-name 127.0.0.1 --xformers --always-cpu"}
-    command = [sys.executable, "-m", "alphalayer.cli", "serve-as-before", *flags]
+    command = [sys.executable, "-m", "alphalayer", "serve-as-before", *flags]
     with (tmp_path / "log").open("wb") as log:
         process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=log, stderr=log)
     try:

@@ -12,12 +12,12 @@ import numpy as np
 import openai
 import pytest
 from PIL import Image
-from tests.serving import put_model, served, wait_until
+from tests.support.serving import put_model, served, wait_until
 
-from alphalayer.api import problems
-from alphalayer.api.problems import Problem
+from alphalayer.api import errors
+from alphalayer.api.errors import Problem
+from alphalayer.core.errors import AlphalayerError
 from alphalayer.engine.fake import draw_disc
-from alphalayer.errors import AlphalayerError
 
 RECORDED = Path(__file__).parent / "recorded"
 SMALL = {"prompt": "an apple", "model": "gpt-image-1", "size": "64x64"}
@@ -211,7 +211,7 @@ def test_every_error_has_the_shape_of_that_api(client, api):
 )
 def test_the_client_asks_again_only_for_what_may_pass(code, again):
     """An engine that a request takes down went down for each try of the client."""
-    answer = problems.respond(
+    answer = errors.respond(
         "/v1/images/generations", Problem.of(AlphalayerError.from_dict({"code": code, "message": "."}))
     )
     with openai.OpenAI(api_key="x") as api:

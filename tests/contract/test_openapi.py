@@ -10,7 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.serving import served
+from tests.support.serving import served
 
 CONFIGURATION = """
 [[operations]]

@@ -7,7 +7,7 @@ from typing import Any
 
 import httpx
 import pytest
-from tests.serving import put_model, served
+from tests.support.serving import put_model, served
 
 KEY = {"Idempotency-Key": "mine"}
 BODY = {"prompt": "an apple", "width": 64, "height": 64, "steps": 2}

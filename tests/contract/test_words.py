@@ -7,9 +7,9 @@ from collections.abc import Iterator
 
 import httpx
 import pytest
-from tests.serving import served
+from tests.support.serving import served
 
-from alphalayer.request import SAMPLERS
+from alphalayer.core.request import SAMPLERS
 
 NATIVE, JOBS, A1111, OPENAI = "/alpha/v1/txt2img", "/alpha/v1/jobs", "/sdapi/v1/txt2img", "/v1/images/generations"
 JSON = {"Content-Type": "application/json"}

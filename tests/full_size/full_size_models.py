@@ -14,8 +14,8 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from alphalayer.engine.transparency import TransparentDecoder
-from tests import tiny_models
+from alphalayer.engine.transparency.decode import TransparentDecoder
+from tests.support import tiny_models
 
 Shapes = dict[str, tuple[int, ...]]
 TILE = np.random.default_rng(0).normal(0, 0.02, 1 << 20).astype(np.float16)
@@ -24,7 +24,7 @@ RANK = 256
 
 def checkpoint_shapes() -> Shapes:
     """Every tensor of an SDXL base checkpoint in the LDM layout, from the shipped configs; 3,468,837,867 numbers."""
-    configs = files("alphalayer.models") / "sdxl"
+    configs = files("alphalayer.builtin_models") / "sdxl"
     read = lambda part: json.loads((configs / part / "config.json").read_text())  # noqa: E731
     with torch.device("meta"):
         unet, vae = UNet2DConditionModel.from_config(read("unet")), AutoencoderKL.from_config(read("vae"))
@@ -38,7 +38,7 @@ def patch_shapes() -> Shapes:
     """The attention patch: q, k, v and out of all transformer blocks, rank 256, in the published key scheme."""
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(
-            json.loads((files("alphalayer.models") / "sdxl/unet/config.json").read_text())
+            json.loads((files("alphalayer.builtin_models") / "sdxl/unet/config.json").read_text())
         )
     shapes: Shapes = {}
     for name, weight in unet.named_parameters():

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from alphalayer.engine.devices import MEMORY_MODES
-from alphalayer.engine.noise import philox_normal
+from alphalayer.core.request import SAMPLERS, GenerationRequest
+from alphalayer.engine.memory import MEMORY_MODES
 from alphalayer.engine.pipeline import LocalEngine
-from alphalayer.request import SAMPLERS, GenerationRequest
-from tests import tiny_models
+from alphalayer.engine.sampling.noise import philox_normal
+from tests.support import tiny_models
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 

@@ -11,14 +11,14 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
-from tests import tiny_models
+from tests.support import tiny_models
 from tests.unit.test_catalog import FAMILIES, write
 
 from alphalayer.catalog.headers import CONTEXT, FIRST_CONV
-from alphalayer.cli import main
+from alphalayer.cli.app import main
+from alphalayer.core.errors import AlphalayerError, CorruptFile, ModelUnusable
+from alphalayer.core.request import GenerationRequest
 from alphalayer.engine.pipeline import LocalEngine
-from alphalayer.errors import AlphalayerError, CorruptFile, ModelUnusable
-from alphalayer.request import GenerationRequest
 
 SMALL = ["--width", "64", "--height", "64", "--steps", "1", "--device", "cpu"]
 

@@ -7,16 +7,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests import tiny_models
-from tests.serving import served, wait_until
+from tests.support import tiny_models
+from tests.support.serving import served, wait_until
 
-from alphalayer.engine import Order
+from alphalayer.core.errors import Cancelled
+from alphalayer.core.job import Job, JobSpec
+from alphalayer.core.request import GenerationRequest
+from alphalayer.engine.base import RenderTask
 from alphalayer.engine.pipeline import LocalEngine
-from alphalayer.errors import Cancelled
-from alphalayer.job import Job, JobSpec
-from alphalayer.jobs.embedded import EmbeddedDispatcher
-from alphalayer.request import GenerationRequest
-from alphalayer.worker.batcher import next_batch
+from alphalayer.jobs.sqlite import SqliteJobQueue
+from alphalayer.worker.batching import claim_batch
 
 REQUESTS = [
     GenerationRequest(prompt="a red apple", seed=1, subseed=5, steps=4, width=64, height=64),
@@ -51,7 +51,7 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> LocalEngine:
 def test_together_as_alone(engine: LocalEngine, sampler: str):
     requests = [each.model_copy(update={"sampler": sampler}) for each in REQUESTS]
     assert len({each.batch_key for each in requests}) == 1
-    together = engine.draw([Order(each) for each in requests])
+    together = engine.draw([RenderTask(each) for each in requests])
     assert [len(result.images) for result in together] == [1, 2, 1, 1]
     for request, result in zip(requests, together, strict=True):
         alone = engine.generate(request)
@@ -62,14 +62,14 @@ def test_together_as_alone(engine: LocalEngine, sampler: str):
 
 def test_a_batch_is_not_silent_while_it_is_decoded(engine: LocalEngine):
     told: list[str] = []
-    engine.draw([Order(REQUESTS[0], lambda progress: told.append(progress.stage)), Order(REQUESTS[1])])
+    engine.draw([RenderTask(REQUESTS[0], lambda progress: told.append(progress.stage)), RenderTask(REQUESTS[1])])
     assert told.count("decode") == REQUESTS[0].batch_size + REQUESTS[1].batch_size
 
 
 def test_each_is_told_its_own_progress_and_one_that_leaves_does_not_stop_the_others(engine: LocalEngine):
     steps: dict[str, list[int]] = {"stays": [], "leaves": []}
     orders = [
-        Order(
+        RenderTask(
             REQUESTS[i],
             lambda progress, name=name: steps[name].append(progress.step),
             lambda name=name: name == "leaves" and len(steps[name]) > 3,
@@ -80,7 +80,7 @@ def test_each_is_told_its_own_progress_and_one_that_leaves_does_not_stop_the_oth
     assert len(engine.draw(orders)) == 2
     assert max(steps["stays"]) == 4
     with pytest.raises(Cancelled):
-        engine.draw([Order(each, is_cancelled=lambda: True) for each in REQUESTS[:2]])
+        engine.draw([RenderTask(each, is_cancelled=lambda: True) for each in REQUESTS[:2]])
 
 
 def test_a_model_that_was_put_aside_comes_back_without_the_disk(engine: LocalEngine):
@@ -112,12 +112,12 @@ def _batches(folder: Path, specs: list[JobSpec], budget: int) -> list[list[str]]
     """How a queue of jobs is cut into batches, as prompts."""
 
     async def cut() -> list[list[str]]:
-        dispatcher = await EmbeddedDispatcher.open(folder / "jobs.sqlite", 100)
+        dispatcher = await SqliteJobQueue.open(folder / "jobs.sqlite", 100)
         for spec in specs:
             await dispatcher.submit(spec)
         batches: list[list[Job]] = []
         while sum(map(len, batches)) < len(specs):
-            batches.append(await next_batch(dispatcher, budget, 0.0))
+            batches.append(await claim_batch(dispatcher, budget, 0.0))
         await dispatcher.close()
         return [[job.spec.generation.prompt for job in batch] for batch in batches]
 
@@ -152,17 +152,17 @@ def test_jobs_of_several_rounds_are_drawn_alone(tmp_path: Path):
 
 def test_a_batch_that_waits_for_more_asks_for_it_less_and_less_often(tmp_path: Path):
     async def form() -> int:
-        dispatcher = await EmbeddedDispatcher.open(tmp_path / "jobs.sqlite", 100)
-        asked, take_like = 0, dispatcher.take_like
+        dispatcher = await SqliteJobQueue.open(tmp_path / "jobs.sqlite", 100)
+        asked, claim_compatible = 0, dispatcher.claim_compatible
 
         async def counted(job: Job, pixels: int) -> Job | None:
             nonlocal asked
             asked += 1
-            return await take_like(job, pixels)
+            return await claim_compatible(job, pixels)
 
-        dispatcher.take_like = counted
+        dispatcher.claim_compatible = counted
         await dispatcher.submit(_spec("a"))
-        assert len(await next_batch(dispatcher, 9 * PIXELS, 0.5)) == 1
+        assert len(await claim_batch(dispatcher, 9 * PIXELS, 0.5)) == 1
         await dispatcher.close()
         return asked
 
@@ -171,15 +171,15 @@ def test_a_batch_that_waits_for_more_asks_for_it_less_and_less_often(tmp_path: P
 
 def test_a_batch_that_is_stopped_while_it_forms_gives_its_jobs_back_in_order(tmp_path: Path):
     async def stop() -> list[str]:
-        dispatcher = await EmbeddedDispatcher.open(tmp_path / "jobs.sqlite", 100)
+        dispatcher = await SqliteJobQueue.open(tmp_path / "jobs.sqlite", 100)
         for name in "abc":
             await dispatcher.submit(_spec(name))
-        forming = asyncio.create_task(next_batch(dispatcher, 9 * PIXELS, 60.0))
+        forming = asyncio.create_task(claim_batch(dispatcher, 9 * PIXELS, 60.0))
         while dispatcher.queue_length:
             await asyncio.sleep(0.01)
         forming.cancel()
         await asyncio.gather(forming, return_exceptions=True)
-        order = [(await dispatcher.take()).spec.generation.prompt for _ in "abc"]
+        order = [(await dispatcher.claim()).spec.generation.prompt for _ in "abc"]
         await dispatcher.close()
         return order
 

@@ -22,14 +22,14 @@ import httpx
 import pytest
 import yaml
 from benchmarks import autoscaling
-from tests.servers import NGINX_SITE, Postgres, nginx, nginx_of
-from tests.serving import served, wait_until
 from tests.stress.crowd import Crowd
 from tests.stress.pods import Node
+from tests.support.servers import NGINX_SITE, Postgres, nginx, nginx_of
+from tests.support.serving import served, wait_until
 
-from alphalayer import hub
+from alphalayer.catalog import download
 from alphalayer.config import Settings, load_settings
-from alphalayer.server import ANSWER_S
+from alphalayer.service.uvicorn_server import ANSWER_S
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 GUIDE = DEPLOY.parent / "docs" / "guides" / "reverse-proxy.md"
@@ -238,7 +238,7 @@ def test_a_worker_waits_for_the_models(tmp_path):
     worker = named["Deployment", "alphalayer-worker"]
     [waiting] = worker["spec"]["template"]["spec"]["initContainers"]
     command = [*waiting["command"], *waiting["args"]]
-    for published in hub.plan_pull(["sdxl-base", "layerdiffuse"]):
+    for published in download.plan_pull(["sdxl-base", "layerdiffuse"]):
         with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, start_new_session=True) as process:
             assert process.stdout
             assert b"waiting for the models" in process.stdout.readline()

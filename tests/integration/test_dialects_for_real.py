@@ -14,10 +14,10 @@ import webuiapi
 from fastmcp import Client
 from fastmcp.client.transports import StreamableHttpTransport
 from PIL import Image
-from tests.serving import served
+from tests.support.serving import served
 
 from alphalayer import client as own_client
-from alphalayer import images
+from alphalayer.images import codecs
 
 PROMPT, SEED, STEPS = "a red apple", 12345, 8
 SETTINGS = {"steps": STEPS, "cfg_scale": 3, "width": 256, "height": 256, "seed": SEED}
@@ -38,7 +38,7 @@ def apple(service: httpx.Client) -> np.ndarray:
     """As the native API draws it."""
     body = {"prompt": PROMPT, "negative_prompt": NEGATIVE, **SETTINGS}
     answer = service.post("/alpha/v1/txt2img", json=body).json()
-    rgba, parameters = images.decode(service.get(answer["url"]).content)
+    rgba, parameters = codecs.decode(service.get(answer["url"]).content)
     assert "Model: alphalayer-mini" in (parameters or "")
     assert rgba[128, 128, 3] == 255
     assert (rgba[..., 3] == 0).mean() > 0.2
@@ -60,7 +60,7 @@ async def test_webuiapi(service: httpx.Client, apple: np.ndarray, use_async: boo
 def small_apple(service: httpx.Client) -> np.ndarray:
     """As the native API draws what `OPENAI` asks for: "low" is 12 steps."""
     body = {"prompt": PROMPT, "steps": 12, "width": 192, "height": 192, "seed": SEED}
-    return images.decode(service.get(service.post("/alpha/v1/txt2img", json=body).json()["url"]).content)[0]
+    return codecs.decode(service.get(service.post("/alpha/v1/txt2img", json=body).json()["url"]).content)[0]
 
 
 OPENAI = {"model": "alphalayer-mini", "prompt": PROMPT, "size": "192x192", "quality": "low"}
@@ -99,7 +99,7 @@ async def test_mcp(service: httpx.Client, apple: np.ndarray):
         (tool,) = await client.list_tools()
         fields = {name: value for name, value in SETTINGS.items() if name != "cfg_scale"}  # the model's own is 3
         answer = await client.call_tool(tool.name, {"prompt": PROMPT, **fields}, progress_handler=progress)
-    np.testing.assert_array_equal(images.decode(base64.b64decode(answer.content[0].data))[0], apple)
+    np.testing.assert_array_equal(codecs.decode(base64.b64decode(answer.content[0].data))[0], apple)
     assert len(set(told)) >= 3
     assert max(told) <= STEPS
 
@@ -107,4 +107,4 @@ async def test_mcp(service: httpx.Client, apple: np.ndarray):
 def test_our_own_client(service: httpx.Client, apple: np.ndarray):
     with own_client.Client(str(service.base_url)) as client:
         (picture,) = client.generate(PROMPT, negative_prompt=NEGATIVE, **SETTINGS)
-        np.testing.assert_array_equal(images.decode(picture)[0], apple)
+        np.testing.assert_array_equal(codecs.decode(picture)[0], apple)

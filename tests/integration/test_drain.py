@@ -18,11 +18,11 @@ from typing import Any
 import httpx
 import pytest
 from fastapi.testclient import TestClient
-from tests import fake_service
-from tests.serving import FAKE, free_port, served, wait_until
+from tests.support import fake_service
+from tests.support.serving import FAKE, free_port, served, wait_until
 
-from alphalayer.app import create_app
 from alphalayer.config import Settings
+from alphalayer.service.app import create_app
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="uses signals")
 BODY = {"prompt": "an apple", "steps": 10, "width": 64, "height": 64}

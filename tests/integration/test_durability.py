@@ -18,19 +18,20 @@ from typing import Any
 import httpx
 import pytest
 from structlog.testing import capture_logs
-from tests import fake_service
-from tests.serving import answers, free_port, served, wait_until
+from tests.support import fake_service
+from tests.support.serving import answers, free_port, served, wait_until
 
-from alphalayer import tasks
-from alphalayer.engine import GenerationResult, Order
+from alphalayer.core.errors import StorageFailed
+from alphalayer.core.job import Job, JobSpec, JobState
+from alphalayer.core.request import GenerationRequest
+from alphalayer.engine.base import GenerationResult, RenderTask
 from alphalayer.engine.fake import FakeEngine
-from alphalayer.errors import StorageFailed
-from alphalayer.job import Job, JobSpec, JobState
-from alphalayer.jobs import MAX_STARTS, embedded
-from alphalayer.jobs.embedded import EmbeddedDispatcher
-from alphalayer.jobs.journal import Journal
-from alphalayer.request import GenerationRequest
-from alphalayer.worker.protocol import read_message, write_message
+from alphalayer.jobs import sqlite
+from alphalayer.jobs.base import MAX_STARTS
+from alphalayer.jobs.sqlite import SqliteJobQueue
+from alphalayer.jobs.table import Journal
+from alphalayer.observability import background
+from alphalayer.worker.messages import read_message, write_message
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="uses signal 9")
 BODY = {"prompt": "an apple", "steps": 10, "width": 64, "height": 64}
@@ -67,11 +68,11 @@ def test_a_job_outlives_its_engine_process(tmp_path):
 
 def test_a_job_that_kills_its_engine_is_failed_and_the_next_one_drawn(tmp_path):
     with served(tmp_path, engine_options={"step_s": 0.2}) as client, concurrent.futures.ThreadPoolExecutor() as pool:
-        doomed = pool.submit(client.post, "/alpha/v1/txt2img", json={**BODY, "steps": 150})
+        select_expired = pool.submit(client.post, "/alpha/v1/txt2img", json={**BODY, "steps": 150})
         for start in range(1, MAX_STARTS + 1):
             wait_until(lambda start=start: running_starts(client) == start, 20)
             kill_engine(client)
-        answer = doomed.result(20)
+        answer = select_expired.result(20)
         assert answer.status_code == 500
         problem = answer.json()
         assert problem["code"] == "engine_failed"
@@ -87,7 +88,7 @@ class Breaking(FakeEngine):
 
     is_broken = False
 
-    def draw(self, orders: Sequence[Order]) -> list[GenerationResult]:
+    def draw(self, orders: Sequence[RenderTask]) -> list[GenerationResult]:
         self.is_broken |= any(order.request.prompt == "boom" for order in orders)
         if self.is_broken:
             raise RuntimeError("CUDA error: an illegal memory access was encountered")
@@ -121,10 +122,10 @@ def test_a_job_that_lost_a_start_to_others_is_not_failed_by_the_first_error_of_i
     """Begun on a pod that was killed, then met by a GPU that breaks."""
 
     async def begin_and_be_killed() -> str:
-        dispatcher = await EmbeddedDispatcher.open(tmp_path / "data" / "jobs.sqlite", 10)
+        dispatcher = await SqliteJobQueue.open(tmp_path / "data" / "jobs.sqlite", 10)
         request = GenerationRequest(prompt="x", steps=1, width=64, height=64)
         job = await dispatcher.submit(JobSpec(generation=request))
-        await dispatcher.started((await dispatcher.take()).id)
+        await dispatcher.mark_started((await dispatcher.claim()).id)
         await dispatcher.close()
         return job.id
 
@@ -144,7 +145,7 @@ class BrokenOnce(FakeEngine):
         super().__init__()
         self._mark = Path(mark)
 
-    def draw(self, orders: Sequence[Order]) -> list[GenerationResult]:
+    def draw(self, orders: Sequence[RenderTask]) -> list[GenerationResult]:
         if not self._mark.exists():
             self._mark.touch()
             raise RuntimeError("CUDA error: an illegal memory access was encountered")
@@ -171,7 +172,7 @@ def test_an_engine_that_cannot_be_opened_says_why_and_ends_by_itself(tmp_path, n
     opening = {"engine": f"tests.integration.test_durability:{name}", "options": {}, "storage": str(tmp_path)}
     opening |= {"name": "cpu", "logs": {"level": "info", "as_json": False}}
     with subprocess.Popen(
-        [sys.executable, "-m", "alphalayer.worker.process"],
+        [sys.executable, "-m", "alphalayer.worker.engine_process"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -232,7 +233,7 @@ def test_an_engine_that_cannot_be_started_is_tried_again(tmp_path, monkeypatch):
 
 
 def test_a_supervisor_that_fails_is_started_again_with_its_jobs(tmp_path, monkeypatch):
-    monkeypatch.setattr(tasks, "PAUSE_S", 0.1)
+    monkeypatch.setattr(background, "PAUSE_S", 0.1)
     with served(tmp_path, engine_options={"step_s": 0.05}) as client:
         dispatcher = client.app.state.parts.dispatcher
         progressed, left = dispatcher.progressed, [RuntimeError("nobody thought of this")]
@@ -281,21 +282,21 @@ def test_a_killed_service_goes_on_where_it_was(tmp_path):
 def test_a_restart_keeps_the_order_and_gives_up_on_what_was_started_too_often(tmp_path):
     async def scenario() -> None:
         spec = JobSpec(generation=GenerationRequest(prompt="x"))
-        dispatcher = await EmbeddedDispatcher.open(tmp_path / "jobs.sqlite", 10)
+        dispatcher = await SqliteJobQueue.open(tmp_path / "jobs.sqlite", 10)
         ids = [(await dispatcher.submit(spec)).id for _ in range(4)]
-        assert (await dispatcher.take()).id == ids[0]
+        assert (await dispatcher.claim()).id == ids[0]
         for _ in range(MAX_STARTS):
-            await dispatcher.started(ids[0])
-        await dispatcher.take()
-        await dispatcher.started(ids[1])
+            await dispatcher.mark_started(ids[0])
+        await dispatcher.claim()
+        await dispatcher.mark_started(ids[1])
         await dispatcher.close()
 
-        again = await EmbeddedDispatcher.open(tmp_path / "jobs.sqlite", 10)
+        again = await SqliteJobQueue.open(tmp_path / "jobs.sqlite", 10)
         given_up = await again.view(ids[0])
         assert given_up is not None
         assert given_up.job.state is JobState.FAILED
         assert [view.job.id for view in await again.list(state=JobState.QUEUED)] == ids[:0:-1]
-        assert [(await again.take()).id for _ in range(3)] == ids[1:]
+        assert [(await again.claim()).id for _ in range(3)] == ids[1:]
         await again.close()
 
     asyncio.run(scenario())
@@ -304,17 +305,17 @@ def test_a_restart_keeps_the_order_and_gives_up_on_what_was_started_too_often(tm
 def test_a_start_does_not_wait_for_room_to_note_what_is_over(tmp_path, monkeypatch):
     async def scenario() -> None:
         spec = JobSpec(generation=GenerationRequest(prompt="x"))
-        dispatcher = await EmbeddedDispatcher.open(tmp_path / "jobs.sqlite", 10)
+        dispatcher = await SqliteJobQueue.open(tmp_path / "jobs.sqlite", 10)
         stopped, waiting = [(await dispatcher.submit(spec)).id for _ in range(2)]
-        await dispatcher.started((await dispatcher.take()).id)
+        await dispatcher.mark_started((await dispatcher.claim()).id)
         await dispatcher.cancel(stopped)
         await dispatcher.close()
 
-        monkeypatch.setattr(embedded, "END_S", 0.1)
+        monkeypatch.setattr(sqlite, "END_S", 0.1)
         with monkeypatch.context() as full, capture_logs() as logs:
             full.setattr(Journal, "save", no_room)
-            again = await asyncio.wait_for(EmbeddedDispatcher.open(tmp_path / "jobs.sqlite", 10), 5)
-            assert (await again.take()).id == waiting
+            again = await asyncio.wait_for(SqliteJobQueue.open(tmp_path / "jobs.sqlite", 10), 5)
+            assert (await again.claim()).id == waiting
         assert ("outcome_not_written", stopped) in [(line["event"], line.get("job")) for line in logs]
         assert (await asyncio.wait_for(again.wait(stopped), 5)).state is JobState.CANCELLED
         await again.close()
@@ -326,7 +327,7 @@ def test_a_start_does_not_wait_for_room_to_note_what_is_over(tmp_path, monkeypat
 
 
 async def _all_jobs(folder: Path):
-    dispatcher = await EmbeddedDispatcher.open(folder / "data" / "jobs.sqlite", 10)
+    dispatcher = await SqliteJobQueue.open(folder / "data" / "jobs.sqlite", 10)
     try:
         return [view.job for view in await dispatcher.list()]
     finally:

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from alphalayer import catalog
+from alphalayer.core.request import GenerationRequest
 from alphalayer.engine.pipeline import LocalEngine
-from alphalayer.request import GenerationRequest, LayerDiffuse
 
-OFF = LayerDiffuse(enabled=False)
+OFF = "opaque"
 
 
 @pytest.fixture(scope="module")
@@ -66,10 +66,10 @@ def test_other_seeds_and_prompts_give_other_pictures(engine, apple):
 
 
 def test_without_its_patch_it_paints_opaque_pictures(engine, apple):
-    whole = draw(engine, "a red apple, high quality", layerdiffuse=OFF)
+    whole = draw(engine, "a red apple, high quality", mode=OFF)
     assert whole[..., 3].min() == 255
     # the patch at no strength: the transparent decoder finds no transparency hidden in the latent of an opaque picture
-    unpatched = draw(engine, "a red apple, high quality", layerdiffuse=LayerDiffuse(weight=0.0))
+    unpatched = draw(engine, "a red apple, high quality", layerdiffuse_weight=0.0)
     assert (unpatched[..., 3] > 128).mean() > (apple[..., 3] > 128).mean() + 0.1
 
 

@@ -15,16 +15,13 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests import tiny_models
-from tests.tiny_models import unet_name_in_ldm
+from tests.support import tiny_models
+from tests.support.tiny_models import unet_name_in_ldm
 
 from alphalayer import catalog
 from alphalayer.catalog.headers import FIRST_CONV
 from alphalayer.config import Settings
-from alphalayer.engine import Progress
-from alphalayer.engine.guidance import _clean
-from alphalayer.engine.pipeline import LocalEngine, create_engine
-from alphalayer.errors import (
+from alphalayer.core.errors import (
     Cancelled,
     CorruptFile,
     EngineFailed,
@@ -34,8 +31,11 @@ from alphalayer.errors import (
     ModelUnusable,
     OutOfMemory,
 )
-from alphalayer.infotext import read_parameters
-from alphalayer.request import SAMPLERS, SCHEDULERS, GenerationRequest, LayerDiffuse, Lora
+from alphalayer.core.request import SAMPLERS, SCHEDULERS, GenerationRequest, Lora
+from alphalayer.engine.base import Progress
+from alphalayer.engine.pipeline import LocalEngine, create_engine
+from alphalayer.engine.sampling.guidance import _clean
+from alphalayer.images.infotext import read_parameters
 
 REQUEST = GenerationRequest(prompt="a red apple", seed=3, steps=2, width=64, height=64, model="folder")
 
@@ -212,7 +212,7 @@ def test_memory_that_ends_while_a_model_is_read_is_told_as_such(
     def fail(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr("alphalayer.engine.loading.UNet2DConditionModel.from_pretrained", fail)
+    monkeypatch.setattr("alphalayer.engine.families.sdxl.UNet2DConditionModel.from_pretrained", fail)
     with pytest.raises(OutOfMemory, match="to read the model") as found:
         _draw(LocalEngine(models, device="cpu"))
     assert "0x0" not in str(found.value)
@@ -330,8 +330,8 @@ def test_an_unknown_lora_is_a_clear_error(engine: LocalEngine):
 
 def test_weight_0_is_the_base_model(engine: LocalEngine):
     """And so is a patch that stops before the first step; the transparent decode stays on."""
-    without = _draw(engine, layerdiffuse=LayerDiffuse(weight=0.0))
-    never = _draw(engine, layerdiffuse=LayerDiffuse(stop_at=0.0))
+    without = _draw(engine, layerdiffuse_weight=0.0)
+    never = _draw(engine, layerdiffuse_stop_at=0.0)
     assert np.array_equal(without, never)
     assert _difference(without, _draw(engine)) > 3
     assert without[..., 3].min() < 255
@@ -339,10 +339,7 @@ def test_weight_0_is_the_base_model(engine: LocalEngine):
 
 def test_stop_at_moves_from_the_base_model_to_the_patched_one(engine: LocalEngine):
     whole = _draw(engine, steps=6)
-    distances = [
-        np.abs(_draw(engine, steps=6, layerdiffuse=LayerDiffuse(stop_at=part)) - whole).mean()
-        for part in (0, 0.4, 0.8, 1)
-    ]
+    distances = [np.abs(_draw(engine, steps=6, layerdiffuse_stop_at=part) - whole).mean() for part in (0, 0.4, 0.8, 1)]
     assert distances[0] > distances[1] > distances[2] >= distances[3] == 0
 
 
@@ -356,7 +353,7 @@ def test_stop_at_patches_the_steps_that_the_published_levels_say(engine: LocalEn
     handle = unet.register_forward_pre_hook(
         lambda *_: patched.append(not torch.equal(unet.get_parameter(name), original))
     )
-    _draw(engine, steps=20, layerdiffuse=LayerDiffuse(stop_at=0.25))
+    _draw(engine, steps=20, layerdiffuse_stop_at=0.25)
     handle.remove()
     assert patched == [True] * 6 + [False] * 14
 
@@ -369,7 +366,7 @@ def test_without_layer_files_transparency_is_refused_and_opaque_pictures_are_not
     engine = LocalEngine(tmp_path, device="cpu")
     with pytest.raises(LayerDiffuseMissing, match="layer_xl_transparent_attn"):
         _draw(engine, model="single")
-    assert (_draw(engine, model="single", layerdiffuse=LayerDiffuse(enabled=False))[..., 3] == 255).all()
+    assert (_draw(engine, model="single", mode="opaque")[..., 3] == 255).all()
 
 
 @pytest.mark.parametrize("missing", ["decoder", "patch"])

@@ -13,15 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.serving import served, wait_until
+from tests.support.serving import served, wait_until
 
-from alphalayer.app import engine_environments
-from alphalayer.engine import GenerationResult, Order
+from alphalayer.core.job import Job, JobSpec
+from alphalayer.core.request import GenerationRequest
+from alphalayer.engine.base import GenerationResult, RenderTask
 from alphalayer.engine.fake import FakeEngine
-from alphalayer.job import Job, JobSpec
-from alphalayer.request import GenerationRequest
+from alphalayer.service.app import engine_environments
 from alphalayer.storage.objects import ObjectStorage, open_storage
-from alphalayer.worker.process import EngineProcess
+from alphalayer.worker.engine_process import EngineProcess
 
 
 @pytest.fixture
@@ -145,7 +145,7 @@ def test_what_waits_to_be_stored_stops_the_drawing(tmp_path: Path):
     may_store = threading.Event()
 
     class Counting(FakeEngine):
-        def draw(self, orders: Sequence[Order]) -> list[GenerationResult]:
+        def draw(self, orders: Sequence[RenderTask]) -> list[GenerationResult]:
             drawn.append(orders[0].request.prompt)
             return super().draw(orders)
 

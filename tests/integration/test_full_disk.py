@@ -10,7 +10,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from tests.serving import free_port, served, wait_until
+from tests.support.serving import free_port, served, wait_until
 
 BODY = {"prompt": "x", "steps": 2, "width": 512, "height": 512}
 
@@ -92,7 +92,7 @@ def test_a_journal_without_room(tmp_path, small_disk):
 def test_a_full_disk_at_the_start(tmp_path, small_disk):
     """The service says so and ends."""
     fill(small_disk)
-    command = [sys.executable, "-m", "alphalayer.cli", "serve", "--port", str(free_port())]
+    command = [sys.executable, "-m", "alphalayer", "serve", "--port", str(free_port())]
     environment = {**os.environ, "ALPHALAYER_DATA_DIR": str(small_disk / "data")}
     ended = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
     assert ended.returncode == 1

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import structlog.testing
 
-from alphalayer.errors import SetupFailed
-from alphalayer.job import Job
-from alphalayer.jobs import journal
-from alphalayer.jobs.embedded import EmbeddedDispatcher
-from alphalayer.jobs.journal import MIGRATIONS, VERSION, jobs
+from alphalayer.core.errors import SetupFailed
+from alphalayer.core.job import Job
+from alphalayer.jobs import table
+from alphalayer.jobs.sqlite import SqliteJobQueue
+from alphalayer.jobs.table import MIGRATIONS, VERSION, jobs
 
 LATER = ("webhook_due", "webhook_tries", "queue_id", "digest", "cancel_asked", "wanted_by")
 
@@ -38,11 +38,11 @@ async def test_a_journal_of_the_first_version_is_brought_up_to_date(tmp_path: Pa
     file = tmp_path / "jobs.sqlite"
     first_version(file)
     with structlog.testing.capture_logs() as logs:
-        dispatcher = await EmbeddedDispatcher.open(file, 10)
+        dispatcher = await SqliteJobQueue.open(file, 10)
     assert [(line["event"], line["from_version"]) for line in logs] == [("journal_migrated", 1)]
-    job: Job = await dispatcher.take()
+    job: Job = await dispatcher.claim()
     assert job.spec.generation.prompt == "an old apple"
-    assert await dispatcher.owed_webhooks(5) == []
+    assert await dispatcher.claim_due_webhooks(5) == []
     await dispatcher.close()
     with closing(sqlite3.connect(file)) as now, now:
         assert now.execute("PRAGMA user_version").fetchone() == (VERSION,)
@@ -52,19 +52,19 @@ async def test_a_migration_that_breaks_off_has_changed_nothing(tmp_path: Path, m
     file = tmp_path / "jobs.sqlite"
     first_version(file)
     with monkeypatch.context() as broken:
-        broken.setattr(journal, "MIGRATIONS", (MIGRATIONS[0], ("SELECT no_such_function()",), *MIGRATIONS[2:]))
+        broken.setattr(table, "MIGRATIONS", (MIGRATIONS[0], ("SELECT no_such_function()",), *MIGRATIONS[2:]))
         with pytest.raises(SetupFailed, match="no_such_function"):
-            await EmbeddedDispatcher.open(file, 10)
+            await SqliteJobQueue.open(file, 10)
     with closing(sqlite3.connect(file)) as now, now:
         columns = {row[1] for row in now.execute("PRAGMA table_info(jobs)")}
         assert not columns & set(LATER)
         assert now.execute("PRAGMA user_version").fetchone() == (1,)
-    dispatcher = await EmbeddedDispatcher.open(file, 10)
-    assert (await dispatcher.take()).spec.generation.prompt == "an old apple"
+    dispatcher = await SqliteJobQueue.open(file, 10)
+    assert (await dispatcher.claim()).spec.generation.prompt == "an old apple"
     await dispatcher.close()
 
 
 async def test_a_folder_may_be_called_as_it_likes(tmp_path: Path):
     file = tmp_path / "a?b" / "c%20d" / "jobs.sqlite"
-    await (await EmbeddedDispatcher.open(file, 10)).close()
+    await (await SqliteJobQueue.open(file, 10)).close()
     assert {each.name for each in file.parent.iterdir()} >= {"jobs.sqlite", "jobs.sqlite.lock"}

@@ -9,8 +9,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from tests.serving import wait_until
 from tests.stress import crowd, kills
+from tests.support.serving import wait_until
 
 
 class Broken(BaseHTTPRequestHandler):

@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from tests import tiny_models
+from tests.support import tiny_models
 from torch import nn
 
 from alphalayer.catalog import ModelEntry
+from alphalayer.core.errors import OutOfMemory
+from alphalayer.core.request import GenerationRequest
+from alphalayer.engine.model_cache import LoadedPipeline, ModelCache
 from alphalayer.engine.pipeline import LocalEngine
-from alphalayer.engine.shelf import ModelShelf, Ready
-from alphalayer.errors import OutOfMemory
-from alphalayer.request import GenerationRequest
 
 REQUEST = GenerationRequest(prompt="a red [apple:cup:1]", seed=3, steps=2, width=64, height=64, batch_size=2)
 
@@ -31,17 +31,17 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_room_for_one_model_lets_two_take_turns(room: float, reads: str):
     read: list[str] = []
 
-    def load(entry: ModelEntry) -> Ready:
+    def load(entry: ModelEntry) -> LoadedPipeline:
         read.append(entry.name)
         parts = {name: nn.Linear(9, 9) for name in ("unet", "vae", "text_encoder", "text_encoder_2")}
-        model: Any = SimpleNamespace(entry=entry, take_off_patches=lambda: None, **parts)
+        model: Any = SimpleNamespace(entry=entry, remove_patches=lambda: None, **parts)
         encoders: Any = SimpleNamespace(forget=lambda: None)
-        return Ready(model, encoders)
+        return LoadedPipeline(model, encoders)
 
     entries = {name: ModelEntry(name, Path(name), "single_file", "sdxl") for name in "AB"}
     one = load(entries["A"]).size_bytes
     read.clear()
-    shelf = ModelShelf(load, int(one * room))
+    shelf = ModelCache(load, int(one * room))
     for name in "ABABA":
         assert shelf.get(entries[name]).model.entry.name == name
     assert "".join(read) == reads

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import httpx
 import pytest
-from tests import fake_service
-from tests.servers import Postgres, postgres_programs
-from tests.serving import free_port, wait_until
+from tests.support import fake_service
+from tests.support.servers import Postgres, postgres_programs
+from tests.support.serving import free_port, wait_until
 
 HERE, THERE = "10.213.77.1", "10.213.77.2"
 NOBODY = "02:00:00:00:00:99"

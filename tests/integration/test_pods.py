@@ -10,9 +10,9 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from structlog.testing import capture_logs
-from tests.servers import Postgres, postgres_programs
-from tests.serving import served, wait_until
 from tests.stress import pods
+from tests.support.servers import Postgres, postgres_programs
+from tests.support.serving import served, wait_until
 
 
 @pytest.mark.skipif(not postgres_programs(), reason="needs PostgreSQL")
@@ -86,9 +86,9 @@ def test_a_pod_without_models_names_none_and_takes_any_name(tmp_path: Path, post
 
 
 def test_a_database_that_is_away_is_said(tmp_path: Path, postgres: Postgres, monkeypatch: pytest.MonkeyPatch):
-    from alphalayer.jobs import shared
+    from alphalayer.jobs import postgres as postgres_queue
 
-    monkeypatch.setattr(shared, "AWAY_S", 3.0)
+    monkeypatch.setattr(postgres_queue, "AWAY_S", 3.0)
     with served(tmp_path, role="api", database=postgres.fresh_database()) as pod:
         postgres.stop()
         try:

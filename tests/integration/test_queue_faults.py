@@ -12,19 +12,20 @@ from pathlib import Path
 
 import pytest
 import pytest_asyncio
-from tests.integration.test_dispatchers import result_of, soon, spec, until
+from tests.integration.test_job_queues import result_of, soon, spec, until
 
-from alphalayer.errors import EngineFailed, QueueFull, SetupFailed, StorageFailed
-from alphalayer.job import Job, JobProgress, JobState, Webhook
-from alphalayer.jobs import Dispatcher, journal, opening
-from alphalayer.jobs.embedded import EmbeddedDispatcher
-from alphalayer.jobs.journal import Journal
+from alphalayer.core.errors import EngineFailed, QueueFull, SetupFailed, StorageFailed
+from alphalayer.core.job import Job, JobProgress, JobState, Submission, Webhook
+from alphalayer.jobs import lock, table
+from alphalayer.jobs.base import Dispatcher
+from alphalayer.jobs.sqlite import SqliteJobQueue
+from alphalayer.jobs.table import Journal
 
 
 @pytest_asyncio.fixture
-async def own(tmp_path: Path) -> AsyncIterator[EmbeddedDispatcher]:
+async def own(tmp_path: Path) -> AsyncIterator[SqliteJobQueue]:
     """A queue with room for ten jobs, half of them "half"'s."""
-    queue = await EmbeddedDispatcher.open(tmp_path / "jobs.sqlite", 10, {"half": 0.5})
+    queue = await SqliteJobQueue.open(tmp_path / "jobs.sqlite", 10, {"half": 0.5})
     yield queue
     await queue.close()
 
@@ -32,9 +33,9 @@ async def own(tmp_path: Path) -> AsyncIterator[EmbeddedDispatcher]:
 @pytest_asyncio.fixture
 async def shared(postgres) -> AsyncIterator[Dispatcher]:
     """A queue of many, in which there is one."""
-    from alphalayer.jobs.shared import SharedDispatcher
+    from alphalayer.jobs.postgres import PostgresJobQueue
 
-    queue = await SharedDispatcher.open(postgres.fresh_database(), 10)
+    queue = await PostgresJobQueue.open(postgres.fresh_database(), 10)
     yield queue
     await queue.close()
 
@@ -62,12 +63,12 @@ async def test_the_receiver_of_a_job_that_is_cancelled_as_it_waits_is_told(queue
     with_receiver, without = await queue.submit(told), await queue.submit(spec('"webhook":{'))
     for job in (with_receiver, without):
         assert await queue.cancel(job.id)
-    owed = await queue.owed_webhooks(5)
+    owed = await queue.claim_due_webhooks(5)
     assert [(job.id, job.state, tries) for job, tries in owed] == [(with_receiver.id, JobState.CANCELLED, 0)]
 
 
 async def test_old_jobs_are_forgotten_in_portions(queue: Dispatcher, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(journal, "FORGOTTEN_AT_ONCE", 2)
+    monkeypatch.setattr(table, "FORGOTTEN_AT_ONCE", 2)
     for _ in range(5):
         await queue.cancel((await queue.submit(spec())).id)
     stays = await queue.submit(spec())
@@ -78,21 +79,23 @@ async def test_old_jobs_are_forgotten_in_portions(queue: Dispatcher, monkeypatch
         return written[-1]
 
     monkeypatch.setattr(Journal, "_write", counted)
-    assert await queue.forget(time.time() + 1) == 5
+    assert await queue.delete_finished(time.time() + 1) == 5
     assert written == [2, 2, 1]
     assert [view.job.id for view in await queue.list()] == [stays.id]
 
 
-async def test_a_crowd_does_not_pass_the_share_of_its_owner(own: EmbeddedDispatcher):
-    asked = await asyncio.gather(*(own.submit(spec(), owner="half") for _ in range(9)), return_exceptions=True)
+async def test_a_crowd_does_not_pass_the_share_of_its_owner(own: SqliteJobQueue):
+    asked = await asyncio.gather(
+        *(own.submit(spec(), Submission(owner="half")) for _ in range(9)), return_exceptions=True
+    )
     refused = [each for each in asked if isinstance(each, QueueFull)]
     assert len(refused) == 4
     assert "may have 50%" in str(refused[0])
-    await own.submit(spec(), owner="other")
+    await own.submit(spec(), Submission(owner="other"))
 
 
 async def test_a_request_that_goes_away_as_its_job_is_written_leaves_a_job_in_the_queue(
-    own: EmbeddedDispatcher, monkeypatch: pytest.MonkeyPatch
+    own: SqliteJobQueue, monkeypatch: pytest.MonkeyPatch
 ):
     add, writes, may_write = Journal.add, asyncio.Event(), asyncio.Event()
 
@@ -107,21 +110,19 @@ async def test_a_request_that_goes_away_as_its_job_is_written_leaves_a_job_in_th
     for each in asked:
         each.cancel()
     await asyncio.gather(*asked, return_exceptions=True)
-    leaving = asyncio.create_task(own.leave("0123456789cd"))
+    leaving = asyncio.create_task(own.withdraw("0123456789cd"))
     may_write.set()
     await soon(leaving)
-    assert (await soon(own.take())).id == "0123456789ab"
+    assert (await soon(own.claim())).id == "0123456789ab"
     assert await own.unfinished_ids() == {"0123456789ab"}
     assert own.queue_length == 0
 
 
-async def test_a_job_is_over_when_that_is_written(
-    own: EmbeddedDispatcher, full_disk: pytest.MonkeyPatch, tmp_path: Path
-):
+async def test_a_job_is_over_when_that_is_written(own: SqliteJobQueue, full_disk: pytest.MonkeyPatch, tmp_path: Path):
     job = await own.submit(spec())
-    await soon(own.take())
-    await own.started(job.id)
-    finishing = asyncio.create_task(own.finished(job.id, result_of(job.spec)))
+    await soon(own.claim())
+    await own.mark_started(job.id)
+    finishing = asyncio.create_task(own.complete(job.id, result_of(job.spec)))
     await asyncio.sleep(0)
     watched = own.watch(job.id)
     for view in (await own.view(job.id), (await own.list())[0], await anext(watched)):
@@ -131,40 +132,40 @@ async def test_a_job_is_over_when_that_is_written(
     # a service that is stopped now hands it back as it was before this start
     finishing.cancel()
     full_disk.undo()
-    await own.released(job.id, "the service was stopped", is_counted=False)
+    await own.requeue(job.id, "the service was stopped", is_counted=False)
     await own.close()
-    again = await EmbeddedDispatcher.open(tmp_path / "jobs.sqlite", 10)
-    assert (await soon(again.take())).starts == 0
+    again = await SqliteJobQueue.open(tmp_path / "jobs.sqlite", 10)
+    assert (await soon(again.claim())).starts == 0
     await again.close()
 
 
 async def test_a_damaged_journal_is_said_and_let_go(tmp_path: Path):
     file = tmp_path / "jobs.sqlite"
-    queue = await EmbeddedDispatcher.open(file, 1000)
+    queue = await SqliteJobQueue.open(file, 1000)
     for _ in range(100):
         await queue.submit(spec("x" * 200))
     await queue.close()
     whole = file.read_bytes()
     file.write_bytes(whole[:8192] + b"\xff" * (len(whole) - 8192))
-    for damaged in (opening.check(file), EmbeddedDispatcher.open(file, 10)):
+    for damaged in (lock.check(file), SqliteJobQueue.open(file, 10)):
         with pytest.raises(SetupFailed, match="damaged") as told:
             await damaged
         assert "docs/guides/backup.md" in told.value.hint
     file.write_bytes(b"no journal" * 1000)
     with pytest.raises(SetupFailed, match="backup") as told:
-        await EmbeddedDispatcher.open(file, 10)
+        await SqliteJobQueue.open(file, 10)
     for left in tmp_path.glob("jobs.sqlite*"):
         left.unlink()
-    await (await EmbeddedDispatcher.open(file, 10)).close()
+    await (await SqliteJobQueue.open(file, 10)).close()
 
 
-async def test_a_look_at_the_journal_ends_no_job(own: EmbeddedDispatcher, tmp_path: Path):
+async def test_a_look_at_the_journal_ends_no_job(own: SqliteJobQueue, tmp_path: Path):
     job = await own.submit(spec())
-    await soon(own.take())
-    await own.started(job.id)
+    await soon(own.claim())
+    await own.mark_started(job.id)
     await own.cancel(job.id)
     await own.close()
-    await opening.check(tmp_path / "jobs.sqlite")
+    await lock.check(tmp_path / "jobs.sqlite")
     with closing(sqlite3.connect(tmp_path / "jobs.sqlite")) as file:
         assert file.execute("SELECT state FROM jobs").fetchall() == [("running",)]
 
@@ -174,8 +175,8 @@ async def test_a_look_at_the_journal_ends_no_job(own: EmbeddedDispatcher, tmp_pa
 
 async def test_a_claim_whose_taker_is_stopped_runs_out(shared: Dispatcher, monkeypatch: pytest.MonkeyPatch):
     job = await shared.submit(spec())
-    await soon(shared.take())
-    await shared.started(job.id)
+    await soon(shared.claim())
+    await shared.mark_started(job.id)
     await shared.cancel(job.id)
     row = shared._held.pop(job.id).row
 
@@ -196,14 +197,14 @@ async def test_a_claim_whose_taker_is_stopped_runs_out(shared: Dispatcher, monke
 async def test_the_progress_of_a_dead_start_is_not_that_of_the_next(shared: Dispatcher):
     job = await shared.submit(spec())
     for _ in range(2):
-        await soon(shared.take())
-        await shared.started(job.id)
-        await until(lambda: shared._news.progress_of(job.id) == JobProgress())
+        await soon(shared.claim())
+        await shared.mark_started(job.id)
+        await until(lambda: shared._notifications.progress_of(job.id) == JobProgress())
         view = await shared.view(job.id)
         assert view
         assert (view.progress.step, view.eta_s) == (0, None)
-        await shared.progressed(job.id, JobProgress(stage="sample", step=5, steps=9))
-        await until(lambda: shared._news.progress_of(job.id).step == 5)
-        await shared.released(job.id, "it died")
-    await soon(shared.take())
-    await shared.finished(job.id, EngineFailed("it broke."))
+        await shared.report_progress(job.id, JobProgress(stage="sample", step=5, steps=9))
+        await until(lambda: shared._notifications.progress_of(job.id).step == 5)
+        await shared.requeue(job.id, "it died")
+    await soon(shared.claim())
+    await shared.complete(job.id, EngineFailed("it broke."))

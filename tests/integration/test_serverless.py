@@ -17,15 +17,15 @@ from typing import Any
 
 import httpx
 import pytest
-from tests.serving import free_port, wait_until
+from tests.support.serving import free_port, wait_until
 
-from alphalayer import images
 from alphalayer.config import Settings
 from alphalayer.engine.fake import FakeEngine
-from alphalayer.serverless import Handler
+from alphalayer.images import codecs
+from alphalayer.integrations.runpod import Handler
 
 pytest.importorskip("runpod")
-START = "from alphalayer.serverless import Handler; import runpod; from alphalayer.config import Settings; "
+START = "from alphalayer.integrations.runpod import Handler; import runpod; from alphalayer.config import Settings; "
 START += "runpod.serverless.start({'handler': Handler(Settings(device='cpu'), 'alphalayer.engine.fake:create_engine')})"
 
 
@@ -105,19 +105,21 @@ def test_jobs_are_drawn_and_wrong_ones_answered(tmp_path):
         "RUNPOD_POD_ID": "pod",
         "RUNPOD_AI_API_KEY": "key",
     }
-    with worker(tmp_path, start=f"import alphalayer.serverless as s; s.MOST_BYTES = 20_000; {START}", **environment):
+    with worker(
+        tmp_path, start=f"import alphalayer.integrations.runpod as s; s.MOST_BYTES = 20_000; {START}", **environment
+    ):
         wait_until(lambda: len(jobs.results) == 4, 60)
     jobs.server.shutdown()
     jobs.server.server_close()
     answer = jobs.results["good"]["output"]
     assert len(answer["images"]) == 2
-    picture, parameters = images.decode(base64.b64decode(answer["base64"]))
+    picture, parameters = codecs.decode(base64.b64decode(answer["base64"]))
     assert picture.shape == (64, 64, 4)
     assert "Seed: 12345" in (parameters or "")
     assert json.loads(answer["info"])["all_seeds"] == [12345, 12346]
     assert {"step": 1, "steps": 3} in jobs.progress
     one = jobs.results["one"]["output"]
-    assert images.decode(base64.b64decode(one["base64"]))[0].shape == (64, 64, 4)
+    assert codecs.decode(base64.b64decode(one["base64"]))[0].shape == (64, 64, 4)
     assert "images" not in one
     assert list((tmp_path / "outputs").iterdir()) == []
     problem = json.loads(jobs.results["wrong"]["error"])
@@ -135,7 +137,7 @@ def test_the_sdks_own_server_with_the_test_input(tmp_path):
         address = f"http://127.0.0.1:{port}"
         wait_until(lambda: _answers(address), 60)
         answer = httpx.post(f"{address}/runsync", json=body, timeout=60, trust_env=False).json()
-    assert images.decode(base64.b64decode(answer["output"]["base64"]))[0].shape == (64, 64, 4)
+    assert codecs.decode(base64.b64decode(answer["output"]["base64"]))[0].shape == (64, 64, 4)
 
 
 class Broken(FakeEngine):

@@ -17,13 +17,13 @@ import pytest
 from fastmcp import Client as Assistant
 from fastmcp.client.transports import StreamableHttpTransport
 from structlog.testing import capture_logs
-from tests.serving import served
+from tests.support.serving import served
 
-from alphalayer.app import check
+from alphalayer.auth.api_keys import add_key
 from alphalayer.client import Client
 from alphalayer.config import Settings
-from alphalayer.errors import FileMissing, SetupFailed, StorageFailed
-from alphalayer.keys import add_key
+from alphalayer.core.errors import FileMissing, SetupFailed, StorageFailed
+from alphalayer.service.app import check
 from alphalayer.storage import Storage, localfiles, read
 from alphalayer.storage.objects import open_storage
 

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 import trustme
-from tests.integration.test_dispatchers import result_of, soon, spec
-from tests.servers import Postgres, postgres_programs
+from tests.integration.test_job_queues import result_of, soon, spec
+from tests.support.servers import Postgres, postgres_programs
 
-from alphalayer.errors import SetupFailed
-from alphalayer.job import JobState
-from alphalayer.jobs.shared import SharedDispatcher
+from alphalayer.core.errors import SetupFailed
+from alphalayer.core.job import JobState
+from alphalayer.jobs.postgres import PostgresJobQueue
 
 
 def can_tls(programs: Path) -> bool:
@@ -45,12 +45,12 @@ def file_of(authority: trustme.CA, folder: Path) -> Path:
 
 async def test_a_job_goes_by_tls_to_a_server_whose_certificate_is_checked(postgres, authority, tmp_path):
     url = f"{postgres.fresh_database()}?sslmode=verify-full&sslrootcert={file_of(authority, tmp_path)}"
-    queue = await SharedDispatcher.open(url, 10)
+    queue = await PostgresJobQueue.open(url, 10)
     try:
         job = await queue.submit(spec())
-        assert (await soon(queue.take())).id == job.id
-        await queue.started(job.id)
-        await queue.finished(job.id, result_of(job.spec))
+        assert (await soon(queue.claim())).id == job.id
+        await queue.mark_started(job.id)
+        await queue.complete(job.id, result_of(job.spec))
         assert (await soon(queue.wait(job.id))).state is JobState.DONE
         async with queue._transaction() as (connection, _):
             by_tls = "SELECT ssl FROM pg_stat_ssl JOIN pg_stat_activity USING (pid) WHERE datname = current_database()"
@@ -65,6 +65,6 @@ async def test_a_server_with_another_certificate_or_without_tls_is_not_spoken_to
     url = postgres.fresh_database()
     stranger = file_of(trustme.CA(), tmp_path)
     with pytest.raises(SetupFailed, match="certificate verify failed"):
-        await SharedDispatcher.open(f"{url}?sslmode=verify-full&sslrootcert={stranger}", 10)
+        await PostgresJobQueue.open(f"{url}?sslmode=verify-full&sslrootcert={stranger}", 10)
     with pytest.raises(SetupFailed, match="no encryption"):
-        await SharedDispatcher.open(f"{url}?sslmode=disable", 10)
+        await PostgresJobQueue.open(f"{url}?sslmode=disable", 10)

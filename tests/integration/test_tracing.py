@@ -14,9 +14,9 @@ import httpx
 import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
-from tests.servers import Postgres
-from tests.serving import served, wait_until
 from tests.stress.pods import Node
+from tests.support.servers import Postgres
+from tests.support.serving import served, wait_until
 
 
 class Collector:

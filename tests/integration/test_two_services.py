@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
-from tests.serving import FAKE, free_port, wait_until
+from tests.support.serving import FAKE, free_port, wait_until
 
 PROGRAM = f"from alphalayer import app, cli; app.create_app.__kwdefaults__['engine'] = '{FAKE}'; cli.main()"
 BODY = {"prompt": "an apple", "width": 64, "height": 64, "steps": 2}

@@ -20,12 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.serving import free_port, served, wait_until
+from tests.support.serving import free_port, served, wait_until
 
-from alphalayer.api import webhooks
-from alphalayer.app import check
 from alphalayer.config import Settings
-from alphalayer.errors import InvalidRequest, SetupFailed
+from alphalayer.core.errors import InvalidRequest, SetupFailed
+from alphalayer.service import webhooks
+from alphalayer.service.app import check
 
 SECRET = "whsec_" + base64.b64encode(b"a key of our own").decode()
 BODY = {"prompt": "an apple", "width": 64, "height": 64, "steps": 2}

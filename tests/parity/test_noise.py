@@ -17,12 +17,12 @@ import pytest
 import torch
 import torchsde
 
-from alphalayer.engine.brownian import BrownianNoise, BrownianTree
-from alphalayer.engine.noise import ImageGenerator, initial_noise, philox_normal, randn, slerp
-from alphalayer.engine.samplers import brownian_intervals
-from alphalayer.engine.schedules import SigmaTable, sigmas_for
-from alphalayer.errors import InvalidRequest
-from alphalayer.request import SCHEDULERS
+from alphalayer.core.errors import InvalidRequest
+from alphalayer.core.request import SCHEDULERS
+from alphalayer.engine.sampling.brownian_tree import BrownianNoise, BrownianTree
+from alphalayer.engine.sampling.noise import ImageGenerator, initial_noise, philox_normal, randn, slerp
+from alphalayer.engine.sampling.samplers import brownian_intervals
+from alphalayer.engine.sampling.schedules import SigmaTable, sigmas_for
 
 LATENT = (4, 128, 128)
 TABLE = SigmaTable.from_betas()
@@ -248,7 +248,7 @@ def test_a_tree_keeps_little_and_says_the_same_to_the_last_bit(sampler: str, mon
         drawn.extend(seeds)
         return randn(seeds, *rest)
 
-    monkeypatch.setattr("alphalayer.engine.brownian.randn", counted)
+    monkeypatch.setattr("alphalayer.engine.sampling.brownian_tree.randn", counted)
     tree = BrownianTree(float(sigmas[-2]), float(sigmas[0]), (3,), [8], "nv")
 
     def held(node) -> int:

@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from tests import tiny_models
-from tests.tiny_models import unet_name_in_ldm
+from tests.support import tiny_models
+from tests.support.tiny_models import unet_name_in_ldm
 
-from alphalayer.engine.names import ldm_to_diffusers
-from alphalayer.engine.patches import Delta, Patch, PatchFile, WeightPatcher, patchers, read_patch
-from alphalayer.errors import CorruptFile, LayerDiffuseMissing, ModelUnusable
+from alphalayer.core.errors import CorruptFile, LayerDiffuseMissing, ModelUnusable
+from alphalayer.engine.parameter_names import ldm_to_diffusers
+from alphalayer.engine.transparency.patch import Delta, Patch, PatchFile, WeightPatcher, patchers, read_patch
 
 Pairs = dict[str, tuple[torch.Tensor, torch.Tensor]]
 PAIRS: Pairs = tiny_models.lora_pairs()

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import torch
 
-from alphalayer.engine.brownian import BrownianNoise
-from alphalayer.engine.samplers import SAMPLERS, brownian_intervals, sample
-from alphalayer.engine.schedules import SigmaTable, sigmas_for
+from alphalayer.engine.sampling.brownian_tree import BrownianNoise
+from alphalayer.engine.sampling.samplers import SAMPLERS, brownian_intervals, sample
+from alphalayer.engine.sampling.schedules import SigmaTable, sigmas_for
 
 SHAPE = (2, 4, 6, 5)
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}

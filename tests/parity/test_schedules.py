@@ -11,8 +11,8 @@ from diffusers import EulerDiscreteScheduler
 from diffusers.schedulers.scheduling_ddim import rescale_zero_terminal_snr
 from scipy import integrate, special
 
-from alphalayer.engine.schedules import SigmaTable, sigmas_for
-from alphalayer.request import SCHEDULERS
+from alphalayer.core.request import SCHEDULERS
+from alphalayer.engine.sampling.schedules import SigmaTable, sigmas_for
 
 TABLE = SigmaTable.from_betas()
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}

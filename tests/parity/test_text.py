@@ -9,13 +9,13 @@ import pytest
 import torch
 from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
 from safetensors.torch import save_file
-from tests import tiny_models
+from tests.support import tiny_models
 from transformers import CLIPTokenizer
 
-from alphalayer.engine.configs import SHIPPED
-from alphalayer.engine.embeddings import TextualInversion, read_embeddings
-from alphalayer.engine.text import TextEncoders, plan_negative, plan_prompt
-from alphalayer.errors import InvalidRequest
+from alphalayer.core.errors import InvalidRequest
+from alphalayer.engine.families.configs import SHIPPED
+from alphalayer.engine.text.encoders import TextEncoders, plan_negative, plan_prompt
+from alphalayer.engine.text.textual_inversion import TextualInversion, read_embeddings
 
 START, END = 49406, 49407
 # float32 through three layers, in other batch sizes
@@ -148,7 +148,7 @@ def test_the_encoders_may_part_a_text_into_unlike_numbers_of_chunks(encoders: Te
 
 def test_a_text_of_many_chunks_is_encoded_by_parts(encoders: TextEncoders, monkeypatch: pytest.MonkeyPatch):
     whole = encoders.encode("red apple BREAK blue cup BREAK a cat")
-    monkeypatch.setattr("alphalayer.engine.text.CHUNKS_AT_ONCE", 2)
+    monkeypatch.setattr("alphalayer.engine.text.encoders.CHUNKS_AT_ONCE", 2)
     encoders.forget()
     parts = encoders.encode("red apple BREAK blue cup BREAK a cat")
     torch.testing.assert_close(parts.context, whole.context, **SAME)
@@ -216,7 +216,7 @@ def test_what_is_remembered_fits_into_its_room(tokenizers, models, monkeypatch: 
     models[0].register_forward_pre_hook(lambda *_: calls.append(1))
     one = taught.encode("an apple").nbytes
     assert one == (77 * (tiny_models.WIDTH_L + tiny_models.WIDTH_G) + tiny_models.WIDTH_G) * 4
-    monkeypatch.setattr("alphalayer.engine.text.CACHE_BYTES", 2 * one)
+    monkeypatch.setattr("alphalayer.engine.text.encoders.CACHE_BYTES", 2 * one)
     texts = ["an apple", "a pear", "an apple", "a plum", "an apple", "a pear"]
     for text in texts:
         taught.encode(text)
@@ -292,7 +292,7 @@ def test_and_gives_several_conditionings_with_weights(encoders: TextEncoders):
 
 def test_each_text_of_a_plan_is_encoded_once(encoders: TextEncoders, models, monkeypatch: pytest.MonkeyPatch):
     """Also where it is too long to be remembered."""
-    monkeypatch.setattr("alphalayer.engine.text.CACHE_BYTES", 0)
+    monkeypatch.setattr("alphalayer.engine.text.encoders.CACHE_BYTES", 0)
     calls: list[int] = []
     handle = models[0].register_forward_pre_hook(lambda *_: calls.append(1))
     asked: list[int] = []

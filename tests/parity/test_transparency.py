@@ -13,18 +13,18 @@ from diffusers.models.downsampling import Downsample2D
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.upsampling import Upsample2D
 from safetensors.torch import save_file
-from tests import tiny_models
 from tests.parity import reference_pipeline
+from tests.support import tiny_models
 from torch import nn
 
-from alphalayer.engine.transparency import (
+from alphalayer.core.errors import CorruptFile, InvalidRequest, LayerDiffuseMissing, ModelUnusable
+from alphalayer.engine.transparency.decode import (
     TransparentDecoder,
     decode_transparent,
     decoder_inputs,
     load_decoder,
     to_uint8,
 )
-from alphalayer.errors import CorruptFile, InvalidRequest, LayerDiffuseMissing, ModelUnusable
 
 # the network is a few hundred float32 operations deep, with values of about 1
 NETWORK = {"rtol": 0, "atol": 2e-5}

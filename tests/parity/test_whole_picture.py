@@ -6,11 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests import tiny_models
 from tests.parity.reference_pipeline import draw
+from tests.support import tiny_models
 
+from alphalayer.core.request import GenerationRequest
 from alphalayer.engine.pipeline import LocalEngine
-from alphalayer.request import GenerationRequest, LayerDiffuse
 
 PROMPT = "a red apple, high quality"
 REQUEST = GenerationRequest(prompt=PROMPT, seed=7, steps=6, width=64, height=128, noise="cpu")
@@ -72,15 +72,15 @@ def test_sizes_between_multiples_of_64_are_cut_from_the_middle(engine: LocalEngi
 
 def test_taking_the_patch_off_changes_the_picture_and_is_undone_exactly(engine: LocalEngine):
     before = _picture(engine)
-    unpatched = _picture(engine, layerdiffuse=LayerDiffuse(weight=0.0))
-    early = _picture(engine, layerdiffuse=LayerDiffuse(stop_at=0.1))
+    unpatched = _picture(engine, layerdiffuse_weight=0.0)
+    early = _picture(engine, layerdiffuse_stop_at=0.1)
     assert np.abs(before - unpatched).max() > 8
     assert not np.array_equal(before, early)
     assert np.array_equal(_picture(engine), before)
 
 
 def test_without_layerdiffuse_the_picture_is_opaque(engine: LocalEngine):
-    assert (_picture(engine, layerdiffuse=LayerDiffuse(enabled=False))[..., 3] == 255).all()
+    assert (_picture(engine, mode="opaque")[..., 3] == 255).all()
 
 
 def test_variation_seeds_move_the_picture_gradually(engine: LocalEngine):

@@ -14,8 +14,8 @@ from typing import Any
 
 import httpx
 
-from alphalayer import images
-from tests.serving import answers, wait_until
+from alphalayer.images import codecs
+from tests.support.serving import answers, wait_until
 
 SIDE = 64
 SHORT = 10
@@ -141,4 +141,4 @@ def _short(job_id: str) -> str:
 
 def _is_whole(http: httpx.Client, name: str) -> bool:
     answer = http.get(f"/alpha/v1/file/{name}")
-    return answer.status_code == 200 and images.decode(answer.content)[0].shape == (SIDE, SIDE, 4)
+    return answer.status_code == 200 and codecs.decode(answer.content)[0].shape == (SIDE, SIDE, 4)

@@ -18,9 +18,9 @@ from typing import Any
 
 import httpx
 
-from tests import fake_service
-from tests.serving import answers, free_port, wait_until
 from tests.stress.crowd import Crowd
+from tests.support import fake_service
+from tests.support.serving import answers, free_port, wait_until
 
 STEP_S = 0.02
 CLIENTS = 8

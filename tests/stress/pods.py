@@ -22,10 +22,10 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from tests import fake_service
-from tests.servers import Postgres, nginx, s3_server
-from tests.serving import answers, free_port, wait_until
 from tests.stress.crowd import Crowd
+from tests.support import fake_service
+from tests.support.servers import Postgres, nginx, s3_server
+from tests.support.serving import answers, free_port, wait_until
 
 STEP_S = 0.01
 

@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 from alphalayer import catalog
 from alphalayer.catalog.hashes import HashCache
 from alphalayer.catalog.headers import CONTEXT, FIRST_CONV, VAE_MARKS, family_of, read_header
-from alphalayer.engine.configs import SHIPPED
-from alphalayer.errors import CorruptFile, InvalidRequest, ModelNotFound, PickleRefused, UnsupportedFamily
+from alphalayer.core.errors import CorruptFile, InvalidRequest, ModelNotFound, PickleRefused, UnsupportedFamily
+from alphalayer.engine.families.configs import SHIPPED
 
 UNET = "model.diffusion_model."
 CLIP_L = "conditioner.embedders.0.transformer.text_model.embeddings.token_embedding.weight"

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from alphalayer.engine.chunks import CHUNK_LENGTH, COMMA_BACKTRACK, LearnedWord, chunk_fragments
-from alphalayer.engine.prompt import Fragment
-from alphalayer.errors import InvalidRequest
+from alphalayer.core.errors import InvalidRequest
+from alphalayer.engine.text.chunks import CHUNK_LENGTH, COMMA_BACKTRACK, LearnedWord, chunk_fragments
+from alphalayer.engine.text.grammar import Fragment
 
 COMMA = 267
 

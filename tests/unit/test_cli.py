@@ -9,15 +9,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests import tiny_models
-from tests.serving import free_port
+from tests.support import tiny_models
+from tests.support.serving import free_port
 from tests.unit.test_catalog import FAMILIES, write
 from typer.testing import CliRunner
 
-from alphalayer import __version__, images
-from alphalayer.cli import app, main
+from alphalayer import __version__
+from alphalayer.cli.app import app, main
 from alphalayer.config import Settings
-from alphalayer.infotext import read_parameters
+from alphalayer.images import codecs
+from alphalayer.images.infotext import read_parameters
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -72,7 +73,7 @@ def test_generate_writes_a_transparent_png_with_its_settings(run: Run, models: P
     assert code == 0
     (file,) = (tmp_path / "outputs").iterdir()
     assert re.fullmatch(r"alpha_\d{10}_[0-9a-f]{8}\.png", file.name)
-    rgba, parameters = images.decode(file.read_bytes())
+    rgba, parameters = codecs.decode(file.read_bytes())
     assert rgba.shape == (64, 64, 4)
     assert rgba[..., 3].min() < 255
     found = read_parameters(parameters or "")
@@ -85,7 +86,7 @@ def test_a_batch_into_a_named_file_is_numbered(run: Run, models: Path, tmp_path:
     assert code == 0
     assert sorted(file.name for file in (tmp_path / "new").iterdir()) == ["cup-2.png", "cup.png"]
     assert [line.split("  ")[2] for line in out.splitlines()] == ["seed 12345", "seed 12346"]
-    first, second = (images.decode((tmp_path / "new" / name).read_bytes())[0] for name in ("cup.png", "cup-2.png"))
+    first, second = (codecs.decode((tmp_path / "new" / name).read_bytes())[0] for name in ("cup.png", "cup-2.png"))
     assert not np.array_equal(first, second)
 
 
@@ -95,7 +96,7 @@ def test_other_formats_are_written_by_name_or_by_flag(run: Run, models: Path, tm
     (other,) = (tmp_path / "folder").iterdir()
     assert other.suffix == ".webp"
     for file in (tmp_path / "cup.avif", other):
-        rgba, parameters = images.decode(file.read_bytes())
+        rgba, parameters = codecs.decode(file.read_bytes())
         assert rgba.shape == (64, 64, 4)
         assert (parameters or "").startswith("a red apple\n")
 
@@ -121,7 +122,7 @@ def test_options_reach_the_engine(run: Run, models: Path, tmp_path: Path):
         ]
         == 0
     )
-    rgba, parameters = images.decode((tmp_path / "cup.png").read_bytes())
+    rgba, parameters = codecs.decode((tmp_path / "cup.png").read_bytes())
     assert rgba.shape == (70, 128, 4)
     assert (rgba[..., 3] == 255).all()
     found = read_parameters(parameters or "")
@@ -143,9 +144,9 @@ def test_the_same_command_draws_the_same_picture(run: Run, models: Path, tmp_pat
 
 def test_info_shows_what_made_a_picture(run: Run, tmp_path: Path):
     (tmp_path / "cup.png").write_bytes(
-        images.encode(np.zeros((3, 5, 4), np.uint8), parameters="a [cup]\nSteps: 1, Size: 5x3, Seed: 2")
+        codecs.encode(np.zeros((3, 5, 4), np.uint8), parameters="a [cup]\nSteps: 1, Size: 5x3, Seed: 2")
     )
-    (tmp_path / "bare.png").write_bytes(images.encode(np.zeros((3, 5, 4), np.uint8)))
+    (tmp_path / "bare.png").write_bytes(codecs.encode(np.zeros((3, 5, 4), np.uint8)))
     code, out, _ = run("info", "cup.png")
     assert (code, out) == (0, "cup.png  5x3\na [cup]\nSteps: 1, Size: 5x3, Seed: 2\n")
     assert "no settings" in run("info", "bare.png")[1]
@@ -160,7 +161,7 @@ def test_models_are_listed_and_verified(run: Run, tmp_path: Path):
     assert f"error  cup  {checkpoints}/cup.safetensors is a LoRA, not a checkpoint.\n    Move it to Lora/.\n" in out
     assert f"error  old  {checkpoints}/old.safetensors is cut off" in out
     assert re.search(
-        r"^ok  alphalayer-mini( \[\w+\])?  small, built in; .* models pull  \S+/models/alphalayer-mini$",
+        r"^ok  alphalayer-mini( \[\w+\])?  small, built in; .* models pull  \S+/builtin_models/alphalayer-mini$",
         out,
         re.MULTILINE,
     )
@@ -177,7 +178,7 @@ def test_names_in_brackets_are_shown_as_they_are(run: Run, tmp_path: Path):
         _, out, err = run(*command, "--models-dir", "m[/x]")
         assert "m[/x]/Stable-diffusion/model[v1].safetensors" in out
         assert err == ""
-    (tmp_path / "cup[red].png").write_bytes(images.encode(np.zeros((3, 5, 4), np.uint8)))
+    (tmp_path / "cup[red].png").write_bytes(codecs.encode(np.zeros((3, 5, 4), np.uint8)))
     assert run("info", "cup[red].png")[1].startswith("cup[red].png  5x3\n")
 
 
@@ -288,7 +289,7 @@ def test_wrong_settings_are_one_line(run: Run, tmp_path: Path):
 
 def test_serve_has_a_flag_for_each_setting(run: Run, monkeypatch: pytest.MonkeyPatch):
     taken: list[Settings] = []
-    monkeypatch.setattr("alphalayer.cli.run_server", taken.append)
+    monkeypatch.setattr("alphalayer.cli.app.run_server", taken.append)
     flags = ["--queue-limit", "5", "--log-json", "--no-tracing", "--keep-jobs-days", "0.5", "--api-auth", "ann:a"]
     assert run("serve", *flags, "--port", "9000")[0] == 0
     (settings,) = taken
@@ -332,11 +333,11 @@ def test_a_prompt_without_quotes_is_told_so(run: Run):
 
 def test_what_is_done_to_a_finished_picture(run: Run, models: Path):
     assert run(*_generate(models, "--background", "#ff0000", "--defringe", "-o", "plain.png"))[0] == 0
-    rgba, _ = images.decode(Path("plain.png").read_bytes())
+    rgba, _ = codecs.decode(Path("plain.png").read_bytes())
     assert (rgba[..., 3] == 255).all()
     code, out, _ = run(*_generate(models, "--trim", "-o", "cut.png"))
     assert code == 0
-    drawn, _ = images.decode(Path("cut.png").read_bytes())
+    drawn, _ = codecs.decode(Path("cut.png").read_bytes())
     assert f"{drawn.shape[1]}x{drawn.shape[0]}" in out
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from alphalayer.config import Settings, load_settings
-from alphalayer.errors import SetupFailed
+from alphalayer.core.errors import SetupFailed
 
 
 @pytest.fixture(autouse=True)

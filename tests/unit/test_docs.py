@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from typer.main import get_command
 
-from alphalayer.cli import app
+from alphalayer.cli.app import app
 from alphalayer.config import Settings
-from alphalayer.telemetry import Metrics
+from alphalayer.observability.metrics import Metrics
 
 DOCS = Path(__file__).parents[2] / "docs"
 

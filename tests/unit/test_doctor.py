@@ -10,13 +10,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tests.servers import Postgres
+from tests.support.servers import Postgres
 from tests.unit.test_catalog import FAMILIES, write
 
-from alphalayer import catalog, doctor
+from alphalayer import catalog
+from alphalayer.cli import doctor
+from alphalayer.cli.doctor import Finding, check_port, diagnose
 from alphalayer.config import Settings
-from alphalayer.doctor import Finding, check_port, diagnose
-from alphalayer.errors import SetupFailed
+from alphalayer.core.errors import SetupFailed
 
 
 def _settings(folder: Path, port: int, **changes: object) -> Settings:
@@ -89,7 +90,7 @@ def test_missing_layer_files_are_errors_where_a_model_needs_them(tmp_path: Path)
 
 def test_a_model_that_names_its_own_layer_file_has_to_have_it(tmp_path: Path, no_embedded_model: None):
     folder = tmp_path / "models" / "Stable-diffusion" / "own"
-    shutil.copytree(Path(catalog.__file__).parent.parent / "models" / "alphalayer-mini", folder)
+    shutil.copytree(Path(catalog.__file__).parent.parent / "builtin_models" / "alphalayer-mini", folder)
     (folder / "layerdiffuse" / "config.json").write_text('{"patch": "mine.safetensors"}')
     (patch, decoder) = doctor._layer_files(_settings(tmp_path, 1))
     assert f"(mine.safetensors) is not in {folder / 'layerdiffuse'}" in patch.what
@@ -119,8 +120,8 @@ def test_a_shared_queue_is_looked_at(
     there = _settings(tmp_path, 1, database=f"postgresql://me:swordfish@127.0.0.1:{free_port}/x")
     (found,) = doctor._database(there)
     assert (found.level, "swordfish" in found.what) == ("error", False)
-    monkeypatch.setitem(sys.modules, "alphalayer.jobs.shared", None)
-    monkeypatch.delattr("alphalayer.jobs.shared", raising=False)
+    monkeypatch.setitem(sys.modules, "alphalayer.jobs.postgres", None)
+    monkeypatch.delattr("alphalayer.jobs.postgres", raising=False)
     (found,) = doctor._database(there)
     assert found.level == "error"
     assert "[shared]" in found.hint

@@ -16,12 +16,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
 
-from alphalayer import images, infotext
 from alphalayer.catalog.headers import family_of, read_header
-from alphalayer.engine.prompt import parse_weights, schedule_prompt, split_and
-from alphalayer.errors import CorruptFile, FileMissing, InvalidRequest
-from alphalayer.job import Output
-from alphalayer.request import GenerationRequest
+from alphalayer.core.errors import CorruptFile, FileMissing, InvalidRequest
+from alphalayer.core.job import Output
+from alphalayer.core.request import GenerationRequest
+from alphalayer.engine.text.grammar import parse_weights, schedule_prompt, split_and
+from alphalayer.images import codecs, infotext
 from alphalayer.storage.objects import open_storage
 
 often = settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -83,7 +83,7 @@ def test_files_that_are_no_safetensors_at_all(tmp_path: Path, data: bytes):
 
 def _picture(kind: str) -> bytes:
     rgba = np.random.default_rng(0).integers(0, 255, (12, 9, 4), dtype=np.uint8)
-    return images.encode(rgba, kind, "an apple\nSteps: 20, Sampler: Euler, Seed: 1")
+    return codecs.encode(rgba, kind, "an apple\nSteps: 20, Sampler: Euler, Seed: 1")
 
 
 def _foreign_png() -> bytes:
@@ -109,8 +109,8 @@ def test_pictures(whole: bytes):
     @given(data=damaged(whole) | st.binary(max_size=60))
     def check(data: bytes) -> None:
         try:
-            images.read_settings(data)
-            rgba, parameters = images.decode(data)
+            codecs.read_settings(data)
+            rgba, parameters = codecs.decode(data)
             assert rgba.shape[2] == 4
             assert parameters is None or isinstance(infotext.read_parameters(parameters), dict)
         except InvalidRequest as error:
@@ -151,8 +151,8 @@ def test_infotexts(text: str):
 def test_the_settings_in_a_png_come_back(prompt: str, negative: str):
     request = GenerationRequest(prompt=prompt, negative_prompt=negative)
     text = infotext.write_parameters(request, "model", "0" * 10, 7)
-    data = images.encode(np.zeros((1, 1, 4), np.uint8), Output().format, text)
-    assert images.decode(data)[1] is not None
+    data = codecs.encode(np.zeros((1, 1, 4), np.uint8), Output().format, text)
+    assert codecs.decode(data)[1] is not None
     assert infotext.read_parameters(text)["Seed"] == "7"
 
 

@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from alphalayer import __version__
-from alphalayer.infotext import read_parameters, webui_info, write_parameters
-from alphalayer.job import ImageRef, Job, JobResult, JobSpec, JobState
-from alphalayer.request import GenerationRequest, LayerDiffuse, ModelDefaults, parse_request
+from alphalayer.core.job import ImageRef, Job, JobResult, JobSpec, JobState
+from alphalayer.core.request import GenerationRequest, ModelDefaults, parse_request
+from alphalayer.images.infotext import read_parameters, webui_info, write_parameters
 
-REQUEST = GenerationRequest(prompt="an apple, high quality", seed=12345, subseed=7).resolved(ModelDefaults())
+REQUEST = GenerationRequest(prompt="an apple, high quality", seed=12345, subseed=7).resolve(ModelDefaults())
 
 
 def test_the_whole_text_is_as_published():
@@ -32,9 +32,7 @@ def test_the_whole_text_is_as_published():
 
 
 def test_what_is_not_used_is_not_written():
-    request = REQUEST.model_copy(
-        update={"negative_prompt": "", "noise": "gpu", "layerdiffuse": LayerDiffuse(enabled=False), "cfg_scale": 7.25}
-    )
+    request = REQUEST.model_copy(update={"negative_prompt": "", "noise": "gpu", "mode": "opaque", "cfg_scale": 7.25})
     text = write_parameters(request, "m", "", 1)
     assert "Negative prompt" not in text
     assert all(word not in text for word in ("RNG", "layerdiffusion", "Variation", "Clip skip", "Model hash"))
@@ -121,7 +119,7 @@ def test_any_text_is_read(text: str):
 )
 def test_loras_and_the_decoding_are_written_and_read_back(loras: list[tuple[str, float]], decode: str):
     given = [{"name": name, "weight": weight} for name, weight in loras]
-    request = parse_request({"prompt": "a cat", "loras": given, "decode": decode}).resolved(ModelDefaults())
+    request = parse_request({"prompt": "a cat", "loras": given, "decode": decode}).resolve(ModelDefaults())
     found = read_parameters(write_parameters(request, "m", "", 1))
     again = parse_request({"prompt": found["Prompt"]})
     assert (again.prompt, again.loras) == (request.prompt, request.loras)
@@ -154,14 +152,11 @@ def test_the_time_to_read_a_text_grows_with_its_length(line: str):
 
 
 def test_the_info_object_has_the_published_keys_in_their_order():
-    generation = REQUEST.model_copy(update={"batch_size": 2})
+    generation = GenerationRequest(prompt=REQUEST.prompt, seed=12345, subseed=7, batch_size=2)
     refs = [
-        ImageRef(
-            key=f"{i}.png", seed=12345 + i, subseed=7 + i, width=1024, height=1024, size_bytes=1, parameters=f"text {i}"
-        )
-        for i in range(2)
+        ImageRef(key=f"{i}.png", seed=12345 + i, subseed=7 + i, width=1024, height=1024, size_bytes=1) for i in range(2)
     ]
-    result = JobResult(images=tuple(refs), generation=generation, model_name="m", model_hash="abc")
+    result = JobResult(images=tuple(refs), settings=REQUEST.settings, model_name="m", model_hash="abc")
     job = Job.new(JobSpec(generation=generation)).model_copy(update={"state": JobState.DONE, "result": result})
     info = webui_info(job)
     assert (
@@ -175,5 +170,5 @@ def test_the_info_object_has_the_published_keys_in_their_order():
     )
     assert info["all_seeds"] == [12345, 12346]
     assert info["all_prompts"] == ["an apple, high quality"] * 2
-    assert info["infotexts"] == ["text 0", "text 1"]
+    assert info["infotexts"] == [write_parameters(REQUEST, "m", "abc", 12345 + i, 7 + i) for i in range(2)]
     assert info["extra_generation_params"]["layerdiffusion_weight"] == "1"

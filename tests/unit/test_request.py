@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from alphalayer.errors import InvalidRequest
-from alphalayer.request import (
+from alphalayer.core.errors import InvalidRequest
+from alphalayer.core.request import (
     MAX_SEED,
     SAMPLERS,
     SCHEDULERS,
@@ -117,15 +117,15 @@ def test_names_are_found_in_any_case(name: str, known: tuple[str, ...]):
 
 def test_silence_is_filled_from_the_model_and_nothing_else_is_changed():
     defaults = ModelDefaults(width=256, height=512, steps=8, sampler="Euler", scheduler="Simple", cfg_scale=3)
-    resolved = GenerationRequest(prompt="x", steps=30).resolved(defaults)
+    resolved = GenerationRequest(prompt="x", steps=30).resolve(defaults)
     assert (resolved.width, resolved.height, resolved.steps) == (256, 512, 30)
     assert (resolved.sampler, resolved.scheduler, resolved.cfg_scale) == ("Euler", "Simple", 3)
     assert resolved.seed == 12345
-    assert resolved.resolved(ModelDefaults()) == resolved
+    assert resolved.resolve(ModelDefaults()) == resolved
 
 
 def test_open_seeds_are_drawn_in_the_published_range():
-    drawn = [GenerationRequest(prompt="x", seed=-1, subseed=-1).resolved(ModelDefaults()) for _ in range(50)]
+    drawn = [GenerationRequest(prompt="x", seed=-1, subseed=-1).resolve(ModelDefaults()) for _ in range(50)]
     seeds = [seed for each in drawn for seed in (each.seed, each.subseed)]
     assert all(0 <= seed < 4294967294 for seed in seeds)
     assert len(set(seeds)) == 100

@@ -10,37 +10,40 @@ from pathlib import Path
 from hypothesis import given
 from hypothesis import strategies as st
 from structlog.testing import capture_logs
-from tests.serving import wait_until
+from tests.support.serving import wait_until
 
-from alphalayer.errors import StorageFailed
-from alphalayer.job import JobResult, JobSpec
-from alphalayer.jobs.embedded import EmbeddedDispatcher
-from alphalayer.request import GenerationRequest
-from alphalayer.retention import DAY_S, Limits, doomed, keep_sweeping, sweep
+from alphalayer.core.errors import StorageFailed
+from alphalayer.core.job import JobResult, JobSpec
+from alphalayer.core.request import GenerationRequest, ModelDefaults
+from alphalayer.jobs.sqlite import SqliteJobQueue
+from alphalayer.service.retention import DAY_S, Limits, keep_sweeping, select_expired, sweep
 from alphalayer.storage.objects import ObjectStorage, open_storage
 
 FILES = [("a", 10, 0.0), ("b", 10, 1 * DAY_S), ("c", 10, 2 * DAY_S), ("d", 10, 3 * DAY_S)]
 
 
 def test_by_age():
-    assert doomed(FILES, Limits(pictures_days=1.5), 3 * DAY_S, lambda _: False) == ["a", "b"]
+    assert select_expired(FILES, Limits(pictures_days=1.5), 3 * DAY_S, lambda _: False) == ["a", "b"]
 
 
 def test_by_size_the_oldest_first():
-    assert doomed(FILES, Limits(pictures_bytes=25), 3 * DAY_S, lambda _: False) == ["a", "b"]
+    assert select_expired(FILES, Limits(pictures_bytes=25), 3 * DAY_S, lambda _: False) == ["a", "b"]
 
 
 def test_no_limits_no_loss():
-    assert doomed(FILES, Limits(), 1e12, lambda _: False) == []
+    assert select_expired(FILES, Limits(), 1e12, lambda _: False) == []
 
 
 def test_previews_go_soon_after_their_job():
     files = [("preview_a.webp", 10, 0.0), ("preview_b.webp", 10, 0.0), ("preview_c.webp", 10, 50.0), ("a", 10, 0.0)]
-    assert doomed(files, Limits(), 90.0, lambda key: key == "preview_b.webp") == ["preview_a.webp"]
+    assert select_expired(files, Limits(), 90.0, lambda key: key == "preview_b.webp") == ["preview_a.webp"]
 
 
 def test_what_is_kept_stays_though_it_is_old_and_large():
-    assert doomed(FILES, Limits(pictures_days=0.1, pictures_bytes=1), 1e9, lambda key: key in "ab") == ["c", "d"]
+    assert select_expired(FILES, Limits(pictures_days=0.1, pictures_bytes=1), 1e9, lambda key: key in "ab") == [
+        "c",
+        "d",
+    ]
 
 
 sizes = st.lists(st.tuples(st.integers(0, 1000), st.floats(0, 1e9)), max_size=30)
@@ -49,18 +52,18 @@ sizes = st.lists(st.tuples(st.integers(0, 1000), st.floats(0, 1e9)), max_size=30
 @given(sizes, st.integers(1, 5000))
 def test_afterwards_the_rest_fits(files, limit):
     named = [(str(i), size, modified) for i, (size, modified) in enumerate(files)]
-    gone = set(doomed(named, Limits(pictures_bytes=limit), 1e9, lambda _: False))
+    gone = set(select_expired(named, Limits(pictures_bytes=limit), 1e9, lambda _: False))
     assert sum(size for key, size, _ in named if key not in gone) <= limit
 
 
 async def test_a_sweep_takes_old_pictures_of_finished_jobs_and_nothing_else(tmp_path: Path):
     outputs = tmp_path / "outputs"
-    dispatcher = await EmbeddedDispatcher.open(tmp_path / "jobs.sqlite", 10)
+    dispatcher = await SqliteJobQueue.open(tmp_path / "jobs.sqlite", 10)
     spec = JobSpec(generation=GenerationRequest(prompt="x"))
     over, running, waiting = [await dispatcher.submit(spec) for _ in range(3)]
     for _ in range(2):
-        await dispatcher.started((await dispatcher.take()).id)
-    await dispatcher.finished(over.id, JobResult(images=(), generation=spec.generation, model_name="m", model_hash="h"))
+        await dispatcher.mark_started((await dispatcher.claim()).id)
+    await dispatcher.complete(over.id, JobResult(images=(), settings=ModelDefaults(), model_name="m", model_hash="h"))
     foreign = ["notes.txt", ".hidden", "txt2img-images/00001.png", "alpha_1_aaaaaaaaaa.png", "alphalayer.png"]
     ours = [job.file_name(i) for job in (over, running, waiting) for i in (0, 255)] + [running.preview_name]
     gone = [over.file_name(0), over.file_name(255), over.preview_name, "alpha_1_bbbbbbbbbb00.webp"]
@@ -90,11 +93,11 @@ async def test_what_cannot_be_removed_stops_nothing_else(tmp_path: Path):
                 raise StorageFailed("no right to delete.")
             super().delete(key)
 
-    dispatcher = await EmbeddedDispatcher.open(tmp_path / "jobs.sqlite", 10)
+    dispatcher = await SqliteJobQueue.open(tmp_path / "jobs.sqlite", 10)
     spec = JobSpec(generation=GenerationRequest(prompt="x"))
     job = await dispatcher.submit(spec)
-    await dispatcher.started((await dispatcher.take()).id)
-    await dispatcher.finished(job.id, JobResult(images=(), generation=spec.generation, model_name="m", model_hash="h"))
+    await dispatcher.mark_started((await dispatcher.claim()).id)
+    await dispatcher.complete(job.id, JobResult(images=(), settings=ModelDefaults(), model_name="m", model_hash="h"))
     outputs = tmp_path / "outputs"
     storage = Guarded(open_storage(str(outputs))._store, str(outputs))
     for name in ("alpha_1_aaaaaaaaaa00.png", "alpha_1_bbbbbbbbbb00.png"):

@@ -22,7 +22,7 @@ from typing import Any
 import pytest
 from typer.main import get_command
 
-from alphalayer.cli import app
+from alphalayer.cli.app import app
 
 SCRIPT = Path(__file__).parents[2] / "run.py"
 
@@ -150,7 +150,7 @@ def test_torch_is_chosen_by_flag_then_environment_then_machine(
     monkeypatch.setattr(script, "has_nvidia_gpu", lambda: has_gpu)
     assert script.main(arguments) == 0
     assert done[0] == (expected, False)
-    assert done[1] == [str(script.PYTHON), "-m", "alphalayer.cli", "doctor"]
+    assert done[1] == [str(script.PYTHON), "-m", "alphalayer", "doctor"]
 
 
 def test_commands_are_handed_on_as_they_are(script: ModuleType, done: list[Any]):

@@ -14,8 +14,8 @@ from limits import RateLimitItemPerMinute
 from limits.storage import MemoryStorage
 from limits.strategies import MovingWindowRateLimiter
 
-from alphalayer.errors import RateLimited, Unauthorized
-from alphalayer.keys import Key, digest
+from alphalayer.auth.api_keys import Key, digest
+from alphalayer.core.errors import RateLimited, Unauthorized
 
 
 class Challenge(Unauthorized):
@@ -24,7 +24,7 @@ class Challenge(Unauthorized):
     headers = {"WWW-Authenticate": 'Basic realm="alphalayer"'}  # noqa: RUF012 - never changed
 
 
-class Gate:
+class Authenticator:
     """Lets requests in by the keys that there are now; with None in place of keys, everybody. Rates are counted in this process."""
 
     def __init__(self, keys: Callable[[], Sequence[Key] | None]):

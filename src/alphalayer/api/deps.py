@@ -11,21 +11,22 @@ from typing import Annotated, Any
 
 from fastapi import Depends, Header, Request
 
-from alphalayer.api.auth import Gate
-from alphalayer.api.ending import Ending, stopping
+from alphalayer.api.auth import Authenticator
+from alphalayer.api.shutdown import Shutdown, stopping
 from alphalayer.catalog import ModelEntry, check_layerdiffuse_method, find_lora, resolve_model
-from alphalayer.errors import AlphalayerError, Cancelled, FileMissing, InvalidRequest, ModelNotFound, ModelUnusable
-from alphalayer.job import Job, JobSpec, JobState, new_id
-from alphalayer.jobs import Dispatcher, JobView
-from alphalayer.request import DecodeMode, GenerationRequest, NoiseSource
+from alphalayer.core.errors import AlphalayerError, Cancelled, FileMissing, InvalidRequest, ModelNotFound, ModelUnusable
+from alphalayer.core.job import Delivery, Job, JobSpec, JobState, Submission, new_id
+from alphalayer.core.request import DecodeMode, GenerationRequest, NoiseSource
+from alphalayer.jobs.base import Dispatcher, JobView
+from alphalayer.observability.logging import log
+from alphalayer.observability.metrics import Metrics
+from alphalayer.observability.tracing import here
 from alphalayer.storage import Storage, read
-from alphalayer.telemetry import Metrics, log
-from alphalayer.tracing import here
 
 
 @dataclass(frozen=True)
 class Service:
-    """The parts that routes work with, put together by `alphalayer.app`."""
+    """The parts that routes work with, put together by `alphalayer.service.app`."""
 
     dispatcher: Dispatcher
     storage: Storage
@@ -34,8 +35,8 @@ class Service:
     list_models: Callable[[], list[ModelEntry]]
     readiness: Callable[[], dict[str, Any]]
     metrics: Metrics
-    gate: Gate
-    ending: Ending
+    gate: Authenticator
+    ending: Shutdown
     default_model: str | None = None
     max_pixels: int = 0
     knows_models: bool = True
@@ -130,45 +131,45 @@ def _check_models(service: Service, generation: GenerationRequest) -> None:
     entry = find_model(service, generation.model)
     for lora in generation.loras:
         find_lora(service.models_dir, lora.name)
-    if generation.layerdiffuse.enabled:
-        check_layerdiffuse_method(entry, generation.layerdiffuse.method)
+    if generation.is_transparent:
+        check_layerdiffuse_method(entry, generation.mode)
 
 
 async def submit_job(
-    service: Service, spec: JobSpec, owner: str, idempotency_key: str | None = None, job_id: str | None = None
+    service: Service, spec: JobSpec, submission: Submission, delivery: Delivery = Delivery(), job_id: str | None = None
 ) -> Job:
     """Queue a job and log it; see `Dispatcher.submit`. Raises `QueueFull`; `InvalidRequest` or `ModelUnusable` for too many pixels or
     what is not there."""
     spec.check_pixels(service.max_pixels)
     asked = spec.generation
-    if service.knows_models and (asked.model or asked.loras or asked.layerdiffuse.method != "attention"):
+    if service.knows_models and (asked.model or asked.loras or asked.mode == "conv"):
         await asyncio.to_thread(_check_models, service, asked)
-    traced = spec.model_copy(update={"traceparent": here()})
-    job = await service.dispatcher.submit(traced, owner=owner, idempotency_key=idempotency_key, job_id=job_id)
+    traced = submission.model_copy(update={"traceparent": here()})
+    job = await service.dispatcher.submit(spec, traced, delivery, job_id)
     said = {"prompt": spec.generation.prompt} if service.log_prompts else {}
-    log.info("job_accepted", job=job.id, owner=owner, **said)
+    log.info("job_accepted", job=job.id, owner=submission.owner, **said)
     return job
 
 
-class Errand:
+class PendingJob:
     """What one request waits for: a job that it made, or one that another request made with the same key."""
 
     def __init__(self, service: Service, job_id: str | None = None):
         self._service = service
         self.job_id = job_id or new_id()
 
-    async def submit(self, spec: JobSpec, owner: str, idempotency_key: str | None) -> None:
+    async def submit(self, spec: JobSpec, submission: Submission, delivery: Delivery) -> None:
         """Queue the job, or find it. Raises `Stopping` where the service ends, and what `submit_job` does."""
         self._service.ending.check()
-        self.job_id = (await submit_job(self._service, spec, owner, idempotency_key, self.job_id)).id
+        self.job_id = (await submit_job(self._service, spec, submission, delivery, self.job_id)).id
 
-    async def leave(self) -> None:
+    async def withdraw(self) -> None:
         """The client left. Not where the service ends, which cancels its requests: that is no wish of the client."""
         if not self._service.ending.has_begun:
-            await asyncio.shield(self._service.dispatcher.leave(self.job_id))
+            await asyncio.shield(self._service.dispatcher.withdraw(self.job_id))
 
 
-async def run_job(request: Request, spec: JobSpec, owner: str, idempotency_key: str | None = None) -> Job:
+async def run_job(request: Request, spec: JobSpec, submission: Submission, delivery: Delivery = Delivery()) -> Job:
     """Queue a job and wait for its end; a client that leaves takes its job along, unless others wait for it.
 
     Raises:
@@ -177,18 +178,18 @@ async def run_job(request: Request, spec: JobSpec, owner: str, idempotency_key: 
         Stopping: the service ends before the job; it stays in the queue.
         QueueFull, InvalidRequest, ModelUnusable: see `submit_job`.
     """
-    errand = Errand(service(request))
+    pending = PendingJob(service(request))
     left = asyncio.create_task(_client_left(request))
     try:
-        await errand.submit(spec, owner, idempotency_key)
-        job = await _end_of(service(request), errand.job_id, left)
+        await pending.submit(spec, submission, delivery)
+        job = await _end_of(service(request), pending.job_id, left)
     except asyncio.CancelledError:
-        await errand.leave()
+        await pending.withdraw()
         raise
     finally:
         left.cancel()
     if job is None:
-        await errand.leave()
+        await pending.withdraw()
         raise Cancelled("the client left.")
     return raise_if_failed(job)
 
@@ -210,7 +211,7 @@ async def _end_of(service: Service, job_id: str, left: asyncio.Task[None]) -> Jo
 
 
 async def follow(service: Service, job_id: str, *, elsewhere: bool = False) -> AsyncIterator[JobView]:
-    """`Dispatcher.watch`; raises `Stopping` where the service ends before the job. `elsewhere`: see `Ending.wait`."""
+    """`Dispatcher.watch`; raises `Stopping` where the service ends before the job. `elsewhere`: see `Shutdown.wait`."""
     views = service.dispatcher.watch(job_id)
     ended = asyncio.ensure_future(service.ending.wait(job_id, elsewhere=elsewhere))
     following: asyncio.Future[JobView | None] | None = None

@@ -11,8 +11,8 @@ from fastapi.sse import EventSourceResponse, ServerSentEvent
 from pydantic import BaseModel, ConfigDict, Field
 
 from alphalayer.api.deps import (
-    Errand,
     IdempotencyKey,
+    PendingJob,
     Service,
     ServiceDep,
     User,
@@ -22,11 +22,11 @@ from alphalayer.api.deps import (
     submit_job,
     wire_names,
 )
+from alphalayer.api.errors import PROBLEMS, Problem
 from alphalayer.api.native import FIELDS, ImageAnswer, Txt2ImgRequest, add_data, image_answers
-from alphalayer.api.problems import PROBLEMS, Problem
-from alphalayer.errors import AlphalayerError, FileMissing, InvalidRequest, JobMissing, Stopping
-from alphalayer.job import JobState, Webhook
-from alphalayer.jobs import JobView
+from alphalayer.core.errors import AlphalayerError, FileMissing, InvalidRequest, JobMissing, Stopping
+from alphalayer.core.job import Delivery, JobState, Submission, Webhook
+from alphalayer.jobs.base import JobView
 
 router = APIRouter(prefix="/alpha/v1/jobs", tags=["Jobs"], responses=PROBLEMS)
 
@@ -107,10 +107,11 @@ async def submit(
     idempotency_key: IdempotencyKey = None,
 ) -> JobAnswer:
     """Answers at once. The job is kept whatever happens to the client or the service."""
-    more = {"previews": body.previews, "webhook": body.webhook(service, base_url(request))}
+    delivery = Delivery(webhook=body.webhook(service, base_url(request)), with_data=body.with_data)
+    submission = Submission(owner=user, idempotency_key=idempotency_key, digest=body.digest)
     with wire_names(FIELDS):
-        spec = body.to_spec(service.noise, service.decode).model_copy(update=more)
-        job = await submit_job(service, spec, user, idempotency_key)
+        spec = body.to_spec(service.noise, service.decode).model_copy(update={"previews": body.previews})
+        job = await submit_job(service, spec, submission, delivery)
     shown = answer(await _view(service, job.id, user), base_url(request))
     response.headers["Location"] = shown.url
     return shown
@@ -121,7 +122,7 @@ async def show(job_id: JobId, request: Request, service: ServiceDep, user: User)
     """Position, step, time left, and in the end the pictures (as base64, too, where the job asked for that) or the error."""
     view = await _view(service, job_id, user)
     shown = answer(view, base_url(request))
-    if view.job.spec.with_data:
+    if view.job.delivery.with_data:
         # pictures may be removed before their job is forgotten
         with suppress(FileMissing):
             await add_data(shown.images, service)
@@ -156,7 +157,7 @@ async def cancel(
     stays as it is."""
     await _view(service, job_id, user)
     if leave:
-        await Errand(service, job_id).leave()
+        await PendingJob(service, job_id).withdraw()
     else:
         await service.dispatcher.cancel(job_id)
     return answer(await _view(service, job_id, user), base_url(request))

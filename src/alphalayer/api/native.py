@@ -12,8 +12,7 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import RedirectResponse, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 
-from alphalayer import images, infotext
-from alphalayer.api.bodies import Body
+from alphalayer.api.a1111.script import ResizeMode
 from alphalayer.api.deps import (
     IdempotencyKey,
     Service,
@@ -25,16 +24,15 @@ from alphalayer.api.deps import (
     run_job,
     wire_names,
 )
-from alphalayer.api.layerdiffuse_script import ResizeMode
-from alphalayer.api.problems import PROBLEMS
+from alphalayer.api.errors import PROBLEMS
+from alphalayer.api.schemas import Body
 from alphalayer.catalog import ModelEntry, model_defaults
-from alphalayer.errors import CorruptFile, InvalidRequest
-from alphalayer.faults import COLOUR
-from alphalayer.images import MIME_TYPES
-from alphalayer.job import MAX_ITERATIONS, PREVIEW_PREFIX, Job, JobSpec, Output
-from alphalayer.request import (
+from alphalayer.core.errors import CorruptFile, InvalidRequest
+from alphalayer.core.job import MAX_ITERATIONS, PREVIEW_PREFIX, Delivery, Job, JobSpec, Output, Submission
+from alphalayer.core.request import (
     MAX_PROMPT_CHARACTERS,
     MAX_SEED,
+    OPAQUE,
     DecodeMode,
     ImageFormat,
     Lora,
@@ -46,6 +44,9 @@ from alphalayer.request import (
     parse_request,
     split_sampler_name,
 )
+from alphalayer.core.validation import COLOUR
+from alphalayer.images import codecs, infotext, postprocess
+from alphalayer.images.codecs import MIME_TYPES
 from alphalayer.storage import check_key
 
 router = APIRouter(prefix="/alpha/v1", tags=["Alphalayer"], responses=PROBLEMS)
@@ -112,7 +113,6 @@ class Txt2ImgRequest(Body):
         self._refuse_what_cannot_be_done()
         sampler, scheduler = split_sampler_name(self.sampler_name, self.scheduler)
         same = ("prompt", "negative_prompt", "seed", "steps", "cfg_scale", "width", "height", "batch_size")
-        layers = {name: getattr(self, f"layerdiffuse_{name}") for name in ("enabled", "method", "weight", "stop_at")}
         generation = parse_request(
             {
                 **{name: getattr(self, name) for name in (*same, "subseed", "subseed_strength")},
@@ -122,17 +122,18 @@ class Txt2ImgRequest(Body):
                 "loras": tuple(self.loras),
                 "noise": noise,
                 "decode": decode,
-                "layerdiffuse": layers,
+                "mode": self.layerdiffuse_method if self.layerdiffuse_enabled else OPAQUE,
+                "layerdiffuse_weight": self.layerdiffuse_weight,
+                "layerdiffuse_stop_at": self.layerdiffuse_stop_at,
             }
         )
         output = Output(**{name: getattr(self, name) for name in Output.model_fields})
-        return JobSpec(
-            generation=generation,
-            iterations=self.n_iter,
-            output=output,
-            with_data=self.response_format == "base64",
-            asked_digest=self.digest,
-        )
+        return JobSpec(generation=generation, iterations=self.n_iter, output=output)
+
+    @property
+    def with_data(self) -> bool:
+        """Whether the answer holds the images themselves."""
+        return self.response_format == "base64"
 
     def _refuse_what_cannot_be_done(self) -> None:
         """What is not there yet, or means nothing beside another field; at its default a field is no wish."""
@@ -142,11 +143,13 @@ class Txt2ImgRequest(Body):
                 hint="Leave it out.",
                 field="layerdiffuse_output_origin",
             )
-        refuse_idle(self, "trim", "trim_threshold", "trim_padding")
-        refuse_idle(self, "layerdiffuse_enabled", "layerdiffuse_method", "layerdiffuse_weight", "layerdiffuse_stop_at")
+        reject_unused_options(self, "trim", "trim_threshold", "trim_padding")
+        reject_unused_options(
+            self, "layerdiffuse_enabled", "layerdiffuse_method", "layerdiffuse_weight", "layerdiffuse_stop_at"
+        )
 
 
-def refuse_idle(asked: BaseModel, switch: str, *names: str) -> None:
+def reject_unused_options(asked: BaseModel, switch: str, *names: str) -> None:
     """Raise `InvalidRequest` for fields that mean something only with `switch`, where that is off and they are not at their default."""
     for name in names:
         if not getattr(asked, switch) and getattr(asked, name) != type(asked).model_fields[name].default:
@@ -184,7 +187,9 @@ async def txt2img(
 ) -> Txt2ImgResponse:
     """Waits for the picture. While it waits it stands in the queue as a job; a client that leaves gives its place up."""
     with wire_names(FIELDS):
-        job = await run_job(request, body.to_spec(service.noise, service.decode), user, idempotency_key)
+        submission = Submission(owner=user, idempotency_key=idempotency_key, digest=body.digest)
+        spec = body.to_spec(service.noise, service.decode)
+        job = await run_job(request, spec, submission, Delivery(with_data=body.with_data))
     return await _answer(job, request, service)
 
 
@@ -222,7 +227,7 @@ async def file(filename: FileName, request: Request, service: ServiceDep) -> Res
     caching = "no-store" if filename.startswith(PREVIEW_PREFIX) else "public, max-age=31536000, immutable"
     headers = {"Cache-Control": caching, "Content-Length": str(found.size_bytes)}
     headers |= {"Vary": FROM} if service.redirect_files else {}
-    mime = images.mime_type(filename)
+    mime = codecs.mime_type(filename)
     if request.method == "HEAD":
         return Response(media_type=mime, headers=headers)
     return StreamingResponse(found.chunks, media_type=mime, headers=headers)
@@ -236,9 +241,9 @@ async def file(filename: FileName, request: Request, service: ServiceDep) -> Res
 )
 async def convert(filename: FileName, output: Annotated[Output, Query()], service: ServiceDep, _user: User) -> Response:
     """Another format, trimmed, defringed or laid on a colour; the settings inside stay. The stored picture does not change."""
-    refuse_idle(output, "trim", "trim_threshold", "trim_padding")
+    reject_unused_options(output, "trim", "trim_threshold", "trim_padding")
     data = await read_file(service, check_key(filename))
-    made = await run_in_threadpool(images.convert, data, output)
+    made = await run_in_threadpool(postprocess.convert, data, output)
     name = f"{PurePath(filename).stem}.{output.format}"
     headers = {"Content-Disposition": f'attachment; filename="{name}"'}
     return Response(made, media_type=MIME_TYPES[output.format], headers=headers)
@@ -304,7 +309,7 @@ async def add_data(pictures: list[ImageAnswer], service: Service) -> None:
 
 async def _answer(job: Job, request: Request, service: Service) -> Txt2ImgResponse:
     pictures = image_answers(job, base_url(request))
-    if job.spec.with_data:
+    if job.delivery.with_data:
         await add_data(pictures, service)
     first = pictures[0]
     return Txt2ImgResponse(

@@ -16,11 +16,9 @@ from fastapi.responses import StreamingResponse
 from PIL import Image
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from alphalayer import faults, images
-from alphalayer.api.bodies import Body
 from alphalayer.api.deps import (
-    Errand,
     IdempotencyKey,
+    PendingJob,
     Service,
     ServiceDep,
     User,
@@ -33,12 +31,15 @@ from alphalayer.api.deps import (
     run_job,
     wire_names,
 )
-from alphalayer.api.problems import Problem, openai_error
+from alphalayer.api.errors import Problem, openai_error
+from alphalayer.api.schemas import Body
 from alphalayer.catalog import ModelEntry, resolve_model
-from alphalayer.errors import AlphalayerError, InvalidRequest, ModelNotFound, ModelUnusable, NotImplementedYet
-from alphalayer.job import ImageRef, Job, JobSpec, Output
-from alphalayer.jobs import JobView
-from alphalayer.request import MAX_SEED, MAX_SIDE, MIN_SIDE, parse_request
+from alphalayer.core import validation
+from alphalayer.core.errors import AlphalayerError, InvalidRequest, ModelNotFound, ModelUnusable, NotImplementedYet
+from alphalayer.core.job import Delivery, ImageRef, Job, JobSpec, Output, Submission
+from alphalayer.core.request import MAX_SEED, MAX_SIDE, MIN_SIDE, parse_request
+from alphalayer.images import codecs
+from alphalayer.jobs.base import JobView
 
 
 class ErrorBody(BaseModel):
@@ -88,7 +89,7 @@ def _checked_size(size: str) -> str:
     sides = [] if size == "auto" else [int(side) for side in size.split("x")] if SIZE.fullmatch(size) else [0]
     if not all(MIN_SIDE <= side <= MAX_SIDE for side in sides):
         accepted = f"auto or WIDTHxHEIGHT, each a whole number from {MIN_SIDE} to {MAX_SIDE}"
-        raise ValueError(f"got {faults.shown(size)}; {accepted}")
+        raise ValueError(f"got {validation.shown(size)}; {accepted}")
     return size
 
 
@@ -162,7 +163,6 @@ class GenerationsRequest(Body):
             iterations=self.n,
             output=output,
             previews=self.stream and self.partial_images > 0,
-            asked_digest=self.digest,
         )
 
     def settings(self, image: ImageRef) -> dict[str, Any]:
@@ -233,14 +233,15 @@ async def generations(
     """With transparency, unless the background is opaque. With `stream` the answer is events."""
     model = await asyncio.to_thread(_known_model, body.model, service)
     spec = body.to_spec(service, model)
+    submission = Submission(owner=user, idempotency_key=idempotency_key, digest=body.digest)
     if body.stream:
-        errand = Errand(service)
+        pending = PendingJob(service)
         with wire_names(FIELDS):
-            await errand.submit(spec, user, idempotency_key)
-        events = _never_silent(_events(body, service, errand))
+            await pending.submit(spec, submission, Delivery())
+        events = _never_silent(_events(body, service, pending))
         return StreamingResponse(events, media_type="text/event-stream", headers=STREAM_HEADERS)
     with wire_names(FIELDS):
-        job = await run_job(request, spec, user, idempotency_key)
+        job = await run_job(request, spec, submission)
     assert job.result is not None, job.id
     pictures = job.result.images
     if body.response_format == "url":
@@ -307,11 +308,11 @@ async def _never_silent(events: AsyncIterator[str]) -> AsyncIterator[str]:
         following.cancel()
 
 
-async def _events(body: GenerationsRequest, service: Service, errand: Errand) -> AsyncIterator[str]:
+async def _events(body: GenerationsRequest, service: Service, pending: PendingJob) -> AsyncIterator[str]:
     """The events of a job; a client that leaves takes its job along, unless others wait for it."""
     sent, job = 0, None
     try:
-        async for view in follow(service, errand.job_id, elsewhere=True):
+        async for view in follow(service, pending.job_id, elsewhere=True):
             job = view.job
             preview = view.progress.preview
             if preview and not job.state.is_final and _is_due(view, sent, body.partial_images):
@@ -324,7 +325,7 @@ async def _events(body: GenerationsRequest, service: Service, errand: Errand) ->
     except AlphalayerError as error:
         yield f"event: error\ndata: {json.dumps(openai_error(Problem.of(error)))}\n\n"
     except (asyncio.CancelledError, GeneratorExit):
-        await errand.leave()
+        await pending.withdraw()
         raise
 
 
@@ -381,9 +382,9 @@ async def _stored(body: GenerationsRequest, service: Service, key: str) -> str:
 
 def _convert(data: bytes, kind: OutputFormat, quality: int) -> bytes:
     """A picture file in another format; what jpeg cannot hold of it was laid on white before."""
-    rgba, parameters = images.decode(data)
+    rgba, parameters = codecs.decode(data)
     if kind == "png":
-        return images.encode(rgba, "png", parameters or "")
+        return codecs.encode(rgba, "png", parameters or "")
     image, buffer = Image.fromarray(rgba), io.BytesIO()
     if kind == "jpeg":
         image = image.convert("RGB")

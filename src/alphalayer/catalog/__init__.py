@@ -19,7 +19,7 @@ from pydantic import ValidationError
 from alphalayer.catalog.folders import family_of_folder, read_json
 from alphalayer.catalog.hashes import SHORT_HASH_DIGITS, HashCache, file_sha256, file_stamp
 from alphalayer.catalog.headers import FAMILY_NAMES, Header, family_of, read_header
-from alphalayer.errors import (
+from alphalayer.core.errors import (
     CorruptFile,
     InvalidRequest,
     ModelNotFound,
@@ -27,7 +27,7 @@ from alphalayer.errors import (
     PickleRefused,
     UnsupportedFamily,
 )
-from alphalayer.request import ModelDefaults
+from alphalayer.core.request import ModelDefaults
 
 __all__ = [
     "FAMILY_NAMES",
@@ -49,7 +49,7 @@ __all__ = [
 ]
 
 CHECKPOINTS = "Stable-diffusion"
-EMBEDDED_MODEL = Path(__file__).parent.parent / "models" / "alphalayer-mini"
+EMBEDDED_MODEL = Path(__file__).parent.parent / "builtin_models" / "alphalayer-mini"
 BUILT_IN = "small, built in; for SDXL run: alphalayer models pull"
 """What the embedded model is, wherever models are listed for people."""
 PICKLE_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin")

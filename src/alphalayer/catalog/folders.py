@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from alphalayer.errors import CorruptFile
+from alphalayer.core.errors import CorruptFile
 
 PIPELINE = "StableDiffusionXLPipeline"
 PREDICTIONS = ("epsilon", "v_prediction")

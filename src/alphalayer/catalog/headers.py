@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from alphalayer.errors import CorruptFile
+from alphalayer.core.errors import CorruptFile
 
 MAX_HEADER_BYTES = 100_000_000
 _AGAIN = "Download it again; a complete file has the size that its page names."

@@ -9,10 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from alphalayer import infotext
-from alphalayer.engine import GeneratedImage, GenerationResult, Order, Progress, RgbaImage
-from alphalayer.errors import Cancelled
-from alphalayer.request import ModelDefaults
+from alphalayer.core.errors import Cancelled
+from alphalayer.core.request import ModelDefaults
+from alphalayer.engine.base import GeneratedImage, GenerationResult, Progress, RenderTask, RgbaImage
 
 
 class FakeEngine:
@@ -27,7 +26,7 @@ class FakeEngine:
     def warm_up(self) -> None:
         """Nothing to warm up."""
 
-    def draw(self, orders: Sequence[Order]) -> list[GenerationResult]:
+    def draw(self, orders: Sequence[RenderTask]) -> list[GenerationResult]:
         """Draw the discs; see the protocol."""
         steps = orders[0].request.steps or ModelDefaults().steps
         start = time.perf_counter()
@@ -38,7 +37,11 @@ class FakeEngine:
                 time.sleep(self._step_s)
             for order in orders:
                 preview = (
-                    draw_disc(order.request.prompt, order.request.seed, 32, 32)[..., :3] if order.previews else None
+                    draw_disc(order.request.prompt, (order.images or order.request.image_seeds())[0].seed, 32, 32)[
+                        ..., :3
+                    ]
+                    if order.previews
+                    else None
                 )
                 order.on_progress(Progress("sample", step, steps, preview))
         return [self._result(order, time.perf_counter() - start) for order in orders]
@@ -47,18 +50,13 @@ class FakeEngine:
         """None of its own."""
         return 0
 
-    def _result(self, order: Order, seconds: float) -> GenerationResult:
-        request = order.request.resolved(ModelDefaults())
-        pictures = [
-            GeneratedImage(
-                draw_disc(request.prompt, request.seed + i, request.width or 64, request.height or 64),
-                request.seed + i,
-                request.subseed + i,
-                infotext.write_parameters(request, "fake", "0" * 10, request.seed + i),
-            )
-            for i in range(request.batch_size)
+    def _result(self, order: RenderTask, seconds: float) -> GenerationResult:
+        request = order.request.resolve(ModelDefaults(), order.images)
+        images = [
+            GeneratedImage(draw_disc(request.prompt, each.seed, request.width, request.height), each.seed, each.subseed)
+            for each in request.images
         ]
-        return GenerationResult(request, "fake", "0" * 10, pictures, {"sample": seconds})
+        return GenerationResult(request, "fake", "0" * 10, images, {"sample": seconds})
 
 
 def draw_disc(prompt: str, seed: int, width: int, height: int) -> RgbaImage:

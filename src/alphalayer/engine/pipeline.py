@@ -19,12 +19,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from alphalayer import catalog, infotext
+from alphalayer import catalog
 from alphalayer.catalog import ModelEntry
-from alphalayer.engine import GeneratedImage, GenerationResult, Order, Progress, RgbaImage
-from alphalayer.engine.brownian import BrownianNoise
+from alphalayer.core.errors import AlphalayerError, EngineFailed, ModelNotFound, OutOfMemory
+from alphalayer.core.request import GenerationRequest, ResolvedRequest
+from alphalayer.engine.base import GeneratedImage, GenerationResult, Progress, RenderTask, RgbaImage
 from alphalayer.engine.canvas import SIZE_MULTIPLE, Canvas
-from alphalayer.engine.devices import (
+from alphalayer.engine.families.sdxl import LoadedModel, load_model
+from alphalayer.engine.memory import (
     GIB,
     MemoryMode,
     Residency,
@@ -38,19 +40,17 @@ from alphalayer.engine.devices import (
     memory_needed,
     modes_down_from,
 )
-from alphalayer.engine.embeddings import EmbeddingFolder
-from alphalayer.engine.guidance import Denoiser, Guidance
-from alphalayer.engine.loading import LoadedModel, load_model
-from alphalayer.engine.noise import ImageGenerator, Shape, initial_noise
-from alphalayer.engine.patches import Merge, PatchFile
-from alphalayer.engine.samplers import SAMPLERS, Noise, brownian_intervals, sample
-from alphalayer.engine.schedules import sigmas_for
-from alphalayer.engine.shelf import ModelShelf, Ready
-from alphalayer.engine.text import TextEncoders, is_known, plan_negative, plan_prompt
-from alphalayer.engine.transparency import decode_transparent, decoder_inputs, opaque, to_uint8
-from alphalayer.engine.watching import Stopwatch, Watchers
-from alphalayer.errors import AlphalayerError, EngineFailed, ModelNotFound, OutOfMemory
-from alphalayer.request import GenerationRequest
+from alphalayer.engine.model_cache import LoadedPipeline, ModelCache
+from alphalayer.engine.progress import ProgressReporter, Stopwatch
+from alphalayer.engine.sampling.brownian_tree import BrownianNoise
+from alphalayer.engine.sampling.guidance import Denoiser, Guidance
+from alphalayer.engine.sampling.noise import ImageGenerator, Shape, initial_noise
+from alphalayer.engine.sampling.samplers import SAMPLERS, Noise, brownian_intervals, sample
+from alphalayer.engine.sampling.schedules import sigmas_for
+from alphalayer.engine.text.encoders import TextEncoders, is_cached, plan_negative, plan_prompt
+from alphalayer.engine.text.textual_inversion import EmbeddingFolder
+from alphalayer.engine.transparency.decode import decode_transparent, decoder_inputs, opaque, to_uint8
+from alphalayer.engine.transparency.patch import PatchFile, PatchSpec
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +84,7 @@ class LocalEngine:
         self._embeddings = EmbeddingFolder(embeddings_dir or models_dir.parent / "embeddings")
         self._default_model = default_model
         self._batch_pixels = choose_batch_pixels(self.device, self.mode) if batch_pixels is None else batch_pixels
-        self._shelf = ModelShelf(self._read, spare_model_bytes)
+        self._shelf = ModelCache(self._read, spare_model_bytes)
         self.description = describe(self.device, self.precision, self.mode, asked=(device, memory))
 
     @property
@@ -110,9 +110,9 @@ class LocalEngine:
         previews: bool = False,
     ) -> GenerationResult:
         """Draw the pictures of one request; see `draw`."""
-        return self.draw([Order(request, on_progress, is_cancelled, previews)])[0]
+        return self.draw([RenderTask(request, (), on_progress, is_cancelled, previews)])[0]
 
-    def draw(self, orders: Sequence[Order]) -> list[GenerationResult]:
+    def draw(self, orders: Sequence[RenderTask]) -> list[GenerationResult]:
         """Draw the pictures of one request, or of several together; see `alphalayer.engine.Engine.draw`.
 
         Out of memory: what was taken is given back and a single request is drawn in the next smaller memory mode, down to the smallest.
@@ -143,34 +143,32 @@ class LocalEngine:
         return torch.cuda.memory_reserved(self.device) if self.device.type == "cuda" else 0
 
     @property
-    def held(self) -> Ready:
+    def held(self) -> LoadedPipeline:
         """The model in memory. Raises `ModelNotFound` before the first picture."""
         if self._shelf.held is None:
             raise ModelNotFound("no model is loaded yet.")
         return self._shelf.held
 
     @torch.inference_mode()
-    def _draw(self, orders: Sequence[Order], mode: MemoryMode) -> list[GenerationResult]:
+    def _draw(self, orders: Sequence[RenderTask], mode: MemoryMode) -> list[GenerationResult]:
         """The recipe. What the requests share is read from the first of them."""
-        watchers = Watchers(orders)
+        watchers = ProgressReporter(orders)
         stopwatch = Stopwatch(self.device)
         residency = Residency(self.device, mode)
 
         watchers.stage("load")
         with stopwatch.stage("load"):
             ready = self._shelf.get(self._entry(orders[0].request))
-            ready.encoders.learn(self._embeddings.read())
+            ready.encoders.set_embeddings(self._embeddings.read())
             model = ready.model
-            requests = [order.request.resolved(model.defaults) for order in orders]
+            requests = [order.request.resolve(model.defaults, order.images) for order in orders]
             shared = requests[0]
-            merges = self._merges(shared, model)
+            merges = self._patch_specs(shared, model)
             # read here, so that a decoder that is missing or damaged is told before the work
-            decoders = [model.vae, model.decoder] if shared.layerdiffuse.enabled else [model.vae]
-        canvas = Canvas.of(shared.width or 0, shared.height or 0)
-        sampler = SAMPLERS[shared.sampler or ""]
-        sigmas = sigmas_for(
-            shared.scheduler or "", shared.steps or 0, model.sigma_table, skip_lowest=sampler.skips_lowest
-        )
+            decoders = [model.vae, model.decoder] if shared.is_transparent else [model.vae]
+        canvas = Canvas.of(shared.width, shared.height)
+        sampler = SAMPLERS[shared.sampler]
+        sigmas = sigmas_for(shared.scheduler, shared.steps, model.sigma_table, skip_lowest=sampler.skips_lowest)
         shape = (
             model.latent_channels,
             canvas.drawn_height // model.scale_factor,
@@ -200,52 +198,53 @@ class LocalEngine:
         self._in_less_and_less(requests, modes_down_from(mode), decode)
 
         cropped = iter([canvas.crop(each) for each in pictures])
-        return [_result(each, model, list(islice(cropped, each.batch_size)), stopwatch) for each in requests]
+        return [_result(each, model, list(islice(cropped, len(each.images))), stopwatch) for each in requests]
 
     def _entry(self, request: GenerationRequest) -> ModelEntry:
         entries = catalog.find_models(self._models_dir)
         entry = catalog.resolve_model(request.model or self._default_model, entries, self._models_dir)
-        if request.layerdiffuse.enabled:
-            catalog.check_layerdiffuse_method(entry, request.layerdiffuse.method)
+        if request.is_transparent:
+            catalog.check_layerdiffuse_method(entry, request.mode)
         return entry
 
-    def _read(self, entry: ModelEntry) -> Ready:
+    def _read(self, entry: ModelEntry) -> LoadedPipeline:
         model = load_model(entry, self.precision, self._models_dir)
         encoders = (model.tokenizer, model.tokenizer_2, model.text_encoder, model.text_encoder_2)
-        return Ready(model, TextEncoders(*encoders))
+        return LoadedPipeline(model, TextEncoders(*encoders))
 
     def _noise(
-        self, requests: Sequence[GenerationRequest], shape: Shape, sigmas: Tensor
+        self, requests: Sequence[ResolvedRequest], shape: Shape, sigmas: Tensor
     ) -> tuple[Tensor, AbstractContextManager[Noise]]:
         """The starting noise (B, *shape) of all images, and where the sampler's noise comes from while it samples."""
         generators: list[ImageGenerator] = []
         start: list[Tensor] = []
         for request in requests:
             own, variations = (
-                [ImageGenerator(seed, request.noise, self.device) for seed in seeds] for seeds in _seeds(request)
+                [ImageGenerator(seed, request.noise, self.device) for seed in seeds]
+                for seeds in zip(*request.images, strict=True)
             )
             start.append(initial_noise(own, shape, variations, request.subseed_strength))
             generators += own
-        shared, seeds = requests[0], [seed for request in requests for seed in _seeds(request)[0]]
-        if SAMPLERS[shared.sampler or ""].noise == "brownian":
+        shared, seeds = requests[0], [image.seed for request in requests for image in request.images]
+        if SAMPLERS[shared.sampler].noise == "brownian":
             # on the CPU a thread beside the UNet's costs more than it saves
-            ahead = brownian_intervals(shared.sampler or "", sigmas) if self.device.type != "cpu" else ()
+            ahead = brownian_intervals(shared.sampler, sigmas) if self.device.type != "cpu" else ()
             return torch.cat(start), BrownianNoise(seeds, shape, sigmas, shared.noise, self.device, ahead)
         return torch.cat(start), nullcontext(lambda _from, _to: torch.stack([each.randn(shape) for each in generators]))
 
     def _sample(
         self,
-        orders: Sequence[Order],
-        shared: GenerationRequest,
+        orders: Sequence[RenderTask],
+        shared: ResolvedRequest,
         denoiser: Denoiser,
-        merges: _Merges,
+        merges: _PatchSpecs,
         start: Tensor,
         sigmas: Tensor,
         noise: Noise,
     ) -> Tensor:
         """Denoise `start` (B, C, h, w; unit variance) along `sigmas`; the scaled clean latents, float32."""
         model = denoiser.model
-        last_patched_sigma = _last_patched_sigma(shared.layerdiffuse.stop_at, model)
+        last_patched_sigma = _last_patched_sigma(shared.layerdiffuse_stop_at, model)
         firsts = [0, *accumulate(each.images for each in denoiser.guidances)]
 
         def denoise(x: Tensor, sigma: float, step: int) -> Tensor:
@@ -257,23 +256,23 @@ class LocalEngine:
                 preview = self._preview(model, clean[first : first + 1]) if order.previews else None
                 order.on_progress(Progress("sample", step, len(sigmas) - 1, preview))
 
-        latents = sample(shared.sampler or "", denoise, start * float(sigmas[0]), sigmas, noise, on_step)
+        latents = sample(shared.sampler, denoise, start * float(sigmas[0]), sigmas, noise, on_step)
         return _finite(latents, "the UNet")
 
     def _decode(
         self,
-        request: GenerationRequest,
+        request: ResolvedRequest,
         model: LoadedModel,
         latent: Tensor,
         mode: MemoryMode,
-        watchers: Watchers,
+        watchers: ProgressReporter,
         stopwatch: Stopwatch,
     ) -> RgbaImage:
         """One scaled latent (1, C, h, w) → RGBA; opaque if LayerDiffuse is off."""
         watchers.stage("decode")  # said of each image: silence is taken for a process that hangs
         with stopwatch.stage("vae"):
             rgb = _finite(model.decode_latent(latent), "the VAE")
-        if not request.layerdiffuse.enabled:
+        if not request.is_transparent:
             return opaque(rgb)
         with stopwatch.stage("decode"):
             pixel, decoder_latent = decoder_inputs(
@@ -289,15 +288,16 @@ class LocalEngine:
         with Residency(self.device, self.mode).of(model.vae, keep=True):
             return opaque(model.decode_latent(small))[..., :3]
 
-    def _merges(self, request: GenerationRequest, model: LoadedModel) -> _Merges:
+    def _patch_specs(self, request: ResolvedRequest, model: LoadedModel) -> _PatchSpecs:
         """Raises `InvalidRequest` for a LoRA that is not there, `LayerDiffuseMissing`."""
         loras = tuple(
             (PatchFile.at(catalog.find_lora(self._models_dir, lora.name)), lora.weight) for lora in request.loras
         )
-        options = request.layerdiffuse
-        if not options.enabled:
-            return _Merges(loras, loras)
-        return _Merges(loras, (*loras, (PatchFile.at(model.layerdiffuse.patch(options.method)), options.weight)))
+        if not request.is_transparent:
+            return _PatchSpecs(loras, loras)
+        return _PatchSpecs(
+            loras, (*loras, (PatchFile.at(model.layerdiffuse.patch(request.mode)), request.layerdiffuse_weight))
+        )
 
     def _out_of_memory(self, requests: Sequence[GenerationRequest], tried: Sequence[MemoryMode]) -> OutOfMemory:
         """What was needed in the last mode that was tried and what was there, with what to do."""
@@ -308,8 +308,8 @@ class LocalEngine:
                 hint="Close other programs, set spare_model_gb to 0 if it is not, or use a model file of 16 bit.",
             )
         unet_bytes = sum(each.nbytes for each in held.model.unet.parameters())
-        size = requests[0].resolved(held.model.defaults)
-        width, height, images = size.width or 0, size.height or 0, sum(each.batch_size for each in requests)
+        size = requests[0].resolve(held.model.defaults)
+        width, height, images = size.width, size.height, sum(each.batch_size for each in requests)
         needed = memory_needed(unet_bytes, width, height, tried[-1], images) / GIB
         there = ""
         if self.device.type == "cuda":
@@ -324,11 +324,11 @@ class LocalEngine:
 
 
 @dataclass(frozen=True)
-class _Merges:
+class _PatchSpecs:
     """What is merged into the weights: the user's LoRAs, and what there is while the LayerDiffuse patch, above them, is on."""
 
-    loras: tuple[Merge, ...]
-    with_transparency: tuple[Merge, ...]
+    loras: tuple[PatchSpec, ...]
+    with_transparency: tuple[PatchSpec, ...]
 
 
 def create_engine(options: dict[str, Any]) -> LocalEngine:
@@ -339,47 +339,35 @@ def create_engine(options: dict[str, Any]) -> LocalEngine:
     return LocalEngine(**values)
 
 
-def _is_read(requests: Sequence[GenerationRequest], loras: tuple[Merge, ...], ready: Ready) -> bool:
+def _is_read(requests: Sequence[ResolvedRequest], loras: tuple[PatchSpec, ...], ready: LoadedPipeline) -> bool:
     """Whether all that requests say was encoded before, with the same LoRAs."""
     return loras == ready.model.patchers[1].applied and all(
-        is_known(ready.encoders, each.prompt, each.negative_prompt, each.steps or 0, each.clip_skip)
-        for each in requests
+        is_cached(ready.encoders, each.prompt, each.negative_prompt, each.steps, each.clip_skip) for each in requests
     )
 
 
-def _patch_text(loras: tuple[Merge, ...], ready: Ready) -> None:
-    """Merge what LoRAs change in the text encoders; what was encoded before is forgotten if that is something else."""
+def _patch_text(loras: tuple[PatchSpec, ...], ready: LoadedPipeline) -> None:
+    """PatchSpec what LoRAs change in the text encoders; what was encoded before is forgotten if that is something else."""
     patcher = ready.model.patchers[1]
     if loras != patcher.applied:
         ready.encoders.forget()
         patcher.ensure(loras)
 
 
-def _guidance(request: GenerationRequest, encoders: TextEncoders, check: Callable[[], None]) -> Guidance:
+def _guidance(request: ResolvedRequest, encoders: TextEncoders, check: Callable[[], None]) -> Guidance:
     """What a request says, encoded."""
-    steps = request.steps or 0
+    steps = request.steps
     positive = plan_prompt(encoders, request.prompt, steps, request.clip_skip, check)
     negative = plan_negative(encoders, request.negative_prompt, steps, request.clip_skip, check)
-    return Guidance(positive, negative, request.cfg_scale or 1.0, request.batch_size)
+    return Guidance(positive, negative, request.cfg_scale, len(request.images))
 
 
 def _result(
-    request: GenerationRequest, model: LoadedModel, pictures: list[RgbaImage], stopwatch: Stopwatch
+    request: ResolvedRequest, model: LoadedModel, pictures: list[RgbaImage], stopwatch: Stopwatch
 ) -> GenerationResult:
     name, short_hash = model.entry.name, model.short_hash
-    images = [
-        GeneratedImage(picture, seed, subseed, infotext.write_parameters(request, name, short_hash, seed, subseed))
-        for picture, seed, subseed in zip(pictures, *_seeds(request), strict=True)
-    ]
+    images = [GeneratedImage(rgba, *seeds) for rgba, seeds in zip(pictures, request.images, strict=True)]
     return GenerationResult(request, name, short_hash, images, stopwatch.seconds)
-
-
-def _seeds(request: GenerationRequest) -> tuple[list[int], list[int]]:
-    """Seed and variation seed of each image of a batch: with a variation strength the variation seed counts up."""
-    images = range(request.batch_size)
-    if request.subseed_strength:
-        return [request.seed for _ in images], [request.subseed + i for i in images]
-    return [request.seed + i for i in images], [request.subseed + i for i in images]
 
 
 def _last_patched_sigma(stop_at: float, model: LoadedModel) -> float:

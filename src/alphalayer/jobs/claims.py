@@ -21,11 +21,11 @@ from pgqueuer.ports.repository import EntrypointExecutionParameter
 from pgqueuer.types import QueueEntrypoint, QueueManagerId
 from sqlalchemy import select
 
-from alphalayer.errors import SetupFailed, StorageFailed
-from alphalayer.job import Job
-from alphalayer.jobs import postgres
-from alphalayer.jobs.journal import jobs
-from alphalayer.jobs.news import News
+from alphalayer.core.errors import SetupFailed, StorageFailed
+from alphalayer.core.job import Job
+from alphalayer.jobs import connections
+from alphalayer.jobs.notifications import Notifications
+from alphalayer.jobs.table import jobs
 from alphalayer.jobs.transactions import Transactions
 
 CLAIM_S = 15.0
@@ -45,14 +45,14 @@ async def install(url: str) -> None:
     Outside of a transaction, as its upgrades want it, and for as long as they take.
     """
     try:
-        connection = await postgres.connect(url)
+        connection = await connections.connect(url)
         try:
             await connection.execute("SELECT pg_advisory_lock(hashtext('alphalayer queue'))")
             queue = Queries.from_asyncpg_connection(connection)
             await (queue.upgrade() if await queue.schema_is_installed() else queue.install())
             await queue.optimize_autovacuum()
         finally:
-            await connection.close(timeout=postgres.CONNECT_S)
+            await connection.close(timeout=connections.CONNECT_S)
     except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
         raise SetupFailed(
             f"the queue's tables cannot be made: {error}.", hint="Check that PostgreSQL runs, and the user's rights."
@@ -74,7 +74,7 @@ def model_key(model: str | None) -> str:
 
 
 async def claim_next(
-    queue: Queries, worker: QueueManagerId, holding: str | None, patience: Patience, may_take_over: bool
+    queue: Queries, worker: QueueManagerId, holding: str | None, patience: ModelAffinity, may_take_over: bool
 ) -> QueueRow | None:
     """The oldest job of the model that is held, or of all if that is their turn; those whose worker is gone come before, if they may."""
     stale = await queue.stale_jobs(timedelta(seconds=CLAIM_S), 1) if may_take_over else []
@@ -101,7 +101,7 @@ async def claim(queue: Queries, worker: QueueManagerId, entrypoint: str, silent_
     return rows[0] if rows else None
 
 
-async def give_back(queue: Queries, row: QueueRow, job: Job) -> int:
+async def release_claim(queue: Queries, row: QueueRow, job: Job) -> int:
     """Let others claim a job, in its old place, or before all if it was started meanwhile. The id of its row in the queue."""
     entrypoint = entrypoint_of(job)
     if entrypoint == row.entrypoint:
@@ -113,7 +113,7 @@ async def give_back(queue: Queries, row: QueueRow, job: Job) -> int:
 
 
 @dataclass
-class Held:
+class Claim:
     """A job that this pod's engines have: its row in the queue, which start of it this is, and whether it is to stop."""
 
     job: Job
@@ -133,7 +133,7 @@ class Held:
         return not self.is_lost
 
 
-async def keep_alive(held: Mapping[str, Held], worker: QueueManagerId, transaction: Transactions) -> None:
+async def keep_claims_alive(held: Mapping[str, Claim], worker: QueueManagerId, transaction: Transactions) -> None:
     """Keep a worker's claims alive until cancelled, and do what news may have failed to say: a job is to stop, a claim is another's by
     now."""
     while True:
@@ -144,7 +144,7 @@ async def keep_alive(held: Mapping[str, Held], worker: QueueManagerId, transacti
                 await asyncio.wait_for(_renew(list(held.values()), worker, transaction), CLAIM_S / 2)
 
 
-async def _renew(held: list[Held], worker: QueueManagerId, transaction: Transactions) -> None:
+async def _renew(held: list[Claim], worker: QueueManagerId, transaction: Transactions) -> None:
     cancelled = select(jobs.c.id).where(jobs.c.id.in_([each.job.id for each in held]), jobs.c.cancel_asked)
     async with transaction() as (connection, queue):
         mine = [each for each in held if await each.is_of(worker, queue)]
@@ -155,7 +155,7 @@ async def _renew(held: list[Held], worker: QueueManagerId, transaction: Transact
             each.cancel.set()
 
 
-async def keep_tidy(news: News, transaction: Transactions) -> None:
+async def keep_queue_log_short(news: Notifications, transaction: Transactions) -> None:
     """Empty PgQueuer's log, three rows a job that nobody reads; one of all that listen does it. Until cancelled."""
     while True:
         await asyncio.sleep(TIDY_EVERY_S)
@@ -165,7 +165,7 @@ async def keep_tidy(news: News, transaction: Transactions) -> None:
                     await queue.clear_queue_log()
 
 
-class Patience:
+class ModelAffinity:
     """How long workers stay with the model that they hold while an older job waits for another one; then that goes first."""
 
     def __init__(self) -> None:
@@ -180,7 +180,7 @@ class Patience:
         return not is_tried
 
 
-class Eagerness:
+class WakeupSampling:
     """Which part of the news of jobs an idle worker answers.
 
     All idle workers hear of a job, and one will have it; the rest would ask the database for nothing. So each answer lowers the part and

@@ -12,7 +12,7 @@ from pgqueuer import Queries
 from sqlalchemy import func, select, true
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from alphalayer.jobs.journal import UNREACHABLE, Journal
+from alphalayer.jobs.table import UNREACHABLE, Journal
 
 SILENT_S = 15
 """A transaction in which nothing is said for so long is ended by the server: whoever was cut off in it would keep rows locked."""

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Protocol
 
-from alphalayer.errors import FileMissing
+from alphalayer.core.errors import FileMissing
 
 KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 """A key is one plain file name: no folders, no leading dot."""

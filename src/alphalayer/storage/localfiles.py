@@ -9,8 +9,8 @@ import stat
 import time
 from pathlib import Path
 
-from alphalayer.job import made_for
-from alphalayer.telemetry import log
+from alphalayer.core.job import job_prefix_of
+from alphalayer.observability.logging import log
 
 ABANDONED_S = 600.0
 """Nobody writes a picture for so long."""
@@ -49,7 +49,7 @@ def remove_unfinished(folder: Path) -> None:
     stay. Raises `OSError` where there is no folder."""
     for path in folder.iterdir():
         key, _, number = path.name.partition("#")
-        if not number.isdigit() or not made_for(key):
+        if not number.isdigit() or not job_prefix_of(key):
             continue
         try:
             about = path.lstat()

@@ -13,9 +13,9 @@ import obstore
 from obstore.exceptions import AlreadyExistsError, BaseError
 from obstore.store import LocalStore, from_url
 
-from alphalayer import images
-from alphalayer.errors import FileMissing, SetupFailed, StorageFailed
-from alphalayer.job import PREVIEW_PREFIX, new_id
+from alphalayer.core.errors import FileMissing, SetupFailed, StorageFailed
+from alphalayer.core.job import PREVIEW_PREFIX, new_id
+from alphalayer.images import codecs
 from alphalayer.storage import StoredFile, check_key, localfiles
 
 CHUNK_BYTES = 256 * 1024
@@ -46,7 +46,7 @@ class ObjectStorage:
     def _put(self, key: str, data: bytes, mode: Literal["create", "overwrite"]) -> None:
         # whoever opens a signed URL is told by the bucket what they get
         lasts = FOR_EVER if mode == "create" else "no-store"
-        said = {"Content-Type": images.mime_type(key), "Cache-Control": lasts}
+        said = {"Content-Type": codecs.mime_type(key), "Cache-Control": lasts}
         obstore.put(self._store, key, data, attributes=said, mode=mode, use_multipart=False)
 
     def delete(self, key: str) -> None:

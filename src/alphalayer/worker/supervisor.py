@@ -16,13 +16,14 @@ from typing import Any
 
 from structlog.contextvars import bind_contextvars
 
-from alphalayer.errors import AlphalayerError, EngineFailed
-from alphalayer.job import Job, JobProgress, JobResult
-from alphalayer.jobs import Dispatcher, Outcome
-from alphalayer.telemetry import Metrics, log
-from alphalayer.tracing import JobTrace, Traces
-from alphalayer.worker.batcher import next_batch
-from alphalayer.worker.protocol import MAX_LINE_BYTES, read_message, write_message
+from alphalayer.core.errors import AlphalayerError, EngineFailed
+from alphalayer.core.job import Job, JobProgress, JobResult
+from alphalayer.jobs.base import Dispatcher, Outcome
+from alphalayer.observability.logging import log
+from alphalayer.observability.metrics import Metrics
+from alphalayer.observability.tracing import JobTrace, Traces
+from alphalayer.worker.batching import claim_batch
+from alphalayer.worker.messages import MAX_LINE_BYTES, read_message, write_message
 
 LAST_STAGES = ("decode", "store")
 """Once a batch is here with its last step the next one is sent: it waits in the process, so that the device need not wait for it."""
@@ -43,7 +44,7 @@ class EngineSpec:
     batch_wait_s: float = 0.0
     """How long a batch that is not full waits for more."""
     logs: dict[str, Any] = field(default_factory=lambda: {"level": "info", "as_json": False})
-    """What it sets its logs up with, as `alphalayer.telemetry.set_up_logs` wants it."""
+    """What it sets its logs up with, as `alphalayer.telemetry.configure_logging` wants it."""
 
 
 @dataclass(eq=False)
@@ -111,35 +112,35 @@ class Supervisor:
             log.error("engine_stopped", reason=reason, restart_in_s=pause)
             await asyncio.sleep(pause)
 
-    def take_no_more(self) -> None:
+    def stop_accepting(self) -> None:
         """Begin no more jobs."""
         self._draining = True
 
-    def is_at_work(self, job_id: str) -> bool:
+    def is_running(self, job_id: str) -> bool:
         """Whether a job is in the process."""
         return job_id in self._jobs
 
     async def drain(self) -> None:
         """Take no more jobs, and return when those at work are over."""
-        self.take_no_more()
+        self.stop_accepting()
         while self._jobs:
             await asyncio.sleep(0.05)
 
-    async def hand_back(self) -> None:
+    async def requeue_running(self) -> None:
         """Queue again what is still at work, as if it had not been begun; once `run` is over."""
         await self._give_back("the service was stopped", is_counted=False)
 
     async def _give_back(self, reason: str, *, is_counted: bool = True) -> None:
         """Queue again what the process had that is gone."""
         for job_id in reversed(list(self._jobs)):
-            await self._dispatcher.released(job_id, reason, is_counted=is_counted)
+            await self._dispatcher.requeue(job_id, reason, is_counted=is_counted)
             await self._forget(job_id, reason)
         self._room = asyncio.Semaphore(1)
 
     async def _live(self) -> str:
         """One life of the process; why it ended. Raises `OSError` if it cannot be started."""
         process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "alphalayer.worker.process"),
+            *(sys.executable, "-m", "alphalayer.worker.engine_process"),
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             env={**os.environ, **self._spec.environment},
@@ -199,10 +200,10 @@ class Supervisor:
             await self._room.acquire()
             if self._draining:
                 return
-            jobs = await next_batch(self._dispatcher, self._batch_pixels, self._spec.batch_wait_s, self._holding)
+            jobs = await claim_batch(self._dispatcher, self._batch_pixels, self._spec.batch_wait_s, self._holding)
             if self._draining:
                 for job in reversed(jobs):
-                    await self._dispatcher.released(job.id, "the supervisor stopped")
+                    await self._dispatcher.requeue(job.id, "the supervisor stopped")
                 return
             self._metrics.batch_jobs.observe(len(jobs))
             batch = _Batch(len(jobs))
@@ -213,7 +214,7 @@ class Supervisor:
 
     def _begin(self, job: Job, batch: _Batch) -> _Work:
         named = {"job.id": job.id, "job.engine": self.name, "job.starts": job.starts + 1, "job.batch": batch.left}
-        trace = self._traces.follow(job.spec.traceparent, job.created_at, named)
+        trace = self._traces.follow(job.submission.traceparent, job.created_at, named)
         trace.stage("sent")
         return _Work(batch, asyncio.create_task(self._cancel_when_asked(job.id)), trace)
 
@@ -227,13 +228,13 @@ class Supervisor:
         work = self._jobs[job_id]
         if kind == "started":
             work.trace.stage("start")
-            await self._dispatcher.started(job_id)
+            await self._dispatcher.mark_started(job_id)
         elif kind == "progress":
             work.progress = JobProgress.model_validate(message["progress"]).following(work.progress)
             work.trace.stage(work.progress.stage)
             if work.progress.stage in LAST_STAGES and work.progress.step == work.progress.steps:
                 self._make_room(work.batch)
-            await self._dispatcher.progressed(job_id, work.progress)
+            await self._dispatcher.report_progress(job_id, work.progress)
         elif kind == "done":
             self._metrics.engine_memory.labels(self.name).set(message.get("memory_bytes", 0))
             await self._end(job_id, JobResult.model_validate(message["result"]))
@@ -244,7 +245,7 @@ class Supervisor:
         if not isinstance(outcome, EngineFailed):
             self._fruitless = 0
         # first this, then forget it: who ends waits for what is at work
-        await self._dispatcher.finished(job_id, outcome)
+        await self._dispatcher.complete(job_id, outcome)
         batch = await self._forget(job_id, outcome.message if isinstance(outcome, AlphalayerError) else None)
         if batch.left == 0:
             self._make_room(batch)
@@ -265,7 +266,7 @@ class Supervisor:
             self._room.release()
 
     async def _cancel_when_asked(self, job_id: str) -> None:
-        await self._dispatcher.cancel_asked(job_id)
+        await self._dispatcher.wait_for_cancel(job_id)
         await self._send("cancel", id=job_id)
 
     async def _kill_when_hung(self, process: asyncio.subprocess.Process) -> None:

@@ -1,0 +1,5 @@
+"""Entry of `python -m alphalayer`."""
+
+from alphalayer.cli.app import main
+
+main()

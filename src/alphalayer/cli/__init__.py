@@ -1,0 +1,1 @@
+"""The `alphalayer` command."""

@@ -1,0 +1,391 @@
+"""The `alphalayer` command: thin; with `terminal` the only place that prints. Commands take plain options and end with one line."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import importlib.util
+import os
+import secrets
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from alphalayer import __version__, catalog
+from alphalayer.auth import api_keys
+from alphalayer.catalog import download
+from alphalayer.cli import forge_flags
+from alphalayer.cli.console import as_started, err, out, program_name, progress, show_error, show_mark
+from alphalayer.cli.doctor import check_models_dir, check_port, diagnose
+from alphalayer.cli.options import naming_flags, option_each_setting
+from alphalayer.cli.plan import plan
+from alphalayer.config import API_KEY, Settings, load_settings
+from alphalayer.core.errors import AlphalayerError, SetupFailed, StorageFailed
+from alphalayer.core.job import Output
+from alphalayer.core.optional_dependencies import install_hint
+from alphalayer.core.request import (
+    OPAQUE,
+    SAMPLERS,
+    SCHEDULERS,
+    ImageFormat,
+    parse_as,
+    parse_request,
+    split_sampler_name,
+)
+from alphalayer.images import codecs, infotext, postprocess
+
+app = typer.Typer(
+    name="alphalayer",
+    help="Text in, transparent PNG out: Stable Diffusion XL with LayerDiffuse.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    rich_markup_mode=None,  # its tables cut the names of flags at 80 columns
+)
+models_app = typer.Typer(help="The models in the models folder.", no_args_is_help=True)
+app.add_typer(models_app, name="models")
+keys_app = typer.Typer(help="The API keys of the service.", no_args_is_help=True)
+app.add_typer(keys_app, name="keys")
+
+OLD_PORT = 7861
+ModelsDir = Annotated[Path | None, typer.Option(help="Folder that holds Stable-diffusion/ and layer_model/.")]
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        version()
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    _version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None: ...
+
+
+@app.command(context_settings={"allow_extra_args": True})
+@naming_flags
+def generate(
+    context: typer.Context,
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What to draw.")],
+    negative_prompt: Annotated[str, typer.Option(help="What to keep out.")] = "bad, ugly",
+    seed: Annotated[int, typer.Option(help="Same seed, same picture; -1 draws a fresh one.")] = 12345,
+    steps: Annotated[int | None, typer.Option(help="Sampling steps; default: the model's (SDXL: 20).")] = None,
+    sampler: Annotated[str | None, typer.Option(help=f"One of: {', '.join(SAMPLERS)}.")] = None,
+    scheduler: Annotated[str | None, typer.Option(help=f"One of: {', '.join(SCHEDULERS)}.")] = None,
+    cfg_scale: Annotated[float | None, typer.Option(help="How strictly the prompt is followed (SDXL: 5).")] = None,
+    width: Annotated[int | None, typer.Option(help="Pixels; default: the model's (SDXL: 1024).")] = None,
+    height: Annotated[int | None, typer.Option(help="Pixels; default: the model's (SDXL: 1024).")] = None,
+    batch_size: Annotated[int, typer.Option(help="Pictures, with seeds counting up.")] = 1,
+    model: Annotated[str | None, typer.Option(help="A name from `alphalayer models list`.")] = None,
+    models_dir: ModelsDir = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="File or folder to write to.")] = None,
+    format: Annotated[str, typer.Option(help="png, webp or avif.")] = "png",
+    device: Annotated[str | None, typer.Option(help="auto, cuda, cuda:0, mps or cpu.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="auto, fp16, bf16 or fp32.")] = None,
+    memory: Annotated[str | None, typer.Option(help="auto, high, balanced or low.")] = None,
+    noise: Annotated[str | None, typer.Option(help="nv (the same on every machine), cpu or gpu.")] = None,
+    decode: Annotated[str | None, typer.Option(help="official or forge2.")] = None,
+    transparent: Annotated[bool, typer.Option(help="Draw with LayerDiffuse.")] = True,
+    defringe: Annotated[
+        bool, typer.Option("--defringe", help="Take the old background's colour out of edges.")
+    ] = False,
+    trim: Annotated[bool, typer.Option("--trim", help="Cut empty borders away.")] = False,
+    background: Annotated[str | None, typer.Option(help="A colour to lay the picture on, as #ffffff.")] = None,
+) -> None:
+    """Draw PROMPT and write a picture with a real alpha channel."""
+    if context.args:
+        words = " ".join([prompt, *context.args])
+        raise typer.BadParameter(f'put it in quotes: {program_name()} generate "{words}"', param_hint="PROMPT")
+    settings = load_settings(models_dir=models_dir, device=device, dtype=dtype, memory=memory)
+    check_models_dir(settings)
+    sampler, scheduler = split_sampler_name(sampler, scheduler)
+    asked: dict[str, Any] = {
+        "prompt": prompt,
+        "negative_prompt": negative_prompt,
+        "seed": seed,
+        "steps": steps,
+        "sampler": sampler,
+        "scheduler": scheduler,
+        "cfg_scale": cfg_scale,
+        "width": width,
+        "height": height,
+        "batch_size": batch_size,
+        "model": model,
+        "noise": noise or settings.noise,
+        "decode": decode or settings.decode,
+        "mode": "attention" if transparent else OPAQUE,
+    }
+    request = parse_request(asked)
+    finish = parse_as(Output, {"defringe": defringe, "trim": trim, "background": background})
+    targets = _targets(output, codecs.check_format(format), batch_size, settings)
+    _tell_of_embedded_model(model or settings.default_model, settings.models_dir)
+    start = time.perf_counter()
+    with progress() as report:
+        from alphalayer.engine.pipeline import create_engine
+
+        result = create_engine(settings.engine_options()).generate(request, on_progress=report)
+    for image, target in zip(result.images, targets, strict=True):
+        rgba = postprocess.finish(image.rgba, finish)
+        settings_text = infotext.write_parameters(
+            result.request, result.model_name, result.model_hash, image.seed, image.subseed
+        )
+        _write(target, codecs.encode(rgba, codecs.check_format(target.suffix[1:]), settings_text))
+        high, wide = rgba.shape[:2]
+        seconds = time.perf_counter() - start
+        out.print(f"{target}  {wide}x{high}  seed {image.seed}  {seconds:.1f} s  {result.model_name}")
+
+
+@app.command()
+@option_each_setting
+def serve(**flags: Any) -> None:
+    """Start the HTTP service. What is not given is taken from ALPHALAYER_... variables, then from alphalayer.toml."""
+    if flags.pop("listen") and flags["host"] is None:
+        flags["host"] = "0.0.0.0"
+    run_server(load_settings(**flags))
+
+
+@app.command(context_settings={"ignore_unknown_options": True, "allow_extra_args": True})
+def serverless(_context: typer.Context) -> None:
+    """Work for a Runpod serverless endpoint; flags of their SDK are passed on (--rp_serve_api, --test_input)."""
+    if importlib.util.find_spec("runpod") is None:
+        raise SetupFailed("the Runpod SDK is not installed.", hint=install_hint("serverless"))
+    from alphalayer.integrations.runpod import serve
+
+    serve(load_settings())
+
+
+@app.command(
+    "serve-as-before", hidden=True, context_settings={"ignore_unknown_options": True, "allow_extra_args": True}
+)
+def serve_as_before(
+    context: typer.Context,
+    home: Annotated[Path, typer.Option(help="Folder to work in; those that flags name are seen from here.")] = Path(),
+) -> None:
+    """Start the HTTP service from the old stack's flags and COMMANDLINE_ARGS; what means nothing here is named and left out."""
+    flags = forge_flags.split(os.environ.get(forge_flags.VARIABLE, ""))
+    translation = forge_flags.translate([*flags, *context.args])
+    os.chdir(home)
+    for warning in translation.warnings:
+        err.print(f"warning: {warning}")
+    settings = load_settings(**translation.settings)
+    if settings.port != OLD_PORT and "data_dir" not in settings.model_fields_set:
+        # the old stack was started once a GPU, in one folder, each on a port of its own
+        settings = settings.model_copy(update={"data_dir": settings.data_dir / str(settings.port)})
+    run_server(settings)
+
+
+app.command()(naming_flags(plan))
+
+
+@models_app.command("list")
+def models_list(models_dir: ModelsDir = None) -> None:
+    """Show the models that can be asked for, and those that cannot, with the reason."""
+    settings = load_settings(models_dir=models_dir)
+    check_models_dir(settings)
+    for entry in catalog.find_models(settings.models_dir):
+        family = catalog.FAMILY_NAMES.get(entry.family, entry.family)
+        if entry.problem:
+            show_mark("error", f"{entry.name}  {entry.problem.message}", entry.problem.hint)
+        else:
+            show_mark(
+                "ok",
+                f"{entry.title}  {catalog.BUILT_IN if entry.path == catalog.EMBEDDED_MODEL else family}  {entry.path}",
+            )
+
+
+@models_app.command("pull")
+def models_pull(
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="[NAMES]...", help="sdxl-base, layerdiffuse, layerdiffuse-conv.")
+    ] = None,
+    models_dir: ModelsDir = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Accept the licences without asking.")] = False,
+) -> None:
+    """Fetch models from their public hub; the licences are shown first."""
+    planned = download.plan_pull(names or ["sdxl-base", "layerdiffuse"])
+    for licence in dict.fromkeys(each.licence for each in planned):
+        out.print(licence)
+    out.print(f"{len(planned)} files, about {sum(each.size for each in planned) / 1e9:.1f} GB.")
+    if not yes and not typer.confirm("Fetch them under these licences?"):
+        raise typer.Exit(1)
+    folder = load_settings(models_dir=models_dir).models_dir
+    for each in planned:
+        pulled = download.pull(each, folder)
+        out.print(f"{pulled.path}  {pulled.finding}")
+
+
+@models_app.command("verify")
+def models_verify(models_dir: ModelsDir = None) -> None:
+    """Check every model file, LoRAs and embeddings too: readable, complete, the right kind, as published."""
+    settings = load_settings(models_dir=models_dir)
+    check_models_dir(settings)
+    found = download.verify(settings.models_dir, settings.embeddings)
+    for each in found:
+        show_mark("ok" if each.is_well else "error", f"{each.path}  {each.finding.removeprefix(f'{each.path} ')}")
+    if not found:
+        out.print(as_started("no model files; get some with: alphalayer models pull"))
+    raise typer.Exit(not all(each.is_well for each in found))
+
+
+@keys_app.command("add")
+def keys_add(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Whose key it is.")],
+    per_minute: Annotated[int, typer.Option(help="How often it may ask; 0: as often as wanted.")] = 0,
+    queue_share: Annotated[float, typer.Option(help="Which part of the queue may be its own, up to 1.")] = 1.0,
+) -> None:
+    """Make a key and show it, this once; a running service knows it at once."""
+    file = load_settings().keys_file
+    out.print(api_keys.add_key(file, name, per_minute, queue_share))
+    err.print(
+        f"The key of {name}, shown this once. Its hash is in {file.absolute()}; a service that reads that file asks for a key now."
+    )
+
+
+@keys_app.command("list")
+def keys_list() -> None:
+    """Show whose keys there are."""
+    table = Table("name", "per minute", "share of the queue")
+    for key in api_keys.read_keys(load_settings().keys_file) or ():
+        table.add_row(key.name, str(key.per_minute or "-"), f"{key.queue_share:.0%}")
+    out.print(table)
+
+
+@keys_app.command("remove")
+def keys_remove(name: Annotated[str, typer.Argument(metavar="NAME", help="Whose key it is.")]) -> None:
+    """Forget a key; a running service does so at once."""
+    file = load_settings().keys_file
+    if not api_keys.remove_key(file, name):
+        err.print(
+            f"warning: no key is left, and nobody may draw. To let in everybody, stop the service and remove {file.absolute()}"
+        )
+
+
+@app.command()
+def doctor(models_dir: ModelsDir = None) -> None:
+    """Say what is wrong on this machine and what to do about it."""
+    findings = diagnose(load_settings(models_dir=models_dir))
+    for finding in findings:
+        show_mark(finding.level, finding.what, finding.hint)
+    raise typer.Exit(any(finding.level == "error" for finding in findings))
+
+
+@app.command()
+def info(
+    file: Annotated[
+        Path,
+        typer.Argument(
+            metavar="FILE",
+            help="A picture made here, or by another program that writes its settings as AUTOMATIC1111's does.",
+        ),
+    ],
+) -> None:
+    """Show the settings that made a picture."""
+    (width, height), parameters = codecs.read_settings(_read(file))
+    out.print(f"{file}  {width}x{height}")
+    out.print(parameters or "no settings in this file.", soft_wrap=True)
+
+
+@app.command()
+def mcp(
+    url: Annotated[str, typer.Option(help="The service that draws.")] = "http://localhost:7861",
+    key: Annotated[str | None, typer.Option(help="Its API key.", envvar=API_KEY)] = None,
+) -> None:
+    """Be a tool of an assistant: the Model Context Protocol over standard input and output, for a running service."""
+    try:
+        from alphalayer.integrations.mcp import create_server
+    except ImportError as error:
+        raise SetupFailed(f"{error.name} is not installed.", hint=install_hint("mcp")) from None
+    from alphalayer.client import AsyncClient
+
+    create_server(lambda: AsyncClient(url, api_key=key)).run("stdio", show_banner=False)
+
+
+@app.command()
+def version() -> None:
+    """Show the version."""
+    out.print(f"alphalayer {__version__}")
+
+
+def run_server(settings: Settings) -> None:
+    """Serve until stopped; used by `serve` and by the old start line."""
+    from alphalayer.observability.logging import configure_logging
+    from alphalayer.service.app import check, create_app
+    from alphalayer.service.uvicorn_server import Server, serve
+
+    configure_logging(settings.log_level, settings.log_json)
+    check_models_dir(settings)
+    check_port(settings.host, settings.port)
+    asyncio.run(check(settings))
+    serve(Server(create_app(settings), host=settings.host, port=settings.port, drain_s=settings.drain_s))
+
+
+def _targets(output: Path | None, kind: ImageFormat, count: int, settings: Settings) -> list[Path]:
+    """Where each picture of a batch goes: the named file (numbered from the second on), else a fresh name.
+
+    Checked before anything is drawn: that the ending is a format with alpha, and that the folder can be written to.
+    """
+    if output and output.suffix:
+        codecs.check_format(output.suffix[1:])
+        targets = [output if i == 0 else output.with_stem(f"{output.stem}-{i + 1}") for i in range(count)]
+    else:
+        folder = output or settings.outputs_dir
+        targets = [folder / f"alpha_{int(time.time())}_{secrets.token_hex(4)}.{kind}" for _ in range(count)]
+    try:
+        targets[0].parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=targets[0].parent):
+            pass
+    except OSError as error:
+        raise _cannot_write(targets[0], error) from None
+    return targets
+
+
+def _write(target: Path, data: bytes) -> None:
+    try:
+        target.write_bytes(data)
+    except OSError as error:
+        raise _cannot_write(target, error) from None
+
+
+def _cannot_write(target: Path, error: OSError) -> StorageFailed:
+    room = "Free some space, or name" if error.errno == errno.ENOSPC else "Name"
+    return StorageFailed(f"cannot write {target}: {error.strerror}.", hint=f"{room} another place with --output.")
+
+
+def _read(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise StorageFailed(f"cannot read {file}: {error.strerror}.", hint="Name a picture file.") from None
+
+
+def _tell_of_embedded_model(name: str | None, models_dir: Path) -> None:
+    """Say so where a picture is drawn with the model that comes along for want of another. Raises what `resolve_model` raises."""
+    entry = catalog.resolve_model(name, catalog.find_models(models_dir), models_dir)
+    if not name and entry.path == catalog.EMBEDDED_MODEL:
+        folder = models_dir / catalog.CHECKPOINTS
+        told = f"Drawing with {entry.name}, the small model that comes along, since {folder} holds none to draw with."
+        err.print(as_started(f"{told} For SDXL: alphalayer models pull"))
+
+
+def main() -> None:
+    """Entry point: run a command; an error meant for users is one line on stderr and exit code 1."""
+    try:
+        app(prog_name=program_name())
+    except AlphalayerError as error:
+        show_error(error)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

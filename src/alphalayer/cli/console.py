@@ -1,0 +1,62 @@
+"""What a person at a terminal sees: lines, marks, and how far a drawing is. Names are shown as they are, never as markup."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Generator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+from alphalayer.config import STARTED_BY
+from alphalayer.core.errors import AlphalayerError
+from alphalayer.engine.base import Progress as EngineProgress
+
+_PLAIN: dict[str, Any] = {"highlight": False, "markup": False, "emoji": False, "soft_wrap": True}
+out = Console(**_PLAIN)
+err = Console(stderr=True, **_PLAIN)
+
+_COLOURS = {"ok": "green", "warning": "yellow", "error": "red"}
+_STAGES = {"load": "loading the model", "text": "reading the prompt", "sample": "drawing", "decode": "decoding"}
+
+
+def program_name() -> str:
+    """The words that start this program: run.py does so without an `alphalayer` on the path."""
+    return os.environ.get(STARTED_BY) or "alphalayer"
+
+
+def as_started(hint: str) -> str:
+    """A hint with its commands as they are written here."""
+    return re.sub(r"\balphalayer (?=models|doctor|keys|serve|generate)", f"{program_name()} ", hint)
+
+
+def show_mark(mark: str, what: str, hint: str = "") -> None:
+    """A line that begins with "ok", "warning" or "error", and below it what to do."""
+    out.print(Text.assemble((mark, _COLOURS[mark]), f"  {as_started(what)}"))
+    if hint:
+        out.print(f"    {as_started(hint)}")
+
+
+def show_error(error: AlphalayerError) -> None:
+    """What happened and what to do, in one line on stderr."""
+    err.print(Text.assemble(("error:", "red"), f" {as_started(str(error))}"))
+
+
+@contextmanager
+def progress() -> Generator[Any]:
+    """On a terminal, a bar on stderr with stage, step and time left; yields the function that the engine reports to."""
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[at]}"), TimeRemainingColumn())
+    with Progress(*columns, console=err, transient=True, disable=not sys.stderr.isatty()) as bar:
+        task: TaskID = bar.add_task("starting torch", total=None, at="")
+
+        def report(progress: EngineProgress) -> None:
+            at = f"step {progress.step} of {progress.steps}" if progress.steps else ""
+            stage = _STAGES.get(progress.stage, progress.stage)
+            bar.update(task, description=stage, completed=progress.step, total=progress.steps or None, at=at)
+
+        yield report

@@ -1,0 +1,1 @@
+"""Vocabulary shared by every layer: requests, jobs, errors. Free of torch and HTTP."""

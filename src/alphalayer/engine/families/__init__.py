@@ -1,0 +1,1 @@
+"""Model families: how checkpoints of each become a `DiffusionModel`."""

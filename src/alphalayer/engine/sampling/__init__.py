@@ -1,0 +1,1 @@
+"""Samplers, noise schedules, noise and guidance."""

@@ -1,0 +1,1 @@
+"""Prompt grammar, tokens and text encoders."""

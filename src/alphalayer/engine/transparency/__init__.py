@@ -1,0 +1,1 @@
+"""LayerDiffuse: patches, transparent decoder and their composition."""

@@ -1,0 +1,1 @@
+"""Images as bytes: codecs, post-processing, generation settings."""

@@ -1,0 +1,146 @@
+"""The `parameters` text of a picture: written and read as that ecosystem does. Text only."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from typing import Any
+
+from alphalayer import __version__
+from alphalayer.core.job import Job
+from alphalayer.core.request import GenerationRequest, ResolvedRequest
+
+METHOD_LABELS = {
+    "attention": "(SDXL) Only Generate Transparent Image (Attention Injection)",
+    "conv": "(SDXL) Only Generate Transparent Image (Conv Injection)",
+}
+MAX_LINE = 50_000
+"""Longer last lines are prompt; no program writes so many settings."""
+# keys are short: a search for the end of one must not run through the whole line from each of its letters
+_PAIR = re.compile(r'(\w[\w \-/]{1,60}):\s*("(?:\\.|[^\\"])*"|[^,]*)(?:,|$)')
+
+
+def write_parameters(
+    request: ResolvedRequest, model_name: str, model_hash: str, seed: int, subseed: int | None = None
+) -> str:
+    """The text for one picture of a resolved request: prompt with its LoRAs, negative prompt, then `key: value` pairs in the usual
+    order. Everything that another machine needs to draw it again."""
+    varied = request.subseed_strength > 0
+    pairs: dict[str, object | None] = {
+        "Steps": request.steps,
+        "Sampler": request.sampler,
+        "Schedule type": request.scheduler,
+        "CFG scale": _number(request.cfg_scale),
+        "Seed": seed,
+        "Size": f"{request.width}x{request.height}",
+        "Model hash": model_hash or None,
+        "Model": model_name,
+        "Variation seed": subseed if varied else None,
+        "Variation seed strength": _number(request.subseed_strength) if varied else None,
+        "Clip skip": request.clip_skip if request.clip_skip > 1 else None,
+        "RNG": request.noise.upper() if request.noise != "gpu" else None,
+        **_layerdiffuse(request),
+        "Version": f"alphalayer-{__version__}",
+    }
+    line = ", ".join(f"{key}: {_quoted(value)}" for key, value in pairs.items() if value is not None)
+    negative = f"\nNegative prompt: {request.negative_prompt}" if request.negative_prompt else ""
+    return f"{request.tagged_prompt}{negative}\n{line}"
+
+
+def webui_info(job: Job) -> dict[str, Any]:
+    """The `info` object of an answer, with the keys that clients of that ecosystem read, for a job that is done."""
+    assert job.result is not None, job.id
+    result, request = job.result, job.request
+    seeds = [image.seed for image in result.images]
+    subseeds = [image.subseed for image in result.images]
+    infotexts = [
+        write_parameters(request, result.model_name, result.model_hash, image.seed, image.subseed)
+        for image in result.images
+    ]
+    return {
+        "prompt": request.prompt,
+        "all_prompts": [request.prompt] * len(seeds),
+        "negative_prompt": request.negative_prompt,
+        "all_negative_prompts": [request.negative_prompt] * len(seeds),
+        "seed": seeds[0],
+        "all_seeds": seeds,
+        "subseed": subseeds[0],
+        "all_subseeds": subseeds,
+        "subseed_strength": request.subseed_strength,
+        "width": request.width,
+        "height": request.height,
+        "sampler_name": request.sampler,
+        "cfg_scale": request.cfg_scale,
+        "steps": request.steps,
+        "batch_size": request.batch_size,
+        "restore_faces": False,
+        "face_restoration_model": None,
+        "sd_model_name": result.model_name,
+        "sd_model_hash": result.model_hash,
+        "sd_vae_name": None,
+        "sd_vae_hash": None,
+        "seed_resize_from_w": -1,
+        "seed_resize_from_h": -1,
+        "denoising_strength": None,
+        "extra_generation_params": {"Schedule type": request.scheduler, **_layerdiffuse(request)},
+        "index_of_first_image": 0,
+        "infotexts": infotexts,
+        "styles": [],
+        "job_timestamp": time.strftime("%Y%m%d%H%M%S", time.localtime(job.created_at)),
+        "clip_skip": request.clip_skip,
+        "is_using_inpainting_conditioning": False,
+        "version": f"alphalayer-{__version__}",
+    }
+
+
+def read_parameters(text: str) -> dict[str, str]:
+    """The pairs of a `parameters` text, with "Prompt" and "Negative prompt"; unquoted, all values as text."""
+    lines = text.strip().split("\n")
+    last = lines[-1] if len(lines[-1]) <= MAX_LINE else ""
+    pairs = {found[1]: _unquoted(found[2]) for found in _PAIR.finditer(last)}
+    if len(pairs) >= 3:
+        lines.pop()
+    else:
+        pairs = {}
+    prompt, _, negative = ("\n" + "\n".join(lines)).partition("\nNegative prompt:")
+    return {"Prompt": prompt.strip(), "Negative prompt": negative.strip(), **pairs}
+
+
+def _layerdiffuse(request: GenerationRequest) -> dict[str, object]:
+    if not request.is_transparent:
+        return {}
+    values = {
+        "enabled": True,
+        "method": METHOD_LABELS[request.mode],
+        "weight": _number(request.layerdiffuse_weight),
+        "ending_step": _number(request.layerdiffuse_stop_at),
+        "fg_image": False,
+        "bg_image": False,
+        "blend_image": False,
+        "resize_mode": "Crop and Resize",
+        "fg_additional_prompt": "",
+        "bg_additional_prompt": "",
+        "blend_additional_prompt": "",
+        **({"decode": request.decode} if request.decode != "official" else {}),
+    }
+    return {f"layerdiffusion_{key}": value for key, value in values.items()}
+
+
+def _number(value: float | None) -> str | None:
+    """5.0 as "5", 7.25 as "7.25"."""
+    return None if value is None else f"{value:g}"
+
+
+def _quoted(value: object) -> str:
+    text = str(value)
+    return json.dumps(text, ensure_ascii=False) if any(mark in text for mark in ",:\n") else text
+
+
+def _unquoted(text: str) -> str:
+    if not text.startswith('"'):
+        return text.strip()
+    try:
+        return str(json.loads(text))
+    except ValueError:
+        return text

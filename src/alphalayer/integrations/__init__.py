@@ -1,0 +1,1 @@
+"""Entry points for other platforms: Runpod serverless and the Model Context Protocol."""

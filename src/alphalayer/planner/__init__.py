@@ -1,0 +1,1 @@
+"""Capacity planning: how many GPUs a number of users needs."""

@@ -1,0 +1,1 @@
+"""The running service: composition root, engine pool, health, retention, webhooks."""

@@ -1,0 +1,385 @@
+"""The composition root: settings become storage, queue, engine processes and the HTTP application."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
+from functools import partial
+from itertools import takewhile
+from typing import Any
+
+from fastapi import Depends, FastAPI
+from fastapi.middleware.cors import CORSMiddleware
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from alphalayer import __version__, catalog
+from alphalayer.api import docs, errors, jobs, native, openai, ops, playground
+from alphalayer.api.a1111 import routes
+from alphalayer.api.addresses import address
+from alphalayer.api.auth import Authenticator
+from alphalayer.api.deps import Service, require_user
+from alphalayer.api.middleware.forwarded import ForwardedHeaders
+from alphalayer.api.middleware.request_log import RequestLog
+from alphalayer.api.shutdown import Shutdown, stopping
+from alphalayer.auth.api_keys import ApiKeyStore, Key
+from alphalayer.config import Settings
+from alphalayer.core.errors import AlphalayerError, SetupFailed
+from alphalayer.core.optional_dependencies import install_hint
+from alphalayer.jobs import lock
+from alphalayer.jobs.base import Dispatcher
+from alphalayer.jobs.outcomes import record_outcome
+from alphalayer.jobs.sqlite import SqliteJobQueue
+from alphalayer.observability.background import keep_running
+from alphalayer.observability.logging import log
+from alphalayer.observability.metrics import Metrics
+from alphalayer.observability.tracing import Traces
+from alphalayer.service.retention import Limits, keep_sweeping
+from alphalayer.service.webhooks import Webhooks, check_url, read_secret
+from alphalayer.storage.objects import check_bucket, open_storage
+from alphalayer.worker.supervisor import EngineSpec, Supervisor
+
+ENGINE = "alphalayer.engine.pipeline:create_engine"
+DESCRIPTION = "Text in, transparent PNG out: Stable Diffusion XL with LayerDiffuse."
+
+
+JOURNAL = "jobs.sqlite"
+HAND_BACK_S = 5.0
+"""How long jobs that are not over at the deadline may take to go back to the queue, where its database is away."""
+EXPOSED = ("Location", "Retry-After", "X-Request-ID")
+"""Headers that a page of another origin may read."""
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What one running service is made of."""
+
+    service: Service
+    dispatcher: Dispatcher
+    supervisors: list[Supervisor]
+    webhooks: Webhooks | None
+
+
+def create_app(settings: Settings, *, engine: str = ENGINE, engine_options: dict[str, Any] | None = None) -> FastAPI:
+    """The ASGI application. `engine` names the function that makes the engine in its own process, as "module:function"."""
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncGenerator[None]:
+        options = {**settings.engine_options(), **(engine_options or {})}
+        parts = await _assemble(settings, engine, options, traces)
+        app.state.service = parts.service
+        app.state.parts = parts
+        app.state.ending = parts.service.ending
+        limits = Limits(settings.keep_pictures_days, settings.keep_pictures_bytes, settings.keep_jobs_days)
+        work: dict[str, Callable[[], Awaitable[None]]] = {each.name: each.run for each in parts.supervisors}
+        work["sweep"] = partial(keep_sweeping, parts.service.storage, parts.dispatcher, limits)
+        if parts.webhooks:
+            work["webhooks"] = parts.webhooks.run
+        running = [asyncio.create_task(keep_running(name, each)) for name, each in work.items()]
+        _greet(settings)
+        try:
+            async with assistants(app):
+                yield
+        finally:
+            # jobs at work get their time; what is not over by then goes back to the queue, and is run at the next start or elsewhere
+            ending = parts.service.ending
+            ending.begin()
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(asyncio.gather(*(each.drain() for each in parts.supervisors)), ending.left_s)
+            for task in running:
+                task.cancel()
+            await asyncio.gather(*running, return_exceptions=True)
+            with contextlib.suppress(asyncio.TimeoutError):
+                back = asyncio.gather(*(each.requeue_running() for each in parts.supervisors), return_exceptions=True)
+                await asyncio.wait_for(back, HAND_BACK_S)
+            await parts.dispatcher.close()
+            await asyncio.to_thread(send_traces)
+
+    app = FastAPI(
+        title="Alphalayer",
+        version=__version__,
+        description=DESCRIPTION,
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+    )
+    app.include_router(ops.router)
+    errors.install(app)
+    traces, send_traces = _trace(app) if settings.tracing else (Traces(), lambda: None)
+    assistants = _add_dialects(app, settings) if settings.role != "worker" else contextlib.nullcontext
+    app.add_middleware(BodyLimit, limit=settings.max_request_bytes)
+    if settings.cors_allow_origins:
+        origins = [origin.strip() for origin in settings.cors_allow_origins.split(",")]
+        app.add_middleware(
+            CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"], expose_headers=EXPOSED
+        )
+    app.add_middleware(ForwardedHeaders, trusted=settings.trusted_proxies)
+    app.add_middleware(RequestLog)
+    return app
+
+
+_Lifespan = Callable[[Any], AbstractAsyncContextManager[Any]]
+
+
+def _add_dialects(app: FastAPI, settings: Settings) -> _Lifespan:
+    """Everything that takes requests for pictures; the context to be in while it serves."""
+    app.include_router(native.router)
+    app.include_router(jobs.router)
+    app.include_router(routes.router, dependencies=[Depends(require_user)])
+    app.include_router(openai.router, dependencies=[Depends(require_user)])
+    app.state.a1111 = routes.Options()
+    docs.install(app)
+    playground.install(app)
+    return _mount_mcp(app, settings)
+
+
+def _trace(app: FastAPI) -> tuple[Traces, Callable[[], None]]:
+    """Spans that are sent off, and what sends those that are left."""
+    try:
+        from alphalayer.observability import otlp
+    except ImportError as error:
+        raise SetupFailed(f"tracing needs {error.name}.", hint=install_hint("tracing")) from None
+    provider = otlp.install(app)
+    return Traces(provider), provider.shutdown
+
+
+def _mount_mcp(app: FastAPI, settings: Settings) -> _Lifespan:
+    """Mount the tool for assistants, where its package is installed; the context to be in while it serves."""
+    try:
+        from alphalayer.integrations import mcp
+    except ImportError as error:
+        log.info("mcp_off", path="/mcp/", missing=error.name, hint=f"To have it: {install_hint('mcp')}")
+        return contextlib.nullcontext
+    server = mcp.create_server(mcp.connect_to_caller, partial(mcp.outside, settings.public_url))
+    tool = server.http_app("/", stateless_http=True, host_origin_protection=False)
+    app.mount(mcp.PATH, tool)
+    return tool.lifespan
+
+
+async def check(settings: Settings) -> None:
+    """Open what the service keeps and close it again, so that what is wrong is said before a server runs; no job changes.
+
+    Raises `AlphalayerError`.
+    """
+    open_storage(settings.pictures)
+    if settings.storage and settings.role != "api":
+        await asyncio.to_thread(check_bucket, settings.storage)
+    _keys(settings)
+    _webhook_key(settings)
+    _check_default_model(settings)
+    if settings.database is None:
+        await lock.check(settings.data_dir / JOURNAL)
+    else:
+        await (await _open_dispatcher(settings, {}, Metrics())).close()
+
+
+def _check_default_model(settings: Settings) -> None:
+    """Raise `SetupFailed` where a model is named that whoever draws here cannot draw with."""
+    if not settings.default_model or settings.role == "api":
+        return
+    try:
+        catalog.resolve_model(settings.default_model, catalog.find_models(settings.models_dir), settings.models_dir)
+    except AlphalayerError as error:
+        raise SetupFailed(f"setting default_model: {error.message}", hint=error.hint) from None
+
+
+def _keys(settings: Settings) -> ApiKeyStore:
+    """Who may ask. Raises `SetupFailed`."""
+    users = settings.api_auth.get_secret_value() if settings.api_auth else ""
+    return ApiKeyStore(settings.keys_file, users, must_be="keys_file" in settings.model_fields_set)
+
+
+def _webhook_key(settings: Settings) -> bytes | None:
+    secret = settings.webhook_secret.get_secret_value() if settings.webhook_secret else ""
+    return read_secret(secret) if secret else None
+
+
+async def _open_dispatcher(settings: Settings, shares: Mapping[str, float], metrics: Metrics) -> Dispatcher:
+    """The queue of this machine alone, or the one that many share."""
+    on_end = partial(record_outcome, metrics)
+    if settings.database is None:
+        return await SqliteJobQueue.open(settings.data_dir / JOURNAL, settings.queue_limit, shares, on_end)
+    try:
+        from alphalayer.jobs.postgres import PostgresJobQueue
+    except ImportError as error:
+        raise SetupFailed(f"a shared queue needs {error.name}.", hint=install_hint("shared")) from None
+    return await PostgresJobQueue.open(
+        settings.database.get_secret_value(), settings.queue_limit, shares, settings.role, on_end
+    )
+
+
+async def _assemble(settings: Settings, engine: str, options: dict[str, Any], traces: Traces) -> Parts:
+    place = settings.pictures
+    storage = open_storage(place)
+    secret = _webhook_key(settings)
+    keys = _keys(settings)
+    if settings.role != "worker":
+        _tell_who_may_ask(settings, keys.keys())
+    metrics = Metrics()
+    dispatcher = await _open_dispatcher(settings, keys.shares, metrics)
+    metrics.queue_length.set_function(lambda: dispatcher.queue_length)
+    metrics.queue_age.set_function(lambda: dispatcher.oldest_waiting_s)
+    supervisors = [
+        Supervisor(
+            name,
+            EngineSpec(
+                engine,
+                options,
+                place,
+                environment,
+                settings.silence_limit_s,
+                settings.batch_wait_s,
+                {"level": settings.log_level, "as_json": settings.log_json},
+            ),
+            dispatcher,
+            metrics,
+            traces,
+        )
+        for name, environment in (engine_environments(settings.device).items() if settings.role != "api" else ())
+    ]
+
+    def stop_accepting() -> None:
+        for each in supervisors:
+            each.stop_accepting()
+
+    ending = Shutdown(
+        settings.drain_s,
+        stop_accepting,
+        lambda job_id: any(each.is_running(job_id) for each in supervisors),
+        others_draw=settings.database is not None,
+    )
+
+    def readiness() -> dict[str, Any]:
+        """Where others draw, it is enough that jobs can be handed to them."""
+        engines = {each.name: "ready" if each.is_ready else str(each.problem or "starting") for each in supervisors}
+        model, problem = _default_model(settings)
+        ready = settings.role == "api" or (model is not None and any(each.is_ready for each in supervisors))
+        if ending.has_begun:
+            ready, problem = False, stopping().message
+        elif not dispatcher.is_reachable:
+            ready, problem = False, "the database cannot be reached."
+        return {"ready": ready, "engines": engines, "model": model, **({"problem": problem} if problem else {})}
+
+    knows_models = _knows_models(settings)
+    webhooks = Webhooks(dispatcher, metrics, secret, allow_private=settings.webhook_allow_private) if secret else None
+    service = Service(
+        dispatcher=dispatcher,
+        storage=storage,
+        models_dir=settings.models_dir,
+        embeddings_dir=settings.embeddings,
+        list_models=lambda: catalog.find_models(settings.models_dir) if knows_models else [],
+        readiness=readiness,
+        metrics=metrics,
+        gate=Authenticator(keys.keys),
+        ending=ending,
+        default_model=settings.default_model,
+        max_pixels=settings.max_request_pixels,
+        knows_models=knows_models,
+        noise=settings.noise,
+        decode=settings.decode,
+        public_url=settings.public_url,
+        log_prompts=settings.log_prompts,
+        redirect_files=settings.redirect_files,
+        check_webhook=partial(check_url, allow_private=settings.webhook_allow_private) if webhooks else None,
+    )
+    return Parts(service, dispatcher, supervisors, webhooks)
+
+
+def engine_environments(device: str) -> dict[str, dict[str, str]]:
+    """One engine process per GPU: its name, and the environment that shows it that GPU alone; one process without GPUs."""
+    if device not in ("auto", "cuda"):
+        return {device: {}}
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    listed = _list_gpus() if visible is None else [each.strip() for each in visible.split(",") if each.strip()]
+    # CUDA shows none from a -1 on
+    gpus = takewhile(lambda each: each != "-1", listed)
+    return {f"gpu{gpu}": {"CUDA_VISIBLE_DEVICES": gpu} for gpu in gpus} or {"cpu": {}}
+
+
+def _list_gpus() -> list[str]:
+    """The numbers of the GPUs that the driver knows; parts that a GPU is cut into (MIG) are not counted."""
+    if not shutil.which("nvidia-smi"):
+        return []
+    with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+        asked = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=30, check=False)
+        return re.findall(r"^GPU (\d+):", asked.stdout, re.MULTILINE)
+    return []
+
+
+def _greet(settings: Settings) -> None:
+    """The addresses that a person needs, and the model that will be drawn with."""
+    host = "localhost" if settings.host in ("0.0.0.0", "::") else settings.host
+    base = (settings.public_url or address(host, settings.port)).rstrip("/")
+    model, problem = _default_model(settings)
+    if problem:
+        log.warning("no_model", error=problem)
+    if settings.database and "://" not in settings.pictures:
+        hint = "Set storage to a bucket (s3://…), unless all machines see this folder."
+        log.warning("pictures_stay_here", folder=settings.pictures, hint=hint)
+    if settings.role == "worker":
+        said = {"livez": f"{base}/livez", "metrics": f"{base}/metrics"}
+    else:
+        said = {"page": f"{base}/", "docs": f"{base}/docs", "health": f"{base}/sdapi/v1/sd-models"}
+    log.info("serving", **said, model=model)
+
+
+def _tell_who_may_ask(settings: Settings, keys: list[Key] | None) -> None:
+    """Warn where everybody may draw who reaches the service from elsewhere, and where nobody may."""
+    hint = "Make a key with: alphalayer keys add NAME"
+    if keys is None and settings.host not in ("127.0.0.1", "localhost", "::1"):
+        log.warning("open_to_all", host=settings.host, hint=hint)
+    elif keys == []:
+        log.warning("open_to_nobody", keys_file=str(settings.keys_file), hint=hint)
+
+
+def _knows_models(settings: Settings) -> bool:
+    """Whether the models folder here is that of whoever draws."""
+    return settings.role != "api" or (settings.models_dir / catalog.CHECKPOINTS).is_dir()
+
+
+def _default_model(settings: Settings) -> tuple[str | None, str | None]:
+    """The title of the model that a plain request is drawn with, or None and the reason, if it is known here."""
+    if not _knows_models(settings):
+        return settings.default_model, None
+    try:
+        entries = catalog.find_models(settings.models_dir)
+        return catalog.resolve_model(settings.default_model, entries, settings.models_dir).title, None
+    except AlphalayerError as error:
+        return None, str(error)
+
+
+class BodyLimit:
+    """ASGI middleware that answers 413 to bodies over `limit` bytes, declared or sent."""
+
+    def __init__(self, app: ASGIApp, limit: int):
+        self._app = app
+        self._limit = limit
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on, counting what it sends."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        taken = 0
+        error = HTTPException(413, f"the request is larger than {self._limit} bytes.")
+
+        async def counted() -> Message:
+            nonlocal taken
+            message = await receive()
+            taken += len(message.get("body", b""))
+            if taken > self._limit:
+                raise error
+            return message
+
+        declared = dict(scope["headers"]).get(b"content-length", b"0")
+        if declared.isdigit() and int(declared) > self._limit:
+            await errors.http_problem(error, errors.path_of(scope))(scope, receive, send)
+        else:
+            await self._app(scope, counted, send)

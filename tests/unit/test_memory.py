@@ -1,0 +1,79 @@
+"""What the log says about the device, and the figures that are chosen by."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+from alphalayer.engine.families.configs import SHIPPED
+from alphalayer.engine.memory import GIB, MEMORY_MODES, SDXL_GIB, choose_precision, describe, is_out_of_memory
+from alphalayer.engine.transparency.decode import TransparentDecoder
+
+
+def test_the_device_is_described_with_what_was_chosen_for_the_user():
+    cpu = torch.device("cpu")
+    precision = choose_precision(cpu, "auto")
+    unasked = describe(cpu, precision, MEMORY_MODES["high"], asked=("auto", "auto"))
+    assert unasked == 'cpu (torch sees no GPU), float32, memory mode "high"'
+    assert describe(cpu, precision, MEMORY_MODES["high"], asked=("cpu", "high")) == 'cpu, float32, memory mode "high"'
+
+
+def test_float32_that_was_asked_for_is_not_rounded_in_convolutions(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    choose_precision(torch.device("cpu"), "auto")
+    assert torch.backends.cudnn.allow_tf32
+    choose_precision(torch.device("cpu"), "fp32")
+    assert not torch.backends.cudnn.allow_tf32
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 8.00 GiB."),
+        RuntimeError("CUDA error: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("MPS backend out of memory (MPS allocated: 8.00 GB)"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes."),
+        RuntimeError("[enforce fail] data. DefaultCPUAllocator: not enough memory: you tried to allocate 99 bytes."),
+        OSError(12, "Cannot allocate memory"),
+        OSError("The paging file is too small for this operation to complete. (os error 1455)"),
+        MemoryError(),
+    ],
+)
+def test_running_out_of_memory_is_known_in_all_its_words(error: Exception):
+    assert is_out_of_memory(error)
+
+
+def test_other_errors_are_not_taken_for_it():
+    for error in (RuntimeError("a shape is wrong"), OSError(2, "No such file"), ValueError("out of memory")):
+        assert not is_out_of_memory(error)
+
+
+def test_a_call_of_the_unet_has_a_bound_in_every_mode():
+    """Batches of 8 at 1024x1024 under guidance are one call on a large GPU, as are many small pictures."""
+    bounds = {
+        name: [mode.rows_at_once(side, side) for side in (256, 1024, 2048)] for name, mode in MEMORY_MODES.items()
+    }
+    assert bounds == {"high": [256, 16, 4], "balanced": [64, 4, 1], "low": [1, 1, 1]}
+
+
+def test_the_weights_that_batches_leave_room_for_are_those_of_sdxl():
+    """Counted in the shipped configs, without memory for them; bytes a weight as `choose_precision` and loading hold them."""
+    parts = [
+        (UNet2DConditionModel, "unet", 2),
+        (AutoencoderKL, "vae", 2),
+        (CLIPTextModel, "text_encoder", 4),
+        (CLIPTextModelWithProjection, "text_encoder_2", 4),
+    ]
+    total = 0
+    with torch.device("meta"):
+        for kind, name, size in parts:
+            config = json.loads((SHIPPED / name / "config.json").read_text())
+            made = kind(CLIPTextConfig(**config)) if name.startswith("text") else kind.from_config(config)
+            total += size * sum(each.numel() for each in made.parameters())
+        total += 2 * sum(each.numel() for each in TransparentDecoder().parameters())
+    assert total / GIB == pytest.approx(SDXL_GIB, abs=0.05)

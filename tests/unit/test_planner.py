@@ -1,0 +1,114 @@
+"""The simulation against what queueing theory knows, and what the command says."""
+
+from __future__ import annotations
+
+import itertools
+import re
+
+import pytest
+from typer.testing import CliRunner
+
+from alphalayer.cli import console
+from alphalayer.cli.app import app
+from alphalayer.planner.simulation import SYNC_S, Fleet, Load, Scaler, Scaling, pods_needed, simulate
+
+
+def test_one_user_never_waits_for_another():
+    outcome = simulate(Load(1, 10.0), Fleet(1, 2.0, batch=1), duration_s=5000)
+    assert outcome.mean_s == pytest.approx(2.0)
+    assert outcome.use == pytest.approx(2.0 / 12.0, rel=0.15)
+
+
+def test_too_few_pods_serve_at_their_own_pace():
+    """Saturated, a closed system's cycle is users x seconds / pods (the operational law for closed networks)."""
+    outcome = simulate(Load(50, 10.0), Fleet(2, 3.0, batch=1), duration_s=4000)
+    assert outcome.mean_s == pytest.approx(50 * 3.0 / 2 - 10.0, rel=0.05)
+    assert outcome.use > 0.99
+
+
+def test_batches_gain_what_they_are_said_to_gain():
+    alone = simulate(Load(50, 1.0), Fleet(2, 3.0, batch=1), duration_s=3000)
+    together = simulate(Load(50, 1.0), Fleet(2, 3.0, batch=4), duration_s=3000)
+    assert len(together.waits) / len(alone.waits) == pytest.approx(4 / 3.7, rel=0.03)
+
+
+def test_a_fleet_that_may_grow_does_when_jobs_wait_too_long():
+    load = Load(60, 10.0)
+    fixed = simulate(load, Fleet(1, 2.0), duration_s=6000)
+    growing = simulate(load, Fleet(1, 2.0, scaling=Scaling(20, cold_start_s=60)), duration_s=6000)
+    assert growing.mean_s < fixed.mean_s / 4
+    assert growing.most_pods > growing.mean_pods > 1
+    assert fixed.mean_pods == pytest.approx(1)
+
+
+def test_a_fleet_shrinks_when_nobody_waits():
+    """From ten pods for one user: one leaves every five minutes, once none was wanted for that long."""
+    env, scaler = 0.0, Scaler(Scaling(20, down_every_s=300.0), 1)
+    pods, gone = 10, list[float]()
+    for step in range(240):
+        age = 60.0 if step == 0 else 0.0
+        after = scaler.look(env, pods, age)
+        gone += [env] * (after < pods)
+        pods, env = after, env + SYNC_S
+    assert gone[0] == pytest.approx(315, abs=SYNC_S)
+    assert {later - sooner for sooner, later in itertools.pairwise(gone)} == {300.0}
+
+
+def test_pods_come_in_proportion_to_the_age_and_not_too_fast():
+    scaler = Scaler(Scaling(20, age_s=20.0, up_a_minute=2), 1)
+    assert scaler.look(0, 10, 21.0) == 10
+    assert [scaler.look(now, pods, 25.0) for now, pods in ((15, 10), (30, 12), (75, 12), (90, 14))] == [12, 12, 14, 14]
+    assert Scaler(Scaling(11), 1).look(0, 10, 1000.0) == 11
+
+
+def test_a_cold_pod_draws_nothing():
+    scaling = Scaling(20, cold_start_s=10_000.0)
+    late = simulate(Load(60, 10.0), Fleet(1, 2.0, scaling=scaling), duration_s=6000)
+    fixed = simulate(Load(60, 10.0), Fleet(1, 2.0), duration_s=6000)
+    assert late.mean_s == pytest.approx(fixed.mean_s)
+    assert late.mean_pods > 5
+
+
+def test_the_fewest_pods_that_are_enough():
+    load = Load(100, 30.0)
+    pods, outcome = pods_needed(load, 3.0, 4, 15.0)
+    assert outcome.p95_s <= 15.0
+    assert outcome.use <= 0.9
+    fewer = simulate(load, Fleet(pods - 1, 3.0, 4))
+    assert fewer.p95_s > 15.0 or fewer.use > 0.9
+    with pytest.raises(ValueError, match=r"alone takes 20\.0 s"):
+        pods_needed(load, 20.0, 4, 15.0)
+
+
+def test_the_command(monkeypatch):
+    monkeypatch.setattr(console.out, "_width", 80)  # else as wide as COLUMNS was when this was imported first
+
+    def say(*options: str) -> str:
+        said = CliRunner().invoke(app, ["plan", "--users", "20", "--gpu", "h200", *options])
+        assert said.exit_code == 0
+        return said.output
+
+    plain = say("--price", "4")
+    assert "h200" in plain
+    assert "old stack, 15 s" in plain
+    assert "autoscaled" not in plain
+    scaled = say("--autoscale", "--cold-start", "30", "--scale-age", "5", "--max-pods", "3")
+    (row,) = [line for line in scaled.splitlines() if line.startswith("h200, autoscaled")]
+    assert re.search(r" \d\.\d \(\d\) .* \d+\.\d\d  \d+\.\d\d\s*$", row)
+    wrong = CliRunner().invoke(app, ["plan", "--users", "20", "--gpu", "abacus"])
+    assert 'unknown card "abacus"' in str(wrong.exception)
+
+
+@pytest.mark.parametrize(
+    "wrong", [("--seconds", "0"), ("--seconds", "-1"), ("--price", "-1"), ("--users", "-5"), ("--p95", "0")]
+)
+def test_figures_that_cannot_be_are_refused(wrong: tuple[str, str]):
+    said = CliRunner().invoke(app, ["plan", "--users", "5", *wrong])
+    assert said.exit_code == 2
+    assert wrong[0] in said.output
+
+
+def test_no_card_that_can_is_a_failure():
+    said = CliRunner().invoke(app, ["plan", "--users", "5", "--gpu", "h200", "--p95", "0.5"])
+    assert said.exit_code == 1
+    assert "a picture alone takes 0.9 s" in said.output
