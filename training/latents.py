@@ -108,7 +108,7 @@ def augment(
         rgba = torch.cat([rgba[:, :3], rgba[:, 3:] * opacity], 1)
         looks = (choose(captions.SOFT),)
     elif kind < SOFT_SHARE + GLOW_SHARE:
-        rgba = images.add_glow(images.pad_to_fit(rgba, 24), 28 + 24 * chance(), 0.9)
+        rgba = images.add_glow(images.pad_to_fit(rgba, 40), 34 + 20 * chance(), 0.9)
         looks = (choose(captions.GLOWING),)
     elif kind < SOFT_SHARE + GLOW_SHARE + OUTLINE_SHARE:
         rgba = images.add_outline(images.pad_to_fit(rgba, 20), 14, 1.0)
