@@ -35,6 +35,7 @@ from training.compounds import read_compounds
 from training.concepts import read_concepts
 from training.data import CACHE, FOLDER, Concept, emoji_entries
 from training.precision import mixed_precision
+from training.thesaurus import words_of
 
 CHECKPOINT = CACHE / "text.pt"
 TOKENIZER = CACHE / "tokenizer"
@@ -211,8 +212,8 @@ def all_concepts() -> list[Concept]:
 def make_corpus(count: int) -> tuple[list[str], list[str]]:
     """Return phrases to learn from, and for each the text that the teacher reads.
 
-    The teacher knows English only. A name in another language and an emoji have the English name
-    as their meaning.
+    The teacher knows English only, and few rare words. A name in another language, an emoji and a
+    word of the thesaurus have the concept's usual name as their meaning.
 
     Args:
         count: Number of random phrases beside all names and colour words.
@@ -234,9 +235,10 @@ def make_corpus(count: int) -> tuple[list[str], list[str]]:
     meanings = {phrase: phrase for phrase in phrases}
     for concept in concepts:
         foreign = [word for word in (*concept.translations, concept.characters) if word]
-        for frame in dict.fromkeys(captions.FOREIGN_FRAMES):
-            for word in foreign:
-                meanings[frame.format(word)] = frame.format(concept.name)
+        for word in (*foreign, *words_of(concept)):
+            meanings.setdefault(word, concept.name)
+            frame = rng.choice(captions.FOREIGN_FRAMES)
+            meanings.setdefault(frame.format(word), frame.format(concept.name))
     return list(meanings), list(meanings.values())
 
 
