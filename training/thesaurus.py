@@ -26,8 +26,10 @@ LEXICAL_FILES = {
     7: {"06", "10", "13", "21", "27"},
     8: {"06", "10", "23", "25"},
 }
-"""WordNet's lexicographer files of each emoji group: 05 animals, 06 artifacts, 08 the body, 13 food,
-17 natural objects, 18 persons, 20 plants, and so on. They choose the sense of a name."""
+"""WordNet's lexicographer files of each emoji group. They choose the sense of a name.
+
+05 animals, 06 artifacts, 08 the body, 13 food, 17 natural objects, 18 persons, 20 plants.
+"""
 OBJECT_FILES = {"05", "06", "13", "17", "18", "20"}
 
 
