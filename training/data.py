@@ -226,7 +226,7 @@ def render(source: str, side: int) -> np.ndarray | None:
             image = Image.open(io.BytesIO(bytes(data))).convert("RGBA")
         else:
             image = Image.open(source).convert("RGBA")
-    except BaseException:  # noqa: BLE001 - resvg panics on a few broken files
+    except BaseException:  # resvg panics on a few broken files
         return None
     scale = inner / max(image.size)
     size = tuple(max(1, round(length * scale)) for length in image.size)

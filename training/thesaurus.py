@@ -117,12 +117,12 @@ def read_thesaurus() -> dict[str, tuple[int, str]]:
     The distance is 0 for a synonym, 1 for a kind, 2 for a kind of a kind, 3 for what the concept
     is a kind of.
     """
-    groups = {entry["label"]: entry.get("group") for entry in emoji_entries()}
+    groups = {entry["label"]: entry.get("group", -1) for entry in emoji_entries()}
     concepts = read_concepts()
     known = {name for concept in concepts for name in (concept.name, *concept.synonyms)}
     found: dict[str, tuple[int, str]] = {}
     for concept in concepts:
-        files = LEXICAL_FILES.get(groups.get(concept.label), OBJECT_FILES)
+        files = LEXICAL_FILES.get(groups.get(concept.label, -1), OBJECT_FILES)
         for name in dict.fromkeys((concept.name, *concept.synonyms, concept.label.lower())):
             offset = find_sense(name, files)
             for distance, word in _words(offset, known) if offset else ():
