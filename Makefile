@@ -1,8 +1,15 @@
-# `make check` is what has to pass before a change is handed on. Needs .venv: python3 run.py test
-.PHONY: check format test full-size
+# Commands for contributors. They need .venv: python3 run.py test
+.PHONY: check format test full-size docs lock
 
 BIN = .venv/bin
+LOCK = $(BIN)/uv pip compile --quiet --universal --python-version 3.10 $(UPGRADE) \
+	--generate-hashes --no-emit-index-url --no-emit-package torch \
+	--config-file requirements/uv.toml --constraint requirements/torch.txt \
+	--custom-compile-command "make lock" pyproject.toml
+UPGRADE = --upgrade
+SAME = $(LOCK) --constraint requirements/dev.txt
 
+# Run all checks that a change has to pass.
 check:
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -19,3 +26,15 @@ test:
 
 full-size:
 	$(BIN)/python -m pytest -m full_size -s
+
+# Build the docs into build/docs. A broken link is an error. Needs no network.
+docs:
+	$(BIN)/sphinx-build --fail-on-warning --keep-going --fresh-env docs build/docs
+
+# Renew the lock files in requirements/. `make lock UPGRADE=` keeps the versions that still fit.
+lock:
+	$(BIN)/python -m pip install --quiet "uv>=0.9"
+	$(LOCK) --extra dev --output-file requirements/dev.txt
+	$(SAME) --extra engine --extra mcp --extra planner --output-file requirements/engine.txt
+	$(SAME) --extra mcp --extra shared --extra tracing --output-file requirements/service.txt
+	$(SAME) --extra serverless --output-file requirements/serverless.txt

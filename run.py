@@ -1,23 +1,25 @@
 #!/usr/bin/env python3
 """Set up and run Alphalayer with nothing but Python.
 
-    python3 run.py generate "an apple"   draw a picture into outputs/
-    python3 run.py serve                 start the service: a page, and the HTTP interface
+    python3 run.py generate "an apple"   generate an image into outputs/
+    python3 run.py serve                 start the service: web page and HTTP API
     python3 run.py test                  run the tests
-    python3 run.py models                list, pull, verify: the models
-    python3 run.py keys                  add, list, remove: who may use the service
-    python3 run.py doctor                say what is wrong on this machine and what to do
-    python3 run.py info FILE             show the settings that made a picture
-    python3 run.py plan                  say how many GPUs a number of users needs
-    python3 run.py mcp | serverless | version
-                                         a tool of assistants; a worker of Runpod; the version
+    python3 run.py models                list, pull and verify models
+    python3 run.py keys                  add, list and remove API keys
+    python3 run.py doctor                diagnose the installation
+    python3 run.py info FILE             show the settings of an image
+    python3 run.py plan                  estimate the number of GPUs for a number of users
+    python3 run.py mcp                   run an MCP server over stdio
+    python3 run.py serverless            run a worker for Runpod serverless
+    python3 run.py version               show the version
 
-Each explains itself with --help.
+Each command has --help.
 
-Makes `.venv` beside this file, installs torch (for the GPU that is there, else for the CPU) and Alphalayer into it, and hands everything
-else to the `alphalayer` command. The second time it starts at once. Standard library only.
+The first start creates `.venv` beside this file and installs the packages of the lock files in
+requirements/. torch is installed for the GPU if there is one, else for the CPU. Later starts
+take no extra time. This script uses the standard library only.
 
-    --cpu, --cuda     before the command: which build of torch (also ALPHALAYER_TORCH=cpu|cuda)
+    --cpu, --cuda     before the command: the build of torch (or ALPHALAYER_TORCH=cpu|cuda)
 """
 
 from __future__ import annotations
@@ -46,17 +48,17 @@ PYTHON = BIN / ("python.exe" if os.name == "nt" else "python")
 STAMP = VENV / "alphalayer-setup.json"
 LOG = VENV / "alphalayer-setup.log"
 LOCK = ROOT / ".venv.lock"
-TORCH = "torch==2.13.0"
+TORCH = (ROOT / "requirements" / "torch.txt").read_text(encoding="utf-8").strip()
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 CUDA_INDEX = "https://download.pytorch.org/whl/cu130"
 OLDEST, NEWEST = (3, 10), (3, 13)
-TWO_AT_ONCE = ["-n", "2", "--dist", "loadfile"]
-"""All tests in two processes, since many of them wait."""
+TWO_PROCESSES = ["-n", "2", "--dist", "loadfile"]
+"""Default pytest options: many tests wait, so two processes share the cores."""
 
 
 def main(arguments: list[str]) -> int:
-    """Set up what is missing, then run the command."""
-    given = list(arguments)
+    """Install what is missing, then run the command."""
+    original = list(arguments)
     torch_build = os.environ.get("ALPHALAYER_TORCH", "")
     while arguments and arguments[0] in ("--cpu", "--cuda"):
         torch_build = arguments.pop(0)[2:]
@@ -64,67 +66,97 @@ def main(arguments: list[str]) -> int:
         print(__doc__)
         return 0 if arguments else 2
     if torch_build not in ("", "cpu", "cuda"):
-        fail(f'ALPHALAYER_TORCH is "{torch_build}".', "It can be cpu or cuda; without it, the machine is asked.")
+        fail(
+            f'ALPHALAYER_TORCH is "{torch_build}".',
+            "Set it to cpu or cuda, or unset it to detect the GPU.",
+        )
     if not OLDEST <= sys.version_info[:2] <= NEWEST:
-        return restart_with_another_python(given)
+        return restart_with_another_python(original)
     is_test = arguments[0] == "test"
     set_up(torch_build or ("cuda" if has_nvidia_gpu() else "cpu"), is_test)
     if is_test:
-        return run([str(PYTHON), "-m", "pytest", *(arguments[1:] or TWO_AT_ONCE)])
+        return run([str(PYTHON), "-m", "pytest", *(arguments[1:] or TWO_PROCESSES)])
     return run([str(PYTHON), "-m", "alphalayer", *arguments])
 
 
 def set_up(torch_build: str, with_tests: bool) -> None:
-    """Bring `.venv` to what pyproject.toml asks for, unless a stamp says that it is there."""
-    project = hashlib.sha256((ROOT / "pyproject.toml").read_bytes()).hexdigest()
+    """Install the locked packages, torch and Alphalayer, unless all are current."""
     python = ".".join(map(str, sys.version_info[:3]))
-    wanted = {"project": project, "python": python, "torch": torch_build, "root": str(ROOT)}
-    if fits(read_stamp(), wanted, with_tests):
+    required = {
+        "project": project_digest(),
+        "python": python,
+        "torch": torch_build,
+        "root": str(ROOT),
+    }
+    if is_current(read_stamp(), required, with_tests):
         return
-    with alone():
+    with exclusive_set_up():
         stamp = read_stamp()
-        if fits(stamp, wanted, with_tests):
+        if is_current(stamp, required, with_tests):
             return
-        # what was installed once is kept current, so that the stamp stays true
+        # packages of the tests stay current once installed, so that the stamp stays true
         with_tests = with_tests or stamp.get("tests", False)
         start = time.monotonic()
         if not is_venv_of(python, stamp):
-            say("1/3 making .venv")
-            make_venv()
+            report("1/4 creating .venv")
+            create_venv()
+        report("2/4 installing packages" + (", also those of the tests" if with_tests else ""))
+        pip("install", "--no-deps", "--require-hashes", "--requirement", str(lock_file(with_tests)))
         device = "GPU" if torch_build == "cuda" else "CPU"
-        say(f"2/3 installing torch for the {device} (the largest part; minutes the first time)")
+        report(f"3/4 installing torch for the {device} (large; takes minutes the first time)")
         install_torch(torch_build, replace=stamp.get("torch") != torch_build)
-        say("3/3 installing alphalayer" + (" and its tests" if with_tests else ""))
-        pip("install", "--editable", f"{ROOT}[{'dev' if with_tests else 'mcp'}]")
-        STAMP.write_text(json.dumps({**wanted, "tests": with_tests}))
-        say(f"ready after {time.monotonic() - start:.0f} s")
+        report("4/4 installing alphalayer")
+        pip("install", "--no-deps", "--editable", str(ROOT))
+        STAMP.write_text(json.dumps({**required, "tests": with_tests}), encoding="utf-8")
+        report(f"ready after {time.monotonic() - start:.0f} s")
 
 
-def fits(stamp: dict, wanted: dict, with_tests: bool) -> bool:
-    """Whether the last set-up was for what is wanted, or for more."""
-    return all(stamp.get(key) == value for key, value in wanted.items()) and stamp.get("tests", False) >= with_tests
+def lock_file(with_tests: bool) -> Path:
+    """Return the lock file to install: for `generate` and `serve`, or for all tests."""
+    return ROOT / "requirements" / ("dev.txt" if with_tests else "engine.txt")
+
+
+def project_digest() -> str:
+    """Return a hash of the files that decide what is installed."""
+    digest = hashlib.sha256()
+    files = (
+        ROOT / "pyproject.toml",
+        ROOT / "requirements" / "torch.txt",
+        lock_file(False),
+        lock_file(True),
+    )
+    for file in files:
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def is_current(stamp: dict, required: dict, with_tests: bool) -> bool:
+    """Return whether the last set-up installed everything that is required."""
+    return stamp.get("tests", False) >= with_tests and all(
+        stamp.get(key) == value for key, value in required.items()
+    )
 
 
 @contextlib.contextmanager
-def alone() -> Iterator[None]:
-    """Wait until no other set-up is at work in this folder, and keep others waiting meanwhile."""
+def exclusive_set_up() -> Iterator[None]:
+    """Wait for other set-ups in this folder and block them until the end."""
     try:
         file = LOCK.open("a")
     except OSError as error:
         fail(
             f"cannot write {LOCK}: {error.strerror}.",
-            "What is needed is set up in this folder: copy it to one that you may write to.",
+            "The set-up is installed into this folder: copy the folder to a writable place.",
         )
     with file:
         if not lock(file):
-            say("another set-up is at work in this folder; waiting for its end")
+            report("waiting for another set-up in this folder")
             while not lock(file):
                 time.sleep(0.2)
-        yield  # the system takes the lock away with the file, however this ends
+        yield  # closing the file releases the lock, also after a crash
 
 
 def lock(file: TextIO) -> bool:
-    """Whether the file could be locked; no if another process has it."""
+    """Lock the file; return False if another process holds the lock."""
     try:
         if os.name == "nt":
             msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
@@ -136,78 +168,98 @@ def lock(file: TextIO) -> bool:
 
 
 def read_stamp() -> dict:
-    """What the last complete set-up was for."""
+    """Return what the last complete set-up installed; empty if there is none."""
     try:
-        return json.loads(STAMP.read_text())
+        return json.loads(STAMP.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
 
 
 def is_venv_of(python: str, stamp: dict) -> bool:
-    """Whether there is a `.venv` that works, of this Python, made in this place."""
+    """Return whether `.venv` works, has this Python version and was created in this place."""
     if not PYTHON.exists() or stamp.get("root", str(ROOT)) != str(ROOT):
         return False
-    asked = subprocess.run([str(PYTHON), "-c", "import platform; print(platform.python_version())"], **QUIET)
-    return asked.returncode == 0 and asked.stdout.strip() == python
+    command = [str(PYTHON), "-c", "import platform; print(platform.python_version())"]
+    answer = subprocess.run(command, **QUIET)
+    return answer.returncode == 0 and answer.stdout.strip() == python
 
 
-def make_venv() -> None:
-    """Make `.venv`, without a pip of its own where the system's Python cannot give it one."""
+def create_venv() -> None:
+    """Create `.venv`; without its own pip where the system's Python lacks ensurepip."""
     shutil.rmtree(VENV, ignore_errors=True)
-    made = subprocess.run([sys.executable, "-m", "venv", str(VENV)], **QUIET)
-    if made.returncode:
+    result = subprocess.run([sys.executable, "-m", "venv", str(VENV)], **QUIET)
+    if result.returncode:
         shutil.rmtree(VENV, ignore_errors=True)
-        made = subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(VENV)], **QUIET)
-    if made.returncode:
-        fail("cannot make .venv: " + made.stdout[-500:], "On Debian and Ubuntu: apt install python3-venv python3-pip")
+        command = [sys.executable, "-m", "venv", "--without-pip", str(VENV)]
+        result = subprocess.run(command, **QUIET)
+    if result.returncode:
+        fail(
+            "cannot create .venv: " + result.stdout[-500:],
+            "On Debian and Ubuntu: apt install python3-venv python3-pip",
+        )
 
 
 def install_torch(build: str, replace: bool) -> None:
-    """torch for CUDA, or for the CPU the smallest build that can be had; in the place of another build if `replace`.
+    """Install torch for CUDA, or its smallest build for the CPU.
 
-    From the registry where that has it. For Windows it has none with CUDA.
+    The default index is preferred. It has no CUDA build for Windows.
+
+    Args:
+        build: "cuda" or "cpu".
+        replace: Whether to replace another build of the same version.
     """
-    # without these, pip leaves the build that is there: it is of the right version
+    # without these options pip keeps any build of the right version
     replacing = ("--force-reinstall", "--no-deps") if replace else ()
-    from_registry = True
+    from_default_index = True
     if build == "cuda" and sys.platform == "win32":
-        from_registry = not pip("install", *replacing, "--index-url", CUDA_INDEX, TORCH)
-    elif build == "cpu" and sys.platform != "darwin" and not registry_has_cpu_build():
+        from_default_index = not pip("install", *replacing, "--index-url", CUDA_INDEX, TORCH)
+    elif build == "cpu" and sys.platform != "darwin" and not has_cpu_build_in_default_index():
         from_cpu_index = ("--retries", "0", "--index-url", CPU_INDEX)
-        from_registry = not pip("install", *replacing, *from_cpu_index, TORCH, must=False)
-        if from_registry:
-            say("    no CPU build can be had; installing the usual one, which is large")
-    if from_registry and replace:
+        from_default_index = not pip("install", *replacing, *from_cpu_index, TORCH, must=False)
+        if from_default_index:
+            report("    no CPU build is available; installing the default build, which is large")
+    if from_default_index and replace:
         pip("install", *replacing, TORCH)
     pip("install", TORCH)
 
 
-def registry_has_cpu_build() -> bool:
-    """Whether the torch that pip would install is one for the CPU alone."""
-    looking = ("--dry-run", "--quiet", "--no-deps", "--ignore-installed", "--report", "-")
-    found = pip("install", *looking, TORCH, must=False)
-    return "%2Bcpu" in found or "+cpu" in found
+def has_cpu_build_in_default_index() -> bool:
+    """Return whether pip would install a torch for the CPU alone."""
+    dry_run = ("--dry-run", "--quiet", "--no-deps", "--ignore-installed", "--report", "-")
+    plan = pip("install", *dry_run, TORCH, must=False)
+    return "%2Bcpu" in plan or "+cpu" in plan
 
 
 def pip(*arguments: str, must: bool = True) -> str:
-    """Run pip for `.venv`; its output, empty after a failure that may be. A failure that may not be ends the program."""
-    has_own = subprocess.run([str(PYTHON), "-m", "pip", "--version"], **QUIET).returncode == 0
-    command = [str(PYTHON), "-m", "pip"] if has_own else [sys.executable, "-m", "pip", "--python", str(PYTHON)]
-    with LOG.open("a") as log:
+    """Run pip for `.venv` and return its output.
+
+    Args:
+        arguments: Arguments of pip.
+        must: Whether a failure ends the program. Otherwise the output is then empty.
+    """
+    own_pip = subprocess.run([str(PYTHON), "-m", "pip", "--version"], **QUIET)
+    command = [str(PYTHON), "-m", "pip"]
+    if own_pip.returncode:
+        command = [sys.executable, "-m", "pip", "--python", str(PYTHON)]
+    with LOG.open("a", encoding="utf-8") as log:
         log.write(f"$ pip {' '.join(arguments)}\n")
-    code, output = watch([*command, *arguments, "--disable-pip-version-check"])
+    code, output = run_logged([*command, *arguments, "--disable-pip-version-check"])
     if code and must:
-        last = "\n".join(output.strip().splitlines()[-30:])
-        hint = (
-            f"Check the connection and run the same command again; it goes on where it stopped. All of it is in {LOG}."
+        last_lines = "\n".join(output.strip().splitlines()[-30:])
+        fail(
+            f"pip {' '.join(arguments)} failed:\n{last_lines}",
+            "Check the connection and run the same command again; it continues where it stopped. "
+            f"The full log is in {LOG}.",
         )
-        fail(f"pip {' '.join(arguments)} failed:\n{last}", hint)
     return "" if code else output or "done"
 
 
-def watch(command: list[str]) -> tuple[int, str]:
-    """Run a command into the log: its exit code and output. On a terminal, show the seconds and the last line of it meanwhile."""
-    start, begin, shown = time.monotonic(), LOG.stat().st_size, 0
+def run_logged(command: list[str]) -> tuple[int, str]:
+    """Run a command into the log; return its exit code and output.
+
+    On a terminal, show the elapsed seconds and the last line meanwhile.
+    """
+    start, begin, width = time.monotonic(), LOG.stat().st_size, 0
 
     def output() -> str:
         return LOG.read_bytes()[begin:].decode(errors="replace")
@@ -222,41 +274,43 @@ def watch(command: list[str]) -> tuple[int, str]:
             except subprocess.TimeoutExpired:
                 if not sys.stderr.isatty():
                     continue
-            last = (output().strip().splitlines() or [""])[-1].strip()
-            line = f"    {time.monotonic() - start:.0f} s  {last}"[: shutil.get_terminal_size().columns - 1]
-            print(f"\r{line:<{shown}}", end="", file=sys.stderr, flush=True)
-            shown = len(line)
-    if shown:
-        print(f"\r{'':<{shown}}\r", end="", file=sys.stderr, flush=True)
+            last_line = (output().strip().splitlines() or [""])[-1].strip()
+            line = f"    {time.monotonic() - start:.0f} s  {last_line}"
+            line = line[: shutil.get_terminal_size().columns - 1]
+            print(f"\r{line:<{width}}", end="", file=sys.stderr, flush=True)
+            width = len(line)
+    if width:
+        print(f"\r{'':<{width}}\r", end="", file=sys.stderr, flush=True)
     return process.returncode, output()
 
 
 def has_nvidia_gpu() -> bool:
-    """Whether `nvidia-smi` answers with at least one GPU."""
+    """Return whether `nvidia-smi` lists at least one GPU."""
     if not shutil.which("nvidia-smi"):
         return False
     try:
-        asked = subprocess.run(["nvidia-smi", "-L"], timeout=30, **QUIET)
+        answer = subprocess.run(["nvidia-smi", "-L"], timeout=30, **QUIET)
     except subprocess.TimeoutExpired:
         return False
-    return asked.returncode == 0 and "GPU" in asked.stdout
+    return answer.returncode == 0 and "GPU" in answer.stdout
 
 
 def restart_with_another_python(arguments: list[str]) -> int:
-    """Look for a Python that fits and start over with it."""
+    """Find a supported Python and run this script with it."""
     for minor in range(NEWEST[1], OLDEST[1] - 1, -1):
         other = shutil.which(f"python3.{minor}")
         if other:
             return run([other, str(ROOT / "run.py"), *arguments])
-    here = ".".join(map(str, sys.version_info[:2]))
+    version = ".".join(map(str, sys.version_info[:2]))
     fail(
-        f"this is Python {here}; Alphalayer needs Python 3.10 to 3.13.", "Install one of them, for instance python3.12."
+        f"this is Python {version}; Alphalayer needs Python 3.10 to 3.13.",
+        "Install one of them, for instance python3.12.",
     )
     return 1
 
 
 def run(command: list[str]) -> int:
-    """Become the command where the system can do that, else wait for it."""
+    """Replace this process by the command; on Windows run it and wait."""
     os.environ["ALPHALAYER_STARTED_BY"] = "py run.py" if os.name == "nt" else "python3 run.py"
     if os.name == "nt":
         try:
@@ -268,14 +322,14 @@ def run(command: list[str]) -> int:
     return 0
 
 
-def say(line: str) -> None:
-    """Tell on stderr how far the set-up is."""
+def report(line: str) -> None:
+    """Print a line about the set-up to stderr."""
     print(line, file=sys.stderr, flush=True)
 
 
-def fail(what: str, hint: str) -> None:
-    """End the program with what happened and what to do."""
-    say(f"error: {what}\n{hint}")
+def fail(message: str, hint: str) -> None:
+    """End the program with a message and a hint."""
+    report(f"error: {message}\n{hint}")
     raise SystemExit(1)
 
 

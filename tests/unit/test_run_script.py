@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import hashlib
 import importlib.util
 import json
 import os
@@ -36,6 +35,9 @@ def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     (tmp_path / "pyproject.toml").write_text("[project]")
+    (tmp_path / "requirements").mkdir()
+    for name in ("torch", "engine", "dev"):
+        (tmp_path / "requirements" / f"{name}.txt").write_text(f"# {name}")
     (tmp_path / ".venv" / "bin").mkdir(parents=True)
     monkeypatch.setattr(module, "ROOT", tmp_path)
     monkeypatch.setattr(module, "VENV", tmp_path / ".venv")
@@ -162,7 +164,7 @@ def test_test_is_pytest_with_its_packages(script: ModuleType, done: list[Any]):
     script.main(["--cpu", "test", "-k", "noise"])
     script.main(["--cpu", "test"])
     pytest_alone = [str(script.PYTHON), "-m", "pytest"]
-    assert done[1::2] == [[*pytest_alone, "-k", "noise"], [*pytest_alone, *script.TWO_AT_ONCE]]
+    assert done[1::2] == [[*pytest_alone, "-k", "noise"], [*pytest_alone, *script.TWO_PROCESSES]]
     assert done[::2] == [("cpu", True)] * 2
 
 
@@ -204,7 +206,7 @@ def test_a_torch_that_is_not_known_is_named(
 
 def _stamp(script: ModuleType, **changes: Any) -> None:
     wanted = {
-        "project": hashlib.sha256((script.ROOT / "pyproject.toml").read_bytes()).hexdigest(),
+        "project": script.project_digest(),
         "python": ".".join(map(str, sys.version_info[:3])),
         "torch": "cpu",
         "root": str(script.ROOT),
@@ -220,7 +222,7 @@ def steps(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     monkeypatch.setattr(script, "is_venv_of", lambda python, stamp: True)
     monkeypatch.setattr(script, "install_torch", lambda build, replace: calls.append(build))
     monkeypatch.setattr(script, "pip", lambda *arguments, must=True: calls.append(arguments))
-    monkeypatch.setattr(script, "say", lambda line: None)
+    monkeypatch.setattr(script, "report", lambda line: None)
     return calls
 
 
@@ -246,10 +248,12 @@ def test_another_project_python_place_torch_or_wish_sets_up_again(
 ):
     _stamp(script, **changes)
     script.set_up(build, with_tests)
-    assert steps[0] == build
     # the tests' packages that were there are brought up to date, too: else the stamp would say more than is true
     tests_wanted = with_tests or changes.get("tests", True)
-    assert steps[1][-1] == f"{script.ROOT}[{'dev' if tests_wanted else 'mcp'}]"
+    lock = script.ROOT / "requirements" / ("dev.txt" if tests_wanted else "engine.txt")
+    assert steps[0] == ("install", "--no-deps", "--require-hashes", "--requirement", str(lock))
+    assert steps[1] == build
+    assert steps[2] == ("install", "--no-deps", "--editable", str(script.ROOT))
     written = script.read_stamp()
     assert written["torch"] == build
     assert written["tests"] is tests_wanted
@@ -260,9 +264,9 @@ def test_another_project_python_place_torch_or_wish_sets_up_again(
 
 def test_of_two_set_ups_at_once_one_does_the_work(script: ModuleType, steps: list[Any]):
     waiting = threading.Event()
-    script.say = lambda line: waiting.set()
+    script.report = lambda line: waiting.set()
     with ThreadPoolExecutor() as pool:
-        with script.alone():
+        with script.exclusive_set_up():
             second = pool.submit(script.set_up, "cpu", False)
             assert waiting.wait(10)
             assert steps == []
@@ -317,7 +321,7 @@ def test_on_a_terminal_what_takes_long_is_watched(script: ModuleType, monkeypatc
     with os.fdopen(here, "w") as terminal:
         monkeypatch.setattr(script.sys, "stderr", terminal)
         slow = "import time; print('Downloading torch (196.5 MB)'); time.sleep(1.5); print('end'); raise SystemExit(3)"
-        assert script.watch([sys.executable, "-c", slow]) == (3, "Downloading torch (196.5 MB)\nend\n")
+        assert script.run_logged([sys.executable, "-c", slow]) == (3, "Downloading torch (196.5 MB)\nend\n")
         assert "1 s  Downloading torch (196.5 MB)" in os.read(there, 1000).decode()
     os.close(there)
 
@@ -352,7 +356,7 @@ def test_a_folder_that_cannot_be_written_to_is_one_line(
     script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     monkeypatch.setattr(script, "LOCK", tmp_path / "absent" / ".venv.lock")  # as good as one without the right to it
-    with pytest.raises(SystemExit, match="1"), script.alone():
+    with pytest.raises(SystemExit, match="1"), script.exclusive_set_up():
         pass
     assert capsys.readouterr().err.startswith(f"error: cannot write {tmp_path / 'absent' / '.venv.lock'}: ")
 

@@ -27,7 +27,7 @@ from alphalayer.cli.plan import plan
 from alphalayer.config import API_KEY, Settings, load_settings
 from alphalayer.core.errors import AlphalayerError, SetupFailed, StorageFailed
 from alphalayer.core.job import Output
-from alphalayer.core.optional_dependencies import install_hint
+from alphalayer.core.optional_dependencies import install_hint, require
 from alphalayer.core.request import (
     OPAQUE,
     SAMPLERS,
@@ -105,6 +105,7 @@ def generate(
     if context.args:
         words = " ".join([prompt, *context.args])
         raise typer.BadParameter(f'put it in quotes: {program_name()} generate "{words}"', param_hint="PROMPT")
+    require("torch", "engine")
     settings = load_settings(models_dir=models_dir, device=device, dtype=dtype, memory=memory)
     check_models_dir(settings)
     sampler, scheduler = split_sampler_name(sampler, scheduler)
@@ -158,6 +159,7 @@ def serverless(_context: typer.Context) -> None:
     """Work for a Runpod serverless endpoint; flags of their SDK are passed on (--rp_serve_api, --test_input)."""
     if importlib.util.find_spec("runpod") is None:
         raise SetupFailed("the Runpod SDK is not installed.", hint=install_hint("serverless"))
+    require("torch", "engine")
     from alphalayer.integrations.runpod import serve
 
     serve(load_settings())

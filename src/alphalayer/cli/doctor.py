@@ -20,7 +20,7 @@ from alphalayer.catalog import download
 from alphalayer.catalog.layer_files import DECODER_FILES, PATCH_FILES
 from alphalayer.config import Settings
 from alphalayer.core.errors import CorruptFile, SetupFailed, StorageFailed
-from alphalayer.core.optional_dependencies import install_hint
+from alphalayer.core.optional_dependencies import install_hint, is_installed
 from alphalayer.storage.objects import open_storage
 
 LITTLE_DISK = 2 * 1024**3
@@ -74,6 +74,12 @@ def _ask_torch() -> dict[str, Any] | str:
 
 
 def _torch(settings: Settings) -> Iterator[Finding]:
+    if not is_installed("torch"):
+        if settings.role == "api":
+            yield Finding("ok", "torch is not installed; the role api does not need it")
+        else:
+            yield Finding("error", "torch is not installed.", install_hint("engine"))
+        return
     answer = _ask_torch()
     if isinstance(answer, str):
         hint = "Look at nvidia-smi (a driver that hangs holds torch up), or remove .venv and run: python3 run.py doctor"

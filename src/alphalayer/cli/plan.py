@@ -9,6 +9,7 @@ from rich.table import Table
 
 from alphalayer.cli.console import err, out
 from alphalayer.core.errors import InvalidRequest
+from alphalayer.core.optional_dependencies import require
 from alphalayer.planner.simulation import GPUS, OLD_STACK, Load, Offer, Scaling, fixed_offer, old_offers, scaled_offer
 
 _COLUMNS = ("card", "one", "pods", "mean\nwait", "95 %\nwait", "busy", "$ an\nhour", "$ per\n1000")
@@ -41,6 +42,7 @@ def plan(
     max_pods: Annotated[int, typer.Option(min=1, help="Pods at most, where they come and go.")] = 100,
 ) -> None:
     """Say how many pods that many users need, how long they wait, and what it costs; by simulation."""
+    require("simpy", "planner")
     chosen = GPUS if gpu == "all" else {gpu: GPUS[gpu]} if gpu in GPUS else None
     if chosen is None:
         raise InvalidRequest(f'unknown card "{gpu}".', hint=f"Use one of: {', '.join(GPUS)}, or all.", field="gpu")

@@ -11,6 +11,23 @@ from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
+from alphalayer.core.errors import SetupFailed
+
+
+def is_installed(package: str) -> bool:
+    """Return whether a package can be imported, without importing it."""
+    return importlib.util.find_spec(package) is not None
+
+
+def require(package: str, extra: str) -> None:
+    """Check that a package of an extra is installed.
+
+    Raises:
+        SetupFailed: it is missing; the hint is the command that installs the extra.
+    """
+    if not is_installed(package):
+        raise SetupFailed(f"{package} is not installed.", hint=install_hint(extra))
+
 
 def install_hint(extra: str) -> str:
     """The command that installs an extra here: from the checkout or file that this package was installed from, else from the index."""

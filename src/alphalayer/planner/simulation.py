@@ -13,9 +13,10 @@ import statistics
 from collections import deque
 from collections.abc import Generator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import simpy
+if TYPE_CHECKING:
+    import simpy
 
 
 @dataclass(frozen=True)
@@ -225,6 +226,8 @@ class _Service:
 def simulate(load: Load, fleet: Fleet, duration_s: float = 0.0, seed: int = 0) -> Outcome:
     """Run users against pods; by default for 30 rounds of a user, fewer of many, and for two hours where pods come and go. The first
     fifth is not counted."""
+    import simpy  # comes with the extra "planner"; the command shows its options without it
+
     env, outcome, rng = simpy.Environment(), Outcome(), random.Random(seed)
     rounds = max(6, min(30, 20_000 // load.users)) * (load.think_s + fleet.seconds)
     duration_s = duration_s or (max(rounds, SCALED_S) if fleet.scaling else rounds)

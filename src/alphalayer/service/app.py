@@ -32,7 +32,7 @@ from alphalayer.api.shutdown import Shutdown, stopping
 from alphalayer.auth.api_keys import ApiKeyStore, Key
 from alphalayer.config import Settings
 from alphalayer.core.errors import AlphalayerError, SetupFailed
-from alphalayer.core.optional_dependencies import install_hint
+from alphalayer.core.optional_dependencies import install_hint, require
 from alphalayer.jobs import lock
 from alphalayer.jobs.base import Dispatcher
 from alphalayer.jobs.outcomes import record_outcome
@@ -168,6 +168,8 @@ async def check(settings: Settings) -> None:
 
     Raises `AlphalayerError`.
     """
+    if settings.role != "api":
+        require("torch", "engine")
     open_storage(settings.pictures)
     if settings.storage and settings.role != "api":
         await asyncio.to_thread(check_bucket, settings.storage)
