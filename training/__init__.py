@@ -1,1 +1,1 @@
-"""How the embedded model was made. Runs on its own: `python -m training`; nothing in the package imports it."""
+"""Training of the embedded model. It runs alone and the package never imports it."""

@@ -1,158 +1,237 @@
-"""The UNet's training pictures: every picture of every concept, recoloured, mirrored and made soft, as latents with what they show."""
+"""Encode the training images of the UNet: moved, recoloured, softened and restyled.
+
+The result lies in shards, so that a run can be stopped and started again.
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
-import os
-import random
-from multiprocessing import get_context
-from typing import Any
+import zlib
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+import torch.nn.functional as F
+from torch import Tensor
 
-from training import captions, pictures
+from training import captions, images
 from training.autoencoder import LatentTransparency, load_trained
-from training.data import CACHE, TRAINING_SETS, Concept, load, read_concepts
+from training.compounds import compose, read_compounds
+from training.concepts import read_concepts
+from training.data import CACHE, SIDE, TRAINING_SETS, Concept, load_set
+from training.precision import mixed_precision
 
-TRANSPARENT, OPAQUE, SUBJECTS = CACHE / "latents.npy", CACHE / "opaque.npy", CACHE / "subjects.json"
-RECOLORED = 3
-"""Other colours that a colourable picture is given."""
-BATCH = 16
+SHARDS = CACHE / "latents"
+SHARD_SIZE = 64
+"""Images of a set in one shard, before the copies."""
+RECOLOR_SHARE = 0.35
+"""Share of the copies of an image of one colour that get another."""
+SOFT_SHARE, GLOW_SHARE = 0.06, 0.06
+OUTLINE_SHARE, PIXEL_SHARE = 0.06, 0.06
+OPAQUE_SHARE = 8
+"""One shard in so many is encoded once more on light backgrounds, for the patch."""
 
 
-def dominant_hue(rgba: np.ndarray) -> float | None:
-    """The hue (0 to 1) that most of a picture has, None for pictures of many colours or of none."""
-    solid = rgba[..., 3] > 128
-    hsv = np.asarray(Image.fromarray(rgba[..., :3]).convert("HSV")).astype(np.float32) / 255
-    vivid = solid & (hsv[..., 1] > 0.35) & (hsv[..., 2] > 0.25)
-    if vivid.sum() < 0.4 * max(solid.sum(), 1):
-        return None
-    histogram = np.bincount((hsv[..., 0][vivid] * 24).astype(int) % 24, minlength=24).astype(float)
-    near = histogram + np.roll(histogram, 1) + np.roll(histogram, -1)
-    return float((near.argmax() + 0.5) / 24) if near.max() > 0.5 * histogram.sum() else None
+@dataclass(frozen=True)
+class Sample:
+    """What a latent shows; see `captions.Subject`. `image` is the row in the set."""
+
+    label: str
+    set: str
+    image: int
+    style: str
+    color: str | None = None
+    looks: tuple[str, ...] = ()
 
 
 def nearest_color(hue: float) -> str:
-    """The colour word of a hue."""
-    return min(captions.HUES, key=lambda name: min(abs(captions.HUES[name] - hue), 1 - abs(captions.HUES[name] - hue)))
+    """Return the colour word nearest to a hue in [0, 1)."""
+
+    def distance(name: str) -> float:
+        apart = abs(captions.HUES[name] - hue)
+        return min(apart, 1 - apart)
+
+    return min(captions.HUES, key=distance)
 
 
-def recolor(rgba: np.ndarray, hue: float, color: str) -> np.ndarray:
-    """The picture with its dominant hue turned to a colour; for black, gray, white and brown, its saturation and value, too."""
-    hsv = np.asarray(Image.fromarray(rgba[..., :3]).convert("HSV")).astype(np.float32) / 255
+def recolor_as(rgba: Tensor, hue: float, color: str) -> Tensor:
+    """Give the main colour of one image, (1, 4, H, W), the colour of a word."""
+    saturation, gain, lift = captions.TONES.get(color, (1.0, 1.0, 0.0))
     target = captions.HUES.get(color, 0.06)
-    hsv[..., 0] = (hsv[..., 0] + target - hue) % 1.0
-    saturation, gain, lift = {
-        "white": (0.06, 0.35, 0.65),
-        "gray": (0.06, 0.7, 0.05),
-        "black": (0.1, 0.3, 0.0),
-        "brown": (0.75, 0.6, 0.0),
-    }.get(color, (1.0, 1.0, 0.0))
-    hsv[..., 1] *= saturation
-    hsv[..., 2] = hsv[..., 2] * gain + lift
-    rgb = np.asarray(Image.fromarray((hsv.clip(0, 1) * 255).astype(np.uint8), "HSV").convert("RGB"))
-    return np.concatenate([rgb, rgba[..., 3:]], -1)
+    return images.recolor(rgba, hue, target, saturation, gain, lift)
 
 
-def variants(
-    rgba: np.ndarray, concept: Concept, rng: random.Random
-) -> list[tuple[np.ndarray, str | None, tuple[str, ...]]]:
-    """A picture as it is, mirrored, in other colours, and soft or glowing in its own and another: (RGBA, colour to say, look to say)."""
-    flipped = lambda each: each[:, ::-1] if rng.random() < 0.5 else each  # noqa: E731
-    hue = dominant_hue(rgba)
-    own = nearest_color(hue) if hue is not None else None
-    others = [color for color in captions.COLORS if color != own and not captions.is_held_out(color, concept)]
-    made: list[tuple[np.ndarray, str | None, tuple[str, ...]]] = [(rgba, None, ()), (rgba[:, ::-1], own, ())]
-    if hue is not None:
-        for color in rng.sample(others, RECOLORED):
-            made.append((flipped(recolor(rgba, hue, color)), color, ()))
-    for words, chance, change in ((captions.SOFT, 0.25, _fade), (captions.GLOWING, 0.2, _glow)):
-        if rng.random() < chance:
-            made.append((flipped(change(rgba, rng)), None, (rng.choice(words),)))
-            if hue is not None:
-                color = rng.choice(others)
-                made.append((flipped(change(recolor(rgba, hue, color), rng)), color, (rng.choice(words),)))
-    return made
+def augment(
+    rgba: Tensor, sample: Sample, concept: Concept, generator: torch.Generator, *, first: bool
+) -> tuple[Tensor, Sample]:
+    """Return one copy of an image and what it shows.
+
+    Args:
+        rgba: (1, 4, 512, 512) in [0, 1].
+        sample: What the image shows.
+        concept: Its concept.
+        generator: Source of random numbers.
+        first: Whether to leave the image as it is but for a mirror.
+    """
+    style, color, looks = sample.style, None, ()
+
+    def chance() -> float:
+        return float(torch.rand(1, generator=generator))
+
+    def choose(words: tuple[str, ...]) -> str:
+        return words[int(torch.randint(len(words), (1,), generator=generator))]
+
+    rgba = images.move(rgba, generator, 0.0 if first else 1.0)
+    hue = images.main_hue(rgba)
+    own = None if hue is None else nearest_color(hue)
+    if first:
+        return rgba, Sample(sample.label, sample.set, sample.image, style, own)
+    if hue is not None and chance() < RECOLOR_SHARE:
+        others = tuple(
+            name
+            for name in captions.COLORS
+            if name != own and not captions.is_held_out(name, concept)
+        )
+        color = choose(others)
+        rgba = recolor_as(rgba, hue, color)
+    else:
+        # A small turn of the hue keeps the colour's name and adds variety.
+        angle = (torch.rand(1, generator=generator) - 0.5) * 0.5
+        rgba = images.rotate_hue(rgba, angle)
+        color = own if chance() < 0.3 else None
+    kind = chance()
+    if kind < SOFT_SHARE:
+        opacity = 0.35 + 0.3 * chance()
+        rgba = torch.cat([rgba[:, :3], rgba[:, 3:] * opacity], 1)
+        looks = (choose(captions.SOFT),)
+    elif kind < SOFT_SHARE + GLOW_SHARE:
+        rgba = images.add_glow(images.pad_to_fit(rgba, 40), 34 + 20 * chance(), 0.9)
+        looks = (choose(captions.GLOWING),)
+    elif kind < SOFT_SHARE + GLOW_SHARE + OUTLINE_SHARE:
+        rgba = images.add_outline(images.pad_to_fit(rgba, 20), 14, 1.0)
+        style = "outline"
+    elif kind < SOFT_SHARE + GLOW_SHARE + OUTLINE_SHARE + PIXEL_SHARE:
+        rgba, style = images.pixelate(rgba), "pixel art"
+    return rgba, Sample(sample.label, sample.set, sample.image, style, color, looks)
 
 
-def _fade(rgba: np.ndarray, rng: random.Random) -> np.ndarray:
-    """The same at a third to two thirds of its opacity."""
-    alpha = rgba[..., 3:] * rng.uniform(0.35, 0.65)
-    return np.concatenate([rgba[..., :3], alpha.round().astype(np.uint8)], -1)
+def to_tensor(array: np.ndarray) -> Tensor:
+    """Return one image of a set as (1, 4, 512, 512) in [0, 1]."""
+    rgba = torch.from_numpy(np.array(array)).permute(2, 0, 1)[None].float() / 255
+    if rgba.shape[-1] != SIDE:
+        larger = F.interpolate(images.premultiply(rgba), (SIDE, SIDE), mode="bicubic")
+        rgba = images.unpremultiply(larger.clamp(0, 1))
+    return rgba
 
 
-def _glow(rgba: np.ndarray, rng: random.Random) -> np.ndarray:
-    """The same over a glow of its own colours."""
-    haloed = pictures.halo(_tensor([rgba]), rng.uniform(14, 26), 0.9)
-    return (haloed[0].permute(1, 2, 0) * 255).round().byte().numpy()
-
-
-@torch.inference_mode()
-def encode(model: LatentTransparency, batch: list[np.ndarray]) -> torch.Tensor:
-    """Pictures → their adjusted latents, float16."""
-    return model.encode_transparent(_tensor(batch)).half()
-
-
-@torch.inference_mode()
-def encode_opaque(model: LatentTransparency, batch: list[np.ndarray], generator: torch.Generator) -> torch.Tensor:
-    """Pictures laid on light backgrounds → plain latents, float16."""
-    backgrounds = pictures.random_background(len(batch), 256, 256, generator) * 0.5 + 0.5
-    return model.encode_opaque(pictures.over(_tensor(batch), backgrounds)).half()
-
-
-def _tensor(batch: list[np.ndarray]) -> torch.Tensor:
-    return (
-        torch.from_numpy(np.stack(batch)).permute(0, 3, 1, 2).float().contiguous(memory_format=torch.channels_last)
-        / 255
-    )
-
-
-def encode_set(name: str) -> dict[str, Any]:
-    """Everything of one set: adjusted latents, what they show, and the plain latents of every eighth batch."""
-    torch.set_num_threads(1)
-    seed = list(TRAINING_SETS).index(name)
-    rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
-    model = load_trained().to(memory_format=torch.channels_last)
-    concepts = {concept.label: (i, concept) for i, concept in enumerate(read_concepts())}
-    images, labels = load(TRAINING_SETS)[name]
-    shown: list[tuple[np.ndarray, dict[str, Any]]] = []
-    for image, label in zip(images, labels, strict=True):
+def images_of_set(name: str) -> Iterator[tuple[np.ndarray, Sample, Concept]]:
+    """Yield the images of a set that show a concept, then the compounds made of them."""
+    array, labels = load_set(name)
+    style = TRAINING_SETS[name].style
+    concepts = {concept.label: concept for concept in read_concepts()}
+    for row, label in enumerate(labels):
         if label in concepts:
-            number, concept = concepts[label]
-            for rgba, color, look in variants(image, concept, rng):
-                shown.append((rgba, {"concept": number, "set": name, "color": color, "look": look}))
-    rng.shuffle(shown)
-    hidden: list[torch.Tensor] = []
-    plain: list[torch.Tensor] = []
-    for start in range(0, len(shown), BATCH):
-        batch = [rgba for rgba, _ in shown[start : start + BATCH]]
-        hidden.append(encode(model, batch))
-        if start % (8 * BATCH) == 0:
-            plain.append(encode_opaque(model, batch, generator))
-    subjects = [subject for _, subject in shown]
-    opaque = [i for i in range(len(subjects)) if i // BATCH % 8 == 0]
-    print(name, len(subjects), flush=True)
-    return {
-        "hidden": torch.cat(hidden).numpy(),
-        "plain": torch.cat(plain).numpy(),
-        "subjects": subjects,
-        "opaque": opaque,
-    }
+            yield array[row], Sample(label, name, row, style), concepts[label]
+    rows = {label: row for row, label in enumerate(labels)}
+    for number, (concept, parts) in enumerate(read_compounds().items()):
+        if name == "openclipart" or any(part.label not in rows for part in parts):
+            continue
+        image = compose(parts, {part.label: array[rows[part.label]] for part in parts})
+        if image is not None:
+            yield image, Sample(concept.label, name, len(labels) + number, style), concept
 
 
-def main() -> None:
-    """Encode everything once, a process for each core."""
-    with get_context("spawn").Pool(os.cpu_count()) as pool:
-        sets = pool.map(encode_set, TRAINING_SETS, chunksize=1)
-    np.save(TRANSPARENT, np.concatenate([each["hidden"] for each in sets]))
-    np.save(OPAQUE, np.concatenate([each["plain"] for each in sets]))
-    subjects = [subject for each in sets for subject in each["subjects"]]
-    firsts = np.cumsum([0, *(len(each["subjects"]) for each in sets)])
-    opaque = [int(first) + i for first, each in zip(firsts, sets, strict=False) for i in each["opaque"]]
-    SUBJECTS.write_text(json.dumps({"subjects": subjects, "opaque": opaque}))
+@torch.inference_mode()
+def encode(model: LatentTransparency, rgba: Tensor) -> Tensor:
+    """Encode images, (B, 4, 512, 512), as adjusted latents in float16."""
+    with mixed_precision():
+        return model.encode_transparent(rgba).half()
+
+
+@torch.inference_mode()
+def encode_opaque(model: LatentTransparency, rgba: Tensor, generator: torch.Generator) -> Tensor:
+    """Encode images on light backgrounds as plain latents in float16."""
+    background = images.random_background(len(rgba), SIDE, SIDE, generator) * 0.5 + 0.5
+    with mixed_precision():
+        return model.encode_opaque(images.composite(rgba, background)).half()
+
+
+def encode_set(name: str, copies: int) -> None:
+    """Write the shards of one set that are not there yet."""
+    model = load_trained().to(memory_format=torch.channels_last)
+    listed = list(images_of_set(name))
+    SHARDS.mkdir(parents=True, exist_ok=True)
+    for number, start in enumerate(range(0, len(listed), SHARD_SIZE)):
+        path = SHARDS / f"{name}-{number:03d}.json"
+        if path.is_file():
+            continue
+        seed = zlib.crc32(f"{name}/{number}".encode())
+        generator = torch.Generator().manual_seed(seed)
+        latents: list[Tensor] = []
+        opaque: list[Tensor] = []
+        samples: list[Sample] = []
+        for array, sample, concept in listed[start : start + SHARD_SIZE]:
+            rgba = to_tensor(array)
+            pairs = [
+                augment(rgba, sample, concept, generator, first=copy == 0) for copy in range(copies)
+            ]
+            batch = torch.cat([image for image, _ in pairs])
+            batch = batch.contiguous(memory_format=torch.channels_last)
+            latents.append(encode(model, batch))
+            if number % OPAQUE_SHARE == 0:
+                opaque.append(encode_opaque(model, batch, generator))
+            samples += [copy for _, copy in pairs]
+        np.save(path.with_suffix(".npy"), torch.cat(latents).numpy())
+        if opaque:
+            np.save(path.with_suffix(".opaque.npy"), torch.cat(opaque).numpy())
+        path.write_text(json.dumps([asdict(sample) for sample in samples]))
+        print(path.stem, len(samples), flush=True)
+
+
+def shard_paths() -> list[Path]:
+    """Return the description files of the shards in a fixed order."""
+    return sorted(SHARDS.glob("*.json"))
+
+
+def read_samples() -> list[Sample]:
+    """Return what each latent shows, in the order of `read_latents`."""
+    return [
+        Sample(**{**entry, "looks": tuple(entry["looks"])})
+        for path in shard_paths()
+        for entry in json.loads(path.read_text())
+    ]
+
+
+def read_latents(*, opaque: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """Load the latents.
+
+    Args:
+        opaque: Whether to load the plain latents of opaque images instead.
+
+    Returns:
+        Latents, (count, 4, 32, 32) float16, and the sample number of each.
+    """
+    arrays: list[np.ndarray] = []
+    numbers: list[np.ndarray] = []
+    first = 0
+    for path in shard_paths():
+        count = len(json.loads(path.read_text()))
+        array_path = path.with_suffix(".opaque.npy" if opaque else ".npy")
+        if array_path.is_file():
+            arrays.append(np.load(array_path))
+            numbers.append(np.arange(first, first + count))
+        first += count
+    return np.concatenate(arrays), np.concatenate(numbers)
 
 
 if __name__ == "__main__":
-    main()
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("sets", nargs="*", help="sets to encode; all if none is named")
+    parser.add_argument("--copies", type=int, default=6, help="latents of each image")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    for set_name in options.sets or TRAINING_SETS:
+        encode_set(set_name, options.copies)
