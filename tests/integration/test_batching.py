@@ -55,14 +55,16 @@ def test_together_as_alone(engine: LocalEngine, sampler: str):
     assert [len(result.images) for result in together] == [1, 2, 1, 1]
     for request, result in zip(requests, together, strict=True):
         alone = engine.generate(request)
+        assert result.request == alone.request
         for ours, theirs in zip(result.images, alone.images, strict=True):
-            assert (ours.seed, ours.subseed, ours.parameters) == (theirs.seed, theirs.subseed, theirs.parameters)
+            assert (ours.seed, ours.subseed) == (theirs.seed, theirs.subseed)
             assert np.abs(ours.rgba.astype(int) - theirs.rgba).max() <= 1
 
 
 def test_a_batch_is_not_silent_while_it_is_decoded(engine: LocalEngine):
     told: list[str] = []
-    engine.draw([RenderTask(REQUESTS[0], lambda progress: told.append(progress.stage)), RenderTask(REQUESTS[1])])
+    first = RenderTask(REQUESTS[0], on_progress=lambda progress: told.append(progress.stage))
+    engine.draw([first, RenderTask(REQUESTS[1])])
     assert told.count("decode") == REQUESTS[0].batch_size + REQUESTS[1].batch_size
 
 
@@ -71,8 +73,8 @@ def test_each_is_told_its_own_progress_and_one_that_leaves_does_not_stop_the_oth
     orders = [
         RenderTask(
             REQUESTS[i],
-            lambda progress, name=name: steps[name].append(progress.step),
-            lambda name=name: name == "leaves" and len(steps[name]) > 3,
+            on_progress=lambda progress, name=name: steps[name].append(progress.step),
+            is_cancelled=lambda name=name: name == "leaves" and len(steps[name]) > 3,
             previews=name == "stays",
         )
         for i, name in enumerate(steps)

@@ -112,14 +112,14 @@ def test_the_deadline_is_one_for_all(tmp_path):
 def test_the_end_of_the_last_job_is_waited_for(tmp_path, monkeypatch):
     with served(tmp_path) as client:
         dispatcher, ending = client.app.state.parts.dispatcher, threading.Event()
-        finished = dispatcher.finished
+        finished = dispatcher.complete
 
         async def finished_late(job_id: str, outcome: Any) -> None:
             ending.set()
             await asyncio.sleep(0.5)
             await finished(job_id, outcome)
 
-        monkeypatch.setattr(dispatcher, "finished", finished_late)
+        monkeypatch.setattr(dispatcher, "complete", finished_late)
         submit(client, 0)
         assert ending.wait(10)
     assert journal(tmp_path) == [("done", 1)]

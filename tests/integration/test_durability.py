@@ -201,13 +201,13 @@ def test_an_engine_that_hangs_is_killed(tmp_path):
 def test_an_engine_that_is_not_heard_as_the_database_is_away_does_not_hang(tmp_path, monkeypatch):
     with served(tmp_path, silence_limit_s=0.5) as client:
         first, dispatcher = engine_pid(client), client.app.state.parts.dispatcher
-        started = dispatcher.started
+        started = dispatcher.mark_started
 
         async def started_late(job_id: str) -> None:
             await asyncio.sleep(2.5)
             await started(job_id)
 
-        monkeypatch.setattr(dispatcher, "started", started_late)
+        monkeypatch.setattr(dispatcher, "mark_started", started_late)
         assert client.post("/alpha/v1/txt2img", json=BODY).status_code == 200
         assert engine_pid(client) == first
 
@@ -236,14 +236,14 @@ def test_a_supervisor_that_fails_is_started_again_with_its_jobs(tmp_path, monkey
     monkeypatch.setattr(background, "PAUSE_S", 0.1)
     with served(tmp_path, engine_options={"step_s": 0.05}) as client:
         dispatcher = client.app.state.parts.dispatcher
-        progressed, left = dispatcher.progressed, [RuntimeError("nobody thought of this")]
+        progressed, left = dispatcher.report_progress, [RuntimeError("nobody thought of this")]
 
         async def fail(job_id, progress):
             if left:
                 raise left.pop()
             await progressed(job_id, progress)
 
-        monkeypatch.setattr(dispatcher, "progressed", fail)
+        monkeypatch.setattr(dispatcher, "report_progress", fail)
         assert client.post("/alpha/v1/txt2img", json=BODY).status_code == 200
         assert left == []
 

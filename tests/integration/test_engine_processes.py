@@ -118,20 +118,20 @@ def test_what_the_engine_logs_looks_as_the_log_of_its_service(tmp_path: Path, ca
 def test_the_next_job_is_sent_before_the_one_before_is_stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     with served(tmp_path, engine_options={"step_s": 0.05}) as client:
         dispatcher = client.app.state.parts.dispatcher
-        take, finished = dispatcher.take, dispatcher.finished
+        claim, complete = dispatcher.claim, dispatcher.complete
         seen: list[tuple[str, str]] = []
 
         async def taken(holding: str | None = None) -> Any:
-            job = await take(holding)
+            job = await claim(holding)
             seen.append(("taken", job.id))
             return job
 
         async def ended(job_id: str, outcome: Any) -> None:
             seen.append(("over", job_id))
-            await finished(job_id, outcome)
+            await complete(job_id, outcome)
 
-        monkeypatch.setattr(dispatcher, "take", taken)
-        monkeypatch.setattr(dispatcher, "finished", ended)
+        monkeypatch.setattr(dispatcher, "claim", taken)
+        monkeypatch.setattr(dispatcher, "complete", ended)
         body = {"prompt": "x", "steps": 5, "width": 512, "height": 512, "format": "webp"}
         ids = [client.post("/alpha/v1/jobs", json={**body, "seed": i}).json()["id"] for i in range(3)]
         wait_until(lambda: seen.count(("over", ids[2])), 30)

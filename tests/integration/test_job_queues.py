@@ -416,7 +416,7 @@ async def test_any_pod_answers_streams_and_cancels(two):
 
 async def test_no_job_is_taken_twice(two):
     ids = {(await two[0].submit(spec(str(i)))).id for i in range(10)}
-    taken = await soon(asyncio.gather(*(two[i % 2].take() for i in range(10))))
+    taken = await soon(asyncio.gather(*(two[i % 2].claim() for i in range(10))))
     assert {job.id for job in taken} == ids
     assert len(taken) == len(ids)
 

@@ -16,7 +16,7 @@ from alphalayer.jobs import table
 from alphalayer.jobs.sqlite import SqliteJobQueue
 from alphalayer.jobs.table import MIGRATIONS, VERSION, jobs
 
-LATER = ("webhook_due", "webhook_tries", "queue_id", "digest", "cancel_asked", "wanted_by")
+LATER = ("webhook_due", "webhook_tries", "queue_id", "digest", "cancel_asked", "wanted_by", "delivery", "traceparent")
 
 
 def first_version(file: Path) -> None:

@@ -15,7 +15,7 @@ import pytest_asyncio
 from tests.integration.test_job_queues import result_of, soon, spec, until
 
 from alphalayer.core.errors import EngineFailed, QueueFull, SetupFailed, StorageFailed
-from alphalayer.core.job import Job, JobProgress, JobState, Submission, Webhook
+from alphalayer.core.job import Delivery, Job, JobProgress, JobState, Submission, Webhook
 from alphalayer.jobs import lock, table
 from alphalayer.jobs.base import Dispatcher
 from alphalayer.jobs.sqlite import SqliteJobQueue
@@ -57,10 +57,10 @@ def full_disk(monkeypatch: pytest.MonkeyPatch) -> Journal:
 
 
 async def test_the_receiver_of_a_job_that_is_cancelled_as_it_waits_is_told(queue: Dispatcher):
-    told = spec('a text with "webhook":{ in it').model_copy(
-        update={"webhook": Webhook(url="https://x.org", service_url="https://y.org")}
-    )
-    with_receiver, without = await queue.submit(told), await queue.submit(spec('"webhook":{'))
+    delivery = Delivery(webhook=Webhook(url="https://x.org", service_url="https://y.org"))
+    text = 'a text with "webhook":{ in it'
+    with_receiver = await queue.submit(spec(text), delivery=delivery)
+    without = await queue.submit(spec(text))
     for job in (with_receiver, without):
         assert await queue.cancel(job.id)
     owed = await queue.claim_due_webhooks(5)

@@ -1,0 +1,200 @@
+"""A journal of version 6 opens in this version, and its jobs continue; see `data/README.md`."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shutil
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from tests.integration.test_webhooks import SECRET, Receiver
+from tests.support.serving import put_lora, put_model, served, wait_until
+
+from alphalayer.core.job import Job
+from alphalayer.images import codecs
+from alphalayer.jobs.sqlite import SqliteJobQueue
+from alphalayer.jobs.table import VERSION, Journal
+
+DATA = Path(__file__).parent / "data"
+RECORDED_URL = "http://127.0.0.1:1/hook"
+SEEDS = {
+    "running": [9],
+    "queued_native": [10],
+    "queued_a1111": [11],
+    "queued_a1111_opaque": [12],
+    "queued_webhook": [13],
+    "queued_batch": [14, 15, 16, 17, 18, 19],
+    "queued_openai": [15, 16],
+}
+"""Seeds of the images of each open job, oldest job first."""
+
+
+@dataclass
+class Migrated:
+    """A service on the migrated journal, after all its jobs are done."""
+
+    client: httpx.Client
+    receiver: Receiver
+    folder: Path
+    recorded: dict[str, dict[str, Any]]
+
+    def repeat(self, name: str) -> Any:
+        """Send the recorded request of a job again."""
+        request = self.recorded[name]["request"]
+        response = self.client.post(
+            request["path"], json=request["json"], headers=request["headers"]
+        )
+        return response.raise_for_status().json()
+
+    def job(self, name: str) -> dict[str, Any]:
+        """Return the answer of the job's own path."""
+        return self.client.get(f"/alpha/v1/jobs/{self.recorded[name]['id']}").json()
+
+    def list_jobs(self) -> list[dict[str, Any]]:
+        """Return all jobs."""
+        return self.client.get("/alpha/v1/jobs", params={"limit": 200}).json()["jobs"]
+
+    def stored(self, name: str) -> list[tuple[Any, str | None]]:
+        """Return pixels and infotext of each image of a job."""
+        files = [self.folder / "outputs" / each["filename"] for each in self.job(name)["images"]]
+        return [codecs.decode(file.read_bytes()) for file in files]
+
+    def journal(self) -> dict[str, Job]:
+        """Read each job from the journal's file, by its name."""
+
+        async def read() -> list[Job]:
+            journal = await Journal.open(self.folder / "data" / "jobs.sqlite")
+            try:
+                return await journal.list(limit=200)
+            finally:
+                await journal.close()
+
+        by_id = {job.id: job for job in asyncio.run(read())}
+        return {name: by_id[each["id"]] for name, each in self.recorded.items()}
+
+
+def copy_journal(folder: Path) -> Path:
+    """Copy the journal of version 6 to where a service in `folder` looks for it."""
+    file = folder / "data" / "jobs.sqlite"
+    file.parent.mkdir(parents=True)
+    shutil.copy(DATA / "journal-v6.sqlite", file)
+    return file
+
+
+@pytest.fixture(scope="module")
+def migrated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Migrated]:
+    folder = tmp_path_factory.mktemp("service")
+    put_lora(put_model(folder))
+    shutil.copytree(DATA / "journal-v6-images", folder / "outputs")
+    jobs = json.loads((DATA / "journal-v6.json").read_text(encoding="utf-8"))["jobs"]
+    settings = {
+        "api_auth": "ann:secret",
+        "public_url": "http://alpha.example",
+        "webhook_secret": SECRET,
+        "webhook_allow_private": True,
+        "keep_jobs_days": 0,
+    }
+    with Receiver() as receiver:
+        with closing(sqlite3.connect(copy_journal(folder))) as journal, journal:
+            change = "UPDATE jobs SET spec = replace(spec, ?, ?)"
+            journal.execute(change, (RECORDED_URL, receiver.url))
+        with served(folder, **settings) as client:
+            client.auth = ("ann", "secret")
+            service = Migrated(client, receiver, folder, {each["name"]: each for each in jobs})
+            final = {"done", "failed", "cancelled"}
+            wait_until(lambda: {each["state"] for each in service.list_jobs()} <= final, 60)
+            yield service
+
+
+async def test_journal_v6_opens_and_becomes_current(tmp_path: Path):
+    file = copy_journal(tmp_path)
+    queue = await SqliteJobQueue.open(file, 10)
+    states = [view.job.state.value for view in await queue.list()]
+    await queue.close()
+    assert sorted(states) == ["cancelled"] + ["done"] * 2 + ["queued"] * 7
+    with closing(sqlite3.connect(file)) as journal:
+        assert journal.execute("PRAGMA user_version").fetchone() == (VERSION,)
+
+
+@pytest.mark.parametrize("name", ["done_native", "done_a1111", "cancelled"])
+def test_finished_job_answers_as_before(migrated: Migrated, name: str):
+    assert migrated.job(name) == migrated.recorded[name]["job"]
+
+
+@pytest.mark.parametrize("name", ["done_native", "done_a1111"])
+def test_repeated_request_gets_recorded_answer(migrated: Migrated, name: str):
+    answer = migrated.recorded[name]["answer"]
+    # the fake engine at that commit left the variation seed out of its infotext
+    strength = "Variation seed strength"
+    answer["info"] = answer["info"].replace(strength, f"Variation seed: 3, {strength}")
+    assert migrated.repeat(name) == answer
+    assert len(migrated.list_jobs()) == len(migrated.recorded)
+
+
+def test_stored_images_are_served_unchanged(migrated: Migrated):
+    for file in (DATA / "journal-v6-images").iterdir():
+        assert migrated.client.get(f"/alpha/v1/file/{file.name}").content == file.read_bytes()
+
+
+@pytest.mark.parametrize("name", SEEDS)
+def test_open_job_is_generated_with_its_seeds(migrated: Migrated, name: str):
+    job = migrated.job(name)
+    assert (job["state"], [image["seed"] for image in job["images"]]) == ("done", SEEDS[name])
+    generation = migrated.recorded[name]["row"]["spec"]["generation"]
+    first = migrated.journal()[name].result.images[0]
+    assert (first.seed, first.subseed) == (generation["seed"], generation["subseed"])
+
+
+def test_open_jobs_are_generated_oldest_first(migrated: Migrated):
+    started = {name: job.started_at for name, job in migrated.journal().items() if name in SEEDS}
+    assert sorted(started, key=started.__getitem__) == list(SEEDS)
+
+
+@pytest.mark.parametrize("name", SEEDS)
+def test_generated_request_equals_the_recorded_one(migrated: Migrated, name: str):
+    recorded = migrated.recorded[name]["row"]["spec"]
+    spec = migrated.journal()[name].spec.model_dump(mode="json")
+    assert (spec["output"], spec["iterations"]) == (recorded["output"], recorded["iterations"])
+    options = dict(recorded["generation"])
+    layerdiffuse = options.pop("layerdiffuse")
+    assert {field: spec["generation"][field] for field in options} == options
+    mode = layerdiffuse["method"] if layerdiffuse["enabled"] else "opaque"
+    assert spec["generation"]["mode"] == mode
+    assert spec["generation"]["layerdiffuse_weight"] == layerdiffuse["weight"]
+    assert spec["generation"]["layerdiffuse_stop_at"] == layerdiffuse["stop_at"]
+
+
+def test_stored_images_have_recorded_output(migrated: Migrated):
+    for name, color in (("queued_batch", (0x33, 0x66, 0x99)), ("queued_openai", (255, 255, 255))):
+        for pixels, _ in migrated.stored(name):
+            assert (pixels[..., 3] == 255).all()
+            assert abs(pixels[0, 0, :3].astype(int) - color).max() <= 8
+    images = migrated.job("queued_batch")["images"]
+    assert all(image["filename"].endswith(".webp") for image in images)
+    (pixels, _), *_ = migrated.stored("queued_native")
+    assert pixels.shape == (64, 128, 4)
+    ((_, infotext),) = migrated.stored("queued_a1111")
+    assert "Generate Transparent Image (Conv Injection)" in (infotext or "")
+
+
+def test_running_job_counts_a_second_start(migrated: Migrated):
+    assert migrated.journal()["running"].starts == 2
+
+
+def test_webhook_of_queued_job_is_sent_once(migrated: Migrated):
+    wait_until(lambda: migrated.receiver.got)
+    ((_, headers, body),) = migrated.receiver.got
+    assert headers["webhook-signature"].startswith("v1,")
+    assert json.loads(body) == migrated.job("queued_webhook")
+
+
+def test_repeated_queued_request_gets_the_same_job(migrated: Migrated):
+    assert migrated.repeat("queued_webhook")["id"] == migrated.recorded["queued_webhook"]["id"]
+    assert len(migrated.list_jobs()) == len(migrated.recorded)
