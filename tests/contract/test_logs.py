@@ -26,7 +26,7 @@ BROKEN = """
 from alphalayer.jobs.sqlite import SqliteJobQueue
 from tests.support import fake_service
 
-async def submit(self, spec, **others):
+async def submit(self, *_args, **_options):
     raise RuntimeError("nobody thought of this")
 
 SqliteJobQueue.submit = submit
