@@ -18,7 +18,7 @@ TEXTS = (
     (re.compile(r"\b[0-9a-f]{64}\b|\b[0-9a-f]{24}\b|\b[0-9a-f]{10}\b"), "<hex>"),
     (re.compile(r"\balphalayer-\d[\w.+]*"), "<version>"),
     (re.compile(r"[A-Za-z0-9+/]{60,}={0,2}"), "<base64>"),
-    (re.compile(r'/[^\s"]*/(?=models/)'), "<folder>/"),
+    (re.compile(r'/[^\s"]*/(?:builtin_)?models/'), "<folder>/models/"),
 )
 
 

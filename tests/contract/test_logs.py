@@ -23,10 +23,10 @@ from alphalayer.observability.metrics import Metrics
 
 BODY = {"prompt": "a hidden wish", "steps": 1, "width": 64, "height": 64}
 BROKEN = """
-from alphalayer.jobs.embedded import SqliteJobQueue
+from alphalayer.jobs.sqlite import SqliteJobQueue
 from tests.support import fake_service
 
-async def submit(self, spec, **others):
+async def submit(self, *_args, **_options):
     raise RuntimeError("nobody thought of this")
 
 SqliteJobQueue.submit = submit

@@ -22,7 +22,7 @@ import json, resource, sys, time
 from pathlib import Path
 start = time.perf_counter()
 from alphalayer.engine.pipeline import LocalEngine
-from alphalayer.request import GenerationRequest
+from alphalayer.core.request import GenerationRequest
 imported = time.perf_counter()
 engine = LocalEngine(Path(sys.argv[1]), device="cpu", dtype="bf16")
 result = engine.generate(GenerationRequest(prompt="an apple, high quality", steps=2, width=256, height=256))

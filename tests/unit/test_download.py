@@ -106,8 +106,8 @@ def server() -> Iterator[Hub]:
 _PULL = """
 import json, sys
 from pathlib import Path
-from alphalayer.errors import AlphalayerError
-from alphalayer.hub import Published, pull
+from alphalayer.core.errors import AlphalayerError
+from alphalayer.catalog.download import Published, pull
 try:
     pulled = pull(Published(**json.loads(sys.argv[1])), Path(sys.argv[2]))
     print(json.dumps({"path": str(pulled.path), "finding": pulled.finding}))

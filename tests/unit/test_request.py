@@ -60,10 +60,10 @@ BAD: list[tuple[str, Any]] = [
     ("noise", "dice"),
     ("decode", "forge3"),
     ("model", "x" * 501),
-    ("layerdiffuse.weight", 2.1),
-    ("layerdiffuse.weight", math.nan),
-    ("layerdiffuse.stop_at", -0.1),
-    ("layerdiffuse.method", "magic"),
+    ("layerdiffuse_weight", 2.1),
+    ("layerdiffuse_weight", math.nan),
+    ("layerdiffuse_stop_at", -0.1),
+    ("mode", "magic"),
     ("loras.0.weight", math.nan),
     ("loras.0.name", ""),
     ("unknown_field", 1),
@@ -72,8 +72,6 @@ BAD: list[tuple[str, Any]] = [
 
 def _fields(name: str, value: Any) -> dict[str, Any]:
     first, *rest = name.split(".")
-    if first == "layerdiffuse":
-        value = {rest[0]: value}
     if first == "loras":
         value = [{"name": "x", rest[1]: value}]
     return {"prompt": "an apple", first: value}
@@ -101,7 +99,7 @@ def test_an_unknown_name_lists_what_there_is():
         ("width", 64), ("width", 2048), ("height", 1000), ("steps", 1), ("steps", 150), ("cfg_scale", 1), ("cfg_scale", 30),
         ("seed", 0), ("seed", MAX_SEED), ("batch_size", 8), ("subseed_strength", 1), ("prompt", "x" * 10_000),
         ("prompt", "a cat AND " * 7 + "SAND"), ("negative_prompt", "AND " * 99), ("negative_prompt", ""),
-        ("layerdiffuse.weight", 0), ("layerdiffuse.stop_at", 0), ("loras.0.weight", -1),
+        ("layerdiffuse_weight", 0), ("layerdiffuse_stop_at", 0), ("loras.0.weight", -1),
     ],
     ids=lambda value: str(value)[:20],
 )  # fmt: skip

@@ -12,7 +12,6 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import RedirectResponse, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 
-from alphalayer.api.a1111.script import ResizeMode
 from alphalayer.api.deps import (
     IdempotencyKey,
     Service,
@@ -39,6 +38,7 @@ from alphalayer.core.request import (
     ModelDefaults,
     NoiseSource,
     Prompt,
+    ResizeMode,
     SchedulerName,
     Side,
     parse_request,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import secrets
-from typing import Annotated, Any, Literal, NamedTuple, TypeVar
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -37,6 +37,9 @@ OPAQUE: ModeName = "opaque"
 """LayerDiffuse is off."""
 Role = Literal["init", "mask", "foreground", "background", "blended"]
 """What an input image is used for."""
+ResizeMode = Literal["Just Resize", "Crop and Resize", "Resize and Fill"]
+"""How an input image is fitted to the size of the result."""
+RESIZE_MODES: tuple[ResizeMode, ...] = get_args(ResizeMode)
 
 MAX_PROMPT_CHARACTERS = 10_000
 AND = re.compile(r"\bAND\b")

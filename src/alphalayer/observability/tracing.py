@@ -1,6 +1,6 @@
 """Traces (OpenTelemetry): a job's way from the HTTP request over the queue to the stages of its drawing, across processes and machines.
 
-Only the API of OpenTelemetry is needed here, and it does nothing by itself; `alphalayer.observability.otlp` has the rest.
+Only the API of OpenTelemetry is needed here, and it does nothing by itself; `alphalayer.service.otlp` has the rest.
 """
 
 from __future__ import annotations

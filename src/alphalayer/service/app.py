@@ -135,7 +135,7 @@ def _add_dialects(app: FastAPI, settings: Settings) -> _Lifespan:
 def _trace(app: FastAPI) -> tuple[Traces, Callable[[], None]]:
     """Spans that are sent off, and what sends those that are left."""
     try:
-        from alphalayer.observability import otlp
+        from alphalayer.service import otlp
     except ImportError as error:
         raise SetupFailed(f"tracing needs {error.name}.", hint=install_hint("tracing")) from None
     provider = otlp.install(app)

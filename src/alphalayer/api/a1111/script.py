@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, get_args
+from typing import Any
 
 from alphalayer.core.errors import InvalidRequest
-from alphalayer.core.request import OPAQUE
+from alphalayer.core.request import OPAQUE, RESIZE_MODES
 from alphalayer.images import infotext
 
 SCRIPT = "LayerDiffuse"
-ResizeMode = Literal["Just Resize", "Crop and Resize", "Resize and Fill"]
-"""How pictures that are given are brought to size. None are taken here yet, so that all of them do the same."""
-RESIZE_MODES: tuple[ResizeMode, ...] = get_args(ResizeMode)
 METHODS = {label: name for name, label in infotext.METHOD_LABELS.items()}
 OTHER_METHODS = (
     "(SDXL) From Foreground to Blending",
