@@ -5,8 +5,9 @@ holds one for as long as the newest benchmarks/results/shared-queue-*.json says,
 distribution with that mean, whose 99th percentile lies as far above its median as that of the measured claims of four workers.
 
 Reported for each size: the cores that PostgreSQL wants, how long a job waits although a GPU is free, and connections, messages, deliveries
-and dead rows a second. Twice: as it is, and as it was before `alphalayer.jobs.claims.WakeupSampling`, when every idle worker asked for every
-job. Writes benchmarks/results/scaling-<date>.json.
+and dead rows a second. Twice: as it is, and as it was before
+`alphalayer.jobs.claims.WakeupSampling`, when every idle worker asked
+for every job. Writes benchmarks/results/scaling-<date>.json.
 """
 
 from __future__ import annotations

@@ -17,10 +17,10 @@ from PIL import Image
 from tests.support.serving import put_lora, served, wait_until
 from tests.support.tiny_models import make_diffusers_folder, make_single_file
 
+from alphalayer import catalog
 from alphalayer.api.native import Txt2ImgRequest
 from alphalayer.engine.fake import draw_disc
 from alphalayer.images import codecs, postprocess
-from alphalayer.service import app
 
 
 @pytest.fixture(scope="module")
@@ -422,15 +422,15 @@ def test_it_is_not_ready_without_its_model(tmp_path):
 
 
 def test_a_folder_that_is_slow_to_read_keeps_nobody_but_who_asks_for_it(tmp_path, monkeypatch):
-    look, looking = app._default_model, threading.Event()
+    look, looking = catalog.find_models, threading.Event()
 
-    def slow(settings):
+    def slow(models_dir):
         looking.set()
         time.sleep(0.5)
-        return look(settings)
+        return look(models_dir)
 
     with served(tmp_path) as client, concurrent.futures.ThreadPoolExecutor(1) as pool:
-        monkeypatch.setattr(app, "_default_model", slow)
+        monkeypatch.setattr(catalog, "find_models", slow)
         asked = pool.submit(client.get, "/readyz")
         assert looking.wait(5)
         assert client.get("/livez").elapsed.total_seconds() < 0.4

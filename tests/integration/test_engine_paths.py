@@ -32,12 +32,17 @@ from alphalayer.core.errors import (
     OutOfMemory,
 )
 from alphalayer.core.request import SAMPLERS, SCHEDULERS, GenerationRequest, Lora
-from alphalayer.engine.base import Progress
+from alphalayer.engine.base import GenerationResult, Progress
 from alphalayer.engine.pipeline import LocalEngine, create_engine
 from alphalayer.engine.sampling.guidance import _clean
-from alphalayer.images.infotext import read_parameters
+from alphalayer.images.infotext import read_parameters, write_parameters
 
 REQUEST = GenerationRequest(prompt="a red apple", seed=3, steps=2, width=64, height=64, model="folder")
+
+
+def infotext_of(result: GenerationResult, index: int = 0) -> str:
+    image = result.images[index]
+    return write_parameters(result.request, result.model_name, result.model_hash, image.seed, image.subseed)
 
 
 @pytest.fixture(scope="module")
@@ -320,7 +325,7 @@ def test_a_lora_may_be_named_in_the_prompt(engine: LocalEngine):
     named = GenerationRequest(**{**REQUEST.model_dump(), "prompt": f"{REQUEST.prompt} <lora:kohya:0.5>"})
     result = engine.generate(named)
     assert np.array_equal(result.images[0].rgba, _draw(engine, loras=(Lora(name="kohya", weight=0.5),)))
-    assert result.images[0].parameters.startswith(f"{REQUEST.prompt} <lora:kohya:0.5>\n")
+    assert infotext_of(result).startswith(f"{REQUEST.prompt} <lora:kohya:0.5>\n")
 
 
 def test_an_unknown_lora_is_a_clear_error(engine: LocalEngine):
@@ -471,7 +476,7 @@ def test_a_hash_that_cannot_be_had_costs_no_picture(
     result = engine.generate(REQUEST)
     assert np.array_equal(result.images[0].rgba, base)
     assert result.model_hash == ""
-    assert "Model hash" not in result.images[0].parameters
+    assert "Model hash" not in infotext_of(result)
     assert "Input/output error" in caplog.text
 
 
@@ -684,7 +689,7 @@ def test_the_result_says_what_was_drawn(engine: LocalEngine):
     assert result.request.seed != -1
     assert [image.seed for image in result.images] == [result.request.seed] * 2
     assert [image.subseed for image in result.images] == [result.request.subseed, result.request.subseed + 1]
-    found = read_parameters(result.images[1].parameters)
+    found = read_parameters(infotext_of(result, 1))
     assert found["Seed"] == str(result.request.seed)
     assert found["Variation seed"] == str(result.request.subseed + 1)
     assert found["Sampler"] == "DPM++ 2M SDE"
@@ -718,7 +723,7 @@ def test_the_hash_is_in_the_picture_and_remembered(tmp_path):
     result = engine.generate(GenerationRequest(prompt="an apple", width=64, height=64, steps=1))
     sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
     assert result.model_hash == sha256[:10]
-    assert f"Model hash: {sha256[:10]}" in result.images[0].parameters
+    assert f"Model hash: {sha256[:10]}" in infotext_of(result)
     assert catalog.find_models(tmp_path)[0].sha256 == sha256
 
 

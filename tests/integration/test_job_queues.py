@@ -17,11 +17,11 @@ from alphalayer.core.errors import Cancelled, EngineFailed, InvalidRequest, Queu
 from alphalayer.core.job import ImageRef, Job, JobProgress, JobResult, JobSpec, JobState, Submission
 from alphalayer.core.request import GenerationRequest, ModelDefaults
 from alphalayer.jobs import estimates
-from alphalayer.jobs.base import MAX_STARTS, USUAL_SECONDS, Dispatcher, Outcome
+from alphalayer.jobs.base import MAX_STARTS, USUAL_SECONDS, Jobs, Outcome
 from alphalayer.jobs.sqlite import SqliteJobQueue
 from alphalayer.jobs.table import jobs
 
-Open = Callable[[], Awaitable[Dispatcher]]
+Open = Callable[[], Awaitable[Jobs]]
 
 
 @pytest.fixture
@@ -37,14 +37,14 @@ async def open_one(request, tmp_path, ends) -> AsyncIterator[Open]:
     def on_end(job_id: str, outcome: Outcome) -> None:
         ends.append((job_id, getattr(outcome, "code", "done")))
 
-    opened: list[Dispatcher] = []
+    opened: list[Jobs] = []
     shares = {"half": 0.5}
     if request.param == "shared":
         from alphalayer.jobs.postgres import PostgresJobQueue
 
         url = request.getfixturevalue("postgres").fresh_database()
 
-    async def open_now() -> Dispatcher:
+    async def open_now() -> Jobs:
         if request.param == "shared":
             opened.append(await PostgresJobQueue.open(url, 10, shares, on_end=on_end))
         else:
@@ -374,7 +374,7 @@ def test_several_engines_share_what_waits():
 
 
 @pytest_asyncio.fixture
-async def two(postgres) -> AsyncIterator[tuple[Dispatcher, Dispatcher]]:
+async def two(postgres) -> AsyncIterator[tuple[Jobs, Jobs]]:
     from alphalayer.jobs.postgres import PostgresJobQueue
 
     url = postgres.fresh_database()
@@ -434,7 +434,7 @@ async def test_a_pod_has_six_connections_at_most(two):
     await soon(sixth)
 
 
-async def draw(queue: Dispatcher, count: int, pause_s: float = 0.0) -> list[str | None]:
+async def draw(queue: Jobs, count: int, pause_s: float = 0.0) -> list[str | None]:
     """Take and finish so many jobs as a worker does; the models that it had to hold, one after the other."""
     held: list[str | None] = []
     for _ in range(count):

@@ -17,7 +17,7 @@ from tests.integration.test_job_queues import result_of, soon, spec, until
 from alphalayer.core.errors import EngineFailed, QueueFull, SetupFailed, StorageFailed
 from alphalayer.core.job import Delivery, Job, JobProgress, JobState, Submission, Webhook
 from alphalayer.jobs import lock, table
-from alphalayer.jobs.base import Dispatcher
+from alphalayer.jobs.base import Jobs
 from alphalayer.jobs.sqlite import SqliteJobQueue
 from alphalayer.jobs.table import Journal
 
@@ -31,7 +31,7 @@ async def own(tmp_path: Path) -> AsyncIterator[SqliteJobQueue]:
 
 
 @pytest_asyncio.fixture
-async def shared(postgres) -> AsyncIterator[Dispatcher]:
+async def shared(postgres) -> AsyncIterator[Jobs]:
     """A queue of many, in which there is one."""
     from alphalayer.jobs.postgres import PostgresJobQueue
 
@@ -41,7 +41,7 @@ async def shared(postgres) -> AsyncIterator[Dispatcher]:
 
 
 @pytest.fixture(params=["own", "shared"])
-def queue(request: pytest.FixtureRequest) -> Dispatcher:
+def queue(request: pytest.FixtureRequest) -> Jobs:
     return request.getfixturevalue(request.param)
 
 
@@ -56,7 +56,7 @@ def full_disk(monkeypatch: pytest.MonkeyPatch) -> Journal:
     return monkeypatch
 
 
-async def test_the_receiver_of_a_job_that_is_cancelled_as_it_waits_is_told(queue: Dispatcher):
+async def test_the_receiver_of_a_job_that_is_cancelled_as_it_waits_is_told(queue: Jobs):
     delivery = Delivery(webhook=Webhook(url="https://x.org", service_url="https://y.org"))
     text = 'a text with "webhook":{ in it'
     with_receiver = await queue.submit(spec(text), delivery=delivery)
@@ -67,7 +67,7 @@ async def test_the_receiver_of_a_job_that_is_cancelled_as_it_waits_is_told(queue
     assert [(job.id, job.state, tries) for job, tries in owed] == [(with_receiver.id, JobState.CANCELLED, 0)]
 
 
-async def test_old_jobs_are_forgotten_in_portions(queue: Dispatcher, monkeypatch: pytest.MonkeyPatch):
+async def test_old_jobs_are_forgotten_in_portions(queue: Jobs, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(table, "FORGOTTEN_AT_ONCE", 2)
     for _ in range(5):
         await queue.cancel((await queue.submit(spec())).id)
@@ -173,7 +173,7 @@ async def test_a_look_at_the_journal_ends_no_job(own: SqliteJobQueue, tmp_path: 
 # --- only where many share a queue
 
 
-async def test_a_claim_whose_taker_is_stopped_runs_out(shared: Dispatcher, monkeypatch: pytest.MonkeyPatch):
+async def test_a_claim_whose_taker_is_stopped_runs_out(shared: Jobs, monkeypatch: pytest.MonkeyPatch):
     job = await shared.submit(spec())
     await soon(shared.claim())
     await shared.mark_started(job.id)
@@ -194,7 +194,7 @@ async def test_a_claim_whose_taker_is_stopped_runs_out(shared: Dispatcher, monke
     assert shared._held == {}
 
 
-async def test_the_progress_of_a_dead_start_is_not_that_of_the_next(shared: Dispatcher):
+async def test_the_progress_of_a_dead_start_is_not_that_of_the_next(shared: Jobs):
     job = await shared.submit(spec())
     for _ in range(2):
         await soon(shared.claim())

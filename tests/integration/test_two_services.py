@@ -12,7 +12,13 @@ from pathlib import Path
 import httpx
 from tests.support.serving import FAKE, free_port, wait_until
 
-PROGRAM = f"from alphalayer import app, cli; app.create_app.__kwdefaults__['engine'] = '{FAKE}'; cli.main()"
+PROGRAM = f"""
+from alphalayer.cli.app import main
+from alphalayer.service import app
+
+app.create_app.__kwdefaults__["engine"] = "{FAKE}"
+main()
+"""
 BODY = {"prompt": "an apple", "width": 64, "height": 64, "steps": 2}
 
 

@@ -1,5 +1,6 @@
 """A service with the fake engine as a process of its own, for tests that kill it:
-`python -m tests.support.fake_service FOLDER PORT STEP_S [QUEUE_LIMIT]`. With REAL_ENGINE=1 in the environment it draws with the embedded model."""
+`python -m tests.support.fake_service FOLDER PORT STEP_S [QUEUE_LIMIT]`.
+With REAL_ENGINE=1 in the environment it generates with the embedded model."""
 
 from __future__ import annotations
 

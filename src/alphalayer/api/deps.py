@@ -17,7 +17,7 @@ from alphalayer.catalog import ModelEntry, check_layerdiffuse_method, find_lora,
 from alphalayer.core.errors import AlphalayerError, Cancelled, FileMissing, InvalidRequest, ModelNotFound, ModelUnusable
 from alphalayer.core.job import Delivery, Job, JobSpec, JobState, Submission, new_id
 from alphalayer.core.request import DecodeMode, GenerationRequest, NoiseSource
-from alphalayer.jobs.base import Dispatcher, JobView
+from alphalayer.jobs.base import JobQueue, JobView
 from alphalayer.observability.logging import log
 from alphalayer.observability.metrics import Metrics
 from alphalayer.observability.tracing import here
@@ -28,7 +28,7 @@ from alphalayer.storage import Storage, read
 class Service:
     """The parts that routes work with, put together by `alphalayer.service.app`."""
 
-    dispatcher: Dispatcher
+    dispatcher: JobQueue
     storage: Storage
     models_dir: Path
     embeddings_dir: Path
@@ -138,7 +138,7 @@ def _check_models(service: Service, generation: GenerationRequest) -> None:
 async def submit_job(
     service: Service, spec: JobSpec, submission: Submission, delivery: Delivery = Delivery(), job_id: str | None = None
 ) -> Job:
-    """Queue a job and log it; see `Dispatcher.submit`. Raises `QueueFull`; `InvalidRequest` or `ModelUnusable` for too many pixels or
+    """Queue a job and log it; see `JobQueue.submit`. Raises `QueueFull`; `InvalidRequest` or `ModelUnusable` for too many pixels or
     what is not there."""
     spec.check_pixels(service.max_pixels)
     asked = spec.generation
@@ -211,7 +211,7 @@ async def _end_of(service: Service, job_id: str, left: asyncio.Task[None]) -> Jo
 
 
 async def follow(service: Service, job_id: str, *, elsewhere: bool = False) -> AsyncIterator[JobView]:
-    """`Dispatcher.watch`; raises `Stopping` where the service ends before the job. `elsewhere`: see `Shutdown.wait`."""
+    """`JobQueue.watch`; raises `Stopping` where the service ends before the job. `elsewhere`: see `Shutdown.wait`."""
     views = service.dispatcher.watch(job_id)
     ended = asyncio.ensure_future(service.ending.wait(job_id, elsewhere=elsewhere))
     following: asyncio.Future[JobView | None] | None = None

@@ -29,6 +29,7 @@ class Body(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def drop_nulls(cls, data: Any) -> Any:
+        """Remove fields that are null and refuse unknown ones by name."""
         if not isinstance(data, dict):
             return data
         # the first fault of all that is told: a field that is missing may be there under a wrong name

@@ -150,7 +150,7 @@ class JobResult(Frozen, frozen=True):
     """Values of the request's open fields, as they were used."""
     model_name: str
     model_hash: str
-    seconds: dict[str, float] = {}
+    seconds: dict[str, float] = Field(default_factory=dict[str, float])
 
 
 class JobProgress(Frozen, frozen=True):

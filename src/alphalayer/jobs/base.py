@@ -52,31 +52,31 @@ class JobView:
         return cls(job, progress=JobProgress(step=steps, steps=steps))
 
 
-class Dispatcher(Protocol):
-    """Takes jobs in, hands them out once each, and remembers what came of them."""
+class JobQueue(Protocol):
+    """Queue of jobs, as the API uses it."""
 
     @property
     def queue_length(self) -> int:
-        """Jobs that wait for an engine."""
+        """Number of jobs that wait for an engine."""
         ...
 
     @property
     def oldest_waiting_s(self) -> float:
-        """Seconds that the oldest of them has waited; 0 with none."""
+        """Seconds that the oldest of them has waited; 0 if none waits."""
         ...
 
     @property
     def retry_after_s(self) -> int:
-        """When a client that found no room may try again, in seconds."""
+        """Seconds until a client may try again that found the queue full."""
         ...
 
     @property
     def is_reachable(self) -> bool:
-        """Whether jobs can be written down now."""
+        """Whether jobs can be stored now."""
         ...
 
     async def close(self) -> None:
-        """Give everything back; what is not over stays in the journal."""
+        """Release all resources. Unfinished jobs stay in the journal."""
         ...
 
     async def submit(
@@ -86,88 +86,160 @@ class Dispatcher(Protocol):
         delivery: Delivery = Delivery(),
         job_id: str | None = None,
     ) -> Job:
-        """Accept a job; from then on it is not lost. The same owner and key give the same job again, however full the queue is, and it
-        is wanted by one more. `job_id` is the id that a new one gets (see `alphalayer.core.job.new_id`), for those who may not hear the answer.
+        """Accept and store a job.
+
+        A repeated owner and idempotency key return the first job, even if the queue is full.
+        The job then has one more client.
+
+        Args:
+            spec: What to generate.
+            submission: Where the job came from.
+            delivery: How the outcome reaches the client.
+            job_id: Id of a new job, for clients that may miss the answer. Default: a random id.
 
         Raises:
-            QueueFull: no room.
-            InvalidRequest: the key came with another request before.
+            QueueFull: The queue has no room.
+            InvalidRequest: The key came with another request before.
         """
         ...
 
     async def view(self, job_id: str) -> JobView | None:
-        """How a job stands; None if there is none of that id."""
+        """Return the job as it is now, or None if no job has this id."""
         ...
 
     async def list(
-        self, *, owner: str | None = None, state: JobState | None = None, limit: int = 50, before: float | None = None
+        self,
+        *,
+        owner: str | None = None,
+        state: JobState | None = None,
+        limit: int = 50,
+        before: float | None = None,
     ) -> list[JobView]:
-        """Jobs, newest first, created before a time."""
+        """Return jobs created before a time (Unix seconds), newest first."""
         ...
 
     async def cancel(self, job_id: str) -> bool:
-        """Stop this job, if it is not over; whether there was something to stop. Raises `StorageFailed` where the job goes on, as that
-        cannot be written down."""
+        """Stop an unfinished job. Return whether there was one to stop.
+
+        Raises:
+            StorageFailed: The request cannot be stored. The job continues.
+        """
         ...
 
     async def withdraw(self, job_id: str) -> None:
-        """One of those who submitted this job wants it no more. With the last of them it is cancelled, and gives up its idempotency key,
-        so that the same request is a new job. Raises as `cancel` does."""
+        """Remove one of the job's clients.
+
+        Without clients the job is cancelled and gives up its idempotency key.
+
+        Raises:
+            StorageFailed: The request cannot be stored. The job continues.
+        """
         ...
 
     async def wait(self, job_id: str) -> Job:
-        """The job, once it is over."""
+        """Return the job after it has finished."""
         ...
 
     def watch(self, job_id: str) -> AsyncIterator[JobView]:
-        """How the job stands, now and at every change, until it is over."""
+        """Yield the job now and at every change until it has finished."""
         ...
 
+
+class JobConsumer(Protocol):
+    """Queue of jobs, as a worker uses it."""
+
     async def claim(self, holding: str | None = None) -> Job:
-        """The next job to run; waits for one. `holding` names the model that the engine has loaded. Used by supervisors, as all below."""
+        """Wait for the next job and claim it.
+
+        Args:
+            holding: Name of the model that the engine has loaded.
+        """
         ...
 
     async def claim_compatible(self, job: Job, pixels: int) -> Job | None:
-        """The oldest waiting job that may be drawn together with `job` and has at most so many pixels; does not wait for one."""
+        """Claim the oldest waiting job that fits into a batch with `job`.
+
+        Args:
+            job: A claimed job of the batch.
+            pixels: Maximum number of pixels of the other job.
+
+        Returns:
+            The claimed job, or None if none fits now.
+        """
         ...
 
     async def mark_started(self, job_id: str) -> None:
-        """The engine began with it: counts a start."""
+        """Count a start of the job in an engine."""
         ...
 
     async def report_progress(self, job_id: str, progress: JobProgress) -> None:
-        """The engine is so far."""
+        """Publish the progress of a running job."""
         ...
 
     async def complete(self, job_id: str, outcome: Outcome) -> None:
-        """It is over. Says nothing where it was over already."""
+        """Store the outcome of a job. Finished jobs do not change."""
         ...
 
     async def requeue(self, job_id: str, reason: str, *, is_counted: bool = True) -> None:
-        """The engine process is gone: back to the front of the queue, or failed after `MAX_STARTS` starts. Where it was ended in good
-        order, this start is not counted."""
+        """Return a claimed job to the front of the queue.
+
+        After `MAX_STARTS` starts the job fails instead.
+
+        Args:
+            job_id: Id of the job.
+            reason: Why its engine process did not finish it.
+            is_counted: Whether this start counts. A clean shutdown passes False.
+        """
         ...
 
     async def wait_for_cancel(self, job_id: str) -> None:
-        """Returns when somebody wants this job to stop."""
+        """Return once the job is to be cancelled."""
         ...
 
+
+class JobStore(Protocol):
+    """Stored jobs, as housekeeping uses them."""
+
     async def unfinished_ids(self) -> set[str]:
-        """The ids of all jobs that are not over. Used by housekeeping, as all below."""
+        """Return the ids of all unfinished jobs."""
         ...
 
     async def delete_finished(self, finished_before: float) -> int:
-        """Remove jobs that were over before a time (Unix seconds) and owe nobody a webhook; how many."""
+        """Delete jobs that finished before a time (Unix seconds).
+
+        Jobs with a pending webhook stay.
+
+        Returns:
+            The number of deleted jobs.
+        """
         ...
 
     async def claim_due_webhooks(self, limit: int) -> list[tuple[Job, int]]:
-        """Jobs whose receivers are to be told now, with how often that was tried; due again in a minute, unless `record_webhook_attempt` says
-        something else. Raises `StorageFailed`."""
+        """Claim jobs whose webhook is due.
+
+        They are due again in a minute unless `record_webhook_attempt` sets another time.
+
+        Returns:
+            Each job and the number of attempts so far.
+
+        Raises:
+            StorageFailed: The journal cannot be read or written.
+        """
         ...
 
     async def record_webhook_attempt(self, job_id: str, due: float | None, tries: int) -> None:
-        """Note a try, and when (Unix seconds) the next one is due; None: no more."""
+        """Store the number of attempts and the time of the next one.
+
+        Args:
+            job_id: Id of the job.
+            due: Time of the next attempt in Unix seconds. None: no further attempt.
+            tries: Number of attempts so far.
+        """
         ...
+
+
+class Jobs(JobQueue, JobConsumer, JobStore, Protocol):
+    """Queue of jobs with all its users' interfaces."""
 
 
 def too_many_starts(reason: str) -> EngineFailed:

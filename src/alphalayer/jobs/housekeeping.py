@@ -11,7 +11,7 @@ from alphalayer.jobs.table import Journal
 
 
 class Housekeeping:
-    """The part of `alphalayer.jobs.Dispatcher` that is the same on every database."""
+    """`alphalayer.jobs.base.JobStore` on the journal of any database."""
 
     def __init__(self, journal: Journal):
         self._journal = journal

@@ -41,7 +41,7 @@ AWAY_S = 10.0
 
 
 class PostgresJobQueue(Housekeeping):
-    """Implements `alphalayer.jobs.Dispatcher` on PostgreSQL."""
+    """Implements `alphalayer.jobs.base.Jobs` on PostgreSQL."""
 
     def __init__(
         self, journal: Journal, url: str, queue_limit: int, queue_shares: Mapping[str, float], role: str, on_end: OnEnd

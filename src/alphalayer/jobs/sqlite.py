@@ -61,7 +61,7 @@ class _Live:
 
 
 class SqliteJobQueue(Housekeeping):
-    """Implements `alphalayer.jobs.Dispatcher` on a journal file."""
+    """Implements `alphalayer.jobs.base.Jobs` on a journal file."""
 
     def __init__(
         self, journal: Journal, lock: FileLock, queue_limit: int, queue_shares: Mapping[str, float], on_end: OnEnd

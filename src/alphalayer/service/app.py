@@ -28,7 +28,7 @@ from alphalayer.config import Settings
 from alphalayer.core.errors import AlphalayerError, SetupFailed
 from alphalayer.core.optional_dependencies import install_hint, require
 from alphalayer.jobs import lock
-from alphalayer.jobs.base import Dispatcher
+from alphalayer.jobs.base import Jobs
 from alphalayer.jobs.outcomes import record_outcome
 from alphalayer.jobs.sqlite import SqliteJobQueue
 from alphalayer.observability.background import keep_running
@@ -57,7 +57,7 @@ class Parts:
     """What one running service is made of."""
 
     service: Service
-    dispatcher: Dispatcher
+    dispatcher: Jobs
     pool: WorkerPool
     webhooks: Webhooks | None
 
@@ -195,7 +195,7 @@ def _webhook_key(settings: Settings) -> bytes | None:
     return read_secret(secret) if secret else None
 
 
-async def _open_dispatcher(settings: Settings, shares: Mapping[str, float], metrics: Metrics) -> Dispatcher:
+async def _open_dispatcher(settings: Settings, shares: Mapping[str, float], metrics: Metrics) -> Jobs:
     """The queue of this machine alone, or the one that many share."""
     on_end = partial(record_outcome, metrics)
     if settings.database is None:

@@ -21,13 +21,15 @@ def engine_environments(device: str) -> dict[str, dict[str, str]]:
     if device not in ("auto", "cuda"):
         return {device: {}}
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is None:
-        numbers = _list_gpus()
-    else:
-        numbers = [number.strip() for number in visible.split(",") if number.strip()]
+    numbers = _list_gpus() if visible is None else _split(visible)
     # CUDA hides all GPUs from a -1 on
     gpus = takewhile(lambda number: number != "-1", numbers)
     return {f"gpu{gpu}": {"CUDA_VISIBLE_DEVICES": gpu} for gpu in gpus} or {"cpu": {}}
+
+
+def _split(numbers: str) -> list[str]:
+    """Return the entries of a list with commas."""
+    return [number.strip() for number in numbers.split(",") if number.strip()]
 
 
 def _list_gpus() -> list[str]:

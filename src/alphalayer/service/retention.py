@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from alphalayer.core.errors import AlphalayerError
 from alphalayer.core.job import PREVIEW_PREFIX, job_prefix_of
-from alphalayer.jobs.base import Dispatcher
+from alphalayer.jobs.base import JobStore
 from alphalayer.observability.logging import log
 from alphalayer.storage import Storage
 
@@ -43,7 +43,7 @@ def select_expired(
     return gone
 
 
-async def sweep(storage: Storage, dispatcher: Dispatcher, limits: Limits) -> int:
+async def sweep(storage: Storage, dispatcher: JobStore, limits: Limits) -> int:
     """Remove what is over the limits; how many files went. Pictures of jobs that are not over stay, and so do others' files."""
     # first, as the database may do what the place of the pictures does not
     jobs = await dispatcher.delete_finished(time.time() - limits.jobs_days * DAY_S) if limits.jobs_days else 0
@@ -76,7 +76,7 @@ def _delete(storage: Storage, key: str) -> AlphalayerError | None:
     return None
 
 
-async def keep_sweeping(storage: Storage, dispatcher: Dispatcher, limits: Limits, every_s: float = 600.0) -> None:
+async def keep_sweeping(storage: Storage, dispatcher: JobStore, limits: Limits, every_s: float = 600.0) -> None:
     """Sweep now and then until cancelled; what fails is tried again the next time."""
     while True:
         try:

@@ -20,7 +20,7 @@ import httpx
 from alphalayer.api.jobs import answer
 from alphalayer.core.errors import InvalidRequest, SetupFailed, StorageFailed
 from alphalayer.core.job import Job
-from alphalayer.jobs.base import Dispatcher, JobView
+from alphalayer.jobs.base import JobStore, JobView
 from alphalayer.observability.logging import log
 from alphalayer.observability.metrics import Metrics
 
@@ -100,7 +100,7 @@ def signature(key: bytes, message_id: str, timestamp: int, body: bytes) -> str:
 class Webhooks:
     """Tells the receivers of one service. `run` is one task of its event loop."""
 
-    def __init__(self, dispatcher: Dispatcher, metrics: Metrics, key: bytes, *, allow_private: bool):
+    def __init__(self, dispatcher: JobStore, metrics: Metrics, key: bytes, *, allow_private: bool):
         self._dispatcher = dispatcher
         self._metrics = metrics
         self._key = key

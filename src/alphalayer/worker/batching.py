@@ -9,14 +9,14 @@ from __future__ import annotations
 import asyncio
 
 from alphalayer.core.job import Job
-from alphalayer.jobs.base import Dispatcher
+from alphalayer.jobs.base import JobConsumer
 
 LOOK_AGAIN_S = (0.01, 0.25)
 """The pauses between two looks for more: the first, each next one twice as long, and the longest."""
 
 
 async def claim_batch(
-    dispatcher: Dispatcher, budget_pixels: int, wait_s: float, holding: str | None = None
+    dispatcher: JobConsumer, budget_pixels: int, wait_s: float, holding: str | None = None
 ) -> list[Job]:
     """Wait for a job, then up to `wait_s` seconds for more that may be drawn with it; stops as soon as the budget is used up.
 

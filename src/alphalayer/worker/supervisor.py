@@ -18,7 +18,7 @@ from structlog.contextvars import bind_contextvars
 
 from alphalayer.core.errors import AlphalayerError, EngineFailed
 from alphalayer.core.job import Job, JobProgress, JobResult
-from alphalayer.jobs.base import Dispatcher, Outcome
+from alphalayer.jobs.base import JobConsumer, Outcome
 from alphalayer.observability.logging import log
 from alphalayer.observability.metrics import Metrics
 from alphalayer.observability.tracing import JobTrace, Traces
@@ -68,7 +68,7 @@ class _Work:
 class Supervisor:
     """Keeps one engine process at work. `run` is one task of the service's event loop."""
 
-    def __init__(self, name: str, spec: EngineSpec, dispatcher: Dispatcher, metrics: Metrics, traces: Traces):
+    def __init__(self, name: str, spec: EngineSpec, dispatcher: JobConsumer, metrics: Metrics, traces: Traces):
         self.name = name
         self._metrics = metrics
         self._traces = traces
