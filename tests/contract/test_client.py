@@ -165,7 +165,13 @@ def saying(status: int, body: str) -> Iterator[str]:
 async def test_answers_of_something_else_are_told_as_such(status: int, body: str):
     with saying(status, body) as address:
         with Client(address) as client:
-            for ask in (client.submit, client.get, client.cancel, client.withdraw, lambda job: list(client.events(job))):
+            for ask in (
+                client.submit,
+                client.get,
+                client.cancel,
+                client.withdraw,
+                lambda job: list(client.events(job)),
+            ):
                 with pytest.raises(ServiceUnreachable, match=str(status)):
                     ask("0" * 24)
             with pytest.raises(ServiceUnreachable, match=str(status)):
