@@ -37,7 +37,7 @@ from alphalayer.core.request import (
     parse_request,
     split_sampler_name,
 )
-from alphalayer.images import codecs, infotext, postprocess
+from alphalayer.images import codecs, postprocess
 
 app = typer.Typer(
     name="alphalayer",
@@ -136,10 +136,7 @@ def generate(
         result = create_engine(settings.engine_options()).generate(request, on_progress=report)
     for image, target in zip(result.images, targets, strict=True):
         rgba = postprocess.finish(image.rgba, finish)
-        settings_text = infotext.write_parameters(
-            result.request, result.model_name, result.model_hash, image.seed, image.subseed
-        )
-        _write(target, codecs.encode(rgba, codecs.check_format(target.suffix[1:]), settings_text))
+        _write(target, codecs.encode(rgba, codecs.check_format(target.suffix[1:]), result.infotext(image)))
         high, wide = rgba.shape[:2]
         seconds = time.perf_counter() - start
         out.print(f"{target}  {wide}x{high}  seed {image.seed}  {seconds:.1f} s  {result.model_name}")

@@ -35,8 +35,6 @@ ImageFormat = Literal["png", "webp", "avif"]
 ModeName = Literal["attention", "conv", "opaque"]
 OPAQUE: ModeName = "opaque"
 """LayerDiffuse is off."""
-Role = Literal["init", "mask", "foreground", "background", "blended"]
-"""What an input image is used for."""
 ResizeMode = Literal["Just Resize", "Crop and Resize", "Resize and Fill"]
 """How an input image is fitted to the size of the result."""
 RESIZE_MODES: tuple[ResizeMode, ...] = get_args(ResizeMode)
@@ -131,14 +129,6 @@ class Lora(Frozen, frozen=True):
     weight: Annotated[float, Field(ge=-4, le=4, description="Strength of the LoRA.")] = 1.0
 
 
-class ImageInput(Frozen, frozen=True):
-    """A stored upload. Pixels never travel in a request."""
-
-    role: Role
-    file_name: Annotated[str, Field(pattern=r"^input_[0-9a-f]{64}\.[a-z]+$")]
-    """Name in the storage. Retention keeps the file while an open job names it."""
-
-
 class ImageSeed(NamedTuple):
     """Seed and variation seed of one image."""
 
@@ -183,10 +173,6 @@ class GenerationRequest(Frozen, frozen=True):
     layerdiffuse_stop_at: Annotated[
         float, Field(ge=0, le=1, description="Fraction of the schedule during which the patch is on.")
     ] = 1.0
-    strength: (
-        Annotated[float, Field(ge=0, le=1, description="Fraction of the schedule after the init image.")] | None
-    ) = None
-    inputs: Annotated[tuple[ImageInput, ...], Field(max_length=16)] = ()
     noise: NoiseSource = "nv"
     decode: DecodeMode = "official"
 

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from alphalayer.core.job import LayerRole
 from alphalayer.core.request import GenerationRequest, ImageSeed, ResolvedRequest
+from alphalayer.images.infotext import write_parameters
 
 # the libraries below greet every start with notices and progress bars; both can be asked for in the environment
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -54,6 +55,10 @@ class GenerationResult:
     model_hash: str
     images: list[GeneratedImage]
     seconds: dict[str, float] = field(default_factory=dict[str, float])
+
+    def infotext(self, image: GeneratedImage) -> str:
+        """Return the settings of one of the images, as they stand in its file."""
+        return write_parameters(self.request, self.model_name, self.model_hash, image.seed, image.subseed)
 
 
 @dataclass(frozen=True)

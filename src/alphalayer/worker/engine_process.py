@@ -22,8 +22,8 @@ from structlog.contextvars import bind_contextvars
 from alphalayer.core.errors import AlphalayerError, Cancelled, EngineFailed, StorageFailed
 from alphalayer.core.job import ImageRef, Job, JobResult
 from alphalayer.core.request import ImageSeed
-from alphalayer.engine.base import Engine, GeneratedImage, GenerationResult, Progress, RenderTask
-from alphalayer.images import codecs, infotext, postprocess
+from alphalayer.engine.base import Engine, GenerationResult, Progress, RenderTask
+from alphalayer.images import codecs, postprocess
 from alphalayer.jobs.base import MAX_STARTS
 from alphalayer.observability.logging import configure_logging
 from alphalayer.storage import Storage
@@ -161,7 +161,7 @@ def store_pictures(
         if is_cancelled():
             raise Cancelled("cancelled.")
         rgba = postprocess.finish(image.rgba, output)
-        data = codecs.encode(rgba, output.format, _infotext(first, image))
+        data = codecs.encode(rgba, output.format, first.infotext(image))
         key = job.file_name(len(references))
         storage.put(key, data)
         height, width = rgba.shape[:2]
@@ -193,11 +193,6 @@ def load_attribute(path: str) -> Any:
     """The object that "package.module:name" names."""
     module, _, name = path.partition(":")
     return getattr(importlib.import_module(module), name)
-
-
-def _infotext(result: GenerationResult, image: GeneratedImage) -> str:
-    """Write the settings of one image."""
-    return infotext.write_parameters(result.request, result.model_name, result.model_hash, image.seed, image.subseed)
 
 
 def to_public_error(error: Exception) -> AlphalayerError:
