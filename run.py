@@ -132,7 +132,9 @@ def project_digest() -> str:
 
 def is_current(stamp: dict, required: dict, with_tests: bool) -> bool:
     """Return whether the last set-up installed everything that is required."""
-    return stamp.get("tests", False) >= with_tests and all(stamp.get(key) == value for key, value in required.items())
+    return stamp.get("tests", False) >= with_tests and all(
+        stamp.get(key) == value for key, value in required.items()
+    )
 
 
 @contextlib.contextmanager

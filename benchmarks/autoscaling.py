@@ -38,7 +38,9 @@ WAYS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--needed", type=int, nargs="+", default=[5, 10, 18], help="workers that the load needs")
+    parser.add_argument(
+        "--needed", type=int, nargs="+", default=[5, 10, 18], help="workers that the load needs"
+    )
     parser.add_argument("--hours", type=float, default=5.0)
     options = parser.parse_args()
     report: dict[str, Any] = {**vars(options), "ways": {}}
@@ -47,7 +49,11 @@ def main() -> None:
         for needed in options.needed:
             load = Load(round(needed * USE / PICTURE_S * THINK_S), THINK_S)
             found = simulate(load, Fleet(1, PICTURE_S, 1, scaling), options.hours * 3600)
-            figures = {"mean_wait_s": found.mean_s, "p95_wait_s": found.p95_s, "mean_pods": found.mean_pods}
+            figures = {
+                "mean_wait_s": found.mean_s,
+                "p95_wait_s": found.p95_s,
+                "mean_pods": found.mean_pods,
+            }
             report["ways"][name][needed] = {
                 "users": load.users,
                 **{key: round(value, 1) for key, value in figures.items()},

@@ -50,11 +50,18 @@ def unet_call(engine: LocalEngine, width: int, height: int, rows: int) -> Callab
     model, device = engine.held.model, engine.device
     unet = model.unet.to(device)
     dtype, cell = next(unet.parameters()).dtype, model.scale_factor
-    latent = torch.randn(rows, model.latent_channels, height // cell, width // cell, device=device, dtype=dtype)
+    latent = torch.randn(
+        rows, model.latent_channels, height // cell, width // cell, device=device, dtype=dtype
+    )
     context = torch.randn(rows, 77, unet.config["cross_attention_dim"], device=device, dtype=dtype)
-    pooled_width = unet.config["projection_class_embeddings_input_dim"] - 6 * unet.config["addition_time_embed_dim"]
+    pooled_width = (
+        unet.config["projection_class_embeddings_input_dim"]
+        - 6 * unet.config["addition_time_embed_dim"]
+    )
     pooled = torch.randn(rows, pooled_width, device=device, dtype=dtype)
-    sizes = torch.tensor([[height, width, 0, 0, height, width]] * rows, device=device, dtype=torch.float32)
+    sizes = torch.tensor(
+        [[height, width, 0, 0, height, width]] * rows, device=device, dtype=torch.float32
+    )
     added = {"text_embeds": pooled, "time_ids": sizes}
     step = torch.full((rows,), 500.0, device=device)
     return lambda: unet(latent, step, encoder_hidden_states=context, added_cond_kwargs=added)
@@ -68,7 +75,10 @@ def decode_calls(engine: LocalEngine, width: int, height: int) -> dict[str, Call
     dtype = next(decoder.parameters()).dtype
     latent = torch.randn(1, model.latent_channels, height // cell, width // cell, device=device)
     pixel = torch.rand(1, 3, height, width, device=device, dtype=dtype)
-    return {"vae": lambda: model.decode_latent(latent), "decoder_pass": lambda: decoder(pixel, latent.to(dtype))}
+    return {
+        "vae": lambda: model.decode_latent(latent),
+        "decoder_pass": lambda: decoder(pixel, latent.to(dtype)),
+    }
 
 
 @torch.inference_mode()
@@ -117,7 +127,9 @@ def draw(engine: LocalEngine, request: GenerationRequest) -> dict[str, Any]:
 def _peak_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+        1 if sys.platform == "darwin" else 1024
+    )
 
 
 def _wait(device: torch.device) -> None:
@@ -142,7 +154,9 @@ def _models_dir(options: argparse.Namespace) -> Path:
 
 def main() -> None:
     """Measure and report."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model")
     parser.add_argument("--models-dir", type=Path, default=Path("models"))
     parser.add_argument("--random-sdxl", type=Path, metavar="FOLDER")
@@ -154,7 +168,9 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--memory", default="auto")
-    parser.add_argument("--compile", action="store_true", help="compile the UNet, after the first picture")
+    parser.add_argument(
+        "--compile", action="store_true", help="compile the UNet, after the first picture"
+    )
     options = parser.parse_args()
     engine = LocalEngine(
         _models_dir(options),
@@ -163,7 +179,11 @@ def main() -> None:
         memory=options.memory,
     )
     request = GenerationRequest(
-        prompt=options.prompt, model=options.model, width=options.width, height=options.height, steps=options.steps
+        prompt=options.prompt,
+        model=options.model,
+        width=options.width,
+        height=options.height,
+        steps=options.steps,
     )
     start = time.perf_counter()
     first = engine.generate(request)
@@ -189,7 +209,10 @@ def main() -> None:
         "load_s": round(first.seconds["load"], 2),
         "first_picture_s": round(cold_s, 2),
         "matmul_teraoperations_a_second": round(limit / 1e12, 3),
-        "parts": {name: cost(call, engine.device, limit) for name, call in decode_calls(engine, wide, high).items()},
+        "parts": {
+            name: cost(call, engine.device, limit)
+            for name, call in decode_calls(engine, wide, high).items()
+        },
         "batches": {},
     }
     for name, got in report["parts"].items():

@@ -79,7 +79,9 @@ def _alone(address: str, pictures: int = 8) -> float:
     taken: list[float] = []
     for _ in range(pictures + 1):
         start = time.monotonic()
-        httpx.post(f"{address}/alpha/v1/txt2img", json=REQUEST, timeout=60, trust_env=False).raise_for_status()
+        httpx.post(
+            f"{address}/alpha/v1/txt2img", json=REQUEST, timeout=60, trust_env=False
+        ).raise_for_status()
         taken.append(time.monotonic() - start)
     return statistics.fmean(taken[1:])
 
@@ -115,7 +117,11 @@ class Site:
     def age_s(self) -> float:
         """How long the oldest job has waited, as Prometheus would hear it."""
         told = httpx.get(f"{self.address}/metrics", trust_env=False).text
-        return next(float(line.split()[1]) for line in told.splitlines() if line.startswith("alphalayer_queue_age_"))
+        return next(
+            float(line.split()[1])
+            for line in told.splitlines()
+            if line.startswith("alphalayer_queue_age_")
+        )
 
 
 async def _scale(site: Site, scaling: Scaling, log: dict[str, list[float]]) -> None:
@@ -141,7 +147,9 @@ async def _scale(site: Site, scaling: Scaling, log: dict[str, list[float]]) -> N
 async def _measure_scaled(
     site: Site, case: Case, duration_s: float, log: dict[str, list[float]]
 ) -> tuple[list[float], float]:
-    scaling = asyncio.create_task(_scale(site, Scaling(MOST, age_s=AGE_S), log)) if case.scales else None
+    scaling = (
+        asyncio.create_task(_scale(site, Scaling(MOST, age_s=AGE_S), log)) if case.scales else None
+    )
     try:
         return await _measure(site.address, case.load, duration_s)
     finally:
@@ -159,7 +167,11 @@ def real_run(case: Case, duration_s: float) -> tuple[Outcome, float, dict[str, l
         waits, counted_s = asyncio.run(_measure_scaled(site, case, duration_s, log))
     first = duration_s - counted_s
     pod_s = case.pods * counted_s + sum(duration_s - max(each, first) for each in log["started_at"])
-    return Outcome(waits, busy_s=len(waits) * seconds, pod_s=pod_s, counted_s=counted_s), seconds, log
+    return (
+        Outcome(waits, busy_s=len(waits) * seconds, pod_s=pod_s, counted_s=counted_s),
+        seconds,
+        log,
+    )
 
 
 def _figures(outcome: Outcome) -> dict[str, Any]:
@@ -191,7 +203,10 @@ def main() -> None:
         # what chance alone does to a run of this length: twenty of them
         runs = [simulate(case.load, fleet, options.minutes * 60, seed) for seed in range(20)]
         planned = [_figures(run) for run in runs]
-        ranges = {key: [min(each[key] for each in planned), max(each[key] for each in planned)] for key in planned[0]}
+        ranges = {
+            key: [min(each[key] for each in planned), max(each[key] for each in planned)]
+            for key in planned[0]
+        }
         report["cases"][name] = {
             "users": case.load.users,
             "think_s": case.load.think_s,
@@ -200,7 +215,9 @@ def main() -> None:
             "scaling": {**vars(scaling), **log} if scaling else None,
             "seconds_a_picture": round(seconds, 2),
             "measured": real,
-            "simulated": {key: round(statistics.fmean(each[key] for each in planned), 2) for key in planned[0]},
+            "simulated": {
+                key: round(statistics.fmean(each[key] for each in planned), 2) for key in planned[0]
+            },
             "simulated_range": ranges,
         }
         print(json.dumps({name: report["cases"][name]}, indent=1), flush=True)

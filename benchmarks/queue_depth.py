@@ -25,7 +25,12 @@ async def deepen(url: str, jobs: int, alike: bool) -> None:
     connection = await asyncpg.connect(url)
     name = "lpad(to_hex(n), 24, '0')"
     copies = {
-        "jobs": {"id": name, "queue_id": "NULL", "created_at": "created_at + n / 1000.0", "idempotency_key": "NULL"},
+        "jobs": {
+            "id": name,
+            "queue_id": "NULL",
+            "created_at": "created_at + n / 1000.0",
+            "idempotency_key": "NULL",
+        },
         "pgqueuer": {
             "id": None,
             "payload": f"convert_to({name}, 'UTF8')",
@@ -36,9 +41,12 @@ async def deepen(url: str, jobs: int, alike: bool) -> None:
     }
     for table, changes in copies.items():
         found = await connection.fetch(
-            "SELECT column_name FROM information_schema.columns WHERE table_name = $1 AND is_generated = 'NEVER'", table
+            "SELECT column_name FROM information_schema.columns WHERE table_name = $1 AND is_generated = 'NEVER'",
+            table,
         )
-        columns = [row["column_name"] for row in found if changes.get(row["column_name"], "") is not None]
+        columns = [
+            row["column_name"] for row in found if changes.get(row["column_name"], "") is not None
+        ]
         values = ", ".join(changes.get(each) or each for each in columns)
         await connection.execute(
             f"INSERT INTO {table} ({', '.join(columns)}) SELECT {values} FROM {table}, generate_series(2, {jobs}) n"
@@ -71,13 +79,19 @@ async def claims_at_depth(
     for queue in queues:
         await queue.close()
     waits.sort()
-    quantiles = {"median": waits[len(waits) // 2], "p99": waits[int(len(waits) * 0.99)], "postgres_cpu": cpu}
+    quantiles = {
+        "median": waits[len(waits) // 2],
+        "p99": waits[int(len(waits) * 0.99)],
+        "postgres_cpu": cpu,
+    }
     return {name: round(value, 1) for name, value in quantiles.items()}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--depths", type=int, nargs="+", default=[200, 1000, 20_000], help="jobs that wait")
+    parser.add_argument(
+        "--depths", type=int, nargs="+", default=[200, 1000, 20_000], help="jobs that wait"
+    )
     options = parser.parse_args()
     report: dict[str, Any] = {"alike": {}, "each of its own kind": {}}
     postgres = Postgres()

@@ -17,7 +17,9 @@ _LOAD_BEFORE = os.getloadavg()
 
 def machine() -> str:
     """How many cores of which processor, and the Python."""
-    names = [line.partition(": ")[2] for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
+    names = [
+        line.partition(": ")[2] for line in _lines("/proc/cpuinfo") if line.startswith("model name")
+    ]
     return f"{os.cpu_count()} x {names[0] if names else platform.machine()}, Python {platform.python_version()}"
 
 

@@ -126,13 +126,22 @@ class Fleet:
             self.database.messages += messages + 2
             for _ in range(messages):
                 yield self.env.timeout(seconds / messages)
-                self.env.process(self.database.do(self.costs.progress + self.pods * self.costs.delivery))
+                self.env.process(
+                    self.database.do(self.costs.progress + self.pods * self.costs.delivery)
+                )
         yield from self.database.do(self.costs.ask_for_nothing)
         self.idle += 1
 
 
 def simulate(
-    gpus: int, cores: int, picture_s: float, costs: Costs, *, sigma: float, all_answer: bool, seed: int = 0
+    gpus: int,
+    cores: int,
+    picture_s: float,
+    costs: Costs,
+    *,
+    sigma: float,
+    all_answer: bool,
+    seed: int = 0,
 ) -> dict[str, Any]:
     """One size of fleet, for some hundred pictures a GPU where it is small and a few where it is large."""
     env, rng = simpy.Environment(), random.Random(seed)
@@ -142,14 +151,18 @@ def simulate(
     fleet = Fleet(env, database, costs, picture_s, pods, all_answer, rng, gpus)
     duration_s = max(8 * picture_s, 2000 * picture_s / gpus)
 
-    def repeat(rate: float, act: Callable[[], Generator[Any, Any, None]]) -> Generator[Any, Any, None]:
+    def repeat(
+        rate: float, act: Callable[[], Generator[Any, Any, None]]
+    ) -> Generator[Any, Any, None]:
         while True:
             yield env.timeout(rng.expovariate(rate))
             env.process(act())
 
     env.process(repeat(jobs_a_second, fleet.submit))
     env.process(repeat((machines + pods) * LOOKS_A_SECOND, lambda: database.do(costs.look)))
-    env.process(repeat((1 - USE) * gpus * ASKS_A_SECOND, lambda: database.do(costs.ask_for_nothing)))
+    env.process(
+        repeat((1 - USE) * gpus * ASKS_A_SECOND, lambda: database.do(costs.ask_for_nothing))
+    )
     while env.peek() < duration_s and len(database.cores.queue) < HOPELESS:
         env.step()
     delays = sorted(fleet.delays)
@@ -177,7 +190,9 @@ def main() -> None:
     sigma = math.log(claim["p99"] / claim["median"]) / NormalDist().inv_cdf(0.99)
     report: dict[str, Any] = {**vars(options), "costs_s": vars(costs)}
     report["sigma"] = round(sigma, 3)
-    report["messages_a_second_that_one_server_took"] = measured["commits_a_second_with_fsync"]["a message"]
+    report["messages_a_second_that_one_server_took"] = measured["commits_a_second_with_fsync"][
+        "a message"
+    ]
     dead_rows = sum(each["dead_rows"] for each in measured["a_job_leaves"].values())
     cases = (
         ("some answer", False, options.cores),
@@ -187,8 +202,13 @@ def main() -> None:
     for name, all_answer, cores in cases:
         report[name] = {}
         for gpus in options.gpus:
-            found = simulate(gpus, cores, options.seconds, costs, sigma=sigma, all_answer=all_answer)
-            report[name][gpus] = {**found, "dead_rows_a_second": round(found["jobs_a_second"] * dead_rows)}
+            found = simulate(
+                gpus, cores, options.seconds, costs, sigma=sigma, all_answer=all_answer
+            )
+            report[name][gpus] = {
+                **found,
+                "dead_rows_a_second": round(found["jobs_a_second"] * dead_rows),
+            }
             print(name, gpus, report[name][gpus], flush=True)
     write_report("scaling", report)
 

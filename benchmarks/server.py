@@ -54,7 +54,11 @@ class Service:
     @property
     def resident_mb(self) -> float:
         """Resident memory in MB."""
-        return int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
+        return (
+            int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1])
+            * os.sysconf("SC_PAGE_SIZE")
+            / 1e6
+        )
 
     def _is_ready(self) -> bool:
         try:
@@ -66,13 +70,17 @@ class Service:
 async def crowd(service: Service, clients: int) -> dict[str, Any]:
     """All submit at once, while one looks at a job again and again."""
     limits = httpx.Limits(max_connections=clients + 1)
-    async with httpx.AsyncClient(base_url=service.url, limits=limits, timeout=120, trust_env=False) as http:
+    async with httpx.AsyncClient(
+        base_url=service.url, limits=limits, timeout=120, trust_env=False
+    ) as http:
         first = (await http.post("/alpha/v1/jobs", json=BODY)).json()
         looks: list[float] = []
         done = asyncio.Event()
 
         async def look() -> None:
-            async with httpx.AsyncClient(base_url=service.url, timeout=120, trust_env=False) as other:
+            async with httpx.AsyncClient(
+                base_url=service.url, timeout=120, trust_env=False
+            ) as other:
                 while not done.is_set():
                     start = time.perf_counter()
                     (await other.get(f"/alpha/v1/jobs/{first['id']}")).raise_for_status()
@@ -80,18 +88,28 @@ async def crowd(service: Service, clients: int) -> dict[str, Any]:
                     await asyncio.sleep(0.005)
 
         looking = asyncio.create_task(look())
-        answers = await asyncio.gather(*(http.post("/alpha/v1/jobs", json=BODY) for _ in range(clients)))
+        answers = await asyncio.gather(
+            *(http.post("/alpha/v1/jobs", json=BODY) for _ in range(clients))
+        )
         done.set()
         await looking
-        accepted = [first["id"], *(each.json()["id"] for each in answers if each.status_code == 202)]
+        accepted = [
+            first["id"],
+            *(each.json()["id"] for each in answers if each.status_code == 202),
+        ]
         turned_away = [each for each in answers if each.status_code == 429]
         looks.sort()
         return {
             "clients": clients,
             "accepted": len(accepted),
             "told_to_come_back": len(turned_away),
-            "with_retry_after": sum(int(each.headers.get("retry-after", "0")) >= 1 for each in turned_away),
-            "look_ms": {"median": _ms(looks[len(looks) // 2]), "p99": _ms(looks[int(len(looks) * 0.99)])},
+            "with_retry_after": sum(
+                int(each.headers.get("retry-after", "0")) >= 1 for each in turned_away
+            ),
+            "look_ms": {
+                "median": _ms(looks[len(looks) // 2]),
+                "p99": _ms(looks[int(len(looks) * 0.99)]),
+            },
             "ids": accepted,
         }
 
@@ -101,7 +119,10 @@ async def all_end(service: Service, ids: list[str]) -> int:
     async with httpx.AsyncClient(base_url=service.url, timeout=120, trust_env=False) as http:
         done = 0
         for job_id in ids:
-            while (state := (await http.get(f"/alpha/v1/jobs/{job_id}")).json()["state"]) in ("queued", "running"):
+            while (state := (await http.get(f"/alpha/v1/jobs/{job_id}")).json()["state"]) in (
+                "queued",
+                "running",
+            ):
                 await asyncio.sleep(0.05)
             done += state == "done"
         return done
@@ -114,17 +135,25 @@ async def rounds(service: Service, jobs: int, a_round: int = 100) -> dict[str, A
     async with httpx.AsyncClient(base_url=service.url, timeout=120, trust_env=False) as http:
         for i in range(jobs // a_round):
             before = service.cpu_s
-            ids = [(await http.post("/alpha/v1/jobs", json=BODY)).json()["id"] for _ in range(a_round)]
+            ids = [
+                (await http.post("/alpha/v1/jobs", json=BODY)).json()["id"] for _ in range(a_round)
+            ]
             while (await http.get(f"/alpha/v1/jobs/{ids[-1]}")).json()["state"] != "done":
                 await asyncio.sleep(0.02)
             cost.append((service.cpu_s - before) * 1000 / a_round)
             if i % max(1, jobs // a_round // 20) == 0:
                 memory.append(service.resident_mb)
-                print(f"{(i + 1) * a_round} jobs: {cost[-1]:.2f} ms a job, {memory[-1]:.0f} MB", flush=True)
+                print(
+                    f"{(i + 1) * a_round} jobs: {cost[-1]:.2f} ms a job, {memory[-1]:.0f} MB",
+                    flush=True,
+                )
     half = memory[len(memory) // 2 :]
     return {
         "jobs": jobs,
-        "cpu_ms_a_job": {"median": round(statistics.median(cost), 2), "highest_round": round(max(cost), 2)},
+        "cpu_ms_a_job": {
+            "median": round(statistics.median(cost), 2),
+            "highest_round": round(max(cost), 2),
+        },
         "resident_mb": [round(each, 1) for each in memory],
         "growth_in_second_half_mb": round(half[-1] - half[0], 1),
     }

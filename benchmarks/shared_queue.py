@@ -174,13 +174,18 @@ async def footprint(url: str, jobs: int) -> dict[str, dict[str, float]]:
     )
     await connection.close()
     return {
-        row["relname"]: {"dead_rows": round(row["dead"] / jobs, 2), "bytes": round(row["bytes"] / jobs)}
+        row["relname"]: {
+            "dead_rows": round(row["dead"] / jobs, 2),
+            "bytes": round(row["bytes"] / jobs),
+        }
         for row in rows
         if row["dead"] or row["bytes"] > 50 * jobs
     }
 
 
-async def _small_things(url: str, spent: Callable[[], Callable[[], float]], count: int = 1000) -> dict[str, float]:
+async def _small_things(
+    url: str, spent: Callable[[], Callable[[], float]], count: int = 1000
+) -> dict[str, float]:
     queue = await PostgresJobQueue.open(url, 10, role="worker")
     job = await queue.submit(SPEC)
     await queue.claim()
@@ -188,7 +193,10 @@ async def _small_things(url: str, spent: Callable[[], Callable[[], float]], coun
     async def ask_for_nothing() -> None:
         async with queue._transaction() as (_, rows):
             assert (
-                await claims.claim_next(rows, queue._worker, None, claims.ModelAffinity(), may_take_over=True) is None
+                await claims.claim_next(
+                    rows, queue._worker, None, claims.ModelAffinity(), may_take_over=True
+                )
+                is None
             )
 
     async def tell_progress() -> None:
@@ -200,7 +208,11 @@ async def _small_things(url: str, spent: Callable[[], Callable[[], float]], coun
             await queue._room.look(connection)
 
     costs: dict[str, float] = {}
-    for name, act in {"ask_for_nothing": ask_for_nothing, "look": look, "progress": tell_progress}.items():
+    for name, act in {
+        "ask_for_nothing": ask_for_nothing,
+        "look": look,
+        "progress": tell_progress,
+    }.items():
         since = spent()
         for _ in range(count):
             await act()
@@ -231,12 +243,17 @@ async def news(url: str, listeners: int, count: int = MESSAGES) -> dict[str, flo
     sender = await asyncpg.connect(url)
     start = time.perf_counter()
     for _ in range(count):
-        await sender.execute("SELECT pg_notify('news', $1)", '{"news": "progress", "id": "0123456789abcdef01234567"}')
+        await sender.execute(
+            "SELECT pg_notify('news', $1)", '{"news": "progress", "id": "0123456789abcdef01234567"}'
+        )
     await everything.wait()
     spent = time.perf_counter() - start
     for connection in (*connections, sender):
         await connection.close()
-    return {"messages_a_second": round(count / spent), "deliveries_a_second": round(count * listeners / spent)}
+    return {
+        "messages_a_second": round(count / spent),
+        "deliveries_a_second": round(count * listeners / spent),
+    }
 
 
 async def commits(url: str, senders: int = 16, seconds: float = 5.0) -> dict[str, int]:
@@ -253,7 +270,10 @@ async def commits(url: str, senders: int = 16, seconds: float = 5.0) -> dict[str
         count, end = 0, time.perf_counter() + seconds
 
         async def send(
-            connection: Any, end: float = end, synchronous: str = synchronous, statement: str = statement
+            connection: Any,
+            end: float = end,
+            synchronous: str = synchronous,
+            statement: str = statement,
         ) -> int:
             sent = 0
             while time.perf_counter() < end:

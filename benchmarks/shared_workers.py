@@ -95,7 +95,9 @@ def measure(postgres: Postgres, workers: int, jobs: int) -> dict[str, float]:
     hosts = min(HOSTS, workers)
     with tempfile.TemporaryDirectory() as name, ProcessPoolExecutor(hosts) as pool:
         folder = Path(name)
-        drawing = [pool.submit(draw, url, len(range(i, workers, hosts)), folder, i) for i in range(hosts)]
+        drawing = [
+            pool.submit(draw, url, len(range(i, workers, hosts)), folder, i) for i in range(hosts)
+        ]
         wait_until(lambda: len(list(folder.glob(f"{READY}-*"))) == hosts, 600)
         asyncio.run(fill(url, jobs))
         spent = Spent(postgres)
@@ -104,10 +106,17 @@ def measure(postgres: Postgres, workers: int, jobs: int) -> dict[str, float]:
         cpu = spent() / jobs * 1000
         (folder / OVER).touch()
         claims = sorted(each * 1000 for host in drawing for each in host.result())
-    quantiles = {"claim_ms_median": claims[len(claims) // 2], "claim_ms_p99": claims[int(len(claims) * 0.99)]}
+    quantiles = {
+        "claim_ms_median": claims[len(claims) // 2],
+        "claim_ms_p99": claims[int(len(claims) * 0.99)],
+    }
     return {
         name: round(value, 1)
-        for name, value in {"finished_a_second": rate, **quantiles, "postgres_cpu_ms_a_job": cpu}.items()
+        for name, value in {
+            "finished_a_second": rate,
+            **quantiles,
+            "postgres_cpu_ms_a_job": cpu,
+        }.items()
     }
 
 

@@ -37,7 +37,9 @@ def settings_page() -> str:
     for name, field in Settings.model_fields.items():
         default = "" if field.default in (None, "") else f"`{field.default}`"
         flag = "--" + name.replace("_", "-")
-        lines.append(f"| `{name}` | `{PREFIX}{name.upper()}` | `{flag}` | {default} | {field.description} |")
+        lines.append(
+            f"| `{name}` | `{PREFIX}{name.upper()}` | `{flag}` | {default} | {field.description} |"
+        )
     lines += [
         "",
         "Also read: `COMMANDLINE_ARGS` (by `launch.py`), `CUDA_VISIBLE_DEVICES` (one engine process per GPU listed), "
@@ -54,13 +56,25 @@ def cli_page() -> str:
         if getattr(command, "commands", None):
             for name, child in sorted(command.commands.items()):
                 if not child.hidden:
-                    add(child, f"{path} {name}", typer.Context(child, parent=context, info_name=name))
+                    add(
+                        child,
+                        f"{path} {name}",
+                        typer.Context(child, parent=context, info_name=name),
+                    )
             return
-        lines.extend([f"## `{path}`", "", command.help or "", "", "| option | meaning |", "|---|---|"])
+        lines.extend(
+            [f"## `{path}`", "", command.help or "", "", "| option | meaning |", "|---|---|"]
+        )
         for parameter in command.params:
             if parameter.name != "help":
-                names = ", ".join(f"`{each}`" for each in [*parameter.opts, *parameter.secondary_opts])
-                shown = names if parameter.param_type_name == "option" else f"`{(parameter.name or '').upper()}`"
+                names = ", ".join(
+                    f"`{each}`" for each in [*parameter.opts, *parameter.secondary_opts]
+                )
+                shown = (
+                    names
+                    if parameter.param_type_name == "option"
+                    else f"`{(parameter.name or '').upper()}`"
+                )
                 lines.append(f"| {shown} | {getattr(parameter, 'help', '') or ''} |")
         lines.append("")
 
@@ -73,7 +87,13 @@ def api_page() -> str:
     """Every route with its parameters, fields and answers, and the objects in them, from the OpenAPI description."""
     description = create_app(Settings()).openapi()
     schemas = description["components"]["schemas"]
-    lines = ["# The HTTP interface", NOTE, "", "The same is at `/docs` of a running service, to be tried out.", ""]
+    lines = [
+        "# The HTTP interface",
+        NOTE,
+        "",
+        "The same is at `/docs` of a running service, to be tried out.",
+        "",
+    ]
     named: dict[str | None, None] = {}
     for path, methods in description["paths"].items():
         for method, route in methods.items():
@@ -112,7 +132,11 @@ def _title(name: str) -> str:
 
 def _answer(status: str, answer: dict[str, Any]) -> str:
     name = _json_of(answer)
-    what = "" if answer["description"] == "Successful Response" else f" {answer['description'].rstrip('.')}"
+    what = (
+        ""
+        if answer["description"] == "Successful Response"
+        else f" {answer['description'].rstrip('.')}"
+    )
     return f"{status}{what}" + (f" (`{_title(name)}`)" if name else "")
 
 
@@ -128,7 +152,11 @@ def _meaning(field: dict[str, Any]) -> str:
 def _limits(schema: dict[str, Any]) -> str:
     """What a value may be: "64 to 2048", "one of ...", `a pattern`; lists that stand at the end of the page are left out."""
     if "minimum" in schema and "maximum" in schema:
-        return f"{schema['minimum']:g} to {schema['maximum']:g}" if schema["maximum"] < MAX_SEED else "-1 to 2^63 - 1"
+        return (
+            f"{schema['minimum']:g} to {schema['maximum']:g}"
+            if schema["maximum"] < MAX_SEED
+            else "-1 to 2^63 - 1"
+        )
     if len(schema.get("enum", ())) > 1 and schema["enum"] not in (list(SAMPLERS), list(SCHEDULERS)):
         return f"one of {', '.join(f'`{each}`' for each in schema['enum'])}"
     if schema.get("pattern", NOT_BLANK) != NOT_BLANK:
@@ -142,15 +170,25 @@ def _parameters(parameters: list[dict[str, Any]]) -> list[str]:
         return []
     lines = ["| parameter | where | default | meaning |", "|---|---|---|---|"]
     for each in parameters:
-        default = "must be given" if each["required"] else f"`{json.dumps(each['schema'].get('default'))}`"
-        lines.append(f"| `{each['name']}` | {each['in']} | {default} | {_meaning({**each['schema'], **each})} |")
+        default = (
+            "must be given"
+            if each["required"]
+            else f"`{json.dumps(each['schema'].get('default'))}`"
+        )
+        lines.append(
+            f"| `{each['name']}` | {each['in']} | {default} | {_meaning({**each['schema'], **each})} |"
+        )
     return [*lines, ""]
 
 
 def _fields(schema: dict[str, Any]) -> list[str]:
     lines = ["| field | default | meaning |", "|---|---|---|"]
     for name, field in schema["properties"].items():
-        default = "must be given" if name in schema.get("required", ()) else f"`{json.dumps(field.get('default'))}`"
+        default = (
+            "must be given"
+            if name in schema.get("required", ())
+            else f"`{json.dumps(field.get('default'))}`"
+        )
         lines.append(f"| `{name}` | {default} | {_meaning(field)} |")
     return [*lines, ""]
 
@@ -162,7 +200,14 @@ def _objects(names: list[str], schemas: dict[str, Any]) -> list[str]:
         schema = schemas[name]
         if "properties" not in schema:
             continue
-        lines += [f"## `{_title(name)}`", "", schema.get("description", ""), "", "| field | meaning |", "|---|---|"]
+        lines += [
+            f"## `{_title(name)}`",
+            "",
+            schema.get("description", ""),
+            "",
+            "| field | meaning |",
+            "|---|---|",
+        ]
         for field, about in schema["properties"].items():
             inner = _named(about)
             if inner and inner not in names:
@@ -186,11 +231,18 @@ def metrics_page() -> str:
     for metric in vars(Metrics()).values():
         if isinstance(metric, MetricWrapperBase):
             name = metric._name + ("_total" if isinstance(metric, Counter) else "")
-            lines.append(f"| `{name}` | {', '.join(metric._labelnames)} | {metric._documentation} |")
+            lines.append(
+                f"| `{name}` | {', '.join(metric._labelnames)} | {metric._documentation} |"
+            )
     return "\n".join(lines) + "\n"
 
 
-PAGES = {"settings.md": settings_page, "cli.md": cli_page, "api.md": api_page, "metrics.md": metrics_page}
+PAGES = {
+    "settings.md": settings_page,
+    "cli.md": cli_page,
+    "api.md": api_page,
+    "metrics.md": metrics_page,
+}
 
 
 def main() -> None:

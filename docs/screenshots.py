@@ -19,7 +19,10 @@ from playwright.async_api import BrowserContext, Page, async_playwright, expect
 TARGET = Path(__file__).parent / "guides" / "playground"
 PORT = 7899
 ADDRESS = f"http://127.0.0.1:{PORT}"
-SIZES: dict[str, Any] = {"desktop": {"width": 1440, "height": 900}, "phone": {"width": 390, "height": 844}}
+SIZES: dict[str, Any] = {
+    "desktop": {"width": 1440, "height": 900},
+    "phone": {"width": 390, "height": 844},
+}
 PROMPTS = ("a slice of pizza", "a green dinosaur", "a red apple")
 QUEUED = ("a yellow star", "a blue cup, high quality", "a fish")
 SLOW_MS = 600_000
@@ -28,8 +31,12 @@ SLOW_MS = 600_000
 async def shoot() -> None:
     """Draw on the page as a person would; look at it in both sizes and schemes, finished and while it draws."""
     async with async_playwright() as playwright:
-        path = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
-        browser = await playwright.chromium.launch(executable_path=path, args=["--no-sandbox", "--disable-gpu"])
+        path = (
+            os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
+        )
+        browser = await playwright.chromium.launch(
+            executable_path=path, args=["--no-sandbox", "--disable-gpu"]
+        )
         context = await browser.new_context()
         page = await _open(context)
         for i, prompt in enumerate(PROMPTS):
@@ -60,7 +67,9 @@ async def _shoot(page: Page, name: str, state: str) -> None:
     for scheme in ("light", "dark"):
         await page.emulate_media(color_scheme=scheme)  # type: ignore[arg-type]
         await page.wait_for_timeout(500)
-        await page.screenshot(path=TARGET / f"{name}-{scheme}{state}.png", full_page=name == "phone")
+        await page.screenshot(
+            path=TARGET / f"{name}-{scheme}{state}.png", full_page=name == "phone"
+        )
 
 
 async def _open(context: BrowserContext) -> Page:
@@ -81,7 +90,16 @@ def main() -> None:
     """Start a service in an empty folder, take the pictures, stop it."""
     TARGET.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "alphalayer", "serve", "--port", str(PORT), "--device", "cpu"]
+        command = [
+            sys.executable,
+            "-m",
+            "alphalayer",
+            "serve",
+            "--port",
+            str(PORT),
+            "--device",
+            "cpu",
+        ]
         service = subprocess.Popen(command, cwd=folder)
         try:
             asyncio.run(_wait_and_shoot())

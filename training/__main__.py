@@ -22,7 +22,9 @@ def main() -> None:
     parser.add_argument("--autoencoder-minutes", type=float, default=180)
     parser.add_argument("--unet-minutes", type=float, default=600)
     parser.add_argument("--patch-minutes", type=float, default=10)
-    parser.add_argument("--processes", type=int, default=2, help="processes of one thread that train the UNet")
+    parser.add_argument(
+        "--processes", type=int, default=2, help="processes of one thread that train the UNet"
+    )
     parser.add_argument("--only", help="run this stage alone, even if it has a result")
     options = parser.parse_args()
     torchrun = ["-m", "torch.distributed.run", "--master-port=29561"]

@@ -465,7 +465,9 @@ def train(minutes: float, learning_rate: float = 1.5e-3) -> None:
     print(f"saved step {step}, cpu {time.process_time():.0f} s", flush=True)
 
 
-def save(model: nn.Module, optimizer: torch.optim.Optimizer, average: WeightAverage, step: int) -> None:
+def save(
+    model: nn.Module, optimizer: torch.optim.Optimizer, average: WeightAverage, step: int
+) -> None:
     """Write the checkpoint atomically."""
     content = {
         "model": model.state_dict(),
@@ -540,7 +542,8 @@ def evaluate(model: nn.Module, count: int = 64, sheet: Path | None = None) -> di
         if len(rows) < 6:
             board_512 = F.interpolate(board, scale_factor=2)
             rows += [
-                torch.cat(list(images.composite(part, board_512)[..., 96:416, 96:416]), -1) for part in (rgba, output)
+                torch.cat(list(images.composite(part, board_512)[..., 96:416, 96:416]), -1)
+                for part in (rgba, output)
             ]
     if sheet:
         pixels = (torch.cat(rows, -2).clamp(0, 1) * 255).byte().permute(1, 2, 0)

@@ -183,7 +183,9 @@ def with_article(noun: str) -> str:
     return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
 
 
-def phrase_of_anything(concepts: Sequence[Concept], others: Sequence[str], rng: random.Random) -> str:
+def phrase_of_anything(
+    concepts: Sequence[Concept], others: Sequence[str], rng: random.Random
+) -> str:
     """Return a text for the encoders to learn from.
 
     Args:

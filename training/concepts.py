@@ -31,7 +31,10 @@ def _named() -> dict[str, tuple[str, tuple[str, ...]]]:
     for line in read_lines("concepts.txt"):
         label, _, words = line.partition(" = ")
         words_by_label.setdefault(label.strip(), []).extend(w.strip() for w in words.split(";"))
-    return {label: (words[0], tuple(dict.fromkeys(words[1:]))) for label, words in words_by_label.items()}
+    return {
+        label: (words[0], tuple(dict.fromkeys(words[1:])))
+        for label, words in words_by_label.items()
+    }
 
 
 @lru_cache
@@ -47,7 +50,8 @@ def read_concepts(*, every: bool = False) -> Sequence[Concept]:
     """
     entries = {entry["label"]: entry for entry in emoji_entries()}
     names_by_language = {
-        language: {entry["hexcode"]: entry["label"] for entry in emoji_entries(language)} for language in LANGUAGES
+        language: {entry["hexcode"]: entry["label"] for entry in emoji_entries(language)}
+        for language in LANGUAGES
     }
     named = _named()
     # The Open Clip Art Library's labels need the names of all concepts.

@@ -24,7 +24,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-CACHE = Path(os.environ.get("ALPHALAYER_TRAINING_CACHE", Path.home() / ".cache" / "alphalayer-training"))
+CACHE = Path(
+    os.environ.get("ALPHALAYER_TRAINING_CACHE", Path.home() / ".cache" / "alphalayer-training")
+)
 FOLDER = Path(__file__).parent
 SIDE = 512
 MARGIN_SHARE = 1 / 32

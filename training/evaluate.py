@@ -164,7 +164,12 @@ def measure_ceiling(model: Classifier, count: int = 200) -> dict[str, dict[str, 
     rng = random.Random(0)
     known = set(concept_labels())
     sets = load_sets(TRAINING_SETS)
-    pool = [(name, row) for name, (_, labels) in sets.items() for row, label in enumerate(labels) if label in known]
+    pool = [
+        (name, row)
+        for name, (_, labels) in sets.items()
+        for row, label in enumerate(labels)
+        if label in known
+    ]
     chosen = rng.sample(pool, count)
     labels = [sets[name][1][row] for name, row in chosen]
     autoencoder = load_trained()
@@ -231,12 +236,19 @@ def measure_seeds(engine: LocalEngine, seeds: int = 4) -> dict[str, float]:
     """Return mean absolute differences of images, premultiplied, in [0, 1]."""
     prompts = contact_sheet.read_prompts()[::8]
     by_prompt = {
-        prompt: [shrink(contact_sheet.generate(engine, prompt, 100 + seed)[None])[0] for seed in range(seeds)]
+        prompt: [
+            shrink(contact_sheet.generate(engine, prompt, 100 + seed)[None])[0]
+            for seed in range(seeds)
+        ]
         for prompt in prompts
     }
 
     def differences(group: list[Tensor]) -> list[float]:
-        return [float((first - second).abs().mean()) for number, first in enumerate(group) for second in group[:number]]
+        return [
+            float((first - second).abs().mean())
+            for number, first in enumerate(group)
+            for second in group[:number]
+        ]
 
     same_prompt = [value for group in by_prompt.values() for value in differences(group)]
     return {

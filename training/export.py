@@ -82,7 +82,9 @@ def export(target: Path) -> int:
     layers = target / "layerdiffuse"
     layers.mkdir()
     save_file(patch, layers / "patch.safetensors")
-    decoder_weights = {name: value.half().contiguous() for name, value in decoder.state_dict().items()}
+    decoder_weights = {
+        name: value.half().contiguous() for name, value in decoder.state_dict().items()
+    }
     save_file(decoder_weights, layers / "decoder.safetensors")
     config = {
         "version": 1,

@@ -90,7 +90,11 @@ def augment(
     if first:
         return rgba, Sample(sample.label, sample.set, sample.image, style, own)
     if hue is not None and chance() < RECOLOR_SHARE:
-        others = tuple(name for name in captions.COLORS if name != own and not captions.is_held_out(name, concept))
+        others = tuple(
+            name
+            for name in captions.COLORS
+            if name != own and not captions.is_held_out(name, concept)
+        )
         color = choose(others)
         rgba = recolor_as(rgba, hue, color)
     else:
@@ -171,7 +175,9 @@ def encode_set(name: str, copies: int) -> None:
         samples: list[Sample] = []
         for array, sample, concept in listed[start : start + SHARD_SIZE]:
             rgba = to_tensor(array)
-            pairs = [augment(rgba, sample, concept, generator, first=copy == 0) for copy in range(copies)]
+            pairs = [
+                augment(rgba, sample, concept, generator, first=copy == 0) for copy in range(copies)
+            ]
             batch = torch.cat([image for image, _ in pairs])
             batch = batch.contiguous(memory_format=torch.channels_last)
             latents.append(encode(model, batch))

@@ -45,7 +45,11 @@ def train(minutes: float, count: int = 16, learning_rate: float = 2e-3) -> None:
     """
     torch.manual_seed(1)
     unet = load_averaged()
-    layers = {name: module for name, module in unet.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)}
+    layers = {
+        name: module
+        for name, module in unet.named_modules()
+        if isinstance(module, nn.Linear | nn.Conv2d)
+    }
     changes = {name: LowRank(layer.weight) for name, layer in layers.items()}
     if CHECKPOINT.is_file():
         for name, change in torch.load(CHECKPOINT, weights_only=True).items():
@@ -68,7 +72,8 @@ def train(minutes: float, count: int = 16, learning_rate: float = 2e-3) -> None:
         if step % 25 == 0:
             print(f"step {step} {time.time() - start:.0f} s loss {loss.item():.4f}", flush=True)
     factors_by_layer = {
-        name: {"up": change.up.detach(), "down": change.down.detach()} for name, change in changes.items()
+        name: {"up": change.up.detach(), "down": change.down.detach()}
+        for name, change in changes.items()
     }
     torch.save(factors_by_layer, CHECKPOINT)
 

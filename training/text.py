@@ -140,7 +140,8 @@ class Encoders:
 
     def __init__(self):
         self.tokenizer, self.tokenizer_2 = (
-            CLIPTokenizer.from_pretrained(TOKENIZER.parent / name) for name in ("tokenizer", "tokenizer_2")
+            CLIPTokenizer.from_pretrained(TOKENIZER.parent / name)
+            for name in ("tokenizer", "tokenizer_2")
         )
         student = Student(len(self.tokenizer))
         student.load_state_dict(torch.load(CHECKPOINT, weights_only=True))
@@ -222,7 +223,11 @@ def make_corpus(count: int) -> tuple[list[str], list[str]]:
     entries = emoji_entries()
     others = [entry["label"].lower() for entry in entries if entry.get("group") in range(8)]
     words = [tag for entry in entries for tag in entry.get("tags", ())]
-    phrases = [name for concept in concepts for name in (concept.name, *concept.synonyms, concept.label.lower())]
+    phrases = [
+        name
+        for concept in concepts
+        for name in (concept.name, *concept.synonyms, concept.label.lower())
+    ]
     phrases += [word for family in captions.COLORS.values() for word in family]
     phrases += [word for word in captions.UNWANTED if word]
     phrases += [*others, *words]
@@ -252,7 +257,9 @@ def train(minutes: float, learning_rate: float = 2e-3) -> None:
     ids = tokenize(tokenizer, texts, 32)
     lengths = (ids == tokenizer.eos_token_id).int().argmax(1) + 1
     student = Student(len(tokenizer))
-    optimizer = torch.optim.AdamW(student.parameters(), learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(
+        student.parameters(), learning_rate, betas=(0.9, 0.98), weight_decay=0.01
+    )
     start, step, stop = time.time(), 0, Stop()
     while (time.time() - start) / (minutes * 60) < 1 and not stop.requested:
         order = torch.argsort(lengths + torch.rand(len(lengths)) * 2)

@@ -56,7 +56,11 @@ def read_synsets() -> dict[str, Synset]:
         words = tuple(fields[4 + 2 * number] for number in range(count))
         pointers = fields[5 + 2 * count :]
         by_symbol = {
-            symbol: tuple(pointers[start + 1] for start in range(0, len(pointers) - 3, 4) if pointers[start] == symbol)
+            symbol: tuple(
+                pointers[start + 1]
+                for start in range(0, len(pointers) - 3, 4)
+                if pointers[start] == symbol
+            )
             for symbol in ("~", "@")
         }
         synsets[fields[0]] = Synset(fields[1], words, by_symbol["~"], by_symbol["@"])

@@ -98,10 +98,14 @@ class SampleStream:
         self._context = np.load(CONTEXT, mmap_mode="r")
         self._pooled = np.load(POOLS, mmap_mode="r")
         self.scale = scaling_factor()
-        shown = [(samples[number].label, TRAINING_SETS[samples[number].set].design) for number in numbers]
+        shown = [
+            (samples[number].label, TRAINING_SETS[samples[number].set].design) for number in numbers
+        ]
         in_design = Counter(shown)
         designs = Counter(label for label, _ in in_design)
-        self._cumulative = list(accumulate(1 / (designs[label] * in_design[label, design]) for label, design in shown))
+        self._cumulative = list(
+            accumulate(1 / (designs[label] * in_design[label, design]) for label, design in shown)
+        )
         self._rng = random.Random(seed)
 
     def batch(self, count: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -117,7 +121,9 @@ class SampleStream:
         for number, chance in zip(chosen, chances, strict=True):
             first, phrases = self._rows[number]
             unwanted = -1 - self._rng.randrange(len(captions.UNWANTED))
-            texts.append(unwanted if chance < UNWANTED_SHARE else first + self._rng.randrange(phrases))
+            texts.append(
+                unwanted if chance < UNWANTED_SHARE else first + self._rng.randrange(phrases)
+            )
         context = torch.from_numpy(self._context[texts]).float()
         pooled = torch.from_numpy(self._pooled[texts]).float()
         limit = UNWANTED_SHARE + EMPTY_SHARE
@@ -173,7 +179,9 @@ class Average:
 
 def make_optimizer(unet: torch.nn.Module, learning_rate: float) -> torch.optim.AdamW:
     """Return the optimizer whose state is in the checkpoints."""
-    return torch.optim.AdamW(unet.parameters(), learning_rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+    return torch.optim.AdamW(
+        unet.parameters(), learning_rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True
+    )
 
 
 def train(minutes: float, count: int = 32, learning_rate: float = 8e-4) -> None:
@@ -243,7 +251,9 @@ def train(minutes: float, count: int = 32, learning_rate: float = 8e-4) -> None:
         save(unet, optimizer, average, step)
 
 
-def save(unet: torch.nn.Module, optimizer: torch.optim.Optimizer, average: Average, step: int) -> None:
+def save(
+    unet: torch.nn.Module, optimizer: torch.optim.Optimizer, average: Average, step: int
+) -> None:
     """Write the checkpoint atomically."""
     content = {
         "unet": unet.state_dict(),

@@ -85,7 +85,10 @@ class JobStatus:
     def read(cls, answer: dict[str, Any]) -> JobStatus:
         """From the service's JSON."""
         names = ("id", "state", "position", "stage", "step", "steps", "created_at")
-        pictures = [Picture(**{name: each[name] for name in Picture.__dataclass_fields__}) for each in answer["images"]]
+        pictures = [
+            Picture(**{name: each[name] for name in Picture.__dataclass_fields__})
+            for each in answer["images"]
+        ]
         return cls(
             **{name: answer[name] for name in names},
             eta_s=answer.get("eta_s"),
@@ -124,31 +127,46 @@ class _Patience:
         is_hopeless = is_absent or isinstance(error, httpx.UnsupportedProtocol)
         pause = PAUSES_S[min(self._failures, len(PAUSES_S)) - 1]
         if is_hopeless or time.monotonic() + pause > self._end:
-            raise ServiceUnreachable(f"{self._url} does not answer: {error}.", hint=_WHERE) from error
+            raise ServiceUnreachable(
+                f"{self._url} does not answer: {error}.", hint=_WHERE
+            ) from error
         return pause
 
 
 class _Calls:
     """What is said and how answers are understood, the same for both clients."""
 
-    def __init__(self, base_url: str, api_key: str | None, headers: Mapping[str, str] | None, patience_s: float):
+    def __init__(
+        self,
+        base_url: str,
+        api_key: str | None,
+        headers: Mapping[str, str] | None,
+        patience_s: float,
+    ):
         self.base_url = base_url.rstrip("/")
         self._patience_s = patience_s
-        self._headers = {**(headers or {}), **({"Authorization": f"Bearer {api_key}"} if api_key else {})}
+        self._headers = {
+            **(headers or {}),
+            **({"Authorization": f"Bearer {api_key}"} if api_key else {}),
+        }
 
     def call(self, method: str, path: str, **more: Any) -> dict[str, Any]:
         """The arguments of a request to the service."""
         headers = {**self._headers, **more.pop("headers", {})}
         return {"method": method, "url": f"{self.base_url}{path}", "headers": headers, **more}
 
-    def submit(self, prompt: str, idempotency_key: str | None, fields: dict[str, Any]) -> dict[str, Any]:
+    def submit(
+        self, prompt: str, idempotency_key: str | None, fields: dict[str, Any]
+    ) -> dict[str, Any]:
         """A new job; the key makes it safe to send twice."""
         headers = {"Idempotency-Key": idempotency_key or secrets.token_hex(12)}
         return self.call("POST", JOBS, json={"prompt": prompt, **fields}, headers=headers)
 
     def list(self, query: dict[str, Any]) -> dict[str, Any]:
         """The arguments of a request for jobs; what is None is not asked for."""
-        return self.call("GET", JOBS, params={name: value for name, value in query.items() if value is not None})
+        return self.call(
+            "GET", JOBS, params={name: value for name, value in query.items() if value is not None}
+        )
 
     def withdraw(self, job_id: str) -> dict[str, Any]:
         """One's own request for a job is taken back."""
@@ -169,7 +187,9 @@ class _Calls:
             if response.status_code in AWAY:
                 raise httpx.RemoteProtocolError(_foreign(response, response.text).message) from None
             if response.status_code in GONE and JOBS not in response.url.path:
-                raise FileMissing(f"no picture is at {response.url.copy_with(query=None)}.") from None
+                raise FileMissing(
+                    f"no picture is at {response.url.copy_with(query=None)}."
+                ) from None
             raise _foreign(response, response.text) from None
 
     def patience(self, call: dict[str, Any], *, is_new: bool = False) -> _Patience:
@@ -217,9 +237,14 @@ class Client:
             on_change(status := change)
         return [self.download(each) for each in status.check().pictures]
 
-    def submit(self, prompt: str, *, idempotency_key: str | None = None, **fields: Any) -> JobStatus:
+    def submit(
+        self, prompt: str, *, idempotency_key: str | None = None, **fields: Any
+    ) -> JobStatus:
         """Put a job into the queue; the same key gives the same job again. Raises `QueueFull`, `InvalidRequest` and others."""
-        return _read(self._send(self._calls.submit(prompt, idempotency_key, fields), is_new=True), JobStatus.read)
+        return _read(
+            self._send(self._calls.submit(prompt, idempotency_key, fields), is_new=True),
+            JobStatus.read,
+        )
 
     def get(self, job_id: str) -> JobStatus:
         """How a job stands. Raises `JobMissing`."""
@@ -304,9 +329,14 @@ class AsyncClient:
             on_change(status := change)
         return [await self.download(each) for each in status.check().pictures]
 
-    async def submit(self, prompt: str, *, idempotency_key: str | None = None, **fields: Any) -> JobStatus:
+    async def submit(
+        self, prompt: str, *, idempotency_key: str | None = None, **fields: Any
+    ) -> JobStatus:
         """See `Client.submit`."""
-        return _read(await self._send(self._calls.submit(prompt, idempotency_key, fields), is_new=True), JobStatus.read)
+        return _read(
+            await self._send(self._calls.submit(prompt, idempotency_key, fields), is_new=True),
+            JobStatus.read,
+        )
 
     async def get(self, job_id: str) -> JobStatus:
         """See `Client.get`."""
@@ -318,7 +348,9 @@ class AsyncClient:
 
     async def cancel(self, job_id: str) -> JobStatus:
         """See `Client.cancel`."""
-        return _read(await self._send(self._calls.call("DELETE", f"{JOBS}/{job_id}")), JobStatus.read)
+        return _read(
+            await self._send(self._calls.call("DELETE", f"{JOBS}/{job_id}")), JobStatus.read
+        )
 
     async def withdraw(self, job_id: str) -> JobStatus:
         """See `Client.leave`."""
@@ -380,7 +412,9 @@ def _event(response: httpx.Response, line: str) -> JobStatus | None:
 
 def _foreign(response: httpx.Response, said: str) -> ServiceUnreachable:
     """The error for an answer that is not the service's."""
-    return ServiceUnreachable(f"{response.url} answered {response.status_code}: {said.strip()[:200]}", hint=_WHERE)
+    return ServiceUnreachable(
+        f"{response.url} answered {response.status_code}: {said.strip()[:200]}", hint=_WHERE
+    )
 
 
 def _problem(answer: dict[str, Any]) -> AlphalayerError:

@@ -11,8 +11,20 @@ from ipaddress import ip_network
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, SecretStr, ValidationError, ValidationInfo, field_validator
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
+from pydantic import (
+    AfterValidator,
+    Field,
+    SecretStr,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    TomlConfigSettingsSource,
+)
 
 from alphalayer.core import validation
 from alphalayer.core.errors import SetupFailed
@@ -31,7 +43,9 @@ def _matching(pattern: str, accepted: str, *, is_list: bool = False) -> AfterVal
 
     def check(value: Any) -> Any:
         text = (value.get_secret_value() if isinstance(value, SecretStr) else value) or ""
-        for part in filter(None, (each.strip() for each in (text.split(",") if is_list else [text]))):
+        for part in filter(
+            None, (each.strip() for each in (text.split(",") if is_list else [text]))
+        ):
             if not re.fullmatch(pattern, part):
                 shown = "" if isinstance(value, SecretStr) else f'"{part}" is not accepted; '
                 raise ValueError(f"{shown}use {accepted}")
@@ -45,7 +59,9 @@ def _check_networks(value: str) -> str:
         try:
             ip_network(part if part != "*" else "::", strict=False)
         except ValueError:
-            raise ValueError(f'"{part}" is no address; use IP addresses, networks such as 10.0.0.0/8, or *') from None
+            raise ValueError(
+                f'"{part}" is no address; use IP addresses, networks such as 10.0.0.0/8, or *'
+            ) from None
     return value
 
 
@@ -61,37 +77,49 @@ class Settings(BaseSettings):
 
     host: Annotated[str, Field(description="Address to listen on; 0.0.0.0 for all.")] = "127.0.0.1"
     port: Annotated[int, Field(ge=1, le=65535, description="Port to listen on.")] = 7861
-    models_dir: Annotated[Path, Field(description="Folder with Stable-diffusion/, layer_model/ and Lora/.")] = Path(
-        "models"
-    )
+    models_dir: Annotated[
+        Path, Field(description="Folder with Stable-diffusion/, layer_model/ and Lora/.")
+    ] = Path("models")
     embeddings_dir: Annotated[
         Path | None,
-        Field(description="Folder with textual-inversion embeddings; unset: embeddings, beside models_dir."),
+        Field(
+            description="Folder with textual-inversion embeddings; unset: embeddings, beside models_dir."
+        ),
     ] = None
-    outputs_dir: Annotated[Path, Field(description="Folder that pictures are written to.")] = Path("outputs")
+    outputs_dir: Annotated[Path, Field(description="Folder that pictures are written to.")] = Path(
+        "outputs"
+    )
     data_dir: Annotated[Path, Field(description="Folder of the journal of jobs.")] = Path("data")
     database: Annotated[
         SecretStr | None,
         Field(
             description="postgresql://user:password@host/name of a queue that many machines share; else a file in data_dir."
         ),
-        _matching(r"postgres(ql)?://.*", "the address of a PostgreSQL database, postgresql://user:password@host/name"),
+        _matching(
+            r"postgres(ql)?://.*",
+            "the address of a PostgreSQL database, postgresql://user:password@host/name",
+        ),
     ] = None
     storage: Annotated[
         str | None,
-        Field(description="s3://bucket/prefix for pictures that many machines share; else outputs_dir."),
+        Field(
+            description="s3://bucket/prefix for pictures that many machines share; else outputs_dir."
+        ),
         _matching(r"(s3|gs|az)://[^/\s].*", "s3://bucket/prefix"),
     ] = None
     redirect_files: Annotated[
-        bool, Field(description="Send those who want a picture to a signed URL of the bucket, instead of its bytes.")
+        bool,
+        Field(
+            description="Send those who want a picture to a signed URL of the bucket, instead of its bytes."
+        ),
     ] = False
     role: Annotated[
         Literal["all", "api", "worker"],
         Field(description="With a shared queue: answer requests (api), draw (worker), or both."),
     ] = "all"
-    default_model: Annotated[str | None, Field(description="Model of requests that name none; else the first one.")] = (
-        None
-    )
+    default_model: Annotated[
+        str | None, Field(description="Model of requests that name none; else the first one.")
+    ] = None
     public_url: Annotated[
         str | None,
         Field(description="Base of the URLs handed out, as clients reach the service."),
@@ -105,7 +133,11 @@ class Settings(BaseSettings):
     cors_allow_origins: Annotated[
         str,
         Field(description='Comma-separated origins for CORS, or "*"; empty: off.'),
-        _matching(rf"\*|{_HTTP}", 'origins such as https://example.com, without a path, or "*"', is_list=True),
+        _matching(
+            rf"\*|{_HTTP}",
+            'origins such as https://example.com, without a path, or "*"',
+            is_list=True,
+        ),
     ] = ""
     api_auth: Annotated[
         SecretStr | None,
@@ -124,15 +156,19 @@ class Settings(BaseSettings):
     ] = Path("data/keys.json")
     device: Annotated[str, Field(description="auto, cuda, cuda:0, mps or cpu.")] = "auto"
     dtype: Annotated[
-        Literal["auto", "fp16", "bf16", "fp32"], Field(description="Number format of UNet and decoder.")
+        Literal["auto", "fp16", "bf16", "fp32"],
+        Field(description="Number format of UNet and decoder."),
     ] = "auto"
     memory: Annotated[
         Literal["auto", "high", "balanced", "low"],
         Field(description="What stays on the GPU: high from 16 GB on, balanced for 12, low for 8."),
     ] = "auto"
-    noise: Annotated[NoiseSource, Field(description="Noise where a request names none; nv is portable.")] = "nv"
+    noise: Annotated[
+        NoiseSource, Field(description="Noise where a request names none; nv is portable.")
+    ] = "nv"
     decode: Annotated[
-        DecodeMode, Field(description="Transparent decode: official, or forge2 for Forge 2's pictures.")
+        DecodeMode,
+        Field(description="Transparent decode: official, or forge2 for Forge 2's pictures."),
     ] = "official"
     batch_pixels: Annotated[
         int | None,
@@ -142,36 +178,53 @@ class Settings(BaseSettings):
         ),
     ] = None
     batch_wait_s: Annotated[
-        float, Field(ge=0, le=10, description="Seconds that a batch which is not full waits for more jobs.")
+        float,
+        Field(
+            ge=0, le=10, description="Seconds that a batch which is not full waits for more jobs."
+        ),
     ] = 0.02
     spare_model_gb: Annotated[
         float,
-        Field(ge=0, description="Host memory for models that are not in use, so that going back to one needs no disk."),
+        Field(
+            ge=0,
+            description="Host memory for models that are not in use, so that going back to one needs no disk.",
+        ),
     ] = 0.0
-    queue_limit: Annotated[int, Field(ge=1, le=100_000, description="Jobs that may wait; more are answered 429.")] = 200
+    queue_limit: Annotated[
+        int, Field(ge=1, le=100_000, description="Jobs that may wait; more are answered 429.")
+    ] = 200
     silence_limit_s: Annotated[
         float,
         Field(
-            gt=0, description="Seconds of silence after which an engine process that starts or works is taken for hung."
+            gt=0,
+            description="Seconds of silence after which an engine process that starts or works is taken for hung.",
         ),
     ] = 900.0
     webhook_secret: Annotated[
-        SecretStr | None, Field(description="Signs webhooks; without it jobs with a webhook_url are refused.")
+        SecretStr | None,
+        Field(description="Signs webhooks; without it jobs with a webhook_url are refused."),
     ] = None
     webhook_allow_private: Annotated[
         bool, Field(description="Send webhooks into private networks and to this machine, too.")
     ] = False
-    keep_pictures_days: Annotated[float, Field(ge=0, description="Pictures older than this are removed; 0: never.")] = (
-        0.0
-    )
+    keep_pictures_days: Annotated[
+        float, Field(ge=0, description="Pictures older than this are removed; 0: never.")
+    ] = 0.0
     keep_pictures_bytes: Annotated[
-        int, Field(ge=0, description="Above this size of all pictures the oldest are removed; 0: never.")
+        int,
+        Field(
+            ge=0, description="Above this size of all pictures the oldest are removed; 0: never."
+        ),
     ] = 0
     keep_jobs_days: Annotated[
         float, Field(ge=0, description="Jobs that were over so long are forgotten; 0: never.")
     ] = 30.0
     drain_s: Annotated[
-        int, Field(ge=0, description="Seconds that requests at work get to end when the service is stopped.")
+        int,
+        Field(
+            ge=0,
+            description="Seconds that requests at work get to end when the service is stopped.",
+        ),
     ] = 60
     max_request_pixels: Annotated[
         int,
@@ -181,15 +234,23 @@ class Settings(BaseSettings):
             "0: no limit.",
         ),
     ] = 0
-    max_request_bytes: Annotated[int, Field(ge=1024, description="Largest request body.")] = 16_000_000
+    max_request_bytes: Annotated[int, Field(ge=1024, description="Largest request body.")] = (
+        16_000_000
+    )
     log_level: Annotated[
-        Literal["debug", "info", "warning", "error"], Field(description="Least serious log lines shown.")
+        Literal["debug", "info", "warning", "error"],
+        Field(description="Least serious log lines shown."),
     ] = "info"
     log_prompts: Annotated[bool, Field(description="Write prompts into the log.")] = False
     tracing: Annotated[
-        bool, Field(description="Send traces over OTLP; the OTEL_* variables of OpenTelemetry say where to.")
+        bool,
+        Field(
+            description="Send traces over OTLP; the OTEL_* variables of OpenTelemetry say where to."
+        ),
     ] = False
-    log_json: Annotated[bool, Field(description="Log one JSON object a line instead of readable text.")] = False
+    log_json: Annotated[
+        bool, Field(description="Log one JSON object a line instead of readable text.")
+    ] = False
 
     @field_validator("*", mode="before")
     @classmethod
@@ -252,7 +313,11 @@ def load_settings(**flags: Any) -> Settings:
     Raises:
         SetupFailed: an unknown name or a value that is not accepted; the message names it as it was given: flag, variable, or line.
     """
-    known = {f"{PREFIX}{name.upper()}" for name in Settings.model_fields} | {f"{PREFIX}TORCH", STARTED_BY, API_KEY}
+    known = {f"{PREFIX}{name.upper()}" for name in Settings.model_fields} | {
+        f"{PREFIX}TORCH",
+        STARTED_BY,
+        API_KEY,
+    }
     unknown = sorted(name for name in os.environ if name.startswith(PREFIX) and name not in known)
     if unknown:
         raise SetupFailed(f"unknown setting in the environment: {', '.join(unknown)}.", hint=_LIST)

@@ -29,7 +29,9 @@ async def test_a_first_picture_with_everything_on_the_way(visit: Visit):
     await expect(page.locator("#progress-prompt")).to_have_text("a red apple")
     await page.wait_for_selector("#picture.preview[src*='preview_']")
     assert float(await page.get_attribute("#progress-bar", "value") or 0) > 0
-    assert await page.locator("#stop").evaluate("each => each.getBoundingClientRect().bottom <= innerHeight")
+    assert await page.locator("#stop").evaluate(
+        "each => each.getBoundingClientRect().bottom <= innerHeight"
+    )
     await expect(page.locator("#queue")).to_be_hidden()
     await expect(page.locator("#actions")).to_be_visible()
     await expect(page.locator("#progress")).to_be_hidden()
@@ -65,7 +67,9 @@ async def test_what_only_the_service_finds_wrong_is_said_too(visit: Visit):
     await visit.fill(prompt="x")
     await page.evaluate("document.getElementById('sampler_name').options[0].value = 'Eulr'")
     await page.click("#draw")
-    await expect(page.locator("#sampler_name-error")).to_have_text(re.compile('^Unknown sampler "Eulr"'))
+    await expect(page.locator("#sampler_name-error")).to_have_text(
+        re.compile('^Unknown sampler "Eulr"')
+    )
     assert [each for each in visit.faults if "422" not in each] == []
     visit.faults.clear()  # Chromium tells its console of every answer that is an error
 
@@ -225,7 +229,16 @@ async def test_by_keyboard_alone(visit: Visit):
     await page.keyboard.press("Control+Enter")
     await expect(page.locator("#history li")).to_have_count(1)
     reached = await _tab_to(page, "forget", within=40)
-    assert {"draw", "viewport", "save-png", "save-webp", "reuse", "alpha", "zoom-in", "choose-photo"} <= reached
+    assert {
+        "draw",
+        "viewport",
+        "save-png",
+        "save-webp",
+        "reuse",
+        "alpha",
+        "zoom-in",
+        "choose-photo",
+    } <= reached
 
 
 async def test_a_key_is_asked_for_once(browser: Browser, tmp_path: Path):
@@ -269,7 +282,9 @@ async def test_a_service_that_was_away_is_waited_for(browser: Browser, tmp_path:
         page = visit.page
         await visit.start("patient")
         restart.kill()
-        await expect(page.locator("#state")).to_have_text("The service cannot be reached. Looking for it…")
+        await expect(page.locator("#state")).to_have_text(
+            "The service cannot be reached. Looking for it…"
+        )
         await expect(page.locator("#progress-words")).to_have_text("Waiting for the service")
         await page.click("#stop")
         await expect(page.locator("#progress-words")).to_contain_text("Not cancelled.")
@@ -285,7 +300,9 @@ async def test_a_service_that_was_away_is_waited_for(browser: Browser, tmp_path:
         await context.close()
 
 
-async def test_why_the_service_cannot_draw_is_said_as_long_as_it_cannot(browser: Browser, tmp_path: Path):
+async def test_why_the_service_cannot_draw_is_said_as_long_as_it_cannot(
+    browser: Browser, tmp_path: Path
+):
     gate = tmp_path / "gate"
     options = {"engine": "tests.browser.gated:create_engine", "engine_options": {"gate": str(gate)}}
     with served(tmp_path, wait_ready=False, **options) as client:
@@ -294,7 +311,9 @@ async def test_why_the_service_cannot_draw_is_said_as_long_as_it_cannot(browser:
         page = visit.page
         await visit.fill(prompt="early")
         await page.click("#draw")
-        await expect(page.locator("#progress-words")).to_have_text("Starting: the model is being loaded")
+        await expect(page.locator("#progress-words")).to_have_text(
+            "Starting: the model is being loaded"
+        )
         await expect(page.locator("#state")).to_be_empty()
         gate.write_text("fine")
         await expect(page.locator("#history li")).to_have_count(1, timeout=15_000)
@@ -303,7 +322,9 @@ async def test_why_the_service_cannot_draw_is_said_as_long_as_it_cannot(browser:
         words = "The service cannot draw now: the card is gone. Put it back."
         await expect(page.locator("#state")).to_have_text(words, timeout=15_000)
         await page.click("#draw")
-        await expect(page.locator("#progress-words")).to_have_text("Waiting: the service cannot draw now")
+        await expect(page.locator("#progress-words")).to_have_text(
+            "Waiting: the service cannot draw now"
+        )
         await visit.expect_no_serious_fault()
         gate.write_text("fine")
         await expect(page.locator("#history li")).to_have_count(2, timeout=15_000)
@@ -348,12 +369,16 @@ async def test_a_proxy_without_a_service_behind_it_is_no_answer(visit: Visit):
     visit.faults.clear()
 
 
-async def test_a_service_that_does_not_know_its_workers_models(browser: Browser, service: httpx.Client):
+async def test_a_service_that_does_not_know_its_workers_models(
+    browser: Browser, service: httpx.Client
+):
     context = await browser.new_context(viewport=DESKTOP)
     await context.route("**/alpha/v1/models", lambda route: route.fulfill(json={"models": []}))
     visit = await visited(context, str(service.base_url))
     page = visit.page
-    assert await page.locator("#checkpoint, #sampler_name").evaluate_all("all => all.map((each) => each.value)") == [
+    assert await page.locator("#checkpoint, #sampler_name").evaluate_all(
+        "all => all.map((each) => each.value)"
+    ) == [
         "",
         "",
     ]
@@ -365,7 +390,13 @@ async def test_a_service_that_does_not_know_its_workers_models(browser: Browser,
     await expect(page.locator("#caption")).to_have_text("any")
     # what the worker took by itself, as the picture says it
     assert await visit.facts() == {
-        **{"Model": "fake", "Size": "1024 × 1024", "Steps": "20", "Guidance": "5", "Sampler": "DPM++ 2M SDE"},
+        **{
+            "Model": "fake",
+            "Size": "1024 × 1024",
+            "Steps": "20",
+            "Guidance": "5",
+            "Sampler": "DPM++ 2M SDE",
+        },
         **{"Schedule": "Karras", "Seed": "12345", "Negative prompt": "bad, ugly"},
     }
     assert await page.locator("#checkpoint option").all_text_contents() == ["Default"]
@@ -376,12 +407,16 @@ async def test_a_service_that_does_not_know_its_workers_models(browser: Browser,
 
 @pytest.mark.parametrize("size", [DESKTOP, PHONE], ids=["desktop", "phone"])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-async def test_nothing_in_the_way_of_anybody(browser: Browser, service: httpx.Client, size: ViewportSize, scheme: str):
+async def test_nothing_in_the_way_of_anybody(
+    browser: Browser, service: httpx.Client, size: ViewportSize, scheme: str
+):
     context = await browser.new_context(viewport=size, color_scheme=scheme)  # type: ignore[arg-type]
     visit = await visited(context, str(service.base_url))
     page = visit.page
     await visit.expect_no_serious_fault()
-    await page.evaluate("document.querySelectorAll('details').forEach((each) => (each.open = true))")
+    await page.evaluate(
+        "document.querySelectorAll('details').forEach((each) => (each.open = true))"
+    )
     await visit.draw(prompt="x" * 300)
     await visit.expect_no_serious_fault()
     await visit.start("one", steps=100)
@@ -435,7 +470,11 @@ async def _tab_to(page: Page, wanted: str, within: int) -> set[str]:
     reached: set[str] = set()
     for _ in range(within):
         await page.keyboard.press("Tab")
-        reached.add(str(await page.evaluate("document.activeElement.id || document.activeElement.outerHTML")))
+        reached.add(
+            str(
+                await page.evaluate("document.activeElement.id || document.activeElement.outerHTML")
+            )
+        )
         if wanted in reached:
             return reached
     pytest.fail(f"{wanted} is not reached, but {reached}")

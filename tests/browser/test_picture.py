@@ -29,7 +29,13 @@ async def _drawn(service: httpx.Client, **fields: Any) -> bytes:
 
 async def test_a_dropped_picture_brings_its_settings(visit: Visit, service: httpx.Client):
     page = visit.page
-    body = {"prompt": "a dropped, (fine:1.2) star", "negative_prompt": "", "seed": 99, "steps": 3, "cfg_scale": 7.5}
+    body = {
+        "prompt": "a dropped, (fine:1.2) star",
+        "negative_prompt": "",
+        "seed": 99,
+        "steps": 3,
+        "cfg_scale": 7.5,
+    }
     body |= {"width": 64, "height": 128, "sampler_name": "Euler a", "scheduler": "Exponential"}
     await visit.drop("star.png", await _drawn(service, **body))
     await expect(page.locator("#note")).to_contain_text("The settings of star.png are in the form.")
@@ -40,8 +46,18 @@ async def test_a_dropped_picture_brings_its_settings(visit: Visit, service: http
 
 async def test_what_the_form_has_no_field_for_is_carried_along(visit: Visit, service: httpx.Client):
     page = visit.page
-    body = {"prompt": "a mug", "seed": 9007199254740993, "layerdiffuse_method": "conv", "layerdiffuse_weight": 0.5}
-    body |= {"layerdiffuse_stop_at": 0.25, "subseed": 9007199254740995, "subseed_strength": 0.5, "checkpoint": "apples"}
+    body = {
+        "prompt": "a mug",
+        "seed": 9007199254740993,
+        "layerdiffuse_method": "conv",
+        "layerdiffuse_weight": 0.5,
+    }
+    body |= {
+        "layerdiffuse_stop_at": 0.25,
+        "subseed": 9007199254740995,
+        "subseed_strength": 0.5,
+        "checkpoint": "apples",
+    }
     first = await _drawn(service, **body)
     await visit.drop("mug.png", first)
     await expect(page.locator("#carried-words")).to_contain_text("conv")
@@ -67,7 +83,12 @@ async def test_a_picture_of_forge_says_what_is_not_here(visit: Visit):
     await expect(visit.page.locator("#note")).to_have_text(
         "The settings of cat.png are in the form. Not here: model juggernautXL, clip skip 2, hires upscale 2."
     )
-    wanted = {"prompt": "a cat, <lora:foo:0.8>", "sampler_name": "DPM++ 2M", "scheduler": "", "width": "512"}
+    wanted = {
+        "prompt": "a cat, <lora:foo:0.8>",
+        "sampler_name": "DPM++ 2M",
+        "scheduler": "",
+        "width": "512",
+    }
     assert await visit.values(*wanted) == wanted  # "" is the model's own: Karras
     assert not await visit.page.is_checked("#layerdiffuse_enabled")
 
@@ -76,7 +97,11 @@ async def test_a_picture_of_forge_says_what_is_not_here(visit: Visit):
     ("said", "words", "chosen"),
     [
         ("Model hash: deadbeef12", " Not here: model [deadbeef12].", ""),
-        ("Model hash: deadbeef12, Model: apples", " Not here: model apples [deadbeef12].", "apples"),
+        (
+            "Model hash: deadbeef12, Model: apples",
+            " Not here: model apples [deadbeef12].",
+            "apples",
+        ),
         ("Model hash: 0123456789, Model: another name", "", "apples"),
         (
             "layerdiffusion_enabled: True, layerdiffusion_decode: forge2",
@@ -91,7 +116,9 @@ async def test_another_model_of_the_same_name_is_not_taken_for_it(
     async def with_hash(route: Route) -> None:
         found = await asyncio.to_thread(lambda: service.get("/alpha/v1/models").json())
         for each in found["models"]:
-            each["title"] = f"{each['name']} [0123456789]" if each["name"] == "apples" else each["name"]
+            each["title"] = (
+                f"{each['name']} [0123456789]" if each["name"] == "apples" else each["name"]
+            )
         await route.fulfill(json=found)
 
     context = await browser.new_context(viewport=DESKTOP)
@@ -99,7 +126,9 @@ async def test_another_model_of_the_same_name_is_not_taken_for_it(
     visit = await visited(context, str(service.base_url))
     text = f"a cat\nSteps: 20, Sampler: Euler, CFG scale: 5, Seed: 7, Size: 512x512, {said}"
     await visit.drop("cat.png", picture(parameters=text))
-    await expect(visit.page.locator("#note")).to_have_text(f"The settings of cat.png are in the form.{words}")
+    await expect(visit.page.locator("#note")).to_have_text(
+        f"The settings of cat.png are in the form.{words}"
+    )
     assert await visit.values("checkpoint") == {"checkpoint": chosen}
     await context.close()
 
@@ -131,9 +160,7 @@ async def test_text_can_be_dragged_on_the_page(visit: Visit):
 
 
 async def test_a_schedule_and_noise_that_are_not_the_models_own_are_not_passed_over(visit: Visit):
-    text = (
-        "a cat\nSteps: 20, Sampler: DPM++ 2M SDE, Schedule type: Automatic, CFG scale: 5, Seed: 7, Size: 64x64, RNG: "
-    )
+    text = "a cat\nSteps: 20, Sampler: DPM++ 2M SDE, Schedule type: Automatic, CFG scale: 5, Seed: 7, Size: 64x64, RNG: "
     await visit.drop("cat.png", picture(parameters=text + "CPU"))
     await expect(visit.page.locator("#note")).to_have_text(
         "The settings of cat.png are in the form. Not here: RNG CPU."
@@ -147,12 +174,15 @@ async def test_a_schedule_and_noise_that_are_not_the_models_own_are_not_passed_o
 
 
 @pytest.mark.parametrize(
-    ("status", "words"), [(413, "This is too large for the way to the service"), (429, "without a reason")]
+    ("status", "words"),
+    [(413, "This is too large for the way to the service"), (429, "without a reason")],
 )
 async def test_a_picture_that_does_not_reach_the_service_is_not_said_to_carry_nothing(
     visit: Visit, status: int, words: str
 ):
-    await visit.page.context.route("**/png-info", lambda route: route.fulfill(status=status, body="no"))
+    await visit.page.context.route(
+        "**/png-info", lambda route: route.fulfill(status=status, body="no")
+    )
     await visit.drop("cat.png", picture())
     await expect(visit.page.locator("#note")).to_contain_text(words)
     visit.faults.clear()
@@ -211,7 +241,9 @@ async def test_zoom_stays_in_its_frame(browser: Browser, service: httpx.Client, 
     context = await browser.new_context(viewport=size)
     visit = await visited(context, str(service.base_url))
     page = visit.page
-    await page.evaluate("document.querySelectorAll('details').forEach((each) => (each.open = true))")
+    await page.evaluate(
+        "document.querySelectorAll('details').forEach((each) => (each.open = true))"
+    )
     await visit.draw(prompt="x", width="256", height="256")
     level, width = page.locator("#zoom-level"), "document.getElementById('picture').clientWidth"
     fitted = {"desktop": 200, "phone": 142}["desktop" if size is DESKTOP else "phone"]
@@ -262,7 +294,9 @@ async def test_downloads(visit: Visit):
 
 
 @pytest.mark.parametrize("language", ["curl", "python", "javascript"])
-async def test_the_code_that_it_shows_saves_the_picture(visit: Visit, language: str, tmp_path: Path):
+async def test_the_code_that_it_shows_saves_the_picture(
+    visit: Visit, language: str, tmp_path: Path
+):
     page = visit.page
     prompt = 'it\'s a "cup" – über $HOME'
     await visit.fill(prompt=prompt, steps="2")
@@ -274,7 +308,9 @@ async def test_the_code_that_it_shows_saves_the_picture(visit: Visit, language: 
     )
     if not shutil.which(command[0]):
         pytest.skip(f"needs {command[0]}")
-    done = await asyncio.to_thread(subprocess.run, command, cwd=tmp_path, capture_output=True, timeout=60, check=False)
+    done = await asyncio.to_thread(
+        subprocess.run, command, cwd=tmp_path, capture_output=True, timeout=60, check=False
+    )
     assert done.returncode == 0, done.stderr
     (saved,) = tmp_path.iterdir()
     assert saved.suffix == ".png"

@@ -14,7 +14,9 @@ from tests.support.serving import served
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 
-async def test_a_key_that_is_mistyped_while_jobs_are_drawn_loses_none(browser: Browser, tmp_path: Path):
+async def test_a_key_that_is_mistyped_while_jobs_are_drawn_loses_none(
+    browser: Browser, tmp_path: Path
+):
     with served(tmp_path, api_auth="ann:one", engine_options={"step_s": 0.02}) as client:
         context = await browser.new_context(viewport=DESKTOP)
         await context.add_init_script(
@@ -39,7 +41,9 @@ async def test_a_key_that_is_mistyped_while_jobs_are_drawn_loses_none(browser: B
 async def test_a_key_that_cannot_be_sent_is_not_kept(visit: Visit):
     page = visit.page
     await _enter(visit, "alk_abc…")
-    await expect(page.locator("#key-error")).to_have_text("A key has no “…” in it. Copy it once more.")
+    await expect(page.locator("#key-error")).to_have_text(
+        "A key has no “…” in it. Copy it once more."
+    )
     await page.fill("#key", "user:pässwört…")
     await page.keyboard.press("Enter")
     await expect(page.locator("#key-dialog")).to_be_hidden()
@@ -51,10 +55,13 @@ async def test_a_key_that_cannot_be_sent_is_not_kept(visit: Visit):
     await expect(page.locator("#state")).to_be_empty()
 
 
-async def test_what_is_typed_into_the_key_dialog_is_left_alone(browser: Browser, service: httpx.Client):
+async def test_what_is_typed_into_the_key_dialog_is_left_alone(
+    browser: Browser, service: httpx.Client
+):
     context = await browser.new_context(viewport=DESKTOP)
     await context.route(
-        "**/alpha/v1/models", lambda route: route.fulfill(status=401, json={"detail": "a key is needed."})
+        "**/alpha/v1/models",
+        lambda route: route.fulfill(status=401, json={"detail": "a key is needed."}),
     )
     page = await context.new_page()
     await page.goto(str(service.base_url))
@@ -69,7 +76,9 @@ async def test_what_is_typed_into_the_key_dialog_is_left_alone(browser: Browser,
     await context.close()
 
 
-async def test_a_request_whose_answer_is_lost_is_not_drawn_twice(visit: Visit, service: httpx.Client):
+async def test_a_request_whose_answer_is_lost_is_not_drawn_twice(
+    visit: Visit, service: httpx.Client
+):
     page = visit.page
 
     async def lose(route: Route) -> None:
@@ -77,7 +86,10 @@ async def test_a_request_whose_answer_is_lost_is_not_drawn_twice(visit: Visit, s
         await route.abort()
 
     def jobs() -> set[str]:
-        return {each["id"] for each in service.get("/alpha/v1/jobs", params={"limit": 200}).json()["jobs"]}
+        return {
+            each["id"]
+            for each in service.get("/alpha/v1/jobs", params={"limit": 200}).json()["jobs"]
+        }
 
     before = await asyncio.to_thread(jobs)
     await page.context.route("**/alpha/v1/jobs", lose)
@@ -85,7 +97,9 @@ async def test_a_request_whose_answer_is_lost_is_not_drawn_twice(visit: Visit, s
     await page.click("#draw")
     await expect(page.locator("#form-error")).to_contain_text("it is drawn once all the same")
     await page.context.unroute("**/alpha/v1/jobs")
-    await page.context.route("**/alpha/v1/jobs", lambda route: route.fulfill(status=429, json={"detail": "too much."}))
+    await page.context.route(
+        "**/alpha/v1/jobs", lambda route: route.fulfill(status=429, json={"detail": "too much."})
+    )
     await page.click("#draw")
     await expect(page.locator("#form-error")).to_have_text("Too much.")
     await page.context.unroute("**/alpha/v1/jobs")

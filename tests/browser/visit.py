@@ -15,7 +15,13 @@ from PIL.PngImagePlugin import PngInfo
 from playwright.async_api import BrowserContext, Page, ViewportSize, expect
 
 CHROMIUM = os.environ.get("CHROMIUM") or next(
-    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable"))), None
+    filter(
+        None,
+        map(
+            shutil.which, ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+        ),
+    ),
+    None,
 )
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"]
 DESKTOP, PHONE = ViewportSize(width=1280, height=900), ViewportSize(width=390, height=844)
@@ -29,7 +35,9 @@ class Visit:
         self.faults: list[str] = []
         self.outside: list[str] = []
         self.asked: list[str] = []
-        page.on("console", lambda said: self.faults.append(said.text) if said.type == "error" else None)
+        page.on(
+            "console", lambda said: self.faults.append(said.text) if said.type == "error" else None
+        )
         page.on("pageerror", lambda error: self.faults.append(str(error)))
         page.on("request", lambda request: self._note(request.url))
         page.set_default_timeout(20_000)
@@ -64,7 +72,9 @@ class Visit:
     async def facts(self) -> dict[str, str]:
         """What stands under the picture."""
         terms = await self.page.locator("#facts dt").all_text_contents()
-        return dict(zip(terms, await self.page.locator("#facts dd").all_text_contents(), strict=True))
+        return dict(
+            zip(terms, await self.page.locator("#facts dd").all_text_contents(), strict=True)
+        )
 
     async def drop(self, name: str, data: bytes, mime: str = "image/png", more: int = 0) -> None:
         """Drop a file on the page; `more` bytes are added to it."""
@@ -100,7 +110,11 @@ class Visit:
     async def expect_no_serious_fault(self) -> None:
         """Nothing serious that axe finds."""
         found = await Axe().run(self.page)
-        serious = [each for each in found.response["violations"] if each["impact"] in ("serious", "critical")]
+        serious = [
+            each
+            for each in found.response["violations"]
+            if each["impact"] in ("serious", "critical")
+        ]
         assert serious == [], json.dumps(serious, indent=1)[:4000]
 
 
@@ -112,10 +126,14 @@ async def visited(context: BrowserContext, address: str) -> Visit:
     return opened
 
 
-def picture(format: str = "PNG", parameters: str = "", color: tuple[int, int, int] = (200, 30, 90)) -> bytes:
+def picture(
+    format: str = "PNG", parameters: str = "", color: tuple[int, int, int] = (200, 30, 90)
+) -> bytes:
     """A file of one colour, with the `parameters` text of other tools if given."""
     info, file = PngInfo(), io.BytesIO()
     if parameters:
         info.add_text("parameters", parameters)
-    Image.new("RGB", (40, 40), color).save(file, format, **({"pnginfo": info} if format == "PNG" else {}))
+    Image.new("RGB", (40, 40), color).save(
+        file, format, **({"pnginfo": info} if format == "PNG" else {})
+    )
     return file.getvalue()

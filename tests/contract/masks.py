@@ -6,7 +6,16 @@ import json
 import re
 from typing import Any
 
-TIMES = {"created", "created_at", "started_at", "finished_at", "next_before", "job_timestamp", "eta_s", "eta_relative"}
+TIMES = {
+    "created",
+    "created_at",
+    "started_at",
+    "finished_at",
+    "next_before",
+    "job_timestamp",
+    "eta_s",
+    "eta_relative",
+}
 LIBRARY = {"_meta", "capabilities"}
 """What MCP's library says of itself."""
 SIZES = {"free", "used", "total"}
@@ -36,7 +45,10 @@ def masked(value: Any, key: str = "") -> Any:
         return "<version>"
     if isinstance(value, dict):
         moving = MOVING if value.get("state") in ("queued", "running") else ()
-        return {name: "<moving>" if name in moving else masked(each, name) for name, each in value.items()}
+        return {
+            name: "<moving>" if name in moving else masked(each, name)
+            for name, each in value.items()
+        }
     if isinstance(value, list):
         return [masked(each) for each in value]
     if isinstance(value, str):

@@ -71,7 +71,15 @@ def play(client, name):
 
 def test_webuiapi_draws(client):
     api = webui(client)
-    result = api.txt2img(prompt="an apple", negative_prompt="ugly", seed=7, width=128, height=64, steps=3, batch_size=2)
+    result = api.txt2img(
+        prompt="an apple",
+        negative_prompt="ugly",
+        seed=7,
+        width=128,
+        height=64,
+        steps=3,
+        batch_size=2,
+    )
     assert len(result.images) == 2
     np.testing.assert_array_equal(np.asarray(result.image), draw_disc("an apple", 7, 128, 64))
     assert list(result.info) == INFO_KEYS
@@ -86,7 +94,9 @@ def test_webuiapi_draws(client):
 
 async def test_webuiapi_draws_asynchronously(client):
     pytest.importorskip("aiohttp", reason="webuiapi asks for it and does not bring it")
-    result = await webui(client).txt2img(prompt="x", seed=3, width=64, height=64, steps=1, use_async=True)
+    result = await webui(client).txt2img(
+        prompt="x", seed=3, width=64, height=64, steps=1, use_async=True
+    )
     np.testing.assert_array_equal(np.asarray(result.image), draw_disc("x", 3, 64, 64))
 
 
@@ -129,16 +139,25 @@ def test_the_model_is_chosen_by_options_and_by_one_request(tmp_path):
         assert answer.json()["detail"].startswith('sd_model_checkpoint: no model "nowhere"')
         client.post("/sdapi/v1/options", json={"CLIP_stop_at_last_layers": 2})
         assert made(draw(client))["Clip skip"] == "2"
-        assert made(draw(client, override_settings={"CLIP_stop_at_last_layers": 3}))["Clip skip"] == "3"
+        assert (
+            made(draw(client, override_settings={"CLIP_stop_at_last_layers": 3}))["Clip skip"]
+            == "3"
+        )
 
 
 def test_the_embedded_model_has_its_hash_from_the_start(client):
-    [mini] = [each for each in client.get("/sdapi/v1/sd-models").json() if each["model_name"] == "alphalayer-mini"]
+    [mini] = [
+        each
+        for each in client.get("/sdapi/v1/sd-models").json()
+        if each["model_name"] == "alphalayer-mini"
+    ]
     assert mini["title"] == f"alphalayer-mini [{mini['hash']}]"
     assert len(mini["hash"]) == 10
     for name in (mini["title"], mini["hash"], "apples [0123456789]"):
         assert draw(client, override_settings={"sd_model_checkpoint": name}).status_code == 200
-    assert draw(client, override_settings={"sd_model_checkpoint": "apples [012]"}).status_code == 422
+    assert (
+        draw(client, override_settings={"sd_model_checkpoint": "apples [012]"}).status_code == 422
+    )
 
 
 def test_a_lora_is_listed_with_its_whole_path(tmp_path, monkeypatch):
@@ -153,11 +172,19 @@ def test_a_lora_is_listed_with_its_whole_path(tmp_path, monkeypatch):
 
 def test_the_defaults_of_that_api(client):
     settings = made(client.post("/sdapi/v1/txt2img", json={"prompt": "x"}))
-    expected = {"Steps": "50", "Sampler": "Euler", "Schedule type": "Normal", "CFG scale": "7", "Size": "512x512"}
+    expected = {
+        "Steps": "50",
+        "Sampler": "Euler",
+        "Schedule type": "Normal",
+        "CFG scale": "7",
+        "Size": "512x512",
+    }
     assert expected.items() <= settings.items()
     assert settings["Negative prompt"] == ""
     assert settings["layerdiffusion_enabled"] == "True"
-    first, second = (json.loads(draw(client, n_iter=2).json()["info"])["all_seeds"] for _ in range(2))
+    first, second = (
+        json.loads(draw(client, n_iter=2).json()["info"])["all_seeds"] for _ in range(2)
+    )
     assert first[1] == first[0] + 1
     assert first != second
 
@@ -166,10 +193,22 @@ def test_the_defaults_of_that_api(client):
     ("fields", "sampler", "scheduler"),
     [
         ({"sampler_name": "DPM++ 2M SDE Karras"}, "DPM++ 2M SDE", "Karras"),
-        ({"sampler_name": "DPM++ 2M SDE Karras", "scheduler": "Automatic"}, "DPM++ 2M SDE", "Karras"),
-        ({"sampler_name": "DPM++ 2M SDE Karras", "scheduler": "exponential"}, "DPM++ 2M SDE", "Karras"),
+        (
+            {"sampler_name": "DPM++ 2M SDE Karras", "scheduler": "Automatic"},
+            "DPM++ 2M SDE",
+            "Karras",
+        ),
+        (
+            {"sampler_name": "DPM++ 2M SDE Karras", "scheduler": "exponential"},
+            "DPM++ 2M SDE",
+            "Karras",
+        ),
         ({"sampler_name": "DPM++ 2M SDE Automatic"}, "DPM++ 2M SDE", "Exponential"),
-        ({"sampler_name": "dpm++ 2m sde", "scheduler": "sgm_uniform"}, "DPM++ 2M SDE", "SGM Uniform"),
+        (
+            {"sampler_name": "dpm++ 2m sde", "scheduler": "sgm_uniform"},
+            "DPM++ 2M SDE",
+            "SGM Uniform",
+        ),
         ({"sampler_name": "DPM++ 2M", "scheduler": "Automatic"}, "DPM++ 2M", "Karras"),
         ({"sampler_name": "DPM++ 2M SDE"}, "DPM++ 2M SDE", "Exponential"),
         ({"sampler_index": "Euler a", "sampler_name": None}, "Euler a", "Normal"),
@@ -213,13 +252,17 @@ def test_layerdiffuse_as_a_script(client, title, args, expected):
     if expected is None:
         assert "layerdiffusion_enabled" not in settings
     else:
-        assert {f"layerdiffusion_{key}": value for key, value in expected.items()}.items() <= settings.items()
+        assert {
+            f"layerdiffusion_{key}": value for key, value in expected.items()
+        }.items() <= settings.items()
 
 
 def test_the_usual_model_has_its_hash_in_the_options(tmp_path):
     with served(tmp_path) as client:
         options = client.get("/sdapi/v1/options").json()
-    assert options["sd_model_checkpoint"] == f"alphalayer-mini [{options['sd_checkpoint_hash'][:10]}]"
+    assert (
+        options["sd_model_checkpoint"] == f"alphalayer-mini [{options['sd_checkpoint_hash'][:10]}]"
+    )
 
 
 def test_embeddings_are_listed_by_what_they_are(tmp_path):
@@ -264,18 +307,40 @@ def test_transparency_is_switched_off_by_one_field(client):
         ({"seed_resize_from_w": 64}, "seed_resize_from_w"),
         ({"s_noise": 0.5}, "s_noise"),
         ({"override_settings": {"sd_vae": "other"}}, "override_settings.sd_vae"),
-        ({"override_settings": {"sd_model_checkpoint": "nowhere"}}, "override_settings.sd_model_checkpoint: "),
-        ({"override_settings": {"forge_additional_modules": ["vae.safetensors"]}}, "forge_additional_modules"),
+        (
+            {"override_settings": {"sd_model_checkpoint": "nowhere"}},
+            "override_settings.sd_model_checkpoint: ",
+        ),
+        (
+            {"override_settings": {"forge_additional_modules": ["vae.safetensors"]}},
+            "forge_additional_modules",
+        ),
         ({"alwayson_scripts": {"ADetailer": {"args": [False]}}}, "ADetailer"),
         ({"alwayson_scripts": {"LayerDiffuse": {"args": ["yes"]}}}, "enabled"),
-        ({"alwayson_scripts": {"LayerDiffuse": {"args": [True, "(SDXL) From Foreground to Blending"]}}}, "Blending"),
+        (
+            {
+                "alwayson_scripts": {
+                    "LayerDiffuse": {"args": [True, "(SDXL) From Foreground to Blending"]}
+                }
+            },
+            "Blending",
+        ),
         (
             {"alwayson_scripts": {"LayerDiffuse": {"args": [True, "From Foreground to Blending"]}}},
             'Blending" is not there',
         ),
-        ({"alwayson_scripts": {"LayerDiffuse": {"args": [True, f"(SD1.5) {CONV[7:]}"]}}}, 'there is no "(SD1.5) Only'),
-        ({"alwayson_scripts": {"LayerDiffuse": {"args": [True, f"(SD1.5) {ATTENTION[7:]}"]}}}, "is not there yet"),
-        ({"alwayson_scripts": {"LayerDiffuse": {"args": [True, CONV, *[None] * 6, True]}}}, "output_origin"),
+        (
+            {"alwayson_scripts": {"LayerDiffuse": {"args": [True, f"(SD1.5) {CONV[7:]}"]}}},
+            'there is no "(SD1.5) Only',
+        ),
+        (
+            {"alwayson_scripts": {"LayerDiffuse": {"args": [True, f"(SD1.5) {ATTENTION[7:]}"]}}},
+            "is not there yet",
+        ),
+        (
+            {"alwayson_scripts": {"LayerDiffuse": {"args": [True, CONV, *[None] * 6, True]}}},
+            "output_origin",
+        ),
         (
             {"alwayson_scripts": {"LayerDiffuse": {"args": [True]}}, "layerdiffuse_enabled": False},
             "layerdiffuse_enabled",
@@ -315,7 +380,9 @@ def test_what_does_not_change_the_picture_is_ignored(client):
 
 
 def test_a_task_id_gives_the_same_job_again(client):
-    first, again, other = (draw(client, force_task_id="t", steps=steps).json()["info"] for steps in (2, 2, 3))
+    first, again, other = (
+        draw(client, force_task_id="t", steps=steps).json()["info"] for steps in (2, 2, 3)
+    )
     assert first == again != other
 
 
@@ -334,15 +401,24 @@ def test_every_error_has_the_shape_of_that_api(client):
     broken = client.post("/sdapi/v1/png-info", json={"image": "data:image/png;base64,aGk="})
     assert broken.status_code == 422
     assert "not a picture" in broken.json()["detail"]
-    assert client.post("/sdapi/v1/png-info", json={"image": "?"}).json()["detail"].startswith("image: not base64")
+    assert (
+        client.post("/sdapi/v1/png-info", json={"image": "?"})
+        .json()["detail"]
+        .startswith("image: not base64")
+    )
 
 
 def test_progress_preview_and_interrupt(tmp_path):
-    with served(tmp_path, engine_options={"step_s": 0.05}) as client, concurrent.futures.ThreadPoolExecutor() as pool:
+    with (
+        served(tmp_path, engine_options={"step_s": 0.05}) as client,
+        concurrent.futures.ThreadPoolExecutor() as pool,
+    ):
         idle = client.get("/sdapi/v1/progress").json()
         assert IDLE.items() <= idle.items()
         assert (idle["state"]["job_count"], idle["state"]["job_timestamp"]) == (0, "0")
-        slow = pool.submit(draw, client, steps=150, override_settings={"live_previews_enable": True})
+        slow = pool.submit(
+            draw, client, steps=150, override_settings={"live_previews_enable": True}
+        )
 
         def running():
             return client.get("/sdapi/v1/progress").json()
@@ -363,15 +439,22 @@ def test_progress_preview_and_interrupt(tmp_path):
 
 
 def test_progress_counts_over_all_iterations(tmp_path):
-    with served(tmp_path, engine_options={"step_s": 0.03}) as client, concurrent.futures.ThreadPoolExecutor() as pool:
+    with (
+        served(tmp_path, engine_options={"step_s": 0.03}) as client,
+        concurrent.futures.ThreadPoolExecutor() as pool,
+    ):
         slow = pool.submit(draw, client, steps=10, n_iter=3)
         seen = []
         while not slow.done():
             now = client.get("/sdapi/v1/progress").json()
             if now["state"]["sampling_steps"]:
-                seen.append((now["progress"], now["state"]["job_no"], now["state"]["sampling_step"]))
+                seen.append(
+                    (now["progress"], now["state"]["job_no"], now["state"]["sampling_step"])
+                )
                 assert (now["state"]["job_count"], now["state"]["sampling_steps"]) == (3, 10)
-                assert now["progress"] == pytest.approx((10 * seen[-1][1] + seen[-1][2]) / 30, abs=1e-3)
+                assert now["progress"] == pytest.approx(
+                    (10 * seen[-1][1] + seen[-1][2]) / 30, abs=1e-3
+                )
             time.sleep(0.01)
         assert slow.result().status_code == 200
         assert [each for each, _, _ in seen] == sorted(each for each, _, _ in seen)
@@ -389,7 +472,10 @@ def test_basic_auth_and_jobs_of_others(tmp_path):
         assert refused.status_code == 401
         assert refused.headers["www-authenticate"].startswith("Basic")
         assert list(refused.json()) == ["detail"]
-        ann, bob = (webui(client, username=name, password=word) for name, word in (("ann", "secret"), ("bob", "other")))
+        ann, bob = (
+            webui(client, username=name, password=word)
+            for name, word in (("ann", "secret"), ("bob", "other"))
+        )
         drawing = pool.submit(ann.txt2img, prompt="x", steps=20, width=64, height=64)
         wait_until(lambda: ann.get_progress()["state"]["job_count"])
         assert bob.get_progress()["state"]["job_count"] == 0

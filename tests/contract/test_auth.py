@@ -26,9 +26,18 @@ def test_every_way_to_send_a_key(tmp_path):
     with served(tmp_path, keys_file=file, api_auth="ann:secret") as client:
         for headers in ({"Authorization": f"Bearer {secret}"}, {"X-API-Key": secret}):
             assert client.post("/alpha/v1/txt2img", json=BODY, headers=headers).status_code == 200
-        assert client.post("/alpha/v1/txt2img", json=BODY, auth=("anybody", secret)).status_code == 200
-        assert client.post("/alpha/v1/txt2img", json=BODY, auth=("ann", "secret")).status_code == 200
-        for headers in ({}, {"Authorization": "Bearer wrong"}, {"X-API-Key": "é"}, {"Authorization": "Basic !"}):
+        assert (
+            client.post("/alpha/v1/txt2img", json=BODY, auth=("anybody", secret)).status_code == 200
+        )
+        assert (
+            client.post("/alpha/v1/txt2img", json=BODY, auth=("ann", "secret")).status_code == 200
+        )
+        for headers in (
+            {},
+            {"Authorization": "Bearer wrong"},
+            {"X-API-Key": "é"},
+            {"Authorization": "Basic !"},
+        ):
             encoded = {name: value.encode() for name, value in headers.items()}
             refused = client.post("/alpha/v1/txt2img", json=BODY, headers=encoded)
             assert refused.status_code == 401
@@ -40,7 +49,9 @@ def test_a_password_outside_ascii_is_known_in_either_encoding(tmp_path, encoding
     pair = "ann:pässwörd".encode(encoding)
     with served(tmp_path, api_auth="ann:pässwörd", wait_ready=False) as client:
         for header in (b"Basic " + base64.b64encode(pair), b"Bearer " + pair):
-            assert client.get("/alpha/v1/jobs", headers={"Authorization": header}).status_code == 200
+            assert (
+                client.get("/alpha/v1/jobs", headers={"Authorization": header}).status_code == 200
+            )
 
 
 def test_keys_that_change_while_the_service_runs_count(tmp_path, monkeypatch):
@@ -76,7 +87,10 @@ def test_the_first_key_closes_a_service_that_runs(tmp_path, monkeypatch):
 def test_a_key_that_is_not_known_is_told_from_none(tmp_path):
     api_keys.add_key(tmp_path / "keys.json", "shop")
     with served(tmp_path, keys_file=tmp_path / "keys.json", wait_ready=False) as client:
-        for headers, said in (({}, "a key is needed."), ({"X-API-Key": "alk_x"}, "this key is not known.")):
+        for headers, said in (
+            ({}, "a key is needed."),
+            ({"X-API-Key": "alk_x"}, "this key is not known."),
+        ):
             assert client.get("/alpha/v1/jobs", headers=headers).json()["detail"].startswith(said)
 
 
@@ -93,13 +107,18 @@ def test_a_key_that_asks_too_often_waits(tmp_path):
 
 def test_a_key_fills_its_share_of_the_queue_only(tmp_path):
     small, large = (
-        api_keys.add_key(tmp_path / "keys.json", name, queue_share=share) for name, share in (("s", 0.2), ("l", 1.0))
+        api_keys.add_key(tmp_path / "keys.json", name, queue_share=share)
+        for name, share in (("s", 0.2), ("l", 1.0))
     )
-    with served(tmp_path, keys_file=tmp_path / "keys.json", queue_limit=10, engine_options={"step_s": 0.2}) as client:
+    with served(
+        tmp_path, keys_file=tmp_path / "keys.json", queue_limit=10, engine_options={"step_s": 0.2}
+    ) as client:
         slow = {**BODY, "steps": 30}
 
         def submit(secret):
-            return client.post("/alpha/v1/jobs", json=slow, headers={"X-API-Key": secret}).status_code
+            return client.post(
+                "/alpha/v1/jobs", json=slow, headers={"X-API-Key": secret}
+            ).status_code
 
         statuses = [submit(small) for _ in range(8)]
         assert statuses.count(202) in (3, 4)  # two wait, one or two are in the engine process

@@ -31,7 +31,9 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 def test_generate_brings_the_files_and_tells_how_far_it_is(address: str):
     changes: list[JobStatus] = []
     with Client(address) as client:
-        pictures = client.generate("an apple", seed=7, batch_size=2, on_change=changes.append, **SMALL)
+        pictures = client.generate(
+            "an apple", seed=7, batch_size=2, on_change=changes.append, **SMALL
+        )
     assert len(pictures) == 2
     rgba, parameters = codecs.decode(pictures[1])
     assert rgba.shape == (64, 64, 4)
@@ -82,7 +84,9 @@ def test_errors_are_those_of_the_service(address: str):
 
 def test_a_query_may_hold_none(address: str):
     with Client(address) as client:
-        assert [each.id for each in client.list(state=None, limit=1)] == [each.id for each in client.list(limit=1)]
+        assert [each.id for each in client.list(state=None, limit=1)] == [
+            each.id for each in client.list(limit=1)
+        ]
 
 
 def test_an_address_that_cannot_be_asked_is_told_at_once():
@@ -96,13 +100,18 @@ def test_an_address_that_cannot_be_asked_is_told_at_once():
 
 def test_a_picture_that_nobody_hands_out_is_missed_at_its_own_address(address: str):
     elsewhere = f"http://127.0.0.1:{free_port()}/cup.png"
-    with Client(address, patience_s=0) as client, pytest.raises(ServiceUnreachable, match=elsewhere):
+    with (
+        Client(address, patience_s=0) as client,
+        pytest.raises(ServiceUnreachable, match=elsewhere),
+    ):
         client.download(elsewhere)
     with Client(address) as client, pytest.raises(FileMissing):
         client.download(f"{address}/alpha/v1/file/absent.png")
 
 
-@pytest.mark.parametrize("address", [f"http://127.0.0.1:{free_port()}", "localhost:7861"], ids=["nobody", "no scheme"])
+@pytest.mark.parametrize(
+    "address", [f"http://127.0.0.1:{free_port()}", "localhost:7861"], ids=["nobody", "no scheme"]
+)
 def test_nobody_there_is_told_at_once(address: str):
     start = time.monotonic()
     with Client(address) as client:
@@ -160,7 +169,13 @@ def saying(status: int, body: str) -> Iterator[str]:
 
 @pytest.mark.parametrize(
     ("status", "body"),
-    [(200, "<h1>Welcome</h1>"), (200, '{"jobs": [{}], "id": 1}'), (200, "[]"), (400, '"no"'), (400, "[]")],
+    [
+        (200, "<h1>Welcome</h1>"),
+        (200, '{"jobs": [{}], "id": 1}'),
+        (200, "[]"),
+        (400, '"no"'),
+        (400, "[]"),
+    ],
 )
 async def test_answers_of_something_else_are_told_as_such(status: int, body: str):
     with saying(status, body) as address:
@@ -202,7 +217,11 @@ async def test_a_proxy_that_finds_nobody_is_asked_again(address: str):
 
         def do_GET(self) -> None:
             found.append(502 + len(found) if len(found) < 3 else 200)
-            content = httpx.get(f"{address}{self.path}").content if found[-1] == 200 else b"<h1>Bad Gateway</h1>"
+            content = (
+                httpx.get(f"{address}{self.path}").content
+                if found[-1] == 200
+                else b"<h1>Bad Gateway</h1>"
+            )
             self.send_response(found[-1])
             self.end_headers()
             self.wfile.write(content)
@@ -228,7 +247,9 @@ def test_a_key_is_sent_with_the_calls_and_not_with_files(tmp_path: Path):
         http = httpx.Client(event_hooks={"request": [asked.append]})
         with Client(str(service.base_url), api_key=key, http=http) as client:
             assert len(client.generate("an apple", **SMALL)) == 1
-        assert {"authorization" in each.headers for each in asked if "/file/" in str(each.url)} == {False}
+        assert {"authorization" in each.headers for each in asked if "/file/" in str(each.url)} == {
+            False
+        }
 
 
 def test_a_picture_is_waited_for_across_a_restart_of_the_service(tmp_path: Path):

@@ -56,7 +56,9 @@ def run_example(name: str, folder: Path, **environment: str) -> str:
     runner = [sys.executable] if name.endswith(".py") else [shutil.which("bash") or ""]
     if not runner[0] or (name.endswith(".sh") and not shutil.which("curl")):
         pytest.skip("needs bash and curl")
-    plain = {name: value for name, value in os.environ.items() if not name.startswith("ALPHALAYER_")}
+    plain = {
+        name: value for name, value in os.environ.items() if not name.startswith("ALPHALAYER_")
+    }
     done = subprocess.run(
         [*runner, EXAMPLES / name],
         cwd=folder,
@@ -94,7 +96,9 @@ def test_example_writes_its_images(service: httpx.Client, tmp_path: Path, name: 
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_example_sends_its_api_key(locked_service: tuple[httpx.Client, str], tmp_path: Path, name: str):
+def test_example_sends_its_api_key(
+    locked_service: tuple[httpx.Client, str], tmp_path: Path, name: str
+):
     client, key = locked_service
     url = str(client.base_url).rstrip("/")
     run_example(name, tmp_path, ALPHALAYER_URL=url, ALPHALAYER_API_KEY=key)

@@ -26,7 +26,9 @@ RUNNERS = {
 
 def examples(guide: str, language: str) -> list[str]:
     """The blocks of one language in a guide."""
-    return re.findall(rf"```{language}\n(.*?)```", (GUIDES / guide).read_text(encoding="utf-8"), re.DOTALL)
+    return re.findall(
+        rf"```{language}\n(.*?)```", (GUIDES / guide).read_text(encoding="utf-8"), re.DOTALL
+    )
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +46,9 @@ def run(language: str, code: str, folder: Path) -> None:
     runner = RUNNERS[language]
     if not shutil.which(runner[0]):
         pytest.skip(f"{runner[0]} is not there")
-    done = subprocess.run([*runner, code], cwd=folder, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(
+        [*runner, code], cwd=folder, capture_output=True, text=True, timeout=60, check=False
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -68,7 +72,8 @@ def test_nginx_blocks(service: httpx.Client, tmp_path: Path, guide: str):
     block = re.sub(r"listen 80;", f"listen 127.0.0.1:{outside};", block)
     block = re.sub(r"127\.0\.0\.1:786[12]", f"127.0.0.1:{service.base_url.port}", block)
     paths = "".join(
-        f"{kind}_temp_path {tmp_path}/{kind};\n" for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+        f"{kind}_temp_path {tmp_path}/{kind};\n"
+        for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
     )
     config = f"pid {tmp_path}/pid;\nerror_log {tmp_path}/error.log;\nevents {{}}\nhttp {{\naccess_log off;\n{paths}{block}}}\n"
     (tmp_path / "nginx.conf").write_text(config)
@@ -76,7 +81,9 @@ def test_nginx_blocks(service: httpx.Client, tmp_path: Path, guide: str):
         ["nginx", "-c", tmp_path / "nginx.conf", "-g", "daemon off;", "-e", tmp_path / "error.log"]
     )
     try:
-        with httpx.Client(base_url=f"http://127.0.0.1:{outside}", trust_env=False, timeout=30) as client:
+        with httpx.Client(
+            base_url=f"http://127.0.0.1:{outside}", trust_env=False, timeout=30
+        ) as client:
             wait_until(lambda: answers(client))
             own = {"X-Forwarded-Host": "evil.example", "X-Forwarded-Prefix": "/evil"}
             small = {"prompt": "an apple", "width": 64, "height": 64}
@@ -84,7 +91,9 @@ def test_nginx_blocks(service: httpx.Client, tmp_path: Path, guide: str):
             assert "evil" not in answer["url"]
             assert httpx.URL(answer["url"]).port in (outside, None), "the URL is for those outside"
             assert client.get(httpx.URL(answer["url"]).path).headers["content-type"] == "image/png"
-            job = client.post("/alpha/v1/jobs", json={"prompt": "an apple", "width": 64, "height": 64}).json()
+            job = client.post(
+                "/alpha/v1/jobs", json={"prompt": "an apple", "width": 64, "height": 64}
+            ).json()
             with client.stream("GET", f"/alpha/v1/jobs/{job['id']}/events") as events:
                 assert '"done"' in "".join(events.iter_text())
     finally:
@@ -100,7 +109,9 @@ def answers(client: httpx.Client) -> bool:
 
 
 def test_a_backup_of_a_running_service_is_whole(service: httpx.Client, home: Path):
-    done = service.post("/alpha/v1/txt2img", json={"prompt": "an apple", "width": 64, "height": 64}).json()
+    done = service.post(
+        "/alpha/v1/txt2img", json={"prompt": "an apple", "width": 64, "height": 64}
+    ).json()
     run("bash", examples("backup.md", "bash")[0], home)
     with sqlite3.connect(home / "backup" / "jobs.sqlite") as journal:
         kept = journal.execute("SELECT count(*) FROM jobs WHERE state = 'done'").fetchone()[0]

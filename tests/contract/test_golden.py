@@ -48,7 +48,9 @@ class Player:
         auth = None if asked.get("anonymous") else ("ann", "secret")
         content = {"json": asked["json"]} if "json" in asked else {"content": asked.get("content")}
         for _ in range(600):
-            got = self._client.request(asked["method"], path, auth=auth, headers=asked.get("headers"), **content)
+            got = self._client.request(
+                asked["method"], path, auth=auth, headers=asked.get("headers"), **content
+            )
             kind = got.headers.get("content-type", "").partition(";")[0]
             body = self._read(got, kind)
             if "until" not in asked or body["state"] == asked["until"]:
@@ -59,7 +61,9 @@ class Player:
 
     def _read(self, got: httpx.Response, kind: str) -> Any:
         if kind == "text/event-stream":
-            return [_event(each) for each in got.text.strip().split("\n\n") if not each.startswith(":")]
+            return [
+                _event(each) for each in got.text.strip().split("\n\n") if not each.startswith(":")
+            ]
         return got.json() if kind.endswith("json") else f"<{kind}>"
 
     def _remember(self, body: Any) -> None:
@@ -79,7 +83,9 @@ def test_answers_are_as_recorded(client: httpx.Client, dialect: str):
         pytest.importorskip("fastmcp")
     file = GOLDEN / f"{dialect}.json"
     entries, player = json.loads(file.read_text()), Player(client)
-    found = [{"request": each["request"], "answer": player.answer(each["request"])} for each in entries]
+    found = [
+        {"request": each["request"], "answer": player.answer(each["request"])} for each in entries
+    ]
     if MAY_WRITE:
         file.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
     for got, recorded in zip(found, entries, strict=True):
@@ -93,6 +99,12 @@ def test_every_route_is_recorded_right_and_wrong(client: httpx.Client, dialect: 
         for method in methods if path.startswith(PREFIXES[dialect]) else ():
             route = re.compile(re.sub(r"\{\w+\}", "[^/]+", path) + r"(\?.*)?")
             mine = [each for each in entries if route.fullmatch(each["request"]["path"])]
-            statuses = [each["answer"]["status"] for each in mine if each["request"]["method"] == method.upper()]
+            statuses = [
+                each["answer"]["status"]
+                for each in mine
+                if each["request"]["method"] == method.upper()
+            ]
             assert any(status >= 400 for status in statuses), f"no error of {method} {path}"
-            assert 501 in statuses or any(status < 400 for status in statuses), f"no success of {method} {path}"
+            assert 501 in statuses or any(status < 400 for status in statuses), (
+                f"no success of {method} {path}"
+            )

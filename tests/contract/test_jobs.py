@@ -91,23 +91,31 @@ def test_the_same_key_gives_the_same_job(client):
     first = submit(client, headers={"Idempotency-Key": "order-17"})
     second = submit(client, headers={"Idempotency-Key": "order-17"})
     assert first["id"] == second["id"]
-    other = client.post("/alpha/v1/jobs", json={"prompt": "other"}, headers={"Idempotency-Key": "order-17"})
+    other = client.post(
+        "/alpha/v1/jobs", json={"prompt": "other"}, headers={"Idempotency-Key": "order-17"}
+    )
     assert (other.status_code, other.json()["field"]) == (422, "Idempotency-Key")
     assert submit(client)["id"] != first["id"]
     finished(client, first)
 
 
-@pytest.mark.parametrize("route", ["/alpha/v1/txt2img", "/sdapi/v1/txt2img", "/v1/images/generations"])
+@pytest.mark.parametrize(
+    "route", ["/alpha/v1/txt2img", "/sdapi/v1/txt2img", "/v1/images/generations"]
+)
 def test_the_same_key_draws_once_where_the_picture_is_waited_for(client, route):
     """What a proxy needs that sends a request again: its first answer may have been lost."""
 
     def jobs() -> set[str]:
-        return {job["id"] for job in client.get("/alpha/v1/jobs", params={"limit": 200}).json()["jobs"]}
+        return {
+            job["id"] for job in client.get("/alpha/v1/jobs", params={"limit": 200}).json()["jobs"]
+        }
 
     before, body = jobs(), {"prompt": "x", "seed": -1, "steps": 2}
     body |= {"size": "64x64"} if route.startswith("/v1/") else {"width": 64, "height": 64}
     for _ in range(2):
-        client.post(route, json=body, headers={"Idempotency-Key": f"order-18{route}"}).raise_for_status()
+        client.post(
+            route, json=body, headers={"Idempotency-Key": f"order-18{route}"}
+        ).raise_for_status()
     assert len(jobs() - before) == 1
 
 
@@ -115,7 +123,11 @@ def test_the_same_key_draws_once_where_the_picture_is_waited_for(client, route):
 def test_a_job_stops_with_the_last_one_who_waits_for_it(client, stream):
     """Of two that ask for one picture under one key the first leaves, then the second, then the only one."""
     route = "/v1/images/generations" if stream else "/alpha/v1/txt2img"
-    body = {"prompt": "x", "size": "64x64", "quality": "high", "stream": True} if stream else {**BODY, "steps": 30}
+    body = (
+        {"prompt": "x", "size": "64x64", "quality": "high", "stream": True}
+        if stream
+        else {**BODY, "steps": 30}
+    )
 
     def ask(name: str, timeout_s: float) -> httpx.Response | None:
         try:
@@ -133,7 +145,10 @@ def test_a_job_stops_with_the_last_one_who_waits_for_it(client, stream):
             first = pool.submit(ask, name, first_s)
             wait_until(lambda: "running" in jobs().values())
             answers = [first, pool.submit(ask, name, second_s)]
-            return [(answer := each.result()) is not None and answer.status_code == 200 for each in answers]
+            return [
+                (answer := each.result()) is not None and answer.status_code == 200
+                for each in answers
+            ]
 
     before = set()
     before = set(jobs())
@@ -154,7 +169,9 @@ def test_a_client_that_leaves_lets_a_job_go_on_that_somebody_submitted(client):
     def leave(key: str) -> None:
         headers = {"Idempotency-Key": key}
         with pytest.raises(httpx.ReadTimeout):
-            client.post("/alpha/v1/txt2img", json={**BODY, "steps": 30}, headers=headers, timeout=0.5)
+            client.post(
+                "/alpha/v1/txt2img", json={**BODY, "steps": 30}, headers=headers, timeout=0.5
+            )
 
     before = submit(client, {"Idempotency-Key": "order-19"}, steps=30)
     leave("order-19")
@@ -184,11 +201,18 @@ def test_a_request_for_a_job_is_taken_back(client):
 def test_a_job_that_was_cancelled_on_purpose_keeps_its_key(client):
     headers = {"Idempotency-Key": "order-22"}
     with ThreadPoolExecutor(1) as pool:
-        waiting = pool.submit(client.post, "/alpha/v1/txt2img", json={**BODY, "steps": 150}, headers=headers)
+        waiting = pool.submit(
+            client.post, "/alpha/v1/txt2img", json={**BODY, "steps": 150}, headers=headers
+        )
         wait_until(lambda: client.get("/alpha/v1/jobs", params={"state": "running"}).json()["jobs"])
-        client.delete(client.get("/alpha/v1/jobs", params={"state": "running"}).json()["jobs"][0]["url"])
+        client.delete(
+            client.get("/alpha/v1/jobs", params={"state": "running"}).json()["jobs"][0]["url"]
+        )
         assert waiting.result().status_code == 409
-    assert client.post("/alpha/v1/txt2img", json={**BODY, "steps": 150}, headers=headers).status_code == 409
+    assert (
+        client.post("/alpha/v1/txt2img", json={**BODY, "steps": 150}, headers=headers).status_code
+        == 409
+    )
 
 
 def test_an_empty_key_is_refused(client):
@@ -212,7 +236,9 @@ def test_lists_are_filtered_and_paged(tmp_path):
             finished(client, job)
         page = client.get("/alpha/v1/jobs", params={"limit": 3}).json()
         assert [job["id"] for job in page["jobs"]] == [job["id"] for job in jobs[:1:-1]]
-        rest = client.get("/alpha/v1/jobs", params={"limit": 3, "before": page["next_before"]}).json()
+        rest = client.get(
+            "/alpha/v1/jobs", params={"limit": 3, "before": page["next_before"]}
+        ).json()
         assert [job["id"] for job in rest["jobs"]] == [jobs[1]["id"], jobs[0]["id"]]
         assert client.get("/alpha/v1/jobs", params={"state": "failed"}).json()["jobs"] == []
         for wrong in ({"state": "lost"}, {"limit": 0}, {"page": 2}):
@@ -249,7 +275,10 @@ def test_what_went_wrong_is_in_the_job(tmp_path):
         assert failed["error"]["field"] == "checkpoint"
         assert "juggernaut" in failed["error"]["detail"]
         failed = finished(client, submit(client, layerdiffuse_method="conv"), "failed")
-        assert (failed["error"]["code"], failed["error"]["field"]) == ("invalid_request", "layerdiffuse_method")
+        assert (failed["error"]["code"], failed["error"]["field"]) == (
+            "invalid_request",
+            "layerdiffuse_method",
+        )
 
 
 def test_events_of_a_job_that_is_not_there(client):

@@ -35,7 +35,9 @@ fake_service.main()
 
 
 @contextmanager
-def serving(folder: Path, log: Path, *program: str, **environment: str) -> Iterator[tuple[httpx.Client, str]]:
+def serving(
+    folder: Path, log: Path, *program: str, **environment: str
+) -> Iterator[tuple[httpx.Client, str]]:
     """A service of its own that logs into a file; a client for it, and a key."""
     port, keys = free_port(), folder / "keys.json"
     secret = add_key(keys, "shop")
@@ -43,12 +45,20 @@ def serving(folder: Path, log: Path, *program: str, **environment: str) -> Itera
     settings = {f"ALPHALAYER_{name}": value for name, value in variables.items()}
     with log.open("wb") as errors:
         process = subprocess.Popen(
-            [sys.executable, *(program or ("-m", "tests.support.fake_service")), str(folder), str(port), "0"],
+            [
+                sys.executable,
+                *(program or ("-m", "tests.support.fake_service")),
+                str(folder),
+                str(port),
+                "0",
+            ],
             env={**os.environ, **settings},
             stderr=errors,
         )
     try:
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", trust_env=False, timeout=30) as client:
+        with httpx.Client(
+            base_url=f"http://127.0.0.1:{port}", trust_env=False, timeout=30
+        ) as client:
             wait_until(lambda: _is_ready(client), 30)
             yield client, secret
     finally:
@@ -64,10 +74,15 @@ def serve_and_draw(folder: Path, **environment: str) -> tuple[list[dict[str, Any
         answer = client.post("/alpha/v1/txt2img", json=BODY, headers=headers)
         assert answer.headers["x-request-id"] == "order-77"
         made = client.post("/alpha/v1/jobs", json=BODY, headers=headers).json()
-        assert client.get(made["url"], headers=headers).status_code == 200  # asked again and again: no line each time
+        assert (
+            client.get(made["url"], headers=headers).status_code == 200
+        )  # asked again and again: no line each time
         strange = client.get("/alpha/v1/file/no.png", headers={"X-Request-ID": "two words"})
         assert len(strange.headers["x-request-id"]) == 16
-        assert client.post("/alpha/v1/txt2img", json=BODY, auth=("ann", "wrong-word")).status_code == 401
+        assert (
+            client.post("/alpha/v1/txt2img", json=BODY, auth=("ann", "wrong-word")).status_code
+            == 401
+        )
     return [json.loads(line) for line in log.read_text().splitlines()], secret
 
 
@@ -75,7 +90,11 @@ def serve_and_draw(folder: Path, **environment: str) -> tuple[list[dict[str, Any
 def test_what_nobody_foresaw_is_logged_once_and_without_secrets(tmp_path, as_json):
     log = tmp_path / "log"
     with serving(tmp_path, log, "-c", BROKEN, LOG_JSON=str(as_json).lower()) as (client, secret):
-        headers = {"X-API-Key": secret, "Authorization": "Bearer other-secret", "X-Request-ID": "order-78"}
+        headers = {
+            "X-API-Key": secret,
+            "Authorization": "Bearer other-secret",
+            "X-Request-ID": "order-78",
+        }
         answer = client.post("/alpha/v1/txt2img", json=BODY, headers=headers)
         assert (answer.status_code, answer.json()["code"]) == (500, "engine_failed")
         assert answer.headers["x-request-id"] == "order-78"
@@ -97,7 +116,11 @@ def test_ids_lead_from_a_request_to_its_job(tmp_path, asked):
     for line in lines:
         by_event.setdefault(line["event"], []).append(line)
     accepted, done = by_event["job_accepted"][0], by_event["job_done"][0]
-    assert (accepted["request"], accepted["owner"], accepted["job"]) == ("order-77", "shop", done["job"])
+    assert (accepted["request"], accepted["owner"], accepted["job"]) == (
+        "order-77",
+        "shop",
+        done["job"],
+    )
     assert done["engine"] == "cpu"
     mine = next(line for line in by_event["request"] if line["request"] == "order-77")
     assert (mine["method"], mine["path"], mine["status"]) == ("POST", "/alpha/v1/txt2img", 200)
@@ -116,11 +139,17 @@ def test_ids_lead_from_a_request_to_its_job(tmp_path, asked):
         ({"host": "0.0.0.0"}, ["open_to_all"], {"page": "http://localhost:7861/"}),
         ({"host": "::1"}, [], {"page": "http://[::1]:7861/"}),
         ({"host": "::", "api_auth": "ann:pass-word"}, [], {"page": "http://localhost:7861/"}),
-        ({"host": "0.0.0.0", "role": "worker"}, [], {"livez": "http://localhost:7861/livez", "page": None}),
+        (
+            {"host": "0.0.0.0", "role": "worker"},
+            [],
+            {"livez": "http://localhost:7861/livez", "page": None},
+        ),
         ({"keys_file": "keys.json"}, ["open_to_nobody"], {}),
     ],
 )
-def test_a_start_says_where_it_is_and_who_may_ask(tmp_path, monkeypatch, request, settings, warnings, said):
+def test_a_start_says_where_it_is_and_who_may_ask(
+    tmp_path, monkeypatch, request, settings, warnings, said
+):
     monkeypatch.chdir(tmp_path)
     Path("keys.json").write_text("[]")
     if "role" in settings:
@@ -142,8 +171,16 @@ def _is_ready(client: httpx.Client) -> bool:
 def test_what_is_wrong_with_a_prompt_is_logged_by_its_field_alone():
     with capture_logs() as lines:
         record_outcome(
-            Metrics(), "0123", InvalidRequest('the attention weight of "my secret" is too high.', field="prompt")
+            Metrics(),
+            "0123",
+            InvalidRequest('the attention weight of "my secret" is too high.', field="prompt"),
         )
     assert lines == [
-        {"event": "job_failed", "log_level": "warning", "job": "0123", "code": "invalid_request", "field": "prompt"}
+        {
+            "event": "job_failed",
+            "log_level": "warning",
+            "job": "0123",
+            "code": "invalid_request",
+            "field": "prompt",
+        }
     ]

@@ -38,7 +38,9 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
 def transport(request: pytest.FixtureRequest, service: httpx.Client) -> object:
     if request.param == "mounted":
         return StreamableHttpTransport(f"{service.base_url}/mcp/")
-    return StdioTransport(sys.executable, ["-m", "alphalayer", "mcp", "--url", str(service.base_url)])
+    return StdioTransport(
+        sys.executable, ["-m", "alphalayer", "mcp", "--url", str(service.base_url)]
+    )
 
 
 async def test_a_picture_comes_back_with_progress(transport: object):
@@ -51,7 +53,9 @@ async def test_a_picture_comes_back_with_progress(transport: object):
         (tool,) = await client.list_tools()
         assert tool.name == TOOL
         assert "prompt" in tool.input_schema["required"]
-        answer = await client.call_tool(TOOL, {**SMALL, "seed": 7, "steps": 20}, progress_handler=progress)
+        answer = await client.call_tool(
+            TOOL, {**SMALL, "seed": 7, "steps": 20}, progress_handler=progress
+        )
     picture, words = answer.content
     rgba, parameters = codecs.decode(base64.b64decode(picture.data))
     assert rgba.shape == (64, 64, 4)
@@ -107,8 +111,14 @@ async def test_the_callers_key_counts(tmp_path: Path):
         async with Client(StreamableHttpTransport(f"{service.base_url}/mcp/")) as client:
             with pytest.raises(ToolError, match="a key is needed"):
                 await client.call_tool(TOOL, SMALL)
-        own = {"Authorization": f"Bearer {key}", "X-Forwarded-Host": "pics.example.com", "X-Forwarded-Proto": "https"}
-        async with Client(StreamableHttpTransport(f"{service.base_url}/mcp/", headers=own)) as client:
+        own = {
+            "Authorization": f"Bearer {key}",
+            "X-Forwarded-Host": "pics.example.com",
+            "X-Forwarded-Proto": "https",
+        }
+        async with Client(
+            StreamableHttpTransport(f"{service.base_url}/mcp/", headers=own)
+        ) as client:
             answer = await client.call_tool(TOOL, SMALL)
         assert answer.content[1].text.startswith("https://pics.example.com/alpha/v1/file/")
         mine = service.get("/alpha/v1/jobs", headers={"X-API-Key": key}).json()["jobs"]
@@ -131,7 +141,10 @@ async def test_a_call_that_a_proxy_gives_up_and_sends_again_is_answered(service:
 
 def send(service: httpx.Client, number: int, *, steps: int = 4, timeout_s: float = 30) -> str:
     """What comes of a call as a proxy sends it: the line of the answer with the address of the picture."""
-    headers = {"Accept": "application/json, text/event-stream", "Idempotency-Key": "a request of Nginx"}
+    headers = {
+        "Accept": "application/json, text/event-stream",
+        "Idempotency-Key": "a request of Nginx",
+    }
     wanted = {"name": TOOL, "arguments": {**SMALL, "prompt": "drawn once", "steps": steps}}
     message = {"jsonrpc": "2.0", "id": number, "method": "tools/call", "params": wanted}
     answer = service.post("/mcp/", json=message, headers=headers, timeout=timeout_s)
@@ -140,9 +153,12 @@ def send(service: httpx.Client, number: int, *, steps: int = 4, timeout_s: float
 
 
 @pytest.mark.parametrize(
-    ("trusted", "start"), [("127.0.0.2", "https://pics.example.com/draw"), ("127.0.0.1", "http://127.0.0.1")]
+    ("trusted", "start"),
+    [("127.0.0.2", "https://pics.example.com/draw"), ("127.0.0.1", "http://127.0.0.1")],
 )
-def test_the_address_of_a_picture_is_what_a_trusted_proxy_says(tmp_path: Path, trusted: str, start: str):
+def test_the_address_of_a_picture_is_what_a_trusted_proxy_says(
+    tmp_path: Path, trusted: str, start: str
+):
     """The call comes from 127.0.0.2, the tool's own request from 127.0.0.1."""
     forwarded = {"Host": "pics.example.com", "Proto": "https", "Prefix": "/draw"}
     headers = {f"X-Forwarded-{name}": value for name, value in forwarded.items()}

@@ -30,7 +30,9 @@ def client(tmp_path_factory):
 
 
 def draw(client: httpx.Client, **fields) -> httpx.Response:
-    return client.post("/alpha/v1/txt2img", json={"prompt": "an apple, high quality", "steps": 2, **fields})
+    return client.post(
+        "/alpha/v1/txt2img", json={"prompt": "an apple, high quality", "steps": 2, **fields}
+    )
 
 
 def test_a_prompt_alone_is_enough(client):
@@ -39,23 +41,34 @@ def test_a_prompt_alone_is_enough(client):
     body = answer.json()
     assert set(body) == {"url", "filename", "info"}
     assert re.fullmatch(r"alpha_\d{10}_[0-9a-f]{6,}\.png", body["filename"])
-    assert body["url"] == f"{client.base_url}/alpha/v1/file/{body['filename']}".replace("//alpha", "/alpha")
+    assert body["url"] == f"{client.base_url}/alpha/v1/file/{body['filename']}".replace(
+        "//alpha", "/alpha"
+    )
     info = json.loads(body["info"])
     assert (info["seed"], info["negative_prompt"], info["steps"]) == (12345, "bad, ugly", 20)
-    assert (info["sampler_name"], info["cfg_scale"], info["width"], info["height"]) == ("DPM++ 2M SDE", 5, 1024, 1024)
+    assert (info["sampler_name"], info["cfg_scale"], info["width"], info["height"]) == (
+        "DPM++ 2M SDE",
+        5,
+        1024,
+        1024,
+    )
     assert "Schedule type: Karras" in info["infotexts"][0]
 
 
 @pytest.mark.parametrize("more", [{}, {"scheduler": "Exponential"}])
 def test_a_samplers_name_may_carry_its_schedule(client, more):
-    info = json.loads(draw(client, sampler_name="Euler a Karras", width=64, height=64, **more).json()["info"])
+    info = json.loads(
+        draw(client, sampler_name="Euler a Karras", width=64, height=64, **more).json()["info"]
+    )
     assert info["sampler_name"] == "Euler a"
     assert "Schedule type: Karras" in info["infotexts"][0]
 
 
 def test_loras_in_the_prompt_are_those_of_the_field(client):
     tagged = draw(client, prompt="an apple <lora:style:0.8>", width=64, height=64).json()
-    named = draw(client, prompt="an apple", loras=[{"name": "style", "weight": 0.8}], width=64, height=64).json()
+    named = draw(
+        client, prompt="an apple", loras=[{"name": "style", "weight": 0.8}], width=64, height=64
+    ).json()
     first, second = (json.loads(each["info"]) for each in (tagged, named))
     assert first["prompt"] == second["prompt"] == "an apple"
     assert first["infotexts"] == second["infotexts"]
@@ -71,7 +84,9 @@ def test_the_url_gives_the_picture_with_its_settings(client):
     picture = Image.open(io.BytesIO(answer.content))
     assert picture.mode == "RGBA"
     assert "Seed: 7" in picture.info["parameters"]
-    np.testing.assert_array_equal(np.asarray(picture), draw_disc("an apple, high quality", 7, 128, 64))
+    np.testing.assert_array_equal(
+        np.asarray(picture), draw_disc("an apple, high quality", 7, 128, 64)
+    )
 
 
 def test_the_same_seed_gives_the_same_picture_and_minus_one_a_fresh_one(client):
@@ -111,7 +126,9 @@ def test_every_format_has_alpha(client, kind):
 
 
 def test_trim_background_and_base64(client):
-    body = draw(client, trim=True, trim_padding=1, width=128, height=128, response_format="base64").json()
+    body = draw(
+        client, trim=True, trim_padding=1, width=128, height=128, response_format="base64"
+    ).json()
     picture = Image.open(io.BytesIO(base64.b64decode(body["base64"])))
     whole = draw_disc("an apple, high quality", 12345, 128, 128)[..., 3] > 0
     assert picture.size == (whole.any(0).sum() + 2, whole.any(1).sum() + 2)
@@ -162,9 +179,14 @@ def test_a_wrong_field_is_named(client, fields, named):
 
 
 def test_every_default_may_be_sent(client):
-    fields = Txt2ImgRequest(prompt="x").model_dump(mode="json", exclude={"prompt", "width", "height", "steps"})
+    fields = Txt2ImgRequest(prompt="x").model_dump(
+        mode="json", exclude={"prompt", "width", "height", "steps"}
+    )
     assert draw(client, **fields, width=64, height=64).status_code == 200
-    assert draw(client, **{**fields, "layerdiffuse_enabled": False}, width=64, height=64).status_code == 200
+    assert (
+        draw(client, **{**fields, "layerdiffuse_enabled": False}, width=64, height=64).status_code
+        == 200
+    )
 
 
 @pytest.mark.parametrize("path", ["/alpha/v1/txt2img", "/alpha/v1/jobs"])
@@ -178,16 +200,20 @@ def test_null_is_silence_and_what_other_servers_take_is_taken(client, path):
 def test_a_model_that_is_not_there_lists_those_that_are(client):
     detail = draw(client, checkpoint="juggernaut").json()["detail"]
     assert (
-        detail == 'checkpoint: no model "juggernaut" in models/Stable-diffusion; there is: alphalayer-mini (built in).'
+        detail
+        == 'checkpoint: no model "juggernaut" in models/Stable-diffusion; there is: alphalayer-mini (built in).'
     )
     assert draw(client, checkpoint="alphalayer-mini", width=64, height=64).status_code == 200
 
 
 @pytest.mark.parametrize(
-    "body", [b"", b"{", b"[]", b'{"prompt": "x", "cfg_scale": NaN}', b'"x"', b"\xff\xfe", b"\x19\x92\x12"]
+    "body",
+    [b"", b"{", b"[]", b'{"prompt": "x", "cfg_scale": NaN}', b'"x"', b"\xff\xfe", b"\x19\x92\x12"],
 )
 def test_a_broken_body_is_an_error_of_the_client(client, body):
-    answer = client.post("/alpha/v1/txt2img", content=body, headers={"content-type": "application/json"})
+    answer = client.post(
+        "/alpha/v1/txt2img", content=body, headers={"content-type": "application/json"}
+    )
     assert answer.status_code == 422
     assert answer.json()["code"] == "invalid_request"
 
@@ -216,16 +242,29 @@ def test_head_tells_of_a_picture_what_get_would(client):
 
 
 def test_a_body_that_is_too_large_is_refused(client):
-    answer = client.post("/alpha/v1/txt2img", content=b" " * 16_100_000, headers={"content-type": "application/json"})
+    answer = client.post(
+        "/alpha/v1/txt2img", content=b" " * 16_100_000, headers={"content-type": "application/json"}
+    )
     assert answer.status_code == 413
     chunked = client.post(
-        "/alpha/v1/txt2img", content=iter([b" " * 8_100_000] * 2), headers={"content-type": "application/json"}
+        "/alpha/v1/txt2img",
+        content=iter([b" " * 8_100_000] * 2),
+        headers={"content-type": "application/json"},
     )
     assert chunked.status_code == 413
 
 
 @pytest.mark.parametrize(
-    "name", ["alpha_1_abcdef.png", "..%2f..%2fetc%2fpasswd", "%2e%2e", ".hidden", "a%00b.png", "x" * 300, "..%5cx.png"]
+    "name",
+    [
+        "alpha_1_abcdef.png",
+        "..%2f..%2fetc%2fpasswd",
+        "%2e%2e",
+        ".hidden",
+        "a%00b.png",
+        "x" * 300,
+        "..%5cx.png",
+    ],
 )
 def test_only_stored_pictures_can_be_read(client, name):
     answer = client.get(f"/alpha/v1/file/{name}")
@@ -242,7 +281,10 @@ def test_the_pages_files_are_asked_for_again_so_that_they_are_of_one_version(cli
 
 def test_the_pages_scripts_are_scripts_whatever_the_system_says(client, monkeypatch):
     monkeypatch.setattr("starlette.responses.guess_type", lambda _path: ("text/plain", None))
-    assert client.get("/playground/main.js").headers["content-type"] == "text/javascript; charset=utf-8"
+    assert (
+        client.get("/playground/main.js").headers["content-type"]
+        == "text/javascript; charset=utf-8"
+    )
     assert client.get("/playground/style.css").headers["content-type"] == "text/css; charset=utf-8"
     assert client.get("/playground/icon.svg").headers["content-type"] == "image/svg+xml"
 
@@ -278,7 +320,9 @@ def test_metrics_count_what_happened(tmp_path):
 def test_a_full_queue_says_when_to_come_back(tmp_path):
     with served(tmp_path, engine_options={"step_s": 0.2}, queue_limit=2) as client:
         with concurrent.futures.ThreadPoolExecutor(12) as crowd:
-            answers = list(crowd.map(lambda seed: draw(client, seed=seed, width=64, height=64), range(12)))
+            answers = list(
+                crowd.map(lambda seed: draw(client, seed=seed, width=64, height=64), range(12))
+            )
         full = [answer for answer in answers if answer.status_code == 429]
         drawn = [answer for answer in answers if answer.status_code == 200]
         assert len(full) + len(drawn) == 12
@@ -287,7 +331,10 @@ def test_a_full_queue_says_when_to_come_back(tmp_path):
         for answer in full:
             assert int(answer.headers["retry-after"]) >= 1
             assert answer.json()["code"] == "queue_full"
-        assert f'alphalayer_refused_total{{reason="queue_full"}} {len(full)}.0' in client.get("/metrics").text
+        assert (
+            f'alphalayer_refused_total{{reason="queue_full"}} {len(full)}.0'
+            in client.get("/metrics").text
+        )
 
 
 def test_a_client_that_leaves_frees_its_place(tmp_path):
@@ -300,13 +347,23 @@ def test_a_client_that_leaves_frees_its_place(tmp_path):
 
 def test_a_request_of_too_many_pixels_is_refused_in_each_dialect(tmp_path):
     with served(tmp_path, max_request_pixels=128 * 64, wait_ready=False) as client:
-        small, more = {"prompt": "x", "width": 64, "height": 64, "steps": 1}, {"prompt": "x", "n": 2, "size": "128x64"}
+        small, more = (
+            {"prompt": "x", "width": 64, "height": 64, "steps": 1},
+            {"prompt": "x", "n": 2, "size": "128x64"},
+        )
         assert draw(client, **{**small, "batch_size": 2}).status_code == 200
-        for wanted, field in (({"n_iter": 3}, "n_iter"), ({"batch_size": 3}, "batch_size"), ({"width": 192}, "width")):
+        for wanted, field in (
+            ({"n_iter": 3}, "n_iter"),
+            ({"batch_size": 3}, "batch_size"),
+            ({"width": 192}, "width"),
+        ):
             answer = draw(client, **{**small, **wanted})
             assert (answer.status_code, answer.json()["field"]) == (422, field)
             assert "8,192" in answer.json()["detail"]
-        assert "n_iter: " in client.post("/sdapi/v1/txt2img", json={**small, "n_iter": 3}).json()["detail"]
+        assert (
+            "n_iter: "
+            in client.post("/sdapi/v1/txt2img", json={**small, "n_iter": 3}).json()["detail"]
+        )
         assert client.post("/v1/images/generations", json=more).json()["error"]["param"] == "n"
         assert draw(client).status_code == 422, "a side left out counts, too"
 
@@ -327,7 +384,8 @@ def test_a_finished_picture_in_another_form(client):
     body = draw(client, width=64, height=64).json()
     stored = client.get(body["url"]).content
     answer = client.get(
-        f"/alpha/v1/convert/{body['filename']}", params={"format": "webp", "trim": True, "trim_padding": 3}
+        f"/alpha/v1/convert/{body['filename']}",
+        params={"format": "webp", "trim": True, "trim_padding": 3},
     )
     assert answer.status_code == 200
     assert answer.headers["content-type"] == "image/webp"
@@ -337,7 +395,10 @@ def test_a_finished_picture_in_another_form(client):
     assert "Seed: 12345" in (parameters or "")
     assert client.get(body["url"]).content == stored
     assert client.get("/alpha/v1/convert/alpha_1_000000.png").status_code == 404
-    assert client.get(f"/alpha/v1/convert/{body['filename']}", params={"format": "bmp"}).status_code == 422
+    assert (
+        client.get(f"/alpha/v1/convert/{body['filename']}", params={"format": "bmp"}).status_code
+        == 422
+    )
     idle = client.get(f"/alpha/v1/convert/{body['filename']}", params={"trim_padding": 3})
     assert (idle.status_code, idle.json()["field"]) == (422, "trim_padding")
 
@@ -345,7 +406,9 @@ def test_a_finished_picture_in_another_form(client):
 def test_models_come_with_their_defaults_and_their_faults(tmp_path):
     folder = tmp_path / "models" / "Stable-diffusion"
     own = make_diffusers_folder(folder / "own") / "layerdiffuse" / "config.json"
-    own.write_text(json.dumps({**json.loads(own.read_text()), "defaults": {"steps": 9, "width": 256}}))
+    own.write_text(
+        json.dumps({**json.loads(own.read_text()), "defaults": {"steps": 9, "width": 256}})
+    )
     make_single_file(folder / "sdxl.safetensors")
     (folder / "broken.safetensors").write_bytes(b"no weights")
     with served(tmp_path) as client:
@@ -354,21 +417,33 @@ def test_models_come_with_their_defaults_and_their_faults(tmp_path):
     assert (listed["own"]["defaults"]["steps"], listed["own"]["defaults"]["width"]) == (9, 256)
     assert (listed["sdxl"]["defaults"]["steps"], listed["sdxl"]["defaults"]["width"]) == (20, 1024)
     assert listed["sdxl"]["problem"] is None
-    assert "damaged" in listed["broken"]["problem"] or "not a safetensors" in listed["broken"]["problem"]
+    assert (
+        "damaged" in listed["broken"]["problem"]
+        or "not a safetensors" in listed["broken"]["problem"]
+    )
 
 
 def test_cors_is_off_unless_asked_for(tmp_path, client):
     asked = {"Origin": "https://example.com", "Access-Control-Request-Method": "POST"}
-    assert "access-control-allow-origin" not in client.options("/alpha/v1/txt2img", headers=asked).headers
+    assert (
+        "access-control-allow-origin"
+        not in client.options("/alpha/v1/txt2img", headers=asked).headers
+    )
     with served(tmp_path, cors_allow_origins="*", wait_ready=False) as open_to_all:
         headers = open_to_all.options("/alpha/v1/txt2img", headers=asked).headers
         assert headers["access-control-allow-origin"] == "*"
         answer = open_to_all.get("/livez", headers={"Origin": "https://example.com"})
-        assert answer.headers["access-control-expose-headers"] == "Location, Retry-After, X-Request-ID"
+        assert (
+            answer.headers["access-control-expose-headers"] == "Location, Retry-After, X-Request-ID"
+        )
 
 
 def test_urls_follow_the_proxy_and_the_public_url(tmp_path, client):
-    forwarded = {"X-Forwarded-Proto": "https", "X-Forwarded-Host": "pics.example.com", "X-Forwarded-Prefix": "/draw"}
+    forwarded = {
+        "X-Forwarded-Proto": "https",
+        "X-Forwarded-Host": "pics.example.com",
+        "X-Forwarded-Prefix": "/draw",
+    }
     body = {"prompt": "x", "steps": 1, "width": 64, "height": 64}
     url = client.post("/alpha/v1/txt2img", json=body, headers=forwarded).json()["url"]
     assert url.startswith("https://pics.example.com/draw/alpha/v1/file/")
@@ -385,14 +460,22 @@ def test_urls_follow_the_proxy_and_the_public_url(tmp_path, client):
 @pytest.mark.parametrize("prefix", ["/alpha", "/v1", "/docs", "/mcp", "/draw/"])
 def test_below_any_path_every_route_is_found(client, prefix):
     forwarded = {"X-Forwarded-Prefix": prefix, "X-Forwarded-Host": "pics.example.com"}
-    for path in ("/", "/playground/main.js", "/docs/assets/swagger-ui.css", "/alpha/v1/jobs", "/sdapi/v1/options"):
+    for path in (
+        "/",
+        "/playground/main.js",
+        "/docs/assets/swagger-ui.css",
+        "/alpha/v1/jobs",
+        "/sdapi/v1/options",
+    ):
         assert client.get(path, headers=forwarded).status_code == 200, path
     assert client.post("/mcp/", headers=forwarded).status_code == 400, "the tool's own answer"
     wrong = client.get("/v1/nothing", headers=forwarded).json()["error"]
     assert wrong["code"] == "not_found"
     large = client.post("/v1/images/generations", content=b" " * 16_100_000, headers=forwarded)
     assert (large.status_code, large.json()["error"]["code"]) == (413, "too_large")
-    made = client.post("/alpha/v1/txt2img", json={"prompt": "x", "width": 64, "height": 64}, headers=forwarded).json()
+    made = client.post(
+        "/alpha/v1/txt2img", json={"prompt": "x", "width": 64, "height": 64}, headers=forwarded
+    ).json()
     start = f"http://pics.example.com{prefix.rstrip('/')}"
     assert made["url"].startswith(f"{start}/alpha/v1/file/")
     assert client.get(made["url"].removeprefix(start), headers=forwarded).status_code == 200
@@ -406,7 +489,9 @@ def test_pictures_outlive_the_service(tmp_path):
 
 
 def test_it_is_not_ready_when_the_engine_cannot_start(tmp_path):
-    with served(tmp_path, engine="alphalayer.engine.fake:no_such_engine", wait_ready=False) as client:
+    with served(
+        tmp_path, engine="alphalayer.engine.fake:no_such_engine", wait_ready=False
+    ) as client:
         assert client.get("/livez").status_code == 200
         assert client.get("/readyz").status_code == 503
         assert client.get("/ping").status_code == 204

@@ -26,7 +26,9 @@ def test_the_old_start_line_serves(tmp_path: Path):
             models = client.get("/sdapi/v1/sd-models", headers={"Origin": "https://example.com"})
             assert models.status_code == 200
             assert models.headers["access-control-allow-origin"] == "*"
-            assert {"title", "model_name", "hash", "sha256", "filename", "config"} <= models.json()[0].keys()
+            assert {"title", "model_name", "hash", "sha256", "filename", "config"} <= models.json()[
+                0
+            ].keys()
             assert client.get("/docs").status_code == 200
             assert client.get("/readyz").json()["engines"].keys() == {"cpu"}
         assert "warning: --xformers has nothing to change here" in (tmp_path / "log").read_text()

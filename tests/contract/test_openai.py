@@ -38,7 +38,9 @@ def client(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def api(client):
-    with openai.OpenAI(base_url=f"{client.base_url}/v1".replace("//v1", "/v1"), api_key="anything") as api:
+    with openai.OpenAI(
+        base_url=f"{client.base_url}/v1".replace("//v1", "/v1"), api_key="anything"
+    ) as api:
         yield api
 
 
@@ -47,9 +49,13 @@ def picture(data):
 
 
 def test_the_openai_client_draws(api):
-    answer = api.images.generate(**SMALL, n=2, quality="low", background="transparent", user="ann", **SEED)
+    answer = api.images.generate(
+        **SMALL, n=2, quality="low", background="transparent", user="ann", **SEED
+    )
     for i, each in enumerate(answer.data):
-        np.testing.assert_array_equal(np.asarray(picture(each)), draw_disc("an apple", 7 + i, 64, 64))
+        np.testing.assert_array_equal(
+            np.asarray(picture(each)), draw_disc("an apple", 7 + i, 64, 64)
+        )
         assert each.url is None
     settings = answer.to_dict()
     assert settings["created"] > 1_700_000_000
@@ -65,7 +71,9 @@ def test_the_openai_client_draws(api):
 
 
 async def test_the_asynchronous_client_draws_and_streams(client):
-    async with openai.AsyncOpenAI(base_url=f"{client.base_url}/v1".replace("//v1", "/v1"), api_key="x") as api:
+    async with openai.AsyncOpenAI(
+        base_url=f"{client.base_url}/v1".replace("//v1", "/v1"), api_key="x"
+    ) as api:
         answer = await api.images.generate(**SMALL, **SEED)
         assert picture(answer.data[0]).size == (64, 64)
         stream = await api.images.generate(**SMALL, **SEED, stream=True)
@@ -77,7 +85,11 @@ def test_a_stream_with_pictures_on_the_way(tmp_path):
         served(tmp_path, engine_options={"step_s": 0.05}) as client,
         openai.OpenAI(base_url=f"{client.base_url}/v1".replace("//v1", "/v1"), api_key="x") as api,
     ):
-        events = list(api.images.generate(**SMALL, **SEED, stream=True, partial_images=2, output_format="webp"))
+        events = list(
+            api.images.generate(
+                **SMALL, **SEED, stream=True, partial_images=2, output_format="webp"
+            )
+        )
         *partial, last = events
         assert [(event.type, event.partial_image_index) for event in partial] == [
             ("image_generation.partial_image", 0),
@@ -87,14 +99,20 @@ def test_a_stream_with_pictures_on_the_way(tmp_path):
         assert last.type == "image_generation.completed"
         assert last.size == "64x64"
         assert last.usage.total_tokens == 0
-        np.testing.assert_array_equal(np.asarray(picture(last).convert("RGBA")), draw_disc("an apple", 7, 64, 64))
+        np.testing.assert_array_equal(
+            np.asarray(picture(last).convert("RGBA")), draw_disc("an apple", 7, 64, 64)
+        )
 
 
 def test_a_stream_that_waits_is_kept_open(tmp_path, monkeypatch):
     monkeypatch.setattr("alphalayer.api.openai.SILENT_S", 0.1)
     with served(tmp_path, engine_options={"step_s": 0.05}) as client:
-        slow = client.post("/alpha/v1/jobs", json={"prompt": "first", "steps": 20, "width": 64, "height": 64}).json()
-        with client.stream("POST", "/v1/images/generations", json={**SMALL, "stream": True}) as answer:
+        slow = client.post(
+            "/alpha/v1/jobs", json={"prompt": "first", "steps": 20, "width": 64, "height": 64}
+        ).json()
+        with client.stream(
+            "POST", "/v1/images/generations", json={**SMALL, "stream": True}
+        ) as answer:
             assert answer.headers["cache-control"] == "no-cache"
             assert answer.headers["x-accel-buffering"] == "no"
             lines = iter(answer.iter_lines())
@@ -148,12 +166,16 @@ def test_formats_and_backgrounds(api, kind, compression):
     assert answer.background == "opaque"
     assert np.asarray(image.convert("RGBA"))[0, 0].min() > 250
     if kind != "jpeg":
-        answer = api.images.generate(**SMALL, **SEED, output_format=kind, background="auto", **extra)
+        answer = api.images.generate(
+            **SMALL, **SEED, output_format=kind, background="auto", **extra
+        )
         assert answer.background == "transparent"
         assert np.asarray(picture(answer.data[0]).convert("RGBA"))[0, 0, 3] == 0
 
 
-@pytest.mark.parametrize(("kind", "compression"), [("png", 100), ("webp", 100), ("webp", 50), ("jpeg", 80)])
+@pytest.mark.parametrize(
+    ("kind", "compression"), [("png", 100), ("webp", 100), ("webp", 50), ("jpeg", 80)]
+)
 def test_urls(api, client, kind, compression):
     answer = api.images.generate(
         **SMALL, **SEED, response_format="url", output_format=kind, output_compression=compression
@@ -182,7 +204,11 @@ def test_a_wrong_field_is_named(api, fields, named):
         api.images.generate(**{**SMALL, **fields})
     error = caught.value.body
     assert set(error) == {"message", "type", "param", "code"}
-    assert (error["type"], error["param"], error["code"]) == ("invalid_request_error", named, "invalid_request")
+    assert (error["type"], error["param"], error["code"]) == (
+        "invalid_request_error",
+        named,
+        "invalid_request",
+    )
     assert named in error["message"]
 
 
@@ -207,21 +233,28 @@ def test_every_error_has_the_shape_of_that_api(client, api):
 
 
 @pytest.mark.parametrize(
-    ("code", "again"), [("out_of_memory", False), ("engine_failed", False), ("queue_full", True), ("stopping", True)]
+    ("code", "again"),
+    [("out_of_memory", False), ("engine_failed", False), ("queue_full", True), ("stopping", True)],
 )
 def test_the_client_asks_again_only_for_what_may_pass(code, again):
     """An engine that a request takes down went down for each try of the client."""
     answer = errors.respond(
-        "/v1/images/generations", Problem.of(AlphalayerError.from_dict({"code": code, "message": "."}))
+        "/v1/images/generations",
+        Problem.of(AlphalayerError.from_dict({"code": code, "message": "."})),
     )
     with openai.OpenAI(api_key="x") as api:
-        assert api._should_retry(httpx.Response(answer.status_code, headers=answer.headers)) is again
+        assert (
+            api._should_retry(httpx.Response(answer.status_code, headers=answer.headers)) is again
+        )
 
 
 def test_bearer_tokens(tmp_path):
     with served(tmp_path, api_auth="ann:secret") as client:
         base = f"{client.base_url}/v1".replace("//v1", "/v1")
-        with openai.OpenAI(base_url=base, api_key="wrong") as api, pytest.raises(openai.AuthenticationError) as caught:
+        with (
+            openai.OpenAI(base_url=base, api_key="wrong") as api,
+            pytest.raises(openai.AuthenticationError) as caught,
+        ):
             api.images.generate(**SMALL)
         assert caught.value.code == "unauthorized"
         with openai.OpenAI(base_url=base, api_key="ann:secret") as api:
@@ -229,12 +262,17 @@ def test_bearer_tokens(tmp_path):
 
 
 def test_a_full_queue_is_tried_again_by_the_client(tmp_path):
-    with served(tmp_path, wait_ready=False, queue_limit=1, engine="alphalayer.engine.fake:no_such_engine") as client:
+    with served(
+        tmp_path, wait_ready=False, queue_limit=1, engine="alphalayer.engine.fake:no_such_engine"
+    ) as client:
         client.post("/alpha/v1/jobs", json={"prompt": "x"})
         answer = client.post("/v1/images/generations", json=SMALL)
         assert answer.status_code == 429
         assert int(answer.headers["retry-after"]) >= 1
-        assert (answer.json()["error"]["type"], answer.json()["error"]["code"]) == ("rate_limit_error", "queue_full")
+        assert (answer.json()["error"]["type"], answer.json()["error"]["code"]) == (
+            "rate_limit_error",
+            "queue_full",
+        )
 
 
 @pytest.mark.parametrize("name", ["open_webui_openai", "librechat_openai", "litellm_openai"])

@@ -42,11 +42,22 @@ def test_the_examples_of_the_page_are_drawn(tmp_path):
     """What "Try it out" fills in."""
     with served(tmp_path) as client:
         description = client.get("/openapi.json").json()
-        for path in ("/alpha/v1/txt2img", "/alpha/v1/jobs", "/sdapi/v1/txt2img", "/v1/images/generations"):
-            content = description["paths"][path]["post"]["requestBody"]["content"]["application/json"]
-            schema = description["components"]["schemas"][content["schema"]["$ref"].rpartition("/")[2]]
+        for path in (
+            "/alpha/v1/txt2img",
+            "/alpha/v1/jobs",
+            "/sdapi/v1/txt2img",
+            "/v1/images/generations",
+        ):
+            content = description["paths"][path]["post"]["requestBody"]["content"][
+                "application/json"
+            ]
+            schema = description["components"]["schemas"][
+                content["schema"]["$ref"].rpartition("/")[2]
+            ]
             (example,) = schema["examples"]
-            assert client.post(path, json=example).status_code == (202 if path.endswith("jobs") else 200), path
+            assert client.post(path, json=example).status_code == (
+                202 if path.endswith("jobs") else 200
+            ), path
 
 
 def test_every_answer_is_documented(tmp_path):
@@ -55,7 +66,11 @@ def test_every_answer_is_documented(tmp_path):
     with served(tmp_path) as client:
         done = subprocess.run(
             [
-                *(str(Path(sys.executable).parent / "schemathesis"), "--config-file", "schemathesis.toml"),
+                *(
+                    str(Path(sys.executable).parent / "schemathesis"),
+                    "--config-file",
+                    "schemathesis.toml",
+                ),
                 *("run", f"{client.base_url}/openapi.json".replace("//openapi", "/openapi")),
                 *(
                     "--max-examples",

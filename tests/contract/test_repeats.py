@@ -11,7 +11,11 @@ from tests.support.serving import put_model, served
 
 KEY = {"Idempotency-Key": "mine"}
 BODY = {"prompt": "an apple", "width": 64, "height": 64, "steps": 2}
-CHANGES = {"sd_model_checkpoint": "apples", "CLIP_stop_at_last_layers": 2, "live_previews_enable": True}
+CHANGES = {
+    "sd_model_checkpoint": "apples",
+    "CLIP_stop_at_last_layers": 2,
+    "live_previews_enable": True,
+}
 
 
 def jobs(client: httpx.Client) -> int:
@@ -19,15 +23,21 @@ def jobs(client: httpx.Client) -> int:
 
 
 @pytest.mark.parametrize(("more", "headers"), [({"force_task_id": "t"}, {}), ({}, KEY)])
-def test_options_that_were_changed_do_not_make_it_another_request(tmp_path: Path, more: dict[str, Any], headers: Any):
+def test_options_that_were_changed_do_not_make_it_another_request(
+    tmp_path: Path, more: dict[str, Any], headers: Any
+):
     with served(put_model(tmp_path)) as client:
         for _ in range(2):
-            client.post("/sdapi/v1/txt2img", json={**BODY, **more}, headers=headers).raise_for_status()
+            client.post(
+                "/sdapi/v1/txt2img", json={**BODY, **more}, headers=headers
+            ).raise_for_status()
             client.post("/sdapi/v1/options", json=CHANGES).raise_for_status()
         assert jobs(client) == 1
 
 
-@pytest.mark.parametrize("path", ["/alpha/v1/jobs", "/alpha/v1/txt2img", "/sdapi/v1/txt2img", "/v1/images/generations"])
+@pytest.mark.parametrize(
+    "path", ["/alpha/v1/jobs", "/alpha/v1/txt2img", "/sdapi/v1/txt2img", "/v1/images/generations"]
+)
 def test_settings_that_were_changed_do_not_make_it_another_request(tmp_path: Path, path: str):
     body = {"prompt": "an apple", "size": "64x64"} if path.startswith("/v1/") else BODY
     changes: list[dict[str, Any]] = [{}, {"decode": "forge2", "noise": "cpu"}]
@@ -38,15 +48,24 @@ def test_settings_that_were_changed_do_not_make_it_another_request(tmp_path: Pat
 
 
 def test_what_changes_the_answer_alone_makes_it_another_request(tmp_path: Path):
-    body = {"prompt": "an apple", "size": "64x64", "output_format": "jpeg", "response_format": "url"}
+    body = {
+        "prompt": "an apple",
+        "size": "64x64",
+        "output_format": "jpeg",
+        "response_format": "url",
+    }
     with served(tmp_path) as client:
         client.post("/v1/images/generations", json=body, headers=KEY).raise_for_status()
-        other = client.post("/v1/images/generations", json={**body, "output_compression": 5}, headers=KEY)
+        other = client.post(
+            "/v1/images/generations", json={**body, "output_compression": 5}, headers=KEY
+        )
         assert (other.status_code, other.json()["error"]["param"]) == (400, "Idempotency-Key")
 
 
 def test_a_default_that_is_sent_is_no_other_request(tmp_path: Path):
     with served(tmp_path) as client:
         first = client.post("/alpha/v1/jobs", json=BODY, headers=KEY).json()
-        again = client.post("/alpha/v1/jobs", json={**BODY, "negative_prompt": "bad, ugly"}, headers=KEY).json()
+        again = client.post(
+            "/alpha/v1/jobs", json={**BODY, "negative_prompt": "bad, ugly"}, headers=KEY
+        ).json()
         assert first["id"] == again["id"]

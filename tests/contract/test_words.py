@@ -11,7 +11,12 @@ from tests.support.serving import served
 
 from alphalayer.core.request import SAMPLERS
 
-NATIVE, JOBS, A1111, OPENAI = "/alpha/v1/txt2img", "/alpha/v1/jobs", "/sdapi/v1/txt2img", "/v1/images/generations"
+NATIVE, JOBS, A1111, OPENAI = (
+    "/alpha/v1/txt2img",
+    "/alpha/v1/jobs",
+    "/sdapi/v1/txt2img",
+    "/v1/images/generations",
+)
 JSON = {"Content-Type": "application/json"}
 RESIZE_MODES = "'Just Resize', 'Crop and Resize' or 'Resize and Fill'"
 SIZES = "auto or WIDTHxHEIGHT, each a whole number from 64 to 2048"
@@ -41,7 +46,11 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
             f'sampler_name: unknown sampler "Magic"; use one of: {", ".join(SAMPLERS)}.',
         ),
         (NATIVE, {"colour": None}, "colour: there is no such field."),
-        (NATIVE, {"layerdiffuse_resize_mode": "Stretch"}, f'layerdiffuse_resize_mode: got "Stretch"; {RESIZE_MODES}.'),
+        (
+            NATIVE,
+            {"layerdiffuse_resize_mode": "Stretch"},
+            f'layerdiffuse_resize_mode: got "Stretch"; {RESIZE_MODES}.',
+        ),
         (
             NATIVE,
             {"layerdiffuse_output_origin": True},
@@ -92,15 +101,23 @@ def test_a_wrong_name_of_a_field_is_told_before_what_is_missing(
     for path in (NATIVE, JOBS):
         said = client.post(path, json=fields).json()
         assert said["detail"] == f"{next(iter(fields))}: there is no such field."
-        assert said["hint"].partition(" The fields")[0] == (f'Did you mean "{like}"?' if like else said["hint"])
+        assert said["hint"].partition(" The fields")[0] == (
+            f'Did you mean "{like}"?' if like else said["hint"]
+        )
 
 
-@pytest.mark.parametrize(("content", "words"), [(b"", "it must be given."), (b"[]", "got []; an object.")])
+@pytest.mark.parametrize(
+    ("content", "words"), [(b"", "it must be given."), (b"[]", "got []; an object.")]
+)
 def test_words_about_the_body_as_a_whole(client: httpx.Client, content: bytes, words: str):
-    assert client.post(NATIVE, content=content, headers=JSON).json()["detail"] == f"the body: {words}"
+    assert (
+        client.post(NATIVE, content=content, headers=JSON).json()["detail"] == f"the body: {words}"
+    )
 
 
-@pytest.mark.parametrize(("path", "query", "words"), [(JOBS, "?limit=all", 'limit: got "all"; a whole number.')])
+@pytest.mark.parametrize(
+    ("path", "query", "words"), [(JOBS, "?limit=all", 'limit: got "all"; a whole number.')]
+)
 def test_words_about_a_query(client: httpx.Client, path: str, query: str, words: str):
     assert client.get(path + query).json()["detail"] == words
 
@@ -120,7 +137,9 @@ def test_words_about_a_query(client: httpx.Client, path: str, query: str, words:
     ],
 )
 def test_text_that_is_not_unicode_is_told_so(client: httpx.Client, more: dict[str, object]):
-    answer = client.post(A1111, content=json.dumps({"prompt": "a", "width": 64, "height": 64, **more}), headers=JSON)
+    answer = client.post(
+        A1111, content=json.dumps({"prompt": "a", "width": 64, "height": 64, **more}), headers=JSON
+    )
     assert answer.status_code == 422
     assert "Unicode" in answer.json()["detail"]
 

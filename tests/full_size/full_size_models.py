@@ -27,7 +27,10 @@ def checkpoint_shapes() -> Shapes:
     configs = files("alphalayer.builtin_models") / "sdxl"
     read = lambda part: json.loads((configs / part / "config.json").read_text())  # noqa: E731
     with torch.device("meta"):
-        unet, vae = UNet2DConditionModel.from_config(read("unet")), AutoencoderKL.from_config(read("vae"))
+        unet, vae = (
+            UNet2DConditionModel.from_config(read("unet")),
+            AutoencoderKL.from_config(read("vae")),
+        )
         first = CLIPTextModel(CLIPTextConfig(**read("text_encoder")))
         second = CLIPTextModelWithProjection(CLIPTextConfig(**read("text_encoder_2")))
     tensors = tiny_models.single_file_tensors(first, second, unet, vae)
@@ -44,14 +47,19 @@ def patch_shapes() -> Shapes:
     for name, weight in unet.named_parameters():
         if any(f".{part}.weight" in name for part in ("to_q", "to_k", "to_v", "to_out.0")):
             key = "diffusion_model." + tiny_models.unet_name_in_ldm(name)
-            shapes |= {f"{key}::lora::0": (weight.shape[0], RANK), f"{key}::lora::1": (RANK, weight.shape[1])}
+            shapes |= {
+                f"{key}::lora::0": (weight.shape[0], RANK),
+                f"{key}::lora::1": (RANK, weight.shape[1]),
+            }
     return shapes
 
 
 def decoder_shapes() -> Shapes:
     """The transparent decoder as published."""
     with torch.device("meta"):
-        return {name: tuple(tensor.shape) for name, tensor in TransparentDecoder().state_dict().items()}
+        return {
+            name: tuple(tensor.shape) for name, tensor in TransparentDecoder().state_dict().items()
+        }
 
 
 def write_random(path: Path, shapes: Shapes, scale: float = 1.0) -> None:
@@ -60,7 +68,11 @@ def write_random(path: Path, shapes: Shapes, scale: float = 1.0) -> None:
     offset = 0
     for name, shape in shapes.items():
         size = 2 * int(np.prod(shape))
-        header[name] = {"dtype": "F16", "shape": list(shape), "data_offsets": [offset, offset + size]}
+        header[name] = {
+            "dtype": "F16",
+            "shape": list(shape),
+            "data_offsets": [offset, offset + size],
+        }
         offset += size
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)

@@ -12,7 +12,10 @@ from alphalayer.engine.pipeline import LocalEngine
 from alphalayer.engine.sampling.noise import philox_normal
 from tests.support import tiny_models
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +29,11 @@ def draw(models_dir, device, **fields):
     memory, dtype = fields.pop("memory", "high"), fields.pop("dtype", "fp32")
     engine = LocalEngine(models_dir, device=device, dtype=dtype, memory=memory)
     return (
-        engine.generate(GenerationRequest(prompt="an apple", width=128, height=128, steps=4, **fields)).images[0].rgba
+        engine.generate(
+            GenerationRequest(prompt="an apple", width=128, height=128, steps=4, **fields)
+        )
+        .images[0]
+        .rgba
     )
 
 
@@ -41,15 +48,24 @@ def test_the_same_picture_as_on_the_cpu(models_dir, sampler):
 @pytest.mark.parametrize("memory", MEMORY_MODES)
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
 def test_every_memory_mode_draws_the_same(models_dir, memory, dtype):
-    high, other = draw(models_dir, "cuda", dtype=dtype), draw(models_dir, "cuda", dtype=dtype, memory=memory)
+    high, other = (
+        draw(models_dir, "cuda", dtype=dtype),
+        draw(models_dir, "cuda", dtype=dtype, memory=memory),
+    )
     assert np.mean(np.abs(high.astype(int) - other.astype(int)) > 8) < 0.02
 
 
 def test_the_generator_of_torch_equals_ours():
     """Philox in torch operations against cuRAND's in PyTorch's CUDA kernels, where they have a thread for each element."""
     gpu = torch.cuda.get_device_properties(0)
-    for count in (1000, 65536, gpu.multi_processor_count * (gpu.max_threads_per_multi_processor // 256) * 256):
-        theirs = torch.randn(count, generator=torch.Generator("cuda").manual_seed(12345), device="cuda")
+    for count in (
+        1000,
+        65536,
+        gpu.multi_processor_count * (gpu.max_threads_per_multi_processor // 256) * 256,
+    ):
+        theirs = torch.randn(
+            count, generator=torch.Generator("cuda").manual_seed(12345), device="cuda"
+        )
         ours = philox_normal([12345], count)[0]
         assert (theirs.cpu() - ours).abs().max() < 1e-5, count
 

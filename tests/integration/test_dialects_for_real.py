@@ -27,7 +27,9 @@ NEGATIVE = "bad, ugly"
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
     with served(
-        tmp_path_factory.mktemp("service"), engine="alphalayer.engine.pipeline:create_engine", wait_ready=False
+        tmp_path_factory.mktemp("service"),
+        engine="alphalayer.engine.pipeline:create_engine",
+        wait_ready=False,
     ) as service:
         service.timeout = httpx.Timeout(120)
         yield service
@@ -49,7 +51,12 @@ def apple(service: httpx.Client) -> np.ndarray:
 async def test_webuiapi(service: httpx.Client, apple: np.ndarray, use_async: bool):
     api = webuiapi.WebUIApi(baseurl=f"{str(service.base_url).rstrip('/')}/sdapi/v1")
     assert "alphalayer-mini" in api.util_get_model_names()[0]
-    fields = {"prompt": PROMPT, "negative_prompt": NEGATIVE, "sampler_name": "DPM++ 2M SDE", "scheduler": "Karras"}
+    fields = {
+        "prompt": PROMPT,
+        "negative_prompt": NEGATIVE,
+        "sampler_name": "DPM++ 2M SDE",
+        "scheduler": "Karras",
+    }
     asked = api.txt2img(**fields, **SETTINGS, use_async=use_async)
     drawn = await asked if use_async else asked
     np.testing.assert_array_equal(np.asarray(drawn.image), apple)
@@ -60,7 +67,9 @@ async def test_webuiapi(service: httpx.Client, apple: np.ndarray, use_async: boo
 def small_apple(service: httpx.Client) -> np.ndarray:
     """As the native API draws what `OPENAI` asks for: "low" is 12 steps."""
     body = {"prompt": PROMPT, "steps": 12, "width": 192, "height": 192, "seed": SEED}
-    return codecs.decode(service.get(service.post("/alpha/v1/txt2img", json=body).json()["url"]).content)[0]
+    return codecs.decode(
+        service.get(service.post("/alpha/v1/txt2img", json=body).json()["url"]).content
+    )[0]
 
 
 OPENAI = {"model": "alphalayer-mini", "prompt": PROMPT, "size": "192x192", "quality": "low"}
@@ -72,16 +81,22 @@ def decoded(b64_json: str) -> np.ndarray:
 
 
 def test_openai(service: httpx.Client, small_apple: np.ndarray):
-    with openai.OpenAI(base_url=f"{str(service.base_url).rstrip('/')}/v1", api_key="x", timeout=120) as api:
+    with openai.OpenAI(
+        base_url=f"{str(service.base_url).rstrip('/')}/v1", api_key="x", timeout=120
+    ) as api:
         assert [model.id for model in api.models.list()] == ["alphalayer-mini"]
-        np.testing.assert_array_equal(decoded(api.images.generate(**OPENAI).data[0].b64_json), small_apple)
+        np.testing.assert_array_equal(
+            decoded(api.images.generate(**OPENAI).data[0].b64_json), small_apple
+        )
         *partial, last = api.images.generate(**OPENAI, stream=True, partial_images=2)
     assert [event.type for event in partial] == ["image_generation.partial_image"] * 2
     np.testing.assert_array_equal(decoded(last.b64_json), small_apple)
 
 
 async def test_openai_asynchronously(service: httpx.Client, small_apple: np.ndarray):
-    async with openai.AsyncOpenAI(base_url=f"{str(service.base_url).rstrip('/')}/v1", api_key="x", timeout=120) as api:
+    async with openai.AsyncOpenAI(
+        base_url=f"{str(service.base_url).rstrip('/')}/v1", api_key="x", timeout=120
+    ) as api:
         answer = await api.images.generate(**OPENAI)
         np.testing.assert_array_equal(decoded(answer.data[0].b64_json), small_apple)
         events = [event async for event in await api.images.generate(**OPENAI, stream=True)]
@@ -95,10 +110,16 @@ async def test_mcp(service: httpx.Client, apple: np.ndarray):
     async def progress(done: float, _total: float | None, _message: str | None) -> None:
         told.append(done)
 
-    async with Client(StreamableHttpTransport(f"{str(service.base_url).rstrip('/')}/mcp/")) as client:
+    async with Client(
+        StreamableHttpTransport(f"{str(service.base_url).rstrip('/')}/mcp/")
+    ) as client:
         (tool,) = await client.list_tools()
-        fields = {name: value for name, value in SETTINGS.items() if name != "cfg_scale"}  # the model's own is 3
-        answer = await client.call_tool(tool.name, {"prompt": PROMPT, **fields}, progress_handler=progress)
+        fields = {
+            name: value for name, value in SETTINGS.items() if name != "cfg_scale"
+        }  # the model's own is 3
+        answer = await client.call_tool(
+            tool.name, {"prompt": PROMPT, **fields}, progress_handler=progress
+        )
     np.testing.assert_array_equal(codecs.decode(base64.b64decode(answer.content[0].data))[0], apple)
     assert len(set(told)) >= 3
     assert max(told) <= STEPS

@@ -29,10 +29,14 @@ BODY = {"prompt": "an apple", "steps": 10, "width": 64, "height": 64}
 
 
 @contextmanager
-def service(folder: Path, step_s: float, drain_s: int) -> Iterator[tuple[subprocess.Popen[bytes], httpx.Client]]:
+def service(
+    folder: Path, step_s: float, drain_s: int
+) -> Iterator[tuple[subprocess.Popen[bytes], httpx.Client]]:
     """A service that draws one job at a time, each of ten steps."""
     port = free_port()
-    process = fake_service.start(folder, port, step_s, environment={"ALPHALAYER_DRAIN_S": str(drain_s)})
+    process = fake_service.start(
+        folder, port, step_s, environment={"ALPHALAYER_DRAIN_S": str(drain_s)}
+    )
     with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60, trust_env=False) as client:
         try:
             wait_until(lambda: _answers(client), 60)
@@ -50,7 +54,12 @@ def _answers(client: httpx.Client) -> bool:
 
 
 def draw(client: httpx.Client, seed: int) -> httpx.Response:
-    return httpx.post(f"{client.base_url}/alpha/v1/txt2img", json={**BODY, "seed": seed}, timeout=60, trust_env=False)
+    return httpx.post(
+        f"{client.base_url}/alpha/v1/txt2img",
+        json={**BODY, "seed": seed},
+        timeout=60,
+        trust_env=False,
+    )
 
 
 def submit(client: httpx.Client, seed: int) -> dict[str, Any]:
@@ -72,7 +81,10 @@ def states(client: httpx.Client) -> dict[int, str]:
 
 
 def test_nothing_new_is_begun_and_who_waits_is_told(tmp_path):
-    with service(tmp_path, step_s=0.1, drain_s=30) as (process, client), ThreadPoolExecutor(2) as pool:
+    with (
+        service(tmp_path, step_s=0.1, drain_s=30) as (process, client),
+        ThreadPoolExecutor(2) as pool,
+    ):
         at_work: Future[httpx.Response] = pool.submit(draw, client, 0)
         wait_until(lambda: "running" in states(client).values())
         jobs = [submit(client, seed) for seed in range(1, 7)]
@@ -98,7 +110,10 @@ def test_nothing_new_is_begun_and_who_waits_is_told(tmp_path):
 
 
 def test_the_deadline_is_one_for_all(tmp_path):
-    with service(tmp_path, step_s=3.0, drain_s=1) as (process, client), ThreadPoolExecutor(1) as pool:
+    with (
+        service(tmp_path, step_s=3.0, drain_s=1) as (process, client),
+        ThreadPoolExecutor(1) as pool,
+    ):
         at_work: Future[httpx.Response] = pool.submit(draw, client, 0)
         wait_until(lambda: "running" in states(client).values())
         assert stop(process) < 3
@@ -138,7 +153,10 @@ def test_a_service_that_ends_is_not_ready_and_takes_nobody_on(tmp_path):
         wait_until(lambda: client.get("/readyz").status_code == 200, 30)
         client.portal.call(app.state.ending.begin)
         answer = client.get("/readyz")
-        assert (answer.status_code, answer.json()["problem"]) == (503, "the service is being stopped.")
+        assert (answer.status_code, answer.json()["problem"]) == (
+            503,
+            "the service is being stopped.",
+        )
         answer = client.post("/alpha/v1/txt2img", json=BODY)
         assert (answer.status_code, answer.json()["code"]) == (503, "stopping")
         assert client.get("/alpha/v1/jobs").json()["jobs"] == []

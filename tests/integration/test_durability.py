@@ -53,8 +53,14 @@ def kill_engine(client) -> None:
 
 
 def test_a_job_outlives_its_engine_process(tmp_path):
-    with served(tmp_path, engine_options={"step_s": 0.1}) as client, concurrent.futures.ThreadPoolExecutor() as pool:
-        waiting = [pool.submit(client.post, "/alpha/v1/txt2img", json={**BODY, "seed": i}) for i in range(4)]
+    with (
+        served(tmp_path, engine_options={"step_s": 0.1}) as client,
+        concurrent.futures.ThreadPoolExecutor() as pool,
+    ):
+        waiting = [
+            pool.submit(client.post, "/alpha/v1/txt2img", json={**BODY, "seed": i})
+            for i in range(4)
+        ]
         time.sleep(0.5)
         first = engine_pid(client)
         kill_engine(client)
@@ -67,7 +73,10 @@ def test_a_job_outlives_its_engine_process(tmp_path):
 
 
 def test_a_job_that_kills_its_engine_is_failed_and_the_next_one_drawn(tmp_path):
-    with served(tmp_path, engine_options={"step_s": 0.2}) as client, concurrent.futures.ThreadPoolExecutor() as pool:
+    with (
+        served(tmp_path, engine_options={"step_s": 0.2}) as client,
+        concurrent.futures.ThreadPoolExecutor() as pool,
+    ):
         select_expired = pool.submit(client.post, "/alpha/v1/txt2img", json={**BODY, "steps": 150})
         for start in range(1, MAX_STARTS + 1):
             wait_until(lambda start=start: running_starts(client) == start, 20)
@@ -132,7 +141,9 @@ def test_a_job_that_lost_a_start_to_others_is_not_failed_by_the_first_error_of_i
     job_id = asyncio.run(begin_and_be_killed())
     options = {"mark": str(tmp_path / "broken")}
     with served(
-        tmp_path, engine="tests.integration.test_durability:create_broken_once", engine_options=options
+        tmp_path,
+        engine="tests.integration.test_durability:create_broken_once",
+        engine_options=options,
     ) as client:
         wait_until(lambda: client.get(f"/alpha/v1/jobs/{job_id}").json()["finished_at"], 30)
         assert client.get(f"/alpha/v1/jobs/{job_id}").json()["state"] == "done"
@@ -169,7 +180,11 @@ def create_unwarmable(_options: dict[str, Any]) -> FakeEngine:
 
 @pytest.mark.parametrize("name", ["create_unwarmable", "create_nothing"])
 def test_an_engine_that_cannot_be_opened_says_why_and_ends_by_itself(tmp_path, name: str):
-    opening = {"engine": f"tests.integration.test_durability:{name}", "options": {}, "storage": str(tmp_path)}
+    opening = {
+        "engine": f"tests.integration.test_durability:{name}",
+        "options": {},
+        "storage": str(tmp_path),
+    }
     opening |= {"name": "cpu", "logs": {"level": "info", "as_json": False}}
     with subprocess.Popen(
         [sys.executable, "-m", "alphalayer.worker.engine_process"],
@@ -180,7 +195,11 @@ def test_an_engine_that_cannot_be_opened_says_why_and_ends_by_itself(tmp_path, n
         process.stdin.write(write_message("open", **opening))
         process.stdin.flush()
         message = read_message(process.stdout.readline())
-        assert (message["kind"], message["id"], message["error"]["code"]) == ("failed", None, "engine_failed")
+        assert (message["kind"], message["id"], message["error"]["code"]) == (
+            "failed",
+            None,
+            "engine_failed",
+        )
         expected = "IndexError" if name == "create_unwarmable" else "AttributeError"
         assert expected in message["error"]["message"]
         # its input is still open
@@ -258,7 +277,10 @@ def test_a_killed_service_goes_on_where_it_was(tmp_path):
         concurrent.futures.ThreadPoolExecutor(6) as pool,
     ):
         wait_until(lambda: answers(url), 30)
-        sent = [pool.submit(client.post, "/alpha/v1/txt2img", json={**BODY, "seed": i}) for i in range(6)]
+        sent = [
+            pool.submit(client.post, "/alpha/v1/txt2img", json={**BODY, "seed": i})
+            for i in range(6)
+        ]
         query = {"state": "running"}
         wait_until(lambda: len(client.get("/alpha/v1/jobs").json()["jobs"]) == 6)
         wait_until(lambda: client.get("/alpha/v1/jobs", params=query).json()["jobs"])
@@ -316,7 +338,9 @@ def test_a_start_does_not_wait_for_room_to_note_what_is_over(tmp_path, monkeypat
             full.setattr(Journal, "save", no_room)
             again = await asyncio.wait_for(SqliteJobQueue.open(tmp_path / "jobs.sqlite", 10), 5)
             assert (await again.claim()).id == waiting
-        assert ("outcome_not_written", stopped) in [(line["event"], line.get("job")) for line in logs]
+        assert ("outcome_not_written", stopped) in [
+            (line["event"], line.get("job")) for line in logs
+        ]
         assert (await asyncio.wait_for(again.wait(stopped), 5)).state is JobState.CANCELLED
         await again.close()
 

@@ -37,12 +37,16 @@ from alphalayer.engine.pipeline import LocalEngine, create_engine
 from alphalayer.engine.sampling.guidance import _clean
 from alphalayer.images.infotext import read_parameters, write_parameters
 
-REQUEST = GenerationRequest(prompt="a red apple", seed=3, steps=2, width=64, height=64, model="folder")
+REQUEST = GenerationRequest(
+    prompt="a red apple", seed=3, steps=2, width=64, height=64, model="folder"
+)
 
 
 def infotext_of(result: GenerationResult, index: int = 0) -> str:
     image = result.images[index]
-    return write_parameters(result.request, result.model_name, result.model_hash, image.seed, image.subseed)
+    return write_parameters(
+        result.request, result.model_name, result.model_hash, image.seed, image.subseed
+    )
 
 
 @pytest.fixture(scope="module")
@@ -72,11 +76,15 @@ def _make_loras(folder: Path) -> None:
     for part, encoder in zip(("te1", "te2"), tiny_models.text_encoders(), strict=True):
         for name, weight in encoder.named_parameters():
             if ".mlp." in name and name.endswith("weight"):
-                stem = f"lora_{part}_text_model_" + name.removesuffix(".weight").replace(".", "_").removeprefix(
-                    "text_model_"
+                stem = f"lora_{part}_text_model_" + name.removesuffix(".weight").replace(
+                    ".", "_"
+                ).removeprefix("text_model_")
+                words[f"{stem}.lora_up.weight"] = torch.randn(
+                    weight.shape[0], 4, generator=generator
                 )
-                words[f"{stem}.lora_up.weight"] = torch.randn(weight.shape[0], 4, generator=generator)
-                words[f"{stem}.lora_down.weight"] = torch.randn(4, weight.shape[1], generator=generator)
+                words[f"{stem}.lora_down.weight"] = torch.randn(
+                    4, weight.shape[1], generator=generator
+                )
     save_file(words, folder / "words.safetensors")
 
 
@@ -133,10 +141,15 @@ OUT_OF_MEMORY = [
 
 @pytest.mark.parametrize(
     ("stage", "error"),
-    [(stage, OUT_OF_MEMORY[0]) for stage in ("unet", "vae", "decoder", "text_encoder")] + [("unet", OUT_OF_MEMORY[1])],
+    [(stage, OUT_OF_MEMORY[0]) for stage in ("unet", "vae", "decoder", "text_encoder")]
+    + [("unet", OUT_OF_MEMORY[1])],
 )
 def test_running_out_of_memory_is_retried_in_the_next_smaller_mode(
-    engine: LocalEngine, base: np.ndarray, stage: str, error: Exception, caplog: pytest.LogCaptureFixture
+    engine: LocalEngine,
+    base: np.ndarray,
+    stage: str,
+    error: Exception,
+    caplog: pytest.LogCaptureFixture,
 ):
     _draw(engine, steps=1)
     engine.held.encoders.forget()
@@ -152,7 +165,9 @@ def test_running_out_of_memory_is_retried_in_the_next_smaller_mode(
     assert fails.left == 0
     assert fails.calls > 1
     # what was sampled is not sampled again to be decoded
-    assert [each.stage for each in progress].count("load") == (1 if stage in ("vae", "decoder") else 2)
+    assert [each.stage for each in progress].count("load") == (
+        1 if stage in ("vae", "decoder") else 2
+    )
     assert [each.message for each in caplog.records if "memory" in each.message] == [
         'Out of memory in memory mode "high"; trying "balanced".'
     ]
@@ -171,7 +186,9 @@ def test_a_retry_begins_with_an_empty_device(engine: LocalEngine, monkeypatch: p
     for name in ("unet", "text_encoder"):
         module = getattr(engine.held.model, name)
         move = module.to
-        monkeypatch.setattr(module, "to", lambda to, name=name, move=move: (moves.append((name, str(to))), move(to)))
+        monkeypatch.setattr(
+            module, "to", lambda to, name=name, move=move: (moves.append((name, str(to))), move(to))
+        )
     handle = unet.register_forward_pre_hook(_Fails(1, OUT_OF_MEMORY[0]))
     try:
         _draw(engine)
@@ -182,7 +199,9 @@ def test_a_retry_begins_with_an_empty_device(engine: LocalEngine, monkeypatch: p
     assert moves == [*once, *once[::-1], once[1]], "to the device, off it, and to it again"
 
 
-def test_running_out_of_memory_in_every_mode_says_what_was_needed(engine: LocalEngine, base: np.ndarray):
+def test_running_out_of_memory_in_every_mode_says_what_was_needed(
+    engine: LocalEngine, base: np.ndarray
+):
     _draw(engine, steps=1)
     handle = engine.held.model.unet.register_forward_pre_hook(_Fails(99, OUT_OF_MEMORY[0]))
     try:
@@ -193,7 +212,10 @@ def test_running_out_of_memory_in_every_mode_says_what_was_needed(engine: LocalE
     assert "128x64, batch of 2, needs about" in error.value.message
     assert '"low"' in error.value.message
     assert "larger modes were tried, too" in error.value.message
-    assert error.value.hint == "Ask for a smaller picture or batch, or close other programs on the GPU."
+    assert (
+        error.value.hint
+        == "Ask for a smaller picture or batch, or close other programs on the GPU."
+    )
     # and the engine works on
     assert np.array_equal(_draw(engine), base)
 
@@ -217,7 +239,9 @@ def test_memory_that_ends_while_a_model_is_read_is_told_as_such(
     def fail(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr("alphalayer.engine.families.sdxl.UNet2DConditionModel.from_pretrained", fail)
+    monkeypatch.setattr(
+        "alphalayer.engine.families.sdxl.UNet2DConditionModel.from_pretrained", fail
+    )
     with pytest.raises(OutOfMemory, match="to read the model") as found:
         _draw(LocalEngine(models, device="cpu"))
     assert "0x0" not in str(found.value)
@@ -299,15 +323,21 @@ def test_cancelling_before_the_start_loads_nothing(models: Path):
 # --- LoRAs and the patch
 
 
-def test_loras_change_the_picture_by_their_weight_and_come_off(engine: LocalEngine, base: np.ndarray):
-    full, half = (_draw(engine, loras=(Lora(name="kohya", weight=weight),)) for weight in (1.0, 0.1))
+def test_loras_change_the_picture_by_their_weight_and_come_off(
+    engine: LocalEngine, base: np.ndarray
+):
+    full, half = (
+        _draw(engine, loras=(Lora(name="kohya", weight=weight),)) for weight in (1.0, 0.1)
+    )
     assert _difference(base, full) > 3
     assert 0 < np.abs(base - half).mean() < np.abs(base - full).mean()
     assert np.array_equal(_draw(engine), base)
     assert np.array_equal(_draw(engine, loras=(Lora(name="kohya", weight=0.0),)), base)
 
 
-def test_what_a_lora_changes_in_the_text_encoders_counts_and_comes_off(engine: LocalEngine, base: np.ndarray):
+def test_what_a_lora_changes_in_the_text_encoders_counts_and_comes_off(
+    engine: LocalEngine, base: np.ndarray
+):
     with_words = _draw(engine, loras=(Lora(name="words"),))
     assert _difference(base, with_words) > 3
     # the unpatched prompt was remembered before, the patched one is now
@@ -318,13 +348,19 @@ def test_what_a_lora_changes_in_the_text_encoders_counts_and_comes_off(engine: L
 
 
 def test_a_lora_is_the_same_under_either_naming(engine: LocalEngine):
-    assert np.array_equal(_draw(engine, loras=(Lora(name="kohya"),)), _draw(engine, loras=(Lora(name="peft"),)))
+    assert np.array_equal(
+        _draw(engine, loras=(Lora(name="kohya"),)), _draw(engine, loras=(Lora(name="peft"),))
+    )
 
 
 def test_a_lora_may_be_named_in_the_prompt(engine: LocalEngine):
-    named = GenerationRequest(**{**REQUEST.model_dump(), "prompt": f"{REQUEST.prompt} <lora:kohya:0.5>"})
+    named = GenerationRequest(
+        **{**REQUEST.model_dump(), "prompt": f"{REQUEST.prompt} <lora:kohya:0.5>"}
+    )
     result = engine.generate(named)
-    assert np.array_equal(result.images[0].rgba, _draw(engine, loras=(Lora(name="kohya", weight=0.5),)))
+    assert np.array_equal(
+        result.images[0].rgba, _draw(engine, loras=(Lora(name="kohya", weight=0.5),))
+    )
     assert infotext_of(result).startswith(f"{REQUEST.prompt} <lora:kohya:0.5>\n")
 
 
@@ -344,7 +380,10 @@ def test_weight_0_is_the_base_model(engine: LocalEngine):
 
 def test_stop_at_moves_from_the_base_model_to_the_patched_one(engine: LocalEngine):
     whole = _draw(engine, steps=6)
-    distances = [np.abs(_draw(engine, steps=6, layerdiffuse_stop_at=part) - whole).mean() for part in (0, 0.4, 0.8, 1)]
+    distances = [
+        np.abs(_draw(engine, steps=6, layerdiffuse_stop_at=part) - whole).mean()
+        for part in (0, 0.4, 0.8, 1)
+    ]
     assert distances[0] > distances[1] > distances[2] >= distances[3] == 0
 
 
@@ -363,7 +402,9 @@ def test_stop_at_patches_the_steps_that_the_published_levels_say(engine: LocalEn
     assert patched == [True] * 6 + [False] * 14
 
 
-def test_without_layer_files_transparency_is_refused_and_opaque_pictures_are_not(models: Path, tmp_path: Path):
+def test_without_layer_files_transparency_is_refused_and_opaque_pictures_are_not(
+    models: Path, tmp_path: Path
+):
     (tmp_path / "Stable-diffusion").mkdir()
     (tmp_path / "Stable-diffusion" / "single.safetensors").symlink_to(
         models / "Stable-diffusion" / "single.safetensors"
@@ -376,7 +417,9 @@ def test_without_layer_files_transparency_is_refused_and_opaque_pictures_are_not
 
 @pytest.mark.parametrize("missing", ["decoder", "patch"])
 def test_layer_files_that_are_missing_are_told_before_the_work(tmp_path: Path, missing: str):
-    own = tiny_models.make_diffusers_folder(tmp_path / "Stable-diffusion" / "folder") / "layerdiffuse"
+    own = (
+        tiny_models.make_diffusers_folder(tmp_path / "Stable-diffusion" / "folder") / "layerdiffuse"
+    )
     (own / f"{missing}.safetensors").unlink()
     told: list[Progress] = []
     with pytest.raises(LayerDiffuseMissing, match=missing):
@@ -402,11 +445,16 @@ def _rewrite_lora(folder: Path) -> None:
 
 
 def _add_embedding(folder: Path) -> None:
-    learned = {"clip_l": torch.ones(2, tiny_models.WIDTH_L), "clip_g": torch.ones(2, tiny_models.WIDTH_G)}
+    learned = {
+        "clip_l": torch.ones(2, tiny_models.WIDTH_L),
+        "clip_g": torch.ones(2, tiny_models.WIDTH_G),
+    }
     save_file(learned, folder / "embeddings" / "apple.safetensors")
 
 
-@pytest.mark.parametrize("change", [_rewrite_checkpoint, _rewrite_patch, _rewrite_lora, _add_embedding])
+@pytest.mark.parametrize(
+    "change", [_rewrite_checkpoint, _rewrite_patch, _rewrite_lora, _add_embedding]
+)
 def test_a_file_that_is_written_anew_is_read_anew(tmp_path: Path, change: Callable[[Path], None]):
     tiny_models.make_diffusers_folder(tmp_path / "Stable-diffusion" / "folder")
     _make_loras(tmp_path / "Lora")
@@ -417,13 +465,17 @@ def test_a_file_that_is_written_anew_is_read_anew(tmp_path: Path, change: Callab
     assert np.array_equal(before, _draw(engine, loras=(Lora(name="kohya", weight=0.5),)))
     change(tmp_path)
     assert not np.array_equal(before, _draw(engine, loras=(Lora(name="kohya", weight=0.5),)))
-    assert (engine.held is held) is (change in (_rewrite_lora, _add_embedding)), "the model is not read for it"
+    assert (engine.held is held) is (change in (_rewrite_lora, _add_embedding)), (
+        "the model is not read for it"
+    )
 
 
 def test_loras_are_looked_for_once_a_picture(engine: LocalEngine, monkeypatch: pytest.MonkeyPatch):
     found: list[str] = []
     find = catalog.find_lora
-    monkeypatch.setattr(catalog, "find_lora", lambda folder, name: found.append(name) or find(folder, name))
+    monkeypatch.setattr(
+        catalog, "find_lora", lambda folder, name: found.append(name) or find(folder, name)
+    )
     _draw(engine, loras=(Lora(name="kohya"),), steps=4)
     assert found == ["kohya"]
 
@@ -446,7 +498,8 @@ def test_a_model_that_is_put_aside_keeps_its_weights_alone(models: Path, base: n
 
 
 @pytest.mark.parametrize(
-    ("part", "named"), [("unet", "the UNet"), ("vae.decoder", "the VAE"), ("decoder", "the transparent decoder")]
+    ("part", "named"),
+    [("unet", "the UNet"), ("vae.decoder", "the VAE"), ("decoder", "the transparent decoder")],
 )
 def test_numbers_that_overflowed_are_an_error_and_no_black_picture(
     engine: LocalEngine, base: np.ndarray, part: str, named: str
@@ -455,7 +508,9 @@ def test_numbers_that_overflowed_are_an_error_and_no_black_picture(
     module = getattr(engine.held.model, part.partition(".")[0])
     module = module.decoder if part == "vae.decoder" else module
     handle = module.register_forward_hook(
-        lambda _module, _inputs, output: (output[0] * math.nan,) if isinstance(output, tuple) else output * math.nan
+        lambda _module, _inputs, output: (
+            (output[0] * math.nan,) if isinstance(output, tuple) else output * math.nan
+        )
     )
     try:
         with pytest.raises(EngineFailed, match=f"^{named} gave") as error:
@@ -467,7 +522,10 @@ def test_numbers_that_overflowed_are_an_error_and_no_black_picture(
 
 
 def test_a_hash_that_cannot_be_had_costs_no_picture(
-    engine: LocalEngine, base: np.ndarray, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    engine: LocalEngine,
+    base: np.ndarray,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ):
     _draw(engine)
     failed: Future[str] = Future()
@@ -486,7 +544,9 @@ def test_a_hash_that_cannot_be_had_costs_no_picture(
 def test_scale_1_skips_the_negative_row(engine: LocalEngine):
     _draw(engine)
     rows: list[int] = []
-    handle = engine.held.model.unet.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0])))
+    handle = engine.held.model.unet.register_forward_pre_hook(
+        lambda _, inputs: rows.append(len(inputs[0]))
+    )
     ignored = _draw(engine, cfg_scale=1.0, negative_prompt="something else entirely")
     one_row = rows[:]
     rows.clear()
@@ -543,7 +603,9 @@ def test_both_predictions_mean_the_same_clean_latent():
         torch.testing.assert_close(_clean(noisy, velocity, sigma, "v"), clean, rtol=0, atol=1e-5)
 
 
-def _marked(models: Path, tmp_path: Path, markers: dict[str, torch.Tensor], yaml: str = "") -> LocalEngine:
+def _marked(
+    models: Path, tmp_path: Path, markers: dict[str, torch.Tensor], yaml: str = ""
+) -> LocalEngine:
     """An engine with the single file under other marks of its prediction type."""
     checkpoints = tmp_path / "Stable-diffusion"
     checkpoints.mkdir()
@@ -562,11 +624,21 @@ def _marked(models: Path, tmp_path: Path, markers: dict[str, torch.Tensor], yaml
         (("v_pred",), "", "v", 14.6146),
         (("v_pred", "ztsnr"), "", "v", 4518.76),
         ((), 'model:\n  params:\n    parameterization: "v"\n', "v", 14.6146),
-        ((), "      target: sgm.modules.diffusionmodules.denoiser_scaling.VScaling\n", "v", 14.6146),
+        (
+            (),
+            "      target: sgm.modules.diffusionmodules.denoiser_scaling.VScaling\n",
+            "v",
+            14.6146,
+        ),
     ],
 )
 def test_prediction_types_of_single_files_are_detected_and_drawn(
-    models: Path, tmp_path: Path, markers: tuple[str, ...], yaml: str, prediction: str, highest: float
+    models: Path,
+    tmp_path: Path,
+    markers: tuple[str, ...],
+    yaml: str,
+    prediction: str,
+    highest: float,
 ):
     engine = _marked(models, tmp_path, {name: torch.zeros(1) for name in markers}, yaml)
     picture = _draw(engine, model="single", sampler="Euler", scheduler="Normal")
@@ -626,7 +698,8 @@ def test_models_that_would_be_drawn_wrongly_are_passed_over(models: Path, tmp_pa
     save_file(tensors, checkpoints / "z.safetensors")
     save_file({**tensors, "edm_mean": torch.zeros(4)}, checkpoints / "a.safetensors")
     save_file(
-        {name: each for name, each in tensors.items() if "first_stage" not in name}, checkpoints / "b.safetensors"
+        {name: each for name, each in tensors.items() if "first_stage" not in name},
+        checkpoints / "b.safetensors",
     )
     wide = torch.cat([tensors[FIRST_CONV], torch.zeros_like(tensors[FIRST_CONV])], dim=1)
     save_file({**tensors, FIRST_CONV: wide}, checkpoints / "c.safetensors")
@@ -635,12 +708,17 @@ def test_models_that_would_be_drawn_wrongly_are_passed_over(models: Path, tmp_pa
     assert result.model_name == "z"
 
 
-def test_embeddings_are_found_beside_the_models_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_embeddings_are_found_beside_the_models_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     """With the settings as they are: a models folder elsewhere brings its embeddings along."""
     monkeypatch.chdir(tmp_path)
     tiny_models.make_diffusers_folder(tmp_path / "there" / "models" / "Stable-diffusion" / "folder")
     (tmp_path / "there" / "embeddings").mkdir()
-    learned = {"clip_l": torch.ones(2, tiny_models.WIDTH_L), "clip_g": torch.ones(2, tiny_models.WIDTH_G)}
+    learned = {
+        "clip_l": torch.ones(2, tiny_models.WIDTH_L),
+        "clip_g": torch.ones(2, tiny_models.WIDTH_G),
+    }
     options = Settings(models_dir=tmp_path / "there" / "models", device="cpu").engine_options()
     plain = _draw(create_engine(options))
     save_file(learned, tmp_path / "there" / "embeddings" / "apple.safetensors")
@@ -662,7 +740,9 @@ def test_the_3m_sampler_leaves_the_lowest_level_out(engine: LocalEngine):
     """As that ecosystem does, for this sampler alone: the UNet is asked at the timesteps of those levels."""
     _draw(engine)
     asked: list[int] = []
-    handle = engine.held.model.unet.register_forward_pre_hook(lambda _, inputs: asked.append(int(inputs[1][0])))
+    handle = engine.held.model.unet.register_forward_pre_hook(
+        lambda _, inputs: asked.append(int(inputs[1][0]))
+    )
     _draw(engine, steps=4, sampler="DPM++ 3M SDE", scheduler="Karras")
     _draw(engine, steps=5, sampler="DPM++ 2M SDE", scheduler="Karras")
     handle.remove()
@@ -684,11 +764,16 @@ def test_16_bit_is_near_32_bit(engine: LocalEngine, models: Path, dtype: str):
 
 
 def test_the_result_says_what_was_drawn(engine: LocalEngine):
-    result = engine.generate(REQUEST.model_copy(update={"seed": -1, "subseed_strength": 0.1, "batch_size": 2}))
+    result = engine.generate(
+        REQUEST.model_copy(update={"seed": -1, "subseed_strength": 0.1, "batch_size": 2})
+    )
     assert result.model_name == "folder"
     assert result.request.seed != -1
     assert [image.seed for image in result.images] == [result.request.seed] * 2
-    assert [image.subseed for image in result.images] == [result.request.subseed, result.request.subseed + 1]
+    assert [image.subseed for image in result.images] == [
+        result.request.subseed,
+        result.request.subseed + 1,
+    ]
     found = read_parameters(infotext_of(result, 1))
     assert found["Seed"] == str(result.request.seed)
     assert found["Variation seed"] == str(result.request.subseed + 1)
@@ -710,7 +795,14 @@ def test_changing_models_and_back_gives_the_same_picture(engine: LocalEngine, ba
 
 def test_an_engine_is_made_from_plain_options(models: Path):
     options = json.loads(
-        json.dumps({"models_dir": str(models), "embeddings_dir": None, "device": "cpu", "default_model": "single"})
+        json.dumps(
+            {
+                "models_dir": str(models),
+                "embeddings_dir": None,
+                "device": "cpu",
+                "default_model": "single",
+            }
+        )
     )
     result = create_engine(options).generate(REQUEST.model_copy(update={"model": None, "steps": 1}))
     assert result.model_name == "single"

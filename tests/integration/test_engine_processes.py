@@ -85,7 +85,9 @@ def slow_to_warm(options: dict[str, Any]) -> SlowToWarm:
 
 def test_it_is_warm_before_it_is_ready(tmp_path: Path):
     mark, engine = tmp_path / "warm", "tests.integration.test_engine_processes:slow_to_warm"
-    with served(tmp_path, engine=engine, engine_options={"mark": str(mark)}, wait_ready=False) as client:
+    with served(
+        tmp_path, engine=engine, engine_options={"mark": str(mark)}, wait_ready=False
+    ) as client:
         wait_until(lambda: client.get("/ping").status_code == 200, 20)
         assert mark.exists()
 
@@ -106,16 +108,26 @@ def test_what_the_engine_logs_looks_as_the_log_of_its_service(tmp_path: Path, ca
     engine = "tests.integration.test_engine_processes:create_grumbling"
     with served(tmp_path, engine=engine, log_json=as_json):
         pass
-    (line,) = [line for line in capfd.readouterr().err.splitlines() if "a file is left out (broken)." in line]
+    (line,) = [
+        line
+        for line in capfd.readouterr().err.splitlines()
+        if "a file is left out (broken)." in line
+    ]
     if as_json:
         said = json.loads(line)
-        assert (said["event"], said["level"], said["engine"]) == ("a file is left out (broken).", "warning", "cpu")
+        assert (said["event"], said["level"], said["engine"]) == (
+            "a file is left out (broken).",
+            "warning",
+            "cpu",
+        )
     else:
         assert "warning" in line
         assert "engine=cpu" in line
 
 
-def test_the_next_job_is_sent_before_the_one_before_is_stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_the_next_job_is_sent_before_the_one_before_is_stored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     with served(tmp_path, engine_options={"step_s": 0.05}) as client:
         dispatcher = client.app.state.parts.dispatcher
         claim, complete = dispatcher.claim, dispatcher.complete
@@ -133,7 +145,9 @@ def test_the_next_job_is_sent_before_the_one_before_is_stored(tmp_path: Path, mo
         monkeypatch.setattr(dispatcher, "claim", taken)
         monkeypatch.setattr(dispatcher, "complete", ended)
         body = {"prompt": "x", "steps": 5, "width": 512, "height": 512, "format": "webp"}
-        ids = [client.post("/alpha/v1/jobs", json={**body, "seed": i}).json()["id"] for i in range(3)]
+        ids = [
+            client.post("/alpha/v1/jobs", json={**body, "seed": i}).json()["id"] for i in range(3)
+        ]
         wait_until(lambda: seen.count(("over", ids[2])), 30)
         assert seen.index(("taken", ids[1])) < seen.index(("over", ids[0]))
         assert seen.index(("taken", ids[2])) < seen.index(("over", ids[1]))
@@ -157,9 +171,12 @@ def test_what_waits_to_be_stored_stops_the_drawing(tmp_path: Path):
     storage = Hanging(open_storage(str(tmp_path))._store, str(tmp_path))
     process = EngineProcess(io.BytesIO(), io.BytesIO())
     jobs = [
-        Job.new(JobSpec(generation=GenerationRequest(prompt=name, width=64, height=64, steps=1))) for name in "abcd"
+        Job.new(JobSpec(generation=GenerationRequest(prompt=name, width=64, height=64, steps=1)))
+        for name in "abcd"
     ]
-    drawing = threading.Thread(target=lambda: [process._run(Counting(), storage, [job]) for job in jobs])
+    drawing = threading.Thread(
+        target=lambda: [process._run(Counting(), storage, [job]) for job in jobs]
+    )
     drawing.start()
     wait_until(lambda: drawn == ["a", "b"])
     drawing.join(0.3)

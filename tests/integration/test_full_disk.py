@@ -21,7 +21,9 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     folder = tmp_path / "disk"
     folder.mkdir()
     try:
-        mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], capture_output=True)
+        mounted = subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], capture_output=True
+        )
     except FileNotFoundError:
         pytest.skip("needs mount")
     if mounted.returncode:
@@ -85,7 +87,9 @@ def test_a_journal_without_room(tmp_path, small_disk):
         assert_told(client.delete(f"/alpha/v1/jobs/{waiting}"), "full")
         filler.unlink()
         for job in (accepted, waiting):
-            wait_until(lambda job=job: client.get(f"/alpha/v1/jobs/{job}").json()["state"] == "done", 20)
+            wait_until(
+                lambda job=job: client.get(f"/alpha/v1/jobs/{job}").json()["state"] == "done", 20
+            )
         assert client.post("/alpha/v1/txt2img", json=BODY).status_code == 200
 
 
@@ -94,7 +98,9 @@ def test_a_full_disk_at_the_start(tmp_path, small_disk):
     fill(small_disk)
     command = [sys.executable, "-m", "alphalayer", "serve", "--port", str(free_port())]
     environment = {**os.environ, "ALPHALAYER_DATA_DIR": str(small_disk / "data")}
-    ended = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+    ended = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60
+    )
     assert ended.returncode == 1
     assert "cannot be opened" in ended.stderr
     assert "space" in ended.stderr

@@ -13,7 +13,14 @@ import pytest
 import pytest_asyncio
 from sqlalchemy import update
 
-from alphalayer.core.errors import Cancelled, EngineFailed, InvalidRequest, QueueFull, SetupFailed, StorageFailed
+from alphalayer.core.errors import (
+    Cancelled,
+    EngineFailed,
+    InvalidRequest,
+    QueueFull,
+    SetupFailed,
+    StorageFailed,
+)
 from alphalayer.core.job import ImageRef, Job, JobProgress, JobResult, JobSpec, JobState, Submission
 from alphalayer.core.request import GenerationRequest, ModelDefaults
 from alphalayer.jobs import estimates
@@ -66,9 +73,15 @@ def result_of(job_spec: JobSpec) -> JobResult:
 
 
 async def submit(
-    queue: Any, job_spec: JobSpec, owner: str = "", idempotency_key: str | None = None, job_id: str | None = None
+    queue: Any,
+    job_spec: JobSpec,
+    owner: str = "",
+    idempotency_key: str | None = None,
+    job_id: str | None = None,
 ) -> Job:
-    submission = Submission(owner=owner, idempotency_key=idempotency_key, digest=job_spec.generation.prompt)
+    submission = Submission(
+        owner=owner, idempotency_key=idempotency_key, digest=job_spec.generation.prompt
+    )
     return await queue.submit(job_spec, submission, job_id=job_id)
 
 
@@ -114,7 +127,10 @@ async def test_a_job_from_its_place_in_the_queue_to_its_pictures(open_one):
     assert view
     assert view.position == 1
     assert await queue.unfinished_ids() == {second.id}
-    assert [(each.job.id, each.position) for each in await queue.list()] == [(second.id, 1), (first.id, 0)]
+    assert [(each.job.id, each.position) for each in await queue.list()] == [
+        (second.id, 1),
+        (first.id, 0),
+    ]
     assert [each.job.id for each in await queue.list(state=JobState.DONE)] == [first.id]
     assert await queue.view("none") is None
 
@@ -142,7 +158,10 @@ async def test_whoever_watches_sees_progress_and_the_end(open_one):
 async def test_the_time_left_counts_all_that_comes_before(open_one):
     queue = await open_one()
     first, second, third = [await queue.submit(spec()) for _ in range(3)]
-    assert [(await queue.view(each.id)).eta_s for each in (first, third)] == [USUAL_SECONDS, 3 * USUAL_SECONDS]
+    assert [(await queue.view(each.id)).eta_s for each in (first, third)] == [
+        USUAL_SECONDS,
+        3 * USUAL_SECONDS,
+    ]
     await soon(queue.claim())
     await queue.mark_started(first.id)
     await asyncio.sleep(0.2)
@@ -218,7 +237,8 @@ async def test_who_comes_as_the_last_one_leaves_has_a_job_that_goes_on(open_one,
             assert (await soon(queue.claim())).id == first.id
             await queue.mark_started(first.id)
         left, *came = await asyncio.gather(
-            queue.withdraw(first.id), *(submit(queue, spec(str(i)), idempotency_key=str(i)) for _ in range(2))
+            queue.withdraw(first.id),
+            *(submit(queue, spec(str(i)), idempotency_key=str(i)) for _ in range(2)),
         )
         assert left is None
         assert len({job.id for job in came}) == 1
@@ -236,7 +256,9 @@ async def test_who_comes_as_the_last_one_leaves_has_a_job_that_goes_on(open_one,
     await until(lambda: queue.queue_length == 0)
 
 
-async def test_a_job_that_was_stopped_in_good_order_waits_again_as_if_it_had_not_been_begun(open_one):
+async def test_a_job_that_was_stopped_in_good_order_waits_again_as_if_it_had_not_been_begun(
+    open_one,
+):
     queue = await open_one()
     first, second = await queue.submit(spec("one")), await queue.submit(spec("two"))
     for _ in range(MAX_STARTS + 1):
@@ -244,7 +266,10 @@ async def test_a_job_that_was_stopped_in_good_order_waits_again_as_if_it_had_not
         await queue.mark_started(first.id)
         await queue.requeue(first.id, "the service was stopped", is_counted=False)
     waiting = await queue.list(state=JobState.QUEUED)
-    assert [(each.job.id, each.job.starts, each.position) for each in waiting] == [(second.id, 0, 2), (first.id, 0, 1)]
+    assert [(each.job.id, each.job.starts, each.position) for each in waiting] == [
+        (second.id, 0, 2),
+        (first.id, 0, 1),
+    ]
 
 
 async def test_a_row_that_cannot_be_read_any_more_is_a_failed_job(open_one, ends):
@@ -252,7 +277,9 @@ async def test_a_row_that_cannot_be_read_any_more_is_a_failed_job(open_one, ends
     broken, done = await queue.submit(spec("broken")), await queue.submit(spec("fine"))
     async with queue._journal.engine.begin() as connection:
         await connection.execute(
-            update(jobs).where(jobs.c.id == broken.id).values(spec='{"prompt": "hidden", "new_field": 1}')
+            update(jobs)
+            .where(jobs.c.id == broken.id)
+            .values(spec='{"prompt": "hidden", "new_field": 1}')
         )
     await queue.close()
     again = await open_one()
@@ -319,7 +346,9 @@ async def test_every_end_is_told_once(open_one, ends):
     for _ in range(2):
         job = await soon(queue.claim())
         await queue.mark_started(job.id)
-        await queue.complete(job.id, result_of(job.spec) if job.id == done else EngineFailed("it broke."))
+        await queue.complete(
+            job.id, result_of(job.spec) if job.id == done else EngineFailed("it broke.")
+        )
         await queue.complete(job.id, EngineFailed("again."))
     for _ in range(MAX_STARTS):
         await queue.mark_started((await soon(queue.claim())).id)
@@ -366,8 +395,14 @@ async def test_finished_jobs_are_forgotten_in_time(open_one):
 
 def test_several_engines_share_what_waits():
     assert estimates.wait_s([10.0, None], 2, 4, usual_s=20.0) == (10 + 20) / 2 + 4 * 20 / 2 + 20
-    assert estimates.rest_s(None, JobProgress()) is estimates.rest_s(time.time(), JobProgress(steps=9)) is None
-    assert estimates.rest_s(time.time() - 10, JobProgress(step=5, steps=20)) == pytest.approx(30, abs=1)
+    assert (
+        estimates.rest_s(None, JobProgress())
+        is estimates.rest_s(time.time(), JobProgress(steps=9))
+        is None
+    )
+    assert estimates.rest_s(time.time() - 10, JobProgress(step=5, steps=20)) == pytest.approx(
+        30, abs=1
+    )
 
 
 # --- only where many share a queue
@@ -446,7 +481,9 @@ async def draw(queue: Jobs, count: int, pause_s: float = 0.0) -> list[str | None
     return held
 
 
-async def test_a_worker_stays_with_its_model_for_a_time_however_long_all_have_waited(two, monkeypatch):
+async def test_a_worker_stays_with_its_model_for_a_time_however_long_all_have_waited(
+    two, monkeypatch
+):
     asking, drawing = two
     for i in range(8):
         await asking.submit(spec(model="ab"[i % 2]))
@@ -495,7 +532,10 @@ async def test_no_model_is_kept_waiting_by_a_stream_of_jobs_for_another(two, mon
 async def test_a_model_is_known_by_its_name_its_file_and_its_title(two):
     asking, drawing = two
     await asking.submit(spec(model="other"))
-    mine = [await asking.submit(spec(model=name)) for name in ("mine.safetensors", "mine [0123abcdef]", "mine")]
+    mine = [
+        await asking.submit(spec(model=name))
+        for name in ("mine.safetensors", "mine [0123abcdef]", "mine")
+    ]
     assert [(await soon(drawing.claim("mine"))).id for _ in mine] == [job.id for job in mine]
 
 
@@ -536,7 +576,9 @@ async def test_of_many_idle_workers_a_few_ask_for_a_job(postgres, monkeypatch):
         await stop(*drawing)
     # each of them would ask for each job; drawing one asks again afterwards, too
     assert asked < workers * count / 2 / 2
-    assert sorted(delays)[count // 2] < 0.5, "most are taken by the news; who hears none asks once a second"
+    assert sorted(delays)[count // 2] < 0.5, (
+        "most are taken by the news; who hears none asks once a second"
+    )
 
 
 async def test_a_late_result_changes_nothing(postgres, monkeypatch):
@@ -571,7 +613,9 @@ async def test_a_late_result_changes_nothing(postgres, monkeypatch):
         await healthy.close()
 
 
-async def test_a_worker_that_is_cut_off_while_it_claims_locks_the_job_for_a_short_time_only(two, monkeypatch):
+async def test_a_worker_that_is_cut_off_while_it_claims_locks_the_job_for_a_short_time_only(
+    two, monkeypatch
+):
     from alphalayer.jobs import claims, transactions
 
     monkeypatch.setattr(transactions, "SILENT_S", 1)
@@ -579,7 +623,9 @@ async def test_a_worker_that_is_cut_off_while_it_claims_locks_the_job_for_a_shor
     job = await cut_off.submit(spec())
     with pytest.raises(StorageFailed):  # noqa: PT012
         async with cut_off._transaction() as (_, queue):
-            assert await claims.claim_next(queue, cut_off._worker, None, claims.ModelAffinity(), may_take_over=False)
+            assert await claims.claim_next(
+                queue, cut_off._worker, None, claims.ModelAffinity(), may_take_over=False
+            )
             with pytest.raises(asyncio.TimeoutError):
                 await soon(healthy.claim(), 0.5)
             assert (await soon(healthy.claim(), 5)).id == job.id
@@ -620,7 +666,9 @@ async def test_whose_claim_is_anothers_by_now_stops_and_ends_nothing(claims_of_a
 
 async def test_a_job_that_took_an_engine_down_is_nobodys_mate(two):
     asking, drawing = two
-    crashing, innocent, mate = [await asking.submit(spec(str(i), width=64, height=64)) for i in range(3)]
+    crashing, innocent, mate = [
+        await asking.submit(spec(str(i), width=64, height=64)) for i in range(3)
+    ]
     assert (await soon(drawing.claim())).id == crashing.id
     await drawing.mark_started(crashing.id)
     job = await soon(asking.claim())
@@ -634,7 +682,9 @@ async def test_a_job_that_took_an_engine_down_is_nobodys_mate(two):
     assert await asking.cancel(crashing.id)
 
 
-async def test_a_database_that_was_away_takes_no_job_from_the_worker_that_draws_it(postgres, monkeypatch):
+async def test_a_database_that_was_away_takes_no_job_from_the_worker_that_draws_it(
+    postgres, monkeypatch
+):
     from alphalayer.jobs import claims
     from alphalayer.jobs import postgres as postgres_queue
     from alphalayer.jobs.postgres import PostgresJobQueue
@@ -654,7 +704,9 @@ async def test_a_database_that_was_away_takes_no_job_from_the_worker_that_draws_
         await asyncio.to_thread(postgres.start)
         # until they may take claims over again, and some
         with pytest.raises(asyncio.TimeoutError):
-            await soon(asyncio.wait(takings, return_when=asyncio.FIRST_COMPLETED), claims.CLAIM_S / 2 + 0.8)
+            await soon(
+                asyncio.wait(takings, return_when=asyncio.FIRST_COMPLETED), claims.CLAIM_S / 2 + 0.8
+            )
         await stop(*takings)
         assert not drawing._held[job.id].cancel.is_set()
     finally:
@@ -736,7 +788,10 @@ async def test_an_address_says_what_postgresqls_own_programs_understand(postgres
         await queue.close()
     # of several hosts the first one that answers
     await (await PostgresJobQueue.open(url.replace("@", "@127.0.0.1:1,"), 10)).close()
-    for wrong in ("postgresql://u:zzz/zzz@127.0.0.1/db", "postgresql://u@127.0.0.1:1/db?password=zzz"):
+    for wrong in (
+        "postgresql://u:zzz/zzz@127.0.0.1/db",
+        "postgresql://u@127.0.0.1:1/db?password=zzz",
+    ):
         with pytest.raises(SetupFailed, match="cannot be opened") as refused:
             await PostgresJobQueue.open(wrong, 10)
         assert "zzz" not in str(refused.value)
@@ -746,7 +801,9 @@ async def test_an_address_says_what_postgresqls_own_programs_understand(postgres
             await PostgresJobQueue.open(url + wrong, 10)
 
 
-async def test_pgqueuers_tables_are_cleaned_often_enough_and_its_log_is_emptied(postgres, monkeypatch):
+async def test_pgqueuers_tables_are_cleaned_often_enough_and_its_log_is_emptied(
+    postgres, monkeypatch
+):
     from alphalayer.jobs import claims, notifications
     from alphalayer.jobs import postgres as postgres_queue
 
@@ -758,7 +815,10 @@ async def test_pgqueuers_tables_are_cleaned_often_enough_and_its_log_is_emptied(
         await pods[0].submit(spec())
         async with pods[0]._transaction() as (connection, queue):
             options = "SELECT reloptions::text FROM pg_class WHERE relname = 'pgqueuer'"
-            assert "autovacuum_vacuum_scale_factor" in (await connection.exec_driver_sql(options)).scalar_one()
+            assert (
+                "autovacuum_vacuum_scale_factor"
+                in (await connection.exec_driver_sql(options)).scalar_one()
+            )
             assert await queue.queue_log() != []
         await until(lambda: sorted(pod._notifications.is_first for pod in pods) == [False, True])
 

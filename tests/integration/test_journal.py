@@ -16,7 +16,16 @@ from alphalayer.jobs import table
 from alphalayer.jobs.sqlite import SqliteJobQueue
 from alphalayer.jobs.table import MIGRATIONS, VERSION, jobs
 
-LATER = ("webhook_due", "webhook_tries", "queue_id", "digest", "cancel_asked", "wanted_by", "delivery", "traceparent")
+LATER = (
+    "webhook_due",
+    "webhook_tries",
+    "queue_id",
+    "digest",
+    "cancel_asked",
+    "wanted_by",
+    "delivery",
+    "traceparent",
+)
 
 
 def first_version(file: Path) -> None:
@@ -30,7 +39,9 @@ def first_version(file: Path) -> None:
         )
         spec = json.dumps({"generation": {"prompt": "an old apple"}})
         values = ("a" * 24, "queued", "", None, 1.0, None, None, 0, spec, None, None)
-        old.execute(f"INSERT INTO jobs ({', '.join(first)}) VALUES ({', '.join('?' * len(first))})", values)
+        old.execute(
+            f"INSERT INTO jobs ({', '.join(first)}) VALUES ({', '.join('?' * len(first))})", values
+        )
         old.execute("PRAGMA user_version = 1")
 
 
@@ -48,11 +59,15 @@ async def test_a_journal_of_the_first_version_is_brought_up_to_date(tmp_path: Pa
         assert now.execute("PRAGMA user_version").fetchone() == (VERSION,)
 
 
-async def test_a_migration_that_breaks_off_has_changed_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+async def test_a_migration_that_breaks_off_has_changed_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     file = tmp_path / "jobs.sqlite"
     first_version(file)
     with monkeypatch.context() as broken:
-        broken.setattr(table, "MIGRATIONS", (MIGRATIONS[0], ("SELECT no_such_function()",), *MIGRATIONS[2:]))
+        broken.setattr(
+            table, "MIGRATIONS", (MIGRATIONS[0], ("SELECT no_such_function()",), *MIGRATIONS[2:])
+        )
         with pytest.raises(SetupFailed, match="no_such_function"):
             await SqliteJobQueue.open(file, 10)
     with closing(sqlite3.connect(file)) as now, now:

@@ -48,7 +48,9 @@ class Migrated:
     def repeat(self, name: str) -> Any:
         """Send the recorded request of a job again."""
         request = self.recorded[name]["request"]
-        response = self.client.post(request["path"], json=request["json"], headers=request["headers"])
+        response = self.client.post(
+            request["path"], json=request["json"], headers=request["headers"]
+        )
         return response.raise_for_status().json()
 
     def job(self, name: str) -> dict[str, Any]:

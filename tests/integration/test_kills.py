@@ -37,7 +37,9 @@ def test_a_service_that_never_answers_ends_the_crowd(monkeypatch: pytest.MonkeyP
     assert not ending.is_alive()
 
 
-@pytest.mark.skipif(sys.platform == "win32" or not shutil.which("pgrep"), reason="needs kill -9 and pgrep")
+@pytest.mark.skipif(
+    sys.platform == "win32" or not shutil.which("pgrep"), reason="needs kill -9 and pgrep"
+)
 def test_no_accepted_job_is_lost_or_done_twice(tmp_path: Path):
     result = kills.run(tmp_path, engine_kills=4, service_kills=2)
     assert result["faults"] == []

@@ -17,7 +17,9 @@ from alphalayer.core.request import GenerationRequest
 from alphalayer.engine.model_cache import LoadedPipeline, ModelCache
 from alphalayer.engine.pipeline import LocalEngine
 
-REQUEST = GenerationRequest(prompt="a red [apple:cup:1]", seed=3, steps=2, width=64, height=64, batch_size=2)
+REQUEST = GenerationRequest(
+    prompt="a red [apple:cup:1]", seed=3, steps=2, width=64, height=64, batch_size=2
+)
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +35,9 @@ def test_room_for_one_model_lets_two_take_turns(room: float, reads: str):
 
     def load(entry: ModelEntry) -> LoadedPipeline:
         read.append(entry.name)
-        parts = {name: nn.Linear(9, 9) for name in ("unet", "vae", "text_encoder", "text_encoder_2")}
+        parts = {
+            name: nn.Linear(9, 9) for name in ("unet", "vae", "text_encoder", "text_encoder_2")
+        }
         model: Any = SimpleNamespace(entry=entry, remove_patches=lambda: None, **parts)
         encoders: Any = SimpleNamespace(forget=lambda: None)
         return LoadedPipeline(model, encoders)
@@ -47,7 +51,9 @@ def test_room_for_one_model_lets_two_take_turns(room: float, reads: str):
     assert "".join(read) == reads
 
 
-def test_text_encoders_are_moved_for_texts_alone_that_were_not_read_yet(models: Path, monkeypatch: pytest.MonkeyPatch):
+def test_text_encoders_are_moved_for_texts_alone_that_were_not_read_yet(
+    models: Path, monkeypatch: pytest.MonkeyPatch
+):
     engine = LocalEngine(models, device="cpu", memory="balanced")
     engine.generate(REQUEST)
     encoder, moves = engine.held.model.text_encoder, []
@@ -66,7 +72,9 @@ def test_text_encoders_are_moved_for_texts_alone_that_were_not_read_yet(models: 
 
 
 @pytest.mark.parametrize("failures", [[2], [2, 3], [1, 2, 3]])
-def test_what_was_sampled_is_kept_when_decoding_runs_out_of_memory(models: Path, failures: list[int]):
+def test_what_was_sampled_is_kept_when_decoding_runs_out_of_memory(
+    models: Path, failures: list[int]
+):
     """Each picture that came out is kept, too, and after the smallest mode it is over."""
     engine = LocalEngine(models, device="cpu", memory="high")
     first = engine.generate(REQUEST).images
@@ -88,5 +96,8 @@ def test_what_was_sampled_is_kept_when_decoding_runs_out_of_memory(models: Path,
         assert len(decoded) == 2 + len(failures)
         assert len(again) == len(first)
         # smaller batches of passes round differently, and truncation makes 1/255 of it
-        assert all(abs(a.rgba.astype(int) - b.rgba.astype(int)).max() <= 1 for a, b in zip(again, first, strict=True))
+        assert all(
+            abs(a.rgba.astype(int) - b.rgba.astype(int)).max() <= 1
+            for a, b in zip(again, first, strict=True)
+        )
     assert len(sampled) == REQUEST.steps

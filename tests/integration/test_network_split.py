@@ -50,7 +50,19 @@ class FarHost:
     def cut(self) -> None:
         """From now on what is sent reaches nobody, in both directions."""
         ip("neighbour", "replace", THERE, "lladdr", NOBODY, "dev", self._near, "nud", "permanent")
-        ip("-netns", self.name, "neighbour", "replace", HERE, "lladdr", NOBODY, "dev", "cable", "nud", "permanent")
+        ip(
+            "-netns",
+            self.name,
+            "neighbour",
+            "replace",
+            HERE,
+            "lladdr",
+            NOBODY,
+            "dev",
+            "cable",
+            "nud",
+            "permanent",
+        )
 
     def heal(self) -> None:
         """As before."""
@@ -68,7 +80,10 @@ def far_host() -> Iterator[FarHost]:
     host.remove()
 
 
-@pytest.mark.skipif(not postgres_programs() or not can_make_hosts(), reason="needs PostgreSQL and network namespaces")
+@pytest.mark.skipif(
+    not postgres_programs() or not can_make_hosts(),
+    reason="needs PostgreSQL and network namespaces",
+)
 def test_the_job_of_a_worker_that_is_cut_off_is_taken_over_and_its_late_result_changes_nothing(
     tmp_path: Path, far_host: FarHost
 ):
@@ -77,13 +92,17 @@ def test_the_job_of_a_worker_that_is_cut_off_is_taken_over_and_its_late_result_c
     pictures.mkdir()
     started: list[subprocess.Popen[bytes]] = []
 
-    def start(role: str, name: str, step_s: float, *, far: bool = False) -> tuple[subprocess.Popen[bytes], str]:
+    def start(
+        role: str, name: str, step_s: float, *, far: bool = False
+    ) -> tuple[subprocess.Popen[bytes], str]:
         folder, port = tmp_path / name, free_port()
         folder.mkdir()
         (folder / "outputs").symlink_to(pictures)
         address = postgres.address("postgres", HERE if far else "127.0.0.1")
         environment = {"ALPHALAYER_ROLE": role, "ALPHALAYER_DATABASE": address}
-        process = fake_service.start(folder, port, step_s, 200, environment, far_host.run if far else ())
+        process = fake_service.start(
+            folder, port, step_s, 200, environment, far_host.run if far else ()
+        )
         started.append(process)
         said = "engine_ready" if role == "worker" else "serving"
         wait_until(lambda: said in log_of(name), 60)
@@ -99,7 +118,9 @@ def test_the_job_of_a_worker_that_is_cut_off_is_taken_over_and_its_late_result_c
             wait_until(lambda: client.get("/ping").status_code == 200, 30)
 
             def ask(prompt: str) -> str:
-                answer = client.post("/alpha/v1/jobs", json={"prompt": prompt, "width": 64, "height": 64})
+                answer = client.post(
+                    "/alpha/v1/jobs", json={"prompt": prompt, "width": 64, "height": 64}
+                )
                 assert answer.status_code == 202, answer.text
                 return answer.json()["id"]
 

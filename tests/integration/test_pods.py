@@ -16,7 +16,9 @@ from tests.support.serving import served, wait_until
 
 
 @pytest.mark.skipif(not postgres_programs(), reason="needs PostgreSQL")
-def test_pods_and_workers_die_and_no_job_is_lost(tmp_path: Path, s3: dict[str, str], s3_prefix: str):
+def test_pods_and_workers_die_and_no_job_is_lost(
+    tmp_path: Path, s3: dict[str, str], s3_prefix: str
+):
     shared = {**s3, "ALPHALAYER_STORAGE": s3_prefix}
     result = pods.run(tmp_path, shared, pods=2, workers=2, jobs=30, kills=4)
     assert result["faults"] == []
@@ -28,8 +30,15 @@ def test_a_pod_that_a_proxy_gave_up_takes_no_picture_from_the_one_that_it_asked_
 ):
     """The proxy closes on one pod and asks another one under the same key; only then the first sees that its client left."""
     database = postgres.fresh_database()
-    slow, body = {"engine_options": {"step_s": 0.05}}, {"prompt": "x", "steps": 30, "width": 64, "height": 64}
-    asked = {"url": "/alpha/v1/txt2img", "json": body, "headers": {"Idempotency-Key": "a-proxys-own"}}
+    slow, body = (
+        {"engine_options": {"step_s": 0.05}},
+        {"prompt": "x", "steps": 30, "width": 64, "height": 64},
+    )
+    asked = {
+        "url": "/alpha/v1/txt2img",
+        "json": body,
+        "headers": {"Idempotency-Key": "a-proxys-own"},
+    }
     with (
         served(tmp_path / "one", database=database, **slow) as one,
         served(tmp_path / "other", database=database, role="api") as other,
@@ -43,7 +52,9 @@ def test_a_pod_that_a_proxy_gave_up_takes_no_picture_from_the_one_that_it_asked_
         assert [job["state"] for job in other.get("/alpha/v1/jobs").json()["jobs"]] == ["done"]
 
 
-def test_a_stream_that_cannot_be_opened_again_goes_on_while_its_pod_is_stopped(tmp_path: Path, postgres: Postgres):
+def test_a_stream_that_cannot_be_opened_again_goes_on_while_its_pod_is_stopped(
+    tmp_path: Path, postgres: Postgres
+):
     shared = {"database": postgres.fresh_database(), "outputs_dir": tmp_path / "outputs"}
     body = {"prompt": "x", "size": "64x64", "quality": "high", "stream": True}
     with (
@@ -53,7 +64,9 @@ def test_a_stream_that_cannot_be_opened_again_goes_on_while_its_pod_is_stopped(t
         with served(tmp_path / "other", role="api", **shared) as other:
             url = f"{str(other.base_url).rstrip('/')}/v1/images/generations"
             drawing = pool.submit(httpx.post, url, json=body, timeout=60, trust_env=False)
-            wait_until(lambda: one.get("/alpha/v1/jobs", params={"state": "running"}).json()["jobs"])
+            wait_until(
+                lambda: one.get("/alpha/v1/jobs", params={"state": "running"}).json()["jobs"]
+            )
         assert "event: image_generation." in drawing.result().text
         assert "event: error" not in drawing.result().text
 
@@ -76,16 +89,27 @@ def test_a_pod_without_models_names_none_and_takes_any_name(tmp_path: Path, post
         assert options["sd_model_checkpoint"] == ""
         for chosen in (options, {"sd_model_checkpoint": "sd_xl_base_1.0"}):
             assert pod.post("/sdapi/v1/options", json=chosen).status_code == 200
-            assert pod.get("/sdapi/v1/options").json()["sd_model_checkpoint"] == chosen["sd_model_checkpoint"]
+            assert (
+                pod.get("/sdapi/v1/options").json()["sd_model_checkpoint"]
+                == chosen["sd_model_checkpoint"]
+            )
 
         missing = pod.post("/v1/images/generations", json={**small, "model": "sd_xl_base_1.0"})
         assert missing.status_code == 404
-        assert (missing.json()["error"]["code"], missing.json()["error"]["param"]) == ("model_not_found", "model")
+        assert (missing.json()["error"]["code"], missing.json()["error"]["param"]) == (
+            "model_not_found",
+            "model",
+        )
         for usual in ("gpt-image-1", "dall-e-3", "alphalayer"):
-            assert pod.post("/v1/images/generations", json={**small, "model": usual}).status_code == 200
+            assert (
+                pod.post("/v1/images/generations", json={**small, "model": usual}).status_code
+                == 200
+            )
 
 
-def test_a_database_that_is_away_is_said(tmp_path: Path, postgres: Postgres, monkeypatch: pytest.MonkeyPatch):
+def test_a_database_that_is_away_is_said(
+    tmp_path: Path, postgres: Postgres, monkeypatch: pytest.MonkeyPatch
+):
     from alphalayer.jobs import postgres as postgres_queue
 
     monkeypatch.setattr(postgres_queue, "AWAY_S", 3.0)
@@ -104,23 +128,31 @@ def test_a_database_that_is_away_is_said(tmp_path: Path, postgres: Postgres, mon
         wait_until(lambda: pod.get("/ping").status_code == 200)
 
 
-def test_the_signal_for_scaling_rises_without_workers_and_falls_with_one(tmp_path: Path, postgres: Postgres):
+def test_the_signal_for_scaling_rises_without_workers_and_falls_with_one(
+    tmp_path: Path, postgres: Postgres
+):
     shared = {"database": postgres.fresh_database()}
     with capture_logs() as logs, served(tmp_path / "api", role="api", **shared) as pod:
 
         def signal(name: str) -> float:
             said = text_string_to_metric_families(pod.get("/metrics").text)
-            return next(sample.value for family in said for sample in family.samples if sample.name == name)
+            return next(
+                sample.value for family in said for sample in family.samples if sample.name == name
+            )
 
         assert "pictures_stay_here" in {line["event"] for line in logs}
         assert signal("alphalayer_queue_age_seconds") == 0
         for i in range(20):
-            pod.post("/alpha/v1/jobs", json={"prompt": str(i), "width": 64, "height": 64}).raise_for_status()
+            pod.post(
+                "/alpha/v1/jobs", json={"prompt": str(i), "width": 64, "height": 64}
+            ).raise_for_status()
         wait_until(lambda: signal("alphalayer_queue_length") == 20)
         before, at = signal("alphalayer_queue_age_seconds"), time.monotonic()
         time.sleep(4)
         # looked up every two seconds
-        assert signal("alphalayer_queue_age_seconds") - before == pytest.approx(time.monotonic() - at, abs=2.5)
+        assert signal("alphalayer_queue_age_seconds") - before == pytest.approx(
+            time.monotonic() - at, abs=2.5
+        )
         with served(tmp_path / "worker", role="worker", **shared):
             wait_until(lambda: signal("alphalayer_queue_age_seconds") == 0, 30)
             assert signal("alphalayer_queue_length") == 0

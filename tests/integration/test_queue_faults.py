@@ -64,7 +64,9 @@ async def test_the_receiver_of_a_job_that_is_cancelled_as_it_waits_is_told(queue
     for job in (with_receiver, without):
         assert await queue.cancel(job.id)
     owed = await queue.claim_due_webhooks(5)
-    assert [(job.id, job.state, tries) for job, tries in owed] == [(with_receiver.id, JobState.CANCELLED, 0)]
+    assert [(job.id, job.state, tries) for job, tries in owed] == [
+        (with_receiver.id, JobState.CANCELLED, 0)
+    ]
 
 
 async def test_old_jobs_are_forgotten_in_portions(queue: Jobs, monkeypatch: pytest.MonkeyPatch):
@@ -105,7 +107,10 @@ async def test_a_request_that_goes_away_as_its_job_is_written_leaves_a_job_in_th
         return await add(self, job)
 
     monkeypatch.setattr(Journal, "add", slow)
-    asked = [asyncio.create_task(own.submit(spec(), job_id=job_id)) for job_id in ("0123456789ab", "0123456789cd")]
+    asked = [
+        asyncio.create_task(own.submit(spec(), job_id=job_id))
+        for job_id in ("0123456789ab", "0123456789cd")
+    ]
     await soon(writes.wait())
     for each in asked:
         each.cancel()
@@ -118,7 +123,9 @@ async def test_a_request_that_goes_away_as_its_job_is_written_leaves_a_job_in_th
     assert own.queue_length == 0
 
 
-async def test_a_job_is_over_when_that_is_written(own: SqliteJobQueue, full_disk: pytest.MonkeyPatch, tmp_path: Path):
+async def test_a_job_is_over_when_that_is_written(
+    own: SqliteJobQueue, full_disk: pytest.MonkeyPatch, tmp_path: Path
+):
     job = await own.submit(spec())
     await soon(own.claim())
     await own.mark_started(job.id)
@@ -173,7 +180,9 @@ async def test_a_look_at_the_journal_ends_no_job(own: SqliteJobQueue, tmp_path: 
 # --- only where many share a queue
 
 
-async def test_a_claim_whose_taker_is_stopped_runs_out(shared: Jobs, monkeypatch: pytest.MonkeyPatch):
+async def test_a_claim_whose_taker_is_stopped_runs_out(
+    shared: Jobs, monkeypatch: pytest.MonkeyPatch
+):
     job = await shared.submit(spec())
     await soon(shared.claim())
     await shared.mark_started(job.id)

@@ -72,7 +72,9 @@ class Jobs:
 
 
 @contextmanager
-def worker(folder: Path, *flags: str, start: str = START, **environment: str) -> Iterator[subprocess.Popen[bytes]]:
+def worker(
+    folder: Path, *flags: str, start: str = START, **environment: str
+) -> Iterator[subprocess.Popen[bytes]]:
     with (folder / "worker.log").open("wb") as log:
         process = subprocess.Popen(
             [sys.executable, "-c", start, *flags],
@@ -106,7 +108,9 @@ def test_jobs_are_drawn_and_wrong_ones_answered(tmp_path):
         "RUNPOD_AI_API_KEY": "key",
     }
     with worker(
-        tmp_path, start=f"import alphalayer.integrations.runpod as s; s.MOST_BYTES = 20_000; {START}", **environment
+        tmp_path,
+        start=f"import alphalayer.integrations.runpod as s; s.MOST_BYTES = 20_000; {START}",
+        **environment,
     ):
         wait_until(lambda: len(jobs.results) == 4, 60)
     jobs.server.shutdown()
@@ -133,7 +137,9 @@ def test_the_sdks_own_server_with_the_test_input(tmp_path):
     port = free_port()
     body = json.loads((Path(__file__).parents[2] / "deploy/runpod/test_input.json").read_text())
     body["input"] |= {"width": 64, "height": 64}
-    with worker(tmp_path, "--rp_serve_api", "--rp_api_port", str(port), "--rp_api_host", "127.0.0.1"):
+    with worker(
+        tmp_path, "--rp_serve_api", "--rp_api_port", str(port), "--rp_api_host", "127.0.0.1"
+    ):
         address = f"http://127.0.0.1:{port}"
         wait_until(lambda: _answers(address), 60)
         answer = httpx.post(f"{address}/runsync", json=body, timeout=60, trust_env=False).json()

@@ -39,7 +39,11 @@ def bucket(s3: dict[str, str], s3_prefix: str, monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.fixture(params=["folder", "bucket"])
 def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
-    place = str(tmp_path / "pictures") if request.param == "folder" else request.getfixturevalue("bucket")
+    place = (
+        str(tmp_path / "pictures")
+        if request.param == "folder"
+        else request.getfixturevalue("bucket")
+    )
     return open_storage(place)
 
 
@@ -48,7 +52,10 @@ async def test_a_file_is_written_found_listed_and_removed(storage: Storage):
     found = await storage.open("alpha_1.png")
     assert (found.size_bytes, b"".join([chunk async for chunk in found.chunks])) == (3, b"one")
     storage.put("preview_1.webp", b"preview", replace=True)
-    assert sorted((key, size) for key, size, _ in storage.list()) == [("alpha_1.png", 3), ("preview_1.webp", 7)]
+    assert sorted((key, size) for key, size, _ in storage.list()) == [
+        ("alpha_1.png", 3),
+        ("preview_1.webp", 7),
+    ]
     assert [key for key, _, _ in storage.list("preview_")] == ["preview_1.webp"]
     for _ in range(2):
         storage.delete("alpha_1.png")
@@ -66,14 +73,18 @@ async def test_a_picture_stays_what_it_was_and_a_preview_is_replaced(storage: St
 
 async def test_of_many_who_write_one_picture_one_does(storage: Storage):
     with ThreadPoolExecutor(8) as pool:
-        written = list(pool.map(lambda i: storage.put("alpha_1.png", bytes([i]) * 50_000), range(8)))
+        written = list(
+            pool.map(lambda i: storage.put("alpha_1.png", bytes([i]) * 50_000), range(8))
+        )
     assert written == [None] * 8
     data = await read(storage, "alpha_1.png")
     assert len(data) == 50_000
     assert len(set(data)) == 1
 
 
-async def test_a_picture_has_its_name_once_it_is_safe_from_a_power_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+async def test_a_picture_has_its_name_once_it_is_safe_from_a_power_cut(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     fsync, link, done = os.fsync, os.link, []
 
     def synced(file: int) -> None:
@@ -93,7 +104,9 @@ async def test_a_picture_has_its_name_once_it_is_safe_from_a_power_cut(tmp_path:
     assert {each.name for each in tmp_path.iterdir()} == {"alpha_1.png", "preview_1.webp"}
 
 
-async def test_the_name_of_a_picture_is_safe_for_whoever_wrote_it_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+async def test_the_name_of_a_picture_is_safe_for_whoever_wrote_it_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     """A first process may have been killed between the name and its sync."""
     storage = open_storage(str(tmp_path))
     storage.put("alpha_1.png", b"first")
@@ -104,7 +117,9 @@ async def test_the_name_of_a_picture_is_safe_for_whoever_wrote_it_too(tmp_path: 
     assert await read(storage, "alpha_1.png") == b"first"
 
 
-def test_what_a_killed_process_left_unfinished_goes_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_what_a_killed_process_left_unfinished_goes_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     def unlink(path: Path, missing_ok: bool = False) -> None:
         if path == stuck:
             raise PermissionError(errno.EPERM, "Operation not permitted")
@@ -119,7 +134,11 @@ def test_what_a_killed_process_left_unfinished_goes_and_nothing_else(tmp_path: P
         "alpha_1_dddddddddd00.png",
     ]
     old, stuck, preview, new = [tmp_path / f"{name}#{i}" for i, name in enumerate(made)]
-    foreign = [tmp_path / "my notes#1", tmp_path / "alpha_1.png#77", tmp_path / "alpha_1_eeeeeeeeee00.png#x"]
+    foreign = [
+        tmp_path / "my notes#1",
+        tmp_path / "alpha_1.png#77",
+        tmp_path / "alpha_1_eeeeeeeeee00.png#x",
+    ]
     for path in (old, stuck, preview, new, *foreign):
         path.write_bytes(b"half a pict")
     folders = [tmp_path / "set#2", tmp_path / "alpha_1_ffffffffff00.png#5"]
@@ -131,11 +150,15 @@ def test_what_a_killed_process_left_unfinished_goes_and_nothing_else(tmp_path: P
     assert old.exists(), "to open it does not walk through all pictures"
     with capture_logs() as logs:
         storage.tidy()
-    assert set(tmp_path.iterdir()) == {stuck, new, *foreign, *folders}, "somebody may be writing the new one"
+    assert set(tmp_path.iterdir()) == {stuck, new, *foreign, *folders}, (
+        "somebody may be writing the new one"
+    )
     assert [(line["event"], line["file"]) for line in logs] == [("unfinished_stays", str(stuck))]
 
 
-async def test_a_picture_stays_what_it_was_where_there_are_no_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+async def test_a_picture_stays_what_it_was_where_there_are_no_links(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     def refuse(*_names: str) -> None:
         raise PermissionError(errno.EPERM, "no links here")
 
@@ -157,7 +180,10 @@ def test_a_signed_url_tells_what_it_is_and_how_long_it_stays(bucket: str):
     storage = open_storage(bucket)
     storage.put("alpha_2.avif", b"picture")
     storage.put("preview_2.webp", b"preview", replace=True)
-    for key, kind, lasts in (("alpha_2.avif", "image/avif", FOR_EVER), ("preview_2.webp", "image/webp", "no-store")):
+    for key, kind, lasts in (
+        ("alpha_2.avif", "image/avif", FOR_EVER),
+        ("preview_2.webp", "image/webp", "no-store"),
+    ):
         url = storage.presign(key, 60)
         assert url
         answer = httpx.get(url, trust_env=False)
@@ -232,14 +258,22 @@ def no_such_bucket() -> Iterator[str]:
 
 def test_pictures_are_redirected_to_the_bucket(bucket: str, tmp_path: Path):
     with served(tmp_path, storage=bucket, redirect_files=True) as client:
-        made = client.post("/alpha/v1/txt2img", json={"prompt": "x", "width": 64, "height": 64, "steps": 2}).json()
+        made = client.post(
+            "/alpha/v1/txt2img", json={"prompt": "x", "width": 64, "height": 64, "steps": 2}
+        ).json()
         answer = client.get(made["url"])
         assert answer.status_code == 307
         # a URL that is signed for GET opens for nothing else
-        assert (client.head(made["url"]).status_code, client.head(made["url"]).is_redirect) == (200, False)
+        assert (client.head(made["url"]).status_code, client.head(made["url"]).is_redirect) == (
+            200,
+            False,
+        )
         picture = httpx.get(answer.headers["location"], trust_env=False)
         assert picture.content.startswith(b"\x89PNG")
-        assert (picture.headers["content-type"], picture.headers["cache-control"]) == ("image/png", FOR_EVER)
+        assert (picture.headers["content-type"], picture.headers["cache-control"]) == (
+            "image/png",
+            FOR_EVER,
+        )
         # not the page, whose policy lets it show nothing from elsewhere
         shown = client.get(made["url"], headers={"Sec-Fetch-Site": "same-origin"})
         assert shown.content == picture.content
@@ -250,8 +284,12 @@ async def test_our_clients_follow_to_the_bucket_without_their_key(bucket: str, t
     key, small = add_key(tmp_path / "keys.json", "me"), {"width": 64, "height": 64, "steps": 2}
     asked: list[httpx.Request] = []
     http = httpx.Client(event_hooks={"request": [asked.append]}, trust_env=False)
-    with served(tmp_path, storage=bucket, redirect_files=True, keys_file=tmp_path / "keys.json") as service:
-        with Client(str(service.base_url), api_key=key, headers={"X-Tenant": "shop"}, http=http) as client:
+    with served(
+        tmp_path, storage=bucket, redirect_files=True, keys_file=tmp_path / "keys.json"
+    ) as service:
+        with Client(
+            str(service.base_url), api_key=key, headers={"X-Tenant": "shop"}, http=http
+        ) as client:
             (picture,) = client.generate("an apple", **small)
         assert picture.startswith(b"\x89PNG")
         to_bucket = [each for each in asked if each.url.port != service.base_url.port]
@@ -260,5 +298,7 @@ async def test_our_clients_follow_to_the_bucket_without_their_key(bucket: str, t
         assert all(each.headers["x-tenant"] == "shop" for each in asked if "/jobs" in each.url.path)
         own = StreamableHttpTransport(f"{service.base_url}/mcp/", headers={"X-API-Key": key})
         async with Assistant(own) as assistant:
-            answer = await assistant.call_tool("draw_transparent_picture", {"prompt": "an apple", **small})
+            answer = await assistant.call_tool(
+                "draw_transparent_picture", {"prompt": "an apple", **small}
+            )
         assert answer.content[0].mime_type == "image/png"

@@ -18,7 +18,9 @@ from alphalayer.jobs.postgres import PostgresJobQueue
 
 def can_tls(programs: Path) -> bool:
     """Whether this PostgreSQL was built with OpenSSL: the one of the wheel is not."""
-    told = subprocess.run([programs / "pg_config", "--configure"], capture_output=True, text=True, check=False)
+    told = subprocess.run(
+        [programs / "pg_config", "--configure"], capture_output=True, text=True, check=False
+    )
     return "openssl" in told.stdout
 
 
@@ -43,7 +45,9 @@ def file_of(authority: trustme.CA, folder: Path) -> Path:
     return path
 
 
-async def test_a_job_goes_by_tls_to_a_server_whose_certificate_is_checked(postgres, authority, tmp_path):
+async def test_a_job_goes_by_tls_to_a_server_whose_certificate_is_checked(
+    postgres, authority, tmp_path
+):
     url = f"{postgres.fresh_database()}?sslmode=verify-full&sslrootcert={file_of(authority, tmp_path)}"
     queue = await PostgresJobQueue.open(url, 10)
     try:
@@ -61,7 +65,9 @@ async def test_a_job_goes_by_tls_to_a_server_whose_certificate_is_checked(postgr
         await queue.close()
 
 
-async def test_a_server_with_another_certificate_or_without_tls_is_not_spoken_to(postgres, tmp_path):
+async def test_a_server_with_another_certificate_or_without_tls_is_not_spoken_to(
+    postgres, tmp_path
+):
     url = postgres.fresh_database()
     stranger = file_of(trustme.CA(), tmp_path)
     with pytest.raises(SetupFailed, match="certificate verify failed"):

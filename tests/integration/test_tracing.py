@@ -32,7 +32,10 @@ class Collector:
                 if self.headers.get("Content-Encoding") == "gzip":
                     body = gzip.decompress(body)
                 for each in ExportTraceServiceRequest.FromString(body).resource_spans:
-                    assert any(a.key == "service.name" and a.value.string_value for a in each.resource.attributes)
+                    assert any(
+                        a.key == "service.name" and a.value.string_value
+                        for a in each.resource.attributes
+                    )
                     collector.spans += [span for scope in each.scope_spans for span in scope.spans]
                 self.send_response(200)
                 self.send_header("Content-Length", "0")
@@ -71,7 +74,11 @@ def test_one_trace_from_the_client_to_the_stages_on_another_machine(
     tmp_path: Path, collector: Collector, postgres: Postgres
 ):
     database = postgres.fresh_database()
-    environment = {**collector.environment, "ALPHALAYER_TRACING": "true", "ALPHALAYER_DATABASE": database}
+    environment = {
+        **collector.environment,
+        "ALPHALAYER_TRACING": "true",
+        "ALPHALAYER_DATABASE": database,
+    }
     nodes = [Node(tmp_path / role, role, environment) for role in ("api", "worker")]
     try:
         wait_until(lambda: all(node.answers() for node in nodes), 60)
@@ -84,7 +91,9 @@ def test_one_trace_from_the_client_to_the_stages_on_another_machine(
             trust_env=False,
         )
         assert answer.status_code == 200
-        wait_until(lambda: collector.has("POST /alpha/v1/txt2img", "job", "queue", "sample", "store"), 20)
+        wait_until(
+            lambda: collector.has("POST /alpha/v1/txt2img", "job", "queue", "sample", "store"), 20
+        )
     finally:
         for node in nodes:
             node.stop()
@@ -102,14 +111,18 @@ def test_one_trace_from_the_client_to_the_stages_on_another_machine(
     assert not any("ping" in span.name for span in collector.spans)
 
 
-def test_a_job_that_fails_says_so_in_its_span(tmp_path: Path, collector: Collector, monkeypatch: pytest.MonkeyPatch):
+def test_a_job_that_fails_says_so_in_its_span(
+    tmp_path: Path, collector: Collector, monkeypatch: pytest.MonkeyPatch
+):
     for name, value in collector.environment.items():
         monkeypatch.setenv(name, value)
     with served(tmp_path, tracing=True) as client:
         outputs = tmp_path / "outputs"
         outputs.rmdir()
         outputs.write_text("in the way")
-        answer = client.post("/alpha/v1/txt2img", json={"prompt": "a fox", "width": 64, "height": 64})
+        answer = client.post(
+            "/alpha/v1/txt2img", json={"prompt": "a fox", "width": 64, "height": 64}
+        )
         assert answer.status_code == 507
     # all spans are sent before the service is gone
     job = collector.named("job")

@@ -24,15 +24,25 @@ BODY = {"prompt": "an apple", "width": 64, "height": 64, "steps": 2}
 
 def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
     """The `alphalayer` command with the fake engine."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("ALPHALAYER_")}
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith("ALPHALAYER_")
+    }
     return subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, *arguments], cwd=folder, env=environment, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", PROGRAM, *arguments],
+        cwd=folder,
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
     )
 
 
 @contextlib.contextmanager
-def serving(folder: Path, command: str, port: int) -> Iterator[tuple[httpx.Client, subprocess.Popen[str]]]:
-    process = start(folder, command, "--port", str(port), *(["--always-cpu"] if "before" in command else []))
+def serving(
+    folder: Path, command: str, port: int
+) -> Iterator[tuple[httpx.Client, subprocess.Popen[str]]]:
+    process = start(
+        folder, command, "--port", str(port), *(["--always-cpu"] if "before" in command else [])
+    )
     with httpx.Client(base_url=f"http://127.0.0.1:{port}", trust_env=False, timeout=20) as client:
         try:
             wait_until(lambda: _answers(client, process), 30)
@@ -60,7 +70,9 @@ def test_the_old_start_line_twice_in_one_folder(tmp_path: Path):
             name = asked.post("/alpha/v1/txt2img", json=BODY).json()["filename"]
             assert told.get(f"/alpha/v1/file/{name}").status_code == 200
         assert [len(each.get("/alpha/v1/jobs").json()["jobs"]) for each in (one, other)] == [1, 1]
-    assert {file.parent.name for file in tmp_path.rglob("jobs.sqlite")} == {str(port) for port in ports}
+    assert {file.parent.name for file in tmp_path.rglob("jobs.sqlite")} == {
+        str(port) for port in ports
+    }
 
 
 def test_a_second_service_on_one_queue_is_refused_until_the_first_is_gone(tmp_path: Path):

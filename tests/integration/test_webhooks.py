@@ -53,7 +53,9 @@ class _Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         server: Receiver = self.server  # type: ignore[assignment]
         body = self.rfile.read(int(self.headers["content-length"]))
-        server.got.append((self.path, {name.lower(): value for name, value in self.headers.items()}, body))
+        server.got.append(
+            (self.path, {name.lower(): value for name, value in self.headers.items()}, body)
+        )
         self.send_response(server.answers.pop(0) if server.answers else 204)
         self.send_header("location", "http://127.0.0.1:1/elsewhere")
         self.send_header("content-length", "0")
@@ -72,7 +74,9 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def service(tmp_path: Path) -> Iterator[object]:
     options = {"step_s": 0.02}
-    with served(tmp_path, webhook_secret=SECRET, webhook_allow_private=True, engine_options=options) as client:
+    with served(
+        tmp_path, webhook_secret=SECRET, webhook_allow_private=True, engine_options=options
+    ) as client:
         yield client
 
 
@@ -86,9 +90,13 @@ def test_what_is_told_is_the_job_signed(service):
         assert headers["webhook-id"] == job["id"]
         assert abs(int(headers["webhook-timestamp"]) - time.time()) < 60
         signed = f"{job['id']}.{headers['webhook-timestamp']}.".encode() + body
-        wanted = base64.b64encode(hmac.new(b"a key of our own", signed, hashlib.sha256).digest()).decode()
+        wanted = base64.b64encode(
+            hmac.new(b"a key of our own", signed, hashlib.sha256).digest()
+        ).decode()
         assert headers["webhook-signature"] == f"v1,{wanted}"
-        guide = (Path(__file__).parents[2] / "docs" / "guides" / "clients.md").read_text(encoding="utf-8")
+        guide = (Path(__file__).parents[2] / "docs" / "guides" / "clients.md").read_text(
+            encoding="utf-8"
+        )
         (example,) = [block for block in guide.split("```python\n") if "def is_ours" in block]
         names: dict[str, Any] = {}
         exec(example.split("```")[0], names)  # the guide's own receiver
@@ -102,9 +110,14 @@ def test_what_is_told_is_the_job_signed(service):
         assert len(receiver.got) == 1
 
 
-def test_a_journal_that_is_away_for_a_moment_ends_no_webhooks(service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_journal_that_is_away_for_a_moment_ends_no_webhooks(
+    service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setattr(webhooks, "AWAY_S", 0.1)
-    with contextlib.closing(sqlite3.connect(tmp_path / "data" / "jobs.sqlite")) as journal, Receiver() as receiver:
+    with (
+        contextlib.closing(sqlite3.connect(tmp_path / "data" / "jobs.sqlite")) as journal,
+        Receiver() as receiver,
+    ):
         journal.execute("ALTER TABLE jobs RENAME TO away")
         time.sleep(0.5)
         journal.execute("ALTER TABLE away RENAME TO jobs")
@@ -114,7 +127,9 @@ def test_a_journal_that_is_away_for_a_moment_ends_no_webhooks(service, tmp_path:
 
 def test_failed_and_cancelled_jobs_are_told_too(service, tmp_path: Path):
     with Receiver() as receiver:
-        slow = service.post("/alpha/v1/jobs", json={**BODY, "steps": 150, "webhook_url": receiver.url}).json()
+        slow = service.post(
+            "/alpha/v1/jobs", json={**BODY, "steps": 150, "webhook_url": receiver.url}
+        ).json()
         waiting = service.post("/alpha/v1/jobs", json={**BODY, "webhook_url": receiver.url}).json()
         service.delete(waiting["url"])
         service.delete(slow["url"])
@@ -129,7 +144,12 @@ def test_failed_and_cancelled_jobs_are_told_too(service, tmp_path: Path):
 
 
 def test_it_is_tried_again_and_given_up_in_the_end(service):
-    with Receiver(500, 429) as receiver, Receiver(*[503] * 9) as broken, Receiver(410) as gone, Receiver(302) as moved:
+    with (
+        Receiver(500, 429) as receiver,
+        Receiver(*[503] * 9) as broken,
+        Receiver(410) as gone,
+        Receiver(302) as moved,
+    ):
         for each in (receiver, broken, gone, moved):
             service.post("/alpha/v1/jobs", json={**BODY, "webhook_url": each.url})
         wait_until(lambda: len(receiver.got) == 3 and len(broken.got) == 3 and len(moved.got) == 2)
@@ -146,7 +166,9 @@ def test_what_is_owed_outlives_the_service(tmp_path: Path, monkeypatch: pytest.M
     port = free_port()
     settings = {"webhook_secret": SECRET, "webhook_allow_private": True}
     with served(tmp_path, **settings) as service:
-        job = service.post("/alpha/v1/jobs", json={**BODY, "webhook_url": f"http://127.0.0.1:{port}/"}).json()
+        job = service.post(
+            "/alpha/v1/jobs", json={**BODY, "webhook_url": f"http://127.0.0.1:{port}/"}
+        ).json()
         wait_until(lambda: 'outcome="retried"} 1.0' in service.get("/metrics").text)
     with Receiver(port=port) as receiver, served(tmp_path, **settings):
         wait_until(lambda: receiver.got)
@@ -235,7 +257,10 @@ def test_an_address_that_breaks_the_sender_is_tried_again_and_given_up(service):
 
 def test_a_name_that_means_this_machine_is_not_sent_to(tmp_path: Path):
     with Receiver() as receiver, served(tmp_path, webhook_secret=SECRET) as service:
-        assert service.post("/alpha/v1/jobs", json={**BODY, "webhook_url": receiver.url}).status_code == 422
+        assert (
+            service.post("/alpha/v1/jobs", json={**BODY, "webhook_url": receiver.url}).status_code
+            == 422
+        )
         url = f"http://localhost:{receiver.server_port}/"
         assert service.post("/alpha/v1/jobs", json={**BODY, "webhook_url": url}).status_code == 202
         wait_until(lambda: 'outcome="given_up"} 1.0' in service.get("/metrics").text)
@@ -244,7 +269,9 @@ def test_a_name_that_means_this_machine_is_not_sent_to(tmp_path: Path):
 
 def test_without_a_secret_webhooks_are_off(tmp_path: Path):
     with served(tmp_path) as service:
-        answer = service.post("/alpha/v1/jobs", json={**BODY, "webhook_url": "https://example.com/"})
+        answer = service.post(
+            "/alpha/v1/jobs", json={**BODY, "webhook_url": "https://example.com/"}
+        )
         assert answer.status_code == 422
         assert answer.json()["field"] == "webhook_url"
         assert "webhook_secret" in answer.json()["hint"]

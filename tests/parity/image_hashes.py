@@ -80,7 +80,9 @@ def create_renderer(
             [
                 (
                     _raw(image.rgba),
-                    write_parameters(each.request, each.model_name, each.model_hash, image.seed, image.subseed),
+                    write_parameters(
+                        each.request, each.model_name, each.model_hash, image.seed, image.subseed
+                    ),
                 )
                 for image in each.images
             ]
@@ -308,7 +310,9 @@ def render_cases() -> Fields:
         for memory in MEMORY_MODES:
             latents: list[torch.Tensor] = []
             render = create_renderer(*folders, memory, latents)
-            for case, jobs in ((case, jobs) for case, (mode, jobs) in cases.items() if mode == memory):
+            for case, jobs in (
+                (case, jobs) for case, (mode, jobs) in cases.items() if mode == memory
+            ):
                 latents.clear()
                 results = render([BASE | changes for changes in jobs])
                 images = [image for each in results for image in each]
@@ -354,7 +358,9 @@ def compare(file: Path) -> int:
     cases, before = render_cases(), recorded["cases"]
     here = describe_environment()
     environment = {
-        name: (value, here.get(name)) for name, value in recorded["environment"].items() if value != here.get(name)
+        name: (value, here.get(name))
+        for name, value in recorded["environment"].items()
+        if value != here.get(name)
     }
     differing = 0
     for case in sorted(before.keys() | cases.keys()):
@@ -367,7 +373,9 @@ def compare(file: Path) -> int:
         if parts:
             print(f"{case}: {', '.join(parts)} differ")
         if "infotexts" in parts:
-            print(f"  recorded: {before[case]['infotexts']}\n  now:      {cases[case]['infotexts']}")
+            print(
+                f"  recorded: {before[case]['infotexts']}\n  now:      {cases[case]['infotexts']}"
+            )
     print(f"{differing} of {len(before)} cases differ from commit {recorded['commit']}.")
     for name, (old, new) in environment.items():
         print(f"WARNING: {name} was {old}, is {new}: hashes may differ for this reason alone.")

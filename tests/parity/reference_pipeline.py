@@ -47,8 +47,12 @@ def draw(
             ("tokenizer_2", "text_encoder_2", CLIPTextModelWithProjection),
         ):
             tokenizer = CLIPTokenizer.from_pretrained(folder / tokens, local_files_only=True)
-            encoder = kind.from_pretrained(folder / model, local_files_only=True).half().float().eval()
-            ids = tokenizer(text, padding="max_length", max_length=77, return_tensors="pt").input_ids
+            encoder = (
+                kind.from_pretrained(folder / model, local_files_only=True).half().float().eval()
+            )
+            ids = tokenizer(
+                text, padding="max_length", max_length=77, return_tensors="pt"
+            ).input_ids
             output = encoder(ids, output_hidden_states=True)
             hidden.append(output.hidden_states[-2])
             pooled = output[0]
@@ -59,14 +63,21 @@ def draw(
 
     # schedule: scaled-linear betas, Karras between the model's own ends
     config = json.loads((folder / "scheduler/scheduler_config.json").read_text())
-    betas = np.linspace(config["beta_start"] ** 0.5, config["beta_end"] ** 0.5, config["num_train_timesteps"]) ** 2
+    betas = (
+        np.linspace(
+            config["beta_start"] ** 0.5, config["beta_end"] ** 0.5, config["num_train_timesteps"]
+        )
+        ** 2
+    )
     alpha_bar = np.cumprod(1 - betas)
     table = torch.from_numpy(np.sqrt((1 - alpha_bar) / alpha_bar)).float()
     low, high = float(table[0]) ** (1 / 7), float(table[-1]) ** (1 / 7)
     sigmas = torch.cat([(high + torch.linspace(0, 1, steps) * (low - high)) ** 7, torch.zeros(1)])
 
     # the UNet with the patch merged into its weights
-    unet = UNet2DConditionModel.from_pretrained(folder / "unet", local_files_only=True).float().eval()
+    unet = (
+        UNet2DConditionModel.from_pretrained(folder / "unet", local_files_only=True).float().eval()
+    )
     layer_config = json.loads((folder / "layerdiffuse/config.json").read_text())
     merge_patch(unet, load_file(folder / "layerdiffuse" / layer_config["patch"]))
 
@@ -96,7 +107,9 @@ def draw(
         x_next = following / sigma * math.exp(-h) * x - math.expm1(-2 * h) * clean
         if previous is not None:
             x_next = x_next - 0.5 * math.expm1(-2 * h) * (h / previous_h) * (clean - previous)
-        noise = tree(float(following), float(sigma))[None] / math.sqrt(float(sigma) - float(following))
+        noise = tree(float(following), float(sigma))[None] / math.sqrt(
+            float(sigma) - float(following)
+        )
         x = x_next - noise * following * math.sqrt(-math.expm1(-2 * h))
         previous, previous_h = clean, h
 
@@ -114,7 +127,9 @@ def draw(
             def turn(t, flip=flip, turns=turns):
                 return torch.rot90(t.flip(3) if flip else t, turns, (2, 3))
 
-            y = decoder(weights, layer_config["decoder_config"], turn(pixel), turn(latent)).clamp(0, 1)
+            y = decoder(weights, layer_config["decoder_config"], turn(pixel), turn(latent)).clamp(
+                0, 1
+            )
             y = torch.rot90(y, -turns, (2, 3))
             passes.append(y.flip(3) if flip else y)
     y = torch.stack(passes).sort(dim=0).values[3][0].clamp(0, 1)
@@ -127,19 +142,25 @@ def merge_patch(unet: torch.nn.Module, patch: dict[str, torch.Tensor]) -> None:
     for key, up in patch.items():
         if key.endswith(".lora_B.weight"):
             stem = key.removesuffix(".lora_B.weight")
-            weights[stem.removeprefix("unet.") + ".weight"] += up.float() @ patch[stem + ".lora_A.weight"].float()
+            weights[stem.removeprefix("unet.") + ".weight"] += (
+                up.float() @ patch[stem + ".lora_A.weight"].float()
+            )
         elif not key.endswith(".lora_A.weight"):
             raise AssertionError(f"the reference does not know the key {key}")
 
 
-def decoder(w: dict[str, torch.Tensor], config: dict, pixel: torch.Tensor, latent: torch.Tensor) -> torch.Tensor:
+def decoder(
+    w: dict[str, torch.Tensor], config: dict, pixel: torch.Tensor, latent: torch.Tensor
+) -> torch.Tensor:
     """The transparent decoder as plain functions of its weights: (1, 3, H, W), (1, C, h, w) -> (1, 4, H, W)."""
     groups, head_dim = config["norm_num_groups"], config["attention_head_dim"]
     blocks, attention_blocks = len(config["block_out_channels"]), config["attention_blocks"]
 
     def conv(name: str, x: torch.Tensor, stride: int = 1) -> torch.Tensor:
         weight = w[name + ".weight"]
-        return functional.conv2d(x, weight, w[name + ".bias"], stride=stride, padding=weight.shape[-1] // 2)
+        return functional.conv2d(
+            x, weight, w[name + ".bias"], stride=stride, padding=weight.shape[-1] // 2
+        )
 
     def norm(name: str, x: torch.Tensor, eps: float) -> torch.Tensor:
         return functional.group_norm(x, groups, w[name + ".weight"], w[name + ".bias"], eps)
@@ -157,7 +178,8 @@ def decoder(w: dict[str, torch.Tensor], config: dict, pixel: torch.Tensor, laten
             return functional.linear(tokens, w[f"{name}.{key}.weight"], w[f"{name}.{key}.bias"])
 
         q, k, v = (
-            project(key).view(b, -1, c // head_dim, head_dim).transpose(1, 2) for key in ("to_q", "to_k", "to_v")
+            project(key).view(b, -1, c // head_dim, head_dim).transpose(1, 2)
+            for key in ("to_q", "to_k", "to_v")
         )
         mixed = torch.softmax(q @ k.transpose(-1, -2) / math.sqrt(head_dim), dim=-1) @ v
         mixed = mixed.transpose(1, 2).reshape(b, -1, c)
@@ -177,12 +199,17 @@ def decoder(w: dict[str, torch.Tensor], config: dict, pixel: torch.Tensor, laten
         if i < blocks - 1:
             h = conv(f"down_blocks.{i}.downsamplers.0.conv", h, stride=2)
             skips.append(h)
-    h = resnet("mid_block.resnets.1", attention("mid_block.attentions.0", resnet("mid_block.resnets.0", h)))
+    h = resnet(
+        "mid_block.resnets.1", attention("mid_block.attentions.0", resnet("mid_block.resnets.0", h))
+    )
     for i in range(blocks):
         for j in range(config["layers_per_block"] + 1):
             h = resnet(f"up_blocks.{i}.resnets.{j}", torch.cat([h, skips.pop()], dim=1))
             if i < attention_blocks:
                 h = attention(f"up_blocks.{i}.attentions.{j}", h)
         if i < blocks - 1:
-            h = conv(f"up_blocks.{i}.upsamplers.0.conv", functional.interpolate(h, scale_factor=2, mode="nearest"))
+            h = conv(
+                f"up_blocks.{i}.upsamplers.0.conv",
+                functional.interpolate(h, scale_factor=2, mode="nearest"),
+            )
     return conv("conv_out", functional.silu(norm("conv_norm_out", h, 1e-5)))

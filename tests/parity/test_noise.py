@@ -20,7 +20,13 @@ import torchsde
 from alphalayer.core.errors import InvalidRequest
 from alphalayer.core.request import SCHEDULERS
 from alphalayer.engine.sampling.brownian_tree import BrownianNoise, BrownianTree
-from alphalayer.engine.sampling.noise import ImageGenerator, initial_noise, philox_normal, randn, slerp
+from alphalayer.engine.sampling.noise import (
+    ImageGenerator,
+    initial_noise,
+    philox_normal,
+    randn,
+    slerp,
+)
 from alphalayer.engine.sampling.samplers import brownian_intervals
 from alphalayer.engine.sampling.schedules import SigmaTable, sigmas_for
 
@@ -66,11 +72,15 @@ def test_philox_gives_the_published_values():
 def test_philox_gives_the_published_values_of_a_whole_latent():
     generator = ImageGenerator(12345, "nv")
     first = generator.randn(LATENT)
-    np.testing.assert_allclose(_values(first), [0.5786413, -0.5247555, -0.29190373, 0.01401389], rtol=0, atol=1e-7)
+    np.testing.assert_allclose(
+        _values(first), [0.5786413, -0.5247555, -0.29190373, 0.01401389], rtol=0, atol=1e-7
+    )
     np.testing.assert_allclose(first.flatten()[-2:], [0.1922484, 1.1355306], rtol=0, atol=1e-7)
     # the sum is printed with five decimals
     assert float(first.double().sum()) == pytest.approx(-590.37853, abs=1e-4)
-    np.testing.assert_allclose(_values(generator.randn(LATENT), 2), [2.7012851, -0.7103896], rtol=0, atol=1e-7)
+    np.testing.assert_allclose(
+        _values(generator.randn(LATENT), 2), [2.7012851, -0.7103896], rtol=0, atol=1e-7
+    )
 
 
 def _philox_4x32_10(counter: list[int], key: list[int]) -> list[int]:
@@ -96,7 +106,9 @@ def test_philox_follows_the_formula_for_large_seeds_and_later_draws(seed: int, d
         a, b = float(np.float32(2.3283064e-10)), float(np.float32(2.3283064e-10 * 6.2831855))
         expected.append(math.sqrt(-2 * math.log(g[0] * a + a / 2)) * math.sin(g[1] * b + b / 2))
     # float64 on both sides, rounded to float32 once
-    np.testing.assert_allclose(philox_normal([seed], 20, draw)[0], np.float32(expected), rtol=2e-7, atol=0)
+    np.testing.assert_allclose(
+        philox_normal([seed], 20, draw)[0], np.float32(expected), rtol=2e-7, atol=0
+    )
 
 
 def test_philox_of_many_seeds_is_that_of_each():
@@ -156,7 +168,9 @@ def test_variation_turns_each_column_by_its_share_of_the_angle(strength: float):
     # Gram-Schmidt: the direction in the plane of both that is square to `low`
     across = unit(high - (low * high).sum(1, keepdim=True) * low)
     turn = (angle * strength).unsqueeze(1)
-    torch.testing.assert_close(slerp(strength, low, high), turn.cos() * low + turn.sin() * across, rtol=0, atol=1e-9)
+    torch.testing.assert_close(
+        slerp(strength, low, high), turn.cos() * low + turn.sin() * across, rtol=0, atol=1e-9
+    )
 
 
 def test_nearly_parallel_noises_are_mixed_in_a_line():
@@ -181,7 +195,9 @@ def test_brownian_noise_gives_the_published_values_for_nv():
     np.testing.assert_allclose(steps[0][0], [2.147270, 0.832033, 0.143413, -0.518045], **TREE)
     np.testing.assert_allclose(steps[1][0], [1.003621, 0.283577, 2.696405, -0.341364], **TREE)
     # the last interval is 0.02 wide, and dividing by its root makes rounding seven times larger
-    np.testing.assert_allclose(steps[18][0], [-0.974563, 1.615373, -0.551859, -0.434521], rtol=0, atol=2e-4)
+    np.testing.assert_allclose(
+        steps[18][0], [-0.974563, 1.615373, -0.551859, -0.434521], rtol=0, atol=2e-4
+    )
     np.testing.assert_allclose(steps[0][1, :2], [-0.590131, -1.679885], **TREE)
 
 
@@ -190,7 +206,9 @@ def test_brownian_noise_gives_the_published_values_for_cpu():
     first = noise(float(KARRAS[0]), float(KARRAS[1]))
     last = noise(float(KARRAS[18]), float(KARRAS[19]))
     np.testing.assert_allclose(_values(first), [-0.022775, -0.113971, -0.228898, 0.103657], **TREE)
-    np.testing.assert_allclose(_values(last), [-0.523645, 0.101677, 0.570019, -0.948543], rtol=0, atol=2e-4)
+    np.testing.assert_allclose(
+        _values(last), [-0.523645, 0.101677, 0.570019, -0.948543], rtol=0, atol=2e-4
+    )
 
 
 @pytest.mark.parametrize("seed", [0, 12345, 2**40 + 1])
@@ -217,7 +235,9 @@ def test_the_two_queries_a_step_of_dpmpp_sde_equal_torchsdes(scheduler: str):
     for above, below in intervals:
         expected = torch.stack([-tree(below, above) for tree in trees]) / math.sqrt(above - below)
         # rounding grows with the division by the root of a narrow interval
-        torch.testing.assert_close(noise(above, below), expected, rtol=0, atol=2e-5 / math.sqrt(above - below) + 2e-5)
+        torch.testing.assert_close(
+            noise(above, below), expected, rtol=0, atol=2e-5 / math.sqrt(above - below) + 2e-5
+        )
 
 
 @pytest.mark.parametrize("source", ["nv", "cpu"])
@@ -226,7 +246,9 @@ def test_brownian_noise_of_an_image_is_the_same_alone_and_in_a_batch(source):
     together = BrownianNoise([5, 6, 7], (4, 3), sigmas, source)
     alone = [BrownianNoise([seed], (4, 3), sigmas, source) for seed in (5, 6, 7)]
     for above, below in brownian_intervals("DPM++ 2M SDE", sigmas):
-        assert torch.equal(together(above, below), torch.cat([each(above, below) for each in alone]))
+        assert torch.equal(
+            together(above, below), torch.cat([each(above, below) for each in alone])
+        )
 
 
 def test_what_a_tree_says_does_not_depend_on_the_order_of_questions():
@@ -239,7 +261,9 @@ def test_what_a_tree_says_does_not_depend_on_the_order_of_questions():
 
 
 @pytest.mark.parametrize("sampler", ["DPM++ 2M SDE", "DPM++ SDE"])
-def test_a_tree_keeps_little_and_says_the_same_to_the_last_bit(sampler: str, monkeypatch: pytest.MonkeyPatch):
+def test_a_tree_keeps_little_and_says_the_same_to_the_last_bit(
+    sampler: str, monkeypatch: pytest.MonkeyPatch
+):
     """150 steps touch some thousand nodes (2 GiB at 1024x1024); one way down is at most 25 deep (15 halved to 1e-6), two nodes each."""
     sigmas = sigmas_for("Karras", 150, TABLE)
     drawn: list[int] = []
@@ -286,7 +310,9 @@ def test_noise_that_nobody_wants_any_more_is_not_drawn(monkeypatch: pytest.Monke
     """It would go on for the whole schedule, on a device that is wanted by others, and hold what it drew."""
     asked: list[tuple[float, float]] = []
     between = BrownianTree.between
-    monkeypatch.setattr(BrownianTree, "between", lambda tree, a, b: asked.append((b, a)) or between(tree, a, b))
+    monkeypatch.setattr(
+        BrownianTree, "between", lambda tree, a, b: asked.append((b, a)) or between(tree, a, b)
+    )
     sigmas = sigmas_for("Karras", 150, TABLE)
     intervals = brownian_intervals("DPM++ SDE", sigmas)
     with BrownianNoise([5], (4, 3), sigmas, "nv", ahead=intervals) as noise:

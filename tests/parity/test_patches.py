@@ -17,7 +17,14 @@ from tests.support.tiny_models import unet_name_in_ldm
 
 from alphalayer.core.errors import CorruptFile, LayerDiffuseMissing, ModelUnusable
 from alphalayer.engine.parameter_names import ldm_to_diffusers
-from alphalayer.engine.transparency.patch import Delta, Patch, PatchFile, WeightPatcher, patchers, read_patch
+from alphalayer.engine.transparency.patch import (
+    Delta,
+    Patch,
+    PatchFile,
+    WeightPatcher,
+    patchers,
+    read_patch,
+)
 
 Pairs = dict[str, tuple[torch.Tensor, torch.Tensor]]
 PAIRS: Pairs = tiny_models.lora_pairs()
@@ -44,15 +51,20 @@ def _patcher(unet) -> WeightPatcher:
     return patchers(unet, TEXT_ENCODERS, torch.float16)[0]
 
 
-def _expected(weights: dict[str, torch.Tensor], pairs: Pairs, scale: float = 1.0) -> dict[str, torch.Tensor]:
+def _expected(
+    weights: dict[str, torch.Tensor], pairs: Pairs, scale: float = 1.0
+) -> dict[str, torch.Tensor]:
     """The formula, in float64."""
     changed = {
-        name: weights[name].double() + scale * (up.double() @ down.double()) for name, (up, down) in pairs.items()
+        name: weights[name].double() + scale * (up.double() @ down.double())
+        for name, (up, down) in pairs.items()
     }
     return {name: changed.get(name, each.double()) for name, each in weights.items()}
 
 
-def _patched(unet, tmp_path: Path, tensors: dict[str, torch.Tensor], strength: float = 1.0) -> dict[str, torch.Tensor]:
+def _patched(
+    unet, tmp_path: Path, tensors: dict[str, torch.Tensor], strength: float = 1.0
+) -> dict[str, torch.Tensor]:
     file = tmp_path / "patch.safetensors"
     save_file(tensors, file)
     _patcher(unet).ensure([(PatchFile.at(file), strength)])
@@ -64,7 +76,11 @@ def _check(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) ->
     for name, each in expected.items():
         # float32 sums of four products
         torch.testing.assert_close(
-            found[name].double(), each, rtol=1e-6, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}"
+            found[name].double(),
+            each,
+            rtol=1e-6,
+            atol=1e-6,
+            msg=lambda m, name=name: f"{name}: {m}",
         )
 
 
@@ -98,7 +114,9 @@ def _kohya_ldm(name: str) -> str:
 
 FORMS = {
     "LayerDiffuse as published": _published,
-    "PEFT": lambda pairs: _named(pairs, ".lora_B.weight", ".lora_A.weight", lambda name: "unet." + name),
+    "PEFT": lambda pairs: _named(
+        pairs, ".lora_B.weight", ".lora_A.weight", lambda name: "unet." + name
+    ),
     "PEFT, wrapped": lambda pairs: _named(
         pairs, ".lora_B.weight", ".lora_A.weight", lambda name: "base_model.model." + name
     ),
@@ -106,11 +124,20 @@ FORMS = {
         pairs, ".lora_up.weight", ".lora_down.weight", lambda name: "diffusion_model." + _ldm(name)
     ),
     "PEFT without prefix": lambda pairs: _named(pairs, ".lora_B.weight", ".lora_A.weight"),
-    "kohya, LDM names": lambda pairs: _named(pairs, ".lora_up.weight", ".lora_down.weight", _kohya_ldm),
-    "kohya, diffusers names": lambda pairs: _named(pairs, ".lora_up.weight", ".lora_down.weight", _kohya),
-    "diffusers": lambda pairs: _named(pairs, ".lora.up.weight", ".lora.down.weight", lambda name: "unet." + name),
+    "kohya, LDM names": lambda pairs: _named(
+        pairs, ".lora_up.weight", ".lora_down.weight", _kohya_ldm
+    ),
+    "kohya, diffusers names": lambda pairs: _named(
+        pairs, ".lora_up.weight", ".lora_down.weight", _kohya
+    ),
+    "diffusers": lambda pairs: _named(
+        pairs, ".lora.up.weight", ".lora.down.weight", lambda name: "unet." + name
+    ),
     "old diffusers": lambda pairs: _named(
-        pairs, "_lora.up.weight", "_lora.down.weight", lambda name: _processor(name.removesuffix(".0"))
+        pairs,
+        "_lora.up.weight",
+        "_lora.down.weight",
+        lambda name: _processor(name.removesuffix(".0")),
     ),
 }
 
@@ -130,33 +157,46 @@ def test_every_form_of_a_low_rank_patch_gives_the_formula(unet, tmp_path: Path, 
 @pytest.mark.parametrize("strength", [0.5, 2.0, -1.0])
 def test_the_strength_scales_the_change(unet, tmp_path: Path, strength: float):
     before = _weights(unet)
-    _check(_patched(unet, tmp_path, _published(PAIRS), strength), _expected(before, PAIRS, strength))
+    _check(
+        _patched(unet, tmp_path, _published(PAIRS), strength), _expected(before, PAIRS, strength)
+    )
 
 
 def test_published_alpha_is_divided_by_the_rank(unet, tmp_path: Path):
     before = _weights(unet)
     tensors = _published(PAIRS)
-    tensors |= {key.replace("::0", "::2"): torch.tensor(1.0) for key in tensors if key.endswith("::0")}
+    tensors |= {
+        key.replace("::0", "::2"): torch.tensor(1.0) for key in tensors if key.endswith("::0")
+    }
     _check(_patched(unet, tmp_path, tensors), _expected(before, PAIRS, 1 / tiny_models.RANK))
 
 
 def test_kohya_alpha_is_divided_by_the_rank(unet, tmp_path: Path):
     before = _weights(unet)
     tensors = FORMS["kohya, LDM names"](PAIRS)
-    tensors |= {key.replace(".lora_up.weight", ".alpha"): torch.tensor(2.0) for key in tensors if "lora_up" in key}
+    tensors |= {
+        key.replace(".lora_up.weight", ".alpha"): torch.tensor(2.0)
+        for key in tensors
+        if "lora_up" in key
+    }
     _check(_patched(unet, tmp_path, tensors), _expected(before, PAIRS, 2 / tiny_models.RANK))
 
 
 def _offsets(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(5)
-    return {name: (torch.randn(each.shape, generator=generator) / 10).half() for name, each in weights.items()}
+    return {
+        name: (torch.randn(each.shape, generator=generator) / 10).half()
+        for name, each in weights.items()
+    }
 
 
 def test_published_full_differences_reach_every_parameter(unet, tmp_path: Path):
     """Convolutions, norms, embeddings and biases too, so that this holds the whole renaming."""
     before = _weights(unet)
     offsets = _offsets(before)
-    tensors = {f"diffusion_model.{unet_name_in_ldm(name)}::diff::0": each for name, each in offsets.items()}
+    tensors = {
+        f"diffusion_model.{unet_name_in_ldm(name)}::diff::0": each for name, each in offsets.items()
+    }
     _check(
         _patched(unet, tmp_path, tensors, 0.5),
         {name: before[name].double() + 0.5 * offsets[name].double() for name in before},
@@ -202,7 +242,9 @@ def test_kohya_loras_of_convolutions_and_other_layers_are_merged(unet, tmp_path:
             down = torch.randn(2, *weight.shape[1:], generator=generator) / 10
             start = stem(name.removesuffix(".weight"))
             tensors |= {f"{start}.lora_up.weight": up, f"{start}.lora_down.weight": down}
-            expected[name] = expected[name] + torch.einsum("or...,ri...->oi...", up.double(), down.double())
+            expected[name] = expected[name] + torch.einsum(
+                "or...,ri...->oi...", up.double(), down.double()
+            )
     _check(_patched(unet, tmp_path, tensors), expected)
 
 
@@ -215,7 +257,9 @@ def _text_pairs() -> Pairs:
     pairs = {}
     for part, encoder in zip(("text_encoder", "text_encoder_2"), TEXT_ENCODERS, strict=True):
         for name, weight in encoder.named_parameters():
-            if name.endswith("weight") and (".mlp." in name or ("_proj." in name and ".self_attn." in name)):
+            if name.endswith("weight") and (
+                ".mlp." in name or ("_proj." in name and ".self_attn." in name)
+            ):
                 up = torch.randn(weight.shape[0], 2, generator=generator) / 10
                 down = torch.randn(2, weight.shape[1], generator=generator) / 10
                 inside = name if name.startswith("text_model.") else f"text_model.{name}"
@@ -237,7 +281,9 @@ def _kohya_text(name: str) -> str:
     ],
     ids=["kohya", "PEFT", "diffusers"],
 )
-def test_what_a_lora_changes_in_the_text_encoders_is_merged_and_rounded_as_stored(unet, tmp_path: Path, up, down, stem):
+def test_what_a_lora_changes_in_the_text_encoders_is_merged_and_rounded_as_stored(
+    unet, tmp_path: Path, up, down, stem
+):
     encoders = copy.deepcopy(TEXT_ENCODERS)
     before = [_weights(each) for each in (unet, *encoders)]
     text, file = _text_pairs(), tmp_path / "lora.safetensors"
@@ -247,7 +293,9 @@ def test_what_a_lora_changes_in_the_text_encoders_is_merged_and_rounded_as_store
     for_unet, for_text = patchers(unet, encoders, torch.float16)
     for_text.ensure([(PatchFile.at(file), 0.5)])
     assert all(torch.equal(each, before[0][name]) for name, each in _weights(unet).items())
-    for part, encoder, weights in zip(("text_encoder", "text_encoder_2"), encoders, before[1:], strict=True):
+    for part, encoder, weights in zip(
+        ("text_encoder", "text_encoder_2"), encoders, before[1:], strict=True
+    ):
         changed = 0
         for name, found in _weights(encoder).items():
             pair = text.get(f"{part}.{name}") or text.get(f"{part}.text_model.{name}")
@@ -255,7 +303,11 @@ def test_what_a_lora_changes_in_the_text_encoders_is_merged_and_rounded_as_store
                 assert torch.equal(found, weights[name])
                 continue
             changed += 1
-            expected = (weights[name].double() + 0.5 * (pair[0].double() @ pair[1].double())).half().float()
+            expected = (
+                (weights[name].double() + 0.5 * (pair[0].double() @ pair[1].double()))
+                .half()
+                .float()
+            )
             assert torch.equal(found, found.half().float())
             torch.testing.assert_close(found, expected, rtol=2**-10, atol=1e-6)
         assert changed == 18
@@ -269,7 +321,9 @@ def test_what_a_lora_changes_in_the_text_encoders_is_merged_and_rounded_as_store
 # --- number formats
 
 
-@pytest.mark.parametrize(("dtype", "ulp"), [(torch.float16, 2**-10), (torch.bfloat16, 2**-7), (torch.float32, 2**-22)])
+@pytest.mark.parametrize(
+    ("dtype", "ulp"), [(torch.float16, 2**-10), (torch.bfloat16, 2**-7), (torch.float32, 2**-22)]
+)
 def test_the_sum_is_made_in_float32_and_cast_once(tmp_path: Path, dtype: torch.dtype, ulp: float):
     unet = copy.deepcopy(UNET).to(dtype)
     before = _weights(unet)
@@ -292,7 +346,10 @@ def test_removing_gives_back_every_bit(tmp_path: Path, dtype: torch.dtype):
     unet = copy.deepcopy(UNET).to(dtype)
     before = _weights(unet)
     save_file(_published(PAIRS), tmp_path / "first.safetensors")
-    save_file({"unet." + name: each for name, each in _offsets(before).items()}, tmp_path / "second.safetensors")
+    save_file(
+        {"unet." + name: each for name, each in _offsets(before).items()},
+        tmp_path / "second.safetensors",
+    )
     patcher = _patcher(unet)
     first, second = (PatchFile.at(tmp_path / f"{name}.safetensors") for name in ("first", "second"))
     patcher.ensure([(first, 1.0)])
@@ -334,7 +391,9 @@ def test_running_out_of_memory_in_the_middle_gives_back_every_bit(tmp_path: Path
 def test_several_patches_add_up_in_one_pass(tmp_path: Path):
     unet = copy.deepcopy(UNET).half()
     before = _weights(unet)
-    offsets = {name: each for name, each in _offsets(before).items() if ".attn" in name and name in PAIRS}
+    offsets = {
+        name: each for name, each in _offsets(before).items() if ".attn" in name and name in PAIRS
+    }
     lora, layer = tmp_path / "lora.safetensors", tmp_path / "layer.safetensors"
     save_file({"unet." + name: each for name, each in offsets.items()}, lora)
     save_file(_published(PAIRS), layer)
@@ -342,7 +401,10 @@ def test_several_patches_add_up_in_one_pass(tmp_path: Path):
     wanted = _expected(before, PAIRS)
     for name, each in offsets.items():
         torch.testing.assert_close(
-            dict(unet.named_parameters())[name], (wanted[name] + 0.7 * each.double()).half(), rtol=2**-10, atol=1e-6
+            dict(unet.named_parameters())[name],
+            (wanted[name] + 0.7 * each.double()).half(),
+            rtol=2**-10,
+            atol=1e-6,
         )
 
 
@@ -375,7 +437,12 @@ def test_a_damaged_file_is_named(unet, tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    "key", ["diffusion_model.out.2.weight::diff", "diffusion_model.out.2.weight::diff::zero", "a::b::c::0"]
+    "key",
+    [
+        "diffusion_model.out.2.weight::diff",
+        "diffusion_model.out.2.weight::diff::zero",
+        "a::b::c::0",
+    ],
 )
 def test_keys_that_break_the_scheme_are_a_clear_error(unet, tmp_path: Path, key: str):
     file = tmp_path / "odd.safetensors"
@@ -405,7 +472,9 @@ def test_a_patch_for_another_model_is_a_clear_error(unet, tmp_path: Path):
 def test_other_kinds_are_refused_by_their_name(unet, tmp_path: Path, ending: str, kind: str):
     file = tmp_path / "other.safetensors"
     name = next(iter(PAIRS)).removesuffix(".weight")
-    save_file({**FORMS["kohya, LDM names"](PAIRS), f"{_kohya_ldm(name)}.{ending}": torch.ones(4)}, file)
+    save_file(
+        {**FORMS["kohya, LDM names"](PAIRS), f"{_kohya_ldm(name)}.{ending}": torch.ones(4)}, file
+    )
     with pytest.raises(ModelUnusable, match=f"is a {kind}"):
         read_patch(file, _parameters(unet))
 
@@ -414,14 +483,19 @@ def test_a_lora_of_another_family_that_fits_in_places_is_refused(unet, tmp_path:
     """As one for SD 1.5 does: some of its layers are called as SDXL's are, and a few of them are as large."""
     file = tmp_path / "sd15.safetensors"
     fitting = dict(list(PAIRS.items())[:10])
-    other = {f"unet.down_blocks.0.attentions.{i}.to_q.lora_A.weight": torch.zeros(4, 320) for i in range(11)}
+    other = {
+        f"unet.down_blocks.0.attentions.{i}.to_q.lora_A.weight": torch.zeros(4, 320)
+        for i in range(11)
+    }
     other |= {name.replace("lora_A", "lora_B"): torch.zeros(320, 4) for name in other}
     save_file({**FORMS["PEFT"](fitting), **other}, file)
     with pytest.raises(ModelUnusable, match="10 of its 21 changes"):
         read_patch(file, _parameters(unet))
 
 
-def test_changes_that_do_not_fit_are_left_out_and_counted(unet, tmp_path: Path, caplog: pytest.LogCaptureFixture):
+def test_changes_that_do_not_fit_are_left_out_and_counted(
+    unet, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
     file = tmp_path / "partly.safetensors"
     extra = {"diffusion_model.input_blocks.77.0.weight::diff::0": torch.zeros(1)}
     save_file({**_published(PAIRS), **extra}, file)

@@ -18,13 +18,21 @@ from alphalayer.engine.sampling.samplers import SAMPLERS, brownian_intervals, sa
 from alphalayer.engine.sampling.schedules import SigmaTable, sigmas_for
 
 SHAPE = (2, 4, 6, 5)
-BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
+BETAS = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "num_train_timesteps": 1000,
+}
 TABLE = SigmaTable.from_betas()
 # the clean latent is of size 1, so this is absolute and relative at once
 TOLERANCE = {"rtol": 0, "atol": 1e-4}
 
 _generator = torch.Generator().manual_seed(0)
-_IN, _OUT, _TIME = (torch.randn(size, generator=_generator, dtype=torch.float64) for size in ((4, 16), (16, 4), (16,)))
+_IN, _OUT, _TIME = (
+    torch.randn(size, generator=_generator, dtype=torch.float64)
+    for size in ((4, 16), (16, 4), (16,))
+)
 
 
 def denoise(x: torch.Tensor, sigma: float, step: int = 0) -> torch.Tensor:
@@ -76,7 +84,11 @@ def _vp_multistep(scheduler, noises: list[torch.Tensor] | None = None) -> torch.
         sigma = float(scheduler.sigmas[i])
         noisy = x * math.sqrt(sigma**2 + 1)
         epsilon = (noisy - denoise(noisy, sigma)) / sigma
-        noise = {"variance_noise": noises[i] if i < len(noises) else torch.zeros(SHAPE)} if noises is not None else {}
+        noise = (
+            {"variance_noise": noises[i] if i < len(noises) else torch.zeros(SHAPE)}
+            if noises is not None
+            else {}
+        )
         x = scheduler.step(epsilon, timestep, x, return_dict=False, **noise)[0]
     return x
 
@@ -87,7 +99,9 @@ def _ve(scheduler, generator: torch.Generator | None = None) -> torch.Tensor:
     for i, timestep in enumerate(scheduler.timesteps):
         sigma = float(scheduler.sigmas[i])
         options = {"generator": generator} if generator else {}
-        x = scheduler.step((x - denoise(x, sigma)) / sigma, timestep, x, return_dict=False, **options)[0]
+        x = scheduler.step(
+            (x - denoise(x, sigma)) / sigma, timestep, x, return_dict=False, **options
+        )[0]
     return x
 
 
@@ -110,7 +124,9 @@ def test_dpmpp_2m_sde_equals_diffusers(steps: int):
 def test_dpmpp_2m_equals_diffusers(steps: int):
     scheduler = _dpm(algorithm_type="dpmsolver++")
     scheduler.set_timesteps(steps)
-    torch.testing.assert_close(ours("DPM++ 2M", scheduler.sigmas), _vp_multistep(scheduler), **TOLERANCE)
+    torch.testing.assert_close(
+        ours("DPM++ 2M", scheduler.sigmas), _vp_multistep(scheduler), **TOLERANCE
+    )
 
 
 @pytest.mark.parametrize("steps", [3, 4, 8, 20])
@@ -151,20 +167,30 @@ def test_dpmpp_3m_sde_equals_the_published_update(steps: int):
 @pytest.mark.parametrize("steps", [2, 5, 20])
 def test_dpmpp_sde_equals_diffusers_with_torchsdes_tree(steps: int):
     seed = 11
-    scheduler = diffusers.DPMSolverSDEScheduler(**BETAS, use_karras_sigmas=True, noise_sampler_seed=[seed, seed + 1])
+    scheduler = diffusers.DPMSolverSDEScheduler(
+        **BETAS, use_karras_sigmas=True, noise_sampler_seed=[seed, seed + 1]
+    )
     scheduler.set_timesteps(steps)
     # their list has every level twice: once for the middle of the step
     sigmas = torch.cat([scheduler.sigmas[:1], scheduler.sigmas[1:-1:2], torch.zeros(1)])
     assert len(sigmas) == steps + 1
-    noise = BrownianNoise([seed, seed + 1], SHAPE[1:], sigmas, "cpu", ahead=brownian_intervals("DPM++ SDE", sigmas))
+    noise = BrownianNoise(
+        [seed, seed + 1], SHAPE[1:], sigmas, "cpu", ahead=brownian_intervals("DPM++ SDE", sigmas)
+    )
     result = ours("DPM++ SDE", sigmas, noise)
 
     x = START * sigmas[0]
     for timestep in scheduler.timesteps:
-        level = scheduler.sigmas[scheduler.step_index] if scheduler.step_index is not None else scheduler.sigmas[0]
+        level = (
+            scheduler.sigmas[scheduler.step_index]
+            if scheduler.step_index is not None
+            else scheduler.sigmas[0]
+        )
         if not scheduler.state_in_first_order:
             level = scheduler.mid_point_sigma
-        x = scheduler.step((x - denoise(x, float(level))) / level, timestep, x, return_dict=False)[0]
+        x = scheduler.step((x - denoise(x, float(level))) / level, timestep, x, return_dict=False)[
+            0
+        ]
     torch.testing.assert_close(result, x, **TOLERANCE)
 
 
@@ -181,7 +207,9 @@ def test_euler_a_equals_diffusers(steps: int):
     scheduler.set_timesteps(steps)
     # both draw one noise a step from generators of the same seed, in the same order
     result = ours("Euler a", scheduler.sigmas, Recorded())
-    torch.testing.assert_close(result, _ve(scheduler, torch.Generator().manual_seed(1)), **TOLERANCE)
+    torch.testing.assert_close(
+        result, _ve(scheduler, torch.Generator().manual_seed(1)), **TOLERANCE
+    )
 
 
 @pytest.mark.parametrize("steps", [1, 5, 20])
@@ -196,14 +224,18 @@ def test_heun_equals_diffusers(steps: int):
 
 @pytest.mark.parametrize("steps", [2, 10, 20])
 def test_ddim_equals_diffusers(steps: int):
-    scheduler = diffusers.DDIMScheduler(**BETAS, clip_sample=False, set_alpha_to_one=True, timestep_spacing="leading")
+    scheduler = diffusers.DDIMScheduler(
+        **BETAS, clip_sample=False, set_alpha_to_one=True, timestep_spacing="leading"
+    )
     scheduler.set_timesteps(steps)
     alpha_bar = scheduler.alphas_cumprod[scheduler.timesteps]
     sigmas = torch.cat([((1 - alpha_bar) / alpha_bar).sqrt(), torch.zeros(1)])
     x = START * sigmas[0] / (sigmas[0] ** 2 + 1).sqrt()
     for sigma, timestep in zip(sigmas.tolist(), scheduler.timesteps, strict=False):
         noisy = x * math.sqrt(sigma**2 + 1)
-        x = scheduler.step((noisy - denoise(noisy, sigma)) / sigma, timestep, x, eta=0.0, return_dict=False)[0]
+        x = scheduler.step(
+            (noisy - denoise(noisy, sigma)) / sigma, timestep, x, eta=0.0, return_dict=False
+        )[0]
     torch.testing.assert_close(ours("DDIM", sigmas), x, **TOLERANCE)
 
 
@@ -246,7 +278,10 @@ def test_unipc_equals_the_published_update(steps: int):
         place, h = -math.log(levels[start]), -math.log(levels[start + 1]) + math.log(levels[start])
         base = math.exp(-h) * x + (1 - math.exp(-h)) * seen[start]
         ratios = [(-math.log(levels[start - i]) - place) / h for i in range(1, order)]
-        slopes = [(seen[start - i] - seen[start]) / r for i, r in zip(range(1, order), ratios, strict=True)]
+        slopes = [
+            (seen[start - i] - seen[start]) / r
+            for i, r in zip(range(1, order), ratios, strict=True)
+        ]
         if newest is not None:
             ratios, slopes = [*ratios, 1.0], [*slopes, newest - seen[start]]
         if not slopes:
@@ -254,7 +289,9 @@ def test_unipc_equals_the_published_update(steps: int):
         # sum_m rho_m r_m^(k-1) = k! phi_(k+1)(-h) * (-h) / B, with B = e^-h - 1
         b = math.expm1(-h)
         wanted = [math.factorial(k) * _phi(k + 1, -h) * -h / b for k in range(1, len(ratios) + 1)]
-        rho = np.linalg.solve(np.array([[r ** (k - 1) for r in ratios] for k in range(1, len(ratios) + 1)]), wanted)
+        rho = np.linalg.solve(
+            np.array([[r ** (k - 1) for r in ratios] for k in range(1, len(ratios) + 1)]), wanted
+        )
         if len(ratios) == 1 and (newest is None) == (order == 2):
             rho = [0.5]
         return base - b * sum(weight * slope for weight, slope in zip(rho, slopes, strict=True))
@@ -278,12 +315,21 @@ def test_unipc_equals_the_published_update(steps: int):
 def test_a_perfect_denoiser_is_followed_to_its_picture(name: str):
     target = torch.linspace(-1, 1, math.prod(SHAPE)).reshape(SHAPE)
     sigmas = sigmas_for("Karras", 12, TABLE)
-    result = sample(name, lambda x, sigma, step: target, START * float(sigmas[0]), sigmas, Recorded(), lambda *_: None)
+    result = sample(
+        name,
+        lambda x, sigma, step: target,
+        START * float(sigmas[0]),
+        sigmas,
+        Recorded(),
+        lambda *_: None,
+    )
     torch.testing.assert_close(result, target, **TOLERANCE)
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_only_samplers_with_noise_ask_for_it_and_brownian_ones_for_the_intervals_they_announce(name: str):
+def test_only_samplers_with_noise_ask_for_it_and_brownian_ones_for_the_intervals_they_announce(
+    name: str,
+):
     sigmas = sigmas_for("Karras", 5, TABLE)
     asked: list[tuple[float, float]] = []
 
@@ -304,7 +350,10 @@ def test_one_step_lands_on_the_predicted_latent(name: str):
     sigmas = sigmas_for("Karras", 1, TABLE)
     # x + (x - clean) / sigma * -sigma cancels terms of size 15
     torch.testing.assert_close(
-        ours(name, sigmas, Recorded()), denoise(START * sigmas[0], float(sigmas[0])), rtol=0, atol=1e-5
+        ours(name, sigmas, Recorded()),
+        denoise(START * sigmas[0], float(sigmas[0])),
+        rtol=0,
+        atol=1e-5,
     )
 
 

@@ -15,12 +15,38 @@ from alphalayer.core.request import SCHEDULERS
 from alphalayer.engine.sampling.schedules import SigmaTable, sigmas_for
 
 TABLE = SigmaTable.from_betas()
-BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
+BETAS = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "num_train_timesteps": 1000,
+}
 KARRAS_20 = [
     14.614643, 11.7253685, 9.340202, 7.383618, 5.7894135, 4.4998345, 3.4647474, 2.640841, 1.9909163, 1.483211, 1.0907861,
     0.79094607, 0.5647216, 0.39638984, 0.27303797, 0.184168, 0.12134143, 0.077860065, 0.04848137, 0.029167177, 0.0,
 ]  # fmt: skip
-KARRAS_20_TIMESTEPS = [999, 962, 921, 876, 827, 772, 710, 640, 561, 474, 380, 285, 197, 123, 69, 35, 15, 6, 2, 0]
+KARRAS_20_TIMESTEPS = [
+    999,
+    962,
+    921,
+    876,
+    827,
+    772,
+    710,
+    640,
+    561,
+    474,
+    380,
+    285,
+    197,
+    123,
+    69,
+    35,
+    15,
+    6,
+    2,
+    0,
+]
 
 
 def test_the_table_has_the_published_ends():
@@ -61,13 +87,19 @@ def test_every_schedule_falls_from_near_the_top_to_zero(scheduler: str, steps: i
 @pytest.mark.parametrize("steps", [5, 20, 33])
 @pytest.mark.parametrize(
     ("scheduler", "option"),
-    [("Karras", "use_karras_sigmas"), ("Exponential", "use_exponential_sigmas"), ("Beta", "use_beta_sigmas")],
+    [
+        ("Karras", "use_karras_sigmas"),
+        ("Exponential", "use_exponential_sigmas"),
+        ("Beta", "use_beta_sigmas"),
+    ],
 )
 def test_schedules_equal_diffusers(scheduler: str, option: str, steps: int):
     theirs = EulerDiscreteScheduler(**BETAS, **{option: True})
     theirs.set_timesteps(steps)
     # their ends are 1.3e-5 off (see above)
-    torch.testing.assert_close(sigmas_for(scheduler, steps, TABLE), theirs.sigmas, rtol=3e-5, atol=0)
+    torch.testing.assert_close(
+        sigmas_for(scheduler, steps, TABLE), theirs.sigmas, rtol=3e-5, atol=0
+    )
 
 
 # step counts that hit whole training steps, where diffusers' linear interpolation does not matter
@@ -97,11 +129,17 @@ def _exponential(n: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("steps", [1, 2, 20, 150])
-@pytest.mark.parametrize(("scheduler", "levels"), [("Karras", _karras), ("Exponential", _exponential)])
-def test_without_the_lowest_level_a_schedule_is_that_of_one_step_more(scheduler: str, levels, steps: int):
+@pytest.mark.parametrize(
+    ("scheduler", "levels"), [("Karras", _karras), ("Exponential", _exponential)]
+)
+def test_without_the_lowest_level_a_schedule_is_that_of_one_step_more(
+    scheduler: str, levels, steps: int
+):
     expected = [*levels(steps + 1)[:-1], 0.0]
     # float32 powers and exponentials
-    np.testing.assert_allclose(sigmas_for(scheduler, steps, TABLE, skip_lowest=True), expected, rtol=2e-6, atol=0)
+    np.testing.assert_allclose(
+        sigmas_for(scheduler, steps, TABLE, skip_lowest=True), expected, rtol=2e-6, atol=0
+    )
 
 
 def test_between_training_steps_log_sigma_is_interpolated():
@@ -156,7 +194,9 @@ def test_zero_snr_equals_diffusers():
 
 def test_linear_betas_are_not_squared():
     table = SigmaTable.from_betas(0.0001, 0.02, "linear")
-    theirs = EulerDiscreteScheduler(beta_start=0.0001, beta_end=0.02, beta_schedule="linear").alphas_cumprod
+    theirs = EulerDiscreteScheduler(
+        beta_start=0.0001, beta_end=0.02, beta_schedule="linear"
+    ).alphas_cumprod
     # here the float32 products are further off: alpha_bar falls to 4e-5
     torch.testing.assert_close(table.sigmas, ((1 - theirs) / theirs) ** 0.5, rtol=1e-4, atol=0)
 
@@ -177,7 +217,9 @@ def test_timesteps_beyond_the_table_are_its_ends():
 
 
 # part of the schedule, level at which the patch goes off, steps of 20 on a Karras schedule that are patched
-@pytest.mark.parametrize(("part", "level", "patched"), [(0.25, 4.08608, 6), (0.5, 1.61558, 9), (0.75, 0.69515, 12)])
+@pytest.mark.parametrize(
+    ("part", "level", "patched"), [(0.25, 4.08608, 6), (0.5, 1.61558, 9), (0.75, 0.69515, 12)]
+)
 def test_stop_at_levels_are_the_published_ones(part: float, level: float, patched: int):
     sigma = TABLE.sigma((1 - part) * 999)
     assert sigma == pytest.approx(level, abs=1e-5)

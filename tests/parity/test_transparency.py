@@ -88,12 +88,22 @@ class _Straight(nn.Module):
 
     def __init__(self, config: dict):
         super().__init__()
-        widths, groups, head = config["block_out_channels"], config["norm_num_groups"], config["attention_head_dim"]
-        attended, layers, last = config["attention_blocks"], config["layers_per_block"], len(widths) - 1
+        widths, groups, head = (
+            config["block_out_channels"],
+            config["norm_num_groups"],
+            config["attention_head_dim"],
+        )
+        attended, layers, last = (
+            config["attention_blocks"],
+            config["layers_per_block"],
+            len(widths) - 1,
+        )
         self.latent_block = config["latent_block"]
 
         def resnet(a: int, b: int) -> nn.Module:
-            return ResnetBlock2D(in_channels=a, out_channels=b, temb_channels=None, groups=groups, eps=1e-5)
+            return ResnetBlock2D(
+                in_channels=a, out_channels=b, temb_channels=None, groups=groups, eps=1e-5
+            )
 
         def attention(channels: int) -> nn.Module:
             return Attention(
@@ -101,7 +111,9 @@ class _Straight(nn.Module):
                 residual_connection=True, bias=True, upcast_softmax=True,
             )  # fmt: skip
 
-        def block(resnets: list[nn.Module], attentions: list[nn.Module], **sampler: nn.Module) -> nn.Module:
+        def block(
+            resnets: list[nn.Module], attentions: list[nn.Module], **sampler: nn.Module
+        ) -> nn.Module:
             made = nn.Module()
             made.resnets = nn.ModuleList(resnets)
             if attentions:
@@ -116,7 +128,11 @@ class _Straight(nn.Module):
         for i, width in enumerate(widths):
             resnets = [resnet(at if j == 0 else width, width) for j in range(layers)]
             attentions = [attention(width) for _ in resnets] if i > last - attended else []
-            sampler = {"downsamplers": Downsample2D(width, use_conv=True, padding=1, name="op")} if i < last else {}
+            sampler = (
+                {"downsamplers": Downsample2D(width, use_conv=True, padding=1, name="op")}
+                if i < last
+                else {}
+            )
             self.down_blocks.append(block(resnets, attentions, **sampler))
             skips += [width] * (layers + len(sampler))
             at = width
@@ -145,7 +161,9 @@ class _Straight(nn.Module):
             if hasattr(down, "downsamplers"):
                 h = down.downsamplers[0](h)
                 skips.append(h)
-        h = self.mid_block.resnets[1](self.mid_block.attentions[0](self.mid_block.resnets[0](h, None)), None)
+        h = self.mid_block.resnets[1](
+            self.mid_block.attentions[0](self.mid_block.resnets[0](h, None)), None
+        )
         for up in self.up_blocks:
             for j, resnet in enumerate(up.resnets):
                 h = resnet(torch.cat([h, skips.pop()], dim=1), None)
@@ -159,7 +177,11 @@ def test_one_pass_equals_diffusers_modules_in_a_row(decoder: TransparentDecoder)
     straight = _Straight(tiny_models.DECODER).eval()
     state = decoder.state_dict()
     # diffusers' old downsampler holds its convolution under two names
-    state |= {name.replace(".conv.", ".op."): each for name, each in state.items() if "downsamplers" in name}
+    state |= {
+        name.replace(".conv.", ".op."): each
+        for name, each in state.items()
+        if "downsamplers" in name
+    }
     left_over = straight.load_state_dict(state, strict=False)
     assert not left_over.missing_keys
     pixel, latent = _inputs()
@@ -200,7 +222,9 @@ def _loop(decoder: TransparentDecoder, pixel: torch.Tensor, latent: torch.Tensor
 
 @pytest.mark.parametrize("size", [(16, 16), (16, 24)])
 @pytest.mark.parametrize("passes_at_once", [1, 3, 8])
-def test_eight_passes_and_lower_median(decoder: TransparentDecoder, size: tuple[int, int], passes_at_once: int):
+def test_eight_passes_and_lower_median(
+    decoder: TransparentDecoder, size: tuple[int, int], passes_at_once: int
+):
     pixel, latent = _inputs(*size)
     found = decode_transparent(decoder, pixel, latent, passes_at_once)
     assert found.shape == (1, 4, *size)
@@ -218,7 +242,9 @@ def test_the_median_is_neither_the_mean_of_the_middle_two_nor_one_pass(decoder: 
 def test_turning_the_input_turns_the_result(decoder: TransparentDecoder):
     pixel, latent = _inputs()
     turned = decode_transparent(decoder, pixel.rot90(1, (2, 3)), latent.rot90(1, (2, 3)))
-    torch.testing.assert_close(turned, decode_transparent(decoder, pixel, latent).rot90(1, (2, 3)), **NETWORK)
+    torch.testing.assert_close(
+        turned, decode_transparent(decoder, pixel, latent).rot90(1, (2, 3)), **NETWORK
+    )
 
 
 def test_sizes_that_do_not_fit_are_clear_errors(decoder: TransparentDecoder):
@@ -233,7 +259,9 @@ def test_sizes_that_do_not_fit_are_clear_errors(decoder: TransparentDecoder):
 
 def test_official_feeds_the_vaes_latent_and_float_pixels():
     sample = torch.tensor([-2.0, -1.0, 0.005, 1.5]).reshape(1, 1, 1, 4).expand(1, 3, 1, 4)
-    pixel, latent = decoder_inputs(sample, torch.full((1, 4, 1, 1), 2.0), 0.13025, "official", shift_factor=0.5)
+    pixel, latent = decoder_inputs(
+        sample, torch.full((1, 4, 1, 1), 2.0), 0.13025, "official", shift_factor=0.5
+    )
     np.testing.assert_allclose(pixel[0, 0, 0], [0, 0, 0.5025, 1], rtol=1e-6)
     np.testing.assert_allclose(latent, np.full((1, 4, 1, 1), 2 / 0.13025 + 0.5), rtol=1e-6)
 
@@ -255,7 +283,12 @@ def test_8_bit_is_alpha_last_and_truncated():
 
 
 def test_8_bit_values_outside_0_to_1_are_cut():
-    assert to_uint8(torch.tensor([-0.3, 1.7, 0.0, 1.0]).reshape(1, 4, 1, 1))[0, 0].tolist() == [255, 0, 255, 0]
+    assert to_uint8(torch.tensor([-0.3, 1.7, 0.0, 1.0]).reshape(1, 4, 1, 1))[0, 0].tolist() == [
+        255,
+        0,
+        255,
+        0,
+    ]
 
 
 def test_float16_is_multiplied_in_float16():
@@ -273,7 +306,9 @@ def test_float16_is_multiplied_in_float16():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-def test_a_file_is_read_with_its_sizes(decoder: TransparentDecoder, tmp_path: Path, dtype: torch.dtype):
+def test_a_file_is_read_with_its_sizes(
+    decoder: TransparentDecoder, tmp_path: Path, dtype: torch.dtype
+):
     file = tmp_path / "decoder.safetensors"
     save_file({name: each.to(dtype) for name, each in decoder.state_dict().items()}, file)
     # group and head sizes cannot be seen in shapes
@@ -310,8 +345,12 @@ def test_another_kind_of_file_is_said_to_be_one(tmp_path: Path, key: str, kind: 
         load_decoder(file)
 
 
-@pytest.mark.parametrize("config", [{"block_out_channels": [8, 8]}, {"unknown": 1}, {"latent_block": 9}])
-def test_a_config_that_does_not_fit_is_a_clear_error(decoder: TransparentDecoder, tmp_path: Path, config: dict):
+@pytest.mark.parametrize(
+    "config", [{"block_out_channels": [8, 8]}, {"unknown": 1}, {"latent_block": 9}]
+)
+def test_a_config_that_does_not_fit_is_a_clear_error(
+    decoder: TransparentDecoder, tmp_path: Path, config: dict
+):
     file = tmp_path / "decoder.safetensors"
     save_file(decoder.state_dict(), file)
     with pytest.raises(ModelUnusable, match=r"decoder\.safetensors"):

@@ -32,7 +32,11 @@ def engine(models: Path) -> LocalEngine:
 
 
 def _picture(engine: LocalEngine, **changes: object) -> np.ndarray:
-    return engine.generate(REQUEST.model_copy(update={"model": "folder", **changes})).images[0].rgba.astype(int)
+    return (
+        engine.generate(REQUEST.model_copy(update={"model": "folder", **changes}))
+        .images[0]
+        .rgba.astype(int)
+    )
 
 
 # Both sides truncate float32 values that agree to about 1e-5, so a value may fall on either side of a step of 1/255; with "forge2"

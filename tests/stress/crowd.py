@@ -30,16 +30,29 @@ class Crowd:
     """Clients of one service, which may have several addresses. So many of them as `waiting` says wait for their picture, the others
     submit jobs. What is drawn is looked at from each of `seen_from`, or from where it was asked."""
 
-    def __init__(self, addresses: list[str], clients: int = 4, *, waiting: int = 0, seen_from: list[str] | None = None):
+    def __init__(
+        self,
+        addresses: list[str],
+        clients: int = 4,
+        *,
+        waiting: int = 0,
+        seen_from: list[str] | None = None,
+    ):
         self._addresses = addresses
-        self._https = [httpx.Client(base_url=each, timeout=30, trust_env=False) for each in seen_from or addresses]
+        self._https = [
+            httpx.Client(base_url=each, timeout=30, trust_env=False)
+            for each in seen_from or addresses
+        ]
         self._calm, self._over = threading.Event(), threading.Event()
         self._unanswered: list[str] = []
         self.accepted: dict[str, int] = {}
         """The number of pictures of each job, by the part of its id that names its pictures."""
         self.failures: list[str] = []
         """What requests got that were sent again, and when."""
-        self._clients = [threading.Thread(target=self._ask, args=(i, i < waiting), daemon=True) for i in range(clients)]
+        self._clients = [
+            threading.Thread(target=self._ask, args=(i, i < waiting), daemon=True)
+            for i in range(clients)
+        ]
         for client in self._clients:
             client.start()
 
@@ -50,8 +63,13 @@ class Crowd:
         wait_until(lambda: not self._unfinished(), patience_s)
         known = self._all_jobs()
         names_known = set(map(_short, known))
-        faults = [f"{each} was accepted and is lost" for each in self.accepted if each not in names_known]
-        faults += [f"{each} is there and nobody asked for it" for each in names_known - self.accepted.keys()]
+        faults = [
+            f"{each} was accepted and is lost" for each in self.accepted if each not in names_known
+        ]
+        faults += [
+            f"{each} is there and nobody asked for it"
+            for each in names_known - self.accepted.keys()
+        ]
         wanted: list[str] = []
         for job_id, job in known.items():
             names = [each["filename"] for each in job["images"]]
@@ -66,7 +84,9 @@ class Crowd:
                 for name, http in itertools.product(names, self._https)
                 if not _is_whole(http, name)
             ]
-        faults += [f"{name} belongs to two jobs" for name, count in Counter(wanted).items() if count > 1]
+        faults += [
+            f"{name} belongs to two jobs" for name, count in Counter(wanted).items() if count > 1
+        ]
         faults += [f"never answered: {failure}" for failure in self._unanswered]
         states = Counter(job["state"] for job in known.values())
         self.jobs, self.pictures = known, set(wanted)
@@ -96,7 +116,13 @@ class Crowd:
         with httpx.Client(timeout=120 if waits else 30, trust_env=False) as http:
             while not self._calm.is_set():
                 count = rng.randint(1, 2)
-                body = {"prompt": "x", "width": SIDE, "height": SIDE, "steps": rng.randint(1, 12), "batch_size": count}
+                body = {
+                    "prompt": "x",
+                    "width": SIDE,
+                    "height": SIDE,
+                    "steps": rng.randint(1, 12),
+                    "batch_size": count,
+                }
                 key = {"Idempotency-Key": secrets.token_hex(8)}
                 while True:
                     try:
@@ -114,7 +140,9 @@ class Crowd:
                     time.sleep(0.05)
                 if answer.status_code == good:
                     told = answer.json()
-                    self.accepted[told["filename"].split("_")[2][:SHORT] if waits else _short(told["id"])] = count
+                    self.accepted[
+                        told["filename"].split("_")[2][:SHORT] if waits else _short(told["id"])
+                    ] = count
                 time.sleep(0.2 if answer.status_code == 429 else rng.uniform(0.02, 0.1))
 
     def _all_jobs(self) -> dict[str, dict[str, Any]]:

@@ -57,8 +57,14 @@ class Storm:
         counted = self._crowd.count()
         # not those that were being written at a kill, which lead nowhere and go at a later start
         files = {file.name for file in (self._folder / "outputs").iterdir() if "#" not in file.name}
-        given_up = [job_id[:10] for job_id, job in self._crowd.jobs.items() if job["state"] == "failed"]
-        stray = [name for name in files - self._crowd.pictures if not any(job_id in name for job_id in given_up)]
+        given_up = [
+            job_id[:10] for job_id, job in self._crowd.jobs.items() if job["state"] == "failed"
+        ]
+        stray = [
+            name
+            for name in files - self._crowd.pictures
+            if not any(job_id in name for job_id in given_up)
+        ]
         counted["faults"] += [f"{name} belongs to no job" for name in stray]
         return counted
 

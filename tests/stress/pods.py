@@ -33,7 +33,9 @@ STEP_S = 0.01
 class Node:
     """A pod that answers requests, or a worker that draws."""
 
-    def __init__(self, folder: Path, role: str, environment: dict[str, str], queue_limit: int = 500):
+    def __init__(
+        self, folder: Path, role: str, environment: dict[str, str], queue_limit: int = 500
+    ):
         folder.mkdir()
         self._folder, self._port, self._queue_limit = folder, free_port(), queue_limit
         self._environment = {**environment, "ALPHALAYER_ROLE": role}
@@ -42,7 +44,9 @@ class Node:
 
     def start(self) -> None:
         """Start its process."""
-        self._process = fake_service.start(self._folder, self._port, STEP_S, self._queue_limit, self._environment)
+        self._process = fake_service.start(
+            self._folder, self._port, STEP_S, self._queue_limit, self._environment
+        )
 
     def kill(self) -> None:
         """kill -9."""
@@ -87,14 +91,22 @@ def run(
         roles = ["api"] * pods + ["worker"] * workers
         first_real = len(roles) - real
         nodes = [
-            Node(folder / f"{role}{i}", role, environment | ({"REAL_ENGINE": "1"} if i >= first_real else {}))
+            Node(
+                folder / f"{role}{i}",
+                role,
+                environment | ({"REAL_ENGINE": "1"} if i >= first_real else {}),
+            )
             for i, role in enumerate(roles)
         ]
         for node in nodes:
             stack.callback(node.stop)
         wait_until(lambda: all(node.answers() for node in nodes), 400)
         seen_from = [node.address for node in nodes[:pods]]
-        front = [stack.enter_context(nginx(folder / "nginx", seen_from))] if shutil.which("nginx") else []
+        front = (
+            [stack.enter_context(nginx(folder / "nginx", seen_from))]
+            if shutil.which("nginx")
+            else []
+        )
         crowd = Crowd(front or seen_from, clients=8, seen_from=seen_from + front)
         stack.callback(crowd.close)
         for i in range(kills):
@@ -122,7 +134,8 @@ def _kinds(failures: list[str]) -> dict[str, int]:
     kinds = [each.partition(": ")[2] for each in failures]
     return dict(
         Counter(
-            re.sub(r'^(\d+).*?(?:"code":"(\w+)".*)?$|\(.*', r"\1 \2", each, flags=re.DOTALL).strip() for each in kinds
+            re.sub(r'^(\d+).*?(?:"code":"(\w+)".*)?$|\(.*', r"\1 \2", each, flags=re.DOTALL).strip()
+            for each in kinds
         )
     )
 
@@ -133,7 +146,9 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=4)
     parser.add_argument("--jobs", type=int, default=2000)
     parser.add_argument("--kills", type=int, default=60)
-    parser.add_argument("--real", type=int, default=0, help="workers that draw with the embedded model")
+    parser.add_argument(
+        "--real", type=int, default=0, help="workers that draw with the embedded model"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--write", type=Path, help="a file for the result, as JSON")
     options = vars(parser.parse_args())
@@ -146,8 +161,13 @@ def main() -> None:
             shared = {**bucket, "ALPHALAYER_STORAGE": "s3://pictures/drawn"}
             result = run(Path(folder), shared, patience_s=3600, **options)
         machine = f"{os.cpu_count()} x {platform.machine()}, Python {platform.python_version()}"
-        told = {"command": shlex.join(["python", "-m", "tests.stress.pods", *sys.argv[1:]]), "machine": machine}
-        report = json.dumps({**told, **options, "seconds": round(time.monotonic() - start), **result}, indent=1)
+        told = {
+            "command": shlex.join(["python", "-m", "tests.stress.pods", *sys.argv[1:]]),
+            "machine": machine,
+        }
+        report = json.dumps(
+            {**told, **options, "seconds": round(time.monotonic() - start), **result}, indent=1
+        )
         print(report)
         if target:
             target.write_text(f"{report}\n")

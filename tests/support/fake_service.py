@@ -29,7 +29,9 @@ def start(
     arguments = [str(folder), str(port), str(step_s), str(queue_limit)]
     with (folder / "service.log").open("ab") as log:
         command = [*host, sys.executable, "-m", "tests.support.fake_service", *arguments]
-        return subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, **(environment or {})})
+        return subprocess.Popen(
+            command, stdout=log, stderr=log, env={**os.environ, **(environment or {})}
+        )
 
 
 def main() -> None:

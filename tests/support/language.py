@@ -51,7 +51,10 @@ EXCEPTIONS = {
 }
 """Words that one document may use: (path, word in lower case) and the reason."""
 
-_BANNED = [(re.compile(rf"\b(?:{words})\b", re.IGNORECASE), better) for words, better in BANNED_WORDS.items()]
+_BANNED = [
+    (re.compile(rf"\b(?:{words})\b", re.IGNORECASE), better)
+    for words, better in BANNED_WORDS.items()
+]
 _ALLOWED = re.compile("|".join(ALLOWED_PHRASES), re.IGNORECASE)
 _SENTENCE_END = re.compile(r"""(?<=[.!?])["')]*\s+(?=["'(]*[A-Z0-9/§])""")
 _WORD = re.compile(r"[^\W_](?:[\w'’.,:/+-]*\w)?")
@@ -99,7 +102,9 @@ class Block:
 
 def read_markdown(text: str) -> list[Block]:
     """Return the prose of a Markdown document, without code blocks, comments and addresses."""
-    return list(_blocks(MarkdownIt("commonmark").enable("table").parse(_without_front_matter(text))))
+    return list(
+        _blocks(MarkdownIt("commonmark").enable("table").parse(_without_front_matter(text)))
+    )
 
 
 def split_sentences(text: str) -> list[str]:

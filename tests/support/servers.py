@@ -43,7 +43,11 @@ class Postgres:
     """A PostgreSQL server of its own in a folder of its own; it can be killed and started again."""
 
     def __init__(
-        self, listen_addresses: str = "127.0.0.1", *, fsync: bool = False, certificate: LeafCert | None = None
+        self,
+        listen_addresses: str = "127.0.0.1",
+        *,
+        fsync: bool = False,
+        certificate: LeafCert | None = None,
     ):
         """With a certificate it answers by TLS alone."""
         self._listen_addresses = listen_addresses
@@ -60,7 +64,16 @@ class Postgres:
         self._user = "nobody" if os.name == "posix" and os.getuid() == 0 else None
         if self._user:
             shutil.chown(self._folder, self._user)
-        self._run("initdb", "--pgdata", str(self._data), "--username", "alphalayer", "--auth", "trust", "--no-sync")
+        self._run(
+            "initdb",
+            "--pgdata",
+            str(self._data),
+            "--username",
+            "alphalayer",
+            "--auth",
+            "trust",
+            "--no-sync",
+        )
         with (self._data / "pg_hba.conf").open("a") as rules:
             rules.write("host all all samenet trust\n")
         if certificate:
@@ -99,7 +112,11 @@ class Postgres:
             "listen_addresses": self._listen_addresses,
             "unix_socket_directories": self._folder,
         }
-        options |= {"fsync": self._fsync, "max_connections": 300, "ssl": "on" if self._certificate else "off"}
+        options |= {
+            "fsync": self._fsync,
+            "max_connections": 300,
+            "ssl": "on" if self._certificate else "off",
+        }
         arguments = [each for name, value in options.items() for each in ("-c", f"{name}={value}")]
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(
@@ -121,7 +138,9 @@ class Postgres:
     @contextmanager
     def hanging(self) -> Iterator[None]:
         """It answers nothing, and all its connections stay."""
-        found = subprocess.run(["pgrep", "-P", str(self.process_id)], capture_output=True, text=True, check=True)
+        found = subprocess.run(
+            ["pgrep", "-P", str(self.process_id)], capture_output=True, text=True, check=True
+        )
         processes = [self.process_id, *map(int, found.stdout.split())]
         for each in processes:
             os.kill(each, signal.SIGSTOP)
@@ -139,7 +158,16 @@ class Postgres:
     def fresh_database(self) -> str:
         """The address of an empty database."""
         name = f"test_{time.time_ns()}"
-        self._run("createdb", "--host", str(self._folder), "--port", str(self._port), "--username", "alphalayer", name)
+        self._run(
+            "createdb",
+            "--host",
+            str(self._folder),
+            "--port",
+            str(self._port),
+            "--username",
+            "alphalayer",
+            name,
+        )
         return self.address(name)
 
     def address(self, database: str, host: str = "127.0.0.1") -> str:
@@ -176,13 +204,36 @@ def s3_server(folder: Path) -> Iterator[dict[str, str]]:
     # SeaweedFS speaks gRPC on each port + 10000
     ports = {name: free_port(10_000) for name in ("master", "volume", "filer", "s3")}
     keys = [{"accessKey": "pictures-key", "secretKey": "pictures-secret"}]
-    identity = {"name": "alphalayer", "credentials": keys, "actions": ["Admin", "Read", "Write", "List"]}
+    identity = {
+        "name": "alphalayer",
+        "credentials": keys,
+        "actions": ["Admin", "Read", "Write", "List"],
+    }
     (folder / "s3.json").write_text(json.dumps({"identities": [identity]}))
     weed = [str(program), f"-logdir={folder}"]
-    command = [*weed, "server", f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-filer", "-s3"]
-    command += [f"-s3.config={folder / 's3.json'}", "-master.volumeSizeLimitMB=64", f"-master.port={ports['master']}"]
-    command += ["-s3.port.iceberg=0", "-s3.port.lance=0"]  # fixed ports else: two servers could not run at once
-    command += [f"-volume.port={ports['volume']}", f"-filer.port={ports['filer']}", f"-s3.port={ports['s3']}"]
+    command = [
+        *weed,
+        "server",
+        f"-dir={folder}",
+        "-ip=127.0.0.1",
+        "-ip.bind=127.0.0.1",
+        "-filer",
+        "-s3",
+    ]
+    command += [
+        f"-s3.config={folder / 's3.json'}",
+        "-master.volumeSizeLimitMB=64",
+        f"-master.port={ports['master']}",
+    ]
+    command += [
+        "-s3.port.iceberg=0",
+        "-s3.port.lance=0",
+    ]  # fixed ports else: two servers could not run at once
+    command += [
+        f"-volume.port={ports['volume']}",
+        f"-filer.port={ports['filer']}",
+        f"-s3.port={ports['s3']}",
+    ]
     with (folder / "weed.log").open("wb") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, cwd=folder)
     address = f"http://127.0.0.1:{ports['s3']}"
@@ -192,7 +243,12 @@ def s3_server(folder: Path) -> Iterator[dict[str, str]]:
         wait_until(
             lambda: (
                 subprocess.run(
-                    [*weed, "shell", f"-master=127.0.0.1:{ports['master']}", f"-filer=127.0.0.1:{ports['filer']}"],
+                    [
+                        *weed,
+                        "shell",
+                        f"-master=127.0.0.1:{ports['master']}",
+                        f"-filer=127.0.0.1:{ports['filer']}",
+                    ],
                     input=shell.encode(),
                     capture_output=True,
                     cwd=folder,
@@ -232,7 +288,8 @@ def nginx_of(folder: Path, site: str) -> Iterator[str]:
     site, replaced = re.subn(r"listen 80\b", f"listen 127.0.0.1:{port}", site)
     assert replaced == 1
     temporary = "".join(
-        f"{name}_temp_path {folder / name};\n" for name in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+        f"{name}_temp_path {folder / name};\n"
+        for name in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
     )
     (folder / "nginx.conf").write_text(
         f"daemon off;\npid {folder / 'pid'};\nerror_log {folder / 'error.log'};\nevents {{}}\n"

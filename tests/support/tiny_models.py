@@ -17,7 +17,12 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from alphalayer.engine.families.configs import SHIPPED
 from alphalayer.engine.transparency.decode import TransparentDecoder
 
-TEXT = {"vocab_size": 49408, "max_position_embeddings": 77, "num_hidden_layers": 3, "eos_token_id": 2}
+TEXT = {
+    "vocab_size": 49408,
+    "max_position_embeddings": 77,
+    "num_hidden_layers": 3,
+    "eos_token_id": 2,
+}
 WIDTH_L, WIDTH_G = 32, 64
 DECODER = {
     "in_channels": 3,
@@ -149,10 +154,16 @@ def make_single_file(path: Path, seed: int = 0, dtype: torch.dtype = torch.float
 
 
 def single_file_tensors(
-    first: CLIPTextModel, second: CLIPTextModelWithProjection, unet: UNet2DConditionModel, vae: AutoencoderKL
+    first: CLIPTextModel,
+    second: CLIPTextModelWithProjection,
+    unet: UNet2DConditionModel,
+    vae: AutoencoderKL,
 ) -> dict[str, torch.Tensor]:
     """The tensors of a model under the names of an LDM single file."""
-    tensors = {f"model.diffusion_model.{unet_name_in_ldm(name)}": each for name, each in unet.state_dict().items()}
+    tensors = {
+        f"model.diffusion_model.{unet_name_in_ldm(name)}": each
+        for name, each in unet.state_dict().items()
+    }
     tensors |= _vae_in_ldm(vae.state_dict())
     prefix = "conditioner.embedders.0.transformer."
     for name, each in first.state_dict().items():
@@ -196,7 +207,11 @@ def unet_name_in_ldm(name: str) -> str:
     if kind == "upsamplers":
         return f"output_blocks.{int(level) * 3 + 2}.2.{rest}"
     part = 0 if kind == "resnets" else 1
-    block = f"input_blocks.{first + 1}.{part}." if side == "down_blocks" else f"output_blocks.{first}.{part}."
+    block = (
+        f"input_blocks.{first + 1}.{part}."
+        if side == "down_blocks"
+        else f"output_blocks.{first}.{part}."
+    )
     return _resnet_in_ldm(block + rest, kind == "resnets")
 
 
@@ -217,7 +232,9 @@ def _resnet_in_ldm(name: str, is_resnet: bool) -> str:
 def _vae_in_ldm(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     renamed = {}
     for name, each in state.items():
-        new = name.replace("mid_block.resnets.0.", "mid.block_1.").replace("mid_block.resnets.1.", "mid.block_2.")
+        new = name.replace("mid_block.resnets.0.", "mid.block_1.").replace(
+            "mid_block.resnets.1.", "mid.block_2."
+        )
         new = new.replace("mid_block.attentions.0.", "mid.attn_1.").replace("group_norm.", "norm.")
         for part, short in (("to_q", "q"), ("to_k", "k"), ("to_v", "v"), ("to_out.0", "proj_out")):
             new = new.replace(f".{part}.", f".{short}.")
@@ -245,7 +262,12 @@ def _open_clip(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         "text_projection": state["text_projection.weight"].T,
         "logit_scale": torch.tensor(4.6),
     }
-    renames = {"layer_norm1": "ln_1", "layer_norm2": "ln_2", "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj"}
+    renames = {
+        "layer_norm1": "ln_1",
+        "layer_norm2": "ln_2",
+        "mlp.fc1": "mlp.c_fc",
+        "mlp.fc2": "mlp.c_proj",
+    }
     for i in range(sum(name.endswith("layer_norm1.weight") for name in state)):
         old, new = f"encoder.layers.{i}.", f"transformer.resblocks.{i}."
         for kind in ("weight", "bias"):

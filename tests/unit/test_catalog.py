@@ -19,7 +19,13 @@ from hypothesis import strategies as st
 from alphalayer import catalog
 from alphalayer.catalog.hashes import HashCache
 from alphalayer.catalog.headers import CONTEXT, FIRST_CONV, VAE_MARKS, family_of, read_header
-from alphalayer.core.errors import CorruptFile, InvalidRequest, ModelNotFound, PickleRefused, UnsupportedFamily
+from alphalayer.core.errors import (
+    CorruptFile,
+    InvalidRequest,
+    ModelNotFound,
+    PickleRefused,
+    UnsupportedFamily,
+)
 from alphalayer.engine.families.configs import SHIPPED
 
 UNET = "model.diffusion_model."
@@ -78,7 +84,11 @@ def write(path: Path, shapes: Shapes, missing: int = 0) -> Path:
 
 def _mine(models_dir: Path) -> dict[str, catalog.ModelEntry]:
     """What was found in a folder, without the model that comes with the package."""
-    return {entry.name: entry for entry in catalog.find_models(models_dir) if models_dir in entry.path.parents}
+    return {
+        entry.name: entry
+        for entry in catalog.find_models(models_dir)
+        if models_dir in entry.path.parents
+    }
 
 
 # --- families
@@ -113,7 +123,11 @@ def test_other_families_say_what_they_are(tmp_path: Path, family: str):
 
 @pytest.mark.parametrize(
     ("family", "place"),
-    [("layerdiffuse-patch", "layer_model"), ("transparent-decoder", "layer_model"), ("lora", "Lora")],
+    [
+        ("layerdiffuse-patch", "layer_model"),
+        ("transparent-decoder", "layer_model"),
+        ("lora", "Lora"),
+    ],
 )
 def test_files_in_the_wrong_folder_are_told_the_right_one(tmp_path: Path, family: str, place: str):
     write(tmp_path / "Stable-diffusion" / "other.safetensors", FAMILIES[family])
@@ -208,9 +222,16 @@ def _change(file: Path, **values: object) -> None:
 
 
 def test_a_diffusers_folder_is_one_model_and_its_files_are_none(tmp_path: Path):
-    _folder(tmp_path / "Stable-diffusion" / "sub" / "xl", {"_class_name": "StableDiffusionXLPipeline"})
+    _folder(
+        tmp_path / "Stable-diffusion" / "sub" / "xl", {"_class_name": "StableDiffusionXLPipeline"}
+    )
     (entry,) = _mine(tmp_path).values()
-    assert (entry.name, entry.kind, entry.family, entry.problem) == ("sub_xl", "diffusers", "sdxl", None)
+    assert (entry.name, entry.kind, entry.family, entry.problem) == (
+        "sub_xl",
+        "diffusers",
+        "sdxl",
+        None,
+    )
 
 
 @pytest.mark.parametrize(
@@ -240,13 +261,25 @@ DEEP = '{"a":' + "[" * 60_000 + "]" * 60_000 + "}"
         ("model_index.json", {"_class_name": "StableDiffusionXLInstructPix2PixPipeline"}, "edit"),
         ("unet/config.json", {"in_channels": 8}, "edit"),
         ("unet/config.json", {"in_channels": 9}, "sdxl-inpaint"),
-        ("scheduler/scheduler_config.json", {"_class_name": "EDMDPMSolverMultistepScheduler"}, "sdxl-edm"),
-        ("scheduler/scheduler_config.json", {"sigma_data": 1.0, "prediction_type": "v_prediction"}, "sdxl-edm"),
+        (
+            "scheduler/scheduler_config.json",
+            {"_class_name": "EDMDPMSolverMultistepScheduler"},
+            "sdxl-edm",
+        ),
+        (
+            "scheduler/scheduler_config.json",
+            {"sigma_data": 1.0, "prediction_type": "v_prediction"},
+            "sdxl-edm",
+        ),
         ("scheduler/scheduler_config.json", {"prediction_type": "flow_prediction"}, "sdxl-other"),
     ],
 )
-def test_a_folder_that_would_be_drawn_wrongly_is_refused(tmp_path: Path, file: str, values: dict, family: str):
-    path = _folder(tmp_path / "Stable-diffusion" / "a", {"_class_name": "StableDiffusionXLPipeline"})
+def test_a_folder_that_would_be_drawn_wrongly_is_refused(
+    tmp_path: Path, file: str, values: dict, family: str
+):
+    path = _folder(
+        tmp_path / "Stable-diffusion" / "a", {"_class_name": "StableDiffusionXLPipeline"}
+    )
     _folder(tmp_path / "Stable-diffusion" / "b", {"_class_name": "StableDiffusionXLPipeline"})
     _change(path / file, **values)
     entry = _mine(tmp_path)["a"]
@@ -258,7 +291,9 @@ def test_a_folder_that_would_be_drawn_wrongly_is_refused(tmp_path: Path, file: s
 
 @pytest.mark.parametrize("part", ["unet", "vae", "text_encoder", "text_encoder_2", "scheduler"])
 def test_a_folder_without_one_of_its_parts_names_it(tmp_path: Path, part: str):
-    path = _folder(tmp_path / "Stable-diffusion" / "a", {"_class_name": "StableDiffusionXLPipeline"})
+    path = _folder(
+        tmp_path / "Stable-diffusion" / "a", {"_class_name": "StableDiffusionXLPipeline"}
+    )
     shutil.rmtree(path / part)
     problem = _mine(tmp_path)["a"].problem
     assert isinstance(problem, CorruptFile)
@@ -287,10 +322,21 @@ def test_a_model_is_found_by_every_name_it_has(tmp_path: Path):
     entry = _mine(tmp_path)["sub_cup"]
     known = catalog.ModelEntry(entry.name, entry.path, entry.kind, "sdxl", "ab" * 32)
     assert known.title == "sub_cup [ababababab]"
-    for name in ("sub_cup", "sub_cup [ababababab]", "cup.safetensors", "cup", "ab" * 32, "ababababab"):
+    for name in (
+        "sub_cup",
+        "sub_cup [ababababab]",
+        "cup.safetensors",
+        "cup",
+        "ab" * 32,
+        "ababababab",
+    ):
         assert catalog.resolve_model(name, [known]) is known
     # as Forge writes its titles
-    for name in ("sub/cup.safetensors [0123456789]", r"sub\cup.safetensors [0123456789]", "sub/cup"):
+    for name in (
+        "sub/cup.safetensors [0123456789]",
+        r"sub\cup.safetensors [0123456789]",
+        "sub/cup",
+    ):
         assert catalog.resolve_model(name, [known]) is known
 
 
@@ -309,7 +355,9 @@ def test_a_file_that_cannot_be_used_does_not_hide_one_of_its_name_that_can(tmp_p
 
 def test_a_models_own_name_goes_before_the_file_name_of_another():
     folder = Path("models", "Stable-diffusion")
-    backup = catalog.ModelEntry("backup_cup", folder / "backup" / "cup.safetensors", "single_file", "sdxl", "b" * 64)
+    backup = catalog.ModelEntry(
+        "backup_cup", folder / "backup" / "cup.safetensors", "single_file", "sdxl", "b" * 64
+    )
     cup = catalog.ModelEntry("cup", folder / "cup.safetensors", "single_file", "sdxl", "a" * 64)
     for name in ("cup", "cup.safetensors", cup.title, "a" * 10, "cup.safetensors [0123456789]"):
         assert catalog.resolve_model(name, [backup, cup]) is cup
@@ -368,7 +416,11 @@ def test_hashes_are_those_of_the_whole_file_and_show_once_known(tmp_path: Path):
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
     assert catalog.hash_model(entry, tmp_path) == digest
     entry = _mine(tmp_path)["cup"]
-    assert (entry.sha256, entry.short_hash, entry.title) == (digest, digest[:10], f"cup [{digest[:10]}]")
+    assert (entry.sha256, entry.short_hash, entry.title) == (
+        digest,
+        digest[:10],
+        f"cup [{digest[:10]}]",
+    )
     assert entry.webui_json() == {
         "title": f"cup [{digest[:10]}]",
         "model_name": "cup",
@@ -380,19 +432,29 @@ def test_hashes_are_those_of_the_whole_file_and_show_once_known(tmp_path: Path):
 
 
 def test_a_folders_hash_is_its_unets(tmp_path: Path):
-    path = _folder(tmp_path / "Stable-diffusion" / "xl", {"_class_name": "StableDiffusionXLPipeline"})
-    digest = hashlib.sha256((path / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()).hexdigest()
+    path = _folder(
+        tmp_path / "Stable-diffusion" / "xl", {"_class_name": "StableDiffusionXLPipeline"}
+    )
+    digest = hashlib.sha256(
+        (path / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()
+    ).hexdigest()
     assert catalog.hash_model(_mine(tmp_path)["xl"], tmp_path) == digest
 
 
 def test_the_hash_is_of_the_file_that_is_read(tmp_path: Path):
-    path = _folder(tmp_path / "Stable-diffusion" / "xl", {"_class_name": "StableDiffusionXLPipeline"})
+    path = _folder(
+        tmp_path / "Stable-diffusion" / "xl", {"_class_name": "StableDiffusionXLPipeline"}
+    )
     half = path / "unet" / "diffusion_pytorch_model.fp16.safetensors"
     half.write_bytes(b"half")
-    plain = hashlib.sha256((path / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()).hexdigest()
+    plain = hashlib.sha256(
+        (path / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()
+    ).hexdigest()
     assert catalog.hash_model(_mine(tmp_path)["xl"], tmp_path) == plain
     (path / "unet" / "diffusion_pytorch_model.safetensors").unlink()
-    assert catalog.hash_model(_mine(tmp_path)["xl"], tmp_path) == hashlib.sha256(b"half").hexdigest()
+    assert (
+        catalog.hash_model(_mine(tmp_path)["xl"], tmp_path) == hashlib.sha256(b"half").hexdigest()
+    )
 
 
 def test_each_layer_file_is_the_models_own_or_the_shared_one(tmp_path: Path):
@@ -400,16 +462,22 @@ def test_each_layer_file_is_the_models_own_or_the_shared_one(tmp_path: Path):
     own, shared = model / "layerdiffuse", tmp_path / "layer_model"
     for folder in (own, shared):
         folder.mkdir(parents=True)
-    assert catalog.layer_file(model, names, None, tmp_path) == shared / names[0], "where it would be"
+    assert catalog.layer_file(model, names, None, tmp_path) == shared / names[0], (
+        "where it would be"
+    )
     (shared / names[1]).touch()
     assert catalog.layer_file(model, names, None, tmp_path) == shared / names[1]
     (own / names[0]).touch()
     assert catalog.layer_file(model, names, None, tmp_path) == own / names[0]
-    assert catalog.layer_file(model, names, "named.safetensors", tmp_path) == own / "named.safetensors"
+    assert (
+        catalog.layer_file(model, names, "named.safetensors", tmp_path) == own / "named.safetensors"
+    )
 
 
 def test_a_folder_without_weights_is_no_traceback(tmp_path: Path):
-    path = _folder(tmp_path / "Stable-diffusion" / "xl", {"_class_name": "StableDiffusionXLPipeline"})
+    path = _folder(
+        tmp_path / "Stable-diffusion" / "xl", {"_class_name": "StableDiffusionXLPipeline"}
+    )
     (path / "unet" / "diffusion_pytorch_model.safetensors").unlink()
     with pytest.raises(CorruptFile, match="diffusion_pytorch_model"):
         catalog.hash_model(_mine(tmp_path)["xl"], tmp_path)
@@ -456,8 +524,16 @@ def test_a_models_own_patch_is_of_one_method(tmp_path: Path):
     own = tmp_path / "own" / "layerdiffuse"
     own.mkdir(parents=True)
     entry = catalog.ModelEntry("own", own.parent, "diffusers", "sdxl")
-    for config, methods in (({}, "both"), ({"patch": "p"}, "attention"), ({"patch": "p", "method": "conv"}, "both")):
+    for config, methods in (
+        ({}, "both"),
+        ({"patch": "p"}, "attention"),
+        ({"patch": "p", "method": "conv"}, "both"),
+    ):
         (own / "config.json").write_text(json.dumps(config))
         catalog.check_layerdiffuse_method(entry, "attention")
-        with contextlib.nullcontext() if methods == "both" else pytest.raises(InvalidRequest, match="own LayerDiffuse"):
+        with (
+            contextlib.nullcontext()
+            if methods == "both"
+            else pytest.raises(InvalidRequest, match="own LayerDiffuse")
+        ):
             catalog.check_layerdiffuse_method(entry, "conv")

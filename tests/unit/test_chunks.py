@@ -7,7 +7,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from alphalayer.core.errors import InvalidRequest
-from alphalayer.engine.text.chunks import CHUNK_LENGTH, COMMA_BACKTRACK, LearnedWord, chunk_fragments
+from alphalayer.engine.text.chunks import (
+    CHUNK_LENGTH,
+    COMMA_BACKTRACK,
+    LearnedWord,
+    chunk_fragments,
+)
 from alphalayer.engine.text.grammar import Fragment
 
 COMMA = 267
@@ -74,7 +79,11 @@ def test_a_comma_of_an_earlier_chunk_does_not_count():
 
 def test_break_closes_a_chunk():
     assert _chunks([1, 2], Fragment("", is_break=True), [3]) == [[1, 2], [3]]
-    assert _chunks([1], Fragment("", is_break=True), Fragment("", is_break=True), [3]) == [[1], [], [3]]
+    assert _chunks([1], Fragment("", is_break=True), Fragment("", is_break=True), [3]) == [
+        [1],
+        [],
+        [3],
+    ]
     assert _chunks([1], Fragment("", is_break=True)) == [[1]]
 
 
@@ -123,7 +132,9 @@ TOKENS = st.lists(st.lists(st.sampled_from([1, 2, 3, 7, 8, COMMA]), max_size=120
 @given(TOKENS)
 def test_no_token_is_lost_or_moved_and_no_chunk_is_too_long(fragments: list[list[int]]):
     chunks = _full(*(_fragment(tokens, 1.0 + i) for i, tokens in enumerate(fragments)))
-    assert [token for chunk in chunks for token in chunk.tokens] == [token for tokens in fragments for token in tokens]
+    assert [token for chunk in chunks for token in chunk.tokens] == [
+        token for tokens in fragments for token in tokens
+    ]
     expected = [1.0 + i for i, tokens in enumerate(fragments) for _ in tokens]
     assert [weight for chunk in chunks for weight in chunk.weights] == expected
     assert all(len(chunk.tokens) == len(chunk.weights) <= CHUNK_LENGTH for chunk in chunks)

@@ -68,7 +68,9 @@ def _generate(models: Path, *more: str) -> list[str]:
     ]
 
 
-def test_generate_writes_a_transparent_png_with_its_settings(run: Run, models: Path, tmp_path: Path):
+def test_generate_writes_a_transparent_png_with_its_settings(
+    run: Run, models: Path, tmp_path: Path
+):
     code, out, _ = run(*_generate(models, "--seed", "7"))
     assert code == 0
     (file,) = (tmp_path / "outputs").iterdir()
@@ -77,16 +79,26 @@ def test_generate_writes_a_transparent_png_with_its_settings(run: Run, models: P
     assert rgba.shape == (64, 64, 4)
     assert rgba[..., 3].min() < 255
     found = read_parameters(parameters or "")
-    assert (found["Prompt"], found["Seed"], found["Steps"], found["Model"]) == ("a red apple", "7", "1", "tiny")
+    assert (found["Prompt"], found["Seed"], found["Steps"], found["Model"]) == (
+        "a red apple",
+        "7",
+        "1",
+        "tiny",
+    )
     assert re.fullmatch(rf"outputs/{file.name}  64x64  seed 7  [\d.]+ s  tiny\n", out)
 
 
 def test_a_batch_into_a_named_file_is_numbered(run: Run, models: Path, tmp_path: Path):
-    code, out, _ = run(*_generate(models, "--batch-size", "2", "--output", str(tmp_path / "new" / "cup.png")))
+    code, out, _ = run(
+        *_generate(models, "--batch-size", "2", "--output", str(tmp_path / "new" / "cup.png"))
+    )
     assert code == 0
     assert sorted(file.name for file in (tmp_path / "new").iterdir()) == ["cup-2.png", "cup.png"]
     assert [line.split("  ")[2] for line in out.splitlines()] == ["seed 12345", "seed 12346"]
-    first, second = (codecs.decode((tmp_path / "new" / name).read_bytes())[0] for name in ("cup.png", "cup-2.png"))
+    first, second = (
+        codecs.decode((tmp_path / "new" / name).read_bytes())[0]
+        for name in ("cup.png", "cup-2.png")
+    )
     assert not np.array_equal(first, second)
 
 
@@ -117,9 +129,17 @@ def test_options_reach_the_engine(run: Run, models: Path, tmp_path: Path):
         "cpu",
     ]
     assert (
-        run(*_generate(models, *options, "--no-transparent", "--negative-prompt", "", "-o", str(tmp_path / "cup.png")))[
-            0
-        ]
+        run(
+            *_generate(
+                models,
+                *options,
+                "--no-transparent",
+                "--negative-prompt",
+                "",
+                "-o",
+                str(tmp_path / "cup.png"),
+            )
+        )[0]
         == 0
     )
     rgba, parameters = codecs.decode((tmp_path / "cup.png").read_bytes())
@@ -144,7 +164,9 @@ def test_the_same_command_draws_the_same_picture(run: Run, models: Path, tmp_pat
 
 def test_info_shows_what_made_a_picture(run: Run, tmp_path: Path):
     (tmp_path / "cup.png").write_bytes(
-        codecs.encode(np.zeros((3, 5, 4), np.uint8), parameters="a [cup]\nSteps: 1, Size: 5x3, Seed: 2")
+        codecs.encode(
+            np.zeros((3, 5, 4), np.uint8), parameters="a [cup]\nSteps: 1, Size: 5x3, Seed: 2"
+        )
     )
     (tmp_path / "bare.png").write_bytes(codecs.encode(np.zeros((3, 5, 4), np.uint8)))
     code, out, _ = run("info", "cup.png")
@@ -158,7 +180,10 @@ def test_models_are_listed_and_verified(run: Run, tmp_path: Path):
     code, out, _ = run("models", "list")
     assert code == 0
     checkpoints = "models/Stable-diffusion"
-    assert f"error  cup  {checkpoints}/cup.safetensors is a LoRA, not a checkpoint.\n    Move it to Lora/.\n" in out
+    assert (
+        f"error  cup  {checkpoints}/cup.safetensors is a LoRA, not a checkpoint.\n    Move it to Lora/.\n"
+        in out
+    )
     assert f"error  old  {checkpoints}/old.safetensors is cut off" in out
     assert re.search(
         r"^ok  alphalayer-mini( \[\w+\])?  small, built in; .* models pull  \S+/builtin_models/alphalayer-mini$",
@@ -182,7 +207,9 @@ def test_names_in_brackets_are_shown_as_they_are(run: Run, tmp_path: Path):
     assert run("info", "cup[red].png")[1].startswith("cup[red].png  5x3\n")
 
 
-@pytest.mark.parametrize("command", [["models", "list"], ["models", "verify"], ["generate", "x"], ["serve"]])
+@pytest.mark.parametrize(
+    "command", [["models", "list"], ["models", "verify"], ["generate", "x"], ["serve"]]
+)
 def test_a_models_folder_that_was_named_has_to_be_there(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: list[str]
 ):
@@ -215,7 +242,9 @@ def test_drawing_with_the_embedded_model_for_want_of_another_is_said(run: Run, t
     assert "alphalayer models pull" in err
 
 
-def test_usage_and_hints_bear_the_name_that_it_was_started_with(run: Run, monkeypatch: pytest.MonkeyPatch):
+def test_usage_and_hints_bear_the_name_that_it_was_started_with(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+):
     assert "Usage: alphalayer generate" in run("generate", "-h")[1]
     monkeypatch.setenv("ALPHALAYER_STARTED_BY", "python3 run.py")
     assert "Usage: python3 run.py generate" in run("generate")[2]
@@ -246,7 +275,10 @@ def test_a_key_is_shown_alone_and_where_it_is_kept_beside(run: Run, tmp_path: Pa
 
 
 def test_a_default_model_that_is_not_there_stops_the_start(run: Run):
-    for command in (["serve", "--default-model", "nope"], ["serve-as-before", "--ckpt", "nope.safetensors"]):
+    for command in (
+        ["serve", "--default-model", "nope"],
+        ["serve-as-before", "--ckpt", "nope.safetensors"],
+    ):
         code, _, err = run(*command, "--port", str(free_port()))
         assert code == 1
         assert "error: setting default_model: no model " in err
@@ -255,7 +287,9 @@ def test_a_default_model_that_is_not_there_stops_the_start(run: Run):
 
 def test_pulling_asks_first(run: Run, tmp_path: Path):
     """With "n" nothing is fetched."""
-    result = CliRunner().invoke(app, ["models", "pull", "sdxl-base", "--models-dir", str(tmp_path)], input="n\n")
+    result = CliRunner().invoke(
+        app, ["models", "pull", "sdxl-base", "--models-dir", str(tmp_path)], input="n\n"
+    )
     assert result.exit_code == 1
     assert "Fetch them under these licences?" in result.output
     assert list(tmp_path.iterdir()) == []
@@ -290,10 +324,24 @@ def test_wrong_settings_are_one_line(run: Run, tmp_path: Path):
 def test_serve_has_a_flag_for_each_setting(run: Run, monkeypatch: pytest.MonkeyPatch):
     taken: list[Settings] = []
     monkeypatch.setattr("alphalayer.cli.app.run_server", taken.append)
-    flags = ["--queue-limit", "5", "--log-json", "--no-tracing", "--keep-jobs-days", "0.5", "--api-auth", "ann:a"]
+    flags = [
+        "--queue-limit",
+        "5",
+        "--log-json",
+        "--no-tracing",
+        "--keep-jobs-days",
+        "0.5",
+        "--api-auth",
+        "ann:a",
+    ]
     assert run("serve", *flags, "--port", "9000")[0] == 0
     (settings,) = taken
-    assert (settings.queue_limit, settings.log_json, settings.tracing, settings.port) == (5, True, False, 9000)
+    assert (settings.queue_limit, settings.log_json, settings.tracing, settings.port) == (
+        5,
+        True,
+        False,
+        9000,
+    )
     assert settings.keep_jobs_days == 0.5
     assert run("serve", "--queue-limit", "many")[2].startswith("error: --queue-limit: ")
     assert run("serve", "--listen")[0] == 0
@@ -316,7 +364,10 @@ def test_help_fits_a_narrow_terminal_and_cuts_no_flag(run: Run, monkeypatch: pyt
         (["--batch-size", "100"], "--batch-size: got 100; at most 8."),
         (["--dtype", "fp8"], '--dtype: got "fp8"'),
         (["--background", "red"], '--background: got "red"; a colour'),
-        (["--output", "/proc/absent/cup.png"], "No such file or directory. Name another place with --output."),
+        (
+            ["--output", "/proc/absent/cup.png"],
+            "No such file or directory. Name another place with --output.",
+        ),
     ],
 )
 def test_errors_name_the_flag(run: Run, arguments: list[str], said: str):
@@ -332,7 +383,9 @@ def test_a_prompt_without_quotes_is_told_so(run: Run):
 
 
 def test_what_is_done_to_a_finished_picture(run: Run, models: Path):
-    assert run(*_generate(models, "--background", "#ff0000", "--defringe", "-o", "plain.png"))[0] == 0
+    assert (
+        run(*_generate(models, "--background", "#ff0000", "--defringe", "-o", "plain.png"))[0] == 0
+    )
     rgba, _ = codecs.decode(Path("plain.png").read_bytes())
     assert (rgba[..., 3] == 255).all()
     code, out, _ = run(*_generate(models, "--trim", "-o", "cut.png"))
@@ -365,7 +418,8 @@ def test_errors_hold_no_markup_of_the_terminal(run: Run):
 
 
 @pytest.mark.parametrize(
-    "arguments", [["generate"], ["generate", "x", "--steps", "many"], ["generate", "x", "--bogus"], ["bogus"]]
+    "arguments",
+    [["generate"], ["generate", "x", "--steps", "many"], ["generate", "x", "--bogus"], ["bogus"]],
 )
 def test_wrong_usage_is_code_2_without_a_traceback(run: Run, arguments: list[str]):
     code, _, err = run(*arguments)

@@ -44,7 +44,9 @@ def test_the_file_sets(clean: Path):
     assert settings.models_dir == Path("elsewhere")
 
 
-def test_flags_win_over_the_environment_and_that_over_the_file(clean: Path, monkeypatch: pytest.MonkeyPatch):
+def test_flags_win_over_the_environment_and_that_over_the_file(
+    clean: Path, monkeypatch: pytest.MonkeyPatch
+):
     (clean / "alphalayer.toml").write_text('port = 1\nhost = "file"\ndevice = "cpu"\n')
     monkeypatch.setenv("ALPHALAYER_PORT", "2")
     monkeypatch.setenv("ALPHALAYER_HOST", "environment")

@@ -29,18 +29,28 @@ def _generator():
 @pytest.mark.parametrize("name", ["settings.md", "cli.md", "api.md", "metrics.md"])
 def test_reference_pages_are_current(name):
     wanted = _generator().PAGES[name]()
-    assert (DOCS / "reference" / name).read_text(encoding="utf-8") == wanted, "run: python docs/generate.py"
+    assert (DOCS / "reference" / name).read_text(encoding="utf-8") == wanted, (
+        "run: python docs/generate.py"
+    )
 
 
 def test_every_setting_has_a_meaning_and_a_flag():
-    options = {option for parameter in get_command(app).commands["serve"].params for option in parameter.opts}
+    options = {
+        option
+        for parameter in get_command(app).commands["serve"].params
+        for option in parameter.opts
+    }
     for name, field in Settings.model_fields.items():
         assert field.description, name
         assert f"--{name.replace('_', '-')}" in options
 
 
 def test_every_field_and_parameter_of_the_interface_has_a_meaning():
-    rows = [line for line in (DOCS / "reference" / "api.md").read_text(encoding="utf-8").splitlines() if "|" in line]
+    rows = [
+        line
+        for line in (DOCS / "reference" / "api.md").read_text(encoding="utf-8").splitlines()
+        if "|" in line
+    ]
     assert len(rows) > 200
     assert [row for row in rows if row.endswith("|  |")] == []
 
@@ -48,7 +58,11 @@ def test_every_field_and_parameter_of_the_interface_has_a_meaning():
 def test_every_log_line_of_the_service_is_in_the_reference_and_no_other():
     source = DOCS.parent / "src" / "alphalayer"
     calls = r'\b(?:log\.(?:debug|info|warning|error)|level)\(\s*f?"(\w+)[\w{}]*"'
-    written = {name for path in source.rglob("*.py") for name in re.findall(calls, path.read_text(encoding="utf-8"))}
+    written = {
+        name
+        for path in source.rglob("*.py")
+        for name in re.findall(calls, path.read_text(encoding="utf-8"))
+    }
     # its name ends in what came of it
     written = written - {"webhook_"} | {"webhook_delivered", "webhook_retried", "webhook_given_up"}
     page = (DOCS / "reference" / "logs.md").read_text(encoding="utf-8")
@@ -56,7 +70,9 @@ def test_every_log_line_of_the_service_is_in_the_reference_and_no_other():
 
 
 def test_the_dashboard_shows_every_metric_and_no_other():
-    dashboard = json.loads((DOCS.parent / "deploy" / "grafana" / "alphalayer.json").read_text(encoding="utf-8"))
+    dashboard = json.loads(
+        (DOCS.parent / "deploy" / "grafana" / "alphalayer.json").read_text(encoding="utf-8")
+    )
     shown = {
         re.sub(r"_(total|bucket|sum|count)$", "", name)
         for panel in dashboard["panels"]

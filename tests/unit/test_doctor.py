@@ -21,7 +21,13 @@ from alphalayer.core.errors import SetupFailed
 
 
 def _settings(folder: Path, port: int, **changes: object) -> Settings:
-    return Settings(models_dir=folder / "models", outputs_dir=folder / "outputs", port=port, device="cpu", **changes)
+    return Settings(
+        models_dir=folder / "models",
+        outputs_dir=folder / "outputs",
+        port=port,
+        device="cpu",
+        **changes,
+    )
 
 
 @pytest.fixture
@@ -66,11 +72,15 @@ def test_a_good_machine_is_well(tmp_path: Path, free_port: int):
         assert _about(findings, words).level == "ok"
 
 
-def test_what_is_missing_is_an_error_with_what_to_do(tmp_path: Path, taken_port: int, no_embedded_model: None):
+def test_what_is_missing_is_an_error_with_what_to_do(
+    tmp_path: Path, taken_port: int, no_embedded_model: None
+):
     (tmp_path / "outputs").write_text("in the way")
     (tmp_path / "models").mkdir()
     settings = _settings(tmp_path, taken_port)
-    findings = [each for look in (doctor._models, doctor._port, doctor._outputs) for each in look(settings)]
+    findings = [
+        each for look in (doctor._models, doctor._port, doctor._outputs) for each in look(settings)
+    ]
     assert _about(findings, "no usable model").level == "error"
     assert "alphalayer models pull" in _about(findings, "no usable model").hint
     assert _about(findings, f"port {taken_port}").level == "warning"
@@ -88,9 +98,13 @@ def test_missing_layer_files_are_errors_where_a_model_needs_them(tmp_path: Path)
     assert all("pull layerdiffuse" in finding.hint for finding in findings)
 
 
-def test_a_model_that_names_its_own_layer_file_has_to_have_it(tmp_path: Path, no_embedded_model: None):
+def test_a_model_that_names_its_own_layer_file_has_to_have_it(
+    tmp_path: Path, no_embedded_model: None
+):
     folder = tmp_path / "models" / "Stable-diffusion" / "own"
-    shutil.copytree(Path(catalog.__file__).parent.parent / "builtin_models" / "alphalayer-mini", folder)
+    shutil.copytree(
+        Path(catalog.__file__).parent.parent / "builtin_models" / "alphalayer-mini", folder
+    )
     (folder / "layerdiffuse" / "config.json").write_text('{"patch": "mine.safetensors"}')
     (patch, decoder) = doctor._layer_files(_settings(tmp_path, 1))
     assert f"(mine.safetensors) is not in {folder / 'layerdiffuse'}" in patch.what
@@ -128,7 +142,11 @@ def test_a_shared_queue_is_looked_at(
 
 
 def test_a_bucket_is_looked_at(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, s3: dict[str, str], s3_prefix: str, free_port: int
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    s3: dict[str, str],
+    s3_prefix: str,
+    free_port: int,
 ):
     for name, value in s3.items():
         monkeypatch.setenv(name, value)
@@ -140,7 +158,9 @@ def test_a_bucket_is_looked_at(
     assert s3_prefix in found.what
 
 
-def test_missing_layer_files_are_no_matter_to_a_model_with_its_own(tmp_path: Path, no_embedded_model: None):
+def test_missing_layer_files_are_no_matter_to_a_model_with_its_own(
+    tmp_path: Path, no_embedded_model: None
+):
     folder = tmp_path / "models" / "Stable-diffusion" / "own"
     (folder / "layerdiffuse").mkdir(parents=True)
     (folder / "model_index.json").write_text('{"_class_name": "StableDiffusionXLPipeline"}')
@@ -201,11 +221,16 @@ def _torch(folder: Path, monkeypatch: pytest.MonkeyPatch, source: str) -> list[F
     return list(doctor._torch(_settings(folder, 1)))
 
 
-def test_a_torch_that_hangs_fails_or_ends_the_process_is_a_finding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_torch_that_hangs_fails_or_ends_the_process_is_a_finding(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setattr(doctor, "PATIENCE_S", 2)
     for source, words in (
         ("import time; time.sleep(60)", "torch does not answer within 2 s"),
-        ("raise OSError('libcuda.so is damaged')", "torch cannot be imported: OSError: libcuda.so is damaged"),
+        (
+            "raise OSError('libcuda.so is damaged')",
+            "torch cannot be imported: OSError: libcuda.so is damaged",
+        ),
         ("import os; os._exit(7)", "torch cannot be imported: no message, exit code 7"),
         ("import sys; sys.exit()", "torch says nothing of itself"),
     ):
@@ -215,7 +240,9 @@ def test_a_torch_that_hangs_fails_or_ends_the_process_is_a_finding(tmp_path: Pat
         assert finding.hint
 
 
-def test_what_is_printed_while_torch_is_imported_does_no_harm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_what_is_printed_while_torch_is_imported_does_no_harm(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     stand_in = f'print("a library greets")\n{STAND_IN.format(mps=False)}'
     assert _torch(tmp_path, monkeypatch, stand_in)[0] == Finding("ok", "torch 9.9")
 

@@ -76,7 +76,10 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_response(206 if span else 200)
         self.send_header("Content-Length", str(len(body)))
         if span:
-            self.send_header("Content-Range", f"bytes {start}-{len(self.hub.content) - 1}/{len(self.hub.content)}")
+            self.send_header(
+                "Content-Range",
+                f"bytes {start}-{len(self.hub.content) - 1}/{len(self.hub.content)}",
+            )
         self.send_header("ETag", f'"{hashlib.sha256(self.hub.content).hexdigest()}"')
         self.send_header("X-Repo-Commit", "0123456789abcdef0123456789abcdef01234567")
         self.send_header("Accept-Ranges", "bytes")
@@ -133,7 +136,12 @@ def _environment(server: Hub, folder: Path) -> dict[str, str]:
         for name, value in os.environ.items()
         if not name.lower().endswith("_proxy") and not name.startswith("HF_")
     }
-    return {**kept, "HF_ENDPOINT": server.url, "HF_HOME": str(folder / "hf"), "HF_HUB_DISABLE_TELEMETRY": "1"}
+    return {
+        **kept,
+        "HF_ENDPOINT": server.url,
+        "HF_HOME": str(folder / "hf"),
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+    }
 
 
 def _pull(server: Hub, models: Path, **changes: Any) -> dict[str, Any]:
@@ -170,7 +178,9 @@ def test_what_was_begun_is_resumed(server: Hub, tmp_path: Path):
     server.breaks_at, server.is_broken = None, False
     server.asked.clear()
     assert "path" in _pull(server, models, **asked)
-    assert [span for command, _, span in server.asked if command == "GET"] == [f"bytes={20 * 2**20}-"]
+    assert [span for command, _, span in server.asked if command == "GET"] == [
+        f"bytes={20 * 2**20}-"
+    ]
     assert (models / "layer_model" / FILENAME).read_bytes() == server.content
 
 
@@ -187,7 +197,9 @@ def test_a_wrong_hash_is_told_and_the_file_kept_beside(server: Hub, tmp_path: Pa
     assert "path" in _pull(server, models)
 
 
-def test_without_a_published_hash_the_hubs_own_is_held_against_what_came(server: Hub, tmp_path: Path):
+def test_without_a_published_hash_the_hubs_own_is_held_against_what_came(
+    server: Hub, tmp_path: Path
+):
     server.is_damaging = True
     error = _pull(server, tmp_path / "models", sha256=None)
     assert error["code"] == "corrupt_file"
@@ -240,7 +252,10 @@ def test_what_was_begun_needs_no_room_again(server: Hub, tmp_path: Path):
     # 2 GiB by its length, and nothing on the disk
     with (folder / f"{FILENAME}.{DIGEST[:10]}.part").open("wb") as file:
         file.truncate(2**31)
-    assert _pull(server, tmp_path / "models", size=shutil.disk_usage(tmp_path).free + 2**30)["code"] != "storage_failed"
+    assert (
+        _pull(server, tmp_path / "models", size=shutil.disk_usage(tmp_path).free + 2**30)["code"]
+        != "storage_failed"
+    )
 
 
 def test_too_little_room_is_said_before_anything_is_fetched(server: Hub, tmp_path: Path):
@@ -259,7 +274,10 @@ def test_a_models_folder_that_cannot_be_is_named(server: Hub, tmp_path: Path):
 
 def test_the_command_shows_licences_first_and_a_wrong_hash_in_one_line(server: Hub, tmp_path: Path):
     """The real command and the real list; the server has other bytes under the published names."""
-    names = {"REPOSITORY": download.PUBLISHED[1].repository, "FILENAME": download.PUBLISHED[1].filename}
+    names = {
+        "REPOSITORY": download.PUBLISHED[1].repository,
+        "FILENAME": download.PUBLISHED[1].filename,
+    }
     globals_before = {name: globals()[name] for name in names}
     globals().update(names)
     try:
@@ -298,7 +316,9 @@ def test_names_are_planned_and_unknown_ones_refused():
 def test_juggernaut_is_named_with_its_licences_bar(name: str):
     with pytest.raises(InvalidRequest, match="licence bars use behind API services"):
         download.plan_pull([name])
-    assert not any("juggernaut" in (each.name + each.repository).lower() for each in download.PUBLISHED)
+    assert not any(
+        "juggernaut" in (each.name + each.repository).lower() for each in download.PUBLISHED
+    )
 
 
 def test_everything_published_has_a_licence_and_a_full_hash_where_known():
@@ -314,12 +334,17 @@ def test_verify_tells_what_each_file_is(tmp_path: Path):
     layers, checkpoints = tmp_path / "layer_model", tmp_path / "Stable-diffusion"
     layers.mkdir()
     checkpoints.mkdir()
-    save_file({"latent_conv_in.weight": torch.zeros(64, 4, 1, 1)}, layers / "vae_transparent_decoder.safetensors")
+    save_file(
+        {"latent_conv_in.weight": torch.zeros(64, 4, 1, 1)},
+        layers / "vae_transparent_decoder.safetensors",
+    )
     save_file({"x": torch.zeros(1)}, layers / "own.safetensors")
     (layers / "layer_xl_transparent_attn.safetensors").write_bytes(b"cut")
     (checkpoints / "old.ckpt").write_bytes(b"pickle")
     (checkpoints / "folder").mkdir()
-    (checkpoints / "folder" / "model_index.json").write_text('{"_class_name": "StableDiffusionXLPipeline"}')
+    (checkpoints / "folder" / "model_index.json").write_text(
+        '{"_class_name": "StableDiffusionXLPipeline"}'
+    )
     found = {
         each.path.name: each
         for each in download.verify(tmp_path, tmp_path / "embeddings")
@@ -337,7 +362,9 @@ def test_verify_tells_what_each_file_is(tmp_path: Path):
 def test_verify_tells_layer_files_under_another_files_name(tmp_path: Path):
     layers, one = tmp_path / "layer_model", torch.zeros(1)
     layers.mkdir()
-    lora, patch, decoder = ({name: one} for name in ("lora_unet_x.lora_down.weight", "a::lora::0", "latent_conv_in.x"))
+    lora, patch, decoder = (
+        {name: one} for name in ("lora_unet_x.lora_down.weight", "a::lora::0", "latent_conv_in.x")
+    )
     given = {
         "layer_xl_transparent_attn": lora,
         "layer_xl_transparent_conv": decoder,
@@ -350,9 +377,17 @@ def test_verify_tells_layer_files_under_another_files_name(tmp_path: Path):
         save_file(tensors, layers / f"{name}.safetensors")
     found = {each.path.stem: each for each in download.verify(tmp_path, tmp_path / "embeddings")}
     assert "is no LayerDiffuse patch, but a LoRA" in found["layer_xl_transparent_attn"].finding
-    assert "is no LayerDiffuse patch, but a LayerDiffuse tr" in found["layer_xl_transparent_conv"].finding
-    assert "is no LayerDiffuse transparent decoder, but a" in found["vae_transparent_decoder"].finding
-    assert {name for name in given if found[name].is_well} == {"layer_xl_fg2ble", "ld_diffusers_sdxl_attn"}
+    assert (
+        "is no LayerDiffuse patch, but a LayerDiffuse tr"
+        in found["layer_xl_transparent_conv"].finding
+    )
+    assert (
+        "is no LayerDiffuse transparent decoder, but a" in found["vae_transparent_decoder"].finding
+    )
+    assert {name for name in given if found[name].is_well} == {
+        "layer_xl_fg2ble",
+        "ld_diffusers_sdxl_attn",
+    }
 
 
 @pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
@@ -362,7 +397,9 @@ def test_verify_reads_every_weight_file_of_a_folder(tmp_path: Path, part: str):
     (file,) = (folder / part).glob("*.safetensors")
     with file.open("r+b") as whole:
         whole.truncate(file.stat().st_size - 1)
-    (found,) = (each for each in download.verify(tmp_path, tmp_path / "embeddings") if each.path == folder)
+    (found,) = (
+        each for each in download.verify(tmp_path, tmp_path / "embeddings") if each.path == folder
+    )
     assert "is cut off" in found.finding
     assert not found.is_well
 
@@ -372,14 +409,20 @@ def test_verify_reads_loras_and_embeddings(tmp_path: Path):
     for folder in (models / "Lora" / "styles", words):
         folder.mkdir(parents=True)
     one = torch.zeros(1, 4)
-    save_file({"lora_unet_x.lora_down.weight": one}, models / "Lora" / "styles" / "pixel.safetensors")
+    save_file(
+        {"lora_unet_x.lora_down.weight": one}, models / "Lora" / "styles" / "pixel.safetensors"
+    )
     save_file({"unet.conv_in.weight": one}, models / "Lora" / "difference.safetensors")
     save_file({"latent_conv_in.weight": one}, models / "Lora" / "decoder.safetensors")
     (models / "Lora" / "cut.safetensors").write_bytes(b"cut")
     save_file({"clip_l": one, "clip_g": one.clone()}, words / "good.safetensors")
     save_file({"emb_params": one}, words / "sd15.safetensors")
     (words / "old.pt").write_bytes(b"pickle")
-    found = {each.path.name: each for each in download.verify(models, words) if tmp_path in each.path.parents}
+    found = {
+        each.path.name: each
+        for each in download.verify(models, words)
+        if tmp_path in each.path.parents
+    }
     assert {name for name, each in found.items() if each.is_well} == {
         "pixel.safetensors",
         "difference.safetensors",

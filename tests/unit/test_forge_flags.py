@@ -44,7 +44,11 @@ def _settings(line: str) -> dict[str, str]:
         ("--models-dir /srv/models", {"models_dir": "/srv/models"}),
         (
             "--models-dir /elsewhere --data-dir /srv",
-            {"models_dir": "/elsewhere", "embeddings_dir": "/srv/embeddings", "outputs_dir": "/srv/outputs"},
+            {
+                "models_dir": "/elsewhere",
+                "embeddings_dir": "/srv/embeddings",
+                "outputs_dir": "/srv/outputs",
+            },
         ),
         ("--precision full", {"dtype": "fp32"}),
         ("--precision autocast", {"dtype": "auto"}),
@@ -59,7 +63,9 @@ def test_flags_that_count(line: str, expected: dict[str, str]):
     assert _settings(line) == expected
 
 
-def test_folders_are_seen_from_where_the_line_was_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_folders_are_seen_from_where_the_line_was_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.chdir(tmp_path)
     assert _settings("--models-dir ../m --embeddings-dir e") == {
         "models_dir": str(tmp_path / ".." / "m"),
@@ -120,7 +126,8 @@ def test_every_switch_is_accepted_by_the_settings(flag: str):
 @settings(max_examples=200, deadline=None)
 @given(
     st.lists(
-        st.sampled_from([*HONOURED, *SWITCHES, "--x", "--x=y", "--=", "-1", "v", "", "--"]) | st.text(max_size=6),
+        st.sampled_from([*HONOURED, *SWITCHES, "--x", "--x=y", "--=", "-1", "v", "", "--"])
+        | st.text(max_size=6),
         max_size=8,
     )
 )
@@ -152,7 +159,9 @@ def test_a_flag_after_a_switch_or_another_flag_is_a_flag():
 
 def test_a_line_with_an_open_quote_is_an_error_for_users_that_shows_no_password():
     assert split("--port '7 8'") == ["--port", "7 8"]
-    with pytest.raises(SetupFailed, match="COMMANDLINE_ARGS cannot be read: no closing quotation") as raised:
+    with pytest.raises(
+        SetupFailed, match="COMMANDLINE_ARGS cannot be read: no closing quotation"
+    ) as raised:
         split('--api-auth user:secret --port "78')
     assert "secret" not in str(raised.value)
 
@@ -161,6 +170,11 @@ def test_a_checkpoint_named_by_its_path_is_the_model_that_is_drawn_with(tmp_path
     folder = tmp_path / "Stable-diffusion"
     for name in ("a", "cup"):
         write(folder / "sub" / f"{name}.safetensors", FAMILIES["sdxl"])
-    for path in ("models/Stable-diffusion/sub/cup.safetensors", str(folder / "sub" / "cup.safetensors")):
+    for path in (
+        "models/Stable-diffusion/sub/cup.safetensors",
+        str(folder / "sub" / "cup.safetensors"),
+    ):
         wanted = translate(["--ckpt", path]).settings["default_model"]
-        assert resolve_model(wanted, find_models(tmp_path)).path == folder / "sub" / "cup.safetensors"
+        assert (
+            resolve_model(wanted, find_models(tmp_path)).path == folder / "sub" / "cup.safetensors"
+        )

@@ -24,10 +24,14 @@ from alphalayer.engine.text.grammar import parse_weights, schedule_prompt, split
 from alphalayer.images import codecs, infotext
 from alphalayer.storage.objects import open_storage
 
-often = settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+often = settings(
+    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
+    lambda inner: (
+        st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4)
+    ),
     max_leaves=12,
 )
 entries = st.dictionaries(
@@ -59,7 +63,11 @@ def damaged(whole: bytes) -> st.SearchStrategy[bytes]:
 
 
 @often
-@given(header=json_values | entries, length=st.none() | st.integers(0, 2**64 - 1), rest=st.binary(max_size=64))
+@given(
+    header=json_values | entries,
+    length=st.none() | st.integers(0, 2**64 - 1),
+    rest=st.binary(max_size=64),
+)
 def test_safetensors_headers(tmp_path: Path, header: object, length: int | None, rest: bytes):
     text = json.dumps(header).encode()
     file = tmp_path / "any.safetensors"
@@ -119,7 +127,9 @@ def test_pictures(whole: bytes):
     check()
 
 
-words = st.text(alphabet=st.sampled_from("ab ,():[]|\\\n0.9-&BREAKND<>"), max_size=60) | st.text(max_size=60)
+words = st.text(alphabet=st.sampled_from("ab ,():[]|\\\n0.9-&BREAKND<>"), max_size=60) | st.text(
+    max_size=60
+)
 
 
 @often

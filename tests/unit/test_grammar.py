@@ -11,11 +11,19 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from alphalayer.core.errors import InvalidRequest
-from alphalayer.engine.text.grammar import MAX_WEIGHT, Fragment, parse_weights, schedule_prompt, split_and
+from alphalayer.engine.text.grammar import (
+    MAX_WEIGHT,
+    Fragment,
+    parse_weights,
+    schedule_prompt,
+    split_and,
+)
 
 
 def _pairs(prompt: str) -> list[tuple[str, float]]:
-    return [("BREAK" if each.is_break else each.text, each.weight) for each in parse_weights(prompt)]
+    return [
+        ("BREAK" if each.is_break else each.text, each.weight) for each in parse_weights(prompt)
+    ]
 
 
 # from the documentation of the grammar's own parser, and the rules written there
@@ -170,7 +178,11 @@ def test_brackets_without_numbers_give_positive_weights_and_keep_every_letter(pr
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.text(st.characters(blacklist_characters="()[]\\:|", blacklist_categories=["Cs"]), max_size=40))
+@given(
+    st.text(
+        st.characters(blacklist_characters="()[]\\:|", blacklist_categories=["Cs"]), max_size=40
+    )
+)
 def test_text_without_marks_is_itself(prompt: str):
     if "BREAK" not in prompt:
         assert parse_weights(prompt) == [Fragment(prompt)]
@@ -209,7 +221,24 @@ _AND_WEIGHT = re.compile(r":\s*([-+]?(?:\d+\.?\d*|\.\d+))\s*$")
 _NUMBER = re.compile(r"\s*[-+]?(?:\d+\.?\d*|\.\d+)\s*")
 _SPACED = st.lists(
     st.sampled_from(
-        [" ", "  ", "\n", "\t", "\u3000", "\x1c", "BREAK", "BREAKS", "a", ",", ":", "-", "1", "12", ".", "AND"]
+        [
+            " ",
+            "  ",
+            "\n",
+            "\t",
+            "\u3000",
+            "\x1c",
+            "BREAK",
+            "BREAKS",
+            "a",
+            ",",
+            ":",
+            "-",
+            "1",
+            "12",
+            ".",
+            "AND",
+        ]
     )
 ).map("".join)
 
@@ -223,7 +252,11 @@ def test_breaks_are_where_a_plain_pattern_finds_them(text: str):
     parts = [Fragment(part) for part in _BREAK.split(text)]
     expected = [each for part in parts for each in (Fragment("", is_break=True), part)][1:]
     assert parse_weights(text.replace(":", ";")) == (
-        [Fragment(each.text.replace(":", ";"), 1.0, each.is_break) for each in expected if each.is_break or each.text]
+        [
+            Fragment(each.text.replace(":", ";"), 1.0, each.is_break)
+            for each in expected
+            if each.is_break or each.text
+        ]
         or [Fragment("")]
     )
 

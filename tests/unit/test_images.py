@@ -49,7 +49,9 @@ def test_any_picture_survives_png(height: int, width: int, content: bytes):
 def test_types_are_known_on_machines_that_have_no_list_of_them(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("mimetypes.guess_type", lambda _: (None, None))
     types = {"a_1.png": "png", "preview_1.webp": "webp", "a_1.avif": "avif", "a_1.jpeg": "jpeg"}
-    assert {name: codecs.mime_type(name) for name in types} == {name: f"image/{kind}" for name, kind in types.items()}
+    assert {name: codecs.mime_type(name) for name in types} == {
+        name: f"image/{kind}" for name, kind in types.items()
+    }
     assert codecs.mime_type("a_1") == "application/octet-stream"
 
 
@@ -69,7 +71,9 @@ def test_png_follows_the_specification():
     while at < len(data):
         length, name = struct.unpack(">I4s", data[at : at + 8])
         body = data[at + 8 : at + 8 + length]
-        assert struct.unpack(">I", data[at + 8 + length : at + 12 + length])[0] == zlib.crc32(name + body)
+        assert struct.unpack(">I", data[at + 8 + length : at + 12 + length])[0] == zlib.crc32(
+            name + body
+        )
         chunks.append((name, body))
         at += 12 + length
     assert [name for name, _ in chunks] == [b"IHDR", b"tEXt", b"IDAT", b"IEND"]
@@ -88,14 +92,19 @@ def test_avif_keeps_alpha_and_colour_nearly():
 
 
 @pytest.mark.parametrize("kind", ["png", "webp", "avif"])
-@pytest.mark.parametrize("text", ["a cup\nSteps: 20, Size: 64x64", "Äpfel, café", "苹果 🍎\nSteps: 1"])
+@pytest.mark.parametrize(
+    "text", ["a cup\nSteps: 20, Size: 64x64", "Äpfel, café", "苹果 🍎\nSteps: 1"]
+)
 def test_parameters_travel_in_every_format(kind: ImageFormat, text: str):
     assert codecs.decode(codecs.encode(_picture(), kind, text))[1] == text
 
 
 @pytest.mark.parametrize("text", ["latin é", "more 苹果"])
 def test_others_read_our_png_text(text: str):
-    assert Image.open(io.BytesIO(codecs.encode(_picture(), parameters=text))).info["parameters"] == text
+    assert (
+        Image.open(io.BytesIO(codecs.encode(_picture(), parameters=text))).info["parameters"]
+        == text
+    )
 
 
 @pytest.mark.parametrize("kind", ["png", "webp", "avif"])
@@ -112,7 +121,9 @@ def test_text_that_no_chunk_can_hold_is_replaced(kind: ImageFormat, text: str):
     assert np.array_equal(rgba, _picture())
 
 
-@pytest.mark.parametrize("data", [b"", b"not a picture", b"\x89PNG\r\n\x1a\n", codecs.encode(_picture())[:200]])
+@pytest.mark.parametrize(
+    "data", [b"", b"not a picture", b"\x89PNG\r\n\x1a\n", codecs.encode(_picture())[:200]]
+)
 def test_what_is_no_picture_is_a_clear_error(data: bytes):
     with pytest.raises(InvalidRequest, match="picture"):
         codecs.decode(data)
@@ -129,7 +140,9 @@ def _huge_png(text: bytes = b"parameters\0a cup") -> bytes:
     """A PNG of 9000x9000 with a text, whose pixels are not there."""
 
     def chunk(name, body):
-        return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+        return (
+            struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+        )
 
     chunks = [
         (b"IHDR", struct.pack(">IIBBBBB", 9000, 9000, 8, 6, 0, 0, 0)),
@@ -245,7 +258,9 @@ def test_defringe_leaves_smoke_alone():
 
 def test_finish_does_what_the_output_says_in_its_order():
     assert np.array_equal(postprocess.finish(_spot(), Output()), _spot())
-    finished = postprocess.finish(_spot(), Output(trim=True, trim_threshold=4, trim_padding=1, background="#0A141E"))
+    finished = postprocess.finish(
+        _spot(), Output(trim=True, trim_threshold=4, trim_padding=1, background="#0A141E")
+    )
     assert finished.shape == (5, 7, 4)
     assert finished[0, 0].tolist() == [10, 20, 30, 255]
     assert finished[2, 3].tolist() == [200, 100, 50, 255]

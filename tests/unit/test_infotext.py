@@ -14,7 +14,9 @@ from alphalayer.core.job import ImageRef, Job, JobResult, JobSpec, JobState
 from alphalayer.core.request import GenerationRequest, ModelDefaults, parse_request
 from alphalayer.images.infotext import read_parameters, webui_info, write_parameters
 
-REQUEST = GenerationRequest(prompt="an apple, high quality", seed=12345, subseed=7).resolve(ModelDefaults())
+REQUEST = GenerationRequest(prompt="an apple, high quality", seed=12345, subseed=7).resolve(
+    ModelDefaults()
+)
 
 
 def test_the_whole_text_is_as_published():
@@ -32,10 +34,15 @@ def test_the_whole_text_is_as_published():
 
 
 def test_what_is_not_used_is_not_written():
-    request = REQUEST.model_copy(update={"negative_prompt": "", "noise": "gpu", "mode": "opaque", "cfg_scale": 7.25})
+    request = REQUEST.model_copy(
+        update={"negative_prompt": "", "noise": "gpu", "mode": "opaque", "cfg_scale": 7.25}
+    )
     text = write_parameters(request, "m", "", 1)
     assert "Negative prompt" not in text
-    assert all(word not in text for word in ("RNG", "layerdiffusion", "Variation", "Clip skip", "Model hash"))
+    assert all(
+        word not in text
+        for word in ("RNG", "layerdiffusion", "Variation", "Clip skip", "Model hash")
+    )
     assert "CFG scale: 7.25," in text
 
 
@@ -50,7 +57,8 @@ def test_what_is_used_is_written():
 
 # text as prompts hold it: no carriage returns or other line ends that are not "\n", no space around it
 TEXT = st.text(
-    st.characters(blacklist_categories=["Cs", "Cc", "Zl", "Zp"]) | st.sampled_from("\n,:()"), max_size=60
+    st.characters(blacklist_categories=["Cs", "Cc", "Zl", "Zp"]) | st.sampled_from("\n,:()"),
+    max_size=60,
 ).map(str.strip)
 
 
@@ -66,7 +74,9 @@ def test_what_is_written_is_read_back(prompt: str, negative: str, model: str):
 
 
 def test_the_words_negative_prompt_inside_a_line_are_text():
-    request = REQUEST.model_copy(update={"prompt": "a sign: Negative prompt: none", "negative_prompt": "x"})
+    request = REQUEST.model_copy(
+        update={"prompt": "a sign: Negative prompt: none", "negative_prompt": "x"}
+    )
     found = read_parameters(write_parameters(request, "m", "", 3))
     assert (found["Prompt"], found["Negative prompt"]) == ("a sign: Negative prompt: none", "x")
 
@@ -105,7 +115,9 @@ def test_any_text_is_read(text: str):
     st.lists(
         st.tuples(
             st.text(
-                st.characters(blacklist_characters="<>:\n\r", blacklist_categories=["Cs", "Cc", "Zl", "Zp"]),
+                st.characters(
+                    blacklist_characters="<>:\n\r", blacklist_categories=["Cs", "Cc", "Zl", "Zp"]
+                ),
                 min_size=1,
                 max_size=40,
             )
@@ -117,9 +129,13 @@ def test_any_text_is_read(text: str):
     ),
     st.sampled_from(["official", "forge2"]),
 )
-def test_loras_and_the_decoding_are_written_and_read_back(loras: list[tuple[str, float]], decode: str):
+def test_loras_and_the_decoding_are_written_and_read_back(
+    loras: list[tuple[str, float]], decode: str
+):
     given = [{"name": name, "weight": weight} for name, weight in loras]
-    request = parse_request({"prompt": "a cat", "loras": given, "decode": decode}).resolve(ModelDefaults())
+    request = parse_request({"prompt": "a cat", "loras": given, "decode": decode}).resolve(
+        ModelDefaults()
+    )
     found = read_parameters(write_parameters(request, "m", "", 1))
     again = parse_request({"prompt": found["Prompt"]})
     assert (again.prompt, again.loras) == (request.prompt, request.loras)
@@ -129,7 +145,8 @@ def test_loras_and_the_decoding_are_written_and_read_back(loras: list[tuple[str,
 # the same grammar with a pattern that takes the square of a line's length
 _PAIR = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])*"|[^,]*)(?:,|$)')
 _LINE = st.lists(
-    st.sampled_from(["a", "Seed", " ", "-", "/", ":", ": ", ",", ", ", '"', "\\", "1", "(", "é"]), max_size=40
+    st.sampled_from(["a", "Seed", " ", "-", "/", ":", ": ", ",", ", ", '"', "\\", "1", "(", "é"]),
+    max_size=40,
 )
 
 
@@ -143,7 +160,9 @@ def test_pairs_are_those_that_a_plain_pattern_finds(line: str):
     )
 
 
-@pytest.mark.parametrize("line", ["a" * 40_000, "a " * 20_000, " " * 40_000 + "x", 'aa:"' * 10_000, "a" * 16_000_000])
+@pytest.mark.parametrize(
+    "line", ["a" * 40_000, "a " * 20_000, " " * 40_000 + "x", 'aa:"' * 10_000, "a" * 16_000_000]
+)
 def test_the_time_to_read_a_text_grows_with_its_length(line: str):
     """At forty thousand characters what takes the square of them takes most of a minute, and holds the whole process."""
     start = time.process_time()
@@ -154,10 +173,17 @@ def test_the_time_to_read_a_text_grows_with_its_length(line: str):
 def test_the_info_object_has_the_published_keys_in_their_order():
     generation = GenerationRequest(prompt=REQUEST.prompt, seed=12345, subseed=7, batch_size=2)
     refs = [
-        ImageRef(key=f"{i}.png", seed=12345 + i, subseed=7 + i, width=1024, height=1024, size_bytes=1) for i in range(2)
+        ImageRef(
+            key=f"{i}.png", seed=12345 + i, subseed=7 + i, width=1024, height=1024, size_bytes=1
+        )
+        for i in range(2)
     ]
-    result = JobResult(images=tuple(refs), settings=REQUEST.settings, model_name="m", model_hash="abc")
-    job = Job.new(JobSpec(generation=generation)).model_copy(update={"state": JobState.DONE, "result": result})
+    result = JobResult(
+        images=tuple(refs), settings=REQUEST.settings, model_name="m", model_hash="abc"
+    )
+    job = Job.new(JobSpec(generation=generation)).model_copy(
+        update={"state": JobState.DONE, "result": result}
+    )
     info = webui_info(job)
     assert (
         list(info)
@@ -170,5 +196,7 @@ def test_the_info_object_has_the_published_keys_in_their_order():
     )
     assert info["all_seeds"] == [12345, 12346]
     assert info["all_prompts"] == ["an apple, high quality"] * 2
-    assert info["infotexts"] == [write_parameters(REQUEST, "m", "abc", 12345 + i, 7 + i) for i in range(2)]
+    assert info["infotexts"] == [
+        write_parameters(REQUEST, "m", "abc", 12345 + i, 7 + i) for i in range(2)
+    ]
     assert info["extra_generation_params"]["layerdiffusion_weight"] == "1"

@@ -10,7 +10,14 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from alphalayer.engine.families.configs import SHIPPED
-from alphalayer.engine.memory import GIB, MEMORY_MODES, SDXL_GIB, choose_precision, describe, is_out_of_memory
+from alphalayer.engine.memory import (
+    GIB,
+    MEMORY_MODES,
+    SDXL_GIB,
+    choose_precision,
+    describe,
+    is_out_of_memory,
+)
 from alphalayer.engine.transparency.decode import TransparentDecoder
 
 
@@ -19,7 +26,10 @@ def test_the_device_is_described_with_what_was_chosen_for_the_user():
     precision = choose_precision(cpu, "auto")
     unasked = describe(cpu, precision, MEMORY_MODES["high"], asked=("auto", "auto"))
     assert unasked == 'cpu (torch sees no GPU), float32, memory mode "high"'
-    assert describe(cpu, precision, MEMORY_MODES["high"], asked=("cpu", "high")) == 'cpu, float32, memory mode "high"'
+    assert (
+        describe(cpu, precision, MEMORY_MODES["high"], asked=("cpu", "high"))
+        == 'cpu, float32, memory mode "high"'
+    )
 
 
 def test_float32_that_was_asked_for_is_not_rounded_in_convolutions(monkeypatch: pytest.MonkeyPatch):
@@ -37,8 +47,12 @@ def test_float32_that_was_asked_for_is_not_rounded_in_convolutions(monkeypatch: 
         RuntimeError("CUDA error: out of memory"),
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
         RuntimeError("MPS backend out of memory (MPS allocated: 8.00 GB)"),
-        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes."),
-        RuntimeError("[enforce fail] data. DefaultCPUAllocator: not enough memory: you tried to allocate 99 bytes."),
+        RuntimeError(
+            "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes."
+        ),
+        RuntimeError(
+            "[enforce fail] data. DefaultCPUAllocator: not enough memory: you tried to allocate 99 bytes."
+        ),
         OSError(12, "Cannot allocate memory"),
         OSError("The paging file is too small for this operation to complete. (os error 1455)"),
         MemoryError(),
@@ -49,14 +63,19 @@ def test_running_out_of_memory_is_known_in_all_its_words(error: Exception):
 
 
 def test_other_errors_are_not_taken_for_it():
-    for error in (RuntimeError("a shape is wrong"), OSError(2, "No such file"), ValueError("out of memory")):
+    for error in (
+        RuntimeError("a shape is wrong"),
+        OSError(2, "No such file"),
+        ValueError("out of memory"),
+    ):
         assert not is_out_of_memory(error)
 
 
 def test_a_call_of_the_unet_has_a_bound_in_every_mode():
     """Batches of 8 at 1024x1024 under guidance are one call on a large GPU, as are many small pictures."""
     bounds = {
-        name: [mode.rows_at_once(side, side) for side in (256, 1024, 2048)] for name, mode in MEMORY_MODES.items()
+        name: [mode.rows_at_once(side, side) for side in (256, 1024, 2048)]
+        for name, mode in MEMORY_MODES.items()
     }
     assert bounds == {"high": [256, 16, 4], "balanced": [64, 4, 1], "low": [1, 1, 1]}
 
@@ -73,7 +92,11 @@ def test_the_weights_that_batches_leave_room_for_are_those_of_sdxl():
     with torch.device("meta"):
         for kind, name, size in parts:
             config = json.loads((SHIPPED / name / "config.json").read_text())
-            made = kind(CLIPTextConfig(**config)) if name.startswith("text") else kind.from_config(config)
+            made = (
+                kind(CLIPTextConfig(**config))
+                if name.startswith("text")
+                else kind.from_config(config)
+            )
             total += size * sum(each.numel() for each in made.parameters())
         total += 2 * sum(each.numel() for each in TransparentDecoder().parameters())
     assert total / GIB == pytest.approx(SDXL_GIB, abs=0.05)

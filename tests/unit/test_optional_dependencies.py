@@ -28,7 +28,10 @@ def _installed(folder: Path, monkeypatch: pytest.MonkeyPatch, came_from: object)
     ("came_from", "what"),
     [
         (None, '"alphalayer[shared]"'),
-        ({"url": "file:///my%20work/al", "dir_info": {"editable": True}}, '-e "/my work/al[shared]"'),
+        (
+            {"url": "file:///my%20work/al", "dir_info": {"editable": True}},
+            '-e "/my work/al[shared]"',
+        ),
         (
             {"url": "file:///tmp/alphalayer.whl", "archive_info": {}},
             '"alphalayer[shared] @ file:///tmp/alphalayer.whl"',

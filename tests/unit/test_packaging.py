@@ -49,7 +49,9 @@ def _project() -> dict[str, Any]:
 def _locked(name: str) -> list[tuple[Requirement, str]]:
     """Return each entry of a lock file: its requirement and the lines with its hashes."""
     text = (ROOT / "requirements" / f"{name}.txt").read_text(encoding="utf-8")
-    entries = re.findall(r"^(\w\S*==[^\n]*?) \\\n((?:    --hash=\S+(?: \\)?\n)+)", text, re.MULTILINE)
+    entries = re.findall(
+        r"^(\w\S*==[^\n]*?) \\\n((?:    --hash=\S+(?: \\)?\n)+)", text, re.MULTILINE
+    )
     return [(Requirement(requirement), hashes) for requirement, hashes in entries]
 
 
@@ -71,7 +73,9 @@ def test_version_is_written_in_one_place():
     ).stdout.split()
     if not files:
         pytest.skip("not a git checkout")
-    pattern = re.compile(rf"""version\w*["']?\s*[:=]\s*["']?{re.escape(alphalayer.__version__)}\b""", re.IGNORECASE)
+    pattern = re.compile(
+        rf"""version\w*["']?\s*[:=]\s*["']?{re.escape(alphalayer.__version__)}\b""", re.IGNORECASE
+    )
     places = [name for name in files if pattern.search((ROOT / name).read_text(encoding="utf-8"))]
     assert places == ["src/alphalayer/__init__.py"]
 
@@ -101,7 +105,12 @@ def test_lock_file_has_hashes_and_no_index(name: str):
     text = (ROOT / "requirements" / f"{name}.txt").read_text(encoding="utf-8")
     pins = re.findall(r"^\w\S*==", text, re.MULTILINE)
     assert len(_locked(name)) == len(pins) > 40
-    assert re.findall(r"^\s*(?:-i|--index-url|--extra-index-url|--find-links)\b|://", text, re.MULTILINE) == []
+    assert (
+        re.findall(
+            r"^\s*(?:-i|--index-url|--extra-index-url|--find-links)\b|://", text, re.MULTILINE
+        )
+        == []
+    )
     assert not re.search(r"^(torch|triton|nvidia-\S*)==", text, re.MULTILINE)
 
 
@@ -128,7 +137,9 @@ def test_lock_file_satisfies_its_extras(name: str):
 
 def test_lock_files_agree_on_versions():
     """pip installs several of them in one command, which fails where they differ."""
-    everything = {(_name(requirement), str(requirement.specifier)) for requirement, _ in _locked("dev")}
+    everything = {
+        (_name(requirement), str(requirement.specifier)) for requirement, _ in _locked("dev")
+    }
     for name in ("service", "engine", "serverless"):
         assert {(_name(each), str(each.specifier)) for each, _ in _locked(name)} <= everything
 
@@ -150,7 +161,9 @@ def test_torch_version_is_pinned_in_one_place():
 def test_wheel_has_type_marker_data_and_version(tmp_path):
     pytest.importorskip("hatchling")
     build = "import sys; from hatchling.build import build_wheel; build_wheel(sys.argv[1])"
-    subprocess.run([sys.executable, "-c", build, tmp_path], cwd=ROOT, check=True, capture_output=True)
+    subprocess.run(
+        [sys.executable, "-c", build, tmp_path], cwd=ROOT, check=True, capture_output=True
+    )
     (wheel,) = tmp_path.glob("*.whl")
     assert wheel.name == f"alphalayer-{alphalayer.__version__}-py3-none-any.whl"
     with zipfile.ZipFile(wheel) as archive:

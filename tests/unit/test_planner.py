@@ -10,7 +10,15 @@ from typer.testing import CliRunner
 
 from alphalayer.cli import console
 from alphalayer.cli.app import app
-from alphalayer.planner.simulation import SYNC_S, Fleet, Load, Scaler, Scaling, pods_needed, simulate
+from alphalayer.planner.simulation import (
+    SYNC_S,
+    Fleet,
+    Load,
+    Scaler,
+    Scaling,
+    pods_needed,
+    simulate,
+)
 
 
 def test_one_user_never_waits_for_another():
@@ -57,7 +65,9 @@ def test_a_fleet_shrinks_when_nobody_waits():
 def test_pods_come_in_proportion_to_the_age_and_not_too_fast():
     scaler = Scaler(Scaling(20, age_s=20.0, up_a_minute=2), 1)
     assert scaler.look(0, 10, 21.0) == 10
-    assert [scaler.look(now, pods, 25.0) for now, pods in ((15, 10), (30, 12), (75, 12), (90, 14))] == [12, 12, 14, 14]
+    assert [
+        scaler.look(now, pods, 25.0) for now, pods in ((15, 10), (30, 12), (75, 12), (90, 14))
+    ] == [12, 12, 14, 14]
     assert Scaler(Scaling(11), 1).look(0, 10, 1000.0) == 11
 
 
@@ -81,7 +91,9 @@ def test_the_fewest_pods_that_are_enough():
 
 
 def test_the_command(monkeypatch):
-    monkeypatch.setattr(console.out, "_width", 80)  # else as wide as COLUMNS was when this was imported first
+    monkeypatch.setattr(
+        console.out, "_width", 80
+    )  # else as wide as COLUMNS was when this was imported first
 
     def say(*options: str) -> str:
         said = CliRunner().invoke(app, ["plan", "--users", "20", "--gpu", "h200", *options])
@@ -100,7 +112,8 @@ def test_the_command(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "wrong", [("--seconds", "0"), ("--seconds", "-1"), ("--price", "-1"), ("--users", "-5"), ("--p95", "0")]
+    "wrong",
+    [("--seconds", "0"), ("--seconds", "-1"), ("--price", "-1"), ("--users", "-5"), ("--p95", "0")],
 )
 def test_figures_that_cannot_be_are_refused(wrong: tuple[str, str]):
     said = CliRunner().invoke(app, ["plan", "--users", "5", *wrong])

@@ -43,7 +43,9 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_docs_site_has_every_page(site: Path):
-    pages = {path.relative_to(ROOT / "docs").with_suffix("") for path in (ROOT / "docs").rglob("*.md")}
+    pages = {
+        path.relative_to(ROOT / "docs").with_suffix("") for path in (ROOT / "docs").rglob("*.md")
+    }
     pages -= {Path("adr/template")}
     assert len(pages) > 20
     assert [page for page in pages if not (site / page).with_suffix(".html").exists()] == []
@@ -51,7 +53,11 @@ def test_docs_site_has_every_page(site: Path):
 
 def test_docs_site_loads_nothing_from_other_hosts(site: Path):
     loads = r"""<(?:script|img|link)\b[^>]*\b(?:src|href)=["'](?:https?:)?//[^"']+"""
-    found = [match for page in site.rglob("*.html") for match in re.findall(loads, page.read_text(encoding="utf-8"))]
+    found = [
+        match
+        for page in site.rglob("*.html")
+        for match in re.findall(loads, page.read_text(encoding="utf-8"))
+    ]
     assert found == []
 
 
@@ -121,7 +127,9 @@ def test_project_names_no_home_that_does_not_exist():
         ".",
     ]
     listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert [name for name in listed.stdout.split() if name != "tests/unit/test_project_files.py"] == []
+    assert [
+        name for name in listed.stdout.split() if name != "tests/unit/test_project_files.py"
+    ] == []
 
 
 def test_changelog_sections_are_those_of_keep_a_changelog():
@@ -133,11 +141,15 @@ def test_changelog_sections_are_those_of_keep_a_changelog():
     assert set(re.findall(r"^### (.+)$", text, re.MULTILINE)) <= kinds
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "docs" / "adr").glob("0*.md")), ids=lambda path: path.name[:4])
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "docs" / "adr").glob("0*.md")), ids=lambda path: path.name[:4]
+)
 def test_adr_follows_the_template(path: Path):
     headings = [
         re.findall(r"^## .+$", (path.parent / name).read_text(encoding="utf-8"), re.MULTILINE)
         for name in (path.name, "template.md")
     ]
     assert headings[0] == headings[1]
-    assert re.search(r"^- Status: (proposed|accepted|superseded)", path.read_text(encoding="utf-8"), re.MULTILINE)
+    assert re.search(
+        r"^- Status: (proposed|accepted|superseded)", path.read_text(encoding="utf-8"), re.MULTILINE
+    )

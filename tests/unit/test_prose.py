@@ -21,7 +21,9 @@ MAX_LINE = 100
 MAX_PARAGRAPH_LINES = 5
 MAX_LINES_WITHOUT_HEADING = 40
 MAX_MEAN_WORDS, MAX_P90_WORDS = 15, 24
-GENERATED = {ROOT / "docs" / "reference" / name for name in ("api.md", "cli.md", "metrics.md", "settings.md")}
+GENERATED = {
+    ROOT / "docs" / "reference" / name for name in ("api.md", "cli.md", "metrics.md", "settings.md")
+}
 """Their words are those of docstrings and descriptions in the code, which have a check of their own."""
 RECORDS = {ROOT / "docs" / "log.md"}
 """Dated notes, which stay as they were written."""
@@ -110,7 +112,11 @@ def test_document_headings_are_nouns_or_tasks(path):
 @pytest.mark.parametrize("path", DOCUMENTS, ids=path_of)
 def test_document_paragraphs_are_short(path):
     kinds = ("paragraph", "item")
-    found = [block.line for block in prose_of(path) if block.kind in kinds and block.lines > MAX_PARAGRAPH_LINES]
+    found = [
+        block.line
+        for block in prose_of(path)
+        if block.kind in kinds and block.lines > MAX_PARAGRAPH_LINES
+    ]
     assert found == []
 
 
@@ -159,9 +165,7 @@ def test_find_banned_words_returns_the_line():
 
 
 def test_read_markdown_leaves_code_and_addresses_out():
-    text = (
-        "# Title\n\nSee [the page](https://draw.example.com) and `draw`.\n\n```bash\ndraw\n```\n\n| a |\n|---|\n| b |\n"
-    )
+    text = "# Title\n\nSee [the page](https://draw.example.com) and `draw`.\n\n```bash\ndraw\n```\n\n| a |\n|---|\n| b |\n"
     blocks = [(block.kind, block.text, block.line) for block in read_markdown(text)]
     assert blocks == [
         ("heading", "Title", 1),

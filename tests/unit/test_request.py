@@ -114,7 +114,9 @@ def test_names_are_found_in_any_case(name: str, known: tuple[str, ...]):
 
 
 def test_silence_is_filled_from_the_model_and_nothing_else_is_changed():
-    defaults = ModelDefaults(width=256, height=512, steps=8, sampler="Euler", scheduler="Simple", cfg_scale=3)
+    defaults = ModelDefaults(
+        width=256, height=512, steps=8, sampler="Euler", scheduler="Simple", cfg_scale=3
+    )
     resolved = GenerationRequest(prompt="x", steps=30).resolve(defaults)
     assert (resolved.width, resolved.height, resolved.steps) == (256, 512, 30)
     assert (resolved.sampler, resolved.scheduler, resolved.cfg_scale) == ("Euler", "Simple", 3)
@@ -123,7 +125,10 @@ def test_silence_is_filled_from_the_model_and_nothing_else_is_changed():
 
 
 def test_open_seeds_are_drawn_in_the_published_range():
-    drawn = [GenerationRequest(prompt="x", seed=-1, subseed=-1).resolve(ModelDefaults()) for _ in range(50)]
+    drawn = [
+        GenerationRequest(prompt="x", seed=-1, subseed=-1).resolve(ModelDefaults())
+        for _ in range(50)
+    ]
     seeds = [seed for each in drawn for seed in (each.seed, each.subseed)]
     assert all(0 <= seed < 4294967294 for seed in seeds)
     assert len(set(seeds)) == 100
@@ -187,12 +192,15 @@ def test_loras_in_a_prompt_join_those_of_the_request():
 
 def test_requests_of_unlike_loras_are_not_drawn_together():
     keys = {
-        parse_request({"prompt": f"a cat {tag}"}).batch_key for tag in ("", "<lora:x>", "<lora:x:0.5>", "<lora:x:1>")
+        parse_request({"prompt": f"a cat {tag}"}).batch_key
+        for tag in ("", "<lora:x>", "<lora:x:0.5>", "<lora:x:1>")
     }
     assert len(keys) == 3
 
 
-@pytest.mark.parametrize("tag", ["", ":", ":1", " :1", "x:much", "x:nan", "x:inf", "x:5", "x:1:1", "x:1:lbw=OUTALL"])
+@pytest.mark.parametrize(
+    "tag", ["", ":", ":1", " :1", "x:much", "x:nan", "x:inf", "x:5", "x:1:1", "x:1:lbw=OUTALL"]
+)
 def test_a_lora_tag_that_is_not_whole_is_refused_and_named(tag: str):
     with pytest.raises(InvalidRequest) as error:
         parse_request({"prompt": f"a cat <lora:{tag}>"})
@@ -215,7 +223,11 @@ JSON = st.recursive(
 
 
 @settings(max_examples=300, deadline=None)
-@given(st.dictionaries(st.sampled_from([*GenerationRequest.model_fields]) | st.text(max_size=8), JSON, max_size=6))
+@given(
+    st.dictionaries(
+        st.sampled_from([*GenerationRequest.model_fields]) | st.text(max_size=8), JSON, max_size=6
+    )
+)
 def test_any_json_is_a_request_or_a_named_field(fields: dict[str, Any]):
     refused: InvalidRequest | None = None
     try:

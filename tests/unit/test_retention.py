@@ -23,11 +23,17 @@ FILES = [("a", 10, 0.0), ("b", 10, 1 * DAY_S), ("c", 10, 2 * DAY_S), ("d", 10, 3
 
 
 def test_by_age():
-    assert select_expired(FILES, Limits(pictures_days=1.5), 3 * DAY_S, lambda _: False) == ["a", "b"]
+    assert select_expired(FILES, Limits(pictures_days=1.5), 3 * DAY_S, lambda _: False) == [
+        "a",
+        "b",
+    ]
 
 
 def test_by_size_the_oldest_first():
-    assert select_expired(FILES, Limits(pictures_bytes=25), 3 * DAY_S, lambda _: False) == ["a", "b"]
+    assert select_expired(FILES, Limits(pictures_bytes=25), 3 * DAY_S, lambda _: False) == [
+        "a",
+        "b",
+    ]
 
 
 def test_no_limits_no_loss():
@@ -35,12 +41,21 @@ def test_no_limits_no_loss():
 
 
 def test_previews_go_soon_after_their_job():
-    files = [("preview_a.webp", 10, 0.0), ("preview_b.webp", 10, 0.0), ("preview_c.webp", 10, 50.0), ("a", 10, 0.0)]
-    assert select_expired(files, Limits(), 90.0, lambda key: key == "preview_b.webp") == ["preview_a.webp"]
+    files = [
+        ("preview_a.webp", 10, 0.0),
+        ("preview_b.webp", 10, 0.0),
+        ("preview_c.webp", 10, 50.0),
+        ("a", 10, 0.0),
+    ]
+    assert select_expired(files, Limits(), 90.0, lambda key: key == "preview_b.webp") == [
+        "preview_a.webp"
+    ]
 
 
 def test_what_is_kept_stays_though_it_is_old_and_large():
-    assert select_expired(FILES, Limits(pictures_days=0.1, pictures_bytes=1), 1e9, lambda key: key in "ab") == [
+    assert select_expired(
+        FILES, Limits(pictures_days=0.1, pictures_bytes=1), 1e9, lambda key: key in "ab"
+    ) == [
         "c",
         "d",
     ]
@@ -63,9 +78,19 @@ async def test_a_sweep_takes_old_pictures_of_finished_jobs_and_nothing_else(tmp_
     over, running, waiting = [await dispatcher.submit(spec) for _ in range(3)]
     for _ in range(2):
         await dispatcher.mark_started((await dispatcher.claim()).id)
-    await dispatcher.complete(over.id, JobResult(images=(), settings=ModelDefaults(), model_name="m", model_hash="h"))
-    foreign = ["notes.txt", ".hidden", "txt2img-images/00001.png", "alpha_1_aaaaaaaaaa.png", "alphalayer.png"]
-    ours = [job.file_name(i) for job in (over, running, waiting) for i in (0, 255)] + [running.preview_name]
+    await dispatcher.complete(
+        over.id, JobResult(images=(), settings=ModelDefaults(), model_name="m", model_hash="h")
+    )
+    foreign = [
+        "notes.txt",
+        ".hidden",
+        "txt2img-images/00001.png",
+        "alpha_1_aaaaaaaaaa.png",
+        "alphalayer.png",
+    ]
+    ours = [job.file_name(i) for job in (over, running, waiting) for i in (0, 255)] + [
+        running.preview_name
+    ]
     gone = [over.file_name(0), over.file_name(255), over.preview_name, "alpha_1_bbbbbbbbbb00.webp"]
     for name in {*foreign, *ours, *gone}:
         file = outputs / name
@@ -73,7 +98,9 @@ async def test_a_sweep_takes_old_pictures_of_finished_jobs_and_nothing_else(tmp_
         file.write_bytes(b"x" * 10)
         os.utime(file, (time.time() - 90 * DAY_S,) * 2)
     limits = Limits(pictures_days=30, pictures_bytes=1)
-    sweeping = asyncio.create_task(keep_sweeping(open_storage(str(outputs)), dispatcher, limits, every_s=0.05))
+    sweeping = asyncio.create_task(
+        keep_sweeping(open_storage(str(outputs)), dispatcher, limits, every_s=0.05)
+    )
     await asyncio.to_thread(wait_until, lambda: not any((outputs / name).exists() for name in gone))
     later = outputs / "alpha_2_cccccccccc00.png"
     later.write_bytes(b"x")
@@ -97,7 +124,9 @@ async def test_what_cannot_be_removed_stops_nothing_else(tmp_path: Path):
     spec = JobSpec(generation=GenerationRequest(prompt="x"))
     job = await dispatcher.submit(spec)
     await dispatcher.mark_started((await dispatcher.claim()).id)
-    await dispatcher.complete(job.id, JobResult(images=(), settings=ModelDefaults(), model_name="m", model_hash="h"))
+    await dispatcher.complete(
+        job.id, JobResult(images=(), settings=ModelDefaults(), model_name="m", model_hash="h")
+    )
     outputs = tmp_path / "outputs"
     storage = Guarded(open_storage(str(outputs))._store, str(outputs))
     for name in ("alpha_1_aaaaaaaaaa00.png", "alpha_1_bbbbbbbbbb00.png"):
@@ -117,6 +146,8 @@ async def test_what_cannot_be_removed_stops_nothing_else(tmp_path: Path):
         os.utime(path, (0, 0))
     with capture_logs() as logs:
         assert await sweep(storage, dispatcher, Limits()) == 1
-    assert [(line["event"], line["pictures"], line["previews"]) for line in logs] == [("swept", 0, 1)]
+    assert [(line["event"], line["pictures"], line["previews"]) for line in logs] == [
+        ("swept", 0, 1)
+    ]
     assert not unfinished.exists()
     await dispatcher.close()

@@ -79,7 +79,12 @@ def _smi(folder: Path, answer: str, code: int = 0) -> None:
     ],
 )
 def test_a_gpu_is_there_when_the_driver_lists_one(
-    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answer: str | None, code: int, expected: bool
+    script: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    answer: str | None,
+    code: int,
+    expected: bool,
 ):
     monkeypatch.setenv("PATH", str(tmp_path))
     if answer is not None:
@@ -92,8 +97,12 @@ def _torch_wheel(folder: Path, version: str) -> None:
     folder.mkdir()
     about = f"torch-{version}.dist-info"
     with zipfile.ZipFile(folder / f"torch-{version}-py3-none-any.whl", "w") as wheel:
-        wheel.writestr(f"{about}/METADATA", f"Metadata-Version: 2.1\nName: torch\nVersion: {version}\n")
-        wheel.writestr(f"{about}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(
+            f"{about}/METADATA", f"Metadata-Version: 2.1\nName: torch\nVersion: {version}\n"
+        )
+        wheel.writestr(
+            f"{about}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
         wheel.writestr(f"{about}/RECORD", "")
 
 
@@ -108,7 +117,9 @@ def test_one_build_takes_the_place_of_another_of_the_same_version(
         _torch_wheel(tmp_path / build, version)
         monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / build))
         script.install_torch(build, replace=True)
-        assert [each.name for each in script.VENV.rglob("torch-*.dist-info")] == [f"torch-{version}.dist-info"]
+        assert [each.name for each in script.VENV.rglob("torch-*.dist-info")] == [
+            f"torch-{version}.dist-info"
+        ]
 
 
 @pytest.mark.parametrize(("build", "index"), [("cuda", "CUDA_INDEX"), ("cpu", "CPU_INDEX")])
@@ -117,7 +128,9 @@ def test_on_windows_torch_comes_from_its_makers(
 ):
     """What the registry has for Windows is not for CUDA."""
     calls: list[tuple[str, ...]] = []
-    monkeypatch.setattr(script, "pip", lambda *arguments, must=True: calls.append(arguments) or "done")
+    monkeypatch.setattr(
+        script, "pip", lambda *arguments, must=True: calls.append(arguments) or "done"
+    )
     monkeypatch.setattr(script.sys, "platform", "win32")
     script.install_torch(build, replace=True)
     monkeypatch.undo()
@@ -129,7 +142,9 @@ def test_on_windows_torch_comes_from_its_makers(
 def done(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """What `main` would set up and run; the real things would install packages and replace this process."""
     calls: list[Any] = []
-    monkeypatch.setattr(script, "set_up", lambda build, with_tests: calls.append((build, with_tests)))
+    monkeypatch.setattr(
+        script, "set_up", lambda build, with_tests: calls.append((build, with_tests))
+    )
     monkeypatch.setattr(script, "run", lambda command: calls.append(command) or 0)
     return calls
 
@@ -146,7 +161,13 @@ def done(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     ],
 )
 def test_torch_is_chosen_by_flag_then_environment_then_machine(
-    script: ModuleType, done: list[Any], monkeypatch: pytest.MonkeyPatch, arguments, environment, has_gpu, expected
+    script: ModuleType,
+    done: list[Any],
+    monkeypatch: pytest.MonkeyPatch,
+    arguments,
+    environment,
+    has_gpu,
+    expected,
 ):
     monkeypatch.setenv("ALPHALAYER_TORCH", environment)
     monkeypatch.setattr(script, "has_nvidia_gpu", lambda: has_gpu)
@@ -168,7 +189,9 @@ def test_test_is_pytest_with_its_packages(script: ModuleType, done: list[Any]):
     assert done[::2] == [("cpu", True)] * 2
 
 
-def test_without_a_command_it_explains_itself(script: ModuleType, done: list[Any], capsys: pytest.CaptureFixture[str]):
+def test_without_a_command_it_explains_itself(
+    script: ModuleType, done: list[Any], capsys: pytest.CaptureFixture[str]
+):
     assert script.main([]) == 2
     assert "python3 run.py generate" in capsys.readouterr().out
     assert done == []
@@ -183,12 +206,16 @@ def test_help_sets_nothing_up(
     assert done == []
 
 
-def test_another_python_gets_the_same_line(script: ModuleType, done: list[Any], monkeypatch: pytest.MonkeyPatch):
+def test_another_python_gets_the_same_line(
+    script: ModuleType, done: list[Any], monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setattr(script, "NEWEST", (3, 12))
     monkeypatch.setattr(script.sys, "version_info", (3, 99, 0))
     monkeypatch.setattr(script.shutil, "which", lambda name: f"/bin/{name}")
     script.main(["--cpu", "generate", "an apple"])
-    assert done == [["/bin/python3.12", str(script.ROOT / "run.py"), "--cpu", "generate", "an apple"]]
+    assert done == [
+        ["/bin/python3.12", str(script.ROOT / "run.py"), "--cpu", "generate", "an apple"]
+    ]
 
 
 def test_a_torch_that_is_not_known_is_named(
@@ -227,7 +254,9 @@ def steps(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 
 @pytest.mark.parametrize("with_tests", [False, True])
-def test_a_fitting_stamp_means_that_nothing_is_done(script: ModuleType, steps: list[Any], with_tests: bool):
+def test_a_fitting_stamp_means_that_nothing_is_done(
+    script: ModuleType, steps: list[Any], with_tests: bool
+):
     _stamp(script)
     script.set_up("cpu", with_tests)
     assert steps == []
@@ -291,14 +320,18 @@ def test_a_venv_is_asked_for_its_python(script: ModuleType):
     assert not script.is_venv_of(here, {"root": "/elsewhere"})
 
 
-def test_failures_are_two_lines_and_an_exit_code(script: ModuleType, capsys: pytest.CaptureFixture[str]):
+def test_failures_are_two_lines_and_an_exit_code(
+    script: ModuleType, capsys: pytest.CaptureFixture[str]
+):
     with pytest.raises(SystemExit) as end:
         script.fail("no venv", "Install it.")
     assert end.value.code == 1
     assert capsys.readouterr().err == "error: no venv\nInstall it.\n"
 
 
-def test_a_pip_that_fails_is_shown_and_logged(script: ModuleType, capsys: pytest.CaptureFixture[str]):
+def test_a_pip_that_fails_is_shown_and_logged(
+    script: ModuleType, capsys: pytest.CaptureFixture[str]
+):
     script.PYTHON.symlink_to(sys.executable)
     with pytest.raises(SystemExit):
         script.pip("no-such-command")
@@ -308,12 +341,16 @@ def test_a_pip_that_fails_is_shown_and_logged(script: ModuleType, capsys: pytest
 
 
 def test_the_script_itself_runs():
-    done = subprocess.run([sys.executable, str(SCRIPT)], capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT)], capture_output=True, text=True, timeout=60, check=False
+    )
     assert (done.returncode, done.stderr) == (2, "")
 
 
 @pytest.mark.skipif(os.name == "nt", reason="needs a pseudo-terminal")
-def test_on_a_terminal_what_takes_long_is_watched(script: ModuleType, monkeypatch: pytest.MonkeyPatch):
+def test_on_a_terminal_what_takes_long_is_watched(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch
+):
     import pty
 
     there, here = pty.openpty()
@@ -321,7 +358,10 @@ def test_on_a_terminal_what_takes_long_is_watched(script: ModuleType, monkeypatc
     with os.fdopen(here, "w") as terminal:
         monkeypatch.setattr(script.sys, "stderr", terminal)
         slow = "import time; print('Downloading torch (196.5 MB)'); time.sleep(1.5); print('end'); raise SystemExit(3)"
-        assert script.run_logged([sys.executable, "-c", slow]) == (3, "Downloading torch (196.5 MB)\nend\n")
+        assert script.run_logged([sys.executable, "-c", slow]) == (
+            3,
+            "Downloading torch (196.5 MB)\nend\n",
+        )
         assert "1 s  Downloading torch (196.5 MB)" in os.read(there, 1000).decode()
     os.close(there)
 
@@ -331,20 +371,28 @@ def test_on_a_terminal_what_takes_long_is_watched(script: ModuleType, monkeypatc
 
 def test_the_old_start_line_explains_itself_without_a_set_up(tmp_path: Path):
     command = [sys.executable, str(SCRIPT.with_name("launch.py")), "--listen", "-h"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(
+        command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False
+    )
     assert (done.returncode, done.stderr) == (0, "")
     assert "coming-from-forge.md" in done.stdout
 
 
 @pytest.mark.skipif(os.name == "nt", reason="a shell script")
-@pytest.mark.parametrize("line", ["COMMANDLINE_ARGS='--port 9'", "export COMMANDLINE_ARGS='--port 9'"])
+@pytest.mark.parametrize(
+    "line", ["COMMANDLINE_ARGS='--port 9'", "export COMMANDLINE_ARGS='--port 9'"]
+)
 def test_webui_user_sh_is_read_where_there_is_one(tmp_path: Path, line: str):
     script = shutil.copy(SCRIPT.with_name("webui.sh"), tmp_path)
-    (tmp_path / "launch.py").write_text("import os, sys; print(os.environ.get('COMMANDLINE_ARGS'), sys.argv[1:])")
+    (tmp_path / "launch.py").write_text(
+        "import os, sys; print(os.environ.get('COMMANDLINE_ARGS'), sys.argv[1:])"
+    )
 
     def start() -> str:
         kept = {name: value for name, value in os.environ.items() if name != "COMMANDLINE_ARGS"}
-        done = subprocess.run([script, "--api"], env=kept, capture_output=True, text=True, timeout=60, check=True)
+        done = subprocess.run(
+            [script, "--api"], env=kept, capture_output=True, text=True, timeout=60, check=True
+        )
         return done.stdout
 
     assert start() == "None ['--api']\n"
@@ -353,12 +401,19 @@ def test_webui_user_sh_is_read_where_there_is_one(tmp_path: Path, line: str):
 
 
 def test_a_folder_that_cannot_be_written_to_is_one_line(
-    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    script: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ):
-    monkeypatch.setattr(script, "LOCK", tmp_path / "absent" / ".venv.lock")  # as good as one without the right to it
+    monkeypatch.setattr(
+        script, "LOCK", tmp_path / "absent" / ".venv.lock"
+    )  # as good as one without the right to it
     with pytest.raises(SystemExit, match="1"), script.exclusive_set_up():
         pass
-    assert capsys.readouterr().err.startswith(f"error: cannot write {tmp_path / 'absent' / '.venv.lock'}: ")
+    assert capsys.readouterr().err.startswith(
+        f"error: cannot write {tmp_path / 'absent' / '.venv.lock'}: "
+    )
 
 
 def test_its_help_names_every_command(script: ModuleType):

@@ -66,9 +66,12 @@ class Authenticator:
         rate = RateLimitItemPerMinute(key.per_minute)
         if self._limiter.hit(rate, key.name):
             return
-        wait = max(1, math.ceil(self._limiter.get_window_stats(rate, key.name).reset_time - time.time()))
+        wait = max(
+            1, math.ceil(self._limiter.get_window_stats(rate, key.name).reset_time - time.time())
+        )
         error = RateLimited(
-            f'the key "{key.name}" may ask {key.per_minute} times a minute.', hint=f"Try again in {wait} seconds."
+            f'the key "{key.name}" may ask {key.per_minute} times a minute.',
+            hint=f"Try again in {wait} seconds.",
         )
         error.retry_after_s = wait
         raise error

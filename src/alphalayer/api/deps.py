@@ -14,7 +14,14 @@ from fastapi import Depends, Header, Request
 from alphalayer.api.auth import Authenticator
 from alphalayer.api.shutdown import Shutdown, stopping
 from alphalayer.catalog import ModelEntry, check_layerdiffuse_method, find_lora, resolve_model
-from alphalayer.core.errors import AlphalayerError, Cancelled, FileMissing, InvalidRequest, ModelNotFound, ModelUnusable
+from alphalayer.core.errors import (
+    AlphalayerError,
+    Cancelled,
+    FileMissing,
+    InvalidRequest,
+    ModelNotFound,
+    ModelUnusable,
+)
 from alphalayer.core.job import Delivery, Job, JobSpec, JobState, Submission, new_id
 from alphalayer.core.request import DecodeMode, GenerationRequest, NoiseSource
 from alphalayer.jobs.base import JobQueue, JobView
@@ -136,7 +143,11 @@ def _check_models(service: Service, generation: GenerationRequest) -> None:
 
 
 async def submit_job(
-    service: Service, spec: JobSpec, submission: Submission, delivery: Delivery = Delivery(), job_id: str | None = None
+    service: Service,
+    spec: JobSpec,
+    submission: Submission,
+    delivery: Delivery = Delivery(),
+    job_id: str | None = None,
 ) -> Job:
     """Queue a job and log it; see `JobQueue.submit`. Raises `QueueFull`; `InvalidRequest` or `ModelUnusable` for too many pixels or
     what is not there."""
@@ -169,7 +180,9 @@ class PendingJob:
             await asyncio.shield(self._service.dispatcher.withdraw(self.job_id))
 
 
-async def run_job(request: Request, spec: JobSpec, submission: Submission, delivery: Delivery = Delivery()) -> Job:
+async def run_job(
+    request: Request, spec: JobSpec, submission: Submission, delivery: Delivery = Delivery()
+) -> Job:
     """Queue a job and wait for its end; a client that leaves takes its job along, unless others wait for it.
 
     Raises:
@@ -210,7 +223,9 @@ async def _end_of(service: Service, job_id: str, left: asyncio.Task[None]) -> Jo
         ended.cancel()
 
 
-async def follow(service: Service, job_id: str, *, elsewhere: bool = False) -> AsyncIterator[JobView]:
+async def follow(
+    service: Service, job_id: str, *, elsewhere: bool = False
+) -> AsyncIterator[JobView]:
     """`JobQueue.watch`; raises `Stopping` where the service ends before the job. `elsewhere`: see `Shutdown.wait`."""
     views = service.dispatcher.watch(job_id)
     ended = asyncio.ensure_future(service.ending.wait(job_id, elsewhere=elsewhere))

@@ -15,7 +15,13 @@ from starlette.routing import Match
 from starlette.types import Scope
 
 from alphalayer.core import validation
-from alphalayer.core.errors import AlphalayerError, DatabaseAway, InvalidRequest, RateLimited, Stopping
+from alphalayer.core.errors import (
+    AlphalayerError,
+    DatabaseAway,
+    InvalidRequest,
+    RateLimited,
+    Stopping,
+)
 
 STATUSES = {
     "invalid_request": 422,
@@ -70,7 +76,9 @@ class Problem(BaseModel):
     detail: Annotated[str, Field(description="What happened and why.")]
     code: Annotated[str, Field(description="Stable, for programs.")]
     hint: Annotated[str, Field(description="What to do next.")] = ""
-    field: Annotated[str | None, Field(description="The field that is wrong, as it was sent.")] = None
+    field: Annotated[str | None, Field(description="The field that is wrong, as it was sent.")] = (
+        None
+    )
 
     @classmethod
     def of(cls, error: AlphalayerError) -> Problem:
@@ -89,7 +97,9 @@ class Problem(BaseModel):
 PROBLEMS: dict[int | str, dict[str, Any]] = {
     status: {
         "description": TITLES[status],
-        "content": {"application/problem+json": {"schema": {"$ref": "#/components/schemas/Problem"}}},
+        "content": {
+            "application/problem+json": {"schema": {"$ref": "#/components/schemas/Problem"}}
+        },
     }
     for status in (401, 404, 409, 413, 422, 429, 500, 503, 507)
 }
@@ -101,7 +111,9 @@ class ErrorResponse(JSONResponse):
 
     def render(self, content: Any) -> bytes:
         """The body."""
-        return json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode(errors="replace")
+        return json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode(
+            errors="replace"
+        )
 
 
 class ProblemResponse(ErrorResponse):
@@ -116,25 +128,33 @@ def openai_error(problem: Problem) -> dict[str, Any]:
         problem.status, "server_error" if problem.status >= 500 else "invalid_request_error"
     )
     message = f"{problem.detail} {problem.hint}".strip()
-    return {"error": {"message": message, "type": kind, "param": problem.field, "code": problem.code}}
+    return {
+        "error": {"message": message, "type": kind, "param": problem.field, "code": problem.code}
+    }
 
 
 def respond(path: str, problem: Problem, headers: dict[str, str] | None = None) -> JSONResponse:
     """The answer that a problem is to a request for this path: each dialect has its own shape."""
     headers = dict(headers or {})
     if path.startswith("/sdapi/"):
-        return ErrorResponse({"detail": f"{problem.detail} {problem.hint}".strip()}, problem.status, headers)
+        return ErrorResponse(
+            {"detail": f"{problem.detail} {problem.hint}".strip()}, problem.status, headers
+        )
     if path.startswith("/v1/"):
         if problem.code not in PASSING:
             headers["x-should-retry"] = "false"
-        return ErrorResponse(openai_error(problem), 400 if problem.status == 422 else problem.status, headers)
+        return ErrorResponse(
+            openai_error(problem), 400 if problem.status == 422 else problem.status, headers
+        )
     return ProblemResponse(problem.model_dump(), problem.status, headers)
 
 
 def http_problem(error: HTTPException, path: str = "") -> JSONResponse:
     """The answer to an error of the framework itself."""
     if error.status_code == 400:
-        unreadable = InvalidRequest("the body cannot be read as JSON in UTF-8.", hint=validation.DESCRIBED)
+        unreadable = InvalidRequest(
+            "the body cannot be read as JSON in UTF-8.", hint=validation.DESCRIBED
+        )
         return respond(path, Problem.of(unreadable))
     allowed = (error.headers or {}).get("Allow", "").replace(", ", " or ")
     detail, hint = {
@@ -154,7 +174,10 @@ def http_problem(error: HTTPException, path: str = "") -> JSONResponse:
 def internal_error(path: str) -> JSONResponse:
     """The answer where something broke that nobody thought of."""
     problem = Problem(
-        title=TITLES[500], status=500, detail="an internal_error error; the log has the details.", code="engine_failed"
+        title=TITLES[500],
+        status=500,
+        detail="an internal_error error; the log has the details.",
+        code="engine_failed",
     )
     return respond(path, problem)
 
@@ -182,7 +205,8 @@ def install(app: FastAPI) -> None:
                 fault = _not_json(request)
             elif isinstance(error.body, str):
                 fault = InvalidRequest(
-                    "the body is a JSON text, not an object.", hint="It was made JSON twice: send the object itself."
+                    "the body is a JSON text, not an object.",
+                    hint="It was made JSON twice: send the object itself.",
                 )
         return respond(path_of(request.scope), Problem.of(fault))
 
@@ -202,7 +226,10 @@ def _allowed(request: Request) -> list[str]:
     return [
         method
         for method in ("DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT")
-        if any(route.matches({**request.scope, "method": method})[0] is Match.FULL for route in request.app.routes)
+        if any(
+            route.matches({**request.scope, "method": method})[0] is Match.FULL
+            for route in request.app.routes
+        )
     ]
 
 
@@ -215,7 +242,9 @@ def _not_json(request: Request) -> InvalidRequest:
     """A body that was not taken for JSON."""
     kind = request.headers.get("content-type")
     return InvalidRequest(
-        f'"{kind}" is not application/json.' if kind else "it is missing, so the body is not taken for JSON.",
+        f'"{kind}" is not application/json.'
+        if kind
+        else "it is missing, so the body is not taken for JSON.",
         hint="Send Content-Type: application/json.",
         field="Content-Type",
     )

@@ -24,7 +24,13 @@ from alphalayer.api.deps import (
 )
 from alphalayer.api.errors import PROBLEMS, Problem
 from alphalayer.api.native import FIELDS, ImageAnswer, Txt2ImgRequest, add_data, image_answers
-from alphalayer.core.errors import AlphalayerError, FileMissing, InvalidRequest, JobMissing, Stopping
+from alphalayer.core.errors import (
+    AlphalayerError,
+    FileMissing,
+    InvalidRequest,
+    JobMissing,
+    Stopping,
+)
 from alphalayer.core.job import Delivery, JobState, Submission, Webhook
 from alphalayer.jobs.base import JobView
 
@@ -42,7 +48,10 @@ class ListQuery(BaseModel):
     state: Annotated[JobState | None, Field(description="Only jobs that stand there.")] = None
     limit: Annotated[int, Field(ge=1, le=200, description="Jobs of a page at most.")] = 50
     before: Annotated[
-        float | None, Field(allow_inf_nan=False, description="Only jobs created before this time, in Unix seconds.")
+        float | None,
+        Field(
+            allow_inf_nan=False, description="Only jobs created before this time, in Unix seconds."
+        ),
     ] = None
 
 
@@ -51,7 +60,11 @@ class JobRequest(Txt2ImgRequest):
 
     previews: Annotated[bool, Field(description="Draw a small preview at every step.")] = False
     webhook_url: (
-        Annotated[str, Field(max_length=2000, description="Gets this job's JSON, signed, when it is over.")] | None
+        Annotated[
+            str,
+            Field(max_length=2000, description="Gets this job's JSON, signed, when it is over."),
+        ]
+        | None
     ) = None
 
     def webhook(self, service: Service, base: str) -> Webhook | None:
@@ -59,7 +72,9 @@ class JobRequest(Txt2ImgRequest):
         if self.webhook_url is None:
             return None
         if service.check_webhook is None:
-            raise InvalidRequest("webhooks are off.", hint="The service needs a webhook_secret.", field="webhook_url")
+            raise InvalidRequest(
+                "webhooks are off.", hint="The service needs a webhook_secret.", field="webhook_url"
+            )
         service.check_webhook(self.webhook_url)
         return Webhook(url=self.webhook_url, service_url=base)
 
@@ -71,13 +86,21 @@ class JobAnswer(BaseModel):
     state: Annotated[JobState, Field(description="Where it stands.")]
     position: Annotated[int, Field(description="Place in the queue; 1 is next, 0 is not in it.")]
     stage: Annotated[
-        str, Field(description="waiting, start, load, text, sample, vae, decode, store, or the state once it is over.")
+        str,
+        Field(
+            description="waiting, start, load, text, sample, vae, decode, store, or the state once it is over."
+        ),
     ]
     step: Annotated[int, Field(description="The last step done.")]
-    steps: Annotated[int, Field(description="Steps in all, over all iterations; 0 before they are known.")]
-    eta_s: Annotated[float | None, Field(description="Seconds left, where that can be said.")] = None
+    steps: Annotated[
+        int, Field(description="Steps in all, over all iterations; 0 before they are known.")
+    ]
+    eta_s: Annotated[float | None, Field(description="Seconds left, where that can be said.")] = (
+        None
+    )
     preview_url: Annotated[
-        str | None, Field(description="A small picture of how it stands, where previews were asked for.")
+        str | None,
+        Field(description="A small picture of how it stands, where previews were asked for."),
     ] = None
     created_at: Annotated[float, Field(description="Unix seconds, as all times.")]
     started_at: Annotated[float | None, Field(description="When an engine began with it.")] = None
@@ -93,7 +116,8 @@ class JobList(BaseModel):
 
     jobs: Annotated[list[JobAnswer], Field(description="Newest first.")]
     next_before: Annotated[
-        float | None, Field(description="The `before` of the next page; null where this one is not full.")
+        float | None,
+        Field(description="The `before` of the next page; null where this one is not full."),
     ] = None
 
 
@@ -110,7 +134,9 @@ async def submit(
     delivery = Delivery(webhook=body.webhook(service, base_url(request)), with_data=body.with_data)
     submission = Submission(owner=user, idempotency_key=idempotency_key, digest=body.digest)
     with wire_names(FIELDS):
-        spec = body.to_spec(service.noise, service.decode).model_copy(update={"previews": body.previews})
+        spec = body.to_spec(service.noise, service.decode).model_copy(
+            update={"previews": body.previews}
+        )
         job = await submit_job(service, spec, submission, delivery)
     shown = answer(await _view(service, job.id, user), base_url(request))
     response.headers["Location"] = shown.url
@@ -150,7 +176,9 @@ async def cancel(
     user: User,
     leave: Annotated[
         bool,
-        Query(description="Only take one's own request back: the job goes on if another one came with its key."),
+        Query(
+            description="Only take one's own request back: the job goes on if another one came with its key."
+        ),
     ] = False,
 ) -> JobAnswer:
     """Stops this job and no other: within a step if it runs, and with the others of its batch if it is drawn with some. One that is over
@@ -174,7 +202,9 @@ async def own_job(job_id: JobId, service: ServiceDep, user: User) -> JobView:
     response_class=EventSourceResponse,
     dependencies=[Depends(own_job)],
 )
-async def events(job_id: JobId, request: Request, service: ServiceDep) -> AsyncIterator[ServerSentEvent]:
+async def events(
+    job_id: JobId, request: Request, service: ServiceDep
+) -> AsyncIterator[ServerSentEvent]:
     """An event at every change, named after the state; the last one is `done`, `failed` or `cancelled`."""
     # a service that ends ends the stream; the client opens it again
     with suppress(Stopping):
@@ -204,7 +234,9 @@ def answer(view: JobView, base: str) -> JobAnswer:
         step=progress.step,
         steps=progress.steps,
         eta_s=view.eta_s,
-        preview_url=file_url(base, progress.preview) if progress.preview and not job.state.is_final else None,
+        preview_url=file_url(base, progress.preview)
+        if progress.preview and not job.state.is_final
+        else None,
         created_at=job.created_at,
         started_at=job.started_at,
         finished_at=job.finished_at,
@@ -218,4 +250,6 @@ def answer(view: JobView, base: str) -> JobAnswer:
 def _problem(error: dict[str, Any] | None) -> Problem | None:
     if error is None:
         return None
-    return Problem.of(AlphalayerError.from_dict({**error, "field": FIELDS.get(error["field"], error["field"])}))
+    return Problem.of(
+        AlphalayerError.from_dict({**error, "field": FIELDS.get(error["field"], error["field"])})
+    )

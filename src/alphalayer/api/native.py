@@ -27,7 +27,15 @@ from alphalayer.api.errors import PROBLEMS
 from alphalayer.api.schemas import Body
 from alphalayer.catalog import ModelEntry, model_defaults
 from alphalayer.core.errors import CorruptFile, InvalidRequest
-from alphalayer.core.job import MAX_ITERATIONS, PREVIEW_PREFIX, Delivery, Job, JobSpec, Output, Submission
+from alphalayer.core.job import (
+    MAX_ITERATIONS,
+    PREVIEW_PREFIX,
+    Delivery,
+    Job,
+    JobSpec,
+    Output,
+    Submission,
+)
 from alphalayer.core.request import (
     MAX_PROMPT_CHARACTERS,
     MAX_SEED,
@@ -58,61 +66,106 @@ class Txt2ImgRequest(Body):
     """The body of `POST /alpha/v1/txt2img`. Only the prompt must be given; what is left out is drawn as the model likes it."""
 
     model_config = ConfigDict(
-        extra="forbid", allow_inf_nan=False, json_schema_extra={"examples": [{"prompt": "an apple, high quality"}]}
+        extra="forbid",
+        allow_inf_nan=False,
+        json_schema_extra={"examples": [{"prompt": "an apple, high quality"}]},
     )
 
     other_names = FIELDS
 
     prompt: Annotated[Prompt, Field(description="What to draw.")]
-    negative_prompt: Annotated[str, Field(max_length=MAX_PROMPT_CHARACTERS, description="What to keep out.")] = (
-        "bad, ugly"
+    negative_prompt: Annotated[
+        str, Field(max_length=MAX_PROMPT_CHARACTERS, description="What to keep out.")
+    ] = "bad, ugly"
+    seed: Annotated[
+        int, Field(ge=-1, le=MAX_SEED, description="Same seed, same picture; -1 draws a fresh one.")
+    ] = 12345
+    steps: Annotated[int, Field(ge=1, le=150, description="Sampling steps; SDXL: 20.")] | None = (
+        None
     )
-    seed: Annotated[int, Field(ge=-1, le=MAX_SEED, description="Same seed, same picture; -1 draws a fresh one.")] = (
-        12345
-    )
-    steps: Annotated[int, Field(ge=1, le=150, description="Sampling steps; SDXL: 20.")] | None = None
     sampler_name: (
-        Annotated[str, Field(max_length=100, description='SDXL: "DPM++ 2M SDE"; may carry its scheduler.')] | None
+        Annotated[
+            str, Field(max_length=100, description='SDXL: "DPM++ 2M SDE"; may carry its scheduler.')
+        ]
+        | None
     ) = None
     scheduler: Annotated[SchedulerName, Field(description='SDXL: "Karras".')] | None = None
     cfg_scale: (
-        Annotated[float, Field(ge=1, le=30, description="How strictly the prompt is followed; SDXL: 5.")] | None
+        Annotated[
+            float, Field(ge=1, le=30, description="How strictly the prompt is followed; SDXL: 5.")
+        ]
+        | None
     ) = None
     width: Annotated[Side, Field(description="Pixels; SDXL: 1024.")] | None = None
     height: Annotated[Side, Field(description="Pixels; SDXL: 1024.")] | None = None
-    batch_size: Annotated[int, Field(ge=1, le=8, description="Pictures drawn together; seeds count up.")] = 1
-    n_iter: Annotated[int, Field(ge=1, le=MAX_ITERATIONS, description="Batches drawn one after another.")] = 1
+    batch_size: Annotated[
+        int, Field(ge=1, le=8, description="Pictures drawn together; seeds count up.")
+    ] = 1
+    n_iter: Annotated[
+        int, Field(ge=1, le=MAX_ITERATIONS, description="Batches drawn one after another.")
+    ] = 1
     subseed: Annotated[int, Field(ge=-1, le=MAX_SEED, description="Variation seed.")] = -1
-    subseed_strength: Annotated[float, Field(ge=0, le=1, description="How far to go to the variation.")] = 0.0
+    subseed_strength: Annotated[
+        float, Field(ge=0, le=1, description="How far to go to the variation.")
+    ] = 0.0
     checkpoint: (
-        Annotated[str, Field(min_length=1, max_length=500, description="A model by name, title or hash.")] | None
+        Annotated[
+            str, Field(min_length=1, max_length=500, description="A model by name, title or hash.")
+        ]
+        | None
     ) = None
-    loras: Annotated[list[Lora], Field(max_length=16, description="LoRA files of models/Lora, with weights.")] = []  # noqa: RUF012 - copied
+    loras: Annotated[
+        list[Lora], Field(max_length=16, description="LoRA files of models/Lora, with weights.")
+    ] = []  # noqa: RUF012 - copied
     layerdiffuse_enabled: Annotated[bool, Field(description="Draw with transparency.")] = True
-    layerdiffuse_method: Annotated[Literal["attention", "conv"], Field(description="Which LayerDiffuse patch.")] = (
-        "attention"
-    )
-    layerdiffuse_weight: Annotated[float, Field(ge=0, le=2, description="Strength of the patch.")] = 1.0
-    layerdiffuse_stop_at: Annotated[float, Field(ge=0, le=1, description="Part of the schedule it is on.")] = 1.0
-    layerdiffuse_resize_mode: Annotated[ResizeMode, Field(description="Means nothing yet: no picture is given.")] = (
-        "Just Resize"
-    )
-    layerdiffuse_output_origin: Annotated[bool, Field(description="Not there yet: true is refused.")] = False
+    layerdiffuse_method: Annotated[
+        Literal["attention", "conv"], Field(description="Which LayerDiffuse patch.")
+    ] = "attention"
+    layerdiffuse_weight: Annotated[
+        float, Field(ge=0, le=2, description="Strength of the patch.")
+    ] = 1.0
+    layerdiffuse_stop_at: Annotated[
+        float, Field(ge=0, le=1, description="Part of the schedule it is on.")
+    ] = 1.0
+    layerdiffuse_resize_mode: Annotated[
+        ResizeMode, Field(description="Means nothing yet: no picture is given.")
+    ] = "Just Resize"
+    layerdiffuse_output_origin: Annotated[
+        bool, Field(description="Not there yet: true is refused.")
+    ] = False
     format: Annotated[ImageFormat, Field(description="All three have alpha.")] = "png"
-    defringe: Annotated[bool, Field(description="Take the old background's colour out of soft edges.")] = False
+    defringe: Annotated[
+        bool, Field(description="Take the old background's colour out of soft edges.")
+    ] = False
     trim: Annotated[bool, Field(description="Cut empty borders away.")] = False
-    trim_threshold: Annotated[int, Field(ge=0, le=254, description="Alpha up to this is empty.")] = 0
-    trim_padding: Annotated[int, Field(ge=0, le=1024, description="Pixels left around the object.")] = 0
-    background: Annotated[str, Field(pattern=COLOUR, description="Lay the picture on this colour.")] | None = None
+    trim_threshold: Annotated[
+        int, Field(ge=0, le=254, description="Alpha up to this is empty.")
+    ] = 0
+    trim_padding: Annotated[
+        int, Field(ge=0, le=1024, description="Pixels left around the object.")
+    ] = 0
+    background: (
+        Annotated[str, Field(pattern=COLOUR, description="Lay the picture on this colour.")] | None
+    ) = None
     response_format: Annotated[
-        Literal["url", "base64"], Field(description="With base64 the answer holds the pictures themselves, too.")
+        Literal["url", "base64"],
+        Field(description="With base64 the answer holds the pictures themselves, too."),
     ] = "url"
 
     def to_spec(self, noise: NoiseSource, decode: DecodeMode) -> JobSpec:
         """The job that does this, with the noise and the decoding that the service is set to. Raises `InvalidRequest`."""
         self._refuse_what_cannot_be_done()
         sampler, scheduler = split_sampler_name(self.sampler_name, self.scheduler)
-        same = ("prompt", "negative_prompt", "seed", "steps", "cfg_scale", "width", "height", "batch_size")
+        same = (
+            "prompt",
+            "negative_prompt",
+            "seed",
+            "steps",
+            "cfg_scale",
+            "width",
+            "height",
+            "batch_size",
+        )
         generation = parse_request(
             {
                 **{name: getattr(self, name) for name in (*same, "subseed", "subseed_strength")},
@@ -145,15 +198,24 @@ class Txt2ImgRequest(Body):
             )
         reject_unused_options(self, "trim", "trim_threshold", "trim_padding")
         reject_unused_options(
-            self, "layerdiffuse_enabled", "layerdiffuse_method", "layerdiffuse_weight", "layerdiffuse_stop_at"
+            self,
+            "layerdiffuse_enabled",
+            "layerdiffuse_method",
+            "layerdiffuse_weight",
+            "layerdiffuse_stop_at",
         )
 
 
 def reject_unused_options(asked: BaseModel, switch: str, *names: str) -> None:
     """Raise `InvalidRequest` for fields that mean something only with `switch`, where that is off and they are not at their default."""
     for name in names:
-        if not getattr(asked, switch) and getattr(asked, name) != type(asked).model_fields[name].default:
-            raise InvalidRequest(f"it has no effect without {switch}.", hint="Leave it out.", field=name)
+        if (
+            not getattr(asked, switch)
+            and getattr(asked, name) != type(asked).model_fields[name].default
+        ):
+            raise InvalidRequest(
+                f"it has no effect without {switch}.", hint="Leave it out.", field=name
+            )
 
 
 class ImageAnswer(BaseModel):
@@ -164,7 +226,9 @@ class ImageAnswer(BaseModel):
     seed: Annotated[int, Field(description="Its own seed.")]
     width: Annotated[int, Field(description="Pixels.")]
     height: Annotated[int, Field(description="Pixels.")]
-    base64: Annotated[str | None, Field(description="The file itself, where it was asked for.")] = None
+    base64: Annotated[str | None, Field(description="The file itself, where it was asked for.")] = (
+        None
+    )
 
 
 class Txt2ImgResponse(BaseModel):
@@ -172,9 +236,13 @@ class Txt2ImgResponse(BaseModel):
 
     url: Annotated[str, Field(description="Where the first picture is.")]
     filename: Annotated[str, Field(description="Its name in the storage.")]
-    info: Annotated[str, Field(description="A JSON string: seeds, size, sampler, model and the infotexts.")]
+    info: Annotated[
+        str, Field(description="A JSON string: seeds, size, sampler, model and the infotexts.")
+    ]
     base64: Annotated[str | None, Field(description="The picture, where it was asked for.")] = None
-    images: Annotated[list[ImageAnswer] | None, Field(description="All pictures, where there are several.")] = None
+    images: Annotated[
+        list[ImageAnswer] | None, Field(description="All pictures, where there are several.")
+    ] = None
 
 
 @router.post("/txt2img", response_model_exclude_none=True, summary="Draw a transparent picture")
@@ -206,7 +274,10 @@ FROM = "Sec-Fetch-Site"
     summary="A finished picture",
     response_class=StreamingResponse,
     responses={
-        200: {"content": {mime: {} for mime in MIME_TYPES.values()}, "description": "The picture itself."},
+        200: {
+            "content": {mime: {} for mime in MIME_TYPES.values()},
+            "description": "The picture itself.",
+        },
         307: {"description": "Where the picture is, for an hour; where the service is set so."},
     },
 )
@@ -221,10 +292,14 @@ async def file(filename: FileName, request: Request, service: ServiceDep) -> Res
         and not is_page
         and (url := service.storage.presign(key, REDIRECT_S))
     ):
-        return RedirectResponse(url, 307, {"Cache-Control": f"max-age={REDIRECT_S // 2}", "Vary": FROM})
+        return RedirectResponse(
+            url, 307, {"Cache-Control": f"max-age={REDIRECT_S // 2}", "Vary": FROM}
+        )
     found = await service.storage.open(key)
     # a preview is written over at every step; a picture never changes
-    caching = "no-store" if filename.startswith(PREVIEW_PREFIX) else "public, max-age=31536000, immutable"
+    caching = (
+        "no-store" if filename.startswith(PREVIEW_PREFIX) else "public, max-age=31536000, immutable"
+    )
     headers = {"Cache-Control": caching, "Content-Length": str(found.size_bytes)}
     headers |= {"Vary": FROM} if service.redirect_files else {}
     mime = codecs.mime_type(filename)
@@ -237,9 +312,16 @@ async def file(filename: FileName, request: Request, service: ServiceDep) -> Res
     "/convert/{filename}",
     summary="A finished picture in another form",
     response_class=Response,
-    responses={200: {"content": {mime: {} for mime in MIME_TYPES.values()}, "description": "The picture made anew."}},
+    responses={
+        200: {
+            "content": {mime: {} for mime in MIME_TYPES.values()},
+            "description": "The picture made anew.",
+        }
+    },
 )
-async def convert(filename: FileName, output: Annotated[Output, Query()], service: ServiceDep, _user: User) -> Response:
+async def convert(
+    filename: FileName, output: Annotated[Output, Query()], service: ServiceDep, _user: User
+) -> Response:
     """Another format, trimmed, defringed or laid on a colour; the settings inside stay. The stored picture does not change."""
     reject_unused_options(output, "trim", "trim_threshold", "trim_padding")
     data = await read_file(service, check_key(filename))
@@ -255,7 +337,9 @@ class Model(BaseModel):
     name: Annotated[str, Field(description="What a request calls it.")]
     title: Annotated[str, Field(description="The name, with the short hash once it is known.")]
     is_default: Annotated[bool, Field(description="Taken where a request names none.")]
-    defaults: Annotated[ModelDefaults, Field(description="What it draws with where a request is silent.")]
+    defaults: Annotated[
+        ModelDefaults, Field(description="What it draws with where a request is silent.")
+    ]
     problem: Annotated[str | None, Field(description="Why it cannot be drawn with.")] = None
 
 

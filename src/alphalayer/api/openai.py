@@ -35,7 +35,13 @@ from alphalayer.api.errors import Problem, openai_error
 from alphalayer.api.schemas import Body
 from alphalayer.catalog import ModelEntry, resolve_model
 from alphalayer.core import validation
-from alphalayer.core.errors import AlphalayerError, InvalidRequest, ModelNotFound, ModelUnusable, NotImplementedYet
+from alphalayer.core.errors import (
+    AlphalayerError,
+    InvalidRequest,
+    ModelNotFound,
+    ModelUnusable,
+    NotImplementedYet,
+)
 from alphalayer.core.job import Delivery, ImageRef, Job, JobSpec, Output, Submission
 from alphalayer.core.request import MAX_SEED, MAX_SIDE, MIN_SIDE, parse_request
 from alphalayer.images import codecs
@@ -66,7 +72,14 @@ FIELDS = {"iterations": "n", "width": "size", "height": "size", "loras": "prompt
 """What a field is called here, where that differs from `GenerationRequest` and `JobSpec`."""
 OutputFormat = Literal["png", "webp", "jpeg"]
 Quality = Literal["auto", "standard", "low", "medium", "high", "hd", "xhigh", "max"]
-QUALITY_STEPS: dict[Quality, int] = {"low": 12, "medium": 20, "high": 30, "hd": 30, "xhigh": 40, "max": 50}
+QUALITY_STEPS: dict[Quality, int] = {
+    "low": 12,
+    "medium": 20,
+    "high": 30,
+    "hd": 30,
+    "xhigh": 40,
+    "max": 50,
+}
 """Sampling steps; "auto" and "standard" are not here and leave them to the model."""
 SIZE = re.compile(r"^(auto|\d{1,5}x\d{1,5})$", re.ASCII)
 THEIRS = re.compile(r"(gpt-|chatgpt-|dall-e|alphalayer$)", re.IGNORECASE)
@@ -86,7 +99,13 @@ USAGE = {
 
 
 def _checked_size(size: str) -> str:
-    sides = [] if size == "auto" else [int(side) for side in size.split("x")] if SIZE.fullmatch(size) else [0]
+    sides = (
+        []
+        if size == "auto"
+        else [int(side) for side in size.split("x")]
+        if SIZE.fullmatch(size)
+        else [0]
+    )
     if not all(MIN_SIDE <= side <= MAX_SIDE for side in sides):
         accepted = f"auto or WIDTHxHEIGHT, each a whole number from {MIN_SIDE} to {MAX_SIDE}"
         raise ValueError(f"got {validation.shown(size)}; {accepted}")
@@ -97,26 +116,35 @@ class GenerationsRequest(Body):
     """The body of `POST /v1/images/generations`. Fields that are not here are ignored."""
 
     model_config = ConfigDict(
-        title="OpenAIGenerationsRequest", json_schema_extra={"examples": [{"prompt": "an apple, high quality"}]}
+        title="OpenAIGenerationsRequest",
+        json_schema_extra={"examples": [{"prompt": "an apple, high quality"}]},
     )
 
     prompt: Annotated[str, Field(description="What to draw.")]
     model: Annotated[
-        str | None, Field(max_length=500, description="One of /v1/models; any other name means the usual one.")
+        str | None,
+        Field(max_length=500, description="One of /v1/models; any other name means the usual one."),
     ] = None
     n: Annotated[int, Field(ge=1, le=10, description="How many pictures.")] = 1
     size: Annotated[
         str,
-        Field(json_schema_extra={"pattern": SIZE.pattern}, description=f'"auto" or WxH, sides from 64 to {MAX_SIDE}.'),
+        Field(
+            json_schema_extra={"pattern": SIZE.pattern},
+            description=f'"auto" or WxH, sides from 64 to {MAX_SIDE}.',
+        ),
         AfterValidator(_checked_size),
     ] = "auto"
     quality: Annotated[
         Quality,
-        Field(description="Steps: low 12, medium 20, high and hd 30, xhigh 40, max 50; else as the model likes."),
+        Field(
+            description="Steps: low 12, medium 20, high and hd 30, xhigh 40, max 50; else as the model likes."
+        ),
     ] = "auto"
     background: Annotated[
         Literal["transparent", "opaque", "auto"],
-        Field(description="opaque lays the picture on white; auto is transparent, with jpeg opaque."),
+        Field(
+            description="opaque lays the picture on white; auto is transparent, with jpeg opaque."
+        ),
     ] = "auto"
     output_format: Annotated[OutputFormat, Field(description="jpeg has no transparency.")] = "png"
     output_compression: Annotated[
@@ -126,8 +154,12 @@ class GenerationsRequest(Body):
         Literal["url", "b64_json"], Field(description="The pictures themselves or their URLs.")
     ] = "b64_json"
     stream: Annotated[bool, Field(description="Answer with server-sent events.")] = False
-    partial_images: Annotated[int, Field(ge=0, le=3, description="Pictures on the way, when streaming.")] = 0
-    seed: Annotated[int, Field(ge=-1, le=MAX_SEED, description="Not of that API: same seed, same picture.")] = -1
+    partial_images: Annotated[
+        int, Field(ge=0, le=3, description="Pictures on the way, when streaming.")
+    ] = 0
+    seed: Annotated[
+        int, Field(ge=-1, le=MAX_SEED, description="Not of that API: same seed, same picture.")
+    ] = -1
     user: Annotated[str | None, Field(description="Ignored, as moderation and style are.")] = None
     moderation: Annotated[str | None, Field(description="Ignored.")] = None
     style: Annotated[str | None, Field(description="Ignored.")] = None
@@ -135,12 +167,16 @@ class GenerationsRequest(Body):
     @property
     def is_opaque(self) -> bool:
         """Whether the picture is laid on white."""
-        return self.background == "opaque" or (self.background == "auto" and self.output_format == "jpeg")
+        return self.background == "opaque" or (
+            self.background == "auto" and self.output_format == "jpeg"
+        )
 
     @property
     def is_lossy(self) -> bool:
         """Whether the stored picture is encoded again for the answer."""
-        return self.output_format == "jpeg" or (self.output_format == "webp" and self.output_compression < BEST)
+        return self.output_format == "jpeg" or (
+            self.output_format == "webp" and self.output_compression < BEST
+        )
 
     def to_spec(self, service: Service, model: str | None) -> JobSpec:
         """The job that does this. Raises `InvalidRequest`."""
@@ -153,7 +189,11 @@ class GenerationsRequest(Body):
         fields: dict[str, Any] = {"prompt": self.prompt, "seed": self.seed, "model": model}
         if self.size != "auto":
             fields["width"], fields["height"] = (int(side) for side in self.size.split("x"))
-        fields |= {"steps": QUALITY_STEPS.get(self.quality), "noise": service.noise, "decode": service.decode}
+        fields |= {
+            "steps": QUALITY_STEPS.get(self.quality),
+            "noise": service.noise,
+            "decode": service.decode,
+        }
         with wire_names(FIELDS):
             generation = parse_request(fields)
         lossless = "webp" if self.output_format == "webp" and not self.is_lossy else "png"
@@ -167,7 +207,9 @@ class GenerationsRequest(Body):
 
     def settings(self, image: ImageRef) -> dict[str, Any]:
         """What an answer says of itself."""
-        quality = {"auto": "medium", "standard": "medium", "hd": "high"}.get(self.quality, self.quality)
+        quality = {"auto": "medium", "standard": "medium", "hd": "high"}.get(
+            self.quality, self.quality
+        )
         return {
             "background": "opaque" if self.is_opaque else "transparent",
             "output_format": self.output_format,
@@ -192,7 +234,9 @@ class GenerationsResponse(BaseModel):
     output_format: Annotated[str, Field(description="As asked for.")]
     quality: Annotated[str, Field(description="As understood.")]
     size: Annotated[str, Field(description="WxH.")]
-    usage: Annotated[dict[str, Any], Field(description="Zeros: nothing is counted in tokens.")] = USAGE
+    usage: Annotated[dict[str, Any], Field(description="Zeros: nothing is counted in tokens.")] = (
+        USAGE
+    )
 
 
 class Model(BaseModel):
@@ -246,7 +290,8 @@ async def generations(
     pictures = job.result.images
     if body.response_format == "url":
         data = [
-            ImageData(url=file_url(base_url(request), await _stored(body, service, image.key))) for image in pictures
+            ImageData(url=file_url(base_url(request), await _stored(body, service, image.key)))
+            for image in pictures
         ]
     else:
         data = [ImageData(b64_json=await _base64(body, service, image.key)) for image in pictures]
@@ -254,16 +299,22 @@ async def generations(
 
 
 @router.post("/images/edits", summary="Not there yet", status_code=501, response_model=ErrorAnswer)
-@router.post("/images/variations", summary="Not there yet", status_code=501, response_model=ErrorAnswer)
+@router.post(
+    "/images/variations", summary="Not there yet", status_code=501, response_model=ErrorAnswer
+)
 async def edits() -> None:
     """Answers 501."""
-    raise NotImplementedYet("editing pictures is not there yet.", hint="Use /v1/images/generations.")
+    raise NotImplementedYet(
+        "editing pictures is not there yet.", hint="Use /v1/images/generations."
+    )
 
 
 @router.get("/models", summary="The models that can be asked for")
 def models(service: ServiceDep) -> ModelList:
     """Those that can be drawn with."""
-    return ModelList(data=[Model.of(entry) for entry in service.list_models() if entry.problem is None])
+    return ModelList(
+        data=[Model.of(entry) for entry in service.list_models() if entry.problem is None]
+    )
 
 
 @router.get("/models/{model_id}", summary="One model")
@@ -308,7 +359,9 @@ async def _never_silent(events: AsyncIterator[str]) -> AsyncIterator[str]:
         following.cancel()
 
 
-async def _events(body: GenerationsRequest, service: Service, pending: PendingJob) -> AsyncIterator[str]:
+async def _events(
+    body: GenerationsRequest, service: Service, pending: PendingJob
+) -> AsyncIterator[str]:
     """The events of a job; a client that leaves takes its job along, unless others wait for it."""
     sent, job = 0, None
     try:
@@ -329,7 +382,9 @@ async def _events(body: GenerationsRequest, service: Service, pending: PendingJo
         raise
 
 
-async def _last_events(body: GenerationsRequest, service: Service, job: Job | None) -> AsyncIterator[str]:
+async def _last_events(
+    body: GenerationsRequest, service: Service, job: Job | None
+) -> AsyncIterator[str]:
     result = raise_if_failed(job).result if job else None
     for image in result.images if result else ():
         picture = await _base64(body, service, image.key)
@@ -342,7 +397,9 @@ def _is_due(view: JobView, sent: int, wanted: int) -> bool:
 
 
 def _asked(body: GenerationsRequest) -> dict[str, Any]:
-    return {name: getattr(body, name) for name in ("background", "output_format", "quality", "size")}
+    return {
+        name: getattr(body, name) for name in ("background", "output_format", "quality", "size")
+    }
 
 
 def _event(name: str, picture: str, **fields: Any) -> str:
@@ -356,7 +413,9 @@ async def _partial(body: GenerationsRequest, service: Service, key: str) -> str 
     data = await read_preview(service, key)
     if data is None:
         return None
-    return base64.b64encode(await asyncio.to_thread(_convert, data, body.output_format, BEST)).decode()
+    return base64.b64encode(
+        await asyncio.to_thread(_convert, data, body.output_format, BEST)
+    ).decode()
 
 
 async def _finished(body: GenerationsRequest, service: Service, key: str) -> bytes:

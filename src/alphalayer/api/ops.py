@@ -19,7 +19,11 @@ async def livez() -> dict[str, str]:
     return {"status": "alive"}
 
 
-@router.get("/readyz", summary="Can it draw?", responses={503: {"description": "Not now; the body says why."}})
+@router.get(
+    "/readyz",
+    summary="Can it draw?",
+    responses={503: {"description": "Not now; the body says why."}},
+)
 def readyz(service: ServiceDep, response: Response) -> dict[str, Any]:
     """200 when an engine is ready and there is a model to draw with, else 503 with the reason."""
     # in a thread, for it reads the models folder
@@ -33,14 +37,21 @@ def readyz(service: ServiceDep, response: Response) -> dict[str, Any]:
     "/ping",
     summary="For load balancers",
     response_class=PlainTextResponse,
-    responses={204: {"description": "Still starting."}, 503: {"description": "Not now; the body says why."}},
+    responses={
+        204: {"description": "Still starting."},
+        503: {"description": "Not now; the body says why."},
+    },
 )
 def ping(service: ServiceDep) -> Response:
     """200 where `/readyz` says 200, 204 while an engine starts, else 503 with the reason."""
     ready = service.readiness()
     if ready["ready"]:
         return PlainTextResponse("ready")
-    return PlainTextResponse(ready["problem"], 503) if "problem" in ready else Response(status_code=204)
+    return (
+        PlainTextResponse(ready["problem"], 503)
+        if "problem" in ready
+        else Response(status_code=204)
+    )
 
 
 @router.get("/metrics", summary="For Prometheus", response_class=PlainTextResponse)

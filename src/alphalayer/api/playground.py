@@ -26,12 +26,16 @@ TYPES = {
 class _FreshFiles(StaticFiles):
     """Files that browsers ask for again each time, and get where they have changed: page and scripts must be of one version."""
 
-    def file_response(self, full_path: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Response:
+    def file_response(
+        self, full_path: str | os.PathLike[str], *args: Any, **kwargs: Any
+    ) -> Response:
         """The file, or 304 for the version that the browser has."""
         response = super().file_response(full_path, *args, **kwargs)
         response.headers["Cache-Control"] = "no-cache"
         if "content-type" in response.headers:
-            response.headers["Content-Type"] = TYPES.get(Path(full_path).suffix, response.headers["Content-Type"])
+            response.headers["Content-Type"] = TYPES.get(
+                Path(full_path).suffix, response.headers["Content-Type"]
+            )
         return response
 
 
@@ -39,7 +43,11 @@ def install(app: FastAPI) -> None:
     """Add the page and its files."""
 
     async def page(_request: Request) -> FileResponse:
-        headers = {"Content-Security-Policy": POLICY, "Cache-Control": "no-cache", "Referrer-Policy": "no-referrer"}
+        headers = {
+            "Content-Security-Policy": POLICY,
+            "Cache-Control": "no-cache",
+            "Referrer-Policy": "no-referrer",
+        }
         return FileResponse(str(FOLDER / "index.html"), media_type="text/html", headers=headers)
 
     app.add_route("/", page, include_in_schema=False)

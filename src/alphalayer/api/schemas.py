@@ -40,6 +40,8 @@ class Body(BaseModel):
 
     @classmethod
     def _unknown(cls, name: str) -> InvalidRequest:
-        like = cls.other_names.get(name) or next(iter(get_close_matches(name, cls.model_fields, n=1)), None)
+        like = cls.other_names.get(name) or next(
+            iter(get_close_matches(name, cls.model_fields, n=1)), None
+        )
         hint = f'Did you mean "{like}"? {validation.DESCRIBED}' if like else validation.DESCRIBED
         return InvalidRequest("there is no such field.", hint=hint, field=name)

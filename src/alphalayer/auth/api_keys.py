@@ -55,7 +55,8 @@ def read_keys(file: Path) -> list[Key] | None:
             + validation.describe_validation_error(first)
         )
     raise SetupFailed(
-        f"{file} cannot be read: {why}.", hint="Mend it, or move it away and make keys with: alphalayer keys add"
+        f"{file} cannot be read: {why}.",
+        hint="Mend it, or move it away and make keys with: alphalayer keys add",
     )
 
 
@@ -63,13 +64,20 @@ def add_key(file: Path, name: str, per_minute: int = 0, queue_share: float = 1.0
     """Make a key, keep its hash, and give the key itself, once. Raises `SetupFailed`."""
     keys = read_keys(file) or []
     if any(key.name == name for key in keys):
-        raise SetupFailed(f'there is a key "{name}" already.', hint="Choose another name, or remove that one first.")
+        raise SetupFailed(
+            f'there is a key "{name}" already.',
+            hint="Choose another name, or remove that one first.",
+        )
     secret = PREFIX + secrets.token_urlsafe(32)
     try:
-        keys.append(Key(name=name, sha256=digest(secret), per_minute=per_minute, queue_share=queue_share))
+        keys.append(
+            Key(name=name, sha256=digest(secret), per_minute=per_minute, queue_share=queue_share)
+        )
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        raise SetupFailed(f"{first['loc'][0]}: {validation.describe_validation_error(first)}.") from None
+        raise SetupFailed(
+            f"{first['loc'][0]}: {validation.describe_validation_error(first)}."
+        ) from None
     _write(file, keys)
     return secret
 
@@ -148,7 +156,9 @@ def basic_keys(pairs: str) -> list[Key]:
     for pair in filter(None, (each.strip() for each in pairs.split(","))):
         name, colon, _ = pair.partition(":")
         if not colon or not name:
-            raise SetupFailed("setting api_auth: it is a list of user:password, separated by commas.")
+            raise SetupFailed(
+                "setting api_auth: it is a list of user:password, separated by commas."
+            )
         found.append(Key(name=name, sha256=digest(pair)))
     return found
 
@@ -159,7 +169,9 @@ def _write(file: Path, keys: list[Key]) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         new = file.with_suffix(".new")
         new.touch(mode=0o600)
-        new.write_text(json.dumps([key.model_dump() for key in keys], indent=1) + "\n", encoding="utf-8")
+        new.write_text(
+            json.dumps([key.model_dump() for key in keys], indent=1) + "\n", encoding="utf-8"
+        )
         new.replace(file)
     except OSError as error:
         raise SetupFailed(f"cannot write {file}: {error.strerror}.") from None

@@ -113,7 +113,9 @@ def find_models(models_dir: Path) -> list[ModelEntry]:
     return sorted(entries, key=lambda entry: (entry.path == EMBEDDED_MODEL, entry.name.lower()))
 
 
-def resolve_model(name: str | None, entries: list[ModelEntry], models_dir: Path = Path("models")) -> ModelEntry:
+def resolve_model(
+    name: str | None, entries: list[ModelEntry], models_dir: Path = Path("models")
+) -> ModelEntry:
     """The entry that a name, title, path below `CHECKPOINTS`, hash, file name or file name without its ending means, as `_rank` ranks
     them; of several of one rank the first that is usable. Without one the first usable entry. `models_dir` is for messages.
 
@@ -128,7 +130,8 @@ def resolve_model(name: str | None, entries: list[ModelEntry], models_dir: Path 
         if entries and entries[0].problem:
             raise entries[0].problem
         raise ModelNotFound(
-            f"no model is in {models_dir / CHECKPOINTS}.", hint=f"Put an SDXL checkpoint there, or run: {PULL}"
+            f"no model is in {models_dir / CHECKPOINTS}.",
+            hint=f"Put an SDXL checkpoint there, or run: {PULL}",
         )
     ranks = [_rank(entry, name) for entry in entries]
     best = max((rank for rank in ranks if rank), default=None)
@@ -138,7 +141,10 @@ def resolve_model(name: str | None, entries: list[ModelEntry], models_dir: Path 
             return entry
     if matches and matches[0].problem:
         raise matches[0].problem
-    there = [f"{entry.name} (built in)" if entry.path == EMBEDDED_MODEL else entry.name for entry in entries]
+    there = [
+        f"{entry.name} (built in)" if entry.path == EMBEDDED_MODEL else entry.name
+        for entry in entries
+    ]
     raise ModelNotFound(
         f'no model "{name}" in {models_dir / CHECKPOINTS}; {_listed(there)}.',
         hint=f"Use one of them, or run: {PULL}",
@@ -169,7 +175,9 @@ def hash_model(entry: ModelEntry, models_dir: Path) -> str:
     try:
         return _cache(models_dir).sha256(file)
     except OSError as error:
-        raise CorruptFile(f"{file} cannot be read: {error.strerror}.", hint="Get the model again.") from None
+        raise CorruptFile(
+            f"{file} cannot be read: {error.strerror}.", hint="Get the model again."
+        ) from None
 
 
 def model_defaults(path: Path) -> ModelDefaults:
@@ -202,12 +210,18 @@ def find_lora(models_dir: Path, name: str) -> Path:
     """The file of a LoRA by its name without extension. Raises `InvalidRequest` if there is none."""
     files = {path.stem: path for path in sorted((models_dir / "Lora").rglob("*.safetensors"))}
     if name not in files:
-        raise InvalidRequest(f'no LoRA "{name}" in {models_dir / "Lora"}; {_listed(list(files))}.', field="loras")
+        raise InvalidRequest(
+            f'no LoRA "{name}" in {models_dir / "Lora"}; {_listed(list(files))}.', field="loras"
+        )
     return files[name]
 
 
 def _listed(names: list[str]) -> str:
-    return f"there {'is' if len(names) == 1 else 'are'}: {', '.join(names)}" if names else "there is none"
+    return (
+        f"there {'is' if len(names) == 1 else 'are'}: {', '.join(names)}"
+        if names
+        else "there is none"
+    )
 
 
 def layer_config(path: Path) -> dict[str, Any]:
@@ -247,7 +261,9 @@ def _file_entry(path: Path, folder: Path, cache: HashCache) -> ModelEntry:
             problem = error if isinstance(error, CorruptFile) else CorruptFile(f"{path} is gone.")
         else:
             problem = None if family == "sdxl" else _unsupported(path, family)
-    return ModelEntry(name, path, "single_file", family, cache.known(path), problem, (file_stamp(path),))
+    return ModelEntry(
+        name, path, "single_file", family, cache.known(path), problem, (file_stamp(path),)
+    )
 
 
 @lru_cache(1)
@@ -270,7 +286,9 @@ def _unsupported(path: Path, family: str) -> UnsupportedFamily:
     }
     what = FAMILY_NAMES.get(family, family)
     if family in right_place:
-        return UnsupportedFamily(f"{path} is a {what}, not a checkpoint.", hint=f"Move it to {right_place[family]}/.")
+        return UnsupportedFamily(
+            f"{path} is a {what}, not a checkpoint.", hint=f"Move it to {right_place[family]}/."
+        )
     return UnsupportedFamily(
         f"{path} is a {what} checkpoint; this version draws with whole SDXL text-to-picture checkpoints only.",
         hint="Use a version with the VAE inside." if family == "sdxl-no-vae" else "",
@@ -290,7 +308,9 @@ def _diffusers_entry(path: Path, folder: Path, cache: HashCache) -> ModelEntry:
     hashed = _hashed_file(path, "diffusers")
     known = cache.known(hashed) if hashed.is_file() else None
     files = sorted(file for file in path.rglob("*") if file.suffix in (".safetensors", ".json"))
-    return ModelEntry(name, path, "diffusers", family, known, problem, tuple(file_stamp(file) for file in files))
+    return ModelEntry(
+        name, path, "diffusers", family, known, problem, tuple(file_stamp(file) for file in files)
+    )
 
 
 def _hashed_file(path: Path, kind: str) -> Path:

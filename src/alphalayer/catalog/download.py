@@ -17,7 +17,13 @@ from alphalayer import catalog
 from alphalayer.catalog.hashes import HashCache
 from alphalayer.catalog.headers import family_of, read_header
 from alphalayer.catalog.layer_files import DECODER_FILES, PATCH_FILES
-from alphalayer.core.errors import AlphalayerError, CorruptFile, InvalidRequest, ModelNotFound, StorageFailed
+from alphalayer.core.errors import (
+    AlphalayerError,
+    CorruptFile,
+    InvalidRequest,
+    ModelNotFound,
+    StorageFailed,
+)
 
 SDXL_LICENCE = "SDXL base 1.0: CreativeML Open RAIL++-M. Commercial and hosted use is allowed; its use restrictions must be passed on."
 LAYERDIFFUSE_LICENCE = "LayerDiffuse weights: tagged creativeml-openrail-m by their authors."
@@ -89,7 +95,9 @@ def plan_pull(names: Sequence[str]) -> list[Published]:
             raise InvalidRequest(JUGGERNAUT, field="name")
         if name not in known:
             raise InvalidRequest(
-                f'"{name}" is not a model that can be pulled.', hint=f"Use: {', '.join(known)}.", field="name"
+                f'"{name}" is not a model that can be pulled.',
+                hint=f"Use: {', '.join(known)}.",
+                field="name",
             )
     return [each for each in PUBLISHED if each.name in names]
 
@@ -131,9 +139,15 @@ def pull(published: Published, models_dir: Path) -> Verified:
     except AlphalayerError:
         raise
     except Timeout:
-        raise StorageFailed(f"another process fetches {target}.", hint="Wait until it is done.") from None
+        raise StorageFailed(
+            f"another process fetches {target}.", hint="Wait until it is done."
+        ) from None
     except Exception as error:  # which errors of the network huggingface-hub lets through differs between its versions
-        if not isinstance(error, OSError) or error.errno is None or isinstance(error, (ConnectionError, TimeoutError)):
+        if (
+            not isinstance(error, OSError)
+            or error.errno is None
+            or isinstance(error, (ConnectionError, TimeoutError))
+        ):
             raise _unreachable(published, error) from None
         raise StorageFailed(
             f"{target} cannot be written: {error.strerror}.", hint="Check space and permissions."
@@ -156,7 +170,13 @@ def _fetch(published: Published, target: Path) -> str:
     with part.open("ab") as file:
         begun = file.tell()
         if begun != about.size:
-            http_get(about.location, file, resume_size=begun, expected_size=about.size, displayed_filename=target.name)
+            http_get(
+                about.location,
+                file,
+                resume_size=begun,
+                expected_size=about.size,
+                displayed_filename=target.name,
+            )
     part.replace(target)
     return etag
 
@@ -184,7 +204,9 @@ def _compared(published: Published | None, digest: str) -> str:
     if published is None or published.sha256 is None:
         return f"readable, {digest[:10]}"
     return (
-        "as published" if digest == published.sha256 else f"readable, differs from the published file ({digest[:10]})"
+        "as published"
+        if digest == published.sha256
+        else f"readable, differs from the published file ({digest[:10]})"
     )
 
 
@@ -236,13 +258,17 @@ def _verify_checkpoint(entry: catalog.ModelEntry, models_dir: Path) -> Verified:
         digest = catalog.hash_model(entry, models_dir)
     except AlphalayerError as error:
         return Verified(entry.path, str(error), False)
-    return Verified(entry.path, f"readable, {catalog.FAMILY_NAMES[entry.family]}, {digest[:10]}", True)
+    return Verified(
+        entry.path, f"readable, {catalog.FAMILY_NAMES[entry.family]}, {digest[:10]}", True
+    )
 
 
 def _verify(path: Path, families: Sequence[str]) -> Verified:
     """A file that should be of one of these families; the first names what is wanted."""
     if path.suffix in catalog.PICKLE_SUFFIXES:
-        return Verified(path, "is a pickle file and is not opened; use its .safetensors version.", False)
+        return Verified(
+            path, "is a pickle file and is not opened; use its .safetensors version.", False
+        )
     try:
         family = family_of(read_header(path))
     except AlphalayerError as error:

@@ -27,7 +27,11 @@ class HashCache:
     def known(self, path: Path) -> str | None:
         """The SHA-256 of a file if it is known and the file is as it was."""
         entry = self._known.get(str(path.resolve()))
-        return entry["sha256"] if isinstance(entry, dict) and entry.get("stamp") == [*file_stamp(path)] else None
+        return (
+            entry["sha256"]
+            if isinstance(entry, dict) and entry.get("stamp") == [*file_stamp(path)]
+            else None
+        )
 
     def sha256(self, path: Path) -> str:
         """The SHA-256 of a whole file, 64 hex digits."""
@@ -41,7 +45,9 @@ class HashCache:
 
     def _save(self) -> None:
         try:
-            with tempfile.NamedTemporaryFile("w", dir=self._file.parent, delete=False, suffix=".tmp") as file:
+            with tempfile.NamedTemporaryFile(
+                "w", dir=self._file.parent, delete=False, suffix=".tmp"
+            ) as file:
                 json.dump(self._known, file, indent=1)
             os.replace(file.name, self._file)  # noqa: PTH105
         except OSError:

@@ -40,19 +40,27 @@ def read_header(path: Path) -> Header:
             raw = file.read(8)
             length = struct.unpack("<Q", raw)[0] if len(raw) == 8 else 0
             if not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
-                raise CorruptFile(f"{path} is not a safetensors file, or only its beginning is there.", hint=_AGAIN)
+                raise CorruptFile(
+                    f"{path} is not a safetensors file, or only its beginning is there.",
+                    hint=_AGAIN,
+                )
             entries = json.loads(file.read(length))
     except (UnicodeDecodeError, ValueError, RecursionError):
         raise CorruptFile(f"{path} has a damaged safetensors header.", hint=_AGAIN) from None
     except OSError as error:
-        raise CorruptFile(f"{path} cannot be read: {error.strerror}.", hint="Check the disk and permissions.") from None
+        raise CorruptFile(
+            f"{path} cannot be read: {error.strerror}.", hint="Check the disk and permissions."
+        ) from None
     try:
         shapes, end = _shapes(entries)
     except (AttributeError, KeyError, TypeError, ValueError, IndexError):
         raise CorruptFile(f"{path} has a damaged safetensors header.", hint=_AGAIN) from None
     if 8 + length + end > size:
         missing = 8 + length + end - size
-        raise CorruptFile(f"{path} is cut off: {missing:,} of {8 + length + end:,} bytes are missing.", hint=_AGAIN)
+        raise CorruptFile(
+            f"{path} is cut off: {missing:,} of {8 + length + end:,} bytes are missing.",
+            hint=_AGAIN,
+        )
     return Header(shapes)
 
 
@@ -134,6 +142,13 @@ def _is_full_depth(shapes: Mapping[str, tuple[int, ...]]) -> bool:
 
 
 def _without_context(shapes: Mapping[str, tuple[int, ...]]) -> str:
-    if any(name.startswith(("first_stage_model.", "encoder.conv_in", "decoder.conv_in")) for name in shapes):
+    if any(
+        name.startswith(("first_stage_model.", "encoder.conv_in", "decoder.conv_in"))
+        for name in shapes
+    ):
         return "vae"
-    return "sd15" if any(name.startswith("cond_stage_model.transformer.") for name in shapes) else "unknown"
+    return (
+        "sd15"
+        if any(name.startswith("cond_stage_model.transformer.") for name in shapes)
+        else "unknown"
+    )

@@ -6,7 +6,10 @@ PATCH_FILES = {
         "ld_diffusers_sdxl_attn.safetensors",
         "diffuser_layer_xl_transparent_attn.safetensors",
     ),
-    "conv": ("layer_xl_transparent_conv.safetensors", "diffuser_layer_xl_transparent_conv.safetensors"),
+    "conv": (
+        "layer_xl_transparent_conv.safetensors",
+        "diffuser_layer_xl_transparent_conv.safetensors",
+    ),
 }
 DECODER_FILES = (
     "vae_transparent_decoder.safetensors",

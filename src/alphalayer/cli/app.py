@@ -20,7 +20,15 @@ from alphalayer import __version__, catalog
 from alphalayer.auth import api_keys
 from alphalayer.catalog import download
 from alphalayer.cli import forge_flags
-from alphalayer.cli.console import as_started, err, out, program_name, progress, show_error, show_mark
+from alphalayer.cli.console import (
+    as_started,
+    err,
+    out,
+    program_name,
+    progress,
+    show_error,
+    show_mark,
+)
 from alphalayer.cli.doctor import check_models_dir, check_port, diagnose
 from alphalayer.cli.options import naming_flags, option_each_setting
 from alphalayer.cli.plan import plan
@@ -54,7 +62,9 @@ keys_app = typer.Typer(help="The API keys of the service.", no_args_is_help=True
 app.add_typer(keys_app, name="keys")
 
 OLD_PORT = 7861
-ModelsDir = Annotated[Path | None, typer.Option(help="Folder that holds Stable-diffusion/ and layer_model/.")]
+ModelsDir = Annotated[
+    Path | None, typer.Option(help="Folder that holds Stable-diffusion/ and layer_model/.")
+]
 
 
 def _show_version(wanted: bool) -> None:
@@ -66,7 +76,8 @@ def _show_version(wanted: bool) -> None:
 @app.callback()
 def _options(
     _version: Annotated[
-        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version."),
     ] = False,
 ) -> None: ...
 
@@ -77,34 +88,52 @@ def generate(
     context: typer.Context,
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What to draw.")],
     negative_prompt: Annotated[str, typer.Option(help="What to keep out.")] = "bad, ugly",
-    seed: Annotated[int, typer.Option(help="Same seed, same picture; -1 draws a fresh one.")] = 12345,
-    steps: Annotated[int | None, typer.Option(help="Sampling steps; default: the model's (SDXL: 20).")] = None,
+    seed: Annotated[
+        int, typer.Option(help="Same seed, same picture; -1 draws a fresh one.")
+    ] = 12345,
+    steps: Annotated[
+        int | None, typer.Option(help="Sampling steps; default: the model's (SDXL: 20).")
+    ] = None,
     sampler: Annotated[str | None, typer.Option(help=f"One of: {', '.join(SAMPLERS)}.")] = None,
     scheduler: Annotated[str | None, typer.Option(help=f"One of: {', '.join(SCHEDULERS)}.")] = None,
-    cfg_scale: Annotated[float | None, typer.Option(help="How strictly the prompt is followed (SDXL: 5).")] = None,
-    width: Annotated[int | None, typer.Option(help="Pixels; default: the model's (SDXL: 1024).")] = None,
-    height: Annotated[int | None, typer.Option(help="Pixels; default: the model's (SDXL: 1024).")] = None,
+    cfg_scale: Annotated[
+        float | None, typer.Option(help="How strictly the prompt is followed (SDXL: 5).")
+    ] = None,
+    width: Annotated[
+        int | None, typer.Option(help="Pixels; default: the model's (SDXL: 1024).")
+    ] = None,
+    height: Annotated[
+        int | None, typer.Option(help="Pixels; default: the model's (SDXL: 1024).")
+    ] = None,
     batch_size: Annotated[int, typer.Option(help="Pictures, with seeds counting up.")] = 1,
     model: Annotated[str | None, typer.Option(help="A name from `alphalayer models list`.")] = None,
     models_dir: ModelsDir = None,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="File or folder to write to.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="File or folder to write to.")
+    ] = None,
     format: Annotated[str, typer.Option(help="png, webp or avif.")] = "png",
     device: Annotated[str | None, typer.Option(help="auto, cuda, cuda:0, mps or cpu.")] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, fp16, bf16 or fp32.")] = None,
     memory: Annotated[str | None, typer.Option(help="auto, high, balanced or low.")] = None,
-    noise: Annotated[str | None, typer.Option(help="nv (the same on every machine), cpu or gpu.")] = None,
+    noise: Annotated[
+        str | None, typer.Option(help="nv (the same on every machine), cpu or gpu.")
+    ] = None,
     decode: Annotated[str | None, typer.Option(help="official or forge2.")] = None,
     transparent: Annotated[bool, typer.Option(help="Draw with LayerDiffuse.")] = True,
     defringe: Annotated[
         bool, typer.Option("--defringe", help="Take the old background's colour out of edges.")
     ] = False,
     trim: Annotated[bool, typer.Option("--trim", help="Cut empty borders away.")] = False,
-    background: Annotated[str | None, typer.Option(help="A colour to lay the picture on, as #ffffff.")] = None,
+    background: Annotated[
+        str | None, typer.Option(help="A colour to lay the picture on, as #ffffff.")
+    ] = None,
 ) -> None:
     """Draw PROMPT and write a picture with a real alpha channel."""
     if context.args:
         words = " ".join([prompt, *context.args])
-        raise typer.BadParameter(f'put it in quotes: {program_name()} generate "{words}"', param_hint="PROMPT")
+        raise typer.BadParameter(
+            f'put it in quotes: {program_name()} generate "{words}"', param_hint="PROMPT"
+        )
     require("torch", "engine")
     settings = load_settings(models_dir=models_dir, device=device, dtype=dtype, memory=memory)
     check_models_dir(settings)
@@ -136,10 +165,15 @@ def generate(
         result = create_engine(settings.engine_options()).generate(request, on_progress=report)
     for image, target in zip(result.images, targets, strict=True):
         rgba = postprocess.finish(image.rgba, finish)
-        _write(target, codecs.encode(rgba, codecs.check_format(target.suffix[1:]), result.infotext(image)))
+        _write(
+            target,
+            codecs.encode(rgba, codecs.check_format(target.suffix[1:]), result.infotext(image)),
+        )
         high, wide = rgba.shape[:2]
         seconds = time.perf_counter() - start
-        out.print(f"{target}  {wide}x{high}  seed {image.seed}  {seconds:.1f} s  {result.model_name}")
+        out.print(
+            f"{target}  {wide}x{high}  seed {image.seed}  {seconds:.1f} s  {result.model_name}"
+        )
 
 
 @app.command()
@@ -163,11 +197,15 @@ def serverless(_context: typer.Context) -> None:
 
 
 @app.command(
-    "serve-as-before", hidden=True, context_settings={"ignore_unknown_options": True, "allow_extra_args": True}
+    "serve-as-before",
+    hidden=True,
+    context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
 )
 def serve_as_before(
     context: typer.Context,
-    home: Annotated[Path, typer.Option(help="Folder to work in; those that flags name are seen from here.")] = Path(),
+    home: Annotated[
+        Path, typer.Option(help="Folder to work in; those that flags name are seen from here.")
+    ] = Path(),
 ) -> None:
     """Start the HTTP service from the old stack's flags and COMMANDLINE_ARGS; what means nothing here is named and left out."""
     flags = forge_flags.split(os.environ.get(forge_flags.VARIABLE, ""))
@@ -204,7 +242,8 @@ def models_list(models_dir: ModelsDir = None) -> None:
 @models_app.command("pull")
 def models_pull(
     names: Annotated[
-        list[str] | None, typer.Argument(metavar="[NAMES]...", help="sdxl-base, layerdiffuse, layerdiffuse-conv.")
+        list[str] | None,
+        typer.Argument(metavar="[NAMES]...", help="sdxl-base, layerdiffuse, layerdiffuse-conv."),
     ] = None,
     models_dir: ModelsDir = None,
     yes: Annotated[bool, typer.Option("--yes", help="Accept the licences without asking.")] = False,
@@ -229,7 +268,10 @@ def models_verify(models_dir: ModelsDir = None) -> None:
     check_models_dir(settings)
     found = download.verify(settings.models_dir, settings.embeddings)
     for each in found:
-        show_mark("ok" if each.is_well else "error", f"{each.path}  {each.finding.removeprefix(f'{each.path} ')}")
+        show_mark(
+            "ok" if each.is_well else "error",
+            f"{each.path}  {each.finding.removeprefix(f'{each.path} ')}",
+        )
     if not found:
         out.print(as_started("no model files; get some with: alphalayer models pull"))
     raise typer.Exit(not all(each.is_well for each in found))
@@ -238,8 +280,12 @@ def models_verify(models_dir: ModelsDir = None) -> None:
 @keys_app.command("add")
 def keys_add(
     name: Annotated[str, typer.Argument(metavar="NAME", help="Whose key it is.")],
-    per_minute: Annotated[int, typer.Option(help="How often it may ask; 0: as often as wanted.")] = 0,
-    queue_share: Annotated[float, typer.Option(help="Which part of the queue may be its own, up to 1.")] = 1.0,
+    per_minute: Annotated[
+        int, typer.Option(help="How often it may ask; 0: as often as wanted.")
+    ] = 0,
+    queue_share: Annotated[
+        float, typer.Option(help="Which part of the queue may be its own, up to 1.")
+    ] = 1.0,
 ) -> None:
     """Make a key and show it, this once; a running service knows it at once."""
     file = load_settings().keys_file
@@ -259,7 +305,9 @@ def keys_list() -> None:
 
 
 @keys_app.command("remove")
-def keys_remove(name: Annotated[str, typer.Argument(metavar="NAME", help="Whose key it is.")]) -> None:
+def keys_remove(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Whose key it is.")],
+) -> None:
     """Forget a key; a running service does so at once."""
     file = load_settings().keys_file
     if not api_keys.remove_key(file, name):
@@ -324,7 +372,11 @@ def run_server(settings: Settings) -> None:
     check_models_dir(settings)
     check_port(settings.host, settings.port)
     asyncio.run(check(settings))
-    serve(Server(create_app(settings), host=settings.host, port=settings.port, drain_s=settings.drain_s))
+    serve(
+        Server(
+            create_app(settings), host=settings.host, port=settings.port, drain_s=settings.drain_s
+        )
+    )
 
 
 def _targets(output: Path | None, kind: ImageFormat, count: int, settings: Settings) -> list[Path]:
@@ -334,10 +386,14 @@ def _targets(output: Path | None, kind: ImageFormat, count: int, settings: Setti
     """
     if output and output.suffix:
         codecs.check_format(output.suffix[1:])
-        targets = [output if i == 0 else output.with_stem(f"{output.stem}-{i + 1}") for i in range(count)]
+        targets = [
+            output if i == 0 else output.with_stem(f"{output.stem}-{i + 1}") for i in range(count)
+        ]
     else:
         folder = output or settings.outputs_dir
-        targets = [folder / f"alpha_{int(time.time())}_{secrets.token_hex(4)}.{kind}" for _ in range(count)]
+        targets = [
+            folder / f"alpha_{int(time.time())}_{secrets.token_hex(4)}.{kind}" for _ in range(count)
+        ]
     try:
         targets[0].parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=targets[0].parent):
@@ -356,14 +412,18 @@ def _write(target: Path, data: bytes) -> None:
 
 def _cannot_write(target: Path, error: OSError) -> StorageFailed:
     room = "Free some space, or name" if error.errno == errno.ENOSPC else "Name"
-    return StorageFailed(f"cannot write {target}: {error.strerror}.", hint=f"{room} another place with --output.")
+    return StorageFailed(
+        f"cannot write {target}: {error.strerror}.", hint=f"{room} another place with --output."
+    )
 
 
 def _read(file: Path) -> bytes:
     try:
         return file.read_bytes()
     except OSError as error:
-        raise StorageFailed(f"cannot read {file}: {error.strerror}.", hint="Name a picture file.") from None
+        raise StorageFailed(
+            f"cannot read {file}: {error.strerror}.", hint="Name a picture file."
+        ) from None
 
 
 def _tell_of_embedded_model(name: str | None, models_dir: Path) -> None:

@@ -22,7 +22,12 @@ out = Console(**_PLAIN)
 err = Console(stderr=True, **_PLAIN)
 
 _COLOURS = {"ok": "green", "warning": "yellow", "error": "red"}
-_STAGES = {"load": "loading the model", "text": "reading the prompt", "sample": "drawing", "decode": "decoding"}
+_STAGES = {
+    "load": "loading the model",
+    "text": "reading the prompt",
+    "sample": "drawing",
+    "decode": "decoding",
+}
 
 
 def program_name() -> str:
@@ -50,13 +55,24 @@ def show_error(error: AlphalayerError) -> None:
 @contextmanager
 def progress() -> Generator[Any]:
     """On a terminal, a bar on stderr with stage, step and time left; yields the function that the engine reports to."""
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[at]}"), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.fields[at]}"),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=err, transient=True, disable=not sys.stderr.isatty()) as bar:
         task: TaskID = bar.add_task("starting torch", total=None, at="")
 
         def report(progress: EngineProgress) -> None:
             at = f"step {progress.step} of {progress.steps}" if progress.steps else ""
             stage = _STAGES.get(progress.stage, progress.stage)
-            bar.update(task, description=stage, completed=progress.step, total=progress.steps or None, at=at)
+            bar.update(
+                task,
+                description=stage,
+                completed=progress.step,
+                total=progress.steps or None,
+                at=at,
+            )
 
         yield report

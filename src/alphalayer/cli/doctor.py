@@ -60,11 +60,15 @@ def _ask_torch() -> dict[str, Any] | str:
     """What torch says of itself, or why it says nothing."""
     command = [sys.executable, "-c", _ASK_TORCH]
     try:
-        asked = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
+        asked = subprocess.run(
+            command, capture_output=True, text=True, timeout=PATIENCE_S, check=False
+        )
     except subprocess.TimeoutExpired:
         return f"torch does not answer within {PATIENCE_S} s."
     if asked.returncode:
-        last = (asked.stderr.strip().splitlines() or [f"no message, exit code {asked.returncode}"])[-1]
+        last = (asked.stderr.strip().splitlines() or [f"no message, exit code {asked.returncode}"])[
+            -1
+        ]
         return f"torch cannot be imported: {last}"
     try:
         # what is imported along with it may print, too
@@ -100,7 +104,9 @@ def _torch(settings: Settings) -> Iterator[Finding]:
             "Look at CUDA_VISIBLE_DEVICES and nvidia-smi, or remove .venv and run: python3 run.py --cuda doctor",
         )
     else:
-        yield Finding("warning", "no GPU; pictures are drawn on the CPU.", "SDXL wants a GPU of 8 GB or more.")
+        yield Finding(
+            "warning", "no GPU; pictures are drawn on the CPU.", "SDXL wants a GPU of 8 GB or more."
+        )
 
 
 def check_models_dir(settings: Settings) -> None:
@@ -129,7 +135,11 @@ def _models(settings: Settings) -> Iterator[Finding]:
             yield Finding("ok", f"model {entry.title}{built_in}")
     if not any(entry.problem is None for entry in entries):
         folder = settings.models_dir / catalog.CHECKPOINTS
-        yield Finding("error", f"no usable model in {folder}.", f"Put an SDXL checkpoint there, or run: {catalog.PULL}")
+        yield Finding(
+            "error",
+            f"no usable model in {folder}.",
+            f"Put an SDXL checkpoint there, or run: {catalog.PULL}",
+        )
 
 
 def _layer_files(settings: Settings) -> Iterator[Finding]:
@@ -141,14 +151,22 @@ def _layer_files(settings: Settings) -> Iterator[Finding]:
                 configs[entry.path] = catalog.layer_config(entry.path)
             except CorruptFile as error:
                 yield Finding("error", error.message, error.hint)
-    kinds = (("patch", "patch", PATCH_FILES["attention"]), ("decoder", "transparent decoder", DECODER_FILES))
+    kinds = (
+        ("patch", "patch", PATCH_FILES["attention"]),
+        ("decoder", "transparent decoder", DECODER_FILES),
+    )
     for key, what, names in kinds:
         wanted = {
-            catalog.layer_file(path, names, config.get(key), settings.models_dir) for path, config in configs.items()
+            catalog.layer_file(path, names, config.get(key), settings.models_dir)
+            for path, config in configs.items()
         }
         for missing in sorted(path for path in wanted if not path.is_file()):
             where = f"the LayerDiffuse {what} ({missing.name}) is not in {missing.parent}."
-            yield Finding("error", where, catalog.PULL_LAYERS if missing.parent == folder else "Get the model again.")
+            yield Finding(
+                "error",
+                where,
+                catalog.PULL_LAYERS if missing.parent == folder else "Get the model again.",
+            )
         path = next((folder / name for name in names if (folder / name).is_file()), None)
         if path:
             found = download.verify_layer_file(path)
@@ -156,7 +174,11 @@ def _layer_files(settings: Settings) -> Iterator[Finding]:
                 yield Finding("ok", f"LayerDiffuse {what}")
             else:
                 hint = f"Remove it. {catalog.PULL_LAYERS}"
-                yield Finding("error", f"LayerDiffuse {what}: {path} {found.finding.removeprefix(f'{path} ')}", hint)
+                yield Finding(
+                    "error",
+                    f"LayerDiffuse {what}: {path} {found.finding.removeprefix(f'{path} ')}",
+                    hint,
+                )
 
 
 def check_port(host: str, port: int) -> None:
@@ -168,8 +190,14 @@ def check_port(host: str, port: int) -> None:
             probe.bind((host, port))
         except OSError as error:
             is_address = isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL
-            hint = "Use an address of this machine with --host; 0.0.0.0 means all." if is_address else _OTHER_PORT
-            raise SetupFailed(f"port {port} on {host}: {error.strerror or error}.", hint=hint) from None
+            hint = (
+                "Use an address of this machine with --host; 0.0.0.0 means all."
+                if is_address
+                else _OTHER_PORT
+            )
+            raise SetupFailed(
+                f"port {port} on {host}: {error.strerror or error}.", hint=hint
+            ) from None
 
 
 def _port(settings: Settings) -> Iterator[Finding]:
@@ -196,7 +224,9 @@ def _outputs(settings: Settings) -> Iterator[Finding]:
         )
         return
     what = f"{free / 2**30:.1f} GiB free for pictures in {folder}"
-    yield Finding("ok", what) if free > LITTLE_DISK else Finding("warning", what, "Free some space.")
+    yield (
+        Finding("ok", what) if free > LITTLE_DISK else Finding("warning", what, "Free some space.")
+    )
 
 
 def _bucket(settings: Settings) -> Iterator[Finding]:
@@ -204,7 +234,11 @@ def _bucket(settings: Settings) -> Iterator[Finding]:
     try:
         open_storage(place).list(_AFTER_ALL)
     except StorageFailed as error:
-        yield Finding("error", error.message, "Check its name, and the AWS_... variables: address, region and keys.")
+        yield Finding(
+            "error",
+            error.message,
+            "Check its name, and the AWS_... variables: address, region and keys.",
+        )
     else:
         yield Finding("ok", f"{place} can be read")
 
@@ -230,7 +264,9 @@ def _database(settings: Settings) -> Iterator[Finding]:
         version = asyncio.run(ask(settings.database.get_secret_value()))
     except (OSError, asyncio.TimeoutError) as error:
         yield Finding(
-            "error", f"the database cannot be reached: {error}.", "Check its address, and that PostgreSQL runs."
+            "error",
+            f"the database cannot be reached: {error}.",
+            "Check its address, and that PostgreSQL runs.",
         )
     else:
         yield Finding("ok", f"the database answers: PostgreSQL {version}")

@@ -143,21 +143,37 @@ def translate(arguments: Sequence[str]) -> Translation:
     waiting = _split_equals(arguments)
     while waiting:
         flag = waiting.pop(0)
-        takes_value = flag.startswith("-") and flag not in SWITCHES and waiting and not waiting[0].startswith("-")
+        takes_value = (
+            flag.startswith("-")
+            and flag not in SWITCHES
+            and waiting
+            and not waiting[0].startswith("-")
+        )
         value = waiting.pop(0) if takes_value else ""
         if flag == "--api-auth" and not value:
-            raise SetupFailed("--api-auth needs a value, user:password.", hint="Without the flag everybody may draw.")
-        settings = SWITCHES.get(flag) or (HONOURED[flag](value) if value and flag in HONOURED else {})
+            raise SetupFailed(
+                "--api-auth needs a value, user:password.",
+                hint="Without the flag everybody may draw.",
+            )
+        settings = SWITCHES.get(flag) or (
+            HONOURED[flag](value) if value and flag in HONOURED else {}
+        )
         given[flag] = settings
         if not settings and flag not in SWITCHES:
             warnings.append(_why_not(flag, value))
     order = sorted(given, key=lambda flag: flag not in DEFAULTS)
-    return Translation({name: value for flag in order for name, value in given[flag].items()}, warnings)
+    return Translation(
+        {name: value for flag in order for name, value in given[flag].items()}, warnings
+    )
 
 
 def _why_not(flag: str, value: str) -> str:
     if flag in HONOURED:
-        return f"{flag} {value} is not known and is ignored." if value else f"{flag} needs a value and is ignored."
+        return (
+            f"{flag} {value} is not known and is ignored."
+            if value
+            else f"{flag} needs a value and is ignored."
+        )
     if flag in NOT_DONE:
         # without its value, which may be a password
         return f"{flag} is ignored: {NOT_DONE[flag]}."
@@ -169,5 +185,7 @@ def _why_not(flag: str, value: str) -> str:
 def _split_equals(arguments: Sequence[str]) -> list[str]:
     parts: list[str] = []
     for argument in arguments:
-        parts += argument.split("=", 1) if argument.startswith("--") and "=" in argument else [argument]
+        parts += (
+            argument.split("=", 1) if argument.startswith("--") and "=" in argument else [argument]
+        )
     return parts

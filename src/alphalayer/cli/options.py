@@ -28,9 +28,17 @@ def option_each_setting(command: Callable[..., None]) -> Callable[..., None]:
             show_default=default if default and kind is str else False,
         )
         annotation = Annotated[kind | None, option]
-        options.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation))
-    old = Annotated[bool, typer.Option("--listen", help="As --host 0.0.0.0, if no --host is given.")]
-    options.append(inspect.Parameter("listen", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=old))
+        options.append(
+            inspect.Parameter(
+                name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation
+            )
+        )
+    old = Annotated[
+        bool, typer.Option("--listen", help="As --host 0.0.0.0, if no --host is given.")
+    ]
+    options.append(
+        inspect.Parameter("listen", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=old)
+    )
     command.__signature__ = inspect.Signature(options)  # type: ignore[attr-defined]
     command.__annotations__ = {option.name: option.annotation for option in options}
     return command

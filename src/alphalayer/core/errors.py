@@ -53,7 +53,10 @@ class AlphalayerError(Exception):
     @staticmethod
     def from_dict(data: dict[str, Any]) -> AlphalayerError:
         """Rebuild the error of the class that `code` names; an unknown code gives the base class with this code."""
-        kind = next((kind for kind in _subclasses(AlphalayerError) if kind.code == data.get("code")), AlphalayerError)
+        kind = next(
+            (kind for kind in _subclasses(AlphalayerError) if kind.code == data.get("code")),
+            AlphalayerError,
+        )
         error = kind(data["message"], hint=data.get("hint", ""), field=data.get("field"))
         error.code = data.get("code", kind.code)
         return error

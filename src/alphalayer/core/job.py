@@ -79,7 +79,9 @@ class JobSpec(Frozen, frozen=True):
     """What a worker needs: the request, its iterations, their seeds, and the output."""
 
     generation: GenerationRequest
-    iterations: Annotated[int, Field(ge=1, le=MAX_ITERATIONS, description="Batches generated in turn.")] = 1
+    iterations: Annotated[
+        int, Field(ge=1, le=MAX_ITERATIONS, description="Batches generated in turn.")
+    ] = 1
     output: Output = Output()
     previews: Annotated[bool, Field(description="Generate a small preview at every step.")] = False
     seeds: tuple[ImageSeed, ...] = ()
@@ -88,7 +90,9 @@ class JobSpec(Frozen, frozen=True):
     def with_seeds(self) -> JobSpec:
         """Replace random seeds by numbers and expand them to one pair an image."""
         generation = self.generation.with_seeds()
-        return self.model_copy(update={"generation": generation, "seeds": generation.image_seeds(self.iterations)})
+        return self.model_copy(
+            update={"generation": generation, "seeds": generation.image_seeds(self.iterations)}
+        )
 
     def batches(self) -> list[tuple[ImageSeed, ...]]:
         """Return the seeds of each iteration."""
@@ -238,7 +242,11 @@ class Job(Frozen, frozen=True):
     @property
     def batch_key(self) -> str | None:
         """Jobs of one key may be drawn together. None: alone, as several rounds are asked for, or as it took an engine down before."""
-        return self.spec.generation.batch_key if self.spec.iterations == 1 and self.starts == 0 else None
+        return (
+            self.spec.generation.batch_key
+            if self.spec.iterations == 1 and self.starts == 0
+            else None
+        )
 
     @property
     def preview_name(self) -> str:

@@ -34,12 +34,18 @@ def install_hint(extra: str) -> str:
     came_from: dict[str, Any] = {}
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         # PEP 610: written by pip for what comes from elsewhere than an index
-        came_from = json.loads(importlib.metadata.distribution("alphalayer").read_text("direct_url.json") or "{}")
+        came_from = json.loads(
+            importlib.metadata.distribution("alphalayer").read_text("direct_url.json") or "{}"
+        )
     url, wanted = came_from.get("url", ""), f'"alphalayer[{extra}]"'
     if came_from.get("dir_info", {}).get("editable"):
         wanted = f'-e "{url2pathname(urlsplit(url).path)}[{extra}]"'
     elif url:
         wanted = f'"alphalayer[{extra}] @ {url}"'
     # a .venv of run.py may be without a pip of its own
-    pip = f"{sys.executable} -m pip" if importlib.util.find_spec("pip") else f"pip --python {sys.executable}"
+    pip = (
+        f"{sys.executable} -m pip"
+        if importlib.util.find_spec("pip")
+        else f"pip --python {sys.executable}"
+    )
     return f"Run: {pip} install {wanted}"

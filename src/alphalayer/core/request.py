@@ -26,7 +26,12 @@ SAMPLERS = (
 )
 SCHEDULERS = ("Karras", "Exponential", "Normal", "SGM Uniform", "Simple", "Beta")
 AUTOMATIC = "Automatic"
-_AUTOMATIC = {"DPM++ 2M": "Karras", "DPM++ SDE": "Karras", "DPM++ 2M SDE": "Exponential", "DPM++ 3M SDE": "Exponential"}
+_AUTOMATIC = {
+    "DPM++ 2M": "Karras",
+    "DPM++ SDE": "Karras",
+    "DPM++ 2M SDE": "Exponential",
+    "DPM++ 3M SDE": "Exponential",
+}
 """The schedule that "Automatic" means for a sampler; "Normal" for the others."""
 
 NoiseSource = Literal["nv", "cpu", "gpu"]
@@ -87,10 +92,14 @@ def _few_parts(prompt: str) -> str:
 
 
 SamplerName = Annotated[
-    str, Field(json_schema_extra={"enum": list(SAMPLERS)}), AfterValidator(_known(SAMPLERS, "sampler"))
+    str,
+    Field(json_schema_extra={"enum": list(SAMPLERS)}),
+    AfterValidator(_known(SAMPLERS, "sampler")),
 ]
 SchedulerName = Annotated[
-    str, Field(json_schema_extra={"enum": list(SCHEDULERS)}), AfterValidator(_known(SCHEDULERS, "scheduler"))
+    str,
+    Field(json_schema_extra={"enum": list(SCHEDULERS)}),
+    AfterValidator(_known(SCHEDULERS, "scheduler")),
 ]
 Prompt = Annotated[
     str,
@@ -125,7 +134,9 @@ _SDXL = ModelDefaults()
 class Lora(Frozen, frozen=True):
     """A LoRA file of `models/Lora` and its weight."""
 
-    name: Annotated[str, Field(min_length=1, max_length=200, description="File name without extension.")]
+    name: Annotated[
+        str, Field(min_length=1, max_length=200, description="File name without extension.")
+    ]
     weight: Annotated[float, Field(ge=-4, le=4, description="Strength of the LoRA.")] = 1.0
 
 
@@ -147,31 +158,55 @@ class GenerationRequest(Frozen, frozen=True):
     """
 
     prompt: Annotated[Prompt, Field(description="What to generate.")]
-    negative_prompt: Annotated[str, Field(max_length=MAX_PROMPT_CHARACTERS, description="What to avoid.")] = "bad, ugly"
+    negative_prompt: Annotated[
+        str, Field(max_length=MAX_PROMPT_CHARACTERS, description="What to avoid.")
+    ] = "bad, ugly"
     seed: Annotated[
         int,
         Field(ge=-1, le=MAX_SEED, description="Same seed, same image; -1 picks a random seed."),
     ] = 12345
-    subseed: Annotated[int, Field(ge=-1, le=MAX_SEED, description="Variation seed; -1 picks a random one.")] = -1
-    subseed_strength: Annotated[float, Field(ge=0, le=1, description="Strength of the variation.")] = 0.0
-    steps: Annotated[int, Field(ge=1, le=150, description="Sampling steps; SDXL: 20.")] | None = None
-    sampler: Annotated[SamplerName, Field(description="Sampler; SDXL: DPM++ 2M SDE.")] | None = None
-    scheduler: Annotated[SchedulerName, Field(description="Noise schedule; SDXL: Karras.")] | None = None
-    cfg_scale: Annotated[float, Field(ge=1, le=30, description="Classifier-free guidance scale; SDXL: 5.")] | None = (
+    subseed: Annotated[
+        int, Field(ge=-1, le=MAX_SEED, description="Variation seed; -1 picks a random one.")
+    ] = -1
+    subseed_strength: Annotated[
+        float, Field(ge=0, le=1, description="Strength of the variation.")
+    ] = 0.0
+    steps: Annotated[int, Field(ge=1, le=150, description="Sampling steps; SDXL: 20.")] | None = (
         None
     )
+    sampler: Annotated[SamplerName, Field(description="Sampler; SDXL: DPM++ 2M SDE.")] | None = None
+    scheduler: (
+        Annotated[SchedulerName, Field(description="Noise schedule; SDXL: Karras.")] | None
+    ) = None
+    cfg_scale: (
+        Annotated[float, Field(ge=1, le=30, description="Classifier-free guidance scale; SDXL: 5.")]
+        | None
+    ) = None
     width: Annotated[Side, Field(description="Width in pixels; SDXL: 1024.")] | None = None
     height: Annotated[Side, Field(description="Height in pixels; SDXL: 1024.")] | None = None
-    batch_size: Annotated[int, Field(ge=1, le=8, description="Images generated together; seeds count up.")] = 1
+    batch_size: Annotated[
+        int, Field(ge=1, le=8, description="Images generated together; seeds count up.")
+    ] = 1
     clip_skip: Annotated[
         int, Field(ge=1, le=12, description="Last text encoder layer to use, counted from the end.")
     ] = 1
-    model: Annotated[str, Field(min_length=1, max_length=500, description="Model name, title or hash.")] | None = None
-    loras: Annotated[tuple[Lora, ...], Field(max_length=16, description="LoRA files of models/Lora with weights.")] = ()
+    model: (
+        Annotated[
+            str, Field(min_length=1, max_length=500, description="Model name, title or hash.")
+        ]
+        | None
+    ) = None
+    loras: Annotated[
+        tuple[Lora, ...],
+        Field(max_length=16, description="LoRA files of models/Lora with weights."),
+    ] = ()
     mode: Annotated[ModeName, Field(description="How transparency is generated.")] = "attention"
-    layerdiffuse_weight: Annotated[float, Field(ge=0, le=2, description="Strength of the LayerDiffuse patch.")] = 1.0
+    layerdiffuse_weight: Annotated[
+        float, Field(ge=0, le=2, description="Strength of the LayerDiffuse patch.")
+    ] = 1.0
     layerdiffuse_stop_at: Annotated[
-        float, Field(ge=0, le=1, description="Fraction of the schedule during which the patch is on.")
+        float,
+        Field(ge=0, le=1, description="Fraction of the schedule during which the patch is on."),
     ] = 1.0
     noise: NoiseSource = "nv"
     decode: DecodeMode = "official"
@@ -179,8 +214,14 @@ class GenerationRequest(Frozen, frozen=True):
     @model_validator(mode="before")
     @classmethod
     def _move_lora_tags(cls, data: Any) -> Any:
-        prompt, loras = (data.get("prompt"), data.get("loras") or ()) if isinstance(data, dict) else (None, ())
-        if not isinstance(prompt, str) or not isinstance(loras, (list, tuple)) or not _LORA.search(prompt):
+        prompt, loras = (
+            (data.get("prompt"), data.get("loras") or ()) if isinstance(data, dict) else (None, ())
+        )
+        if (
+            not isinstance(prompt, str)
+            or not isinstance(loras, (list, tuple))
+            or not _LORA.search(prompt)
+        ):
             return data
         loras = [*loras, *(_parse_lora(tag[1]) for tag in _LORA.finditer(prompt))]
         return {**data, "prompt": _LORA.sub("", prompt).strip(), "loras": tuple(loras)}
@@ -193,7 +234,9 @@ class GenerationRequest(Frozen, frozen=True):
     @property
     def tagged_prompt(self) -> str:
         """The prompt with its LoRAs as tags, so that it generates the same image again."""
-        return " ".join([self.prompt, *(f"<lora:{lora.name}:{lora.weight:.12g}>" for lora in self.loras)])
+        return " ".join(
+            [self.prompt, *(f"<lora:{lora.name}:{lora.weight:.12g}>" for lora in self.loras)]
+        )
 
     @property
     def batch_key(self) -> str:
@@ -205,7 +248,11 @@ class GenerationRequest(Frozen, frozen=True):
 
     def with_seeds(self) -> GenerationRequest:
         """Replace seeds of -1 by random ones."""
-        random = {name: secrets.randbelow(4294967294) for name in ("seed", "subseed") if getattr(self, name) == -1}
+        random = {
+            name: secrets.randbelow(4294967294)
+            for name in ("seed", "subseed")
+            if getattr(self, name) == -1
+        }
         return self.model_copy(update=random)
 
     def image_seeds(self, iterations: int = 1) -> tuple[ImageSeed, ...]:
@@ -218,7 +265,9 @@ class GenerationRequest(Frozen, frozen=True):
             return tuple(ImageSeed(self.seed, self.subseed + i) for i in numbers)
         return tuple(ImageSeed(self.seed + i, self.subseed + i % self.batch_size) for i in numbers)
 
-    def resolve(self, defaults: ModelDefaults, images: tuple[ImageSeed, ...] = ()) -> ResolvedRequest:
+    def resolve(
+        self, defaults: ModelDefaults, images: tuple[ImageSeed, ...] = ()
+    ) -> ResolvedRequest:
         """Fill open fields from a model's defaults.
 
         Args:
@@ -246,7 +295,9 @@ class ResolvedRequest(GenerationRequest, frozen=True):
     @property
     def settings(self) -> ModelDefaults:
         """The values that the model's defaults filled, or the request itself."""
-        return ModelDefaults.model_construct(**{name: getattr(self, name) for name in ModelDefaults.model_fields})
+        return ModelDefaults.model_construct(
+            **{name: getattr(self, name) for name in ModelDefaults.model_fields}
+        )
 
 
 def _parse_lora(tag: str) -> Lora:
@@ -274,11 +325,14 @@ def parse_as(kind: type[T], fields: dict[str, Any]) -> T:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         raise InvalidRequest(
-            f"{validation.describe_validation_error(first)}.", field=".".join(str(part) for part in first["loc"])
+            f"{validation.describe_validation_error(first)}.",
+            field=".".join(str(part) for part in first["loc"]),
         ) from None
 
 
-def split_sampler_name(name: str | None, scheduler: str | None = None) -> tuple[str | None, str | None]:
+def split_sampler_name(
+    name: str | None, scheduler: str | None = None
+) -> tuple[str | None, str | None]:
     """Sampler and scheduler of a sampler's name as that ecosystem writes it, such as "DPM++ 2M SDE Karras".
 
     The schedule in the name wins over `scheduler`. Schedules go by label or by name ("SGM Uniform", "sgm_uniform"); "Automatic" is
@@ -291,7 +345,10 @@ def split_sampler_name(name: str | None, scheduler: str | None = None) -> tuple[
     if scheduler and scheduler.lower() == AUTOMATIC.lower():
         own = {sampler.lower(): schedule for sampler, schedule in _AUTOMATIC.items()}
         return name, own.get(name.lower(), "Normal") if name else None
-    return name, next((label for label in SCHEDULERS if scheduler_name(label) == (scheduler or "").lower()), scheduler)
+    return name, next(
+        (label for label in SCHEDULERS if scheduler_name(label) == (scheduler or "").lower()),
+        scheduler,
+    )
 
 
 def scheduler_name(label: str) -> str:

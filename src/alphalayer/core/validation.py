@@ -50,7 +50,10 @@ def describe_validation_error(fault: Mapping[str, Any]) -> str:
     """One of `ValidationError.errors()` as a sentence without its full stop and without the name of the field."""
     kind, value = fault["type"], fault.get("input")
     # a limit of 4.0 is shown as 4
-    about = {name: f"{each:g}" if isinstance(each, float) else each for name, each in fault.get("ctx", {}).items()}
+    about = {
+        name: f"{each:g}" if isinstance(each, float) else each
+        for name, each in fault.get("ctx", {}).items()
+    }
     if kind in _WHOLE:
         return _WHOLE[kind].format(**about)
     if kind == "string_too_long":

@@ -58,7 +58,9 @@ class GenerationResult:
 
     def infotext(self, image: GeneratedImage) -> str:
         """Return the settings of one of the images, as they stand in its file."""
-        return write_parameters(self.request, self.model_name, self.model_hash, image.seed, image.subseed)
+        return write_parameters(
+            self.request, self.model_name, self.model_hash, image.seed, image.subseed
+        )
 
 
 @dataclass(frozen=True)

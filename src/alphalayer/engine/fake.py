@@ -37,9 +37,12 @@ class FakeEngine:
                 time.sleep(self._step_s)
             for order in orders:
                 preview = (
-                    draw_disc(order.request.prompt, (order.images or order.request.image_seeds())[0].seed, 32, 32)[
-                        ..., :3
-                    ]
+                    draw_disc(
+                        order.request.prompt,
+                        (order.images or order.request.image_seeds())[0].seed,
+                        32,
+                        32,
+                    )[..., :3]
                     if order.previews
                     else None
                 )
@@ -53,7 +56,11 @@ class FakeEngine:
     def _result(self, order: RenderTask, seconds: float) -> GenerationResult:
         request = order.request.resolve(ModelDefaults(), order.images)
         images = [
-            GeneratedImage(draw_disc(request.prompt, each.seed, request.width, request.height), each.seed, each.subseed)
+            GeneratedImage(
+                draw_disc(request.prompt, each.seed, request.width, request.height),
+                each.seed,
+                each.subseed,
+            )
             for each in request.images
         ]
         return GenerationResult(request, "fake", "0" * 10, images, {"sample": seconds})

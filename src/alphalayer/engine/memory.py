@@ -50,7 +50,9 @@ MEMORY_MODES = {
     mode.name: mode
     for mode in (
         MemoryMode("high", keep_text=True, keep_unet=True, unet_megapixels=16, passes_at_once=8),
-        MemoryMode("balanced", keep_text=False, keep_unet=True, unet_megapixels=4, passes_at_once=2),
+        MemoryMode(
+            "balanced", keep_text=False, keep_unet=True, unet_megapixels=4, passes_at_once=2
+        ),
         MemoryMode("low", keep_text=False, keep_unet=False, unet_megapixels=0, passes_at_once=1),
     )
 }
@@ -82,7 +84,9 @@ def choose_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise SetupFailed(f'unknown device "{name}".', hint='Use "auto", "cuda", "cuda:0", "mps" or "cpu".') from None
+        raise SetupFailed(
+            f'unknown device "{name}".', hint='Use "auto", "cuda", "cuda:0", "mps" or "cpu".'
+        ) from None
     available = {
         "cpu": True,
         "mps": torch.backends.mps.is_available(),
@@ -118,7 +122,9 @@ def choose_memory_mode(device: torch.device, name: str) -> MemoryMode:
     if device.type != "cuda":
         return MEMORY_MODES["high"]
     total = torch.cuda.get_device_properties(device).total_memory
-    return MEMORY_MODES["high" if total >= 15.5 * GIB else "balanced" if total >= 9.5 * GIB else "low"]
+    return MEMORY_MODES[
+        "high" if total >= 15.5 * GIB else "balanced" if total >= 9.5 * GIB else "low"
+    ]
 
 
 def choose_batch_pixels(device: torch.device, mode: MemoryMode) -> int:
@@ -130,7 +136,9 @@ def choose_batch_pixels(device: torch.device, mode: MemoryMode) -> int:
     return int(min(max(room / 2.2e9, 0), 8) * 1024**2)
 
 
-def describe(device: torch.device, precision: Precision, mode: MemoryMode, *, asked: tuple[str, str]) -> str:
+def describe(
+    device: torch.device, precision: Precision, mode: MemoryMode, *, asked: tuple[str, str]
+) -> str:
     """What will be drawn with, in words, and whether it was chosen here; `asked` is what the settings say of device and memory."""
     what = str(device)
     if device.type == "cuda":
@@ -139,7 +147,9 @@ def describe(device: torch.device, precision: Precision, mode: MemoryMode, *, as
     elif device.type == "cpu" and asked[0] == "auto":
         what = "cpu (torch sees no GPU)"
     chosen = " (by its memory)" if asked[1] == "auto" and device.type == "cuda" else ""
-    return f'{what}, {str(precision.unet).removeprefix("torch.")}, memory mode "{mode.name}"{chosen}'
+    return (
+        f'{what}, {str(precision.unet).removeprefix("torch.")}, memory mode "{mode.name}"{chosen}'
+    )
 
 
 def free_memory(device: torch.device) -> None:
@@ -155,10 +165,14 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether that is what an error of torch, of a library below it or of the system says."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
-    return isinstance(error, (RuntimeError, OSError)) and any(each in str(error).lower() for each in _OUT_OF_MEMORY)
+    return isinstance(error, (RuntimeError, OSError)) and any(
+        each in str(error).lower() for each in _OUT_OF_MEMORY
+    )
 
 
-def memory_needed(unet_bytes: int, width: int, height: int, mode: MemoryMode, batch_size: int) -> int:
+def memory_needed(
+    unet_bytes: int, width: int, height: int, mode: MemoryMode, batch_size: int
+) -> int:
     """Rough need of the largest stage in bytes: the weights that stay, plus activations that grow with the pixels.
 
     Activations: about 1.1 GB a UNet row and 1.6 GB a decoder pass at 1024x1024 in 16 bit [computed]. An estimate for
@@ -167,7 +181,9 @@ def memory_needed(unet_bytes: int, width: int, height: int, mode: MemoryMode, ba
     megapixels = width * height / 1024**2
     rows = min(2 * batch_size, mode.rows_at_once(width, height))
     sampling = unet_bytes + 1.1e9 * megapixels * rows
-    decoding = (unet_bytes if mode.keep_unet else 0) + 1.6e9 * megapixels * max(mode.passes_at_once, 2)
+    decoding = (unet_bytes if mode.keep_unet else 0) + 1.6e9 * megapixels * max(
+        mode.passes_at_once, 2
+    )
     return int(max(sampling, decoding))
 
 

@@ -49,7 +49,12 @@ from alphalayer.engine.sampling.samplers import SAMPLERS, Noise, brownian_interv
 from alphalayer.engine.sampling.schedules import sigmas_for
 from alphalayer.engine.text.encoders import TextEncoders, is_cached, plan_negative, plan_prompt
 from alphalayer.engine.text.textual_inversion import EmbeddingFolder
-from alphalayer.engine.transparency.decode import decode_transparent, decoder_inputs, opaque, to_uint8
+from alphalayer.engine.transparency.decode import (
+    decode_transparent,
+    decoder_inputs,
+    opaque,
+    to_uint8,
+)
 from alphalayer.engine.transparency.patch import PatchFile, PatchSpec
 
 logger = logging.getLogger(__name__)
@@ -83,7 +88,9 @@ class LocalEngine:
         self._models_dir = models_dir
         self._embeddings = EmbeddingFolder(embeddings_dir or models_dir.parent / "embeddings")
         self._default_model = default_model
-        self._batch_pixels = choose_batch_pixels(self.device, self.mode) if batch_pixels is None else batch_pixels
+        self._batch_pixels = (
+            choose_batch_pixels(self.device, self.mode) if batch_pixels is None else batch_pixels
+        )
         self._shelf = ModelCache(self._read, spare_model_bytes)
         self.description = describe(self.device, self.precision, self.mode, asked=(device, memory))
 
@@ -118,10 +125,15 @@ class LocalEngine:
         Out of memory: what was taken is given back and a single request is drawn in the next smaller memory mode, down to the smallest.
         """
         modes = modes_down_from(self.mode) if len(orders) == 1 else [self.mode]
-        return self._in_less_and_less([order.request for order in orders], modes, lambda mode: self._draw(orders, mode))
+        return self._in_less_and_less(
+            [order.request for order in orders], modes, lambda mode: self._draw(orders, mode)
+        )
 
     def _in_less_and_less(
-        self, requests: Sequence[GenerationRequest], modes: Sequence[MemoryMode], work: Callable[[MemoryMode], T]
+        self,
+        requests: Sequence[GenerationRequest],
+        modes: Sequence[MemoryMode],
+        work: Callable[[MemoryMode], T],
     ) -> T:
         """What comes of some work in the first of the memory modes that has room for it. Raises `OutOfMemory`."""
         for mode, smaller in zip(modes, [*modes[1:], None], strict=True):
@@ -135,7 +147,9 @@ class LocalEngine:
             self._shelf.held.leave_device()
             free_memory(self.device)
             if smaller:
-                logger.warning('Out of memory in memory mode "%s"; trying "%s".', mode.name, smaller.name)
+                logger.warning(
+                    'Out of memory in memory mode "%s"; trying "%s".', mode.name, smaller.name
+                )
         raise self._out_of_memory(requests, modes)
 
     def memory_bytes(self) -> int:
@@ -168,7 +182,9 @@ class LocalEngine:
             decoders = [model.vae, model.decoder] if shared.is_transparent else [model.vae]
         canvas = Canvas.of(shared.width, shared.height)
         sampler = SAMPLERS[shared.sampler]
-        sigmas = sigmas_for(shared.scheduler, shared.steps, model.sigma_table, skip_lowest=sampler.skips_lowest)
+        sigmas = sigmas_for(
+            shared.scheduler, shared.steps, model.sigma_table, skip_lowest=sampler.skips_lowest
+        )
         shape = (
             model.latent_channels,
             canvas.drawn_height // model.scale_factor,
@@ -177,14 +193,24 @@ class LocalEngine:
         start, noise = self._noise(requests, shape, sigmas)
 
         watchers.stage("text")
-        readers = [] if _is_read(requests, merges.loras, ready) else [model.text_encoder, model.text_encoder_2]
+        readers = (
+            []
+            if _is_read(requests, merges.loras, ready)
+            else [model.text_encoder, model.text_encoder_2]
+        )
         with stopwatch.stage("text"), residency.of(*readers, keep=mode.keep_text):
             _patch_text(merges.loras, ready)
             guidances = [_guidance(each, ready.encoders, watchers.check) for each in requests]
 
-        denoiser = Denoiser(model, guidances, canvas.drawn_width, canvas.drawn_height, mode, watchers.check)
+        denoiser = Denoiser(
+            model, guidances, canvas.drawn_width, canvas.drawn_height, mode, watchers.check
+        )
         watchers.stage("sample")
-        with stopwatch.stage("sample"), residency.of(model.unet, keep=mode.keep_unet), noise as drawn:
+        with (
+            stopwatch.stage("sample"),
+            residency.of(model.unet, keep=mode.keep_unet),
+            noise as drawn,
+        ):
             latents = self._sample(orders, shared, denoiser, merges, start, sigmas, drawn)
 
         # what was sampled is kept, and so is each picture that came out
@@ -193,16 +219,23 @@ class LocalEngine:
         def decode(mode: MemoryMode) -> None:
             with Residency(self.device, mode).of(*decoders, keep=mode.keep_unet):
                 for latent in latents[len(pictures) :]:
-                    pictures.append(self._decode(shared, model, latent[None], mode, watchers, stopwatch))
+                    pictures.append(
+                        self._decode(shared, model, latent[None], mode, watchers, stopwatch)
+                    )
 
         self._in_less_and_less(requests, modes_down_from(mode), decode)
 
         cropped = iter([canvas.crop(each) for each in pictures])
-        return [_result(each, model, list(islice(cropped, len(each.images))), stopwatch) for each in requests]
+        return [
+            _result(each, model, list(islice(cropped, len(each.images))), stopwatch)
+            for each in requests
+        ]
 
     def _entry(self, request: GenerationRequest) -> ModelEntry:
         entries = catalog.find_models(self._models_dir)
-        entry = catalog.resolve_model(request.model or self._default_model, entries, self._models_dir)
+        entry = catalog.resolve_model(
+            request.model or self._default_model, entries, self._models_dir
+        )
         if request.is_transparent:
             catalog.check_layerdiffuse_method(entry, request.mode)
         return entry
@@ -225,12 +258,19 @@ class LocalEngine:
             )
             start.append(initial_noise(own, shape, variations, request.subseed_strength))
             generators += own
-        shared, seeds = requests[0], [image.seed for request in requests for image in request.images]
+        shared, seeds = (
+            requests[0],
+            [image.seed for request in requests for image in request.images],
+        )
         if SAMPLERS[shared.sampler].noise == "brownian":
             # on the CPU a thread beside the UNet's costs more than it saves
             ahead = brownian_intervals(shared.sampler, sigmas) if self.device.type != "cpu" else ()
-            return torch.cat(start), BrownianNoise(seeds, shape, sigmas, shared.noise, self.device, ahead)
-        return torch.cat(start), nullcontext(lambda _from, _to: torch.stack([each.randn(shape) for each in generators]))
+            return torch.cat(start), BrownianNoise(
+                seeds, shape, sigmas, shared.noise, self.device, ahead
+            )
+        return torch.cat(start), nullcontext(
+            lambda _from, _to: torch.stack([each.randn(shape) for each in generators])
+        )
 
     def _sample(
         self,
@@ -248,7 +288,9 @@ class LocalEngine:
         firsts = [0, *accumulate(each.images for each in denoiser.guidances)]
 
         def denoise(x: Tensor, sigma: float, step: int) -> Tensor:
-            model.patchers[0].ensure(merges.with_transparency if sigma >= last_patched_sigma else merges.loras)
+            model.patchers[0].ensure(
+                merges.with_transparency if sigma >= last_patched_sigma else merges.loras
+            )
             return denoiser(x, sigma, step)
 
         def on_step(step: int, _x: Tensor, clean: Tensor) -> None:
@@ -291,15 +333,22 @@ class LocalEngine:
     def _patch_specs(self, request: ResolvedRequest, model: LoadedModel) -> _PatchSpecs:
         """Raises `InvalidRequest` for a LoRA that is not there, `LayerDiffuseMissing`."""
         loras = tuple(
-            (PatchFile.at(catalog.find_lora(self._models_dir, lora.name)), lora.weight) for lora in request.loras
+            (PatchFile.at(catalog.find_lora(self._models_dir, lora.name)), lora.weight)
+            for lora in request.loras
         )
         if not request.is_transparent:
             return _PatchSpecs(loras, loras)
         return _PatchSpecs(
-            loras, (*loras, (PatchFile.at(model.layerdiffuse.patch(request.mode)), request.layerdiffuse_weight))
+            loras,
+            (
+                *loras,
+                (PatchFile.at(model.layerdiffuse.patch(request.mode)), request.layerdiffuse_weight),
+            ),
         )
 
-    def _out_of_memory(self, requests: Sequence[GenerationRequest], tried: Sequence[MemoryMode]) -> OutOfMemory:
+    def _out_of_memory(
+        self, requests: Sequence[GenerationRequest], tried: Sequence[MemoryMode]
+    ) -> OutOfMemory:
         """What was needed in the last mode that was tried and what was there, with what to do."""
         held = self._shelf.held
         if held is None:
@@ -339,10 +388,13 @@ def create_engine(options: dict[str, Any]) -> LocalEngine:
     return LocalEngine(**values)
 
 
-def _is_read(requests: Sequence[ResolvedRequest], loras: tuple[PatchSpec, ...], ready: LoadedPipeline) -> bool:
+def _is_read(
+    requests: Sequence[ResolvedRequest], loras: tuple[PatchSpec, ...], ready: LoadedPipeline
+) -> bool:
     """Whether all that requests say was encoded before, with the same LoRAs."""
     return loras == ready.model.patchers[1].applied and all(
-        is_cached(ready.encoders, each.prompt, each.negative_prompt, each.steps, each.clip_skip) for each in requests
+        is_cached(ready.encoders, each.prompt, each.negative_prompt, each.steps, each.clip_skip)
+        for each in requests
     )
 
 
@@ -354,7 +406,9 @@ def _patch_text(loras: tuple[PatchSpec, ...], ready: LoadedPipeline) -> None:
         patcher.ensure(loras)
 
 
-def _guidance(request: ResolvedRequest, encoders: TextEncoders, check: Callable[[], None]) -> Guidance:
+def _guidance(
+    request: ResolvedRequest, encoders: TextEncoders, check: Callable[[], None]
+) -> Guidance:
     """What a request says, encoded."""
     steps = request.steps
     positive = plan_prompt(encoders, request.prompt, steps, request.clip_skip, check)
@@ -366,7 +420,9 @@ def _result(
     request: ResolvedRequest, model: LoadedModel, pictures: list[RgbaImage], stopwatch: Stopwatch
 ) -> GenerationResult:
     name, short_hash = model.entry.name, model.short_hash
-    images = [GeneratedImage(rgba, *seeds) for rgba, seeds in zip(pictures, request.images, strict=True)]
+    images = [
+        GeneratedImage(rgba, *seeds) for rgba, seeds in zip(pictures, request.images, strict=True)
+    ]
     return GenerationResult(request, name, short_hash, images, stopwatch.seconds)
 
 

@@ -27,8 +27,15 @@ MAX_PIXELS = 16_000_000
 """Of a picture that is decoded: four times the largest that is drawn. It takes about 150 MB."""
 READABLE = ("PNG", "WEBP", "AVIF", "JPEG")
 """What is opened, of all that Pillow knows: some of its readers start other programs."""
-MIME_TYPES: dict[ImageFormat, str] = {"png": "image/png", "webp": "image/webp", "avif": "image/avif"}
-_MIME_TYPES_BY_ENDING = {**{f".{kind}": mime for kind, mime in MIME_TYPES.items()}, ".jpeg": "image/jpeg"}
+MIME_TYPES: dict[ImageFormat, str] = {
+    "png": "image/png",
+    "webp": "image/webp",
+    "avif": "image/avif",
+}
+_MIME_TYPES_BY_ENDING = {
+    **{f".{kind}": mime for kind, mime in MIME_TYPES.items()},
+    ".jpeg": "image/jpeg",
+}
 _EXIF_IFD, _USER_COMMENT = 0x8769, 0x9286
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _UP_FILTER = 2
@@ -57,10 +64,14 @@ def encode(rgba: Rgba, kind: ImageFormat = "png", parameters: str = "") -> bytes
     if kind == "png":
         return _encode_png(rgba, parameters)
     image, buffer = Image.fromarray(rgba), io.BytesIO()
-    options: dict[str, Any] = {"lossless": True, "exact": True} if kind == "webp" else {"quality": 90}
+    options: dict[str, Any] = (
+        {"lossless": True, "exact": True} if kind == "webp" else {"quality": 90}
+    )
     if parameters:
         exif = Image.Exif()
-        exif.get_ifd(_EXIF_IFD)[_USER_COMMENT] = b"UNICODE\0" + parameters.encode("utf-16-be", errors="replace")
+        exif.get_ifd(_EXIF_IFD)[_USER_COMMENT] = b"UNICODE\0" + parameters.encode(
+            "utf-16-be", errors="replace"
+        )
         # as bytes: Pillow takes an Exif without main tags for an empty one
         options["exif"] = exif.tobytes()
     image.save(buffer, format=kind.upper(), **options)
@@ -84,7 +95,9 @@ def decode(data: bytes) -> tuple[Rgba, str | None]:
         if image.width * image.height > MAX_PIXELS:
             raise _too_large(f"{image.width}x{image.height} pixels")
         image.load()
-        return np.asarray(image if image.mode == "RGBA" else image.convert("RGBA")), _parameters(image)
+        return np.asarray(image if image.mode == "RGBA" else image.convert("RGBA")), _parameters(
+            image
+        )
 
 
 def read_settings(data: bytes) -> tuple[tuple[int, int], str | None]:
@@ -165,4 +178,6 @@ def _text_chunk(text: str) -> tuple[bytes, bytes]:
 
 
 def _chunk(name: bytes, data: bytes) -> bytes:
-    return struct.pack(">I", len(data)) + name + data + struct.pack(">I", isal_zlib.crc32(name + data))
+    return (
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", isal_zlib.crc32(name + data))
+    )

@@ -22,7 +22,11 @@ _PAIR = re.compile(r'(\w[\w \-/]{1,60}):\s*("(?:\\.|[^\\"])*"|[^,]*)(?:,|$)')
 
 
 def write_parameters(
-    request: ResolvedRequest, model_name: str, model_hash: str, seed: int, subseed: int | None = None
+    request: ResolvedRequest,
+    model_name: str,
+    model_hash: str,
+    seed: int,
+    subseed: int | None = None,
 ) -> str:
     """The text for one picture of a resolved request: prompt with its LoRAs, negative prompt, then `key: value` pairs in the usual
     order. Everything that another machine needs to draw it again."""
@@ -43,7 +47,9 @@ def write_parameters(
         **_layerdiffuse(request),
         "Version": f"alphalayer-{__version__}",
     }
-    line = ", ".join(f"{key}: {_quoted(value)}" for key, value in pairs.items() if value is not None)
+    line = ", ".join(
+        f"{key}: {_quoted(value)}" for key, value in pairs.items() if value is not None
+    )
     negative = f"\nNegative prompt: {request.negative_prompt}" if request.negative_prompt else ""
     return f"{request.tagged_prompt}{negative}\n{line}"
 

@@ -37,7 +37,9 @@ def trim(rgba: Rgba, threshold: int = 0, padding: int = 0) -> Rgba:
     solid = rgba[..., 3] > threshold
     if not solid.any():
         return rgba
-    (top, bottom), (left, right) = (np.flatnonzero(solid.any(axis=axis))[[0, -1]] for axis in (1, 0))
+    (top, bottom), (left, right) = (
+        np.flatnonzero(solid.any(axis=axis))[[0, -1]] for axis in (1, 0)
+    )
     height, width = solid.shape
     return rgba[
         max(top - padding, 0) : min(bottom + 1 + padding, height),

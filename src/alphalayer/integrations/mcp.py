@@ -30,14 +30,14 @@ from alphalayer.core.errors import AlphalayerError
 from alphalayer.core.request import MAX_PROMPT_CHARACTERS, MAX_SEED, MAX_SIDE
 
 PATH = "/mcp"
-INSTRUCTIONS = (
-    "Draws single objects, stickers, sprites and product art as PNG files with a real transparent background."
-)
+INSTRUCTIONS = "Draws single objects, stickers, sprites and product art as PNG files with a real transparent background."
 PASSED_ON = ("authorization", "x-api-key")
 """Headers of the caller that go on to the API: who it is."""
 
 
-def create_server(connect: Callable[[], AsyncClient], outside: Callable[[], str] | None = None) -> FastMCP[Any]:
+def create_server(
+    connect: Callable[[], AsyncClient], outside: Callable[[], str] | None = None
+) -> FastMCP[Any]:
     """A server with the tool; `connect` makes the client that a call is answered with, `outside` says under which address the caller
     knows the service, where that is not for the API to say."""
     server: FastMCP[Any] = FastMCP("Alphalayer", version=__version__, instructions=INSTRUCTIONS)
@@ -46,24 +46,44 @@ def create_server(connect: Callable[[], AsyncClient], outside: Callable[[], str]
     async def draw_transparent_picture(
         context: Context,
         prompt: Annotated[
-            str, Field(max_length=MAX_PROMPT_CHARACTERS, description="What to draw, in a few words: one object.")
+            str,
+            Field(
+                max_length=MAX_PROMPT_CHARACTERS,
+                description="What to draw, in a few words: one object.",
+            ),
         ],
-        negative_prompt: Annotated[str, Field(description="What should not be in it.")] = "bad, ugly",
+        negative_prompt: Annotated[
+            str, Field(description="What should not be in it.")
+        ] = "bad, ugly",
         width: Annotated[
-            int | None, Field(ge=64, le=MAX_SIDE, description="Pixels; left out: as the model likes.")
+            int | None,
+            Field(ge=64, le=MAX_SIDE, description="Pixels; left out: as the model likes."),
         ] = None,
         height: Annotated[
-            int | None, Field(ge=64, le=MAX_SIDE, description="Pixels; left out: as the model likes.")
+            int | None,
+            Field(ge=64, le=MAX_SIDE, description="Pixels; left out: as the model likes."),
         ] = None,
         steps: Annotated[
-            int | None, Field(ge=1, le=150, description="More take longer; left out: as the model likes.")
+            int | None,
+            Field(ge=1, le=150, description="More take longer; left out: as the model likes."),
         ] = None,
         seed: Annotated[
-            int, Field(ge=-1, le=MAX_SEED, description="The same seed gives the same picture; -1: another each time.")
+            int,
+            Field(
+                ge=-1,
+                le=MAX_SEED,
+                description="The same seed gives the same picture; -1: another each time.",
+            ),
         ] = -1,
     ) -> list[Any]:
         """Draw a picture with a transparent background. Returns the PNG, and its address, size and seed."""
-        wanted = {"negative_prompt": negative_prompt, "width": width, "height": height, "steps": steps, "seed": seed}
+        wanted = {
+            "negative_prompt": negative_prompt,
+            "width": width,
+            "height": height,
+            "steps": steps,
+            "seed": seed,
+        }
         try:
             async with connect() as client:
                 fields = {name: each for name, each in wanted.items() if each is not None}
@@ -71,16 +91,25 @@ def create_server(connect: Callable[[], AsyncClient], outside: Callable[[], str]
         except AlphalayerError as error:
             raise ToolError(str(error)) from None
         url = file_url(outside(), picture.filename) if outside else picture.url
-        return [Image(data=data, format="png"), f"{url} ({picture.width}x{picture.height}, seed {picture.seed})"]
+        return [
+            Image(data=data, format="png"),
+            f"{url} ({picture.width}x{picture.height}, seed {picture.seed})",
+        ]
 
-    server.tool(draw_transparent_picture, title="Draw a transparent picture", annotations={"openWorldHint": False})
+    server.tool(
+        draw_transparent_picture,
+        title="Draw a transparent picture",
+        annotations={"openWorldHint": False},
+    )
     return server
 
 
 class _OwnWords(Middleware):
     """Says in the service's words what is wrong with the arguments of a call."""
 
-    async def on_call_tool(self, context: MiddlewareContext[Any], call_next: CallNext[Any, Any]) -> Any:
+    async def on_call_tool(
+        self, context: MiddlewareContext[Any], call_next: CallNext[Any, Any]
+    ) -> Any:
         """Pass a call on."""
         try:
             return await call_next(context)
@@ -88,10 +117,14 @@ class _OwnWords(Middleware):
             if not isinstance(error.__cause__, ValidationError):
                 raise
             first = error.__cause__.errors(include_url=False)[0]
-            raise ToolError(str(first_error({**first, "loc": ("arguments", *first["loc"])}))) from None
+            raise ToolError(
+                str(first_error({**first, "loc": ("arguments", *first["loc"])}))
+            ) from None
 
 
-async def _draw(client: AsyncClient, context: Context, prompt: str, fields: dict[str, Any]) -> tuple[bytes, Picture]:
+async def _draw(
+    client: AsyncClient, context: Context, prompt: str, fields: dict[str, Any]
+) -> tuple[bytes, Picture]:
     """Submit, tell the progress, bring the file; a caller that goes away takes its job along, unless others wait for it."""
     status = await client.submit(prompt, idempotency_key=_job_key(context), **fields)
     step = steps = 0

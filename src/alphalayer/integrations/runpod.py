@@ -40,7 +40,9 @@ class ResultTooLarge(AlphalayerError):
 class Handler:
     """Draws what jobs ask for, one after another. The engine is opened once, when the worker starts."""
 
-    def __init__(self, settings: Settings, engine: str = "alphalayer.engine.pipeline:create_engine"):
+    def __init__(
+        self, settings: Settings, engine: str = "alphalayer.engine.pipeline:create_engine"
+    ):
         self._settings = settings
         self._storage: Storage = open_storage(settings.pictures)
         self._engine: Any = load_attribute(engine)(settings.engine_options())
@@ -55,7 +57,9 @@ class Handler:
         def on_progress(progress: Progress) -> None:
             # none at the end: it could arrive after the result
             if progress.stage == "sample" and progress.step < progress.steps:
-                runpod.serverless.progress_update(job, {"step": progress.step, "steps": progress.steps})
+                runpod.serverless.progress_update(
+                    job, {"step": progress.step, "steps": progress.steps}
+                )
 
         try:
             wanted = Txt2ImgRequest.model_validate(job.get("input") or {})
@@ -63,7 +67,9 @@ class Handler:
                 spec = wanted.to_spec(self._settings.noise, self._settings.decode)
                 spec.check_pixels(self._settings.max_request_pixels)
                 async with self._turn:
-                    return await asyncio.to_thread(self._draw, spec, on_progress, wanted.response_format == "base64")
+                    return await asyncio.to_thread(
+                        self._draw, spec, on_progress, wanted.response_format == "base64"
+                    )
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
             return _failed(first_error({**first, "loc": ("input", *first["loc"])}))
@@ -77,7 +83,9 @@ class Handler:
         drawing = Job.new(spec)
         orders = [
             RenderTask(
-                drawing.spec.generation, seeds, lambda progress, i=i: on_progress(progress.within(i, spec.iterations))
+                drawing.spec.generation,
+                seeds,
+                lambda progress, i=i: on_progress(progress.within(i, spec.iterations)),
             )
             for i, seeds in enumerate(drawing.spec.batches())
         ]
@@ -91,7 +99,12 @@ class Handler:
 
     def _answer(self, image: ImageRef, with_data: bool) -> dict[str, Any]:
         url = self._storage.presign(image.key, URL_S)
-        told = {"filename": image.key, "seed": image.seed, "width": image.width, "height": image.height}
+        told = {
+            "filename": image.key,
+            "seed": image.seed,
+            "width": image.width,
+            "height": image.height,
+        }
         if url and not with_data:
             return {**told, "url": url}
         data = asyncio.run(read(self._storage, image.key))

@@ -15,7 +15,9 @@ from alphalayer.jobs.table import jobs
 _WAITING = jobs.c.state == JobState.QUEUED.value
 _COUNT = select(func.count()).select_from(jobs).where(_WAITING)
 _RUNNING = (
-    select(jobs.c.id, jobs.c.started_at, func.count().over()).where(jobs.c.state == JobState.RUNNING.value).limit(20)
+    select(jobs.c.id, jobs.c.started_at, func.count().over())
+    .where(jobs.c.state == JobState.RUNNING.value)
+    .limit(20)
 )
 """Some of those that run, each with the number of all."""
 _LATELY = (
@@ -58,7 +60,9 @@ class QueueStats:
         self.oldest_waiting_s = time.time() - since if since else 0.0
         self.usual_s = float(seconds) if seconds is not None else USUAL_SECONDS
 
-    async def positions(self, connection: AsyncConnection, job_ids: Collection[str]) -> dict[str, int]:
+    async def positions(
+        self, connection: AsyncConnection, job_ids: Collection[str]
+    ) -> dict[str, int]:
         """The places in the queue of those of the jobs that wait; 1 is next."""
         waits = jobs.alias()
         before = (
@@ -66,7 +70,9 @@ class QueueStats:
             .where(waits.c.state == JobState.QUEUED.value, waits.c.created_at < jobs.c.created_at)
             .scalar_subquery()
         )
-        found = await connection.execute(select(jobs.c.id, before).where(_WAITING, jobs.c.id.in_(job_ids)))
+        found = await connection.execute(
+            select(jobs.c.id, before).where(_WAITING, jobs.c.id.in_(job_ids))
+        )
         return dict(found.tuples().all())
 
     async def check(self, connection: AsyncConnection, owner: str) -> None:

@@ -250,11 +250,15 @@ def too_many_starts(reason: str) -> EngineFailed:
     )
 
 
-def check_capacity(waiting: int, limit: int, owner: str, theirs: int, share: float, retry_after_s: int) -> None:
+def check_capacity(
+    waiting: int, limit: int, owner: str, theirs: int, share: float, retry_after_s: int
+) -> None:
     """Raise `QueueFull` where a queue in which `waiting` jobs wait, `theirs` of them the owner's, has no room for one more: for anybody,
     or in the part of it that the owner may have."""
     hint = f"Try again in {retry_after_s} seconds."
     if waiting >= limit:
         raise QueueFull(f"{waiting} jobs are waiting, and there is room for {limit}.", hint=hint)
     if share < 1.0 and theirs >= max(1, int(share * limit)):
-        raise QueueFull(f'"{owner}" has {theirs} jobs waiting and may have {share:.0%} of the queue.', hint=hint)
+        raise QueueFull(
+            f'"{owner}" has {theirs} jobs waiting and may have {share:.0%} of the queue.', hint=hint
+        )

@@ -55,7 +55,8 @@ async def install(url: str) -> None:
             await connection.close(timeout=connections.CONNECT_S)
     except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
         raise SetupFailed(
-            f"the queue's tables cannot be made: {error}.", hint="Check that PostgreSQL runs, and the user's rights."
+            f"the queue's tables cannot be made: {error}.",
+            hint="Check that PostgreSQL runs, and the user's rights.",
         ) from None
 
 
@@ -74,7 +75,11 @@ def model_key(model: str | None) -> str:
 
 
 async def claim_next(
-    queue: Queries, worker: QueueManagerId, holding: str | None, patience: ModelAffinity, may_take_over: bool
+    queue: Queries,
+    worker: QueueManagerId,
+    holding: str | None,
+    patience: ModelAffinity,
+    may_take_over: bool,
 ) -> QueueRow | None:
     """The oldest job of the model that is held, or of all if that is their turn; those whose worker is gone come before, if they may."""
     stale = await queue.stale_jobs(timedelta(seconds=CLAIM_S), 1) if may_take_over else []
@@ -91,7 +96,9 @@ async def claim_next(
     return None
 
 
-async def claim(queue: Queries, worker: QueueManagerId, entrypoint: str, silent_s: float = NEVER_S) -> QueueRow | None:
+async def claim(
+    queue: Queries, worker: QueueManagerId, entrypoint: str, silent_s: float = NEVER_S
+) -> QueueRow | None:
     """The oldest job of an entrypoint, for this worker alone; None where others were quicker.
 
     Those that a worker has count, too, if it was silent for so long.
@@ -133,7 +140,9 @@ class Claim:
         return not self.is_lost
 
 
-async def keep_claims_alive(held: Mapping[str, Claim], worker: QueueManagerId, transaction: Transactions) -> None:
+async def keep_claims_alive(
+    held: Mapping[str, Claim], worker: QueueManagerId, transaction: Transactions
+) -> None:
     """Keep a worker's claims alive until cancelled, and do what news may have failed to say: a job is to stop, a claim is another's by
     now."""
     while True:
@@ -141,11 +150,15 @@ async def keep_claims_alive(held: Mapping[str, Claim], worker: QueueManagerId, t
         if held:
             with contextlib.suppress(StorageFailed, asyncio.TimeoutError):
                 # a connection that is stuck must not keep the next heartbeat
-                await asyncio.wait_for(_renew(list(held.values()), worker, transaction), CLAIM_S / 2)
+                await asyncio.wait_for(
+                    _renew(list(held.values()), worker, transaction), CLAIM_S / 2
+                )
 
 
 async def _renew(held: list[Claim], worker: QueueManagerId, transaction: Transactions) -> None:
-    cancelled = select(jobs.c.id).where(jobs.c.id.in_([each.job.id for each in held]), jobs.c.cancel_asked)
+    cancelled = select(jobs.c.id).where(
+        jobs.c.id.in_([each.job.id for each in held]), jobs.c.cancel_asked
+    )
     async with transaction() as (connection, queue):
         mine = [each for each in held if await each.is_of(worker, queue)]
         await queue.update_heartbeat([each.row.id for each in mine])

@@ -51,6 +51,7 @@ def _lock(file: Path) -> FileLock:
         ) from None
     except OSError as error:
         raise SetupFailed(
-            f"{file.parent.resolve()} cannot be used: {error}.", hint="Check the folder's rights and space."
+            f"{file.parent.resolve()} cannot be used: {error}.",
+            hint="Check the folder's rights and space.",
         ) from None
     return lock

@@ -56,7 +56,12 @@ class Notifications:
                     await connection.add_listener(channel, self._hear)
                 self._wake_all()
                 await self._lose(connection, lost)
-            except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError, asyncio.TimeoutError) as error:
+            except (
+                OSError,
+                asyncpg.PostgresError,
+                asyncpg.InterfaceError,
+                asyncio.TimeoutError,
+            ) as error:
                 log.warning("database_away", error=str(error))
             finally:
                 self.is_first = False
@@ -77,10 +82,14 @@ class Notifications:
                 return True
             self.queued.clear()
 
-    async def tell(self, connection: AsyncConnection, kind: str, job_id: str = "", **more: Any) -> None:
+    async def tell(
+        self, connection: AsyncConnection, kind: str, job_id: str = "", **more: Any
+    ) -> None:
         """Tell everybody, once the transaction of this connection is committed: "queued", "cancel", "changed" or "progress"."""
         channel = TO_WORKERS if kind in ("queued", "cancel") else TO_PODS
-        await connection.execute(select(func.pg_notify(channel, json.dumps({"news": kind, "id": job_id, **more}))))
+        await connection.execute(
+            select(func.pg_notify(channel, json.dumps({"news": kind, "id": job_id, **more})))
+        )
 
     def progress_of(self, job_id: str) -> JobProgress:
         """How far a job was when it was last heard of."""
@@ -119,7 +128,11 @@ class Notifications:
         """Return or raise when the connection is gone: who only listens would not notice that nobody speaks any more."""
         while not lost.is_set():
             # the lock is the connection's: whoever is gone has it no more
-            ask = "SELECT TRUE" if self.is_first else "SELECT pg_try_advisory_lock(hashtext('alphalayer first'))"
+            ask = (
+                "SELECT TRUE"
+                if self.is_first
+                else "SELECT pg_try_advisory_lock(hashtext('alphalayer first'))"
+            )
             self.is_first = await connection.fetchval(ask, timeout=ASK_EVERY_S)
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(lost.wait(), ASK_EVERY_S)

@@ -23,5 +23,9 @@ def record_outcome(metrics: Metrics, job_id: str, outcome: Outcome) -> None:
     else:
         metrics.jobs.labels(outcome.code).inc()
         # what is wrong with a request is said in pieces of its prompt
-        said = {"field": outcome.field} if isinstance(outcome, InvalidRequest) else {"error": outcome.message}
+        said = (
+            {"field": outcome.field}
+            if isinstance(outcome, InvalidRequest)
+            else {"error": outcome.message}
+        )
         log.warning("job_failed", job=job_id, code=outcome.code, **said)

@@ -22,7 +22,15 @@ from alphalayer.core.errors import AlphalayerError, Cancelled, StorageFailed
 from alphalayer.core.job import Delivery, Job, JobProgress, JobResult, JobSpec, JobState, Submission
 from alphalayer.jobs import claims, estimates
 from alphalayer.jobs.admission import QueueStats
-from alphalayer.jobs.base import MAX_STARTS, JobView, OnEnd, Outcome, ignore_outcome, outcome_fields, too_many_starts
+from alphalayer.jobs.base import (
+    MAX_STARTS,
+    JobView,
+    OnEnd,
+    Outcome,
+    ignore_outcome,
+    outcome_fields,
+    too_many_starts,
+)
 from alphalayer.jobs.claims import Claim
 from alphalayer.jobs.housekeeping import Housekeeping
 from alphalayer.jobs.notifications import Notifications
@@ -44,7 +52,13 @@ class PostgresJobQueue(Housekeeping):
     """Implements `alphalayer.jobs.base.Jobs` on PostgreSQL."""
 
     def __init__(
-        self, journal: Journal, url: str, queue_limit: int, queue_shares: Mapping[str, float], role: str, on_end: OnEnd
+        self,
+        journal: Journal,
+        url: str,
+        queue_limit: int,
+        queue_shares: Mapping[str, float],
+        role: str,
+        on_end: OnEnd,
     ):
         super().__init__(journal)
         self._transaction = Transactions(journal)
@@ -69,7 +83,12 @@ class PostgresJobQueue(Housekeeping):
     ) -> PostgresJobQueue:
         """Connect and bring both schemas up to date. `role` says whose news are heard: "api", "worker" or "all". Raises `SetupFailed`."""
         dispatcher = cls(
-            await Journal.open(url), url, queue_limit, {} if queue_shares is None else queue_shares, role, on_end
+            await Journal.open(url),
+            url,
+            queue_limit,
+            {} if queue_shares is None else queue_shares,
+            role,
+            on_end,
         )
         await claims.install(url)
         await dispatcher._look()
@@ -79,7 +98,14 @@ class PostgresJobQueue(Housekeeping):
                 ("news", dispatcher._notifications.run),
                 ("beat", dispatcher._beat),
                 ("look", dispatcher._keep_looking),
-                ("tidy", partial(claims.keep_queue_log_short, dispatcher._notifications, dispatcher._transaction)),
+                (
+                    "tidy",
+                    partial(
+                        claims.keep_queue_log_short,
+                        dispatcher._notifications,
+                        dispatcher._transaction,
+                    ),
+                ),
             )
         ]
         return dispatcher
@@ -110,7 +136,9 @@ class PostgresJobQueue(Housekeeping):
             async with self._transaction() as (connection, queue):
                 await self._room.check(connection, submission.owner)
                 [row_id] = await queue.enqueue(claims.entrypoint_of(job), job.id.encode())
-                added = await connection.execute(ADD["postgresql"], {**row_of(job), "queue_id": row_id})
+                added = await connection.execute(
+                    ADD["postgresql"], {**row_of(job), "queue_id": row_id}
+                )
                 if added.rowcount:
                     await self._notifications.tell(connection, "queued")
                     return job
@@ -119,10 +147,14 @@ class PostgresJobQueue(Housekeeping):
     async def _join(self, job: Job) -> bool:
         """One more wants this job; whether it still runs or waits under its key."""
         same = (
-            (jobs.c.id == job.id) & (jobs.c.idempotency_key == job.submission.idempotency_key) & jobs.c.state.in_(OPEN)
+            (jobs.c.id == job.id)
+            & (jobs.c.idempotency_key == job.submission.idempotency_key)
+            & jobs.c.state.in_(OPEN)
         )
         async with self._transaction() as (connection, _):
-            joined = await connection.execute(update(jobs).where(same).values(wanted_by=jobs.c.wanted_by + 1))
+            joined = await connection.execute(
+                update(jobs).where(same).values(wanted_by=jobs.c.wanted_by + 1)
+            )
         return joined.rowcount > 0
 
     async def view(self, job_id: str) -> JobView | None:
@@ -131,7 +163,12 @@ class PostgresJobQueue(Housekeeping):
         return (await self._views([job]))[0] if job else None
 
     async def list(
-        self, *, owner: str | None = None, state: JobState | None = None, limit: int = 50, before: float | None = None
+        self,
+        *,
+        owner: str | None = None,
+        state: JobState | None = None,
+        limit: int = 50,
+        before: float | None = None,
     ) -> list[JobView]:
         """Jobs, newest first; see the protocol."""
         return await self._views(await self._journal.list(owner, state, limit, before))
@@ -149,16 +186,28 @@ class PostgresJobQueue(Housekeeping):
         freed = {"idempotency_key": None} if as_leaving else {}
         now = time.time()
         due = case((WITH_WEBHOOK, now))
-        changes = {"state": JobState.CANCELLED.value, "finished_at": now, "webhook_due": due, **freed}
+        changes = {
+            "state": JobState.CANCELLED.value,
+            "finished_at": now,
+            "webhook_due": due,
+            **freed,
+        }
         # the worker hears of it at once, or sees it with its next heartbeat, or another one does when it takes the job over
         ask = update(jobs).where(mine, jobs.c.state.in_(OPEN)).values(cancel_asked=True, **freed)
-        leave = update(jobs).where(mine).values(wanted_by=jobs.c.wanted_by - 1).returning(jobs.c.wanted_by)
+        leave = (
+            update(jobs)
+            .where(mine)
+            .values(wanted_by=jobs.c.wanted_by - 1)
+            .returning(jobs.c.wanted_by)
+        )
         async with self._transaction() as (connection, queue):
             if as_leaving and (await connection.execute(leave)).scalar() != 0:
                 return False
             waiting = mine & (jobs.c.state == JobState.QUEUED.value)
             row_id = (
-                await connection.execute(update(jobs).where(waiting).values(changes).returning(jobs.c.queue_id))
+                await connection.execute(
+                    update(jobs).where(waiting).values(changes).returning(jobs.c.queue_id)
+                )
             ).scalar()
             if row_id is not None:
                 await queue.mark_job_as_cancelled([JobId(row_id)])
@@ -231,7 +280,9 @@ class PostgresJobQueue(Housekeeping):
                 async with self._transaction() as (_, queue):
                     # where the database was away, those who are at work need time for their next heartbeat
                     may_take_over = self._transaction.well_for_s > claims.CLAIM_S / 2
-                    claimed = await claims.claim_next(queue, self._worker, holding, self._patience, may_take_over)
+                    claimed = await claims.claim_next(
+                        queue, self._worker, holding, self._patience, may_take_over
+                    )
                 if claimed:
                     self._eagerness.claimed()
                     if job := await self._hold(claimed):
@@ -256,14 +307,20 @@ class PostgresJobQueue(Housekeeping):
         held = self._held.get(job_id)
         if held is None:
             return
-        changes = {"state": JobState.RUNNING.value, "started_at": time.time(), "starts": jobs.c.starts + 1}
+        changes = {
+            "state": JobState.RUNNING.value,
+            "started_at": time.time(),
+            "starts": jobs.c.starts + 1,
+        }
         count = update(jobs).where(jobs.c.id == job_id, jobs.c.state.in_(OPEN)).values(changes)
         while True:
             with contextlib.suppress(StorageFailed):
                 async with self._transaction() as (connection, queue):
                     if not await held.is_of(self._worker, queue):
                         return
-                    counted = await connection.execute(count.returning(jobs.c.starts, jobs.c.cancel_asked))
+                    counted = await connection.execute(
+                        count.returning(jobs.c.starts, jobs.c.cancel_asked)
+                    )
                     held.start, is_to_stop = counted.first() or (0, True)
                     await self._notifications.tell(connection, "changed", job_id)
                 break
@@ -279,7 +336,9 @@ class PostgresJobQueue(Housekeeping):
         held.told_at = time.monotonic()
         with contextlib.suppress(StorageFailed):
             async with self._transaction() as (connection, _):
-                await self._notifications.tell(connection, "progress", job_id, **progress.model_dump())
+                await self._notifications.tell(
+                    connection, "progress", job_id, **progress.model_dump()
+                )
 
     async def complete(self, job_id: str, outcome: Outcome) -> None:
         """End a job, if it is still this start's to end; tried again until the database has it."""
@@ -309,8 +368,14 @@ class PostgresJobQueue(Housekeeping):
         with contextlib.suppress(StorageFailed):  # without a database the claim runs out by itself
             async with self._transaction() as (connection, queue):
                 if await held.is_of(self._worker, queue):
-                    mine = (jobs.c.id == job_id) & (jobs.c.state.in_(OPEN)) & (jobs.c.starts == held.start)
-                    row_id = await claims.release_claim(queue, held.row, held.job.model_copy(update={"starts": starts}))
+                    mine = (
+                        (jobs.c.id == job_id)
+                        & (jobs.c.state.in_(OPEN))
+                        & (jobs.c.starts == held.start)
+                    )
+                    row_id = await claims.release_claim(
+                        queue, held.row, held.job.model_copy(update={"starts": starts})
+                    )
                     back = {"state": JobState.QUEUED.value, "starts": starts, "queue_id": row_id}
                     await connection.execute(update(jobs).where(mine).values(back))
                     await self._notifications.tell(connection, "queued")
@@ -354,7 +419,9 @@ class PostgresJobQueue(Housekeeping):
         changes["webhook_due"] = ended.finished_at if ended.delivery.webhook else None
         try:
             async with self._transaction() as (connection, queue):
-                is_mine = (await connection.execute(update(jobs).where(mine).values(changes))).rowcount > 0
+                is_mine = (
+                    await connection.execute(update(jobs).where(mine).values(changes))
+                ).rowcount > 0
                 if is_mine:
                     done = isinstance(outcome, JobResult)
                     await queue.log_jobs([(held.row, "successful" if done else "exception", None)])
@@ -382,10 +449,14 @@ class PostgresJobQueue(Housekeeping):
         if position is not None:
             room = self._room
             rests = [
-                estimates.rest_s(at, self._notifications.progress_of(each)) for each, at in room.some_running.items()
+                estimates.rest_s(at, self._notifications.progress_of(each))
+                for each, at in room.some_running.items()
             ]
             return JobView(
-                job, position, JobProgress(), estimates.wait_s(rests, room.running, position - 1, room.usual_s)
+                job,
+                position,
+                JobProgress(),
+                estimates.wait_s(rests, room.running, position - 1, room.usual_s),
             )
         progress = self._notifications.progress_of(job.id)
         return JobView(job, 0, progress, estimates.rest_s(job.started_at, progress))

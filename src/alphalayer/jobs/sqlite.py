@@ -64,7 +64,12 @@ class SqliteJobQueue(Housekeeping):
     """Implements `alphalayer.jobs.base.Jobs` on a journal file."""
 
     def __init__(
-        self, journal: Journal, lock: FileLock, queue_limit: int, queue_shares: Mapping[str, float], on_end: OnEnd
+        self,
+        journal: Journal,
+        lock: FileLock,
+        queue_limit: int,
+        queue_shares: Mapping[str, float],
+        on_end: OnEnd,
     ):
         super().__init__(journal)
         self._lock = lock
@@ -95,7 +100,9 @@ class SqliteJobQueue(Housekeeping):
             SetupFailed: see `alphalayer.jobs.lock.check`.
         """
         journal, lock, unfinished = await open_exclusively(file)
-        dispatcher = cls(journal, lock, queue_limit, {} if queue_shares is None else queue_shares, on_end)
+        dispatcher = cls(
+            journal, lock, queue_limit, {} if queue_shares is None else queue_shares, on_end
+        )
         for job in unfinished:
             dispatcher._live[job.id] = _Live(job)
             if job.error:  # it cannot be read
@@ -210,11 +217,19 @@ class SqliteJobQueue(Housekeeping):
         return JobView.of_ended(job) if job else None
 
     async def list(
-        self, *, owner: str | None = None, state: JobState | None = None, limit: int = 50, before: float | None = None
+        self,
+        *,
+        owner: str | None = None,
+        state: JobState | None = None,
+        limit: int = 50,
+        before: float | None = None,
     ) -> list[JobView]:
         """Jobs, newest first; see the protocol."""
         found = await self._journal.list(owner, state, limit, before)
-        return [self._view(self._live[job.id]) if job.id in self._live else JobView.of_ended(job) for job in found]
+        return [
+            self._view(self._live[job.id]) if job.id in self._live else JobView.of_ended(job)
+            for job in found
+        ]
 
     async def cancel(self, job_id: str) -> bool:
         """Stop a job; one that runs is over when its engine says so. See the protocol."""
@@ -295,7 +310,9 @@ class SqliteJobQueue(Housekeeping):
     async def mark_started(self, job_id: str) -> None:
         """Count a start; see the protocol."""
         live = self._live[job_id]
-        await self._note(live, state=JobState.RUNNING, started_at=time.time(), starts=live.job.starts + 1)
+        await self._note(
+            live, state=JobState.RUNNING, started_at=time.time(), starts=live.job.starts + 1
+        )
 
     async def report_progress(self, job_id: str, progress: JobProgress) -> None:
         """Note progress; in memory only."""
@@ -358,7 +375,9 @@ class SqliteJobQueue(Housekeeping):
     async def _write_end(self, live: _Live, outcome: Outcome) -> None:
         """Write an outcome down, then tell everybody. Raises `StorageFailed`."""
         # until it is written the job stands as it stood, for those who look and for the next start
-        await self._journal.save(live.job.model_copy(update={"finished_at": time.time(), **outcome_fields(outcome)}))
+        await self._journal.save(
+            live.job.model_copy(update={"finished_at": time.time(), **outcome_fields(outcome)})
+        )
         self._live.pop(live.job.id, None)
         self._on_end(live.job.id, outcome)
         live.wake()

@@ -76,8 +76,12 @@ jobs = Table(
 OPEN = [JobState.QUEUED.value, JobState.RUNNING.value]
 _CHANGING = ("state", "idempotency_key", "started_at", "finished_at", "starts", "result", "error")
 ADD = {
-    "sqlite": sqlite.insert(jobs).on_conflict_do_nothing(index_elements=["owner", "idempotency_key"]),
-    "postgresql": postgresql.insert(jobs).on_conflict_do_nothing(index_elements=["owner", "idempotency_key"]),
+    "sqlite": sqlite.insert(jobs).on_conflict_do_nothing(
+        index_elements=["owner", "idempotency_key"]
+    ),
+    "postgresql": postgresql.insert(jobs).on_conflict_do_nothing(
+        index_elements=["owner", "idempotency_key"]
+    ),
 }
 """Adds a row unless its owner has used the idempotency key before; by dialect."""
 _SAVE = (
@@ -100,7 +104,10 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         "DROP INDEX IF EXISTS ix_jobs_state",
     ),
     ("ALTER TABLE jobs ADD COLUMN wanted_by INTEGER NOT NULL DEFAULT 1",),
-    ("ALTER TABLE jobs ADD COLUMN delivery TEXT", "ALTER TABLE jobs ADD COLUMN traceparent VARCHAR(64)"),
+    (
+        "ALTER TABLE jobs ADD COLUMN delivery TEXT",
+        "ALTER TABLE jobs ADD COLUMN traceparent VARCHAR(64)",
+    ),
 )
 """SQL that takes version 1 to 2, 2 to 3 and so on; the table above is always the newest."""
 VERSION = 1 + len(MIGRATIONS)
@@ -158,7 +165,9 @@ class Journal:
         except (DBAPIError, OSError, sqlite3.Error) as error:
             cause = getattr(error, "orig", error)
             hint = _MEND if _is_damage(cause) else hint
-            raise SetupFailed(f"the journal {place} cannot be opened: {cause}.", hint=hint) from None
+            raise SetupFailed(
+                f"the journal {place} cannot be opened: {cause}.", hint=hint
+            ) from None
         return cls(engine)
 
     async def close(self) -> None:
@@ -178,7 +187,9 @@ class Journal:
         """The job that came with the same owner and idempotency key before, if it still has it. Raises `StorageFailed`."""
         if job.submission.idempotency_key is None:
             return None
-        same = (jobs.c.owner == job.owner) & (jobs.c.idempotency_key == job.submission.idempotency_key)
+        same = (jobs.c.owner == job.owner) & (
+            jobs.c.idempotency_key == job.submission.idempotency_key
+        )
         found = await self._read(select(jobs).where(same))
         return found[0] if found else None
 
@@ -186,7 +197,9 @@ class Journal:
         """Write what changed of a job that is not over in the journal; whether it was so. Raises `StorageFailed`."""
         row = row_of(job)
         changed = {name: row[name] for name in _CHANGING}
-        changed["webhook_due"] = job.finished_at if job.state.is_final and job.delivery.webhook else None
+        changed["webhook_due"] = (
+            job.finished_at if job.state.is_final and job.delivery.webhook else None
+        )
         return await self._write(_SAVE, {**changed, "job_id": job.id}) > 0
 
     async def ask_to_cancel(self, job: Job) -> None:
@@ -201,14 +214,22 @@ class Journal:
 
     async def unfinished(self) -> list[Job]:
         """All jobs that are not over, oldest first."""
-        return await self._read(select(jobs).where(jobs.c.state.in_(OPEN)).order_by(jobs.c.created_at))
+        return await self._read(
+            select(jobs).where(jobs.c.state.in_(OPEN)).order_by(jobs.c.created_at)
+        )
 
     async def unfinished_ids(self) -> set[str]:
         """The ids of all jobs that are not over. Raises `StorageFailed`."""
-        return {row["id"] for row in await self._rows(select(jobs.c.id).where(jobs.c.state.in_(OPEN)))}
+        return {
+            row["id"] for row in await self._rows(select(jobs.c.id).where(jobs.c.state.in_(OPEN)))
+        }
 
     async def list(
-        self, owner: str | None = None, state: JobState | None = None, limit: int = 50, before: float | None = None
+        self,
+        owner: str | None = None,
+        state: JobState | None = None,
+        limit: int = 50,
+        before: float | None = None,
     ) -> list[Job]:
         """Jobs, newest first, created before a time."""
         statement = select(jobs).order_by(jobs.c.created_at.desc()).limit(limit)
@@ -222,7 +243,9 @@ class Journal:
 
     async def delete_finished(self, finished_before: float) -> int:
         """Remove jobs that were over before a time; how many. In portions, between which others write."""
-        old = select(jobs.c.id).where(jobs.c.finished_at < finished_before, jobs.c.webhook_due.is_(None))
+        old = select(jobs.c.id).where(
+            jobs.c.finished_at < finished_before, jobs.c.webhook_due.is_(None)
+        )
         some = jobs.delete().where(jobs.c.id.in_(old.limit(FORGOTTEN_AT_ONCE)))
         gone = portion = await self._write(some)
         while portion == FORGOTTEN_AT_ONCE:
@@ -240,12 +263,19 @@ class Journal:
             .limit(limit)
             .with_for_update(skip_locked=True)
         )
-        claim = update(jobs).where(jobs.c.id.in_(chosen)).values(webhook_due=now + CLAIMED_S).returning(jobs)
+        claim = (
+            update(jobs)
+            .where(jobs.c.id.in_(chosen))
+            .values(webhook_due=now + CLAIMED_S)
+            .returning(jobs)
+        )
         return [(job_of(row), int(row["webhook_tries"])) for row in await self._rows(claim)]
 
     async def record_webhook_attempt(self, job_id: str, due: float | None, tries: int) -> None:
         """Note a try, and when the next one is due; None: no more. Raises `StorageFailed`."""
-        await self._write(update(jobs).where(jobs.c.id == job_id).values(webhook_due=due, webhook_tries=tries))
+        await self._write(
+            update(jobs).where(jobs.c.id == job_id).values(webhook_due=due, webhook_tries=tries)
+        )
 
     async def _write(self, statement: Any, values: dict[str, Any] | None = None) -> int:
         """Run a statement and commit it; how many rows it changed. What comes while a commit is at work shares the next one."""
@@ -260,7 +290,10 @@ class Journal:
             batch, self._pending = self._pending, []
             try:
                 async with self.engine.begin() as connection:
-                    counts = [(await connection.execute(statement, values)).rowcount for statement, values, _ in batch]
+                    counts = [
+                        (await connection.execute(statement, values)).rowcount
+                        for statement, values, _ in batch
+                    ]
             except Exception as error:
                 fault = self.fault(error) if isinstance(error, UNREACHABLE) else error
                 for *_, done in batch:
@@ -310,7 +343,9 @@ async def _migrate(connection: AsyncConnection, place: Path | str) -> None:
     if shared:
         # many may start at once: the first one does the work
         await connection.execute(text("SELECT pg_advisory_xact_lock(hashtext('alphalayer'))"))
-        await connection.execute(text("CREATE TABLE IF NOT EXISTS alphalayer_version (version INTEGER NOT NULL)"))
+        await connection.execute(
+            text("CREATE TABLE IF NOT EXISTS alphalayer_version (version INTEGER NOT NULL)")
+        )
     else:
         # by itself the driver begins a transaction only before rows are changed, not before tables are
         await connection.execute(text("BEGIN IMMEDIATE"))
@@ -331,14 +366,18 @@ async def _migrate(connection: AsyncConnection, place: Path | str) -> None:
     if 0 < version < 7:
         await _upgrade_rows(connection)
     if version:
-        log.warning("journal_migrated", journal=str(place), from_version=version, to_version=VERSION)
+        log.warning(
+            "journal_migrated", journal=str(place), from_version=version, to_version=VERSION
+        )
     note = "INSERT INTO alphalayer_version VALUES ({})" if shared else "PRAGMA user_version = {}"
     await connection.execute(text(note.format(VERSION)))
 
 
 async def _upgrade_rows(connection: AsyncConnection) -> None:
     """Rewrite the rows of version 6; one that cannot be read stays, and fails when it is read."""
-    rows = (await connection.execute(select(jobs.c.id, jobs.c.spec, jobs.c.result))).mappings().all()
+    rows = (
+        (await connection.execute(select(jobs.c.id, jobs.c.spec, jobs.c.result))).mappings().all()
+    )
     for row in rows:
         with contextlib.suppress(ValueError, LookupError, TypeError, AttributeError):
             changed = upgrade_6_to_7(dict(row))
@@ -369,10 +408,19 @@ def job_of(row: Any) -> Job:
     except ValueError as error:
         reason = " ".join(line.strip() for line in str(error).splitlines()[:3])
         problem = StorageFailed(
-            f"its entry in the journal cannot be read any more ({reason}).", hint="Ask for the picture again."
+            f"its entry in the journal cannot be read any more ({reason}).",
+            hint="Ask for the picture again.",
         )
-        kept = {"id": row["id"], "created_at": row["created_at"], "submission": fields["submission"]}
-        over = {"state": "failed", "finished_at": row["finished_at"] or time.time(), "error": problem.to_dict()}
+        kept = {
+            "id": row["id"],
+            "created_at": row["created_at"],
+            "submission": fields["submission"],
+        }
+        over = {
+            "state": "failed",
+            "finished_at": row["finished_at"] or time.time(),
+            "error": problem.to_dict(),
+        }
         return Job.model_validate({**kept, **over, "spec": _UNREADABLE})
 
 

@@ -40,7 +40,11 @@ class Transactions:
             async with self._journal.engine.begin() as connection:
                 # goes first: the driver's own statements, which PgQueuer uses, do not open a transaction
                 await connection.execute(
-                    select(func.set_config("idle_in_transaction_session_timeout", f"{SILENT_S}s", true()))
+                    select(
+                        func.set_config(
+                            "idle_in_transaction_session_timeout", f"{SILENT_S}s", true()
+                        )
+                    )
                 )
                 raw: Any = (await connection.get_raw_connection()).driver_connection
                 if time.monotonic() - asked_at > SLOW_S:

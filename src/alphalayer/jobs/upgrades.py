@@ -37,6 +37,8 @@ def upgrade_6_to_7(row: dict[str, Any]) -> dict[str, Any]:
 
 def _flatten_transparency(generation: dict[str, Any]) -> None:
     options = generation.pop("layerdiffuse", None) or {}
-    generation["mode"] = options.get("method", "attention") if options.get("enabled", True) else OPAQUE
+    generation["mode"] = (
+        options.get("method", "attention") if options.get("enabled", True) else OPAQUE
+    )
     generation["layerdiffuse_weight"] = options.get("weight", 1.0)
     generation["layerdiffuse_stop_at"] = options.get("stop_at", 1.0)

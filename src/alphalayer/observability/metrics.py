@@ -34,15 +34,30 @@ class Metrics:
             **make,
         )
         self.batch_jobs = Histogram(
-            "alphalayer_batch_jobs", "Jobs that are drawn together.", buckets=(1, 2, 4, 8, 16, 32), **make
+            "alphalayer_batch_jobs",
+            "Jobs that are drawn together.",
+            buckets=(1, 2, 4, 8, 16, 32),
+            **make,
         )
         self.webhooks = Counter(
-            "alphalayer_webhooks", "Webhooks, by outcome: delivered, retried, given_up.", ["outcome"], **make
+            "alphalayer_webhooks",
+            "Webhooks, by outcome: delivered, retried, given_up.",
+            ["outcome"],
+            **make,
         )
-        self.engine_starts = Counter("alphalayer_engine_starts", "Starts of engine processes.", ["engine"], **make)
-        self.engine_ready = Gauge("alphalayer_engine_ready", "1 while an engine process is ready.", ["engine"], **make)
+        self.engine_starts = Counter(
+            "alphalayer_engine_starts", "Starts of engine processes.", ["engine"], **make
+        )
+        self.engine_ready = Gauge(
+            "alphalayer_engine_ready", "1 while an engine process is ready.", ["engine"], **make
+        )
         self.engine_memory = Gauge(
-            "alphalayer_engine_memory_bytes", "Memory that an engine holds on its device.", ["engine"], **make
+            "alphalayer_engine_memory_bytes",
+            "Memory that an engine holds on its device.",
+            ["engine"],
+            **make,
         )
         self.queue_length = Gauge("alphalayer_queue_length", "Jobs that wait.", **make)
-        self.queue_age = Gauge("alphalayer_queue_age_seconds", "How long the next job has waited.", **make)
+        self.queue_age = Gauge(
+            "alphalayer_queue_age_seconds", "How long the next job has waited.", **make
+        )

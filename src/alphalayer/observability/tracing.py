@@ -9,7 +9,14 @@ import time
 from collections.abc import Mapping
 
 from opentelemetry.context import Context
-from opentelemetry.trace import NoOpTracerProvider, SpanKind, Status, StatusCode, Tracer, TracerProvider
+from opentelemetry.trace import (
+    NoOpTracerProvider,
+    SpanKind,
+    Status,
+    StatusCode,
+    Tracer,
+    TracerProvider,
+)
 from opentelemetry.trace import set_span_in_context as within
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
@@ -19,11 +26,19 @@ _HEADERS = TraceContextTextMapPropagator()
 class JobTrace:
     """One run of a job: a span of its own, from when it was accepted, and in it one for each stage in turn."""
 
-    def __init__(self, tracer: Tracer, parent: str | None, accepted_at: float, attributes: Mapping[str, str | int]):
+    def __init__(
+        self,
+        tracer: Tracer,
+        parent: str | None,
+        accepted_at: float,
+        attributes: Mapping[str, str | int],
+    ):
         began = int(accepted_at * 1e9)
         around = _HEADERS.extract({"traceparent": parent}, Context()) if parent else Context()
         self._tracer = tracer
-        self._job = tracer.start_span("job", around, SpanKind.CONSUMER, attributes, start_time=began)
+        self._job = tracer.start_span(
+            "job", around, SpanKind.CONSUMER, attributes, start_time=began
+        )
         self._inside = within(self._job, Context())
         self._name = "queue"
         self._stage = tracer.start_span("queue", self._inside, start_time=began)
@@ -52,7 +67,10 @@ class Traces:
         self._tracer = (provider or NoOpTracerProvider()).get_tracer("alphalayer")
 
     def follow(
-        self, parent: str | None, accepted_at: float, attributes: Mapping[str, str | int] | None = None
+        self,
+        parent: str | None,
+        accepted_at: float,
+        attributes: Mapping[str, str | int] | None = None,
     ) -> JobTrace:
         """Follow a job that was accepted at a Unix time (seconds) in a request that `here` has named."""
         return JobTrace(self._tracer, parent, accepted_at, attributes or {})

@@ -101,7 +101,10 @@ class Scaler:
             added = max(0, min(wanted - pods, room))
             self._added.append((now, added))
             return pods + added
-        if max(count for _, count in self._wanted) < pods and now - self._removed_at >= scaling.down_every_s:
+        if (
+            max(count for _, count in self._wanted) < pods
+            and now - self._removed_at >= scaling.down_every_s
+        ):
             self._removed_at = now
             return pods - 1
         return pods
@@ -172,7 +175,9 @@ class _Service:
 
     def count_pods(self) -> None:
         """Add the pods' time since the last time to the outcome."""
-        self._outcome.pod_s += self.pods * max(0.0, self._env.now - max(self._since, self._warm_up_s))
+        self._outcome.pod_s += self.pods * max(
+            0.0, self._env.now - max(self._since, self._warm_up_s)
+        )
         self._since = self._env.now
         if self._env.now >= self._warm_up_s:
             self._outcome.most_pods = max(self._outcome.most_pods, self.pods)
@@ -248,7 +253,9 @@ def simulate(load: Load, fleet: Fleet, duration_s: float = 0.0, seed: int = 0) -
     return outcome
 
 
-def pods_needed(load: Load, seconds: float, batch: int, p95_s: float, most: int = 100_000) -> tuple[int, Outcome]:
+def pods_needed(
+    load: Load, seconds: float, batch: int, p95_s: float, most: int = 100_000
+) -> tuple[int, Outcome]:
     """The fewest pods with which 95 of 100 requests have their picture in time and some room is left, by bisection; and how it goes.
 
     Raises:
@@ -263,7 +270,11 @@ def pods_needed(load: Load, seconds: float, batch: int, p95_s: float, most: int 
 
     def is_enough(pods: int) -> bool:
         outcomes[pods] = simulate(load, Fleet(pods, seconds, batch))
-        return bool(outcomes[pods].waits) and outcomes[pods].p95_s <= p95_s and outcomes[pods].use <= MOST_USE
+        return (
+            bool(outcomes[pods].waits)
+            and outcomes[pods].p95_s <= p95_s
+            and outcomes[pods].use <= MOST_USE
+        )
 
     while not is_enough(high):
         low, high = high, high + max(1, high // 8)
@@ -297,13 +308,17 @@ class Offer:
         return None if self.hourly is None else self.hourly / an_hour * 1000
 
 
-def fixed_offer(name: str, load: Load, seconds: float, batch: int, p95_s: float, price: float | None = None) -> Offer:
+def fixed_offer(
+    name: str, load: Load, seconds: float, batch: int, p95_s: float, price: float | None = None
+) -> Offer:
     """As many pods all the time as `pods_needed` says. Raises `ValueError`, see there."""
     pods, outcome = pods_needed(load, seconds, batch, p95_s)
     return Offer(name, seconds, str(pods), outcome, price)
 
 
-def scaled_offer(name: str, load: Load, seconds: float, batch: int, price: float, scaling: Scaling) -> Offer:
+def scaled_offer(
+    name: str, load: Load, seconds: float, batch: int, price: float, scaling: Scaling
+) -> Offer:
     """From one pod on as many as it takes, by the age of the oldest job."""
     outcome = simulate(load, Fleet(1, seconds, batch, scaling))
     return Offer(name, seconds, f"{outcome.mean_pods:.1f} ({outcome.most_pods})", outcome, price)
@@ -311,4 +326,7 @@ def scaled_offer(name: str, load: Load, seconds: float, batch: int, price: float
 
 def old_offers(load: Load, p95_s: float) -> list[Offer]:
     """The old stack: one picture at a time in what its manual says; answers may take twice as long as a picture."""
-    return [fixed_offer(f"old stack, {each:g} s", load, each, 1, max(p95_s, 2 * each)) for each in OLD_SECONDS]
+    return [
+        fixed_offer(f"old stack, {each:g} s", load, each, 1, max(p95_s, 2 * each))
+        for each in OLD_SECONDS
+    ]

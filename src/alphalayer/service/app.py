@@ -62,7 +62,9 @@ class Parts:
     webhooks: Webhooks | None
 
 
-def create_app(settings: Settings, *, engine: str = ENGINE, engine_options: dict[str, Any] | None = None) -> FastAPI:
+def create_app(
+    settings: Settings, *, engine: str = ENGINE, engine_options: dict[str, Any] | None = None
+) -> FastAPI:
     """The ASGI application. `engine` names the function that makes the engine in its own process, as "module:function"."""
 
     @contextlib.asynccontextmanager
@@ -72,7 +74,9 @@ def create_app(settings: Settings, *, engine: str = ENGINE, engine_options: dict
         app.state.service = parts.service
         app.state.parts = parts
         app.state.ending = parts.service.ending
-        limits = Limits(settings.keep_pictures_days, settings.keep_pictures_bytes, settings.keep_jobs_days)
+        limits = Limits(
+            settings.keep_pictures_days, settings.keep_pictures_bytes, settings.keep_jobs_days
+        )
         work = parts.pool.tasks
         work["sweep"] = partial(keep_sweeping, parts.service.storage, parts.dispatcher, limits)
         if parts.webhooks:
@@ -105,12 +109,18 @@ def create_app(settings: Settings, *, engine: str = ENGINE, engine_options: dict
     app.include_router(ops.router)
     errors.install(app)
     traces, send_traces = _trace(app) if settings.tracing else (Traces(), lambda: None)
-    assistants = _add_dialects(app, settings) if settings.role != "worker" else contextlib.nullcontext
+    assistants = (
+        _add_dialects(app, settings) if settings.role != "worker" else contextlib.nullcontext
+    )
     app.add_middleware(BodyLimit, limit=settings.max_request_bytes)
     if settings.cors_allow_origins:
         origins = [origin.strip() for origin in settings.cors_allow_origins.split(",")]
         app.add_middleware(
-            CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"], expose_headers=EXPOSED
+            CORSMiddleware,
+            allow_origins=origins,
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=EXPOSED,
         )
     app.add_middleware(ForwardedHeaders, trusted=settings.trusted_proxies)
     app.add_middleware(RequestLog)
@@ -147,7 +157,9 @@ def _mount_mcp(app: FastAPI, settings: Settings) -> _Lifespan:
     try:
         from alphalayer.integrations import mcp
     except ImportError as error:
-        log.info("mcp_off", path="/mcp/", missing=error.name, hint=f"To have it: {install_hint('mcp')}")
+        log.info(
+            "mcp_off", path="/mcp/", missing=error.name, hint=f"To have it: {install_hint('mcp')}"
+        )
         return contextlib.nullcontext
     server = mcp.create_server(mcp.connect_to_caller, partial(mcp.outside, settings.public_url))
     tool = server.http_app("/", stateless_http=True, host_origin_protection=False)
@@ -179,7 +191,9 @@ def _check_default_model(settings: Settings) -> None:
     if not settings.default_model or settings.role == "api":
         return
     try:
-        catalog.resolve_model(settings.default_model, catalog.find_models(settings.models_dir), settings.models_dir)
+        catalog.resolve_model(
+            settings.default_model, catalog.find_models(settings.models_dir), settings.models_dir
+        )
     except AlphalayerError as error:
         raise SetupFailed(f"setting default_model: {error.message}", hint=error.hint) from None
 
@@ -195,21 +209,29 @@ def _webhook_key(settings: Settings) -> bytes | None:
     return read_secret(secret) if secret else None
 
 
-async def _open_dispatcher(settings: Settings, shares: Mapping[str, float], metrics: Metrics) -> Jobs:
+async def _open_dispatcher(
+    settings: Settings, shares: Mapping[str, float], metrics: Metrics
+) -> Jobs:
     """The queue of this machine alone, or the one that many share."""
     on_end = partial(record_outcome, metrics)
     if settings.database is None:
-        return await SqliteJobQueue.open(settings.data_dir / JOURNAL, settings.queue_limit, shares, on_end)
+        return await SqliteJobQueue.open(
+            settings.data_dir / JOURNAL, settings.queue_limit, shares, on_end
+        )
     try:
         from alphalayer.jobs.postgres import PostgresJobQueue
     except ImportError as error:
-        raise SetupFailed(f"a shared queue needs {error.name}.", hint=install_hint("shared")) from None
+        raise SetupFailed(
+            f"a shared queue needs {error.name}.", hint=install_hint("shared")
+        ) from None
     return await PostgresJobQueue.open(
         settings.database.get_secret_value(), settings.queue_limit, shares, settings.role, on_end
     )
 
 
-async def _assemble(settings: Settings, engine: str, options: dict[str, Any], traces: Traces) -> Parts:
+async def _assemble(
+    settings: Settings, engine: str, options: dict[str, Any], traces: Traces
+) -> Parts:
     place = settings.pictures
     storage = open_storage(place)
     secret = _webhook_key(settings)
@@ -251,7 +273,11 @@ async def _assemble(settings: Settings, engine: str, options: dict[str, Any], tr
     )
     models = _model_lookup(settings)
     health = Health(pool, shutdown, lambda: dispatcher.is_reachable, models.default, has_engines)
-    webhooks = Webhooks(dispatcher, metrics, secret, allow_private=settings.webhook_allow_private) if secret else None
+    webhooks = (
+        Webhooks(dispatcher, metrics, secret, allow_private=settings.webhook_allow_private)
+        if secret
+        else None
+    )
     service = Service(
         dispatcher=dispatcher,
         storage=storage,
@@ -270,7 +296,9 @@ async def _assemble(settings: Settings, engine: str, options: dict[str, Any], tr
         public_url=settings.public_url,
         log_prompts=settings.log_prompts,
         redirect_files=settings.redirect_files,
-        check_webhook=partial(check_url, allow_private=settings.webhook_allow_private) if webhooks else None,
+        check_webhook=partial(check_url, allow_private=settings.webhook_allow_private)
+        if webhooks
+        else None,
     )
     return Parts(service, dispatcher, pool, webhooks)
 

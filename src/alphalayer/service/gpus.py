@@ -37,6 +37,8 @@ def _list_gpus() -> list[str]:
     if not shutil.which("nvidia-smi"):
         return []
     with contextlib.suppress(OSError, subprocess.TimeoutExpired):
-        output = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=30, check=False).stdout
+        output = subprocess.run(
+            ["nvidia-smi", "-L"], capture_output=True, text=True, timeout=30, check=False
+        ).stdout
         return re.findall(r"^GPU (\d+):", output, re.MULTILINE)
     return []

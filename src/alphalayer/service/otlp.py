@@ -20,7 +20,9 @@ def install(app: FastAPI) -> TracerProvider:
     The provider is for spans of one's own; its `shutdown` sends what is left and blocks for as long as that takes.
     """
     name = os.environ.get("OTEL_SERVICE_NAME", "alphalayer")
-    provider = TracerProvider(resource=Resource.create({"service.name": name}), shutdown_on_exit=False)
+    provider = TracerProvider(
+        resource=Resource.create({"service.name": name}), shutdown_on_exit=False
+    )
     provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
     FastAPIInstrumentor.instrument_app(
         app, tracer_provider=provider, excluded_urls=PROBES, exclude_spans=["receive", "send"]

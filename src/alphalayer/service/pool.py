@@ -31,7 +31,9 @@ class WorkerPool:
     def states(self) -> dict[str, str]:
         """Return the state of each engine: "ready", "starting" or its problem."""
         return {
-            supervisor.name: "ready" if supervisor.is_ready else str(supervisor.problem or "starting")
+            supervisor.name: "ready"
+            if supervisor.is_ready
+            else str(supervisor.problem or "starting")
             for supervisor in self.supervisors
         }
 

@@ -28,7 +28,10 @@ class Limits:
 
 
 def select_expired(
-    files: Iterable[tuple[str, int, float]], limits: Limits, now: float, is_kept: Callable[[str], bool]
+    files: Iterable[tuple[str, int, float]],
+    limits: Limits,
+    now: float,
+    is_kept: Callable[[str], bool],
 ) -> list[str]:
     """The keys to remove of (key, bytes, time of writing): those too old, then the oldest until the rest fits; never those kept."""
     free = sorted((modified, key, size) for key, size, modified in files if not is_kept(key))
@@ -46,7 +49,11 @@ def select_expired(
 async def sweep(storage: Storage, dispatcher: JobStore, limits: Limits) -> int:
     """Remove what is over the limits; how many files went. Pictures of jobs that are not over stay, and so do others' files."""
     # first, as the database may do what the place of the pictures does not
-    jobs = await dispatcher.delete_finished(time.time() - limits.jobs_days * DAY_S) if limits.jobs_days else 0
+    jobs = (
+        await dispatcher.delete_finished(time.time() - limits.jobs_days * DAY_S)
+        if limits.jobs_days
+        else 0
+    )
     await asyncio.to_thread(storage.tidy)
     # without limits only previews go: a bucket need not tell of each picture then
     all_of_them = limits.pictures_days or limits.pictures_bytes
@@ -57,7 +64,9 @@ async def sweep(storage: Storage, dispatcher: JobStore, limits: Limits) -> int:
     gone = await asyncio.to_thread(
         select_expired, ours, limits, time.time(), lambda key: job_prefix_of(key) in unfinished
     )
-    faults = {key: fault for key in gone if (fault := await asyncio.to_thread(_delete, storage, key))}
+    faults = {
+        key: fault for key in gone if (fault := await asyncio.to_thread(_delete, storage, key))
+    }
     if faults:
         log.warning("pictures_stay", pictures=len(faults), error=str(next(iter(faults.values()))))
     swept = [key for key in gone if key not in faults]
@@ -76,7 +85,9 @@ def _delete(storage: Storage, key: str) -> AlphalayerError | None:
     return None
 
 
-async def keep_sweeping(storage: Storage, dispatcher: JobStore, limits: Limits, every_s: float = 600.0) -> None:
+async def keep_sweeping(
+    storage: Storage, dispatcher: JobStore, limits: Limits, every_s: float = 600.0
+) -> None:
     """Sweep now and then until cancelled; what fails is tried again the next time."""
     while True:
         try:

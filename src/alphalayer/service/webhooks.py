@@ -50,13 +50,17 @@ def check_url(url: str, *, allow_private: bool) -> None:
     except (httpx.InvalidURL, TypeError) as error:
         raise InvalidRequest(f"not an address ({error}).", field="webhook_url") from None
     if scheme not in ("http", "https") or not host or userinfo:
-        raise InvalidRequest("use http:// or https:// and a host, without user and password.", field="webhook_url")
+        raise InvalidRequest(
+            "use http:// or https:// and a host, without user and password.", field="webhook_url"
+        )
     try:
         address = ipaddress.ip_address(host)
     except ValueError:
         return
     if not (allow_private or is_public(address)):
-        raise InvalidRequest(f"{host} is not an address of the internet.", hint=_PRIVATE, field="webhook_url")
+        raise InvalidRequest(
+            f"{host} is not an address of the internet.", hint=_PRIVATE, field="webhook_url"
+        )
 
 
 _PRIVATE = "The service sends to private networks only where webhook_allow_private is set."
@@ -139,10 +143,17 @@ class Webhooks:
             due = None
             if outcome == "retried":
                 outcome, due = (
-                    ("given_up", None) if tries >= len(PAUSES_S) else (outcome, time.time() + PAUSES_S[tries])
+                    ("given_up", None)
+                    if tries >= len(PAUSES_S)
+                    else (outcome, time.time() + PAUSES_S[tries])
                 )
             self._metrics.webhooks.labels(outcome).inc()
-            log.info(f"webhook_{outcome}", job=job.id, tries=tries + 1, **({"reason": reason} if reason else {}))
+            log.info(
+                f"webhook_{outcome}",
+                job=job.id,
+                tries=tries + 1,
+                **({"reason": reason} if reason else {}),
+            )
             await self._dispatcher.record_webhook_attempt(job.id, due, tries + 1)
         finally:
             del self._at_work[job.id]
@@ -191,6 +202,10 @@ class Webhooks:
         found = await asyncio.get_running_loop().getaddrinfo(url.host, port, type=1)
         addresses = [str(each[4][0]) for each in found]
         for address in addresses:
-            if not (self._allow_private or is_public(ipaddress.ip_address(address.partition("%")[0]))):
-                raise Refused(f"{url.host} is {address}, not an address of the internet. {_PRIVATE}")
+            if not (
+                self._allow_private or is_public(ipaddress.ip_address(address.partition("%")[0]))
+            ):
+                raise Refused(
+                    f"{url.host} is {address}, not an address of the internet. {_PRIVATE}"
+                )
         return addresses[0]

@@ -62,7 +62,9 @@ def remove_unfinished(folder: Path) -> None:
 
 
 def _sync(folder: Path) -> None:
-    if os.name == "nt":  # folders cannot be opened there, and their changes are written as they are made
+    if (
+        os.name == "nt"
+    ):  # folders cannot be opened there, and their changes are written as they are made
         return
     opened = os.open(folder, os.O_RDONLY)
     try:

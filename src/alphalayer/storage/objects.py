@@ -64,11 +64,14 @@ class ObjectStorage:
             found = await obstore.get_async(self._store, check_key(key))
         except FileNotFoundError:
             raise FileMissing(
-                f'there is no file "{key}".', hint="It may have been removed after its time; draw it again."
+                f'there is no file "{key}".',
+                hint="It may have been removed after its time; draw it again.",
             ) from None
         except (BaseError, OSError) as error:
             raise self._failed("read", key, error) from None
-        return StoredFile(found.meta["size"], found.meta["last_modified"].timestamp(), _chunks(found))
+        return StoredFile(
+            found.meta["size"], found.meta["last_modified"].timestamp(), _chunks(found)
+        )
 
     def presign(self, key: str, seconds: float) -> str | None:
         """A URL of the bucket's own; see the protocol."""
@@ -83,7 +86,11 @@ class ObjectStorage:
         """All files from a name on; see the protocol."""
         try:
             pages = obstore.list(self._store, offset=after or None)
-            return [(each["path"], each["size"], each["last_modified"].timestamp()) for page in pages for each in page]
+            return [
+                (each["path"], each["size"], each["last_modified"].timestamp())
+                for page in pages
+                for each in page
+            ]
         except (BaseError, OSError) as error:
             raise self._failed("list", "files", error) from None
 
@@ -105,7 +112,9 @@ class ObjectStorage:
 
 def _cause(error: Exception) -> str:
     """What is wrong: a bucket's own words, or the error without the trace that obstore adds."""
-    if said := re.search(r"<Code>(.*?)</Code>\s*<Message>(.*?)\.?</Message>", str(error), re.DOTALL):
+    if said := re.search(
+        r"<Code>(.*?)</Code>\s*<Message>(.*?)\.?</Message>", str(error), re.DOTALL
+    ):
         return f"{said[2]} ({said[1]})"
     lines = [line.strip() for line in str(error).partition("<?xml")[0].splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__
@@ -154,7 +163,8 @@ def _unusable(place: str, error: Exception) -> SetupFailed:
     name, asked = place.split("/")[2], re.search(r"https?://[^/\s]+", str(error))
     if _ASKS_FOR_KEYS.search(str(error)):
         return SetupFailed(
-            f'there are no keys for the bucket "{name}".', hint="Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY."
+            f'there are no keys for the bucket "{name}".',
+            hint="Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY.",
         )
     if isinstance(error, FileNotFoundError):
         return SetupFailed(

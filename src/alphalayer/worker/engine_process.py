@@ -101,35 +101,56 @@ class EngineProcess:
         # pictures that wait to be stored take memory: those of one batch may, while the next one is drawn
         wait(self._storing)
         self._storing = [
-            self._encoder.submit(self._store, storage, job, results) for job, results in zip(jobs, drawn, strict=True)
+            self._encoder.submit(self._store, storage, job, results)
+            for job, results in zip(jobs, drawn, strict=True)
         ]
 
-    def _draw(self, engine: Engine, storage: Storage, jobs: list[Job]) -> list[list[GenerationResult]]:
+    def _draw(
+        self, engine: Engine, storage: Storage, jobs: list[Job]
+    ) -> list[list[GenerationResult]]:
         """The results of each job: one a round."""
         if len(jobs) > 1:
-            return [[each] for each in engine.draw([self._order(storage, job, job.spec.seeds) for job in jobs])]
+            return [
+                [each]
+                for each in engine.draw([self._order(storage, job, job.spec.seeds) for job in jobs])
+            ]
         rounds = [(job, seeds, i) for job in jobs for i, seeds in enumerate(job.spec.batches())]
         return [[engine.draw([self._order(storage, *each)])[0] for each in rounds]]
 
-    def _order(self, storage: Storage, job: Job, seeds: tuple[ImageSeed, ...], iteration: int = 0) -> RenderTask:
+    def _order(
+        self, storage: Storage, job: Job, seeds: tuple[ImageSeed, ...], iteration: int = 0
+    ) -> RenderTask:
         def on_progress(of_one: Progress) -> None:
             progress = of_one.within(iteration, job.spec.iterations)
             key = None
             if progress.preview is not None:
                 # without room for a preview the job goes on; it fails when there is none for the picture
                 with contextlib.suppress(StorageFailed):
-                    storage.put(job.preview_name, codecs.encode_preview(progress.preview), replace=True)
+                    storage.put(
+                        job.preview_name, codecs.encode_preview(progress.preview), replace=True
+                    )
                     key = job.preview_name
             self._send("progress", id=job.id, progress=_progress_json(progress, key))
 
-        return RenderTask(job.spec.generation, seeds, on_progress, lambda: job.id in self._cancelled, job.spec.previews)
+        return RenderTask(
+            job.spec.generation,
+            seeds,
+            on_progress,
+            lambda: job.id in self._cancelled,
+            job.spec.previews,
+        )
 
     def _store(self, storage: Storage, job: Job, results: list[GenerationResult]) -> None:
         """Encode and store the pictures of a job; only then is it done."""
         try:
             self._send("progress", id=job.id, progress={"stage": "store"})
             outcome = store_pictures(storage, job, results, lambda: job.id in self._cancelled)
-            self._send("done", id=job.id, result=outcome.model_dump(mode="json"), memory_bytes=self._memory_bytes())
+            self._send(
+                "done",
+                id=job.id,
+                result=outcome.model_dump(mode="json"),
+                memory_bytes=self._memory_bytes(),
+            )
         except Exception as error:
             self._fail(job, error)
         finally:
@@ -146,7 +167,10 @@ class EngineProcess:
 
 
 def store_pictures(
-    storage: Storage, job: Job, results: list[GenerationResult], is_cancelled: Callable[[], bool] = lambda: False
+    storage: Storage,
+    job: Job,
+    results: list[GenerationResult],
+    is_cancelled: Callable[[], bool] = lambda: False,
 ) -> JobResult:
     """Finish, encode and store every picture of a job's results.
 
@@ -201,12 +225,18 @@ def to_public_error(error: Exception) -> AlphalayerError:
         return error
     traceback.print_exception(error)
     return EngineFailed(
-        f"{type(error).__name__}: {str(error)[:300]}", hint="The service's log has the details; please report it."
+        f"{type(error).__name__}: {str(error)[:300]}",
+        hint="The service's log has the details; please report it.",
     )
 
 
 def _progress_json(progress: Progress, preview: str | None) -> dict[str, Any]:
-    return {"stage": progress.stage, "step": progress.step, "steps": progress.steps, "preview": preview}
+    return {
+        "stage": progress.stage,
+        "step": progress.step,
+        "steps": progress.steps,
+        "preview": preview,
+    }
 
 
 def main() -> None:

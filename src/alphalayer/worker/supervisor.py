@@ -68,7 +68,9 @@ class _Work:
 class Supervisor:
     """Keeps one engine process at work. `run` is one task of the service's event loop."""
 
-    def __init__(self, name: str, spec: EngineSpec, dispatcher: JobConsumer, metrics: Metrics, traces: Traces):
+    def __init__(
+        self, name: str, spec: EngineSpec, dispatcher: JobConsumer, metrics: Metrics, traces: Traces
+    ):
         self.name = name
         self._metrics = metrics
         self._traces = traces
@@ -183,7 +185,11 @@ class Supervisor:
                 process.kill()
             await process.wait()
             self._process = None
-        silence = f", as it had said nothing for {spec.silence_limit_s:g} s (silence_limit_s)" if self._hung else ""
+        silence = (
+            f", as it had said nothing for {spec.silence_limit_s:g} s (silence_limit_s)"
+            if self._hung
+            else ""
+        )
         return f"the engine process ended with {_exit_text(code)}{silence}"
 
     async def _keep_feeding(self, process: asyncio.subprocess.Process) -> None:
@@ -200,7 +206,9 @@ class Supervisor:
             await self._room.acquire()
             if self._draining:
                 return
-            jobs = await claim_batch(self._dispatcher, self._batch_pixels, self._spec.batch_wait_s, self._holding)
+            jobs = await claim_batch(
+                self._dispatcher, self._batch_pixels, self._spec.batch_wait_s, self._holding
+            )
             if self._draining:
                 for job in reversed(jobs):
                     await self._dispatcher.requeue(job.id, "the supervisor stopped")
@@ -213,7 +221,12 @@ class Supervisor:
             await self._send("run", jobs=[job.model_dump(mode="json") for job in jobs])
 
     def _begin(self, job: Job, batch: _Batch) -> _Work:
-        named = {"job.id": job.id, "job.engine": self.name, "job.starts": job.starts + 1, "job.batch": batch.left}
+        named = {
+            "job.id": job.id,
+            "job.engine": self.name,
+            "job.starts": job.starts + 1,
+            "job.batch": batch.left,
+        }
         trace = self._traces.follow(job.submission.traceparent, job.created_at, named)
         trace.stage("sent")
         return _Work(batch, asyncio.create_task(self._cancel_when_asked(job.id)), trace)
@@ -246,7 +259,9 @@ class Supervisor:
             self._fruitless = 0
         # first this, then forget it: who ends waits for what is at work
         await self._dispatcher.complete(job_id, outcome)
-        batch = await self._forget(job_id, outcome.message if isinstance(outcome, AlphalayerError) else None)
+        batch = await self._forget(
+            job_id, outcome.message if isinstance(outcome, AlphalayerError) else None
+        )
         if batch.left == 0:
             self._make_room(batch)
 
@@ -276,7 +291,11 @@ class Supervisor:
             if self.is_ready and not self._jobs:
                 self._heard_at = time.monotonic()
             elif silence > self._spec.silence_limit_s:
-                log.error("engine_hung", silence_s=round(silence), silence_limit_s=self._spec.silence_limit_s)
+                log.error(
+                    "engine_hung",
+                    silence_s=round(silence),
+                    silence_limit_s=self._spec.silence_limit_s,
+                )
                 self._hung = True
                 process.kill()
                 return

@@ -12,7 +12,13 @@ from alphalayer.api.a1111.script import METHODS, SCRIPT
 from alphalayer.api.deps import ServiceDep
 from alphalayer.catalog.headers import read_header
 from alphalayer.core.errors import CorruptFile
-from alphalayer.core.request import AUTOMATIC, SAMPLERS, SCHEDULERS, scheduler_name, split_sampler_name
+from alphalayer.core.request import (
+    AUTOMATIC,
+    SAMPLERS,
+    SCHEDULERS,
+    scheduler_name,
+    split_sampler_name,
+)
 
 router = APIRouter()
 ALIASES = {
@@ -28,15 +34,26 @@ ALIASES = {
 }
 """Other names of samplers in that ecosystem, beside those that differ in case alone."""
 
-EMBEDDING = {"step": None, "sd_checkpoint": None, "sd_checkpoint_name": None, "shape": 0, "vectors": 0}
+EMBEDDING = {
+    "step": None,
+    "sd_checkpoint": None,
+    "sd_checkpoint_name": None,
+    "shape": 0,
+    "vectors": 0,
+}
 
 
 @router.get("/samplers", summary="Samplers")
 def samplers() -> list[dict[str, Any]]:
     """By the names that txt2img takes; it takes the aliases, too. `scheduler` is what Automatic means for one."""
-    aliases = {name: [alias for alias, meant in ALIASES.items() if meant == name] for name in SAMPLERS}
+    aliases = {
+        name: [alias for alias, meant in ALIASES.items() if meant == name] for name in SAMPLERS
+    }
     own = {name: scheduler_name(split_sampler_name(name, AUTOMATIC)[1] or "") for name in SAMPLERS}
-    return [{"name": name, "aliases": aliases[name], "options": {"scheduler": own[name]}} for name in SAMPLERS]
+    return [
+        {"name": name, "aliases": aliases[name], "options": {"scheduler": own[name]}}
+        for name in SAMPLERS
+    ]
 
 
 @router.get("/schedulers", summary="Schedules of noise")
@@ -58,7 +75,10 @@ def schedulers() -> list[dict[str, Any]]:
 def loras(service: ServiceDep) -> list[dict[str, Any]]:
     """The files of models/Lora."""
     files = sorted((service.models_dir / "Lora").rglob("*.safetensors"))
-    return [{"name": file.stem, "alias": file.stem, "path": str(file.resolve()), "metadata": {}} for file in files]
+    return [
+        {"name": file.stem, "alias": file.stem, "path": str(file.resolve()), "metadata": {}}
+        for file in files
+    ]
 
 
 @router.get("/embeddings", summary="Embeddings")
@@ -70,8 +90,14 @@ def embeddings(service: ServiceDep) -> dict[str, dict[str, Any]]:
             shapes = read_header(path).shapes
             sides = [shapes[name] for name in ("clip_l", "clip_g") if name in shapes]
             vectors = {side[0] if len(side) > 1 else 1 for side in sides}
-            is_sdxl = len(sides) == 2 and len(vectors) == 1 and all(len(side) in (1, 2) for side in sides)
-            about = {"shape": sum(side[-1] for side in sides), "vectors": vectors.pop()} if is_sdxl else {}
+            is_sdxl = (
+                len(sides) == 2 and len(vectors) == 1 and all(len(side) in (1, 2) for side in sides)
+            )
+            about = (
+                {"shape": sum(side[-1] for side in sides), "vectors": vectors.pop()}
+                if is_sdxl
+                else {}
+            )
             found["loaded" if is_sdxl else "skipped"][path.stem] = {**EMBEDDING, **about}
     return found
 
@@ -79,7 +105,9 @@ def embeddings(service: ServiceDep) -> dict[str, dict[str, Any]]:
 @router.get("/upscalers", summary="None yet")
 def upscalers() -> list[dict[str, Any]]:
     """The one that does nothing."""
-    return [{"name": "None", "model_name": None, "model_path": None, "model_url": None, "scale": 4.0}]
+    return [
+        {"name": "None", "model_name": None, "model_path": None, "model_url": None, "scale": 4.0}
+    ]
 
 
 @router.get("/sd-vae", summary="None: the model's own is used")
@@ -137,4 +165,9 @@ def memory() -> dict[str, Any]:
 @router.get("/cmd-flags", summary="Flags")
 def cmd_flags(request: Request) -> dict[str, Any]:
     """Those that clients look at; never a password or a path."""
-    return {"api": True, "nowebui": False, "subpath": request.scope.get("root_path", ""), "do_not_download_clip": True}
+    return {
+        "api": True,
+        "nowebui": False,
+        "subpath": request.scope.get("root_path", ""),
+        "do_not_download_clip": True,
+    }

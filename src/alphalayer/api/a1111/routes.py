@@ -78,29 +78,39 @@ OptionsDep = Annotated[Options, Depends(options_of)]
 class OverrideSettings(BaseModel):
     """Settings for one request. Others of the original are ignored."""
 
-    sd_model_checkpoint: Annotated[str | None, Field(max_length=500, description="A model by name, title or hash.")] = (
-        None
-    )
-    sd_vae: Annotated[str | None, Field(description='"Automatic" alone; another one is not there yet.')] = None
+    sd_model_checkpoint: Annotated[
+        str | None, Field(max_length=500, description="A model by name, title or hash.")
+    ] = None
+    sd_vae: Annotated[
+        str | None, Field(description='"Automatic" alone; another one is not there yet.')
+    ] = None
     CLIP_stop_at_last_layers: (
         Annotated[int, Field(ge=1, le=12, description="The layer to stop at; 1: the last.")] | None
     ) = None
-    live_previews_enable: Annotated[StrictBool | None, Field(description="Whether `progress` has a picture.")] = None
+    live_previews_enable: Annotated[
+        StrictBool | None, Field(description="Whether `progress` has a picture.")
+    ] = None
     forge_additional_modules: Annotated[Any, Field(description="Not there yet.")] = None
 
     def refuse_what_is_not_there(self, place: str = "") -> None:
         """Raise `InvalidRequest` for a setting that would change the picture and is not there yet; `place` is where it was sent."""
         other_vae = self.sd_vae not in (None, "", "None", "Automatic")
-        for name, wanted in (("sd_vae", other_vae), ("forge_additional_modules", self.forge_additional_modules)):
+        for name, wanted in (
+            ("sd_vae", other_vae),
+            ("forge_additional_modules", self.forge_additional_modules),
+        ):
             if wanted:
-                raise InvalidRequest("this is not there yet.", hint="Leave it out.", field=f"{place}{name}")
+                raise InvalidRequest(
+                    "this is not there yet.", hint="Leave it out.", field=f"{place}{name}"
+                )
 
 
 class Script(BaseModel):
     """What one script is given."""
 
     args: Annotated[
-        list[Any], Field(description="In the order of `script-info`; a missing tail keeps its defaults.")
+        list[Any],
+        Field(description="In the order of `script-info`; a missing tail keeps its defaults."),
     ] = []
 
 
@@ -111,7 +121,9 @@ class Txt2ImgRequest(Body):
         allow_inf_nan=False,
         title="A1111Txt2ImgRequest",
         json_schema_extra={
-            "examples": [{"prompt": "an apple, high quality", "steps": 20, "width": 1024, "height": 1024}]
+            "examples": [
+                {"prompt": "an apple, high quality", "steps": 20, "width": 1024, "height": 1024}
+            ]
         },
     )
 
@@ -123,30 +135,41 @@ class Txt2ImgRequest(Body):
     sampler_name: Annotated[
         str | None, Field(max_length=100, description="One of `samplers`; may carry its scheduler.")
     ] = None
-    sampler_index: Annotated[str, Field(max_length=100, description="The old name of sampler_name.")] = "Euler"
-    scheduler: Annotated[str | None, Field(max_length=100, description="One of `schedulers`, by name or label.")] = None
+    sampler_index: Annotated[
+        str, Field(max_length=100, description="The old name of sampler_name.")
+    ] = "Euler"
+    scheduler: Annotated[
+        str | None, Field(max_length=100, description="One of `schedulers`, by name or label.")
+    ] = None
     batch_size: Annotated[int, Field(description="Pictures drawn together; seeds count up.")] = 1
-    n_iter: Annotated[int, Field(ge=1, le=MAX_ITERATIONS, description="Batches drawn one after another.")] = 1
+    n_iter: Annotated[
+        int, Field(ge=1, le=MAX_ITERATIONS, description="Batches drawn one after another.")
+    ] = 1
     steps: Annotated[int, Field(description="Sampling steps.")] = 50
     cfg_scale: Annotated[float, Field(description="How strictly the prompt is followed.")] = 7.0
     width: Annotated[int, Field(description="Pixels.")] = 512
     height: Annotated[int, Field(description="Pixels.")] = 512
-    override_settings: Annotated[OverrideSettings, Field(description="Settings for this request alone.")] = (
-        OverrideSettings()
-    )
+    override_settings: Annotated[
+        OverrideSettings, Field(description="Settings for this request alone.")
+    ] = OverrideSettings()
     send_images: Annotated[bool, Field(description="Whether the answer holds the pictures.")] = True
     save_images: Annotated[bool, Field(description="Every picture is kept anyway.")] = False
     force_task_id: Annotated[
-        str | None, Field(max_length=100, description="The same id and request give the same job again.")
+        str | None,
+        Field(max_length=100, description="The same id and request give the same job again."),
     ] = None
     alwayson_scripts: Annotated[
-        dict[str, Script], Field(description="LayerDiffuse, by its name, with positional arguments.")
+        dict[str, Script],
+        Field(description="LayerDiffuse, by its name, with positional arguments."),
     ] = {}  # noqa: RUF012 - pydantic copies it
     layerdiffuse_enabled: Annotated[
         bool, Field(description="Draw with transparency, also where the script is not named.")
     ] = True
     enable_hr: Annotated[
-        Any, Field(description="This and those below: not there yet, and refused where they would change the picture.")
+        Any,
+        Field(
+            description="This and those below: not there yet, and refused where they would change the picture."
+        ),
     ] = False
     restore_faces: Annotated[Any, Field(description="Not there yet.")] = False
     tiling: Annotated[Any, Field(description="Not there yet.")] = False
@@ -172,7 +195,9 @@ class Txt2ImgRequest(Body):
         self._refuse_what_is_not_there()
         override = self.override_settings
         name = self.sampler_name or self.sampler_index
-        sampler, scheduler = split_sampler_name(ALIASES.get(name.lower(), name), self.scheduler or AUTOMATIC)
+        sampler, scheduler = split_sampler_name(
+            ALIASES.get(name.lower(), name), self.scheduler or AUTOMATIC
+        )
         same = (
             "prompt",
             "negative_prompt",
@@ -197,14 +222,20 @@ class Txt2ImgRequest(Body):
         }
         with wire_names(FIELDS):
             generation = parse_request(fields)
-        previews = options.previews if override.live_previews_enable is None else override.live_previews_enable
+        previews = (
+            options.previews
+            if override.live_previews_enable is None
+            else override.live_previews_enable
+        )
         return JobSpec(generation=generation, iterations=self.n_iter, previews=previews)
 
     def _layerdiffuse(self) -> dict[str, Any]:
         for title, script in self.alwayson_scripts.items():
             if title.lower() != SCRIPT.lower():
                 raise InvalidRequest(
-                    f'there is no script "{title}" here.', hint=f"Use {SCRIPT}.", field="alwayson_scripts"
+                    f'there is no script "{title}" here.',
+                    hint=f"Use {SCRIPT}.",
+                    field="alwayson_scripts",
                 )
             options = layerdiffuse_of(script.args)
             if (
@@ -221,9 +252,19 @@ class Txt2ImgRequest(Body):
         return {} if self.layerdiffuse_enabled else {"mode": OPAQUE}
 
     def _refuse_what_is_not_there(self) -> None:
-        names = ["enable_hr", "restore_faces", "tiling", "styles", "script_name", "refiner_checkpoint", "infotext"]
+        names = [
+            "enable_hr",
+            "restore_faces",
+            "tiling",
+            "styles",
+            "script_name",
+            "refiner_checkpoint",
+            "infotext",
+        ]
         wanted = [name for name in (*names, "s_churn") if getattr(self, name)]
-        wanted += [name for name in ("seed_resize_from_w", "seed_resize_from_h") if getattr(self, name) > 0]
+        wanted += [
+            name for name in ("seed_resize_from_w", "seed_resize_from_h") if getattr(self, name) > 0
+        ]
         wanted += ["s_noise"] if self.s_noise != 1 else []
         wanted += ["eta"] if self.eta not in (None, 0, 1) else []
         self.override_settings.refuse_what_is_not_there("override_settings.")
@@ -236,7 +277,9 @@ class Txt2ImgResponse(BaseModel):
 
     images: Annotated[list[str], Field(description="PNG files as base64.")]
     parameters: Annotated[dict[str, Any], Field(description="The request as it was understood.")]
-    info: Annotated[str, Field(description="A JSON string: seeds, size, sampler, model and the infotexts.")]
+    info: Annotated[
+        str, Field(description="A JSON string: seeds, size, sampler, model and the infotexts.")
+    ]
 
 
 class SdModel(BaseModel):
@@ -269,7 +312,9 @@ async def txt2img(
     spec = body.to_spec(service, options)
     key = f"{body.force_task_id}:{body.digest}" if body.force_task_id else idempotency_key
     with wire_names(FIELDS):
-        job = await run_job(request, spec, Submission(owner=user, idempotency_key=key, digest=body.digest))
+        job = await run_job(
+            request, spec, Submission(owner=user, idempotency_key=key, digest=body.digest)
+        )
     keys = [image.key for image in job.result.images] if job.result and body.send_images else []
     return Txt2ImgResponse(
         images=[base64.b64encode(await read_file(service, key)).decode() for key in keys],
@@ -333,7 +378,9 @@ async def progress(
 ) -> dict[str, Any]:
     """One's own job that runs now; idle is progress 0 and job_count 0. The preview is there if `live_previews_enable` is."""
     view = await _running(service, user)
-    step, steps, count = (view.progress.step, view.progress.steps, view.job.spec.iterations) if view else (0, 0, 0)
+    step, steps, count = (
+        (view.progress.step, view.progress.steps, view.job.spec.iterations) if view else (0, 0, 0)
+    )
     steps_each = steps // count if count else 0
     number = min(step // steps_each, count - 1) if steps_each else 0
     preview = None if skip_current_image or view is None else view.progress.preview
@@ -346,7 +393,9 @@ async def progress(
             "stopping_generation": False,
             "job": view.job.id if view else "",
             "job_count": count,
-            "job_timestamp": time.strftime("%Y%m%d%H%M%S", time.localtime(view.job.created_at)) if view else "0",
+            "job_timestamp": time.strftime("%Y%m%d%H%M%S", time.localtime(view.job.created_at))
+            if view
+            else "0",
             "job_no": number,
             "sampling_step": step - number * steps_each,
             "sampling_steps": steps_each,
@@ -375,7 +424,11 @@ def png_info(body: Picture) -> dict[str, Any]:
         raise InvalidRequest("not base64.", field="image") from None
     text = codecs.read_settings(data)[1] or ""
     items = {"parameters": text} if text else {}
-    return {"info": text, "items": items, "parameters": infotext.read_parameters(text) if text else {}}
+    return {
+        "info": text,
+        "items": items,
+        "parameters": infotext.read_parameters(text) if text else {},
+    }
 
 
 async def _running(service: Service, user: str) -> JobView | None:

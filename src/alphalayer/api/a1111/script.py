@@ -25,7 +25,16 @@ OTHER_METHODS = (
 
 def layerdiffuse_of(args: list[Any]) -> dict[str, Any]:
     """The positional arguments of the script; a missing tail keeps the defaults. Raises `InvalidRequest`."""
-    names = ("enabled", "method", "weight", "ending_step", "fg_image", "bg_image", "blend_image", "resize_mode")
+    names = (
+        "enabled",
+        "method",
+        "weight",
+        "ending_step",
+        "fg_image",
+        "bg_image",
+        "blend_image",
+        "resize_mode",
+    )
     names = (*names, "output_origin")
     given = {name: value for name, value in zip(names, args, strict=False) if value is not None}
     enabled = given.get("enabled", True)
@@ -56,7 +65,11 @@ def _method(label: Any) -> str:
     if bare in known:
         return known[bare]
     others = {each.partition(") ")[2] for each in OTHER_METHODS}
-    what = f'"{label}" is not there yet' if bare.removeprefix("(SD1.5) ") in others else f'there is no "{label}"'
+    what = (
+        f'"{label}" is not there yet'
+        if bare.removeprefix("(SD1.5) ") in others
+        else f'there is no "{label}"'
+    )
     raise _wrong_arg("method", f"{what}; use one of: {', '.join(METHODS)}")
 
 

@@ -20,7 +20,9 @@ class ForwardedHeaders:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Rewrite the scope of a request that came through a trusted proxy."""
         if scope["type"] in ("http", "websocket") and self._is_trusted(scope.get("client")):
-            headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+            headers = {
+                name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]
+            }
             scope = {**scope, **_forwarded(scope, headers)}
         await self._app(scope, receive, send)
 
@@ -28,14 +30,20 @@ class ForwardedHeaders:
         if self._trusts_all:
             return True
         try:
-            return client is not None and any(ip_address(client[0]) in network for network in self._networks)
+            return client is not None and any(
+                ip_address(client[0]) in network for network in self._networks
+            )
         except ValueError:
             return False
 
 
 def _forwarded(scope: Scope, headers: dict[str, str]) -> dict[str, Any]:
     changed: dict[str, Any] = {}
-    first = {name: value.split(",")[0].strip() for name, value in headers.items() if name.startswith("x-forwarded-")}
+    first = {
+        name: value.split(",")[0].strip()
+        for name, value in headers.items()
+        if name.startswith("x-forwarded-")
+    }
     if first.get("x-forwarded-proto") in ("http", "https"):
         changed["scheme"] = first["x-forwarded-proto"]
     if first.get("x-forwarded-host"):

@@ -55,4 +55,10 @@ class RequestLog:
                 is_watching = scope["method"] == "GET" and _WATCHING.fullmatch(scope["path"])
                 level = log.debug if is_watching else log.info
                 seconds = round(time.perf_counter() - start, 4)
-                level("request", method=scope["method"], path=scope["path"], status=status, seconds=seconds)
+                level(
+                    "request",
+                    method=scope["method"],
+                    path=scope["path"],
+                    status=status,
+                    seconds=seconds,
+                )

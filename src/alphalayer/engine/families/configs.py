@@ -34,13 +34,20 @@ def fitted_configs(shapes: Shapes) -> dict[str, str]:
         relative = path.relative_to(SHIPPED).as_posix()
         if path.is_file() and path.suffix in (".json", ".txt"):
             text = path.read_text(encoding="utf-8")
-            contents[relative] = json.dumps({**json.loads(text), **fitted[relative]}) if relative in fitted else text
+            contents[relative] = (
+                json.dumps({**json.loads(text), **fitted[relative]}) if relative in fitted else text
+            )
     return contents
 
 
 def _unet(shapes: Shapes) -> dict[str, Any]:
-    widths = [shapes[f"{_UNET}input_blocks.{block}.0.out_layers.3.weight"][0] for block in (1, 4, 7)]
-    depths = [max(_count(shapes, rf"{_UNET}input_blocks\.{block}\.1\.transformer_blocks\."), 1) for block in (1, 4, 7)]
+    widths = [
+        shapes[f"{_UNET}input_blocks.{block}.0.out_layers.3.weight"][0] for block in (1, 4, 7)
+    ]
+    depths = [
+        max(_count(shapes, rf"{_UNET}input_blocks\.{block}\.1\.transformer_blocks\."), 1)
+        for block in (1, 4, 7)
+    ]
     added = shapes[f"{_UNET}label_emb.0.0.weight"][1]
     pooled = shapes[f"{_CLIP_G}text_projection"][1]
     context = shapes[f"{_UNET}input_blocks.4.1.transformer_blocks.0.attn2.to_k.weight"][1]
@@ -59,7 +66,9 @@ def _unet(shapes: Shapes) -> dict[str, Any]:
 def _vae(shapes: Shapes) -> dict[str, Any]:
     levels = _count(shapes, rf"{_VAE}encoder\.down\.")
     return {
-        "block_out_channels": [shapes[f"{_VAE}encoder.down.{i}.block.0.conv1.weight"][0] for i in range(levels)],
+        "block_out_channels": [
+            shapes[f"{_VAE}encoder.down.{i}.block.0.conv1.weight"][0] for i in range(levels)
+        ],
         "latent_channels": shapes[f"{_VAE}post_quant_conv.weight"][0],
         "down_block_types": ["DownEncoderBlock2D"] * levels,
         "up_block_types": ["UpDecoderBlock2D"] * levels,

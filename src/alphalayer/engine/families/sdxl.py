@@ -156,8 +156,20 @@ def load_model(entry: ModelEntry, precision: Precision, models_dir: Path) -> Loa
         Exception: one that `is_out_of_memory` knows.
     """
     try:
-        parts, scheduler = _from_folder(entry, precision) if entry.kind == "diffusers" else _from_file(entry, precision)
-    except (OSError, ValueError, LookupError, AttributeError, TypeError, SafetensorError, RuntimeError) as error:
+        parts, scheduler = (
+            _from_folder(entry, precision)
+            if entry.kind == "diffusers"
+            else _from_file(entry, precision)
+        )
+    except (
+        OSError,
+        ValueError,
+        LookupError,
+        AttributeError,
+        TypeError,
+        SafetensorError,
+        RuntimeError,
+    ) as error:
         if is_out_of_memory(error):
             raise
         raise ModelUnusable(
@@ -190,8 +202,14 @@ def _from_folder(entry: ModelEntry, precision: Precision) -> tuple[dict[str, Any
     folder = entry.path
 
     def read(kind: Any, name: str, **options: Any) -> Any:
-        variant = "fp16" if any(catalog.FP16 in file.name for file in catalog.weight_files(folder / name)) else None
-        return kind.from_pretrained(folder / name, variant=variant, local_files_only=True, **options)
+        variant = (
+            "fp16"
+            if any(catalog.FP16 in file.name for file in catalog.weight_files(folder / name))
+            else None
+        )
+        return kind.from_pretrained(
+            folder / name, variant=variant, local_files_only=True, **options
+        )
 
     vae_class = getattr(diffusers, catalog.read_json(folder / "vae" / "config.json")["_class_name"])
     parts: dict[str, Any] = {
@@ -202,7 +220,10 @@ def _from_folder(entry: ModelEntry, precision: Precision) -> tuple[dict[str, Any
         "tokenizer": CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True),
         "tokenizer_2": CLIPTokenizer.from_pretrained(folder / "tokenizer_2", local_files_only=True),
     }
-    return parts, {"prediction_type": "epsilon", **catalog.read_json(folder / "scheduler" / "scheduler_config.json")}
+    return parts, {
+        "prediction_type": "epsilon",
+        **catalog.read_json(folder / "scheduler" / "scheduler_config.json"),
+    }
 
 
 def _from_file(entry: ModelEntry, precision: Precision) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -211,13 +232,20 @@ def _from_file(entry: ModelEntry, precision: Precision) -> tuple[dict[str, Any],
     path = str(entry.path)
     with _config_folder(header) as folder:
         local: dict[str, Any] = {"config": folder, "local_files_only": True}
-        unet = UNet2DConditionModel.from_single_file(path, subfolder="unet", torch_dtype=precision.unet, **local)
-        vae = diffusers.AutoencoderKL.from_single_file(path, subfolder="vae", torch_dtype=precision.vae, **local)
+        unet = UNet2DConditionModel.from_single_file(
+            path, subfolder="unet", torch_dtype=precision.unet, **local
+        )
+        vae = diffusers.AutoencoderKL.from_single_file(
+            path, subfolder="vae", torch_dtype=precision.vae, **local
+        )
         pipeline: Any = StableDiffusionXLPipeline.from_single_file(
             path, unet=unet, vae=vae, torch_dtype=torch.float16, **local
         )
     parts = {name: getattr(pipeline, name) for name in ("unet", "vae", "tokenizer", "tokenizer_2")}
-    parts["text_encoder"], parts["text_encoder_2"] = _text(pipeline.text_encoder), _text(pipeline.text_encoder_2)
+    parts["text_encoder"], parts["text_encoder_2"] = (
+        _text(pipeline.text_encoder),
+        _text(pipeline.text_encoder_2),
+    )
     return parts, scheduler
 
 
@@ -241,7 +269,11 @@ def _scheduler_of(path: Path, header: Header) -> dict[str, Any]:
     """Prediction type and noise schedule of a single file: marker tensors, or a .yaml beside it."""
     yaml = path.with_suffix(".yaml")
     text = yaml.read_text(errors="replace") if yaml.is_file() else ""
-    is_v = "v_pred" in header.shapes or 'parameterization: "v"' in text or "parameterization: v" in text
+    is_v = (
+        "v_pred" in header.shapes
+        or 'parameterization: "v"' in text
+        or "parameterization: v" in text
+    )
     return {
         "prediction_type": "v_prediction" if is_v or ".VScaling" in text else "epsilon",
         "rescale_betas_zero_snr": "ztsnr" in header.shapes,

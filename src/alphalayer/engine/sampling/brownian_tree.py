@@ -57,7 +57,9 @@ class BrownianTree:
     ):
         self._seeds, self._shape, self._device = seeds, shape, device
         self._source: NoiseSource = source
-        firsts = [_generated(np.random.SeedSequence(seed, pool_size=_POOL_SIZE), 3) for seed in seeds]
+        firsts = [
+            _generated(np.random.SeedSequence(seed, pool_size=_POOL_SIZE), 3) for seed in seeds
+        ]
         whole = randn(firsts, shape, source, device) * float(np.sqrt(end - start))
         self._root = _Node(round(start, _DECIMALS), round(end, _DECIMALS), 0, 0, whole)
         self._values: dict[float, Tensor] = {}
@@ -99,7 +101,9 @@ class BrownianTree:
             for node in nodes
             for seed in self._seeds
         ]
-        return randn(seeds, self._shape, self._source, self._device).unflatten(0, (len(nodes), len(self._seeds)))
+        return randn(seeds, self._shape, self._source, self._device).unflatten(
+            0, (len(nodes), len(self._seeds))
+        )
 
 
 def _generated(sequence: np.random.SeedSequence, words: int) -> int:

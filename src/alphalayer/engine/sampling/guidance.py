@@ -39,7 +39,9 @@ class Guidance:
         if not conditional:
             return unconditional
         weights = [weight for _, weight in self.positive.at(step)]
-        steered = sum((weight * (c - unconditional) for c, weight in zip(conditional, weights, strict=True)))
+        steered = sum(
+            (weight * (c - unconditional) for c, weight in zip(conditional, weights, strict=True))
+        )
         return unconditional + self.scale * steered
 
 
@@ -66,7 +68,11 @@ class Denoiser:
         """Predict the clean latent from `x` (B, C, h, w) at noise level `sigma` in schedule step `step`."""
         asked = [each.conditionings(step) for each in self.guidances]
         own = x.split([each.images for each in self.guidances])
-        rows = [_Rows(images, each) for images, conditionings in zip(own, asked, strict=True) for each in conditionings]
+        rows = [
+            _Rows(images, each)
+            for images, conditionings in zip(own, asked, strict=True)
+            for each in conditionings
+        ]
         predicted = iter(self._predict(rows, sigma))
         return torch.cat(
             [
@@ -90,15 +96,20 @@ class Denoiser:
         dtype, device = next(self.model.unet.parameters()).dtype, noisy.device
         scaled = (noisy / math.sqrt(sigma**2 + 1)).to(dtype)
         context, pooled = (
-            torch.cat([getattr(each.conditioning, name).expand(len(each.images), *shape) for each in group]).to(
-                device, dtype
-            )
+            torch.cat(
+                [
+                    getattr(each.conditioning, name).expand(len(each.images), *shape)
+                    for each in group
+                ]
+            ).to(device, dtype)
             for name, shape in (("context", (-1, -1)), ("pooled", (-1,)))
         )
         at_once = self.mode.rows_at_once(self.width, self.height)
         outputs = [
             self._unet(*rows, sigma)
-            for rows in zip(scaled.split(at_once), context.split(at_once), pooled.split(at_once), strict=True)
+            for rows in zip(
+                scaled.split(at_once), context.split(at_once), pooled.split(at_once), strict=True
+            )
         ]
         return torch.cat(outputs)
 
@@ -108,11 +119,15 @@ class Denoiser:
         size = [self.height, self.width, 0, 0, self.height, self.width]
         return self.model.unet(
             scaled,
-            torch.full((len(scaled),), self.model.sigma_table.timestep(sigma), device=scaled.device),
+            torch.full(
+                (len(scaled),), self.model.sigma_table.timestep(sigma), device=scaled.device
+            ),
             encoder_hidden_states=context,
             added_cond_kwargs={
                 "text_embeds": pooled,
-                "time_ids": torch.tensor([size] * len(scaled), dtype=torch.float32, device=scaled.device),
+                "time_ids": torch.tensor(
+                    [size] * len(scaled), dtype=torch.float32, device=scaled.device
+                ),
             },
             return_dict=False,
         )[0].float()
@@ -158,7 +173,10 @@ def _tiled(group: Sequence[_Rows]) -> list[_Rows]:
     return [
         _Rows(
             each.images,
-            Conditioning(each.conditioning.context.repeat(1, length // each.tokens, 1), each.conditioning.pooled),
+            Conditioning(
+                each.conditioning.context.repeat(1, length // each.tokens, 1),
+                each.conditioning.pooled,
+            ),
         )
         for each in group
     ]

@@ -28,7 +28,9 @@ _PHILOX_AT_ONCE = 1 << 20
 _TURN = float(np.float32(2.3283064e-10 * 6.2831855))
 
 
-def philox_normal(seeds: Sequence[int], count: int, draw: int = 0, device: torch.device | str = "cpu") -> Tensor:
+def philox_normal(
+    seeds: Sequence[int], count: int, draw: int = 0, device: torch.device | str = "cpu"
+) -> Tensor:
     """`count` standard normal values a seed, float32 (seeds, count): those of the `draw`-th `randn` call on CUDA generators with these
     seeds.
 
@@ -42,8 +44,12 @@ def philox_normal(seeds: Sequence[int], count: int, draw: int = 0, device: torch
         torch.arange(count, device=device),
         torch.zeros(count, dtype=torch.int64, device=device),
     ]
-    first_keys = torch.tensor([[seed & _LOW for seed in seeds], [(seed >> 32) & _LOW for seed in seeds]])[..., None]
-    keys = (first_keys + torch.arange(10)[:, None, None, None] * torch.tensor(_KEY_STEPS)[:, None, None]) & _LOW
+    first_keys = torch.tensor(
+        [[seed & _LOW for seed in seeds], [(seed >> 32) & _LOW for seed in seeds]]
+    )[..., None]
+    keys = (
+        first_keys + torch.arange(10)[:, None, None, None] * torch.tensor(_KEY_STEPS)[:, None, None]
+    ) & _LOW
     # so that it does not wait for what the GPU has to do before
     of_rounds = keys.flatten(0, 1).to(device, non_blocking=True).unbind()
     for key, other_key in zip(of_rounds[::2], of_rounds[1::2], strict=True):
@@ -69,7 +75,9 @@ class ImageGenerator:
         self._draws = 0
         if source == "gpu" and self._device.type == "cpu":
             raise InvalidRequest(
-                '"gpu" needs a GPU and this engine works on the CPU.', hint='Use "nv" or "cpu".', field="noise"
+                '"gpu" needs a GPU and this engine works on the CPU.',
+                hint='Use "nv" or "cpu".',
+                field="noise",
             )
         self._torch = torch.Generator(self._device if source == "gpu" else "cpu").manual_seed(seed)
 
@@ -78,18 +86,25 @@ class ImageGenerator:
         if self._source != "nv":
             place = self._torch.device
             return torch.randn(shape, generator=self._torch, device=place).to(self._device)
-        values = philox_normal([self._seed], math.prod(shape), self._draws, _place_of_philox(self._device))
+        values = philox_normal(
+            [self._seed], math.prod(shape), self._draws, _place_of_philox(self._device)
+        )
         self._draws += 1
         return values.reshape(shape).to(self._device)
 
 
-def randn(seeds: Sequence[int], shape: Shape, source: NoiseSource, device: torch.device | str = "cpu") -> Tensor:
+def randn(
+    seeds: Sequence[int], shape: Shape, source: NoiseSource, device: torch.device | str = "cpu"
+) -> Tensor:
     """Standard normal values of fresh generators, float32 (seeds, *shape)."""
     if source != "nv":
         return torch.stack([ImageGenerator(seed, source, device).randn(shape) for seed in seeds])
     count, place = math.prod(shape), _place_of_philox(torch.device(device))
     at_once = max(1, _PHILOX_AT_ONCE // count) if place.type == "cuda" else 1
-    drawn = [philox_normal(seeds[i : i + at_once], count, 0, place) for i in range(0, len(seeds), at_once)]
+    drawn = [
+        philox_normal(seeds[i : i + at_once], count, 0, place)
+        for i in range(0, len(seeds), at_once)
+    ]
     return torch.cat(drawn).reshape(-1, *shape).to(device)
 
 
@@ -111,7 +126,11 @@ def initial_noise(
     images: list[Tensor] = []
     for i, generator in enumerate(generators):
         noise = generator.randn(shape)
-        images.append(slerp(variation_strength, noise, variations[i].randn(shape)) if variation_strength else noise)
+        images.append(
+            slerp(variation_strength, noise, variations[i].randn(shape))
+            if variation_strength
+            else noise
+        )
     return torch.stack(images)
 
 

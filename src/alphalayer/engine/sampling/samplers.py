@@ -24,7 +24,9 @@ OnStep = Callable[[int, Tensor, Tensor], None]
 """(steps done, x, predicted clean latent), after each step."""
 
 
-def euler(denoise: Denoise, x: Tensor, sigmas: Sequence[float], noise: Noise, on_step: OnStep) -> Tensor:
+def euler(
+    denoise: Denoise, x: Tensor, sigmas: Sequence[float], noise: Noise, on_step: OnStep
+) -> Tensor:
     """Euler's method on the probability flow (Karras et al. 2022); DDIM with eta 0 (Song et al. 2021) is the same."""
     for i, (sigma, following) in enumerate(_pairs(sigmas)):
         clean = denoise(x, sigma, i)
@@ -33,7 +35,9 @@ def euler(denoise: Denoise, x: Tensor, sigmas: Sequence[float], noise: Noise, on
     return x
 
 
-def euler_ancestral(denoise: Denoise, x: Tensor, sigmas: Sequence[float], noise: Noise, on_step: OnStep) -> Tensor:
+def euler_ancestral(
+    denoise: Denoise, x: Tensor, sigmas: Sequence[float], noise: Noise, on_step: OnStep
+) -> Tensor:
     """Euler to a level below the next one, then fresh noise up to it."""
     for i, (sigma, following) in enumerate(_pairs(sigmas)):
         clean = denoise(x, sigma, i)
@@ -45,7 +49,9 @@ def euler_ancestral(denoise: Denoise, x: Tensor, sigmas: Sequence[float], noise:
     return x
 
 
-def heun(denoise: Denoise, x: Tensor, sigmas: Sequence[float], noise: Noise, on_step: OnStep) -> Tensor:
+def heun(
+    denoise: Denoise, x: Tensor, sigmas: Sequence[float], noise: Noise, on_step: OnStep
+) -> Tensor:
     """Heun's second-order method (Karras et al. 2022, algorithm 2 without churn); the last step is Euler's."""
     for i, (sigma, following) in enumerate(_pairs(sigmas)):
         clean = denoise(x, sigma, i)
@@ -58,7 +64,9 @@ def heun(denoise: Denoise, x: Tensor, sigmas: Sequence[float], noise: Noise, on_
     return x
 
 
-def lcm(denoise: Denoise, x: Tensor, sigmas: Sequence[float], noise: Noise, on_step: OnStep) -> Tensor:
+def lcm(
+    denoise: Denoise, x: Tensor, sigmas: Sequence[float], noise: Noise, on_step: OnStep
+) -> Tensor:
     """Latent consistency sampling (Luo et al. 2023): jump to the clean latent, noise it to the next level."""
     for i, (sigma, following) in enumerate(_pairs(sigmas)):
         clean = denoise(x, sigma, i)
@@ -67,7 +75,9 @@ def lcm(denoise: Denoise, x: Tensor, sigmas: Sequence[float], noise: Noise, on_s
     return x
 
 
-def dpmpp_2m(denoise: Denoise, x: Tensor, sigmas: Sequence[float], noise: Noise, on_step: OnStep) -> Tensor:
+def dpmpp_2m(
+    denoise: Denoise, x: Tensor, sigmas: Sequence[float], noise: Noise, on_step: OnStep
+) -> Tensor:
     """DPM-Solver++(2M) (Lu et al. 2022)."""
     previous: tuple[Tensor, float] | None = None
     for i, (sigma, following) in enumerate(_pairs(sigmas)):
@@ -85,7 +95,9 @@ def dpmpp_2m(denoise: Denoise, x: Tensor, sigmas: Sequence[float], noise: Noise,
     return x
 
 
-def dpmpp_2m_sde(denoise: Denoise, x: Tensor, sigmas: Sequence[float], noise: Noise, on_step: OnStep) -> Tensor:
+def dpmpp_2m_sde(
+    denoise: Denoise, x: Tensor, sigmas: Sequence[float], noise: Noise, on_step: OnStep
+) -> Tensor:
     """SDE-DPM-Solver++(2M), midpoint form, eta 1 (Lu et al. 2022)."""
     previous: tuple[Tensor, float] | None = None
     for i, (sigma, following) in enumerate(_pairs(sigmas)):
@@ -103,7 +115,9 @@ def dpmpp_2m_sde(denoise: Denoise, x: Tensor, sigmas: Sequence[float], noise: No
     return x
 
 
-def dpmpp_3m_sde(denoise: Denoise, x: Tensor, sigmas: Sequence[float], noise: Noise, on_step: OnStep) -> Tensor:
+def dpmpp_3m_sde(
+    denoise: Denoise, x: Tensor, sigmas: Sequence[float], noise: Noise, on_step: OnStep
+) -> Tensor:
     """SDE-DPM-Solver++(3M), eta 1: third-order multistep in log sigma, lower order while history is short."""
     history: list[tuple[Tensor, float]] = []
     for i, (sigma, following) in enumerate(_pairs(sigmas)):
@@ -112,7 +126,11 @@ def dpmpp_3m_sde(denoise: Denoise, x: Tensor, sigmas: Sequence[float], noise: No
             x = clean
         else:
             h = math.log(sigma / following)
-            x = math.exp(-2 * h) * x - math.expm1(-2 * h) * clean + _higher_orders(clean, h, history)
+            x = (
+                math.exp(-2 * h) * x
+                - math.expm1(-2 * h) * clean
+                + _higher_orders(clean, h, history)
+            )
             x = x + noise(sigma, following) * (following * math.sqrt(-math.expm1(-2 * h)))
             history = [(clean, h), *history[:1]]
         on_step(i + 1, x, clean)
@@ -133,7 +151,9 @@ def _higher_orders(clean: Tensor, h: float, history: list[tuple[Tensor, float]])
     return phi_2 * (slope + bend * r_0) - (phi_2 / (2 * h) - 0.5) * bend
 
 
-def dpmpp_sde(denoise: Denoise, x: Tensor, sigmas: Sequence[float], noise: Noise, on_step: OnStep) -> Tensor:
+def dpmpp_sde(
+    denoise: Denoise, x: Tensor, sigmas: Sequence[float], noise: Noise, on_step: OnStep
+) -> Tensor:
     """SDE-DPM-Solver++(2S) with the middle at half the log interval, eta 1: two evaluations a step."""
     for i, (sigma, following) in enumerate(_pairs(sigmas)):
         clean = denoise(x, sigma, i)
@@ -151,7 +171,9 @@ def dpmpp_sde(denoise: Denoise, x: Tensor, sigmas: Sequence[float], noise: Noise
     return x
 
 
-def unipc(denoise: Denoise, x: Tensor, sigmas: Sequence[float], noise: Noise, on_step: OnStep) -> Tensor:
+def unipc(
+    denoise: Denoise, x: Tensor, sigmas: Sequence[float], noise: Noise, on_step: OnStep
+) -> Tensor:
     """UniPC, order 3, B2 (Zhao et al. 2023): diffusers' scheduler, driven by our levels in its variance-preserving frame."""
     scheduler = cast(Any, UniPCMultistepScheduler(solver_order=3, prediction_type="sample"))
     scheduler.set_timesteps(len(sigmas) - 1)
@@ -190,7 +212,9 @@ SAMPLERS = {
 }
 
 
-def sample(name: str, denoise: Denoise, x: Tensor, sigmas: Tensor, noise: Noise, on_step: OnStep) -> Tensor:
+def sample(
+    name: str, denoise: Denoise, x: Tensor, sigmas: Tensor, noise: Noise, on_step: OnStep
+) -> Tensor:
     """Take `x` (B, C, h, w), noised to `sigmas[0]`, to the clean latent with the sampler `name`."""
     return SAMPLERS[name].function(denoise, x, [float(sigma) for sigma in sigmas], noise, on_step)
 
@@ -199,7 +223,11 @@ def brownian_intervals(name: str, sigmas: Tensor) -> list[tuple[float, float]]:
     """The intervals whose Brownian noise a sampler will ask for, in order; empty for samplers without."""
     if SAMPLERS[name].noise != "brownian":
         return []
-    steps = [(sigma, following) for sigma, following in _pairs([float(sigma) for sigma in sigmas]) if following > 0]
+    steps = [
+        (sigma, following)
+        for sigma, following in _pairs([float(sigma) for sigma in sigmas])
+        if following > 0
+    ]
     if name != "DPM++ SDE":
         return steps
     return [each for a, b in steps for each in ((a, _geometric_middle(a, b)), (a, b))]

@@ -85,7 +85,9 @@ def _karras(steps: int, table: SigmaTable) -> Tensor:
 
 def _exponential(steps: int, table: SigmaTable) -> Tensor:
     """Evenly spaced in log sigma."""
-    return torch.linspace(float(np.log(table.sigma_max)), float(np.log(table.sigma_min)), steps).exp()
+    return torch.linspace(
+        float(np.log(table.sigma_max)), float(np.log(table.sigma_min)), steps
+    ).exp()
 
 
 def _normal(steps: int, table: SigmaTable) -> Tensor:
@@ -107,7 +109,9 @@ def _simple(steps: int, table: SigmaTable) -> Tensor:
 def _beta(steps: int, table: SigmaTable) -> Tensor:
     """Quantiles of Beta(0.6, 0.6), dense at both ends (Lee et al. 2024), spread linearly over sigma as webui does."""
     quantiles = stats.beta.ppf(1 - np.linspace(0, 1, steps), 0.6, 0.6)
-    return torch.from_numpy(table.sigma_min + quantiles * (table.sigma_max - table.sigma_min)).float()
+    return torch.from_numpy(
+        table.sigma_min + quantiles * (table.sigma_max - table.sigma_min)
+    ).float()
 
 
 def _at(timesteps: Array, table: SigmaTable) -> Tensor:
@@ -124,7 +128,9 @@ _SCHEDULES: dict[str, Callable[[int, SigmaTable], Tensor]] = {
 }
 
 
-def sigmas_for(scheduler: str, steps: int, table: SigmaTable, *, skip_lowest: bool = False) -> Tensor:
+def sigmas_for(
+    scheduler: str, steps: int, table: SigmaTable, *, skip_lowest: bool = False
+) -> Tensor:
     """The `steps` noise levels of a schedule, highest first, and a final 0: float32 (steps + 1,), on the CPU.
 
     `scheduler` is one of `alphalayer.core.request.SCHEDULERS`. With `skip_lowest` they are those of a schedule of one step more without its

@@ -55,7 +55,9 @@ def chunk_fragments(
         tokens, i = tokenize(fragment.text), 0
         while i < len(tokens):
             here = tuple(tokens[i : i + 100])
-            word = next((w for w in by_first.get(tokens[i], ()) if here[: len(w.tokens)] == w.tokens), None)
+            word = next(
+                (w for w in by_first.get(tokens[i], ()) if here[: len(w.tokens)] == w.tokens), None
+            )
             if word:
                 layer.add_word(word, fragment.weight)
             else:
@@ -76,7 +78,11 @@ class _Layer:
     def add(self, token: int, weight: float) -> None:
         if token == self._comma:
             self._last_comma = len(self._chunk.tokens)
-        elif self._is_full() and self._last_comma >= 0 and CHUNK_LENGTH - self._last_comma <= COMMA_BACKTRACK:
+        elif (
+            self._is_full()
+            and self._last_comma >= 0
+            and CHUNK_LENGTH - self._last_comma <= COMMA_BACKTRACK
+        ):
             self._carry_over(self._last_comma + 1)
         if self._is_full():
             self.close()
@@ -113,7 +119,9 @@ class _Layer:
         """Close the chunk at `start` and begin the next one with what stood behind it."""
         old = self._chunk
         self._chunk = Chunk(
-            old.tokens[:start], old.weights[:start], [each for each in old.embeddings if each[0] < start]
+            old.tokens[:start],
+            old.weights[:start],
+            [each for each in old.embeddings if each[0] < start],
         )
         self.close()
         moved = [(at - start, name) for at, name in old.embeddings if at >= start]

@@ -63,7 +63,11 @@ class TextEncoders:
         if words is self._words:
             return
         widths = tuple(_width(model) for _, model in self._parts)
-        fitting = [each for each in words.values() if (each.clip_l.shape[1], each.clip_g.shape[1]) == widths]
+        fitting = [
+            each
+            for each in words.values()
+            if (each.clip_l.shape[1], each.clip_g.shape[1]) == widths
+        ]
         first, second = self._parts
         self._encoders = (
             _Encoder(*first, {each.name: each.clip_l for each in fitting}),
@@ -110,7 +114,8 @@ class TextEncoders:
         """
         layer = max(clip_skip, 2)
         hidden = [
-            encoder.encode(chunks, layer) for encoder, chunks in zip(self._encoders, self._laid(text), strict=True)
+            encoder.encode(chunks, layer)
+            for encoder, chunks in zip(self._encoders, self._laid(text), strict=True)
         ]
         context = torch.cat([each for each, _ in hidden], dim=-1)
         return Conditioning(context.flatten(0, 1)[None], hidden[1][1][:1])
@@ -128,7 +133,10 @@ class _Encoder:
         self._tokenizer, self._model, self._vectors = tokenizer, model, vectors
         comma = self._tokenize(",")
         self._comma = comma[0] if len(comma) == 1 else -1
-        words = [LearnedWord(name, tuple(self._tokenize(name)), len(each)) for name, each in vectors.items()]
+        words = [
+            LearnedWord(name, tuple(self._tokenize(name)), len(each))
+            for name, each in vectors.items()
+        ]
         # a name of nothing that can be read is in no prompt
         self._words = [word for word in words if word.tokens]
 
@@ -148,18 +156,26 @@ class _Encoder:
         ids = torch.tensor([self._framed(chunk.tokens) for chunk in chunks], device=device)
         with ExitStack() as stack:
             if any(chunk.embeddings for chunk in chunks):
-                hook = _token_embedding(self._model).register_forward_hook(self._substitution(chunks))
+                hook = _token_embedding(self._model).register_forward_hook(
+                    self._substitution(chunks)
+                )
                 stack.callback(hook.remove)
             output = self._model(input_ids=ids, output_hidden_states=True)
         hidden = output.hidden_states[-layer].float()
-        return torch.stack([_emphasize(each, chunk) for each, chunk in zip(hidden, chunks, strict=True)]), output[0]
+        return torch.stack(
+            [_emphasize(each, chunk) for each, chunk in zip(hidden, chunks, strict=True)]
+        ), output[0]
 
     def _tokenize(self, text: str) -> list[int]:
-        return self._tokenizer(text, add_special_tokens=False, truncation=False, verbose=False)["input_ids"]
+        return self._tokenizer(text, add_special_tokens=False, truncation=False, verbose=False)[
+            "input_ids"
+        ]
 
     def _framed(self, tokens: list[int]) -> list[int]:
         """Start, tokens, end, padding. After an end token inside the prompt everything is padding."""
-        start, end, pad = (getattr(self._tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad"))
+        start, end, pad = (
+            getattr(self._tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")
+        )
         framed = [start, *tokens, end] + [pad] * (75 - len(tokens))
         first_end = framed.index(end)
         return framed if pad == end else framed[: first_end + 1] + [pad] * (76 - first_end)
@@ -169,7 +185,9 @@ class _Encoder:
             for row, chunk in enumerate(chunks):
                 for at, name in chunk.embeddings:
                     vectors = self._vectors[name]
-                    output[row, at + 1 : at + 1 + len(vectors)] = vectors.to(output.device, output.dtype)
+                    output[row, at + 1 : at + 1 + len(vectors)] = vectors.to(
+                        output.device, output.dtype
+                    )
             return output
 
         return put_vectors
@@ -186,7 +204,9 @@ def _emphasize(hidden: Tensor, chunk: Chunk) -> Tensor:
 
 
 def _token_embedding(model: nn.Module) -> nn.Module:
-    return next(module for name, module in model.named_modules() if name.endswith("token_embedding"))
+    return next(
+        module for name, module in model.named_modules() if name.endswith("token_embedding")
+    )
 
 
 def _width(model: nn.Module) -> int:
@@ -208,7 +228,11 @@ class PromptPlan:
 
 
 def plan_prompt(
-    encoders: TextEncoders, prompt: str, steps: int, clip_skip: int = 1, check: Callable[[], None] = lambda: None
+    encoders: TextEncoders,
+    prompt: str,
+    steps: int,
+    clip_skip: int = 1,
+    check: Callable[[], None] = lambda: None,
 ) -> PromptPlan:
     """Encode every text that a prompt stands for over the steps, each once. `check` is asked before each and may raise.
 
@@ -219,7 +243,11 @@ def plan_prompt(
 
 
 def plan_negative(
-    encoders: TextEncoders, prompt: str, steps: int, clip_skip: int = 1, check: Callable[[], None] = lambda: None
+    encoders: TextEncoders,
+    prompt: str,
+    steps: int,
+    clip_skip: int = 1,
+    check: Callable[[], None] = lambda: None,
 ) -> PromptPlan:
     """The same for a negative prompt: AND is text there, and an empty one is zeros."""
     if prompt == "":
@@ -227,12 +255,16 @@ def plan_negative(
     return _plan(encoders, [(prompt, 1.0)], steps, clip_skip, check, "negative_prompt")
 
 
-def is_cached(encoders: TextEncoders, prompt: str, negative_prompt: str, steps: int, clip_skip: int) -> bool:
+def is_cached(
+    encoders: TextEncoders, prompt: str, negative_prompt: str, steps: int, clip_skip: int
+) -> bool:
     """Whether both plans can be made of what is remembered, without a call of an encoder."""
     parts = [part for part, _ in split_and(prompt)]
     parts += [negative_prompt] if negative_prompt else []
     return (bool(negative_prompt) or encoders.is_cached(_SOME_TEXT, 1)) and all(
-        encoders.is_cached(text, clip_skip) for part in parts for _, text in schedule_prompt(part, steps)
+        encoders.is_cached(text, clip_skip)
+        for part in parts
+        for _, text in schedule_prompt(part, steps)
     )
 
 
@@ -257,4 +289,9 @@ def _plan(
                 field=field,
             )
         encoded[text] = encoders.encode(text, clip_skip)
-    return PromptPlan([(weight, [(last, encoded[text]) for last, text in schedule]) for weight, schedule in schedules])
+    return PromptPlan(
+        [
+            (weight, [(last, encoded[text]) for last, text in schedule])
+            for weight, schedule in schedules
+        ]
+    )

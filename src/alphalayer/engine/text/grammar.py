@@ -116,7 +116,9 @@ def split_and(prompt: str) -> list[tuple[str, float]]:
     for part in AND.split(prompt):
         found = _AND_WEIGHT.search(part)
         weight = _finite(found[1]) if found else None
-        parts.append((part[: found.start()], weight) if found and weight is not None else (part, 1.0))
+        parts.append(
+            (part[: found.start()], weight) if found and weight is not None else (part, 1.0)
+        )
     return parts
 
 
@@ -207,7 +209,12 @@ class _Reader:
             self.boundaries.update(range(1, self.steps + 1))
             return [_Alternation(parts)]
         when = parts[-1][0] if len(parts[-1]) == 1 else None
-        if closing and separators in ([":"], [":", ":"]) and isinstance(when, str) and _NUMBER.fullmatch(when):
+        if (
+            closing
+            and separators in ([":"], [":", ":"])
+            and isinstance(when, str)
+            and _NUMBER.fullmatch(when)
+        ):
             return [_Switch(parts[0] if len(parts) == 3 else [], parts[-2], self._boundary(when))]
         literal: list[_Node] = ["[", *parts[0]]
         for separator, part in zip(separators, parts[1:], strict=True):

@@ -51,8 +51,16 @@ def read_embeddings(folder: Path) -> dict[str, TextualInversion]:
             logger.warning("%s cannot be read and is left out (%s).", path, error)
             continue
         # a single vector may come without a dimension of its own
-        sides = [torch.atleast_2d(tensors[name].float()) for name in ("clip_l", "clip_g") if name in tensors]
-        if len(sides) == 2 and len(sides[0]) == len(sides[1]) and all(side.ndim == 2 for side in sides):
+        sides = [
+            torch.atleast_2d(tensors[name].float())
+            for name in ("clip_l", "clip_g")
+            if name in tensors
+        ]
+        if (
+            len(sides) == 2
+            and len(sides[0]) == len(sides[1])
+            and all(side.ndim == 2 for side in sides)
+        ):
             found[path.stem] = TextualInversion(path.stem, *sides)
         else:
             logger.warning("%s is not an SDXL embedding (clip_l and clip_g) and is left out.", path)

@@ -49,7 +49,9 @@ class TransparentDecoder(nn.Module):
         super().__init__()
         widths = list(block_out_channels)
         if not 0 <= latent_block < len(widths):
-            raise ValueError(f"latent_block {latent_block} is not one of the {len(widths)} down blocks")
+            raise ValueError(
+                f"latent_block {latent_block} is not one of the {len(widths)} down blocks"
+            )
         self.latent_block = latent_block
         self.multiple_of = 2 ** (len(widths) - 1)
         block: dict[str, Any] = {
@@ -62,9 +64,13 @@ class TransparentDecoder(nn.Module):
         entering = [widths[0], *widths]
         self.conv_in = nn.Conv2d(in_channels, widths[0], 3, padding=1)
         self.latent_conv_in = nn.Conv2d(latent_channels, entering[latent_block], 1)
-        self.down_blocks = nn.ModuleList(_down_blocks(widths, layers_per_block, attention_blocks, block))
+        self.down_blocks = nn.ModuleList(
+            _down_blocks(widths, layers_per_block, attention_blocks, block)
+        )
         self.mid_block = UNetMidBlock2D(widths[-1], **block)
-        self.up_blocks = nn.ModuleList(_up_blocks(widths[::-1], layers_per_block + 1, attention_blocks, block))
+        self.up_blocks = nn.ModuleList(
+            _up_blocks(widths[::-1], layers_per_block + 1, attention_blocks, block)
+        )
         self.conv_norm_out = nn.GroupNorm(norm_num_groups, widths[0], eps=1e-5)
         self.conv_out = nn.Conv2d(widths[0], out_channels, 3, padding=1)
 
@@ -91,7 +97,11 @@ class TransparentDecoder(nn.Module):
                 f"the transparent decoder cannot read a picture of {width}x{height}.",
                 hint=f"Use a width and height that are multiples of {self.multiple_of}.",
             )
-        wanted = (self.latent_conv_in.in_channels, height >> self.latent_block, width >> self.latent_block)
+        wanted = (
+            self.latent_conv_in.in_channels,
+            height >> self.latent_block,
+            width >> self.latent_block,
+        )
         if tuple(latent.shape[1:]) != wanted:
             raise ModelUnusable(
                 f"the transparent decoder expects a latent of {_by(wanted)} for a picture of {width}x{height}, "
@@ -100,7 +110,9 @@ class TransparentDecoder(nn.Module):
             )
 
 
-def _down_blocks(widths: list[int], layers: int, attention_blocks: int, block: dict[str, Any]) -> Iterator[nn.Module]:
+def _down_blocks(
+    widths: list[int], layers: int, attention_blocks: int, block: dict[str, Any]
+) -> Iterator[nn.Module]:
     for i, (entering, width) in enumerate(zip([widths[0], *widths], widths, strict=False)):
         yield get_down_block(
             "AttnDownBlock2D" if i >= len(widths) - attention_blocks else "DownBlock2D",
@@ -113,7 +125,9 @@ def _down_blocks(widths: list[int], layers: int, attention_blocks: int, block: d
         )
 
 
-def _up_blocks(widths: list[int], layers: int, attention_blocks: int, block: dict[str, Any]) -> Iterator[nn.Module]:
+def _up_blocks(
+    widths: list[int], layers: int, attention_blocks: int, block: dict[str, Any]
+) -> Iterator[nn.Module]:
     for i, width in enumerate(widths):
         yield get_up_block(
             "AttnUpBlock2D" if i < attention_blocks else "UpBlock2D",
@@ -127,7 +141,11 @@ def _up_blocks(widths: list[int], layers: int, attention_blocks: int, block: dic
 
 
 def decoder_inputs(
-    vae_sample: Tensor, latent_scaled: Tensor, scaling_factor: float, mode: DecodeMode, shift_factor: float = 0.0
+    vae_sample: Tensor,
+    latent_scaled: Tensor,
+    scaling_factor: float,
+    mode: DecodeMode,
+    shift_factor: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """What the decoder is fed: (pixel in [0, 1], latent).
 
@@ -142,7 +160,9 @@ def decoder_inputs(
 
 
 @torch.inference_mode()
-def decode_transparent(decoder: TransparentDecoder, pixel: Tensor, latent: Tensor, passes_at_once: int = 8) -> Tensor:
+def decode_transparent(
+    decoder: TransparentDecoder, pixel: Tensor, latent: Tensor, passes_at_once: int = 8
+) -> Tensor:
     """(1, 3, H, W) pixels in [0, 1] and (1, C, h, w) → (1, 4, H, W), alpha then straight RGB in [0, 1], in the decoder's dtype.
 
     `passes_at_once` trades memory for speed and changes the result by rounding only. Quarter turns swap the sides, so a picture
@@ -158,9 +178,13 @@ def decode_transparent(decoder: TransparentDecoder, pixel: Tensor, latent: Tenso
     results: list[Tensor] = []
     for round_ in _rounds(pixel.shape[-2] == pixel.shape[-1], passes_at_once):
         outputs = decoder(
-            torch.cat([_turn(pixel, *way) for way in round_]), torch.cat([_turn(latent, *way) for way in round_])
+            torch.cat([_turn(pixel, *way) for way in round_]),
+            torch.cat([_turn(latent, *way) for way in round_]),
         )
-        results += [_turn_back(each[None].clamp(0, 1), *way) for each, way in zip(outputs, round_, strict=True)]
+        results += [
+            _turn_back(each[None].clamp(0, 1), *way)
+            for each, way in zip(outputs, round_, strict=True)
+        ]
     # torch's median of an even count is the lower of the middle two, as in the published decoder
     return torch.stack(results).median(dim=0).values.clamp(0, 1)
 
@@ -194,7 +218,15 @@ def to_uint8(decoded: Tensor) -> RgbaImage:
 
 def opaque(rgb: Tensor) -> RgbaImage:
     """VAE picture (1, 3, H, W) in [-1, 1] → RGBA without transparency; 8 bit by truncation."""
-    picture = ((rgb[0].float() + 1) / 2).clamp(0, 1).mul(255).to(torch.uint8).permute(1, 2, 0).cpu().numpy()
+    picture = (
+        ((rgb[0].float() + 1) / 2)
+        .clamp(0, 1)
+        .mul(255)
+        .to(torch.uint8)
+        .permute(1, 2, 0)
+        .cpu()
+        .numpy()
+    )
     return np.concatenate([picture, np.full_like(picture[..., :1], 255)], axis=-1)
 
 
@@ -214,7 +246,10 @@ def load_decoder(
         ModelUnusable: it holds something else, or sizes that the config does not describe.
     """
     weights = read_weights(path)
-    arguments = {**_sizes(weights), **{key: value for key, value in (config or {}).items() if key[0] != "_"}}
+    arguments = {
+        **_sizes(weights),
+        **{key: value for key, value in (config or {}).items() if key[0] != "_"},
+    }
     try:
         with torch.device("meta"):
             decoder = TransparentDecoder(**arguments)
@@ -231,12 +266,22 @@ def _sizes(weights: Mapping[str, Tensor]) -> dict[str, Any]:
     """The widths, depths and latent channels that a decoder's tensors show; nothing if they are not a decoder's."""
     if "latent_conv_in.weight" not in weights:
         return {}
-    levels = sorted({int(name.split(".")[1]) for name in weights if name.startswith("down_blocks.")})
-    first = {name for name in weights if name.startswith("down_blocks.0.resnets.") and name.endswith("conv1.weight")}
+    levels = sorted(
+        {int(name.split(".")[1]) for name in weights if name.startswith("down_blocks.")}
+    )
+    first = {
+        name
+        for name in weights
+        if name.startswith("down_blocks.0.resnets.") and name.endswith("conv1.weight")
+    }
     return {
-        "block_out_channels": [len(weights[f"down_blocks.{level}.resnets.0.conv1.weight"]) for level in levels],
+        "block_out_channels": [
+            len(weights[f"down_blocks.{level}.resnets.0.conv1.weight"]) for level in levels
+        ],
         "layers_per_block": len(first),
-        "attention_blocks": sum(f"down_blocks.{level}.attentions.0.to_q.weight" in weights for level in levels),
+        "attention_blocks": sum(
+            f"down_blocks.{level}.attentions.0.to_q.weight" in weights for level in levels
+        ),
         "latent_channels": weights["latent_conv_in.weight"].shape[1],
     }
 
@@ -244,7 +289,9 @@ def _sizes(weights: Mapping[str, Tensor]) -> dict[str, Any]:
 def read_weights(path: Path) -> dict[str, Tensor]:
     """All tensors of a safetensors file, on the CPU. Raises `LayerDiffuseMissing` or `CorruptFile`."""
     if not path.is_file():
-        raise LayerDiffuseMissing(f"{path} is not there.", hint="Get the LayerDiffuse files: alphalayer models pull")
+        raise LayerDiffuseMissing(
+            f"{path} is not there.", hint="Get the LayerDiffuse files: alphalayer models pull"
+        )
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is not a dict
@@ -283,7 +330,10 @@ KINDS = (
 
 
 def _describe(found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]) -> str:
-    kind = next((kind for mark, kind in KINDS if any(mark in name for name in found)), f"{len(found)} unknown tensors")
+    kind = next(
+        (kind for mark, kind in KINDS if any(mark in name for name in found)),
+        f"{len(found)} unknown tensors",
+    )
     differing = sorted(name for name in {*found, *wanted} if found.get(name) != wanted.get(name))
     first = differing[0]
     return f"{kind} ({len(differing)} tensors differ, first {first}: {_by(found.get(first))}, not {_by(wanted.get(first))})"

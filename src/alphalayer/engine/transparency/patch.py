@@ -65,7 +65,10 @@ class Delta:
         """Whether the shapes agree."""
         if self.down is None:
             return self.up.shape == weight.shape
-        return self.up.shape[0] == weight.shape[0] and self.down[0].numel() * weight.shape[0] == weight.numel()
+        return (
+            self.up.shape[0] == weight.shape[0]
+            and self.down[0].numel() * weight.shape[0] == weight.numel()
+        )
 
 
 @dataclass(frozen=True)
@@ -106,22 +109,35 @@ def read_patch(path: Path, weights: Weights) -> Patch:
         ModelUnusable: less than half of it fits this model, or it is of a kind that is not merged here.
     """
     if not path.is_file():
-        raise LayerDiffuseMissing(f"{path} is not there.", hint="Run: alphalayer models pull layerdiffuse")
+        raise LayerDiffuseMissing(
+            f"{path} is not there.", hint="Run: alphalayer models pull layerdiffuse"
+        )
     try:
         tensors = load_file(path)
     except (SafetensorError, OSError) as error:
         raise CorruptFile(f"{path} cannot be read: {error}.", hint="Download it again.") from None
     for mark, kind in _OTHER_KINDS:
         if any(mark in key for key in tensors):
-            raise ModelUnusable(f"{path} is a {kind}; this version merges plain LoRA only.", hint="Use a plain LoRA.")
+            raise ModelUnusable(
+                f"{path} is a {kind}; this version merges plain LoRA only.",
+                hint="Use a plain LoRA.",
+            )
     try:
-        found = _published(tensors) if any("::" in key for key in tensors) else _converted(tensors, weights)
+        found = (
+            _published(tensors)
+            if any("::" in key for key in tensors)
+            else _converted(tensors, weights)
+        )
     except ValueError:
         raise ModelUnusable(
             f"{path} is not a LayerDiffuse patch: its names are not <parameter>::<type>::<number>.",
             hint="Download it again.",
         ) from None
-    fitting = {name: delta for name, delta in found.items() if name in weights and delta.fits(weights[name])}
+    fitting = {
+        name: delta
+        for name, delta in found.items()
+        if name in weights and delta.fits(weights[name])
+    }
     patch = Patch(fitting, len(found) - len(fitting))
     if not fitting or patch.ignored > len(fitting):
         raise ModelUnusable(
@@ -129,7 +145,12 @@ def read_patch(path: Path, weights: Weights) -> Patch:
             hint="Use the file that was made for this model family.",
         )
     if patch.ignored:
-        logger.warning("%s: %d of %d changes do not fit this model and are left out.", path, patch.ignored, len(found))
+        logger.warning(
+            "%s: %d of %d changes do not fit this model and are left out.",
+            path,
+            patch.ignored,
+            len(found),
+        )
     return patch
 
 
@@ -173,7 +194,9 @@ def _lora_target(stem: str, known: Mapping[str, str]) -> str:
         name += ".0"
     flat = name.replace(".", "_")
     # some versions of transformers have one level less
-    return (unflatten(flat, known) or unflatten(flat.replace("_text_model_", "_", 1), known) or name) + ".weight"
+    return (
+        unflatten(flat, known) or unflatten(flat.replace("_text_model_", "_", 1), known) or name
+    ) + ".weight"
 
 
 def _without_prefixes(name: str) -> str:
@@ -197,7 +220,12 @@ class WeightPatcher:
     their own dtype.
     """
 
-    def __init__(self, weights: Weights, read: Callable[[PatchFile], Patch], rounded: torch.dtype | None = None):
+    def __init__(
+        self,
+        weights: Weights,
+        read: Callable[[PatchFile], Patch],
+        rounded: torch.dtype | None = None,
+    ):
         self._weights = weights
         self._read = read
         self._rounded = rounded
@@ -224,7 +252,9 @@ class WeightPatcher:
     @torch.no_grad()
     def _merge(self, patches: Sequence[tuple[Patch, float]]) -> None:
         """All changes of a parameter in one float32 pass, then one cast to its own dtype."""
-        for name in {name: None for patch, _ in patches for name in patch.deltas if name in self._weights}:
+        for name in {
+            name: None for patch, _ in patches for name in patch.deltas if name in self._weights
+        }:
             weight = self._weights[name]
             self._originals.setdefault(name, weight.detach().to("cpu", copy=True))
             merged = weight.detach().float()
