@@ -101,7 +101,7 @@ def cost(call: Callable[[], Any], device: torch.device, limit: float) -> dict[st
     }
 
 
-def draw(engine: LocalEngine, request: GenerationRequest) -> dict[str, Any]:
+def render(engine: LocalEngine, request: GenerationRequest) -> dict[str, Any]:
     """Warm figures of one request: median seconds of each stage, PNG included, pictures a second, peak memory."""
     runs: list[dict[str, float]] = []
     wall: list[float] = []
@@ -218,7 +218,7 @@ def main() -> None:
     for name, got in report["parts"].items():
         print(f"{name}: {_said(got)}")
     for batch in options.batch:
-        got = draw(engine, request.model_copy(update={"batch_size": batch}))
+        got = render(engine, request.model_copy(update={"batch_size": batch}))
         got["unet_call"] = cost(unet_call(engine, wide, high, 2 * batch), engine.device, limit)
         report["batches"][batch] = got
         stages = "  ".join(f"{name} {seconds:.3f}" for name, seconds in got["seconds"].items())

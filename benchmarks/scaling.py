@@ -110,16 +110,16 @@ class Fleet:
         """An idle worker that heard of a job: one gets it."""
         if is_first and self.idle and self.waiting:
             self.idle -= 1
-            yield from self.draw()
+            yield from self.render()
         else:
             yield from self.database.do(self.costs.ask_for_nothing)
 
-    def draw(self) -> Generator[Any, Any, None]:
+    def render(self) -> Generator[Any, Any, None]:
         """A GPU that draws until nothing waits."""
         while self.waiting:
             asked = self.waiting.popleft()
             free_since = self.env.now
-            yield from self.database.do(self.costs.draw)
+            yield from self.database.do(self.costs.render)
             self.delays.append(self.env.now - max(asked, free_since))
             seconds = self.rng.uniform(0.8, 1.2) * self.picture_s
             messages = round(seconds * PROGRESS_A_SECOND)

@@ -49,7 +49,7 @@ class Timed(PostgresJobQueue):
         return job
 
 
-async def _draw(url: str, workers: int, folder: Path, host: int) -> list[float]:
+async def _render(url: str, workers: int, folder: Path, host: int) -> list[float]:
     claims: list[float] = []
     queues: list[Timed] = []
     supervisors: list[Supervisor] = []
@@ -74,10 +74,10 @@ async def _draw(url: str, workers: int, folder: Path, host: int) -> list[float]:
     return claims
 
 
-def draw(url: str, workers: int, folder: Path, host: int) -> list[float]:
+def render(url: str, workers: int, folder: Path, host: int) -> list[float]:
     """So many workers in this process until the file `over` is there: seconds of each claim."""
     configure_logging("error", False)
-    return asyncio.run(_draw(url, workers, folder, host))
+    return asyncio.run(_render(url, workers, folder, host))
 
 
 async def _rate(url: str, jobs: int) -> float:
@@ -96,7 +96,7 @@ def measure(postgres: Postgres, workers: int, jobs: int) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as name, ProcessPoolExecutor(hosts) as pool:
         folder = Path(name)
         drawing = [
-            pool.submit(draw, url, len(range(i, workers, hosts)), folder, i) for i in range(hosts)
+            pool.submit(render, url, len(range(i, workers, hosts)), folder, i) for i in range(hosts)
         ]
         wait_until(lambda: len(list(folder.glob(f"{READY}-*"))) == hosts, 600)
         asyncio.run(fill(url, jobs))

@@ -58,7 +58,7 @@ async def test_what_is_wrong_stands_beside_its_field_before_anything_is_sent(vis
     assert not [each for each in visit.asked if "jobs" in each]
     await visit.expect_no_serious_fault()
     await page.fill("#batch_size", "1")
-    await visit.draw(prompt="x", seed="7")
+    await visit.render(prompt="x", seed="7")
     await expect(page.locator("#prompt-error")).to_be_empty()
 
 
@@ -96,7 +96,7 @@ async def test_the_stage_follows_what_runs_and_rows_of_the_queue_can_be_watched(
 
 async def test_an_old_picture_can_be_looked_at_while_another_is_drawn(visit: Visit):
     page = visit.page
-    await visit.draw(prompt="old")
+    await visit.render(prompt="old")
     await visit.start("new")
     await page.locator("#history button").click()
     await expect(page.locator("#caption")).to_have_text("old")
@@ -122,9 +122,9 @@ async def test_a_page_that_is_closed_leaves_no_work(visit: Visit, service: httpx
 
 async def test_history_outlives_a_reload_and_gives_settings_back(visit: Visit):
     page = visit.page
-    await visit.draw(prompt="a blue cup", seed="7", cfg_scale="4.5")
+    await visit.render(prompt="a blue cup", seed="7", cfg_scale="4.5")
     await page.fill("#cfg_scale", "")
-    await visit.draw(prompt="a green hat", seed="9007199254740993")
+    await visit.render(prompt="a green hat", seed="9007199254740993")
     await page.reload()
     await expect(page.locator("#history li")).to_have_count(2)
     await page.locator("#history button").nth(1).click()
@@ -143,11 +143,11 @@ async def test_history_outlives_a_reload_and_gives_settings_back(visit: Visit):
 
 async def test_undo_keeps_what_was_drawn_in_another_tab_meanwhile(visit: Visit):
     page = visit.page
-    await visit.draw(prompt="old")
+    await visit.render(prompt="old")
     await page.click("#forget")
     await expect(page.locator("#history li")).to_have_count(0)
     other = await visited(page.context, visit.address)
-    await other.draw(prompt="new")
+    await other.render(prompt="new")
     await expect(page.locator("#history li")).to_have_count(1)
     await page.click("#forget")
     await expect(page.locator("#history li")).to_have_count(2)
@@ -157,7 +157,7 @@ async def test_settings_of_a_model_that_is_no_longer_here_say_so(visit: Visit):
     page = visit.page
     await page.select_option("#checkpoint", "apples")
     await expect(page.locator("#checkpoint-help")).to_be_hidden()
-    await visit.draw(prompt="apple")
+    await visit.render(prompt="apple")
     await page.click("#reuse")
     await expect(page.locator("#note")).to_be_empty()
     assert await page.input_value("#checkpoint") == "apples"
@@ -189,9 +189,9 @@ async def test_a_picture_of_a_batch_is_drawn_again_alone(visit: Visit):
 
 async def test_two_tabs_keep_one_history(visit: Visit):
     other = await visited(visit.page.context, visit.address)
-    await visit.draw(prompt="here")
+    await visit.render(prompt="here")
     await expect(other.page.locator("#history li")).to_have_count(1)
-    await other.draw(prompt="there")
+    await other.render(prompt="there")
     await expect(visit.page.locator("#history li")).to_have_count(2)
     await visit.page.reload()
     await expect(visit.page.locator("#history li")).to_have_count(2)
@@ -199,7 +199,7 @@ async def test_two_tabs_keep_one_history(visit: Visit):
 
 async def test_a_picture_that_is_no_longer_kept_still_has_its_settings(visit: Visit):
     page = visit.page
-    await visit.draw(prompt="kept")
+    await visit.render(prompt="kept")
     await page.evaluate(
         """() => {
           const [entry] = JSON.parse(localStorage.getItem("alphalayer.history"));
@@ -266,7 +266,7 @@ async def test_a_key_is_asked_for_once(browser: Browser, tmp_path: Path):
             await expect(page.locator("#key-dialog")).to_be_hidden()
             await expect(page.locator("#state")).to_be_empty()
             await expect(page.locator("#scheduler option")).not_to_have_count(0)
-            await visit.draw()
+            await visit.render()
             await expect(page.locator("#form-error")).to_be_empty()
         assert "X-API-Key" in str(await page.text_content("#snippet"))
         assert word not in str(await page.text_content("#snippet"))
@@ -417,7 +417,7 @@ async def test_nothing_in_the_way_of_anybody(
     await page.evaluate(
         "document.querySelectorAll('details').forEach((each) => (each.open = true))"
     )
-    await visit.draw(prompt="x" * 300)
+    await visit.render(prompt="x" * 300)
     await visit.expect_no_serious_fault()
     await visit.start("one", steps=100)
     await page.click("#draw")

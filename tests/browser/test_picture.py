@@ -190,7 +190,7 @@ async def test_a_picture_that_does_not_reach_the_service_is_not_said_to_carry_no
 
 async def test_another_picture_lies_behind(visit: Visit):
     page = visit.page
-    await visit.draw(prompt="x")
+    await visit.render(prompt="x")
     assert not await page.is_visible("#photo-choice")
     await page.set_input_files(
         "#open-photo", files=[{"name": "wall.png", "mimeType": "image/png", "buffer": picture()}]
@@ -225,7 +225,7 @@ async def test_settings_are_looked_for_where_there_are_none(visit: Visit):
 
 async def test_backdrops_and_alpha(visit: Visit):
     page = visit.page
-    await visit.draw(prompt="x")
+    await visit.render(prompt="x")
     for backdrop, color in (("white", (255, 255, 255)), ("black", (0, 0, 0))):
         await page.check(f"[name=backdrop][value={backdrop}]")
         assert await visit.corner() == color
@@ -244,7 +244,7 @@ async def test_zoom_stays_in_its_frame(browser: Browser, service: httpx.Client, 
     await page.evaluate(
         "document.querySelectorAll('details').forEach((each) => (each.open = true))"
     )
-    await visit.draw(prompt="x", width="256", height="256")
+    await visit.render(prompt="x", width="256", height="256")
     level, width = page.locator("#zoom-level"), "document.getElementById('picture').clientWidth"
     fitted = {"desktop": 200, "phone": 142}["desktop" if size is DESKTOP else "phone"]
     await expect(level).to_have_text(f"{fitted} %")  # no more than twice as large by itself
@@ -280,7 +280,7 @@ async def test_zoom_stays_in_its_frame(browser: Browser, service: httpx.Client, 
 
 async def test_downloads(visit: Visit):
     page = visit.page
-    await visit.draw(prompt="x")
+    await visit.render(prompt="x")
     png = await visit.download("#save-png")
     assert codecs.decode(png)[0].shape == (64, 64, 4)
     await page.check("#trimmed")

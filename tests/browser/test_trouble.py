@@ -47,11 +47,11 @@ async def test_a_key_that_cannot_be_sent_is_not_kept(visit: Visit):
     await page.fill("#key", "user:pässwört…")
     await page.keyboard.press("Enter")
     await expect(page.locator("#key-dialog")).to_be_hidden()
-    await visit.draw(prompt="x")
+    await visit.render(prompt="x")
     await page.evaluate("localStorage.setItem('alphalayer.key', 'alk_abc…')")
     await page.reload()
     await expect(page.locator("#scheduler option")).not_to_have_count(0)
-    await visit.draw(prompt="y")
+    await visit.render(prompt="y")
     await expect(page.locator("#state")).to_be_empty()
 
 
@@ -124,9 +124,9 @@ async def test_a_browser_that_may_keep_nothing(browser: Browser, service: httpx.
         "Object.defineProperty(window, 'localStorage', { get() { throw new DOMException('denied') } })"
     )
     visit = await visited(context, str(service.base_url))
-    await visit.draw(prompt="kept for now")
+    await visit.render(prompt="kept for now")
     await _enter(visit, "any")
-    await visit.draw(prompt="another")
+    await visit.render(prompt="another")
     assert visit.faults == []
     await context.close()
 

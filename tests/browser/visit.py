@@ -47,7 +47,7 @@ class Visit:
             self.outside.append(url)
         self.asked.append(url.removeprefix(self.address))
 
-    async def draw(self, **fields: str) -> None:
+    async def render(self, **fields: str) -> None:
         """Fill the form, draw, and wait for the picture."""
         await self.fill(**fields)
         before = await self.page.locator("#history li").count()

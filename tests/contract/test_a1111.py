@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors.numpy import save_file
 from tests.support.serving import put_lora, put_model, served, wait_until
 
-from alphalayer.engine.fake import draw_disc
+from alphalayer.engine.fake import render_disc
 from alphalayer.images.infotext import read_parameters
 
 RECORDED = Path(__file__).parent / "recorded"
@@ -47,7 +47,7 @@ def webui(client, **options):
     return webuiapi.WebUIApi(baseurl=f"{str(client.base_url).rstrip('/')}/sdapi/v1", **options)
 
 
-def draw(client, **fields):
+def render(client, **fields):
     return client.post("/sdapi/v1/txt2img", json={**SMALL, **fields})
 
 
@@ -81,7 +81,7 @@ def test_webuiapi_draws(client):
         batch_size=2,
     )
     assert len(result.images) == 2
-    np.testing.assert_array_equal(np.asarray(result.image), draw_disc("an apple", 7, 128, 64))
+    np.testing.assert_array_equal(np.asarray(result.image), render_disc("an apple", 7, 128, 64))
     assert list(result.info) == INFO_KEYS
     assert result.info["all_seeds"] == [7, 8]
     assert result.image.info["parameters"] == result.info["infotexts"][0]
@@ -97,7 +97,7 @@ async def test_webuiapi_draws_asynchronously(client):
     result = await webui(client).txt2img(
         prompt="x", seed=3, width=64, height=64, steps=1, use_async=True
     )
-    np.testing.assert_array_equal(np.asarray(result.image), draw_disc("x", 3, 64, 64))
+    np.testing.assert_array_equal(np.asarray(result.image), render_disc("x", 3, 64, 64))
 
 
 def test_webuiapi_asks_for_everything(client):
@@ -133,14 +133,14 @@ def test_the_model_is_chosen_by_options_and_by_one_request(tmp_path):
         assert api.util_get_current_model() == name
         api.util_set_model(name)
         assert api.util_get_current_model() == name
-        assert draw(client, override_settings={"sd_model_checkpoint": name}).status_code == 200
+        assert render(client, override_settings={"sd_model_checkpoint": name}).status_code == 200
         answer = client.post("/sdapi/v1/options", json={"sd_model_checkpoint": "nowhere"})
         assert answer.status_code == 422
         assert answer.json()["detail"].startswith('sd_model_checkpoint: no model "nowhere"')
         client.post("/sdapi/v1/options", json={"CLIP_stop_at_last_layers": 2})
-        assert made(draw(client))["Clip skip"] == "2"
+        assert made(render(client))["Clip skip"] == "2"
         assert (
-            made(draw(client, override_settings={"CLIP_stop_at_last_layers": 3}))["Clip skip"]
+            made(render(client, override_settings={"CLIP_stop_at_last_layers": 3}))["Clip skip"]
             == "3"
         )
 
@@ -154,9 +154,9 @@ def test_the_embedded_model_has_its_hash_from_the_start(client):
     assert mini["title"] == f"alphalayer-mini [{mini['hash']}]"
     assert len(mini["hash"]) == 10
     for name in (mini["title"], mini["hash"], "apples [0123456789]"):
-        assert draw(client, override_settings={"sd_model_checkpoint": name}).status_code == 200
+        assert render(client, override_settings={"sd_model_checkpoint": name}).status_code == 200
     assert (
-        draw(client, override_settings={"sd_model_checkpoint": "apples [012]"}).status_code == 422
+        render(client, override_settings={"sd_model_checkpoint": "apples [012]"}).status_code == 422
     )
 
 
@@ -183,7 +183,7 @@ def test_the_defaults_of_that_api(client):
     assert settings["Negative prompt"] == ""
     assert settings["layerdiffusion_enabled"] == "True"
     first, second = (
-        json.loads(draw(client, n_iter=2).json()["info"])["all_seeds"] for _ in range(2)
+        json.loads(render(client, n_iter=2).json()["info"])["all_seeds"] for _ in range(2)
     )
     assert first[1] == first[0] + 1
     assert first != second
@@ -219,15 +219,15 @@ def test_the_defaults_of_that_api(client):
     ],
 )
 def test_samplers_and_schedules_by_their_names_there(client, fields, sampler, scheduler):
-    settings = made(draw(client, **fields))
+    settings = made(render(client, **fields))
     assert (settings["Sampler"], settings["Schedule type"]) == (sampler, scheduler)
 
 
 def test_loras_in_the_prompt(client, tmp_path):
     with served(put_lora(tmp_path)) as other:
-        settings = made(draw(other, prompt="an apple <lora:style:0.8>, red"))
+        settings = made(render(other, prompt="an apple <lora:style:0.8>, red"))
     assert settings["Prompt"] == "an apple , red <lora:style:0.8>"
-    refused = draw(client, prompt="an apple <lora:style:strong>")
+    refused = render(client, prompt="an apple <lora:style:strong>")
     assert refused.status_code == 422
     assert "<lora:style:strong>" in refused.json()["detail"]
 
@@ -248,7 +248,7 @@ def test_loras_in_the_prompt(client, tmp_path):
 )
 @pytest.mark.parametrize("title", ["LayerDiffuse", "layerdiffuse"])
 def test_layerdiffuse_as_a_script(client, title, args, expected):
-    settings = made(draw(client, alwayson_scripts={title: {"args": args}}))
+    settings = made(render(client, alwayson_scripts={title: {"args": args}}))
     if expected is None:
         assert "layerdiffusion_enabled" not in settings
     else:
@@ -284,7 +284,7 @@ def test_a_lora_that_is_not_there_is_a_fault_of_the_prompt(client, tmp_path):
 
 
 def test_transparency_is_switched_off_by_one_field(client):
-    assert "layerdiffusion_enabled" not in made(draw(client, layerdiffuse_enabled=False))
+    assert "layerdiffusion_enabled" not in made(render(client, layerdiffuse_enabled=False))
 
 
 @pytest.mark.parametrize(
@@ -356,7 +356,7 @@ def test_transparency_is_switched_off_by_one_field(client):
     ],
 )
 def test_what_cannot_be_done_is_named(client, fields, named):
-    answer = draw(client, **fields)
+    answer = render(client, **fields)
     assert answer.status_code == 422
     assert list(answer.json()) == ["detail"]
     assert named in answer.json()["detail"]
@@ -373,15 +373,17 @@ def test_what_does_not_change_the_picture_is_ignored(client):
         "future_field": {},
         "override_settings": {"forge_additional_modules": [], "sd_vae": "Automatic"},
     }
-    assert draw(client, **same).json()["images"] == draw(client, **same, **other).json()["images"]
-    answer = draw(client, **same, send_images=False).json()
+    assert (
+        render(client, **same).json()["images"] == render(client, **same, **other).json()["images"]
+    )
+    answer = render(client, **same, send_images=False).json()
     assert answer["images"] == []
     assert json.loads(answer["info"])["seed"] == 5
 
 
 def test_a_task_id_gives_the_same_job_again(client):
     first, again, other = (
-        draw(client, force_task_id="t", steps=steps).json()["info"] for steps in (2, 2, 3)
+        render(client, force_task_id="t", steps=steps).json()["info"] for steps in (2, 2, 3)
     )
     assert first == again != other
 
@@ -417,7 +419,7 @@ def test_progress_preview_and_interrupt(tmp_path):
         assert IDLE.items() <= idle.items()
         assert (idle["state"]["job_count"], idle["state"]["job_timestamp"]) == (0, "0")
         slow = pool.submit(
-            draw, client, steps=150, override_settings={"live_previews_enable": True}
+            render, client, steps=150, override_settings={"live_previews_enable": True}
         )
 
         def running():
@@ -443,7 +445,7 @@ def test_progress_counts_over_all_iterations(tmp_path):
         served(tmp_path, engine_options={"step_s": 0.03}) as client,
         concurrent.futures.ThreadPoolExecutor() as pool,
     ):
-        slow = pool.submit(draw, client, steps=10, n_iter=3)
+        slow = pool.submit(render, client, steps=10, n_iter=3)
         seen = []
         while not slow.done():
             now = client.get("/sdapi/v1/progress").json()

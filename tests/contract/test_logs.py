@@ -115,17 +115,19 @@ def test_ids_lead_from_a_request_to_its_job(tmp_path, asked):
     by_event: dict[str, list[dict[str, Any]]] = {}
     for line in lines:
         by_event.setdefault(line["event"], []).append(line)
-    accepted, done = by_event["job_accepted"][0], by_event["job_done"][0]
+    accepted, done = by_event["job.accepted"][0], by_event["job.done"][0]
     assert (accepted["request"], accepted["owner"], accepted["job"]) == (
         "order-77",
         "shop",
         done["job"],
     )
     assert done["engine"] == "cpu"
-    mine = next(line for line in by_event["request"] if line["request"] == "order-77")
+    mine = next(line for line in by_event["request.completed"] if line["request"] == "order-77")
     assert (mine["method"], mine["path"], mine["status"]) == ("POST", "/alpha/v1/txt2img", 200)
-    assert {line["method"] for line in by_event["request"] if "/jobs" in line["path"]} == {"POST"}
-    assert by_event["engine_ready"][0]["device"] == "discs, no device"
+    assert {
+        line["method"] for line in by_event["request.completed"] if "/jobs" in line["path"]
+    } == {"POST"}
+    assert by_event["engine.ready"][0]["device"] == "discs, no device"
     everything = json.dumps(lines)
     assert ("a hidden wish" in everything) == asked
     for word in (secret, "pass-word", "wrong-word"):
@@ -136,7 +138,7 @@ def test_ids_lead_from_a_request_to_its_job(tmp_path, asked):
     ("settings", "warnings", "said"),
     [
         ({}, [], {"page": "http://127.0.0.1:7861/", "docs": "http://127.0.0.1:7861/docs"}),
-        ({"host": "0.0.0.0"}, ["open_to_all"], {"page": "http://localhost:7861/"}),
+        ({"host": "0.0.0.0"}, ["auth.disabled"], {"page": "http://localhost:7861/"}),
         ({"host": "::1"}, [], {"page": "http://[::1]:7861/"}),
         ({"host": "::", "api_auth": "ann:pass-word"}, [], {"page": "http://localhost:7861/"}),
         (
@@ -144,7 +146,7 @@ def test_ids_lead_from_a_request_to_its_job(tmp_path, asked):
             [],
             {"livez": "http://localhost:7861/livez", "page": None},
         ),
-        ({"keys_file": "keys.json"}, ["open_to_nobody"], {}),
+        ({"keys_file": "keys.json"}, ["auth.no_keys"], {}),
     ],
 )
 def test_a_start_says_where_it_is_and_who_may_ask(
@@ -156,8 +158,8 @@ def test_a_start_says_where_it_is_and_who_may_ask(
         settings = {**settings, "database": request.getfixturevalue("postgres").fresh_database()}
     with capture_logs() as logs, served(tmp_path, **{"port": 7861, **settings}):
         pass
-    assert [line["event"] for line in logs if line["event"].startswith("open_to")] == warnings
-    serving = next(line for line in logs if line["event"] == "serving")
+    assert [line["event"] for line in logs if line["event"].startswith("auth.")] == warnings
+    serving = next(line for line in logs if line["event"] == "service.started")
     assert {name: serving.get(name) for name in said} == said
 
 
@@ -177,7 +179,7 @@ def test_what_is_wrong_with_a_prompt_is_logged_by_its_field_alone():
         )
     assert lines == [
         {
-            "event": "job_failed",
+            "event": "job.failed",
             "log_level": "warning",
             "job": "0123",
             "code": "invalid_request",

@@ -99,7 +99,7 @@ def test_where_the_package_is_missing_a_log_line_says_so(monkeypatch: pytest.Mon
     with capture_logs() as lines:
         app = create_app(Settings())
     assert not [route for route in app.routes if getattr(route, "path", "") == "/mcp"]
-    [line] = [each for each in lines if each["event"] == "mcp_off"]
+    [line] = [each for each in lines if each["event"] == "mcp.disabled"]
     assert " install " in line["hint"]
     assert "[mcp]" in line["hint"]
 

@@ -19,7 +19,7 @@ from tests.support.tiny_models import make_diffusers_folder, make_single_file
 
 from alphalayer import catalog
 from alphalayer.api.native import Txt2ImgRequest
-from alphalayer.engine.fake import draw_disc
+from alphalayer.engine.fake import render_disc
 from alphalayer.images import codecs, postprocess
 
 
@@ -29,7 +29,7 @@ def client(tmp_path_factory):
         yield client
 
 
-def draw(client: httpx.Client, **fields) -> httpx.Response:
+def render(client: httpx.Client, **fields) -> httpx.Response:
     return client.post(
         "/alpha/v1/txt2img", json={"prompt": "an apple, high quality", "steps": 2, **fields}
     )
@@ -58,15 +58,15 @@ def test_a_prompt_alone_is_enough(client):
 @pytest.mark.parametrize("more", [{}, {"scheduler": "Exponential"}])
 def test_a_samplers_name_may_carry_its_schedule(client, more):
     info = json.loads(
-        draw(client, sampler_name="Euler a Karras", width=64, height=64, **more).json()["info"]
+        render(client, sampler_name="Euler a Karras", width=64, height=64, **more).json()["info"]
     )
     assert info["sampler_name"] == "Euler a"
     assert "Schedule type: Karras" in info["infotexts"][0]
 
 
 def test_loras_in_the_prompt_are_those_of_the_field(client):
-    tagged = draw(client, prompt="an apple <lora:style:0.8>", width=64, height=64).json()
-    named = draw(
+    tagged = render(client, prompt="an apple <lora:style:0.8>", width=64, height=64).json()
+    named = render(
         client, prompt="an apple", loras=[{"name": "style", "weight": 0.8}], width=64, height=64
     ).json()
     first, second = (json.loads(each["info"]) for each in (tagged, named))
@@ -76,7 +76,7 @@ def test_loras_in_the_prompt_are_those_of_the_field(client):
 
 
 def test_the_url_gives_the_picture_with_its_settings(client):
-    body = draw(client, seed=7, width=128, height=64).json()
+    body = render(client, seed=7, width=128, height=64).json()
     answer = client.get(body["url"])
     assert answer.status_code == 200
     assert answer.headers["content-type"] == "image/png"
@@ -85,13 +85,13 @@ def test_the_url_gives_the_picture_with_its_settings(client):
     assert picture.mode == "RGBA"
     assert "Seed: 7" in picture.info["parameters"]
     np.testing.assert_array_equal(
-        np.asarray(picture), draw_disc("an apple, high quality", 7, 128, 64)
+        np.asarray(picture), render_disc("an apple, high quality", 7, 128, 64)
     )
 
 
 def test_the_same_seed_gives_the_same_picture_and_minus_one_a_fresh_one(client):
     def pixels(seed):
-        body = draw(client, seed=seed, width=64, height=64).json()
+        body = render(client, seed=seed, width=64, height=64).json()
         return json.loads(body["info"])["seed"], client.get(body["url"]).content
 
     assert pixels(5) == pixels(5)
@@ -101,13 +101,13 @@ def test_the_same_seed_gives_the_same_picture_and_minus_one_a_fresh_one(client):
 
 
 def test_fresh_seeds_count_up_over_all_batches(client):
-    body = draw(client, batch_size=2, n_iter=2, seed=-1, width=64, height=64).json()
+    body = render(client, batch_size=2, n_iter=2, seed=-1, width=64, height=64).json()
     first, *others = [image["seed"] for image in body["images"]]
     assert others == [first + 1, first + 2, first + 3]
 
 
 def test_several_pictures(client):
-    body = draw(client, batch_size=2, n_iter=2, seed=10, width=64, height=64).json()
+    body = render(client, batch_size=2, n_iter=2, seed=10, width=64, height=64).json()
     assert [image["seed"] for image in body["images"]] == [10, 11, 12, 13]
     assert len({image["filename"] for image in body["images"]}) == 4
     assert all(client.get(image["url"]).status_code == 200 for image in body["images"])
@@ -116,7 +116,7 @@ def test_several_pictures(client):
 
 @pytest.mark.parametrize("kind", ["png", "webp", "avif"])
 def test_every_format_has_alpha(client, kind):
-    body = draw(client, format=kind, width=64, height=64).json()
+    body = render(client, format=kind, width=64, height=64).json()
     assert body["filename"].endswith(f".{kind}")
     answer = client.get(body["url"])
     assert answer.headers["content-type"] == f"image/{kind}"
@@ -126,13 +126,13 @@ def test_every_format_has_alpha(client, kind):
 
 
 def test_trim_background_and_base64(client):
-    body = draw(
+    body = render(
         client, trim=True, trim_padding=1, width=128, height=128, response_format="base64"
     ).json()
     picture = Image.open(io.BytesIO(base64.b64decode(body["base64"])))
-    whole = draw_disc("an apple, high quality", 12345, 128, 128)[..., 3] > 0
+    whole = render_disc("an apple, high quality", 12345, 128, 128)[..., 3] > 0
     assert picture.size == (whole.any(0).sum() + 2, whole.any(1).sum() + 2)
-    body = draw(client, background="#ff8000", width=64, height=64).json()
+    body = render(client, background="#ff8000", width=64, height=64).json()
     laid = np.asarray(Image.open(io.BytesIO(client.get(body["url"]).content)))
     assert laid[0, 0].tolist() == [255, 128, 0, 255]
 
@@ -169,7 +169,7 @@ def test_trim_background_and_base64(client):
     ],
 )
 def test_a_wrong_field_is_named(client, fields, named):
-    answer = draw(client, **fields)
+    answer = render(client, **fields)
     assert answer.status_code == 422
     problem = answer.json()
     assert answer.headers["content-type"] == "application/problem+json"
@@ -182,9 +182,9 @@ def test_every_default_may_be_sent(client):
     fields = Txt2ImgRequest(prompt="x").model_dump(
         mode="json", exclude={"prompt", "width", "height", "steps"}
     )
-    assert draw(client, **fields, width=64, height=64).status_code == 200
+    assert render(client, **fields, width=64, height=64).status_code == 200
     assert (
-        draw(client, **{**fields, "layerdiffuse_enabled": False}, width=64, height=64).status_code
+        render(client, **{**fields, "layerdiffuse_enabled": False}, width=64, height=64).status_code
         == 200
     )
 
@@ -198,12 +198,12 @@ def test_null_is_silence_and_what_other_servers_take_is_taken(client, path):
 
 
 def test_a_model_that_is_not_there_lists_those_that_are(client):
-    detail = draw(client, checkpoint="juggernaut").json()["detail"]
+    detail = render(client, checkpoint="juggernaut").json()["detail"]
     assert (
         detail
         == 'checkpoint: no model "juggernaut" in models/Stable-diffusion; there is: alphalayer-mini (built in).'
     )
-    assert draw(client, checkpoint="alphalayer-mini", width=64, height=64).status_code == 200
+    assert render(client, checkpoint="alphalayer-mini", width=64, height=64).status_code == 200
 
 
 @pytest.mark.parametrize(
@@ -233,7 +233,7 @@ def test_json_that_was_made_json_twice_is_told_so(client):
 
 
 def test_head_tells_of_a_picture_what_get_would(client):
-    url = draw(client, width=64, height=64).json()["url"]
+    url = render(client, width=64, height=64).json()["url"]
     asked, got = client.head(url), client.get(url)
     assert (asked.status_code, asked.content) == (200, b"")
     for name in ("content-type", "content-length", "cache-control"):
@@ -305,7 +305,7 @@ def test_health_docs_and_probes(client):
 
 def test_metrics_count_what_happened(tmp_path):
     with served(tmp_path) as client:
-        draw(client, width=64, height=64, batch_size=2)
+        render(client, width=64, height=64, batch_size=2)
         text = client.get("/metrics").text
         for line in (
             'alphalayer_jobs_total{outcome="done"} 1.0',
@@ -321,7 +321,7 @@ def test_a_full_queue_says_when_to_come_back(tmp_path):
     with served(tmp_path, engine_options={"step_s": 0.2}, queue_limit=2) as client:
         with concurrent.futures.ThreadPoolExecutor(12) as crowd:
             answers = list(
-                crowd.map(lambda seed: draw(client, seed=seed, width=64, height=64), range(12))
+                crowd.map(lambda seed: render(client, seed=seed, width=64, height=64), range(12))
             )
         full = [answer for answer in answers if answer.status_code == 429]
         drawn = [answer for answer in answers if answer.status_code == 200]
@@ -342,7 +342,7 @@ def test_a_client_that_leaves_frees_its_place(tmp_path):
         with pytest.raises(httpx.ReadTimeout):
             client.post("/alpha/v1/txt2img", json={"prompt": "slow", "steps": 150}, timeout=0.7)
         # 150 steps would take 30 s; the next picture comes as soon as the abandoned one has stopped
-        assert draw(client, width=64, height=64, steps=1).elapsed.total_seconds() < 5
+        assert render(client, width=64, height=64, steps=1).elapsed.total_seconds() < 5
 
 
 def test_a_request_of_too_many_pixels_is_refused_in_each_dialect(tmp_path):
@@ -351,13 +351,13 @@ def test_a_request_of_too_many_pixels_is_refused_in_each_dialect(tmp_path):
             {"prompt": "x", "width": 64, "height": 64, "steps": 1},
             {"prompt": "x", "n": 2, "size": "128x64"},
         )
-        assert draw(client, **{**small, "batch_size": 2}).status_code == 200
+        assert render(client, **{**small, "batch_size": 2}).status_code == 200
         for wanted, field in (
             ({"n_iter": 3}, "n_iter"),
             ({"batch_size": 3}, "batch_size"),
             ({"width": 192}, "width"),
         ):
-            answer = draw(client, **{**small, **wanted})
+            answer = render(client, **{**small, **wanted})
             assert (answer.status_code, answer.json()["field"]) == (422, field)
             assert "8,192" in answer.json()["detail"]
         assert (
@@ -365,23 +365,23 @@ def test_a_request_of_too_many_pixels_is_refused_in_each_dialect(tmp_path):
             in client.post("/sdapi/v1/txt2img", json={**small, "n_iter": 3}).json()["detail"]
         )
         assert client.post("/v1/images/generations", json=more).json()["error"]["param"] == "n"
-        assert draw(client).status_code == 422, "a side left out counts, too"
+        assert render(client).status_code == 422, "a side left out counts, too"
 
 
 def test_basic_auth(tmp_path):
     with served(tmp_path, api_auth="ann:secret,bob:other") as client:
-        refused = draw(client)
+        refused = render(client)
         assert refused.status_code == 401
         assert refused.headers["www-authenticate"].startswith("Basic")
         assert client.get("/sdapi/v1/sd-models", auth=("ann", "wrong")).status_code == 401
         assert client.get("/livez").status_code == 200
         client.auth = ("bob", "other")
-        body = draw(client, width=64, height=64).json()
+        body = render(client, width=64, height=64).json()
         assert httpx.get(body["url"], trust_env=False).status_code == 200
 
 
 def test_a_finished_picture_in_another_form(client):
-    body = draw(client, width=64, height=64).json()
+    body = render(client, width=64, height=64).json()
     stored = client.get(body["url"]).content
     answer = client.get(
         f"/alpha/v1/convert/{body['filename']}",
@@ -483,7 +483,7 @@ def test_below_any_path_every_route_is_found(client, prefix):
 
 def test_pictures_outlive_the_service(tmp_path):
     with served(tmp_path) as client:
-        name = draw(client, width=64, height=64).json()["filename"]
+        name = render(client, width=64, height=64).json()["filename"]
     with served(tmp_path, wait_ready=False) as client:
         assert client.get(f"/alpha/v1/file/{name}").status_code == 200
 

@@ -17,7 +17,7 @@ from tests.support.serving import put_model, served, wait_until
 from alphalayer.api import errors
 from alphalayer.api.errors import Problem
 from alphalayer.core.errors import AlphalayerError
-from alphalayer.engine.fake import draw_disc
+from alphalayer.engine.fake import render_disc
 
 RECORDED = Path(__file__).parent / "recorded"
 SMALL = {"prompt": "an apple", "model": "gpt-image-1", "size": "64x64"}
@@ -54,7 +54,7 @@ def test_the_openai_client_draws(api):
     )
     for i, each in enumerate(answer.data):
         np.testing.assert_array_equal(
-            np.asarray(picture(each)), draw_disc("an apple", 7 + i, 64, 64)
+            np.asarray(picture(each)), render_disc("an apple", 7 + i, 64, 64)
         )
         assert each.url is None
     settings = answer.to_dict()
@@ -100,7 +100,7 @@ def test_a_stream_with_pictures_on_the_way(tmp_path):
         assert last.size == "64x64"
         assert last.usage.total_tokens == 0
         np.testing.assert_array_equal(
-            np.asarray(picture(last).convert("RGBA")), draw_disc("an apple", 7, 64, 64)
+            np.asarray(picture(last).convert("RGBA")), render_disc("an apple", 7, 64, 64)
         )
 
 

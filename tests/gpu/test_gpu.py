@@ -25,7 +25,7 @@ def models_dir(tmp_path_factory):
     return folder
 
 
-def draw(models_dir, device, **fields):
+def render(models_dir, device, **fields):
     memory, dtype = fields.pop("memory", "high"), fields.pop("dtype", "fp32")
     engine = LocalEngine(models_dir, device=device, dtype=dtype, memory=memory)
     return (
@@ -39,8 +39,8 @@ def draw(models_dir, device, **fields):
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_the_same_picture_as_on_the_cpu(models_dir, sampler):
-    on_cpu = draw(models_dir, "cpu", sampler=sampler).astype(int)
-    on_gpu = draw(models_dir, "cuda", sampler=sampler).astype(int)
+    on_cpu = render(models_dir, "cpu", sampler=sampler).astype(int)
+    on_gpu = render(models_dir, "cuda", sampler=sampler).astype(int)
     # float32 sums in another order, truncated to 8 bits: neighbours at most, but for the odd pixel of a chaotic tiny model
     assert np.mean(np.abs(on_cpu - on_gpu) > 1) < 0.001
 
@@ -49,8 +49,8 @@ def test_the_same_picture_as_on_the_cpu(models_dir, sampler):
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
 def test_every_memory_mode_draws_the_same(models_dir, memory, dtype):
     high, other = (
-        draw(models_dir, "cuda", dtype=dtype),
-        draw(models_dir, "cuda", dtype=dtype, memory=memory),
+        render(models_dir, "cuda", dtype=dtype),
+        render(models_dir, "cuda", dtype=dtype, memory=memory),
     )
     assert np.mean(np.abs(high.astype(int) - other.astype(int)) > 8) < 0.02
 
@@ -71,10 +71,10 @@ def test_the_generator_of_torch_equals_ours():
 
 
 def test_memory_is_given_back(models_dir):
-    draw(models_dir, "cuda", memory="low")
+    render(models_dir, "cuda", memory="low")
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
     for _ in range(3):
-        draw(models_dir, "cuda", memory="low")
+        render(models_dir, "cuda", memory="low")
     torch.cuda.empty_cache()
     assert torch.cuda.memory_allocated() <= before + 2**20

@@ -66,7 +66,7 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> LocalEngine:
 def test_together_as_alone(engine: LocalEngine, sampler: str):
     requests = [each.model_copy(update={"sampler": sampler}) for each in REQUESTS]
     assert len({each.batch_key for each in requests}) == 1
-    together = engine.draw([RenderTask(each) for each in requests])
+    together = engine.render([RenderTask(each) for each in requests])
     assert [len(result.images) for result in together] == [1, 2, 1, 1]
     for request, result in zip(requests, together, strict=True):
         alone = engine.generate(request)
@@ -79,7 +79,7 @@ def test_together_as_alone(engine: LocalEngine, sampler: str):
 def test_a_batch_is_not_silent_while_it_is_decoded(engine: LocalEngine):
     told: list[str] = []
     first = RenderTask(REQUESTS[0], on_progress=lambda progress: told.append(progress.stage))
-    engine.draw([first, RenderTask(REQUESTS[1])])
+    engine.render([first, RenderTask(REQUESTS[1])])
     assert told.count("decode") == REQUESTS[0].batch_size + REQUESTS[1].batch_size
 
 
@@ -87,7 +87,7 @@ def test_each_is_told_its_own_progress_and_one_that_leaves_does_not_stop_the_oth
     engine: LocalEngine,
 ):
     steps: dict[str, list[int]] = {"stays": [], "leaves": []}
-    orders = [
+    tasks = [
         RenderTask(
             REQUESTS[i],
             on_progress=lambda progress, name=name: steps[name].append(progress.step),
@@ -96,10 +96,10 @@ def test_each_is_told_its_own_progress_and_one_that_leaves_does_not_stop_the_oth
         )
         for i, name in enumerate(steps)
     ]
-    assert len(engine.draw(orders)) == 2
+    assert len(engine.render(tasks)) == 2
     assert max(steps["stays"]) == 4
     with pytest.raises(Cancelled):
-        engine.draw([RenderTask(each, is_cancelled=lambda: True) for each in REQUESTS[:2]])
+        engine.render([RenderTask(each, is_cancelled=lambda: True) for each in REQUESTS[:2]])
 
 
 def test_a_model_that_was_put_aside_comes_back_without_the_disk(engine: LocalEngine):
@@ -133,13 +133,13 @@ def _batches(folder: Path, specs: list[JobSpec], budget: int) -> list[list[str]]
     """How a queue of jobs is cut into batches, as prompts."""
 
     async def cut() -> list[list[str]]:
-        dispatcher = await SqliteJobQueue.open(folder / "jobs.sqlite", 100)
+        job_queue = await SqliteJobQueue.open(folder / "jobs.sqlite", 100)
         for spec in specs:
-            await dispatcher.submit(spec)
+            await job_queue.submit(spec)
         batches: list[list[Job]] = []
         while sum(map(len, batches)) < len(specs):
-            batches.append(await claim_batch(dispatcher, budget, 0.0))
-        await dispatcher.close()
+            batches.append(await claim_batch(job_queue, budget, 0.0))
+        await job_queue.close()
         return [[job.spec.generation.prompt for job in batch] for batch in batches]
 
     return asyncio.run(cut())
@@ -173,18 +173,18 @@ def test_jobs_of_several_rounds_are_drawn_alone(tmp_path: Path):
 
 def test_a_batch_that_waits_for_more_asks_for_it_less_and_less_often(tmp_path: Path):
     async def form() -> int:
-        dispatcher = await SqliteJobQueue.open(tmp_path / "jobs.sqlite", 100)
-        asked, claim_compatible = 0, dispatcher.claim_compatible
+        job_queue = await SqliteJobQueue.open(tmp_path / "jobs.sqlite", 100)
+        asked, claim_compatible = 0, job_queue.claim_compatible
 
         async def counted(job: Job, pixels: int) -> Job | None:
             nonlocal asked
             asked += 1
             return await claim_compatible(job, pixels)
 
-        dispatcher.claim_compatible = counted
-        await dispatcher.submit(_spec("a"))
-        assert len(await claim_batch(dispatcher, 9 * PIXELS, 0.5)) == 1
-        await dispatcher.close()
+        job_queue.claim_compatible = counted
+        await job_queue.submit(_spec("a"))
+        assert len(await claim_batch(job_queue, 9 * PIXELS, 0.5)) == 1
+        await job_queue.close()
         return asked
 
     assert 4 <= asyncio.run(form()) <= 9
@@ -192,16 +192,16 @@ def test_a_batch_that_waits_for_more_asks_for_it_less_and_less_often(tmp_path: P
 
 def test_a_batch_that_is_stopped_while_it_forms_gives_its_jobs_back_in_order(tmp_path: Path):
     async def stop() -> list[str]:
-        dispatcher = await SqliteJobQueue.open(tmp_path / "jobs.sqlite", 100)
+        job_queue = await SqliteJobQueue.open(tmp_path / "jobs.sqlite", 100)
         for name in "abc":
-            await dispatcher.submit(_spec(name))
-        forming = asyncio.create_task(claim_batch(dispatcher, 9 * PIXELS, 60.0))
-        while dispatcher.queue_length:
+            await job_queue.submit(_spec(name))
+        forming = asyncio.create_task(claim_batch(job_queue, 9 * PIXELS, 60.0))
+        while job_queue.queue_length:
             await asyncio.sleep(0.01)
         forming.cancel()
         await asyncio.gather(forming, return_exceptions=True)
-        order = [(await dispatcher.claim()).spec.generation.prompt for _ in "abc"]
-        await dispatcher.close()
+        order = [(await job_queue.claim()).spec.generation.prompt for _ in "abc"]
+        await job_queue.close()
         return order
 
     assert asyncio.run(stop()) == ["a", "b", "c"]

@@ -53,7 +53,7 @@ def _answers(client: httpx.Client) -> bool:
         return False
 
 
-def draw(client: httpx.Client, seed: int) -> httpx.Response:
+def render(client: httpx.Client, seed: int) -> httpx.Response:
     return httpx.post(
         f"{client.base_url}/alpha/v1/txt2img",
         json={**BODY, "seed": seed},
@@ -85,10 +85,10 @@ def test_nothing_new_is_begun_and_who_waits_is_told(tmp_path):
         service(tmp_path, step_s=0.1, drain_s=30) as (process, client),
         ThreadPoolExecutor(2) as pool,
     ):
-        at_work: Future[httpx.Response] = pool.submit(draw, client, 0)
+        at_work: Future[httpx.Response] = pool.submit(render, client, 0)
         wait_until(lambda: "running" in states(client).values())
         jobs = [submit(client, seed) for seed in range(1, 7)]
-        waiting: Future[httpx.Response] = pool.submit(draw, client, 7)
+        waiting: Future[httpx.Response] = pool.submit(render, client, 7)
         wait_until(lambda: len(states(client)) == 8)
         heard: list[str] = []
         with httpx.stream("GET", jobs[-1]["events_url"], timeout=60, trust_env=False) as stream:
@@ -114,7 +114,7 @@ def test_the_deadline_is_one_for_all(tmp_path):
         service(tmp_path, step_s=3.0, drain_s=1) as (process, client),
         ThreadPoolExecutor(1) as pool,
     ):
-        at_work: Future[httpx.Response] = pool.submit(draw, client, 0)
+        at_work: Future[httpx.Response] = pool.submit(render, client, 0)
         wait_until(lambda: "running" in states(client).values())
         assert stop(process) < 3
         assert (at_work.result().status_code, at_work.result().json()["code"]) == (503, "stopping")
@@ -126,15 +126,15 @@ def test_the_deadline_is_one_for_all(tmp_path):
 
 def test_the_end_of_the_last_job_is_waited_for(tmp_path, monkeypatch):
     with served(tmp_path) as client:
-        dispatcher, ending = client.app.state.parts.dispatcher, threading.Event()
-        finished = dispatcher.complete
+        job_queue, ending = client.app.state.parts.job_queue, threading.Event()
+        finished = job_queue.complete
 
         async def finished_late(job_id: str, outcome: Any) -> None:
             ending.set()
             await asyncio.sleep(0.5)
             await finished(job_id, outcome)
 
-        monkeypatch.setattr(dispatcher, "complete", finished_late)
+        monkeypatch.setattr(job_queue, "complete", finished_late)
         submit(client, 0)
         assert ending.wait(10)
     assert journal(tmp_path) == [("done", 1)]
@@ -151,7 +151,7 @@ def test_a_service_that_ends_is_not_ready_and_takes_nobody_on(tmp_path):
     app = create_app(Settings(**folders, device="cpu", drain_s=1), engine=FAKE)
     with TestClient(app) as client:
         wait_until(lambda: client.get("/readyz").status_code == 200, 30)
-        client.portal.call(app.state.ending.begin)
+        client.portal.call(app.state.shutdown.begin)
         answer = client.get("/readyz")
         assert (answer.status_code, answer.json()["problem"]) == (
             503,

@@ -43,7 +43,7 @@ def engine_pid(client) -> int | None:
 
 def running_starts(client) -> int:
     """How often the job that runs was started; 0 if none runs."""
-    jobs = [live.job for live in list(client.app.state.parts.dispatcher._live.values())]
+    jobs = [live.job for live in list(client.app.state.parts.job_queue._live.values())]
     return next((job.starts for job in jobs if job.state is JobState.RUNNING), 0)
 
 
@@ -97,11 +97,11 @@ class Breaking(FakeEngine):
 
     is_broken = False
 
-    def draw(self, orders: Sequence[RenderTask]) -> list[GenerationResult]:
-        self.is_broken |= any(order.request.prompt == "boom" for order in orders)
+    def render(self, tasks: Sequence[RenderTask]) -> list[GenerationResult]:
+        self.is_broken |= any(task.request.prompt == "boom" for task in tasks)
         if self.is_broken:
             raise RuntimeError("CUDA error: an illegal memory access was encountered")
-        return super().draw(orders)
+        return super().render(tasks)
 
 
 def create_breaking(_options: dict[str, Any]) -> FakeEngine:
@@ -131,11 +131,11 @@ def test_a_job_that_lost_a_start_to_others_is_not_failed_by_the_first_error_of_i
     """Begun on a pod that was killed, then met by a GPU that breaks."""
 
     async def begin_and_be_killed() -> str:
-        dispatcher = await SqliteJobQueue.open(tmp_path / "data" / "jobs.sqlite", 10)
+        job_queue = await SqliteJobQueue.open(tmp_path / "data" / "jobs.sqlite", 10)
         request = GenerationRequest(prompt="x", steps=1, width=64, height=64)
-        job = await dispatcher.submit(JobSpec(generation=request))
-        await dispatcher.mark_started((await dispatcher.claim()).id)
-        await dispatcher.close()
+        job = await job_queue.submit(JobSpec(generation=request))
+        await job_queue.mark_started((await job_queue.claim()).id)
+        await job_queue.close()
         return job.id
 
     job_id = asyncio.run(begin_and_be_killed())
@@ -156,11 +156,11 @@ class BrokenOnce(FakeEngine):
         super().__init__()
         self._mark = Path(mark)
 
-    def draw(self, orders: Sequence[RenderTask]) -> list[GenerationResult]:
+    def render(self, tasks: Sequence[RenderTask]) -> list[GenerationResult]:
         if not self._mark.exists():
             self._mark.touch()
             raise RuntimeError("CUDA error: an illegal memory access was encountered")
-        return super().draw(orders)
+        return super().render(tasks)
 
 
 def create_broken_once(options: dict[str, Any]) -> FakeEngine:
@@ -219,14 +219,14 @@ def test_an_engine_that_hangs_is_killed(tmp_path):
 
 def test_an_engine_that_is_not_heard_as_the_database_is_away_does_not_hang(tmp_path, monkeypatch):
     with served(tmp_path, silence_limit_s=0.5) as client:
-        first, dispatcher = engine_pid(client), client.app.state.parts.dispatcher
-        started = dispatcher.mark_started
+        first, job_queue = engine_pid(client), client.app.state.parts.job_queue
+        started = job_queue.mark_started
 
         async def started_late(job_id: str) -> None:
             await asyncio.sleep(2.5)
             await started(job_id)
 
-        monkeypatch.setattr(dispatcher, "mark_started", started_late)
+        monkeypatch.setattr(job_queue, "mark_started", started_late)
         assert client.post("/alpha/v1/txt2img", json=BODY).status_code == 200
         assert engine_pid(client) == first
 
@@ -254,15 +254,15 @@ def test_an_engine_that_cannot_be_started_is_tried_again(tmp_path, monkeypatch):
 def test_a_supervisor_that_fails_is_started_again_with_its_jobs(tmp_path, monkeypatch):
     monkeypatch.setattr(background, "PAUSE_S", 0.1)
     with served(tmp_path, engine_options={"step_s": 0.05}) as client:
-        dispatcher = client.app.state.parts.dispatcher
-        progressed, left = dispatcher.report_progress, [RuntimeError("nobody thought of this")]
+        job_queue = client.app.state.parts.job_queue
+        progressed, left = job_queue.report_progress, [RuntimeError("nobody thought of this")]
 
         async def fail(job_id, progress):
             if left:
                 raise left.pop()
             await progressed(job_id, progress)
 
-        monkeypatch.setattr(dispatcher, "report_progress", fail)
+        monkeypatch.setattr(job_queue, "report_progress", fail)
         assert client.post("/alpha/v1/txt2img", json=BODY).status_code == 200
         assert left == []
 
@@ -304,14 +304,14 @@ def test_a_killed_service_goes_on_where_it_was(tmp_path):
 def test_a_restart_keeps_the_order_and_gives_up_on_what_was_started_too_often(tmp_path):
     async def scenario() -> None:
         spec = JobSpec(generation=GenerationRequest(prompt="x"))
-        dispatcher = await SqliteJobQueue.open(tmp_path / "jobs.sqlite", 10)
-        ids = [(await dispatcher.submit(spec)).id for _ in range(4)]
-        assert (await dispatcher.claim()).id == ids[0]
+        job_queue = await SqliteJobQueue.open(tmp_path / "jobs.sqlite", 10)
+        ids = [(await job_queue.submit(spec)).id for _ in range(4)]
+        assert (await job_queue.claim()).id == ids[0]
         for _ in range(MAX_STARTS):
-            await dispatcher.mark_started(ids[0])
-        await dispatcher.claim()
-        await dispatcher.mark_started(ids[1])
-        await dispatcher.close()
+            await job_queue.mark_started(ids[0])
+        await job_queue.claim()
+        await job_queue.mark_started(ids[1])
+        await job_queue.close()
 
         again = await SqliteJobQueue.open(tmp_path / "jobs.sqlite", 10)
         given_up = await again.view(ids[0])
@@ -327,18 +327,18 @@ def test_a_restart_keeps_the_order_and_gives_up_on_what_was_started_too_often(tm
 def test_a_start_does_not_wait_for_room_to_note_what_is_over(tmp_path, monkeypatch):
     async def scenario() -> None:
         spec = JobSpec(generation=GenerationRequest(prompt="x"))
-        dispatcher = await SqliteJobQueue.open(tmp_path / "jobs.sqlite", 10)
-        stopped, waiting = [(await dispatcher.submit(spec)).id for _ in range(2)]
-        await dispatcher.mark_started((await dispatcher.claim()).id)
-        await dispatcher.cancel(stopped)
-        await dispatcher.close()
+        job_queue = await SqliteJobQueue.open(tmp_path / "jobs.sqlite", 10)
+        stopped, waiting = [(await job_queue.submit(spec)).id for _ in range(2)]
+        await job_queue.mark_started((await job_queue.claim()).id)
+        await job_queue.cancel(stopped)
+        await job_queue.close()
 
         monkeypatch.setattr(sqlite, "END_S", 0.1)
         with monkeypatch.context() as full, capture_logs() as logs:
             full.setattr(Journal, "save", no_room)
             again = await asyncio.wait_for(SqliteJobQueue.open(tmp_path / "jobs.sqlite", 10), 5)
             assert (await again.claim()).id == waiting
-        assert ("outcome_not_written", stopped) in [
+        assert ("job.outcome_write_failed", stopped) in [
             (line["event"], line.get("job")) for line in logs
         ]
         assert (await asyncio.wait_for(again.wait(stopped), 5)).state is JobState.CANCELLED
@@ -351,8 +351,8 @@ def test_a_start_does_not_wait_for_room_to_note_what_is_over(tmp_path, monkeypat
 
 
 async def _all_jobs(folder: Path):
-    dispatcher = await SqliteJobQueue.open(folder / "data" / "jobs.sqlite", 10)
+    job_queue = await SqliteJobQueue.open(folder / "data" / "jobs.sqlite", 10)
     try:
-        return [view.job for view in await dispatcher.list()]
+        return [view.job for view in await job_queue.list()]
     finally:
-        await dispatcher.close()
+        await job_queue.close()

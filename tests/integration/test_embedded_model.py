@@ -19,13 +19,13 @@ def engine(tmp_path_factory):
     return LocalEngine(tmp_path_factory.mktemp("no-models"), device="cpu", dtype="fp32")
 
 
-def draw(engine: LocalEngine, prompt: str, **fields) -> np.ndarray:
+def render(engine: LocalEngine, prompt: str, **fields) -> np.ndarray:
     return engine.generate(GenerationRequest(prompt=prompt, **fields)).images[0].rgba
 
 
 @pytest.fixture(scope="module")
 def apple(engine):
-    return draw(engine, "a red apple, high quality")
+    return render(engine, "a red apple, high quality")
 
 
 def test_it_is_the_model_where_there_is_no_other(tmp_path):
@@ -48,7 +48,7 @@ def test_a_red_apple_is_red_and_lies_on_nothing(apple):
 
 def test_a_colour_word_changes_the_colour(engine):
     def color(prompt):
-        rgba = draw(engine, prompt)
+        rgba = render(engine, prompt)
         return rgba[rgba[..., 3] > 200][:, :3].mean(0)
 
     red, green, _ = color("a green apple")
@@ -60,21 +60,21 @@ def test_other_seeds_and_prompts_give_other_pictures(engine, apple):
     def apart(other):
         return np.abs(apple.astype(float) - other).mean()
 
-    assert apart(draw(engine, "a red apple, high quality", seed=7)) > 0.5
-    assert apart(draw(engine, "a penguin")) > 10
-    assert apart(draw(engine, "a red apple, high quality")) == 0
+    assert apart(render(engine, "a red apple, high quality", seed=7)) > 0.5
+    assert apart(render(engine, "a penguin")) > 10
+    assert apart(render(engine, "a red apple, high quality")) == 0
 
 
 def test_without_its_patch_it_paints_opaque_pictures(engine, apple):
-    whole = draw(engine, "a red apple, high quality", mode=OFF)
+    whole = render(engine, "a red apple, high quality", mode=OFF)
     assert whole[..., 3].min() == 255
     # the patch at no strength: the transparent decoder finds no transparency hidden in the latent of an opaque picture
-    unpatched = draw(engine, "a red apple, high quality", layerdiffuse_weight=0.0)
+    unpatched = render(engine, "a red apple, high quality", layerdiffuse_weight=0.0)
     assert (unpatched[..., 3] > 128).mean() > (apple[..., 3] > 128).mean() + 0.1
 
 
 def test_every_size_that_is_asked_for_comes_out(engine):
-    assert draw(engine, "a star", width=200, height=120, steps=2).shape == (120, 200, 4)
+    assert render(engine, "a star", width=200, height=120, steps=2).shape == (120, 200, 4)
 
 
 def test_the_card_is_there():

@@ -96,10 +96,10 @@ def engine(models: Path) -> LocalEngine:
 @pytest.fixture(scope="module")
 def base(engine: LocalEngine) -> np.ndarray:
     """What the engine draws of `REQUEST`."""
-    return _draw(engine)
+    return _render(engine)
 
 
-def _draw(engine: LocalEngine, **changes: object) -> np.ndarray:
+def _render(engine: LocalEngine, **changes: object) -> np.ndarray:
     return engine.generate(REQUEST.model_copy(update=changes)).images[0].rgba.astype(int)
 
 
@@ -111,9 +111,9 @@ def _difference(a: np.ndarray, b: np.ndarray) -> int:
 
 
 def test_memory_modes_change_nothing_but_rounding(engine: LocalEngine, models: Path):
-    high = _draw(engine, batch_size=2)
+    high = _render(engine, batch_size=2)
     for memory in ("balanced", "low"):
-        other = _draw(LocalEngine(models, device="cpu", memory=memory), batch_size=2)
+        other = _render(LocalEngine(models, device="cpu", memory=memory), batch_size=2)
         # other batch sizes round differently, and truncation makes 1/255 of it
         assert _difference(high, other) <= 1
 
@@ -151,7 +151,7 @@ def test_running_out_of_memory_is_retried_in_the_next_smaller_mode(
     error: Exception,
     caplog: pytest.LogCaptureFixture,
 ):
-    _draw(engine, steps=1)
+    _render(engine, steps=1)
     engine.held.encoders.forget()
     module = getattr(engine.held.model, stage)
     hooked = module.decoder if stage == "vae" else module
@@ -175,12 +175,12 @@ def test_running_out_of_memory_is_retried_in_the_next_smaller_mode(
     assert _difference(result.images[0].rgba.astype(int), base) <= 1
     # the next request is tried in the usual mode again
     assert engine.mode.name == "high"
-    assert np.array_equal(_draw(engine), base)
+    assert np.array_equal(_render(engine), base)
 
 
 def test_a_retry_begins_with_an_empty_device(engine: LocalEngine, monkeypatch: pytest.MonkeyPatch):
     """The UNet, which larger modes keep there, must not be in the way of the text encoders."""
-    _draw(engine, steps=1)
+    _render(engine, steps=1)
     engine.held.encoders.forget()
     unet, moves = engine.held.model.unet, []
     for name in ("unet", "text_encoder"):
@@ -191,7 +191,7 @@ def test_a_retry_begins_with_an_empty_device(engine: LocalEngine, monkeypatch: p
         )
     handle = unet.register_forward_pre_hook(_Fails(1, OUT_OF_MEMORY[0]))
     try:
-        _draw(engine)
+        _render(engine)
     finally:
         handle.remove()
     once = [("text_encoder", "cpu"), ("unet", "cpu")]
@@ -202,7 +202,7 @@ def test_a_retry_begins_with_an_empty_device(engine: LocalEngine, monkeypatch: p
 def test_running_out_of_memory_in_every_mode_says_what_was_needed(
     engine: LocalEngine, base: np.ndarray
 ):
-    _draw(engine, steps=1)
+    _render(engine, steps=1)
     handle = engine.held.model.unet.register_forward_pre_hook(_Fails(99, OUT_OF_MEMORY[0]))
     try:
         with pytest.raises(OutOfMemory) as error:
@@ -217,16 +217,16 @@ def test_running_out_of_memory_in_every_mode_says_what_was_needed(
         == "Ask for a smaller picture or batch, or close other programs on the GPU."
     )
     # and the engine works on
-    assert np.array_equal(_draw(engine), base)
+    assert np.array_equal(_render(engine), base)
 
 
 def test_the_smallest_mode_is_tried_once_and_is_not_recommended(models: Path):
     engine = LocalEngine(models, device="cpu", memory="low")
-    _draw(engine, steps=1)
+    _render(engine, steps=1)
     fails = _Fails(99, OUT_OF_MEMORY[0])
     engine.held.model.unet.register_forward_pre_hook(fails)
     with pytest.raises(OutOfMemory) as error:
-        _draw(engine)
+        _render(engine)
     assert fails.calls == 1
     assert '"low".' in error.value.message
     assert "--memory" not in error.value.hint
@@ -243,17 +243,17 @@ def test_memory_that_ends_while_a_model_is_read_is_told_as_such(
         "alphalayer.engine.families.sdxl.UNet2DConditionModel.from_pretrained", fail
     )
     with pytest.raises(OutOfMemory, match="to read the model") as found:
-        _draw(LocalEngine(models, device="cpu"))
+        _render(LocalEngine(models, device="cpu"))
     assert "0x0" not in str(found.value)
 
 
 def test_other_errors_are_not_taken_for_memory(engine: LocalEngine):
-    _draw(engine, steps=1)
+    _render(engine, steps=1)
     fails = _Fails(1, RuntimeError("a shape is wrong"))
     handle = engine.held.model.unet.register_forward_pre_hook(fails)
     try:
         with pytest.raises(RuntimeError, match="a shape is wrong"):
-            _draw(engine)
+            _render(engine)
     finally:
         handle.remove()
     assert fails.calls == 1
@@ -298,13 +298,13 @@ def test_cancelling_stops_before_the_next_step(engine: LocalEngine, base: np.nda
         )
     assert told[-1].stage == "sample"
     assert told[-1].step == at
-    assert np.array_equal(_draw(engine), base)
+    assert np.array_equal(_render(engine), base)
 
 
 def test_cancelling_is_seen_between_two_calls_of_the_unet(models: Path):
     """A step may be many of them, where memory is scarce."""
     engine = LocalEngine(models, device="cpu", memory="low")
-    _draw(engine, steps=1)
+    _render(engine, steps=1)
     calls: list[int] = []
     engine.held.model.unet.register_forward_pre_hook(lambda *_: calls.append(1))
     with pytest.raises(Cancelled):
@@ -327,29 +327,29 @@ def test_loras_change_the_picture_by_their_weight_and_come_off(
     engine: LocalEngine, base: np.ndarray
 ):
     full, half = (
-        _draw(engine, loras=(Lora(name="kohya", weight=weight),)) for weight in (1.0, 0.1)
+        _render(engine, loras=(Lora(name="kohya", weight=weight),)) for weight in (1.0, 0.1)
     )
     assert _difference(base, full) > 3
     assert 0 < np.abs(base - half).mean() < np.abs(base - full).mean()
-    assert np.array_equal(_draw(engine), base)
-    assert np.array_equal(_draw(engine, loras=(Lora(name="kohya", weight=0.0),)), base)
+    assert np.array_equal(_render(engine), base)
+    assert np.array_equal(_render(engine, loras=(Lora(name="kohya", weight=0.0),)), base)
 
 
 def test_what_a_lora_changes_in_the_text_encoders_counts_and_comes_off(
     engine: LocalEngine, base: np.ndarray
 ):
-    with_words = _draw(engine, loras=(Lora(name="words"),))
+    with_words = _render(engine, loras=(Lora(name="words"),))
     assert _difference(base, with_words) > 3
     # the unpatched prompt was remembered before, the patched one is now
-    assert np.array_equal(_draw(engine), base)
-    assert np.array_equal(_draw(engine, loras=(Lora(name="words"),)), with_words)
-    assert not np.array_equal(_draw(engine, loras=(Lora(name="words", weight=0.5),)), with_words)
-    assert np.array_equal(_draw(engine), base)
+    assert np.array_equal(_render(engine), base)
+    assert np.array_equal(_render(engine, loras=(Lora(name="words"),)), with_words)
+    assert not np.array_equal(_render(engine, loras=(Lora(name="words", weight=0.5),)), with_words)
+    assert np.array_equal(_render(engine), base)
 
 
 def test_a_lora_is_the_same_under_either_naming(engine: LocalEngine):
     assert np.array_equal(
-        _draw(engine, loras=(Lora(name="kohya"),)), _draw(engine, loras=(Lora(name="peft"),))
+        _render(engine, loras=(Lora(name="kohya"),)), _render(engine, loras=(Lora(name="peft"),))
     )
 
 
@@ -359,29 +359,29 @@ def test_a_lora_may_be_named_in_the_prompt(engine: LocalEngine):
     )
     result = engine.generate(named)
     assert np.array_equal(
-        result.images[0].rgba, _draw(engine, loras=(Lora(name="kohya", weight=0.5),))
+        result.images[0].rgba, _render(engine, loras=(Lora(name="kohya", weight=0.5),))
     )
     assert infotext_of(result).startswith(f"{REQUEST.prompt} <lora:kohya:0.5>\n")
 
 
 def test_an_unknown_lora_is_a_clear_error(engine: LocalEngine):
     with pytest.raises(InvalidRequest, match=r'"absent".*kohya, peft'):
-        _draw(engine, loras=(Lora(name="absent"),))
+        _render(engine, loras=(Lora(name="absent"),))
 
 
 def test_weight_0_is_the_base_model(engine: LocalEngine):
     """And so is a patch that stops before the first step; the transparent decode stays on."""
-    without = _draw(engine, layerdiffuse_weight=0.0)
-    never = _draw(engine, layerdiffuse_stop_at=0.0)
+    without = _render(engine, layerdiffuse_weight=0.0)
+    never = _render(engine, layerdiffuse_stop_at=0.0)
     assert np.array_equal(without, never)
-    assert _difference(without, _draw(engine)) > 3
+    assert _difference(without, _render(engine)) > 3
     assert without[..., 3].min() < 255
 
 
 def test_stop_at_moves_from_the_base_model_to_the_patched_one(engine: LocalEngine):
-    whole = _draw(engine, steps=6)
+    whole = _render(engine, steps=6)
     distances = [
-        np.abs(_draw(engine, steps=6, layerdiffuse_stop_at=part) - whole).mean()
+        np.abs(_render(engine, steps=6, layerdiffuse_stop_at=part) - whole).mean()
         for part in (0, 0.4, 0.8, 1)
     ]
     assert distances[0] > distances[1] > distances[2] >= distances[3] == 0
@@ -389,7 +389,7 @@ def test_stop_at_moves_from_the_base_model_to_the_patched_one(engine: LocalEngin
 
 def test_stop_at_patches_the_steps_that_the_published_levels_say(engine: LocalEngine):
     """Six of twenty Karras steps at 0.25: the weights are looked at while the UNet runs."""
-    _draw(engine)
+    _render(engine)
     unet = engine.held.model.unet
     name = next(iter(tiny_models.lora_pairs()))
     original = tiny_models.unet().get_parameter(name)
@@ -397,7 +397,7 @@ def test_stop_at_patches_the_steps_that_the_published_levels_say(engine: LocalEn
     handle = unet.register_forward_pre_hook(
         lambda *_: patched.append(not torch.equal(unet.get_parameter(name), original))
     )
-    _draw(engine, steps=20, layerdiffuse_stop_at=0.25)
+    _render(engine, steps=20, layerdiffuse_stop_at=0.25)
     handle.remove()
     assert patched == [True] * 6 + [False] * 14
 
@@ -411,8 +411,8 @@ def test_without_layer_files_transparency_is_refused_and_opaque_pictures_are_not
     )
     engine = LocalEngine(tmp_path, device="cpu")
     with pytest.raises(LayerDiffuseMissing, match="layer_xl_transparent_attn"):
-        _draw(engine, model="single")
-    assert (_draw(engine, model="single", mode="opaque")[..., 3] == 255).all()
+        _render(engine, model="single")
+    assert (_render(engine, model="single", mode="opaque")[..., 3] == 255).all()
 
 
 @pytest.mark.parametrize("missing", ["decoder", "patch"])
@@ -460,11 +460,11 @@ def test_a_file_that_is_written_anew_is_read_anew(tmp_path: Path, change: Callab
     _make_loras(tmp_path / "Lora")
     (tmp_path / "embeddings").mkdir()
     engine = LocalEngine(tmp_path, device="cpu", embeddings_dir=tmp_path / "embeddings")
-    before = _draw(engine, loras=(Lora(name="kohya", weight=0.5),))
+    before = _render(engine, loras=(Lora(name="kohya", weight=0.5),))
     held = engine.held
-    assert np.array_equal(before, _draw(engine, loras=(Lora(name="kohya", weight=0.5),)))
+    assert np.array_equal(before, _render(engine, loras=(Lora(name="kohya", weight=0.5),)))
     change(tmp_path)
-    assert not np.array_equal(before, _draw(engine, loras=(Lora(name="kohya", weight=0.5),)))
+    assert not np.array_equal(before, _render(engine, loras=(Lora(name="kohya", weight=0.5),)))
     assert (engine.held is held) is (change in (_rewrite_lora, _add_embedding)), (
         "the model is not read for it"
     )
@@ -476,22 +476,22 @@ def test_loras_are_looked_for_once_a_picture(engine: LocalEngine, monkeypatch: p
     monkeypatch.setattr(
         catalog, "find_lora", lambda folder, name: found.append(name) or find(folder, name)
     )
-    _draw(engine, loras=(Lora(name="kohya"),), steps=4)
+    _render(engine, loras=(Lora(name="kohya"),), steps=4)
     assert found == ["kohya"]
 
 
 def test_a_model_that_is_put_aside_keeps_its_weights_alone(models: Path, base: np.ndarray):
     """What was merged into them, what was read for it and what was encoded is not in `spare_model_gb`."""
     engine = LocalEngine(models, device="cpu", spare_model_bytes=2**30)
-    with_words = _draw(engine, loras=(Lora(name="words"),))
+    with_words = _render(engine, loras=(Lora(name="words"),))
     aside = engine.held
-    _draw(engine, model="single")
+    _render(engine, model="single")
     assert "patchers" not in vars(aside.model)
     for name, weight in tiny_models.unet().named_parameters():
         assert torch.equal(aside.model.unet.get_parameter(name), weight), name
-    assert np.array_equal(_draw(engine), base)
+    assert np.array_equal(_render(engine), base)
     assert engine.held is aside
-    assert np.array_equal(_draw(engine, loras=(Lora(name="words"),)), with_words)
+    assert np.array_equal(_render(engine, loras=(Lora(name="words"),)), with_words)
 
 
 # --- numbers that are none
@@ -504,7 +504,7 @@ def test_a_model_that_is_put_aside_keeps_its_weights_alone(models: Path, base: n
 def test_numbers_that_overflowed_are_an_error_and_no_black_picture(
     engine: LocalEngine, base: np.ndarray, part: str, named: str
 ):
-    _draw(engine)
+    _render(engine)
     module = getattr(engine.held.model, part.partition(".")[0])
     module = module.decoder if part == "vae.decoder" else module
     handle = module.register_forward_hook(
@@ -514,11 +514,11 @@ def test_numbers_that_overflowed_are_an_error_and_no_black_picture(
     )
     try:
         with pytest.raises(EngineFailed, match=f"^{named} gave") as error:
-            _draw(engine)
+            _render(engine)
     finally:
         handle.remove()
     assert "--dtype" in error.value.hint
-    assert np.array_equal(_draw(engine), base)
+    assert np.array_equal(_render(engine), base)
 
 
 def test_a_hash_that_cannot_be_had_costs_no_picture(
@@ -527,7 +527,7 @@ def test_a_hash_that_cannot_be_had_costs_no_picture(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ):
-    _draw(engine)
+    _render(engine)
     failed: Future[str] = Future()
     failed.set_exception(CorruptFile("folder cannot be read: Input/output error."))
     monkeypatch.setattr(engine.held.model, "hashing", failed)
@@ -542,47 +542,47 @@ def test_a_hash_that_cannot_be_had_costs_no_picture(
 
 
 def test_scale_1_skips_the_negative_row(engine: LocalEngine):
-    _draw(engine)
+    _render(engine)
     rows: list[int] = []
     handle = engine.held.model.unet.register_forward_pre_hook(
         lambda _, inputs: rows.append(len(inputs[0]))
     )
-    ignored = _draw(engine, cfg_scale=1.0, negative_prompt="something else entirely")
+    ignored = _render(engine, cfg_scale=1.0, negative_prompt="something else entirely")
     one_row = rows[:]
     rows.clear()
-    _draw(engine)
+    _render(engine)
     handle.remove()
     assert (one_row, rows) == ([1] * 2, [2] * 2)
-    assert np.array_equal(ignored, _draw(engine, cfg_scale=1.0))
+    assert np.array_equal(ignored, _render(engine, cfg_scale=1.0))
 
 
 def test_and_mixes_two_prompts(engine: LocalEngine):
-    one = _draw(engine, prompt="a red apple")
+    one = _render(engine, prompt="a red apple")
     # c1 counts whole, c2 by 0: the same picture up to the rounding of a larger batch
-    assert _difference(one, _draw(engine, prompt="a red apple AND a blue cup:0")) <= 1
-    assert _difference(one, _draw(engine, prompt="a red apple AND a blue cup:1")) > 3
+    assert _difference(one, _render(engine, prompt="a red apple AND a blue cup:0")) <= 1
+    assert _difference(one, _render(engine, prompt="a red apple AND a blue cup:1")) > 3
 
 
 def test_prompts_of_unlike_length_are_tiled_or_evaluated_apart(engine: LocalEngine):
     """A negative prompt of 1 chunk beside 2 chunks is tiled into one call, beside 5 chunks it has a call of its own."""
     for chunks in (2, 5):
         prompt = " BREAK ".join(["a red apple"] * chunks)
-        _draw(engine)
+        _render(engine)
         rows: list[int] = []
         handle = engine.held.model.unet.register_forward_pre_hook(
             lambda _, inputs, rows=rows: rows.append(len(inputs[0]))
         )
-        picture = _draw(engine, prompt=prompt, negative_prompt="bad")
+        picture = _render(engine, prompt=prompt, negative_prompt="bad")
         handle.remove()
         assert set(rows) == ({2} if chunks == 2 else {1})
         assert picture.std() > 1
 
 
 def test_a_prompt_schedule_is_followed(engine: LocalEngine):
-    red, blue = (_draw(engine, steps=4, prompt=f"a {colour} apple") for colour in ("red", "blue"))
-    assert np.array_equal(_draw(engine, steps=4, prompt="a [red:blue:4] apple"), red)
-    assert np.array_equal(_draw(engine, steps=4, prompt="a [red:blue:0] apple"), blue)
-    mixed = _draw(engine, steps=4, prompt="a [red:blue:1] apple")
+    red, blue = (_render(engine, steps=4, prompt=f"a {colour} apple") for colour in ("red", "blue"))
+    assert np.array_equal(_render(engine, steps=4, prompt="a [red:blue:4] apple"), red)
+    assert np.array_equal(_render(engine, steps=4, prompt="a [red:blue:0] apple"), blue)
+    mixed = _render(engine, steps=4, prompt="a [red:blue:1] apple")
     assert not np.array_equal(mixed, red)
     assert not np.array_equal(mixed, blue)
 
@@ -641,7 +641,7 @@ def test_prediction_types_of_single_files_are_detected_and_drawn(
     highest: float,
 ):
     engine = _marked(models, tmp_path, {name: torch.zeros(1) for name in markers}, yaml)
-    picture = _draw(engine, model="single", sampler="Euler", scheduler="Normal")
+    picture = _render(engine, model="single", sampler="Euler", scheduler="Normal")
     assert engine.held.model.prediction_type == prediction
     assert engine.held.model.sigma_table.sigma_max == pytest.approx(highest, rel=1e-5)
     assert picture.std() > 1
@@ -656,7 +656,7 @@ def test_the_prediction_type_of_a_folder_is_its_schedulers(models: Path, tmp_pat
     config |= {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
     (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(config))
     engine = LocalEngine(tmp_path, device="cpu")
-    _draw(engine)
+    _render(engine)
     assert engine.held.model.prediction_type == "v"
     assert engine.held.model.sigma_table.sigma_max > 4000
 
@@ -675,8 +675,8 @@ def test_a_model_that_cannot_be_loaded_is_told_to_those_who_ask_and_lets_the_eng
     engine.warm_up()
     assert "a.safetensors cannot be loaded" in caplog.text
     with pytest.raises(ModelUnusable, match=r"a\.safetensors cannot be loaded"):
-        _draw(engine, model=None)
-    assert _draw(engine, model="b").shape == (64, 64, 4)
+        _render(engine, model=None)
+    assert _render(engine, model="b").shape == (64, 64, 4)
 
 
 def test_a_gpu_that_is_broken_lets_no_engine_start(models: Path, monkeypatch: pytest.MonkeyPatch):
@@ -720,9 +720,9 @@ def test_embeddings_are_found_beside_the_models_folder(
         "clip_g": torch.ones(2, tiny_models.WIDTH_G),
     }
     options = Settings(models_dir=tmp_path / "there" / "models", device="cpu").engine_options()
-    plain = _draw(create_engine(options))
+    plain = _render(create_engine(options))
     save_file(learned, tmp_path / "there" / "embeddings" / "apple.safetensors")
-    assert not np.array_equal(_draw(create_engine(options)), plain)
+    assert not np.array_equal(_render(create_engine(options)), plain)
 
 
 # --- everything that can be named draws
@@ -731,20 +731,20 @@ def test_embeddings_are_found_beside_the_models_folder(
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_every_sampler_draws_and_batches(engine: LocalEngine, sampler: str):
     batch = engine.generate(REQUEST.model_copy(update={"sampler": sampler, "batch_size": 2})).images
-    alone = _draw(engine, sampler=sampler, seed=4)
+    alone = _render(engine, sampler=sampler, seed=4)
     assert _difference(batch[1].rgba.astype(int), alone) <= 1
     assert not np.array_equal(batch[0].rgba, batch[1].rgba)
 
 
 def test_the_3m_sampler_leaves_the_lowest_level_out(engine: LocalEngine):
     """As that ecosystem does, for this sampler alone: the UNet is asked at the timesteps of those levels."""
-    _draw(engine)
+    _render(engine)
     asked: list[int] = []
     handle = engine.held.model.unet.register_forward_pre_hook(
         lambda _, inputs: asked.append(int(inputs[1][0]))
     )
-    _draw(engine, steps=4, sampler="DPM++ 3M SDE", scheduler="Karras")
-    _draw(engine, steps=5, sampler="DPM++ 2M SDE", scheduler="Karras")
+    _render(engine, steps=4, sampler="DPM++ 3M SDE", scheduler="Karras")
+    _render(engine, steps=5, sampler="DPM++ 2M SDE", scheduler="Karras")
     handle.remove()
     assert asked[:4] == asked[4:8]
     assert asked[8:] == [0]
@@ -753,14 +753,18 @@ def test_the_3m_sampler_leaves_the_lowest_level_out(engine: LocalEngine):
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 @pytest.mark.parametrize("steps", [1, 2])
 def test_every_schedule_draws_with_few_steps(engine: LocalEngine, scheduler: str, steps: int):
-    assert _draw(engine, scheduler=scheduler, steps=steps, sampler="DPM++ SDE").shape == (64, 64, 4)
+    assert _render(engine, scheduler=scheduler, steps=steps, sampler="DPM++ SDE").shape == (
+        64,
+        64,
+        4,
+    )
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_16_bit_is_near_32_bit(engine: LocalEngine, models: Path, dtype: str):
-    other = _draw(LocalEngine(models, device="cpu", dtype=dtype))
+    other = _render(LocalEngine(models, device="cpu", dtype=dtype))
     # rounding of 8 or 11 bits through three steps of guidance; the pictures are the same to the eye
-    assert np.abs(other - _draw(engine)).mean() < 6
+    assert np.abs(other - _render(engine)).mean() < 6
 
 
 def test_the_result_says_what_was_drawn(engine: LocalEngine):
@@ -789,8 +793,8 @@ def test_a_models_own_defaults_fill_what_is_not_asked(engine: LocalEngine):
 
 
 def test_changing_models_and_back_gives_the_same_picture(engine: LocalEngine, base: np.ndarray):
-    _draw(engine, model="single")
-    assert np.array_equal(_draw(engine), base)
+    _render(engine, model="single")
+    assert np.array_equal(_render(engine), base)
 
 
 def test_an_engine_is_made_from_plain_options(models: Path):

@@ -129,8 +129,8 @@ def test_the_next_job_is_sent_before_the_one_before_is_stored(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     with served(tmp_path, engine_options={"step_s": 0.05}) as client:
-        dispatcher = client.app.state.parts.dispatcher
-        claim, complete = dispatcher.claim, dispatcher.complete
+        job_queue = client.app.state.parts.job_queue
+        claim, complete = job_queue.claim, job_queue.complete
         seen: list[tuple[str, str]] = []
 
         async def taken(holding: str | None = None) -> Any:
@@ -142,8 +142,8 @@ def test_the_next_job_is_sent_before_the_one_before_is_stored(
             seen.append(("over", job_id))
             await complete(job_id, outcome)
 
-        monkeypatch.setattr(dispatcher, "claim", taken)
-        monkeypatch.setattr(dispatcher, "complete", ended)
+        monkeypatch.setattr(job_queue, "claim", taken)
+        monkeypatch.setattr(job_queue, "complete", ended)
         body = {"prompt": "x", "steps": 5, "width": 512, "height": 512, "format": "webp"}
         ids = [
             client.post("/alpha/v1/jobs", json={**body, "seed": i}).json()["id"] for i in range(3)
@@ -159,9 +159,9 @@ def test_what_waits_to_be_stored_stops_the_drawing(tmp_path: Path):
     may_store = threading.Event()
 
     class Counting(FakeEngine):
-        def draw(self, orders: Sequence[RenderTask]) -> list[GenerationResult]:
-            drawn.append(orders[0].request.prompt)
-            return super().draw(orders)
+        def render(self, tasks: Sequence[RenderTask]) -> list[GenerationResult]:
+            drawn.append(tasks[0].request.prompt)
+            return super().render(tasks)
 
     class Hanging(ObjectStorage):
         def put(self, key: str, data: bytes, *, replace: bool = False) -> None:

@@ -39,7 +39,7 @@ def ends() -> list[tuple[str, str]]:
 
 @pytest_asyncio.fixture(params=["embedded", "shared"])
 async def open_one(request, tmp_path, ends) -> AsyncIterator[Open]:
-    """Opens a dispatcher with room for ten jobs; each time the same queue. Closed at the end."""
+    """Opens a job_queue with room for ten jobs; each time the same queue. Closed at the end."""
 
     def on_end(job_id: str, outcome: Outcome) -> None:
         ends.append((job_id, getattr(outcome, "code", "done")))
@@ -469,7 +469,7 @@ async def test_a_pod_has_six_connections_at_most(two):
     await soon(sixth)
 
 
-async def draw(queue: Jobs, count: int, pause_s: float = 0.0) -> list[str | None]:
+async def render(queue: Jobs, count: int, pause_s: float = 0.0) -> list[str | None]:
     """Take and finish so many jobs as a worker does; the models that it had to hold, one after the other."""
     held: list[str | None] = []
     for _ in range(count):
@@ -488,9 +488,9 @@ async def test_a_worker_stays_with_its_model_for_a_time_however_long_all_have_wa
     for i in range(8):
         await asking.submit(spec(model="ab"[i % 2]))
     monkeypatch.setattr("alphalayer.jobs.claims.STAY_S", 0.0)
-    assert await draw(drawing, 2) == ["a", "b"]
+    assert await render(drawing, 2) == ["a", "b"]
     monkeypatch.setattr("alphalayer.jobs.claims.STAY_S", 30.0)
-    assert await draw(drawing, 6) == ["a"] * 3 + ["b"] * 3
+    assert await render(drawing, 6) == ["a"] * 3 + ["b"] * 3
 
 
 async def test_a_job_that_was_begun_before_goes_before_the_model_that_is_held(two):
@@ -525,7 +525,7 @@ async def test_no_model_is_kept_waiting_by_a_stream_of_jobs_for_another(two, mon
     await asking.submit(spec(model="rare"))
     for _ in range(6):
         await asking.submit(spec(model="popular"))
-    held = await draw(drawing, 8, pause_s=0.12)
+    held = await render(drawing, 8, pause_s=0.12)
     assert 1 < held.index("rare") < 6
 
 
@@ -555,7 +555,7 @@ async def test_of_many_idle_workers_a_few_ask_for_a_job(postgres, monkeypatch):
     url, workers, count = postgres.fresh_database(), 24, 40
     delays: list[float] = []
 
-    async def draw(worker: PostgresJobQueue) -> None:
+    async def render(worker: PostgresJobQueue) -> None:
         while True:
             job = await worker.claim()
             delays.append(time.time() - job.created_at)
@@ -566,7 +566,7 @@ async def test_of_many_idle_workers_a_few_ask_for_a_job(postgres, monkeypatch):
         pods = [await PostgresJobQueue.open(url, 100, role="worker") for _ in range(workers)]
         for pod in pods:
             stack.push_async_callback(pod.close)
-        drawing = [asyncio.create_task(draw(pod)) for pod in pods]
+        drawing = [asyncio.create_task(render(pod)) for pod in pods]
         for i in range(count):
             if i == count // 2:
                 asked = 0

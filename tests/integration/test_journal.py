@@ -49,12 +49,12 @@ async def test_a_journal_of_the_first_version_is_brought_up_to_date(tmp_path: Pa
     file = tmp_path / "jobs.sqlite"
     first_version(file)
     with structlog.testing.capture_logs() as logs:
-        dispatcher = await SqliteJobQueue.open(file, 10)
-    assert [(line["event"], line["from_version"]) for line in logs] == [("journal_migrated", 1)]
-    job: Job = await dispatcher.claim()
+        job_queue = await SqliteJobQueue.open(file, 10)
+    assert [(line["event"], line["from_version"]) for line in logs] == [("journal.migrated", 1)]
+    job: Job = await job_queue.claim()
     assert job.spec.generation.prompt == "an old apple"
-    assert await dispatcher.claim_due_webhooks(5) == []
-    await dispatcher.close()
+    assert await job_queue.claim_due_webhooks(5) == []
+    await job_queue.close()
     with closing(sqlite3.connect(file)) as now, now:
         assert now.execute("PRAGMA user_version").fetchone() == (VERSION,)
 
@@ -74,9 +74,9 @@ async def test_a_migration_that_breaks_off_has_changed_nothing(
         columns = {row[1] for row in now.execute("PRAGMA table_info(jobs)")}
         assert not columns & set(LATER)
         assert now.execute("PRAGMA user_version").fetchone() == (1,)
-    dispatcher = await SqliteJobQueue.open(file, 10)
-    assert (await dispatcher.claim()).spec.generation.prompt == "an old apple"
-    await dispatcher.close()
+    job_queue = await SqliteJobQueue.open(file, 10)
+    assert (await job_queue.claim()).spec.generation.prompt == "an old apple"
+    await job_queue.close()
 
 
 async def test_a_folder_may_be_called_as_it_likes(tmp_path: Path):

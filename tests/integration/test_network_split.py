@@ -104,7 +104,7 @@ def test_the_job_of_a_worker_that_is_cut_off_is_taken_over_and_its_late_result_c
             folder, port, step_s, 200, environment, far_host.run if far else ()
         )
         started.append(process)
-        said = "engine_ready" if role == "worker" else "serving"
+        said = "engine.ready" if role == "worker" else "service.started"
         wait_until(lambda: said in log_of(name), 60)
         return process, f"http://127.0.0.1:{port}"
 
@@ -140,7 +140,7 @@ def test_the_job_of_a_worker_that_is_cut_off_is_taken_over_and_its_late_result_c
             picture = client.get(taken_over["images"][0]["url"]).content
             far_host.heal()
 
-            wait_until(lambda: "outcome_too_late" in log_of("far"), 90)
+            wait_until(lambda: "job.stale_outcome_ignored" in log_of("far"), 90)
             assert job(first) == taken_over
             assert client.get(taken_over["images"][0]["url"]).content == picture
 

@@ -140,7 +140,7 @@ def test_the_signal_for_scaling_rises_without_workers_and_falls_with_one(
                 sample.value for family in said for sample in family.samples if sample.name == name
             )
 
-        assert "pictures_stay_here" in {line["event"] for line in logs}
+        assert "storage.local_with_shared_queue" in {line["event"] for line in logs}
         assert signal("alphalayer_queue_age_seconds") == 0
         for i in range(20):
             pod.post(

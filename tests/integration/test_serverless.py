@@ -149,7 +149,7 @@ def test_the_sdks_own_server_with_the_test_input(tmp_path):
 class Broken(FakeEngine):
     """A GPU that no longer works."""
 
-    def draw(self, orders: Any) -> Any:
+    def render(self, tasks: Any) -> Any:
         raise RuntimeError("CUDA error: unspecified launch failure")
 
 

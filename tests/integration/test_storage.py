@@ -153,7 +153,9 @@ def test_what_a_killed_process_left_unfinished_goes_and_nothing_else(
     assert set(tmp_path.iterdir()) == {stuck, new, *foreign, *folders}, (
         "somebody may be writing the new one"
     )
-    assert [(line["event"], line["file"]) for line in logs] == [("unfinished_stays", str(stuck))]
+    assert [(line["event"], line["file"]) for line in logs] == [
+        ("storage.temporary_file_kept", str(stuck))
+    ]
 
 
 async def test_a_picture_stays_what_it_was_where_there_are_no_links(

@@ -73,7 +73,9 @@ def create_renderer(
     def render(requests: list[Fields]) -> list[list[Rendered]]:
         pipeline.sample = sample
         try:
-            results = engine.draw([RenderTask(GenerationRequest(**fields)) for fields in requests])
+            results = engine.render(
+                [RenderTask(GenerationRequest(**fields)) for fields in requests]
+            )
         finally:
             pipeline.sample = original
         return [

@@ -22,7 +22,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 
 
 @torch.no_grad()
-def draw(
+def render(
     folder: Path,
     prompt: str,
     negative_prompt: str,

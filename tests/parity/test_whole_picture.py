@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.parity.reference_pipeline import draw
+from tests.parity.reference_pipeline import render
 from tests.support import tiny_models
 
 from alphalayer.core.request import GenerationRequest
@@ -45,7 +45,7 @@ def _picture(engine: LocalEngine, **changes: object) -> np.ndarray:
 @pytest.mark.parametrize("decode", ["official", "forge2"])
 @pytest.mark.parametrize("negative", ["bad, ugly", ""])
 def test_engine_equals_the_reference(engine: LocalEngine, models: Path, decode: str, negative: str):
-    reference = draw(
+    reference = render(
         models / "Stable-diffusion" / "folder", PROMPT, negative,
         seed=7, steps=6, cfg_scale=5.0, width=64, height=128, decode=decode,
     )  # fmt: skip

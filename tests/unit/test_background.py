@@ -20,7 +20,7 @@ async def test_what_fails_is_logged_and_started_again(monkeypatch: pytest.Monkey
 
     with structlog.testing.capture_logs() as logs:
         await background.keep_running("thing", work)
-    assert [(line["event"], line["task"]) for line in logs] == [("task_failed", "thing")] * 2
+    assert [(line["event"], line["task"]) for line in logs] == [("task.failed", "thing")] * 2
 
 
 async def test_a_cancelled_one_ends():

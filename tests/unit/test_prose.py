@@ -150,7 +150,7 @@ def test_exceptions_are_in_use():
     [
         ("Draw the picture.", ["Draw", "picture"]),
         ("Return an image.\nNobody is told.", ["Nobody", "told"]),
-        ("Call `draw_disc` with ``news``.", []),
+        ("Call `render_disc` with ``news``.", []),
         ("Withdraw the drawer from the bedroom.", []),
         ("A seed is drawn from a distribution.", []),
     ],

@@ -73,12 +73,12 @@ def test_afterwards_the_rest_fits(files, limit):
 
 async def test_a_sweep_takes_old_pictures_of_finished_jobs_and_nothing_else(tmp_path: Path):
     outputs = tmp_path / "outputs"
-    dispatcher = await SqliteJobQueue.open(tmp_path / "jobs.sqlite", 10)
+    job_queue = await SqliteJobQueue.open(tmp_path / "jobs.sqlite", 10)
     spec = JobSpec(generation=GenerationRequest(prompt="x"))
-    over, running, waiting = [await dispatcher.submit(spec) for _ in range(3)]
+    over, running, waiting = [await job_queue.submit(spec) for _ in range(3)]
     for _ in range(2):
-        await dispatcher.mark_started((await dispatcher.claim()).id)
-    await dispatcher.complete(
+        await job_queue.mark_started((await job_queue.claim()).id)
+    await job_queue.complete(
         over.id, JobResult(images=(), settings=ModelDefaults(), model_name="m", model_hash="h")
     )
     foreign = [
@@ -99,7 +99,7 @@ async def test_a_sweep_takes_old_pictures_of_finished_jobs_and_nothing_else(tmp_
         os.utime(file, (time.time() - 90 * DAY_S,) * 2)
     limits = Limits(pictures_days=30, pictures_bytes=1)
     sweeping = asyncio.create_task(
-        keep_sweeping(open_storage(str(outputs)), dispatcher, limits, every_s=0.05)
+        keep_sweeping(open_storage(str(outputs)), job_queue, limits, every_s=0.05)
     )
     await asyncio.to_thread(wait_until, lambda: not any((outputs / name).exists() for name in gone))
     later = outputs / "alpha_2_cccccccccc00.png"
@@ -110,7 +110,7 @@ async def test_a_sweep_takes_old_pictures_of_finished_jobs_and_nothing_else(tmp_
     assert left == {*foreign, *ours} - {*gone}
     sweeping.cancel()
     await asyncio.gather(sweeping, return_exceptions=True)
-    await dispatcher.close()
+    await job_queue.close()
 
 
 async def test_what_cannot_be_removed_stops_nothing_else(tmp_path: Path):
@@ -120,11 +120,11 @@ async def test_what_cannot_be_removed_stops_nothing_else(tmp_path: Path):
                 raise StorageFailed("no right to delete.")
             super().delete(key)
 
-    dispatcher = await SqliteJobQueue.open(tmp_path / "jobs.sqlite", 10)
+    job_queue = await SqliteJobQueue.open(tmp_path / "jobs.sqlite", 10)
     spec = JobSpec(generation=GenerationRequest(prompt="x"))
-    job = await dispatcher.submit(spec)
-    await dispatcher.mark_started((await dispatcher.claim()).id)
-    await dispatcher.complete(
+    job = await job_queue.submit(spec)
+    await job_queue.mark_started((await job_queue.claim()).id)
+    await job_queue.complete(
         job.id, JobResult(images=(), settings=ModelDefaults(), model_name="m", model_hash="h")
     )
     outputs = tmp_path / "outputs"
@@ -133,11 +133,11 @@ async def test_what_cannot_be_removed_stops_nothing_else(tmp_path: Path):
         storage.put(name, b"x")
         os.utime(outputs / name, (0, 0))
     with capture_logs() as logs:
-        assert await sweep(storage, dispatcher, Limits(pictures_days=1, jobs_days=1e-9)) == 1
+        assert await sweep(storage, job_queue, Limits(pictures_days=1, jobs_days=1e-9)) == 1
     assert [file.name for file in outputs.iterdir()] == ["alpha_1_aaaaaaaaaa00.png"]
     assert [(line["event"], line["pictures"], line.get("jobs")) for line in logs] == [
-        ("pictures_stay", 1, None),
-        ("swept", 1, 1),
+        ("retention.images_kept", 1, None),
+        ("retention.completed", 1, 1),
     ]
     storage.put("preview_bbbbbbbbbbbbbbbbbbbbbbbb.webp", b"x", replace=True)
     unfinished = outputs / "alpha_1_cccccccccc00.png#7"
@@ -145,9 +145,9 @@ async def test_what_cannot_be_removed_stops_nothing_else(tmp_path: Path):
     for path in outputs.iterdir():
         os.utime(path, (0, 0))
     with capture_logs() as logs:
-        assert await sweep(storage, dispatcher, Limits()) == 1
+        assert await sweep(storage, job_queue, Limits()) == 1
     assert [(line["event"], line["pictures"], line["previews"]) for line in logs] == [
-        ("swept", 0, 1)
+        ("retention.completed", 0, 1)
     ]
     assert not unfinished.exists()
-    await dispatcher.close()
+    await job_queue.close()

@@ -35,15 +35,15 @@ from alphalayer.storage import Storage, read
 class Service:
     """The parts that routes work with, put together by `alphalayer.service.app`."""
 
-    dispatcher: JobQueue
+    job_queue: JobQueue
     storage: Storage
     models_dir: Path
     embeddings_dir: Path
     list_models: Callable[[], list[ModelEntry]]
     readiness: Callable[[], dict[str, Any]]
     metrics: Metrics
-    gate: Authenticator
-    ending: Shutdown
+    authenticator: Authenticator
+    shutdown: Shutdown
     default_model: str | None = None
     max_pixels: int = 0
     knows_models: bool = True
@@ -72,7 +72,7 @@ ServiceDep = Annotated[Service, Depends(_service)]
 
 async def require_user(request: Request) -> str:
     """The name of who is asking; "" where nobody has to say. Raises `Unauthorized`, `RateLimited`."""
-    return service(request).gate.admit(request)
+    return service(request).authenticator.admit(request)
 
 
 User = Annotated[str, Depends(require_user)]
@@ -156,9 +156,9 @@ async def submit_job(
     if service.knows_models and (asked.model or asked.loras or asked.mode == "conv"):
         await asyncio.to_thread(_check_models, service, asked)
     traced = submission.model_copy(update={"traceparent": here()})
-    job = await service.dispatcher.submit(spec, traced, delivery, job_id)
+    job = await service.job_queue.submit(spec, traced, delivery, job_id)
     said = {"prompt": spec.generation.prompt} if service.log_prompts else {}
-    log.info("job_accepted", job=job.id, owner=submission.owner, **said)
+    log.info("job.accepted", job=job.id, owner=submission.owner, **said)
     return job
 
 
@@ -171,13 +171,13 @@ class PendingJob:
 
     async def submit(self, spec: JobSpec, submission: Submission, delivery: Delivery) -> None:
         """Queue the job, or find it. Raises `Stopping` where the service ends, and what `submit_job` does."""
-        self._service.ending.check()
+        self._service.shutdown.check()
         self.job_id = (await submit_job(self._service, spec, submission, delivery, self.job_id)).id
 
     async def withdraw(self) -> None:
         """The client left. Not where the service ends, which cancels its requests: that is no wish of the client."""
-        if not self._service.ending.has_begun:
-            await asyncio.shield(self._service.dispatcher.withdraw(self.job_id))
+        if not self._service.shutdown.has_begun:
+            await asyncio.shield(self._service.job_queue.withdraw(self.job_id))
 
 
 async def run_job(
@@ -209,8 +209,8 @@ async def run_job(
 
 async def _end_of(service: Service, job_id: str, left: asyncio.Task[None]) -> Job | None:
     """The job, once it is over; None where the client leaves before. Raises `Stopping`."""
-    done = asyncio.create_task(service.dispatcher.wait(job_id))
-    ended = asyncio.create_task(service.ending.wait(job_id, elsewhere=True))
+    done = asyncio.create_task(service.job_queue.wait(job_id))
+    ended = asyncio.create_task(service.shutdown.wait(job_id, elsewhere=True))
     try:
         await asyncio.wait((done, left, ended), return_when=asyncio.FIRST_COMPLETED)
         if done.done():
@@ -227,8 +227,8 @@ async def follow(
     service: Service, job_id: str, *, elsewhere: bool = False
 ) -> AsyncIterator[JobView]:
     """`JobQueue.watch`; raises `Stopping` where the service ends before the job. `elsewhere`: see `Shutdown.wait`."""
-    views = service.dispatcher.watch(job_id)
-    ended = asyncio.ensure_future(service.ending.wait(job_id, elsewhere=elsewhere))
+    views = service.job_queue.watch(job_id)
+    ended = asyncio.ensure_future(service.shutdown.wait(job_id, elsewhere=elsewhere))
     following: asyncio.Future[JobView | None] | None = None
     try:
         while True:

@@ -4,6 +4,7 @@ and the same in the shapes of the foreign dialects."""
 from __future__ import annotations
 
 import json
+from http import HTTPStatus
 from typing import Annotated, Any
 
 from fastapi import FastAPI, Request
@@ -45,26 +46,20 @@ STATUSES = {
     "unauthorized": 401,
     "not_implemented": 501,
 }
-TITLES = {
-    401: "Who are you?",
-    404: "Not found",
-    405: "Method not allowed",
-    409: "Cancelled",
-    413: "Too large",
-    422: "The request is not right",
-    429: "No room now",
-    500: "Something broke here",
-    501: "Not there yet",
-    503: "Not ready for this",
-    507: "Not enough room",
-}
 
 
+_PHRASES = {413: "Content Too Large", 422: "Unprocessable Content"}
+"""Phrases of RFC 9110 that Python before 3.13 writes differently."""
 PASSING = ("queue_full", "rate_limited", "stopping", "storage_failed", "database_away")
 """What may be gone at the next try. OpenAI's clients would ask again by themselves after any 409 and 5xx, and a request that takes an
 engine down would do so each time."""
 CODES = {404: "not_found", 405: "method_not_allowed", 413: "too_large"}
 """Codes of the errors that the framework itself answers."""
+
+
+def _title(status: int) -> str:
+    """Return the phrase of an HTTP status (RFC 9457, section 4.2.1)."""
+    return _PHRASES.get(status) or HTTPStatus(status).phrase
 
 
 class Problem(BaseModel):
@@ -85,7 +80,7 @@ class Problem(BaseModel):
         """The problem that an error is."""
         status = STATUSES.get(error.code, 500)
         return cls(
-            title=TITLES[status],
+            title=_title(status),
             status=status,
             detail=f"{error.field}: {error.message}" if error.field else error.message,
             code=error.code,
@@ -96,7 +91,7 @@ class Problem(BaseModel):
 
 PROBLEMS: dict[int | str, dict[str, Any]] = {
     status: {
-        "description": TITLES[status],
+        "description": _title(status),
         "content": {
             "application/problem+json": {"schema": {"$ref": "#/components/schemas/Problem"}}
         },
@@ -162,7 +157,7 @@ def http_problem(error: HTTPException, path: str = "") -> JSONResponse:
         405: ("this path does not take that method.", f"Use {allowed}; see /docs."),
     }.get(error.status_code, (str(error.detail), ""))
     problem = Problem(
-        title=TITLES.get(error.status_code, "Error"),
+        title=_title(error.status_code),
         status=error.status_code,
         detail=detail,
         code=CODES.get(error.status_code, "http_error"),
@@ -174,7 +169,7 @@ def http_problem(error: HTTPException, path: str = "") -> JSONResponse:
 def internal_error(path: str) -> JSONResponse:
     """The answer where something broke that nobody thought of."""
     problem = Problem(
-        title=TITLES[500],
+        title=_title(500),
         status=500,
         detail="an internal_error error; the log has the details.",
         code="engine_failed",
@@ -193,7 +188,7 @@ def install(app: FastAPI) -> None:
         if isinstance(error, RateLimited | Stopping | DatabaseAway):
             headers["Retry-After"] = str(error.retry_after_s)
         elif error.code == "queue_full":
-            headers["Retry-After"] = str(request.app.state.service.dispatcher.retry_after_s)
+            headers["Retry-After"] = str(request.app.state.service.job_queue.retry_after_s)
         return respond(path_of(request.scope), Problem.of(error), headers)
 
     async def invalid(request: Request, error: Exception) -> JSONResponse:

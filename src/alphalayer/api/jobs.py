@@ -163,7 +163,7 @@ async def listing(
     query: Annotated[ListQuery, Query()],
 ) -> JobList:
     """One's own jobs, newest first."""
-    views = await service.dispatcher.list(owner=user, **query.model_dump())
+    views = await service.job_queue.list(owner=user, **query.model_dump())
     more = views[-1].job.created_at if len(views) == query.limit else None
     return JobList(jobs=[answer(view, base_url(request)) for view in views], next_before=more)
 
@@ -187,7 +187,7 @@ async def cancel(
     if leave:
         await PendingJob(service, job_id).withdraw()
     else:
-        await service.dispatcher.cancel(job_id)
+        await service.job_queue.cancel(job_id)
     return answer(await _view(service, job_id, user), base_url(request))
 
 
@@ -215,7 +215,7 @@ async def events(
 
 async def _view(service: Service, job_id: str, user: str) -> JobView:
     """The job, if it is the user's. Raises `JobMissing`."""
-    view = await service.dispatcher.view(job_id)
+    view = await service.job_queue.view(job_id)
     if view is None or view.job.owner != user:
         raise JobMissing(f'there is no job "{job_id[:100]}".', hint="Use the id as it was given.")
     return view

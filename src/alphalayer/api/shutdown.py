@@ -34,7 +34,7 @@ class Shutdown:
         loop.call_later(self.drain_s, self._over.set)
         self.stop_accepting()
         self._begun.set()
-        log.info("stopping", drain_s=self.drain_s)
+        log.info("service.stopping", drain_s=self.drain_s)
 
     @property
     def has_begun(self) -> bool:

@@ -117,7 +117,7 @@ class ApiKeyStore:
                 self._keys = load_api_keys(self._file, self._users, must_be=True)
                 self.shares.update({key.name: key.queue_share for key in self._keys or ()})
             except SetupFailed as error:
-                log.error("keys_stay", error=str(error))
+                log.error("api_keys.reload_failed", error=str(error))
         return self._keys
 
 

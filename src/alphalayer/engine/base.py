@@ -92,7 +92,7 @@ class Engine(Protocol):
         """Make the first request as quick as the second: load the default model and draw once. Raises what is no `AlphalayerError`."""
         ...
 
-    def draw(self, orders: Sequence[RenderTask]) -> list[GenerationResult]:
+    def render(self, tasks: Sequence[RenderTask]) -> list[GenerationResult]:
         """Draw the pictures of one request, or of several with the same `batch_key` together; each comes out as it would alone.
         After what it raises besides `AlphalayerError` the engine is not used again.
 

@@ -26,38 +26,38 @@ class FakeEngine:
     def warm_up(self) -> None:
         """Nothing to warm up."""
 
-    def draw(self, orders: Sequence[RenderTask]) -> list[GenerationResult]:
+    def render(self, tasks: Sequence[RenderTask]) -> list[GenerationResult]:
         """Draw the discs; see the protocol."""
-        steps = orders[0].request.steps or ModelDefaults().steps
+        steps = tasks[0].request.steps or ModelDefaults().steps
         start = time.perf_counter()
         for step in range(1, steps + 1):
-            if all(order.is_cancelled() for order in orders):
+            if all(task.is_cancelled() for task in tasks):
                 raise Cancelled("cancelled.")
             if self._step_s:
                 time.sleep(self._step_s)
-            for order in orders:
+            for task in tasks:
                 preview = (
-                    draw_disc(
-                        order.request.prompt,
-                        (order.images or order.request.image_seeds())[0].seed,
+                    render_disc(
+                        task.request.prompt,
+                        (task.images or task.request.image_seeds())[0].seed,
                         32,
                         32,
                     )[..., :3]
-                    if order.previews
+                    if task.previews
                     else None
                 )
-                order.on_progress(Progress("sample", step, steps, preview))
-        return [self._result(order, time.perf_counter() - start) for order in orders]
+                task.on_progress(Progress("sample", step, steps, preview))
+        return [self._result(task, time.perf_counter() - start) for task in tasks]
 
     def memory_bytes(self) -> int:
         """None of its own."""
         return 0
 
-    def _result(self, order: RenderTask, seconds: float) -> GenerationResult:
-        request = order.request.resolve(ModelDefaults(), order.images)
+    def _result(self, task: RenderTask, seconds: float) -> GenerationResult:
+        request = task.request.resolve(ModelDefaults(), task.images)
         images = [
             GeneratedImage(
-                draw_disc(request.prompt, each.seed, request.width, request.height),
+                render_disc(request.prompt, each.seed, request.width, request.height),
                 each.seed,
                 each.subseed,
             )
@@ -66,7 +66,7 @@ class FakeEngine:
         return GenerationResult(request, "fake", "0" * 10, images, {"sample": seconds})
 
 
-def draw_disc(prompt: str, seed: int, width: int, height: int) -> RgbaImage:
+def render_disc(prompt: str, seed: int, width: int, height: int) -> RgbaImage:
     """A disc with a soft edge over nothing, (height, width, 4)."""
     digest = zlib.crc32(f"{prompt}/{seed}".encode())
     y, x = np.ogrid[-1 : 1 : height * 1j, -1 : 1 : width * 1j]

@@ -1,4 +1,4 @@
-"""The recipe: requests become transparent pictures. Read `LocalEngine._draw` from top to bottom.
+"""The recipe: requests become transparent pictures. Read `LocalEngine._render` from top to bottom.
 
 Stages: load → text → sample → decode. Each takes what the one before it returned; what stays on the device between them is the
 memory mode's business. Knows nothing of queues, files or HTTP.
@@ -117,16 +117,16 @@ class LocalEngine:
         previews: bool = False,
     ) -> GenerationResult:
         """Draw the pictures of one request; see `draw`."""
-        return self.draw([RenderTask(request, (), on_progress, is_cancelled, previews)])[0]
+        return self.render([RenderTask(request, (), on_progress, is_cancelled, previews)])[0]
 
-    def draw(self, orders: Sequence[RenderTask]) -> list[GenerationResult]:
-        """Draw the pictures of one request, or of several together; see `alphalayer.engine.Engine.draw`.
+    def render(self, tasks: Sequence[RenderTask]) -> list[GenerationResult]:
+        """Draw the pictures of one request, or of several together; see `alphalayer.engine.Engine.render`.
 
         Out of memory: what was taken is given back and a single request is drawn in the next smaller memory mode, down to the smallest.
         """
-        modes = modes_down_from(self.mode) if len(orders) == 1 else [self.mode]
+        modes = modes_down_from(self.mode) if len(tasks) == 1 else [self.mode]
         return self._in_less_and_less(
-            [order.request for order in orders], modes, lambda mode: self._draw(orders, mode)
+            [task.request for task in tasks], modes, lambda mode: self._render(tasks, mode)
         )
 
     def _in_less_and_less(
@@ -164,18 +164,18 @@ class LocalEngine:
         return self._shelf.held
 
     @torch.inference_mode()
-    def _draw(self, orders: Sequence[RenderTask], mode: MemoryMode) -> list[GenerationResult]:
+    def _render(self, tasks: Sequence[RenderTask], mode: MemoryMode) -> list[GenerationResult]:
         """The recipe. What the requests share is read from the first of them."""
-        watchers = ProgressReporter(orders)
+        watchers = ProgressReporter(tasks)
         stopwatch = Stopwatch(self.device)
         residency = Residency(self.device, mode)
 
         watchers.stage("load")
         with stopwatch.stage("load"):
-            ready = self._shelf.get(self._entry(orders[0].request))
+            ready = self._shelf.get(self._entry(tasks[0].request))
             ready.encoders.set_embeddings(self._embeddings.read())
             model = ready.model
-            requests = [order.request.resolve(model.defaults, order.images) for order in orders]
+            requests = [task.request.resolve(model.defaults, task.images) for task in tasks]
             shared = requests[0]
             merges = self._patch_specs(shared, model)
             # read here, so that a decoder that is missing or damaged is told before the work
@@ -211,7 +211,7 @@ class LocalEngine:
             residency.of(model.unet, keep=mode.keep_unet),
             noise as drawn,
         ):
-            latents = self._sample(orders, shared, denoiser, merges, start, sigmas, drawn)
+            latents = self._sample(tasks, shared, denoiser, merges, start, sigmas, drawn)
 
         # what was sampled is kept, and so is each picture that came out
         pictures: list[RgbaImage] = []
@@ -274,7 +274,7 @@ class LocalEngine:
 
     def _sample(
         self,
-        orders: Sequence[RenderTask],
+        tasks: Sequence[RenderTask],
         shared: ResolvedRequest,
         denoiser: Denoiser,
         merges: _PatchSpecs,
@@ -294,9 +294,9 @@ class LocalEngine:
             return denoiser(x, sigma, step)
 
         def on_step(step: int, _x: Tensor, clean: Tensor) -> None:
-            for order, first in zip(orders, firsts, strict=False):
-                preview = self._preview(model, clean[first : first + 1]) if order.previews else None
-                order.on_progress(Progress("sample", step, len(sigmas) - 1, preview))
+            for task, first in zip(tasks, firsts, strict=False):
+                preview = self._preview(model, clean[first : first + 1]) if task.previews else None
+                task.on_progress(Progress("sample", step, len(sigmas) - 1, preview))
 
         latents = sample(shared.sampler, denoise, start * float(sigmas[0]), sigmas, noise, on_step)
         return _finite(latents, "the UNet")

@@ -15,19 +15,19 @@ from alphalayer.engine.base import Progress, RenderTask
 class ProgressReporter:
     """Tells the callers of a batch how far it is, and stops it when none of them wants it any more."""
 
-    def __init__(self, orders: Sequence[RenderTask]):
-        self._orders = orders
+    def __init__(self, tasks: Sequence[RenderTask]):
+        self._orders = tasks
 
     def check(self) -> None:
         """Raise `Cancelled` if nobody wants the pictures."""
-        if all(order.is_cancelled() for order in self._orders):
+        if all(task.is_cancelled() for task in self._orders):
             raise Cancelled("cancelled.")
 
     def stage(self, name: str) -> None:
         """A stage begins."""
         self.check()
-        for order in self._orders:
-            order.on_progress(Progress(name))
+        for task in self._orders:
+            task.on_progress(Progress(name))
 
 
 class Stopwatch:

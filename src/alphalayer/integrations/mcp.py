@@ -87,7 +87,7 @@ def create_server(
         try:
             async with connect() as client:
                 fields = {name: each for name, each in wanted.items() if each is not None}
-                data, picture = await _draw(client, context, prompt, fields)
+                data, picture = await _render(client, context, prompt, fields)
         except AlphalayerError as error:
             raise ToolError(str(error)) from None
         url = file_url(outside(), picture.filename) if outside else picture.url
@@ -122,7 +122,7 @@ class _OwnWords(Middleware):
             ) from None
 
 
-async def _draw(
+async def _render(
     client: AsyncClient, context: Context, prompt: str, fields: dict[str, Any]
 ) -> tuple[bytes, Picture]:
     """Submit, tell the progress, bring the file; a caller that goes away takes its job along, unless others wait for it."""

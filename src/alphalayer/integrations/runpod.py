@@ -68,7 +68,7 @@ class Handler:
                 spec.check_pixels(self._settings.max_request_pixels)
                 async with self._turn:
                     return await asyncio.to_thread(
-                        self._draw, spec, on_progress, wanted.response_format == "base64"
+                        self._render, spec, on_progress, wanted.response_format == "base64"
                     )
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
@@ -79,9 +79,9 @@ class Handler:
             # it may be the GPU, and then every later job would fail, too: the worker is started again
             return {**_failed(to_public_error(error)), "refresh_worker": True}
 
-    def _draw(self, spec: JobSpec, on_progress: Any, with_data: bool) -> dict[str, Any]:
+    def _render(self, spec: JobSpec, on_progress: Any, with_data: bool) -> dict[str, Any]:
         drawing = Job.new(spec)
-        orders = [
+        tasks = [
             RenderTask(
                 drawing.spec.generation,
                 seeds,
@@ -89,7 +89,7 @@ class Handler:
             )
             for i, seeds in enumerate(drawing.spec.batches())
         ]
-        results = [self._engine.draw([order])[0] for order in orders]
+        results = [self._engine.render([task])[0] for task in tasks]
         result = store_pictures(self._storage, drawing, results)
         done = drawing.model_copy(update={"state": JobState.DONE, "result": result})
         pictures = [self._answer(image, with_data) for image in result.images]

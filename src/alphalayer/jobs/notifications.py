@@ -62,7 +62,7 @@ class Notifications:
                 asyncpg.InterfaceError,
                 asyncio.TimeoutError,
             ) as error:
-                log.warning("database_away", error=str(error))
+                log.warning("database.unreachable", error=str(error))
             finally:
                 self.is_first = False
                 if connection and not connection.is_closed():

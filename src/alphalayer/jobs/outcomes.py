@@ -16,10 +16,10 @@ def record_outcome(metrics: Metrics, job_id: str, outcome: Outcome) -> None:
         metrics.pictures.inc(len(outcome.images))
         for stage, seconds in outcome.seconds.items():
             metrics.stage_seconds.labels(stage).observe(seconds)
-        log.info("job_done", job=job_id, images=len(outcome.images), seconds=outcome.seconds)
+        log.info("job.done", job=job_id, images=len(outcome.images), seconds=outcome.seconds)
     elif isinstance(outcome, Cancelled):
         metrics.jobs.labels("cancelled").inc()
-        log.info("job_cancelled", job=job_id)
+        log.info("job.cancelled", job=job_id)
     else:
         metrics.jobs.labels(outcome.code).inc()
         # what is wrong with a request is said in pieces of its prompt
@@ -28,4 +28,4 @@ def record_outcome(metrics: Metrics, job_id: str, outcome: Outcome) -> None:
             if isinstance(outcome, InvalidRequest)
             else {"error": outcome.message}
         )
-        log.warning("job_failed", job=job_id, code=outcome.code, **said)
+        log.warning("job.failed", job=job_id, code=outcome.code, **said)

@@ -1,4 +1,4 @@
-"""The dispatcher of many machines: jobs in PostgreSQL, their queue in PgQueuer, news by NOTIFY. Any pod may take, show and cancel any job.
+"""The job_queue of many machines: jobs in PostgreSQL, their queue in PgQueuer, news by NOTIFY. Any pod may take, show and cancel any job.
 
 A job is in the table and in the queue by one transaction. A worker claims it from the queue and keeps the claim alive with heartbeats;
 when these stop, another worker claims it. `starts` is counted at every start and fences: an outcome counts only for the start that
@@ -82,7 +82,7 @@ class PostgresJobQueue(Housekeeping):
         on_end: OnEnd = ignore_outcome,
     ) -> PostgresJobQueue:
         """Connect and bring both schemas up to date. `role` says whose news are heard: "api", "worker" or "all". Raises `SetupFailed`."""
-        dispatcher = cls(
+        job_queue = cls(
             await Journal.open(url),
             url,
             queue_limit,
@@ -91,24 +91,24 @@ class PostgresJobQueue(Housekeeping):
             on_end,
         )
         await claims.install(url)
-        await dispatcher._look()
-        dispatcher._tasks = [
+        await job_queue._look()
+        job_queue._tasks = [
             asyncio.create_task(keep_running(name, each))
             for name, each in (
-                ("news", dispatcher._notifications.run),
-                ("beat", dispatcher._beat),
-                ("look", dispatcher._keep_looking),
+                ("news", job_queue._notifications.run),
+                ("beat", job_queue._beat),
+                ("look", job_queue._keep_looking),
                 (
                     "tidy",
                     partial(
                         claims.keep_queue_log_short,
-                        dispatcher._notifications,
-                        dispatcher._transaction,
+                        job_queue._notifications,
+                        job_queue._transaction,
                     ),
                 ),
             )
         ]
-        return dispatcher
+        return job_queue
 
     async def close(self) -> None:
         """Stop listening and give the connections back; claims run out by themselves."""
@@ -427,12 +427,12 @@ class PostgresJobQueue(Housekeeping):
                     await queue.log_jobs([(held.row, "successful" if done else "exception", None)])
                     await self._notifications.tell(connection, "changed", ended.id)
         except StorageFailed as error:
-            log.warning("outcome_not_written", job=ended.id, error=str(error))
+            log.warning("job.outcome_write_failed", job=ended.id, error=str(error))
             return False
         if is_mine:
             self._on_end(ended.id, outcome)
         else:
-            log.warning("outcome_too_late", job=ended.id, start=held.start)
+            log.warning("job.stale_outcome_ignored", job=ended.id, start=held.start)
         return True
 
     async def _views(self, found: Sequence[Job]) -> list[JobView]:

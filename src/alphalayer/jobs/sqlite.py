@@ -1,4 +1,4 @@
-"""The dispatcher of one machine: the queue in memory, every change in the journal first. Lives on one event loop."""
+"""The job_queue of one machine: the queue in memory, every change in the journal first. Lives on one event loop."""
 
 from __future__ import annotations
 
@@ -100,25 +100,25 @@ class SqliteJobQueue(Housekeeping):
             SetupFailed: see `alphalayer.jobs.lock.check`.
         """
         journal, lock, unfinished = await open_exclusively(file)
-        dispatcher = cls(
+        job_queue = cls(
             journal, lock, queue_limit, {} if queue_shares is None else queue_shares, on_end
         )
         for job in unfinished:
-            dispatcher._live[job.id] = _Live(job)
+            job_queue._live[job.id] = _Live(job)
             if job.error:  # it cannot be read
-                dispatcher._end_soon(job.id, AlphalayerError.from_dict(job.error))
+                job_queue._end_soon(job.id, AlphalayerError.from_dict(job.error))
             elif job.cancel_asked:
-                dispatcher._end_soon(job.id, Cancelled("cancelled."))
+                job_queue._end_soon(job.id, Cancelled("cancelled."))
             elif job.starts >= MAX_STARTS:
-                dispatcher._end_soon(job.id, too_many_starts("the service stopped while it ran"))
+                job_queue._end_soon(job.id, too_many_starts("the service stopped while it ran"))
             else:
-                dispatcher._waiting.append(job.id)
+                job_queue._waiting.append(job.id)
                 if job.state is JobState.RUNNING:
-                    await dispatcher._note(dispatcher._live[job.id], state=JobState.QUEUED)
-        if dispatcher._ending:
+                    await job_queue._note(job_queue._live[job.id], state=JobState.QUEUED)
+        if job_queue._ending:
             # on a full disk they are over later, and the service starts all the same
-            await asyncio.wait(dispatcher._ending, timeout=END_S)
-        return dispatcher
+            await asyncio.wait(job_queue._ending, timeout=END_S)
+        return job_queue
 
     async def close(self) -> None:
         """Close the journal; what is not over stays in it."""
@@ -369,7 +369,7 @@ class SqliteJobQueue(Housekeeping):
             try:
                 return await self._write_end(live, outcome)
             except StorageFailed as error:
-                log.warning("outcome_not_written", job=live.job.id, error=str(error))
+                log.warning("job.outcome_write_failed", job=live.job.id, error=str(error))
                 await asyncio.sleep(1.0)
 
     async def _write_end(self, live: _Live, outcome: Outcome) -> None:

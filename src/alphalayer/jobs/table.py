@@ -367,7 +367,7 @@ async def _migrate(connection: AsyncConnection, place: Path | str) -> None:
         await _upgrade_rows(connection)
     if version:
         log.warning(
-            "journal_migrated", journal=str(place), from_version=version, to_version=VERSION
+            "journal.migrated", journal=str(place), from_version=version, to_version=VERSION
         )
     note = "INSERT INTO alphalayer_version VALUES ({})" if shared else "PRAGMA user_version = {}"
     await connection.execute(text(note.format(VERSION)))

@@ -16,5 +16,5 @@ async def keep_running(name: str, work: Callable[[], Awaitable[None]]) -> None:
         try:
             return await work()
         except Exception as error:
-            log.error("task_failed", task=name, again_in_s=PAUSE_S, exc_info=error)
+            log.error("task.failed", task=name, again_in_s=PAUSE_S, exc_info=error)
         await asyncio.sleep(PAUSE_S)

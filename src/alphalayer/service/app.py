@@ -57,7 +57,7 @@ class Parts:
     """What one running service is made of."""
 
     service: Service
-    dispatcher: Jobs
+    job_queue: Jobs
     pool: WorkerPool
     webhooks: Webhooks | None
 
@@ -73,12 +73,12 @@ def create_app(
         parts = await _assemble(settings, engine, options, traces)
         app.state.service = parts.service
         app.state.parts = parts
-        app.state.ending = parts.service.ending
+        app.state.shutdown = parts.service.shutdown
         limits = Limits(
             settings.keep_pictures_days, settings.keep_pictures_bytes, settings.keep_jobs_days
         )
         work = parts.pool.tasks
-        work["sweep"] = partial(keep_sweeping, parts.service.storage, parts.dispatcher, limits)
+        work["sweep"] = partial(keep_sweeping, parts.service.storage, parts.job_queue, limits)
         if parts.webhooks:
             work["webhooks"] = parts.webhooks.run
         running = [asyncio.create_task(keep_running(name, each)) for name, each in work.items()]
@@ -88,14 +88,14 @@ def create_app(
                 yield
         finally:
             # running jobs get their time, the rest goes back to the queue
-            shutdown = parts.service.ending
+            shutdown = parts.service.shutdown
             shutdown.begin()
             await parts.pool.drain(shutdown.left_s)
             for task in running:
                 task.cancel()
             await asyncio.gather(*running, return_exceptions=True)
             await parts.pool.requeue_running()
-            await parts.dispatcher.close()
+            await parts.job_queue.close()
             await asyncio.to_thread(send_traces)
 
     app = FastAPI(
@@ -158,7 +158,10 @@ def _mount_mcp(app: FastAPI, settings: Settings) -> _Lifespan:
         from alphalayer.integrations import mcp
     except ImportError as error:
         log.info(
-            "mcp_off", path="/mcp/", missing=error.name, hint=f"To have it: {install_hint('mcp')}"
+            "mcp.disabled",
+            path="/mcp/",
+            missing=error.name,
+            hint=f"To have it: {install_hint('mcp')}",
         )
         return contextlib.nullcontext
     server = mcp.create_server(mcp.connect_to_caller, partial(mcp.outside, settings.public_url))
@@ -183,7 +186,7 @@ async def check(settings: Settings) -> None:
     if settings.database is None:
         await lock.check(settings.data_dir / JOURNAL)
     else:
-        await (await _open_dispatcher(settings, {}, Metrics())).close()
+        await (await _open_job_queue(settings, {}, Metrics())).close()
 
 
 def _check_default_model(settings: Settings) -> None:
@@ -209,7 +212,7 @@ def _webhook_key(settings: Settings) -> bytes | None:
     return read_secret(secret) if secret else None
 
 
-async def _open_dispatcher(
+async def _open_job_queue(
     settings: Settings, shares: Mapping[str, float], metrics: Metrics
 ) -> Jobs:
     """The queue of this machine alone, or the one that many share."""
@@ -239,9 +242,9 @@ async def _assemble(
     if settings.role != "worker":
         _tell_who_may_ask(settings, keys.keys())
     metrics = Metrics()
-    dispatcher = await _open_dispatcher(settings, keys.shares, metrics)
-    metrics.queue_length.set_function(lambda: dispatcher.queue_length)
-    metrics.queue_age.set_function(lambda: dispatcher.oldest_waiting_s)
+    job_queue = await _open_job_queue(settings, keys.shares, metrics)
+    metrics.queue_length.set_function(lambda: job_queue.queue_length)
+    metrics.queue_age.set_function(lambda: job_queue.oldest_waiting_s)
     has_engines = settings.role != "api"
     logs = {"level": settings.log_level, "as_json": settings.log_json}
     environments = engine_environments(settings.device) if has_engines else {}
@@ -258,7 +261,7 @@ async def _assemble(
                     settings.batch_wait_s,
                     logs,
                 ),
-                dispatcher,
+                job_queue,
                 metrics,
                 traces,
             )
@@ -272,22 +275,22 @@ async def _assemble(
         others_draw=settings.database is not None,
     )
     models = _model_lookup(settings)
-    health = Health(pool, shutdown, lambda: dispatcher.is_reachable, models.default, has_engines)
+    health = Health(pool, shutdown, lambda: job_queue.is_reachable, models.default, has_engines)
     webhooks = (
-        Webhooks(dispatcher, metrics, secret, allow_private=settings.webhook_allow_private)
+        Webhooks(job_queue, metrics, secret, allow_private=settings.webhook_allow_private)
         if secret
         else None
     )
     service = Service(
-        dispatcher=dispatcher,
+        job_queue=job_queue,
         storage=storage,
         models_dir=settings.models_dir,
         embeddings_dir=settings.embeddings,
         list_models=models.list,
         readiness=health.readiness,
         metrics=metrics,
-        gate=Authenticator(keys.keys),
-        ending=shutdown,
+        authenticator=Authenticator(keys.keys),
+        shutdown=shutdown,
         default_model=settings.default_model,
         max_pixels=settings.max_request_pixels,
         knows_models=models.knows_models,
@@ -300,7 +303,7 @@ async def _assemble(
         if webhooks
         else None,
     )
-    return Parts(service, dispatcher, pool, webhooks)
+    return Parts(service, job_queue, pool, webhooks)
 
 
 def _model_lookup(settings: Settings) -> ModelLookup:
@@ -314,21 +317,21 @@ def _greet(settings: Settings) -> None:
     base = (settings.public_url or address(host, settings.port)).rstrip("/")
     model, problem = _model_lookup(settings).default()
     if problem:
-        log.warning("no_model", error=problem)
+        log.warning("model.missing", error=problem)
     if settings.database and "://" not in settings.pictures:
         hint = "Set storage to a bucket (s3://…), unless all machines see this folder."
-        log.warning("pictures_stay_here", folder=settings.pictures, hint=hint)
+        log.warning("storage.local_with_shared_queue", folder=settings.pictures, hint=hint)
     if settings.role == "worker":
         said = {"livez": f"{base}/livez", "metrics": f"{base}/metrics"}
     else:
         said = {"page": f"{base}/", "docs": f"{base}/docs", "health": f"{base}/sdapi/v1/sd-models"}
-    log.info("serving", **said, model=model)
+    log.info("service.started", **said, model=model)
 
 
 def _tell_who_may_ask(settings: Settings, keys: list[Key] | None) -> None:
     """Warn where everybody may draw who reaches the service from elsewhere, and where nobody may."""
     hint = "Make a key with: alphalayer keys add NAME"
     if keys is None and settings.host not in ("127.0.0.1", "localhost", "::1"):
-        log.warning("open_to_all", host=settings.host, hint=hint)
+        log.warning("auth.disabled", host=settings.host, hint=hint)
     elif keys == []:
-        log.warning("open_to_nobody", keys_file=str(settings.keys_file), hint=hint)
+        log.warning("auth.no_keys", keys_file=str(settings.keys_file), hint=hint)

@@ -46,11 +46,11 @@ def select_expired(
     return gone
 
 
-async def sweep(storage: Storage, dispatcher: JobStore, limits: Limits) -> int:
+async def sweep(storage: Storage, job_queue: JobStore, limits: Limits) -> int:
     """Remove what is over the limits; how many files went. Pictures of jobs that are not over stay, and so do others' files."""
     # first, as the database may do what the place of the pictures does not
     jobs = (
-        await dispatcher.delete_finished(time.time() - limits.jobs_days * DAY_S)
+        await job_queue.delete_finished(time.time() - limits.jobs_days * DAY_S)
         if limits.jobs_days
         else 0
     )
@@ -59,7 +59,7 @@ async def sweep(storage: Storage, dispatcher: JobStore, limits: Limits) -> int:
     all_of_them = limits.pictures_days or limits.pictures_bytes
     files = await asyncio.to_thread(storage.list, "" if all_of_them else PREVIEW_PREFIX)
     # asked after the files are listed: a file of a job that came meanwhile is not among them
-    unfinished = {job_id[:10] for job_id in await dispatcher.unfinished_ids()}
+    unfinished = {job_id[:10] for job_id in await job_queue.unfinished_ids()}
     ours = [(key, size, modified) for key, size, modified in files if job_prefix_of(key)]
     gone = await asyncio.to_thread(
         select_expired, ours, limits, time.time(), lambda key: job_prefix_of(key) in unfinished
@@ -68,11 +68,15 @@ async def sweep(storage: Storage, dispatcher: JobStore, limits: Limits) -> int:
         key: fault for key in gone if (fault := await asyncio.to_thread(_delete, storage, key))
     }
     if faults:
-        log.warning("pictures_stay", pictures=len(faults), error=str(next(iter(faults.values()))))
+        log.warning(
+            "retention.images_kept", pictures=len(faults), error=str(next(iter(faults.values())))
+        )
     swept = [key for key in gone if key not in faults]
     previews = sum(key.startswith(PREVIEW_PREFIX) for key in swept)
     if swept or jobs:
-        log.info("swept", pictures=len(swept) - previews, previews=previews, jobs=jobs)
+        log.info(
+            "retention.completed", pictures=len(swept) - previews, previews=previews, jobs=jobs
+        )
     return len(swept)
 
 
@@ -86,12 +90,12 @@ def _delete(storage: Storage, key: str) -> AlphalayerError | None:
 
 
 async def keep_sweeping(
-    storage: Storage, dispatcher: JobStore, limits: Limits, every_s: float = 600.0
+    storage: Storage, job_queue: JobStore, limits: Limits, every_s: float = 600.0
 ) -> None:
     """Sweep now and then until cancelled; what fails is tried again the next time."""
     while True:
         try:
-            await sweep(storage, dispatcher, limits)
+            await sweep(storage, job_queue, limits)
         except AlphalayerError as error:
-            log.warning("sweep_failed", error=str(error))
+            log.warning("retention.failed", error=str(error))
         await asyncio.sleep(every_s)

@@ -36,7 +36,7 @@ class Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Let the service end, then the connections."""
-        self._app.state.ending.begin()
+        self._app.state.shutdown.begin()
         await super().shutdown(sockets)
 
 

@@ -104,8 +104,8 @@ def signature(key: bytes, message_id: str, timestamp: int, body: bytes) -> str:
 class Webhooks:
     """Tells the receivers of one service. `run` is one task of its event loop."""
 
-    def __init__(self, dispatcher: JobStore, metrics: Metrics, key: bytes, *, allow_private: bool):
-        self._dispatcher = dispatcher
+    def __init__(self, job_queue: JobStore, metrics: Metrics, key: bytes, *, allow_private: bool):
+        self._job_queue = job_queue
         self._metrics = metrics
         self._key = key
         self._allow_private = allow_private
@@ -128,9 +128,9 @@ class Webhooks:
         """Begin a try for each job that is due; in how many seconds to look again."""
         room = AT_ONCE - len(self._at_work)
         try:
-            owed = await self._dispatcher.claim_due_webhooks(room) if room else []
+            owed = await self._job_queue.claim_due_webhooks(room) if room else []
         except StorageFailed as error:
-            log.warning("webhooks_wait", error=str(error), again_in_s=AWAY_S)
+            log.warning("webhook.queue_unreachable", error=str(error), again_in_s=AWAY_S)
             return AWAY_S
         for job, tries in owed:
             self._at_work[job.id] = asyncio.create_task(self._tell(http, job, tries))
@@ -149,12 +149,12 @@ class Webhooks:
                 )
             self._metrics.webhooks.labels(outcome).inc()
             log.info(
-                f"webhook_{outcome}",
+                f"webhook.{outcome}",
                 job=job.id,
                 tries=tries + 1,
                 **({"reason": reason} if reason else {}),
             )
-            await self._dispatcher.record_webhook_attempt(job.id, due, tries + 1)
+            await self._job_queue.record_webhook_attempt(job.id, due, tries + 1)
         finally:
             del self._at_work[job.id]
 

@@ -58,7 +58,7 @@ def remove_unfinished(folder: Path) -> None:
         except FileNotFoundError:
             pass
         except OSError as error:
-            log.warning("unfinished_stays", file=str(path), error=error.strerror)
+            log.warning("storage.temporary_file_kept", file=str(path), error=error.strerror)
 
 
 def _sync(folder: Path) -> None:

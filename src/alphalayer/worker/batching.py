@@ -16,7 +16,7 @@ LOOK_AGAIN_S = (0.01, 0.25)
 
 
 async def claim_batch(
-    dispatcher: JobConsumer, budget_pixels: int, wait_s: float, holding: str | None = None
+    job_queue: JobConsumer, budget_pixels: int, wait_s: float, holding: str | None = None
 ) -> list[Job]:
     """Wait for a job, then up to `wait_s` seconds for more that may be drawn with it; stops as soon as the budget is used up.
 
@@ -24,13 +24,13 @@ async def claim_batch(
     """
     batch: list[Job] = []
     try:
-        first = await dispatcher.claim(holding)
+        first = await job_queue.claim(holding)
         batch.append(first)
         room = budget_pixels - first.spec.pixels
         deadline = asyncio.get_running_loop().time() + wait_s
         pause = LOOK_AGAIN_S[0]
         while first.batch_key and room >= first.spec.pixels // first.spec.generation.batch_size:
-            mate = await dispatcher.claim_compatible(first, room)
+            mate = await job_queue.claim_compatible(first, room)
             if mate:
                 batch.append(mate)
                 room -= mate.spec.pixels
@@ -41,6 +41,6 @@ async def claim_batch(
                 break
     except BaseException:
         for job in reversed(batch):
-            await dispatcher.requeue(job.id, "the supervisor stopped")
+            await job_queue.requeue(job.id, "the supervisor stopped")
         raise
     return batch

@@ -86,7 +86,7 @@ class EngineProcess:
         to the queue with the process, and are drawn again, each alone. One that would be given up there is over, with this error.
         """
         try:
-            drawn = self._draw(engine, storage, jobs)
+            drawn = self._render(engine, storage, jobs)
         except AlphalayerError as error:
             if len(jobs) == 1:
                 self._fail(jobs[0], error)
@@ -105,19 +105,21 @@ class EngineProcess:
             for job, results in zip(jobs, drawn, strict=True)
         ]
 
-    def _draw(
+    def _render(
         self, engine: Engine, storage: Storage, jobs: list[Job]
     ) -> list[list[GenerationResult]]:
         """The results of each job: one a round."""
         if len(jobs) > 1:
             return [
                 [each]
-                for each in engine.draw([self._order(storage, job, job.spec.seeds) for job in jobs])
+                for each in engine.render(
+                    [self._task(storage, job, job.spec.seeds) for job in jobs]
+                )
             ]
         rounds = [(job, seeds, i) for job in jobs for i, seeds in enumerate(job.spec.batches())]
-        return [[engine.draw([self._order(storage, *each)])[0] for each in rounds]]
+        return [[engine.render([self._task(storage, *each)])[0] for each in rounds]]
 
-    def _order(
+    def _task(
         self, storage: Storage, job: Job, seeds: tuple[ImageSeed, ...], iteration: int = 0
     ) -> RenderTask:
         def on_progress(of_one: Progress) -> None:

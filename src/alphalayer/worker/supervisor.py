@@ -69,13 +69,13 @@ class Supervisor:
     """Keeps one engine process at work. `run` is one task of the service's event loop."""
 
     def __init__(
-        self, name: str, spec: EngineSpec, dispatcher: JobConsumer, metrics: Metrics, traces: Traces
+        self, name: str, spec: EngineSpec, job_queue: JobConsumer, metrics: Metrics, traces: Traces
     ):
         self.name = name
         self._metrics = metrics
         self._traces = traces
         self._spec = spec
-        self._dispatcher = dispatcher
+        self._job_queue = job_queue
         self._jobs: dict[str, _Work] = {}
         self._room = asyncio.Semaphore(1)
         self._batch_pixels = 0
@@ -111,7 +111,7 @@ class Supervisor:
                 return
             pause = RESTART_PAUSE_S[min(self._fruitless, len(RESTART_PAUSE_S) - 1)]
             self._fruitless += 1
-            log.error("engine_stopped", reason=reason, restart_in_s=pause)
+            log.error("engine.stopped", reason=reason, restart_in_s=pause)
             await asyncio.sleep(pause)
 
     def stop_accepting(self) -> None:
@@ -135,7 +135,7 @@ class Supervisor:
     async def _give_back(self, reason: str, *, is_counted: bool = True) -> None:
         """Queue again what the process had that is gone."""
         for job_id in reversed(list(self._jobs)):
-            await self._dispatcher.requeue(job_id, reason, is_counted=is_counted)
+            await self._job_queue.requeue(job_id, reason, is_counted=is_counted)
             await self._forget(job_id, reason)
         self._room = asyncio.Semaphore(1)
 
@@ -164,7 +164,7 @@ class Supervisor:
                 self._heard_at = math.inf
                 message = read_message(line)
                 if message["kind"] == "ready":
-                    log.info("engine_ready", pid=process.pid, device=message.get("device"))
+                    log.info("engine.ready", pid=process.pid, device=message.get("device"))
                     self.is_ready, self.problem = True, None
                     self._batch_pixels = message.get("batch_pixels", 0)
                     self._metrics.engine_ready.labels(self.name).set(1)
@@ -197,7 +197,7 @@ class Supervisor:
         try:
             await self._feed()
         except Exception as error:
-            log.error("task_failed", task="feed", exc_info=error)
+            log.error("task.failed", task="feed", exc_info=error)
             process.kill()
 
     async def _feed(self) -> None:
@@ -207,11 +207,11 @@ class Supervisor:
             if self._draining:
                 return
             jobs = await claim_batch(
-                self._dispatcher, self._batch_pixels, self._spec.batch_wait_s, self._holding
+                self._job_queue, self._batch_pixels, self._spec.batch_wait_s, self._holding
             )
             if self._draining:
                 for job in reversed(jobs):
-                    await self._dispatcher.requeue(job.id, "the supervisor stopped")
+                    await self._job_queue.requeue(job.id, "the supervisor stopped")
                 return
             self._metrics.batch_jobs.observe(len(jobs))
             batch = _Batch(len(jobs))
@@ -235,19 +235,19 @@ class Supervisor:
         kind, job_id = message["kind"], message.get("id")
         if kind == "failed" and job_id is None:
             self.is_ready, self.problem = False, AlphalayerError.from_dict(message["error"])
-            log.error("engine_not_ready", error=str(self.problem))
+            log.error("engine.not_ready", error=str(self.problem))
         if job_id not in self._jobs:
             return
         work = self._jobs[job_id]
         if kind == "started":
             work.trace.stage("start")
-            await self._dispatcher.mark_started(job_id)
+            await self._job_queue.mark_started(job_id)
         elif kind == "progress":
             work.progress = JobProgress.model_validate(message["progress"]).following(work.progress)
             work.trace.stage(work.progress.stage)
             if work.progress.stage in LAST_STAGES and work.progress.step == work.progress.steps:
                 self._make_room(work.batch)
-            await self._dispatcher.report_progress(job_id, work.progress)
+            await self._job_queue.report_progress(job_id, work.progress)
         elif kind == "done":
             self._metrics.engine_memory.labels(self.name).set(message.get("memory_bytes", 0))
             await self._end(job_id, JobResult.model_validate(message["result"]))
@@ -258,7 +258,7 @@ class Supervisor:
         if not isinstance(outcome, EngineFailed):
             self._fruitless = 0
         # first this, then forget it: who ends waits for what is at work
-        await self._dispatcher.complete(job_id, outcome)
+        await self._job_queue.complete(job_id, outcome)
         batch = await self._forget(
             job_id, outcome.message if isinstance(outcome, AlphalayerError) else None
         )
@@ -281,7 +281,7 @@ class Supervisor:
             self._room.release()
 
     async def _cancel_when_asked(self, job_id: str) -> None:
-        await self._dispatcher.wait_for_cancel(job_id)
+        await self._job_queue.wait_for_cancel(job_id)
         await self._send("cancel", id=job_id)
 
     async def _kill_when_hung(self, process: asyncio.subprocess.Process) -> None:
@@ -292,7 +292,7 @@ class Supervisor:
                 self._heard_at = time.monotonic()
             elif silence > self._spec.silence_limit_s:
                 log.error(
-                    "engine_hung",
+                    "engine.hung",
                     silence_s=round(silence),
                     silence_limit_s=self._spec.silence_limit_s,
                 )

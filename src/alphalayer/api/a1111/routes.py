@@ -411,7 +411,7 @@ async def interrupt(service: ServiceDep, user: User) -> dict[str, Any]:
     """Stops one's own job that runs now, with all of its iterations; those that wait stay."""
     view = await _running(service, user)
     if view:
-        await service.dispatcher.cancel(view.job.id)
+        await service.job_queue.cancel(view.job.id)
     return {}
 
 
@@ -433,7 +433,7 @@ def png_info(body: Picture) -> dict[str, Any]:
 
 async def _running(service: Service, user: str) -> JobView | None:
     """The user's job that runs longest."""
-    views = await service.dispatcher.list(owner=user, state=JobState.RUNNING)
+    views = await service.job_queue.list(owner=user, state=JobState.RUNNING)
     return min(views, key=lambda view: view.job.started_at or 0.0, default=None)
 
 

@@ -48,7 +48,7 @@ class RequestLog:
             try:
                 await self._app(scope, receive, answer)
             except Exception as error:
-                log.error("internal_error", path=scope["path"], exc_info=error)
+                log.error("request.failed", path=scope["path"], exc_info=error)
                 if not status:
                     await errors.internal_error(scope["path"])(scope, receive, answer)
             finally:
@@ -56,7 +56,7 @@ class RequestLog:
                 level = log.debug if is_watching else log.info
                 seconds = round(time.perf_counter() - start, 4)
                 level(
-                    "request",
+                    "request.completed",
                     method=scope["method"],
                     path=scope["path"],
                     status=status,

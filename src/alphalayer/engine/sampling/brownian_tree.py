@@ -84,7 +84,7 @@ class BrownianTree:
         while time not in (node.start, node.end):
             if node.left is None or node.right is None:
                 # below a node without halves none has any: what all of them need is drawn in one go
-                drawn = drawn or iter(self._draw(_splits(node, time)))
+                drawn = drawn or iter(self._render(_splits(node, time)))
                 node.left, node.right = _halves(node, next(drawn))
             left, right = node.left, node.right
             if time >= right.start:
@@ -94,7 +94,7 @@ class BrownianTree:
             aside.left = aside.right = None
         return before + node.increment if time == node.end else before
 
-    def _draw(self, nodes: Sequence[tuple[int, int]]) -> Tensor:
+    def _render(self, nodes: Sequence[tuple[int, int]]) -> Tensor:
         """Normal values for splitting nodes, told by index and depth: (nodes, seeds, *shape)."""
         seeds = [
             _generated(np.random.SeedSequence(seed, spawn_key=node, pool_size=_POOL_SIZE), 4)
@@ -177,10 +177,10 @@ class BrownianNoise:
     def __call__(self, sigma: float, sigma_next: float) -> Tensor:
         """Noise of the step from `sigma` down to `sigma_next`."""
         if self._thread is None:
-            return self._draw(sigma, sigma_next)
+            return self._render(sigma, sigma_next)
         drawn = self._drawn.pop((sigma, sigma_next), None)
         if drawn is None:
-            return self._thread.submit(self._draw, sigma, sigma_next).result()
+            return self._thread.submit(self._render, sigma, sigma_next).result()
         self._draw_ahead()
         return drawn.result()
 
@@ -188,10 +188,10 @@ class BrownianNoise:
         if self._thread is None:
             return
         for interval in islice(self._ahead, _INTERVALS_AHEAD - len(self._drawn)):
-            self._drawn[interval] = self._thread.submit(self._draw, *interval)
+            self._drawn[interval] = self._thread.submit(self._render, *interval)
 
     @torch.inference_mode()
-    def _draw(self, sigma: float, sigma_next: float) -> Tensor:
+    def _render(self, sigma: float, sigma_next: float) -> Tensor:
         if self._tree is None:
             raise ValueError("there is no noise between equal levels, nor after the block")
         return -self._tree.between(sigma_next, sigma) / float(np.sqrt(abs(sigma - sigma_next)))
