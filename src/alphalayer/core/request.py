@@ -40,6 +40,8 @@ ImageFormat = Literal["png", "webp", "avif"]
 ModeName = Literal["attention", "conv", "opaque"]
 OPAQUE: ModeName = "opaque"
 """LayerDiffuse is off."""
+InputRole = Literal["foreground", "background", "blended"]
+"""What an input image is to the images that are generated."""
 ResizeMode = Literal["Just Resize", "Crop and Resize", "Resize and Fill"]
 """How an input image is fitted to the size of the result."""
 RESIZE_MODES: tuple[ResizeMode, ...] = get_args(ResizeMode)
@@ -140,6 +142,17 @@ class Lora(Frozen, frozen=True):
     weight: Annotated[float, Field(ge=-4, le=4, description="Strength of the LoRA.")] = 1.0
 
 
+INPUT_NAME = r"^input_[0-9a-f]{64}\.png$"
+"""Storage keys of input images: the SHA-256 of the file."""
+
+
+class ImageInput(Frozen, frozen=True):
+    """An input image in the storage. Requests hold its name, never its pixels."""
+
+    role: Annotated[InputRole, Field(description="What the image is to the result.")]
+    file_name: Annotated[str, Field(pattern=INPUT_NAME, description="Storage key of the image.")]
+
+
 class ImageSeed(NamedTuple):
     """Seed and variation seed of one image."""
 
@@ -208,6 +221,12 @@ class GenerationRequest(Frozen, frozen=True):
         float,
         Field(ge=0, le=1, description="Fraction of the schedule during which the patch is on."),
     ] = 1.0
+    inputs: Annotated[
+        tuple[ImageInput, ...], Field(max_length=3, description="Input images that the mode needs.")
+    ] = ()
+    resize_mode: Annotated[
+        ResizeMode, Field(description="How input images are fitted to the size of the result.")
+    ] = "Crop and Resize"
     noise: NoiseSource = "nv"
     decode: DecodeMode = "official"
 

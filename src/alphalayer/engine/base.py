@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from alphalayer.core.job import LayerRole
-from alphalayer.core.request import GenerationRequest, ImageSeed, ResolvedRequest
+from alphalayer.core.request import GenerationRequest, ImageSeed, InputRole, ResolvedRequest
 from alphalayer.images.infotext import write_parameters
 
 # the libraries below greet every start with notices and progress bars; both can be asked for in the environment
@@ -73,6 +73,8 @@ class RenderTask:
     on_progress: Callable[[Progress], None] = lambda _: None
     is_cancelled: Callable[[], bool] = lambda: False
     previews: bool = False
+    inputs: Mapping[InputRole, RgbaImage] = field(default_factory=dict[InputRole, RgbaImage])
+    """Pixels of the request's input images by role."""
 
 
 class Engine(Protocol):
