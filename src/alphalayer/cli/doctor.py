@@ -17,9 +17,9 @@ from typing import Any, Literal
 
 from alphalayer import catalog
 from alphalayer.catalog import download
-from alphalayer.catalog.layer_files import DECODER_FILES, PATCH_FILES
 from alphalayer.config import Settings
 from alphalayer.core.errors import CorruptFile, SetupFailed, StorageFailed
+from alphalayer.core.modes import DECODER_FILES, MODES
 from alphalayer.core.optional_dependencies import install_hint, is_installed
 from alphalayer.storage.objects import open_storage
 
@@ -152,7 +152,7 @@ def _layer_files(settings: Settings) -> Iterator[Finding]:
             except CorruptFile as error:
                 yield Finding("error", error.message, error.hint)
     kinds = (
-        ("patch", "patch", PATCH_FILES["attention"]),
+        ("patch", "patch", MODES["attention"].files),
         ("decoder", "transparent decoder", DECODER_FILES),
     )
     for key, what, names in kinds:

@@ -10,8 +10,8 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from alphalayer.core.job import LayerRole
-from alphalayer.core.request import GenerationRequest, ImageSeed, InputRole, ResolvedRequest
+from alphalayer.core.modes import InputRole, LayerRole
+from alphalayer.core.request import GenerationRequest, ImageSeed, ResolvedRequest
 from alphalayer.images.infotext import write_parameters
 
 # the libraries below greet every start with notices and progress bars; both can be asked for in the environment

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from alphalayer.engine.families.sdxl import LoadedModel
+from alphalayer.engine.families.base import DiffusionModel
 from alphalayer.engine.memory import MemoryMode
 from alphalayer.engine.text.encoders import Conditioning, PromptPlan
 
@@ -55,7 +55,7 @@ class Denoiser:
     repeated), else evaluated apart.
     """
 
-    model: LoadedModel
+    model: DiffusionModel
     guidances: Sequence[Guidance]
     width: int
     height: int
@@ -81,63 +81,38 @@ class Denoiser:
             ]
         )
 
-    def _predict(self, asked: Sequence[_Rows], sigma: float) -> list[Tensor]:
-        """x0 of each, in order."""
+    def _predict(self, rows: Sequence[_Rows], sigma: float) -> list[Tensor]:
+        """Predict the clean latents of each entry, in order."""
         predicted: list[Tensor] = []
-        for group in _groups(asked):
-            noisy = torch.cat([each.images for each in group])
+        for group in _groups(rows):
+            noisy = torch.cat([entry.images for entry in group])
             output = self._evaluate(noisy, sigma, group)
-            clean = _clean(noisy, output, sigma, self.model.prediction_type)
-            predicted += clean.split([len(each.images) for each in group])
+            clean = self.model.process.to_denoised(noisy, output, sigma)
+            predicted += clean.split([len(entry.images) for entry in group])
         return predicted
 
     def _evaluate(self, noisy: Tensor, sigma: float, group: Sequence[_Rows]) -> Tensor:
-        """The UNet's raw output, float32 (rows, C, h, w)."""
-        dtype, device = next(self.model.unet.parameters()).dtype, noisy.device
-        scaled = (noisy / math.sqrt(sigma**2 + 1)).to(dtype)
+        """Return the raw output of the denoiser, float32 (rows, C, h, w)."""
+        dtype = next(self.model.modules["denoiser"].parameters()).dtype
+        scaled = self.model.process.scale_input(noisy, sigma).to(dtype)
         context, pooled = (
             torch.cat(
                 [
-                    getattr(each.conditioning, name).expand(len(each.images), *shape)
-                    for each in group
+                    getattr(entry.conditioning, name).expand(len(entry.images), *shape)
+                    for entry in group
                 ]
-            ).to(device, dtype)
+            ).to(noisy.device, dtype)
             for name, shape in (("context", (-1, -1)), ("pooled", (-1,)))
         )
         at_once = self.mode.rows_at_once(self.width, self.height)
-        outputs = [
-            self._unet(*rows, sigma)
-            for rows in zip(
-                scaled.split(at_once), context.split(at_once), pooled.split(at_once), strict=True
-            )
-        ]
+        outputs: list[Tensor] = []
+        for x, *text in zip(
+            scaled.split(at_once), context.split(at_once), pooled.split(at_once), strict=True
+        ):
+            self.check()
+            conditioning = Conditioning(*text)
+            outputs.append(self.model.denoise(x, sigma, conditioning, self.width, self.height))
         return torch.cat(outputs)
-
-    def _unet(self, scaled: Tensor, context: Tensor, pooled: Tensor, sigma: float) -> Tensor:
-        """One call of the UNet on a few rows, float32 (rows, C, h, w)."""
-        self.check()
-        size = [self.height, self.width, 0, 0, self.height, self.width]
-        return self.model.unet(
-            scaled,
-            torch.full(
-                (len(scaled),), self.model.sigma_table.timestep(sigma), device=scaled.device
-            ),
-            encoder_hidden_states=context,
-            added_cond_kwargs={
-                "text_embeds": pooled,
-                "time_ids": torch.tensor(
-                    [size] * len(scaled), dtype=torch.float32, device=scaled.device
-                ),
-            },
-            return_dict=False,
-        )[0].float()
-
-
-def _clean(x: Tensor, output: Tensor, sigma: float, prediction_type: str) -> Tensor:
-    """x0 from the UNet's output, float32 (epsilon: x - s*out; v: x/(s²+1) - out*s/sqrt(s²+1))."""
-    if prediction_type == "v":
-        return x / (sigma**2 + 1) - output * (sigma / math.sqrt(sigma**2 + 1))
-    return x - output * sigma
 
 
 @dataclass(frozen=True)

@@ -216,8 +216,8 @@ def to_uint8(decoded: Tensor) -> RgbaImage:
     return scaled[[1, 2, 3, 0]].permute(1, 2, 0).contiguous().cpu().numpy()
 
 
-def opaque(rgb: Tensor) -> RgbaImage:
-    """VAE picture (1, 3, H, W) in [-1, 1] → RGBA without transparency; 8 bit by truncation."""
+def to_opaque(rgb: Tensor) -> RgbaImage:
+    """Convert RGB (1, 3, H, W) in [-1, 1] to opaque RGBA (H, W, 4), 8 bit by truncation."""
     picture = (
         ((rgb[0].float() + 1) / 2)
         .clamp(0, 1)
