@@ -52,6 +52,53 @@ MODES = {
             ),
             download="layerdiffuse-conv",
         ),
+        Mode(
+            name="fg2ble",
+            label="(SDXL) From Foreground to Blending",
+            files=(
+                "layer_xl_fg2ble.safetensors",
+                "diffuser_layer_xl_fg2ble.safetensors",
+            ),
+            download="layerdiffuse-fg2ble",
+            needs=("foreground",),
+            result="blended",
+            has_alpha=False,
+        ),
+        Mode(
+            name="fgble2bg",
+            label="(SDXL) From Foreground and Blending to Background",
+            files=(
+                "layer_xl_fgble2bg.safetensors",
+                "diffuser_layer_xl_fgble2bg.safetensors",
+            ),
+            download="layerdiffuse-fgble2bg",
+            needs=("foreground", "blended"),
+            result="background",
+            has_alpha=False,
+        ),
+        Mode(
+            name="bg2ble",
+            label="(SDXL) From Background to Blending",
+            files=(
+                "layer_xl_bg2ble.safetensors",
+                "diffuser_layer_xl_bg2ble.safetensors",
+            ),
+            download="layerdiffuse-bg2ble",
+            needs=("background",),
+            result="blended",
+            has_alpha=False,
+        ),
+        Mode(
+            name="bgble2fg",
+            label="(SDXL) From Background and Blending to Foreground",
+            files=(
+                "layer_xl_bgble2fg.safetensors",
+                "diffuser_layer_xl_bgble2fg.safetensors",
+            ),
+            download="layerdiffuse-bgble2fg",
+            needs=("background", "blended"),
+            result="foreground",
+        ),
         Mode(name="opaque", label="", has_alpha=False),
     )
 }

@@ -246,6 +246,15 @@ class GenerationRequest(Frozen, frozen=True):
         loras = [*loras, *(_parse_lora(tag[1]) for tag in _LORA.finditer(prompt))]
         return {**data, "prompt": _LORA.sub("", prompt).strip(), "loras": tuple(loras)}
 
+    @model_validator(mode="after")
+    def _check_inputs(self) -> GenerationRequest:
+        needed = MODES[self.mode].needs
+        roles = sorted(image.role for image in self.inputs)
+        if roles != sorted(needed):
+            accepted = f"one image each of: {', '.join(needed)}" if needed else "no input images"
+            raise ValueError(f'mode "{self.mode}" takes {accepted}')
+        return self
+
     @property
     def uses_layerdiffuse(self) -> bool:
         """Return whether LayerDiffuse is on."""

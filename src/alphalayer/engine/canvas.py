@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 SIZE_MULTIPLE = 64
 """Images are generated at multiples of this and cropped.
@@ -28,6 +30,13 @@ class Canvas:
         """Return the smallest canvas that holds width x height."""
         full = [-(-side // SIZE_MULTIPLE) * SIZE_MULTIPLE for side in (width, height)]
         return cls(width, height, *full)
+
+    def extend(self, image: Tensor) -> Tensor:
+        """Repeat the border of an image (B, C, height, width) to the full size."""
+        left, top = (self.full_width - self.width) // 2, (self.full_height - self.height) // 2
+        right = self.full_width - self.width - left
+        bottom = self.full_height - self.height - top
+        return torch.nn.functional.pad(image, (left, right, top, bottom), mode="replicate")
 
     def crop(self, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
         """Cut the window out of an image (full_height, full_width, channels)."""

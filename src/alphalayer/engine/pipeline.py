@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any, TypeVar
@@ -207,6 +207,12 @@ class LocalEngine:
         with stopwatch.stage("text"), residency.of(*readers, keep=memory.keep_text):
             _patch_text(loras, model)
             guidances = [_guidance(request, model.text, reporter.check) for request in requests]
+        if shared.inputs:
+            with stopwatch.stage("inputs"), residency.of(model.modules["vae"]):
+                guidances = [
+                    replace(guidance, condition=mode.condition(model, request, task.inputs))
+                    for guidance, request, task in zip(guidances, requests, tasks, strict=True)
+                ]
 
         end_sigma = process.end_sigma(shared.layerdiffuse_stop_at)
         schedule = PatchSchedule(model, patches, loras, end_sigma)
@@ -290,8 +296,7 @@ class LocalEngine:
         firsts = [0, *accumulate(guidance.images for guidance in denoiser.guidances)]
 
         def denoise(x: Tensor, sigma: float, step: int) -> Tensor:
-            schedule.apply(sigma)
-            return denoiser(x, sigma, step)
+            return denoiser(x, sigma, step, conditioned=schedule.apply(sigma))
 
         def on_step(step: int, _x: Tensor, clean: Tensor) -> None:
             for task, first in zip(tasks, firsts, strict=False):
@@ -359,10 +364,11 @@ class PatchSchedule:
     """Merged below `end_sigma`."""
     end_sigma: float
 
-    def apply(self, sigma: float) -> None:
-        """Merge what belongs to a noise level; nothing is done if it is merged already."""
-        wanted = self.patches if sigma >= self.end_sigma else self.loras
-        self.model.patchers["denoiser"].ensure(wanted)
+    def apply(self, sigma: float) -> bool:
+        """Merge what belongs to a noise level. Return whether the LayerDiffuse patch is on."""
+        is_on = sigma >= self.end_sigma
+        self.model.patchers["denoiser"].ensure(self.patches if is_on else self.loras)
+        return is_on
 
 
 def create_engine(options: dict[str, Any]) -> LocalEngine:

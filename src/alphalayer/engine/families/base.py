@@ -37,6 +37,10 @@ class LatentSpec:
     """The sampler's latent is the VAE's latent, minus `shift_factor`, times this."""
     shift_factor: float = 0.0
 
+    def from_vae(self, latent: Tensor) -> Tensor:
+        """Return the sampler's latent of the VAE's latent."""
+        return (latent - self.shift_factor) * self.scaling_factor
+
     def to_vae(self, latent: Tensor) -> Tensor:
         """Return the VAE's latent of the sampler's latent."""
         return latent / self.scaling_factor + self.shift_factor
@@ -129,7 +133,13 @@ class DiffusionModel(Protocol):
         ...
 
     def denoise(
-        self, x: Tensor, sigma: float, conditioning: Conditioning, width: int, height: int
+        self,
+        x: Tensor,
+        sigma: float,
+        conditioning: Conditioning,
+        width: int,
+        height: int,
+        condition: Tensor | None = None,
     ) -> Tensor:
         """Return the raw network output for scaled latents.
 
@@ -139,9 +149,18 @@ class DiffusionModel(Protocol):
             conditioning: One row of text for each latent, on the same device.
             width: Width of the image in pixels, as the model is conditioned on it.
             height: Height of the image in pixels.
+            condition: Condition of a mode with input images, one row for each latent. It is added
+                to what the first convolution returns, (rows, width of the first level, h, w).
 
         Returns:
             Output (rows, channels, h, w), float32.
+        """
+        ...
+
+    def encode_image(self, rgb: Tensor) -> Tensor:
+        """Encode RGB (B, 3, H, W) in [-1, 1] to sampler latents (B, C, h, w), float32.
+
+        The mean of the VAE's distribution, so the result does not depend on a seed.
         """
         ...
 

@@ -113,23 +113,37 @@ class SdxlModel:
             return ""
 
     def denoise(
-        self, x: Tensor, sigma: float, conditioning: Conditioning, width: int, height: int
+        self,
+        x: Tensor,
+        sigma: float,
+        conditioning: Conditioning,
+        width: int,
+        height: int,
+        condition: Tensor | None = None,
     ) -> Tensor:
         """Return the raw output of the UNet for scaled latents, float32.
 
         SDXL is conditioned on the size of the original image, the crop and the target size.
         """
         size = [height, width, 0, 0, height, width]
-        return self.unet(
-            x,
-            torch.full((len(x),), self.process.table.timestep(sigma), device=x.device),
-            encoder_hidden_states=conditioning.context,
-            added_cond_kwargs={
-                "text_embeds": conditioning.pooled,
-                "time_ids": torch.tensor([size] * len(x), dtype=torch.float32, device=x.device),
-            },
-            return_dict=False,
-        )[0].float()
+        with _added_to(self.unet.get_submodule("conv_in"), condition):
+            return self.unet(
+                x,
+                torch.full((len(x),), self.process.table.timestep(sigma), device=x.device),
+                encoder_hidden_states=conditioning.context,
+                added_cond_kwargs={
+                    "text_embeds": conditioning.pooled,
+                    "time_ids": torch.tensor([size] * len(x), dtype=torch.float32, device=x.device),
+                },
+                return_dict=False,
+            )[0].float()
+
+    def encode_image(self, rgb: Tensor) -> Tensor:
+        """Encode RGB (B, 3, H, W) in [-1, 1] to sampler latents (B, C, h, w), float32."""
+        weight = next(self.vae.parameters())
+        encoded = self.vae.encode(rgb.to(weight.device, weight.dtype), return_dict=False)[0]
+        mean = encoded if isinstance(encoded, Tensor) else encoded.mode()
+        return self.latent.from_vae(mean.float())
 
     def decode(self, latent: Tensor) -> Tensor:
         """Decode sampler latents (B, C, h, w) to RGB (B, 3, H, W), about [-1, 1], float32."""
@@ -278,6 +292,24 @@ def _scheduler_of(path: Path, header: Header) -> dict[str, Any]:
         "prediction_type": "v_prediction" if is_v or ".VScaling" in text else "epsilon",
         "rescale_betas_zero_snr": "ztsnr" in header.shapes,
     }
+
+
+@contextmanager
+def _added_to(module: nn.Module, values: Tensor | None) -> Generator[None]:
+    """Add values to the output of a module inside the block."""
+    if values is None:
+        yield
+        return
+    added = values
+
+    def add(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
+        return output + added.to(output.device, output.dtype)
+
+    handle = module.register_forward_hook(add)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _latent_spec(vae: Any) -> LatentSpec:

@@ -5,18 +5,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from alphalayer.core.modes import MODES as MODE_DATA
-from alphalayer.core.modes import LayerRole
+from alphalayer.core.modes import InputRole, LayerRole
 from alphalayer.core.request import ResolvedRequest
 from alphalayer.engine.base import RgbaImage
+from alphalayer.engine.canvas import Canvas
 from alphalayer.engine.families.base import DiffusionModel, check_finite
 from alphalayer.engine.memory import MemoryMode
 from alphalayer.engine.progress import Stopwatch
+from alphalayer.engine.transparency.conditions import condition_image
 from alphalayer.engine.transparency.decode import (
     decode_transparent,
     decoder_inputs,
@@ -25,13 +28,16 @@ from alphalayer.engine.transparency.decode import (
 )
 from alphalayer.engine.transparency.patch import PatchFile, PatchSpec
 
+Inputs = Mapping[InputRole, RgbaImage]
+"""Pixels of the input images by role."""
+
 
 @dataclass(frozen=True)
 class Layer:
     """One layer of a result."""
 
     rgba: RgbaImage
-    role: LayerRole = "image"
+    role: LayerRole
 
 
 @dataclass(frozen=True)
@@ -60,20 +66,49 @@ def compose_transparent(decoding: Decoding, latent: Tensor) -> list[Layer]:
         )
         passes = decoding.memory.passes_at_once
         decoded = decode_transparent(model.decoder, pixel, decoder_latent, passes)
-        return [Layer(to_uint8(check_finite(decoded, "the transparent decoder")))]
+        rgba = to_uint8(check_finite(decoded, "the transparent decoder"))
+    return [Layer(rgba, MODE_DATA[request.mode].result)]
 
 
 def compose_opaque(decoding: Decoding, latent: Tensor) -> list[Layer]:
     """Decode a latent (1, C, h, w) to one opaque layer."""
-    return [Layer(to_opaque(decoding.rgb(latent)))]
+    return [Layer(to_opaque(decoding.rgb(latent)), MODE_DATA[decoding.request.mode].result)]
+
+
+def no_condition(_model: DiffusionModel, _request: ResolvedRequest, _inputs: Inputs) -> None:
+    """Return no condition: the mode has no input images."""
+
+
+def encode_condition(model: DiffusionModel, request: ResolvedRequest, inputs: Inputs) -> Tensor:
+    """Return what input images add to the output of the denoiser's first convolution.
+
+    The images are encoded and convolved with the channels by which the mode's patch widens the
+    convolution. The condition is the same at all noise levels, so it is computed once.
+
+    Returns:
+        Condition (1, width of the first level, h, w), float32.
+    """
+    info = MODE_DATA[request.mode]
+    canvas = Canvas.of(request.width, request.height)
+    images = [
+        condition_image(inputs[role], (request.width, request.height), request.resize_mode)
+        for role in info.needs
+    ]
+    latents = [model.encode_image(canvas.extend(image)) for image in images]
+    file = PatchFile.at(model.layerdiffuse.patch(info.name))
+    weight = model.patchers["denoiser"].condition_weight(file, "conv_in.weight")
+    joined = torch.cat(latents, dim=1)
+    scaled = weight.to(joined.device) * request.layerdiffuse_weight
+    return torch.nn.functional.conv2d(joined, scaled, padding=1)
 
 
 @dataclass(frozen=True)
 class Mode:
-    """One way to generate layers: the patch while sampling, and the composition afterwards."""
+    """One way to generate layers: the patch and condition of the denoiser, and the composition."""
 
     name: str
     compose: Callable[[Decoding, Tensor], list[Layer]]
+    condition: Callable[[DiffusionModel, ResolvedRequest, Inputs], Tensor | None] = no_condition
 
     @property
     def has_alpha(self) -> bool:
@@ -97,6 +132,10 @@ MODES = {
     for mode in (
         Mode("attention", compose_transparent),
         Mode("conv", compose_transparent),
+        Mode("fg2ble", compose_opaque, encode_condition),
+        Mode("fgble2bg", compose_opaque, encode_condition),
+        Mode("bg2ble", compose_opaque, encode_condition),
+        Mode("bgble2fg", compose_transparent, encode_condition),
         Mode("opaque", compose_opaque),
     )
 }
