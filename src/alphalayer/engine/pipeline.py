@@ -21,7 +21,13 @@ from torch import Tensor
 
 from alphalayer import catalog
 from alphalayer.catalog import ModelEntry
-from alphalayer.core.errors import AlphalayerError, EngineFailed, ModelNotFound, OutOfMemory
+from alphalayer.core.errors import (
+    AlphalayerError,
+    CommandHint,
+    EngineFailed,
+    ModelNotFound,
+    OutOfMemory,
+)
 from alphalayer.core.request import GenerationRequest, ResolvedRequest
 from alphalayer.engine.base import GeneratedImage, GenerationResult, Progress, RenderTask, RgbaImage
 from alphalayer.engine.canvas import SIZE_MULTIPLE, Canvas
@@ -438,6 +444,9 @@ def _finite(values: Tensor, what: str) -> Tensor:
     if not torch.isfinite(values).all():
         raise EngineFailed(
             f"{what} gave numbers that are not finite: they became too large for its number format, or its weights are damaged.",
-            hint="Start with --dtype bf16 or fp32, take off LoRAs or lower their weights, or run: alphalayer models verify",
+            hint=CommandHint(
+                "Start with --dtype bf16 or fp32, use fewer LoRAs or lower weights, or run:",
+                "models verify",
+            ),
         )
     return values

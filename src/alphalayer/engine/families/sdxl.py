@@ -27,7 +27,7 @@ from alphalayer import catalog
 from alphalayer.catalog import ModelEntry
 from alphalayer.catalog.headers import Header, read_header
 from alphalayer.catalog.layer_files import DECODER_FILES, PATCH_FILES
-from alphalayer.core.errors import CorruptFile, LayerDiffuseMissing, ModelUnusable
+from alphalayer.core.errors import CommandHint, CorruptFile, LayerDiffuseMissing, ModelUnusable
 from alphalayer.core.request import ModelDefaults
 from alphalayer.engine.families.configs import fitted_configs
 from alphalayer.engine.memory import Precision, is_out_of_memory
@@ -67,7 +67,9 @@ class LayerDiffuseFiles:
         if not path.is_file():
             raise LayerDiffuseMissing(
                 f"{path.name} is not in {path.parent}; transparency needs it.",
-                hint=f"Run: alphalayer models pull layerdiffuse{'-conv' if method == 'conv' else ''}",
+                hint=CommandHint(
+                    "Run:", f"models pull layerdiffuse{'-conv' if method == 'conv' else ''}"
+                ),
             )
         return path
 

@@ -18,7 +18,13 @@ from diffusers.models.unets.unet_2d_blocks import UNetMidBlock2D, get_down_block
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from alphalayer.core.errors import CorruptFile, InvalidRequest, LayerDiffuseMissing, ModelUnusable
+from alphalayer.core.errors import (
+    CommandHint,
+    CorruptFile,
+    InvalidRequest,
+    LayerDiffuseMissing,
+    ModelUnusable,
+)
 from alphalayer.core.request import DecodeMode
 from alphalayer.engine.base import RgbaImage
 
@@ -290,7 +296,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     """All tensors of a safetensors file, on the CPU. Raises `LayerDiffuseMissing` or `CorruptFile`."""
     if not path.is_file():
         raise LayerDiffuseMissing(
-            f"{path} is not there.", hint="Get the LayerDiffuse files: alphalayer models pull"
+            f"{path} is not there.",
+            hint=CommandHint("Get the LayerDiffuse files:", "models pull layerdiffuse"),
         )
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
@@ -298,7 +305,9 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     except (SafetensorError, OSError, ValueError) as error:
         raise CorruptFile(
             f"{path} cannot be read as safetensors ({error}).",
-            hint="It is damaged or was not downloaded to its end: get it again with alphalayer models pull",
+            hint=CommandHint(
+                "It is damaged or incomplete. Get it again:", "models pull layerdiffuse"
+            ),
         ) from error
 
 
@@ -309,7 +318,7 @@ def fit(network: nn.Module, weights: dict[str, Tensor], path: Path, what: str) -
     if wanted != found:
         raise ModelUnusable(
             f"{path.name} is not {what}: it holds {_describe(found, wanted)}.",
-            hint="Put the right file under this name: alphalayer models pull",
+            hint=CommandHint("Put the right file under this name:", "models pull layerdiffuse"),
         )
     network.load_state_dict(weights, assign=True)
     network.requires_grad_(False).eval()
