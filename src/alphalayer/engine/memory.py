@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from alphalayer.core.errors import SetupFailed
+from alphalayer.core.errors import CommandHint, SetupFailed
 
 GIB = 1024**3
 SDXL_GIB = 8.2
@@ -95,7 +95,7 @@ def choose_device(name: str) -> torch.device:
     if not available.get(device.type, False):
         raise SetupFailed(
             f'device "{name}" was asked for and torch {torch.__version__} does not see it.',
-            hint='Use --device cpu, or run "alphalayer doctor" to see what is missing.',
+            hint=CommandHint("Use --device cpu. To see what is missing, run:", "doctor"),
         )
     return device
 

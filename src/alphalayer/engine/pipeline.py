@@ -63,7 +63,7 @@ T = TypeVar("T")
 
 
 class LocalEngine:
-    """Engine on one device with one active model. Implements `alphalayer.engine.base.Engine`.
+    """Engine on one device with one active model. Implements `Engine`.
 
     Args:
         models_dir: The models folder.
@@ -154,7 +154,7 @@ class LocalEngine:
         modes: Sequence[MemoryMode],
         work: Callable[[MemoryMode], T],
     ) -> T:
-        """Return the result of `work` in the first memory mode that fits. Raises `OutOfMemory`."""
+        """Run `work` in the first memory mode that fits. Raises `OutOfMemory`."""
         for mode, smaller in zip(modes, [*modes[1:], None], strict=True):
             try:
                 return work(mode)
@@ -257,7 +257,7 @@ class LocalEngine:
     def _noise(
         self, requests: Sequence[ResolvedRequest], shape: Shape, sigmas: Tensor
     ) -> tuple[Tensor, AbstractContextManager[Noise]]:
-        """Return the starting noise (B, *shape) of all images and the sampler's noise source."""
+        """Return the starting noise (B, *shape) and the sampler's source of noise."""
         generators: list[ImageGenerator] = []
         start: list[Tensor] = []
         for request in requests:
@@ -292,7 +292,7 @@ class LocalEngine:
         sigmas: Tensor,
         noise: Noise,
     ) -> Tensor:
-        """Denoise `start` (B, C, h, w; unit variance) along `sigmas` to clean latents, float32."""
+        """Denoise unit noise `start` (B, C, h, w) along `sigmas` to clean latents."""
         firsts = [0, *accumulate(guidance.images for guidance in denoiser.guidances)]
 
         def denoise(x: Tensor, sigma: float, step: int) -> Tensor:
@@ -311,14 +311,14 @@ class LocalEngine:
         return check_finite(latents, "the denoiser")
 
     def _preview(self, model: DiffusionModel, clean: Tensor) -> NDArray[np.uint8]:
-        """Decode a predicted latent (1, C, h, w), averaged to 32 cells a side, to small RGB."""
+        """Decode a latent (1, C, h, w), averaged to 32 cells a side, to small RGB."""
         shrink = max(1, max(clean.shape[-2:]) // PREVIEW_LATENT_SIDE)
         small = torch.nn.functional.avg_pool2d(clean, shrink)
         with Residency(self.device, self.memory).of(model.modules["vae"], keep=True):
             return to_opaque(model.decode(small))[..., :3]
 
     def _lora_patches(self, request: GenerationRequest) -> tuple[PatchSpec, ...]:
-        """Return the LoRAs of a request. Raises `InvalidRequest` for one that does not exist."""
+        """Return the LoRAs of a request. Raises `InvalidRequest` for a missing one."""
         return tuple(
             (PatchFile.at(catalog.find_lora(self._models_dir, lora.name)), lora.weight)
             for lora in request.loras
@@ -365,14 +365,14 @@ class PatchSchedule:
     end_sigma: float
 
     def apply(self, sigma: float) -> bool:
-        """Merge what belongs to a noise level. Return whether the LayerDiffuse patch is on."""
+        """Merge the patches of a noise level. Return whether LayerDiffuse is on."""
         is_on = sigma >= self.end_sigma
         self.model.patchers["denoiser"].ensure(self.patches if is_on else self.loras)
         return is_on
 
 
 def create_engine(options: dict[str, Any]) -> LocalEngine:
-    """Build the engine from plain options: the keywords of `LocalEngine`, paths as text."""
+    """Build the engine from plain options: keywords of `LocalEngine`, paths as text."""
     values: dict[str, Any] = {**options, "models_dir": Path(options["models_dir"])}
     if values.get("embeddings_dir"):
         values["embeddings_dir"] = Path(values["embeddings_dir"])
@@ -392,7 +392,7 @@ def _is_encoded(
 
 
 def _patch_text(loras: tuple[PatchSpec, ...], model: DiffusionModel) -> None:
-    """Merge LoRAs into the text encoders; cached encodings are dropped if the LoRAs change."""
+    """Merge LoRAs into the text encoders. Other LoRAs clear the cached encodings."""
     patcher = model.patchers["text"]
     if loras != patcher.applied:
         model.text.forget()

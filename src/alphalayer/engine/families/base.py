@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from alphalayer import catalog
 from alphalayer.catalog import ModelEntry
-from alphalayer.core.errors import EngineFailed, LayerDiffuseMissing
+from alphalayer.core.errors import CommandHint, EngineFailed, LayerDiffuseMissing
 from alphalayer.core.modes import DECODER_FILES, MODES
 from alphalayer.core.request import ModelDefaults
 from alphalayer.engine.memory import Precision
@@ -61,7 +61,10 @@ class NoiseProcess:
         return x / math.sqrt(sigma**2 + 1)
 
     def end_sigma(self, share: float) -> float:
-        """Return the noise level below which a patch is off that is on for a share of training."""
+        """Return the noise level below which a patch is off.
+
+        `share` is the share of the training time during which it is on.
+        """
         if share <= 0:
             return math.inf
         return 0.0 if share >= 1 else self.table.sigma((1 - share) * (len(self.table) - 1))
@@ -98,7 +101,7 @@ class LayerDiffuseFiles:
         if not path.is_file():
             raise LayerDiffuseMissing(
                 f"{path.name} is not in {path.parent}; transparency needs it.",
-                hint=f"Run: alphalayer models pull {download}",
+                hint=CommandHint("Run:", f"models pull {download}"),
             )
         return path
 
@@ -197,7 +200,9 @@ def check_finite(values: Tensor, source: str) -> Tensor:
         raise EngineFailed(
             f"{source} gave numbers that are not finite: they became too large for its number "
             "format, or its weights are damaged.",
-            hint="Start with --dtype bf16 or fp32, remove LoRAs or lower their weights, or run: "
-            "alphalayer models verify",
+            hint=CommandHint(
+                "Start with --dtype bf16 or fp32, use fewer LoRAs or lower weights, or run:",
+                "models verify",
+            ),
         )
     return values

@@ -261,7 +261,7 @@ def _from_file(entry: ModelEntry, precision: Precision) -> tuple[dict[str, Any],
 
 
 def _text(encoder: Any) -> nn.Module:
-    """Round weights to float16 and compute in float32, as AUTOMATIC1111 does on every device."""
+    """Round weights to float16 and compute in float32, as AUTOMATIC1111 does."""
     return encoder.to(TEXT_STORED).float()
 
 

@@ -19,7 +19,7 @@ from alphalayer.engine.text.encoders import Conditioning, PromptPlan
 
 @dataclass(frozen=True)
 class Guidance:
-    """Conditioning of a request's images: prompt plans over the steps, and the guidance scale."""
+    """Conditioning of a request's images over the steps, and the guidance scale."""
 
     positive: PromptPlan
     negative: PromptPlan
@@ -29,7 +29,7 @@ class Guidance:
     """Condition of a mode with input images (1, C, h, w), see `DiffusionModel.denoise`."""
 
     def conditionings(self, step: int) -> list[Conditioning]:
-        """Return the conditionings of a step: the negative, if used, then the prompt's parts."""
+        """Return the conditionings of a step: the negative one first, if it is used."""
         positives = self.positive.at(step)
         if self.scale == 1.0 and len(positives) == 1 and positives[0][1] == 1.0:
             return [positives[0][0]]
@@ -156,7 +156,7 @@ def _expand(group: Sequence[_Rows], value: Callable[[_Rows], Tensor | None]) -> 
 
 
 def _is_conditioned(group: Sequence[_Rows]) -> bool:
-    """Return whether the entries have conditions. All requests of a batch have the same mode."""
+    """Return whether the entries have conditions. A batch has one mode."""
     return group[0].condition is not None
 
 

@@ -22,7 +22,7 @@ LANCZOS_TAPS = np.arange(-3, 5)
 
 
 def condition_image(rgba: RgbaImage, size: Size, resize_mode: ResizeMode) -> Tensor:
-    """Return an input image as the VAE reads it, float32 (1, 3, height, width) in [-1, 1].
+    """Return an input image for the VAE, float32 (1, 3, height, width) in [-1, 1].
 
     Args:
         rgba: Input image (H, W, 4), uint8.
@@ -76,7 +76,7 @@ def resize(image: Image, size: Size) -> Image:
 
 
 def _lanczos(old: int, new: int) -> NDArray[np.float64]:
-    """Return the matrix (new, old) of a Lanczos filter with 8 taps. The border is repeated."""
+    """Return the matrix (new, old) of a Lanczos filter with 8 taps."""
     centres = (np.arange(new) + 0.5) * (old / new) - 0.5
     first = np.floor(centres).astype(int)
     distance = (centres - first)[:, None] - LANCZOS_TAPS
@@ -85,7 +85,7 @@ def _lanczos(old: int, new: int) -> NDArray[np.float64]:
 
 
 def _area(old: int, new: int) -> NDArray[np.float64]:
-    """Return the matrix (new, old) whose rows average the pixels that each new pixel covers."""
+    """Return the matrix (new, old) that averages the pixels below each new one."""
     edges = np.arange(new + 1) * (old / new)
     pixels = np.arange(old)
     covered = np.minimum(edges[1:, None], pixels + 1) - np.maximum(edges[:-1, None], pixels)

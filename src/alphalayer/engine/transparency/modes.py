@@ -104,7 +104,7 @@ def encode_condition(model: DiffusionModel, request: ResolvedRequest, inputs: In
 
 @dataclass(frozen=True)
 class Mode:
-    """One way to generate layers: the patch and condition of the denoiser, and the composition."""
+    """Mathematics of one mode: patch, condition and composition."""
 
     name: str
     compose: Callable[[Decoding, Tensor], list[Layer]]
@@ -116,7 +116,7 @@ class Mode:
         return MODE_DATA[self.name].has_alpha
 
     def patches(self, model: DiffusionModel, request: ResolvedRequest) -> tuple[PatchSpec, ...]:
-        """Return the weight patches to merge, with their weights. Raises `LayerDiffuseMissing`."""
+        """Return the patches to merge, with weights. Raises `LayerDiffuseMissing`."""
         if not MODE_DATA[self.name].files:
             return ()
         file = PatchFile.at(model.layerdiffuse.patch(self.name))

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from alphalayer.catalog import file_stamp
-from alphalayer.core.errors import CorruptFile, LayerDiffuseMissing, ModelUnusable
+from alphalayer.core.errors import CommandHint, CorruptFile, LayerDiffuseMissing, ModelUnusable
 from alphalayer.engine.parameter_names import flat_names, ldm_to_diffusers, unflatten
 
 logger = logging.getLogger(__name__)
@@ -110,7 +110,7 @@ def read_patch(path: Path, weights: Weights) -> Patch:
     """
     if not path.is_file():
         raise LayerDiffuseMissing(
-            f"{path} is not there.", hint="Run: alphalayer models pull layerdiffuse"
+            f"{path} is not there.", hint=CommandHint("Run:", "models pull layerdiffuse")
         )
     try:
         tensors = load_file(path)
