@@ -55,6 +55,8 @@ class Delta:
     def applied(self, weight: Tensor, strength: float) -> Tensor:
         """The changed weight, float32, from a float32 weight."""
         up = self.up.to(weight.device, torch.float32)
+        if self.is_wider_than(weight):
+            up = up[:, : weight.shape[1]]
         if self.replaces:
             return up.clone()
         if self.down is not None:
@@ -64,11 +66,21 @@ class Delta:
     def fits(self, weight: Tensor) -> bool:
         """Whether the shapes agree."""
         if self.down is None:
-            return self.up.shape == weight.shape
+            return self.up.shape == weight.shape or self.is_wider_than(weight)
         return (
             self.up.shape[0] == weight.shape[0]
             and self.down[0].numel() * weight.shape[0] == weight.numel()
         )
+
+    def is_wider_than(self, weight: Tensor) -> bool:
+        """Return whether a convolution of this change has more input channels.
+
+        The channels beyond those of `weight` read a condition; see `WeightPatcher.condition_weight`.
+        """
+        if self.down is not None or self.up.ndim != 4 or weight.ndim != 4:
+            return False
+        (outputs, channels, *kernel), own = self.up.shape, weight.shape
+        return channels > own[1] and (outputs, *kernel) == (own[0], *own[2:])
 
 
 @dataclass(frozen=True)
@@ -231,6 +243,26 @@ class WeightPatcher:
         self._rounded = rounded
         self._originals: dict[str, Tensor] = {}
         self.applied: tuple[PatchSpec, ...] = ()
+
+    def condition_weight(self, file: PatchFile, parameter: str) -> Tensor:
+        """Return the weight by which a patch widens a convolution for a condition, float32.
+
+        A convolution with more inputs is the sum of the model's own and of this one.
+
+        Returns:
+            Weight (outputs, condition channels, 3, 3).
+
+        Raises:
+            ModelUnusable: The patch does not widen the convolution.
+        """
+        delta, own = self._read(file).deltas.get(parameter), self._weights[parameter]
+        if delta is None or not delta.is_wider_than(own):
+            raise ModelUnusable(
+                f"{file.path} is not a patch for input images: {parameter} has no more than "
+                f"{own.shape[1]} input channels.",
+                hint="Get the file again, or use the mode that it was made for.",
+            )
+        return delta.up[:, own.shape[1] :].float()
 
     def ensure(self, wanted: Sequence[PatchSpec]) -> None:
         """Make the weights original + `wanted` patches with their strengths, in order; nothing is done if they are."""
