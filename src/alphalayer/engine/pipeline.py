@@ -92,7 +92,9 @@ class LocalEngine:
             choose_batch_pixels(self.device, self.mode) if batch_pixels is None else batch_pixels
         )
         self._shelf = ModelCache(self._read, spare_model_bytes)
-        self.description = describe(self.device, self.precision, self.mode, asked=(device, memory))
+        self.description = describe(
+            self.device, self.precision, self.mode, requested=(device, memory)
+        )
 
     @property
     def batch_pixels(self) -> int:
