@@ -341,7 +341,7 @@ def describe_environment() -> Fields:
         "cpu_flags": sorted(each for each in flags if each.startswith(("avx", "amx"))),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        **{name: version(name) for name in ("diffusers", "transformers", "numpy", "scipy")},
+        **{name: version(name) for name in ("diffusers", "transformers", "numpy")},
     }
 
 

@@ -363,7 +363,7 @@ def test_removing_gives_back_every_bit(tmp_path: Path, dtype: torch.dtype):
 class _Fails(Delta):
     """A change for which there is no memory."""
 
-    def applied(self, weight: torch.Tensor, strength: float) -> torch.Tensor:
+    def apply(self, weight: torch.Tensor, strength: float) -> torch.Tensor:
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
 

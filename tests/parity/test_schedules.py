@@ -1,4 +1,7 @@
-"""Noise levels: the training table and the six schedules against published numbers, diffusers' schedulers and scipy; stop-at levels."""
+"""Noise levels: the training table, the six schedules and the stop-at levels.
+
+The references are published numbers, the schedulers of diffusers, and scipy.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ import pytest
 import torch
 from diffusers import EulerDiscreteScheduler
 from diffusers.schedulers.scheduling_ddim import rescale_zero_terminal_snr
-from scipy import integrate, special
+from scipy import integrate, special, stats
 
 from alphalayer.core.request import SCHEDULERS
 from alphalayer.engine.sampling.schedules import SigmaTable, sigmas_for
@@ -155,18 +158,28 @@ def test_simple_takes_every_nth_level_from_the_top(steps: int):
     assert sigmas_for("Simple", steps, TABLE)[:-1].tolist() == expected
 
 
+@pytest.mark.parametrize("table", [TABLE, SigmaTable.from_betas(zero_snr=True)])
+def test_beta_levels_equal_scipys_quantiles(table: SigmaTable):
+    """Every float32 level is equal, for all step counts that a request may have, and more."""
+    for steps in range(1, 301):
+        quantiles = stats.beta.ppf(1 - np.linspace(0, 1, steps), 0.6, 0.6)
+        expected = table.sigma_min + quantiles * (table.sigma_max - table.sigma_min)
+        levels = sigmas_for("Beta", steps, table)[:-1]
+        assert torch.equal(levels, torch.from_numpy(expected).float()), steps
+
+
 def test_beta_levels_are_quantiles_of_the_density():
-    """Without scipy.stats: the integral of the Beta(0.6, 0.6) density up to a level's place is that level's probability."""
-    places = (sigmas_for("Beta", 9, TABLE)[1:-2].double().numpy() - TABLE.sigma_min) / (
+    """The integral of the Beta(0.6, 0.6) density up to a quantile is its probability."""
+    quantiles = (sigmas_for("Beta", 9, TABLE)[1:-2].double().numpy() - TABLE.sigma_min) / (
         TABLE.sigma_max - TABLE.sigma_min
     )
 
     def density(x):
         return (x * (1 - x)) ** -0.4 / special.beta(0.6, 0.6)
 
-    reached = [integrate.quad(density, 0, place)[0] for place in places]
+    probabilities = [integrate.quad(density, 0, quantile)[0] for quantile in quantiles]
     # quadrature of a density that is infinite at 0
-    np.testing.assert_allclose(reached, 1 - np.linspace(0, 1, 9)[1:-1], atol=1e-5)
+    np.testing.assert_allclose(probabilities, 1 - np.linspace(0, 1, 9)[1:-1], atol=1e-5)
 
 
 # --- zero terminal signal-to-noise ratio

@@ -24,10 +24,10 @@ from alphalayer.engine.transparency.decode import TransparentDecoder
 def test_the_device_is_described_with_what_was_chosen_for_the_user():
     cpu = torch.device("cpu")
     precision = choose_precision(cpu, "auto")
-    unasked = describe(cpu, precision, MEMORY_MODES["high"], asked=("auto", "auto"))
+    unasked = describe(cpu, precision, MEMORY_MODES["high"], requested=("auto", "auto"))
     assert unasked == 'cpu (torch sees no GPU), float32, memory mode "high"'
     assert (
-        describe(cpu, precision, MEMORY_MODES["high"], asked=("cpu", "high"))
+        describe(cpu, precision, MEMORY_MODES["high"], requested=("cpu", "high"))
         == 'cpu, float32, memory mode "high"'
     )
 

@@ -99,7 +99,7 @@ class LocalEngine:
         self._batch_pixels = batch_pixels
         self._models = ModelCache(self._load, spare_model_bytes)
         self.description = describe(
-            self.device, self.precision, self.memory, asked=(device, memory)
+            self.device, self.precision, self.memory, requested=(device, memory)
         )
 
     @property

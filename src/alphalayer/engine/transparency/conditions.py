@@ -55,7 +55,7 @@ def fit(image: Image, size: Size, resize_mode: ResizeMode) -> Image:
     if resize_mode == "Crop and Resize":
         return np.ascontiguousarray(resized[top : top + size[1], left : left + size[0]])
     canvas = np.empty((size[1], size[0], 3), np.float32)
-    canvas[:] = _border_colour(image)
+    canvas[:] = border_colour(image)
     left, top = (size[0] - resized.shape[1]) // 2, (size[1] - resized.shape[0]) // 2
     canvas[top : top + resized.shape[0], left : left + resized.shape[1]] = resized
     return canvas
@@ -112,7 +112,7 @@ def _matrix(
     return matrix / matrix.sum(1, keepdims=True)
 
 
-def _border_colour(image: Image) -> NDArray[np.float32]:
+def border_colour(image: Image) -> NDArray[np.float32]:
     """Return the median of the four outermost lines by channel. Corners count twice."""
     lines = [image[0], image[-1], image[:, 0], image[:, -1]]
-    return np.median(np.concatenate(lines), axis=0)
+    return np.median(np.concatenate(lines), axis=0).astype(np.float32)
