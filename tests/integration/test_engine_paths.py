@@ -184,8 +184,8 @@ def test_a_retry_begins_with_an_empty_device(engine: LocalEngine, monkeypatch: p
     _render(engine, steps=1)
     engine.model.text.forget()
     unet, moves = engine.model.unet, []
-    for name in ("unet", "text_encoder"):
-        module = getattr(engine.model, name)
+    for name in ("denoiser", "text"):
+        module = engine.model.modules[name]
         move = module.to
         monkeypatch.setattr(
             module, "to", lambda to, name=name, move=move: (moves.append((name, str(to))), move(to))
@@ -195,7 +195,7 @@ def test_a_retry_begins_with_an_empty_device(engine: LocalEngine, monkeypatch: p
         _render(engine)
     finally:
         handle.remove()
-    once = [("text_encoder", "cpu"), ("unet", "cpu")]
+    once = [("text", "cpu"), ("denoiser", "cpu")]
     # what was read is not read again
     assert moves == [*once, *once[::-1], once[1]], "to the device, off it, and to it again"
 
@@ -215,7 +215,7 @@ def test_running_out_of_memory_in_every_mode_says_what_was_needed(
     assert "larger modes were tried, too" in error.value.message
     assert (
         error.value.hint
-        == "Ask for a smaller picture or batch, or close other programs on the GPU."
+        == "Request a smaller image or batch, or close other programs on the GPU."
     )
     # and the engine works on
     assert np.array_equal(_render(engine), base)
@@ -487,9 +487,9 @@ def test_a_model_that_is_put_aside_keeps_its_weights_alone(models: Path, base: n
     with_words = _render(engine, loras=(Lora(name="words"),))
     aside = engine.model
     _render(engine, model="single")
-    assert "patchers" not in vars(aside.model)
+    assert aside.patchers["denoiser"].applied == aside.patchers["text"].applied == ()
     for name, weight in tiny_models.unet().named_parameters():
-        assert torch.equal(aside.model.unet.get_parameter(name), weight), name
+        assert torch.equal(aside.unet.get_parameter(name), weight), name
     assert np.array_equal(_render(engine), base)
     assert engine.model is aside
     assert np.array_equal(_render(engine, loras=(Lora(name="words"),)), with_words)
@@ -500,7 +500,7 @@ def test_a_model_that_is_put_aside_keeps_its_weights_alone(models: Path, base: n
 
 @pytest.mark.parametrize(
     ("part", "named"),
-    [("unet", "the UNet"), ("vae.decoder", "the VAE"), ("decoder", "the transparent decoder")],
+    [("unet", "the denoiser"), ("vae.decoder", "the VAE"), ("decoder", "the transparent decoder")],
 )
 def test_numbers_that_overflowed_are_an_error_and_no_black_picture(
     engine: LocalEngine, base: np.ndarray, part: str, named: str
@@ -687,7 +687,7 @@ def test_a_gpu_that_is_broken_lets_no_engine_start(models: Path, monkeypatch: py
         raise RuntimeError("CUDA error: unspecified launch failure")
 
     engine = LocalEngine(models, device="cpu")
-    monkeypatch.setattr(engine, "draw", broken)
+    monkeypatch.setattr(engine, "render", broken)
     with pytest.raises(RuntimeError, match="launch failure"):
         engine.warm_up()
 
