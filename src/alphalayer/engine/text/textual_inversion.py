@@ -75,7 +75,7 @@ def read_embeddings(folder: Path) -> dict[str, TextualInversion]:
         if (
             len(vectors) == 2
             and len(vectors[0]) == len(vectors[1])
-            and all(each.ndim == 2 for each in vectors)
+            and all(matrix.ndim == 2 for matrix in vectors)
         ):
             embeddings[path.stem] = TextualInversion(path.stem, *vectors)
         else:
