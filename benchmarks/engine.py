@@ -26,6 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from alphalayer.core.request import GenerationRequest
 from alphalayer.engine.canvas import Canvas
 from alphalayer.engine.pipeline import LocalEngine
+from alphalayer.engine.text.encoders import Conditioning
 from alphalayer.images import codecs
 
 WARM_RUNS = 3
@@ -47,36 +48,30 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
 
 def unet_call(engine: LocalEngine, width: int, height: int, rows: int) -> Callable[[], Any]:
     """One UNet call with so many rows."""
-    model, device = engine.held.model, engine.device
-    unet = model.unet.to(device)
-    dtype, cell = next(unet.parameters()).dtype, model.scale_factor
-    latent = torch.randn(
-        rows, model.latent_channels, height // cell, width // cell, device=device, dtype=dtype
-    )
-    context = torch.randn(rows, 77, unet.config["cross_attention_dim"], device=device, dtype=dtype)
+    model, device = engine.model, engine.device
+    unet: Any = model.modules["denoiser"].to(device)
+    dtype, cell = next(unet.parameters()).dtype, model.latent.cell
+    like: dict[str, Any] = {"device": device, "dtype": dtype}
+    latent = torch.randn(rows, model.latent.channels, height // cell, width // cell, **like)
+    context = torch.randn(rows, 77, unet.config["cross_attention_dim"], **like)
     pooled_width = (
         unet.config["projection_class_embeddings_input_dim"]
         - 6 * unet.config["addition_time_embed_dim"]
     )
-    pooled = torch.randn(rows, pooled_width, device=device, dtype=dtype)
-    sizes = torch.tensor(
-        [[height, width, 0, 0, height, width]] * rows, device=device, dtype=torch.float32
-    )
-    added = {"text_embeds": pooled, "time_ids": sizes}
-    step = torch.full((rows,), 500.0, device=device)
-    return lambda: unet(latent, step, encoder_hidden_states=context, added_cond_kwargs=added)
+    conditioning = Conditioning(context, torch.randn(rows, pooled_width, **like))
+    return lambda: model.denoise(latent, 1.0, conditioning, width, height)
 
 
 def decode_calls(engine: LocalEngine, width: int, height: int) -> dict[str, Callable[[], Any]]:
     """The VAE and one pass of the transparent decoder for one picture."""
-    model, device, cell = engine.held.model, engine.device, engine.held.model.scale_factor
-    model.vae.to(device)
+    model, device, cell = engine.model, engine.device, engine.model.latent.cell
+    model.modules["vae"].to(device)
     decoder = model.decoder.to(device)
     dtype = next(decoder.parameters()).dtype
-    latent = torch.randn(1, model.latent_channels, height // cell, width // cell, device=device)
+    latent = torch.randn(1, model.latent.channels, height // cell, width // cell, device=device)
     pixel = torch.rand(1, 3, height, width, device=device, dtype=dtype)
     return {
-        "vae": lambda: model.decode_latent(latent),
+        "vae": lambda: model.decode(latent),
         "decoder_pass": lambda: decoder(pixel, latent.to(dtype)),
     }
 
@@ -189,11 +184,11 @@ def main() -> None:
     first = engine.generate(request)
     cold_s, drawn = time.perf_counter() - start, first.request
     if options.compile:
-        engine.held.model.unet.compile()
+        engine.model.modules["denoiser"].compile()
         engine.generate(request)
     limit = matmul_rate(engine.device, engine.precision.unet)
     canvas = Canvas.of(drawn.width or 0, drawn.height or 0)
-    wide, high = canvas.drawn_width, canvas.drawn_height
+    wide, high = canvas.full_width, canvas.full_height
     report: dict[str, Any] = {
         "machine": torch.cuda.get_device_name()
         if engine.device.type == "cuda"
@@ -202,7 +197,7 @@ def main() -> None:
         "torch": torch.__version__,
         "dtype": str(engine.precision.unet).removeprefix("torch."),
         "compiled": options.compile,
-        "memory_mode": engine.mode.name,
+        "memory_mode": engine.memory.name,
         "model": first.model_name,
         "size": [drawn.width, drawn.height],
         "steps": drawn.steps,

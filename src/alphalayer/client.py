@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 
 import httpx
 
-from alphalayer.core.errors import AlphalayerError, Cancelled, FileMissing
+from alphalayer.core.errors import AlphalayerError, Cancelled, CommandHint, FileMissing
 
 BASE_URL = "http://localhost:7861"
 TIMEOUT_S = 60.0
@@ -40,7 +40,7 @@ GONE = (403, 404)
 NOT_OURS = (ValueError, KeyError, TypeError, AttributeError)
 """What reading an answer raises that is not the service's."""
 T = TypeVar("T")
-_WHERE = "Check the address, and that the service runs: alphalayer serve"
+_WHERE = CommandHint("Check the address, and that the service runs:", "serve")
 
 
 class ServiceUnreachable(AlphalayerError):

@@ -104,21 +104,21 @@ def test_each_is_told_its_own_progress_and_one_that_leaves_does_not_stop_the_oth
 
 def test_a_model_that_was_put_aside_comes_back_without_the_disk(engine: LocalEngine):
     before = engine.generate(REQUESTS[0].model_copy(update={"model": "one"})).images[0].rgba
-    first = engine.held
+    first = engine.model
     engine.generate(REQUESTS[0].model_copy(update={"model": "two"}))
-    assert engine.held is not first
+    assert engine.model is not first
     after = engine.generate(REQUESTS[0].model_copy(update={"model": "one"})).images[0].rgba
-    assert engine.held is first
+    assert engine.model is first
     assert (before == after).all()
 
 
 def test_without_spare_memory_one_model_is_held(engine: LocalEngine):
     alone = LocalEngine(engine._models_dir, device="cpu")
     alone.generate(REQUESTS[0].model_copy(update={"model": "one"}))
-    first = alone.held
+    first = alone.model
     alone.generate(REQUESTS[0].model_copy(update={"model": "two"}))
     alone.generate(REQUESTS[0].model_copy(update={"model": "one"}))
-    assert alone.held is not first
+    assert alone.model is not first
 
 
 def _spec(prompt: str, **fields: object) -> JobSpec:

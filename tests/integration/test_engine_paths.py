@@ -33,8 +33,9 @@ from alphalayer.core.errors import (
 )
 from alphalayer.core.request import SAMPLERS, SCHEDULERS, GenerationRequest, Lora
 from alphalayer.engine.base import GenerationResult, Progress
+from alphalayer.engine.families.base import NoiseProcess
 from alphalayer.engine.pipeline import LocalEngine, create_engine
-from alphalayer.engine.sampling.guidance import _clean
+from alphalayer.engine.sampling.schedules import SigmaTable
 from alphalayer.images.infotext import read_parameters, write_parameters
 
 REQUEST = GenerationRequest(
@@ -152,8 +153,8 @@ def test_running_out_of_memory_is_retried_in_the_next_smaller_mode(
     caplog: pytest.LogCaptureFixture,
 ):
     _render(engine, steps=1)
-    engine.held.encoders.forget()
-    module = getattr(engine.held.model, stage)
+    engine.model.text.forget()
+    module = getattr(engine.model, stage)
     hooked = module.decoder if stage == "vae" else module
     fails = _Fails(1, error)
     handle = hooked.register_forward_pre_hook(fails)
@@ -174,17 +175,17 @@ def test_running_out_of_memory_is_retried_in_the_next_smaller_mode(
     # smaller batches round differently, and truncation makes 1/255 of it
     assert _difference(result.images[0].rgba.astype(int), base) <= 1
     # the next request is tried in the usual mode again
-    assert engine.mode.name == "high"
+    assert engine.memory.name == "high"
     assert np.array_equal(_render(engine), base)
 
 
 def test_a_retry_begins_with_an_empty_device(engine: LocalEngine, monkeypatch: pytest.MonkeyPatch):
     """The UNet, which larger modes keep there, must not be in the way of the text encoders."""
     _render(engine, steps=1)
-    engine.held.encoders.forget()
-    unet, moves = engine.held.model.unet, []
-    for name in ("unet", "text_encoder"):
-        module = getattr(engine.held.model, name)
+    engine.model.text.forget()
+    unet, moves = engine.model.unet, []
+    for name in ("denoiser", "text"):
+        module = engine.model.modules[name]
         move = module.to
         monkeypatch.setattr(
             module, "to", lambda to, name=name, move=move: (moves.append((name, str(to))), move(to))
@@ -194,7 +195,7 @@ def test_a_retry_begins_with_an_empty_device(engine: LocalEngine, monkeypatch: p
         _render(engine)
     finally:
         handle.remove()
-    once = [("text_encoder", "cpu"), ("unet", "cpu")]
+    once = [("text", "cpu"), ("denoiser", "cpu")]
     # what was read is not read again
     assert moves == [*once, *once[::-1], once[1]], "to the device, off it, and to it again"
 
@@ -203,7 +204,7 @@ def test_running_out_of_memory_in_every_mode_says_what_was_needed(
     engine: LocalEngine, base: np.ndarray
 ):
     _render(engine, steps=1)
-    handle = engine.held.model.unet.register_forward_pre_hook(_Fails(99, OUT_OF_MEMORY[0]))
+    handle = engine.model.unet.register_forward_pre_hook(_Fails(99, OUT_OF_MEMORY[0]))
     try:
         with pytest.raises(OutOfMemory) as error:
             engine.generate(REQUEST.model_copy(update={"batch_size": 2, "width": 128}))
@@ -214,7 +215,7 @@ def test_running_out_of_memory_in_every_mode_says_what_was_needed(
     assert "larger modes were tried, too" in error.value.message
     assert (
         error.value.hint
-        == "Ask for a smaller picture or batch, or close other programs on the GPU."
+        == "Request a smaller image or batch, or close other programs on the GPU."
     )
     # and the engine works on
     assert np.array_equal(_render(engine), base)
@@ -224,7 +225,7 @@ def test_the_smallest_mode_is_tried_once_and_is_not_recommended(models: Path):
     engine = LocalEngine(models, device="cpu", memory="low")
     _render(engine, steps=1)
     fails = _Fails(99, OUT_OF_MEMORY[0])
-    engine.held.model.unet.register_forward_pre_hook(fails)
+    engine.model.unet.register_forward_pre_hook(fails)
     with pytest.raises(OutOfMemory) as error:
         _render(engine)
     assert fails.calls == 1
@@ -250,7 +251,7 @@ def test_memory_that_ends_while_a_model_is_read_is_told_as_such(
 def test_other_errors_are_not_taken_for_memory(engine: LocalEngine):
     _render(engine, steps=1)
     fails = _Fails(1, RuntimeError("a shape is wrong"))
-    handle = engine.held.model.unet.register_forward_pre_hook(fails)
+    handle = engine.model.unet.register_forward_pre_hook(fails)
     try:
         with pytest.raises(RuntimeError, match="a shape is wrong"):
             _render(engine)
@@ -306,7 +307,7 @@ def test_cancelling_is_seen_between_two_calls_of_the_unet(models: Path):
     engine = LocalEngine(models, device="cpu", memory="low")
     _render(engine, steps=1)
     calls: list[int] = []
-    engine.held.model.unet.register_forward_pre_hook(lambda *_: calls.append(1))
+    engine.model.unet.register_forward_pre_hook(lambda *_: calls.append(1))
     with pytest.raises(Cancelled):
         engine.generate(REQUEST, is_cancelled=lambda: bool(calls))
     assert len(calls) == 1
@@ -317,7 +318,7 @@ def test_cancelling_before_the_start_loads_nothing(models: Path):
     with pytest.raises(Cancelled):
         engine.generate(REQUEST, is_cancelled=lambda: True)
     with pytest.raises(ModelNotFound):
-        _ = engine.held
+        _ = engine.model
 
 
 # --- LoRAs and the patch
@@ -390,7 +391,7 @@ def test_stop_at_moves_from_the_base_model_to_the_patched_one(engine: LocalEngin
 def test_stop_at_patches_the_steps_that_the_published_levels_say(engine: LocalEngine):
     """Six of twenty Karras steps at 0.25: the weights are looked at while the UNet runs."""
     _render(engine)
-    unet = engine.held.model.unet
+    unet = engine.model.unet
     name = next(iter(tiny_models.lora_pairs()))
     original = tiny_models.unet().get_parameter(name)
     patched: list[bool] = []
@@ -461,11 +462,11 @@ def test_a_file_that_is_written_anew_is_read_anew(tmp_path: Path, change: Callab
     (tmp_path / "embeddings").mkdir()
     engine = LocalEngine(tmp_path, device="cpu", embeddings_dir=tmp_path / "embeddings")
     before = _render(engine, loras=(Lora(name="kohya", weight=0.5),))
-    held = engine.held
+    held = engine.model
     assert np.array_equal(before, _render(engine, loras=(Lora(name="kohya", weight=0.5),)))
     change(tmp_path)
     assert not np.array_equal(before, _render(engine, loras=(Lora(name="kohya", weight=0.5),)))
-    assert (engine.held is held) is (change in (_rewrite_lora, _add_embedding)), (
+    assert (engine.model is held) is (change in (_rewrite_lora, _add_embedding)), (
         "the model is not read for it"
     )
 
@@ -484,13 +485,13 @@ def test_a_model_that_is_put_aside_keeps_its_weights_alone(models: Path, base: n
     """What was merged into them, what was read for it and what was encoded is not in `spare_model_gb`."""
     engine = LocalEngine(models, device="cpu", spare_model_bytes=2**30)
     with_words = _render(engine, loras=(Lora(name="words"),))
-    aside = engine.held
+    aside = engine.model
     _render(engine, model="single")
-    assert "patchers" not in vars(aside.model)
+    assert aside.patchers["denoiser"].applied == aside.patchers["text"].applied == ()
     for name, weight in tiny_models.unet().named_parameters():
-        assert torch.equal(aside.model.unet.get_parameter(name), weight), name
+        assert torch.equal(aside.unet.get_parameter(name), weight), name
     assert np.array_equal(_render(engine), base)
-    assert engine.held is aside
+    assert engine.model is aside
     assert np.array_equal(_render(engine, loras=(Lora(name="words"),)), with_words)
 
 
@@ -499,13 +500,13 @@ def test_a_model_that_is_put_aside_keeps_its_weights_alone(models: Path, base: n
 
 @pytest.mark.parametrize(
     ("part", "named"),
-    [("unet", "the UNet"), ("vae.decoder", "the VAE"), ("decoder", "the transparent decoder")],
+    [("unet", "the denoiser"), ("vae.decoder", "the VAE"), ("decoder", "the transparent decoder")],
 )
 def test_numbers_that_overflowed_are_an_error_and_no_black_picture(
     engine: LocalEngine, base: np.ndarray, part: str, named: str
 ):
     _render(engine)
-    module = getattr(engine.held.model, part.partition(".")[0])
+    module = getattr(engine.model, part.partition(".")[0])
     module = module.decoder if part == "vae.decoder" else module
     handle = module.register_forward_hook(
         lambda _module, _inputs, output: (
@@ -530,7 +531,7 @@ def test_a_hash_that_cannot_be_had_costs_no_picture(
     _render(engine)
     failed: Future[str] = Future()
     failed.set_exception(CorruptFile("folder cannot be read: Input/output error."))
-    monkeypatch.setattr(engine.held.model, "hashing", failed)
+    monkeypatch.setattr(engine.model, "hashing", failed)
     result = engine.generate(REQUEST)
     assert np.array_equal(result.images[0].rgba, base)
     assert result.model_hash == ""
@@ -544,7 +545,7 @@ def test_a_hash_that_cannot_be_had_costs_no_picture(
 def test_scale_1_skips_the_negative_row(engine: LocalEngine):
     _render(engine)
     rows: list[int] = []
-    handle = engine.held.model.unet.register_forward_pre_hook(
+    handle = engine.model.unet.register_forward_pre_hook(
         lambda _, inputs: rows.append(len(inputs[0]))
     )
     ignored = _render(engine, cfg_scale=1.0, negative_prompt="something else entirely")
@@ -569,7 +570,7 @@ def test_prompts_of_unlike_length_are_tiled_or_evaluated_apart(engine: LocalEngi
         prompt = " BREAK ".join(["a red apple"] * chunks)
         _render(engine)
         rows: list[int] = []
-        handle = engine.held.model.unet.register_forward_pre_hook(
+        handle = engine.model.unet.register_forward_pre_hook(
             lambda _, inputs, rows=rows: rows.append(len(inputs[0]))
         )
         picture = _render(engine, prompt=prompt, negative_prompt="bad")
@@ -594,13 +595,15 @@ def test_both_predictions_mean_the_same_clean_latent():
     """eps and v of one noisy latent, from their definitions in the variance-preserving frame."""
     generator = torch.Generator().manual_seed(0)
     clean, noise = torch.randn(2, 1, 4, 2, 2, generator=generator)
+    table = SigmaTable.from_betas()
     for sigma in (0.03, 1.0, 14.6):
         alpha, spread = 1 / math.sqrt(1 + sigma**2), sigma / math.sqrt(1 + sigma**2)
         noisy = clean + sigma * noise
         velocity = alpha * noise - spread * clean
-        # cancels terms of the size of sigma
-        torch.testing.assert_close(_clean(noisy, noise, sigma, "epsilon"), clean, rtol=0, atol=1e-5)
-        torch.testing.assert_close(_clean(noisy, velocity, sigma, "v"), clean, rtol=0, atol=1e-5)
+        for prediction, output in (("epsilon", noise), ("v", velocity)):
+            denoised = NoiseProcess(table, prediction).to_denoised(noisy, output, sigma)
+            # cancels terms of the size of sigma
+            torch.testing.assert_close(denoised, clean, rtol=0, atol=1e-5)
 
 
 def _marked(
@@ -642,8 +645,8 @@ def test_prediction_types_of_single_files_are_detected_and_drawn(
 ):
     engine = _marked(models, tmp_path, {name: torch.zeros(1) for name in markers}, yaml)
     picture = _render(engine, model="single", sampler="Euler", scheduler="Normal")
-    assert engine.held.model.prediction_type == prediction
-    assert engine.held.model.sigma_table.sigma_max == pytest.approx(highest, rel=1e-5)
+    assert engine.model.process.prediction == prediction
+    assert engine.model.process.table.sigma_max == pytest.approx(highest, rel=1e-5)
     assert picture.std() > 1
 
 
@@ -657,8 +660,8 @@ def test_the_prediction_type_of_a_folder_is_its_schedulers(models: Path, tmp_pat
     (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(config))
     engine = LocalEngine(tmp_path, device="cpu")
     _render(engine)
-    assert engine.held.model.prediction_type == "v"
-    assert engine.held.model.sigma_table.sigma_max > 4000
+    assert engine.model.process.prediction == "v"
+    assert engine.model.process.table.sigma_max > 4000
 
 
 def test_a_model_that_cannot_be_loaded_is_told_to_those_who_ask_and_lets_the_engine_start(
@@ -684,7 +687,7 @@ def test_a_gpu_that_is_broken_lets_no_engine_start(models: Path, monkeypatch: py
         raise RuntimeError("CUDA error: unspecified launch failure")
 
     engine = LocalEngine(models, device="cpu")
-    monkeypatch.setattr(engine, "draw", broken)
+    monkeypatch.setattr(engine, "render", broken)
     with pytest.raises(RuntimeError, match="launch failure"):
         engine.warm_up()
 
@@ -740,7 +743,7 @@ def test_the_3m_sampler_leaves_the_lowest_level_out(engine: LocalEngine):
     """As that ecosystem does, for this sampler alone: the UNet is asked at the timesteps of those levels."""
     _render(engine)
     asked: list[int] = []
-    handle = engine.held.model.unet.register_forward_pre_hook(
+    handle = engine.model.unet.register_forward_pre_hook(
         lambda _, inputs: asked.append(int(inputs[1][0]))
     )
     _render(engine, steps=4, sampler="DPM++ 3M SDE", scheduler="Karras")

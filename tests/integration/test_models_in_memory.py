@@ -14,7 +14,7 @@ from torch import nn
 from alphalayer.catalog import ModelEntry
 from alphalayer.core.errors import OutOfMemory
 from alphalayer.core.request import GenerationRequest
-from alphalayer.engine.model_cache import LoadedPipeline, ModelCache
+from alphalayer.engine.model_cache import ModelCache
 from alphalayer.engine.pipeline import LocalEngine
 
 REQUEST = GenerationRequest(
@@ -29,25 +29,27 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(("room", "reads"), [(0, "ABABA"), (1, "AB"), (1.5, "AB"), (0.9, "ABABA")])
-def test_room_for_one_model_lets_two_take_turns(room: float, reads: str):
+@pytest.mark.parametrize(
+    ("budget", "reads"), [(0, "ABABA"), (1, "AB"), (1.5, "AB"), (0.9, "ABABA")]
+)
+def test_model_cache_keeps_models_within_its_budget(budget: float, reads: str):
     read: list[str] = []
 
-    def load(entry: ModelEntry) -> LoadedPipeline:
+    def load(entry: ModelEntry) -> Any:
         read.append(entry.name)
-        parts = {
-            name: nn.Linear(9, 9) for name in ("unet", "vae", "text_encoder", "text_encoder_2")
-        }
-        model: Any = SimpleNamespace(entry=entry, remove_patches=lambda: None, **parts)
-        encoders: Any = SimpleNamespace(forget=lambda: None)
-        return LoadedPipeline(model, encoders)
+        return SimpleNamespace(
+            entry=entry,
+            modules={"denoiser": nn.Linear(9, 9)},
+            text=SimpleNamespace(forget=lambda: None),
+            memory_bytes=lambda: 360,
+            remove_patches=lambda: None,
+            move=lambda _device: None,
+        )
 
     entries = {name: ModelEntry(name, Path(name), "single_file", "sdxl") for name in "AB"}
-    one = load(entries["A"]).size_bytes
-    read.clear()
-    shelf = ModelCache(load, int(one * room))
+    cache = ModelCache(load, int(360 * budget))
     for name in "ABABA":
-        assert shelf.get(entries[name]).model.entry.name == name
+        assert cache.get(entries[name]).entry.name == name
     assert "".join(read) == reads
 
 
@@ -56,7 +58,7 @@ def test_text_encoders_are_moved_for_texts_alone_that_were_not_read_yet(
 ):
     engine = LocalEngine(models, device="cpu", memory="balanced")
     engine.generate(REQUEST)
-    encoder, moves = engine.held.model.text_encoder, []
+    encoder, moves = engine.model.modules["text"], []
     move = encoder.to
     monkeypatch.setattr(encoder, "to", lambda to: (moves.append(to), move(to)))
     for changes, expected in (
@@ -78,7 +80,7 @@ def test_what_was_sampled_is_kept_when_decoding_runs_out_of_memory(
     """Each picture that came out is kept, too, and after the smallest mode it is over."""
     engine = LocalEngine(models, device="cpu", memory="high")
     first = engine.generate(REQUEST).images
-    model, sampled, decoded = engine.held.model, [], []
+    model, sampled, decoded = engine.model, [], []
     model.unet.register_forward_pre_hook(lambda *_: sampled.append(1))
 
     def fails(*_: object) -> None:

@@ -248,7 +248,7 @@ def make_models(folder: Path) -> tuple[Path, Path]:
 
 
 def _conv_patch() -> dict[str, torch.Tensor]:
-    """Return a low-rank patch of the convolutions of every residual block, published names."""
+    """Return a low-rank patch of the convolutions of all residual blocks."""
     generator = torch.Generator().manual_seed(61)
     tensors: dict[str, torch.Tensor] = {}
     for name, weight in tiny_models.unet().named_parameters():
@@ -341,7 +341,7 @@ def describe_environment() -> Fields:
         "cpu_flags": sorted(each for each in flags if each.startswith(("avx", "amx"))),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        **{name: version(name) for name in ("diffusers", "transformers", "numpy", "scipy")},
+        **{name: version(name) for name in ("diffusers", "transformers", "numpy")},
     }
 
 
@@ -355,7 +355,11 @@ def record(file: Path) -> int:
 
 
 def compare(file: Path) -> int:
-    """Render every case and report those that differ from a recorded file; 1 if any does."""
+    """Render every case and report those that differ from a recorded file.
+
+    Returns:
+        1 if any case differs, else 0.
+    """
     recorded = json.loads(file.read_text(encoding="utf-8"))
     cases, before = render_cases(), recorded["cases"]
     here = describe_environment()

@@ -1,9 +1,12 @@
-"""Prompt to RGBA in one straight line, independent of `alphalayer`: torch, diffusers' modules, transformers and torchsde only.
+"""Reference renderer from prompt to RGBA, independent of `alphalayer`.
 
-Draws with a diffusers folder of the SDXL class that carries `layerdiffuse/` (patch in the published `::lora::` scheme, diffusers names
-behind `unet.`, or plain `diffusion_model.` names; decoder of the published architecture). One prompt of at most 75 tokens, one image, no
-weights, `cpu` noise, DPM++ 2M SDE on a Karras schedule, float32 throughout. Written from the published formulas, for the test that
-compares the service's engine with it; slow and plain on purpose.
+It uses torch, torchsde, transformers and the modules of diffusers. It follows the published
+formulas step by step, so that a test can compare the engine with it.
+
+- Model: a diffusers folder of the SDXL class with `layerdiffuse/`. The patch is a LoRA with PEFT
+  names, the decoder has the published architecture.
+- Prompt: one prompt of at most 75 tokens without weights, for one image.
+- Sampling: `cpu` noise, DPM++ 2M SDE, Karras schedule, float32.
 """
 
 from __future__ import annotations
@@ -34,7 +37,7 @@ def render(
     height: int,
     decode: str,
 ) -> np.ndarray:
-    """Return the picture, uint8 (height, width, 4), straight alpha."""
+    """Return the image, uint8 (height, width, 4), straight alpha."""
 
     # text: both encoders, last but one hidden state without the final norm; pooled from the second
     def encode(text: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -113,13 +116,13 @@ def render(
         x = x_next - noise * following * math.sqrt(-math.expm1(-2 * h))
         previous, previous_h = clean, h
 
-    # decode: VAE picture and latent through the transparent decoder, eight orientations, lower median
+    # decode: VAE image and latent through the decoder in eight orientations, lower median
     latent = x / vae.config.scaling_factor
     pixel = (vae.decode(latent).sample / 2 + 0.5).clamp(0, 1)
     if decode == "forge2":
         pixel, latent = (pixel * 255).to(torch.uint8).float() / 255, x
     weights = load_file(folder / "layerdiffuse" / layer_config["decoder"])
-    weights = {name: each.float() for name, each in weights.items()}
+    weights = {name: weight.float() for name, weight in weights.items()}
     passes = []
     for flip in (False, True):
         for turns in range(4):
@@ -152,7 +155,17 @@ def merge_patch(unet: torch.nn.Module, patch: dict[str, torch.Tensor]) -> None:
 def decoder(
     w: dict[str, torch.Tensor], config: dict, pixel: torch.Tensor, latent: torch.Tensor
 ) -> torch.Tensor:
-    """The transparent decoder as plain functions of its weights: (1, 3, H, W), (1, C, h, w) -> (1, 4, H, W)."""
+    """Run the transparent decoder as plain functions of its weights.
+
+    Args:
+        w: Weights by name, float32.
+        config: Configuration of the decoder.
+        pixel: float32 (1, 3, H, W).
+        latent: float32 (1, C, h, w).
+
+    Returns:
+        float32 (1, 4, H, W).
+    """
     groups, head_dim = config["norm_num_groups"], config["attention_head_dim"]
     blocks, attention_blocks = len(config["block_out_channels"]), config["attention_blocks"]
 

@@ -1,7 +1,7 @@
-"""Random numbers: Philox and CPU reference vectors, variation seeds, and Brownian-tree noise against torchsde.
+"""Random numbers: Philox, the CPU generator, variation seeds and Brownian-tree noise.
 
-The reference vectors were computed with the published generators (webui's Philox, torch's CPU generator, torchsde 0.2.6), not with
-this package.
+The reference vectors come from the published generators, not from this package: the Philox of
+AUTOMATIC1111, torch's CPU generator and torchsde 0.2.6.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ KARRAS = sigmas_for("Karras", 20, TABLE)
 
 # the vectors are printed with five to seven decimals
 PRINTED = {"rtol": 0, "atol": 1e-5}
-# a tree's value is a sum of about twenty float32 terms of up to 15 in size, added in another order than torchsde does
+# A value of the tree is a sum of about twenty float32 terms of size up to 15. torchsde adds them in
+# another order.
 TREE = {"rtol": 0, "atol": 2e-5}
 
 
@@ -51,7 +52,7 @@ def _randn(seed: int, *rest) -> torch.Tensor:
 # --- Philox
 
 
-def test_philox_gives_the_published_values():
+def test_philox_equals_published_values():
     expected = [
         -0.92466,
         -0.42534,
@@ -69,7 +70,7 @@ def test_philox_gives_the_published_values():
     np.testing.assert_allclose(_randn(0, (3, 4), "nv").flatten(), expected, **PRINTED)
 
 
-def test_philox_gives_the_published_values_of_a_whole_latent():
+def test_philox_latent_equals_published_values():
     generator = ImageGenerator(12345, "nv")
     first = generator.randn(LATENT)
     np.testing.assert_allclose(
@@ -84,7 +85,7 @@ def test_philox_gives_the_published_values_of_a_whole_latent():
 
 
 def _philox_4x32_10(counter: list[int], key: list[int]) -> list[int]:
-    """The paper's round function on plain integers."""
+    """Evaluate the paper's round function on plain integers."""
     c, k = list(counter), list(key)
     for _ in range(10):
         a, b = 0xD2511F53 * c[0], 0xCD9E8D57 * c[2]
@@ -93,38 +94,38 @@ def _philox_4x32_10(counter: list[int], key: list[int]) -> list[int]:
     return c
 
 
-def test_the_integer_reference_passes_random123s_own_test():
+def test_integer_reference_passes_the_test_of_random123():
     assert _philox_4x32_10([0] * 4, [0] * 2) == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
 
 
 @pytest.mark.parametrize("seed", [0, 2**31, 2**32 - 1, 2**32, 2**40 + 7, 2**63 - 1, 2**63 + 6])
-@pytest.mark.parametrize("draw", [0, 1, 5])
-def test_philox_follows_the_formula_for_large_seeds_and_later_draws(seed: int, draw: int):
+@pytest.mark.parametrize("call", [0, 1, 5])
+def test_philox_large_seeds_and_later_calls_follow_the_formula(seed: int, call: int):
     expected = []
     for element in range(20):
-        g = _philox_4x32_10([draw, 0, element, 0], [seed % 2**32, seed >> 32])
+        g = _philox_4x32_10([call, 0, element, 0], [seed % 2**32, seed >> 32])
         a, b = float(np.float32(2.3283064e-10)), float(np.float32(2.3283064e-10 * 6.2831855))
         expected.append(math.sqrt(-2 * math.log(g[0] * a + a / 2)) * math.sin(g[1] * b + b / 2))
     # float64 on both sides, rounded to float32 once
     np.testing.assert_allclose(
-        philox_normal([seed], 20, draw)[0], np.float32(expected), rtol=2e-7, atol=0
+        philox_normal([seed], 20, call)[0], np.float32(expected), rtol=2e-7, atol=0
     )
 
 
-def test_philox_of_many_seeds_is_that_of_each():
+def test_philox_many_seeds_equal_single_seeds():
     seeds = [0, 7, 2**40 + 7, 2**63 + 6]
-    for together, seed in zip(philox_normal(seeds, 50, 3), seeds, strict=True):
-        assert torch.equal(together, philox_normal([seed], 50, 3)[0])
+    for values, seed in zip(philox_normal(seeds, 50, 3), seeds, strict=True):
+        assert torch.equal(values, philox_normal([seed], 50, 3)[0])
 
 
-def test_philox_does_not_depend_on_the_shape():
+def test_philox_is_independent_of_the_shape():
     assert torch.equal(_randn(7, (2, 3, 5), "nv").flatten(), _randn(7, (30,), "nv"))
 
 
 # --- CPU and GPU sources
 
 
-def test_cpu_gives_torchs_values_which_depend_on_the_shape():
+def test_cpu_noise_equals_torch_and_depends_on_the_shape():
     # printed with four decimals
     np.testing.assert_allclose(
         _values(_randn(12345, LATENT, "cpu")), [-1.4798, 0.4873, -3.0128, 0.4439], rtol=0, atol=1e-4
@@ -132,14 +133,14 @@ def test_cpu_gives_torchs_values_which_depend_on_the_shape():
     assert _randn(12345, (4,), "cpu")[0].item() == pytest.approx(1.4271, abs=1e-4)
 
 
-def test_gpu_noise_is_refused_on_the_cpu():
+def test_gpu_noise_on_the_cpu_is_refused():
     with pytest.raises(InvalidRequest) as error:
         ImageGenerator(1, "gpu", "cpu")
     assert error.value.field == "noise"
 
 
 @pytest.mark.parametrize("source", ["nv", "cpu"])
-def test_an_images_noise_is_the_same_alone_and_in_a_batch(source):
+def test_initial_noise_is_equal_alone_and_in_a_batch(source):
     shape = (4, 8, 8)
     batch = initial_noise([ImageGenerator(seed, source) for seed in (5, 6, 7)], shape)
     for i, seed in enumerate((5, 6, 7)):
@@ -149,7 +150,7 @@ def test_an_images_noise_is_the_same_alone_and_in_a_batch(source):
 # --- variation seeds
 
 
-def test_variation_strengths_0_and_1_are_the_two_noises():
+def test_slerp_strengths_0_and_1_return_both_noises():
     low, high = _randn(1, (4, 8, 6), "nv"), _randn(2, (4, 8, 6), "nv")
     # sines of float32 angles
     torch.testing.assert_close(slerp(0.0, low, high), low, rtol=1e-6, atol=1e-6)
@@ -157,29 +158,32 @@ def test_variation_strengths_0_and_1_are_the_two_noises():
 
 
 @pytest.mark.parametrize("strength", [0.1, 0.5, 0.8])
-def test_variation_turns_each_column_by_its_share_of_the_angle(strength: float):
-    """For unit vectors along the height axis the result is the one at that part of the great circle."""
+def test_slerp_rotates_each_column_by_a_share_of_the_angle(strength: float):
+    """Compare with the great circle through unit vectors along the height axis."""
 
     def unit(x):
         return x / x.norm(dim=1, keepdim=True)
 
     low, high = unit(_randn(1, (4, 8, 6), "nv").double()), unit(_randn(2, (4, 8, 6), "nv").double())
     angle = (low * high).sum(1).acos()
-    # Gram-Schmidt: the direction in the plane of both that is square to `low`
-    across = unit(high - (low * high).sum(1, keepdim=True) * low)
-    turn = (angle * strength).unsqueeze(1)
+    # Gram-Schmidt: the direction in the plane of both that is orthogonal to `low`
+    orthogonal = unit(high - (low * high).sum(1, keepdim=True) * low)
+    rotation = (angle * strength).unsqueeze(1)
     torch.testing.assert_close(
-        slerp(strength, low, high), turn.cos() * low + turn.sin() * across, rtol=0, atol=1e-9
+        slerp(strength, low, high),
+        rotation.cos() * low + rotation.sin() * orthogonal,
+        rtol=0,
+        atol=1e-9,
     )
 
 
-def test_nearly_parallel_noises_are_mixed_in_a_line():
+def test_slerp_interpolates_parallel_noise_linearly():
     low = _randn(1, (4, 8, 6), "nv")
     high = low * 3
     torch.testing.assert_close(slerp(0.25, low, high), low * 1.5)
 
 
-def test_variation_noise_uses_the_variation_generators_first_draw():
+def test_initial_noise_uses_first_values_of_the_variation():
     shape = (4, 8, 6)
     mixed = initial_noise([ImageGenerator(3, "nv")], shape, [ImageGenerator(9, "nv")], 0.3)
     assert torch.equal(mixed[0], slerp(0.3, _randn(3, shape, "nv"), _randn(9, shape, "nv")))
@@ -188,20 +192,20 @@ def test_variation_noise_uses_the_variation_generators_first_draw():
 # --- Brownian tree
 
 
-def test_brownian_noise_gives_the_published_values_for_nv():
+def test_brownian_nv_noise_equals_published_values():
     # Philox values do not depend on the shape, so four elements are enough
     noise = BrownianNoise([12345, 12346], (4,), KARRAS, "nv")
     steps = [noise(float(KARRAS[i]), float(KARRAS[i + 1])) for i in range(19)]
     np.testing.assert_allclose(steps[0][0], [2.147270, 0.832033, 0.143413, -0.518045], **TREE)
     np.testing.assert_allclose(steps[1][0], [1.003621, 0.283577, 2.696405, -0.341364], **TREE)
-    # the last interval is 0.02 wide, and dividing by its root makes rounding seven times larger
+    # the last interval is 0.02 wide: the division by its root makes rounding errors 7 times larger
     np.testing.assert_allclose(
         steps[18][0], [-0.974563, 1.615373, -0.551859, -0.434521], rtol=0, atol=2e-4
     )
     np.testing.assert_allclose(steps[0][1, :2], [-0.590131, -1.679885], **TREE)
 
 
-def test_brownian_noise_gives_the_published_values_for_cpu():
+def test_brownian_cpu_noise_equals_published_values():
     noise = BrownianNoise([12345], LATENT, KARRAS, "cpu")
     first = noise(float(KARRAS[0]), float(KARRAS[1]))
     last = noise(float(KARRAS[18]), float(KARRAS[19]))
@@ -213,18 +217,20 @@ def test_brownian_noise_gives_the_published_values_for_cpu():
 
 @pytest.mark.parametrize("seed", [0, 12345, 2**40 + 1])
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
-def test_tree_equals_torchsdes(scheduler: str, seed: int):
+def test_tree_equals_torchsde(scheduler: str, seed: int):
     shape = (4, 5)
     levels = [float(sigma) for sigma in sigmas_for(scheduler, 12, TABLE) if sigma > 0]
     low, high = min(levels), max(levels)
-    theirs = torchsde.BrownianTree(low, torch.zeros(shape), high, entropy=seed)
-    ours = BrownianTree(low, high, shape, [seed], "cpu")
+    reference = torchsde.BrownianTree(low, torch.zeros(shape), high, entropy=seed)
+    tree = BrownianTree(low, high, shape, [seed], "cpu")
     for above, below in itertools.pairwise(levels):
-        torch.testing.assert_close(ours.between(below, above), theirs(below, above)[None], **TREE)
+        torch.testing.assert_close(
+            tree.between(below, above), reference(below, above)[None], **TREE
+        )
 
 
 @pytest.mark.parametrize("scheduler", ["Karras", "Beta"])
-def test_the_two_queries_a_step_of_dpmpp_sde_equal_torchsdes(scheduler: str):
+def test_brownian_noise_of_dpmpp_sde_equals_torchsde(scheduler: str):
     shape, seeds = (4, 5), [3, 4]
     sigmas = sigmas_for(scheduler, 10, TABLE)
     intervals = brownian_intervals("DPM++ SDE", sigmas)
@@ -241,17 +247,17 @@ def test_the_two_queries_a_step_of_dpmpp_sde_equal_torchsdes(scheduler: str):
 
 
 @pytest.mark.parametrize("source", ["nv", "cpu"])
-def test_brownian_noise_of_an_image_is_the_same_alone_and_in_a_batch(source):
+def test_brownian_noise_is_equal_alone_and_in_a_batch(source):
     sigmas = sigmas_for("Karras", 6, TABLE)
-    together = BrownianNoise([5, 6, 7], (4, 3), sigmas, source)
-    alone = [BrownianNoise([seed], (4, 3), sigmas, source) for seed in (5, 6, 7)]
+    batch = BrownianNoise([5, 6, 7], (4, 3), sigmas, source)
+    single = [BrownianNoise([seed], (4, 3), sigmas, source) for seed in (5, 6, 7)]
     for above, below in brownian_intervals("DPM++ 2M SDE", sigmas):
         assert torch.equal(
-            together(above, below), torch.cat([each(above, below) for each in alone])
+            batch(above, below), torch.cat([noise(above, below) for noise in single])
         )
 
 
-def test_what_a_tree_says_does_not_depend_on_the_order_of_questions():
+def test_tree_values_are_independent_of_the_query_order():
     times = [0.05, 3.0, 0.7, 14.0, 0.0501, 6.2]
     forward = BrownianTree(0.03, 14.6, (3,), [8], "nv")
     backward = BrownianTree(0.03, 14.6, (3,), [8], "nv")
@@ -261,65 +267,69 @@ def test_what_a_tree_says_does_not_depend_on_the_order_of_questions():
 
 
 @pytest.mark.parametrize("sampler", ["DPM++ 2M SDE", "DPM++ SDE"])
-def test_a_tree_keeps_little_and_says_the_same_to_the_last_bit(
+def test_tree_keeps_few_nodes_and_repeats_values_bit_for_bit(
     sampler: str, monkeypatch: pytest.MonkeyPatch
 ):
-    """150 steps touch some thousand nodes (2 GiB at 1024x1024); one way down is at most 25 deep (15 halved to 1e-6), two nodes each."""
-    sigmas = sigmas_for("Karras", 150, TABLE)
-    drawn: list[int] = []
+    """Limit the memory of a tree.
 
-    def counted(seeds, *rest):
-        drawn.extend(seeds)
+    150 steps visit a few thousand nodes, 2 GiB at 1024x1024. A path has at most 25 levels (15
+    halved to 1e-6) of two nodes each.
+    """
+    sigmas = sigmas_for("Karras", 150, TABLE)
+    generated: list[int] = []
+
+    def record(seeds, *rest):
+        generated.extend(seeds)
         return randn(seeds, *rest)
 
-    monkeypatch.setattr("alphalayer.engine.sampling.brownian_tree.randn", counted)
+    monkeypatch.setattr("alphalayer.engine.sampling.brownian_tree.randn", record)
     tree = BrownianTree(float(sigmas[-2]), float(sigmas[0]), (3,), [8], "nv")
 
-    def held(node) -> int:
-        return 0 if node is None else 1 + held(node.left) + held(node.right)
+    def count(node) -> int:
+        return 0 if node is None else 1 + count(node.left) + count(node.right)
 
     intervals = brownian_intervals(sampler, sigmas)
-    said = [tree.between(below, above) for above, below in intervals]
-    assert held(tree._root) <= 51
-    # and nothing was drawn twice on the way down
-    assert len(drawn) == len(set(drawn))
-    for (above, below), increment in list(zip(intervals, said, strict=True))[::7]:
+    increments = [tree.between(below, above) for above, below in intervals]
+    assert count(tree._root) <= 51
+    # falling times generate nothing twice
+    assert len(generated) == len(set(generated))
+    for (above, below), increment in list(zip(intervals, increments, strict=True))[::7]:
         fresh = BrownianTree(float(sigmas[-2]), float(sigmas[0]), (3,), [8], "nv")
         assert torch.equal(increment, fresh.between(below, above))
         assert torch.equal(increment, tree.between(below, above))
 
 
-def test_a_tree_begins_at_zero_and_is_clamped_to_its_ends():
+def test_tree_starts_at_zero_and_clamps_times():
     tree = BrownianTree(1.0, 2.0, (3,), [8], "nv")
     assert torch.equal(tree.value(0.5), torch.zeros(1, 3))
     assert torch.equal(tree.value(9.0), tree.value(2.0))
 
 
-def test_noise_drawn_ahead_equals_noise_drawn_when_asked():
+def test_noise_generated_ahead_equals_noise_on_request():
     sigmas = sigmas_for("Karras", 8, TABLE)
     intervals = brownian_intervals("DPM++ SDE", sigmas)
     ahead = BrownianNoise([5, 6], (4, 3), sigmas, "nv", ahead=intervals)
-    asked = BrownianNoise([5, 6], (4, 3), sigmas, "nv")
+    on_request = BrownianNoise([5, 6], (4, 3), sigmas, "nv")
     other = (float(sigmas[0]), float(sigmas[3]))
     with ahead:
         for interval in [*intervals[:3], other, *intervals[3:]]:
-            assert torch.equal(ahead(*interval), asked(*interval))
+            assert torch.equal(ahead(*interval), on_request(*interval))
 
 
-def test_noise_that_nobody_wants_any_more_is_not_drawn(monkeypatch: pytest.MonkeyPatch):
-    """It would go on for the whole schedule, on a device that is wanted by others, and hold what it drew."""
-    asked: list[tuple[float, float]] = []
+def test_noise_after_the_block_is_not_generated(monkeypatch: pytest.MonkeyPatch):
+    """Check that a cancelled batch stops its thread and releases its noise."""
+    requested: list[tuple[float, float]] = []
     between = BrownianTree.between
     monkeypatch.setattr(
-        BrownianTree, "between", lambda tree, a, b: asked.append((b, a)) or between(tree, a, b)
+        BrownianTree, "between", lambda tree, a, b: requested.append((b, a)) or between(tree, a, b)
     )
     sigmas = sigmas_for("Karras", 150, TABLE)
     intervals = brownian_intervals("DPM++ SDE", sigmas)
     with BrownianNoise([5], (4, 3), sigmas, "nv", ahead=intervals) as noise:
         noise(*intervals[0])
-    assert asked == intervals[: len(asked)]
-    assert 1 <= len(asked) <= 5
-    assert not any(each.name.startswith("brownian-noise") for each in threading.enumerate())
+    assert requested == intervals[: len(requested)]
+    assert 1 <= len(requested) <= 5
+    assert not any(thread.name.startswith("brownian-noise") for thread in threading.enumerate())
     with pytest.raises(RuntimeError):
         noise(*intervals[-1])
 
@@ -327,26 +337,26 @@ def test_noise_that_nobody_wants_any_more_is_not_drawn(monkeypatch: pytest.Monke
 def test_brownian_noise_has_unit_variance():
     noise = BrownianNoise([1], (20_000,), KARRAS, "nv")
     for i in (0, 9, 18):
-        drawn = noise(float(KARRAS[i]), float(KARRAS[i + 1]))
+        values = noise(float(KARRAS[i]), float(KARRAS[i + 1]))
         # four standard errors of the mean and of the deviation of 20,000 values
-        assert abs(drawn.mean()) < 4 / math.sqrt(20_000)
-        assert abs(drawn.std() - 1) < 4 / math.sqrt(40_000)
+        assert abs(values.mean()) < 4 / math.sqrt(20_000)
+        assert abs(values.std() - 1) < 4 / math.sqrt(40_000)
 
 
-def test_one_step_needs_no_brownian_noise():
+def test_one_step_requests_no_brownian_noise():
     sigmas = sigmas_for("Karras", 1, TABLE)
     assert brownian_intervals("DPM++ 2M SDE", sigmas) == []
     BrownianNoise([1], (4,), sigmas, "nv")
 
 
-def test_a_tree_is_let_go_of_with_its_last_user():
-    """It holds some fifty latents: too much to wait for the collector of cycles."""
+def test_tree_is_freed_without_the_garbage_collector():
+    """Check for reference cycles: a tree holds about fifty latents, too many to keep."""
     tree = BrownianTree(0.1, 10.0, (4,), [5], "nv")
     tree.between(1.0, 2.0)
-    gone = weakref.ref(tree)
+    reference = weakref.ref(tree)
     gc.disable()
     try:
         del tree
-        assert gone() is None
+        assert reference() is None
     finally:
         gc.enable()

@@ -1,6 +1,7 @@
-"""Patch files in every published form against the formula in float32, and their removal bit for bit.
+"""Patch files in every published form against the formula, and their removal bit for bit.
 
-`W' = W + strength * scale * up @ down`, `W + strength * offset` or a replacement, computed in float32 and cast once.
+`W' = W + strength * scale * up @ down`, `W' = W + strength * offset`, or a replacement. The sum is
+computed in float32 and cast once.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def unet():
 
 
 def _weights(unet) -> dict[str, torch.Tensor]:
-    return {name: each.detach().clone() for name, each in unet.named_parameters()}
+    return {name: tensor.detach().clone() for name, tensor in unet.named_parameters()}
 
 
 def _parameters(unet) -> dict[str, torch.Tensor]:
@@ -54,12 +55,12 @@ def _patcher(unet) -> WeightPatcher:
 def _expected(
     weights: dict[str, torch.Tensor], pairs: Pairs, scale: float = 1.0
 ) -> dict[str, torch.Tensor]:
-    """The formula, in float64."""
+    """Evaluate the formula in float64."""
     changed = {
         name: weights[name].double() + scale * (up.double() @ down.double())
         for name, (up, down) in pairs.items()
     }
-    return {name: changed.get(name, each.double()) for name, each in weights.items()}
+    return {name: changed.get(name, tensor.double()) for name, tensor in weights.items()}
 
 
 def _patched(
@@ -71,13 +72,13 @@ def _patched(
     return _weights(unet)
 
 
-def _check(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    assert found.keys() == expected.keys()
-    for name, each in expected.items():
+def _check(weights: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert weights.keys() == expected.keys()
+    for name, tensor in expected.items():
         # float32 sums of four products
         torch.testing.assert_close(
-            found[name].double(),
-            each,
+            weights[name].double(),
+            tensor,
             rtol=1e-6,
             atol=1e-6,
             msg=lambda m, name=name: f"{name}: {m}",
@@ -89,7 +90,9 @@ def _check(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) ->
 
 def _published(pairs: Pairs) -> dict[str, torch.Tensor]:
     keys = {name: f"diffusion_model.{unet_name_in_ldm(name)}::lora::" for name in pairs}
-    return {f"{keys[name]}{i}": each for name, pair in pairs.items() for i, each in enumerate(pair)}
+    return {
+        f"{keys[name]}{i}": tensor for name, pair in pairs.items() for i, tensor in enumerate(pair)
+    }
 
 
 def _named(pairs: Pairs, up: str, down: str, stem=lambda name: name) -> dict[str, torch.Tensor]:
@@ -148,14 +151,14 @@ def _processor(name: str) -> str:
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_every_form_of_a_low_rank_patch_gives_the_formula(unet, tmp_path: Path, form: str):
+def test_low_rank_patch_in_every_form_follows_the_formula(unet, tmp_path: Path, form: str):
     before = _weights(unet)
     assert len(PAIRS) > 50, "all attention projections"
     _check(_patched(unet, tmp_path, FORMS[form](PAIRS)), _expected(before, PAIRS))
 
 
 @pytest.mark.parametrize("strength", [0.5, 2.0, -1.0])
-def test_the_strength_scales_the_change(unet, tmp_path: Path, strength: float):
+def test_patch_strength_scales_the_change(unet, tmp_path: Path, strength: float):
     before = _weights(unet)
     _check(
         _patched(unet, tmp_path, _published(PAIRS), strength), _expected(before, PAIRS, strength)
@@ -185,17 +188,18 @@ def test_kohya_alpha_is_divided_by_the_rank(unet, tmp_path: Path):
 def _offsets(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(5)
     return {
-        name: (torch.randn(each.shape, generator=generator) / 10).half()
-        for name, each in weights.items()
+        name: (torch.randn(tensor.shape, generator=generator) / 10).half()
+        for name, tensor in weights.items()
     }
 
 
 def test_published_full_differences_reach_every_parameter(unet, tmp_path: Path):
-    """Convolutions, norms, embeddings and biases too, so that this holds the whole renaming."""
+    """Cover all names: also convolutions, norms, embeddings and biases."""
     before = _weights(unet)
     offsets = _offsets(before)
     tensors = {
-        f"diffusion_model.{unet_name_in_ldm(name)}::diff::0": each for name, each in offsets.items()
+        f"diffusion_model.{unet_name_in_ldm(name)}::diff::0": tensor
+        for name, tensor in offsets.items()
     }
     _check(
         _patched(unet, tmp_path, tensors, 0.5),
@@ -203,39 +207,41 @@ def test_published_full_differences_reach_every_parameter(unet, tmp_path: Path):
     )
 
 
-def test_published_set_replaces(unet, tmp_path: Path):
+def test_published_set_replaces_the_weight(unet, tmp_path: Path):
     before = _weights(unet)
     name = "down_blocks.1.resnets.0.conv1.weight"
     new = _offsets(before)[name]
-    found = _patched(unet, tmp_path, {f"diffusion_model.{unet_name_in_ldm(name)}::set::0": new})
-    _check(found, {**{name: each.double() for name, each in before.items()}, name: new.double()})
+    result = _patched(unet, tmp_path, {f"diffusion_model.{unet_name_in_ldm(name)}::set::0": new})
+    _check(
+        result, {**{name: tensor.double() for name, tensor in before.items()}, name: new.double()}
+    )
 
 
 @pytest.mark.parametrize("prefix", ["", "unet."])
-def test_offsets_in_diffusers_names_are_added(unet, tmp_path: Path, prefix: str):
+def test_offsets_with_diffusers_names_are_added(unet, tmp_path: Path, prefix: str):
     before = _weights(unet)
-    offsets = {name: each for name, each in _offsets(before).items() if ".attn" in name}
-    found = _patched(unet, tmp_path, {prefix + name: each for name, each in offsets.items()})
+    offsets = {name: tensor for name, tensor in _offsets(before).items() if ".attn" in name}
+    result = _patched(unet, tmp_path, {prefix + name: tensor for name, tensor in offsets.items()})
     _check(
-        found,
+        result,
         {
-            name: each.double() + offsets[name].double() if name in offsets else each.double()
-            for name, each in before.items()
+            name: tensor.double() + offsets[name].double() if name in offsets else tensor.double()
+            for name, tensor in before.items()
         },
     )
 
 
-def test_names_of_the_ldm_layout_are_renamed_and_others_left_alone(unet):
+def test_ldm_to_diffusers_renames_names_of_the_ldm_layout_only(unet):
     names = [name for name, _ in unet.named_parameters()]
     assert [ldm_to_diffusers(unet_name_in_ldm(name)) for name in names] == names
     assert [ldm_to_diffusers(name) for name in names] == names
 
 
 @pytest.mark.parametrize("stem", [_kohya_ldm, _kohya], ids=["LDM names", "diffusers names"])
-def test_kohya_loras_of_convolutions_and_other_layers_are_merged(unet, tmp_path: Path, stem):
+def test_kohya_lora_of_convolutions_and_other_layers_is_merged(unet, tmp_path: Path, stem):
     before = _weights(unet)
     generator = torch.Generator().manual_seed(6)
-    tensors, expected = {}, {name: each.double() for name, each in before.items()}
+    tensors, expected = {}, {name: tensor.double() for name, tensor in before.items()}
     for name, weight in before.items():
         if name.endswith(".weight") and weight.ndim > 1:
             up = torch.randn(weight.shape[0], 2, *[1] * (weight.ndim - 2), generator=generator) / 10
@@ -252,7 +258,10 @@ def test_kohya_loras_of_convolutions_and_other_layers_are_merged(unet, tmp_path:
 
 
 def _text_pairs() -> Pairs:
-    """A change of every linear layer of both encoders, by names as in published files, `text_model.` included."""
+    """Return a change of every linear layer of both encoders.
+
+    The names are those of published files, with `text_model.`.
+    """
     generator = torch.Generator().manual_seed(7)
     pairs = {}
     for part, encoder in zip(("text_encoder", "text_encoder_2"), TEXT_ENCODERS, strict=True):
@@ -281,26 +290,24 @@ def _kohya_text(name: str) -> str:
     ],
     ids=["kohya", "PEFT", "diffusers"],
 )
-def test_what_a_lora_changes_in_the_text_encoders_is_merged_and_rounded_as_stored(
-    unet, tmp_path: Path, up, down, stem
-):
+def test_text_encoder_lora_is_merged_and_rounded_as_stored(unet, tmp_path: Path, up, down, stem):
     encoders = copy.deepcopy(TEXT_ENCODERS)
-    before = [_weights(each) for each in (unet, *encoders)]
+    before = [_weights(module) for module in (unet, *encoders)]
     text, file = _text_pairs(), tmp_path / "lora.safetensors"
     assert len(text) == 6 * 3 * 2
     unet_part = FORMS["PEFT"](PAIRS) if stem("x.y") == "x.y" else FORMS["kohya, LDM names"](PAIRS)
     save_file({**_named(text, up, down, stem), **unet_part}, file)
     for_unet, for_text = patchers(unet, encoders, torch.float16)
     for_text.ensure([(PatchFile.at(file), 0.5)])
-    assert all(torch.equal(each, before[0][name]) for name, each in _weights(unet).items())
+    assert all(torch.equal(tensor, before[0][name]) for name, tensor in _weights(unet).items())
     for part, encoder, weights in zip(
         ("text_encoder", "text_encoder_2"), encoders, before[1:], strict=True
     ):
         changed = 0
-        for name, found in _weights(encoder).items():
+        for name, result in _weights(encoder).items():
             pair = text.get(f"{part}.{name}") or text.get(f"{part}.text_model.{name}")
             if pair is None:
-                assert torch.equal(found, weights[name])
+                assert torch.equal(result, weights[name])
                 continue
             changed += 1
             expected = (
@@ -308,14 +315,14 @@ def test_what_a_lora_changes_in_the_text_encoders_is_merged_and_rounded_as_store
                 .half()
                 .float()
             )
-            assert torch.equal(found, found.half().float())
-            torch.testing.assert_close(found, expected, rtol=2**-10, atol=1e-6)
+            assert torch.equal(result, result.half().float())
+            torch.testing.assert_close(result, expected, rtol=2**-10, atol=1e-6)
         assert changed == 18
     for_unet.ensure([(PatchFile.at(file), 1.0)])
     _check(_weights(unet), _expected(before[0], PAIRS))
     for_text.remove()
     for encoder, weights in zip(encoders, before[1:], strict=True):
-        assert all(torch.equal(each, weights[name]) for name, each in _weights(encoder).items())
+        assert all(torch.equal(tensor, weights[name]) for name, tensor in _weights(encoder).items())
 
 
 # --- number formats
@@ -324,51 +331,52 @@ def test_what_a_lora_changes_in_the_text_encoders_is_merged_and_rounded_as_store
 @pytest.mark.parametrize(
     ("dtype", "ulp"), [(torch.float16, 2**-10), (torch.bfloat16, 2**-7), (torch.float32, 2**-22)]
 )
-def test_the_sum_is_made_in_float32_and_cast_once(tmp_path: Path, dtype: torch.dtype, ulp: float):
+def test_patch_is_added_in_float32_and_cast_once(tmp_path: Path, dtype: torch.dtype, ulp: float):
     unet = copy.deepcopy(UNET).to(dtype)
     before = _weights(unet)
-    found = _patched(unet, tmp_path, _published(PAIRS))
+    result = _patched(unet, tmp_path, _published(PAIRS))
     expected = _expected(before, PAIRS)
     differing = total = 0
     for name in PAIRS:
-        assert found[name].dtype == dtype
+        assert result[name].dtype == dtype
         rounded = expected[name].to(dtype)
-        torch.testing.assert_close(found[name], rounded, rtol=ulp, atol=1e-6)
-        differing += int((found[name] != rounded).sum())
+        torch.testing.assert_close(result[name], rounded, rtol=ulp, atol=1e-6)
+        differing += int((result[name] != rounded).sum())
         total += rounded.numel()
-    # a float32 sum falls on the other side of a rounding boundary once in some thousand values; a sum in 16 bit far more often
+    # A float32 sum is rounded differently for one in a few thousand values. A sum in 16 bit is
+    # rounded differently far more often.
     if dtype != torch.float32:
         assert differing / total < 0.01
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_removing_gives_back_every_bit(tmp_path: Path, dtype: torch.dtype):
+def test_patcher_remove_restores_every_bit(tmp_path: Path, dtype: torch.dtype):
     unet = copy.deepcopy(UNET).to(dtype)
     before = _weights(unet)
     save_file(_published(PAIRS), tmp_path / "first.safetensors")
     save_file(
-        {"unet." + name: each for name, each in _offsets(before).items()},
+        {"unet." + name: tensor for name, tensor in _offsets(before).items()},
         tmp_path / "second.safetensors",
     )
     patcher = _patcher(unet)
     first, second = (PatchFile.at(tmp_path / f"{name}.safetensors") for name in ("first", "second"))
     patcher.ensure([(first, 1.0)])
     patcher.ensure([(second, 1.7), (first, -0.3)])
-    assert any(not torch.equal(before[name], each) for name, each in unet.named_parameters())
+    assert any(not torch.equal(before[name], tensor) for name, tensor in unet.named_parameters())
     patcher.remove()
-    for name, each in unet.named_parameters():
-        assert torch.equal(each, before[name]), name
+    for name, tensor in unet.named_parameters():
+        assert torch.equal(tensor, before[name]), name
 
 
-class _Fails(Delta):
-    """A change for which there is no memory."""
+class _FailingDelta(Delta):
+    """Change that runs out of memory."""
 
-    def applied(self, weight: torch.Tensor, strength: float) -> torch.Tensor:
+    def apply(self, weight: torch.Tensor, strength: float) -> torch.Tensor:
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
 
 @pytest.mark.parametrize("place", [0, 1, 40, -1])
-def test_running_out_of_memory_in_the_middle_gives_back_every_bit(tmp_path: Path, place: int):
+def test_patcher_out_of_memory_restores_every_bit(tmp_path: Path, place: int):
     unet = copy.deepcopy(UNET).half()
     before = _weights(unet)
     file = tmp_path / "patch.safetensors"
@@ -379,36 +387,38 @@ def test_running_out_of_memory_in_the_middle_gives_back_every_bit(tmp_path: Path
     patcher.remove()
     patch = read_patch(file, _parameters(unet))
     name = list(patch.deltas)[place]
-    failing = Patch({**patch.deltas, name: _Fails(patch.deltas[name].up)})
+    failing = Patch({**patch.deltas, name: _FailingDelta(patch.deltas[name].up)})
     with pytest.raises(torch.OutOfMemoryError):
         patcher.apply([(failing, 1.0)])
-    for name, each in unet.named_parameters():
-        assert torch.equal(each, before[name]), name
+    for name, tensor in unet.named_parameters():
+        assert torch.equal(tensor, before[name]), name
     patcher.ensure([(PatchFile.at(file), 1.0)])
-    assert all(torch.equal(each, whole[name]) for name, each in unet.named_parameters())
+    assert all(torch.equal(tensor, whole[name]) for name, tensor in unet.named_parameters())
 
 
-def test_several_patches_add_up_in_one_pass(tmp_path: Path):
+def test_patcher_several_patches_are_added_in_one_pass(tmp_path: Path):
     unet = copy.deepcopy(UNET).half()
     before = _weights(unet)
     offsets = {
-        name: each for name, each in _offsets(before).items() if ".attn" in name and name in PAIRS
+        name: tensor
+        for name, tensor in _offsets(before).items()
+        if ".attn" in name and name in PAIRS
     }
     lora, layer = tmp_path / "lora.safetensors", tmp_path / "layer.safetensors"
-    save_file({"unet." + name: each for name, each in offsets.items()}, lora)
+    save_file({"unet." + name: tensor for name, tensor in offsets.items()}, lora)
     save_file(_published(PAIRS), layer)
     _patcher(unet).ensure([(PatchFile.at(lora), 0.7), (PatchFile.at(layer), 1.0)])
-    wanted = _expected(before, PAIRS)
-    for name, each in offsets.items():
+    merged = _expected(before, PAIRS)
+    for name, tensor in offsets.items():
         torch.testing.assert_close(
             dict(unet.named_parameters())[name],
-            (wanted[name] + 0.7 * each.double()).half(),
+            (merged[name] + 0.7 * tensor.double()).half(),
             rtol=2**-10,
             atol=1e-6,
         )
 
 
-def test_wanting_something_else_starts_from_the_original_weights(unet, tmp_path: Path):
+def test_patcher_ensure_starts_from_the_original_weights(unet, tmp_path: Path):
     before = _weights(unet)
     file = tmp_path / "patch.safetensors"
     save_file(_published(PAIRS), file)
@@ -423,12 +433,12 @@ def test_wanting_something_else_starts_from_the_original_weights(unet, tmp_path:
 # --- files that cannot be used
 
 
-def test_a_missing_file_is_named(unet, tmp_path: Path):
+def test_read_patch_missing_file_is_named(unet, tmp_path: Path):
     with pytest.raises(LayerDiffuseMissing, match=r"absent\.safetensors"):
         read_patch(tmp_path / "absent.safetensors", _parameters(unet))
 
 
-def test_a_damaged_file_is_named(unet, tmp_path: Path):
+def test_read_patch_damaged_file_is_named(unet, tmp_path: Path):
     file = tmp_path / "damaged.safetensors"
     save_file(_published(PAIRS), file)
     file.write_bytes(file.read_bytes()[:-100])
@@ -444,14 +454,14 @@ def test_a_damaged_file_is_named(unet, tmp_path: Path):
         "a::b::c::0",
     ],
 )
-def test_keys_that_break_the_scheme_are_a_clear_error(unet, tmp_path: Path, key: str):
+def test_read_patch_malformed_keys_are_refused(unet, tmp_path: Path, key: str):
     file = tmp_path / "odd.safetensors"
     save_file({key: torch.zeros(1)}, file)
     with pytest.raises(ModelUnusable, match=r"odd\.safetensors"):
         read_patch(file, _parameters(unet))
 
 
-def test_a_patch_for_another_model_is_a_clear_error(unet, tmp_path: Path):
+def test_read_patch_for_another_model_is_refused(unet, tmp_path: Path):
     file = tmp_path / "other.safetensors"
     save_file({"diffusion_model.out.2.weight::diff::0": torch.zeros(4, 320, 3, 3)}, file)
     with pytest.raises(ModelUnusable, match="does not fit"):
@@ -459,7 +469,7 @@ def test_a_patch_for_another_model_is_a_clear_error(unet, tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("ending", "kind"),
+    ("suffix", "kind"),
     [
         ("dora_scale", "DoRA"),
         ("lora_magnitude_vector", "DoRA"),
@@ -469,18 +479,20 @@ def test_a_patch_for_another_model_is_a_clear_error(unet, tmp_path: Path):
         ("lora_mid.weight", "LoCon in three parts"),
     ],
 )
-def test_other_kinds_are_refused_by_their_name(unet, tmp_path: Path, ending: str, kind: str):
+def test_read_patch_unsupported_kind_is_refused_by_name(
+    unet, tmp_path: Path, suffix: str, kind: str
+):
     file = tmp_path / "other.safetensors"
     name = next(iter(PAIRS)).removesuffix(".weight")
     save_file(
-        {**FORMS["kohya, LDM names"](PAIRS), f"{_kohya_ldm(name)}.{ending}": torch.ones(4)}, file
+        {**FORMS["kohya, LDM names"](PAIRS), f"{_kohya_ldm(name)}.{suffix}": torch.ones(4)}, file
     )
     with pytest.raises(ModelUnusable, match=f"is a {kind}"):
         read_patch(file, _parameters(unet))
 
 
-def test_a_lora_of_another_family_that_fits_in_places_is_refused(unet, tmp_path: Path):
-    """As one for SD 1.5 does: some of its layers are called as SDXL's are, and a few of them are as large."""
+def test_read_patch_mostly_unfitting_lora_is_refused(unet, tmp_path: Path):
+    """Cover LoRAs for SD 1.5: some of their layers have the names and shapes of SDXL."""
     file = tmp_path / "sd15.safetensors"
     fitting = dict(list(PAIRS.items())[:10])
     other = {
@@ -493,7 +505,7 @@ def test_a_lora_of_another_family_that_fits_in_places_is_refused(unet, tmp_path:
         read_patch(file, _parameters(unet))
 
 
-def test_changes_that_do_not_fit_are_left_out_and_counted(
+def test_read_patch_unfitting_changes_are_ignored_and_counted(
     unet, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ):
     file = tmp_path / "partly.safetensors"

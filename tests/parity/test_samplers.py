@@ -1,7 +1,8 @@
-"""The ten samplers against implementations that are not ours, in float32, with the same noise fed to both.
+"""The ten samplers against independent implementations, in float32, with the same noise.
 
-diffusers' schedulers where their formula is the sampler's; for DPM++ 3M SDE, UniPC and DPM++ 2M SDE's alternatives the update of the
-paper, written out here in float64. The denoiser is a small random network of latent and noise level, far from linear.
+The references are the schedulers of diffusers. For DPM++ 3M SDE and UniPC they are the updates of
+the papers, in float64. The denoiser is a small random network of latent and noise level, which is
+far from linear.
 """
 
 from __future__ import annotations
@@ -36,39 +37,42 @@ _IN, _OUT, _TIME = (
 
 
 def denoise(x: torch.Tensor, sigma: float, step: int = 0) -> torch.Tensor:
-    """A clean latent in about [-1, 1], in the dtype of `x`: a two-layer network over the channels of each cell."""
-    inside = torch.einsum("bchw,cd->bdhw", x / math.sqrt(sigma**2 + 1), _IN.to(x.dtype))
-    hidden = torch.tanh(inside + (math.log(sigma) * _TIME.to(x.dtype))[:, None, None])
+    """Predict a clean latent in about [-1, 1], in the dtype of `x`.
+
+    The denoiser is a network of two layers over the channels of each cell.
+    """
+    projected = torch.einsum("bchw,cd->bdhw", x / math.sqrt(sigma**2 + 1), _IN.to(x.dtype))
+    hidden = torch.tanh(projected + (math.log(sigma) * _TIME.to(x.dtype))[:, None, None])
     return torch.tanh(torch.einsum("bdhw,dc->bchw", hidden, _OUT.to(x.dtype)) / 2)
 
 
 START = torch.randn(SHAPE, generator=_generator)
 
 
-class Recorded:
-    """Noise of its own generator, remembered in the order in which it was asked for."""
+class RecordedNoise:
+    """Noise of its own generator, recorded in the order of the requests."""
 
     def __init__(self):
-        self.drawn: list[torch.Tensor] = []
+        self.samples: list[torch.Tensor] = []
         self._generator = torch.Generator().manual_seed(1)
 
     def __call__(self, sigma: float, following: float) -> torch.Tensor:
-        self.drawn.append(torch.randn(SHAPE, generator=self._generator))
-        return self.drawn[-1]
+        self.samples.append(torch.randn(SHAPE, generator=self._generator))
+        return self.samples[-1]
 
 
 def ours(name: str, sigmas: torch.Tensor, noise=None) -> torch.Tensor:
-    """Our result from the common start; also checks what every sampler owes its caller."""
-    told: list[int] = []
+    """Return our result from the common start, and check the calls of `on_step`."""
+    completed: list[int] = []
     last: list[torch.Tensor] = []
 
-    def on_step(done: int, x: torch.Tensor, clean: torch.Tensor) -> None:
-        told.append(done)
+    def on_step(step: int, x: torch.Tensor, clean: torch.Tensor) -> None:
+        completed.append(step)
         last[:] = [x]
         assert clean.shape == SHAPE
 
     result = sample(name, denoise, START * float(sigmas[0]), sigmas, noise or _no_noise, on_step)
-    assert told == list(range(1, len(sigmas)))
+    assert completed == list(range(1, len(sigmas)))
     assert torch.equal(last[0], result)
     return result
 
@@ -115,9 +119,9 @@ def _dpm(**options) -> diffusers.DPMSolverMultistepScheduler:
 def test_dpmpp_2m_sde_equals_diffusers(steps: int):
     scheduler = _dpm(algorithm_type="sde-dpmsolver++")
     scheduler.set_timesteps(steps)
-    noise = Recorded()
+    noise = RecordedNoise()
     result = ours("DPM++ 2M SDE", scheduler.sigmas, noise)
-    torch.testing.assert_close(result, _vp_multistep(scheduler, noise.drawn), **TOLERANCE)
+    torch.testing.assert_close(result, _vp_multistep(scheduler, noise.samples), **TOLERANCE)
 
 
 @pytest.mark.parametrize("steps", [2, 3, 8, 20])
@@ -131,35 +135,36 @@ def test_dpmpp_2m_equals_diffusers(steps: int):
 
 @pytest.mark.parametrize("steps", [3, 4, 8, 20])
 def test_dpmpp_3m_sde_equals_the_published_update(steps: int):
-    """DPM-Solver++'s third-order multistep with twice the step in its phi functions, as the SDE with eta 1 has it.
+    """Compare with the third-order multistep update of DPM-Solver++ in float64.
 
-    In half-log-SNR lambda = -log sigma with K(h) = exp(-2h): x' = K x + phi1 D0 + phi2 D1 - phi3 D2. float64, and divided
-    differences from Newton's table instead of the ratios of step lengths.
+    The SDE with eta 1 has twice the step in the phi functions. In half-log-SNR lambda = -log sigma,
+    with K(h) = exp(-2h): x' = K x + phi1 D0 + phi2 D1 - phi3 D2. Divided differences come from
+    Newton's table instead of the ratios of step lengths.
     """
     sigmas = sigmas_for("Karras", steps, TABLE)
-    noise = Recorded()
+    noise = RecordedNoise()
     result = ours("DPM++ 3M SDE", sigmas, noise)
     levels = [float(sigma) for sigma in sigmas]
-    x, seen = START.double() * levels[0], []
+    x, evaluations = START.double() * levels[0], []
     for i in range(steps - 1):
-        place = -math.log(levels[i])
-        h = -math.log(levels[i + 1]) - place
-        seen.append((place, denoise(x, levels[i])))
+        position = -math.log(levels[i])
+        h = -math.log(levels[i + 1]) - position
+        evaluations.append((position, denoise(x, levels[i])))
         phi1 = 1 - math.exp(-2 * h)
         phi2 = (math.exp(-2 * h) - 1 + 2 * h) / (2 * h)
         phi3 = phi2 / (2 * h) - 0.5
-        x = math.exp(-2 * h) * x + phi1 * seen[-1][1]
-        if len(seen) >= 2:
-            (l0, d0), (l1, d1) = seen[-1], seen[-2]
+        x = math.exp(-2 * h) * x + phi1 * evaluations[-1][1]
+        if len(evaluations) >= 2:
+            (l0, d0), (l1, d1) = evaluations[-1], evaluations[-2]
             first = (d0 - d1) / (l0 - l1)
-            if len(seen) == 2:
+            if len(evaluations) == 2:
                 x = x + phi2 * h * first
             else:
-                l2, d2 = seen[-3]
+                l2, d2 = evaluations[-3]
                 second = (first - (d1 - d2) / (l1 - l2)) / (l0 - l2)
-                # the slope at the newest point of the parabola through all three, and its h^2-scaled bend
+                # slope at the newest point of the parabola through all three, and its curvature
                 x = x + phi2 * h * (first + second * (l0 - l1)) - phi3 * h * h * second
-        x = x + noise.drawn[i].double() * levels[i + 1] * math.sqrt(1 - math.exp(-2 * h))
+        x = x + noise.samples[i].double() * levels[i + 1] * math.sqrt(1 - math.exp(-2 * h))
     expected = denoise(x, levels[-2])
     torch.testing.assert_close(result.double(), expected, **TOLERANCE)
 
@@ -205,8 +210,8 @@ def test_euler_equals_diffusers(steps: int):
 def test_euler_a_equals_diffusers(steps: int):
     scheduler = diffusers.EulerAncestralDiscreteScheduler(**BETAS, timestep_spacing="trailing")
     scheduler.set_timesteps(steps)
-    # both draw one noise a step from generators of the same seed, in the same order
-    result = ours("Euler a", scheduler.sigmas, Recorded())
+    # both generate one noise a step from generators of the same seed, in the same order
+    result = ours("Euler a", scheduler.sigmas, RecordedNoise())
     torch.testing.assert_close(
         result, _ve(scheduler, torch.Generator().manual_seed(1)), **TOLERANCE
     )
@@ -252,7 +257,7 @@ def test_lcm_equals_diffusers():
         noisy = x * math.sqrt(sigma**2 + 1)
         epsilon = (noisy - denoise(noisy, sigma)) / sigma
         x = scheduler.step(epsilon, timestep, x, generator=generator, return_dict=False)[0]
-    torch.testing.assert_close(ours("LCM", sigmas, Recorded()), x, **TOLERANCE)
+    torch.testing.assert_close(ours("LCM", sigmas, RecordedNoise()), x, **TOLERANCE)
 
 
 def _phi(k: int, z: float) -> float:
@@ -264,33 +269,42 @@ def _phi(k: int, z: float) -> float:
 
 @pytest.mark.parametrize("steps", [2, 3, 4, 8, 20])
 def test_unipc_equals_the_published_update(steps: int):
-    """UniPC of order 3 with B(h) = e^h - 1 on data prediction (Zhao et al. 2023, algorithms 5 to 8), in the exploding frame, float64.
+    """Compare with UniPC of order 3, B(h) = e^h - 1, data prediction, in float64.
 
-    The order rises from 1 at the start, falls to 1 at the end, and each new evaluation first corrects the step that led to it. At
-    order 2 the paper's weights are 1/2, as its code takes them.
+    The order rises from 1 at the start and falls to 1 at the end. Each new evaluation first
+    corrects the step before it. At order 2 the weights are 1/2, as in the paper's code.
+
+    Source: Zhao et al. 2023, arXiv 2302.04867, algorithms 5 to 8.
     """
     sigmas = sigmas_for("Karras", steps, TABLE)
     levels = [float(sigma) for sigma in sigmas]
-    x, seen = START.double() * levels[0], []
+    x, evaluations = START.double() * levels[0], []
 
-    def moved(x, start: int, order: int, newest=None):
-        """From level `start` to the next, with the evaluations before it; with `newest` (at the next level) the corrector."""
-        place, h = -math.log(levels[start]), -math.log(levels[start + 1]) + math.log(levels[start])
-        base = math.exp(-h) * x + (1 - math.exp(-h)) * seen[start]
-        ratios = [(-math.log(levels[start - i]) - place) / h for i in range(1, order)]
+    def step(x, start: int, order: int, newest=None):
+        """Step from level `start` to the next.
+
+        Without `newest` this is the predictor. With `newest`, the evaluation at the next level, it
+        is the corrector.
+        """
+        position, h = (
+            -math.log(levels[start]),
+            -math.log(levels[start + 1]) + math.log(levels[start]),
+        )
+        base = math.exp(-h) * x + (1 - math.exp(-h)) * evaluations[start]
+        ratios = [(-math.log(levels[start - i]) - position) / h for i in range(1, order)]
         slopes = [
-            (seen[start - i] - seen[start]) / r
+            (evaluations[start - i] - evaluations[start]) / r
             for i, r in zip(range(1, order), ratios, strict=True)
         ]
         if newest is not None:
-            ratios, slopes = [*ratios, 1.0], [*slopes, newest - seen[start]]
+            ratios, slopes = [*ratios, 1.0], [*slopes, newest - evaluations[start]]
         if not slopes:
             return base
         # sum_m rho_m r_m^(k-1) = k! phi_(k+1)(-h) * (-h) / B, with B = e^-h - 1
         b = math.expm1(-h)
-        wanted = [math.factorial(k) * _phi(k + 1, -h) * -h / b for k in range(1, len(ratios) + 1)]
+        moments = [math.factorial(k) * _phi(k + 1, -h) * -h / b for k in range(1, len(ratios) + 1)]
         rho = np.linalg.solve(
-            np.array([[r ** (k - 1) for r in ratios] for k in range(1, len(ratios) + 1)]), wanted
+            np.array([[r ** (k - 1) for r in ratios] for k in range(1, len(ratios) + 1)]), moments
         )
         if len(ratios) == 1 and (newest is None) == (order == 2):
             rho = [0.5]
@@ -300,11 +314,11 @@ def test_unipc_equals_the_published_update(steps: int):
     for i in range(steps):
         clean = denoise(x, levels[i])
         if i > 0:
-            x = moved(before, i - 1, order, newest=clean)
-        seen.append(clean)
+            x = step(before, i - 1, order, newest=clean)
+        evaluations.append(clean)
         order = min(3, i + 1, steps - i)
         before = x
-        x = moved(x, i, order) if levels[i + 1] > 0 else clean
+        x = step(x, i, order) if levels[i + 1] > 0 else clean
     torch.testing.assert_close(ours("UniPC", sigmas).double(), x, **TOLERANCE)
 
 
@@ -312,7 +326,7 @@ def test_unipc_equals_the_published_update(steps: int):
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_a_perfect_denoiser_is_followed_to_its_picture(name: str):
+def test_sampler_with_perfect_denoiser_returns_its_target(name: str):
     target = torch.linspace(-1, 1, math.prod(SHAPE)).reshape(SHAPE)
     sigmas = sigmas_for("Karras", 12, TABLE)
     result = sample(
@@ -320,37 +334,37 @@ def test_a_perfect_denoiser_is_followed_to_its_picture(name: str):
         lambda x, sigma, step: target,
         START * float(sigmas[0]),
         sigmas,
-        Recorded(),
+        RecordedNoise(),
         lambda *_: None,
     )
     torch.testing.assert_close(result, target, **TOLERANCE)
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_only_samplers_with_noise_ask_for_it_and_brownian_ones_for_the_intervals_they_announce(
+def test_sampler_requests_exactly_its_own_noise(
     name: str,
 ):
     sigmas = sigmas_for("Karras", 5, TABLE)
-    asked: list[tuple[float, float]] = []
+    requested: list[tuple[float, float]] = []
 
     def noise(sigma: float, following: float) -> torch.Tensor:
-        asked.append((sigma, following))
+        requested.append((sigma, following))
         return torch.zeros(SHAPE)
 
     ours(name, sigmas, noise)
     if SAMPLERS[name].noise == "brownian":
-        assert asked == brownian_intervals(name, sigmas)
+        assert requested == brownian_intervals(name, sigmas)
     else:
         assert brownian_intervals(name, sigmas) == []
-        assert len(asked) == (4 if SAMPLERS[name].noise == "fresh" else 0)
+        assert len(requested) == (4 if SAMPLERS[name].noise == "fresh" else 0)
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_one_step_lands_on_the_predicted_latent(name: str):
+def test_sampler_one_step_returns_the_predicted_latent(name: str):
     sigmas = sigmas_for("Karras", 1, TABLE)
     # x + (x - clean) / sigma * -sigma cancels terms of size 15
     torch.testing.assert_close(
-        ours(name, sigmas, Recorded()),
+        ours(name, sigmas, RecordedNoise()),
         denoise(START * sigmas[0], float(sigmas[0])),
         rtol=0,
         atol=1e-5,
@@ -358,9 +372,9 @@ def test_one_step_lands_on_the_predicted_latent(name: str):
 
 
 @pytest.mark.parametrize("name", ["DPM++ 2M", "Heun", "UniPC"])
-def test_higher_orders_are_nearer_to_the_exact_path_than_euler(name: str):
+def test_higher_order_is_closer_to_the_exact_path_than_euler(name: str):
     exact = ours("Heun", sigmas_for("Karras", 400, TABLE))
-    # at 60 steps the multistep methods resolve this denoiser; Euler is 0.004 off, they 0.0005 at most
+    # at 60 steps the error of Euler is 0.004, that of the multistep methods at most 0.0005
     coarse = sigmas_for("Karras", 60, TABLE)
 
     def error(result):

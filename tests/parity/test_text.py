@@ -1,4 +1,7 @@
-"""Prompts into conditioning: token ids, both encoders against diffusers' own pipeline, weights, chunks, learned words, plans over steps."""
+"""Conditioning of prompts: tokens, weights, chunks, learned words and plans over the steps.
+
+Both encoders are compared with the pipeline of diffusers.
+"""
 
 from __future__ import annotations
 
@@ -43,13 +46,24 @@ def encoders(tokenizers, models) -> TextEncoders:
 @pytest.fixture(scope="module")
 def pipeline(tokenizers, models) -> StableDiffusionXLPipeline:
     return StableDiffusionXLPipeline(
-        vae=tiny_models.vae(), text_encoder=models[0], text_encoder_2=models[1], tokenizer=tokenizers[0],
-        tokenizer_2=tokenizers[1], unet=tiny_models.unet(), scheduler=EulerDiscreteScheduler(), add_watermarker=False,
-    )  # fmt: skip
+        vae=tiny_models.vae(),
+        text_encoder=models[0],
+        text_encoder_2=models[1],
+        tokenizer=tokenizers[0],
+        tokenizer_2=tokenizers[1],
+        unet=tiny_models.unet(),
+        scheduler=EulerDiscreteScheduler(),
+        add_watermarker=False,
+    )
 
 
 def _raw(models, ids: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Last but one hidden states of both models for one chunk of token ids each, and the pooled output of the second."""
+    """Encode one chunk of token ids with each model.
+
+    Returns:
+        The last but one hidden states of both models, (77, width), and the pooled output of the
+        second one.
+    """
     with torch.no_grad():
         outputs = [
             model(torch.tensor([row]), output_hidden_states=True)
@@ -59,7 +73,7 @@ def _raw(models, ids: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor, torc
 
 
 def _framed(tokens: list[int]) -> list[list[int]]:
-    """One chunk for each tokenizer: encoder 1 pads with the end token, encoder 2 with 0."""
+    """Return one chunk for each encoder: 1 pads with the end token, 2 with 0."""
     rest = 75 - len(tokens)
     return [[START, *tokens, END, *[END] * rest], [START, *tokens, END, *[0] * rest]]
 
@@ -67,7 +81,7 @@ def _framed(tokens: list[int]) -> list[list[int]]:
 # --- tokens
 
 
-def test_the_shipped_vocabulary_gives_the_published_tokens(tokenizers):
+def test_shipped_vocabulary_gives_the_published_tokens(tokenizers):
     for tokenizer in tokenizers:
         assert tokenizer("an apple, high quality")["input_ids"] == [
             START,
@@ -83,7 +97,7 @@ def test_the_shipped_vocabulary_gives_the_published_tokens(tokenizers):
     assert [tokenizer.pad_token_id for tokenizer in tokenizers] == [END, 0]
 
 
-def test_an_exclamation_mark_is_padding_to_the_second_tokenizer_only(tokenizers):
+def test_exclamation_mark_is_padding_for_tokenizer_2_only(tokenizers):
     ids = [tokenizer("!!", add_special_tokens=False)["input_ids"] for tokenizer in tokenizers]
     assert ids == [[748], [0, 0]]
 
@@ -94,7 +108,7 @@ def test_an_exclamation_mark_is_padding_to_the_second_tokenizer_only(tokenizers)
 @pytest.mark.parametrize(
     "prompt", ["an apple, high quality", "a glass, with water!", "x " * 60, "ÄÖ 苹果 🍎"]
 )
-def test_a_plain_prompt_equals_diffusers(encoders: TextEncoders, pipeline, prompt: str):
+def test_plain_prompt_equals_diffusers(encoders: TextEncoders, pipeline, prompt: str):
     context, _, pooled, _ = pipeline.encode_prompt(
         prompt, device="cpu", do_classifier_free_guidance=False
     )
@@ -105,11 +119,13 @@ def test_a_plain_prompt_equals_diffusers(encoders: TextEncoders, pipeline, promp
 
 
 @pytest.mark.parametrize("clip_skip", [1, 2, 3])
-def test_clip_skip_counts_as_webui_does(encoders: TextEncoders, pipeline, clip_skip: int):
-    """1 and 2 are the same for SDXL; diffusers counts from the layer that SDXL uses."""
-    theirs = max(clip_skip, 2) - 2
+def test_clip_skip_counts_layers_like_automatic1111(
+    encoders: TextEncoders, pipeline, clip_skip: int
+):
+    """Compare with diffusers, which counts from the layer of SDXL. So 1 equals 2 here."""
+    skipped = max(clip_skip, 2) - 2
     context, *_ = pipeline.encode_prompt(
-        "an apple", device="cpu", do_classifier_free_guidance=False, clip_skip=theirs or None
+        "an apple", device="cpu", do_classifier_free_guidance=False, clip_skip=skipped or None
     )
     torch.testing.assert_close(encoders.encode("an apple", clip_skip).context, context, **SAME)
 
@@ -118,7 +134,10 @@ def test_clip_skip_counts_as_webui_does(encoders: TextEncoders, pipeline, clip_s
 
 
 def test_weights_scale_tokens_and_keep_the_mean(encoders: TextEncoders, models):
-    """The "Original" rule: each token's vector times its weight, then the whole chunk brought back to its mean, for each encoder."""
+    """Compare with the rule "Original", for each encoder.
+
+    Each token's vector is multiplied by its weight. Then the mean of the chunk is restored.
+    """
     hidden_l, hidden_g, pooled = _raw(models, _framed([550, 3055, 267, 1400, 3027]))
     weights = torch.ones(77, 1)
     weights[2], weights[4:6] = 1.5, 1 / 1.1
@@ -136,7 +155,7 @@ def test_weights_scale_tokens_and_keep_the_mean(encoders: TextEncoders, models):
 # --- chunks
 
 
-def test_break_encodes_its_sides_apart(encoders: TextEncoders):
+def test_break_encodes_both_sides_separately(encoders: TextEncoders):
     both, left, right = (
         encoders.encode(text) for text in ("red apple BREAK blue cup", "red apple", "blue cup")
     )
@@ -147,20 +166,21 @@ def test_break_encodes_its_sides_apart(encoders: TextEncoders):
     torch.testing.assert_close(both.pooled, left.pooled, **SAME)
 
 
-def test_a_long_prompt_is_cut_after_75_tokens(encoders: TextEncoders):
+def test_long_prompt_is_split_after_75_tokens(encoders: TextEncoders):
     words = ["apple"] * 75 + ["cup"] * 10
     whole = encoders.encode(" ".join(words))
     parts = [encoders.encode(" ".join(words[:75])), encoders.encode(" ".join(words[75:]))]
     torch.testing.assert_close(
-        whole.context, torch.cat([each.context for each in parts], dim=1), **SAME
+        whole.context, torch.cat([part.context for part in parts], dim=1), **SAME
     )
 
 
 @pytest.mark.parametrize("prompt", ["a cat" + "!" * 80, "apple " * 73 + "!! cup"])
-def test_the_encoders_may_part_a_text_into_unlike_numbers_of_chunks(
-    encoders: TextEncoders, prompt: str
-):
-    """Exclamation marks are tokens of their own to encoder 2; encoder 1 reads empty chunks in place of those that it lacks."""
+def test_encoders_with_different_chunk_counts_are_padded(encoders: TextEncoders, prompt: str):
+    """Give encoder 1 empty chunks if encoder 2 has more.
+
+    Every exclamation mark is a token of its own for encoder 2 only.
+    """
     ours, empty = encoders.encode(prompt), encoders.encode("")
     assert ours.context.shape[1] == 2 * 77
     width = tiny_models.WIDTH_L
@@ -168,7 +188,7 @@ def test_the_encoders_may_part_a_text_into_unlike_numbers_of_chunks(
     assert (ours.context[:, 77:, width:] - empty.context[..., width:]).abs().max() > 0.1
 
 
-def test_a_text_of_many_chunks_is_encoded_by_parts(
+def test_long_text_is_encoded_in_several_calls(
     encoders: TextEncoders, monkeypatch: pytest.MonkeyPatch
 ):
     whole = encoders.encode("red apple BREAK blue cup BREAK a cat")
@@ -179,16 +199,14 @@ def test_a_text_of_many_chunks_is_encoded_by_parts(
     torch.testing.assert_close(parts.pooled, whole.pooled, **SAME)
 
 
-def test_an_empty_prompt_is_one_chunk_of_padding(encoders: TextEncoders, models):
+def test_empty_prompt_is_one_chunk_of_padding(encoders: TextEncoders, models):
     hidden_l, hidden_g, _ = _raw(models, _framed([]))
     torch.testing.assert_close(
         encoders.encode("").context[0], torch.cat([hidden_l, hidden_g], dim=-1), **SAME
     )
 
 
-def test_everything_after_an_end_token_in_the_prompt_is_padding_to_encoder_2(
-    encoders: TextEncoders, models
-):
+def test_text_after_an_end_token_is_padding_for_encoder_2(encoders: TextEncoders, models):
     row_l = [START, 550, END, 3055, END, *[END] * 72]
     row_g = [START, 550, END, *[0] * 74]
     hidden_l, hidden_g, _ = _raw(models, [row_l, row_g])
@@ -209,10 +227,8 @@ def learned() -> TextualInversion:
     )
 
 
-def test_a_learned_word_takes_the_place_of_its_vectors(
-    tokenizers, models, learned: TextualInversion
-):
-    """Against models whose embedding tables were overwritten at two unused tokens."""
+def test_learned_word_is_replaced_by_its_vectors(tokenizers, models, learned: TextualInversion):
+    """Compare with models whose embedding tables are overwritten at two unused tokens."""
     spare = [40_000, 40_001]
     changed = [copy.deepcopy(model) for model in models]
     for model, vectors in zip(changed, (learned.clip_l, learned.clip_g), strict=True):
@@ -223,57 +239,57 @@ def test_a_learned_word_takes_the_place_of_its_vectors(
     torch.testing.assert_close(ours.pooled[0], pooled, **SAME)
 
 
-def test_learned_words_leave_other_prompts_and_the_model_alone(
+def test_learned_words_do_not_change_other_prompts(
     tokenizers, models, encoders, learned: TextualInversion
 ):
-    taught = TextEncoders(*tokenizers, *models, {"glowstyle": learned})
-    taught.encode("an glowstyle apple")
+    with_words = TextEncoders(*tokenizers, *models, {"glowstyle": learned})
+    with_words.encode("an glowstyle apple")
     torch.testing.assert_close(
-        taught.encode("an apple").context, encoders.encode("an apple").context, **SAME
+        with_words.encode("an apple").context, encoders.encode("an apple").context, **SAME
     )
 
 
-def test_a_learned_word_of_another_width_is_left_out(tokenizers, models, encoders):
+def test_learned_word_of_another_width_is_ignored(tokenizers, models, encoders):
     other = TextualInversion("glowstyle", torch.zeros(1, 7), torch.zeros(1, 9))
-    taught = TextEncoders(*tokenizers, *models, {"glowstyle": other})
+    with_words = TextEncoders(*tokenizers, *models, {"glowstyle": other})
     torch.testing.assert_close(
-        taught.encode("glowstyle").context, encoders.encode("glowstyle").context, **SAME
+        with_words.encode("glowstyle").context, encoders.encode("glowstyle").context, **SAME
     )
 
 
-def test_a_learned_word_without_a_name_is_in_no_prompt(
+def test_learned_word_without_a_name_is_ignored(
     tokenizers, models, encoders, learned: TextualInversion
 ):
-    taught = TextEncoders(*tokenizers, *models, {"\u200b": learned})
+    with_words = TextEncoders(*tokenizers, *models, {"\u200b": learned})
     torch.testing.assert_close(
-        taught.encode("an apple").context, encoders.encode("an apple").context, **SAME
+        with_words.encode("an apple").context, encoders.encode("an apple").context, **SAME
     )
 
 
-def test_what_is_remembered_fits_into_its_room(tokenizers, models, monkeypatch: pytest.MonkeyPatch):
-    taught = TextEncoders(*tokenizers, *models)
+def test_conditioning_cache_stays_within_its_size(
+    tokenizers, models, monkeypatch: pytest.MonkeyPatch
+):
+    with_words = TextEncoders(*tokenizers, *models)
     calls: list[int] = []
     models[0].register_forward_pre_hook(lambda *_: calls.append(1))
-    one = taught.encode("an apple").nbytes
+    one = with_words.encode("an apple").nbytes
     assert one == (77 * (tiny_models.WIDTH_L + tiny_models.WIDTH_G) + tiny_models.WIDTH_G) * 4
     monkeypatch.setattr("alphalayer.engine.text.encoders.CACHE_BYTES", 2 * one)
     texts = ["an apple", "a pear", "an apple", "a plum", "an apple", "a pear"]
     for text in texts:
-        taught.encode(text)
-    # the pear was the one to go when the plum came
+        with_words.encode(text)
+    # the plum evicts the pear
     assert len(calls) == 4
-    # what is larger than the room is encoded each time, and as it should be
+    # a text larger than the cache is encoded each time, with the same result
     long = " BREAK ".join(["a cat"] * 3)
-    assert torch.equal(taught.encode(long).context, taught.encode(long).context)
+    assert torch.equal(with_words.encode(long).context, with_words.encode(long).context)
     assert len(calls) == 6
-    taught.forget()
-    taught.encode(long)
+    with_words.forget()
+    with_words.encode(long)
     assert len(calls) == 7
 
 
-def test_embedding_files_are_read_and_others_left_out(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-):
+def test_read_embeddings_skips_other_files(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     (tmp_path / "deep").mkdir()
     save_file(
         {"clip_l": torch.ones(2, 3).half(), "clip_g": torch.ones(2, 5).half()},
@@ -285,10 +301,10 @@ def test_embedding_files_are_read_and_others_left_out(
     )
     save_file({"clip_l": torch.ones(3), "clip_g": torch.ones(5)}, tmp_path / "single.safetensors")
     (tmp_path / "broken.safetensors").write_bytes(b"no")
-    found = read_embeddings(tmp_path)
-    assert list(found) == ["good", "single"]
-    assert found["single"].clip_l.shape == (1, 3)
-    assert found["good"].clip_g.dtype == torch.float32
+    embeddings = read_embeddings(tmp_path)
+    assert list(embeddings) == ["good", "single"]
+    assert embeddings["single"].clip_l.shape == (1, 3)
+    assert embeddings["good"].clip_g.dtype == torch.float32
     assert all(name in caplog.text for name in ("sd15", "uneven", "broken"))
     assert read_embeddings(tmp_path / "absent") == {}
 
@@ -296,8 +312,8 @@ def test_embedding_files_are_read_and_others_left_out(
 # --- plans over the steps
 
 
-def _said(plan, step: int, encoders: TextEncoders, texts: list[str]) -> str:
-    """Which of these texts a plan of one part shows at a step."""
+def _text_at(plan, step: int, encoders: TextEncoders, texts: list[str]) -> str:
+    """Return which of these texts a plan of one part has at a step."""
     ((conditioning, weight),) = plan.at(step)
     assert weight == 1.0
     (text,) = [
@@ -306,7 +322,7 @@ def _said(plan, step: int, encoders: TextEncoders, texts: list[str]) -> str:
     return text
 
 
-def test_an_empty_negative_prompt_is_zeros_and_a_space_is_not(encoders: TextEncoders):
+def test_empty_negative_prompt_is_zeros_but_a_space_is_not(encoders: TextEncoders):
     empty, space = (plan_negative(encoders, text, 20).at(0)[0][0] for text in ("", " "))
     assert empty.context.shape == (1, 77, tiny_models.WIDTH_L + tiny_models.WIDTH_G)
     assert not empty.context.any()
@@ -315,23 +331,29 @@ def test_an_empty_negative_prompt_is_zeros_and_a_space_is_not(encoders: TextEnco
     torch.testing.assert_close(space.context, encoders.encode("").context, **SAME)
 
 
-def test_a_plan_changes_its_text_where_the_schedule_says(encoders: TextEncoders):
+def test_plan_changes_its_text_at_the_scheduled_step(encoders: TextEncoders):
     plan = plan_prompt(encoders, "a [red:blue:0.5] cup", 8)
     texts = ["a red cup", "a blue cup"]
     # a schedule's entry holds while the step counter, from 0 on, is not above its end
-    assert [_said(plan, step, encoders, texts) for step in range(8)] == [texts[0]] * 5 + [
+    assert [_text_at(plan, step, encoders, texts) for step in range(8)] == [texts[0]] * 5 + [
         texts[1]
     ] * 3
 
 
-def test_alternation_takes_turns(encoders: TextEncoders):
+def test_plan_alternates_its_texts(encoders: TextEncoders):
     plan = plan_prompt(encoders, "[red|blue] cup", 5)
     texts = ["red cup", "blue cup"]
     # entries end at steps 1, 2, 3 ... of a counter that starts at 0, so the first one holds twice
-    assert [texts.index(_said(plan, step, encoders, texts)) for step in range(5)] == [0, 0, 1, 0, 1]
+    assert [texts.index(_text_at(plan, step, encoders, texts)) for step in range(5)] == [
+        0,
+        0,
+        1,
+        0,
+        1,
+    ]
 
 
-def test_and_gives_several_conditionings_with_weights(encoders: TextEncoders):
+def test_plan_with_and_has_several_weighted_conditionings(encoders: TextEncoders):
     plan = plan_prompt(encoders, "a cup AND a plate:0.5", 4)
     (first, one), (second, half) = plan.at(3)
     assert (one, half) == (1.0, 0.5)
@@ -339,33 +361,37 @@ def test_and_gives_several_conditionings_with_weights(encoders: TextEncoders):
     torch.testing.assert_close(second.context, encoders.encode("a plate").context, **SAME)
 
 
-def test_each_text_of_a_plan_is_encoded_once(
+def test_plan_encodes_each_text_once(
     encoders: TextEncoders, models, monkeypatch: pytest.MonkeyPatch
 ):
-    """Also where it is too long to be remembered."""
+    """Cover texts that are too long for the cache."""
     monkeypatch.setattr("alphalayer.engine.text.encoders.CACHE_BYTES", 0)
     calls: list[int] = []
     handle = models[0].register_forward_pre_hook(lambda *_: calls.append(1))
-    asked: list[int] = []
+    checks: list[int] = []
     plan = plan_prompt(
-        encoders, "[red|blue] cup AND [red|blue] plate", 20, check=lambda: asked.append(len(calls))
+        encoders, "[red|blue] cup AND [red|blue] plate", 20, check=lambda: checks.append(len(calls))
     )
     handle.remove()
-    assert len({id(each) for step in range(20) for each, _ in plan.at(step)}) == len(calls) == 4
-    assert asked == [0, 1, 2, 3], "the job may be given up between any two"
+    assert (
+        len({id(conditioning) for step in range(20) for conditioning, _ in plan.at(step)})
+        == len(calls)
+        == 4
+    )
+    assert checks == [0, 1, 2, 3], "a job can be cancelled between any two"
 
 
 @pytest.mark.parametrize(
     "prompt", ["BREAK " * 600 + "a", "[" + "|".join(map(str, range(61))) + "]" + " BREAK a" * 10]
 )
-def test_what_a_prompt_comes_to_over_the_steps_has_a_bound(encoders: TextEncoders, prompt: str):
+def test_plan_with_too_many_chunks_is_refused(encoders: TextEncoders, prompt: str):
     for plan, field in ((plan_prompt, "prompt"), (plan_negative, "negative_prompt")):
         with pytest.raises(InvalidRequest, match="600 chunks") as error:
             plan(encoders, prompt, 60)
         assert error.value.field == field
 
 
-def test_and_is_text_in_a_negative_prompt(encoders: TextEncoders):
+def test_plan_negative_treats_and_as_text(encoders: TextEncoders):
     ((conditioning, weight),) = plan_negative(encoders, "a cup AND a plate:0.5", 4).at(0)
     assert weight == 1.0
     torch.testing.assert_close(
@@ -373,7 +399,7 @@ def test_and_is_text_in_a_negative_prompt(encoders: TextEncoders):
     )
 
 
-def test_schedules_inside_weights_and_weights_inside_schedules(encoders: TextEncoders):
+def test_plan_combines_nested_schedules_and_weights(encoders: TextEncoders):
     plan = plan_prompt(encoders, "([red:(blue:1.4):2]:1.2) cup", 4)
     texts = ["(red:1.2) cup", "((blue:1.4):1.2) cup"]
-    assert [_said(plan, step, encoders, texts) for step in (0, 3)] == texts
+    assert [_text_at(plan, step, encoders, texts) for step in (0, 3)] == texts

@@ -1,4 +1,4 @@
-"""The transparent decoder: its published size, its blocks against diffusers' modules, its eight passes and its way to 8 bits."""
+"""The transparent decoder: size, blocks against diffusers, eight passes, 8-bit output."""
 
 from __future__ import annotations
 
@@ -47,15 +47,17 @@ def _inputs(height: int = 16, width: int = 24) -> tuple[torch.Tensor, torch.Tens
 @pytest.fixture(scope="module")
 def published() -> dict[str, tuple[int, ...]]:
     with torch.device("meta"):
-        return {name: tuple(each.shape) for name, each in TransparentDecoder().state_dict().items()}
+        return {
+            name: tuple(tensor.shape) for name, tensor in TransparentDecoder().state_dict().items()
+        }
 
 
-def test_the_published_decoder_has_the_published_size(published):
+def test_decoder_has_the_published_size(published):
     assert len(published) == 538
     assert sum(int(np.prod(shape)) for shape in published.values()) == 104_104_804
 
 
-def test_the_published_decoder_has_the_published_shapes(published):
+def test_decoder_has_the_published_shapes(published):
     expected = {
         "conv_in.weight": (32, 3, 3, 3),
         "latent_conv_in.weight": (64, 4, 1, 1),
@@ -66,17 +68,20 @@ def test_the_published_decoder_has_the_published_shapes(published):
         "conv_out.weight": (4, 32, 3, 3),
     }
     entering = [
-        (1024, 1024, 1024), (1024, 1024, 768), (768, 512, 384), (384, 256, 192), (192, 128, 96), (96, 64, 64), (64, 64, 64),
+        (1024, 1024, 1024), (1024, 1024, 768), (768, 512, 384), (384, 256, 192), (192, 128, 96),
+        (96, 64, 64), (64, 64, 64),
     ]  # fmt: skip
     leaving = (512, 512, 256, 128, 64, 32, 32)
     for i, (inputs, out) in enumerate(zip(entering, leaving, strict=True)):
-        for j, each in enumerate(inputs):
-            expected[f"up_blocks.{i}.resnets.{j}.conv1.weight"] = (out, each, 3, 3)
+        for j, channels in enumerate(inputs):
+            expected[f"up_blocks.{i}.resnets.{j}.conv1.weight"] = (out, channels, 3, 3)
     assert {name: published[name] for name in expected} == expected
     with_attention = {name.split(".attentions")[0] for name in published if ".attentions." in name}
     assert with_attention == {
-        "mid_block", *(f"down_blocks.{i}" for i in (4, 5, 6)), *(f"up_blocks.{i}" for i in (0, 1, 2)),
-    }  # fmt: skip
+        "mid_block",
+        *(f"down_blocks.{i}" for i in (4, 5, 6)),
+        *(f"up_blocks.{i}" for i in (0, 1, 2)),
+    }
     assert not any("time_emb" in name for name in published)
 
 
@@ -84,7 +89,7 @@ def test_the_published_decoder_has_the_published_shapes(published):
 
 
 class _Straight(nn.Module):
-    """The network of the paper's appendix from diffusers' smallest modules, one line a layer, for the tiny sizes."""
+    """Network of the paper's appendix in the smallest modules of diffusers, for tiny sizes."""
 
     def __init__(self, config: dict):
         super().__init__()
@@ -114,13 +119,13 @@ class _Straight(nn.Module):
         def block(
             resnets: list[nn.Module], attentions: list[nn.Module], **sampler: nn.Module
         ) -> nn.Module:
-            made = nn.Module()
-            made.resnets = nn.ModuleList(resnets)
+            result = nn.Module()
+            result.resnets = nn.ModuleList(resnets)
             if attentions:
-                made.attentions = nn.ModuleList(attentions)
-            for name, each in sampler.items():
-                setattr(made, name, nn.ModuleList([each]))
-            return made
+                result.attentions = nn.ModuleList(attentions)
+            for name, module in sampler.items():
+                setattr(result, name, nn.ModuleList([module]))
+            return result
 
         self.conv_in = nn.Conv2d(3, widths[0], 3, padding=1)
         self.latent_conv_in = nn.Conv2d(4, widths[self.latent_block - 1], 1)
@@ -173,13 +178,13 @@ class _Straight(nn.Module):
 
 
 @torch.no_grad()
-def test_one_pass_equals_diffusers_modules_in_a_row(decoder: TransparentDecoder):
+def test_decoder_pass_equals_modules_of_diffusers(decoder: TransparentDecoder):
     straight = _Straight(tiny_models.DECODER).eval()
     state = decoder.state_dict()
     # diffusers' old downsampler holds its convolution under two names
     state |= {
-        name.replace(".conv.", ".op."): each
-        for name, each in state.items()
+        name.replace(".conv.", ".op."): tensor
+        for name, tensor in state.items()
         if "downsamplers" in name
     }
     left_over = straight.load_state_dict(state, strict=False)
@@ -189,14 +194,14 @@ def test_one_pass_equals_diffusers_modules_in_a_row(decoder: TransparentDecoder)
 
 
 @torch.no_grad()
-def test_one_pass_equals_plain_functions(decoder: TransparentDecoder):
+def test_decoder_pass_equals_plain_functions(decoder: TransparentDecoder):
     pixel, latent = _inputs()
     expected = reference_pipeline.decoder(decoder.state_dict(), tiny_models.DECODER, pixel, latent)
     torch.testing.assert_close(decoder(pixel, latent), expected, **NETWORK)
 
 
 @torch.no_grad()
-def test_the_latent_matters(decoder: TransparentDecoder):
+def test_decoder_pass_depends_on_the_latent(decoder: TransparentDecoder):
     pixel, latent = _inputs()
     assert (decoder(pixel, latent) - decoder(pixel, torch.zeros_like(latent))).abs().max() > 1e-3
 
@@ -205,13 +210,13 @@ def test_the_latent_matters(decoder: TransparentDecoder):
 
 
 def _loop(decoder: TransparentDecoder, pixel: torch.Tensor, latent: torch.Tensor) -> np.ndarray:
-    """Pass by pass in NumPy; the fourth smallest of eight."""
+    """Run pass by pass in NumPy, and return the fourth smallest of eight."""
     results = []
     for flip in (False, True):
         for turns in range(4):
             turned = []
-            for each in (pixel, latent):
-                array = each.numpy()[..., ::-1] if flip else each.numpy()
+            for tensor in (pixel, latent):
+                array = tensor.numpy()[..., ::-1] if flip else tensor.numpy()
                 turned.append(torch.from_numpy(np.rot90(array, turns, (2, 3)).copy()))
             with torch.no_grad():
                 result = np.clip(decoder(*turned).numpy(), 0, 1)
@@ -222,24 +227,24 @@ def _loop(decoder: TransparentDecoder, pixel: torch.Tensor, latent: torch.Tensor
 
 @pytest.mark.parametrize("size", [(16, 16), (16, 24)])
 @pytest.mark.parametrize("passes_at_once", [1, 3, 8])
-def test_eight_passes_and_lower_median(
+def test_decode_is_the_lower_median_of_eight_passes(
     decoder: TransparentDecoder, size: tuple[int, int], passes_at_once: int
 ):
     pixel, latent = _inputs(*size)
-    found = decode_transparent(decoder, pixel, latent, passes_at_once)
-    assert found.shape == (1, 4, *size)
-    np.testing.assert_allclose(found, _loop(decoder, pixel, latent), **NETWORK)
+    result = decode_transparent(decoder, pixel, latent, passes_at_once)
+    assert result.shape == (1, 4, *size)
+    np.testing.assert_allclose(result, _loop(decoder, pixel, latent), **NETWORK)
 
 
-def test_the_median_is_neither_the_mean_of_the_middle_two_nor_one_pass(decoder: TransparentDecoder):
+def test_decode_differs_from_a_single_pass(decoder: TransparentDecoder):
     pixel, latent = _inputs()
-    found = decode_transparent(decoder, pixel, latent).clone()
+    result = decode_transparent(decoder, pixel, latent).clone()
     with torch.no_grad():
         single = decoder(pixel, latent).clamp(0, 1)
-    assert (found - single).abs().max() > 1e-3
+    assert (result - single).abs().max() > 1e-3
 
 
-def test_turning_the_input_turns_the_result(decoder: TransparentDecoder):
+def test_decode_of_a_rotated_input_is_rotated(decoder: TransparentDecoder):
     pixel, latent = _inputs()
     turned = decode_transparent(decoder, pixel.rot90(1, (2, 3)), latent.rot90(1, (2, 3)))
     torch.testing.assert_close(
@@ -247,7 +252,7 @@ def test_turning_the_input_turns_the_result(decoder: TransparentDecoder):
     )
 
 
-def test_sizes_that_do_not_fit_are_clear_errors(decoder: TransparentDecoder):
+def test_decode_of_unfitting_sizes_is_refused(decoder: TransparentDecoder):
     with pytest.raises(InvalidRequest, match="20x16"):
         decode_transparent(decoder, torch.zeros(1, 3, 16, 20), torch.zeros(1, 4, 2, 2))
     with pytest.raises(ModelUnusable, match=r"4x2x2.*8x2x2"):
@@ -257,7 +262,7 @@ def test_sizes_that_do_not_fit_are_clear_errors(decoder: TransparentDecoder):
 # --- in and out
 
 
-def test_official_feeds_the_vaes_latent_and_float_pixels():
+def test_official_inputs_are_vae_latent_and_float_pixels():
     sample = torch.tensor([-2.0, -1.0, 0.005, 1.5]).reshape(1, 1, 1, 4).expand(1, 3, 1, 4)
     pixel, latent = decoder_inputs(
         sample, torch.full((1, 4, 1, 1), 2.0), 0.13025, "official", shift_factor=0.5
@@ -266,15 +271,15 @@ def test_official_feeds_the_vaes_latent_and_float_pixels():
     np.testing.assert_allclose(latent, np.full((1, 4, 1, 1), 2 / 0.13025 + 0.5), rtol=1e-6)
 
 
-def test_forge2_feeds_the_samplers_latent_and_pixels_cut_to_8_bits():
+def test_forge2_inputs_are_sampler_latent_and_8_bit_pixels():
     sample = torch.tensor([-2.0, 0.005, 0.9999, 1.5]).reshape(1, 1, 1, 4).expand(1, 3, 1, 4)
-    given = torch.full((1, 4, 1, 1), 2.0)
-    pixel, latent = decoder_inputs(sample, given, 0.13025, "forge2", shift_factor=0.5)
+    sampled = torch.full((1, 4, 1, 1), 2.0)
+    pixel, latent = decoder_inputs(sample, sampled, 0.13025, "forge2", shift_factor=0.5)
     np.testing.assert_allclose(pixel[0, 0, 0] * 255, [0, 128, 254, 255], rtol=1e-6)
-    assert torch.equal(latent, given)
+    assert torch.equal(latent, sampled)
 
 
-def test_8_bit_is_alpha_last_and_truncated():
+def test_to_uint8_truncates_and_puts_alpha_last():
     decoded = torch.tensor([0.999, 0.0, 0.5, 1.0]).reshape(1, 4, 1, 1).expand(1, 4, 2, 3)
     rgba = to_uint8(decoded)
     assert rgba.shape == (2, 3, 4)
@@ -282,7 +287,7 @@ def test_8_bit_is_alpha_last_and_truncated():
     assert rgba[1, 2].tolist() == [0, 127, 255, 254]
 
 
-def test_8_bit_values_outside_0_to_1_are_cut():
+def test_to_uint8_clamps_values_outside_0_to_1():
     assert to_uint8(torch.tensor([-0.3, 1.7, 0.0, 1.0]).reshape(1, 4, 1, 1))[0, 0].tolist() == [
         255,
         0,
@@ -291,8 +296,8 @@ def test_8_bit_values_outside_0_to_1_are_cut():
     ]
 
 
-def test_float16_is_multiplied_in_float16():
-    """131 of the 15,361 float16 values in [0, 1] come out one off against float32 arithmetic."""
+def test_to_uint8_multiplies_float16_in_float16():
+    """Check that 131 of the 15,361 float16 values in [0, 1] differ by 1 from float32."""
     values = torch.arange(0x3C00 + 1, dtype=torch.int16).view(torch.float16)
     assert len(values) == 15_361
     assert values[-1] == 1
@@ -306,20 +311,20 @@ def test_float16_is_multiplied_in_float16():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-def test_a_file_is_read_with_its_sizes(
+def test_load_decoder_infers_the_sizes(
     decoder: TransparentDecoder, tmp_path: Path, dtype: torch.dtype
 ):
     file = tmp_path / "decoder.safetensors"
-    save_file({name: each.to(dtype) for name, each in decoder.state_dict().items()}, file)
+    save_file({name: tensor.to(dtype) for name, tensor in decoder.state_dict().items()}, file)
     # group and head sizes cannot be seen in shapes
     loaded = load_decoder(file, {"norm_num_groups": 4, "attention_head_dim": 8})
     assert not loaded.training
-    assert not any(each.requires_grad for each in loaded.parameters())
+    assert not any(tensor.requires_grad for tensor in loaded.parameters())
     pixel, latent = _inputs()
     assert torch.equal(loaded(pixel, latent), decoder(pixel, latent))
 
 
-def test_a_missing_and_a_damaged_file_are_named(decoder: TransparentDecoder, tmp_path: Path):
+def test_load_decoder_missing_or_damaged_file_is_named(decoder: TransparentDecoder, tmp_path: Path):
     file = tmp_path / "decoder.safetensors"
     with pytest.raises(LayerDiffuseMissing, match=r"decoder\.safetensors"):
         load_decoder(file)
@@ -338,7 +343,7 @@ def test_a_missing_and_a_damaged_file_are_named(decoder: TransparentDecoder, tmp
         ("nonsense", "1 unknown tensors"),
     ],
 )
-def test_another_kind_of_file_is_said_to_be_one(tmp_path: Path, key: str, kind: str):
+def test_load_decoder_names_another_kind_of_file(tmp_path: Path, key: str, kind: str):
     file = tmp_path / "decoder.safetensors"
     save_file({key: torch.zeros(1)}, file)
     with pytest.raises(ModelUnusable, match=f"holds {kind}"):
@@ -348,7 +353,7 @@ def test_another_kind_of_file_is_said_to_be_one(tmp_path: Path, key: str, kind: 
 @pytest.mark.parametrize(
     "config", [{"block_out_channels": [8, 8]}, {"unknown": 1}, {"latent_block": 9}]
 )
-def test_a_config_that_does_not_fit_is_a_clear_error(
+def test_load_decoder_unfitting_config_is_refused(
     decoder: TransparentDecoder, tmp_path: Path, config: dict
 ):
     file = tmp_path / "decoder.safetensors"

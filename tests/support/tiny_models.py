@@ -14,6 +14,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
+from alphalayer.core.modes import MODES
 from alphalayer.engine.families.configs import SHIPPED
 from alphalayer.engine.transparency.decode import TransparentDecoder
 
@@ -181,6 +182,26 @@ def make_layer_files(folder: Path, seed: int = 0) -> Path:
     save_file(patch, folder / "layer_xl_transparent_attn.safetensors")
     save_file(decoder(seed).half().state_dict(), folder / "vae_transparent_decoder.safetensors")
     return folder
+
+
+def make_condition_patch(folder: Path, mode: str, seed: int = 0) -> Path:
+    """Write the patch of a mode with input images: `conv_in` and the first normalisation."""
+    (name, *_), inputs = MODES[mode].files, len(MODES[mode].needs)
+    generator = torch.Generator().manual_seed(seed + 900)
+    own = unet(seed).state_dict()
+    width = len(own["conv_in.weight"])
+    changes = {
+        "conv_in.weight": torch.randn(width, 4 + 4 * inputs, 3, 3, generator=generator) * 0.2,
+        "conv_norm_out.weight": torch.randn(width, generator=generator) * 0.1,
+    }
+    save_file(
+        {
+            f"diffusion_model.{unet_name_in_ldm(parameter)}::diff::0": change.half()
+            for parameter, change in changes.items()
+        },
+        folder / name,
+    )
+    return folder / name
 
 
 def unet_name_in_ldm(name: str) -> str:

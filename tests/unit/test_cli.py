@@ -186,7 +186,8 @@ def test_models_are_listed_and_verified(run: Run, tmp_path: Path):
     )
     assert f"error  old  {checkpoints}/old.safetensors is cut off" in out
     assert re.search(
-        r"^ok  alphalayer-mini( \[\w+\])?  small, built in; .* models pull  \S+/builtin_models/alphalayer-mini$",
+        r"^ok  alphalayer-mini( \[\w+\])?  small, built in  \S+/builtin_models/alphalayer-mini\n"
+        r"    For SDXL run: alphalayer models pull sdxl-base layerdiffuse$",
         out,
         re.MULTILINE,
     )
@@ -237,7 +238,7 @@ def test_drawing_with_the_embedded_model_for_want_of_another_is_said(run: Run, t
     assert code == 0
     assert out.endswith("  alphalayer-mini\n")
     assert err.startswith(
-        "Drawing with alphalayer-mini, the small model that comes along, since mine/Stable-diffusion holds none"
+        "no usable model in mine/Stable-diffusion: using alphalayer-mini, the small included model."
     )
     assert "alphalayer models pull" in err
 
@@ -246,8 +247,11 @@ def test_usage_and_hints_bear_the_name_that_it_was_started_with(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ):
     assert "Usage: alphalayer generate" in run("generate", "-h")[1]
+    assert "or run: alphalayer models pull" in run("generate", "apple", "--model", "absent")[2]
     monkeypatch.setenv("ALPHALAYER_STARTED_BY", "python3 run.py")
     assert "Usage: python3 run.py generate" in run("generate")[2]
+    assert "or run: python3 run.py models pull" in run("generate", "apple", "--model", "absent")[2]
+    assert "    For SDXL run: python3 run.py models pull" in run("models", "list")[1]
 
 
 def test_a_broken_keys_file_is_one_line(run: Run, tmp_path: Path):

@@ -1,4 +1,4 @@
-"""The prompt language: worked examples of the published grammar, and what must hold for any text."""
+"""Prompt grammar: examples of the published grammar, and properties of any text."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ from alphalayer.engine.text.grammar import (
 
 def _pairs(prompt: str) -> list[tuple[str, float]]:
     return [
-        ("BREAK" if each.is_break else each.text, each.weight) for each in parse_weights(prompt)
+        ("BREAK" if fragment.is_break else fragment.text, fragment.weight)
+        for fragment in parse_weights(prompt)
     ]
 
 
@@ -68,14 +69,14 @@ WEIGHTS = {
 
 
 @pytest.mark.parametrize("prompt", WEIGHTS)
-def test_weights(prompt: str):
-    found, expected = _pairs(prompt), WEIGHTS[prompt]
-    assert [text for text, _ in found] == [text for text, _ in expected]
-    assert [weight for _, weight in found] == pytest.approx([weight for _, weight in expected])
+def test_weights_of_documented_examples(prompt: str):
+    fragments, expected = _pairs(prompt), WEIGHTS[prompt]
+    assert [text for text, _ in fragments] == [text for text, _ in expected]
+    assert [weight for _, weight in fragments] == pytest.approx([weight for _, weight in expected])
 
 
 @pytest.mark.parametrize("prompt", ["(x:99999)", "(" * 200 + "x", "((x:9999):9999)", "(x:-99999)"])
-def test_absurd_weights_are_refused_and_name_the_prompt(prompt: str):
+def test_extreme_weights_are_refused_and_name_the_prompt(prompt: str):
     with pytest.raises(InvalidRequest) as error:
         parse_weights(prompt)
     assert error.value.field == "prompt"
@@ -96,7 +97,7 @@ AND = {
 
 
 @pytest.mark.parametrize("prompt", AND)
-def test_and(prompt: str):
+def test_and_of_documented_examples(prompt: str):
     assert split_and(prompt) == AND[prompt]
 
 
@@ -130,18 +131,18 @@ SCHEDULES = {
 
 
 @pytest.mark.parametrize("prompt", SCHEDULES)
-def test_schedules(prompt: str):
-    found = schedule_prompt(prompt, 10)
+def test_schedules_of_documented_examples(prompt: str):
+    schedule = schedule_prompt(prompt, 10)
 
-    # neighbours of equal text may be one entry or several: what counts is what is said at each step
-    def said(schedule):
+    # neighbors of equal text may be one entry or several: only the text of each step counts
+    def texts(schedule):
         return [next(text for last, text in schedule if step <= last) for step in range(11)]
 
-    assert said(found) == said(SCHEDULES[prompt])
-    assert found[-1][0] == 10
+    assert texts(schedule) == texts(SCHEDULES[prompt])
+    assert schedule[-1][0] == 10
 
 
-# any text, with many of the characters that mean something
+# any text, with many characters of the grammar
 _MARKS = [*r"()[]:|\,. 0123456789-+ab", "BREAK", "AND", "é", "\n", ":1.2)", ":0.5]"]
 MARKED = st.lists(st.sampled_from(_MARKS), max_size=60).map("".join)
 ANY = st.one_of(st.text(max_size=60), MARKED)
@@ -156,25 +157,25 @@ def _parsed(prompt: str) -> list[Fragment]:
 
 @settings(max_examples=300, deadline=None)
 @given(ANY)
-def test_any_text_is_read_or_refused(prompt: str):
+def test_weights_of_any_text_are_valid_or_refused(prompt: str):
     fragments = _parsed(prompt)
     assert fragments
-    for each in fragments:
-        assert math.isfinite(each.weight)
-        assert abs(each.weight) <= MAX_WEIGHT
-        assert each.text == "" or not each.is_break
+    for fragment in fragments:
+        assert math.isfinite(fragment.weight)
+        assert abs(fragment.weight) <= MAX_WEIGHT
+        assert fragment.text == "" or not fragment.is_break
 
 
 @settings(max_examples=200, deadline=None)
 @given(st.text(st.sampled_from("ab ()[],"), max_size=40))
-def test_brackets_without_numbers_give_positive_weights_and_keep_every_letter(prompt: str):
+def test_brackets_without_numbers_give_positive_weights(prompt: str):
     fragments = parse_weights(prompt)
-    assert all(each.weight > 0 for each in fragments)
+    assert all(fragment.weight > 0 for fragment in fragments)
 
     def letters(text):
-        return [each for each in text if each in "ab ,"]
+        return [letter for letter in text if letter in "ab ,"]
 
-    assert letters("".join(each.text for each in fragments)) == letters(prompt)
+    assert letters("".join(fragment.text for fragment in fragments)) == letters(prompt)
 
 
 @settings(max_examples=200, deadline=None)
@@ -183,7 +184,7 @@ def test_brackets_without_numbers_give_positive_weights_and_keep_every_letter(pr
         st.characters(blacklist_characters="()[]\\:|", blacklist_categories=["Cs"]), max_size=40
     )
 )
-def test_text_without_marks_is_itself(prompt: str):
+def test_text_without_syntax_is_unchanged(prompt: str):
     if "BREAK" not in prompt:
         assert parse_weights(prompt) == [Fragment(prompt)]
     assert schedule_prompt(prompt, 7) == [(7, prompt)]
@@ -191,15 +192,15 @@ def test_text_without_marks_is_itself(prompt: str):
 
 @settings(max_examples=200, deadline=None)
 @given(st.text(max_size=30))
-def test_escaped_text_is_itself(text: str):
-    escaped = "".join(f"\\{each}" if each in "()[]\\" else each for each in text)
+def test_escaped_text_is_unescaped(text: str):
+    escaped = "".join(f"\\{letter}" if letter in "()[]\\" else letter for letter in text)
     if "BREAK" not in text:
-        assert "".join(each.text for each in parse_weights(escaped)) == text
+        assert "".join(fragment.text for fragment in parse_weights(escaped)) == text
 
 
 @settings(max_examples=300, deadline=None)
 @given(ANY, st.integers(1, 30))
-def test_any_text_has_a_schedule_that_covers_every_step(prompt: str, steps: int):
+def test_schedule_of_any_text_covers_every_step(prompt: str, steps: int):
     schedule = schedule_prompt(prompt, steps)
     ends = [end for end, _ in schedule]
     assert ends == sorted(set(ends))
@@ -215,7 +216,7 @@ def test_and_keeps_all_text_and_gives_finite_weights(prompt: str):
     assert all(math.isfinite(weight) and text in prompt for text, weight in parts)
 
 
-# the same grammar with patterns that take the square of a text's length
+# the same grammar with simple patterns of quadratic time
 _BREAK = re.compile(r"\s*\bBREAK\b\s*")
 _AND_WEIGHT = re.compile(r":\s*([-+]?(?:\d+\.?\d*|\.\d+))\s*$")
 _NUMBER = re.compile(r"\s*[-+]?(?:\d+\.?\d*|\.\d+)\s*")
@@ -248,14 +249,14 @@ _SPACED = st.lists(
 @example("BREAK")
 @example(" BREAK  BREAK ")
 @example("a\u2003BREAK\u2003b")
-def test_breaks_are_where_a_plain_pattern_finds_them(text: str):
+def test_breaks_equal_those_of_a_simple_pattern(text: str):
     parts = [Fragment(part) for part in _BREAK.split(text)]
-    expected = [each for part in parts for each in (Fragment("", is_break=True), part)][1:]
+    expected = [fragment for part in parts for fragment in (Fragment("", is_break=True), part)][1:]
     assert parse_weights(text.replace(":", ";")) == (
         [
-            Fragment(each.text.replace(":", ";"), 1.0, each.is_break)
-            for each in expected
-            if each.is_break or each.text
+            Fragment(fragment.text.replace(":", ";"), 1.0, fragment.is_break)
+            for fragment in expected
+            if fragment.is_break or fragment.text
         ]
         or [Fragment("")]
     )
@@ -263,9 +264,9 @@ def test_breaks_are_where_a_plain_pattern_finds_them(text: str):
 
 @settings(max_examples=500, deadline=None)
 @given(_SPACED.filter(lambda text: "AND" not in text))
-def test_weights_of_and_and_numbers_are_those_that_plain_patterns_find(text: str):
-    found = _AND_WEIGHT.search(text)
-    assert split_and(text) == [(text[: found.start()], float(found[1])) if found else (text, 1.0)]
+def test_and_weights_and_numbers_equal_those_of_simple_patterns(text: str):
+    match = _AND_WEIGHT.search(text)
+    assert split_and(text) == [(text[: match.start()], float(match[1])) if match else (text, 1.0)]
     plain = text.replace(":", "")
     switches = schedule_prompt(f"[a:b:{plain}]", 4) != [(4, f"[a:b:{plain}]")]
     assert switches == bool(_NUMBER.fullmatch(plain))
@@ -276,12 +277,25 @@ LONG = 100_000
 
 @pytest.mark.parametrize(
     "prompt",
-    [" " * LONG + "x", "a:" + "1" * LONG + "x", "[a:b:" + "1" * LONG + "x]", "[a:b:1." + "1" * LONG + "x]", ": " * LONG,
-     "a:" + " " * LONG + "x", "a:1" + " " * LONG + "x", "BREAK " * LONG, "(a:" + "1" * LONG, "(a:1" + " " * LONG],
+    [
+        " " * LONG + "x",
+        "a:" + "1" * LONG + "x",
+        "[a:b:" + "1" * LONG + "x]",
+        "[a:b:1." + "1" * LONG + "x]",
+        ": " * LONG,
+        "a:" + " " * LONG + "x",
+        "a:1" + " " * LONG + "x",
+        "BREAK " * LONG,
+        "(a:" + "1" * LONG,
+        "(a:1" + " " * LONG,
+    ],
     ids=lambda prompt: prompt[:8],
-)  # fmt: skip
-def test_the_time_to_read_a_prompt_grows_with_its_length(prompt: str):
-    """At a hundred thousand characters what takes the square of them takes minutes, the rest a fraction of a second."""
+)
+def test_parsing_time_is_linear_in_the_length(prompt: str):
+    """Parse 100,000 characters.
+
+    Quadratic time would be minutes, linear time is a fraction of a second.
+    """
     start = time.process_time()
     parse_weights(prompt)
     split_and(prompt)
@@ -289,7 +303,7 @@ def test_the_time_to_read_a_prompt_grows_with_its_length(prompt: str):
     assert time.process_time() - start < 5
 
 
-def test_very_deep_nesting_is_read():
+def test_very_deep_nesting_is_parsed():
     prompt = "[" * 5000 + "a:b:3" + "]" * 5000
     assert schedule_prompt(prompt, 10)[-1][0] == 10
     assert parse_weights("[" * 400 + "a")[0].weight == pytest.approx(1.1**-400)

@@ -1,4 +1,4 @@
-"""What the log says about the device, and the figures that are chosen by."""
+"""Choices of device, number formats and memory mode."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from alphalayer.engine.memory import (
 from alphalayer.engine.transparency.decode import TransparentDecoder
 
 
-def test_the_device_is_described_with_what_was_chosen_for_the_user():
+def test_describe_gives_the_reason_of_automatic_choices():
     cpu = torch.device("cpu")
     precision = choose_precision(cpu, "auto")
-    unasked = describe(cpu, precision, MEMORY_MODES["high"], asked=("auto", "auto"))
-    assert unasked == 'cpu (torch sees no GPU), float32, memory mode "high"'
+    automatic = describe(cpu, precision, MEMORY_MODES["high"], requested=("auto", "auto"))
+    assert automatic == 'cpu (torch sees no GPU), float32, memory mode "high"'
     assert (
-        describe(cpu, precision, MEMORY_MODES["high"], asked=("cpu", "high"))
+        describe(cpu, precision, MEMORY_MODES["high"], requested=("cpu", "high"))
         == 'cpu, float32, memory mode "high"'
     )
 
 
-def test_float32_that_was_asked_for_is_not_rounded_in_convolutions(monkeypatch: pytest.MonkeyPatch):
+def test_fp32_switches_off_tf32_in_convolutions(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     choose_precision(torch.device("cpu"), "auto")
     assert torch.backends.cudnn.allow_tf32
@@ -48,21 +48,23 @@ def test_float32_that_was_asked_for_is_not_rounded_in_convolutions(monkeypatch: 
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
         RuntimeError("MPS backend out of memory (MPS allocated: 8.00 GB)"),
         RuntimeError(
-            "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes."
+            "[enforce fail] DefaultCPUAllocator: can't allocate memory: "
+            "you tried to allocate 99 bytes."
         ),
         RuntimeError(
-            "[enforce fail] data. DefaultCPUAllocator: not enough memory: you tried to allocate 99 bytes."
+            "[enforce fail] data. DefaultCPUAllocator: not enough memory: "
+            "you tried to allocate 99 bytes."
         ),
         OSError(12, "Cannot allocate memory"),
         OSError("The paging file is too small for this operation to complete. (os error 1455)"),
         MemoryError(),
     ],
 )
-def test_running_out_of_memory_is_known_in_all_its_words(error: Exception):
+def test_out_of_memory_is_recognized_in_all_messages(error: Exception):
     assert is_out_of_memory(error)
 
 
-def test_other_errors_are_not_taken_for_it():
+def test_out_of_memory_is_not_recognized_in_other_errors():
     for error in (
         RuntimeError("a shape is wrong"),
         OSError(2, "No such file"),
@@ -71,8 +73,11 @@ def test_other_errors_are_not_taken_for_it():
         assert not is_out_of_memory(error)
 
 
-def test_a_call_of_the_unet_has_a_bound_in_every_mode():
-    """Batches of 8 at 1024x1024 under guidance are one call on a large GPU, as are many small pictures."""
+def test_rows_at_once_are_limited_in_every_mode():
+    """Allow one call on a large GPU for 8 images of 1024x1024 with guidance.
+
+    Many small images are one call, too.
+    """
     bounds = {
         name: [mode.rows_at_once(side, side) for side in (256, 1024, 2048)]
         for name, mode in MEMORY_MODES.items()
@@ -80,8 +85,11 @@ def test_a_call_of_the_unet_has_a_bound_in_every_mode():
     assert bounds == {"high": [256, 16, 4], "balanced": [64, 4, 1], "low": [1, 1, 1]}
 
 
-def test_the_weights_that_batches_leave_room_for_are_those_of_sdxl():
-    """Counted in the shipped configs, without memory for them; bytes a weight as `choose_precision` and loading hold them."""
+def test_sdxl_gib_is_the_size_of_the_shipped_configs():
+    """Count the weights of the shipped configs on the meta device.
+
+    Bytes of a weight are those of `choose_precision` and of loading.
+    """
     parts = [
         (UNet2DConditionModel, "unet", 2),
         (AutoencoderKL, "vae", 2),
@@ -92,11 +100,11 @@ def test_the_weights_that_batches_leave_room_for_are_those_of_sdxl():
     with torch.device("meta"):
         for kind, name, size in parts:
             config = json.loads((SHIPPED / name / "config.json").read_text())
-            made = (
+            module = (
                 kind(CLIPTextConfig(**config))
                 if name.startswith("text")
                 else kind.from_config(config)
             )
-            total += size * sum(each.numel() for each in made.parameters())
-        total += 2 * sum(each.numel() for each in TransparentDecoder().parameters())
+            total += size * sum(weight.numel() for weight in module.parameters())
+        total += 2 * sum(weight.numel() for weight in TransparentDecoder().parameters())
     assert total / GIB == pytest.approx(SDXL_GIB, abs=0.05)

@@ -138,7 +138,7 @@ def _check_models(service: Service, generation: GenerationRequest) -> None:
     entry = find_model(service, generation.model)
     for lora in generation.loras:
         find_lora(service.models_dir, lora.name)
-    if generation.is_transparent:
+    if generation.uses_layerdiffuse:
         check_layerdiffuse_method(entry, generation.mode)
 
 

@@ -82,7 +82,7 @@ class Problem(BaseModel):
         return cls(
             title=_title(status),
             status=status,
-            detail=f"{error.field}: {error.message}" if error.field else error.message,
+            detail=error.describe(),
             code=error.code,
             hint=error.hint,
             field=error.field,

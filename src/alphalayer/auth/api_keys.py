@@ -12,7 +12,7 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from alphalayer.core import validation
-from alphalayer.core.errors import SetupFailed
+from alphalayer.core.errors import CommandHint, SetupFailed
 from alphalayer.observability.logging import log
 
 PREFIX = "alk_"
@@ -56,7 +56,7 @@ def read_keys(file: Path) -> list[Key] | None:
         )
     raise SetupFailed(
         f"{file} cannot be read: {why}.",
-        hint="Mend it, or move it away and make keys with: alphalayer keys add",
+        hint=CommandHint("Fix it, or move it away and make keys with:", "keys add NAME"),
     )
 
 
@@ -139,7 +139,9 @@ def load_api_keys(file: Path, users: str, *, must_be: bool) -> list[Key] | None:
     if keys is None and must_be:
         raise SetupFailed(
             f"setting keys_file: {file} is not there, and without it everybody might ask.",
-            hint="Make it with `alphalayer keys add NAME`, mend its path, or leave the setting out.",
+            hint=CommandHint(
+                "Fix its path, leave the setting out, or make it with:", "keys add NAME"
+            ),
         )
     doubled = {key.name for key in keys or []} & {user.name for user in basic}
     if doubled:

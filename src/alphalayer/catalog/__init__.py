@@ -20,6 +20,7 @@ from alphalayer.catalog.folders import family_of_folder, read_json
 from alphalayer.catalog.hashes import SHORT_HASH_DIGITS, HashCache, file_sha256, file_stamp
 from alphalayer.catalog.headers import FAMILY_NAMES, Header, family_of, read_header
 from alphalayer.core.errors import (
+    CommandHint,
     CorruptFile,
     InvalidRequest,
     ModelNotFound,
@@ -50,15 +51,14 @@ __all__ = [
 
 CHECKPOINTS = "Stable-diffusion"
 EMBEDDED_MODEL = Path(__file__).parent.parent / "builtin_models" / "alphalayer-mini"
-BUILT_IN = "small, built in; for SDXL run: alphalayer models pull"
-"""What the embedded model is, wherever models are listed for people."""
 PICKLE_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin")
 LAYER_CONFIG = Path("layerdiffuse", "config.json")
 """In a model's folder: its own patch, decoder and defaults."""
 _BRACKETED_HASH = re.compile(rf" \[[0-9a-f]{{{SHORT_HASH_DIGITS}}}\]$")
 FP16 = ".fp16"
-PULL = "alphalayer models pull sdxl-base layerdiffuse"
-PULL_LAYERS = "Run: alphalayer models pull layerdiffuse"
+PULL = "models pull sdxl-base layerdiffuse"
+PULL_LAYERS = "models pull layerdiffuse"
+"""Commands that download model files."""
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ def resolve_model(
             raise entries[0].problem
         raise ModelNotFound(
             f"no model is in {models_dir / CHECKPOINTS}.",
-            hint=f"Put an SDXL checkpoint there, or run: {PULL}",
+            hint=CommandHint("Put an SDXL checkpoint there, or run:", PULL),
         )
     ranks = [_rank(entry, name) for entry in entries]
     best = max((rank for rank in ranks if rank), default=None)
@@ -147,7 +147,7 @@ def resolve_model(
     ]
     raise ModelNotFound(
         f'no model "{name}" in {models_dir / CHECKPOINTS}; {_listed(there)}.',
-        hint=f"Use one of them, or run: {PULL}",
+        hint=CommandHint("Use one of them, or run:", PULL),
         field="model",
     )
 

@@ -16,7 +16,6 @@ from filelock import FileLock, Timeout
 from alphalayer import catalog
 from alphalayer.catalog.hashes import HashCache
 from alphalayer.catalog.headers import family_of, read_header
-from alphalayer.catalog.layer_files import DECODER_FILES, PATCH_FILES
 from alphalayer.core.errors import (
     AlphalayerError,
     CorruptFile,
@@ -24,6 +23,7 @@ from alphalayer.core.errors import (
     ModelNotFound,
     StorageFailed,
 )
+from alphalayer.core.modes import DECODER_FILES, MODES
 
 SDXL_LICENCE = "SDXL base 1.0: CreativeML Open RAIL++-M. Commercial and hosted use is allowed; its use restrictions must be passed on."
 LAYERDIFFUSE_LICENCE = "LayerDiffuse weights: tagged creativeml-openrail-m by their authors."
@@ -236,9 +236,9 @@ def _layer_families(name: str) -> tuple[str, ...]:
     """What a file of that name may be in `layer_model`."""
     if name in DECODER_FILES:
         return ("transparent-decoder",)
-    if name in (PATCH_FILES["attention"][0], PATCH_FILES["conv"][0]):
+    if name in (MODES["attention"].files[0], MODES["conv"].files[0]):
         return ("layerdiffuse-patch",)
-    if any(name in names for names in PATCH_FILES.values()):
+    if any(name in mode.files for mode in MODES.values()):
         # converted to the names of diffusers, where a patch is a LoRA, or a UNet's weights by their names
         return ("layerdiffuse-patch", "lora", "unknown")
     return ("layerdiffuse-patch", "transparent-decoder", "unknown")

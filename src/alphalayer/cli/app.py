@@ -21,11 +21,11 @@ from alphalayer.auth import api_keys
 from alphalayer.catalog import download
 from alphalayer.cli import forge_flags
 from alphalayer.cli.console import (
-    as_started,
     err,
     out,
     program_name,
     progress,
+    render_hint,
     show_error,
     show_mark,
 )
@@ -33,7 +33,7 @@ from alphalayer.cli.doctor import check_models_dir, check_port, diagnose
 from alphalayer.cli.options import naming_flags, option_each_setting
 from alphalayer.cli.plan import plan
 from alphalayer.config import API_KEY, Settings, load_settings
-from alphalayer.core.errors import AlphalayerError, SetupFailed, StorageFailed
+from alphalayer.core.errors import AlphalayerError, CommandHint, SetupFailed, StorageFailed
 from alphalayer.core.job import Output
 from alphalayer.core.optional_dependencies import install_hint, require
 from alphalayer.core.request import (
@@ -233,10 +233,10 @@ def models_list(models_dir: ModelsDir = None) -> None:
         if entry.problem:
             show_mark("error", f"{entry.name}  {entry.problem.message}", entry.problem.hint)
         else:
-            show_mark(
-                "ok",
-                f"{entry.title}  {catalog.BUILT_IN if entry.path == catalog.EMBEDDED_MODEL else family}  {entry.path}",
-            )
+            is_built_in = entry.path == catalog.EMBEDDED_MODEL
+            kind = "small, built in" if is_built_in else family
+            hint = CommandHint("For SDXL run:", catalog.PULL) if is_built_in else ""
+            show_mark("ok", f"{entry.title}  {kind}  {entry.path}", hint)
 
 
 @models_app.command("pull")
@@ -273,7 +273,7 @@ def models_verify(models_dir: ModelsDir = None) -> None:
             f"{each.path}  {each.finding.removeprefix(f'{each.path} ')}",
         )
     if not found:
-        out.print(as_started("no model files; get some with: alphalayer models pull"))
+        out.print(render_hint(CommandHint("no model files; get some with:", catalog.PULL)))
     raise typer.Exit(not all(each.is_well for each in found))
 
 
@@ -431,8 +431,8 @@ def _tell_of_embedded_model(name: str | None, models_dir: Path) -> None:
     entry = catalog.resolve_model(name, catalog.find_models(models_dir), models_dir)
     if not name and entry.path == catalog.EMBEDDED_MODEL:
         folder = models_dir / catalog.CHECKPOINTS
-        told = f"Drawing with {entry.name}, the small model that comes along, since {folder} holds none to draw with."
-        err.print(as_started(f"{told} For SDXL: alphalayer models pull"))
+        text = f"no usable model in {folder}: using {entry.name}, the small included model."
+        err.print(render_hint(CommandHint(f"{text} For SDXL run:", catalog.PULL)))
 
 
 def main() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import sys
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -14,7 +13,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from rich.text import Text
 
 from alphalayer.config import STARTED_BY
-from alphalayer.core.errors import AlphalayerError
+from alphalayer.core.errors import AlphalayerError, CommandHint
 from alphalayer.engine.base import Progress as EngineProgress
 
 _PLAIN: dict[str, Any] = {"highlight": False, "markup": False, "emoji": False, "soft_wrap": True}
@@ -35,21 +34,23 @@ def program_name() -> str:
     return os.environ.get(STARTED_BY) or "alphalayer"
 
 
-def as_started(hint: str) -> str:
-    """A hint with its commands as they are written here."""
-    return re.sub(r"\balphalayer (?=models|doctor|keys|serve|generate)", f"{program_name()} ", hint)
+def render_hint(hint: str) -> str:
+    """Return a hint with its command as the user starts this program."""
+    return hint.render(program_name()) if isinstance(hint, CommandHint) else hint
 
 
-def show_mark(mark: str, what: str, hint: str = "") -> None:
+def show_mark(mark: str, text: str, hint: str = "") -> None:
     """A line that begins with "ok", "warning" or "error", and below it what to do."""
-    out.print(Text.assemble((mark, _COLOURS[mark]), f"  {as_started(what)}"))
+    out.print(Text.assemble((mark, _COLOURS[mark]), f"  {text}"))
     if hint:
-        out.print(f"    {as_started(hint)}")
+        out.print(f"    {render_hint(hint)}")
 
 
 def show_error(error: AlphalayerError) -> None:
     """What happened and what to do, in one line on stderr."""
-    err.print(Text.assemble(("error:", "red"), f" {as_started(str(error))}"))
+    err.print(
+        Text.assemble(("error:", "red"), f" {error.describe()} {render_hint(error.hint)}".rstrip())
+    )
 
 
 @contextmanager

@@ -17,9 +17,9 @@ from typing import Any, Literal
 
 from alphalayer import catalog
 from alphalayer.catalog import download
-from alphalayer.catalog.layer_files import DECODER_FILES, PATCH_FILES
 from alphalayer.config import Settings
-from alphalayer.core.errors import CorruptFile, SetupFailed, StorageFailed
+from alphalayer.core.errors import CommandHint, CorruptFile, SetupFailed, StorageFailed
+from alphalayer.core.modes import DECODER_FILES, MODES
 from alphalayer.core.optional_dependencies import install_hint, is_installed
 from alphalayer.storage.objects import open_storage
 
@@ -131,14 +131,16 @@ def _models(settings: Settings) -> Iterator[Finding]:
         if entry.problem:
             yield Finding("warning", entry.problem.message, entry.problem.hint)
         else:
-            built_in = f" ({catalog.BUILT_IN})" if entry.path == catalog.EMBEDDED_MODEL else ""
-            yield Finding("ok", f"model {entry.title}{built_in}")
+            is_built_in = entry.path == catalog.EMBEDDED_MODEL
+            text = f"model {entry.title}{' (small, built in)' if is_built_in else ''}"
+            hint = CommandHint("For SDXL run:", catalog.PULL) if is_built_in else ""
+            yield Finding("ok", text, hint)
     if not any(entry.problem is None for entry in entries):
         folder = settings.models_dir / catalog.CHECKPOINTS
         yield Finding(
             "error",
             f"no usable model in {folder}.",
-            f"Put an SDXL checkpoint there, or run: {catalog.PULL}",
+            CommandHint("Put an SDXL checkpoint there, or run:", catalog.PULL),
         )
 
 
@@ -152,7 +154,7 @@ def _layer_files(settings: Settings) -> Iterator[Finding]:
             except CorruptFile as error:
                 yield Finding("error", error.message, error.hint)
     kinds = (
-        ("patch", "patch", PATCH_FILES["attention"]),
+        ("patch", "patch", MODES["attention"].files),
         ("decoder", "transparent decoder", DECODER_FILES),
     )
     for key, what, names in kinds:
@@ -165,7 +167,9 @@ def _layer_files(settings: Settings) -> Iterator[Finding]:
             yield Finding(
                 "error",
                 where,
-                catalog.PULL_LAYERS if missing.parent == folder else "Get the model again.",
+                CommandHint("Run:", catalog.PULL_LAYERS)
+                if missing.parent == folder
+                else "Get the model again.",
             )
         path = next((folder / name for name in names if (folder / name).is_file()), None)
         if path:
@@ -173,7 +177,7 @@ def _layer_files(settings: Settings) -> Iterator[Finding]:
             if found.is_well:
                 yield Finding("ok", f"LayerDiffuse {what}")
             else:
-                hint = f"Remove it. {catalog.PULL_LAYERS}"
+                hint = CommandHint("Remove it. Then run:", catalog.PULL_LAYERS)
                 yield Finding(
                     "error",
                     f"LayerDiffuse {what}: {path} {found.finding.removeprefix(f'{path} ')}",

@@ -30,6 +30,32 @@ from __future__ import annotations
 
 from typing import Any
 
+PROGRAM = "alphalayer"
+
+
+class CommandHint(str):
+    """Hint that ends with a command of this program.
+
+    As text it names the program `alphalayer`. A terminal shows it with `render`.
+
+    Attributes:
+        text: The hint up to the command.
+        command: The command and its arguments, without the name of the program.
+    """
+
+    text: str
+    command: str
+
+    def __new__(cls, text: str, command: str) -> CommandHint:
+        """Return the hint with its command."""
+        hint = super().__new__(cls, f"{text} {PROGRAM} {command}")
+        hint.text, hint.command = text, command
+        return hint
+
+    def render(self, program: str) -> str:
+        """Return the hint for a user who starts the program as `program`."""
+        return f"{self.text} {program} {self.command}"
+
 
 class AlphalayerError(Exception):
     """Base of all errors meant for users."""
@@ -43,8 +69,11 @@ class AlphalayerError(Exception):
         self.field = field
 
     def __str__(self) -> str:
-        text = f"{self.field}: {self.message}" if self.field else self.message
-        return f"{text} {self.hint}" if self.hint else text
+        return f"{self.describe()} {self.hint}".rstrip()
+
+    def describe(self) -> str:
+        """Return the message with the field's name, without the hint."""
+        return f"{self.field}: {self.message}" if self.field else self.message
 
     def to_dict(self) -> dict[str, Any]:
         """The error as JSON-ready data, the inverse of `from_dict`."""

@@ -6,11 +6,12 @@ import re
 import secrets
 import time
 from enum import Enum
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import ConfigDict, Field
 
 from alphalayer.core.errors import InvalidRequest
+from alphalayer.core.modes import LayerRole
 from alphalayer.core.request import (
     Frozen,
     GenerationRequest,
@@ -23,8 +24,6 @@ from alphalayer.core.validation import COLOUR
 
 MAX_ITERATIONS = 16
 PREVIEW_PREFIX = "preview_"
-LayerRole = Literal["image", "foreground", "background", "blended"]
-"""What a layer of a result is."""
 _MADE_NAME = re.compile(
     rf"(?:alpha_\d+_([0-9a-f]{{10}})[0-9a-f]{{2}}|{PREVIEW_PREFIX}([0-9a-f]{{10}})[0-9a-f]{{14}})\.\w+"
 )

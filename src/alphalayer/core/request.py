@@ -10,6 +10,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from alphalayer.core import validation
 from alphalayer.core.errors import InvalidRequest
+from alphalayer.core.modes import MODES, OPAQUE, InputRole
 
 T = TypeVar("T", bound=BaseModel)
 SAMPLERS = (
@@ -37,11 +38,6 @@ _AUTOMATIC = {
 NoiseSource = Literal["nv", "cpu", "gpu"]
 DecodeMode = Literal["official", "forge2"]
 ImageFormat = Literal["png", "webp", "avif"]
-ModeName = Literal["attention", "conv", "opaque"]
-OPAQUE: ModeName = "opaque"
-"""LayerDiffuse is off."""
-InputRole = Literal["foreground", "background", "blended"]
-"""What an input image is to the images that are generated."""
 ResizeMode = Literal["Just Resize", "Crop and Resize", "Resize and Fill"]
 """How an input image is fitted to the size of the result."""
 RESIZE_MODES: tuple[ResizeMode, ...] = get_args(ResizeMode)
@@ -97,6 +93,11 @@ SamplerName = Annotated[
     str,
     Field(json_schema_extra={"enum": list(SAMPLERS)}),
     AfterValidator(_known(SAMPLERS, "sampler")),
+]
+ModeName = Annotated[
+    str,
+    Field(json_schema_extra={"enum": list(MODES)}),
+    AfterValidator(_known(tuple(MODES), "mode")),
 ]
 SchedulerName = Annotated[
     str,
@@ -245,9 +246,18 @@ class GenerationRequest(Frozen, frozen=True):
         loras = [*loras, *(_parse_lora(tag[1]) for tag in _LORA.finditer(prompt))]
         return {**data, "prompt": _LORA.sub("", prompt).strip(), "loras": tuple(loras)}
 
+    @model_validator(mode="after")
+    def _check_inputs(self) -> GenerationRequest:
+        needed = MODES[self.mode].needs
+        roles = sorted(image.role for image in self.inputs)
+        if roles != sorted(needed):
+            accepted = f"one image each of: {', '.join(needed)}" if needed else "no input images"
+            raise ValueError(f'mode "{self.mode}" takes {accepted}')
+        return self
+
     @property
-    def is_transparent(self) -> bool:
-        """Whether LayerDiffuse is on."""
+    def uses_layerdiffuse(self) -> bool:
+        """Return whether LayerDiffuse is on."""
         return self.mode != OPAQUE
 
     @property

@@ -1,4 +1,4 @@
-"""What an engine is. The rest of the program knows this protocol and no more; importing it does not import torch."""
+"""Protocol of an engine, and the values that it takes and returns. Free of torch."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from alphalayer.core.job import LayerRole
-from alphalayer.core.request import GenerationRequest, ImageSeed, InputRole, ResolvedRequest
+from alphalayer.core.modes import InputRole, LayerRole
+from alphalayer.core.request import GenerationRequest, ImageSeed, ResolvedRequest
 from alphalayer.images.infotext import write_parameters
 
-# the libraries below greet every start with notices and progress bars; both can be asked for in the environment
+# both libraries print notices at every start; the environment can turn them on
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 
@@ -24,15 +24,16 @@ RgbaImage = NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a request stands. `preview` is a small RGB picture (height, width, 3) of the latent, if asked for."""
+    """Progress of a request."""
 
     stage: str
     step: int = 0
     steps: int = 0
     preview: NDArray[np.uint8] | None = None
+    """Small RGB image (height, width, 3) of the latent, if requested."""
 
     def within(self, iteration: int, iterations: int) -> Progress:
-        """The same of a request that is one of several, drawn one after another: steps counted over all of them."""
+        """Return the progress over several iterations, with the steps of all of them."""
         return replace(self, step=iteration * self.steps + self.step, steps=iterations * self.steps)
 
 
@@ -48,7 +49,7 @@ class GeneratedImage:
 
 @dataclass(frozen=True)
 class GenerationResult:
-    """The pictures of one request, the request with nothing left open, and how long each stage took in seconds."""
+    """The images of one request, the resolved request, and the seconds of each stage."""
 
     request: ResolvedRequest
     model_name: str
@@ -57,7 +58,7 @@ class GenerationResult:
     seconds: dict[str, float] = field(default_factory=dict[str, float])
 
     def infotext(self, image: GeneratedImage) -> str:
-        """Return the settings of one of the images, as they stand in its file."""
+        """Return the settings text of one of the images, as it is written into the file."""
         return write_parameters(
             self.request, self.model_name, self.model_hash, image.seed, image.subseed
         )
@@ -65,7 +66,7 @@ class GenerationResult:
 
 @dataclass(frozen=True)
 class RenderTask:
-    """A request, whom to tell how far it is, and whether it is still wanted."""
+    """A request with its callbacks: progress, and whether it was cancelled."""
 
     request: GenerationRequest
     images: tuple[ImageSeed, ...] = ()
@@ -78,30 +79,35 @@ class RenderTask:
 
 
 class Engine(Protocol):
-    """Draws pictures. One engine holds one device and is called by one thread at a time."""
+    """Generator of images on one device. It is called by one thread at a time."""
 
     @property
     def description(self) -> str:
-        """What it draws with, in words: device, number format, memory mode."""
+        """Return the device, number format and memory mode in words."""
         ...
 
     @property
     def batch_pixels(self) -> int:
-        """How many pixels it draws together well; 0: each request alone."""
+        """Return how many pixels are generated together; 0: each request alone."""
         ...
 
     def warm_up(self) -> None:
-        """Make the first request as quick as the second: load the default model and draw once. Raises what is no `AlphalayerError`."""
+        """Load the default model and generate once, so that the first request is fast.
+
+        An `AlphalayerError` is logged. Other errors are raised.
+        """
         ...
 
     def render(self, tasks: Sequence[RenderTask]) -> list[GenerationResult]:
-        """Draw the pictures of one request, or of several with the same `batch_key` together; each comes out as it would alone.
-        After what it raises besides `AlphalayerError` the engine is not used again.
+        """Generate the images of one request, or of several with one `batch_key`.
+
+        Each image is as it would be alone. After an error that is no `AlphalayerError` the engine
+        is not used again.
 
         Raises:
-            Cancelled: nobody wants any of them any more; checked at every step.
-            InvalidRequest, ModelNotFound, ModelUnusable, LayerDiffuseMissing, OutOfMemory: see `alphalayer.core.errors`. Of several
-                requests it is not said which is to blame.
+            Cancelled: All of them were cancelled. This is checked at every step.
+            InvalidRequest, ModelNotFound, ModelUnusable, LayerDiffuseMissing, OutOfMemory: See
+                `alphalayer.core.errors`. Of several requests, the cause is unknown.
         """
         ...
 

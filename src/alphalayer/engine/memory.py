@@ -1,6 +1,7 @@
-"""Which device, which number formats, and what stays on the device: three small tables and the rules to choose.
+"""Device, number formats and memory modes, and the rules to choose them.
 
-Knows nothing of models' contents; the pipeline asks `Residency` to bring a module to the device for as long as it works.
+This module is independent of the content of models. `Residency` moves modules to the device while
+a stage of the pipeline runs.
 """
 
 from __future__ import annotations
@@ -13,16 +14,19 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from alphalayer.core.errors import SetupFailed
+from alphalayer.core.errors import CommandHint, SetupFailed
 
 GIB = 1024**3
 SDXL_GIB = 8.2
-"""Weights of SDXL with LayerDiffuse's decoder as they are held: UNet, VAE and decoder in 16 bit, text encoders in float32."""
+"""Size of the weights of SDXL and LayerDiffuse's decoder in GiB.
+
+UNet, VAE and decoder are in 16 bit, the text encoders in float32.
+"""
 
 
 @dataclass(frozen=True)
 class Precision:
-    """Number formats of the stages. The latent, the schedule and guidance are always float32."""
+    """Number formats of the stages. Latent, schedule and guidance are always float32."""
 
     unet: torch.dtype
     vae: torch.dtype
@@ -31,18 +35,18 @@ class Precision:
 
 @dataclass(frozen=True)
 class MemoryMode:
-    """What may stay on the device between stages, and how much is worked on at once."""
+    """Limits of what stays on the device between stages and of what one call computes."""
 
     name: str
     keep_text: bool
     keep_unet: bool
     unet_megapixels: int
-    """Of all rows of one UNet call; a single row may have more."""
+    """Limit of all rows of one UNet call. A single row may have more."""
     passes_at_once: int
-    """Transparent decoder passes in one call, out of 8."""
+    """Passes in one call of the transparent decoder, out of 8."""
 
     def rows_at_once(self, width: int, height: int) -> int:
-        """Rows of one UNet call for pictures of that size, at least 1."""
+        """Return the rows of one UNet call for images of a size in pixels, at least 1."""
         return max(1, self.unet_megapixels * 1024**2 // (width * height))
 
 
@@ -67,16 +71,19 @@ _DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def modes_down_from(mode: MemoryMode) -> list[MemoryMode]:
-    """A memory mode and the smaller ones, down to "low"."""
+    """Return a memory mode and the smaller ones, down to "low"."""
     modes = list(MEMORY_MODES.values())
     return modes[modes.index(mode) :]
 
 
 def choose_device(name: str) -> torch.device:
-    """Resolve "auto" to CUDA, MPS or the CPU, whichever is there; check that a named device exists.
+    """Choose the device.
+
+    Args:
+        name: "auto" for CUDA, else MPS, else the CPU. Or the name of a device in torch.
 
     Raises:
-        SetupFailed: the named device is not there.
+        SetupFailed: The named device is unknown or not available.
     """
     if name == "auto":
         has_mps = torch.backends.mps.is_available()
@@ -94,17 +101,21 @@ def choose_device(name: str) -> torch.device:
     }
     if not available.get(device.type, False):
         raise SetupFailed(
-            f'device "{name}" was asked for and torch {torch.__version__} does not see it.',
-            hint='Use --device cpu, or run "alphalayer doctor" to see what is missing.',
+            f'device "{name}" is not available to torch {torch.__version__}.',
+            hint=CommandHint("Use --device cpu. To see what is missing, run:", "doctor"),
         )
     return device
 
 
 def choose_precision(device: torch.device, dtype: str) -> Precision:
-    """Number formats for a device; `dtype` is "auto", "fp16", "bf16" or "fp32" and rules UNet and decoder.
+    """Choose the number formats for a device.
 
-    The VAE overflows in float16, so it works in bfloat16 where the GPU has it and in float32 elsewhere. Who asks for "fp32" gets it in
-    convolutions, too, where GPUs else round to TF32; that holds for the process.
+    The VAE overflows in float16. So it runs in bfloat16 if the GPU supports it, else in float32.
+    "fp32" also switches off TF32 rounding in convolutions, for the whole process.
+
+    Args:
+        device: Where the stages run.
+        dtype: "auto", "fp16", "bf16" or "fp32", for UNet and decoder.
     """
     if dtype == "fp32":
         torch.backends.cudnn.allow_tf32 = False
@@ -116,7 +127,13 @@ def choose_precision(device: torch.device, dtype: str) -> Precision:
 
 
 def choose_memory_mode(device: torch.device, name: str) -> MemoryMode:
-    """Resolve "auto" by the device's total memory: 16 GiB and more "high", 10 and more "balanced", less "low"."""
+    """Choose the memory mode.
+
+    Args:
+        device: Where the stages run.
+        name: A key of `MEMORY_MODES`. Or "auto": a GPU of 16 GiB and more has "high", one of 10 GiB
+            and more "balanced", a smaller one "low". Other devices have "high".
+    """
     if name != "auto":
         return MEMORY_MODES[name]
     if device.type != "cuda":
@@ -128,32 +145,46 @@ def choose_memory_mode(device: torch.device, name: str) -> MemoryMode:
 
 
 def choose_batch_pixels(device: torch.device, mode: MemoryMode) -> int:
-    """How many pixels to draw together at most: what an SDXL leaves of the GPU, at about 2.2 GB a megapixel under guidance [computed],
-    and at most 8 megapixels. 0 for the smaller memory modes, and on the CPU."""
+    """Choose how many pixels to render together at most.
+
+    This is the GPU memory beside the weights of SDXL, at about 2.2 GB a megapixel with guidance
+    [computed], and at most 8 megapixels.
+
+    Returns:
+        0 for the smaller memory modes and other devices: each request is rendered alone.
+    """
     if device.type != "cuda" or mode.name != "high":
         return 0
-    room = torch.cuda.get_device_properties(device).total_memory - SDXL_GIB * GIB
-    return int(min(max(room / 2.2e9, 0), 8) * 1024**2)
+    free = torch.cuda.get_device_properties(device).total_memory - SDXL_GIB * GIB
+    return int(min(max(free / 2.2e9, 0), 8) * 1024**2)
 
 
 def describe(
-    device: torch.device, precision: Precision, mode: MemoryMode, *, asked: tuple[str, str]
+    device: torch.device, precision: Precision, mode: MemoryMode, *, requested: tuple[str, str]
 ) -> str:
-    """What will be drawn with, in words, and whether it was chosen here; `asked` is what the settings say of device and memory."""
-    what = str(device)
+    """Describe the device, number format and memory mode for the log.
+
+    Args:
+        device: Chosen device.
+        precision: Chosen number formats.
+        mode: Chosen memory mode.
+        requested: Settings of device and memory mode. "auto" adds the reason of the choice.
+    """
+    hardware = str(device)
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
-        what = f"{properties.name} ({properties.total_memory / GIB:.1f} GiB)"
-    elif device.type == "cpu" and asked[0] == "auto":
-        what = "cpu (torch sees no GPU)"
-    chosen = " (by its memory)" if asked[1] == "auto" and device.type == "cuda" else ""
+        hardware = f"{properties.name} ({properties.total_memory / GIB:.1f} GiB)"
+    elif device.type == "cpu" and requested[0] == "auto":
+        hardware = "cpu (torch sees no GPU)"
+    reason = " (by its memory)" if requested[1] == "auto" and device.type == "cuda" else ""
     return (
-        f'{what}, {str(precision.unet).removeprefix("torch.")}, memory mode "{mode.name}"{chosen}'
+        f"{hardware}, {str(precision.unet).removeprefix('torch.')}, "
+        f'memory mode "{mode.name}"{reason}'
     )
 
 
 def free_memory(device: torch.device) -> None:
-    """Give back what the allocator holds and nobody uses."""
+    """Release unused memory of torch's allocator."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -162,21 +193,31 @@ def free_memory(device: torch.device) -> None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether that is what an error of torch, of a library below it or of the system says."""
+    """Check whether an error of torch or the system means "out of memory"."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     return isinstance(error, (RuntimeError, OSError)) and any(
-        each in str(error).lower() for each in _OUT_OF_MEMORY
+        phrase in str(error).lower() for phrase in _OUT_OF_MEMORY
     )
 
 
 def memory_needed(
     unet_bytes: int, width: int, height: int, mode: MemoryMode, batch_size: int
 ) -> int:
-    """Rough need of the largest stage in bytes: the weights that stay, plus activations that grow with the pixels.
+    """Estimate the memory of the largest stage.
 
-    Activations: about 1.1 GB a UNet row and 1.6 GB a decoder pass at 1024x1024 in 16 bit [computed]. An estimate for
-    error messages only; nothing is refused because of it.
+    It is the sum of loaded weights and activations. Activations are about 1.1 GB a UNet row and
+    1.6 GB a decoder pass at 1024x1024 in 16 bit [computed]. It is for error messages only.
+
+    Args:
+        unet_bytes: Size of the UNet's weights.
+        width: Width of an image in pixels.
+        height: Height of an image in pixels.
+        mode: Memory mode.
+        batch_size: Images rendered together. Guidance doubles the rows.
+
+    Returns:
+        The memory in bytes.
     """
     megapixels = width * height / 1024**2
     rows = min(2 * batch_size, mode.rows_at_once(width, height))
@@ -189,14 +230,19 @@ def memory_needed(
 
 @dataclass
 class Residency:
-    """Brings modules to the device for as long as a stage works, and sends away what the memory mode will not keep."""
+    """Placement of modules on the device while a stage runs."""
 
     device: torch.device
     mode: MemoryMode
 
     @contextmanager
     def of(self, *modules: nn.Module, keep: bool = True) -> Generator[None]:
-        """Hold `modules` on the device inside the block; afterwards they stay, or go to the CPU if not `keep`."""
+        """Move modules to the device for a block.
+
+        Args:
+            modules: Modules to move.
+            keep: Leave them there after the block. Else they move to the CPU.
+        """
         for module in modules:
             module.to(self.device)
         try:

@@ -1,85 +1,66 @@
-"""The models in memory: one that draws, and others that were put aside, as many as a budget of host memory holds."""
+"""Cache of loaded models: the active one, and offloaded ones within a budget of host memory."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
-from torch import nn
-
 from alphalayer.catalog import ModelEntry
-from alphalayer.engine.families.sdxl import LoadedModel
+from alphalayer.engine.families.base import DiffusionModel
 from alphalayer.engine.memory import free_memory
-from alphalayer.engine.text.encoders import TextEncoders
-
-
-@dataclass(frozen=True)
-class LoadedPipeline:
-    """A model with its text encoders' cache."""
-
-    model: LoadedModel
-    encoders: TextEncoders
-
-    @property
-    def modules(self) -> list[nn.Module]:
-        """Everything that may be on a device."""
-        model = self.model
-        decoder = [model.decoder] if "decoder" in vars(model) else []
-        return [model.unet, model.vae, model.text_encoder, model.text_encoder_2, *decoder]
-
-    @property
-    def size_bytes(self) -> int:
-        """Memory of all weights."""
-        return sum(each.nbytes for module in self.modules for each in module.parameters())
-
-    def is_of(self, entry: ModelEntry) -> bool:
-        """Whether it was read from the files of an entry as they are."""
-        return (self.model.entry.path, self.model.entry.stamp) == (entry.path, entry.stamp)
-
-    def leave_device(self) -> None:
-        """Move everything to the CPU."""
-        for module in self.modules:
-            module.to("cpu")
-
-    def offload(self) -> None:
-        """Keep the weights alone, as they were read, on the CPU."""
-        self.encoders.forget()
-        self.model.remove_patches()
-        self.leave_device()
 
 
 class ModelCache:
-    """`get` brings a model; the one before goes to the CPU and stays there while all that are put aside fit into `spare_bytes`."""
+    """Cache of loaded models.
 
-    def __init__(self, load: Callable[[ModelEntry], LoadedPipeline], spare_bytes: int):
+    One model is active. The one before it moves to the CPU and stays there while all offloaded
+    models fit into `spare_bytes`.
+    """
+
+    def __init__(self, load: Callable[[ModelEntry], DiffusionModel], spare_bytes: int):
         self._load = load
         self._spare_bytes = spare_bytes
-        self._aside: OrderedDict[Path, LoadedPipeline] = OrderedDict()
-        self.held: LoadedPipeline | None = None
+        self._offloaded: OrderedDict[Path, DiffusionModel] = OrderedDict()
+        self.active: DiffusionModel | None = None
 
-    def get(self, entry: ModelEntry) -> LoadedPipeline:
-        """The model of an entry: the one held, one put aside, or read from disk, as it is if its files changed since. Raises what
-        loading raises; then none is held."""
-        if self.held and self.held.is_of(entry):
-            return self.held
-        # taken off first: it is not what has to make room
-        aside = self._aside.pop(entry.path, None)
-        self._offload()
-        self.held = aside if aside and aside.is_of(entry) else self._load(entry)
-        return self.held
+    def get(self, entry: ModelEntry) -> DiffusionModel:
+        """Return the model of an entry: active, offloaded, or read from disk.
 
-    def _offload(self) -> None:
-        held, self.held = self.held, None
-        if held is None:
+        A model whose files changed is read again. Raises what loading raises, and then no model is
+        active.
+        """
+        if self.active and _is_current(self.active, entry):
+            return self.active
+        # removed first, so that it is not evicted to make space for itself
+        offloaded = self._offloaded.pop(entry.path, None)
+        self._offload_active()
+        if offloaded is None or not _is_current(offloaded, entry):
+            offloaded = self._load(entry)
+        self.active = offloaded
+        return offloaded
+
+    def _offload_active(self) -> None:
+        model, self.active = self.active, None
+        if model is None:
             return
-        device = next(held.model.unet.parameters()).device
-        room = self._spare_bytes - held.size_bytes
-        while self._aside and sum(each.size_bytes for each in self._aside.values()) > max(room, 0):
-            self._aside.popitem(last=False)
-        if room >= 0:
-            held.offload()
-            self._aside[held.model.entry.path] = held
-        del held
+        device = next(model.modules["denoiser"].parameters()).device
+        budget = self._spare_bytes - model.memory_bytes()
+        while self._offloaded and self._offloaded_bytes() > max(budget, 0):
+            self._offloaded.popitem(last=False)
+        if budget >= 0:
+            # the weights alone, as they were read
+            model.text.forget()
+            model.remove_patches()
+            model.move("cpu")
+            self._offloaded[model.entry.path] = model
+        del model
         free_memory(device)
+
+    def _offloaded_bytes(self) -> int:
+        return sum(model.memory_bytes() for model in self._offloaded.values())
+
+
+def _is_current(model: DiffusionModel, entry: ModelEntry) -> bool:
+    """Return whether a model was read from the files of an entry as they are now."""
+    return (model.entry.path, model.entry.stamp) == (entry.path, entry.stamp)

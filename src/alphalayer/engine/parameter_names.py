@@ -1,6 +1,10 @@
-"""UNet parameter names: from the layout of published checkpoints (LDM) to that of diffusers, and the flat names of LoRA files.
+"""UNet parameter names: from published checkpoints (LDM) and LoRA files to diffusers.
 
-SDXL's UNet has three levels with two residual blocks each, so its input blocks count 3 a level, as do its output blocks.
+SDXL's UNet has three levels with two residual blocks each. So each level has three input blocks
+and three output blocks.
+
+Source: Podell et al. 2023, "SDXL", arXiv 2307.01952. Layouts: Stability AI's `generative-models`,
+diffusers' `UNet2DConditionModel`, kohya's `sd-scripts`.
 """
 
 from __future__ import annotations
@@ -32,34 +36,35 @@ _BLOCK = re.compile(r"(input|output)_blocks[._](\d+)[._](\d+)(?=[._]|$)")
 
 
 def ldm_to_diffusers(name: str) -> str:
-    """Rename a UNet parameter, for instance `input_blocks.4.1.norm.weight` → `down_blocks.1.attentions.0.norm.weight`.
+    """Rename a UNet parameter from LDM's layout to that of diffusers.
 
-    Names that are not of the LDM layout come back as they are.
+    For instance `input_blocks.4.1.norm.weight` becomes `down_blocks.1.attentions.0.norm.weight`.
+    Names of other layouts do not change.
     """
-    found = _BLOCK.match(name)
-    if found and not name.startswith("input_blocks.0."):
-        return _resnet_layers(_block(found, name) + name[found.end() :])
+    match = _BLOCK.match(name)
+    if match and not name.startswith("input_blocks.0."):
+        return _rename_resnet_layers(_rename_block(match, name) + name[match.end() :])
     for old, new in _WHOLE.items():
         if name.startswith(old + "."):
-            return _resnet_layers(new + name[len(old) :])
+            return _rename_resnet_layers(new + name[len(old) :])
     return name
 
 
-def _block(found: re.Match[str], name: str) -> str:
-    side, number, part = found[1], int(found[2]), int(found[3])
+def _rename_block(match: re.Match[str], name: str) -> str:
+    side, number, part = match[1], int(match[2]), int(match[3])
     if side == "input":
         level, layer = divmod(number - 1, 3)
         if layer == 2:
             return f"down_blocks.{level}.downsamplers.0.conv"
         return f"down_blocks.{level}.{'resnets' if part == 0 else 'attentions'}.{layer}"
     level, layer = divmod(number, 3)
-    # an output block ends with its upsampler, which comes after the attention where there is one
-    if part == 2 or (part == 1 and re.match(r"[._]conv", name[found.end() :])):
+    # the upsampler is the last part of an output block, after the attention if there is one
+    if part == 2 or (part == 1 and re.match(r"[._]conv", name[match.end() :])):
         return f"up_blocks.{level}.upsamplers.0"
     return f"up_blocks.{level}.{'resnets' if part == 0 else 'attentions'}.{layer}"
 
 
-def _resnet_layers(name: str) -> str:
+def _rename_resnet_layers(name: str) -> str:
     name = name.replace("downsamplers.0.conv.op.", "downsamplers.0.conv.")
     if ".resnets." in name:
         for old, new in _RESNET.items():
@@ -68,18 +73,26 @@ def _resnet_layers(name: str) -> str:
 
 
 def flat_names(modules: Iterable[str]) -> dict[str, str]:
-    """Module names by their flat form in LoRA files, dots as underscores."""
+    """Map flat module names of LoRA files, with underscores for dots, to module names."""
     return {_flat(name): name for name in modules if name}
 
 
 def unflatten(flat: str, known: Mapping[str, str]) -> str | None:
-    """The module that a flat LoRA name means, in diffusers' or LDM's layout; None if there is none."""
+    """Find the module of a flat LoRA name in the layout of diffusers or LDM.
+
+    Args:
+        flat: Name with underscores for dots.
+        known: Module names by their flat form, see `flat_names`.
+
+    Returns:
+        The module name, None if there is none.
+    """
     if flat in known:
         return known[flat]
-    found = _BLOCK.match(flat)
+    match = _BLOCK.match(flat)
     name = flat
-    if found and not flat.startswith("input_blocks_0_"):
-        name = _block(found, flat) + flat[found.end() :].removesuffix("_op")
+    if match and not flat.startswith("input_blocks_0_"):
+        name = _rename_block(match, flat) + flat[match.end() :].removesuffix("_op")
     for old, new in _WHOLE.items():
         if name.startswith(_flat(old) + "_") or name == _flat(old):
             name = new + name[len(old) :]

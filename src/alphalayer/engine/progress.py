@@ -1,4 +1,4 @@
-"""What is said of a batch while it is drawn: how far it is, to those who wait for it, and how long its stages took."""
+"""Progress of a batch, reported to its clients, and the time of each stage."""
 
 from __future__ import annotations
 
@@ -13,25 +13,39 @@ from alphalayer.engine.base import Progress, RenderTask
 
 
 class ProgressReporter:
-    """Tells the callers of a batch how far it is, and stops it when none of them wants it any more."""
+    """Reports of a batch to its tasks. It stops the batch when all of them are cancelled."""
 
     def __init__(self, tasks: Sequence[RenderTask]):
-        self._orders = tasks
+        self._tasks = tasks
 
     def check(self) -> None:
-        """Raise `Cancelled` if nobody wants the pictures."""
-        if all(task.is_cancelled() for task in self._orders):
+        """Check for cancellation.
+
+        Raises:
+            Cancelled: All tasks are cancelled.
+        """
+        if all(task.is_cancelled() for task in self._tasks):
             raise Cancelled("cancelled.")
 
     def stage(self, name: str) -> None:
-        """A stage begins."""
+        """Report the start of a stage.
+
+        Raises:
+            Cancelled: All tasks are cancelled.
+        """
         self.check()
-        for task in self._orders:
+        for task in self._tasks:
             task.on_progress(Progress(name))
 
 
 class Stopwatch:
-    """Seconds of each stage; waits for the device, so that a stage is charged with its own work."""
+    """Wall-clock seconds of each stage.
+
+    A stage ends when the device has finished its work.
+
+    Attributes:
+        seconds: Sum of all blocks, by name of the stage.
+    """
 
     def __init__(self, device: torch.device):
         self.seconds: dict[str, float] = {}
@@ -39,7 +53,7 @@ class Stopwatch:
 
     @contextmanager
     def stage(self, name: str) -> Generator[None]:
-        """Time a block and add it to the stage's account."""
+        """Measure a block and add its time to a stage."""
         start = time.perf_counter()
         try:
             yield

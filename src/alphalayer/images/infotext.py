@@ -9,12 +9,9 @@ from typing import Any
 
 from alphalayer import __version__
 from alphalayer.core.job import Job
+from alphalayer.core.modes import MODES
 from alphalayer.core.request import GenerationRequest, ResolvedRequest
 
-METHOD_LABELS = {
-    "attention": "(SDXL) Only Generate Transparent Image (Attention Injection)",
-    "conv": "(SDXL) Only Generate Transparent Image (Conv Injection)",
-}
 MAX_LINE = 50_000
 """Longer last lines are prompt; no program writes so many settings."""
 # keys are short: a search for the end of one must not run through the whole line from each of its letters
@@ -114,11 +111,11 @@ def read_parameters(text: str) -> dict[str, str]:
 
 
 def _layerdiffuse(request: GenerationRequest) -> dict[str, object]:
-    if not request.is_transparent:
+    if not request.uses_layerdiffuse:
         return {}
     values = {
         "enabled": True,
-        "method": METHOD_LABELS[request.mode],
+        "method": MODES[request.mode].label,
         "weight": _number(request.layerdiffuse_weight),
         "ending_step": _number(request.layerdiffuse_stop_at),
         "fg_image": False,

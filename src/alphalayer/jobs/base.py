@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from alphalayer.core.errors import AlphalayerError, Cancelled, EngineFailed, QueueFull
+from alphalayer.core.errors import AlphalayerError, Cancelled, CommandHint, EngineFailed, QueueFull
 from alphalayer.core.job import Delivery, Job, JobProgress, JobResult, JobSpec, JobState, Submission
 
 MAX_STARTS = 3
@@ -246,7 +246,7 @@ def too_many_starts(reason: str) -> EngineFailed:
     """The end of a job that was started too often."""
     return EngineFailed(
         f"the job was started {MAX_STARTS} times and did not come to its end ({reason}).",
-        hint="Look at the service's log; ask for a smaller picture, or run: alphalayer doctor",
+        hint=CommandHint("Read the service's log. Request a smaller image, or run:", "doctor"),
     )
 
 

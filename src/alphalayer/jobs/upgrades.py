@@ -6,7 +6,8 @@ import json
 from typing import Any
 
 from alphalayer.core.job import JobSpec
-from alphalayer.core.request import OPAQUE, ModelDefaults
+from alphalayer.core.modes import OPAQUE
+from alphalayer.core.request import ModelDefaults
 
 
 def upgrade_6_to_7(row: dict[str, Any]) -> dict[str, Any]:

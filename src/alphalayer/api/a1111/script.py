@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from alphalayer.core.errors import InvalidRequest
-from alphalayer.core.request import OPAQUE, RESIZE_MODES
-from alphalayer.images import infotext
+from alphalayer.core.modes import MODES, OPAQUE
+from alphalayer.core.request import RESIZE_MODES
 
 SCRIPT = "LayerDiffuse"
-METHODS = {label: name for name, label in infotext.METHOD_LABELS.items()}
+METHODS = {mode.label: mode.name for mode in MODES.values() if mode.label}
 OTHER_METHODS = (
     "(SDXL) From Foreground to Blending",
     "(SDXL) From Foreground and Blending to Background",
@@ -52,7 +52,7 @@ def layerdiffuse_of(args: list[Any]) -> dict[str, Any]:
     if any(args[9:12]):
         raise _wrong_arg("additional prompts", "they are not there yet")
     return {
-        "mode": _method(given.get("method", infotext.METHOD_LABELS["attention"])),
+        "mode": _method(given.get("method", MODES["attention"].label)),
         "layerdiffuse_weight": _number(given, "weight", 1.0, 2),
         "layerdiffuse_stop_at": _number(given, "ending_step", 1.0, 1),
     }

@@ -1,1 +1,1 @@
-"""Model families: how checkpoints of each become a `DiffusionModel`."""
+"""Model families: one module each, behind the interface in `base`."""

@@ -1,4 +1,4 @@
-"""The diffusers configs of SDXL single files: those that ship with the package, fitted to a file's tensor shapes."""
+"""Configs of diffusers for SDXL single files, fitted to the tensor shapes of a file."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ _CLIP_G = "conditioner.embedders.1.model."
 
 
 def fitted_configs(shapes: Shapes) -> dict[str, str]:
-    """File contents by path relative to a model folder, for a checkpoint with these tensors.
+    """Return the files of a model folder for a checkpoint: contents by relative path.
 
-    Widths, depths and channel counts come from the shapes; what shapes do not tell is as in SDXL base.
+    Widths, depths and channel counts come from the shapes; everything else is as in SDXL base.
     """
     fitted = {
         "unet/config.json": _unet(shapes),
@@ -99,11 +99,11 @@ def _clip_g(shapes: Shapes) -> dict[str, Any]:
 
 
 def _heads(width: int) -> int:
-    """Heads of 64 channels, as in SDXL; one head where a test's width is smaller."""
+    """Return the number of heads of 64 channels; at least one, for small models."""
     return max(width // HEAD_WIDTH, 1)
 
 
 def _count(shapes: Shapes, prefix: str) -> int:
-    """How many numbered parts follow a prefix."""
+    """Count the numbered parts that follow a prefix."""
     numbers = {int(found[1]) for name in shapes if (found := re.match(rf"{prefix}(\d+)\.", name))}
     return len(numbers)

@@ -1,17 +1,16 @@
-"""Models from disk into memory, offline: SDXL single files and diffusers folders of the SDXL class, with their LayerDiffuse files.
+"""The SDXL family: single files and diffusers folders, read offline.
 
-diffusers does the conversion of single files; the configs it wants ship with the package and are fitted to the file's tensor shapes.
+diffusers converts single files. The configs that it needs ship with the package and are fitted to
+the tensor shapes of the file.
 """
 
 from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -26,18 +25,18 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 from alphalayer import catalog
 from alphalayer.catalog import ModelEntry
 from alphalayer.catalog.headers import Header, read_header
-from alphalayer.catalog.layer_files import DECODER_FILES, PATCH_FILES
-from alphalayer.core.errors import CorruptFile, LayerDiffuseMissing, ModelUnusable
-from alphalayer.core.request import ModelDefaults
+from alphalayer.core.errors import CorruptFile, ModelUnusable
+from alphalayer.engine.families.base import LatentSpec, LayerDiffuseFiles, NoiseProcess, Part
 from alphalayer.engine.families.configs import fitted_configs
 from alphalayer.engine.memory import Precision, is_out_of_memory
 from alphalayer.engine.sampling.schedules import SigmaTable
+from alphalayer.engine.text.encoders import Conditioning, TextEncoders
 from alphalayer.engine.transparency.decode import TransparentDecoder, load_decoder
 from alphalayer.engine.transparency.patch import WeightPatcher, patchers
 
 logger = logging.getLogger(__name__)
 
-# casting whole modules is meant; both libraries warn at each
+# both libraries warn when a whole module is cast, which is intended here
 diffusers.utils.logging.set_verbosity_error()
 diffusers.utils.logging.disable_progress_bar()
 transformers.utils.logging.disable_progress_bar()
@@ -46,121 +45,141 @@ transformers.utils.logging.disable_progress_bar()
 TEXT_STORED = torch.float16
 
 
-@dataclass(frozen=True)
-class LayerDiffuseFiles:
-    """Where a model's LayerDiffuse files are, see `catalog.layer_file`; `config` is that of its folder."""
+class SdxlModel:
+    """SDXL in memory: its networks, and the numbers that sampling needs.
 
-    entry: ModelEntry
-    config: dict[str, Any]
-    models_dir: Path
+    Implements `alphalayer.engine.families.base.DiffusionModel`.
+    """
 
-    def patch(self, method: str) -> Path:
-        """The patch of a method ("attention" or "conv"). Raises `LayerDiffuseMissing`."""
-        return self._found("patch", PATCH_FILES[method], method)
+    def __init__(
+        self,
+        entry: ModelEntry,
+        parts: Mapping[str, Any],
+        scheduler: Mapping[str, Any],
+        precision: Precision,
+        models_dir: Path,
+    ):
+        self.entry = entry
+        self.unet: nn.Module = parts["unet"]
+        self.vae: Any = parts["vae"]
+        self.text_encoder: nn.Module = parts["text_encoder"]
+        self.text_encoder_2: nn.Module = parts["text_encoder_2"]
+        self.process = NoiseProcess(
+            _sigma_table(scheduler),
+            "v" if scheduler["prediction_type"] == "v_prediction" else "epsilon",
+        )
+        self.defaults = catalog.model_defaults(entry.path)
+        self.layerdiffuse = LayerDiffuseFiles(entry, catalog.layer_config(entry.path), models_dir)
+        self.text = TextEncoders(
+            parts["tokenizer"], parts["tokenizer_2"], self.text_encoder, self.text_encoder_2
+        )
+        self.modules: Mapping[Part, nn.Module] = {
+            "denoiser": self.unet,
+            "vae": self.vae,
+            "text": nn.ModuleList([self.text_encoder, self.text_encoder_2]),
+        }
+        self.latent = _latent_spec(self.vae)
+        self._precision = precision
+        self._patchers: Mapping[Part, WeightPatcher] | None = None
+        self._decoder: TransparentDecoder | None = None
+        # hashing takes seconds, so it runs while the first image is generated
+        self.hashing = _in_thread(catalog.hash_model, entry, models_dir)
 
-    def decoder(self) -> Path:
-        """The transparent decoder. Raises `LayerDiffuseMissing`."""
-        return self._found("decoder", DECODER_FILES)
+    @property
+    def patchers(self) -> Mapping[Part, WeightPatcher]:
+        """Return what merges patches into "denoiser" and "text"."""
+        if self._patchers is None:
+            encoders = (self.text_encoder, self.text_encoder_2)
+            denoiser, text = patchers(self.unet, encoders, TEXT_STORED)
+            self._patchers = {"denoiser": denoiser, "text": text}
+        return self._patchers
 
-    def _found(self, what: str, names: tuple[str, ...], method: str = "attention") -> Path:
-        path = catalog.layer_file(self.entry.path, names, self.config.get(what), self.models_dir)
-        if not path.is_file():
-            raise LayerDiffuseMissing(
-                f"{path.name} is not in {path.parent}; transparency needs it.",
-                hint=f"Run: alphalayer models pull layerdiffuse{'-conv' if method == 'conv' else ''}",
-            )
-        return path
-
-
-@dataclass
-class LoadedModel:
-    """A model in memory: the parts that draw, and the numbers that the recipe needs to know."""
-
-    entry: ModelEntry
-    unet: nn.Module
-    vae: Any
-    text_encoder: nn.Module
-    text_encoder_2: nn.Module
-    tokenizer: Any
-    tokenizer_2: Any
-    prediction_type: str
-    sigma_table: SigmaTable
-    defaults: ModelDefaults
-    layerdiffuse: LayerDiffuseFiles
-    precision: Precision
-    hashing: Future[str]
-    """The file's SHA-256, computed in a thread while the first picture is drawn."""
+    @property
+    def decoder(self) -> TransparentDecoder:
+        """Return the transparent decoder, read on first use. Raises `LayerDiffuseMissing`."""
+        if self._decoder is None:
+            config = self.layerdiffuse.config.get("decoder_config")
+            path = self.layerdiffuse.decoder()
+            self._decoder = load_decoder(path, config, self._precision.decoder)
+        return self._decoder
 
     @property
     def short_hash(self) -> str:
-        """The first ten digits of the SHA-256; waits for it. Empty if the file could not be read for it."""
+        """Return the first ten digits of the model's SHA-256, or "" if it is unreadable."""
         try:
             return self.hashing.result()[: catalog.SHORT_HASH_DIGITS]
         except CorruptFile as error:
-            logger.warning("No hash is written into pictures of this model: %s", error)
+            logger.warning("No hash is written into images of this model: %s", error)
             return ""
 
-    @cached_property
-    def patchers(self) -> tuple[WeightPatcher, WeightPatcher]:
-        """Those that merge patches into the UNet and into the text encoders."""
-        return patchers(self.unet, (self.text_encoder, self.text_encoder_2), TEXT_STORED)
+    def denoise(
+        self,
+        x: Tensor,
+        sigma: float,
+        conditioning: Conditioning,
+        width: int,
+        height: int,
+        condition: Tensor | None = None,
+    ) -> Tensor:
+        """Return the raw output of the UNet for scaled latents, float32.
+
+        SDXL is conditioned on the size of the original image, the crop and the target size.
+        """
+        size = [height, width, 0, 0, height, width]
+        with _added_to(self.unet.get_submodule("conv_in"), condition):
+            return self.unet(
+                x,
+                torch.full((len(x),), self.process.table.timestep(sigma), device=x.device),
+                encoder_hidden_states=conditioning.context,
+                added_cond_kwargs={
+                    "text_embeds": conditioning.pooled,
+                    "time_ids": torch.tensor([size] * len(x), dtype=torch.float32, device=x.device),
+                },
+                return_dict=False,
+            )[0].float()
+
+    def encode_image(self, rgb: Tensor) -> Tensor:
+        """Encode RGB (B, 3, H, W) in [-1, 1] to sampler latents (B, C, h, w), float32."""
+        weight = next(self.vae.parameters())
+        encoded = self.vae.encode(rgb.to(weight.device, weight.dtype), return_dict=False)[0]
+        mean = encoded if isinstance(encoded, Tensor) else encoded.mode()
+        return self.latent.from_vae(mean.float())
+
+    def decode(self, latent: Tensor) -> Tensor:
+        """Decode sampler latents (B, C, h, w) to RGB (B, 3, H, W), about [-1, 1], float32."""
+        weight = next(self.vae.parameters())
+        own = self.latent.to_vae(latent.to(weight.device))
+        return self.vae.decode(own.to(weight.dtype), return_dict=False)[0].float()
+
+    def memory_bytes(self) -> int:
+        """Return the memory of all weights in bytes."""
+        return sum(weight.nbytes for module in self._loaded() for weight in module.parameters())
+
+    def move(self, device: str) -> None:
+        """Move all networks that are loaded to a device."""
+        for module in self._loaded():
+            module.to(device)
 
     def remove_patches(self) -> None:
-        """Take off all that was merged into the weights, and let go of what was read for it."""
-        for patcher in vars(self).pop("patchers", ()):
+        """Remove all merged patches and release what was read for them."""
+        for patcher in (self._patchers or {}).values():
             patcher.remove()
+        self._patchers = None
 
-    @cached_property
-    def decoder(self) -> TransparentDecoder:
-        """The transparent decoder, read when first needed."""
-        config = self.layerdiffuse.config.get("decoder_config")
-        return load_decoder(self.layerdiffuse.decoder(), config, self.precision.decoder)
-
-    @property
-    def latent_channels(self) -> int:
-        """Channels of the latent."""
-        return int(self.vae.config.latent_channels)
-
-    @property
-    def scale_factor(self) -> int:
-        """Pixels a latent cell, along a side."""
-        config = self.vae.config
-        ratio = getattr(self.vae, "spatial_compression_ratio", None)
-        if ratio:
-            return int(ratio)
-        blocks = config.get("block_out_channels") or config["encoder_block_out_channels"]
-        return 2 ** (len(blocks) - 1)
-
-    @property
-    def scaling_factor(self) -> float:
-        """The sampler's latent is the VAE's times this."""
-        return float(self.vae.config.scaling_factor)
-
-    @property
-    def shift_factor(self) -> float:
-        """Added to the VAE's latent after unscaling; 0 for most."""
-        return float(self.vae.config.get("shift_factor") or 0.0)
-
-    def decode_latent(self, latent: Tensor) -> Tensor:
-        """The sampler's latent (B, C, h, w) → picture (B, 3, H, W), about [-1, 1], float32."""
-        weight = next(self.vae.parameters())
-        unscaled = latent.to(weight.device) / self.scaling_factor + self.shift_factor
-        return self.vae.decode(unscaled.to(weight.dtype), return_dict=False)[0].float()
+    def _loaded(self) -> list[nn.Module]:
+        return [*self.modules.values(), *([self._decoder] if self._decoder else [])]
 
 
-def load_model(entry: ModelEntry, precision: Precision, models_dir: Path) -> LoadedModel:
-    """Read a model onto the CPU, each part in the number format it will work in.
+def load_model(entry: ModelEntry, precision: Precision, models_dir: Path) -> SdxlModel:
+    """Read a model onto the CPU, each part in the number format that it runs in.
 
     Raises:
-        CorruptFile, ModelUnusable: see `alphalayer.core.errors`.
-        Exception: one that `is_out_of_memory` knows.
+        CorruptFile, ModelUnusable: See `alphalayer.core.errors`.
+        Exception: One that `is_out_of_memory` recognises.
     """
+    read = _from_folder if entry.kind == "diffusers" else _from_file
     try:
-        parts, scheduler = (
-            _from_folder(entry, precision)
-            if entry.kind == "diffusers"
-            else _from_file(entry, precision)
-        )
+        parts, scheduler = read(entry, precision)
     except (
         OSError,
         ValueError,
@@ -172,22 +191,14 @@ def load_model(entry: ModelEntry, precision: Precision, models_dir: Path) -> Loa
     ) as error:
         if is_out_of_memory(error):
             raise
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
         raise ModelUnusable(
-            f"{entry.path} cannot be loaded: {(str(error).strip() or type(error).__name__).splitlines()[0][:300]}.",
+            f"{entry.path} cannot be loaded: {reason}.",
             hint="Check that it is a complete SDXL model; download it again if in doubt.",
         ) from error
     for part in ("text_encoder", "text_encoder_2", "unet", "vae"):
         parts[part].eval().requires_grad_(False)
-    return LoadedModel(
-        entry=entry,
-        **parts,
-        prediction_type="v" if scheduler["prediction_type"] == "v_prediction" else "epsilon",
-        sigma_table=_sigma_table(scheduler),
-        defaults=catalog.model_defaults(entry.path),
-        layerdiffuse=LayerDiffuseFiles(entry, catalog.layer_config(entry.path), models_dir),
-        precision=precision,
-        hashing=_in_thread(catalog.hash_model, entry, models_dir),
-    )
+    return SdxlModel(entry, parts, scheduler, precision, models_dir)
 
 
 def _in_thread(function: Callable[..., str], *arguments: Any) -> Future[str]:
@@ -250,13 +261,13 @@ def _from_file(entry: ModelEntry, precision: Precision) -> tuple[dict[str, Any],
 
 
 def _text(encoder: Any) -> nn.Module:
-    """Weights rounded to float16, computing in float32: what that ecosystem does on every device."""
+    """Round weights to float16 and compute in float32, as AUTOMATIC1111 does."""
     return encoder.to(TEXT_STORED).float()
 
 
 @contextmanager
 def _config_folder(header: Header) -> Generator[str]:
-    """A folder of diffusers configs that describe a single file."""
+    """Write diffusers configs that describe a single file into a temporary folder."""
     with tempfile.TemporaryDirectory(prefix="alphalayer-config-") as name:
         for relative, content in fitted_configs(header.shapes).items():
             target = Path(name, relative)
@@ -266,7 +277,10 @@ def _config_folder(header: Header) -> Generator[str]:
 
 
 def _scheduler_of(path: Path, header: Header) -> dict[str, Any]:
-    """Prediction type and noise schedule of a single file: marker tensors, or a .yaml beside it."""
+    """Return the prediction type and noise schedule of a single file.
+
+    They come from marker tensors or from a .yaml file beside it.
+    """
     yaml = path.with_suffix(".yaml")
     text = yaml.read_text(errors="replace") if yaml.is_file() else ""
     is_v = (
@@ -280,7 +294,39 @@ def _scheduler_of(path: Path, header: Header) -> dict[str, Any]:
     }
 
 
-def _sigma_table(scheduler: dict[str, Any]) -> SigmaTable:
+@contextmanager
+def _added_to(module: nn.Module, values: Tensor | None) -> Generator[None]:
+    """Add values to the output of a module inside the block."""
+    if values is None:
+        yield
+        return
+    added = values
+
+    def add(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
+        return output + added.to(output.device, output.dtype)
+
+    handle = module.register_forward_hook(add)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _latent_spec(vae: Any) -> LatentSpec:
+    config = vae.config
+    cell = getattr(vae, "spatial_compression_ratio", None)
+    if not cell:
+        blocks = config.get("block_out_channels") or config["encoder_block_out_channels"]
+        cell = 2 ** (len(blocks) - 1)
+    return LatentSpec(
+        channels=int(config.latent_channels),
+        cell=int(cell),
+        scaling_factor=float(config.scaling_factor),
+        shift_factor=float(config.get("shift_factor") or 0.0),
+    )
+
+
+def _sigma_table(scheduler: Mapping[str, Any]) -> SigmaTable:
     return SigmaTable.from_betas(
         scheduler.get("beta_start", 0.00085),
         scheduler.get("beta_end", 0.012),

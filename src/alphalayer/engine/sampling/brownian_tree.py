@@ -1,7 +1,9 @@
-"""Brownian-tree noise of the SDE samplers: the same path of an image whatever the steps, the batch and the order of queries.
+"""Brownian-tree noise of the SDE samplers.
 
-A Wiener process on a dyadic tree of intervals, as torchsde's `BrownianTree` builds it (seeds by numpy's `SeedSequence`, times rounded to
-six decimals), with the normal draws of `alphalayer.engine.sampling.noise`. Knows nothing of samplers.
+An image's path does not depend on the steps, the batch or the order of the queries. A Wiener
+process is built on a dyadic tree of intervals, as in torchsde's `BrownianTree`: seeds come from
+NumPy's `SeedSequence`, and times are rounded to six decimals. The normal values come from
+`alphalayer.engine.sampling.noise`. This module is independent of the samplers.
 """
 
 from __future__ import annotations
@@ -20,15 +22,15 @@ from alphalayer.engine.sampling.noise import Shape, randn
 
 _POOL_SIZE = 24
 _DECIMALS = 6
-_VALUES_KEPT = 4
-"""Each end of an interval is asked for again with the next one; DPM++ SDE has three."""
+_CACHED_VALUES = 4
+"""The next interval requests each end of an interval again. DPM++ SDE has three ends a step."""
 _INTERVALS_AHEAD = 4
-"""Two steps of DPM++ SDE: one that goes on and the next."""
+"""Two steps of DPM++ SDE: the current one and the next."""
 
 
 @dataclass
 class _Node:
-    """The process over the interval [start, end]; `increment` is W(end) - W(start)."""
+    """Process over the interval [start, end]. `increment` is W(end) - W(start)."""
 
     start: float
     end: float
@@ -40,10 +42,20 @@ class _Node:
 
 
 class BrownianTree:
-    """W over [start, end] for the images of a batch; `value(t)` is W(t), float32 (seeds, *shape) with W(start) = 0.
+    """Wiener process W over [start, end] for the images of a batch, with W(start) = 0.
 
-    Only the way to the last time asked for is kept (about fifty tensors) and the last few values: a sampler asks downwards, and what
-    was dropped is drawn again, with the same seeds, if it is asked for.
+    The tree keeps the nodes on the way to the latest time (about fifty tensors) and the latest
+    values. Samplers query falling times. Dropped nodes are generated again from the same seeds.
+
+    Args:
+        start: Lower end of the interval.
+        end: Upper end of the interval.
+        shape: Shape of one image's noise.
+        seeds: Seeds of the images.
+        source: Kind of generator of the normal values.
+        device: Device of the values.
+
+    Source: torchsde 0.2.6, `BrownianTree`.
     """
 
     def __init__(
@@ -57,47 +69,54 @@ class BrownianTree:
     ):
         self._seeds, self._shape, self._device = seeds, shape, device
         self._source: NoiseSource = source
-        firsts = [
-            _generated(np.random.SeedSequence(seed, pool_size=_POOL_SIZE), 3) for seed in seeds
+        root_seeds = [
+            _derive_seed(np.random.SeedSequence(seed, pool_size=_POOL_SIZE), 3) for seed in seeds
         ]
-        whole = randn(firsts, shape, source, device) * float(np.sqrt(end - start))
+        whole = randn(root_seeds, shape, source, device) * float(np.sqrt(end - start))
         self._root = _Node(round(start, _DECIMALS), round(end, _DECIMALS), 0, 0, whole)
         self._values: dict[float, Tensor] = {}
 
     def value(self, time: float) -> Tensor:
-        """W at a time, clamped to the tree's interval."""
-        at = min(max(round(time, _DECIMALS), self._root.start), self._root.end)
-        known = self._values.pop(at, None)
-        value = self._values[at] = self._walk(at) if known is None else known
-        if len(self._values) > _VALUES_KEPT:
+        """Return W at a time, clamped to the tree's interval: float32 (seeds, *shape)."""
+        time = min(max(round(time, _DECIMALS), self._root.start), self._root.end)
+        cached = self._values.pop(time, None)
+        value = self._values[time] = self._walk(time) if cached is None else cached
+        if len(self._values) > _CACHED_VALUES:
             del self._values[next(iter(self._values))]
         return value
 
     def between(self, start: float, end: float) -> Tensor:
-        """W(end) - W(start)."""
+        """Return W(end) - W(start), float32 (seeds, *shape)."""
         return self.value(end) - self.value(start)
 
     def _walk(self, time: float) -> Tensor:
-        """Down to the node that begins or ends at a time of the tree's interval."""
+        """Walk down to the node that begins or ends at a time, and return W there."""
         node, before = self._root, torch.zeros_like(self._root.increment)
-        drawn: Iterator[Tensor] | None = None
+        samples: Iterator[Tensor] | None = None
         while time not in (node.start, node.end):
             if node.left is None or node.right is None:
-                # below a node without halves none has any: what all of them need is drawn in one go
-                drawn = drawn or iter(self._render(_splits(node, time)))
-                node.left, node.right = _halves(node, next(drawn))
+                # a node without halves has no split nodes below it: sample for all of them at once
+                samples = samples or iter(self._sample(_find_splits(node, time)))
+                node.left, node.right = _split_node(node, next(samples))
             left, right = node.left, node.right
             if time >= right.start:
-                before, node, aside = before + left.increment, right, left
+                before, node, sibling = before + left.increment, right, left
             else:
-                node, aside = left, right
-            aside.left = aside.right = None
+                node, sibling = left, right
+            sibling.left = sibling.right = None
         return before + node.increment if time == node.end else before
 
-    def _render(self, nodes: Sequence[tuple[int, int]]) -> Tensor:
-        """Normal values for splitting nodes, told by index and depth: (nodes, seeds, *shape)."""
+    def _sample(self, nodes: Sequence[tuple[int, int]]) -> Tensor:
+        """Return the normal values that split nodes.
+
+        Args:
+            nodes: Index and depth of each node.
+
+        Returns:
+            float32 (nodes, seeds, *shape).
+        """
         seeds = [
-            _generated(np.random.SeedSequence(seed, spawn_key=node, pool_size=_POOL_SIZE), 4)
+            _derive_seed(np.random.SeedSequence(seed, spawn_key=node, pool_size=_POOL_SIZE), 4)
             for node in nodes
             for seed in self._seeds
         ]
@@ -106,7 +125,7 @@ class BrownianTree:
         )
 
 
-def _generated(sequence: np.random.SeedSequence, words: int) -> int:
+def _derive_seed(sequence: np.random.SeedSequence, words: int) -> int:
     return int(sequence.generate_state(words)[0])
 
 
@@ -114,23 +133,31 @@ def _middle(start: float, end: float) -> float:
     return round((start + end) / 2, _DECIMALS)
 
 
-def _splits(node: _Node, time: float) -> list[tuple[int, int]]:
-    """Index and depth of the nodes that are split on the way from a node down to a time."""
+def _find_splits(node: _Node, time: float) -> list[tuple[int, int]]:
+    """List index and depth of the nodes to split on the way down to a time."""
     start, end, index, depth = node.start, node.end, node.index, node.depth
-    found: list[tuple[int, int]] = []
+    splits: list[tuple[int, int]] = []
     while time not in (start, end):
-        found.append((index, depth))
+        splits.append((index, depth))
         middle = _middle(start, end)
         goes_right = time >= middle
         start, end = (middle, end) if goes_right else (start, middle)
         index, depth = 2 * index + goes_right, depth + 1
-    return found
+    return splits
 
 
-def _halves(node: _Node, drawn: Tensor) -> tuple[_Node, _Node]:
-    """Split a node by a Brownian bridge."""
+def _split_node(node: _Node, sample: Tensor) -> tuple[_Node, _Node]:
+    """Split a node by a Brownian bridge.
+
+    Args:
+        node: Node over [a, b].
+        sample: Standard normal values, shaped like the node's increment.
+
+    Returns:
+        Nodes over [a, m] and [m, b], where m is the rounded middle.
+    """
     a, m, b = node.start, _middle(node.start, node.end), node.end
-    bridge = drawn * float(np.sqrt((m - a) * (b - m) / (b - a)))
+    bridge = sample * float(np.sqrt((m - a) * (b - m) / (b - a)))
     left = node.increment * ((m - a) / (b - a)) + bridge
     return (
         _Node(a, m, 2 * node.index, node.depth + 1, left),
@@ -141,9 +168,17 @@ def _halves(node: _Node, drawn: Tensor) -> tuple[_Node, _Node]:
 class BrownianNoise:
     """Unit-variance noise between two noise levels for a batch.
 
-    `noise(sigma, sigma_next)` is -(W(sigma) - W(sigma_next)) / sqrt(sigma - sigma_next), float32 (B, *shape). Inside a `with` block a
-    thread draws the next few intervals of `ahead`, so that a step finds its noise ready; other intervals are drawn when asked for, without
-    `ahead` by whoever asks.
+    `noise(sigma, sigma_next)` is -(W(sigma) - W(sigma_next)) / sqrt(sigma - sigma_next). Inside a
+    `with` block, a thread generates the next few intervals of `ahead` before they are requested.
+    Other intervals are generated on request.
+
+    Args:
+        seeds: Seeds of the images.
+        shape: Shape of one image's noise.
+        sigmas: Noise levels of the schedule. The process spans the positive ones.
+        source: Kind of generator of the normal values.
+        device: Device of the noise.
+        ahead: Intervals (sigma, sigma_next) in the order in which they will be requested.
     """
 
     def __init__(
@@ -156,42 +191,50 @@ class BrownianNoise:
         ahead: Sequence[tuple[float, float]] = (),
     ):
         low, high = float(sigmas[sigmas > 0].min()), float(sigmas.max())
-        # one step asks for none
+        # a schedule of one step requests no noise
         self._tree = BrownianTree(low, high, shape, seeds, source, device) if low < high else None
         self._ahead = iter(ahead)
-        self._drawn: dict[tuple[float, float], Future[Tensor]] = {}
-        # one thread only: a tree grows while it is asked
+        self._pending: dict[tuple[float, float], Future[Tensor]] = {}
+        # one thread only, because queries change the tree
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="brownian-noise") if ahead else None
 
     def __enter__(self) -> BrownianNoise:
-        self._draw_ahead()
+        self._generate_ahead()
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Nothing more is drawn, and what was drawn is let go of."""
+        """Stop the thread, and release the tree and all noise."""
         if self._thread:
             self._thread.shutdown(cancel_futures=True)
-        self._drawn.clear()
+        self._pending.clear()
         self._tree = None
 
     def __call__(self, sigma: float, sigma_next: float) -> Tensor:
-        """Noise of the step from `sigma` down to `sigma_next`."""
-        if self._thread is None:
-            return self._render(sigma, sigma_next)
-        drawn = self._drawn.pop((sigma, sigma_next), None)
-        if drawn is None:
-            return self._thread.submit(self._render, sigma, sigma_next).result()
-        self._draw_ahead()
-        return drawn.result()
+        """Return the noise of the step from `sigma` down to `sigma_next`.
 
-    def _draw_ahead(self) -> None:
+        Returns:
+            float32 (B, *shape).
+
+        Raises:
+            ValueError: The schedule has one step only.
+            RuntimeError: The `with` block is over, and its thread has stopped.
+        """
+        if self._thread is None:
+            return self._generate(sigma, sigma_next)
+        pending = self._pending.pop((sigma, sigma_next), None)
+        if pending is None:
+            return self._thread.submit(self._generate, sigma, sigma_next).result()
+        self._generate_ahead()
+        return pending.result()
+
+    def _generate_ahead(self) -> None:
         if self._thread is None:
             return
-        for interval in islice(self._ahead, _INTERVALS_AHEAD - len(self._drawn)):
-            self._drawn[interval] = self._thread.submit(self._render, *interval)
+        for interval in islice(self._ahead, _INTERVALS_AHEAD - len(self._pending)):
+            self._pending[interval] = self._thread.submit(self._generate, *interval)
 
     @torch.inference_mode()
-    def _render(self, sigma: float, sigma_next: float) -> Tensor:
+    def _generate(self, sigma: float, sigma_next: float) -> Tensor:
         if self._tree is None:
             raise ValueError("there is no noise between equal levels, nor after the block")
         return -self._tree.between(sigma_next, sigma) / float(np.sqrt(abs(sigma - sigma_next)))

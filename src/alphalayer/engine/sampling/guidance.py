@@ -1,182 +1,186 @@
-"""The denoiser: one UNet evaluation with classifier-free guidance, from a noisy latent to the predicted clean one.
+"""Denoiser: one evaluation of the network with classifier-free guidance.
 
-Everything around the UNet is float32: input scaling, prediction to x0, guidance. The UNet runs in its own dtype.
+Everything around the network is float32: input scaling, prediction of x0, guidance.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from alphalayer.engine.families.sdxl import LoadedModel
+from alphalayer.engine.families.base import DiffusionModel
 from alphalayer.engine.memory import MemoryMode
 from alphalayer.engine.text.encoders import Conditioning, PromptPlan
 
 
 @dataclass(frozen=True)
 class Guidance:
-    """What steers the UNet for a request's images: prompt plans over the steps, and the scale."""
+    """Conditioning of a request's images over the steps, and the guidance scale."""
 
     positive: PromptPlan
     negative: PromptPlan
     scale: float
     images: int = 1
+    condition: Tensor | None = None
+    """Condition of a mode with input images (1, C, h, w), see `DiffusionModel.denoise`."""
 
     def conditionings(self, step: int) -> list[Conditioning]:
-        """What x0 is predicted under: the negative, if it counts, then each part of the prompt."""
+        """Return the conditionings of a step: the negative one first, if it is used."""
         positives = self.positive.at(step)
         if self.scale == 1.0 and len(positives) == 1 and positives[0][1] == 1.0:
             return [positives[0][0]]
-        return [self.negative.at(step)[0][0], *(each for each, _ in positives)]
+        return [self.negative.at(step)[0][0], *(positive for positive, _ in positives)]
 
-    def steer(self, step: int, predicted: Sequence[Tensor]) -> Tensor:
-        """x0 from what was predicted under each of the conditionings."""
+    def combine(self, step: int, predicted: Sequence[Tensor]) -> Tensor:
+        """Combine the x0 predicted under each conditioning of a step into one."""
         unconditional, *conditional = predicted
         if not conditional:
             return unconditional
         weights = [weight for _, weight in self.positive.at(step)]
-        steered = sum(
+        guided = sum(
             (weight * (c - unconditional) for c, weight in zip(conditional, weights, strict=True))
         )
-        return unconditional + self.scale * steered
+        return unconditional + self.scale * guided
 
 
 @dataclass
 class Denoiser:
-    """`denoiser(x, sigma, step)` → x0, both float32 of shape (B, C, h, w): the images of all guidances, one after the other.
+    """Predictor of clean latents for the images of all guidances, one after the other.
 
-    `width` and `height` are the size that SDXL is told. Guidance is done on x0: `u + scale * sum_i w_i (c_i - u)`, with several
-    `c_i` where the prompt has AND. At scale 1 with a single prompt the negative row is skipped. Rows of unlike token counts are
-    tiled to a common length if that is at most four times the shorter one (cross-attention does not change when its keys are
-    repeated), else evaluated apart.
+    Guidance works on x0: `u + scale * sum_i w_i (c_i - u)`, with several `c_i` if the prompt has
+    AND. At scale 1 with a single prompt the negative row is skipped.
+
+    Rows with different token counts are repeated to a common length, if that is at most four times
+    the shorter one. Cross-attention does not change when its keys are repeated. Other rows are
+    evaluated separately.
+
+    Args:
+        model: The model.
+        guidances: Guidance of each request.
+        width: Width in pixels that the model is conditioned on.
+        height: Height in pixels that the model is conditioned on.
+        mode: Memory mode, which limits the rows of one call.
+        check: Called before each call of the network. It may raise.
     """
 
-    model: LoadedModel
+    model: DiffusionModel
     guidances: Sequence[Guidance]
     width: int
     height: int
     mode: MemoryMode
     check: Callable[[], None] = lambda: None
-    """Asked before each call of the UNet; may raise."""
 
     @torch.inference_mode()
-    def __call__(self, x: Tensor, sigma: float, step: int) -> Tensor:
-        """Predict the clean latent from `x` (B, C, h, w) at noise level `sigma` in schedule step `step`."""
-        asked = [each.conditionings(step) for each in self.guidances]
-        own = x.split([each.images for each in self.guidances])
+    def __call__(self, x: Tensor, sigma: float, step: int, *, conditioned: bool = True) -> Tensor:
+        """Predict the clean latents, float32 (B, C, h, w).
+
+        Args:
+            x: Noisy latents (B, C, h, w), float32.
+            sigma: Noise level.
+            step: Step of the schedule, from 0.
+            conditioned: Whether the conditions of input images are used.
+        """
+        conditionings = [guidance.conditionings(step) for guidance in self.guidances]
+        latents = x.split([guidance.images for guidance in self.guidances])
         rows = [
-            _Rows(images, each)
-            for images, conditionings in zip(own, asked, strict=True)
-            for each in conditionings
+            _Rows(images, conditioning, guidance.condition if conditioned else None)
+            for guidance, images, texts in zip(self.guidances, latents, conditionings, strict=True)
+            for conditioning in texts
         ]
         predicted = iter(self._predict(rows, sigma))
         return torch.cat(
             [
-                guidance.steer(step, [next(predicted) for _ in conditionings])
-                for guidance, conditionings in zip(self.guidances, asked, strict=True)
+                guidance.combine(step, [next(predicted) for _ in texts])
+                for guidance, texts in zip(self.guidances, conditionings, strict=True)
             ]
         )
 
-    def _predict(self, asked: Sequence[_Rows], sigma: float) -> list[Tensor]:
-        """x0 of each, in order."""
+    def _predict(self, rows: Sequence[_Rows], sigma: float) -> list[Tensor]:
+        """Predict the clean latents of each entry, in order."""
         predicted: list[Tensor] = []
-        for group in _groups(asked):
-            noisy = torch.cat([each.images for each in group])
+        for group in _groups(rows):
+            noisy = torch.cat([entry.images for entry in group])
             output = self._evaluate(noisy, sigma, group)
-            clean = _clean(noisy, output, sigma, self.model.prediction_type)
-            predicted += clean.split([len(each.images) for each in group])
+            clean = self.model.process.to_denoised(noisy, output, sigma)
+            predicted += clean.split([len(entry.images) for entry in group])
         return predicted
 
     def _evaluate(self, noisy: Tensor, sigma: float, group: Sequence[_Rows]) -> Tensor:
-        """The UNet's raw output, float32 (rows, C, h, w)."""
-        dtype, device = next(self.model.unet.parameters()).dtype, noisy.device
-        scaled = (noisy / math.sqrt(sigma**2 + 1)).to(dtype)
-        context, pooled = (
-            torch.cat(
-                [
-                    getattr(each.conditioning, name).expand(len(each.images), *shape)
-                    for each in group
-                ]
-            ).to(device, dtype)
-            for name, shape in (("context", (-1, -1)), ("pooled", (-1,)))
+        """Return the raw output of the denoiser, float32 (rows, C, h, w)."""
+        dtype = next(self.model.modules["denoiser"].parameters()).dtype
+        scaled = self.model.process.scale_input(noisy, sigma).to(dtype)
+        context = _expand(group, lambda entry: entry.conditioning.context).to(noisy.device, dtype)
+        pooled = _expand(group, lambda entry: entry.conditioning.pooled).to(noisy.device, dtype)
+        condition = (
+            _expand(group, lambda entry: entry.condition) if _is_conditioned(group) else None
         )
         at_once = self.mode.rows_at_once(self.width, self.height)
-        outputs = [
-            self._unet(*rows, sigma)
-            for rows in zip(
-                scaled.split(at_once), context.split(at_once), pooled.split(at_once), strict=True
+        outputs: list[Tensor] = []
+        for first in range(0, len(scaled), at_once):
+            rows = slice(first, first + at_once)
+            self.check()
+            outputs.append(
+                self.model.denoise(
+                    scaled[rows],
+                    sigma,
+                    Conditioning(context[rows], pooled[rows]),
+                    self.width,
+                    self.height,
+                    None if condition is None else condition[rows],
+                )
             )
-        ]
         return torch.cat(outputs)
-
-    def _unet(self, scaled: Tensor, context: Tensor, pooled: Tensor, sigma: float) -> Tensor:
-        """One call of the UNet on a few rows, float32 (rows, C, h, w)."""
-        self.check()
-        size = [self.height, self.width, 0, 0, self.height, self.width]
-        return self.model.unet(
-            scaled,
-            torch.full(
-                (len(scaled),), self.model.sigma_table.timestep(sigma), device=scaled.device
-            ),
-            encoder_hidden_states=context,
-            added_cond_kwargs={
-                "text_embeds": pooled,
-                "time_ids": torch.tensor(
-                    [size] * len(scaled), dtype=torch.float32, device=scaled.device
-                ),
-            },
-            return_dict=False,
-        )[0].float()
-
-
-def _clean(x: Tensor, output: Tensor, sigma: float, prediction_type: str) -> Tensor:
-    """x0 from the UNet's output, float32 (epsilon: x - s*out; v: x/(s²+1) - out*s/sqrt(s²+1))."""
-    if prediction_type == "v":
-        return x / (sigma**2 + 1) - output * (sigma / math.sqrt(sigma**2 + 1))
-    return x - output * sigma
 
 
 @dataclass(frozen=True)
 class _Rows:
-    """Noisy images (n, C, h, w) and what their x0 is to be predicted under."""
+    """Noisy images (n, C, h, w) and the conditioning of their prediction."""
 
     images: Tensor
     conditioning: Conditioning
+    condition: Tensor | None = None
 
     @property
     def tokens(self) -> int:
         return self.conditioning.context.shape[1]
 
 
-def _groups(asked: Sequence[_Rows]) -> list[list[_Rows]]:
-    """Neighbours that may share a UNet call, tiled to the same number of tokens."""
+def _expand(group: Sequence[_Rows], value: Callable[[_Rows], Tensor | None]) -> Tensor:
+    """Repeat a value (1, ...) of each entry for its images and join them."""
+    values = [(value(entry), len(entry.images)) for entry in group]
+    return torch.cat([one.expand(n, *one.shape[1:]) for one, n in values if one is not None])
+
+
+def _is_conditioned(group: Sequence[_Rows]) -> bool:
+    """Return whether the entries have conditions. A batch has one mode."""
+    return group[0].condition is not None
+
+
+def _groups(rows: Sequence[_Rows]) -> list[list[_Rows]]:
+    """Group neighbours that may share a call, repeated to the same number of tokens."""
     groups: list[list[_Rows]] = []
-    for each in asked:
-        if groups and _compatible([*groups[-1], each]):
-            groups[-1].append(each)
+    for entry in rows:
+        if groups and _are_compatible([*groups[-1], entry]):
+            groups[-1].append(entry)
         else:
-            groups.append([each])
-    return [_tiled(group) for group in groups]
+            groups.append([entry])
+    return [_repeated(group) for group in groups]
 
 
-def _compatible(group: Sequence[_Rows]) -> bool:
-    lengths = [each.tokens for each in group]
+def _are_compatible(group: Sequence[_Rows]) -> bool:
+    lengths = [entry.tokens for entry in group]
     return math.lcm(*lengths) <= 4 * min(lengths)
 
 
-def _tiled(group: Sequence[_Rows]) -> list[_Rows]:
-    length = math.lcm(*(each.tokens for each in group))
-    return [
-        _Rows(
-            each.images,
-            Conditioning(
-                each.conditioning.context.repeat(1, length // each.tokens, 1),
-                each.conditioning.pooled,
-            ),
-        )
-        for each in group
-    ]
+def _repeated(group: Sequence[_Rows]) -> list[_Rows]:
+    length = math.lcm(*(entry.tokens for entry in group))
+    repeated: list[_Rows] = []
+    for entry in group:
+        context = entry.conditioning.context.repeat(1, length // entry.tokens, 1)
+        conditioning = Conditioning(context, entry.conditioning.pooled)
+        repeated.append(replace(entry, conditioning=conditioning))
+    return repeated

@@ -1,8 +1,12 @@
-"""Random numbers of a picture: the starting latent and the noise of each step, reproducible from an image seed.
+"""Random numbers of an image: its initial latent and the noise of each step, from its seed.
 
-Three sources. `nv` evaluates NVIDIA's Philox generator in float64: the same numbers on every machine. `cpu` is torch's CPU
-generator (its values depend on the shape). `gpu` is torch's generator on the device at hand, which differs between GPUs.
-Every image has generators of its own, so that a batch does not change its images.
+There are three sources:
+
+- `nv` evaluates NVIDIA's Philox generator in float64. The numbers are the same on every machine.
+- `cpu` is torch's CPU generator. Its values depend on the shape.
+- `gpu` is torch's generator on the engine's device. Its values differ between GPUs.
+
+Every image has its own generators, so a batch does not change its images.
 """
 
 from __future__ import annotations
@@ -23,23 +27,34 @@ _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 _LOW = 0xFFFFFFFF
 _UNIT = float(np.float32(2.3283064e-10))
-_PHILOX_AT_ONCE = 1 << 20
-"""Values of one evaluation on a GPU, which holds some ten words of 8 bytes each meanwhile; a CPU is quickest with one seed at a time."""
 _TURN = float(np.float32(2.3283064e-10 * 6.2831855))
+_VALUES_PER_CALL = 1 << 20
+"""Limit of one Philox evaluation on a GPU, which holds about ten 8-byte words for each value."""
 
 
 def philox_normal(
-    seeds: Sequence[int], count: int, draw: int = 0, device: torch.device | str = "cpu"
+    seeds: Sequence[int], count: int, call: int = 0, device: torch.device | str = "cpu"
 ) -> Tensor:
-    """`count` standard normal values a seed, float32 (seeds, count): those of the `draw`-th `randn` call on CUDA generators with these
-    seeds.
+    """Generate the standard normal values of a `randn` call on CUDA generators.
 
-    Philox-4x32-10 (Salmon et al. 2011) with counter (draw, 0, element, 0), the first two words through Box-Muller as in
-    PyTorch's CUDA kernels. Integers and float64 only, so every device gives the same values; a GPU's own generator equals
-    them up to its float32 arithmetic, where it has a thread for each element.
+    The generator is Philox-4x32-10 with the counter (call, 0, element, 0). Its first two words go
+    through Box-Muller. It uses integers and float64 only, so every device gives the same values.
+    A GPU's own generator gives them in float32 arithmetic, if it has a thread for each element.
+
+    Args:
+        seeds: One seed for each generator, below 2^64.
+        count: Values of each generator.
+        call: Number of `randn` calls on the generators before this one.
+        device: Where to compute.
+
+    Returns:
+        float32 (seeds, count), on `device`.
+
+    Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3". PyTorch's CUDA
+        kernels, for Box-Muller and the counter.
     """
     words = [
-        torch.full((count,), draw, device=device),
+        torch.full((count,), call, device=device),
         torch.zeros(count, dtype=torch.int64, device=device),
         torch.arange(count, device=device),
         torch.zeros(count, dtype=torch.int64, device=device),
@@ -50,9 +65,9 @@ def philox_normal(
     keys = (
         first_keys + torch.arange(10)[:, None, None, None] * torch.tensor(_KEY_STEPS)[:, None, None]
     ) & _LOW
-    # so that it does not wait for what the GPU has to do before
-    of_rounds = keys.flatten(0, 1).to(device, non_blocking=True).unbind()
-    for key, other_key in zip(of_rounds[::2], of_rounds[1::2], strict=True):
+    # the copy does not wait for the work that the GPU has queued
+    round_keys = keys.flatten(0, 1).to(device, non_blocking=True).unbind()
+    for key, other_key in zip(round_keys[::2], round_keys[1::2], strict=True):
         first, second = words[0] * _MULTIPLIERS[0], words[2] * _MULTIPLIERS[1]
         words = [
             ((second >> 32) & _LOW) ^ words[1] ^ key,
@@ -66,50 +81,68 @@ def philox_normal(
 
 
 class ImageGenerator:
-    """The generator of one image: `randn` after `randn`, each a float32 tensor on `device`."""
+    """Generator of the random numbers of one image.
+
+    Raises:
+        InvalidRequest: The source is "gpu" and the device is the CPU.
+    """
 
     def __init__(self, seed: int, source: NoiseSource, device: torch.device | str = "cpu"):
         self._seed = seed
         self._source: NoiseSource = source
         self._device = torch.device(device)
-        self._draws = 0
+        self._calls = 0
         if source == "gpu" and self._device.type == "cpu":
             raise InvalidRequest(
-                '"gpu" needs a GPU and this engine works on the CPU.',
+                '"gpu" needs a GPU and this engine runs on the CPU.',
                 hint='Use "nv" or "cpu".',
                 field="noise",
             )
         self._torch = torch.Generator(self._device if source == "gpu" else "cpu").manual_seed(seed)
 
     def randn(self, shape: Shape) -> Tensor:
-        """The next standard normal values."""
+        """Return the next standard normal values, float32, on the generator's device."""
         if self._source != "nv":
-            place = self._torch.device
-            return torch.randn(shape, generator=self._torch, device=place).to(self._device)
+            source_device = self._torch.device
+            return torch.randn(shape, generator=self._torch, device=source_device).to(self._device)
         values = philox_normal(
-            [self._seed], math.prod(shape), self._draws, _place_of_philox(self._device)
+            [self._seed], math.prod(shape), self._calls, _philox_device(self._device)
         )
-        self._draws += 1
+        self._calls += 1
         return values.reshape(shape).to(self._device)
 
 
 def randn(
     seeds: Sequence[int], shape: Shape, source: NoiseSource, device: torch.device | str = "cpu"
 ) -> Tensor:
-    """Standard normal values of fresh generators, float32 (seeds, *shape)."""
+    """Return the first standard normal values of new generators.
+
+    Args:
+        seeds: One seed for each generator.
+        shape: Shape of the values of one generator.
+        source: Kind of generator.
+        device: Device of the result.
+
+    Returns:
+        float32 (seeds, *shape).
+
+    Raises:
+        InvalidRequest: The source is "gpu" and the device is the CPU.
+    """
     if source != "nv":
         return torch.stack([ImageGenerator(seed, source, device).randn(shape) for seed in seeds])
-    count, place = math.prod(shape), _place_of_philox(torch.device(device))
-    at_once = max(1, _PHILOX_AT_ONCE // count) if place.type == "cuda" else 1
-    drawn = [
-        philox_normal(seeds[i : i + at_once], count, 0, place)
-        for i in range(0, len(seeds), at_once)
+    count, philox_device = math.prod(shape), _philox_device(torch.device(device))
+    # a CPU is fastest with one seed at a time
+    group = max(1, _VALUES_PER_CALL // count) if philox_device.type == "cuda" else 1
+    values = [
+        philox_normal(seeds[i : i + group], count, 0, philox_device)
+        for i in range(0, len(seeds), group)
     ]
-    return torch.cat(drawn).reshape(-1, *shape).to(device)
+    return torch.cat(values).reshape(-1, *shape).to(device)
 
 
-def _place_of_philox(device: torch.device) -> torch.device:
-    """MPS has no float64."""
+def _philox_device(device: torch.device) -> torch.device:
+    # MPS has no float64
     return device if device.type == "cuda" else torch.device("cpu")
 
 
@@ -119,9 +152,16 @@ def initial_noise(
     variations: Sequence[ImageGenerator] = (),
     variation_strength: float = 0.0,
 ) -> Tensor:
-    """The starting noise of a batch, (B, *shape), unit variance: each image's first draw.
+    """Generate the initial noise of a batch, with unit variance.
 
-    With a variation strength it is turned towards the first draw of the image's variation generator (`slerp`).
+    Args:
+        generators: One generator for each of B images.
+        shape: Shape of one image's noise, (C, h, w).
+        variations: With a variation strength: a second generator for each image.
+        variation_strength: Share of the way from the first to the second noise, from 0 to 1.
+
+    Returns:
+        float32 (B, *shape).
     """
     images: list[Tensor] = []
     for i, generator in enumerate(generators):
@@ -135,11 +175,21 @@ def initial_noise(
 
 
 def slerp(strength: float, low: Tensor, high: Tensor) -> Tensor:
-    """Spherical interpolation of (C, h, w) noise along its height axis, as webui's variation seeds do.
+    """Interpolate two noises on the sphere, along their height axis.
 
-    Nearly parallel noise (mean cosine above 0.9995) is mixed linearly.
+    Nearly parallel noise (mean cosine above 0.9995) is interpolated linearly.
+
+    Args:
+        strength: Share of the way from `low` to `high`, from 0 to 1.
+        low: Noise (C, h, w).
+        high: Noise shaped like `low`.
+
+    Returns:
+        Noise shaped like `low`.
+
+    Source: AUTOMATIC1111, variation seeds (`slerp` in `modules/rng.py`).
     """
-    low_unit, high_unit = (each / each.norm(dim=1, keepdim=True) for each in (low, high))
+    low_unit, high_unit = (noise / noise.norm(dim=1, keepdim=True) for noise in (low, high))
     cosine = (low_unit * high_unit).sum(1)
     if cosine.mean() > 0.9995:
         return low * (1 - strength) + high * strength

@@ -1,7 +1,8 @@
-"""Samplers: each takes a noisy latent down a list of noise levels with a denoiser, as one plain function.
+"""Samplers: one plain function each, from a noisy latent to a clean one.
 
-Written in the variance-exploding frame: x = x0 + sigma * noise. `sigmas` (n + 1,) falls to 0 and stays on the CPU; everything is float32.
-Knows nothing of models, prompts or where noise comes from.
+All are in the variance-exploding frame: x = x0 + sigma * noise. Latents are float32 (B, C, h, w).
+Noise levels are Python floats. A list of n + 1 levels falls to 0 and gives n steps.
+This module is independent of models, prompts and the source of noise.
 """
 
 from __future__ import annotations
@@ -17,17 +18,22 @@ from diffusers import UniPCMultistepScheduler
 from torch import Tensor
 
 Denoise = Callable[[Tensor, float, int], Tensor]
-"""(x, sigma, step) → predicted clean latent."""
+"""Function (x, sigma, step) → predicted clean latent, shaped like x. Steps count from 0."""
 Noise = Callable[[float, float], Tensor]
-"""(sigma, sigma_next) → unit-variance noise of that interval, shaped like x."""
+"""Function (sigma, sigma_next) → unit-variance noise of that interval, shaped like x."""
 OnStep = Callable[[int, Tensor, Tensor], None]
-"""(steps done, x, predicted clean latent), after each step."""
+"""Callback (completed steps, x, predicted clean latent), called after each step."""
 
 
 def euler(
     denoise: Denoise, x: Tensor, sigmas: Sequence[float], noise: Noise, on_step: OnStep
 ) -> Tensor:
-    """Euler's method on the probability flow (Karras et al. 2022); DDIM with eta 0 (Song et al. 2021) is the same."""
+    """Follow the probability flow with Euler's method.
+
+    DDIM with eta 0 is the same update.
+
+    Source: Karras et al. 2022, arXiv 2206.00364. Song et al. 2021, arXiv 2010.02502.
+    """
     for i, (sigma, following) in enumerate(_pairs(sigmas)):
         clean = denoise(x, sigma, i)
         x = x + (x - clean) / sigma * (following - sigma)
@@ -38,7 +44,10 @@ def euler(
 def euler_ancestral(
     denoise: Denoise, x: Tensor, sigmas: Sequence[float], noise: Noise, on_step: OnStep
 ) -> Tensor:
-    """Euler to a level below the next one, then fresh noise up to it."""
+    """Step below the next level with Euler's method, then add fresh noise up to it.
+
+    Source: k-diffusion, `sample_euler_ancestral`.
+    """
     for i, (sigma, following) in enumerate(_pairs(sigmas)):
         clean = denoise(x, sigma, i)
         down, up = _ancestral(sigma, following)
@@ -52,13 +61,18 @@ def euler_ancestral(
 def heun(
     denoise: Denoise, x: Tensor, sigmas: Sequence[float], noise: Noise, on_step: OnStep
 ) -> Tensor:
-    """Heun's second-order method (Karras et al. 2022, algorithm 2 without churn); the last step is Euler's."""
+    """Follow the probability flow with Heun's second-order method.
+
+    The last step is Euler's, because the slope at level 0 is undefined.
+
+    Source: Karras et al. 2022, arXiv 2206.00364, algorithm 2 without churn.
+    """
     for i, (sigma, following) in enumerate(_pairs(sigmas)):
         clean = denoise(x, sigma, i)
         slope = (x - clean) / sigma
-        guess = x + slope * (following - sigma)
+        predicted = x + slope * (following - sigma)
         if following > 0:
-            slope = (slope + (guess - denoise(guess, following, i)) / following) / 2
+            slope = (slope + (predicted - denoise(predicted, following, i)) / following) / 2
         x = x + slope * (following - sigma)
         on_step(i + 1, x, clean)
     return x
@@ -67,7 +81,10 @@ def heun(
 def lcm(
     denoise: Denoise, x: Tensor, sigmas: Sequence[float], noise: Noise, on_step: OnStep
 ) -> Tensor:
-    """Latent consistency sampling (Luo et al. 2023): jump to the clean latent, noise it to the next level."""
+    """Jump to the clean latent, then add noise up to the next level.
+
+    Source: Luo et al. 2023, "Latent Consistency Models", arXiv 2310.04378.
+    """
     for i, (sigma, following) in enumerate(_pairs(sigmas)):
         clean = denoise(x, sigma, i)
         x = clean + noise(sigma, following) * following if following > 0 else clean
@@ -78,7 +95,10 @@ def lcm(
 def dpmpp_2m(
     denoise: Denoise, x: Tensor, sigmas: Sequence[float], noise: Noise, on_step: OnStep
 ) -> Tensor:
-    """DPM-Solver++(2M) (Lu et al. 2022)."""
+    """Follow the probability flow with DPM-Solver++(2M): second-order multistep.
+
+    Source: Lu et al. 2022, arXiv 2211.01095, algorithm 2.
+    """
     previous: tuple[Tensor, float] | None = None
     for i, (sigma, following) in enumerate(_pairs(sigmas)):
         clean = denoise(x, sigma, i)
@@ -98,7 +118,10 @@ def dpmpp_2m(
 def dpmpp_2m_sde(
     denoise: Denoise, x: Tensor, sigmas: Sequence[float], noise: Noise, on_step: OnStep
 ) -> Tensor:
-    """SDE-DPM-Solver++(2M), midpoint form, eta 1 (Lu et al. 2022)."""
+    """Solve the reverse SDE with SDE-DPM-Solver++(2M): midpoint form, eta 1.
+
+    Source: Lu et al. 2022, arXiv 2211.01095. k-diffusion, `sample_dpmpp_2m_sde`.
+    """
     previous: tuple[Tensor, float] | None = None
     for i, (sigma, following) in enumerate(_pairs(sigmas)):
         clean = denoise(x, sigma, i)
@@ -118,7 +141,12 @@ def dpmpp_2m_sde(
 def dpmpp_3m_sde(
     denoise: Denoise, x: Tensor, sigmas: Sequence[float], noise: Noise, on_step: OnStep
 ) -> Tensor:
-    """SDE-DPM-Solver++(3M), eta 1: third-order multistep in log sigma, lower order while history is short."""
+    """Solve the reverse SDE with SDE-DPM-Solver++(3M): third-order multistep, eta 1.
+
+    The first two steps have a lower order, because their history is short.
+
+    Source: Lu et al. 2022, arXiv 2211.01095. k-diffusion, `sample_dpmpp_3m_sde`.
+    """
     history: list[tuple[Tensor, float]] = []
     for i, (sigma, following) in enumerate(_pairs(sigmas)):
         clean = denoise(x, sigma, i)
@@ -138,7 +166,13 @@ def dpmpp_3m_sde(
 
 
 def _higher_orders(clean: Tensor, h: float, history: list[tuple[Tensor, float]]) -> Tensor | float:
-    """What the second and third order add to a step of `dpmpp_3m_sde`; `history` is newest first."""
+    """Return the second- and third-order terms of a step of `dpmpp_3m_sde`.
+
+    Args:
+        clean: Predicted clean latent of this step.
+        h: Length of this step in log sigma.
+        history: Clean latents and step lengths of up to two steps before, newest first.
+    """
     if not history:
         return 0.0
     phi_2 = math.expm1(-2 * h) / (2 * h) + 1
@@ -147,14 +181,19 @@ def _higher_orders(clean: Tensor, h: float, history: list[tuple[Tensor, float]])
     if len(history) == 1:
         return phi_2 * slope
     r_1 = history[1][1] / h
-    bend = (slope - (history[0][0] - history[1][0]) / r_1) / (r_0 + r_1)
-    return phi_2 * (slope + bend * r_0) - (phi_2 / (2 * h) - 0.5) * bend
+    curvature = (slope - (history[0][0] - history[1][0]) / r_1) / (r_0 + r_1)
+    return phi_2 * (slope + curvature * r_0) - (phi_2 / (2 * h) - 0.5) * curvature
 
 
 def dpmpp_sde(
     denoise: Denoise, x: Tensor, sigmas: Sequence[float], noise: Noise, on_step: OnStep
 ) -> Tensor:
-    """SDE-DPM-Solver++(2S) with the middle at half the log interval, eta 1: two evaluations a step."""
+    """Solve the reverse SDE with SDE-DPM-Solver++(2S): single-step, eta 1.
+
+    Each step evaluates the denoiser twice. The second level is the geometric mean of both ends.
+
+    Source: Lu et al. 2022, arXiv 2211.01095. k-diffusion, `sample_dpmpp_sde`.
+    """
     for i, (sigma, following) in enumerate(_pairs(sigmas)):
         clean = denoise(x, sigma, i)
         if following == 0:
@@ -163,7 +202,7 @@ def dpmpp_sde(
             middle = _geometric_middle(sigma, following)
             down, up = _ancestral(sigma, middle)
             half = down / sigma * x + (1 - down / sigma) * clean + noise(sigma, middle) * up
-            # weights of the two evaluations: 1 - 1/2r and 1/2r with r = 1/2
+            # The evaluations have the weights 1 - 1/2r and 1/2r. With r = 1/2 only the second counts.
             target = denoise(half, middle, i)
             down, up = _ancestral(sigma, following)
             x = down / sigma * x + (1 - down / sigma) * target + noise(sigma, following) * up
@@ -174,7 +213,12 @@ def dpmpp_sde(
 def unipc(
     denoise: Denoise, x: Tensor, sigmas: Sequence[float], noise: Noise, on_step: OnStep
 ) -> Tensor:
-    """UniPC, order 3, B2 (Zhao et al. 2023): diffusers' scheduler, driven by our levels in its variance-preserving frame."""
+    """Follow the probability flow with UniPC of order 3, variant B2.
+
+    The scheduler of diffusers runs on our noise levels, in its variance-preserving frame.
+
+    Source: Zhao et al. 2023, arXiv 2302.04867.
+    """
     scheduler = cast(Any, UniPCMultistepScheduler(solver_order=3, prediction_type="sample"))
     scheduler.set_timesteps(len(sigmas) - 1)
     scheduler.sigmas = torch.tensor(sigmas, dtype=torch.float32)
@@ -190,12 +234,13 @@ def unipc(
 
 @dataclass(frozen=True)
 class Sampler:
-    """A row of the table: the function, whether its noise comes from a Brownian tree, from fresh draws or not at all, and whether
-    that ecosystem leaves the lowest level of its schedule out."""
+    """Sampling function and how to call it."""
 
     function: Callable[[Denoise, Tensor, Sequence[float], Noise, OnStep], Tensor]
     noise: Literal["none", "fresh", "brownian"]
+    """Source of its noise: none, independent samples or a Brownian path."""
     skips_lowest: bool = False
+    """Whether AUTOMATIC1111 leaves out the lowest level of its schedule."""
 
 
 SAMPLERS = {
@@ -215,12 +260,32 @@ SAMPLERS = {
 def sample(
     name: str, denoise: Denoise, x: Tensor, sigmas: Tensor, noise: Noise, on_step: OnStep
 ) -> Tensor:
-    """Take `x` (B, C, h, w), noised to `sigmas[0]`, to the clean latent with the sampler `name`."""
+    """Sample a clean latent.
+
+    Args:
+        name: A key of `SAMPLERS`.
+        denoise: Predicts the clean latent.
+        x: Latent with noise of level `sigmas[0]`, float32 (B, C, h, w).
+        sigmas: Noise levels, falling, the last one 0: float32 (n + 1,), on the CPU.
+        noise: Returns the noise of an interval. Samplers without noise do not call it.
+        on_step: Called after each of the n steps.
+
+    Returns:
+        The clean latent, float32 (B, C, h, w).
+    """
     return SAMPLERS[name].function(denoise, x, [float(sigma) for sigma in sigmas], noise, on_step)
 
 
 def brownian_intervals(name: str, sigmas: Tensor) -> list[tuple[float, float]]:
-    """The intervals whose Brownian noise a sampler will ask for, in order; empty for samplers without."""
+    """List the intervals of Brownian noise that a sampler requests.
+
+    Args:
+        name: A key of `SAMPLERS`.
+        sigmas: Noise levels as for `sample`.
+
+    Returns:
+        Pairs (sigma, sigma_next) in the order of the requests. Empty without Brownian noise.
+    """
     if SAMPLERS[name].noise != "brownian":
         return []
     steps = [
@@ -230,7 +295,7 @@ def brownian_intervals(name: str, sigmas: Tensor) -> list[tuple[float, float]]:
     ]
     if name != "DPM++ SDE":
         return steps
-    return [each for a, b in steps for each in ((a, _geometric_middle(a, b)), (a, b))]
+    return [interval for a, b in steps for interval in ((a, _geometric_middle(a, b)), (a, b))]
 
 
 def _pairs(sigmas: Sequence[float]) -> list[tuple[float, float]]:
@@ -242,6 +307,10 @@ def _geometric_middle(sigma: float, following: float) -> float:
 
 
 def _ancestral(sigma: float, following: float) -> tuple[float, float]:
-    """(level to go down to, noise to add) so that together they make `following`, eta 1."""
+    """Split a step with eta 1 into its deterministic and its random part.
+
+    Returns:
+        The level to step down to, and the noise to add. Their squares sum to `following` squared.
+    """
     up = min(following, following * math.sqrt(sigma**2 - following**2) / sigma)
     return math.sqrt(following**2 - up**2), up

@@ -1,4 +1,7 @@
-"""Tokens into chunks: a text encoder reads 75 at a time, between a start and an end token. Knows no encoder."""
+"""Chunks of tokens: a text encoder reads 75 tokens at a time, between a start and an end token.
+
+This module is independent of encoders.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,13 @@ COMMA_BACKTRACK = 20
 
 @dataclass
 class Chunk:
-    """At most 75 token ids, their weights, and where learned vectors (by name) take the place of tokens."""
+    """Tokens of one call of a text encoder.
+
+    Attributes:
+        tokens: At most 75 token ids. Positions of learned vectors hold 0.
+        weights: Attention weight of each token.
+        embeddings: Position of the first vector and name of each learned embedding.
+    """
 
     tokens: list[int] = field(default_factory=list[int])
     weights: list[float] = field(default_factory=list[float])
@@ -23,7 +32,13 @@ class Chunk:
 
 @dataclass(frozen=True)
 class LearnedWord:
-    """A textual-inversion embedding as prompts see it: the token ids of its name, and how many vectors it has."""
+    """Textual-inversion embedding in a prompt.
+
+    Attributes:
+        name: Word that represents the embedding in prompts.
+        tokens: Token ids of the name.
+        vectors: Number of learned vectors.
+    """
 
     name: str
     tokens: tuple[int, ...]
@@ -36,38 +51,54 @@ def chunk_fragments(
     comma: int,
     words: Sequence[LearnedWord] = (),
 ) -> list[Chunk]:
-    """Lay the tokens of a prompt into chunks, at least one.
+    """Divide the tokens of a prompt into chunks.
 
-    When a chunk is full and its last comma stands at most 20 tokens back, what follows the comma moves on with the next chunk. A
-    learned word is never cut in two.
+    If a chunk is full and its last comma is at most 20 tokens back, the text after the comma moves
+    to the next chunk. A learned word is never split.
+
+    Args:
+        fragments: Text of the prompt, with weights.
+        tokenize: Returns the token ids of a text.
+        comma: Token id of a comma, -1 if there is none.
+        words: Learned words that replace their names.
+
+    Returns:
+        At least one chunk.
 
     Raises:
-        InvalidRequest: a learned word has more vectors than a chunk holds.
+        InvalidRequest: A learned word has more vectors than a chunk holds.
+
+    Source: AUTOMATIC1111, `modules/sd_hijack_clip.py`.
     """
-    layer = _Layer(comma)
+    builder = _ChunkBuilder(comma)
     by_first: dict[int, list[LearnedWord]] = {}
     for word in sorted(words, key=lambda word: -len(word.tokens)):
         by_first.setdefault(word.tokens[0], []).append(word)
     for fragment in fragments:
         if fragment.is_break:
-            layer.close()
+            builder.close()
             continue
         tokens, i = tokenize(fragment.text), 0
         while i < len(tokens):
-            here = tuple(tokens[i : i + 100])
+            following = tuple(tokens[i : i + 100])
             word = next(
-                (w for w in by_first.get(tokens[i], ()) if here[: len(w.tokens)] == w.tokens), None
+                (
+                    word
+                    for word in by_first.get(tokens[i], ())
+                    if following[: len(word.tokens)] == word.tokens
+                ),
+                None,
             )
             if word:
-                layer.add_word(word, fragment.weight)
+                builder.add_word(word, fragment.weight)
             else:
-                layer.add(tokens[i], fragment.weight)
+                builder.add(tokens[i], fragment.weight)
             i += len(word.tokens) if word else 1
-    return layer.finished()
+    return builder.finish()
 
 
-class _Layer:
-    """The chunk being filled and those that are full."""
+class _ChunkBuilder:
+    """Incomplete chunk and the full chunks before it."""
 
     def __init__(self, comma: int):
         self._comma = comma
@@ -92,7 +123,8 @@ class _Layer:
     def add_word(self, word: LearnedWord, weight: float) -> None:
         if word.vectors > CHUNK_LENGTH:
             raise InvalidRequest(
-                f'the embedding "{word.name}" has {word.vectors} vectors; a text encoder reads {CHUNK_LENGTH} at a time.',
+                f'the embedding "{word.name}" has {word.vectors} vectors; '
+                f"a text encoder reads {CHUNK_LENGTH} at a time.",
                 hint="Leave it out.",
                 field="prompt",
             )
@@ -107,7 +139,7 @@ class _Layer:
         self._chunk = Chunk()
         self._last_comma = -1
 
-    def finished(self) -> list[Chunk]:
+    def finish(self) -> list[Chunk]:
         if self._chunk.tokens or not self._full:
             self.close()
         return self._full
@@ -116,13 +148,10 @@ class _Layer:
         return len(self._chunk.tokens) == CHUNK_LENGTH
 
     def _carry_over(self, start: int) -> None:
-        """Close the chunk at `start` and begin the next one with what stood behind it."""
-        old = self._chunk
-        self._chunk = Chunk(
-            old.tokens[:start],
-            old.weights[:start],
-            [each for each in old.embeddings if each[0] < start],
-        )
+        """Close the chunk before position `start` and move the rest to the next chunk."""
+        full = self._chunk
+        kept = [(i, name) for i, name in full.embeddings if i < start]
+        moved = [(i - start, name) for i, name in full.embeddings if i >= start]
+        self._chunk = Chunk(full.tokens[:start], full.weights[:start], kept)
         self.close()
-        moved = [(at - start, name) for at, name in old.embeddings if at >= start]
-        self._chunk = Chunk(old.tokens[start:], old.weights[start:], moved)
+        self._chunk = Chunk(full.tokens[start:], full.weights[start:], moved)

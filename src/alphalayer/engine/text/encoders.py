@@ -1,7 +1,8 @@
-"""Prompts into conditioning: both text encoders of the SDXL family, chunk by chunk, and the plan of a prompt over the steps.
+"""Conditioning from prompts: both text encoders of SDXL, and the plan of a prompt over the steps.
 
-The encoders compute in float32 with weights as stored (float16 in published checkpoints). What comes out is what the UNet's
-cross-attention and its added conditioning read. Knows nothing of sampling.
+The encoders compute in float32 with weights as stored (float16 in published checkpoints). The
+UNet's cross-attention and its added conditioning read the result. This module is independent of
+sampling.
 """
 
 from __future__ import annotations
@@ -21,29 +22,45 @@ from alphalayer.engine.text.grammar import parse_weights, schedule_prompt, split
 from alphalayer.engine.text.textual_inversion import TextualInversion
 
 CACHE_BYTES = 64 * 1024**2
-"""QueueStats for what was encoded, on the device: about a hundred short prompts of SDXL, or four of the longest."""
+"""Size of the cache of conditionings, on the device: about 100 short prompts of SDXL."""
 MAX_CHUNKS = 600
-"""Of a prompt, over all steps: 380 MB of SDXL's, and more than 10,000 characters fill without BREAK."""
-_SOME_TEXT = " "
+"""Limit of a prompt over all steps: 380 MB for SDXL.
+
+A prompt of 10,000 characters without BREAK has fewer chunks.
+"""
 CHUNKS_AT_ONCE = 32
-"""Of one call of an encoder, which keeps what all of its layers say."""
+"""Limit of one call of an encoder, which keeps the hidden states of all layers."""
+_BLANK = " "
 
 
 @dataclass(frozen=True)
 class Conditioning:
-    """`context` (1, 77 n, width of both encoders) and `pooled` (1, projection width), float32."""
+    """Encoded text of n chunks.
+
+    Attributes:
+        context: float32 (1, 77 n, width of both encoders).
+        pooled: float32 (1, projection width of encoder 2).
+    """
 
     context: Tensor
     pooled: Tensor
 
     @property
     def nbytes(self) -> int:
-        """Memory of both."""
+        """Return the memory of both tensors in bytes."""
         return self.context.nbytes + self.pooled.nbytes
 
 
 class TextEncoders:
-    """Both encoders with their tokenizers; `encode` remembers the last prompts, as many as `CACHE_BYTES` hold."""
+    """Both text encoders with their tokenizers, and a cache of the latest conditionings.
+
+    Args:
+        tokenizer: Tokenizer of encoder 1.
+        tokenizer_2: Tokenizer of encoder 2.
+        text_encoder: CLIP ViT-L, without projection.
+        text_encoder_2: OpenCLIP ViT-bigG, with projection.
+        embeddings: Textual inversions by name.
+    """
 
     def __init__(
         self,
@@ -54,116 +71,143 @@ class TextEncoders:
         embeddings: Mapping[str, TextualInversion] | None = None,
     ):
         self._parts = (tokenizer, text_encoder), (tokenizer_2, text_encoder_2)
-        self._known: OrderedDict[tuple[str, int], Conditioning] = OrderedDict()
-        self._words: Mapping[str, TextualInversion] | None = None
+        self._cache: OrderedDict[tuple[str, int], Conditioning] = OrderedDict()
+        self._embeddings: Mapping[str, TextualInversion] | None = None
         self.set_embeddings(embeddings or {})
 
-    def set_embeddings(self, words: Mapping[str, TextualInversion]) -> None:
-        """Know these learned words and no others, as far as they fit; nothing is done if they are the same object as before."""
-        if words is self._words:
+    def set_embeddings(self, embeddings: Mapping[str, TextualInversion]) -> None:
+        """Replace the textual inversions and clear the cache.
+
+        Embeddings of another width are ignored. The same object as before changes nothing.
+
+        Args:
+            embeddings: Textual inversions by name.
+        """
+        if embeddings is self._embeddings:
             return
         widths = tuple(_width(model) for _, model in self._parts)
         fitting = [
-            each
-            for each in words.values()
-            if (each.clip_l.shape[1], each.clip_g.shape[1]) == widths
+            embedding
+            for embedding in embeddings.values()
+            if (embedding.clip_l.shape[1], embedding.clip_g.shape[1]) == widths
         ]
         first, second = self._parts
         self._encoders = (
-            _Encoder(*first, {each.name: each.clip_l for each in fitting}),
-            _Encoder(*second, {each.name: each.clip_g for each in fitting}),
+            _Encoder(*first, {embedding.name: embedding.clip_l for embedding in fitting}),
+            _Encoder(*second, {embedding.name: embedding.clip_g for embedding in fitting}),
         )
-        self._words = words
+        self._embeddings = embeddings
         self.forget()
 
     def encode(self, text: str, clip_skip: int = 1) -> Conditioning:
-        """What one text of any length says; see `_encode`."""
+        """Return the conditioning of a text of any length, from the cache if it is there.
+
+        Attention weights and BREAK are applied. Schedules and AND are plain text here.
+
+        Args:
+            text: Prompt, or a part of one.
+            clip_skip: Layer of the hidden states, counted from the last. 1 means 2 in SDXL.
+        """
         key = text, clip_skip
-        if key not in self._known:
-            self._known[key] = self._encode(text, clip_skip)
-        self._known.move_to_end(key)
-        found = self._known[key]
-        while sum(each.nbytes for each in self._known.values()) > CACHE_BYTES:
-            self._known.popitem(last=False)
-        return found
+        if key not in self._cache:
+            self._cache[key] = self._encode(text, clip_skip)
+        self._cache.move_to_end(key)
+        conditioning = self._cache[key]
+        while sum(cached.nbytes for cached in self._cache.values()) > CACHE_BYTES:
+            self._cache.popitem(last=False)
+        return conditioning
 
     def is_cached(self, text: str, clip_skip: int) -> bool:
-        """Whether a text is remembered."""
-        return (text, clip_skip) in self._known
+        """Check whether the conditioning of a text is in the cache."""
+        return (text, clip_skip) in self._cache
 
     def forget(self) -> None:
-        """Encode every text anew."""
-        self._known.clear()
+        """Clear the cache."""
+        self._cache.clear()
 
-    def chunks(self, text: str) -> int:
-        """How many chunks a text fills."""
-        return len(self._laid(text)[0])
+    def count_chunks(self, text: str) -> int:
+        """Count the chunks of a text."""
+        return len(self._split(text)[0])
 
-    def _laid(self, text: str) -> list[list[Chunk]]:
-        """The chunks of a text for each encoder, as many for both: where its tokenizer makes fewer of a text, empty ones follow."""
-        laid = [encoder.lay(text) for encoder in self._encoders]
-        count = max(len(each) for each in laid)
-        return [[*each, *(Chunk() for _ in range(count - len(each)))] for each in laid]
+    def _split(self, text: str) -> list[list[Chunk]]:
+        """Split a text into chunks for each encoder.
+
+        Both encoders get the same number of chunks: the shorter list is padded with empty ones.
+        """
+        lists = [encoder.split(text) for encoder in self._encoders]
+        count = max(len(chunks) for chunks in lists)
+        return [[*chunks, *(Chunk() for _ in range(count - len(chunks)))] for chunks in lists]
 
     @torch.inference_mode()
     def _encode(self, text: str, clip_skip: int) -> Conditioning:
-        """Encode one text of any length: weights and BREAK are understood, schedules and AND are not.
+        """Encode a text chunk by chunk.
 
-        Chunks of 75 tokens are encoded apart and laid side by side. The hidden state is the last but one, or that many layers
-        back, without the final norm; `pooled` is the first chunk's, by the second encoder.
+        `context` joins the chunks. It is the hidden state of the last layer but one, or of an
+        earlier one, without the final norm. `pooled` is that of the first chunk by encoder 2.
+
+        Source: Podell et al. 2023, "SDXL", arXiv 2307.01952. AUTOMATIC1111 for the chunks.
         """
         layer = max(clip_skip, 2)
         hidden = [
             encoder.encode(chunks, layer)
-            for encoder, chunks in zip(self._encoders, self._laid(text), strict=True)
+            for encoder, chunks in zip(self._encoders, self._split(text), strict=True)
         ]
-        context = torch.cat([each for each, _ in hidden], dim=-1)
+        context = torch.cat([states for states, _ in hidden], dim=-1)
         return Conditioning(context.flatten(0, 1)[None], hidden[1][1][:1])
 
     def empty(self) -> Conditioning:
-        """Zeros in place of an empty negative prompt, as SDXL was trained."""
-        some = self.encode(_SOME_TEXT)
-        return Conditioning(torch.zeros_like(some.context), torch.zeros_like(some.pooled))
+        """Return zeros, the conditioning of an empty negative prompt in SDXL's training."""
+        blank = self.encode(_BLANK)
+        return Conditioning(torch.zeros_like(blank.context), torch.zeros_like(blank.pooled))
 
 
 class _Encoder:
-    """One tokenizer with its text encoder and its share of the learned vectors."""
+    """Text encoder with its tokenizer and its learned vectors by name."""
 
     def __init__(self, tokenizer: Any, model: nn.Module, vectors: Mapping[str, Tensor]):
         self._tokenizer, self._model, self._vectors = tokenizer, model, vectors
         comma = self._tokenize(",")
         self._comma = comma[0] if len(comma) == 1 else -1
         words = [
-            LearnedWord(name, tuple(self._tokenize(name)), len(each))
-            for name, each in vectors.items()
+            LearnedWord(name, tuple(self._tokenize(name)), len(matrix))
+            for name, matrix in vectors.items()
         ]
-        # a name of nothing that can be read is in no prompt
+        # a name without tokens cannot occur in a prompt
         self._words = [word for word in words if word.tokens]
 
-    def lay(self, text: str) -> list[Chunk]:
-        """The chunks of a text."""
+    def split(self, text: str) -> list[Chunk]:
+        """Split a text into chunks."""
         return chunk_fragments(parse_weights(text), self._tokenize, self._comma, self._words)
 
     def encode(self, chunks: Sequence[Chunk], layer: int) -> tuple[Tensor, Tensor]:
-        """Hidden states `layer` from the end (chunks, 77, width) and pooled (chunks, projection)."""
+        """Encode chunks in calls of at most `CHUNKS_AT_ONCE`.
+
+        Args:
+            chunks: Chunks of a text.
+            layer: Layer of the hidden states, counted from the last, which is 1.
+
+        Returns:
+            Hidden states, float32 (chunks, 77, width), and pooled output, (chunks, projection
+            width). A model without projection returns its last hidden states instead.
+        """
         batches = [chunks[i : i + CHUNKS_AT_ONCE] for i in range(0, len(chunks), CHUNKS_AT_ONCE)]
         hidden, pooled = zip(*(self._encode(batch, layer) for batch in batches), strict=True)
         return torch.cat(hidden), torch.cat(pooled)
 
     def _encode(self, chunks: Sequence[Chunk], layer: int) -> tuple[Tensor, Tensor]:
-        """The same in one call of the model."""
+        """Encode chunks in one call of the model."""
         device = next(self._model.parameters()).device
-        ids = torch.tensor([self._framed(chunk.tokens) for chunk in chunks], device=device)
+        ids = torch.tensor([self._frame(chunk.tokens) for chunk in chunks], device=device)
         with ExitStack() as stack:
             if any(chunk.embeddings for chunk in chunks):
                 hook = _token_embedding(self._model).register_forward_hook(
-                    self._substitution(chunks)
+                    self._replace_vectors(chunks)
                 )
                 stack.callback(hook.remove)
             output = self._model(input_ids=ids, output_hidden_states=True)
         hidden = output.hidden_states[-layer].float()
         return torch.stack(
-            [_emphasize(each, chunk) for each, chunk in zip(hidden, chunks, strict=True)]
+            [_emphasize(states, chunk) for states, chunk in zip(hidden, chunks, strict=True)]
         ), output[0]
 
     def _tokenize(self, text: str) -> list[int]:
@@ -171,8 +215,11 @@ class _Encoder:
             "input_ids"
         ]
 
-    def _framed(self, tokens: list[int]) -> list[int]:
-        """Start, tokens, end, padding. After an end token inside the prompt everything is padding."""
+    def _frame(self, tokens: list[int]) -> list[int]:
+        """Add the start token, the end token and padding: 77 token ids.
+
+        Everything after an end token inside the prompt becomes padding.
+        """
         start, end, pad = (
             getattr(self._tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")
         )
@@ -180,21 +227,34 @@ class _Encoder:
         first_end = framed.index(end)
         return framed if pad == end else framed[: first_end + 1] + [pad] * (76 - first_end)
 
-    def _substitution(self, chunks: Sequence[Chunk]) -> Any:
-        def put_vectors(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
+    def _replace_vectors(self, chunks: Sequence[Chunk]) -> Any:
+        """Return a forward hook of the token embedding that inserts the learned vectors."""
+
+        def replace(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
             for row, chunk in enumerate(chunks):
-                for at, name in chunk.embeddings:
+                for position, name in chunk.embeddings:
                     vectors = self._vectors[name]
-                    output[row, at + 1 : at + 1 + len(vectors)] = vectors.to(
+                    # the start token comes first
+                    output[row, position + 1 : position + 1 + len(vectors)] = vectors.to(
                         output.device, output.dtype
                     )
             return output
 
-        return put_vectors
+        return replace
 
 
 def _emphasize(hidden: Tensor, chunk: Chunk) -> Tensor:
-    """Scale the tokens of a chunk (77, width) by their weights and bring the mean back to what it was."""
+    """Scale the tokens of a chunk by their weights, then restore the mean.
+
+    Args:
+        hidden: Hidden states, float32 (77, width).
+        chunk: Weights of the tokens.
+
+    Returns:
+        float32 (77, width).
+
+    Source: AUTOMATIC1111, emphasis mode "Original" (`modules/sd_emphasis.py`).
+    """
     if all(weight == 1.0 for weight in chunk.weights):
         return hidden
     weights = torch.ones(len(hidden), 1, device=hidden.device)
@@ -215,14 +275,19 @@ def _width(model: nn.Module) -> int:
 
 @dataclass(frozen=True)
 class PromptPlan:
-    """What a prompt says at each step: one or, with AND, several schedules with a weight each."""
+    """Conditionings of a prompt at each step.
+
+    Attributes:
+        parts: Weight and schedule of each part. AND separates the parts. A schedule is a list of
+            (last step, conditioning).
+    """
 
     parts: Sequence[tuple[float, Sequence[tuple[int, Conditioning]]]]
 
     def at(self, step: int) -> list[tuple[Conditioning, float]]:
-        """The conditionings of a step, counted from 0, with their weights."""
+        """Return the conditionings of a step, counted from 0, with their weights."""
         return [
-            (next((each for last, each in schedule if step <= last), schedule[-1][1]), weight)
+            (next((entry for last, entry in schedule if step <= last), schedule[-1][1]), weight)
             for weight, schedule in self.parts
         ]
 
@@ -234,10 +299,17 @@ def plan_prompt(
     clip_skip: int = 1,
     check: Callable[[], None] = lambda: None,
 ) -> PromptPlan:
-    """Encode every text that a prompt stands for over the steps, each once. `check` is asked before each and may raise.
+    """Encode all texts of a prompt over the steps, each once.
+
+    Args:
+        encoders: Text encoders.
+        prompt: Prompt with weights, BREAK, schedules and AND.
+        steps: Sampling steps.
+        clip_skip: See `TextEncoders.encode`.
+        check: Called before each text. Its exceptions stop the encoding.
 
     Raises:
-        InvalidRequest: all of them fill more than `MAX_CHUNKS`.
+        InvalidRequest: The texts have more than `MAX_CHUNKS` chunks.
     """
     return _plan(encoders, split_and(prompt), steps, clip_skip, check, "prompt")
 
@@ -249,7 +321,10 @@ def plan_negative(
     clip_skip: int = 1,
     check: Callable[[], None] = lambda: None,
 ) -> PromptPlan:
-    """The same for a negative prompt: AND is text there, and an empty one is zeros."""
+    """Encode all texts of a negative prompt over the steps.
+
+    AND is plain text here, and an empty prompt gives zeros. The rest is as in `plan_prompt`.
+    """
     if prompt == "":
         return PromptPlan([(1.0, [(steps, encoders.empty())])])
     return _plan(encoders, [(prompt, 1.0)], steps, clip_skip, check, "negative_prompt")
@@ -258,10 +333,10 @@ def plan_negative(
 def is_cached(
     encoders: TextEncoders, prompt: str, negative_prompt: str, steps: int, clip_skip: int
 ) -> bool:
-    """Whether both plans can be made of what is remembered, without a call of an encoder."""
+    """Check whether the cache holds all conditionings of both prompts."""
     parts = [part for part, _ in split_and(prompt)]
     parts += [negative_prompt] if negative_prompt else []
-    return (bool(negative_prompt) or encoders.is_cached(_SOME_TEXT, 1)) and all(
+    return (bool(negative_prompt) or encoders.is_cached(_BLANK, 1)) and all(
         encoders.is_cached(text, clip_skip)
         for part in parts
         for _, text in schedule_prompt(part, steps)
@@ -281,11 +356,11 @@ def _plan(
     chunks = 0
     for text in dict.fromkeys(text for _, schedule in schedules for _, text in schedule):
         check()
-        chunks += encoders.chunks(text)
+        chunks += encoders.count_chunks(text)
         if chunks > MAX_CHUNKS:
             raise InvalidRequest(
-                f"the texts that it stands for over {steps} steps fill more than {MAX_CHUNKS} chunks of 75 tokens.",
-                hint="Shorten it, or use fewer BREAKs, or fewer changes from step to step such as [a|b].",
+                f"its texts over {steps} steps have more than {MAX_CHUNKS} chunks of 75 tokens.",
+                hint="Shorten it, or use fewer BREAKs or fewer changes between steps, as in [a|b].",
                 field=field,
             )
         encoded[text] = encoders.encode(text, clip_skip)

@@ -1,10 +1,16 @@
-"""The prompt language of that ecosystem: weights, BREAK, step schedules, alternation, AND. Text only; knows no tokens and no torch.
+r"""Prompt grammar of AUTOMATIC1111: weights, BREAK, step schedules, alternation and AND.
 
-(word)  (word:1.3)  [word]      attention times 1.1, 1.3, 1/1.1; nesting multiplies; \\( and \\[ are literal
+(word)  (word:1.3)  [word]      attention times 1.1, 1.3, 1/1.1 (nesting multiplies)
+\(  \)  \[  \]  \\              literal characters
 BREAK                           the rest starts a new chunk of 75 tokens
-[a:b:0.5]  [a:b:8]  [b:8]  [a::8]   a up to that step (with a point: that part of the steps), then b
+[a:b:8]  [b:8]  [a::8]          a up to step 8, then b
+[a:b:0.5]                       a up to that share of the steps, then b
 [a|b|c]                         a, b, c in turn, step by step
-a AND b:0.5                     two prompts, mixed in the picture with these weights
+a AND b:0.5                     two prompts, combined in one image with these weights
+
+This module handles text only. It is independent of tokens and torch.
+
+Source: AUTOMATIC1111, `modules/prompt_parser.py`.
 """
 
 from __future__ import annotations
@@ -23,7 +29,8 @@ MAX_NESTING = 60
 
 _TOKEN = re.compile(r"\\[()\[\]\\]|[()\[\]\\]|:\s*([+-]?[.\d]+)\s*\)|:|[^\\()\[\]:]+")
 _BREAK = re.compile(r"\bBREAK\b")
-# one way only to read a run of digits or spaces, so that the time grows with the length and not with its square
+# There is only one way to match a run of digits or spaces. So the time is linear in the length of
+# the text, not quadratic.
 _AND_WEIGHT = re.compile(r":\s*([-+]?(?:\d+(?:\.\d*)?|\.\d+))\s*$")
 _NUMBER = re.compile(r"\s*[-+]?(?:\d+(?:\.\d*)?|\.\d+)\s*")
 _PIECE = re.compile(r"\\.|[][():|]|[^][():|\\]+|\\", re.DOTALL)
@@ -31,7 +38,7 @@ _PIECE = re.compile(r"\\.|[][():|]|[^][():|\\]+|\\", re.DOTALL)
 
 @dataclass(frozen=True)
 class Fragment:
-    """Text of one weight; a `Fragment` with `is_break` carries none and closes the chunk."""
+    """Text of one attention weight. With `is_break` it is empty and closes the chunk."""
 
     text: str
     weight: float = 1.0
@@ -41,10 +48,10 @@ class Fragment:
 def parse_weights(prompt: str) -> list[Fragment]:
     """Split a prompt into fragments of equal weight.
 
-    Unclosed brackets reach to the end; closing brackets without an opening one are text.
+    Unclosed brackets extend to the end. Closing brackets without an opening bracket are text.
 
     Raises:
-        InvalidRequest: nesting or numbers make a weight beyond 10,000.
+        InvalidRequest: A weight is above 10,000 or below -10,000.
     """
     tokens = list(_TOKEN.finditer(prompt))
     factors, text_of = _match_brackets(tokens)
@@ -55,7 +62,8 @@ def parse_weights(prompt: str) -> list[Fragment]:
             weight = weights["("][-1] * weights["["][-1]
             if not math.isfinite(weight) or abs(weight) > MAX_WEIGHT:
                 raise InvalidRequest(
-                    f'the attention weight of "{text_of[i][:40]}" comes to {weight:.3g}; the limit is {MAX_WEIGHT:.0f}.',
+                    f'the attention weight of "{text_of[i][:40]}" is {weight:.3g}; '
+                    f"the limit is {MAX_WEIGHT:.0f}.",
                     hint="Remove some brackets.",
                     field="prompt",
                 )
@@ -68,7 +76,12 @@ def parse_weights(prompt: str) -> list[Fragment]:
 
 
 def _match_brackets(tokens: list[re.Match[str]]) -> tuple[dict[int, float], dict[int, str]]:
-    """Which tokens open a bracket, with its factor, and which are text. All others close one."""
+    """Classify tokens as opening brackets, text or closing brackets.
+
+    Returns:
+        By token number: the factor of each opening bracket, and the text of each text token. All
+        other tokens close a bracket.
+    """
     factors: dict[int, float] = {}
     text_of: dict[int, str] = {}
     open_: dict[str, list[int]] = {"(": [], "[": []}
@@ -95,7 +108,10 @@ def _finite(number: str | None) -> float | None:
 
 
 def _append(fragments: list[Fragment], text: str, weight: float) -> None:
-    """Add text, joining it to a neighbour of equal weight, and cut it at BREAK, whose spaces are not kept."""
+    """Append text to the fragments, split at BREAK.
+
+    Text joins a last fragment of equal weight. Spaces around BREAK are removed.
+    """
     parts = _BREAK.split(text)
     for i, part in enumerate(parts):
         if i:
@@ -111,20 +127,24 @@ def _append(fragments: list[Fragment], text: str, weight: float) -> None:
 
 
 def split_and(prompt: str) -> list[tuple[str, float]]:
-    """Split at AND into (text, weight); a part's weight is the number after its last colon, else 1."""
+    """Split a prompt at AND.
+
+    Returns:
+        The text and weight of each part. The weight is the number after the last colon, else 1.
+    """
     parts: list[tuple[str, float]] = []
     for part in AND.split(prompt):
-        found = _AND_WEIGHT.search(part)
-        weight = _finite(found[1]) if found else None
+        match = _AND_WEIGHT.search(part)
+        weight = _finite(match[1]) if match else None
         parts.append(
-            (part[: found.start()], weight) if found and weight is not None else (part, 1.0)
+            (part[: match.start()], weight) if match and weight is not None else (part, 1.0)
         )
     return parts
 
 
 @dataclass(frozen=True)
 class _Switch:
-    """`before` up to and including step `at`, then `after`."""
+    """Change of text: `before` up to and including step `at`, then `after`."""
 
     before: list[_Node]
     after: list[_Node]
@@ -133,7 +153,7 @@ class _Switch:
 
 @dataclass(frozen=True)
 class _Alternation:
-    """The options in turn, a step each."""
+    """Options that take turns, each for one step."""
 
     options: list[list[_Node]]
 
@@ -142,9 +162,11 @@ _Node = str | _Switch | _Alternation
 
 
 def schedule_prompt(prompt: str, steps: int) -> list[tuple[int, str]]:
-    """The texts that a prompt stands for over the steps: (last step for which it is valid, text), in order.
+    """List the texts of a prompt over the steps.
 
-    A step counter that starts at 0 takes the first entry whose last step is not below it.
+    Returns:
+        (last step, text) in order. A step, counted from 0, has the text of the first entry whose
+        last step is not below it.
     """
     reader = _Reader(_PIECE.findall(prompt), steps)
     nodes = reader.nodes("")
@@ -172,7 +194,7 @@ def _text_at(nodes: list[_Node], step: int) -> str:
 
 @dataclass
 class _Reader:
-    """Reads pieces of a prompt into nodes and notes the steps at which its text changes."""
+    """Parser of the pieces of a prompt. Collects the steps at which its text changes."""
 
     pieces: list[str]
     steps: int
@@ -181,18 +203,18 @@ class _Reader:
     depth: int = 0
 
     def nodes(self, stops: str) -> list[_Node]:
-        """Read until one of the `stops` or the end; the stop is left standing."""
-        found: list[_Node] = []
+        """Read nodes up to one of the characters of `stops`, which is not consumed."""
+        nodes: list[_Node] = []
         while self.at < len(self.pieces) and self.pieces[self.at] not in tuple(stops):
             piece = self.pieces[self.at]
             self.at += 1
             if piece in "([" and self.depth < MAX_NESTING:
                 self.depth += 1
-                found += self._round() if piece == "(" else self._square()
+                nodes += self._round() if piece == "(" else self._square()
                 self.depth -= 1
             else:
-                found.append(piece)
-        return found
+                nodes.append(piece)
+        return nodes
 
     def _round(self) -> list[_Node]:
         inside = self.nodes(")")
@@ -222,7 +244,7 @@ class _Reader:
         return [*literal, *closing]
 
     def _close(self) -> list[_Node]:
-        """The closing bracket, if there is one."""
+        """Return and consume the closing bracket, if there is one."""
         closing: list[_Node] = [*self.pieces[self.at : self.at + 1]]
         self.at += 1
         return closing

@@ -1,4 +1,4 @@
-"""Textual-inversion files: learned vectors that stand in for a word, one set for each SDXL text encoder."""
+"""Textual-inversion files: learned vectors that replace a word, for both text encoders of SDXL."""
 
 from __future__ import annotations
 
@@ -18,7 +18,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TextualInversion:
-    """`clip_l` (n, width of encoder 1) and `clip_g` (n, width of encoder 2), float32: n vectors under one name."""
+    """Learned vectors of one name.
+
+    Attributes:
+        name: Word that the vectors replace: the name of the file.
+        clip_l: float32 (n, width of text encoder 1).
+        clip_g: float32 (n, width of text encoder 2).
+    """
 
     name: str
     clip_l: Tensor
@@ -26,7 +32,7 @@ class TextualInversion:
 
 
 class EmbeddingFolder:
-    """The embeddings of a folder, read when first asked for and again when its files changed."""
+    """Embeddings of a folder, read at the first request and whenever its files have changed."""
 
     def __init__(self, folder: Path):
         self._folder = folder
@@ -34,7 +40,11 @@ class EmbeddingFolder:
         self._read: dict[str, TextualInversion] = {}
 
     def read(self) -> dict[str, TextualInversion]:
-        """All of them by name; the same object as long as the files stay as they are."""
+        """Return all embeddings by name.
+
+        Returns:
+            The same object as long as the files do not change.
+        """
         stamps = {path: file_stamp(path) for path in self._folder.rglob("*.safetensors")}
         if stamps != self._stamps:
             self._stamps, self._read = stamps, read_embeddings(self._folder)
@@ -42,26 +52,32 @@ class EmbeddingFolder:
 
 
 def read_embeddings(folder: Path) -> dict[str, TextualInversion]:
-    """All embeddings of a folder and its subfolders by name; files of another kind are skipped with a warning."""
-    found: dict[str, TextualInversion] = {}
+    """Read all embeddings of a folder and its subfolders.
+
+    Other files are skipped with a warning.
+
+    Returns:
+        The embeddings by name. Empty if there is no such folder.
+    """
+    embeddings: dict[str, TextualInversion] = {}
     for path in sorted(folder.rglob("*.safetensors")) if folder.is_dir() else ():
         try:
             tensors = load_file(path)
         except (SafetensorError, OSError) as error:
             logger.warning("%s cannot be read and is left out (%s).", path, error)
             continue
-        # a single vector may come without a dimension of its own
-        sides = [
+        # a single vector may lack the first dimension
+        vectors = [
             torch.atleast_2d(tensors[name].float())
             for name in ("clip_l", "clip_g")
             if name in tensors
         ]
         if (
-            len(sides) == 2
-            and len(sides[0]) == len(sides[1])
-            and all(side.ndim == 2 for side in sides)
+            len(vectors) == 2
+            and len(vectors[0]) == len(vectors[1])
+            and all(matrix.ndim == 2 for matrix in vectors)
         ):
-            found[path.stem] = TextualInversion(path.stem, *sides)
+            embeddings[path.stem] = TextualInversion(path.stem, *vectors)
         else:
             logger.warning("%s is not an SDXL embedding (clip_l and clip_g) and is left out.", path)
-    return found
+    return embeddings

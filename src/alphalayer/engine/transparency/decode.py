@@ -1,8 +1,9 @@
-"""The transparent decoder of LayerDiffuse: a decoded picture and its latent become colour and alpha.
+"""Transparent decoder of LayerDiffuse: a decoded image and its latent become colour and alpha.
 
-Zhang and Agrawala, "Transparent Image Layer Diffusion using Latent Transparency" (2024). The network is a UNet without time embedding
-that receives the latent on its way down. It is read in eight orientations and the lower median is kept. Knows nothing of
-prompts, samplers or files of pictures.
+The network is a UNet without time embedding that receives the latent on its way down. It runs in
+eight orientations, and the lower median is kept.
+
+Source: Zhang and Agrawala, "Transparent Image Layer Diffusion using Latent Transparency" (2024).
 """
 
 from __future__ import annotations
@@ -18,7 +19,13 @@ from diffusers.models.unets.unet_2d_blocks import UNetMidBlock2D, get_down_block
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from alphalayer.core.errors import CorruptFile, InvalidRequest, LayerDiffuseMissing, ModelUnusable
+from alphalayer.core.errors import (
+    CommandHint,
+    CorruptFile,
+    InvalidRequest,
+    LayerDiffuseMissing,
+    ModelUnusable,
+)
 from alphalayer.core.request import DecodeMode
 from alphalayer.engine.base import RgbaImage
 
@@ -27,11 +34,11 @@ ORIENTATIONS = tuple(product((False, True), range(4)))
 
 
 class TransparentDecoder(nn.Module):
-    """(B, in_channels, H, W) pixels in [0, 1] and (B, latent_channels, h, w) latents → (B, out_channels, H, W), about [0, 1].
+    """UNet from pixels and a latent to alpha and colour.
 
-    The defaults are the published network: 104,104,804 parameters. `attention_blocks` counts from the coarse end. The latent, 1x1
-    convolved, is added just before down block `latent_block`, so it is 2^latent_block times smaller than the picture.
-    H and W are multiples of `multiple_of`.
+    The defaults are the published network of 104,104,804 parameters. `attention_blocks` counts from
+    the coarse end. The latent, convolved 1x1, is added just before down block `latent_block`, so it
+    is 2^latent_block times smaller than the image.
     """
 
     def __init__(
@@ -75,7 +82,15 @@ class TransparentDecoder(nn.Module):
         self.conv_out = nn.Conv2d(widths[0], out_channels, 3, padding=1)
 
     def forward(self, pixel: Tensor, latent: Tensor) -> Tensor:
-        """One pass; see the class."""
+        """Run one pass.
+
+        Args:
+            pixel: Pixels (B, in_channels, H, W) in [0, 1]; H and W are multiples of `multiple_of`.
+            latent: Latents (B, latent_channels, h, w).
+
+        Returns:
+            Alpha and colour (B, out_channels, H, W), about [0, 1].
+        """
         sample = self.conv_in(pixel)
         skips: list[Tensor] = [sample]
         for i, block in enumerate(self.down_blocks):
@@ -90,22 +105,22 @@ class TransparentDecoder(nn.Module):
         return self.conv_out(nn.functional.silu(self.conv_norm_out(sample)))
 
     def check_sizes(self, pixel: Tensor, latent: Tensor) -> None:
-        """Raise `InvalidRequest` or `ModelUnusable` where `forward` could not be computed."""
+        """Raise `InvalidRequest` or `ModelUnusable` for sizes that do not fit."""
         height, width = pixel.shape[-2:]
         if height % self.multiple_of or width % self.multiple_of:
             raise InvalidRequest(
-                f"the transparent decoder cannot read a picture of {width}x{height}.",
+                f"the transparent decoder cannot read an image of {width}x{height}.",
                 hint=f"Use a width and height that are multiples of {self.multiple_of}.",
             )
-        wanted = (
+        expected = (
             self.latent_conv_in.in_channels,
             height >> self.latent_block,
             width >> self.latent_block,
         )
-        if tuple(latent.shape[1:]) != wanted:
+        if tuple(latent.shape[1:]) != expected:
             raise ModelUnusable(
-                f"the transparent decoder expects a latent of {_by(wanted)} for a picture of {width}x{height}, "
-                f"and the model gives {_by(latent.shape[1:])}.",
+                f"the transparent decoder expects a latent of {_by(expected)} for an image of "
+                f"{width}x{height}, and the model gives {_by(latent.shape[1:])}.",
                 hint="Use the decoder that was made for this model's VAE.",
             )
 
@@ -147,11 +162,15 @@ def decoder_inputs(
     mode: DecodeMode,
     shift_factor: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """What the decoder is fed: (pixel in [0, 1], latent).
+    """Return the decoder's inputs: pixels in [0, 1] and a latent.
 
-    `vae_sample` (B, 3, H, W) in [-1, 1] is what the VAE gave, `latent_scaled` (B, C, h, w) what the sampler gave. "official", as
-    LayerDiffuse was published: float pixels and the VAE's own latent. "forge2", as later Forge does: pixels cut to 8 bit and
-    the sampler's latent.
+    Args:
+        vae_sample: Output of the VAE (B, 3, H, W) in [-1, 1].
+        latent_scaled: The sampler's latent (B, C, h, w).
+        scaling_factor: Scale of the sampler's latent, see `LatentSpec`.
+        mode: "official", as LayerDiffuse was published: float pixels and the VAE's own latent.
+            "forge2", as later versions of Forge: pixels of 8 bit and the sampler's latent.
+        shift_factor: Shift of the sampler's latent, see `LatentSpec`.
     """
     pixel = (vae_sample.float() / 2 + 0.5).clamp(0, 1)
     if mode == "forge2":
@@ -163,62 +182,70 @@ def decoder_inputs(
 def decode_transparent(
     decoder: TransparentDecoder, pixel: Tensor, latent: Tensor, passes_at_once: int = 8
 ) -> Tensor:
-    """(1, 3, H, W) pixels in [0, 1] and (1, C, h, w) → (1, 4, H, W), alpha then straight RGB in [0, 1], in the decoder's dtype.
+    """Decode pixels and a latent to alpha and straight colour.
 
-    `passes_at_once` trades memory for speed and changes the result by rounding only. Quarter turns swap the sides, so a picture
-    that is not square takes at least two rounds.
+    Args:
+        decoder: The network.
+        pixel: Pixels (1, 3, H, W) in [0, 1].
+        latent: Latent (1, C, h, w).
+        passes_at_once: Passes of one call. It trades memory for speed, and changes the result by
+            rounding only. Quarter turns swap the sides, so an image that is not square takes at
+            least two calls.
+
+    Returns:
+        Alpha, then straight RGB (1, 4, H, W) in [0, 1], in the decoder's dtype.
 
     Raises:
-        InvalidRequest: a side is not a multiple of `decoder.multiple_of`.
-        ModelUnusable: the latent does not have the shape that the decoder was made for.
+        InvalidRequest: A side is not a multiple of `decoder.multiple_of`.
+        ModelUnusable: The latent has another shape than the decoder was made for.
     """
     decoder.check_sizes(pixel, latent)
     weight = decoder.conv_in.weight
-    pixel, latent = (each.to(weight.device, weight.dtype) for each in (pixel, latent))
+    pixel, latent = (values.to(weight.device, weight.dtype) for values in (pixel, latent))
     results: list[Tensor] = []
-    for round_ in _rounds(pixel.shape[-2] == pixel.shape[-1], passes_at_once):
+    for batch in _batches(pixel.shape[-2] == pixel.shape[-1], passes_at_once):
         outputs = decoder(
-            torch.cat([_turn(pixel, *way) for way in round_]),
-            torch.cat([_turn(latent, *way) for way in round_]),
+            torch.cat([_turn(pixel, *way) for way in batch]),
+            torch.cat([_turn(latent, *way) for way in batch]),
         )
         results += [
-            _turn_back(each[None].clamp(0, 1), *way)
-            for each, way in zip(outputs, round_, strict=True)
+            _turn_back(output[None].clamp(0, 1), *way)
+            for output, way in zip(outputs, batch, strict=True)
         ]
     # torch's median of an even count is the lower of the middle two, as in the published decoder
     return torch.stack(results).median(dim=0).values.clamp(0, 1)
 
 
-def _rounds(square: bool, at_once: int) -> Iterator[Sequence[tuple[bool, int]]]:
-    """The orientations, cut into batches of equal shape."""
+def _batches(square: bool, at_once: int) -> Iterator[Sequence[tuple[bool, int]]]:
+    """Yield the orientations in batches of equal shape."""
     upright, lying = (tuple(way for way in ORIENTATIONS if way[1] % 2 == odd) for odd in (0, 1))
     for group in [upright + lying] if square else [upright, lying]:
         for start in range(0, len(group), max(1, at_once)):
             yield group[start : start + max(1, at_once)]
 
 
-def _turn(picture: Tensor, flip: bool, turns: int) -> Tensor:
-    return torch.rot90(picture.flip(-1) if flip else picture, turns, (-2, -1))
+def _turn(image: Tensor, flip: bool, turns: int) -> Tensor:
+    return torch.rot90(image.flip(-1) if flip else image, turns, (-2, -1))
 
 
-def _turn_back(picture: Tensor, flip: bool, turns: int) -> Tensor:
-    back = torch.rot90(picture, -turns, (-2, -1))
+def _turn_back(image: Tensor, flip: bool, turns: int) -> Tensor:
+    back = torch.rot90(image, -turns, (-2, -1))
     return back.flip(-1) if flip else back
 
 
 def to_uint8(decoded: Tensor) -> RgbaImage:
-    """(1, 4, H, W), alpha then RGB in [0, 1] → RGBA (H, W, 4).
+    """Convert alpha and RGB (1, 4, H, W) in [0, 1] to RGBA (H, W, 4).
 
-    Multiplied by 255 in the tensor's own dtype and truncated, as the published decoder does: with float16 that changes some
-    values by one.
+    Values are multiplied by 255 in the tensor's own dtype and truncated, as the published decoder
+    does. With float16 that changes some values by one.
     """
     scaled = (decoded[0] * 255).float().clamp(0, 255).to(torch.uint8)
     return scaled[[1, 2, 3, 0]].permute(1, 2, 0).contiguous().cpu().numpy()
 
 
-def opaque(rgb: Tensor) -> RgbaImage:
-    """VAE picture (1, 3, H, W) in [-1, 1] → RGBA without transparency; 8 bit by truncation."""
-    picture = (
+def to_opaque(rgb: Tensor) -> RgbaImage:
+    """Convert RGB (1, 3, H, W) in [-1, 1] to opaque RGBA (H, W, 4) by truncation."""
+    image = (
         ((rgb[0].float() + 1) / 2)
         .clamp(0, 1)
         .mul(255)
@@ -227,7 +254,7 @@ def opaque(rgb: Tensor) -> RgbaImage:
         .cpu()
         .numpy()
     )
-    return np.concatenate([picture, np.full_like(picture[..., :1], 255)], axis=-1)
+    return np.concatenate([image, np.full_like(image[..., :1], 255)], axis=-1)
 
 
 def load_decoder(
@@ -236,14 +263,19 @@ def load_decoder(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> TransparentDecoder:
-    """Read a decoder from a safetensors file, float16 or float32, frozen and ready for `decode_transparent`.
+    """Read a decoder, frozen, from a safetensors file.
 
-    `config` holds the arguments of `TransparentDecoder`; what it leaves out is taken from the shapes in the file, else as published.
+    Args:
+        path: The file, in float16 or float32.
+        config: Arguments of `TransparentDecoder`. Others are read from the shapes in the file, or
+            are as published.
+        dtype: Number format to run in.
+        device: Device to run on.
 
     Raises:
-        LayerDiffuseMissing: there is no such file.
-        CorruptFile: it cannot be read as safetensors.
-        ModelUnusable: it holds something else, or sizes that the config does not describe.
+        LayerDiffuseMissing: The file does not exist.
+        CorruptFile: The file is not readable as safetensors.
+        ModelUnusable: The file holds something else, or sizes that the config does not describe.
     """
     weights = read_weights(path)
     arguments = {
@@ -255,15 +287,17 @@ def load_decoder(
             decoder = TransparentDecoder(**arguments)
     except (TypeError, ValueError) as error:
         raise ModelUnusable(
-            f"the decoder's config beside {path} does not describe a transparent decoder ({error}).",
-            hint="Its keys are the sizes of the network: block_out_channels, latent_channels and so on.",
+            f"the decoder's config beside {path} does not describe a transparent decoder "
+            f"({error}).",
+            hint="Its keys are the sizes of the network, such as block_out_channels and "
+            "latent_channels.",
         ) from error
     fit(decoder, weights, path, "the transparent decoder")
     return decoder.to(device, dtype)
 
 
 def _sizes(weights: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The widths, depths and latent channels that a decoder's tensors show; nothing if they are not a decoder's."""
+    """Return the sizes that a decoder's tensors show, or nothing for other tensors."""
     if "latent_conv_in.weight" not in weights:
         return {}
     levels = sorted(
@@ -287,29 +321,40 @@ def _sizes(weights: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file, on the CPU. Raises `LayerDiffuseMissing` or `CorruptFile`."""
+    """Read all tensors of a safetensors file onto the CPU.
+
+    Raises:
+        LayerDiffuseMissing: The file does not exist.
+        CorruptFile: The file is not readable as safetensors.
+    """
     if not path.is_file():
         raise LayerDiffuseMissing(
-            f"{path} is not there.", hint="Get the LayerDiffuse files: alphalayer models pull"
+            f"{path} is not there.",
+            hint=CommandHint("Get the LayerDiffuse files:", "models pull layerdiffuse"),
         )
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is not a dict
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no dict
     except (SafetensorError, OSError, ValueError) as error:
         raise CorruptFile(
             f"{path} cannot be read as safetensors ({error}).",
-            hint="It is damaged or was not downloaded to its end: get it again with alphalayer models pull",
+            hint=CommandHint(
+                "It is damaged or incomplete. Get it again:", "models pull layerdiffuse"
+            ),
         ) from error
 
 
-def fit(network: nn.Module, weights: dict[str, Tensor], path: Path, what: str) -> None:
-    """Give `network` (on the meta device) the weights of a file, all or nothing, frozen; `what` is for the message."""
-    wanted = {name: tuple(each.shape) for name, each in network.state_dict().items()}
-    found = {name: tuple(each.shape) for name, each in weights.items()}
-    if wanted != found:
+def fit(network: nn.Module, weights: dict[str, Tensor], path: Path, kind: str) -> None:
+    """Load the weights of a file into a network on the meta device, and freeze it.
+
+    `kind` names the network in the message of `ModelUnusable`.
+    """
+    expected = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    if expected != shapes:
         raise ModelUnusable(
-            f"{path.name} is not {what}: it holds {_describe(found, wanted)}.",
-            hint="Put the right file under this name: alphalayer models pull",
+            f"{path.name} is not {kind}: it holds {_describe(shapes, expected)}.",
+            hint=CommandHint("Put the right file under this name:", "models pull layerdiffuse"),
         )
     network.load_state_dict(weights, assign=True)
     network.requires_grad_(False).eval()
@@ -326,17 +371,23 @@ KINDS = (
     ("time_embedding.", "a UNet"),
     ("lora", "a LoRA"),
 )
-"""What a part of a tensor's name gives away, the first that is found counts."""
+"""Kind of a file by a part of a tensor's name. The first match counts."""
 
 
-def _describe(found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]) -> str:
+def _describe(
+    shapes: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]
+) -> str:
     kind = next(
-        (kind for mark, kind in KINDS if any(mark in name for name in found)),
-        f"{len(found)} unknown tensors",
+        (kind for mark, kind in KINDS if any(mark in name for name in shapes)),
+        f"{len(shapes)} unknown tensors",
     )
-    differing = sorted(name for name in {*found, *wanted} if found.get(name) != wanted.get(name))
+    names = {*shapes, *expected}
+    differing = sorted(name for name in names if shapes.get(name) != expected.get(name))
     first = differing[0]
-    return f"{kind} ({len(differing)} tensors differ, first {first}: {_by(found.get(first))}, not {_by(wanted.get(first))})"
+    return (
+        f"{kind} ({len(differing)} tensors differ, first {first}: "
+        f"{_by(shapes.get(first))}, not {_by(expected.get(first))})"
+    )
 
 
 def _by(shape: Sequence[int] | None) -> str:

@@ -1,7 +1,15 @@
-"""Weight patches: the LayerDiffuse files and LoRAs, read in every published form, merged in float32 and taken off bit for bit.
+"""Weight patches of LayerDiffuse and LoRA files, merged in float32 and removed bit for bit.
 
-Forms: `<LDM name>::lora|diff|set::<index>` (LayerDiffuse as published); diffusers-named full offsets; LoRA in PEFT, diffusers
-or kohya names. What else is called a LoRA (DoRA, LoHa, LoKr ...) is refused by its name.
+Supported forms:
+
+- LayerDiffuse as published: `<LDM name>::lora|diff|set::<index>`.
+- Full offsets with diffusers' names.
+- LoRA with the names of PEFT, diffusers or kohya.
+
+Other kinds of files that are called LoRA (DoRA, LoHa, LoKr) are refused.
+
+Source: Zhang and Agrawala 2024, "LayerDiffuse", arXiv 2402.17113. Hu et al. 2021, "LoRA", arXiv
+2106.09685.
 """
 
 from __future__ import annotations
@@ -18,7 +26,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from alphalayer.catalog import file_stamp
-from alphalayer.core.errors import CorruptFile, LayerDiffuseMissing, ModelUnusable
+from alphalayer.core.errors import CommandHint, CorruptFile, LayerDiffuseMissing, ModelUnusable
 from alphalayer.engine.parameter_names import flat_names, ldm_to_diffusers, unflatten
 
 logger = logging.getLogger(__name__)
@@ -40,21 +48,34 @@ _OTHER_KINDS = (
     (".oft_", "OFT"),
     (".lora_mid.", "LoCon in three parts"),
 )
-"""What a part of a tensor's name gives away."""
+"""Part of a tensor's name, and the kind of file that has it."""
 
 
 @dataclass(frozen=True)
 class Delta:
-    """A change of one parameter W: `scale * up @ down` where `down` is given, else `up` added, or put in its place."""
+    """Change of one parameter W.
+
+    With `down` it adds `scale * up @ down`, else `scale * up`. With `replaces`, W becomes `up`.
+    """
 
     up: Tensor
     down: Tensor | None = None
     scale: float = 1.0
     replaces: bool = False
 
-    def applied(self, weight: Tensor, strength: float) -> Tensor:
-        """The changed weight, float32, from a float32 weight."""
+    def apply(self, weight: Tensor, strength: float) -> Tensor:
+        """Return the changed weight.
+
+        Args:
+            weight: float32, of any shape. It does not change.
+            strength: Factor of an added change. Replacements ignore it.
+
+        Returns:
+            float32, shaped like `weight`.
+        """
         up = self.up.to(weight.device, torch.float32)
+        if self.is_wider_than(weight):
+            up = up[:, : weight.shape[1]]
         if self.replaces:
             return up.clone()
         if self.down is not None:
@@ -62,55 +83,70 @@ class Delta:
         return weight + strength * self.scale * up.reshape(weight.shape)
 
     def fits(self, weight: Tensor) -> bool:
-        """Whether the shapes agree."""
+        """Check whether the shape of a weight matches."""
         if self.down is None:
-            return self.up.shape == weight.shape
+            return self.up.shape == weight.shape or self.is_wider_than(weight)
         return (
             self.up.shape[0] == weight.shape[0]
             and self.down[0].numel() * weight.shape[0] == weight.numel()
         )
 
+    def is_wider_than(self, weight: Tensor) -> bool:
+        """Return whether a convolution of this change has more input channels.
+
+        The channels beyond those of `weight` read a condition; see `condition_weight`.
+        """
+        if self.down is not None or self.up.ndim != 4 or weight.ndim != 4:
+            return False
+        (outputs, channels, *kernel), own = self.up.shape, weight.shape
+        return channels > own[1] and (outputs, *kernel) == (own[0], *own[2:])
+
 
 @dataclass(frozen=True)
 class PatchFile:
-    """A patch file as it stands: one that is written anew under its old name is another."""
+    """Version of a patch file: a file that replaces another has a different stamp."""
 
     path: Path
     stamp: tuple[int, int]
 
     @classmethod
     def at(cls, path: Path) -> PatchFile:
-        """The file of a path; one that is not there is told when it is read."""
+        """Return the current version of a file, which may be missing."""
         return cls(path, file_stamp(path))
 
 
 PatchSpec = tuple[PatchFile, float]
-"""What is merged, and how strongly."""
+"""File to merge, and its strength."""
 
 
 @dataclass
 class Patch:
-    """The changes of one file by parameter name (diffusers), and how many of its names the model does not have."""
+    """Changes of one file.
+
+    Attributes:
+        deltas: Changes by parameter name, as in diffusers.
+        ignored: Number of changes that do not fit the model.
+    """
 
     deltas: dict[str, Delta] = field(default_factory=dict[str, Delta])
     ignored: int = 0
 
 
 Weights = Mapping[str, Tensor]
-"""Parameters by name: the UNet's as they are, those of the text encoders behind `TEXT_ENCODERS`."""
+"""Parameters by name. Those of the text encoders have the prefixes of `TEXT_ENCODERS`."""
 
 
 def read_patch(path: Path, weights: Weights) -> Patch:
     """Read a patch file for a model.
 
     Raises:
-        LayerDiffuseMissing: there is no such file.
-        CorruptFile: it cannot be read.
-        ModelUnusable: less than half of it fits this model, or it is of a kind that is not merged here.
+        LayerDiffuseMissing: The file does not exist.
+        CorruptFile: The file cannot be read.
+        ModelUnusable: Less than half of it fits this model, or its kind is not supported.
     """
     if not path.is_file():
         raise LayerDiffuseMissing(
-            f"{path} is not there.", hint="Run: alphalayer models pull layerdiffuse"
+            f"{path} does not exist.", hint=CommandHint("Run:", "models pull layerdiffuse")
         )
     try:
         tensors = load_file(path)
@@ -123,10 +159,10 @@ def read_patch(path: Path, weights: Weights) -> Patch:
                 hint="Use a plain LoRA.",
             )
     try:
-        found = (
-            _published(tensors)
+        deltas = (
+            _read_published(tensors)
             if any("::" in key for key in tensors)
-            else _converted(tensors, weights)
+            else _read_converted(tensors, weights)
         )
     except ValueError:
         raise ModelUnusable(
@@ -135,13 +171,14 @@ def read_patch(path: Path, weights: Weights) -> Patch:
         ) from None
     fitting = {
         name: delta
-        for name, delta in found.items()
+        for name, delta in deltas.items()
         if name in weights and delta.fits(weights[name])
     }
-    patch = Patch(fitting, len(found) - len(fitting))
+    patch = Patch(fitting, len(deltas) - len(fitting))
     if not fitting or patch.ignored > len(fitting):
         raise ModelUnusable(
-            f"{path} does not fit this model: {len(fitting)} of its {len(found)} changes name a weight of the same shape.",
+            f"{path} does not fit this model: "
+            f"{len(fitting)} of its {len(deltas)} changes name a weight of the same shape.",
             hint="Use the file that was made for this model family.",
         )
     if patch.ignored:
@@ -149,61 +186,66 @@ def read_patch(path: Path, weights: Weights) -> Patch:
             "%s: %d of %d changes do not fit this model and are left out.",
             path,
             patch.ignored,
-            len(found),
+            len(deltas),
         )
     return patch
 
 
-def _published(tensors: Mapping[str, Tensor]) -> dict[str, Delta]:
-    """`<name>::<type>::<index>`; lora: 0 up, 1 down, 2 alpha (absent: scale 1)."""
+def _read_published(tensors: Mapping[str, Tensor]) -> dict[str, Delta]:
+    """Read tensors named `<LDM name>::<type>::<index>`.
+
+    Type "lora" has the indices 0 for up, 1 for down and 2 for alpha. Without alpha the scale is 1.
+    Types "diff" and "set" have the index 0.
+    """
     slots: dict[str, dict[tuple[str, int], Tensor]] = {}
     for key, tensor in tensors.items():
         name, kind, index = key.split("::")
         parameter = ldm_to_diffusers(name.removeprefix("diffusion_model."))
         slots.setdefault(parameter, {})[kind, int(index)] = tensor
-    found: dict[str, Delta] = {}
-    for name, given in slots.items():
-        if ("lora", 0) in given and ("lora", 1) in given:
-            found[name] = _low_rank(given["lora", 0], given["lora", 1], given.get(("lora", 2)))
-        elif ("diff", 0) in given or ("set", 0) in given:
-            replaces = ("set", 0) in given
-            found[name] = Delta(given["set" if replaces else "diff", 0], replaces=replaces)
-    return found
+    deltas: dict[str, Delta] = {}
+    for name, slot in slots.items():
+        if ("lora", 0) in slot and ("lora", 1) in slot:
+            deltas[name] = _low_rank(slot["lora", 0], slot["lora", 1], slot.get(("lora", 2)))
+        elif ("diff", 0) in slot or ("set", 0) in slot:
+            replaces = ("set", 0) in slot
+            deltas[name] = Delta(slot["set" if replaces else "diff", 0], replaces=replaces)
+    return deltas
 
 
-def _converted(tensors: Mapping[str, Tensor], weights: Weights) -> dict[str, Delta]:
-    """LoRA pairs by any of the known endings; every other tensor is a full offset under its parameter's name."""
+def _read_converted(tensors: Mapping[str, Tensor], weights: Weights) -> dict[str, Delta]:
+    """Read LoRA pairs by their suffixes, and all other tensors as full offsets."""
     known = flat_names(name.removesuffix(".weight") for name in weights)
-    found: dict[str, Delta] = {}
+    deltas: dict[str, Delta] = {}
     for key, tensor in tensors.items():
-        ends = next(((up, down) for up, down in _UP_DOWN if key.endswith(up)), None)
-        if ends:
-            stem = key.removesuffix(ends[0])
-            if stem + ends[1] in tensors:
+        suffixes = next(((up, down) for up, down in _UP_DOWN if key.endswith(up)), None)
+        if suffixes:
+            stem = key.removesuffix(suffixes[0])
+            down = tensors.get(stem + suffixes[1])
+            if down is not None:
                 alpha = tensors.get(stem + ".alpha")
-                found[_lora_target(stem, known)] = _low_rank(tensor, tensors[stem + ends[1]], alpha)
+                deltas[_find_lora_target(stem, known)] = _low_rank(tensor, down, alpha)
         elif not key.endswith((".alpha", *(down for _, down in _UP_DOWN))):
-            found[_without_prefixes(key)] = Delta(tensor)
-    return found
+            deltas[_remove_prefixes(key)] = Delta(tensor)
+    return deltas
 
 
-def _lora_target(stem: str, known: Mapping[str, str]) -> str:
-    """The parameter that a LoRA stem names."""
-    name = _without_prefixes(stem).replace(".processor.", ".")
+def _find_lora_target(stem: str, known: Mapping[str, str]) -> str:
+    """Find the parameter that a LoRA stem names."""
+    name = _remove_prefixes(stem).replace(".processor.", ".")
     if name.endswith(".to_out"):
         name += ".0"
     flat = name.replace(".", "_")
-    # some versions of transformers have one level less
+    # some versions of transformers have no level `text_model`
     return (
         unflatten(flat, known) or unflatten(flat.replace("_text_model_", "_", 1), known) or name
     ) + ".weight"
 
 
-def _without_prefixes(name: str) -> str:
-    """A parameter's name, without what says that it is the UNet's; those of text encoders begin with `TEXT_ENCODERS`."""
-    for theirs, ours in zip(_KOHYA_TEXT_ENCODERS, TEXT_ENCODERS, strict=True):
-        if name.startswith(theirs):
-            return ours + name.removeprefix(theirs)
+def _remove_prefixes(name: str) -> str:
+    """Remove the UNet's prefixes. Replace kohya's prefixes of text encoders."""
+    for kohya_prefix, prefix in zip(_KOHYA_TEXT_ENCODERS, TEXT_ENCODERS, strict=True):
+        if name.startswith(kohya_prefix):
+            return prefix + name.removeprefix(kohya_prefix)
     for prefix in _PREFIXES:
         name = name.removeprefix(prefix)
     return name
@@ -214,10 +256,15 @@ def _low_rank(up: Tensor, down: Tensor, alpha: Tensor | None) -> Delta:
 
 
 class WeightPatcher:
-    """Keeps weights in the state that is asked for; the originals wait on the CPU.
+    """Weights with a list of patches merged into them. The CPU keeps the original weights.
 
-    `read` reads patches; what they change elsewhere is not looked at. Changed weights are rounded to `rounded` where that is less than
-    their own dtype.
+    Args:
+        weights: Parameters to change in place.
+        read: Reads a patch file. Its changes of other parameters are ignored.
+        rounded: dtype to which changed weights are rounded. Default: their own.
+
+    Attributes:
+        applied: Patches that are merged now, in order.
     """
 
     def __init__(
@@ -232,17 +279,41 @@ class WeightPatcher:
         self._originals: dict[str, Tensor] = {}
         self.applied: tuple[PatchSpec, ...] = ()
 
-    def ensure(self, wanted: Sequence[PatchSpec]) -> None:
-        """Make the weights original + `wanted` patches with their strengths, in order; nothing is done if they are."""
-        if tuple(wanted) == self.applied:
+    def condition_weight(self, file: PatchFile, parameter: str) -> Tensor:
+        """Return the weight by which a patch widens a convolution for a condition.
+
+        A convolution with more inputs is the sum of the model's own and of this one.
+
+        Returns:
+            Weight (outputs, condition channels, 3, 3), float32.
+
+        Raises:
+            ModelUnusable: The patch does not widen the convolution.
+        """
+        delta, own = self._read(file).deltas.get(parameter), self._weights[parameter]
+        if delta is None or not delta.is_wider_than(own):
+            raise ModelUnusable(
+                f"{file.path} is not a patch for input images: {parameter} has no more than "
+                f"{own.shape[1]} input channels.",
+                hint="Get the file again, or use the mode that it was made for.",
+            )
+        return delta.up[:, own.shape[1] :].float()
+
+    def ensure(self, specs: Sequence[PatchSpec]) -> None:
+        """Merge exactly these patches, in order. If they are merged already, do nothing.
+
+        Raises:
+            LayerDiffuseMissing, CorruptFile, ModelUnusable: See `read_patch`.
+        """
+        if tuple(specs) == self.applied:
             return
         self.remove()
-        chosen = [(self._read(file), strength) for file, strength in wanted if strength]
-        self.apply(chosen)
-        self.applied = tuple(wanted)
+        patches = [(self._read(file), strength) for file, strength in specs if strength]
+        self.apply(patches)
+        self.applied = tuple(specs)
 
     def apply(self, patches: Sequence[tuple[Patch, float]]) -> None:
-        """PatchSpec patches, all or, where one raises (out of memory), none."""
+        """Merge patches with their strengths: all of them, or none on an error."""
         try:
             self._merge(patches)
         except BaseException:
@@ -251,7 +322,7 @@ class WeightPatcher:
 
     @torch.no_grad()
     def _merge(self, patches: Sequence[tuple[Patch, float]]) -> None:
-        """All changes of a parameter in one float32 pass, then one cast to its own dtype."""
+        """Apply all changes of a parameter in float32, then cast once to its own dtype."""
         for name in {
             name: None for patch, _ in patches for name in patch.deltas if name in self._weights
         }:
@@ -260,12 +331,12 @@ class WeightPatcher:
             merged = weight.detach().float()
             for patch, strength in patches:
                 if name in patch.deltas:
-                    merged = patch.deltas[name].applied(merged, strength)
+                    merged = patch.deltas[name].apply(merged, strength)
             weight.copy_(merged.to(self._rounded or weight.dtype))
 
     @torch.no_grad()
     def remove(self) -> None:
-        """Put every changed weight back as it was, bit for bit."""
+        """Restore every changed weight bit for bit."""
         for name, original in self._originals.items():
             self._weights[name].copy_(original)
         self._originals.clear()
@@ -275,7 +346,15 @@ class WeightPatcher:
 def patchers(
     unet: nn.Module, text_encoders: Sequence[nn.Module], text_dtype: torch.dtype
 ) -> tuple[WeightPatcher, WeightPatcher]:
-    """Those of a model's UNet and of its text encoders, whose weights are of the values of `text_dtype`; a file is read once for both."""
+    """Create the patchers of a model's UNet and of its text encoders.
+
+    Both share a cache, so each file is read once.
+
+    Args:
+        unet: UNet of the model.
+        text_encoders: Text encoders 1 and 2.
+        text_dtype: dtype to which changed weights of the text encoders are rounded.
+    """
     own = dict(unet.named_parameters())
     text = {
         prefix + name: weight

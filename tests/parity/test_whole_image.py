@@ -1,4 +1,4 @@
-"""The whole picture, prompt to uint8 RGBA, against the straight-line reference beside this file, and across forms of one model."""
+"""The whole image from prompt to RGBA, against `reference_pipeline` and between model forms."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ REQUEST = GenerationRequest(prompt=PROMPT, seed=7, steps=6, width=64, height=128
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A models folder with the tiny model as a folder and as single files, which share `layer_model/`."""
+    """Return a models folder with the tiny model as a folder and as a single file.
+
+    Both share `layer_model/`.
+    """
     folder = tmp_path_factory.mktemp("models")
     tiny_models.make_diffusers_folder(folder / "Stable-diffusion" / "folder")
     tiny_models.make_single_file(folder / "Stable-diffusion" / "single.safetensors")
@@ -31,7 +34,7 @@ def engine(models: Path) -> LocalEngine:
     return LocalEngine(models, device="cpu")
 
 
-def _picture(engine: LocalEngine, **changes: object) -> np.ndarray:
+def _render(engine: LocalEngine, **changes: object) -> np.ndarray:
     return (
         engine.generate(REQUEST.model_copy(update={"model": "folder", **changes}))
         .images[0]
@@ -39,8 +42,8 @@ def _picture(engine: LocalEngine, **changes: object) -> np.ndarray:
     )
 
 
-# Both sides truncate float32 values that agree to about 1e-5, so a value may fall on either side of a step of 1/255; with "forge2"
-# the same happens once more to the decoder's input.
+# Both sides truncate float32 values that agree to about 1e-5. So a value may be on either side of a
+# step of 1/255. With "forge2" this also happens to the decoder's input.
 @pytest.mark.filterwarnings("ignore:Should have")
 @pytest.mark.parametrize("decode", ["official", "forge2"])
 @pytest.mark.parametrize("negative", ["bad, ugly", ""])
@@ -49,51 +52,51 @@ def test_engine_equals_the_reference(engine: LocalEngine, models: Path, decode: 
         models / "Stable-diffusion" / "folder", PROMPT, negative,
         seed=7, steps=6, cfg_scale=5.0, width=64, height=128, decode=decode,
     )  # fmt: skip
-    ours = _picture(engine, decode=decode, negative_prompt=negative)
+    ours = _render(engine, decode=decode, negative_prompt=negative)
     assert ours.shape == (128, 64, 4)
-    assert ours.std(axis=(0, 1)).min() > 15, "a flat picture would prove nothing"
+    assert ours.std(axis=(0, 1)).min() > 15, "a flat image would prove nothing"
     assert np.abs(ours - reference).max() <= 1
 
 
-def test_single_file_draws_what_the_folder_draws(engine: LocalEngine):
-    assert np.abs(_picture(engine, model="single") - _picture(engine)).max() <= 1
+def test_engine_single_file_equals_folder(engine: LocalEngine):
+    assert np.abs(_render(engine, model="single") - _render(engine)).max() <= 1
 
 
-def test_an_image_is_the_same_alone_and_in_a_batch(engine: LocalEngine):
+def test_engine_image_is_equal_alone_and_in_a_batch(engine: LocalEngine):
     batch = engine.generate(REQUEST.model_copy(update={"model": "folder", "batch_size": 3})).images
     assert [image.seed for image in batch] == [7, 8, 9]
     for image in batch:
-        alone = _picture(engine, seed=image.seed)
+        alone = _render(engine, seed=image.seed)
         assert np.abs(alone - image.rgba).max() <= 1
 
 
-def test_sizes_between_multiples_of_64_are_cut_from_the_middle(engine: LocalEngine):
-    whole = _picture(engine, width=128, height=128)
-    part = _picture(engine, width=100, height=70)
-    # the UNet is told the size that is drawn, so the pictures agree
+def test_engine_other_sizes_are_cropped_from_the_middle(engine: LocalEngine):
+    whole = _render(engine, width=128, height=128)
+    part = _render(engine, width=100, height=70)
+    # the UNet gets the size that is rendered, so the images agree
     assert np.array_equal(part, whole[29:99, 14:114])
 
 
-def test_taking_the_patch_off_changes_the_picture_and_is_undone_exactly(engine: LocalEngine):
-    before = _picture(engine)
-    unpatched = _picture(engine, layerdiffuse_weight=0.0)
-    early = _picture(engine, layerdiffuse_stop_at=0.1)
+def test_engine_without_patch_differs_and_patch_is_restored(engine: LocalEngine):
+    before = _render(engine)
+    unpatched = _render(engine, layerdiffuse_weight=0.0)
+    early = _render(engine, layerdiffuse_stop_at=0.1)
     assert np.abs(before - unpatched).max() > 8
     assert not np.array_equal(before, early)
-    assert np.array_equal(_picture(engine), before)
+    assert np.array_equal(_render(engine), before)
 
 
-def test_without_layerdiffuse_the_picture_is_opaque(engine: LocalEngine):
-    assert (_picture(engine, mode="opaque")[..., 3] == 255).all()
+def test_engine_without_layerdiffuse_is_opaque(engine: LocalEngine):
+    assert (_render(engine, mode="opaque")[..., 3] == 255).all()
 
 
-def test_variation_seeds_move_the_picture_gradually(engine: LocalEngine):
-    base = _picture(engine)
-    near, far = (_picture(engine, subseed=99, subseed_strength=s) for s in (0.02, 0.9))
+def test_engine_variation_strength_changes_the_image_gradually(engine: LocalEngine):
+    base = _render(engine)
+    near, far = (_render(engine, subseed=99, subseed_strength=s) for s in (0.02, 0.9))
     assert 0 < np.abs(near - base).mean() < np.abs(far - base).mean()
 
 
 @pytest.mark.parametrize("noise", ["nv", "cpu"])
-def test_noise_sources_differ_and_repeat(engine: LocalEngine, noise: str):
-    assert np.array_equal(_picture(engine, noise=noise), _picture(engine, noise=noise))
-    assert not np.array_equal(_picture(engine, noise="nv"), _picture(engine, noise="cpu"))
+def test_engine_noise_sources_differ_and_repeat(engine: LocalEngine, noise: str):
+    assert np.array_equal(_render(engine, noise=noise), _render(engine, noise=noise))
+    assert not np.array_equal(_render(engine, noise="nv"), _render(engine, noise="cpu"))

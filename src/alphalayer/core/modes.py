@@ -1,0 +1,112 @@
+"""Modes of LayerDiffuse as data: names, labels, files and inputs. A mode's mathematics is a row of
+`alphalayer.engine.transparency.modes`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+InputRole = Literal["foreground", "background", "blended"]
+"""What an input image is to the images that are generated."""
+LayerRole = Literal["image", "foreground", "background", "blended"]
+"""What a generated layer is. "image" is the one layer of a mode without inputs."""
+
+
+@dataclass(frozen=True)
+class Mode:
+    """One way to generate transparency, as catalog, download, infotext and dialects know it."""
+
+    name: str
+    label: str
+    """Name of the method in AUTOMATIC1111's script and in infotext."""
+    files: tuple[str, ...] = ()
+    """Published names of the weight patch, original and converted. The first that exists is used."""
+    download: str = "layerdiffuse"
+    """Name of the patch for `alphalayer models pull`."""
+    needs: tuple[InputRole, ...] = ()
+    """Input images, in the order of their channels."""
+    result: LayerRole = "image"
+    has_alpha: bool = True
+    """Whether the transparent decoder makes the result. Otherwise it is opaque."""
+
+
+MODES = {
+    mode.name: mode
+    for mode in (
+        Mode(
+            name="attention",
+            label="(SDXL) Only Generate Transparent Image (Attention Injection)",
+            files=(
+                "layer_xl_transparent_attn.safetensors",
+                "ld_diffusers_sdxl_attn.safetensors",
+                "diffuser_layer_xl_transparent_attn.safetensors",
+            ),
+        ),
+        Mode(
+            name="conv",
+            label="(SDXL) Only Generate Transparent Image (Conv Injection)",
+            files=(
+                "layer_xl_transparent_conv.safetensors",
+                "diffuser_layer_xl_transparent_conv.safetensors",
+            ),
+            download="layerdiffuse-conv",
+        ),
+        Mode(
+            name="fg2ble",
+            label="(SDXL) From Foreground to Blending",
+            files=(
+                "layer_xl_fg2ble.safetensors",
+                "diffuser_layer_xl_fg2ble.safetensors",
+            ),
+            download="layerdiffuse-fg2ble",
+            needs=("foreground",),
+            result="blended",
+            has_alpha=False,
+        ),
+        Mode(
+            name="fgble2bg",
+            label="(SDXL) From Foreground and Blending to Background",
+            files=(
+                "layer_xl_fgble2bg.safetensors",
+                "diffuser_layer_xl_fgble2bg.safetensors",
+            ),
+            download="layerdiffuse-fgble2bg",
+            needs=("foreground", "blended"),
+            result="background",
+            has_alpha=False,
+        ),
+        Mode(
+            name="bg2ble",
+            label="(SDXL) From Background to Blending",
+            files=(
+                "layer_xl_bg2ble.safetensors",
+                "diffuser_layer_xl_bg2ble.safetensors",
+            ),
+            download="layerdiffuse-bg2ble",
+            needs=("background",),
+            result="blended",
+            has_alpha=False,
+        ),
+        Mode(
+            name="bgble2fg",
+            label="(SDXL) From Background and Blending to Foreground",
+            files=(
+                "layer_xl_bgble2fg.safetensors",
+                "diffuser_layer_xl_bgble2fg.safetensors",
+            ),
+            download="layerdiffuse-bgble2fg",
+            needs=("background", "blended"),
+            result="foreground",
+        ),
+        Mode(name="opaque", label="", has_alpha=False),
+    )
+}
+"""All modes by name. "opaque" is LayerDiffuse off."""
+OPAQUE = "opaque"
+DECODER_FILES = (
+    "vae_transparent_decoder.safetensors",
+    "ld_diffusers_sdxl_vae_transparent_decoder.safetensors",
+    "diffuser_layer_xl_vae_transparent_decoder.safetensors",
+)
+"""Published names of the transparent decoder for SDXL."""

@@ -1,0 +1,142 @@
+"""Mathematics of the modes of LayerDiffuse: how a sampled latent becomes layers.
+
+`alphalayer.core.modes` holds their names, labels and files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from alphalayer.core.modes import MODES as MODE_DATA
+from alphalayer.core.modes import InputRole, LayerRole
+from alphalayer.core.request import ResolvedRequest
+from alphalayer.engine.base import RgbaImage
+from alphalayer.engine.canvas import Canvas
+from alphalayer.engine.families.base import DiffusionModel, check_finite
+from alphalayer.engine.memory import MemoryMode
+from alphalayer.engine.progress import Stopwatch
+from alphalayer.engine.transparency.conditions import condition_image
+from alphalayer.engine.transparency.decode import (
+    decode_transparent,
+    decoder_inputs,
+    to_opaque,
+    to_uint8,
+)
+from alphalayer.engine.transparency.patch import PatchFile, PatchSpec
+
+Inputs = Mapping[InputRole, RgbaImage]
+"""Pixels of the input images by role."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer of a result."""
+
+    rgba: RgbaImage
+    role: LayerRole
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """What composing needs besides the latent."""
+
+    model: DiffusionModel
+    request: ResolvedRequest
+    memory: MemoryMode
+    stopwatch: Stopwatch
+
+    def rgb(self, latent: Tensor) -> Tensor:
+        """Decode a latent (1, C, h, w) with the VAE to (1, 3, H, W), about [-1, 1]."""
+        with self.stopwatch.stage("vae"):
+            return check_finite(self.model.decode(latent), "the VAE")
+
+
+def compose_transparent(decoding: Decoding, latent: Tensor) -> list[Layer]:
+    """Decode a latent (1, C, h, w) to one layer with alpha."""
+    model, request = decoding.model, decoding.request
+    rgb = decoding.rgb(latent)
+    with decoding.stopwatch.stage("decode"):
+        spec = model.latent
+        pixel, decoder_latent = decoder_inputs(
+            rgb, latent, spec.scaling_factor, request.decode, spec.shift_factor
+        )
+        passes = decoding.memory.passes_at_once
+        decoded = decode_transparent(model.decoder, pixel, decoder_latent, passes)
+        rgba = to_uint8(check_finite(decoded, "the transparent decoder"))
+    return [Layer(rgba, MODE_DATA[request.mode].result)]
+
+
+def compose_opaque(decoding: Decoding, latent: Tensor) -> list[Layer]:
+    """Decode a latent (1, C, h, w) to one opaque layer."""
+    return [Layer(to_opaque(decoding.rgb(latent)), MODE_DATA[decoding.request.mode].result)]
+
+
+def no_condition(_model: DiffusionModel, _request: ResolvedRequest, _inputs: Inputs) -> None:
+    """Return no condition: the mode has no input images."""
+
+
+def encode_condition(model: DiffusionModel, request: ResolvedRequest, inputs: Inputs) -> Tensor:
+    """Return what input images add to the output of the denoiser's first convolution.
+
+    The images are encoded and convolved with the channels by which the mode's patch widens the
+    convolution. The condition is the same at all noise levels, so it is computed once.
+
+    Returns:
+        Condition (1, width of the first level, h, w), float32.
+    """
+    info = MODE_DATA[request.mode]
+    canvas = Canvas.of(request.width, request.height)
+    images = [
+        condition_image(inputs[role], (request.width, request.height), request.resize_mode)
+        for role in info.needs
+    ]
+    latents = [model.encode_image(canvas.extend(image)) for image in images]
+    file = PatchFile.at(model.layerdiffuse.patch(info.name))
+    weight = model.patchers["denoiser"].condition_weight(file, "conv_in.weight")
+    joined = torch.cat(latents, dim=1)
+    scaled = weight.to(joined.device) * request.layerdiffuse_weight
+    return torch.nn.functional.conv2d(joined, scaled, padding=1)
+
+
+@dataclass(frozen=True)
+class Mode:
+    """Mathematics of one mode: patch, condition and composition."""
+
+    name: str
+    compose: Callable[[Decoding, Tensor], list[Layer]]
+    condition: Callable[[DiffusionModel, ResolvedRequest, Inputs], Tensor | None] = no_condition
+
+    @property
+    def has_alpha(self) -> bool:
+        """Return whether the transparent decoder is needed."""
+        return MODE_DATA[self.name].has_alpha
+
+    def patches(self, model: DiffusionModel, request: ResolvedRequest) -> tuple[PatchSpec, ...]:
+        """Return the patches to merge, with weights. Raises `LayerDiffuseMissing`."""
+        if not MODE_DATA[self.name].files:
+            return ()
+        file = PatchFile.at(model.layerdiffuse.patch(self.name))
+        return ((file, request.layerdiffuse_weight),)
+
+    def decoders(self, model: DiffusionModel) -> list[nn.Module]:
+        """Return the networks that `compose` uses. Raises `LayerDiffuseMissing`."""
+        return [model.modules["vae"], *([model.decoder] if self.has_alpha else [])]
+
+
+MODES = {
+    mode.name: mode
+    for mode in (
+        Mode("attention", compose_transparent),
+        Mode("conv", compose_transparent),
+        Mode("fg2ble", compose_opaque, encode_condition),
+        Mode("fgble2bg", compose_opaque, encode_condition),
+        Mode("bg2ble", compose_opaque, encode_condition),
+        Mode("bgble2fg", compose_transparent, encode_condition),
+        Mode("opaque", compose_opaque),
+    )
+}
+"""All modes by name."""
