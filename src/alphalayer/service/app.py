@@ -45,7 +45,7 @@ from alphalayer.worker.supervisor import EngineSpec, Supervisor
 
 ENGINE = "alphalayer.engine.pipeline:create_engine"
 DESCRIPTION = "Text in, transparent PNG out: Stable Diffusion XL with LayerDiffuse."
-DIALECTS = (native.DIALECT, a1111.DIALECT, openai.DIALECT)
+DIALECTS = (native.DIALECT, jobs.DIALECT, a1111.DIALECT, openai.DIALECT)
 JOURNAL = "jobs.sqlite"
 EXPOSED = ("Location", "Retry-After", "X-Request-ID")
 """Headers that a page of another origin may read."""
@@ -137,7 +137,6 @@ def _add_dialects(app: FastAPI, settings: Settings) -> _Lifespan:
     """
     for dialect in DIALECTS:
         app.include_router(dialect.router)
-    app.include_router(jobs.router)
     docs.install(app)
     playground.install(app)
     return _mount_mcp(app, settings)
@@ -273,7 +272,7 @@ async def _assemble(
         settings.drain_s,
         pool.stop_accepting,
         pool.is_running,
-        others_draw=settings.database is not None,
+        is_shared=settings.database is not None,
     )
     models = _model_lookup(settings)
     health = Health(pool, shutdown, lambda: job_queue.is_reachable, models.default, has_engines)
