@@ -14,8 +14,8 @@ import pytest
 from PIL import Image
 from tests.support.serving import put_model, served, wait_until
 
-from alphalayer.api import errors
 from alphalayer.api.errors import Problem
+from alphalayer.api.openai import DIALECT
 from alphalayer.core.errors import AlphalayerError
 from alphalayer.engine.fake import render_disc
 
@@ -238,10 +238,8 @@ def test_every_error_has_the_shape_of_that_api(client, api):
 )
 def test_the_client_asks_again_only_for_what_may_pass(code, again):
     """An engine that a request takes down went down for each try of the client."""
-    answer = errors.respond(
-        "/v1/images/generations",
-        Problem.of(AlphalayerError.from_dict({"code": code, "message": "."})),
-    )
+    problem = Problem.of(AlphalayerError.from_dict({"code": code, "message": "."}))
+    answer = DIALECT.render_error(problem, {})
     with openai.OpenAI(api_key="x") as api:
         assert (
             api._should_retry(httpx.Response(answer.status_code, headers=answer.headers)) is again

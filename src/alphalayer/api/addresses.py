@@ -1,4 +1,4 @@
-"""Where something listens, as a URL."""
+"""URLs of network addresses."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ import httpx
 
 
 def address(host: str, port: int) -> str:
-    """The URL of what listens there; an IPv6 address gets its brackets."""
+    """Return the URL of a host and port, with brackets around an IPv6 address."""
     return str(httpx.URL(scheme="http", host=host, port=port))

@@ -1,4 +1,7 @@
-"""Who may ask: API keys as Bearer token or `X-API-Key`, user and password by HTTP Basic, and how often each may ask."""
+"""Authentication and rate limits.
+
+Clients send an API key as Bearer token or `X-API-Key`, or user and password by HTTP Basic.
+"""
 
 from __future__ import annotations
 
@@ -19,20 +22,29 @@ from alphalayer.core.errors import RateLimited, Unauthorized
 
 
 class Challenge(Unauthorized):
-    """Says in HTTP, too, how to send credentials."""
+    """Missing or wrong credentials, with the HTTP header that requests them."""
 
-    headers = {"WWW-Authenticate": 'Basic realm="alphalayer"'}  # noqa: RUF012 - never changed
+    headers = {"WWW-Authenticate": 'Basic realm="alphalayer"'}  # noqa: RUF012 - never modified
 
 
 class Authenticator:
-    """Lets requests in by the keys that there are now; with None in place of keys, everybody. Rates are counted in this process."""
+    """Check of API keys and of their rates, which are counted in this process.
+
+    Args:
+        keys: Function that returns the current keys. None: every client is admitted.
+    """
 
     def __init__(self, keys: Callable[[], Sequence[Key] | None]):
         self._keys = keys
         self._limiter = MovingWindowRateLimiter(MemoryStorage())
 
     def admit(self, request: Request) -> str:
-        """The name of who is asking; "" where nobody has to say. Raises `Unauthorized`, `RateLimited`."""
+        """Return the name of the client, "" if the service has no keys.
+
+        Raises:
+            Unauthorized: the credentials are missing or wrong.
+            RateLimited: the key exceeded its rate.
+        """
         keys = self._keys()
         if keys is None:
             return ""
@@ -44,7 +56,7 @@ class Authenticator:
                 hint="Send it as Bearer token, as X-API-Key, or user and password by HTTP Basic.",
             )
             if "x-requested-with" in request.headers:
-                # a page that asks by itself: the browser is not to open its own dialog for passwords
+                # a script of a page: the browser must not open its password dialog
                 error.headers = {"WWW-Authenticate": 'Bearer realm="alphalayer"'}
             raise error
         if key.per_minute and request.method == "POST":
@@ -53,14 +65,14 @@ class Authenticator:
 
     @staticmethod
     def _find(keys: Sequence[Key], offered: list[str]) -> Key | None:
-        found: Key | None = None
+        match: Key | None = None
         for secret in offered:
             hashed = digest(secret)
             for key in keys:
-                # all are compared, so that the time tells nothing
+                # compare all keys, so that the time does not depend on the match
                 if secrets.compare_digest(hashed, key.sha256):
-                    found = key
-        return found
+                    match = key
+        return match
 
     def _count(self, key: Key) -> None:
         rate = RateLimitItemPerMinute(key.per_minute)
@@ -70,7 +82,7 @@ class Authenticator:
             1, math.ceil(self._limiter.get_window_stats(rate, key.name).reset_time - time.time())
         )
         error = RateLimited(
-            f'the key "{key.name}" may ask {key.per_minute} times a minute.',
+            f'the key "{key.name}" allows {key.per_minute} requests a minute.',
             hint=f"Try again in {wait} seconds.",
         )
         error.retry_after_s = wait
@@ -78,7 +90,10 @@ class Authenticator:
 
 
 def _secrets(request: Request) -> list[str]:
-    """What a request offers: Bearer token, X-API-Key, "user:password", and the password alone, which may be a key."""
+    """Return the credentials of a request.
+
+    They are the Bearer token, X-API-Key, "user:password", and the password, which may be a key.
+    """
     offered = [request.headers["x-api-key"]] if "x-api-key" in request.headers else []
     scheme, _, token = request.headers.get("authorization", "").partition(" ")
     if scheme.lower() == "bearer":
@@ -89,11 +104,11 @@ def _secrets(request: Request) -> list[str]:
         except (binascii.Error, ValueError):
             return offered
         offered += [pair, pair.partition(":")[2]]
-    return [reading for each in offered for reading in _readings(each)]
+    return [decoded for secret in offered for decoded in _decode(secret)]
 
 
-def _readings(sent: str) -> list[str]:
-    """What bytes, read as Latin-1, may have meant: that, or UTF-8; clients differ in which they send."""
+def _decode(sent: str) -> list[str]:
+    """Return a header value as Latin-1 and as UTF-8, because clients send either."""
     try:
         return list(dict.fromkeys((sent, sent.encode("latin-1").decode())))
     except UnicodeDecodeError:

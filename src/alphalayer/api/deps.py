@@ -1,4 +1,4 @@
-"""What the routes share: the service's parts, who is asking, where the client stands, and waiting for a job."""
+"""Shared parts of the routes: the service, the client, addresses, and waiting for a job."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from alphalayer.storage import Storage, read
 
 @dataclass(frozen=True)
 class Service:
-    """The parts that routes work with, put together by `alphalayer.service.app`."""
+    """Parts that routes use, assembled by `alphalayer.service.app`."""
 
     job_queue: JobQueue
     storage: Storage
@@ -47,23 +47,26 @@ class Service:
     default_model: str | None = None
     max_pixels: int = 0
     knows_models: bool = True
-    """Whether the models folder here is that of whoever draws. If not, `list_models` is empty and names are taken as they are."""
+    """Whether the workers use the models folder of this machine.
+
+    If not, `list_models` is empty and names of models are not checked.
+    """
     noise: NoiseSource = "nv"
     decode: DecodeMode = "official"
     public_url: str | None = None
     log_prompts: bool = False
     redirect_files: bool = False
     check_webhook: Callable[[str], None] | None = None
-    """Raises `InvalidRequest` for addresses that cannot be told; None where webhooks are off."""
+    """Raises `InvalidRequest` for addresses that webhooks may not use. None: webhooks are off."""
 
 
 def service(request: Request) -> Service:
-    """The service that this application is."""
+    """Return the service of the request's application."""
     return request.app.state.service
 
 
 async def _service(request: Request) -> Service:
-    # dependencies are coroutines: FastAPI sends plain functions through a thread, which costs more than they do
+    # a coroutine, because FastAPI runs plain functions in a thread, which costs more
     return service(request)
 
 
@@ -71,7 +74,7 @@ ServiceDep = Annotated[Service, Depends(_service)]
 
 
 async def require_user(request: Request) -> str:
-    """The name of who is asking; "" where nobody has to say. Raises `Unauthorized`, `RateLimited`."""
+    """Return the name of the client, see `Authenticator.admit`."""
     return service(request).authenticator.admit(request)
 
 
@@ -83,29 +86,40 @@ IdempotencyKey = Annotated[
         alias="Idempotency-Key",
         min_length=1,
         max_length=200,
-        description="The same key gives the same job again, whatever became of the first answer; "
-        "a new one where all clients that waited for it left before it was done.",
+        description="Requests with the same key return the same job. A job that all waiting "
+        "clients have left is cancelled, and its key starts a new job.",
     ),
 ]
 
 
 def base_url(request: Request) -> str:
-    """The service's address for the client, without a slash at its end: the public URL if one is set, else as it reached us."""
+    """Return the address of the service for the client, without a slash at the end.
+
+    It is the public URL if one is set, else the address of the request.
+    """
     return (service(request).public_url or str(request.base_url)).rstrip("/")
 
 
 def file_url(base: str, key: str) -> str:
-    """Where a client that knows the service as `base` gets a stored picture."""
+    """Return the URL of a stored image, for a client that uses the address `base`."""
     return f"{base}/alpha/v1/file/{key}"
 
 
 async def read_file(service: Service, key: str) -> bytes:
-    """A stored file as a whole. Raises `FileMissing`, `StorageFailed`."""
+    """Return the content of a stored file.
+
+    Raises:
+        FileMissing, StorageFailed: see `alphalayer.storage`.
+    """
     return await read(service.storage, key)
 
 
 async def read_preview(service: Service, key: str) -> bytes | None:
-    """A preview as a whole; None once its picture is done. Raises `StorageFailed`."""
+    """Return the content of a preview, None once its job has finished.
+
+    Raises:
+        StorageFailed: see `alphalayer.storage`.
+    """
     try:
         return await read_file(service, key)
     except FileMissing:
@@ -114,7 +128,11 @@ async def read_preview(service: Service, key: str) -> bytes | None:
 
 @contextmanager
 def wire_names(names: Mapping[str, str]) -> Generator[None]:
-    """Errors from within call a field as the dialect does: `names` has its name for ours."""
+    """Rename the field of errors raised inside.
+
+    Args:
+        names: The dialect's names of fields, by our names.
+    """
     try:
         yield
     except AlphalayerError as error:
@@ -123,7 +141,14 @@ def wire_names(names: Mapping[str, str]) -> Generator[None]:
 
 
 def find_model(service: Service, name: str | None) -> ModelEntry:
-    """The model of that name, or the usual one. Raises `InvalidRequest` or `ModelUnusable`, of the field `model`. Reads folders."""
+    """Return the model with a name, or the default model.
+
+    It reads folders.
+
+    Raises:
+        InvalidRequest: no model has that name; the field is `model`.
+        ModelUnusable: it cannot be used; the field is `model`.
+    """
     try:
         return resolve_model(name or service.default_model, service.list_models())
     except ModelNotFound as error:
@@ -134,7 +159,13 @@ def find_model(service: Service, name: str | None) -> ModelEntry:
 
 
 def _check_models(service: Service, generation: GenerationRequest) -> None:
-    """Raise `InvalidRequest` or `ModelUnusable` for a model, LoRA or LayerDiffuse method that cannot be had here. Reads folders."""
+    """Check that the model, LoRAs and LayerDiffuse method are available.
+
+    It reads folders.
+
+    Raises:
+        InvalidRequest, ModelUnusable: one of them is not.
+    """
     entry = find_model(service, generation.model)
     for lora in generation.loras:
         find_lora(service.models_dir, lora.name)
@@ -149,33 +180,48 @@ async def submit_job(
     delivery: Delivery = Delivery(),
     job_id: str | None = None,
 ) -> Job:
-    """Queue a job and log it; see `JobQueue.submit`. Raises `QueueFull`; `InvalidRequest` or `ModelUnusable` for too many pixels or
-    what is not there."""
+    """Queue a job and log it, see `JobQueue.submit`.
+
+    Raises:
+        QueueFull: the queue has reached its limit.
+        InvalidRequest, ModelUnusable: too many pixels, or a model is not available.
+    """
     spec.check_pixels(service.max_pixels)
-    asked = spec.generation
-    if service.knows_models and (asked.model or asked.loras or asked.mode == "conv"):
-        await asyncio.to_thread(_check_models, service, asked)
+    generation = spec.generation
+    if service.knows_models and (generation.model or generation.loras or generation.mode == "conv"):
+        await asyncio.to_thread(_check_models, service, generation)
     traced = submission.model_copy(update={"traceparent": here()})
     job = await service.job_queue.submit(spec, traced, delivery, job_id)
-    said = {"prompt": spec.generation.prompt} if service.log_prompts else {}
-    log.info("job.accepted", job=job.id, owner=submission.owner, **said)
+    prompt = {"prompt": generation.prompt} if service.log_prompts else {}
+    log.info("job.accepted", job=job.id, owner=submission.owner, **prompt)
     return job
 
 
 class PendingJob:
-    """What one request waits for: a job that it made, or one that another request made with the same key."""
+    """Job that a request waits for.
+
+    The request or another one with the same key submitted it.
+    """
 
     def __init__(self, service: Service, job_id: str | None = None):
         self._service = service
         self.job_id = job_id or new_id()
 
     async def submit(self, spec: JobSpec, submission: Submission, delivery: Delivery) -> None:
-        """Queue the job, or find it. Raises `Stopping` where the service ends, and what `submit_job` does."""
+        """Queue the job, or find the job with the same key.
+
+        Raises:
+            Stopping: the service is shutting down.
+            QueueFull, InvalidRequest, ModelUnusable: see `submit_job`.
+        """
         self._service.shutdown.check()
         self.job_id = (await submit_job(self._service, spec, submission, delivery, self.job_id)).id
 
     async def withdraw(self) -> None:
-        """The client left. Not where the service ends, which cancels its requests: that is no wish of the client."""
+        """Withdraw the request of a client that disconnected.
+
+        A service that shuts down cancels its requests; their jobs stay in the queue.
+        """
         if not self._service.shutdown.has_begun:
             await asyncio.shield(self._service.job_queue.withdraw(self.job_id))
 
@@ -183,71 +229,93 @@ class PendingJob:
 async def run_job(
     request: Request, spec: JobSpec, submission: Submission, delivery: Delivery = Delivery()
 ) -> Job:
-    """Queue a job and wait for its end; a client that leaves takes its job along, unless others wait for it.
+    """Queue a job and wait until it has finished.
+
+    If the client disconnects, the job is cancelled unless other clients wait for it.
 
     Raises:
-        AlphalayerError: what the job failed with.
-        Cancelled: somebody cancelled it, or the client left.
-        Stopping: the service ends before the job; it stays in the queue.
+        AlphalayerError: the error of the failed job.
+        Cancelled: a client cancelled it, or the client disconnected.
+        Stopping: the service shuts down first; the job stays in the queue.
         QueueFull, InvalidRequest, ModelUnusable: see `submit_job`.
     """
     pending = PendingJob(service(request))
-    left = asyncio.create_task(_client_left(request))
+    disconnected = asyncio.create_task(_wait_for_disconnect(request))
     try:
         await pending.submit(spec, submission, delivery)
-        job = await _end_of(service(request), pending.job_id, left)
+        job = await _wait_for_job(service(request), pending.job_id, disconnected)
     except asyncio.CancelledError:
         await pending.withdraw()
         raise
     finally:
-        left.cancel()
+        disconnected.cancel()
     if job is None:
         await pending.withdraw()
-        raise Cancelled("the client left.")
+        raise Cancelled("the client disconnected.")
     return raise_if_failed(job)
 
 
-async def _end_of(service: Service, job_id: str, left: asyncio.Task[None]) -> Job | None:
-    """The job, once it is over; None where the client leaves before. Raises `Stopping`."""
-    done = asyncio.create_task(service.job_queue.wait(job_id))
-    ended = asyncio.create_task(service.shutdown.wait(job_id, elsewhere=True))
+async def _wait_for_job(
+    service: Service, job_id: str, disconnected: asyncio.Task[None]
+) -> Job | None:
+    """Return the finished job, or None if the client disconnects first.
+
+    Raises:
+        Stopping: the service shuts down first.
+    """
+    finished = asyncio.create_task(service.job_queue.wait(job_id))
+    stopped = asyncio.create_task(service.shutdown.wait(job_id, elsewhere=True))
     try:
-        await asyncio.wait((done, left, ended), return_when=asyncio.FIRST_COMPLETED)
-        if done.done():
-            return done.result()
-        if left.done():
+        await asyncio.wait((finished, disconnected, stopped), return_when=asyncio.FIRST_COMPLETED)
+        if finished.done():
+            return finished.result()
+        if disconnected.done():
             return None
         raise stopping()
     finally:
-        done.cancel()
-        ended.cancel()
+        finished.cancel()
+        stopped.cancel()
 
 
 async def follow(
     service: Service, job_id: str, *, elsewhere: bool = False
 ) -> AsyncIterator[JobView]:
-    """`JobQueue.watch`; raises `Stopping` where the service ends before the job. `elsewhere`: see `Shutdown.wait`."""
+    """Yield the views of a job, see `JobQueue.watch`.
+
+    Args:
+        service: The service.
+        job_id: Id of the job.
+        elsewhere: See `Shutdown.wait`.
+
+    Raises:
+        Stopping: the service shuts down before the job has finished.
+    """
     views = service.job_queue.watch(job_id)
-    ended = asyncio.ensure_future(service.shutdown.wait(job_id, elsewhere=elsewhere))
-    following: asyncio.Future[JobView | None] | None = None
+    stopped = asyncio.ensure_future(service.shutdown.wait(job_id, elsewhere=elsewhere))
+    next_view: asyncio.Future[JobView | None] | None = None
     try:
         while True:
-            following = asyncio.ensure_future(anext(views, None))
-            await asyncio.wait((following, ended), return_when=asyncio.FIRST_COMPLETED)
-            if not following.done():
+            next_view = asyncio.ensure_future(anext(views, None))
+            await asyncio.wait((next_view, stopped), return_when=asyncio.FIRST_COMPLETED)
+            if not next_view.done():
                 raise stopping()
-            view = following.result()
+            view = next_view.result()
             if view is None:
                 return
             yield view
     finally:
-        ended.cancel()
-        if following:
-            following.cancel()
+        stopped.cancel()
+        if next_view:
+            next_view.cancel()
 
 
 def raise_if_failed(job: Job) -> Job:
-    """The job, if it has its pictures; else raises what it ended with."""
+    """Return a finished job, or raise its error.
+
+    Raises:
+        AlphalayerError: the error of the failed job.
+        Cancelled: the job was cancelled.
+    """
     if job.state is JobState.FAILED and job.error:
         raise AlphalayerError.from_dict(job.error)
     if job.state is JobState.CANCELLED:
@@ -255,6 +323,6 @@ def raise_if_failed(job: Job) -> Job:
     return job
 
 
-async def _client_left(request: Request) -> None:
+async def _wait_for_disconnect(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass

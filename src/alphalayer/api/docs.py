@@ -1,4 +1,7 @@
-"""Swagger at `/docs`, with its files from this package: it works where there is no internet, and tells nobody that it was opened."""
+"""Swagger UI at `/docs`.
+
+Its files are part of this package: it works offline, and sends no request to other servers.
+"""
 
 from __future__ import annotations
 
@@ -16,13 +19,13 @@ def install(app: FastAPI) -> None:
     """Add the page and its files."""
 
     async def page(request: Request) -> HTMLResponse:
-        below = request.scope.get("root_path", "")
+        prefix = request.scope.get("root_path", "")
         return get_swagger_ui_html(
-            openapi_url=f"{below}/openapi.json",
+            openapi_url=f"{prefix}/openapi.json",
             title="Alphalayer",
-            swagger_js_url=f"{below}{ASSETS}/swagger-ui-bundle.js",
-            swagger_css_url=f"{below}{ASSETS}/swagger-ui.css",
-            swagger_favicon_url=f"{below}{ASSETS}/favicon-32x32.png",
+            swagger_js_url=f"{prefix}{ASSETS}/swagger-ui-bundle.js",
+            swagger_css_url=f"{prefix}{ASSETS}/swagger-ui.css",
+            swagger_favicon_url=f"{prefix}{ASSETS}/favicon-32x32.png",
         )
 
     app.add_route("/docs", page, include_in_schema=False)

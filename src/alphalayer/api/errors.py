@@ -1,9 +1,12 @@
-"""Errors on the wire, from one table of HTTP statuses: problem details (RFC 9457) with the stable codes of `alphalayer.core.errors`,
-and the same in the shapes of the foreign dialects."""
+"""Errors over HTTP: problem details (RFC 9457) with the codes of `alphalayer.core.errors`.
+
+Each dialect renders a problem in its own form, see `alphalayer.api.dialect`.
+"""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Mapping
 from http import HTTPStatus
 from typing import Annotated, Any
 
@@ -46,15 +49,11 @@ STATUSES = {
     "unauthorized": 401,
     "not_implemented": 501,
 }
-
-
+"""HTTP status of each code."""
 _PHRASES = {413: "Content Too Large", 422: "Unprocessable Content"}
 """Phrases of RFC 9110 that Python before 3.13 writes differently."""
-PASSING = ("queue_full", "rate_limited", "stopping", "storage_failed", "database_away")
-"""What may be gone at the next try. OpenAI's clients would ask again by themselves after any 409 and 5xx, and a request that takes an
-engine down would do so each time."""
-CODES = {404: "not_found", 405: "method_not_allowed", 413: "too_large"}
-"""Codes of the errors that the framework itself answers."""
+_FRAMEWORK_CODES = {404: "not_found", 405: "method_not_allowed", 413: "too_large"}
+"""Codes of the errors that the framework raises."""
 
 
 def _title(status: int) -> str:
@@ -63,21 +62,19 @@ def _title(status: int) -> str:
 
 
 class Problem(BaseModel):
-    """What every error answers."""
+    """Problem details of an error."""
 
-    type: Annotated[str, Field(description="As RFC 9457 has it.")] = "about:blank"
-    title: Annotated[str, Field(description="The status in words.")]
-    status: Annotated[int, Field(description="The HTTP status.")]
-    detail: Annotated[str, Field(description="What happened and why.")]
-    code: Annotated[str, Field(description="Stable, for programs.")]
-    hint: Annotated[str, Field(description="What to do next.")] = ""
-    field: Annotated[str | None, Field(description="The field that is wrong, as it was sent.")] = (
-        None
-    )
+    type: Annotated[str, Field(description="Problem type of RFC 9457.")] = "about:blank"
+    title: Annotated[str, Field(description="Phrase of the HTTP status.")]
+    status: Annotated[int, Field(description="HTTP status.")]
+    detail: Annotated[str, Field(description="Cause of the error.")]
+    code: Annotated[str, Field(description="Stable code for programs.")]
+    hint: Annotated[str, Field(description="Next step.")] = ""
+    field: Annotated[str | None, Field(description="Wrong field, with its name as sent.")] = None
 
     @classmethod
     def of(cls, error: AlphalayerError) -> Problem:
-        """The problem that an error is."""
+        """Return the problem that describes an error."""
         status = STATUSES.get(error.code, 500)
         return cls(
             title=_title(status),
@@ -86,6 +83,28 @@ class Problem(BaseModel):
             code=error.code,
             hint=error.hint,
             field=error.field,
+        )
+
+    @classmethod
+    def of_http(cls, error: HTTPException) -> Problem:
+        """Return the problem that describes an error of the framework."""
+        if error.status_code == 400:
+            return cls.of(
+                InvalidRequest(
+                    "the body cannot be read as JSON in UTF-8.", hint=validation.DESCRIBED
+                )
+            )
+        allowed = (error.headers or {}).get("Allow", "").replace(", ", " or ")
+        detail, hint = {
+            404: ("there is no such path.", "All paths are described at /docs."),
+            405: ("this path does not take that method.", f"Use {allowed}; see /docs."),
+        }.get(error.status_code, (str(error.detail), ""))
+        return cls(
+            title=_title(error.status_code),
+            status=error.status_code,
+            detail=detail,
+            code=_FRAMEWORK_CODES.get(error.status_code, "http_error"),
+            hint=hint,
         )
 
 
@@ -98,126 +117,107 @@ PROBLEMS: dict[int | str, dict[str, Any]] = {
     }
     for status in (401, 404, 409, 413, 422, 429, 500, 503, 507)
 }
-"""The error answers of a route, for the API's description."""
+"""Error responses of a route, for the OpenAPI document."""
+INTERNAL_ERROR = Problem(
+    title=_title(500),
+    status=500,
+    detail="an internal error; the log has the details.",
+    code="engine_failed",
+)
+"""Problem of an unexpected exception."""
 
 
 class ErrorResponse(JSONResponse):
-    """An error as JSON; what it quotes of a request need not be Unicode."""
+    """Error as JSON. Text quoted from a request may be invalid Unicode."""
 
     def render(self, content: Any) -> bytes:
-        """The body."""
+        """Return the body, with a question mark for each half of a surrogate pair."""
         return json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode(
             errors="replace"
         )
 
 
 class ProblemResponse(ErrorResponse):
-    """A problem as `application/problem+json`."""
+    """Problem as `application/problem+json`."""
 
     media_type = "application/problem+json"
 
 
-def openai_error(problem: Problem) -> dict[str, Any]:
-    """The body of an error as OpenAI's clients read it."""
-    kind = {429: "rate_limit_error"}.get(
-        problem.status, "server_error" if problem.status >= 500 else "invalid_request_error"
+ErrorRenderer = Callable[[Problem, Mapping[str, str]], ErrorResponse]
+"""Function of a problem and HTTP headers that returns the response of a dialect."""
+
+
+def render_problem(problem: Problem, headers: Mapping[str, str]) -> ErrorResponse:
+    """Return the response of the native API and of paths outside the dialects."""
+    return ProblemResponse(problem.model_dump(), problem.status, dict(headers))
+
+
+def find_renderer(scope: Scope) -> ErrorRenderer:
+    """Return the error renderer of the dialect that a request addresses.
+
+    Call it before the request is passed on: a mounted application changes the scope.
+    """
+    # without the prefix of a proxy
+    path = str(scope["path"]).removeprefix(scope.get("root_path", ""))
+    renderers: Mapping[str, ErrorRenderer] = scope["app"].state.error_renderers
+    return next(
+        (render for prefix, render in renderers.items() if path.startswith(f"{prefix}/")),
+        render_problem,
     )
-    message = f"{problem.detail} {problem.hint}".strip()
-    return {
-        "error": {"message": message, "type": kind, "param": problem.field, "code": problem.code}
-    }
 
 
-def respond(path: str, problem: Problem, headers: dict[str, str] | None = None) -> JSONResponse:
-    """The answer that a problem is to a request for this path: each dialect has its own shape."""
-    headers = dict(headers or {})
-    if path.startswith("/sdapi/"):
-        return ErrorResponse(
-            {"detail": f"{problem.detail} {problem.hint}".strip()}, problem.status, headers
-        )
-    if path.startswith("/v1/"):
-        if problem.code not in PASSING:
-            headers["x-should-retry"] = "false"
-        return ErrorResponse(
-            openai_error(problem), 400 if problem.status == 422 else problem.status, headers
-        )
-    return ProblemResponse(problem.model_dump(), problem.status, headers)
+def install(app: FastAPI, renderers: Mapping[str, ErrorRenderer]) -> None:
+    """Render the errors of an application.
+
+    Args:
+        app: The application.
+        renderers: How errors below a path prefix are rendered, by prefix.
+    """
+    app.state.error_renderers = renderers
+    app.add_exception_handler(AlphalayerError, _render_error)
+    app.add_exception_handler(RequestValidationError, _render_validation_error)
+    app.add_exception_handler(HTTPException, _render_http_error)
 
 
-def http_problem(error: HTTPException, path: str = "") -> JSONResponse:
-    """The answer to an error of the framework itself."""
-    if error.status_code == 400:
-        unreadable = InvalidRequest(
-            "the body cannot be read as JSON in UTF-8.", hint=validation.DESCRIBED
-        )
-        return respond(path, Problem.of(unreadable))
-    allowed = (error.headers or {}).get("Allow", "").replace(", ", " or ")
-    detail, hint = {
-        404: ("there is no such path.", "All paths are described at /docs."),
-        405: ("this path does not take that method.", f"Use {allowed}; see /docs."),
-    }.get(error.status_code, (str(error.detail), ""))
-    problem = Problem(
-        title=_title(error.status_code),
-        status=error.status_code,
-        detail=detail,
-        code=CODES.get(error.status_code, "http_error"),
-        hint=hint,
-    )
-    return respond(path, problem, dict(error.headers or {}))
+async def _render_error(request: Request, error: Exception) -> ErrorResponse:
+    assert isinstance(error, AlphalayerError)
+    headers: dict[str, str] = dict(getattr(error, "headers", {}))
+    if STATUSES.get(error.code) == 429:
+        request.app.state.service.metrics.refused.labels(error.code).inc()
+    if isinstance(error, RateLimited | Stopping | DatabaseAway):
+        headers["Retry-After"] = str(error.retry_after_s)
+    elif error.code == "queue_full":
+        headers["Retry-After"] = str(request.app.state.service.job_queue.retry_after_s)
+    return find_renderer(request.scope)(Problem.of(error), headers)
 
 
-def internal_error(path: str) -> JSONResponse:
-    """The answer where something broke that nobody thought of."""
-    problem = Problem(
-        title=_title(500),
-        status=500,
-        detail="an internal_error error; the log has the details.",
-        code="engine_failed",
-    )
-    return respond(path, problem)
+async def _render_validation_error(request: Request, error: Exception) -> ErrorResponse:
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    invalid = first_error(first)
+    if first["loc"] == ("body",) and first["type"] != "json_invalid":
+        if isinstance(error.body, bytes):  # unparsed, because Content-Type names no JSON
+            invalid = _wrong_content_type(request)
+        elif isinstance(error.body, str):
+            invalid = InvalidRequest(
+                "the body is a JSON text, not an object.",
+                hint="It was encoded twice: send the object itself.",
+            )
+    return find_renderer(request.scope)(Problem.of(invalid), {})
 
 
-def install(app: FastAPI) -> None:
-    """Answer every foreseen error of this application as a problem."""
-
-    async def known(request: Request, error: Exception) -> JSONResponse:
-        assert isinstance(error, AlphalayerError)
-        headers: dict[str, str] = dict(getattr(error, "headers", {}))
-        if STATUSES.get(error.code) == 429:
-            request.app.state.service.metrics.refused.labels(error.code).inc()
-        if isinstance(error, RateLimited | Stopping | DatabaseAway):
-            headers["Retry-After"] = str(error.retry_after_s)
-        elif error.code == "queue_full":
-            headers["Retry-After"] = str(request.app.state.service.job_queue.retry_after_s)
-        return respond(path_of(request.scope), Problem.of(error), headers)
-
-    async def invalid(request: Request, error: Exception) -> JSONResponse:
-        assert isinstance(error, RequestValidationError)
-        first = error.errors()[0]
-        fault = first_error(first)
-        if first["loc"] == ("body",) and first["type"] != "json_invalid":
-            if isinstance(error.body, bytes):  # as it came: its header names another type
-                fault = _not_json(request)
-            elif isinstance(error.body, str):
-                fault = InvalidRequest(
-                    "the body is a JSON text, not an object.",
-                    hint="It was made JSON twice: send the object itself.",
-                )
-        return respond(path_of(request.scope), Problem.of(fault))
-
-    async def plain(request: Request, error: Exception) -> JSONResponse:
-        assert isinstance(error, HTTPException)
-        if error.status_code == 405:
-            error.headers = {"Allow": ", ".join(_allowed(request))}
-        return http_problem(error, path_of(request.scope))
-
-    app.add_exception_handler(AlphalayerError, known)
-    app.add_exception_handler(RequestValidationError, invalid)
-    app.add_exception_handler(HTTPException, plain)
+async def _render_http_error(request: Request, error: Exception) -> ErrorResponse:
+    assert isinstance(error, HTTPException)
+    if error.status_code == 405:
+        error.headers = {"Allow": ", ".join(_allowed_methods(request))}
+    return find_renderer(request.scope)(Problem.of_http(error), error.headers or {})
 
 
-def _allowed(request: Request) -> list[str]:
-    """The methods of the request's path; the router itself names those of the first route alone."""
+def _allowed_methods(request: Request) -> list[str]:
+    """Return the methods of the request's path.
+
+    The router itself names the methods of the first matching route only.
+    """
     return [
         method
         for method in ("DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT")
@@ -228,31 +228,29 @@ def _allowed(request: Request) -> list[str]:
     ]
 
 
-def path_of(scope: Scope) -> str:
-    """The path as routes see it, without a prefix of a proxy."""
-    return str(scope["path"]).removeprefix(scope.get("root_path", ""))
-
-
-def _not_json(request: Request) -> InvalidRequest:
-    """A body that was not taken for JSON."""
-    kind = request.headers.get("content-type")
+def _wrong_content_type(request: Request) -> InvalidRequest:
+    """Return the error of a body whose Content-Type is missing or names no JSON."""
+    content_type = request.headers.get("content-type")
     return InvalidRequest(
-        f'"{kind}" is not application/json.'
-        if kind
-        else "it is missing, so the body is not taken for JSON.",
+        f'"{content_type}" is not application/json.'
+        if content_type
+        else "it is missing, so the body is not read as JSON.",
         hint="Send Content-Type: application/json.",
         field="Content-Type",
     )
 
 
-def first_error(first: Any) -> InvalidRequest:
-    """What pydantic found wrong in a request, in the service's words; `loc` begins with where the field was sent."""
-    place = [str(part) for part in first["loc"][1:]]
-    message = (
-        validation.describe_validation_error(first)
-        if place
-        else f"the {first['loc'][0]}: {validation.describe_validation_error(first)}"
-    )
-    if first["type"] == "json_invalid":
-        message, place = f"the body is not valid JSON: {first.get('ctx', {}).get('error', '')}", []
-    return InvalidRequest(message + ".", hint=validation.DESCRIBED, field=".".join(place) or None)
+def first_error(details: Any) -> InvalidRequest:
+    """Return the error for an entry of `ValidationError.errors()`.
+
+    Args:
+        details: The entry. Its `loc` begins with the part of the request, such as "body".
+    """
+    part, *names = (str(name) for name in details["loc"])
+    message = validation.describe_validation_error(details)
+    if details["type"] == "json_invalid":
+        reason = details.get("ctx", {}).get("error", "")
+        message, names = f"the body is not valid JSON: {reason}", []
+    elif not names:
+        message = f"the {part}: {message}"
+    return InvalidRequest(f"{message}.", hint=validation.DESCRIBED, field=".".join(names) or None)

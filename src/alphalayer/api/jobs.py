@@ -1,4 +1,4 @@
-"""Jobs of one's own, `/alpha/v1/jobs`: submit, look, list, cancel, and follow as server-sent events."""
+"""Jobs API, `/alpha/v1/jobs`: submit, show, list, cancel, and follow as server-sent events."""
 
 from __future__ import annotations
 
@@ -22,8 +22,10 @@ from alphalayer.api.deps import (
     submit_job,
     wire_names,
 )
+from alphalayer.api.dialect import Dialect
 from alphalayer.api.errors import PROBLEMS, Problem
-from alphalayer.api.native import FIELDS, ImageAnswer, Txt2ImgRequest, add_data, image_answers
+from alphalayer.api.native import DIALECT as NATIVE
+from alphalayer.api.native import ImageAnswer, Txt2ImgRequest, add_data, image_answers
 from alphalayer.core.errors import (
     AlphalayerError,
     FileMissing,
@@ -35,18 +37,17 @@ from alphalayer.core.job import Delivery, JobState, Submission, Webhook
 from alphalayer.jobs.base import JobView
 
 router = APIRouter(prefix="/alpha/v1/jobs", tags=["Jobs"], responses=PROBLEMS)
-
-
-JobId = Annotated[str, Path(description="The id of a job, as it was given.")]
+DIALECT = Dialect(router.prefix, router, field_names=NATIVE.field_names)
+JobId = Annotated[str, Path(description="Id of the job.")]
 
 
 class ListQuery(BaseModel):
-    """Which jobs to list."""
+    """Query of the list of jobs."""
 
     model_config = ConfigDict(extra="forbid")
 
-    state: Annotated[JobState | None, Field(description="Only jobs that stand there.")] = None
-    limit: Annotated[int, Field(ge=1, le=200, description="Jobs of a page at most.")] = 50
+    state: Annotated[JobState | None, Field(description="Only jobs in this state.")] = None
+    limit: Annotated[int, Field(ge=1, le=200, description="Largest number of jobs of a page.")] = 50
     before: Annotated[
         float | None,
         Field(
@@ -56,19 +57,23 @@ class ListQuery(BaseModel):
 
 
 class JobRequest(Txt2ImgRequest):
-    """The body of `POST /alpha/v1/jobs`: the fields of txt2img, and what is wanted while it runs."""
+    """Body of `POST /alpha/v1/jobs`: the fields of txt2img, previews and a webhook."""
 
-    previews: Annotated[bool, Field(description="Draw a small preview at every step.")] = False
+    previews: Annotated[bool, Field(description="Generate a small preview at every step.")] = False
     webhook_url: (
         Annotated[
             str,
-            Field(max_length=2000, description="Gets this job's JSON, signed, when it is over."),
+            Field(max_length=2000, description="Receives the signed JSON of the finished job."),
         ]
         | None
     ) = None
 
     def webhook(self, service: Service, base: str) -> Webhook | None:
-        """Whom to tell. Raises `InvalidRequest`."""
+        """Return the webhook to call, if any.
+
+        Raises:
+            InvalidRequest: webhooks are off, or the address is not allowed.
+        """
         if self.webhook_url is None:
             return None
         if service.check_webhook is None:
@@ -80,44 +85,48 @@ class JobRequest(Txt2ImgRequest):
 
 
 class JobAnswer(BaseModel):
-    """How a job stands."""
+    """Job with its state, progress and result."""
 
-    id: Annotated[str, Field(description="Of this job alone.")]
-    state: Annotated[JobState, Field(description="Where it stands.")]
-    position: Annotated[int, Field(description="Place in the queue; 1 is next, 0 is not in it.")]
+    id: Annotated[str, Field(description="Id of the job.")]
+    state: Annotated[JobState, Field(description="State of the job.")]
+    position: Annotated[
+        int, Field(description="Position in the queue: 1 is next, 0 is not queued.")
+    ]
     stage: Annotated[
         str,
         Field(
-            description="waiting, start, load, text, sample, vae, decode, store, or the state once it is over."
+            description="waiting, start, load, text, sample, vae, decode, store, or final state."
         ),
     ]
-    step: Annotated[int, Field(description="The last step done.")]
-    steps: Annotated[
-        int, Field(description="Steps in all, over all iterations; 0 before they are known.")
-    ]
-    eta_s: Annotated[float | None, Field(description="Seconds left, where that can be said.")] = (
-        None
-    )
+    step: Annotated[int, Field(description="Last finished step.")]
+    steps: Annotated[int, Field(description="Steps of all iterations; 0 before they are known.")]
+    eta_s: Annotated[
+        float | None, Field(description="Estimated seconds until it has finished, if known.")
+    ] = None
     preview_url: Annotated[
         str | None,
-        Field(description="A small picture of how it stands, where previews were asked for."),
+        Field(description="URL of the newest preview, if previews were requested."),
     ] = None
-    created_at: Annotated[float, Field(description="Unix seconds, as all times.")]
-    started_at: Annotated[float | None, Field(description="When an engine began with it.")] = None
-    finished_at: Annotated[float | None, Field(description="When it was over.")] = None
-    images: Annotated[list[ImageAnswer], Field(description="The pictures, once it is done.")] = []
-    error: Annotated[Problem | None, Field(description="What went wrong.")] = None
-    url: Annotated[str, Field(description="Ask here how it stands.")]
-    events_url: Annotated[str, Field(description="Follow it here.")]
+    created_at: Annotated[float, Field(description="Time of submission in Unix seconds.")]
+    started_at: Annotated[float | None, Field(description="Time of the start in Unix seconds.")] = (
+        None
+    )
+    finished_at: Annotated[float | None, Field(description="Time of the end in Unix seconds.")] = (
+        None
+    )
+    images: Annotated[list[ImageAnswer], Field(description="Images of a finished job.")] = []
+    error: Annotated[Problem | None, Field(description="Error of a failed job.")] = None
+    url: Annotated[str, Field(description="URL of the job.")]
+    events_url: Annotated[str, Field(description="URL of its events.")]
 
 
 class JobList(BaseModel):
-    """Jobs, newest first. `next_before` is the `before` of the next page."""
+    """Page of jobs."""
 
-    jobs: Annotated[list[JobAnswer], Field(description="Newest first.")]
+    jobs: Annotated[list[JobAnswer], Field(description="Jobs, newest first.")]
     next_before: Annotated[
         float | None,
-        Field(description="The `before` of the next page; null where this one is not full."),
+        Field(description="`before` of the next page; null on the last page."),
     ] = None
 
 
@@ -130,29 +139,35 @@ async def submit(
     user: User,
     idempotency_key: IdempotencyKey = None,
 ) -> JobAnswer:
-    """Answers at once. The job is kept whatever happens to the client or the service."""
+    """Queue a job and return it at once.
+
+    The job stays queued when the client disconnects or the service restarts.
+    """
     delivery = Delivery(webhook=body.webhook(service, base_url(request)), with_data=body.with_data)
     submission = Submission(owner=user, idempotency_key=idempotency_key, digest=body.digest)
-    with wire_names(FIELDS):
+    with wire_names(DIALECT.field_names):
         spec = body.to_spec(service.noise, service.decode).model_copy(
             update={"previews": body.previews}
         )
         job = await submit_job(service, spec, submission, delivery)
-    shown = answer(await _view(service, job.id, user), base_url(request))
-    response.headers["Location"] = shown.url
-    return shown
+    job_answer = answer(await _view(service, job.id, user), base_url(request))
+    response.headers["Location"] = job_answer.url
+    return job_answer
 
 
-@router.get("/{job_id}", summary="How a job stands")
+@router.get("/{job_id}", summary="Show a job")
 async def show(job_id: JobId, request: Request, service: ServiceDep, user: User) -> JobAnswer:
-    """Position, step, time left, and in the end the pictures (as base64, too, where the job asked for that) or the error."""
+    """Return position, step, remaining time, and finally the images or the error.
+
+    The images include their data if the job requested `response_format` base64.
+    """
     view = await _view(service, job_id, user)
-    shown = answer(view, base_url(request))
+    job_answer = answer(view, base_url(request))
     if view.job.delivery.with_data:
-        # pictures may be removed before their job is forgotten
+        # retention may remove images before their job
         with suppress(FileMissing):
-            await add_data(shown.images, service)
-    return shown
+            await add_data(job_answer.images, service)
+    return job_answer
 
 
 @router.get("", summary="List jobs")
@@ -162,10 +177,11 @@ async def listing(
     user: User,
     query: Annotated[ListQuery, Query()],
 ) -> JobList:
-    """One's own jobs, newest first."""
+    """Return the jobs of the client, newest first."""
     views = await service.job_queue.list(owner=user, **query.model_dump())
-    more = views[-1].job.created_at if len(views) == query.limit else None
-    return JobList(jobs=[answer(view, base_url(request)) for view in views], next_before=more)
+    next_before = views[-1].job.created_at if len(views) == query.limit else None
+    jobs = [answer(view, base_url(request)) for view in views]
+    return JobList(jobs=jobs, next_before=next_before)
 
 
 @router.delete("/{job_id}", summary="Cancel a job")
@@ -177,12 +193,16 @@ async def cancel(
     leave: Annotated[
         bool,
         Query(
-            description="Only take one's own request back: the job goes on if another one came with its key."
+            description="Only withdraw this request. "
+            "The job continues if another request has the same Idempotency-Key."
         ),
     ] = False,
 ) -> JobAnswer:
-    """Stops this job and no other: within a step if it runs, and with the others of its batch if it is drawn with some. One that is over
-    stays as it is."""
+    """Stop a job and return it.
+
+    A running job stops within a step, or with its batch if other jobs are in it.
+    A finished job is unchanged.
+    """
     await _view(service, job_id, user)
     if leave:
         await PendingJob(service, job_id).withdraw()
@@ -191,30 +211,42 @@ async def cancel(
     return answer(await _view(service, job_id, user), base_url(request))
 
 
-async def own_job(job_id: JobId, service: ServiceDep, user: User) -> JobView:
-    """A dependency, so that the answer is 404 before a stream has begun."""
-    return await _view(service, job_id, user)
+async def check_job(job_id: JobId, service: ServiceDep, user: User) -> None:
+    """Check that the client has this job, before a stream starts with status 200.
+
+    Raises:
+        JobMissing: it has not.
+    """
+    await _view(service, job_id, user)
 
 
 @router.get(
     "/{job_id}/events",
     summary="Follow a job",
     response_class=EventSourceResponse,
-    dependencies=[Depends(own_job)],
+    dependencies=[Depends(check_job)],
 )
 async def events(
     job_id: JobId, request: Request, service: ServiceDep
 ) -> AsyncIterator[ServerSentEvent]:
-    """An event at every change, named after the state; the last one is `done`, `failed` or `cancelled`."""
-    # a service that ends ends the stream; the client opens it again
+    """Send an event at every change of the job, named after its state.
+
+    The last event is `done`, `failed` or `cancelled`. Reconnect if the stream closes earlier: the
+    first event has the current state.
+    """
+    # the shutdown closes the stream and the client reconnects
     with suppress(Stopping):
         async for view in follow(service, job_id):
-            shown = answer(view, base_url(request))
-            yield ServerSentEvent(data=shown.model_dump(mode="json"), event=view.job.state.value)
+            data = answer(view, base_url(request)).model_dump(mode="json")
+            yield ServerSentEvent(data=data, event=view.job.state.value)
 
 
 async def _view(service: Service, job_id: str, user: str) -> JobView:
-    """The job, if it is the user's. Raises `JobMissing`."""
+    """Return a job of the user.
+
+    Raises:
+        JobMissing: the user has no job with that id.
+    """
     view = await service.job_queue.view(job_id)
     if view is None or view.job.owner != user:
         raise JobMissing(f'there is no job "{job_id[:100]}".', hint="Use the id as it was given.")
@@ -222,7 +254,7 @@ async def _view(service: Service, job_id: str, user: str) -> JobView:
 
 
 def answer(view: JobView, base: str) -> JobAnswer:
-    """The JSON of a job, for a client that knows the service as `base`."""
+    """Return the JSON of a job, for a client that uses the address `base`."""
     job, progress = view.job, view.progress
     url = f"{base}{router.prefix}/{job.id}"
     stage = "waiting" if view.position else progress.stage
@@ -250,6 +282,7 @@ def answer(view: JobView, base: str) -> JobAnswer:
 def _problem(error: dict[str, Any] | None) -> Problem | None:
     if error is None:
         return None
+    field = error["field"]
     return Problem.of(
-        AlphalayerError.from_dict({**error, "field": FIELDS.get(error["field"], error["field"])})
+        AlphalayerError.from_dict({**error, "field": DIALECT.field_names.get(field, field)})
     )

@@ -23,6 +23,7 @@ from alphalayer.api.deps import (
     run_job,
     wire_names,
 )
+from alphalayer.api.dialect import Dialect
 from alphalayer.api.errors import PROBLEMS
 from alphalayer.api.schemas import Body
 from alphalayer.catalog import ModelEntry, model_defaults
@@ -60,6 +61,7 @@ from alphalayer.storage import check_key
 router = APIRouter(prefix="/alpha/v1", tags=["Alphalayer"], responses=PROBLEMS)
 FIELDS = {"model": "checkpoint", "iterations": "n_iter", "sampler": "sampler_name"}
 """What a field is called here, where that differs from `GenerationRequest`."""
+DIALECT = Dialect("/alpha", router, field_names=FIELDS)
 
 
 class Txt2ImgRequest(Body):

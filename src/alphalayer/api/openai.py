@@ -8,10 +8,10 @@ import io
 import json
 import re
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Path, Request
+from fastapi import APIRouter, Depends, Path, Request
 from fastapi.responses import StreamingResponse
 from PIL import Image
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
@@ -28,10 +28,12 @@ from alphalayer.api.deps import (
     raise_if_failed,
     read_file,
     read_preview,
+    require_user,
     run_job,
     wire_names,
 )
-from alphalayer.api.errors import Problem, openai_error
+from alphalayer.api.dialect import Dialect
+from alphalayer.api.errors import ErrorResponse, Problem
 from alphalayer.api.schemas import Body
 from alphalayer.catalog import ModelEntry, resolve_model
 from alphalayer.core import validation
@@ -66,10 +68,38 @@ class ErrorAnswer(BaseModel):
 ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorAnswer, "description": "What is wrong."} for status in (400, "4XX")
 }
-router = APIRouter(prefix="/v1", tags=["OpenAI"], responses=ERRORS)
+router = APIRouter(
+    prefix="/v1", tags=["OpenAI"], responses=ERRORS, dependencies=[Depends(require_user)]
+)
 
 FIELDS = {"iterations": "n", "width": "size", "height": "size", "loras": "prompt"}
 """What a field is called here, where that differs from `GenerationRequest` and `JobSpec`."""
+RETRIED = ("queue_full", "rate_limited", "stopping", "storage_failed", "database_away")
+"""Codes of errors that a client may retry.
+
+OpenAI's clients retry after every 409 and 5xx. A request that crashes an engine must not be retried.
+"""
+
+
+def _error_body(problem: Problem) -> dict[str, Any]:
+    """Return the JSON of an error in OpenAI's form."""
+    kind = {429: "rate_limit_error"}.get(
+        problem.status, "server_error" if problem.status >= 500 else "invalid_request_error"
+    )
+    message = f"{problem.detail} {problem.hint}".strip()
+    return {
+        "error": {"message": message, "type": kind, "param": problem.field, "code": problem.code}
+    }
+
+
+def _render_error(problem: Problem, headers: Mapping[str, str]) -> ErrorResponse:
+    """Return the response for an error, with status 400 for a wrong field as OpenAI has it."""
+    retry = {} if problem.code in RETRIED else {"x-should-retry": "false"}
+    status = 400 if problem.status == 422 else problem.status
+    return ErrorResponse(_error_body(problem), status, {**headers, **retry})
+
+
+DIALECT = Dialect("/v1", router, _render_error, FIELDS)
 OutputFormat = Literal["png", "webp", "jpeg"]
 Quality = Literal["auto", "standard", "low", "medium", "high", "hd", "xhigh", "max"]
 QUALITY_STEPS: dict[Quality, int] = {
@@ -376,7 +406,7 @@ async def _events(
         async for event in _last_events(body, service, job):
             yield event
     except AlphalayerError as error:
-        yield f"event: error\ndata: {json.dumps(openai_error(Problem.of(error)))}\n\n"
+        yield f"event: error\ndata: {json.dumps(_error_body(Problem.of(error)))}\n\n"
     except (asyncio.CancelledError, GeneratorExit):
         await pending.withdraw()
         raise

@@ -1,4 +1,4 @@
-"""For operators and their machines: is it alive, is it ready."""
+"""Routes for operators: probes and metrics."""
 
 from __future__ import annotations
 
@@ -13,48 +13,46 @@ from alphalayer.api.deps import ServiceDep, User
 router = APIRouter(tags=["Operation"])
 
 
-@router.get("/livez", summary="Is the process alive?")
+@router.get("/livez", summary="Liveness probe")
 async def livez() -> dict[str, str]:
-    """Answers as long as the service runs; says nothing of the GPU."""
+    """Return 200 while the service runs, whatever the state of the GPU."""
     return {"status": "alive"}
 
 
 @router.get(
     "/readyz",
-    summary="Can it draw?",
-    responses={503: {"description": "Not now; the body says why."}},
+    summary="Readiness probe",
+    responses={503: {"description": "Not ready. The body has the reason."}},
 )
 def readyz(service: ServiceDep, response: Response) -> dict[str, Any]:
-    """200 when an engine is ready and there is a model to draw with, else 503 with the reason."""
-    # in a thread, for it reads the models folder
-    ready = service.readiness()
-    if not ready["ready"]:
+    """Return 200 if an engine and a model are ready, else 503 with the reason."""
+    # a plain function, which runs in a thread: it reads the models folder
+    readiness = service.readiness()
+    if not readiness["ready"]:
         response.status_code = 503
-    return ready
+    return readiness
 
 
 @router.get(
     "/ping",
-    summary="For load balancers",
+    summary="Load balancer probe",
     response_class=PlainTextResponse,
     responses={
         204: {"description": "Still starting."},
-        503: {"description": "Not now; the body says why."},
+        503: {"description": "Not ready. The body has the reason."},
     },
 )
 def ping(service: ServiceDep) -> Response:
-    """200 where `/readyz` says 200, 204 while an engine starts, else 503 with the reason."""
-    ready = service.readiness()
-    if ready["ready"]:
+    """Return 200 if ready, 204 while an engine starts, else 503 with the reason."""
+    readiness = service.readiness()
+    if readiness["ready"]:
         return PlainTextResponse("ready")
-    return (
-        PlainTextResponse(ready["problem"], 503)
-        if "problem" in ready
-        else Response(status_code=204)
-    )
+    if "problem" in readiness:
+        return PlainTextResponse(readiness["problem"], 503)
+    return Response(status_code=204)
 
 
-@router.get("/metrics", summary="For Prometheus", response_class=PlainTextResponse)
+@router.get("/metrics", summary="Prometheus metrics", response_class=PlainTextResponse)
 async def metrics(service: ServiceDep, _user: User) -> Response:
-    """Queue, jobs by outcome, seconds by stage, engine processes."""
+    """Return metrics of the queue, jobs, stages and engine processes."""
     return Response(generate_latest(service.metrics.registry), media_type=CONTENT_TYPE_LATEST)

@@ -1,4 +1,4 @@
-"""The page at `/`: plain files of this package, with a policy that lets it speak to this service alone."""
+"""Web page at `/`, with a policy that limits its requests to this service."""
 
 from __future__ import annotations
 
@@ -12,24 +12,30 @@ from fastapi.responses import FileResponse
 from fastapi.staticfiles import StaticFiles
 
 FOLDER = files("alphalayer") / "web" / "playground"
-POLICY = "default-src 'self'; img-src 'self' blob: data:; frame-ancestors 'self'; base-uri 'none'; form-action 'self'"
-
-
+POLICY = (
+    "default-src 'self'; img-src 'self' blob: data:; frame-ancestors 'self'; "
+    "base-uri 'none'; form-action 'self'"
+)
+"""Content security policy."""
 TYPES = {
     ".js": "text/javascript; charset=utf-8",
     ".css": "text/css; charset=utf-8",
     ".svg": "image/svg+xml",
 }
-"""The types of the files; what the system says of them, as Windows' registry does, may be wrong, and no browser runs a text as a script."""
+"""Content types by file extension.
+
+The types of the system may be wrong, as in the registry of Windows. Browsers run no script of
+type text/plain.
+"""
 
 
 class _FreshFiles(StaticFiles):
-    """Files that browsers ask for again each time, and get where they have changed: page and scripts must be of one version."""
+    """Files that browsers revalidate each time, because page and scripts must match."""
 
     def file_response(
         self, full_path: str | os.PathLike[str], *args: Any, **kwargs: Any
     ) -> Response:
-        """The file, or 304 for the version that the browser has."""
+        """Return the file, or 304 if the browser has this version."""
         response = super().file_response(full_path, *args, **kwargs)
         response.headers["Cache-Control"] = "no-cache"
         if "content-type" in response.headers:

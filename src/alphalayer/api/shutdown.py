@@ -1,4 +1,4 @@
-"""How a service ends, for those who wait for pictures: what is at work here is brought to its end, within one deadline for everything."""
+"""Shutdown of the service: running jobs finish, within one deadline for all."""
 
 from __future__ import annotations
 
@@ -12,21 +12,24 @@ from alphalayer.observability.logging import log
 
 @dataclass
 class Shutdown:
-    """Begins once, by `begin`; ends `drain_s` seconds later. Made and used on the service's event loop."""
+    """Shutdown that starts with `begin` and ends `drain_s` seconds later.
+
+    It belongs to the event loop of the service.
+    """
 
     drain_s: float
     stop_accepting: Callable[[], None]
-    """Lets the engines here begin nothing new."""
+    """Stops the workers of this process from claiming jobs."""
     is_running: Callable[[str], bool]
-    """Whether a job is in an engine here."""
-    others_draw: bool = False
-    """Whether what waits in the queue may be drawn elsewhere."""
+    """Whether a worker of this process is running a job."""
+    is_shared: bool = False
+    """Whether workers of other machines claim jobs of the same queue."""
     _begun: asyncio.Event = field(default_factory=asyncio.Event)
     _over: asyncio.Event = field(default_factory=asyncio.Event)
     _deadline: float = 0.0
 
     def begin(self) -> None:
-        """The service is to end: take no more. Again: nothing happens."""
+        """Start the shutdown and stop accepting jobs. A second call has no effect."""
         if self.has_begun:
             return
         loop = asyncio.get_running_loop()
@@ -38,29 +41,38 @@ class Shutdown:
 
     @property
     def has_begun(self) -> bool:
-        """Whether the service is ending."""
+        """Return whether the shutdown has started."""
         return self._begun.is_set()
 
     @property
     def left_s(self) -> float:
-        """Seconds until the deadline; only once it has begun."""
+        """Return the seconds until the deadline of a shutdown that has started."""
         return max(0.0, self._deadline - asyncio.get_running_loop().time())
 
     def check(self) -> None:
-        """Raise `Stopping` if the service is ending."""
+        """Check that the service accepts requests.
+
+        Raises:
+            Stopping: the shutdown has started.
+        """
         if self.has_begun:
             raise stopping()
 
     async def wait(self, job_id: str, *, elsewhere: bool = False) -> None:
-        """Return when it is no use to wait here for this job any longer. `elsewhere`: another pod that draws it is waited for, too."""
+        """Wait until clients should no longer wait for a job.
+
+        Args:
+            job_id: Id of the job.
+            elsewhere: Whether to wait until the deadline for workers of other machines, too.
+        """
         await self._begun.wait()
-        if self.is_running(job_id) or (elsewhere and self.others_draw):
+        if self.is_running(job_id) or (elsewhere and self.is_shared):
             await self._over.wait()
 
 
 def stopping() -> Stopping:
-    """What those are told who wait in vain."""
+    """Return the error for clients whose job has not finished."""
     return Stopping(
         "the service is being stopped.",
-        hint=f"Ask again in {Stopping.retry_after_s} seconds. What was accepted is kept and drawn later.",
+        hint=f"Try again in {Stopping.retry_after_s} seconds. Accepted jobs are kept.",
     )

@@ -1,4 +1,7 @@
-"""What a person at a terminal sees: lines, marks, and how far a drawing is. Names are shown as they are, never as markup."""
+"""Terminal output: lines, marks and progress.
+
+Names are printed verbatim, never as markup.
+"""
 
 from __future__ import annotations
 
@@ -24,13 +27,16 @@ _COLOURS = {"ok": "green", "warning": "yellow", "error": "red"}
 _STAGES = {
     "load": "loading the model",
     "text": "reading the prompt",
-    "sample": "drawing",
+    "sample": "generating",
     "decode": "decoding",
 }
 
 
 def program_name() -> str:
-    """The words that start this program: run.py does so without an `alphalayer` on the path."""
+    """Return the command that starts this program.
+
+    run.py sets it, because it starts the program without `alphalayer` on the path.
+    """
     return os.environ.get(STARTED_BY) or "alphalayer"
 
 
@@ -40,14 +46,14 @@ def render_hint(hint: str) -> str:
 
 
 def show_mark(mark: str, text: str, hint: str = "") -> None:
-    """A line that begins with "ok", "warning" or "error", and below it what to do."""
+    """Print a line that begins with "ok", "warning" or "error", and the hint below it."""
     out.print(Text.assemble((mark, _COLOURS[mark]), f"  {text}"))
     if hint:
         out.print(f"    {render_hint(hint)}")
 
 
 def show_error(error: AlphalayerError) -> None:
-    """What happened and what to do, in one line on stderr."""
+    """Print an error and its hint in one line on stderr."""
     err.print(
         Text.assemble(("error:", "red"), f" {error.describe()} {render_hint(error.hint)}".rstrip())
     )
@@ -55,7 +61,11 @@ def show_error(error: AlphalayerError) -> None:
 
 @contextmanager
 def progress() -> Generator[Any]:
-    """On a terminal, a bar on stderr with stage, step and time left; yields the function that the engine reports to."""
+    """Show a bar on stderr with stage, step and time left, if it is a terminal.
+
+    Yields:
+        The function that the engine reports its progress to.
+    """
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),

@@ -1,29 +1,31 @@
-"""Every error that the service answers with, and nothing of HTTP. (`alphalayer.client` adds `ServiceUnreachable`.)
+"""Errors that the service answers with, independent of HTTP.
+
+`alphalayer.client` adds `ServiceUnreachable`.
 
     AlphalayerError
     ├── InvalidRequest         a field of a request is wrong
-    ├── ModelNotFound          no model of that name, or none at all
-    ├── ModelUnusable          a model file that is there cannot be used
-    │   ├── CorruptFile        truncated, unreadable, not what its name says
-    │   ├── UnsupportedFamily  a known kind of checkpoint that this version does not draw with
+    ├── ModelNotFound          no model has that name, or there is no model
+    ├── ModelUnusable          a model file exists and cannot be used
+    │   ├── CorruptFile        truncated, unreadable, or not what its name promises
+    │   ├── UnsupportedFamily  a checkpoint of a family that this version cannot load
     │   └── PickleRefused      .ckpt and .pt files can run code when they are opened
-    ├── LayerDiffuseMissing    the patch or the transparent decoder is not there
-    ├── OutOfMemory            the request does not fit the device, in the smallest mode either
-    ├── Cancelled              somebody asked for it
-    ├── QueueFull              no room; come back later
-    ├── Unauthorized           no credentials, or wrong ones
-    ├── NotImplementedYet      a route that clients know from elsewhere and that does nothing here yet
-    ├── RateLimited            this key asked too often
-    ├── Stopping               the service is being stopped; ask again
-    ├── FileMissing            no picture of that name
-    ├── JobMissing             no job of that id
+    ├── LayerDiffuseMissing    the patch or the transparent decoder is missing
+    ├── OutOfMemory            the request exceeds the device, even in the smallest mode
+    ├── Cancelled              a client cancelled the job
+    ├── QueueFull              the queue has reached its limit
+    ├── Unauthorized           credentials are missing or wrong
+    ├── NotImplementedYet      a route of a dialect that this version does not implement
+    ├── RateLimited            a key exceeded its rate
+    ├── Stopping               the service is shutting down
+    ├── FileMissing            no image has that name
+    ├── JobMissing             no job has that id
     ├── StorageFailed          disk full, folder read-only
-    │   └── DatabaseAway       the database that many machines share cannot be reached; ask again
-    ├── EngineFailed           the engine process died, raised something internal_error, or its numbers overflowed
+    │   └── DatabaseAway       the shared database cannot be reached
+    ├── EngineFailed           the engine process died, or failed in an unexpected way
     └── SetupFailed            the service cannot start as configured
 
-Each has a stable `code`, a `message` that says what happened and why, a `hint` that says what to do next, and for
-requests the `field`. They cross processes as plain dictionaries.
+Each error has a stable `code`, a `message` with the cause, and a `hint` with the next step.
+Errors of requests also have the `field`. Errors cross processes as plain dictionaries.
 """
 
 from __future__ import annotations
@@ -76,12 +78,15 @@ class AlphalayerError(Exception):
         return f"{self.field}: {self.message}" if self.field else self.message
 
     def to_dict(self) -> dict[str, Any]:
-        """The error as JSON-ready data, the inverse of `from_dict`."""
+        """Return the error as JSON-ready data, the inverse of `from_dict`."""
         return {"code": self.code, "message": self.message, "hint": self.hint, "field": self.field}
 
     @staticmethod
     def from_dict(data: dict[str, Any]) -> AlphalayerError:
-        """Rebuild the error of the class that `code` names; an unknown code gives the base class with this code."""
+        """Return the error that `to_dict` described.
+
+        An unknown code gives the base class with that code.
+        """
         kind = next(
             (kind for kind in _subclasses(AlphalayerError) if kind.code == data.get("code")),
             AlphalayerError,
@@ -92,127 +97,129 @@ class AlphalayerError(Exception):
 
 
 def _subclasses(kind: type[AlphalayerError]) -> list[type[AlphalayerError]]:
-    return [found for child in kind.__subclasses__() for found in (child, *_subclasses(child))]
+    return [
+        subclass for child in kind.__subclasses__() for subclass in (child, *_subclasses(child))
+    ]
 
 
 class InvalidRequest(AlphalayerError):
-    """A field of a request is wrong; `field` names it."""
+    """Wrong value of the request field that `field` names."""
 
     code = "invalid_request"
 
 
 class ModelNotFound(AlphalayerError):
-    """No model of that name is in the models folder."""
+    """Name of a model that the models folder does not hold."""
 
     code = "model_not_found"
 
 
 class ModelUnusable(AlphalayerError):
-    """A model file that is there cannot be used."""
+    """Model file that exists and cannot be used."""
 
     code = "model_unusable"
 
 
 class CorruptFile(ModelUnusable):
-    """A model file is truncated, unreadable or not what its name says."""
+    """Model file that is truncated, unreadable or not what its name promises."""
 
     code = "corrupt_file"
 
 
 class UnsupportedFamily(ModelUnusable):
-    """A known kind of checkpoint that this version does not draw with."""
+    """Checkpoint of a family that this version cannot load."""
 
     code = "unsupported_family"
 
 
 class PickleRefused(ModelUnusable):
-    """A pickle file: opening it could run code."""
+    """Pickle file, which could run code when it is opened."""
 
     code = "pickle_refused"
 
 
 class LayerDiffuseMissing(AlphalayerError):
-    """The LayerDiffuse patch or the transparent decoder is not there."""
+    """Missing LayerDiffuse patch or transparent decoder."""
 
     code = "layerdiffuse_missing"
 
 
 class OutOfMemory(AlphalayerError):
-    """The request does not fit the device, in the smallest memory mode either."""
+    """Request that exceeds the device, even in the smallest memory mode."""
 
     code = "out_of_memory"
 
 
 class Cancelled(AlphalayerError):
-    """Somebody asked for the job to stop."""
+    """Job that a client cancelled."""
 
     code = "cancelled"
 
 
 class QueueFull(AlphalayerError):
-    """There is no room for another job now."""
+    """Queue that has reached its limit."""
 
     code = "queue_full"
 
 
 class Unauthorized(AlphalayerError):
-    """No credentials, or wrong ones."""
+    """Missing or wrong credentials."""
 
     code = "unauthorized"
 
 
 class NotImplementedYet(AlphalayerError):
-    """A route that clients know from elsewhere and that does nothing here yet."""
+    """Route of a dialect that this version does not implement."""
 
     code = "not_implemented"
 
 
 class RateLimited(AlphalayerError):
-    """A key asked more often than it may; `retry_after_s` says when it may again."""
+    """Key that exceeded its rate; the client may retry after `retry_after_s` seconds."""
 
     code = "rate_limited"
     retry_after_s = 60
 
 
 class Stopping(AlphalayerError):
-    """The service is being stopped; `retry_after_s` says when to ask again."""
+    """Service that shuts down; the client may retry after `retry_after_s` seconds."""
 
     code = "stopping"
     retry_after_s = 10
 
 
 class FileMissing(AlphalayerError):
-    """No stored picture has that name."""
+    """Name of an image that is not in storage."""
 
     code = "file_not_found"
 
 
 class JobMissing(AlphalayerError):
-    """No job has that id, or it is somebody else's."""
+    """Id of no job, or of another client's job."""
 
     code = "job_not_found"
 
 
 class StorageFailed(AlphalayerError):
-    """A picture could not be written or read: disk full, folder read-only."""
+    """Image that could not be written or read, as on a full disk."""
 
     code = "storage_failed"
 
 
 class DatabaseAway(StorageFailed):
-    """The database that many machines share cannot be reached; `retry_after_s` says when to ask again."""
+    """Shared database out of reach; the client may retry after `retry_after_s` seconds."""
 
     code = "database_away"
     retry_after_s = 10
 
 
 class EngineFailed(AlphalayerError):
-    """The engine process died, raised something internal_error, or its numbers overflowed."""
+    """Engine process that died, or failed in an unexpected way."""
 
     code = "engine_failed"
 
 
 class SetupFailed(AlphalayerError):
-    """The service or command cannot start as it is configured."""
+    """Configuration with which the service or a command cannot start."""
 
     code = "setup_failed"

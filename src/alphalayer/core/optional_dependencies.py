@@ -1,4 +1,4 @@
-"""Packages that not everybody needs, in groups that `pip` calls extras: how to get one, from where this package itself came."""
+"""Optional packages, in groups that `pip` calls extras, and how to install them."""
 
 from __future__ import annotations
 
@@ -30,22 +30,25 @@ def require(package: str, extra: str) -> None:
 
 
 def install_hint(extra: str) -> str:
-    """The command that installs an extra here: from the checkout or file that this package was installed from, else from the index."""
-    came_from: dict[str, Any] = {}
+    """Return a hint with the command that installs an extra.
+
+    It installs from the source of this package: a checkout, a file or the index.
+    """
+    origin: dict[str, Any] = {}
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-        # PEP 610: written by pip for what comes from elsewhere than an index
-        came_from = json.loads(
+        # PEP 610: pip writes it for a package that does not come from an index
+        origin = json.loads(
             importlib.metadata.distribution("alphalayer").read_text("direct_url.json") or "{}"
         )
-    url, wanted = came_from.get("url", ""), f'"alphalayer[{extra}]"'
-    if came_from.get("dir_info", {}).get("editable"):
-        wanted = f'-e "{url2pathname(urlsplit(url).path)}[{extra}]"'
+    url, requirement = origin.get("url", ""), f'"alphalayer[{extra}]"'
+    if origin.get("dir_info", {}).get("editable"):
+        requirement = f'-e "{url2pathname(urlsplit(url).path)}[{extra}]"'
     elif url:
-        wanted = f'"alphalayer[{extra}] @ {url}"'
-    # a .venv of run.py may be without a pip of its own
+        requirement = f'"alphalayer[{extra}] @ {url}"'
+    # the .venv of run.py may have no pip
     pip = (
         f"{sys.executable} -m pip"
         if importlib.util.find_spec("pip")
         else f"pip --python {sys.executable}"
     )
-    return f"Run: {pip} install {wanted}"
+    return f"Run: {pip} install {requirement}"

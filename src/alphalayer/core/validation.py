@@ -1,4 +1,4 @@
-"""What pydantic finds wrong in a value, in the service's words: `got 4096; at most 2048`."""
+"""Descriptions of pydantic's validation errors, such as `got 4096; at most 2048`."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ _ACCEPTED = {
     "literal_error": "{expected}",
     "enum": "{expected}",
 }
-"""What is accepted, by pydantic's type of error."""
-_WHOLE = {
+"""Description of accepted values, by pydantic's type of error."""
+_FULL = {
     "missing": "it must be given",
     "missing_argument": "it must be given",
     "extra_forbidden": "there is no such field",
@@ -42,32 +42,40 @@ _WHOLE = {
     "too_long": "got {actual_length} entries; at most {max_length}",
     "string_too_short": "it is empty",
 }
-"""The whole sentence, where what was sent does not help."""
+"""Full description of errors where the received value does not help."""
 _FORMS = {COLOUR: 'a colour such as "#ffffff"'}
 
 
-def describe_validation_error(fault: Mapping[str, Any]) -> str:
-    """One of `ValidationError.errors()` as a sentence without its full stop and without the name of the field."""
-    kind, value = fault["type"], fault.get("input")
+def describe_validation_error(error: Mapping[str, Any]) -> str:
+    """Describe an entry of `ValidationError.errors()`.
+
+    Returns:
+        A sentence without the name of the field and without its full stop.
+    """
+    kind, value = error["type"], error.get("input")
     # a limit of 4.0 is shown as 4
-    about = {
-        name: f"{each:g}" if isinstance(each, float) else each
-        for name, each in fault.get("ctx", {}).items()
+    context = {
+        name: f"{bound:g}" if isinstance(bound, float) else bound
+        for name, bound in error.get("ctx", {}).items()
     }
-    if kind in _WHOLE:
-        return _WHOLE[kind].format(**about)
+    if kind in _FULL:
+        return _FULL[kind].format(**context)
     if kind == "string_too_long":
-        return f"got {len(str(value))} characters; at most {about['max_length']}"
+        return f"got {len(str(value))} characters; at most {context['max_length']}"
     if kind == "string_pattern_mismatch":
-        form = _FORMS.get(about["pattern"], f"a text of the form {about['pattern']}")
+        form = _FORMS.get(context["pattern"], f"a text of the form {context['pattern']}")
         return f"got {shown(value)}; {form}"
     if kind in _ACCEPTED:
-        return f"got {shown(value)}; {_ACCEPTED[kind].format(**about)}"
-    return str(fault["msg"]).removeprefix("Value error, ")
+        return f"got {shown(value)}; {_ACCEPTED[kind].format(**context)}"
+    return str(error["msg"]).removeprefix("Value error, ")
 
 
 def check_unicode(value: Any) -> None:
-    """Raise `ValueError` where a text of a JSON value, however deep, has halves of characters, which no answer can hold."""
+    """Check that every text of a JSON value is Unicode, at any depth.
+
+    Raises:
+        ValueError: a text holds half of a surrogate pair, which no response can hold.
+    """
     try:
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError:
@@ -75,6 +83,6 @@ def check_unicode(value: Any) -> None:
 
 
 def shown(value: Any) -> str:
-    """A value as it was sent, as JSON, cut where it is long."""
+    """Return a received value as JSON, cut after `SHOWN_CHARACTERS`."""
     text = json.dumps(value, ensure_ascii=False, default=str).encode(errors="replace").decode()
     return text if len(text) <= SHOWN_CHARACTERS else text[:SHOWN_CHARACTERS] + "…"

@@ -10,15 +10,15 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from fastapi import Depends, FastAPI
+from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 
 from alphalayer import __version__, catalog
 from alphalayer.api import docs, errors, jobs, native, openai, ops, playground
-from alphalayer.api.a1111 import routes
+from alphalayer.api.a1111 import routes as a1111
 from alphalayer.api.addresses import address
 from alphalayer.api.auth import Authenticator
-from alphalayer.api.deps import Service, require_user
+from alphalayer.api.deps import Service
 from alphalayer.api.middleware.body_limit import BodyLimit
 from alphalayer.api.middleware.forwarded import ForwardedHeaders
 from alphalayer.api.middleware.request_log import RequestLog
@@ -45,8 +45,7 @@ from alphalayer.worker.supervisor import EngineSpec, Supervisor
 
 ENGINE = "alphalayer.engine.pipeline:create_engine"
 DESCRIPTION = "Text in, transparent PNG out: Stable Diffusion XL with LayerDiffuse."
-
-
+DIALECTS = (native.DIALECT, jobs.DIALECT, a1111.DIALECT, openai.DIALECT)
 JOURNAL = "jobs.sqlite"
 EXPOSED = ("Location", "Retry-After", "X-Request-ID")
 """Headers that a page of another origin may read."""
@@ -107,7 +106,7 @@ def create_app(
         redoc_url=None,
     )
     app.include_router(ops.router)
-    errors.install(app)
+    errors.install(app, {dialect.prefix: dialect.render_error for dialect in DIALECTS})
     traces, send_traces = _trace(app) if settings.tracing else (Traces(), lambda: None)
     assistants = (
         _add_dialects(app, settings) if settings.role != "worker" else contextlib.nullcontext
@@ -131,12 +130,13 @@ _Lifespan = Callable[[Any], AbstractAsyncContextManager[Any]]
 
 
 def _add_dialects(app: FastAPI, settings: Settings) -> _Lifespan:
-    """Everything that takes requests for pictures; the context to be in while it serves."""
-    app.include_router(native.router)
-    app.include_router(jobs.router)
-    app.include_router(routes.router, dependencies=[Depends(require_user)])
-    app.include_router(openai.router, dependencies=[Depends(require_user)])
-    app.state.a1111 = routes.Options()
+    """Add the dialects, the pages and the MCP tool.
+
+    Returns:
+        The context to enter while the application serves.
+    """
+    for dialect in DIALECTS:
+        app.include_router(dialect.router)
     docs.install(app)
     playground.install(app)
     return _mount_mcp(app, settings)
@@ -272,7 +272,7 @@ async def _assemble(
         settings.drain_s,
         pool.stop_accepting,
         pool.is_running,
-        others_draw=settings.database is not None,
+        is_shared=settings.database is not None,
     )
     models = _model_lookup(settings)
     health = Health(pool, shutdown, lambda: job_queue.is_reachable, models.default, has_engines)

@@ -7,6 +7,7 @@ import base64
 import binascii
 import json
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -24,9 +25,12 @@ from alphalayer.api.deps import (
     find_model,
     read_file,
     read_preview,
+    require_user,
     run_job,
     wire_names,
 )
+from alphalayer.api.dialect import Dialect
+from alphalayer.api.errors import ErrorResponse, Problem
 from alphalayer.api.schemas import Body
 from alphalayer.core import validation
 from alphalayer.core.errors import InvalidRequest, NotImplementedYet
@@ -54,8 +58,22 @@ class Detail(BaseModel):
 ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": Detail, "description": "What is wrong."} for status in (422, "4XX")
 }
-router = APIRouter(prefix="/sdapi/v1", tags=["AUTOMATIC1111"], responses=ERRORS)
+router = APIRouter(
+    prefix="/sdapi/v1",
+    tags=["AUTOMATIC1111"],
+    responses=ERRORS,
+    dependencies=[Depends(require_user)],
+)
 router.include_router(lists.router)
+
+
+def _render_error(problem: Problem, headers: Mapping[str, str]) -> ErrorResponse:
+    """Return the response for an error in AUTOMATIC1111's form."""
+    content = {"detail": f"{problem.detail} {problem.hint}".strip()}
+    return ErrorResponse(content, problem.status, dict(headers))
+
+
+DIALECT = Dialect("/sdapi", router, _render_error, FIELDS)
 
 
 @dataclass
@@ -69,7 +87,10 @@ class Options:
 
 async def options_of(request: Request) -> Options:
     """The options of this application."""
-    return request.app.state.a1111
+    state = request.app.state
+    if not hasattr(state, "a1111"):
+        state.a1111 = Options()
+    return state.a1111
 
 
 OptionsDep = Annotated[Options, Depends(options_of)]

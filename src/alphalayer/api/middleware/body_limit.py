@@ -5,11 +5,15 @@ from __future__ import annotations
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from alphalayer.api import errors
+from alphalayer.api.errors import Problem, find_renderer
 
 
 class BodyLimit:
-    """ASGI middleware that answers 413 to bodies over `limit` bytes, declared or sent."""
+    """ASGI middleware that answers 413 to bodies over `limit` bytes, declared or sent.
+
+    FastAPI's `max_body_size` has the same limit. It answers a declared length over the limit
+    with plain text, outside of the exception handlers, the request log and the CORS headers.
+    """
 
     def __init__(self, app: ASGIApp, limit: int):
         self._app = app
@@ -33,6 +37,7 @@ class BodyLimit:
 
         declared = dict(scope["headers"]).get(b"content-length", b"0")
         if declared.isdigit() and int(declared) > self._limit:
-            await errors.http_problem(error, errors.path_of(scope))(scope, receive, send)
+            response = find_renderer(scope)(Problem.of_http(error), {})
+            await response(scope, receive, send)
         else:
             await self._app(scope, receive_counted, send)

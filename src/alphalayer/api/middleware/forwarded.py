@@ -1,4 +1,4 @@
-"""What a trusted reverse proxy says about the client: scheme, host, path prefix and address from X-Forwarded-* headers."""
+"""X-Forwarded-* headers of trusted proxies: scheme, host, path prefix and client address."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 
 class ForwardedHeaders:
-    """ASGI middleware. Headers are believed only from the given addresses or networks ("*": from anybody)."""
+    """ASGI middleware that applies X-Forwarded-* headers of trusted proxies.
+
+    `trusted` lists addresses and networks, separated by commas. "*" trusts every client.
+    """
 
     def __init__(self, app: ASGIApp, trusted: str):
         self._app = app
@@ -47,15 +50,15 @@ def _forwarded(scope: Scope, headers: dict[str, str]) -> dict[str, Any]:
     if first.get("x-forwarded-proto") in ("http", "https"):
         changed["scheme"] = first["x-forwarded-proto"]
     if first.get("x-forwarded-host"):
-        kept = [pair for pair in scope["headers"] if pair[0] != b"host"]
-        changed["headers"] = [*kept, (b"host", first["x-forwarded-host"].encode("latin-1"))]
+        others = [pair for pair in scope["headers"] if pair[0] != b"host"]
+        changed["headers"] = [*others, (b"host", first["x-forwarded-host"].encode("latin-1"))]
     if first.get("x-forwarded-prefix", "").startswith("/"):
-        # the proxy took the prefix off; ASGI has it in the path, too, and takes it off there before it looks for a route
+        # the proxy removed the prefix; ASGI expects it in the path and removes it before routing
         prefix = first["x-forwarded-prefix"].rstrip("/")
         changed |= {"root_path": prefix, "path": prefix + scope["path"]}
         if scope.get("raw_path") is not None:
             changed["raw_path"] = prefix.encode("latin-1") + scope["raw_path"]
     if first.get("x-forwarded-for"):
-        # the last address is the one that the trusted proxy saw; those before it are only claimed
+        # the trusted proxy added the last address; a client may have made up the others
         changed["client"] = (headers["x-forwarded-for"].rpartition(",")[2].strip(), 0)
     return changed

@@ -1,6 +1,6 @@
-"""One log line a request, and an id that stands in every line written on its way and in the answer's `X-Request-ID`.
+"""One log line for each request, and a request id in all lines and in `X-Request-ID`.
 
-What nobody foresaw ends here, so that it is logged once, with the id, and answered with it.
+Unexpected exceptions are caught here: logged once and answered, both with the id.
 """
 
 from __future__ import annotations
@@ -13,31 +13,34 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from structlog.contextvars import bound_contextvars
 
-from alphalayer.api import errors
+from alphalayer.api.errors import INTERNAL_ERROR, find_renderer
 from alphalayer.observability.logging import log
 
 HEADER = "X-Request-ID"
 _ID = re.compile(r"[\w.:/+=-]{1,128}", re.ASCII)
-_WATCHING = re.compile(r".*/(livez|readyz|ping|metrics|sdapi/v1/progress|alpha/v1/jobs/[0-9a-f]+)")
-"""What is asked again and again."""
+_POLLED = re.compile(r".*/(livez|readyz|ping|metrics|sdapi/v1/progress|alpha/v1/jobs/[0-9a-f]+)")
+"""Paths that clients poll."""
 
 
 class RequestLog:
-    """ASGI middleware. A client's own `X-Request-ID` is kept if it is a plain word; probes and polls are logged at
-    debug level."""
+    """ASGI middleware that logs requests.
+
+    It keeps a client's `X-Request-ID` that is a plain word. Probes and polls have level debug.
+    """
 
     def __init__(self, app: ASGIApp):
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Give the request its id and log how it was answered."""
+        """Forward a request with its id and log the response."""
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
-        given = Headers(scope=scope).get(HEADER, "")
-        request_id = given if _ID.fullmatch(given) else secrets.token_hex(8)
+        sent_id = Headers(scope=scope).get(HEADER, "")
+        request_id = sent_id if _ID.fullmatch(sent_id) else secrets.token_hex(8)
+        render_error = find_renderer(scope)
         start, status = time.perf_counter(), 0
 
-        async def answer(message: Message) -> None:
+        async def send_with_id(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
@@ -46,14 +49,15 @@ class RequestLog:
 
         with bound_contextvars(request=request_id):
             try:
-                await self._app(scope, receive, answer)
+                await self._app(scope, receive, send_with_id)
             except Exception as error:
                 log.error("request.failed", path=scope["path"], exc_info=error)
                 if not status:
-                    await errors.internal_error(scope["path"])(scope, receive, answer)
+                    response = render_error(INTERNAL_ERROR, {})
+                    await response(scope, receive, send_with_id)
             finally:
-                is_watching = scope["method"] == "GET" and _WATCHING.fullmatch(scope["path"])
-                level = log.debug if is_watching else log.info
+                is_poll = scope["method"] == "GET" and _POLLED.fullmatch(scope["path"])
+                level = log.debug if is_poll else log.info
                 seconds = round(time.perf_counter() - start, 4)
                 level(
                     "request.completed",
