@@ -55,7 +55,7 @@ def test_a_password_outside_ascii_is_known_in_either_encoding(tmp_path, encoding
 
 
 def test_keys_that_change_while_the_service_runs_count(tmp_path, monkeypatch):
-    monkeypatch.setattr(api_keys, "LOOK_EVERY_S", 0)
+    monkeypatch.setattr(api_keys, "CHECK_EVERY_S", 0)
     file = tmp_path / "keys.json"
     api_keys.add_key(file, "first")
     with served(tmp_path, keys_file=file, wait_ready=False) as client:

@@ -180,7 +180,7 @@ class Webhooks:
             raise Refused("its entry in the journal cannot be read any more.")
         url = httpx.URL(webhook.url)
         address = await self._look_up(url)
-        body = answer(JobView.of_ended(job), webhook.service_url).model_dump_json().encode()
+        body = answer(JobView.of_finished(job), webhook.service_url).model_dump_json().encode()
         now = int(time.time())
         headers = {
             "host": url.netloc.decode(),
