@@ -206,6 +206,10 @@ class JobStore(Protocol):
         """Return the ids of all unfinished jobs."""
         ...
 
+    async def input_names(self) -> set[str]:
+        """Return the names of the input images of all unfinished jobs."""
+        ...
+
     async def delete_finished(self, finished_before: float) -> int:
         """Delete jobs that finished before a time (Unix seconds).
 

@@ -20,6 +20,10 @@ class Housekeeping:
         """Return the ids of all unfinished jobs of all services."""
         return await self._journal.unfinished_ids()
 
+    async def input_names(self) -> set[str]:
+        """Return the names of the input images of all unfinished jobs."""
+        return await self._journal.input_names()
+
     async def delete_finished(self, finished_before: float) -> int:
         """Delete old jobs. Return their number."""
         return await self._journal.delete_finished(finished_before)

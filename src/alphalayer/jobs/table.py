@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import re
 import sqlite3
 import time
 from collections.abc import Sequence
@@ -114,6 +115,7 @@ VERSION = 1 + len(MIGRATIONS)
 
 WITH_WEBHOOK = jobs.c.delivery.contains('"webhook":{')
 """Selects jobs with a webhook. In a text of the request the quotes would be escaped."""
+_INPUT = re.compile(r"input_[0-9a-f]{64}\.png")
 
 WEBHOOK_CLAIM_S = 60.0
 DELETE_BATCH = 1000
@@ -247,6 +249,18 @@ class Journal:
         """Return the ids of all unfinished jobs. Raises `StorageFailed`."""
         rows = await self._rows(select(jobs.c.id).where(jobs.c.state.in_(OPEN)))
         return {row["id"] for row in rows}
+
+    async def input_names(self) -> set[str]:
+        """Return the names of the input images of all unfinished jobs.
+
+        A name in a prompt counts too, which keeps a file longer than necessary.
+
+        Raises:
+            StorageFailed: The journal cannot be read.
+        """
+        named = jobs.c.spec.contains("input_", autoescape=True)
+        rows = await self._rows(select(jobs.c.spec).where(jobs.c.state.in_(OPEN), named))
+        return {name for row in rows for name in _INPUT.findall(row["spec"])}
 
     async def list(
         self,
