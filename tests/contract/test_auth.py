@@ -140,7 +140,7 @@ def test_a_start_that_would_let_in_whom_it_should_not_fails(tmp_path):
         asyncio.run(check(Settings(data_dir=tmp_path, outputs_dir=tmp_path, **settings)))
 
     file = tmp_path / "keys.json"
-    with pytest.raises(SetupFailed, match=r"keys_file: .* is not there"):
+    with pytest.raises(SetupFailed, match=r"keys_file: .* is missing"):
         start(keys_file=file)
     api_keys.add_key(file, "ann")
     start(keys_file=file, api_auth="bob:secret")
