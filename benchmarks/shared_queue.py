@@ -200,12 +200,12 @@ async def _small_things(
             )
 
     async def tell_progress() -> None:
-        queue._held[job.id].told_at = 0.0
+        queue._claims[job.id].notified_at = 0.0
         await queue.report_progress(job.id, JobProgress(stage="sample", step=1, steps=20))
 
     async def look() -> None:
         async with queue._transaction() as (connection, _):
-            await queue._room.look(connection)
+            await queue._stats.refresh(connection)
 
     costs: dict[str, float] = {}
     for name, act in {

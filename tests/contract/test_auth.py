@@ -55,7 +55,7 @@ def test_a_password_outside_ascii_is_known_in_either_encoding(tmp_path, encoding
 
 
 def test_keys_that_change_while_the_service_runs_count(tmp_path, monkeypatch):
-    monkeypatch.setattr(api_keys, "LOOK_EVERY_S", 0)
+    monkeypatch.setattr(api_keys, "CHECK_EVERY_S", 0)
     file = tmp_path / "keys.json"
     api_keys.add_key(file, "first")
     with served(tmp_path, keys_file=file, wait_ready=False) as client:
@@ -140,7 +140,7 @@ def test_a_start_that_would_let_in_whom_it_should_not_fails(tmp_path):
         asyncio.run(check(Settings(data_dir=tmp_path, outputs_dir=tmp_path, **settings)))
 
     file = tmp_path / "keys.json"
-    with pytest.raises(SetupFailed, match=r"keys_file: .* is not there"):
+    with pytest.raises(SetupFailed, match=r"keys_file: .* is missing"):
         start(keys_file=file)
     api_keys.add_key(file, "ann")
     start(keys_file=file, api_auth="bob:secret")

@@ -43,7 +43,7 @@ def engine_pid(client) -> int | None:
 
 def running_starts(client) -> int:
     """How often the job that runs was started; 0 if none runs."""
-    jobs = [live.job for live in list(client.app.state.parts.job_queue._live.values())]
+    jobs = [record.job for record in list(client.app.state.parts.job_queue._open_jobs.values())]
     return next((job.starts for job in jobs if job.state is JobState.RUNNING), 0)
 
 
@@ -333,7 +333,7 @@ def test_a_start_does_not_wait_for_room_to_note_what_is_over(tmp_path, monkeypat
         await job_queue.cancel(stopped)
         await job_queue.close()
 
-        monkeypatch.setattr(sqlite, "END_S", 0.1)
+        monkeypatch.setattr(sqlite, "STARTUP_S", 0.1)
         with monkeypatch.context() as full, capture_logs() as logs:
             full.setattr(Journal, "save", no_room)
             again = await asyncio.wait_for(SqliteJobQueue.open(tmp_path / "jobs.sqlite", 10), 5)

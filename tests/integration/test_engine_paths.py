@@ -214,8 +214,7 @@ def test_running_out_of_memory_in_every_mode_says_what_was_needed(
     assert '"low"' in error.value.message
     assert "larger modes were tried, too" in error.value.message
     assert (
-        error.value.hint
-        == "Request a smaller image or batch, or close other programs on the GPU."
+        error.value.hint == "Request a smaller image or batch, or close other programs on the GPU."
     )
     # and the engine works on
     assert np.array_equal(_render(engine), base)

@@ -41,7 +41,7 @@ def ends() -> list[tuple[str, str]]:
 async def open_one(request, tmp_path, ends) -> AsyncIterator[Open]:
     """Opens a job_queue with room for ten jobs; each time the same queue. Closed at the end."""
 
-    def on_end(job_id: str, outcome: Outcome) -> None:
+    def on_outcome(job_id: str, outcome: Outcome) -> None:
         ends.append((job_id, getattr(outcome, "code", "done")))
 
     opened: list[Jobs] = []
@@ -53,9 +53,11 @@ async def open_one(request, tmp_path, ends) -> AsyncIterator[Open]:
 
     async def open_now() -> Jobs:
         if request.param == "shared":
-            opened.append(await PostgresJobQueue.open(url, 10, shares, on_end=on_end))
+            opened.append(await PostgresJobQueue.open(url, 10, shares, on_outcome=on_outcome))
         else:
-            opened.append(await SqliteJobQueue.open(tmp_path / "jobs.sqlite", 10, shares, on_end))
+            opened.append(
+                await SqliteJobQueue.open(tmp_path / "jobs.sqlite", 10, shares, on_outcome)
+            )
         return opened[-1]
 
     yield open_now
@@ -179,14 +181,14 @@ async def test_room_shares_and_idempotency(open_one):
     queue = await open_one()
     for _ in range(5):
         await submit(queue, spec(), owner="half")
-    with pytest.raises(QueueFull, match="may have 50%"):
+    with pytest.raises(QueueFull, match="may fill 50%"):
         await submit(queue, spec(), owner="half")
     first = await submit(queue, spec("same"), owner="a", idempotency_key="k")
     assert await submit(queue, spec("same"), owner="a", idempotency_key="k") == first
     assert (await submit(queue, spec("same"), owner="b", idempotency_key="k")).id != first.id
     for _ in range(3):
         await queue.submit(spec())
-    with pytest.raises(QueueFull, match="room for 10"):
+    with pytest.raises(QueueFull, match="at most 10"):
         await queue.submit(spec())
     # a retry of what was accepted needs no room
     assert await submit(queue, spec("same"), owner="a", idempotency_key="k") == first
@@ -394,13 +396,13 @@ async def test_finished_jobs_are_forgotten_in_time(open_one):
 
 
 def test_several_engines_share_what_waits():
-    assert estimates.wait_s([10.0, None], 2, 4, usual_s=20.0) == (10 + 20) / 2 + 4 * 20 / 2 + 20
+    assert estimates.waiting_s([10.0, None], 2, 4, usual_s=20.0) == (10 + 20) / 2 + 4 * 20 / 2 + 20
     assert (
-        estimates.rest_s(None, JobProgress())
-        is estimates.rest_s(time.time(), JobProgress(steps=9))
+        estimates.running_s(None, JobProgress())
+        is estimates.running_s(time.time(), JobProgress(steps=9))
         is None
     )
-    assert estimates.rest_s(time.time() - 10, JobProgress(step=5, steps=20)) == pytest.approx(
+    assert estimates.running_s(time.time() - 10, JobProgress(step=5, steps=20)) == pytest.approx(
         30, abs=1
     )
 
@@ -487,9 +489,9 @@ async def test_a_worker_stays_with_its_model_for_a_time_however_long_all_have_wa
     asking, drawing = two
     for i in range(8):
         await asking.submit(spec(model="ab"[i % 2]))
-    monkeypatch.setattr("alphalayer.jobs.claims.STAY_S", 0.0)
+    monkeypatch.setattr("alphalayer.jobs.claims.AFFINITY_S", 0.0)
     assert await render(drawing, 2) == ["a", "b"]
-    monkeypatch.setattr("alphalayer.jobs.claims.STAY_S", 30.0)
+    monkeypatch.setattr("alphalayer.jobs.claims.AFFINITY_S", 30.0)
     assert await render(drawing, 6) == ["a"] * 3 + ["b"] * 3
 
 
@@ -509,7 +511,7 @@ async def test_who_only_waits_does_not_count_the_queue(two, monkeypatch):
     async def never(*_arguments):
         raise AssertionError("nobody reads a position here")
 
-    monkeypatch.setattr(asking._room, "positions", never)
+    monkeypatch.setattr(asking._stats, "positions", never)
     job = await asking.submit(spec())
     waiting = asyncio.create_task(asking.wait(job.id))
     await soon(drawing.claim())
@@ -519,7 +521,7 @@ async def test_who_only_waits_does_not_count_the_queue(two, monkeypatch):
 
 
 async def test_no_model_is_kept_waiting_by_a_stream_of_jobs_for_another(two, monkeypatch):
-    monkeypatch.setattr("alphalayer.jobs.claims.STAY_S", 0.3)
+    monkeypatch.setattr("alphalayer.jobs.claims.AFFINITY_S", 0.3)
     asking, drawing = two
     await asking.submit(spec(model="popular"))
     await asking.submit(spec(model="rare"))
@@ -618,7 +620,7 @@ async def test_a_worker_that_is_cut_off_while_it_claims_locks_the_job_for_a_shor
 ):
     from alphalayer.jobs import claims, transactions
 
-    monkeypatch.setattr(transactions, "SILENT_S", 1)
+    monkeypatch.setattr(transactions, "IDLE_S", 1)
     cut_off, healthy = two
     job = await cut_off.submit(spec())
     with pytest.raises(StorageFailed):  # noqa: PT012
@@ -654,7 +656,7 @@ async def test_whose_claim_is_anothers_by_now_stops_and_ends_nothing(claims_of_a
     beating = cut_off._tasks[1]
     await stop(beating)
     assert (await soon(healthy.claim())).id == job.id
-    beating = asyncio.create_task(cut_off._beat())
+    beating = asyncio.create_task(cut_off._keep_claims_alive())
     await soon(cut_off.wait_for_cancel(job.id), 2)
     await cut_off.complete(job.id, Cancelled("cancelled."))
     assert (await healthy.view(job.id)).job.state is JobState.RUNNING
@@ -690,7 +692,7 @@ async def test_a_database_that_was_away_takes_no_job_from_the_worker_that_draws_
     from alphalayer.jobs.postgres import PostgresJobQueue
 
     monkeypatch.setattr(claims, "CLAIM_S", 2.0)
-    monkeypatch.setattr(postgres_queue, "ASK_EVERY_S", 0.2)
+    monkeypatch.setattr(postgres_queue, "CLAIM_EVERY_S", 0.2)
     url = postgres.fresh_database()
     drawing, idle = [await PostgresJobQueue.open(url, 10, role="worker") for _ in range(2)]
     try:
@@ -698,7 +700,7 @@ async def test_a_database_that_was_away_takes_no_job_from_the_worker_that_draws_
         await soon(drawing.claim())
         await drawing.mark_started(job.id)
         takings = [asyncio.create_task(each.claim()) for each in (idle, drawing)]
-        await until(lambda: idle._transaction.well_for_s > claims.CLAIM_S / 2)
+        await until(lambda: idle._transaction.healthy_s > claims.CLAIM_S / 2)
         await asyncio.to_thread(postgres.stop)
         await asyncio.sleep(claims.CLAIM_S + 0.2)
         await asyncio.to_thread(postgres.start)
@@ -708,7 +710,7 @@ async def test_a_database_that_was_away_takes_no_job_from_the_worker_that_draws_
                 asyncio.wait(takings, return_when=asyncio.FIRST_COMPLETED), claims.CLAIM_S / 2 + 0.8
             )
         await stop(*takings)
-        assert not drawing._held[job.id].cancel.is_set()
+        assert not drawing._claims[job.id].cancel.is_set()
     finally:
         await drawing.close()
         await idle.close()
@@ -718,11 +720,11 @@ async def test_a_database_that_hangs_ends_neither_waiting_nor_heartbeats(postgre
     from alphalayer.jobs import claims, connections
     from alphalayer.jobs import postgres as postgres_queue
 
-    for name in ("CONNECT_S", "ANSWER_S", "PLACE_S"):
+    for name in ("CONNECT_S", "STATEMENT_S", "POOL_WAIT_S"):
         monkeypatch.setattr(connections, name, 0.5)
     monkeypatch.setattr(claims, "CLAIM_S", 1.0)
-    monkeypatch.setattr(postgres_queue, "LOOK_EVERY_S", 0.2)
-    monkeypatch.setattr(postgres_queue, "AWAY_S", 1.5)
+    monkeypatch.setattr(postgres_queue, "POLL_EVERY_S", 0.2)
+    monkeypatch.setattr(postgres_queue, "UNREACHABLE_S", 1.5)
     queue = await postgres_queue.PostgresJobQueue.open(postgres.fresh_database(), 100)
     try:
         job = await queue.submit(spec())
@@ -807,8 +809,8 @@ async def test_pgqueuers_tables_are_cleaned_often_enough_and_its_log_is_emptied(
     from alphalayer.jobs import claims, notifications
     from alphalayer.jobs import postgres as postgres_queue
 
-    monkeypatch.setattr(notifications, "ASK_EVERY_S", 0.2)
-    monkeypatch.setattr(claims, "TIDY_EVERY_S", 0.5)
+    monkeypatch.setattr(notifications, "CHECK_EVERY_S", 0.2)
+    monkeypatch.setattr(claims, "CLEAN_EVERY_S", 0.5)
     url = postgres.fresh_database()
     pods = [await postgres_queue.PostgresJobQueue.open(url, 10) for _ in range(2)]
     try:

@@ -112,7 +112,7 @@ def test_a_database_that_is_away_is_said(
 ):
     from alphalayer.jobs import postgres as postgres_queue
 
-    monkeypatch.setattr(postgres_queue, "AWAY_S", 3.0)
+    monkeypatch.setattr(postgres_queue, "UNREACHABLE_S", 3.0)
     with served(tmp_path, role="api", database=postgres.fresh_database()) as pod:
         postgres.stop()
         try:

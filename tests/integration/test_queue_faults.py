@@ -70,7 +70,7 @@ async def test_the_receiver_of_a_job_that_is_cancelled_as_it_waits_is_told(queue
 
 
 async def test_old_jobs_are_forgotten_in_portions(queue: Jobs, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(table, "FORGOTTEN_AT_ONCE", 2)
+    monkeypatch.setattr(table, "DELETE_BATCH", 2)
     for _ in range(5):
         await queue.cancel((await queue.submit(spec())).id)
     stays = await queue.submit(spec())
@@ -92,7 +92,7 @@ async def test_a_crowd_does_not_pass_the_share_of_its_owner(own: SqliteJobQueue)
     )
     refused = [each for each in asked if isinstance(each, QueueFull)]
     assert len(refused) == 4
-    assert "may have 50%" in str(refused[0])
+    assert "may fill 50%" in str(refused[0])
     await own.submit(spec(), Submission(owner="other"))
 
 
@@ -187,20 +187,20 @@ async def test_a_claim_whose_taker_is_stopped_runs_out(
     await soon(shared.claim())
     await shared.mark_started(job.id)
     await shared.cancel(job.id)
-    row = shared._held.pop(job.id).row
+    row = shared._claims.pop(job.id).row
 
-    async def away(*_: object) -> bool:
-        ending.set()
-        return False
+    async def fail(*_: object) -> None:
+        writing.set()
+        raise StorageFailed("the database cannot be reached.")
 
-    ending = asyncio.Event()
-    monkeypatch.setattr(shared, "_end", away)
-    holding = asyncio.create_task(shared._hold(row))
-    await soon(ending.wait())
+    writing = asyncio.Event()
+    monkeypatch.setattr(shared, "_store_outcome", fail)
+    holding = asyncio.create_task(shared._accept_claim(row))
+    await soon(writing.wait())
     holding.cancel()
     with contextlib.suppress(asyncio.CancelledError):
         await holding
-    assert shared._held == {}
+    assert shared._claims == {}
 
 
 async def test_the_progress_of_a_dead_start_is_not_that_of_the_next(shared: Jobs):

@@ -149,7 +149,7 @@ def test_what_a_killed_process_left_unfinished_goes_and_nothing_else(
     storage = open_storage(str(tmp_path))
     assert old.exists(), "to open it does not walk through all pictures"
     with capture_logs() as logs:
-        storage.tidy()
+        storage.delete_unfinished()
     assert set(tmp_path.iterdir()) == {stuck, new, *foreign, *folders}, (
         "somebody may be writing the new one"
     )

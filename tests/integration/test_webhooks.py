@@ -15,11 +15,13 @@ import sqlite3
 import threading
 import time
 from collections.abc import Iterator
+from datetime import datetime, timedelta, timezone
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
+from standardwebhooks import Webhook
 from tests.support.serving import free_port, served, wait_until
 
 from alphalayer.config import Settings
@@ -68,7 +70,7 @@ class _Handler(BaseHTTPRequestHandler):
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(webhooks, "PAUSES_S", (0.1, 0.1))
-    monkeypatch.setattr(webhooks, "LOOK_EVERY_S", 0.05)
+    monkeypatch.setattr(webhooks, "POLL_EVERY_S", 0.05)
 
 
 @pytest.fixture
@@ -78,6 +80,14 @@ def service(tmp_path: Path) -> Iterator[object]:
         tmp_path, webhook_secret=SECRET, webhook_allow_private=True, engine_options=options
     ) as client:
         yield client
+
+
+def resigned(headers: dict[str, str], body: bytes, age_s: int) -> dict[str, str]:
+    """Return headers of an older message with a valid signature."""
+    sent_at = datetime.now(timezone.utc) - timedelta(seconds=age_s)
+    signature = Webhook(SECRET).sign(headers["webhook-id"], sent_at, body.decode())
+    timestamp = str(int(sent_at.timestamp()))
+    return {**headers, "webhook-timestamp": timestamp, "webhook-signature": signature}
 
 
 def test_what_is_told_is_the_job_signed(service):
@@ -90,18 +100,20 @@ def test_what_is_told_is_the_job_signed(service):
         assert headers["webhook-id"] == job["id"]
         assert abs(int(headers["webhook-timestamp"]) - time.time()) < 60
         signed = f"{job['id']}.{headers['webhook-timestamp']}.".encode() + body
-        wanted = base64.b64encode(
+        expected = base64.b64encode(
             hmac.new(b"a key of our own", signed, hashlib.sha256).digest()
         ).decode()
-        assert headers["webhook-signature"] == f"v1,{wanted}"
+        assert headers["webhook-signature"] == f"v1,{expected}"
         guide = (Path(__file__).parents[2] / "docs" / "guides" / "clients.md").read_text(
             encoding="utf-8"
         )
-        (example,) = [block for block in guide.split("```python\n") if "def is_ours" in block]
+        (example,) = [block for block in guide.split("```python\n") if "def is_authentic" in block]
         names: dict[str, Any] = {}
         exec(example.split("```")[0], names)  # the guide's own receiver
-        assert names["is_ours"](headers, body)
-        assert not names["is_ours"](headers, body + b" ")
+        assert names["is_authentic"](headers, body)
+        assert not names["is_authentic"](headers, body + b" ")
+        assert not names["is_authentic"](resigned(headers, body, age_s=301), body)
+        assert names["is_authentic"](resigned(headers, body, age_s=290), body)
         told = json.loads(body)
         assert told == service.get(job["url"]).json()
         assert told["state"] == "done"
@@ -113,7 +125,7 @@ def test_what_is_told_is_the_job_signed(service):
 def test_a_journal_that_is_away_for_a_moment_ends_no_webhooks(
     service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(webhooks, "AWAY_S", 0.1)
+    monkeypatch.setattr(webhooks, "OUTAGE_PAUSE_S", 0.1)
     with (
         contextlib.closing(sqlite3.connect(tmp_path / "data" / "jobs.sqlite")) as journal,
         Receiver() as receiver,

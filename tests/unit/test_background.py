@@ -29,3 +29,45 @@ async def test_a_cancelled_one_ends():
     running.cancel()
     with pytest.raises(asyncio.CancelledError):
         await running
+
+
+@pytest.mark.parametrize(
+    ("max_pause_s", "bounds"),
+    [(None, [(2, 4)] * 4), (10, [(2, 4), (4, 6), (8, 10), (10, 10)])],
+)
+async def test_retry_pauses_are_constant_or_grow_to_a_bound(
+    monkeypatch: pytest.MonkeyPatch, max_pause_s: float | None, bounds: list[tuple[float, float]]
+):
+    pauses: list[float] = []
+
+    async def record(seconds: float) -> None:
+        pauses.append(seconds)
+
+    monkeypatch.setattr(asyncio, "sleep", record)
+    errors = [OSError(str(i)) for i in range(len(bounds))]
+    reported: list[Exception] = []
+    remaining = list(errors)
+    with structlog.testing.capture_logs() as logs:
+        async for attempt in background.retry_until_success(
+            OSError, reported.append, 2, max_pause_s
+        ):
+            with attempt:
+                if remaining:
+                    raise remaining.pop(0)
+    assert reported == errors
+    assert logs == [], "only the caller logs"
+    for pause, (low, high) in zip(pauses, bounds, strict=True):
+        assert low <= pause <= high
+
+
+async def test_retry_raises_another_error_at_once():
+    reported: list[Exception] = []
+
+    async def fail() -> None:
+        async for attempt in background.retry_until_success(OSError, reported.append, 60):
+            with attempt:
+                raise KeyError("another")
+
+    with pytest.raises(KeyError):
+        await fail()
+    assert reported == []

@@ -27,7 +27,7 @@ from alphalayer.core.request import DecodeMode, GenerationRequest, NoiseSource
 from alphalayer.jobs.base import JobQueue, JobView
 from alphalayer.observability.logging import log
 from alphalayer.observability.metrics import Metrics
-from alphalayer.observability.tracing import here
+from alphalayer.observability.tracing import current_traceparent
 from alphalayer.storage import Storage, read
 
 
@@ -188,9 +188,11 @@ async def submit_job(
     """
     spec.check_pixels(service.max_pixels)
     generation = spec.generation
-    if service.knows_models and (generation.model or generation.loras or generation.mode == "conv"):
+    if service.knows_models and (
+        generation.model or generation.loras or generation.mode != "attention"
+    ):
         await asyncio.to_thread(_check_models, service, generation)
-    traced = submission.model_copy(update={"traceparent": here()})
+    traced = submission.model_copy(update={"traceparent": current_traceparent()})
     job = await service.job_queue.submit(spec, traced, delivery, job_id)
     prompt = {"prompt": generation.prompt} if service.log_prompts else {}
     log.info("job.accepted", job=job.id, owner=submission.owner, **prompt)

@@ -1,4 +1,4 @@
-"""API keys: who may ask, how often, and how much of the queue each may fill. Kept as hashes in a JSON file; the keys themselves nowhere."""
+"""API keys and their limits, stored as hashes in a JSON file."""
 
 from __future__ import annotations
 
@@ -10,18 +10,19 @@ from pathlib import Path
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic_core import ErrorDetails
 
 from alphalayer.core import validation
 from alphalayer.core.errors import CommandHint, SetupFailed
 from alphalayer.observability.logging import log
 
 PREFIX = "alk_"
-LOOK_EVERY_S = 1.0
-"""How often it is looked whether the file of keys has changed."""
+CHECK_EVERY_S = 1.0
+"""Seconds between two checks of the file for changes."""
 
 
 class Key(BaseModel):
-    """One key. `per_minute` 0 means as often as wanted."""
+    """One API key. A `per_minute` of 0 means unlimited."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -35,33 +36,45 @@ _KEYS: TypeAdapter[list[Key]] = TypeAdapter(list[Key])
 
 
 def digest(secret: str) -> str:
-    """How a key, or a "user:password", is kept."""
+    """Return the hash of a key or a "user:password"."""
     return hashlib.sha256(secret.encode()).hexdigest()
 
 
 def read_keys(file: Path) -> list[Key] | None:
-    """The keys of a file; None if there is no file. Raises `SetupFailed`."""
+    """Return the keys of a file, or None if the file is missing.
+
+    Raises:
+        SetupFailed: The file cannot be read.
+    """
     try:
         return _KEYS.validate_json(file.read_bytes())
     except FileNotFoundError:
         return None
     except OSError as error:
-        why = error.strerror or str(error)
+        reason = error.strerror or str(error)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        why = (
-            ".".join(str(part) for part in first["loc"])
-            + (": " if first["loc"] else "")
-            + validation.describe_validation_error(first)
-        )
+        reason = _describe(error.errors(include_url=False)[0])
     raise SetupFailed(
-        f"{file} cannot be read: {why}.",
-        hint=CommandHint("Fix it, or move it away and make keys with:", "keys add NAME"),
+        f"{file} cannot be read: {reason}.",
+        hint=CommandHint("Fix it, or move it away and create keys with:", "keys add NAME"),
     )
 
 
 def add_key(file: Path, name: str, per_minute: int = 0, queue_share: float = 1.0) -> str:
-    """Make a key, keep its hash, and give the key itself, once. Raises `SetupFailed`."""
+    """Create a key and store its hash.
+
+    Args:
+        file: The file of keys. It is created if it is missing.
+        name: Name of the client.
+        per_minute: Maximum number of requests a minute; 0: unlimited.
+        queue_share: Fraction of the queue that the client may fill.
+
+    Returns:
+        The key, which is not stored.
+
+    Raises:
+        SetupFailed: The name exists, a value is invalid, or the file is not writable.
+    """
     keys = read_keys(file) or []
     if any(key.name == name for key in keys):
         raise SetupFailed(
@@ -74,99 +87,120 @@ def add_key(file: Path, name: str, per_minute: int = 0, queue_share: float = 1.0
             Key(name=name, sha256=digest(secret), per_minute=per_minute, queue_share=queue_share)
         )
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        raise SetupFailed(
-            f"{first['loc'][0]}: {validation.describe_validation_error(first)}."
-        ) from None
+        raise SetupFailed(f"{_describe(error.errors(include_url=False)[0])}.") from None
     _write(file, keys)
     return secret
 
 
 def remove_key(file: Path, name: str) -> list[Key]:
-    """Forget a key, and give those that are left; the file stays, so that nobody is let in after the last one. Raises `SetupFailed`."""
+    """Remove a key. The file stays without keys, so that no client gets access.
+
+    Returns:
+        The remaining keys.
+
+    Raises:
+        SetupFailed: No key has this name, or the file cannot be read or written.
+    """
     keys = read_keys(file) or []
-    left = [key for key in keys if key.name != name]
-    if len(left) == len(keys):
+    remaining = [key for key in keys if key.name != name]
+    if len(remaining) == len(keys):
         raise SetupFailed(f'there is no key "{name}" in {file}.')
-    _write(file, left)
-    return left
+    _write(file, remaining)
+    return remaining
 
 
 class ApiKeyStore:
-    """The keys and users of `load_api_keys`, read anew when the file has changed. One that is gone or broken by then changes nothing.
+    """Keys and users of `load_api_keys`, reloaded when the file changes.
 
-    Raises what that raises.
+    A file that is missing or invalid after the start changes nothing.
     """
 
-    def __init__(self, file: Path, users: str, *, must_be: bool):
+    def __init__(self, file: Path, users: str, *, is_required: bool):
         self._file, self._users = file, users
-        self._stamp, self._looked_at = _stamp(file), time.monotonic()
-        self._keys = load_api_keys(file, users, must_be=must_be)
+        self._stamp, self._checked_at = _stamp(file), time.monotonic()
+        self._keys = load_api_keys(file, users, is_required=is_required)
         self.shares = {key.name: key.queue_share for key in self._keys or ()}
-        """Which part of the queue may be whose; changes with the keys."""
+        """Fraction of the queue of each owner. It changes with the keys."""
 
     def keys(self) -> list[Key] | None:
-        """Who may ask now; None: everybody."""
-        if time.monotonic() - self._looked_at < LOOK_EVERY_S:
+        """Return the current keys, or None if no key is required."""
+        if time.monotonic() - self._checked_at < CHECK_EVERY_S:
             return self._keys
-        self._looked_at = time.monotonic()
+        self._checked_at = time.monotonic()
         stamp = _stamp(self._file)
         if stamp != self._stamp:
             self._stamp = stamp
             try:
-                self._keys = load_api_keys(self._file, self._users, must_be=True)
+                self._keys = load_api_keys(self._file, self._users, is_required=True)
                 self.shares.update({key.name: key.queue_share for key in self._keys or ()})
             except SetupFailed as error:
                 log.error("api_keys.reload_failed", error=str(error))
         return self._keys
 
 
-def _stamp(file: Path) -> tuple[int, int, int] | None:
-    """Changes with the file, and with who may read it; None where it is not there."""
-    try:
-        about = file.stat()
-    except OSError:
-        return None
-    return about.st_mtime_ns, about.st_ctime_ns, about.st_size
+def load_api_keys(file: Path, users: str, *, is_required: bool) -> list[Key] | None:
+    """Return the keys of a file and of a list of users.
 
+    Args:
+        file: The file of keys.
+        users: List of "user:password", separated by commas.
+        is_required: Whether a missing file is an error.
 
-def load_api_keys(file: Path, users: str, *, must_be: bool) -> list[Key] | None:
-    """The keys of a file, and the users of a list of "user:password"; None where everybody may ask, for there is neither.
+    Returns:
+        The keys. An empty list refuses all clients. None accepts all.
 
-    A file without a key lets nobody in. Raises `SetupFailed`, also where the file `must_be` and is not there.
+    Raises:
+        SetupFailed: The file is missing or invalid, or a name occurs twice.
     """
     keys, basic = read_keys(file), basic_keys(users)
-    if keys is None and must_be:
+    if keys is None and is_required:
         raise SetupFailed(
-            f"setting keys_file: {file} is not there, and without it everybody might ask.",
+            f"setting keys_file: {file} is missing, and without it every client has access.",
             hint=CommandHint(
-                "Fix its path, leave the setting out, or make it with:", "keys add NAME"
+                "Fix its path, remove the setting, or create it with:", "keys add NAME"
             ),
         )
-    doubled = {key.name for key in keys or []} & {user.name for user in basic}
-    if doubled:
+    duplicates = {key.name for key in keys or []} & {user.name for user in basic}
+    if duplicates:
         raise SetupFailed(
-            f'"{min(doubled)}" is a key in {file} and a user in api_auth: each would see the jobs of the other.',
-            hint="Give one of them another name.",
+            f'"{min(duplicates)}" is a key in {file} and a user in api_auth. '
+            "Both would have the same jobs.",
+            hint="Rename one of them.",
         )
     return None if keys is None and not basic else [*(keys or []), *basic]
 
 
 def basic_keys(pairs: str) -> list[Key]:
-    """The keys that a comma-separated list of "user:password" is."""
-    found: list[Key] = []
-    for pair in filter(None, (each.strip() for each in pairs.split(","))):
+    """Return the keys of a list of "user:password". Raises `SetupFailed`."""
+    keys: list[Key] = []
+    for pair in filter(None, (entry.strip() for entry in pairs.split(","))):
         name, colon, _ = pair.partition(":")
         if not colon or not name:
             raise SetupFailed(
                 "setting api_auth: it is a list of user:password, separated by commas."
             )
-        found.append(Key(name=name, sha256=digest(pair)))
-    return found
+        keys.append(Key(name=name, sha256=digest(pair)))
+    return keys
+
+
+def _stamp(file: Path) -> tuple[int, int, int] | None:
+    """Return a value that changes with the file or its rights, or None without a file."""
+    try:
+        status = file.stat()
+    except OSError:
+        return None
+    return status.st_mtime_ns, status.st_ctime_ns, status.st_size
+
+
+def _describe(error: ErrorDetails) -> str:
+    """Return the place and the reason of a validation error."""
+    path = ".".join(str(part) for part in error["loc"])
+    reason = validation.describe_validation_error(error)
+    return f"{path}: {reason}" if path else reason
 
 
 def _write(file: Path, keys: list[Key]) -> None:
-    """Readable by the owner alone, written as a whole."""
+    """Write the file atomically, readable by its owner only. Raises `SetupFailed`."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         new = file.with_suffix(".new")

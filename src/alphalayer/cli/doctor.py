@@ -258,7 +258,7 @@ def _database(settings: Settings) -> Iterator[Finding]:
         return
 
     async def ask(url: str) -> str:
-        connection = await connections.connect(url, connections.ANSWER_S)
+        connection = await connections.connect(url, connections.STATEMENT_S)
         try:
             return await connection.fetchval("SHOW server_version")
         finally:

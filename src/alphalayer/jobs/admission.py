@@ -1,4 +1,4 @@
-"""How full the shared queue is: how many jobs wait and for how long, what one takes lately, and whether there is room for one more."""
+"""Statistics and limits of the shared queue."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ _RUNNING = (
     .where(jobs.c.state == JobState.RUNNING.value)
     .limit(20)
 )
-"""Some of those that run, each with the number of all."""
-_LATELY = (
+"""Selects a sample of the running jobs, each with the number of all running jobs."""
+_RECENT = (
     select((jobs.c.finished_at - jobs.c.started_at).label("seconds"))
     .where(jobs.c.state == JobState.DONE.value)
     .order_by(jobs.c.created_at.desc())
@@ -30,7 +30,7 @@ _LATELY = (
 
 
 class QueueStats:
-    """The figures of the whole queue, as they were when somebody looked last, and its limits."""
+    """Statistics of the whole queue at its last refresh, and its limits."""
 
     def __init__(self, limit: int, shares: Mapping[str, float]):
         self._limit = limit
@@ -38,24 +38,24 @@ class QueueStats:
         self.queue_length = 0
         self.oldest_waiting_s = 0.0
         self.usual_s = USUAL_SECONDS
-        """What a job took lately."""
+        """Mean duration of recent jobs in seconds."""
         self.running = 0
-        self.some_running: dict[str, float] = {}
-        """When some of those that run were started, by id."""
+        self.start_times: dict[str, float] = {}
+        """Start of some running jobs in Unix seconds, by job id."""
 
     @property
     def retry_after_s(self) -> int:
-        """When a client that found no room may try again, in seconds."""
+        """Return the seconds until a client may retry after a full queue."""
         return max(1, round(self.usual_s))
 
-    async def look(self, connection: AsyncConnection) -> None:
-        """Bring the figures up to date."""
+    async def refresh(self, connection: AsyncConnection) -> None:
+        """Update the statistics from the database."""
         oldest = select(func.count(), func.min(jobs.c.created_at)).where(_WAITING)
         count, since = (await connection.execute(oldest)).one()
-        seconds = (await connection.execute(select(func.avg(_LATELY.c.seconds)))).scalar()
-        found = (await connection.execute(_RUNNING)).all()
-        self.running = found[0][2] if found else 0
-        self.some_running = {job_id: started_at for job_id, started_at, _ in found}
+        seconds = (await connection.execute(select(func.avg(_RECENT.c.seconds)))).scalar()
+        rows = (await connection.execute(_RUNNING)).all()
+        self.running = rows[0][2] if rows else 0
+        self.start_times = {job_id: started_at for job_id, started_at, _ in rows}
         self.queue_length = count
         self.oldest_waiting_s = time.time() - since if since else 0.0
         self.usual_s = float(seconds) if seconds is not None else USUAL_SECONDS
@@ -63,22 +63,29 @@ class QueueStats:
     async def positions(
         self, connection: AsyncConnection, job_ids: Collection[str]
     ) -> dict[str, int]:
-        """The places in the queue of those of the jobs that wait; 1 is next."""
-        waits = jobs.alias()
-        before = (
+        """Return the queue position of each waiting job. 1 is next."""
+        earlier = jobs.alias()
+        position = (
             select(func.count() + 1)
-            .where(waits.c.state == JobState.QUEUED.value, waits.c.created_at < jobs.c.created_at)
+            .where(
+                earlier.c.state == JobState.QUEUED.value,
+                earlier.c.created_at < jobs.c.created_at,
+            )
             .scalar_subquery()
         )
-        found = await connection.execute(
-            select(jobs.c.id, before).where(_WAITING, jobs.c.id.in_(job_ids))
+        rows = await connection.execute(
+            select(jobs.c.id, position).where(_WAITING, jobs.c.id.in_(job_ids))
         )
-        return dict(found.tuples().all())
+        return dict(rows.tuples().all())
 
     async def check(self, connection: AsyncConnection, owner: str) -> None:
-        """Raises `QueueFull` where the queue, or the owner's share of it, has no room for one more."""
+        """Check that the queue has capacity for one more job of an owner.
+
+        Raises:
+            QueueFull: The queue or the owner's share of it is full.
+        """
         count = (await connection.execute(_COUNT)).scalar_one()
         share = self._shares.get(owner, 1.0)
-        mine = _COUNT.where(jobs.c.owner == owner)
-        theirs = (await connection.execute(mine)).scalar_one() if share < 1.0 else 0
-        check_capacity(count, self._limit, owner, theirs, share, self.retry_after_s)
+        owned = _COUNT.where(jobs.c.owner == owner)
+        owner_count = (await connection.execute(owned)).scalar_one() if share < 1.0 else 0
+        check_capacity(count, self._limit, owner, owner_count, share, self.retry_after_s)

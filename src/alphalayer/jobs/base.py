@@ -1,4 +1,4 @@
-"""The queue of jobs, as the API and the supervisor see it. Knows nothing of engines, HTTP or pictures."""
+"""Protocols of the job queue for the API, workers and housekeeping."""
 
 from __future__ import annotations
 
@@ -10,25 +10,23 @@ from alphalayer.core.errors import AlphalayerError, Cancelled, CommandHint, Engi
 from alphalayer.core.job import Delivery, Job, JobProgress, JobResult, JobSpec, JobState, Submission
 
 MAX_STARTS = 3
-"""A job that took its engine process down this often is failed, so that it cannot loop."""
-
+"""Starts after which a job fails whose engine process stops each time."""
 
 USUAL_SECONDS = 20.0
-"""What a job is thought to take before one was seen."""
-
+"""Assumed duration of a job before the first one has finished."""
 
 Outcome = JobResult | AlphalayerError
-"""How a job ends: with its pictures, or the reason why there are none; `Cancelled` where somebody wanted it to stop."""
-OnEnd = Callable[[str, Outcome], None]
-"""Told each end of a job once, wherever it ends, after it is written down: the job's id and its outcome."""
+"""Images of a job or its error. The error is `Cancelled` after a cancel request."""
+OnOutcome = Callable[[str, Outcome], None]
+"""Callback for a job's id and outcome. It is called once a job, after the outcome is stored."""
 
 
 def ignore_outcome(_job_id: str, _outcome: Outcome) -> None:
-    """Is told and does nothing."""
+    """Ignore an outcome."""
 
 
 def outcome_fields(outcome: Outcome) -> dict[str, Any]:
-    """What an outcome changes of a job: state, and result or error."""
+    """Return the fields of a job that its outcome changes: state, and result or error."""
     if isinstance(outcome, JobResult):
         return {"state": JobState.DONE, "result": outcome}
     if isinstance(outcome, Cancelled):
@@ -38,7 +36,11 @@ def outcome_fields(outcome: Outcome) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class JobView:
-    """A job as it stands now: its place in the queue (1 is next; 0 once it runs), progress, and seconds left if that can be said."""
+    """A job with its position in the queue, progress and remaining time.
+
+    `position` is 1 for the next job and 0 for a running one.
+    `eta_s` is None while the time cannot be estimated.
+    """
 
     job: Job
     position: int = 0
@@ -46,8 +48,8 @@ class JobView:
     eta_s: float | None = None
 
     @classmethod
-    def of_ended(cls, job: Job) -> JobView:
-        """A job that is over, as the journal has it; one that is done stands at its last step."""
+    def of_finished(cls, job: Job) -> JobView:
+        """Return the view of a finished job. A completed one is at its last step."""
         steps = job.result.settings.steps * job.spec.iterations if job.result else 0
         return cls(job, progress=JobProgress(step=steps, steps=steps))
 
@@ -57,22 +59,22 @@ class JobQueue(Protocol):
 
     @property
     def queue_length(self) -> int:
-        """Number of jobs that wait for an engine."""
+        """Return the number of waiting jobs."""
         ...
 
     @property
     def oldest_waiting_s(self) -> float:
-        """Seconds that the oldest of them has waited; 0 if none waits."""
+        """Return the age of the oldest waiting job in seconds, or 0 without one."""
         ...
 
     @property
     def retry_after_s(self) -> int:
-        """Seconds until a client may try again that found the queue full."""
+        """Return the seconds until a client may retry after a full queue."""
         ...
 
     @property
     def is_reachable(self) -> bool:
-        """Whether jobs can be stored now."""
+        """Return whether jobs can be stored now."""
         ...
 
     async def close(self) -> None:
@@ -95,10 +97,10 @@ class JobQueue(Protocol):
             spec: What to generate.
             submission: Where the job came from.
             delivery: How the outcome reaches the client.
-            job_id: Id of a new job, for clients that may miss the answer. Default: a random id.
+            job_id: Id of a new job, for clients that may miss the response. Default: a random id.
 
         Raises:
-            QueueFull: The queue has no room.
+            QueueFull: The queue is full.
             InvalidRequest: The key came with another request before.
         """
         ...
@@ -119,7 +121,7 @@ class JobQueue(Protocol):
         ...
 
     async def cancel(self, job_id: str) -> bool:
-        """Stop an unfinished job. Return whether there was one to stop.
+        """Cancel an unfinished job. Return whether it was unfinished.
 
         Raises:
             StorageFailed: The request cannot be stored. The job continues.
@@ -204,6 +206,10 @@ class JobStore(Protocol):
         """Return the ids of all unfinished jobs."""
         ...
 
+    async def input_names(self) -> set[str]:
+        """Return the names of the input images of all unfinished jobs."""
+        ...
+
     async def delete_finished(self, finished_before: float) -> int:
         """Delete jobs that finished before a time (Unix seconds).
 
@@ -239,26 +245,37 @@ class JobStore(Protocol):
 
 
 class Jobs(JobQueue, JobConsumer, JobStore, Protocol):
-    """Queue of jobs with all its users' interfaces."""
+    """Queue of jobs with the interfaces of all its users."""
 
 
 def too_many_starts(reason: str) -> EngineFailed:
-    """The end of a job that was started too often."""
+    """Return the error of a job that was started too often."""
     return EngineFailed(
-        f"the job was started {MAX_STARTS} times and did not come to its end ({reason}).",
-        hint=CommandHint("Read the service's log. Request a smaller image, or run:", "doctor"),
+        f"the job was started {MAX_STARTS} times and never finished ({reason}).",
+        hint=CommandHint("Check the service's log. Request a smaller image, or run:", "doctor"),
     )
 
 
 def check_capacity(
-    waiting: int, limit: int, owner: str, theirs: int, share: float, retry_after_s: int
+    waiting: int, limit: int, owner: str, owned: int, share: float, retry_after_s: int
 ) -> None:
-    """Raise `QueueFull` where a queue in which `waiting` jobs wait, `theirs` of them the owner's, has no room for one more: for anybody,
-    or in the part of it that the owner may have."""
+    """Check that a queue has capacity for one more job of an owner.
+
+    Args:
+        waiting: Number of waiting jobs.
+        limit: Maximum number of waiting jobs.
+        owner: Name of the client.
+        owned: Number of waiting jobs of the owner.
+        share: Fraction of the queue that the owner may fill, from 0 to 1.
+        retry_after_s: Seconds until the client may retry.
+
+    Raises:
+        QueueFull: The queue or the owner's share of it is full.
+    """
     hint = f"Try again in {retry_after_s} seconds."
     if waiting >= limit:
-        raise QueueFull(f"{waiting} jobs are waiting, and there is room for {limit}.", hint=hint)
-    if share < 1.0 and theirs >= max(1, int(share * limit)):
+        raise QueueFull(f"{waiting} jobs are waiting; at most {limit}.", hint=hint)
+    if share < 1.0 and owned >= max(1, int(share * limit)):
         raise QueueFull(
-            f'"{owner}" has {theirs} jobs waiting and may have {share:.0%} of the queue.', hint=hint
+            f'"{owner}" has {owned} waiting jobs and may fill {share:.0%} of the queue.', hint=hint
         )

@@ -1,6 +1,6 @@
-"""Which job of the shared queue a worker claims next, and how it keeps it.
+"""Claims of the shared queue: which job a worker gets next, and how it keeps the claim.
 
-PgQueuer's rows carry an entrypoint; here it says what the job wants.
+A row of PgQueuer has an entrypoint. It names the model and the batch key of the job.
 """
 
 from __future__ import annotations
@@ -29,20 +29,26 @@ from alphalayer.jobs.table import jobs
 from alphalayer.jobs.transactions import Transactions
 
 CLAIM_S = 15.0
-"""A claim without heartbeat for so long is another's to take."""
+"""Seconds without a heartbeat after which another worker may claim the job."""
 NEVER_S = 1e9
-TIDY_EVERY_S = 600.0
-LEAST_EAGER = 0.002
-STAY_S = 30.0
-"""So long a worker stays with its model while an older job waits for another one. To load a model takes some 5 to 10 seconds."""
-AGAIN = "/again"
-"""The kind of a job that was started before ends so: it goes before others, and is in a queue of its own."""
+CLEAN_EVERY_S = 600.0
+MIN_SAMPLE_RATE = 0.002
+AFFINITY_S = 30.0
+"""Seconds that a worker may keep its model while an older job needs another one.
+
+To load a model takes 5 to 10 seconds.
+"""
+RESTARTED = "/again"
+"""Suffix of the entrypoint of a job that was started before. It has priority and no batch."""
 
 
 async def install(url: str) -> None:
-    """PgQueuer's tables as this version of it wants them, by one at a time. Raises `SetupFailed`.
+    """Create or upgrade PgQueuer's tables under a lock.
 
-    Outside of a transaction, as its upgrades want it, and for as long as they take.
+    It runs outside a transaction and without a time limit, as the upgrades require.
+
+    Raises:
+        SetupFailed: The tables cannot be created.
     """
     try:
         connection = await connections.connect(url)
@@ -55,21 +61,26 @@ async def install(url: str) -> None:
             await connection.close(timeout=connections.CONNECT_S)
     except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
         raise SetupFailed(
-            f"the queue's tables cannot be made: {error}.",
+            f"the queue's tables cannot be created: {error}.",
             hint="Check that PostgreSQL runs, and the user's rights.",
         ) from None
 
 
 def entrypoint_of(job: Job) -> str:
-    """The queue that a job stands in: those of one entrypoint may be drawn together, and begin with the model that they want."""
+    """Return the entrypoint of a job. Jobs of one entrypoint may form a batch."""
     spec = job.spec
-    alike = f"{job.batch_key}/{spec.generation.batch_size}" if job.batch_key else job.id
-    kind = f"{model_key(spec.generation.model)}/{hashlib.sha256(alike.encode()).hexdigest()[:16]}"
-    return kind + AGAIN if job.starts else kind
+    batch = f"{job.batch_key}/{spec.generation.batch_size}" if job.batch_key else job.id
+    batch_hash = hashlib.sha256(batch.encode()).hexdigest()[:16]
+    entrypoint = f"{model_key(spec.generation.model)}/{batch_hash}"
+    return entrypoint + RESTARTED if job.starts else entrypoint
 
 
 def model_key(model: str | None) -> str:
-    """The same for a model's name, file name and title; its hash is taken for another model, which costs a reload at most."""
+    """Return a short hash of a model's name.
+
+    Name, file name and title of a model have one key. Its hash has another key, which costs
+    a reload at most.
+    """
     name = re.sub(r" \[[0-9a-f]+\]$", "", model or "").removesuffix(".safetensors")
     return hashlib.sha256(name.encode()).hexdigest()[:8]
 
@@ -78,20 +89,38 @@ async def claim_next(
     queue: Queries,
     worker: QueueManagerId,
     holding: str | None,
-    patience: ModelAffinity,
+    affinity: ModelAffinity,
     may_take_over: bool,
 ) -> QueueRow | None:
-    """The oldest job of the model that is held, or of all if that is their turn; those whose worker is gone come before, if they may."""
+    """Claim the next job.
+
+    The order is:
+
+    1. jobs of a lost worker,
+    2. restarted jobs,
+    3. jobs of the loaded model, as long as the affinity lasts,
+    4. all jobs.
+
+    The oldest job of each group comes first.
+
+    Args:
+        queue: Queries of the current transaction.
+        worker: The worker that claims.
+        holding: Name of the loaded model.
+        affinity: Affinity of this worker to its model.
+        may_take_over: Whether jobs of lost workers may be claimed.
+    """
     stale = await queue.stale_jobs(timedelta(seconds=CLAIM_S), 1) if may_take_over else []
     if stale and (claimed := await claim(queue, worker, stale[0].entrypoint, CLAIM_S)):
         return claimed
-    waiting = sorted(await queue.queue_age(), key=lambda each: each.oldest_created)
-    again = [each for each in waiting if each.entrypoint.endswith(AGAIN)]
-    ages = [each for each in waiting if not each.entrypoint.endswith(AGAIN)]
-    mine = [each for each in ages if each.entrypoint.split("/")[0] == model_key(holding)]
-    stays = patience.lasts(model_key(holding), is_tried=bool(mine) and mine[0] is not ages[0])
-    for each in [*again, *(mine if stays else []), *ages]:
-        if claimed := await claim(queue, worker, each.entrypoint):
+    waiting = sorted(await queue.queue_age(), key=lambda entry: entry.oldest_created)
+    restarted = [entry for entry in waiting if entry.entrypoint.endswith(RESTARTED)]
+    fresh = [entry for entry in waiting if not entry.entrypoint.endswith(RESTARTED)]
+    loaded = [entry for entry in fresh if entry.entrypoint.split("/")[0] == model_key(holding)]
+    is_delaying = bool(loaded) and loaded[0] is not fresh[0]
+    prefers_loaded = affinity.lasts(model_key(holding), is_delaying=is_delaying)
+    for entry in [*restarted, *(loaded if prefers_loaded else []), *fresh]:
+        if claimed := await claim(queue, worker, entry.entrypoint):
             return claimed
     return None
 
@@ -99,17 +128,28 @@ async def claim_next(
 async def claim(
     queue: Queries, worker: QueueManagerId, entrypoint: str, silent_s: float = NEVER_S
 ) -> QueueRow | None:
-    """The oldest job of an entrypoint, for this worker alone; None where others were quicker.
+    """Claim the oldest job of an entrypoint.
 
-    Those that a worker has count, too, if it was silent for so long.
+    Args:
+        queue: Queries of the current transaction.
+        worker: The worker that claims.
+        entrypoint: Entrypoint of the job.
+        silent_s: Seconds without a heartbeat after which a claimed job counts as waiting.
+
+    Returns:
+        The row, or None if other workers were faster.
     """
-    wanted = {QueueEntrypoint(entrypoint): EntrypointExecutionParameter(0)}
-    rows = await queue.dequeue(1, wanted, worker, None, timedelta(seconds=silent_s))
+    parameters = {QueueEntrypoint(entrypoint): EntrypointExecutionParameter(0)}
+    rows = await queue.dequeue(1, parameters, worker, None, timedelta(seconds=silent_s))
     return rows[0] if rows else None
 
 
 async def release_claim(queue: Queries, row: QueueRow, job: Job) -> int:
-    """Let others claim a job, in its old place, or before all if it was started meanwhile. The id of its row in the queue."""
+    """Return a job to the queue, with priority if it was started.
+
+    Returns:
+        The id of its row in the queue.
+    """
     entrypoint = entrypoint_of(job)
     if entrypoint == row.entrypoint:
         await queue.retry_job(row, timedelta(0), None)
@@ -121,18 +161,20 @@ async def release_claim(queue: Queries, row: QueueRow, job: Job) -> int:
 
 @dataclass
 class Claim:
-    """A job that this pod's engines have: its row in the queue, which start of it this is, and whether it is to stop."""
+    """A claimed job of this pod: its row in the queue and the number of its start."""
 
     job: Job
     row: QueueRow
     start: int = 0
     cancel: asyncio.Event = field(default_factory=asyncio.Event)
-    told_at: float = 0.0
+    """Set when the job is to be cancelled."""
+    notified_at: float = 0.0
+    """Monotonic time of the last progress notification."""
     is_lost: bool = False
-    """It is over, or another worker's by now: its end is not ours to write."""
+    """Whether the job is finished or another worker has claimed it."""
 
     async def is_of(self, worker: QueueManagerId, queue: Queries) -> bool:
-        """Whether the claim is still this worker's; else it is lost, and the job is to stop."""
+        """Return whether the worker still has the claim. A lost claim cancels the job."""
         row = await queue.queue_job_by_id(self.row.id)
         if row is None or row.queue_manager_id != worker:
             self.is_lost = True
@@ -141,72 +183,84 @@ class Claim:
 
 
 async def keep_claims_alive(
-    held: Mapping[str, Claim], worker: QueueManagerId, transaction: Transactions
+    claims: Mapping[str, Claim], worker: QueueManagerId, transaction: Transactions
 ) -> None:
-    """Keep a worker's claims alive until cancelled, and do what news may have failed to say: a job is to stop, a claim is another's by
-    now."""
+    """Renew a worker's claims until cancelled.
+
+    It also finds cancel requests and lost claims whose notification was lost.
+    """
     while True:
         await asyncio.sleep(CLAIM_S / 4)
-        if held:
+        if claims:
             with contextlib.suppress(StorageFailed, asyncio.TimeoutError):
-                # a connection that is stuck must not keep the next heartbeat
+                # a stuck connection must not delay the next heartbeat
                 await asyncio.wait_for(
-                    _renew(list(held.values()), worker, transaction), CLAIM_S / 2
+                    _renew(list(claims.values()), worker, transaction), CLAIM_S / 2
                 )
 
 
-async def _renew(held: list[Claim], worker: QueueManagerId, transaction: Transactions) -> None:
+async def _renew(claims: list[Claim], worker: QueueManagerId, transaction: Transactions) -> None:
+    """Send one heartbeat for all claims and set the cancel events."""
     cancelled = select(jobs.c.id).where(
-        jobs.c.id.in_([each.job.id for each in held]), jobs.c.cancel_asked
+        jobs.c.id.in_([claim.job.id for claim in claims]), jobs.c.cancel_asked
     )
     async with transaction() as (connection, queue):
-        mine = [each for each in held if await each.is_of(worker, queue)]
-        await queue.update_heartbeat([each.row.id for each in mine])
-        asked = set((await connection.execute(cancelled)).scalars())
-    for each in held:
-        if each.job.id in asked:
-            each.cancel.set()
+        own = [claim for claim in claims if await claim.is_of(worker, queue)]
+        await queue.update_heartbeat([claim.row.id for claim in own])
+        cancelled_ids = set((await connection.execute(cancelled)).scalars())
+    for claim in claims:
+        if claim.job.id in cancelled_ids:
+            claim.cancel.set()
 
 
-async def keep_queue_log_short(news: Notifications, transaction: Transactions) -> None:
-    """Empty PgQueuer's log, three rows a job that nobody reads; one of all that listen does it. Until cancelled."""
+async def keep_queue_log_short(notifications: Notifications, transaction: Transactions) -> None:
+    """Empty PgQueuer's log regularly until cancelled.
+
+    The log gets three rows a job that are never read. One listener empties it for all.
+    """
     while True:
-        await asyncio.sleep(TIDY_EVERY_S)
-        if news.is_first:
+        await asyncio.sleep(CLEAN_EVERY_S)
+        if notifications.is_first:
             with contextlib.suppress(StorageFailed):
                 async with transaction() as (_, queue):
                     await queue.clear_queue_log()
 
 
 class ModelAffinity:
-    """How long workers stay with the model that they hold while an older job waits for another one; then that goes first."""
+    """Time for which a worker prefers jobs of its loaded model to older ones."""
 
     def __init__(self) -> None:
         self._since: dict[str, float] = {}
 
-    def lasts(self, model: str, *, is_tried: bool) -> bool:
-        """Whether to go on with a model; `is_tried` says that an older job of another one is passed over."""
+    def lasts(self, model: str, *, is_delaying: bool) -> bool:
+        """Return whether to continue with a model.
+
+        Args:
+            model: Key of the loaded model.
+            is_delaying: Whether an older job needs another model.
+        """
         now = time.monotonic()
-        if is_tried and now - self._since.setdefault(model, now) < STAY_S:
+        if is_delaying and now - self._since.setdefault(model, now) < AFFINITY_S:
             return True
         self._since.pop(model, None)
-        return not is_tried
+        return not is_delaying
 
 
 class WakeupSampling:
-    """Which part of the news of jobs an idle worker answers.
+    """Fraction of the notifications that an idle worker follows.
 
-    All idle workers hear of a job, and one will have it; the rest would ask the database for nothing. So each answer lowers the part and
-    each claim raises it, until some four of however many answer. Where nobody did, the job waits for one that asks by itself.
+    All idle workers are notified of a job, and one of them gets it. To spare the database,
+    each attempt lowers the fraction and each claim raises it, until about four workers try.
+    If none does, the job waits for the next regular poll.
     """
 
     def __init__(self) -> None:
-        self.part = 1.0
+        self.rate = 1.0
 
-    def answered(self) -> None:
-        """The worker goes to see whether it gets the job."""
-        self.part = max(LEAST_EAGER, self.part * 0.7)
+    def record_attempt(self) -> None:
+        """Lower the fraction after an attempt to claim a job."""
+        self.rate = max(MIN_SAMPLE_RATE, self.rate * 0.7)
 
-    def claimed(self) -> None:
-        """It got one."""
-        self.part = min(1.0, self.part * 4)
+    def record_claim(self) -> None:
+        """Raise the fraction after a claim."""
+        self.rate = min(1.0, self.rate * 4)

@@ -1,6 +1,6 @@
-"""Connections to PostgreSQL, made in one way for all: an address means the same everywhere, and nobody waits for ever.
+"""Connections to PostgreSQL with time limits.
 
-What may stand in an address is asyncpg's to say: `?sslmode=require` and what else PostgreSQL's own programs know.
+asyncpg parses the address, for example with `?sslmode=require`.
 """
 
 from __future__ import annotations
@@ -13,32 +13,42 @@ import asyncpg
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 CONNECT_S = 10
-ANSWER_S = 20.0
-"""A statement without answer for so long has failed: the server hangs, or nobody is at the other end."""
-PLACES, PLACE_S = 5, 10.0
-"""Connections at most, each for one transaction at a time, and how long to wait for one when all are at work."""
+STATEMENT_S = 20.0
+"""Seconds after which a statement without a response has failed."""
+POOL_SIZE, POOL_WAIT_S = 5, 10.0
+"""Maximum number of connections, and the seconds to wait for a free one."""
 
 
-async def connect(url: str, answer_s: float | None = None) -> Any:
-    """An asyncpg connection. Raises `ConnectionError`, whatever the reason is why there is none."""
+async def connect(url: str, statement_s: float | None = None) -> Any:
+    """Return a new asyncpg connection.
+
+    Args:
+        url: Address of the database.
+        statement_s: Time limit of each statement in seconds. None: no limit.
+
+    Raises:
+        ConnectionError: The connection cannot be made, for whatever reason.
+    """
     try:
-        return await asyncpg.connect(url, timeout=CONNECT_S, command_timeout=answer_s)
+        return await asyncpg.connect(url, timeout=CONNECT_S, command_timeout=statement_s)
     except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError, asyncio.TimeoutError) as error:
-        raise ConnectionError(str(error) or f"no answer for {CONNECT_S} seconds") from error
+        raise ConnectionError(str(error) or f"no response for {CONNECT_S} seconds") from error
     except ValueError:
-        # the error quotes what stands in the place of the port, which may be a piece of the password
-        reason = "its address cannot be read; write postgresql://user:password@host:port/database, with % codes for / : @ ? #"
-        raise ConnectionError(reason) from None
+        # the error quotes the port, which may be a piece of the password
+        raise ConnectionError(
+            "its address cannot be read. Write postgresql://user:password@host:port/database, "
+            "with % codes for / : @ ? #"
+        ) from None
 
 
-def create_engine(url: str, answer_s: float | None = None) -> AsyncEngine:
-    """An engine for statements that may take `answer_s` seconds each; without it, as long as they like."""
+def create_engine(url: str, statement_s: float | None = None) -> AsyncEngine:
+    """Return an engine whose statements have a time limit; see `connect`."""
     return create_async_engine(
         "postgresql+asyncpg://",
-        async_creator=partial(connect, url, answer_s),
+        async_creator=partial(connect, url, statement_s),
         pool_pre_ping=True,
-        pool_size=PLACES,
+        pool_size=POOL_SIZE,
         max_overflow=0,
-        pool_timeout=PLACE_S,
+        pool_timeout=POOL_WAIT_S,
         hide_parameters=True,
     )

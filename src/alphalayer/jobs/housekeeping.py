@@ -1,4 +1,4 @@
-"""What both dispatchers leave to the journal: which jobs are open, which are forgotten, and whose receivers are to be told."""
+"""Housekeeping of stored jobs, shared by both queues."""
 
 from __future__ import annotations
 
@@ -11,24 +11,28 @@ from alphalayer.jobs.table import Journal
 
 
 class Housekeeping:
-    """`alphalayer.jobs.base.JobStore` on the journal of any database."""
+    """Implementation of `alphalayer.jobs.base.JobStore` on a journal."""
 
     def __init__(self, journal: Journal):
         self._journal = journal
 
     async def unfinished_ids(self) -> set[str]:
-        """The ids of all jobs that are not over, anywhere."""
+        """Return the ids of all unfinished jobs of all services."""
         return await self._journal.unfinished_ids()
 
+    async def input_names(self) -> set[str]:
+        """Return the names of the input images of all unfinished jobs."""
+        return await self._journal.input_names()
+
     async def delete_finished(self, finished_before: float) -> int:
-        """Remove old jobs from the journal; how many."""
+        """Delete old jobs. Return their number."""
         return await self._journal.delete_finished(finished_before)
 
     async def claim_due_webhooks(self, limit: int) -> list[tuple[Job, int]]:
-        """Jobs whose receivers are to be told now, for this service alone; see the protocol."""
+        """Claim jobs whose webhook is due; see the protocol."""
         return await self._journal.claim_webhooks(time.time(), limit)
 
     async def record_webhook_attempt(self, job_id: str, due: float | None, tries: int) -> None:
-        """Note a try, and when the next one is due; None: no more. On a full disk the receiver is told once more."""
+        """Store an attempt; see the protocol. On a full disk the webhook is sent again."""
         with contextlib.suppress(StorageFailed):
             await self._journal.record_webhook_attempt(job_id, due, tries)

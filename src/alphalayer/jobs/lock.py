@@ -1,4 +1,4 @@
-"""A journal file is opened by one service at a time: two would draw each job twice."""
+"""Lock of a journal file: one service at a time, so that no job is generated twice."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from alphalayer.jobs.table import Journal
 
 
 async def check(file: Path) -> None:
-    """Open a journal, bring it up to date, and close it again; no job changes.
+    """Open, migrate and close a journal. No job changes.
 
     Raises:
-        SetupFailed: another service has this journal, it is damaged, or see `Journal.open`.
+        SetupFailed: Another service uses the journal, it is damaged, or see `Journal.open`.
     """
     journal, lock, _ = await open_exclusively(file)
     await journal.close()
@@ -24,7 +24,14 @@ async def check(file: Path) -> None:
 
 
 async def open_exclusively(file: Path) -> tuple[Journal, FileLock, list[Job]]:
-    """A journal for this service alone, and the jobs in it that are not over. Raises `SetupFailed`, see `check`."""
+    """Open a journal for this service alone.
+
+    Returns:
+        The journal, its lock and its unfinished jobs.
+
+    Raises:
+        SetupFailed: see `check`.
+    """
     async with contextlib.AsyncExitStack() as undo:
         lock = _lock(file)
         undo.callback(lock.release)
@@ -39,7 +46,7 @@ async def open_exclusively(file: Path) -> tuple[Journal, FileLock, list[Job]]:
 
 
 def _lock(file: Path) -> FileLock:
-    """Keep other services off a journal until this one ends, however it ends. Raises `SetupFailed`."""
+    """Lock a journal until this process ends. Raises `SetupFailed`."""
     lock = FileLock(file.with_name(f"{file.name}.lock"), timeout=0, thread_local=False)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -47,7 +54,8 @@ def _lock(file: Path) -> FileLock:
     except Timeout:
         raise SetupFailed(
             f"another service uses the folder {file.parent.resolve()}.",
-            hint="Stop it, or give each its own data_dir (ALPHALAYER_DATA_DIR); outputs_dir may be shared.",
+            hint="Stop it, or set another data_dir (ALPHALAYER_DATA_DIR). "
+            "Services can share outputs_dir.",
         ) from None
     except OSError as error:
         raise SetupFailed(

@@ -1,6 +1,6 @@
-"""What pods tell each other through PostgreSQL's NOTIFY: new jobs, cancels, changes and progress.
+"""Notifications between pods by PostgreSQL's NOTIFY: new jobs, cancels, changes, progress.
 
-Notifications may be lost while a connection is made anew; whoever waits for them looks by itself now and then.
+A notification can be lost while a connection is restored. Receivers also poll regularly.
 """
 
 from __future__ import annotations
@@ -19,58 +19,58 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from alphalayer.core.job import JobProgress
 from alphalayer.jobs import connections
+from alphalayer.observability.background import retry_until_success
 from alphalayer.observability.logging import log
 
 TO_WORKERS, TO_PODS = "alphalayer_work", "alphalayer_news"
-"""Two channels, so that progress, which is most of the news, does not go to those that only draw: every listener gets everything."""
+"""Channels. A listener gets all of its channel, and workers do not need progress, which is
+most of the traffic."""
 CHANNELS = {"all": (TO_WORKERS, TO_PODS), "api": (TO_PODS,), "worker": (TO_WORKERS,)}
-ASK_EVERY_S = 10.0
-"""How often to make sure that there is still somebody at the other end."""
-REMEMBERED = 10_000
-"""Of how many jobs the last progress is kept."""
+CHECK_EVERY_S = 10.0
+"""Seconds between two checks of the connection."""
+RECONNECT_S = 1.0
+MAX_PROGRESS = 10_000
+"""Number of jobs whose last progress is kept."""
+_ERRORS = (OSError, asyncpg.PostgresError, asyncpg.InterfaceError, asyncio.TimeoutError)
 
 
 class Notifications:
-    """Hears the news of one role ("api", "worker" or "all") on a connection of its own. `run` is one task of the event loop."""
+    """Listener of one role ("api", "worker" or "all") on a connection of its own.
+
+    `run` is one task of the event loop.
+    """
 
     def __init__(self, url: str, role: str, on_cancel: Callable[[str], None]):
         self._url = url
         self._channels = CHANNELS[role]
         self._on_cancel = on_cancel
-        self._watchers: dict[str, set[asyncio.Event]] = {}
+        self._subscribers: dict[str, set[asyncio.Event]] = {}
         self._progress: dict[str, JobProgress] = {}
         self.queued = asyncio.Event()
-        """Set when a job came in; whoever takes jobs clears it."""
+        """Set at a new job. The worker clears it."""
         self.is_first = False
-        """Whether this one, of all that listen, does what one is to do."""
+        """Whether this listener does the work that one of all listeners does."""
 
     async def run(self) -> None:
-        """Listen until cancelled; when the connection is lost, connect again and let everybody look."""
-        while True:
-            lost = asyncio.Event()
-            connection: Any = None
-            try:
-                connection = await connections.connect(self._url)
-                connection.add_termination_listener(partial(_set, lost))
-                for channel in self._channels:
-                    await connection.add_listener(channel, self._hear)
-                self._wake_all()
-                await self._lose(connection, lost)
-            except (
-                OSError,
-                asyncpg.PostgresError,
-                asyncpg.InterfaceError,
-                asyncio.TimeoutError,
-            ) as error:
-                log.warning("database.unreachable", error=str(error))
-            finally:
-                self.is_first = False
-                if connection and not connection.is_closed():
-                    connection.terminate()
-            await asyncio.sleep(1.0)
+        """Listen until cancelled. Reconnect when the connection is lost."""
 
-    async def of_jobs(self, part: float, longest_s: float) -> bool:
-        """Wait for news of a job, of which only a part is heeded, or for so long; whether there were news."""
+        def report(error: Exception) -> None:
+            log.warning("database.unreachable", error=str(error))
+
+        async for attempt in retry_until_success(_ERRORS, report, RECONNECT_S):
+            with attempt:
+                await self._listen()
+
+    async def wait_for_job(self, sample_rate: float, longest_s: float) -> bool:
+        """Wait for the notification of a new job.
+
+        Args:
+            sample_rate: Fraction of the notifications that count.
+            longest_s: Maximum time to wait in seconds.
+
+        Returns:
+            Whether there was a notification.
+        """
         loop = asyncio.get_running_loop()
         deadline = loop.time() + longest_s
         while True:
@@ -78,38 +78,59 @@ class Notifications:
                 await asyncio.wait_for(self.queued.wait(), deadline - loop.time())
             except asyncio.TimeoutError:
                 return False
-            if random.random() < part:
+            if random.random() < sample_rate:
                 return True
             self.queued.clear()
 
-    async def tell(
-        self, connection: AsyncConnection, kind: str, job_id: str = "", **more: Any
+    async def notify(
+        self, connection: AsyncConnection, kind: str, job_id: str = "", **fields: Any
     ) -> None:
-        """Tell everybody, once the transaction of this connection is committed: "queued", "cancel", "changed" or "progress"."""
+        """Notify all listeners when the transaction of the connection is committed.
+
+        Args:
+            connection: Connection in a transaction.
+            kind: "queued", "cancel", "changed" or "progress".
+            job_id: Id of the job.
+            fields: Further values of the notification.
+        """
         channel = TO_WORKERS if kind in ("queued", "cancel") else TO_PODS
-        await connection.execute(
-            select(func.pg_notify(channel, json.dumps({"news": kind, "id": job_id, **more})))
-        )
+        payload = json.dumps({"news": kind, "id": job_id, **fields})
+        await connection.execute(select(func.pg_notify(channel, payload)))
 
     def progress_of(self, job_id: str) -> JobProgress:
-        """How far a job was when it was last heard of."""
+        """Return the last known progress of a job."""
         return self._progress.get(job_id, JobProgress())
 
     @contextlib.contextmanager
-    def about(self, job_id: str) -> Generator[asyncio.Event]:
-        """An event that is set at every news of a job."""
+    def subscribe(self, job_id: str) -> Generator[asyncio.Event]:
+        """Yield an event that every notification of a job sets."""
         event = asyncio.Event()
-        self._watchers.setdefault(job_id, set()).add(event)
+        self._subscribers.setdefault(job_id, set()).add(event)
         try:
             yield event
         finally:
-            self._watchers[job_id].discard(event)
-            if not self._watchers[job_id]:
-                del self._watchers[job_id]
+            self._subscribers[job_id].discard(event)
+            if not self._subscribers[job_id]:
+                del self._subscribers[job_id]
 
-    def _hear(self, _connection: object, _pid: int, _channel: str, payload: object) -> None:
-        news = json.loads(str(payload))
-        kind, job_id = news.pop("news"), news.pop("id")
+    async def _listen(self) -> None:
+        """Listen on a new connection until it is lost. Raises one of `_ERRORS`."""
+        lost = asyncio.Event()
+        connection = await connections.connect(self._url)
+        try:
+            connection.add_termination_listener(partial(_set, lost))
+            for channel in self._channels:
+                await connection.add_listener(channel, self._receive)
+            self._wake_all()
+            await self._watch_connection(connection, lost)
+        finally:
+            self.is_first = False
+            if not connection.is_closed():
+                connection.terminate()
+
+    def _receive(self, _connection: object, _pid: int, _channel: str, payload: object) -> None:
+        fields = json.loads(str(payload))
+        kind, job_id = fields.pop("news"), fields.pop("id")
         if kind == "queued":
             self.queued.set()
         elif kind == "cancel":
@@ -118,30 +139,34 @@ class Notifications:
             self._progress.pop(job_id, None)
         elif kind == "progress":
             self._progress.pop(job_id, None)
-            self._progress[job_id] = JobProgress.model_validate(news)
-            while len(self._progress) > REMEMBERED:
+            self._progress[job_id] = JobProgress.model_validate(fields)
+            while len(self._progress) > MAX_PROGRESS:
                 del self._progress[next(iter(self._progress))]
-        for watcher in self._watchers.get(job_id, ()):
-            watcher.set()
+        for event in self._subscribers.get(job_id, ()):
+            event.set()
 
-    async def _lose(self, connection: Any, lost: asyncio.Event) -> None:
-        """Return or raise when the connection is gone: who only listens would not notice that nobody speaks any more."""
+    async def _watch_connection(self, connection: Any, lost: asyncio.Event) -> None:
+        """Query the server regularly, and raise an error once the connection is lost.
+
+        A connection that only listens would not notice that its server is gone.
+        """
         while not lost.is_set():
-            # the lock is the connection's: whoever is gone has it no more
-            ask = (
+            # the lock belongs to the connection, so a lost listener does not keep it
+            query = (
                 "SELECT TRUE"
                 if self.is_first
                 else "SELECT pg_try_advisory_lock(hashtext('alphalayer first'))"
             )
-            self.is_first = await connection.fetchval(ask, timeout=ASK_EVERY_S)
+            self.is_first = await connection.fetchval(query, timeout=CHECK_EVERY_S)
             with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(lost.wait(), ASK_EVERY_S)
+                await asyncio.wait_for(lost.wait(), CHECK_EVERY_S)
+        raise ConnectionError("the connection was closed")
 
     def _wake_all(self) -> None:
         self.queued.set()
-        for watchers in self._watchers.values():
-            for watcher in watchers:
-                watcher.set()
+        for events in self._subscribers.values():
+            for event in events:
+                event.set()
 
 
 def _set(event: asyncio.Event, _connection: object) -> None:

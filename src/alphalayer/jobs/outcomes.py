@@ -1,4 +1,4 @@
-"""Every end of a job is counted and written down here, once, whoever ended it."""
+"""Log and metrics of the outcomes of jobs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from alphalayer.observability.metrics import Metrics
 
 
 def record_outcome(metrics: Metrics, job_id: str, outcome: Outcome) -> None:
-    """Count an outcome and log it; with `metrics` bound, an `alphalayer.jobs.OnEnd`."""
+    """Count and log an outcome. With `metrics` bound it is an `OnOutcome` callback."""
     if isinstance(outcome, JobResult):
         metrics.jobs.labels("done").inc()
         metrics.pictures.inc(len(outcome.images))
@@ -22,10 +22,7 @@ def record_outcome(metrics: Metrics, job_id: str, outcome: Outcome) -> None:
         log.info("job.cancelled", job=job_id)
     else:
         metrics.jobs.labels(outcome.code).inc()
-        # what is wrong with a request is said in pieces of its prompt
-        said = (
-            {"field": outcome.field}
-            if isinstance(outcome, InvalidRequest)
-            else {"error": outcome.message}
-        )
-        log.warning("job.failed", job=job_id, code=outcome.code, **said)
+        # the message of an invalid request quotes its prompt
+        is_invalid = isinstance(outcome, InvalidRequest)
+        cause = {"field": outcome.field} if is_invalid else {"error": outcome.message}
+        log.warning("job.failed", job=job_id, code=outcome.code, **cause)

@@ -1,4 +1,4 @@
-"""The job_queue of one machine: the queue in memory, every change in the journal first. Lives on one event loop."""
+"""Job queue of one machine: the queue in memory, each change first in the journal file."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from alphalayer.jobs.base import (
     MAX_STARTS,
     USUAL_SECONDS,
     JobView,
-    OnEnd,
+    OnOutcome,
     Outcome,
     check_capacity,
     ignore_outcome,
@@ -30,38 +30,44 @@ from alphalayer.jobs.base import (
 from alphalayer.jobs.housekeeping import Housekeeping
 from alphalayer.jobs.lock import open_exclusively
 from alphalayer.jobs.table import Journal
+from alphalayer.observability.background import retry_until_success
 from alphalayer.observability.logging import log
 
-LOOK_EVERY_S = 2.0
-"""How often whoever watches a waiting job is told the time left."""
-END_S = 2.0
-"""How long a start waits until jobs that are over by now are noted as such."""
+VIEW_EVERY_S = 2.0
+"""Seconds between two views of a waiting job, whose remaining time changes."""
+STARTUP_S = 2.0
+"""Seconds that a start waits until outcomes of the last run are stored."""
+WRITE_PAUSE_S, MAX_WRITE_PAUSE_S = 0.5, 5.0
+"""First and longest pause before an outcome is written again."""
 
 
 @dataclass
-class _Live:
-    """A job that is not over: as the journal has it, and who waits for its changes."""
+class _OpenJob:
+    """An unfinished job with its progress and events."""
 
     job: Job
     progress: JobProgress = JobProgress()
-    wanted_by: int = 1
-    """How many submitted it, less those who left."""
+    clients: int = 1
+    """Number of clients that submitted it and have not withdrawn."""
     cancel: asyncio.Event = field(default_factory=asyncio.Event)
     changed: asyncio.Event = field(default_factory=asyncio.Event)
 
     def update(self, **changes: Any) -> None:
-        """Replace the job and wake everyone who watches it."""
+        """Replace fields of the job and wake its watchers."""
         self.job = self.job.model_copy(update=changes)
         self.wake()
 
     def wake(self) -> None:
-        """Let every watcher look again."""
+        """Wake all watchers."""
         self.changed.set()
         self.changed = asyncio.Event()
 
 
 class SqliteJobQueue(Housekeeping):
-    """Implements `alphalayer.jobs.base.Jobs` on a journal file."""
+    """Implementation of `alphalayer.jobs.base.Jobs` on a journal file.
+
+    It belongs to one event loop.
+    """
 
     def __init__(
         self,
@@ -69,19 +75,19 @@ class SqliteJobQueue(Housekeeping):
         lock: FileLock,
         queue_limit: int,
         queue_shares: Mapping[str, float],
-        on_end: OnEnd,
+        on_outcome: OnOutcome,
     ):
         super().__init__(journal)
         self._lock = lock
         self._queue_limit = queue_limit
         self._queue_shares = queue_shares
-        self._on_end = on_end
-        self._live: dict[str, _Live] = {}
+        self._on_outcome = on_outcome
+        self._open_jobs: dict[str, _OpenJob] = {}
         self._waiting: deque[str] = deque()
         self._arrived = asyncio.Condition()
         self._accepting: dict[str, str] = {}
-        """Whose the jobs are that are being written down, by id."""
-        self._ending: set[asyncio.Task[None]] = set()
+        """Owners of the jobs that are being stored, by job id."""
+        self._completing: set[asyncio.Task[None]] = set()
         self._usual_seconds = USUAL_SECONDS
 
     @classmethod
@@ -90,58 +96,73 @@ class SqliteJobQueue(Housekeeping):
         file: Path,
         queue_limit: int,
         queue_shares: Mapping[str, float] | None = None,
-        on_end: OnEnd = ignore_outcome,
+        on_outcome: OnOutcome = ignore_outcome,
     ) -> SqliteJobQueue:
-        """Open the journal and queue again what was not over, oldest first.
+        """Open a journal and queue its unfinished jobs, oldest first.
 
-        `queue_shares` says for an owner which part of the queue may be theirs; others may fill it.
+        Args:
+            file: The journal.
+            queue_limit: Maximum number of waiting jobs.
+            queue_shares: Fraction of the queue that an owner may fill. Default: all of it.
+            on_outcome: Function that is called with each outcome.
 
         Raises:
             SetupFailed: see `alphalayer.jobs.lock.check`.
         """
         journal, lock, unfinished = await open_exclusively(file)
         job_queue = cls(
-            journal, lock, queue_limit, {} if queue_shares is None else queue_shares, on_end
+            journal, lock, queue_limit, {} if queue_shares is None else queue_shares, on_outcome
         )
         for job in unfinished:
-            job_queue._live[job.id] = _Live(job)
-            if job.error:  # it cannot be read
-                job_queue._end_soon(job.id, AlphalayerError.from_dict(job.error))
-            elif job.cancel_asked:
-                job_queue._end_soon(job.id, Cancelled("cancelled."))
-            elif job.starts >= MAX_STARTS:
-                job_queue._end_soon(job.id, too_many_starts("the service stopped while it ran"))
-            else:
-                job_queue._waiting.append(job.id)
-                if job.state is JobState.RUNNING:
-                    await job_queue._note(job_queue._live[job.id], state=JobState.QUEUED)
-        if job_queue._ending:
-            # on a full disk they are over later, and the service starts all the same
-            await asyncio.wait(job_queue._ending, timeout=END_S)
+            await job_queue._restore(job)
+        if job_queue._completing:
+            # on a full disk they are stored later, and the service starts all the same
+            await asyncio.wait(job_queue._completing, timeout=STARTUP_S)
         return job_queue
 
+    async def _restore(self, job: Job) -> None:
+        """Queue an unfinished job of the last run, or complete it."""
+        self._open_jobs[job.id] = _OpenJob(job)
+        if job.error:  # its row cannot be read
+            self._complete_soon(job.id, AlphalayerError.from_dict(job.error))
+        elif job.cancel_asked:
+            self._complete_soon(job.id, Cancelled("cancelled."))
+        elif job.starts >= MAX_STARTS:
+            self._complete_soon(job.id, too_many_starts("the service stopped while it ran"))
+        else:
+            self._waiting.append(job.id)
+            if job.state is JobState.RUNNING:
+                await self._save(self._open_jobs[job.id], state=JobState.QUEUED)
+
     async def close(self) -> None:
-        """Close the journal; what is not over stays in it."""
-        for task in self._ending:
+        """Close the journal. Unfinished jobs stay in it."""
+        for task in self._completing:
             task.cancel()
-        await asyncio.gather(*self._ending, return_exceptions=True)
+        await asyncio.gather(*self._completing, return_exceptions=True)
         await self._journal.close()
         self._lock.release()
 
     @property
     def is_reachable(self) -> bool:
-        """A file is where it is."""
+        """Return True: the journal is a local file."""
         return True
 
     @property
     def queue_length(self) -> int:
-        """Jobs that wait for an engine."""
+        """Return the number of waiting jobs."""
         return len(self._waiting)
 
     @property
     def oldest_waiting_s(self) -> float:
-        """Seconds that the next job has waited; 0 with none."""
-        return time.time() - self._live[self._waiting[0]].job.created_at if self._waiting else 0.0
+        """Return the age of the next job in seconds, or 0 without one."""
+        if not self._waiting:
+            return 0.0
+        return time.time() - self._open_jobs[self._waiting[0]].job.created_at
+
+    @property
+    def retry_after_s(self) -> int:
+        """Return the seconds until a client may retry after a full queue."""
+        return max(1, round(self._usual_seconds))
 
     async def submit(
         self,
@@ -152,69 +173,68 @@ class SqliteJobQueue(Housekeeping):
     ) -> Job:
         """Accept a job; see the protocol."""
         new = Job.new(spec, submission, delivery, job_id)
-        if known := await self._known(new):
-            return known
+        if repeated := await self._join_repeated(new):
+            return repeated
         share = self._queue_shares.get(submission.owner, 1.0)
-        theirs = self._count(submission.owner) if share < 1.0 else 0
+        owned = self._count(submission.owner) if share < 1.0 else 0
         check_capacity(
             len(self._waiting) + len(self._accepting),
             self._queue_limit,
             submission.owner,
-            theirs,
+            owned,
             share,
             self.retry_after_s,
         )
-        # a place is taken before the journal is awaited, so that a crowd cannot pass the limit together
+        # reserved before the journal is awaited, so that concurrent requests keep the limit
         self._accepting[new.id] = submission.owner
-        # what is written down is queued, whatever becomes of whoever asked
+        # a job that is stored is also queued, even if its client disconnects
         job = await asyncio.shield(self._accept(new))
         if job is not new:
-            # another request was quicker with this key
+            # another request with this key was faster
             return await self.submit(spec, submission, delivery, job_id)
         return job
 
     async def _accept(self, new: Job) -> Job:
-        """Write a job down and queue it; the one that has its key already."""
+        """Store and queue a job. Return it, or the earlier one with its key."""
         try:
             job = await self._journal.add(new)
             if job is new:
-                self._live[job.id] = _Live(job)
+                self._open_jobs[job.id] = _OpenJob(job)
                 self._waiting.append(job.id)
         finally:
             del self._accepting[new.id]
-        await self._ring()
+        await self._notify_worker()
         return job
 
     def _count(self, owner: str) -> int:
-        """How many places of the queue are an owner's."""
-        waiting = sum(self._live[each].job.owner == owner for each in self._waiting)
-        return waiting + sum(each == owner for each in self._accepting.values())
+        """Return the number of waiting jobs of an owner."""
+        waiting = sum(self._open_jobs[job_id].job.owner == owner for job_id in self._waiting)
+        return waiting + sum(name == owner for name in self._accepting.values())
 
-    async def _known(self, new: Job) -> Job | None:
-        """The job that came with the same key before, wanted by one more now; None where there is none. Raises `InvalidRequest`."""
-        while known := await self._journal.known(new):
-            known.check_repeated(new)
-            live = self._live.get(known.id)
-            if live and live.job.submission.idempotency_key:
-                live.wanted_by += 1
-                return live.job
-            if known.state.is_final:
-                return known
-            # it is being taken in, or is giving up its key
+    async def _join_repeated(self, new: Job) -> Job | None:
+        """Return the earlier job with the same key, with one more client.
+
+        Raises:
+            InvalidRequest: The earlier job is another request.
+        """
+        while repeated := await self._journal.find_repeated(new):
+            repeated.check_repeated(new)
+            record = self._open_jobs.get(repeated.id)
+            if record and record.job.submission.idempotency_key:
+                record.clients += 1
+                return record.job
+            if repeated.state.is_final:
+                return repeated
+            # it is being accepted, or is giving up its key
             await asyncio.sleep(0.01)
         return None
 
-    @property
-    def retry_after_s(self) -> int:
-        """When a client that found no room may try again, in seconds."""
-        return max(1, round(self._usual_seconds))
-
     async def view(self, job_id: str) -> JobView | None:
-        """How a job stands; see the protocol."""
-        if job_id in self._live:
-            return self._view(self._live[job_id])
+        """Return the job as it is now; see the protocol."""
+        if job_id in self._open_jobs:
+            return self._view(self._open_jobs[job_id])
         job = await self._journal.get(job_id)
-        return JobView.of_ended(job) if job else None
+        return JobView.of_finished(job) if job else None
 
     async def list(
         self,
@@ -224,187 +244,201 @@ class SqliteJobQueue(Housekeeping):
         limit: int = 50,
         before: float | None = None,
     ) -> list[JobView]:
-        """Jobs, newest first; see the protocol."""
-        found = await self._journal.list(owner, state, limit, before)
+        """Return jobs, newest first; see the protocol."""
         return [
-            self._view(self._live[job.id]) if job.id in self._live else JobView.of_ended(job)
-            for job in found
+            self._view(self._open_jobs[job.id])
+            if job.id in self._open_jobs
+            else JobView.of_finished(job)
+            for job in await self._journal.list(owner, state, limit, before)
         ]
 
     async def cancel(self, job_id: str) -> bool:
-        """Stop a job; one that runs is over when its engine says so. See the protocol."""
-        live = self._live.get(job_id)
-        return live is not None and await self._cancel(live, live.job.submission.idempotency_key)
+        """Cancel an unfinished job; see the protocol. The engine stops a running one."""
+        record = self._open_jobs.get(job_id)
+        if record is None:
+            return False
+        return await self._cancel(record, record.job.submission.idempotency_key)
 
     async def withdraw(self, job_id: str) -> None:
-        """One that wanted this job is gone; see the protocol."""
+        """Remove one of the job's clients; see the protocol."""
         while job_id in self._accepting:
             await asyncio.sleep(0.01)
-        live = self._live.get(job_id)
-        if live is None:
+        record = self._open_jobs.get(job_id)
+        if record is None:
             return
-        live.wanted_by -= 1
-        if live.wanted_by == 0:
-            await self._cancel(live, None)
+        record.clients -= 1
+        if record.clients == 0:
+            await self._cancel(record, None)
 
-    async def _cancel(self, live: _Live, key: str | None) -> bool:
-        """Cancel a job, which has this key from now on."""
-        job_id, before = live.job.id, live.job
-        live.job = before.with_key(key)
+    async def _cancel(self, record: _OpenJob, key: str | None) -> bool:
+        """Cancel a job and replace its idempotency key."""
+        job_id, before = record.job.id, record.job
+        record.job = before.with_key(key)
         if job_id not in self._waiting:
-            live.cancel.set()
-            # for the next start, should this one end before the engine stops
+            record.cancel.set()
+            # for the next start, if the service ends before the engine stops
             with contextlib.suppress(StorageFailed):
-                await self._journal.ask_to_cancel(live.job)
+                await self._journal.request_cancel(record.job)
             return True
-        place = self._waiting.index(job_id)
+        index = self._waiting.index(job_id)
         self._waiting.remove(job_id)
         try:
-            await self._write_end(live, Cancelled("cancelled."))
+            await self._store_outcome(record, Cancelled("cancelled."))
         except StorageFailed:
-            live.job = before
-            self._waiting.insert(place, job_id)
-            await self._ring()
+            record.job = before
+            self._waiting.insert(index, job_id)
+            await self._notify_worker()
             raise
         return True
 
     async def wait(self, job_id: str) -> Job:
-        """The job, once it is over."""
-        while job_id in self._live:
-            await self._live[job_id].changed.wait()
+        """Return the job after it has finished."""
+        while job_id in self._open_jobs:
+            await self._open_jobs[job_id].changed.wait()
         job = await self._journal.get(job_id)
         assert job is not None, job_id
         return job
 
     async def watch(self, job_id: str) -> AsyncIterator[JobView]:
-        """Every change of a job until it is over."""
-        while (live := self._live.get(job_id)) is not None:
-            changed, waits = live.changed, job_id in self._waiting
-            yield self._view(live)
-            # time passes for those who wait, whether something happens or not
+        """Yield the job now and at every change until it has finished."""
+        while (record := self._open_jobs.get(job_id)) is not None:
+            changed, is_waiting = record.changed, job_id in self._waiting
+            yield self._view(record)
             with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(changed.wait(), LOOK_EVERY_S if waits else None)
+                await asyncio.wait_for(changed.wait(), VIEW_EVERY_S if is_waiting else None)
         view = await self.view(job_id)
         if view:
             yield view
 
-    async def claim(self, holding: str | None = None) -> Job:  # noqa: ARG002 - oldest first on one machine
-        """The next job; see the protocol."""
+    async def claim(self, holding: str | None = None) -> Job:  # noqa: ARG002 - oldest first here
+        """Claim the next job; see the protocol."""
         async with self._arrived:
             await self._arrived.wait_for(lambda: bool(self._waiting))
             job_id = self._waiting.popleft()
         self._wake_waiting()
-        return self._live[job_id].job
+        return self._open_jobs[job_id].job
 
     async def claim_compatible(self, job: Job, pixels: int) -> Job | None:
-        """The oldest waiting job that fits to `job`; see the protocol."""
+        """Claim the oldest job that fits into a batch with `job`; see the protocol."""
         key = job.batch_key
         for job_id in self._waiting if key else ():
-            mate = self._live[job_id].job
-            if mate.spec.pixels <= pixels and mate.batch_key == key:
+            candidate = self._open_jobs[job_id].job
+            if candidate.spec.pixels <= pixels and candidate.batch_key == key:
                 self._waiting.remove(job_id)
                 self._wake_waiting()
-                return mate
+                return candidate
         return None
 
     async def mark_started(self, job_id: str) -> None:
-        """Count a start; see the protocol."""
-        live = self._live[job_id]
-        await self._note(
-            live, state=JobState.RUNNING, started_at=time.time(), starts=live.job.starts + 1
+        """Count a start of the job; see the protocol."""
+        record = self._open_jobs[job_id]
+        await self._save(
+            record, state=JobState.RUNNING, started_at=time.time(), starts=record.job.starts + 1
         )
 
     async def report_progress(self, job_id: str, progress: JobProgress) -> None:
-        """Note progress; in memory only."""
-        if job_id in self._live:
-            self._live[job_id].progress = progress
-            self._live[job_id].wake()
+        """Set the progress of a running job, in memory only."""
+        if job_id in self._open_jobs:
+            self._open_jobs[job_id].progress = progress
+            self._open_jobs[job_id].wake()
 
     async def complete(self, job_id: str, outcome: Outcome) -> None:
-        """End a job; see the protocol."""
-        live = self._live.get(job_id)
-        if live is None:
+        """Store the outcome of a job; see the protocol."""
+        record = self._open_jobs.get(job_id)
+        if record is None:
             return
         if isinstance(outcome, JobResult):
-            self._learn(live.job)
-        await self._over(live, outcome)
+            self._update_usual_seconds(record.job)
+        await self._complete(record, outcome)
 
     async def requeue(self, job_id: str, reason: str, *, is_counted: bool = True) -> None:
-        """Queue a job again whose engine is gone, or fail it; see the protocol."""
-        live = self._live.get(job_id)
-        if live is None:
+        """Return a claimed job to the front of the queue, or fail it; see the protocol."""
+        record = self._open_jobs.get(job_id)
+        if record is None:
             return
-        was_started = live.job.state is JobState.RUNNING
-        starts = live.job.starts - (was_started and not is_counted)
-        if live.cancel.is_set():
-            await self._over(live, Cancelled("cancelled."))
+        was_started = record.job.state is JobState.RUNNING
+        starts = record.job.starts - (was_started and not is_counted)
+        if record.cancel.is_set():
+            await self._complete(record, Cancelled("cancelled."))
         elif starts >= MAX_STARTS:
             await self.complete(job_id, too_many_starts(reason))
         else:
-            live.progress = JobProgress()
+            record.progress = JobProgress()
             self._waiting.appendleft(job_id)
             if was_started:
-                await self._note(live, state=JobState.QUEUED, starts=starts)
-            await self._ring()
+                await self._save(record, state=JobState.QUEUED, starts=starts)
+            await self._notify_worker()
 
     async def wait_for_cancel(self, job_id: str) -> None:
-        """Wait until a job is to be stopped."""
-        if job_id in self._live:
-            await self._live[job_id].cancel.wait()
+        """Return once the job is to be cancelled."""
+        if job_id in self._open_jobs:
+            await self._open_jobs[job_id].cancel.wait()
 
-    async def _note(self, live: _Live, **changes: Any) -> None:
-        """Change a job; on a full disk in memory alone: it goes on, and ends with an error of its own."""
-        live.update(**changes)
+    async def _save(self, record: _OpenJob, **changes: Any) -> None:
+        """Change a job. On a full disk it changes in memory only and continues."""
+        record.update(**changes)
         with contextlib.suppress(StorageFailed):
-            await self._journal.save(live.job)
+            await self._journal.save(record.job)
 
-    def _end_soon(self, job_id: str, outcome: Outcome) -> None:
-        ending = asyncio.create_task(self.complete(job_id, outcome))
-        self._ending.add(ending)
-        ending.add_done_callback(self._ending.discard)
+    def _complete_soon(self, job_id: str, outcome: Outcome) -> None:
+        """Complete a job in a task."""
+        task = asyncio.create_task(self.complete(job_id, outcome))
+        self._completing.add(task)
+        task.add_done_callback(self._completing.discard)
 
-    async def _over(self, live: _Live, outcome: Outcome) -> None:
-        """End a job. On a full disk its outcome is kept, and written again until it is safe; those who wait get it then."""
-        while True:
-            try:
-                return await self._write_end(live, outcome)
-            except StorageFailed as error:
-                log.warning("job.outcome_write_failed", job=live.job.id, error=str(error))
-                await asyncio.sleep(1.0)
+    async def _complete(self, record: _OpenJob, outcome: Outcome) -> None:
+        """Store an outcome. On a full disk, try until it is stored."""
 
-    async def _write_end(self, live: _Live, outcome: Outcome) -> None:
-        """Write an outcome down, then tell everybody. Raises `StorageFailed`."""
-        # until it is written the job stands as it stood, for those who look and for the next start
+        def report(error: Exception) -> None:
+            log.warning("job.outcome_write_failed", job=record.job.id, error=str(error))
+
+        async for attempt in retry_until_success(
+            StorageFailed, report, WRITE_PAUSE_S, MAX_WRITE_PAUSE_S
+        ):
+            with attempt:
+                await self._store_outcome(record, outcome)
+
+    async def _store_outcome(self, record: _OpenJob, outcome: Outcome) -> None:
+        """Store an outcome, then notify everyone who waits. Raises `StorageFailed`."""
+        # until then the job is unchanged for its clients and for the next start
         await self._journal.save(
-            live.job.model_copy(update={"finished_at": time.time(), **outcome_fields(outcome)})
+            record.job.model_copy(update={"finished_at": time.time(), **outcome_fields(outcome)})
         )
-        self._live.pop(live.job.id, None)
-        self._on_end(live.job.id, outcome)
-        live.wake()
+        self._open_jobs.pop(record.job.id, None)
+        self._on_outcome(record.job.id, outcome)
+        record.wake()
         self._wake_waiting()
 
-    async def _ring(self) -> None:
+    async def _notify_worker(self) -> None:
+        """Wake one worker that waits for a job."""
         async with self._arrived:
             self._arrived.notify()
 
     def _wake_waiting(self) -> None:
-        """Positions changed."""
+        """Wake the watchers of all waiting jobs, whose positions changed."""
         for job_id in self._waiting:
-            self._live[job_id].wake()
+            self._open_jobs[job_id].wake()
 
-    def _learn(self, job: Job) -> None:
+    def _update_usual_seconds(self, job: Job) -> None:
+        """Include a job in the moving average of durations."""
         if job.started_at:
             self._usual_seconds += 0.2 * (time.time() - job.started_at - self._usual_seconds)
 
-    def _view(self, live: _Live) -> JobView:
-        job, progress = live.job, live.progress
+    def _view(self, record: _OpenJob) -> JobView:
+        job, progress = record.job, record.progress
         if job.id in self._waiting:
             position = self._waiting.index(job.id) + 1
-            return JobView(job, position, progress, self._wait_s(position))
-        return JobView(job, 0, progress, estimates.rest_s(job.started_at, progress))
+            return JobView(job, position, progress, self._waiting_s(position))
+        return JobView(job, 0, progress, estimates.running_s(job.started_at, progress))
 
-    def _wait_s(self, position: int) -> float:
-        running = [each for each in self._live.values() if each.job.state is JobState.RUNNING]
-        sent_ahead = len(self._live) - len(self._waiting) - len(running)
-        rests = [estimates.rest_s(each.job.started_at, each.progress) for each in running]
-        return estimates.wait_s(rests, len(running), sent_ahead + position - 1, self._usual_seconds)
+    def _waiting_s(self, position: int) -> float:
+        """Return the estimated time until the job at a position is finished."""
+        running = [
+            record for record in self._open_jobs.values() if record.job.state is JobState.RUNNING
+        ]
+        claimed = len(self._open_jobs) - len(self._waiting) - len(running)
+        remaining = [
+            estimates.running_s(record.job.started_at, record.progress) for record in running
+        ]
+        before = claimed + position - 1
+        return estimates.waiting_s(remaining, len(running), before, self._usual_seconds)

@@ -1,7 +1,7 @@
-"""The journal: every job in one SQL table, so that nothing accepted is lost. SQL only; knows nothing of who waits for what.
+"""The journal: all jobs in one SQL table of SQLite or PostgreSQL.
 
-One schema in SQLite (one writer: the service that owns the file) and in PostgreSQL (many). It has a version; `open` brings an older one
-up to date.
+SQLite has one writer, the service that owns the file. PostgreSQL has many.
+The schema has a version. `Journal.open` migrates an older one.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import re
 import sqlite3
 import time
 from collections.abc import Sequence
@@ -83,7 +84,7 @@ ADD = {
         index_elements=["owner", "idempotency_key"]
     ),
 }
-"""Adds a row unless its owner has used the idempotency key before; by dialect."""
+"""Statements that insert a row unless its owner has used the key before, by dialect."""
 _SAVE = (
     update(jobs)
     .where(jobs.c.id == bindparam("job_id"), jobs.c.state.in_(OPEN))
@@ -109,24 +110,25 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         "ALTER TABLE jobs ADD COLUMN traceparent VARCHAR(64)",
     ),
 )
-"""SQL that takes version 1 to 2, 2 to 3 and so on; the table above is always the newest."""
+"""SQL of each migration from version 1 on. `jobs` has the newest version."""
 VERSION = 1 + len(MIGRATIONS)
 
 WITH_WEBHOOK = jobs.c.delivery.contains('"webhook":{')
-"""Jobs whose end somebody is to be told. In a text of the request the quotes would be escaped."""
+"""Selects jobs with a webhook. In a text of the request the quotes would be escaped."""
+_INPUT = re.compile(r"input_[0-9a-f]{64}\.png")
 
-CLAIMED_S = 60.0
-FORGOTTEN_AT_ONCE = 1000
-"""Jobs that are removed before others may write."""
+WEBHOOK_CLAIM_S = 60.0
+DELETE_BATCH = 1000
+"""Jobs that are deleted in one transaction, so that other writers get their turn."""
 UNREACHABLE = (DBAPIError, PoolTimeout, OSError, TimeoutError, asyncio.TimeoutError)
-"""What the database raises when it is away, hangs, is full or read-only."""
+"""Errors of a database that is unreachable, hangs, is full or read-only."""
 _DAMAGED = ("malformed", "not a database")
-"""What SQLite says of a file that it cannot make sense of."""
-_MEND = "Put its backup back, or move it away (its jobs are lost then): docs/guides/backup.md."
+"""Words in SQLite's messages about a damaged file."""
+_RESTORE = "Restore its backup, or move it away (its jobs are lost then): docs/guides/backup.md."
 
 
 class Journal:
-    """The table of jobs in one database."""
+    """Table of jobs in one database."""
 
     def __init__(self, engine: AsyncEngine):
         self.engine = engine
@@ -135,66 +137,87 @@ class Journal:
         self._writer: asyncio.Task[None] | None = None
 
     @classmethod
-    async def open(cls, place: Path | str) -> Journal:
-        """Open the file, or the database of a `postgresql://` address, and bring its schema up to date.
+    async def open(cls, location: Path | str) -> Journal:
+        """Open a journal and migrate its schema.
+
+        Args:
+            location: A file, or the `postgresql://` address of a database.
 
         Raises:
-            SetupFailed: not a journal, from a newer version, not to be written, or not to be reached.
+            SetupFailed: It is no journal, is from a newer version, is not writable or cannot be
+                reached.
         """
         hint = "Check the folder's rights and space, or move the file away."
         try:
-            if isinstance(place, Path):
-                place.parent.mkdir(parents=True, exist_ok=True)
-                file = URL.create("sqlite+aiosqlite", database=str(place))
-                engine = patient = create_async_engine(file, hide_parameters=True)
-                event.listen(engine.sync_engine, "connect", _tune)
+            if isinstance(location, Path):
+                location.parent.mkdir(parents=True, exist_ok=True)
+                file = URL.create("sqlite+aiosqlite", database=str(location))
+                engine = migrating = create_async_engine(file, hide_parameters=True)
+                event.listen(engine.sync_engine, "connect", _configure)
             else:
                 from alphalayer.jobs import connections
 
-                engine, patient = (
-                    connections.create_engine(place, connections.ANSWER_S),
-                    connections.create_engine(place),
-                )
-                place = "in PostgreSQL"  # its address may hold a password in more than one place
+                engine = connections.create_engine(location, connections.STATEMENT_S)
+                # migrations may take longer than the time limit of a statement
+                migrating = connections.create_engine(location)
+                location = "in PostgreSQL"  # its address may hold a password
                 hint = "Check the address, and that PostgreSQL runs."
             try:
-                async with patient.begin() as connection:
-                    await _migrate(connection, place)
+                async with migrating.begin() as connection:
+                    await _migrate(connection, location)
             finally:
-                await patient.dispose()
+                await migrating.dispose()
         except (DBAPIError, OSError, sqlite3.Error) as error:
             cause = getattr(error, "orig", error)
-            hint = _MEND if _is_damage(cause) else hint
+            hint = _RESTORE if _is_damage(cause) else hint
             raise SetupFailed(
-                f"the journal {place} cannot be opened: {cause}.", hint=hint
+                f"the journal {location} cannot be opened: {cause}.", hint=hint
             ) from None
         return cls(engine)
 
     async def close(self) -> None:
-        """Give the file back, once all is written."""
+        """Close the database after all pending writes."""
         if self._writer:
             await self._writer
         await self.engine.dispose()
 
     async def add(self, job: Job) -> Job:
-        """Write a new job; the one that is there already if owner and idempotency key are known. Raises `StorageFailed`."""
+        """Store a new job.
+
+        Returns:
+            The job, or the earlier one with the same owner and idempotency key.
+
+        Raises:
+            StorageFailed: The journal cannot be read or written.
+        """
         while not await self._write(self._add, row_of(job)):
-            if same := await self.known(job):
-                return same
+            if earlier := await self.find_repeated(job):
+                return earlier
         return job
 
-    async def known(self, job: Job) -> Job | None:
-        """The job that came with the same owner and idempotency key before, if it still has it. Raises `StorageFailed`."""
+    async def find_repeated(self, job: Job) -> Job | None:
+        """Return the earlier job with the same owner and idempotency key.
+
+        Raises:
+            StorageFailed: The journal cannot be read.
+        """
         if job.submission.idempotency_key is None:
             return None
         same = (jobs.c.owner == job.owner) & (
             jobs.c.idempotency_key == job.submission.idempotency_key
         )
-        found = await self._read(select(jobs).where(same))
-        return found[0] if found else None
+        matches = await self._read(select(jobs).where(same))
+        return matches[0] if matches else None
 
     async def save(self, job: Job) -> bool:
-        """Write what changed of a job that is not over in the journal; whether it was so. Raises `StorageFailed`."""
+        """Store the changes of a job that is unfinished in the journal.
+
+        Returns:
+            Whether it was unfinished.
+
+        Raises:
+            StorageFailed: The journal cannot be written.
+        """
         row = row_of(job)
         changed = {name: row[name] for name in _CHANGING}
         changed["webhook_due"] = (
@@ -202,27 +225,42 @@ class Journal:
         )
         return await self._write(_SAVE, {**changed, "job_id": job.id}) > 0
 
-    async def ask_to_cancel(self, job: Job) -> None:
-        """Note that a job that runs is to stop, and its key. Raises `StorageFailed`."""
-        asked = {"cancel_asked": True, "idempotency_key": job.submission.idempotency_key}
-        await self._write(update(jobs).where(jobs.c.id == job.id).values(asked))
+    async def request_cancel(self, job: Job) -> None:
+        """Store the cancel request of a running job, and its key.
+
+        Raises:
+            StorageFailed: The journal cannot be written.
+        """
+        changes = {"cancel_asked": True, "idempotency_key": job.submission.idempotency_key}
+        await self._write(update(jobs).where(jobs.c.id == job.id).values(changes))
 
     async def get(self, job_id: str) -> Job | None:
-        """The job of that id."""
-        found = await self._read(select(jobs).where(jobs.c.id == job_id))
-        return found[0] if found else None
+        """Return the job of an id, or None."""
+        matches = await self._read(select(jobs).where(jobs.c.id == job_id))
+        return matches[0] if matches else None
 
     async def unfinished(self) -> list[Job]:
-        """All jobs that are not over, oldest first."""
+        """Return all unfinished jobs, oldest first."""
         return await self._read(
             select(jobs).where(jobs.c.state.in_(OPEN)).order_by(jobs.c.created_at)
         )
 
     async def unfinished_ids(self) -> set[str]:
-        """The ids of all jobs that are not over. Raises `StorageFailed`."""
-        return {
-            row["id"] for row in await self._rows(select(jobs.c.id).where(jobs.c.state.in_(OPEN)))
-        }
+        """Return the ids of all unfinished jobs. Raises `StorageFailed`."""
+        rows = await self._rows(select(jobs.c.id).where(jobs.c.state.in_(OPEN)))
+        return {row["id"] for row in rows}
+
+    async def input_names(self) -> set[str]:
+        """Return the names of the input images of all unfinished jobs.
+
+        A name in a prompt counts too, which keeps a file longer than necessary.
+
+        Raises:
+            StorageFailed: The journal cannot be read.
+        """
+        named = jobs.c.spec.contains("input_", autoescape=True)
+        rows = await self._rows(select(jobs.c.spec).where(jobs.c.state.in_(OPEN), named))
+        return {name for row in rows for name in _INPUT.findall(row["spec"])}
 
     async def list(
         self,
@@ -231,7 +269,7 @@ class Journal:
         limit: int = 50,
         before: float | None = None,
     ) -> list[Job]:
-        """Jobs, newest first, created before a time."""
+        """Return jobs created before a time, newest first."""
         statement = select(jobs).order_by(jobs.c.created_at.desc()).limit(limit)
         if owner is not None:
             statement = statement.where(jobs.c.owner == owner)
@@ -242,21 +280,33 @@ class Journal:
         return await self._read(statement)
 
     async def delete_finished(self, finished_before: float) -> int:
-        """Remove jobs that were over before a time; how many. In portions, between which others write."""
+        """Delete jobs that finished before a time, in batches. Return their number."""
         old = select(jobs.c.id).where(
             jobs.c.finished_at < finished_before, jobs.c.webhook_due.is_(None)
         )
-        some = jobs.delete().where(jobs.c.id.in_(old.limit(FORGOTTEN_AT_ONCE)))
-        gone = portion = await self._write(some)
-        while portion == FORGOTTEN_AT_ONCE:
-            portion = await self._write(some)
-            gone += portion
-        return gone
+        batch = jobs.delete().where(jobs.c.id.in_(old.limit(DELETE_BATCH)))
+        deleted = count = await self._write(batch)
+        while count == DELETE_BATCH:
+            count = await self._write(batch)
+            deleted += count
+        return deleted
 
     async def claim_webhooks(self, now: float, limit: int) -> list[tuple[Job, int]]:
-        """Jobs that are over and whose receiver is to be told by now, with how often that was tried, the longest due first. For whoever
-        claims them alone: they are due again after a minute. Raises `StorageFailed`."""
-        chosen = (
+        """Claim finished jobs whose webhook is due, the longest due first.
+
+        They are due again after a minute.
+
+        Args:
+            now: Unix seconds.
+            limit: Maximum number of jobs.
+
+        Returns:
+            Each job and the number of attempts so far.
+
+        Raises:
+            StorageFailed: The journal cannot be read or written.
+        """
+        due_jobs = (
             select(jobs.c.id)
             .where(jobs.c.webhook_due <= now)
             .order_by(jobs.c.webhook_due)
@@ -265,20 +315,23 @@ class Journal:
         )
         claim = (
             update(jobs)
-            .where(jobs.c.id.in_(chosen))
-            .values(webhook_due=now + CLAIMED_S)
+            .where(jobs.c.id.in_(due_jobs))
+            .values(webhook_due=now + WEBHOOK_CLAIM_S)
             .returning(jobs)
         )
         return [(job_of(row), int(row["webhook_tries"])) for row in await self._rows(claim)]
 
     async def record_webhook_attempt(self, job_id: str, due: float | None, tries: int) -> None:
-        """Note a try, and when the next one is due; None: no more. Raises `StorageFailed`."""
+        """Store an attempt and the time of the next one. Raises `StorageFailed`."""
         await self._write(
             update(jobs).where(jobs.c.id == job_id).values(webhook_due=due, webhook_tries=tries)
         )
 
     async def _write(self, statement: Any, values: dict[str, Any] | None = None) -> int:
-        """Run a statement and commit it; how many rows it changed. What comes while a commit is at work shares the next one."""
+        """Run and commit a statement. Return the number of changed rows.
+
+        Statements that arrive during a commit share the next one.
+        """
         done: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         self._pending.append((statement, values or {}, done))
         if self._writer is None or self._writer.done():
@@ -295,10 +348,11 @@ class Journal:
                         for statement, values, _ in batch
                     ]
             except Exception as error:
-                fault = self.fault(error) if isinstance(error, UNREACHABLE) else error
+                if isinstance(error, UNREACHABLE):
+                    error = self.to_storage_error(error)
                 for *_, done in batch:
                     if not done.done():
-                        done.set_exception(fault)
+                        done.set_exception(error)
                 continue
             for (*_, done), count in zip(batch, counts, strict=True):
                 if not done.done():
@@ -312,17 +366,17 @@ class Journal:
             async with self.engine.begin() as connection:
                 return (await connection.execute(statement)).mappings().all()
         except UNREACHABLE as error:
-            raise self.fault(error) from None
+            raise self.to_storage_error(error) from None
 
-    def fault(self, error: Exception) -> StorageFailed:
-        """An error of the database in the words of the service."""
+    def to_storage_error(self, error: Exception) -> StorageFailed:
+        """Return the error of the service for an error of the database."""
         cause = getattr(error, "orig", None) or error
         if _is_damage(cause):
-            return StorageFailed(f"the journal is damaged: {cause}.", hint=_MEND)
+            return StorageFailed(f"the journal is damaged: {cause}.", hint=_RESTORE)
         if self.engine.dialect.name == "sqlite":
             hint = "Free some space and check the rights of the file."
             return StorageFailed(f"the journal cannot be written or read: {cause}.", hint=hint)
-        hint = "Try again in a moment; if it stays away, check that PostgreSQL runs."
+        hint = "Try again later, or check that PostgreSQL runs."
         return DatabaseAway(f"the database cannot be reached: {cause}.", hint=hint)
 
 
@@ -330,30 +384,31 @@ def _is_damage(cause: object) -> bool:
     return isinstance(cause, sqlite3.DatabaseError) and any(word in str(cause) for word in _DAMAGED)
 
 
-def _tune(connection: Any, _record: object) -> None:
-    """Write-ahead log, and a sync at each commit: an accepted job survives a power cut."""
+def _configure(connection: Any, _record: object) -> None:
+    """Set a write-ahead log and a sync at each commit: jobs survive a power cut."""
     cursor = connection.cursor()
     for pragma in ("journal_mode=WAL", "synchronous=FULL", "busy_timeout=5000"):
         cursor.execute(f"PRAGMA {pragma}")
     cursor.close()
 
 
-async def _migrate(connection: AsyncConnection, place: Path | str) -> None:
+async def _migrate(connection: AsyncConnection, location: Path | str) -> None:
+    """Create or migrate the tables within the transaction of the connection."""
     shared = connection.dialect.name == "postgresql"
     if shared:
-        # many may start at once: the first one does the work
+        # several services may start at once, and the first one migrates
         await connection.execute(text("SELECT pg_advisory_xact_lock(hashtext('alphalayer'))"))
         await connection.execute(
             text("CREATE TABLE IF NOT EXISTS alphalayer_version (version INTEGER NOT NULL)")
         )
     else:
-        # by itself the driver begins a transaction only before rows are changed, not before tables are
+        # the driver begins a transaction before changes of rows, but not of tables
         await connection.execute(text("BEGIN IMMEDIATE"))
-    ask = "SELECT max(version) FROM alphalayer_version" if shared else "PRAGMA user_version"
-    version = (await connection.execute(text(ask))).scalar_one() or 0
+    query = "SELECT max(version) FROM alphalayer_version" if shared else "PRAGMA user_version"
+    version = (await connection.execute(text(query))).scalar_one() or 0
     if version > VERSION:
         raise SetupFailed(
-            f"the journal {place} is of version {version}; this Alphalayer knows {VERSION}.",
+            f"the journal {location} has version {version}; this Alphalayer supports {VERSION}.",
             hint="Update Alphalayer, or move the journal away.",
         )
     if version == VERSION:
@@ -367,14 +422,14 @@ async def _migrate(connection: AsyncConnection, place: Path | str) -> None:
         await _upgrade_rows(connection)
     if version:
         log.warning(
-            "journal.migrated", journal=str(place), from_version=version, to_version=VERSION
+            "journal.migrated", journal=str(location), from_version=version, to_version=VERSION
         )
-    note = "INSERT INTO alphalayer_version VALUES ({})" if shared else "PRAGMA user_version = {}"
-    await connection.execute(text(note.format(VERSION)))
+    command = "INSERT INTO alphalayer_version VALUES ({})" if shared else "PRAGMA user_version = {}"
+    await connection.execute(text(command.format(VERSION)))
 
 
 async def _upgrade_rows(connection: AsyncConnection) -> None:
-    """Rewrite the rows of version 6; one that cannot be read stays, and fails when it is read."""
+    """Convert the rows of version 6. An unreadable row stays, and its job fails."""
     rows = (
         (await connection.execute(select(jobs.c.id, jobs.c.spec, jobs.c.result))).mappings().all()
     )
@@ -398,7 +453,7 @@ def row_of(job: Job) -> dict[str, Any]:
 
 
 def job_of(row: Any) -> Job:
-    """The job of a row of the table; one that cannot be read any more is a failed job."""
+    """Return the job of a row. A row that cannot be read becomes a failed job."""
     fields = {name: value for name, value in row.items() if name in Job.model_fields}
     fields["submission"] = {name: row[name] for name in Submission.model_fields}
     try:
@@ -409,19 +464,19 @@ def job_of(row: Any) -> Job:
         reason = " ".join(line.strip() for line in str(error).splitlines()[:3])
         problem = StorageFailed(
             f"its entry in the journal cannot be read any more ({reason}).",
-            hint="Ask for the picture again.",
+            hint="Submit the request again.",
         )
-        kept = {
-            "id": row["id"],
-            "created_at": row["created_at"],
-            "submission": fields["submission"],
-        }
-        over = {
-            "state": "failed",
-            "finished_at": row["finished_at"] or time.time(),
-            "error": problem.to_dict(),
-        }
-        return Job.model_validate({**kept, **over, "spec": _UNREADABLE})
+        return Job.model_validate(
+            {
+                "id": row["id"],
+                "created_at": row["created_at"],
+                "submission": fields["submission"],
+                "spec": _UNREADABLE,
+                "state": "failed",
+                "finished_at": row["finished_at"] or time.time(),
+                "error": problem.to_dict(),
+            }
+        )
 
 
 _UNREADABLE = JobSpec(generation=GenerationRequest(prompt="unreadable"))

@@ -1,4 +1,4 @@
-"""One transaction over the table of jobs and PgQueuer's queue, so that both tell the same."""
+"""Transactions over the table of jobs and PgQueuer's queue together."""
 
 from __future__ import annotations
 
@@ -14,42 +14,50 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from alphalayer.jobs.table import UNREACHABLE, Journal
 
-SILENT_S = 15
-"""A transaction in which nothing is said for so long is ended by the server: whoever was cut off in it would keep rows locked."""
+IDLE_S = 15
+"""Seconds without a statement after which the server ends a transaction.
+
+Without a limit, a worker that was cut off would keep rows locked.
+"""
 SLOW_S = 3.0
-"""A transaction that takes so long to begin shows that the database was not there for others either."""
+"""Seconds for the start of a transaction that count as an outage of the database."""
 
 
 class Transactions:
-    """Called, it begins a transaction. Remembers when that went wrong last; a new one has not seen it go well yet."""
+    """Callable that begins a transaction, with the time of the last outage.
+
+    The creation counts as an outage, because no transaction has succeeded yet.
+    """
 
     def __init__(self, journal: Journal):
         self._journal = journal
-        self._trouble_at = time.monotonic()
+        self._outage_at = time.monotonic()
 
     @property
-    def well_for_s(self) -> float:
-        """Seconds for which the database was there whenever it was asked."""
-        return time.monotonic() - self._trouble_at
+    def healthy_s(self) -> float:
+        """Return the seconds since the last outage."""
+        return time.monotonic() - self._outage_at
 
     @contextlib.asynccontextmanager
     async def __call__(self) -> AsyncGenerator[tuple[AsyncConnection, Queries]]:
-        """A connection and PgQueuer's queries on it; committed at the end. Raises `StorageFailed`."""
-        asked_at = time.monotonic()
+        """Yield a connection and PgQueuer's queries on it. Commit at the end.
+
+        Raises:
+            StorageFailed: The database cannot be reached.
+        """
+        began_at = time.monotonic()
         try:
             async with self._journal.engine.begin() as connection:
-                # goes first: the driver's own statements, which PgQueuer uses, do not open a transaction
+                # comes first, as the driver's statements of PgQueuer open no transaction
                 await connection.execute(
                     select(
-                        func.set_config(
-                            "idle_in_transaction_session_timeout", f"{SILENT_S}s", true()
-                        )
+                        func.set_config("idle_in_transaction_session_timeout", f"{IDLE_S}s", true())
                     )
                 )
                 raw: Any = (await connection.get_raw_connection()).driver_connection
-                if time.monotonic() - asked_at > SLOW_S:
-                    self._trouble_at = time.monotonic()
+                if time.monotonic() - began_at > SLOW_S:
+                    self._outage_at = time.monotonic()
                 yield connection, Queries.from_asyncpg_connection(raw)
         except (*UNREACHABLE, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
-            self._trouble_at = time.monotonic()
-            raise self._journal.fault(error) from None
+            self._outage_at = time.monotonic()
+            raise self._journal.to_storage_error(error) from None

@@ -13,8 +13,8 @@ from alphalayer.core.request import ModelDefaults
 def upgrade_6_to_7(row: dict[str, Any]) -> dict[str, Any]:
     """Return the changed columns of a row of version 6.
 
-    The specification held delivery and trace beside the request, the result repeated the request, and
-    transparency was a nested object.
+    In version 6 the specification held delivery and trace beside the request, the result
+    repeated the request, and transparency was a nested object.
     """
     spec = json.loads(row["spec"])
     _flatten_transparency(spec["generation"])

@@ -1,4 +1,4 @@
-"""Set-up of structured logs."""
+"""Structured logs."""
 
 from __future__ import annotations
 
@@ -12,9 +12,13 @@ log: Any = structlog.get_logger("alphalayer")
 
 
 def configure_logging(level: str, as_json: bool) -> None:
-    """Send all logs, those of libraries too, to standard error: readable lines, or one JSON object each.
+    """Write all logs, including those of libraries, to standard error.
 
-    Tracebacks are plain, without the values of variables: those hold keys and prompts.
+    Tracebacks have no values of variables, which may contain keys and prompts.
+
+    Args:
+        level: Minimum level, such as "info".
+        as_json: Whether a line is a JSON object instead of readable text.
     """
     shared: list[Any] = [
         structlog.contextvars.merge_contextvars,

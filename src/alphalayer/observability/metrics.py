@@ -8,56 +8,56 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 
 class Metrics:
-    """Every metric of a service; one set a service, so that tests can have several."""
+    """Metrics of one service, in a registry of its own."""
 
     def __init__(self):
         self.registry = CollectorRegistry()
-        make: dict[str, Any] = {"registry": self.registry}
+        options: dict[str, Any] = {"registry": self.registry}
         self.jobs = Counter(
             "alphalayer_jobs",
-            "Jobs that are over, by outcome: done, cancelled, or the error's code.",
+            "Finished jobs by outcome: done, cancelled, or the error's code.",
             ["outcome"],
-            **make,
+            **options,
         )
         self.refused = Counter(
             "alphalayer_refused",
-            "Requests that were told to come back later, by reason: queue_full, rate_limited.",
+            "Refused requests by reason: queue_full, rate_limited.",
             ["reason"],
-            **make,
+            **options,
         )
-        self.pictures = Counter("alphalayer_pictures", "Pictures stored.", **make)
+        self.pictures = Counter("alphalayer_pictures", "Stored images.", **options)
         self.stage_seconds = Histogram(
             "alphalayer_stage_seconds",
             "Seconds of a job's stages: load, text, sample, vae, decode.",
             ["stage"],
             buckets=(0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100),
-            **make,
+            **options,
         )
         self.batch_jobs = Histogram(
             "alphalayer_batch_jobs",
-            "Jobs that are drawn together.",
+            "Jobs that are generated together.",
             buckets=(1, 2, 4, 8, 16, 32),
-            **make,
+            **options,
         )
         self.webhooks = Counter(
             "alphalayer_webhooks",
-            "Webhooks, by outcome: delivered, retried, given_up.",
+            "Webhooks by outcome: delivered, retried, given_up.",
             ["outcome"],
-            **make,
+            **options,
         )
         self.engine_starts = Counter(
-            "alphalayer_engine_starts", "Starts of engine processes.", ["engine"], **make
+            "alphalayer_engine_starts", "Starts of engine processes.", ["engine"], **options
         )
         self.engine_ready = Gauge(
-            "alphalayer_engine_ready", "1 while an engine process is ready.", ["engine"], **make
+            "alphalayer_engine_ready", "1 while an engine process is ready.", ["engine"], **options
         )
         self.engine_memory = Gauge(
             "alphalayer_engine_memory_bytes",
-            "Memory that an engine holds on its device.",
+            "Memory that an engine uses on its device.",
             ["engine"],
-            **make,
+            **options,
         )
-        self.queue_length = Gauge("alphalayer_queue_length", "Jobs that wait.", **make)
+        self.queue_length = Gauge("alphalayer_queue_length", "Waiting jobs.", **options)
         self.queue_age = Gauge(
-            "alphalayer_queue_age_seconds", "How long the next job has waited.", **make
+            "alphalayer_queue_age_seconds", "Age of the oldest waiting job.", **options
         )

@@ -1,6 +1,7 @@
-"""Traces (OpenTelemetry): a job's way from the HTTP request over the queue to the stages of its drawing, across processes and machines.
+"""Traces of jobs with OpenTelemetry, from the HTTP request to the stages of the engine.
 
-Only the API of OpenTelemetry is needed here, and it does nothing by itself; `alphalayer.service.otlp` has the rest.
+This module needs only OpenTelemetry's API, which does nothing by itself.
+`alphalayer.service.otlp` exports the traces.
 """
 
 from __future__ import annotations
@@ -16,15 +17,15 @@ from opentelemetry.trace import (
     StatusCode,
     Tracer,
     TracerProvider,
+    set_span_in_context,
 )
-from opentelemetry.trace import set_span_in_context as within
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 _HEADERS = TraceContextTextMapPropagator()
 
 
 class JobTrace:
-    """One run of a job: a span of its own, from when it was accepted, and in it one for each stage in turn."""
+    """Spans of one run of a job: one for the job and one for each stage."""
 
     def __init__(
         self,
@@ -33,26 +34,26 @@ class JobTrace:
         accepted_at: float,
         attributes: Mapping[str, str | int],
     ):
-        began = int(accepted_at * 1e9)
-        around = _HEADERS.extract({"traceparent": parent}, Context()) if parent else Context()
+        began_ns = int(accepted_at * 1e9)
+        context = _HEADERS.extract({"traceparent": parent}, Context()) if parent else Context()
         self._tracer = tracer
         self._job = tracer.start_span(
-            "job", around, SpanKind.CONSUMER, attributes, start_time=began
+            "job", context, SpanKind.CONSUMER, attributes, start_time=began_ns
         )
-        self._inside = within(self._job, Context())
+        self._job_context = set_span_in_context(self._job, Context())
         self._name = "queue"
-        self._stage = tracer.start_span("queue", self._inside, start_time=began)
+        self._stage = tracer.start_span("queue", self._job_context, start_time=began_ns)
 
     def stage(self, name: str) -> None:
-        """The job is in this stage now; nothing happens if it was before."""
+        """Begin a stage, unless the job is in it already."""
         if name != self._name:
             now = time.time_ns()
             self._stage.end(now)
             self._name = name
-            self._stage = self._tracer.start_span(name, self._inside, start_time=now)
+            self._stage = self._tracer.start_span(name, self._job_context, start_time=now)
 
     def end(self, problem: str | None = None) -> None:
-        """The run is over; `problem` says why there is no picture."""
+        """End the run. `problem` is the reason if it failed."""
         if problem:
             self._job.set_status(Status(StatusCode.ERROR, problem))
         now = time.time_ns()
@@ -61,7 +62,7 @@ class JobTrace:
 
 
 class Traces:
-    """Makes the spans of one service."""
+    """Traces of one service."""
 
     def __init__(self, provider: TracerProvider | None = None):
         self._tracer = (provider or NoOpTracerProvider()).get_tracer("alphalayer")
@@ -72,12 +73,18 @@ class Traces:
         accepted_at: float,
         attributes: Mapping[str, str | int] | None = None,
     ) -> JobTrace:
-        """Follow a job that was accepted at a Unix time (seconds) in a request that `here` has named."""
+        """Begin the trace of a job.
+
+        Args:
+            parent: W3C `traceparent` of its request.
+            accepted_at: Unix seconds.
+            attributes: Attributes of the job's span.
+        """
         return JobTrace(self._tracer, parent, accepted_at, attributes or {})
 
 
-def here() -> str | None:
-    """The request that is being answered, as a W3C `traceparent`; None where nothing is traced."""
+def current_traceparent() -> str | None:
+    """Return the W3C `traceparent` of the current request, or None without tracing."""
     headers: dict[str, str] = {}
     _HEADERS.inject(headers)
     return headers.get("traceparent")

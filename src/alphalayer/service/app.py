@@ -1,4 +1,4 @@
-"""The composition root: settings become storage, queue, engine processes and the HTTP application."""
+"""Composition root: builds storage, queue, engine processes and HTTP application."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ EXPOSED = ("Location", "Retry-After", "X-Request-ID")
 
 @dataclass(frozen=True)
 class Parts:
-    """What one running service is made of."""
+    """Parts of one running service."""
 
     service: Service
     job_queue: Jobs
@@ -64,7 +64,13 @@ class Parts:
 def create_app(
     settings: Settings, *, engine: str = ENGINE, engine_options: dict[str, Any] | None = None
 ) -> FastAPI:
-    """The ASGI application. `engine` names the function that makes the engine in its own process, as "module:function"."""
+    """Create the ASGI application.
+
+    Args:
+        settings: Settings of the service.
+        engine: "module:function" that creates the engine in its own process.
+        engine_options: Arguments of the function besides those from the settings.
+    """
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncGenerator[None]:
@@ -80,13 +86,13 @@ def create_app(
         work["sweep"] = partial(keep_sweeping, parts.service.storage, parts.job_queue, limits)
         if parts.webhooks:
             work["webhooks"] = parts.webhooks.run
-        running = [asyncio.create_task(keep_running(name, each)) for name, each in work.items()]
-        _greet(settings)
+        running = [asyncio.create_task(keep_running(name, run)) for name, run in work.items()]
+        _log_start(settings)
         try:
-            async with assistants(app):
+            async with dialects_lifespan(app):
                 yield
         finally:
-            # running jobs get their time, the rest goes back to the queue
+            # running jobs get time to complete, and the rest returns to the queue
             shutdown = parts.service.shutdown
             shutdown.begin()
             await parts.pool.drain(shutdown.left_s)
@@ -108,7 +114,7 @@ def create_app(
     app.include_router(ops.router)
     errors.install(app, {dialect.prefix: dialect.render_error for dialect in DIALECTS})
     traces, send_traces = _trace(app) if settings.tracing else (Traces(), lambda: None)
-    assistants = (
+    dialects_lifespan = (
         _add_dialects(app, settings) if settings.role != "worker" else contextlib.nullcontext
     )
     app.add_middleware(BodyLimit, limit=settings.max_request_bytes)
@@ -143,7 +149,11 @@ def _add_dialects(app: FastAPI, settings: Settings) -> _Lifespan:
 
 
 def _trace(app: FastAPI) -> tuple[Traces, Callable[[], None]]:
-    """Spans that are sent off, and what sends those that are left."""
+    """Trace the application. Return its traces and the function that sends the rest.
+
+    Raises:
+        SetupFailed: A package is missing.
+    """
     try:
         from alphalayer.service import otlp
     except ImportError as error:
@@ -153,7 +163,7 @@ def _trace(app: FastAPI) -> tuple[Traces, Callable[[], None]]:
 
 
 def _mount_mcp(app: FastAPI, settings: Settings) -> _Lifespan:
-    """Mount the tool for assistants, where its package is installed; the context to be in while it serves."""
+    """Mount the MCP endpoint if its package is installed. Return its lifespan."""
     try:
         from alphalayer.integrations import mcp
     except ImportError as error:
@@ -161,7 +171,7 @@ def _mount_mcp(app: FastAPI, settings: Settings) -> _Lifespan:
             "mcp.disabled",
             path="/mcp/",
             missing=error.name,
-            hint=f"To have it: {install_hint('mcp')}",
+            hint=install_hint("mcp"),
         )
         return contextlib.nullcontext
     server = mcp.create_server(mcp.connect_to_caller, partial(mcp.outside, settings.public_url))
@@ -171,16 +181,17 @@ def _mount_mcp(app: FastAPI, settings: Settings) -> _Lifespan:
 
 
 async def check(settings: Settings) -> None:
-    """Open what the service keeps and close it again, so that what is wrong is said before a server runs; no job changes.
+    """Check storage, queue and settings before a start. No job changes.
 
-    Raises `AlphalayerError`.
+    Raises:
+        AlphalayerError: The service cannot start with these settings.
     """
     if settings.role != "api":
         require("torch", "engine")
     open_storage(settings.pictures)
     if settings.storage and settings.role != "api":
         await asyncio.to_thread(check_bucket, settings.storage)
-    _keys(settings)
+    _open_api_keys(settings)
     _webhook_key(settings)
     _check_default_model(settings)
     if settings.database is None:
@@ -190,7 +201,11 @@ async def check(settings: Settings) -> None:
 
 
 def _check_default_model(settings: Settings) -> None:
-    """Raise `SetupFailed` where a model is named that whoever draws here cannot draw with."""
+    """Check that the engines of this service can use the default model.
+
+    Raises:
+        SetupFailed: The model is missing or unusable.
+    """
     if not settings.default_model or settings.role == "api":
         return
     try:
@@ -201,10 +216,12 @@ def _check_default_model(settings: Settings) -> None:
         raise SetupFailed(f"setting default_model: {error.message}", hint=error.hint) from None
 
 
-def _keys(settings: Settings) -> ApiKeyStore:
-    """Who may ask. Raises `SetupFailed`."""
+def _open_api_keys(settings: Settings) -> ApiKeyStore:
+    """Load the API keys and users. Raises `SetupFailed`."""
     users = settings.api_auth.get_secret_value() if settings.api_auth else ""
-    return ApiKeyStore(settings.keys_file, users, must_be="keys_file" in settings.model_fields_set)
+    return ApiKeyStore(
+        settings.keys_file, users, is_required="keys_file" in settings.model_fields_set
+    )
 
 
 def _webhook_key(settings: Settings) -> bytes | None:
@@ -215,11 +232,11 @@ def _webhook_key(settings: Settings) -> bytes | None:
 async def _open_job_queue(
     settings: Settings, shares: Mapping[str, float], metrics: Metrics
 ) -> Jobs:
-    """The queue of this machine alone, or the one that many share."""
-    on_end = partial(record_outcome, metrics)
+    """Open the queue of this machine, or the shared one. Raises `SetupFailed`."""
+    on_outcome = partial(record_outcome, metrics)
     if settings.database is None:
         return await SqliteJobQueue.open(
-            settings.data_dir / JOURNAL, settings.queue_limit, shares, on_end
+            settings.data_dir / JOURNAL, settings.queue_limit, shares, on_outcome
         )
     try:
         from alphalayer.jobs.postgres import PostgresJobQueue
@@ -228,46 +245,29 @@ async def _open_job_queue(
             f"a shared queue needs {error.name}.", hint=install_hint("shared")
         ) from None
     return await PostgresJobQueue.open(
-        settings.database.get_secret_value(), settings.queue_limit, shares, settings.role, on_end
+        settings.database.get_secret_value(),
+        settings.queue_limit,
+        shares,
+        settings.role,
+        on_outcome,
     )
 
 
 async def _assemble(
     settings: Settings, engine: str, options: dict[str, Any], traces: Traces
 ) -> Parts:
-    place = settings.pictures
-    storage = open_storage(place)
+    """Build the parts of the service and open its queue."""
+    storage = open_storage(settings.pictures)
     secret = _webhook_key(settings)
-    keys = _keys(settings)
+    keys = _open_api_keys(settings)
     if settings.role != "worker":
-        _tell_who_may_ask(settings, keys.keys())
+        _log_access(settings, keys.keys())
     metrics = Metrics()
     job_queue = await _open_job_queue(settings, keys.shares, metrics)
     metrics.queue_length.set_function(lambda: job_queue.queue_length)
     metrics.queue_age.set_function(lambda: job_queue.oldest_waiting_s)
     has_engines = settings.role != "api"
-    logs = {"level": settings.log_level, "as_json": settings.log_json}
-    environments = engine_environments(settings.device) if has_engines else {}
-    pool = WorkerPool(
-        [
-            Supervisor(
-                name,
-                EngineSpec(
-                    engine,
-                    options,
-                    place,
-                    environment,
-                    settings.silence_limit_s,
-                    settings.batch_wait_s,
-                    logs,
-                ),
-                job_queue,
-                metrics,
-                traces,
-            )
-            for name, environment in environments.items()
-        ]
-    )
+    pool = _create_pool(settings, engine, options, job_queue, metrics, traces)
     shutdown = Shutdown(
         settings.drain_s,
         pool.stop_accepting,
@@ -306,31 +306,65 @@ async def _assemble(
     return Parts(service, job_queue, pool, webhooks)
 
 
+def _create_pool(
+    settings: Settings,
+    engine: str,
+    options: dict[str, Any],
+    job_queue: Jobs,
+    metrics: Metrics,
+    traces: Traces,
+) -> WorkerPool:
+    """Return the supervisors of all engine processes. The role "api" has none."""
+    logs = {"level": settings.log_level, "as_json": settings.log_json}
+    environments = engine_environments(settings.device) if settings.role != "api" else {}
+    return WorkerPool(
+        [
+            Supervisor(
+                name,
+                EngineSpec(
+                    engine,
+                    options,
+                    settings.pictures,
+                    environment,
+                    settings.silence_limit_s,
+                    settings.batch_wait_s,
+                    logs,
+                ),
+                job_queue,
+                metrics,
+                traces,
+            )
+            for name, environment in environments.items()
+        ]
+    )
+
+
 def _model_lookup(settings: Settings) -> ModelLookup:
     """Return the models that this service knows of."""
     return ModelLookup(settings.models_dir, settings.default_model, settings.role != "api")
 
 
-def _greet(settings: Settings) -> None:
-    """The addresses that a person needs, and the model that will be drawn with."""
+def _log_start(settings: Settings) -> None:
+    """Log the addresses of the service and its default model."""
     host = "localhost" if settings.host in ("0.0.0.0", "::") else settings.host
     base = (settings.public_url or address(host, settings.port)).rstrip("/")
     model, problem = _model_lookup(settings).default()
     if problem:
         log.warning("model.missing", error=problem)
     if settings.database and "://" not in settings.pictures:
-        hint = "Set storage to a bucket (s3://…), unless all machines see this folder."
+        hint = "Set storage to a bucket (s3://…), unless all machines share this folder."
         log.warning("storage.local_with_shared_queue", folder=settings.pictures, hint=hint)
     if settings.role == "worker":
-        said = {"livez": f"{base}/livez", "metrics": f"{base}/metrics"}
+        paths = {"livez": "/livez", "metrics": "/metrics"}
     else:
-        said = {"page": f"{base}/", "docs": f"{base}/docs", "health": f"{base}/sdapi/v1/sd-models"}
-    log.info("service.started", **said, model=model)
+        paths = {"page": "/", "docs": "/docs", "health": "/sdapi/v1/sd-models"}
+    urls = {name: base + path for name, path in paths.items()}
+    log.info("service.started", **urls, model=model)
 
 
-def _tell_who_may_ask(settings: Settings, keys: list[Key] | None) -> None:
-    """Warn where everybody may draw who reaches the service from elsewhere, and where nobody may."""
-    hint = "Make a key with: alphalayer keys add NAME"
+def _log_access(settings: Settings, keys: list[Key] | None) -> None:
+    """Log a warning if every client has access, or none."""
+    hint = "Create a key with: alphalayer keys add NAME"
     if keys is None and settings.host not in ("127.0.0.1", "localhost", "::1"):
         log.warning("auth.disabled", host=settings.host, hint=hint)
     elif keys == []:

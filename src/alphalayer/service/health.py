@@ -15,7 +15,7 @@ from alphalayer.service.pool import WorkerPool
 
 @dataclass(frozen=True)
 class Health:
-    """What the readiness probe reports."""
+    """Readiness of one service."""
 
     pool: WorkerPool
     shutdown: Shutdown
@@ -27,7 +27,7 @@ class Health:
     """Whether this service generates by itself. If not, a reachable queue is enough."""
 
     def readiness(self) -> dict[str, Any]:
-        """Return the body of the readiness probe; its `ready` is the answer."""
+        """Return the body of the readiness probe, with the result as `ready`."""
         model, problem = self.default_model()
         ready = not self.has_engines or (model is not None and self.pool.is_ready)
         if self.shutdown.has_begun:
@@ -40,7 +40,7 @@ class Health:
 
 @dataclass(frozen=True)
 class ModelLookup:
-    """The models that this service knows of."""
+    """Lookup of the models of this service."""
 
     models_dir: Path
     default_model: str | None
@@ -48,11 +48,11 @@ class ModelLookup:
 
     @property
     def knows_models(self) -> bool:
-        """Whether the models folder here is that of the engines."""
+        """Return whether the models folder here is that of the engines."""
         return self.has_engines or (self.models_dir / catalog.CHECKPOINTS).is_dir()
 
     def list(self) -> list[catalog.ModelEntry]:
-        """Return the models; none if the folder is not that of the engines."""
+        """Return the models, or none if the folder is not that of the engines."""
         return catalog.find_models(self.models_dir) if self.knows_models else []
 
     def default(self) -> tuple[str | None, str | None]:

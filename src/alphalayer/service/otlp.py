@@ -1,4 +1,4 @@
-"""Traces leave the service here: a span for every request, and all spans sent off over OTLP."""
+"""Export of traces over OTLP, with a span for every request."""
 
 from __future__ import annotations
 
@@ -15,9 +15,12 @@ PROBES = "livez,readyz,ping,metrics"
 
 
 def install(app: FastAPI) -> TracerProvider:
-    """Give every request but the probes' a span. Where spans go is said by OpenTelemetry's own variables (`OTEL_EXPORTER_OTLP_ENDPOINT`).
+    """Trace every request except the probes.
 
-    The provider is for spans of one's own; its `shutdown` sends what is left and blocks for as long as that takes.
+    OpenTelemetry's own variables, such as `OTEL_EXPORTER_OTLP_ENDPOINT`, set the receiver.
+
+    Returns:
+        The provider for other spans. Its `shutdown` sends the remaining spans and blocks.
     """
     name = os.environ.get("OTEL_SERVICE_NAME", "alphalayer")
     provider = TracerProvider(

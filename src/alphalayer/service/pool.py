@@ -20,12 +20,12 @@ class WorkerPool:
 
     @property
     def is_ready(self) -> bool:
-        """Whether at least one engine is ready."""
+        """Return whether at least one engine is ready."""
         return any(supervisor.is_ready for supervisor in self.supervisors)
 
     @property
     def tasks(self) -> dict[str, Callable[[], Awaitable[None]]]:
-        """The background task of each supervisor by its name."""
+        """Return the background task of each supervisor by its name."""
         return {supervisor.name: supervisor.run for supervisor in self.supervisors}
 
     def states(self) -> dict[str, str]:

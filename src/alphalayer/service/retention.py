@@ -1,4 +1,4 @@
-"""Nothing grows without bound: old pictures and old jobs are removed, by age and by the size of all; and previews that served."""
+"""Retention: deletes old images, jobs, previews and input images."""
 
 from __future__ import annotations
 
@@ -6,21 +6,25 @@ import asyncio
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 
-from alphalayer.core.errors import AlphalayerError
+from alphalayer.core.errors import AlphalayerError, FileMissing
 from alphalayer.core.job import PREVIEW_PREFIX, job_prefix_of
 from alphalayer.jobs.base import JobStore
 from alphalayer.observability.logging import log
-from alphalayer.storage import Storage
+from alphalayer.storage import Storage, read
+from alphalayer.storage.inputs import INPUT_PREFIX, is_input
 
 DAY_S = 86_400.0
 PREVIEW_S = 60.0
-"""How long a preview stays after its last change: whoever was told of it may still come for it."""
+"""Seconds that a preview stays after its last change, for clients that have its name."""
+INPUT_GRACE_S = 3_600.0
+"""Seconds that an input image stays after its upload, for a job that follows."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What may stay. 0 means without bound."""
+    """Limits of stored images and jobs. 0 means unlimited."""
 
     pictures_days: float = 0.0
     pictures_bytes: int = 0
@@ -33,55 +37,108 @@ def select_expired(
     now: float,
     is_kept: Callable[[str], bool],
 ) -> list[str]:
-    """The keys to remove of (key, bytes, time of writing): those too old, then the oldest until the rest fits; never those kept."""
-    free = sorted((modified, key, size) for key, size, modified in files if not is_kept(key))
-    total = sum(size for _, _, size in free)
-    gone: list[str] = []
-    for modified, key, size in free:
+    """Return the keys of the images to delete.
+
+    Old images are deleted first, then the oldest ones until the rest fits.
+
+    Args:
+        files: Key, size in bytes and time of writing of each file.
+        limits: Limits of all images.
+        now: Unix seconds.
+        is_kept: Function that returns whether to keep a file in any case.
+    """
+    deletable = sorted((modified, key, size) for key, size, modified in files if not is_kept(key))
+    total = sum(size for _, _, size in deletable)
+    expired: list[str] = []
+    for modified, key, size in deletable:
         days = PREVIEW_S / DAY_S if key.startswith(PREVIEW_PREFIX) else limits.pictures_days
         is_old = days > 0 and now - modified > days * DAY_S
         if is_old or 0 < limits.pictures_bytes < total:
-            gone.append(key)
+            expired.append(key)
             total -= size
-    return gone
+    return expired
 
 
 async def sweep(storage: Storage, job_queue: JobStore, limits: Limits) -> int:
-    """Remove what is over the limits; how many files went. Pictures of jobs that are not over stay, and so do others' files."""
-    # first, as the database may do what the place of the pictures does not
+    """Delete everything that exceeds the limits.
+
+    Images of unfinished jobs and files of other programs stay.
+
+    Returns:
+        The number of deleted files.
+    """
+    # comes first, as it works even if the storage does not
     jobs = (
         await job_queue.delete_finished(time.time() - limits.jobs_days * DAY_S)
         if limits.jobs_days
         else 0
     )
-    await asyncio.to_thread(storage.tidy)
-    # without limits only previews go: a bucket need not tell of each picture then
-    all_of_them = limits.pictures_days or limits.pictures_bytes
-    files = await asyncio.to_thread(storage.list, "" if all_of_them else PREVIEW_PREFIX)
-    # asked after the files are listed: a file of a job that came meanwhile is not among them
+    await asyncio.to_thread(storage.delete_unfinished)
+    # without limits a bucket does not have to list all images
+    is_limited = limits.pictures_days or limits.pictures_bytes
+    files = await asyncio.to_thread(storage.list, "" if is_limited else INPUT_PREFIX)
+    # read after the listing, so that no listed file belongs to a later job
     unfinished = {job_id[:10] for job_id in await job_queue.unfinished_ids()}
-    ours = [(key, size, modified) for key, size, modified in files if job_prefix_of(key)]
-    gone = await asyncio.to_thread(
-        select_expired, ours, limits, time.time(), lambda key: job_prefix_of(key) in unfinished
+    images = [file for file in files if job_prefix_of(file[0])]
+    expired = await asyncio.to_thread(
+        select_expired, images, limits, time.time(), lambda key: job_prefix_of(key) in unfinished
     )
-    faults = {
-        key: fault for key in gone if (fault := await asyncio.to_thread(_delete, storage, key))
+    errors = {
+        key: error for key in expired if (error := await asyncio.to_thread(_delete, storage, key))
     }
-    if faults:
+    if errors:
         log.warning(
-            "retention.images_kept", pictures=len(faults), error=str(next(iter(faults.values())))
+            "retention.images_kept", pictures=len(errors), error=str(next(iter(errors.values())))
         )
-    swept = [key for key in gone if key not in faults]
-    previews = sum(key.startswith(PREVIEW_PREFIX) for key in swept)
-    if swept or jobs:
+    deleted = [key for key in expired if key not in errors]
+    previews = sum(key.startswith(PREVIEW_PREFIX) for key in deleted)
+    inputs = await _sweep_inputs(storage, job_queue, files)
+    if deleted or jobs or inputs:
         log.info(
-            "retention.completed", pictures=len(swept) - previews, previews=previews, jobs=jobs
+            "retention.completed",
+            pictures=len(deleted) - previews,
+            previews=previews,
+            inputs=inputs,
+            jobs=jobs,
         )
-    return len(swept)
+    return len(deleted) + inputs
+
+
+async def _sweep_inputs(
+    storage: Storage, job_queue: JobStore, files: Iterable[tuple[str, int, float]]
+) -> int:
+    """Delete old input images that no unfinished job names. Return their number.
+
+    Images that are named get a new age, as another service with a queue of its own may share
+    the storage.
+    """
+    now = time.time()
+    ages = {key: now - modified for key, _, modified in files if is_input(key)}
+    aging = {key for key, age in ages.items() if age > INPUT_GRACE_S / 2}
+    if not aging:
+        return 0
+    named = await job_queue.input_names()
+    deleted, errors = 0, list[AlphalayerError]()
+    for key in aging:
+        try:
+            if key in named:
+                data = await read(storage, key)
+                await asyncio.to_thread(partial(storage.put, key, data, renew=True))
+            # a new upload may have renewed it since the listing
+            elif (await storage.open(key)).modified_at < now - INPUT_GRACE_S:
+                await asyncio.to_thread(storage.delete, key)
+                deleted += 1
+        except FileMissing:
+            pass
+        except AlphalayerError as error:
+            errors.append(error)
+    if errors:
+        log.warning("retention.inputs_kept", inputs=len(errors), error=str(errors[0]))
+    return deleted
 
 
 def _delete(storage: Storage, key: str) -> AlphalayerError | None:
-    """Remove a file; why it stays."""
+    """Delete a file. Return the error if it stays."""
     try:
         storage.delete(key)
     except AlphalayerError as error:
@@ -92,7 +149,7 @@ def _delete(storage: Storage, key: str) -> AlphalayerError | None:
 async def keep_sweeping(
     storage: Storage, job_queue: JobStore, limits: Limits, every_s: float = 600.0
 ) -> None:
-    """Sweep now and then until cancelled; what fails is tried again the next time."""
+    """Sweep regularly until cancelled. Errors are logged."""
     while True:
         try:
             await sweep(storage, job_queue, limits)

@@ -1,4 +1,4 @@
-"""The HTTP server: uvicorn, which tells the application at once that it is to end, not only once every connection is closed."""
+"""HTTP server: uvicorn with an early shutdown notice to the application."""
 
 from __future__ import annotations
 
@@ -10,15 +10,21 @@ from typing import Any
 import uvicorn
 
 KEEP_ALIVE_S = 75
-"""Longer than proxies keep idle connections (Nginx: 60 s): who closes first must be the one that sends the next request."""
+"""Longer than proxies keep idle connections (Nginx: 60 s).
+
+If the server closed first, the proxy could send a request on a closed connection.
+"""
 ANSWER_S = 5
-"""After the deadline of the jobs, time to send those who waited their answer."""
+"""Seconds after the deadline of the jobs to send the last responses."""
 FAILED = 3
-"""Exit code when the application did not start, as uvicorn's own."""
+"""Exit code after a failed start, the same as uvicorn's."""
 
 
 class Server(uvicorn.Server):
-    """Serves an application that has an `alphalayer.api.shutdown.Shutdown` in its state."""
+    """Server of an application with an `alphalayer.api.shutdown.Shutdown` in its state.
+
+    The application learns of the shutdown at once, and not after its connections are closed.
+    """
 
     def __init__(self, app: Any, *, host: str = "127.0.0.1", port: int, drain_s: int):
         config = uvicorn.Config(
@@ -35,13 +41,13 @@ class Server(uvicorn.Server):
         self._app = app
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Let the service end, then the connections."""
+        """Begin the shutdown of the service, then close the connections."""
         self._app.state.shutdown.begin()
         await super().shutdown(sockets)
 
 
 def serve(server: Server) -> None:
-    """Serve until a signal; ends the process if the application cannot start."""
+    """Serve until a signal. Exit the process if the application cannot start."""
     with contextlib.suppress(KeyboardInterrupt):
         server.run()
     if not server.started:

@@ -1,4 +1,4 @@
-"""Where finished pictures are kept. The rest of the program knows this protocol and keys such as `alpha_1700000000_0af3.png`."""
+"""Storage of images: the protocol, and keys such as `alpha_1700000000_0af3.png`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 
 @dataclass(frozen=True)
 class StoredFile:
-    """A file opened for reading: its size in bytes, when it was written (Unix seconds) and its bytes, piece by piece."""
+    """An open file: size in bytes, time of writing in Unix seconds, and its content."""
 
     size_bytes: int
     modified_at: float
@@ -23,41 +23,85 @@ class StoredFile:
 
 
 class Storage(Protocol):
-    """A flat set of files. `open` is asynchronous; all that asks the place blocks and is called from threads."""
+    """A flat set of files.
 
-    def put(self, key: str, data: bytes, *, replace: bool = False) -> None:
-        """Write a file as a whole, or not at all. One that is there stays as it is, unless it is to be replaced. Raises `StorageFailed`."""
+    `open` is asynchronous. All other methods that access the files block, so they run in threads.
+    """
+
+    def put(self, key: str, data: bytes, *, replace: bool = False, renew: bool = False) -> None:
+        """Write a file completely or not at all.
+
+        Args:
+            key: Name of the file.
+            data: Content of the file.
+            replace: Whether to replace an existing file. By default it stays as it is.
+            renew: Whether an existing file gets a new time of writing. `data` is its content.
+
+        Raises:
+            StorageFailed: The file cannot be written.
+        """
         ...
 
     def delete(self, key: str) -> None:
-        """Remove a file; one that is not there is no error. Raises `StorageFailed`."""
+        """Delete a file. A missing file is no error.
+
+        Raises:
+            StorageFailed: The file cannot be deleted.
+        """
         ...
 
     async def open(self, key: str) -> StoredFile:
-        """Open a file. Raises `FileMissing`, `StorageFailed`."""
+        """Open a file.
+
+        Raises:
+            FileMissing: No file has this key.
+            StorageFailed: The file cannot be read.
+        """
         ...
 
     def presign(self, key: str, seconds: float) -> str | None:
-        """A URL that opens the file for so long without asking this service; None where files are only here."""
+        """Return a URL that opens the file without this service.
+
+        Args:
+            key: Name of the file.
+            seconds: Lifetime of the URL.
+
+        Returns:
+            The URL, or None if only this service can open the file.
+
+        Raises:
+            StorageFailed: The URL cannot be signed.
+        """
         ...
 
     def list(self, after: str = "") -> list[tuple[str, int, float]]:
-        """Key, size in bytes and time of writing (Unix seconds) of every file whose key sorts after this. Raises `StorageFailed`."""
+        """Return key, size in bytes and time of writing of all files.
+
+        Args:
+            after: Lower bound of the keys, excluded.
+
+        Raises:
+            StorageFailed: The files cannot be listed.
+        """
         ...
 
-    def tidy(self) -> None:
-        """Remove what was left by processes that were killed while they wrote. Raises `StorageFailed`."""
+    def delete_unfinished(self) -> None:
+        """Delete the temporary files of processes that were killed during a write.
+
+        Raises:
+            StorageFailed: The files cannot be listed.
+        """
         ...
 
 
 async def read(storage: Storage, key: str) -> bytes:
-    """A file as a whole. Raises `FileMissing`, `StorageFailed`."""
-    found = await storage.open(key)
-    return b"".join([chunk async for chunk in found.chunks])
+    """Read a complete file. Raises `FileMissing` or `StorageFailed`."""
+    file = await storage.open(key)
+    return b"".join([chunk async for chunk in file.chunks])
 
 
 def check_key(key: str) -> str:
-    """The key, if it is one. Raises `FileMissing`: what cannot be a key names no file."""
+    """Return a key after its validation. Raises `FileMissing` if it names no file."""
     if not KEY.fullmatch(key) or ".." in key:
-        raise FileMissing(f'there is no file "{key[:200]}".', hint="Use the name as it was given.")
+        raise FileMissing(f'there is no file "{key[:200]}".', hint="Use the name as returned.")
     return key

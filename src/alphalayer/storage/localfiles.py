@@ -1,4 +1,4 @@
-"""Writing files of a folder so that each is whole, whenever the process is killed or the power fails."""
+"""Complete files in a local folder, whenever a process is killed or the power fails."""
 
 from __future__ import annotations
 
@@ -11,16 +11,30 @@ from pathlib import Path
 
 from alphalayer.core.job import job_prefix_of
 from alphalayer.observability.logging import log
+from alphalayer.storage.inputs import is_input
 
 ABANDONED_S = 600.0
-"""Nobody writes a picture for so long."""
+"""Seconds after which a write is not running any more."""
 
 
-def write(folder: Path, key: str, data: bytes, *, replace: bool) -> None:
-    """Write a file of a folder; one that is there stays, unless it is to be replaced. A new one has its name only once its bytes are safe
-    from a power cut, and when this returns, the name is, too: obstore syncs neither. Raises `OSError`."""
+def write(folder: Path, key: str, data: bytes, *, replace: bool, renew: bool) -> None:
+    """Write a file of a folder.
+
+    A new file gets its name after its content is synced. The name is synced at the return,
+    which obstore does not do. Replaced files are not synced.
+
+    Args:
+        folder: Path of the folder. It is created if it is missing.
+        key: Name of the file.
+        data: Content of the file.
+        replace: Whether to replace an existing file.
+        renew: Whether to set the time of writing of an existing file.
+
+    Raises:
+        OSError: The file cannot be written.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    # obstore takes names that end so for no files
+    # obstore does not list files with such a suffix
     unfinished = folder / f"{key}#{secrets.randbits(64)}"
     try:
         with unfinished.open("xb") as file:
@@ -31,29 +45,48 @@ def write(folder: Path, key: str, data: bytes, *, replace: bool) -> None:
         if replace:
             unfinished.replace(folder / key)
             return
-        try:
-            (folder / key).hardlink_to(unfinished)
-        except FileExistsError:
-            pass  # whoever wrote it may not have come to the sync below
-        except OSError:
-            # some file systems (exFAT, many SMB shares) have no links
-            if not (folder / key).exists():
-                unfinished.replace(folder / key)
+        _name(unfinished, folder / key, renew=renew)
+        # another process may have named the file without the sync
         _sync(folder)
     finally:
         unfinished.unlink(missing_ok=True)
 
 
-def remove_unfinished(folder: Path) -> None:
-    """Remove what processes left that were killed a while ago as they wrote pictures. What cannot be removed is logged; files of others
-    stay. Raises `OSError` where there is no folder."""
+def _name(unfinished: Path, file: Path, *, renew: bool) -> None:
+    """Name a complete file, unless a file has the name. Raises `OSError`."""
+    try:
+        file.hardlink_to(unfinished)
+        return
+    except FileExistsError:
+        pass
+    except OSError:
+        # some file systems (exFAT, many SMB shares) have no links
+        if not file.exists():
+            unfinished.replace(file)
+            return
+    if renew:
+        try:
+            os.utime(file)
+        except FileNotFoundError:
+            # retention deleted it meanwhile
+            unfinished.replace(file)
+
+
+def delete_unfinished(folder: Path) -> None:
+    """Delete the temporary files of killed processes.
+
+    Files of other programs stay. A file that cannot be deleted is logged.
+
+    Raises:
+        OSError: The folder cannot be read.
+    """
     for path in folder.iterdir():
         key, _, number = path.name.partition("#")
-        if not number.isdigit() or not job_prefix_of(key):
+        if not number.isdigit() or not (job_prefix_of(key) or is_input(key)):
             continue
         try:
-            about = path.lstat()
-            if stat.S_ISREG(about.st_mode) and time.time() - about.st_mtime > ABANDONED_S:
+            status = path.lstat()
+            if stat.S_ISREG(status.st_mode) and time.time() - status.st_mtime > ABANDONED_S:
                 path.unlink()
         except FileNotFoundError:
             pass
@@ -62,15 +95,15 @@ def remove_unfinished(folder: Path) -> None:
 
 
 def _sync(folder: Path) -> None:
-    if (
-        os.name == "nt"
-    ):  # folders cannot be opened there, and their changes are written as they are made
+    """Sync the names of a folder's files."""
+    if os.name == "nt":
+        # folders cannot be opened there, and their changes are written at once
         return
-    opened = os.open(folder, os.O_RDONLY)
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(opened)
+        os.fsync(descriptor)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # a file system that does not know how
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # unsupported by the file system
             raise
     finally:
-        os.close(opened)
+        os.close(descriptor)

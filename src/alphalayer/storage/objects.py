@@ -1,4 +1,4 @@
-"""Storage in a local folder or an S3 bucket, through one interface (obstore)."""
+"""Storage in a local folder or an S3 bucket, both through obstore."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 from collections.abc import AsyncIterator
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import obstore
 from obstore.exceptions import AlreadyExistsError, BaseError
@@ -19,157 +19,168 @@ from alphalayer.images import codecs
 from alphalayer.storage import StoredFile, check_key, localfiles
 
 CHUNK_BYTES = 256 * 1024
-FOR_EVER = "public, max-age=31536000, immutable"
-_ASKS_FOR_KEYS = re.compile("/latest/(api/token|meta-data)")
-"""Where machines of Amazon's find keys; whoever has none is sent there."""
+CACHE_FOREVER = "public, max-age=31536000, immutable"
+_CREDENTIALS_PATH = re.compile("/latest/(api/token|meta-data)")
+"""Path of Amazon's credentials service. An error with it means that no keys are set."""
 
 
 class ObjectStorage:
-    """Implements `alphalayer.storage.Storage` on any obstore store."""
+    """Implementation of `alphalayer.storage.Storage` on any obstore store."""
 
-    def __init__(self, store: Any, where: str):
+    def __init__(self, store: Any, location: str):
         self._store = store
-        self._where = where
+        self._location = location
 
-    def put(self, key: str, data: bytes, *, replace: bool = False) -> None:
-        """Write a file as a whole; see the protocol."""
+    def put(self, key: str, data: bytes, *, replace: bool = False, renew: bool = False) -> None:
+        """Write a file completely or not at all; see the protocol."""
         try:
             if isinstance(self._store, LocalStore):
-                localfiles.write(Path(self._where), check_key(key), data, replace=replace)
+                folder = Path(self._location)
+                localfiles.write(folder, check_key(key), data, replace=replace, renew=renew)
             else:
-                self._put(check_key(key), data, "overwrite" if replace else "create")
+                self._put_object(check_key(key), data, replace=replace, renew=renew)
         except AlreadyExistsError:
-            pass  # the job was run before
+            pass  # an earlier run of the job stored it
         except (BaseError, OSError) as error:
-            raise self._failed("write", key, error) from None
+            raise self._storage_error("write", key, error) from None
 
-    def _put(self, key: str, data: bytes, mode: Literal["create", "overwrite"]) -> None:
-        # whoever opens a signed URL is told by the bucket what they get
-        lasts = FOR_EVER if mode == "create" else "no-store"
-        said = {"Content-Type": codecs.mime_type(key), "Cache-Control": lasts}
-        obstore.put(self._store, key, data, attributes=said, mode=mode, use_multipart=False)
+    def _put_object(self, key: str, data: bytes, *, replace: bool, renew: bool) -> None:
+        """Write an object of a bucket. Its attributes are sent with signed URLs."""
+        attributes = {
+            "Content-Type": codecs.mime_type(key),
+            "Cache-Control": "no-store" if replace else CACHE_FOREVER,
+        }
+        # a bucket renews the time of an object only when it is written again
+        mode = "overwrite" if replace or renew else "create"
+        obstore.put(self._store, key, data, attributes=attributes, mode=mode, use_multipart=False)
 
     def delete(self, key: str) -> None:
-        """Remove a file; see the protocol."""
+        """Delete a file; see the protocol."""
         try:
             obstore.delete(self._store, check_key(key))
         except FileNotFoundError:
             pass
         except (BaseError, OSError) as error:
-            raise self._failed("delete", key, error) from None
+            raise self._storage_error("delete", key, error) from None
 
     async def open(self, key: str) -> StoredFile:
         """Open a file; see the protocol."""
         try:
-            found = await obstore.get_async(self._store, check_key(key))
+            file = await obstore.get_async(self._store, check_key(key))
         except FileNotFoundError:
             raise FileMissing(
                 f'there is no file "{key}".',
-                hint="It may have been removed after its time; draw it again.",
+                hint="It may have been deleted by retention. Generate it again.",
             ) from None
         except (BaseError, OSError) as error:
-            raise self._failed("read", key, error) from None
-        return StoredFile(
-            found.meta["size"], found.meta["last_modified"].timestamp(), _chunks(found)
-        )
+            raise self._storage_error("read", key, error) from None
+        modified_at = file.meta["last_modified"].timestamp()
+        return StoredFile(file.meta["size"], modified_at, _chunks(file))
 
     def presign(self, key: str, seconds: float) -> str | None:
-        """A URL of the bucket's own; see the protocol."""
+        """Return a signed URL of the bucket; see the protocol."""
         if isinstance(self._store, LocalStore):
             return None
         try:
             return obstore.sign(self._store, "GET", check_key(key), timedelta(seconds=seconds))
         except (BaseError, OSError) as error:
-            raise self._failed("sign a URL for", key, error) from None
+            raise self._storage_error("sign a URL for", key, error) from None
 
     def list(self, after: str = "") -> list[tuple[str, int, float]]:
-        """All files from a name on; see the protocol."""
+        """Return key, size and time of writing of all files; see the protocol."""
         try:
             pages = obstore.list(self._store, offset=after or None)
             return [
-                (each["path"], each["size"], each["last_modified"].timestamp())
+                (file["path"], file["size"], file["last_modified"].timestamp())
                 for page in pages
-                for each in page
+                for file in page
             ]
         except (BaseError, OSError) as error:
-            raise self._failed("list", "files", error) from None
+            raise self._storage_error("list", "files", error) from None
 
-    def tidy(self) -> None:
-        """Remove what killed processes left, of which buckets keep nothing; see the protocol."""
+    def delete_unfinished(self) -> None:
+        """Delete temporary files of a folder; see the protocol. Buckets have none."""
         if not isinstance(self._store, LocalStore):
             return
         try:
-            localfiles.remove_unfinished(Path(self._where))
+            localfiles.delete_unfinished(Path(self._location))
         except OSError as error:
-            raise self._failed("tidy", "", error) from None
+            raise self._storage_error("clean up", "", error) from None
 
-    def _failed(self, doing: str, key: str, error: Exception) -> StorageFailed:
+    def _storage_error(self, action: str, key: str, error: Exception) -> StorageFailed:
         return StorageFailed(
-            f"cannot {doing} {key or 'the files'} in {self._where}: {_cause(error)}.",
-            hint="Check that there is space, that the place may be written to, and its address and keys.",
+            f"cannot {action} {key or 'the files'} in {self._location}: {_cause(error)}.",
+            hint="Check its space, rights, address and keys.",
         )
 
 
 def _cause(error: Exception) -> str:
-    """What is wrong: a bucket's own words, or the error without the trace that obstore adds."""
-    if said := re.search(
-        r"<Code>(.*?)</Code>\s*<Message>(.*?)\.?</Message>", str(error), re.DOTALL
-    ):
-        return f"{said[2]} ({said[1]})"
+    """Return the message of a bucket's XML, or the first line of another error."""
+    message = re.search(r"<Code>(.*?)</Code>\s*<Message>(.*?)\.?</Message>", str(error), re.DOTALL)
+    if message:
+        return f"{message[2]} ({message[1]})"
     lines = [line.strip() for line in str(error).partition("<?xml")[0].splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__
 
 
-async def _chunks(found: Any) -> AsyncIterator[bytes]:
-    async for chunk in found.stream(min_chunk_size=CHUNK_BYTES):
+async def _chunks(file: Any) -> AsyncIterator[bytes]:
+    async for chunk in file.stream(min_chunk_size=CHUNK_BYTES):
         yield bytes(chunk)
 
 
-def open_storage(place: str) -> ObjectStorage:
-    """A folder's path, or a URL such as `s3://bucket/prefix` (credentials come from the usual AWS_* variables).
+def open_storage(location: str) -> ObjectStorage:
+    """Open the storage of a folder or bucket.
+
+    Args:
+        location: A folder's path, or a URL such as `s3://bucket/prefix`. Credentials come from
+            the AWS_* variables.
 
     Raises:
-        StorageFailed: the folder cannot be made, or the URL is not understood.
+        StorageFailed: The folder cannot be created, or the URL is invalid.
     """
     try:
-        if "://" in place:
-            return ObjectStorage(from_url(place), place)
-        Path(place).mkdir(parents=True, exist_ok=True)
-        return ObjectStorage(LocalStore(place), str(Path(place).resolve()))
+        if "://" in location:
+            return ObjectStorage(from_url(location), location)
+        Path(location).mkdir(parents=True, exist_ok=True)
+        return ObjectStorage(LocalStore(location), str(Path(location).resolve()))
     except (BaseError, OSError, ValueError) as error:
         raise StorageFailed(
-            f"cannot use {place} for pictures: {_cause(error)}.", hint="Set another folder or URL."
+            f"cannot use {location} for images: {_cause(error)}.", hint="Set another folder or URL."
         ) from None
 
 
-def check_bucket(place: str) -> None:
-    """Write a small file into a bucket and remove it, so that what is wrong is known before anything is drawn. Asks no long time.
+def check_bucket(location: str) -> None:
+    """Write and delete a small file, to find errors of a bucket before a start.
+
+    Args:
+        location: URL of the bucket.
 
     Raises:
-        SetupFailed: no such bucket, no keys or keys that are refused, or it cannot be reached.
+        SetupFailed: The bucket is missing or unreachable, or the keys are missing or refused.
     """
-    # a preview by its name: where it may not be removed, it is swept away with those
+    # retention deletes a preview that may not be deleted here
     key = f"{PREVIEW_PREFIX}{new_id()}.webp"
     try:
-        store = from_url(place, retry_config={"max_retries": 2})
+        store = from_url(location, retry_config={"max_retries": 2})
         obstore.put(store, key, b"alphalayer", mode="overwrite", use_multipart=False)
     except (BaseError, OSError, ValueError) as error:
-        raise _unusable(place, error) from None
+        raise _bucket_error(location, error) from None
     with contextlib.suppress(BaseError, OSError):
         obstore.delete(store, key)
 
 
-def _unusable(place: str, error: Exception) -> SetupFailed:
-    name, asked = place.split("/")[2], re.search(r"https?://[^/\s]+", str(error))
-    if _ASKS_FOR_KEYS.search(str(error)):
+def _bucket_error(location: str, error: Exception) -> SetupFailed:
+    """Return the error of a bucket with a hint for its cause."""
+    name, address = location.split("/")[2], re.search(r"https?://[^/\s]+", str(error))
+    if _CREDENTIALS_PATH.search(str(error)):
         return SetupFailed(
             f'there are no keys for the bucket "{name}".',
             hint="Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY.",
         )
     if isinstance(error, FileNotFoundError):
         return SetupFailed(
-            f'there is no bucket "{name}" at {asked[0] if asked else place}.',
-            hint="Make it, or mend the setting storage or AWS_ENDPOINT_URL.",
+            f'there is no bucket "{name}" at {address[0] if address else location}.',
+            hint="Create it, or fix the setting storage or AWS_ENDPOINT_URL.",
         )
     return SetupFailed(
         f'the bucket "{name}" cannot be written to: {_cause(error)}.',

@@ -36,7 +36,7 @@ def condition_image(rgba: RgbaImage, size: Size, resize_mode: ResizeMode) -> Ten
 def on_grey(rgba: RgbaImage) -> Image:
     """Flatten RGBA onto a grey of 0.5."""
     values = rgba.astype(np.float32) / 255
-    return (values[..., :3] - 0.5) * values[..., 3:] + 0.5
+    return np.add((values[..., :3] - 0.5) * values[..., 3:], 0.5, dtype=np.float32)
 
 
 def fit(image: Image, size: Size, resize_mode: ResizeMode) -> Image:

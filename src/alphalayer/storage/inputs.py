@@ -1,0 +1,35 @@
+"""Storage of input images under the hash of their content."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+
+from alphalayer.core.request import INPUT_NAME
+from alphalayer.storage import Storage
+
+INPUT_PREFIX = "input_"
+_INPUT = re.compile(INPUT_NAME)
+
+
+def store_input(storage: Storage, data: bytes) -> str:
+    """Store an input image once, and renew its age.
+
+    Args:
+        storage: Storage of the service. The call blocks.
+        data: A PNG file.
+
+    Returns:
+        The name of the image for `ImageInput.file_name`.
+
+    Raises:
+        StorageFailed: The image cannot be stored.
+    """
+    name = f"{INPUT_PREFIX}{hashlib.sha256(data).hexdigest()}.png"
+    storage.put(name, data, renew=True)
+    return name
+
+
+def is_input(key: str) -> bool:
+    """Return whether a key is the name of an input image."""
+    return _INPUT.fullmatch(key) is not None
