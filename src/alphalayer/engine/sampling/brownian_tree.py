@@ -30,7 +30,7 @@ _INTERVALS_AHEAD = 4
 
 @dataclass
 class _Node:
-    """The process over the interval [start, end]; `increment` is W(end) - W(start)."""
+    """Process over the interval [start, end]. `increment` is W(end) - W(start)."""
 
     start: float
     end: float

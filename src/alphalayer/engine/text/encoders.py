@@ -187,8 +187,8 @@ class _Encoder:
             layer: Layer of the hidden states, counted from the last, which is 1.
 
         Returns:
-            Hidden states, float32 (chunks, 77, width). Pooled output, (chunks, projection width);
-            without a projection the last hidden states.
+            Hidden states, float32 (chunks, 77, width), and pooled output, (chunks, projection
+            width). A model without projection returns its last hidden states instead.
         """
         batches = [chunks[i : i + CHUNKS_AT_ONCE] for i in range(0, len(chunks), CHUNKS_AT_ONCE)]
         hidden, pooled = zip(*(self._encode(batch, layer) for batch in batches), strict=True)
@@ -278,7 +278,7 @@ class PromptPlan:
     """Conditionings of a prompt at each step.
 
     Attributes:
-        parts: Weight and schedule of each part; parts are separated by AND. A schedule is a list of
+        parts: Weight and schedule of each part. AND separates the parts. A schedule is a list of
             (last step, conditioning).
     """
 

@@ -1,6 +1,6 @@
 r"""Prompt grammar of AUTOMATIC1111: weights, BREAK, step schedules, alternation and AND.
 
-(word)  (word:1.3)  [word]      attention times 1.1, 1.3, 1/1.1; nesting multiplies
+(word)  (word:1.3)  [word]      attention times 1.1, 1.3, 1/1.1 (nesting multiplies)
 \(  \)  \[  \]  \\              literal characters
 BREAK                           the rest starts a new chunk of 75 tokens
 [a:b:8]  [b:8]  [a::8]          a up to step 8, then b
