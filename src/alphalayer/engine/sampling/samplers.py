@@ -202,7 +202,7 @@ def dpmpp_sde(
             middle = _geometric_middle(sigma, following)
             down, up = _ancestral(sigma, middle)
             half = down / sigma * x + (1 - down / sigma) * clean + noise(sigma, middle) * up
-            # The evaluations have the weights 1 - 1/2r and 1/2r. With r = 1/2 only the second counts.
+            # The weights are 1 - 1/2r and 1/2r. With r = 1/2 only the second evaluation counts.
             target = denoise(half, middle, i)
             down, up = _ancestral(sigma, following)
             x = down / sigma * x + (1 - down / sigma) * target + noise(sigma, following) * up
