@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 
 from alphalayer import __version__
 from alphalayer.cli.app import app, main
-from alphalayer.cli.options import add_options, given, name_flags
+from alphalayer.cli.options import add_options, name_flags, select_fields
 from alphalayer.config import Settings
 from alphalayer.core.job import Output
 from alphalayer.core.request import GenerationRequest
@@ -196,7 +196,7 @@ def test_an_option_is_described_by_its_field():
     @name_flags
     @add_options(Example, skip=("left_out",))
     def command(own: str = "mine", **options: object) -> None:
-        received.append({"own": own, **given(Example, options)})
+        received.append({"own": own, **select_fields(Example, options)})
 
     run = CliRunner().invoke
     assert run(example, []).exit_code == 0
@@ -211,6 +211,7 @@ def test_an_option_is_described_by_its_field():
     help_ = {parameter.name: parameter.help for parameter in get_command(example).params}
     assert help_["strength"] == "How strong. More than 0, at most 2."
     assert help_["count"] == "How many. At least 0. Default: 0."
+    assert help_["tags"] == "Tags. As JSON."
     assert help_["color"] == "Color. One of: red, blue. Default: red."
 
 

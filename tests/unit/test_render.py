@@ -189,7 +189,9 @@ def test_engine_process_receives_neither_client_nor_delivery():
     delivery = Delivery(webhook=Webhook(url="https://a.example/hook", service_url="http://b"))
     spec = JobSpec(generation=GenerationRequest(prompt="an apple"), iterations=2)
     job = Job.new(spec, submission, delivery).model_copy(update={"starts": 2})
-    line = write_message(Render(jobs=(job,)))
+    message = Render(jobs=(job,))
+    assert message.jobs[0] is job, "validated by the reader only"
+    line = write_message(message)
     assert set(json.loads(line)["jobs"][0]) == {"id", "created_at", "starts", "spec"}
     command = read_command(line)
     assert isinstance(command, Render)

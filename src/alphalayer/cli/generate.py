@@ -15,7 +15,7 @@ import typer
 from alphalayer import catalog
 from alphalayer.cli.console import as_started, err, out, program_name, progress
 from alphalayer.cli.doctor import check_models_dir
-from alphalayer.cli.options import add_options, given, name_flags
+from alphalayer.cli.options import add_options, name_flags, select_fields
 from alphalayer.config import Settings, load_settings
 from alphalayer.core.errors import StorageFailed
 from alphalayer.core.job import Job, JobResult, JobSpec, Output
@@ -59,7 +59,7 @@ def generate(
             f'put it in quotes: {program_name()} generate "{words}"', param_hint="PROMPT"
         )
     require("torch", "engine")
-    settings = load_settings(**given(Settings, options))
+    settings = load_settings(**select_fields(Settings, options))
     check_models_dir(settings)
     if not transparent:
         options["mode"] = OPAQUE
@@ -83,7 +83,7 @@ def _spec(prompt: str, output: Path | None, options: dict[str, Any], settings: S
     sampler, scheduler = split_sampler_name(options["sampler"], options["scheduler"])
     request = parse_request(
         {
-            **given(GenerationRequest, options),
+            **select_fields(GenerationRequest, options),
             "prompt": prompt,
             "sampler": sampler,
             "scheduler": scheduler,
@@ -91,14 +91,14 @@ def _spec(prompt: str, output: Path | None, options: dict[str, Any], settings: S
             "decode": settings.decode,
         }
     )
-    finishing = given(Output, options)
+    finishing = select_fields(Output, options)
     # a file name decides, and a wrong --format is an error beside it as well
     for name in filter(None, (options["format"], output and output.suffix[1:])):
         finishing["format"] = codecs.check_format(name)
     return parse_as(
         JobSpec,
         {
-            **given(JobSpec, options),
+            **select_fields(JobSpec, options),
             "generation": request,
             "output": parse_as(Output, finishing),
         },

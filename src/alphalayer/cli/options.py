@@ -19,7 +19,8 @@ FLAG_NAMES = {"iterations": "n_iter"}
 """Names of flags that differ from the field's: those of AUTOMATIC1111."""
 LARGEST_SHOWN = 10**9
 """Larger bounds are limits of a number format, and not shown."""
-_TYPES = {"boolean": bool, "integer": int, "number": float, "string": str}
+_TYPES = {"string": str, "number": float, "integer": int, "boolean": bool}
+"""Types of options by type in JSON Schema; of several, the first."""
 _BOUNDS = {"minimum": "at least", "exclusiveMinimum": "more than", "maximum": "at most"}
 
 
@@ -53,20 +54,17 @@ def add_options(
         for name, schema in model.model_json_schema()["properties"].items():
             if (only is None or name in only) and name not in {*skip, *parameters}:
                 parameters[name] = _option(name, schema, as_text=as_text)
-
-        @functools.wraps(command)
-        def run(*arguments: Any, **options: Any) -> None:
-            command(*arguments, **options)
-
-        run.__signature__ = inspect.Signature(list(parameters.values()))  # type: ignore[attr-defined]
-        run.__annotations__ = {name: each.annotation for name, each in parameters.items()}
-        return run
+        command.__signature__ = inspect.Signature(list(parameters.values()))  # type: ignore[attr-defined]
+        command.__annotations__ = {
+            parameter.name: parameter.annotation for parameter in parameters.values()
+        }
+        return command
 
     return add
 
 
-def given(model: type[BaseModel], options: dict[str, Any]) -> dict[str, Any]:
-    """Return the options that were given for fields of a model."""
+def select_fields(model: type[BaseModel], options: dict[str, Any]) -> dict[str, Any]:
+    """Return the options that belong to a model, without those that are None."""
     return {name: options[name] for name in model.model_fields if options.get(name) is not None}
 
 
@@ -100,7 +98,7 @@ def _option(name: str, schema: dict[str, Any], *, as_text: bool) -> inspect.Para
     if kind is bool:
         option = typer.Option(f"{flag}/--no-{flag[2:]}", help=help_text)
     elif kind is None:
-        option = typer.Option(flag, help=help_text, parser=json.loads, metavar="JSON")
+        option = typer.Option(flag, help=f"{help_text} As JSON.", parser=json.loads, metavar="JSON")
     else:
         option = typer.Option(flag, help=help_text)
         kind = str if as_text else kind
