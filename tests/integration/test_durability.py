@@ -31,7 +31,7 @@ from alphalayer.jobs.base import MAX_STARTS
 from alphalayer.jobs.sqlite import SqliteJobQueue
 from alphalayer.jobs.table import Journal
 from alphalayer.observability import background
-from alphalayer.worker.messages import read_message, write_message
+from alphalayer.worker.messages import Open, Stopped, read_report, write_message
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="uses signal 9")
 BODY = {"prompt": "an apple", "steps": 10, "width": 64, "height": 64}
@@ -180,28 +180,26 @@ def create_unwarmable(_options: dict[str, Any]) -> FakeEngine:
 
 @pytest.mark.parametrize("name", ["create_unwarmable", "create_nothing"])
 def test_an_engine_that_cannot_be_opened_says_why_and_ends_by_itself(tmp_path, name: str):
-    opening = {
-        "engine": f"tests.integration.test_durability:{name}",
-        "options": {},
-        "storage": str(tmp_path),
-    }
-    opening |= {"name": "cpu", "logs": {"level": "info", "as_json": False}}
+    opening = Open(
+        name="cpu",
+        engine=f"tests.integration.test_durability:{name}",
+        options={},
+        storage=str(tmp_path),
+        logs={"level": "info", "as_json": False},
+    )
     with subprocess.Popen(
         [sys.executable, "-m", "alphalayer.worker.engine_process"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     ) as process:
-        process.stdin.write(write_message("open", **opening))
+        process.stdin.write(write_message(opening))
         process.stdin.flush()
-        message = read_message(process.stdout.readline())
-        assert (message["kind"], message["id"], message["error"]["code"]) == (
-            "failed",
-            None,
-            "engine_failed",
-        )
+        message = read_report(process.stdout.readline())
+        assert isinstance(message, Stopped)
+        assert message.error.code == "engine_failed"
         expected = "IndexError" if name == "create_unwarmable" else "AttributeError"
-        assert expected in message["error"]["message"]
+        assert expected in message.error.message
         # its input is still open
         assert process.wait(20) == 1
         assert expected in process.stderr.read().decode()

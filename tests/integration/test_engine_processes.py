@@ -125,7 +125,7 @@ def test_what_the_engine_logs_looks_as_the_log_of_its_service(tmp_path: Path, ca
         assert "engine=cpu" in line
 
 
-def test_the_next_job_is_sent_before_the_one_before_is_stored(
+def test_next_job_is_sent_before_the_last_is_stored(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     with served(tmp_path, engine_options={"step_s": 0.05}) as client:
@@ -170,13 +170,12 @@ def test_what_waits_to_be_stored_stops_the_drawing(tmp_path: Path):
 
     storage = Hanging(open_storage(str(tmp_path))._store, str(tmp_path))
     process = EngineProcess(io.BytesIO(), io.BytesIO())
+    renderer = process.create_renderer(Counting(), storage)
     jobs = [
         Job.new(JobSpec(generation=GenerationRequest(prompt=name, width=64, height=64, steps=1)))
         for name in "abcd"
     ]
-    drawing = threading.Thread(
-        target=lambda: [process._run(Counting(), storage, [job]) for job in jobs]
-    )
+    drawing = threading.Thread(target=lambda: [process.run(renderer, (job,)) for job in jobs])
     drawing.start()
     wait_until(lambda: drawn == ["a", "b"])
     drawing.join(0.3)

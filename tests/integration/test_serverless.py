@@ -109,7 +109,7 @@ def test_jobs_are_drawn_and_wrong_ones_answered(tmp_path):
     }
     with worker(
         tmp_path,
-        start=f"import alphalayer.integrations.runpod as s; s.MOST_BYTES = 20_000; {START}",
+        start=f"import alphalayer.integrations.runpod as s; s.MAX_RESULT_BYTES = 20_000; {START}",
         **environment,
     ):
         wait_until(lambda: len(jobs.results) == 4, 60)

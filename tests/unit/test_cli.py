@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import pytest
+import typer
+from pydantic import BaseModel, Field
 from tests.support import tiny_models
 from tests.support.serving import free_port
 from tests.unit.test_catalog import FAMILIES, write
+from typer.main import get_command
 from typer.testing import CliRunner
 
 from alphalayer import __version__
 from alphalayer.cli.app import app, main
+from alphalayer.cli.options import add_options, name_flags, select_fields
 from alphalayer.config import Settings
-from alphalayer.images import codecs
-from alphalayer.images.infotext import read_parameters
+from alphalayer.core.job import Output
+from alphalayer.core.request import GenerationRequest
+from alphalayer.images import codecs, postprocess
+from alphalayer.images.infotext import METHOD_LABELS, read_parameters
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -50,6 +58,10 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
         return code, printed.out, printed.err
 
     return run
+
+
+def _command(name: str) -> Any:
+    return get_command(app).commands[name]
 
 
 def _generate(models: Path, *more: str) -> list[str]:
@@ -156,6 +168,107 @@ def test_options_reach_the_engine(run: Run, models: Path, tmp_path: Path):
     assert "layerdiffusion_enabled" not in found
 
 
+def test_every_core_field_is_an_option_of_generate():
+    """A field is added in one place: the core."""
+    names = {name for model in (GenerationRequest, Output) for name in model.model_fields}
+    parameters = {parameter.name: parameter for parameter in _command("generate").params}
+    assert names - {"prompt"} <= parameters.keys()
+    assert parameters["iterations"].opts == ["--n-iter"]
+    assert "previews" not in parameters
+    flags = {option for parameter in parameters.values() for option in parameter.opts}
+    assert {"--mode", "--clip-skip", "--trim-padding", "--layerdiffuse-stop-at", "-o"} <= flags
+
+
+def test_an_option_is_described_by_its_field():
+    class Example(BaseModel):
+        strength: Annotated[float, Field(gt=0, le=2, description="How strong.")] | None = None
+        count: Annotated[int, Field(ge=0, le=2**63, description="How many.")] = 0
+        color: Annotated[Literal["red", "blue"], Field(description="Color.")] = "red"
+        tags: Annotated[tuple[str, ...], Field(description="Tags.")] = ()
+        is_large: Annotated[bool, Field(description="Large.")] = False
+        left_out: int = 0
+        own: int = 0
+
+    received: list[dict[str, object]] = []
+    example = typer.Typer()
+
+    @example.command()
+    @name_flags
+    @add_options(Example, skip=("left_out",))
+    def command(own: str = "mine", **options: object) -> None:
+        received.append({"own": own, **select_fields(Example, options)})
+
+    run = CliRunner().invoke
+    assert run(example, []).exit_code == 0
+    options = '--strength 1.5 --count 3 --tags ["a"] --no-is-large --own x'
+    assert run(example, options.split()).exit_code == 0
+    assert received == [
+        {"own": "mine"},
+        {"own": "x", "strength": 1.5, "count": 3, "tags": ["a"], "is_large": False},
+    ]
+    for wrong in (["--tags", "a"], ["--count", "many"], ["--left-out", "1"]):
+        assert run(example, wrong).exit_code == 2
+    help_ = {parameter.name: parameter.help for parameter in get_command(example).params}
+    assert help_["strength"] == "How strong. More than 0, at most 2."
+    assert help_["count"] == "How many. At least 0. Default: 0."
+    assert help_["tags"] == "Tags. As JSON."
+    assert help_["color"] == "Color. One of: red, blue. Default: red."
+
+
+def test_mode_and_finishing_options_reach_the_file(run: Run, models: Path, tmp_path: Path):
+    options = "--mode attention --layerdiffuse-weight 0.5 --layerdiffuse-stop-at 0.75 --clip-skip 2"
+    options += " --subseed 5 --subseed-strength 0.25 --trim --trim-threshold 200 --trim-padding 3"
+    assert run(*_generate(models, *options.split(), "-o", "cup.png"))[0] == 0
+    rgba, parameters = codecs.decode((tmp_path / "cup.png").read_bytes())
+    found = read_parameters(parameters or "")
+    assert found["layerdiffusion_method"] == METHOD_LABELS["attention"]
+    assert found["layerdiffusion_weight"] == "0.5"
+    assert found["layerdiffusion_ending_step"] == "0.75"
+    assert (found["Clip skip"], found["Variation seed strength"]) == ("2", "0.25")
+    assert found["Variation seed"] == "5"
+    code, _, err = run(*_generate(models, "--mode", "conv"))
+    assert code == 1
+    assert 'not one of "conv"' in err
+    whole, _ = codecs.decode(_whole(run, models, options).read_bytes())
+    np.testing.assert_array_equal(rgba, postprocess.trim(whole, 200, 3))
+
+
+def _whole(run: Run, models: Path, options: str) -> Path:
+    """The image of the same options, without trimming."""
+    kept = options.replace("--trim --trim-threshold 200 --trim-padding 3", "")
+    assert run(*_generate(models, *kept.split(), "-o", "whole.png"))[0] == 0
+    return Path("whole.png")
+
+
+def test_iterations_are_numbered_in_a_named_file(run: Run, models: Path, tmp_path: Path):
+    options = ["--n-iter", "2", "--mode", "opaque", "-o", "new/cup.webp"]
+    code, out, _ = run(*_generate(models, *options))
+    assert code == 0
+    assert [line.split("  ")[::2][:2] for line in out.splitlines()] == [
+        ["new/cup.webp", "seed 12345"],
+        ["new/cup-2.webp", "seed 12346"],
+    ]
+    for name in ("cup.webp", "cup-2.webp"):
+        rgba, _ = codecs.decode((tmp_path / "new" / name).read_bytes())
+        assert (rgba[..., 3] == 255).all()
+
+
+def test_generate_replaces_a_named_file(run: Run, models: Path, tmp_path: Path):
+    (tmp_path / "cup.png").write_bytes(b"old")
+    assert run(*_generate(models, "-o", "cup.png"))[0] == 0
+    assert codecs.decode((tmp_path / "cup.png").read_bytes())[0].shape == (64, 64, 4)
+
+
+def test_input_images_are_read_from_the_storage(run: Run, models: Path, tmp_path: Path):
+    name = f"input_{'0' * 64}.png"
+    inputs = json.dumps([{"role": "foreground", "file_name": name}])
+    code, _, err = run(*_generate(models, "--inputs", inputs, "-o", "cup.png"))
+    assert code == 1
+    assert f'--inputs: there is no input image "{name}"' in err
+    (tmp_path / "outputs" / name).write_bytes(codecs.encode(np.zeros((8, 8, 4), np.uint8)))
+    assert run(*_generate(models, "--inputs", inputs, "-o", "cup.png"))[0] == 0
+
+
 def test_the_same_command_draws_the_same_picture(run: Run, models: Path, tmp_path: Path):
     for name in ("one.png", "two.png"):
         run(*_generate(models, "-o", str(tmp_path / name)))
@@ -238,7 +351,7 @@ def test_drawing_with_the_embedded_model_for_want_of_another_is_said(run: Run, t
     assert code == 0
     assert out.endswith("  alphalayer-mini\n")
     assert err.startswith(
-        "no usable model in mine/Stable-diffusion: using alphalayer-mini, the small included model."
+        "Generating with alphalayer-mini, the small embedded model. mine/Stable-diffusion holds no other"
     )
     assert "alphalayer models pull" in err
 
@@ -367,6 +480,12 @@ def test_help_fits_a_narrow_terminal_and_cuts_no_flag(run: Run, monkeypatch: pyt
     [
         (["--batch-size", "100"], "--batch-size: got 100; at most 8."),
         (["--dtype", "fp8"], '--dtype: got "fp8"'),
+        (["--n-iter", "17"], "--n-iter: got 17; at most 16."),
+        (["--mode", "magic"], "--mode: got \"magic\"; 'attention', 'conv' or 'opaque'."),
+        (["--trim-threshold", "255"], "--trim-threshold: got 255; at most 254."),
+        (["--format", "jpeg"], '--format: "jpeg" is not a format with transparency'),
+        (["--output", "cup.jpeg"], '--format: "jpeg" is not a format with transparency'),
+        (["--loras", '[{"name": "x", "weight": 5}]'], "loras.0.weight: got 5; at most 4."),
         (["--background", "red"], '--background: got "red"; a colour'),
         (
             ["--output", "/proc/absent/cup.png"],

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import errno
 import importlib.util
 import os
-import secrets
 import sys
-import tempfile
-import time
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,28 +20,18 @@ from alphalayer.cli.console import (
     err,
     out,
     program_name,
-    progress,
     render_hint,
     show_error,
     show_mark,
 )
 from alphalayer.cli.doctor import check_models_dir, check_port, diagnose
-from alphalayer.cli.options import naming_flags, option_each_setting
+from alphalayer.cli.generate import generate
+from alphalayer.cli.options import add_options, name_flags
 from alphalayer.cli.plan import plan
 from alphalayer.config import API_KEY, Settings, load_settings
 from alphalayer.core.errors import AlphalayerError, CommandHint, SetupFailed, StorageFailed
-from alphalayer.core.job import Output
 from alphalayer.core.optional_dependencies import install_hint, require
-from alphalayer.core.request import (
-    OPAQUE,
-    SAMPLERS,
-    SCHEDULERS,
-    ImageFormat,
-    parse_as,
-    parse_request,
-    split_sampler_name,
-)
-from alphalayer.images import codecs, postprocess
+from alphalayer.images import codecs
 
 app = typer.Typer(
     name="alphalayer",
@@ -82,105 +68,19 @@ def _options(
 ) -> None: ...
 
 
-@app.command(context_settings={"allow_extra_args": True})
-@naming_flags
-def generate(
-    context: typer.Context,
-    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What to draw.")],
-    negative_prompt: Annotated[str, typer.Option(help="What to keep out.")] = "bad, ugly",
-    seed: Annotated[
-        int, typer.Option(help="Same seed, same picture; -1 draws a fresh one.")
-    ] = 12345,
-    steps: Annotated[
-        int | None, typer.Option(help="Sampling steps; default: the model's (SDXL: 20).")
-    ] = None,
-    sampler: Annotated[str | None, typer.Option(help=f"One of: {', '.join(SAMPLERS)}.")] = None,
-    scheduler: Annotated[str | None, typer.Option(help=f"One of: {', '.join(SCHEDULERS)}.")] = None,
-    cfg_scale: Annotated[
-        float | None, typer.Option(help="How strictly the prompt is followed (SDXL: 5).")
-    ] = None,
-    width: Annotated[
-        int | None, typer.Option(help="Pixels; default: the model's (SDXL: 1024).")
-    ] = None,
-    height: Annotated[
-        int | None, typer.Option(help="Pixels; default: the model's (SDXL: 1024).")
-    ] = None,
-    batch_size: Annotated[int, typer.Option(help="Pictures, with seeds counting up.")] = 1,
-    model: Annotated[str | None, typer.Option(help="A name from `alphalayer models list`.")] = None,
-    models_dir: ModelsDir = None,
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="File or folder to write to.")
-    ] = None,
-    format: Annotated[str, typer.Option(help="png, webp or avif.")] = "png",
-    device: Annotated[str | None, typer.Option(help="auto, cuda, cuda:0, mps or cpu.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="auto, fp16, bf16 or fp32.")] = None,
-    memory: Annotated[str | None, typer.Option(help="auto, high, balanced or low.")] = None,
-    noise: Annotated[
-        str | None, typer.Option(help="nv (the same on every machine), cpu or gpu.")
-    ] = None,
-    decode: Annotated[str | None, typer.Option(help="official or forge2.")] = None,
-    transparent: Annotated[bool, typer.Option(help="Draw with LayerDiffuse.")] = True,
-    defringe: Annotated[
-        bool, typer.Option("--defringe", help="Take the old background's colour out of edges.")
-    ] = False,
-    trim: Annotated[bool, typer.Option("--trim", help="Cut empty borders away.")] = False,
-    background: Annotated[
-        str | None, typer.Option(help="A colour to lay the picture on, as #ffffff.")
-    ] = None,
-) -> None:
-    """Draw PROMPT and write a picture with a real alpha channel."""
-    if context.args:
-        words = " ".join([prompt, *context.args])
-        raise typer.BadParameter(
-            f'put it in quotes: {program_name()} generate "{words}"', param_hint="PROMPT"
-        )
-    require("torch", "engine")
-    settings = load_settings(models_dir=models_dir, device=device, dtype=dtype, memory=memory)
-    check_models_dir(settings)
-    sampler, scheduler = split_sampler_name(sampler, scheduler)
-    asked: dict[str, Any] = {
-        "prompt": prompt,
-        "negative_prompt": negative_prompt,
-        "seed": seed,
-        "steps": steps,
-        "sampler": sampler,
-        "scheduler": scheduler,
-        "cfg_scale": cfg_scale,
-        "width": width,
-        "height": height,
-        "batch_size": batch_size,
-        "model": model,
-        "noise": noise or settings.noise,
-        "decode": decode or settings.decode,
-        "mode": "attention" if transparent else OPAQUE,
-    }
-    request = parse_request(asked)
-    finish = parse_as(Output, {"defringe": defringe, "trim": trim, "background": background})
-    targets = _targets(output, codecs.check_format(format), batch_size, settings)
-    _tell_of_embedded_model(model or settings.default_model, settings.models_dir)
-    start = time.perf_counter()
-    with progress() as report:
-        from alphalayer.engine.pipeline import create_engine
-
-        result = create_engine(settings.engine_options()).generate(request, on_progress=report)
-    for image, target in zip(result.images, targets, strict=True):
-        rgba = postprocess.finish(image.rgba, finish)
-        _write(
-            target,
-            codecs.encode(rgba, codecs.check_format(target.suffix[1:]), result.infotext(image)),
-        )
-        high, wide = rgba.shape[:2]
-        seconds = time.perf_counter() - start
-        out.print(
-            f"{target}  {wide}x{high}  seed {image.seed}  {seconds:.1f} s  {result.model_name}"
-        )
+app.command(context_settings={"allow_extra_args": True})(generate)
 
 
 @app.command()
-@option_each_setting
-def serve(**flags: Any) -> None:
+@add_options(Settings, as_text=True)
+def serve(
+    listen: Annotated[
+        bool, typer.Option("--listen", help="As --host 0.0.0.0, if no --host is given.")
+    ] = False,
+    **flags: Any,
+) -> None:
     """Start the HTTP service. What is not given is taken from ALPHALAYER_... variables, then from alphalayer.toml."""
-    if flags.pop("listen") and flags["host"] is None:
+    if listen and flags["host"] is None:
         flags["host"] = "0.0.0.0"
     run_server(load_settings(**flags))
 
@@ -220,7 +120,7 @@ def serve_as_before(
     run_server(settings)
 
 
-app.command()(naming_flags(plan))
+app.command()(name_flags(plan))
 
 
 @models_app.command("list")
@@ -379,44 +279,6 @@ def run_server(settings: Settings) -> None:
     )
 
 
-def _targets(output: Path | None, kind: ImageFormat, count: int, settings: Settings) -> list[Path]:
-    """Where each picture of a batch goes: the named file (numbered from the second on), else a fresh name.
-
-    Checked before anything is drawn: that the ending is a format with alpha, and that the folder can be written to.
-    """
-    if output and output.suffix:
-        codecs.check_format(output.suffix[1:])
-        targets = [
-            output if i == 0 else output.with_stem(f"{output.stem}-{i + 1}") for i in range(count)
-        ]
-    else:
-        folder = output or settings.outputs_dir
-        targets = [
-            folder / f"alpha_{int(time.time())}_{secrets.token_hex(4)}.{kind}" for _ in range(count)
-        ]
-    try:
-        targets[0].parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=targets[0].parent):
-            pass
-    except OSError as error:
-        raise _cannot_write(targets[0], error) from None
-    return targets
-
-
-def _write(target: Path, data: bytes) -> None:
-    try:
-        target.write_bytes(data)
-    except OSError as error:
-        raise _cannot_write(target, error) from None
-
-
-def _cannot_write(target: Path, error: OSError) -> StorageFailed:
-    room = "Free some space, or name" if error.errno == errno.ENOSPC else "Name"
-    return StorageFailed(
-        f"cannot write {target}: {error.strerror}.", hint=f"{room} another place with --output."
-    )
-
-
 def _read(file: Path) -> bytes:
     try:
         return file.read_bytes()
@@ -424,15 +286,6 @@ def _read(file: Path) -> bytes:
         raise StorageFailed(
             f"cannot read {file}: {error.strerror}.", hint="Name a picture file."
         ) from None
-
-
-def _tell_of_embedded_model(name: str | None, models_dir: Path) -> None:
-    """Say so where a picture is drawn with the model that comes along for want of another. Raises what `resolve_model` raises."""
-    entry = catalog.resolve_model(name, catalog.find_models(models_dir), models_dir)
-    if not name and entry.path == catalog.EMBEDDED_MODEL:
-        folder = models_dir / catalog.CHECKPOINTS
-        text = f"no usable model in {folder}: using {entry.name}, the small included model."
-        err.print(render_hint(CommandHint(f"{text} For SDXL run:", catalog.PULL)))
 
 
 def main() -> None:

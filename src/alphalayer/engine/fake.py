@@ -1,4 +1,7 @@
-"""An engine without torch, for tests of the service and for trying clients: draws a soft disc whose colour comes from prompt and seed."""
+"""Engine without torch, for tests of the service and of clients.
+
+It generates a disc with a soft edge, whose colour depends on prompt and seed.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +18,10 @@ from alphalayer.engine.base import GeneratedImage, GenerationResult, Progress, R
 
 
 class FakeEngine:
-    """Implements `alphalayer.engine.Engine`; each step takes `step_s` seconds, however many are drawn together. The same request
-    gives the same picture."""
+    """Implementation of `alphalayer.engine.base.Engine`. The same request gives the same image.
+
+    Each step takes `step_s` seconds, for any number of images.
+    """
 
     def __init__(self, step_s: float = 0.0, batch_pixels: int = 0):
         self._step_s = step_s
@@ -24,10 +29,10 @@ class FakeEngine:
         self.description = "discs, no device"
 
     def warm_up(self) -> None:
-        """Nothing to warm up."""
+        """Return at once."""
 
     def render(self, tasks: Sequence[RenderTask]) -> list[GenerationResult]:
-        """Draw the discs; see the protocol."""
+        """Generate the discs. See the protocol."""
         steps = tasks[0].request.steps or ModelDefaults().steps
         start = time.perf_counter()
         for step in range(1, steps + 1):
@@ -50,33 +55,33 @@ class FakeEngine:
         return [self._result(task, time.perf_counter() - start) for task in tasks]
 
     def memory_bytes(self) -> int:
-        """None of its own."""
+        """Return 0, as there is no device."""
         return 0
 
     def _result(self, task: RenderTask, seconds: float) -> GenerationResult:
         request = task.request.resolve(ModelDefaults(), task.images)
         images = [
             GeneratedImage(
-                render_disc(request.prompt, each.seed, request.width, request.height),
-                each.seed,
-                each.subseed,
+                render_disc(request.prompt, seeds.seed, request.width, request.height),
+                seeds.seed,
+                seeds.subseed,
             )
-            for each in request.images
+            for seeds in request.images
         ]
         return GenerationResult(request, "fake", "0" * 10, images, {"sample": seconds})
 
 
 def render_disc(prompt: str, seed: int, width: int, height: int) -> RgbaImage:
-    """A disc with a soft edge over nothing, (height, width, 4)."""
+    """Return a disc with a soft edge on a transparent background, (height, width, 4)."""
     digest = zlib.crc32(f"{prompt}/{seed}".encode())
     y, x = np.ogrid[-1 : 1 : height * 1j, -1 : 1 : width * 1j]
     alpha = np.clip((0.9 - np.hypot(x, y)) * 8, 0, 1)
-    picture = np.empty((height, width, 4), np.uint8)
-    picture[..., :3] = [digest & 255, digest >> 8 & 255, digest >> 16 & 255]
-    picture[..., 3] = np.rint(alpha * 255)
-    return picture
+    image = np.empty((height, width, 4), np.uint8)
+    image[..., :3] = [digest & 255, digest >> 8 & 255, digest >> 16 & 255]
+    image[..., 3] = np.rint(alpha * 255)
+    return image
 
 
 def create_engine(options: dict[str, Any]) -> FakeEngine:
-    """Build the engine from the options of the engine process; `step_s` and `batch_pixels` mean something here."""
+    """Create the engine from the options `step_s` and `batch_pixels`."""
     return FakeEngine(float(options.get("step_s", 0.0)), int(options.get("batch_pixels") or 0))

@@ -1,1 +1,1 @@
-"""The processes that draw: the supervisor, the engine process, and what they say to each other."""
+"""Rendering of jobs: supervisor, engine process, their messages, and the one render path."""

@@ -1,7 +1,7 @@
-"""Which jobs are drawn together: always the oldest one, and with it those like it that fit into a budget of pixels.
+"""Batches: jobs that are generated together.
 
-A job is never passed over for a batch: the next batch begins with the job that has waited longest, whatever it is. What joins it
-costs those behind it only the time that a larger batch takes longer.
+A batch holds the oldest job and compatible jobs that fit into a budget of pixels.
+The next batch begins with the job that has waited longest, so that no job is passed over.
 """
 
 from __future__ import annotations
@@ -11,32 +11,42 @@ import asyncio
 from alphalayer.core.job import Job
 from alphalayer.jobs.base import JobConsumer
 
-LOOK_AGAIN_S = (0.01, 0.25)
-"""The pauses between two looks for more: the first, each next one twice as long, and the longest."""
+POLL_PAUSE_S = (0.01, 0.25)
+"""First and longest pause between two looks for compatible jobs. Each is twice the one before.
+
+Not a retry of `stamina`: no call fails here, and the last pause ends exactly at the deadline.
+"""
 
 
 async def claim_batch(
-    job_queue: JobConsumer, budget_pixels: int, wait_s: float, holding: str | None = None
+    job_queue: JobConsumer, budget_pixels: int, wait_s: float, loaded_model: str | None = None
 ) -> list[Job]:
-    """Wait for a job, then up to `wait_s` seconds for more that may be drawn with it; stops as soon as the budget is used up.
+    """Wait for a job, then claim compatible jobs until the budget is used up.
 
-    When it is cancelled or fails, what was taken goes back to the queue in its order.
+    If it is cancelled or fails, the claimed jobs return to the queue in their order.
+
+    Args:
+        job_queue: Queue to claim from.
+        budget_pixels: Maximum number of pixels of the batch.
+        wait_s: Seconds to wait for compatible jobs.
+        loaded_model: Name of the model that the engine has loaded.
     """
     batch: list[Job] = []
     try:
-        first = await job_queue.claim(holding)
+        first = await job_queue.claim(loaded_model)
         batch.append(first)
-        room = budget_pixels - first.spec.pixels
+        free_pixels = budget_pixels - first.spec.pixels
         deadline = asyncio.get_running_loop().time() + wait_s
-        pause = LOOK_AGAIN_S[0]
-        while first.batch_key and room >= first.spec.pixels // first.spec.generation.batch_size:
-            mate = await job_queue.claim_compatible(first, room)
-            if mate:
-                batch.append(mate)
-                room -= mate.spec.pixels
+        pause = POLL_PAUSE_S[0]
+        image_pixels = first.spec.pixels // first.spec.generation.batch_size
+        while first.batch_key and free_pixels >= image_pixels:
+            job = await job_queue.claim_compatible(first, free_pixels)
+            if job:
+                batch.append(job)
+                free_pixels -= job.spec.pixels
             elif (left := deadline - asyncio.get_running_loop().time()) > 0:
                 await asyncio.sleep(min(pause, left))
-                pause = min(2 * pause, LOOK_AGAIN_S[1])
+                pause = min(2 * pause, POLL_PAUSE_S[1])
             else:
                 break
     except BaseException:

@@ -1,5 +1,6 @@
-"""The supervisor of one engine process: takes jobs, sends them over, relays what comes back, and starts the process again when it dies.
+"""Supervisor of one engine process: claims jobs, sends them, and publishes what comes back.
 
+It starts the process again when it ends.
 Asynchronous and free of torch, so that the service stays up whatever the device does.
 """
 
@@ -17,47 +18,65 @@ from typing import Any
 from structlog.contextvars import bind_contextvars
 
 from alphalayer.core.errors import AlphalayerError, EngineFailed
-from alphalayer.core.job import Job, JobProgress, JobResult
+from alphalayer.core.job import Job, JobProgress
 from alphalayer.jobs.base import JobConsumer, Outcome
 from alphalayer.observability.logging import log
 from alphalayer.observability.metrics import Metrics
 from alphalayer.observability.tracing import JobTrace, Traces
 from alphalayer.worker.batching import claim_batch
-from alphalayer.worker.messages import MAX_LINE_BYTES, read_message, write_message
+from alphalayer.worker.messages import (
+    MAX_LINE_BYTES,
+    Cancel,
+    Command,
+    Done,
+    Failed,
+    JobReport,
+    Open,
+    ProgressReport,
+    Ready,
+    Render,
+    Started,
+    Stopped,
+    read_report,
+    write_message,
+)
 
 LAST_STAGES = ("decode", "store")
-"""Once a batch is here with its last step the next one is sent: it waits in the process, so that the device need not wait for it."""
+"""Stages in which the next batch is sent. It waits in the process, so that the device does not."""
 RESTART_PAUSE_S = (0.1, 1.0, 5.0, 15.0, 60.0)
-"""How long to wait before the process is started again, by how often it died without finishing anything that it could draw."""
+"""Pause before a restart, by the number of processes in a row that finished no job.
+
+Not a retry of `stamina`: a finished job resets the count while its process still runs.
+"""
 
 
 @dataclass(frozen=True)
 class EngineSpec:
-    """How an engine process is made: the engine as "module:function", its options, where pictures go, and its environment."""
+    """Engine of a process as "module:function", its options, its storage and its environment."""
 
     engine: str
     options: dict[str, Any]
     storage: str
     environment: dict[str, str] = field(default_factory=dict[str, str])
     silence_limit_s: float = 900.0
-    """A process that starts or works and says nothing for so long is taken for hung and killed."""
+    """A process that starts or renders and sends nothing for this long is killed."""
     batch_wait_s: float = 0.0
-    """How long a batch that is not full waits for more."""
+    """Seconds that a batch which is not full waits for more jobs."""
     logs: dict[str, Any] = field(default_factory=lambda: {"level": "info", "as_json": False})
-    """What it sets its logs up with, as `alphalayer.telemetry.configure_logging` wants it."""
+    """Arguments of `alphalayer.observability.logging.configure_logging`."""
 
 
 @dataclass(eq=False)
 class _Batch:
-    """Jobs that are drawn together: how many are not over, and whether the next batch waits for them."""
+    """Jobs that are generated together: how many are unfinished, and whether the next waits."""
 
-    left: int
-    holds_the_next: bool = True
+    unfinished: int
+    blocks_next: bool = True
 
 
 @dataclass(eq=False)
-class _Work:
-    """A job that is in the process."""
+class _AssignedJob:
+    """A job that was sent to the process."""
 
     batch: _Batch
     cancelling: asyncio.Task[None]
@@ -66,7 +85,7 @@ class _Work:
 
 
 class Supervisor:
-    """Keeps one engine process at work. `run` is one task of the service's event loop."""
+    """Supervisor of one engine process. `run` is a task of the service's event loop."""
 
     def __init__(
         self, name: str, spec: EngineSpec, job_queue: JobConsumer, metrics: Metrics, traces: Traces
@@ -76,71 +95,80 @@ class Supervisor:
         self._traces = traces
         self._spec = spec
         self._job_queue = job_queue
-        self._jobs: dict[str, _Work] = {}
-        self._room = asyncio.Semaphore(1)
+        self._jobs: dict[str, _AssignedJob] = {}
+        self._next_batch = asyncio.Semaphore(1)
         self._batch_pixels = 0
-        self._holding: str | None = None
+        self._loaded_model: str | None = None
         self._process: asyncio.subprocess.Process | None = None
-        self._heard_at = 0.0
-        self._hung = False
-        self._fruitless = 0
+        self._last_message_at = 0.0
+        self._is_hung = False
+        self._fruitless_starts = 0
         self._draining = False
         self.is_ready = False
         self.problem: AlphalayerError | None = None
 
     @property
     def process_id(self) -> int | None:
-        """The engine process's id, None while there is none."""
+        """Return the id of the engine process, or None if there is none."""
         return self._process.pid if self._process else None
 
     async def run(self) -> None:
-        """Start the process, feed it, and start it again, until cancelled. May be run again where it raised something."""
-        # stands in every line that is written from here on, in those of the ends of jobs, too
+        """Start the process, send it jobs, and restart it, until cancelled.
+
+        It may be called again after an error.
+        """
+        # part of every log line from here on, also of those about finished jobs
         bind_contextvars(engine=self.name)
         while not self._draining:
-            await self._give_back("its supervisor failed")
-            known = self.problem
+            await self._requeue_jobs("its supervisor failed")
+            problem_before = self.problem
             try:
-                reason = await self._live()
+                reason = await self._run_process()
             except OSError as error:
                 reason = f"it cannot be started: {error}"
-            if self.problem in (known, None):  # else the process said by itself what is wrong
+            if self.problem in (problem_before, None):  # else the process reported its problem
                 self.problem = EngineFailed(f"{reason}.", hint="The service's log has the details.")
-            await self._give_back(reason)
+            await self._requeue_jobs(reason)
             if self._draining:
                 return
-            pause = RESTART_PAUSE_S[min(self._fruitless, len(RESTART_PAUSE_S) - 1)]
-            self._fruitless += 1
+            pause = RESTART_PAUSE_S[min(self._fruitless_starts, len(RESTART_PAUSE_S) - 1)]
+            self._fruitless_starts += 1
             log.error("engine.stopped", reason=reason, restart_in_s=pause)
             await asyncio.sleep(pause)
 
     def stop_accepting(self) -> None:
-        """Begin no more jobs."""
+        """Start no more jobs."""
         self._draining = True
 
     def is_running(self, job_id: str) -> bool:
-        """Whether a job is in the process."""
+        """Return whether a job is in the process."""
         return job_id in self._jobs
 
     async def drain(self) -> None:
-        """Take no more jobs, and return when those at work are over."""
+        """Start no more jobs, and return when all running jobs are finished."""
         self.stop_accepting()
         while self._jobs:
             await asyncio.sleep(0.05)
 
     async def requeue_running(self) -> None:
-        """Queue again what is still at work, as if it had not been begun; once `run` is over."""
-        await self._give_back("the service was stopped", is_counted=False)
+        """Requeue all running jobs without counting their start.
 
-    async def _give_back(self, reason: str, *, is_counted: bool = True) -> None:
-        """Queue again what the process had that is gone."""
+        Call it after `run` has ended.
+        """
+        await self._requeue_jobs("the service was stopped", is_counted=False)
+
+    async def _requeue_jobs(self, reason: str, *, is_counted: bool = True) -> None:
         for job_id in reversed(list(self._jobs)):
             await self._job_queue.requeue(job_id, reason, is_counted=is_counted)
             await self._forget(job_id, reason)
-        self._room = asyncio.Semaphore(1)
+        self._next_batch = asyncio.Semaphore(1)
 
-    async def _live(self) -> str:
-        """One life of the process; why it ended. Raises `OSError` if it cannot be started."""
+    async def _run_process(self) -> str:
+        """Run one engine process to its end, and return why it ended.
+
+        Raises:
+            OSError: It cannot be started.
+        """
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "alphalayer.worker.engine_process"),
             stdin=asyncio.subprocess.PIPE,
@@ -151,49 +179,66 @@ class Supervisor:
         )
         self._process = process
         self._metrics.engine_starts.labels(self.name).inc()
-        spec = self._spec
-        feeding: list[asyncio.Task[None]] = []
+        tasks: list[asyncio.Task[None]] = []
         try:
-            about = {"engine": spec.engine, "options": spec.options, "storage": spec.storage}
-            await self._send("open", name=self.name, logs=spec.logs, **about)
-            self._heard_at, self._hung = time.monotonic(), False
-            feeding = [asyncio.create_task(self._kill_when_hung(process))]
-            assert process.stdout is not None
-            async for line in process.stdout:
-                # until this is noted, which a database may keep us from, nothing more is heard, and that is not the process's fault
-                self._heard_at = math.inf
-                message = read_message(line)
-                if message["kind"] == "ready":
-                    log.info("engine.ready", pid=process.pid, device=message.get("device"))
-                    self.is_ready, self.problem = True, None
-                    self._batch_pixels = message.get("batch_pixels", 0)
-                    self._metrics.engine_ready.labels(self.name).set(1)
-                    feeding.append(asyncio.create_task(self._keep_feeding(process)))
-                else:
-                    await self._hear(message)
-                self._heard_at = time.monotonic()
+            await self._open()
+            tasks.append(asyncio.create_task(self._kill_when_hung(process)))
+            await self._follow(process, tasks)
             code = await process.wait()
         except (ConnectionError, ValueError) as error:
             return f"its pipe broke: {error}"
         finally:
             self.is_ready = False
             self._metrics.engine_ready.labels(self.name).set(0)
-            for task in feeding:
+            for task in tasks:
                 task.cancel()
-            await asyncio.gather(*feeding, return_exceptions=True)
+            await asyncio.gather(*tasks, return_exceptions=True)
             with contextlib.suppress(ProcessLookupError):
                 process.kill()
             await process.wait()
             self._process = None
-        silence = (
-            f", as it had said nothing for {spec.silence_limit_s:g} s (silence_limit_s)"
-            if self._hung
-            else ""
-        )
+        limit_s = self._spec.silence_limit_s
+        silence = f" after a silence of {limit_s:g} s (silence_limit_s)" if self._is_hung else ""
         return f"the engine process ended with {_exit_text(code)}{silence}"
 
+    async def _open(self) -> None:
+        spec = self._spec
+        await self._send(
+            Open(
+                name=self.name,
+                engine=spec.engine,
+                options=spec.options,
+                storage=spec.storage,
+                logs=spec.logs,
+            )
+        )
+        self._last_message_at, self._is_hung = time.monotonic(), False
+
+    async def _follow(
+        self, process: asyncio.subprocess.Process, tasks: list[asyncio.Task[None]]
+    ) -> None:
+        """Handle the messages of the process until its output ends."""
+        assert process.stdout is not None
+        async for line in process.stdout:
+            # a slow database stops the reading, and that is no silence of the process
+            self._last_message_at = math.inf
+            match read_report(line):
+                case Ready() as ready:
+                    log.info("engine.ready", pid=process.pid, device=ready.device)
+                    self.is_ready, self.problem = True, None
+                    self._batch_pixels = ready.batch_pixels
+                    self._metrics.engine_ready.labels(self.name).set(1)
+                    tasks.append(asyncio.create_task(self._keep_feeding(process)))
+                case Stopped(error=error):
+                    self.is_ready, self.problem = False, error
+                    log.error("engine.not_ready", error=str(error))
+                case report:
+                    if report.id in self._jobs:  # else it was requeued
+                        await self._handle(report)
+            self._last_message_at = time.monotonic()
+
     async def _keep_feeding(self, process: asyncio.subprocess.Process) -> None:
-        """Feed the process; one that cannot be fed is ended, so that it is started again."""
+        """Send batches to the process. On an error, end it, so that it is started again."""
         try:
             await self._feed()
         except Exception as error:
@@ -201,13 +246,13 @@ class Supervisor:
             process.kill()
 
     async def _feed(self) -> None:
-        """Send a batch whenever the process is about to be done with the one before."""
+        """Send a batch whenever the process has nearly finished the one before."""
         while not self._draining:
-            await self._room.acquire()
+            await self._next_batch.acquire()
             if self._draining:
                 return
             jobs = await claim_batch(
-                self._job_queue, self._batch_pixels, self._spec.batch_wait_s, self._holding
+                self._job_queue, self._batch_pixels, self._spec.batch_wait_s, self._loaded_model
             )
             if self._draining:
                 for job in reversed(jobs):
@@ -215,97 +260,91 @@ class Supervisor:
                 return
             self._metrics.batch_jobs.observe(len(jobs))
             batch = _Batch(len(jobs))
-            self._holding = jobs[0].spec.generation.model
+            self._loaded_model = jobs[0].spec.generation.model
             for job in jobs:
-                self._jobs[job.id] = self._begin(job, batch)
-            await self._send("run", jobs=[job.model_dump(mode="json") for job in jobs])
+                self._jobs[job.id] = self._assign(job, batch)
+            await self._send(Render(jobs=tuple(jobs)))
 
-    def _begin(self, job: Job, batch: _Batch) -> _Work:
-        named = {
+    def _assign(self, job: Job, batch: _Batch) -> _AssignedJob:
+        attributes = {
             "job.id": job.id,
             "job.engine": self.name,
             "job.starts": job.starts + 1,
-            "job.batch": batch.left,
+            "job.batch": batch.unfinished,
         }
-        trace = self._traces.follow(job.submission.traceparent, job.created_at, named)
+        trace = self._traces.follow(job.submission.traceparent, job.created_at, attributes)
         trace.stage("sent")
-        return _Work(batch, asyncio.create_task(self._cancel_when_asked(job.id)), trace)
+        return _AssignedJob(batch, asyncio.create_task(self._forward_cancel(job.id)), trace)
 
-    async def _hear(self, message: dict[str, Any]) -> None:
-        kind, job_id = message["kind"], message.get("id")
-        if kind == "failed" and job_id is None:
-            self.is_ready, self.problem = False, AlphalayerError.from_dict(message["error"])
-            log.error("engine.not_ready", error=str(self.problem))
-        if job_id not in self._jobs:
-            return
-        work = self._jobs[job_id]
-        if kind == "started":
-            work.trace.stage("start")
-            await self._job_queue.mark_started(job_id)
-        elif kind == "progress":
-            work.progress = JobProgress.model_validate(message["progress"]).following(work.progress)
-            work.trace.stage(work.progress.stage)
-            if work.progress.stage in LAST_STAGES and work.progress.step == work.progress.steps:
-                self._make_room(work.batch)
-            await self._job_queue.report_progress(job_id, work.progress)
-        elif kind == "done":
-            self._metrics.engine_memory.labels(self.name).set(message.get("memory_bytes", 0))
-            await self._end(job_id, JobResult.model_validate(message["result"]))
-        elif kind == "failed":
-            await self._end(job_id, AlphalayerError.from_dict(message["error"]))
+    async def _handle(self, report: JobReport) -> None:
+        job = self._jobs[report.id]
+        match report:
+            case Started():
+                job.trace.stage("start")
+                await self._job_queue.mark_started(report.id)
+            case ProgressReport():
+                job.progress = report.progress.following(job.progress)
+                job.trace.stage(job.progress.stage)
+                if job.progress.stage in LAST_STAGES and job.progress.step == job.progress.steps:
+                    self._allow_next(job.batch)
+                await self._job_queue.report_progress(report.id, job.progress)
+            case Done():
+                self._metrics.engine_memory.labels(self.name).set(report.memory_bytes)
+                await self._complete(report.id, report.result)
+            case Failed():
+                await self._complete(report.id, report.error)
 
-    async def _end(self, job_id: str, outcome: Outcome) -> None:
+    async def _complete(self, job_id: str, outcome: Outcome) -> None:
         if not isinstance(outcome, EngineFailed):
-            self._fruitless = 0
-        # first this, then forget it: who ends waits for what is at work
+            self._fruitless_starts = 0
+        # in this order: a shutdown waits for the jobs in `_jobs`
         await self._job_queue.complete(job_id, outcome)
-        batch = await self._forget(
-            job_id, outcome.message if isinstance(outcome, AlphalayerError) else None
-        )
-        if batch.left == 0:
-            self._make_room(batch)
+        problem = outcome.message if isinstance(outcome, AlphalayerError) else None
+        batch = await self._forget(job_id, problem)
+        if batch.unfinished == 0:
+            self._allow_next(batch)
 
     async def _forget(self, job_id: str, problem: str | None) -> _Batch:
-        """Forget a job that is no longer in the process; the batch that it was in."""
-        work = self._jobs.pop(job_id)
-        work.trace.end(problem)
-        work.batch.left -= 1
-        work.cancelling.cancel()
-        await asyncio.gather(work.cancelling, return_exceptions=True)
-        return work.batch
+        """Remove a job that has left the process, and return its batch."""
+        job = self._jobs.pop(job_id)
+        job.trace.end(problem)
+        job.batch.unfinished -= 1
+        job.cancelling.cancel()
+        await asyncio.gather(job.cancelling, return_exceptions=True)
+        return job.batch
 
-    def _make_room(self, batch: _Batch) -> None:
-        """Let the next batch be sent, once for each."""
-        if batch.holds_the_next:
-            batch.holds_the_next = False
-            self._room.release()
+    def _allow_next(self, batch: _Batch) -> None:
+        """Let the next batch be sent, once for each batch."""
+        if batch.blocks_next:
+            batch.blocks_next = False
+            self._next_batch.release()
 
-    async def _cancel_when_asked(self, job_id: str) -> None:
+    async def _forward_cancel(self, job_id: str) -> None:
         await self._job_queue.wait_for_cancel(job_id)
-        await self._send("cancel", id=job_id)
+        await self._send(Cancel(id=job_id))
 
     async def _kill_when_hung(self, process: asyncio.subprocess.Process) -> None:
         while True:
             await asyncio.sleep(1.0)
-            silence = time.monotonic() - self._heard_at
+            silence_s = time.monotonic() - self._last_message_at
             if self.is_ready and not self._jobs:
-                self._heard_at = time.monotonic()
-            elif silence > self._spec.silence_limit_s:
+                self._last_message_at = time.monotonic()
+            elif silence_s > self._spec.silence_limit_s:
                 log.error(
                     "engine.hung",
-                    silence_s=round(silence),
+                    silence_s=round(silence_s),
                     silence_limit_s=self._spec.silence_limit_s,
                 )
-                self._hung = True
+                self._is_hung = True
                 process.kill()
                 return
 
-    async def _send(self, kind: str, **fields: Any) -> None:
+    async def _send(self, message: Open | Command) -> None:
         process = self._process
         if process is None or process.stdin is None:
             return
         with contextlib.suppress(ConnectionError):
-            process.stdin.write(write_message(kind, **fields))
+            process.stdin.write(write_message(message))
             await process.stdin.drain()
 
 

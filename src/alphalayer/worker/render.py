@@ -1,0 +1,198 @@
+"""The one way that jobs become stored images.
+
+The engine process, the Runpod worker and the command `generate` use it.
+The engine is passed in, so that nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import importlib
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
+
+from alphalayer.core.errors import (
+    AlphalayerError,
+    Cancelled,
+    EngineFailed,
+    FileMissing,
+    StorageFailed,
+)
+from alphalayer.core.job import ImageRef, Job, JobProgress, JobResult
+from alphalayer.core.request import InputRole
+from alphalayer.engine.base import (
+    Engine,
+    GeneratedImage,
+    GenerationResult,
+    Progress,
+    RenderTask,
+    RgbaImage,
+)
+from alphalayer.images import codecs, postprocess
+from alphalayer.storage import StoredFile
+
+Inputs = dict[InputRole, RgbaImage]
+
+
+class ImageFiles(Protocol):
+    """The part of a `Storage` that rendering needs."""
+
+    def put(self, key: str, data: bytes, *, replace: bool = False) -> None:
+        """Write a file. See `alphalayer.storage.Storage`."""
+        ...
+
+    async def open(self, key: str) -> StoredFile:
+        """Open a file. See `alphalayer.storage.Storage`."""
+        ...
+
+
+@dataclass(frozen=True)
+class Renderer:
+    """An engine, the storage of its images, and the receiver of its progress."""
+
+    engine: Engine
+    files: ImageFiles
+    on_progress: Callable[[Job, JobProgress], None] = lambda _job, _progress: None
+    is_cancelled: Callable[[Job], bool] = lambda _job: False
+
+    def run(self, job: Job) -> JobResult:
+        """Generate the images of one job and store them.
+
+        Raises:
+            AlphalayerError: See `generate` and `store`.
+        """
+        return self.store(job, self.generate([job])[0])
+
+    def generate(self, jobs: Sequence[Job]) -> list[list[GenerationResult]]:
+        """Generate the images of one job, or of several compatible jobs together.
+
+        Args:
+            jobs: Jobs with seeds. Several jobs need the same `batch_key`.
+
+        Returns:
+            The results of each job, one an iteration.
+
+        Raises:
+            FileMissing: An input image is not in the storage.
+            StorageFailed: An input image cannot be read.
+            AlphalayerError: See `Engine.render`.
+        """
+        if len(jobs) > 1:
+            tasks = [self._task(job, self._load_inputs(job)) for job in jobs]
+            return [[result] for result in self.engine.render(tasks)]
+        job = jobs[0]
+        inputs = self._load_inputs(job)
+        tasks = [self._task(job, inputs, iteration) for iteration in range(job.spec.iterations)]
+        return [[self.engine.render([task])[0] for task in tasks]]
+
+    def store(self, job: Job, results: Sequence[GenerationResult]) -> JobResult:
+        """Finish, encode and store the images of a job.
+
+        Raises:
+            Cancelled: The job was cancelled.
+            StorageFailed: An image cannot be written.
+        """
+        self.on_progress(job, JobProgress(stage="store"))
+        first = results[0]
+        images = [image for result in results for image in result.images]
+        return JobResult(
+            images=tuple(
+                self._store_image(job, job.file_name(index), image, first.infotext(image))
+                for index, image in enumerate(images)
+            ),
+            settings=first.request.settings,
+            model_name=first.model_name,
+            model_hash=first.model_hash,
+            seconds=_sum_stages(results),
+        )
+
+    def _store_image(self, job: Job, key: str, image: GeneratedImage, infotext: str) -> ImageRef:
+        if self.is_cancelled(job):
+            raise Cancelled("cancelled.")
+        rgba = postprocess.finish(image.rgba, job.spec.output)
+        data = codecs.encode(rgba, job.spec.output.format, infotext)
+        self.files.put(key, data)
+        height, width = rgba.shape[:2]
+        return ImageRef(
+            key=key,
+            seed=image.seed,
+            subseed=image.subseed,
+            width=width,
+            height=height,
+            size_bytes=len(data),
+            role=image.role,
+        )
+
+    def _load_inputs(self, job: Job) -> Inputs:
+        return {
+            image.role: _decode_input(image.file_name, self.files)
+            for image in job.spec.generation.inputs
+        }
+
+    def _task(self, job: Job, inputs: Inputs, iteration: int = 0) -> RenderTask:
+        return RenderTask(
+            job.spec.generation,
+            job.spec.batches()[iteration],
+            partial(self._report, job, iteration),
+            partial(self.is_cancelled, job),
+            job.spec.previews,
+            inputs,
+        )
+
+    def _report(self, job: Job, iteration: int, progress: Progress) -> None:
+        progress = progress.within(iteration, job.spec.iterations)
+        preview = None
+        if progress.preview is not None:
+            # a full disk ends a job at its image, not at a preview
+            with contextlib.suppress(StorageFailed):
+                data = codecs.encode_preview(progress.preview)
+                self.files.put(job.preview_name, data, replace=True)
+                preview = job.preview_name
+        self.on_progress(
+            job,
+            JobProgress(
+                stage=progress.stage, step=progress.step, steps=progress.steps, preview=preview
+            ),
+        )
+
+
+def load_engine(path: str, options: dict[str, Any]) -> Engine:
+    """Create the engine that "package.module:function" names."""
+    module, _, name = path.partition(":")
+    return getattr(importlib.import_module(module), name)(options)
+
+
+def to_public_error(error: Exception) -> AlphalayerError:
+    """Return an error for clients. Print the traceback of an unexpected one."""
+    if isinstance(error, AlphalayerError):
+        return error
+    traceback.print_exception(error)
+    return EngineFailed(
+        f"{type(error).__name__}: {str(error)[:300]}",
+        hint="The service's log has the details; please report it.",
+    )
+
+
+def _decode_input(name: str, files: ImageFiles) -> RgbaImage:
+    async def read() -> bytes:
+        stored = await files.open(name)
+        return b"".join([chunk async for chunk in stored.chunks])
+
+    try:
+        return codecs.decode(asyncio.run(read()))[0]
+    except FileMissing:
+        raise FileMissing(
+            f'there is no input image "{name}".', hint="Upload it again.", field="inputs"
+        ) from None
+
+
+def _sum_stages(results: Sequence[GenerationResult]) -> dict[str, float]:
+    seconds: dict[str, float] = {}
+    for result in results:
+        for stage, duration in result.seconds.items():
+            seconds[stage] = round(seconds.get(stage, 0.0) + duration, 4)
+    return seconds
