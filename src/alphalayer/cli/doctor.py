@@ -230,7 +230,7 @@ def _outputs(settings: Settings) -> Iterator[Finding]:
 
 
 def _bucket(settings: Settings) -> Iterator[Finding]:
-    place = settings.pictures
+    place = settings.image_location
     try:
         open_storage(place).list(_AFTER_ALL)
     except StorageFailed as error:

@@ -177,7 +177,7 @@ async def check(settings: Settings) -> None:
     """
     if settings.role != "api":
         require("torch", "engine")
-    open_storage(settings.pictures)
+    open_storage(settings.image_location)
     if settings.storage and settings.role != "api":
         await asyncio.to_thread(check_bucket, settings.storage)
     _keys(settings)
@@ -235,7 +235,7 @@ async def _open_job_queue(
 async def _assemble(
     settings: Settings, engine: str, options: dict[str, Any], traces: Traces
 ) -> Parts:
-    place = settings.pictures
+    place = settings.image_location
     storage = open_storage(place)
     secret = _webhook_key(settings)
     keys = _keys(settings)
@@ -318,9 +318,9 @@ def _greet(settings: Settings) -> None:
     model, problem = _model_lookup(settings).default()
     if problem:
         log.warning("model.missing", error=problem)
-    if settings.database and "://" not in settings.pictures:
+    if settings.database and "://" not in settings.image_location:
         hint = "Set storage to a bucket (s3://…), unless all machines see this folder."
-        log.warning("storage.local_with_shared_queue", folder=settings.pictures, hint=hint)
+        log.warning("storage.local_with_shared_queue", folder=settings.image_location, hint=hint)
     if settings.role == "worker":
         said = {"livez": f"{base}/livez", "metrics": f"{base}/metrics"}
     else:
