@@ -298,7 +298,7 @@ def test_pulling_asks_first(run: Run, tmp_path: Path):
 def test_pulling_what_is_not_known_or_not_free_is_refused(run: Run):
     for name, message in (
         ("sd3", 'error: name: "sd3" is not'),
-        ("juggernaut-xl", "error: name: Juggernaut XL is not fetched here"),
+        ("juggernaut-xl", "error: name: Juggernaut XL cannot be downloaded"),
     ):
         code, _, err = run("models", "pull", name)
         assert code == 1

@@ -13,7 +13,7 @@ import pytest
 from tests.support.servers import Postgres
 from tests.unit.test_catalog import FAMILIES, write
 
-from alphalayer import catalog
+from alphalayer.catalog import entries
 from alphalayer.cli import doctor
 from alphalayer.cli.doctor import Finding, check_port, diagnose
 from alphalayer.config import Settings
@@ -48,7 +48,7 @@ def taken_port() -> Iterator[int]:
 @pytest.fixture
 def no_embedded_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """As if the model that comes with the package were not there."""
-    monkeypatch.setattr(doctor.catalog, "EMBEDDED_MODEL", tmp_path / "absent")
+    monkeypatch.setattr(entries, "EMBEDDED_MODEL", tmp_path / "absent")
 
 
 def _about(findings: list[Finding], words: str) -> Finding:
@@ -63,7 +63,7 @@ def _files(folder: Path) -> None:
     write(layers / "vae_transparent_decoder.safetensors", FAMILIES["transparent-decoder"])
 
 
-def test_a_good_machine_is_well(tmp_path: Path, free_port: int):
+def test_a_good_machine_is_ok(tmp_path: Path, free_port: int):
     _files(tmp_path)
     findings = diagnose(_settings(tmp_path, free_port))
     assert [finding for finding in findings if finding.level == "error"] == []
@@ -103,7 +103,7 @@ def test_a_model_that_names_its_own_layer_file_has_to_have_it(
 ):
     folder = tmp_path / "models" / "Stable-diffusion" / "own"
     shutil.copytree(
-        Path(catalog.__file__).parent.parent / "builtin_models" / "alphalayer-mini", folder
+        Path(entries.__file__).parent.parent / "builtin_models" / "alphalayer-mini", folder
     )
     (folder / "layerdiffuse" / "config.json").write_text('{"patch": "mine.safetensors"}')
     (patch, decoder) = doctor._layer_files(_settings(tmp_path, 1))

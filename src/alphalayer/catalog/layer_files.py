@@ -1,4 +1,7 @@
-"""The published names of the LayerDiffuse files for SDXL, original and converted; the first found wins. Names only, no torch."""
+"""Published names of the LayerDiffuse files for SDXL, original and converted.
+
+The first existing file is used.
+"""
 
 PATCH_FILES = {
     "attention": (

@@ -269,12 +269,12 @@ def models_verify(models_dir: ModelsDir = None) -> None:
     found = download.verify(settings.models_dir, settings.embeddings)
     for each in found:
         show_mark(
-            "ok" if each.is_well else "error",
+            "ok" if each.is_ok else "error",
             f"{each.path}  {each.finding.removeprefix(f'{each.path} ')}",
         )
     if not found:
         out.print(as_started("no model files; get some with: alphalayer models pull"))
-    raise typer.Exit(not all(each.is_well for each in found))
+    raise typer.Exit(not all(each.is_ok for each in found))
 
 
 @keys_app.command("add")

@@ -170,7 +170,7 @@ def _layer_files(settings: Settings) -> Iterator[Finding]:
         path = next((folder / name for name in names if (folder / name).is_file()), None)
         if path:
             found = download.verify_layer_file(path)
-            if found.is_well:
+            if found.is_ok:
                 yield Finding("ok", f"LayerDiffuse {what}")
             else:
                 hint = f"Remove it. {catalog.PULL_LAYERS}"
