@@ -172,7 +172,7 @@ def test_what_was_begun_is_resumed(server: Hub, tmp_path: Path):
     error = _pull(server, models, **asked)
     assert error["code"] == "model_not_found"
     assert FILENAME in error["message"]
-    assert "goes on where it stopped" in error["hint"]
+    assert "continues where it stopped" in error["hint"]
     assert not (models / "layer_model" / FILENAME).exists()
 
     server.breaks_at, server.is_broken = None, False
