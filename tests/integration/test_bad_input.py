@@ -390,4 +390,4 @@ def test_an_output_name_of_another_format_is_refused(
 def test_a_picture_that_cannot_be_read_is_named(command: Callable[..., str], tmp_path: Path):
     assert "absent.png" in command("info", str(tmp_path / "absent.png"))
     (tmp_path / "text.png").write_text("no picture")
-    assert "not a picture" in command("info", str(tmp_path / "text.png"))
+    assert "not an image" in command("info", str(tmp_path / "text.png"))

@@ -182,7 +182,7 @@ def test_other_readers_of_pillow_are_out_of_reach():
     written = io.BytesIO()
     Image.fromarray(_picture()[..., :3].copy()).save(written, "EPS")
     for read in (codecs.decode, codecs.read_settings):
-        with pytest.raises(InvalidRequest, match="not a picture"):
+        with pytest.raises(InvalidRequest, match="not an image"):
             read(written.getvalue())
 
 
