@@ -125,7 +125,7 @@ def test_text_that_no_chunk_can_hold_is_replaced(kind: ImageFormat, text: str):
     "data", [b"", b"not a picture", b"\x89PNG\r\n\x1a\n", codecs.encode(_picture())[:200]]
 )
 def test_what_is_no_picture_is_a_clear_error(data: bytes):
-    with pytest.raises(InvalidRequest, match="picture"):
+    with pytest.raises(InvalidRequest, match="image"):
         codecs.decode(data)
 
 
