@@ -314,7 +314,7 @@ def test_names_are_planned_and_unknown_ones_refused():
 
 @pytest.mark.parametrize("name", ["juggernaut", "Juggernaut-XL-v9"])
 def test_juggernaut_is_named_with_its_licences_bar(name: str):
-    with pytest.raises(InvalidRequest, match="licence bars use behind API services"):
+    with pytest.raises(InvalidRequest, match="licence forbids use behind API services"):
         download.plan_pull([name])
     assert not any(
         "juggernaut" in (each.name + each.repository).lower() for each in download.PUBLISHED
