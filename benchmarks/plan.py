@@ -79,15 +79,15 @@ async def _measure(address: str, load: Load, duration_s: float) -> tuple[list[fl
         The waits in seconds, and the measured time in seconds.
     """
     waits: list[float] = []
-    begun = time.monotonic()
-    counted_from = begun + duration_s / 5
+    started_at = time.monotonic()
+    counted_from = started_at + duration_s / 5
 
     async def user(seed: int, client: httpx.AsyncClient) -> None:
         rng = random.Random(seed)
         await asyncio.sleep(rng.uniform(0, load.think_s))
-        while (sent_at := time.monotonic()) < begun + duration_s:
+        while (sent_at := time.monotonic()) < started_at + duration_s:
             (await client.post("/alpha/v1/txt2img", json=REQUEST)).raise_for_status()
-            if counted_from <= sent_at and time.monotonic() < begun + duration_s:
+            if counted_from <= sent_at and time.monotonic() < started_at + duration_s:
                 waits.append(time.monotonic() - sent_at)
             await asyncio.sleep(rng.expovariate(1 / load.think_s))
 
@@ -148,7 +148,7 @@ class Site:
 
 async def _scale(site: Site, scaling: Scaling, log: dict[str, list[float]]) -> None:
     """Start workers by the autoscaler until cancelled, and log their starts."""
-    autoscaler, begun = Autoscaler(scaling, site.workers), time.monotonic()
+    autoscaler, started_at = Autoscaler(scaling, site.workers), time.monotonic()
 
     async def warm(node: Node) -> None:
         start = time.monotonic()
@@ -159,7 +159,7 @@ async def _scale(site: Site, scaling: Scaling, log: dict[str, list[float]]) -> N
     warming: list[asyncio.Task[None]] = []
     while True:
         await asyncio.sleep(SYNC_S)
-        now = time.monotonic() - begun
+        now = time.monotonic() - started_at
         age_s = await asyncio.to_thread(site.age_s)
         pods = autoscaler.update(now, site.workers, age_s)
         for _ in range(max(0, pods - site.workers)):

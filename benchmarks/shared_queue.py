@@ -81,9 +81,9 @@ async def _work(url: str, workers: int) -> tuple[list[float], float, float]:
         except asyncio.TimeoutError:
             await queue.close()
 
-    begun = time.time()
+    started_at = time.time()
     await asyncio.gather(*(work() for _ in range(workers)))
-    return waits, begun, max(ends, default=begun)
+    return waits, started_at, max(ends, default=started_at)
 
 
 def work(url: str, workers: int) -> tuple[list[float], float, float]:

@@ -344,12 +344,14 @@ def load_settings(**flags: Any) -> Settings:
         SetupFailed: A name is unknown or a value is not accepted.
             The message names the flag, the variable, or the line of the TOML file.
     """
-    known = {f"{PREFIX}{name.upper()}" for name in Settings.model_fields} | {
+    variables = {f"{PREFIX}{name.upper()}" for name in Settings.model_fields} | {
         f"{PREFIX}TORCH",
         STARTED_BY,
         API_KEY,
     }
-    unknown = sorted(name for name in os.environ if name.startswith(PREFIX) and name not in known)
+    unknown = sorted(
+        name for name in os.environ if name.startswith(PREFIX) and name not in variables
+    )
     if unknown:
         raise SetupFailed(f"unknown setting in the environment: {', '.join(unknown)}.", hint=_LIST)
     try:

@@ -56,9 +56,9 @@ def check_format(name: str) -> ImageFormat:
     Raises:
         InvalidRequest: The format is unknown, or has no alpha channel, as JPEG.
     """
-    for known in get_args(ImageFormat):
-        if name.lower() == known:
-            return known
+    for kind in get_args(ImageFormat):
+        if name.lower() == kind:
+            return kind
     raise InvalidRequest(
         f'"{name}" is not a supported format with transparency.',
         hint="Use png, webp or avif.",

@@ -62,14 +62,14 @@ def defringe(rgba: Rgba, reach: int = 3) -> Rgba:
     Pixels without a solid pixel nearby do not change either (smoke, glass).
     """
     color = rgba[..., :3].astype(np.float32)
-    known = rgba[..., 3] == SOLID_ALPHA
+    has_color = rgba[..., 3] == SOLID_ALPHA
     for _ in range(reach):
-        weight = known.astype(np.float32)
+        weight = has_color.astype(np.float32)
         total, count = _sum_neighbours(color * weight[..., None]), _sum_neighbours(weight)
-        reached = ~known & (count > 0)
+        reached = ~has_color & (count > 0)
         color[reached] = total[reached] / count[reached][:, None]
-        known = known | reached
-    changed = known & (rgba[..., 3] < SOLID_ALPHA)
+        has_color = has_color | reached
+    changed = has_color & (rgba[..., 3] < SOLID_ALPHA)
     result = rgba.copy()
     result[changed, :3] = np.rint(color[changed]).astype(np.uint8)
     return result

@@ -46,7 +46,7 @@ export const key = {
 let isReachable = true;
 let reachListener = () => {};
 
-/** Set the listener. It is called with false if the service is lost, and with true if it is back. */
+/** Set the listener. It is called with false if the service is lost, with true if it is back. */
 export const onReach = (listener) => (reachListener = listener);
 
 function setReachable(value) {
