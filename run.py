@@ -176,7 +176,7 @@ def read_stamp() -> dict:
 
 
 def is_venv_of(python: str, stamp: dict) -> bool:
-    """Return whether `.venv` works, has this Python version and was created in this place."""
+    """Return whether `.venv` works, has this Python version and was created here."""
     if not PYTHON.exists() or stamp.get("root", str(ROOT)) != str(ROOT):
         return False
     command = [str(PYTHON), "-c", "import platform; print(platform.python_version())"]

@@ -1,5 +1,5 @@
 @echo off
-rem Starts the service with the flags of the stack that Alphalayer replaces; see launch.py.
+rem Start the service with the flags of AUTOMATIC1111 and Forge; see launch.py.
 cd /d "%~dp0"
 if not defined PYTHON set PYTHON=python
 "%PYTHON%" launch.py %*

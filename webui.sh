@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Starts the service with the flags of the stack that Alphalayer replaces; see launch.py.
+# Start the service with the flags of AUTOMATIC1111 and Forge; see launch.py.
 cd "$(dirname "$0")" || exit 1
-# where that stack's users keep COMMANDLINE_ARGS and python_cmd
+# AUTOMATIC1111 reads COMMANDLINE_ARGS and python_cmd from this file
 if [ -f webui-user.sh ]; then
     # shellcheck source=/dev/null
     . ./webui-user.sh

@@ -1,10 +1,14 @@
-"""What a picture costs, stage by stage: `python benchmarks/engine.py [--model NAME | --random-sdxl FOLDER] [--steps …] [--batch 1 2 4 8]`.
+"""Cost of an image by stage.
 
-For every batch size: seconds of each stage, pictures a second and peak memory. For the UNet, the VAE and the transparent decoder
-also the share of the machine's limit, which is the rate of a large matrix product in the same number format, measured in the same
+    python benchmarks/engine.py [--model NAME | --random-sdxl FOLDER] [--steps …] [--batch 1 2 4 8]
+
+For every batch size, the report has the seconds of each stage, images a second and peak memory.
+For the UNet, the VAE and the transparent decoder it has the share of the machine's limit.
+The limit is the rate of a large matrix product in the same number format, measured in the same
 run. The last line is JSON.
 
-`--random-sdxl FOLDER` draws with a full-size checkpoint of random numbers, written there first (7.9 GB) if it is not there.
+`--random-sdxl FOLDER` uses a full-size checkpoint of random numbers.
+If it does not exist, it is written first (7.9 GB).
 """
 
 from __future__ import annotations
@@ -33,7 +37,10 @@ WARM_RUNS = 3
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Multiply-adds (as two operations) a second of a large matrix product: the limit that the UNet is held against."""
+    """Measure the operations a second of a large matrix product, the UNet's limit.
+
+    A multiply-add counts as two operations.
+    """
     side = 8192 if device.type == "cuda" else 2048
     a = torch.randn(side, side, device=device, dtype=dtype)
     seconds: list[float] = []
@@ -47,7 +54,7 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def unet_call(engine: LocalEngine, width: int, height: int, rows: int) -> Callable[[], Any]:
-    """One UNet call with so many rows."""
+    """Return a UNet call with a number of rows."""
     model, device = engine.model, engine.device
     unet: Any = model.modules["denoiser"].to(device)
     dtype, cell = next(unet.parameters()).dtype, model.latent.cell
@@ -63,7 +70,7 @@ def unet_call(engine: LocalEngine, width: int, height: int, rows: int) -> Callab
 
 
 def decode_calls(engine: LocalEngine, width: int, height: int) -> dict[str, Callable[[], Any]]:
-    """The VAE and one pass of the transparent decoder for one picture."""
+    """Return calls of the VAE and of one pass of the transparent decoder."""
     model, device, cell = engine.model, engine.device, engine.model.latent.cell
     model.modules["vae"].to(device)
     decoder = model.decoder.to(device)
@@ -78,7 +85,7 @@ def decode_calls(engine: LocalEngine, width: int, height: int) -> dict[str, Call
 
 @torch.inference_mode()
 def cost(call: Callable[[], Any], device: torch.device, limit: float) -> dict[str, float]:
-    """Milliseconds of a call, its operations in billions, and the share of the limit that it reaches."""
+    """Measure a call: milliseconds, billions of operations, share of the limit."""
     with FlopCounterMode(display=False) as counter:
         call()
     seconds: list[float] = []
@@ -97,7 +104,11 @@ def cost(call: Callable[[], Any], device: torch.device, limit: float) -> dict[st
 
 
 def render(engine: LocalEngine, request: GenerationRequest) -> dict[str, Any]:
-    """Warm figures of one request: median seconds of each stage, PNG included, pictures a second, peak memory."""
+    """Measure a request with warm caches.
+
+    Returns:
+        Median seconds of each stage and of the PNG encoder, images a second, and peak memory.
+    """
     runs: list[dict[str, float]] = []
     wall: list[float] = []
     if engine.device.type == "cuda":
@@ -105,10 +116,10 @@ def render(engine: LocalEngine, request: GenerationRequest) -> dict[str, Any]:
     for _ in range(WARM_RUNS):
         start = time.perf_counter()
         result = engine.generate(request)
-        drawn = time.perf_counter()
+        rendered_at = time.perf_counter()
         for image in result.images:
-            codecs.encode(image.rgba, "png", image.parameters)
-        runs.append({**result.seconds, "png": time.perf_counter() - drawn})
+            codecs.encode(image.rgba, "png", result.infotext(image))
+        runs.append({**result.seconds, "png": time.perf_counter() - rendered_at})
         wall.append(time.perf_counter() - start)
     stages = {name: round(statistics.median(run[name] for run in runs), 4) for name in runs[0]}
     return {
@@ -132,8 +143,11 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _said(got: dict[str, float]) -> str:
-    return f"{got['ms']} ms, {got['gigaoperations']} billion operations, {got['share_of_limit']:.0%} of the limit"
+def _format_cost(figures: dict[str, float]) -> str:
+    return (
+        f"{figures['ms']} ms, {figures['gigaoperations']} billion operations, "
+        f"{figures['share_of_limit']:.0%} of the limit"
+    )
 
 
 def _models_dir(options: argparse.Namespace) -> Path:
@@ -164,7 +178,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--memory", default="auto")
     parser.add_argument(
-        "--compile", action="store_true", help="compile the UNet, after the first picture"
+        "--compile", action="store_true", help="compile the UNet, after the first image"
     )
     options = parser.parse_args()
     engine = LocalEngine(
@@ -182,12 +196,12 @@ def main() -> None:
     )
     start = time.perf_counter()
     first = engine.generate(request)
-    cold_s, drawn = time.perf_counter() - start, first.request
+    cold_s, resolved = time.perf_counter() - start, first.request
     if options.compile:
         engine.model.modules["denoiser"].compile()
         engine.generate(request)
     limit = matmul_rate(engine.device, engine.precision.unet)
-    canvas = Canvas.of(drawn.width or 0, drawn.height or 0)
+    canvas = Canvas.of(resolved.width, resolved.height)
     wide, high = canvas.full_width, canvas.full_height
     report: dict[str, Any] = {
         "machine": torch.cuda.get_device_name()
@@ -199,8 +213,8 @@ def main() -> None:
         "compiled": options.compile,
         "memory_mode": engine.memory.name,
         "model": first.model_name,
-        "size": [drawn.width, drawn.height],
-        "steps": drawn.steps,
+        "size": [resolved.width, resolved.height],
+        "steps": resolved.steps,
         "load_s": round(first.seconds["load"], 2),
         "first_picture_s": round(cold_s, 2),
         "matmul_teraoperations_a_second": round(limit / 1e12, 3),
@@ -210,17 +224,18 @@ def main() -> None:
         },
         "batches": {},
     }
-    for name, got in report["parts"].items():
-        print(f"{name}: {_said(got)}")
+    for name, figures in report["parts"].items():
+        print(f"{name}: {_format_cost(figures)}")
     for batch in options.batch:
-        got = render(engine, request.model_copy(update={"batch_size": batch}))
-        got["unet_call"] = cost(unet_call(engine, wide, high, 2 * batch), engine.device, limit)
-        report["batches"][batch] = got
-        stages = "  ".join(f"{name} {seconds:.3f}" for name, seconds in got["seconds"].items())
+        figures = render(engine, request.model_copy(update={"batch_size": batch}))
+        unet = cost(unet_call(engine, wide, high, 2 * batch), engine.device, limit)
+        report["batches"][batch] = {**figures, "unet_call": unet}
+        stages = "  ".join(f"{name} {seconds:.3f}" for name, seconds in figures["seconds"].items())
         print(
-            f"batch {batch}: {got['total_s']:.2f} s  {got['pictures_a_second']:.3f} pictures/s  {got['peak_gib']} GiB  [{stages}]"
+            f"batch {batch}: {figures['total_s']:.2f} s  "
+            f"{figures['pictures_a_second']:.3f} images/s  {figures['peak_gib']} GiB  [{stages}]"
         )
-        print(f"    one UNet call of {2 * batch} rows: {_said(got['unet_call'])}")
+        print(f"    one UNet call of {2 * batch} rows: {_format_cost(unet)}")
     print(json.dumps(report))
 
 

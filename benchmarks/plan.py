@@ -1,11 +1,21 @@
-"""`alphalayer plan` against a real service: `python -m benchmarks.plan [--minutes 3] [--cases light batches]`.
+"""Comparison of `alphalayer plan` with a real service.
 
-Users ask a real API pod for pictures, wait for them, think (exponential) and ask again; real workers with the fake engine, whose pictures
-take some 1.5 seconds, pull the jobs from a shared PostgreSQL. What a picture takes alone is measured first, as one is told to do
-for `--seconds`; then the same users and pods are simulated. Reported side by side: pictures, mean and 95th percentile of the wait, use
-of the workers. Among the cases are workers that draw up to four jobs together (of the fake engine a batch takes as long as one), and
-workers that come by the queue's age: then a real worker is started whenever the simulation's own `Scaler`, fed with the age that the
-API pod tells at /metrics, asks for one, and is cold for as long as it takes to start. Writes benchmarks/results/plan-<date>.json.
+    python -m benchmarks.plan [--minutes 3] [--cases light batches]
+
+Users send requests to a real API pod, wait for the image, think (exponential) and repeat.
+Real workers with the fake engine claim the jobs from a shared PostgreSQL.
+An image takes about 1.5 seconds. The time of an image alone is measured first, for `--seconds`.
+Then the same users and pods are simulated.
+
+The report compares the number of images, the mean and the 95th percentile of the wait, and the
+use of the workers.
+
+- In one case a worker renders up to four jobs together. With the fake engine, a batch takes as
+  long as one image.
+- In another case workers start by the age of the queue, which the API pod reports at /metrics.
+  The `Autoscaler` of the simulation starts real workers, which are cold while they start.
+
+Writes benchmarks/results/plan-<date>.json.
 """
 
 from __future__ import annotations
@@ -28,16 +38,24 @@ from tests.stress.pods import Node
 from tests.support.servers import Postgres
 from tests.support.serving import wait_until
 
-from alphalayer.planner.simulation import SYNC_S, Fleet, Load, Outcome, Scaler, Scaling, simulate
+from alphalayer.planner.simulation import (
+    SYNC_S,
+    Autoscaler,
+    Fleet,
+    Load,
+    Outcome,
+    Scaling,
+    simulate,
+)
 
 STEPS = 150
 REQUEST = {"prompt": "x", "width": 64, "height": 64, "steps": STEPS}
-MOST, AGE_S = 4, 4.0
+MAX_PODS, AGE_S = 4, 4.0
 
 
 @dataclass(frozen=True)
 class Case:
-    """Users, workers at the start, jobs a batch, and whether workers come by the queue's age."""
+    """Users, workers at the start, jobs of a batch, and whether workers are autoscaled."""
 
     load: Load
     pods: int = 2
@@ -55,18 +73,22 @@ CASES = {
 
 
 async def _measure(address: str, load: Load, duration_s: float) -> tuple[list[float], float]:
-    """The waits of real users after the first fifth, and the seconds in which they were counted."""
+    """Measure the waits of real users, without the first fifth of the time.
+
+    Returns:
+        The waits in seconds, and the measured time in seconds.
+    """
     waits: list[float] = []
-    begun = time.monotonic()
-    counted_from = begun + duration_s / 5
+    started_at = time.monotonic()
+    counted_from = started_at + duration_s / 5
 
     async def user(seed: int, client: httpx.AsyncClient) -> None:
         rng = random.Random(seed)
         await asyncio.sleep(rng.uniform(0, load.think_s))
-        while (asked := time.monotonic()) < begun + duration_s:
+        while (sent_at := time.monotonic()) < started_at + duration_s:
             (await client.post("/alpha/v1/txt2img", json=REQUEST)).raise_for_status()
-            if counted_from <= asked and time.monotonic() < begun + duration_s:
-                waits.append(time.monotonic() - asked)
+            if counted_from <= sent_at and time.monotonic() < started_at + duration_s:
+                waits.append(time.monotonic() - sent_at)
             await asyncio.sleep(rng.expovariate(1 / load.think_s))
 
     async with httpx.AsyncClient(base_url=address, timeout=120, trust_env=False) as client:
@@ -74,20 +96,20 @@ async def _measure(address: str, load: Load, duration_s: float) -> tuple[list[fl
     return waits, duration_s * 4 / 5
 
 
-def _alone(address: str, pictures: int = 8) -> float:
-    """Mean seconds of a picture that nobody else waits for; the first is not counted."""
-    taken: list[float] = []
-    for _ in range(pictures + 1):
+def _measure_alone(address: str, images: int = 8) -> float:
+    """Measure the mean seconds of an image without other load. Skip the first one."""
+    times: list[float] = []
+    for _ in range(images + 1):
         start = time.monotonic()
         httpx.post(
             f"{address}/alpha/v1/txt2img", json=REQUEST, timeout=60, trust_env=False
         ).raise_for_status()
-        taken.append(time.monotonic() - start)
-    return statistics.fmean(taken[1:])
+        times.append(time.monotonic() - start)
+    return statistics.fmean(times[1:])
 
 
 class Site:
-    """A PostgreSQL, an API pod and workers."""
+    """A PostgreSQL server, an API pod and workers."""
 
     def __init__(self, folder: Path, case: Case, stack: ExitStack):
         postgres = Postgres()
@@ -104,29 +126,29 @@ class Site:
 
     @property
     def workers(self) -> int:
-        """How many were started."""
+        """Return the number of started workers."""
         return len(self._nodes) - 1
 
     def start(self, role: str) -> Node:
-        """Start one more process; it is cold at first."""
+        """Start one more process, which is cold at first."""
         node = Node(self._folder / f"{len(self._nodes)}", role, self._environment)
         self._stack.callback(node.stop)
         self._nodes.append(node)
         return node
 
     def age_s(self) -> float:
-        """How long the oldest job has waited, as Prometheus would hear it."""
-        told = httpx.get(f"{self.address}/metrics", trust_env=False).text
+        """Return the age of the oldest job, from /metrics."""
+        metrics = httpx.get(f"{self.address}/metrics", trust_env=False).text
         return next(
             float(line.split()[1])
-            for line in told.splitlines()
+            for line in metrics.splitlines()
             if line.startswith("alphalayer_queue_age_")
         )
 
 
 async def _scale(site: Site, scaling: Scaling, log: dict[str, list[float]]) -> None:
-    """Start workers as the simulation's scaler says, until cancelled; when they were started and how long each was cold."""
-    scaler, begun = Scaler(scaling, site.workers), time.monotonic()
+    """Start workers by the autoscaler until cancelled, and log their starts."""
+    autoscaler, started_at = Autoscaler(scaling, site.workers), time.monotonic()
 
     async def warm(node: Node) -> None:
         start = time.monotonic()
@@ -137,9 +159,10 @@ async def _scale(site: Site, scaling: Scaling, log: dict[str, list[float]]) -> N
     warming: list[asyncio.Task[None]] = []
     while True:
         await asyncio.sleep(SYNC_S)
-        now = time.monotonic() - begun
+        now = time.monotonic() - started_at
         age_s = await asyncio.to_thread(site.age_s)
-        for _ in range(max(0, scaler.look(now, site.workers, age_s) - site.workers)):
+        pods = autoscaler.update(now, site.workers, age_s)
+        for _ in range(max(0, pods - site.workers)):
             log["started_at"].append(now)
             warming.append(asyncio.create_task(warm(site.start("worker"))))
 
@@ -147,9 +170,8 @@ async def _scale(site: Site, scaling: Scaling, log: dict[str, list[float]]) -> N
 async def _measure_scaled(
     site: Site, case: Case, duration_s: float, log: dict[str, list[float]]
 ) -> tuple[list[float], float]:
-    scaling = (
-        asyncio.create_task(_scale(site, Scaling(MOST, age_s=AGE_S), log)) if case.scales else None
-    )
+    rule = Scaling(MAX_PODS, age_s=AGE_S)
+    scaling = asyncio.create_task(_scale(site, rule, log)) if case.scales else None
     try:
         return await _measure(site.address, case.load, duration_s)
     finally:
@@ -159,14 +181,15 @@ async def _measure_scaled(
 
 
 def real_run(case: Case, duration_s: float) -> tuple[Outcome, float, dict[str, list[float]]]:
-    """Measure a case; the seconds of a picture alone, and what was started when."""
+    """Measure a case; return the outcome, the seconds of an image, and all starts."""
     log: dict[str, list[float]] = {"started_at": [], "cold_s": []}
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         site = Site(Path(folder), case, stack)
-        seconds = _alone(site.address)
+        seconds = _measure_alone(site.address)
         waits, counted_s = asyncio.run(_measure_scaled(site, case, duration_s, log))
     first = duration_s - counted_s
-    pod_s = case.pods * counted_s + sum(duration_s - max(each, first) for each in log["started_at"])
+    added_s = sum(duration_s - max(start, first) for start in log["started_at"])
+    pod_s = case.pods * counted_s + added_s
     return (
         Outcome(waits, busy_s=len(waits) * seconds, pod_s=pod_s, counted_s=counted_s),
         seconds,
@@ -185,10 +208,13 @@ def _figures(outcome: Outcome) -> dict[str, Any]:
 
 
 def main() -> None:
+    """Measure and simulate the cases, and write the report."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--minutes", type=float, default=3.0, help="of each case")
+    parser.add_argument("--minutes", type=float, default=3.0, help="duration of each case")
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=CASES)
-    parser.add_argument("--write", type=Path, help="where to; else benchmarks/results")
+    parser.add_argument(
+        "--write", type=Path, help="report to write; default: below benchmarks/results"
+    )
     options = parser.parse_args()
     report: dict[str, Any] = {"cases": {}}
     for name in options.cases:
@@ -196,16 +222,16 @@ def main() -> None:
         outcome, seconds, log = real_run(case, options.minutes * 60)
         real = _figures(outcome)
         if case.batch > 1:
-            real["use"] = None  # how full the batches were is not seen from outside
+            real["use"] = None  # the service does not report the sizes of its batches
         cold_s = statistics.fmean(log["cold_s"]) if log["cold_s"] else 0.0
-        scaling = Scaling(MOST, cold_s, AGE_S) if case.scales else None
+        scaling = Scaling(MAX_PODS, cold_s, AGE_S) if case.scales else None
         fleet = Fleet(case.pods, seconds, case.batch, scaling, batch_cost=0.0)
-        # what chance alone does to a run of this length: twenty of them
-        runs = [simulate(case.load, fleet, options.minutes * 60, seed) for seed in range(20)]
-        planned = [_figures(run) for run in runs]
+        # twenty runs show the random variation of a run of this length
+        runs = [
+            _figures(simulate(case.load, fleet, options.minutes * 60, seed)) for seed in range(20)
+        ]
         ranges = {
-            key: [min(each[key] for each in planned), max(each[key] for each in planned)]
-            for key in planned[0]
+            key: [min(run[key] for run in runs), max(run[key] for run in runs)] for key in runs[0]
         }
         report["cases"][name] = {
             "users": case.load.users,
@@ -216,7 +242,7 @@ def main() -> None:
             "seconds_a_picture": round(seconds, 2),
             "measured": real,
             "simulated": {
-                key: round(statistics.fmean(each[key] for each in planned), 2) for key in planned[0]
+                key: round(statistics.fmean(run[key] for run in runs), 2) for key in runs[0]
             },
             "simulated_range": ranges,
         }

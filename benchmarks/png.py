@@ -1,6 +1,8 @@
-"""PNG encoding: ours against Pillow, on pictures like those the service makes. `python benchmarks/png.py [FILE.png ...]`
+"""PNG encoder compared with Pillow, on images like those of the service.
 
-Times are the best of several runs of one thread; the last line is JSON.
+    python benchmarks/png.py [FILE.png ...]
+
+Times are the best of several runs with one thread. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from alphalayer.images import codecs
 
 
 def soft_object(side: int = 1024) -> np.ndarray:
-    """A shaded, slightly noisy ball with a soft edge and clear corners: what a transparent picture is like to an encoder."""
+    """Return a shaded, noisy ball with a soft edge: a typical transparent image."""
     rng = np.random.default_rng(0)
     y, x = np.ogrid[-1 : 1 : side * 1j, -1 : 1 : side * 1j]
     distance = np.hypot(x, y)
@@ -33,7 +35,7 @@ def soft_object(side: int = 1024) -> np.ndarray:
 
 
 def with_pillow(level: int) -> Callable[[np.ndarray], bytes]:
-    """Pillow at a compression level; 6 is its default."""
+    """Return Pillow's encoder for a compression level; 6 is its default."""
 
     def encode(rgba: np.ndarray) -> bytes:
         buffer = io.BytesIO()
@@ -51,7 +53,7 @@ ENCODERS = {
 
 
 def measure(rgba: np.ndarray, runs: int = 5) -> dict[str, dict[str, float]]:
-    """Milliseconds and bytes of each encoder, after checking that the picture comes back as it was."""
+    """Return milliseconds and bytes of each encoder, after a check of the round trip."""
     result: dict[str, dict[str, float]] = {}
     for name, encode in ENCODERS.items():
         data = encode(rgba)
@@ -66,7 +68,7 @@ def measure(rgba: np.ndarray, runs: int = 5) -> dict[str, dict[str, float]]:
 
 
 def machine() -> str:
-    """The processor's name, as far as the system tells it."""
+    """Return the name of the processor, if the system reports it."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -78,18 +80,19 @@ def machine() -> str:
 
 
 def main() -> None:
-    """Measure the files given, or the made-up picture."""
+    """Measure the files of the command line, or a generated image."""
     files = [Path(name) for name in sys.argv[1:]]
-    pictures = {file.name: np.asarray(Image.open(file).convert("RGBA")) for file in files} or {
+    images = {file.name: np.asarray(Image.open(file).convert("RGBA")) for file in files} or {
         "soft object": soft_object()
     }
-    report = {name: measure(rgba) for name, rgba in pictures.items()}
+    report = {name: measure(rgba) for name, rgba in images.items()}
     for name, encoders in report.items():
         base = encoders["pillow default"]
-        for encoder, got in encoders.items():
-            faster, larger = base["ms"] / got["ms"], got["bytes"] / base["bytes"]
+        for encoder, figures in encoders.items():
+            speed, size = base["ms"] / figures["ms"], figures["bytes"] / base["bytes"]
             print(
-                f"{name:20} {encoder:16} {got['ms']:8.1f} ms  {got['bytes']:9d} bytes  {faster:5.1f}x as fast, {larger:.2f}x the size"
+                f"{name:20} {encoder:16} {figures['ms']:8.1f} ms  {figures['bytes']:9d} bytes  "
+                f"{speed:5.1f}x as fast, {size:.2f}x the size"
             )
     print(
         json.dumps(

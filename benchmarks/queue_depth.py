@@ -1,8 +1,11 @@
-"""The shared queue with many jobs waiting: `python -m benchmarks.queue_depth [--depths 200 1000]`.
+"""Time of a claim in the shared queue while many jobs wait.
 
-What a claim takes while so many jobs wait: four workers in this process claim, start and finish at once. All jobs are of one kind, so that
-they might be drawn together, or each is of its own. PostgreSQL in a folder of its own, fsync off. Writes
-benchmarks/results/queue-depth-<date>.json.
+    python -m benchmarks.queue_depth [--depths 200 1000]
+
+Four workers in this process claim, start and complete jobs without rendering.
+All jobs are compatible with each other, or none is.
+PostgreSQL runs in its own folder with fsync off.
+Writes benchmarks/results/queue-depth-<date>.json.
 """
 
 from __future__ import annotations
@@ -14,14 +17,14 @@ from typing import Any
 
 import asyncpg
 from benchmarks.report import write_report
-from benchmarks.shared_queue import RESULT, SPEC, Spent
+from benchmarks.shared_queue import RESULT, SPEC, CpuTime
 from tests.support.servers import Postgres
 
 from alphalayer.jobs.postgres import PostgresJobQueue
 
 
-async def deepen(url: str, jobs: int, alike: bool) -> None:
-    """Copies of one job in the queue, until so many wait: of one kind, or each of its own, as jobs of several rounds are."""
+async def copy_job(url: str, jobs: int, alike: bool) -> None:
+    """Copy one job until `jobs` wait: all compatible, or each incompatible."""
     connection = await asyncpg.connect(url)
     name = "lpad(to_hex(n), 24, '0')"
     copies = {
@@ -40,16 +43,18 @@ async def deepen(url: str, jobs: int, alike: bool) -> None:
         },
     }
     for table, changes in copies.items():
-        found = await connection.fetch(
-            "SELECT column_name FROM information_schema.columns WHERE table_name = $1 AND is_generated = 'NEVER'",
+        rows = await connection.fetch(
+            "SELECT column_name FROM information_schema.columns "
+            "WHERE table_name = $1 AND is_generated = 'NEVER'",
             table,
         )
         columns = [
-            row["column_name"] for row in found if changes.get(row["column_name"], "") is not None
+            row["column_name"] for row in rows if changes.get(row["column_name"], "") is not None
         ]
-        values = ", ".join(changes.get(each) or each for each in columns)
+        values = ", ".join(changes.get(column) or column for column in columns)
         await connection.execute(
-            f"INSERT INTO {table} ({', '.join(columns)}) SELECT {values} FROM {table}, generate_series(2, {jobs}) n"
+            f"INSERT INTO {table} ({', '.join(columns)}) "
+            f"SELECT {values} FROM {table}, generate_series(2, {jobs}) n"
         )
     await connection.execute("ANALYZE")
     await connection.close()
@@ -58,13 +63,17 @@ async def deepen(url: str, jobs: int, alike: bool) -> None:
 async def claims_at_depth(
     postgres: Postgres, depth: int, *, alike: bool, workers: int = 4, count: int = 200
 ) -> dict[str, float]:
-    """So many workers claim, start and finish jobs while so many wait: milliseconds of a claim, and of PostgreSQL's CPU for all three."""
+    """Claim, start and complete jobs while `depth` jobs wait.
+
+    Returns:
+        Milliseconds of a claim, and of PostgreSQL's CPU for each job.
+    """
     url = postgres.fresh_database()
     queues = [await PostgresJobQueue.open(url, depth + 1) for _ in range(workers)]
     await queues[0].submit(SPEC)
-    await deepen(url, depth, alike)
+    await copy_job(url, depth, alike)
     waits: list[float] = []
-    spent = Spent(postgres)
+    spent = CpuTime(postgres)
 
     async def work(queue: PostgresJobQueue) -> None:
         for _ in range(count // workers):
@@ -88,18 +97,20 @@ async def claims_at_depth(
 
 
 def main() -> None:
+    """Measure and write the report."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "--depths", type=int, nargs="+", default=[200, 1000, 20_000], help="jobs that wait"
+        "--depths", type=int, nargs="+", default=[200, 1000, 20_000], help="waiting jobs"
     )
     options = parser.parse_args()
     report: dict[str, Any] = {"alike": {}, "each of its own kind": {}}
     postgres = Postgres()
     try:
-        for name, found in report.items():
+        for name, figures in report.items():
             for depth in options.depths:
-                found[depth] = asyncio.run(claims_at_depth(postgres, depth, alike=name == "alike"))
-                print(name, depth, found[depth], flush=True)
+                is_alike = name == "alike"
+                figures[depth] = asyncio.run(claims_at_depth(postgres, depth, alike=is_alike))
+                print(name, depth, figures[depth], flush=True)
     finally:
         postgres.remove()
     write_report("queue_depth", report)

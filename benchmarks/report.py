@@ -1,4 +1,7 @@
-"""What every benchmark writes: benchmarks/results/NAME-<date>.json with the command, the machine and its load before and after."""
+"""Reports of benchmarks: benchmarks/results/NAME-<date>.json.
+
+A report has the command, the machine, and its load before and after.
+"""
 
 from __future__ import annotations
 
@@ -16,22 +19,23 @@ _LOAD_BEFORE = os.getloadavg()
 
 
 def machine() -> str:
-    """How many cores of which processor, and the Python."""
+    """Return the number of cores, the processor and the version of Python."""
     names = [
         line.partition(": ")[2] for line in _lines("/proc/cpuinfo") if line.startswith("model name")
     ]
-    return f"{os.cpu_count()} x {names[0] if names else platform.machine()}, Python {platform.python_version()}"
+    processor = names[0] if names else platform.machine()
+    return f"{os.cpu_count()} x {processor}, Python {platform.python_version()}"
 
 
 def write_report(name: str, report: dict[str, Any], path: Path | None = None) -> None:
-    """Write what `benchmarks/NAME.py` found, there or at another path, with all that it was called with."""
-    about = {
+    """Write the report of `benchmarks/NAME.py`, by default below benchmarks/results."""
+    header = {
         "command": shlex.join(["python", "-m", f"benchmarks.{name}", *sys.argv[1:]]),
         "machine": machine(),
         "load_of_the_machine": {"before": _LOAD_BEFORE, "after": os.getloadavg()},
     }
     path = path or RESULTS / f"{name.replace('_', '-')}-{date.today()}.json"
-    path.write_text(json.dumps({**about, **report}, indent=1) + "\n")
+    path.write_text(json.dumps({**header, **report}, indent=1) + "\n")
 
 
 def _lines(path: str) -> list[str]:

@@ -1,11 +1,13 @@
-"""What the service itself costs, with an engine that draws at once: `python -m benchmarks.server [--jobs 20000]`.
+"""Cost of the service itself, with an engine that renders without delay.
 
-- crowd: 1,000 clients at the same time against a queue of 200: how many are let in, how many are told to come back, how long a look at
-  a job takes meanwhile, and whether every job that was let in ends.
-- cost: CPU time of the service's process (not of the engine's) for a job from submit to done, over many rounds of 100.
-- memory: resident memory of the service's process as jobs go by.
+    python -m benchmarks.server [--jobs 20000]
 
-Linux; writes benchmarks/results/server-<date>.json.
+- crowd: 1,000 clients submit at the same time to a queue of 200. The report has the accepted and
+  the refused jobs, the time of a status request meanwhile, and the finished jobs.
+- cost: CPU time of the service's process (not the engine's) for a job, over many rounds of 100.
+- memory: resident memory of the service's process over time.
+
+It needs Linux. Writes benchmarks/results/server-<date>.json.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ CLIENTS, QUEUE = 1000, 200
 
 
 class Service:
-    """A service process with an engine that takes `step_s` seconds a step."""
+    """Service process with an engine that takes `step_s` seconds a step."""
 
     def __init__(self, folder: Path, step_s: float, queue_limit: int):
         port = free_port()
@@ -47,13 +49,13 @@ class Service:
 
     @property
     def cpu_s(self) -> float:
-        """CPU time of the process so far, in seconds."""
+        """Return the CPU time of the process so far, in seconds."""
         fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
     @property
     def resident_mb(self) -> float:
-        """Resident memory in MB."""
+        """Return the resident memory in MB."""
         return (
             int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1])
             * os.sysconf("SC_PAGE_SIZE")
@@ -68,54 +70,54 @@ class Service:
 
 
 async def crowd(service: Service, clients: int) -> dict[str, Any]:
-    """All submit at once, while one looks at a job again and again."""
+    """Submit from all clients at once, while another client polls a job."""
     limits = httpx.Limits(max_connections=clients + 1)
     async with httpx.AsyncClient(
         base_url=service.url, limits=limits, timeout=120, trust_env=False
     ) as http:
         first = (await http.post("/alpha/v1/jobs", json=BODY)).json()
-        looks: list[float] = []
+        polls: list[float] = []
         done = asyncio.Event()
 
-        async def look() -> None:
+        async def poll() -> None:
             async with httpx.AsyncClient(
                 base_url=service.url, timeout=120, trust_env=False
             ) as other:
                 while not done.is_set():
                     start = time.perf_counter()
                     (await other.get(f"/alpha/v1/jobs/{first['id']}")).raise_for_status()
-                    looks.append(time.perf_counter() - start)
+                    polls.append(time.perf_counter() - start)
                     await asyncio.sleep(0.005)
 
-        looking = asyncio.create_task(look())
-        answers = await asyncio.gather(
+        polling = asyncio.create_task(poll())
+        responses = await asyncio.gather(
             *(http.post("/alpha/v1/jobs", json=BODY) for _ in range(clients))
         )
         done.set()
-        await looking
+        await polling
         accepted = [
             first["id"],
-            *(each.json()["id"] for each in answers if each.status_code == 202),
+            *(response.json()["id"] for response in responses if response.status_code == 202),
         ]
-        turned_away = [each for each in answers if each.status_code == 429]
-        looks.sort()
+        refused = [response for response in responses if response.status_code == 429]
+        polls.sort()
         return {
             "clients": clients,
             "accepted": len(accepted),
-            "told_to_come_back": len(turned_away),
+            "told_to_come_back": len(refused),
             "with_retry_after": sum(
-                int(each.headers.get("retry-after", "0")) >= 1 for each in turned_away
+                int(response.headers.get("retry-after", "0")) >= 1 for response in refused
             ),
             "look_ms": {
-                "median": _ms(looks[len(looks) // 2]),
-                "p99": _ms(looks[int(len(looks) * 0.99)]),
+                "median": _ms(polls[len(polls) // 2]),
+                "p99": _ms(polls[int(len(polls) * 0.99)]),
             },
             "ids": accepted,
         }
 
 
-async def all_end(service: Service, ids: list[str]) -> int:
-    """Wait until all are over; how many are done."""
+async def count_done(service: Service, ids: list[str]) -> int:
+    """Wait until all jobs are finished, and count the successful ones."""
     async with httpx.AsyncClient(base_url=service.url, timeout=120, trust_env=False) as http:
         done = 0
         for job_id in ids:
@@ -129,7 +131,7 @@ async def all_end(service: Service, ids: list[str]) -> int:
 
 
 async def rounds(service: Service, jobs: int, a_round: int = 100) -> dict[str, Any]:
-    """Jobs by the hundred, each asked for and waited for: CPU a job in ms, and memory over time."""
+    """Run jobs in rounds; return CPU milliseconds a job, and the memory over time."""
     cost: list[float] = []
     memory = [service.resident_mb]
     async with httpx.AsyncClient(base_url=service.url, timeout=120, trust_env=False) as http:
@@ -154,7 +156,7 @@ async def rounds(service: Service, jobs: int, a_round: int = 100) -> dict[str, A
             "median": round(statistics.median(cost), 2),
             "highest_round": round(max(cost), 2),
         },
-        "resident_mb": [round(each, 1) for each in memory],
+        "resident_mb": [round(megabytes, 1) for megabytes in memory],
         "growth_in_second_half_mb": round(half[-1] - half[0], 1),
     }
 
@@ -164,15 +166,16 @@ def _ms(seconds: float) -> float:
 
 
 def main() -> None:
+    """Measure and write the report."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--jobs", type=int, default=2000)
-    parser.add_argument("--note", default="", help="what else the machine did meanwhile")
+    parser.add_argument("--note", default="", help="other load on the machine")
     options = parser.parse_args()
     report: dict[str, Any] = {"note": options.note}
     with tempfile.TemporaryDirectory() as folder, Service(Path(folder), 0.02, QUEUE) as service:
-        met = asyncio.run(crowd(service, CLIENTS))
-        report["crowd"] = {**met, "ids": None, "done": asyncio.run(all_end(service, met["ids"]))}
-        del report["crowd"]["ids"]
+        figures = asyncio.run(crowd(service, CLIENTS))
+        ids = figures.pop("ids")
+        report["crowd"] = {**figures, "done": asyncio.run(count_done(service, ids))}
         print(json.dumps(report["crowd"]))
     with tempfile.TemporaryDirectory() as folder, Service(Path(folder), 0.0, 10_000) as service:
         report["rounds"] = asyncio.run(rounds(service, options.jobs))

@@ -1,11 +1,20 @@
-"""What the shared queue carries on one machine: `python -m benchmarks.shared_queue [--workers 1 4 16 64] [--jobs 2000]`.
+"""Throughput of the shared queue on one machine.
 
-Workers that draw at once claim jobs from a real PostgreSQL (in a folder of its own, fsync off), start and finish them. Each is a
-`PostgresJobQueue` of its own, with its own connections, in one of two processes. Reported: jobs a second from the first claim to the
-last end, how long a claim takes while jobs are waiting, and what PostgreSQL's processes alone spend on a job. Then workers that are idle
-while a job comes now and then: how long it waits, and what it costs that all of them hear of it. (Real workers, and claims while many
-jobs wait: benchmarks/queue_depth.py.) Writes
-benchmarks/results/shared-queue-<date>.json.
+    python -m benchmarks.shared_queue [--workers 1 4 16 64] [--jobs 2000]
+
+Workers claim, start and complete jobs without rendering.
+PostgreSQL runs in its own folder with fsync off.
+Each worker is a `PostgresJobQueue` with its own connections, in one of two processes.
+
+The report has:
+
+- jobs a second, from the first claim to the last end
+- the time of a claim while jobs wait
+- the CPU time of PostgreSQL for a job
+- the wait of a single job and its cost, if all workers are idle and receive its notification
+
+See benchmarks/shared_workers.py for real workers, and benchmarks/queue_depth.py for long queues.
+Writes benchmarks/results/shared-queue-<date>.json.
 """
 
 from __future__ import annotations
@@ -40,19 +49,19 @@ RESULT = JobResult(
 
 
 async def fill(url: str, jobs: int) -> float:
-    """Submit so many jobs, 16 at a time; jobs a second."""
+    """Submit jobs, 16 at a time, and return the jobs a second."""
     queue = await PostgresJobQueue.open(url, jobs + 1)
     start = time.perf_counter()
-    room = asyncio.Semaphore(16)
+    semaphore = asyncio.Semaphore(16)
 
     async def submit() -> None:
-        async with room:
+        async with semaphore:
             await queue.submit(SPEC)
 
     await asyncio.gather(*(submit() for _ in range(jobs)))
-    spent = time.perf_counter() - start
+    elapsed = time.perf_counter() - start
     await queue.close()
-    return jobs / spent
+    return jobs / elapsed
 
 
 async def _work(url: str, workers: int) -> tuple[list[float], float, float]:
@@ -72,25 +81,29 @@ async def _work(url: str, workers: int) -> tuple[list[float], float, float]:
         except asyncio.TimeoutError:
             await queue.close()
 
-    begun = time.time()
+    started_at = time.time()
     await asyncio.gather(*(work() for _ in range(workers)))
-    return waits, begun, max(ends, default=begun)
+    return waits, started_at, max(ends, default=started_at)
 
 
 def work(url: str, workers: int) -> tuple[list[float], float, float]:
-    """So many workers in this process until nothing is left: seconds of each claim, and when it began and ended (Unix seconds)."""
+    """Run workers in this process until no job is left.
+
+    Returns:
+        The seconds of each claim, and the start and end in Unix seconds.
+    """
     return asyncio.run(_work(url, workers))
 
 
-class Spent:
-    """CPU seconds of PostgreSQL: all its processes, those that are over, too."""
+class CpuTime:
+    """CPU time of all processes of PostgreSQL since the creation of this object."""
 
     def __init__(self, postgres: Postgres):
         self._parent = postgres.process_id
         self._before = self._now()
 
     def __call__(self) -> float:
-        """Since this was made."""
+        """Return the CPU time in seconds."""
         return self._now() - self._before
 
     def _now(self) -> float:
@@ -127,50 +140,59 @@ async def _idle(url: str, workers: int, seconds: float) -> list[float]:
 
 
 def idle(url: str, workers: int, seconds: float) -> list[float]:
-    """So many workers in this process for so long: seconds from when a job was made to when it was taken."""
+    """Run idle workers in this process; return the seconds from submission to claim."""
     return asyncio.run(_idle(url, workers, seconds))
 
 
-async def now_and_then(url: str, jobs: int, every_s: float) -> None:
-    """Submit a job now and then."""
+async def submit_slowly(url: str, jobs: int, interval_s: float) -> None:
+    """Submit one job in each interval."""
     queue = await PostgresJobQueue.open(url, jobs + 1, role="api")
     for _ in range(jobs):
         await queue.submit(SPEC)
-        await asyncio.sleep(every_s)
+        await asyncio.sleep(interval_s)
     await queue.close()
 
 
-def herd(
-    postgres: Postgres, workers: int, jobs: int = 30, every_s: float = 0.4, settle_s: float = 8.0
+def measure_idle_fleet(
+    postgres: Postgres, workers: int, jobs: int = 30, interval_s: float = 0.4, settle_s: float = 8.0
 ) -> dict[str, float]:
-    """Idle workers and a job now and then: how long a job waits, what it costs, and what idling costs by itself."""
+    """Measure single jobs with idle workers.
+
+    Returns:
+        The wait and the cost of a job, and the cost of idle workers.
+    """
     url = postgres.fresh_database()
     with ProcessPoolExecutor(1) as pool:
-        working = pool.submit(idle, url, workers, 2.5 * settle_s + 2 * jobs * every_s)
+        claiming = pool.submit(idle, url, workers, 2.5 * settle_s + 2 * jobs * interval_s)
         time.sleep(settle_s)
-        asyncio.run(now_and_then(url, jobs, every_s))
-        spent = Spent(postgres)
+        asyncio.run(submit_slowly(url, jobs, interval_s))
+        cpu_time = CpuTime(postgres)
         time.sleep(settle_s / 2)
-        idling = spent() / (settle_s / 2)
-        spent = Spent(postgres)
-        asyncio.run(now_and_then(url, jobs, every_s))
-        each = spent() / jobs - idling * every_s
-        delays = sorted(working.result()[jobs:])
+        idle_load = cpu_time() / (settle_s / 2)
+        cpu_time = CpuTime(postgres)
+        asyncio.run(submit_slowly(url, jobs, interval_s))
+        job_s = cpu_time() / jobs - idle_load * interval_s
+        delays = sorted(claiming.result()[jobs:])
     return {
         "taken": len(delays),
         "waits_ms_median": round(delays[len(delays) // 2] * 1000, 1),
         "waits_ms_max": round(delays[-1] * 1000, 1),
-        "postgres_cpu_ms_a_job": round(each * 1000, 1),
-        "postgres_cpu_ms_a_second_idle": round(idling * 1000, 1),
+        "postgres_cpu_ms_a_job": round(job_s * 1000, 1),
+        "postgres_cpu_ms_a_second_idle": round(idle_load * 1000, 1),
     }
 
 
 async def footprint(url: str, jobs: int) -> dict[str, dict[str, float]]:
-    """What a job that is over leaves in each table: rows that are dead until autovacuum comes, and bytes on disk, indexes included."""
+    """Measure what a finished job leaves in each table.
+
+    Returns:
+        Dead rows until the next autovacuum, and bytes on disk with indexes, by table.
+    """
     await asyncio.sleep(2.0)  # statistics arrive with a delay
     connection = await asyncpg.connect(url)
     rows = await connection.fetch(
-        "SELECT relname, n_tup_upd + n_tup_del AS dead, pg_total_relation_size(relid) AS bytes FROM pg_stat_user_tables"
+        "SELECT relname, n_tup_upd + n_tup_del AS dead, pg_total_relation_size(relid) AS bytes "
+        "FROM pg_stat_user_tables"
     )
     await connection.close()
     return {
@@ -183,14 +205,14 @@ async def footprint(url: str, jobs: int) -> dict[str, dict[str, float]]:
     }
 
 
-async def _small_things(
-    url: str, spent: Callable[[], Callable[[], float]], count: int = 1000
+async def _frequent_operations(
+    url: str, start_clock: Callable[[], Callable[[], float]], count: int = 1000
 ) -> dict[str, float]:
     queue = await PostgresJobQueue.open(url, 10, role="worker")
     job = await queue.submit(SPEC)
     await queue.claim()
 
-    async def ask_for_nothing() -> None:
+    async def claim_nothing() -> None:
         async with queue._transaction() as (_, rows):
             assert (
                 await claims.claim_next(
@@ -199,7 +221,7 @@ async def _small_things(
                 is None
             )
 
-    async def tell_progress() -> None:
+    async def report_progress() -> None:
         queue._claims[job.id].notified_at = 0.0
         await queue.report_progress(job.id, JobProgress(stage="sample", step=1, steps=20))
 
@@ -208,66 +230,72 @@ async def _small_things(
             await queue._stats.refresh(connection)
 
     costs: dict[str, float] = {}
-    for name, act in {
-        "ask_for_nothing": ask_for_nothing,
-        "look": look,
-        "progress": tell_progress,
-    }.items():
-        since = spent()
+    operations = {"ask_for_nothing": claim_nothing, "look": look, "progress": report_progress}
+    for name, operation in operations.items():
+        cpu_time = start_clock()
         for _ in range(count):
-            await act()
-        costs[name] = round(since() / count * 1000, 2)
+            await operation()
+        costs[name] = round(cpu_time() / count * 1000, 2)
     await queue.close()
     return costs
 
 
-def small_things(postgres: Postgres) -> dict[str, float]:
-    """CPU milliseconds of PostgreSQL for what happens often: a worker that asks for nothing, a pod that looks, a message of progress."""
-    return asyncio.run(_small_things(postgres.fresh_database(), lambda: Spent(postgres)))
+def measure_frequent_operations(postgres: Postgres) -> dict[str, float]:
+    """Measure PostgreSQL's CPU milliseconds of frequent operations.
+
+    They are a claim without a job, the check of the queue by a pod, and a progress message.
+    """
+    return asyncio.run(_frequent_operations(postgres.fresh_database(), lambda: CpuTime(postgres)))
 
 
-async def news(url: str, listeners: int, count: int = MESSAGES) -> dict[str, float]:
-    """One sender and so many listening connections: messages a second until everybody has all of them, and deliveries a second."""
-    left = listeners * count
-    everything = asyncio.Event()
+async def measure_notifications(
+    url: str, listeners: int, count: int = MESSAGES
+) -> dict[str, float]:
+    """Measure the messages and deliveries a second from one sender to all listeners."""
+    remaining = listeners * count
+    is_complete = asyncio.Event()
 
-    def hear(*_: object) -> None:
-        nonlocal left
-        left -= 1
-        if left == 0:
-            everything.set()
+    def receive(*_: object) -> None:
+        nonlocal remaining
+        remaining -= 1
+        if remaining == 0:
+            is_complete.set()
 
     connections = [await asyncpg.connect(url) for _ in range(listeners)]
     for connection in connections:
-        await connection.add_listener("news", hear)
+        await connection.add_listener("notifications", receive)
     sender = await asyncpg.connect(url)
     start = time.perf_counter()
     for _ in range(count):
         await sender.execute(
-            "SELECT pg_notify('news', $1)", '{"news": "progress", "id": "0123456789abcdef01234567"}'
+            "SELECT pg_notify('notifications', $1)",
+            '{"event": "progress", "id": "0123456789abcdef01234567"}',
         )
-    await everything.wait()
-    spent = time.perf_counter() - start
+    await is_complete.wait()
+    elapsed = time.perf_counter() - start
     for connection in (*connections, sender):
         await connection.close()
     return {
-        "messages_a_second": round(count / spent),
-        "deliveries_a_second": round(count * listeners / spent),
+        "messages_a_second": round(count / elapsed),
+        "deliveries_a_second": round(count * listeners / elapsed),
     }
 
 
-async def commits(url: str, senders: int = 16, seconds: float = 5.0) -> dict[str, int]:
-    """Commits a second of so many connections at once, by what they commit: a commit with NOTIFY holds a lock of the whole server."""
+async def measure_commits(url: str, senders: int = 16, seconds: float = 5.0) -> dict[str, int]:
+    """Measure the commits a second of parallel connections, by their content.
+
+    A commit with NOTIFY holds a lock of the whole server.
+    """
     kinds = {
         "a row": ("on", "INSERT INTO written VALUES (1)"),
-        "a message": ("on", "SELECT pg_notify('news', 'x')"),
-        "a message, not waited for on the disk": ("off", "SELECT pg_notify('news', 'x')"),
+        "a message": ("on", "SELECT pg_notify('notifications', 'x')"),
+        "a message, not waited for on the disk": ("off", "SELECT pg_notify('notifications', 'x')"),
     }
     connections = [await asyncpg.connect(url) for _ in range(senders)]
     await connections[0].execute("CREATE TABLE written (x int)")
-    done: dict[str, int] = {}
+    rates: dict[str, int] = {}
     for name, (synchronous, statement) in kinds.items():
-        count, end = 0, time.perf_counter() + seconds
+        end = time.perf_counter() + seconds
 
         async def send(
             connection: Any,
@@ -284,13 +312,40 @@ async def commits(url: str, senders: int = 16, seconds: float = 5.0) -> dict[str
             return sent
 
         count = sum(await asyncio.gather(*map(send, connections)))
-        done[name] = round(count / seconds)
+        rates[name] = round(count / seconds)
     for connection in connections:
         await connection.close()
-    return done
+    return rates
+
+
+def measure_throughput(postgres: Postgres, url: str, workers: int, jobs: int) -> dict[str, Any]:
+    """Submit jobs, then claim and complete them with a number of workers."""
+    cpu_time = CpuTime(postgres)
+    submitted = asyncio.run(fill(url, jobs))
+    submit_s, cpu_time = cpu_time(), CpuTime(postgres)
+    processes = min(2, workers)
+    shares = [workers // processes + (i < workers % processes) for i in range(processes)]
+    with ProcessPoolExecutor(processes) as pool:
+        results = list(pool.map(work, [url] * processes, shares))
+    waits = sorted(wait for result in results for wait in result[0])
+    claim_s = cpu_time()
+    seconds = max(result[2] for result in results) - min(result[1] for result in results)
+    return {
+        "submitted_a_second": round(submitted, 1),
+        "finished_a_second": round(len(waits) / seconds, 1),
+        "claim_ms": {
+            "median": round(waits[len(waits) // 2] * 1000, 1),
+            "p99": round(waits[int(len(waits) * 0.99)] * 1000, 1),
+        },
+        "postgres_cpu_ms_a_job": {
+            "submit": round(submit_s / jobs * 1000, 2),
+            "claim_start_finish": round(claim_s / jobs * 1000, 2),
+        },
+    }
 
 
 def main() -> None:
+    """Measure and write the report."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 4, 16, 64])
     parser.add_argument("--idle", type=int, nargs="+", default=[1, 8, 64])
@@ -301,48 +356,27 @@ def main() -> None:
     try:
         for workers in options.workers:
             url = postgres.fresh_database()
-            spent = Spent(postgres)
-            submitted = asyncio.run(fill(url, options.jobs))
-            submitting_cpu, spent = spent(), Spent(postgres)
-            processes = min(2, workers)
-            shares = [workers // processes + (i < workers % processes) for i in range(processes)]
-            with ProcessPoolExecutor(processes) as pool:
-                results = list(pool.map(work, [url] * processes, shares))
-            waits = sorted(each for result in results for each in result[0])
-            drawing_cpu = spent()
-            seconds = max(result[2] for result in results) - min(result[1] for result in results)
-            report["workers"][workers] = {
-                "submitted_a_second": round(submitted, 1),
-                "finished_a_second": round(len(waits) / seconds, 1),
-                "claim_ms": {
-                    "median": round(waits[len(waits) // 2] * 1000, 1),
-                    "p99": round(waits[int(len(waits) * 0.99)] * 1000, 1),
-                },
-                "postgres_cpu_ms_a_job": {
-                    "submit": round(submitting_cpu / options.jobs * 1000, 2),
-                    "claim_start_finish": round(drawing_cpu / options.jobs * 1000, 2),
-                },
-            }
+            report["workers"][workers] = measure_throughput(postgres, url, workers, options.jobs)
             print(workers, report["workers"][workers], flush=True)
         report["a_job_leaves"] = asyncio.run(footprint(url, options.jobs))
         print(report["a_job_leaves"], flush=True)
-        report["postgres_cpu_ms"] = small_things(postgres)
+        report["postgres_cpu_ms"] = measure_frequent_operations(postgres)
         print(report["postgres_cpu_ms"], flush=True)
         report["idle_workers"] = {}
         for workers in options.idle:
-            report["idle_workers"][workers] = herd(postgres, workers)
+            report["idle_workers"][workers] = measure_idle_fleet(postgres, workers)
             print("idle", workers, report["idle_workers"][workers], flush=True)
         report["news"] = {}
         for listeners in (1, 10, 50, 200):
-            since = Spent(postgres)
-            report["news"][listeners] = asyncio.run(news(postgres.url, listeners))
-        report["delivery_cpu_ms"] = round(since() / (listeners * MESSAGES) * 1000, 4)
+            cpu_time = CpuTime(postgres)
+            report["news"][listeners] = asyncio.run(measure_notifications(postgres.url, listeners))
+        report["delivery_cpu_ms"] = round(cpu_time() / (listeners * MESSAGES) * 1000, 4)
         print(report["news"])
     finally:
         postgres.remove()
     durable = Postgres(fsync=True)
     try:
-        report["commits_a_second_with_fsync"] = asyncio.run(commits(durable.url))
+        report["commits_a_second_with_fsync"] = asyncio.run(measure_commits(durable.url))
         print(report["commits_a_second_with_fsync"])
     finally:
         durable.remove()

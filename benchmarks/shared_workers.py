@@ -1,9 +1,19 @@
-"""Workers that draw, behind the shared queue: `python -m benchmarks.shared_workers [--workers 1 4 16 64] [--jobs 1000]`.
+"""Throughput of real workers with the shared queue.
 
-Each worker is a supervisor with connections of its own and an engine process with the fake engine, which draws, encodes and stores one
-picture of 64x64 for each job; the supervisors live in four processes at most. They begin together, when all jobs wait in PostgreSQL (in a
-folder of its own). Reported: jobs a second from the first start to the last end, how long a claim takes, and what PostgreSQL spends on a
-job. Without and with a disk that is waited for (fsync). Writes benchmarks/results/shared-workers-<date>.json.
+    python -m benchmarks.shared_workers [--workers 1 4 16 64] [--jobs 1000]
+
+A worker is a supervisor with its own connections and an engine process with the fake engine.
+For each job it renders, encodes and stores one image of 64x64.
+The supervisors run in at most four processes.
+They start together, when all jobs wait in PostgreSQL, which runs in its own folder.
+
+The report has, without and with fsync:
+
+- jobs a second, from the first start to the last end
+- the time of a claim
+- the CPU time of PostgreSQL for a job
+
+Writes benchmarks/results/shared-workers-<date>.json.
 """
 
 from __future__ import annotations
@@ -18,7 +28,7 @@ from typing import Any
 
 import asyncpg
 from benchmarks.report import write_report
-from benchmarks.shared_queue import Spent, fill
+from benchmarks.shared_queue import CpuTime, fill
 from tests.support.servers import Postgres
 from tests.support.serving import FAKE, wait_until
 
@@ -33,35 +43,35 @@ HOSTS = 4
 READY, BEGIN, OVER = "ready", "begin", "over"
 
 
-class Timed(PostgresJobQueue):
-    """Takes nothing before the file `begin` is there, and notes how long each claim took, in seconds."""
+class TimedQueue(PostgresJobQueue):
+    """Queue that waits for the file `begin`, and records the seconds of each claim."""
 
     begin: Path
     claims: list[float]
 
     async def claim(self, holding: str | None = None) -> Job:
-        """The next job; see the protocol."""
+        """Claim the next job."""
         while not self.begin.exists():
             await asyncio.sleep(0.02)
         start = time.perf_counter()
-        job = await super().take(holding)
+        job = await super().claim(holding)
         self.claims.append(time.perf_counter() - start)
         return job
 
 
 async def _render(url: str, workers: int, folder: Path, host: int) -> list[float]:
     claims: list[float] = []
-    queues: list[Timed] = []
+    queues: list[TimedQueue] = []
     supervisors: list[Supervisor] = []
     for i in range(workers):
-        queue = await Timed.open(url, 10, role="worker")
-        assert isinstance(queue, Timed)
+        queue = await TimedQueue.open(url, 10, role="worker")
+        assert isinstance(queue, TimedQueue)
         queue.begin, queue.claims = folder / BEGIN, claims
         queues.append(queue)
-        spec = EngineSpec(FAKE, {}, str(folder / f"pictures-{host}-{i}"))
+        spec = EngineSpec(FAKE, {}, str(folder / f"images-{host}-{i}"))
         supervisors.append(Supervisor(f"{host}-{i}", spec, queue, Metrics(), Traces()))
-    tasks = [asyncio.create_task(each.run()) for each in supervisors]
-    while not all(each.is_ready for each in supervisors):
+    tasks = [asyncio.create_task(supervisor.run()) for supervisor in supervisors]
+    while not all(supervisor.is_ready for supervisor in supervisors):
         await asyncio.sleep(0.1)
     (folder / f"{READY}-{host}").touch()
     while not (folder / OVER).exists():
@@ -75,37 +85,41 @@ async def _render(url: str, workers: int, folder: Path, host: int) -> list[float
 
 
 def render(url: str, workers: int, folder: Path, host: int) -> list[float]:
-    """So many workers in this process until the file `over` is there: seconds of each claim."""
+    """Run workers until the file `over` exists; return the seconds of each claim."""
     configure_logging("error", False)
     return asyncio.run(_render(url, workers, folder, host))
 
 
 async def _rate(url: str, jobs: int) -> float:
     connection = await asyncpg.connect(url)
-    over = "SELECT count(*), min(started_at), max(finished_at) FROM jobs WHERE state = 'done'"
-    while (row := await connection.fetchrow(over))[0] < jobs:
+    query = "SELECT count(*), min(started_at), max(finished_at) FROM jobs WHERE state = 'done'"
+    while (row := await connection.fetchrow(query))[0] < jobs:
         await asyncio.sleep(0.5)
     await connection.close()
     return jobs / (row[2] - row[1])
 
 
 def measure(postgres: Postgres, workers: int, jobs: int) -> dict[str, float]:
-    """So many workers draw so many jobs: jobs a second, milliseconds of a claim, and of PostgreSQL's CPU for each job."""
+    """Render jobs with a number of workers.
+
+    Returns:
+        Jobs a second, milliseconds of a claim, and of PostgreSQL's CPU for each job.
+    """
     url = postgres.fresh_database()
     hosts = min(HOSTS, workers)
     with tempfile.TemporaryDirectory() as name, ProcessPoolExecutor(hosts) as pool:
         folder = Path(name)
-        drawing = [
+        renders = [
             pool.submit(render, url, len(range(i, workers, hosts)), folder, i) for i in range(hosts)
         ]
         wait_until(lambda: len(list(folder.glob(f"{READY}-*"))) == hosts, 600)
         asyncio.run(fill(url, jobs))
-        spent = Spent(postgres)
+        spent = CpuTime(postgres)
         (folder / BEGIN).touch()
         rate = asyncio.run(_rate(url, jobs))
         cpu = spent() / jobs * 1000
         (folder / OVER).touch()
-        claims = sorted(each * 1000 for host in drawing for each in host.result())
+        claims = sorted(seconds * 1000 for task in renders for seconds in task.result())
     quantiles = {
         "claim_ms_median": claims[len(claims) // 2],
         "claim_ms_p99": claims[int(len(claims) * 0.99)],
@@ -121,6 +135,7 @@ def measure(postgres: Postgres, workers: int, jobs: int) -> dict[str, float]:
 
 
 def main() -> None:
+    """Measure and write the report."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 4, 16, 64])
     parser.add_argument("--jobs", type=int, default=1000)

@@ -83,7 +83,7 @@ async def _draw(page: Page, prompt: str) -> None:
     """Press Draw, and wait until the button can be pressed again."""
     await page.fill("#prompt", prompt)
     await page.click("#draw")
-    await expect(page.locator("#draw-word")).to_have_text("Draw")
+    await expect(page.locator("#draw-word")).to_have_text("Generate")
 
 
 def main() -> None:

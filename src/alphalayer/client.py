@@ -1,12 +1,13 @@
-"""The service from Python: `Client`, and `AsyncClient` with the same methods to be awaited.
+"""Python client of the service: `Client`, and `AsyncClient` with the same methods as coroutines.
 
     from alphalayer.client import Client
 
     with Client("http://localhost:7861") as client:
-        (picture,) = client.generate("an apple, high quality", seed=7)
-        Path("apple.png").write_bytes(picture)
+        (image,) = client.generate("an apple, high quality", seed=7)
+        Path("apple.png").write_bytes(image)
 
-Fields of a request are those of `POST /alpha/v1/jobs`. Errors of the service are those of `alphalayer.core.errors`.
+The fields of a request are those of `POST /alpha/v1/jobs`.
+Errors of the service are raised as the classes of `alphalayer.core.errors`.
 """
 
 from __future__ import annotations
@@ -25,33 +26,32 @@ from alphalayer.core.errors import AlphalayerError, Cancelled, CommandHint, File
 
 BASE_URL = "http://localhost:7861"
 TIMEOUT_S = 60.0
-"""How long the service may be silent; a job that waits tells so more often than that."""
+"""Timeout of a request. Events of a waiting job come more often."""
 JOBS = "/alpha/v1/jobs"
-PATIENCE_S = 120.0
-"""How long a job is waited for where the service is away: a stop (it listens no more while it ends what is at work, `drain_s`, 60) and a
-start."""
+RETRY_TIMEOUT_S = 120.0
+"""Default time without a response. It covers a restart: `drain_s` (60) of shutdown and a start."""
 PAUSES_S = (0.2, 1.0, 3.0, 5.0, 10.0)
-"""Before each new try; the last one goes on."""
-AWAY = (502, 503, 504)
-"""What a proxy answers for a service that is not there."""
-NOT_EVEN_SENT = (httpx.ConnectError, httpx.ConnectTimeout)
-GONE = (403, 404)
-"""What a bucket answers for a file that it has not, or has no longer."""
-NOT_OURS = (ValueError, KeyError, TypeError, AttributeError)
-"""What reading an answer raises that is not the service's."""
+"""Pauses before retries. The last one repeats."""
+UNAVAILABLE = (502, 503, 504)
+"""Status codes of a proxy whose service does not run."""
+NOT_SENT = (httpx.ConnectError, httpx.ConnectTimeout)
+MISSING = (403, 404)
+"""Status codes of a bucket for a missing file."""
+FOREIGN_ERRORS = (ValueError, KeyError, TypeError, AttributeError)
+"""Exceptions while reading a response that is not one of the service."""
 T = TypeVar("T")
 _WHERE = CommandHint("Check the address, and that the service runs:", "serve")
 
 
 class ServiceUnreachable(AlphalayerError):
-    """Nothing answers at the address, or what answers is no Alphalayer."""
+    """No response from the address, or a response that is not from Alphalayer."""
 
     code = "unreachable"
 
 
 @dataclass(frozen=True)
-class Picture:
-    """A finished picture, as the service names it; sides in pixels."""
+class ImageInfo:
+    """A generated image: its URL, seed, and size in pixels."""
 
     url: str
     filename: str
@@ -62,50 +62,60 @@ class Picture:
 
 @dataclass(frozen=True)
 class JobStatus:
-    """How a job stands. `position` 1 is next, 0 is not in the queue; `eta_s` in seconds where it can be said; times are Unix seconds."""
+    """Status of a job."""
 
     id: str
     state: str
     position: int
+    """Position in the queue from 1. It is 0 if the job is not in the queue."""
     stage: str
     step: int
     steps: int
     eta_s: float | None
+    """Estimated seconds until the job is done, if known."""
     preview_url: str | None
     created_at: float
-    pictures: tuple[Picture, ...]
+    """Unix time in seconds."""
+    images: tuple[ImageInfo, ...]
     error: AlphalayerError | None
 
     @property
-    def is_over(self) -> bool:
-        """Whether nothing will change any more."""
+    def is_finished(self) -> bool:
+        """Return whether the job is in a final state."""
         return self.state in ("done", "failed", "cancelled")
 
     @classmethod
-    def read(cls, answer: dict[str, Any]) -> JobStatus:
-        """From the service's JSON."""
+    def read(cls, body: dict[str, Any]) -> JobStatus:
+        """Read the status from the JSON of the service."""
         names = ("id", "state", "position", "stage", "step", "steps", "created_at")
-        pictures = [
-            Picture(**{name: each[name] for name in Picture.__dataclass_fields__})
-            for each in answer["images"]
+        images = [
+            ImageInfo(**{name: image[name] for name in ImageInfo.__dataclass_fields__})
+            for image in body["images"]
         ]
         return cls(
-            **{name: answer[name] for name in names},
-            eta_s=answer.get("eta_s"),
-            preview_url=answer.get("preview_url"),
-            pictures=tuple(pictures),
-            error=_problem(answer["error"]) if answer.get("error") else None,
+            **{name: body[name] for name in names},
+            eta_s=body.get("eta_s"),
+            preview_url=body.get("preview_url"),
+            images=tuple(images),
+            error=_read_error(body["error"]) if body.get("error") else None,
         )
 
     def check(self) -> JobStatus:
-        """The job itself, if it is done. Raises the error it ended with."""
+        """Return the job itself if it is done.
+
+        Raises:
+            AlphalayerError: The job failed or was cancelled.
+        """
         if self.state == "done":
             return self
         raise self.error or Cancelled(f"job {self.id} was cancelled.")
 
 
-class _Patience:
-    """What to do when nobody answers one call: try again for a while, but a new request only if the service was there."""
+class _Retry:
+    """Retries of one request while the service does not respond.
+
+    A new request is retried only if the service could be reached at first.
+    """
 
     def __init__(self, url: str, seconds: float, *, is_new: bool):
         self._url = url
@@ -114,95 +124,118 @@ class _Patience:
         self._failures = 0
         self._end = 0.0
 
-    def renew(self) -> None:
-        """It was there."""
+    def reset(self) -> None:
+        """Start over after a response."""
         self._failures = 0
 
-    def pause_s(self, error: httpx.TransportError) -> float:
-        """How long to wait before the next try, in seconds. Raises `ServiceUnreachable` instead of the last."""
+    def next_pause_s(self, error: httpx.TransportError) -> float:
+        """Return the seconds to wait before the next retry.
+
+        Raises:
+            ServiceUnreachable: There is no further retry.
+        """
         self._failures += 1
         if self._failures == 1:
             self._end = time.monotonic() + self._seconds
-        is_absent = self._is_new and self._failures == 1 and isinstance(error, NOT_EVEN_SENT)
-        is_hopeless = is_absent or isinstance(error, httpx.UnsupportedProtocol)
+        is_refused = self._is_new and self._failures == 1 and isinstance(error, NOT_SENT)
+        is_final = is_refused or isinstance(error, httpx.UnsupportedProtocol)
         pause = PAUSES_S[min(self._failures, len(PAUSES_S)) - 1]
-        if is_hopeless or time.monotonic() + pause > self._end:
+        if is_final or time.monotonic() + pause > self._end:
             raise ServiceUnreachable(
                 f"{self._url} does not answer: {error}.", hint=_WHERE
             ) from error
         return pause
 
 
-class _Calls:
-    """What is said and how answers are understood, the same for both clients."""
+class _Protocol:
+    """Requests and the interpretation of responses, shared by both clients."""
 
     def __init__(
         self,
         base_url: str,
         api_key: str | None,
         headers: Mapping[str, str] | None,
-        patience_s: float,
+        retry_timeout_s: float,
     ):
         self.base_url = base_url.rstrip("/")
-        self._patience_s = patience_s
+        self._retry_timeout_s = retry_timeout_s
         self._headers = {
             **(headers or {}),
             **({"Authorization": f"Bearer {api_key}"} if api_key else {}),
         }
 
-    def call(self, method: str, path: str, **more: Any) -> dict[str, Any]:
-        """The arguments of a request to the service."""
-        headers = {**self._headers, **more.pop("headers", {})}
-        return {"method": method, "url": f"{self.base_url}{path}", "headers": headers, **more}
+    def request(self, method: str, path: str, **options: Any) -> dict[str, Any]:
+        """Return the httpx arguments of a request to the service."""
+        headers = {**self._headers, **options.pop("headers", {})}
+        return {"method": method, "url": f"{self.base_url}{path}", "headers": headers, **options}
 
     def submit(
         self, prompt: str, idempotency_key: str | None, fields: dict[str, Any]
     ) -> dict[str, Any]:
-        """A new job; the key makes it safe to send twice."""
+        """Return the request for a new job. The idempotency key makes retries safe."""
         headers = {"Idempotency-Key": idempotency_key or secrets.token_hex(12)}
-        return self.call("POST", JOBS, json={"prompt": prompt, **fields}, headers=headers)
+        return self.request("POST", JOBS, json={"prompt": prompt, **fields}, headers=headers)
 
     def list(self, query: dict[str, Any]) -> dict[str, Any]:
-        """The arguments of a request for jobs; what is None is not asked for."""
-        return self.call(
-            "GET", JOBS, params={name: value for name, value in query.items() if value is not None}
-        )
+        """Return the request for a list of jobs, without parameters that are None."""
+        params = {name: value for name, value in query.items() if value is not None}
+        return self.request("GET", JOBS, params=params)
 
     def withdraw(self, job_id: str) -> dict[str, Any]:
-        """One's own request for a job is taken back."""
-        return self.call("DELETE", f"{JOBS}/{job_id}", params={"leave": True})
+        """Return the request that withdraws the client's own submission of a job."""
+        return self.request("DELETE", f"{JOBS}/{job_id}", params={"leave": True})
 
-    def file(self, picture: Picture | str) -> dict[str, Any]:
-        """The arguments of a request for a file: without our key, for a file needs none, and a redirect may lead to a bucket."""
-        url = picture if isinstance(picture, str) else picture.url
+    def file(self, image: ImageInfo | str) -> dict[str, Any]:
+        """Return the request for a file.
+
+        It has no API key: a file needs none, and a redirect may lead to a bucket.
+        """
+        url = image if isinstance(image, str) else image.url
         return {"method": "GET", "url": url, "follow_redirects": True}
 
     def check(self, response: httpx.Response) -> httpx.Response:
-        """The response, if it is no error; it must have been read. Raises what a service that is away raises for a proxy's answer."""
+        """Return a successful response. Its body must be loaded.
+
+        Raises:
+            AlphalayerError: The service reports an error.
+            ServiceUnreachable: The response is not one of the service.
+            httpx.RemoteProtocolError: A proxy reports that the service does not run.
+        """
         if response.is_success:
             return response
         try:
-            raise _problem(response.json())
-        except NOT_OURS:
-            if response.status_code in AWAY:
-                raise httpx.RemoteProtocolError(_foreign(response, response.text).message) from None
-            if response.status_code in GONE and JOBS not in response.url.path:
-                raise FileMissing(
-                    f"no picture is at {response.url.copy_with(query=None)}."
-                ) from None
-            raise _foreign(response, response.text) from None
+            raise _read_error(response.json())
+        except FOREIGN_ERRORS:
+            error = _foreign_response(response, response.text)
+            if response.status_code in UNAVAILABLE:
+                raise httpx.RemoteProtocolError(error.message) from None
+            if response.status_code in MISSING and JOBS not in response.url.path:
+                url = response.url.copy_with(query=None)
+                raise FileMissing(f"no image is at {url}.") from None
+            raise error from None
 
-    def patience(self, call: dict[str, Any], *, is_new: bool = False) -> _Patience:
-        """That of one call; of a new request, or one about a job that the service has."""
-        return _Patience(call["url"], self._patience_s, is_new=is_new)
+    def retry(self, request: dict[str, Any], *, is_new: bool = False) -> _Retry:
+        """Return the retries of a request.
+
+        Args:
+            request: The request, from another method.
+            is_new: Whether the request does not refer to a job of the service.
+        """
+        return _Retry(request["url"], self._retry_timeout_s, is_new=is_new)
 
 
 class Client:
-    """One service. `headers` go with every call to it, and not with files; `http` may bring an `httpx.Client` of one's own, with its
-    proxies and certificates.
+    """Client of one service.
 
-    A job that was submitted is waited for across a restart of the service, up to `patience_s` seconds without an answer; a new
-    request to where nobody is fails at once.
+    It waits for a submitted job across a restart of the service.
+    A new request fails immediately if the service cannot be reached.
+
+    Args:
+        base_url: URL of the service.
+        api_key: API key, if the service requires one.
+        headers: Headers of every request to the service, except for files.
+        http: An `httpx.Client` of your own, for instance with proxies and certificates.
+        retry_timeout_s: Maximum time without a response, in seconds.
     """
 
     def __init__(
@@ -212,9 +245,9 @@ class Client:
         api_key: str | None = None,
         headers: Mapping[str, str] | None = None,
         http: httpx.Client | None = None,
-        patience_s: float = PATIENCE_S,
+        retry_timeout_s: float = RETRY_TIMEOUT_S,
     ):
-        self._calls = _Calls(base_url, api_key, headers, patience_s)
+        self._protocol = _Protocol(base_url, api_key, headers, retry_timeout_s)
         self._http = http or httpx.Client(timeout=TIMEOUT_S)
 
     def __enter__(self) -> Client:
@@ -225,77 +258,110 @@ class Client:
 
     @property
     def base_url(self) -> str:
-        """The service's address, without a slash at its end."""
-        return self._calls.base_url
+        """Return the URL of the service, without a final slash."""
+        return self._protocol.base_url
 
     def generate(
         self, prompt: str, *, on_change: Callable[[JobStatus], None] = lambda _: None, **fields: Any
     ) -> list[bytes]:
-        """Draw, and bring the files; `on_change` is called at every change of the job. Raises what became of it."""
+        """Generate images and return their files.
+
+        Args:
+            prompt: Description of the image.
+            on_change: Called at every change of the job.
+            **fields: Further fields of the request.
+
+        Raises:
+            AlphalayerError: The request is refused, or the job failed or was cancelled.
+        """
         status = self.submit(prompt, **fields)
         for change in self.events(status.id):
             on_change(status := change)
-        return [self.download(each) for each in status.check().pictures]
+        return [self.download(image) for image in status.check().images]
 
     def submit(
         self, prompt: str, *, idempotency_key: str | None = None, **fields: Any
     ) -> JobStatus:
-        """Put a job into the queue; the same key gives the same job again. Raises `QueueFull`, `InvalidRequest` and others."""
+        """Submit a job. The same idempotency key returns the same job again.
+
+        Raises:
+            AlphalayerError: The request is refused, for instance `QueueFull`, `InvalidRequest`.
+        """
         return _read(
-            self._send(self._calls.submit(prompt, idempotency_key, fields), is_new=True),
+            self._send(self._protocol.submit(prompt, idempotency_key, fields), is_new=True),
             JobStatus.read,
         )
 
     def get(self, job_id: str) -> JobStatus:
-        """How a job stands. Raises `JobMissing`."""
-        return _read(self._send(self._calls.call("GET", f"{JOBS}/{job_id}")), JobStatus.read)
+        """Return the status of a job.
+
+        Raises:
+            JobMissing: There is no such job.
+        """
+        request = self._protocol.request("GET", f"{JOBS}/{job_id}")
+        return _read(self._send(request), JobStatus.read)
 
     def list(self, **query: Any) -> Sequence[JobStatus]:
-        """One's jobs, newest first; `state`, `limit`, `before` (created before this time)."""
-        return _read(self._send(self._calls.list(query), is_new=True), _read_list)
+        """List the client's jobs, newest first.
+
+        Args:
+            **query: `state`, `limit`, or `before` (only jobs created before this time).
+        """
+        return _read(self._send(self._protocol.list(query), is_new=True), _read_list)
 
     def cancel(self, job_id: str) -> JobStatus:
-        """Stop a job. Raises `JobMissing`."""
-        return _read(self._send(self._calls.call("DELETE", f"{JOBS}/{job_id}")), JobStatus.read)
+        """Stop a job.
+
+        Raises:
+            JobMissing: There is no such job.
+        """
+        request = self._protocol.request("DELETE", f"{JOBS}/{job_id}")
+        return _read(self._send(request), JobStatus.read)
 
     def withdraw(self, job_id: str) -> JobStatus:
-        """Want a job no more: it stops, unless somebody else submitted it, too, with the same key. Raises `JobMissing`."""
-        return _read(self._send(self._calls.withdraw(job_id)), JobStatus.read)
+        """Withdraw one submission of a job.
+
+        The job stops unless another client submitted it, too, with the same idempotency key.
+
+        Raises:
+            JobMissing: There is no such job.
+        """
+        return _read(self._send(self._protocol.withdraw(job_id)), JobStatus.read)
 
     def events(self, job_id: str) -> Iterator[JobStatus]:
-        """Every change of a job until it is over; goes on where the service is away for a while."""
-        call = self._calls.call("GET", f"{JOBS}/{job_id}/events")
-        patience = self._calls.patience(call)
+        """Yield every change of a job until it is finished, also across a restart."""
+        request = self._protocol.request("GET", f"{JOBS}/{job_id}/events")
+        retry = self._protocol.retry(request)
         while True:
             try:
-                with self._http.stream(**call) as response:
+                with self._http.stream(**request) as response:
                     if response.is_error:
                         response.read()
-                    for line in self._calls.check(response).iter_lines():
-                        if status := _event(response, line):
-                            patience.renew()
+                    for line in self._protocol.check(response).iter_lines():
+                        if status := _read_event(response, line):
+                            retry.reset()
                             yield status
-                            if status.is_over:
+                            if status.is_finished:
                                 return
                 raise httpx.RemoteProtocolError("the events ended before the job")
             except httpx.TransportError as error:
-                time.sleep(patience.pause_s(error))
+                time.sleep(retry.next_pause_s(error))
 
-    def download(self, picture: Picture | str) -> bytes:
-        """The file of a picture, or of its URL."""
-        return self._send(self._calls.file(picture)).content
+    def download(self, image: ImageInfo | str) -> bytes:
+        """Return the file of an image, or of its URL."""
+        return self._send(self._protocol.file(image)).content
 
-    def _send(self, call: dict[str, Any], *, is_new: bool = False) -> httpx.Response:
-        patience = self._calls.patience(call, is_new=is_new)
+    def _send(self, request: dict[str, Any], *, is_new: bool = False) -> httpx.Response:
+        retry = self._protocol.retry(request, is_new=is_new)
         while True:
             try:
-                return self._calls.check(self._http.request(**call))
+                return self._protocol.check(self._http.request(**request))
             except httpx.TransportError as error:
-                time.sleep(patience.pause_s(error))
+                time.sleep(retry.next_pause_s(error))
 
 
 class AsyncClient:
-    """`Client`, to be awaited."""
+    """Client with the methods of `Client` as coroutines."""
 
     def __init__(
         self,
@@ -304,9 +370,9 @@ class AsyncClient:
         api_key: str | None = None,
         headers: Mapping[str, str] | None = None,
         http: httpx.AsyncClient | None = None,
-        patience_s: float = PATIENCE_S,
+        retry_timeout_s: float = RETRY_TIMEOUT_S,
     ):
-        self._calls = _Calls(base_url, api_key, headers, patience_s)
+        self._protocol = _Protocol(base_url, api_key, headers, retry_timeout_s)
         self._http = http or httpx.AsyncClient(timeout=TIMEOUT_S)
 
     async def __aenter__(self) -> AsyncClient:
@@ -317,110 +383,118 @@ class AsyncClient:
 
     @property
     def base_url(self) -> str:
-        """The service's address, without a slash at its end."""
-        return self._calls.base_url
+        """Return the URL of the service, without a final slash."""
+        return self._protocol.base_url
 
     async def generate(
         self, prompt: str, *, on_change: Callable[[JobStatus], None] = lambda _: None, **fields: Any
     ) -> list[bytes]:
-        """See `Client.generate`."""
+        """Generate images and return their files. See `Client.generate`."""
         status = await self.submit(prompt, **fields)
         async for change in self.events(status.id):
             on_change(status := change)
-        return [await self.download(each) for each in status.check().pictures]
+        return [await self.download(image) for image in status.check().images]
 
     async def submit(
         self, prompt: str, *, idempotency_key: str | None = None, **fields: Any
     ) -> JobStatus:
-        """See `Client.submit`."""
+        """Submit a job. See `Client.submit`."""
         return _read(
-            await self._send(self._calls.submit(prompt, idempotency_key, fields), is_new=True),
+            await self._send(self._protocol.submit(prompt, idempotency_key, fields), is_new=True),
             JobStatus.read,
         )
 
     async def get(self, job_id: str) -> JobStatus:
-        """See `Client.get`."""
-        return _read(await self._send(self._calls.call("GET", f"{JOBS}/{job_id}")), JobStatus.read)
+        """Return the status of a job. See `Client.get`."""
+        request = self._protocol.request("GET", f"{JOBS}/{job_id}")
+        return _read(await self._send(request), JobStatus.read)
 
     async def list(self, **query: Any) -> Sequence[JobStatus]:
-        """See `Client.list`."""
-        return _read(await self._send(self._calls.list(query), is_new=True), _read_list)
+        """List the client's jobs. See `Client.list`."""
+        return _read(await self._send(self._protocol.list(query), is_new=True), _read_list)
 
     async def cancel(self, job_id: str) -> JobStatus:
-        """See `Client.cancel`."""
-        return _read(
-            await self._send(self._calls.call("DELETE", f"{JOBS}/{job_id}")), JobStatus.read
-        )
+        """Stop a job. See `Client.cancel`."""
+        request = self._protocol.request("DELETE", f"{JOBS}/{job_id}")
+        return _read(await self._send(request), JobStatus.read)
 
     async def withdraw(self, job_id: str) -> JobStatus:
-        """See `Client.leave`."""
-        return _read(await self._send(self._calls.withdraw(job_id)), JobStatus.read)
+        """Withdraw one submission of a job. See `Client.withdraw`."""
+        return _read(await self._send(self._protocol.withdraw(job_id)), JobStatus.read)
 
     async def events(self, job_id: str) -> AsyncIterator[JobStatus]:
-        """See `Client.events`."""
-        call = self._calls.call("GET", f"{JOBS}/{job_id}/events")
-        patience = self._calls.patience(call)
+        """Yield every change of a job until it is finished. See `Client.events`."""
+        request = self._protocol.request("GET", f"{JOBS}/{job_id}/events")
+        retry = self._protocol.retry(request)
         while True:
             try:
-                async with self._http.stream(**call) as response:
+                async with self._http.stream(**request) as response:
                     if response.is_error:
                         await response.aread()
-                    async for line in self._calls.check(response).aiter_lines():
-                        if status := _event(response, line):
-                            patience.renew()
+                    async for line in self._protocol.check(response).aiter_lines():
+                        if status := _read_event(response, line):
+                            retry.reset()
                             yield status
-                            if status.is_over:
+                            if status.is_finished:
                                 return
                 raise httpx.RemoteProtocolError("the events ended before the job")
             except httpx.TransportError as error:
-                await asyncio.sleep(patience.pause_s(error))
+                await asyncio.sleep(retry.next_pause_s(error))
 
-    async def download(self, picture: Picture | str) -> bytes:
-        """See `Client.download`."""
-        return (await self._send(self._calls.file(picture))).content
+    async def download(self, image: ImageInfo | str) -> bytes:
+        """Return the file of an image, or of its URL."""
+        return (await self._send(self._protocol.file(image))).content
 
-    async def _send(self, call: dict[str, Any], *, is_new: bool = False) -> httpx.Response:
-        patience = self._calls.patience(call, is_new=is_new)
+    async def _send(self, request: dict[str, Any], *, is_new: bool = False) -> httpx.Response:
+        retry = self._protocol.retry(request, is_new=is_new)
         while True:
             try:
-                return self._calls.check(await self._http.request(**call))
+                return self._protocol.check(await self._http.request(**request))
             except httpx.TransportError as error:
-                await asyncio.sleep(patience.pause_s(error))
+                await asyncio.sleep(retry.next_pause_s(error))
 
 
 def _read(response: httpx.Response, read: Callable[[Any], T]) -> T:
-    """What an answer says. Raises `ServiceUnreachable` if it is not the service's."""
+    """Read the JSON of a response.
+
+    Raises:
+        ServiceUnreachable: The response is not one of the service.
+    """
     try:
         return read(response.json())
-    except NOT_OURS:
-        raise _foreign(response, response.text) from None
+    except FOREIGN_ERRORS:
+        raise _foreign_response(response, response.text) from None
 
 
-def _read_list(answer: dict[str, Any]) -> list[JobStatus]:
-    return [JobStatus.read(each) for each in answer["jobs"]]
+def _read_list(body: dict[str, Any]) -> list[JobStatus]:
+    return [JobStatus.read(job) for job in body["jobs"]]
 
 
-def _event(response: httpx.Response, line: str) -> JobStatus | None:
-    """The job of a line of server-sent events, None for lines that carry none. Raises as `_read` does."""
+def _read_event(response: httpx.Response, line: str) -> JobStatus | None:
+    """Read the job in a line of server-sent events, or return None if it has none.
+
+    Raises:
+        ServiceUnreachable: The line is not one of the service.
+    """
     if not line or line.startswith((":", "event:", "id:", "retry:")):
         return None
     try:
         return JobStatus.read(json.loads(line.removeprefix("data:")))
-    except NOT_OURS:
-        raise _foreign(response, line) from None
+    except FOREIGN_ERRORS:
+        raise _foreign_response(response, line) from None
 
 
-def _foreign(response: httpx.Response, said: str) -> ServiceUnreachable:
-    """The error for an answer that is not the service's."""
+def _foreign_response(response: httpx.Response, text: str) -> ServiceUnreachable:
+    """Return the error for a response that is not one of the service."""
     return ServiceUnreachable(
-        f"{response.url} answered {response.status_code}: {said.strip()[:200]}", hint=_WHERE
+        f"{response.url} answered {response.status_code}: {text.strip()[:200]}", hint=_WHERE
     )
 
 
-def _problem(answer: dict[str, Any]) -> AlphalayerError:
-    """The error that problem details stand for; `detail` begins with the field where there is one."""
-    field = answer.get("field")
-    message = answer["detail"].removeprefix(f"{field}: ") if field else answer["detail"]
+def _read_error(body: dict[str, Any]) -> AlphalayerError:
+    """Read the error in problem details, whose `detail` begins with the field."""
+    field = body.get("field")
+    message = body["detail"].removeprefix(f"{field}: ") if field else body["detail"]
     return AlphalayerError.from_dict(
-        {"code": answer["code"], "message": message, "hint": answer.get("hint", ""), "field": field}
+        {"code": body["code"], "message": message, "hint": body.get("hint", ""), "field": field}
     )

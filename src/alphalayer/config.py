@@ -1,6 +1,7 @@
-"""Settings: from flags, the environment (`ALPHALAYER_*`) and `alphalayer.toml`, in that order; frozen; wrong ones fail loudly.
+"""Settings from flags, the environment (`ALPHALAYER_*`) and `alphalayer.toml`, in that order.
 
-Read by the command, the composition root and process entries only; everything else is handed plain values.
+Only the command, the composition root and process entries read them.
+All other code receives plain values.
 """
 
 from __future__ import annotations
@@ -33,19 +34,25 @@ from alphalayer.core.request import DecodeMode, NoiseSource
 PREFIX = "ALPHALAYER_"
 TOML_FILE = "alphalayer.toml"
 STARTED_BY = f"{PREFIX}STARTED_BY"
-"""Set by run.py to the words that start this program, for hints."""
+"""Name of the variable in which run.py passes the command that started it, for hints."""
 API_KEY = f"{PREFIX}API_KEY"
-"""The key that `alphalayer mcp` shows to the service."""
+"""Name of the variable with the API key that `alphalayer mcp` sends to the service."""
 
 
 def _matching(pattern: str, accepted: str, *, is_list: bool = False) -> AfterValidator:
-    """A check of a text, or of each part of a comma-separated list; `accepted` says what may stand there. Secrets are not repeated."""
+    """Return a validator that matches a text against a pattern.
+
+    Args:
+        pattern: Regular expression for the whole text.
+        accepted: Description of accepted values, for the error message.
+        is_list: Split the text at commas and match each part.
+
+    The error message does not repeat the value of a secret.
+    """
 
     def check(value: Any) -> Any:
         text = (value.get_secret_value() if isinstance(value, SecretStr) else value) or ""
-        for part in filter(
-            None, (each.strip() for each in (text.split(",") if is_list else [text]))
-        ):
+        for part in _split_list(text) if is_list else filter(None, [text.strip()]):
             if not re.fullmatch(pattern, part):
                 shown = "" if isinstance(value, SecretStr) else f'"{part}" is not accepted; '
                 raise ValueError(f"{shown}use {accepted}")
@@ -54,13 +61,17 @@ def _matching(pattern: str, accepted: str, *, is_list: bool = False) -> AfterVal
     return AfterValidator(check)
 
 
+def _split_list(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
 def _check_networks(value: str) -> str:
-    for part in filter(None, (each.strip() for each in value.split(","))):
+    for part in _split_list(value):
         try:
             ip_network(part if part != "*" else "::", strict=False)
         except ValueError:
             raise ValueError(
-                f'"{part}" is no address; use IP addresses, networks such as 10.0.0.0/8, or *'
+                f'"{part}" is not an address; use IP addresses, networks such as 10.0.0.0/8, or *'
             ) from None
     return value
 
@@ -69,13 +80,15 @@ _HTTP = r"https?://[^/\s]+"
 
 
 class Settings(BaseSettings):
-    """Everything that can be set. Each field's description is its documentation."""
+    """All settings. The description of a field is its documentation."""
 
     model_config = SettingsConfigDict(
         env_prefix=PREFIX, env_ignore_empty=True, toml_file=TOML_FILE, frozen=True, extra="forbid"
     )
 
-    host: Annotated[str, Field(description="Address to listen on; 0.0.0.0 for all.")] = "127.0.0.1"
+    host: Annotated[str, Field(description="Address to listen on. All addresses: 0.0.0.0.")] = (
+        "127.0.0.1"
+    )
     port: Annotated[int, Field(ge=1, le=65535, description="Port to listen on.")] = 7861
     models_dir: Annotated[
         Path, Field(description="Folder with Stable-diffusion/, layer_model/ and Lora/.")
@@ -83,17 +96,19 @@ class Settings(BaseSettings):
     embeddings_dir: Annotated[
         Path | None,
         Field(
-            description="Folder with textual-inversion embeddings; unset: embeddings, beside models_dir."
+            description="Folder with textual-inversion embeddings. "
+            "Default: embeddings, beside models_dir."
         ),
     ] = None
-    outputs_dir: Annotated[Path, Field(description="Folder that pictures are written to.")] = Path(
+    outputs_dir: Annotated[Path, Field(description="Folder for generated images.")] = Path(
         "outputs"
     )
-    data_dir: Annotated[Path, Field(description="Folder of the journal of jobs.")] = Path("data")
+    data_dir: Annotated[Path, Field(description="Folder of the job journal.")] = Path("data")
     database: Annotated[
         SecretStr | None,
         Field(
-            description="postgresql://user:password@host/name of a queue that many machines share; else a file in data_dir."
+            description="Database of a queue that many machines share: "
+            "postgresql://user:password@host/name. Default: a file in data_dir."
         ),
         _matching(
             r"postgres(ql)?://.*",
@@ -103,36 +118,44 @@ class Settings(BaseSettings):
     storage: Annotated[
         str | None,
         Field(
-            description="s3://bucket/prefix for pictures that many machines share; else outputs_dir."
+            description="Bucket for images that many machines share: s3://bucket/prefix. "
+            "Default: outputs_dir."
         ),
         _matching(r"(s3|gs|az)://[^/\s].*", "s3://bucket/prefix"),
     ] = None
     redirect_files: Annotated[
         bool,
         Field(
-            description="Send those who want a picture to a signed URL of the bucket, instead of its bytes."
+            description="Redirect image downloads to a signed URL of the bucket, "
+            "instead of sending the bytes."
         ),
     ] = False
     role: Annotated[
         Literal["all", "api", "worker"],
-        Field(description="With a shared queue: answer requests (api), draw (worker), or both."),
+        Field(
+            description="With a shared queue: answer requests (api), generate images (worker), "
+            "or both (all)."
+        ),
     ] = "all"
     default_model: Annotated[
-        str | None, Field(description="Model of requests that name none; else the first one.")
+        str | None,
+        Field(description="Model of requests that name none. Default: the first model."),
     ] = None
     public_url: Annotated[
         str | None,
-        Field(description="Base of the URLs handed out, as clients reach the service."),
-        _matching(_HTTP + r"\S*", "http:// or https:// and a host, https://pics.example.com say"),
+        Field(description="Base of the URLs in responses, as clients reach the service."),
+        _matching(
+            _HTTP + r"\S*", "http:// or https:// and a host, such as https://images.example.com"
+        ),
     ] = None
     trusted_proxies: Annotated[
         str,
-        Field(description="Comma-separated addresses whose X-Forwarded-* headers are believed."),
+        Field(description="Comma-separated addresses whose X-Forwarded-* headers are trusted."),
         AfterValidator(_check_networks),
     ] = "127.0.0.1"
     cors_allow_origins: Annotated[
         str,
-        Field(description='Comma-separated origins for CORS, or "*"; empty: off.'),
+        Field(description='Comma-separated origins for CORS, or "*". Empty: off.'),
         _matching(
             rf"\*|{_HTTP}",
             'origins such as https://example.com, without a path, or "*"',
@@ -141,17 +164,18 @@ class Settings(BaseSettings):
     ] = ""
     api_auth: Annotated[
         SecretStr | None,
-        Field(description="user:password for HTTP Basic; several by commas."),
+        Field(description="Comma-separated user:password pairs for HTTP Basic."),
         _matching(
             r"[A-Za-z0-9_.@-]{1,100}:.*",
-            "user:password, several by commas; users of ASCII letters, digits and _.@-",
+            "comma-separated user:password pairs; users of ASCII letters, digits and _.@-",
             is_list=True,
         ),
     ] = None
     keys_file: Annotated[
         Path,
         Field(
-            description="API keys, as hashes; made with `alphalayer keys add`; where the file is, a key is asked for."
+            description="File of hashed API keys, created by `alphalayer keys add`. "
+            "While the file exists, requests need a key."
         ),
     ] = Path("data/keys.json")
     device: Annotated[str, Field(description="auto, cuda, cuda:0, mps or cpu.")] = "auto"
@@ -161,77 +185,83 @@ class Settings(BaseSettings):
     ] = "auto"
     memory: Annotated[
         Literal["auto", "high", "balanced", "low"],
-        Field(description="What stays on the GPU: high from 16 GB on, balanced for 12, low for 8."),
+        Field(description="GPU memory mode: high from 16 GB on, balanced for 12 GB, low for 8 GB."),
     ] = "auto"
     noise: Annotated[
-        NoiseSource, Field(description="Noise where a request names none; nv is portable.")
+        NoiseSource,
+        Field(description="Noise source of requests that name none; nv is the same everywhere."),
     ] = "nv"
     decode: Annotated[
         DecodeMode,
-        Field(description="Transparent decode: official, or forge2 for Forge 2's pictures."),
+        Field(description="Transparent decode: official, or forge2 as Forge 2 does it."),
     ] = "official"
     batch_pixels: Annotated[
         int | None,
         Field(
             ge=0,
-            description="Pixels drawn together at most, over several jobs; 0: each job alone; unset: what the GPU has room for.",
+            description="Most pixels generated together, over several jobs. 0: each job alone. "
+            "Default: what fits into GPU memory.",
         ),
     ] = None
     batch_wait_s: Annotated[
         float,
-        Field(
-            ge=0, le=10, description="Seconds that a batch which is not full waits for more jobs."
-        ),
+        Field(ge=0, le=10, description="Seconds that an incomplete batch waits for more jobs."),
     ] = 0.02
     spare_model_gb: Annotated[
         float,
         Field(
             ge=0,
-            description="Host memory for models that are not in use, so that going back to one needs no disk.",
+            description="Host memory (GB) for models that are not in use. "
+            "Switching back to one then needs no disk.",
         ),
     ] = 0.0
     queue_limit: Annotated[
-        int, Field(ge=1, le=100_000, description="Jobs that may wait; more are answered 429.")
+        int, Field(ge=1, le=100_000, description="Most waiting jobs. More are refused with 429.")
     ] = 200
     silence_limit_s: Annotated[
         float,
         Field(
             gt=0,
-            description="Seconds of silence after which an engine process that starts or works is taken for hung.",
+            description="Seconds without a message after which a starting or running engine "
+            "process counts as hung.",
         ),
     ] = 900.0
     webhook_secret: Annotated[
         SecretStr | None,
-        Field(description="Signs webhooks; without it jobs with a webhook_url are refused."),
+        Field(
+            description="Secret that signs webhooks. Without it, jobs with a webhook_url are "
+            "refused."
+        ),
     ] = None
     webhook_allow_private: Annotated[
-        bool, Field(description="Send webhooks into private networks and to this machine, too.")
+        bool, Field(description="Also send webhooks to private networks and to this machine.")
     ] = False
     keep_pictures_days: Annotated[
-        float, Field(ge=0, description="Pictures older than this are removed; 0: never.")
+        float, Field(ge=0, description="Days after which images are removed. 0: never.")
     ] = 0.0
     keep_pictures_bytes: Annotated[
         int,
         Field(
-            ge=0, description="Above this size of all pictures the oldest are removed; 0: never."
+            ge=0,
+            description="Total size of images above which the oldest are removed. 0: never.",
         ),
     ] = 0
     keep_jobs_days: Annotated[
-        float, Field(ge=0, description="Jobs that were over so long are forgotten; 0: never.")
+        float, Field(ge=0, description="Days after which finished jobs are removed. 0: never.")
     ] = 30.0
     drain_s: Annotated[
         int,
         Field(
             ge=0,
-            description="Seconds that requests at work get to end when the service is stopped.",
+            description="Seconds that running requests may take to finish during shutdown.",
         ),
     ] = 60
     max_request_pixels: Annotated[
         int,
         Field(
             ge=0,
-            description="Pixels of all pictures of one request together, with a side left out counted as 1024; more are answered 422; "
-            "0: no limit.",
+            description="Most pixels of all images of one request. An omitted side counts as "
+            "1024. More are refused with 422. 0: no limit.",
         ),
     ] = 0
     max_request_bytes: Annotated[int, Field(ge=1024, description="Largest request body.")] = (
@@ -239,13 +269,13 @@ class Settings(BaseSettings):
     )
     log_level: Annotated[
         Literal["debug", "info", "warning", "error"],
-        Field(description="Least serious log lines shown."),
+        Field(description="Lowest level of log lines."),
     ] = "info"
-    log_prompts: Annotated[bool, Field(description="Write prompts into the log.")] = False
+    log_prompts: Annotated[bool, Field(description="Log prompts.")] = False
     tracing: Annotated[
         bool,
         Field(
-            description="Send traces over OTLP; the OTEL_* variables of OpenTelemetry say where to."
+            description="Send traces over OTLP to the address in OpenTelemetry's OTEL_* variables."
         ),
     ] = False
     log_json: Annotated[
@@ -256,7 +286,7 @@ class Settings(BaseSettings):
     @classmethod
     def _not_empty(cls, value: Any, info: ValidationInfo) -> Any:
         if value == "" and info.field_name not in ("cors_allow_origins", "trusted_proxies"):
-            raise ValueError("it is empty; leave it out where it is not meant")
+            raise ValueError("it is empty; give a value, or remove the setting")
         return value
 
     @field_validator("port", mode="before")
@@ -273,28 +303,28 @@ class Settings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003
         file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Flags before environment before TOML file."""
+        """Return the sources: flags, then the environment, then the TOML file."""
         return init_settings, env_settings, TomlConfigSettingsSource(settings_cls)
 
     @field_validator("role")
     @classmethod
-    def _parts_need_a_shared_queue(cls, value: str, info: ValidationInfo) -> str:
+    def _check_shared_queue(cls, value: str, info: ValidationInfo) -> str:
         if value != "all" and not info.data.get("database", True):
-            raise ValueError(f'"{value}" needs a database that is shared')
+            raise ValueError(f'"{value}" needs a shared database; set database')
         return value
 
     @property
-    def pictures(self) -> str:
-        """Where pictures go: a folder's path, or the URL of a bucket."""
+    def image_location(self) -> str:
+        """Return the path of the folder, or the URL of the bucket, for images."""
         return self.storage or str(self.outputs_dir)
 
     @property
     def embeddings(self) -> Path:
-        """The folder of embeddings that is meant."""
+        """Return the folder of embeddings."""
         return self.embeddings_dir or self.models_dir.parent / "embeddings"
 
     def engine_options(self) -> dict[str, Any]:
-        """The options of the engine process, as plain JSON values."""
+        """Return the options of the engine process, as plain JSON values."""
         return {
             "models_dir": str(self.models_dir),
             "embeddings_dir": str(self.embeddings),
@@ -308,17 +338,20 @@ class Settings(BaseSettings):
 
 
 def load_settings(**flags: Any) -> Settings:
-    """Read the settings; flags that are None do not count.
+    """Read the settings. Flags that are None do not count.
 
     Raises:
-        SetupFailed: an unknown name or a value that is not accepted; the message names it as it was given: flag, variable, or line.
+        SetupFailed: A name is unknown or a value is not accepted.
+            The message names the flag, the variable, or the line of the TOML file.
     """
-    known = {f"{PREFIX}{name.upper()}" for name in Settings.model_fields} | {
+    variables = {f"{PREFIX}{name.upper()}" for name in Settings.model_fields} | {
         f"{PREFIX}TORCH",
         STARTED_BY,
         API_KEY,
     }
-    unknown = sorted(name for name in os.environ if name.startswith(PREFIX) and name not in known)
+    unknown = sorted(
+        name for name in os.environ if name.startswith(PREFIX) and name not in variables
+    )
     if unknown:
         raise SetupFailed(f"unknown setting in the environment: {', '.join(unknown)}.", hint=_LIST)
     try:
@@ -328,20 +361,21 @@ def load_settings(**flags: Any) -> Settings:
         name = ".".join(str(part) for part in first["loc"])
         field = Settings.model_fields.get(name)
         if field and field.annotation == SecretStr | None:
-            first["input"] = "…"  # what was given may be a password in the wrong form
+            first["input"] = "…"  # the value may be a password in the wrong form
         raise SetupFailed(
-            f"{_as_given(name, flags)}: {validation.describe_validation_error(first)}.", hint=_LIST
+            f"{_source_of(name, flags)}: {validation.describe_validation_error(first)}.",
+            hint=_LIST,
         ) from None
     except (OSError, ValueError) as error:
         raise SetupFailed(f"{TOML_FILE} cannot be read: {error}.", hint=_LIST) from None
 
 
 def flag_of(name: str) -> str:
-    """The flag of a setting or field."""
+    """Return the flag of a setting or field."""
     return "--" + name.replace("_", "-")
 
 
-def _as_given(name: str, flags: dict[str, Any]) -> str:
+def _source_of(name: str, flags: dict[str, Any]) -> str:
     if flags.get(name) is not None:
         return flag_of(name)
     variable = f"{PREFIX}{name.upper()}"

@@ -49,7 +49,7 @@ async def test_what_is_wrong_stands_beside_its_field_before_anything_is_sent(vis
     await visit.fill(prompt=" ", width="9", seed="1.5", batch_size="9")
     visit.asked.clear()
     await page.click("#draw")
-    await expect(page.locator("#prompt-error")).to_contain_text("Say what to draw")
+    await expect(page.locator("#prompt-error")).to_contain_text("Describe an image")
     await expect(page.locator("#width-error")).to_have_text("A whole number from 64 to 2048.")
     await expect(page.locator("#batch_size-error")).to_have_text("A whole number from 1 to 8.")
     await expect(page.locator("#seed-error")).to_contain_text("A whole number")
@@ -172,7 +172,7 @@ async def test_settings_of_a_model_that_is_no_longer_here_say_so(visit: Visit):
     await expect(page.locator("#scheduler option")).not_to_have_count(0)
     await page.locator("#history button").click()
     await page.click("#reuse")
-    await expect(page.locator("#note")).to_have_text("Not here: model pears, sampler Eulr.")
+    await expect(page.locator("#note")).to_have_text("Not available: model pears, sampler Eulr.")
     assert await page.input_value("#checkpoint") == ""
     await expect(page.locator("#checkpoint-help")).to_contain_text("small built-in model")
 
@@ -210,7 +210,7 @@ async def test_a_picture_that_is_no_longer_kept_still_has_its_settings(visit: Vi
     await page.reload()
     await expect(page.locator("#history span")).to_have_text("gone")
     await page.locator("#history button").click()
-    await expect(page.locator("#empty")).to_contain_text("keeps this picture no longer")
+    await expect(page.locator("#empty")).to_contain_text("has removed this image")
     await expect(page.locator("#save-png")).to_be_hidden()
     await page.click("#reuse")
     assert await page.input_value("#prompt") == "gone"
@@ -283,14 +283,16 @@ async def test_a_service_that_was_away_is_waited_for(browser: Browser, tmp_path:
         await visit.start("patient")
         restart.kill()
         await expect(page.locator("#state")).to_have_text(
-            "The service cannot be reached. Looking for it…"
+            "The service cannot be reached. Trying again…"
         )
         await expect(page.locator("#progress-words")).to_have_text("Waiting for the service")
         await page.click("#stop")
         await expect(page.locator("#progress-words")).to_contain_text("Not cancelled.")
         await expect(page.locator("#stop")).to_be_enabled()
         await page.click("#draw")
-        await expect(page.locator("#form-error")).to_contain_text("Draw again when it is back")
+        await expect(page.locator("#form-error")).to_contain_text(
+            "Press Generate again when it is back"
+        )
         await visit.expect_no_serious_fault()
         restart.start()
         await expect(page.locator("#state")).to_be_empty(timeout=60_000)
@@ -311,19 +313,17 @@ async def test_why_the_service_cannot_draw_is_said_as_long_as_it_cannot(
         page = visit.page
         await visit.fill(prompt="early")
         await page.click("#draw")
-        await expect(page.locator("#progress-words")).to_have_text(
-            "Starting: the model is being loaded"
-        )
+        await expect(page.locator("#progress-words")).to_have_text("Starting: loading the model")
         await expect(page.locator("#state")).to_be_empty()
         gate.write_text("fine")
         await expect(page.locator("#history li")).to_have_count(1, timeout=15_000)
         gate.write_text("broken")
         os.kill(client.app.state.parts.pool.supervisors[0].process_id, signal.SIGKILL)  # type: ignore[attr-defined]
-        words = "The service cannot draw now: the card is gone. Put it back."
+        words = "The service cannot generate images: the card is gone. Put it back."
         await expect(page.locator("#state")).to_have_text(words, timeout=15_000)
         await page.click("#draw")
         await expect(page.locator("#progress-words")).to_have_text(
-            "Waiting: the service cannot draw now"
+            "Waiting: the service cannot generate images"
         )
         await visit.expect_no_serious_fault()
         gate.write_text("fine")

@@ -81,7 +81,7 @@ async def test_a_picture_of_forge_says_what_is_not_here(visit: Visit):
     )
     await visit.drop("cat.png", picture(parameters=text))
     await expect(visit.page.locator("#note")).to_have_text(
-        "The settings of cat.png are in the form. Not here: model juggernautXL, clip skip 2, hires upscale 2."
+        "The settings of cat.png are in the form. Not available: model juggernautXL, clip skip 2, hires upscale 2."
     )
     wanted = {
         "prompt": "a cat, <lora:foo:0.8>",
@@ -96,16 +96,16 @@ async def test_a_picture_of_forge_says_what_is_not_here(visit: Visit):
 @pytest.mark.parametrize(
     ("said", "words", "chosen"),
     [
-        ("Model hash: deadbeef12", " Not here: model [deadbeef12].", ""),
+        ("Model hash: deadbeef12", " Not available: model [deadbeef12].", ""),
         (
             "Model hash: deadbeef12, Model: apples",
-            " Not here: model apples [deadbeef12].",
+            " Not available: model apples [deadbeef12].",
             "apples",
         ),
         ("Model hash: 0123456789, Model: another name", "", "apples"),
         (
             "layerdiffusion_enabled: True, layerdiffusion_decode: forge2",
-            " Not here: LayerDiffuse decode forge2 (unless the service is set to it).",
+            " Not available: LayerDiffuse decode forge2 (unless the service is set to it).",
             "",
         ),
     ],
@@ -163,19 +163,19 @@ async def test_a_schedule_and_noise_that_are_not_the_models_own_are_not_passed_o
     text = "a cat\nSteps: 20, Sampler: DPM++ 2M SDE, Schedule type: Automatic, CFG scale: 5, Seed: 7, Size: 64x64, RNG: "
     await visit.drop("cat.png", picture(parameters=text + "CPU"))
     await expect(visit.page.locator("#note")).to_have_text(
-        "The settings of cat.png are in the form. Not here: RNG CPU."
+        "The settings of cat.png are in the form. Not available: RNG CPU."
     )
     assert await visit.values("scheduler") == {"scheduler": "Exponential"}
     await visit.drop("dog.png", picture(parameters=text.replace(" Automatic", " Turbo") + "NV"))
     await expect(visit.page.locator("#note")).to_have_text(
-        "The settings of dog.png are in the form. Not here: schedule type Turbo."
+        "The settings of dog.png are in the form. Not available: schedule type Turbo."
     )
     assert await visit.values("scheduler") == {"scheduler": ""}
 
 
 @pytest.mark.parametrize(
     ("status", "words"),
-    [(413, "This is too large for the way to the service"), (429, "without a reason")],
+    [(413, "A proxy before the service refused this request"), (429, "without a reason")],
 )
 async def test_a_picture_that_does_not_reach_the_service_is_not_said_to_carry_nothing(
     visit: Visit, status: int, words: str
@@ -195,23 +195,23 @@ async def test_another_picture_lies_behind(visit: Visit):
     await page.set_input_files(
         "#open-photo", files=[{"name": "wall.png", "mimeType": "image/png", "buffer": picture()}]
     )
-    await expect(page.locator("#note")).to_have_text("wall.png lies behind the picture.")
+    await expect(page.locator("#note")).to_have_text("wall.png is the background.")
     assert await visit.corner() == (200, 30, 90)
     await page.check("[name=backdrop][value=white]")
     await page.check("[name=backdrop][value=photo]")
     assert await visit.corner() == (200, 30, 90)
     await visit.drop("plain.png", picture(color=(1, 2, 3)))
-    await expect(page.locator("#note")).to_have_text("plain.png lies behind the picture.")
+    await expect(page.locator("#note")).to_have_text("plain.png is the background.")
     assert await visit.corner() == (1, 2, 3)
     visit.asked.clear()
     await visit.drop("large.jpg", picture("JPEG"), "image/jpeg", more=13_000_000)
-    await expect(page.locator("#note")).to_have_text("large.jpg lies behind the picture.")
+    await expect(page.locator("#note")).to_have_text("large.jpg is the background.")
     await visit.drop("large.png", picture(), more=13_000_000)
     await expect(page.locator("#note")).to_have_text(
-        "large.png lies behind the picture. Settings are looked for in PNG, WebP and AVIF up to 11 MB."
+        "large.png is the background. Settings are read from PNG, WebP and AVIF files up to 11 MB."
     )
     await visit.drop("broken.png", b"no picture")
-    await expect(page.locator("#note")).to_contain_text("broken.png is not a picture")
+    await expect(page.locator("#note")).to_contain_text("broken.png is not an image")
     assert not [each for each in visit.asked if "png-info" in each]
 
 

@@ -42,7 +42,7 @@ async def test_a_key_that_cannot_be_sent_is_not_kept(visit: Visit):
     page = visit.page
     await _enter(visit, "alk_abc…")
     await expect(page.locator("#key-error")).to_have_text(
-        "A key has no “…” in it. Copy it once more."
+        "A key cannot contain “…”. Copy it again."
     )
     await page.fill("#key", "user:pässwört…")
     await page.keyboard.press("Enter")
@@ -95,7 +95,7 @@ async def test_a_request_whose_answer_is_lost_is_not_drawn_twice(
     await page.context.route("**/alpha/v1/jobs", lose)
     await visit.fill(prompt="lost", seed="-1")
     await page.click("#draw")
-    await expect(page.locator("#form-error")).to_contain_text("it is drawn once all the same")
+    await expect(page.locator("#form-error")).to_contain_text("the job runs only once")
     await page.context.unroute("**/alpha/v1/jobs")
     await page.context.route(
         "**/alpha/v1/jobs", lambda route: route.fulfill(status=429, json={"detail": "too much."})

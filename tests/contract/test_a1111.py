@@ -402,7 +402,7 @@ def test_every_error_has_the_shape_of_that_api(client):
     assert (large.status_code, list(large.json())) == (413, ["detail"])
     broken = client.post("/sdapi/v1/png-info", json={"image": "data:image/png;base64,aGk="})
     assert broken.status_code == 422
-    assert "not a picture" in broken.json()["detail"]
+    assert "not an image" in broken.json()["detail"]
     assert (
         client.post("/sdapi/v1/png-info", json={"image": "?"})
         .json()["detail"]

@@ -43,7 +43,7 @@ def test_generate_brings_the_files_and_tells_how_far_it_is(address: str):
     assert steps == sorted(steps)
     assert len(set(steps)) > 1
     assert changes[-1].state == "done"
-    assert [each.seed for each in changes[-1].pictures] == [7, 8]
+    assert [each.seed for each in changes[-1].images] == [7, 8]
 
 
 async def test_the_async_client_does_the_same(address: str):
@@ -51,7 +51,7 @@ async def test_the_async_client_does_the_same(address: str):
     async with AsyncClient(address) as client:
         (picture,) = await client.generate("an apple", seed=7, on_change=changes.append, **SMALL)
         assert codecs.decode(picture)[0].shape == (64, 64, 4)
-        assert changes[-1].is_over
+        assert changes[-1].is_finished
         job = await client.submit("slow", steps=150, width=64, height=64)
         assert (await client.get(job.id)).state in ("queued", "running")
         assert job.id in {each.id for each in await client.list(limit=5)}
@@ -101,7 +101,7 @@ def test_an_address_that_cannot_be_asked_is_told_at_once():
 def test_a_picture_that_nobody_hands_out_is_missed_at_its_own_address(address: str):
     elsewhere = f"http://127.0.0.1:{free_port()}/cup.png"
     with (
-        Client(address, patience_s=0) as client,
+        Client(address, retry_timeout_s=0) as client,
         pytest.raises(ServiceUnreachable, match=elsewhere),
     ):
         client.download(elsewhere)
@@ -123,9 +123,9 @@ def test_nobody_there_is_told_at_once(address: str):
 
 async def test_a_job_is_waited_for_as_long_as_was_said():
     address, start = f"http://127.0.0.1:{free_port()}", time.monotonic()
-    with Client(address, patience_s=0.4) as client, pytest.raises(ServiceUnreachable):
+    with Client(address, retry_timeout_s=0.4) as client, pytest.raises(ServiceUnreachable):
         list(client.events("0" * 24))
-    async with AsyncClient(address, patience_s=0.4) as client:
+    async with AsyncClient(address, retry_timeout_s=0.4) as client:
         with pytest.raises(ServiceUnreachable):
             await client.get("0" * 24)
     assert 0.4 <= time.monotonic() - start < 3
@@ -204,7 +204,7 @@ def test_a_bucket_without_the_picture_is_no_service_that_is_away(status: int):
     with (
         saying(status, refusal) as address,
         Client(address) as client,
-        pytest.raises(FileMissing, match=rf"no picture is at {address}/pictures/cup.png\."),
+        pytest.raises(FileMissing, match=rf"no image is at {address}/pictures/cup.png\."),
     ):
         client.download(f"{address}/pictures/cup.png?X-Amz-Signature=secret")
 
@@ -229,7 +229,7 @@ async def test_a_proxy_that_finds_nobody_is_asked_again(address: str):
     with Client(address) as client:
         job = client.submit("an apple", **SMALL)
     with other(Proxy) as proxy:
-        async with AsyncClient(proxy, patience_s=0) as client:
+        async with AsyncClient(proxy, retry_timeout_s=0) as client:
             with pytest.raises(ServiceUnreachable, match="answered 502: <h1>Bad Gateway</h1>"):
                 await client.get(job.id)
         with Client(proxy) as client:
@@ -277,7 +277,7 @@ def test_a_picture_is_waited_for_across_a_restart_of_the_service(tmp_path: Path)
                     seen.set()
             killer.join()
             assert states[-1].state == "done"
-            assert len(client.download(states[-1].pictures[0])) > 100
+            assert len(client.download(states[-1].images[0])) > 100
     finally:
         for each in running:
             each.kill()

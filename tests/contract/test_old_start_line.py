@@ -31,7 +31,7 @@ def test_the_old_start_line_serves(tmp_path: Path):
             ].keys()
             assert client.get("/docs").status_code == 200
             assert client.get("/readyz").json()["engines"].keys() == {"cpu"}
-        assert "warning: --xformers has nothing to change here" in (tmp_path / "log").read_text()
+        assert "warning: --xformers has no effect here" in (tmp_path / "log").read_text()
     finally:
         process.terminate()
         process.wait(30)

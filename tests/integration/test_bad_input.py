@@ -384,10 +384,12 @@ def test_a_folder_that_not_even_root_may_write_to_is_named(
 def test_an_output_name_of_another_format_is_refused(
     command: Callable[..., str], originals: Path, tmp_path: Path
 ):
-    assert '"jpg" is not a format' in command(*_generate(originals, tmp_path / "picture.jpg"))
+    assert '"jpg" is not a supported format' in command(
+        *_generate(originals, tmp_path / "picture.jpg")
+    )
 
 
 def test_a_picture_that_cannot_be_read_is_named(command: Callable[..., str], tmp_path: Path):
     assert "absent.png" in command("info", str(tmp_path / "absent.png"))
     (tmp_path / "text.png").write_text("no picture")
-    assert "not a picture" in command("info", str(tmp_path / "text.png"))
+    assert "not an image" in command("info", str(tmp_path / "text.png"))

@@ -317,7 +317,7 @@ def test_compose_and_kubernetes_files_are_whole():
     scaled = by_name["ScaledObject", "alphalayer-worker"]["spec"]
     # the age says whether there are too few workers, not how many there must be
     assert [each["metricType"] for each in scaled["triggers"]] == ["Value"]
-    assert scaled["maxReplicaCount"] == autoscaling.MOST, (
+    assert scaled["maxReplicaCount"] == autoscaling.MAX_PODS, (
         "what the guide tells of it was simulated with another number"
     )
     assert "replicas" not in by_name["Deployment", scaled["scaleTargetRef"]["name"]]["spec"]

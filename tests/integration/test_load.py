@@ -19,4 +19,4 @@ def test_a_crowd(tmp_path: Path):
         assert met["told_to_come_back"] == 150
         assert met["with_retry_after"] == 150
     with server.Service(tmp_path, 0.0, 50) as service:
-        assert asyncio.run(server.all_end(service, met["ids"])) == 51
+        assert asyncio.run(server.count_done(service, met["ids"])) == 51

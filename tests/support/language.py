@@ -43,12 +43,7 @@ ALLOWED_PHRASES = {
 }
 """Patterns of phrases that may hold a banned word, each with the reason."""
 
-EXCEPTIONS = {
-    # the labels of the page, which a reader looks for on the screen
-    ("docs/guides/playground.md", "draw"): "label of a button",
-    ("docs/guides/playground.md", "pictures"): "label of a panel",
-    ("docs/guides/playground.md", "picture"): "label of a button",
-}
+EXCEPTIONS: dict[tuple[str, str], str] = {}
 """Words that one document may use: (path, word in lower case) and the reason."""
 
 _BANNED = [

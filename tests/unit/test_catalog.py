@@ -499,7 +499,7 @@ def test_a_hash_is_computed_again_when_size_or_time_change_and_only_then(tmp_pat
     _changed(file, b"two", 1_000)  # same size and time: the remembered hash
     assert HashCache(cache_file).sha256(file) == digest(b"one")
     _changed(file, b"two", 2_000)
-    assert HashCache(cache_file).known(file) is None
+    assert HashCache(cache_file).get(file) is None
     assert HashCache(cache_file).sha256(file) == digest(b"two")
     _changed(file, b"three", 2_000)
     assert HashCache(cache_file).sha256(file) == digest(b"three")
@@ -511,7 +511,7 @@ def test_a_damaged_cache_is_begun_anew(tmp_path: Path, content: str):
     file.write_bytes(b"one")
     cache_file.write_text(content.replace('"x"', json.dumps(str(file))))
     assert HashCache(cache_file).sha256(file) == hashlib.sha256(b"one").hexdigest()
-    assert HashCache(cache_file).known(file) is not None
+    assert HashCache(cache_file).get(file) is not None
 
 
 def test_where_the_cache_cannot_be_written_hashes_are_still_given(tmp_path: Path):

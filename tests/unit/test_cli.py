@@ -328,12 +328,12 @@ def test_a_models_folder_that_was_named_has_to_be_there(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: list[str]
 ):
     (tmp_path / "file").touch()
-    for folder, why in (("absent", "is not there"), ("file", "is not a folder")):
+    for folder, why in (("absent", "does not exist"), ("file", "is not a folder")):
         code, out, err = run(*command, "--models-dir", folder)
         assert (code, out) == (1, "")
         assert err.startswith(f"error: the models folder {folder} {why}.")
     monkeypatch.setenv("ALPHALAYER_MODELS_DIR", "elsewhere")
-    assert run(*command)[2].startswith("error: the models folder elsewhere is not there.")
+    assert run(*command)[2].startswith("error: the models folder elsewhere does not exist.")
 
 
 def test_a_model_that_is_not_there_is_missed_in_the_folder_that_was_named(run: Run, tmp_path: Path):
@@ -387,7 +387,7 @@ def test_a_key_is_shown_alone_and_where_it_is_kept_beside(run: Run, tmp_path: Pa
     assert run("keys", "remove", "bob") == (0, "", "")
     code, _, err = run("keys", "remove", "ann")
     assert code == 0
-    assert "no key is left, and nobody may draw" in err
+    assert "no key is left, so every request is rejected" in err
     assert str(tmp_path / "data" / "keys.json") in err
 
 
@@ -408,14 +408,14 @@ def test_pulling_asks_first(run: Run, tmp_path: Path):
         app, ["models", "pull", "sdxl-base", "--models-dir", str(tmp_path)], input="n\n"
     )
     assert result.exit_code == 1
-    assert "Fetch them under these licences?" in result.output
+    assert "Download them under these licences?" in result.output
     assert list(tmp_path.iterdir()) == []
 
 
 def test_pulling_what_is_not_known_or_not_free_is_refused(run: Run):
     for name, message in (
         ("sd3", 'error: name: "sd3" is not'),
-        ("juggernaut-xl", "error: name: Juggernaut XL is not fetched here"),
+        ("juggernaut-xl", "error: name: Juggernaut XL cannot be downloaded"),
     ):
         code, _, err = run("models", "pull", name)
         assert code == 1

@@ -13,7 +13,7 @@ import pytest
 from tests.support.servers import Postgres
 from tests.unit.test_catalog import FAMILIES, write
 
-from alphalayer import catalog
+from alphalayer.catalog import entries
 from alphalayer.cli import doctor
 from alphalayer.cli.doctor import Finding, check_port, diagnose
 from alphalayer.config import Settings
@@ -48,11 +48,11 @@ def taken_port() -> Iterator[int]:
 @pytest.fixture
 def no_embedded_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """As if the model that comes with the package were not there."""
-    monkeypatch.setattr(doctor.catalog, "EMBEDDED_MODEL", tmp_path / "absent")
+    monkeypatch.setattr(entries, "EMBEDDED_MODEL", tmp_path / "absent")
 
 
 def _about(findings: list[Finding], words: str) -> Finding:
-    (found,) = [finding for finding in findings if words in finding.what]
+    (found,) = [finding for finding in findings if words in finding.text]
     return found
 
 
@@ -63,12 +63,12 @@ def _files(folder: Path) -> None:
     write(layers / "vae_transparent_decoder.safetensors", FAMILIES["transparent-decoder"])
 
 
-def test_a_good_machine_is_well(tmp_path: Path, free_port: int):
+def test_a_good_machine_is_ok(tmp_path: Path, free_port: int):
     _files(tmp_path)
     findings = diagnose(_settings(tmp_path, free_port))
     assert [finding for finding in findings if finding.level == "error"] == []
     layers = ("LayerDiffuse patch", "LayerDiffuse transparent decoder")
-    for words in ("torch", "model cup", *layers, f"port {free_port}", "GiB free for pictures"):
+    for words in ("torch", "model cup", *layers, f"port {free_port}", "GiB free for images"):
         assert _about(findings, words).level == "ok"
 
 
@@ -93,8 +93,8 @@ def test_missing_layer_files_are_errors_where_a_model_needs_them(tmp_path: Path)
     write(tmp_path / "models" / "Stable-diffusion" / "cup.safetensors", FAMILIES["sdxl"])
     findings = list(doctor._layer_files(_settings(tmp_path, 1)))
     assert [finding.level for finding in findings] == ["error", "error"]
-    assert "layer_xl_transparent_attn.safetensors" in findings[0].what
-    assert "vae_transparent_decoder.safetensors" in findings[1].what
+    assert "layer_xl_transparent_attn.safetensors" in findings[0].text
+    assert "vae_transparent_decoder.safetensors" in findings[1].text
     assert all("pull layerdiffuse" in finding.hint for finding in findings)
 
 
@@ -103,15 +103,15 @@ def test_a_model_that_names_its_own_layer_file_has_to_have_it(
 ):
     folder = tmp_path / "models" / "Stable-diffusion" / "own"
     shutil.copytree(
-        Path(catalog.__file__).parent.parent / "builtin_models" / "alphalayer-mini", folder
+        Path(entries.__file__).parent.parent / "builtin_models" / "alphalayer-mini", folder
     )
     (folder / "layerdiffuse" / "config.json").write_text('{"patch": "mine.safetensors"}')
     (patch, decoder) = doctor._layer_files(_settings(tmp_path, 1))
-    assert f"(mine.safetensors) is not in {folder / 'layerdiffuse'}" in patch.what
-    assert f"is not in {tmp_path / 'models' / 'layer_model'}" in decoder.what
+    assert f"(mine.safetensors) is not in {folder / 'layerdiffuse'}" in patch.text
+    assert f"is not in {tmp_path / 'models' / 'layer_model'}" in decoder.text
     (folder / "layerdiffuse" / "config.json").write_text("[" * 5)
     (broken,) = doctor._layer_files(_settings(tmp_path, 1))
-    assert "config.json is damaged" in broken.what
+    assert "config.json is damaged" in broken.text
 
 
 def test_layer_files_are_opened(tmp_path: Path):
@@ -120,7 +120,7 @@ def test_layer_files_are_opened(tmp_path: Path):
     patch.write_bytes(os.urandom(5000))
     found = _about(list(doctor._layer_files(_settings(tmp_path, 1))), "LayerDiffuse patch")
     assert found.level == "error"
-    assert str(patch) in found.what
+    assert str(patch) in found.text
     assert "pull layerdiffuse" in found.hint
 
 
@@ -130,10 +130,10 @@ def test_a_shared_queue_is_looked_at(
     assert list(doctor._database(_settings(tmp_path, 1))) == []
     (found,) = doctor._database(_settings(tmp_path, 1, database=postgres.fresh_database()))
     assert found.level == "ok"
-    assert "PostgreSQL 1" in found.what
+    assert "PostgreSQL 1" in found.text
     there = _settings(tmp_path, 1, database=f"postgresql://me:swordfish@127.0.0.1:{free_port}/x")
     (found,) = doctor._database(there)
-    assert (found.level, "swordfish" in found.what) == ("error", False)
+    assert (found.level, "swordfish" in found.text) == ("error", False)
     monkeypatch.setitem(sys.modules, "alphalayer.jobs.postgres", None)
     monkeypatch.delattr("alphalayer.jobs.postgres", raising=False)
     (found,) = doctor._database(there)
@@ -155,7 +155,7 @@ def test_a_bucket_is_looked_at(
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
     (found,) = doctor._bucket(_settings(tmp_path, 1, storage=s3_prefix))
     assert found.level == "error"
-    assert s3_prefix in found.what
+    assert s3_prefix in found.text
 
 
 def test_missing_layer_files_are_no_matter_to_a_model_with_its_own(
@@ -224,19 +224,19 @@ def _torch(folder: Path, monkeypatch: pytest.MonkeyPatch, source: str) -> list[F
 def test_a_torch_that_hangs_fails_or_ends_the_process_is_a_finding(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(doctor, "PATIENCE_S", 2)
+    monkeypatch.setattr(doctor, "TIMEOUT_S", 2)
     for source, words in (
         ("import time; time.sleep(60)", "torch does not answer within 2 s"),
         (
             "raise OSError('libcuda.so is damaged')",
             "torch cannot be imported: OSError: libcuda.so is damaged",
         ),
-        ("import os; os._exit(7)", "torch cannot be imported: no message, exit code 7"),
-        ("import sys; sys.exit()", "torch says nothing of itself"),
+        ("import os; os._exit(7)", "torch cannot be imported: exit code 7"),
+        ("import sys; sys.exit()", "torch did not report its version"),
     ):
         (finding,) = _torch(tmp_path, monkeypatch, source)
         assert finding.level == "error"
-        assert words in finding.what
+        assert words in finding.text
         assert finding.hint
 
 
@@ -257,4 +257,4 @@ def test_apple_silicon_is_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_a_models_folder_that_was_named_and_is_not_there_is_an_error(tmp_path: Path):
     (finding,) = doctor._models(_settings(tmp_path, 1))
     assert finding.level == "error"
-    assert f"the models folder {tmp_path / 'models'} is not there" in finding.what
+    assert f"the models folder {tmp_path / 'models'} does not exist" in finding.text

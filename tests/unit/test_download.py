@@ -172,7 +172,7 @@ def test_what_was_begun_is_resumed(server: Hub, tmp_path: Path):
     error = _pull(server, models, **asked)
     assert error["code"] == "model_not_found"
     assert FILENAME in error["message"]
-    assert "goes on where it stopped" in error["hint"]
+    assert "continues where it stopped" in error["hint"]
     assert not (models / "layer_model" / FILENAME).exists()
 
     server.breaks_at, server.is_broken = None, False
@@ -226,7 +226,7 @@ def test_two_that_fetch_the_same_file_do_not_mix_it(server: Hub, tmp_path: Path)
     with FileLock(folder / f".{FILENAME}.lock"):
         error = _pull(server, tmp_path / "models")
     assert error["code"] == "storage_failed"
-    assert "another process fetches" in error["message"]
+    assert "another process downloads" in error["message"]
     assert server.asked == []
     assert _pull(server, tmp_path / "models")["finding"] == "as published"
 
@@ -242,7 +242,7 @@ def test_a_hub_that_cannot_be_reached_is_a_clear_error(tmp_path: Path):
     # port 1 of this machine: nobody listens there
     error = _pull(Hub(url="http://127.0.0.1:1"), tmp_path / "models")
     assert error["code"] == "model_not_found"
-    assert f"{REPOSITORY}/{FILENAME} cannot be fetched" in error["message"]
+    assert f"{REPOSITORY}/{FILENAME} cannot be downloaded" in error["message"]
     assert "connection" in error["hint"]
 
 
@@ -314,7 +314,7 @@ def test_names_are_planned_and_unknown_ones_refused():
 
 @pytest.mark.parametrize("name", ["juggernaut", "Juggernaut-XL-v9"])
 def test_juggernaut_is_named_with_its_licences_bar(name: str):
-    with pytest.raises(InvalidRequest, match="licence bars use behind API services"):
+    with pytest.raises(InvalidRequest, match="licence forbids use behind API services"):
         download.plan_pull([name])
     assert not any(
         "juggernaut" in (each.name + each.repository).lower() for each in download.PUBLISHED
@@ -351,12 +351,12 @@ def test_verify_tells_what_each_file_is(tmp_path: Path):
         if tmp_path in each.path.parents
     }
     assert "differs from the published file" in found["vae_transparent_decoder.safetensors"].finding
-    assert found["vae_transparent_decoder.safetensors"].is_well
+    assert found["vae_transparent_decoder.safetensors"].is_ok
     assert found["own.safetensors"].finding.startswith("readable, ")
-    assert not found["layer_xl_transparent_attn.safetensors"].is_well
+    assert not found["layer_xl_transparent_attn.safetensors"].is_ok
     assert "pickle" in found["old.ckpt"].finding
-    assert not found["old.ckpt"].is_well
-    assert not found["folder"].is_well
+    assert not found["old.ckpt"].is_ok
+    assert not found["folder"].is_ok
 
 
 def test_verify_tells_layer_files_under_another_files_name(tmp_path: Path):
@@ -376,15 +376,16 @@ def test_verify_tells_layer_files_under_another_files_name(tmp_path: Path):
     for name, tensors in given.items():
         save_file(tensors, layers / f"{name}.safetensors")
     found = {each.path.stem: each for each in download.verify(tmp_path, tmp_path / "embeddings")}
-    assert "is no LayerDiffuse patch, but a LoRA" in found["layer_xl_transparent_attn"].finding
+    assert "is not a LayerDiffuse patch, but a LoRA" in found["layer_xl_transparent_attn"].finding
     assert (
-        "is no LayerDiffuse patch, but a LayerDiffuse tr"
+        "is not a LayerDiffuse patch, but a LayerDiffuse tr"
         in found["layer_xl_transparent_conv"].finding
     )
     assert (
-        "is no LayerDiffuse transparent decoder, but a" in found["vae_transparent_decoder"].finding
+        "is not a LayerDiffuse transparent decoder, but a"
+        in found["vae_transparent_decoder"].finding
     )
-    assert {name for name in given if found[name].is_well} == {
+    assert {name for name in given if found[name].is_ok} == {
         "layer_xl_fg2ble",
         "ld_diffusers_sdxl_attn",
     }
@@ -401,7 +402,7 @@ def test_verify_reads_every_weight_file_of_a_folder(tmp_path: Path, part: str):
         each for each in download.verify(tmp_path, tmp_path / "embeddings") if each.path == folder
     )
     assert "is cut off" in found.finding
-    assert not found.is_well
+    assert not found.is_ok
 
 
 def test_verify_reads_loras_and_embeddings(tmp_path: Path):
@@ -423,7 +424,7 @@ def test_verify_reads_loras_and_embeddings(tmp_path: Path):
         for each in download.verify(models, words)
         if tmp_path in each.path.parents
     }
-    assert {name for name, each in found.items() if each.is_well} == {
+    assert {name for name, each in found.items() if each.is_ok} == {
         "pixel.safetensors",
         "difference.safetensors",
         "good.safetensors",

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tests.unit.test_catalog import FAMILIES, write
 
 from alphalayer.catalog import find_models, resolve_model
-from alphalayer.cli.forge_flags import HONOURED, MEANINGLESS, NOT_DONE, SWITCHES, split, translate
+from alphalayer.cli.forge_flags import HONOURED, NO_EFFECT, SWITCHES, UNSUPPORTED, split, translate
 from alphalayer.config import Settings
 from alphalayer.core.errors import SetupFailed
 
@@ -73,19 +73,19 @@ def test_folders_are_seen_from_where_the_line_was_written(
     }
 
 
-@pytest.mark.parametrize("flag", sorted(NOT_DONE))
+@pytest.mark.parametrize("flag", sorted(UNSUPPORTED))
 def test_flags_that_ask_for_what_is_not_done_are_told_what_and_without_their_value(flag: str):
     for arguments in ([flag, "user:secret"], [f"{flag}=user:secret"], [flag]):
         translation = translate([*arguments, "--port", "80"])
         assert translation.settings == {"port": "80"}
-        assert translation.warnings == [f"{flag} is ignored: {NOT_DONE[flag]}."]
+        assert translation.warnings == [f"{flag} is ignored: {UNSUPPORTED[flag]}."]
 
 
-@pytest.mark.parametrize("flag", sorted(MEANINGLESS))
+@pytest.mark.parametrize("flag", sorted(NO_EFFECT))
 def test_flags_without_meaning_are_named(flag: str):
     translation = translate([flag, "--port", "80"])
     assert translation.settings == {"port": "80"}
-    assert translation.warnings == [f"{flag} has nothing to change here and is ignored."]
+    assert translation.warnings == [f"{flag} has no effect here and is ignored."]
 
 
 @pytest.mark.parametrize(

@@ -125,7 +125,7 @@ def test_text_that_no_chunk_can_hold_is_replaced(kind: ImageFormat, text: str):
     "data", [b"", b"not a picture", b"\x89PNG\r\n\x1a\n", codecs.encode(_picture())[:200]]
 )
 def test_what_is_no_picture_is_a_clear_error(data: bytes):
-    with pytest.raises(InvalidRequest, match="picture"):
+    with pytest.raises(InvalidRequest, match="image"):
         codecs.decode(data)
 
 
@@ -182,7 +182,7 @@ def test_other_readers_of_pillow_are_out_of_reach():
     written = io.BytesIO()
     Image.fromarray(_picture()[..., :3].copy()).save(written, "EPS")
     for read in (codecs.decode, codecs.read_settings):
-        with pytest.raises(InvalidRequest, match="not a picture"):
+        with pytest.raises(InvalidRequest, match="not an image"):
             read(written.getvalue())
 
 

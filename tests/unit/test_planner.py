@@ -12,11 +12,11 @@ from alphalayer.cli import console
 from alphalayer.cli.app import app
 from alphalayer.planner.simulation import (
     SYNC_S,
+    Autoscaler,
     Fleet,
     Load,
-    Scaler,
     Scaling,
-    pods_needed,
+    find_min_pods,
     simulate,
 )
 
@@ -51,11 +51,11 @@ def test_a_fleet_that_may_grow_does_when_jobs_wait_too_long():
 
 def test_a_fleet_shrinks_when_nobody_waits():
     """From ten pods for one user: one leaves every five minutes, once none was wanted for that long."""
-    env, scaler = 0.0, Scaler(Scaling(20, down_every_s=300.0), 1)
+    env, scaler = 0.0, Autoscaler(Scaling(20, down_every_s=300.0), 1)
     pods, gone = 10, list[float]()
     for step in range(240):
         age = 60.0 if step == 0 else 0.0
-        after = scaler.look(env, pods, age)
+        after = scaler.update(env, pods, age)
         gone += [env] * (after < pods)
         pods, env = after, env + SYNC_S
     assert gone[0] == pytest.approx(315, abs=SYNC_S)
@@ -63,12 +63,12 @@ def test_a_fleet_shrinks_when_nobody_waits():
 
 
 def test_pods_come_in_proportion_to_the_age_and_not_too_fast():
-    scaler = Scaler(Scaling(20, age_s=20.0, up_a_minute=2), 1)
-    assert scaler.look(0, 10, 21.0) == 10
+    scaler = Autoscaler(Scaling(20, age_s=20.0, up_a_minute=2), 1)
+    assert scaler.update(0, 10, 21.0) == 10
     assert [
-        scaler.look(now, pods, 25.0) for now, pods in ((15, 10), (30, 12), (75, 12), (90, 14))
+        scaler.update(now, pods, 25.0) for now, pods in ((15, 10), (30, 12), (75, 12), (90, 14))
     ] == [12, 12, 14, 14]
-    assert Scaler(Scaling(11), 1).look(0, 10, 1000.0) == 11
+    assert Autoscaler(Scaling(11), 1).update(0, 10, 1000.0) == 11
 
 
 def test_a_cold_pod_draws_nothing():
@@ -81,13 +81,13 @@ def test_a_cold_pod_draws_nothing():
 
 def test_the_fewest_pods_that_are_enough():
     load = Load(100, 30.0)
-    pods, outcome = pods_needed(load, 3.0, 4, 15.0)
+    pods, outcome = find_min_pods(load, 3.0, 4, 15.0)
     assert outcome.p95_s <= 15.0
     assert outcome.use <= 0.9
     fewer = simulate(load, Fleet(pods - 1, 3.0, 4))
     assert fewer.p95_s > 15.0 or fewer.use > 0.9
     with pytest.raises(ValueError, match=r"alone takes 20\.0 s"):
-        pods_needed(load, 20.0, 4, 15.0)
+        find_min_pods(load, 20.0, 4, 15.0)
 
 
 def test_the_command(monkeypatch):
@@ -102,13 +102,13 @@ def test_the_command(monkeypatch):
 
     plain = say("--price", "4")
     assert "h200" in plain
-    assert "old stack, 15 s" in plain
+    assert "Forge, 15 s" in plain
     assert "autoscaled" not in plain
     scaled = say("--autoscale", "--cold-start", "30", "--scale-age", "5", "--max-pods", "3")
     (row,) = [line for line in scaled.splitlines() if line.startswith("h200, autoscaled")]
     assert re.search(r" \d\.\d \(\d\) .* \d+\.\d\d  \d+\.\d\d\s*$", row)
     wrong = CliRunner().invoke(app, ["plan", "--users", "20", "--gpu", "abacus"])
-    assert 'unknown card "abacus"' in str(wrong.exception)
+    assert 'unknown GPU "abacus"' in str(wrong.exception)
 
 
 @pytest.mark.parametrize(
@@ -124,4 +124,4 @@ def test_figures_that_cannot_be_are_refused(wrong: tuple[str, str]):
 def test_no_card_that_can_is_a_failure():
     said = CliRunner().invoke(app, ["plan", "--users", "5", "--gpu", "h200", "--p95", "0.5"])
     assert said.exit_code == 1
-    assert "a picture alone takes 0.9 s" in said.output
+    assert "one image alone takes 0.9 s" in said.output

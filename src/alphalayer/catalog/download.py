@@ -1,6 +1,7 @@
-"""Getting published models and checking those that are there: names, licences, hashes. Free of torch.
+"""Download of published models, and verification of model files: names, licences, hashes.
 
-Downloads resume, show their progress and are checked; a hash that differs is told, never fatal for files that users brought.
+Downloads resume, show their progress and are verified.
+A user's own file may differ from the published one: its hash is reported, and is not an error.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from alphalayer import catalog
-from alphalayer.catalog.hashes import HashCache
+from alphalayer.catalog.hashes import open_hash_cache
 from alphalayer.catalog.headers import family_of, read_header
 from alphalayer.core.errors import (
     AlphalayerError,
@@ -25,17 +26,21 @@ from alphalayer.core.errors import (
 )
 from alphalayer.core.modes import DECODER_FILES, MODES
 
-SDXL_LICENCE = "SDXL base 1.0: CreativeML Open RAIL++-M. Commercial and hosted use is allowed; its use restrictions must be passed on."
+SDXL_LICENCE = (
+    "SDXL base 1.0: CreativeML Open RAIL++-M. "
+    "Commercial and hosted use is allowed; its use restrictions must be passed on."
+)
 LAYERDIFFUSE_LICENCE = "LayerDiffuse weights: tagged creativeml-openrail-m by their authors."
 JUGGERNAUT = (
-    "Juggernaut XL is not fetched here: its licence bars use behind API services without a commercial licence. "
+    "Juggernaut XL cannot be downloaded by this command: its licence forbids use behind API "
+    "services without a commercial licence. "
     "If you have one, put the file into Stable-diffusion/ of your models folder yourself."
 )
 
 
 @dataclass(frozen=True)
 class Published:
-    """A published file: where it is, where it goes, what it must hash to (None: not known), and its licence."""
+    """A published file: its source, target folder, SHA-256 (None: unknown) and licence."""
 
     name: str
     repository: str
@@ -84,12 +89,16 @@ PUBLISHED = (
         LAYERDIFFUSE_LICENCE,
     ),
 )
-"""What `pull` knows. Sizes are about right and serve the check for free space."""
+"""All files that `pull` can download. Sizes (bytes) are approximate, for the free space check."""
 
 
 def plan_pull(names: Sequence[str]) -> list[Published]:
-    """The files that names mean. Raises `InvalidRequest` for others, Juggernaut XL with its licence's reason."""
-    known = sorted({each.name for each in PUBLISHED})
+    """Return the files to download for these names.
+
+    Raises:
+        InvalidRequest: A name is unknown, or its licence forbids the download.
+    """
+    known = sorted({published.name for published in PUBLISHED})
     for name in names:
         if "juggernaut" in name.lower():
             raise InvalidRequest(JUGGERNAUT, field="name")
@@ -99,50 +108,48 @@ def plan_pull(names: Sequence[str]) -> list[Published]:
                 hint=f"Use: {', '.join(known)}.",
                 field="name",
             )
-    return [each for each in PUBLISHED if each.name in names]
+    return [published for published in PUBLISHED if published.name in names]
 
 
 @dataclass(frozen=True)
 class Verified:
-    """One file of the models folder and what was found: "as published", "differs from ...", "readable", or what is wrong."""
+    """Result for one file: "as published", "readable", "differs from ...", or the error."""
 
     path: Path
     finding: str
-    is_well: bool
+    is_ok: bool
 
 
 def pull(published: Published, models_dir: Path) -> Verified:
-    """Fetch one file into the models folder, resuming what was begun, and check it. Of one that is there it is said whether it differs.
+    """Download one file into the models folder, or resume its download, and verify it.
+
+    An existing file is not downloaded again, only compared with the published one.
 
     Raises:
-        StorageFailed: not enough room, the folder cannot be written, or another process fetches the same file.
-        ModelNotFound: the hub cannot be reached or has no such file.
-        CorruptFile: what came does not hash to what was published; the file is kept beside, with `.wrong` added.
+        StorageFailed: There is too little space, the folder cannot be written,
+            or another process downloads the same file.
+        ModelNotFound: The hub cannot be reached or has no such file.
+        CorruptFile: The hash differs from the published one.
+            The file is kept with `.wrong` added to its name.
     """
     folder = models_dir / published.folder
     target = folder / published.filename
-    cache = HashCache(models_dir / ".alphalayer-hashes.json")
+    cache = open_hash_cache(models_dir)
     if target.is_file():
-        return Verified(target, _compared(published, cache.sha256(target)), True)
+        return Verified(target, _compare(published, cache.sha256(target)), True)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        begun = sum(part.stat().st_size for part in folder.glob(f"{target.name}.*.part"))
-        free = shutil.disk_usage(folder).free
-        if free + begun < published.size:
-            raise StorageFailed(
-                f"{published.filename} needs {published.size / 1e9:.1f} GB in {folder} and {free / 1e9:.1f} GB are free.",
-                hint="Free some space or name another folder with --models-dir.",
-            )
-        # two that append to one .part make nonsense of it
+        _check_free_space(published, target)
+        # two processes that append to one .part file would corrupt it
         with FileLock(folder / f".{target.name}.lock", timeout=0):
-            etag = _fetch(published, target)
+            etag = _download(published, target)
     except AlphalayerError:
         raise
     except Timeout:
         raise StorageFailed(
-            f"another process fetches {target}.", hint="Wait until it is done."
+            f"another process downloads {target}.", hint="Wait until it is done."
         ) from None
-    except Exception as error:  # which errors of the network huggingface-hub lets through differs between its versions
+    except Exception as error:  # the network errors of huggingface-hub differ by its version
         if (
             not isinstance(error, OSError)
             or error.errno is None
@@ -154,27 +161,42 @@ def pull(published: Published, models_dir: Path) -> Verified:
         ) from None
     # the hub's ETag of a large file is its SHA-256
     sha256 = published.sha256 or (etag if re.fullmatch("[0-9a-f]{64}", etag) else None)
-    return _checked(target, cache.sha256(target), sha256)
+    return _check_hash(target, cache.sha256(target), sha256)
 
 
-def _fetch(published: Published, target: Path) -> str:
-    """Download to a `.part` beside the target, from where an earlier attempt stopped; it bears the file's version, the ETag that
-    comes back, in its name."""
-    # hf_hub_download forgets what a broken attempt had fetched
+def _check_free_space(published: Published, target: Path) -> None:
+    folder = target.parent
+    downloaded = sum(part.stat().st_size for part in folder.glob(f"{target.name}.*.part"))
+    free = shutil.disk_usage(folder).free
+    if free + downloaded < published.size:
+        raise StorageFailed(
+            f"{published.filename} needs {published.size / 1e9:.1f} GB in {folder} "
+            f"and {free / 1e9:.1f} GB are free.",
+            hint="Free some space or name another folder with --models-dir.",
+        )
+
+
+def _download(published: Published, target: Path) -> str:
+    """Download to a `.part` file beside the target, resuming an earlier attempt.
+
+    Returns:
+        The ETag of the file, which is also part of the name of the `.part` file.
+    """
+    # hf_hub_download does not resume after an interruption
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
     from huggingface_hub.file_download import http_get
 
-    about = get_hf_file_metadata(hf_hub_url(published.repository, published.filename))
-    etag = about.etag or "unknown"
+    metadata = get_hf_file_metadata(hf_hub_url(published.repository, published.filename))
+    etag = metadata.etag or "unknown"
     part = target.with_name(f"{target.name}.{etag[:10]}.part")
     with part.open("ab") as file:
-        begun = file.tell()
-        if begun != about.size:
+        downloaded = file.tell()
+        if downloaded != metadata.size:
             http_get(
-                about.location,
+                metadata.location,
                 file,
-                resume_size=begun,
-                expected_size=about.size,
+                resume_size=downloaded,
+                expected_size=metadata.size,
                 displayed_filename=target.name,
             )
     part.replace(target)
@@ -182,64 +204,67 @@ def _fetch(published: Published, target: Path) -> str:
 
 
 def _unreachable(published: Published, error: Exception) -> ModelNotFound:
+    reason = (str(error) or repr(error)).splitlines()[0]
     return ModelNotFound(
-        f"{published.repository}/{published.filename} cannot be fetched: {(str(error) or repr(error)).splitlines()[0]}.",
-        hint="Check the connection and run the same command again; it goes on where it stopped.",
+        f"{published.repository}/{published.filename} cannot be downloaded: {reason}.",
+        hint="Check the connection and run the same command again; it continues where it stopped.",
     )
 
 
-def _checked(target: Path, digest: str, sha256: str | None) -> Verified:
+def _check_hash(target: Path, digest: str, sha256: str | None) -> Verified:
     if sha256 is not None and digest != sha256:
         wrong = target.with_name(target.name + ".wrong")
         target.replace(wrong)
         raise CorruptFile(
-            f"{target.name} hashes to {digest[:10]} and was published as {sha256[:10]}; kept as {wrong.name}.",
+            f"{target.name} hashes to {digest[:10]} and was published as {sha256[:10]}; "
+            f"kept as {wrong.name}.",
             hint="Run the same command again.",
         )
     return Verified(target, "as published" if sha256 else f"readable, {digest[:10]}", True)
 
 
-def _compared(published: Published | None, digest: str) -> str:
-    """What a file's hash says of it."""
+def _compare(published: Published | None, digest: str) -> str:
+    """Return the finding for a readable file by its hash."""
     if published is None or published.sha256 is None:
         return f"readable, {digest[:10]}"
-    return (
-        "as published"
-        if digest == published.sha256
-        else f"readable, differs from the published file ({digest[:10]})"
-    )
+    if digest == published.sha256:
+        return "as published"
+    return f"readable, differs from the published file ({digest[:10]})"
 
 
 def verify(models_dir: Path, embeddings_dir: Path) -> list[Verified]:
-    """Read the header of every model file, LoRA and embedding, hash what is published or a checkpoint, and say what each is."""
-    cache = HashCache(models_dir / ".alphalayer-hashes.json")
-    published = {each.filename: each for each in PUBLISHED}
-    found: list[Verified] = []
+    """Verify every model file, LoRA and embedding by its header.
+
+    Layer files and checkpoints are hashed, too.
+    """
+    cache = open_hash_cache(models_dir)
+    published = {file.filename: file for file in PUBLISHED}
+    results: list[Verified] = []
     for path in sorted((models_dir / "layer_model").glob("*.safetensors")):
-        verified = verify_layer_file(path)
-        if verified.is_well:
-            verified = Verified(path, _compared(published.get(path.name), cache.sha256(path)), True)
-        found.append(verified)
-    found += [_verify_checkpoint(entry, models_dir) for entry in catalog.find_models(models_dir)]
-    # LoRAs have many forms: names that say nothing else will do
-    found += [_verify(path, ("lora", "unknown")) for path in _weight_files(models_dir / "Lora")]
-    found += [_verify(path, ("embedding",)) for path in _weight_files(embeddings_dir)]
-    return found
+        result = verify_layer_file(path)
+        if result.is_ok:
+            result = Verified(path, _compare(published.get(path.name), cache.sha256(path)), True)
+        results.append(result)
+    results += [_verify_checkpoint(entry, models_dir) for entry in catalog.find_models(models_dir)]
+    # LoRAs have many forms, so tensor names of no known kind are accepted
+    results += [_verify(path, ("lora", "unknown")) for path in _weight_files(models_dir / "Lora")]
+    results += [_verify(path, ("embedding",)) for path in _weight_files(embeddings_dir)]
+    return results
 
 
 def verify_layer_file(path: Path) -> Verified:
-    """Read the header of a file of `layer_model`, and say whether it is what its name says."""
+    """Check that a file of `layer_model` is of the kind that its name promises."""
     return _verify(path, _layer_families(path.name))
 
 
 def _layer_families(name: str) -> tuple[str, ...]:
-    """What a file of that name may be in `layer_model`."""
+    """Return the families that a file of that name may have in `layer_model`."""
     if name in DECODER_FILES:
         return ("transparent-decoder",)
     if name in (MODES["attention"].files[0], MODES["conv"].files[0]):
         return ("layerdiffuse-patch",)
     if any(name in mode.files for mode in MODES.values()):
-        # converted to the names of diffusers, where a patch is a LoRA, or a UNet's weights by their names
+        # names of diffusers: there a patch is a LoRA, or has the tensor names of a UNet
         return ("layerdiffuse-patch", "lora", "unknown")
     return ("layerdiffuse-patch", "transparent-decoder", "unknown")
 
@@ -264,7 +289,7 @@ def _verify_checkpoint(entry: catalog.ModelEntry, models_dir: Path) -> Verified:
 
 
 def _verify(path: Path, families: Sequence[str]) -> Verified:
-    """A file that should be of one of these families; the first names what is wanted."""
+    """Check that a file is of one of these families; the first one is reported."""
     if path.suffix in catalog.PICKLE_SUFFIXES:
         return Verified(
             path, "is a pickle file and is not opened; use its .safetensors version.", False
@@ -273,8 +298,10 @@ def _verify(path: Path, families: Sequence[str]) -> Verified:
         family = family_of(read_header(path))
     except AlphalayerError as error:
         return Verified(path, str(error), False)
-    wanted, name = catalog.FAMILY_NAMES[families[0]], catalog.FAMILY_NAMES.get(family, family)
+    expected, name = catalog.FAMILY_NAMES[families[0]], catalog.FAMILY_NAMES.get(family, family)
     if family in families:
-        return Verified(path, f"readable, {wanted}", True)
-    what = "something unknown." if family == "unknown" else f"a {name}; move it where it belongs."
-    return Verified(path, f"is no {wanted}, but {what}", False)
+        return Verified(path, f"readable, {expected}", True)
+    actual = (
+        "of an unknown kind." if family == "unknown" else f"a {name}; move it where it belongs."
+    )
+    return Verified(path, f"is not a {expected}, but {actual}", False)

@@ -1,4 +1,4 @@
-"""What a diffusers folder holds, read from its small JSON files alone, and whether its weights are there."""
+"""Family of a diffusers folder, from its JSON files, and a check that its weights exist."""
 
 from __future__ import annotations
 
@@ -15,10 +15,12 @@ _AGAIN = "Download the folder again."
 
 
 def family_of_folder(path: Path) -> str:
-    """The kind of model: "sdxl", or the name of what it is instead, for unknown ones that of its pipeline.
+    """Return the family of a model: "sdxl", or another name.
+
+    The name of an unknown family is the class of its pipeline.
 
     Raises:
-        CorruptFile: a part is missing or damaged; the message names it.
+        CorruptFile: A part is missing or damaged. The message names it.
     """
     pipeline = str(read_json(path / "model_index.json").get("_class_name", ""))
     if "InstructPix2Pix" in pipeline:
@@ -26,7 +28,7 @@ def family_of_folder(path: Path) -> str:
     if pipeline != PIPELINE:
         return pipeline
     scheduler = read_json(path / "scheduler/scheduler_config.json")
-    # trained over continuous noise levels, and drawn with other scalings of the UNet's input and output
+    # trained over continuous noise levels: the UNet's input and output are scaled differently
     if "sigma_data" in scheduler or str(scheduler.get("_class_name")).startswith("EDM"):
         return "sdxl-edm"
     if scheduler.get("prediction_type", PREDICTIONS[0]) not in PREDICTIONS:
@@ -42,7 +44,11 @@ def family_of_folder(path: Path) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """What a small JSON file of a model's folder holds. Raises `CorruptFile` where that is no object, or nothing can be read."""
+    """Return the object in a small JSON file of a model's folder.
+
+    Raises:
+        CorruptFile: The file is missing, cannot be read, or does not hold an object.
+    """
     try:
         loaded = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

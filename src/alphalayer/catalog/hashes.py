@@ -1,4 +1,4 @@
-"""Hashes of model files as that ecosystem writes them, remembered by size and modification time."""
+"""SHA-256 hashes of model files, cached by size and modification time."""
 
 from __future__ import annotations
 
@@ -10,36 +10,38 @@ from pathlib import Path
 from typing import Any
 
 SHORT_HASH_DIGITS = 10
+"""Digits of the short hash, as AUTOMATIC1111 writes it."""
 
 
 class HashCache:
-    """SHA-256 by file, in one small JSON file; where that cannot be written, hashes live as long as the process."""
+    """Cache of SHA-256 hashes in one JSON file.
+
+    If the file cannot be written, the hashes live as long as the process.
+    """
 
     def __init__(self, file: Path):
         self._file = file
-        self._known: dict[str, Any] = {}
+        self._entries: dict[str, Any] = {}
         try:
             loaded = json.loads(file.read_text())
-            self._known = loaded if isinstance(loaded, dict) else {}
+            self._entries = loaded if isinstance(loaded, dict) else {}
         except (OSError, ValueError, RecursionError):
             pass
 
-    def known(self, path: Path) -> str | None:
-        """The SHA-256 of a file if it is known and the file is as it was."""
-        entry = self._known.get(str(path.resolve()))
-        return (
-            entry["sha256"]
-            if isinstance(entry, dict) and entry.get("stamp") == [*file_stamp(path)]
-            else None
-        )
+    def get(self, path: Path) -> str | None:
+        """Return the cached SHA-256 of a file, or None if it is missing or outdated."""
+        entry = self._entries.get(str(path.resolve()))
+        if isinstance(entry, dict) and entry.get("stamp") == [*file_stamp(path)]:
+            return entry["sha256"]
+        return None
 
     def sha256(self, path: Path) -> str:
-        """The SHA-256 of a whole file, 64 hex digits."""
-        known = self.known(path)
-        if known:
-            return known
+        """Return the SHA-256 of a whole file, 64 hex digits."""
+        cached = self.get(path)
+        if cached:
+            return cached
         digest = file_sha256(path)
-        self._known[str(path.resolve())] = {"stamp": [*file_stamp(path)], "sha256": digest}
+        self._entries[str(path.resolve())] = {"stamp": [*file_stamp(path)], "sha256": digest}
         self._save()
         return digest
 
@@ -48,14 +50,19 @@ class HashCache:
             with tempfile.NamedTemporaryFile(
                 "w", dir=self._file.parent, delete=False, suffix=".tmp"
             ) as file:
-                json.dump(self._known, file, indent=1)
+                json.dump(self._entries, file, indent=1)
             os.replace(file.name, self._file)  # noqa: PTH105
         except OSError:
             pass  # a read-only models folder is no reason to fail
 
 
+def open_hash_cache(models_dir: Path) -> HashCache:
+    """Open the hash cache of a models folder."""
+    return HashCache(models_dir / ".alphalayer-hashes.json")
+
+
 def file_sha256(path: Path) -> str:
-    """SHA-256 of a file, 64 hex digits."""
+    """Return the SHA-256 of a file, 64 hex digits."""
     with path.open("rb") as file:
         digest = hashlib.sha256()
         while block := file.read(1 << 20):
@@ -64,7 +71,10 @@ def file_sha256(path: Path) -> str:
 
 
 def file_stamp(path: Path) -> tuple[int, int]:
-    """Size and time of the last change (ns), by which a file that was written anew is known; (-1, -1) where there is none."""
+    """Return size and modification time (ns), which change if a file is replaced.
+
+    The stamp of a missing file is (-1, -1).
+    """
     try:
         status = path.stat()
     except OSError:

@@ -1,4 +1,4 @@
-"""What a safetensors file holds, read from its header alone: tensor names, shapes, and so the family of a checkpoint."""
+"""Header of a safetensors file: tensor names and shapes, and the family that they reveal."""
 
 from __future__ import annotations
 
@@ -23,16 +23,18 @@ VAE_MARKS = ("first_stage_model.encoder.conv_in.weight", "first_stage_model.deco
 
 @dataclass(frozen=True)
 class Header:
-    """Shapes by tensor name."""
+    """Header of a safetensors file: the shape of each tensor by name."""
 
     shapes: dict[str, tuple[int, ...]]
 
 
 def read_header(path: Path) -> Header:
-    """Read and check a safetensors header: 8 bytes of length, JSON, then as many bytes as it promises.
+    """Read and check a safetensors header.
+
+    The file has 8 bytes with the header's length, the header as JSON, then the tensors' bytes.
 
     Raises:
-        CorruptFile: any of this does not hold; the message says which.
+        CorruptFile: A part is missing or damaged. The message names it.
     """
     try:
         size = path.stat().st_size
@@ -65,14 +67,14 @@ def read_header(path: Path) -> Header:
 
 
 def _shapes(entries: Any) -> tuple[dict[str, tuple[int, ...]], int]:
-    """Shapes, and where the last tensor ends."""
+    """Return the shapes, and the end of the last tensor in bytes."""
     tensors = {name: entry for name, entry in entries.items() if name != "__metadata__"}
     shapes = {name: tuple(int(side) for side in entry["shape"]) for name, entry in tensors.items()}
     return shapes, max((int(entry["data_offsets"][1]) for entry in tensors.values()), default=0)
 
 
 def family_of(header: Header) -> str:
-    """The kind of file by its tensors: "sdxl", or the name of what it is instead."""
+    """Return the family of a file by its tensors: "sdxl", or the name of another kind."""
     shapes = header.shapes
     for mark, kind in _NOT_CHECKPOINTS:
         if any(mark in name for name in shapes):
@@ -87,12 +89,12 @@ def family_of(header: Header) -> str:
     if channels > LATENT_CHANNELS:
         return f"{family}-inpaint" if channels == 9 else "edit"
     if "conditioner.embedders.1.model.token_embedding.weight" in shapes:
-        return _kind_of_sdxl(shapes)
+        return _sdxl_variant(shapes)
     return "sdxl-unet" if family == "sdxl" else family
 
 
-def _kind_of_sdxl(shapes: Mapping[str, tuple[int, ...]]) -> str:
-    """What has SDXL's text encoders: SDXL itself, or something near it."""
+def _sdxl_variant(shapes: Mapping[str, tuple[int, ...]]) -> str:
+    """Return the family of a checkpoint that has the text encoders of SDXL."""
     if not _is_full_depth(shapes):
         return "ssd-1b"
     if any(mark in shapes for mark in EDM_MARKS):
@@ -125,7 +127,7 @@ FAMILY_NAMES = {
     "sd15-inpaint": "Stable Diffusion 1.5 inpainting",
     "sd2": "Stable Diffusion 2",
     "sd2-inpaint": "Stable Diffusion 2 inpainting",
-    "edit": "picture-to-picture (as InstructPix2Pix)",
+    "edit": "image-to-image (as InstructPix2Pix)",
     "ssd-1b": "SSD-1B or Segmind Vega (a distilled Stable Diffusion XL)",
     "layerdiffuse-patch": "LayerDiffuse patch",
     "transparent-decoder": "LayerDiffuse transparent decoder",
@@ -137,7 +139,7 @@ FAMILY_NAMES = {
 
 
 def _is_full_depth(shapes: Mapping[str, tuple[int, ...]]) -> bool:
-    """SSD-1B and Vega lack the middle block's transformer or most of its depth beside SDXL's text encoders."""
+    """Return whether the middle block has its transformer, unlike SSD-1B and Vega."""
     return any(name.startswith("model.diffusion_model.middle_block.1.") for name in shapes)
 
 

@@ -1,4 +1,4 @@
-"""The `alphalayer` command: thin; with `terminal` the only place that prints. Commands take plain options and end with one line."""
+"""The `alphalayer` command: options, calls of the other packages, and output."""
 
 from __future__ import annotations
 
@@ -42,19 +42,19 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode=None,  # its tables cut the names of flags at 80 columns
 )
-models_app = typer.Typer(help="The models in the models folder.", no_args_is_help=True)
+models_app = typer.Typer(help="List, pull and verify models.", no_args_is_help=True)
 app.add_typer(models_app, name="models")
-keys_app = typer.Typer(help="The API keys of the service.", no_args_is_help=True)
+keys_app = typer.Typer(help="Manage API keys.", no_args_is_help=True)
 app.add_typer(keys_app, name="keys")
 
-OLD_PORT = 7861
+DEFAULT_PORT = 7861
 ModelsDir = Annotated[
-    Path | None, typer.Option(help="Folder that holds Stable-diffusion/ and layer_model/.")
+    Path | None, typer.Option(help="Folder with Stable-diffusion/ and layer_model/.")
 ]
 
 
-def _show_version(wanted: bool) -> None:
-    if wanted:
+def _show_version(is_requested: bool) -> None:
+    if is_requested:
         version()
         raise typer.Exit
 
@@ -79,7 +79,10 @@ def serve(
     ] = False,
     **flags: Any,
 ) -> None:
-    """Start the HTTP service. What is not given is taken from ALPHALAYER_... variables, then from alphalayer.toml."""
+    """Start the HTTP service.
+
+    Settings come from options, then ALPHALAYER_... variables, then alphalayer.toml.
+    """
     if listen and flags["host"] is None:
         flags["host"] = "0.0.0.0"
     run_server(load_settings(**flags))
@@ -87,7 +90,10 @@ def serve(
 
 @app.command(context_settings={"ignore_unknown_options": True, "allow_extra_args": True})
 def serverless(_context: typer.Context) -> None:
-    """Work for a Runpod serverless endpoint; flags of their SDK are passed on (--rp_serve_api, --test_input)."""
+    """Run a worker of a Runpod serverless endpoint.
+
+    Options of the Runpod SDK are passed on (--rp_serve_api, --test_input).
+    """
     if importlib.util.find_spec("runpod") is None:
         raise SetupFailed("the Runpod SDK is not installed.", hint=install_hint("serverless"))
     require("torch", "engine")
@@ -104,18 +110,22 @@ def serverless(_context: typer.Context) -> None:
 def serve_as_before(
     context: typer.Context,
     home: Annotated[
-        Path, typer.Option(help="Folder to work in; those that flags name are seen from here.")
+        Path,
+        typer.Option(help="Working folder. Folders in flags are relative to the current folder."),
     ] = Path(),
 ) -> None:
-    """Start the HTTP service from the old stack's flags and COMMANDLINE_ARGS; what means nothing here is named and left out."""
+    """Start the HTTP service with the flags of Forge and with COMMANDLINE_ARGS.
+
+    Flags without a meaning here are ignored with a warning.
+    """
     flags = forge_flags.split(os.environ.get(forge_flags.VARIABLE, ""))
     translation = forge_flags.translate([*flags, *context.args])
     os.chdir(home)
     for warning in translation.warnings:
         err.print(f"warning: {warning}")
     settings = load_settings(**translation.settings)
-    if settings.port != OLD_PORT and "data_dir" not in settings.model_fields_set:
-        # the old stack was started once a GPU, in one folder, each on a port of its own
+    if settings.port != DEFAULT_PORT and "data_dir" not in settings.model_fields_set:
+        # Forge is started once for each GPU, in one folder, each time with another port
         settings = settings.model_copy(update={"data_dir": settings.data_dir / str(settings.port)})
     run_server(settings)
 
@@ -125,7 +135,7 @@ app.command()(name_flags(plan))
 
 @models_app.command("list")
 def models_list(models_dir: ModelsDir = None) -> None:
-    """Show the models that can be asked for, and those that cannot, with the reason."""
+    """List the models, and the reason why a model cannot be used."""
     settings = load_settings(models_dir=models_dir)
     check_models_dir(settings)
     for entry in catalog.find_models(settings.models_dir):
@@ -146,58 +156,55 @@ def models_pull(
         typer.Argument(metavar="[NAMES]...", help="sdxl-base, layerdiffuse, layerdiffuse-conv."),
     ] = None,
     models_dir: ModelsDir = None,
-    yes: Annotated[bool, typer.Option("--yes", help="Accept the licences without asking.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Accept the licences without a prompt.")] = (
+        False
+    ),
 ) -> None:
-    """Fetch models from their public hub; the licences are shown first."""
-    planned = download.plan_pull(names or ["sdxl-base", "layerdiffuse"])
-    for licence in dict.fromkeys(each.licence for each in planned):
+    """Download models from their public hub, after showing the licences."""
+    files = download.plan_pull(names or ["sdxl-base", "layerdiffuse"])
+    for licence in dict.fromkeys(file.licence for file in files):
         out.print(licence)
-    out.print(f"{len(planned)} files, about {sum(each.size for each in planned) / 1e9:.1f} GB.")
-    if not yes and not typer.confirm("Fetch them under these licences?"):
+    out.print(f"{len(files)} files, about {sum(file.size for file in files) / 1e9:.1f} GB.")
+    if not yes and not typer.confirm("Download them under these licences?"):
         raise typer.Exit(1)
     folder = load_settings(models_dir=models_dir).models_dir
-    for each in planned:
-        pulled = download.pull(each, folder)
+    for file in files:
+        pulled = download.pull(file, folder)
         out.print(f"{pulled.path}  {pulled.finding}")
 
 
 @models_app.command("verify")
 def models_verify(models_dir: ModelsDir = None) -> None:
-    """Check every model file, LoRAs and embeddings too: readable, complete, the right kind, as published."""
+    """Verify model files, LoRAs and embeddings: readable, complete, of the right kind."""
     settings = load_settings(models_dir=models_dir)
     check_models_dir(settings)
-    found = download.verify(settings.models_dir, settings.embeddings)
-    for each in found:
-        show_mark(
-            "ok" if each.is_well else "error",
-            f"{each.path}  {each.finding.removeprefix(f'{each.path} ')}",
-        )
-    if not found:
+    results = download.verify(settings.models_dir, settings.embeddings)
+    for result in results:
+        finding = result.finding.removeprefix(f"{result.path} ")
+        show_mark("ok" if result.is_ok else "error", f"{result.path}  {finding}")
+    if not results:
         out.print(render_hint(CommandHint("no model files; get some with:", catalog.PULL)))
-    raise typer.Exit(not all(each.is_well for each in found))
+    raise typer.Exit(not all(result.is_ok for result in results))
 
 
 @keys_app.command("add")
 def keys_add(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="Whose key it is.")],
-    per_minute: Annotated[
-        int, typer.Option(help="How often it may ask; 0: as often as wanted.")
-    ] = 0,
-    queue_share: Annotated[
-        float, typer.Option(help="Which part of the queue may be its own, up to 1.")
-    ] = 1.0,
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Name of the client.")],
+    per_minute: Annotated[int, typer.Option(help="Most requests per minute. 0: no limit.")] = 0,
+    queue_share: Annotated[float, typer.Option(help="Largest share of the queue, up to 1.")] = 1.0,
 ) -> None:
-    """Make a key and show it, this once; a running service knows it at once."""
+    """Create an API key and show it once. A running service accepts it immediately."""
     file = load_settings().keys_file
     out.print(api_keys.add_key(file, name, per_minute, queue_share))
     err.print(
-        f"The key of {name}, shown this once. Its hash is in {file.absolute()}; a service that reads that file asks for a key now."
+        f"This is the key of {name}. It is shown only once. Its hash is in {file.absolute()}. "
+        "A service that uses this file now requires a key."
     )
 
 
 @keys_app.command("list")
 def keys_list() -> None:
-    """Show whose keys there are."""
+    """List the API keys by name, with their limits."""
     table = Table("name", "per minute", "share of the queue")
     for key in api_keys.read_keys(load_settings().keys_file) or ():
         table.add_row(key.name, str(key.per_minute or "-"), f"{key.queue_share:.0%}")
@@ -206,22 +213,23 @@ def keys_list() -> None:
 
 @keys_app.command("remove")
 def keys_remove(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="Whose key it is.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Name of the client.")],
 ) -> None:
-    """Forget a key; a running service does so at once."""
+    """Remove an API key. A running service rejects it immediately."""
     file = load_settings().keys_file
     if not api_keys.remove_key(file, name):
         err.print(
-            f"warning: no key is left, and nobody may draw. To let in everybody, stop the service and remove {file.absolute()}"
+            "warning: no key is left, so every request is rejected. "
+            f"To allow requests without a key, stop the service and remove {file.absolute()}"
         )
 
 
 @app.command()
 def doctor(models_dir: ModelsDir = None) -> None:
-    """Say what is wrong on this machine and what to do about it."""
+    """Diagnose the installation."""
     findings = diagnose(load_settings(models_dir=models_dir))
     for finding in findings:
-        show_mark(finding.level, finding.what, finding.hint)
+        show_mark(finding.level, finding.text, finding.hint)
     raise typer.Exit(any(finding.level == "error" for finding in findings))
 
 
@@ -231,11 +239,12 @@ def info(
         Path,
         typer.Argument(
             metavar="FILE",
-            help="A picture made here, or by another program that writes its settings as AUTOMATIC1111's does.",
+            help="An image of Alphalayer, or of another program that stores its settings "
+            "as AUTOMATIC1111 does.",
         ),
     ],
 ) -> None:
-    """Show the settings that made a picture."""
+    """Show the settings of an image."""
     (width, height), parameters = codecs.read_settings(_read(file))
     out.print(f"{file}  {width}x{height}")
     out.print(parameters or "no settings in this file.", soft_wrap=True)
@@ -243,10 +252,10 @@ def info(
 
 @app.command()
 def mcp(
-    url: Annotated[str, typer.Option(help="The service that draws.")] = "http://localhost:7861",
-    key: Annotated[str | None, typer.Option(help="Its API key.", envvar=API_KEY)] = None,
+    url: Annotated[str, typer.Option(help="URL of a running service.")] = "http://localhost:7861",
+    key: Annotated[str | None, typer.Option(help="API key of the service.", envvar=API_KEY)] = None,
 ) -> None:
-    """Be a tool of an assistant: the Model Context Protocol over standard input and output, for a running service."""
+    """Run an MCP server over stdio. It generates images with a running service."""
     try:
         from alphalayer.integrations.mcp import create_server
     except ImportError as error:
@@ -263,7 +272,7 @@ def version() -> None:
 
 
 def run_server(settings: Settings) -> None:
-    """Serve until stopped; used by `serve` and by the old start line."""
+    """Run the HTTP service until it is stopped."""
     from alphalayer.observability.logging import configure_logging
     from alphalayer.service.app import check, create_app
     from alphalayer.service.uvicorn_server import Server, serve
@@ -284,12 +293,12 @@ def _read(file: Path) -> bytes:
         return file.read_bytes()
     except OSError as error:
         raise StorageFailed(
-            f"cannot read {file}: {error.strerror}.", hint="Name a picture file."
+            f"cannot read {file}: {error.strerror}.", hint="Name an image file."
         ) from None
 
 
 def main() -> None:
-    """Entry point: run a command; an error meant for users is one line on stderr and exit code 1."""
+    """Run a command. An error for users is one line on stderr and exit code 1."""
     try:
         app(prog_name=program_name())
     except AlphalayerError as error:

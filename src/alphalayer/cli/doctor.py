@@ -1,4 +1,4 @@
-"""Says what is wrong on this machine, and what to do about it. Looks only; changes nothing."""
+"""Diagnosis of the installation: findings with hints. It changes nothing."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from alphalayer.core.modes import DECODER_FILES, MODES
 from alphalayer.core.optional_dependencies import install_hint, is_installed
 from alphalayer.storage.objects import open_storage
 
-LITTLE_DISK = 2 * 1024**3
-PATIENCE_S = 120
-_AFTER_ALL = "~"
-"""Sorts after the name of every picture: nothing is to come, but the bucket has to answer."""
+LOW_DISK_BYTES = 2 * 1024**3
+TIMEOUT_S = 120
+_LAST_NAME = "~"
+"""Sorts after every image name: the list is empty, but the bucket has to answer."""
 _OTHER_PORT = "Use another one with --port."
-# torch is asked in a process of its own: importing it here would take seconds and could crash
-_ASK_TORCH = (
+# runs in its own process: an import of torch here would take seconds and could crash
+_TORCH_SCRIPT = (
     "import json, torch; cuda = torch.cuda.is_available(); "
     "print(json.dumps({'torch': torch.__version__, 'built': torch.version.cuda, "
     "'mps': torch.backends.mps.is_available(), "
@@ -40,41 +40,41 @@ _ASK_TORCH = (
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing looked at: how it is, and what to do if it is not well."""
+    """Result of one check, with a hint if something is wrong."""
 
     level: Literal["ok", "warning", "error"]
-    what: str
+    text: str
     hint: str = ""
 
 
 def diagnose(settings: Settings) -> list[Finding]:
-    """Look at torch and GPU, models, LayerDiffuse files, the port, the place of pictures and its room, and the shared queue."""
+    """Check torch, GPU, models, LayerDiffuse files, port, storage and queue."""
     findings: list[Finding] = []
-    pictures = _bucket if settings.storage else _outputs
-    for look in (_torch, _models, _layer_files, _port, pictures, _database):
-        findings += look(settings)
+    storage = _bucket if settings.storage else _outputs
+    for check in (_torch, _models, _layer_files, _port, storage, _database):
+        findings += check(settings)
     return findings
 
 
-def _ask_torch() -> dict[str, Any] | str:
-    """What torch says of itself, or why it says nothing."""
-    command = [sys.executable, "-c", _ASK_TORCH]
+def _describe_torch() -> dict[str, Any] | str:
+    """Return the version and GPUs of torch, or the error message."""
+    command = [sys.executable, "-c", _TORCH_SCRIPT]
     try:
-        asked = subprocess.run(
-            command, capture_output=True, text=True, timeout=PATIENCE_S, check=False
+        result = subprocess.run(
+            command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False
         )
     except subprocess.TimeoutExpired:
-        return f"torch does not answer within {PATIENCE_S} s."
-    if asked.returncode:
-        last = (asked.stderr.strip().splitlines() or [f"no message, exit code {asked.returncode}"])[
-            -1
-        ]
-        return f"torch cannot be imported: {last}"
+        return f"torch does not answer within {TIMEOUT_S} s."
+    if result.returncode:
+        lines = result.stderr.strip().splitlines()
+        return (
+            f"torch cannot be imported: {lines[-1] if lines else f'exit code {result.returncode}'}"
+        )
     try:
-        # what is imported along with it may print, too
-        return json.loads(asked.stdout.splitlines()[-1])
+        # other imported packages may print, too
+        return json.loads(result.stdout.splitlines()[-1])
     except (IndexError, ValueError):
-        return f"torch says nothing of itself: {asked.stdout[-200:]!r}"
+        return f"torch did not report its version: {result.stdout[-200:]!r}"
 
 
 def _torch(settings: Settings) -> Iterator[Finding]:
@@ -84,39 +84,50 @@ def _torch(settings: Settings) -> Iterator[Finding]:
         else:
             yield Finding("error", "torch is not installed.", install_hint("engine"))
         return
-    answer = _ask_torch()
-    if isinstance(answer, str):
-        hint = "Look at nvidia-smi (a driver that hangs holds torch up), or remove .venv and run: python3 run.py doctor"
-        yield Finding("error", answer, hint)
-        return
-    yield Finding("ok", f"torch {answer['torch']}")
-    for name, free, total in answer["gpus"]:
-        yield Finding("ok", f"GPU {name}, {free / 2**30:.1f} of {total / 2**30:.1f} GiB free")
-    if answer["mps"]:
-        yield Finding("ok", "GPU of Apple silicon (mps)")
-    if answer["gpus"] or answer["mps"] or settings.device == "cpu":
-        return
-    if shutil.which("nvidia-smi"):
-        built = f"built for CUDA {answer['built']}" if answer["built"] else "a CPU build"
+    torch = _describe_torch()
+    if isinstance(torch, str):
         yield Finding(
             "error",
-            f"this machine has an NVIDIA driver, and torch ({built}) sees no GPU.",
-            "Look at CUDA_VISIBLE_DEVICES and nvidia-smi, or remove .venv and run: python3 run.py --cuda doctor",
+            torch,
+            "Check nvidia-smi, because a driver that hangs blocks torch. "
+            "Or remove .venv and run: python3 run.py doctor",
+        )
+        return
+    yield Finding("ok", f"torch {torch['torch']}")
+    for name, free, total in torch["gpus"]:
+        yield Finding("ok", f"GPU {name}, {free / 2**30:.1f} of {total / 2**30:.1f} GiB free")
+    if torch["mps"]:
+        yield Finding("ok", "GPU of Apple silicon (mps)")
+    if torch["gpus"] or torch["mps"] or settings.device == "cpu":
+        return
+    if shutil.which("nvidia-smi"):
+        build = f"built for CUDA {torch['built']}" if torch["built"] else "a CPU build"
+        yield Finding(
+            "error",
+            f"this machine has an NVIDIA driver, but torch ({build}) finds no GPU.",
+            "Check CUDA_VISIBLE_DEVICES and nvidia-smi, or remove .venv and run: "
+            "python3 run.py --cuda doctor",
         )
     else:
         yield Finding(
-            "warning", "no GPU; pictures are drawn on the CPU.", "SDXL wants a GPU of 8 GB or more."
+            "warning",
+            "no GPU; images are generated on the CPU.",
+            "SDXL needs a GPU with 8 GB or more.",
         )
 
 
 def check_models_dir(settings: Settings) -> None:
-    """Raise `SetupFailed` if the models folder that somebody named is not there, or if there is a file in its place."""
+    """Check the models folder of the settings. The default one may be missing.
+
+    Raises:
+        SetupFailed: The folder is missing, or is not a folder.
+    """
     folder = settings.models_dir
     if folder.is_dir() or ("models_dir" not in settings.model_fields_set and not folder.exists()):
         return
     raise SetupFailed(
-        f"the models folder {folder} is {'not a folder' if folder.exists() else 'not there'}.",
-        hint=f"Name the one that holds {catalog.CHECKPOINTS}/ with --models-dir (the setting models_dir).",
+        f"the models folder {folder} {'is not a folder' if folder.exists() else 'does not exist'}.",
+        hint=f"Set --models-dir (setting models_dir) to the folder with {catalog.CHECKPOINTS}/.",
     )
 
 
@@ -157,36 +168,39 @@ def _layer_files(settings: Settings) -> Iterator[Finding]:
         ("patch", "patch", MODES["attention"].files),
         ("decoder", "transparent decoder", DECODER_FILES),
     )
-    for key, what, names in kinds:
-        wanted = {
+    for key, kind, names in kinds:
+        required = {
             catalog.layer_file(path, names, config.get(key), settings.models_dir)
             for path, config in configs.items()
         }
-        for missing in sorted(path for path in wanted if not path.is_file()):
-            where = f"the LayerDiffuse {what} ({missing.name}) is not in {missing.parent}."
+        for missing in sorted(path for path in required if not path.is_file()):
             yield Finding(
                 "error",
-                where,
+                f"the LayerDiffuse {kind} ({missing.name}) is not in {missing.parent}.",
                 CommandHint("Run:", catalog.PULL_LAYERS)
                 if missing.parent == folder
                 else "Get the model again.",
             )
         path = next((folder / name for name in names if (folder / name).is_file()), None)
         if path:
-            found = download.verify_layer_file(path)
-            if found.is_well:
-                yield Finding("ok", f"LayerDiffuse {what}")
+            result = download.verify_layer_file(path)
+            if result.is_ok:
+                yield Finding("ok", f"LayerDiffuse {kind}")
             else:
                 hint = CommandHint("Remove it. Then run:", catalog.PULL_LAYERS)
                 yield Finding(
                     "error",
-                    f"LayerDiffuse {what}: {path} {found.finding.removeprefix(f'{path} ')}",
+                    f"LayerDiffuse {kind}: {path} {result.finding.removeprefix(f'{path} ')}",
                     hint,
                 )
 
 
 def check_port(host: str, port: int) -> None:
-    """Raise `SetupFailed` if nothing can listen there."""
+    """Check that the port can be listened on.
+
+    Raises:
+        SetupFailed: The port is in use, or the address is not one of this machine.
+    """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -215,28 +229,30 @@ def _port(settings: Settings) -> Iterator[Finding]:
 
 def _outputs(settings: Settings) -> Iterator[Finding]:
     folder = settings.outputs_dir
-    there = next(each for each in (folder.resolve(), *folder.resolve().parents) if each.exists())
+    path = folder.resolve()
+    existing = next(parent for parent in (path, *path.parents) if parent.exists())
     try:
-        with tempfile.TemporaryFile(dir=there):
+        with tempfile.TemporaryFile(dir=existing):
             pass
-        free = shutil.disk_usage(there).free
+        free = shutil.disk_usage(existing).free
     except OSError as error:
         yield Finding(
             "error",
-            f"cannot write to {Path(folder).resolve()}: {error.strerror}.",
-            "Set outputs_dir to a folder that can.",
+            f"cannot write to {path}: {error.strerror}.",
+            "Set outputs_dir to a writable folder.",
         )
         return
-    what = f"{free / 2**30:.1f} GiB free for pictures in {folder}"
-    yield (
-        Finding("ok", what) if free > LITTLE_DISK else Finding("warning", what, "Free some space.")
-    )
+    text = f"{free / 2**30:.1f} GiB free for images in {folder}"
+    if free > LOW_DISK_BYTES:
+        yield Finding("ok", text)
+    else:
+        yield Finding("warning", text, "Free some space.")
 
 
 def _bucket(settings: Settings) -> Iterator[Finding]:
-    place = settings.pictures
+    location = settings.image_location
     try:
-        open_storage(place).list(_AFTER_ALL)
+        open_storage(location).list(_LAST_NAME)
     except StorageFailed as error:
         yield Finding(
             "error",
@@ -244,20 +260,20 @@ def _bucket(settings: Settings) -> Iterator[Finding]:
             "Check its name, and the AWS_... variables: address, region and keys.",
         )
     else:
-        yield Finding("ok", f"{place} can be read")
+        yield Finding("ok", f"{location} can be read")
 
 
 def _database(settings: Settings) -> Iterator[Finding]:
     if settings.database is None:
         return
     try:
-        # all that a shared queue needs, whether installed or not
+        # the packages that a shared queue needs
         from alphalayer.jobs import connections, postgres  # noqa: F401  # pyright: ignore[reportUnusedImport]
     except ImportError as error:
         yield Finding("error", f"a shared queue needs {error.name}.", install_hint("shared"))
         return
 
-    async def ask(url: str) -> str:
+    async def fetch_version(url: str) -> str:
         connection = await connections.connect(url, connections.STATEMENT_S)
         try:
             return await connection.fetchval("SHOW server_version")
@@ -265,7 +281,7 @@ def _database(settings: Settings) -> Iterator[Finding]:
             await connection.close()
 
     try:
-        version = asyncio.run(ask(settings.database.get_secret_value()))
+        version = asyncio.run(fetch_version(settings.database.get_secret_value()))
     except (OSError, asyncio.TimeoutError) as error:
         yield Finding(
             "error",

@@ -1,5 +1,8 @@
-"""The flags of the stack that this replaces: which are honoured, which mean nothing here, and none that stops a start but an
-empty --api-auth, without which everybody might draw."""
+"""Translation of the flags of Forge and AUTOMATIC1111 into settings.
+
+Unknown flags are ignored with a warning.
+Only an empty --api-auth is an error, because the service would start without authentication.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ VARIABLE = "COMMANDLINE_ARGS"
 
 
 def _folder(value: str) -> str:
-    """A folder as it was meant where the start line was written; the service runs in its own."""
+    """Return an absolute path, because the service changes its working folder."""
     return str(Path(value).absolute())
 
 
@@ -40,7 +43,7 @@ HONOURED: dict[str, Callable[[str], dict[str, Any]]] = {
     "--server-name": lambda value: {"host": value},
     "--api-auth": lambda value: {"api_auth": value},
     "--cors-allow-origins": lambda value: {"cors_allow_origins": value},
-    # a path there, of either system; a model is found by its file's name
+    # a path of either system; a model is found by its file name
     "--ckpt": lambda value: {"default_model": PureWindowsPath(value).name},
     "--models-dir": lambda value: {"models_dir": _folder(value)},
     "--embeddings-dir": lambda value: {"embeddings_dir": _folder(value)},
@@ -51,10 +54,10 @@ HONOURED: dict[str, Callable[[str], dict[str, Any]]] = {
     "--precision": _number_format,
     "--loglevel": _log_level,
 }
-"""Flags with a value, and the settings that it makes; none where the value means nothing here."""
+"""Flags with a value, and the settings from that value; none if the value has no meaning here."""
 
 DEFAULTS = ("--data-dir", "--listen", "--precision")
-"""Flags that leave a setting alone which another flag makes, wherever that stands."""
+"""Flags with less priority than others that change the same setting, in any order."""
 
 SWITCHES: dict[str, dict[str, str]] = {
     "--listen": {"host": "0.0.0.0"},
@@ -75,110 +78,115 @@ SWITCHES: dict[str, dict[str, str]] = {
     "--always-high-vram": {"memory": "high"},
     "--always-gpu": {"memory": "high"},
 }
-"""Flags without a value, and what they set."""
+"""Flags without a value, and the settings that they change."""
 
 _TLS = "TLS is off; put a proxy such as Nginx in front (docs/guides/reverse-proxy.md)"
-_AUTH = "the page asks for nothing; --api-auth user:password protects the API, through which the page draws"
-NOT_DONE = {
-    "--ckpt-dir": "that folder is not looked into; put its files, or a link to each, into models/Stable-diffusion/",
-    "--lora-dir": "that folder is not looked into; put its files, or a link to each, into models/Lora/",
-    "--vae-dir": "that folder is not looked into; the VAE in the checkpoint is used",
+_AUTH = "the page needs no password; --api-auth user:password protects the API that the page uses"
+_FOLDER = "that folder is not read; put its files, or a link to each, into"
+UNSUPPORTED = {
+    "--ckpt-dir": f"{_FOLDER} models/Stable-diffusion/",
+    "--lora-dir": f"{_FOLDER} models/Lora/",
+    "--vae-dir": "that folder is not read; the VAE in the checkpoint is used",
     "--vae-path": "that VAE is not used; the one in the checkpoint is",
-    "--forge-ref-a1111-home": "that installation is not looked into; name its models with --models-dir",
+    "--forge-ref-a1111-home": "that installation is not read; name its models with --models-dir",
     "--tls-keyfile": _TLS,
     "--tls-certfile": _TLS,
     "--gradio-auth": _AUTH,
     "--gradio-auth-path": _AUTH,
-    "--cors-allow-origins-regex": "origins are taken one by one, with --cors-allow-origins",
-    "--subpath": "the service does not move; a proxy that serves it below a path sends X-Forwarded-Prefix (docs/guides/reverse-proxy.md)",
-    "--share": "no public address is made",
-    "--ngrok": "no public address is made",
+    "--cors-allow-origins-regex": "list the origins with --cors-allow-origins",
+    "--subpath": "the path does not change; a proxy that serves it below a path sends "
+    "X-Forwarded-Prefix (docs/guides/reverse-proxy.md)",
+    "--share": "no public address is created",
+    "--ngrok": "no public address is created",
 }
-"""Flags of the old stack that asked for something which does not happen here."""
+"""Flags for features that Alphalayer does not have, with the consequence."""
 
-MEANINGLESS = frozenset(
+NO_EFFECT = frozenset(
     """
-    --xformers --disable-xformers --force-enable-xformers --xformers-flash-attention --reinstall-xformers --opt-sdp-attention
-    --opt-sdp-no-mem-attention --opt-split-attention --opt-split-attention-v1 --opt-sub-quad-attention --opt-channelslast
-    --attention-pytorch --attention-split --attention-quad --force-upcast-attention --disable-attention-upcast --upcast-sampling
-    --cuda-malloc --cuda-stream --pin-shared-memory --always-offload-from-vram --pytorch-deterministic --disable-ipex-hijack
-    --disable-gpu-warning --no-half-vae --vae-in-fp16 --vae-in-fp32 --vae-in-bf16 --vae-in-cpu --clip-in-fp16 --clip-in-fp32
-    --lowram --disable-nan-check --disable-model-loading-ram-optimization --skip-load-model-at-start --no-hashing
-    --skip-torch-cuda-test --skip-python-version-check --skip-version-check --skip-install --skip-prepare-environment
-    --reinstall-torch --update-check --update-all-extensions --log-startup --do-not-download-clip --no-download-sd-model
-    --disable-safe-unpickle --enable-insecure-extension-access --allow-code --disable-all-extensions --disable-extra-extensions
-    --api-log --api-server-stop --add-stop-route --autolaunch --theme --theme-dark --quiet --gradio-debug --gradio-queue
-    --no-gradio-queue --no-progressbar-hiding --disable-console-progressbars --no-prompt-history --hide-ui-dir-config
-    --freeze-settings --ui-config-file --ui-settings-file --styles-file --timeout-keep-alive --config -f
+    --xformers --disable-xformers --force-enable-xformers --xformers-flash-attention
+    --reinstall-xformers --opt-sdp-attention --opt-sdp-no-mem-attention --opt-split-attention
+    --opt-split-attention-v1 --opt-sub-quad-attention --opt-channelslast --attention-pytorch
+    --attention-split --attention-quad --force-upcast-attention --disable-attention-upcast
+    --upcast-sampling --cuda-malloc --cuda-stream --pin-shared-memory --always-offload-from-vram
+    --pytorch-deterministic --disable-ipex-hijack --disable-gpu-warning --no-half-vae --vae-in-fp16
+    --vae-in-fp32 --vae-in-bf16 --vae-in-cpu --clip-in-fp16 --clip-in-fp32 --lowram
+    --disable-nan-check --disable-model-loading-ram-optimization --skip-load-model-at-start
+    --no-hashing --skip-torch-cuda-test --skip-python-version-check --skip-version-check
+    --skip-install --skip-prepare-environment --reinstall-torch --update-check
+    --update-all-extensions --log-startup --do-not-download-clip --no-download-sd-model
+    --disable-safe-unpickle --enable-insecure-extension-access --allow-code
+    --disable-all-extensions --disable-extra-extensions --api-log --api-server-stop
+    --add-stop-route --autolaunch --theme --theme-dark --quiet --gradio-debug --gradio-queue
+    --no-gradio-queue --no-progressbar-hiding --disable-console-progressbars --no-prompt-history
+    --hide-ui-dir-config --freeze-settings --ui-config-file --ui-settings-file --styles-file
+    --timeout-keep-alive --config -f
     """.split()
 )
-"""Flags of the old stack that have nothing to change here."""
+"""Flags that need no replacement here."""
 
 
 @dataclass(frozen=True)
 class Translation:
-    """Settings for the new service, and a line for each flag that was left out."""
+    """Settings of the service, and a warning for each ignored flag."""
 
     settings: dict[str, Any] = field(default_factory=dict[str, Any])
     warnings: list[str] = field(default_factory=list[str])
 
 
 def split(line: str) -> list[str]:
-    """The flags in a line such as COMMANDLINE_ARGS, as a shell reads them. Raises `SetupFailed` for a quote that is left open."""
+    """Split a line such as COMMANDLINE_ARGS into flags, as a shell does.
+
+    Raises:
+        SetupFailed: A quote is not closed.
+    """
     try:
         return shlex.split(line)
     except ValueError as error:
-        hint = "Close the quote; put a value with spaces between two of one kind."
-        # without the line, which may hold a password
+        hint = "Close the quote. Put a value with spaces in quotes of the same kind."
+        # the message does not repeat the line, which may hold a password
         raise SetupFailed(f"{VARIABLE} cannot be read: {str(error).lower()}.", hint=hint) from None
 
 
 def translate(arguments: Sequence[str]) -> Translation:
-    """Read old flags, as `--flag value` or `--flag=value`. Unknown ones are named and left out, with their values.
+    """Translate flags of the form `--flag value` or `--flag=value`.
 
-    Raises `SetupFailed` for --api-auth without a value.
+    Raises:
+        SetupFailed: --api-auth has no value.
     """
-    given: dict[str, dict[str, Any]] = {}
+    settings_by_flag: dict[str, dict[str, Any]] = {}
     warnings: list[str] = []
-    waiting = _split_equals(arguments)
-    while waiting:
-        flag = waiting.pop(0)
+    rest = _split_equals(arguments)
+    while rest:
+        flag = rest.pop(0)
         takes_value = (
-            flag.startswith("-")
-            and flag not in SWITCHES
-            and waiting
-            and not waiting[0].startswith("-")
+            flag.startswith("-") and flag not in SWITCHES and rest and not rest[0].startswith("-")
         )
-        value = waiting.pop(0) if takes_value else ""
+        value = rest.pop(0) if takes_value else ""
         if flag == "--api-auth" and not value:
             raise SetupFailed(
                 "--api-auth needs a value, user:password.",
-                hint="Without the flag everybody may draw.",
+                hint="Without the flag, requests need no password.",
             )
         settings = SWITCHES.get(flag) or (
             HONOURED[flag](value) if value and flag in HONOURED else {}
         )
-        given[flag] = settings
+        settings_by_flag[flag] = settings
         if not settings and flag not in SWITCHES:
-            warnings.append(_why_not(flag, value))
-    order = sorted(given, key=lambda flag: flag not in DEFAULTS)
+            warnings.append(_describe_ignored(flag, value))
+    order = sorted(settings_by_flag, key=lambda flag: flag not in DEFAULTS)
     return Translation(
-        {name: value for flag in order for name, value in given[flag].items()}, warnings
+        {name: value for flag in order for name, value in settings_by_flag[flag].items()}, warnings
     )
 
 
-def _why_not(flag: str, value: str) -> str:
-    if flag in HONOURED:
-        return (
-            f"{flag} {value} is not known and is ignored."
-            if value
-            else f"{flag} needs a value and is ignored."
-        )
-    if flag in NOT_DONE:
+def _describe_ignored(flag: str, value: str) -> str:
+    if flag in HONOURED and not value:
+        return f"{flag} needs a value and is ignored."
+    if flag in UNSUPPORTED:
         # without its value, which may be a password
-        return f"{flag} is ignored: {NOT_DONE[flag]}."
-    if flag in MEANINGLESS:
-        return f"{flag} has nothing to change here and is ignored."
+        return f"{flag} is ignored: {UNSUPPORTED[flag]}."
+    if flag in NO_EFFECT:
+        return f"{flag} has no effect here and is ignored."
     return f"{f'{flag} {value}'.strip()} is not known and is ignored."
 
 

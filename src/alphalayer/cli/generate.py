@@ -150,7 +150,7 @@ def _render(job: Job, targets: Mapping[str, Path], settings: Settings) -> JobRes
         from alphalayer.engine.pipeline import create_engine
 
         engine = create_engine(settings.engine_options())
-        files = _TargetFiles(targets, settings.pictures)
+        files = _TargetFiles(targets, settings.image_location)
         return Renderer(engine, files, lambda _job, step: report(step)).run(job)
 
 

@@ -1,4 +1,4 @@
-"""The command `plan`: its options, and how what the simulation says is shown."""
+"""The command `plan`: its options, and the table of its estimates."""
 
 from __future__ import annotations
 
@@ -11,92 +11,89 @@ from alphalayer.cli.console import err, out
 from alphalayer.core.errors import InvalidRequest
 from alphalayer.core.optional_dependencies import require
 from alphalayer.planner.simulation import (
+    FORGE_NOTE,
     GPUS,
-    OLD_STACK,
+    Estimate,
     Load,
-    Offer,
     Scaling,
-    fixed_offer,
-    old_offers,
-    scaled_offer,
+    estimate_autoscaled,
+    estimate_fixed,
+    estimate_forge,
 )
 
-_COLUMNS = ("card", "one", "pods", "mean\nwait", "95 %\nwait", "busy", "$ an\nhour", "$ per\n1000")
-_MEANING = """
-one         seconds for a picture drawn alone
-pods        machines with such a card; where they come and go, the mean and (the most)
-wait        seconds from asking to the picture: the mean, and what 95 of 100 stay below
-busy        part of their time that pods draw
-$ an hour   dollars for all pods; $ per 1000: dollars for a thousand pictures
+_COLUMNS = ("GPU", "one", "pods", "mean\nwait", "95 %\nwait", "busy", "$ an\nhour", "$ per\n1000")
+_LEGEND = """
+one         seconds for one image alone
+pods        machines with such a GPU; with autoscaling, the mean and (the maximum)
+wait        seconds from request to image: mean and 95th percentile
+busy        part of the time in which the pods generate images
+$ an hour   dollars for all pods; $ per 1000: dollars for a thousand images
 """
 
 
 def plan(
-    users: Annotated[int, typer.Option(min=1, help="People who use the service at the same time.")],
+    users: Annotated[int, typer.Option(min=1, help="Users at the same time.")],
     think_time: Annotated[
-        float, typer.Option(min=0, help="Seconds a user looks at a picture before the next one.")
+        float, typer.Option(min=0, help="Mean seconds between an image and the next request.")
     ] = 30.0,
     gpu: Annotated[str, typer.Option(help=f"{', '.join(GPUS)}, or all.")] = "all",
     p95: Annotated[
         float,
-        typer.Option(
-            min=0.1, help="Seconds in which 95 of 100 requests are to have their picture."
-        ),
+        typer.Option(min=0.1, help="Target in seconds: 95 of 100 requests get their image in it."),
     ] = 20.0,
-    batch: Annotated[int, typer.Option(min=1, help="Jobs drawn together at most.")] = 4,
+    batch: Annotated[int, typer.Option(min=1, help="Most jobs of a batch.")] = 4,
     seconds: Annotated[
         float | None,
-        typer.Option(min=0.01, help="Seconds of one picture alone, where you measured it."),
+        typer.Option(min=0.01, help="Your measured seconds for one image alone."),
     ] = None,
     price: Annotated[float | None, typer.Option(min=0, help="Dollars an hour of one pod.")] = None,
     autoscale: Annotated[
-        bool, typer.Option(help="Also with pods that come and go by the queue's age.")
+        bool, typer.Option(help="Also estimate an autoscaled fleet, by the age of the queue.")
     ] = False,
     cold_start: Annotated[
-        float, typer.Option(min=0, help="Seconds until a pod that is started can draw.")
+        float, typer.Option(min=0, help="Seconds until a new pod can generate images.")
     ] = 90.0,
     scale_age: Annotated[
-        float, typer.Option(min=0.1, help="Age of the oldest job at which pods are started.")
+        float, typer.Option(min=0.1, help="Age of the oldest job at which pods are added.")
     ] = 10.0,
-    max_pods: Annotated[
-        int, typer.Option(min=1, help="Pods at most, where they come and go.")
-    ] = 100,
+    max_pods: Annotated[int, typer.Option(min=1, help="Most pods of an autoscaled fleet.")] = 100,
 ) -> None:
-    """Say how many pods that many users need, how long they wait, and what it costs; by simulation."""
+    """Estimate pods, waiting time and cost for a number of users, by simulation."""
     require("simpy", "planner")
-    chosen = GPUS if gpu == "all" else {gpu: GPUS[gpu]} if gpu in GPUS else None
-    if chosen is None:
+    gpus = GPUS if gpu == "all" else {gpu: GPUS[gpu]} if gpu in GPUS else None
+    if gpus is None:
         raise InvalidRequest(
-            f'unknown card "{gpu}".', hint=f"Use one of: {', '.join(GPUS)}, or all.", field="gpu"
+            f'unknown GPU "{gpu}".', hint=f"Use one of: {', '.join(GPUS)}, or all.", field="gpu"
         )
-    load, offers = Load(users, think_time), list[Offer]()
-    for name, card in chosen.items():
-        alone, cost = seconds or card.seconds, card.price if price is None else price
+    load, estimates = Load(users, think_time), list[Estimate]()
+    for name, spec in gpus.items():
+        image_s, cost = seconds or spec.seconds, spec.price if price is None else price
         try:
-            offers.append(fixed_offer(name, load, alone, batch, p95, cost))
+            estimates.append(estimate_fixed(name, load, image_s, batch, p95, cost))
         except ValueError as error:
             err.print(f"{name}: {error}.")
             continue
         if autoscale:
             scaling = Scaling(max_pods, cold_start, scale_age)
-            offers.append(scaled_offer(f"{name}, autoscaled", load, alone, batch, cost, scaling))
-    if not offers:
+            label = f"{name}, autoscaled"
+            estimates.append(estimate_autoscaled(label, load, image_s, batch, cost, scaling))
+    if not estimates:
         raise typer.Exit(1)
-    _show_offers(offers + old_offers(load, p95))
+    _show_estimates(estimates + estimate_forge(load, p95))
     if not seconds:
-        out.print("\n".join(f"{name}: {card.source}" for name, card in chosen.items()))
-    out.print(OLD_STACK)
+        out.print("\n".join(f"{name}: {spec.source}" for name, spec in gpus.items()))
+    out.print(FORGE_NOTE)
 
 
-def _show_offers(offers: list[Offer]) -> None:
+def _show_estimates(estimates: list[Estimate]) -> None:
     table = Table(*_COLUMNS, box=None, padding=(0, 2, 0, 0))  # 80 columns are enough
-    for each in offers:
-        waits = [
-            f"{each.outcome.mean_s:.1f} s",
-            f"{each.outcome.p95_s:.1f} s",
-            f"{each.outcome.use:.0%}",
+    for estimate in estimates:
+        outcome = estimate.outcome
+        waits = [f"{outcome.mean_s:.1f} s", f"{outcome.p95_s:.1f} s", f"{outcome.use:.0%}"]
+        costs = [
+            "-" if cost is None else f"{cost:.2f}"
+            for cost in (estimate.hourly_cost, estimate.cost_per_thousand)
         ]
-        costs = ["-" if cost is None else f"{cost:.2f}" for cost in (each.hourly, each.a_thousand)]
-        table.add_row(each.name, f"{each.seconds:g} s", each.pods, *waits, *costs)
+        table.add_row(estimate.name, f"{estimate.seconds:g} s", estimate.pods, *waits, *costs)
     out.print(table)
-    out.print(_MEANING)
+    out.print(_LEGEND)

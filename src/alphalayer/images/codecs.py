@@ -1,4 +1,4 @@
-"""Pictures as bytes: RGBA arrays to PNG, WebP or AVIF with their settings, and back; and what is done to a finished picture.
+"""Image codecs: RGBA arrays to PNG, WebP or AVIF files with their settings, and back.
 
 Arrays are uint8 (height, width, 4), straight alpha.
 """
@@ -24,15 +24,15 @@ from alphalayer.core.request import ImageFormat
 Rgba = NDArray[np.uint8]
 
 MAX_PIXELS = 16_000_000
-"""Of a picture that is decoded: four times the largest that is drawn. It takes about 150 MB."""
+"""Limit for decoding: four times the largest generated image. It takes about 150 MB."""
 READABLE = ("PNG", "WEBP", "AVIF", "JPEG")
-"""What is opened, of all that Pillow knows: some of its readers start other programs."""
+"""Formats that are opened. Some other readers of Pillow start other programs."""
 MIME_TYPES: dict[ImageFormat, str] = {
     "png": "image/png",
     "webp": "image/webp",
     "avif": "image/avif",
 }
-_MIME_TYPES_BY_ENDING = {
+_MIME_TYPES_BY_EXTENSION = {
     **{f".{kind}": mime for kind, mime in MIME_TYPES.items()},
     ".jpeg": "image/jpeg",
 }
@@ -43,24 +43,37 @@ _USE = "Use a PNG, WebP, AVIF or JPEG file."
 
 
 def mime_type(filename: str) -> str:
-    """The type of a picture file by its name; `mimetypes` knows .webp on some machines only."""
-    return _MIME_TYPES_BY_ENDING.get(PurePath(filename).suffix, "application/octet-stream")
+    """Return the MIME type of an image file by its name.
+
+    The standard library's `mimetypes` knows .webp only on some machines.
+    """
+    return _MIME_TYPES_BY_EXTENSION.get(PurePath(filename).suffix, "application/octet-stream")
 
 
 def check_format(name: str) -> ImageFormat:
-    """The format of that name. Raises `InvalidRequest` for others, jpeg above all, which has no alpha."""
-    for known in get_args(ImageFormat):
-        if name.lower() == known:
-            return known
+    """Return the format of that name, in any case.
+
+    Raises:
+        InvalidRequest: The format is unknown, or has no alpha channel, as JPEG.
+    """
+    for kind in get_args(ImageFormat):
+        if name.lower() == kind:
+            return kind
     raise InvalidRequest(
-        f'"{name}" is not a format with transparency that is written here.',
+        f'"{name}" is not a supported format with transparency.',
         hint="Use png, webp or avif.",
         field="format",
     )
 
 
 def encode(rgba: Rgba, kind: ImageFormat = "png", parameters: str = "") -> bytes:
-    """A picture file, lossless for PNG and WebP, with the `parameters` text inside. Colour under alpha 0 is kept."""
+    """Encode an image, lossless for PNG and WebP. Colour under alpha 0 is kept.
+
+    Args:
+        rgba: Image, uint8 (height, width, 4).
+        kind: Format of the file.
+        parameters: Text with the generation settings, stored in the file.
+    """
     if kind == "png":
         return _encode_png(rgba, parameters)
     image, buffer = Image.fromarray(rgba), io.BytesIO()
@@ -72,52 +85,57 @@ def encode(rgba: Rgba, kind: ImageFormat = "png", parameters: str = "") -> bytes
         exif.get_ifd(_EXIF_IFD)[_USER_COMMENT] = b"UNICODE\0" + parameters.encode(
             "utf-16-be", errors="replace"
         )
-        # as bytes: Pillow takes an Exif without main tags for an empty one
+        # as bytes, because Pillow treats an Exif without main tags as empty
         options["exif"] = exif.tobytes()
     image.save(buffer, format=kind.upper(), **options)
     return buffer.getvalue()
 
 
 def encode_preview(rgb: NDArray[np.uint8]) -> bytes:
-    """A small WebP of an RGB picture (height, width, 3), for the eye only."""
+    """Encode an RGB image, uint8 (height, width, 3), as a small lossy WebP."""
     buffer = io.BytesIO()
     Image.fromarray(rgb).save(buffer, format="WEBP", quality=70)
     return buffer.getvalue()
 
 
 def decode(data: bytes) -> tuple[Rgba, str | None]:
-    """A picture file → (RGBA, `parameters` text if it carries one).
+    """Decode an image file.
+
+    Returns:
+        The image as uint8 (height, width, 4), and its `parameters` text, if it has one.
 
     Raises:
-        InvalidRequest: not a PNG, WebP, AVIF or JPEG, damaged, or larger than 16 megapixels.
+        InvalidRequest: The file is not a PNG, WebP, AVIF or JPEG, or is damaged,
+            or has more than 16 megapixels.
     """
-    with _opened(data) as image:
+    with _open(data) as image:
         if image.width * image.height > MAX_PIXELS:
             raise _too_large(f"{image.width}x{image.height} pixels")
         image.load()
-        return np.asarray(image if image.mode == "RGBA" else image.convert("RGBA")), _parameters(
-            image
-        )
+        rgba = image if image.mode == "RGBA" else image.convert("RGBA")
+        return np.asarray(rgba), _parameters(image)
 
 
 def read_settings(data: bytes) -> tuple[tuple[int, int], str | None]:
-    """(width, height) and the `parameters` text of a picture file, of any size: no pixel is decoded.
+    """Return (width, height) and the `parameters` text of an image file of any size.
+
+    No pixels are decoded.
 
     Raises:
-        InvalidRequest: not a PNG, WebP, AVIF or JPEG, or its head is damaged.
+        InvalidRequest: The file is not a PNG, WebP, AVIF or JPEG, or its header is damaged.
     """
-    with _opened(data) as image:
+    with _open(data) as image:
         return image.size, _parameters(image)
 
 
 @contextmanager
-def _opened(data: bytes) -> Generator[Image.Image]:
-    """A picture file whose head was read. What goes wrong inside the block is said of the file, too."""
+def _open(data: bytes) -> Generator[Image.Image]:
+    """Open an image file. Errors inside the block are reported as damage."""
     try:
         with Image.open(io.BytesIO(data), formats=READABLE) as image:
             yield image
     except UnidentifiedImageError:
-        raise InvalidRequest("not a picture.", hint=_USE) from None
+        raise InvalidRequest("not an image.", hint=_USE) from None
     except (
         OSError,
         SyntaxError,
@@ -129,21 +147,21 @@ def _opened(data: bytes) -> Generator[Image.Image]:
         struct.error,
         zlib.error,
     ) as error:
-        raise InvalidRequest(f"the picture is damaged ({error}).", hint=_USE) from None
+        raise InvalidRequest(f"the image is damaged ({error}).", hint=_USE) from None
     except Image.DecompressionBombError:
         raise _too_large("far more pixels than that") from None
 
 
-def _too_large(what: str) -> InvalidRequest:
+def _too_large(size: str) -> InvalidRequest:
     limit = f"{MAX_PIXELS // 1_000_000} megapixels"
-    return InvalidRequest(f"the picture is too large: the limit is {limit}, and it has {what}.")
+    return InvalidRequest(f"the image is too large: the limit is {limit}, and it has {size}.")
 
 
 def _parameters(image: Image.Image) -> str | None:
     text = image.info.get("parameters")
     if isinstance(text, str):
         return text
-    # not image.getexif(), which decodes a PNG to look behind its pixels
+    # not image.getexif(), which decodes all pixels of a PNG
     exif = Image.Exif()
     exif.load(image.info.get("exif") or b"")
     comment = exif.get_ifd(_EXIF_IFD).get(_USER_COMMENT)
@@ -153,7 +171,11 @@ def _parameters(image: Image.Image) -> str | None:
 
 
 def _encode_png(rgba: Rgba, parameters: str) -> bytes:
-    """8-bit RGBA: every row as its difference to the row above, deflated by ISA-L; PNG specification, third edition."""
+    """Encode 8-bit RGBA: each row is its difference to the row above, deflated.
+
+    Source:
+        PNG specification, third edition.
+    """
     height, width = rgba.shape[:2]
     pixels = rgba.reshape(height, width * 4)
     rows = np.empty((height, 1 + width * 4), np.uint8)
@@ -169,7 +191,7 @@ def _encode_png(rgba: Rgba, parameters: str) -> bytes:
 
 
 def _text_chunk(text: str) -> tuple[bytes, bytes]:
-    """Latin-1 text as tEXt, other text as iTXt; what neither can hold is replaced."""
+    """Encode Latin-1 text as tEXt, other text as iTXt. Replace invalid characters."""
     text = text.replace("\0", " ")
     try:
         return b"tEXt", b"parameters\0" + text.encode("latin-1")

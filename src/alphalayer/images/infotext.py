@@ -1,4 +1,4 @@
-"""The `parameters` text of a picture: written and read as that ecosystem does. Text only."""
+"""The `parameters` text of an image, in the format of AUTOMATIC1111."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from alphalayer.core.modes import MODES
 from alphalayer.core.request import GenerationRequest, ResolvedRequest
 
 MAX_LINE = 50_000
-"""Longer last lines are prompt; no program writes so many settings."""
-# keys are short: a search for the end of one must not run through the whole line from each of its letters
+"""A longer last line is part of the prompt: no program writes so many settings."""
+# the limit on the length of a key keeps the search linear in the length of the line
 _PAIR = re.compile(r'(\w[\w \-/]{1,60}):\s*("(?:\\.|[^\\"])*"|[^,]*)(?:,|$)')
 
 
@@ -25,8 +25,11 @@ def write_parameters(
     seed: int,
     subseed: int | None = None,
 ) -> str:
-    """The text for one picture of a resolved request: prompt with its LoRAs, negative prompt, then `key: value` pairs in the usual
-    order. Everything that another machine needs to draw it again."""
+    """Write the text for one image.
+
+    It has all settings that another machine needs to reproduce the image.
+    The format is: prompt with its LoRAs, negative prompt, then a line of `key: value` pairs.
+    """
     varied = request.subseed_strength > 0
     pairs: dict[str, object | None] = {
         "Steps": request.steps,
@@ -44,9 +47,7 @@ def write_parameters(
         **_layerdiffuse(request),
         "Version": f"alphalayer-{__version__}",
     }
-    line = ", ".join(
-        f"{key}: {_quoted(value)}" for key, value in pairs.items() if value is not None
-    )
+    line = ", ".join(f"{key}: {_quote(value)}" for key, value in pairs.items() if value is not None)
     negative = f"\nNegative prompt: {request.negative_prompt}" if request.negative_prompt else ""
     return f"{request.tagged_prompt}{negative}\n{line}"
 
@@ -98,10 +99,13 @@ def webui_info(job: Job) -> dict[str, Any]:
 
 
 def read_parameters(text: str) -> dict[str, str]:
-    """The pairs of a `parameters` text, with "Prompt" and "Negative prompt"; unquoted, all values as text."""
+    """Parse a `parameters` text into its pairs, with "Prompt" and "Negative prompt".
+
+    All values are unquoted text.
+    """
     lines = text.strip().split("\n")
     last = lines[-1] if len(lines[-1]) <= MAX_LINE else ""
-    pairs = {found[1]: _unquoted(found[2]) for found in _PAIR.finditer(last)}
+    pairs = {pair[1]: _unquote(pair[2]) for pair in _PAIR.finditer(last)}
     if len(pairs) >= 3:
         lines.pop()
     else:
@@ -131,16 +135,16 @@ def _layerdiffuse(request: GenerationRequest) -> dict[str, object]:
 
 
 def _number(value: float | None) -> str | None:
-    """5.0 as "5", 7.25 as "7.25"."""
+    """Format 5.0 as "5" and 7.25 as "7.25"."""
     return None if value is None else f"{value:g}"
 
 
-def _quoted(value: object) -> str:
+def _quote(value: object) -> str:
     text = str(value)
     return json.dumps(text, ensure_ascii=False) if any(mark in text for mark in ",:\n") else text
 
 
-def _unquoted(text: str) -> str:
+def _unquote(text: str) -> str:
     if not text.startswith('"'):
         return text.strip()
     try:

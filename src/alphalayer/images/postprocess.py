@@ -15,7 +15,7 @@ SOLID_ALPHA = 255
 
 
 def finish(rgba: Rgba, output: Output) -> Rgba:
-    """What a request wants done to a finished picture: defringe, trim, composite, in this order."""
+    """Apply the requested post-processing: defringe, trim, composite, in this order."""
     if output.defringe:
         rgba = defringe(rgba)
     if output.trim:
@@ -27,13 +27,20 @@ def finish(rgba: Rgba, output: Output) -> Rgba:
 
 
 def convert(data: bytes, output: Output) -> bytes:
-    """A picture file made anew as `output` wants it, with the `parameters` text it had. Raises `InvalidRequest`; see `decode`."""
+    """Post-process an image file and encode it, with its `parameters` text.
+
+    Raises:
+        InvalidRequest: The file cannot be decoded. See `decode`.
+    """
     rgba, parameters = decode(data)
     return encode(finish(rgba, output), output.format, parameters or "")
 
 
 def trim(rgba: Rgba, threshold: int = 0, padding: int = 0) -> Rgba:
-    """Cut away the border whose alpha is at most `threshold`, keep `padding` pixels; an empty picture stays as it is."""
+    """Cut off the border with alpha of at most `threshold`, except `padding` pixels.
+
+    An empty image does not change.
+    """
     solid = rgba[..., 3] > threshold
     if not solid.any():
         return rgba
@@ -48,34 +55,35 @@ def trim(rgba: Rgba, threshold: int = 0, padding: int = 0) -> Rgba:
 
 
 def defringe(rgba: Rgba, reach: int = 3) -> Rgba:
-    """Give half-transparent edge pixels the colour of the solid pixels beside them, so that no old background shines through.
+    """Replace the colour of half-transparent edge pixels by that of solid pixels.
 
-    Colour spreads from pixels of full alpha outwards, `reach` pixels at most; alpha stays as it is, and so do pixels that no
-    solid one is near to (smoke, glass).
+    Otherwise the old background would shine through.
+    The colour of solid pixels spreads outwards by at most `reach` pixels. Alpha does not change.
+    Pixels without a solid pixel nearby do not change either (smoke, glass).
     """
     color = rgba[..., :3].astype(np.float32)
-    known = rgba[..., 3] == SOLID_ALPHA
+    has_color = rgba[..., 3] == SOLID_ALPHA
     for _ in range(reach):
-        weight = known.astype(np.float32)
-        total, count = _neighbours(color * weight[..., None]), _neighbours(weight)
-        reached = ~known & (count > 0)
+        weight = has_color.astype(np.float32)
+        total, count = _sum_neighbours(color * weight[..., None]), _sum_neighbours(weight)
+        reached = ~has_color & (count > 0)
         color[reached] = total[reached] / count[reached][:, None]
-        known = known | reached
-    changed = known & (rgba[..., 3] < SOLID_ALPHA)
+        has_color = has_color | reached
+    changed = has_color & (rgba[..., 3] < SOLID_ALPHA)
     result = rgba.copy()
     result[changed, :3] = np.rint(color[changed]).astype(np.uint8)
     return result
 
 
-def _neighbours(values: NDArray[np.float32]) -> NDArray[np.float32]:
-    """The sum over the 3x3 square around each pixel."""
+def _sum_neighbours(values: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Sum the 3x3 square around each pixel."""
     padded: NDArray[np.float32] = np.pad(values, [(1, 1), (1, 1), *[(0, 0)] * (values.ndim - 2)])
     rows: NDArray[np.float32] = padded[:-2] + padded[1:-1] + padded[2:]
     return np.asarray(rows[:, :-2] + rows[:, 1:-1] + rows[:, 2:], np.float32)
 
 
 def composite(rgba: Rgba, background: tuple[int, int, int]) -> Rgba:
-    """The picture over a colour, opaque."""
+    """Composite the image over a colour. The result is opaque."""
     alpha = rgba[..., 3:].astype(np.float32) / 255
     mixed = rgba[..., :3] * alpha + np.array(background, np.float32) * (1 - alpha)
     return np.dstack([np.rint(mixed).astype(np.uint8), np.full_like(rgba[..., 3], 255)])

@@ -25,7 +25,7 @@ from alphalayer import __version__
 from alphalayer.api.addresses import address
 from alphalayer.api.deps import file_url
 from alphalayer.api.errors import first_error
-from alphalayer.client import TIMEOUT_S, AsyncClient, JobStatus, Picture
+from alphalayer.client import TIMEOUT_S, AsyncClient, ImageInfo, JobStatus
 from alphalayer.core.errors import AlphalayerError
 from alphalayer.core.request import MAX_PROMPT_CHARACTERS, MAX_SEED, MAX_SIDE
 
@@ -124,7 +124,7 @@ class _OwnWords(Middleware):
 
 async def _render(
     client: AsyncClient, context: Context, prompt: str, fields: dict[str, Any]
-) -> tuple[bytes, Picture]:
+) -> tuple[bytes, ImageInfo]:
     """Submit, tell the progress, bring the file; a caller that goes away takes its job along, unless others wait for it."""
     status = await client.submit(prompt, idempotency_key=_job_key(context), **fields)
     step = steps = 0
@@ -139,7 +139,7 @@ async def _render(
         with anyio.CancelScope(shield=True):
             await client.withdraw(status.id)
         raise
-    (picture,) = status.check().pictures
+    (picture,) = status.check().images
     # not at its own address: that is for those outside
     return await client.download(file_url(client.base_url, picture.filename)), picture
 

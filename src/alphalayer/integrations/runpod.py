@@ -44,7 +44,7 @@ class Handler:
         self, settings: Settings, engine: str = "alphalayer.engine.pipeline:create_engine"
     ):
         self._settings = settings
-        self._storage: Storage = open_storage(settings.pictures)
+        self._storage: Storage = open_storage(settings.image_location)
         self._engine = load_engine(engine, settings.engine_options())
         self._engine.warm_up()
         self._turn = asyncio.Lock()

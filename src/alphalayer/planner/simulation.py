@@ -1,8 +1,9 @@
-"""How many pods a number of users needs: a simulation of the service, not a formula. On simpy; knows nothing of the service's code.
+"""Discrete-event simulation of the service, to estimate how many pods a number of users needs.
 
-Users ask, wait for the picture, look at it (think time) and ask again. Pods draw one batch at a time, the oldest job first, and take
-along what waits, up to `batch` jobs. Pods may come and go with the age of the oldest job, as Kubernetes and KEDA do it; one that is
-started late is cold for a while.
+A user sends a request, waits for the image, looks at it (think time) and sends the next request.
+A pod renders one batch at a time: the oldest job and the next ones, up to `batch` jobs.
+The number of pods may follow the age of the oldest job, as with Kubernetes and KEDA.
+A new pod is cold for a while. The simulation does not use the code of the service.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Gpu:
-    """One kind of card: seconds for a picture of SDXL (1024x1024, 20 steps) drawn alone, and dollars an hour."""
+    """A GPU: seconds for one SDXL image (1024x1024, 20 steps), and dollars an hour."""
 
     seconds: float
     price: float
@@ -37,25 +38,27 @@ GPUS = {
     "h100": Gpu(1.3, 2.80, "published: stable-fast's rates, with decoding estimated"),
     "h200": Gpu(0.9, 3.80, "computed: 0.9 to 1.2 s is ordinary for bf16"),
 }
-"""Before anything was measured with this service; prices are what such cards were rented for in 2026. Both can be given."""
+"""Defaults, not measured with this service. Prices are those of rented GPUs in 2026."""
 BATCH_COST = 0.9
-"""A picture that is drawn along with others takes this part of the time of one alone."""
+"""Time of each further image of a batch, as a part of the time of an image alone."""
 SYNC_S, TOLERANCE = 15.0, 0.1
-"""How often Kubernetes' autoscaler looks, and what it takes for no difference."""
-SCALED_S = 7200.0
-MOST_USE = 0.9
-"""Fleets that are busier than this have nothing left for a bad day."""
-OLD_SECONDS = (15.0, 30.0)
-"""What a picture took in the old stack, one at a time, by its manual."""
-OLD_STACK = (
-    "Old stack: its manual says 15 to 30 s a picture, one at a time. Its table of pods by users is not known here; these rows are "
-    "computed as the others are, for 95 of 100 answers within twice the time of a picture."
+"""Interval of Kubernetes' autoscaler, and the relative difference that it ignores."""
+AUTOSCALED_S = 7200.0
+"""Least simulated time of an autoscaled fleet, in seconds."""
+MAX_UTILIZATION = 0.9
+"""Fleets that are busier have no reserve."""
+FORGE_SECONDS = (15.0, 30.0)
+"""Seconds for one image, one at a time, in the Forge service that Alphalayer replaces."""
+FORGE_NOTE = (
+    "Forge: the manual of the replaced service reports 15 to 30 s for an image, one at a time. "
+    "Its table of pods by users is not available. These rows are simulated like the others, "
+    "for 95 of 100 responses within twice the time of an image."
 )
 
 
 @dataclass(frozen=True)
 class Load:
-    """Who asks: users, and how long each looks at a picture before the next one (mean seconds, exponential)."""
+    """Load: users, and the mean think time between images (seconds, exponential)."""
 
     users: int
     think_s: float
@@ -63,46 +66,52 @@ class Load:
 
 @dataclass(frozen=True)
 class Scaling:
-    """How pods come and go, as deploy/kubernetes/worker.yaml has it: looked at every 15 seconds, against the age of the oldest job."""
+    """Autoscaling rule by the age of the oldest job, as in deploy/kubernetes/worker.yaml."""
 
     most_pods: int
     cold_start_s: float = 90.0
     age_s: float = 10.0
     up_a_minute: int = 2
     down_every_s: float = 300.0
-    """One pod at most leaves in this time, and none that was wanted in it."""
+    """At most one pod is removed in this time, and none that was required during it."""
 
-    def wanted(self, pods: int, age_s: float) -> int:
-        """How many pods there should be: more in proportion to the age (KEDA's metric type Value)."""
+    def desired_pods(self, pods: int, age_s: float) -> int:
+        """Return the desired pods, in proportion to the age (KEDA's metric type Value)."""
         ratio = age_s / self.age_s
         return pods if abs(ratio - 1) <= TOLERANCE else math.ceil(pods * ratio)
 
 
-class Scaler:
-    """Kubernetes' autoscaler: how many pods to have, given how old the oldest job is."""
+class Autoscaler:
+    """Kubernetes' autoscaler: the number of pods by the age of the oldest job."""
 
-    def __init__(self, scaling: Scaling, least: int):
-        self._scaling, self._least = scaling, least
-        self._wanted: deque[tuple[float, int]] = deque()
+    def __init__(self, scaling: Scaling, min_pods: int):
+        self._scaling, self._min_pods = scaling, min_pods
+        self._desired: deque[tuple[float, int]] = deque()
         self._added: deque[tuple[float, int]] = deque()
         self._removed_at = -math.inf
 
-    def look(self, now: float, pods: int, age_s: float) -> int:
-        """The pods to have from now on, in seconds of any clock; to be asked every `SYNC_S` seconds."""
+    def update(self, now: float, pods: int, age_s: float) -> int:
+        """Return the new number of pods. Call it every `SYNC_S` seconds.
+
+        Args:
+            now: Time in seconds, of any clock.
+            pods: Current number of pods.
+            age_s: Age of the oldest job.
+        """
         scaling = self._scaling
-        wanted = max(self._least, min(scaling.most_pods, scaling.wanted(pods, age_s)))
-        self._wanted.append((now, wanted))
-        while self._wanted[0][0] < now - scaling.down_every_s:
-            self._wanted.popleft()
+        desired = max(self._min_pods, min(scaling.most_pods, scaling.desired_pods(pods, age_s)))
+        self._desired.append((now, desired))
+        while self._desired[0][0] < now - scaling.down_every_s:
+            self._desired.popleft()
         while self._added and self._added[0][0] <= now - 60:
             self._added.popleft()
-        if wanted > pods:
-            room = scaling.up_a_minute - sum(count for _, count in self._added)
-            added = max(0, min(wanted - pods, room))
+        if desired > pods:
+            allowed = scaling.up_a_minute - sum(count for _, count in self._added)
+            added = max(0, min(desired - pods, allowed))
             self._added.append((now, added))
             return pods + added
         if (
-            max(count for _, count in self._wanted) < pods
+            max(count for _, count in self._desired) < pods
             and now - self._removed_at >= scaling.down_every_s
         ):
             self._removed_at = now
@@ -112,18 +121,21 @@ class Scaler:
 
 @dataclass(frozen=True)
 class Fleet:
-    """Who draws: pods (at the start), seconds of a picture alone, jobs a batch at most, and what one more in a batch costs."""
+    """Pods that render images, and their speed."""
 
     pods: int
+    """Pods at the start."""
     seconds: float
+    """Seconds for one image alone."""
     batch: int = 4
+    """Most jobs of a batch."""
     scaling: Scaling | None = None
     batch_cost: float = BATCH_COST
 
 
 @dataclass
 class Outcome:
-    """What came of it: waits in seconds from asking to the picture, and how busy the pods were (0 to 1)."""
+    """Result of a simulation: the wait of each request in seconds, and the use of the pods."""
 
     waits: list[float] = field(default_factory=list[float])
     busy_s: float = 0.0
@@ -133,40 +145,40 @@ class Outcome:
 
     @property
     def mean_s(self) -> float:
-        """Mean seconds from asking to the picture."""
+        """Return the mean wait from request to image, in seconds."""
         return statistics.fmean(self.waits) if self.waits else 0.0
 
     @property
     def p95_s(self) -> float:
-        """Seconds that 95 of 100 requests stay below."""
+        """Return the 95th percentile of the wait, in seconds."""
         return sorted(self.waits)[int(len(self.waits) * 0.95)] if self.waits else 0.0
 
     @property
     def mean_pods(self) -> float:
-        """Pods, cold ones among them, on the mean over the time that is counted."""
+        """Return the mean number of pods, cold ones included, over the measured time."""
         return self.pod_s / self.counted_s if self.counted_s else 0.0
 
     @property
     def use(self) -> float:
-        """Part of the pods' time that they draw."""
+        """Return the part of the pods' time in which they render (0 to 1)."""
         return self.busy_s / self.pod_s if self.pod_s else 0.0
 
 
 class _Service:
-    """The queue and the pods of one simulation."""
+    """Queue and pods of one simulation."""
 
     def __init__(self, env: simpy.Environment, fleet: Fleet, outcome: Outcome, warm_up_s: float):
         self._env, self._fleet, self._outcome, self._warm_up_s = env, fleet, outcome, warm_up_s
         self._queue: deque[tuple[float, simpy.Event]] = deque()
         self._idle: deque[simpy.Event] = deque()
         self.pods = self._leaving = 0
-        self._since = 0.0
+        self._counted_at = 0.0
         self._add(fleet.pods, 0.0)
         if fleet.scaling:
             env.process(self._scale(fleet.scaling))
 
-    def ask(self) -> simpy.Event:
-        """Join the queue; the event comes with the picture."""
+    def submit(self) -> simpy.Event:
+        """Queue a request and return the event of its image."""
         done = self._env.event()
         self._queue.append((self._env.now, done))
         if self._idle:
@@ -174,11 +186,10 @@ class _Service:
         return done
 
     def count_pods(self) -> None:
-        """Add the pods' time since the last time to the outcome."""
-        self._outcome.pod_s += self.pods * max(
-            0.0, self._env.now - max(self._since, self._warm_up_s)
-        )
-        self._since = self._env.now
+        """Add the pods' time since the last call to the outcome."""
+        counted_from = max(self._counted_at, self._warm_up_s)
+        self._outcome.pod_s += self.pods * max(0.0, self._env.now - counted_from)
+        self._counted_at = self._env.now
         if self._env.now >= self._warm_up_s:
             self._outcome.most_pods = max(self._outcome.most_pods, self.pods)
 
@@ -200,9 +211,9 @@ class _Service:
             yield self._env.timeout(cold_s)
         while True:
             while not self._queue and not self._leaving:
-                woken = self._env.event()
-                self._idle.append(woken)
-                yield woken
+                wakeup = self._env.event()
+                self._idle.append(wakeup)
+                yield wakeup
             if self._leaving:
                 self._leaving -= 1
                 return
@@ -211,38 +222,45 @@ class _Service:
             yield self._env.timeout(seconds)
             if self._env.now >= self._warm_up_s:
                 self._outcome.busy_s += seconds
-            for asked_at, done in batch:
-                if asked_at >= self._warm_up_s:
-                    self._outcome.waits.append(self._env.now - asked_at)
+            for submitted_at, done in batch:
+                if submitted_at >= self._warm_up_s:
+                    self._outcome.waits.append(self._env.now - submitted_at)
                 done.succeed()
 
     def _scale(self, scaling: Scaling) -> Generator[Any, Any, None]:
-        scaler = Scaler(scaling, self._fleet.pods)
+        autoscaler = Autoscaler(scaling, self._fleet.pods)
         while True:
             yield self._env.timeout(SYNC_S)
             age = self._env.now - self._queue[0][0] if self._queue else 0.0
-            more = scaler.look(self._env.now, self.pods, age) - self.pods
-            if more > 0:
-                self._add(more, scaling.cold_start_s)
-            elif more < 0:
+            change = autoscaler.update(self._env.now, self.pods, age) - self.pods
+            if change > 0:
+                self._add(change, scaling.cold_start_s)
+            elif change < 0:
                 self._remove_one()
 
 
 def simulate(load: Load, fleet: Fleet, duration_s: float = 0.0, seed: int = 0) -> Outcome:
-    """Run users against pods; by default for 30 rounds of a user, fewer of many, and for two hours where pods come and go. The first
-    fifth is not counted."""
-    import simpy  # comes with the extra "planner"; the command shows its options without it
+    """Simulate users and pods. The first fifth of the time is not counted.
+
+    Args:
+        load: Users and their think time.
+        fleet: Pods and their speed.
+        duration_s: Simulated seconds. The default is up to 30 requests of each user,
+            and at least two hours with autoscaling.
+        seed: Seed of the random think times.
+    """
+    import simpy  # part of the extra "planner"; `plan --help` works without it
 
     env, outcome, rng = simpy.Environment(), Outcome(), random.Random(seed)
     rounds = max(6, min(30, 20_000 // load.users)) * (load.think_s + fleet.seconds)
-    duration_s = duration_s or (max(rounds, SCALED_S) if fleet.scaling else rounds)
+    duration_s = duration_s or (max(rounds, AUTOSCALED_S) if fleet.scaling else rounds)
     warm_up_s = duration_s / 5
     service = _Service(env, fleet, outcome, warm_up_s)
 
     def user() -> Generator[Any, Any, None]:
         yield env.timeout(rng.uniform(0, load.think_s))
         while True:
-            yield service.ask()
+            yield service.submit()
             yield env.timeout(rng.expovariate(1 / load.think_s) if load.think_s else 0)
 
     for _ in range(load.users):
@@ -253,33 +271,39 @@ def simulate(load: Load, fleet: Fleet, duration_s: float = 0.0, seed: int = 0) -
     return outcome
 
 
-def pods_needed(
-    load: Load, seconds: float, batch: int, p95_s: float, most: int = 100_000
+def find_min_pods(
+    load: Load, seconds: float, batch: int, p95_s: float, limit: int = 100_000
 ) -> tuple[int, Outcome]:
-    """The fewest pods with which 95 of 100 requests have their picture in time and some room is left, by bisection; and how it goes.
+    """Find the fewest pods that meet the target and are not overloaded, by bisection.
+
+    Args:
+        load: Users and their think time.
+        seconds: Seconds for one image alone.
+        batch: Most jobs of a batch.
+        p95_s: Target of the 95th percentile of the wait.
+        limit: Most pods to try.
+
+    Returns:
+        The number of pods, and the outcome of their simulation.
 
     Raises:
-        ValueError: one picture alone takes longer than that.
+        ValueError: One image alone takes longer than the target, or `limit` pods are too few.
     """
     if seconds > p95_s:
-        raise ValueError(f"a picture alone takes {seconds:.1f} s; ask for no less than that")
-    # users who wait as long as is allowed ask this often; fewer pods than that cannot keep up
+        raise ValueError(f"one image alone takes {seconds:.1f} s; use at least that as --p95")
+    # the load if every user waits as long as is allowed: fewer pods cannot keep up
     busy = load.users * seconds * (1 + (batch - 1) * BATCH_COST) / batch / (load.think_s + p95_s)
-    low, high = 0, max(1, round(busy / MOST_USE))
+    low, high = 0, max(1, round(busy / MAX_UTILIZATION))
     outcomes: dict[int, Outcome] = {}
 
     def is_enough(pods: int) -> bool:
-        outcomes[pods] = simulate(load, Fleet(pods, seconds, batch))
-        return (
-            bool(outcomes[pods].waits)
-            and outcomes[pods].p95_s <= p95_s
-            and outcomes[pods].use <= MOST_USE
-        )
+        outcome = outcomes[pods] = simulate(load, Fleet(pods, seconds, batch))
+        return bool(outcome.waits) and outcome.p95_s <= p95_s and outcome.use <= MAX_UTILIZATION
 
     while not is_enough(high):
         low, high = high, high + max(1, high // 8)
-        if high > most:
-            raise ValueError(f"{most} pods are not enough")
+        if high > limit:
+            raise ValueError(f"{limit} pods are not enough")
     while high - low > max(1, high // 200):
         middle = (low + high) // 2
         low, high = (low, middle) if is_enough(middle) else (middle, high)
@@ -287,46 +311,53 @@ def pods_needed(
 
 
 @dataclass(frozen=True)
-class Offer:
-    """One way to serve a load: what draws, a picture's seconds there, how it went, and dollars an hour of one pod, where that is known."""
+class Estimate:
+    """Estimate for one kind of fleet."""
 
     name: str
     seconds: float
+    """Seconds for one image alone."""
     pods: str
     outcome: Outcome
     price: float | None = None
+    """Dollars an hour of one pod, if known."""
 
     @property
-    def hourly(self) -> float | None:
-        """Dollars an hour of all pods, cold ones among them."""
+    def hourly_cost(self) -> float | None:
+        """Return the dollars an hour of all pods, cold ones included."""
         return None if self.price is None else self.outcome.mean_pods * self.price
 
     @property
-    def a_thousand(self) -> float | None:
-        """Dollars for a thousand pictures."""
-        an_hour = len(self.outcome.waits) / self.outcome.counted_s * 3600
-        return None if self.hourly is None else self.hourly / an_hour * 1000
+    def cost_per_thousand(self) -> float | None:
+        """Return the dollars for a thousand images."""
+        hourly_images = len(self.outcome.waits) / self.outcome.counted_s * 3600
+        return None if self.hourly_cost is None else self.hourly_cost / hourly_images * 1000
 
 
-def fixed_offer(
+def estimate_fixed(
     name: str, load: Load, seconds: float, batch: int, p95_s: float, price: float | None = None
-) -> Offer:
-    """As many pods all the time as `pods_needed` says. Raises `ValueError`, see there."""
-    pods, outcome = pods_needed(load, seconds, batch, p95_s)
-    return Offer(name, seconds, str(pods), outcome, price)
+) -> Estimate:
+    """Estimate a fleet of constant size.
+
+    Raises:
+        ValueError: No number of pods meets the target. See `find_min_pods`.
+    """
+    pods, outcome = find_min_pods(load, seconds, batch, p95_s)
+    return Estimate(name, seconds, str(pods), outcome, price)
 
 
-def scaled_offer(
+def estimate_autoscaled(
     name: str, load: Load, seconds: float, batch: int, price: float, scaling: Scaling
-) -> Offer:
-    """From one pod on as many as it takes, by the age of the oldest job."""
+) -> Estimate:
+    """Estimate a fleet that starts with one pod and scales by the age of the queue."""
     outcome = simulate(load, Fleet(1, seconds, batch, scaling))
-    return Offer(name, seconds, f"{outcome.mean_pods:.1f} ({outcome.most_pods})", outcome, price)
+    pods = f"{outcome.mean_pods:.1f} ({outcome.most_pods})"
+    return Estimate(name, seconds, pods, outcome, price)
 
 
-def old_offers(load: Load, p95_s: float) -> list[Offer]:
-    """The old stack: one picture at a time in what its manual says; answers may take twice as long as a picture."""
+def estimate_forge(load: Load, p95_s: float) -> list[Estimate]:
+    """Estimate Forge: one image at a time, and a wait of up to twice that time."""
     return [
-        fixed_offer(f"old stack, {each:g} s", load, each, 1, max(p95_s, 2 * each))
-        for each in OLD_SECONDS
+        estimate_fixed(f"Forge, {seconds:g} s", load, seconds, 1, max(p95_s, 2 * seconds))
+        for seconds in FORGE_SECONDS
     ]

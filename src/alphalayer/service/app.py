@@ -188,7 +188,7 @@ async def check(settings: Settings) -> None:
     """
     if settings.role != "api":
         require("torch", "engine")
-    open_storage(settings.pictures)
+    open_storage(settings.image_location)
     if settings.storage and settings.role != "api":
         await asyncio.to_thread(check_bucket, settings.storage)
     _open_api_keys(settings)
@@ -257,7 +257,7 @@ async def _assemble(
     settings: Settings, engine: str, options: dict[str, Any], traces: Traces
 ) -> Parts:
     """Build the parts of the service and open its queue."""
-    storage = open_storage(settings.pictures)
+    storage = open_storage(settings.image_location)
     secret = _webhook_key(settings)
     keys = _open_api_keys(settings)
     if settings.role != "worker":
@@ -324,7 +324,7 @@ def _create_pool(
                 EngineSpec(
                     engine,
                     options,
-                    settings.pictures,
+                    settings.image_location,
                     environment,
                     settings.silence_limit_s,
                     settings.batch_wait_s,
@@ -351,9 +351,9 @@ def _log_start(settings: Settings) -> None:
     model, problem = _model_lookup(settings).default()
     if problem:
         log.warning("model.missing", error=problem)
-    if settings.database and "://" not in settings.pictures:
+    if settings.database and "://" not in settings.image_location:
         hint = "Set storage to a bucket (s3://…), unless all machines share this folder."
-        log.warning("storage.local_with_shared_queue", folder=settings.pictures, hint=hint)
+        log.warning("storage.local_with_shared_queue", folder=settings.image_location, hint=hint)
     if settings.role == "worker":
         paths = {"livez": "/livez", "metrics": "/metrics"}
     else:

@@ -1,70 +1,75 @@
-// The pictures drawn on this page, newest first, with all that made each; kept in this browser, in all its tabs alike.
+// History of generated images with their settings, newest first. All tabs share it.
 
 import * as store from "./store.js";
 
 const STORE = "alphalayer.history";
-const MOST = 100;
+const MAX_ENTRIES = 100;
 const find = (id) => document.getElementById(id);
-let forgotten = null;
+let cleared = null; // the entries that "Undo" restores
 
-/** `address` gives the address of a picture's name, `isGone` asks whether the service keeps it no longer, and `chosen` is called with an
- * entry: {name, seed, width, height, settings}, and `gone` where its picture is no longer kept. */
-export function start(address, isGone, chosen) {
-  const draw = () => {
+/**
+ * Show the history, and return an object to add entries.
+ *
+ * `address` returns the URL of an image by name. `isGone` checks whether the service removed it.
+ * `onSelect` is called with an entry: {name, seed, width, height, settings}.
+ * It also has `gone` if the image is removed.
+ */
+export function start(address, isGone, onSelect) {
+  const render = () => {
     const entries = load();
-    find("past").hidden = entries.length === 0 && !forgotten;
-    find("forgotten").textContent = forgotten ? "Forgotten." : "";
-    find("forget").textContent = forgotten ? "Undo" : "Forget all";
-    find("history").replaceChildren(...entries.map((entry) => item(entry, address(entry.name), () => lost(entry), chosen)));
+    find("past").hidden = entries.length === 0 && !cleared;
+    find("forgotten").textContent = cleared ? "Cleared." : "";
+    find("forget").textContent = cleared ? "Undo" : "Clear history";
+    find("history").replaceChildren(...entries.map((entry) => item(entry, address(entry.name), () => markGone(entry), onSelect)));
   };
-  const lost = async (entry) => {
+  const markGone = async (entry) => {
     if (!(await isGone(entry.name))) return;
-    save(load().map((each) => (each.name === entry.name ? { ...each, gone: true } : each)));
-    draw();
+    save(load().map((other) => (other.name === entry.name ? { ...other, gone: true } : other)));
+    render();
   };
   find("forget").addEventListener("click", () => {
-    const before = forgotten ? null : load();
-    // others may have drawn meanwhile, in other tabs
-    save(forgotten ? [...load(), ...forgotten].slice(0, MOST) : []);
-    forgotten = before;
-    draw();
+    const before = cleared ? null : load();
+    // other tabs may have added entries since
+    save(cleared ? [...load(), ...cleared].slice(0, MAX_ENTRIES) : []);
+    cleared = before;
+    render();
   });
-  window.addEventListener("storage", (event) => event.key === STORE && draw());
-  draw();
+  window.addEventListener("storage", (event) => event.key === STORE && render());
+  render();
   return {
     add(entry) {
-      forgotten = null;
-      save([entry, ...load()].slice(0, MOST));
-      draw();
+      cleared = null;
+      save([entry, ...load()].slice(0, MAX_ENTRIES));
+      render();
     },
   };
 }
 
-function item(entry, address, lost, chosen) {
+function item(entry, address, onMissing, onSelect) {
   const button = document.createElement("button");
   button.type = "button";
   button.title = `${entry.settings.prompt.slice(0, 200)}, seed ${entry.seed}`;
-  button.append(entry.gone ? words(entry) : thumbnail(entry, address, lost));
-  button.addEventListener("click", () => chosen(entry));
+  button.append(entry.gone ? label(entry) : thumbnail(entry, address, onMissing));
+  button.addEventListener("click", () => onSelect(entry));
   const row = document.createElement("li");
   row.append(button);
   return row;
 }
 
-function thumbnail(entry, address, lost) {
+function thumbnail(entry, address, onMissing) {
   const image = new Image(112, 112);
   image.loading = "lazy";
   image.decoding = "async";
   image.alt = `${entry.settings.prompt.slice(0, 200)}, seed ${entry.seed}`;
   image.onerror = () => {
-    image.replaceWith(words(entry));
-    lost();
+    image.replaceWith(label(entry));
+    onMissing();
   };
   image.src = address;
   return image;
 }
 
-function words(entry) {
+function label(entry) {
   const text = document.createElement("span");
   text.textContent = entry.settings.prompt.slice(0, 200);
   return text;
@@ -72,8 +77,8 @@ function words(entry) {
 
 function load() {
   try {
-    const kept = JSON.parse(store.read(STORE) ?? "[]");
-    return Array.isArray(kept) ? kept.filter((each) => each?.name && each.settings?.prompt) : [];
+    const entries = JSON.parse(store.read(STORE) ?? "[]");
+    return Array.isArray(entries) ? entries.filter((entry) => entry?.name && entry.settings?.prompt) : [];
   } catch {
     return [];
   }

@@ -1,98 +1,106 @@
-// The jobs of this page that are not over, and the one among them that the stage shows.
+// The unfinished jobs of this page, and the one among them that the stage shows.
 //
-// That one is streamed, as long as the page can be seen; the others are looked at now and then. A browser has six connections to a service
-// for all its tabs together: streams of them all would leave none for anything else.
+// The shown job is streamed while the page is visible. The others are polled.
+// A browser has six connections to a service for all tabs: a stream for each job would use them up.
 
 import * as service from "./service.js";
 
-const LOOK_EVERY_S = { usual: 2, stopping: 0.3 };
+const INTERVAL_S = { usual: 2, stopping: 0.3 };
 const find = (id) => document.getElementById(id);
 const jobs = new Map();
-let chosen = null; // the id of a job that was chosen by hand; else the one that runs is shown
-let isWatching = true; // false while a finished picture is looked at instead
-let waiting = ""; // why nothing begins, if nothing does
+let selected = null; // id of the job that the user selected; else the running one is shown
+let isWatching = true; // false while a finished image is shown
+let waitReason = ""; // why the service starts no job; else ""
 let show = () => {};
-let lacksKey = () => {};
+let onKeyRejected = () => {};
 
-/** `shown` is called with a job that has news and its request's body, where the stage is to show it; `refused` where the key is not taken. */
-export const start = (shown, refused) => ([show, lacksKey] = [shown, refused]);
+/**
+ * Set the callbacks.
+ *
+ * `onChange` is called with the shown job and the body of its request.
+ * `onRejected` is called if the service rejects the key.
+ */
+export const start = (onChange, onRejected) => ([show, onKeyRejected] = [onChange, onRejected]);
 
-/** Follow a job until it is over; gives how it ended, and whether it was on the stage. Throws `Refused` where the service has no such job. */
+/**
+ * Follow a job until it is finished. Returns the job, and whether it was shown.
+ * Throws `Refused` if the service has no such job.
+ */
 export async function follow(job, body) {
-  const entry = { now: job, body, trouble: "", isLive: false, turn: new AbortController(), row: row(job.id, body.prompt) };
+  const entry = { job, body, problem: "", isLive: false, turn: new AbortController(), row: row(job.id, body.prompt) };
   jobs.set(job.id, entry);
   watch();
   try {
-    while (!service.isOver(entry.now)) await turn(entry);
-    return { end: entry.now, wasShown: current() === entry };
+    while (!service.isFinished(entry.job)) await turn(entry);
+    return { job: entry.job, wasShown: current() === entry };
   } finally {
     const hadFocus = entry.row.item.contains(document.activeElement) || (current() === entry && document.activeElement === find("stop"));
     jobs.delete(job.id);
     entry.row.item.remove();
     render();
-    // their places in the queue have changed
-    for (const each of jobs.values()) if (!each.isLive) each.turn.abort();
-    // not to another button that cancels
+    // the positions of the others in the queue have changed
+    for (const other of jobs.values()) if (!other.isLive) other.turn.abort();
+    // the focus must not move to the cancel button of another job
     if (hadFocus) find("viewport").focus({ preventScroll: true });
   }
 }
 
-/** Follow a job until it comes onto the stage or leaves it, or for a while. */
+/** Stream a job while it is shown, or poll it once. */
 async function turn(entry) {
   entry.turn = new AbortController();
   const { signal } = entry.turn;
-  const told = (now) => update(entry, { now, trouble: "" });
+  const onJob = (job) => update(entry, { job, problem: "" });
   try {
-    if (entry.isLive) await service.stream(entry.now.id, told, signal);
-    else told(await service.look(entry.now.id));
+    if (entry.isLive) await service.stream(entry.job.id, onJob, signal);
+    else onJob(await service.fetchJob(entry.job.id));
   } catch (error) {
     if (error.status === 404) throw error;
-    if (!signal.aborted) update(entry, { trouble: error.status === 401 ? "Waiting for the key" : "Waiting for the service" });
-    if (error.status === 401) lacksKey();
+    if (!signal.aborted) update(entry, { problem: error.status === 401 ? "Waiting for the key" : "Waiting for the service" });
+    if (error.status === 401) onKeyRejected();
   }
-  if (!service.isOver(entry.now)) await nextLook(entry.isStopping ? LOOK_EVERY_S.stopping : LOOK_EVERY_S.usual, signal);
+  if (!service.isFinished(entry.job)) await nextPoll(entry.isStopping ? INTERVAL_S.stopping : INTERVAL_S.usual, signal);
 }
 
-/** All look at the same moments, so that their places in the queue fit together. */
-function nextLook(everyS, signal) {
+/** Wait for the next poll. All jobs poll at the same time: so their positions are consistent. */
+function nextPoll(intervalS, signal) {
   return new Promise((resume) => {
     if (signal.aborted) return resume();
     signal.addEventListener("abort", resume);
-    setTimeout(resume, everyS * 1000 - (performance.now() % (everyS * 1000)));
+    setTimeout(resume, intervalS * 1000 - (performance.now() % (intervalS * 1000)));
   });
 }
 
-/** Look at the jobs: at the one with the id, or at whichever runs. */
+/** Show the job with the id, or the running one. */
 export function watch(id = null) {
-  chosen = id;
+  selected = id;
   isWatching = true;
   render();
   const entry = current();
-  if (entry) show(entry.now, entry.body);
+  if (entry) show(entry.job, entry.body);
 }
 
-/** Look at something else. */
-export function look() {
+/** Show no job on the stage. */
+export function unwatch() {
   isWatching = false;
   render();
 }
 
-/** Why the service begins with no job now, in words; "" if it does. */
-export function setWaiting(words) {
-  waiting = words;
+/** Set the reason why the service starts no job, or "" if it does. */
+export function setWaiting(reason) {
+  waitReason = reason;
   render();
 }
 
-/** The ids of the jobs that are not over. */
+/** Return the ids of the unfinished jobs. */
 export const ids = () => [...jobs.keys()];
 
-const runs = (entry) => entry.now.position === 0;
-const current = () => (isWatching ? jobs.get(chosen) ?? [...jobs.values()].find(runs) ?? jobs.values().next().value : undefined);
+const isRunning = (entry) => entry.job.position === 0;
+const current = () => (isWatching ? jobs.get(selected) ?? [...jobs.values()].find(isRunning) ?? jobs.values().next().value : undefined);
 
-function update(entry, news) {
-  Object.assign(entry, news);
+function update(entry, changes) {
+  Object.assign(entry, changes);
   render();
-  if (current() === entry && !entry.trouble && !service.isOver(entry.now)) show(entry.now, entry.body);
+  if (current() === entry && !entry.problem && !service.isFinished(entry.job)) show(entry.job, entry.body);
 }
 
 function render() {
@@ -111,21 +119,21 @@ function render() {
   if (!shown) return;
   find("progress-prompt").textContent = shown.body.prompt.slice(0, 200);
   find("progress-words").textContent = describe(shown);
-  find("progress-bar").max = shown.now.steps || 1;
-  find("progress-bar").value = runs(shown) ? shown.now.step : 0;
+  find("progress-bar").max = shown.job.steps || 1;
+  find("progress-bar").value = isRunning(shown) ? shown.job.step : 0;
 }
 
-/** How a job stands, in words. */
-function describe({ now, trouble, isStopping, note }) {
+/** Describe the state of a job. */
+function describe({ job, problem, isStopping, note }) {
   if (isStopping) return "Cancelling";
   if (note) return note;
-  if (trouble) return trouble;
-  if (waiting && now.position > 0) return waiting;
-  const left = now.eta_s == null ? "" : `, ${duration(now.eta_s)} left`;
-  if (now.position === 1) return `Next in the queue${left}`;
-  if (now.position > 1) return `Number ${now.position} in the queue${left}`;
-  if (now.stage === "sample" && now.steps) return `Step ${now.step} of ${now.steps}${left}`;
-  return { load: "Loading the model", text: "Reading the prompt", vae: "Finishing", decode: "Finishing", store: "Saving" }[now.stage] ?? "Starting";
+  if (problem) return problem;
+  if (waitReason && job.position > 0) return waitReason;
+  const left = job.eta_s == null ? "" : `, ${duration(job.eta_s)} left`;
+  if (job.position === 1) return `Next in the queue${left}`;
+  if (job.position > 1) return `Number ${job.position} in the queue${left}`;
+  if (job.stage === "sample" && job.steps) return `Step ${job.step} of ${job.steps}${left}`;
+  return { load: "Loading the model", text: "Reading the prompt", vae: "Finishing", decode: "Finishing", store: "Saving" }[job.stage] ?? "Starting";
 }
 
 function duration(seconds) {
@@ -139,8 +147,8 @@ async function cancel(id) {
   if (!entry || entry.isStopping) return;
   update(entry, { isStopping: true, note: "" });
   try {
-    update(entry, { now: await service.cancel(id), trouble: "" });
-    entry.turn.abort(); // look at once
+    update(entry, { job: await service.cancel(id), problem: "" });
+    entry.turn.abort(); // poll immediately
   } catch (error) {
     // the button can be pressed again
     update(entry, { isStopping: false, note: `Not cancelled. ${error.message}` });
@@ -150,7 +158,7 @@ async function cancel(id) {
 
 function row(id, prompt) {
   const open = element("button", "what", prompt.slice(0, 200));
-  open.title = "Look at this one";
+  open.title = "Show this job";
   open.addEventListener("click", () => watch(id));
   const state = element("span", "how", "");
   const stop = element("button", "quiet", "Cancel");
@@ -163,15 +171,15 @@ function row(id, prompt) {
 }
 
 function element(tag, name, text) {
-  const made = document.createElement(tag);
-  if (tag === "button") made.type = "button";
-  made.className = name;
-  made.textContent = text;
-  return made;
+  const node = document.createElement(tag);
+  if (tag === "button") node.type = "button";
+  node.className = name;
+  node.textContent = text;
+  return node;
 }
 
 document.addEventListener("visibilitychange", render);
 find("stop").addEventListener("click", () => {
   const shown = current();
-  if (shown) cancel(shown.now.id);
+  if (shown) cancel(shown.job.id);
 });

@@ -1,4 +1,4 @@
-// Puts the parts of the page together.
+// Connects the parts of the page.
 
 import * as health from "./health.js";
 import * as history from "./history.js";
@@ -12,56 +12,56 @@ import * as stage from "./stage.js";
 
 const find = (id) => document.getElementById(id);
 const pause = (seconds) => new Promise((resume) => setTimeout(resume, seconds * 1000));
-const UNANSWERED = "The service did not answer, so it may have this or not. Draw again when it is back: it is drawn once all the same.";
-const EMPTY = "Say what to draw and press Draw. The picture appears here, without a background.";
+const UNANSWERED = "The service did not respond, so the job may exist or not. Press Generate again when it is back: the job runs only once.";
+const EMPTY = "Describe an image and press Generate. The image appears here, without a background.";
 let needsKey = false;
 let isLocked = false;
-let vanishing;
+let noteTimer;
 
-/** A message over the page; one that only confirms what can be seen goes away by itself. */
-function say(words, { isBrief = false } = {}) {
-  clearTimeout(vanishing);
-  find("note").textContent = words;
-  if (isBrief) vanishing = setTimeout(() => say(""), 5000);
+/** Show a message over the page. A brief one disappears after some seconds. */
+function notify(text, { isBrief = false } = {}) {
+  clearTimeout(noteTimer);
+  find("note").textContent = text;
+  if (isBrief) noteTimer = setTimeout(() => notify(""), 5000);
 }
 
 // --- the service
 
 async function connect() {
   try {
-    // one question first: without a key there is one refusal, not three
+    // one request first: without a key the service refuses one request, not three
     const models = await service.models();
     isLocked = false;
-    settings.offer({ models, ...(await service.lists()) });
-    health.say("entry", "");
-    settings.clearFaults();
-    changed();
+    settings.setChoices({ models, ...(await service.lists()) });
+    health.report("entry", "");
+    settings.clearErrors();
+    updateCode();
   } catch (error) {
-    if (error.status === 401) return askForKey();
+    if (error.status === 401) return requestKey();
     if (error instanceof service.Away) return;
-    health.say("entry", error.message);
+    health.report("entry", error.message);
     await pause(3);
     connect();
   }
 }
 
-service.onReach((isThere) => {
-  health.say("reach", isThere ? "" : "The service cannot be reached. Looking for it…");
-  if (isThere) connect();
+service.onReach((isReachable) => {
+  health.report("reach", isReachable ? "" : "The service cannot be reached. Trying again…");
+  if (isReachable) connect();
 });
 
 // --- the key
 
-function askForKey() {
+function requestKey() {
   [needsKey, isLocked] = [true, true];
-  const words = service.key.read() ? "This key is not known." : "This service needs a key.";
-  health.say("entry", words);
-  openKey(words);
+  const text = service.key.read() ? "This key is not known." : "This service needs a key.";
+  health.report("entry", text);
+  openKey(text);
 }
 
-function openKey(words) {
-  find("key-error").textContent = words;
-  // what is being typed stays
+function openKey(text) {
+  find("key-error").textContent = text;
+  // an open dialog keeps the text that the user types
   if (find("key-dialog").open) return;
   find("key").value = service.key.read();
   find("key-dialog").showModal();
@@ -70,44 +70,44 @@ function openKey(words) {
 find("open-key").addEventListener("click", () => openKey(""));
 find("key-form").addEventListener("submit", (event) => {
   if (event.submitter?.value !== "save") return;
-  const typed = find("key").value.trim();
-  const unfit = service.key.unfit(typed);
-  if (unfit) {
+  const text = find("key").value.trim();
+  const invalid = service.key.invalidCharacter(text);
+  if (invalid) {
     event.preventDefault();
-    find("key-error").textContent = `A key has no “${unfit}” in it. Copy it once more.`;
+    find("key-error").textContent = `A key cannot contain “${invalid}”. Copy it again.`;
     return;
   }
-  service.key.write(typed);
+  service.key.write(text);
   connect();
 });
 
-/** Say what went wrong; without a right key, ask for it. */
-function explain(error) {
-  if (error.status === 401) askForKey();
-  else say(error.message);
+/** Show an error. If the key is missing or wrong, open its dialog. */
+function showError(error) {
+  if (error.status === 401) requestKey();
+  else notify(error.message);
 }
 
-// --- drawing
+// --- jobs
 
 let isSending = false;
 
-async function draw() {
-  settings.clearFaults();
+async function generate() {
+  settings.clearErrors();
   if (!settings.check() || isSending) return;
-  if (isLocked) return askForKey();
+  if (isLocked) return requestKey();
   const body = settings.read();
-  say("");
+  notify("");
   let job;
   isSending = true;
   find("draw-word").textContent = "Sending…";
   try {
     job = await service.submit(body);
-    taken();
+    confirmSent();
   } catch (error) {
-    find("draw-word").textContent = "Draw";
-    if (error.status === 401) askForKey();
-    else if (error instanceof service.Away) settings.fault(new Error(UNANSWERED));
-    else settings.fault(error);
+    find("draw-word").textContent = "Generate";
+    if (error.status === 401) requestKey();
+    else if (error instanceof service.Away) settings.showError(new Error(UNANSWERED));
+    else settings.showError(error);
     return;
   } finally {
     isSending = false;
@@ -116,18 +116,18 @@ async function draw() {
   try {
     await finish(await jobs.follow(job, body), body);
   } catch (error) {
-    if (!jobs.ids().length) back();
-    explain(error);
+    if (!jobs.ids().length) restore();
+    showError(error);
   }
 }
 
-async function taken() {
+async function confirmSent() {
   find("draw-word").textContent = "Sent ✓";
   await pause(1);
-  if (!isSending) find("draw-word").textContent = "Draw";
+  if (!isSending) find("draw-word").textContent = "Generate";
 }
 
-/** What the stage shows of a job that is not over. */
+/** Show the preview of an unfinished job. */
 function preview(job, body) {
   result.hide();
   if (!job.preview_url) {
@@ -139,118 +139,118 @@ function preview(job, body) {
   stage.show(address, { alt: "Preview", width, height, isFinal: false });
 }
 
-async function finish({ end, wasShown }, body) {
-  if (end.state === "done") {
-    const entries = await Promise.all(end.images.map((image, i) => entry(image, i, body)));
-    for (const each of entries.toReversed()) past.add(each);
+async function finish({ job, wasShown }, body) {
+  if (job.state === "done") {
+    const entries = await Promise.all(job.images.map((image, i) => entry(image, i, body)));
+    for (const image of entries.toReversed()) past.add(image);
     if (wasShown) result.present(entries[0]);
     return;
   }
-  if (wasShown) back();
-  if (end.state === "cancelled") return say("Cancelled.", { isBrief: true });
-  const why = [end.error?.detail, end.error?.hint].filter(Boolean).join(" ");
-  say(`“${body.prompt.slice(0, 60)}” was not drawn: ${why}`);
+  if (wasShown) restore();
+  if (job.state === "cancelled") return notify("Cancelled.", { isBrief: true });
+  const reason = [job.error?.detail, job.error?.hint].filter(Boolean).join(" ");
+  notify(`“${body.prompt.slice(0, 60)}” was not generated: ${reason}`);
 }
 
-/** An entry of the history: picture number `i` of a batch, with all that made it. */
+/** Return the history entry of image number `i` of a batch, with all its settings. */
 async function entry({ filename, seed, width, height }, i, body) {
-  // JSON's numbers are exact up to 2^53 only; a batch of variations is of one seed
+  // numbers in JSON are exact only up to 2^53; all variations of a batch have the same seed
   const exact = Number.isSafeInteger(seed) ? seed : String(BigInt(body.seed) + BigInt(body.subseed_strength ? 0 : i));
   const own = { seed: exact, width, height, batch_size: 1 };
   if (body.subseed !== undefined) own.subseed = Number.isSafeInteger(body.subseed) ? body.subseed + i : String(BigInt(body.subseed) + BigInt(i));
-  let made = settings.resolve(body);
-  // who does not know the workers' models does not know their values either
-  if (made.checkpoint === undefined) made = { ...(await outside.drawnWith(filename)), ...defined(made) };
-  return { name: filename, seed: exact, width, height, settings: { ...made, ...own } };
+  let used = settings.resolve(body);
+  // without the list of the workers' models, the page does not know their defaults
+  if (used.checkpoint === undefined) used = { ...(await outside.settingsOf(filename)), ...defined(used) };
+  return { name: filename, seed: exact, width, height, settings: { ...used, ...own } };
 }
 
 const defined = (all) => Object.fromEntries(Object.entries(all).filter(([, value]) => value !== undefined));
 
-/** What was on the stage before the jobs. */
-function back() {
+/** Show again what the stage showed before the jobs. */
+function restore() {
   if (result.current()) result.present(result.current());
   else stage.blank(EMPTY);
 }
 
-// connecting finds out whether it is the key that is kept now that is not taken
+// connecting checks whether the service rejects the current key
 jobs.start(preview, () => isLocked || connect());
-const past = history.start(service.fileAddress, service.isGone, (chosen) => {
-  say("");
-  jobs.look();
-  result.present(chosen);
+const past = history.start(service.fileAddress, service.isGone, (selected) => {
+  notify("");
+  jobs.unwatch();
+  result.present(selected);
   find("stage").scrollIntoView({ block: "nearest", behavior: "smooth" });
 });
 
 find("settings").addEventListener("submit", (event) => {
   event.preventDefault();
-  draw();
+  generate();
 });
 find("prompt").addEventListener("keydown", (event) => {
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) find("settings").requestSubmit();
 });
 find("roll").addEventListener("click", () => {
   find("seed").value = Math.floor(Math.random() * 4294967294);
-  changed();
+  updateCode();
 });
-// a page that is closed leaves no work behind
+// closing the page cancels its jobs
 window.addEventListener("pagehide", (event) => {
   if (event.persisted) return;
   for (const id of jobs.ids()) service.cancel(id, { keepalive: true }).catch(() => {});
 });
 
 for (const format of ["png", "webp"]) {
-  find(`save-${format}`).addEventListener("click", () => result.save(format).catch(explain));
+  find(`save-${format}`).addEventListener("click", () => result.save(format).catch(showError));
 }
-find("reuse").addEventListener("click", () => say(notHere(reuse(result.current().settings))));
+find("reuse").addEventListener("click", () => notify(describeMissing(reuse(result.current().settings))));
 
-const notHere = (names) => (names.length ? `Not here: ${names.join(", ")}.` : "");
+const describeMissing = (names) => (names.length ? `Not available: ${names.join(", ")}.` : "");
 
-/** Put settings into the form; gives the names of what is not here. */
-function reuse(chosen) {
-  const missing = settings.write(chosen);
-  settings.clearFaults();
-  changed();
+/** Write settings into the form. Returns the names of what is not available here. */
+function reuse(values) {
+  const missing = settings.write(values);
+  settings.clearErrors();
+  updateCode();
   find("options").open = true;
   find("prompt").focus();
   return missing;
 }
 
-find("close-note").addEventListener("click", () => say(""));
+find("close-note").addEventListener("click", () => notify(""));
 
-// --- pictures from outside
+// --- image files of the user
 
-/** `isDropped`: a picture without settings is then meant to lie behind. */
-async function take(file, isDropped) {
+/** Use the settings of an image. A dropped image without settings becomes the background. */
+async function importFile(file, isDropped) {
   try {
-    const found = await outside.carriedBy(file);
-    if (!found && isDropped) return layBehind(file);
-    if (!found) return say(`No settings were found in ${file.name}. ${outside.LOOKED_INTO} Those made here or by AUTOMATIC1111 and Forge have some.`);
-    const missing = [...found.missing, ...reuse(found.settings)];
-    say(`The settings of ${file.name} are in the form. ${notHere(missing)}`.trim());
+    const imported = await outside.readSettings(file);
+    if (!imported && isDropped) return useAsBackground(file);
+    if (!imported) return notify(`No settings were found in ${file.name}. ${outside.SUPPORTED} Images of Alphalayer, AUTOMATIC1111 and Forge have settings.`);
+    const missing = [...imported.missing, ...reuse(imported.settings)];
+    notify(`The settings of ${file.name} are in the form. ${describeMissing(missing)}`.trim());
   } catch (error) {
-    explain(error);
+    showError(error);
   }
 }
 
-async function layBehind(file) {
+async function useAsBackground(file) {
   try {
-    await outside.behind(file);
-    say(`${file.name} lies behind the picture.${outside.isTooLarge(file) ? ` ${outside.LOOKED_INTO}` : ""}`, { isBrief: true });
+    await outside.useAsBackground(file);
+    notify(`${file.name} is the background.${outside.isTooLarge(file) ? ` ${outside.SUPPORTED}` : ""}`, { isBrief: true });
   } catch (error) {
-    explain(error);
+    showError(error);
   }
 }
 
-function onFile(id, taken) {
+function onFile(id, handle) {
   find(id).addEventListener("change", (event) => {
-    if (event.target.files[0]) taken(event.target.files[0]);
+    if (event.target.files[0]) handle(event.target.files[0]);
     event.target.value = "";
   });
 }
 
-onFile("open-file", (file) => take(file, false));
-onFile("open-photo", layBehind);
-// text that is dragged goes where it always goes
+onFile("open-file", (file) => importFile(file, false));
+onFile("open-photo", useAsBackground);
+// dragged text keeps its usual target
 const hasFiles = (event) => event.dataTransfer.types.includes("Files");
 document.addEventListener("dragover", (event) => {
   if (!hasFiles(event)) return;
@@ -261,28 +261,28 @@ for (const kind of ["dragleave", "drop"]) document.addEventListener(kind, () => 
 document.addEventListener("drop", (event) => {
   if (!hasFiles(event)) return;
   event.preventDefault();
-  if (event.dataTransfer.files[0]) take(event.dataTransfer.files[0], true);
+  if (event.dataTransfer.files[0]) importFile(event.dataTransfer.files[0], true);
 });
 
 // --- the request as code
 
-function changed() {
+function updateCode() {
   find("brief").textContent = settings.brief();
   const language = document.querySelector("[name=language]:checked").value;
   find("snippet").textContent = snippet(language, document.baseURI.split(/[?#]/)[0], settings.read(), needsKey || Boolean(service.key.read()));
 }
 
-for (const place of ["settings", "code-dialog"]) {
-  for (const kind of ["input", "change"]) find(place).addEventListener(kind, changed);
+for (const id of ["settings", "code-dialog"]) {
+  for (const kind of ["input", "change"]) find(id).addEventListener(kind, updateCode);
 }
-find("drop-carried").addEventListener("click", changed);
+find("drop-carried").addEventListener("click", updateCode);
 find("open-code").addEventListener("click", () => find("code-dialog").showModal());
 find("copy").addEventListener("click", async () => {
   try {
     await navigator.clipboard.writeText(find("snippet").textContent);
     find("copy").textContent = "Copied";
   } catch {
-    // pages that come over plain HTTP from elsewhere may not write there: leave it selected, to be copied by hand
+    // browsers deny the clipboard over plain HTTP: select the text, so that the user can copy it
     getSelection().selectAllChildren(find("snippet"));
     find("copy").textContent = "Selected";
   }
@@ -291,9 +291,9 @@ find("copy").addEventListener("click", async () => {
 });
 
 if (navigator.platform.startsWith("Mac")) find("shortcut").textContent = "⌘ + Enter";
-// where the picture stands below the form, what it needs every time comes first
+// on narrow screens the image is below the form, so the settings are closed
 find("options").open = matchMedia("(min-width: 60rem)").matches;
 stage.blank(EMPTY);
-changed();
+updateCode();
 connect();
-health.keepLooking();
+health.poll();

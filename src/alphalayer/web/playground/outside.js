@@ -1,49 +1,52 @@
-// Pictures that come from outside: their settings go into the form, or they lie behind what is drawn.
+// Image files of the user: their settings go into the form, or they become the background.
 
-import { fromPicture } from "./infotext.js";
+import { fromParameters } from "./infotext.js";
 import * as service from "./service.js";
 import * as settings from "./settings.js";
 import * as stage from "./stage.js";
 
-const MAY_CARRY = ["image/png", "image/webp", "image/avif"];
-const MOST_BYTES = 11_000_000; // as base64 under the service's limit for a request
+const TYPES = ["image/png", "image/webp", "image/avif"];
+const MAX_BYTES = 11_000_000; // as base64 below the service's limit for a request
 
-/** Whether a picture may carry settings and is too large to be looked into. */
-export const isTooLarge = (file) => MAY_CARRY.includes(file.type) && file.size > MOST_BYTES;
+/** Return whether an image may have settings but is too large to be read. */
+export const isTooLarge = (file) => TYPES.includes(file.type) && file.size > MAX_BYTES;
 
-/** Which files are looked into, in words. */
-export const LOOKED_INTO = `Settings are looked for in PNG, WebP and AVIF up to ${MOST_BYTES / 1e6} MB.`;
+/** Hint for users: the files that are read. */
+export const SUPPORTED = `Settings are read from PNG, WebP and AVIF files up to ${MAX_BYTES / 1e6} MB.`;
 
-/** What a picture brings: {settings, missing} where it carries settings, else null. Throws an Error that says why it cannot be read. */
-export async function carriedBy(file) {
+/**
+ * Read the settings of an image file: {settings, missing}, or null.
+ * Throws an Error for the user if the file cannot be read.
+ */
+export async function readSettings(file) {
   await check(file);
-  if (!MAY_CARRY.includes(file.type) || isTooLarge(file)) return null;
+  if (!TYPES.includes(file.type) || isTooLarge(file)) return null;
   try {
-    return fromPicture(await parametersOf(file), settings.choices());
+    return fromParameters(await fetchParameters(file), settings.choices());
   } catch (error) {
-    // what the service cannot read is still a picture
+    // the service rejects some images that the browser can show
     if (error.status === 422) return null;
     throw error;
   }
 }
 
-/** The settings that a picture of the service was drawn with, as its file says it; {} where that cannot be had. */
-export async function drawnWith(name) {
+/** Return the settings in the file of an image of the service, or {} if they cannot be loaded. */
+export async function settingsOf(name) {
   try {
-    const parameters = await parametersOf(await service.download(name, { format: "png" }));
-    return { ...fromPicture(parameters, settings.choices())?.settings, checkpoint: parameters.Model };
+    const parameters = await fetchParameters(await service.download(name, { format: "png" }));
+    return { ...fromParameters(parameters, settings.choices())?.settings, checkpoint: parameters.Model };
   } catch {
     return {};
   }
 }
 
-const parametersOf = async (file) =>
+const fetchParameters = async (file) =>
   (await service.json("sdapi/v1/png-info", { method: "POST", body: { image: await base64(file) } })).parameters;
 
-/** Lay a picture behind. Throws as above. */
-export async function behind(file) {
+/** Use an image file as the background. Throws an Error for the user if it cannot be read. */
+export async function useAsBackground(file) {
   await check(file);
-  stage.layBehind(file);
+  stage.setPhoto(file);
 }
 
 async function check(file) {
@@ -52,7 +55,7 @@ async function check(file) {
   try {
     await image.decode();
   } catch {
-    throw new Error(`${file.name} is not a picture that this browser can show. Take a PNG, JPEG or WebP.`);
+    throw new Error(`${file.name} is not an image that this browser can show. Use a PNG, JPEG or WebP file.`);
   } finally {
     URL.revokeObjectURL(image.src);
   }
@@ -62,6 +65,6 @@ const base64 = (file) =>
   new Promise((resolve, reject) => {
     const reader = new FileReader();
     reader.onload = () => resolve(reader.result);
-    reader.onerror = () => reject(new Error(`${file.name} cannot be read. Is it still there?`));
+    reader.onerror = () => reject(new Error(`${file.name} cannot be read. Check that the file still exists.`));
     reader.readAsDataURL(file);
   });

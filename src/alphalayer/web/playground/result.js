@@ -1,7 +1,7 @@
-// A finished picture: what made it, and its downloads.
+// A finished image: its settings and its downloads.
 
 import * as service from "./service.js";
-import { extra } from "./settings.js";
+import { describeExtra } from "./settings.js";
 import * as stage from "./stage.js";
 
 const find = (id) => document.getElementById(id);
@@ -18,7 +18,7 @@ const NAMES = {
 };
 let shown = null;
 
-/** The entry of the history that is shown, or null. */
+/** Return the shown entry of the history, or null. */
 export const current = () => shown;
 
 /** Show an entry of the history. */
@@ -27,21 +27,21 @@ export function present(entry) {
   const { settings } = entry;
   find("actions").hidden = find("details").hidden = find("downloads").hidden = false;
   find("caption").textContent = find("caption").title = settings.prompt;
-  const facts = { ...settings, size: `${entry.width} × ${entry.height}`, extra: extra(settings) };
+  const facts = { ...settings, size: `${entry.width} × ${entry.height}`, extra: describeExtra(settings) };
   if (!settings.layerdiffuse_enabled) facts.extra = ["opaque background", facts.extra].filter(Boolean).join(", ");
-  const named = Object.entries(NAMES).filter(([name]) => facts[name] !== undefined && facts[name] !== "");
-  find("facts").replaceChildren(...named.map(([name, title]) => fact(title, facts[name])));
-  const gone = () => {
+  const visible = Object.entries(NAMES).filter(([name]) => facts[name] !== undefined && facts[name] !== "");
+  find("facts").replaceChildren(...visible.map(([name, title]) => fact(title, facts[name])));
+  const showRemoved = () => {
     find("downloads").hidden = true;
-    stage.blank("The service keeps this picture no longer. Its settings can still be used.");
+    stage.blank("The service has removed this image. You can still use its settings.");
   };
-  if (entry.gone) return gone();
-  const away = () => stage.blank("This picture cannot be loaded now. Choose it again when the service is back.");
-  const missing = async () => ((await service.isGone(entry.name)) ? gone() : away());
-  stage.show(service.fileAddress(entry.name), { alt: settings.prompt, width: entry.width, height: entry.height, isFinal: true, missing });
+  if (entry.gone) return showRemoved();
+  const showUnreachable = () => stage.blank("This image cannot be loaded now. Select it again when the service is back.");
+  const onMissing = async () => ((await service.isGone(entry.name)) ? showRemoved() : showUnreachable());
+  stage.show(service.fileAddress(entry.name), { alt: settings.prompt, width: entry.width, height: entry.height, isFinal: true, onMissing });
 }
 
-/** Make room for a job's preview. */
+/** Hide the image's settings and downloads, for the preview of a job. */
 export function hide() {
   find("actions").hidden = true;
   find("details").hidden = true;
@@ -56,7 +56,7 @@ function fact(title, value) {
   return pair;
 }
 
-/** Download the picture as a file. Throws `Refused` or `Away`. */
+/** Download the image as a file. Throws `Refused` or `Away`. */
 export async function save(format) {
   const { name } = shown;
   const blob = await service.download(name, { format, trim: find("trimmed").checked, padding: find("padding").value || 0 });

@@ -1,24 +1,28 @@
-// The service over HTTP. Addresses are relative to the page, so that a prefix before it and another public name do no harm.
+// HTTP client of the service.
+// URLs are relative to the page, so it works with any host name and path prefix.
 
 import * as store from "./store.js";
 
 const KEY = "alphalayer.key";
 
-/** An answer that is an error: `problem` is its JSON (title, detail, hint, code, field); `besideField` are the words without the field. */
+/**
+ * An error response. `problem` is its JSON (title, detail, hint, code, field).
+ * `besideField` is its text without the field.
+ */
 export class Refused extends Error {
   constructor(status, problem) {
-    const words = [problem.detail, problem.hint].filter(Boolean).join(" ");
+    const text = [problem.detail, problem.hint].filter(Boolean).join(" ");
     const name = problem.field ? `${problem.field}: ` : "";
-    super(name && words.startsWith(name) ? words : capital(words));
-    this.besideField = capital(words.startsWith(name) ? words.slice(name.length) : words);
+    super(name && text.startsWith(name) ? text : capitalize(text));
+    this.besideField = capitalize(text.startsWith(name) ? text.slice(name.length) : text);
     this.status = status;
     this.problem = problem;
   }
 }
 
-const capital = (words) => words.charAt(0).toUpperCase() + words.slice(1);
+const capitalize = (text) => text.charAt(0).toUpperCase() + text.slice(1);
 
-/** No answer at all, or one of a proxy that speaks for a service that is not there. */
+/** No response, or a proxy's response for a service that does not run. */
 export class Away extends Error {
   constructor() {
     super("The service cannot be reached.");
@@ -26,84 +30,90 @@ export class Away extends Error {
 }
 
 export const key = {
-  /** "" also where what is kept cannot be sent. */
+  /** Return the stored key, or "" if there is none or it cannot be sent. */
   read() {
-    const kept = store.read(KEY) ?? "";
-    return key.unfit(kept) ? "" : kept;
+    const text = store.read(KEY) ?? "";
+    return key.invalidCharacter(text) ? "" : text;
   },
   write: (text) => store.write(KEY, text),
-  /** The first character that no header can carry; undefined if all is well. A user and a password go as base64 and may have any. */
-  unfit: (text) => (text.includes(":") ? undefined : /[^ -~\u00a0-\u00ff]/u.exec(text)?.[0]),
+  /**
+   * Return the first character that is not valid in a header, or undefined.
+   * user:password is sent as base64 and may have any character.
+   */
+  invalidCharacter: (text) => (text.includes(":") ? undefined : /[^ -~\u00a0-\u00ff]/u.exec(text)?.[0]),
 };
 
-let reachable = true;
-let listen = () => {};
+let isReachable = true;
+let reachListener = () => {};
 
-/** `told` is called with false when the service stops answering, and with true when it answers again. */
-export const onReach = (told) => (listen = told);
+/** Set the listener. It is called with false if the service is lost, with true if it is back. */
+export const onReach = (listener) => (reachListener = listener);
 
-function reached(is) {
-  if (is === reachable) return;
-  reachable = is;
-  listen(is);
+function setReachable(value) {
+  if (value === isReachable) return;
+  isReachable = value;
+  reachListener(value);
 }
 
-/** A request; the Response if it is 2xx. Throws `Refused` or `Away`. */
-export async function ask(path, { method = "GET", body, headers = {}, ...more } = {}) {
-  // made here, so that a fault of ours is not taken for a service that is away
+/** Send a request, and return a Response with a 2xx status. Throws `Refused` or `Away`. */
+export async function send(path, { method = "GET", body, headers = {}, ...options } = {}) {
+  // outside of the try block: an invalid request must not count as an unreachable service
   const request = new Request(path, {
     method,
     headers: { "X-Requested-With": "fetch", ...(body === undefined ? {} : { "Content-Type": "application/json" }), ...credentials(), ...headers },
     body: body === undefined ? undefined : JSON.stringify(body),
-    ...more,
+    ...options,
   });
-  let answer;
+  let response;
   try {
-    answer = await fetch(request);
+    response = await fetch(request);
   } catch (error) {
     if (error.name === "AbortError") throw error;
-    reached(false);
+    setReachable(false);
     throw new Away();
   }
-  const said = answer.ok ? null : await answer.json().catch(() => null);
-  // the service gives its reasons; /readyz has them in a form of its own
-  const isExplained = answer.ok || typeof said?.detail === "string" || typeof said?.ready === "boolean";
-  const isAway = !isExplained && [502, 503, 504].includes(answer.status);
-  reached(!isAway);
+  const problem = response.ok ? null : await response.json().catch(() => null);
+  // errors of the service have details; /readyz has its own format
+  const isOurs = response.ok || typeof problem?.detail === "string" || typeof problem?.ready === "boolean";
+  const isAway = !isOurs && [502, 503, 504].includes(response.status);
+  setReachable(!isAway);
   if (isAway) throw new Away();
-  if (answer.ok) return answer;
-  throw new Refused(answer.status, isExplained ? said : { detail: unexplained(answer.status) });
+  if (response.ok) return response;
+  throw new Refused(response.status, isOurs ? problem : { detail: describeStatus(response.status) });
 }
 
-const unexplained = (status) =>
+const describeStatus = (status) =>
   status === 413
-    ? "This is too large for the way to the service: something before it does not let so much through."
-    : `The service answered ${status} without a reason. Try again; its log may say more.`;
+    ? "A proxy before the service refused this request as too large."
+    : `The service answered ${status} without a reason. Try again. Its log may have the reason.`;
 
-export const json = async (path, options) => (await ask(path, options)).json();
+export const json = async (path, options) => (await send(path, options)).json();
 export const models = async () => (await json("alpha/v1/models")).models;
 
-/** The names of samplers and schedules, the schedule that "Automatic" means for each sampler, and the source of noise. */
+/** Return the names of samplers and schedules, the "Automatic" schedules, and the noise source. */
 export async function lists() {
-  const [samplers, schedulers, options] = await Promise.all(["samplers", "schedulers", "options"].map((each) => json(`sdapi/v1/${each}`)));
-  const labels = Object.fromEntries(schedulers.map((each) => [each.name, each.label]));
+  const [samplers, schedulers, options] = await Promise.all(["samplers", "schedulers", "options"].map((name) => json(`sdapi/v1/${name}`)));
+  const labels = Object.fromEntries(schedulers.map((scheduler) => [scheduler.name, scheduler.label]));
   return {
-    samplers: samplers.map((each) => each.name),
-    schedulers: Object.values(labels).filter((each) => each !== "Automatic"),
-    automatic: Object.fromEntries(samplers.map((each) => [each.name, labels[each.options.scheduler]])),
+    samplers: samplers.map((sampler) => sampler.name),
+    schedulers: Object.values(labels).filter((label) => label !== "Automatic"),
+    automatic: Object.fromEntries(samplers.map((sampler) => [sampler.name, labels[sampler.options.scheduler]])),
     noise: options.randn_source,
   };
 }
 
-let unanswered = null; // a request that may have made a job or not: {text, name}
+let unanswered = null; // a request without a response, which may have created a job: {text, key}
 
-/** Submit a job. Throws `Refused` or `Away`; the same body sent again after `Away` finds the job that the first one made, if it made one. */
+/**
+ * Submit a job. Throws `Refused` or `Away`.
+ * After `Away`, the same body returns the job of the first request, if it created one.
+ */
 export async function submit(body) {
   const text = JSON.stringify(body);
-  const sent = unanswered?.text === text ? unanswered : { text, name: freshName() };
-  unanswered = sent;
+  const submission = unanswered?.text === text ? unanswered : { text, key: randomKey() };
+  unanswered = submission;
   try {
-    const job = await json("alpha/v1/jobs", { method: "POST", body: { ...body, previews: true }, headers: { "Idempotency-Key": sent.name } });
+    const job = await json("alpha/v1/jobs", { method: "POST", body: { ...body, previews: true }, headers: { "Idempotency-Key": submission.key } });
     unanswered = null;
     return job;
   } catch (error) {
@@ -111,12 +121,12 @@ export async function submit(body) {
   }
 }
 
-/** No randomUUID: browsers have that over HTTPS only. */
-const freshName = () => Array.from(crypto.getRandomValues(new Uint8Array(16)), (each) => each.toString(16).padStart(2, "0")).join("");
+/** Return a random key. Browsers have randomUUID only over HTTPS. */
+const randomKey = () => Array.from(crypto.getRandomValues(new Uint8Array(16)), (byte) => byte.toString(16).padStart(2, "0")).join("");
 
-export const look = (id) => json(`alpha/v1/jobs/${id}`);
+export const fetchJob = (id) => json(`alpha/v1/jobs/${id}`);
 export const cancel = (id, options) => json(`alpha/v1/jobs/${id}`, { method: "DELETE", ...options });
-/** Whether it can draw: {ready, engines: how each is by its name, problem: what is wrong if that is known}. */
+/** Return the readiness: {ready, engines: state by name, problem: the reason if it is known}. */
 export const readiness = () =>
   json("readyz").catch((error) => {
     if (error.problem?.engines) return error.problem;
@@ -124,25 +134,28 @@ export const readiness = () =>
   });
 export const fileAddress = (name) => `alpha/v1/file/${encodeURIComponent(name)}`;
 
-/** Whether a picture is no longer kept, and not merely out of reach. */
-export const isGone = (name) => ask(fileAddress(name)).then(() => false, (error) => error.status === 404);
+/** Return whether the service removed an image, in contrast to an unreachable service. */
+export const isGone = (name) => send(fileAddress(name)).then(() => false, (error) => error.status === 404);
 
-/** The last part of an absolute address that the service gave: the name of a file. */
+/** Return the name of a file: the last part of its URL. */
 export const nameOf = (url) => decodeURIComponent(new URL(url, document.baseURI).pathname.split("/").pop());
 
-/** A finished picture as a Blob, in another format or trimmed if asked for. */
+/** Download a finished image as a Blob, optionally in another format or trimmed. */
 export async function download(name, { format, trim, padding }) {
   const query = new URLSearchParams(trim ? { format, trim, trim_padding: padding } : { format });
   const path = format === "png" && !trim ? fileAddress(name) : `alpha/v1/convert/${encodeURIComponent(name)}?${query}`;
-  return (await ask(path)).blob();
+  return (await send(path)).blob();
 }
 
-export const isOver = (job) => ["done", "failed", "cancelled"].includes(job.state);
+export const isFinished = (job) => ["done", "failed", "cancelled"].includes(job.state);
 
-/** `told` gets a job at each change, until it is over, the connection ends, or `signal` says so. Holds a connection all the while. */
-export async function stream(id, told, signal) {
-  const answer = await ask(`alpha/v1/jobs/${id}/events`, { signal });
-  const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
+/**
+ * Call `onJob` at each change of a job, over one open connection.
+ * It ends if the job is finished, the connection ends, or `signal` aborts.
+ */
+export async function stream(id, onJob, signal) {
+  const response = await send(`alpha/v1/jobs/${id}/events`, { signal });
+  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";
   for (;;) {
     const { value, done } = await reader.read();
@@ -151,7 +164,7 @@ export async function stream(id, told, signal) {
     rest = events.pop();
     for (const event of events) {
       const data = event.split(/\r?\n/).filter((line) => line.startsWith("data:")).map((line) => line.slice(5)).join("\n");
-      if (data) told(JSON.parse(data));
+      if (data) onJob(JSON.parse(data));
     }
   }
 }

@@ -1,8 +1,8 @@
-// A request as code that ends with the picture in a file: curl, Python, JavaScript.
+// A request as a program that saves the image: curl, Python, JavaScript.
 
 const NAME = "ALPHALAYER_API_KEY";
 
-/** `withKey`: the service asks for a key; the code takes it from the environment. */
+/** Return a program. `withKey`: it sends the key in the environment variable. */
 export function snippet(language, address, body, withKey) {
   return { curl, python, javascript }[language](`${address}alpha/v1/txt2img`, body, withKey);
 }
@@ -24,9 +24,9 @@ function python(url, body, withKey) {
 body = ${literal(body)}
 answer = requests.post("${url}", json=body${key}, timeout=600)
 answer.raise_for_status()
-picture = requests.get(answer.json()["url"], timeout=60).content
+image = requests.get(answer.json()["url"], timeout=60).content
 with open(answer.json()["filename"], "wb") as file:
-    file.write(picture)`;
+    file.write(image)`;
 }
 
 function javascript(url, body, withKey) {
@@ -40,8 +40,8 @@ const answer = await fetch("${url}", {
 });
 if (!answer.ok) throw new Error(await answer.text());
 const { url, filename } = await answer.json();
-const picture = await fetch(url);
-await writeFile(filename, Buffer.from(await picture.arrayBuffer()));`;
+const image = await fetch(url);
+await writeFile(filename, Buffer.from(await image.arrayBuffer()));`;
 }
 
 const literal = (body) =>

@@ -1,45 +1,48 @@
-// The picture and what lies behind it: checkerboard, white, black, a colour or a photo; zoom; the alpha channel alone.
+// The image, its background (checkerboard, white, black, a colour or a photo), zoom and alpha view.
 
 const find = (id) => document.getElementById(id);
 const stage = find("stage");
-const picture = find("picture");
+const image = find("picture");
 const viewport = find("viewport");
 const ZOOMS = [0.25, 0.5, 1, 2, 4, 8];
-const MOST_FIT = 2; // small pictures are not blown up by themselves
-const PIXELS_FROM = 4; // from here on, single pixels are what one wants to see
+const MAX_FIT = 2; // limit for enlarging small images to the frame
+const PIXELATED_FROM = 4; // zoom from which single pixels are shown
 let size = null;
-let zoom = null; // null: as large as fits
+let zoom = null; // null: fit into the frame
 let photo = null;
 
-/** Show a picture by its address, laid out at `width` x `height`: previews are smaller and have no alpha (`isFinal` is false). */
-export function show(address, { alt, width, height, isFinal, missing = () => {} }) {
+/**
+ * Show the image at a URL, with a layout size of `width` x `height`.
+ * Previews (`isFinal` is false) have fewer pixels and no alpha.
+ */
+export function show(address, { alt, width, height, isFinal, onMissing = () => {} }) {
   size = { width, height };
-  picture.onerror = () => {
-    picture.hidden = true;
-    if (isFinal) missing();
+  image.onerror = () => {
+    image.hidden = true;
+    if (isFinal) onMissing();
   };
-  picture.onload = () => {
+  image.onload = () => {
     find("empty").hidden = true;
-    picture.hidden = false;
+    image.hidden = false;
     layOut();
   };
-  if (picture.getAttribute("src") !== address || picture.hidden) picture.src = address;
-  picture.alt = alt;
-  picture.classList.toggle("preview", !isFinal);
+  if (image.getAttribute("src") !== address || image.hidden) image.src = address;
+  image.alt = alt;
+  image.classList.toggle("preview", !isFinal);
 }
 
-/** Words instead of a picture. */
-export function blank(words) {
+/** Show a text instead of an image. */
+export function blank(text) {
   size = null;
-  picture.hidden = true;
-  picture.removeAttribute("src");
+  image.hidden = true;
+  image.removeAttribute("src");
   find("empty").hidden = false;
-  find("empty").textContent = words;
+  find("empty").textContent = text;
   find("zoom-level").textContent = "–";
 }
 
-/** Lay a photo, a File, behind the picture. */
-export function layBehind(file) {
+/** Use a photo, a File, as the background. */
+export function setPhoto(file) {
   if (photo) URL.revokeObjectURL(photo);
   photo = URL.createObjectURL(file);
   stage.style.setProperty("--photo", `url("${photo}")`);
@@ -55,35 +58,35 @@ function choose(backdrop) {
 
 // --- zoom
 
-const scale = () => zoom ?? Math.min(viewport.clientWidth / size.width, viewport.clientHeight / size.height, MOST_FIT);
+const scale = () => zoom ?? Math.min(viewport.clientWidth / size.width, viewport.clientHeight / size.height, MAX_FIT);
 
 function layOut() {
   find("zoom-fit").setAttribute("aria-pressed", String(zoom === null));
   if (!size) return;
-  const now = scale();
-  picture.style.width = `${Math.floor(size.width * now)}px`;
-  picture.style.height = `${Math.floor(size.height * now)}px`;
-  find("zoom-level").textContent = `${Math.round(now * 100)} %`;
+  const factor = scale();
+  image.style.width = `${Math.floor(size.width * factor)}px`;
+  image.style.height = `${Math.floor(size.height * factor)}px`;
+  find("zoom-level").textContent = `${Math.round(factor * 100)} %`;
   const overflows = viewport.scrollWidth > viewport.clientWidth || viewport.scrollHeight > viewport.clientHeight;
-  picture.draggable = !overflows;
-  picture.classList.toggle("movable", overflows);
-  picture.classList.toggle("pixels", now >= PIXELS_FROM);
+  image.draggable = !overflows;
+  image.classList.toggle("movable", overflows);
+  image.classList.toggle("pixels", factor >= PIXELATED_FROM);
 }
 
-/** Zoom; what lies at `x`, `y` of the viewport stays there. */
+/** Zoom. The point at `x`, `y` of the viewport stays in its place. */
 function zoomTo(next, x = viewport.clientWidth / 2, y = viewport.clientHeight / 2) {
   if (!size) return;
-  const across = (viewport.scrollLeft + x - picture.offsetLeft) / picture.offsetWidth;
-  const down = (viewport.scrollTop + y - picture.offsetTop) / picture.offsetHeight;
+  const across = (viewport.scrollLeft + x - image.offsetLeft) / image.offsetWidth;
+  const down = (viewport.scrollTop + y - image.offsetTop) / image.offsetHeight;
   zoom = next;
   layOut();
-  viewport.scrollTo(picture.offsetLeft + across * picture.offsetWidth - x, picture.offsetTop + down * picture.offsetHeight - y);
+  viewport.scrollTo(image.offsetLeft + across * image.offsetWidth - x, image.offsetTop + down * image.offsetHeight - y);
 }
 
-function step(by) {
+function step(direction) {
   if (!size) return;
-  const now = scale();
-  const next = by > 0 ? ZOOMS.find((each) => each > now * 1.01) : ZOOMS.findLast((each) => each < now * 0.99);
+  const factor = scale();
+  const next = direction > 0 ? ZOOMS.find((level) => level > factor * 1.01) : ZOOMS.findLast((level) => level < factor * 0.99);
   if (next) zoomTo(next);
 }
 
@@ -100,22 +103,22 @@ viewport.addEventListener(
   (event) => {
     if (!event.ctrlKey || !size) return;
     event.preventDefault();
-    const place = viewport.getBoundingClientRect();
+    const frame = viewport.getBoundingClientRect();
     const next = Math.min(Math.max(scale() * 2 ** (-event.deltaY / 200), ZOOMS[0]), ZOOMS.at(-1));
-    zoomTo(next, event.clientX - place.left, event.clientY - place.top);
+    zoomTo(next, event.clientX - frame.left, event.clientY - frame.top);
   },
   { passive: false },
 );
-// a mouse drags the picture; fingers scroll it by themselves
-picture.addEventListener("pointerdown", (event) => {
-  if (event.pointerType === "mouse" && event.button === 0 && !picture.draggable) picture.setPointerCapture(event.pointerId);
+// only for a mouse: the browser scrolls by touch itself
+image.addEventListener("pointerdown", (event) => {
+  if (event.pointerType === "mouse" && event.button === 0 && !image.draggable) image.setPointerCapture(event.pointerId);
 });
-picture.addEventListener("pointermove", (event) => {
-  if (event.pointerType === "mouse" && picture.hasPointerCapture(event.pointerId)) viewport.scrollBy(-event.movementX, -event.movementY);
+image.addEventListener("pointermove", (event) => {
+  if (event.pointerType === "mouse" && image.hasPointerCapture(event.pointerId)) viewport.scrollBy(-event.movementX, -event.movementY);
 });
 new ResizeObserver(layOut).observe(viewport);
 
-// --- what lies behind
+// --- background
 
 for (const radio of document.querySelectorAll("[name=backdrop]")) radio.addEventListener("change", () => choose(radio.value));
 for (const kind of ["click", "input"]) {
@@ -125,4 +128,4 @@ for (const kind of ["click", "input"]) {
   });
 }
 find("choose-photo").addEventListener("click", () => find("open-photo").click());
-find("alpha").addEventListener("change", (event) => picture.classList.toggle("alpha", event.target.checked));
+find("alpha").addEventListener("change", (event) => image.classList.toggle("alpha", event.target.checked));

@@ -1,8 +1,8 @@
-// What this browser keeps for the page. Where it may keep nothing, or has no room, that lasts until the page is left.
+// Text storage in the browser. If storage is denied or full, the text lasts until the page is left.
 
 const memory = new Map();
 
-/** The text that is kept under a name, or null. */
+/** Return the text that is stored under a name, or null. */
 export function read(name) {
   if (memory.has(name)) return memory.get(name);
   try {
@@ -12,6 +12,7 @@ export function read(name) {
   }
 }
 
+/** Store a text under a name. */
 export function write(name, text) {
   try {
     localStorage.setItem(name, text);

@@ -1,0 +1,77 @@
+"""A model folder's own LayerDiffuse files, method and defaults: `layerdiffuse/config.json`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from alphalayer.catalog.entries import ModelEntry
+from alphalayer.catalog.folders import read_json
+from alphalayer.core.errors import CorruptFile, InvalidRequest
+from alphalayer.core.request import ModelDefaults
+
+LAYER_CONFIG = Path("layerdiffuse", "config.json")
+"""Path in a model's folder of the description of its own patch, decoder and defaults."""
+
+
+def layer_config(path: Path) -> dict[str, Any]:
+    """Return the configuration of a model's own LayerDiffuse files, or an empty one.
+
+    Raises:
+        CorruptFile: The configuration cannot be read.
+    """
+    config = path / LAYER_CONFIG
+    return read_json(config) if config.is_file() else {}
+
+
+def model_defaults(path: Path) -> ModelDefaults:
+    """Return the default parameters of a model: those of its folder, or those of SDXL.
+
+    Raises:
+        CorruptFile: The model's configuration cannot be read or has a wrong value.
+    """
+    try:
+        return ModelDefaults.model_validate(layer_config(path).get("defaults", {}))
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        field = ".".join(str(part) for part in first["loc"])
+        raise CorruptFile(f"{path / LAYER_CONFIG}: defaults.{field}: {first['msg']}.") from None
+
+
+def check_layerdiffuse_method(entry: ModelEntry, method: str) -> None:
+    """Check a requested method against the model's own patch.
+
+    The model's configuration names the method of its patch.
+    "attention" is the default of requests, so it fits every patch.
+
+    Raises:
+        InvalidRequest: The model has its own patch, and it is of another method.
+    """
+    if method == "attention":
+        return
+    config = layer_config(entry.path)
+    if "patch" in config and method != config.get("method"):
+        raise InvalidRequest(
+            f'{entry.name} brings its own LayerDiffuse patch, which is not one of "{method}".',
+            hint='Use "attention", or another model.',
+            field="layerdiffuse_method",
+        )
+
+
+def layer_file(model: Path, names: Sequence[str], configured: str | None, models_dir: Path) -> Path:
+    """Return the path of a LayerDiffuse file of a model, whether it exists or not.
+
+    Args:
+        model: Path of the model.
+        names: Published names of the file. The first that exists is used.
+        configured: Name of the file in the model's own configuration, which has priority.
+        models_dir: The models folder with the shared `layer_model/`.
+    """
+    own, shared = (model / LAYER_CONFIG).parent, models_dir / "layer_model"
+    if configured is not None:
+        return own / configured
+    paths = [folder / name for folder in (own, shared) for name in names]
+    return next((path for path in paths if path.is_file()), shared / names[0])
