@@ -1,0 +1,34 @@
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+from tests.conftest import THREAD_LIMIT
+
+CHILD = """
+import json, os, torch
+print(json.dumps([torch.get_num_threads(), dict(os.environ)]))
+"""
+PARENT = f"""
+import subprocess, sys
+import tests.conftest
+subprocess.run([sys.executable, "-c", {CHILD!r}], check=True)
+"""
+
+
+def test_thread_limit_overrides_inherited_values_in_child_process():
+    inherited = dict.fromkeys(THREAD_LIMIT, "8") | {
+        "OMP_WAIT_POLICY": "ACTIVE",
+        "OMP_PROC_BIND": "true",
+    }
+    output = subprocess.run(
+        [sys.executable, "-c", PARENT],
+        env={**os.environ, **inherited},
+        stdout=subprocess.PIPE,
+        check=True,
+    ).stdout
+    threads, environment = json.loads(output)
+    assert threads == 1
+    assert {name: environment[name] for name in THREAD_LIMIT} == THREAD_LIMIT
