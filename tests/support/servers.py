@@ -25,7 +25,7 @@ from tests.support.serving import answers, free_port, wait_until
 if TYPE_CHECKING:
     from trustme import LeafCert
 
-NGINX_SITE = Path(__file__).parents[1] / "deploy" / "nginx" / "alphalayer.conf"
+NGINX_SITE = Path(__file__).parents[2] / "deploy" / "nginx" / "alphalayer.conf"
 
 
 def postgres_programs() -> Path | None:
