@@ -121,7 +121,7 @@ class Block:
 
 
 def read_markdown(text: str) -> list[Block]:
-    """Return the prose of a Markdown document, without code blocks, comments and addresses."""
+    """Return the prose of a Markdown document, without code and addresses."""
     return list(
         _blocks(MarkdownIt("commonmark").enable("table").parse(_without_front_matter(text)))
     )
@@ -151,7 +151,7 @@ def split_sentences(text: str) -> list[str]:
 
 
 def count_words(sentence: str) -> int:
-    """Count the words of a sentence. A piece of code, a number and a path are one word each."""
+    """Count the words of a sentence; code, a number and a path are one word each."""
     return len(_WORD.findall(sentence))
 
 
