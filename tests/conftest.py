@@ -28,6 +28,18 @@ THREAD_LIMIT = {
 # Before anything imports numpy or torch. It replaces inherited values. Child processes inherit it.
 os.environ.update(THREAD_LIMIT)
 
+LONG_FILES = (
+    "test_job_queues.py",
+    "test_durability.py",
+)
+"""The files that take longest, in the order of their time."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run the longest files first, so that parallel processes end at the same time."""
+    places = {name: place for place, name in enumerate(LONG_FILES)}
+    items.sort(key=lambda item: places.get(item.path.name, len(places)))
+
 
 @pytest.fixture(autouse=True)
 def own_logs() -> Iterator[None]:

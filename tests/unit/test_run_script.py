@@ -185,7 +185,7 @@ def test_test_is_pytest_with_its_packages(script: ModuleType, done: list[Any]):
     script.main(["--cpu", "test", "-k", "noise"])
     script.main(["--cpu", "test"])
     pytest_alone = [str(script.PYTHON), "-m", "pytest"]
-    assert done[1::2] == [[*pytest_alone, "-k", "noise"], [*pytest_alone, *script.TWO_PROCESSES]]
+    assert done[1::2] == [[*pytest_alone, "-k", "noise"], [*pytest_alone, *script.PARALLEL]]
     assert done[::2] == [("cpu", True)] * 2
 
 
