@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -28,17 +29,36 @@ THREAD_LIMIT = {
 # Before anything imports numpy or torch. It replaces inherited values. Child processes inherit it.
 os.environ.update(THREAD_LIMIT)
 
+TESTS = Path(__file__).parent
 LONG_FILES = (
-    "test_job_queues.py",
-    "test_durability.py",
+    "integration/test_engine_paths.py",
+    "integration/test_job_queues.py",
+    "integration/test_durability.py",
+    "integration/test_kills.py",
+    "contract/test_jobs.py",
+    "integration/test_pods.py",
+    "integration/test_network_split.py",
+    "integration/test_queue_faults.py",
+    "integration/test_dialects_for_real.py",
+    "contract/test_client.py",
+    "integration/test_load.py",
+    "integration/test_embedded_model.py",
+    "integration/test_batching.py",
+    "contract/test_native.py",
+    "parity/test_whole_picture.py",
+    "integration/test_webhooks.py",
+    "contract/test_openapi.py",
+    "integration/test_drain.py",
+    "integration/test_bad_input.py",
+    "unit/test_cli.py",
 )
 """The files that take longest, in the order of their time."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Run the longest files first, so that parallel processes end at the same time."""
-    places = {name: place for place, name in enumerate(LONG_FILES)}
-    items.sort(key=lambda item: places.get(item.path.name, len(places)))
+    places = {TESTS / name: place for place, name in enumerate(LONG_FILES)}
+    items.sort(key=lambda item: places.get(item.path, len(places)))
 
 
 @pytest.fixture(autouse=True)

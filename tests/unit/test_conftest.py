@@ -4,8 +4,10 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
-from tests.conftest import THREAD_LIMIT
+from tests.conftest import LONG_FILES, TESTS, THREAD_LIMIT, pytest_collection_modifyitems
 
 CHILD = """
 import json, os, torch
@@ -32,3 +34,14 @@ def test_thread_limit_overrides_inherited_values_in_child_process():
     threads, environment = json.loads(output)
     assert threads == 1
     assert {name: environment[name] for name in THREAD_LIMIT} == THREAD_LIMIT
+
+
+def test_long_files_exist():
+    assert [name for name in LONG_FILES if not (TESTS / name).exists()] == []
+
+
+def test_long_files_run_first():
+    first, last = TESTS / LONG_FILES[0], TESTS / LONG_FILES[-1]
+    items = [SimpleNamespace(path=path) for path in (Path(__file__), last, first, last)]
+    pytest_collection_modifyitems(items)
+    assert [item.path for item in items] == [first, last, last, Path(__file__)]
