@@ -45,7 +45,6 @@ LONG_FILES = (
     "integration/test_embedded_model.py",
     "integration/test_batching.py",
     "contract/test_native.py",
-    "parity/test_whole_picture.py",
     "integration/test_webhooks.py",
     "contract/test_openapi.py",
     "integration/test_drain.py",

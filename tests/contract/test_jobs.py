@@ -120,7 +120,7 @@ def test_the_same_key_draws_once_where_the_picture_is_waited_for(client, route):
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_job_stops_with_the_last_one_who_waits_for_it(client, stream):
-    """Of two that ask for one picture under one key the first leaves, then the second, then the only one."""
+    """Of two clients with one key the first leaves, then the second, then the only one."""
     route = "/v1/images/generations" if stream else "/alpha/v1/txt2img"
     body = (
         {"prompt": "x", "size": "64x64", "quality": "high", "stream": True}

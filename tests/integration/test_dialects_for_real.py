@@ -1,4 +1,4 @@
-"""A service with the embedded model: unchanged clients get the same image, and errors of the engine.
+"""A service with the embedded model: unchanged clients get one image, and the engine's errors.
 
 The tests share one service, because the start of an engine with torch takes long.
 """
