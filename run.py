@@ -52,8 +52,11 @@ TORCH = (ROOT / "requirements" / "torch.txt").read_text(encoding="utf-8").strip(
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 CUDA_INDEX = "https://download.pytorch.org/whl/cu130"
 OLDEST, NEWEST = (3, 10), (3, 13)
-TWO_PROCESSES = ["-n", "2", "--dist", "loadfile"]
-"""Default pytest options: many tests wait, so two processes share the cores."""
+PARALLEL = ["-n", "3", "--dist", "loadfile", "--no-loadscope-reorder"]
+"""Default pytest options: many tests wait, so three processes use two cores.
+
+The order of the files is that of `tests/conftest.py`: the longest ones first.
+"""
 
 
 def main(arguments: list[str]) -> int:
@@ -75,7 +78,7 @@ def main(arguments: list[str]) -> int:
     is_test = arguments[0] == "test"
     set_up(torch_build or ("cuda" if has_nvidia_gpu() else "cpu"), is_test)
     if is_test:
-        return run([str(PYTHON), "-m", "pytest", *(arguments[1:] or TWO_PROCESSES)])
+        return run([str(PYTHON), "-m", "pytest", *(arguments[1:] or PARALLEL)])
     return run([str(PYTHON), "-m", "alphalayer", *arguments])
 
 

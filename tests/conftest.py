@@ -1,10 +1,11 @@
-"""What holds for all tests, and the servers that several of them use: each test takes a database and a prefix of its own."""
+"""Settings of all tests, and the servers that several of them share."""
 
 from __future__ import annotations
 
 import logging
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -13,13 +14,56 @@ import structlog
 if TYPE_CHECKING:
     from tests.support.servers import Postgres
 
-# the models of the tests are so small that several threads mostly wait for each other; engine processes inherit this
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+THREAD_LIMIT = {
+    "OMP_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+    "VECLIB_MAXIMUM_THREADS": "1",
+    "OMP_WAIT_POLICY": "PASSIVE",
+    "OMP_PROC_BIND": "false",
+    "GOMP_SPINCOUNT": "0",
+    "KMP_BLOCKTIME": "0",
+}
+"""One thread a process: with the tiny models of the tests, several threads mostly wait."""
+
+# Before anything imports numpy or torch. It replaces inherited values. Child processes inherit it.
+os.environ.update(THREAD_LIMIT)
+
+TESTS = Path(__file__).parent
+LONG_FILES = (
+    "integration/test_engine_paths.py",
+    "integration/test_pods.py",
+    "integration/test_durability.py",
+    "integration/test_job_queues.py",
+    "integration/test_kills.py",
+    "integration/test_dialects_for_real.py",
+    "integration/test_models_in_memory.py",
+    "integration/test_embedded_model.py",
+    "integration/test_webhooks.py",
+    "contract/test_jobs.py",
+    "integration/test_batching.py",
+    "contract/test_native.py",
+    "contract/test_client.py",
+    "contract/test_openapi.py",
+    "integration/test_two_services.py",
+    "integration/test_load.py",
+    "integration/test_network_split.py",
+    "integration/test_drain.py",
+    "integration/test_bad_input.py",
+    "unit/test_cli.py",
+)
+"""The files that take longest, in the order of their time."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run the longest files first, so that parallel processes end at the same time."""
+    places = {TESTS / name: place for place, name in enumerate(LONG_FILES)}
+    items.sort(key=lambda item: places.get(item.path, len(places)))
 
 
 @pytest.fixture(autouse=True)
 def own_logs() -> Iterator[None]:
-    """A command that a test runs in this process sets up its logs; no other test shall depend on whether one did."""
+    """Reset logging after each test, because commands configure it for the process."""
     root = logging.getLogger()
     level = root.level
     yield
@@ -32,7 +76,7 @@ def own_logs() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def postgres() -> Iterator[Postgres]:
-    """A server for all; its addresses come from `fresh_database()`."""
+    """Yield a PostgreSQL server for all tests, each with a `fresh_database()`."""
     from tests.support.servers import Postgres, postgres_programs
 
     if not postgres_programs():
@@ -44,7 +88,7 @@ def postgres() -> Iterator[Postgres]:
 
 @pytest.fixture(scope="session")
 def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """The environment that leads to an S3 server for all, with the bucket `pictures`."""
+    """Yield the environment of an S3 server for all tests, with a bucket `pictures`."""
     from tests.support.servers import s3_program, s3_server
 
     if not s3_program():
@@ -55,5 +99,5 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
 
 @pytest.fixture
 def s3_prefix() -> str:
-    """A place in its bucket where nothing is yet."""
+    """Return an empty place in the bucket."""
     return f"s3://pictures/{os.urandom(4).hex()}"

@@ -1,4 +1,7 @@
-"""Chromium, and a service with the fake engine, for the tests of the page. They are skipped where there is no Chromium."""
+"""Chromium, and a service with the fake engine, for the tests of the page.
+
+Without Chromium, the tests are skipped.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +34,7 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
 
 @pytest_asyncio.fixture(loop_scope="module")
 async def visit(browser: Browser, service: httpx.Client) -> AsyncIterator[Visit]:
-    """The page, open; in the end nothing was in its console and nothing was asked of anybody else."""
+    """Yield the open page; fail on console errors and on requests to other servers."""
     context = await browser.new_context(viewport=DESKTOP, accept_downloads=True)
     opened = await visited(context, str(service.base_url))
     yield opened

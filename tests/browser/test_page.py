@@ -1,4 +1,4 @@
-"""The page at `/` in Chromium: drawing, the queue, the history, keys, and a service that is away."""
+"""The page at `/` in Chromium: generation, queue, history, keys and an unreachable service."""
 
 from __future__ import annotations
 
@@ -203,7 +203,8 @@ async def test_a_picture_that_is_no_longer_kept_still_has_its_settings(visit: Vi
     await page.evaluate(
         """() => {
           const [entry] = JSON.parse(localStorage.getItem("alphalayer.history"));
-          const gone = { ...entry, name: "alpha_1_gone.png", settings: { ...entry.settings, prompt: "gone" } };
+          const settings = { ...entry.settings, prompt: "gone" };
+          const gone = { ...entry, name: "alpha_1_gone.png", settings };
           localStorage.setItem("alphalayer.history", JSON.stringify([gone]));
         }"""
     )
@@ -318,7 +319,8 @@ async def test_why_the_service_cannot_draw_is_said_as_long_as_it_cannot(
         gate.write_text("fine")
         await expect(page.locator("#history li")).to_have_count(1, timeout=15_000)
         gate.write_text("broken")
-        os.kill(client.app.state.parts.pool.supervisors[0].process_id, signal.SIGKILL)  # type: ignore[attr-defined]
+        supervisors = client.app.state.parts.pool.supervisors  # type: ignore[attr-defined]
+        os.kill(supervisors[0].process_id, signal.SIGKILL)
         words = "The service cannot generate images: the card is gone. Put it back."
         await expect(page.locator("#state")).to_have_text(words, timeout=15_000)
         await page.click("#draw")
@@ -340,7 +342,10 @@ async def test_more_jobs_than_a_browser_has_connections(visit: Visit):
         await page.click("#draw")
         await expect(page.locator("#jobs li")).to_have_count(i + 1)
     await expect(page.locator("#jobs .how").last).to_contain_text("Number 7 in the queue")
-    apart = "all => all.every((each) => each.getBoundingClientRect().right <= each.nextSibling.getBoundingClientRect().left)"
+    apart = """all => all.every((each) => {
+      const next = each.nextSibling.getBoundingClientRect();
+      return each.getBoundingClientRect().right <= next.left;
+    })"""
     assert await page.locator("#jobs .how").evaluate_all(apart)
     await page.get_by_role("button", name="Cancel job 7").click()
     await expect(page.locator("#jobs li")).to_have_count(7)
@@ -410,7 +415,10 @@ async def test_a_service_that_does_not_know_its_workers_models(
 async def test_nothing_in_the_way_of_anybody(
     browser: Browser, service: httpx.Client, size: ViewportSize, scheme: str
 ):
-    context = await browser.new_context(viewport=size, color_scheme=scheme)  # type: ignore[arg-type]
+    context = await browser.new_context(
+        viewport=size,
+        color_scheme=scheme,  # type: ignore[arg-type]
+    )
     visit = await visited(context, str(service.base_url))
     page = visit.page
     await visit.expect_no_serious_fault()

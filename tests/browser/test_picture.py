@@ -1,4 +1,4 @@
-"""The page at `/` in Chromium: the picture, what lies behind it, zoom, downloads, code, and pictures from outside."""
+"""The page at `/` in Chromium: image, background, zoom, downloads, code and dropped images."""
 
 from __future__ import annotations
 
@@ -76,12 +76,14 @@ async def test_what_the_form_has_no_field_for_is_carried_along(visit: Visit, ser
 
 async def test_a_picture_of_forge_says_what_is_not_here(visit: Visit):
     text = (
-        "a cat, <lora:foo:0.8>\nNegative prompt: ugly\nSteps: 20, Sampler: DPM++ 2M Karras, CFG scale: 5, Seed: 7, "
-        "Size: 512x768, Model hash: abc, Model: juggernautXL, Clip skip: 2, Hires upscale: 2, Version: f2.0"
+        "a cat, <lora:foo:0.8>\nNegative prompt: ugly\n"
+        "Steps: 20, Sampler: DPM++ 2M Karras, CFG scale: 5, Seed: 7, Size: 512x768, "
+        "Model hash: abc, Model: juggernautXL, Clip skip: 2, Hires upscale: 2, Version: f2.0"
     )
     await visit.drop("cat.png", picture(parameters=text))
     await expect(visit.page.locator("#note")).to_have_text(
-        "The settings of cat.png are in the form. Not available: model juggernautXL, clip skip 2, hires upscale 2."
+        "The settings of cat.png are in the form. "
+        "Not available: model juggernautXL, clip skip 2, hires upscale 2."
     )
     wanted = {
         "prompt": "a cat, <lora:foo:0.8>",
@@ -160,7 +162,10 @@ async def test_text_can_be_dragged_on_the_page(visit: Visit):
 
 
 async def test_a_schedule_and_noise_that_are_not_the_models_own_are_not_passed_over(visit: Visit):
-    text = "a cat\nSteps: 20, Sampler: DPM++ 2M SDE, Schedule type: Automatic, CFG scale: 5, Seed: 7, Size: 64x64, RNG: "
+    text = (
+        "a cat\nSteps: 20, Sampler: DPM++ 2M SDE, Schedule type: Automatic, CFG scale: 5, "
+        "Seed: 7, Size: 64x64, RNG: "
+    )
     await visit.drop("cat.png", picture(parameters=text + "CPU"))
     await expect(visit.page.locator("#note")).to_have_text(
         "The settings of cat.png are in the form. Not available: RNG CPU."

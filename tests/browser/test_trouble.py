@@ -1,4 +1,4 @@
-"""The page at `/` in Chromium where something is in the way: a wrong key, a lost answer, a browser that keeps nothing."""
+"""The page at `/` in Chromium with a wrong key, a lost answer or a browser without storage."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ async def test_a_key_that_is_mistyped_while_jobs_are_drawn_loses_none(
     with served(tmp_path, api_auth="ann:one", engine_options={"step_s": 0.02}) as client:
         context = await browser.new_context(viewport=DESKTOP)
         await context.add_init_script(
-            "localStorage.getItem('alphalayer.key') ?? localStorage.setItem('alphalayer.key', 'ann:one')"
+            "localStorage.getItem('alphalayer.key')"
+            " ?? localStorage.setItem('alphalayer.key', 'ann:one')"
         )
         visit = await visited(context, str(client.base_url))
         page = visit.page
@@ -121,7 +122,8 @@ async def test_the_api_opens_beside_the_page(visit: Visit, service: httpx.Client
 async def test_a_browser_that_may_keep_nothing(browser: Browser, service: httpx.Client):
     context = await browser.new_context(viewport=DESKTOP)
     await context.add_init_script(
-        "Object.defineProperty(window, 'localStorage', { get() { throw new DOMException('denied') } })"
+        "Object.defineProperty(window, 'localStorage',"
+        " { get() { throw new DOMException('denied') } })"
     )
     visit = await visited(context, str(service.base_url))
     await visit.render(prompt="kept for now")

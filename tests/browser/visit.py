@@ -81,7 +81,8 @@ class Visit:
         transfer = await self.page.evaluate_handle(
             """([name, bytes, type, more]) => {
               const transfer = new DataTransfer();
-              transfer.items.add(new File([new Uint8Array(bytes), new Uint8Array(more)], name, { type }));
+              const parts = [new Uint8Array(bytes), new Uint8Array(more)];
+              transfer.items.add(new File(parts, name, { type }));
               return transfer;
             }""",
             [name, list(data), mime, more],

@@ -1,4 +1,4 @@
-"""What differs from run to run in an answer, masked, so that the rest can be compared whole."""
+"""Masks for the parts of an answer that differ between runs."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ TIMES = {
     "eta_relative",
 }
 LIBRARY = {"_meta", "capabilities"}
-"""What MCP's library says of itself."""
+"""Fields in which the MCP library describes itself."""
 SIZES = {"free", "used", "total"}
 MOVING = ("state", "stage", "position", "step", "steps", "eta_s", "started_at", "preview_url")
-"""Of a job that is not over."""
+"""Fields of a job that is queued or running."""
 TEXTS = (
     (re.compile(r"http://127\.0\.0\.1:\d+"), "<address>"),
     (re.compile(r"alpha_\d+_[0-9a-f]{12}"), "<file>"),
@@ -32,7 +32,11 @@ TEXTS = (
 
 
 def masked(value: Any, key: str = "") -> Any:
-    """Plain data with times, sizes, ids, hashes, versions, addresses, folders, pictures and the state of unfinished jobs masked."""
+    """Return plain data with the parts masked that differ between runs.
+
+    These are times, sizes, ids, hashes, versions, addresses, folders, encoded images and the
+    state of jobs that are not complete.
+    """
     if value in (None, 0, "0") or isinstance(value, bool):
         return value
     if key in TIMES:
@@ -46,11 +50,11 @@ def masked(value: Any, key: str = "") -> Any:
     if isinstance(value, dict):
         moving = MOVING if value.get("state") in ("queued", "running") else ()
         return {
-            name: "<moving>" if name in moving else masked(each, name)
-            for name, each in value.items()
+            name: "<moving>" if name in moving else masked(field, name)
+            for name, field in value.items()
         }
     if isinstance(value, list):
-        return [masked(each) for each in value]
+        return [masked(item) for item in value]
     if isinstance(value, str):
         return _masked_text(value)
     return value

@@ -1,4 +1,4 @@
-"""The examples of the guides, run word by word: only the port is another. PowerShell is not run here."""
+"""The examples of the guides, run unchanged except for the port. PowerShell is not run."""
 
 from __future__ import annotations
 
@@ -75,7 +75,10 @@ def test_nginx_blocks(service: httpx.Client, tmp_path: Path, guide: str):
         f"{kind}_temp_path {tmp_path}/{kind};\n"
         for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
     )
-    config = f"pid {tmp_path}/pid;\nerror_log {tmp_path}/error.log;\nevents {{}}\nhttp {{\naccess_log off;\n{paths}{block}}}\n"
+    config = (
+        f"pid {tmp_path}/pid;\nerror_log {tmp_path}/error.log;\nevents {{}}\n"
+        f"http {{\naccess_log off;\n{paths}{block}}}\n"
+    )
     (tmp_path / "nginx.conf").write_text(config)
     nginx = subprocess.Popen(
         ["nginx", "-c", tmp_path / "nginx.conf", "-g", "daemon off;", "-e", tmp_path / "error.log"]

@@ -1,18 +1,26 @@
-"""Every route of every dialect, right and wrong, held against recorded answers as a whole: `golden/*.json`.
+"""Recorded answers of every route of every dialect, with and without errors: `golden/*.json`.
 
-An entry is a request, and the status, type and body of its answer; what differs from run to run is masked. `{id}` and `{filename}` in
-a path are those of the last answer that had one, `until` is a state that is waited for, `anonymous` leaves the password out.
-A new route: write its requests into the file. A change that is meant: `ALPHALAYER_GOLDEN=write pytest tests/contract/test_golden.py`
-records all answers again; read the difference before it is committed.
+A key is the method, the route and the case. A value is the request, and the status, type and
+body of its answer. `tests.contract.masks` replaces what differs between runs. A request has:
+
+    path        where it differs from the route; `{job_id}` and `{filename}` come from the last
+                answer that had one
+    json        or `content`, and `headers`
+    until       the state of the job to wait for
+    anonymous   true to send no password
+
+The cases of a file run in their order. To add a case, write its key and request, and record it:
+`ALPHALAYER_GOLDEN=write pytest tests/contract/test_golden.py`. That renews all answers; review
+the difference.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +31,18 @@ from tests.support.serving import put_model, served
 
 GOLDEN = Path(__file__).parent / "golden"
 PREFIXES = {"native": "/alpha/v1/", "a1111": "/sdapi/v1/", "openai": "/v1/"}
-MAY_WRITE = os.environ.get("ALPHALAYER_GOLDEN") == "write"
+IS_RECORDING = os.environ.get("ALPHALAYER_GOLDEN") == "write"
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    assert len(dict(pairs)) == len(pairs), f"a key occurs twice in {[key for key, _ in pairs]}"
+    return dict(pairs)
+
+
+CASES = {
+    file.stem: json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=_unique_keys)
+    for file in sorted(GOLDEN.glob("*.json"))
+}
 
 
 @pytest.fixture(scope="module")
@@ -35,76 +54,88 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
         yield client
 
 
+@pytest.fixture(scope="module")
+def play(client: httpx.Client) -> Callable[[str], dict[str, Any]]:
+    """Return a function that plays a dialect once and returns its answers by key."""
+    return cache(lambda dialect: _play(client, dialect))
+
+
+def _play(client: httpx.Client, dialect: str) -> dict[str, Any]:
+    cases, player = CASES[dialect], Player(client)
+    answers = {key: player.play(key, case["request"]) for key, case in cases.items()}
+    if IS_RECORDING:
+        for key, case in cases.items():
+            case["answer"] = answers[key]
+        text = json.dumps(cases, indent=1, ensure_ascii=False) + "\n"
+        (GOLDEN / f"{dialect}.json").write_text(text, encoding="utf-8")
+    return answers
+
+
 class Player:
-    """Sends the requests of a file in their order."""
+    """Sender of recorded requests, which remembers the names in the answers."""
 
     def __init__(self, client: httpx.Client):
         self._client = client
-        self._seen = {"id": "", "filename": ""}
+        self._names = {"job_id": "", "filename": ""}
 
-    def answer(self, asked: dict[str, Any]) -> dict[str, Any]:
-        """Status, type and masked body."""
-        path = asked["path"].format(**self._seen) if "{" in asked["path"] else asked["path"]
-        auth = None if asked.get("anonymous") else ("ann", "secret")
-        content = {"json": asked["json"]} if "json" in asked else {"content": asked.get("content")}
+    def play(self, key: str, request: dict[str, Any]) -> dict[str, Any]:
+        """Send a request and return the status, type and masked body of its answer."""
+        method, route = key.partition(": ")[0].split()
+        path = request.get("path", route).format(**self._names)
+        auth = None if request.get("anonymous") else ("ann", "secret")
+        options = {
+            name: request[name] for name in ("json", "content", "headers") if name in request
+        }
         for _ in range(600):
-            got = self._client.request(
-                asked["method"], path, auth=auth, headers=asked.get("headers"), **content
-            )
-            kind = got.headers.get("content-type", "").partition(";")[0]
-            body = self._read(got, kind)
-            if "until" not in asked or body["state"] == asked["until"]:
+            response = self._client.request(method, path, auth=auth, **options)
+            kind = response.headers.get("content-type", "").partition(";")[0]
+            body = _read_body(response, kind)
+            if "until" not in request or body["state"] == request["until"]:
                 break
             time.sleep(0.05)
         self._remember(body)
-        return {"status": got.status_code, "type": kind, "body": masked(body)}
-
-    def _read(self, got: httpx.Response, kind: str) -> Any:
-        if kind == "text/event-stream":
-            return [
-                _event(each) for each in got.text.strip().split("\n\n") if not each.startswith(":")
-            ]
-        return got.json() if kind.endswith("json") else f"<{kind}>"
+        return {"status": response.status_code, "type": kind, "body": masked(body)}
 
     def _remember(self, body: Any) -> None:
-        for name in self._seen if isinstance(body, dict) else ():
-            if isinstance(body.get(name), str):
-                self._seen[name] = body[name]
+        fields = body if isinstance(body, dict) else {}
+        for name, field in (("job_id", "id"), ("filename", "filename")):
+            if isinstance(fields.get(field), str):
+                self._names[name] = fields[field]
 
 
-def _event(block: str) -> dict[str, Any]:
+def _read_body(response: httpx.Response, kind: str) -> Any:
+    if kind == "text/event-stream":
+        blocks = response.text.strip().split("\n\n")
+        return [_parse_event(block) for block in blocks if not block.startswith(":")]
+    return response.json() if kind.endswith("json") else f"<{kind}>"
+
+
+def _parse_event(block: str) -> dict[str, Any]:
     fields = dict(line.split(": ", 1) for line in block.splitlines())
     return {**fields, "data": json.loads(fields["data"])}
 
 
-@pytest.mark.parametrize("dialect", ["native", "a1111", "openai", "mcp"])
-def test_answers_are_as_recorded(client: httpx.Client, dialect: str):
+@pytest.mark.parametrize(
+    ("dialect", "key"),
+    [pytest.param(dialect, key, id=key) for dialect, cases in CASES.items() for key in cases],
+)
+def test_answer_is_as_recorded(play: Callable[[str], dict[str, Any]], dialect: str, key: str):
     if dialect == "mcp":
         pytest.importorskip("fastmcp")
-    file = GOLDEN / f"{dialect}.json"
-    entries, player = json.loads(file.read_text()), Player(client)
-    found = [
-        {"request": each["request"], "answer": player.answer(each["request"])} for each in entries
-    ]
-    if MAY_WRITE:
-        file.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
-    for got, recorded in zip(found, entries, strict=True):
-        assert got == recorded or MAY_WRITE, got["request"]
+    assert play(dialect)[key] == CASES[dialect][key]["answer"]
 
 
 @pytest.mark.parametrize("dialect", PREFIXES)
-def test_every_route_is_recorded_right_and_wrong(client: httpx.Client, dialect: str):
-    entries = json.loads((GOLDEN / f"{dialect}.json").read_text())
+def test_every_route_has_a_success_and_an_error(client: httpx.Client, dialect: str):
     for path, methods in client.get("/openapi.json").json()["paths"].items():
         for method in methods if path.startswith(PREFIXES[dialect]) else ():
-            route = re.compile(re.sub(r"\{\w+\}", "[^/]+", path) + r"(\?.*)?")
-            mine = [each for each in entries if route.fullmatch(each["request"]["path"])]
+            route = f"{method.upper()} {path}"
             statuses = [
-                each["answer"]["status"]
-                for each in mine
-                if each["request"]["method"] == method.upper()
+                case["answer"]["status"]
+                for key, case in CASES[dialect].items()
+                if key.startswith(f"{route}: ")
             ]
-            assert any(status >= 400 for status in statuses), f"no error of {method} {path}"
+            assert any(status >= 400 for status in statuses), f"no error of {route}"
             assert 501 in statuses or any(status < 400 for status in statuses), (
-                f"no success of {method} {path}"
+                f"no success of {route}"
             )

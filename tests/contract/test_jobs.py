@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import dataclasses
 import json
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -121,7 +120,7 @@ def test_the_same_key_draws_once_where_the_picture_is_waited_for(client, route):
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_job_stops_with_the_last_one_who_waits_for_it(client, stream):
-    """Of two that ask for one picture under one key the first leaves, then the second, then the only one."""
+    """Of two clients with one key the first leaves, then the second, then the only one."""
     route = "/v1/images/generations" if stream else "/alpha/v1/txt2img"
     body = (
         {"prompt": "x", "size": "64x64", "quality": "high", "stream": True}
@@ -263,22 +262,6 @@ def test_a_name_that_is_not_there_is_refused_at_once(client):
         answer = client.post("/alpha/v1/jobs", json={**BODY, field: value})
         assert (answer.status_code, answer.json()["field"]) == (422, field)
         assert "juggernaut" in answer.json()["detail"]
-
-
-def test_what_went_wrong_is_in_the_job(tmp_path):
-    with served(tmp_path, engine="alphalayer.engine.pipeline:create_engine") as client:
-        # as a pod does that has no models folder of its own
-        service = client.app.state.service
-        client.app.state.service = dataclasses.replace(service, knows_models=False)
-        failed = finished(client, submit(client, checkpoint="juggernaut"), "failed")
-        assert failed["error"]["code"] == "model_not_found"
-        assert failed["error"]["field"] == "checkpoint"
-        assert "juggernaut" in failed["error"]["detail"]
-        failed = finished(client, submit(client, layerdiffuse_method="conv"), "failed")
-        assert (failed["error"]["code"], failed["error"]["field"]) == (
-            "invalid_request",
-            "layerdiffuse_method",
-        )
 
 
 def test_events_of_a_job_that_is_not_there(client):

@@ -1,4 +1,7 @@
-"""The log of a running service: ids that lead from a request to its job, and no prompt, key or password unless asked for."""
+"""The log of a running service.
+
+Ids lead from a request to its job. Prompts are logged only by a setting, keys and passwords never.
+"""
 
 from __future__ import annotations
 
@@ -67,7 +70,11 @@ def serving(
 
 
 def serve_and_draw(folder: Path, **environment: str) -> tuple[list[dict[str, Any]], str]:
-    """Draw one picture through a service that logs JSON; the lines of its log, and the key that was used."""
+    """Generate an image through a service that logs JSON.
+
+    Returns:
+        The lines of its log, and the key that was used.
+    """
     log = folder / "log"
     with serving(folder, log, LOG_JSON="true", **environment) as (client, secret):
         headers = {"X-API-Key": secret, "X-Request-ID": "order-77"}

@@ -140,7 +140,7 @@ async def test_a_call_that_a_proxy_gives_up_and_sends_again_is_answered(service:
 
 
 def send(service: httpx.Client, number: int, *, steps: int = 4, timeout_s: float = 30) -> str:
-    """What comes of a call as a proxy sends it: the line of the answer with the address of the picture."""
+    """Call the tool as a proxy does; return the line of the answer with the image's address."""
     headers = {
         "Accept": "application/json, text/event-stream",
         "Idempotency-Key": "a request of Nginx",

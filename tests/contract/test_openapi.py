@@ -1,6 +1,6 @@
-"""The OpenAPI document is true: schemathesis makes requests from it, right and wrong, and every answer must be one that it describes.
+"""The OpenAPI document describes every answer to valid and invalid requests of schemathesis.
 
-The default run makes some hundred requests; `SCHEMATHESIS_EXAMPLES=40` makes more than two thousand.
+The default run makes some hundred requests. `SCHEMATHESIS_EXAMPLES=40` makes more than 2,000.
 """
 
 from __future__ import annotations
@@ -32,10 +32,13 @@ checks.positive_data_acceptance.enabled = false
 include-path-regex = "^/alpha/v1/jobs/"
 checks.use_after_free.enabled = false
 """
-"""What a schema cannot say: that a text is a picture's base64, that fields go together, every spelling of a sampler's name, that null
-is silence; and that DELETE cancels a job, which is shown after that, too."""
+"""Checks that are off, because a schema cannot describe what they need.
+
+These are: text that is the base64 of an image, fields that depend on each other, every spelling
+of a sampler, null as an absent value. A cancelled job can still be read after DELETE.
+"""
 BY_DESIGN = "events|readyz|img2img|extra-|interrogate|edits|variations"
-"""An endless answer, a 503 that is the answer, and the routes that answer 501."""
+"""Excluded routes: an endless answer, a 503 by design, and those that answer 501."""
 
 
 def test_the_examples_of_the_page_are_drawn(tmp_path):

@@ -1,4 +1,4 @@
-"""A request that comes again under its key is the same one, whatever the service has become meanwhile."""
+"""A request repeated with its key is the same request, even after a change of the service."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is wrong with a request is said in one form, in every dialect: the field, what it got, and what is accepted."""
+"""Messages of invalid requests in all dialects: the field, its value and what is accepted."""
 
 from __future__ import annotations
 

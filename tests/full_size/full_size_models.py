@@ -1,5 +1,8 @@
-"""A full-size SDXL checkpoint and LayerDiffuse files of random numbers, written to disk piece by piece: names, shapes and number formats as
-published, no meaning. Little memory is needed to make them."""
+"""A full-size SDXL checkpoint and LayerDiffuse files of random numbers.
+
+Names, shapes and number formats are those of the published files. The files are written piece by
+piece, so that it takes little memory.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,10 @@ RANK = 256
 
 
 def checkpoint_shapes() -> Shapes:
-    """Every tensor of an SDXL base checkpoint in the LDM layout, from the shipped configs; 3,468,837,867 numbers."""
+    """Return every tensor of an SDXL base checkpoint in the LDM layout.
+
+    The shapes come from the shipped configs: 3,468,837,867 numbers.
+    """
     configs = files("alphalayer.builtin_models") / "sdxl"
     read = lambda part: json.loads((configs / part / "config.json").read_text())  # noqa: E731
     with torch.device("meta"):
@@ -38,7 +44,10 @@ def checkpoint_shapes() -> Shapes:
 
 
 def patch_shapes() -> Shapes:
-    """The attention patch: q, k, v and out of all transformer blocks, rank 256, in the published key scheme."""
+    """Return the tensors of the attention patch, in the published key scheme.
+
+    It has q, k, v and out of all transformer blocks, with rank 256.
+    """
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(
             json.loads((files("alphalayer.builtin_models") / "sdxl/unet/config.json").read_text())
@@ -55,7 +64,7 @@ def patch_shapes() -> Shapes:
 
 
 def decoder_shapes() -> Shapes:
-    """The transparent decoder as published."""
+    """Return the tensors of the published transparent decoder."""
     with torch.device("meta"):
         return {
             name: tuple(tensor.shape) for name, tensor in TransparentDecoder().state_dict().items()
@@ -63,7 +72,7 @@ def decoder_shapes() -> Shapes:
 
 
 def write_random(path: Path, shapes: Shapes, scale: float = 1.0) -> None:
-    """A float16 safetensors file with small random numbers in these shapes."""
+    """Write a float16 safetensors file with small random numbers in these shapes."""
     header: dict[str, object] = {}
     offset = 0
     for name, shape in shapes.items():
@@ -93,7 +102,11 @@ def _blocks(shapes: Shapes, scale: float) -> Iterator[bytes]:
 
 
 def write_models(models_dir: Path) -> Path:
-    """A models folder with a full-size checkpoint, patch and decoder; about 7.9 GB. The checkpoint's path."""
+    """Write a full-size checkpoint, patch and decoder, about 7.9 GB.
+
+    Returns:
+        The path of the checkpoint.
+    """
     checkpoint = models_dir / "Stable-diffusion" / "random-sdxl.safetensors"
     write_random(checkpoint, checkpoint_shapes())
     layers = models_dir / "layer_model"

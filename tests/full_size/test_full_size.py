@@ -1,6 +1,7 @@
-"""A full-size checkpoint (random numbers, 6.9 GB, float16) with full-size LayerDiffuse files loads offline and draws on two cores, 24 GiB.
+"""A full-size checkpoint with LayerDiffuse files loads offline and generates on two cores, 24 GiB.
 
-Not part of the default run: `python3 run.py test -m full_size -s` (needs 8 GB of disk for a while, some minutes, and 16 GiB of memory).
+The checkpoint has random numbers: 6.9 GB, float16. Not part of the default run:
+`python3 run.py test -m full_size -s` needs 8 GB of disk, 16 GiB of memory and some minutes.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from tests.full_size.full_size_models import checkpoint_shapes, write_models
 
 pytestmark = pytest.mark.full_size
 
-DRAW = """
+GENERATE = """
 import json, resource, sys, time
 from pathlib import Path
 start = time.perf_counter()
@@ -25,7 +26,8 @@ from alphalayer.engine.pipeline import LocalEngine
 from alphalayer.core.request import GenerationRequest
 imported = time.perf_counter()
 engine = LocalEngine(Path(sys.argv[1]), device="cpu", dtype="bf16")
-result = engine.generate(GenerationRequest(prompt="an apple, high quality", steps=2, width=256, height=256))
+request = GenerationRequest(prompt="an apple, high quality", steps=2, width=256, height=256)
+result = engine.generate(request)
 print(json.dumps({
     "import_s": round(imported - start, 1),
     **{f"{stage}_s": round(seconds, 1) for stage, seconds in result.seconds.items()},
@@ -41,7 +43,7 @@ def test_a_full_size_checkpoint_loads_offline_and_draws(tmp_path: Path):
     assert len(shapes) == 1680 + 248 + 196 + 390
     assert 6.9e9 < checkpoint.stat().st_size < 7.0e9
     done = subprocess.run(
-        [sys.executable, "-c", DRAW, str(tmp_path)],
+        [sys.executable, "-c", GENERATE, str(tmp_path)],
         capture_output=True,
         text=True,
         env={**os.environ, "HF_HUB_OFFLINE": "1"},

@@ -1,4 +1,7 @@
-"""On a CUDA GPU: the same pictures as on the CPU, in every memory mode, and memory given back. `python3 run.py test -m gpu`."""
+"""The CPU's images on a CUDA GPU in every memory mode, and released memory.
+
+Not part of the default run: `python3 run.py test -m gpu`.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +44,8 @@ def render(models_dir, device, **fields):
 def test_the_same_picture_as_on_the_cpu(models_dir, sampler):
     on_cpu = render(models_dir, "cpu", sampler=sampler).astype(int)
     on_gpu = render(models_dir, "cuda", sampler=sampler).astype(int)
-    # float32 sums in another order, truncated to 8 bits: neighbours at most, but for the odd pixel of a chaotic tiny model
+    # float32 sums in another order, truncated to 8 bits: values differ by at most 1, except for
+    # few pixels of a chaotic tiny model
     assert np.mean(np.abs(on_cpu - on_gpu) > 1) < 0.001
 
 
@@ -56,7 +60,10 @@ def test_every_memory_mode_draws_the_same(models_dir, memory, dtype):
 
 
 def test_the_generator_of_torch_equals_ours():
-    """Philox in torch operations against cuRAND's in PyTorch's CUDA kernels, where they have a thread for each element."""
+    """Compare Philox in torch operations with cuRAND's in PyTorch's CUDA kernels.
+
+    The counts are those for which the kernels have one thread for each element.
+    """
     gpu = torch.cuda.get_device_properties(0)
     for count in (
         1000,

@@ -1,8 +1,12 @@
-"""Other people's clients, unchanged, against a running service that draws with the embedded model: the same picture in all."""
+"""A service with the embedded model: unchanged clients get one image, and the engine's errors.
+
+The tests share one service, because the start of an engine with torch takes long.
+"""
 
 from __future__ import annotations
 
 import base64
+import dataclasses
 import io
 from collections.abc import Iterator
 
@@ -14,7 +18,7 @@ import webuiapi
 from fastmcp import Client
 from fastmcp.client.transports import StreamableHttpTransport
 from PIL import Image
-from tests.support.serving import served
+from tests.support.serving import served, wait_until
 
 from alphalayer import client as own_client
 from alphalayer.images import codecs
@@ -129,3 +133,22 @@ def test_our_own_client(service: httpx.Client, apple: np.ndarray):
     with own_client.Client(str(service.base_url)) as client:
         (picture,) = client.generate(PROMPT, negative_prompt=NEGATIVE, **SETTINGS)
         np.testing.assert_array_equal(codecs.decode(picture)[0], apple)
+
+
+def test_an_error_of_the_engine_is_in_the_job(
+    service: httpx.Client, monkeypatch: pytest.MonkeyPatch
+):
+    def failed(**fields: object) -> dict:
+        body = {"prompt": "an apple", "width": 64, "height": 64, **fields}
+        job = service.post("/alpha/v1/jobs", json=body).raise_for_status().json()
+        wait_until(lambda: service.get(job["url"]).json()["state"] == "failed", 60)
+        return service.get(job["url"]).json()["error"]
+
+    # as a pod without a models folder
+    state = service.app.state  # type: ignore[attr-defined]
+    monkeypatch.setattr(state, "service", dataclasses.replace(state.service, knows_models=False))
+    error = failed(checkpoint="juggernaut")
+    assert (error["code"], error["field"]) == ("model_not_found", "checkpoint")
+    assert "juggernaut" in error["detail"]
+    error = failed(layerdiffuse_method="conv")
+    assert (error["code"], error["field"]) == ("invalid_request", "layerdiffuse_method")

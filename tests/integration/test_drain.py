@@ -1,4 +1,4 @@
-"""SIGTERM: what is at work is finished, nothing new is begun, who waits in vain is told so, and nothing accepted is lost."""
+"""SIGTERM: running jobs complete, no job starts, waiting clients get an answer, no job is lost."""
 
 from __future__ import annotations
 

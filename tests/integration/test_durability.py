@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import dataclasses
 import os
 import signal
 import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
@@ -24,8 +23,6 @@ from tests.support.serving import answers, free_port, served, wait_until
 from alphalayer.core.errors import StorageFailed
 from alphalayer.core.job import Job, JobSpec, JobState
 from alphalayer.core.request import GenerationRequest
-from alphalayer.engine.base import GenerationResult, RenderTask
-from alphalayer.engine.fake import FakeEngine
 from alphalayer.jobs import sqlite
 from alphalayer.jobs.base import MAX_STARTS
 from alphalayer.jobs.sqlite import SqliteJobQueue
@@ -45,6 +42,12 @@ def running_starts(client) -> int:
     """How often the job that runs was started; 0 if none runs."""
     jobs = [record.job for record in list(client.app.state.parts.job_queue._open_jobs.values())]
     return next((job.starts for job in jobs if job.state is JobState.RUNNING), 0)
+
+
+def limit_silence(client, silence_limit_s: float) -> None:
+    """Set a limit that a process need not keep while it starts, which takes long under load."""
+    supervisor = client.app.state.parts.pool.supervisors[0]
+    supervisor._spec = dataclasses.replace(supervisor._spec, silence_limit_s=silence_limit_s)
 
 
 def kill_engine(client) -> None:
@@ -92,26 +95,10 @@ def test_a_job_that_kills_its_engine_is_failed_and_the_next_one_drawn(tmp_path):
         assert 'alphalayer_jobs_total{outcome="done"} 1.0' in counted
 
 
-class Breaking(FakeEngine):
-    """As a GPU after an illegal access: what "boom" does to it stays until its process ends."""
-
-    is_broken = False
-
-    def render(self, tasks: Sequence[RenderTask]) -> list[GenerationResult]:
-        self.is_broken |= any(task.request.prompt == "boom" for task in tasks)
-        if self.is_broken:
-            raise RuntimeError("CUDA error: an illegal memory access was encountered")
-        return super().render(tasks)
-
-
-def create_breaking(_options: dict[str, Any]) -> FakeEngine:
-    return Breaking(batch_pixels=3 * 64 * 64)
-
-
 def test_an_engine_that_is_broken_for_good_fails_the_job_that_broke_it_and_no_other(tmp_path):
     large = {**BODY, "width": 1024, "height": 1024, "format": "webp"}
     bodies = [large, BODY, {**BODY, "prompt": "boom"}, BODY, BODY]
-    with served(tmp_path, engine="tests.integration.test_durability:create_breaking") as client:
+    with served(tmp_path, engine="tests.support.engines:create_breaking") as client:
         jobs = [client.post("/alpha/v1/jobs", json=body).json()["url"] for body in bodies]
         wait_until(lambda: all(client.get(job).json()["finished_at"] for job in jobs), 30)
         ended = [client.get(job).json() for job in jobs]
@@ -142,47 +129,18 @@ def test_a_job_that_lost_a_start_to_others_is_not_failed_by_the_first_error_of_i
     options = {"mark": str(tmp_path / "broken")}
     with served(
         tmp_path,
-        engine="tests.integration.test_durability:create_broken_once",
+        engine="tests.support.engines:create_broken_once",
         engine_options=options,
     ) as client:
         wait_until(lambda: client.get(f"/alpha/v1/jobs/{job_id}").json()["finished_at"], 30)
         assert client.get(f"/alpha/v1/jobs/{job_id}").json()["state"] == "done"
 
 
-class BrokenOnce(FakeEngine):
-    """Raises at the first picture that the first process draws."""
-
-    def __init__(self, mark: str):
-        super().__init__()
-        self._mark = Path(mark)
-
-    def render(self, tasks: Sequence[RenderTask]) -> list[GenerationResult]:
-        if not self._mark.exists():
-            self._mark.touch()
-            raise RuntimeError("CUDA error: an illegal memory access was encountered")
-        return super().render(tasks)
-
-
-def create_broken_once(options: dict[str, Any]) -> FakeEngine:
-    return BrokenOnce(options["mark"])
-
-
-class Unwarmable(FakeEngine):
-    """A GPU that is broken from the start."""
-
-    def warm_up(self) -> None:
-        raise IndexError("list index out of range")
-
-
-def create_unwarmable(_options: dict[str, Any]) -> FakeEngine:
-    return Unwarmable()
-
-
 @pytest.mark.parametrize("name", ["create_unwarmable", "create_nothing"])
 def test_an_engine_that_cannot_be_opened_says_why_and_ends_by_itself(tmp_path, name: str):
     opening = Open(
         name="cpu",
-        engine=f"tests.integration.test_durability:{name}",
+        engine=f"tests.support.engines:{name}",
         options={},
         storage=str(tmp_path),
         logs={"level": "info", "as_json": False},
@@ -206,7 +164,8 @@ def test_an_engine_that_cannot_be_opened_says_why_and_ends_by_itself(tmp_path, n
 
 
 def test_an_engine_that_hangs_is_killed(tmp_path):
-    with served(tmp_path, engine_options={"step_s": 30}, silence_limit_s=1.0) as client:
+    with served(tmp_path, engine_options={"step_s": 30}) as client:
+        limit_silence(client, 1.0)
         first = engine_pid(client)
         with concurrent.futures.ThreadPoolExecutor() as pool:
             hanging = pool.submit(client.post, "/alpha/v1/txt2img", json=BODY, timeout=5)
@@ -216,7 +175,8 @@ def test_an_engine_that_hangs_is_killed(tmp_path):
 
 
 def test_an_engine_that_is_not_heard_as_the_database_is_away_does_not_hang(tmp_path, monkeypatch):
-    with served(tmp_path, silence_limit_s=0.5) as client:
+    with served(tmp_path) as client:
+        limit_silence(client, 0.5)
         first, job_queue = engine_pid(client), client.app.state.parts.job_queue
         started = job_queue.mark_started
 
@@ -229,12 +189,8 @@ def test_an_engine_that_is_not_heard_as_the_database_is_away_does_not_hang(tmp_p
         assert engine_pid(client) == first
 
 
-def hanging_engine(_options):
-    time.sleep(3600)
-
-
 def test_an_engine_that_hangs_while_it_starts_is_killed(tmp_path):
-    engine = "tests.integration.test_durability:hanging_engine"
+    engine = "tests.support.engines:create_hanging"
     with served(tmp_path, engine=engine, wait_ready=False, silence_limit_s=0.5) as client:
         wait_until(lambda: "signal 9" in client.get("/readyz").text, 20)
         assert "silence_limit_s" in client.get("/readyz").text

@@ -1,4 +1,4 @@
-"""The embedded model, as shipped: it loads, draws what is asked with real transparency, and its patch is a real one."""
+"""The embedded model: it generates what the prompt names, and its patch makes it transparent."""
 
 from __future__ import annotations
 
@@ -68,7 +68,8 @@ def test_other_seeds_and_prompts_give_other_pictures(engine, apple):
 def test_without_its_patch_it_paints_opaque_pictures(engine, apple):
     whole = render(engine, "a red apple, high quality", mode=OFF)
     assert whole[..., 3].min() == 255
-    # the patch at no strength: the transparent decoder finds no transparency hidden in the latent of an opaque picture
+    # the patch with weight 0: the transparent decoder finds no transparency in the latent of an
+    # opaque image
     unpatched = render(engine, "a red apple, high quality", layerdiffuse_weight=0.0)
     assert (unpatched[..., 3] > 128).mean() > (apple[..., 3] > 128).mean() + 0.1
 

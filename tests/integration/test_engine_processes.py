@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import io
 import json
-import logging
 import os
 import threading
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -67,24 +65,8 @@ def test_without_a_driver_one_process_draws_on_the_cpu(tmp_path, monkeypatch):
     assert engine_environments("auto") == {"cpu": {}}
 
 
-class SlowToWarm(FakeEngine):
-    """Leaves a file behind once it is warm."""
-
-    def __init__(self, mark: str):
-        super().__init__()
-        self._mark = Path(mark)
-
-    def warm_up(self) -> None:
-        time.sleep(0.5)
-        self._mark.touch()
-
-
-def slow_to_warm(options: dict[str, Any]) -> SlowToWarm:
-    return SlowToWarm(options["mark"])
-
-
 def test_it_is_warm_before_it_is_ready(tmp_path: Path):
-    mark, engine = tmp_path / "warm", "tests.integration.test_engine_processes:slow_to_warm"
+    mark, engine = tmp_path / "warm", "tests.support.engines:create_slow_to_warm"
     with served(
         tmp_path, engine=engine, engine_options={"mark": str(mark)}, wait_ready=False
     ) as client:
@@ -92,20 +74,9 @@ def test_it_is_warm_before_it_is_ready(tmp_path: Path):
         assert mark.exists()
 
 
-class Grumbling(FakeEngine):
-    """Has something to say."""
-
-    def warm_up(self) -> None:
-        logging.getLogger("alphalayer.engine").warning("a file is left out (%s).", "broken")
-
-
-def create_grumbling(_options: dict[str, Any]) -> Grumbling:
-    return Grumbling()
-
-
 @pytest.mark.parametrize("as_json", [False, True])
 def test_what_the_engine_logs_looks_as_the_log_of_its_service(tmp_path: Path, capfd, as_json: bool):
-    engine = "tests.integration.test_engine_processes:create_grumbling"
+    engine = "tests.support.engines:create_logging"
     with served(tmp_path, engine=engine, log_json=as_json):
         pass
     (line,) = [

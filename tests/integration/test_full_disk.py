@@ -1,4 +1,7 @@
-"""A disk that is full, a folder that is read-only: on a real small filesystem. Skipped where none may be mounted."""
+"""A full disk and a read-only folder, on a small filesystem.
+
+Skipped where no filesystem may be mounted.
+"""
 
 from __future__ import annotations
 

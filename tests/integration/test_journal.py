@@ -33,9 +33,11 @@ def first_version(file: Path) -> None:
     first = [column for column in jobs.columns.keys() if column not in LATER]  # noqa: SIM118
     with closing(sqlite3.connect(file)) as old, old:
         old.execute(
-            "CREATE TABLE jobs (id VARCHAR(32) PRIMARY KEY, state VARCHAR(16) NOT NULL, owner VARCHAR(100) NOT NULL DEFAULT '', "
-            "idempotency_key VARCHAR(200), created_at FLOAT NOT NULL, started_at FLOAT, finished_at FLOAT, "
-            "starts INTEGER NOT NULL DEFAULT 0, spec TEXT NOT NULL, result TEXT, error TEXT, UNIQUE (owner, idempotency_key))"
+            "CREATE TABLE jobs (id VARCHAR(32) PRIMARY KEY, state VARCHAR(16) NOT NULL, "
+            "owner VARCHAR(100) NOT NULL DEFAULT '', idempotency_key VARCHAR(200), "
+            "created_at FLOAT NOT NULL, started_at FLOAT, finished_at FLOAT, "
+            "starts INTEGER NOT NULL DEFAULT 0, spec TEXT NOT NULL, result TEXT, error TEXT, "
+            "UNIQUE (owner, idempotency_key))"
         )
         spec = json.dumps({"generation": {"prompt": "an old apple"}})
         values = ("a" * 24, "queued", "", None, 1.0, None, None, 0, spec, None, None)

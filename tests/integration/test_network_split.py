@@ -1,4 +1,4 @@
-"""A worker is cut off from the database, as by a switch that dies: packets vanish, no connection is closed."""
+"""A worker without a network to the database: packets are lost, no connection is closed."""
 
 from __future__ import annotations
 

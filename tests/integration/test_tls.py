@@ -48,7 +48,8 @@ def file_of(authority: trustme.CA, folder: Path) -> Path:
 async def test_a_job_goes_by_tls_to_a_server_whose_certificate_is_checked(
     postgres, authority, tmp_path
 ):
-    url = f"{postgres.fresh_database()}?sslmode=verify-full&sslrootcert={file_of(authority, tmp_path)}"
+    root = file_of(authority, tmp_path)
+    url = f"{postgres.fresh_database()}?sslmode=verify-full&sslrootcert={root}"
     queue = await PostgresJobQueue.open(url, 10)
     try:
         job = await queue.submit(spec())
@@ -57,7 +58,10 @@ async def test_a_job_goes_by_tls_to_a_server_whose_certificate_is_checked(
         await queue.complete(job.id, result_of(job.spec))
         assert (await soon(queue.wait(job.id))).state is JobState.DONE
         async with queue._transaction() as (connection, _):
-            by_tls = "SELECT ssl FROM pg_stat_ssl JOIN pg_stat_activity USING (pid) WHERE datname = current_database()"
+            by_tls = (
+                "SELECT ssl FROM pg_stat_ssl JOIN pg_stat_activity USING (pid) "
+                "WHERE datname = current_database()"
+            )
             connections = (await connection.exec_driver_sql(by_tls)).scalars().all()
         assert len(connections) >= 2  # one for news, one or more for statements
         assert all(connections)

@@ -1,4 +1,4 @@
-"""A trace crosses processes: the client's own span, the API pod's request, the worker pod's job and its stages."""
+"""A trace over processes: the client's span, the API pod's request, the worker's job and stages."""
 
 from __future__ import annotations
 

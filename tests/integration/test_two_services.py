@@ -1,4 +1,7 @@
-"""Two services in one folder: with a queue each they share pictures, as one service a GPU did before; two on one queue are refused."""
+"""Two services in one folder share images if each has a queue; two with one queue are refused.
+
+Before, users started one service for each GPU.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,7 @@
-"""Clients that ask for pictures again and again while something is killed, and the count at the end: every job that was accepted has
-ended once, with its pictures."""
+"""Clients that request images while processes are killed, and the count of what became of them.
+
+Every accepted job must end once, with its images.
+"""
 
 from __future__ import annotations
 
@@ -19,16 +21,19 @@ from tests.support.serving import answers, wait_until
 
 SIDE = 64
 SHORT = 10
-"""So much of a job's id is in the names of its pictures."""
+"""The number of characters of a job's id in the names of its images."""
 LAST_S = 60.0
-"""So long clients go on asking for what they have no answer to, once nothing new is asked for."""
+"""How long clients repeat unanswered requests once they send no new ones, in seconds."""
 GIVEN_UP = "engine_failed"
-"""How a job ends that took engine processes down as often as it may."""
+"""The error of a job that ended as many engine processes as it may."""
 
 
 class Crowd:
-    """Clients of one service, which may have several addresses. So many of them as `waiting` says wait for their picture, the others
-    submit jobs. What is drawn is looked at from each of `seen_from`, or from where it was asked."""
+    """Clients of one service, which may have several addresses.
+
+    `waiting` of the clients wait for their image, and the others submit jobs. Images are read
+    from each address of `seen_from`, or else from `addresses`.
+    """
 
     def __init__(
         self,
@@ -46,9 +51,9 @@ class Crowd:
         self._calm, self._over = threading.Event(), threading.Event()
         self._unanswered: list[str] = []
         self.accepted: dict[str, int] = {}
-        """The number of pictures of each job, by the part of its id that names its pictures."""
+        """The number of images of each job, by the part of its id that names its images."""
         self.failures: list[str] = []
-        """What requests got that were sent again, and when."""
+        """The errors of requests that were repeated, each with its time."""
         self._clients = [
             threading.Thread(target=self._ask, args=(i, i < waiting), daemon=True)
             for i in range(clients)
@@ -57,7 +62,10 @@ class Crowd:
             client.start()
 
     def count(self, patience_s: float = 120.0) -> dict[str, Any]:
-        """Let no more jobs in, wait until all are over, and say what became of them; `faults` is empty if all is well."""
+        """Send no new requests, wait for all jobs, and count the outcomes.
+
+        `faults` is empty if every accepted job has its images.
+        """
         self.calm()
         wait_until(lambda: all(answers(str(http.base_url).rstrip("/")) for http in self._https), 60)
         wait_until(lambda: not self._unfinished(), patience_s)
@@ -66,10 +74,7 @@ class Crowd:
         faults = [
             f"{each} was accepted and is lost" for each in self.accepted if each not in names_known
         ]
-        faults += [
-            f"{each} is there and nobody asked for it"
-            for each in names_known - self.accepted.keys()
-        ]
+        faults += [f"{each} was not requested" for each in names_known - self.accepted.keys()]
         wanted: list[str] = []
         for job_id, job in known.items():
             names = [each["filename"] for each in job["images"]]
@@ -93,7 +98,7 @@ class Crowd:
         return {"accepted": len(self.accepted), **states, "pictures": len(wanted), "faults": faults}
 
     def calm(self) -> None:
-        """Ask for nothing more; what was asked for has `LAST_S` seconds for its answer."""
+        """Send no new requests, and wait `LAST_S` seconds for open ones."""
         self._calm.set()
         end = time.monotonic() + LAST_S
         for client in self._clients:
@@ -103,13 +108,13 @@ class Crowd:
             client.join()
 
     def close(self) -> None:
-        """Stop asking and close the connections."""
+        """Stop the clients and close the connections."""
         self.calm()
         for http in self._https:
             http.close()
 
     def _ask(self, number: int, waits: bool) -> None:
-        """Ask one address after another; an answer that was lost is asked for again with the same key."""
+        """Send requests to the addresses in turn; repeat a lost one with its key."""
         path, good = ("/alpha/v1/txt2img", 200) if waits else ("/alpha/v1/jobs", 202)
         rng = random.Random(number)
         order = itertools.cycle(rng.sample(self._addresses, len(self._addresses)))

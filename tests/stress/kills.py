@@ -1,5 +1,8 @@
-"""Kills engine processes and whole services while they draw for many clients, then counts: every accepted job has ended once, with
-its files. `python -m tests.stress.kills --engine-kills 100 --service-kills 20`; Linux. `--output` writes the counts into a file."""
+"""Stress test that kills engine processes and services while they generate for many clients.
+
+Then every accepted job must have ended once, with its files. Linux only:
+`python -m tests.stress.kills --engine-kills 100 --service-kills 20`. `--output` writes a report.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ import json
 import os
 import platform
 import random
+import shlex
 import signal
 import subprocess
 import sys
@@ -27,7 +31,7 @@ CLIENTS = 8
 
 
 class Storm:
-    """A service under load, and who kills it."""
+    """A service under load, and the means to kill it."""
 
     def __init__(self, folder: Path):
         self._folder, self._port = folder, free_port()
@@ -37,25 +41,28 @@ class Storm:
         self._crowd = Crowd([self._address], CLIENTS)
 
     def wait_for_work(self) -> None:
-        """Until a job runs in the engine process that is there now; one that was killed has its job taken from it soon."""
+        """Wait until a job runs in the current engine process.
+
+        The job of a killed process is requeued soon.
+        """
         wait_until(lambda: self._is_ready() and self._a_job_runs(), 90)
 
     def kill_engine(self) -> None:
-        """kill -9 the engine process while it draws."""
+        """Kill the engine process while it generates."""
         self.wait_for_work()
         os.kill(_children(self._service.pid)[0], signal.SIGKILL)
 
     def kill_service(self) -> None:
-        """kill -9 the service while its engine draws, and start it again."""
+        """Kill the service while its engine generates, and start it again."""
         self.wait_for_work()
         self._service.kill()
         self._service.wait()
         self._start()
 
     def count(self) -> dict[str, Any]:
-        """What the crowd counts, and whether a file belongs to no job."""
+        """Return the counts of the crowd, and report files that belong to no job."""
         counted = self._crowd.count()
-        # not those that were being written at a kill, which lead nowhere and go at a later start
+        # without files whose writing a kill interrupted: a later start removes them
         files = {file.name for file in (self._folder / "outputs").iterdir() if "#" not in file.name}
         given_up = [
             job_id[:10] for job_id, job in self._crowd.jobs.items() if job["state"] == "failed"
@@ -69,7 +76,7 @@ class Storm:
         return counted
 
     def stop(self) -> None:
-        """End the service."""
+        """Stop the clients and the service."""
         self._crowd.close()
         self._http.close()
         self._service.kill()
@@ -89,7 +96,7 @@ class Storm:
 
 
 def run(folder: Path, engine_kills: int, service_kills: int, seed: int = 0) -> dict[str, Any]:
-    """Mix the kills at random moments; what `Storm.count` says."""
+    """Kill in random order at random moments; return `Storm.count`."""
     rng = random.Random(seed)
     kills = ["kill_engine"] * engine_kills + ["kill_service"] * service_kills
     rng.shuffle(kills)
@@ -120,9 +127,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         start = time.monotonic()
         result = run(Path(folder), options.engine_kills, options.service_kills, options.seed)
+        machine = f"{os.cpu_count()} x {platform.machine()}, Python {platform.python_version()}"
         report = {
-            "command": f"python -m tests.stress.kills --engine-kills {options.engine_kills} --service-kills {options.service_kills}",
-            "machine": f"{os.cpu_count()} x {platform.machine()}, Python {platform.python_version()}",
+            "command": shlex.join(["python", "-m", "tests.stress.kills", *sys.argv[1:]]),
+            "machine": machine,
             "clients": CLIENTS,
             "seed": options.seed,
             "seconds": round(time.monotonic() - start),

@@ -1,6 +1,9 @@
-"""Pods and workers that share PostgreSQL and S3 are killed while clients ask for pictures through Nginx, and PostgreSQL restarts once;
-then counts: every accepted job has ended once, and every pod and Nginx give every picture. Linux:
-`python -m tests.stress.pods --jobs 2000 --kills 60 --real 1 --write benchmarks/results/pods.json`."""
+"""Stress test of pods and workers that share PostgreSQL and S3 behind Nginx.
+
+It kills them at random while clients request images, and restarts PostgreSQL once. Then every
+accepted job must have ended once, and every pod and Nginx must serve every image. Linux only:
+`python -m tests.stress.pods --jobs 2000 --kills 60 --real 1 --write benchmarks/results/pods.json`.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +34,7 @@ STEP_S = 0.01
 
 
 class Node:
-    """A pod that answers requests, or a worker that draws."""
+    """A pod that answers requests, or a worker that generates."""
 
     def __init__(
         self, folder: Path, role: str, environment: dict[str, str], queue_limit: int = 500
@@ -43,18 +46,18 @@ class Node:
         self.start()
 
     def start(self) -> None:
-        """Start its process."""
+        """Start the process."""
         self._process = fake_service.start(
             self._folder, self._port, STEP_S, self._queue_limit, self._environment
         )
 
     def kill(self) -> None:
-        """kill -9."""
+        """Kill the process with SIGKILL."""
         self._process.kill()
         self._process.wait()
 
     def stop(self) -> None:
-        """End it gently."""
+        """Terminate the process, and kill it if it does not end."""
         self._process.terminate()
         try:
             self._process.wait(60)
@@ -62,7 +65,7 @@ class Node:
             self.kill()
 
     def answers(self) -> bool:
-        """Whether it can do its work."""
+        """Return whether the node is ready."""
         return answers(self.address)
 
 
@@ -78,10 +81,20 @@ def run(
     real: int = 0,
     patience_s: float = 120.0,
 ) -> dict[str, Any]:
-    """Kill at random until so many jobs are accepted and so many kills done; what `Crowd.count` says.
+    """Kill nodes at random while clients request images; return `Crowd.count`.
 
-    `shared` is the environment that leads to the bucket. Fails where the jobs are not accepted within `patience_s` seconds.
-    So many of the workers as `real` says draw with the embedded model. Where there is no Nginx, clients ask the pods themselves.
+    Without Nginx, clients send requests to the pods.
+
+    Args:
+        folder: Where every node keeps its files.
+        shared: The environment with the bucket.
+        pods: The number of pods.
+        workers: The number of workers.
+        jobs: The number of jobs to accept before the count.
+        kills: The number of kills.
+        seed: The seed of the random choices.
+        real: The number of workers with the embedded model.
+        patience_s: How long to wait for the jobs, in seconds.
     """
     rng = random.Random(seed)
     with ExitStack() as stack:
@@ -130,7 +143,7 @@ def run(
 
 
 def _kinds(failures: list[str]) -> dict[str, int]:
-    """How often requests failed, by what they got: the name of the exception or the status and its code."""
+    """Count failed requests by exception, or by status and error code."""
     kinds = [each.partition(": ")[2] for each in failures]
     return dict(
         Counter(
@@ -146,9 +159,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=4)
     parser.add_argument("--jobs", type=int, default=2000)
     parser.add_argument("--kills", type=int, default=60)
-    parser.add_argument(
-        "--real", type=int, default=0, help="workers that draw with the embedded model"
-    )
+    parser.add_argument("--real", type=int, default=0, help="workers with the embedded model")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--write", type=Path, help="a file for the result, as JSON")
     options = vars(parser.parse_args())

@@ -1,12 +1,16 @@
 """Rules of plain language: banned words, sentences of prose, and their exceptions.
 
-The word list serves documents and docstrings. Use `find_banned_words` for plain text and
-`read_markdown` for a document, whose code and addresses are not prose.
+The word list serves documents and source code. Use `find_banned_words` for plain text,
+`read_markdown` for a document, whose code and addresses are not prose, and `read_python` for
+source code, whose docstrings, comments and strings are.
 """
 
 from __future__ import annotations
 
+import ast
+import io
 import re
+import tokenize
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -46,6 +50,21 @@ ALLOWED_PHRASES = {
 EXCEPTIONS: dict[tuple[str, str], str] = {}
 """Words that one document may use: (path, word in lower case) and the reason."""
 
+SOURCE_EXCEPTIONS: dict[tuple[str, str], str] = {}
+"""Words that one source file may use: (path, word in lower case) and the reason."""
+
+NOT_VERBS = frozenset(
+    """
+    a an all and as by each every for if in it its like many most no none not of on one only or
+    same some several text that the their these they this those three true false two what when
+    where whether which who whose why with without how also both
+    """.split()
+)
+"""First words of a docstring that are no imperative verb."""
+
+VERBS_WITH_S = frozenset({"access", "address", "compress", "discuss", "express", "pass", "process"})
+"""Imperative verbs that end like the third person."""
+
 _BANNED = [
     (re.compile(rf"\b(?:{words})\b", re.IGNORECASE), better)
     for words, better in BANNED_WORDS.items()
@@ -84,9 +103,10 @@ def find_banned_words(text: str) -> list[BannedWord]:
 
 @dataclass(frozen=True)
 class Block:
-    """One block of prose of a document: its kind, its text without code, and its lines.
+    """One block of prose: its kind, its text, and its lines.
 
-    `kind` is "heading", "paragraph", "item" or "cell". `line` counts from 1.
+    `kind` of a document, whose text is without code, is "heading", "paragraph", "item" or
+    "cell". For source code see `read_python`. `line` counts from 1.
     """
 
     kind: str
@@ -96,10 +116,28 @@ class Block:
 
 
 def read_markdown(text: str) -> list[Block]:
-    """Return the prose of a Markdown document, without code blocks, comments and addresses."""
+    """Return the prose of a Markdown document, without code and addresses."""
     return list(
         _blocks(MarkdownIt("commonmark").enable("table").parse(_without_front_matter(text)))
     )
+
+
+def read_python(text: str) -> list[Block]:
+    """Return the prose of Python source.
+
+    `kind` is "function" (a docstring of a function), "string" (any other string, also a
+    docstring of a class or module) or "comment". Strings without a space, such as names and
+    paths, are not prose.
+    """
+    return sorted([*_strings(ast.parse(text)), *_comments(text)], key=lambda block: block.line)
+
+
+def begins_with_verb(docstring: str) -> bool:
+    """Return whether the first word of a docstring can be an imperative verb."""
+    word = re.split(r"\W", docstring.strip().lower(), maxsplit=1)[0]
+    if word in NOT_VERBS or word.endswith("ing"):
+        return False
+    return word in VERBS_WITH_S or not word.endswith("s")
 
 
 def split_sentences(text: str) -> list[str]:
@@ -108,8 +146,27 @@ def split_sentences(text: str) -> list[str]:
 
 
 def count_words(sentence: str) -> int:
-    """Count the words of a sentence. A piece of code, a number and a path are one word each."""
+    """Count the words of a sentence; code, a number and a path are one word each."""
     return len(_WORD.findall(sentence))
+
+
+def _strings(tree: ast.Module) -> Iterator[Block]:
+    functions = (ast.FunctionDef, ast.AsyncFunctionDef)
+    docstrings = {
+        id(node.body[0].value)
+        for node in ast.walk(tree)
+        if isinstance(node, functions) and isinstance(node.body[0], ast.Expr)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and " " in node.value:
+            kind = "function" if id(node) in docstrings else "string"
+            yield Block(kind, node.value, node.lineno, node.value.count("\n") + 1)
+
+
+def _comments(text: str) -> Iterator[Block]:
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        if token.type == tokenize.COMMENT:
+            yield Block("comment", token.string, token.start[0], 1)
 
 
 def _without_front_matter(text: str) -> str:

@@ -1,5 +1,7 @@
-"""Other people's servers for tests, started for real: PostgreSQL and an S3 server (SeaweedFS), from the machine or from their wheels,
-and Nginx, from the machine."""
+"""Real servers for tests: PostgreSQL, an S3 server (SeaweedFS) and Nginx.
+
+PostgreSQL and SeaweedFS come from the machine or from their wheels, Nginx from the machine.
+"""
 
 from __future__ import annotations
 
@@ -25,11 +27,11 @@ from tests.support.serving import answers, free_port, wait_until
 if TYPE_CHECKING:
     from trustme import LeafCert
 
-NGINX_SITE = Path(__file__).parents[1] / "deploy" / "nginx" / "alphalayer.conf"
+NGINX_SITE = Path(__file__).parents[2] / "deploy" / "nginx" / "alphalayer.conf"
 
 
 def postgres_programs() -> Path | None:
-    """The folder of PostgreSQL's programs: on the path, where Debian has it, or in the wheel."""
+    """Return the folder of PostgreSQL: on the path, of Debian, or of the wheel."""
     on_path = shutil.which("postgres")
     found = [Path(on_path).resolve().parent] if on_path else []
     found += sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True)
@@ -40,7 +42,7 @@ def postgres_programs() -> Path | None:
 
 
 class Postgres:
-    """A PostgreSQL server of its own in a folder of its own; it can be killed and started again."""
+    """A PostgreSQL server in a new folder, which can be stopped and started again."""
 
     def __init__(
         self,
@@ -49,7 +51,7 @@ class Postgres:
         fsync: bool = False,
         certificate: LeafCert | None = None,
     ):
-        """With a certificate it answers by TLS alone."""
+        """Create and start the server; with a certificate, it accepts only TLS."""
         self._listen_addresses = listen_addresses
         self._certificate = certificate
         self._fsync = "on" if fsync else "off"
@@ -77,10 +79,10 @@ class Postgres:
         with (self._data / "pg_hba.conf").open("a") as rules:
             rules.write("host all all samenet trust\n")
         if certificate:
-            self._answer_by_tls_alone(certificate)
+            self._accept_only_tls(certificate)
         self.start()
 
-    def _answer_by_tls_alone(self, certificate: LeafCert) -> None:
+    def _accept_only_tls(self, certificate: LeafCert) -> None:
         certificate.cert_chain_pems[0].write_to_path(self._data / "server.crt")
         key = self._data / "server.key"
         certificate.private_key_pem.write_to_path(key)
@@ -92,7 +94,7 @@ class Postgres:
 
     @property
     def url(self) -> str:
-        """The address of its database."""
+        """Return the address of the default database."""
         return self.address("postgres")
 
     @property
@@ -101,12 +103,12 @@ class Postgres:
 
     @property
     def process_id(self) -> int:
-        """Of the process that started all its others."""
+        """Return the id of the main process."""
         assert self._process
         return self._process.pid
 
     def start(self) -> None:
-        """Start it and wait until it answers."""
+        """Start the server and wait until it answers."""
         options = {
             "port": self._port,
             "listen_addresses": self._listen_addresses,
@@ -129,7 +131,7 @@ class Postgres:
         wait_until(self._answers, 30)
 
     def stop(self, how: signal.Signals = signal.SIGINT) -> None:
-        """SIGINT ends it at once and cleanly; SIGQUIT as a crash would."""
+        """Stop the server: cleanly with SIGINT, as in a crash with SIGQUIT."""
         if self._process:
             self._process.send_signal(how)
             self._process.wait(30)
@@ -137,7 +139,7 @@ class Postgres:
 
     @contextmanager
     def hanging(self) -> Iterator[None]:
-        """It answers nothing, and all its connections stay."""
+        """Suspend the server, so that it answers nothing and keeps its connections."""
         found = subprocess.run(
             ["pgrep", "-P", str(self.process_id)], capture_output=True, text=True, check=True
         )
@@ -151,12 +153,12 @@ class Postgres:
                 os.kill(each, signal.SIGCONT)
 
     def remove(self) -> None:
-        """Stop it and remove its folder."""
+        """Stop the server and remove its folder."""
         self.stop()
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def fresh_database(self) -> str:
-        """The address of an empty database."""
+        """Create a database and return its address."""
         name = f"test_{time.time_ns()}"
         self._run(
             "createdb",
@@ -171,7 +173,7 @@ class Postgres:
         return self.address(name)
 
     def address(self, database: str, host: str = "127.0.0.1") -> str:
-        """The address of a database, as it is known to a host."""
+        """Return the address of a database under a name of the host."""
         return f"postgresql://alphalayer@{host}:{self._port}/{database}"
 
     def _answers(self) -> bool:
@@ -191,17 +193,17 @@ class Postgres:
 
 
 def s3_program() -> Path | None:
-    """SeaweedFS's program, if its wheel is installed."""
+    """Return SeaweedFS's program, or None if its wheel is not installed."""
     program = Path(sys.executable).parent / "weed"
     return program if program.exists() else None
 
 
 @contextmanager
 def s3_server(folder: Path) -> Iterator[dict[str, str]]:
-    """A SeaweedFS server with one bucket, `pictures`; yields the environment that leads there."""
+    """Run SeaweedFS with a bucket `pictures`; yield the environment to access it."""
     program = s3_program()
     assert program is not None
-    # SeaweedFS speaks gRPC on each port + 10000
+    # SeaweedFS listens for gRPC on each port + 10000
     ports = {name: free_port(10_000) for name in ("master", "volume", "filer", "s3")}
     keys = [{"accessKey": "pictures-key", "secretKey": "pictures-secret"}]
     identity = {
@@ -225,10 +227,8 @@ def s3_server(folder: Path) -> Iterator[dict[str, str]]:
         "-master.volumeSizeLimitMB=64",
         f"-master.port={ports['master']}",
     ]
-    command += [
-        "-s3.port.iceberg=0",
-        "-s3.port.lance=0",
-    ]  # fixed ports else: two servers could not run at once
+    # with their default ports, two servers could not run at once
+    command += ["-s3.port.iceberg=0", "-s3.port.lance=0"]
     command += [
         f"-volume.port={ports['volume']}",
         f"-filer.port={ports['filer']}",
@@ -271,7 +271,10 @@ def s3_server(folder: Path) -> Iterator[dict[str, str]]:
 
 @contextmanager
 def nginx(folder: Path, pods: list[str]) -> Iterator[str]:
-    """Nginx with the file of deploy/ as it is, but for the pods' addresses and the port; yields its address. Its log: error.log."""
+    """Run Nginx with the file of deploy/ in front of `pods`; yield its address.
+
+    Only the addresses and the port are replaced. Its log is `error.log` in `folder`.
+    """
     written = NGINX_SITE.read_text()
     servers = "".join(f"    server {pod.removeprefix('http://')} max_fails=0;\n" for pod in pods)
     site, replaced = re.subn(r"(    server 10\.0\.0\..*\n)+", servers, written)
@@ -282,7 +285,7 @@ def nginx(folder: Path, pods: list[str]) -> Iterator[str]:
 
 @contextmanager
 def nginx_of(folder: Path, site: str) -> Iterator[str]:
-    """Nginx with one server that listens on port 80 in what is written, and on a free one here; yields its address."""
+    """Run Nginx with a site, on a free port instead of port 80; yield its address."""
     folder.mkdir()
     port = free_port()
     site, replaced = re.subn(r"listen 80\b", f"listen 127.0.0.1:{port}", site)

@@ -1,4 +1,4 @@
-"""Real services for tests: the ASGI application on a real port, with its engine process, in a thread of its own."""
+"""Real services for tests: the application on a port, in a thread, with its engine process."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ FAKE = "alphalayer.engine.fake:create_engine"
 
 
 def free_port(*also: int) -> int:
-    """A port that nobody has, nor those so much above it.
+    """Return a free port; the ports `also` above it are free, too.
 
-    Not one of those that the system hands out by itself, so that a server which is killed finds it free when it comes back.
+    It is outside the system's ephemeral range, so that a restarted server finds it free again.
     """
     while True:
         port = random.SystemRandom().randrange(11_000, 32_000 - max(also, default=0))
@@ -43,7 +43,7 @@ def _is_free(port: int) -> bool:
 
 
 def answers(address: str, path: str = "/ping") -> bool:
-    """Whether a service is there and answers 200; at `/ping`, that it can draw."""
+    """Return whether a service answers 200; at `/ping`, that it can generate."""
     try:
         return httpx.get(f"{address}{path}", trust_env=False, timeout=10).status_code == 200
     except httpx.TransportError:
@@ -59,7 +59,10 @@ def served(
     wait_ready: bool = True,
     **settings: Any,
 ) -> Iterator[httpx.Client]:
-    """A service that keeps everything in `folder`; yields a client with its base URL. The server is in `client.server`."""
+    """Run a service that keeps its files in `folder`; yield a client for it.
+
+    `client.app` is its application.
+    """
     port = free_port()
     values = {
         "models_dir": folder / "models",
@@ -89,7 +92,7 @@ def served(
 
 
 def put_model(folder: Path) -> Path:
-    """A model "apples" that can be listed and chosen, with weights by name only; the fake engine reads none."""
+    """Add a model "apples" with empty weights, which the fake engine does not read."""
     model = folder / "models" / "Stable-diffusion" / "apples"
     shutil.copytree(SHIPPED, model)
     for part in ("unet", "vae", "text_encoder", "text_encoder_2"):
@@ -98,7 +101,7 @@ def put_model(folder: Path) -> Path:
 
 
 def put_lora(folder: Path) -> Path:
-    """A LoRA "style" that can be named; the fake engine does not read it."""
+    """Add an empty LoRA "style", which the fake engine does not read."""
     loras = folder / "models" / "Lora"
     loras.mkdir(parents=True)
     (loras / "style.safetensors").touch()
@@ -106,7 +109,7 @@ def put_lora(folder: Path) -> Path:
 
 
 def wait_until(condition: Any, timeout_s: float = 10.0) -> None:
-    """Poll until a condition holds; fails after a time."""
+    """Poll until a condition holds; fail after `timeout_s` seconds."""
     end = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < end, "waited too long"

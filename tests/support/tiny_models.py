@@ -1,6 +1,6 @@
-"""Random tiny models of SDXL's shape, written as users have them: a diffusers folder, a single file, LayerDiffuse files.
+"""Random tiny models of SDXL's shape: a diffusers folder, a single file, LayerDiffuse files.
 
-Same seed, same weights in every form, so that a test can load one form and compare it with another.
+The same seed gives the same weights in every form, so that tests can compare the forms.
 """
 
 from __future__ import annotations
@@ -40,25 +40,33 @@ RANK = 4
 
 
 def text_encoders(seed: int = 0) -> tuple[CLIPTextModel, CLIPTextModelWithProjection]:
-    """Both encoders, one head each as `engine.configs` guesses from such widths."""
+    """Return both encoders, each with one head, which loaders infer from the width."""
     torch.manual_seed(seed)
     first = CLIPTextModel(
         CLIPTextConfig(
-            hidden_size=WIDTH_L, intermediate_size=64, num_attention_heads=1, hidden_act="quick_gelu",
-            projection_dim=WIDTH_L, **TEXT,
+            hidden_size=WIDTH_L,
+            intermediate_size=64,
+            num_attention_heads=1,
+            hidden_act="quick_gelu",
+            projection_dim=WIDTH_L,
+            **TEXT,
         )
-    )  # fmt: skip
+    )
     second = CLIPTextModelWithProjection(
         CLIPTextConfig(
-            hidden_size=WIDTH_G, intermediate_size=128, num_attention_heads=1, hidden_act="gelu",
-            projection_dim=WIDTH_G, **TEXT,
+            hidden_size=WIDTH_G,
+            intermediate_size=128,
+            num_attention_heads=1,
+            hidden_act="gelu",
+            projection_dim=WIDTH_G,
+            **TEXT,
         )
-    )  # fmt: skip
+    )
     return _rounded(first), _rounded(second)
 
 
 def unet(seed: int = 0) -> UNet2DConditionModel:
-    """SDXL's block structure with 32, 64 and 64 channels."""
+    """Return a UNet with SDXL's block structure and 32, 64 and 64 channels."""
     torch.manual_seed(seed + 1)
     return _rounded(
         UNet2DConditionModel(
@@ -79,7 +87,7 @@ def unet(seed: int = 0) -> UNet2DConditionModel:
 
 
 def vae(seed: int = 0) -> AutoencoderKL:
-    """Four levels, so that a latent cell is 8 pixels."""
+    """Return a VAE with four levels, so that a latent cell is 8 pixels."""
     torch.manual_seed(seed + 2)
     return _rounded(
         AutoencoderKL(
@@ -95,7 +103,7 @@ def vae(seed: int = 0) -> AutoencoderKL:
 
 
 def decoder(seed: int = 0) -> TransparentDecoder:
-    """A transparent decoder with weights large enough for a lively picture."""
+    """Return a transparent decoder whose weights are large enough for a varied image."""
     torch.manual_seed(seed + 3)
     network = _rounded(TransparentDecoder(**DECODER))
     with torch.no_grad():
@@ -105,7 +113,7 @@ def decoder(seed: int = 0) -> TransparentDecoder:
 
 
 def lora_pairs(seed: int = 0) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """(up, down) by parameter name for every attention projection of the UNet."""
+    """Return (up, down) by parameter name for every attention projection of the UNet."""
     generator = torch.Generator().manual_seed(seed + 4)
     pairs = {}
     for name, weight in unet(seed).named_parameters():
@@ -117,7 +125,7 @@ def lora_pairs(seed: int = 0) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
 
 
 def make_diffusers_folder(path: Path, seed: int = 0) -> Path:
-    """A diffusers folder with a `layerdiffuse/` of its own, patch in PEFT names."""
+    """Write a diffusers folder with `layerdiffuse/`, whose patch has PEFT names."""
     first, second = text_encoders(seed)
     first.save_pretrained(path / "text_encoder")
     second.save_pretrained(path / "text_encoder_2")
@@ -147,7 +155,7 @@ def make_diffusers_folder(path: Path, seed: int = 0) -> Path:
 
 
 def make_single_file(path: Path, seed: int = 0, dtype: torch.dtype = torch.float16) -> Path:
-    """The same model as an LDM single file."""
+    """Write the same model as an LDM single file."""
     tensors = single_file_tensors(*text_encoders(seed), unet(seed), vae(seed))
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file({name: each.to(dtype).contiguous() for name, each in tensors.items()}, path)
@@ -160,7 +168,7 @@ def single_file_tensors(
     unet: UNet2DConditionModel,
     vae: AutoencoderKL,
 ) -> dict[str, torch.Tensor]:
-    """The tensors of a model under the names of an LDM single file."""
+    """Return the tensors of a model under the names of an LDM single file."""
     tensors = {
         f"model.diffusion_model.{unet_name_in_ldm(name)}": each
         for name, each in unet.state_dict().items()
@@ -173,7 +181,7 @@ def single_file_tensors(
 
 
 def make_layer_files(folder: Path, seed: int = 0) -> Path:
-    """`layer_model/` with the patch in the published key scheme and the decoder, both float16."""
+    """Write the patch, in the published key scheme, and the decoder, both float16."""
     folder.mkdir(parents=True, exist_ok=True)
     patch = {}
     for name, (up, down) in lora_pairs(seed).items():
@@ -205,7 +213,10 @@ def make_condition_patch(folder: Path, mode: str, seed: int = 0) -> Path:
 
 
 def unet_name_in_ldm(name: str) -> str:
-    """A diffusers UNet parameter's name in the LDM layout (two residual blocks a level, attention in levels 1 and 2)."""
+    """Return the LDM name of a diffusers UNet parameter.
+
+    The UNet has two residual blocks a level, and attention in levels 1 and 2.
+    """
     whole = {
         "conv_in.": "input_blocks.0.0.",
         "conv_norm_out.": "out.0.",
@@ -272,7 +283,7 @@ def _vae_in_ldm(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def _open_clip(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """CLIP-G in OpenCLIP's layout: q, k, v stacked, the projection transposed."""
+    """Return CLIP-G in OpenCLIP's layout: q, k, v stacked, the projection transposed."""
     state = {name.removeprefix("text_model."): each for name, each in state.items()}
     prefix = "conditioner.embedders.1.model."
     found = {
@@ -300,5 +311,5 @@ def _open_clip(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def _rounded(module):
-    """Weights as float16 files hold them, in float32."""
+    """Round weights to float16, as files store them, in float32."""
     return module.half().float().eval().requires_grad_(False)

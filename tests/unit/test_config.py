@@ -57,10 +57,12 @@ def test_flags_win_over_the_environment_and_that_over_the_file(
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("port", "0"), ("port", "65536"), ("port", "many"), ("memory", "huge"), ("dtype", "fp8"), ("noise", "dice"),
+        ("port", "0"), ("port", "65536"), ("port", "many"), ("memory", "huge"), ("dtype", "fp8"),
+        ("noise", "dice"),
         ("queue_limit", "-1"), ("silence_limit_s", "0"), ("drain_s", "-1"), ("log_level", "loud"),
-        ("trusted_proxies", "proxy.local"), ("api_auth", "useronly"), ("api_auth", "ann:a,bob"), ("api_auth", "jörg:pw"), ("storage", "ftp://x"),
-        ("storage", "s3://"), ("database", "mysql://x/y"), ("public_url", "pics.example.com"), ("role", "api"),
+        ("trusted_proxies", "proxy.local"), ("api_auth", "useronly"), ("api_auth", "ann:a,bob"),
+        ("api_auth", "jörg:pw"), ("storage", "ftp://x"), ("storage", "s3://"),
+        ("database", "mysql://x/y"), ("public_url", "pics.example.com"), ("role", "api"),
         ("cors_allow_origins", "example.com"), ("cors_allow_origins", "https://example.com/page"),
     ],
 )  # fmt: skip

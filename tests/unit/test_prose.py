@@ -24,7 +24,7 @@ MAX_MEAN_WORDS, MAX_P90_WORDS = 15, 24
 GENERATED = {
     ROOT / "docs" / "reference" / name for name in ("api.md", "cli.md", "metrics.md", "settings.md")
 }
-"""Their words are those of docstrings and descriptions in the code, which have a check of their own."""
+"""Documents made from docstrings and descriptions, which `test_language.py` checks."""
 RECORDS = {ROOT / "docs" / "log.md"}
 """Dated notes, which stay as they were written."""
 
@@ -62,7 +62,7 @@ def sentences_of(path: Path) -> list[str]:
 
 
 def long_lines(path: Path) -> list[int]:
-    """Lines over the limit, but for tables, code of documents, addresses and links that are one word."""
+    """Return long lines, except tables, code of documents and addresses of one word."""
     found, is_code = [], False
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         is_code ^= path.suffix == ".md" and line.lstrip().startswith("```")
@@ -165,7 +165,10 @@ def test_find_banned_words_returns_the_line():
 
 
 def test_read_markdown_leaves_code_and_addresses_out():
-    text = "# Title\n\nSee [the page](https://draw.example.com) and `draw`.\n\n```bash\ndraw\n```\n\n| a |\n|---|\n| b |\n"
+    text = (
+        "# Title\n\nSee [the page](https://draw.example.com) and `draw`.\n\n"
+        "```bash\ndraw\n```\n\n| a |\n|---|\n| b |\n"
+    )
     blocks = [(block.kind, block.text, block.line) for block in read_markdown(text)]
     assert blocks == [
         ("heading", "Title", 1),

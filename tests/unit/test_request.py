@@ -1,4 +1,4 @@
-"""Requests: what is accepted, and that everything else is refused in a line that names the field."""
+"""Requests: what is accepted; everything else is refused in a line that names the field."""
 
 from __future__ import annotations
 
@@ -96,9 +96,10 @@ def test_an_unknown_name_lists_what_there_is():
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("width", 64), ("width", 2048), ("height", 1000), ("steps", 1), ("steps", 150), ("cfg_scale", 1), ("cfg_scale", 30),
-        ("seed", 0), ("seed", MAX_SEED), ("batch_size", 8), ("subseed_strength", 1), ("prompt", "x" * 10_000),
-        ("prompt", "a cat AND " * 7 + "SAND"), ("negative_prompt", "AND " * 99), ("negative_prompt", ""),
+        ("width", 64), ("width", 2048), ("height", 1000), ("steps", 1), ("steps", 150),
+        ("cfg_scale", 1), ("cfg_scale", 30), ("seed", 0), ("seed", MAX_SEED), ("batch_size", 8),
+        ("subseed_strength", 1), ("prompt", "x" * 10_000), ("prompt", "a cat AND " * 7 + "SAND"),
+        ("negative_prompt", "AND " * 99), ("negative_prompt", ""),
         ("layerdiffuse_weight", 0), ("layerdiffuse_stop_at", 0), ("loras.0.weight", -1),
     ],
     ids=lambda value: str(value)[:20],

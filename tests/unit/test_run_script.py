@@ -1,4 +1,7 @@
-"""The start script `run.py`: which torch is chosen, when the set-up is taken for done, and what is handed on. Nothing is installed."""
+"""The start script `run.py`: the choice of torch, the state of the set-up, and the command.
+
+Nothing is installed.
+"""
 
 from __future__ import annotations
 
@@ -140,7 +143,7 @@ def test_on_windows_torch_comes_from_its_makers(
 
 @pytest.fixture
 def done(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """What `main` would set up and run; the real things would install packages and replace this process."""
+    """Record what `main` sets up and runs, instead of packages and another process."""
     calls: list[Any] = []
     monkeypatch.setattr(
         script, "set_up", lambda build, with_tests: calls.append((build, with_tests))
@@ -185,7 +188,7 @@ def test_test_is_pytest_with_its_packages(script: ModuleType, done: list[Any]):
     script.main(["--cpu", "test", "-k", "noise"])
     script.main(["--cpu", "test"])
     pytest_alone = [str(script.PYTHON), "-m", "pytest"]
-    assert done[1::2] == [[*pytest_alone, "-k", "noise"], [*pytest_alone, *script.TWO_PROCESSES]]
+    assert done[1::2] == [[*pytest_alone, "-k", "noise"], [*pytest_alone, *script.PARALLEL]]
     assert done[::2] == [("cpu", True)] * 2
 
 
@@ -277,7 +280,7 @@ def test_another_project_python_place_torch_or_wish_sets_up_again(
 ):
     _stamp(script, **changes)
     script.set_up(build, with_tests)
-    # the tests' packages that were there are brought up to date, too: else the stamp would say more than is true
+    # installed packages of the tests are updated, too: else the stamp would be false
     tests_wanted = with_tests or changes.get("tests", True)
     lock = script.ROOT / "requirements" / ("dev.txt" if tests_wanted else "engine.txt")
     assert steps[0] == ("install", "--no-deps", "--require-hashes", "--requirement", str(lock))
@@ -357,7 +360,10 @@ def test_on_a_terminal_what_takes_long_is_watched(
     script.LOG.touch()
     with os.fdopen(here, "w") as terminal:
         monkeypatch.setattr(script.sys, "stderr", terminal)
-        slow = "import time; print('Downloading torch (196.5 MB)'); time.sleep(1.5); print('end'); raise SystemExit(3)"
+        slow = (
+            "import time; print('Downloading torch (196.5 MB)'); time.sleep(1.5); "
+            "print('end'); raise SystemExit(3)"
+        )
         assert script.run_logged([sys.executable, "-c", slow]) == (
             3,
             "Downloading torch (196.5 MB)\nend\n",
