@@ -117,6 +117,12 @@ def create_app(
     dialects_lifespan = (
         _add_dialects(app, settings) if settings.role != "worker" else contextlib.nullcontext
     )
+    _add_middleware(app, settings)
+    return app
+
+
+def _add_middleware(app: FastAPI, settings: Settings) -> None:
+    """Add the middleware. The one that is added last is the outermost."""
     app.add_middleware(BodyLimit, limit=settings.max_request_bytes)
     if settings.cors_allow_origins:
         origins = [origin.strip() for origin in settings.cors_allow_origins.split(",")]
@@ -129,7 +135,6 @@ def create_app(
         )
     app.add_middleware(ForwardedHeaders, trusted=settings.trusted_proxies)
     app.add_middleware(RequestLog)
-    return app
 
 
 _Lifespan = Callable[[Any], AbstractAsyncContextManager[Any]]
