@@ -13,6 +13,7 @@ from alphalayer.core.modes import MODES
 from alphalayer.core.request import GenerationRequest, ImageInput, parse_request
 from alphalayer.engine.base import GeneratedImage, RenderTask
 from alphalayer.engine.pipeline import LocalEngine
+from alphalayer.engine.transparency.modes import MODES as MATHEMATICS
 
 CONDITIONAL = [mode.name for mode in MODES.values() if mode.needs]
 
@@ -46,6 +47,10 @@ def inputs_of(mode: str, seed: int = 0) -> dict:
 def render(engine: LocalEngine, mode: str, seed: int = 0, **fields) -> list[GeneratedImage]:
     task = RenderTask(request_of(mode, **fields), inputs=inputs_of(mode, seed))
     return engine.render([task])[0].images
+
+
+def test_every_mode_has_data_and_mathematics():
+    assert list(MODES) == list(MATHEMATICS)
 
 
 @pytest.mark.parametrize("mode", CONDITIONAL)

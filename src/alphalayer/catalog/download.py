@@ -88,6 +88,42 @@ PUBLISHED = (
         "5ee958d80dcd515fa7ac915274c536fadd3db5d919adeb5ff45107b6169aacc7",
         LAYERDIFFUSE_LICENCE,
     ),
+    Published(
+        "layerdiffuse-fg2ble",
+        "LayerDiffusion/layerdiffusion-v1",
+        "layer_xl_fg2ble.safetensors",
+        "layer_model",
+        701_981_624,
+        "50a29851ad56308f14d6c9ed375be17df6921efeca240b31f567f6b8c76d1e70",
+        LAYERDIFFUSE_LICENCE,
+    ),
+    Published(
+        "layerdiffuse-fgble2bg",
+        "LayerDiffusion/layerdiffusion-v1",
+        "layer_xl_fgble2bg.safetensors",
+        "layer_model",
+        702_004_664,
+        "179a61fdcdb149af1897b2840f24ba09466ab6265b2c792b0e99df557f0439be",
+        LAYERDIFFUSE_LICENCE,
+    ),
+    Published(
+        "layerdiffuse-bg2ble",
+        "LayerDiffusion/layerdiffusion-v1",
+        "layer_xl_bg2ble.safetensors",
+        "layer_model",
+        701_981_624,
+        "2901d1353cc4ca763c8bedc48453b36e88680605f417c7f7ec730a7c36845d7c",
+        LAYERDIFFUSE_LICENCE,
+    ),
+    Published(
+        "layerdiffuse-bgble2fg",
+        "LayerDiffusion/layerdiffusion-v1",
+        "layer_xl_bgble2fg.safetensors",
+        "layer_model",
+        3_619_791_856,
+        "1688f0c17447f74662686fadd431f24d26a1ba8ffea322c6f56c8b5ed581b78d",
+        LAYERDIFFUSE_LICENCE,
+    ),
 )
 """All files that `pull` can download. Sizes (bytes) are approximate, for the free space check."""
 
@@ -261,7 +297,7 @@ def _layer_families(name: str) -> tuple[str, ...]:
     """Return the families that a file of that name may have in `layer_model`."""
     if name in DECODER_FILES:
         return ("transparent-decoder",)
-    if name in (MODES["attention"].files[0], MODES["conv"].files[0]):
+    if name in {mode.files[0] for mode in MODES.values() if mode.files}:
         return ("layerdiffuse-patch",)
     if any(name in mode.files for mode in MODES.values()):
         # names of diffusers: there a patch is a LoRA, or has the tensor names of a UNet

@@ -1,5 +1,6 @@
-"""Modes of LayerDiffuse as data: names, labels, files and inputs. A mode's mathematics is a row of
-`alphalayer.engine.transparency.modes`.
+"""Modes of LayerDiffuse as data: names, labels, files and input images.
+
+The mathematics of a mode is a row of `alphalayer.engine.transparency.modes`.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ class Mode:
     label: str
     """Name of the method in AUTOMATIC1111's script and in infotext."""
     files: tuple[str, ...] = ()
-    """Published names of the weight patch, original and converted. The first that exists is used."""
+    """Published names of the weight patch, original and converted; the first existing is used."""
     download: str = "layerdiffuse"
     """Name of the patch for `alphalayer models pull`."""
     needs: tuple[InputRole, ...] = ()
