@@ -308,7 +308,7 @@ def test_names_are_planned_and_unknown_ones_refused():
         "layerdiffuse",
         "layerdiffuse",
     ]
-    with pytest.raises(InvalidRequest, match=r'"sd3".*layerdiffuse, layerdiffuse-conv, sdxl-base'):
+    with pytest.raises(InvalidRequest, match=r'"sd3".*sdxl-base, layerdiffuse, layerdiffuse-conv'):
         download.plan_pull(["sd3"])
 
 

@@ -128,14 +128,19 @@ PUBLISHED = (
 """All files that `pull` can download. Sizes (bytes) are approximate, for the free space check."""
 
 
-def plan_pull(names: Sequence[str]) -> list[Published]:
+def names() -> list[str]:
+    """Return the names that `pull` knows, in the order of `PUBLISHED`."""
+    return list(dict.fromkeys(published.name for published in PUBLISHED))
+
+
+def plan_pull(requested: Sequence[str]) -> list[Published]:
     """Return the files to download for these names.
 
     Raises:
         InvalidRequest: A name is unknown, or its licence forbids the download.
     """
-    known = sorted({published.name for published in PUBLISHED})
-    for name in names:
+    known = names()
+    for name in requested:
         if "juggernaut" in name.lower():
             raise InvalidRequest(JUGGERNAUT, field="name")
         if name not in known:
@@ -144,7 +149,7 @@ def plan_pull(names: Sequence[str]) -> list[Published]:
                 hint=f"Use: {', '.join(known)}.",
                 field="name",
             )
-    return [published for published in PUBLISHED if published.name in names]
+    return [published for published in PUBLISHED if published.name in requested]
 
 
 @dataclass(frozen=True)

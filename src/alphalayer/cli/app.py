@@ -153,7 +153,7 @@ def models_list(models_dir: ModelsDir = None) -> None:
 def models_pull(
     names: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[NAMES]...", help="sdxl-base, layerdiffuse, layerdiffuse-conv."),
+        typer.Argument(metavar="[NAMES]...", help=f"Any of: {', '.join(download.names())}."),
     ] = None,
     models_dir: ModelsDir = None,
     yes: Annotated[bool, typer.Option("--yes", help="Accept the licences without a prompt.")] = (
