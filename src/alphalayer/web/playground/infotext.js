@@ -6,7 +6,6 @@ export const LAYERS = {
   layerdiffuse_weight: "LayerDiffuse weight",
   layerdiffuse_stop_at: "LayerDiffuse until",
 };
-const USUAL = { layerdiffuse_method: "attention", layerdiffuse_weight: 1, layerdiffuse_stop_at: 1 };
 // of no consequence for the picture, or already in another one
 const SILENT = /^(Prompt|Negative prompt|Version|Size|Model|Model hash|.* hashes|VAE hash|layerdiffusion_.*)$/;
 const SEEDS = { Seed: "seed", "Variation seed": "subseed" };
@@ -27,7 +26,7 @@ export function fromPicture(parameters, choices) {
   }
   const [width, height] = (parameters.Size ?? "").split("x").map(Number);
   if (width && height) Object.assign(settings, { width, height });
-  return { settings: { ...settings, ...layers(parameters, missing) }, missing };
+  return { settings: { ...settings, ...layers(parameters, choices.fields, missing) }, missing };
 }
 
 /** What else a picture names; each says whether it is here, and takes it. */
@@ -59,7 +58,8 @@ function model({ Model: name, "Model hash": hash }, models, missing) {
   return (same ?? called)?.name;
 }
 
-function layers(parameters, missing) {
+/** The settings of LayerDiffuse that differ from the defaults of `fields`. */
+function layers(parameters, fields, missing) {
   if (parameters.layerdiffusion_enabled !== "True") return { layerdiffuse_enabled: false };
   const label = parameters.layerdiffusion_method ?? "";
   const method = [/Attention Injection/, /Conv Injection/].map((each) => each.test(label));
@@ -67,12 +67,12 @@ function layers(parameters, missing) {
   // nothing tells what the service is set to
   const decode = parameters.layerdiffusion_decode;
   if (decode) missing.push(`LayerDiffuse decode ${decode} (unless the service is set to it)`);
-  const found = {
+  const values = {
     layerdiffuse_method: method[1] ? "conv" : "attention",
     layerdiffuse_weight: Number(parameters.layerdiffusion_weight ?? 1),
     layerdiffuse_stop_at: Number(parameters.layerdiffusion_ending_step ?? 1),
   };
-  return Object.fromEntries(Object.entries(found).filter(([name, value]) => value !== USUAL[name]));
+  return Object.fromEntries(Object.entries(values).filter(([name, value]) => value !== fields[name].default));
 }
 
 /** NV is the noise of the GPU, made anywhere. */

@@ -32,7 +32,7 @@ async function connect() {
     // one question first: without a key there is one refusal, not three
     const models = await service.models();
     isLocked = false;
-    settings.offer({ models, ...(await service.lists()) });
+    settings.offer({ models, fields: await service.fields(), ...(await service.lists()) });
     health.say("entry", "");
     settings.clearFaults();
     changed();

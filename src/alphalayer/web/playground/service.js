@@ -83,6 +83,17 @@ const unexplained = (status) =>
 export const json = async (path, options) => (await ask(path, options)).json();
 export const models = async () => (await json("alpha/v1/models")).models;
 
+/** The fields of a request by name, from the API's description: their defaults and bounds. */
+export async function fields() {
+  const text = await (await ask("openapi.json")).text();
+  // numbers beyond 2^53 stay text, because JSON.parse would round them
+  const { paths, components } = JSON.parse(text.replace(/(: ?)(\d{16,})/g, '$1"$2"'));
+  const { $ref } = paths["/alpha/v1/jobs"].post.requestBody.content["application/json"].schema;
+  const { properties } = components.schemas[$ref.split("/").pop()];
+  // the bounds of a field that may be null are those of its first choice
+  return Object.fromEntries(Object.entries(properties).map(([name, field]) => [name, { ...field.anyOf?.[0], ...field }]));
+}
+
 /** The names of samplers and schedules, the schedule that "Automatic" means for each sampler, and the source of noise. */
 export async function lists() {
   const [samplers, schedulers, options] = await Promise.all(["samplers", "schedulers", "options"].map((each) => json(`sdapi/v1/${each}`)));
