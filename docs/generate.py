@@ -148,7 +148,7 @@ def _response(status: str, response: dict[str, Any]) -> str:
 
 
 def _meaning(field: dict[str, Any]) -> str:
-    """Return a field's description, limits and object, also of a field that may be null."""
+    """Return the description, limits and object of a field, which may be null."""
     inside = [field, *field.get("anyOf", [])]
     meaning = next((part["description"] for part in inside if part.get("description")), "")
     limits = next(filter(None, map(_limits, inside)), "")
