@@ -439,7 +439,7 @@ async def _last_events(
 
 
 def _is_due(view: JobView, sent: int, requested: int) -> bool:
-    """Return whether the next preview is due. Previews are spread evenly over the steps."""
+    """Return whether the next preview is due; they are spread over the steps."""
     step, steps = view.progress.step, view.progress.steps
     return sent < requested and step * (requested + 1) >= steps * (sent + 1)
 
