@@ -111,7 +111,8 @@ USAGE = {
 RETRIED = ("queue_full", "rate_limited", "stopping", "storage_failed", "database_away")
 """Codes of errors that a client may retry.
 
-OpenAI's clients retry after every 409 and 5xx. A request that crashes an engine must not be retried.
+OpenAI's clients retry after every 409 and 5xx. A request that crashes an engine must not be
+retried.
 """
 
 
@@ -127,7 +128,7 @@ def _error_body(problem: Problem) -> dict[str, Any]:
 
 
 def _render_error(problem: Problem, headers: Mapping[str, str]) -> ErrorResponse:
-    """Return the response for an error, with status 400 for a wrong field as OpenAI has it."""
+    """Return the response for an error; a wrong field has status 400."""
     retry = {} if problem.code in RETRIED else {"x-should-retry": "false"}
     status = 400 if problem.status == 422 else problem.status
     return ErrorResponse(_error_body(problem), status, {**headers, **retry})
