@@ -122,7 +122,7 @@ def test_webuiapi_asks_for_everything(client):
     assert api.interrupt() == api.skip() == {}
     assert api.get_embeddings() == {"loaded": {}, "skipped": {}}
     api.util_wait_for_ready(0.05)
-    with pytest.raises(RuntimeError, match="img2img is not there yet"):
+    with pytest.raises(RuntimeError, match="img2img is not implemented"):
         api.img2img(images=[Image.new("RGB", (8, 8))])
 
 
@@ -327,7 +327,7 @@ def test_transparency_is_switched_off_by_one_field(client):
         ),
         (
             {"alwayson_scripts": {"LayerDiffuse": {"args": [True, "From Foreground to Blending"]}}},
-            'Blending" is not there',
+            'Blending" is not implemented',
         ),
         (
             {"alwayson_scripts": {"LayerDiffuse": {"args": [True, f"(SD1.5) {CONV[7:]}"]}}},
@@ -335,7 +335,7 @@ def test_transparency_is_switched_off_by_one_field(client):
         ),
         (
             {"alwayson_scripts": {"LayerDiffuse": {"args": [True, f"(SD1.5) {ATTENTION[7:]}"]}}},
-            "is not there yet",
+            "is not implemented",
         ),
         (
             {"alwayson_scripts": {"LayerDiffuse": {"args": [True, CONV, *[None] * 6, True]}}},
@@ -397,7 +397,7 @@ def test_every_error_has_the_shape_of_that_api(client):
     }
     answer = client.post("/sdapi/v1/img2img", json={})
     assert answer.status_code == 501
-    assert answer.json() == {"detail": "img2img is not there yet. Use /sdapi/v1/txt2img."}
+    assert answer.json() == {"detail": "img2img is not implemented. Use /sdapi/v1/txt2img."}
     large = client.post("/sdapi/v1/txt2img", content=b" " * 16_100_000)
     assert (large.status_code, list(large.json())) == (413, ["detail"])
     broken = client.post("/sdapi/v1/png-info", json={"image": "data:image/png;base64,aGk="})

@@ -180,7 +180,7 @@ def test_a_wrong_field_is_named(client, fields, named):
 
 def test_every_default_may_be_sent(client):
     fields = Txt2ImgRequest(prompt="x").model_dump(
-        mode="json", exclude={"prompt", "width", "height", "steps"}
+        mode="json", by_alias=True, exclude={"prompt", "width", "height", "steps"}
     )
     assert render(client, **fields, width=64, height=64).status_code == 200
     assert (
@@ -192,7 +192,8 @@ def test_every_default_may_be_sent(client):
 @pytest.mark.parametrize("path", ["/alpha/v1/txt2img", "/alpha/v1/jobs"])
 def test_null_is_silence_and_what_other_servers_take_is_taken(client, path):
     taken = {"layerdiffuse_resize_mode": "Resize and Fill", "layerdiffuse_output_origin": False}
-    silent = dict.fromkeys(set(Txt2ImgRequest.model_fields) - {"prompt", "width", "height", *taken})
+    names = {field.alias or name for name, field in Txt2ImgRequest.model_fields.items()}
+    silent = dict.fromkeys(names - {"prompt", "width", "height", *taken})
     body = {"prompt": "x", "width": 64, "height": 64, **silent, **taken}
     assert client.post(path, json=body).status_code in (200, 202)
 

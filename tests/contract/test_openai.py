@@ -218,13 +218,13 @@ def test_every_error_has_the_shape_of_that_api(client, api):
     assert answer.headers["x-should-retry"] == "false"
     assert answer.json() == {
         "error": {
-            "message": "editing pictures is not there yet. Use /v1/images/generations.",
+            "message": "editing images is not implemented. Use /v1/images/generations.",
             "type": "server_error",
             "param": None,
             "code": "not_implemented",
         }
     }
-    with pytest.raises(openai.InternalServerError, match="not there yet"):
+    with pytest.raises(openai.InternalServerError, match="not implemented"):
         api.images.edit(image=b"x", prompt="x")
     assert client.get("/v1/nothing").json()["error"]["code"] == "not_found"
     assert client.post("/v1/images/generations", content=b"{").status_code == 400

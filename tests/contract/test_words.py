@@ -54,7 +54,7 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
         (
             NATIVE,
             {"layerdiffuse_output_origin": True},
-            "layerdiffuse_output_origin: the picture before decoding is not there yet.",
+            "layerdiffuse_output_origin: the image before decoding is not implemented.",
         ),
         (NATIVE, {"prompt": "a" * 10_001}, "prompt: got 10001 characters; at most 10000."),
         (NATIVE, {"format": "gif"}, "format: got \"gif\"; 'png', 'webp' or 'avif'."),

@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from alphalayer import __version__
+from alphalayer.api.info import webui_info
 from alphalayer.core.job import ImageRef, Job, JobResult, JobSpec, JobState
 from alphalayer.core.request import GenerationRequest, ModelDefaults, parse_request
-from alphalayer.images.infotext import read_parameters, webui_info, write_parameters
+from alphalayer.images.infotext import read_parameters, write_parameters
 
 REQUEST = GenerationRequest(prompt="an apple, high quality", seed=12345, subseed=7).resolve(
     ModelDefaults()

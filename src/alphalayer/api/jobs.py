@@ -33,7 +33,7 @@ from alphalayer.core.errors import (
     JobMissing,
     Stopping,
 )
-from alphalayer.core.job import Delivery, JobState, Submission, Webhook
+from alphalayer.core.job import Delivery, JobState, Previews, Submission, Webhook
 from alphalayer.jobs.base import JobView
 
 router = APIRouter(prefix="/alpha/v1/jobs", tags=["Jobs"], responses=PROBLEMS)
@@ -56,10 +56,10 @@ class ListQuery(BaseModel):
     ] = None
 
 
-class JobRequest(Txt2ImgRequest):
+class JobRequest(Txt2ImgRequest, frozen=True):
     """Body of `POST /alpha/v1/jobs`: the fields of txt2img, previews and a webhook."""
 
-    previews: Annotated[bool, Field(description="Generate a small preview at every step.")] = False
+    previews: Previews = False
     webhook_url: (
         Annotated[
             str,

@@ -45,39 +45,74 @@ from alphalayer.core.errors import (
     NotImplementedYet,
 )
 from alphalayer.core.job import Delivery, ImageRef, Job, JobSpec, Output, Submission
-from alphalayer.core.request import MAX_SEED, MAX_SIDE, MIN_SIDE, parse_request
+from alphalayer.core.request import (
+    MAX_SIDE,
+    MIN_SIDE,
+    GenerationRequest,
+    Prompt,
+    Seed,
+)
 from alphalayer.images import codecs
 from alphalayer.jobs.base import JobView
 
 
 class ErrorBody(BaseModel):
-    """What went wrong. `param` names the field."""
+    """An error. `param` names the field."""
 
     message: Annotated[str, Field(description="What happened, and what to do.")]
-    type: Annotated[str, Field(description="By the status, as that API has it.")]
-    param: Annotated[str | None, Field(description="The field that is wrong.")]
-    code: Annotated[str, Field(description="Stable, for programs.")]
+    type: Annotated[str, Field(description="Kind of the error, by its status.")]
+    param: Annotated[str | None, Field(description="The wrong field.")]
+    code: Annotated[str, Field(description="Stable code for programs.")]
 
 
 class ErrorAnswer(BaseModel):
-    """What every error answers."""
+    """An error response."""
 
     error: Annotated[ErrorBody, Field(description="The error.")]
 
 
 ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"model": ErrorAnswer, "description": "What is wrong."} for status in (400, "4XX")
+    status: {"model": ErrorAnswer, "description": "An error."} for status in (400, "4XX")
 }
 router = APIRouter(
     prefix="/v1", tags=["OpenAI"], responses=ERRORS, dependencies=[Depends(require_user)]
 )
 
 FIELDS = {"iterations": "n", "width": "size", "height": "size", "loras": "prompt"}
-"""What a field is called here, where that differs from `GenerationRequest` and `JobSpec`."""
+"""Names of fields on the wire, where they differ from those of `JobSpec`."""
+OutputFormat = Literal["png", "webp", "jpeg"]
+Quality = Literal["auto", "standard", "low", "medium", "high", "hd", "xhigh", "max"]
+QUALITY_STEPS: dict[Quality, int] = {
+    "low": 12,
+    "medium": 20,
+    "high": 30,
+    "hd": 30,
+    "xhigh": 40,
+    "max": 50,
+}
+"""Sampling steps. For "auto" and "standard" the model's default is used."""
+SIZE = re.compile(r"^(auto|\d{1,5}x\d{1,5})$", re.ASCII)
+OPENAI_MODELS = re.compile(r"(gpt-|chatgpt-|dall-e|alphalayer$)", re.IGNORECASE)
+"""Names that mean the default model."""
+SILENT_S = 15.0
+"""Pause after which a comment is sent. Proxies close idle connections."""
+STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+WHITE = "#ffffff"
+BEST = 100
+USAGE = {
+    "input_tokens": 0,
+    "input_tokens_details": {"image_tokens": 0, "text_tokens": 0},
+    "output_tokens": 0,
+    "total_tokens": 0,
+}
+"""Zeros: clients expect the numbers, and this service does not count tokens."""
+
+
 RETRIED = ("queue_full", "rate_limited", "stopping", "storage_failed", "database_away")
 """Codes of errors that a client may retry.
 
-OpenAI's clients retry after every 409 and 5xx. A request that crashes an engine must not be retried.
+OpenAI's clients retry after every 409 and 5xx. A request that crashes an engine must not be
+retried.
 """
 
 
@@ -93,42 +128,16 @@ def _error_body(problem: Problem) -> dict[str, Any]:
 
 
 def _render_error(problem: Problem, headers: Mapping[str, str]) -> ErrorResponse:
-    """Return the response for an error, with status 400 for a wrong field as OpenAI has it."""
+    """Return the response for an error; a wrong field has status 400."""
     retry = {} if problem.code in RETRIED else {"x-should-retry": "false"}
     status = 400 if problem.status == 422 else problem.status
     return ErrorResponse(_error_body(problem), status, {**headers, **retry})
 
 
 DIALECT = Dialect("/v1", router, _render_error, FIELDS)
-OutputFormat = Literal["png", "webp", "jpeg"]
-Quality = Literal["auto", "standard", "low", "medium", "high", "hd", "xhigh", "max"]
-QUALITY_STEPS: dict[Quality, int] = {
-    "low": 12,
-    "medium": 20,
-    "high": 30,
-    "hd": 30,
-    "xhigh": 40,
-    "max": 50,
-}
-"""Sampling steps; "auto" and "standard" are not here and leave them to the model."""
-SIZE = re.compile(r"^(auto|\d{1,5}x\d{1,5})$", re.ASCII)
-THEIRS = re.compile(r"(gpt-|chatgpt-|dall-e|alphalayer$)", re.IGNORECASE)
-"""Models that clients name which know nothing of ours."""
-SILENT_S = 15.0
-"""After so long without an event a comment is sent: proxies end connections in which nothing is said."""
-STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-WHITE = "#ffffff"
-BEST = 100
-USAGE = {
-    "input_tokens": 0,
-    "input_tokens_details": {"image_tokens": 0, "text_tokens": 0},
-    "output_tokens": 0,
-    "total_tokens": 0,
-}
-"""Nothing is counted in tokens here; clients want the numbers."""
 
 
-def _checked_size(size: str) -> str:
+def _check_size(size: str) -> str:
     sides = (
         []
         if size == "auto"
@@ -142,38 +151,40 @@ def _checked_size(size: str) -> str:
     return size
 
 
-class GenerationsRequest(Body):
-    """The body of `POST /v1/images/generations`. Fields that are not here are ignored."""
+class GenerationsRequest(Body, frozen=True):
+    """Body of `POST /v1/images/generations`. Unknown fields are ignored."""
 
     model_config = ConfigDict(
+        extra="ignore",
         title="OpenAIGenerationsRequest",
         json_schema_extra={"examples": [{"prompt": "an apple, high quality"}]},
     )
 
-    prompt: Annotated[str, Field(description="What to draw.")]
+    prompt: Prompt
     model: Annotated[
         str | None,
-        Field(max_length=500, description="One of /v1/models; any other name means the usual one."),
+        Field(max_length=500, description="One of /v1/models; other names mean the default model."),
     ] = None
-    n: Annotated[int, Field(ge=1, le=10, description="How many pictures.")] = 1
+    n: Annotated[int, Field(ge=1, le=10, description="Number of images.")] = 1
     size: Annotated[
         str,
         Field(
             json_schema_extra={"pattern": SIZE.pattern},
             description=f'"auto" or WxH, sides from 64 to {MAX_SIDE}.',
         ),
-        AfterValidator(_checked_size),
+        AfterValidator(_check_size),
     ] = "auto"
     quality: Annotated[
         Quality,
         Field(
-            description="Steps: low 12, medium 20, high and hd 30, xhigh 40, max 50; else as the model likes."
+            description="Sampling steps: low 12, medium 20, high and hd 30, xhigh 40, max 50; "
+            "otherwise the model's default."
         ),
     ] = "auto"
     background: Annotated[
         Literal["transparent", "opaque", "auto"],
         Field(
-            description="opaque lays the picture on white; auto is transparent, with jpeg opaque."
+            description="opaque means a white background; auto is transparent, with jpeg opaque."
         ),
     ] = "auto"
     output_format: Annotated[OutputFormat, Field(description="jpeg has no transparency.")] = "png"
@@ -181,62 +192,63 @@ class GenerationsRequest(Body):
         int, Field(ge=0, le=BEST, description="Quality of webp and jpeg; webp is lossless at 100.")
     ] = BEST
     response_format: Annotated[
-        Literal["url", "b64_json"], Field(description="The pictures themselves or their URLs.")
+        Literal["url", "b64_json"], Field(description="The images themselves or their URLs.")
     ] = "b64_json"
-    stream: Annotated[bool, Field(description="Answer with server-sent events.")] = False
-    partial_images: Annotated[
-        int, Field(ge=0, le=3, description="Pictures on the way, when streaming.")
-    ] = 0
-    seed: Annotated[
-        int, Field(ge=-1, le=MAX_SEED, description="Not of that API: same seed, same picture.")
-    ] = -1
-    user: Annotated[str | None, Field(description="Ignored, as moderation and style are.")] = None
+    stream: Annotated[bool, Field(description="Respond with server-sent events.")] = False
+    partial_images: Annotated[int, Field(ge=0, le=3, description="Previews in a stream.")] = 0
+    seed: Seed = -1
+    user: Annotated[str | None, Field(description="Ignored.")] = None
     moderation: Annotated[str | None, Field(description="Ignored.")] = None
     style: Annotated[str | None, Field(description="Ignored.")] = None
 
     @property
     def is_opaque(self) -> bool:
-        """Whether the picture is laid on white."""
+        """Return whether the background is white."""
         return self.background == "opaque" or (
             self.background == "auto" and self.output_format == "jpeg"
         )
 
     @property
     def is_lossy(self) -> bool:
-        """Whether the stored picture is encoded again for the answer."""
+        """Return whether the stored image is encoded again for the response."""
         return self.output_format == "jpeg" or (
             self.output_format == "webp" and self.output_compression < BEST
         )
 
     def to_spec(self, service: Service, model: str | None) -> JobSpec:
-        """The job that does this. Raises `InvalidRequest`."""
+        """Return the job of this request. Raises `InvalidRequest`.
+
+        Args:
+            service: The service that runs the job.
+            model: Name of the model; None for the default.
+        """
         if self.background == "transparent" and self.output_format == "jpeg":
             raise InvalidRequest(
                 "jpeg has no transparency.",
                 hint='Use "png" or "webp", or background "opaque".',
                 field="output_format",
             )
-        fields: dict[str, Any] = {"prompt": self.prompt, "seed": self.seed, "model": model}
-        if self.size != "auto":
-            fields["width"], fields["height"] = (int(side) for side in self.size.split("x"))
-        fields |= {
-            "steps": QUALITY_STEPS.get(self.quality),
-            "noise": service.noise,
-            "decode": service.decode,
-        }
-        with wire_names(FIELDS):
-            generation = parse_request(fields)
+        sides = self.size.split("x") if self.size != "auto" else []
+        generation = GenerationRequest.of(
+            self,
+            model=model,
+            steps=QUALITY_STEPS.get(self.quality),
+            noise=service.noise,
+            decode=service.decode,
+            **dict(zip(("width", "height"), map(int, sides), strict=False)),
+        )
         lossless = "webp" if self.output_format == "webp" and not self.is_lossy else "png"
-        output = Output(format=lossless, background=WHITE if self.is_opaque else None)
-        return JobSpec(
+        return JobSpec.model_construct(
             generation=generation,
             iterations=self.n,
-            output=output,
+            output=Output.model_construct(
+                format=lossless, background=WHITE if self.is_opaque else None
+            ),
             previews=self.stream and self.partial_images > 0,
         )
 
     def settings(self, image: ImageRef) -> dict[str, Any]:
-        """What an answer says of itself."""
+        """Return the settings that a response repeats."""
         quality = {"auto": "medium", "standard": "medium", "hd": "high"}.get(
             self.quality, self.quality
         )
@@ -249,50 +261,48 @@ class GenerationsRequest(Body):
 
 
 class ImageData(BaseModel):
-    """One picture: its bytes or its URL."""
+    """One image: its bytes or its URL."""
 
-    b64_json: Annotated[str | None, Field(description="The file itself.")] = None
-    url: Annotated[str | None, Field(description="Where it is.")] = None
+    b64_json: Annotated[str | None, Field(description="The file.")] = None
+    url: Annotated[str | None, Field(description="URL of the file.")] = None
 
 
 class GenerationsResponse(BaseModel):
-    """The pictures, and what they are."""
+    """Images and their settings."""
 
     created: Annotated[int, Field(description="Unix seconds.")]
-    data: Annotated[list[ImageData], Field(description="The pictures.")]
+    data: Annotated[list[ImageData], Field(description="The images.")]
     background: Annotated[str, Field(description="transparent or opaque.")]
-    output_format: Annotated[str, Field(description="As asked for.")]
-    quality: Annotated[str, Field(description="As understood.")]
+    output_format: Annotated[str, Field(description="As requested.")]
+    quality: Annotated[str, Field(description="The quality that was used.")]
     size: Annotated[str, Field(description="WxH.")]
-    usage: Annotated[dict[str, Any], Field(description="Zeros: nothing is counted in tokens.")] = (
-        USAGE
-    )
+    usage: Annotated[dict[str, Any], Field(description="Zeros: tokens are not counted.")] = USAGE
 
 
 class Model(BaseModel):
     """One model."""
 
-    id: Annotated[str, Field(description="The name.")]
+    id: Annotated[str, Field(description="Name.")]
     object: Annotated[Literal["model"], Field(description='Always "model".')] = "model"
     created: Annotated[int, Field(description="Unix seconds.")]
     owned_by: Annotated[str, Field(description='Always "alphalayer".')] = "alphalayer"
 
     @classmethod
     def of(cls, entry: ModelEntry) -> Model:
-        """The model that an entry of the models folder is."""
+        """Return the model of an entry of the models folder."""
         return cls(id=entry.name, created=int(entry.path.stat().st_mtime))
 
 
 class ModelList(BaseModel):
-    """All models that can be drawn with."""
+    """All usable models."""
 
     object: Annotated[Literal["list"], Field(description='Always "list".')] = "list"
-    data: Annotated[list[Model], Field(description="Those that can be drawn with.")]
+    data: Annotated[list[Model], Field(description="The models.")]
 
 
 @router.post(
     "/images/generations",
-    summary="Draw pictures",
+    summary="Generate images",
     response_model=GenerationsResponse,
     response_model_exclude_none=True,
     responses={200: {"content": {"text/event-stream": {}}}},
@@ -304,65 +314,73 @@ async def generations(
     user: User,
     idempotency_key: IdempotencyKey = None,
 ) -> Any:
-    """With transparency, unless the background is opaque. With `stream` the answer is events."""
-    model = await asyncio.to_thread(_known_model, body.model, service)
+    """Generate images, transparent unless the background is opaque.
+
+    With `stream` the response is server-sent events.
+    """
+    model = await asyncio.to_thread(_find_model, body.model, service)
     spec = body.to_spec(service, model)
     submission = Submission(owner=user, idempotency_key=idempotency_key, digest=body.digest)
     if body.stream:
         pending = PendingJob(service)
         with wire_names(FIELDS):
             await pending.submit(spec, submission, Delivery())
-        events = _never_silent(_events(body, service, pending))
+        events = _with_keepalive(_events(body, service, pending))
         return StreamingResponse(events, media_type="text/event-stream", headers=STREAM_HEADERS)
     with wire_names(FIELDS):
         job = await run_job(request, spec, submission)
     assert job.result is not None, job.id
-    pictures = job.result.images
+    images = job.result.images
     if body.response_format == "url":
         data = [
             ImageData(url=file_url(base_url(request), await _stored(body, service, image.key)))
-            for image in pictures
+            for image in images
         ]
     else:
-        data = [ImageData(b64_json=await _base64(body, service, image.key)) for image in pictures]
-    return GenerationsResponse(created=int(time.time()), data=data, **body.settings(pictures[0]))
+        data = [ImageData(b64_json=await _base64(body, service, image.key)) for image in images]
+    return GenerationsResponse(created=int(time.time()), data=data, **body.settings(images[0]))
 
 
-@router.post("/images/edits", summary="Not there yet", status_code=501, response_model=ErrorAnswer)
 @router.post(
-    "/images/variations", summary="Not there yet", status_code=501, response_model=ErrorAnswer
+    "/images/edits", summary="Not implemented", status_code=501, response_model=ErrorAnswer
+)
+@router.post(
+    "/images/variations", summary="Not implemented", status_code=501, response_model=ErrorAnswer
 )
 async def edits() -> None:
-    """Answers 501."""
+    """Respond with 501."""
     raise NotImplementedYet(
-        "editing pictures is not there yet.", hint="Use /v1/images/generations."
+        "editing images is not implemented.", hint="Use /v1/images/generations."
     )
 
 
-@router.get("/models", summary="The models that can be asked for")
+@router.get("/models", summary="List models")
 def models(service: ServiceDep) -> ModelList:
-    """Those that can be drawn with."""
+    """Return the usable models."""
     return ModelList(
         data=[Model.of(entry) for entry in service.list_models() if entry.problem is None]
     )
 
 
-@router.get("/models/{model_id}", summary="One model")
-def model(model_id: Annotated[str, Path(description="Its name.")], service: ServiceDep) -> Model:
-    """By its name."""
+@router.get("/models/{model_id}", summary="Get a model")
+def model(
+    model_id: Annotated[str, Path(description="Name of the model.")], service: ServiceDep
+) -> Model:
+    """Return one model."""
     return Model.of(resolve_model(model_id, service.list_models()))
 
 
-def _known_model(name: str | None, service: Service) -> str | None:
-    """The model of that name; None, which means the usual one, where there is none, for clients always name one of theirs.
+def _find_model(name: str | None, service: Service) -> str | None:
+    """Return the model of a name; None for the default model.
 
-    Where the models are not known, names of that API's own models mean the usual one, and any other has to be there when it is drawn.
+    Clients always name a model, often one of OpenAI's. If the service does not know the models
+    of its workers, only the names of OpenAI's models mean the default.
 
     Raises:
-        ModelUnusable: it is there and cannot be drawn with.
+        ModelUnusable: It exists and cannot be used.
     """
     if not service.knows_models:
-        return None if not name or THEIRS.match(name) else name
+        return None if not name or OPENAI_MODELS.match(name) else name
     try:
         return resolve_model(name, service.list_models()).name if name else None
     except ModelNotFound:
@@ -372,36 +390,36 @@ def _known_model(name: str | None, service: Service) -> str | None:
         raise
 
 
-async def _never_silent(events: AsyncIterator[str]) -> AsyncIterator[str]:
-    """The events, with comments where there are none for a while."""
-    following = asyncio.ensure_future(anext(events, ""))
+async def _with_keepalive(events: AsyncIterator[str]) -> AsyncIterator[str]:
+    """Yield the events, and comments while there are none."""
+    upcoming = asyncio.ensure_future(anext(events, ""))
     try:
         while True:
-            said, _ = await asyncio.wait({following}, timeout=SILENT_S)
-            if said:
-                if not (event := following.result()):
+            done, _ = await asyncio.wait({upcoming}, timeout=SILENT_S)
+            if done:
+                if not (event := upcoming.result()):
                     return
                 yield event
-                following = asyncio.ensure_future(anext(events, ""))
+                upcoming = asyncio.ensure_future(anext(events, ""))
             else:
-                yield ": still here\n\n"
+                yield ": keep-alive\n\n"
     finally:
-        following.cancel()
+        upcoming.cancel()
 
 
 async def _events(
     body: GenerationsRequest, service: Service, pending: PendingJob
 ) -> AsyncIterator[str]:
-    """The events of a job; a client that leaves takes its job along, unless others wait for it."""
+    """Yield the events of a job. A client that disconnects withdraws its job."""
     sent, job = 0, None
     try:
         async for view in follow(service, pending.job_id, elsewhere=True):
             job = view.job
             preview = view.progress.preview
             if preview and not job.state.is_final and _is_due(view, sent, body.partial_images):
-                picture = await _partial(body, service, preview)
-                if picture:
-                    yield _event("partial_image", picture, partial_image_index=sent, **_asked(body))
+                image = await _partial(body, service, preview)
+                if image:
+                    yield _event("partial_image", image, partial_image_index=sent, **_echo(body))
                     sent += 1
         async for event in _last_events(body, service, job):
             yield event
@@ -417,29 +435,30 @@ async def _last_events(
 ) -> AsyncIterator[str]:
     result = raise_if_failed(job).result if job else None
     for image in result.images if result else ():
-        picture = await _base64(body, service, image.key)
-        yield _event("completed", picture, **body.settings(image), usage=USAGE)
+        data = await _base64(body, service, image.key)
+        yield _event("completed", data, **body.settings(image), usage=USAGE)
 
 
-def _is_due(view: JobView, sent: int, wanted: int) -> bool:
-    """Whether the next of the wanted pictures on the way is to be sent: they are spread evenly over the steps."""
-    return sent < wanted and view.progress.step * (wanted + 1) >= view.progress.steps * (sent + 1)
+def _is_due(view: JobView, sent: int, requested: int) -> bool:
+    """Return whether the next preview is due; they are spread over the steps."""
+    step, steps = view.progress.step, view.progress.steps
+    return sent < requested and step * (requested + 1) >= steps * (sent + 1)
 
 
-def _asked(body: GenerationsRequest) -> dict[str, Any]:
+def _echo(body: GenerationsRequest) -> dict[str, Any]:
     return {
         name: getattr(body, name) for name in ("background", "output_format", "quality", "size")
     }
 
 
-def _event(name: str, picture: str, **fields: Any) -> str:
+def _event(name: str, image: str, **fields: Any) -> str:
     kind = f"image_generation.{name}"
-    data = {"type": kind, "b64_json": picture, "created_at": int(time.time()), **fields}
+    data = {"type": kind, "b64_json": image, "created_at": int(time.time()), **fields}
     return f"event: {kind}\ndata: {json.dumps(data)}\n\n"
 
 
 async def _partial(body: GenerationsRequest, service: Service, key: str) -> str | None:
-    """A preview in the format that was asked for."""
+    """Return a preview in the requested format as base64; None without one."""
     data = await read_preview(service, key)
     if data is None:
         return None
@@ -449,7 +468,7 @@ async def _partial(body: GenerationsRequest, service: Service, key: str) -> str 
 
 
 async def _finished(body: GenerationsRequest, service: Service, key: str) -> bytes:
-    """A picture as it was asked for."""
+    """Return an image in the requested format and quality."""
     data = await read_file(service, key)
     if body.is_lossy:
         data = await asyncio.to_thread(_convert, data, body.output_format, body.output_compression)
@@ -461,16 +480,19 @@ async def _base64(body: GenerationsRequest, service: Service, key: str) -> str:
 
 
 async def _stored(body: GenerationsRequest, service: Service, key: str) -> str:
-    """The storage key of a picture as it was asked for; one that is encoded again is stored beside the first."""
+    """Return the storage key of an image in the requested format.
+
+    If it is encoded again, it is stored beside the first.
+    """
     if not body.is_lossy:
         return key
-    own = f"{key.rpartition('.')[0]}.{body.output_format}"
-    await asyncio.to_thread(service.storage.put, own, await _finished(body, service, key))
-    return own
+    encoded = f"{key.rpartition('.')[0]}.{body.output_format}"
+    await asyncio.to_thread(service.storage.put, encoded, await _finished(body, service, key))
+    return encoded
 
 
 def _convert(data: bytes, kind: OutputFormat, quality: int) -> bytes:
-    """A picture file in another format; what jpeg cannot hold of it was laid on white before."""
+    """Encode an image file in another format. For jpeg it must be opaque."""
     rgba, parameters = codecs.decode(data)
     if kind == "png":
         return codecs.encode(rgba, "png", parameters or "")

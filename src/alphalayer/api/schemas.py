@@ -1,30 +1,27 @@
-"""What the bodies of all dialects share."""
+"""Base of the request bodies of all dialects."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
 from difflib import get_close_matches
-from typing import Any, ClassVar
+from typing import Any
 
 from pydantic import BaseModel, model_validator
 
 from alphalayer.core import validation
 from alphalayer.core.errors import InvalidRequest
+from alphalayer.core.request import Frozen
 
 
-class Body(BaseModel):
-    """A request's body, in which null is silence: many clients send every field that they know."""
-
-    other_names: ClassVar[Mapping[str, str]] = {}
-    """Fields by what they are called elsewhere, for those who take them from there."""
+class Body(Frozen, frozen=True):
+    """A request's body. Null means the default, because many clients send every field they know."""
 
     @property
     def digest(self) -> str:
-        """SHA-256 of what is asked for; the same for the same request from version to version."""
-        asked = self.model_dump(exclude_defaults=True)
-        return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
+        """Return the SHA-256 of the fields as sent, stable from version to version."""
+        fields = self.model_dump(by_alias=True, exclude_defaults=True)
+        return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
     @model_validator(mode="before")
     @classmethod
@@ -32,16 +29,39 @@ class Body(BaseModel):
         """Remove fields that are null and refuse unknown ones by name."""
         if not isinstance(data, dict):
             return data
-        # the first fault of all that is told: a field that is missing may be there under a wrong name
-        for name in data if cls.model_config.get("extra") == "forbid" else ():
-            if name not in cls.model_fields:
-                raise cls._unknown(name)
+        if cls.model_config.get("extra") == "forbid":
+            # before all other errors: a field that seems to be missing may have a wrong name
+            names = {field.alias or name: name for name, field in cls.model_fields.items()}
+            for name in data:
+                if name not in names:
+                    raise _unknown_field(name, names)
         return {name: value for name, value in data.items() if value is not None}
 
-    @classmethod
-    def _unknown(cls, name: str) -> InvalidRequest:
-        like = cls.other_names.get(name) or next(
-            iter(get_close_matches(name, cls.model_fields, n=1)), None
-        )
-        hint = f'Did you mean "{like}"? {validation.DESCRIBED}' if like else validation.DESCRIBED
-        return InvalidRequest("there is no such field.", hint=hint, field=name)
+
+def _unknown_field(name: str, names: dict[str, str]) -> InvalidRequest:
+    """Return the error of an unknown field.
+
+    Args:
+        name: The field as sent.
+        names: The names in `alphalayer.core` by those of the dialect.
+    """
+    same = next((sent for sent, core in names.items() if core == name), None)
+    like = same or next(iter(get_close_matches(name, names, n=1)), None)
+    hint = f'Did you mean "{like}"? {validation.DESCRIBED}' if like else validation.DESCRIBED
+    return InvalidRequest("there is no such field.", hint=hint, field=name)
+
+
+def reject_unused_options(options: BaseModel, switch: str, *names: str) -> None:
+    """Raise `InvalidRequest` for options without effect while `switch` is off.
+
+    Args:
+        options: A body or a query.
+        switch: Name of its boolean field.
+        names: Fields that need the switch. At their default they are not rejected.
+    """
+    for name in names:
+        default = type(options).model_fields[name].default
+        if not getattr(options, switch) and getattr(options, name) != default:
+            raise InvalidRequest(
+                f"it has no effect without {switch}.", hint="Leave it out.", field=name
+            )

@@ -1,4 +1,4 @@
-"""A job: what was asked for, how it stands, what came of it. The vocabulary of queue, worker and API; free of torch and HTTP."""
+"""Vocabulary of jobs: specification, delivery, state and result. Free of torch and HTTP."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import time
 from enum import Enum
 from typing import Annotated, Any
 
-from pydantic import ConfigDict, Field
+from pydantic import Field
 
 from alphalayer.core.errors import InvalidRequest
 from alphalayer.core.modes import LayerRole
@@ -24,28 +24,42 @@ from alphalayer.core.validation import COLOUR
 
 MAX_ITERATIONS = 16
 PREVIEW_PREFIX = "preview_"
-_MADE_NAME = re.compile(
+_STORED_NAME = re.compile(
     rf"(?:alpha_\d+_([0-9a-f]{{10}})[0-9a-f]{{2}}|{PREVIEW_PREFIX}([0-9a-f]{{10}})[0-9a-f]{{14}})\.\w+"
 )
 
 
-class Output(Frozen, frozen=True):
-    """What is done to the finished pictures, in this order: defringe, trim, composite, encode."""
+class Postprocessing(Frozen, frozen=True):
+    """Changes to finished images, in this order: defringe, trim, composite."""
 
-    model_config = ConfigDict(use_attribute_docstrings=True)
+    defringe: Annotated[
+        bool, Field(description="Remove the old background's colour from soft edges.")
+    ] = False
+    trim: Annotated[bool, Field(description="Cut empty borders away.")] = False
+    trim_threshold: Annotated[
+        int, Field(ge=0, le=254, description="Highest alpha that counts as empty.")
+    ] = 0
+    trim_padding: Annotated[
+        int, Field(ge=0, le=1024, description="Pixels left around the object.")
+    ] = 0
+    background: (
+        Annotated[
+            str, Field(pattern=COLOUR, description="Colour behind the image, which becomes opaque.")
+        ]
+        | None
+    ) = None
 
-    format: ImageFormat = "png"
-    """All three have alpha."""
-    defringe: bool = False
-    """Take the old background's colour out of soft edges."""
-    trim: bool = False
-    """Cut empty borders away."""
-    trim_threshold: Annotated[int, Field(ge=0, le=254)] = 0
-    """Alpha up to this counts as empty."""
-    trim_padding: Annotated[int, Field(ge=0, le=1024)] = 0
-    """Pixels left around what is not empty."""
-    background: Annotated[str, Field(pattern=COLOUR)] | None = None
-    """A colour to lay the picture on; the result is opaque."""
+
+class Output(Postprocessing, frozen=True):
+    """How finished images become files: postprocessing and encoding."""
+
+    format: Annotated[ImageFormat, Field(description="All three have alpha.")] = "png"
+
+
+Iterations = Annotated[
+    int, Field(ge=1, le=MAX_ITERATIONS, description="Batches generated in turn.")
+]
+Previews = Annotated[bool, Field(description="Generate a small preview at every step.")]
 
 
 class Webhook(Frozen, frozen=True):
@@ -78,11 +92,9 @@ class JobSpec(Frozen, frozen=True):
     """What a worker needs: the request, its iterations, their seeds, and the output."""
 
     generation: GenerationRequest
-    iterations: Annotated[
-        int, Field(ge=1, le=MAX_ITERATIONS, description="Batches generated in turn.")
-    ] = 1
+    iterations: Iterations = 1
     output: Output = Output()
-    previews: Annotated[bool, Field(description="Generate a small preview at every step.")] = False
+    previews: Previews = False
     seeds: tuple[ImageSeed, ...] = ()
     """Seeds of all images; filled once, at submission."""
 
@@ -100,26 +112,29 @@ class JobSpec(Frozen, frozen=True):
 
     @property
     def pixels(self) -> int:
-        """How much is drawn at once, in pixels; a side that is left to the model counts as SDXL's."""
-        side = ModelDefaults()
-        wanted = self.generation
-        return (wanted.width or side.width) * (wanted.height or side.height) * wanted.batch_size
+        """Return the pixels of one batch; an open side counts as SDXL's."""
+        default, request = ModelDefaults(), self.generation
+        width, height = request.width or default.width, request.height or default.height
+        return width * height * request.batch_size
 
-    def check_pixels(self, most: int) -> None:
-        """Raise `InvalidRequest` if all rounds together are more than `most` pixels (0: no limit), naming the first thing to make less."""
-        wanted = self.pixels * self.iterations
-        if not most or wanted <= most:
+    def check_pixels(self, limit: int) -> None:
+        """Raise `InvalidRequest` for more than `limit` pixels in all; 0 means no limit.
+
+        The error names the first field to reduce.
+        """
+        pixels = self.pixels * self.iterations
+        if not limit or pixels <= limit:
             return
-        fields = {"iterations": self.iterations, "batch_size": self.generation.batch_size}
+        counts = {"iterations": self.iterations, "batch_size": self.generation.batch_size}
         raise InvalidRequest(
-            f"{wanted:,} pixels in all are asked for, and one request may have {most:,}.",
-            hint="Ask for fewer or smaller pictures.",
-            field=next((name for name, count in fields.items() if count > 1), "width"),
+            f"the request has {pixels:,} pixels in all; at most {limit:,}.",
+            hint="Request fewer or smaller images.",
+            field=next((name for name, count in counts.items() if count > 1), "width"),
         )
 
 
 class JobState(str, Enum):
-    """Where a job stands; the last three are final."""
+    """State of a job; the last three are final."""
 
     QUEUED = "queued"
     RUNNING = "running"
@@ -129,7 +144,7 @@ class JobState(str, Enum):
 
     @property
     def is_final(self) -> bool:
-        """Whether nothing will change any more."""
+        """Return whether the job is over."""
         return self in (JobState.DONE, JobState.FAILED, JobState.CANCELLED)
 
 
@@ -157,7 +172,10 @@ class JobResult(Frozen, frozen=True):
 
 
 class JobProgress(Frozen, frozen=True):
-    """How far a running job is, in steps over all its iterations. `preview` is the storage key of a small picture."""
+    """Progress of a running job, in steps over all its iterations.
+
+    `preview` is the storage key of a small image.
+    """
 
     stage: str = "start"
     step: int = 0
@@ -165,12 +183,12 @@ class JobProgress(Frozen, frozen=True):
     preview: str | None = None
 
     def following(self, before: JobProgress) -> JobProgress:
-        """A stage without steps of its own stands where the one before it ended."""
+        """Return this progress; without steps of its own it keeps those of `before`."""
         return self if self.steps else before.model_copy(update={"stage": self.stage})
 
 
 def new_id() -> str:
-    """An id for a job, which cannot be guessed."""
+    """Return a job id that cannot be guessed."""
     return secrets.token_hex(12)
 
 
@@ -199,7 +217,7 @@ class Job(Frozen, frozen=True):
         delivery: Delivery = Delivery(),
         job_id: str | None = None,
     ) -> Job:
-        """Create a job. Seeds are expanded here, so that every run generates the same images."""
+        """Create a job. Its seeds are expanded here, the same for every run."""
         return cls.model_construct(
             id=job_id or new_id(),
             spec=spec.with_seeds(),
@@ -210,12 +228,12 @@ class Job(Frozen, frozen=True):
 
     @property
     def owner(self) -> str:
-        """Name of the client that submitted it; "" without authentication."""
+        """Return the name of the client that submitted it; "" without authentication."""
         return self.submission.owner
 
     @property
     def request(self) -> ResolvedRequest:
-        """The request as it was generated. Only of a job that is done."""
+        """Return the request as it was generated. Only of a job that is done."""
         assert self.result is not None, self.id
         return self.spec.generation.resolve(self.result.settings, self.spec.seeds)
 
@@ -225,22 +243,25 @@ class Job(Frozen, frozen=True):
         return self.model_copy(update={"submission": submission})
 
     def check_repeated(self, new: Job) -> Job:
-        """Return this job if `new`, which came with its idempotency key, is the same request.
+        """Return this job if `new`, of the same idempotency key, is the same request.
 
         Raises:
-            InvalidRequest: it is another request.
+            InvalidRequest: It is another request.
         """
         if self.submission.digest not in (None, new.submission.digest):
             raise InvalidRequest(
                 "this key came with another request before.",
-                hint="Give each request a key of its own, and send it again unchanged with the same key.",
+                hint="Give each request its own key. Repeat a request unchanged with the same key.",
                 field="Idempotency-Key",
             )
         return self
 
     @property
     def batch_key(self) -> str | None:
-        """Jobs of one key may be drawn together. None: alone, as several rounds are asked for, or as it took an engine down before."""
+        """Return a key that is equal for jobs that may be generated together.
+
+        None: the job is generated alone. It has several iterations, or ended an engine before.
+        """
         return (
             self.spec.generation.batch_key
             if self.spec.iterations == 1 and self.starts == 0
@@ -249,15 +270,15 @@ class Job(Frozen, frozen=True):
 
     @property
     def preview_name(self) -> str:
-        """The name of its preview, written over at every step."""
+        """Return the name of its preview, which is overwritten at every step."""
         return f"{PREVIEW_PREFIX}{self.id}.webp"
 
     def file_name(self, index: int) -> str:
-        """The name of its picture number `index`: the same each time the job is run; what a first run stored stays."""
+        """Return the name of image `index`, the same in every run of the job."""
         return f"alpha_{int(self.created_at)}_{self.id[:10]}{index:02x}.{self.spec.output.format}"
 
 
 def job_prefix_of(name: str) -> str | None:
-    """The first ten digits of the id of the job that a file was made for, by its name; None for files that no job made."""
-    made = _MADE_NAME.fullmatch(name)
-    return made and (made[1] or made[2])
+    """Return the first ten digits of the id of a file's job; None without a job."""
+    match = _STORED_NAME.fullmatch(name)
+    return match and (match[1] or match[2])

@@ -1,4 +1,7 @@
-"""The vocabulary that every layer shares: what may be asked for. Free of torch, HTTP and files."""
+"""Vocabulary of generation requests: every field with bounds, default and description.
+
+Free of torch, HTTP and files.
+"""
 
 from __future__ import annotations
 
@@ -38,14 +41,17 @@ _AUTOMATIC = {
 NoiseSource = Literal["nv", "cpu", "gpu"]
 DecodeMode = Literal["official", "forge2"]
 ImageFormat = Literal["png", "webp", "avif"]
+TransparencyMethod = Literal["attention", "conv"]
+"""Modes without input images."""
 ResizeMode = Literal["Just Resize", "Crop and Resize", "Resize and Fill"]
 """How an input image is fitted to the size of the result."""
 RESIZE_MODES: tuple[ResizeMode, ...] = get_args(ResizeMode)
 
 MAX_PROMPT_CHARACTERS = 10_000
 AND = re.compile(r"\bAND\b")
-"""Parts a prompt into several, mixed in the picture. Each is another pass through the UNet at every step."""
+"""Separates parts of a prompt that are mixed. Each part is another UNet pass at every step."""
 MAX_PROMPT_PARTS = 8
+MAX_LORAS = 16
 MIN_SIDE, MAX_SIDE = 64, 2048
 MAX_SEED = 2**63 - 1
 NOT_BLANK = r"\S"
@@ -63,54 +69,38 @@ FREE_IN_A_BATCH = {
 """Fields in which requests that are generated together may differ."""
 
 
-def _known(names: tuple[str, ...], what: str):
+def _one_of(names: tuple[str, ...], kind: str):
+    """Return a check for one of `names` in any case. It returns the name as listed."""
     by_lower = {name.lower(): name for name in names}
 
     def check(value: str) -> str:
         if value.lower() not in by_lower:
-            raise ValueError(f'unknown {what} "{value}"; use one of: {", ".join(names)}')
+            raise ValueError(f'unknown {kind} "{value}"; use one of: {", ".join(names)}')
         return by_lower[value.lower()]
 
     return check
 
 
-def _not_blank(value: str) -> str:
-    if not value.strip():
-        raise ValueError('empty. Say what to draw, for instance "an apple, high quality"')
-    return value
-
-
-def _few_parts(prompt: str) -> str:
-    parts = len(AND.findall(prompt)) + 1
-    if parts > MAX_PROMPT_PARTS:
-        raise ValueError(
-            f"got {parts} parts between ANDs; at most {MAX_PROMPT_PARTS}. Write and in small letters for the word"
-        )
-    return prompt
-
-
-SamplerName = Annotated[
-    str,
-    Field(json_schema_extra={"enum": list(SAMPLERS)}),
-    AfterValidator(_known(SAMPLERS, "sampler")),
-]
+_sampler_named = _one_of(SAMPLERS, "sampler")
+_scheduler_named = _one_of(SCHEDULERS, "scheduler")
 ModeName = Annotated[
     str,
     Field(json_schema_extra={"enum": list(MODES)}),
-    AfterValidator(_known(tuple(MODES), "mode")),
+    AfterValidator(_one_of(tuple(MODES), "mode")),
 ]
-SchedulerName = Annotated[
-    str,
-    Field(json_schema_extra={"enum": list(SCHEDULERS)}),
-    AfterValidator(_known(SCHEDULERS, "scheduler")),
-]
-Prompt = Annotated[
-    str,
-    Field(max_length=MAX_PROMPT_CHARACTERS, json_schema_extra={"pattern": NOT_BLANK}),
-    AfterValidator(_not_blank),
-    AfterValidator(_few_parts),
-]
-Side = Annotated[int, Field(ge=MIN_SIDE, le=MAX_SIDE)]
+
+
+def _check_prompt(prompt: str) -> str:
+    if not _without_tags(prompt):
+        raise ValueError('empty. Describe the image, for instance "an apple, high quality"')
+    parts = len(AND.findall(prompt)) + 1
+    if parts > MAX_PROMPT_PARTS:
+        raise ValueError(
+            f"got {parts} parts between ANDs; at most {MAX_PROMPT_PARTS}. "
+            "Write the word in small letters"
+        )
+    _loras_of(prompt)
+    return prompt
 
 
 class Frozen(BaseModel, frozen=True):
@@ -118,20 +108,6 @@ class Frozen(BaseModel, frozen=True):
 
     # errors go into logs, and inputs hold prompts
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False, hide_input_in_errors=True)
-
-
-class ModelDefaults(Frozen, frozen=True):
-    """Values of a request's open fields. The defaults are those of SDXL; a model may bring its own."""
-
-    width: Annotated[Side, Field(description="Pixels.")] = 1024
-    height: Annotated[Side, Field(description="Pixels.")] = 1024
-    steps: Annotated[int, Field(description="Sampling steps.")] = 20
-    sampler: Annotated[SamplerName, Field(description="Name of a sampler.")] = "DPM++ 2M SDE"
-    scheduler: Annotated[SchedulerName, Field(description="Name of a noise schedule.")] = "Karras"
-    cfg_scale: Annotated[float, Field(description="Classifier-free guidance scale.")] = 5.0
-
-
-_SDXL = ModelDefaults()
 
 
 class Lora(Frozen, frozen=True):
@@ -154,6 +130,78 @@ class ImageInput(Frozen, frozen=True):
     file_name: Annotated[str, Field(pattern=INPUT_NAME, description="Storage key of the image.")]
 
 
+# Types of the fields: bounds and description. Models whose defaults or names differ share them.
+Prompt = Annotated[
+    str,
+    Field(
+        max_length=MAX_PROMPT_CHARACTERS,
+        json_schema_extra={"pattern": NOT_BLANK},
+        description="What to generate.",
+    ),
+    AfterValidator(_check_prompt),
+]
+NegativePrompt = Annotated[
+    str, Field(max_length=MAX_PROMPT_CHARACTERS, description="What to avoid.")
+]
+Seed = Annotated[
+    int,
+    Field(ge=-1, le=MAX_SEED, description="Same seed, same image; -1 picks a random seed."),
+]
+Subseed = Annotated[
+    int, Field(ge=-1, le=MAX_SEED, description="Variation seed; -1 picks a random one.")
+]
+SubseedStrength = Annotated[float, Field(ge=0, le=1, description="Strength of the variation.")]
+Steps = Annotated[int, Field(ge=1, le=150, description="Sampling steps; SDXL: 20.")]
+SamplerName = Annotated[
+    str,
+    Field(json_schema_extra={"enum": list(SAMPLERS)}, description="Sampler; SDXL: DPM++ 2M SDE."),
+    AfterValidator(_sampler_named),
+]
+SchedulerName = Annotated[
+    str,
+    Field(
+        json_schema_extra={"enum": list(SCHEDULERS)}, description="Noise schedule; SDXL: Karras."
+    ),
+    AfterValidator(_scheduler_named),
+]
+CfgScale = Annotated[
+    float, Field(ge=1, le=30, description="Classifier-free guidance scale; SDXL: 5.")
+]
+Width = Annotated[int, Field(ge=MIN_SIDE, le=MAX_SIDE, description="Width in pixels; SDXL: 1024.")]
+Height = Annotated[
+    int, Field(ge=MIN_SIDE, le=MAX_SIDE, description="Height in pixels; SDXL: 1024.")
+]
+BatchSize = Annotated[
+    int, Field(ge=1, le=8, description="Images generated together; seeds count up.")
+]
+ClipSkip = Annotated[
+    int, Field(ge=1, le=12, description="Last text encoder layer to use, counted from the end.")
+]
+LayerdiffuseWeight = Annotated[
+    float, Field(ge=0, le=2, description="Strength of the LayerDiffuse patch.")
+]
+LayerdiffuseStopAt = Annotated[
+    float, Field(ge=0, le=1, description="Fraction of the schedule during which the patch is on.")
+]
+ResizeModeName = Annotated[
+    ResizeMode, Field(description="How input images are fitted to the size of the result.")
+]
+
+
+class ModelDefaults(Frozen, frozen=True):
+    """Values of a request's open fields. A model may have its own; these are SDXL's."""
+
+    width: Width = 1024
+    height: Height = 1024
+    steps: Annotated[int, Field(description="Sampling steps.")] = 20
+    sampler: SamplerName = "DPM++ 2M SDE"
+    scheduler: SchedulerName = "Karras"
+    cfg_scale: Annotated[float, Field(description="Classifier-free guidance scale.")] = 5.0
+
+
+_SDXL = ModelDefaults()
+
+
 class ImageSeed(NamedTuple):
     """Seed and variation seed of one image."""
 
@@ -161,49 +209,26 @@ class ImageSeed(NamedTuple):
     subseed: int
 
 
-class GenerationRequest(Frozen, frozen=True):
-    """What to generate. `None` means the model's default, see `ModelDefaults`.
+class RequestFields(Frozen, frozen=True):
+    """Fields that a client chooses under these names, each declared here once.
 
-    Every field is declared here once, with bounds, default and description. The dialects, the command
-    line, the MCP tool and the reference are derived from these declarations.
-
-    A `<lora:name:weight>` tag in the prompt is removed from it and added to `loras`.
-    Raises `InvalidRequest` if such a tag is malformed.
+    The native API, the MCP tool, the command line and the reference take them from here.
+    `None` means the model's default, see `ModelDefaults`.
     """
 
-    prompt: Annotated[Prompt, Field(description="What to generate.")]
-    negative_prompt: Annotated[
-        str, Field(max_length=MAX_PROMPT_CHARACTERS, description="What to avoid.")
-    ] = "bad, ugly"
-    seed: Annotated[
-        int,
-        Field(ge=-1, le=MAX_SEED, description="Same seed, same image; -1 picks a random seed."),
-    ] = 12345
-    subseed: Annotated[
-        int, Field(ge=-1, le=MAX_SEED, description="Variation seed; -1 picks a random one.")
-    ] = -1
-    subseed_strength: Annotated[
-        float, Field(ge=0, le=1, description="Strength of the variation.")
-    ] = 0.0
-    steps: Annotated[int, Field(ge=1, le=150, description="Sampling steps; SDXL: 20.")] | None = (
-        None
-    )
-    sampler: Annotated[SamplerName, Field(description="Sampler; SDXL: DPM++ 2M SDE.")] | None = None
-    scheduler: (
-        Annotated[SchedulerName, Field(description="Noise schedule; SDXL: Karras.")] | None
-    ) = None
-    cfg_scale: (
-        Annotated[float, Field(ge=1, le=30, description="Classifier-free guidance scale; SDXL: 5.")]
-        | None
-    ) = None
-    width: Annotated[Side, Field(description="Width in pixels; SDXL: 1024.")] | None = None
-    height: Annotated[Side, Field(description="Height in pixels; SDXL: 1024.")] | None = None
-    batch_size: Annotated[
-        int, Field(ge=1, le=8, description="Images generated together; seeds count up.")
-    ] = 1
-    clip_skip: Annotated[
-        int, Field(ge=1, le=12, description="Last text encoder layer to use, counted from the end.")
-    ] = 1
+    prompt: Prompt
+    negative_prompt: NegativePrompt = "bad, ugly"
+    seed: Seed = 12345
+    steps: Steps | None = None
+    sampler: SamplerName | None = None
+    scheduler: SchedulerName | None = None
+    cfg_scale: CfgScale | None = None
+    width: Width | None = None
+    height: Height | None = None
+    batch_size: BatchSize = 1
+    subseed: Subseed = -1
+    subseed_strength: SubseedStrength = 0.0
+    clip_skip: ClipSkip = 1
     model: (
         Annotated[
             str, Field(min_length=1, max_length=500, description="Model name, title or hash.")
@@ -212,39 +237,41 @@ class GenerationRequest(Frozen, frozen=True):
     ) = None
     loras: Annotated[
         tuple[Lora, ...],
-        Field(max_length=16, description="LoRA files of models/Lora with weights."),
+        Field(max_length=MAX_LORAS, description="LoRA files of models/Lora with weights."),
     ] = ()
+    layerdiffuse_weight: LayerdiffuseWeight = 1.0
+    layerdiffuse_stop_at: LayerdiffuseStopAt = 1.0
+    resize_mode: ResizeModeName = "Crop and Resize"
+
+
+class GenerationRequest(RequestFields, frozen=True):
+    """What to generate: the fields of clients and those that the service adds.
+
+    A `<lora:name:weight>` tag in the prompt is removed from it and added to `loras`.
+    Raises `InvalidRequest` if such a tag is malformed.
+    """
+
     mode: Annotated[ModeName, Field(description="How transparency is generated.")] = "attention"
-    layerdiffuse_weight: Annotated[
-        float, Field(ge=0, le=2, description="Strength of the LayerDiffuse patch.")
-    ] = 1.0
-    layerdiffuse_stop_at: Annotated[
-        float,
-        Field(ge=0, le=1, description="Fraction of the schedule during which the patch is on."),
-    ] = 1.0
     inputs: Annotated[
         tuple[ImageInput, ...], Field(max_length=3, description="Input images that the mode needs.")
     ] = ()
-    resize_mode: Annotated[
-        ResizeMode, Field(description="How input images are fitted to the size of the result.")
-    ] = "Crop and Resize"
-    noise: NoiseSource = "nv"
-    decode: DecodeMode = "official"
+    noise: Annotated[
+        NoiseSource,
+        Field(description="Source of noise: nv (the same on every machine), cpu or gpu."),
+    ] = "nv"
+    decode: Annotated[
+        DecodeMode, Field(description="Decoding of transparency: official, or as forge2 does it.")
+    ] = "official"
 
     @model_validator(mode="before")
     @classmethod
     def _move_lora_tags(cls, data: Any) -> Any:
-        prompt, loras = (
-            (data.get("prompt"), data.get("loras") or ()) if isinstance(data, dict) else (None, ())
-        )
-        if (
-            not isinstance(prompt, str)
-            or not isinstance(loras, (list, tuple))
-            or not _LORA.search(prompt)
-        ):
+        if not isinstance(data, dict) or not isinstance(prompt := data.get("prompt"), str):
             return data
-        loras = [*loras, *(_parse_lora(tag[1]) for tag in _LORA.finditer(prompt))]
-        return {**data, "prompt": _LORA.sub("", prompt).strip(), "loras": tuple(loras)}
+        loras = data.get("loras") or ()
+        if not isinstance(loras, (list, tuple)) or not _LORA.search(prompt):
+            return data
+        return {**data, "prompt": _without_tags(prompt), "loras": (*loras, *_loras_of(prompt))}
 
     @model_validator(mode="after")
     def _check_inputs(self) -> GenerationRequest:
@@ -255,6 +282,26 @@ class GenerationRequest(Frozen, frozen=True):
             raise ValueError(f'mode "{self.mode}" takes {accepted}')
         return self
 
+    @classmethod
+    def of(cls, body: BaseModel, **values: Any) -> GenerationRequest:
+        """Build a request from a validated body without a second validation.
+
+        Args:
+            body: Fields of these names and types. LoRA tags may be in its prompt.
+            values: Valid values of other fields, or instead of those of the body.
+
+        Raises:
+            InvalidRequest: The tags and `loras` together are too many.
+        """
+        request = copy_fields(body, cls, **values)
+        loras = (*request.loras, *_loras_of(request.prompt))
+        if len(loras) > MAX_LORAS:
+            raise InvalidRequest(
+                f"got {len(loras)} LoRAs; at most {MAX_LORAS}.",
+                field="loras" if request.loras else "prompt",
+            )
+        return request.model_copy(update={"prompt": _without_tags(request.prompt), "loras": loras})
+
     @property
     def uses_layerdiffuse(self) -> bool:
         """Return whether LayerDiffuse is on."""
@@ -262,18 +309,19 @@ class GenerationRequest(Frozen, frozen=True):
 
     @property
     def tagged_prompt(self) -> str:
-        """The prompt with its LoRAs as tags, so that it generates the same image again."""
+        """Return the prompt with its LoRAs as tags; it generates the same image again."""
         return " ".join(
             [self.prompt, *(f"<lora:{lora.name}:{lora.weight:.12g}>" for lora in self.loras)]
         )
 
     @property
     def batch_key(self) -> str:
-        """Requests of equal key may be generated together.
+        """Return a key that is equal for requests that may be generated together.
 
         They differ in prompts, seeds, guidance and number of images alone.
         """
-        return self.model_dump_json(exclude=FREE_IN_A_BATCH)
+        unused = set[str]() if self.inputs else {"resize_mode"}
+        return self.model_dump_json(exclude=FREE_IN_A_BATCH | unused)
 
     def with_seeds(self) -> GenerationRequest:
         """Replace seeds of -1 by random ones."""
@@ -323,10 +371,19 @@ class ResolvedRequest(GenerationRequest, frozen=True):
 
     @property
     def settings(self) -> ModelDefaults:
-        """The values that the model's defaults filled, or the request itself."""
+        """Return the values that the request or the model's defaults gave."""
         return ModelDefaults.model_construct(
             **{name: getattr(self, name) for name in ModelDefaults.model_fields}
         )
+
+
+def _loras_of(prompt: str) -> tuple[Lora, ...]:
+    """Return the LoRAs of a prompt's tags. Raises `InvalidRequest`."""
+    return tuple(_parse_lora(tag[1]) for tag in _LORA.finditer(prompt))
+
+
+def _without_tags(prompt: str) -> str:
+    return _LORA.sub("", prompt).strip()
 
 
 def _parse_lora(tag: str) -> Lora:
@@ -342,13 +399,25 @@ def _parse_lora(tag: str) -> Lora:
         ) from None
 
 
+def copy_fields(source: BaseModel, kind: type[T], **values: Any) -> T:
+    """Build an object from the fields of a valid one, without a second validation.
+
+    Args:
+        source: Object whose fields of the same names have the same types.
+        kind: Class to build.
+        values: Valid values of other fields, or instead of those of `source`.
+    """
+    shared = kind.model_fields.keys() & type(source).model_fields
+    return kind.model_construct(**{**{name: getattr(source, name) for name in shared}, **values})
+
+
 def parse_request(fields: dict[str, Any]) -> GenerationRequest:
-    """`parse_as`, for a request."""
+    """Validate the fields of a request; see `parse_as`."""
     return parse_as(GenerationRequest, fields)
 
 
 def parse_as(kind: type[T], fields: dict[str, Any]) -> T:
-    """Validate plain data. Raises `InvalidRequest` naming the first field that is wrong, and what is accepted."""
+    """Validate plain data. Raises `InvalidRequest` of the first wrong field."""
     try:
         return kind.model_validate(fields)
     except ValidationError as error:
@@ -362,10 +431,12 @@ def parse_as(kind: type[T], fields: dict[str, Any]) -> T:
 def split_sampler_name(
     name: str | None, scheduler: str | None = None
 ) -> tuple[str | None, str | None]:
-    """Sampler and scheduler of a sampler's name as that ecosystem writes it, such as "DPM++ 2M SDE Karras".
+    """Split a sampler name that carries its schedule, such as "DPM++ 2M SDE Karras".
 
-    The schedule in the name wins over `scheduler`. Schedules go by label or by name ("SGM Uniform", "sgm_uniform"); "Automatic" is
-    the sampler's own. What is unknown comes back as it is.
+    AUTOMATIC1111 writes the two as one name. The schedule in the name wins over `scheduler`.
+    Schedules go by label or by name ("SGM Uniform", "sgm_uniform"). "Automatic" means the
+    sampler's own schedule.
+    Unknown names are returned unchanged.
     """
     for label in (*SCHEDULERS, AUTOMATIC):
         for known in (label, scheduler_name(label)):
@@ -380,6 +451,23 @@ def split_sampler_name(
     )
 
 
+def choose_sampler(name: str | None, scheduler: str | None = None) -> tuple[str | None, str | None]:
+    """Split a sampler name as `split_sampler_name` does, and check both parts.
+
+    Raises:
+        InvalidRequest: One of them is unknown; `field` is "sampler" or "scheduler".
+    """
+    sampler, schedule = split_sampler_name(name, scheduler)
+    checks = {"sampler": (_sampler_named, sampler), "scheduler": (_scheduler_named, schedule)}
+    chosen: dict[str, str | None] = {}
+    for field, (check, value) in checks.items():
+        try:
+            chosen[field] = None if value is None else check(value)
+        except ValueError as error:
+            raise InvalidRequest(f"{error}.", field=field) from None
+    return chosen["sampler"], chosen["scheduler"]
+
+
 def scheduler_name(label: str) -> str:
-    """The name beside a schedule's label: "sgm_uniform" for "SGM Uniform"."""
+    """Return the name of a schedule by its label: "sgm_uniform" for "SGM Uniform"."""
     return label.lower().replace(" ", "_")

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-import time
-from typing import Any
 
 from alphalayer import __version__
-from alphalayer.core.job import Job
 from alphalayer.core.modes import MODES
 from alphalayer.core.request import GenerationRequest, ResolvedRequest
 
@@ -44,58 +41,12 @@ def write_parameters(
         "Variation seed strength": _number(request.subseed_strength) if varied else None,
         "Clip skip": request.clip_skip if request.clip_skip > 1 else None,
         "RNG": request.noise.upper() if request.noise != "gpu" else None,
-        **_layerdiffuse(request),
+        **layerdiffuse_pairs(request),
         "Version": f"alphalayer-{__version__}",
     }
     line = ", ".join(f"{key}: {_quote(value)}" for key, value in pairs.items() if value is not None)
     negative = f"\nNegative prompt: {request.negative_prompt}" if request.negative_prompt else ""
     return f"{request.tagged_prompt}{negative}\n{line}"
-
-
-def webui_info(job: Job) -> dict[str, Any]:
-    """The `info` object of an answer, with the keys that clients of that ecosystem read, for a job that is done."""
-    assert job.result is not None, job.id
-    result, request = job.result, job.request
-    seeds = [image.seed for image in result.images]
-    subseeds = [image.subseed for image in result.images]
-    infotexts = [
-        write_parameters(request, result.model_name, result.model_hash, image.seed, image.subseed)
-        for image in result.images
-    ]
-    return {
-        "prompt": request.prompt,
-        "all_prompts": [request.prompt] * len(seeds),
-        "negative_prompt": request.negative_prompt,
-        "all_negative_prompts": [request.negative_prompt] * len(seeds),
-        "seed": seeds[0],
-        "all_seeds": seeds,
-        "subseed": subseeds[0],
-        "all_subseeds": subseeds,
-        "subseed_strength": request.subseed_strength,
-        "width": request.width,
-        "height": request.height,
-        "sampler_name": request.sampler,
-        "cfg_scale": request.cfg_scale,
-        "steps": request.steps,
-        "batch_size": request.batch_size,
-        "restore_faces": False,
-        "face_restoration_model": None,
-        "sd_model_name": result.model_name,
-        "sd_model_hash": result.model_hash,
-        "sd_vae_name": None,
-        "sd_vae_hash": None,
-        "seed_resize_from_w": -1,
-        "seed_resize_from_h": -1,
-        "denoising_strength": None,
-        "extra_generation_params": {"Schedule type": request.scheduler, **_layerdiffuse(request)},
-        "index_of_first_image": 0,
-        "infotexts": infotexts,
-        "styles": [],
-        "job_timestamp": time.strftime("%Y%m%d%H%M%S", time.localtime(job.created_at)),
-        "clip_skip": request.clip_skip,
-        "is_using_inpainting_conditioning": False,
-        "version": f"alphalayer-{__version__}",
-    }
 
 
 def read_parameters(text: str) -> dict[str, str]:
@@ -114,7 +65,8 @@ def read_parameters(text: str) -> dict[str, str]:
     return {"Prompt": prompt.strip(), "Negative prompt": negative.strip(), **pairs}
 
 
-def _layerdiffuse(request: GenerationRequest) -> dict[str, object]:
+def layerdiffuse_pairs(request: GenerationRequest) -> dict[str, object]:
+    """Return the pairs that LayerDiffuse writes; none of an opaque image."""
     if not request.uses_layerdiffuse:
         return {}
     values = {

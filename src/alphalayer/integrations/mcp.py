@@ -1,7 +1,7 @@
-"""The Model Context Protocol, for assistants: one tool that draws and returns the picture. Mounted at `/mcp`, and over stdio.
+"""Model Context Protocol server with one tool, which generates a transparent image.
 
-The tool is a client of the service's own HTTP API, with the key of whoever calls it: there is no second way to draw. Needs the
-extra `mcp` (fastmcp).
+It is mounted at `/mcp` and runs over stdio. The tool is a client of the service's HTTP API with the
+API key of its caller, so that there is one way to generate. It needs the extra `mcp` (fastmcp).
 """
 
 from __future__ import annotations
@@ -15,147 +15,137 @@ import anyio
 import httpx
 from fastmcp import Context, FastMCP
 from fastmcp.exceptions import ToolError
-from fastmcp.exceptions import ValidationError as FastMCPValidationError
-from fastmcp.server.dependencies import get_http_headers, get_http_request
-from fastmcp.server.middleware import CallNext, Middleware, MiddlewareContext
+from fastmcp.server.dependencies import get_context, get_http_headers, get_http_request
+from fastmcp.tools import Tool, ToolResult
 from fastmcp.utilities.types import Image
-from pydantic import Field, ValidationError
+from mcp.types import ToolAnnotations
+from pydantic import Field
 
 from alphalayer import __version__
 from alphalayer.api.addresses import address
 from alphalayer.api.deps import file_url
-from alphalayer.api.errors import first_error
+from alphalayer.api.native import Txt2ImgRequest
 from alphalayer.client import TIMEOUT_S, AsyncClient, ImageInfo, JobStatus
 from alphalayer.core.errors import AlphalayerError
-from alphalayer.core.request import MAX_PROMPT_CHARACTERS, MAX_SEED, MAX_SIDE
 
 PATH = "/mcp"
-INSTRUCTIONS = "Draws single objects, stickers, sprites and product art as PNG files with a real transparent background."
+INSTRUCTIONS = (
+    "Generates single objects, stickers, sprites and product art as image files with a real "
+    "transparent background."
+)
 PASSED_ON = ("authorization", "x-api-key")
-"""Headers of the caller that go on to the API: who it is."""
+"""Headers of the caller that are sent to the API."""
+NOT_OFFERED = {"layerdiffuse_resize_mode", "layerdiffuse_output_origin", "response_format"}
+"""Fields of the native API without effect in a tool."""
+RANDOM_SEED = -1
+
+
+def parameters() -> dict[str, Any]:
+    """Return the JSON schema of the tool: the native API with random seeds."""
+    schema = Txt2ImgRequest.model_json_schema()
+    properties = {
+        name: field for name, field in schema["properties"].items() if name not in NOT_OFFERED
+    }
+    properties["seed"]["default"] = RANDOM_SEED
+    kept = {name: schema[name] for name in ("type", "required", "additionalProperties", "$defs")}
+    return {**kept, "properties": properties}
+
+
+class _GenerateTool(Tool):
+    """The tool. The API validates its arguments."""
+
+    connect: Annotated[Callable[[], AsyncClient], Field(exclude=True)]
+    outside: Annotated[Callable[[], str] | None, Field(exclude=True)]
+
+    async def run(self, arguments: dict[str, Any]) -> ToolResult:
+        """Generate images. Raises `ToolError` with the message of the API."""
+        for name in arguments.keys() - self.parameters["properties"]:
+            raise ToolError(f"{name}: there is no such argument.")
+        fields = {name: value for name, value in arguments.items() if value is not None}
+        try:
+            async with self.connect() as client:
+                files, images = await _render(
+                    client, get_context(), {"seed": RANDOM_SEED, **fields}
+                )
+        except AlphalayerError as error:
+            raise ToolError(str(error)) from None
+        lines = [
+            f"{file_url(self.outside(), image.filename) if self.outside else image.url} "
+            f"({image.width}x{image.height}, seed {image.seed})"
+            for image in images
+        ]
+        format = str(fields.get("format", "png"))
+        return self.convert_result(
+            [*(Image(data=file, format=format) for file in files), "\n".join(lines)]
+        )
 
 
 def create_server(
     connect: Callable[[], AsyncClient], outside: Callable[[], str] | None = None
 ) -> FastMCP[Any]:
-    """A server with the tool; `connect` makes the client that a call is answered with, `outside` says under which address the caller
-    knows the service, where that is not for the API to say."""
+    """Create a server with the tool.
+
+    Args:
+        connect: Returns the API client of one call.
+        outside: Returns the service's address as the caller knows it; None for that of the API.
+    """
     server: FastMCP[Any] = FastMCP("Alphalayer", version=__version__, instructions=INSTRUCTIONS)
-    server.add_middleware(_OwnWords())
-
-    async def draw_transparent_picture(
-        context: Context,
-        prompt: Annotated[
-            str,
-            Field(
-                max_length=MAX_PROMPT_CHARACTERS,
-                description="What to draw, in a few words: one object.",
-            ),
-        ],
-        negative_prompt: Annotated[
-            str, Field(description="What should not be in it.")
-        ] = "bad, ugly",
-        width: Annotated[
-            int | None,
-            Field(ge=64, le=MAX_SIDE, description="Pixels; left out: as the model likes."),
-        ] = None,
-        height: Annotated[
-            int | None,
-            Field(ge=64, le=MAX_SIDE, description="Pixels; left out: as the model likes."),
-        ] = None,
-        steps: Annotated[
-            int | None,
-            Field(ge=1, le=150, description="More take longer; left out: as the model likes."),
-        ] = None,
-        seed: Annotated[
-            int,
-            Field(
-                ge=-1,
-                le=MAX_SEED,
-                description="The same seed gives the same picture; -1: another each time.",
-            ),
-        ] = -1,
-    ) -> list[Any]:
-        """Draw a picture with a transparent background. Returns the PNG, and its address, size and seed."""
-        wanted = {
-            "negative_prompt": negative_prompt,
-            "width": width,
-            "height": height,
-            "steps": steps,
-            "seed": seed,
-        }
-        try:
-            async with connect() as client:
-                fields = {name: each for name, each in wanted.items() if each is not None}
-                data, picture = await _render(client, context, prompt, fields)
-        except AlphalayerError as error:
-            raise ToolError(str(error)) from None
-        url = file_url(outside(), picture.filename) if outside else picture.url
-        return [
-            Image(data=data, format="png"),
-            f"{url} ({picture.width}x{picture.height}, seed {picture.seed})",
-        ]
-
-    server.tool(
-        draw_transparent_picture,
-        title="Draw a transparent picture",
-        annotations={"openWorldHint": False},
+    tool = _GenerateTool(
+        name="draw_transparent_picture",
+        title="Generate a transparent image",
+        description="Generate images with a transparent background. "
+        "Returns the files, and the URL, size and seed of each.",
+        parameters=parameters(),
+        annotations=ToolAnnotations.model_validate({"openWorldHint": False}),
+        connect=connect,
+        outside=outside,
     )
+    server.add_tool(tool)
     return server
 
 
-class _OwnWords(Middleware):
-    """Says in the service's words what is wrong with the arguments of a call."""
-
-    async def on_call_tool(
-        self, context: MiddlewareContext[Any], call_next: CallNext[Any, Any]
-    ) -> Any:
-        """Pass a call on."""
-        try:
-            return await call_next(context)
-        except FastMCPValidationError as error:
-            if not isinstance(error.__cause__, ValidationError):
-                raise
-            first = error.__cause__.errors(include_url=False)[0]
-            raise ToolError(
-                str(first_error({**first, "loc": ("arguments", *first["loc"])}))
-            ) from None
-
-
 async def _render(
-    client: AsyncClient, context: Context, prompt: str, fields: dict[str, Any]
-) -> tuple[bytes, ImageInfo]:
-    """Submit, tell the progress, bring the file; a caller that goes away takes its job along, unless others wait for it."""
+    client: AsyncClient, context: Context, fields: dict[str, Any]
+) -> tuple[list[bytes], tuple[ImageInfo, ...]]:
+    """Submit a job, report its progress and download its files.
+
+    A caller that cancels withdraws the job.
+    """
+    prompt = fields.pop("prompt", None)
     status = await client.submit(prompt, idempotency_key=_job_key(context), **fields)
     step = steps = 0
     try:
         async for change in client.events(status.id):
             status = change
-            # that protocol's progress only grows; stages after the steps count none
+            # the protocol's progress only grows, and stages after the steps count none
             step, steps = max(step, status.step), max(steps, status.steps)
-            await context.report_progress(step, steps or None, _say(status))
+            await context.report_progress(step, steps or None, _describe(status))
     except asyncio.CancelledError:
         # a cancelled scope would cancel this, too
         with anyio.CancelScope(shield=True):
             await client.withdraw(status.id)
         raise
-    (picture,) = status.check().images
-    # not at its own address: that is for those outside
-    return await client.download(file_url(client.base_url, picture.filename)), picture
+    images = status.check().images
+    # their own URLs are for clients outside
+    urls = [file_url(client.base_url, image.filename) for image in images]
+    return [await client.download(url) for url in urls], images
 
 
 def _job_key(context: Context) -> str | None:
-    """The same for a call that a proxy sends twice, with the `Idempotency-Key` of its HTTP request; None where there is none."""
+    """Return an idempotency key that is the same if a proxy repeats a call.
+
+    It is made of the HTTP request's `Idempotency-Key`; None without one.
+    """
     key = get_http_headers().get("idempotency-key")
     return hashlib.sha256(f"{key} {context.request_id}".encode()).hexdigest() if key else None
 
 
-def _say(status: JobStatus) -> str:
+def _describe(status: JobStatus) -> str:
     return f"waiting, number {status.position}" if status.position else status.stage
 
 
 def connect_to_caller() -> AsyncClient:
-    """The API of the service that the tool is mounted in, as the caller of the tool."""
+    """Return a client of this service's API with the caller's credentials."""
     request = get_http_request()
     headers = {name: request.headers[name] for name in PASSED_ON if name in request.headers}
     http = httpx.AsyncClient(trust_env=False, timeout=TIMEOUT_S)
@@ -163,5 +153,8 @@ def connect_to_caller() -> AsyncClient:
 
 
 def outside(public_url: str | None) -> str:
-    """The service's address for whoever calls the tool, without a slash at its end: the public URL if one is set, else as it reached us."""
+    """Return the service's address for the caller, without a slash at its end.
+
+    It is the public URL if one is set, otherwise the address of the request.
+    """
     return (public_url or str(get_http_request().base_url)).rstrip("/")

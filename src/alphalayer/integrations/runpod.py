@@ -16,11 +16,11 @@ from pydantic import ValidationError
 
 from alphalayer.api.deps import wire_names
 from alphalayer.api.errors import Problem, first_error
+from alphalayer.api.info import webui_info
 from alphalayer.api.native import FIELDS, Txt2ImgRequest
 from alphalayer.config import Settings
 from alphalayer.core.errors import AlphalayerError, StorageFailed
 from alphalayer.core.job import ImageRef, Job, JobProgress, JobSpec, JobState
-from alphalayer.images import infotext
 from alphalayer.storage import Storage, read
 from alphalayer.storage.objects import open_storage
 from alphalayer.worker.render import Renderer, load_engine, to_public_error
@@ -89,7 +89,7 @@ class Handler:
         job = job.model_copy(update={"state": JobState.DONE, "result": result})
         images = [self._answer(image, with_data) for image in result.images]
         several = {"images": images} if len(images) > 1 else {}
-        info = json.dumps(infotext.webui_info(job), ensure_ascii=False)
+        info = json.dumps(webui_info(job), ensure_ascii=False)
         return _check_size({**images[0], **several, "info": info})
 
     def _answer(self, image: ImageRef, with_data: bool) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The lists of the AUTOMATIC1111 dialect: what there is to choose from. Most are short, some empty; clients ask for all of them."""
+"""Lists of the AUTOMATIC1111 dialect. Clients request all of them, also those that are empty."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 
-from alphalayer.api.a1111.script import METHODS, SCRIPT
+from alphalayer.api.a1111.script import METHODS, SCRIPT, Arguments
 from alphalayer.api.deps import ServiceDep
 from alphalayer.catalog.headers import read_header
 from alphalayer.core.errors import CorruptFile
@@ -32,7 +32,7 @@ ALIASES = {
     "k_heun": "Heun",
     "k_lcm": "LCM",
 }
-"""Other names of samplers in that ecosystem, beside those that differ in case alone."""
+"""Names of samplers in other versions of AUTOMATIC1111, in lower case."""
 
 EMBEDDING = {
     "step": None,
@@ -43,9 +43,12 @@ EMBEDDING = {
 }
 
 
-@router.get("/samplers", summary="Samplers")
+@router.get("/samplers", summary="List samplers")
 def samplers() -> list[dict[str, Any]]:
-    """By the names that txt2img takes; it takes the aliases, too. `scheduler` is what Automatic means for one."""
+    """Return the samplers by name. `txt2img` also accepts the aliases.
+
+    `scheduler` is what Automatic means for the sampler.
+    """
     aliases = {
         name: [alias for alias, meant in ALIASES.items() if meant == name] for name in SAMPLERS
     }
@@ -56,9 +59,9 @@ def samplers() -> list[dict[str, Any]]:
     ]
 
 
-@router.get("/schedulers", summary="Schedules of noise")
+@router.get("/schedulers", summary="List noise schedules")
 def schedulers() -> list[dict[str, Any]]:
-    """By the names that txt2img takes; it takes the labels, too."""
+    """Return the schedules by name. `txt2img` also accepts the labels."""
     return [
         {
             "name": scheduler_name(label),
@@ -71,9 +74,9 @@ def schedulers() -> list[dict[str, Any]]:
     ]
 
 
-@router.get("/loras", summary="LoRA files")
+@router.get("/loras", summary="List LoRA files")
 def loras(service: ServiceDep) -> list[dict[str, Any]]:
-    """The files of models/Lora."""
+    """Return the files of models/Lora."""
     files = sorted((service.models_dir / "Lora").rglob("*.safetensors"))
     return [
         {"name": file.stem, "alias": file.stem, "path": str(file.resolve()), "metadata": {}}
@@ -81,10 +84,13 @@ def loras(service: ServiceDep) -> list[dict[str, Any]]:
     ]
 
 
-@router.get("/embeddings", summary="Embeddings")
+@router.get("/embeddings", summary="List embeddings")
 def embeddings(service: ServiceDep) -> dict[str, dict[str, Any]]:
-    """The files of the embeddings folder, by the names that prompts use; skipped are those that are not SDXL's."""
-    found: dict[str, dict[str, Any]] = {"loaded": {}, "skipped": {}}
+    """Return the files of the embeddings folder by their names in prompts.
+
+    `skipped` has those that are not for SDXL.
+    """
+    embeddings: dict[str, dict[str, Any]] = {"loaded": {}, "skipped": {}}
     for path in sorted(service.embeddings_dir.rglob("*.safetensors")):
         with suppress(CorruptFile):
             shapes = read_header(path).shapes
@@ -93,66 +99,76 @@ def embeddings(service: ServiceDep) -> dict[str, dict[str, Any]]:
             is_sdxl = (
                 len(sides) == 2 and len(vectors) == 1 and all(len(side) in (1, 2) for side in sides)
             )
-            about = (
+            measures = (
                 {"shape": sum(side[-1] for side in sides), "vectors": vectors.pop()}
                 if is_sdxl
                 else {}
             )
-            found["loaded" if is_sdxl else "skipped"][path.stem] = {**EMBEDDING, **about}
-    return found
+            embeddings["loaded" if is_sdxl else "skipped"][path.stem] = {**EMBEDDING, **measures}
+    return embeddings
 
 
-@router.get("/upscalers", summary="None yet")
+@router.get("/upscalers", summary="List upscalers")
 def upscalers() -> list[dict[str, Any]]:
-    """The one that does nothing."""
+    """Return the upscaler that does nothing."""
     return [
         {"name": "None", "model_name": None, "model_path": None, "model_url": None, "scale": 4.0}
     ]
 
 
-@router.get("/sd-vae", summary="None: the model's own is used")
-@router.get("/sd-modules", summary="None: the model's own are used")
-@router.get("/latent-upscale-modes", summary="None yet")
-@router.get("/prompt-styles", summary="None yet")
-@router.get("/face-restorers", summary="None yet")
-@router.get("/realesrgan-models", summary="None yet")
-@router.get("/hypernetworks", summary="None yet")
+@router.get("/sd-vae", summary="List VAEs")
+@router.get("/sd-modules", summary="List modules")
+@router.get("/latent-upscale-modes", summary="List latent upscale modes")
+@router.get("/prompt-styles", summary="List prompt styles")
+@router.get("/face-restorers", summary="List face restorers")
+@router.get("/realesrgan-models", summary="List RealESRGAN models")
+@router.get("/hypernetworks", summary="List hypernetworks")
 def nothing() -> list[dict[str, Any]]:
-    """An empty list."""
+    """Return an empty list."""
     return []
 
 
-@router.post("/refresh-checkpoints", summary="Needs not be asked: folders are read each time")
-@router.post("/refresh-loras", summary="Needs not be asked: folders are read each time")
-@router.post("/refresh-vae", summary="Needs not be asked: folders are read each time")
+@router.post("/refresh-checkpoints", summary="Refresh models")
+@router.post("/refresh-loras", summary="Refresh LoRA files")
+@router.post("/refresh-vae", summary="Refresh VAEs")
 def refresh() -> None:
-    """Nothing to do."""
+    """Do nothing: folders are read at every request."""
 
 
-@router.get("/scripts", summary="Scripts")
+@router.get("/scripts", summary="List scripts")
 def scripts() -> dict[str, list[str]]:
-    """LayerDiffuse alone."""
+    """Return the one script, LayerDiffuse."""
     return {"txt2img": [SCRIPT.lower()], "img2img": []}
 
 
-@router.get("/script-info", summary="What the scripts take")
+@router.get("/script-info", summary="List the arguments of scripts")
 def script_info() -> list[dict[str, Any]]:
-    """The positional arguments of LayerDiffuse that mean something here."""
-    number = {"minimum": 0, "step": 0.001}
-    args = [
-        {"label": "Enabled", "value": True},
-        {"label": "Method", "value": next(iter(METHODS)), "choices": list(METHODS)},
-        {"label": "Weight", "value": 1.0, "maximum": 2, **number},
-        {"label": "Stop At", "value": 1.0, "maximum": 1, **number},
-    ]
+    """Return the positional arguments of LayerDiffuse that have an effect."""
     empty = {"minimum": None, "maximum": None, "step": None, "choices": None}
-    shown = [{**empty, **each} for each in args]
-    return [{"name": SCRIPT.lower(), "is_alwayson": True, "is_img2img": False, "args": shown}]
+    args = [
+        {**empty, "label": "Enabled", "value": True},
+        {
+            **empty,
+            "label": "Method",
+            "value": next(iter(METHODS)),
+            "choices": list(METHODS),
+        },
+        {**empty, "label": "Weight", **_number("weight")},
+        {**empty, "label": "Stop At", **_number("ending_step")},
+    ]
+    return [{"name": SCRIPT.lower(), "is_alwayson": True, "is_img2img": False, "args": args}]
 
 
-@router.get("/memory", summary="Memory of this machine, in bytes")
+def _number(name: str) -> dict[str, Any]:
+    """Return default and bounds of a script's argument."""
+    schema = Arguments.model_json_schema()["properties"][name]
+    bounds = {bound: schema[bound] for bound in ("minimum", "maximum")}
+    return {"value": schema["default"], "step": 0.001, **bounds}
+
+
+@router.get("/memory", summary="Get memory use")
 def memory() -> dict[str, Any]:
-    """The GPU belongs to other processes; /metrics has what they use."""
+    """Return the memory of this machine in bytes. /metrics has that of the GPUs."""
     cuda = {"error": "not known to this process; see /metrics"}
     try:
         page = os.sysconf("SC_PAGE_SIZE")
@@ -162,9 +178,9 @@ def memory() -> dict[str, Any]:
     return {"ram": {"free": free, "used": total - free, "total": total}, "cuda": cuda}
 
 
-@router.get("/cmd-flags", summary="Flags")
+@router.get("/cmd-flags", summary="Get command-line flags")
 def cmd_flags(request: Request) -> dict[str, Any]:
-    """Those that clients look at; never a password or a path."""
+    """Return the flags that clients read, without passwords and paths."""
     return {
         "api": True,
         "nowebui": False,

@@ -1,4 +1,4 @@
-"""The AUTOMATIC1111 dialect, `/sdapi/v1`, with LayerDiffuse as that ecosystem sends it."""
+"""The AUTOMATIC1111 dialect, `/sdapi/v1`, with LayerDiffuse as its extension for Forge sends it."""
 
 from __future__ import annotations
 
@@ -8,15 +8,21 @@ import binascii
 import json
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Query, Request
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, field_validator
 
 from alphalayer.api.a1111 import lists
-from alphalayer.api.a1111.lists import ALIASES
-from alphalayer.api.a1111.script import SCRIPT, layerdiffuse_of
+from alphalayer.api.a1111.schemas import (
+    FIELDS,
+    Detail,
+    ImageFile,
+    Options,
+    OverrideSettings,
+    SdModel,
+    Txt2ImgRequest,
+    Txt2ImgResponse,
+)
 from alphalayer.api.deps import (
     IdempotencyKey,
     Service,
@@ -31,32 +37,14 @@ from alphalayer.api.deps import (
 )
 from alphalayer.api.dialect import Dialect
 from alphalayer.api.errors import ErrorResponse, Problem
-from alphalayer.api.schemas import Body
-from alphalayer.core import validation
+from alphalayer.api.info import webui_info
 from alphalayer.core.errors import InvalidRequest, NotImplementedYet
-from alphalayer.core.job import MAX_ITERATIONS, JobSpec, JobState, Submission
-from alphalayer.core.request import AUTOMATIC, OPAQUE, parse_request, split_sampler_name
+from alphalayer.core.job import JobState, Submission
 from alphalayer.images import codecs, infotext
 from alphalayer.jobs.base import JobView
 
-FIELDS = {
-    "sampler": "sampler_name",
-    "model": "override_settings.sd_model_checkpoint",
-    "iterations": "n_iter",
-    "loras": "prompt",
-    "layerdiffuse_method": f"alwayson_scripts.{SCRIPT}.args",
-}
-"""What a field is called here, where that differs from `GenerationRequest`."""
-
-
-class Detail(BaseModel):
-    """What every error answers."""
-
-    detail: Annotated[str, Field(description="What is wrong, and what to do.")]
-
-
 ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"model": Detail, "description": "What is wrong."} for status in (422, "4XX")
+    status: {"model": Detail, "description": "An error."} for status in (422, "4XX")
 }
 router = APIRouter(
     prefix="/sdapi/v1",
@@ -76,17 +64,8 @@ def _render_error(problem: Problem, headers: Mapping[str, str]) -> ErrorResponse
 DIALECT = Dialect("/sdapi", router, _render_error, FIELDS)
 
 
-@dataclass
-class Options:
-    """What this dialect keeps between requests; one for each application, as the original has one for each process."""
-
-    sd_model_checkpoint: str | None = None
-    clip_skip: int = 1
-    previews: bool = False
-
-
 async def options_of(request: Request) -> Options:
-    """The options of this application."""
+    """Return the options of this application."""
     state = request.app.state
     if not hasattr(state, "a1111"):
         state.a1111 = Options()
@@ -96,231 +75,7 @@ async def options_of(request: Request) -> Options:
 OptionsDep = Annotated[Options, Depends(options_of)]
 
 
-class OverrideSettings(BaseModel):
-    """Settings for one request. Others of the original are ignored."""
-
-    sd_model_checkpoint: Annotated[
-        str | None, Field(max_length=500, description="A model by name, title or hash.")
-    ] = None
-    sd_vae: Annotated[
-        str | None, Field(description='"Automatic" alone; another one is not there yet.')
-    ] = None
-    CLIP_stop_at_last_layers: (
-        Annotated[int, Field(ge=1, le=12, description="The layer to stop at; 1: the last.")] | None
-    ) = None
-    live_previews_enable: Annotated[
-        StrictBool | None, Field(description="Whether `progress` has a picture.")
-    ] = None
-    forge_additional_modules: Annotated[Any, Field(description="Not there yet.")] = None
-
-    def refuse_what_is_not_there(self, place: str = "") -> None:
-        """Raise `InvalidRequest` for a setting that would change the picture and is not there yet; `place` is where it was sent."""
-        other_vae = self.sd_vae not in (None, "", "None", "Automatic")
-        for name, wanted in (
-            ("sd_vae", other_vae),
-            ("forge_additional_modules", self.forge_additional_modules),
-        ):
-            if wanted:
-                raise InvalidRequest(
-                    "this is not there yet.", hint="Leave it out.", field=f"{place}{name}"
-                )
-
-
-class Script(BaseModel):
-    """What one script is given."""
-
-    args: Annotated[
-        list[Any],
-        Field(description="In the order of `script-info`; a missing tail keeps its defaults."),
-    ] = []
-
-
-class Txt2ImgRequest(Body):
-    """The body of `POST /sdapi/v1/txt2img`, with the defaults of that API. Fields that are not here are ignored, as there."""
-
-    model_config = ConfigDict(
-        allow_inf_nan=False,
-        title="A1111Txt2ImgRequest",
-        json_schema_extra={
-            "examples": [
-                {"prompt": "an apple, high quality", "steps": 20, "width": 1024, "height": 1024}
-            ]
-        },
-    )
-
-    prompt: Annotated[str, Field(description="What to draw.")] = ""
-    negative_prompt: Annotated[str, Field(description="What to keep out.")] = ""
-    seed: Annotated[int, Field(description="Same seed, same picture; -1 draws a fresh one.")] = -1
-    subseed: Annotated[int, Field(description="Variation seed.")] = -1
-    subseed_strength: Annotated[float, Field(description="How far to go to the variation.")] = 0.0
-    sampler_name: Annotated[
-        str | None, Field(max_length=100, description="One of `samplers`; may carry its scheduler.")
-    ] = None
-    sampler_index: Annotated[
-        str, Field(max_length=100, description="The old name of sampler_name.")
-    ] = "Euler"
-    scheduler: Annotated[
-        str | None, Field(max_length=100, description="One of `schedulers`, by name or label.")
-    ] = None
-    batch_size: Annotated[int, Field(description="Pictures drawn together; seeds count up.")] = 1
-    n_iter: Annotated[
-        int, Field(ge=1, le=MAX_ITERATIONS, description="Batches drawn one after another.")
-    ] = 1
-    steps: Annotated[int, Field(description="Sampling steps.")] = 50
-    cfg_scale: Annotated[float, Field(description="How strictly the prompt is followed.")] = 7.0
-    width: Annotated[int, Field(description="Pixels.")] = 512
-    height: Annotated[int, Field(description="Pixels.")] = 512
-    override_settings: Annotated[
-        OverrideSettings, Field(description="Settings for this request alone.")
-    ] = OverrideSettings()
-    send_images: Annotated[bool, Field(description="Whether the answer holds the pictures.")] = True
-    save_images: Annotated[bool, Field(description="Every picture is kept anyway.")] = False
-    force_task_id: Annotated[
-        str | None,
-        Field(max_length=100, description="The same id and request give the same job again."),
-    ] = None
-    alwayson_scripts: Annotated[
-        dict[str, Script],
-        Field(description="LayerDiffuse, by its name, with positional arguments."),
-    ] = {}  # noqa: RUF012 - pydantic copies it
-    layerdiffuse_enabled: Annotated[
-        bool, Field(description="Draw with transparency, also where the script is not named.")
-    ] = True
-    enable_hr: Annotated[
-        Any,
-        Field(
-            description="This and those below: not there yet, and refused where they would change the picture."
-        ),
-    ] = False
-    restore_faces: Annotated[Any, Field(description="Not there yet.")] = False
-    tiling: Annotated[Any, Field(description="Not there yet.")] = False
-    styles: Annotated[Any, Field(description="Not there yet.")] = ()
-    script_name: Annotated[Any, Field(description="Not there yet.")] = None
-    refiner_checkpoint: Annotated[Any, Field(description="Not there yet.")] = None
-    infotext: Annotated[Any, Field(description="Not there yet.")] = None
-    seed_resize_from_w: Annotated[int, Field(description="Not there yet.")] = -1
-    seed_resize_from_h: Annotated[int, Field(description="Not there yet.")] = -1
-    s_churn: Annotated[float, Field(description="Not there yet.")] = 0
-    s_noise: Annotated[float, Field(description="1 is ignored; others are not there yet.")] = 1
-    eta: Annotated[float | None, Field(description="0 and 1 are ignored.")] = None
-
-    @field_validator("alwayson_scripts", mode="before")
-    @classmethod
-    def _is_unicode(cls, scripts: Any) -> Any:
-        # what is in it may be anything, and goes back to the client
-        validation.check_unicode(scripts)
-        return scripts
-
-    def to_spec(self, service: Service, options: Options) -> JobSpec:
-        """The job that does this. Raises `InvalidRequest`."""
-        self._refuse_what_is_not_there()
-        override = self.override_settings
-        name = self.sampler_name or self.sampler_index
-        sampler, scheduler = split_sampler_name(
-            ALIASES.get(name.lower(), name), self.scheduler or AUTOMATIC
-        )
-        same = (
-            "prompt",
-            "negative_prompt",
-            "seed",
-            "subseed",
-            "subseed_strength",
-            "batch_size",
-            "steps",
-            "cfg_scale",
-            "width",
-            "height",
-        )
-        fields = {
-            **{name: getattr(self, name) for name in same},
-            "sampler": sampler,
-            "scheduler": scheduler,
-            "clip_skip": override.CLIP_stop_at_last_layers or options.clip_skip,
-            "model": override.sd_model_checkpoint or options.sd_model_checkpoint,
-            "noise": service.noise,
-            "decode": service.decode,
-            **self._layerdiffuse(),
-        }
-        with wire_names(FIELDS):
-            generation = parse_request(fields)
-        previews = (
-            options.previews
-            if override.live_previews_enable is None
-            else override.live_previews_enable
-        )
-        return JobSpec(generation=generation, iterations=self.n_iter, previews=previews)
-
-    def _layerdiffuse(self) -> dict[str, Any]:
-        for title, script in self.alwayson_scripts.items():
-            if title.lower() != SCRIPT.lower():
-                raise InvalidRequest(
-                    f'there is no script "{title}" here.',
-                    hint=f"Use {SCRIPT}.",
-                    field="alwayson_scripts",
-                )
-            options = layerdiffuse_of(script.args)
-            if (
-                script.args
-                and (options["mode"] != OPAQUE) != self.layerdiffuse_enabled
-                and "layerdiffuse_enabled" in self.model_fields_set
-            ):
-                raise InvalidRequest(
-                    f"it is {str(self.layerdiffuse_enabled).lower()}, and the script {SCRIPT} says otherwise.",
-                    hint="Say it in one place.",
-                    field="layerdiffuse_enabled",
-                )
-            return options if self.layerdiffuse_enabled else {"mode": OPAQUE}
-        return {} if self.layerdiffuse_enabled else {"mode": OPAQUE}
-
-    def _refuse_what_is_not_there(self) -> None:
-        names = [
-            "enable_hr",
-            "restore_faces",
-            "tiling",
-            "styles",
-            "script_name",
-            "refiner_checkpoint",
-            "infotext",
-        ]
-        wanted = [name for name in (*names, "s_churn") if getattr(self, name)]
-        wanted += [
-            name for name in ("seed_resize_from_w", "seed_resize_from_h") if getattr(self, name) > 0
-        ]
-        wanted += ["s_noise"] if self.s_noise != 1 else []
-        wanted += ["eta"] if self.eta not in (None, 0, 1) else []
-        self.override_settings.refuse_what_is_not_there("override_settings.")
-        if wanted:
-            raise InvalidRequest("this is not there yet.", hint="Leave it out.", field=wanted[0])
-
-
-class Txt2ImgResponse(BaseModel):
-    """The pictures as bare base64, the request as it was understood, and `info`, a JSON string."""
-
-    images: Annotated[list[str], Field(description="PNG files as base64.")]
-    parameters: Annotated[dict[str, Any], Field(description="The request as it was understood.")]
-    info: Annotated[
-        str, Field(description="A JSON string: seeds, size, sampler, model and the infotexts.")
-    ]
-
-
-class SdModel(BaseModel):
-    """One checkpoint."""
-
-    title: Annotated[str, Field(description="The name, with the short hash once it is known.")]
-    model_name: Annotated[str, Field(description="The name.")]
-    hash: Annotated[str | None, Field(description="The first ten digits of the SHA-256.")]
-    sha256: Annotated[str | None, Field(description="Null until the file was hashed.")]
-    filename: Annotated[str, Field(description="Where it lies.")]
-    config: Annotated[str | None, Field(description="Always null.")]
-
-
-class Picture(BaseModel):
-    """A picture file as base64, with or without the head of a data URL."""
-
-    image: Annotated[str, Field(description="The file.")]
-
-
-@router.post("/txt2img", summary="Draw pictures")
+@router.post("/txt2img", summary="Generate images")
 async def txt2img(
     body: Txt2ImgRequest,
     request: Request,
@@ -329,7 +84,10 @@ async def txt2img(
     user: User,
     idempotency_key: IdempotencyKey = None,
 ) -> Txt2ImgResponse:
-    """With transparency, unless `layerdiffuse_enabled` is false. Nothing but the pictures is in `images`."""
+    """Generate images, transparent unless `layerdiffuse_enabled` is false.
+
+    `images` holds the images alone, without a grid.
+    """
     spec = body.to_spec(service, options)
     key = f"{body.force_task_id}:{body.digest}" if body.force_task_id else idempotency_key
     with wire_names(FIELDS):
@@ -340,31 +98,37 @@ async def txt2img(
     return Txt2ImgResponse(
         images=[base64.b64encode(await read_file(service, key)).decode() for key in keys],
         parameters=body.model_dump(mode="json"),
-        info=json.dumps(infotext.webui_info(job), ensure_ascii=False),
+        info=json.dumps(webui_info(job), ensure_ascii=False),
     )
 
 
-@router.post("/img2img", summary="Not there yet", status_code=501, response_model=Detail)
-@router.post("/extra-single-image", summary="Not there yet", status_code=501, response_model=Detail)
-@router.post("/extra-batch-images", summary="Not there yet", status_code=501, response_model=Detail)
-@router.post("/interrogate", summary="Not there yet", status_code=501, response_model=Detail)
-async def not_there(request: Request) -> None:
-    """Answers 501."""
+@router.post("/img2img", summary="Not implemented", status_code=501, response_model=Detail)
+@router.post(
+    "/extra-single-image", summary="Not implemented", status_code=501, response_model=Detail
+)
+@router.post(
+    "/extra-batch-images", summary="Not implemented", status_code=501, response_model=Detail
+)
+@router.post("/interrogate", summary="Not implemented", status_code=501, response_model=Detail)
+async def not_implemented(request: Request) -> None:
+    """Respond with 501."""
     name = request.url.path.rpartition("/")[2]
-    raise NotImplementedYet(f"{name} is not there yet.", hint="Use /sdapi/v1/txt2img.")
+    raise NotImplementedYet(f"{name} is not implemented.", hint="Use /sdapi/v1/txt2img.")
 
 
-@router.get("/sd-models", summary="The models that can be asked for", response_model=list[SdModel])
+@router.get("/sd-models", summary="List models", response_model=list[SdModel])
 def sd_models(service: ServiceDep) -> list[dict[str, Any]]:
-    """Also the health check that operators of the old stack use."""
+    """Return the usable models. Deployments of Forge use it as a health check."""
     return [entry.webui_json() for entry in service.list_models() if entry.problem is None]
 
 
-@router.get("/options", summary="The settings of this dialect")
+@router.get("/options", summary="Get settings")
 def get_options(service: ServiceDep, options: OptionsDep) -> dict[str, Any]:
-    """Those that mean something here."""
+    """Return the settings that have an effect."""
     name = options.sd_model_checkpoint or service.readiness()["model"]
-    entry = next((each for each in service.list_models() if name in (each.name, each.title)), None)
+    entry = next(
+        (model for model in service.list_models() if name in (model.name, model.title)), None
+    )
     return {
         "sd_model_checkpoint": entry.title if entry else name or "",
         "sd_checkpoint_hash": (entry.sha256 if entry else None) or "",
@@ -376,10 +140,13 @@ def get_options(service: ServiceDep, options: OptionsDep) -> dict[str, Any]:
     }
 
 
-@router.post("/options", summary="Change settings of this dialect")
+@router.post("/options", summary="Change settings")
 def set_options(body: OverrideSettings, service: ServiceDep, options: OptionsDep) -> None:
-    """Takes a part or the whole of what GET gives. The model is that of later requests here that name none."""
-    body.refuse_what_is_not_there()
+    """Change some or all settings.
+
+    The model is used for later requests of this dialect that name none.
+    """
+    body.reject_unimplemented()
     name = body.sd_model_checkpoint
     if name and service.knows_models:
         with wire_names({"model": "sd_model_checkpoint"}):
@@ -391,13 +158,16 @@ def set_options(body: OverrideSettings, service: ServiceDep, options: OptionsDep
         options.previews = body.live_previews_enable
 
 
-@router.get("/progress", summary="How the picture that is being drawn stands")
+@router.get("/progress", summary="Get progress")
 async def progress(
     service: ServiceDep,
     user: User,
     skip_current_image: Annotated[bool, Query(description="Leave the preview out.")] = False,
 ) -> dict[str, Any]:
-    """One's own job that runs now; idle is progress 0 and job_count 0. The preview is there if `live_previews_enable` is."""
+    """Return the progress of the client's running job; without one it is 0.
+
+    The preview needs the setting `live_previews_enable`.
+    """
     view = await _running(service, user)
     step, steps, count = (
         (view.progress.step, view.progress.steps, view.job.spec.iterations) if view else (0, 0, 0)
@@ -426,19 +196,19 @@ async def progress(
     }
 
 
-@router.post("/interrupt", summary="Stop the picture that is being drawn")
-@router.post("/skip", summary="Stop the picture that is being drawn")
+@router.post("/interrupt", summary="Cancel the running job")
+@router.post("/skip", summary="Cancel the running job")
 async def interrupt(service: ServiceDep, user: User) -> dict[str, Any]:
-    """Stops one's own job that runs now, with all of its iterations; those that wait stay."""
+    """Cancel the client's running job with all its iterations. Waiting jobs stay."""
     view = await _running(service, user)
     if view:
         await service.job_queue.cancel(view.job.id)
     return {}
 
 
-@router.post("/png-info", summary="The settings inside a picture")
-def png_info(body: Picture) -> dict[str, Any]:
-    """`info` is the text, `parameters` its parts."""
+@router.post("/png-info", summary="Read the settings of an image")
+def png_info(body: ImageFile) -> dict[str, Any]:
+    """Return the text as `info` and its parts as `parameters`."""
     try:
         data = base64.b64decode(body.image.rpartition(",")[2], validate=True)
     except (binascii.Error, ValueError):
@@ -453,7 +223,7 @@ def png_info(body: Picture) -> dict[str, Any]:
 
 
 async def _running(service: Service, user: str) -> JobView | None:
-    """The user's job that runs longest."""
+    """Return the user's job that has run longest."""
     views = await service.job_queue.list(owner=user, state=JobState.RUNNING)
     return min(views, key=lambda view: view.job.started_at or 0.0, default=None)
 

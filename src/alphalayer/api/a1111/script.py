@@ -1,15 +1,24 @@
-"""The arguments of the LayerDiffuse script as that ecosystem sends them: a positional list whose missing tail keeps the defaults."""
+"""Arguments of the LayerDiffuse script, which AUTOMATIC1111 sends as a positional list."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from pydantic import ConfigDict, ValidationError
+
 from alphalayer.core.errors import InvalidRequest
 from alphalayer.core.modes import MODES, OPAQUE
-from alphalayer.core.request import RESIZE_MODES
+from alphalayer.core.request import (
+    Frozen,
+    LayerdiffuseStopAt,
+    LayerdiffuseWeight,
+    ResizeModeName,
+)
+from alphalayer.core.validation import describe_validation_error
 
 SCRIPT = "LayerDiffuse"
-METHODS = {mode.label: mode.name for mode in MODES.values() if mode.label}
+METHODS = {mode.label: mode.name for mode in MODES.values() if mode.label and not mode.needs}
+"""Modes without input images by their labels."""
 OTHER_METHODS = (
     "(SDXL) From Foreground to Blending",
     "(SDXL) From Foreground and Blending to Background",
@@ -20,65 +29,80 @@ OTHER_METHODS = (
     "(SD1.5) From Background to Foreground (need batch size 2)",
     "(SD1.5) Generate Everything Together (need batch size 3)",
 )
-"""What the original can do and this version cannot."""
+"""Methods of the original that are not implemented."""
+
+
+class Arguments(Frozen, frozen=True):
+    """Arguments in the order of the list. A missing tail and null mean the defaults."""
+
+    model_config = ConfigDict(strict=True)
+
+    enabled: bool = True
+    method: str = MODES["attention"].label
+    weight: LayerdiffuseWeight = 1.0
+    ending_step: LayerdiffuseStopAt = 1.0
+    fg_image: Any = None
+    bg_image: Any = None
+    blend_image: Any = None
+    resize_mode: ResizeModeName = "Just Resize"
+    output_origin: Any = False
+    fg_additional_prompt: Any = ""
+    bg_additional_prompt: Any = ""
+    blend_additional_prompt: Any = ""
+
+
+UNSUPPORTED = (
+    "fg_image",
+    "bg_image",
+    "blend_image",
+    "output_origin",
+    "fg_additional_prompt",
+    "bg_additional_prompt",
+    "blend_additional_prompt",
+)
 
 
 def layerdiffuse_of(args: list[Any]) -> dict[str, Any]:
-    """The positional arguments of the script; a missing tail keeps the defaults. Raises `InvalidRequest`."""
-    names = (
-        "enabled",
-        "method",
-        "weight",
-        "ending_step",
-        "fg_image",
-        "bg_image",
-        "blend_image",
-        "resize_mode",
-    )
-    names = (*names, "output_origin")
-    given = {name: value for name, value in zip(names, args, strict=False) if value is not None}
-    enabled = given.get("enabled", True)
-    if not isinstance(enabled, bool):
-        raise _wrong_arg("enabled", "it is true or false")
-    if not enabled:
+    """Return the fields of `GenerationRequest` that the script's arguments mean.
+
+    Raises:
+        InvalidRequest: An argument is wrong or not implemented.
+    """
+    named = zip(Arguments.model_fields, args, strict=False)
+    try:
+        arguments = Arguments.model_validate(
+            {name: value for name, value in named if value is not None}
+        )
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise _wrong_argument(str(first["loc"][0]), describe_validation_error(first)) from None
+    if not arguments.enabled:
         return {"mode": OPAQUE}
-    for name in ("fg_image", "bg_image", "blend_image"):
-        if given.get(name):
-            raise _wrong_arg(name, "pictures are not taken here yet")
-    if given.get("resize_mode", RESIZE_MODES[0]) not in RESIZE_MODES:
-        raise _wrong_arg("resize_mode", f"use one of: {', '.join(RESIZE_MODES)}")
-    if given.get("output_origin"):
-        raise _wrong_arg("output_origin", "the picture before decoding is not there yet")
-    if any(args[9:12]):
-        raise _wrong_arg("additional prompts", "they are not there yet")
+    for name in UNSUPPORTED:
+        if getattr(arguments, name):
+            raise _wrong_argument(name, "not implemented")
     return {
-        "mode": _method(given.get("method", MODES["attention"].label)),
-        "layerdiffuse_weight": _number(given, "weight", 1.0, 2),
-        "layerdiffuse_stop_at": _number(given, "ending_step", 1.0, 1),
+        "mode": _method(arguments.method),
+        "layerdiffuse_weight": arguments.weight,
+        "layerdiffuse_stop_at": arguments.ending_step,
+        "resize_mode": arguments.resize_mode,
     }
 
 
-def _method(label: Any) -> str:
-    """The name of a method by its label, also by that of older versions, which had no "(SDXL)". Raises `InvalidRequest`."""
-    bare = str(label).removeprefix("(SDXL) ")
-    known = {each.removeprefix("(SDXL) "): name for each, name in METHODS.items()}
+def _method(label: str) -> str:
+    """Return a method by its label, also without "(SDXL)". Raises `InvalidRequest`."""
+    bare = label.removeprefix("(SDXL) ")
+    known = {label.removeprefix("(SDXL) "): name for label, name in METHODS.items()}
     if bare in known:
         return known[bare]
-    others = {each.partition(") ")[2] for each in OTHER_METHODS}
-    what = (
-        f'"{label}" is not there yet'
+    others = {other.partition(") ")[2] for other in OTHER_METHODS}
+    reason = (
+        f'"{label}" is not implemented'
         if bare.removeprefix("(SD1.5) ") in others
         else f'there is no "{label}"'
     )
-    raise _wrong_arg("method", f"{what}; use one of: {', '.join(METHODS)}")
+    raise _wrong_argument("method", f"{reason}; use one of: {', '.join(METHODS)}")
 
 
-def _number(given: dict[str, Any], name: str, default: float, most: float) -> float:
-    value = given.get(name, default)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= most:
-        raise _wrong_arg(name, f"it is a number from 0 to {most:g}")
-    return float(value)
-
-
-def _wrong_arg(name: str, why: str) -> InvalidRequest:
-    return InvalidRequest(f"{name}: {why}.", field=f"alwayson_scripts.{SCRIPT}.args")
+def _wrong_argument(name: str, reason: str) -> InvalidRequest:
+    return InvalidRequest(f"{name}: {reason}.", field=f"alwayson_scripts.{SCRIPT}.args")

@@ -6,7 +6,6 @@ export const LAYERS = {
   layerdiffuse_weight: "LayerDiffuse weight",
   layerdiffuse_stop_at: "LayerDiffuse until",
 };
-const DEFAULTS = { layerdiffuse_method: "attention", layerdiffuse_weight: 1, layerdiffuse_stop_at: 1 };
 // keys without an effect on the image, or whose value is also in another key
 const IGNORED = /^(Prompt|Negative prompt|Version|Size|Model|Model hash|.* hashes|VAE hash|layerdiffusion_.*)$/;
 const SEEDS = { Seed: "seed", "Variation seed": "subseed" };
@@ -30,7 +29,7 @@ export function fromParameters(parameters, choices) {
   }
   const [width, height] = (parameters.Size ?? "").split("x").map(Number);
   if (width && height) Object.assign(settings, { width, height });
-  return { settings: { ...settings, ...layers(parameters, missing) }, missing };
+  return { settings: { ...settings, ...layers(parameters, choices.fields, missing) }, missing };
 }
 
 /** Readers of further keys. Each stores its value and returns whether it is available here. */
@@ -62,7 +61,8 @@ function model({ Model: name, "Model hash": hash }, models, missing) {
   return (byHash ?? byName)?.name;
 }
 
-function layers(parameters, missing) {
+/** The settings of LayerDiffuse that differ from the defaults of `fields`. */
+function layers(parameters, fields, missing) {
   if (parameters.layerdiffusion_enabled !== "True") return { layerdiffuse_enabled: false };
   const label = parameters.layerdiffusion_method ?? "";
   const method = [/Attention Injection/, /Conv Injection/].map((pattern) => pattern.test(label));
@@ -75,7 +75,7 @@ function layers(parameters, missing) {
     layerdiffuse_weight: Number(parameters.layerdiffusion_weight ?? 1),
     layerdiffuse_stop_at: Number(parameters.layerdiffusion_ending_step ?? 1),
   };
-  return Object.fromEntries(Object.entries(settings).filter(([name, value]) => value !== DEFAULTS[name]));
+  return Object.fromEntries(Object.entries(settings).filter(([name, value]) => value !== fields[name].default));
 }
 
 /** NV computes the same noise as the GPU, on any machine. */

@@ -32,7 +32,7 @@ async function connect() {
     // one request first: without a key the service refuses one request, not three
     const models = await service.models();
     isLocked = false;
-    settings.setChoices({ models, ...(await service.lists()) });
+    settings.setChoices({ models, fields: await service.fields(), ...(await service.lists()) });
     health.report("entry", "");
     settings.clearErrors();
     updateCode();

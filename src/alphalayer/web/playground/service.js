@@ -90,6 +90,17 @@ const describeStatus = (status) =>
 export const json = async (path, options) => (await send(path, options)).json();
 export const models = async () => (await json("alpha/v1/models")).models;
 
+/** Return the defaults and bounds of a request's fields by name, from /openapi.json. */
+export async function fields() {
+  const text = await (await ask("openapi.json")).text();
+  // numbers beyond 2^53 stay text, because JSON.parse would round them
+  const { paths, components } = JSON.parse(text.replace(/(: ?)(\d{16,})/g, '$1"$2"'));
+  const { $ref } = paths["/alpha/v1/jobs"].post.requestBody.content["application/json"].schema;
+  const { properties } = components.schemas[$ref.split("/").pop()];
+  // the bounds of a field that may be null are those of its first choice
+  return Object.fromEntries(Object.entries(properties).map(([name, field]) => [name, { ...field.anyOf?.[0], ...field }]));
+}
+
 /** Return the names of samplers and schedules, the "Automatic" schedules, and the noise source. */
 export async function lists() {
   const [samplers, schedulers, options] = await Promise.all(["samplers", "schedulers", "options"].map((name) => json(`sdapi/v1/${name}`)));

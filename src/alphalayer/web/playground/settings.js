@@ -5,12 +5,12 @@ import { LAYERS } from "./infotext.js";
 const NUMBERS = ["width", "height", "seed", "steps", "cfg_scale", "batch_size"];
 const TEXTS = ["prompt", "negative_prompt", "checkpoint", "sampler_name", "scheduler"];
 const EXTRA = [...Object.keys(LAYERS), "subseed", "subseed_strength"];
-const DEFAULTS = { negative_prompt: "bad, ugly", seed: 12345, batch_size: 1, layerdiffuse_enabled: true };
+const ENABLED = "layerdiffuse_enabled";
 const BUILT_IN = "alphalayer-mini";
-const MAX_SEED = 2n ** 63n - 1n;
 const input = (name) => document.getElementById(name);
 
 let models = [];
+let fields = {}; // defaults and bounds by name; empty until the service has sent them
 let lists = { samplers: [], schedulers: [] };
 let carried = {}; // settings of an image that have no field in the form
 
@@ -19,10 +19,11 @@ export function read() {
   const body = {};
   for (const name of TEXTS) body[name] = input(name).value;
   for (const name of NUMBERS) body[name] = number(input(name).value.trim());
-  body.layerdiffuse_enabled = input("layerdiffuse_enabled").checked;
+  body[ENABLED] = input(ENABLED).checked;
   for (const [name, value] of Object.entries(body)) {
-    const isSet = name === "negative_prompt" || name === "prompt" || value !== "";
-    if (!isSet || DEFAULTS[name] === value) delete body[name];
+    // an empty negative prompt is a choice, once the form has shown its default
+    const isSet = value !== "" || name === "prompt" || (name === "negative_prompt" && fields[name]);
+    if (!isSet || value === fields[name]?.default) delete body[name];
   }
   return { ...body, ...carried };
 }
@@ -35,7 +36,7 @@ const number = (text) => (text === "" || (/^\d+$/.test(text) && !Number.isSafeIn
  * Returns the names of what is not available here. The default replaces it.
  */
 export function write(settings) {
-  const values = { ...DEFAULTS, prompt: "", ...settings };
+  const values = { ...defaults(), prompt: "", ...settings };
   const missing = [];
   const choose = (name, label) => select(name, values[name]) || missing.push(`${label} ${values[name]}`);
   choose("checkpoint", "model");
@@ -43,21 +44,28 @@ export function write(settings) {
   for (const name of ["prompt", "negative_prompt", ...NUMBERS]) input(name).value = values[name] ?? "";
   choose("sampler_name", "sampler");
   choose("scheduler", "schedule");
-  input("layerdiffuse_enabled").checked = values.layerdiffuse_enabled;
+  input(ENABLED).checked = values[ENABLED] ?? true;
   carry(Object.fromEntries(EXTRA.filter((name) => values[name] !== undefined).map((name) => [name, values[name]])));
   return missing;
 }
 
 /** Return the settings that the service uses for `body`, with the defaults of the model. */
 export function resolve(body) {
-  const { sampler: sampler_name, ...defaults } = defaultsOf(body.checkpoint) ?? {};
-  return { ...DEFAULTS, ...defaults, sampler_name, checkpoint: defaultModel()?.name, ...body };
+  const { sampler: sampler_name, ...own } = defaultsOf(body.checkpoint) ?? {};
+  return { ...defaults(), ...own, sampler_name, checkpoint: defaultModel()?.name, ...body };
+}
+
+/** Return the defaults of the form's fields that do not depend on the model. */
+function defaults() {
+  const names = [...TEXTS, ...NUMBERS, ENABLED].filter((name) => (fields[name]?.default ?? null) !== null);
+  return Object.fromEntries(names.map((name) => [name, fields[name].default]));
 }
 
 /** Return a short summary of the form. */
 export function brief() {
   const { width, height, steps, seed } = resolve(read());
-  return [width && height && `${width} × ${height}`, steps && `${steps} steps`, `seed ${seed}`].filter(Boolean).join(", ");
+  const size = width && height && `${width} × ${height}`;
+  return [size, steps && `${steps} steps`, seed !== undefined && `seed ${seed}`].filter(Boolean).join(", ");
 }
 
 function carry(settings) {
@@ -73,21 +81,32 @@ export const describeExtra = (settings) =>
     .map((name) => `${LAYERS[name] ?? { subseed: "variation seed", subseed_strength: "variation strength" }[name]} ${settings[name]}`)
     .join(", ");
 
-// --- what there is to choose from
+// --- choices, defaults and bounds
 
 const usable = () => models.filter((model) => !model.problem);
 const defaultModel = () => usable().find((model) => model.is_default);
 const defaultsOf = (checkpoint) => (usable().find((model) => model.name === checkpoint) ?? defaultModel())?.defaults;
 
-/** Set the available models, and the lists of `service.lists`. The selection does not change. */
+/** Set the available models, the fields, and the lists of `service.lists`. The selection does not change. */
 export function setChoices(all) {
-  ({ models, ...lists } = all);
+  ({ models, fields, ...lists } = all);
+  for (const name of [...TEXTS, ...NUMBERS]) describe(input(name), fields[name]);
+  describe(input("padding"), fields.trim_padding);
+  input(ENABLED).defaultChecked = fields[ENABLED].default;
   fill("checkpoint", usable().map((model) => model.name), defaultModel()?.name);
   hint();
 }
 
-/** Return the available models and lists. */
-export const choices = () => ({ models: usable(), ...lists });
+/** Set an input's bounds and default. A value that the user has typed stays. */
+function describe(control, { minimum, maximum, maxLength, default: value }) {
+  if (control.tagName === "SELECT") return;
+  if (minimum !== undefined) [control.min, control.max] = [minimum, maximum];
+  if (maxLength !== undefined) control.maxLength = maxLength;
+  if (value !== undefined && value !== null) control.defaultValue = value;
+}
+
+/** Return the available models, fields and lists. */
+export const choices = () => ({ models: usable(), fields, ...lists });
 
 /** Show the defaults of the selected model in empty fields. */
 function hint() {
@@ -123,7 +142,7 @@ function select(id, name) {
 input("checkpoint").addEventListener("change", hint);
 input("drop-carried").addEventListener("click", () => {
   carry({});
-  input("layerdiffuse_enabled").focus();
+  input(ENABLED).focus();
 });
 
 // --- errors
@@ -140,14 +159,16 @@ export function check() {
 function isValid(name) {
   const { value, validity, min, max } = input(name);
   if (name === "prompt") return value.trim() !== "";
-  if (name === "seed") return value.trim() === "" || (/^(-1|\d+)$/.test(value.trim()) && BigInt(value) <= MAX_SEED);
+  // without bounds the service checks
+  if (name === "seed") return value.trim() === "" || (/^(-1|\d+)$/.test(value.trim()) && (!max || BigInt(value) <= BigInt(max)));
   if (value === "") return !validity.badInput;
-  return Number(value) >= min && Number(value) <= max && (name === "cfg_scale" || Number.isInteger(Number(value)));
+  const isWithin = !max || (Number(value) >= Number(min) && Number(value) <= Number(max));
+  return isWithin && (name === "cfg_scale" || Number.isInteger(Number(value)));
 }
 
 function describeValid({ id, min, max }) {
   if (id === "prompt") return "The prompt is empty. Describe an image, for instance “an apple, high quality”.";
-  if (id === "seed") return `A whole number up to ${MAX_SEED}, or −1 for a different image each time.`;
+  if (id === "seed") return `A whole number up to ${max}, or −1 for a different image each time.`;
   return `${id === "cfg_scale" ? "A number" : "A whole number"} from ${min} to ${max}.`;
 }
 
