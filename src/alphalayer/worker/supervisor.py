@@ -263,7 +263,8 @@ class Supervisor:
             self._loaded_model = jobs[0].spec.generation.model
             for job in jobs:
                 self._jobs[job.id] = self._assign(job, batch)
-            await self._send(Render(jobs=tuple(jobs)))
+            # the queue has validated the jobs
+            await self._send(Render.model_construct(jobs=tuple(jobs)))
 
     def _assign(self, job: Job, batch: _Batch) -> _AssignedJob:
         attributes = {
