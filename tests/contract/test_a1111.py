@@ -17,10 +17,12 @@ from safetensors.numpy import save_file
 from tests.support.serving import put_lora, put_model, served, wait_until
 
 from alphalayer.engine.fake import render_disc
+from alphalayer.images import codecs
 from alphalayer.images.infotext import read_parameters
 
 RECORDED = Path(__file__).parent / "recorded"
 ATTENTION = "(SDXL) Only Generate Transparent Image (Attention Injection)"
+PIXEL = base64.b64encode(codecs.encode(np.full((2, 2, 4), 9, np.uint8))).decode()
 CONV = "(SDXL) Only Generate Transparent Image (Conv Injection)"
 INFO_KEYS = (
     "prompt all_prompts negative_prompt all_negative_prompts seed all_seeds subseed all_subseeds subseed_strength width "
@@ -323,11 +325,11 @@ def test_transparency_is_switched_off_by_one_field(client):
                     "LayerDiffuse": {"args": [True, "(SDXL) From Foreground to Blending"]}
                 }
             },
-            "Blending",
+            "foreground",
         ),
         (
             {"alwayson_scripts": {"LayerDiffuse": {"args": [True, "From Foreground to Blending"]}}},
-            'Blending" is not implemented',
+            'mode "fg2ble" takes one image each of: foreground',
         ),
         (
             {"alwayson_scripts": {"LayerDiffuse": {"args": [True, f"(SD1.5) {CONV[7:]}"]}}},
@@ -352,7 +354,16 @@ def test_transparency_is_switched_off_by_one_field(client):
         ({"alwayson_scripts": {"LayerDiffuse": {"args": [True, "Magic"]}}}, "Magic"),
         ({"alwayson_scripts": {"LayerDiffuse": {"args": [True, CONV, 3]}}}, "weight"),
         ({"alwayson_scripts": {"LayerDiffuse": {"args": [True, CONV, 1, 2]}}}, "ending_step"),
-        ({"alwayson_scripts": {"LayerDiffuse": {"args": [True, CONV, 1, 1, "aGk="]}}}, "fg_image"),
+        ({"alwayson_scripts": {"LayerDiffuse": {"args": [True, CONV, 1, 1, 5]}}}, "fg_image"),
+        ({"alwayson_scripts": {"LayerDiffuse": {"args": [True, CONV, 1, 1, "a"]}}}, "not base64"),
+        (
+            {"alwayson_scripts": {"LayerDiffuse": {"args": [True, CONV, 1, 1, "aGk="]}}},
+            "not an image",
+        ),
+        (
+            {"alwayson_scripts": {"LayerDiffuse": {"args": [True, CONV, 1, 1, PIXEL]}}},
+            'mode "conv" takes no input images',
+        ),
     ],
 )
 def test_what_cannot_be_done_is_named(client, fields, named):
@@ -494,3 +505,25 @@ def test_payloads_of_other_clients(client, name):
     picture = Image.open(io.BytesIO(base64.b64decode(drawn["images"][0], validate=True)))
     assert (picture.mode, picture.size) == ("RGBA", (info["width"], info["height"]))
     assert f"Seed: {info['seed']}" in info["infotexts"][0]
+
+
+def test_script_images_are_stored_once_and_generated_from(tmp_path: Path):
+    """The foreground comes as base64 and as a data URL; both are one file of the storage."""
+    label = "(SDXL) From Foreground and Blending to Background"
+    with served(put_model(tmp_path)) as client:
+        for seed, foreground in ((1, PIXEL), (2, f"data:image/png;base64,{PIXEL}")):
+            args = [True, label, 1, 0.5, foreground, None, PIXEL, "Resize and Fill"]
+            answer = render(client, seed=seed, alwayson_scripts={"LayerDiffuse": {"args": args}})
+            assert answer.status_code == 200, answer.text
+            assert len(answer.json()["images"]) == 1
+        jobs = client.get("/alpha/v1/jobs").json()["jobs"]
+        assert [job["state"] for job in jobs] == ["done", "done"]
+    files = list((tmp_path / "outputs").glob("input_*.png"))
+    assert len(files) == 1
+    assert np.array_equal(codecs.decode(files[0].read_bytes())[0], np.full((2, 2, 4), 9))
+
+
+def test_script_images_are_ignored_without_layerdiffuse(client):
+    args = [False, "(SDXL) From Foreground to Blending", 1, 1, PIXEL]
+    answer = render(client, alwayson_scripts={"LayerDiffuse": {"args": args}})
+    assert answer.status_code == 200, answer.text

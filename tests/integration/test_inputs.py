@@ -19,6 +19,7 @@ from structlog.testing import capture_logs
 
 from alphalayer.core.errors import Cancelled, StorageFailed
 from alphalayer.core.job import JobSpec
+from alphalayer.core.modes import MODES
 from alphalayer.core.request import GenerationRequest, ImageInput
 from alphalayer.jobs.base import Jobs
 from alphalayer.jobs.sqlite import SqliteJobQueue
@@ -67,8 +68,13 @@ def pass_time(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
 
 
 def spec(*names: str) -> JobSpec:
-    inputs = tuple(ImageInput(role="background", file_name=name) for name in names)
-    return JobSpec(generation=GenerationRequest(prompt="an apple", inputs=inputs))
+    """A job with up to two input images."""
+    mode = ("attention", "bg2ble", "bgble2fg")[len(names)]
+    roles = MODES[mode].needs
+    inputs = tuple(
+        ImageInput(role=role, file_name=name) for role, name in zip(roles, names, strict=True)
+    )
+    return JobSpec(generation=GenerationRequest(prompt="an apple", mode=mode, inputs=inputs))
 
 
 def stored_keys(storage: Storage) -> set[str]:

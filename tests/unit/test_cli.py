@@ -1,13 +1,12 @@
-"""The `alphalayer` command: pictures of a tiny model, names of files, models, and errors in one line."""
+"""The `alphalayer` command: images of a tiny model, file names, models, and errors in one line."""
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import numpy as np
 import pytest
@@ -24,9 +23,10 @@ from alphalayer.cli.app import app, main
 from alphalayer.cli.options import add_options, name_flags, select_fields
 from alphalayer.config import Settings
 from alphalayer.core.job import Output
+from alphalayer.core.modes import MODES, InputRole
 from alphalayer.core.request import GenerationRequest
 from alphalayer.images import codecs, postprocess
-from alphalayer.images.infotext import METHOD_LABELS, read_parameters
+from alphalayer.images.infotext import read_parameters
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -172,7 +172,8 @@ def test_every_core_field_is_an_option_of_generate():
     """A field is added in one place: the core."""
     names = {name for model in (GenerationRequest, Output) for name in model.model_fields}
     parameters = {parameter.name: parameter for parameter in _command("generate").params}
-    assert names - {"prompt"} <= parameters.keys()
+    assert names - {"prompt", "inputs"} <= parameters.keys()
+    assert {f"{role}_image" for role in get_args(InputRole)} <= parameters.keys()
     assert parameters["iterations"].opts == ["--n-iter"]
     assert "previews" not in parameters
     flags = {option for parameter in parameters.values() for option in parameter.opts}
@@ -221,7 +222,7 @@ def test_mode_and_finishing_options_reach_the_file(run: Run, models: Path, tmp_p
     assert run(*_generate(models, *options.split(), "-o", "cup.png"))[0] == 0
     rgba, parameters = codecs.decode((tmp_path / "cup.png").read_bytes())
     found = read_parameters(parameters or "")
-    assert found["layerdiffusion_method"] == METHOD_LABELS["attention"]
+    assert found["layerdiffusion_method"] == MODES["attention"].label
     assert found["layerdiffusion_weight"] == "0.5"
     assert found["layerdiffusion_ending_step"] == "0.75"
     assert (found["Clip skip"], found["Variation seed strength"]) == ("2", "0.25")
@@ -259,14 +260,27 @@ def test_generate_replaces_a_named_file(run: Run, models: Path, tmp_path: Path):
     assert codecs.decode((tmp_path / "cup.png").read_bytes())[0].shape == (64, 64, 4)
 
 
-def test_input_images_are_read_from_the_storage(run: Run, models: Path, tmp_path: Path):
-    name = f"input_{'0' * 64}.png"
-    inputs = json.dumps([{"role": "foreground", "file_name": name}])
-    code, _, err = run(*_generate(models, "--inputs", inputs, "-o", "cup.png"))
+def test_input_image_is_read_from_its_file(run: Run, tmp_path: Path):
+    models = tmp_path / "models"
+    tiny_models.make_single_file(models / "Stable-diffusion" / "tiny.safetensors")
+    layer_model = tiny_models.make_layer_files(models / "layer_model")
+    tiny_models.make_condition_patch(layer_model, "fg2ble")
+    arguments = ("--mode", "fg2ble", "--foreground-image", "table.png", "-o", "cup.png")
+    code, _, err = run(*_generate(models, *arguments))
     assert code == 1
-    assert f'--inputs: there is no input image "{name}"' in err
-    (tmp_path / "outputs" / name).write_bytes(codecs.encode(np.zeros((8, 8, 4), np.uint8)))
-    assert run(*_generate(models, "--inputs", inputs, "-o", "cup.png"))[0] == 0
+    assert "--foreground-image: cannot read table.png: No such file or directory." in err
+    (tmp_path / "table.png").write_bytes(b"no image")
+    assert "--foreground-image: not an image." in run(*_generate(models, *arguments))[2]
+    (tmp_path / "table.png").write_bytes(codecs.encode(np.zeros((8, 8, 4), np.uint8)))
+    code, out, err = run(*_generate(models, *arguments))
+    assert code == 0, err
+    assert out.startswith("cup.png")
+    assert sorted(path.name for path in tmp_path.glob("*.png")) == ["cup.png", "table.png"]
+
+
+def test_mode_without_its_input_image_is_refused(run: Run, models: Path):
+    err = run(*_generate(models, "--mode", "fg2ble"))[2]
+    assert 'mode "fg2ble" takes one image each of: foreground' in err
 
 
 def test_the_same_command_draws_the_same_picture(run: Run, models: Path, tmp_path: Path):
@@ -481,10 +495,10 @@ def test_help_fits_a_narrow_terminal_and_cuts_no_flag(run: Run, monkeypatch: pyt
         (["--batch-size", "100"], "--batch-size: got 100; at most 8."),
         (["--dtype", "fp8"], '--dtype: got "fp8"'),
         (["--n-iter", "17"], "--n-iter: got 17; at most 16."),
-        (["--mode", "magic"], "--mode: got \"magic\"; 'attention', 'conv' or 'opaque'."),
+        (["--mode", "magic"], '--mode: unknown mode "magic"; use one of: attention, conv,'),
         (["--trim-threshold", "255"], "--trim-threshold: got 255; at most 254."),
-        (["--format", "jpeg"], '--format: "jpeg" is not a format with transparency'),
-        (["--output", "cup.jpeg"], '--format: "jpeg" is not a format with transparency'),
+        (["--format", "jpeg"], '--format: "jpeg" is not a supported format with transparency'),
+        (["--output", "cup.jpeg"], '--format: "jpeg" is not a supported format with transparency'),
         (["--loras", '[{"name": "x", "weight": 5}]'], "loras.0.weight: got 5; at most 4."),
         (["--background", "red"], '--background: got "red"; a colour'),
         (

@@ -124,7 +124,7 @@ def test_pictures(whole: bytes):
             assert rgba.shape[2] == 4
             assert parameters is None or isinstance(infotext.read_parameters(parameters), dict)
         except InvalidRequest as error:
-            assert "picture" in str(error)
+            assert "image" in str(error)
 
     check()
 

@@ -118,7 +118,8 @@ def test_input_images_reach_the_engine(storage: ObjectStorage):
     pixels = np.random.default_rng(0).integers(0, 256, (8, 6, 4), np.uint8)
     name = _store_input(storage, pixels)
     engine = Recording()
-    job = _job(inputs=[{"role": "background", "file_name": name}], iterations=2)
+    inputs = [{"role": "background", "file_name": name}]
+    job = _job(mode="bg2ble", inputs=inputs, iterations=2)
     Renderer(engine, storage).run(job)
     for (task,) in engine.calls:
         assert list(task.inputs) == ["background"]
@@ -130,7 +131,7 @@ def test_input_images_reach_the_engine(storage: ObjectStorage):
 
 def test_missing_input_image_is_named(storage: ObjectStorage):
     name = f"input_{'0' * 64}.png"
-    job = _job(inputs=[ImageInput(role="foreground", file_name=name)])
+    job = _job(mode="fg2ble", inputs=[ImageInput(role="foreground", file_name=name)])
     with pytest.raises(FileMissing, match=f'inputs: there is no input image "{name}"') as caught:
         Renderer(FakeEngine(), storage).run(job)
     assert caught.value.hint == "Upload it again."

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import binascii
 from collections.abc import AsyncIterator, Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,12 +25,15 @@ from alphalayer.core.errors import (
     ModelUnusable,
 )
 from alphalayer.core.job import Delivery, Job, JobSpec, JobState, Submission, new_id
-from alphalayer.core.request import DecodeMode, GenerationRequest, NoiseSource
+from alphalayer.core.modes import InputRole
+from alphalayer.core.request import DecodeMode, GenerationRequest, ImageInput, NoiseSource
+from alphalayer.images import codecs
 from alphalayer.jobs.base import JobQueue, JobView
 from alphalayer.observability.logging import log
 from alphalayer.observability.metrics import Metrics
 from alphalayer.observability.tracing import current_traceparent
 from alphalayer.storage import Storage, read
+from alphalayer.storage.inputs import store_input
 
 
 @dataclass(frozen=True)
@@ -124,6 +129,38 @@ async def read_preview(service: Service, key: str) -> bytes | None:
         return await read_file(service, key)
     except FileMissing:
         return None
+
+
+async def store_images(
+    service: Service, images: Mapping[InputRole, str], field: str
+) -> tuple[ImageInput, ...]:
+    """Store input images that came with a request.
+
+    Args:
+        service: The service.
+        images: PNG, WebP, AVIF or JPEG files by role, as base64 or as a data URL.
+        field: Field of the request with the images.
+
+    Raises:
+        InvalidRequest: A file is not readable.
+        StorageFailed: A file cannot be stored.
+    """
+
+    def store(data: str) -> str:
+        try:
+            rgba, _ = codecs.decode(base64.b64decode(data.rpartition(",")[2], validate=True))
+        except binascii.Error:
+            raise InvalidRequest("not base64.", field=field) from None
+        except InvalidRequest as error:
+            error.field = field
+            raise
+        # without the settings text, equal images are one file
+        return store_input(service.storage, codecs.encode(rgba))
+
+    names = [await asyncio.to_thread(store, data) for data in images.values()]
+    return tuple(
+        ImageInput(role=role, file_name=name) for role, name in zip(images, names, strict=True)
+    )
 
 
 @contextmanager

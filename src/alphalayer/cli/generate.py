@@ -6,7 +6,7 @@ import errno
 import secrets
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,8 +17,9 @@ from alphalayer.cli.console import err, out, program_name, progress, render_hint
 from alphalayer.cli.doctor import check_models_dir
 from alphalayer.cli.options import add_options, name_flags, select_fields
 from alphalayer.config import Settings, load_settings
-from alphalayer.core.errors import CommandHint, StorageFailed
+from alphalayer.core.errors import CommandHint, InvalidRequest, StorageFailed
 from alphalayer.core.job import Job, JobResult, JobSpec, Output
+from alphalayer.core.modes import InputRole
 from alphalayer.core.optional_dependencies import require
 from alphalayer.core.request import (
     OPAQUE,
@@ -29,17 +30,20 @@ from alphalayer.core.request import (
 )
 from alphalayer.images import codecs
 from alphalayer.storage import StoredFile
-from alphalayer.storage.objects import open_storage
+from alphalayer.storage.inputs import input_name
 from alphalayer.worker.render import Renderer
 
 SETTINGS = ("models_dir", "device", "dtype", "memory", "noise", "decode")
 """Settings with an option."""
 
 
+InputFile = Annotated[Path | None, typer.Option(help="Input image, for a mode that needs it.")]
+
+
 @name_flags
 @add_options(JobSpec, skip=("generation", "output", "previews", "seeds"))
 @add_options(Output)
-@add_options(GenerationRequest)
+@add_options(GenerationRequest, skip=("inputs",))
 @add_options(Settings, only=SETTINGS, as_text=True)
 def generate(
     context: typer.Context,
@@ -50,6 +54,9 @@ def generate(
     transparent: Annotated[
         bool, typer.Option(help="Generate with LayerDiffuse. --no-transparent is --mode opaque.")
     ] = True,
+    foreground_image: InputFile = None,
+    background_image: InputFile = None,
+    blended_image: InputFile = None,
     **options: Any,
 ) -> None:
     """Generate PROMPT and write an image with a real alpha channel."""
@@ -63,13 +70,23 @@ def generate(
     check_models_dir(settings)
     if not transparent:
         options["mode"] = OPAQUE
+    paths: dict[InputRole, Path | None] = {
+        "foreground": foreground_image,
+        "background": background_image,
+        "blended": blended_image,
+    }
+    images = {role: _read_image(role, path) for role, path in paths.items() if path}
+    options["inputs"] = [
+        {"role": role, "file_name": input_name(data)} for role, data in images.items()
+    ]
     job = Job.new(_spec(prompt, output, options, settings))
     targets = _choose_targets(job, output, settings.outputs_dir)
     _check_writable(next(iter(targets.values())))
     model = job.spec.generation.model or settings.default_model
     _report_embedded_model(model, settings.models_dir)
     start = time.perf_counter()
-    result = _render(job, targets, settings)
+    inputs = {input_name(data): data for data in images.values()}
+    result = _render(job, _TargetFiles(targets, inputs), settings)
     seconds = time.perf_counter() - start
     for image in result.images:
         out.print(
@@ -145,21 +162,20 @@ def _report_embedded_model(name: str | None, models_dir: Path) -> None:
         err.print(render_hint(CommandHint(f"{text} For SDXL run:", catalog.PULL)))
 
 
-def _render(job: Job, targets: Mapping[str, Path], settings: Settings) -> JobResult:
+def _render(job: Job, files: _TargetFiles, settings: Settings) -> JobResult:
     with progress() as report:
         from alphalayer.engine.pipeline import create_engine
 
         engine = create_engine(settings.engine_options())
-        files = _TargetFiles(targets, settings.image_location)
         return Renderer(engine, files, lambda _job, step: report(step)).run(job)
 
 
 class _TargetFiles:
-    """Files that images are written to, and the storage that input images are read from."""
+    """Paths that images are written to, and the content of input images."""
 
-    def __init__(self, targets: Mapping[str, Path], storage: str):
+    def __init__(self, targets: Mapping[str, Path], inputs: Mapping[str, bytes]):
         self._targets = targets
-        self._storage = storage
+        self._inputs = inputs
 
     def put(self, key: str, data: bytes, *, replace: bool = False) -> None:  # noqa: ARG002
         """Write an image to its target, also over a file that exists."""
@@ -169,8 +185,28 @@ class _TargetFiles:
             raise _cannot_write(self._targets[key], error) from None
 
     async def open(self, key: str) -> StoredFile:
-        """Open a stored input image. See `alphalayer.storage.Storage`."""
-        return await open_storage(self._storage).open(key)
+        """Open an input image."""
+        data = self._inputs[key]
+
+        async def chunks() -> AsyncIterator[bytes]:
+            yield data
+
+        return StoredFile(len(data), time.time(), chunks())
+
+
+def _read_image(role: InputRole, path: Path) -> bytes:
+    """Return an image file as PNG. Raises `InvalidRequest`, or `StorageFailed`."""
+    try:
+        return codecs.encode(codecs.decode(path.read_bytes())[0])
+    except InvalidRequest as error:
+        error.field = f"{role}_image"
+        raise
+    except OSError as error:
+        raise StorageFailed(
+            f"cannot read {path}: {error.strerror}.",
+            hint="Name an image file.",
+            field=f"{role}_image",
+        ) from None
 
 
 def _cannot_write(target: Path, error: OSError) -> StorageFailed:

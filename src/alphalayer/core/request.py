@@ -41,8 +41,6 @@ _AUTOMATIC = {
 NoiseSource = Literal["nv", "cpu", "gpu"]
 DecodeMode = Literal["official", "forge2"]
 ImageFormat = Literal["png", "webp", "avif"]
-TransparencyMethod = Literal["attention", "conv"]
-"""Modes without input images."""
 ResizeMode = Literal["Just Resize", "Crop and Resize", "Resize and Fill"]
 """How an input image is fitted to the size of the result."""
 RESIZE_MODES: tuple[ResizeMode, ...] = get_args(ResizeMode)
@@ -83,6 +81,13 @@ def _one_of(names: tuple[str, ...], kind: str):
 
 _sampler_named = _one_of(SAMPLERS, "sampler")
 _scheduler_named = _one_of(SCHEDULERS, "scheduler")
+_METHODS = tuple(mode.name for mode in MODES.values() if mode.files and not mode.needs)
+TransparencyMethod = Annotated[
+    str,
+    Field(json_schema_extra={"enum": list(_METHODS)}),
+    AfterValidator(_one_of(_METHODS, "method")),
+]
+"""Name of a mode without input images."""
 ModeName = Annotated[
     str,
     Field(json_schema_extra={"enum": list(MODES)}),
@@ -274,13 +279,19 @@ class GenerationRequest(RequestFields, frozen=True):
         return {**data, "prompt": _without_tags(prompt), "loras": (*loras, *_loras_of(prompt))}
 
     @model_validator(mode="after")
-    def _check_inputs(self) -> GenerationRequest:
-        needed = MODES[self.mode].needs
-        roles = sorted(image.role for image in self.inputs)
-        if roles != sorted(needed):
-            accepted = f"one image each of: {', '.join(needed)}" if needed else "no input images"
-            raise ValueError(f'mode "{self.mode}" takes {accepted}')
+    def _validate_inputs(self) -> GenerationRequest:
+        if problem := self._input_problem:
+            raise ValueError(problem)
         return self
+
+    @property
+    def _input_problem(self) -> str | None:
+        """Return what is wrong with the input images for the mode."""
+        needed = MODES[self.mode].needs
+        if sorted(image.role for image in self.inputs) == sorted(needed):
+            return None
+        accepted = f"one image each of: {', '.join(needed)}" if needed else "no input images"
+        return f'mode "{self.mode}" takes {accepted}'
 
     @classmethod
     def of(cls, body: BaseModel, **values: Any) -> GenerationRequest:
@@ -291,9 +302,12 @@ class GenerationRequest(RequestFields, frozen=True):
             values: Valid values of other fields, or instead of those of the body.
 
         Raises:
-            InvalidRequest: The tags and `loras` together are too many.
+            InvalidRequest: The tags and `loras` together are too many, or the input images are
+                not those that the mode needs.
         """
         request = copy_fields(body, cls, **values)
+        if problem := request._input_problem:
+            raise InvalidRequest(f"{problem}.", field="inputs")
         loras = (*request.loras, *_loras_of(request.prompt))
         if len(loras) > MAX_LORAS:
             raise InvalidRequest(

@@ -12,6 +12,11 @@ INPUT_PREFIX = "input_"
 _INPUT = re.compile(INPUT_NAME)
 
 
+def input_name(data: bytes) -> str:
+    """Return the name of an input image: `input_<sha256>.png`."""
+    return f"{INPUT_PREFIX}{hashlib.sha256(data).hexdigest()}.png"
+
+
 def store_input(storage: Storage, data: bytes) -> str:
     """Store an input image once, and renew its age.
 
@@ -25,7 +30,7 @@ def store_input(storage: Storage, data: bytes) -> str:
     Raises:
         StorageFailed: The image cannot be stored.
     """
-    name = f"{INPUT_PREFIX}{hashlib.sha256(data).hexdigest()}.png"
+    name = input_name(data)
     storage.put(name, data, renew=True)
     return name
 

@@ -33,6 +33,7 @@ from alphalayer.api.deps import (
     read_preview,
     require_user,
     run_job,
+    store_images,
     wire_names,
 )
 from alphalayer.api.dialect import Dialect
@@ -88,9 +89,10 @@ async def txt2img(
 
     `images` holds the images alone, without a grid.
     """
-    spec = body.to_spec(service, options)
+    inputs = await store_images(service, body.input_images, FIELDS["inputs"])
     key = f"{body.force_task_id}:{body.digest}" if body.force_task_id else idempotency_key
     with wire_names(FIELDS):
+        spec = body.to_spec(service, options, inputs)
         job = await run_job(
             request, spec, Submission(owner=user, idempotency_key=key, digest=body.digest)
         )

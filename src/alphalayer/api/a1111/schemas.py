@@ -8,13 +8,13 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, field_validator
 
 from alphalayer.api.a1111.lists import ALIASES
-from alphalayer.api.a1111.script import SCRIPT, layerdiffuse_of
+from alphalayer.api.a1111.script import SCRIPT, Arguments, read_arguments
 from alphalayer.api.deps import Service, wire_names
 from alphalayer.api.schemas import Body, reject_unused_options
 from alphalayer.core import validation
 from alphalayer.core.errors import InvalidRequest
 from alphalayer.core.job import Iterations, JobSpec, Output, Postprocessing
-from alphalayer.core.modes import OPAQUE
+from alphalayer.core.modes import OPAQUE, InputRole
 from alphalayer.core.request import (
     AUTOMATIC,
     BatchSize,
@@ -22,6 +22,7 @@ from alphalayer.core.request import (
     ClipSkip,
     GenerationRequest,
     Height,
+    ImageInput,
     NegativePrompt,
     Prompt,
     Seed,
@@ -39,6 +40,7 @@ FIELDS = {
     "iterations": "n_iter",
     "loras": "prompt",
     "layerdiffuse_method": f"alwayson_scripts.{SCRIPT}.args",
+    "inputs": f"alwayson_scripts.{SCRIPT}.args",
 }
 """Names of fields on the wire, where they differ from those of `JobSpec`."""
 NOT_IMPLEMENTED = "Not implemented; refused if it would change the image."
@@ -162,8 +164,19 @@ class Txt2ImgRequest(Body, Postprocessing, frozen=True):
         validation.check_unicode(scripts)
         return scripts
 
-    def to_spec(self, service: Service, options: Options) -> JobSpec:
-        """Return the job of this request. Raises `InvalidRequest`."""
+    @property
+    def input_images(self) -> dict[InputRole, str]:
+        """Return the script's input images by role, as base64. Raises `InvalidRequest`."""
+        script = self._script()
+        return script.images if script and self.layerdiffuse_enabled else {}
+
+    def to_spec(
+        self, service: Service, options: Options, inputs: tuple[ImageInput, ...] = ()
+    ) -> JobSpec:
+        """Return the job of this request. Raises `InvalidRequest`.
+
+        `inputs` are the stored `input_images`.
+        """
         self._reject_unimplemented()
         reject_unused_options(self, "trim", "trim_threshold", "trim_padding")
         override = self.override_settings
@@ -181,6 +194,7 @@ class Txt2ImgRequest(Body, Postprocessing, frozen=True):
             model=override.sd_model_checkpoint or options.sd_model_checkpoint,
             noise=service.noise,
             decode=service.decode,
+            inputs=inputs,
             **self._layerdiffuse(),
         )
         previews = override.live_previews_enable
@@ -191,8 +205,8 @@ class Txt2ImgRequest(Body, Postprocessing, frozen=True):
             previews=options.previews if previews is None else previews,
         )
 
-    def _layerdiffuse(self) -> dict[str, Any]:
-        """Return the fields of the script. Raises `InvalidRequest`."""
+    def _script(self) -> Arguments | None:
+        """Return the arguments of the script, if sent. Raises `InvalidRequest`."""
         for title, script in self.alwayson_scripts.items():
             if title.lower() != SCRIPT.lower():
                 raise InvalidRequest(
@@ -200,10 +214,10 @@ class Txt2ImgRequest(Body, Postprocessing, frozen=True):
                     hint=f"Use {SCRIPT}.",
                     field="alwayson_scripts",
                 )
-            options = layerdiffuse_of(script.args)
+            arguments = read_arguments(script.args)
             if (
                 script.args
-                and (options["mode"] != OPAQUE) != self.layerdiffuse_enabled
+                and arguments.enabled != self.layerdiffuse_enabled
                 and "layerdiffuse_enabled" in self.model_fields_set
             ):
                 raise InvalidRequest(
@@ -212,8 +226,15 @@ class Txt2ImgRequest(Body, Postprocessing, frozen=True):
                     hint="Send one of the two.",
                     field="layerdiffuse_enabled",
                 )
-            return options if self.layerdiffuse_enabled else {"mode": OPAQUE}
-        return {} if self.layerdiffuse_enabled else {"mode": OPAQUE}
+            return arguments
+        return None
+
+    def _layerdiffuse(self) -> dict[str, Any]:
+        """Return the fields of LayerDiffuse. Raises `InvalidRequest`."""
+        script = self._script()
+        if not self.layerdiffuse_enabled:
+            return {"mode": OPAQUE}
+        return script.fields if script else {}
 
     def _reject_unimplemented(self) -> None:
         names = [

@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import ConfigDict, ValidationError
 
 from alphalayer.core.errors import InvalidRequest
-from alphalayer.core.modes import MODES, OPAQUE
+from alphalayer.core.modes import MODES, OPAQUE, InputRole
 from alphalayer.core.request import (
     Frozen,
     LayerdiffuseStopAt,
@@ -17,13 +17,9 @@ from alphalayer.core.request import (
 from alphalayer.core.validation import describe_validation_error
 
 SCRIPT = "LayerDiffuse"
-METHODS = {mode.label: mode.name for mode in MODES.values() if mode.label and not mode.needs}
-"""Modes without input images by their labels."""
+METHODS = {mode.label: mode.name for mode in MODES.values() if mode.label}
+"""Modes by their labels."""
 OTHER_METHODS = (
-    "(SDXL) From Foreground to Blending",
-    "(SDXL) From Foreground and Blending to Background",
-    "(SDXL) From Background to Blending",
-    "(SDXL) From Background and Blending to Foreground",
     "(SD1.5) Only Generate Transparent Image (Attention Injection)",
     "(SD1.5) From Foreground to Background (need batch size 2)",
     "(SD1.5) From Background to Foreground (need batch size 2)",
@@ -41,20 +37,39 @@ class Arguments(Frozen, frozen=True):
     method: str = MODES["attention"].label
     weight: LayerdiffuseWeight = 1.0
     ending_step: LayerdiffuseStopAt = 1.0
-    fg_image: Any = None
-    bg_image: Any = None
-    blend_image: Any = None
+    fg_image: str | None = None
+    bg_image: str | None = None
+    blend_image: str | None = None
     resize_mode: ResizeModeName = "Just Resize"
     output_origin: Any = False
     fg_additional_prompt: Any = ""
     bg_additional_prompt: Any = ""
     blend_additional_prompt: Any = ""
 
+    @property
+    def fields(self) -> dict[str, Any]:
+        """Return the fields of `GenerationRequest`. Raises `InvalidRequest`."""
+        if not self.enabled:
+            return {"mode": OPAQUE}
+        return {
+            "mode": _method(self.method),
+            "layerdiffuse_weight": self.weight,
+            "layerdiffuse_stop_at": self.ending_step,
+            "resize_mode": self.resize_mode,
+        }
+
+    @property
+    def images(self) -> dict[InputRole, str]:
+        """Return the input images by role, as base64."""
+        images: dict[InputRole, str | None] = {
+            "foreground": self.fg_image,
+            "background": self.bg_image,
+            "blended": self.blend_image,
+        }
+        return {role: image for role, image in images.items() if self.enabled and image}
+
 
 UNSUPPORTED = (
-    "fg_image",
-    "bg_image",
-    "blend_image",
     "output_origin",
     "fg_additional_prompt",
     "bg_additional_prompt",
@@ -62,8 +77,8 @@ UNSUPPORTED = (
 )
 
 
-def layerdiffuse_of(args: list[Any]) -> dict[str, Any]:
-    """Return the fields of `GenerationRequest` that the script's arguments mean.
+def read_arguments(args: list[Any]) -> Arguments:
+    """Return the named arguments of the script.
 
     Raises:
         InvalidRequest: An argument is wrong or not implemented.
@@ -76,17 +91,10 @@ def layerdiffuse_of(args: list[Any]) -> dict[str, Any]:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         raise _wrong_argument(str(first["loc"][0]), describe_validation_error(first)) from None
-    if not arguments.enabled:
-        return {"mode": OPAQUE}
-    for name in UNSUPPORTED:
+    for name in UNSUPPORTED if arguments.enabled else ():
         if getattr(arguments, name):
             raise _wrong_argument(name, "not implemented")
-    return {
-        "mode": _method(arguments.method),
-        "layerdiffuse_weight": arguments.weight,
-        "layerdiffuse_stop_at": arguments.ending_step,
-        "resize_mode": arguments.resize_mode,
-    }
+    return arguments
 
 
 def _method(label: str) -> str:

@@ -28,6 +28,7 @@ from alphalayer.engine.transparency.decode import (
 )
 from alphalayer.engine.transparency.patch import PatchFile, PatchSpec
 
+FIRST_CONVOLUTION = "conv_in.weight"
 Inputs = Mapping[InputRole, RgbaImage]
 """Pixels of the input images by role."""
 
@@ -95,11 +96,15 @@ def encode_condition(model: DiffusionModel, request: ResolvedRequest, inputs: In
         for role in info.needs
     ]
     latents = [model.encode_image(canvas.extend(image)) for image in images]
-    file = PatchFile.at(model.layerdiffuse.patch(info.name))
-    weight = model.patchers["denoiser"].condition_weight(file, "conv_in.weight")
+    weight = model.patchers["denoiser"].read_condition(_patch_file(model, info.name))
     joined = torch.cat(latents, dim=1)
     scaled = weight.to(joined.device) * request.layerdiffuse_weight
     return torch.nn.functional.conv2d(joined, scaled, padding=1)
+
+
+def _patch_file(model: DiffusionModel, mode: str) -> PatchFile:
+    widened = FIRST_CONVOLUTION if MODE_DATA[mode].needs else None
+    return PatchFile.at(model.layerdiffuse.patch(mode), widened)
 
 
 @dataclass(frozen=True)
@@ -119,8 +124,7 @@ class Mode:
         """Return the patches to merge, with weights. Raises `LayerDiffuseMissing`."""
         if not MODE_DATA[self.name].files:
             return ()
-        file = PatchFile.at(model.layerdiffuse.patch(self.name))
-        return ((file, request.layerdiffuse_weight),)
+        return ((_patch_file(model, self.name), request.layerdiffuse_weight),)
 
     def decoders(self, model: DiffusionModel) -> list[nn.Module]:
         """Return the networks that `compose` uses. Raises `LayerDiffuseMissing`."""

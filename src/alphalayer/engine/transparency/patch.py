@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -74,8 +74,6 @@ class Delta:
             float32, shaped like `weight`.
         """
         up = self.up.to(weight.device, torch.float32)
-        if self.is_wider_than(weight):
-            up = up[:, : weight.shape[1]]
         if self.replaces:
             return up.clone()
         if self.down is not None:
@@ -85,21 +83,11 @@ class Delta:
     def fits(self, weight: Tensor) -> bool:
         """Check whether the shape of a weight matches."""
         if self.down is None:
-            return self.up.shape == weight.shape or self.is_wider_than(weight)
+            return self.up.shape == weight.shape
         return (
             self.up.shape[0] == weight.shape[0]
             and self.down[0].numel() * weight.shape[0] == weight.numel()
         )
-
-    def is_wider_than(self, weight: Tensor) -> bool:
-        """Return whether a convolution of this change has more input channels.
-
-        The channels beyond those of `weight` read a condition; see `condition_weight`.
-        """
-        if self.down is not None or self.up.ndim != 4 or weight.ndim != 4:
-            return False
-        (outputs, channels, *kernel), own = self.up.shape, weight.shape
-        return channels > own[1] and (outputs, *kernel) == (own[0], *own[2:])
 
 
 @dataclass(frozen=True)
@@ -108,11 +96,13 @@ class PatchFile:
 
     path: Path
     stamp: tuple[int, int]
+    widened: str | None = None
+    """Convolution that the patch widens for a condition; None: none."""
 
     @classmethod
-    def at(cls, path: Path) -> PatchFile:
+    def at(cls, path: Path, widened: str | None = None) -> PatchFile:
         """Return the current version of a file, which may be missing."""
-        return cls(path, file_stamp(path))
+        return cls(path, file_stamp(path), widened)
 
 
 PatchSpec = tuple[PatchFile, float]
@@ -126,18 +116,28 @@ class Patch:
     Attributes:
         deltas: Changes by parameter name, as in diffusers.
         ignored: Number of changes that do not fit the model.
+        condition: Weight of the channels that read a condition (outputs, channels, 3, 3), float32.
     """
 
     deltas: dict[str, Delta] = field(default_factory=dict[str, Delta])
     ignored: int = 0
+    condition: Tensor | None = None
 
 
 Weights = Mapping[str, Tensor]
 """Parameters by name. Those of the text encoders have the prefixes of `TEXT_ENCODERS`."""
 
 
-def read_patch(path: Path, weights: Weights) -> Patch:
+def read_patch(path: Path, weights: Weights, widened: str | None = None) -> Patch:
     """Read a patch file for a model.
+
+    A convolution with more input channels is the sum of the model's own and of one that reads the
+    other channels, so a change that widens a convolution is read as two.
+
+    Args:
+        path: The file.
+        weights: Parameters of the model.
+        widened: Convolution that the patch has to widen.
 
     Raises:
         LayerDiffuseMissing: The file does not exist.
@@ -169,12 +169,13 @@ def read_patch(path: Path, weights: Weights) -> Patch:
             f"{path} is not a LayerDiffuse patch: its names are not <parameter>::<type>::<number>.",
             hint="Download it again.",
         ) from None
+    condition = _split_condition(path, deltas, weights, widened) if widened else None
     fitting = {
         name: delta
         for name, delta in deltas.items()
         if name in weights and delta.fits(weights[name])
     }
-    patch = Patch(fitting, len(deltas) - len(fitting))
+    patch = Patch(fitting, len(deltas) - len(fitting), condition)
     if not fitting or patch.ignored > len(fitting):
         raise ModelUnusable(
             f"{path} does not fit this model: "
@@ -189,6 +190,21 @@ def read_patch(path: Path, weights: Weights) -> Patch:
             len(deltas),
         )
     return patch
+
+
+def _split_condition(
+    path: Path, deltas: dict[str, Delta], weights: Weights, widened: str
+) -> Tensor:
+    """Cut the channels of a condition off a change, and return them."""
+    delta, channels = deltas.get(widened), weights[widened].shape[1]
+    if delta is None or delta.up.ndim != 4 or delta.up.shape[1] <= channels:
+        raise ModelUnusable(
+            f"{path} is not a patch for input images: its {widened} has no more than {channels} "
+            "input channels.",
+            hint="Get the file again, or use the mode that it was made for.",
+        )
+    deltas[widened] = replace(delta, up=delta.up[:, :channels])
+    return delta.up[:, channels:].float()
 
 
 def _read_published(tensors: Mapping[str, Tensor]) -> dict[str, Delta]:
@@ -279,25 +295,15 @@ class WeightPatcher:
         self._originals: dict[str, Tensor] = {}
         self.applied: tuple[PatchSpec, ...] = ()
 
-    def condition_weight(self, file: PatchFile, parameter: str) -> Tensor:
-        """Return the weight by which a patch widens a convolution for a condition.
-
-        A convolution with more inputs is the sum of the model's own and of this one.
-
-        Returns:
-            Weight (outputs, condition channels, 3, 3), float32.
+    def read_condition(self, file: PatchFile) -> Tensor:
+        """Return the weight of a patch that reads a condition, see `Patch`.
 
         Raises:
-            ModelUnusable: The patch does not widen the convolution.
+            LayerDiffuseMissing, CorruptFile, ModelUnusable: See `read_patch`.
         """
-        delta, own = self._read(file).deltas.get(parameter), self._weights[parameter]
-        if delta is None or not delta.is_wider_than(own):
-            raise ModelUnusable(
-                f"{file.path} is not a patch for input images: {parameter} has no more than "
-                f"{own.shape[1]} input channels.",
-                hint="Get the file again, or use the mode that it was made for.",
-            )
-        return delta.up[:, own.shape[1] :].float()
+        condition = self._read(file).condition
+        assert condition is not None, file
+        return condition
 
     def ensure(self, specs: Sequence[PatchSpec]) -> None:
         """Merge exactly these patches, in order. If they are merged already, do nothing.
@@ -364,6 +370,6 @@ def patchers(
 
     @lru_cache(4)
     def read(file: PatchFile) -> Patch:
-        return read_patch(file.path, {**own, **text})
+        return read_patch(file.path, {**own, **text}, file.widened)
 
     return WeightPatcher(own, read), WeightPatcher(text, read, text_dtype)
