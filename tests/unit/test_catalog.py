@@ -530,10 +530,10 @@ def test_a_models_own_patch_is_of_one_method(tmp_path: Path):
         ({"patch": "p", "method": "conv"}, "both"),
     ):
         (own / "config.json").write_text(json.dumps(config))
-        catalog.check_layerdiffuse_method(entry, "attention")
+        catalog.check_layerdiffuse_mode(entry, "attention")
         with (
             contextlib.nullcontext()
             if methods == "both"
             else pytest.raises(InvalidRequest, match="own LayerDiffuse")
         ):
-            catalog.check_layerdiffuse_method(entry, "conv")
+            catalog.check_layerdiffuse_mode(entry, "conv")

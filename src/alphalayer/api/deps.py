@@ -15,7 +15,7 @@ from fastapi import Depends, Header, Request
 
 from alphalayer.api.auth import Authenticator
 from alphalayer.api.shutdown import Shutdown, stopping
-from alphalayer.catalog import ModelEntry, check_layerdiffuse_method, find_lora, resolve_model
+from alphalayer.catalog import ModelEntry, check_layerdiffuse_mode, find_lora, resolve_model
 from alphalayer.core.errors import (
     AlphalayerError,
     Cancelled,
@@ -25,7 +25,7 @@ from alphalayer.core.errors import (
     ModelUnusable,
 )
 from alphalayer.core.job import Delivery, Job, JobSpec, JobState, Submission, new_id
-from alphalayer.core.modes import InputRole
+from alphalayer.core.modes import DEFAULT_MODE, InputRole
 from alphalayer.core.request import DecodeMode, GenerationRequest, ImageInput, NoiseSource
 from alphalayer.images import codecs
 from alphalayer.jobs.base import JobQueue, JobView
@@ -207,7 +207,7 @@ def _check_models(service: Service, generation: GenerationRequest) -> None:
     for lora in generation.loras:
         find_lora(service.models_dir, lora.name)
     if generation.uses_layerdiffuse:
-        check_layerdiffuse_method(entry, generation.mode)
+        check_layerdiffuse_mode(entry, generation.mode)
 
 
 async def submit_job(
@@ -226,7 +226,7 @@ async def submit_job(
     spec.check_pixels(service.max_pixels)
     generation = spec.generation
     if service.knows_models and (
-        generation.model or generation.loras or generation.mode != "attention"
+        generation.model or generation.loras or generation.mode != DEFAULT_MODE
     ):
         await asyncio.to_thread(_check_models, service, generation)
     traced = submission.model_copy(update={"traceparent": current_traceparent()})

@@ -38,7 +38,7 @@ from alphalayer.core.job import (
     Output,
     Submission,
 )
-from alphalayer.core.modes import OPAQUE
+from alphalayer.core.modes import DEFAULT_MODE, OPAQUE
 from alphalayer.core.request import (
     DecodeMode,
     GenerationRequest,
@@ -59,6 +59,7 @@ FIELDS = {
     "model": "checkpoint",
     "iterations": "n_iter",
     "sampler": "sampler_name",
+    "mode": "layerdiffuse_method",
     "resize_mode": "layerdiffuse_resize_mode",
 }
 """Names of fields on the wire, where they differ from those of `RequestFields` and `JobSpec`."""
@@ -90,7 +91,7 @@ class Txt2ImgRequest(Body, Output, RequestFields, frozen=True):
     layerdiffuse_enabled: Annotated[bool, Field(description="Generate with transparency.")] = True
     layerdiffuse_method: Annotated[
         TransparencyMethod, Field(description="How transparency is generated.")
-    ] = "attention"
+    ] = DEFAULT_MODE
     resize_mode: ResizeModeName = "Just Resize"
     layerdiffuse_output_origin: Annotated[
         bool, Field(description="Not implemented; true is refused.")

@@ -21,7 +21,7 @@ from alphalayer.catalog.folders import read_json
 from alphalayer.catalog.hashes import SHORT_HASH_DIGITS, file_stamp
 from alphalayer.catalog.headers import FAMILY_NAMES, Header, read_header
 from alphalayer.catalog.model_config import (
-    check_layerdiffuse_method,
+    check_layerdiffuse_mode,
     layer_config,
     layer_file,
     model_defaults,
@@ -39,7 +39,7 @@ __all__ = [
     "SHORT_HASH_DIGITS",
     "Header",
     "ModelEntry",
-    "check_layerdiffuse_method",
+    "check_layerdiffuse_mode",
     "file_stamp",
     "find_lora",
     "find_models",

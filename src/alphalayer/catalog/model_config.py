@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from alphalayer.catalog.entries import ModelEntry
 from alphalayer.catalog.folders import read_json
 from alphalayer.core.errors import CorruptFile, InvalidRequest
+from alphalayer.core.modes import DEFAULT_MODE
 from alphalayer.core.request import ModelDefaults
 
 LAYER_CONFIG = Path("layerdiffuse", "config.json")
@@ -41,23 +42,23 @@ def model_defaults(path: Path) -> ModelDefaults:
         raise CorruptFile(f"{path / LAYER_CONFIG}: defaults.{field}: {first['msg']}.") from None
 
 
-def check_layerdiffuse_method(entry: ModelEntry, method: str) -> None:
-    """Check a requested method against the model's own patch.
+def check_layerdiffuse_mode(entry: ModelEntry, mode: str) -> None:
+    """Check a requested mode against the model's own patch.
 
-    The model's configuration names the method of its patch.
-    "attention" is the default of requests, so it fits every patch.
+    The model's configuration names the mode of its patch.
+    The default mode fits every patch.
 
     Raises:
-        InvalidRequest: The model has its own patch, and it is of another method.
+        InvalidRequest: The model has its own patch, and it is of another mode.
     """
-    if method == "attention":
+    if mode == DEFAULT_MODE:
         return
     config = layer_config(entry.path)
-    if "patch" in config and method != config.get("method"):
+    if "patch" in config and mode != config.get("method"):
         raise InvalidRequest(
-            f'{entry.name} brings its own LayerDiffuse patch, which is not one of "{method}".',
-            hint='Use "attention", or another model.',
-            field="layerdiffuse_method",
+            f'{entry.name} brings its own LayerDiffuse patch, which is not one of "{mode}".',
+            hint=f'Use "{DEFAULT_MODE}", or another model.',
+            field="mode",
         )
 
 

@@ -19,7 +19,7 @@ from alphalayer import catalog
 from alphalayer.catalog import download
 from alphalayer.config import Settings
 from alphalayer.core.errors import CommandHint, CorruptFile, SetupFailed, StorageFailed
-from alphalayer.core.modes import DECODER_FILES, MODES
+from alphalayer.core.modes import DECODER_FILES, DEFAULT_MODE, MODES
 from alphalayer.core.optional_dependencies import install_hint, is_installed
 from alphalayer.storage.objects import open_storage
 
@@ -165,7 +165,7 @@ def _layer_files(settings: Settings) -> Iterator[Finding]:
             except CorruptFile as error:
                 yield Finding("error", error.message, error.hint)
     kinds = (
-        ("patch", "patch", MODES["attention"].files),
+        ("patch", "patch", MODES[DEFAULT_MODE].files),
         ("decoder", "transparent decoder", DECODER_FILES),
     )
     for key, kind, names in kinds:

@@ -104,6 +104,7 @@ MODES = {
     )
 }
 """All modes by name. "opaque" is LayerDiffuse off."""
+DEFAULT_MODE = "attention"
 OPAQUE = "opaque"
 DECODER_FILES = (
     "vae_transparent_decoder.safetensors",

@@ -13,7 +13,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from alphalayer.core import validation
 from alphalayer.core.errors import InvalidRequest
-from alphalayer.core.modes import MODES, OPAQUE, InputRole
+from alphalayer.core.modes import DEFAULT_MODE, MODES, OPAQUE, InputRole
 
 T = TypeVar("T", bound=BaseModel)
 SAMPLERS = (
@@ -256,7 +256,7 @@ class GenerationRequest(RequestFields, frozen=True):
     Raises `InvalidRequest` if such a tag is malformed.
     """
 
-    mode: Annotated[ModeName, Field(description="How transparency is generated.")] = "attention"
+    mode: Annotated[ModeName, Field(description="How transparency is generated.")] = DEFAULT_MODE
     inputs: Annotated[
         tuple[ImageInput, ...], Field(max_length=3, description="Input images that the mode needs.")
     ] = ()

@@ -248,7 +248,7 @@ class LocalEngine:
         name = request.model or self._default_model
         entry = catalog.resolve_model(name, entries, self._models_dir)
         if request.uses_layerdiffuse:
-            catalog.check_layerdiffuse_method(entry, request.mode)
+            catalog.check_layerdiffuse_mode(entry, request.mode)
         return entry
 
     def _load(self, entry: ModelEntry) -> DiffusionModel:

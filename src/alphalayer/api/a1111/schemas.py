@@ -39,7 +39,7 @@ FIELDS = {
     "model": "override_settings.sd_model_checkpoint",
     "iterations": "n_iter",
     "loras": "prompt",
-    "layerdiffuse_method": f"alwayson_scripts.{SCRIPT}.args",
+    "mode": f"alwayson_scripts.{SCRIPT}.args",
     "inputs": f"alwayson_scripts.{SCRIPT}.args",
 }
 """Names of fields on the wire, where they differ from those of `JobSpec`."""

@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import ConfigDict, ValidationError
 
 from alphalayer.core.errors import InvalidRequest
-from alphalayer.core.modes import MODES, OPAQUE, InputRole
+from alphalayer.core.modes import DEFAULT_MODE, MODES, OPAQUE, InputRole
 from alphalayer.core.request import (
     Frozen,
     LayerdiffuseStopAt,
@@ -34,7 +34,7 @@ class Arguments(Frozen, frozen=True):
     model_config = ConfigDict(strict=True)
 
     enabled: bool = True
-    method: str = MODES["attention"].label
+    method: str = MODES[DEFAULT_MODE].label
     weight: LayerdiffuseWeight = 1.0
     ending_step: LayerdiffuseStopAt = 1.0
     fg_image: str | None = None
