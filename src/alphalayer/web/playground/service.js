@@ -92,7 +92,7 @@ export const models = async () => (await json("alpha/v1/models")).models;
 
 /** Return the defaults and bounds of a request's fields by name, from /openapi.json. */
 export async function fields() {
-  const text = await (await ask("openapi.json")).text();
+  const text = await (await send("openapi.json")).text();
   // numbers beyond 2^53 stay text, because JSON.parse would round them
   const { paths, components } = JSON.parse(text.replace(/(: ?)(\d{16,})/g, '$1"$2"'));
   const { $ref } = paths["/alpha/v1/jobs"].post.requestBody.content["application/json"].schema;
