@@ -125,7 +125,7 @@ def render(engine: LocalEngine, request: GenerationRequest) -> dict[str, Any]:
     return {
         "seconds": stages,
         "total_s": round(statistics.median(wall), 3),
-        "pictures_a_second": round(request.batch_size / statistics.median(wall), 4),
+        "images_a_second": round(request.batch_size / statistics.median(wall), 4),
         "peak_gib": round(_peak_bytes(engine.device) / 2**30, 2),
     }
 
@@ -216,7 +216,7 @@ def main() -> None:
         "size": [resolved.width, resolved.height],
         "steps": resolved.steps,
         "load_s": round(first.seconds["load"], 2),
-        "first_picture_s": round(cold_s, 2),
+        "first_image_s": round(cold_s, 2),
         "matmul_teraoperations_a_second": round(limit / 1e12, 3),
         "parts": {
             name: cost(call, engine.device, limit)
@@ -233,7 +233,7 @@ def main() -> None:
         stages = "  ".join(f"{name} {seconds:.3f}" for name, seconds in figures["seconds"].items())
         print(
             f"batch {batch}: {figures['total_s']:.2f} s  "
-            f"{figures['pictures_a_second']:.3f} images/s  {figures['peak_gib']} GiB  [{stages}]"
+            f"{figures['images_a_second']:.3f} images/s  {figures['peak_gib']} GiB  [{stages}]"
         )
         print(f"    one UNet call of {2 * batch} rows: {_format_cost(unet)}")
     print(json.dumps(report))

@@ -199,7 +199,7 @@ def real_run(case: Case, duration_s: float) -> tuple[Outcome, float, dict[str, l
 
 def _figures(outcome: Outcome) -> dict[str, Any]:
     return {
-        "pictures": len(outcome.waits),
+        "images": len(outcome.waits),
         "mean_s": round(statistics.fmean(outcome.waits), 2),
         "p95_s": round(outcome.p95_s, 2),
         "use": round(outcome.use, 2),
@@ -239,7 +239,7 @@ def main() -> None:
             "workers": case.pods,
             "batch": case.batch,
             "scaling": {**vars(scaling), **log} if scaling else None,
-            "seconds_a_picture": round(seconds, 2),
+            "seconds_an_image": round(seconds, 2),
             "measured": real,
             "simulated": {
                 key: round(statistics.fmean(run[key] for run in runs), 2) for key in runs[0]

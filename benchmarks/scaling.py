@@ -175,7 +175,7 @@ def simulate(
     delays = sorted(fleet.delays)
     return {
         "jobs_a_second": round(jobs_a_second, 1),
-        "cores_wanted": round(database.work_s / env.now, 2),
+        "cores_needed": round(database.work_s / env.now, 2),
         "keeps_up": database.work_s / env.now < cores and len(database.cores.queue) < 10 * cores,
         "claim_ms_median": round(delays[len(delays) // 2] * 1000, 1),
         "claim_ms_p99": round(delays[int(len(delays) * 0.99)] * 1000, 1),

@@ -104,7 +104,7 @@ async def crowd(service: Service, clients: int) -> dict[str, Any]:
         return {
             "clients": clients,
             "accepted": len(accepted),
-            "told_to_come_back": len(refused),
+            "refused": len(refused),
             "with_retry_after": sum(
                 int(response.headers.get("retry-after", "0")) >= 1 for response in refused
             ),

@@ -66,7 +66,7 @@ async def fill(url: str, jobs: int) -> float:
 
 async def _work(url: str, workers: int) -> tuple[list[float], float, float]:
     waits: list[float] = []
-    ends: list[float] = []
+    end_times: list[float] = []
 
     async def work() -> None:
         queue = await PostgresJobQueue.open(url, 10)
@@ -77,13 +77,13 @@ async def _work(url: str, workers: int) -> tuple[list[float], float, float]:
                 waits.append(time.perf_counter() - start)
                 await queue.mark_started(job.id)
                 await queue.complete(job.id, RESULT)
-                ends.append(time.time())
+                end_times.append(time.time())
         except asyncio.TimeoutError:
             await queue.close()
 
     started_at = time.time()
     await asyncio.gather(*(work() for _ in range(workers)))
-    return waits, started_at, max(ends, default=started_at)
+    return waits, started_at, max(end_times, default=started_at)
 
 
 def work(url: str, workers: int) -> tuple[list[float], float, float]:
@@ -303,13 +303,13 @@ async def measure_commits(url: str, senders: int = 16, seconds: float = 5.0) -> 
             synchronous: str = synchronous,
             statement: str = statement,
         ) -> int:
-            sent = 0
+            commits = 0
             while time.perf_counter() < end:
                 async with connection.transaction():
                     await connection.execute(f"SET LOCAL synchronous_commit = {synchronous}")
                     await connection.execute(statement)
-                sent += 1
-            return sent
+                commits += 1
+            return commits
 
         count = sum(await asyncio.gather(*map(send, connections)))
         rates[name] = round(count / seconds)
@@ -366,12 +366,14 @@ def main() -> None:
         for workers in options.idle:
             report["idle_workers"][workers] = measure_idle_fleet(postgres, workers)
             print("idle", workers, report["idle_workers"][workers], flush=True)
-        report["news"] = {}
+        report["notifications"] = {}
         for listeners in (1, 10, 50, 200):
             cpu_time = CpuTime(postgres)
-            report["news"][listeners] = asyncio.run(measure_notifications(postgres.url, listeners))
+            report["notifications"][listeners] = asyncio.run(
+                measure_notifications(postgres.url, listeners)
+            )
         report["delivery_cpu_ms"] = round(cpu_time() / (listeners * MESSAGES) * 1000, 4)
-        print(report["news"])
+        print(report["notifications"])
     finally:
         postgres.remove()
     durable = Postgres(fsync=True)

@@ -1,4 +1,7 @@
-"""Takes the playground's screenshots in docs/guides/playground/: `python docs/screenshots.py`. Needs Chromium and a model to draw with."""
+"""Screenshots of the playground for docs/guides/playground/.
+
+`python docs/screenshots.py` takes them. It needs Chromium.
+"""
 
 from __future__ import annotations
 
@@ -28,8 +31,11 @@ QUEUED = ("a yellow star", "a blue cup, high quality", "a fish")
 SLOW_MS = 600_000
 
 
-async def shoot() -> None:
-    """Draw on the page as a person would; look at it in both sizes and schemes, finished and while it draws."""
+async def take_screenshots() -> None:
+    """Generate on the page, and take screenshots of results and of running jobs.
+
+    Each one is taken in both sizes and both colour schemes.
+    """
     async with async_playwright() as playwright:
         path = (
             os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
@@ -40,7 +46,7 @@ async def shoot() -> None:
         context = await browser.new_context()
         page = await _open(context)
         for i, prompt in enumerate(PROMPTS):
-            await _draw(page, prompt)
+            await _generate(page, prompt)
             await page.locator("#history li").nth(i).wait_for(timeout=SLOW_MS)
         history = await context.storage_state()
         await context.close()
@@ -53,17 +59,17 @@ async def shoot() -> None:
             await page.fill("#prompt", PROMPTS[-1])
             await page.locator("#history button").first.click()
             await page.wait_for_selector("#picture:not(.preview)")
-            await _shoot(page, name, "")
+            await _take_screenshot(page, name, "")
             for prompt in QUEUED:
-                await _draw(page, prompt)
+                await _generate(page, prompt)
             step = page.locator("#progress-words")
             await expect(step).to_contain_text(re.compile(r"Step (8|9|1\d) "), timeout=SLOW_MS)
-            await _shoot(page, name, "-running")
+            await _take_screenshot(page, name, "-running")
             await context.close()
         await browser.close()
 
 
-async def _shoot(page: Page, name: str, state: str) -> None:
+async def _take_screenshot(page: Page, name: str, state: str) -> None:
     for scheme in ("light", "dark"):
         await page.emulate_media(color_scheme=scheme)  # type: ignore[arg-type]
         await page.wait_for_timeout(500)
@@ -79,15 +85,15 @@ async def _open(context: BrowserContext) -> Page:
     return page
 
 
-async def _draw(page: Page, prompt: str) -> None:
-    """Press Draw, and wait until the button can be pressed again."""
+async def _generate(page: Page, prompt: str) -> None:
+    """Click the button, and wait until it is enabled again."""
     await page.fill("#prompt", prompt)
     await page.click("#draw")
     await expect(page.locator("#draw-word")).to_have_text("Generate")
 
 
 def main() -> None:
-    """Start a service in an empty folder, take the pictures, stop it."""
+    """Start a service in an empty folder, take the screenshots, and stop it."""
     TARGET.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         command = [
@@ -102,16 +108,16 @@ def main() -> None:
         ]
         service = subprocess.Popen(command, cwd=folder)
         try:
-            asyncio.run(_wait_and_shoot())
+            asyncio.run(_wait_and_take_screenshots())
         finally:
             service.terminate()
             service.wait(SLOW_MS / 1000)
 
 
-async def _wait_and_shoot() -> None:
+async def _wait_and_take_screenshots() -> None:
     while not await asyncio.to_thread(_is_ready):
         await asyncio.sleep(0.5)
-    await shoot()
+    await take_screenshots()
 
 
 def _is_ready() -> bool:

@@ -36,7 +36,7 @@ LONG_FILES = (
     "integration/test_durability.py",
     "integration/test_job_queues.py",
     "integration/test_kills.py",
-    "integration/test_dialects_for_real.py",
+    "integration/test_clients.py",
     "integration/test_models_in_memory.py",
     "integration/test_embedded_model.py",
     "integration/test_webhooks.py",

@@ -11,7 +11,7 @@ import httpx
 import pytest
 import pytest_asyncio
 from playwright.async_api import Browser, async_playwright
-from tests.browser.visit import CHROMIUM, DESKTOP, FLAGS, Visit, visited
+from tests.browser.visit import CHROMIUM, DESKTOP, FLAGS, Visit, open_visit
 from tests.support.serving import put_model, served
 
 
@@ -20,9 +20,9 @@ async def browser() -> AsyncIterator[Browser]:
     if not CHROMIUM:
         pytest.skip("needs Chromium (or its path in CHROMIUM)")
     async with async_playwright() as playwright:
-        started = await playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        yield started
-        await started.close()
+        chromium = await playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield chromium
+        await chromium.close()
 
 
 @pytest.fixture(scope="module")
@@ -36,8 +36,8 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
 async def visit(browser: Browser, service: httpx.Client) -> AsyncIterator[Visit]:
     """Yield the open page; fail on console errors and on requests to other servers."""
     context = await browser.new_context(viewport=DESKTOP, accept_downloads=True)
-    opened = await visited(context, str(service.base_url))
-    yield opened
+    open_page = await open_visit(context, str(service.base_url))
+    yield open_page
     await context.close()
-    assert opened.faults == []
-    assert opened.outside == []
+    assert open_page.errors == []
+    assert open_page.external_requests == []

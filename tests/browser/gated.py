@@ -1,4 +1,4 @@
-"""A fake engine that starts once a file is there, unless that says "broken"."""
+"""A fake engine that waits for a file, and fails if the file contains "broken"."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from alphalayer.engine.fake import FakeEngine
 
 
 def create_engine(options: dict[str, Any]) -> FakeEngine:
-    """`gate` is the file."""
+    """Wait for the file `gate` of the options, then create the engine."""
     gate = Path(options["gate"])
     while not gate.exists():
         time.sleep(0.02)

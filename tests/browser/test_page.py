@@ -14,7 +14,7 @@ from pathlib import Path
 import httpx
 import pytest
 from playwright.async_api import Browser, Page, ViewportSize, expect
-from tests.browser.visit import DESKTOP, PHONE, Visit, visited
+from tests.browser.visit import DESKTOP, PHONE, Visit, open_visit
 from tests.support import fake_service
 from tests.support.serving import free_port, served, wait_until
 
@@ -23,14 +23,14 @@ from alphalayer.auth.api_keys import add_key
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 
-async def test_a_first_picture_with_everything_on_the_way(visit: Visit):
+async def test_first_image_shows_progress_and_facts(visit: Visit):
     page = visit.page
     await visit.start("a red apple", steps=60)
     await expect(page.locator("#progress-prompt")).to_have_text("a red apple")
     await page.wait_for_selector("#picture.preview[src*='preview_']")
     assert float(await page.get_attribute("#progress-bar", "value") or 0) > 0
     assert await page.locator("#stop").evaluate(
-        "each => each.getBoundingClientRect().bottom <= innerHeight"
+        "button => button.getBoundingClientRect().bottom <= innerHeight"
     )
     await expect(page.locator("#queue")).to_be_hidden()
     await expect(page.locator("#actions")).to_be_visible()
@@ -44,10 +44,10 @@ async def test_a_first_picture_with_everything_on_the_way(visit: Visit):
     assert {"Model", "Sampler", "Schedule", "Negative prompt"} <= set(facts)
 
 
-async def test_what_is_wrong_stands_beside_its_field_before_anything_is_sent(visit: Visit):
+async def test_invalid_fields_are_reported_before_a_request(visit: Visit):
     page = visit.page
     await visit.fill(prompt=" ", width="9", seed="1.5", batch_size="9")
-    visit.asked.clear()
+    visit.requests.clear()
     await page.click("#draw")
     await expect(page.locator("#prompt-error")).to_contain_text("Describe an image")
     await expect(page.locator("#width-error")).to_have_text("A whole number from 64 to 2048.")
@@ -55,14 +55,14 @@ async def test_what_is_wrong_stands_beside_its_field_before_anything_is_sent(vis
     await expect(page.locator("#seed-error")).to_contain_text("A whole number")
     await expect(page.locator("#height-error")).to_be_empty()
     assert await page.evaluate("document.activeElement.id") == "prompt"
-    assert not [each for each in visit.asked if "jobs" in each]
-    await visit.expect_no_serious_fault()
+    assert not [url for url in visit.requests if "jobs" in url]
+    await visit.expect_no_serious_violation()
     await page.fill("#batch_size", "1")
     await visit.render(prompt="x", seed="7")
     await expect(page.locator("#prompt-error")).to_be_empty()
 
 
-async def test_what_only_the_service_finds_wrong_is_said_too(visit: Visit):
+async def test_error_of_the_service_is_shown_at_its_field(visit: Visit):
     page = visit.page
     await visit.fill(prompt="x")
     await page.evaluate("document.getElementById('sampler_name').options[0].value = 'Eulr'")
@@ -70,11 +70,11 @@ async def test_what_only_the_service_finds_wrong_is_said_too(visit: Visit):
     await expect(page.locator("#sampler_name-error")).to_have_text(
         re.compile('^Unknown sampler "Eulr"')
     )
-    assert [each for each in visit.faults if "422" not in each] == []
-    visit.faults.clear()  # Chromium tells its console of every answer that is an error
+    assert [error for error in visit.errors if "422" not in error] == []
+    visit.errors.clear()  # Chromium logs each error response to its console
 
 
-async def test_the_stage_follows_what_runs_and_rows_of_the_queue_can_be_watched(visit: Visit):
+async def test_stage_follows_the_running_or_selected_job(visit: Visit):
     page = visit.page
     await visit.start("first")
     await visit.fill(prompt="second", steps="30")
@@ -94,7 +94,7 @@ async def test_the_stage_follows_what_runs_and_rows_of_the_queue_can_be_watched(
     await expect(page.locator("#queue")).to_be_hidden()
 
 
-async def test_an_old_picture_can_be_looked_at_while_another_is_drawn(visit: Visit):
+async def test_old_image_can_be_viewed_while_a_job_runs(visit: Visit):
     page = visit.page
     await visit.render(prompt="old")
     await visit.start("new")
@@ -109,7 +109,7 @@ async def test_an_old_picture_can_be_looked_at_while_another_is_drawn(visit: Vis
     assert await page.evaluate("document.activeElement.id") == "viewport"
 
 
-async def test_a_page_that_is_closed_leaves_no_work(visit: Visit, service: httpx.Client):
+async def test_closed_page_cancels_its_job(visit: Visit, service: httpx.Client):
     await visit.start("left alone")
     job = service.get("/alpha/v1/jobs", params={"limit": 1}).json()["jobs"][0]
     await visit.page.goto("about:blank")
@@ -120,7 +120,7 @@ async def test_a_page_that_is_closed_leaves_no_work(visit: Visit, service: httpx
     await asyncio.to_thread(wait_until, lambda: state() == "cancelled")
 
 
-async def test_history_outlives_a_reload_and_gives_settings_back(visit: Visit):
+async def test_history_survives_a_reload_and_restores_settings(visit: Visit):
     page = visit.page
     await visit.render(prompt="a blue cup", seed="7", cfg_scale="4.5")
     await page.fill("#cfg_scale", "")
@@ -131,8 +131,14 @@ async def test_history_outlives_a_reload_and_gives_settings_back(visit: Visit):
     await expect(page.locator("#caption")).to_have_text("a blue cup")
     assert (await visit.facts())["Guidance"] == "4.5"
     await page.click("#reuse")
-    wanted = {"prompt": "a blue cup", "seed": "7", "steps": "5", "cfg_scale": "4.5", "width": "64"}
-    assert await visit.values(*wanted) == wanted
+    settings = {
+        "prompt": "a blue cup",
+        "seed": "7",
+        "steps": "5",
+        "cfg_scale": "4.5",
+        "width": "64",
+    }
+    assert await visit.values(*settings) == settings
     await page.locator("#history button").nth(0).click()
     assert (await visit.facts())["Seed"] == "9007199254740993"
     await page.click("#forget")
@@ -141,19 +147,19 @@ async def test_history_outlives_a_reload_and_gives_settings_back(visit: Visit):
     await expect(page.locator("#history li")).to_have_count(2)
 
 
-async def test_undo_keeps_what_was_drawn_in_another_tab_meanwhile(visit: Visit):
+async def test_undo_keeps_images_of_another_tab(visit: Visit):
     page = visit.page
     await visit.render(prompt="old")
     await page.click("#forget")
     await expect(page.locator("#history li")).to_have_count(0)
-    other = await visited(page.context, visit.address)
+    other = await open_visit(page.context, visit.address)
     await other.render(prompt="new")
     await expect(page.locator("#history li")).to_have_count(1)
     await page.click("#forget")
     await expect(page.locator("#history li")).to_have_count(2)
 
 
-async def test_settings_of_a_model_that_is_no_longer_here_say_so(visit: Visit):
+async def test_reuse_reports_unavailable_settings(visit: Visit):
     page = visit.page
     await page.select_option("#checkpoint", "apples")
     await expect(page.locator("#checkpoint-help")).to_be_hidden()
@@ -177,7 +183,7 @@ async def test_settings_of_a_model_that_is_no_longer_here_say_so(visit: Visit):
     await expect(page.locator("#checkpoint-help")).to_contain_text("small built-in model")
 
 
-async def test_a_picture_of_a_batch_is_drawn_again_alone(visit: Visit):
+async def test_reuse_of_a_batch_image_sets_its_own_seed(visit: Visit):
     page = visit.page
     await visit.fill(prompt="pair", seed="7", batch_size="2")
     await page.click("#draw")
@@ -187,8 +193,8 @@ async def test_a_picture_of_a_batch_is_drawn_again_alone(visit: Visit):
     assert await visit.values("seed", "batch_size") == {"seed": "8", "batch_size": "1"}
 
 
-async def test_two_tabs_keep_one_history(visit: Visit):
-    other = await visited(visit.page.context, visit.address)
+async def test_two_tabs_share_one_history(visit: Visit):
+    other = await open_visit(visit.page.context, visit.address)
     await visit.render(prompt="here")
     await expect(other.page.locator("#history li")).to_have_count(1)
     await other.render(prompt="there")
@@ -197,7 +203,7 @@ async def test_two_tabs_keep_one_history(visit: Visit):
     await expect(visit.page.locator("#history li")).to_have_count(2)
 
 
-async def test_a_picture_that_is_no_longer_kept_still_has_its_settings(visit: Visit):
+async def test_deleted_image_keeps_its_settings_in_the_history(visit: Visit):
     page = visit.page
     await visit.render(prompt="kept")
     await page.evaluate(
@@ -215,12 +221,12 @@ async def test_a_picture_that_is_no_longer_kept_still_has_its_settings(visit: Vi
     await expect(page.locator("#save-png")).to_be_hidden()
     await page.click("#reuse")
     assert await page.input_value("#prompt") == "gone"
-    visit.faults.clear()
+    visit.errors.clear()
     await page.reload()
-    await expect(page.locator("#history span")).to_have_text("gone")  # and is not asked for again
+    await expect(page.locator("#history span")).to_have_text("gone")  # and is not requested again
 
 
-async def test_by_keyboard_alone(visit: Visit):
+async def test_page_is_usable_by_keyboard(visit: Visit):
     page = visit.page
     await _tab_to(page, "prompt", within=6)
     await visit.fill(steps="2")
@@ -242,7 +248,7 @@ async def test_by_keyboard_alone(visit: Visit):
     } <= reached
 
 
-async def test_a_key_is_asked_for_once(browser: Browser, tmp_path: Path):
+async def test_page_opens_the_key_dialog_once(browser: Browser, tmp_path: Path):
     secret = add_key(tmp_path / "keys.json", "page")
     with served(tmp_path, keys_file=tmp_path / "keys.json", api_auth="user:word") as client:
         context = await browser.new_context(viewport=DESKTOP)
@@ -250,19 +256,19 @@ async def test_a_key_is_asked_for_once(browser: Browser, tmp_path: Path):
         page = visit.page
         await page.goto(visit.address)
         await expect(page.locator("#key-error")).to_have_text("This service needs a key.")
-        await visit.expect_no_serious_fault()
+        await visit.expect_no_serious_violation()
         await page.keyboard.press("Escape")
         await visit.fill()
         await page.click("#draw")
         await expect(page.locator("#key-dialog")).to_be_visible()
-        assert len(visit.faults) == 1, "one question that was refused, and no other"
+        assert len(visit.errors) == 1, "one refused request, and no other"
         await page.fill("#key", "wrong")
         await page.keyboard.press("Enter")
         await expect(page.locator("#key-error")).to_have_text("This key is not known.")
-        for word in (secret, "user:word"):
+        for key in (secret, "user:word"):
             if not await page.locator("#key-dialog").is_visible():
                 await page.click("#open-key")
-            await page.fill("#key", word)
+            await page.fill("#key", key)
             await page.click("#key-dialog [value=save]")
             await expect(page.locator("#key-dialog")).to_be_hidden()
             await expect(page.locator("#state")).to_be_empty()
@@ -270,19 +276,19 @@ async def test_a_key_is_asked_for_once(browser: Browser, tmp_path: Path):
             await visit.render()
             await expect(page.locator("#form-error")).to_be_empty()
         assert "X-API-Key" in str(await page.text_content("#snippet"))
-        assert word not in str(await page.text_content("#snippet"))
+        assert key not in str(await page.text_content("#snippet"))
         await context.close()
 
 
-async def test_a_service_that_was_away_is_waited_for(browser: Browser, tmp_path: Path):
+async def test_page_waits_for_an_unreachable_service(browser: Browser, tmp_path: Path):
     port = free_port()
     address = f"http://127.0.0.1:{port}"
-    async with _restartable(tmp_path, port) as restart:
+    async with _start_service(tmp_path, port) as process:
         context = await browser.new_context(viewport=DESKTOP)
-        visit = await visited(context, address)
+        visit = await open_visit(context, address)
         page = visit.page
         await visit.start("patient")
-        restart.kill()
+        process.kill()
         await expect(page.locator("#state")).to_have_text(
             "The service cannot be reached. Trying again…"
         )
@@ -294,8 +300,8 @@ async def test_a_service_that_was_away_is_waited_for(browser: Browser, tmp_path:
         await expect(page.locator("#form-error")).to_contain_text(
             "Press Generate again when it is back"
         )
-        await visit.expect_no_serious_fault()
-        restart.start()
+        await visit.expect_no_serious_violation()
+        process.start()
         await expect(page.locator("#state")).to_be_empty(timeout=60_000)
         await expect(page.locator("#form-error")).to_be_empty()
         await page.click("#stop")
@@ -303,14 +309,12 @@ async def test_a_service_that_was_away_is_waited_for(browser: Browser, tmp_path:
         await context.close()
 
 
-async def test_why_the_service_cannot_draw_is_said_as_long_as_it_cannot(
-    browser: Browser, tmp_path: Path
-):
+async def test_page_shows_why_the_service_is_not_ready(browser: Browser, tmp_path: Path):
     gate = tmp_path / "gate"
     options = {"engine": "tests.browser.gated:create_engine", "engine_options": {"gate": str(gate)}}
     with served(tmp_path, wait_ready=False, **options) as client:
         context = await browser.new_context(viewport=DESKTOP)
-        visit = await visited(context, str(client.base_url))
+        visit = await open_visit(context, str(client.base_url))
         page = visit.page
         await visit.fill(prompt="early")
         await page.click("#draw")
@@ -321,20 +325,20 @@ async def test_why_the_service_cannot_draw_is_said_as_long_as_it_cannot(
         gate.write_text("broken")
         supervisors = client.app.state.parts.pool.supervisors  # type: ignore[attr-defined]
         os.kill(supervisors[0].process_id, signal.SIGKILL)
-        words = "The service cannot generate images: the card is gone. Put it back."
-        await expect(page.locator("#state")).to_have_text(words, timeout=15_000)
+        message = "The service cannot generate images: the card is gone. Put it back."
+        await expect(page.locator("#state")).to_have_text(message, timeout=15_000)
         await page.click("#draw")
         await expect(page.locator("#progress-words")).to_have_text(
             "Waiting: the service cannot generate images"
         )
-        await visit.expect_no_serious_fault()
+        await visit.expect_no_serious_violation()
         gate.write_text("fine")
         await expect(page.locator("#history li")).to_have_count(2, timeout=15_000)
         await expect(page.locator("#state")).to_be_empty()
         await context.close()
 
 
-async def test_more_jobs_than_a_browser_has_connections(visit: Visit):
+async def test_page_runs_more_jobs_than_browser_connections(visit: Visit):
     page = visit.page
     await visit.start("job 0")
     for i in range(1, 8):
@@ -342,23 +346,23 @@ async def test_more_jobs_than_a_browser_has_connections(visit: Visit):
         await page.click("#draw")
         await expect(page.locator("#jobs li")).to_have_count(i + 1)
     await expect(page.locator("#jobs .how").last).to_contain_text("Number 7 in the queue")
-    apart = """all => all.every((each) => {
-      const next = each.nextSibling.getBoundingClientRect();
-      return each.getBoundingClientRect().right <= next.left;
+    no_overlap = """all => all.every((cell) => {
+      const next = cell.nextSibling.getBoundingClientRect();
+      return cell.getBoundingClientRect().right <= next.left;
     })"""
-    assert await page.locator("#jobs .how").evaluate_all(apart)
+    assert await page.locator("#jobs .how").evaluate_all(no_overlap)
     await page.get_by_role("button", name="Cancel job 7").click()
     await expect(page.locator("#jobs li")).to_have_count(7)
-    # a page that nobody sees streams nothing, and hears of the end all the same
+    # a hidden page opens no stream, and still receives the outcome
     await page.evaluate("Object.defineProperty(document, 'hidden', { get: () => true })")
     await page.evaluate("document.dispatchEvent(new Event('visibilitychange'))")
-    visit.asked.clear()
+    visit.requests.clear()
     await page.click("#stop")
     await expect(page.locator("#history li")).to_have_count(6)
-    assert not [each for each in visit.asked if each.endswith("/events")]
+    assert not [url for url in visit.requests if url.endswith("/events")]
 
 
-async def test_a_proxy_without_a_service_behind_it_is_no_answer(visit: Visit):
+async def test_proxy_error_counts_as_an_unreachable_service(visit: Visit):
     page = visit.page
     await visit.start("first", steps=40)
     await visit.fill(prompt="second", steps="5")
@@ -370,19 +374,19 @@ async def test_a_proxy_without_a_service_behind_it_is_no_answer(visit: Visit):
     await page.context.unroute_all()
     await expect(page.locator("#history li")).to_have_count(2)
     await expect(page.locator("#state")).to_be_empty()
-    assert [each for each in visit.faults if "503" not in each] == []
-    visit.faults.clear()
+    assert [error for error in visit.errors if "503" not in error] == []
+    visit.errors.clear()
 
 
-async def test_a_service_that_does_not_know_its_workers_models(
+async def test_page_without_a_model_list_uses_worker_defaults(
     browser: Browser, service: httpx.Client
 ):
     context = await browser.new_context(viewport=DESKTOP)
     await context.route("**/alpha/v1/models", lambda route: route.fulfill(json={"models": []}))
-    visit = await visited(context, str(service.base_url))
+    visit = await open_visit(context, str(service.base_url))
     page = visit.page
     assert await page.locator("#checkpoint, #sampler_name").evaluate_all(
-        "all => all.map((each) => each.value)"
+        "all => all.map((field) => field.value)"
     ) == [
         "",
         "",
@@ -393,7 +397,7 @@ async def test_a_service_that_does_not_know_its_workers_models(
     await expect(page.locator("#brief")).to_have_text("seed 12345")
     await page.click("#draw")
     await expect(page.locator("#caption")).to_have_text("any")
-    # what the worker took by itself, as the picture says it
+    # the defaults of the worker, from the infotext of the image
     assert await visit.facts() == {
         **{
             "Model": "fake",
@@ -406,41 +410,41 @@ async def test_a_service_that_does_not_know_its_workers_models(
     }
     assert await page.locator("#checkpoint option").all_text_contents() == ["Default"]
     assert await page.text_content("#state") == ""
-    assert visit.faults == []
+    assert visit.errors == []
     await context.close()
 
 
 @pytest.mark.parametrize("size", [DESKTOP, PHONE], ids=["desktop", "phone"])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-async def test_nothing_in_the_way_of_anybody(
+async def test_page_has_no_serious_accessibility_error(
     browser: Browser, service: httpx.Client, size: ViewportSize, scheme: str
 ):
     context = await browser.new_context(
         viewport=size,
         color_scheme=scheme,  # type: ignore[arg-type]
     )
-    visit = await visited(context, str(service.base_url))
+    visit = await open_visit(context, str(service.base_url))
     page = visit.page
-    await visit.expect_no_serious_fault()
+    await visit.expect_no_serious_violation()
     await page.evaluate(
-        "document.querySelectorAll('details').forEach((each) => (each.open = true))"
+        "document.querySelectorAll('details').forEach((details) => (details.open = true))"
     )
     await visit.render(prompt="x" * 300)
-    await visit.expect_no_serious_fault()
+    await visit.expect_no_serious_violation()
     await visit.start("one", steps=100)
     await page.click("#draw")
     await expect(page.locator("#jobs li")).to_have_count(2)
     assert await visit.fits()
-    await visit.expect_no_serious_fault()
+    await visit.expect_no_serious_violation()
     for dialog in ("key", "code"):
         await page.click(f"#open-{dialog}")
-        await visit.expect_no_serious_fault()
+        await visit.expect_no_serious_violation()
         await page.keyboard.press("Escape")
     await context.close()
 
 
-class _Restart:
-    """A service as a process of its own, to be killed and started again."""
+class _Service:
+    """A service in its own process, which can be killed and started again."""
 
     def __init__(self, folder: Path, port: int):
         self._folder, self._port = folder, port
@@ -451,14 +455,14 @@ class _Restart:
         self._process: subprocess.Popen[bytes] = fake_service.start(self._folder, self._port, 0.02)
 
     def kill(self) -> None:
-        """End it at once."""
+        """Kill the process with SIGKILL."""
         self._process.kill()
         self._process.wait()
 
 
 @asynccontextmanager
-async def _restartable(folder: Path, port: int) -> AsyncGenerator[_Restart, None]:
-    service = _Restart(folder, port)
+async def _start_service(folder: Path, port: int) -> AsyncGenerator[_Service, None]:
+    service = _Service(folder, port)
     try:
         await asyncio.to_thread(wait_until, lambda: _answers(f"http://127.0.0.1:{port}"), 60)
         yield service
@@ -473,8 +477,8 @@ def _answers(address: str) -> bool:
         return False
 
 
-async def _tab_to(page: Page, wanted: str, within: int) -> set[str]:
-    """Press Tab until the element with the id has the focus; the ids on the way."""
+async def _tab_to(page: Page, element_id: str, within: int) -> set[str]:
+    """Move the focus by Tab to an element, and return all focused ids."""
     reached: set[str] = set()
     for _ in range(within):
         await page.keyboard.press("Tab")
@@ -483,6 +487,6 @@ async def _tab_to(page: Page, wanted: str, within: int) -> set[str]:
                 await page.evaluate("document.activeElement.id || document.activeElement.outerHTML")
             )
         )
-        if wanted in reached:
+        if element_id in reached:
             return reached
-    pytest.fail(f"{wanted} is not reached, but {reached}")
+    pytest.fail(f"{element_id} is not reached, but {reached}")

@@ -1,4 +1,4 @@
-"""Somebody who uses the page."""
+"""A user of the page."""
 
 from __future__ import annotations
 
@@ -28,49 +28,50 @@ DESKTOP, PHONE = ViewportSize(width=1280, height=900), ViewportSize(width=390, h
 
 
 class Visit:
-    """A page that is open, and what went wrong on it."""
+    """An open page, its requests and its errors."""
 
     def __init__(self, page: Page, address: str):
         self.page, self.address = page, address
-        self.faults: list[str] = []
-        self.outside: list[str] = []
-        self.asked: list[str] = []
+        self.errors: list[str] = []
+        self.external_requests: list[str] = []
+        self.requests: list[str] = []
         page.on(
-            "console", lambda said: self.faults.append(said.text) if said.type == "error" else None
+            "console",
+            lambda message: self.errors.append(message.text) if message.type == "error" else None,
         )
-        page.on("pageerror", lambda error: self.faults.append(str(error)))
-        page.on("request", lambda request: self._note(request.url))
+        page.on("pageerror", lambda error: self.errors.append(str(error)))
+        page.on("request", lambda request: self._record(request.url))
         page.set_default_timeout(20_000)
 
-    def _note(self, url: str) -> None:
+    def _record(self, url: str) -> None:
         if not url.startswith((self.address, "blob:", "data:")):
-            self.outside.append(url)
-        self.asked.append(url.removeprefix(self.address))
+            self.external_requests.append(url)
+        self.requests.append(url.removeprefix(self.address))
 
     async def render(self, **fields: str) -> None:
-        """Fill the form, draw, and wait for the picture."""
+        """Fill the form, generate, and wait for the image."""
         await self.fill(**fields)
         before = await self.page.locator("#history li").count()
         await self.page.click("#draw")
         await expect(self.page.locator("#history li")).to_have_count(before + 1)
 
     async def fill(self, **fields: str) -> None:
-        """Small pictures, few steps, and what is given."""
+        """Fill the form for small images, few steps and other values."""
         for name, value in {"width": "64", "height": "64", "steps": "5", **fields}.items():
             await self.page.fill(f"#{name}", value)
 
     async def start(self, prompt: str, steps: int = 150) -> None:
-        """Draw, and wait until it runs."""
+        """Generate, and wait until the job runs."""
         await self.fill(prompt=prompt, steps=str(steps))
         await self.page.click("#draw")
         await expect(self.page.locator("#progress-words")).to_contain_text("Step")
 
     async def values(self, *names: str) -> dict[str, str]:
-        """What fields of the form hold."""
+        """Return the values of form fields."""
         return {name: await self.page.input_value(f"#{name}") for name in names}
 
     async def facts(self) -> dict[str, str]:
-        """What stands under the picture."""
+        """Return the facts below the image."""
         terms = await self.page.locator("#facts dt").all_text_contents()
         return dict(
             zip(terms, await self.page.locator("#facts dd").all_text_contents(), strict=True)
@@ -90,47 +91,47 @@ class Visit:
         await self.page.dispatch_event("#viewport", "drop", {"dataTransfer": transfer})
 
     async def download(self, button: str) -> bytes:
-        """Press a button that downloads; the file."""
+        """Click a download button, and return the file."""
         async with self.page.expect_download() as waiting:
             await self.page.click(button)
         return Path(await (await waiting.value).path()).read_bytes()
 
     async def viewport(self) -> np.ndarray:
-        """The pixels around the picture, (height, width, 3)."""
-        shot = await self.page.locator("#viewport").screenshot()
-        return np.asarray(Image.open(io.BytesIO(shot)).convert("RGB"))
+        """Return the pixels of the viewport, (height, width, 3)."""
+        screenshot = await self.page.locator("#viewport").screenshot()
+        return np.asarray(Image.open(io.BytesIO(screenshot)).convert("RGB"))
 
     async def corner(self) -> tuple[int, ...]:
-        """The colour behind the picture."""
-        return tuple(int(each) for each in (await self.viewport())[8, 8])
+        """Return the colour of the background."""
+        return tuple(int(value) for value in (await self.viewport())[8, 8])
 
     async def fits(self) -> bool:
-        """Whether the page does not scroll sideways."""
+        """Return whether the page does not scroll sideways."""
         return await self.page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
 
-    async def expect_no_serious_fault(self) -> None:
-        """Nothing serious that axe finds."""
-        found = await Axe().run(self.page)
+    async def expect_no_serious_violation(self) -> None:
+        """Check the page with axe for serious violations."""
+        result = await Axe().run(self.page)
         serious = [
-            each
-            for each in found.response["violations"]
-            if each["impact"] in ("serious", "critical")
+            violation
+            for violation in result.response["violations"]
+            if violation["impact"] in ("serious", "critical")
         ]
         assert serious == [], json.dumps(serious, indent=1)[:4000]
 
 
-async def visited(context: BrowserContext, address: str) -> Visit:
-    """Open the page and wait until it knows the service."""
-    opened = Visit(await context.new_page(), address)
-    await opened.page.goto(address)
-    await expect(opened.page.locator("#scheduler option")).not_to_have_count(0)
-    return opened
+async def open_visit(context: BrowserContext, address: str) -> Visit:
+    """Open the page and wait until it has loaded the options of the service."""
+    visit = Visit(await context.new_page(), address)
+    await visit.page.goto(address)
+    await expect(visit.page.locator("#scheduler option")).not_to_have_count(0)
+    return visit
 
 
-def picture(
+def encode_image(
     format: str = "PNG", parameters: str = "", color: tuple[int, int, int] = (200, 30, 90)
 ) -> bytes:
-    """A file of one colour, with the `parameters` text of other tools if given."""
+    """Return an image file of one colour, with the `parameters` text of AUTOMATIC1111."""
     info, file = PngInfo(), io.BytesIO()
     if parameters:
         info.add_text("parameters", parameters)

@@ -95,10 +95,10 @@ def write_random(path: Path, shapes: Shapes, scale: float = 1.0) -> None:
 def _blocks(shapes: Shapes, scale: float) -> Iterator[bytes]:
     tile = (TILE * np.float16(scale)).tobytes()
     for shape in shapes.values():
-        left = 2 * int(np.prod(shape))
-        while left > 0:
-            yield tile[: min(left, len(tile))]
-            left -= len(tile)
+        remaining = 2 * int(np.prod(shape))
+        while remaining > 0:
+            yield tile[: min(remaining, len(tile))]
+            remaining -= len(tile)
 
 
 def write_models(models_dir: Path) -> Path:

@@ -37,20 +37,20 @@ print(json.dumps({
 """
 
 
-def test_a_full_size_checkpoint_loads_offline_and_draws(tmp_path: Path):
+def test_full_size_checkpoint_loads_offline_and_renders(tmp_path: Path):
     shapes = checkpoint_shapes()
     checkpoint = write_models(tmp_path)
     assert len(shapes) == 1680 + 248 + 196 + 390
     assert 6.9e9 < checkpoint.stat().st_size < 7.0e9
-    done = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-c", GENERATE, str(tmp_path)],
         capture_output=True,
         text=True,
         env={**os.environ, "HF_HUB_OFFLINE": "1"},
         check=False,
     )
-    assert done.returncode == 0, done.stderr[-3000:]
-    report = json.loads(done.stdout.splitlines()[-1])
+    assert result.returncode == 0, result.stderr[-3000:]
+    report = json.loads(result.stdout.splitlines()[-1])
     print("\n" + json.dumps(report))
     assert report["shape"] == [256, 256, 4]
     assert report["peak_gib"] < 20

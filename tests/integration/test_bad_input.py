@@ -1,4 +1,7 @@
-"""Bad input, one by one, through the real command and the real engine: each is one clear line that names the field or the file."""
+"""Invalid input of the command and the engine.
+
+Each error is one line that names the field or the file.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,7 @@ SMALL = ["--width", "64", "--height", "64", "--steps", "1", "--device", "cpu"]
 
 @pytest.fixture(scope="module")
 def originals(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A good single file, a good diffusers folder and the LayerDiffuse files."""
+    """Create a valid single file, a valid diffusers folder and the LayerDiffuse files."""
     folder = tmp_path_factory.mktemp("originals")
     tiny_models.make_single_file(folder / "Stable-diffusion" / "single.safetensors")
     tiny_models.make_diffusers_folder(folder / "Stable-diffusion" / "folder")
@@ -37,17 +40,17 @@ def originals(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Callable[..., str]:
-    """Run `alphalayer ...`, which must fail; its one line of error."""
+    """Return a function that runs `alphalayer` and returns its only error line."""
     monkeypatch.chdir(tmp_path)
     for name in [name for name in os.environ if name.startswith("ALPHALAYER_")]:
         monkeypatch.delenv(name)
 
     def run(*arguments: str) -> str:
         monkeypatch.setattr(sys, "argv", ["alphalayer", *arguments])
-        with pytest.raises(SystemExit) as end:
+        with pytest.raises(SystemExit) as exit_error:
             main()
         printed = capsys.readouterr()
-        assert end.value.code == 1
+        assert exit_error.value.code == 1
         assert "Traceback" not in printed.err + printed.out
         lines = printed.err.strip().splitlines()
         assert len(lines) == 1, lines
@@ -62,7 +65,7 @@ def command(
 
 
 @pytest.mark.parametrize(
-    ("arguments", "named"),
+    ("arguments", "message"),
     [
         ([""], "prompt: empty"),
         (["   "], "prompt: empty"),
@@ -94,35 +97,36 @@ def command(
     ],
     ids=lambda value: " ".join(value)[-24:] if isinstance(value, list) else None,
 )
-def test_a_wrong_value_names_its_field(
-    command: Callable[..., str], arguments: list[str], named: str
+def test_generate_invalid_value_names_its_field(
+    command: Callable[..., str], arguments: list[str], message: str
 ):
-    assert command("generate", *arguments).startswith(f"error: {named}")
+    assert command("generate", *arguments).startswith(f"error: {message}")
 
 
 @pytest.mark.parametrize(
-    ("device", "named"), [("cuda:99", 'device "cuda:99"'), ("toaster", 'unknown device "toaster"')]
+    ("device", "message"),
+    [("cuda:99", 'device "cuda:99"'), ("toaster", 'unknown device "toaster"')],
 )
-def test_a_device_that_is_not_there_is_named(
-    command: Callable[..., str], originals: Path, device: str, named: str
+def test_generate_unknown_device_is_named(
+    command: Callable[..., str], originals: Path, device: str, message: str
 ):
-    assert named in command("generate", "x", "--models-dir", str(originals), "--device", device)
+    assert message in command("generate", "x", "--models-dir", str(originals), "--device", device)
 
 
-def test_gpu_noise_on_the_cpu_names_its_field(command: Callable[..., str], originals: Path):
+def test_generate_gpu_noise_on_cpu_names_its_field(command: Callable[..., str], originals: Path):
     assert command(
         "generate", "x", *SMALL, "--models-dir", str(originals), "--noise", "gpu"
     ).startswith("error: --noise: ")
 
 
-def test_brackets_beyond_measure_name_the_prompt(command: Callable[..., str], originals: Path):
+def test_generate_excessive_brackets_name_the_prompt(command: Callable[..., str], originals: Path):
     line = command(
         "generate", "(" * 1000 + "x", *SMALL, "--models-dir", str(originals), "--model", "folder"
     )
     assert line.startswith("error: prompt: the attention weight")
 
 
-def test_a_long_prompt_within_the_limit_is_drawn(originals: Path):
+def test_engine_long_prompt_within_limit_renders(originals: Path):
     request = GenerationRequest(
         prompt="word, " * 1600, model="folder", width=64, height=64, steps=1
     )
@@ -136,7 +140,7 @@ def test_a_long_prompt_within_the_limit_is_drawn(originals: Path):
 # --- models
 
 
-def test_a_model_that_is_not_there_lists_those_that_are(
+def test_generate_missing_model_lists_available_models(
     command: Callable[..., str], originals: Path
 ):
     line = command("generate", "x", *SMALL, "--models-dir", str(originals), "--model", "absent")
@@ -157,7 +161,7 @@ def test_a_model_that_is_not_there_lists_those_that_are(
         "sdxl-unet",
     ],
 )
-def test_a_checkpoint_of_another_family_is_named(
+def test_generate_other_model_family_is_named(
     command: Callable[..., str], tmp_path: Path, family: str
 ):
     from alphalayer.catalog import FAMILY_NAMES
@@ -171,10 +175,10 @@ def test_a_checkpoint_of_another_family_is_named(
     assert "SDXL" in line
 
 
-def test_a_tiny_model_turned_into_an_inpainting_one_is_refused(
+def test_generate_inpainting_model_is_refused(
     command: Callable[..., str], originals: Path, tmp_path: Path
 ):
-    """By the shape of its first convolution, in an otherwise whole and good file."""
+    """Use a valid file with the first convolution of an inpainting model."""
     tensors = load_file(originals / "Stable-diffusion" / "single.safetensors")
     assert CONTEXT in tensors
     tensors[FIRST_CONV] = tensors[FIRST_CONV][:, :1].repeat(1, 9, 1, 1)
@@ -187,7 +191,7 @@ def test_a_tiny_model_turned_into_an_inpainting_one_is_refused(
     assert "inpaint" in line.removeprefix("error: ")
 
 
-def test_a_pickle_file_is_refused(command: Callable[..., str], tmp_path: Path):
+def test_generate_pickle_file_is_refused(command: Callable[..., str], tmp_path: Path):
     (tmp_path / "models" / "Stable-diffusion").mkdir(parents=True)
     (tmp_path / "models" / "Stable-diffusion" / "old.ckpt").write_bytes(b"\x80\x02.")
     line = command(
@@ -196,27 +200,30 @@ def test_a_pickle_file_is_refused(command: Callable[..., str], tmp_path: Path):
     assert "old.ckpt is a pickle file" in line
 
 
-def _cut(file: Path) -> None:
+def _truncate(file: Path) -> None:
     os.truncate(file, file.stat().st_size - 1000)
 
 
-def _cut_short(file: Path) -> None:
+def _truncate_to_5_bytes(file: Path) -> None:
     os.truncate(file, 5)
 
 
 def _flip_header(file: Path) -> None:
-    with file.open("r+b") as opened:
-        opened.seek(8)
-        opened.write(b"#")
+    with file.open("r+b") as stream:
+        stream.seek(8)
+        stream.write(b"#")
 
 
-def _claim_a_huge_header(file: Path) -> None:
-    with file.open("r+b") as opened:
-        opened.write(struct.pack("<Q", 2**62))
+def _enlarge_header_size(file: Path) -> None:
+    with file.open("r+b") as stream:
+        stream.write(struct.pack("<Q", 2**62))
 
 
-def _another_dtype(file: Path) -> None:
-    """A well-formed header with a number format that does not exist, so that only the reader of tensors can notice."""
+def _replace_dtype(file: Path) -> None:
+    """Write a valid header with an unknown number format.
+
+    Only the reader of tensors can detect it.
+    """
     data = file.read_bytes()
     file.write_bytes(
         data.replace(b'"dtype":"F16"', b'"dtype":"Q16"', 1).replace(
@@ -225,11 +232,11 @@ def _another_dtype(file: Path) -> None:
     )
 
 
-DAMAGES = [_cut, _cut_short, _flip_header, _claim_a_huge_header, _another_dtype]
+FILE_DAMAGES = [_truncate, _truncate_to_5_bytes, _flip_header, _enlarge_header_size, _replace_dtype]
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_single_file_is_named(
+@pytest.mark.parametrize("damage", FILE_DAMAGES)
+def test_generate_damaged_single_file_is_named(
     command: Callable[..., str], originals: Path, tmp_path: Path, damage: Callable[[Path], None]
 ):
     file = tmp_path / "models" / "Stable-diffusion" / "broken.safetensors"
@@ -244,13 +251,13 @@ def test_a_damaged_single_file_is_named(
 @pytest.mark.parametrize(
     ("name", "damage"),
     [
-        ("layer_xl_transparent_attn", _cut),
-        ("layer_xl_transparent_attn", _another_dtype),
-        ("vae_transparent_decoder", _cut_short),
+        ("layer_xl_transparent_attn", _truncate),
+        ("layer_xl_transparent_attn", _replace_dtype),
+        ("vae_transparent_decoder", _truncate_to_5_bytes),
         ("vae_transparent_decoder", _flip_header),
     ],
 )
-def test_a_damaged_layer_file_is_named(
+def test_engine_damaged_layer_file_is_named(
     originals: Path, tmp_path: Path, name: str, damage: Callable[[Path], None]
 ):
     shutil.copytree(originals / "layer_model", tmp_path / "layer_model")
@@ -265,8 +272,12 @@ def test_a_damaged_layer_file_is_named(
 
 
 FOLDER_DAMAGES: dict[str, Callable[[Path], None]] = {
-    "UNet cut off": lambda folder: _cut(folder / "unet" / "diffusion_pytorch_model.safetensors"),
-    "text encoder cut off": lambda folder: _cut(folder / "text_encoder_2" / "model.safetensors"),
+    "UNet truncated": lambda folder: _truncate(
+        folder / "unet" / "diffusion_pytorch_model.safetensors"
+    ),
+    "text encoder truncated": lambda folder: _truncate(
+        folder / "text_encoder_2" / "model.safetensors"
+    ),
     "UNet missing": lambda folder: (
         folder / "unet" / "diffusion_pytorch_model.safetensors"
     ).unlink(),
@@ -292,13 +303,16 @@ FOLDER_DAMAGES: dict[str, Callable[[Path], None]] = {
     "layerdiffuse decoder sizes wrong": lambda folder: (
         folder / "layerdiffuse" / "config.json"
     ).write_text(
-        '{"patch": "patch.safetensors", "decoder": "decoder.safetensors", "decoder_config": {"latent_block": 99}}'
+        '{"patch": "patch.safetensors", "decoder": "decoder.safetensors",'
+        ' "decoder_config": {"latent_block": 99}}'
     ),
 }
 
 
 @pytest.mark.parametrize("damage", FOLDER_DAMAGES)
-def test_a_damaged_folder_is_an_error_for_users(originals: Path, tmp_path: Path, damage: str):
+def test_engine_damaged_folder_raises_alphalayer_error(
+    originals: Path, tmp_path: Path, damage: str
+):
     folder = tmp_path / "Stable-diffusion" / "broken"
     shutil.copytree(originals / "Stable-diffusion" / "folder", folder)
     FOLDER_DAMAGES[damage](folder)
@@ -309,8 +323,8 @@ def test_a_damaged_folder_is_an_error_for_users(originals: Path, tmp_path: Path,
     assert "broken" in str(error.value)
 
 
-def test_a_file_that_changes_under_a_listing_is_named(originals: Path, tmp_path: Path):
-    """Damage that comes after the header was looked at and believed."""
+def test_engine_file_damaged_after_listing_is_named(originals: Path, tmp_path: Path):
+    """Damage the file after its header was read and cached."""
     from alphalayer import catalog
 
     file = tmp_path / "Stable-diffusion" / "single.safetensors"
@@ -318,7 +332,7 @@ def test_a_file_that_changes_under_a_listing_is_named(originals: Path, tmp_path:
     shutil.copy(originals / "Stable-diffusion" / "single.safetensors", file)
     catalog.find_models(tmp_path)
     stamp = file.stat()
-    _cut(file)
+    _truncate(file)
     os.utime(file, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
     with pytest.raises(CorruptFile, match=r"single\.safetensors"):
         LocalEngine(tmp_path, device="cpu").generate(
@@ -343,7 +357,7 @@ def _generate(originals: Path, output: Path) -> list[str]:
     ]
 
 
-def test_an_output_folder_that_cannot_be_made_is_named(
+def test_generate_uncreatable_output_folder_is_named(
     command: Callable[..., str], originals: Path, tmp_path: Path
 ):
     (tmp_path / "file").write_text("in the way")
@@ -352,17 +366,17 @@ def test_an_output_folder_that_cannot_be_made_is_named(
     assert "--output" in line
 
 
-def test_a_folder_in_the_place_of_the_output_file_is_named(
+def test_generate_folder_at_output_file_is_named(
     command: Callable[..., str], originals: Path, tmp_path: Path
 ):
-    (tmp_path / "picture.png").mkdir()
-    assert "cannot write" in command(*_generate(originals, tmp_path / "picture.png"))
+    (tmp_path / "image.png").mkdir()
+    assert "cannot write" in command(*_generate(originals, tmp_path / "image.png"))
 
 
 @pytest.mark.skipif(
     not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write anywhere"
 )
-def test_a_read_only_output_folder_is_named(
+def test_generate_read_only_output_folder_is_named(
     command: Callable[..., str], originals: Path, tmp_path: Path
 ):
     folder = tmp_path / "locked"
@@ -373,23 +387,21 @@ def test_a_read_only_output_folder_is_named(
 
 
 @pytest.mark.skipif(
-    not Path("/proc/sys").is_dir(), reason="needs a folder that nobody may write to"
+    not Path("/proc/sys").is_dir(), reason="needs a folder that no user can write to"
 )
-def test_a_folder_that_not_even_root_may_write_to_is_named(
-    command: Callable[..., str], originals: Path
-):
+def test_generate_folder_unwritable_for_root_is_named(command: Callable[..., str], originals: Path):
     assert "cannot write /proc/sys/" in command(*_generate(originals, Path("/proc/sys")))
 
 
-def test_an_output_name_of_another_format_is_refused(
+def test_generate_unsupported_output_format_is_refused(
     command: Callable[..., str], originals: Path, tmp_path: Path
 ):
     assert '"jpg" is not a supported format' in command(
-        *_generate(originals, tmp_path / "picture.jpg")
+        *_generate(originals, tmp_path / "image.jpg")
     )
 
 
-def test_a_picture_that_cannot_be_read_is_named(command: Callable[..., str], tmp_path: Path):
+def test_info_unreadable_image_is_named(command: Callable[..., str], tmp_path: Path):
     assert "absent.png" in command("info", str(tmp_path / "absent.png"))
-    (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "text.png").write_text("no image")
     assert "not an image" in command("info", str(tmp_path / "text.png"))

@@ -1,4 +1,4 @@
-"""Jobs that are drawn together: equal to those drawn alone, in a fair order, and each with its own end."""
+"""Batches of jobs: images equal those of single jobs, in a fair order."""
 
 from __future__ import annotations
 
@@ -61,29 +61,30 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> LocalEngine:
     return LocalEngine(folder, device="cpu", spare_model_bytes=10**9)
 
 
-# rows share matrix products whose blocking depends on the batch: float32 differs in its last bits, a value may cross a step of 1/255
+# the blocking of matrix products depends on the batch: the last bits of float32 differ,
+# and a value may cross a step of 1/255
 @pytest.mark.parametrize("sampler", ["DPM++ 2M SDE", "Euler a", "UniPC"])
-def test_together_as_alone(engine: LocalEngine, sampler: str):
-    requests = [each.model_copy(update={"sampler": sampler}) for each in REQUESTS]
-    assert len({each.batch_key for each in requests}) == 1
-    together = engine.render([RenderTask(each) for each in requests])
+def test_batched_jobs_equal_single_jobs(engine: LocalEngine, sampler: str):
+    requests = [request.model_copy(update={"sampler": sampler}) for request in REQUESTS]
+    assert len({request.batch_key for request in requests}) == 1
+    together = engine.render([RenderTask(task_request) for task_request in requests])
     assert [len(result.images) for result in together] == [1, 2, 1, 1]
     for request, result in zip(requests, together, strict=True):
         alone = engine.generate(request)
         assert result.request == alone.request
-        for ours, theirs in zip(result.images, alone.images, strict=True):
-            assert (ours.seed, ours.subseed) == (theirs.seed, theirs.subseed)
-            assert np.abs(ours.rgba.astype(int) - theirs.rgba).max() <= 1
+        for batched, single in zip(result.images, alone.images, strict=True):
+            assert (batched.seed, batched.subseed) == (single.seed, single.subseed)
+            assert np.abs(batched.rgba.astype(int) - single.rgba).max() <= 1
 
 
-def test_a_batch_is_not_silent_while_it_is_decoded(engine: LocalEngine):
-    told: list[str] = []
-    first = RenderTask(REQUESTS[0], on_progress=lambda progress: told.append(progress.stage))
+def test_batch_reports_progress_of_each_decoded_image(engine: LocalEngine):
+    stages: list[str] = []
+    first = RenderTask(REQUESTS[0], on_progress=lambda progress: stages.append(progress.stage))
     engine.render([first, RenderTask(REQUESTS[1])])
-    assert told.count("decode") == REQUESTS[0].batch_size + REQUESTS[1].batch_size
+    assert stages.count("decode") == REQUESTS[0].batch_size + REQUESTS[1].batch_size
 
 
-def test_each_is_told_its_own_progress_and_one_that_leaves_does_not_stop_the_others(
+def test_cancelled_task_does_not_stop_others_in_its_batch(
     engine: LocalEngine,
 ):
     steps: dict[str, list[int]] = {"stays": [], "leaves": []}
@@ -99,10 +100,10 @@ def test_each_is_told_its_own_progress_and_one_that_leaves_does_not_stop_the_oth
     assert len(engine.render(tasks)) == 2
     assert max(steps["stays"]) == 4
     with pytest.raises(Cancelled):
-        engine.render([RenderTask(each, is_cancelled=lambda: True) for each in REQUESTS[:2]])
+        engine.render([RenderTask(request, is_cancelled=lambda: True) for request in REQUESTS[:2]])
 
 
-def test_a_model_that_was_put_aside_comes_back_without_the_disk(engine: LocalEngine):
+def test_cached_model_is_reused_without_the_disk(engine: LocalEngine):
     before = engine.generate(REQUESTS[0].model_copy(update={"model": "one"})).images[0].rgba
     first = engine.model
     engine.generate(REQUESTS[0].model_copy(update={"model": "two"}))
@@ -112,7 +113,7 @@ def test_a_model_that_was_put_aside_comes_back_without_the_disk(engine: LocalEng
     assert (before == after).all()
 
 
-def test_without_spare_memory_one_model_is_held(engine: LocalEngine):
+def test_engine_without_spare_memory_keeps_one_model(engine: LocalEngine):
     alone = LocalEngine(engine._models_dir, device="cpu")
     alone.generate(REQUESTS[0].model_copy(update={"model": "one"}))
     first = alone.model
@@ -130,7 +131,7 @@ def _spec(prompt: str, **fields: object) -> JobSpec:
 
 
 def _batches(folder: Path, specs: list[JobSpec], budget: int) -> list[list[str]]:
-    """How a queue of jobs is cut into batches, as prompts."""
+    """Return the prompts of the batches that a queue of jobs is split into."""
 
     async def cut() -> list[list[str]]:
         job_queue = await SqliteJobQueue.open(folder / "jobs.sqlite", 100)
@@ -148,7 +149,7 @@ def _batches(folder: Path, specs: list[JobSpec], budget: int) -> list[list[str]]
 PIXELS = 64 * 64
 
 
-def test_the_oldest_job_always_begins_the_next_batch(tmp_path: Path):
+def test_oldest_job_starts_the_next_batch(tmp_path: Path):
     specs = [
         _spec("a1"),
         _spec("b1", steps=9),
@@ -161,36 +162,36 @@ def test_the_oldest_job_always_begins_the_next_batch(tmp_path: Path):
     assert _batches(tmp_path, specs, 3 * PIXELS) == [["a1", "a2", "a3"], ["b1", "b2"], ["a4", "a5"]]
 
 
-def test_the_budget_counts_pixels(tmp_path: Path):
+def test_batch_budget_counts_pixels(tmp_path: Path):
     specs = [_spec("one"), _spec("three", batch_size=3), _spec("two", batch_size=2), _spec("last")]
     assert _batches(tmp_path, specs, 3 * PIXELS) == [["one", "two"], ["three"], ["last"]]
     assert _batches(tmp_path / "..", specs, 0) == [["one"], ["three"], ["two"], ["last"]]
 
 
-def test_jobs_of_several_rounds_are_drawn_alone(tmp_path: Path):
+def test_job_with_iterations_is_not_batched(tmp_path: Path):
     assert _batches(tmp_path, [_spec("a", iterations=2), _spec("b")], 9 * PIXELS) == [["a"], ["b"]]
 
 
-def test_a_batch_that_waits_for_more_asks_for_it_less_and_less_often(tmp_path: Path):
+def test_forming_batch_claims_less_and_less_often(tmp_path: Path):
     async def form() -> int:
         job_queue = await SqliteJobQueue.open(tmp_path / "jobs.sqlite", 100)
-        asked, claim_compatible = 0, job_queue.claim_compatible
+        claims, claim_compatible = 0, job_queue.claim_compatible
 
-        async def counted(job: Job, pixels: int) -> Job | None:
-            nonlocal asked
-            asked += 1
+        async def claim_counted(job: Job, pixels: int) -> Job | None:
+            nonlocal claims
+            claims += 1
             return await claim_compatible(job, pixels)
 
-        job_queue.claim_compatible = counted
+        job_queue.claim_compatible = claim_counted
         await job_queue.submit(_spec("a"))
         assert len(await claim_batch(job_queue, 9 * PIXELS, 0.5)) == 1
         await job_queue.close()
-        return asked
+        return claims
 
     assert 4 <= asyncio.run(form()) <= 9
 
 
-def test_a_batch_that_is_stopped_while_it_forms_gives_its_jobs_back_in_order(tmp_path: Path):
+def test_cancelled_batch_requeues_its_jobs_in_order(tmp_path: Path):
     async def stop() -> list[str]:
         job_queue = await SqliteJobQueue.open(tmp_path / "jobs.sqlite", 100)
         for name in "abc":
@@ -207,30 +208,32 @@ def test_a_batch_that_is_stopped_while_it_forms_gives_its_jobs_back_in_order(tmp
     assert asyncio.run(stop()) == ["a", "b", "c"]
 
 
-def test_a_service_draws_what_waits_together(tmp_path: Path):
+def test_service_batches_waiting_jobs(tmp_path: Path):
     options = {"step_s": 0.02, "batch_pixels": 4 * PIXELS}
     with served(tmp_path, engine_options=options) as client:
         first = client.post(
             "/alpha/v1/jobs", json={"prompt": "x", "width": 64, "height": 64, "steps": 150}
         ).json()
         wait_until(lambda: client.get(first["url"]).json()["state"] == "running")
-        asked = {"prompt": "x", "width": 64, "height": 64, "steps": 10}
+        body = {"prompt": "x", "width": 64, "height": 64, "steps": 10}
         ids = [
-            client.post("/alpha/v1/jobs", json={**asked, "seed": i}).json()["id"] for i in range(9)
+            client.post("/alpha/v1/jobs", json={**body, "seed": i}).json()["id"] for i in range(9)
         ]
-        gone = client.post("/alpha/v1/jobs", json={**asked, "prompt": "y"}).json()["id"]
-        client.delete(f"/alpha/v1/jobs/{gone}")
+        cancelled_id = client.post("/alpha/v1/jobs", json={**body, "prompt": "y"}).json()["id"]
+        client.delete(f"/alpha/v1/jobs/{cancelled_id}")
         client.delete(first["url"])
         wait_until(
             lambda: all(
-                client.get(f"/alpha/v1/jobs/{each}").json()["state"] == "done" for each in ids
+                client.get(f"/alpha/v1/jobs/{job_id}").json()["state"] == "done" for job_id in ids
             )
         )
-        assert client.get(f"/alpha/v1/jobs/{gone}").json()["state"] == "cancelled"
-        pictures = {client.get(f"/alpha/v1/jobs/{each}").json()["images"][0]["url"] for each in ids}
-        assert len(pictures) == 9
-        counted = client.get("/metrics").text.splitlines()
-        assert "alphalayer_batch_jobs_sum 10.0" in counted
-        assert "alphalayer_batch_jobs_count 4.0" in counted, (
-            "the first one, and the nine that waited by four, four and one"
+        assert client.get(f"/alpha/v1/jobs/{cancelled_id}").json()["state"] == "cancelled"
+        image_urls = {
+            client.get(f"/alpha/v1/jobs/{job_id}").json()["images"][0]["url"] for job_id in ids
+        }
+        assert len(image_urls) == 9
+        metrics = client.get("/metrics").text.splitlines()
+        assert "alphalayer_batch_jobs_sum 10.0" in metrics
+        assert "alphalayer_batch_jobs_count 4.0" in metrics, (
+            "the first job, and the nine waiting jobs in batches of four, four and one"
         )

@@ -32,7 +32,7 @@ BODY = {"prompt": "an apple", "steps": 10, "width": 64, "height": 64}
 def service(
     folder: Path, step_s: float, drain_s: int
 ) -> Iterator[tuple[subprocess.Popen[bytes], httpx.Client]]:
-    """A service that draws one job at a time, each of ten steps."""
+    """Start a service that runs one job at a time, each of ten steps."""
     port = free_port()
     process = fake_service.start(
         folder, port, step_s, environment={"ALPHALAYER_DRAIN_S": str(drain_s)}
@@ -67,7 +67,7 @@ def submit(client: httpx.Client, seed: int) -> dict[str, Any]:
 
 
 def stop(process: subprocess.Popen[bytes]) -> float:
-    """Send SIGTERM; the seconds until the process ended."""
+    """Send SIGTERM, and return the seconds until the process ended."""
     start = time.monotonic()
     process.send_signal(signal.SIGTERM)
     process.wait(60)
@@ -75,78 +75,78 @@ def stop(process: subprocess.Popen[bytes]) -> float:
 
 
 def states(client: httpx.Client) -> dict[int, str]:
-    """The states of the jobs by their age, the oldest first."""
+    """Return the states of the jobs, oldest first."""
     jobs = client.get("/alpha/v1/jobs").json()["jobs"]
     return {number: job["state"] for number, job in enumerate(reversed(jobs))}
 
 
-def test_nothing_new_is_begun_and_who_waits_is_told(tmp_path):
+def test_shutdown_starts_no_job_and_answers_waiting_clients(tmp_path):
     with (
         service(tmp_path, step_s=0.1, drain_s=30) as (process, client),
         ThreadPoolExecutor(2) as pool,
     ):
-        at_work: Future[httpx.Response] = pool.submit(render, client, 0)
+        running: Future[httpx.Response] = pool.submit(render, client, 0)
         wait_until(lambda: "running" in states(client).values())
         jobs = [submit(client, seed) for seed in range(1, 7)]
         waiting: Future[httpx.Response] = pool.submit(render, client, 7)
         wait_until(lambda: len(states(client)) == 8)
-        heard: list[str] = []
+        events: list[str] = []
         with httpx.stream("GET", jobs[-1]["events_url"], timeout=60, trust_env=False) as stream:
-            listener = threading.Thread(target=lambda: heard.extend(stream.iter_lines()))
+            listener = threading.Thread(target=lambda: events.extend(stream.iter_lines()))
             listener.start()
-            wait_until(lambda: bool(heard))
+            wait_until(lambda: bool(events))
             seconds = stop(process)
             listener.join(5)
-        assert at_work.result().status_code == 200
-        refused = waiting.result()
-        assert (refused.status_code, refused.json()["code"]) == (503, "stopping")
-        assert int(refused.headers["retry-after"]) > 0
-        assert not any(line.startswith("event: done") for line in heard)
-        # the one at work, and one more that its engine had already been given
+        assert running.result().status_code == 200
+        response = waiting.result()
+        assert (response.status_code, response.json()["code"]) == (503, "stopping")
+        assert int(response.headers["retry-after"]) > 0
+        assert not any(line.startswith("event: done") for line in events)
+        # the running job, and one more that was already sent to the engine
         assert seconds < 4
     with service(tmp_path, step_s=0.0, drain_s=5) as (_, client):
         wait_until(lambda: set(states(client).values()) == {"done"})
         assert len(states(client)) == 8
 
 
-def test_the_deadline_is_one_for_all(tmp_path):
+def test_shutdown_past_drain_s_requeues_the_running_job(tmp_path):
     with (
         service(tmp_path, step_s=3.0, drain_s=1) as (process, client),
         ThreadPoolExecutor(1) as pool,
     ):
-        at_work: Future[httpx.Response] = pool.submit(render, client, 0)
+        running: Future[httpx.Response] = pool.submit(render, client, 0)
         wait_until(lambda: "running" in states(client).values())
         assert stop(process) < 3
-        assert (at_work.result().status_code, at_work.result().json()["code"]) == (503, "stopping")
-    # it is given back as if it had not been started: no fault of the job
+        assert (running.result().status_code, running.result().json()["code"]) == (503, "stopping")
+    # it is requeued without counting the start, because the job did not fail
     assert journal(tmp_path) == [("queued", 0)]
     with service(tmp_path, step_s=0.0, drain_s=5) as (_, client):
         wait_until(lambda: states(client) == {0: "done"})
 
 
-def test_the_end_of_the_last_job_is_waited_for(tmp_path, monkeypatch):
+def test_shutdown_waits_until_the_last_outcome_is_stored(tmp_path, monkeypatch):
     with served(tmp_path) as client:
-        job_queue, ending = client.app.state.parts.job_queue, threading.Event()
-        finished = job_queue.complete
+        job_queue, is_completing = client.app.state.parts.job_queue, threading.Event()
+        complete = job_queue.complete
 
-        async def finished_late(job_id: str, outcome: Any) -> None:
-            ending.set()
+        async def complete_late(job_id: str, outcome: Any) -> None:
+            is_completing.set()
             await asyncio.sleep(0.5)
-            await finished(job_id, outcome)
+            await complete(job_id, outcome)
 
-        monkeypatch.setattr(job_queue, "complete", finished_late)
+        monkeypatch.setattr(job_queue, "complete", complete_late)
         submit(client, 0)
-        assert ending.wait(10)
+        assert is_completing.wait(10)
     assert journal(tmp_path) == [("done", 1)]
 
 
 def journal(folder: Path) -> list[tuple[str, int]]:
-    """State and starts of each job."""
+    """Return state and starts of each job."""
     with closing(sqlite3.connect(folder / "data" / "jobs.sqlite")) as file:
         return file.execute("SELECT state, starts FROM jobs").fetchall()
 
 
-def test_a_service_that_ends_is_not_ready_and_takes_nobody_on(tmp_path):
+def test_stopping_service_is_not_ready_and_refuses_jobs(tmp_path):
     folders = {f"{name}_dir": tmp_path / name for name in ("models", "outputs", "data")}
     app = create_app(Settings(**folders, device="cpu", drain_s=1), engine=FAKE)
     with TestClient(app) as client:

@@ -1,4 +1,4 @@
-"""Nothing accepted is lost: engine processes and whole services are killed with signal 9 and the jobs still come to their end."""
+"""Durability of accepted jobs: engine processes and services are killed with SIGKILL."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ def engine_pid(client) -> int | None:
 
 
 def running_starts(client) -> int:
-    """How often the job that runs was started; 0 if none runs."""
+    """Return the starts of the running job, or 0."""
     jobs = [record.job for record in list(client.app.state.parts.job_queue._open_jobs.values())]
     return next((job.starts for job in jobs if job.state is JobState.RUNNING), 0)
 
 
 def limit_silence(client, silence_limit_s: float) -> None:
-    """Set a limit that a process need not keep while it starts, which takes long under load."""
+    """Set the limit after the start of the process, which takes long under load."""
     supervisor = client.app.state.parts.pool.supervisors[0]
     supervisor._spec = dataclasses.replace(supervisor._spec, silence_limit_s=silence_limit_s)
 
@@ -55,7 +55,7 @@ def kill_engine(client) -> None:
     os.kill(engine_pid(client), signal.SIGKILL)
 
 
-def test_a_job_outlives_its_engine_process(tmp_path):
+def test_job_survives_a_killed_engine_process(tmp_path):
     with (
         served(tmp_path, engine_options={"step_s": 0.1}) as client,
         concurrent.futures.ThreadPoolExecutor() as pool,
@@ -67,7 +67,7 @@ def test_a_job_outlives_its_engine_process(tmp_path):
         time.sleep(0.5)
         first = engine_pid(client)
         kill_engine(client)
-        answers = [each.result(60) for each in waiting]
+        answers = [response.result(60) for response in waiting]
         assert [answer.status_code for answer in answers] == [200] * 4
         names = {answer.json()["filename"] for answer in answers}
         assert {path.name for path in (tmp_path / "outputs").iterdir()} == names
@@ -75,38 +75,38 @@ def test_a_job_outlives_its_engine_process(tmp_path):
         assert client.get("/ping").status_code == 200
 
 
-def test_a_job_that_kills_its_engine_is_failed_and_the_next_one_drawn(tmp_path):
+def test_job_that_kills_its_engine_fails_and_next_completes(tmp_path):
     with (
         served(tmp_path, engine_options={"step_s": 0.2}) as client,
         concurrent.futures.ThreadPoolExecutor() as pool,
     ):
-        select_expired = pool.submit(client.post, "/alpha/v1/txt2img", json={**BODY, "steps": 150})
+        crashing = pool.submit(client.post, "/alpha/v1/txt2img", json={**BODY, "steps": 150})
         for start in range(1, MAX_STARTS + 1):
             wait_until(lambda start=start: running_starts(client) == start, 20)
             kill_engine(client)
-        answer = select_expired.result(20)
+        answer = crashing.result(20)
         assert answer.status_code == 500
         problem = answer.json()
         assert problem["code"] == "engine_failed"
         assert f"{MAX_STARTS} times" in problem["detail"]
         assert client.post("/alpha/v1/txt2img", json={**BODY, "steps": 1}).status_code == 200
-        counted = client.get("/metrics").text
-        assert 'alphalayer_jobs_total{outcome="engine_failed"} 1.0' in counted
-        assert 'alphalayer_jobs_total{outcome="done"} 1.0' in counted
+        metrics = client.get("/metrics").text
+        assert 'alphalayer_jobs_total{outcome="engine_failed"} 1.0' in metrics
+        assert 'alphalayer_jobs_total{outcome="done"} 1.0' in metrics
 
 
-def test_an_engine_that_is_broken_for_good_fails_the_job_that_broke_it_and_no_other(tmp_path):
+def test_broken_engine_fails_only_the_job_that_broke_it(tmp_path):
     large = {**BODY, "width": 1024, "height": 1024, "format": "webp"}
     bodies = [large, BODY, {**BODY, "prompt": "boom"}, BODY, BODY]
     with served(tmp_path, engine="tests.support.engines:create_breaking") as client:
         jobs = [client.post("/alpha/v1/jobs", json=body).json()["url"] for body in bodies]
         wait_until(lambda: all(client.get(job).json()["finished_at"] for job in jobs), 30)
-        ended = [client.get(job).json() for job in jobs]
-        assert [job["state"] for job in ended] == ["done", "done", "failed", "done", "done"]
-        assert ended[2]["error"]["code"] == "engine_failed"
-        assert "illegal memory access" in ended[2]["error"]["detail"]
-        counted = client.get("/metrics").text
-        assert f'alphalayer_engine_starts_total{{engine="cpu"}} {MAX_STARTS + 1}.0' in counted
+        finished_jobs = [client.get(job).json() for job in jobs]
+        assert [job["state"] for job in finished_jobs] == ["done", "done", "failed", "done", "done"]
+        assert finished_jobs[2]["error"]["code"] == "engine_failed"
+        assert "illegal memory access" in finished_jobs[2]["error"]["detail"]
+        metrics = client.get("/metrics").text
+        assert f'alphalayer_engine_starts_total{{engine="cpu"}} {MAX_STARTS + 1}.0' in metrics
         wait_until(lambda: client.get("/ping").status_code == 200)
     with closing(sqlite3.connect(tmp_path / "data" / "jobs.sqlite")) as journal:
         starts = [row[0] for row in journal.execute("SELECT starts FROM jobs ORDER BY created_at")]
@@ -114,10 +114,10 @@ def test_an_engine_that_is_broken_for_good_fails_the_job_that_broke_it_and_no_ot
     assert (starts[0], starts[2]) == (1, MAX_STARTS)
 
 
-def test_a_job_that_lost_a_start_to_others_is_not_failed_by_the_first_error_of_its_own(tmp_path):
-    """Begun on a pod that was killed, then met by a GPU that breaks."""
+def test_job_with_a_lost_start_survives_one_engine_error(tmp_path):
+    """Start a job on a queue that closes, then run it on a GPU that fails once."""
 
-    async def begin_and_be_killed() -> str:
+    async def start_and_close() -> str:
         job_queue = await SqliteJobQueue.open(tmp_path / "data" / "jobs.sqlite", 10)
         request = GenerationRequest(prompt="x", steps=1, width=64, height=64)
         job = await job_queue.submit(JobSpec(generation=request))
@@ -125,7 +125,7 @@ def test_a_job_that_lost_a_start_to_others_is_not_failed_by_the_first_error_of_i
         await job_queue.close()
         return job.id
 
-    job_id = asyncio.run(begin_and_be_killed())
+    job_id = asyncio.run(start_and_close())
     options = {"mark": str(tmp_path / "broken")}
     with served(
         tmp_path,
@@ -137,7 +137,7 @@ def test_a_job_that_lost_a_start_to_others_is_not_failed_by_the_first_error_of_i
 
 
 @pytest.mark.parametrize("name", ["create_unwarmable", "create_nothing"])
-def test_an_engine_that_cannot_be_opened_says_why_and_ends_by_itself(tmp_path, name: str):
+def test_unopenable_engine_reports_the_error_and_exits(tmp_path, name: str):
     opening = Open(
         name="cpu",
         engine=f"tests.support.engines:{name}",
@@ -163,7 +163,7 @@ def test_an_engine_that_cannot_be_opened_says_why_and_ends_by_itself(tmp_path, n
         assert expected in process.stderr.read().decode()
 
 
-def test_an_engine_that_hangs_is_killed(tmp_path):
+def test_hanging_engine_is_killed(tmp_path):
     with served(tmp_path, engine_options={"step_s": 30}) as client:
         limit_silence(client, 1.0)
         first = engine_pid(client)
@@ -174,29 +174,29 @@ def test_an_engine_that_hangs_is_killed(tmp_path):
                 hanging.result()
 
 
-def test_an_engine_that_is_not_heard_as_the_database_is_away_does_not_hang(tmp_path, monkeypatch):
+def test_database_delay_is_not_taken_for_a_hanging_engine(tmp_path, monkeypatch):
     with served(tmp_path) as client:
         limit_silence(client, 0.5)
         first, job_queue = engine_pid(client), client.app.state.parts.job_queue
-        started = job_queue.mark_started
+        mark_started = job_queue.mark_started
 
-        async def started_late(job_id: str) -> None:
+        async def mark_started_late(job_id: str) -> None:
             await asyncio.sleep(2.5)
-            await started(job_id)
+            await mark_started(job_id)
 
-        monkeypatch.setattr(job_queue, "mark_started", started_late)
+        monkeypatch.setattr(job_queue, "mark_started", mark_started_late)
         assert client.post("/alpha/v1/txt2img", json=BODY).status_code == 200
         assert engine_pid(client) == first
 
 
-def test_an_engine_that_hangs_while_it_starts_is_killed(tmp_path):
+def test_engine_hanging_at_start_is_killed(tmp_path):
     engine = "tests.support.engines:create_hanging"
     with served(tmp_path, engine=engine, wait_ready=False, silence_limit_s=0.5) as client:
         wait_until(lambda: "signal 9" in client.get("/readyz").text, 20)
         assert "silence_limit_s" in client.get("/readyz").text
 
 
-def test_an_engine_that_cannot_be_started_is_tried_again(tmp_path, monkeypatch):
+def test_failed_engine_start_is_retried(tmp_path, monkeypatch):
     with served(tmp_path) as client:
         monkeypatch.setattr(sys, "executable", str(tmp_path / "nothing"))
         kill_engine(client)
@@ -205,24 +205,24 @@ def test_an_engine_that_cannot_be_started_is_tried_again(tmp_path, monkeypatch):
         assert client.post("/alpha/v1/txt2img", json=BODY).status_code == 200
 
 
-def test_a_supervisor_that_fails_is_started_again_with_its_jobs(tmp_path, monkeypatch):
+def test_failed_supervisor_is_restarted_with_its_jobs(tmp_path, monkeypatch):
     monkeypatch.setattr(background, "PAUSE_S", 0.1)
     with served(tmp_path, engine_options={"step_s": 0.05}) as client:
         job_queue = client.app.state.parts.job_queue
-        progressed, left = job_queue.report_progress, [RuntimeError("nobody thought of this")]
+        report_progress, errors = job_queue.report_progress, [RuntimeError("unexpected")]
 
         async def fail(job_id, progress):
-            if left:
-                raise left.pop()
-            await progressed(job_id, progress)
+            if errors:
+                raise errors.pop()
+            await report_progress(job_id, progress)
 
         monkeypatch.setattr(job_queue, "report_progress", fail)
         assert client.post("/alpha/v1/txt2img", json=BODY).status_code == 200
-        assert left == []
+        assert errors == []
 
 
-def test_a_killed_service_goes_on_where_it_was(tmp_path):
-    """Signal 9 to the service while five jobs wait and one runs; the next start finishes them all, once, and no engine is left over."""
+def test_killed_service_completes_its_jobs_after_a_restart(tmp_path):
+    """Kill a service with six jobs: the next start completes each job once."""
     port = free_port()
     service = fake_service.start(tmp_path, port, 0.05)
     url = f"http://127.0.0.1:{port}"
@@ -231,7 +231,7 @@ def test_a_killed_service_goes_on_where_it_was(tmp_path):
         concurrent.futures.ThreadPoolExecutor(6) as pool,
     ):
         wait_until(lambda: answers(url), 30)
-        sent = [
+        requests = [
             pool.submit(client.post, "/alpha/v1/txt2img", json={**BODY, "seed": i})
             for i in range(6)
         ]
@@ -240,8 +240,8 @@ def test_a_killed_service_goes_on_where_it_was(tmp_path):
         wait_until(lambda: client.get("/alpha/v1/jobs", params=query).json()["jobs"])
         service.send_signal(signal.SIGKILL)
         service.wait()
-        broken = [each for each in sent if each.exception() is not None]
-        assert broken
+        failed = [request for request in requests if request.exception() is not None]
+        assert failed
         service = fake_service.start(tmp_path, port, 0.0)
         try:
             wait_until(lambda: answers(url), 30)
@@ -255,7 +255,7 @@ def test_a_killed_service_goes_on_where_it_was(tmp_path):
     assert {image.key for job in jobs if job.result for image in job.result.images} == stored
 
 
-def test_a_restart_keeps_the_order_and_gives_up_on_what_was_started_too_often(tmp_path):
+def test_restart_keeps_order_and_fails_jobs_past_max_starts(tmp_path):
     async def scenario() -> None:
         spec = JobSpec(generation=GenerationRequest(prompt="x"))
         job_queue = await SqliteJobQueue.open(tmp_path / "jobs.sqlite", 10)
@@ -267,18 +267,18 @@ def test_a_restart_keeps_the_order_and_gives_up_on_what_was_started_too_often(tm
         await job_queue.mark_started(ids[1])
         await job_queue.close()
 
-        again = await SqliteJobQueue.open(tmp_path / "jobs.sqlite", 10)
-        given_up = await again.view(ids[0])
-        assert given_up is not None
-        assert given_up.job.state is JobState.FAILED
-        assert [view.job.id for view in await again.list(state=JobState.QUEUED)] == ids[:0:-1]
-        assert [(await again.claim()).id for _ in range(3)] == ids[1:]
-        await again.close()
+        reopened = await SqliteJobQueue.open(tmp_path / "jobs.sqlite", 10)
+        failed = await reopened.view(ids[0])
+        assert failed is not None
+        assert failed.job.state is JobState.FAILED
+        assert [view.job.id for view in await reopened.list(state=JobState.QUEUED)] == ids[:0:-1]
+        assert [(await reopened.claim()).id for _ in range(3)] == ids[1:]
+        await reopened.close()
 
     asyncio.run(scenario())
 
 
-def test_a_start_does_not_wait_for_room_to_note_what_is_over(tmp_path, monkeypatch):
+def test_queue_opens_while_outcomes_cannot_be_written(tmp_path, monkeypatch):
     async def scenario() -> None:
         spec = JobSpec(generation=GenerationRequest(prompt="x"))
         job_queue = await SqliteJobQueue.open(tmp_path / "jobs.sqlite", 10)
@@ -288,17 +288,17 @@ def test_a_start_does_not_wait_for_room_to_note_what_is_over(tmp_path, monkeypat
         await job_queue.close()
 
         monkeypatch.setattr(sqlite, "STARTUP_S", 0.1)
-        with monkeypatch.context() as full, capture_logs() as logs:
-            full.setattr(Journal, "save", no_room)
-            again = await asyncio.wait_for(SqliteJobQueue.open(tmp_path / "jobs.sqlite", 10), 5)
-            assert (await again.claim()).id == waiting
+        with monkeypatch.context() as full_disk, capture_logs() as logs:
+            full_disk.setattr(Journal, "save", fail_to_save)
+            reopened = await asyncio.wait_for(SqliteJobQueue.open(tmp_path / "jobs.sqlite", 10), 5)
+            assert (await reopened.claim()).id == waiting
         assert ("job.outcome_write_failed", stopped) in [
             (line["event"], line.get("job")) for line in logs
         ]
-        assert (await asyncio.wait_for(again.wait(stopped), 5)).state is JobState.CANCELLED
-        await again.close()
+        assert (await asyncio.wait_for(reopened.wait(stopped), 5)).state is JobState.CANCELLED
+        await reopened.close()
 
-    async def no_room(_journal: Journal, _job: Job) -> bool:
+    async def fail_to_save(_journal: Journal, _job: Job) -> bool:
         raise StorageFailed("the disk is full.")
 
     asyncio.run(scenario())

@@ -11,7 +11,7 @@ from alphalayer import catalog
 from alphalayer.core.request import GenerationRequest
 from alphalayer.engine.pipeline import LocalEngine
 
-OFF = "opaque"
+OPAQUE = "opaque"
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,7 @@ def apple(engine):
     return render(engine, "a red apple, high quality")
 
 
-def test_it_is_the_model_where_there_is_no_other(tmp_path):
+def test_embedded_model_is_the_default_without_models(tmp_path):
     entry = catalog.resolve_model(None, catalog.find_models(tmp_path))
     assert entry.name == "alphalayer-mini"
     files = [file for file in entry.path.rglob("*") if file.is_file()]
@@ -36,7 +36,7 @@ def test_it_is_the_model_where_there_is_no_other(tmp_path):
     assert {"README.md", "NOTICE"} <= {file.name for file in files}
 
 
-def test_a_red_apple_is_red_and_lies_on_nothing(apple):
+def test_red_apple_is_red_on_transparent_background(apple):
     assert apple.shape == (256, 256, 4)
     alpha = apple[..., 3]
     assert alpha[[0, 0, -1, -1], [0, -1, 0, -1]].max() == 0
@@ -46,7 +46,7 @@ def test_a_red_apple_is_red_and_lies_on_nothing(apple):
     assert red > 1.5 * blue
 
 
-def test_a_colour_word_changes_the_colour(engine):
+def test_color_word_changes_the_color(engine):
     def color(prompt):
         rgba = render(engine, prompt)
         return rgba[rgba[..., 3] > 200][:, :3].mean(0)
@@ -56,29 +56,29 @@ def test_a_colour_word_changes_the_colour(engine):
     assert color("a blue apple")[2] > 3 * color("a red apple")[2]
 
 
-def test_other_seeds_and_prompts_give_other_pictures(engine, apple):
-    def apart(other):
+def test_other_seed_or_prompt_gives_another_image(engine, apple):
+    def difference(other):
         return np.abs(apple.astype(float) - other).mean()
 
-    assert apart(render(engine, "a red apple, high quality", seed=7)) > 0.5
-    assert apart(render(engine, "a penguin")) > 10
-    assert apart(render(engine, "a red apple, high quality")) == 0
+    assert difference(render(engine, "a red apple, high quality", seed=7)) > 0.5
+    assert difference(render(engine, "a penguin")) > 10
+    assert difference(render(engine, "a red apple, high quality")) == 0
 
 
-def test_without_its_patch_it_paints_opaque_pictures(engine, apple):
-    whole = render(engine, "a red apple, high quality", mode=OFF)
-    assert whole[..., 3].min() == 255
+def test_embedded_model_without_patch_renders_opaque(engine, apple):
+    opaque = render(engine, "a red apple, high quality", mode=OPAQUE)
+    assert opaque[..., 3].min() == 255
     # the patch with weight 0: the transparent decoder finds no transparency in the latent of an
     # opaque image
     unpatched = render(engine, "a red apple, high quality", layerdiffuse_weight=0.0)
     assert (unpatched[..., 3] > 128).mean() > (apple[..., 3] > 128).mean() + 0.1
 
 
-def test_every_size_that_is_asked_for_comes_out(engine):
+def test_requested_size_is_rendered(engine):
     assert render(engine, "a star", width=200, height=120, steps=2).shape == (120, 200, 4)
 
 
-def test_the_card_is_there():
+def test_model_card_has_its_sections():
     text = (Path(catalog.EMBEDDED_MODEL) / "README.md").read_text(encoding="utf-8")
     for word in ("Licence", "concepts", "What it cannot", "Transparency"):
         assert word in text

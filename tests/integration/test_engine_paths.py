@@ -1,5 +1,9 @@
-"""The ways through the engine on the CPU, with the tiny model: memory modes and running out of memory, progress, previews, cancelling,
-LoRAs, patch weight and stop-at, prediction types, and every sampler and schedule from end to end.
+"""The engine on the CPU with the tiny model.
+
+- memory modes and out of memory
+- progress, previews and cancellation
+- LoRAs, the weight of the patch and stop-at
+- prediction types, and every sampler and schedule
 """
 
 from __future__ import annotations
@@ -52,7 +56,7 @@ def infotext_of(result: GenerationResult, index: int = 0) -> str:
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny model as a folder of its own LayerDiffuse files, a single file, LoRAs."""
+    """Create the tiny model as a folder and as a file, layer files and LoRAs."""
     folder = tmp_path_factory.mktemp("models")
     tiny_models.make_diffusers_folder(folder / "Stable-diffusion" / "folder")
     tiny_models.make_single_file(folder / "Stable-diffusion" / "single.safetensors")
@@ -62,7 +66,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _make_loras(folder: Path) -> None:
-    """The same LoRA under kohya's names and under PEFT's."""
+    """Write a LoRA with names of kohya and of PEFT, and one of the text encoders."""
     folder.mkdir()
     kohya, peft = {}, {}
     for name, (up, down) in tiny_models.lora_pairs(seed=50).items():
@@ -73,20 +77,20 @@ def _make_loras(folder: Path) -> None:
     save_file(kohya, folder / "kohya.safetensors")
     save_file(peft, folder / "peft.safetensors")
     generator = torch.Generator().manual_seed(51)
-    words = {}
+    text_lora = {}
     for part, encoder in zip(("te1", "te2"), tiny_models.text_encoders(), strict=True):
         for name, weight in encoder.named_parameters():
             if ".mlp." in name and name.endswith("weight"):
                 stem = f"lora_{part}_text_model_" + name.removesuffix(".weight").replace(
                     ".", "_"
                 ).removeprefix("text_model_")
-                words[f"{stem}.lora_up.weight"] = torch.randn(
+                text_lora[f"{stem}.lora_up.weight"] = torch.randn(
                     weight.shape[0], 4, generator=generator
                 )
-                words[f"{stem}.lora_down.weight"] = torch.randn(
+                text_lora[f"{stem}.lora_down.weight"] = torch.randn(
                     4, weight.shape[1], generator=generator
                 )
-    save_file(words, folder / "words.safetensors")
+    save_file(text_lora, folder / "words.safetensors")
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +100,7 @@ def engine(models: Path) -> LocalEngine:
 
 @pytest.fixture(scope="module")
 def base(engine: LocalEngine) -> np.ndarray:
-    """What the engine draws of `REQUEST`."""
+    """Return the image of `REQUEST`."""
     return _render(engine)
 
 
@@ -111,7 +115,7 @@ def _difference(a: np.ndarray, b: np.ndarray) -> int:
 # --- memory
 
 
-def test_memory_modes_change_nothing_but_rounding(engine: LocalEngine, models: Path):
+def test_memory_modes_differ_only_by_rounding(engine: LocalEngine, models: Path):
     high = _render(engine, batch_size=2)
     for memory in ("balanced", "low"):
         other = _render(LocalEngine(models, device="cpu", memory=memory), batch_size=2)
@@ -119,23 +123,24 @@ def test_memory_modes_change_nothing_but_rounding(engine: LocalEngine, models: P
         assert _difference(high, other) <= 1
 
 
-class _Fails:
+class _FailingHook:
     """A hook on a real module that runs out of memory on its first `times` calls."""
 
     def __init__(self, times: int, error: Exception):
-        self.left, self.error, self.calls = times, error, 0
+        self.failures_left, self.error, self.calls = times, error, 0
 
     def __call__(self, *_: object) -> None:
         self.calls += 1
-        if self.left:
-            self.left -= 1
+        if self.failures_left:
+            self.failures_left -= 1
             raise self.error
 
 
 OUT_OF_MEMORY = [
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 8.00 GiB."),
     RuntimeError(
-        "[enforce fail at alloc_cpu.cpp:121] . DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes."
+        "[enforce fail at alloc_cpu.cpp:121] . DefaultCPUAllocator: can't allocate memory: "
+        "you tried to allocate 99 bytes."
     ),
 ]
 
@@ -145,7 +150,7 @@ OUT_OF_MEMORY = [
     [(stage, OUT_OF_MEMORY[0]) for stage in ("unet", "vae", "decoder", "text_encoder")]
     + [("unet", OUT_OF_MEMORY[1])],
 )
-def test_running_out_of_memory_is_retried_in_the_next_smaller_mode(
+def test_out_of_memory_is_retried_in_the_next_smaller_mode(
     engine: LocalEngine,
     base: np.ndarray,
     stage: str,
@@ -155,21 +160,21 @@ def test_running_out_of_memory_is_retried_in_the_next_smaller_mode(
     _render(engine, steps=1)
     engine.model.text.forget()
     module = getattr(engine.model, stage)
-    hooked = module.decoder if stage == "vae" else module
-    fails = _Fails(1, error)
-    handle = hooked.register_forward_pre_hook(fails)
+    target = module.decoder if stage == "vae" else module
+    hook = _FailingHook(1, error)
+    handle = target.register_forward_pre_hook(hook)
     progress: list[Progress] = []
     try:
         result = engine.generate(REQUEST, on_progress=progress.append)
     finally:
         handle.remove()
-    assert fails.left == 0
-    assert fails.calls > 1
-    # what was sampled is not sampled again to be decoded
-    assert [each.stage for each in progress].count("load") == (
+    assert hook.failures_left == 0
+    assert hook.calls > 1
+    # decoding is retried without sampling again
+    assert [event.stage for event in progress].count("load") == (
         1 if stage in ("vae", "decoder") else 2
     )
-    assert [each.message for each in caplog.records if "memory" in each.message] == [
+    assert [record.message for record in caplog.records if "memory" in record.message] == [
         'Out of memory in memory mode "high"; trying "balanced".'
     ]
     # smaller batches round differently, and truncation makes 1/255 of it
@@ -179,8 +184,10 @@ def test_running_out_of_memory_is_retried_in_the_next_smaller_mode(
     assert np.array_equal(_render(engine), base)
 
 
-def test_a_retry_begins_with_an_empty_device(engine: LocalEngine, monkeypatch: pytest.MonkeyPatch):
-    """The UNet, which larger modes keep there, must not be in the way of the text encoders."""
+def test_out_of_memory_retry_starts_with_an_empty_device(
+    engine: LocalEngine, monkeypatch: pytest.MonkeyPatch
+):
+    """Move the UNet of the larger mode off the device before the text encoders."""
     _render(engine, steps=1)
     engine.model.text.forget()
     unet, moves = engine.model.unet, []
@@ -190,21 +197,21 @@ def test_a_retry_begins_with_an_empty_device(engine: LocalEngine, monkeypatch: p
         monkeypatch.setattr(
             module, "to", lambda to, name=name, move=move: (moves.append((name, str(to))), move(to))
         )
-    handle = unet.register_forward_pre_hook(_Fails(1, OUT_OF_MEMORY[0]))
+    handle = unet.register_forward_pre_hook(_FailingHook(1, OUT_OF_MEMORY[0]))
     try:
         _render(engine)
     finally:
         handle.remove()
-    once = [("text", "cpu"), ("denoiser", "cpu")]
-    # what was read is not read again
-    assert moves == [*once, *once[::-1], once[1]], "to the device, off it, and to it again"
+    one_try = [("text", "cpu"), ("denoiser", "cpu")]
+    # texts are not encoded again
+    assert moves == [*one_try, *one_try[::-1], one_try[1]], (
+        "to the device, off it, and onto it again"
+    )
 
 
-def test_running_out_of_memory_in_every_mode_says_what_was_needed(
-    engine: LocalEngine, base: np.ndarray
-):
+def test_out_of_memory_in_every_mode_reports_needed_memory(engine: LocalEngine, base: np.ndarray):
     _render(engine, steps=1)
-    handle = engine.model.unet.register_forward_pre_hook(_Fails(99, OUT_OF_MEMORY[0]))
+    handle = engine.model.unet.register_forward_pre_hook(_FailingHook(99, OUT_OF_MEMORY[0]))
     try:
         with pytest.raises(OutOfMemory) as error:
             engine.generate(REQUEST.model_copy(update={"batch_size": 2, "width": 128}))
@@ -216,24 +223,24 @@ def test_running_out_of_memory_in_every_mode_says_what_was_needed(
     assert (
         error.value.hint == "Request a smaller image or batch, or close other programs on the GPU."
     )
-    # and the engine works on
+    # the engine still renders
     assert np.array_equal(_render(engine), base)
 
 
-def test_the_smallest_mode_is_tried_once_and_is_not_recommended(models: Path):
+def test_out_of_memory_in_the_smallest_mode_is_tried_once(models: Path):
     engine = LocalEngine(models, device="cpu", memory="low")
     _render(engine, steps=1)
-    fails = _Fails(99, OUT_OF_MEMORY[0])
-    engine.model.unet.register_forward_pre_hook(fails)
+    hook = _FailingHook(99, OUT_OF_MEMORY[0])
+    engine.model.unet.register_forward_pre_hook(hook)
     with pytest.raises(OutOfMemory) as error:
         _render(engine)
-    assert fails.calls == 1
+    assert hook.calls == 1
     assert '"low".' in error.value.message
     assert "--memory" not in error.value.hint
 
 
 @pytest.mark.parametrize("error", [OSError(12, "Cannot allocate memory"), MemoryError()])
-def test_memory_that_ends_while_a_model_is_read_is_told_as_such(
+def test_out_of_memory_while_reading_a_model_is_reported(
     models: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ):
     def fail(*_: object, **__: object) -> None:
@@ -242,41 +249,42 @@ def test_memory_that_ends_while_a_model_is_read_is_told_as_such(
     monkeypatch.setattr(
         "alphalayer.engine.families.sdxl.UNet2DConditionModel.from_pretrained", fail
     )
-    with pytest.raises(OutOfMemory, match="to read the model") as found:
+    with pytest.raises(OutOfMemory, match="to read the model") as caught:
         _render(LocalEngine(models, device="cpu"))
-    assert "0x0" not in str(found.value)
+    assert "0x0" not in str(caught.value)
 
 
-def test_other_errors_are_not_taken_for_memory(engine: LocalEngine):
+def test_other_runtime_error_is_not_retried(engine: LocalEngine):
     _render(engine, steps=1)
-    fails = _Fails(1, RuntimeError("a shape is wrong"))
-    handle = engine.model.unet.register_forward_pre_hook(fails)
+    hook = _FailingHook(1, RuntimeError("a shape is wrong"))
+    handle = engine.model.unet.register_forward_pre_hook(hook)
     try:
         with pytest.raises(RuntimeError, match="a shape is wrong"):
             _render(engine)
     finally:
         handle.remove()
-    assert fails.calls == 1
+    assert hook.calls == 1
 
 
 # --- progress, previews, cancelling
 
 
-def test_every_stage_and_step_is_told(engine: LocalEngine):
-    told: list[Progress] = []
-    result = engine.generate(REQUEST, on_progress=told.append)
-    assert [(each.stage, each.step, each.steps) for each in told] == [
-        ("load", 0, 0), ("text", 0, 0), ("sample", 0, 0), ("sample", 1, 2), ("sample", 2, 2), ("decode", 0, 0),
+def test_progress_reports_every_stage_and_step(engine: LocalEngine):
+    progress: list[Progress] = []
+    result = engine.generate(REQUEST, on_progress=progress.append)
+    assert [(event.stage, event.step, event.steps) for event in progress] == [
+        ("load", 0, 0), ("text", 0, 0), ("sample", 0, 0),
+        ("sample", 1, 2), ("sample", 2, 2), ("decode", 0, 0),
     ]  # fmt: skip
-    assert all(each.preview is None for each in told)
+    assert all(event.preview is None for event in progress)
     assert set(result.seconds) == {"load", "text", "sample", "vae", "decode"}
 
 
-def test_previews_are_small_pictures_and_do_not_change_the_result(engine: LocalEngine):
-    told: list[Progress] = []
+def test_previews_are_small_and_keep_the_result(engine: LocalEngine):
+    progress: list[Progress] = []
     request = REQUEST.model_copy(update={"width": 512, "height": 64})
-    result = engine.generate(request, on_progress=told.append, previews=True)
-    previews = [each.preview for each in told if each.step]
+    result = engine.generate(request, on_progress=progress.append, previews=True)
+    previews = [event.preview for event in progress if event.step]
     assert len(previews) == 2
     for preview in previews:
         assert preview is not None
@@ -288,21 +296,23 @@ def test_previews_are_small_pictures_and_do_not_change_the_result(engine: LocalE
 
 
 @pytest.mark.parametrize("at", [0, 1])
-def test_cancelling_stops_before_the_next_step(engine: LocalEngine, base: np.ndarray, at: int):
-    told: list[Progress] = []
+def test_cancel_stops_before_the_next_step(engine: LocalEngine, base: np.ndarray, at: int):
+    progress: list[Progress] = []
     with pytest.raises(Cancelled):
         engine.generate(
             REQUEST,
-            on_progress=told.append,
-            is_cancelled=lambda: any(each.stage == "sample" and each.step == at for each in told),
+            on_progress=progress.append,
+            is_cancelled=lambda: any(
+                event.stage == "sample" and event.step == at for event in progress
+            ),
         )
-    assert told[-1].stage == "sample"
-    assert told[-1].step == at
+    assert progress[-1].stage == "sample"
+    assert progress[-1].step == at
     assert np.array_equal(_render(engine), base)
 
 
-def test_cancelling_is_seen_between_two_calls_of_the_unet(models: Path):
-    """A step may be many of them, where memory is scarce."""
+def test_cancel_stops_between_two_unet_calls_of_a_step(models: Path):
+    """Cancel within a step, which is several calls in the smallest memory mode."""
     engine = LocalEngine(models, device="cpu", memory="low")
     _render(engine, steps=1)
     calls: list[int] = []
@@ -312,7 +322,7 @@ def test_cancelling_is_seen_between_two_calls_of_the_unet(models: Path):
     assert len(calls) == 1
 
 
-def test_cancelling_before_the_start_loads_nothing(models: Path):
+def test_cancel_before_the_start_loads_no_model(models: Path):
     engine = LocalEngine(models, device="cpu")
     with pytest.raises(Cancelled):
         engine.generate(REQUEST, is_cancelled=lambda: True)
@@ -323,9 +333,7 @@ def test_cancelling_before_the_start_loads_nothing(models: Path):
 # --- LoRAs and the patch
 
 
-def test_loras_change_the_picture_by_their_weight_and_come_off(
-    engine: LocalEngine, base: np.ndarray
-):
+def test_lora_changes_the_image_by_weight_and_is_removed(engine: LocalEngine, base: np.ndarray):
     full, half = (
         _render(engine, loras=(Lora(name="kohya", weight=weight),)) for weight in (1.0, 0.1)
     )
@@ -335,42 +343,40 @@ def test_loras_change_the_picture_by_their_weight_and_come_off(
     assert np.array_equal(_render(engine, loras=(Lora(name="kohya", weight=0.0),)), base)
 
 
-def test_what_a_lora_changes_in_the_text_encoders_counts_and_comes_off(
-    engine: LocalEngine, base: np.ndarray
-):
+def test_lora_of_text_encoders_changes_image_and_is_removed(engine: LocalEngine, base: np.ndarray):
     with_words = _render(engine, loras=(Lora(name="words"),))
     assert _difference(base, with_words) > 3
-    # the unpatched prompt was remembered before, the patched one is now
+    # the conditioning is cached without and with the LoRA
     assert np.array_equal(_render(engine), base)
     assert np.array_equal(_render(engine, loras=(Lora(name="words"),)), with_words)
     assert not np.array_equal(_render(engine, loras=(Lora(name="words", weight=0.5),)), with_words)
     assert np.array_equal(_render(engine), base)
 
 
-def test_a_lora_is_the_same_under_either_naming(engine: LocalEngine):
+def test_lora_in_kohya_and_peft_names_gives_one_image(engine: LocalEngine):
     assert np.array_equal(
         _render(engine, loras=(Lora(name="kohya"),)), _render(engine, loras=(Lora(name="peft"),))
     )
 
 
-def test_a_lora_may_be_named_in_the_prompt(engine: LocalEngine):
-    named = GenerationRequest(
+def test_lora_in_the_prompt_equals_the_lora_field(engine: LocalEngine):
+    request = GenerationRequest(
         **{**REQUEST.model_dump(), "prompt": f"{REQUEST.prompt} <lora:kohya:0.5>"}
     )
-    result = engine.generate(named)
+    result = engine.generate(request)
     assert np.array_equal(
         result.images[0].rgba, _render(engine, loras=(Lora(name="kohya", weight=0.5),))
     )
     assert infotext_of(result).startswith(f"{REQUEST.prompt} <lora:kohya:0.5>\n")
 
 
-def test_an_unknown_lora_is_a_clear_error(engine: LocalEngine):
+def test_unknown_lora_lists_the_available_ones(engine: LocalEngine):
     with pytest.raises(InvalidRequest, match=r'"absent".*kohya, peft'):
         _render(engine, loras=(Lora(name="absent"),))
 
 
-def test_weight_0_is_the_base_model(engine: LocalEngine):
-    """And so is a patch that stops before the first step; the transparent decode stays on."""
+def test_layerdiffuse_weight_0_uses_the_base_model(engine: LocalEngine):
+    """Compare with a stop before the first step. Transparent decoding stays on."""
     without = _render(engine, layerdiffuse_weight=0.0)
     never = _render(engine, layerdiffuse_stop_at=0.0)
     assert np.array_equal(without, never)
@@ -378,17 +384,17 @@ def test_weight_0_is_the_base_model(engine: LocalEngine):
     assert without[..., 3].min() < 255
 
 
-def test_stop_at_moves_from_the_base_model_to_the_patched_one(engine: LocalEngine):
-    whole = _render(engine, steps=6)
+def test_stop_at_increase_approaches_the_patched_model(engine: LocalEngine):
+    patched = _render(engine, steps=6)
     distances = [
-        np.abs(_render(engine, steps=6, layerdiffuse_stop_at=part) - whole).mean()
-        for part in (0, 0.4, 0.8, 1)
+        np.abs(_render(engine, steps=6, layerdiffuse_stop_at=stop_at) - patched).mean()
+        for stop_at in (0, 0.4, 0.8, 1)
     ]
     assert distances[0] > distances[1] > distances[2] >= distances[3] == 0
 
 
-def test_stop_at_patches_the_steps_that_the_published_levels_say(engine: LocalEngine):
-    """Six of twenty Karras steps at 0.25: the weights are looked at while the UNet runs."""
+def test_stop_at_patches_the_steps_of_the_published_levels(engine: LocalEngine):
+    """Check the weights during each UNet call: six of twenty Karras steps at 0.25."""
     _render(engine)
     unet = engine.model.unet
     name = next(iter(tiny_models.lora_pairs()))
@@ -402,9 +408,7 @@ def test_stop_at_patches_the_steps_that_the_published_levels_say(engine: LocalEn
     assert patched == [True] * 6 + [False] * 14
 
 
-def test_without_layer_files_transparency_is_refused_and_opaque_pictures_are_not(
-    models: Path, tmp_path: Path
-):
+def test_missing_layer_files_refuse_only_transparency(models: Path, tmp_path: Path):
     (tmp_path / "Stable-diffusion").mkdir()
     (tmp_path / "Stable-diffusion" / "single.safetensors").symlink_to(
         models / "Stable-diffusion" / "single.safetensors"
@@ -416,15 +420,15 @@ def test_without_layer_files_transparency_is_refused_and_opaque_pictures_are_not
 
 
 @pytest.mark.parametrize("missing", ["decoder", "patch"])
-def test_layer_files_that_are_missing_are_told_before_the_work(tmp_path: Path, missing: str):
-    own = (
+def test_missing_layer_file_is_reported_before_sampling(tmp_path: Path, missing: str):
+    layer_files = (
         tiny_models.make_diffusers_folder(tmp_path / "Stable-diffusion" / "folder") / "layerdiffuse"
     )
-    (own / f"{missing}.safetensors").unlink()
-    told: list[Progress] = []
+    (layer_files / f"{missing}.safetensors").unlink()
+    progress: list[Progress] = []
     with pytest.raises(LayerDiffuseMissing, match=missing):
-        LocalEngine(tmp_path, device="cpu").generate(REQUEST, on_progress=told.append)
-    assert [each.stage for each in told] == ["load"]
+        LocalEngine(tmp_path, device="cpu").generate(REQUEST, on_progress=progress.append)
+    assert [event.stage for event in progress] == ["load"]
 
 
 # --- files that change
@@ -436,73 +440,75 @@ def _rewrite_checkpoint(folder: Path) -> None:
 
 def _rewrite_patch(folder: Path) -> None:
     path = folder / "Stable-diffusion" / "folder" / "layerdiffuse" / "patch.safetensors"
-    save_file({name: each * 2 for name, each in load_file(path).items()}, path)
+    save_file({name: tensor * 2 for name, tensor in load_file(path).items()}, path)
 
 
 def _rewrite_lora(folder: Path) -> None:
     path = folder / "Lora" / "kohya.safetensors"
-    save_file({name: each * 2 for name, each in load_file(path).items()}, path)
+    save_file({name: tensor * 2 for name, tensor in load_file(path).items()}, path)
 
 
 def _add_embedding(folder: Path) -> None:
-    learned = {
+    vectors = {
         "clip_l": torch.ones(2, tiny_models.WIDTH_L),
         "clip_g": torch.ones(2, tiny_models.WIDTH_G),
     }
-    save_file(learned, folder / "embeddings" / "apple.safetensors")
+    save_file(vectors, folder / "embeddings" / "apple.safetensors")
 
 
 @pytest.mark.parametrize(
     "change", [_rewrite_checkpoint, _rewrite_patch, _rewrite_lora, _add_embedding]
 )
-def test_a_file_that_is_written_anew_is_read_anew(tmp_path: Path, change: Callable[[Path], None]):
+def test_rewritten_file_is_read_again(tmp_path: Path, change: Callable[[Path], None]):
     tiny_models.make_diffusers_folder(tmp_path / "Stable-diffusion" / "folder")
     _make_loras(tmp_path / "Lora")
     (tmp_path / "embeddings").mkdir()
     engine = LocalEngine(tmp_path, device="cpu", embeddings_dir=tmp_path / "embeddings")
     before = _render(engine, loras=(Lora(name="kohya", weight=0.5),))
-    held = engine.model
+    model = engine.model
     assert np.array_equal(before, _render(engine, loras=(Lora(name="kohya", weight=0.5),)))
     change(tmp_path)
     assert not np.array_equal(before, _render(engine, loras=(Lora(name="kohya", weight=0.5),)))
-    assert (engine.model is held) is (change in (_rewrite_lora, _add_embedding)), (
-        "the model is not read for it"
+    assert (engine.model is model) is (change in (_rewrite_lora, _add_embedding)), (
+        "the model is read again only for its own files"
     )
 
 
-def test_loras_are_looked_for_once_a_picture(engine: LocalEngine, monkeypatch: pytest.MonkeyPatch):
-    found: list[str] = []
-    find = catalog.find_lora
+def test_lora_is_looked_up_once_for_each_image(
+    engine: LocalEngine, monkeypatch: pytest.MonkeyPatch
+):
+    lookups: list[str] = []
+    find_lora = catalog.find_lora
     monkeypatch.setattr(
-        catalog, "find_lora", lambda folder, name: found.append(name) or find(folder, name)
+        catalog, "find_lora", lambda folder, name: lookups.append(name) or find_lora(folder, name)
     )
     _render(engine, loras=(Lora(name="kohya"),), steps=4)
-    assert found == ["kohya"]
+    assert lookups == ["kohya"]
 
 
-def test_a_model_that_is_put_aside_keeps_its_weights_alone(models: Path, base: np.ndarray):
-    """What was merged into them, what was read for it and what was encoded is not in `spare_model_gb`."""
+def test_cached_model_keeps_only_its_own_weights(models: Path, base: np.ndarray):
+    """Remove merged LoRAs before caching: `spare_model_gb` counts only the weights."""
     engine = LocalEngine(models, device="cpu", spare_model_bytes=2**30)
     with_words = _render(engine, loras=(Lora(name="words"),))
-    aside = engine.model
+    cached = engine.model
     _render(engine, model="single")
-    assert aside.patchers["denoiser"].applied == aside.patchers["text"].applied == ()
+    assert cached.patchers["denoiser"].applied == cached.patchers["text"].applied == ()
     for name, weight in tiny_models.unet().named_parameters():
-        assert torch.equal(aside.unet.get_parameter(name), weight), name
+        assert torch.equal(cached.unet.get_parameter(name), weight), name
     assert np.array_equal(_render(engine), base)
-    assert engine.model is aside
+    assert engine.model is cached
     assert np.array_equal(_render(engine, loras=(Lora(name="words"),)), with_words)
 
 
-# --- numbers that are none
+# --- overflow and hashes
 
 
 @pytest.mark.parametrize(
-    ("part", "named"),
+    ("part", "part_name"),
     [("unet", "the denoiser"), ("vae.decoder", "the VAE"), ("decoder", "the transparent decoder")],
 )
-def test_numbers_that_overflowed_are_an_error_and_no_black_picture(
-    engine: LocalEngine, base: np.ndarray, part: str, named: str
+def test_overflow_in_a_module_raises_an_error(
+    engine: LocalEngine, base: np.ndarray, part: str, part_name: str
 ):
     _render(engine)
     module = getattr(engine.model, part.partition(".")[0])
@@ -513,7 +519,7 @@ def test_numbers_that_overflowed_are_an_error_and_no_black_picture(
         )
     )
     try:
-        with pytest.raises(EngineFailed, match=f"^{named} gave") as error:
+        with pytest.raises(EngineFailed, match=f"^{part_name} gave") as error:
             _render(engine)
     finally:
         handle.remove()
@@ -521,7 +527,7 @@ def test_numbers_that_overflowed_are_an_error_and_no_black_picture(
     assert np.array_equal(_render(engine), base)
 
 
-def test_a_hash_that_cannot_be_had_costs_no_picture(
+def test_failed_model_hash_keeps_the_image(
     engine: LocalEngine,
     base: np.ndarray,
     monkeypatch: pytest.MonkeyPatch,
@@ -541,30 +547,30 @@ def test_a_hash_that_cannot_be_had_costs_no_picture(
 # --- guidance
 
 
-def test_scale_1_skips_the_negative_row(engine: LocalEngine):
+def test_cfg_scale_1_skips_the_negative_row(engine: LocalEngine):
     _render(engine)
     rows: list[int] = []
     handle = engine.model.unet.register_forward_pre_hook(
         lambda _, inputs: rows.append(len(inputs[0]))
     )
-    ignored = _render(engine, cfg_scale=1.0, negative_prompt="something else entirely")
+    without_negative = _render(engine, cfg_scale=1.0, negative_prompt="something else entirely")
     one_row = rows[:]
     rows.clear()
     _render(engine)
     handle.remove()
     assert (one_row, rows) == ([1] * 2, [2] * 2)
-    assert np.array_equal(ignored, _render(engine, cfg_scale=1.0))
+    assert np.array_equal(without_negative, _render(engine, cfg_scale=1.0))
 
 
-def test_and_mixes_two_prompts(engine: LocalEngine):
+def test_and_in_the_prompt_mixes_two_prompts(engine: LocalEngine):
     one = _render(engine, prompt="a red apple")
-    # c1 counts whole, c2 by 0: the same picture up to the rounding of a larger batch
+    # a weight of 0 gives the same image, up to the rounding of a larger batch
     assert _difference(one, _render(engine, prompt="a red apple AND a blue cup:0")) <= 1
     assert _difference(one, _render(engine, prompt="a red apple AND a blue cup:1")) > 3
 
 
-def test_prompts_of_unlike_length_are_tiled_or_evaluated_apart(engine: LocalEngine):
-    """A negative prompt of 1 chunk beside 2 chunks is tiled into one call, beside 5 chunks it has a call of its own."""
+def test_prompts_of_unequal_length_are_tiled_or_split(engine: LocalEngine):
+    """Tile a negative prompt of 1 chunk to 2 chunks, but split the calls for 5 chunks."""
     for chunks in (2, 5):
         prompt = " BREAK ".join(["a red apple"] * chunks)
         _render(engine)
@@ -572,13 +578,13 @@ def test_prompts_of_unlike_length_are_tiled_or_evaluated_apart(engine: LocalEngi
         handle = engine.model.unet.register_forward_pre_hook(
             lambda _, inputs, rows=rows: rows.append(len(inputs[0]))
         )
-        picture = _render(engine, prompt=prompt, negative_prompt="bad")
+        image = _render(engine, prompt=prompt, negative_prompt="bad")
         handle.remove()
         assert set(rows) == ({2} if chunks == 2 else {1})
-        assert picture.std() > 1
+        assert image.std() > 1
 
 
-def test_a_prompt_schedule_is_followed(engine: LocalEngine):
+def test_prompt_schedule_switches_at_its_step(engine: LocalEngine):
     red, blue = (_render(engine, steps=4, prompt=f"a {colour} apple") for colour in ("red", "blue"))
     assert np.array_equal(_render(engine, steps=4, prompt="a [red:blue:4] apple"), red)
     assert np.array_equal(_render(engine, steps=4, prompt="a [red:blue:0] apple"), blue)
@@ -590,8 +596,8 @@ def test_a_prompt_schedule_is_followed(engine: LocalEngine):
 # --- prediction types
 
 
-def test_both_predictions_mean_the_same_clean_latent():
-    """eps and v of one noisy latent, from their definitions in the variance-preserving frame."""
+def test_epsilon_and_v_predictions_give_one_clean_latent():
+    """Compute eps and v of a noisy latent from their variance-preserving definitions."""
     generator = torch.Generator().manual_seed(0)
     clean, noise = torch.randn(2, 1, 4, 2, 2, generator=generator)
     table = SigmaTable.from_betas()
@@ -601,14 +607,14 @@ def test_both_predictions_mean_the_same_clean_latent():
         velocity = alpha * noise - spread * clean
         for prediction, output in (("epsilon", noise), ("v", velocity)):
             denoised = NoiseProcess(table, prediction).to_denoised(noisy, output, sigma)
-            # cancels terms of the size of sigma
+            # terms of the size of sigma cancel out
             torch.testing.assert_close(denoised, clean, rtol=0, atol=1e-5)
 
 
 def _marked(
     models: Path, tmp_path: Path, markers: dict[str, torch.Tensor], yaml: str = ""
 ) -> LocalEngine:
-    """An engine with the single file under other marks of its prediction type."""
+    """Return an engine for a copy of the single file with other prediction markers."""
     checkpoints = tmp_path / "Stable-diffusion"
     checkpoints.mkdir()
     (tmp_path / "layer_model").symlink_to(models / "layer_model")
@@ -634,7 +640,7 @@ def _marked(
         ),
     ],
 )
-def test_prediction_types_of_single_files_are_detected_and_drawn(
+def test_prediction_type_of_single_file_is_detected(
     models: Path,
     tmp_path: Path,
     markers: tuple[str, ...],
@@ -643,13 +649,13 @@ def test_prediction_types_of_single_files_are_detected_and_drawn(
     highest: float,
 ):
     engine = _marked(models, tmp_path, {name: torch.zeros(1) for name in markers}, yaml)
-    picture = _render(engine, model="single", sampler="Euler", scheduler="Normal")
+    image = _render(engine, model="single", sampler="Euler", scheduler="Normal")
     assert engine.model.process.prediction == prediction
     assert engine.model.process.table.sigma_max == pytest.approx(highest, rel=1e-5)
-    assert picture.std() > 1
+    assert image.std() > 1
 
 
-def test_the_prediction_type_of_a_folder_is_its_schedulers(models: Path, tmp_path: Path):
+def test_prediction_type_of_folder_comes_from_its_scheduler(models: Path, tmp_path: Path):
     import shutil
 
     folder = tmp_path / "Stable-diffusion" / "folder"
@@ -663,7 +669,7 @@ def test_the_prediction_type_of_a_folder_is_its_schedulers(models: Path, tmp_pat
     assert engine.model.process.table.sigma_max > 4000
 
 
-def test_a_model_that_cannot_be_loaded_is_told_to_those_who_ask_and_lets_the_engine_start(
+def test_unloadable_model_is_reported_and_engine_starts(
     models: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ):
     checkpoints = tmp_path / "Stable-diffusion"
@@ -671,8 +677,8 @@ def test_a_model_that_cannot_be_loaded_is_told_to_those_who_ask_and_lets_the_eng
     (tmp_path / "layer_model").symlink_to(models / "layer_model")
     tensors = load_file(models / "Stable-diffusion" / "single.safetensors")
     save_file(tensors, checkpoints / "b.safetensors")
-    holed = {name: each for name, each in tensors.items() if ".encoder.down." not in name}
-    save_file(holed, checkpoints / "a.safetensors")
+    incomplete = {name: tensor for name, tensor in tensors.items() if ".encoder.down." not in name}
+    save_file(incomplete, checkpoints / "a.safetensors")
     engine = LocalEngine(tmp_path, device="cpu")
     engine.warm_up()
     assert "a.safetensors cannot be loaded" in caplog.text
@@ -681,18 +687,18 @@ def test_a_model_that_cannot_be_loaded_is_told_to_those_who_ask_and_lets_the_eng
     assert _render(engine, model="b").shape == (64, 64, 4)
 
 
-def test_a_gpu_that_is_broken_lets_no_engine_start(models: Path, monkeypatch: pytest.MonkeyPatch):
-    def broken(*_: object, **__: object) -> None:
+def test_broken_gpu_fails_the_warm_up(models: Path, monkeypatch: pytest.MonkeyPatch):
+    def fail(*_: object, **__: object) -> None:
         raise RuntimeError("CUDA error: unspecified launch failure")
 
     engine = LocalEngine(models, device="cpu")
-    monkeypatch.setattr(engine, "render", broken)
+    monkeypatch.setattr(engine, "render", fail)
     with pytest.raises(RuntimeError, match="launch failure"):
         engine.warm_up()
 
 
-def test_models_that_would_be_drawn_wrongly_are_passed_over(models: Path, tmp_path: Path):
-    """A model of another kind that comes first: what names no model is drawn with the first that can be drawn with."""
+def test_default_model_skips_unsupported_models(models: Path, tmp_path: Path):
+    """Select the first supported model for a request without a model name."""
     checkpoints = tmp_path / "Stable-diffusion"
     checkpoints.mkdir()
     (tmp_path / "layer_model").symlink_to(models / "layer_model")
@@ -700,7 +706,7 @@ def test_models_that_would_be_drawn_wrongly_are_passed_over(models: Path, tmp_pa
     save_file(tensors, checkpoints / "z.safetensors")
     save_file({**tensors, "edm_mean": torch.zeros(4)}, checkpoints / "a.safetensors")
     save_file(
-        {name: each for name, each in tensors.items() if "first_stage" not in name},
+        {name: tensor for name, tensor in tensors.items() if "first_stage" not in name},
         checkpoints / "b.safetensors",
     )
     wide = torch.cat([tensors[FIRST_CONV], torch.zeros_like(tensors[FIRST_CONV])], dim=1)
@@ -710,51 +716,51 @@ def test_models_that_would_be_drawn_wrongly_are_passed_over(models: Path, tmp_pa
     assert result.model_name == "z"
 
 
-def test_embeddings_are_found_beside_the_models_folder(
+def test_embeddings_beside_the_models_folder_are_found(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """With the settings as they are: a models folder elsewhere brings its embeddings along."""
+    """Find the embeddings of another models folder with default settings."""
     monkeypatch.chdir(tmp_path)
     tiny_models.make_diffusers_folder(tmp_path / "there" / "models" / "Stable-diffusion" / "folder")
     (tmp_path / "there" / "embeddings").mkdir()
-    learned = {
+    vectors = {
         "clip_l": torch.ones(2, tiny_models.WIDTH_L),
         "clip_g": torch.ones(2, tiny_models.WIDTH_G),
     }
     options = Settings(models_dir=tmp_path / "there" / "models", device="cpu").engine_options()
     plain = _render(create_engine(options))
-    save_file(learned, tmp_path / "there" / "embeddings" / "apple.safetensors")
+    save_file(vectors, tmp_path / "there" / "embeddings" / "apple.safetensors")
     assert not np.array_equal(_render(create_engine(options)), plain)
 
 
-# --- everything that can be named draws
+# --- samplers, schedules and number formats
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_every_sampler_draws_and_batches(engine: LocalEngine, sampler: str):
+def test_sampler_batch_equals_single_images(engine: LocalEngine, sampler: str):
     batch = engine.generate(REQUEST.model_copy(update={"sampler": sampler, "batch_size": 2})).images
     alone = _render(engine, sampler=sampler, seed=4)
     assert _difference(batch[1].rgba.astype(int), alone) <= 1
     assert not np.array_equal(batch[0].rgba, batch[1].rgba)
 
 
-def test_the_3m_sampler_leaves_the_lowest_level_out(engine: LocalEngine):
-    """As that ecosystem does, for this sampler alone: the UNet is asked at the timesteps of those levels."""
+def test_3m_sampler_skips_the_lowest_level(engine: LocalEngine):
+    """Skip the level for this sampler only, as AUTOMATIC1111 does."""
     _render(engine)
-    asked: list[int] = []
+    timesteps: list[int] = []
     handle = engine.model.unet.register_forward_pre_hook(
-        lambda _, inputs: asked.append(int(inputs[1][0]))
+        lambda _, inputs: timesteps.append(int(inputs[1][0]))
     )
     _render(engine, steps=4, sampler="DPM++ 3M SDE", scheduler="Karras")
     _render(engine, steps=5, sampler="DPM++ 2M SDE", scheduler="Karras")
     handle.remove()
-    assert asked[:4] == asked[4:8]
-    assert asked[8:] == [0]
+    assert timesteps[:4] == timesteps[4:8]
+    assert timesteps[8:] == [0]
 
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 @pytest.mark.parametrize("steps", [1, 2])
-def test_every_schedule_draws_with_few_steps(engine: LocalEngine, scheduler: str, steps: int):
+def test_schedule_with_few_steps_renders(engine: LocalEngine, scheduler: str, steps: int):
     assert _render(engine, scheduler=scheduler, steps=steps, sampler="DPM++ SDE").shape == (
         64,
         64,
@@ -763,13 +769,13 @@ def test_every_schedule_draws_with_few_steps(engine: LocalEngine, scheduler: str
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
-def test_16_bit_is_near_32_bit(engine: LocalEngine, models: Path, dtype: str):
+def test_16_bit_image_is_near_the_32_bit_image(engine: LocalEngine, models: Path, dtype: str):
     other = _render(LocalEngine(models, device="cpu", dtype=dtype))
-    # rounding of 8 or 11 bits through three steps of guidance; the pictures are the same to the eye
+    # rounding of 8 or 11 bits through three steps of guidance, which is not visible
     assert np.abs(other - _render(engine)).mean() < 6
 
 
-def test_the_result_says_what_was_drawn(engine: LocalEngine):
+def test_result_records_request_and_seeds(engine: LocalEngine):
     result = engine.generate(
         REQUEST.model_copy(update={"seed": -1, "subseed_strength": 0.1, "batch_size": 2})
     )
@@ -780,26 +786,26 @@ def test_the_result_says_what_was_drawn(engine: LocalEngine):
         result.request.subseed,
         result.request.subseed + 1,
     ]
-    found = read_parameters(infotext_of(result, 1))
-    assert found["Seed"] == str(result.request.seed)
-    assert found["Variation seed"] == str(result.request.subseed + 1)
-    assert found["Sampler"] == "DPM++ 2M SDE"
-    again = engine.generate(result.request)
-    assert np.array_equal(again.images[1].rgba, result.images[1].rgba)
+    parameters = read_parameters(infotext_of(result, 1))
+    assert parameters["Seed"] == str(result.request.seed)
+    assert parameters["Variation seed"] == str(result.request.subseed + 1)
+    assert parameters["Sampler"] == "DPM++ 2M SDE"
+    repeated = engine.generate(result.request)
+    assert np.array_equal(repeated.images[1].rgba, result.images[1].rgba)
 
 
-def test_a_models_own_defaults_fill_what_is_not_asked(engine: LocalEngine):
+def test_model_defaults_fill_missing_fields(engine: LocalEngine):
     result = engine.generate(GenerationRequest(prompt="a cup", model="folder"))
     assert (result.request.width, result.request.height, result.request.steps) == (64, 64, 4)
     assert result.images[0].rgba.shape == (64, 64, 4)
 
 
-def test_changing_models_and_back_gives_the_same_picture(engine: LocalEngine, base: np.ndarray):
+def test_switching_models_and_back_gives_the_same_image(engine: LocalEngine, base: np.ndarray):
     _render(engine, model="single")
     assert np.array_equal(_render(engine), base)
 
 
-def test_an_engine_is_made_from_plain_options(models: Path):
+def test_create_engine_accepts_plain_options(models: Path):
     options = json.loads(
         json.dumps(
             {
@@ -814,7 +820,7 @@ def test_an_engine_is_made_from_plain_options(models: Path):
     assert result.model_name == "single"
 
 
-def test_the_hash_is_in_the_picture_and_remembered(tmp_path):
+def test_model_hash_is_in_the_infotext_and_stored(tmp_path):
     path = tiny_models.make_single_file(tmp_path / "Stable-diffusion" / "tiny.safetensors")
     tiny_models.make_layer_files(tmp_path / "layer_model")
     engine = LocalEngine(tmp_path, device="cpu", dtype="fp32")
@@ -825,7 +831,7 @@ def test_the_hash_is_in_the_picture_and_remembered(tmp_path):
     assert catalog.find_models(tmp_path)[0].sha256 == sha256
 
 
-def test_a_folder_that_holds_the_fp16_files_alone_loads(tmp_path):
+def test_folder_with_only_fp16_files_loads(tmp_path):
     folder = tiny_models.make_diffusers_folder(tmp_path / "Stable-diffusion" / "tiny")
     for part in ("unet", "vae", "text_encoder", "text_encoder_2"):
         (file,) = (folder / part).glob("*.safetensors")

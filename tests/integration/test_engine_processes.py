@@ -1,4 +1,4 @@
-"""Engine processes as the service keeps them: one a GPU, warm before they are ready, and never without the next batch."""
+"""Engine processes of the service: one for each GPU, warm, and with the next batch early."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ from alphalayer.worker.engine_process import EngineProcess
 
 @pytest.fixture
 def two_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine whose `nvidia-smi` lists two cards, one of them cut in two."""
-    listed = [
+    """Install an `nvidia-smi` that lists two GPUs, one of them in two MIG slices."""
+    lines = [
         "GPU 0: Some Card (UUID: GPU-1)",
         "  MIG 3g.20gb Device  0: (UUID: MIG-1)",
         "  MIG 3g.20gb Device  1: (UUID: MIG-2)",
     ]
-    listed.append("GPU 1: Some Card (UUID: GPU-2)")
+    lines.append("GPU 1: Some Card (UUID: GPU-2)")
     tool = tmp_path / "nvidia-smi"
-    tool.write_text("#!/bin/sh\n" + "".join(f"echo '{line}'\n" for line in listed))
+    tool.write_text("#!/bin/sh\n" + "".join(f"echo '{line}'\n" for line in lines))
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
@@ -52,20 +52,24 @@ def two_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (None, "cuda:1", {"cuda:1": None}),
     ],
 )
-def test_one_process_a_gpu(two_gpus, monkeypatch, visible, device, engines):
+def test_engine_environments_has_one_entry_for_each_gpu(
+    two_gpus, monkeypatch, visible, device, engines
+):
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    found = engine_environments(device)
-    assert {name: each.get("CUDA_VISIBLE_DEVICES") for name, each in found.items()} == engines
+    environments = engine_environments(device)
+    assert {
+        name: environment.get("CUDA_VISIBLE_DEVICES") for name, environment in environments.items()
+    } == engines
 
 
-def test_without_a_driver_one_process_draws_on_the_cpu(tmp_path, monkeypatch):
+def test_engine_environments_without_a_driver_uses_the_cpu(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert engine_environments("auto") == {"cpu": {}}
 
 
-def test_it_is_warm_before_it_is_ready(tmp_path: Path):
+def test_service_is_ready_after_the_warm_up(tmp_path: Path):
     mark, engine = tmp_path / "warm", "tests.support.engines:create_slow_to_warm"
     with served(
         tmp_path, engine=engine, engine_options={"mark": str(mark)}, wait_ready=False
@@ -75,7 +79,7 @@ def test_it_is_warm_before_it_is_ready(tmp_path: Path):
 
 
 @pytest.mark.parametrize("as_json", [False, True])
-def test_what_the_engine_logs_looks_as_the_log_of_its_service(tmp_path: Path, capfd, as_json: bool):
+def test_engine_log_has_the_format_of_the_service_log(tmp_path: Path, capfd, as_json: bool):
     engine = "tests.support.engines:create_logging"
     with served(tmp_path, engine=engine, log_json=as_json):
         pass
@@ -85,8 +89,8 @@ def test_what_the_engine_logs_looks_as_the_log_of_its_service(tmp_path: Path, ca
         if "a file is left out (broken)." in line
     ]
     if as_json:
-        said = json.loads(line)
-        assert (said["event"], said["level"], said["engine"]) == (
+        entry = json.loads(line)
+        assert (entry["event"], entry["level"], entry["engine"]) == (
             "a file is left out (broken).",
             "warning",
             "cpu",
@@ -102,55 +106,55 @@ def test_next_job_is_sent_before_the_last_is_stored(
     with served(tmp_path, engine_options={"step_s": 0.05}) as client:
         job_queue = client.app.state.parts.job_queue
         claim, complete = job_queue.claim, job_queue.complete
-        seen: list[tuple[str, str]] = []
+        calls: list[tuple[str, str]] = []
 
-        async def taken(holding: str | None = None) -> Any:
+        async def claim_recorded(holding: str | None = None) -> Any:
             job = await claim(holding)
-            seen.append(("taken", job.id))
+            calls.append(("claim", job.id))
             return job
 
-        async def ended(job_id: str, outcome: Any) -> None:
-            seen.append(("over", job_id))
+        async def complete_recorded(job_id: str, outcome: Any) -> None:
+            calls.append(("complete", job_id))
             await complete(job_id, outcome)
 
-        monkeypatch.setattr(job_queue, "claim", taken)
-        monkeypatch.setattr(job_queue, "complete", ended)
+        monkeypatch.setattr(job_queue, "claim", claim_recorded)
+        monkeypatch.setattr(job_queue, "complete", complete_recorded)
         body = {"prompt": "x", "steps": 5, "width": 512, "height": 512, "format": "webp"}
         ids = [
             client.post("/alpha/v1/jobs", json={**body, "seed": i}).json()["id"] for i in range(3)
         ]
-        wait_until(lambda: seen.count(("over", ids[2])), 30)
-        assert seen.index(("taken", ids[1])) < seen.index(("over", ids[0]))
-        assert seen.index(("taken", ids[2])) < seen.index(("over", ids[1]))
+        wait_until(lambda: calls.count(("complete", ids[2])), 30)
+        assert calls.index(("claim", ids[1])) < calls.index(("complete", ids[0]))
+        assert calls.index(("claim", ids[2])) < calls.index(("complete", ids[1]))
 
 
-def test_what_waits_to_be_stored_stops_the_drawing(tmp_path: Path):
-    """A bucket that hangs: one batch waits to be stored, the next one is drawn, and no more."""
-    drawn: list[str] = []
-    may_store = threading.Event()
+def test_hanging_storage_stops_rendering_after_one_batch(tmp_path: Path):
+    """Render one batch ahead of a hanging bucket, and no more."""
+    rendered: list[str] = []
+    can_store = threading.Event()
 
-    class Counting(FakeEngine):
+    class RecordingEngine(FakeEngine):
         def render(self, tasks: Sequence[RenderTask]) -> list[GenerationResult]:
-            drawn.append(tasks[0].request.prompt)
+            rendered.append(tasks[0].request.prompt)
             return super().render(tasks)
 
-    class Hanging(ObjectStorage):
+    class HangingStorage(ObjectStorage):
         def put(self, key: str, data: bytes, *, replace: bool = False) -> None:
-            may_store.wait(10)
+            can_store.wait(10)
             super().put(key, data, replace=replace)
 
-    storage = Hanging(open_storage(str(tmp_path))._store, str(tmp_path))
+    storage = HangingStorage(open_storage(str(tmp_path))._store, str(tmp_path))
     process = EngineProcess(io.BytesIO(), io.BytesIO())
-    renderer = process.create_renderer(Counting(), storage)
+    renderer = process.create_renderer(RecordingEngine(), storage)
     jobs = [
         Job.new(JobSpec(generation=GenerationRequest(prompt=name, width=64, height=64, steps=1)))
         for name in "abcd"
     ]
-    drawing = threading.Thread(target=lambda: [process.run(renderer, (job,)) for job in jobs])
-    drawing.start()
-    wait_until(lambda: drawn == ["a", "b"])
-    drawing.join(0.3)
-    assert drawn == ["a", "b"]
-    may_store.set()
-    drawing.join(10)
+    thread = threading.Thread(target=lambda: [process.run(renderer, (job,)) for job in jobs])
+    thread.start()
+    wait_until(lambda: rendered == ["a", "b"])
+    thread.join(0.3)
+    assert rendered == ["a", "b"]
+    can_store.set()
+    thread.join(10)
     wait_until(lambda: len(list(tmp_path.iterdir())) == len(jobs))

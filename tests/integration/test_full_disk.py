@@ -20,7 +20,7 @@ BODY = {"prompt": "x", "steps": 2, "width": 512, "height": 512}
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A filesystem of 1 MB of its own."""
+    """Mount a filesystem of 1 MB."""
     folder = tmp_path / "disk"
     folder.mkdir()
     try:
@@ -36,7 +36,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def fill(folder: Path) -> Path:
-    """Take all the room there is; the file that holds it."""
+    """Fill the disk, and return the file that does it."""
     filler = folder / "filler"
     try:
         with filler.open("wb", buffering=0) as file:
@@ -50,44 +50,44 @@ def remount(folder: Path, rights: str) -> None:
     subprocess.run(["mount", "-o", f"remount,{rights}", folder], check=True)
 
 
-def assert_told(answer: httpx.Response, reason: str) -> None:
-    """An error of storage, with the reason and what to do."""
+def assert_storage_failed(answer: httpx.Response, reason: str) -> None:
+    """Check for a storage error with the reason and a hint."""
     problem = answer.json()
     assert (answer.status_code, problem["code"]) == (507, "storage_failed"), answer.text
     assert "space" in problem["hint"]
     assert reason in problem["detail"].lower()
 
 
-def test_a_full_folder_of_pictures(tmp_path, small_disk):
+def test_full_outputs_folder_returns_storage_failed(tmp_path, small_disk):
     with served(tmp_path, outputs_dir=small_disk) as client:
         filler = fill(small_disk)
-        assert_told(client.post("/alpha/v1/txt2img", json=BODY), "no space")
+        assert_storage_failed(client.post("/alpha/v1/txt2img", json=BODY), "no space")
         assert client.get("/livez").status_code == 200
         assert [file.name for file in small_disk.iterdir()] == ["filler"]
         filler.unlink()
-        drawn = client.post("/alpha/v1/txt2img", json=BODY)
-        assert client.get(drawn.json()["url"]).status_code == 200
+        response = client.post("/alpha/v1/txt2img", json=BODY)
+        assert client.get(response.json()["url"]).status_code == 200
 
 
-def test_a_read_only_folder_of_pictures(tmp_path, small_disk):
+def test_read_only_outputs_folder_returns_storage_failed(tmp_path, small_disk):
     with served(tmp_path, outputs_dir=small_disk) as client:
         remount(small_disk, "ro")
-        assert_told(client.post("/alpha/v1/txt2img", json=BODY), "read-only")
+        assert_storage_failed(client.post("/alpha/v1/txt2img", json=BODY), "read-only")
         remount(small_disk, "rw")
         assert client.post("/alpha/v1/txt2img", json=BODY).status_code == 200
 
 
-def test_a_journal_without_room(tmp_path, small_disk):
-    """What was accepted before ends once there is room; what cannot be noted is not accepted."""
+def test_full_journal_refuses_jobs_and_keeps_accepted_ones(tmp_path, small_disk):
+    """Complete accepted jobs once there is space, and refuse unwritable jobs."""
     with served(tmp_path, data_dir=small_disk, engine_options={"step_s": 0.2}) as client:
         accepted = client.post("/alpha/v1/jobs", json=BODY).json()["id"]
         waiting = client.post("/alpha/v1/jobs", json=BODY).json()["id"]
         filler = fill(small_disk)
         wait_until(lambda: client.post("/alpha/v1/jobs", json=BODY).status_code == 507)
-        assert_told(client.post("/alpha/v1/txt2img", json=BODY), "full")
+        assert_storage_failed(client.post("/alpha/v1/txt2img", json=BODY), "full")
         assert client.get(f"/alpha/v1/jobs/{accepted}").json()["state"] in ("queued", "running")
-        # one that waits cannot be stopped either, and goes on
-        assert_told(client.delete(f"/alpha/v1/jobs/{waiting}"), "full")
+        # a queued job cannot be cancelled, and stays in the queue
+        assert_storage_failed(client.delete(f"/alpha/v1/jobs/{waiting}"), "full")
         filler.unlink()
         for job in (accepted, waiting):
             wait_until(
@@ -96,15 +96,15 @@ def test_a_journal_without_room(tmp_path, small_disk):
         assert client.post("/alpha/v1/txt2img", json=BODY).status_code == 200
 
 
-def test_a_full_disk_at_the_start(tmp_path, small_disk):
-    """The service says so and ends."""
+def test_full_disk_at_the_start_exits_with_a_message(tmp_path, small_disk):
+    """Start the service on a full disk: it reports the error and exits."""
     fill(small_disk)
     command = [sys.executable, "-m", "alphalayer", "serve", "--port", str(free_port())]
     environment = {**os.environ, "ALPHALAYER_DATA_DIR": str(small_disk / "data")}
-    ended = subprocess.run(
+    result = subprocess.run(
         command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60
     )
-    assert ended.returncode == 1
-    assert "cannot be opened" in ended.stderr
-    assert "space" in ended.stderr
-    assert "Traceback" not in ended.stderr
+    assert result.returncode == 1
+    assert "cannot be opened" in result.stderr
+    assert "space" in result.stderr
+    assert "Traceback" not in result.stderr

@@ -63,8 +63,8 @@ def test_conditional_mode_renders_its_layer(engine: LocalEngine, mode: str):
 
 @pytest.mark.parametrize("mode", CONDITIONAL)
 def test_result_depends_on_the_input_images(engine: LocalEngine, mode: str):
-    first, same, other = (render(engine, mode, seed)[0].rgba for seed in (0, 0, 1))
-    assert np.array_equal(first, same)
+    first, repeated, other = (render(engine, mode, seed)[0].rgba for seed in (0, 0, 1))
+    assert np.array_equal(first, repeated)
     assert not np.array_equal(first, other)
 
 

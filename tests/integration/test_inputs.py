@@ -58,7 +58,7 @@ def storage(
 
 @pytest.fixture
 def pass_time(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
-    """A function that sets the clock of retention forward."""
+    """Return a function that sets the clock of retention forward."""
 
     def set_forward(seconds: float) -> None:
         clock = SimpleNamespace(time=lambda: time.time() + seconds)
@@ -151,7 +151,7 @@ async def test_new_upload_without_a_job_survives(
 
 
 async def test_upload_renewed_during_a_sweep_survives(tmp_path: Path):
-    """The same image arrives again after the sweep has listed the files."""
+    """Store the same image again after the sweep has listed the files."""
 
     class Renewing(SqliteJobQueue):
         async def input_names(self) -> set[str]:
@@ -169,7 +169,7 @@ async def test_upload_renewed_during_a_sweep_survives(tmp_path: Path):
 
 
 async def test_services_that_share_a_folder_keep_their_inputs(tmp_path: Path):
-    """Each service has a journal of its own and does not know the jobs of the other."""
+    """Sweep from two services, each with a journal that lacks the jobs of the other."""
     storage = open_storage(str(tmp_path / "images"))
     name = store_input(storage, b"\x89PNG")
     own, other = [

@@ -91,7 +91,7 @@ class Migrated:
 
     def stored(self, name: str) -> list[tuple[Any, str | None]]:
         """Return pixels and infotext of each image of a job."""
-        files = [self.folder / "outputs" / each["filename"] for each in self.job(name)["images"]]
+        files = [self.folder / "outputs" / image["filename"] for image in self.job(name)["images"]]
         return [codecs.decode(file.read_bytes()) for file in files]
 
     def journal(self) -> dict[str, Job]:
@@ -105,7 +105,7 @@ class Migrated:
                 await journal.close()
 
         by_id = {job.id: job for job in asyncio.run(read())}
-        return {name: by_id[each["id"]] for name, each in self.recorded.items()}
+        return {name: by_id[record["id"]] for name, record in self.recorded.items()}
 
 
 def copy_journal(folder: Path) -> Path:
@@ -117,7 +117,7 @@ def copy_journal(folder: Path) -> Path:
 
 
 async def copy_to_postgres(file: Path, url: str) -> None:
-    """Copy a journal of version 6 to PostgreSQL, with the queue that version had for it.
+    """Copy a journal of version 6 to PostgreSQL, with the queue of that version.
 
     The worker of the running job is lost.
     """
@@ -265,8 +265,8 @@ def test_running_job_counts_a_second_start(migrated: Migrated):
 
 
 def test_webhook_of_queued_job_is_sent_once(migrated: Migrated):
-    wait_until(lambda: migrated.receiver.got)
-    ((_, headers, body),) = migrated.receiver.got
+    wait_until(lambda: migrated.receiver.requests)
+    ((_, headers, body),) = migrated.receiver.requests
     assert headers["webhook-signature"].startswith("v1,")
     assert json.loads(body) == migrated.job("queued_webhook")
 

@@ -13,8 +13,8 @@ from tests.stress import crowd, kills
 from tests.support.serving import wait_until
 
 
-class Broken(BaseHTTPRequestHandler):
-    """Answers 500 to everything."""
+class FailingHandler(BaseHTTPRequestHandler):
+    """A handler that answers each request with 500."""
 
     def do_POST(self) -> None:
         self.rfile.read(int(self.headers["content-length"]))
@@ -24,23 +24,23 @@ class Broken(BaseHTTPRequestHandler):
         pass
 
 
-def test_a_service_that_never_answers_ends_the_crowd(monkeypatch: pytest.MonkeyPatch):
+def test_crowd_closes_after_a_failing_service(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(crowd, "LAST_S", 0.1)
-    with ThreadingHTTPServer(("127.0.0.1", 0), Broken) as server:
+    with ThreadingHTTPServer(("127.0.0.1", 0), FailingHandler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         clients = crowd.Crowd([f"http://127.0.0.1:{server.server_port}"], 2)
         wait_until(lambda: len(clients.failures) > 2)
-        ending = threading.Thread(target=clients.close, daemon=True)
-        ending.start()
-        ending.join(10)
+        closing = threading.Thread(target=clients.close, daemon=True)
+        closing.start()
+        closing.join(10)
         server.shutdown()
-    assert not ending.is_alive()
+    assert not closing.is_alive()
 
 
 @pytest.mark.skipif(
     sys.platform == "win32" or not shutil.which("pgrep"), reason="needs kill -9 and pgrep"
 )
-def test_no_accepted_job_is_lost_or_done_twice(tmp_path: Path):
+def test_kills_lose_or_repeat_no_accepted_job(tmp_path: Path):
     result = kills.run(tmp_path, engine_kills=4, service_kills=2)
-    assert result["faults"] == []
+    assert result["errors"] == []
     assert result["done"] > 10

@@ -1,4 +1,4 @@
-"""Models in memory: those that are put aside in a budget of host memory, and what is moved and drawn again where memory is scarce."""
+"""Models in memory: the cache in host memory, and moves and retries when memory is scarce."""
 
 from __future__ import annotations
 
@@ -53,9 +53,7 @@ def test_model_cache_keeps_models_within_its_budget(budget: float, reads: str):
     assert "".join(read) == reads
 
 
-def test_text_encoders_are_moved_for_texts_alone_that_were_not_read_yet(
-    models: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_text_encoders_are_moved_only_for_new_texts(models: Path, monkeypatch: pytest.MonkeyPatch):
     engine = LocalEngine(models, device="cpu", memory="balanced")
     engine.generate(REQUEST)
     encoder, moves = engine.model.modules["text"], []
@@ -73,33 +71,31 @@ def test_text_encoders_are_moved_for_texts_alone_that_were_not_read_yet(
         assert len(moves) == expected, changes
 
 
-@pytest.mark.parametrize("failures", [[2], [2, 3], [1, 2, 3]])
-def test_what_was_sampled_is_kept_when_decoding_runs_out_of_memory(
-    models: Path, failures: list[int]
-):
-    """Each picture that came out is kept, too, and after the smallest mode it is over."""
+@pytest.mark.parametrize("failing_calls", [[2], [2, 3], [1, 2, 3]])
+def test_out_of_memory_in_decoding_keeps_sampled_latents(models: Path, failing_calls: list[int]):
+    """Keep decoded images, too, and fail after the smallest mode."""
     engine = LocalEngine(models, device="cpu", memory="high")
     first = engine.generate(REQUEST).images
     model, sampled, decoded = engine.model, [], []
     model.unet.register_forward_pre_hook(lambda *_: sampled.append(1))
 
-    def fails(*_: object) -> None:
+    def fail(*_: object) -> None:
         decoded.append(1)
-        if len(decoded) in failures:
+        if len(decoded) in failing_calls:
             raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    model.vae.decoder.register_forward_pre_hook(fails)
-    if len(failures) == 3:
+    model.vae.decoder.register_forward_pre_hook(fail)
+    if len(failing_calls) == 3:
         with pytest.raises(OutOfMemory, match='"low"'):
             engine.generate(REQUEST)
         assert len(decoded) == 3
     else:
-        again = engine.generate(REQUEST).images
-        assert len(decoded) == 2 + len(failures)
-        assert len(again) == len(first)
+        repeated = engine.generate(REQUEST).images
+        assert len(decoded) == 2 + len(failing_calls)
+        assert len(repeated) == len(first)
         # smaller batches of passes round differently, and truncation makes 1/255 of it
         assert all(
             abs(a.rgba.astype(int) - b.rgba.astype(int)).max() <= 1
-            for a, b in zip(again, first, strict=True)
+            for a, b in zip(repeated, first, strict=True)
         )
     assert len(sampled) == REQUEST.steps

@@ -1,4 +1,7 @@
-"""The serverless worker through the SDK's own loop, against a small job API as Runpod's, and through the SDK's local server."""
+"""The serverless worker with the loop of the SDK and a job API like that of Runpod.
+
+Another test uses the local server of the SDK.
+"""
 
 from __future__ import annotations
 
@@ -25,12 +28,18 @@ from alphalayer.images import codecs
 from alphalayer.integrations.runpod import Handler
 
 pytest.importorskip("runpod")
-START = "from alphalayer.integrations.runpod import Handler; import runpod; from alphalayer.config import Settings; "
-START += "runpod.serverless.start({'handler': Handler(Settings(device='cpu'), 'alphalayer.engine.fake:create_engine')})"
+START = """
+from alphalayer.integrations.runpod import Handler
+import runpod
+from alphalayer.config import Settings
+
+handler = Handler(Settings(device='cpu'), 'alphalayer.engine.fake:create_engine')
+runpod.serverless.start({'handler': handler})
+"""
 
 
-class Jobs:
-    """Hands out jobs as Runpod does, and keeps what comes back."""
+class JobApi:
+    """A job API like that of Runpod, which keeps the progress and the results."""
 
     def __init__(self, jobs: list[dict[str, Any]]):
         self.waiting = list(jobs)
@@ -51,11 +60,11 @@ class Jobs:
                 self.wfile.write(body)
 
             def do_POST(self) -> None:
-                told = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                if told.get("status") == "IN_PROGRESS":
-                    jobs_api.progress.append(told["output"])
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                if body.get("status") == "IN_PROGRESS":
+                    jobs_api.progress.append(body["output"])
                 else:
-                    jobs_api.results[self.headers["X-Request-ID"]] = told
+                    jobs_api.results[self.headers["X-Request-ID"]] = body
                 self.send_response(200)
                 self.send_header("Content-Length", "0")
                 self.end_headers()
@@ -90,9 +99,9 @@ def worker(
         process.wait(20)
 
 
-def test_jobs_are_drawn_and_wrong_ones_answered(tmp_path):
+def test_serverless_worker_returns_images_and_errors(tmp_path):
     small = {"width": 64, "height": 64, "steps": 3}
-    jobs = Jobs(
+    jobs = JobApi(
         [
             {"id": "good", "input": {"prompt": "an apple", "batch_size": 2, **small}},
             {"id": "one", "input": {"prompt": "an apple", **small}},
@@ -117,8 +126,8 @@ def test_jobs_are_drawn_and_wrong_ones_answered(tmp_path):
     jobs.server.server_close()
     answer = jobs.results["good"]["output"]
     assert len(answer["images"]) == 2
-    picture, parameters = codecs.decode(base64.b64decode(answer["base64"]))
-    assert picture.shape == (64, 64, 4)
+    image, parameters = codecs.decode(base64.b64decode(answer["base64"]))
+    assert image.shape == (64, 64, 4)
     assert "Seed: 12345" in (parameters or "")
     assert json.loads(answer["info"])["all_seeds"] == [12345, 12346]
     assert {"step": 1, "steps": 3} in jobs.progress
@@ -133,7 +142,7 @@ def test_jobs_are_drawn_and_wrong_ones_answered(tmp_path):
     assert "ALPHALAYER_STORAGE" in problem["hint"]
 
 
-def test_the_sdks_own_server_with_the_test_input(tmp_path):
+def test_serverless_sdk_server_renders_the_test_input(tmp_path):
     port = free_port()
     body = json.loads((Path(__file__).parents[2] / "deploy/runpod/test_input.json").read_text())
     body["input"] |= {"width": 64, "height": 64}
@@ -146,18 +155,18 @@ def test_the_sdks_own_server_with_the_test_input(tmp_path):
     assert codecs.decode(base64.b64decode(answer["output"]["base64"]))[0].shape == (64, 64, 4)
 
 
-class Broken(FakeEngine):
+class BrokenEngine(FakeEngine):
     """A GPU that no longer works."""
 
     def render(self, tasks: Any) -> Any:
         raise RuntimeError("CUDA error: unspecified launch failure")
 
 
-def create_broken(_options: Any) -> Broken:
-    return Broken()
+def create_broken(_options: Any) -> BrokenEngine:
+    return BrokenEngine()
 
 
-def test_a_worker_whose_gpu_is_broken_is_started_again(tmp_path):
+def test_serverless_broken_gpu_refreshes_the_worker(tmp_path):
     settings = Settings(device="cpu", outputs_dir=tmp_path, models_dir=tmp_path)
     handler = Handler(settings, "tests.integration.test_serverless:create_broken")
     answer = asyncio.run(handler({"id": "job", "input": {"prompt": "an apple"}}))

@@ -1,4 +1,4 @@
-"""What storage promises: in a folder, and in a bucket of a real S3 server."""
+"""Storage in a folder, and in a bucket of a real S3 server."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from fastmcp import Client as Assistant
+from fastmcp import Client as McpClient
 from fastmcp.client.transports import StreamableHttpTransport
 from structlog.testing import capture_logs
 from tests.support.serving import served
@@ -27,7 +27,7 @@ from alphalayer.service.app import check
 from alphalayer.storage import Storage, localfiles, read
 from alphalayer.storage.objects import open_storage
 
-FOR_EVER = "public, max-age=31536000, immutable"
+IMMUTABLE = "public, max-age=31536000, immutable"
 
 
 @pytest.fixture
@@ -47,10 +47,10 @@ def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
     return open_storage(place)
 
 
-async def test_a_file_is_written_found_listed_and_removed(storage: Storage):
+async def test_storage_writes_reads_lists_and_deletes_a_file(storage: Storage):
     storage.put("alpha_1.png", b"one")
-    found = await storage.open("alpha_1.png")
-    assert (found.size_bytes, b"".join([chunk async for chunk in found.chunks])) == (3, b"one")
+    file = await storage.open("alpha_1.png")
+    assert (file.size_bytes, b"".join([chunk async for chunk in file.chunks])) == (3, b"one")
     storage.put("preview_1.webp", b"preview", replace=True)
     assert sorted((key, size) for key, size, _ in storage.list()) == [
         ("alpha_1.png", 3),
@@ -63,7 +63,7 @@ async def test_a_file_is_written_found_listed_and_removed(storage: Storage):
         await storage.open("alpha_1.png")
 
 
-async def test_a_picture_stays_what_it_was_and_a_preview_is_replaced(storage: Storage):
+async def test_storage_keeps_images_and_replaces_previews(storage: Storage):
     for data in (b"first", b"second"):
         storage.put("alpha_1.png", data)
         storage.put("preview_1.webp", data, replace=True)
@@ -71,43 +71,43 @@ async def test_a_picture_stays_what_it_was_and_a_preview_is_replaced(storage: St
     assert await read(storage, "preview_1.webp") == b"second"
 
 
-async def test_of_many_who_write_one_picture_one_does(storage: Storage):
+async def test_storage_concurrent_writes_store_one_image(storage: Storage):
     with ThreadPoolExecutor(8) as pool:
-        written = list(
+        results = list(
             pool.map(lambda i: storage.put("alpha_1.png", bytes([i]) * 50_000), range(8))
         )
-    assert written == [None] * 8
+    assert results == [None] * 8
     data = await read(storage, "alpha_1.png")
     assert len(data) == 50_000
     assert len(set(data)) == 1
 
 
-async def test_a_picture_has_its_name_once_it_is_safe_from_a_power_cut(
+async def test_storage_syncs_a_file_before_it_gets_its_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    fsync, link, done = os.fsync, os.link, []
+    fsync, link, calls = os.fsync, os.link, []
 
-    def synced(file: int) -> None:
-        done.append("folder" if stat.S_ISDIR(os.fstat(file).st_mode) else "file")
+    def fsync_recorded(file: int) -> None:
+        calls.append("folder" if stat.S_ISDIR(os.fstat(file).st_mode) else "file")
         fsync(file)
 
-    def linked(*names: str) -> None:
-        done.append("name")
+    def link_recorded(*names: str) -> None:
+        calls.append("name")
         link(*names)
 
-    monkeypatch.setattr(os, "fsync", synced)
-    monkeypatch.setattr(os, "link", linked)
+    monkeypatch.setattr(os, "fsync", fsync_recorded)
+    monkeypatch.setattr(os, "link", link_recorded)
     storage = open_storage(str(tmp_path))
     storage.put("alpha_1.png", b"first")
     storage.put("preview_1.webp", b"preview", replace=True)
-    assert done == ["file", "name", *(["folder"] if os.name != "nt" else [])]
-    assert {each.name for each in tmp_path.iterdir()} == {"alpha_1.png", "preview_1.webp"}
+    assert calls == ["file", "name", *(["folder"] if os.name != "nt" else [])]
+    assert {path.name for path in tmp_path.iterdir()} == {"alpha_1.png", "preview_1.webp"}
 
 
-async def test_the_name_of_a_picture_is_safe_for_whoever_wrote_it_too(
+async def test_storage_syncs_the_name_of_an_existing_image(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """A first process may have been killed between the name and its sync."""
+    """Sync again, because a kill may have prevented the first sync of the name."""
     storage = open_storage(str(tmp_path))
     storage.put("alpha_1.png", b"first")
     synced: list[Path] = []
@@ -117,7 +117,7 @@ async def test_the_name_of_a_picture_is_safe_for_whoever_wrote_it_too(
     assert await read(storage, "alpha_1.png") == b"first"
 
 
-def test_what_a_killed_process_left_unfinished_goes_and_nothing_else(
+def test_delete_unfinished_deletes_only_old_temporary_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     def unlink(path: Path, missing_ok: bool = False) -> None:
@@ -127,40 +127,38 @@ def test_what_a_killed_process_left_unfinished_goes_and_nothing_else(
 
     path_unlink = Path.unlink
     monkeypatch.setattr(Path, "unlink", unlink)
-    made = [
+    names = [
         "alpha_1_aaaaaaaaaa00.png",
         "alpha_1_bbbbbbbbbb00.png",
         f"preview_{'c' * 24}.webp",
         "alpha_1_dddddddddd00.png",
     ]
-    old, stuck, preview, new = [tmp_path / f"{name}#{i}" for i, name in enumerate(made)]
+    old, stuck, preview, new = [tmp_path / f"{name}#{i}" for i, name in enumerate(names)]
     foreign = [
         tmp_path / "my notes#1",
         tmp_path / "alpha_1.png#77",
         tmp_path / "alpha_1_eeeeeeeeee00.png#x",
     ]
     for path in (old, stuck, preview, new, *foreign):
-        path.write_bytes(b"half a pict")
+        path.write_bytes(b"half an ima")
     folders = [tmp_path / "set#2", tmp_path / "alpha_1_ffffffffff00.png#5"]
     for folder in folders:
         folder.mkdir()
     for path in set(tmp_path.iterdir()) - {new}:
         os.utime(path, (1e9, 1e9))
     storage = open_storage(str(tmp_path))
-    assert old.exists(), "to open it does not walk through all pictures"
+    assert old.exists(), "opening does not list all images"
     with capture_logs() as logs:
         storage.delete_unfinished()
     assert set(tmp_path.iterdir()) == {stuck, new, *foreign, *folders}, (
-        "somebody may be writing the new one"
+        "another process may still write the new file"
     )
     assert [(line["event"], line["file"]) for line in logs] == [
         ("storage.temporary_file_kept", str(stuck))
     ]
 
 
-async def test_a_picture_stays_what_it_was_where_there_are_no_links(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+async def test_storage_without_links_keeps_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def refuse(*_names: str) -> None:
         raise PermissionError(errno.EPERM, "no links here")
 
@@ -169,35 +167,38 @@ async def test_a_picture_stays_what_it_was_where_there_are_no_links(
     for data in (b"first", b"second"):
         storage.put("alpha_1.png", data)
     assert await read(storage, "alpha_1.png") == b"first"
-    assert [each.name for each in tmp_path.iterdir()] == ["alpha_1.png"]
+    assert [path.name for path in tmp_path.iterdir()] == ["alpha_1.png"]
 
 
-async def test_a_name_that_is_no_key_leads_nowhere(storage: Storage):
+async def test_storage_invalid_key_raises_file_missing(storage: Storage):
     for key in ("../out.png", ".hidden", "a/b.png", ""):
         with pytest.raises(FileMissing):
             storage.put(key, b"x")
 
 
-def test_a_signed_url_tells_what_it_is_and_how_long_it_stays(bucket: str):
+def test_presigned_url_sends_type_and_cache_headers(bucket: str):
     storage = open_storage(bucket)
-    storage.put("alpha_2.avif", b"picture")
+    storage.put("alpha_2.avif", b"image")
     storage.put("preview_2.webp", b"preview", replace=True)
-    for key, kind, lasts in (
-        ("alpha_2.avif", "image/avif", FOR_EVER),
+    for key, content_type, cache_control in (
+        ("alpha_2.avif", "image/avif", IMMUTABLE),
         ("preview_2.webp", "image/webp", "no-store"),
     ):
         url = storage.presign(key, 60)
         assert url
         answer = httpx.get(url, trust_env=False)
         assert answer.status_code == 200
-        assert (answer.headers["content-type"], answer.headers["cache-control"]) == (kind, lasts)
+        assert (answer.headers["content-type"], answer.headers["cache-control"]) == (
+            content_type,
+            cache_control,
+        )
 
 
-def test_a_folder_signs_nothing(tmp_path: Path):
+def test_presign_of_a_folder_returns_none(tmp_path: Path):
     assert open_storage(str(tmp_path)).presign("alpha_1.png", 60) is None
 
 
-def test_a_place_that_is_gone_is_said(tmp_path: Path):
+def test_storage_without_its_folder_raises_storage_failed(tmp_path: Path):
     storage = open_storage(str(tmp_path / "pictures"))
     with contextlib.suppress(OSError):
         (tmp_path / "pictures").rmdir()
@@ -206,44 +207,46 @@ def test_a_place_that_is_gone_is_said(tmp_path: Path):
         storage.put("alpha_1.png", b"x")
 
 
-async def test_a_bucket_that_cannot_be_used_is_said_at_the_start(
+async def test_check_reports_an_unusable_bucket(
     bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     settings = Settings(storage=bucket, data_dir=tmp_path)
+    bucket_name = bucket.removeprefix("s3://").partition("/")[0]
 
-    async def refused() -> str:
-        with pytest.raises(SetupFailed) as told:
+    async def error_message() -> str:
+        with pytest.raises(SetupFailed) as caught:
             await check(settings)
-        assert "<" not in str(told.value)
-        return str(told.value)
+        assert "<" not in str(caught.value)
+        return str(caught.value)
 
-    with monkeypatch.context() as wrong:
-        wrong.setenv("AWS_ACCESS_KEY_ID", "wrong")
-        assert "(InvalidAccessKeyId)" in await refused()
-    with monkeypatch.context() as wrong:
+    with monkeypatch.context() as patch:
+        patch.setenv("AWS_ACCESS_KEY_ID", "wrong")
+        assert "(InvalidAccessKeyId)" in await error_message()
+    with monkeypatch.context() as patch:
         for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-            wrong.delenv(name)
-        wrong.setenv("AWS_METADATA_ENDPOINT", "http://127.0.0.1:1")
-        assert "Set AWS_ACCESS_KEY_ID" in await refused()
-    with monkeypatch.context() as wrong, no_such_bucket() as address:
-        wrong.setenv("AWS_ENDPOINT_URL", address)
-        assert f'there is no bucket "pictures" at {address}.' in await refused()
-        with pytest.raises(StorageFailed, match=r"does not exist \(NoSuchBucket\)\.") as told:
+            patch.delenv(name)
+        patch.setenv("AWS_METADATA_ENDPOINT", "http://127.0.0.1:1")
+        assert "Set AWS_ACCESS_KEY_ID" in await error_message()
+    with monkeypatch.context() as patch, serve_no_such_bucket() as address:
+        patch.setenv("AWS_ENDPOINT_URL", address)
+        assert f'there is no bucket "{bucket_name}" at {address}.' in await error_message()
+        with pytest.raises(StorageFailed, match=r"does not exist \(NoSuchBucket\)\.") as caught:
             open_storage(bucket).put("alpha_1.png", b"x")
-        assert "<" not in str(told.value)
+        assert "<" not in str(caught.value)
     await check(settings)
     assert open_storage(bucket).list() == []
 
 
 @contextlib.contextmanager
-def no_such_bucket() -> Iterator[str]:
-    """A server that says of every bucket what Amazon's says of one that is not there."""
+def serve_no_such_bucket() -> Iterator[str]:
+    """Serve the answer of Amazon S3 for a missing bucket."""
 
     class Answer(BaseHTTPRequestHandler):
         def do_PUT(self) -> None:
             self.rfile.read(int(self.headers["content-length"]))
             body = b'<?xml version="1.0" encoding="UTF-8"?>\n<Error><Code>NoSuchBucket</Code>'
-            body += b"<Message>The specified bucket does not exist</Message><BucketName>pictures</BucketName></Error>"
+            body += b"<Message>The specified bucket does not exist</Message>"
+            body += b"<BucketName>images</BucketName></Error>"
             self.send_response(404)
             self.send_header("content-length", str(len(body)))
             self.end_headers()
@@ -258,48 +261,52 @@ def no_such_bucket() -> Iterator[str]:
         server.shutdown()
 
 
-def test_pictures_are_redirected_to_the_bucket(bucket: str, tmp_path: Path):
+def test_image_requests_are_redirected_to_the_bucket(bucket: str, tmp_path: Path):
     with served(tmp_path, storage=bucket, redirect_files=True) as client:
-        made = client.post(
+        job = client.post(
             "/alpha/v1/txt2img", json={"prompt": "x", "width": 64, "height": 64, "steps": 2}
         ).json()
-        answer = client.get(made["url"])
+        answer = client.get(job["url"])
         assert answer.status_code == 307
-        # a URL that is signed for GET opens for nothing else
-        assert (client.head(made["url"]).status_code, client.head(made["url"]).is_redirect) == (
+        # a URL that is signed for GET allows no other method
+        assert (client.head(job["url"]).status_code, client.head(job["url"]).is_redirect) == (
             200,
             False,
         )
-        picture = httpx.get(answer.headers["location"], trust_env=False)
-        assert picture.content.startswith(b"\x89PNG")
-        assert (picture.headers["content-type"], picture.headers["cache-control"]) == (
+        image = httpx.get(answer.headers["location"], trust_env=False)
+        assert image.content.startswith(b"\x89PNG")
+        assert (image.headers["content-type"], image.headers["cache-control"]) == (
             "image/png",
-            FOR_EVER,
+            IMMUTABLE,
         )
-        # not the page, whose policy lets it show nothing from elsewhere
-        shown = client.get(made["url"], headers={"Sec-Fetch-Site": "same-origin"})
-        assert shown.content == picture.content
-        assert shown.headers["vary"] == answer.headers["vary"] == "Sec-Fetch-Site"
+        # the page gets no redirect, because its policy blocks other origins
+        response = client.get(job["url"], headers={"Sec-Fetch-Site": "same-origin"})
+        assert response.content == image.content
+        assert response.headers["vary"] == answer.headers["vary"] == "Sec-Fetch-Site"
 
 
-async def test_our_clients_follow_to_the_bucket_without_their_key(bucket: str, tmp_path: Path):
+async def test_clients_follow_to_the_bucket_without_their_key(bucket: str, tmp_path: Path):
     key, small = add_key(tmp_path / "keys.json", "me"), {"width": 64, "height": 64, "steps": 2}
-    asked: list[httpx.Request] = []
-    http = httpx.Client(event_hooks={"request": [asked.append]}, trust_env=False)
+    requests: list[httpx.Request] = []
+    http = httpx.Client(event_hooks={"request": [requests.append]}, trust_env=False)
     with served(
         tmp_path, storage=bucket, redirect_files=True, keys_file=tmp_path / "keys.json"
     ) as service:
         with Client(
             str(service.base_url), api_key=key, headers={"X-Tenant": "shop"}, http=http
         ) as client:
-            (picture,) = client.generate("an apple", **small)
-        assert picture.startswith(b"\x89PNG")
-        to_bucket = [each for each in asked if each.url.port != service.base_url.port]
+            (image,) = client.generate("an apple", **small)
+        assert image.startswith(b"\x89PNG")
+        to_bucket = [request for request in requests if request.url.port != service.base_url.port]
         assert len(to_bucket) == 1
         assert not {"authorization", "x-tenant"} & set(to_bucket[0].headers)
-        assert all(each.headers["x-tenant"] == "shop" for each in asked if "/jobs" in each.url.path)
-        own = StreamableHttpTransport(f"{service.base_url}/mcp/", headers={"X-API-Key": key})
-        async with Assistant(own) as assistant:
+        assert all(
+            request.headers["x-tenant"] == "shop"
+            for request in requests
+            if "/jobs" in request.url.path
+        )
+        transport = StreamableHttpTransport(f"{service.base_url}/mcp/", headers={"X-API-Key": key})
+        async with McpClient(transport) as assistant:
             answer = await assistant.call_tool(
                 "draw_transparent_picture", {"prompt": "an apple", **small}
             )

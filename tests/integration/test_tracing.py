@@ -20,7 +20,7 @@ from tests.support.serving import served, wait_until
 
 
 class Collector:
-    """Takes spans over OTLP as any collector does."""
+    """A collector of spans over OTLP."""
 
     def __init__(self):
         self.spans: list[Span] = []
@@ -31,12 +31,14 @@ class Collector:
                 body = self.rfile.read(int(self.headers["Content-Length"]))
                 if self.headers.get("Content-Encoding") == "gzip":
                     body = gzip.decompress(body)
-                for each in ExportTraceServiceRequest.FromString(body).resource_spans:
+                for resource in ExportTraceServiceRequest.FromString(body).resource_spans:
                     assert any(
                         a.key == "service.name" and a.value.string_value
-                        for a in each.resource.attributes
+                        for a in resource.resource.attributes
                     )
-                    collector.spans += [span for scope in each.scope_spans for span in scope.spans]
+                    collector.spans += [
+                        span for scope in resource.scope_spans for span in scope.spans
+                    ]
                 self.send_response(200)
                 self.send_header("Content-Length", "0")
                 self.end_headers()
@@ -50,14 +52,14 @@ class Collector:
             "OTEL_BSP_SCHEDULE_DELAY": "200",
         }
 
-    def named(self, name: str) -> Span:
-        """The one span of that name."""
-        found = [span for span in self.spans if span.name == name]
-        assert len(found) == 1, [span.name for span in self.spans]
-        return found[0]
+    def span_named(self, name: str) -> Span:
+        """Return the only span with a name."""
+        spans = [span for span in self.spans if span.name == name]
+        assert len(spans) == 1, [span.name for span in self.spans]
+        return spans[0]
 
     def has(self, *names: str) -> bool:
-        """Whether spans of all these names have come."""
+        """Return whether spans of all these names have arrived."""
         return set(names) <= {span.name for span in self.spans}
 
 
@@ -70,7 +72,7 @@ def collector() -> Iterator[Collector]:
     collector.server.server_close()
 
 
-def test_one_trace_from_the_client_to_the_stages_on_another_machine(
+def test_trace_spans_client_request_job_and_worker_stages(
     tmp_path: Path, collector: Collector, postgres: Postgres
 ):
     database = postgres.fresh_database()
@@ -97,21 +99,21 @@ def test_one_trace_from_the_client_to_the_stages_on_another_machine(
     finally:
         for node in nodes:
             node.stop()
-    request, job = collector.named("POST /alpha/v1/txt2img"), collector.named("job")
+    request, job = collector.span_named("POST /alpha/v1/txt2img"), collector.span_named("job")
     assert {span.trace_id.hex() for span in collector.spans} == {trace_id}
     assert request.parent_span_id.hex() == parent
     assert job.parent_span_id == request.span_id
-    stages = [collector.named(name) for name in ("queue", "sent", "start", "sample", "store")]
+    stages = [collector.span_named(name) for name in ("queue", "sent", "start", "sample", "store")]
     for before, after in pairwise(stages):
         assert before.parent_span_id == after.parent_span_id == job.span_id
         assert before.end_time_unix_nano == after.start_time_unix_nano
-    # the accepting pod's clock and the worker's are one here
+    # the pod and the worker have one clock here
     assert request.start_time_unix_nano < stages[0].start_time_unix_nano == job.start_time_unix_nano
     assert stages[-1].end_time_unix_nano == job.end_time_unix_nano < request.end_time_unix_nano
     assert not any("ping" in span.name for span in collector.spans)
 
 
-def test_a_job_that_fails_says_so_in_its_span(
+def test_failed_job_sets_the_error_status_of_its_span(
     tmp_path: Path, collector: Collector, monkeypatch: pytest.MonkeyPatch
 ):
     for name, value in collector.environment.items():
@@ -125,6 +127,6 @@ def test_a_job_that_fails_says_so_in_its_span(
         )
         assert answer.status_code == 507
     # all spans are sent before the service is gone
-    job = collector.named("job")
+    job = collector.span_named("job")
     assert job.status.code == Status.STATUS_CODE_ERROR
     assert job.status.message in answer.json()["detail"]

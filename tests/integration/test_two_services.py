@@ -26,7 +26,7 @@ BODY = {"prompt": "an apple", "width": 64, "height": 64, "steps": 2}
 
 
 def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
-    """The `alphalayer` command with the fake engine."""
+    """Start the `alphalayer` command with the fake engine."""
     environment = {
         name: value for name, value in os.environ.items() if not name.startswith("ALPHALAYER_")
     }
@@ -63,29 +63,32 @@ def _answers(client: httpx.Client, process: subprocess.Popen[str]) -> bool:
         return False
 
 
-def test_the_old_start_line_twice_in_one_folder(tmp_path: Path):
+def test_two_services_with_own_queues_share_images(tmp_path: Path):
     ports = free_port(), free_port()
     with (
         serving(tmp_path, "serve-as-before", ports[0]) as (one, _),
         serving(tmp_path, "serve-as-before", ports[1]) as (other, _),
     ):
-        for asked, told in ((one, other), (other, one)):
-            name = asked.post("/alpha/v1/txt2img", json=BODY).json()["filename"]
-            assert told.get(f"/alpha/v1/file/{name}").status_code == 200
-        assert [len(each.get("/alpha/v1/jobs").json()["jobs"]) for each in (one, other)] == [1, 1]
+        for generating, reading in ((one, other), (other, one)):
+            name = generating.post("/alpha/v1/txt2img", json=BODY).json()["filename"]
+            assert reading.get(f"/alpha/v1/file/{name}").status_code == 200
+        assert [len(client.get("/alpha/v1/jobs").json()["jobs"]) for client in (one, other)] == [
+            1,
+            1,
+        ]
     assert {file.parent.name for file in tmp_path.rglob("jobs.sqlite")} == {
         str(port) for port in ports
     }
 
 
-def test_a_second_service_on_one_queue_is_refused_until_the_first_is_gone(tmp_path: Path):
+def test_second_service_on_one_queue_is_refused(tmp_path: Path):
     with serving(tmp_path, "serve", free_port()) as (_, first):
         second = start(tmp_path, "serve", "--port", str(free_port()))
-        said = second.communicate(timeout=30)[1]
+        stderr = second.communicate(timeout=30)[1]
         assert second.returncode == 1
-        assert f"another service uses the folder {tmp_path / 'data'}" in said
-        assert "data_dir" in said
-        assert "Traceback" not in said
+        assert f"another service uses the folder {tmp_path / 'data'}" in stderr
+        assert "data_dir" in stderr
+        assert "Traceback" not in stderr
         first.kill()
         first.wait()
         with serving(tmp_path, "serve", free_port()) as (client, _):

@@ -1,4 +1,4 @@
-"""Webhooks against a real receiver: signed, tried again, kept across a restart, and never sent into private networks unasked."""
+"""Webhooks with a real receiver: signatures, retries, restarts and private networks."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ BODY = {"prompt": "an apple", "width": 64, "height": 64, "steps": 2}
 
 
 class Receiver(ThreadingHTTPServer):
-    """Answers as it is told, in turn, then 204; keeps what it got."""
+    """A receiver that answers with these statuses in turn, then 204, and keeps the requests."""
 
     def __init__(self, *answers: int, port: int = 0):
         super().__init__(("127.0.0.1", port), _Handler)
         self.answers = list(answers)
-        self.got: list[tuple[str, dict[str, str], bytes]] = []
-        self.url = f"http://127.0.0.1:{self.server_port}/told?by=us"
+        self.requests: list[tuple[str, dict[str, str], bytes]] = []
+        self.url = f"http://127.0.0.1:{self.server_port}/hook?from=test"
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
     def __enter__(self) -> Receiver:
@@ -55,7 +55,7 @@ class _Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         server: Receiver = self.server  # type: ignore[assignment]
         body = self.rfile.read(int(self.headers["content-length"]))
-        server.got.append(
+        server.requests.append(
             (self.path, {name.lower(): value for name, value in self.headers.items()}, body)
         )
         self.send_response(server.answers.pop(0) if server.answers else 204)
@@ -90,12 +90,12 @@ def resigned(headers: dict[str, str], body: bytes, age_s: int) -> dict[str, str]
     return {**headers, "webhook-timestamp": timestamp, "webhook-signature": signature}
 
 
-def test_what_is_told_is_the_job_signed(service):
+def test_webhook_sends_the_signed_job(service):
     with Receiver() as receiver:
         job = service.post("/alpha/v1/jobs", json={**BODY, "webhook_url": receiver.url}).json()
-        wait_until(lambda: receiver.got)
-        path, headers, body = receiver.got[0]
-        assert path == "/told?by=us"
+        wait_until(lambda: receiver.requests)
+        path, headers, body = receiver.requests[0]
+        assert path == "/hook?from=test"
         assert headers["host"] == f"127.0.0.1:{receiver.server_port}"
         assert headers["webhook-id"] == job["id"]
         assert abs(int(headers["webhook-timestamp"]) - time.time()) < 60
@@ -109,20 +109,20 @@ def test_what_is_told_is_the_job_signed(service):
         )
         (example,) = [block for block in guide.split("```python\n") if "def is_authentic" in block]
         names: dict[str, Any] = {}
-        exec(example.split("```")[0], names)  # the guide's own receiver
+        exec(example.split("```")[0], names)  # the receiver of the guide
         assert names["is_authentic"](headers, body)
         assert not names["is_authentic"](headers, body + b" ")
         assert not names["is_authentic"](resigned(headers, body, age_s=301), body)
         assert names["is_authentic"](resigned(headers, body, age_s=290), body)
-        told = json.loads(body)
-        assert told == service.get(job["url"]).json()
-        assert told["state"] == "done"
-        assert service.get(told["images"][0]["url"]).status_code == 200
+        payload = json.loads(body)
+        assert payload == service.get(job["url"]).json()
+        assert payload["state"] == "done"
+        assert service.get(payload["images"][0]["url"]).status_code == 200
         time.sleep(0.3)
-        assert len(receiver.got) == 1
+        assert len(receiver.requests) == 1
 
 
-def test_a_journal_that_is_away_for_a_moment_ends_no_webhooks(
+def test_webhooks_continue_after_a_journal_outage(
     service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(webhooks, "OUTAGE_PAUSE_S", 0.1)
@@ -134,46 +134,54 @@ def test_a_journal_that_is_away_for_a_moment_ends_no_webhooks(
         time.sleep(0.5)
         journal.execute("ALTER TABLE away RENAME TO jobs")
         service.post("/alpha/v1/jobs", json={**BODY, "webhook_url": receiver.url})
-        wait_until(lambda: receiver.got)
+        wait_until(lambda: receiver.requests)
 
 
-def test_failed_and_cancelled_jobs_are_told_too(service, tmp_path: Path):
+def test_webhook_reports_failed_and_cancelled_jobs(service, tmp_path: Path):
     with Receiver() as receiver:
-        slow = service.post(
+        running = service.post(
             "/alpha/v1/jobs", json={**BODY, "steps": 150, "webhook_url": receiver.url}
         ).json()
         waiting = service.post("/alpha/v1/jobs", json={**BODY, "webhook_url": receiver.url}).json()
         service.delete(waiting["url"])
-        service.delete(slow["url"])
-        wait_until(lambda: len(receiver.got) == 2)
+        service.delete(running["url"])
+        wait_until(lambda: len(receiver.requests) == 2)
         shutil.rmtree(tmp_path / "outputs")
         (tmp_path / "outputs").write_text("a file in the way")
         failed = service.post("/alpha/v1/jobs", json={**BODY, "webhook_url": receiver.url}).json()
-        wait_until(lambda: len(receiver.got) == 3)
-        told = [json.loads(body) for _, _, body in receiver.got]
-        assert [each["state"] for each in told] == ["cancelled", "cancelled", "failed"]
-        assert (told[2]["id"], told[2]["error"]["code"]) == (failed["id"], "storage_failed")
+        wait_until(lambda: len(receiver.requests) == 3)
+        payloads = [json.loads(body) for _, _, body in receiver.requests]
+        assert [payload["state"] for payload in payloads] == ["cancelled", "cancelled", "failed"]
+        assert (payloads[2]["id"], payloads[2]["error"]["code"]) == (failed["id"], "storage_failed")
 
 
-def test_it_is_tried_again_and_given_up_in_the_end(service):
+def test_webhook_is_retried_then_given_up(service):
     with (
         Receiver(500, 429) as receiver,
-        Receiver(*[503] * 9) as broken,
-        Receiver(410) as gone,
-        Receiver(302) as moved,
+        Receiver(*[503] * 9) as unavailable,
+        Receiver(410) as removed,
+        Receiver(302) as redirecting,
     ):
-        for each in (receiver, broken, gone, moved):
-            service.post("/alpha/v1/jobs", json={**BODY, "webhook_url": each.url})
-        wait_until(lambda: len(receiver.got) == 3 and len(broken.got) == 3 and len(moved.got) == 2)
-        assert len({headers["webhook-id"] for _, headers, _ in receiver.got}) == 1
+        for server in (receiver, unavailable, removed, redirecting):
+            service.post("/alpha/v1/jobs", json={**BODY, "webhook_url": server.url})
+        wait_until(
+            lambda: (
+                len(receiver.requests) == 3
+                and len(unavailable.requests) == 3
+                and len(redirecting.requests) == 2
+            )
+        )
+        assert len({headers["webhook-id"] for _, headers, _ in receiver.requests}) == 1
         time.sleep(0.4)
-        assert [len(each.got) for each in (receiver, broken, gone, moved)] == [3, 3, 1, 2]
-        counted = service.get("/metrics").text
+        assert [
+            len(server.requests) for server in (receiver, unavailable, removed, redirecting)
+        ] == [3, 3, 1, 2]
+        metrics = service.get("/metrics").text
         for outcome, count in (("delivered", 2), ("given_up", 2), ("retried", 5)):
-            assert f'alphalayer_webhooks_total{{outcome="{outcome}"}} {count}.0' in counted
+            assert f'alphalayer_webhooks_total{{outcome="{outcome}"}} {count}.0' in metrics
 
 
-def test_what_is_owed_outlives_the_service(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_pending_webhook_survives_a_restart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(webhooks, "PAUSES_S", (1.5,) * 9)
     port = free_port()
     settings = {"webhook_secret": SECRET, "webhook_allow_private": True}
@@ -183,24 +191,29 @@ def test_what_is_owed_outlives_the_service(tmp_path: Path, monkeypatch: pytest.M
         ).json()
         wait_until(lambda: 'outcome="retried"} 1.0' in service.get("/metrics").text)
     with Receiver(port=port) as receiver, served(tmp_path, **settings):
-        wait_until(lambda: receiver.got)
-        assert receiver.got[0][1]["webhook-id"] == job["id"]
+        wait_until(lambda: receiver.requests)
+        assert receiver.requests[0][1]["webhook-id"] == job["id"]
 
 
 @pytest.mark.parametrize(
     "url",
     [
-        "ftp://example.com/", "http://", "http://me:secret@example.com/", "nonsense", "http://10.0.0.1/", "http://[::1]/",
+        "ftp://example.com/",
+        "http://",
+        "http://me:secret@example.com/",
+        "nonsense",
+        "http://10.0.0.1/",
+        "http://[::1]/",
         "http://169.254.169.254/latest",
     ],
-)  # fmt: skip
-def test_addresses_that_are_refused_at_once(tmp_path: Path, url: str):
-    with pytest.raises(InvalidRequest) as wrong:
+)
+def test_check_url_refuses_private_and_invalid_urls(tmp_path: Path, url: str):
+    with pytest.raises(InvalidRequest) as caught:
         webhooks.check_url(url, allow_private=False)
-    assert wrong.value.field == "webhook_url"
+    assert caught.value.field == "webhook_url"
 
 
-def test_the_internet_is_not_refused():
+def test_check_url_accepts_public_urls():
     webhooks.check_url("https://example.com/hook", allow_private=False)
     webhooks.check_url("https://93.184.216.34:8443/hook", allow_private=False)
     webhooks.check_url("http://10.0.0.1/", allow_private=True)
@@ -209,17 +222,20 @@ def test_the_internet_is_not_refused():
 @pytest.mark.parametrize(
     ("address", "public"),
     [
-        ("93.184.216.34", True), ("2606:2800:220:1::1", True), ("64:ff9b::5db8:d822", True), ("2002:5db8:d822::1", True),
-        ("::ffff:93.184.216.34", True),
-        ("127.0.0.1", False), ("10.0.0.1", False), ("100.64.0.1", False), ("169.254.169.254", False), ("0.0.0.0", False),
-        ("224.0.0.1", False), ("240.0.0.1", False), ("255.255.255.255", False), ("192.0.2.1", False), ("198.18.0.1", False),
-        ("::1", False), ("::", False), ("fe80::1", False), ("fc00::1", False), ("fec0::1", False), ("ff02::1", False),
-        ("ff0e::1", False), ("2001:db8::1", False), ("::127.0.0.1", False), ("::ffff:10.0.0.1", False),
-        ("::ffff:0:127.0.0.1", False), ("64:ff9b::7f00:1", False), ("64:ff9b::a9fe:a9fe", False), ("64:ff9b:1::1", False),
+        ("93.184.216.34", True), ("2606:2800:220:1::1", True), ("64:ff9b::5db8:d822", True),
+        ("2002:5db8:d822::1", True), ("::ffff:93.184.216.34", True),
+        ("127.0.0.1", False), ("10.0.0.1", False), ("100.64.0.1", False),
+        ("169.254.169.254", False), ("0.0.0.0", False), ("224.0.0.1", False),
+        ("240.0.0.1", False), ("255.255.255.255", False), ("192.0.2.1", False),
+        ("198.18.0.1", False), ("::1", False), ("::", False), ("fe80::1", False),
+        ("fc00::1", False), ("fec0::1", False), ("ff02::1", False), ("ff0e::1", False),
+        ("2001:db8::1", False), ("::127.0.0.1", False), ("::ffff:10.0.0.1", False),
+        ("::ffff:0:127.0.0.1", False), ("64:ff9b::7f00:1", False),
+        ("64:ff9b::a9fe:a9fe", False), ("64:ff9b:1::1", False),
         ("2002:7f00:1::", False), ("2002:a00:1::1", False),
     ],
 )  # fmt: skip
-def test_which_addresses_are_of_the_internet(address: str, public: bool):
+def test_is_public_accepts_only_internet_addresses(address: str, public: bool):
     assert webhooks.is_public(ipaddress.ip_address(address)) == public
     host = f"[{address}]" if ":" in address else address
     with contextlib.nullcontext() if public else pytest.raises(InvalidRequest):
@@ -227,47 +243,47 @@ def test_which_addresses_are_of_the_internet(address: str, public: bool):
 
 
 @pytest.mark.parametrize("secret", ["whsec_not base64!", "whsec_", "whsec_abc"])
-def test_a_secret_that_is_none_stops_the_start(tmp_path: Path, secret: str):
+def test_invalid_webhook_secret_fails_the_check(tmp_path: Path, secret: str):
     settings = Settings(data_dir=tmp_path, outputs_dir=tmp_path, webhook_secret=secret)
-    with pytest.raises(SetupFailed, match="webhook_secret") as wrong:
+    with pytest.raises(SetupFailed, match="webhook_secret") as caught:
         asyncio.run(check(settings))
-    assert "openssl rand" in wrong.value.hint
+    assert "openssl rand" in caught.value.hint
 
 
-def test_receivers_that_hang_hold_nobody_back(service):
-    """They take connections and never answer."""
-    with socket.create_server(("127.0.0.1", 0)) as deaf, Receiver() as receiver:
+def test_hanging_receivers_delay_no_other_webhook(service):
+    """Send webhooks to a server that accepts connections and never answers."""
+    with socket.create_server(("127.0.0.1", 0)) as hanging, Receiver() as receiver:
         for _ in range(20):
-            url = f"http://127.0.0.1:{deaf.getsockname()[1]}/"
+            url = f"http://127.0.0.1:{hanging.getsockname()[1]}/"
             service.post("/alpha/v1/jobs", json={**BODY, "webhook_url": url})
         service.post("/alpha/v1/jobs", json={**BODY, "webhook_url": receiver.url})
-        wait_until(lambda: receiver.got, 5)
+        wait_until(lambda: receiver.requests, 5)
 
 
-def test_one_that_answers_a_byte_at_a_time_has_its_time(service, monkeypatch: pytest.MonkeyPatch):
+def test_slow_receiver_reaches_the_timeout(service, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(webhooks, "TIMEOUT_S", 0.5)
-    with socket.create_server(("127.0.0.1", 0)) as slow:
+    with socket.create_server(("127.0.0.1", 0)) as receiver:
 
-        def drip() -> None:
-            connection, _ = slow.accept()
+        def answer_slowly() -> None:
+            connection, _ = receiver.accept()
             with contextlib.suppress(OSError), connection:
                 while True:
                     connection.send(b"H")
                     time.sleep(0.1)
 
-        threading.Thread(target=drip, daemon=True).start()
-        url = f"http://127.0.0.1:{slow.getsockname()[1]}/"
+        threading.Thread(target=answer_slowly, daemon=True).start()
+        url = f"http://127.0.0.1:{receiver.getsockname()[1]}/"
         service.post("/alpha/v1/jobs", json={**BODY, "webhook_url": url})
         wait_until(lambda: 'outcome="retried"} 1.0' in service.get("/metrics").text, 5)
 
 
-def test_an_address_that_breaks_the_sender_is_tried_again_and_given_up(service):
+def test_unsendable_webhook_url_is_given_up(service):
     url = f"http://{'a' * 70}.example/"
     service.post("/alpha/v1/jobs", json={**BODY, "webhook_url": url})
     wait_until(lambda: 'outcome="given_up"} 1.0' in service.get("/metrics").text)
 
 
-def test_a_name_that_means_this_machine_is_not_sent_to(tmp_path: Path):
+def test_webhook_to_this_machine_is_not_sent(tmp_path: Path):
     with Receiver() as receiver, served(tmp_path, webhook_secret=SECRET) as service:
         assert (
             service.post("/alpha/v1/jobs", json={**BODY, "webhook_url": receiver.url}).status_code
@@ -276,10 +292,10 @@ def test_a_name_that_means_this_machine_is_not_sent_to(tmp_path: Path):
         url = f"http://localhost:{receiver.server_port}/"
         assert service.post("/alpha/v1/jobs", json={**BODY, "webhook_url": url}).status_code == 202
         wait_until(lambda: 'outcome="given_up"} 1.0' in service.get("/metrics").text)
-        assert receiver.got == []
+        assert receiver.requests == []
 
 
-def test_without_a_secret_webhooks_are_off(tmp_path: Path):
+def test_webhook_without_a_secret_is_refused(tmp_path: Path):
     with served(tmp_path) as service:
         answer = service.post(
             "/alpha/v1/jobs", json={**BODY, "webhook_url": "https://example.com/"}

@@ -45,17 +45,17 @@ class Crowd:
     ):
         self._addresses = addresses
         self._https = [
-            httpx.Client(base_url=each, timeout=30, trust_env=False)
-            for each in seen_from or addresses
+            httpx.Client(base_url=address, timeout=30, trust_env=False)
+            for address in seen_from or addresses
         ]
-        self._calm, self._over = threading.Event(), threading.Event()
+        self._is_calm, self._is_over = threading.Event(), threading.Event()
         self._unanswered: list[str] = []
         self.accepted: dict[str, int] = {}
         """The number of images of each job, by the part of its id that names its images."""
         self.failures: list[str] = []
         """The errors of requests that were repeated, each with its time."""
         self._clients = [
-            threading.Thread(target=self._ask, args=(i, i < waiting), daemon=True)
+            threading.Thread(target=self._send_requests, args=(i, i < waiting), daemon=True)
             for i in range(clients)
         ]
         for client in self._clients:
@@ -64,46 +64,57 @@ class Crowd:
     def count(self, patience_s: float = 120.0) -> dict[str, Any]:
         """Send no new requests, wait for all jobs, and count the outcomes.
 
-        `faults` is empty if every accepted job has its images.
+        `errors` is empty if every accepted job has its images.
         """
         self.calm()
         wait_until(lambda: all(answers(str(http.base_url).rstrip("/")) for http in self._https), 60)
         wait_until(lambda: not self._unfinished(), patience_s)
         known = self._all_jobs()
         names_known = set(map(_short, known))
-        faults = [
-            f"{each} was accepted and is lost" for each in self.accepted if each not in names_known
+        errors = [
+            f"{job_name} was accepted and is lost"
+            for job_name in self.accepted
+            if job_name not in names_known
         ]
-        faults += [f"{each} was not requested" for each in names_known - self.accepted.keys()]
-        wanted: list[str] = []
+        errors += [
+            f"{job_name} was not requested" for job_name in names_known - self.accepted.keys()
+        ]
+        image_names: list[str] = []
         for job_id, job in known.items():
-            names = [each["filename"] for each in job["images"]]
-            wanted += names
-            asked_for = self.accepted.get(_short(job_id))
-            if job["state"] == "done" and len(names) != asked_for:
-                faults.append(f"{job_id} has {len(names)} pictures and not {asked_for}")
+            names = [image["filename"] for image in job["images"]]
+            image_names += names
+            expected = self.accepted.get(_short(job_id))
+            if job["state"] == "done" and len(names) != expected:
+                errors.append(f"{job_id} has {len(names)} images and not {expected}")
             if job["state"] != "done" and (job["error"] or {}).get("code") != GIVEN_UP:
-                faults.append(f"{job_id} is {job['state']}: {job['error']}")
-            faults += [
+                errors.append(f"{job_id} is {job['state']}: {job['error']}")
+            errors += [
                 f"{name} cannot be read from {http.base_url}"
                 for name, http in itertools.product(names, self._https)
                 if not _is_whole(http, name)
             ]
-        faults += [
-            f"{name} belongs to two jobs" for name, count in Counter(wanted).items() if count > 1
+        errors += [
+            f"{name} belongs to two jobs"
+            for name, count in Counter(image_names).items()
+            if count > 1
         ]
-        faults += [f"never answered: {failure}" for failure in self._unanswered]
+        errors += [f"never answered: {failure}" for failure in self._unanswered]
         states = Counter(job["state"] for job in known.values())
-        self.jobs, self.pictures = known, set(wanted)
-        return {"accepted": len(self.accepted), **states, "pictures": len(wanted), "faults": faults}
+        self.jobs, self.images = known, set(image_names)
+        return {
+            "accepted": len(self.accepted),
+            **states,
+            "images": len(image_names),
+            "errors": errors,
+        }
 
     def calm(self) -> None:
         """Send no new requests, and wait `LAST_S` seconds for open ones."""
-        self._calm.set()
+        self._is_calm.set()
         end = time.monotonic() + LAST_S
         for client in self._clients:
             client.join(max(0.0, end - time.monotonic()))
-        self._over.set()
+        self._is_over.set()
         for client in self._clients:
             client.join()
 
@@ -113,13 +124,13 @@ class Crowd:
         for http in self._https:
             http.close()
 
-    def _ask(self, number: int, waits: bool) -> None:
+    def _send_requests(self, number: int, waits: bool) -> None:
         """Send requests to the addresses in turn; repeat a lost one with its key."""
         path, good = ("/alpha/v1/txt2img", 200) if waits else ("/alpha/v1/jobs", 202)
         rng = random.Random(number)
         order = itertools.cycle(rng.sample(self._addresses, len(self._addresses)))
         with httpx.Client(timeout=120 if waits else 30, trust_env=False) as http:
-            while not self._calm.is_set():
+            while not self._is_calm.is_set():
                 count = rng.randint(1, 2)
                 body = {
                     "prompt": "x",
@@ -139,27 +150,27 @@ class Crowd:
                             break
                         failure = f"{answer.status_code} {answer.text[:300]}"
                     self.failures.append(f"{datetime.now():%H:%M:%S.%f} POST {path}: {failure}")
-                    if self._over.is_set():
+                    if self._is_over.is_set():
                         self._unanswered.append(self.failures[-1])
                         return
                     time.sleep(0.05)
                 if answer.status_code == good:
-                    told = answer.json()
+                    job = answer.json()
                     self.accepted[
-                        told["filename"].split("_")[2][:SHORT] if waits else _short(told["id"])
+                        job["filename"].split("_")[2][:SHORT] if waits else _short(job["id"])
                     ] = count
                 time.sleep(0.2 if answer.status_code == 429 else rng.uniform(0.02, 0.1))
 
     def _all_jobs(self) -> dict[str, dict[str, Any]]:
-        found: dict[str, dict[str, Any]] = {}
+        jobs: dict[str, dict[str, Any]] = {}
         before: float | None = None
         while True:
             query = {"limit": 200, **({"before": before} if before else {})}
             page = self._https[0].get("/alpha/v1/jobs", params=query).json()
-            found |= {each["id"]: each for each in page["jobs"]}
+            jobs |= {job["id"]: job for job in page["jobs"]}
             before = page["next_before"]
             if before is None:
-                return found
+                return jobs
 
     def _unfinished(self) -> bool:
         return any(

@@ -45,7 +45,7 @@ class Storm:
 
         The job of a killed process is requeued soon.
         """
-        wait_until(lambda: self._is_ready() and self._a_job_runs(), 90)
+        wait_until(lambda: self._is_ready() and self._has_running_job(), 90)
 
     def kill_engine(self) -> None:
         """Kill the engine process while it generates."""
@@ -61,7 +61,7 @@ class Storm:
 
     def count(self) -> dict[str, Any]:
         """Return the counts of the crowd, and report files that belong to no job."""
-        counted = self._crowd.count()
+        counts = self._crowd.count()
         # without files whose writing a kill interrupted: a later start removes them
         files = {file.name for file in (self._folder / "outputs").iterdir() if "#" not in file.name}
         given_up = [
@@ -69,11 +69,11 @@ class Storm:
         ]
         stray = [
             name
-            for name in files - self._crowd.pictures
+            for name in files - self._crowd.images
             if not any(job_id in name for job_id in given_up)
         ]
-        counted["faults"] += [f"{name} belongs to no job" for name in stray]
-        return counted
+        counts["errors"] += [f"{name} belongs to no job" for name in stray]
+        return counts
 
     def stop(self) -> None:
         """Stop the clients and the service."""
@@ -86,10 +86,10 @@ class Storm:
         self._service = fake_service.start(self._folder, self._port, STEP_S, 20)
         wait_until(lambda: answers(self._address, "/livez"), 60)
 
-    def _a_job_runs(self) -> bool:
+    def _has_running_job(self) -> bool:
         query = {"state": "running", "limit": 1}
-        found = self._http.get("/alpha/v1/jobs", params=query).json()["jobs"]
-        return bool(found and found[0]["step"])
+        jobs = self._http.get("/alpha/v1/jobs", params=query).json()["jobs"]
+        return bool(jobs and jobs[0]["step"])
 
     def _is_ready(self) -> bool:
         return self._http.get("/ping").status_code == 200
@@ -113,8 +113,8 @@ def run(folder: Path, engine_kills: int, service_kills: int, seed: int = 0) -> d
 
 
 def _children(pid: int) -> list[int]:
-    done = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True, check=False)
-    return [int(each) for each in done.stdout.split()]
+    result = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True, check=False)
+    return [int(child_pid) for child_pid in result.stdout.split()]
 
 
 def main() -> None:
@@ -140,7 +140,7 @@ def main() -> None:
         print(text)
         if options.output:
             options.output.write_text(text + "\n")
-        sys.exit(bool(result["faults"]))
+        sys.exit(bool(result["errors"]))
 
 
 if __name__ == "__main__":

@@ -132,23 +132,23 @@ def run(
             victim.kill()
             victim.start()
         wait_until(lambda: len(crowd.accepted) >= jobs, patience_s)
-        counted = crowd.count(patience_s)
-        asked = "Nginx" if front else "the pods"
+        counts = crowd.count(patience_s)
+        target = "Nginx" if front else "the pods"
         return {
-            **counted,
-            "asked": asked,
-            "pictures_read": len(crowd.pictures) * len(seen_from + front),
-            "requests_that_failed": _kinds(crowd.failures),
+            **counts,
+            "target": target,
+            "images_read": len(crowd.images) * len(seen_from + front),
+            "failed_requests": _kinds(crowd.failures),
         }
 
 
 def _kinds(failures: list[str]) -> dict[str, int]:
     """Count failed requests by exception, or by status and error code."""
-    kinds = [each.partition(": ")[2] for each in failures]
+    kinds = [failure.partition(": ")[2] for failure in failures]
     return dict(
         Counter(
-            re.sub(r'^(\d+).*?(?:"code":"(\w+)".*)?$|\(.*', r"\1 \2", each, flags=re.DOTALL).strip()
-            for each in kinds
+            re.sub(r'^(\d+).*?(?:"code":"(\w+)".*)?$|\(.*', r"\1 \2", kind, flags=re.DOTALL).strip()
+            for kind in kinds
         )
     )
 
@@ -169,20 +169,20 @@ def main() -> None:
         Path(folder).chmod(0o755)  # Nginx's workers are another user
         (Path(folder) / "s3").mkdir()
         with s3_server(Path(folder) / "s3") as bucket:
-            shared = {**bucket, "ALPHALAYER_STORAGE": "s3://pictures/drawn"}
+            shared = {**bucket, "ALPHALAYER_STORAGE": "s3://pictures/stress"}
             result = run(Path(folder), shared, patience_s=3600, **options)
         machine = f"{os.cpu_count()} x {platform.machine()}, Python {platform.python_version()}"
-        told = {
+        header = {
             "command": shlex.join(["python", "-m", "tests.stress.pods", *sys.argv[1:]]),
             "machine": machine,
         }
         report = json.dumps(
-            {**told, **options, "seconds": round(time.monotonic() - start), **result}, indent=1
+            {**header, **options, "seconds": round(time.monotonic() - start), **result}, indent=1
         )
         print(report)
         if target:
             target.write_text(f"{report}\n")
-        sys.exit(bool(result["faults"]))
+        sys.exit(bool(result["errors"]))
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
 
 @pytest.fixture(scope="module")
 def apple(service: httpx.Client) -> np.ndarray:
-    """As the native API draws it."""
+    """Return the image of the native API."""
     body = {"prompt": PROMPT, "negative_prompt": NEGATIVE, **SETTINGS}
     answer = service.post("/alpha/v1/txt2img", json=body).json()
     rgba, parameters = codecs.decode(service.get(answer["url"]).content)
@@ -52,7 +52,9 @@ def apple(service: httpx.Client) -> np.ndarray:
 
 
 @pytest.mark.parametrize("use_async", [False, True])
-async def test_webuiapi(service: httpx.Client, apple: np.ndarray, use_async: bool):
+async def test_webuiapi_client_gets_the_native_image(
+    service: httpx.Client, apple: np.ndarray, use_async: bool
+):
     api = webuiapi.WebUIApi(baseurl=f"{str(service.base_url).rstrip('/')}/sdapi/v1")
     assert "alphalayer-mini" in api.util_get_model_names()[0]
     fields = {
@@ -61,58 +63,60 @@ async def test_webuiapi(service: httpx.Client, apple: np.ndarray, use_async: boo
         "sampler_name": "DPM++ 2M SDE",
         "scheduler": "Karras",
     }
-    asked = api.txt2img(**fields, **SETTINGS, use_async=use_async)
-    drawn = await asked if use_async else asked
-    np.testing.assert_array_equal(np.asarray(drawn.image), apple)
-    assert drawn.info["all_seeds"] == [SEED]
+    response = api.txt2img(**fields, **SETTINGS, use_async=use_async)
+    result = await response if use_async else response
+    np.testing.assert_array_equal(np.asarray(result.image), apple)
+    assert result.info["all_seeds"] == [SEED]
 
 
 @pytest.fixture(scope="module")
 def small_apple(service: httpx.Client) -> np.ndarray:
-    """As the native API draws what `OPENAI` asks for: "low" is 12 steps."""
+    """Return the native image of `OPENAI_REQUEST`: quality "low" is 12 steps."""
     body = {"prompt": PROMPT, "steps": 12, "width": 192, "height": 192, "seed": SEED}
     return codecs.decode(
         service.get(service.post("/alpha/v1/txt2img", json=body).json()["url"]).content
     )[0]
 
 
-OPENAI = {"model": "alphalayer-mini", "prompt": PROMPT, "size": "192x192", "quality": "low"}
-OPENAI["extra_body"] = {"seed": SEED}
+OPENAI_REQUEST = {"model": "alphalayer-mini", "prompt": PROMPT, "size": "192x192", "quality": "low"}
+OPENAI_REQUEST["extra_body"] = {"seed": SEED}
 
 
-def decoded(b64_json: str) -> np.ndarray:
+def decode_base64(b64_json: str) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(base64.b64decode(b64_json))))
 
 
-def test_openai(service: httpx.Client, small_apple: np.ndarray):
+def test_openai_client_gets_the_native_image(service: httpx.Client, small_apple: np.ndarray):
     with openai.OpenAI(
         base_url=f"{str(service.base_url).rstrip('/')}/v1", api_key="x", timeout=120
     ) as api:
         assert [model.id for model in api.models.list()] == ["alphalayer-mini"]
         np.testing.assert_array_equal(
-            decoded(api.images.generate(**OPENAI).data[0].b64_json), small_apple
+            decode_base64(api.images.generate(**OPENAI_REQUEST).data[0].b64_json), small_apple
         )
-        *partial, last = api.images.generate(**OPENAI, stream=True, partial_images=2)
+        *partial, last = api.images.generate(**OPENAI_REQUEST, stream=True, partial_images=2)
     assert [event.type for event in partial] == ["image_generation.partial_image"] * 2
-    np.testing.assert_array_equal(decoded(last.b64_json), small_apple)
+    np.testing.assert_array_equal(decode_base64(last.b64_json), small_apple)
 
 
-async def test_openai_asynchronously(service: httpx.Client, small_apple: np.ndarray):
+async def test_async_openai_client_gets_the_native_image(
+    service: httpx.Client, small_apple: np.ndarray
+):
     async with openai.AsyncOpenAI(
         base_url=f"{str(service.base_url).rstrip('/')}/v1", api_key="x", timeout=120
     ) as api:
-        answer = await api.images.generate(**OPENAI)
-        np.testing.assert_array_equal(decoded(answer.data[0].b64_json), small_apple)
-        events = [event async for event in await api.images.generate(**OPENAI, stream=True)]
+        answer = await api.images.generate(**OPENAI_REQUEST)
+        np.testing.assert_array_equal(decode_base64(answer.data[0].b64_json), small_apple)
+        events = [event async for event in await api.images.generate(**OPENAI_REQUEST, stream=True)]
     assert [event.type for event in events] == ["image_generation.completed"]
-    np.testing.assert_array_equal(decoded(events[0].b64_json), small_apple)
+    np.testing.assert_array_equal(decode_base64(events[0].b64_json), small_apple)
 
 
-async def test_mcp(service: httpx.Client, apple: np.ndarray):
-    told: list[float] = []
+async def test_mcp_client_gets_the_native_image(service: httpx.Client, apple: np.ndarray):
+    steps: list[float] = []
 
-    async def progress(done: float, _total: float | None, _message: str | None) -> None:
-        told.append(done)
+    async def progress(step: float, _total: float | None, _message: str | None) -> None:
+        steps.append(step)
 
     async with Client(
         StreamableHttpTransport(f"{str(service.base_url).rstrip('/')}/mcp/")
@@ -125,30 +129,30 @@ async def test_mcp(service: httpx.Client, apple: np.ndarray):
             tool.name, {"prompt": PROMPT, **fields}, progress_handler=progress
         )
     np.testing.assert_array_equal(codecs.decode(base64.b64decode(answer.content[0].data))[0], apple)
-    assert len(set(told)) >= 3
-    assert max(told) <= STEPS
+    assert len(set(steps)) >= 3
+    assert max(steps) <= STEPS
 
 
-def test_our_own_client(service: httpx.Client, apple: np.ndarray):
+def test_own_client_gets_the_native_image(service: httpx.Client, apple: np.ndarray):
     with own_client.Client(str(service.base_url)) as client:
-        (picture,) = client.generate(PROMPT, negative_prompt=NEGATIVE, **SETTINGS)
-        np.testing.assert_array_equal(codecs.decode(picture)[0], apple)
+        (image,) = client.generate(PROMPT, negative_prompt=NEGATIVE, **SETTINGS)
+        np.testing.assert_array_equal(codecs.decode(image)[0], apple)
 
 
-def test_an_error_of_the_engine_is_in_the_job(
+def test_engine_error_is_reported_in_the_job(
     service: httpx.Client, monkeypatch: pytest.MonkeyPatch
 ):
-    def failed(**fields: object) -> dict:
+    def error_of(**fields: object) -> dict:
         body = {"prompt": "an apple", "width": 64, "height": 64, **fields}
         job = service.post("/alpha/v1/jobs", json=body).raise_for_status().json()
         wait_until(lambda: service.get(job["url"]).json()["state"] == "failed", 60)
         return service.get(job["url"]).json()["error"]
 
-    # as a pod without a models folder
+    # like a pod without a models folder
     state = service.app.state  # type: ignore[attr-defined]
     monkeypatch.setattr(state, "service", dataclasses.replace(state.service, knows_models=False))
-    error = failed(checkpoint="juggernaut")
+    error = error_of(checkpoint="juggernaut")
     assert (error["code"], error["field"]) == ("model_not_found", "checkpoint")
     assert "juggernaut" in error["detail"]
-    error = failed(layerdiffuse_method="conv")
+    error = error_of(layerdiffuse_method="conv")
     assert (error["code"], error["field"]) == ("invalid_request", "layerdiffuse_method")

@@ -1,4 +1,4 @@
-"""The page at `/` in Chromium with a wrong key, a lost answer or a browser without storage."""
+"""The page at `/` in Chromium with a wrong key, a lost response or a browser without storage."""
 
 from __future__ import annotations
 
@@ -8,22 +8,20 @@ from pathlib import Path
 import httpx
 import pytest
 from playwright.async_api import Browser, Route, expect
-from tests.browser.visit import DESKTOP, Visit, visited
+from tests.browser.visit import DESKTOP, Visit, open_visit
 from tests.support.serving import served
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 
-async def test_a_key_that_is_mistyped_while_jobs_are_drawn_loses_none(
-    browser: Browser, tmp_path: Path
-):
+async def test_mistyped_key_loses_no_running_job(browser: Browser, tmp_path: Path):
     with served(tmp_path, api_auth="ann:one", engine_options={"step_s": 0.02}) as client:
         context = await browser.new_context(viewport=DESKTOP)
         await context.add_init_script(
             "localStorage.getItem('alphalayer.key')"
             " ?? localStorage.setItem('alphalayer.key', 'ann:one')"
         )
-        visit = await visited(context, str(client.base_url))
+        visit = await open_visit(context, str(client.base_url))
         page = visit.page
         await visit.start("first", steps=100)
         await visit.fill(prompt="second", steps="5")
@@ -39,7 +37,7 @@ async def test_a_key_that_is_mistyped_while_jobs_are_drawn_loses_none(
         await context.close()
 
 
-async def test_a_key_that_cannot_be_sent_is_not_kept(visit: Visit):
+async def test_key_with_invalid_characters_is_not_stored(visit: Visit):
     page = visit.page
     await _enter(visit, "alk_abc…")
     await expect(page.locator("#key-error")).to_have_text(
@@ -56,9 +54,7 @@ async def test_a_key_that_cannot_be_sent_is_not_kept(visit: Visit):
     await expect(page.locator("#state")).to_be_empty()
 
 
-async def test_what_is_typed_into_the_key_dialog_is_left_alone(
-    browser: Browser, service: httpx.Client
-):
+async def test_key_dialog_keeps_typed_text_after_a_retry(browser: Browser, service: httpx.Client):
     context = await browser.new_context(viewport=DESKTOP)
     await context.route(
         "**/alpha/v1/models",
@@ -68,7 +64,7 @@ async def test_what_is_typed_into_the_key_dialog_is_left_alone(
     await page.goto(str(service.base_url))
     await expect(page.locator("#key-dialog")).to_be_visible()
     await page.fill("#key", "alk_half")
-    # away and back: the page asks again and is refused again
+    # after an outage, the page sends the request again, and is refused again
     await context.route("**/readyz", lambda route: route.abort())
     await expect(page.locator("#state")).to_contain_text("cannot be reached", timeout=15_000)
     await context.unroute("**/readyz")
@@ -77,22 +73,19 @@ async def test_what_is_typed_into_the_key_dialog_is_left_alone(
     await context.close()
 
 
-async def test_a_request_whose_answer_is_lost_is_not_drawn_twice(
-    visit: Visit, service: httpx.Client
-):
+async def test_request_with_a_lost_response_runs_once(visit: Visit, service: httpx.Client):
     page = visit.page
 
     async def lose(route: Route) -> None:
         await route.fetch()
         await route.abort()
 
-    def jobs() -> set[str]:
+    def job_ids() -> set[str]:
         return {
-            each["id"]
-            for each in service.get("/alpha/v1/jobs", params={"limit": 200}).json()["jobs"]
+            job["id"] for job in service.get("/alpha/v1/jobs", params={"limit": 200}).json()["jobs"]
         }
 
-    before = await asyncio.to_thread(jobs)
+    before = await asyncio.to_thread(job_ids)
     await page.context.route("**/alpha/v1/jobs", lose)
     await visit.fill(prompt="lost", seed="-1")
     await page.click("#draw")
@@ -108,28 +101,28 @@ async def test_a_request_whose_answer_is_lost_is_not_drawn_twice(
     await expect(page.locator("#history li")).to_have_count(1)
     await page.click("#draw")
     await expect(page.locator("#history li")).to_have_count(2)
-    assert len(await asyncio.to_thread(jobs) - before) == 2
-    visit.faults.clear()
+    assert len(await asyncio.to_thread(job_ids) - before) == 2
+    visit.errors.clear()
 
 
-async def test_the_api_opens_beside_the_page(visit: Visit, service: httpx.Client):
+async def test_api_link_opens_in_another_tab(visit: Visit, service: httpx.Client):
     await visit.start("kept", steps=40)
     async with visit.page.expect_popup():
         await visit.page.click("text=API")
     await expect(visit.page.locator("#history li")).to_have_count(1)
 
 
-async def test_a_browser_that_may_keep_nothing(browser: Browser, service: httpx.Client):
+async def test_browser_without_storage_generates(browser: Browser, service: httpx.Client):
     context = await browser.new_context(viewport=DESKTOP)
     await context.add_init_script(
         "Object.defineProperty(window, 'localStorage',"
         " { get() { throw new DOMException('denied') } })"
     )
-    visit = await visited(context, str(service.base_url))
+    visit = await open_visit(context, str(service.base_url))
     await visit.render(prompt="kept for now")
     await _enter(visit, "any")
     await visit.render(prompt="another")
-    assert visit.faults == []
+    assert visit.errors == []
     await context.close()
 
 

@@ -13,21 +13,21 @@ import httpx
 import numpy as np
 import pytest
 from playwright.async_api import Browser, Route, ViewportSize, expect
-from tests.browser.visit import DESKTOP, PHONE, Visit, picture, visited
+from tests.browser.visit import DESKTOP, PHONE, Visit, encode_image, open_visit
 
 from alphalayer.images import codecs, postprocess
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 
-async def _drawn(service: httpx.Client, **fields: Any) -> bytes:
-    """A picture of the service."""
+async def _generate_image(service: httpx.Client, **fields: Any) -> bytes:
+    """Generate an image on the service, and return its file."""
     body = {"steps": 3, "width": 64, "height": 128, **fields}
     answer = await asyncio.to_thread(service.post, "/alpha/v1/txt2img", json=body)
     return (await asyncio.to_thread(service.get, answer.json()["url"])).content
 
 
-async def test_a_dropped_picture_brings_its_settings(visit: Visit, service: httpx.Client):
+async def test_dropped_image_fills_the_form(visit: Visit, service: httpx.Client):
     page = visit.page
     body = {
         "prompt": "a dropped, (fine:1.2) star",
@@ -37,14 +37,14 @@ async def test_a_dropped_picture_brings_its_settings(visit: Visit, service: http
         "cfg_scale": 7.5,
     }
     body |= {"width": 64, "height": 128, "sampler_name": "Euler a", "scheduler": "Exponential"}
-    await visit.drop("star.png", await _drawn(service, **body))
+    await visit.drop("star.png", await _generate_image(service, **body))
     await expect(page.locator("#note")).to_contain_text("The settings of star.png are in the form.")
     assert await visit.values(*body) == {name: str(value) for name, value in body.items()}
     assert await page.is_checked("#layerdiffuse_enabled")
     await expect(page.locator("#carried")).to_be_hidden()
 
 
-async def test_what_the_form_has_no_field_for_is_carried_along(visit: Visit, service: httpx.Client):
+async def test_settings_without_a_field_are_carried_along(visit: Visit, service: httpx.Client):
     page = visit.page
     body = {
         "prompt": "a mug",
@@ -58,45 +58,45 @@ async def test_what_the_form_has_no_field_for_is_carried_along(visit: Visit, ser
         "subseed_strength": 0.5,
         "checkpoint": "apples",
     }
-    first = await _drawn(service, **body)
+    first = await _generate_image(service, **body)
     await visit.drop("mug.png", first)
     await expect(page.locator("#carried-words")).to_contain_text("conv")
     assert await page.input_value("#seed") == "9007199254740993"
     await page.select_option("#checkpoint", "apples")
     await page.click("#draw")
     await expect(page.locator("#history li")).to_have_count(1)
-    again = codecs.decode(await visit.download("#save-png"))[1] or ""
-    for each in ("Conv Injection", "weight: 0.5", "ending_step: 0.25", "Seed: 9007199254740993"):
-        assert each in (codecs.decode(first)[1] or "")
-        assert each in again
+    infotext = codecs.decode(await visit.download("#save-png"))[1] or ""
+    for text in ("Conv Injection", "weight: 0.5", "ending_step: 0.25", "Seed: 9007199254740993"):
+        assert text in (codecs.decode(first)[1] or "")
+        assert text in infotext
     assert "conv" in (await visit.facts())["Also"]
     await page.click("#drop-carried")
     assert "layerdiffuse" not in str(await page.text_content("#snippet"))
 
 
-async def test_a_picture_of_forge_says_what_is_not_here(visit: Visit):
+async def test_dropped_forge_image_lists_unavailable_settings(visit: Visit):
     text = (
         "a cat, <lora:foo:0.8>\nNegative prompt: ugly\n"
         "Steps: 20, Sampler: DPM++ 2M Karras, CFG scale: 5, Seed: 7, Size: 512x768, "
         "Model hash: abc, Model: juggernautXL, Clip skip: 2, Hires upscale: 2, Version: f2.0"
     )
-    await visit.drop("cat.png", picture(parameters=text))
+    await visit.drop("cat.png", encode_image(parameters=text))
     await expect(visit.page.locator("#note")).to_have_text(
         "The settings of cat.png are in the form. "
         "Not available: model juggernautXL, clip skip 2, hires upscale 2."
     )
-    wanted = {
+    values = {
         "prompt": "a cat, <lora:foo:0.8>",
         "sampler_name": "DPM++ 2M",
         "scheduler": "",
         "width": "512",
     }
-    assert await visit.values(*wanted) == wanted  # "" is the model's own: Karras
+    assert await visit.values(*values) == values  # "" is the model's own: Karras
     assert not await visit.page.is_checked("#layerdiffuse_enabled")
 
 
 @pytest.mark.parametrize(
-    ("said", "words", "chosen"),
+    ("parameters", "unavailable", "checkpoint"),
     [
         ("Model hash: deadbeef12", " Not available: model [deadbeef12].", ""),
         (
@@ -112,33 +112,33 @@ async def test_a_picture_of_forge_says_what_is_not_here(visit: Visit):
         ),
     ],
 )
-async def test_another_model_of_the_same_name_is_not_taken_for_it(
-    browser: Browser, service: httpx.Client, said: str, words: str, chosen: str
+async def test_dropped_image_selects_its_model_by_hash(
+    browser: Browser, service: httpx.Client, parameters: str, unavailable: str, checkpoint: str
 ):
     async def with_hash(route: Route) -> None:
-        found = await asyncio.to_thread(lambda: service.get("/alpha/v1/models").json())
-        for each in found["models"]:
-            each["title"] = (
-                f"{each['name']} [0123456789]" if each["name"] == "apples" else each["name"]
+        models = await asyncio.to_thread(lambda: service.get("/alpha/v1/models").json())
+        for model in models["models"]:
+            model["title"] = (
+                f"{model['name']} [0123456789]" if model["name"] == "apples" else model["name"]
             )
-        await route.fulfill(json=found)
+        await route.fulfill(json=models)
 
     context = await browser.new_context(viewport=DESKTOP)
     await context.route("**/alpha/v1/models", with_hash)
-    visit = await visited(context, str(service.base_url))
-    text = f"a cat\nSteps: 20, Sampler: Euler, CFG scale: 5, Seed: 7, Size: 512x512, {said}"
-    await visit.drop("cat.png", picture(parameters=text))
+    visit = await open_visit(context, str(service.base_url))
+    text = f"a cat\nSteps: 20, Sampler: Euler, CFG scale: 5, Seed: 7, Size: 512x512, {parameters}"
+    await visit.drop("cat.png", encode_image(parameters=text))
     await expect(visit.page.locator("#note")).to_have_text(
-        f"The settings of cat.png are in the form.{words}"
+        f"The settings of cat.png are in the form.{unavailable}"
     )
-    assert await visit.values("checkpoint") == {"checkpoint": chosen}
+    assert await visit.values("checkpoint") == {"checkpoint": checkpoint}
     await context.close()
 
 
-async def test_a_batch_of_variations_has_one_seed(visit: Visit, service: httpx.Client):
+async def test_variation_batch_has_one_seed(visit: Visit, service: httpx.Client):
     page = visit.page
     body = {"prompt": "a mug", "seed": 9007199254740993, "subseed": 5, "subseed_strength": 0.5}
-    await visit.drop("mug.png", await _drawn(service, **body))
+    await visit.drop("mug.png", await _generate_image(service, **body))
     await expect(page.locator("#carried-words")).to_contain_text("variation")
     await page.fill("#batch_size", "2")
     await page.click("#draw")
@@ -148,8 +148,8 @@ async def test_a_batch_of_variations_has_one_seed(visit: Visit, service: httpx.C
         assert (await visit.facts())["Seed"] == "9007199254740993"
 
 
-async def test_text_can_be_dragged_on_the_page(visit: Visit):
-    goes_its_way = """([kind, name]) => {
+async def test_dragged_text_keeps_its_default_action(visit: Visit):
+    dispatch_drag = """([kind, name]) => {
       const dataTransfer = new DataTransfer();
       if (name) dataTransfer.items.add(new File(["x"], name));
       else dataTransfer.setData("text/plain", "a word");
@@ -157,21 +157,23 @@ async def test_text_can_be_dragged_on_the_page(visit: Visit):
         new DragEvent(kind, { dataTransfer, bubbles: true, cancelable: true }));
     }"""
     for kind in ("dragover", "drop"):
-        assert await visit.page.evaluate(goes_its_way, [kind, ""])
-        assert not await visit.page.evaluate(goes_its_way, [kind, "cat.txt"])
+        assert await visit.page.evaluate(dispatch_drag, [kind, ""])
+        assert not await visit.page.evaluate(dispatch_drag, [kind, "cat.txt"])
 
 
-async def test_a_schedule_and_noise_that_are_not_the_models_own_are_not_passed_over(visit: Visit):
+async def test_dropped_image_lists_unavailable_schedule_and_rng(visit: Visit):
     text = (
         "a cat\nSteps: 20, Sampler: DPM++ 2M SDE, Schedule type: Automatic, CFG scale: 5, "
         "Seed: 7, Size: 64x64, RNG: "
     )
-    await visit.drop("cat.png", picture(parameters=text + "CPU"))
+    await visit.drop("cat.png", encode_image(parameters=text + "CPU"))
     await expect(visit.page.locator("#note")).to_have_text(
         "The settings of cat.png are in the form. Not available: RNG CPU."
     )
     assert await visit.values("scheduler") == {"scheduler": "Exponential"}
-    await visit.drop("dog.png", picture(parameters=text.replace(" Automatic", " Turbo") + "NV"))
+    await visit.drop(
+        "dog.png", encode_image(parameters=text.replace(" Automatic", " Turbo") + "NV")
+    )
     await expect(visit.page.locator("#note")).to_have_text(
         "The settings of dog.png are in the form. Not available: schedule type Turbo."
     )
@@ -179,56 +181,58 @@ async def test_a_schedule_and_noise_that_are_not_the_models_own_are_not_passed_o
 
 
 @pytest.mark.parametrize(
-    ("status", "words"),
+    ("status", "message"),
     [(413, "A proxy before the service refused this request"), (429, "without a reason")],
 )
-async def test_a_picture_that_does_not_reach_the_service_is_not_said_to_carry_nothing(
-    visit: Visit, status: int, words: str
+async def test_dropped_image_refused_by_a_proxy_is_reported(
+    visit: Visit, status: int, message: str
 ):
     await visit.page.context.route(
         "**/png-info", lambda route: route.fulfill(status=status, body="no")
     )
-    await visit.drop("cat.png", picture())
-    await expect(visit.page.locator("#note")).to_contain_text(words)
-    visit.faults.clear()
+    await visit.drop("cat.png", encode_image())
+    await expect(visit.page.locator("#note")).to_contain_text(message)
+    visit.errors.clear()
 
 
-async def test_another_picture_lies_behind(visit: Visit):
+async def test_dropped_image_becomes_the_background(visit: Visit):
     page = visit.page
     await visit.render(prompt="x")
     assert not await page.is_visible("#photo-choice")
     await page.set_input_files(
-        "#open-photo", files=[{"name": "wall.png", "mimeType": "image/png", "buffer": picture()}]
+        "#open-photo",
+        files=[{"name": "wall.png", "mimeType": "image/png", "buffer": encode_image()}],
     )
     await expect(page.locator("#note")).to_have_text("wall.png is the background.")
     assert await visit.corner() == (200, 30, 90)
     await page.check("[name=backdrop][value=white]")
     await page.check("[name=backdrop][value=photo]")
     assert await visit.corner() == (200, 30, 90)
-    await visit.drop("plain.png", picture(color=(1, 2, 3)))
+    await visit.drop("plain.png", encode_image(color=(1, 2, 3)))
     await expect(page.locator("#note")).to_have_text("plain.png is the background.")
     assert await visit.corner() == (1, 2, 3)
-    visit.asked.clear()
-    await visit.drop("large.jpg", picture("JPEG"), "image/jpeg", more=13_000_000)
+    visit.requests.clear()
+    await visit.drop("large.jpg", encode_image("JPEG"), "image/jpeg", more=13_000_000)
     await expect(page.locator("#note")).to_have_text("large.jpg is the background.")
-    await visit.drop("large.png", picture(), more=13_000_000)
+    await visit.drop("large.png", encode_image(), more=13_000_000)
     await expect(page.locator("#note")).to_have_text(
         "large.png is the background. Settings are read from PNG, WebP and AVIF files up to 11 MB."
     )
-    await visit.drop("broken.png", b"no picture")
+    await visit.drop("broken.png", b"no image")
     await expect(page.locator("#note")).to_contain_text("broken.png is not an image")
-    assert not [each for each in visit.asked if "png-info" in each]
+    assert not [url for url in visit.requests if "png-info" in url]
 
 
-async def test_settings_are_looked_for_where_there_are_none(visit: Visit):
+async def test_opened_image_without_settings_is_reported(visit: Visit):
     await visit.page.set_input_files(
-        "#open-file", files=[{"name": "wall.png", "mimeType": "image/png", "buffer": picture()}]
+        "#open-file",
+        files=[{"name": "wall.png", "mimeType": "image/png", "buffer": encode_image()}],
     )
     await expect(visit.page.locator("#note")).to_contain_text("No settings were found in wall.png.")
     assert await visit.page.get_attribute("#stage", "data-backdrop") == "checkerboard"
 
 
-async def test_backdrops_and_alpha(visit: Visit):
+async def test_background_and_alpha_change_the_viewport(visit: Visit):
     page = visit.page
     await visit.render(prompt="x")
     for backdrop, color in (("white", (255, 255, 255)), ("black", (0, 0, 0))):
@@ -237,29 +241,29 @@ async def test_backdrops_and_alpha(visit: Visit):
     await page.fill("#backdrop-color", "#102030")
     assert await visit.corner() == (0x10, 0x20, 0x30)
     await page.check("#alpha")
-    shot = await visit.viewport()
-    assert tuple(shot[shot.shape[0] // 2, shot.shape[1] // 2]) == (255, 255, 255)
+    screenshot = await visit.viewport()
+    assert tuple(screenshot[screenshot.shape[0] // 2, screenshot.shape[1] // 2]) == (255, 255, 255)
 
 
 @pytest.mark.parametrize("size", [DESKTOP, PHONE], ids=["desktop", "phone"])
 async def test_zoom_stays_in_its_frame(browser: Browser, service: httpx.Client, size: ViewportSize):
     context = await browser.new_context(viewport=size)
-    visit = await visited(context, str(service.base_url))
+    visit = await open_visit(context, str(service.base_url))
     page = visit.page
     await page.evaluate(
-        "document.querySelectorAll('details').forEach((each) => (each.open = true))"
+        "document.querySelectorAll('details').forEach((details) => (details.open = true))"
     )
     await visit.render(prompt="x", width="256", height="256")
     level, width = page.locator("#zoom-level"), "document.getElementById('picture').clientWidth"
     fitted = {"desktop": 200, "phone": 142}["desktop" if size is DESKTOP else "phone"]
     await expect(level).to_have_text(f"{fitted} %")  # no more than twice as large by itself
-    for wanted in ("400 %", "800 %", "800 %") if size is DESKTOP else ("200 %", "400 %", "800 %"):
+    for zoom in ("400 %", "800 %", "800 %") if size is DESKTOP else ("200 %", "400 %", "800 %"):
         await page.click("#zoom-in")
-        await expect(level).to_have_text(wanted)
+        await expect(level).to_have_text(zoom)
         assert await visit.fits()
     assert await page.evaluate(width) == 2048
     frame = "document.getElementById('viewport')"
-    # what was in the middle is in the middle
+    # the middle stays in the middle
     assert await page.evaluate(f"Math.abs({frame}.scrollLeft + {frame}.clientWidth / 2 - 1024) < 4")
     before = await page.evaluate(f"{frame}.scrollLeft")
     await page.locator("#viewport").scroll_into_view_if_needed()
@@ -283,7 +287,7 @@ async def test_zoom_stays_in_its_frame(browser: Browser, service: httpx.Client, 
     await context.close()
 
 
-async def test_downloads(visit: Visit):
+async def test_downloads_are_png_and_trimmed_webp(visit: Visit):
     page = visit.page
     await visit.render(prompt="x")
     png = await visit.download("#save-png")
@@ -299,9 +303,7 @@ async def test_downloads(visit: Visit):
 
 
 @pytest.mark.parametrize("language", ["curl", "python", "javascript"])
-async def test_the_code_that_it_shows_saves_the_picture(
-    visit: Visit, language: str, tmp_path: Path
-):
+async def test_shown_code_saves_the_image(visit: Visit, language: str, tmp_path: Path):
     page = visit.page
     prompt = 'it\'s a "cup" – über $HOME'
     await visit.fill(prompt=prompt, steps="2")
@@ -313,10 +315,10 @@ async def test_the_code_that_it_shows_saves_the_picture(
     )
     if not shutil.which(command[0]):
         pytest.skip(f"needs {command[0]}")
-    done = await asyncio.to_thread(
+    result = await asyncio.to_thread(
         subprocess.run, command, cwd=tmp_path, capture_output=True, timeout=60, check=False
     )
-    assert done.returncode == 0, done.stderr
+    assert result.returncode == 0, result.stderr
     (saved,) = tmp_path.iterdir()
     assert saved.suffix == ".png"
     assert prompt in (codecs.decode(saved.read_bytes())[1] or "")
