@@ -203,7 +203,11 @@ def test_repeated_request_gets_recorded_answer(migrated: Migrated, name: str):
     # the fake engine at that commit left the variation seed out of its infotext
     strength = "Variation seed strength"
     answer["info"] = answer["info"].replace(strength, f"Variation seed: 3, {strength}")
-    assert migrated.repeat(name) == answer
+    repeated = migrated.repeat(name)
+    # the echo of the request has gained the fields that were added since
+    echo = repeated.get("parameters", {})
+    repeated |= {"parameters": {key: echo[key] for key in answer["parameters"]}} if echo else {}
+    assert repeated == answer
     assert len(migrated.list_jobs()) == len(migrated.recorded)
 
 
