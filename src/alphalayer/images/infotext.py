@@ -69,15 +69,17 @@ def layerdiffuse_pairs(request: GenerationRequest) -> dict[str, object]:
     """Return the pairs that LayerDiffuse writes; none of an opaque image."""
     if not request.uses_layerdiffuse:
         return {}
+    roles = {image.role for image in request.inputs}
     values = {
         "enabled": True,
         "method": MODES[request.mode].label,
         "weight": _number(request.layerdiffuse_weight),
         "ending_step": _number(request.layerdiffuse_stop_at),
-        "fg_image": False,
-        "bg_image": False,
-        "blend_image": False,
-        "resize_mode": "Crop and Resize",
+        "fg_image": "foreground" in roles,
+        "bg_image": "background" in roles,
+        "blend_image": "blended" in roles,
+        # without input images it has no effect, and Forge writes its default
+        "resize_mode": request.resize_mode if roles else "Crop and Resize",
         "fg_additional_prompt": "",
         "bg_additional_prompt": "",
         "blend_additional_prompt": "",
