@@ -79,7 +79,7 @@ FAMILIES: dict[str, Shapes] = {
 
 
 def write(path: Path, shapes: Shapes, missing: int = 0) -> Path:
-    """Write a sparse safetensors file of float16 zeros, without its last `missing` bytes."""
+    """Write a sparse file of float16 zeros, without its last `missing` bytes."""
     entries, end = {}, 0
     for name, shape in shapes.items():
         size = 2

@@ -172,7 +172,7 @@ def test_generate_options_reach_the_engine(run: Run, models: Path, tmp_path: Pat
 
 
 def test_generate_has_an_option_for_each_core_field():
-    """Fields are added in one place: the core."""
+    """Add fields in one place only: the core."""
     names = {name for model in (GenerationRequest, Output) for name in model.model_fields}
     parameters = {parameter.name: parameter for parameter in _command("generate").params}
     assert names - {"prompt", "inputs"} <= parameters.keys()

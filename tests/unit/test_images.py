@@ -169,7 +169,7 @@ def test_decode_huge_size_in_header_is_refused_unread():
 
 
 def test_read_settings_needs_no_pixels():
-    """Read images of any size, also without settings; Pillow would decode them for Exif."""
+    """Read images of any size; Pillow would decode a PNG to search its Exif."""
     assert codecs.read_settings(_huge_png()) == ((9000, 9000), "a cup")
     assert codecs.read_settings(_huge_png(b"Comment\0a cup")) == ((9000, 9000), None)
 

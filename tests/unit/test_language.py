@@ -33,7 +33,7 @@ def function_docstrings(path: Path) -> list[tuple[int, str]]:
 
 
 def banned_words_of(path: Path) -> list[tuple[str, str]]:
-    """Return the banned words of a file in lower case, each with its line and replacement."""
+    """Return the banned words of a file, each with its line and replacement."""
     return [
         (banned.word.lower(), f"line {block.line + banned.line - 1}: use {banned.better}")
         for block in prose_of(path)
