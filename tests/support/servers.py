@@ -201,7 +201,7 @@ def s3_program() -> Path | None:
 
 @contextmanager
 def s3_server(folder: Path) -> Iterator[dict[str, str]]:
-    """Run SeaweedFS with a bucket `pictures`; yield the environment to access it."""
+    """Run SeaweedFS with one bucket; yield the environment to access it."""
     program = s3_program()
     assert program is not None
     # SeaweedFS listens for gRPC on each port + 10000
