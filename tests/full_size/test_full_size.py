@@ -37,7 +37,7 @@ print(json.dumps({
 """
 
 
-def test_a_full_size_checkpoint_loads_offline_and_draws(tmp_path: Path):
+def test_engine_full_size_checkpoint_renders_offline(tmp_path: Path):
     shapes = checkpoint_shapes()
     checkpoint = write_models(tmp_path)
     assert len(shapes) == 1680 + 248 + 196 + 390

@@ -41,7 +41,7 @@ def render(models_dir, device, **fields):
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_the_same_picture_as_on_the_cpu(models_dir, sampler):
+def test_engine_on_gpu_equals_the_cpu(models_dir, sampler):
     on_cpu = render(models_dir, "cpu", sampler=sampler).astype(int)
     on_gpu = render(models_dir, "cuda", sampler=sampler).astype(int)
     # float32 sums in another order, truncated to 8 bits: values differ by at most 1, except for
@@ -51,7 +51,7 @@ def test_the_same_picture_as_on_the_cpu(models_dir, sampler):
 
 @pytest.mark.parametrize("memory", MEMORY_MODES)
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
-def test_every_memory_mode_draws_the_same(models_dir, memory, dtype):
+def test_engine_memory_modes_give_the_same_image(models_dir, memory, dtype):
     high, other = (
         render(models_dir, "cuda", dtype=dtype),
         render(models_dir, "cuda", dtype=dtype, memory=memory),
@@ -59,7 +59,7 @@ def test_every_memory_mode_draws_the_same(models_dir, memory, dtype):
     assert np.mean(np.abs(high.astype(int) - other.astype(int)) > 8) < 0.02
 
 
-def test_the_generator_of_torch_equals_ours():
+def test_philox_normal_equals_torch_on_cuda():
     """Compare Philox in torch operations with cuRAND's in PyTorch's CUDA kernels.
 
     The counts are those for which the kernels have one thread for each element.
@@ -70,14 +70,14 @@ def test_the_generator_of_torch_equals_ours():
         65536,
         gpu.multi_processor_count * (gpu.max_threads_per_multi_processor // 256) * 256,
     ):
-        theirs = torch.randn(
+        expected = torch.randn(
             count, generator=torch.Generator("cuda").manual_seed(12345), device="cuda"
         )
-        ours = philox_normal([12345], count)[0]
-        assert (theirs.cpu() - ours).abs().max() < 1e-5, count
+        values = philox_normal([12345], count)[0]
+        assert (expected.cpu() - values).abs().max() < 1e-5, count
 
 
-def test_memory_is_given_back(models_dir):
+def test_engine_releases_gpu_memory(models_dir):
     render(models_dir, "cuda", memory="low")
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
