@@ -516,8 +516,8 @@ def test_recorded_client_requests_succeed(client, name):
     assert f"Seed: {info['seed']}" in info["infotexts"][0]
 
 
-def test_script_images_are_stored_once_and_generated_from(tmp_path: Path):
-    """The foreground comes as base64 and as a data URL; both are one file of the storage."""
+def test_txt2img_script_images_are_stored_once_and_used(tmp_path: Path):
+    """Send the foreground as base64 and as a data URL, which is one stored file."""
     label = "(SDXL) From Foreground and Blending to Background"
     with served(put_model(tmp_path)) as client:
         for seed, foreground in ((1, PIXEL), (2, f"data:image/png;base64,{PIXEL}")):
@@ -532,7 +532,7 @@ def test_script_images_are_stored_once_and_generated_from(tmp_path: Path):
     assert np.array_equal(codecs.decode(files[0].read_bytes())[0], np.full((2, 2, 4), 9))
 
 
-def test_script_images_are_ignored_without_layerdiffuse(client):
+def test_txt2img_script_images_without_layerdiffuse_are_ignored(client):
     args = [False, "(SDXL) From Foreground to Blending", 1, 1, PIXEL]
     answer = render(client, alwayson_scripts={"LayerDiffuse": {"args": args}})
     assert answer.status_code == 200, answer.text
