@@ -43,6 +43,7 @@ LONG_FILES = (
     "contract/test_jobs.py",
     "integration/test_batching.py",
     "contract/test_native.py",
+    "parity/test_whole_image.py",
     "contract/test_client.py",
     "contract/test_openapi.py",
     "integration/test_two_services.py",
@@ -88,7 +89,7 @@ def postgres() -> Iterator[Postgres]:
 
 @pytest.fixture(scope="session")
 def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """Yield the environment of an S3 server for all tests, with a bucket `pictures`."""
+    """Yield the environment of an S3 server with a bucket for all tests."""
     from tests.support.servers import s3_program, s3_server
 
     if not s3_program():

@@ -1,4 +1,7 @@
-"""The AUTOMATIC1111 contract, `/sdapi/v1`, over real HTTP: with webuiapi unchanged, with the payloads of other clients, and by hand."""
+"""The AUTOMATIC1111 contract, `/sdapi/v1`, over real HTTP.
+
+The requests are those of webuiapi, recorded ones of other clients, and direct ones.
+"""
 
 from __future__ import annotations
 
@@ -25,10 +28,12 @@ ATTENTION = "(SDXL) Only Generate Transparent Image (Attention Injection)"
 PIXEL = base64.b64encode(codecs.encode(np.full((2, 2, 4), 9, np.uint8))).decode()
 CONV = "(SDXL) Only Generate Transparent Image (Conv Injection)"
 INFO_KEYS = (
-    "prompt all_prompts negative_prompt all_negative_prompts seed all_seeds subseed all_subseeds subseed_strength width "
-    "height sampler_name cfg_scale steps batch_size restore_faces face_restoration_model sd_model_name sd_model_hash "
-    "sd_vae_name sd_vae_hash seed_resize_from_w seed_resize_from_h denoising_strength extra_generation_params "
-    "index_of_first_image infotexts styles job_timestamp clip_skip is_using_inpainting_conditioning version"
+    "prompt all_prompts negative_prompt all_negative_prompts seed all_seeds subseed all_subseeds "
+    "subseed_strength width height sampler_name cfg_scale steps batch_size restore_faces "
+    "face_restoration_model sd_model_name sd_model_hash sd_vae_name sd_vae_hash "
+    "seed_resize_from_w seed_resize_from_h denoising_strength extra_generation_params "
+    "index_of_first_image infotexts styles job_timestamp clip_skip "
+    "is_using_inpainting_conditioning version"
 ).split()
 SMALL = {"prompt": "an apple", "width": 64, "height": 64, "steps": 2}
 IDLE = {
@@ -53,25 +58,25 @@ def render(client, **fields):
     return client.post("/sdapi/v1/txt2img", json={**SMALL, **fields})
 
 
-def made(answer):
-    """The settings of the only picture of an answer."""
+def settings_of(answer):
+    """Return the settings of the only image of an answer."""
     assert answer.status_code == 200, answer.text
     return read_parameters(json.loads(answer.json()["info"])["infotexts"][0])
 
 
 def play(client, name):
-    """Send what a client sends; the last answer, all of them good."""
-    for each in json.loads((RECORDED / f"{name}.json").read_text())["requests"]:
-        body = each.get("json")
-        if each["path"].endswith("/options") and body:
+    """Send the recorded requests of a client; yield each route and its answer."""
+    for request in json.loads((RECORDED / f"{name}.json").read_text())["requests"]:
+        body = request.get("json")
+        if request["path"].endswith("/options") and body:
             body = client.get("/sdapi/v1/options").json()
             body["sd_model_checkpoint"] = client.get("/sdapi/v1/sd-models").json()[0]["title"]
-        answer = client.request(each["method"], each["path"], json=body)
-        assert answer.status_code == 200, (each, answer.text)
-        yield each["path"].rpartition("/")[2], answer.json()
+        answer = client.request(request["method"], request["path"], json=body)
+        assert answer.status_code == 200, (request, answer.text)
+        yield request["path"].rpartition("/")[2], answer.json()
 
 
-def test_webuiapi_draws(client):
+def test_webuiapi_txt2img_returns_images_and_info(client):
     api = webui(client)
     result = api.txt2img(
         prompt="an apple",
@@ -94,18 +99,20 @@ def test_webuiapi_draws(client):
     assert shown.parameters["Seed"] == "7"
 
 
-async def test_webuiapi_draws_asynchronously(client):
-    pytest.importorskip("aiohttp", reason="webuiapi asks for it and does not bring it")
+async def test_webuiapi_async_txt2img_returns_the_image(client):
+    pytest.importorskip("aiohttp", reason="webuiapi imports it and does not depend on it")
     result = await webui(client).txt2img(
         prompt="x", seed=3, width=64, height=64, steps=1, use_async=True
     )
     np.testing.assert_array_equal(np.asarray(result.image), render_disc("x", 3, 64, 64))
 
 
-def test_webuiapi_asks_for_everything(client):
+def test_webuiapi_calls_of_all_routes_succeed(client):
     api = webui(client)
-    assert next(each["name"] for each in api.get_samplers()) == "DPM++ 2M SDE"
-    assert {"automatic", "karras", "sgm_uniform"} <= {each["name"] for each in api.get_schedulers()}
+    assert next(sampler["name"] for sampler in api.get_samplers()) == "DPM++ 2M SDE"
+    assert {"automatic", "karras", "sgm_uniform"} <= {
+        scheduler["name"] for scheduler in api.get_schedulers()
+    }
     for listing in (
         api.get_sd_vae,
         api.get_latent_upscale_modes,
@@ -128,10 +135,10 @@ def test_webuiapi_asks_for_everything(client):
         api.img2img(images=[Image.new("RGB", (8, 8))])
 
 
-def test_the_model_is_chosen_by_options_and_by_one_request(tmp_path):
+def test_model_is_selected_by_options_or_by_request(tmp_path):
     with served(put_model(tmp_path)) as client:
         api = webui(client)
-        [name] = [each for each in api.util_get_model_names() if "alphalayer-mini" not in each]
+        [name] = [title for title in api.util_get_model_names() if "alphalayer-mini" not in title]
         assert api.util_get_current_model() == name
         api.util_set_model(name)
         assert api.util_get_current_model() == name
@@ -140,18 +147,20 @@ def test_the_model_is_chosen_by_options_and_by_one_request(tmp_path):
         assert answer.status_code == 422
         assert answer.json()["detail"].startswith('sd_model_checkpoint: no model "nowhere"')
         client.post("/sdapi/v1/options", json={"CLIP_stop_at_last_layers": 2})
-        assert made(render(client))["Clip skip"] == "2"
+        assert settings_of(render(client))["Clip skip"] == "2"
         assert (
-            made(render(client, override_settings={"CLIP_stop_at_last_layers": 3}))["Clip skip"]
+            settings_of(render(client, override_settings={"CLIP_stop_at_last_layers": 3}))[
+                "Clip skip"
+            ]
             == "3"
         )
 
 
-def test_the_embedded_model_has_its_hash_from_the_start(client):
+def test_embedded_model_is_listed_with_its_hash(client):
     [mini] = [
-        each
-        for each in client.get("/sdapi/v1/sd-models").json()
-        if each["model_name"] == "alphalayer-mini"
+        model
+        for model in client.get("/sdapi/v1/sd-models").json()
+        if model["model_name"] == "alphalayer-mini"
     ]
     assert mini["title"] == f"alphalayer-mini [{mini['hash']}]"
     assert len(mini["hash"]) == 10
@@ -162,18 +171,18 @@ def test_the_embedded_model_has_its_hash_from_the_start(client):
     )
 
 
-def test_a_lora_is_listed_with_its_whole_path(tmp_path, monkeypatch):
+def test_lora_is_listed_with_its_absolute_path(tmp_path, monkeypatch):
     file = tmp_path / "models" / "Lora" / "apples.safetensors"
     file.parent.mkdir(parents=True)
     file.write_bytes(b"")
     monkeypatch.chdir(tmp_path)
     with served(tmp_path, models_dir="models") as client:
-        [found] = client.get("/sdapi/v1/loras").json()
-        assert (found["name"], found["path"]) == ("apples", str(file))
+        [listed] = client.get("/sdapi/v1/loras").json()
+        assert (listed["name"], listed["path"]) == ("apples", str(file))
 
 
-def test_the_defaults_of_that_api(client):
-    settings = made(client.post("/sdapi/v1/txt2img", json={"prompt": "x"}))
+def test_txt2img_defaults_are_those_of_automatic1111(client):
+    settings = settings_of(client.post("/sdapi/v1/txt2img", json={"prompt": "x"}))
     expected = {
         "Steps": "50",
         "Sampler": "Euler",
@@ -220,14 +229,14 @@ def test_the_defaults_of_that_api(client):
         ({"sampler_name": "ddim"}, "DDIM", "Normal"),
     ],
 )
-def test_samplers_and_schedules_by_their_names_there(client, fields, sampler, scheduler):
-    settings = made(render(client, **fields))
+def test_txt2img_sampler_names_give_sampler_and_schedule(client, fields, sampler, scheduler):
+    settings = settings_of(render(client, **fields))
     assert (settings["Sampler"], settings["Schedule type"]) == (sampler, scheduler)
 
 
-def test_loras_in_the_prompt(client, tmp_path):
+def test_txt2img_lora_of_the_prompt_is_used(client, tmp_path):
     with served(put_lora(tmp_path)) as other:
-        settings = made(render(other, prompt="an apple <lora:style:0.8>, red"))
+        settings = settings_of(render(other, prompt="an apple <lora:style:0.8>, red"))
     assert settings["Prompt"] == "an apple , red <lora:style:0.8>"
     refused = render(client, prompt="an apple <lora:style:strong>")
     assert refused.status_code == 422
@@ -249,8 +258,8 @@ def test_loras_in_the_prompt(client, tmp_path):
     ],
 )
 @pytest.mark.parametrize("title", ["LayerDiffuse", "layerdiffuse"])
-def test_layerdiffuse_as_a_script(client, title, args, expected):
-    settings = made(render(client, alwayson_scripts={title: {"args": args}}))
+def test_txt2img_layerdiffuse_script_sets_the_mode(client, title, args, expected):
+    settings = settings_of(render(client, alwayson_scripts={title: {"args": args}}))
     if expected is None:
         assert "layerdiffusion_enabled" not in settings
     else:
@@ -259,7 +268,7 @@ def test_layerdiffuse_as_a_script(client, title, args, expected):
         }.items() <= settings.items()
 
 
-def test_the_usual_model_has_its_hash_in_the_options(tmp_path):
+def test_options_title_of_the_default_model_has_its_hash(tmp_path):
     with served(tmp_path) as client:
         options = client.get("/sdapi/v1/options").json()
     assert (
@@ -267,30 +276,30 @@ def test_the_usual_model_has_its_hash_in_the_options(tmp_path):
     )
 
 
-def test_embeddings_are_listed_by_what_they_are(tmp_path):
+def test_embeddings_are_listed_as_loaded_or_skipped(tmp_path):
     (tmp_path / "embeddings").mkdir()
     sides = {"clip_l": np.zeros((3, 768), np.float32), "clip_g": np.zeros((3, 1280), np.float32)}
     for name, tensors in {"soft": sides, "other": {"emb_params": sides["clip_l"]}}.items():
         save_file(tensors, tmp_path / "embeddings" / f"{name}.safetensors")
     with served(tmp_path) as client:
-        found = client.get("/sdapi/v1/embeddings").json()
-    assert (found["loaded"]["soft"]["vectors"], found["loaded"]["soft"]["shape"]) == (3, 2048)
-    assert (list(found["loaded"]), list(found["skipped"])) == (["soft"], ["other"])
+        listed = client.get("/sdapi/v1/embeddings").json()
+    assert (listed["loaded"]["soft"]["vectors"], listed["loaded"]["soft"]["shape"]) == (3, 2048)
+    assert (list(listed["loaded"]), list(listed["skipped"])) == (["soft"], ["other"])
 
 
-def test_a_lora_that_is_not_there_is_a_fault_of_the_prompt(client, tmp_path):
+def test_missing_lora_is_an_error_of_the_prompt(client, tmp_path):
     for path in ("/sdapi/v1/txt2img", "/v1/images/generations"):
         answer = client.post(path, json={"prompt": "an apple <lora:nowhere>"})
         assert answer.status_code in (400, 422)
         assert 'prompt: no LoRA "nowhere" in' in answer.text.replace("\\", "")
 
 
-def test_transparency_is_switched_off_by_one_field(client):
-    assert "layerdiffusion_enabled" not in made(render(client, layerdiffuse_enabled=False))
+def test_txt2img_layerdiffuse_enabled_false_is_opaque(client):
+    assert "layerdiffusion_enabled" not in settings_of(render(client, layerdiffuse_enabled=False))
 
 
 @pytest.mark.parametrize(
-    ("fields", "named"),
+    ("fields", "field"),
     [
         ({"prompt": ""}, "prompt"),
         ({"width": 63}, "width"),
@@ -366,14 +375,14 @@ def test_transparency_is_switched_off_by_one_field(client):
         ),
     ],
 )
-def test_what_cannot_be_done_is_named(client, fields, named):
+def test_txt2img_unsupported_value_is_named(client, fields, field):
     answer = render(client, **fields)
     assert answer.status_code == 422
     assert list(answer.json()) == ["detail"]
-    assert named in answer.json()["detail"]
+    assert field in answer.json()["detail"]
 
 
-def test_what_does_not_change_the_picture_is_ignored(client):
+def test_txt2img_fields_without_effect_are_ignored(client):
     same = {"seed": 5}
     other = {
         "save_images": True,
@@ -392,14 +401,14 @@ def test_what_does_not_change_the_picture_is_ignored(client):
     assert json.loads(answer["info"])["seed"] == 5
 
 
-def test_a_task_id_gives_the_same_job_again(client):
+def test_txt2img_same_task_id_returns_the_same_job(client):
     first, again, other = (
         render(client, force_task_id="t", steps=steps).json()["info"] for steps in (2, 2, 3)
     )
     assert first == again != other
 
 
-def test_every_error_has_the_shape_of_that_api(client):
+def test_errors_have_the_shape_of_automatic1111(client):
     assert client.get("/sdapi/v1/nothing").json() == {
         "detail": "there is no such path. All paths are described at /docs."
     }
@@ -421,7 +430,7 @@ def test_every_error_has_the_shape_of_that_api(client):
     )
 
 
-def test_progress_preview_and_interrupt(tmp_path):
+def test_progress_shows_preview_until_interrupt(tmp_path):
     with (
         served(tmp_path, engine_options={"step_s": 0.05}) as client,
         concurrent.futures.ThreadPoolExecutor() as pool,
@@ -470,12 +479,12 @@ def test_progress_counts_over_all_iterations(tmp_path):
                 )
             time.sleep(0.01)
         assert slow.result().status_code == 200
-        assert [each for each, _, _ in seen] == sorted(each for each, _, _ in seen)
+        assert [progress for progress, _, _ in seen] == sorted(progress for progress, _, _ in seen)
         assert {number for _, number, _ in seen} == {0, 1, 2}
         assert all(0 <= step <= 10 for _, _, step in seen)
 
 
-def test_basic_auth_and_jobs_of_others(tmp_path):
+def test_basic_auth_hides_jobs_of_other_users(tmp_path):
     slow = {"engine_options": {"step_s": 0.05}}
     with (
         served(tmp_path, api_auth="ann:secret,bob:other", **slow) as client,
@@ -489,26 +498,26 @@ def test_basic_auth_and_jobs_of_others(tmp_path):
             webui(client, username=name, password=word)
             for name, word in (("ann", "secret"), ("bob", "other"))
         )
-        drawing = pool.submit(ann.txt2img, prompt="x", steps=20, width=64, height=64)
+        rendering = pool.submit(ann.txt2img, prompt="x", steps=20, width=64, height=64)
         wait_until(lambda: ann.get_progress()["state"]["job_count"])
         assert bob.get_progress()["state"]["job_count"] == 0
         bob.interrupt()
-        assert drawing.result(20).image.size == (64, 64)
+        assert rendering.result(20).image.size == (64, 64)
 
 
 @pytest.mark.parametrize("name", ["open_webui_a1111", "sillytavern_a1111", "librechat_a1111"])
-def test_payloads_of_other_clients(client, name):
+def test_recorded_client_requests_succeed(client, name):
     answers = dict(play(client, name))
-    drawn = answers["txt2img"]
-    info = json.loads(drawn["info"])
-    assert len(drawn["images"]) == 1
-    picture = Image.open(io.BytesIO(base64.b64decode(drawn["images"][0], validate=True)))
-    assert (picture.mode, picture.size) == ("RGBA", (info["width"], info["height"]))
+    generated = answers["txt2img"]
+    info = json.loads(generated["info"])
+    assert len(generated["images"]) == 1
+    image = Image.open(io.BytesIO(base64.b64decode(generated["images"][0], validate=True)))
+    assert (image.mode, image.size) == ("RGBA", (info["width"], info["height"]))
     assert f"Seed: {info['seed']}" in info["infotexts"][0]
 
 
-def test_script_images_are_stored_once_and_generated_from(tmp_path: Path):
-    """The foreground comes as base64 and as a data URL; both are one file of the storage."""
+def test_txt2img_script_images_are_stored_once_and_used(tmp_path: Path):
+    """Send the foreground as base64 and as a data URL, which is one stored file."""
     label = "(SDXL) From Foreground and Blending to Background"
     with served(put_model(tmp_path)) as client:
         for seed, foreground in ((1, PIXEL), (2, f"data:image/png;base64,{PIXEL}")):
@@ -523,7 +532,7 @@ def test_script_images_are_stored_once_and_generated_from(tmp_path: Path):
     assert np.array_equal(codecs.decode(files[0].read_bytes())[0], np.full((2, 2, 4), 9))
 
 
-def test_script_images_are_ignored_without_layerdiffuse(client):
+def test_txt2img_script_images_without_layerdiffuse_are_ignored(client):
     args = [False, "(SDXL) From Foreground to Blending", 1, 1, PIXEL]
     answer = render(client, alwayson_scripts={"LayerDiffuse": {"args": args}})
     assert answer.status_code == 200, answer.text

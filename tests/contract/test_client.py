@@ -28,48 +28,48 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         yield str(service.base_url)
 
 
-def test_generate_brings_the_files_and_tells_how_far_it_is(address: str):
+def test_client_generate_returns_files_and_reports_progress(address: str):
     changes: list[JobStatus] = []
     with Client(address) as client:
-        pictures = client.generate(
+        images = client.generate(
             "an apple", seed=7, batch_size=2, on_change=changes.append, **SMALL
         )
-    assert len(pictures) == 2
-    rgba, parameters = codecs.decode(pictures[1])
+    assert len(images) == 2
+    rgba, parameters = codecs.decode(images[1])
     assert rgba.shape == (64, 64, 4)
     assert "Seed: 8" in (parameters or "")
-    # steps that follow each other closely may be told as one
-    steps = [each.step for each in changes if each.state == "running"]
+    # steps in quick succession may be reported as one
+    steps = [status.step for status in changes if status.state == "running"]
     assert steps == sorted(steps)
     assert len(set(steps)) > 1
     assert changes[-1].state == "done"
-    assert [each.seed for each in changes[-1].images] == [7, 8]
+    assert [status.seed for status in changes[-1].images] == [7, 8]
 
 
-async def test_the_async_client_does_the_same(address: str):
+async def test_async_client_generates_cancels_and_lists_jobs(address: str):
     changes: list[JobStatus] = []
     async with AsyncClient(address) as client:
-        (picture,) = await client.generate("an apple", seed=7, on_change=changes.append, **SMALL)
-        assert codecs.decode(picture)[0].shape == (64, 64, 4)
+        (image,) = await client.generate("an apple", seed=7, on_change=changes.append, **SMALL)
+        assert codecs.decode(image)[0].shape == (64, 64, 4)
         assert changes[-1].is_finished
         job = await client.submit("slow", steps=150, width=64, height=64)
         assert (await client.get(job.id)).state in ("queued", "running")
-        assert job.id in {each.id for each in await client.list(limit=5)}
+        assert job.id in {status.id for status in await client.list(limit=5)}
         await client.cancel(job.id)
-        last = [each async for each in client.events(job.id)][-1]
+        last = [status async for status in client.events(job.id)][-1]
         assert last.state == "cancelled"
         with pytest.raises(JobMissing):
-            [each async for each in client.events("0" * 24)]
+            [status async for status in client.events("0" * 24)]
 
 
-def test_the_same_key_is_the_same_job(address: str):
+def test_client_same_idempotency_key_returns_the_same_job(address: str):
     with Client(address) as client:
         first = client.submit("an apple", idempotency_key="mine", **SMALL)
         assert client.submit("an apple", idempotency_key="mine", **SMALL).id == first.id
         assert client.submit("an apple", **SMALL).id != first.id
 
 
-def test_errors_are_those_of_the_service(address: str):
+def test_client_raises_the_errors_of_the_service(address: str):
     with Client(address) as client:
         with pytest.raises(InvalidRequest) as wrong:
             client.submit("an apple", steps=0)
@@ -82,23 +82,23 @@ def test_errors_are_those_of_the_service(address: str):
             list(client.events(job.id))[-1].check()
 
 
-def test_a_query_may_hold_none(address: str):
+def test_client_list_ignores_none_in_its_query(address: str):
     with Client(address) as client:
-        assert [each.id for each in client.list(state=None, limit=1)] == [
-            each.id for each in client.list(limit=1)
+        assert [status.id for status in client.list(state=None, limit=1)] == [
+            status.id for status in client.list(limit=1)
         ]
 
 
-def test_an_address_that_cannot_be_asked_is_told_at_once():
+def test_client_invalid_address_is_an_immediate_error():
     start = time.monotonic()
     with Client("localhost:7861") as client:
-        for ask in (client.get, client.download, lambda job: list(client.events(job))):
+        for call in (client.get, client.download, lambda job: list(client.events(job))):
             with pytest.raises(ServiceUnreachable, match="does not answer"):
-                ask("0" * 24)
+                call("0" * 24)
     assert time.monotonic() - start < 2
 
 
-def test_a_picture_that_nobody_hands_out_is_missed_at_its_own_address(address: str):
+def test_client_download_unreachable_address_is_named(address: str):
     elsewhere = f"http://127.0.0.1:{free_port()}/cup.png"
     with (
         Client(address, retry_timeout_s=0) as client,
@@ -110,18 +110,20 @@ def test_a_picture_that_nobody_hands_out_is_missed_at_its_own_address(address: s
 
 
 @pytest.mark.parametrize(
-    "address", [f"http://127.0.0.1:{free_port()}", "localhost:7861"], ids=["nobody", "no scheme"]
+    "address",
+    [f"http://127.0.0.1:{free_port()}", "localhost:7861"],
+    ids=["no service", "no scheme"],
 )
-def test_nobody_there_is_told_at_once(address: str):
+def test_client_unreachable_service_is_an_immediate_error(address: str):
     start = time.monotonic()
     with Client(address) as client:
-        for ask in (lambda: client.generate("an apple"), client.list):
+        for call in (lambda: client.generate("an apple"), client.list):
             with pytest.raises(ServiceUnreachable, match="does not answer"):
-                ask()
+                call()
     assert time.monotonic() - start < 2
 
 
-async def test_a_job_is_waited_for_as_long_as_was_said():
+async def test_client_retries_until_its_timeout():
     address, start = f"http://127.0.0.1:{free_port()}", time.monotonic()
     with Client(address, retry_timeout_s=0.4) as client, pytest.raises(ServiceUnreachable):
         list(client.events("0" * 24))
@@ -132,8 +134,8 @@ async def test_a_job_is_waited_for_as_long_as_was_said():
 
 
 @contextmanager
-def other(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
-    """The address of another server."""
+def serve_handler(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
+    """Run a server with a handler; yield its address."""
     server = HTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}"
@@ -141,9 +143,9 @@ def other(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
     server.server_close()
 
 
-def test_something_else_there():
+def test_client_another_server_is_reported_with_its_status():
     with (
-        other(BaseHTTPRequestHandler) as address,
+        serve_handler(BaseHTTPRequestHandler) as address,
         Client(address) as client,
         pytest.raises(ServiceUnreachable, match="501"),
     ):
@@ -151,10 +153,10 @@ def test_something_else_there():
 
 
 @contextmanager
-def saying(status: int, body: str) -> Iterator[str]:
-    """The address of a server that always answers this."""
+def serve_answer(status: int, body: str) -> Iterator[str]:
+    """Run a server that always gives the same answer; yield its address."""
 
-    class Sayer(BaseHTTPRequestHandler):
+    class FixedAnswer(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             self.rfile.read(int(self.headers.get("content-length", 0)))
             self.send_response(status)
@@ -162,8 +164,8 @@ def saying(status: int, body: str) -> Iterator[str]:
             self.wfile.write(body.encode())
 
     for method in ("POST", "DELETE"):
-        setattr(Sayer, f"do_{method}", Sayer.do_GET)
-    with other(Sayer) as address:
+        setattr(FixedAnswer, f"do_{method}", FixedAnswer.do_GET)
+    with serve_handler(FixedAnswer) as address:
         yield address
 
 
@@ -177,10 +179,10 @@ def saying(status: int, body: str) -> Iterator[str]:
         (400, "[]"),
     ],
 )
-async def test_answers_of_something_else_are_told_as_such(status: int, body: str):
-    with saying(status, body) as address:
+async def test_client_invalid_answers_are_reported_with_their_status(status: int, body: str):
+    with serve_answer(status, body) as address:
         with Client(address) as client:
-            for ask in (
+            for call in (
                 client.submit,
                 client.get,
                 client.cancel,
@@ -188,71 +190,73 @@ async def test_answers_of_something_else_are_told_as_such(status: int, body: str
                 lambda job: list(client.events(job)),
             ):
                 with pytest.raises(ServiceUnreachable, match=str(status)):
-                    ask("0" * 24)
+                    call("0" * 24)
             with pytest.raises(ServiceUnreachable, match=str(status)):
                 client.list()
         async with AsyncClient(address) as client:
             with pytest.raises(ServiceUnreachable, match=str(status)):
                 await client.get("0" * 24)
             with pytest.raises(ServiceUnreachable, match=str(status)):
-                [each async for each in client.events("0" * 24)]
+                [status async for status in client.events("0" * 24)]
 
 
 @pytest.mark.parametrize("status", [403, 404])
-def test_a_bucket_without_the_picture_is_no_service_that_is_away(status: int):
+def test_client_download_missing_in_the_bucket_is_not_retried(status: int):
     refusal = "<Error><Code>AccessDenied</Code></Error>"
     with (
-        saying(status, refusal) as address,
+        serve_answer(status, refusal) as address,
         Client(address) as client,
-        pytest.raises(FileMissing, match=rf"no image is at {address}/pictures/cup.png\."),
+        pytest.raises(FileMissing, match=rf"no image is at {address}/images/cup.png\."),
     ):
-        client.download(f"{address}/pictures/cup.png?X-Amz-Signature=secret")
+        client.download(f"{address}/images/cup.png?X-Amz-Signature=secret")
 
 
-async def test_a_proxy_that_finds_nobody_is_asked_again(address: str):
-    found: list[int] = []
+async def test_client_retries_after_errors_of_a_proxy(address: str):
+    statuses: list[int] = []
 
     class Proxy(BaseHTTPRequestHandler):
-        """Finds nobody three times, then hands on."""
+        """A proxy that fails three times, then forwards."""
 
         def do_GET(self) -> None:
-            found.append(502 + len(found) if len(found) < 3 else 200)
+            statuses.append(502 + len(statuses) if len(statuses) < 3 else 200)
             content = (
                 httpx.get(f"{address}{self.path}").content
-                if found[-1] == 200
+                if statuses[-1] == 200
                 else b"<h1>Bad Gateway</h1>"
             )
-            self.send_response(found[-1])
+            self.send_response(statuses[-1])
             self.end_headers()
             self.wfile.write(content)
 
     with Client(address) as client:
         job = client.submit("an apple", **SMALL)
-    with other(Proxy) as proxy:
+    with serve_handler(Proxy) as proxy:
         async with AsyncClient(proxy, retry_timeout_s=0) as client:
             with pytest.raises(ServiceUnreachable, match="answered 502: <h1>Bad Gateway</h1>"):
                 await client.get(job.id)
         with Client(proxy) as client:
-            assert [each.state for each in client.events(job.id)][-1] == "done"
-    assert found == [502, 503, 504, 200]
+            assert [status.state for status in client.events(job.id)][-1] == "done"
+    assert statuses == [502, 503, 504, 200]
 
 
-def test_a_key_is_sent_with_the_calls_and_not_with_files(tmp_path: Path):
+def test_client_sends_its_key_with_calls_but_not_with_files(tmp_path: Path):
     (tmp_path / "data").mkdir()
     key = add_key(tmp_path / "data" / "keys.json", "me")
     with served(tmp_path, keys_file=tmp_path / "data" / "keys.json") as service:
         with Client(str(service.base_url)) as client, pytest.raises(Unauthorized, match="key"):
             client.submit("an apple")
-        asked: list[httpx.Request] = []
-        http = httpx.Client(event_hooks={"request": [asked.append]})
+        requests: list[httpx.Request] = []
+        http = httpx.Client(event_hooks={"request": [requests.append]})
         with Client(str(service.base_url), api_key=key, http=http) as client:
             assert len(client.generate("an apple", **SMALL)) == 1
-        assert {"authorization" in each.headers for each in asked if "/file/" in str(each.url)} == {
-            False
-        }
+        assert {
+            "authorization" in request.headers
+            for request in requests
+            if "/file/" in str(request.url)
+        } == {False}
 
 
-def test_a_picture_is_waited_for_across_a_restart_of_the_service(tmp_path: Path):
+def test_client_waits_for_an_image_across_a_service_restart(tmp_path: Path):
     port = free_port()
     address = f"http://127.0.0.1:{port}"
     running = [fake_service.start(tmp_path, port, 0.1)]
@@ -279,6 +283,6 @@ def test_a_picture_is_waited_for_across_a_restart_of_the_service(tmp_path: Path)
             assert states[-1].state == "done"
             assert len(client.download(states[-1].images[0])) > 100
     finally:
-        for each in running:
-            each.kill()
-            each.wait()
+        for process in running:
+            process.kill()
+            process.wait()

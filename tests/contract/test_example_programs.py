@@ -1,4 +1,4 @@
-"""The programs of `examples/`, each as it is, against a real service."""
+"""The programs of `examples/`, unchanged, against a real service."""
 
 from __future__ import annotations
 

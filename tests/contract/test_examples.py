@@ -25,7 +25,7 @@ RUNNERS = {
 
 
 def examples(guide: str, language: str) -> list[str]:
-    """The blocks of one language in a guide."""
+    """Return the code blocks of one language in a guide."""
     return re.findall(
         rf"```{language}\n(.*?)```", (GUIDES / guide).read_text(encoding="utf-8"), re.DOTALL
     )
@@ -45,7 +45,7 @@ def service(home: Path) -> Iterator[httpx.Client]:
 def run(language: str, code: str, folder: Path) -> None:
     runner = RUNNERS[language]
     if not shutil.which(runner[0]):
-        pytest.skip(f"{runner[0]} is not there")
+        pytest.skip(f"{runner[0]} is not installed")
     done = subprocess.run(
         [*runner, code], cwd=folder, capture_output=True, text=True, timeout=60, check=False
     )
@@ -53,20 +53,22 @@ def run(language: str, code: str, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("language", RUNNERS)
-def test_the_clients_of_the_old_stack(service: httpx.Client, tmp_path: Path, language: str):
+def test_guide_client_of_forge_writes_the_image(
+    service: httpx.Client, tmp_path: Path, language: str
+):
     code = next(block for block in examples("coming-from-forge.md", language) if "txt2img" in block)
     run(language, code.replace("localhost:7861", f"127.0.0.1:{service.base_url.port}"), tmp_path)
-    with Image.open(tmp_path / "apple.png") as picture:
-        assert picture.mode == "RGBA"
-        assert picture.size == (1024, 1024)
-        assert np.asarray(picture)[0, 0, 3] == 0
-        assert "Seed: 12345" in picture.info["parameters"]
+    with Image.open(tmp_path / "apple.png") as image:
+        assert image.mode == "RGBA"
+        assert image.size == (1024, 1024)
+        assert np.asarray(image)[0, 0, 3] == 0
+        assert "Seed: 12345" in image.info["parameters"]
 
 
 @pytest.mark.parametrize("guide", ["coming-from-forge.md", "reverse-proxy.md"])
-def test_nginx_blocks(service: httpx.Client, tmp_path: Path, guide: str):
+def test_guide_nginx_block_proxies_the_service(service: httpx.Client, tmp_path: Path, guide: str):
     if not shutil.which("nginx"):
-        pytest.skip("nginx is not there")
+        pytest.skip("nginx is not installed")
     outside = free_port()
     (block,) = examples(guide, "nginx")
     block = re.sub(r"listen 80;", f"listen 127.0.0.1:{outside};", block)
@@ -92,7 +94,9 @@ def test_nginx_blocks(service: httpx.Client, tmp_path: Path, guide: str):
             small = {"prompt": "an apple", "width": 64, "height": 64}
             answer = client.post("/alpha/v1/txt2img", json=small, headers=own).json()
             assert "evil" not in answer["url"]
-            assert httpx.URL(answer["url"]).port in (outside, None), "the URL is for those outside"
+            assert httpx.URL(answer["url"]).port in (outside, None), (
+                "the URL is for clients of the proxy"
+            )
             assert client.get(httpx.URL(answer["url"]).path).headers["content-type"] == "image/png"
             job = client.post(
                 "/alpha/v1/jobs", json={"prompt": "an apple", "width": 64, "height": 64}
@@ -111,7 +115,7 @@ def answers(client: httpx.Client) -> bool:
         return False
 
 
-def test_a_backup_of_a_running_service_is_whole(service: httpx.Client, home: Path):
+def test_guide_backup_of_a_running_service_is_complete(service: httpx.Client, home: Path):
     done = service.post(
         "/alpha/v1/txt2img", json={"prompt": "an apple", "width": 64, "height": 64}
     ).json()
@@ -123,9 +127,9 @@ def test_a_backup_of_a_running_service_is_whole(service: httpx.Client, home: Pat
 
 
 @pytest.mark.parametrize("number", range(3), ids=["submit", "follow", "cancel"])
-def test_the_guide_of_jobs(service: httpx.Client, tmp_path: Path, number: int):
+def test_guide_jobs_example_succeeds(service: httpx.Client, tmp_path: Path, number: int):
     code = examples("jobs.md", "bash")[number]
     run("bash", code.replace("localhost:7861", f"127.0.0.1:{service.base_url.port}"), tmp_path)
     if number == 0:
-        with Image.open(tmp_path / "apple.png") as picture:
-            assert "Seed: 7" in picture.info["parameters"]
+        with Image.open(tmp_path / "apple.png") as image:
+            assert "Seed: 7" in image.info["parameters"]

@@ -1,4 +1,4 @@
-"""Jobs over real HTTP: submit, look, list, cancel, follow."""
+"""Jobs over real HTTP: submit, get, list, cancel, follow."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def finished(client: httpx.Client, job: dict, state: str = "done") -> dict:
     return client.get(job["url"]).json()
 
 
-def test_a_job_comes_to_its_pictures(client):
+def test_job_completes_with_its_images(client):
     job = submit(client, batch_size=2, n_iter=2)
     assert job["state"] in ("queued", "running")
     done = finished(client, job)
@@ -43,7 +43,7 @@ def test_a_job_comes_to_its_pictures(client):
     assert done["created_at"] <= done["started_at"] <= done["finished_at"]
 
 
-def test_positions_and_a_cancel_that_touches_one_job_only(client):
+def test_job_has_a_position_and_is_cancelled_alone(client):
     jobs = [submit(client, steps=20, seed=i) for i in range(6)]
     waiting = client.get(jobs[5]["url"]).json()
     assert waiting["position"] >= 2
@@ -54,11 +54,11 @@ def test_positions_and_a_cancel_that_touches_one_job_only(client):
         finished(client, job, state)
         for job, state in zip(jobs, ["cancelled", *["done"] * 3, "cancelled", "done"], strict=True)
     ]
-    assert [len(each["images"]) for each in states] == [0, 1, 1, 1, 0, 1]
+    assert [len(state["images"]) for state in states] == [0, 1, 1, 1, 0, 1]
     assert client.delete(jobs[1]["url"]).json()["state"] == "done"
 
 
-def test_a_running_job_stops_within_a_step(client):
+def test_running_job_cancelled_stops_within_a_step(client):
     job = submit(client, steps=150)
     wait_until(lambda: client.get(job["url"]).json()["step"] > 0)
     client.delete(job["url"])
@@ -67,7 +67,7 @@ def test_a_running_job_stops_within_a_step(client):
     assert time.monotonic() - start < 2
 
 
-def test_events_tell_every_step_and_end(client):
+def test_job_events_report_every_step_and_the_end(client):
     job = submit(client, previews=True)
     seen: list[tuple[str, dict]] = []
     with client.stream("GET", job["events_url"]) as stream:
@@ -80,13 +80,13 @@ def test_events_tell_every_step_and_end(client):
                 seen.append((kind, json.loads(line[5:])))
     assert seen[-1][0] == "done"
     assert seen[-1][1]["images"]
-    steps = [each["step"] for _, each in seen if each["stage"] == "sample"]
+    steps = [event["step"] for _, event in seen if event["stage"] == "sample"]
     assert steps == sorted(steps)
     assert len(set(steps)) > 3
-    assert any(each["preview_url"] for _, each in seen)
+    assert any(event["preview_url"] for _, event in seen)
 
 
-def test_the_same_key_gives_the_same_job(client):
+def test_idempotency_key_repeated_returns_the_same_job(client):
     first = submit(client, headers={"Idempotency-Key": "order-17"})
     second = submit(client, headers={"Idempotency-Key": "order-17"})
     assert first["id"] == second["id"]
@@ -101,8 +101,8 @@ def test_the_same_key_gives_the_same_job(client):
 @pytest.mark.parametrize(
     "route", ["/alpha/v1/txt2img", "/sdapi/v1/txt2img", "/v1/images/generations"]
 )
-def test_the_same_key_draws_once_where_the_picture_is_waited_for(client, route):
-    """What a proxy needs that sends a request again: its first answer may have been lost."""
+def test_idempotency_key_of_a_waiting_request_generates_once(client, route):
+    """Repeat a request as a proxy does whose first answer was lost."""
 
     def jobs() -> set[str]:
         return {
@@ -119,8 +119,8 @@ def test_the_same_key_draws_once_where_the_picture_is_waited_for(client, route):
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_job_stops_with_the_last_one_who_waits_for_it(client, stream):
-    """Of two clients with one key the first leaves, then the second, then the only one."""
+def test_job_is_cancelled_with_its_last_waiting_client(client, stream):
+    """Disconnect the first of two clients with one key, the second, then a single one."""
     route = "/v1/images/generations" if stream else "/alpha/v1/txt2img"
     body = (
         {"prompt": "x", "size": "64x64", "quality": "high", "stream": True}
@@ -128,7 +128,7 @@ def test_a_job_stops_with_the_last_one_who_waits_for_it(client, stream):
         else {**BODY, "steps": 30}
     )
 
-    def ask(name: str, timeout_s: float) -> httpx.Response | None:
+    def generate(name: str, timeout_s: float) -> httpx.Response | None:
         try:
             headers = {"Idempotency-Key": f"{name} {stream}"}
             return client.post(route, json=body, headers=headers, timeout=timeout_s)
@@ -139,33 +139,33 @@ def test_a_job_stops_with_the_last_one_who_waits_for_it(client, stream):
         listed = client.get("/alpha/v1/jobs", params={"limit": 200}).json()["jobs"]
         return {job["id"]: job["state"] for job in listed if job["id"] not in before}
 
-    def ask_twice(name: str, first_s: float, second_s: float) -> list[bool]:
+    def generate_twice(name: str, first_s: float, second_s: float) -> list[bool]:
         with ThreadPoolExecutor(2) as pool:
-            first = pool.submit(ask, name, first_s)
+            first = pool.submit(generate, name, first_s)
             wait_until(lambda: "running" in jobs().values())
-            answers = [first, pool.submit(ask, name, second_s)]
+            answers = [first, pool.submit(generate, name, second_s)]
             return [
-                (answer := each.result()) is not None and answer.status_code == 200
-                for each in answers
+                (answer := future.result()) is not None and answer.status_code == 200
+                for future in answers
             ]
 
     before = set()
     before = set(jobs())
-    assert ask_twice("first leaves", 0.5, 30) == [False, True]
+    assert generate_twice("first leaves", 0.5, 30) == [False, True]
     assert list(jobs().values()) == ["done"]
     before |= set(jobs())
-    assert ask_twice("second leaves", 30, 0.5) == [True, False]
+    assert generate_twice("second leaves", 30, 0.5) == [True, False]
     assert list(jobs().values()) == ["done"]
     before |= set(jobs())
-    assert ask("alone", 0.5) is None
-    again = ask("alone", 30)
+    assert generate("alone", 0.5) is None
+    again = generate("alone", 30)
     assert again is not None
     assert again.status_code == 200, again.text
     wait_until(lambda: sorted(jobs().values()) == ["cancelled", "done"])
 
 
-def test_a_client_that_leaves_lets_a_job_go_on_that_somebody_submitted(client):
-    def leave(key: str) -> None:
+def test_submitted_job_continues_after_a_client_disconnects(client):
+    def disconnect(key: str) -> None:
         headers = {"Idempotency-Key": key}
         with pytest.raises(httpx.ReadTimeout):
             client.post(
@@ -173,17 +173,17 @@ def test_a_client_that_leaves_lets_a_job_go_on_that_somebody_submitted(client):
             )
 
     before = submit(client, {"Idempotency-Key": "order-19"}, steps=30)
-    leave("order-19")
+    disconnect("order-19")
     finished(client, before)
     with ThreadPoolExecutor(1) as pool:
-        leaving = pool.submit(leave, "order-20")
+        disconnecting = pool.submit(disconnect, "order-20")
         wait_until(lambda: client.get("/alpha/v1/jobs", params={"state": "running"}).json()["jobs"])
         afterwards = submit(client, {"Idempotency-Key": "order-20"}, steps=30)
-        leaving.result()
+        disconnecting.result()
     finished(client, afterwards)
 
 
-def test_a_request_for_a_job_is_taken_back(client):
+def test_job_is_cancelled_once_all_requests_are_withdrawn(client):
     headers = {"Idempotency-Key": "order-21"}
     job = submit(client, headers, steps=150)
     assert submit(client, headers, steps=150)["id"] == job["id"]
@@ -197,7 +197,7 @@ def test_a_request_for_a_job_is_taken_back(client):
     finished(client, again, "cancelled")
 
 
-def test_a_job_that_was_cancelled_on_purpose_keeps_its_key(client):
+def test_job_cancelled_by_its_owner_keeps_its_key(client):
     headers = {"Idempotency-Key": "order-22"}
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(
@@ -214,12 +214,12 @@ def test_a_job_that_was_cancelled_on_purpose_keeps_its_key(client):
     )
 
 
-def test_an_empty_key_is_refused(client):
+def test_idempotency_key_empty_is_refused(client):
     answer = client.post("/alpha/v1/jobs", json=BODY, headers={"Idempotency-Key": ""})
     assert (answer.status_code, answer.json()["field"]) == (422, "Idempotency-Key")
 
 
-def test_a_job_may_bring_its_pictures_itself(client):
+def test_job_with_base64_contains_its_images(client):
     done = finished(client, submit(client, batch_size=2, response_format="base64"))
     for image in done["images"]:
         assert base64.b64decode(image["base64"]) == client.get(image["url"]).content
@@ -228,7 +228,7 @@ def test_a_job_may_bring_its_pictures_itself(client):
         assert [image["base64"] for image in job["images"]] == [None] * len(job["images"])
 
 
-def test_lists_are_filtered_and_paged(tmp_path):
+def test_job_list_is_filtered_and_paged(tmp_path):
     with served(tmp_path) as client:
         jobs = [submit(client, seed=i, steps=1) for i in range(5)]
         for job in jobs:
@@ -245,7 +245,7 @@ def test_lists_are_filtered_and_paged(tmp_path):
             assert (answer.status_code, answer.json()["field"]) == (422, next(iter(wrong)))
 
 
-def test_a_job_is_its_owners(tmp_path):
+def test_job_is_visible_to_its_owner_only(tmp_path):
     with served(tmp_path, api_auth="ann:a,bob:b") as client:
         job = client.post("/alpha/v1/jobs", json=BODY, auth=("ann", "a")).json()
         assert client.get(job["url"], auth=("ann", "a")).status_code == 200
@@ -257,14 +257,14 @@ def test_a_job_is_its_owners(tmp_path):
         assert client.get(job["url"]).status_code == 401
 
 
-def test_a_name_that_is_not_there_is_refused_at_once(client):
+def test_job_with_unknown_model_or_lora_is_refused_at_once(client):
     for field, value in (("checkpoint", "juggernaut"), ("loras", [{"name": "juggernaut"}])):
         answer = client.post("/alpha/v1/jobs", json={**BODY, field: value})
         assert (answer.status_code, answer.json()["field"]) == (422, field)
         assert "juggernaut" in answer.json()["detail"]
 
 
-def test_events_of_a_job_that_is_not_there(client):
+def test_job_events_of_an_unknown_job_are_404(client):
     answer = client.get("/alpha/v1/jobs/000000000000000000000000/events")
     assert answer.status_code == 404
     assert answer.json()["code"] == "job_not_found"

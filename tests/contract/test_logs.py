@@ -30,7 +30,7 @@ from alphalayer.jobs.sqlite import SqliteJobQueue
 from tests.support import fake_service
 
 async def submit(self, *_args, **_options):
-    raise RuntimeError("nobody thought of this")
+    raise RuntimeError("an unexpected error")
 
 SqliteJobQueue.submit = submit
 fake_service.main()
@@ -41,7 +41,7 @@ fake_service.main()
 def serving(
     folder: Path, log: Path, *program: str, **environment: str
 ) -> Iterator[tuple[httpx.Client, str]]:
-    """A service of its own that logs into a file; a client for it, and a key."""
+    """Run a service that logs into a file; yield a client and a key."""
     port, keys = free_port(), folder / "keys.json"
     secret = add_key(keys, "shop")
     variables = {"KEYS_FILE": str(keys), "API_AUTH": "ann:pass-word", **environment}
@@ -69,7 +69,7 @@ def serving(
         process.wait(30)
 
 
-def serve_and_draw(folder: Path, **environment: str) -> tuple[list[dict[str, Any]], str]:
+def serve_and_generate(folder: Path, **environment: str) -> tuple[list[dict[str, Any]], str]:
     """Generate an image through a service that logs JSON.
 
     Returns:
@@ -80,10 +80,8 @@ def serve_and_draw(folder: Path, **environment: str) -> tuple[list[dict[str, Any
         headers = {"X-API-Key": secret, "X-Request-ID": "order-77"}
         answer = client.post("/alpha/v1/txt2img", json=BODY, headers=headers)
         assert answer.headers["x-request-id"] == "order-77"
-        made = client.post("/alpha/v1/jobs", json=BODY, headers=headers).json()
-        assert (
-            client.get(made["url"], headers=headers).status_code == 200
-        )  # asked again and again: no line each time
+        job = client.post("/alpha/v1/jobs", json=BODY, headers=headers).json()
+        assert client.get(job["url"], headers=headers).status_code == 200  # polling is not logged
         strange = client.get("/alpha/v1/file/no.png", headers={"X-Request-ID": "two words"})
         assert len(strange.headers["x-request-id"]) == 16
         assert (
@@ -94,7 +92,7 @@ def serve_and_draw(folder: Path, **environment: str) -> tuple[list[dict[str, Any
 
 
 @pytest.mark.parametrize("as_json", [False, True])
-def test_what_nobody_foresaw_is_logged_once_and_without_secrets(tmp_path, as_json):
+def test_unexpected_error_is_logged_once_without_secrets(tmp_path, as_json):
     log = tmp_path / "log"
     with serving(tmp_path, log, "-c", BROKEN, LOG_JSON=str(as_json).lower()) as (client, secret):
         headers = {
@@ -107,18 +105,18 @@ def test_what_nobody_foresaw_is_logged_once_and_without_secrets(tmp_path, as_jso
         assert answer.headers["x-request-id"] == "order-78"
     text = log.read_text()
     assert len(text.splitlines()) < 100
-    assert text.count("RuntimeError: nobody thought of this") == 1
+    assert text.count("RuntimeError: an unexpected error") == 1
     assert "in submit" in text
-    mine = [line for line in text.splitlines() if "order-78" in line]
-    assert len(mine) == 2, "the error and the request"
-    assert "500" in mine[1]
+    lines_of_request = [line for line in text.splitlines() if "order-78" in line]
+    assert len(lines_of_request) == 2, "the error and the request"
+    assert "500" in lines_of_request[1]
     for word in ("a hidden wish", secret, "pass-word", "other-secret"):
         assert word not in text
 
 
-@pytest.mark.parametrize("asked", [False, True])
-def test_ids_lead_from_a_request_to_its_job(tmp_path, asked):
-    lines, secret = serve_and_draw(tmp_path, LOG_PROMPTS=str(asked).lower())
+@pytest.mark.parametrize("log_prompts", [False, True])
+def test_log_ids_connect_a_request_to_its_job(tmp_path, log_prompts):
+    lines, secret = serve_and_generate(tmp_path, LOG_PROMPTS=str(log_prompts).lower())
     by_event: dict[str, list[dict[str, Any]]] = {}
     for line in lines:
         by_event.setdefault(line["event"], []).append(line)
@@ -129,20 +127,26 @@ def test_ids_lead_from_a_request_to_its_job(tmp_path, asked):
         done["job"],
     )
     assert done["engine"] == "cpu"
-    mine = next(line for line in by_event["request.completed"] if line["request"] == "order-77")
-    assert (mine["method"], mine["path"], mine["status"]) == ("POST", "/alpha/v1/txt2img", 200)
+    completed = next(
+        line for line in by_event["request.completed"] if line["request"] == "order-77"
+    )
+    assert (completed["method"], completed["path"], completed["status"]) == (
+        "POST",
+        "/alpha/v1/txt2img",
+        200,
+    )
     assert {
         line["method"] for line in by_event["request.completed"] if "/jobs" in line["path"]
     } == {"POST"}
     assert by_event["engine.ready"][0]["device"] == "discs, no device"
     everything = json.dumps(lines)
-    assert ("a hidden wish" in everything) == asked
+    assert ("a hidden wish" in everything) == log_prompts
     for word in (secret, "pass-word", "wrong-word"):
         assert word not in everything
 
 
 @pytest.mark.parametrize(
-    ("settings", "warnings", "said"),
+    ("settings", "warnings", "logged"),
     [
         ({}, [], {"page": "http://127.0.0.1:7861/", "docs": "http://127.0.0.1:7861/docs"}),
         ({"host": "0.0.0.0"}, ["auth.disabled"], {"page": "http://localhost:7861/"}),
@@ -156,8 +160,8 @@ def test_ids_lead_from_a_request_to_its_job(tmp_path, asked):
         ({"keys_file": "keys.json"}, ["auth.no_keys"], {}),
     ],
 )
-def test_a_start_says_where_it_is_and_who_may_ask(
-    tmp_path, monkeypatch, request, settings, warnings, said
+def test_service_start_logs_its_address_and_access(
+    tmp_path, monkeypatch, request, settings, warnings, logged
 ):
     monkeypatch.chdir(tmp_path)
     Path("keys.json").write_text("[]")
@@ -167,7 +171,7 @@ def test_a_start_says_where_it_is_and_who_may_ask(
         pass
     assert [line["event"] for line in logs if line["event"].startswith("auth.")] == warnings
     serving = next(line for line in logs if line["event"] == "service.started")
-    assert {name: serving.get(name) for name in said} == said
+    assert {name: serving.get(name) for name in logged} == logged
 
 
 def _is_ready(client: httpx.Client) -> bool:
@@ -177,7 +181,7 @@ def _is_ready(client: httpx.Client) -> bool:
         return False
 
 
-def test_what_is_wrong_with_a_prompt_is_logged_by_its_field_alone():
+def test_invalid_prompt_is_logged_by_its_field_only():
     with capture_logs() as lines:
         record_outcome(
             Metrics(),

@@ -22,7 +22,7 @@ from alphalayer.config import Settings
 from alphalayer.images import codecs
 from alphalayer.service.app import create_app
 
-# the client of that package leaves a connection to the garbage collector when a call has failed
+# the client of fastmcp leaves the connection of a failed call to the garbage collector
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 TOOL = "draw_transparent_picture"
 SMALL = {"prompt": "an apple", "width": 64, "height": 64, "steps": 4}
@@ -43,11 +43,11 @@ def transport(request: pytest.FixtureRequest, service: httpx.Client) -> object:
     )
 
 
-async def test_a_picture_comes_back_with_progress(transport: object):
-    told: list[tuple[float, float | None]] = []
+async def test_tool_returns_the_image_and_reports_progress(transport: object):
+    reported: list[tuple[float, float | None]] = []
 
     async def progress(done: float, total: float | None, _message: str | None) -> None:
-        told.append((done, total))
+        reported.append((done, total))
 
     async with Client(transport) as client:
         (tool,) = await client.list_tools()
@@ -56,19 +56,19 @@ async def test_a_picture_comes_back_with_progress(transport: object):
         answer = await client.call_tool(
             TOOL, {**SMALL, "seed": 7, "steps": 20}, progress_handler=progress
         )
-    picture, words = answer.content
-    rgba, parameters = codecs.decode(base64.b64decode(picture.data))
+    image, words = answer.content
+    rgba, parameters = codecs.decode(base64.b64decode(image.data))
     assert rgba.shape == (64, 64, 4)
     assert "Seed: 7" in (parameters or "")
     assert "/alpha/v1/file/alpha_" in words.text
     assert "seed 7" in words.text
-    done = [each for each, _ in told]
+    done = [step for step, _ in reported]
     assert done == sorted(done)
     assert len({*done} - {0, 20}) >= 2
-    assert told[-1][1] == 20
+    assert reported[-1][1] == 20
 
 
-async def test_errors_are_told_in_words(transport: object):
+async def test_tool_errors_name_the_argument(transport: object):
     async with Client(transport) as client:
         with pytest.raises(ToolError, match="prompt: empty"):
             await client.call_tool(TOOL, {**SMALL, "prompt": "   "})
@@ -78,7 +78,7 @@ async def test_errors_are_told_in_words(transport: object):
             assert str(wrong.value) == f"steps: {words} The fields are described at /docs."
 
 
-async def test_a_call_that_is_given_up_takes_its_job_along(service: httpx.Client):
+async def test_tool_call_cancelled_cancels_its_job(service: httpx.Client):
     async with Client(StreamableHttpTransport(f"{service.base_url}/mcp/")) as client:
         call = asyncio.create_task(client.call_tool(TOOL, {**SMALL, "steps": 150}))
         while not service.get("/alpha/v1/jobs", params={"state": "running"}).json()["jobs"]:
@@ -93,18 +93,18 @@ async def test_a_call_that_is_given_up_takes_its_job_along(service: httpx.Client
     assert last["state"] == "cancelled"
 
 
-def test_where_the_package_is_missing_a_log_line_says_so(monkeypatch: pytest.MonkeyPatch):
+def test_mcp_package_missing_is_logged(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "alphalayer.integrations.mcp", None)
     monkeypatch.delattr("alphalayer.integrations.mcp", raising=False)
     with capture_logs() as lines:
         app = create_app(Settings())
     assert not [route for route in app.routes if getattr(route, "path", "") == "/mcp"]
-    [line] = [each for each in lines if each["event"] == "mcp.disabled"]
+    [line] = [line for line in lines if line["event"] == "mcp.disabled"]
     assert " install " in line["hint"]
     assert "[mcp]" in line["hint"]
 
 
-async def test_the_callers_key_counts(tmp_path: Path):
+async def test_tool_uses_the_key_of_its_caller(tmp_path: Path):
     (tmp_path / "data").mkdir()
     key = add_key(tmp_path / "data" / "keys.json", "me")
     with served(tmp_path, keys_file=tmp_path / "data" / "keys.json") as service:
@@ -121,32 +121,32 @@ async def test_the_callers_key_counts(tmp_path: Path):
         ) as client:
             answer = await client.call_tool(TOOL, SMALL)
         assert answer.content[1].text.startswith("https://pics.example.com/alpha/v1/file/")
-        mine = service.get("/alpha/v1/jobs", headers={"X-API-Key": key}).json()["jobs"]
-        assert len(mine) == 1
+        own_jobs = service.get("/alpha/v1/jobs", headers={"X-API-Key": key}).json()["jobs"]
+        assert len(own_jobs) == 1
 
 
-async def test_a_call_that_a_proxy_sends_twice_is_drawn_once(service: httpx.Client):
+async def test_tool_call_repeated_by_a_proxy_generates_once(service: httpx.Client):
     assert send(service, 7) == send(service, 7) != send(service, 8)
 
 
-async def test_a_call_that_a_proxy_gives_up_and_sends_again_is_answered(service: httpx.Client):
+async def test_tool_call_repeated_after_a_timeout_is_answered(service: httpx.Client):
     with ThreadPoolExecutor(1) as pool:
-        given_up = pool.submit(send, service, 9, steps=30, timeout_s=0.7)
+        abandoned = pool.submit(send, service, 9, steps=30, timeout_s=0.7)
         while not service.get("/alpha/v1/jobs", params={"state": "running"}).json()["jobs"]:
             await asyncio.sleep(0.05)
         assert send(service, 9, steps=30)
         with pytest.raises(httpx.ReadTimeout):
-            given_up.result()
+            abandoned.result()
 
 
 def send(service: httpx.Client, number: int, *, steps: int = 4, timeout_s: float = 30) -> str:
-    """Call the tool as a proxy does; return the line of the answer with the image's address."""
+    """Call the tool as a proxy does; return the line with the image's address."""
     headers = {
         "Accept": "application/json, text/event-stream",
         "Idempotency-Key": "a request of Nginx",
     }
-    wanted = {"name": TOOL, "arguments": {**SMALL, "prompt": "drawn once", "steps": steps}}
-    message = {"jsonrpc": "2.0", "id": number, "method": "tools/call", "params": wanted}
+    call = {"name": TOOL, "arguments": {**SMALL, "prompt": "an apple once", "steps": steps}}
+    message = {"jsonrpc": "2.0", "id": number, "method": "tools/call", "params": call}
     answer = service.post("/mcp/", json=message, headers=headers, timeout=timeout_s)
     assert answer.status_code == 200, answer.text
     return next(line for line in answer.text.splitlines() if "/alpha/v1/file/" in line)
@@ -156,10 +156,8 @@ def send(service: httpx.Client, number: int, *, steps: int = 4, timeout_s: float
     ("trusted", "start"),
     [("127.0.0.2", "https://pics.example.com/draw"), ("127.0.0.1", "http://127.0.0.1")],
 )
-def test_the_address_of_a_picture_is_what_a_trusted_proxy_says(
-    tmp_path: Path, trusted: str, start: str
-):
-    """The call comes from 127.0.0.2, the tool's own request from 127.0.0.1."""
+def test_tool_image_address_follows_a_trusted_proxy(tmp_path: Path, trusted: str, start: str):
+    """Call from 127.0.0.2, while the tool's own request comes from 127.0.0.1."""
     forwarded = {"Host": "pics.example.com", "Proto": "https", "Prefix": "/draw"}
     headers = {f"X-Forwarded-{name}": value for name, value in forwarded.items()}
     with served(tmp_path, trusted_proxies=trusted) as service:
@@ -170,7 +168,7 @@ def test_the_address_of_a_picture_is_what_a_trusted_proxy_says(
         assert "https://alpha.example.com/alpha/v1/file/" in send(service, 2)
 
 
-def test_the_services_own_address_may_be_ipv6():
+def test_address_of_the_service_can_be_ipv6():
     from alphalayer.api.addresses import address
 
     assert address("::1", 7861) == "http://[::1]:7861"

@@ -1,4 +1,4 @@
-"""The native contract, `/alpha/v1`, over real HTTP: the fields, defaults, answers and errors that clients rely on."""
+"""The native contract, `/alpha/v1`, over real HTTP: fields, defaults, answers and errors."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def render(client: httpx.Client, **fields) -> httpx.Response:
     )
 
 
-def test_a_prompt_alone_is_enough(client):
+def test_txt2img_with_a_prompt_alone_uses_the_defaults(client):
     answer = client.post("/alpha/v1/txt2img", json={"prompt": "an apple, high quality"})
     assert answer.status_code == 200
     body = answer.json()
@@ -56,7 +56,7 @@ def test_a_prompt_alone_is_enough(client):
 
 
 @pytest.mark.parametrize("more", [{}, {"scheduler": "Exponential"}])
-def test_a_samplers_name_may_carry_its_schedule(client, more):
+def test_txt2img_sampler_name_may_contain_its_schedule(client, more):
     info = json.loads(
         render(client, sampler_name="Euler a Karras", width=64, height=64, **more).json()["info"]
     )
@@ -64,32 +64,32 @@ def test_a_samplers_name_may_carry_its_schedule(client, more):
     assert "Schedule type: Karras" in info["infotexts"][0]
 
 
-def test_loras_in_the_prompt_are_those_of_the_field(client):
+def test_txt2img_loras_of_prompt_and_field_are_equal(client):
     tagged = render(client, prompt="an apple <lora:style:0.8>", width=64, height=64).json()
-    named = render(
+    listed = render(
         client, prompt="an apple", loras=[{"name": "style", "weight": 0.8}], width=64, height=64
     ).json()
-    first, second = (json.loads(each["info"]) for each in (tagged, named))
+    first, second = (json.loads(answer["info"]) for answer in (tagged, listed))
     assert first["prompt"] == second["prompt"] == "an apple"
     assert first["infotexts"] == second["infotexts"]
     assert first["infotexts"][0].startswith("an apple <lora:style:0.8>\n")
 
 
-def test_the_url_gives_the_picture_with_its_settings(client):
+def test_txt2img_url_returns_the_image_with_its_settings(client):
     body = render(client, seed=7, width=128, height=64).json()
     answer = client.get(body["url"])
     assert answer.status_code == 200
     assert answer.headers["content-type"] == "image/png"
     assert "immutable" in answer.headers["cache-control"]
-    picture = Image.open(io.BytesIO(answer.content))
-    assert picture.mode == "RGBA"
-    assert "Seed: 7" in picture.info["parameters"]
+    image = Image.open(io.BytesIO(answer.content))
+    assert image.mode == "RGBA"
+    assert "Seed: 7" in image.info["parameters"]
     np.testing.assert_array_equal(
-        np.asarray(picture), render_disc("an apple, high quality", 7, 128, 64)
+        np.asarray(image), render_disc("an apple, high quality", 7, 128, 64)
     )
 
 
-def test_the_same_seed_gives_the_same_picture_and_minus_one_a_fresh_one(client):
+def test_txt2img_seed_repeats_the_image_and_minus_one_does_not(client):
     def pixels(seed):
         body = render(client, seed=seed, width=64, height=64).json()
         return json.loads(body["info"])["seed"], client.get(body["url"]).content
@@ -100,13 +100,13 @@ def test_the_same_seed_gives_the_same_picture_and_minus_one_a_fresh_one(client):
     assert first >= 0
 
 
-def test_fresh_seeds_count_up_over_all_batches(client):
+def test_txt2img_random_seeds_increase_over_all_batches(client):
     body = render(client, batch_size=2, n_iter=2, seed=-1, width=64, height=64).json()
     first, *others = [image["seed"] for image in body["images"]]
     assert others == [first + 1, first + 2, first + 3]
 
 
-def test_several_pictures(client):
+def test_txt2img_batches_and_iterations_return_all_images(client):
     body = render(client, batch_size=2, n_iter=2, seed=10, width=64, height=64).json()
     assert [image["seed"] for image in body["images"]] == [10, 11, 12, 13]
     assert len({image["filename"] for image in body["images"]}) == 4
@@ -115,7 +115,7 @@ def test_several_pictures(client):
 
 
 @pytest.mark.parametrize("kind", ["png", "webp", "avif"])
-def test_every_format_has_alpha(client, kind):
+def test_txt2img_every_format_has_alpha(client, kind):
     body = render(client, format=kind, width=64, height=64).json()
     assert body["filename"].endswith(f".{kind}")
     answer = client.get(body["url"])
@@ -125,20 +125,20 @@ def test_every_format_has_alpha(client, kind):
     assert alpha[32, 32] == 255
 
 
-def test_trim_background_and_base64(client):
+def test_txt2img_trim_background_and_base64_are_applied(client):
     body = render(
         client, trim=True, trim_padding=1, width=128, height=128, response_format="base64"
     ).json()
-    picture = Image.open(io.BytesIO(base64.b64decode(body["base64"])))
+    image = Image.open(io.BytesIO(base64.b64decode(body["base64"])))
     whole = render_disc("an apple, high quality", 12345, 128, 128)[..., 3] > 0
-    assert picture.size == (whole.any(0).sum() + 2, whole.any(1).sum() + 2)
+    assert image.size == (whole.any(0).sum() + 2, whole.any(1).sum() + 2)
     body = render(client, background="#ff8000", width=64, height=64).json()
-    laid = np.asarray(Image.open(io.BytesIO(client.get(body["url"]).content)))
-    assert laid[0, 0].tolist() == [255, 128, 0, 255]
+    opaque = np.asarray(Image.open(io.BytesIO(client.get(body["url"]).content)))
+    assert opaque[0, 0].tolist() == [255, 128, 0, 255]
 
 
 @pytest.mark.parametrize(
-    ("fields", "named"),
+    ("fields", "field"),
     [
         ({"prompt": ""}, "prompt"),
         ({"prompt": "x" * 100_000}, "prompt"),
@@ -168,17 +168,17 @@ def test_trim_background_and_base64(client):
         ({"trim_threshold": 3}, "trim_threshold"),
     ],
 )
-def test_a_wrong_field_is_named(client, fields, named):
+def test_txt2img_invalid_field_is_named(client, fields, field):
     answer = render(client, **fields)
     assert answer.status_code == 422
     problem = answer.json()
     assert answer.headers["content-type"] == "application/problem+json"
     assert problem["code"] == "invalid_request"
-    assert problem["field"] == named
-    assert named in problem["detail"]
+    assert problem["field"] == field
+    assert field in problem["detail"]
 
 
-def test_every_default_may_be_sent(client):
+def test_txt2img_defaults_are_accepted_explicitly(client):
     fields = Txt2ImgRequest(prompt="x").model_dump(
         mode="json", by_alias=True, exclude={"prompt", "width", "height", "steps"}
     )
@@ -190,19 +190,19 @@ def test_every_default_may_be_sent(client):
 
 
 @pytest.mark.parametrize("path", ["/alpha/v1/txt2img", "/alpha/v1/jobs"])
-def test_null_is_silence_and_what_other_servers_take_is_taken(client, path):
-    taken = {"layerdiffuse_resize_mode": "Resize and Fill", "layerdiffuse_output_origin": False}
+def test_null_and_fields_of_other_servers_are_accepted(client, path):
+    accepted = {"layerdiffuse_resize_mode": "Resize and Fill", "layerdiffuse_output_origin": False}
     names = {field.alias or name for name, field in Txt2ImgRequest.model_fields.items()}
-    silent = dict.fromkeys(names - {"prompt", "width", "height", *taken})
-    body = {"prompt": "x", "width": 64, "height": 64, **silent, **taken}
+    nulls = dict.fromkeys(names - {"prompt", "width", "height", *accepted})
+    body = {"prompt": "x", "width": 64, "height": 64, **nulls, **accepted}
     assert client.post(path, json=body).status_code in (200, 202)
 
 
-def test_a_model_that_is_not_there_lists_those_that_are(client):
+def test_txt2img_unknown_model_lists_the_models(client):
     detail = render(client, checkpoint="juggernaut").json()["detail"]
     assert (
-        detail
-        == 'checkpoint: no model "juggernaut" in models/Stable-diffusion; there is: alphalayer-mini (built in).'
+        detail == 'checkpoint: no model "juggernaut" in models/Stable-diffusion; '
+        "there is: alphalayer-mini (built in)."
     )
     assert render(client, checkpoint="alphalayer-mini", width=64, height=64).status_code == 200
 
@@ -211,7 +211,7 @@ def test_a_model_that_is_not_there_lists_those_that_are(client):
     "body",
     [b"", b"{", b"[]", b'{"prompt": "x", "cfg_scale": NaN}', b'"x"', b"\xff\xfe", b"\x19\x92\x12"],
 )
-def test_a_broken_body_is_an_error_of_the_client(client, body):
+def test_txt2img_broken_body_is_422(client, body):
     answer = client.post(
         "/alpha/v1/txt2img", content=body, headers={"content-type": "application/json"}
     )
@@ -220,29 +220,29 @@ def test_a_broken_body_is_an_error_of_the_client(client, body):
 
 
 @pytest.mark.parametrize("kind", [None, "text/plain"])
-def test_a_body_of_another_kind_is_told_so(client, kind):
+def test_txt2img_wrong_content_type_is_named(client, kind):
     headers = {"content-type": kind} if kind else {}
     answer = client.post("/alpha/v1/txt2img", content=b'{"prompt": "x"}', headers=headers)
     assert (answer.status_code, answer.json()["field"]) == (422, "Content-Type")
     assert "application/json" in answer.json()["detail"] + answer.json()["hint"]
 
 
-def test_json_that_was_made_json_twice_is_told_so(client):
+def test_txt2img_json_encoded_twice_is_explained(client):
     answer = client.post("/alpha/v1/txt2img", json=json.dumps({"prompt": "x"}))
     assert answer.status_code == 422
     assert answer.json()["detail"] == "the body is a JSON text, not an object."
 
 
-def test_head_tells_of_a_picture_what_get_would(client):
+def test_file_head_has_the_headers_of_get(client):
     url = render(client, width=64, height=64).json()["url"]
-    asked, got = client.head(url), client.get(url)
-    assert (asked.status_code, asked.content) == (200, b"")
+    head, get = client.head(url), client.get(url)
+    assert (head.status_code, head.content) == (200, b"")
     for name in ("content-type", "content-length", "cache-control"):
-        assert asked.headers[name] == got.headers[name]
+        assert head.headers[name] == get.headers[name]
     assert client.head("/alpha/v1/file/alpha_1_000000.png").status_code == 404
 
 
-def test_a_body_that_is_too_large_is_refused(client):
+def test_txt2img_too_large_body_is_413(client):
     answer = client.post(
         "/alpha/v1/txt2img", content=b" " * 16_100_000, headers={"content-type": "application/json"}
     )
@@ -267,20 +267,20 @@ def test_a_body_that_is_too_large_is_refused(client):
         "..%5cx.png",
     ],
 )
-def test_only_stored_pictures_can_be_read(client, name):
+def test_file_unknown_name_is_404(client, name):
     answer = client.get(f"/alpha/v1/file/{name}")
     assert answer.status_code == 404
     assert "root:" not in answer.text
 
 
-def test_the_pages_files_are_asked_for_again_so_that_they_are_of_one_version(client):
+def test_playground_files_are_revalidated(client):
     script = client.get("/playground/main.js")
     assert script.headers["cache-control"] == client.get("/").headers["cache-control"] == "no-cache"
     again = client.get("/playground/main.js", headers={"If-None-Match": script.headers["etag"]})
     assert (again.status_code, again.headers["cache-control"]) == (304, "no-cache")
 
 
-def test_the_pages_scripts_are_scripts_whatever_the_system_says(client, monkeypatch):
+def test_playground_content_types_ignore_those_of_the_system(client, monkeypatch):
     monkeypatch.setattr("starlette.responses.guess_type", lambda _path: ("text/plain", None))
     assert (
         client.get("/playground/main.js").headers["content-type"]
@@ -290,13 +290,13 @@ def test_the_pages_scripts_are_scripts_whatever_the_system_says(client, monkeypa
     assert client.get("/playground/icon.svg").headers["content-type"] == "image/svg+xml"
 
 
-def test_health_docs_and_probes(client):
+def test_docs_and_probes_answer_without_other_hosts(client):
     assert client.get("/sdapi/v1/sd-models").status_code == 200
     page = client.get("/docs").text
     assets = re.findall(r'(?:src|href)="([^"]+)"', page)
     assert len(assets) == 3
     for asset in assets:
-        assert asset.startswith("/docs/assets/"), "the page asks nobody else"
+        assert asset.startswith("/docs/assets/"), "the page loads nothing from other hosts"
         assert client.get(asset).status_code == 200
     paths = client.get("/openapi.json").json()["paths"]
     assert {"/alpha/v1/txt2img", "/alpha/v1/file/{filename}", "/sdapi/v1/sd-models"} <= set(paths)
@@ -304,7 +304,7 @@ def test_health_docs_and_probes(client):
     assert client.get("/ping").status_code == 200
 
 
-def test_metrics_count_what_happened(tmp_path):
+def test_metrics_count_jobs_and_images(tmp_path):
     with served(tmp_path) as client:
         render(client, width=64, height=64, batch_size=2)
         text = client.get("/metrics").text
@@ -318,16 +318,16 @@ def test_metrics_count_what_happened(tmp_path):
             assert line in text
 
 
-def test_a_full_queue_says_when_to_come_back(tmp_path):
+def test_full_queue_returns_429_with_retry_after(tmp_path):
     with served(tmp_path, engine_options={"step_s": 0.2}, queue_limit=2) as client:
-        with concurrent.futures.ThreadPoolExecutor(12) as crowd:
+        with concurrent.futures.ThreadPoolExecutor(12) as pool:
             answers = list(
-                crowd.map(lambda seed: render(client, seed=seed, width=64, height=64), range(12))
+                pool.map(lambda seed: render(client, seed=seed, width=64, height=64), range(12))
             )
         full = [answer for answer in answers if answer.status_code == 429]
-        drawn = [answer for answer in answers if answer.status_code == 200]
-        assert len(full) + len(drawn) == 12
-        assert len(drawn) >= 2
+        successful = [answer for answer in answers if answer.status_code == 200]
+        assert len(full) + len(successful) == 12
+        assert len(successful) >= 2
         assert full
         for answer in full:
             assert int(answer.headers["retry-after"]) >= 1
@@ -338,27 +338,27 @@ def test_a_full_queue_says_when_to_come_back(tmp_path):
         )
 
 
-def test_a_client_that_leaves_frees_its_place(tmp_path):
+def test_txt2img_disconnected_client_stops_its_job(tmp_path):
     with served(tmp_path, engine_options={"step_s": 0.2}) as client:
         with pytest.raises(httpx.ReadTimeout):
             client.post("/alpha/v1/txt2img", json={"prompt": "slow", "steps": 150}, timeout=0.7)
-        # 150 steps would take 30 s; the next picture comes as soon as the abandoned one has stopped
+        # 150 steps would take 30 s; the next image starts once the abandoned one has stopped
         assert render(client, width=64, height=64, steps=1).elapsed.total_seconds() < 5
 
 
-def test_a_request_of_too_many_pixels_is_refused_in_each_dialect(tmp_path):
+def test_request_of_too_many_pixels_is_refused_in_each_dialect(tmp_path):
     with served(tmp_path, max_request_pixels=128 * 64, wait_ready=False) as client:
         small, more = (
             {"prompt": "x", "width": 64, "height": 64, "steps": 1},
             {"prompt": "x", "n": 2, "size": "128x64"},
         )
         assert render(client, **{**small, "batch_size": 2}).status_code == 200
-        for wanted, field in (
+        for changes, field in (
             ({"n_iter": 3}, "n_iter"),
             ({"batch_size": 3}, "batch_size"),
             ({"width": 192}, "width"),
         ):
-            answer = render(client, **{**small, **wanted})
+            answer = render(client, **{**small, **changes})
             assert (answer.status_code, answer.json()["field"]) == (422, field)
             assert "8,192" in answer.json()["detail"]
         assert (
@@ -369,7 +369,7 @@ def test_a_request_of_too_many_pixels_is_refused_in_each_dialect(tmp_path):
         assert render(client).status_code == 422, "a side left out counts, too"
 
 
-def test_basic_auth(tmp_path):
+def test_basic_auth_is_required_except_for_images(tmp_path):
     with served(tmp_path, api_auth="ann:secret,bob:other") as client:
         refused = render(client)
         assert refused.status_code == 401
@@ -381,7 +381,7 @@ def test_basic_auth(tmp_path):
         assert httpx.get(body["url"], trust_env=False).status_code == 200
 
 
-def test_a_finished_picture_in_another_form(client):
+def test_convert_returns_an_image_in_another_format(client):
     body = render(client, width=64, height=64).json()
     stored = client.get(body["url"]).content
     answer = client.get(
@@ -404,7 +404,7 @@ def test_a_finished_picture_in_another_form(client):
     assert (idle.status_code, idle.json()["field"]) == (422, "trim_padding")
 
 
-def test_models_come_with_their_defaults_and_their_faults(tmp_path):
+def test_models_are_listed_with_defaults_and_errors(tmp_path):
     folder = tmp_path / "models" / "Stable-diffusion"
     own = make_diffusers_folder(folder / "own") / "layerdiffuse" / "config.json"
     own.write_text(
@@ -413,8 +413,8 @@ def test_models_come_with_their_defaults_and_their_faults(tmp_path):
     make_single_file(folder / "sdxl.safetensors")
     (folder / "broken.safetensors").write_bytes(b"no weights")
     with served(tmp_path) as client:
-        listed = {each["name"]: each for each in client.get("/alpha/v1/models").json()["models"]}
-    assert [each["name"] for each in listed.values() if each["is_default"]] == ["own"]
+        listed = {model["name"]: model for model in client.get("/alpha/v1/models").json()["models"]}
+    assert [model["name"] for model in listed.values() if model["is_default"]] == ["own"]
     assert (listed["own"]["defaults"]["steps"], listed["own"]["defaults"]["width"]) == (9, 256)
     assert (listed["sdxl"]["defaults"]["steps"], listed["sdxl"]["defaults"]["width"]) == (20, 1024)
     assert listed["sdxl"]["problem"] is None
@@ -424,14 +424,14 @@ def test_models_come_with_their_defaults_and_their_faults(tmp_path):
     )
 
 
-def test_cors_is_off_unless_asked_for(tmp_path, client):
-    asked = {"Origin": "https://example.com", "Access-Control-Request-Method": "POST"}
+def test_cors_is_off_unless_configured(tmp_path, client):
+    preflight = {"Origin": "https://example.com", "Access-Control-Request-Method": "POST"}
     assert (
         "access-control-allow-origin"
-        not in client.options("/alpha/v1/txt2img", headers=asked).headers
+        not in client.options("/alpha/v1/txt2img", headers=preflight).headers
     )
     with served(tmp_path, cors_allow_origins="*", wait_ready=False) as open_to_all:
-        headers = open_to_all.options("/alpha/v1/txt2img", headers=asked).headers
+        headers = open_to_all.options("/alpha/v1/txt2img", headers=preflight).headers
         assert headers["access-control-allow-origin"] == "*"
         answer = open_to_all.get("/livez", headers={"Origin": "https://example.com"})
         assert (
@@ -439,7 +439,7 @@ def test_cors_is_off_unless_asked_for(tmp_path, client):
         )
 
 
-def test_urls_follow_the_proxy_and_the_public_url(tmp_path, client):
+def test_image_urls_follow_the_proxy_and_the_public_url(tmp_path, client):
     forwarded = {
         "X-Forwarded-Proto": "https",
         "X-Forwarded-Host": "pics.example.com",
@@ -459,7 +459,7 @@ def test_urls_follow_the_proxy_and_the_public_url(tmp_path, client):
 
 
 @pytest.mark.parametrize("prefix", ["/alpha", "/v1", "/docs", "/mcp", "/draw/"])
-def test_below_any_path_every_route_is_found(client, prefix):
+def test_routes_are_reachable_below_any_prefix(client, prefix):
     forwarded = {"X-Forwarded-Prefix": prefix, "X-Forwarded-Host": "pics.example.com"}
     for path in (
         "/",
@@ -474,22 +474,22 @@ def test_below_any_path_every_route_is_found(client, prefix):
     assert wrong["code"] == "not_found"
     large = client.post("/v1/images/generations", content=b" " * 16_100_000, headers=forwarded)
     assert (large.status_code, large.json()["error"]["code"]) == (413, "too_large")
-    made = client.post(
+    image = client.post(
         "/alpha/v1/txt2img", json={"prompt": "x", "width": 64, "height": 64}, headers=forwarded
     ).json()
     start = f"http://pics.example.com{prefix.rstrip('/')}"
-    assert made["url"].startswith(f"{start}/alpha/v1/file/")
-    assert client.get(made["url"].removeprefix(start), headers=forwarded).status_code == 200
+    assert image["url"].startswith(f"{start}/alpha/v1/file/")
+    assert client.get(image["url"].removeprefix(start), headers=forwarded).status_code == 200
 
 
-def test_pictures_outlive_the_service(tmp_path):
+def test_images_remain_after_a_service_restart(tmp_path):
     with served(tmp_path) as client:
         name = render(client, width=64, height=64).json()["filename"]
     with served(tmp_path, wait_ready=False) as client:
         assert client.get(f"/alpha/v1/file/{name}").status_code == 200
 
 
-def test_it_is_not_ready_when_the_engine_cannot_start(tmp_path):
+def test_readyz_with_a_failing_engine_is_503(tmp_path):
     with served(
         tmp_path, engine="alphalayer.engine.fake:no_such_engine", wait_ready=False
     ) as client:
@@ -500,24 +500,24 @@ def test_it_is_not_ready_when_the_engine_cannot_start(tmp_path):
         wait_until(lambda: client.get("/sdapi/v1/sd-models").status_code == 200)
 
 
-def test_it_is_not_ready_without_its_model(tmp_path):
+def test_readyz_without_the_default_model_is_503(tmp_path):
     with served(tmp_path, default_model="nope", wait_ready=False) as client:
         wait_until(lambda: client.get("/readyz").json()["engines"] == {"cpu": "ready"})
         assert client.get("/readyz").status_code == client.get("/ping").status_code == 503
         assert client.get("/ping").text == client.get("/readyz").json()["problem"]
 
 
-def test_a_folder_that_is_slow_to_read_keeps_nobody_but_who_asks_for_it(tmp_path, monkeypatch):
-    look, looking = catalog.find_models, threading.Event()
+def test_slow_models_folder_delays_no_other_request(tmp_path, monkeypatch):
+    find_models, is_reading = catalog.find_models, threading.Event()
 
     def slow(models_dir):
-        looking.set()
+        is_reading.set()
         time.sleep(0.5)
-        return look(models_dir)
+        return find_models(models_dir)
 
     with served(tmp_path) as client, concurrent.futures.ThreadPoolExecutor(1) as pool:
         monkeypatch.setattr(catalog, "find_models", slow)
-        asked = pool.submit(client.get, "/readyz")
-        assert looking.wait(5)
+        readiness = pool.submit(client.get, "/readyz")
+        assert is_reading.wait(5)
         assert client.get("/livez").elapsed.total_seconds() < 0.4
-        assert asked.result().status_code == 200
+        assert readiness.result().status_code == 200

@@ -1,4 +1,7 @@
-"""The OpenAI Images contract, `/v1`, over real HTTP: with the openai package unchanged, with the payloads of other clients, and by hand."""
+"""The OpenAI Images contract, `/v1`, over real HTTP.
+
+The requests are those of the openai package, recorded ones of other clients, and direct ones.
+"""
 
 from __future__ import annotations
 
@@ -44,19 +47,19 @@ def api(client):
         yield api
 
 
-def picture(data):
+def image_of(data):
     return Image.open(io.BytesIO(base64.b64decode(data.b64_json, validate=True)))
 
 
-def test_the_openai_client_draws(api):
+def test_openai_client_generates_images(api):
     answer = api.images.generate(
         **SMALL, n=2, quality="low", background="transparent", user="ann", **SEED
     )
-    for i, each in enumerate(answer.data):
+    for i, data in enumerate(answer.data):
         np.testing.assert_array_equal(
-            np.asarray(picture(each)), render_disc("an apple", 7 + i, 64, 64)
+            np.asarray(image_of(data)), render_disc("an apple", 7 + i, 64, 64)
         )
-        assert each.url is None
+        assert data.url is None
     settings = answer.to_dict()
     assert settings["created"] > 1_700_000_000
     del settings["created"], settings["data"]
@@ -67,20 +70,20 @@ def test_the_openai_client_draws(api):
         "size": "64x64",
         "usage": NO_TOKENS,
     }
-    assert "Steps: 12" in picture(answer.data[0]).info["parameters"]
+    assert "Steps: 12" in image_of(answer.data[0]).info["parameters"]
 
 
-async def test_the_asynchronous_client_draws_and_streams(client):
+async def test_openai_async_client_generates_and_streams(client):
     async with openai.AsyncOpenAI(
         base_url=f"{client.base_url}/v1".replace("//v1", "/v1"), api_key="x"
     ) as api:
         answer = await api.images.generate(**SMALL, **SEED)
-        assert picture(answer.data[0]).size == (64, 64)
+        assert image_of(answer.data[0]).size == (64, 64)
         stream = await api.images.generate(**SMALL, **SEED, stream=True)
         assert [event.type async for event in stream] == ["image_generation.completed"]
 
 
-def test_a_stream_with_pictures_on_the_way(tmp_path):
+def test_stream_with_partial_images_sends_them(tmp_path):
     with (
         served(tmp_path, engine_options={"step_s": 0.05}) as client,
         openai.OpenAI(base_url=f"{client.base_url}/v1".replace("//v1", "/v1"), api_key="x") as api,
@@ -95,16 +98,16 @@ def test_a_stream_with_pictures_on_the_way(tmp_path):
             ("image_generation.partial_image", 0),
             ("image_generation.partial_image", 1),
         ]
-        assert {picture(event).format for event in events} == {"WEBP"}
+        assert {image_of(event).format for event in events} == {"WEBP"}
         assert last.type == "image_generation.completed"
         assert last.size == "64x64"
         assert last.usage.total_tokens == 0
         np.testing.assert_array_equal(
-            np.asarray(picture(last).convert("RGBA")), render_disc("an apple", 7, 64, 64)
+            np.asarray(image_of(last).convert("RGBA")), render_disc("an apple", 7, 64, 64)
         )
 
 
-def test_a_stream_that_waits_is_kept_open(tmp_path, monkeypatch):
+def test_stream_of_a_queued_job_is_kept_open(tmp_path, monkeypatch):
     monkeypatch.setattr("alphalayer.api.openai.SILENT_S", 0.1)
     with served(tmp_path, engine_options={"step_s": 0.05}) as client:
         slow = client.post(
@@ -121,7 +124,7 @@ def test_a_stream_that_waits_is_kept_open(tmp_path, monkeypatch):
             assert "event: image_generation.completed" in list(lines)
 
 
-def test_a_stream_that_is_left_or_cancelled(tmp_path):
+def test_stream_disconnected_or_cancelled_ends_its_job(tmp_path):
     with (
         served(tmp_path, engine_options={"step_s": 0.05}) as client,
         openai.OpenAI(base_url=f"{client.base_url}/v1".replace("//v1", "/v1"), api_key="x") as api,
@@ -141,7 +144,7 @@ def test_a_stream_that_is_left_or_cancelled(tmp_path):
             list(stream)
 
 
-def test_sizes_models_and_qualities(api, client):
+def test_generations_sizes_models_and_qualities_are_applied(api, client):
     assert api.images.generate(prompt="x", model="any", size="auto", **SEED).size == "1024x1024"
     assert api.images.generate(prompt="x", size="144x80", **SEED).size == "144x80"
     listed = api.models.list().data
@@ -152,16 +155,16 @@ def test_sizes_models_and_qualities(api, client):
         api.models.retrieve("nowhere")
     assert caught.value.code == "model_not_found"
     for quality, steps in (("hd", 30), ("standard", 20), ("auto", 20)):
-        image = picture(api.images.generate(**SMALL, quality=quality).data[0])
+        image = image_of(api.images.generate(**SMALL, quality=quality).data[0])
         assert f"Steps: {steps}," in image.info["parameters"]
 
 
 @pytest.mark.parametrize("kind", ["png", "webp", "jpeg"])
 @pytest.mark.parametrize("compression", [None, 60])
-def test_formats_and_backgrounds(api, kind, compression):
+def test_generations_formats_and_backgrounds_are_applied(api, kind, compression):
     extra = {"output_compression": compression} if compression and kind != "png" else {}
     answer = api.images.generate(**SMALL, **SEED, output_format=kind, background="opaque", **extra)
-    image = picture(answer.data[0])
+    image = image_of(answer.data[0])
     assert image.format == kind.upper()
     assert answer.background == "opaque"
     assert np.asarray(image.convert("RGBA"))[0, 0].min() > 250
@@ -170,24 +173,24 @@ def test_formats_and_backgrounds(api, kind, compression):
             **SMALL, **SEED, output_format=kind, background="auto", **extra
         )
         assert answer.background == "transparent"
-        assert np.asarray(picture(answer.data[0]).convert("RGBA"))[0, 0, 3] == 0
+        assert np.asarray(image_of(answer.data[0]).convert("RGBA"))[0, 0, 3] == 0
 
 
 @pytest.mark.parametrize(
     ("kind", "compression"), [("png", 100), ("webp", 100), ("webp", 50), ("jpeg", 80)]
 )
-def test_urls(api, client, kind, compression):
+def test_generations_url_returns_the_image(api, client, kind, compression):
     answer = api.images.generate(
         **SMALL, **SEED, response_format="url", output_format=kind, output_compression=compression
     )
     assert answer.data[0].b64_json is None
     assert answer.data[0].url.startswith(str(client.base_url))
-    found = client.get(answer.data[0].url)
-    assert Image.open(io.BytesIO(found.content)).format == kind.upper()
+    download = client.get(answer.data[0].url)
+    assert Image.open(io.BytesIO(download.content)).format == kind.upper()
 
 
 @pytest.mark.parametrize(
-    ("fields", "named"),
+    ("fields", "field"),
     [
         ({"background": "transparent", "output_format": "jpeg"}, "output_format"),
         ({"prompt": ""}, "prompt"),
@@ -199,20 +202,20 @@ def test_urls(api, client, kind, compression):
         ({"partial_images": 4}, "partial_images"),
     ],
 )
-def test_a_wrong_field_is_named(api, fields, named):
+def test_generations_invalid_field_is_named(api, fields, field):
     with pytest.raises(openai.BadRequestError) as caught:
         api.images.generate(**{**SMALL, **fields})
     error = caught.value.body
     assert set(error) == {"message", "type", "param", "code"}
     assert (error["type"], error["param"], error["code"]) == (
         "invalid_request_error",
-        named,
+        field,
         "invalid_request",
     )
-    assert named in error["message"]
+    assert field in error["message"]
 
 
-def test_every_error_has_the_shape_of_that_api(client, api):
+def test_errors_have_the_shape_of_openai(client, api):
     answer = client.post("/v1/images/edits", files={"image": b"x"}, data={"prompt": "x"})
     assert answer.status_code == 501
     assert answer.headers["x-should-retry"] == "false"
@@ -236,8 +239,8 @@ def test_every_error_has_the_shape_of_that_api(client, api):
     ("code", "again"),
     [("out_of_memory", False), ("engine_failed", False), ("queue_full", True), ("stopping", True)],
 )
-def test_the_client_asks_again_only_for_what_may_pass(code, again):
-    """An engine that a request takes down went down for each try of the client."""
+def test_openai_client_retries_only_temporary_errors(code, again):
+    """Prevent retries of a request that stops the engine each time."""
     problem = Problem.of(AlphalayerError.from_dict({"code": code, "message": "."}))
     answer = DIALECT.render_error(problem, {})
     with openai.OpenAI(api_key="x") as api:
@@ -246,7 +249,7 @@ def test_the_client_asks_again_only_for_what_may_pass(code, again):
         )
 
 
-def test_bearer_tokens(tmp_path):
+def test_bearer_token_is_required(tmp_path):
     with served(tmp_path, api_auth="ann:secret") as client:
         base = f"{client.base_url}/v1".replace("//v1", "/v1")
         with (
@@ -259,7 +262,7 @@ def test_bearer_tokens(tmp_path):
             assert api.images.generate(**SMALL).data
 
 
-def test_a_full_queue_is_tried_again_by_the_client(tmp_path):
+def test_full_queue_is_a_rate_limit_error(tmp_path):
     with served(
         tmp_path, wait_ready=False, queue_limit=1, engine="alphalayer.engine.fake:no_such_engine"
     ) as client:
@@ -274,15 +277,15 @@ def test_a_full_queue_is_tried_again_by_the_client(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["open_webui_openai", "librechat_openai", "litellm_openai"])
-def test_payloads_of_other_clients(client, name):
-    for each in json.loads((RECORDED / f"{name}.json").read_text())["requests"]:
-        answer = client.request(each["method"], each["path"], json=each["json"])
+def test_recorded_client_requests_succeed(client, name):
+    for request in json.loads((RECORDED / f"{name}.json").read_text())["requests"]:
+        answer = client.request(request["method"], request["path"], json=request["json"])
         assert answer.status_code == 200, answer.text
         body = answer.json()
-        assert len(body["data"]) == each["json"]["n"]
+        assert len(body["data"]) == request["json"]["n"]
         for data in body["data"]:
             image = Image.open(io.BytesIO(base64.b64decode(data["b64_json"], validate=True)))
             assert image.mode == "RGBA"
-            assert image.format == each["json"].get("output_format", "png").upper()
-            if each["json"]["size"] != "auto":
-                assert f"{image.width}x{image.height}" == each["json"]["size"]
+            assert image.format == request["json"].get("output_format", "png").upper()
+            if request["json"]["size"] != "auto":
+                assert f"{image.width}x{image.height}" == request["json"]["size"]

@@ -41,8 +41,8 @@ BY_DESIGN = "events|readyz|img2img|extra-|interrogate|edits|variations"
 """Excluded routes: an endless answer, a 503 by design, and those that answer 501."""
 
 
-def test_the_examples_of_the_page_are_drawn(tmp_path):
-    """What "Try it out" fills in."""
+def test_openapi_examples_are_accepted(tmp_path):
+    """Send the examples that "Try it out" shows."""
     with served(tmp_path) as client:
         description = client.get("/openapi.json").json()
         for path in (
@@ -63,7 +63,7 @@ def test_the_examples_of_the_page_are_drawn(tmp_path):
             ), path
 
 
-def test_every_answer_is_documented(tmp_path):
+def test_openapi_documents_every_answer(tmp_path):
     examples = os.environ.get("SCHEMATHESIS_EXAMPLES", "4")
     (tmp_path / "schemathesis.toml").write_text(CONFIGURATION)
     with served(tmp_path) as client:

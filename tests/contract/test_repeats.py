@@ -23,7 +23,7 @@ def jobs(client: httpx.Client) -> int:
 
 
 @pytest.mark.parametrize(("more", "headers"), [({"force_task_id": "t"}, {}), ({}, KEY)])
-def test_options_that_were_changed_do_not_make_it_another_request(
+def test_repeated_request_after_changed_options_is_the_same(
     tmp_path: Path, more: dict[str, Any], headers: Any
 ):
     with served(put_model(tmp_path)) as client:
@@ -38,7 +38,7 @@ def test_options_that_were_changed_do_not_make_it_another_request(
 @pytest.mark.parametrize(
     "path", ["/alpha/v1/jobs", "/alpha/v1/txt2img", "/sdapi/v1/txt2img", "/v1/images/generations"]
 )
-def test_settings_that_were_changed_do_not_make_it_another_request(tmp_path: Path, path: str):
+def test_repeated_request_after_changed_settings_is_the_same(tmp_path: Path, path: str):
     body = {"prompt": "an apple", "size": "64x64"} if path.startswith("/v1/") else BODY
     changes: list[dict[str, Any]] = [{}, {"decode": "forge2", "noise": "cpu"}]
     for settings in changes:
@@ -47,7 +47,7 @@ def test_settings_that_were_changed_do_not_make_it_another_request(tmp_path: Pat
             assert jobs(client) == 1
 
 
-def test_what_changes_the_answer_alone_makes_it_another_request(tmp_path: Path):
+def test_request_with_another_answer_format_is_another(tmp_path: Path):
     body = {
         "prompt": "an apple",
         "size": "64x64",
@@ -62,7 +62,7 @@ def test_what_changes_the_answer_alone_makes_it_another_request(tmp_path: Path):
         assert (other.status_code, other.json()["error"]["param"]) == (400, "Idempotency-Key")
 
 
-def test_a_default_that_is_sent_is_no_other_request(tmp_path: Path):
+def test_repeated_request_with_explicit_defaults_is_the_same(tmp_path: Path):
     with served(tmp_path) as client:
         first = client.post("/alpha/v1/jobs", json=BODY, headers=KEY).json()
         again = client.post(

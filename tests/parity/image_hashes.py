@@ -83,12 +83,16 @@ def create_renderer(
                 (
                     _raw(image.rgba),
                     write_parameters(
-                        each.request, each.model_name, each.model_hash, image.seed, image.subseed
+                        result.request,
+                        result.model_name,
+                        result.model_hash,
+                        image.seed,
+                        image.subseed,
                     ),
                 )
-                for image in each.images
+                for image in result.images
             ]
-            for each in results
+            for result in results
         ]
 
     return render
@@ -317,10 +321,10 @@ def render_cases() -> Fields:
             ):
                 latents.clear()
                 results = render([BASE | changes for changes in jobs])
-                images = [image for each in results for image in each]
+                images = [image for images_of_request in results for image in images_of_request]
                 hashes[case] = {
                     "images": [_sha256([raw]) for raw, _ in images],
-                    "latents": _sha256(each.contiguous().numpy().tobytes() for each in latents),
+                    "latents": _sha256(latent.contiguous().numpy().tobytes() for latent in latents),
                     "infotexts": [infotext for _, infotext in images],
                 }
     return hashes
@@ -338,7 +342,7 @@ def describe_environment() -> Fields:
             flags = set(value.split())
     return {
         "cpu": cpu,
-        "cpu_flags": sorted(each for each in flags if each.startswith(("avx", "amx"))),
+        "cpu_flags": sorted(flag for flag in flags if flag.startswith(("avx", "amx"))),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         **{name: version(name) for name in ("diffusers", "transformers", "numpy")},

@@ -67,7 +67,10 @@ def test_condition_image_has_the_requested_size(mode, size):
 
 
 def test_widened_convolution_is_a_sum_of_two():
-    """conv(cat(x, c), W) = conv(x, W of x) + conv(c, W of c); recorded for weights 1 and 0.5."""
+    """Compare with values recorded for weights 1 and 0.5.
+
+    conv(cat(x, c), W) = conv(x, W of x) + conv(c, W of c).
+    """
     state = np.random.RandomState(21)
     shapes = ((16, 4, 3, 3), (16, 8, 3, 3), (16,), (16,), (2, 4, 9, 7), (1, 4, 9, 7))
     own, change, bias, shift, x, condition = (

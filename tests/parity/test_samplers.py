@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 import torch
 
+from alphalayer.core import request
 from alphalayer.engine.sampling.brownian_tree import BrownianNoise
 from alphalayer.engine.sampling.samplers import SAMPLERS, brownian_intervals, sample
-from alphalayer.engine.sampling.schedules import SigmaTable, sigmas_for
+from alphalayer.engine.sampling.schedules import SCHEDULES, SigmaTable, sigmas_for
 
 SHAPE = (2, 4, 6, 5)
 BETAS = {
@@ -61,7 +62,7 @@ class RecordedNoise:
         return self.samples[-1]
 
 
-def ours(name: str, sigmas: torch.Tensor, noise=None) -> torch.Tensor:
+def run_sampler(name: str, sigmas: torch.Tensor, noise=None) -> torch.Tensor:
     """Return our result from the common start, and check the calls of `on_step`."""
     completed: list[int] = []
     last: list[torch.Tensor] = []
@@ -115,12 +116,17 @@ def _dpm(**options) -> diffusers.DPMSolverMultistepScheduler:
     )
 
 
+def test_samplers_of_engine_and_requests_agree():
+    assert set(SAMPLERS) == set(request.SAMPLERS)
+    assert set(SCHEDULES) == set(request.SCHEDULERS)
+
+
 @pytest.mark.parametrize("steps", [2, 3, 8, 20])
 def test_dpmpp_2m_sde_equals_diffusers(steps: int):
     scheduler = _dpm(algorithm_type="sde-dpmsolver++")
     scheduler.set_timesteps(steps)
     noise = RecordedNoise()
-    result = ours("DPM++ 2M SDE", scheduler.sigmas, noise)
+    result = run_sampler("DPM++ 2M SDE", scheduler.sigmas, noise)
     torch.testing.assert_close(result, _vp_multistep(scheduler, noise.samples), **TOLERANCE)
 
 
@@ -129,7 +135,7 @@ def test_dpmpp_2m_equals_diffusers(steps: int):
     scheduler = _dpm(algorithm_type="dpmsolver++")
     scheduler.set_timesteps(steps)
     torch.testing.assert_close(
-        ours("DPM++ 2M", scheduler.sigmas), _vp_multistep(scheduler), **TOLERANCE
+        run_sampler("DPM++ 2M", scheduler.sigmas), _vp_multistep(scheduler), **TOLERANCE
     )
 
 
@@ -143,7 +149,7 @@ def test_dpmpp_3m_sde_equals_the_published_update(steps: int):
     """
     sigmas = sigmas_for("Karras", steps, TABLE)
     noise = RecordedNoise()
-    result = ours("DPM++ 3M SDE", sigmas, noise)
+    result = run_sampler("DPM++ 3M SDE", sigmas, noise)
     levels = [float(sigma) for sigma in sigmas]
     x, evaluations = START.double() * levels[0], []
     for i in range(steps - 1):
@@ -182,7 +188,7 @@ def test_dpmpp_sde_equals_diffusers_with_torchsdes_tree(steps: int):
     noise = BrownianNoise(
         [seed, seed + 1], SHAPE[1:], sigmas, "cpu", ahead=brownian_intervals("DPM++ SDE", sigmas)
     )
-    result = ours("DPM++ SDE", sigmas, noise)
+    result = run_sampler("DPM++ SDE", sigmas, noise)
 
     x = START * sigmas[0]
     for timestep in scheduler.timesteps:
@@ -203,7 +209,7 @@ def test_dpmpp_sde_equals_diffusers_with_torchsdes_tree(steps: int):
 def test_euler_equals_diffusers(steps: int):
     scheduler = diffusers.EulerDiscreteScheduler(**BETAS, use_karras_sigmas=True)
     scheduler.set_timesteps(steps)
-    torch.testing.assert_close(ours("Euler", scheduler.sigmas), _ve(scheduler), **TOLERANCE)
+    torch.testing.assert_close(run_sampler("Euler", scheduler.sigmas), _ve(scheduler), **TOLERANCE)
 
 
 @pytest.mark.parametrize("steps", [2, 5, 20])
@@ -211,7 +217,7 @@ def test_euler_a_equals_diffusers(steps: int):
     scheduler = diffusers.EulerAncestralDiscreteScheduler(**BETAS, timestep_spacing="trailing")
     scheduler.set_timesteps(steps)
     # both generate one noise a step from generators of the same seed, in the same order
-    result = ours("Euler a", scheduler.sigmas, RecordedNoise())
+    result = run_sampler("Euler a", scheduler.sigmas, RecordedNoise())
     torch.testing.assert_close(
         result, _ve(scheduler, torch.Generator().manual_seed(1)), **TOLERANCE
     )
@@ -224,7 +230,7 @@ def test_heun_equals_diffusers(steps: int):
     # their list repeats the inner levels for the second slope
     sigmas = torch.cat([scheduler.sigmas[:1], scheduler.sigmas[1::2]])
     assert len(sigmas) == steps + 1
-    torch.testing.assert_close(ours("Heun", sigmas), _ve(scheduler), **TOLERANCE)
+    torch.testing.assert_close(run_sampler("Heun", sigmas), _ve(scheduler), **TOLERANCE)
 
 
 @pytest.mark.parametrize("steps", [2, 10, 20])
@@ -241,7 +247,7 @@ def test_ddim_equals_diffusers(steps: int):
         x = scheduler.step(
             (noisy - denoise(noisy, sigma)) / sigma, timestep, x, eta=0.0, return_dict=False
         )[0]
-    torch.testing.assert_close(ours("DDIM", sigmas), x, **TOLERANCE)
+    torch.testing.assert_close(run_sampler("DDIM", sigmas), x, **TOLERANCE)
 
 
 def test_lcm_equals_diffusers():
@@ -257,7 +263,7 @@ def test_lcm_equals_diffusers():
         noisy = x * math.sqrt(sigma**2 + 1)
         epsilon = (noisy - denoise(noisy, sigma)) / sigma
         x = scheduler.step(epsilon, timestep, x, generator=generator, return_dict=False)[0]
-    torch.testing.assert_close(ours("LCM", sigmas, RecordedNoise()), x, **TOLERANCE)
+    torch.testing.assert_close(run_sampler("LCM", sigmas, RecordedNoise()), x, **TOLERANCE)
 
 
 def _phi(k: int, z: float) -> float:
@@ -319,7 +325,7 @@ def test_unipc_equals_the_published_update(steps: int):
         order = min(3, i + 1, steps - i)
         before = x
         x = step(x, i, order) if levels[i + 1] > 0 else clean
-    torch.testing.assert_close(ours("UniPC", sigmas).double(), x, **TOLERANCE)
+    torch.testing.assert_close(run_sampler("UniPC", sigmas).double(), x, **TOLERANCE)
 
 
 # --- properties of all of them
@@ -351,7 +357,7 @@ def test_sampler_requests_exactly_its_own_noise(
         requested.append((sigma, following))
         return torch.zeros(SHAPE)
 
-    ours(name, sigmas, noise)
+    run_sampler(name, sigmas, noise)
     if SAMPLERS[name].noise == "brownian":
         assert requested == brownian_intervals(name, sigmas)
     else:
@@ -364,7 +370,7 @@ def test_sampler_one_step_returns_the_predicted_latent(name: str):
     sigmas = sigmas_for("Karras", 1, TABLE)
     # x + (x - clean) / sigma * -sigma cancels terms of size 15
     torch.testing.assert_close(
-        ours(name, sigmas, RecordedNoise()),
+        run_sampler(name, sigmas, RecordedNoise()),
         denoise(START * sigmas[0], float(sigmas[0])),
         rtol=0,
         atol=1e-5,
@@ -373,11 +379,11 @@ def test_sampler_one_step_returns_the_predicted_latent(name: str):
 
 @pytest.mark.parametrize("name", ["DPM++ 2M", "Heun", "UniPC"])
 def test_higher_order_is_closer_to_the_exact_path_than_euler(name: str):
-    exact = ours("Heun", sigmas_for("Karras", 400, TABLE))
+    exact = run_sampler("Heun", sigmas_for("Karras", 400, TABLE))
     # at 60 steps the error of Euler is 0.004, that of the multistep methods at most 0.0005
     coarse = sigmas_for("Karras", 60, TABLE)
 
     def error(result):
         return float((result - exact).abs().mean())
 
-    assert error(ours(name, coarse)) < error(ours("Euler", coarse)) / 4
+    assert error(run_sampler(name, coarse)) < error(run_sampler("Euler", coarse)) / 4

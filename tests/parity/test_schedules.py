@@ -61,8 +61,8 @@ def test_table_has_the_published_ends():
 
 def test_table_equals_diffusers():
     # diffusers multiplies the alphas in float32: the error is at most 1.3e-5
-    theirs = EulerDiscreteScheduler(**BETAS).alphas_cumprod
-    expected = ((1 - theirs) / theirs) ** 0.5
+    reference = EulerDiscreteScheduler(**BETAS).alphas_cumprod
+    expected = ((1 - reference) / reference) ** 0.5
     torch.testing.assert_close(TABLE.sigmas, expected, rtol=2e-5, atol=0)
 
 
@@ -98,27 +98,29 @@ def test_schedule_falls_from_the_highest_level_to_zero(scheduler: str, steps: in
     ],
 )
 def test_schedule_equals_diffusers(scheduler: str, option: str, steps: int):
-    theirs = EulerDiscreteScheduler(**BETAS, **{option: True})
-    theirs.set_timesteps(steps)
+    reference = EulerDiscreteScheduler(**BETAS, **{option: True})
+    reference.set_timesteps(steps)
     # their ends are 1.3e-5 off (see above)
     torch.testing.assert_close(
-        sigmas_for(scheduler, steps, TABLE), theirs.sigmas, rtol=3e-5, atol=0
+        sigmas_for(scheduler, steps, TABLE), reference.sigmas, rtol=3e-5, atol=0
     )
 
 
 # step counts that hit whole training steps, where diffusers' linear interpolation does not matter
 @pytest.mark.parametrize("steps", [2, 4, 10, 28])
 def test_normal_equals_diffusers_linspace(steps: int):
-    theirs = EulerDiscreteScheduler(**BETAS, timestep_spacing="linspace")
-    theirs.set_timesteps(steps)
-    torch.testing.assert_close(sigmas_for("Normal", steps, TABLE), theirs.sigmas, rtol=3e-5, atol=0)
+    reference = EulerDiscreteScheduler(**BETAS, timestep_spacing="linspace")
+    reference.set_timesteps(steps)
+    torch.testing.assert_close(
+        sigmas_for("Normal", steps, TABLE), reference.sigmas, rtol=3e-5, atol=0
+    )
 
 
 @pytest.mark.parametrize("steps", [3, 9, 27])
 def test_sgm_uniform_is_normal_without_the_lowest_level(steps: int):
-    theirs = EulerDiscreteScheduler(**BETAS, timestep_spacing="linspace")
-    theirs.set_timesteps(steps + 1)
-    expected = torch.cat([theirs.sigmas[:-2], torch.zeros(1)])
+    reference = EulerDiscreteScheduler(**BETAS, timestep_spacing="linspace")
+    reference.set_timesteps(steps + 1)
+    expected = torch.cat([reference.sigmas[:-2], torch.zeros(1)])
     torch.testing.assert_close(sigmas_for("SGM Uniform", steps, TABLE), expected, rtol=3e-5, atol=0)
 
 
@@ -207,11 +209,13 @@ def test_zero_snr_table_equals_diffusers():
 
 def test_linear_betas_equal_diffusers():
     table = SigmaTable.from_betas(0.0001, 0.02, "linear")
-    theirs = EulerDiscreteScheduler(
+    reference = EulerDiscreteScheduler(
         beta_start=0.0001, beta_end=0.02, beta_schedule="linear"
     ).alphas_cumprod
     # here the float32 products are further off: alpha_bar falls to 4e-5
-    torch.testing.assert_close(table.sigmas, ((1 - theirs) / theirs) ** 0.5, rtol=1e-4, atol=0)
+    torch.testing.assert_close(
+        table.sigmas, ((1 - reference) / reference) ** 0.5, rtol=1e-4, atol=0
+    )
 
 
 # --- timesteps and levels

@@ -112,10 +112,10 @@ def test_plain_prompt_equals_diffusers(encoders: TextEncoders, pipeline, prompt:
     context, _, pooled, _ = pipeline.encode_prompt(
         prompt, device="cpu", do_classifier_free_guidance=False
     )
-    ours = encoders.encode(prompt)
-    assert ours.context.shape == (1, 77, tiny_models.WIDTH_L + tiny_models.WIDTH_G)
-    torch.testing.assert_close(ours.context, context, **SAME)
-    torch.testing.assert_close(ours.pooled, pooled, **SAME)
+    result = encoders.encode(prompt)
+    assert result.context.shape == (1, 77, tiny_models.WIDTH_L + tiny_models.WIDTH_G)
+    torch.testing.assert_close(result.context, context, **SAME)
+    torch.testing.assert_close(result.pooled, pooled, **SAME)
 
 
 @pytest.mark.parametrize("clip_skip", [1, 2, 3])
@@ -145,11 +145,11 @@ def test_weights_scale_tokens_and_keep_the_mean(encoders: TextEncoders, models):
     for hidden in (hidden_l, hidden_g):
         weighted = hidden * weights
         expected.append(weighted * hidden.mean() / weighted.mean())
-    ours = encoders.encode("an (apple:1.5), [high quality]")
+    result = encoders.encode("an (apple:1.5), [high quality]")
     # the mean of random vectors is small, so its ratio has a larger rounding error
-    torch.testing.assert_close(ours.context[0], torch.cat(expected, dim=-1), rtol=1e-3, atol=1e-4)
-    torch.testing.assert_close(ours.pooled[0], pooled, **SAME)
-    assert (ours.context - encoders.encode("an apple, high quality").context).abs().max() > 0.1
+    torch.testing.assert_close(result.context[0], torch.cat(expected, dim=-1), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(result.pooled[0], pooled, **SAME)
+    assert (result.context - encoders.encode("an apple, high quality").context).abs().max() > 0.1
 
 
 # --- chunks
@@ -181,11 +181,11 @@ def test_encoders_with_different_chunk_counts_are_padded(encoders: TextEncoders,
 
     Every exclamation mark is a token of its own for encoder 2 only.
     """
-    ours, empty = encoders.encode(prompt), encoders.encode("")
-    assert ours.context.shape[1] == 2 * 77
+    result, empty = encoders.encode(prompt), encoders.encode("")
+    assert result.context.shape[1] == 2 * 77
     width = tiny_models.WIDTH_L
-    torch.testing.assert_close(ours.context[:, 77:, :width], empty.context[..., :width], **SAME)
-    assert (ours.context[:, 77:, width:] - empty.context[..., width:]).abs().max() > 0.1
+    torch.testing.assert_close(result.context[:, 77:, :width], empty.context[..., :width], **SAME)
+    assert (result.context[:, 77:, width:] - empty.context[..., width:]).abs().max() > 0.1
 
 
 def test_long_text_is_encoded_in_several_calls(
@@ -210,8 +210,8 @@ def test_text_after_an_end_token_is_padding_for_encoder_2(encoders: TextEncoders
     row_l = [START, 550, END, 3055, END, *[END] * 72]
     row_g = [START, 550, END, *[0] * 74]
     hidden_l, hidden_g, _ = _raw(models, [row_l, row_g])
-    ours = encoders.encode("an <|endoftext|> apple").context[0]
-    torch.testing.assert_close(ours, torch.cat([hidden_l, hidden_g], dim=-1), **SAME)
+    result = encoders.encode("an <|endoftext|> apple").context[0]
+    torch.testing.assert_close(result, torch.cat([hidden_l, hidden_g], dim=-1), **SAME)
 
 
 # --- learned words
@@ -234,9 +234,9 @@ def test_learned_word_is_replaced_by_its_vectors(tokenizers, models, learned: Te
     for model, vectors in zip(changed, (learned.clip_l, learned.clip_g), strict=True):
         model.get_input_embeddings().weight.data[spare] = vectors
     hidden_l, hidden_g, pooled = _raw(changed, _framed([550, *spare, 3055]))
-    ours = TextEncoders(*tokenizers, *models, {"glowstyle": learned}).encode("an glowstyle apple")
-    torch.testing.assert_close(ours.context[0], torch.cat([hidden_l, hidden_g], dim=-1), **SAME)
-    torch.testing.assert_close(ours.pooled[0], pooled, **SAME)
+    result = TextEncoders(*tokenizers, *models, {"glowstyle": learned}).encode("an glowstyle apple")
+    torch.testing.assert_close(result.context[0], torch.cat([hidden_l, hidden_g], dim=-1), **SAME)
+    torch.testing.assert_close(result.pooled[0], pooled, **SAME)
 
 
 def test_learned_words_do_not_change_other_prompts(

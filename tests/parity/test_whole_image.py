@@ -52,10 +52,10 @@ def test_engine_equals_the_reference(engine: LocalEngine, models: Path, decode: 
         models / "Stable-diffusion" / "folder", PROMPT, negative,
         seed=7, steps=6, cfg_scale=5.0, width=64, height=128, decode=decode,
     )  # fmt: skip
-    ours = _render(engine, decode=decode, negative_prompt=negative)
-    assert ours.shape == (128, 64, 4)
-    assert ours.std(axis=(0, 1)).min() > 15, "a flat image would prove nothing"
-    assert np.abs(ours - reference).max() <= 1
+    image = _render(engine, decode=decode, negative_prompt=negative)
+    assert image.shape == (128, 64, 4)
+    assert image.std(axis=(0, 1)).min() > 15, "a flat image would prove nothing"
+    assert np.abs(image - reference).max() <= 1
 
 
 def test_engine_single_file_equals_folder(engine: LocalEngine):

@@ -1,7 +1,6 @@
 """Engines with errors, for tests of engine processes.
 
-They are apart from the tests, because each engine process imports this module: a test module
-would add the imports of the service.
+They are not in a test module, whose imports of the service each engine process would load.
 """
 
 from __future__ import annotations

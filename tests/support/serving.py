@@ -22,14 +22,14 @@ from alphalayer.service.uvicorn_server import Server
 FAKE = "alphalayer.engine.fake:create_engine"
 
 
-def free_port(*also: int) -> int:
-    """Return a free port; the ports `also` above it are free, too.
+def free_port(*offsets: int) -> int:
+    """Return a free port; the ports at `offsets` above it are free, too.
 
     It is outside the system's ephemeral range, so that a restarted server finds it free again.
     """
     while True:
-        port = random.SystemRandom().randrange(11_000, 32_000 - max(also, default=0))
-        if all(_is_free(port + each) for each in (0, *also)):
+        port = random.SystemRandom().randrange(11_000, 32_000 - max(offsets, default=0))
+        if all(_is_free(port + offset) for offset in (0, *offsets)):
             return port
 
 

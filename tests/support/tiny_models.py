@@ -158,7 +158,7 @@ def make_single_file(path: Path, seed: int = 0, dtype: torch.dtype = torch.float
     """Write the same model as an LDM single file."""
     tensors = single_file_tensors(*text_encoders(seed), unet(seed), vae(seed))
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({name: each.to(dtype).contiguous() for name, each in tensors.items()}, path)
+    save_file({name: tensor.to(dtype).contiguous() for name, tensor in tensors.items()}, path)
     return path
 
 
@@ -170,13 +170,13 @@ def single_file_tensors(
 ) -> dict[str, torch.Tensor]:
     """Return the tensors of a model under the names of an LDM single file."""
     tensors = {
-        f"model.diffusion_model.{unet_name_in_ldm(name)}": each
-        for name, each in unet.state_dict().items()
+        f"model.diffusion_model.{unet_name_in_ldm(name)}": tensor
+        for name, tensor in unet.state_dict().items()
     }
     tensors |= _vae_in_ldm(vae.state_dict())
     prefix = "conditioner.embedders.0.transformer."
-    for name, each in first.state_dict().items():
-        tensors[prefix + ("" if name.startswith("text_model.") else "text_model.") + name] = each
+    for name, tensor in first.state_dict().items():
+        tensors[prefix + ("" if name.startswith("text_model.") else "text_model.") + name] = tensor
     return tensors | _open_clip(second.state_dict())
 
 
@@ -193,7 +193,10 @@ def make_layer_files(folder: Path, seed: int = 0) -> Path:
 
 
 def make_condition_patch(folder: Path, mode: str, seed: int = 0) -> Path:
-    """Write the patch of a mode with input images: `conv_in` and the first normalisation."""
+    """Write the patch of a mode with input images.
+
+    It changes `conv_in` and the last normalisation.
+    """
     (name, *_), inputs = MODES[mode].files, len(MODES[mode].needs)
     generator = torch.Generator().manual_seed(seed + 900)
     own = unet(seed).state_dict()
@@ -263,7 +266,7 @@ def _resnet_in_ldm(name: str, is_resnet: bool) -> str:
 
 def _vae_in_ldm(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     renamed = {}
-    for name, each in state.items():
+    for name, tensor in state.items():
         new = name.replace("mid_block.resnets.0.", "mid.block_1.").replace(
             "mid_block.resnets.1.", "mid.block_2."
         )
@@ -277,16 +280,16 @@ def _vae_in_ldm(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         new = new.replace(".resnets.", ".block.").replace(".conv_shortcut.", ".nin_shortcut.")
         new = new.replace("downsamplers.0.", "downsample.").replace("upsamplers.0.", "upsample.")
         new = new.replace("conv_norm_out.", "norm_out.")
-        is_projection = ".attn_1." in new and each.ndim == 2
-        renamed["first_stage_model." + new] = each[..., None, None] if is_projection else each
+        is_projection = ".attn_1." in new and tensor.ndim == 2
+        renamed["first_stage_model." + new] = tensor[..., None, None] if is_projection else tensor
     return renamed
 
 
 def _open_clip(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Return CLIP-G in OpenCLIP's layout: q, k, v stacked, the projection transposed."""
-    state = {name.removeprefix("text_model."): each for name, each in state.items()}
+    state = {name.removeprefix("text_model."): tensor for name, tensor in state.items()}
     prefix = "conditioner.embedders.1.model."
-    found = {
+    tensors = {
         "token_embedding.weight": state["embeddings.token_embedding.weight"],
         "positional_embedding": state["embeddings.position_embedding.weight"],
         "ln_final.weight": state["final_layer_norm.weight"],
@@ -304,10 +307,10 @@ def _open_clip(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         old, new = f"encoder.layers.{i}.", f"transformer.resblocks.{i}."
         for kind in ("weight", "bias"):
             projections = [state[f"{old}self_attn.{part}_proj.{kind}"] for part in "qkv"]
-            found[f"{new}attn.in_proj_{kind}"] = torch.cat(projections)
-            found[f"{new}attn.out_proj.{kind}"] = state[f"{old}self_attn.out_proj.{kind}"]
-            found |= {f"{new}{b}.{kind}": state[f"{old}{a}.{kind}"] for a, b in renames.items()}
-    return {prefix + name: each for name, each in found.items()}
+            tensors[f"{new}attn.in_proj_{kind}"] = torch.cat(projections)
+            tensors[f"{new}attn.out_proj.{kind}"] = state[f"{old}self_attn.out_proj.{kind}"]
+            tensors |= {f"{new}{b}.{kind}": state[f"{old}{a}.{kind}"] for a, b in renames.items()}
+    return {prefix + name: tensor for name, tensor in tensors.items()}
 
 
 def _rounded(module):

@@ -1,4 +1,4 @@
-"""Work beside the requests goes on whatever it raises."""
+"""Background tasks continue after any error."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import structlog.testing
 from alphalayer.observability import background
 
 
-async def test_what_fails_is_logged_and_started_again(monkeypatch: pytest.MonkeyPatch):
+async def test_background_task_failure_is_logged_and_restarted(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(background, "PAUSE_S", 0.0)
     left = [ValueError("one"), KeyError("two")]
 
@@ -23,7 +23,7 @@ async def test_what_fails_is_logged_and_started_again(monkeypatch: pytest.Monkey
     assert [(line["event"], line["task"]) for line in logs] == [("task.failed", "thing")] * 2
 
 
-async def test_a_cancelled_one_ends():
+async def test_background_task_cancel_stops_it():
     running = asyncio.create_task(background.keep_running("thing", lambda: asyncio.sleep(60)))
     await asyncio.sleep(0.01)
     running.cancel()

@@ -1,4 +1,4 @@
-"""The models folder: families by tensor shapes, files that cannot be used and why, names, hashes and their cache."""
+"""The models folder: families by tensor shapes, unusable files, names, hashes and their cache."""
 
 from __future__ import annotations
 
@@ -32,13 +32,15 @@ UNET = "model.diffusion_model."
 CLIP_L = "conditioner.embedders.0.transformer.text_model.embeddings.token_embedding.weight"
 CLIP_G = "conditioner.embedders.1.model.token_embedding.weight"
 MIDDLE = UNET + "middle_block.1.norm.weight"
+ATTENTION = "diffusion_model.input_blocks.4.1.transformer_blocks.0.attn1"
 Shapes = dict[str, tuple[int, ...]]
 VAE: Shapes = dict.fromkeys(VAE_MARKS, (128, 3, 3, 3))
 SDXL: Shapes = {
-    FIRST_CONV: (320, 4, 3, 3), CONTEXT: (640, 2048), CLIP_L: (49408, 768), CLIP_G: (49408, 1280), MIDDLE: (1280,), **VAE,
+    FIRST_CONV: (320, 4, 3, 3), CONTEXT: (640, 2048), CLIP_L: (49408, 768), CLIP_G: (49408, 1280),
+    MIDDLE: (1280,), **VAE,
 }  # fmt: skip
 
-# the tensors that tell the families apart, with the shapes of the published checkpoints
+# the tensors by which families differ, with the shapes of the published checkpoints
 FAMILIES: dict[str, Shapes] = {
     "sdxl": SDXL,
     "sdxl-inpaint": {**SDXL, FIRST_CONV: (320, 9, 3, 3)},
@@ -49,25 +51,35 @@ FAMILIES: dict[str, Shapes] = {
         FIRST_CONV: (384, 4, 3, 3), CONTEXT: (768, 1280), MIDDLE: (1536,),
         "conditioner.embedders.0.model.token_embedding.weight": (49408, 1280),
     },
-    "sdxl-unet": {FIRST_CONV.removeprefix(UNET): (320, 4, 3, 3), CONTEXT.removeprefix(UNET): (640, 2048)},
-    "ssd-1b": {FIRST_CONV: (320, 4, 3, 3), CONTEXT: (640, 2048), CLIP_G: (49408, 1280), UNET + "middle_block.0.x": (1280,)},
+    "sdxl-unet": {
+        FIRST_CONV.removeprefix(UNET): (320, 4, 3, 3), CONTEXT.removeprefix(UNET): (640, 2048),
+    },
+    "ssd-1b": {
+        FIRST_CONV: (320, 4, 3, 3), CONTEXT: (640, 2048), CLIP_G: (49408, 1280),
+        UNET + "middle_block.0.x": (1280,),
+    },
     "sd15": {
         FIRST_CONV: (320, 4, 3, 3), CONTEXT: (640, 768),
         "cond_stage_model.transformer.text_model.embeddings.token_embedding.weight": (49408, 768),
     },
     "sd15-inpaint": {FIRST_CONV: (320, 9, 3, 3), CONTEXT: (640, 768)},
-    "sd2": {FIRST_CONV: (320, 4, 3, 3), CONTEXT: (640, 1024), "cond_stage_model.model.ln_final.weight": (1024,)},
+    "sd2": {
+        FIRST_CONV: (320, 4, 3, 3), CONTEXT: (640, 1024),
+        "cond_stage_model.model.ln_final.weight": (1024,),
+    },
     "sd2-inpaint": {FIRST_CONV: (320, 9, 3, 3), CONTEXT: (640, 1024)},
     "vae": {"first_stage_model.post_quant_conv.weight": (4, 4, 1, 1)},
     "lora": {"lora_unet_input_blocks_4_1_proj_in.lora_down.weight": (8, 640)},
-    "layerdiffuse-patch": {"diffusion_model.input_blocks.4.1.transformer_blocks.0.attn1.to_q.weight::lora::0": (640, 256)},
+    "layerdiffuse-patch": {
+        f"{ATTENTION}.to_q.weight::lora::0": (640, 256),
+    },
     "transparent-decoder": {"latent_conv_in.weight": (64, 4, 1, 1)},
     "unknown": {"something.weight": (3, 3)},
 }  # fmt: skip
 
 
 def write(path: Path, shapes: Shapes, missing: int = 0) -> Path:
-    """A safetensors file of float16 zeros, as a sparse file, without its last `missing` bytes."""
+    """Write a sparse file of float16 zeros, without its last `missing` bytes."""
     entries, end = {}, 0
     for name, shape in shapes.items():
         size = 2
@@ -82,8 +94,8 @@ def write(path: Path, shapes: Shapes, missing: int = 0) -> Path:
     return path
 
 
-def _mine(models_dir: Path) -> dict[str, catalog.ModelEntry]:
-    """What was found in a folder, without the model that comes with the package."""
+def _find_own_models(models_dir: Path) -> dict[str, catalog.ModelEntry]:
+    """Return the models of a folder by name, without the embedded model."""
     return {
         entry.name: entry
         for entry in catalog.find_models(models_dir)
@@ -94,7 +106,7 @@ def _mine(models_dir: Path) -> dict[str, catalog.ModelEntry]:
 # --- families
 
 
-def test_other_marks_of_the_same_families(tmp_path: Path):
+def test_family_of_other_marker_tensors_is_the_same(tmp_path: Path):
     same: list[tuple[str, Shapes]] = [
         ("sdxl-edm", {**SDXL, "edm_vpred.sigma_max": ()}),
         ("sdxl-no-vae", {name: shape for name, shape in SDXL.items() if name != VAE_MARKS[0]}),
@@ -106,14 +118,14 @@ def test_other_marks_of_the_same_families(tmp_path: Path):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_families_are_told_apart_by_shapes(tmp_path: Path, family: str):
+def test_family_of_tensor_shapes_is_recognized(tmp_path: Path, family: str):
     assert family_of(read_header(write(tmp_path / "model.safetensors", FAMILIES[family]))) == family
 
 
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family != "sdxl"])
-def test_other_families_say_what_they_are(tmp_path: Path, family: str):
+def test_unsupported_family_is_named(tmp_path: Path, family: str):
     write(tmp_path / "Stable-diffusion" / "other.safetensors", FAMILIES[family])
-    entry = _mine(tmp_path)["other"]
+    entry = _find_own_models(tmp_path)["other"]
     assert isinstance(entry.problem, UnsupportedFamily)
     assert "other.safetensors" in entry.problem.message
     assert catalog.FAMILY_NAMES[family] in entry.problem.message
@@ -129,9 +141,9 @@ def test_other_families_say_what_they_are(tmp_path: Path, family: str):
         ("lora", "Lora"),
     ],
 )
-def test_files_in_the_wrong_folder_are_told_the_right_one(tmp_path: Path, family: str, place: str):
+def test_file_in_the_wrong_folder_names_the_right_folder(tmp_path: Path, family: str, place: str):
     write(tmp_path / "Stable-diffusion" / "other.safetensors", FAMILIES[family])
-    problem = _mine(tmp_path)["other"].problem
+    problem = _find_own_models(tmp_path)["other"].problem
     assert problem is not None
     assert place in problem.hint
 
@@ -140,13 +152,13 @@ def test_files_in_the_wrong_folder_are_told_the_right_one(tmp_path: Path, family
 
 
 def _problem(tmp_path: Path) -> str:
-    problem = _mine(tmp_path)["bad"].problem
+    problem = _find_own_models(tmp_path)["bad"].problem
     assert isinstance(problem, CorruptFile)
     assert "bad.safetensors" in problem.message
     return problem.message
 
 
-def test_a_truncated_file_says_how_much_is_missing(tmp_path: Path):
+def test_truncated_file_reports_the_missing_bytes(tmp_path: Path):
     write(tmp_path / "Stable-diffusion" / "bad.safetensors", FAMILIES["sdxl"], missing=1234)
     assert "1,234 of" in _problem(tmp_path)
 
@@ -167,7 +179,7 @@ def test_a_truncated_file_says_how_much_is_missing(tmp_path: Path):
         struct.pack("<Q", 60_000) + b"[" * 60_000,
     ],
 )
-def test_a_damaged_header_is_a_clear_error(tmp_path: Path, content: bytes):
+def test_damaged_header_is_a_clear_error(tmp_path: Path, content: bytes):
     folder = tmp_path / "Stable-diffusion"
     folder.mkdir()
     (folder / "bad.safetensors").write_bytes(content)
@@ -176,7 +188,9 @@ def test_a_damaged_header_is_a_clear_error(tmp_path: Path, content: bytes):
 
 @settings(max_examples=150, deadline=None)
 @given(st.binary(max_size=80))
-def test_any_header_is_read_or_refused(tmp_path_factory: pytest.TempPathFactory, header: bytes):
+def test_header_of_any_bytes_is_read_or_refused(
+    tmp_path_factory: pytest.TempPathFactory, header: bytes
+):
     path = tmp_path_factory.mktemp("headers") / "any.safetensors"
     path.write_bytes(struct.pack("<Q", len(header)) + header)
     # any other exception fails the test
@@ -185,13 +199,13 @@ def test_any_header_is_read_or_refused(tmp_path_factory: pytest.TempPathFactory,
 
 
 @pytest.mark.parametrize("suffix", catalog.PICKLE_SUFFIXES)
-def test_pickle_files_are_refused_with_the_reason_and_never_opened(tmp_path: Path, suffix: str):
+def test_pickle_file_is_refused_and_never_opened(tmp_path: Path, suffix: str):
     folder = tmp_path / "Stable-diffusion"
     folder.mkdir()
     # opening this one as a pickle would leave a file behind
     trace = tmp_path / "opened"
     (folder / f"old{suffix}").write_bytes(f"cos\nsystem\n(S'touch {trace}'\ntR.".encode())
-    problem = _mine(tmp_path)["old"].problem
+    problem = _find_own_models(tmp_path)["old"].problem
     assert isinstance(problem, PickleRefused)
     assert "run any code" in problem.message
     assert ".safetensors" in problem.hint
@@ -201,15 +215,15 @@ def test_pickle_files_are_refused_with_the_reason_and_never_opened(tmp_path: Pat
 # --- names
 
 
-def test_names_come_from_paths(tmp_path: Path):
+def test_model_name_comes_from_its_path(tmp_path: Path):
     for relative in ("plain", "sub/deep/model", "b"):
         write(tmp_path / "Stable-diffusion" / f"{relative}.safetensors", FAMILIES["sdxl"])
-    assert list(_mine(tmp_path)) == ["b", "plain", "sub_deep_model"]
-    assert all(entry.problem is None for entry in _mine(tmp_path).values())
+    assert list(_find_own_models(tmp_path)) == ["b", "plain", "sub_deep_model"]
+    assert all(entry.problem is None for entry in _find_own_models(tmp_path).values())
 
 
-def _folder(path: Path, index: object) -> Path:
-    """A folder with all its parts: those of SDXL base, weights by name only."""
+def _make_diffusers_folder(path: Path, index: object) -> Path:
+    """Write a folder with the parts of SDXL base and placeholder weights."""
     shutil.copytree(SHIPPED, path)
     (path / "model_index.json").write_text(index if isinstance(index, str) else json.dumps(index))
     for part in ("unet", "vae", "text_encoder", "text_encoder_2"):
@@ -217,15 +231,15 @@ def _folder(path: Path, index: object) -> Path:
     return path
 
 
-def _change(file: Path, **values: object) -> None:
+def _change_config(file: Path, **values: object) -> None:
     file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
 
 
-def test_a_diffusers_folder_is_one_model_and_its_files_are_none(tmp_path: Path):
-    _folder(
+def test_diffusers_folder_is_one_model(tmp_path: Path):
+    _make_diffusers_folder(
         tmp_path / "Stable-diffusion" / "sub" / "xl", {"_class_name": "StableDiffusionXLPipeline"}
     )
-    (entry,) = _mine(tmp_path).values()
+    (entry,) = _find_own_models(tmp_path).values()
     assert (entry.name, entry.kind, entry.family, entry.problem) == (
         "sub_xl",
         "diffusers",
@@ -245,9 +259,9 @@ def test_a_diffusers_folder_is_one_model_and_its_files_are_none(tmp_path: Path):
         None,
     ],
 )
-def test_a_folder_of_another_pipeline_says_so(tmp_path: Path, pipeline: object):
-    _folder(tmp_path / "Stable-diffusion" / "other", {"_class_name": pipeline})
-    problem = _mine(tmp_path)["other"].problem
+def test_diffusers_folder_of_another_pipeline_is_named(tmp_path: Path, pipeline: object):
+    _make_diffusers_folder(tmp_path / "Stable-diffusion" / "other", {"_class_name": pipeline})
+    problem = _find_own_models(tmp_path)["other"].problem
     assert isinstance(problem, UnsupportedFamily)
     assert str(pipeline) in problem.message
 
@@ -274,41 +288,43 @@ DEEP = '{"a":' + "[" * 60_000 + "]" * 60_000 + "}"
         ("scheduler/scheduler_config.json", {"prediction_type": "flow_prediction"}, "sdxl-other"),
     ],
 )
-def test_a_folder_that_would_be_drawn_wrongly_is_refused(
+def test_diffusers_folder_of_another_family_is_refused(
     tmp_path: Path, file: str, values: dict, family: str
 ):
-    path = _folder(
+    path = _make_diffusers_folder(
         tmp_path / "Stable-diffusion" / "a", {"_class_name": "StableDiffusionXLPipeline"}
     )
-    _folder(tmp_path / "Stable-diffusion" / "b", {"_class_name": "StableDiffusionXLPipeline"})
-    _change(path / file, **values)
-    entry = _mine(tmp_path)["a"]
+    _make_diffusers_folder(
+        tmp_path / "Stable-diffusion" / "b", {"_class_name": "StableDiffusionXLPipeline"}
+    )
+    _change_config(path / file, **values)
+    entry = _find_own_models(tmp_path)["a"]
     assert entry.family == family
     assert isinstance(entry.problem, UnsupportedFamily)
     assert catalog.FAMILY_NAMES[family] in entry.problem.message
-    assert catalog.resolve_model(None, list(_mine(tmp_path).values())).name == "b"
+    assert catalog.resolve_model(None, list(_find_own_models(tmp_path).values())).name == "b"
 
 
 @pytest.mark.parametrize("part", ["unet", "vae", "text_encoder", "text_encoder_2", "scheduler"])
-def test_a_folder_without_one_of_its_parts_names_it(tmp_path: Path, part: str):
-    path = _folder(
+def test_diffusers_folder_missing_part_is_named(tmp_path: Path, part: str):
+    path = _make_diffusers_folder(
         tmp_path / "Stable-diffusion" / "a", {"_class_name": "StableDiffusionXLPipeline"}
     )
     shutil.rmtree(path / part)
-    problem = _mine(tmp_path)["a"].problem
+    problem = _find_own_models(tmp_path)["a"].problem
     assert isinstance(problem, CorruptFile)
     assert str(path / part) in problem.message
 
 
 @pytest.mark.parametrize("index", ["{", "[]", "", DEEP], ids=["open", "list", "empty", "deep"])
-def test_a_damaged_index_is_named(tmp_path: Path, index: str):
-    _folder(tmp_path / "Stable-diffusion" / "bad", index)
-    problem = _mine(tmp_path)["bad"].problem
+def test_diffusers_folder_damaged_index_is_named(tmp_path: Path, index: str):
+    _make_diffusers_folder(tmp_path / "Stable-diffusion" / "bad", index)
+    problem = _find_own_models(tmp_path)["bad"].problem
     assert isinstance(problem, CorruptFile)
     assert "model_index.json" in problem.message
 
 
-def test_defaults_that_are_nested_without_end_are_damaged(tmp_path: Path):
+def test_config_nested_too_deeply_is_damaged(tmp_path: Path):
     own = tmp_path / "layerdiffuse" / "config.json"
     own.parent.mkdir()
     own.write_text(DEEP)
@@ -317,9 +333,9 @@ def test_defaults_that_are_nested_without_end_are_damaged(tmp_path: Path):
             read(tmp_path)
 
 
-def test_a_model_is_found_by_every_name_it_has(tmp_path: Path):
+def test_resolve_model_accepts_every_name_of_a_model(tmp_path: Path):
     write(tmp_path / "Stable-diffusion" / "sub" / "cup.safetensors", FAMILIES["unknown"])
-    entry = _mine(tmp_path)["sub_cup"]
+    entry = _find_own_models(tmp_path)["sub_cup"]
     known = catalog.ModelEntry(entry.name, entry.path, entry.kind, "sdxl", "ab" * 32)
     assert known.title == "sub_cup [ababababab]"
     for name in (
@@ -340,7 +356,7 @@ def test_a_model_is_found_by_every_name_it_has(tmp_path: Path):
         assert catalog.resolve_model(name, [known]) is known
 
 
-def test_a_file_that_cannot_be_used_does_not_hide_one_of_its_name_that_can(tmp_path: Path):
+def test_resolve_model_prefers_a_usable_file_of_the_same_name(tmp_path: Path):
     folder = tmp_path / "Stable-diffusion"
     write(folder / "cup.safetensors", FAMILIES["sdxl"])
     (folder / "cup.ckpt").write_bytes(b"pickle")
@@ -353,7 +369,7 @@ def test_a_file_that_cannot_be_used_does_not_hide_one_of_its_name_that_can(tmp_p
         catalog.resolve_model("cup", catalog.find_models(tmp_path))
 
 
-def test_a_models_own_name_goes_before_the_file_name_of_another():
+def test_resolve_model_prefers_model_names_to_file_names():
     folder = Path("models", "Stable-diffusion")
     backup = catalog.ModelEntry(
         "backup_cup", folder / "backup" / "cup.safetensors", "single_file", "sdxl", "b" * 64
@@ -361,7 +377,7 @@ def test_a_models_own_name_goes_before_the_file_name_of_another():
     cup = catalog.ModelEntry("cup", folder / "cup.safetensors", "single_file", "sdxl", "a" * 64)
     for name in ("cup", "cup.safetensors", cup.title, "a" * 10, "cup.safetensors [0123456789]"):
         assert catalog.resolve_model(name, [backup, cup]) is cup
-    # a hash says more than a name: the file was moved
+    # a hash outranks a name: the file was moved
     for name in ("backup/cup", backup.title, "cup.safetensors [bbbbbbbbbb]"):
         assert catalog.resolve_model(name, [backup, cup]) is backup
     damaged = replace(cup, problem=CorruptFile("cut off."))
@@ -369,17 +385,17 @@ def test_a_models_own_name_goes_before_the_file_name_of_another():
         catalog.resolve_model("cup", [backup, damaged])
 
 
-def test_an_unknown_name_lists_what_is_there(tmp_path: Path):
+def test_resolve_model_unknown_name_lists_the_models(tmp_path: Path):
     write(tmp_path / "Stable-diffusion" / "cup.safetensors", FAMILIES["sdxl"])
     with pytest.raises(ModelNotFound, match=r'"plate".*cup') as error:
-        catalog.resolve_model("plate", list(_mine(tmp_path).values()))
+        catalog.resolve_model("plate", list(_find_own_models(tmp_path).values()))
     assert error.value.field == "model"
 
 
-def test_without_a_name_the_first_usable_model_is_meant(tmp_path: Path):
+def test_resolve_model_without_a_name_returns_first_usable(tmp_path: Path):
     write(tmp_path / "Stable-diffusion" / "a-broken.safetensors", FAMILIES["sdxl"], missing=1)
     write(tmp_path / "Stable-diffusion" / "b-good.safetensors", FAMILIES["sdxl"])
-    entries = list(_mine(tmp_path).values())
+    entries = list(_find_own_models(tmp_path).values())
     assert catalog.resolve_model(None, entries).name == "b-good"
     with pytest.raises(CorruptFile):
         catalog.resolve_model(None, entries[:1])
@@ -387,7 +403,7 @@ def test_without_a_name_the_first_usable_model_is_meant(tmp_path: Path):
         catalog.resolve_model(None, [])
 
 
-def test_loras_are_found_by_name(tmp_path: Path):
+def test_find_lora_returns_the_file_of_a_name(tmp_path: Path):
     file = write(tmp_path / "Lora" / "sub" / "style.safetensors", FAMILIES["lora"])
     assert catalog.find_lora(tmp_path, "style") == file
     with pytest.raises(InvalidRequest, match=r'"other".*style') as error:
@@ -396,26 +412,26 @@ def test_loras_are_found_by_name(tmp_path: Path):
 
 
 @pytest.mark.parametrize("name", ["../../etc/passwd", "/etc/passwd", "..", "sub/style"])
-def test_a_loras_name_is_never_a_path(tmp_path: Path, name: str):
+def test_find_lora_path_as_a_name_is_refused(tmp_path: Path, name: str):
     write(tmp_path / "Lora" / "sub" / "style.safetensors", FAMILIES["lora"])
     with pytest.raises(InvalidRequest):
         catalog.find_lora(tmp_path, name)
 
 
-def test_an_absent_folder_has_no_models(tmp_path: Path):
-    assert _mine(tmp_path / "absent") == {}
+def test_find_models_absent_folder_is_empty(tmp_path: Path):
+    assert _find_own_models(tmp_path / "absent") == {}
 
 
 # --- hashes
 
 
-def test_hashes_are_those_of_the_whole_file_and_show_once_known(tmp_path: Path):
+def test_model_hash_covers_the_file_and_is_listed_once_known(tmp_path: Path):
     file = write(tmp_path / "Stable-diffusion" / "cup.safetensors", FAMILIES["unknown"])
-    entry = _mine(tmp_path)["cup"]
+    entry = _find_own_models(tmp_path)["cup"]
     assert (entry.sha256, entry.short_hash, entry.title) == (None, None, "cup")
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
     assert catalog.hash_model(entry, tmp_path) == digest
-    entry = _mine(tmp_path)["cup"]
+    entry = _find_own_models(tmp_path)["cup"]
     assert (entry.sha256, entry.short_hash, entry.title) == (
         digest,
         digest[:10],
@@ -431,18 +447,18 @@ def test_hashes_are_those_of_the_whole_file_and_show_once_known(tmp_path: Path):
     }
 
 
-def test_a_folders_hash_is_its_unets(tmp_path: Path):
-    path = _folder(
+def test_model_hash_of_a_folder_is_that_of_its_unet(tmp_path: Path):
+    path = _make_diffusers_folder(
         tmp_path / "Stable-diffusion" / "xl", {"_class_name": "StableDiffusionXLPipeline"}
     )
     digest = hashlib.sha256(
         (path / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()
     ).hexdigest()
-    assert catalog.hash_model(_mine(tmp_path)["xl"], tmp_path) == digest
+    assert catalog.hash_model(_find_own_models(tmp_path)["xl"], tmp_path) == digest
 
 
-def test_the_hash_is_of_the_file_that_is_read(tmp_path: Path):
-    path = _folder(
+def test_model_hash_covers_the_weight_file_in_use(tmp_path: Path):
+    path = _make_diffusers_folder(
         tmp_path / "Stable-diffusion" / "xl", {"_class_name": "StableDiffusionXLPipeline"}
     )
     half = path / "unet" / "diffusion_pytorch_model.fp16.safetensors"
@@ -450,14 +466,15 @@ def test_the_hash_is_of_the_file_that_is_read(tmp_path: Path):
     plain = hashlib.sha256(
         (path / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()
     ).hexdigest()
-    assert catalog.hash_model(_mine(tmp_path)["xl"], tmp_path) == plain
+    assert catalog.hash_model(_find_own_models(tmp_path)["xl"], tmp_path) == plain
     (path / "unet" / "diffusion_pytorch_model.safetensors").unlink()
     assert (
-        catalog.hash_model(_mine(tmp_path)["xl"], tmp_path) == hashlib.sha256(b"half").hexdigest()
+        catalog.hash_model(_find_own_models(tmp_path)["xl"], tmp_path)
+        == hashlib.sha256(b"half").hexdigest()
     )
 
 
-def test_each_layer_file_is_the_models_own_or_the_shared_one(tmp_path: Path):
+def test_layer_file_is_the_models_own_or_the_shared_one(tmp_path: Path):
     model, names = tmp_path / "model", ("first.safetensors", "second.safetensors")
     own, shared = model / "layerdiffuse", tmp_path / "layer_model"
     for folder in (own, shared):
@@ -474,39 +491,39 @@ def test_each_layer_file_is_the_models_own_or_the_shared_one(tmp_path: Path):
     )
 
 
-def test_a_folder_without_weights_is_no_traceback(tmp_path: Path):
-    path = _folder(
+def test_model_hash_of_a_folder_without_weights_is_an_error(tmp_path: Path):
+    path = _make_diffusers_folder(
         tmp_path / "Stable-diffusion" / "xl", {"_class_name": "StableDiffusionXLPipeline"}
     )
     (path / "unet" / "diffusion_pytorch_model.safetensors").unlink()
     with pytest.raises(CorruptFile, match="diffusion_pytorch_model"):
-        catalog.hash_model(_mine(tmp_path)["xl"], tmp_path)
+        catalog.hash_model(_find_own_models(tmp_path)["xl"], tmp_path)
 
 
-def _changed(file: Path, content: bytes, modified: int) -> None:
+def _write_modified(file: Path, content: bytes, modified: int) -> None:
     file.write_bytes(content)
     os.utime(file, ns=(modified, modified))
 
 
-def test_a_hash_is_computed_again_when_size_or_time_change_and_only_then(tmp_path: Path):
+def test_hash_cache_computes_again_after_size_or_time_change(tmp_path: Path):
     file, cache_file = tmp_path / "model", tmp_path / "cache.json"
 
     def digest(content):
         return hashlib.sha256(content).hexdigest()
 
-    _changed(file, b"one", 1_000)
+    _write_modified(file, b"one", 1_000)
     assert HashCache(cache_file).sha256(file) == digest(b"one")
-    _changed(file, b"two", 1_000)  # same size and time: the remembered hash
+    _write_modified(file, b"two", 1_000)  # same size and time: the remembered hash
     assert HashCache(cache_file).sha256(file) == digest(b"one")
-    _changed(file, b"two", 2_000)
+    _write_modified(file, b"two", 2_000)
     assert HashCache(cache_file).get(file) is None
     assert HashCache(cache_file).sha256(file) == digest(b"two")
-    _changed(file, b"three", 2_000)
+    _write_modified(file, b"three", 2_000)
     assert HashCache(cache_file).sha256(file) == digest(b"three")
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"x": 1}', "null"])
-def test_a_damaged_cache_is_begun_anew(tmp_path: Path, content: str):
+def test_hash_cache_damaged_file_is_replaced(tmp_path: Path, content: str):
     file, cache_file = tmp_path / "model", tmp_path / "cache.json"
     file.write_bytes(b"one")
     cache_file.write_text(content.replace('"x"', json.dumps(str(file))))
@@ -514,13 +531,13 @@ def test_a_damaged_cache_is_begun_anew(tmp_path: Path, content: str):
     assert HashCache(cache_file).get(file) is not None
 
 
-def test_where_the_cache_cannot_be_written_hashes_are_still_given(tmp_path: Path):
+def test_hash_cache_unwritable_file_still_returns_hashes(tmp_path: Path):
     (tmp_path / "model").write_bytes(b"one")
     cache = HashCache(tmp_path / "absent" / "cache.json")
     assert cache.sha256(tmp_path / "model") == hashlib.sha256(b"one").hexdigest()
 
 
-def test_a_models_own_patch_is_of_one_method(tmp_path: Path):
+def test_layerdiffuse_method_of_a_models_own_patch_is_checked(tmp_path: Path):
     own = tmp_path / "own" / "layerdiffuse"
     own.mkdir(parents=True)
     entry = catalog.ModelEntry("own", own.parent, "diffusers", "sdxl")

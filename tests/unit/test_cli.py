@@ -1,4 +1,4 @@
-"""The `alphalayer` command: images of a tiny model, file names, models, and errors in one line."""
+"""The `alphalayer` command: images of a tiny model, file names, models, errors in one line."""
 
 from __future__ import annotations
 
@@ -40,7 +40,10 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run the entry point in an empty folder: exit code, standard output, standard error."""
+    """Return a function that runs the entry point in an empty folder.
+
+    It returns the exit code, the standard output and the standard error.
+    """
     import os
 
     monkeypatch.chdir(tmp_path)
@@ -90,8 +93,8 @@ def test_generate_writes_a_transparent_png_with_its_settings(
     rgba, parameters = codecs.decode(file.read_bytes())
     assert rgba.shape == (64, 64, 4)
     assert rgba[..., 3].min() < 255
-    found = read_parameters(parameters or "")
-    assert (found["Prompt"], found["Seed"], found["Steps"], found["Model"]) == (
+    saved = read_parameters(parameters or "")
+    assert (saved["Prompt"], saved["Seed"], saved["Steps"], saved["Model"]) == (
         "a red apple",
         "7",
         "1",
@@ -100,7 +103,7 @@ def test_generate_writes_a_transparent_png_with_its_settings(
     assert re.fullmatch(rf"outputs/{file.name}  64x64  seed 7  [\d.]+ s  tiny\n", out)
 
 
-def test_a_batch_into_a_named_file_is_numbered(run: Run, models: Path, tmp_path: Path):
+def test_generate_batch_into_a_named_file_is_numbered(run: Run, models: Path, tmp_path: Path):
     code, out, _ = run(
         *_generate(models, "--batch-size", "2", "--output", str(tmp_path / "new" / "cup.png"))
     )
@@ -114,7 +117,7 @@ def test_a_batch_into_a_named_file_is_numbered(run: Run, models: Path, tmp_path:
     assert not np.array_equal(first, second)
 
 
-def test_other_formats_are_written_by_name_or_by_flag(run: Run, models: Path, tmp_path: Path):
+def test_generate_format_follows_file_name_or_flag(run: Run, models: Path, tmp_path: Path):
     assert run(*_generate(models, "--output", str(tmp_path / "cup.avif")))[0] == 0
     assert run(*_generate(models, "--output", str(tmp_path / "folder"), "--format", "webp"))[0] == 0
     (other,) = (tmp_path / "folder").iterdir()
@@ -125,7 +128,7 @@ def test_other_formats_are_written_by_name_or_by_flag(run: Run, models: Path, tm
         assert (parameters or "").startswith("a red apple\n")
 
 
-def test_options_reach_the_engine(run: Run, models: Path, tmp_path: Path):
+def test_generate_options_reach_the_engine(run: Run, models: Path, tmp_path: Path):
     options = [
         "--sampler",
         "DPM++ 2M Karras",
@@ -157,19 +160,19 @@ def test_options_reach_the_engine(run: Run, models: Path, tmp_path: Path):
     rgba, parameters = codecs.decode((tmp_path / "cup.png").read_bytes())
     assert rgba.shape == (70, 128, 4)
     assert (rgba[..., 3] == 255).all()
-    found = read_parameters(parameters or "")
-    assert (found["Sampler"], found["Schedule type"], found["CFG scale"], found["RNG"]) == (
+    saved = read_parameters(parameters or "")
+    assert (saved["Sampler"], saved["Schedule type"], saved["CFG scale"], saved["RNG"]) == (
         "DPM++ 2M",
         "Karras",
         "3.5",
         "CPU",
     )
-    assert found["Negative prompt"] == ""
-    assert "layerdiffusion_enabled" not in found
+    assert saved["Negative prompt"] == ""
+    assert "layerdiffusion_enabled" not in saved
 
 
-def test_every_core_field_is_an_option_of_generate():
-    """A field is added in one place: the core."""
+def test_generate_has_an_option_for_each_core_field():
+    """Add fields in one place only: the core."""
     names = {name for model in (GenerationRequest, Output) for name in model.model_fields}
     parameters = {parameter.name: parameter for parameter in _command("generate").params}
     assert names - {"prompt", "inputs"} <= parameters.keys()
@@ -180,7 +183,7 @@ def test_every_core_field_is_an_option_of_generate():
     assert {"--mode", "--clip-skip", "--trim-padding", "--layerdiffuse-stop-at", "-o"} <= flags
 
 
-def test_an_option_is_described_by_its_field():
+def test_add_options_describes_options_by_their_fields():
     class Example(BaseModel):
         strength: Annotated[float, Field(gt=0, le=2, description="How strong.")] | None = None
         count: Annotated[int, Field(ge=0, le=2**63, description="How many.")] = 0
@@ -216,32 +219,32 @@ def test_an_option_is_described_by_its_field():
     assert help_["color"] == "Color. One of: red, blue. Default: red."
 
 
-def test_mode_and_finishing_options_reach_the_file(run: Run, models: Path, tmp_path: Path):
+def test_generate_mode_and_output_options_reach_the_file(run: Run, models: Path, tmp_path: Path):
     options = "--mode attention --layerdiffuse-weight 0.5 --layerdiffuse-stop-at 0.75 --clip-skip 2"
     options += " --subseed 5 --subseed-strength 0.25 --trim --trim-threshold 200 --trim-padding 3"
     assert run(*_generate(models, *options.split(), "-o", "cup.png"))[0] == 0
     rgba, parameters = codecs.decode((tmp_path / "cup.png").read_bytes())
-    found = read_parameters(parameters or "")
-    assert found["layerdiffusion_method"] == MODES["attention"].label
-    assert found["layerdiffusion_weight"] == "0.5"
-    assert found["layerdiffusion_ending_step"] == "0.75"
-    assert (found["Clip skip"], found["Variation seed strength"]) == ("2", "0.25")
-    assert found["Variation seed"] == "5"
+    saved = read_parameters(parameters or "")
+    assert saved["layerdiffusion_method"] == MODES["attention"].label
+    assert saved["layerdiffusion_weight"] == "0.5"
+    assert saved["layerdiffusion_ending_step"] == "0.75"
+    assert (saved["Clip skip"], saved["Variation seed strength"]) == ("2", "0.25")
+    assert saved["Variation seed"] == "5"
     code, _, err = run(*_generate(models, "--mode", "conv"))
     assert code == 1
     assert 'not one of "conv"' in err
-    whole, _ = codecs.decode(_whole(run, models, options).read_bytes())
+    whole, _ = codecs.decode(_generate_untrimmed(run, models, options).read_bytes())
     np.testing.assert_array_equal(rgba, postprocess.trim(whole, 200, 3))
 
 
-def _whole(run: Run, models: Path, options: str) -> Path:
-    """The image of the same options, without trimming."""
+def _generate_untrimmed(run: Run, models: Path, options: str) -> Path:
+    """Generate the image of the same options, without trimming."""
     kept = options.replace("--trim --trim-threshold 200 --trim-padding 3", "")
     assert run(*_generate(models, *kept.split(), "-o", "whole.png"))[0] == 0
     return Path("whole.png")
 
 
-def test_iterations_are_numbered_in_a_named_file(run: Run, models: Path, tmp_path: Path):
+def test_generate_iterations_into_a_named_file_are_numbered(run: Run, models: Path, tmp_path: Path):
     options = ["--n-iter", "2", "--mode", "opaque", "-o", "new/cup.webp"]
     code, out, _ = run(*_generate(models, *options))
     assert code == 0
@@ -260,7 +263,7 @@ def test_generate_replaces_a_named_file(run: Run, models: Path, tmp_path: Path):
     assert codecs.decode((tmp_path / "cup.png").read_bytes())[0].shape == (64, 64, 4)
 
 
-def test_input_image_is_read_from_its_file(run: Run, tmp_path: Path):
+def test_generate_reads_an_input_image_from_its_file(run: Run, tmp_path: Path):
     models = tmp_path / "models"
     tiny_models.make_single_file(models / "Stable-diffusion" / "tiny.safetensors")
     layer_model = tiny_models.make_layer_files(models / "layer_model")
@@ -278,18 +281,18 @@ def test_input_image_is_read_from_its_file(run: Run, tmp_path: Path):
     assert sorted(path.name for path in tmp_path.glob("*.png")) == ["cup.png", "table.png"]
 
 
-def test_mode_without_its_input_image_is_refused(run: Run, models: Path):
+def test_generate_mode_without_its_input_image_is_refused(run: Run, models: Path):
     err = run(*_generate(models, "--mode", "fg2ble"))[2]
     assert 'mode "fg2ble" takes one image each of: foreground' in err
 
 
-def test_the_same_command_draws_the_same_picture(run: Run, models: Path, tmp_path: Path):
+def test_generate_same_command_gives_the_same_image(run: Run, models: Path, tmp_path: Path):
     for name in ("one.png", "two.png"):
         run(*_generate(models, "-o", str(tmp_path / name)))
     assert (tmp_path / "one.png").read_bytes() == (tmp_path / "two.png").read_bytes()
 
 
-def test_info_shows_what_made_a_picture(run: Run, tmp_path: Path):
+def test_info_shows_the_settings_of_an_image(run: Run, tmp_path: Path):
     (tmp_path / "cup.png").write_bytes(
         codecs.encode(
             np.zeros((3, 5, 4), np.uint8), parameters="a [cup]\nSteps: 1, Size: 5x3, Seed: 2"
@@ -301,15 +304,15 @@ def test_info_shows_what_made_a_picture(run: Run, tmp_path: Path):
     assert "no settings" in run("info", "bare.png")[1]
 
 
-def test_models_are_listed_and_verified(run: Run, tmp_path: Path):
+def test_models_list_and_verify_report_each_file(run: Run, tmp_path: Path):
     write(tmp_path / "models" / "Stable-diffusion" / "cup.safetensors", FAMILIES["lora"])
     write(tmp_path / "models" / "Stable-diffusion" / "old.safetensors", FAMILIES["sd15"], missing=5)
     code, out, _ = run("models", "list")
     assert code == 0
     checkpoints = "models/Stable-diffusion"
     assert (
-        f"error  cup  {checkpoints}/cup.safetensors is a LoRA, not a checkpoint.\n    Move it to Lora/.\n"
-        in out
+        f"error  cup  {checkpoints}/cup.safetensors is a LoRA, not a checkpoint.\n"
+        "    Move it to Lora/.\n" in out
     )
     assert f"error  old  {checkpoints}/old.safetensors is cut off" in out
     assert re.search(
@@ -323,8 +326,8 @@ def test_models_are_listed_and_verified(run: Run, tmp_path: Path):
     assert f"error  {checkpoints}/old.safetensors  is cut off" in out
 
 
-def test_names_in_brackets_are_shown_as_they_are(run: Run, tmp_path: Path):
-    """They are markup to the library that prints."""
+def test_output_names_in_brackets_are_shown_unchanged(run: Run, tmp_path: Path):
+    """Square brackets are markup to the library that prints."""
     folder = tmp_path / "m[/x]" / "Stable-diffusion"
     write(folder / "model[v1].safetensors", FAMILIES["sd15"])
     for command in (["models", "list"], ["models", "verify"], ["doctor"]):
@@ -338,7 +341,7 @@ def test_names_in_brackets_are_shown_as_they_are(run: Run, tmp_path: Path):
 @pytest.mark.parametrize(
     "command", [["models", "list"], ["models", "verify"], ["generate", "x"], ["serve"]]
 )
-def test_a_models_folder_that_was_named_has_to_be_there(
+def test_models_dir_missing_folder_is_an_error(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: list[str]
 ):
     (tmp_path / "file").touch()
@@ -350,29 +353,29 @@ def test_a_models_folder_that_was_named_has_to_be_there(
     assert run(*command)[2].startswith("error: the models folder elsewhere does not exist.")
 
 
-def test_a_model_that_is_not_there_is_missed_in_the_folder_that_was_named(run: Run, tmp_path: Path):
+def test_generate_missing_model_names_the_models_folder(run: Run, tmp_path: Path):
     (tmp_path / "mine").mkdir()
     _, _, err = run("generate", "x", "--models-dir", "mine", "--model", "absent")
     assert err.startswith(
-        'error: --model: no model "absent" in mine/Stable-diffusion; there is: alphalayer-mini (built in).'
+        'error: --model: no model "absent" in mine/Stable-diffusion; '
+        "there is: alphalayer-mini (built in)."
     )
 
 
-def test_drawing_with_the_embedded_model_for_want_of_another_is_said(run: Run, tmp_path: Path):
+def test_generate_with_the_embedded_model_is_reported(run: Run, tmp_path: Path):
     (tmp_path / "mine").mkdir()
     small = ["--width", "64", "--height", "64", "--steps", "1", "--device", "cpu"]
     code, out, err = run("generate", "an apple", "--models-dir", "mine", *small)
     assert code == 0
     assert out.endswith("  alphalayer-mini\n")
     assert err.startswith(
-        "Generating with alphalayer-mini, the small embedded model. mine/Stable-diffusion holds no other"
+        "Generating with alphalayer-mini, the small embedded model. "
+        "mine/Stable-diffusion holds no other"
     )
     assert "alphalayer models pull" in err
 
 
-def test_usage_and_hints_bear_the_name_that_it_was_started_with(
-    run: Run, monkeypatch: pytest.MonkeyPatch
-):
+def test_usage_and_hints_name_the_program_as_started(run: Run, monkeypatch: pytest.MonkeyPatch):
     assert "Usage: alphalayer generate" in run("generate", "-h")[1]
     assert "or run: alphalayer models pull" in run("generate", "apple", "--model", "absent")[2]
     monkeypatch.setenv("ALPHALAYER_STARTED_BY", "python3 run.py")
@@ -381,7 +384,7 @@ def test_usage_and_hints_bear_the_name_that_it_was_started_with(
     assert "    For SDXL run: python3 run.py models pull" in run("models", "list")[1]
 
 
-def test_a_broken_keys_file_is_one_line(run: Run, tmp_path: Path):
+def test_keys_broken_file_is_one_line(run: Run, tmp_path: Path):
     (tmp_path / "data").mkdir()
     for content in ("{", '[{"name": "me"}]', '{"name": "me"}'):
         (tmp_path / "data" / "keys.json").write_text(content)
@@ -392,7 +395,7 @@ def test_a_broken_keys_file_is_one_line(run: Run, tmp_path: Path):
         assert "https://" not in err
 
 
-def test_a_key_is_shown_alone_and_where_it_is_kept_beside(run: Run, tmp_path: Path):
+def test_keys_add_prints_the_key_alone_and_its_file_to_stderr(run: Run, tmp_path: Path):
     code, out, err = run("keys", "add", "bob")
     assert code == 0
     assert re.fullmatch(r"alk_\S+\n", out)
@@ -405,7 +408,7 @@ def test_a_key_is_shown_alone_and_where_it_is_kept_beside(run: Run, tmp_path: Pa
     assert str(tmp_path / "data" / "keys.json") in err
 
 
-def test_a_default_model_that_is_not_there_stops_the_start(run: Run):
+def test_serve_missing_default_model_stops_the_start(run: Run):
     for command in (
         ["serve", "--default-model", "nope"],
         ["serve-as-before", "--ckpt", "nope.safetensors"],
@@ -416,8 +419,8 @@ def test_a_default_model_that_is_not_there_stops_the_start(run: Run):
         assert '"nope' in err
 
 
-def test_pulling_asks_first(run: Run, tmp_path: Path):
-    """With "n" nothing is fetched."""
+def test_models_pull_requires_confirmation(run: Run, tmp_path: Path):
+    """Answer "n", after which nothing is downloaded."""
     result = CliRunner().invoke(
         app, ["models", "pull", "sdxl-base", "--models-dir", str(tmp_path)], input="n\n"
     )
@@ -426,7 +429,7 @@ def test_pulling_asks_first(run: Run, tmp_path: Path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_pulling_what_is_not_known_or_not_free_is_refused(run: Run):
+def test_models_pull_unknown_or_restricted_model_is_refused(run: Run):
     for name, message in (
         ("sd3", 'error: name: "sd3" is not'),
         ("juggernaut-xl", "error: name: Juggernaut XL cannot be downloaded"),
@@ -437,14 +440,14 @@ def test_pulling_what_is_not_known_or_not_free_is_refused(run: Run):
         assert len(err.splitlines()) == 1
 
 
-def test_doctor_ends_with_a_code(run: Run, models: Path):
+def test_doctor_exit_code_follows_its_findings(run: Run, models: Path):
     code, out, _ = run("doctor", "--models-dir", str(models))
     assert "torch" in out
     assert "model tiny" in out
     assert code == (1 if re.search("^error", out, re.MULTILINE) else 0)
 
 
-def test_wrong_settings_are_one_line(run: Run, tmp_path: Path):
+def test_settings_error_is_one_line(run: Run, tmp_path: Path):
     (tmp_path / "alphalayer.toml").write_text('port = "many"')
     code, out, err = run("models", "list")
     assert (code, out) == (1, "")
@@ -453,8 +456,8 @@ def test_wrong_settings_are_one_line(run: Run, tmp_path: Path):
 
 
 def test_serve_has_a_flag_for_each_setting(run: Run, monkeypatch: pytest.MonkeyPatch):
-    taken: list[Settings] = []
-    monkeypatch.setattr("alphalayer.cli.app.run_server", taken.append)
+    recorded: list[Settings] = []
+    monkeypatch.setattr("alphalayer.cli.app.run_server", recorded.append)
     flags = [
         "--queue-limit",
         "5",
@@ -466,7 +469,7 @@ def test_serve_has_a_flag_for_each_setting(run: Run, monkeypatch: pytest.MonkeyP
         "ann:a",
     ]
     assert run("serve", *flags, "--port", "9000")[0] == 0
-    (settings,) = taken
+    (settings,) = recorded
     assert (settings.queue_limit, settings.log_json, settings.tracing, settings.port) == (
         5,
         True,
@@ -476,12 +479,12 @@ def test_serve_has_a_flag_for_each_setting(run: Run, monkeypatch: pytest.MonkeyP
     assert settings.keep_jobs_days == 0.5
     assert run("serve", "--queue-limit", "many")[2].startswith("error: --queue-limit: ")
     assert run("serve", "--listen")[0] == 0
-    assert taken[-1].host == "0.0.0.0"
+    assert recorded[-1].host == "0.0.0.0"
     assert run("serve", "--listen", "--host", "10.0.0.5")[0] == 0
-    assert taken[-1].host == "10.0.0.5"
+    assert recorded[-1].host == "10.0.0.5"
 
 
-def test_help_fits_a_narrow_terminal_and_cuts_no_flag(run: Run, monkeypatch: pytest.MonkeyPatch):
+def test_help_fits_a_narrow_terminal_with_whole_flags(run: Run, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("COLUMNS", "80")
     lines = run("serve", "--help")[1].splitlines()
     assert max(map(len, lines)) <= 80
@@ -490,7 +493,7 @@ def test_help_fits_a_narrow_terminal_and_cuts_no_flag(run: Run, monkeypatch: pyt
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["--batch-size", "100"], "--batch-size: got 100; at most 8."),
         (["--dtype", "fp8"], '--dtype: got "fp8"'),
@@ -507,19 +510,19 @@ def test_help_fits_a_narrow_terminal_and_cuts_no_flag(run: Run, monkeypatch: pyt
         ),
     ],
 )
-def test_errors_name_the_flag(run: Run, arguments: list[str], said: str):
+def test_generate_errors_name_the_flag(run: Run, arguments: list[str], message: str):
     code, _, err = run("generate", "x", *arguments)
     assert code == 1
-    assert said in err
+    assert message in err
 
 
-def test_a_prompt_without_quotes_is_told_so(run: Run):
+def test_generate_prompt_without_quotes_is_explained(run: Run):
     code, _, err = run("generate", "an", "apple", "--steps", "1")
     assert code == 2
     assert 'put it in quotes: alphalayer generate "an apple"' in err
 
 
-def test_what_is_done_to_a_finished_picture(run: Run, models: Path):
+def test_generate_finishes_the_image_as_requested(run: Run, models: Path):
     assert (
         run(*_generate(models, "--background", "#ff0000", "--defringe", "-o", "plain.png"))[0] == 0
     )
@@ -527,11 +530,11 @@ def test_what_is_done_to_a_finished_picture(run: Run, models: Path):
     assert (rgba[..., 3] == 255).all()
     code, out, _ = run(*_generate(models, "--trim", "-o", "cut.png"))
     assert code == 0
-    drawn, _ = codecs.decode(Path("cut.png").read_bytes())
-    assert f"{drawn.shape[1]}x{drawn.shape[0]}" in out
+    trimmed, _ = codecs.decode(Path("cut.png").read_bytes())
+    assert f"{trimmed.shape[1]}x{trimmed.shape[0]}" in out
 
 
-def test_the_old_start_line_works_in_its_own_folder_and_says_what_it_cannot_read(
+def test_serve_as_before_reports_unreadable_flags_and_settings(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     home = tmp_path / "home"
@@ -547,8 +550,8 @@ def test_the_old_start_line_works_in_its_own_folder_and_says_what_it_cannot_read
     assert err.startswith("error: COMMANDLINE_ARGS cannot be read: no closing quotation.")
 
 
-def test_errors_hold_no_markup_of_the_terminal(run: Run):
-    """A name in square brackets is shown as it is."""
+def test_errors_hold_no_terminal_markup(run: Run):
+    """Show a name in square brackets unchanged."""
     _, _, err = run("generate", "x", "--sampler", "[bold]Magic[/]")
     assert '"[bold]Magic[/]"' in err
     assert "\x1b" not in err
@@ -558,14 +561,14 @@ def test_errors_hold_no_markup_of_the_terminal(run: Run):
     "arguments",
     [["generate"], ["generate", "x", "--steps", "many"], ["generate", "x", "--bogus"], ["bogus"]],
 )
-def test_wrong_usage_is_code_2_without_a_traceback(run: Run, arguments: list[str]):
+def test_wrong_usage_exits_2_without_a_traceback(run: Run, arguments: list[str]):
     code, _, err = run(*arguments)
     assert code == 2
     assert "Usage:" in err
     assert "Traceback" not in err
 
 
-def test_help_and_version(run: Run):
+def test_help_and_version_are_printed(run: Run):
     help_ = " ".join(run("generate", "--help")[1].split())
     assert "DPM++ 3M SDE" in help_
     assert "SGM Uniform" in help_

@@ -1,4 +1,4 @@
-"""Settings: flags before environment before file, and wrong ones that fail loudly by name."""
+"""Settings: flags override the environment and the file; errors name the setting."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from alphalayer.core.errors import SetupFailed
 
 
 @pytest.fixture(autouse=True)
-def clean(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder without a file of settings, an environment without ours."""
+def empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return an empty working folder; remove our variables from the environment."""
     import os
 
     for name in list(os.environ):
@@ -23,13 +23,13 @@ def clean(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_defaults_serve_this_machine_only():
+def test_settings_defaults_serve_this_machine_only():
     settings = load_settings()
     assert (settings.host, settings.port) == ("127.0.0.1", 7861)
     assert settings.models_dir == Path("models")
 
 
-def test_the_environment_sets(monkeypatch: pytest.MonkeyPatch):
+def test_settings_are_read_from_the_environment(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("ALPHALAYER_PORT", "9000")
     monkeypatch.setenv("ALPHALAYER_LOG_JSON", "true")
     settings = load_settings()
@@ -37,17 +37,17 @@ def test_the_environment_sets(monkeypatch: pytest.MonkeyPatch):
     assert settings.log_json is True
 
 
-def test_the_file_sets(clean: Path):
-    (clean / "alphalayer.toml").write_text('port = 9001\nmodels_dir = "elsewhere"\n')
+def test_settings_are_read_from_the_file(empty_folder: Path):
+    (empty_folder / "alphalayer.toml").write_text('port = 9001\nmodels_dir = "elsewhere"\n')
     settings = load_settings()
     assert settings.port == 9001
     assert settings.models_dir == Path("elsewhere")
 
 
-def test_flags_win_over_the_environment_and_that_over_the_file(
-    clean: Path, monkeypatch: pytest.MonkeyPatch
+def test_settings_flags_override_environment_and_file(
+    empty_folder: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    (clean / "alphalayer.toml").write_text('port = 1\nhost = "file"\ndevice = "cpu"\n')
+    (empty_folder / "alphalayer.toml").write_text('port = 1\nhost = "file"\ndevice = "cpu"\n')
     monkeypatch.setenv("ALPHALAYER_PORT", "2")
     monkeypatch.setenv("ALPHALAYER_HOST", "environment")
     settings = load_settings(port=3, host=None)
@@ -66,7 +66,7 @@ def test_flags_win_over_the_environment_and_that_over_the_file(
         ("cors_allow_origins", "example.com"), ("cors_allow_origins", "https://example.com/page"),
     ],
 )  # fmt: skip
-def test_wrong_values_are_named(monkeypatch: pytest.MonkeyPatch, name: str, value: str):
+def test_settings_wrong_value_is_named(monkeypatch: pytest.MonkeyPatch, name: str, value: str):
     monkeypatch.setenv(f"ALPHALAYER_{name.upper()}", value)
     with pytest.raises(SetupFailed, match=f"ALPHALAYER_{name.upper()}: ") as caught:
         load_settings()
@@ -74,22 +74,22 @@ def test_wrong_values_are_named(monkeypatch: pytest.MonkeyPatch, name: str, valu
     assert "\n" not in str(caught.value)
 
 
-def test_an_empty_variable_is_none(monkeypatch: pytest.MonkeyPatch):
+def test_settings_empty_variable_is_unset(monkeypatch: pytest.MonkeyPatch):
     for name in Settings.model_fields:
         monkeypatch.setenv(f"ALPHALAYER_{name.upper()}", "")
     assert load_settings() == Settings.model_construct()
 
 
 @pytest.mark.parametrize("name", ["database", "data_dir", "api_auth", "port"])
-def test_an_empty_flag_or_line_is_refused(clean: Path, name: str):
+def test_settings_empty_flag_or_line_is_refused(empty_folder: Path, name: str):
     with pytest.raises(SetupFailed, match=f"--{name.replace('_', '-')}: it is empty"):
         load_settings(**{name: ""})
-    (clean / "alphalayer.toml").write_text(f'{name} = ""\n')
+    (empty_folder / "alphalayer.toml").write_text(f'{name} = ""\n')
     with pytest.raises(SetupFailed, match=rf"alphalayer\.toml, {name}: it is empty"):
         load_settings()
 
 
-def test_good_addresses_are_taken():
+def test_settings_valid_addresses_are_accepted():
     settings = load_settings(
         trusted_proxies="127.0.0.1, 10.0.0.0/8,*",
         api_auth="ann:a,bob:b:c",
@@ -103,25 +103,25 @@ def test_good_addresses_are_taken():
     assert load_settings(cors_allow_origins="*", trusted_proxies="").cors_allow_origins == "*"
 
 
-def test_an_unknown_name_in_the_environment_is_named(monkeypatch: pytest.MonkeyPatch):
+def test_settings_unknown_variable_is_named(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("ALPHALAYER_PROT", "80")
     with pytest.raises(SetupFailed, match="ALPHALAYER_PROT"):
         load_settings()
 
 
-def test_the_variable_of_the_start_script_is_no_unknown_name(monkeypatch: pytest.MonkeyPatch):
+def test_settings_variable_of_the_start_script_is_accepted(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("ALPHALAYER_TORCH", "cpu")
     load_settings()
 
 
-def test_an_unknown_name_in_the_file_is_named(clean: Path):
-    (clean / "alphalayer.toml").write_text("prot = 80\n")
+def test_settings_unknown_name_in_the_file_is_named(empty_folder: Path):
+    (empty_folder / "alphalayer.toml").write_text("prot = 80\n")
     with pytest.raises(SetupFailed, match=r"alphalayer\.toml, prot: there is no such"):
         load_settings()
 
 
-def test_a_file_that_is_not_toml_is_named(clean: Path):
-    (clean / "alphalayer.toml").write_text("port = = 80\n")
+def test_settings_file_that_is_not_toml_is_named(empty_folder: Path):
+    (empty_folder / "alphalayer.toml").write_text("port = = 80\n")
     with pytest.raises(SetupFailed, match=r"alphalayer\.toml"):
         load_settings()
 
@@ -131,7 +131,7 @@ def test_settings_cannot_be_changed():
         load_settings().port = 1  # type: ignore[misc]
 
 
-def test_passwords_are_not_shown():
+def test_settings_passwords_are_not_shown():
     settings = load_settings(api_auth="user:open-sesame", webhook_secret="swordfish")
     assert "open-sesame" not in repr(settings)
     assert "swordfish" not in repr(settings)
@@ -139,13 +139,13 @@ def test_passwords_are_not_shown():
     assert settings.api_auth.get_secret_value() == "user:open-sesame"
 
 
-def test_engine_options_are_plain_json():
+def test_engine_options_are_json():
     options = load_settings(models_dir=Path("m"), device="cpu").engine_options()
     assert json.loads(json.dumps(options)) == options
     assert (options["models_dir"], options["device"]) == ("m", "cpu")
 
 
-def test_a_secret_in_the_wrong_form_is_not_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_settings_invalid_secret_is_not_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "alphalayer.toml").write_text("webhook_secret = 424242\n")
     with pytest.raises(SetupFailed) as raised:

@@ -20,7 +20,7 @@ subprocess.run([sys.executable, "-c", {CHILD!r}], check=True)
 """
 
 
-def test_thread_limit_overrides_inherited_values_in_child_process():
+def test_thread_limit_overrides_values_of_child_processes():
     inherited = dict.fromkeys(THREAD_LIMIT, "8") | {
         "OMP_WAIT_POLICY": "ACTIVE",
         "OMP_PROC_BIND": "true",

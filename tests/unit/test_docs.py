@@ -1,4 +1,4 @@
-"""The reference pages say what the program does: they are generated, and must be current."""
+"""The reference pages are generated from the program and current."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ def _generator():
 
 @pytest.mark.parametrize("name", ["settings.md", "cli.md", "api.md", "metrics.md"])
 def test_reference_pages_are_current(name):
-    wanted = _generator().PAGES[name]()
-    assert (DOCS / "reference" / name).read_text(encoding="utf-8") == wanted, (
+    generated = _generator().PAGES[name]()
+    assert (DOCS / "reference" / name).read_text(encoding="utf-8") == generated, (
         "run: python docs/generate.py"
     )
 
 
-def test_every_setting_has_a_meaning_and_a_flag():
+def test_every_setting_has_a_description_and_a_flag():
     options = {
         option
         for parameter in get_command(app).commands["serve"].params
@@ -45,7 +45,7 @@ def test_every_setting_has_a_meaning_and_a_flag():
         assert f"--{name.replace('_', '-')}" in options
 
 
-def test_every_field_and_parameter_of_the_interface_has_a_meaning():
+def test_every_field_and_parameter_of_the_api_is_described():
     rows = [
         line
         for line in (DOCS / "reference" / "api.md").read_text(encoding="utf-8").splitlines()
@@ -55,7 +55,7 @@ def test_every_field_and_parameter_of_the_interface_has_a_meaning():
     assert [row for row in rows if row.endswith("|  |")] == []
 
 
-def test_every_log_line_of_the_service_is_in_the_reference_and_no_other():
+def test_log_reference_lists_exactly_the_log_events():
     source = DOCS.parent / "src" / "alphalayer"
     calls = r'\b(?:log\.(?:debug|info|warning|error)|level)\(\s*f?"([\w.]+)[\w{}]*"'
     written = {
@@ -63,13 +63,13 @@ def test_every_log_line_of_the_service_is_in_the_reference_and_no_other():
         for path in source.rglob("*.py")
         for name in re.findall(calls, path.read_text(encoding="utf-8"))
     }
-    # its name ends in what came of it
+    # the name of this event ends with the outcome
     written = written - {"webhook."} | {"webhook.delivered", "webhook.retried", "webhook.given_up"}
     page = (DOCS / "reference" / "logs.md").read_text(encoding="utf-8")
     assert set(re.findall(r"^\| `([\w.]+)` \|", page, re.MULTILINE)) == written
 
 
-def test_the_dashboard_shows_every_metric_and_no_other():
+def test_dashboard_shows_exactly_the_metrics():
     dashboard = json.loads(
         (DOCS.parent / "deploy" / "grafana" / "alphalayer.json").read_text(encoding="utf-8")
     )
@@ -79,5 +79,5 @@ def test_the_dashboard_shows_every_metric_and_no_other():
         for target in panel["targets"]
         for name in re.findall(r"alphalayer_\w+", target["expr"])
     }
-    told = {family.name for family in Metrics().registry.collect()}
-    assert shown == told
+    registered = {family.name for family in Metrics().registry.collect()}
+    assert shown == registered

@@ -1,4 +1,7 @@
-"""The doctor: what it finds on a good and on a bad machine, and that each finding says what to do. Files, ports and torch are real."""
+"""The doctor on good and bad machines, with real files, ports and torch.
+
+Each finding that is not ok has a hint.
+"""
 
 from __future__ import annotations
 
@@ -47,49 +50,51 @@ def taken_port() -> Iterator[int]:
 
 @pytest.fixture
 def no_embedded_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """As if the model that comes with the package were not there."""
+    """Hide the embedded model."""
     monkeypatch.setattr(entries, "EMBEDDED_MODEL", tmp_path / "absent")
 
 
-def _about(findings: list[Finding], words: str) -> Finding:
-    (found,) = [finding for finding in findings if words in finding.text]
-    return found
+def _find_finding(findings: list[Finding], words: str) -> Finding:
+    (finding,) = [finding for finding in findings if words in finding.text]
+    return finding
 
 
-def _files(folder: Path) -> None:
+def _write_models(folder: Path) -> None:
     write(folder / "models" / "Stable-diffusion" / "cup.safetensors", FAMILIES["sdxl"])
     layers = folder / "models" / "layer_model"
     write(layers / "layer_xl_transparent_attn.safetensors", FAMILIES["layerdiffuse-patch"])
     write(layers / "vae_transparent_decoder.safetensors", FAMILIES["transparent-decoder"])
 
 
-def test_a_good_machine_is_ok(tmp_path: Path, free_port: int):
-    _files(tmp_path)
+def test_diagnose_good_machine_is_ok(tmp_path: Path, free_port: int):
+    _write_models(tmp_path)
     findings = diagnose(_settings(tmp_path, free_port))
     assert [finding for finding in findings if finding.level == "error"] == []
     layers = ("LayerDiffuse patch", "LayerDiffuse transparent decoder")
     for words in ("torch", "model cup", *layers, f"port {free_port}", "GiB free for images"):
-        assert _about(findings, words).level == "ok"
+        assert _find_finding(findings, words).level == "ok"
 
 
-def test_what_is_missing_is_an_error_with_what_to_do(
+def test_diagnose_missing_parts_are_findings_with_hints(
     tmp_path: Path, taken_port: int, no_embedded_model: None
 ):
     (tmp_path / "outputs").write_text("in the way")
     (tmp_path / "models").mkdir()
     settings = _settings(tmp_path, taken_port)
     findings = [
-        each for look in (doctor._models, doctor._port, doctor._outputs) for each in look(settings)
+        finding
+        for check in (doctor._models, doctor._port, doctor._outputs)
+        for finding in check(settings)
     ]
-    assert _about(findings, "no usable model").level == "error"
-    assert "alphalayer models pull" in _about(findings, "no usable model").hint
-    assert _about(findings, f"port {taken_port}").level == "warning"
-    assert "--port" in _about(findings, f"port {taken_port}").hint
-    assert _about(findings, "cannot write to").level == "error"
+    assert _find_finding(findings, "no usable model").level == "error"
+    assert "alphalayer models pull" in _find_finding(findings, "no usable model").hint
+    assert _find_finding(findings, f"port {taken_port}").level == "warning"
+    assert "--port" in _find_finding(findings, f"port {taken_port}").hint
+    assert _find_finding(findings, "cannot write to").level == "error"
     assert all(finding.hint for finding in findings if finding.level != "ok")
 
 
-def test_missing_layer_files_are_errors_where_a_model_needs_them(tmp_path: Path):
+def test_layer_files_missing_are_errors_if_a_model_needs_them(tmp_path: Path):
     write(tmp_path / "models" / "Stable-diffusion" / "cup.safetensors", FAMILIES["sdxl"])
     findings = list(doctor._layer_files(_settings(tmp_path, 1)))
     assert [finding.level for finding in findings] == ["error", "error"]
@@ -98,9 +103,7 @@ def test_missing_layer_files_are_errors_where_a_model_needs_them(tmp_path: Path)
     assert all("pull layerdiffuse" in finding.hint for finding in findings)
 
 
-def test_a_model_that_names_its_own_layer_file_has_to_have_it(
-    tmp_path: Path, no_embedded_model: None
-):
+def test_layer_files_named_by_a_model_must_exist(tmp_path: Path, no_embedded_model: None):
     folder = tmp_path / "models" / "Stable-diffusion" / "own"
     shutil.copytree(
         Path(entries.__file__).parent.parent / "builtin_models" / "alphalayer-mini", folder
@@ -114,34 +117,36 @@ def test_a_model_that_names_its_own_layer_file_has_to_have_it(
     assert "config.json is damaged" in broken.text
 
 
-def test_layer_files_are_opened(tmp_path: Path):
-    _files(tmp_path)
+def test_layer_files_damaged_content_is_an_error(tmp_path: Path):
+    _write_models(tmp_path)
     patch = tmp_path / "models" / "layer_model" / "layer_xl_transparent_attn.safetensors"
     patch.write_bytes(os.urandom(5000))
-    found = _about(list(doctor._layer_files(_settings(tmp_path, 1))), "LayerDiffuse patch")
-    assert found.level == "error"
-    assert str(patch) in found.text
-    assert "pull layerdiffuse" in found.hint
+    finding = _find_finding(list(doctor._layer_files(_settings(tmp_path, 1))), "LayerDiffuse patch")
+    assert finding.level == "error"
+    assert str(patch) in finding.text
+    assert "pull layerdiffuse" in finding.hint
 
 
-def test_a_shared_queue_is_looked_at(
+def test_database_of_a_shared_queue_is_checked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, postgres: Postgres, free_port: int
 ):
     assert list(doctor._database(_settings(tmp_path, 1))) == []
-    (found,) = doctor._database(_settings(tmp_path, 1, database=postgres.fresh_database()))
-    assert found.level == "ok"
-    assert "PostgreSQL 1" in found.text
-    there = _settings(tmp_path, 1, database=f"postgresql://me:swordfish@127.0.0.1:{free_port}/x")
-    (found,) = doctor._database(there)
-    assert (found.level, "swordfish" in found.text) == ("error", False)
+    (finding,) = doctor._database(_settings(tmp_path, 1, database=postgres.fresh_database()))
+    assert finding.level == "ok"
+    assert "PostgreSQL 1" in finding.text
+    unreachable = _settings(
+        tmp_path, 1, database=f"postgresql://me:swordfish@127.0.0.1:{free_port}/x"
+    )
+    (finding,) = doctor._database(unreachable)
+    assert (finding.level, "swordfish" in finding.text) == ("error", False)
     monkeypatch.setitem(sys.modules, "alphalayer.jobs.postgres", None)
     monkeypatch.delattr("alphalayer.jobs.postgres", raising=False)
-    (found,) = doctor._database(there)
-    assert found.level == "error"
-    assert "[shared]" in found.hint
+    (finding,) = doctor._database(unreachable)
+    assert finding.level == "error"
+    assert "[shared]" in finding.hint
 
 
-def test_a_bucket_is_looked_at(
+def test_bucket_is_checked(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     s3: dict[str, str],
@@ -150,15 +155,15 @@ def test_a_bucket_is_looked_at(
 ):
     for name, value in s3.items():
         monkeypatch.setenv(name, value)
-    (found,) = doctor._bucket(_settings(tmp_path, 1, storage=s3_prefix))
-    assert found == Finding("ok", f"{s3_prefix} can be read")
+    (finding,) = doctor._bucket(_settings(tmp_path, 1, storage=s3_prefix))
+    assert finding == Finding("ok", f"{s3_prefix} can be read")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
-    (found,) = doctor._bucket(_settings(tmp_path, 1, storage=s3_prefix))
-    assert found.level == "error"
-    assert s3_prefix in found.text
+    (finding,) = doctor._bucket(_settings(tmp_path, 1, storage=s3_prefix))
+    assert finding.level == "error"
+    assert s3_prefix in finding.text
 
 
-def test_missing_layer_files_are_no_matter_to_a_model_with_its_own(
+def test_layer_files_missing_are_fine_if_a_model_has_its_own(
     tmp_path: Path, no_embedded_model: None
 ):
     folder = tmp_path / "models" / "Stable-diffusion" / "own"
@@ -167,7 +172,7 @@ def test_missing_layer_files_are_no_matter_to_a_model_with_its_own(
     assert list(doctor._layer_files(_settings(tmp_path, 1))) == []
 
 
-def test_wrong_files_are_told_what_they_are(tmp_path: Path):
+def test_models_unsupported_files_are_described(tmp_path: Path):
     checkpoints = tmp_path / "models" / "Stable-diffusion"
     write(checkpoints / "old.safetensors", FAMILIES["sd15"])
     write(checkpoints / "style.safetensors", FAMILIES["lora"])
@@ -176,11 +181,11 @@ def test_wrong_files_are_told_what_they_are(tmp_path: Path):
     findings = list(doctor._models(_settings(tmp_path, 1)))
     right = ("old.safetensors is a Stable Diffusion 1.5", "style.safetensors is a LoRA")
     for words in (*right, "cut.safetensors is cut off", "virus.ckpt is a pickle"):
-        assert _about(findings, words).level == "warning"
+        assert _find_finding(findings, words).level == "warning"
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0", "::1"])
-def test_a_port_is_free_or_taken(host: str):
+def test_check_port_taken_port_is_refused(host: str):
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         listener = socket.socket(family)
@@ -196,7 +201,7 @@ def test_a_port_is_free_or_taken(host: str):
 
 
 @pytest.mark.parametrize("host", ["203.0.113.1", "nowhere.invalid"])
-def test_an_address_that_is_not_ours_is_named(host: str):
+def test_check_port_foreign_address_is_named(host: str):
     with pytest.raises(SetupFailed, match=f"port 8000 on {host}") as raised:
         check_port(host, 8000)
     assert "--host" in raised.value.hint
@@ -212,16 +217,16 @@ class backends:
 """
 
 
-def _torch(folder: Path, monkeypatch: pytest.MonkeyPatch, source: str) -> list[Finding]:
-    """What the doctor finds where importing torch runs this."""
+def _check_torch(folder: Path, monkeypatch: pytest.MonkeyPatch, source: str) -> list[Finding]:
+    """Return the findings where importing torch runs `source`."""
     (folder / "torch.py").write_text(source)
     monkeypatch.setenv("PYTHONPATH", str(folder))
-    # else one of the same length, written in the same second, is taken for the one before
+    # else Python reuses the bytecode of a file of the same length and second
     monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
     return list(doctor._torch(_settings(folder, 1)))
 
 
-def test_a_torch_that_hangs_fails_or_ends_the_process_is_a_finding(
+def test_torch_import_that_hangs_or_fails_is_a_finding(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(doctor, "TIMEOUT_S", 2)
@@ -234,27 +239,25 @@ def test_a_torch_that_hangs_fails_or_ends_the_process_is_a_finding(
         ("import os; os._exit(7)", "torch cannot be imported: exit code 7"),
         ("import sys; sys.exit()", "torch did not report its version"),
     ):
-        (finding,) = _torch(tmp_path, monkeypatch, source)
+        (finding,) = _check_torch(tmp_path, monkeypatch, source)
         assert finding.level == "error"
         assert words in finding.text
         assert finding.hint
 
 
-def test_what_is_printed_while_torch_is_imported_does_no_harm(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_torch_import_that_prints_is_ok(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     stand_in = f'print("a library greets")\n{STAND_IN.format(mps=False)}'
-    assert _torch(tmp_path, monkeypatch, stand_in)[0] == Finding("ok", "torch 9.9")
+    assert _check_torch(tmp_path, monkeypatch, stand_in)[0] == Finding("ok", "torch 9.9")
 
 
-def test_apple_silicon_is_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_torch_on_apple_silicon_finds_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "torch.py").write_text(STAND_IN.format(mps=True))
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     settings = _settings(tmp_path, 1).model_copy(update={"device": "auto"})
     assert list(doctor._torch(settings))[1:] == [Finding("ok", "GPU of Apple silicon (mps)")]
 
 
-def test_a_models_folder_that_was_named_and_is_not_there_is_an_error(tmp_path: Path):
+def test_models_missing_folder_is_an_error(tmp_path: Path):
     (finding,) = doctor._models(_settings(tmp_path, 1))
     assert finding.level == "error"
     assert f"the models folder {tmp_path / 'models'} does not exist" in finding.text

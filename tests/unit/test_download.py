@@ -1,6 +1,7 @@
-"""Getting published models, from a real HTTP server on this machine that answers as the public hub does; and verifying what is there.
+"""Downloads of published models, and verification of the models folder.
 
-Each pull runs in a process of its own, which is how a user's second attempt meets what the first one left.
+A real HTTP server answers as the public hub does. Each pull runs in a new process, so a second
+one meets the files that the first one left.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ DIGEST = hashlib.sha256(CONTENT).hexdigest()
 
 @dataclass
 class Hub:
-    """What the server holds and how it behaves, and what it was asked."""
+    """Content and behaviour of the server, and the requests that it received."""
 
     url: str = ""
     content: bytes = CONTENT
@@ -43,8 +44,8 @@ class Hub:
     """The connection breaks after so many bytes, and later requests are answered 503."""
     is_broken: bool = False
     is_damaging: bool = False
-    """What is sent is not what the ETag names."""
-    asked: list[tuple[str, str, str | None]] = field(default_factory=list)
+    """The content that is sent is not that of the ETag."""
+    requests: list[tuple[str, str, str | None]] = field(default_factory=list)
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -61,12 +62,12 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _answer(self, *, with_body: bool) -> None:
         span = self.headers.get("Range")
-        self.hub.asked.append((self.command, self.path, span))
-        found = re.fullmatch(rf"/{REPOSITORY}/resolve/[^/]+/{FILENAME}", self.path)
-        if self.hub.is_broken or not found:
-            self.send_response(503 if found else 404)
+        self.hub.requests.append((self.command, self.path, span))
+        is_known = re.fullmatch(rf"/{REPOSITORY}/resolve/[^/]+/{FILENAME}", self.path)
+        if self.hub.is_broken or not is_known:
+            self.send_response(503 if is_known else 404)
             self.send_header("Content-Length", "0")
-            if not found:
+            if not is_known:
                 self.send_header("X-Error-Code", "EntryNotFound")
             self.end_headers()
             return
@@ -95,13 +96,13 @@ class _Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server() -> Iterator[Hub]:
-    hub_ = Hub()
-    handler = type("Handler", (_Handler,), {"hub": hub_})
+    hub = Hub()
+    handler = type("Handler", (_Handler,), {"hub": hub})
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as http:
-        hub_.url = f"http://127.0.0.1:{http.server_port}"
+        hub.url = f"http://127.0.0.1:{http.server_port}"
         thread = threading.Thread(target=http.serve_forever, args=(0.05,), daemon=True)
         thread.start()
-        yield hub_
+        yield hub
         http.shutdown()
         thread.join(5)
 
@@ -119,7 +120,7 @@ except AlphalayerError as error:
 """
 
 
-def _published(**changes: Any) -> dict[str, Any]:
+def _published_fields(**changes: Any) -> dict[str, Any]:
     values = {
         "name": "m",
         "repository": REPOSITORY,
@@ -146,45 +147,49 @@ def _environment(server: Hub, folder: Path) -> dict[str, str]:
 
 def _pull(server: Hub, models: Path, **changes: Any) -> dict[str, Any]:
     done = subprocess.run(
-        [sys.executable, "-c", _PULL, json.dumps(_published(**changes)), str(models)],
-        env=_environment(server, models.parent), capture_output=True, text=True, timeout=60, check=False,
-    )  # fmt: skip
+        [sys.executable, "-c", _PULL, json.dumps(_published_fields(**changes)), str(models)],
+        env=_environment(server, models.parent),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
 
-def test_a_file_is_fetched_checked_and_not_fetched_again(server: Hub, tmp_path: Path):
+def test_pull_downloads_and_checks_a_file_once(server: Hub, tmp_path: Path):
     models = tmp_path / "models"
     target = models / "layer_model" / FILENAME
     assert _pull(server, models) == {"path": str(target), "finding": "as published"}
     assert target.read_bytes() == CONTENT
-    assert [command for command, *_ in server.asked] == ["HEAD", "GET"]
+    assert [command for command, *_ in server.requests] == ["HEAD", "GET"]
     assert _pull(server, models) == {"path": str(target), "finding": "as published"}
-    assert len(server.asked) == 2
+    assert len(server.requests) == 2
 
 
-def test_what_was_begun_is_resumed(server: Hub, tmp_path: Path):
+def test_pull_resumes_an_interrupted_download(server: Hub, tmp_path: Path):
     models = tmp_path / "models"
-    # huggingface-hub writes in pieces of 10 MB: what is left of the first attempt is 20 MB
+    # huggingface-hub writes pieces of 10 MB, so the first attempt leaves 20 MB
     server.content = CONTENT * 25
     server.breaks_at = 21 * 2**20
-    asked = {"size": len(server.content), "sha256": hashlib.sha256(server.content).hexdigest()}
-    error = _pull(server, models, **asked)
+    published = {"size": len(server.content), "sha256": hashlib.sha256(server.content).hexdigest()}
+    error = _pull(server, models, **published)
     assert error["code"] == "model_not_found"
     assert FILENAME in error["message"]
     assert "continues where it stopped" in error["hint"]
     assert not (models / "layer_model" / FILENAME).exists()
 
     server.breaks_at, server.is_broken = None, False
-    server.asked.clear()
-    assert "path" in _pull(server, models, **asked)
-    assert [span for command, _, span in server.asked if command == "GET"] == [
+    server.requests.clear()
+    assert "path" in _pull(server, models, **published)
+    assert [span for command, _, span in server.requests if command == "GET"] == [
         f"bytes={20 * 2**20}-"
     ]
     assert (models / "layer_model" / FILENAME).read_bytes() == server.content
 
 
-def test_a_wrong_hash_is_told_and_the_file_kept_beside(server: Hub, tmp_path: Path):
+def test_pull_wrong_hash_is_an_error_and_keeps_the_file_apart(server: Hub, tmp_path: Path):
     models = tmp_path / "models"
     server.content = CONTENT[:-1] + b"!"
     error = _pull(server, models)
@@ -192,14 +197,12 @@ def test_a_wrong_hash_is_told_and_the_file_kept_beside(server: Hub, tmp_path: Pa
     assert DIGEST[:10] in error["message"]
     assert not (models / "layer_model" / FILENAME).exists()
     assert (models / "layer_model" / f"{FILENAME}.wrong").read_bytes() == server.content
-    # as the hint says, the same command fetches it anew
+    # as the hint states, the same command downloads it again
     server.content = CONTENT
     assert "path" in _pull(server, models)
 
 
-def test_without_a_published_hash_the_hubs_own_is_held_against_what_came(
-    server: Hub, tmp_path: Path
-):
+def test_pull_without_a_published_hash_checks_that_of_the_hub(server: Hub, tmp_path: Path):
     server.is_damaging = True
     error = _pull(server, tmp_path / "models", sha256=None)
     assert error["code"] == "corrupt_file"
@@ -208,8 +211,8 @@ def test_without_a_published_hash_the_hubs_own_is_held_against_what_came(
     assert _pull(server, tmp_path / "models", sha256=None)["finding"] == "as published"
 
 
-def test_a_users_own_file_of_that_name_is_left_alone(server: Hub, tmp_path: Path):
-    """It may be the published one saved again: that it differs is told."""
+def test_pull_keeps_a_users_own_file_of_the_same_name(server: Hub, tmp_path: Path):
+    """Report that it differs; it may be the published one saved again."""
     own = tmp_path / "models" / "layer_model" / FILENAME
     own.parent.mkdir(parents=True)
     own.write_bytes(b"saved again")
@@ -217,36 +220,36 @@ def test_a_users_own_file_of_that_name_is_left_alone(server: Hub, tmp_path: Path
     assert answer["path"] == str(own)
     assert "differs from the published file" in answer["finding"]
     assert own.read_bytes() == b"saved again"
-    assert server.asked == []
+    assert server.requests == []
 
 
-def test_two_that_fetch_the_same_file_do_not_mix_it(server: Hub, tmp_path: Path):
+def test_pull_during_another_download_of_the_file_is_refused(server: Hub, tmp_path: Path):
     folder = tmp_path / "models" / "layer_model"
     folder.mkdir(parents=True)
     with FileLock(folder / f".{FILENAME}.lock"):
         error = _pull(server, tmp_path / "models")
     assert error["code"] == "storage_failed"
     assert "another process downloads" in error["message"]
-    assert server.asked == []
+    assert server.requests == []
     assert _pull(server, tmp_path / "models")["finding"] == "as published"
 
 
-def test_a_file_that_the_hub_does_not_have_is_named(server: Hub, tmp_path: Path):
+def test_pull_file_missing_on_the_hub_is_named(server: Hub, tmp_path: Path):
     error = _pull(server, tmp_path / "models", filename="absent.safetensors")
     assert error["code"] == "model_not_found"
     assert "absent.safetensors" in error["message"]
     assert "\n" not in error["message"]
 
 
-def test_a_hub_that_cannot_be_reached_is_a_clear_error(tmp_path: Path):
-    # port 1 of this machine: nobody listens there
+def test_pull_unreachable_hub_is_a_clear_error(tmp_path: Path):
+    # port 1 of this machine has no listener
     error = _pull(Hub(url="http://127.0.0.1:1"), tmp_path / "models")
     assert error["code"] == "model_not_found"
     assert f"{REPOSITORY}/{FILENAME} cannot be downloaded" in error["message"]
     assert "connection" in error["hint"]
 
 
-def test_what_was_begun_needs_no_room_again(server: Hub, tmp_path: Path):
+def test_pull_resumed_download_needs_only_the_missing_space(server: Hub, tmp_path: Path):
     folder = tmp_path / "models" / "layer_model"
     folder.mkdir(parents=True)
     # 2 GiB by its length, and nothing on the disk
@@ -258,22 +261,22 @@ def test_what_was_begun_needs_no_room_again(server: Hub, tmp_path: Path):
     )
 
 
-def test_too_little_room_is_said_before_anything_is_fetched(server: Hub, tmp_path: Path):
+def test_pull_too_little_space_is_an_error_before_download(server: Hub, tmp_path: Path):
     error = _pull(server, tmp_path / "models", size=10**18)
     assert error["code"] == "storage_failed"
     assert "1000000000.0 GB" in error["message"]
-    assert server.asked == []
+    assert server.requests == []
 
 
-def test_a_models_folder_that_cannot_be_is_named(server: Hub, tmp_path: Path):
+def test_pull_impossible_models_folder_is_named(server: Hub, tmp_path: Path):
     (tmp_path / "file").write_text("in the way")
     error = _pull(server, tmp_path / "file")
     assert error["code"] == "storage_failed"
     assert str(tmp_path / "file") in error["message"]
 
 
-def test_the_command_shows_licences_first_and_a_wrong_hash_in_one_line(server: Hub, tmp_path: Path):
-    """The real command and the real list; the server has other bytes under the published names."""
+def test_pull_command_shows_licences_and_wrong_hash_in_one_line(server: Hub, tmp_path: Path):
+    """Run the real command with the real list; the server has other content."""
     names = {
         "REPOSITORY": download.PUBLISHED[1].repository,
         "FILENAME": download.PUBLISHED[1].filename,
@@ -281,10 +284,18 @@ def test_the_command_shows_licences_first_and_a_wrong_hash_in_one_line(server: H
     globals_before = {name: globals()[name] for name in names}
     globals().update(names)
     try:
+        arguments = ["models", "pull", "layerdiffuse", "--yes"]
         done = subprocess.run(
-            [sys.executable, "-m", "alphalayer", "models", "pull", "layerdiffuse", "--yes", "--models-dir", str(tmp_path / "models")],
-            env=_environment(server, tmp_path), capture_output=True, text=True, timeout=60, check=False,
-        )  # fmt: skip
+            [
+                *(sys.executable, "-m", "alphalayer", *arguments),
+                *("--models-dir", str(tmp_path / "models")),
+            ],
+            env=_environment(server, tmp_path),
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
     finally:
         globals().update(globals_before)
     assert done.returncode == 1
@@ -298,12 +309,12 @@ def test_the_command_shows_licences_first_and_a_wrong_hash_in_one_line(server: H
 # --- plans
 
 
-def test_names_are_planned_and_unknown_ones_refused():
-    assert [each.filename for each in download.plan_pull(["layerdiffuse"])] == [
+def test_plan_pull_orders_names_and_refuses_unknown_ones():
+    assert [entry.filename for entry in download.plan_pull(["layerdiffuse"])] == [
         "layer_xl_transparent_attn.safetensors",
         "vae_transparent_decoder.safetensors",
     ]
-    assert [each.name for each in download.plan_pull(["layerdiffuse", "sdxl-base"])] == [
+    assert [entry.name for entry in download.plan_pull(["layerdiffuse", "sdxl-base"])] == [
         "sdxl-base",
         "layerdiffuse",
         "layerdiffuse",
@@ -313,24 +324,24 @@ def test_names_are_planned_and_unknown_ones_refused():
 
 
 @pytest.mark.parametrize("name", ["juggernaut", "Juggernaut-XL-v9"])
-def test_juggernaut_is_named_with_its_licences_bar(name: str):
+def test_plan_pull_juggernaut_is_refused_for_its_licence(name: str):
     with pytest.raises(InvalidRequest, match="licence forbids use behind API services"):
         download.plan_pull([name])
     assert not any(
-        "juggernaut" in (each.name + each.repository).lower() for each in download.PUBLISHED
+        "juggernaut" in (entry.name + entry.repository).lower() for entry in download.PUBLISHED
     )
 
 
-def test_everything_published_has_a_licence_and_a_full_hash_where_known():
-    for each in download.PUBLISHED:
-        assert each.licence
-        assert each.sha256 is None or re.fullmatch("[0-9a-f]{64}", each.sha256)
+def test_published_files_have_a_licence_and_a_full_hash():
+    for entry in download.PUBLISHED:
+        assert entry.licence
+        assert entry.sha256 is None or re.fullmatch("[0-9a-f]{64}", entry.sha256)
 
 
 # --- verify
 
 
-def test_verify_tells_what_each_file_is(tmp_path: Path):
+def test_verify_describes_each_file(tmp_path: Path):
     layers, checkpoints = tmp_path / "layer_model", tmp_path / "Stable-diffusion"
     layers.mkdir()
     checkpoints.mkdir()
@@ -345,27 +356,29 @@ def test_verify_tells_what_each_file_is(tmp_path: Path):
     (checkpoints / "folder" / "model_index.json").write_text(
         '{"_class_name": "StableDiffusionXLPipeline"}'
     )
-    found = {
-        each.path.name: each
-        for each in download.verify(tmp_path, tmp_path / "embeddings")
-        if tmp_path in each.path.parents
+    findings = {
+        entry.path.name: entry
+        for entry in download.verify(tmp_path, tmp_path / "embeddings")
+        if tmp_path in entry.path.parents
     }
-    assert "differs from the published file" in found["vae_transparent_decoder.safetensors"].finding
-    assert found["vae_transparent_decoder.safetensors"].is_ok
-    assert found["own.safetensors"].finding.startswith("readable, ")
-    assert not found["layer_xl_transparent_attn.safetensors"].is_ok
-    assert "pickle" in found["old.ckpt"].finding
-    assert not found["old.ckpt"].is_ok
-    assert not found["folder"].is_ok
+    assert (
+        "differs from the published file" in findings["vae_transparent_decoder.safetensors"].finding
+    )
+    assert findings["vae_transparent_decoder.safetensors"].is_ok
+    assert findings["own.safetensors"].finding.startswith("readable, ")
+    assert not findings["layer_xl_transparent_attn.safetensors"].is_ok
+    assert "pickle" in findings["old.ckpt"].finding
+    assert not findings["old.ckpt"].is_ok
+    assert not findings["folder"].is_ok
 
 
-def test_verify_tells_layer_files_under_another_files_name(tmp_path: Path):
+def test_verify_reports_layer_files_of_another_kind(tmp_path: Path):
     layers, one = tmp_path / "layer_model", torch.zeros(1)
     layers.mkdir()
     lora, patch, decoder = (
         {name: one} for name in ("lora_unet_x.lora_down.weight", "a::lora::0", "latent_conv_in.x")
     )
-    given = {
+    files = {
         "layer_xl_transparent_attn": lora,
         "layer_xl_transparent_conv": decoder,
         "vae_transparent_decoder": patch,
@@ -373,19 +386,23 @@ def test_verify_tells_layer_files_under_another_files_name(tmp_path: Path):
         "layer_xl_fg2ble": patch,
         "ld_diffusers_sdxl_attn": {"unet.x.to_q.lora_A.weight": one},
     }
-    for name, tensors in given.items():
+    for name, tensors in files.items():
         save_file(tensors, layers / f"{name}.safetensors")
-    found = {each.path.stem: each for each in download.verify(tmp_path, tmp_path / "embeddings")}
-    assert "is not a LayerDiffuse patch, but a LoRA" in found["layer_xl_transparent_attn"].finding
+    findings = {
+        entry.path.stem: entry for entry in download.verify(tmp_path, tmp_path / "embeddings")
+    }
+    assert (
+        "is not a LayerDiffuse patch, but a LoRA" in findings["layer_xl_transparent_attn"].finding
+    )
     assert (
         "is not a LayerDiffuse patch, but a LayerDiffuse tr"
-        in found["layer_xl_transparent_conv"].finding
+        in findings["layer_xl_transparent_conv"].finding
     )
     assert (
         "is not a LayerDiffuse transparent decoder, but a"
-        in found["vae_transparent_decoder"].finding
+        in findings["vae_transparent_decoder"].finding
     )
-    assert {name for name in given if found[name].is_ok} == {
+    assert {name for name in files if findings[name].is_ok} == {
         "layer_xl_fg2ble",
         "ld_diffusers_sdxl_attn",
     }
@@ -398,11 +415,13 @@ def test_verify_reads_every_weight_file_of_a_folder(tmp_path: Path, part: str):
     (file,) = (folder / part).glob("*.safetensors")
     with file.open("r+b") as whole:
         whole.truncate(file.stat().st_size - 1)
-    (found,) = (
-        each for each in download.verify(tmp_path, tmp_path / "embeddings") if each.path == folder
+    (entry,) = (
+        entry
+        for entry in download.verify(tmp_path, tmp_path / "embeddings")
+        if entry.path == folder
     )
-    assert "is cut off" in found.finding
-    assert not found.is_ok
+    assert "is cut off" in entry.finding
+    assert not entry.is_ok
 
 
 def test_verify_reads_loras_and_embeddings(tmp_path: Path):
@@ -419,17 +438,17 @@ def test_verify_reads_loras_and_embeddings(tmp_path: Path):
     save_file({"clip_l": one, "clip_g": one.clone()}, words / "good.safetensors")
     save_file({"emb_params": one}, words / "sd15.safetensors")
     (words / "old.pt").write_bytes(b"pickle")
-    found = {
-        each.path.name: each
-        for each in download.verify(models, words)
-        if tmp_path in each.path.parents
+    findings = {
+        entry.path.name: entry
+        for entry in download.verify(models, words)
+        if tmp_path in entry.path.parents
     }
-    assert {name for name, each in found.items() if each.is_ok} == {
+    assert {name for name, entry in findings.items() if entry.is_ok} == {
         "pixel.safetensors",
         "difference.safetensors",
         "good.safetensors",
     }
-    assert "LayerDiffuse transparent decoder" in found["decoder.safetensors"].finding
-    assert "clip_l and clip_g" in found["sd15.safetensors"].finding
-    assert "pickle" in found["old.pt"].finding
-    assert len(found) == 7
+    assert "LayerDiffuse transparent decoder" in findings["decoder.safetensors"].finding
+    assert "clip_l and clip_g" in findings["sd15.safetensors"].finding
+    assert "pickle" in findings["old.pt"].finding
+    assert len(findings) == 7

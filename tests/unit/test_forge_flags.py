@@ -1,4 +1,4 @@
-"""The old stack's flags: those that count, those that mean nothing, and that none stops a start."""
+"""Flags of AUTOMATIC1111 and Forge: supported, without effect or unknown; none stops a start."""
 
 from __future__ import annotations
 
@@ -59,11 +59,11 @@ def _settings(line: str) -> dict[str, str]:
         ("--loglevel CRITICAL", {"log_level": "error"}),
     ],
 )
-def test_flags_that_count(line: str, expected: dict[str, str]):
+def test_translate_supported_flags_become_settings(line: str, expected: dict[str, str]):
     assert _settings(line) == expected
 
 
-def test_folders_are_seen_from_where_the_line_was_written(
+def test_translate_resolves_folders_against_the_working_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.chdir(tmp_path)
@@ -74,7 +74,7 @@ def test_folders_are_seen_from_where_the_line_was_written(
 
 
 @pytest.mark.parametrize("flag", sorted(UNSUPPORTED))
-def test_flags_that_ask_for_what_is_not_done_are_told_what_and_without_their_value(flag: str):
+def test_translate_unsupported_flag_warns_without_its_value(flag: str):
     for arguments in ([flag, "user:secret"], [f"{flag}=user:secret"], [flag]):
         translation = translate([*arguments, "--port", "80"])
         assert translation.settings == {"port": "80"}
@@ -82,7 +82,7 @@ def test_flags_that_ask_for_what_is_not_done_are_told_what_and_without_their_val
 
 
 @pytest.mark.parametrize("flag", sorted(NO_EFFECT))
-def test_flags_without_meaning_are_named(flag: str):
+def test_translate_flag_without_effect_is_named(flag: str):
     translation = translate([flag, "--port", "80"])
     assert translation.settings == {"port": "80"}
     assert translation.warnings == [f"{flag} has no effect here and is ignored."]
@@ -103,14 +103,14 @@ def test_flags_without_meaning_are_named(flag: str):
         (["--port="], "--port needs a value"),
     ],
 )
-def test_unknown_flags_are_named_and_left_out(arguments: list[str], warning: str):
+def test_translate_unknown_flag_is_named_and_ignored(arguments: list[str], warning: str):
     translation = translate(arguments)
     assert translation.settings == ({"host": "0.0.0.0"} if "--listen" in arguments else {})
     assert len(translation.warnings) == 1
     assert warning in translation.warnings[0]
 
 
-def test_every_translation_is_a_setting_that_exists():
+def test_translate_uses_existing_settings_only():
     values = {"--loglevel": "INFO", "--use-cpu": "all", "--precision": "full"}
     made = [make(values.get(flag, "x")) for flag, make in HONOURED.items()]
     assert all(made)
@@ -119,7 +119,7 @@ def test_every_translation_is_a_setting_that_exists():
 
 
 @pytest.mark.parametrize("flag", sorted(SWITCHES))
-def test_every_switch_is_accepted_by_the_settings(flag: str):
+def test_translate_switches_are_valid_settings(flag: str):
     Settings(**translate([flag]).settings)
 
 
@@ -131,7 +131,7 @@ def test_every_switch_is_accepted_by_the_settings(flag: str):
         max_size=8,
     )
 )
-def test_nothing_stops_a_start(arguments: list[str]):
+def test_translate_any_flags_allow_a_start(arguments: list[str]):
     try:
         translation = translate(arguments)
     except SetupFailed:
@@ -143,21 +143,21 @@ def test_nothing_stops_a_start(arguments: list[str]):
 @pytest.mark.parametrize(
     "line", ["--api-auth '' --listen", "--api-auth --listen", "--api-auth=", "--listen --api-auth"]
 )
-def test_no_start_is_open_to_all_for_want_of_a_password(line: str):
+def test_translate_api_auth_without_a_password_is_refused(line: str):
     with pytest.raises(SetupFailed, match="--api-auth needs a value"):
         translate(shlex.split(line))
 
 
-def test_the_old_start_line_explains_every_flag_that_counts():
-    said = (Path(__file__).parents[2] / "launch.py").read_text(encoding="utf-8")
-    assert [flag for flag in (*HONOURED, *SWITCHES) if flag not in said] == []
+def test_launch_script_explains_every_supported_flag():
+    script = (Path(__file__).parents[2] / "launch.py").read_text(encoding="utf-8")
+    assert [flag for flag in (*HONOURED, *SWITCHES) if flag not in script] == []
 
 
-def test_a_flag_after_a_switch_or_another_flag_is_a_flag():
+def test_translate_flag_after_a_switch_is_no_value():
     assert translate(["--listen", "-f", "--port", "-h"]).settings == {"host": "0.0.0.0"}
 
 
-def test_a_line_with_an_open_quote_is_an_error_for_users_that_shows_no_password():
+def test_split_open_quote_is_an_error_without_the_password():
     assert split("--port '7 8'") == ["--port", "7 8"]
     with pytest.raises(
         SetupFailed, match="COMMANDLINE_ARGS cannot be read: no closing quotation"
@@ -166,7 +166,7 @@ def test_a_line_with_an_open_quote_is_an_error_for_users_that_shows_no_password(
     assert "secret" not in str(raised.value)
 
 
-def test_a_checkpoint_named_by_its_path_is_the_model_that_is_drawn_with(tmp_path: Path):
+def test_translate_checkpoint_path_resolves_to_its_model(tmp_path: Path):
     folder = tmp_path / "Stable-diffusion"
     for name in ("a", "cup"):
         write(folder / "sub" / f"{name}.safetensors", FAMILIES["sdxl"])
@@ -174,7 +174,8 @@ def test_a_checkpoint_named_by_its_path_is_the_model_that_is_drawn_with(tmp_path
         "models/Stable-diffusion/sub/cup.safetensors",
         str(folder / "sub" / "cup.safetensors"),
     ):
-        wanted = translate(["--ckpt", path]).settings["default_model"]
+        requested = translate(["--ckpt", path]).settings["default_model"]
         assert (
-            resolve_model(wanted, find_models(tmp_path)).path == folder / "sub" / "cup.safetensors"
+            resolve_model(requested, find_models(tmp_path)).path
+            == folder / "sub" / "cup.safetensors"
         )

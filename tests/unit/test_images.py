@@ -1,4 +1,4 @@
-"""Pictures as bytes: exact round trips, the `parameters` text in each format, damaged files, and trim, defringe and composite."""
+"""Encoded images: round trips, the `parameters` text, damaged files, trim, defringe, composite."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from alphalayer.core.request import ImageFormat
 from alphalayer.images import codecs, postprocess
 
 
-def _picture(height: int = 33, width: int = 50, seed: int = 0) -> np.ndarray:
-    """A smooth colour under a disc of alpha, with some noise: neither flat nor random."""
+def _image(height: int = 33, width: int = 50, seed: int = 0) -> np.ndarray:
+    """Return a smooth colour under a disc of alpha, with some noise."""
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[:height, :width]
     rgba = np.stack([x * 5, y * 7, x + y, 255 - np.hypot(x - width / 2, y - height / 2) * 9], -1)
@@ -31,9 +31,9 @@ SHAPES = [(1, 1), (1, 7), (9, 1), (33, 50), (64, 64), (130, 257)]
 
 @pytest.mark.parametrize("kind", ["png", "webp"])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_lossless_formats_come_back_exactly(kind: ImageFormat, shape: tuple[int, int]):
-    """Colour under alpha 0 included."""
-    rgba = _picture(*shape)
+def test_encode_lossless_format_decodes_exactly(kind: ImageFormat, shape: tuple[int, int]):
+    """Keep the colour under alpha 0, too."""
+    rgba = _image(*shape)
     rgba[0, 0] = (9, 8, 7, 0)
     back, _ = codecs.decode(codecs.encode(rgba, kind))
     assert np.array_equal(back, rgba)
@@ -41,12 +41,12 @@ def test_lossless_formats_come_back_exactly(kind: ImageFormat, shape: tuple[int,
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 40), st.integers(1, 40), st.binary(min_size=1, max_size=64))
-def test_any_picture_survives_png(height: int, width: int, content: bytes):
+def test_encode_any_image_survives_png(height: int, width: int, content: bytes):
     rgba = np.resize(np.frombuffer(content, np.uint8), (height, width, 4))
     assert np.array_equal(np.asarray(Image.open(io.BytesIO(codecs.encode(rgba)))), rgba)
 
 
-def test_types_are_known_on_machines_that_have_no_list_of_them(monkeypatch: pytest.MonkeyPatch):
+def test_mime_type_without_a_system_list_is_known(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("mimetypes.guess_type", lambda _: (None, None))
     types = {"a_1.png": "png", "preview_1.webp": "webp", "a_1.avif": "avif", "a_1.jpeg": "jpeg"}
     assert {name: codecs.mime_type(name) for name in types} == {
@@ -55,16 +55,19 @@ def test_types_are_known_on_machines_that_have_no_list_of_them(monkeypatch: pyte
     assert codecs.mime_type("a_1") == "application/octet-stream"
 
 
-def test_a_view_of_a_larger_picture_is_written_as_it_looks():
-    whole = _picture(40, 40)
+def test_encode_view_of_a_larger_array_keeps_its_pixels():
+    whole = _image(40, 40)
     part = whole[3:20, 5:33]
     assert np.array_equal(codecs.decode(codecs.encode(np.ascontiguousarray(part)))[0], part)
     assert np.array_equal(codecs.decode(codecs.encode(part))[0], part)
 
 
-def test_png_follows_the_specification():
-    """Chunk by chunk: signature, IHDR of 8-bit RGBA, checksums, one deflate stream of filter byte and row, IEND."""
-    rgba = _picture()
+def test_encode_png_follows_the_specification():
+    """Check the signature and each chunk.
+
+    The chunks are IHDR of 8-bit RGBA, one deflate stream of filter byte and row, and IEND.
+    """
+    rgba = _image()
     data = codecs.encode(rgba, parameters="x")
     assert data[:8] == b"\x89PNG\r\n\x1a\n"
     chunks, at = [], 8
@@ -81,8 +84,8 @@ def test_png_follows_the_specification():
     assert len(zlib.decompress(chunks[2][1])) == 33 * (1 + 50 * 4)
 
 
-def test_avif_keeps_alpha_and_colour_nearly():
-    rgba = _picture(64, 64)
+def test_encode_avif_keeps_alpha_and_colour_nearly():
+    rgba = _image(64, 64)
     back, _ = codecs.decode(codecs.encode(rgba, "avif"))
     assert back.shape == rgba.shape
     # quality 90, and half the colour resolution
@@ -95,49 +98,48 @@ def test_avif_keeps_alpha_and_colour_nearly():
 @pytest.mark.parametrize(
     "text", ["a cup\nSteps: 20, Size: 64x64", "Äpfel, café", "苹果 🍎\nSteps: 1"]
 )
-def test_parameters_travel_in_every_format(kind: ImageFormat, text: str):
-    assert codecs.decode(codecs.encode(_picture(), kind, text))[1] == text
+def test_encode_parameters_are_kept_in_every_format(kind: ImageFormat, text: str):
+    assert codecs.decode(codecs.encode(_image(), kind, text))[1] == text
 
 
 @pytest.mark.parametrize("text", ["latin é", "more 苹果"])
-def test_others_read_our_png_text(text: str):
+def test_encode_png_text_is_readable_by_pillow(text: str):
     assert (
-        Image.open(io.BytesIO(codecs.encode(_picture(), parameters=text))).info["parameters"]
-        == text
+        Image.open(io.BytesIO(codecs.encode(_image(), parameters=text))).info["parameters"] == text
     )
 
 
 @pytest.mark.parametrize("kind", ["png", "webp", "avif"])
-def test_no_parameters_are_none(kind: ImageFormat):
-    assert codecs.decode(codecs.encode(_picture(), kind))[1] is None
+def test_decode_without_parameters_returns_none(kind: ImageFormat):
+    assert codecs.decode(codecs.encode(_image(), kind))[1] is None
 
 
 @pytest.mark.parametrize("kind", ["png", "webp"])
 @pytest.mark.parametrize("text", ["nul \0 inside", "lone \ud800 surrogate"])
-def test_text_that_no_chunk_can_hold_is_replaced(kind: ImageFormat, text: str):
-    rgba, found = codecs.decode(codecs.encode(_picture(), kind, text))
-    assert found is not None
-    assert found.split()[0] == text.split()[0]
-    assert np.array_equal(rgba, _picture())
+def test_encode_invalid_characters_of_a_text_are_replaced(kind: ImageFormat, text: str):
+    rgba, parameters = codecs.decode(codecs.encode(_image(), kind, text))
+    assert parameters is not None
+    assert parameters.split()[0] == text.split()[0]
+    assert np.array_equal(rgba, _image())
 
 
 @pytest.mark.parametrize(
-    "data", [b"", b"not a picture", b"\x89PNG\r\n\x1a\n", codecs.encode(_picture())[:200]]
+    "data", [b"", b"not an image", b"\x89PNG\r\n\x1a\n", codecs.encode(_image())[:200]]
 )
-def test_what_is_no_picture_is_a_clear_error(data: bytes):
+def test_decode_other_data_is_a_clear_error(data: bytes):
     with pytest.raises(InvalidRequest, match="image"):
         codecs.decode(data)
 
 
-def test_a_flipped_byte_is_a_clear_error():
-    data = bytearray(codecs.encode(_picture(130, 257)))
+def test_decode_flipped_byte_is_a_clear_error():
+    data = bytearray(codecs.encode(_image(130, 257)))
     data[len(data) // 2] ^= 0xFF
     with pytest.raises(InvalidRequest, match="damaged"):
         codecs.decode(bytes(data))
 
 
 def _huge_png(text: bytes = b"parameters\0a cup") -> bytes:
-    """A PNG of 9000x9000 with a text, whose pixels are not there."""
+    """Return a PNG of 9000x9000 with a text and without pixels."""
 
     def chunk(name, body):
         return (
@@ -150,51 +152,51 @@ def _huge_png(text: bytes = b"parameters\0a cup") -> bytes:
         (b"IDAT", zlib.compress(b"")),
         (b"IEND", b""),
     ]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*each) for each in chunks)
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(name, body) for name, body in chunks)
 
 
-def test_a_chunk_that_is_too_short_is_a_clear_error():
-    data = codecs.encode(_picture())
+def test_decode_short_chunk_is_a_clear_error():
+    data = codecs.encode(_image())
     chunk = b"iCCP?"
     added = struct.pack(">I", 1) + chunk + struct.pack(">I", zlib.crc32(chunk))
     with pytest.raises(InvalidRequest, match="damaged"):
         codecs.decode(data[:-12] + added + data[-12:])
 
 
-def test_a_picture_that_claims_to_be_huge_is_refused_unread():
+def test_decode_huge_size_in_header_is_refused_unread():
     with pytest.raises(InvalidRequest, match="16 megapixels, and it has 9000x9000"):
         codecs.decode(_huge_png())
 
 
-def test_settings_are_read_without_the_pixels():
-    """So of a picture of any size, and where there are none, too: Pillow would decode a PNG to look for its Exif."""
+def test_read_settings_needs_no_pixels():
+    """Read images of any size; Pillow would decode a PNG to search its Exif."""
     assert codecs.read_settings(_huge_png()) == ((9000, 9000), "a cup")
     assert codecs.read_settings(_huge_png(b"Comment\0a cup")) == ((9000, 9000), None)
 
 
 @pytest.mark.parametrize("kind", ["png", "webp", "avif"])
-def test_settings_are_those_that_decode_finds(kind: ImageFormat):
-    assert codecs.read_settings(codecs.encode(_picture(), kind, "a cup")) == ((50, 33), "a cup")
+def test_read_settings_equals_decode(kind: ImageFormat):
+    assert codecs.read_settings(codecs.encode(_image(), kind, "a cup")) == ((50, 33), "a cup")
 
 
-def test_other_readers_of_pillow_are_out_of_reach():
-    """Its EPS reader, for one, starts Ghostscript."""
+def test_decode_uses_no_other_reader_of_pillow():
+    """Refuse EPS, for example, whose reader starts Ghostscript."""
     written = io.BytesIO()
-    Image.fromarray(_picture()[..., :3].copy()).save(written, "EPS")
+    Image.fromarray(_image()[..., :3].copy()).save(written, "EPS")
     for read in (codecs.decode, codecs.read_settings):
         with pytest.raises(InvalidRequest, match="not an image"):
             read(written.getvalue())
 
 
-def test_formats_without_alpha_are_refused_by_name():
+def test_check_format_without_alpha_is_refused_by_name():
     assert codecs.check_format("PNG") == "png"
     with pytest.raises(InvalidRequest, match="jpeg") as error:
         codecs.check_format("jpeg")
     assert error.value.field == "format"
 
 
-def test_a_preview_is_a_small_webp():
-    data = codecs.encode_preview(_picture()[..., :3].copy())
+def test_encode_preview_is_a_small_webp():
+    data = codecs.encode_preview(_image()[..., :3].copy())
     with Image.open(io.BytesIO(data)) as image:
         assert (image.format, image.size) == ("WEBP", (50, 33))
 
@@ -203,43 +205,46 @@ def test_a_preview_is_a_small_webp():
 
 
 def _spot() -> np.ndarray:
-    """10 x 12, empty but for rows 3-5 and columns 4-8; one faint pixel at the top left."""
+    """Return 10 x 12 pixels, visible in rows 3-5 and columns 4-8.
+
+    One faint pixel is at the top left.
+    """
     rgba = np.zeros((10, 12, 4), np.uint8)
     rgba[3:6, 4:9] = (200, 100, 50, 255)
     rgba[0, 0, 3] = 4
     return rgba
 
 
-def test_trim_cuts_to_what_is_not_empty():
+def test_trim_cuts_to_the_visible_pixels():
     assert postprocess.trim(_spot()).shape == (6, 9, 4)
     trimmed = postprocess.trim(_spot(), threshold=4)
     assert trimmed.shape == (3, 5, 4)
     assert (trimmed == (200, 100, 50, 255)).all()
 
 
-def test_trim_leaves_padding_within_the_picture():
+def test_trim_leaves_padding_within_the_image():
     assert postprocess.trim(_spot(), threshold=4, padding=2).shape == (7, 9, 4)
     assert postprocess.trim(_spot(), threshold=4, padding=100).shape == (10, 12, 4)
 
 
-def test_an_empty_picture_is_not_trimmed():
+def test_trim_empty_image_is_unchanged():
     empty = np.zeros((5, 6, 4), np.uint8)
     assert np.array_equal(postprocess.trim(empty), empty)
 
 
-def test_a_trimmed_picture_can_be_written():
+def test_trim_result_can_be_encoded():
     trimmed = postprocess.trim(_spot(), threshold=4)
     assert np.array_equal(codecs.decode(codecs.encode(trimmed))[0], trimmed)
 
 
-def test_composite_lays_straight_alpha_over_a_colour():
+def test_composite_blends_straight_alpha_over_a_colour():
     rgba = np.array([[(200, 100, 0, 255), (200, 100, 0, 0), (200, 100, 0, 51)]], np.uint8)
     # 51 / 255 = 0.2
     expected = [[(200, 100, 0, 255), (10, 20, 30, 255), (48, 36, 24, 255)]]
     assert postprocess.composite(rgba, (10, 20, 30)).tolist() == np.array(expected).tolist()
 
 
-def test_defringe_spreads_the_solid_colour_over_the_edge_and_no_further():
+def test_defringe_spreads_solid_colour_within_its_reach():
     rgba = np.zeros((1, 9, 4), np.uint8)
     rgba[0, :, :3] = (0, 255, 0)
     rgba[0, 0] = (200, 10, 10, 255)
@@ -250,13 +255,13 @@ def test_defringe_spreads_the_solid_colour_over_the_edge_and_no_further():
     assert result[0, 4:, :3].tolist() == [[0, 255, 0]] * 5
 
 
-def test_defringe_leaves_smoke_alone():
-    rgba = _picture()
+def test_defringe_without_solid_pixels_changes_nothing():
+    rgba = _image()
     rgba[..., 3] = rgba[..., 3] // 2
     assert np.array_equal(postprocess.defringe(rgba), rgba)
 
 
-def test_finish_does_what_the_output_says_in_its_order():
+def test_finish_applies_the_output_options_in_order():
     assert np.array_equal(postprocess.finish(_spot(), Output()), _spot())
     finished = postprocess.finish(
         _spot(), Output(trim=True, trim_threshold=4, trim_padding=1, background="#0A141E")

@@ -1,4 +1,4 @@
-"""The `parameters` text: written in the published order, read back whole, and texts of other programs."""
+"""The `parameters` text: the published order, read back unchanged, texts of other programs."""
 
 from __future__ import annotations
 
@@ -20,21 +20,22 @@ REQUEST = GenerationRequest(prompt="an apple, high quality", seed=12345, subseed
 )
 
 
-def test_the_whole_text_is_as_published():
+def test_write_parameters_follows_the_published_text():
     assert write_parameters(REQUEST, "juggernaut", "1fe6c7ec54", 12345) == (
         "an apple, high quality\n"
         "Negative prompt: bad, ugly\n"
-        "Steps: 20, Sampler: DPM++ 2M SDE, Schedule type: Karras, CFG scale: 5, Seed: 12345, Size: 1024x1024, "
-        "Model hash: 1fe6c7ec54, Model: juggernaut, RNG: NV, layerdiffusion_enabled: True, "
-        "layerdiffusion_method: (SDXL) Only Generate Transparent Image (Attention Injection), layerdiffusion_weight: 1, "
-        "layerdiffusion_ending_step: 1, layerdiffusion_fg_image: False, layerdiffusion_bg_image: False, "
+        "Steps: 20, Sampler: DPM++ 2M SDE, Schedule type: Karras, CFG scale: 5, Seed: 12345, "
+        "Size: 1024x1024, Model hash: 1fe6c7ec54, Model: juggernaut, RNG: NV, "
+        "layerdiffusion_enabled: True, layerdiffusion_method: (SDXL) Only Generate Transparent "
+        "Image (Attention Injection), layerdiffusion_weight: 1, layerdiffusion_ending_step: 1, "
+        "layerdiffusion_fg_image: False, layerdiffusion_bg_image: False, "
         "layerdiffusion_blend_image: False, layerdiffusion_resize_mode: Crop and Resize, "
         "layerdiffusion_fg_additional_prompt: , layerdiffusion_bg_additional_prompt: , "
         f"layerdiffusion_blend_additional_prompt: , Version: alphalayer-{__version__}"
     )
 
 
-def test_what_is_not_used_is_not_written():
+def test_write_parameters_leaves_unused_settings_out():
     request = REQUEST.model_copy(
         update={"negative_prompt": "", "noise": "gpu", "mode": "opaque", "cfg_scale": 7.25}
     )
@@ -47,16 +48,16 @@ def test_what_is_not_used_is_not_written():
     assert "CFG scale: 7.25," in text
 
 
-def test_what_is_used_is_written():
+def test_write_parameters_includes_used_settings():
     request = REQUEST.model_copy(update={"subseed_strength": 0.25, "clip_skip": 3, "noise": "cpu"})
-    found = read_parameters(write_parameters(request, "m", "", 5, 99))
-    assert found["Variation seed"] == "99"
-    assert found["Variation seed strength"] == "0.25"
-    assert found["Clip skip"] == "3"
-    assert found["RNG"] == "CPU"
+    parameters = read_parameters(write_parameters(request, "m", "", 5, 99))
+    assert parameters["Variation seed"] == "99"
+    assert parameters["Variation seed strength"] == "0.25"
+    assert parameters["Clip skip"] == "3"
+    assert parameters["RNG"] == "CPU"
 
 
-# text as prompts hold it: no carriage returns or other line ends that are not "\n", no space around it
+# text as prompts hold it: "\n" is the only line end, and no space is around it
 TEXT = st.text(
     st.characters(blacklist_categories=["Cs", "Cc", "Zl", "Zp"]) | st.sampled_from("\n,:()"),
     max_size=60,
@@ -65,49 +66,56 @@ TEXT = st.text(
 
 @settings(max_examples=200, deadline=None)
 @given(TEXT.filter(bool), TEXT, TEXT.filter(lambda name: '"' not in name))
-def test_what_is_written_is_read_back(prompt: str, negative: str, model: str):
+def test_read_parameters_returns_what_was_written(prompt: str, negative: str, model: str):
     request = REQUEST.model_copy(update={"prompt": prompt, "negative_prompt": negative})
-    found = read_parameters(write_parameters(request, model, "abc", 3))
-    assert found["Prompt"] == prompt
-    assert found["Negative prompt"] == negative
-    assert found["Model"] == model.strip()
-    assert (found["Steps"], found["Seed"], found["Size"]) == ("20", "3", "1024x1024")
+    parameters = read_parameters(write_parameters(request, model, "abc", 3))
+    assert parameters["Prompt"] == prompt
+    assert parameters["Negative prompt"] == negative
+    assert parameters["Model"] == model.strip()
+    assert (parameters["Steps"], parameters["Seed"], parameters["Size"]) == ("20", "3", "1024x1024")
 
 
-def test_the_words_negative_prompt_inside_a_line_are_text():
+def test_read_parameters_negative_prompt_inside_a_line_is_text():
     request = REQUEST.model_copy(
         update={"prompt": "a sign: Negative prompt: none", "negative_prompt": "x"}
     )
-    found = read_parameters(write_parameters(request, "m", "", 3))
-    assert (found["Prompt"], found["Negative prompt"]) == ("a sign: Negative prompt: none", "x")
-
-
-def test_the_text_of_the_published_example_is_read():
-    found = read_parameters(
-        "an apple, high quality\nNegative prompt: bad, ugly\nSteps: 20, Sampler: DPM++ 2M SDE Karras, CFG scale: 5, Seed: 12345, "
-        "Size: 1024x1024, Model hash: 1fe6c7ec54, Model: juggernautXL_version6Rundiffusion, layerdiffusion_enabled: True, "
-        "layerdiffusion_method: Only Generate Transparent Image (Attention Injection), layerdiffusion_weight: 1, "
-        'layerdiffusion_fg_additional_prompt: , Lora hashes: "a: 1, b: 2", Version: f0.0.17v1.8.0rc-latest-269-gef35383b'
+    parameters = read_parameters(write_parameters(request, "m", "", 3))
+    assert (parameters["Prompt"], parameters["Negative prompt"]) == (
+        "a sign: Negative prompt: none",
+        "x",
     )
-    assert found["Prompt"] == "an apple, high quality"
-    assert found["Negative prompt"] == "bad, ugly"
-    assert found["Sampler"] == "DPM++ 2M SDE Karras"
-    assert found["Model"] == "juggernautXL_version6Rundiffusion"
-    assert found["layerdiffusion_fg_additional_prompt"] == ""
-    assert found["Lora hashes"] == "a: 1, b: 2"
-    assert found["Version"] == "f0.0.17v1.8.0rc-latest-269-gef35383b"
+
+
+def test_read_parameters_reads_the_published_example():
+    parameters = read_parameters(
+        "an apple, high quality\nNegative prompt: bad, ugly\n"
+        "Steps: 20, Sampler: DPM++ 2M SDE Karras, CFG scale: 5, Seed: 12345, Size: 1024x1024, "
+        "Model hash: 1fe6c7ec54, Model: juggernautXL_version6Rundiffusion, "
+        "layerdiffusion_enabled: True, layerdiffusion_method: Only Generate Transparent Image "
+        "(Attention Injection), layerdiffusion_weight: 1, layerdiffusion_fg_additional_prompt: , "
+        'Lora hashes: "a: 1, b: 2", Version: f0.0.17v1.8.0rc-latest-269-gef35383b'
+    )
+    assert parameters["Prompt"] == "an apple, high quality"
+    assert parameters["Negative prompt"] == "bad, ugly"
+    assert parameters["Sampler"] == "DPM++ 2M SDE Karras"
+    assert parameters["Model"] == "juggernautXL_version6Rundiffusion"
+    assert parameters["layerdiffusion_fg_additional_prompt"] == ""
+    assert parameters["Lora hashes"] == "a: 1, b: 2"
+    assert parameters["Version"] == "f0.0.17v1.8.0rc-latest-269-gef35383b"
 
 
 @pytest.mark.parametrize("text", ["just a prompt", "one\ntwo: three", "", "a\nNegative prompt: b"])
-def test_text_without_pairs_is_all_prompt(text: str):
-    found = read_parameters(text)
-    assert set(found) == {"Prompt", "Negative prompt"}
-    assert found["Prompt"] + found["Negative prompt"] == text.replace("\nNegative prompt: ", "")
+def test_read_parameters_text_without_pairs_is_the_prompt(text: str):
+    parameters = read_parameters(text)
+    assert set(parameters) == {"Prompt", "Negative prompt"}
+    assert parameters["Prompt"] + parameters["Negative prompt"] == text.replace(
+        "\nNegative prompt: ", ""
+    )
 
 
 @settings(max_examples=200, deadline=None)
 @given(st.text(max_size=120))
-def test_any_text_is_read(text: str):
+def test_read_parameters_reads_any_text(text: str):
     assert "Prompt" in read_parameters(text)
 
 
@@ -130,17 +138,15 @@ def test_any_text_is_read(text: str):
     ),
     st.sampled_from(["official", "forge2"]),
 )
-def test_loras_and_the_decoding_are_written_and_read_back(
-    loras: list[tuple[str, float]], decode: str
-):
-    given = [{"name": name, "weight": weight} for name, weight in loras]
-    request = parse_request({"prompt": "a cat", "loras": given, "decode": decode}).resolve(
+def test_read_parameters_returns_loras_and_decoding(loras: list[tuple[str, float]], decode: str):
+    fields = [{"name": name, "weight": weight} for name, weight in loras]
+    request = parse_request({"prompt": "a cat", "loras": fields, "decode": decode}).resolve(
         ModelDefaults()
     )
-    found = read_parameters(write_parameters(request, "m", "", 1))
-    again = parse_request({"prompt": found["Prompt"]})
+    parameters = read_parameters(write_parameters(request, "m", "", 1))
+    again = parse_request({"prompt": parameters["Prompt"]})
     assert (again.prompt, again.loras) == (request.prompt, request.loras)
-    assert found.get("layerdiffusion_decode", "official") == decode
+    assert parameters.get("layerdiffusion_decode", "official") == decode
 
 
 # the same grammar with a pattern that takes the square of a line's length
@@ -153,10 +159,10 @@ _LINE = st.lists(
 
 @settings(max_examples=500, deadline=None)
 @given(_LINE.map("".join))
-def test_pairs_are_those_that_a_plain_pattern_finds(line: str):
-    found = read_parameters("x\n" + line)
+def test_read_parameters_pairs_equal_those_of_a_pattern(line: str):
+    parameters = read_parameters("x\n" + line)
     expected = [match[1] for match in _PAIR.finditer(("x\n" + line).strip().split("\n")[-1])]
-    assert [key for key in found if key not in ("Prompt", "Negative prompt")] == (
+    assert [key for key in parameters if key not in ("Prompt", "Negative prompt")] == (
         list(dict.fromkeys(expected)) if len(set(expected)) >= 3 else []
     )
 
@@ -164,14 +170,14 @@ def test_pairs_are_those_that_a_plain_pattern_finds(line: str):
 @pytest.mark.parametrize(
     "line", ["a" * 40_000, "a " * 20_000, " " * 40_000 + "x", 'aa:"' * 10_000, "a" * 16_000_000]
 )
-def test_the_time_to_read_a_text_grows_with_its_length(line: str):
-    """At forty thousand characters what takes the square of them takes most of a minute, and holds the whole process."""
+def test_read_parameters_time_is_linear_in_the_length(line: str):
+    """Read 40,000 characters, which would take most of a minute in quadratic time."""
     start = time.process_time()
     read_parameters("x\n" + line + ";")
     assert time.process_time() - start < 2
 
 
-def test_the_info_object_has_the_published_keys_in_their_order():
+def test_webui_info_has_the_published_keys_in_order():
     generation = GenerationRequest(prompt=REQUEST.prompt, seed=12345, subseed=7, batch_size=2)
     refs = [
         ImageRef(
@@ -189,10 +195,12 @@ def test_the_info_object_has_the_published_keys_in_their_order():
     assert (
         list(info)
         == (
-            "prompt all_prompts negative_prompt all_negative_prompts seed all_seeds subseed all_subseeds subseed_strength width "
-            "height sampler_name cfg_scale steps batch_size restore_faces face_restoration_model sd_model_name sd_model_hash "
-            "sd_vae_name sd_vae_hash seed_resize_from_w seed_resize_from_h denoising_strength extra_generation_params "
-            "index_of_first_image infotexts styles job_timestamp clip_skip is_using_inpainting_conditioning version"
+            "prompt all_prompts negative_prompt all_negative_prompts seed all_seeds subseed "
+            "all_subseeds subseed_strength width height sampler_name cfg_scale steps batch_size "
+            "restore_faces face_restoration_model sd_model_name sd_model_hash sd_vae_name "
+            "sd_vae_hash seed_resize_from_w seed_resize_from_h denoising_strength "
+            "extra_generation_params index_of_first_image infotexts styles job_timestamp clip_skip "
+            "is_using_inpainting_conditioning version"
         ).split()
     )
     assert info["all_seeds"] == [12345, 12346]

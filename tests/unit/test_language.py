@@ -1,7 +1,8 @@
-"""The source code keeps the rules of plain language that CONTRIBUTING.md lists."""
+"""The source code and the names of tests keep the language rules of CONTRIBUTING.md."""
 
 from __future__ import annotations
 
+import ast
 from functools import cache
 from pathlib import Path
 
@@ -16,7 +17,9 @@ from tests.support.language import (
 
 ROOT = Path(__file__).parents[2]
 MAX_FIRST_LINE = 80
+MAX_TEST_NAME = 60
 SOURCES = sorted((ROOT / "src" / "alphalayer").rglob("*.py"))
+TESTS = sorted((ROOT / "tests").rglob("test_*.py"))
 
 
 def path_of(path: Path) -> str:
@@ -33,11 +36,20 @@ def function_docstrings(path: Path) -> list[tuple[int, str]]:
 
 
 def banned_words_of(path: Path) -> list[tuple[str, str]]:
-    """Return the banned words of a file: each in lower case, and its place and what to use."""
+    """Return the banned words of a file, each with its line and replacement."""
     return [
         (banned.word.lower(), f"line {block.line + banned.line - 1}: use {banned.better}")
         for block in prose_of(path)
         for banned in find_banned_words(block.text)
+    ]
+
+
+def names_of_tests(path: Path) -> list[str]:
+    functions = (ast.FunctionDef, ast.AsyncFunctionDef)
+    return [
+        node.name
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, functions) and node.name.startswith("test_")
     ]
 
 
@@ -61,6 +73,19 @@ def test_function_docstrings_have_a_short_first_line(path):
         if len(text.strip().splitlines()[0]) > MAX_FIRST_LINE
     ]
     assert long == []
+
+
+@pytest.mark.parametrize("path", TESTS, ids=path_of)
+def test_names_of_tests_are_short(path):
+    names = names_of_tests(path)
+    assert names
+    assert [name for name in names if len(name) > MAX_TEST_NAME] == []
+
+
+@pytest.mark.parametrize("path", TESTS, ids=path_of)
+def test_names_of_tests_use_no_banned_word(path):
+    words = {name: find_banned_words(name.replace("_", " ")) for name in names_of_tests(path)}
+    assert {name: banned for name, banned in words.items() if banned} == {}
 
 
 def test_source_exceptions_are_in_use():

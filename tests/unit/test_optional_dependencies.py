@@ -1,4 +1,4 @@
-"""How to get an extra, as it is said for each way that the package may have been installed."""
+"""Commands that install an extra, for each source of the installed package."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ import pytest
 from alphalayer.core.optional_dependencies import install_hint
 
 
-def _installed(folder: Path, monkeypatch: pytest.MonkeyPatch, came_from: object) -> None:
-    """As if the package was installed so."""
+def _set_install_source(folder: Path, monkeypatch: pytest.MonkeyPatch, source: object) -> None:
+    """Pretend that the package was installed from `source`."""
     info = folder / "alphalayer-1.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: alphalayer\nVersion: 1\n")
-    if came_from:
-        (info / "direct_url.json").write_text(json.dumps(came_from))
-    found = importlib.metadata.Distribution.at(info)
-    monkeypatch.setattr(importlib.metadata, "distribution", lambda _: found)
+    if source:
+        (info / "direct_url.json").write_text(json.dumps(source))
+    distribution = importlib.metadata.Distribution.at(info)
+    monkeypatch.setattr(importlib.metadata, "distribution", lambda _: distribution)
 
 
 @pytest.mark.parametrize(
-    ("came_from", "what"),
+    ("source", "requirement"),
     [
         (None, '"alphalayer[shared]"'),
         (
@@ -38,11 +38,11 @@ def _installed(folder: Path, monkeypatch: pytest.MonkeyPatch, came_from: object)
         ),
     ],
 )
-def test_an_extra_comes_from_where_the_package_came(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, came_from: object, what: str
+def test_install_hint_follows_how_the_package_was_installed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: object, requirement: str
 ):
-    _installed(tmp_path, monkeypatch, came_from)
+    _set_install_source(tmp_path, monkeypatch, source)
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: object())
-    assert install_hint("shared") == f"Run: {sys.executable} -m pip install {what}"
+    assert install_hint("shared") == f"Run: {sys.executable} -m pip install {requirement}"
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
-    assert install_hint("shared") == f"Run: pip --python {sys.executable} install {what}"
+    assert install_hint("shared") == f"Run: pip --python {sys.executable} install {requirement}"

@@ -120,7 +120,12 @@ def test_lock_file_satisfies_its_extras(name: str):
     required = [Requirement(line) for line in _project()["dependencies"]]
     for extra in LOCKED_EXTRAS[name]:
         required += map(Requirement, extras[extra])
-    nested = {extra for each in required if _name(each) == "alphalayer" for extra in each.extras}
+    nested = {
+        extra
+        for requirement in required
+        if _name(requirement) == "alphalayer"
+        for extra in requirement.extras
+    }
     required += [Requirement(line) for extra in nested for line in extras[extra]]
     for machine in MACHINES:
         pins: dict[str, Version] = {}
@@ -128,11 +133,15 @@ def test_lock_file_satisfies_its_extras(name: str):
             if _applies(pin.marker, machine):
                 assert _name(pin) not in pins, f"two versions for {machine}"
                 pins[_name(pin)] = Version(str(pin.specifier).removeprefix("=="))
-        for each in required:
-            if _name(each) not in UNLOCKED and _applies(each.marker, machine):
-                version = pins.get(_name(each))
-                assert version is not None, f"{each} is not locked for {machine}; run: make lock"
-                assert each.specifier.contains(version, prereleases=True), f"{each}; run: make lock"
+        for requirement in required:
+            if _name(requirement) not in UNLOCKED and _applies(requirement.marker, machine):
+                version = pins.get(_name(requirement))
+                assert version is not None, (
+                    f"{requirement} is not locked for {machine}; run: make lock"
+                )
+                assert requirement.specifier.contains(version, prereleases=True), (
+                    f"{requirement}; run: make lock"
+                )
 
 
 def test_lock_files_agree_on_versions():
@@ -141,7 +150,9 @@ def test_lock_files_agree_on_versions():
         (_name(requirement), str(requirement.specifier)) for requirement, _ in _locked("dev")
     }
     for name in ("service", "engine", "serverless"):
-        assert {(_name(each), str(each.specifier)) for each, _ in _locked(name)} <= everything
+        assert {
+            (_name(requirement), str(requirement.specifier)) for requirement, _ in _locked(name)
+        } <= everything
 
 
 def test_torch_version_is_pinned_in_one_place():
@@ -209,7 +220,7 @@ sys.__stdout__.write("\\n" + json.dumps(answers))
 
 
 def test_commands_without_an_extra_name_it(tmp_path):
-    """Run commands in a process that can import no package of the extras engine and planner."""
+    """Run commands in a process without the packages of the extras engine and planner."""
     missing = ["torch", "diffusers", "transformers", "accelerate", "safetensors", "scipy", "simpy"]
     commands = {
         "engine": ["generate", "an apple"],

@@ -34,7 +34,7 @@ def _build(source: Path, target: Path) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The docs site, built with warnings as errors."""
+    """Return the docs site, built with warnings as errors."""
     pytest.importorskip("sphinx")
     target = tmp_path_factory.mktemp("site")
     result = _build(ROOT / "docs", target)
@@ -53,12 +53,12 @@ def test_docs_site_has_every_page(site: Path):
 
 def test_docs_site_loads_nothing_from_other_hosts(site: Path):
     loads = r"""<(?:script|img|link)\b[^>]*\b(?:src|href)=["'](?:https?:)?//[^"']+"""
-    found = [
+    addresses = [
         match
         for page in site.rglob("*.html")
         for match in re.findall(loads, page.read_text(encoding="utf-8"))
     ]
-    assert found == []
+    assert addresses == []
 
 
 def test_docs_build_with_broken_links_fails(tmp_path: Path):
@@ -117,7 +117,7 @@ def test_ci_covers_every_supported_python():
     }
 
 
-def test_project_names_no_home_that_does_not_exist():
+def test_project_files_name_no_missing_repository():
     command = [
         "git",
         "grep",
@@ -136,7 +136,9 @@ def test_changelog_sections_are_those_of_keep_a_changelog():
     text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
     versions = re.findall(r"^## (.+)$", text, re.MULTILINE)
     assert versions[0] == "[Unreleased]"
-    assert all(re.fullmatch(r"\[\d+\.\d+\.\d+\] - \d{4}-\d\d-\d\d", each) for each in versions[1:])
+    assert all(
+        re.fullmatch(r"\[\d+\.\d+\.\d+\] - \d{4}-\d\d-\d\d", version) for version in versions[1:]
+    )
     kinds = {"Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"}
     assert set(re.findall(r"^### (.+)$", text, re.MULTILINE)) <= kinds
 

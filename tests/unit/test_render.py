@@ -58,7 +58,7 @@ def storage(tmp_path: Path) -> ObjectStorage:
 
 
 class Recording(FakeEngine):
-    """Keeps the tasks of each call."""
+    """A fake engine that keeps the tasks of each call."""
 
     def __init__(self):
         super().__init__()

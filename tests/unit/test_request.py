@@ -1,4 +1,4 @@
-"""Requests: what is accepted; everything else is refused in a line that names the field."""
+"""Requests: values that are accepted, and errors in one line that name the field."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def _fields(name: str, value: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(("name", "value"), BAD, ids=lambda value: str(value)[:20])
-def test_bad_values_are_refused_in_one_line_that_names_the_field(name: str, value: Any):
+def test_request_bad_value_is_refused_in_a_line_with_its_field(name: str, value: Any):
     with pytest.raises(InvalidRequest) as error:
         parse_request(_fields(name, value))
     assert error.value.field == name
@@ -88,7 +88,7 @@ def test_bad_values_are_refused_in_one_line_that_names_the_field(name: str, valu
     assert len(line) < 400
 
 
-def test_an_unknown_name_lists_what_there_is():
+def test_request_unknown_sampler_lists_the_samplers():
     with pytest.raises(InvalidRequest, match=r"DPM\+\+ 2M SDE.*Euler a"):
         parse_request({"prompt": "x", "sampler": "Bogus"})
 
@@ -104,17 +104,17 @@ def test_an_unknown_name_lists_what_there_is():
     ],
     ids=lambda value: str(value)[:20],
 )  # fmt: skip
-def test_limits_are_included(name: str, value: Any):
+def test_request_values_at_the_limits_are_accepted(name: str, value: Any):
     parse_request(_fields(name, value))
 
 
 @pytest.mark.parametrize(("name", "known"), [("sampler", SAMPLERS), ("scheduler", SCHEDULERS)])
-def test_names_are_found_in_any_case(name: str, known: tuple[str, ...]):
-    for each in known:
-        assert getattr(parse_request({"prompt": "x", name: each.upper()}), name) == each
+def test_request_names_are_accepted_in_any_case(name: str, known: tuple[str, ...]):
+    for value in known:
+        assert getattr(parse_request({"prompt": "x", name: value.upper()}), name) == value
 
 
-def test_silence_is_filled_from_the_model_and_nothing_else_is_changed():
+def test_resolve_fills_missing_fields_from_the_model_only():
     defaults = ModelDefaults(
         width=256, height=512, steps=8, sampler="Euler", scheduler="Simple", cfg_scale=3
     )
@@ -125,12 +125,12 @@ def test_silence_is_filled_from_the_model_and_nothing_else_is_changed():
     assert resolved.resolve(ModelDefaults()) == resolved
 
 
-def test_open_seeds_are_drawn_in_the_published_range():
-    drawn = [
+def test_resolve_random_seeds_are_in_the_published_range():
+    resolved = [
         GenerationRequest(prompt="x", seed=-1, subseed=-1).resolve(ModelDefaults())
         for _ in range(50)
     ]
-    seeds = [seed for each in drawn for seed in (each.seed, each.subseed)]
+    seeds = [seed for request in resolved for seed in (request.seed, request.subseed)]
     assert all(0 <= seed < 4294967294 for seed in seeds)
     assert len(set(seeds)) == 100
 
@@ -149,7 +149,9 @@ def test_open_seeds_are_drawn_in_the_published_range():
         (None, (None, None)),
     ],
 )
-def test_old_sampler_names_are_split(name: str | None, expected: tuple[str | None, str | None]):
+def test_split_sampler_name_returns_sampler_and_schedule(
+    name: str | None, expected: tuple[str | None, str | None]
+):
     assert split_sampler_name(name) == expected
 
 
@@ -165,13 +167,13 @@ def test_old_sampler_names_are_split(name: str | None, expected: tuple[str | Non
         (None, "beta", (None, "Beta")),
     ],
 )
-def test_the_schedule_in_a_samplers_name_wins(
+def test_split_sampler_name_overrides_the_scheduler(
     name: str | None, scheduler: str, expected: tuple[str | None, str | None]
 ):
     assert split_sampler_name(name, scheduler) == expected
 
 
-def test_loras_in_a_prompt_join_those_of_the_request():
+def test_request_loras_of_the_prompt_join_the_field():
     request = parse_request(
         {
             "prompt": "<lora:first one> a red <lora:sub/x:0.8>apple (ripe:1.2) <lyco:y:-1>",
@@ -187,11 +189,11 @@ def test_loras_in_a_prompt_join_those_of_the_request():
         Lora(name="sub/x", weight=0.8),
         Lora(name="y", weight=-1),
     )
-    # and as JSON it comes through a journal unchanged
+    # a journal keeps it as JSON, unchanged
     assert GenerationRequest.model_validate_json(request.model_dump_json()) == request
 
 
-def test_requests_of_unlike_loras_are_not_drawn_together():
+def test_batch_key_differs_for_other_loras():
     keys = {
         parse_request({"prompt": f"a cat {tag}"}).batch_key
         for tag in ("", "<lora:x>", "<lora:x:0.5>", "<lora:x:1>")
@@ -202,14 +204,14 @@ def test_requests_of_unlike_loras_are_not_drawn_together():
 @pytest.mark.parametrize(
     "tag", ["", ":", ":1", " :1", "x:much", "x:nan", "x:inf", "x:5", "x:1:1", "x:1:lbw=OUTALL"]
 )
-def test_a_lora_tag_that_is_not_whole_is_refused_and_named(tag: str):
+def test_request_invalid_lora_tag_is_refused_and_named(tag: str):
     with pytest.raises(InvalidRequest) as error:
         parse_request({"prompt": f"a cat <lora:{tag}>"})
     assert error.value.field == "prompt"
     assert f"<lora:{tag}>" in error.value.message
 
 
-def test_too_many_loras_and_nothing_but_loras_are_refused():
+def test_request_too_many_loras_or_loras_alone_are_refused():
     with pytest.raises(InvalidRequest, match=r"loras: .*16"):
         parse_request({"prompt": "a cat" + "<lora:x>" * 17})
     with pytest.raises(InvalidRequest, match="prompt: empty"):
@@ -229,7 +231,7 @@ JSON = st.recursive(
         st.sampled_from([*GenerationRequest.model_fields]) | st.text(max_size=8), JSON, max_size=6
     )
 )
-def test_any_json_is_a_request_or_a_named_field(fields: dict[str, Any]):
+def test_request_any_json_is_valid_or_names_a_field(fields: dict[str, Any]):
     refused: InvalidRequest | None = None
     try:
         assert parse_request(fields).prompt.strip()

@@ -1,4 +1,4 @@
-"""What is removed, and what never is."""
+"""Images and previews that are removed, and files that stay."""
 
 from __future__ import annotations
 
@@ -22,25 +22,25 @@ from alphalayer.storage.objects import ObjectStorage, open_storage
 FILES = [("a", 10, 0.0), ("b", 10, 1 * DAY_S), ("c", 10, 2 * DAY_S), ("d", 10, 3 * DAY_S)]
 
 
-def test_by_age():
+def test_select_expired_by_age_returns_old_images():
     assert select_expired(FILES, Limits(pictures_days=1.5), 3 * DAY_S, lambda _: False) == [
         "a",
         "b",
     ]
 
 
-def test_by_size_the_oldest_first():
+def test_select_expired_by_size_returns_the_oldest_first():
     assert select_expired(FILES, Limits(pictures_bytes=25), 3 * DAY_S, lambda _: False) == [
         "a",
         "b",
     ]
 
 
-def test_no_limits_no_loss():
+def test_select_expired_without_limits_is_empty():
     assert select_expired(FILES, Limits(), 1e12, lambda _: False) == []
 
 
-def test_previews_go_soon_after_their_job():
+def test_select_expired_returns_previews_of_ended_jobs():
     files = [
         ("preview_a.webp", 10, 0.0),
         ("preview_b.webp", 10, 0.0),
@@ -52,7 +52,7 @@ def test_previews_go_soon_after_their_job():
     ]
 
 
-def test_what_is_kept_stays_though_it_is_old_and_large():
+def test_select_expired_leaves_protected_files():
     assert select_expired(
         FILES, Limits(pictures_days=0.1, pictures_bytes=1), 1e9, lambda key: key in "ab"
     ) == [
@@ -65,21 +65,21 @@ sizes = st.lists(st.tuples(st.integers(0, 1000), st.floats(0, 1e9)), max_size=30
 
 
 @given(sizes, st.integers(1, 5000))
-def test_afterwards_the_rest_fits(files, limit):
+def test_select_expired_leaves_at_most_the_size_limit(files, limit):
     named = [(str(i), size, modified) for i, (size, modified) in enumerate(files)]
-    gone = set(select_expired(named, Limits(pictures_bytes=limit), 1e9, lambda _: False))
-    assert sum(size for key, size, _ in named if key not in gone) <= limit
+    expired = set(select_expired(named, Limits(pictures_bytes=limit), 1e9, lambda _: False))
+    assert sum(size for key, size, _ in named if key not in expired) <= limit
 
 
-async def test_a_sweep_takes_old_pictures_of_finished_jobs_and_nothing_else(tmp_path: Path):
+async def test_sweep_removes_old_images_of_finished_jobs_only(tmp_path: Path):
     outputs = tmp_path / "outputs"
     job_queue = await SqliteJobQueue.open(tmp_path / "jobs.sqlite", 10)
     spec = JobSpec(generation=GenerationRequest(prompt="x"))
-    over, running, waiting = [await job_queue.submit(spec) for _ in range(3)]
+    finished, running, waiting = [await job_queue.submit(spec) for _ in range(3)]
     for _ in range(2):
         await job_queue.mark_started((await job_queue.claim()).id)
     await job_queue.complete(
-        over.id, JobResult(images=(), settings=ModelDefaults(), model_name="m", model_hash="h")
+        finished.id, JobResult(images=(), settings=ModelDefaults(), model_name="m", model_hash="h")
     )
     foreign = [
         "notes.txt",
@@ -88,11 +88,16 @@ async def test_a_sweep_takes_old_pictures_of_finished_jobs_and_nothing_else(tmp_
         "alpha_1_aaaaaaaaaa.png",
         "alphalayer.png",
     ]
-    ours = [job.file_name(i) for job in (over, running, waiting) for i in (0, 255)] + [
+    own = [job.file_name(i) for job in (finished, running, waiting) for i in (0, 255)] + [
         running.preview_name
     ]
-    gone = [over.file_name(0), over.file_name(255), over.preview_name, "alpha_1_bbbbbbbbbb00.webp"]
-    for name in {*foreign, *ours, *gone}:
+    expired = [
+        finished.file_name(0),
+        finished.file_name(255),
+        finished.preview_name,
+        "alpha_1_bbbbbbbbbb00.webp",
+    ]
+    for name in {*foreign, *own, *expired}:
         file = outputs / name
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(b"x" * 10)
@@ -101,19 +106,21 @@ async def test_a_sweep_takes_old_pictures_of_finished_jobs_and_nothing_else(tmp_
     sweeping = asyncio.create_task(
         keep_sweeping(open_storage(str(outputs)), job_queue, limits, every_s=0.05)
     )
-    await asyncio.to_thread(wait_until, lambda: not any((outputs / name).exists() for name in gone))
+    await asyncio.to_thread(
+        wait_until, lambda: not any((outputs / name).exists() for name in expired)
+    )
     later = outputs / "alpha_2_cccccccccc00.png"
     later.write_bytes(b"x")
     os.utime(later, (0, 0))
     await asyncio.to_thread(wait_until, lambda: not later.exists())
     left = {str(file.relative_to(outputs)) for file in outputs.rglob("*") if file.is_file()}
-    assert left == {*foreign, *ours} - {*gone}
+    assert left == {*foreign, *own} - {*expired}
     sweeping.cancel()
     await asyncio.gather(sweeping, return_exceptions=True)
     await job_queue.close()
 
 
-async def test_what_cannot_be_removed_stops_nothing_else(tmp_path: Path):
+async def test_sweep_continues_after_a_file_it_cannot_remove(tmp_path: Path):
     class Guarded(ObjectStorage):
         def delete(self, key: str) -> None:
             if "aaaa" in key:

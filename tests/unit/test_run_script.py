@@ -31,7 +31,7 @@ SCRIPT = Path(__file__).parents[2] / "run.py"
 
 @pytest.fixture
 def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """The script as a module, for a project in an empty folder."""
+    """Return the script as a module, for a project in an empty folder."""
     spec = importlib.util.spec_from_file_location("run_script", SCRIPT)
     assert spec is not None
     assert spec.loader is not None
@@ -52,7 +52,7 @@ def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return module
 
 
-def test_it_uses_the_standard_library_only():
+def test_script_imports_the_standard_library_only():
     names = set()
     for node in ast.walk(ast.parse(SCRIPT.read_text())):
         if isinstance(node, ast.Import):
@@ -65,7 +65,7 @@ def test_it_uses_the_standard_library_only():
 # --- choosing torch
 
 
-def _smi(folder: Path, answer: str, code: int = 0) -> None:
+def _write_nvidia_smi(folder: Path, answer: str, code: int = 0) -> None:
     tool = folder / "nvidia-smi"
     tool.write_text(f"#!/bin/sh\necho '{answer}'\nexit {code}\n")
     tool.chmod(tool.stat().st_mode | stat.S_IEXEC)
@@ -81,7 +81,7 @@ def _smi(folder: Path, answer: str, code: int = 0) -> None:
         (None, 0, False),
     ],
 )
-def test_a_gpu_is_there_when_the_driver_lists_one(
+def test_has_nvidia_gpu_if_the_driver_lists_one(
     script: ModuleType,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -91,12 +91,12 @@ def test_a_gpu_is_there_when_the_driver_lists_one(
 ):
     monkeypatch.setenv("PATH", str(tmp_path))
     if answer is not None:
-        _smi(tmp_path, answer, code)
+        _write_nvidia_smi(tmp_path, answer, code)
     assert script.has_nvidia_gpu() is expected
 
 
 def _torch_wheel(folder: Path, version: str) -> None:
-    """A torch of that version with nothing in it."""
+    """Write an empty wheel of torch with a version."""
     folder.mkdir()
     about = f"torch-{version}.dist-info"
     with zipfile.ZipFile(folder / f"torch-{version}-py3-none-any.whl", "w") as wheel:
@@ -109,10 +109,10 @@ def _torch_wheel(folder: Path, version: str) -> None:
         wheel.writestr(f"{about}/RECORD", "")
 
 
-def test_one_build_takes_the_place_of_another_of_the_same_version(
+def test_install_torch_replaces_another_build_of_the_version(
     script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """By real pip, to which 2.13.0+cpu is a 2.13.0 as good as any."""
+    """Run the real pip, for which 2.13.0+cpu satisfies 2.13.0."""
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     venv.create(script.VENV, clear=True)
     number = script.TORCH.removeprefix("torch==")
@@ -120,16 +120,16 @@ def test_one_build_takes_the_place_of_another_of_the_same_version(
         _torch_wheel(tmp_path / build, version)
         monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / build))
         script.install_torch(build, replace=True)
-        assert [each.name for each in script.VENV.rglob("torch-*.dist-info")] == [
+        assert [path.name for path in script.VENV.rglob("torch-*.dist-info")] == [
             f"torch-{version}.dist-info"
         ]
 
 
 @pytest.mark.parametrize(("build", "index"), [("cuda", "CUDA_INDEX"), ("cpu", "CPU_INDEX")])
-def test_on_windows_torch_comes_from_its_makers(
+def test_install_torch_on_windows_uses_the_index_of_pytorch(
     script: ModuleType, monkeypatch: pytest.MonkeyPatch, build: str, index: str
 ):
-    """What the registry has for Windows is not for CUDA."""
+    """Use the index of PyTorch, because PyPI has no CUDA build for Windows."""
     calls: list[tuple[str, ...]] = []
     monkeypatch.setattr(
         script, "pip", lambda *arguments, must=True: calls.append(arguments) or "done"
@@ -163,7 +163,7 @@ def done(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         (["--cuda", "doctor"], "cpu", False, "cuda"),
     ],
 )
-def test_torch_is_chosen_by_flag_then_environment_then_machine(
+def test_torch_build_follows_flag_then_environment_then_gpu(
     script: ModuleType,
     done: list[Any],
     monkeypatch: pytest.MonkeyPatch,
@@ -179,12 +179,12 @@ def test_torch_is_chosen_by_flag_then_environment_then_machine(
     assert done[1] == [str(script.PYTHON), "-m", "alphalayer", "doctor"]
 
 
-def test_commands_are_handed_on_as_they_are(script: ModuleType, done: list[Any]):
+def test_script_passes_commands_on_unchanged(script: ModuleType, done: list[Any]):
     script.main(["--cpu", "generate", "an apple, high quality", "--cpu", "--steps", "4"])
     assert done[1][3:] == ["generate", "an apple, high quality", "--cpu", "--steps", "4"]
 
 
-def test_test_is_pytest_with_its_packages(script: ModuleType, done: list[Any]):
+def test_script_test_runs_pytest_with_its_packages(script: ModuleType, done: list[Any]):
     script.main(["--cpu", "test", "-k", "noise"])
     script.main(["--cpu", "test"])
     pytest_alone = [str(script.PYTHON), "-m", "pytest"]
@@ -192,7 +192,7 @@ def test_test_is_pytest_with_its_packages(script: ModuleType, done: list[Any]):
     assert done[::2] == [("cpu", True)] * 2
 
 
-def test_without_a_command_it_explains_itself(
+def test_script_without_a_command_prints_help(
     script: ModuleType, done: list[Any], capsys: pytest.CaptureFixture[str]
 ):
     assert script.main([]) == 2
@@ -201,7 +201,7 @@ def test_without_a_command_it_explains_itself(
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["-h"], ["--cpu", "--help"]])
-def test_help_sets_nothing_up(
+def test_script_help_sets_nothing_up(
     script: ModuleType, done: list[Any], capsys: pytest.CaptureFixture[str], arguments: list[str]
 ):
     assert script.main(arguments) == 0
@@ -209,7 +209,7 @@ def test_help_sets_nothing_up(
     assert done == []
 
 
-def test_another_python_gets_the_same_line(
+def test_script_on_new_python_restarts_with_a_supported_one(
     script: ModuleType, done: list[Any], monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(script, "NEWEST", (3, 12))
@@ -221,7 +221,7 @@ def test_another_python_gets_the_same_line(
     ]
 
 
-def test_a_torch_that_is_not_known_is_named(
+def test_script_unknown_torch_build_is_named(
     script: ModuleType, done: list[Any], monkeypatch: pytest.MonkeyPatch, capsys
 ):
     monkeypatch.setenv("ALPHALAYER_TORCH", "gpu")
@@ -235,19 +235,19 @@ def test_a_torch_that_is_not_known_is_named(
 
 
 def _stamp(script: ModuleType, **changes: Any) -> None:
-    wanted = {
+    stamp = {
         "project": script.project_digest(),
         "python": ".".join(map(str, sys.version_info[:3])),
         "torch": "cpu",
         "root": str(script.ROOT),
         "tests": True,
     }
-    script.STAMP.write_text(json.dumps({**wanted, **changes}))
+    script.STAMP.write_text(json.dumps({**stamp, **changes}))
 
 
 @pytest.fixture
 def steps(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """What a set-up would do, in place of doing it."""
+    """Record the steps of a set-up instead of running them."""
     calls: list[Any] = []
     monkeypatch.setattr(script, "is_venv_of", lambda python, stamp: True)
     monkeypatch.setattr(script, "install_torch", lambda build, replace: calls.append(build))
@@ -257,7 +257,7 @@ def steps(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 
 @pytest.mark.parametrize("with_tests", [False, True])
-def test_a_fitting_stamp_means_that_nothing_is_done(
+def test_set_up_with_a_current_stamp_does_nothing(
     script: ModuleType, steps: list[Any], with_tests: bool
 ):
     _stamp(script)
@@ -275,26 +275,26 @@ def test_a_fitting_stamp_means_that_nothing_is_done(
         ({"tests": False}, "cpu", True),
     ],
 )
-def test_another_project_python_place_torch_or_wish_sets_up_again(
+def test_set_up_with_an_outdated_stamp_runs_again(
     script: ModuleType, steps: list[Any], changes, build, with_tests
 ):
     _stamp(script, **changes)
     script.set_up(build, with_tests)
     # installed packages of the tests are updated, too: else the stamp would be false
-    tests_wanted = with_tests or changes.get("tests", True)
-    lock = script.ROOT / "requirements" / ("dev.txt" if tests_wanted else "engine.txt")
+    tests_requested = with_tests or changes.get("tests", True)
+    lock = script.ROOT / "requirements" / ("dev.txt" if tests_requested else "engine.txt")
     assert steps[0] == ("install", "--no-deps", "--require-hashes", "--requirement", str(lock))
     assert steps[1] == build
     assert steps[2] == ("install", "--no-deps", "--editable", str(script.ROOT))
     written = script.read_stamp()
     assert written["torch"] == build
-    assert written["tests"] is tests_wanted
+    assert written["tests"] is tests_requested
     steps.clear()
     script.set_up(build, with_tests)
     assert steps == []
 
 
-def test_of_two_set_ups_at_once_one_does_the_work(script: ModuleType, steps: list[Any]):
+def test_set_up_twice_at_once_runs_once(script: ModuleType, steps: list[Any]):
     waiting = threading.Event()
     script.report = lambda line: waiting.set()
     with ThreadPoolExecutor() as pool:
@@ -308,13 +308,13 @@ def test_of_two_set_ups_at_once_one_does_the_work(script: ModuleType, steps: lis
 
 
 @pytest.mark.parametrize("content", [None, "", "{", "\udcff"])
-def test_a_missing_or_damaged_stamp_is_none(script: ModuleType, content: str | None):
+def test_read_stamp_missing_or_damaged_is_empty(script: ModuleType, content: str | None):
     if content is not None:
         script.STAMP.write_bytes(content.encode(errors="surrogateescape"))
     assert script.read_stamp() == {}
 
 
-def test_a_venv_is_asked_for_its_python(script: ModuleType):
+def test_is_venv_of_compares_python_and_folder(script: ModuleType):
     here = ".".join(map(str, sys.version_info[:3]))
     assert not script.is_venv_of(here, {}), "there is none"
     script.PYTHON.symlink_to(sys.executable)
@@ -323,18 +323,14 @@ def test_a_venv_is_asked_for_its_python(script: ModuleType):
     assert not script.is_venv_of(here, {"root": "/elsewhere"})
 
 
-def test_failures_are_two_lines_and_an_exit_code(
-    script: ModuleType, capsys: pytest.CaptureFixture[str]
-):
+def test_fail_prints_two_lines_and_exits_1(script: ModuleType, capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit) as end:
         script.fail("no venv", "Install it.")
     assert end.value.code == 1
     assert capsys.readouterr().err == "error: no venv\nInstall it.\n"
 
 
-def test_a_pip_that_fails_is_shown_and_logged(
-    script: ModuleType, capsys: pytest.CaptureFixture[str]
-):
+def test_pip_failure_is_shown_and_logged(script: ModuleType, capsys: pytest.CaptureFixture[str]):
     script.PYTHON.symlink_to(sys.executable)
     with pytest.raises(SystemExit):
         script.pip("no-such-command")
@@ -343,7 +339,7 @@ def test_a_pip_that_fails_is_shown_and_logged(
     assert script.pip("no-such-command", must=False) == ""
 
 
-def test_the_script_itself_runs():
+def test_script_runs_in_a_process():
     done = subprocess.run(
         [sys.executable, str(SCRIPT)], capture_output=True, text=True, timeout=60, check=False
     )
@@ -351,12 +347,12 @@ def test_the_script_itself_runs():
 
 
 @pytest.mark.skipif(os.name == "nt", reason="needs a pseudo-terminal")
-def test_on_a_terminal_what_takes_long_is_watched(
+def test_run_logged_shows_progress_on_a_terminal(
     script: ModuleType, monkeypatch: pytest.MonkeyPatch
 ):
     import pty
 
-    there, here = pty.openpty()
+    reader, here = pty.openpty()
     script.LOG.touch()
     with os.fdopen(here, "w") as terminal:
         monkeypatch.setattr(script.sys, "stderr", terminal)
@@ -368,14 +364,14 @@ def test_on_a_terminal_what_takes_long_is_watched(
             3,
             "Downloading torch (196.5 MB)\nend\n",
         )
-        assert "1 s  Downloading torch (196.5 MB)" in os.read(there, 1000).decode()
-    os.close(there)
+        assert "1 s  Downloading torch (196.5 MB)" in os.read(reader, 1000).decode()
+    os.close(reader)
 
 
-# --- the old stack's start lines
+# --- start lines of AUTOMATIC1111 and Forge
 
 
-def test_the_old_start_line_explains_itself_without_a_set_up(tmp_path: Path):
+def test_launch_script_help_needs_no_set_up(tmp_path: Path):
     command = [sys.executable, str(SCRIPT.with_name("launch.py")), "--listen", "-h"]
     done = subprocess.run(
         command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False
@@ -388,7 +384,7 @@ def test_the_old_start_line_explains_itself_without_a_set_up(tmp_path: Path):
 @pytest.mark.parametrize(
     "line", ["COMMANDLINE_ARGS='--port 9'", "export COMMANDLINE_ARGS='--port 9'"]
 )
-def test_webui_user_sh_is_read_where_there_is_one(tmp_path: Path, line: str):
+def test_webui_script_reads_webui_user_sh(tmp_path: Path, line: str):
     script = shutil.copy(SCRIPT.with_name("webui.sh"), tmp_path)
     (tmp_path / "launch.py").write_text(
         "import os, sys; print(os.environ.get('COMMANDLINE_ARGS'), sys.argv[1:])"
@@ -406,7 +402,7 @@ def test_webui_user_sh_is_read_where_there_is_one(tmp_path: Path, line: str):
     assert start() == "--port 9 ['--api']\n"
 
 
-def test_a_folder_that_cannot_be_written_to_is_one_line(
+def test_set_up_in_a_read_only_folder_is_one_line(
     script: ModuleType,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -422,6 +418,8 @@ def test_a_folder_that_cannot_be_written_to_is_one_line(
     )
 
 
-def test_its_help_names_every_command(script: ModuleType):
+def test_script_help_names_every_command(script: ModuleType):
     words = set((script.__doc__ or "").split())
-    assert {name for name, each in get_command(app).commands.items() if not each.hidden} <= words
+    assert {
+        name for name, command in get_command(app).commands.items() if not command.hidden
+    } <= words

@@ -181,7 +181,7 @@ def _interpolate(timesteps: Array, table: SigmaTable) -> Tensor:
     return torch.tensor([table.sigma(float(timestep)) for timestep in timesteps])
 
 
-_SCHEDULES: dict[str, Callable[[int, SigmaTable], Tensor]] = {
+SCHEDULES: dict[str, Callable[[int, SigmaTable], Tensor]] = {
     "Karras": _karras,
     "Exponential": _exponential,
     "Normal": _normal,
@@ -206,5 +206,5 @@ def sigmas_for(
     Returns:
         float32 (steps + 1,), on the CPU.
     """
-    levels = _SCHEDULES[scheduler](steps + skip_lowest, table)[:steps]
+    levels = SCHEDULES[scheduler](steps + skip_lowest, table)[:steps]
     return torch.cat([levels, torch.zeros(1)])

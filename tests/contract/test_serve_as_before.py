@@ -1,4 +1,4 @@
-"""The start line of the stack that this replaces, as `launch.py` hands it on, over real HTTP."""
+"""The start line of AUTOMATIC1111 and Forge, as `launch.py` passes it on, over real HTTP."""
 
 from __future__ import annotations
 
@@ -11,12 +11,17 @@ import httpx
 from tests.support.serving import free_port, wait_until
 
 
-def test_the_old_start_line_serves(tmp_path: Path):
+def test_serve_as_before_answers_the_routes_of_forge(tmp_path: Path):
     port = free_port()
     flags = ["--nowebui", "--api", "--listen", "--port", str(port), "--cors-allow-origins", "*"]
-    ours = {name: value for name, value in os.environ.items() if not name.startswith("ALPHALAYER_")}
-    # an address that is given before --listen stays
-    environment = {**ours, "COMMANDLINE_ARGS": "--server-name 127.0.0.1 --xformers --always-cpu"}
+    inherited = {
+        name: value for name, value in os.environ.items() if not name.startswith("ALPHALAYER_")
+    }
+    # an address before --listen stays
+    environment = {
+        **inherited,
+        "COMMANDLINE_ARGS": "--server-name 127.0.0.1 --xformers --always-cpu",
+    }
     command = [sys.executable, "-m", "alphalayer", "serve-as-before", *flags]
     with (tmp_path / "log").open("wb") as log:
         process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=log, stderr=log)

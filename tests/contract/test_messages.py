@@ -78,11 +78,13 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
         (OPENAI, {"response_format": "png"}, "response_format: got \"png\"; 'url' or 'b64_json'."),
     ],
 )
-def test_words(client: httpx.Client, path: str, fields: dict[str, object], words: str):
+def test_invalid_field_message_is_plain(
+    client: httpx.Client, path: str, fields: dict[str, object], words: str
+):
     answer = client.post(path, json={"prompt": "an apple", **fields})
     assert answer.status_code in (400, 422)
-    said = answer.json()
-    text = said["error"]["message"] if "error" in said else said["detail"]
+    body = answer.json()
+    text = body["error"]["message"] if "error" in body else body["detail"]
     assert text.removesuffix(" The fields are described at /docs.") == words
 
 
@@ -95,21 +97,21 @@ def test_words(client: httpx.Client, path: str, fields: dict[str, object], words
         ({"colour": "red"}, None),
     ],
 )
-def test_a_wrong_name_of_a_field_is_told_before_what_is_missing(
+def test_unknown_field_is_reported_before_missing_ones(
     client: httpx.Client, fields: dict[str, object], like: str | None
 ):
     for path in (NATIVE, JOBS):
-        said = client.post(path, json=fields).json()
-        assert said["detail"] == f"{next(iter(fields))}: there is no such field."
-        assert said["hint"].partition(" The fields")[0] == (
-            f'Did you mean "{like}"?' if like else said["hint"]
+        body = client.post(path, json=fields).json()
+        assert body["detail"] == f"{next(iter(fields))}: there is no such field."
+        assert body["hint"].partition(" The fields")[0] == (
+            f'Did you mean "{like}"?' if like else body["hint"]
         )
 
 
 @pytest.mark.parametrize(
     ("content", "words"), [(b"", "it must be given."), (b"[]", "got []; an object.")]
 )
-def test_words_about_the_body_as_a_whole(client: httpx.Client, content: bytes, words: str):
+def test_invalid_body_message_is_plain(client: httpx.Client, content: bytes, words: str):
     assert (
         client.post(NATIVE, content=content, headers=JSON).json()["detail"] == f"the body: {words}"
     )
@@ -118,7 +120,7 @@ def test_words_about_the_body_as_a_whole(client: httpx.Client, content: bytes, w
 @pytest.mark.parametrize(
     ("path", "query", "words"), [(JOBS, "?limit=all", 'limit: got "all"; a whole number.')]
 )
-def test_words_about_a_query(client: httpx.Client, path: str, query: str, words: str):
+def test_invalid_query_message_is_plain(client: httpx.Client, path: str, query: str, words: str):
     assert client.get(path + query).json()["detail"] == words
 
 
@@ -136,7 +138,7 @@ def test_words_about_a_query(client: httpx.Client, path: str, query: str, words:
         {"force_task_id": "\ud800"},
     ],
 )
-def test_text_that_is_not_unicode_is_told_so(client: httpx.Client, more: dict[str, object]):
+def test_invalid_unicode_is_reported(client: httpx.Client, more: dict[str, object]):
     answer = client.post(
         A1111, content=json.dumps({"prompt": "a", "width": 64, "height": 64, **more}), headers=JSON
     )
@@ -144,7 +146,7 @@ def test_text_that_is_not_unicode_is_told_so(client: httpx.Client, more: dict[st
     assert "Unicode" in answer.json()["detail"]
 
 
-def test_what_must_be_given_and_what_is_no_text(client: httpx.Client):
+def test_missing_prompt_and_invalid_text_are_named(client: httpx.Client):
     assert client.post(NATIVE, json={}).json()["detail"] == "prompt: it must be given."
     lone = client.post(NATIVE, content=b'{"prompt": "a", "format": "\\ud800"}', headers=JSON)
     assert lone.status_code == 422
