@@ -31,10 +31,13 @@ os.environ.update(THREAD_LIMIT)
 
 TESTS = Path(__file__).parent
 LONG_FILES = (
+    "browser/test_page.py",
     "integration/test_engine_paths.py",
     "integration/test_pods.py",
     "integration/test_durability.py",
     "integration/test_job_queues.py",
+    "browser/test_page_image.py",
+    "integration/test_deploy.py",
     "integration/test_kills.py",
     "integration/test_clients.py",
     "integration/test_models_in_memory.py",

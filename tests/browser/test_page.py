@@ -16,7 +16,7 @@ import pytest
 from playwright.async_api import Browser, Page, ViewportSize, expect
 from tests.browser.visit import DESKTOP, PHONE, Visit, open_visit
 from tests.support import fake_service
-from tests.support.serving import free_port, served, wait_until
+from tests.support.serving import free_port, put_model, served, wait_until
 
 from alphalayer.auth.api_keys import add_key
 
@@ -338,28 +338,33 @@ async def test_page_shows_why_the_service_is_not_ready(browser: Browser, tmp_pat
         await context.close()
 
 
-async def test_page_runs_more_jobs_than_browser_connections(visit: Visit):
-    page = visit.page
-    await visit.start("job 0")
-    for i in range(1, 8):
-        await visit.fill(prompt=f"job {i}", steps="5")
-        await page.click("#draw")
-        await expect(page.locator("#jobs li")).to_have_count(i + 1)
-    await expect(page.locator("#jobs .how").last).to_contain_text("Number 7 in the queue")
-    no_overlap = """all => all.every((cell) => {
-      const next = cell.nextSibling.getBoundingClientRect();
-      return cell.getBoundingClientRect().right <= next.left;
-    })"""
-    assert await page.locator("#jobs .how").evaluate_all(no_overlap)
-    await page.get_by_role("button", name="Cancel job 7").click()
-    await expect(page.locator("#jobs li")).to_have_count(7)
-    # a hidden page opens no stream, and still receives the outcome
-    await page.evaluate("Object.defineProperty(document, 'hidden', { get: () => true })")
-    await page.evaluate("document.dispatchEvent(new Event('visibilitychange'))")
-    visit.requests.clear()
-    await page.click("#stop")
-    await expect(page.locator("#history li")).to_have_count(6)
-    assert not [url for url in visit.requests if url.endswith("/events")]
+async def test_page_runs_more_jobs_than_browser_connections(browser: Browser, tmp_path: Path):
+    # slow enough that the first job runs until it is stopped, also on a busy machine
+    with served(put_model(tmp_path), engine_options={"step_s": 0.1}) as client:
+        context = await browser.new_context(viewport=DESKTOP)
+        visit = await open_visit(context, str(client.base_url))
+        page = visit.page
+        await visit.start("job 0")
+        for i in range(1, 8):
+            await visit.fill(prompt=f"job {i}", steps="1")
+            await page.click("#draw")
+            await expect(page.locator("#jobs li")).to_have_count(i + 1)
+        await expect(page.locator("#jobs .how").last).to_contain_text("Number 7 in the queue")
+        no_overlap = """all => all.every((cell) => {
+          const next = cell.nextSibling.getBoundingClientRect();
+          return cell.getBoundingClientRect().right <= next.left;
+        })"""
+        assert await page.locator("#jobs .how").evaluate_all(no_overlap)
+        await page.get_by_role("button", name="Cancel job 7").click()
+        await expect(page.locator("#jobs li")).to_have_count(7)
+        # a hidden page opens no stream, and still receives the outcome
+        await page.evaluate("Object.defineProperty(document, 'hidden', { get: () => true })")
+        await page.evaluate("document.dispatchEvent(new Event('visibilitychange'))")
+        visit.requests.clear()
+        await page.click("#stop")
+        await expect(page.locator("#history li")).to_have_count(6, timeout=15_000)
+        assert not [url for url in visit.requests if url.endswith("/events")]
+        await context.close()
 
 
 async def test_proxy_error_counts_as_an_unreachable_service(visit: Visit):
