@@ -21,8 +21,7 @@ CONDITIONAL = [mode.name for mode in MODES.values() if mode.needs]
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory: pytest.TempPathFactory) -> LocalEngine:
     models = tmp_path_factory.mktemp("models")
-    tiny_models.make_single_file(models / "Stable-diffusion" / "tiny.safetensors")
-    folder = tiny_models.make_layer_files(models / "layer_model")
+    folder = tiny_models.make_shared_models(models)
     for mode in CONDITIONAL:
         tiny_models.make_condition_patch(folder, mode)
     return LocalEngine(models, device="cpu")
@@ -115,8 +114,7 @@ def test_request_with_other_inputs_is_refused(mode, roles, accepted):
 
 
 def test_missing_patch_names_the_file_and_command(engine: LocalEngine, tmp_path: Path):
-    tiny_models.make_single_file(tmp_path / "Stable-diffusion" / "tiny.safetensors")
-    tiny_models.make_layer_files(tmp_path / "layer_model")
+    tiny_models.make_shared_models(tmp_path)
     without = LocalEngine(tmp_path, device="cpu")
     with pytest.raises(LayerDiffuseMissing) as caught:
         render(without, "fg2ble")
@@ -125,8 +123,7 @@ def test_missing_patch_names_the_file_and_command(engine: LocalEngine, tmp_path:
 
 
 def test_patch_of_another_mode_is_refused(tmp_path: Path):
-    tiny_models.make_single_file(tmp_path / "Stable-diffusion" / "tiny.safetensors")
-    folder = tiny_models.make_layer_files(tmp_path / "layer_model")
+    folder = tiny_models.make_shared_models(tmp_path)
     (folder / "layer_xl_transparent_attn.safetensors").rename(folder / MODES["fg2ble"].files[0])
     with pytest.raises(ModelUnusable, match="is not a patch for input images"):
         render(LocalEngine(tmp_path, device="cpu"), "fg2ble")

@@ -154,6 +154,16 @@ def make_diffusers_folder(path: Path, seed: int = 0) -> Path:
     return path
 
 
+def make_shared_models(models: Path) -> Path:
+    """Write a model without patches of its own, and `layer_model/`; return that folder.
+
+    A folder loads several times as fast as a single file.
+    """
+    folder = make_diffusers_folder(models / "Stable-diffusion" / "tiny")
+    shutil.rmtree(folder / "layerdiffuse")
+    return make_layer_files(models / "layer_model")
+
+
 def make_single_file(path: Path, seed: int = 0, dtype: torch.dtype = torch.float16) -> Path:
     """Write the same model as an LDM single file."""
     tensors = single_file_tensors(*text_encoders(seed), unet(seed), vae(seed))

@@ -51,7 +51,7 @@ from alphalayer.engine.sampling.schedules import sigmas_for
 from alphalayer.engine.text.encoders import TextEncoders, is_cached, plan_negative, plan_prompt
 from alphalayer.engine.text.textual_inversion import EmbeddingFolder
 from alphalayer.engine.transparency.decode import to_opaque
-from alphalayer.engine.transparency.modes import MODES, Decoding, Layer
+from alphalayer.engine.transparency.modes import MODES, Decoding, Layer, Mode
 from alphalayer.engine.transparency.patch import PatchFile, PatchSpec
 
 logger = logging.getLogger(__name__)
@@ -192,7 +192,7 @@ class LocalEngine:
             loras = self._lora_patches(shared)
             patches = (*loras, *mode.patches(model, shared))
             # read here, so that a missing or damaged decoder is reported before the work
-            decoders = mode.decoders(model)
+            mode.decoders(model)
         canvas = Canvas.of(shared.width, shared.height)
         sampler, process = SAMPLERS[shared.sampler], model.process
         sigmas = sigmas_for(
@@ -224,24 +224,39 @@ class LocalEngine:
         with stopwatch.stage("sample"), denoising, noise as source:
             latents = self._sample(tasks, shared, denoiser, schedule, start, sigmas, source)
 
-        # after an out-of-memory error, sampled latents and decoded images are kept
-        composed: list[list[Layer]] = []
-
-        def decode(memory: MemoryMode) -> None:
-            decoding = Decoding(model, shared, memory, stopwatch)
-            with Residency(self.device, memory).of(*decoders, keep=memory.keep_unet):
-                for latent in latents[len(composed) :]:
-                    # reported for each image: a silent process is taken for hung
-                    reporter.stage("decode")
-                    composed.append(mode.compose(decoding, latent[None]))
-
-        self._with_less_memory(requests, modes_down_from(memory), decode)
-
+        decoding = Decoding(model, shared, memory, stopwatch)
+        composed = self._compose(requests, mode, decoding, latents, reporter)
         layers = iter(composed)
         return [
             _result(request, model, canvas, list(islice(layers, len(request.images))), stopwatch)
             for request in requests
         ]
+
+    def _compose(
+        self,
+        requests: Sequence[GenerationRequest],
+        mode: Mode,
+        decoding: Decoding,
+        latents: Tensor,
+        reporter: ProgressReporter,
+    ) -> list[list[Layer]]:
+        """Return the layers of each latent (B, C, h, w).
+
+        After an out-of-memory error, sampled latents and finished layers are kept.
+        """
+        composed: list[list[Layer]] = []
+        decoders = mode.decoders(decoding.model)
+
+        def compose(memory: MemoryMode) -> None:
+            attempt = replace(decoding, memory=memory)
+            with Residency(self.device, memory).of(*decoders, keep=memory.keep_unet):
+                for latent in latents[len(composed) :]:
+                    # reported for each image: a silent process is taken for hung
+                    reporter.stage("decode")
+                    composed.append(mode.compose(attempt, latent[None]))
+
+        self._with_less_memory(requests, modes_down_from(decoding.memory), compose)
+        return composed
 
     def _entry(self, request: GenerationRequest) -> ModelEntry:
         entries = catalog.find_models(self._models_dir)
