@@ -208,7 +208,8 @@ class LocalEngine:
             _patch_text(loras, model)
             guidances = [_guidance(request, model.text, reporter.check) for request in requests]
         if shared.inputs:
-            with stopwatch.stage("inputs"), residency.of(model.modules["vae"]):
+            encoding = residency.of(model.modules["vae"], keep=memory.keep_unet)
+            with stopwatch.stage("inputs"), encoding:
                 guidances = [
                     replace(guidance, condition=mode.condition(model, request, task.inputs))
                     for guidance, request, task in zip(guidances, requests, tasks, strict=True)
