@@ -52,8 +52,8 @@ TORCH = (ROOT / "requirements" / "torch.txt").read_text(encoding="utf-8").strip(
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 CUDA_INDEX = "https://download.pytorch.org/whl/cu130"
 OLDEST, NEWEST = (3, 10), (3, 13)
-PARALLEL = ["-n", "3", "--dist", "loadfile", "--no-loadscope-reorder"]
-"""Default pytest options: many tests wait, so three processes use two cores.
+PARALLEL = ["-n", "4", "--dist", "loadfile", "--no-loadscope-reorder"]
+"""Default pytest options: many tests wait, so four processes use two cores.
 
 The order of the files is that of `tests/conftest.py`: the longest ones first.
 """

@@ -461,8 +461,9 @@ def test_progress_shows_preview_until_interrupt(tmp_path):
 
 
 def test_progress_counts_over_all_iterations(tmp_path):
+    # an iteration takes a second, so that a busy machine misses none
     with (
-        served(tmp_path, engine_options={"step_s": 0.03}) as client,
+        served(tmp_path, engine_options={"step_s": 0.1}) as client,
         concurrent.futures.ThreadPoolExecutor() as pool,
     ):
         slow = pool.submit(render, client, steps=10, n_iter=3)

@@ -109,7 +109,9 @@ def test_trace_spans_client_request_job_and_worker_stages(
         assert before.end_time_unix_nano == after.start_time_unix_nano
     # the pod and the worker have one clock here
     assert request.start_time_unix_nano < stages[0].start_time_unix_nano == job.start_time_unix_nano
-    assert stages[-1].end_time_unix_nano == job.end_time_unix_nano < request.end_time_unix_nano
+    assert stages[-1].end_time_unix_nano == job.end_time_unix_nano
+    # the worker ends its span after the outcome is written, which may be after the response
+    assert stages[-1].start_time_unix_nano < request.end_time_unix_nano
     assert not any("ping" in span.name for span in collector.spans)
 
 
