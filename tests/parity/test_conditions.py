@@ -60,8 +60,9 @@ def test_border_colour_is_the_median_of_the_border():
 
 @pytest.mark.parametrize("mode", RESIZE_MODES)
 @pytest.mark.parametrize("size", [(64, 192), (200, 40), (48, 32)], ids=str)
-def test_condition_image_has_the_requested_size(mode, size):
-    image = condition_image(image_of(48, 32), size, mode)
+@pytest.mark.parametrize("own", [(48, 32), (1, 4000), (4000, 1), (1, 1)], ids=str)
+def test_condition_image_has_the_requested_size(mode, size, own):
+    image = condition_image(image_of(*own), size, mode)
     assert image.shape == (1, 3, size[1], size[0])
     assert image.dtype == torch.float32
 

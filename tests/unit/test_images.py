@@ -269,3 +269,12 @@ def test_finish_applies_the_output_options_in_order():
     assert finished.shape == (5, 7, 4)
     assert finished[0, 0].tolist() == [10, 20, 30, 255]
     assert finished[2, 3].tolist() == [200, 100, 50, 255]
+
+
+def test_encode_input_drops_the_settings_and_refuses_a_long_side():
+    rgba = np.full((2, 3, 4), 9, np.uint8)
+    plain, with_settings = codecs.encode(rgba), codecs.encode(rgba, parameters="Steps: 1")
+    assert codecs.encode_input(with_settings) == codecs.encode_input(plain) == plain
+    long = codecs.encode(np.zeros((1, codecs.MAX_INPUT_SIDE + 1, 4), np.uint8))
+    with pytest.raises(InvalidRequest, match="16384 pixels a side, and it has 16385x1 pixels"):
+        codecs.encode_input(long)

@@ -148,14 +148,13 @@ async def store_images(
 
     def store(data: str) -> str:
         try:
-            rgba, _ = codecs.decode(base64.b64decode(data.rpartition(",")[2], validate=True))
+            file = codecs.encode_input(base64.b64decode(data.rpartition(",")[2], validate=True))
         except binascii.Error:
             raise InvalidRequest("not base64.", field=field) from None
         except InvalidRequest as error:
             error.field = field
             raise
-        # without the settings text, equal images are one file
-        return store_input(service.storage, codecs.encode(rgba))
+        return store_input(service.storage, file)
 
     names = [await asyncio.to_thread(store, data) for data in images.values()]
     return tuple(

@@ -197,7 +197,7 @@ class _TargetFiles:
 def _read_image(role: InputRole, path: Path) -> bytes:
     """Return an image file as PNG. Raises `InvalidRequest`, or `StorageFailed`."""
     try:
-        return codecs.encode(codecs.decode(path.read_bytes())[0])
+        return codecs.encode_input(path.read_bytes())
     except InvalidRequest as error:
         error.field = f"{role}_image"
         raise

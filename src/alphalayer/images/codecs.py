@@ -25,6 +25,8 @@ Rgba = NDArray[np.uint8]
 
 MAX_PIXELS = 16_000_000
 """Limit for decoding: four times the largest generated image. It takes about 150 MB."""
+MAX_INPUT_SIDE = 16_384
+"""Longest side of an input image, because fitting takes memory by the side."""
 READABLE = ("PNG", "WEBP", "AVIF", "JPEG")
 """Formats that are opened. Some other readers of Pillow start other programs."""
 MIME_TYPES: dict[ImageFormat, str] = {
@@ -114,6 +116,22 @@ def decode(data: bytes) -> tuple[Rgba, str | None]:
         image.load()
         rgba = image if image.mode == "RGBA" else image.convert("RGBA")
         return np.asarray(rgba), _parameters(image)
+
+
+def encode_input(data: bytes) -> bytes:
+    """Convert an image file to a PNG without settings text, so that equal images are one file.
+
+    Raises:
+        InvalidRequest: See `decode`, or a side is longer than `MAX_INPUT_SIDE`.
+    """
+    rgba, _ = decode(data)
+    height, width = rgba.shape[:2]
+    if max(height, width) > MAX_INPUT_SIDE:
+        raise InvalidRequest(
+            f"the image is too large: the limit is {MAX_INPUT_SIDE} pixels a side, "
+            f"and it has {width}x{height} pixels."
+        )
+    return encode(rgba)
 
 
 def read_settings(data: bytes) -> tuple[tuple[int, int], str | None]:

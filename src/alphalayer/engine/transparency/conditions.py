@@ -18,6 +18,10 @@ Image = NDArray[np.float32]
 """RGB in [0, 1], shape (height, width, 3). Resampling may overshoot, and is not clamped."""
 Size = tuple[int, int]
 """Width and height in pixels."""
+Window = tuple[int, int, int, int]
+"""Left, top, width and height in pixels."""
+Matrix = NDArray[np.float32]
+Indices = NDArray[np.int_]
 LANCZOS_TAPS = np.arange(-3, 5)
 
 
@@ -49,67 +53,77 @@ def fit(image: Image, size: Size, resize_mode: ResizeMode) -> Image:
         return resize(image, size)
     height, width = image.shape[:2]
     factors = size[0] / width, size[1] / height
-    factor = max(factors) if resize_mode == "Crop and Resize" else min(factors)
-    resized = resize(image, (round(width * factor), round(height * factor)))
-    left, top = (resized.shape[1] - size[0]) // 2, (resized.shape[0] - size[1]) // 2
-    if resize_mode == "Crop and Resize":
-        return np.ascontiguousarray(resized[top : top + size[1], left : left + size[0]])
+    covers = resize_mode == "Crop and Resize"
+    factor = max(factors) if covers else min(factors)
+    scaled = max(1, round(width * factor)), max(1, round(height * factor))
+    if covers:
+        left, top = (scaled[0] - size[0]) // 2, (scaled[1] - size[1]) // 2
+        return resize(image, scaled, (left, top, *size))
     canvas = np.empty((size[1], size[0], 3), np.float32)
     canvas[:] = border_colour(image)
-    left, top = (size[0] - resized.shape[1]) // 2, (size[1] - resized.shape[0]) // 2
-    canvas[top : top + resized.shape[0], left : left + resized.shape[1]] = resized
+    left, top = (size[0] - scaled[0]) // 2, (size[1] - scaled[1]) // 2
+    canvas[top : top + scaled[1], left : left + scaled[0]] = resize(image, scaled)
     return canvas
 
 
-def resize(image: Image, size: Size) -> Image:
-    """Resample an image: by area to fewer pixels, by Lanczos over 8 pixels to more."""
+def resize(image: Image, size: Size, window: Window | None = None) -> Image:
+    """Resample an image: by area to fewer pixels, by Lanczos over 8 pixels to more.
+
+    Args:
+        image: The image.
+        size: Size of the whole result.
+        window: Part of the result to compute. A thin image that covers a size is many times as
+            long as the part that is seen.
+    """
     height, width = image.shape[:2]
+    left, top, columns, rows = window or (0, 0, *size)
     if size == (width, height):
-        return image
+        return np.ascontiguousarray(image[top : top + rows, left : left + columns])
     if size[0] * size[1] >= width * height:
-        rows, columns = _lanczos(height, size[1]), _lanczos(width, size[0])
+        matrix = _lanczos
     elif size[0] > width or size[1] > height:
-        rows, columns = _linear(height, size[1]), _linear(width, size[0])
+        matrix = _linear
     else:
-        rows, columns = _area(height, size[1]), _area(width, size[0])
-    return np.einsum("yh,hwc,xw->yxc", rows, image, columns, optimize=True).astype(np.float32)
+        matrix = _area
+    vertical = matrix(height, size[1], np.arange(top, top + rows))
+    horizontal = matrix(width, size[0], np.arange(left, left + columns))
+    return np.einsum("yh,hwc,xw->yxc", vertical, image, horizontal, optimize=True)
 
 
-def _lanczos(old: int, new: int) -> NDArray[np.float64]:
-    """Return the matrix (new, old) of a Lanczos filter with 8 taps."""
-    centres = (np.arange(new) + 0.5) * (old / new) - 0.5
+def _lanczos(old: int, new: int, pixels: Indices) -> Matrix:
+    """Return the matrix (pixels, old) of a Lanczos filter with 8 taps."""
+    centres = (pixels + 0.5) * (old / new) - 0.5
     first = np.floor(centres).astype(int)
     distance = (centres - first)[:, None] - LANCZOS_TAPS
     weights = np.sinc(distance) * np.sinc(distance / 4)
     return _matrix(old, first[:, None] + LANCZOS_TAPS, weights)
 
 
-def _area(old: int, new: int) -> NDArray[np.float64]:
-    """Return the matrix (new, old) that averages the pixels below each new one."""
-    edges = np.arange(new + 1) * (old / new)
-    pixels = np.arange(old)
-    covered = np.minimum(edges[1:, None], pixels + 1) - np.maximum(edges[:-1, None], pixels)
+def _area(old: int, new: int, pixels: Indices) -> Matrix:
+    """Return the matrix (pixels, old) that averages the pixels below each new one."""
+    first, last = pixels * (old / new), (pixels + 1) * (old / new)
+    below = np.arange(old)
+    covered = np.minimum(last[:, None], below + 1) - np.maximum(first[:, None], below)
     weights = np.clip(covered, 0, None)
-    return weights / weights.sum(1, keepdims=True)
+    return (weights / weights.sum(1, keepdims=True)).astype(np.float32)
 
 
-def _linear(old: int, new: int) -> NDArray[np.float64]:
-    """Return the matrix (new, old) that OpenCV takes by area where one side grows."""
-    first = np.floor(np.arange(new) * (old / new)).astype(int)
-    part = (np.arange(new) + 1) - (first + 1) * (new / old)
+def _linear(old: int, new: int, pixels: Indices) -> Matrix:
+    """Return the matrix (pixels, old) that OpenCV takes by area where one side grows."""
+    first = np.floor(pixels * (old / new)).astype(int)
+    part = (pixels + 1) - (first + 1) * (new / old)
     part = np.where(part <= 0, 0.0, part - np.floor(part))
     weights = np.stack([1 - part, part], axis=1)
     return _matrix(old, first[:, None] + np.arange(2), weights)
 
 
-def _matrix(
-    old: int, columns: NDArray[np.int_], weights: NDArray[np.float64]
-) -> NDArray[np.float64]:
-    """Return a matrix with normalised weights at these columns, clamped to the image."""
-    matrix = np.zeros((len(weights), old))
+def _matrix(old: int, columns: Indices, weights: NDArray[np.float64]) -> Matrix:
+    """Return a matrix with normalised weights at these columns. The border is repeated."""
+    matrix = np.zeros((len(weights), old), np.float32)
     rows = np.broadcast_to(np.arange(len(weights))[:, None], columns.shape)
-    np.add.at(matrix, (rows, columns.clip(0, old - 1)), weights)
-    return matrix / matrix.sum(1, keepdims=True)
+    normalised = weights / weights.sum(1, keepdims=True)
+    np.add.at(matrix, (rows, columns.clip(0, old - 1)), normalised.astype(np.float32))
+    return matrix
 
 
 def border_colour(image: Image) -> NDArray[np.float32]:
