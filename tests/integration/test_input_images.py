@@ -87,10 +87,14 @@ def test_batch_equals_single_images(engine: LocalEngine):
 
 
 def test_tasks_with_own_inputs_share_a_batch(engine: LocalEngine):
-    tasks = [RenderTask(request_of("bg2ble"), inputs=inputs_of("bg2ble", i)) for i in (0, 1)]
+    modes = ("Crop and Resize", "Resize and Fill")
+    tasks = [
+        RenderTask(request_of("bg2ble", resize_mode=mode), inputs=inputs_of("bg2ble", i))
+        for i, mode in enumerate(modes)
+    ]
     together = [result.images[0].rgba for result in engine.render(tasks)]
     for i, image in enumerate(together):
-        (alone,) = render(engine, "bg2ble", i)
+        (alone,) = render(engine, "bg2ble", i, resize_mode=modes[i])
         assert np.abs(image.astype(int) - alone.rgba).max() <= 1
 
 

@@ -193,6 +193,16 @@ def test_request_loras_of_the_prompt_join_the_field():
     assert GenerationRequest.model_validate_json(request.model_dump_json()) == request
 
 
+def test_batch_key_is_equal_for_other_input_images():
+    inputs = [[{"role": "foreground", "file_name": f"input_{digit * 64}.png"}] for digit in "ab"]
+    fields = {"prompt": "a table", "mode": "fg2ble"}
+    first = parse_request({**fields, "inputs": inputs[0]})
+    second = parse_request({**fields, "inputs": inputs[1], "resize_mode": "Resize and Fill"})
+    assert first.batch_key == second.batch_key
+    opaque = parse_request({"prompt": "a table", "mode": "opaque"})
+    assert opaque.batch_key != first.batch_key
+
+
 def test_batch_key_differs_for_other_loras():
     keys = {
         parse_request({"prompt": f"a cat {tag}"}).batch_key

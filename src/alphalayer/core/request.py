@@ -63,6 +63,8 @@ FREE_IN_A_BATCH = {
     "cfg_scale",
     "batch_size",
     "clip_skip",
+    "inputs",
+    "resize_mode",
 }
 """Fields in which requests that are generated together may differ."""
 
@@ -332,10 +334,9 @@ class GenerationRequest(RequestFields, frozen=True):
     def batch_key(self) -> str:
         """Return a key that is equal for requests that may be generated together.
 
-        They differ in prompts, seeds, guidance and number of images alone.
+        They differ in prompts, seeds, guidance, input images and number of images alone.
         """
-        unused = set[str]() if self.inputs else {"resize_mode"}
-        return self.model_dump_json(exclude=FREE_IN_A_BATCH | unused)
+        return self.model_dump_json(exclude=FREE_IN_A_BATCH)
 
     def with_seeds(self) -> GenerationRequest:
         """Replace seeds of -1 by random ones."""
