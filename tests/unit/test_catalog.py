@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from alphalayer import catalog
+from alphalayer.api.a1111.schemas import SdModel
 from alphalayer.catalog.hashes import HashCache
 from alphalayer.catalog.headers import CONTEXT, FIRST_CONV, VAE_MARKS, family_of, read_header
 from alphalayer.core.errors import (
@@ -437,7 +438,7 @@ def test_model_hash_covers_the_file_and_is_listed_once_known(tmp_path: Path):
         digest[:10],
         f"cup [{digest[:10]}]",
     )
-    assert entry.webui_json() == {
+    assert SdModel.of(entry).model_dump() == {
         "title": f"cup [{digest[:10]}]",
         "model_name": "cup",
         "hash": digest[:10],

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 from alphalayer.catalog.folders import family_of_folder
 from alphalayer.catalog.hashes import (
@@ -15,7 +14,7 @@ from alphalayer.catalog.hashes import (
     file_stamp,
     open_hash_cache,
 )
-from alphalayer.catalog.headers import FAMILY_NAMES, family_of, read_header
+from alphalayer.catalog.headers import FAMILY_NAMES, SUPPORTED, family_of, read_header
 from alphalayer.core.errors import CorruptFile, ModelUnusable, PickleRefused, UnsupportedFamily
 
 CHECKPOINTS = "Stable-diffusion"
@@ -54,17 +53,6 @@ class ModelEntry:
     def title(self) -> str:
         """Return the name, with the short hash in brackets if it is known."""
         return f"{self.name} [{self.short_hash}]" if self.short_hash else self.name
-
-    def webui_json(self) -> dict[str, Any]:
-        """Return the entry as `GET /sdapi/v1/sd-models` lists it."""
-        return {
-            "title": self.title,
-            "model_name": self.name,
-            "hash": self.short_hash,
-            "sha256": self.sha256,
-            "filename": str(self.path.resolve()),
-            "config": None,
-        }
 
 
 def find_models(models_dir: Path) -> list[ModelEntry]:
@@ -128,7 +116,7 @@ def _file_entry(path: Path, folder: Path, cache: HashCache) -> ModelEntry:
         except (CorruptFile, FileNotFoundError) as error:
             problem = error if isinstance(error, CorruptFile) else CorruptFile(f"{path} is gone.")
         else:
-            problem = None if family == "sdxl" else _unsupported(path, family)
+            problem = None if family in SUPPORTED else _unsupported(path, family)
     stamp = (file_stamp(path),)
     return ModelEntry(name, path, "single_file", family, cache.get(path), problem, stamp)
 
@@ -142,7 +130,7 @@ def _diffusers_entry(path: Path, folder: Path, cache: HashCache) -> ModelEntry:
     except CorruptFile as error:
         problem = error
     else:
-        problem = None if family == "sdxl" else _unsupported(path, family)
+        problem = None if family in SUPPORTED else _unsupported(path, family)
     hashed = _hashed_file(path, "diffusers")
     sha256 = cache.get(hashed) if hashed.is_file() else None
     files = sorted(file for file in path.rglob("*") if file.suffix in (".safetensors", ".json"))

@@ -115,6 +115,8 @@ _NOT_CHECKPOINTS = (
     (".lokr_w", "lora"),
 )
 
+SUPPORTED = ("sdxl",)
+"""Families that the engine renders."""
 FAMILY_NAMES = {
     "sdxl": "Stable Diffusion XL",
     "sdxl-unet": "Stable Diffusion XL UNet (without its text encoders)",

@@ -118,10 +118,10 @@ async def not_implemented(request: Request) -> None:
     raise NotImplementedYet(f"{name} is not implemented.", hint="Use /sdapi/v1/txt2img.")
 
 
-@router.get("/sd-models", summary="List models", response_model=list[SdModel])
-def sd_models(service: ServiceDep) -> list[dict[str, Any]]:
+@router.get("/sd-models", summary="List models")
+def sd_models(service: ServiceDep) -> list[SdModel]:
     """Return the usable models. Deployments of Forge use it as a health check."""
-    return [entry.webui_json() for entry in service.list_models() if entry.problem is None]
+    return [SdModel.of(entry) for entry in service.list_models() if entry.problem is None]
 
 
 @router.get("/options", summary="Get settings")

@@ -11,6 +11,7 @@ from alphalayer.api.a1111.lists import ALIASES
 from alphalayer.api.a1111.script import SCRIPT, Arguments, read_arguments
 from alphalayer.api.deps import Service, wire_names
 from alphalayer.api.schemas import Body, reject_unused_options
+from alphalayer.catalog import ModelEntry
 from alphalayer.core import validation
 from alphalayer.core.errors import InvalidRequest
 from alphalayer.core.job import Iterations, JobSpec, Output, Postprocessing
@@ -287,6 +288,18 @@ class SdModel(BaseModel):
     sha256: Annotated[str | None, Field(description="Null until the file was hashed.")]
     filename: Annotated[str, Field(description="Path of the file.")]
     config: Annotated[str | None, Field(description="Always null.")]
+
+    @classmethod
+    def of(cls, entry: ModelEntry) -> SdModel:
+        """Return the row of a model."""
+        return cls(
+            title=entry.title,
+            model_name=entry.name,
+            hash=entry.short_hash,
+            sha256=entry.sha256,
+            filename=str(entry.path.resolve()),
+            config=None,
+        )
 
 
 class ImageFile(BaseModel):
