@@ -12,10 +12,11 @@ from tests.support import tiny_models
 from torch import nn
 
 from alphalayer.catalog import ModelEntry
+from alphalayer.catalog.headers import SUPPORTED
 from alphalayer.core.errors import OutOfMemory
 from alphalayer.core.request import GenerationRequest
 from alphalayer.engine.model_cache import ModelCache
-from alphalayer.engine.pipeline import LocalEngine
+from alphalayer.engine.pipeline import FAMILIES, LocalEngine
 
 REQUEST = GenerationRequest(
     prompt="a red [apple:cup:1]", seed=3, steps=2, width=64, height=64, batch_size=2
@@ -27,6 +28,10 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models")
     tiny_models.make_diffusers_folder(folder / "Stable-diffusion" / "folder")
     return folder
+
+
+def test_every_supported_family_can_be_read():
+    assert set(SUPPORTED) == set(FAMILIES)
 
 
 @pytest.mark.parametrize(
