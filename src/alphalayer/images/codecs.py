@@ -119,7 +119,9 @@ def decode(data: bytes) -> tuple[Rgba, str | None]:
 
 
 def encode_input(data: bytes) -> bytes:
-    """Convert an image file to a PNG without settings text, so that equal images are one file.
+    """Convert an image file to a PNG without settings text.
+
+    Equal images are one file then.
 
     Raises:
         InvalidRequest: See `decode`, or a side is longer than `MAX_INPUT_SIDE`.

@@ -109,7 +109,7 @@ def _area(old: int, new: int, pixels: Indices) -> Matrix:
 
 
 def _linear(old: int, new: int, pixels: Indices) -> Matrix:
-    """Return the matrix (pixels, old) that OpenCV takes by area where one side grows."""
+    """Return the matrix (pixels, old) that OpenCV uses if only one side shrinks."""
     first = np.floor(pixels * (old / new)).astype(int)
     part = (pixels + 1) - (first + 1) * (new / old)
     part = np.where(part <= 0, 0.0, part - np.floor(part))
@@ -118,7 +118,7 @@ def _linear(old: int, new: int, pixels: Indices) -> Matrix:
 
 
 def _matrix(old: int, columns: Indices, weights: NDArray[np.float64]) -> Matrix:
-    """Return a matrix with normalised weights at these columns. The border is repeated."""
+    """Return a matrix of normalised weights. The border is repeated."""
     matrix = np.zeros((len(weights), old), np.float32)
     rows = np.broadcast_to(np.arange(len(weights))[:, None], columns.shape)
     normalised = weights / weights.sum(1, keepdims=True)
