@@ -58,7 +58,7 @@ async def take_screenshots() -> None:
             page = await _open(context)
             await page.fill("#prompt", PROMPTS[-1])
             await page.locator("#history button").first.click()
-            await page.wait_for_selector("#picture:not(.preview)")
+            await page.wait_for_selector("#image:not(.preview)")
             await _take_screenshot(page, name, "")
             for prompt in QUEUED:
                 await _generate(page, prompt)
@@ -88,8 +88,8 @@ async def _open(context: BrowserContext) -> Page:
 async def _generate(page: Page, prompt: str) -> None:
     """Click the button, and wait until it is enabled again."""
     await page.fill("#prompt", prompt)
-    await page.click("#draw")
-    await expect(page.locator("#draw-word")).to_have_text("Generate")
+    await page.click("#generate")
+    await expect(page.locator("#generate-word")).to_have_text("Generate")
 
 
 def main() -> None:

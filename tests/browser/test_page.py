@@ -27,7 +27,7 @@ async def test_first_image_shows_progress_and_facts(visit: Visit):
     page = visit.page
     await visit.start("a red apple", steps=60)
     await expect(page.locator("#progress-prompt")).to_have_text("a red apple")
-    await page.wait_for_selector("#picture.preview[src*='preview_']")
+    await page.wait_for_selector("#image.preview[src*='preview_']")
     assert float(await page.get_attribute("#progress-bar", "value") or 0) > 0
     assert await page.locator("#stop").evaluate(
         "button => button.getBoundingClientRect().bottom <= innerHeight"
@@ -36,8 +36,8 @@ async def test_first_image_shows_progress_and_facts(visit: Visit):
     await expect(page.locator("#actions")).to_be_visible()
     await expect(page.locator("#progress")).to_be_hidden()
     await expect(page.locator("#caption")).to_have_text("a red apple")
-    assert await page.locator("#picture").get_attribute("alt") == "a red apple"
-    assert await page.evaluate("document.getElementById('picture').naturalWidth") == 64
+    assert await page.locator("#image").get_attribute("alt") == "a red apple"
+    assert await page.evaluate("document.getElementById('image').naturalWidth") == 64
     facts = await visit.facts()
     assert facts["Size"] == "64 × 64"
     assert (facts["Seed"], facts["Steps"], facts["Guidance"]) == ("12345", "60", "3")
@@ -48,7 +48,7 @@ async def test_invalid_fields_are_reported_before_a_request(visit: Visit):
     page = visit.page
     await visit.fill(prompt=" ", width="9", seed="1.5", batch_size="9")
     visit.requests.clear()
-    await page.click("#draw")
+    await page.click("#generate")
     await expect(page.locator("#prompt-error")).to_contain_text("Describe an image")
     await expect(page.locator("#width-error")).to_have_text("A whole number from 64 to 2048.")
     await expect(page.locator("#batch_size-error")).to_have_text("A whole number from 1 to 8.")
@@ -66,7 +66,7 @@ async def test_error_of_the_service_is_shown_at_its_field(visit: Visit):
     page = visit.page
     await visit.fill(prompt="x")
     await page.evaluate("document.getElementById('sampler_name').options[0].value = 'Eulr'")
-    await page.click("#draw")
+    await page.click("#generate")
     await expect(page.locator("#sampler_name-error")).to_have_text(
         re.compile('^Unknown sampler "Eulr"')
     )
@@ -78,7 +78,7 @@ async def test_stage_follows_the_running_or_selected_job(visit: Visit):
     page = visit.page
     await visit.start("first")
     await visit.fill(prompt="second", steps="30")
-    await page.click("#draw")
+    await page.click("#generate")
     rows = page.locator("#jobs li")
     await expect(rows).to_have_count(2)
     await expect(rows.nth(1)).to_contain_text("Next in the queue")
@@ -186,7 +186,7 @@ async def test_reuse_reports_unavailable_settings(visit: Visit):
 async def test_reuse_of_a_batch_image_sets_its_own_seed(visit: Visit):
     page = visit.page
     await visit.fill(prompt="pair", seed="7", batch_size="2")
-    await page.click("#draw")
+    await page.click("#generate")
     await expect(page.locator("#history li")).to_have_count(2)
     await page.locator("#history button").nth(1).click()
     await page.click("#reuse")
@@ -237,7 +237,7 @@ async def test_page_is_usable_by_keyboard(visit: Visit):
     await expect(page.locator("#history li")).to_have_count(1)
     reached = await _tab_to(page, "forget", within=40)
     assert {
-        "draw",
+        "generate",
         "viewport",
         "save-png",
         "save-webp",
@@ -259,7 +259,7 @@ async def test_page_opens_the_key_dialog_once(browser: Browser, tmp_path: Path):
         await visit.expect_no_serious_violation()
         await page.keyboard.press("Escape")
         await visit.fill()
-        await page.click("#draw")
+        await page.click("#generate")
         await expect(page.locator("#key-dialog")).to_be_visible()
         assert len(visit.errors) == 1, "one refused request, and no other"
         await page.fill("#key", "wrong")
@@ -296,7 +296,7 @@ async def test_page_waits_for_an_unreachable_service(browser: Browser, tmp_path:
         await page.click("#stop")
         await expect(page.locator("#progress-words")).to_contain_text("Not cancelled.")
         await expect(page.locator("#stop")).to_be_enabled()
-        await page.click("#draw")
+        await page.click("#generate")
         await expect(page.locator("#form-error")).to_contain_text(
             "Press Generate again when it is back"
         )
@@ -317,7 +317,7 @@ async def test_page_shows_why_the_service_is_not_ready(browser: Browser, tmp_pat
         visit = await open_visit(context, str(client.base_url))
         page = visit.page
         await visit.fill(prompt="early")
-        await page.click("#draw")
+        await page.click("#generate")
         await expect(page.locator("#progress-words")).to_have_text("Starting: loading the model")
         await expect(page.locator("#state")).to_be_empty()
         gate.write_text("fine")
@@ -327,7 +327,7 @@ async def test_page_shows_why_the_service_is_not_ready(browser: Browser, tmp_pat
         os.kill(supervisors[0].process_id, signal.SIGKILL)
         message = "The service cannot generate images: the card is gone. Put it back."
         await expect(page.locator("#state")).to_have_text(message, timeout=15_000)
-        await page.click("#draw")
+        await page.click("#generate")
         await expect(page.locator("#progress-words")).to_have_text(
             "Waiting: the service cannot generate images"
         )
@@ -347,7 +347,7 @@ async def test_page_runs_more_jobs_than_browser_connections(browser: Browser, tm
         await visit.start("job 0")
         for i in range(1, 8):
             await visit.fill(prompt=f"job {i}", steps="1")
-            await page.click("#draw")
+            await page.click("#generate")
             await expect(page.locator("#jobs li")).to_have_count(i + 1)
         await expect(page.locator("#jobs .how").last).to_contain_text("Number 7 in the queue")
         no_overlap = """all => all.every((cell) => {
@@ -371,7 +371,7 @@ async def test_proxy_error_counts_as_an_unreachable_service(visit: Visit):
     page = visit.page
     await visit.start("first", steps=40)
     await visit.fill(prompt="second", steps="5")
-    await page.click("#draw")
+    await page.click("#generate")
     await expect(page.locator("#jobs li")).to_have_count(2)
     await page.context.route("**/*", lambda route: route.fulfill(status=503, body="no endpoints"))
     await expect(page.locator("#state")).to_contain_text("cannot be reached")
@@ -400,7 +400,7 @@ async def test_page_without_a_model_list_uses_worker_defaults(
         await page.fill(f"#{field}", "")
     await page.fill("#prompt", "any")
     await expect(page.locator("#brief")).to_have_text("seed 12345")
-    await page.click("#draw")
+    await page.click("#generate")
     await expect(page.locator("#caption")).to_have_text("any")
     # the defaults of the worker, from the infotext of the image
     assert await visit.facts() == {
@@ -437,7 +437,7 @@ async def test_page_has_no_serious_accessibility_error(
     await visit.render(prompt="x" * 300)
     await visit.expect_no_serious_violation()
     await visit.start("one", steps=100)
-    await page.click("#draw")
+    await page.click("#generate")
     await expect(page.locator("#jobs li")).to_have_count(2)
     assert await visit.fits()
     await visit.expect_no_serious_violation()

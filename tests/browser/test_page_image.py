@@ -63,7 +63,7 @@ async def test_settings_without_a_field_are_carried_along(visit: Visit, service:
     await expect(page.locator("#carried-words")).to_contain_text("conv")
     assert await page.input_value("#seed") == "9007199254740993"
     await page.select_option("#checkpoint", "apples")
-    await page.click("#draw")
+    await page.click("#generate")
     await expect(page.locator("#history li")).to_have_count(1)
     infotext = codecs.decode(await visit.download("#save-png"))[1] or ""
     for text in ("Conv Injection", "weight: 0.5", "ending_step: 0.25", "Seed: 9007199254740993"):
@@ -141,7 +141,7 @@ async def test_variation_batch_has_one_seed(visit: Visit, service: httpx.Client)
     await visit.drop("mug.png", await _generate_image(service, **body))
     await expect(page.locator("#carried-words")).to_contain_text("variation")
     await page.fill("#batch_size", "2")
-    await page.click("#draw")
+    await page.click("#generate")
     await expect(page.locator("#history li")).to_have_count(2)
     for i in range(2):
         await page.locator("#history button").nth(i).click()
@@ -254,7 +254,7 @@ async def test_zoom_stays_in_its_frame(browser: Browser, service: httpx.Client, 
         "document.querySelectorAll('details').forEach((details) => (details.open = true))"
     )
     await visit.render(prompt="x", width="256", height="256")
-    level, width = page.locator("#zoom-level"), "document.getElementById('picture').clientWidth"
+    level, width = page.locator("#zoom-level"), "document.getElementById('image').clientWidth"
     fitted = {"desktop": 200, "phone": 142}["desktop" if size is DESKTOP else "phone"]
     await expect(level).to_have_text(f"{fitted} %")  # no more than twice as large by itself
     for zoom in ("400 %", "800 %", "800 %") if size is DESKTOP else ("200 %", "400 %", "800 %"):

@@ -52,7 +52,7 @@ class Visit:
         """Fill the form, generate, and wait for the image."""
         await self.fill(**fields)
         before = await self.page.locator("#history li").count()
-        await self.page.click("#draw")
+        await self.page.click("#generate")
         await expect(self.page.locator("#history li")).to_have_count(before + 1)
 
     async def fill(self, **fields: str) -> None:
@@ -63,7 +63,7 @@ class Visit:
     async def start(self, prompt: str, steps: int = 150) -> None:
         """Generate, and wait until the job runs."""
         await self.fill(prompt=prompt, steps=str(steps))
-        await self.page.click("#draw")
+        await self.page.click("#generate")
         await expect(self.page.locator("#progress-words")).to_contain_text("Step")
 
     async def values(self, *names: str) -> dict[str, str]:

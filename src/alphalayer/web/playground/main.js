@@ -99,12 +99,12 @@ async function generate() {
   notify("");
   let job;
   isSending = true;
-  find("draw-word").textContent = "Sending…";
+  find("generate-word").textContent = "Sending…";
   try {
     job = await service.submit(body);
     confirmSent();
   } catch (error) {
-    find("draw-word").textContent = "Generate";
+    find("generate-word").textContent = "Generate";
     if (error.status === 401) requestKey();
     else if (error instanceof service.Away) settings.showError(new Error(UNANSWERED));
     else settings.showError(error);
@@ -122,9 +122,9 @@ async function generate() {
 }
 
 async function confirmSent() {
-  find("draw-word").textContent = "Sent ✓";
+  find("generate-word").textContent = "Sent ✓";
   await pause(1);
-  if (!isSending) find("draw-word").textContent = "Generate";
+  if (!isSending) find("generate-word").textContent = "Generate";
 }
 
 /** Show the preview of an unfinished job. */

@@ -2,7 +2,7 @@
 
 const find = (id) => document.getElementById(id);
 const stage = find("stage");
-const image = find("picture");
+const image = find("image");
 const viewport = find("viewport");
 const ZOOMS = [0.25, 0.5, 1, 2, 4, 8];
 const MAX_FIT = 2; // limit for enlarging small images to the frame
