@@ -115,7 +115,7 @@ async def test_upload_of_two_jobs_stays_until_both_finish(
     first, second = [await queue.submit(spec(name)) for _ in range(2)]
     pass_time(LATER_S)
     for job in (first, second):
-        assert await sweep(storage, queue, Limits(pictures_days=1e-6, pictures_bytes=1)) == 0
+        assert await sweep(storage, queue, Limits(images_days=1e-6, images_bytes=1)) == 0
         assert stored_keys(storage) == {name}
         await queue.cancel(job.id)
     with capture_logs() as logs:
@@ -128,7 +128,7 @@ async def test_upload_of_two_jobs_stays_until_both_finish(
 async def test_input_of_a_queued_job_outlives_retention(
     queue: Jobs, storage: Storage, pass_time: Callable[[float], None]
 ):
-    limits = Limits(pictures_days=1, jobs_days=1)
+    limits = Limits(images_days=1, jobs_days=1)
     name, unused = store_input(storage, b"\x89PNG named"), store_input(storage, b"\x89PNG unused")
     job = await queue.submit(spec(name))
     pass_time(30 * DAY_S)
@@ -205,7 +205,7 @@ async def test_input_that_cannot_be_deleted_does_not_stop_others(tmp_path: Path)
         os.utime(file, (0, 0))
     queue = await SqliteJobQueue.open(tmp_path / "jobs.sqlite", 10)
     with capture_logs() as logs:
-        assert await sweep(storage, queue, Limits(pictures_days=1)) == 3
+        assert await sweep(storage, queue, Limits(images_days=1)) == 3
     await queue.close()
     assert {file.name for file in folder.iterdir()} == {kept, *(file.name for file in foreign)}
     assert [(line["event"], line["inputs"]) for line in logs] == [

@@ -23,14 +23,14 @@ FILES = [("a", 10, 0.0), ("b", 10, 1 * DAY_S), ("c", 10, 2 * DAY_S), ("d", 10, 3
 
 
 def test_select_expired_by_age_returns_old_images():
-    assert select_expired(FILES, Limits(pictures_days=1.5), 3 * DAY_S, lambda _: False) == [
+    assert select_expired(FILES, Limits(images_days=1.5), 3 * DAY_S, lambda _: False) == [
         "a",
         "b",
     ]
 
 
 def test_select_expired_by_size_returns_the_oldest_first():
-    assert select_expired(FILES, Limits(pictures_bytes=25), 3 * DAY_S, lambda _: False) == [
+    assert select_expired(FILES, Limits(images_bytes=25), 3 * DAY_S, lambda _: False) == [
         "a",
         "b",
     ]
@@ -54,7 +54,7 @@ def test_select_expired_returns_previews_of_ended_jobs():
 
 def test_select_expired_leaves_protected_files():
     assert select_expired(
-        FILES, Limits(pictures_days=0.1, pictures_bytes=1), 1e9, lambda key: key in "ab"
+        FILES, Limits(images_days=0.1, images_bytes=1), 1e9, lambda key: key in "ab"
     ) == [
         "c",
         "d",
@@ -67,7 +67,7 @@ sizes = st.lists(st.tuples(st.integers(0, 1000), st.floats(0, 1e9)), max_size=30
 @given(sizes, st.integers(1, 5000))
 def test_select_expired_leaves_at_most_the_size_limit(files, limit):
     named = [(str(i), size, modified) for i, (size, modified) in enumerate(files)]
-    expired = set(select_expired(named, Limits(pictures_bytes=limit), 1e9, lambda _: False))
+    expired = set(select_expired(named, Limits(images_bytes=limit), 1e9, lambda _: False))
     assert sum(size for key, size, _ in named if key not in expired) <= limit
 
 
@@ -102,7 +102,7 @@ async def test_sweep_removes_old_images_of_finished_jobs_only(tmp_path: Path):
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(b"x" * 10)
         os.utime(file, (time.time() - 90 * DAY_S,) * 2)
-    limits = Limits(pictures_days=30, pictures_bytes=1)
+    limits = Limits(images_days=30, images_bytes=1)
     sweeping = asyncio.create_task(
         keep_sweeping(open_storage(str(outputs)), job_queue, limits, every_s=0.05)
     )
@@ -140,7 +140,7 @@ async def test_sweep_continues_after_a_file_it_cannot_remove(tmp_path: Path):
         storage.put(name, b"x")
         os.utime(outputs / name, (0, 0))
     with capture_logs() as logs:
-        assert await sweep(storage, job_queue, Limits(pictures_days=1, jobs_days=1e-9)) == 1
+        assert await sweep(storage, job_queue, Limits(images_days=1, jobs_days=1e-9)) == 1
     assert [file.name for file in outputs.iterdir()] == ["alpha_1_aaaaaaaaaa00.png"]
     assert [(line["event"], line["pictures"], line.get("jobs")) for line in logs] == [
         ("retention.images_kept", 1, None),

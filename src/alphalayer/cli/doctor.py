@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import importlib
 import json
 import shutil
 import socket
@@ -268,7 +269,9 @@ def _database(settings: Settings) -> Iterator[Finding]:
         return
     try:
         # the packages that a shared queue needs
-        from alphalayer.jobs import connections, postgres  # noqa: F401  # pyright: ignore[reportUnusedImport]
+        from alphalayer.jobs import connections
+
+        importlib.import_module("alphalayer.jobs.postgres")
     except ImportError as error:
         yield Finding("error", f"a shared queue needs {error.name}.", install_hint("shared"))
         return

@@ -54,7 +54,8 @@ def add_options(
         for name, schema in model.model_json_schema()["properties"].items():
             if (only is None or name in only) and name not in {*skip, *parameters}:
                 parameters[name] = _option(name, schema, as_text=as_text)
-        command.__signature__ = inspect.Signature(list(parameters.values()))  # type: ignore[attr-defined]
+        signature = inspect.Signature(list(parameters.values()))
+        command.__signature__ = signature  # type: ignore[attr-defined]
         command.__annotations__ = {
             parameter.name: parameter.annotation for parameter in parameters.values()
         }

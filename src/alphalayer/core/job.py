@@ -25,7 +25,8 @@ from alphalayer.core.validation import COLOUR
 MAX_ITERATIONS = 16
 PREVIEW_PREFIX = "preview_"
 _STORED_NAME = re.compile(
-    rf"(?:alpha_\d+_([0-9a-f]{{10}})[0-9a-f]{{2}}|{PREVIEW_PREFIX}([0-9a-f]{{10}})[0-9a-f]{{14}})\.\w+"
+    r"(?:alpha_\d+_([0-9a-f]{10})[0-9a-f]{2}"
+    rf"|{PREVIEW_PREFIX}([0-9a-f]{{10}})[0-9a-f]{{14}})\.\w+"
 )
 
 

@@ -26,8 +26,8 @@ INPUT_GRACE_S = 3_600.0
 class Limits:
     """Limits of stored images and jobs. 0 means unlimited."""
 
-    pictures_days: float = 0.0
-    pictures_bytes: int = 0
+    images_days: float = 0.0
+    images_bytes: int = 0
     jobs_days: float = 0.0
 
 
@@ -51,9 +51,9 @@ def select_expired(
     total = sum(size for _, _, size in deletable)
     expired: list[str] = []
     for modified, key, size in deletable:
-        days = PREVIEW_S / DAY_S if key.startswith(PREVIEW_PREFIX) else limits.pictures_days
+        days = PREVIEW_S / DAY_S if key.startswith(PREVIEW_PREFIX) else limits.images_days
         is_old = days > 0 and now - modified > days * DAY_S
-        if is_old or 0 < limits.pictures_bytes < total:
+        if is_old or 0 < limits.images_bytes < total:
             expired.append(key)
             total -= size
     return expired
@@ -75,7 +75,7 @@ async def sweep(storage: Storage, job_queue: JobStore, limits: Limits) -> int:
     )
     await asyncio.to_thread(storage.delete_unfinished)
     # without limits a bucket does not have to list all images
-    is_limited = limits.pictures_days or limits.pictures_bytes
+    is_limited = limits.images_days or limits.images_bytes
     files = await asyncio.to_thread(storage.list, "" if is_limited else INPUT_PREFIX)
     # read after the listing, so that no listed file belongs to a later job
     unfinished = {job_id[:10] for job_id in await job_queue.unfinished_ids()}

@@ -63,7 +63,7 @@ class Denoiser:
         guidances: Guidance of each request.
         width: Width in pixels that the model is conditioned on.
         height: Height in pixels that the model is conditioned on.
-        mode: Memory mode, which limits the rows of one call.
+        memory: Memory mode, which limits the rows of one call.
         check: Called before each call of the network. It may raise.
     """
 
@@ -71,7 +71,7 @@ class Denoiser:
     guidances: Sequence[Guidance]
     width: int
     height: int
-    mode: MemoryMode
+    memory: MemoryMode
     check: Callable[[], None] = lambda: None
 
     @torch.inference_mode()
@@ -118,7 +118,7 @@ class Denoiser:
         condition = (
             _expand(group, lambda entry: entry.condition) if _is_conditioned(group) else None
         )
-        at_once = self.mode.rows_at_once(self.width, self.height)
+        at_once = self.memory.rows_at_once(self.width, self.height)
         outputs: list[Tensor] = []
         for first in range(0, len(scaled), at_once):
             rows = slice(first, first + at_once)
