@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -16,7 +17,6 @@ from tests.support import fake_service
 from tests.support.servers import Postgres, postgres_programs
 from tests.support.serving import free_port, wait_until
 
-NEAR_IP, FAR_IP = "10.213.77.1", "10.213.77.2"
 UNKNOWN_MAC = "02:00:00:00:00:99"
 
 
@@ -33,19 +33,32 @@ def can_create_hosts() -> bool:
     return result.returncode == 0 and bool(ip("netns", "delete", name) or True)
 
 
+def unused_network() -> tuple[str, str]:
+    """Return the two addresses of a /30 network that this host does not have.
+
+    A killed run leaves its network behind, and two runs may share one host: a fixed network
+    would send this run's packets down their cables.
+    """
+    while True:
+        prefix = f"10.213.{random.randrange(256)}."
+        if prefix not in ip("-brief", "address"):
+            return prefix + "1", prefix + "2"
+
+
 class FarHost:
     """A second host (a network namespace) with one cable to this one."""
 
     def __init__(self):
+        self.near_ip, self.far_ip = unused_network()
         self.name = f"far{os.getpid()}"
         self._near = f"near{os.getpid()}"[:15]
         self.run = ("ip", "netns", "exec", self.name)
         ip("netns", "add", self.name)
         ip("link", "add", self._near, "type", "veth", "peer", "name", "cable", "netns", self.name)
-        ip("address", "add", f"{NEAR_IP}/30", "dev", self._near)
+        ip("address", "add", f"{self.near_ip}/30", "dev", self._near)
         ip("link", "set", self._near, "up")
         for command in (
-            f"address add {FAR_IP}/30 dev cable",
+            f"address add {self.far_ip}/30 dev cable",
             "link set cable up",
             "link set lo up",
         ):
@@ -56,7 +69,7 @@ class FarHost:
         ip(
             "neighbour",
             "replace",
-            FAR_IP,
+            self.far_ip,
             "lladdr",
             UNKNOWN_MAC,
             "dev",
@@ -69,7 +82,7 @@ class FarHost:
             self.name,
             "neighbour",
             "replace",
-            NEAR_IP,
+            self.near_ip,
             "lladdr",
             UNKNOWN_MAC,
             "dev",
@@ -80,8 +93,8 @@ class FarHost:
 
     def heal(self) -> None:
         """Deliver packets again."""
-        ip("neighbour", "delete", FAR_IP, "dev", self._near)
-        ip("-netns", self.name, "neighbour", "delete", NEAR_IP, "dev", "cable")
+        ip("neighbour", "delete", self.far_ip, "dev", self._near)
+        ip("-netns", self.name, "neighbour", "delete", self.near_ip, "dev", "cable")
 
     def remove(self) -> None:
         ip("netns", "delete", self.name)
@@ -99,7 +112,7 @@ def far_host() -> Iterator[FarHost]:
     reason="needs PostgreSQL and network namespaces",
 )
 def test_partitioned_worker_job_is_reclaimed(tmp_path: Path, far_host: FarHost):
-    postgres = Postgres(f"127.0.0.1,{NEAR_IP}")
+    postgres = Postgres(f"127.0.0.1,{far_host.near_ip}")
     outputs = tmp_path / "outputs"
     outputs.mkdir()
     processes: list[subprocess.Popen[bytes]] = []
@@ -110,7 +123,7 @@ def test_partitioned_worker_job_is_reclaimed(tmp_path: Path, far_host: FarHost):
         folder, port = tmp_path / name, free_port()
         folder.mkdir()
         (folder / "outputs").symlink_to(outputs)
-        address = postgres.address("postgres", NEAR_IP if far else "127.0.0.1")
+        address = postgres.address("postgres", far_host.near_ip if far else "127.0.0.1")
         environment = {"ALPHALAYER_ROLE": role, "ALPHALAYER_DATABASE": address}
         process = fake_service.start(
             folder, port, step_s, 200, environment, far_host.run if far else ()
