@@ -1,0 +1,94 @@
+"""Weights by their canonical names, which are those of diffusers and transformers.
+
+A network may compute several linear layers of one input as one product. Files, patches and tests
+still name each of them. This module maps the names to rows of the fused parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+class FusedLinear(nn.Linear):
+    """Linear layers of one input, computed as one product.
+
+    Args:
+        in_features: Width of the input.
+        parts: Output width of each layer, by its name relative to the parent of this module.
+        bias: Whether the layers have a bias.
+    """
+
+    def __init__(self, in_features: int, parts: Mapping[str, int], bias: bool = True):
+        super().__init__(in_features, sum(parts.values()), bias)
+        self.parts = dict(parts)
+
+
+@dataclass(frozen=True)
+class _Slot:
+    """Rows of a module's parameter; None: all of them."""
+
+    module: nn.Module
+    parameter: str
+    rows: slice | None = None
+
+    def read(self) -> Tensor:
+        whole = getattr(self.module, self.parameter).detach()
+        return whole if self.rows is None else whole[self.rows]
+
+
+class NamedWeights(Mapping[str, Tensor]):
+    """View of a network's parameters by canonical name.
+
+    A value is the parameter itself, or rows of a fused one. Writing into a value changes the
+    network. Values are read anew at each access, so they follow the network to another device.
+    """
+
+    def __init__(self, network: nn.Module):
+        self._slots = dict(_slots(network))
+
+    def __getitem__(self, name: str) -> Tensor:
+        """Return the tensor of a name."""
+        return self._slots[name].read()
+
+    def __iter__(self) -> Iterator[str]:
+        """Iterate over the names, in the order of the modules."""
+        return iter(self._slots)
+
+    def __len__(self) -> int:
+        """Return the number of names."""
+        return len(self._slots)
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the shape of each tensor by name."""
+        return {name: tuple(tensor.shape) for name, tensor in self.items()}
+
+    def assign(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> None:
+        """Replace all parameters of the network, which may be on the meta device.
+
+        Args:
+            tensors: Tensors of exactly these names and shapes, of any floating dtype.
+            dtype: dtype of the new parameters. A tensor that has it is used without a copy.
+        """
+        parts: dict[tuple[nn.Module, str], list[Tensor]] = {}
+        for name, slot in self._slots.items():
+            parts.setdefault((slot.module, slot.parameter), []).append(tensors[name].to(dtype))
+        for (module, parameter), values in parts.items():
+            value = values[0] if len(values) == 1 else torch.cat(values)
+            setattr(module, parameter, nn.Parameter(value, requires_grad=False))
+
+
+def _slots(network: nn.Module) -> Iterator[tuple[str, _Slot]]:
+    for path, module in network.named_modules():
+        for parameter, _ in module.named_parameters(recurse=False):
+            if isinstance(module, FusedLinear):
+                prefix, first = path.rpartition(".")[0], 0
+                for part, width in module.parts.items():
+                    name = ".".join(filter(None, (prefix, part, parameter)))
+                    yield name, _Slot(module, parameter, slice(first, first + width))
+                    first += width
+            else:
+                yield f"{path}.{parameter}".lstrip("."), _Slot(module, parameter)
