@@ -312,7 +312,7 @@ class LocalEngine:
         firsts = [0, *accumulate(guidance.images for guidance in denoiser.guidances)]
 
         def denoise(x: Tensor, sigma: float, step: int) -> Tensor:
-            return denoiser(x, sigma, step, conditioned=schedule.apply(sigma))
+            return denoiser(x, sigma, step, patched=schedule.apply(sigma))
 
         def on_step(step: int, _x: Tensor, clean: Tensor) -> None:
             for task, first in zip(tasks, firsts, strict=False):

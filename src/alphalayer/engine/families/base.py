@@ -17,6 +17,7 @@ from alphalayer.core.errors import CommandHint, EngineFailed, LayerDiffuseMissin
 from alphalayer.core.modes import DECODER_FILES, MODES
 from alphalayer.core.request import ModelDefaults
 from alphalayer.engine.memory import Precision
+from alphalayer.engine.networks.unet import Prepared
 from alphalayer.engine.sampling.schedules import SigmaTable
 from alphalayer.engine.text.encoders import Conditioning, TextEncoders
 from alphalayer.engine.transparency.decode import TransparentDecoder
@@ -135,23 +136,25 @@ class DiffusionModel(Protocol):
         """Return the first ten digits of the model's SHA-256, or "" if it is unreadable."""
         ...
 
+    def prepare(self, conditioning: Conditioning, width: int, height: int) -> Prepared:
+        """Compute what the denoiser derives from the text. It is the same at all steps.
+
+        Args:
+            conditioning: One row of text for each latent.
+            width: Width of the image in pixels, as the model is conditioned on it.
+            height: Height of the image in pixels.
+        """
+        ...
+
     def denoise(
-        self,
-        x: Tensor,
-        sigma: float,
-        conditioning: Conditioning,
-        width: int,
-        height: int,
-        condition: Tensor | None = None,
+        self, x: Tensor, sigma: float, prepared: Prepared, condition: Tensor | None = None
     ) -> Tensor:
         """Return the raw network output for scaled latents.
 
         Args:
-            x: Scaled noisy latents (rows, channels, h, w) in the denoiser's dtype.
+            x: Scaled noisy latents (rows, channels, h, w).
             sigma: Noise level.
-            conditioning: One row of text for each latent, on the same device.
-            width: Width of the image in pixels, as the model is conditioned on it.
-            height: Height of the image in pixels.
+            prepared: Text of the rows, as `prepare` returned it for the weights of now.
             condition: Condition of a mode with input images, one row for each latent. It is added
                 to what the first convolution returns, (rows, width of the first level, h, w).
 

@@ -17,8 +17,9 @@ from typing import Any
 import diffusers
 import torch
 import transformers
-from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import StableDiffusionXLPipeline
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
@@ -29,6 +30,9 @@ from alphalayer.core.errors import CorruptFile, ModelUnusable
 from alphalayer.engine.families.base import LatentSpec, LayerDiffuseFiles, NoiseProcess, Part
 from alphalayer.engine.families.configs import fitted_configs
 from alphalayer.engine.memory import Precision, is_out_of_memory
+from alphalayer.engine.networks.unet import Prepared, UNet, UNetConfig
+from alphalayer.engine.networks.weights import NamedWeights
+from alphalayer.engine.parameter_names import ldm_to_diffusers
 from alphalayer.engine.sampling.schedules import SigmaTable
 from alphalayer.engine.text.encoders import Conditioning, TextEncoders
 from alphalayer.engine.transparency.decode import TransparentDecoder, load_decoder
@@ -60,7 +64,7 @@ class SdxlModel:
         models_dir: Path,
     ):
         self.entry = entry
-        self.unet: nn.Module = parts["unet"]
+        self.unet: UNet = parts["unet"]
         self.vae: Any = parts["vae"]
         self.text_encoder: nn.Module = parts["text_encoder"]
         self.text_encoder_2: nn.Module = parts["text_encoder_2"]
@@ -112,31 +116,25 @@ class SdxlModel:
             logger.warning("No hash is written into images of this model: %s", error)
             return ""
 
-    def denoise(
-        self,
-        x: Tensor,
-        sigma: float,
-        conditioning: Conditioning,
-        width: int,
-        height: int,
-        condition: Tensor | None = None,
-    ) -> Tensor:
-        """Return the raw output of the UNet for scaled latents, float32.
+    def prepare(self, conditioning: Conditioning, width: int, height: int) -> Prepared:
+        """Compute what the UNet derives from text and sizes; see `DiffusionModel`.
 
         SDXL is conditioned on the size of the original image, the crop and the target size.
         """
-        size = [height, width, 0, 0, height, width]
-        with _added_to(self.unet.get_submodule("conv_in"), condition):
-            return self.unet(
-                x,
-                torch.full((len(x),), self.process.table.timestep(sigma), device=x.device),
-                encoder_hidden_states=conditioning.context,
-                added_cond_kwargs={
-                    "text_embeds": conditioning.pooled,
-                    "time_ids": torch.tensor([size] * len(x), dtype=torch.float32, device=x.device),
-                },
-                return_dict=False,
-            )[0].float()
+        weight = self.unet.conv_in.weight
+        return self.unet.prepare(
+            conditioning.context.to(weight.device, weight.dtype),
+            conditioning.pooled.to(weight.device, weight.dtype),
+            (height, width, 0, 0, height, width),
+        )
+
+    def denoise(
+        self, x: Tensor, sigma: float, prepared: Prepared, condition: Tensor | None = None
+    ) -> Tensor:
+        """Return the raw output of the UNet for scaled latents, float32."""
+        timestep = torch.full((1,), self.process.table.timestep(sigma), device=x.device)
+        dtype = self.unet.conv_in.weight.dtype
+        return self.unet(x.to(dtype), timestep, prepared, condition).float()
 
     def encode_image(self, rgb: Tensor) -> Tensor:
         """Encode RGB (B, 3, H, W) in [-1, 1] to sampler latents (B, C, h, w), float32."""
@@ -224,7 +222,15 @@ def _from_folder(entry: ModelEntry, precision: Precision) -> tuple[dict[str, Any
 
     vae_class = getattr(diffusers, catalog.read_json(folder / "vae" / "config.json")["_class_name"])
     parts: dict[str, Any] = {
-        "unet": read(UNet2DConditionModel, "unet", torch_dtype=precision.unet),
+        "unet": _read_unet(
+            {
+                name: tensor
+                for file in catalog.weight_files(folder / "unet")
+                for name, tensor in load_file(file).items()
+            },
+            catalog.read_json(folder / "unet" / "config.json"),
+            precision.unet,
+        ),
         "vae": read(vae_class, "vae", torch_dtype=precision.vae),
         "text_encoder": _text(read(CLIPTextModel, "text_encoder")),
         "text_encoder_2": _text(read(CLIPTextModelWithProjection, "text_encoder_2")),
@@ -243,21 +249,36 @@ def _from_file(entry: ModelEntry, precision: Precision) -> tuple[dict[str, Any],
     path = str(entry.path)
     with _config_folder(header) as folder:
         local: dict[str, Any] = {"config": folder, "local_files_only": True}
-        unet = UNet2DConditionModel.from_single_file(
-            path, subfolder="unet", torch_dtype=precision.unet, **local
+        prefix = "model.diffusion_model."
+        unet = _read_unet(
+            {
+                ldm_to_diffusers(name.removeprefix(prefix)): tensor
+                for name, tensor in load_file(path).items()
+                if name.startswith(prefix)
+            },
+            catalog.read_json(Path(folder, "unet", "config.json")),
+            precision.unet,
         )
         vae = diffusers.AutoencoderKL.from_single_file(
             path, subfolder="vae", torch_dtype=precision.vae, **local
         )
         pipeline: Any = StableDiffusionXLPipeline.from_single_file(
-            path, unet=unet, vae=vae, torch_dtype=torch.float16, **local
+            path, unet=None, vae=vae, torch_dtype=torch.float16, **local
         )
-    parts = {name: getattr(pipeline, name) for name in ("unet", "vae", "tokenizer", "tokenizer_2")}
+    parts = {name: getattr(pipeline, name) for name in ("vae", "tokenizer", "tokenizer_2")}
+    parts["unet"] = unet
     parts["text_encoder"], parts["text_encoder_2"] = (
         _text(pipeline.text_encoder),
         _text(pipeline.text_encoder_2),
     )
     return parts, scheduler
+
+
+def _read_unet(tensors: Mapping[str, Tensor], config: dict[str, Any], dtype: torch.dtype) -> UNet:
+    with torch.device("meta"):
+        unet = UNet(UNetConfig.of(config))
+    NamedWeights(unet).assign(tensors, dtype)
+    return unet
 
 
 def _text(encoder: Any) -> nn.Module:
@@ -292,24 +313,6 @@ def _scheduler_of(path: Path, header: Header) -> dict[str, Any]:
         "prediction_type": "v_prediction" if is_v or ".VScaling" in text else "epsilon",
         "rescale_betas_zero_snr": "ztsnr" in header.shapes,
     }
-
-
-@contextmanager
-def _added_to(module: nn.Module, values: Tensor | None) -> Generator[None]:
-    """Add values to the output of a module inside the block."""
-    if values is None:
-        yield
-        return
-    added = values
-
-    def add(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
-        return output + added.to(output.device, output.dtype)
-
-    handle = module.register_forward_hook(add)
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 def _latent_spec(vae: Any) -> LatentSpec:

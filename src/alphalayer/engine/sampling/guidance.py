@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from alphalayer.engine.families.base import DiffusionModel
 from alphalayer.engine.memory import MemoryMode
+from alphalayer.engine.networks.unet import Prepared
 from alphalayer.engine.text.encoders import Conditioning, PromptPlan
 
 
@@ -73,21 +75,24 @@ class Denoiser:
     height: int
     memory: MemoryMode
     check: Callable[[], None] = lambda: None
+    _prepared: dict[tuple[tuple[int, int, bool], ...], _Prepared] = field(
+        default_factory=dict[tuple[tuple[int, int, bool], ...], "_Prepared"], init=False
+    )
 
     @torch.inference_mode()
-    def __call__(self, x: Tensor, sigma: float, step: int, *, conditioned: bool = True) -> Tensor:
+    def __call__(self, x: Tensor, sigma: float, step: int, *, patched: bool = True) -> Tensor:
         """Predict the clean latents, float32 (B, C, h, w).
 
         Args:
             x: Noisy latents (B, C, h, w), float32.
             sigma: Noise level.
             step: Step of the schedule, from 0.
-            conditioned: Whether the conditions of input images are used.
+            patched: Whether the patch of the mode is merged. Else conditions are left out.
         """
         conditionings = [guidance.conditionings(step) for guidance in self.guidances]
         latents = x.split([guidance.images for guidance in self.guidances])
         rows = [
-            _Rows(images, conditioning, guidance.condition if conditioned else None)
+            _Rows(images, conditioning, guidance.condition if patched else None, patched)
             for guidance, images, texts in zip(self.guidances, latents, conditionings, strict=True)
             for conditioning in texts
         ]
@@ -104,36 +109,63 @@ class Denoiser:
         predicted: list[Tensor] = []
         for group in _groups(rows):
             noisy = torch.cat([entry.images for entry in group])
-            output = self._evaluate(noisy, sigma, group)
+            output = self._evaluate(noisy, sigma, self._prepare(group))
             clean = self.model.process.to_denoised(noisy, output, sigma)
             predicted += clean.split([len(entry.images) for entry in group])
         return predicted
 
-    def _evaluate(self, noisy: Tensor, sigma: float, group: Sequence[_Rows]) -> Tensor:
-        """Return the raw output of the denoiser, float32 (rows, C, h, w)."""
-        dtype = next(self.model.modules["denoiser"].parameters()).dtype
-        scaled = self.model.process.scale_input(noisy, sigma).to(dtype)
-        context = _expand(group, lambda entry: entry.conditioning.context).to(noisy.device, dtype)
-        pooled = _expand(group, lambda entry: entry.conditioning.pooled).to(noisy.device, dtype)
-        condition = (
-            _expand(group, lambda entry: entry.condition) if _is_conditioned(group) else None
+    def _prepare(self, group: Sequence[_Rows]) -> _Prepared:
+        """Prepare the text of a group, or return it from an earlier step."""
+        key = tuple(entry.key for entry in group)
+        prepared = self._prepared.pop(key, None) or self._prepare_anew(group)
+        if len(self._prepared) >= PREPARED_GROUPS:
+            del self._prepared[next(iter(self._prepared))]
+        self._prepared[key] = prepared
+        return prepared
+
+    def _prepare_anew(self, group: Sequence[_Rows]) -> _Prepared:
+        length = math.lcm(*(entry.tokens for entry in group))
+        text = Conditioning(
+            _expand(group, lambda entry: _repeat(entry.conditioning.context, length)),
+            _expand(group, lambda entry: entry.conditioning.pooled),
         )
+        weight = next(self.model.modules["denoiser"].parameters())
+        # a batch has one mode, so all entries have a condition, or none
+        condition = _expand(group, lambda entry: entry.condition)
+        return _Prepared(
+            self.model.prepare(text, self.width, self.height),
+            None if condition is None else condition.to(weight.device, weight.dtype),
+        )
+
+    def _evaluate(self, noisy: Tensor, sigma: float, prepared: _Prepared) -> Tensor:
+        """Return the raw output of the denoiser, float32 (rows, C, h, w)."""
+        scaled = self.model.process.scale_input(noisy, sigma)
         at_once = self.memory.rows_at_once(self.width, self.height)
         outputs: list[Tensor] = []
         for first in range(0, len(scaled), at_once):
             rows = slice(first, first + at_once)
+            part = prepared if len(scaled) <= at_once else prepared.rows(rows)
             self.check()
-            outputs.append(
-                self.model.denoise(
-                    scaled[rows],
-                    sigma,
-                    Conditioning(context[rows], pooled[rows]),
-                    self.width,
-                    self.height,
-                    None if condition is None else condition[rows],
-                )
-            )
+            outputs.append(self.model.denoise(scaled[rows], sigma, part.text, part.condition))
         return torch.cat(outputs)
+
+
+PREPARED_GROUPS = 4
+"""Prepared texts that are kept. A prompt whose text changes at each step has more."""
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """Text and condition of the rows of one call, on the device and in the denoiser's dtype."""
+
+    text: Prepared
+    condition: Tensor | None
+
+    def rows(self, rows: slice) -> _Prepared:
+        """Return some of the rows."""
+        return _Prepared(
+            self.text.rows(rows), None if self.condition is None else self.condition[rows]
+        )
 
 
 @dataclass(frozen=True)
@@ -142,45 +174,42 @@ class _Rows:
 
     images: Tensor
     conditioning: Conditioning
-    condition: Tensor | None = None
+    condition: Tensor | None
+    patched: bool
 
     @property
     def tokens(self) -> int:
         return self.conditioning.context.shape[1]
 
+    @property
+    def key(self) -> tuple[int, int, bool]:
+        """Identify what is prepared. The plans of the prompts keep the conditionings alive."""
+        return id(self.conditioning), len(self.images), self.patched
 
-def _expand(group: Sequence[_Rows], value: Callable[[_Rows], Tensor | None]) -> Tensor:
-    """Repeat a value (1, ...) of each entry for its images and join them."""
+
+def _expand(group: Sequence[_Rows], value: Callable[[_Rows], Tensor | None]) -> Any:
+    """Repeat a value (1, ...) of each entry for its images and join them; None without values."""
     values = [(value(entry), len(entry.images)) for entry in group]
-    return torch.cat([one.expand(n, *one.shape[1:]) for one, n in values if one is not None])
+    rows = [one.expand(n, *one.shape[1:]) for one, n in values if one is not None]
+    return torch.cat(rows) if rows else None
 
 
-def _is_conditioned(group: Sequence[_Rows]) -> bool:
-    """Return whether the entries have conditions. A batch has one mode."""
-    return group[0].condition is not None
+def _repeat(context: Tensor, length: int) -> Tensor:
+    """Repeat the tokens of a text (1, tokens, width) to a length."""
+    return context.repeat(1, length // context.shape[1], 1)
 
 
 def _groups(rows: Sequence[_Rows]) -> list[list[_Rows]]:
-    """Group neighbours that may share a call, repeated to the same number of tokens."""
+    """Group neighbours that may share a call."""
     groups: list[list[_Rows]] = []
     for entry in rows:
         if groups and _are_compatible([*groups[-1], entry]):
             groups[-1].append(entry)
         else:
             groups.append([entry])
-    return [_repeated(group) for group in groups]
+    return groups
 
 
 def _are_compatible(group: Sequence[_Rows]) -> bool:
     lengths = [entry.tokens for entry in group]
     return math.lcm(*lengths) <= 4 * min(lengths)
-
-
-def _repeated(group: Sequence[_Rows]) -> list[_Rows]:
-    length = math.lcm(*(entry.tokens for entry in group))
-    repeated: list[_Rows] = []
-    for entry in group:
-        context = entry.conditioning.context.repeat(1, length // entry.tokens, 1)
-        conditioning = Conditioning(context, entry.conditioning.pooled)
-        repeated.append(replace(entry, conditioning=conditioning))
-    return repeated

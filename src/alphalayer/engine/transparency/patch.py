@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from alphalayer.catalog import file_stamp
 from alphalayer.core.errors import CommandHint, CorruptFile, LayerDiffuseMissing, ModelUnusable
+from alphalayer.engine.networks.weights import NamedWeights
 from alphalayer.engine.parameter_names import flat_names, ldm_to_diffusers, unflatten
 
 logger = logging.getLogger(__name__)
@@ -361,7 +362,7 @@ def patchers(
         text_encoders: Text encoders 1 and 2.
         text_dtype: dtype to which changed weights of the text encoders are rounded.
     """
-    own = dict(unet.named_parameters())
+    own = NamedWeights(unet)
     text = {
         prefix + name: weight
         for prefix, encoder in zip(TEXT_ENCODERS, text_encoders, strict=True)
