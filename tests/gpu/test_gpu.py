@@ -12,7 +12,7 @@ import torch
 from alphalayer.core.request import SAMPLERS, GenerationRequest
 from alphalayer.engine.memory import MEMORY_MODES
 from alphalayer.engine.pipeline import LocalEngine
-from alphalayer.engine.sampling.noise import philox_normal
+from alphalayer.engine.sampling.philox import philox_normal
 from tests.support import tiny_models
 
 pytestmark = [

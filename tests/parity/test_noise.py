@@ -23,10 +23,10 @@ from alphalayer.engine.sampling.brownian_tree import BrownianNoise, BrownianTree
 from alphalayer.engine.sampling.noise import (
     ImageGenerator,
     initial_noise,
-    philox_normal,
     randn,
     slerp,
 )
+from alphalayer.engine.sampling.philox import normal_in_torch, philox_normal
 from alphalayer.engine.sampling.samplers import brownian_intervals
 from alphalayer.engine.sampling.schedules import SigmaTable, sigmas_for
 
@@ -116,6 +116,13 @@ def test_philox_many_seeds_equal_single_seeds():
     seeds = [0, 7, 2**40 + 7, 2**63 + 6]
     for values, seed in zip(philox_normal(seeds, 50, 3), seeds, strict=True):
         assert torch.equal(values, philox_normal([seed], 50, 3)[0])
+
+
+@pytest.mark.parametrize(("seeds", "count"), [(40, 3), (9, 4096), (2, 40_000), (3, 16_384)])
+def test_philox_on_the_cpu_equals_torch_operations_bit_for_bit(seeds: int, count: int):
+    """Compare the groups on the CPU with whole tensors, which a GPU uses."""
+    many = [7 + index * 0x9E3779B97F4A7C1 for index in range(seeds)]
+    assert torch.equal(philox_normal(many, count, 2), normal_in_torch(many, count, 2, "cpu"))
 
 
 def test_philox_is_independent_of_the_shape():
