@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 import torchsde
+from tests.support.transfers import Transfers
 
 from alphalayer.core.errors import InvalidRequest
 from alphalayer.core.request import SCHEDULERS
@@ -304,6 +305,15 @@ def test_tree_keeps_few_nodes_and_repeats_values_bit_for_bit(
         fresh = BrownianTree(float(sigmas[-2]), float(sigmas[0]), (3,), [8], "nv")
         assert torch.equal(increment, fresh.between(below, above))
         assert torch.equal(increment, tree.between(below, above))
+
+
+def test_brownian_noise_copies_to_a_device_once_an_interval():
+    """Check on the meta device, where reading a value raises. The copy has the seeds' keys."""
+    noise = BrownianNoise([5, 6], (4, 8, 8), KARRAS, "nv", "meta")
+    for above, below in brownian_intervals("DPM++ 2M SDE", KARRAS):
+        with Transfers() as transfers:
+            noise(above, below)
+        assert transfers.operations in ([], ["to"])
 
 
 def test_tree_starts_at_zero_and_clamps_times():

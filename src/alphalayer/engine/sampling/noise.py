@@ -84,7 +84,7 @@ def randn(
 
 def _philox_device(device: torch.device) -> torch.device:
     # MPS has no float64
-    return device if device.type == "cuda" else torch.device("cpu")
+    return torch.device("cpu") if device.type == "mps" else device
 
 
 def initial_noise(
