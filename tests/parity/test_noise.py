@@ -197,6 +197,14 @@ def test_initial_noise_uses_first_values_of_the_variation():
     assert torch.equal(mixed[0], slerp(0.3, _randn(3, shape, "nv"), _randn(9, shape, "nv")))
 
 
+def test_initial_noise_does_not_wait_for_the_device():
+    """Check on the meta device, where reading a value raises. The copies have the seeds' keys."""
+    first, second = ImageGenerator(3, "nv", "meta"), ImageGenerator(9, "nv", "meta")
+    with Transfers() as transfers:
+        initial_noise([first], (4, 8, 6), [second], 0.3)
+    assert transfers.operations == ["to", "to"]
+
+
 # --- Brownian tree
 
 

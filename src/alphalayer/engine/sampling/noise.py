@@ -132,7 +132,7 @@ def slerp(strength: float, low: Tensor, high: Tensor) -> Tensor:
     """
     low_unit, high_unit = (noise / noise.norm(dim=1, keepdim=True) for noise in (low, high))
     cosine = (low_unit * high_unit).sum(1)
-    if cosine.mean() > 0.9995:
-        return low * (1 - strength) + high * strength
     omega = cosine.acos().unsqueeze(1)
-    return (((1 - strength) * omega).sin() * low + (strength * omega).sin() * high) / omega.sin()
+    arc = (((1 - strength) * omega).sin() * low + (strength * omega).sin() * high) / omega.sin()
+    # both are computed: a branch would wait for the device
+    return torch.where(cosine.mean() > 0.9995, low * (1 - strength) + high * strength, arc)
