@@ -217,7 +217,7 @@ def unipc(
     A new clean latent first corrects the step that led to it, then predicts the next one.
     The order is lower at the start, where the history is short, and in the last two steps.
 
-    Source: Zhao et al. 2023, arXiv 2302.04867, algorithms 7 and 8.
+    Source: Zhao et al. 2023, arXiv 2302.04867, algorithms 5 to 8.
     """
     history: list[tuple[Tensor, float]] = []
     before, order = x, 0
@@ -252,7 +252,7 @@ def _unified_step(
         x: Latent at the start of the step.
         following: Noise level at the end of the step.
         history: Clean latents and their levels up to the start of the step, newest first.
-        ahead: Nothing to predict. The clean latent at the end of the step to correct.
+        ahead: To predict: nothing. To correct: the clean latent at the end, and its level.
     """
     (clean, sigma), *others = [*history, *ahead]
     h = math.log(sigma / following)
