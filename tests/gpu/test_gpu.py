@@ -12,7 +12,12 @@ import torch
 from alphalayer.core.request import SAMPLERS, GenerationRequest
 from alphalayer.engine.memory import MEMORY_MODES
 from alphalayer.engine.pipeline import LocalEngine
-from alphalayer.engine.sampling.noise import philox_normal
+from alphalayer.engine.sampling.brownian_tree import BrownianNoise
+from alphalayer.engine.sampling.noise import ImageGenerator
+from alphalayer.engine.sampling.philox import philox_normal
+from alphalayer.engine.sampling.samplers import SAMPLERS as SAMPLERS_OF_ENGINE
+from alphalayer.engine.sampling.samplers import sample
+from alphalayer.engine.sampling.schedules import SigmaTable, sigmas_for
 from tests.support import tiny_models
 
 pytestmark = [
@@ -75,6 +80,26 @@ def test_philox_normal_equals_the_generator_of_torch():
         )
         numbers = philox_normal([12345], count)[0]
         assert (torch_numbers.cpu() - numbers).abs().max() < 1e-5, count
+
+
+@pytest.mark.parametrize("source", ["nv", "cpu", "gpu"])
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_sampling_loop_does_not_wait_for_the_gpu(sampler, source):
+    sigmas = sigmas_for("Karras", 6, SigmaTable.from_betas())
+    seeds, shape = [5, 6], (4, 32, 32)
+    generators = [ImageGenerator(seed, source, "cuda") for seed in seeds]
+
+    def fresh(sigma, following):
+        return torch.stack([generator.randn(shape) for generator in generators])
+
+    brownian = BrownianNoise(seeds, shape, sigmas, source, "cuda")
+    noise = brownian if SAMPLERS_OF_ENGINE[sampler].noise == "brownian" else fresh
+    x = torch.randn(2, *shape, device="cuda")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        sample(sampler, lambda x, *_: x / 2, x, sigmas, noise, lambda *_: None)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_gpu_memory_is_released(models_dir):

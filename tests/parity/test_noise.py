@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 import torchsde
+from tests.support.transfers import Transfers
 
 from alphalayer.core.errors import InvalidRequest
 from alphalayer.core.request import SCHEDULERS
@@ -23,10 +24,10 @@ from alphalayer.engine.sampling.brownian_tree import BrownianNoise, BrownianTree
 from alphalayer.engine.sampling.noise import (
     ImageGenerator,
     initial_noise,
-    philox_normal,
     randn,
     slerp,
 )
+from alphalayer.engine.sampling.philox import normal_in_torch, philox_normal
 from alphalayer.engine.sampling.samplers import brownian_intervals
 from alphalayer.engine.sampling.schedules import SigmaTable, sigmas_for
 
@@ -118,6 +119,13 @@ def test_philox_many_seeds_equal_single_seeds():
         assert torch.equal(values, philox_normal([seed], 50, 3)[0])
 
 
+@pytest.mark.parametrize(("seeds", "count"), [(40, 3), (9, 4096), (2, 40_000), (3, 16_384)])
+def test_philox_on_the_cpu_equals_torch_operations_bit_for_bit(seeds: int, count: int):
+    """Compare the groups on the CPU with whole tensors, which a GPU uses."""
+    many = [7 + index * 0x9E3779B97F4A7C1 for index in range(seeds)]
+    assert torch.equal(philox_normal(many, count, 2), normal_in_torch(many, count, 2, "cpu"))
+
+
 def test_philox_is_independent_of_the_shape():
     assert torch.equal(_randn(7, (2, 3, 5), "nv").flatten(), _randn(7, (30,), "nv"))
 
@@ -187,6 +195,14 @@ def test_initial_noise_uses_first_values_of_the_variation():
     shape = (4, 8, 6)
     mixed = initial_noise([ImageGenerator(3, "nv")], shape, [ImageGenerator(9, "nv")], 0.3)
     assert torch.equal(mixed[0], slerp(0.3, _randn(3, shape, "nv"), _randn(9, shape, "nv")))
+
+
+def test_initial_noise_does_not_wait_for_the_device():
+    """Check on the meta device, where reading a value raises. The copies have the seeds' keys."""
+    first, second = ImageGenerator(3, "nv", "meta"), ImageGenerator(9, "nv", "meta")
+    with Transfers() as transfers:
+        initial_noise([first], (4, 8, 6), [second], 0.3)
+    assert transfers.operations == ["to", "to"]
 
 
 # --- Brownian tree
@@ -297,6 +313,15 @@ def test_tree_keeps_few_nodes_and_repeats_values_bit_for_bit(
         fresh = BrownianTree(float(sigmas[-2]), float(sigmas[0]), (3,), [8], "nv")
         assert torch.equal(increment, fresh.between(below, above))
         assert torch.equal(increment, tree.between(below, above))
+
+
+def test_brownian_noise_copies_to_a_device_once_an_interval():
+    """Check on the meta device, where reading a value raises. The copy has the seeds' keys."""
+    noise = BrownianNoise([5, 6], (4, 8, 8), KARRAS, "nv", "meta")
+    for above, below in brownian_intervals("DPM++ 2M SDE", KARRAS):
+        with Transfers() as transfers:
+            noise(above, below)
+        assert transfers.operations in ([], ["to"])
 
 
 def test_tree_starts_at_zero_and_clamps_times():

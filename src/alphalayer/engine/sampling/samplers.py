@@ -11,10 +11,9 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Literal, cast
+from typing import Literal
 
-import torch
-from diffusers import UniPCMultistepScheduler
+import numpy as np
 from torch import Tensor
 
 Denoise = Callable[[Tensor, float, int], Tensor]
@@ -215,21 +214,70 @@ def unipc(
 ) -> Tensor:
     """Follow the probability flow with UniPC of order 3, variant B2.
 
-    The scheduler of diffusers runs on our noise levels, in its variance-preserving frame.
+    A new clean latent first corrects the step that led to it, then predicts the next one.
+    The order is lower at the start, where the history is short, and in the last two steps.
 
-    Source: Zhao et al. 2023, arXiv 2302.04867.
+    Source: Zhao et al. 2023, arXiv 2302.04867, algorithms 5 to 8.
     """
-    scheduler = cast(Any, UniPCMultistepScheduler(solver_order=3, prediction_type="sample"))
-    scheduler.set_timesteps(len(sigmas) - 1)
-    scheduler.sigmas = torch.tensor(sigmas, dtype=torch.float32)
-    scheduler.timesteps = torch.arange(len(sigmas) - 1)
-    sample = x / math.sqrt(sigmas[0] ** 2 + 1)
+    history: list[tuple[Tensor, float]] = []
+    before, order = x, 0
     for i, (sigma, following) in enumerate(_pairs(sigmas)):
-        clean = denoise(sample * math.sqrt(sigma**2 + 1), sigma, i)
-        sample = scheduler.step(clean, i, sample, return_dict=False)[0]
-        x = sample * math.sqrt(following**2 + 1)
+        clean = denoise(x, sigma, i)
+        if following == 0:
+            x = clean
+        else:
+            if history:
+                x = _unified_step(before, sigma, history[:order], [(clean, sigma)])
+            history = [(clean, sigma), *history[:2]]
+            order = min(len(history), len(sigmas) - 1 - i)
+            before, x = x, _unified_step(x, following, history[:order], [])
         on_step(i + 1, x, clean)
     return x
+
+
+def _unified_step(
+    x: Tensor,
+    following: float,
+    history: Sequence[tuple[Tensor, float]],
+    ahead: Sequence[tuple[Tensor, float]],
+) -> Tensor:
+    """Predict or correct a step of `unipc`.
+
+    In half-log-SNR lambda = -log sigma, the clean latent is a polynomial through the known ones.
+    The weights of its divided differences solve a Vandermonde system in the distances r:
+    sum_m w_m r_m^(k-1) = k! h phi_(k+1)(-h) / (1 - exp(-h)), where phi_1(z) = (e^z - 1) / z and
+    phi_(k+1)(z) = (phi_k(z) - 1 / k!) / z.
+
+    Args:
+        x: Latent at the start of the step.
+        following: Noise level at the end of the step.
+        history: Clean latents and their levels up to the start of the step, newest first.
+        ahead: To predict: nothing. To correct: the clean latent at the end, and its level.
+    """
+    (clean, sigma), *others = [*history, *ahead]
+    h = math.log(sigma / following)
+    x = following / sigma * x - math.expm1(-h) * clean
+    distances = [math.log(sigma / level) / h for _, level in others]
+    if len(others) == 1:
+        # the paper fixes the weight of a single difference for B2
+        weights = [0.5]
+    else:
+        weights = np.linalg.solve(
+            np.vander(distances, increasing=True).T, _unified_moments(-h, len(others))
+        ).tolist()
+    for (other, _), distance, weight in zip(others, distances, weights, strict=True):
+        x = x - math.expm1(-h) * weight / distance * (other - clean)
+    return x
+
+
+def _unified_moments(z: float, count: int) -> list[float]:
+    """Return k! z phi_(k+1)(z) / (e^z - 1) for k from 1 to `count`."""
+    phi = math.expm1(z) / z
+    moments: list[float] = []
+    for k in range(1, count + 1):
+        phi = (phi - 1 / math.factorial(k)) / z
+        moments.append(math.factorial(k) * phi * z / math.expm1(z))
+    return moments
 
 
 @dataclass(frozen=True)
