@@ -187,6 +187,21 @@ class Settings(BaseSettings):
         Literal["auto", "high", "balanced", "low"],
         Field(description="GPU memory mode: high from 16 GB on, balanced for 12 GB, low for 8 GB."),
     ] = "auto"
+    acceleration: Annotated[
+        Literal["off", "graphs", "compile"],
+        Field(
+            description="How a CUDA GPU runs the UNet: off, graphs (recorded for each image size) "
+            "or compile (graphs of kernels of torch.compile)."
+        ),
+    ] = "off"
+    warm_up_sizes: Annotated[
+        str,
+        Field(
+            pattern=r"^(\d+x\d+(,\d+x\d+)*)?$",
+            description="Sizes of the images that an engine generates before it is ready, such as "
+            "1024x1024,832x1216. Default: one image.",
+        ),
+    ] = ""
     noise: Annotated[
         NoiseSource,
         Field(description="Noise source of requests that name none; nv is the same everywhere."),
@@ -334,6 +349,11 @@ class Settings(BaseSettings):
             "default_model": self.default_model,
             "batch_pixels": self.batch_pixels,
             "spare_model_bytes": int(self.spare_model_gb * 1e9),
+            "acceleration": self.acceleration,
+            "compile_cache": str(self.data_dir / "compiled"),
+            "warm_up_sizes": [
+                tuple(map(int, size.split("x"))) for size in self.warm_up_sizes.split(",") if size
+            ],
         }
 
 

@@ -7,6 +7,7 @@ decides what stays on the device between them. It knows nothing of queues, files
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -23,6 +24,7 @@ from alphalayer import catalog
 from alphalayer.catalog import ModelEntry
 from alphalayer.core.errors import AlphalayerError, ModelNotFound, OutOfMemory
 from alphalayer.core.request import GenerationRequest, ResolvedRequest
+from alphalayer.engine.acceleration import Acceleration, check_acceleration
 from alphalayer.engine.base import GeneratedImage, GenerationResult, Progress, RenderTask
 from alphalayer.engine.canvas import SIZE_MULTIPLE, Canvas
 from alphalayer.engine.families import sdxl
@@ -74,6 +76,10 @@ class LocalEngine:
         default_model: Model of requests that name none.
         batch_pixels: Most pixels that are generated together. None: what the GPU's memory holds.
         spare_model_bytes: Host memory for models that are not active.
+        acceleration: "off", or how a CUDA GPU runs the denoiser; see `engine.acceleration`.
+        compile_cache: Folder of what torch.compile generated, kept for the next start.
+        warm_up_sizes: Sizes (width, height) of the images of the warm-up. Empty: one of the default
+            size on a GPU, one of the smallest size on a CPU.
     """
 
     def __init__(
@@ -87,10 +93,18 @@ class LocalEngine:
         default_model: str | None = None,
         batch_pixels: int | None = None,
         spare_model_bytes: int = 0,
+        acceleration: Acceleration = "off",
+        compile_cache: str | None = None,
+        warm_up_sizes: Sequence[tuple[int, int]] = (),
     ):
         self.device = choose_device(device)
         self.precision = choose_precision(self.device, dtype)
         self.memory = choose_memory_mode(self.device, memory)
+        check_acceleration(acceleration, self.device)
+        self._acceleration: Acceleration = acceleration
+        if compile_cache:
+            os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", compile_cache)
+        self._warm_up_sizes = warm_up_sizes
         self._models_dir = models_dir
         self._embeddings = EmbeddingFolder(embeddings_dir or models_dir.parent / "embeddings")
         self._default_model = default_model
@@ -115,15 +129,17 @@ class LocalEngine:
         return self._models.active
 
     def warm_up(self) -> None:
-        """Load the default model and generate one image.
+        """Load the default model and generate an image of each size of the warm-up.
 
-        Full size on a GPU, the smallest size on a CPU. Errors that users can fix are logged,
-        because the next request reports them again. Other errors, such as those of a broken GPU,
-        are raised.
+        Errors that users can fix are logged, because the next request reports them again. Other
+        errors, such as those of a broken GPU, are raised.
         """
         side = None if self.device.type == "cuda" else SIZE_MULTIPLE
         try:
-            self.generate(GenerationRequest(prompt="warm up", steps=1, width=side, height=side))
+            for width, height in self._warm_up_sizes or [(side, side)]:
+                self.generate(
+                    GenerationRequest(prompt="warm up", steps=1, width=width, height=height)
+                )
         except AlphalayerError as error:
             logger.warning("The warm-up image failed: %s", error)
 
@@ -268,7 +284,11 @@ class LocalEngine:
         return entry
 
     def _load(self, entry: ModelEntry) -> DiffusionModel:
-        return FAMILIES[entry.family](entry, self.precision, self._models_dir)
+        model = FAMILIES[entry.family](entry, self.precision, self._models_dir)
+        # recordings hold addresses: not for a denoiser that leaves the device after each image
+        if self.memory.keep_unet:
+            model.accelerate(self._acceleration)
+        return model
 
     def _noise(
         self, requests: Sequence[ResolvedRequest], shape: Shape, sigmas: Tensor

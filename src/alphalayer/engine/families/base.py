@@ -16,6 +16,7 @@ from alphalayer.catalog import ModelEntry
 from alphalayer.core.errors import CommandHint, EngineFailed, LayerDiffuseMissing
 from alphalayer.core.modes import DECODER_FILES, MODES
 from alphalayer.core.request import ModelDefaults
+from alphalayer.engine.acceleration import Acceleration
 from alphalayer.engine.memory import Precision
 from alphalayer.engine.networks.unet import Prepared
 from alphalayer.engine.sampling.schedules import SigmaTable
@@ -172,6 +173,10 @@ class DiffusionModel(Protocol):
 
     def decode(self, latent: Tensor) -> Tensor:
         """Decode sampler latents (B, C, h, w) to RGB (B, 3, H, W), about [-1, 1], float32."""
+        ...
+
+    def accelerate(self, kind: Acceleration) -> None:
+        """Run the denoiser in a faster way from now on, see `alphalayer.engine.acceleration`."""
         ...
 
     def memory_bytes(self) -> int:

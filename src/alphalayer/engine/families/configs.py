@@ -1,12 +1,13 @@
-"""Configs of diffusers for SDXL single files, fitted to the tensor shapes of a file."""
+"""Sizes of the networks of an SDXL single file, from its tensor shapes."""
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from alphalayer import catalog
 
 SHIPPED = Path(__file__).parents[2] / "builtin_models" / "sdxl"
 HEAD_WIDTH = 64
@@ -14,30 +15,22 @@ HEAD_WIDTH = 64
 Shapes = Mapping[str, tuple[int, ...]]
 _UNET = "model.diffusion_model."
 _VAE = "first_stage_model."
-_CLIP_L = "conditioner.embedders.0.transformer.text_model."
 _CLIP_G = "conditioner.embedders.1.model."
 
 
-def fitted_configs(shapes: Shapes) -> dict[str, str]:
-    """Return the files of a model folder for a checkpoint: contents by relative path.
+def fitted_configs(shapes: Shapes) -> dict[str, dict[str, Any]]:
+    """Return the configs of a checkpoint's UNet and VAE in the layout of diffusers.
 
     Widths, depths and channel counts come from the shapes; everything else is as in SDXL base.
+
+    Returns:
+        Configs by part: "unet" and "vae".
     """
-    fitted = {
-        "unet/config.json": _unet(shapes),
-        "vae/config.json": _vae(shapes),
-        "text_encoder/config.json": _clip_l(shapes),
-        "text_encoder_2/config.json": _clip_g(shapes),
+    fitted = {"unet": _unet(shapes), "vae": _vae(shapes)}
+    return {
+        part: catalog.read_json(SHIPPED / part / "config.json") | sizes
+        for part, sizes in fitted.items()
     }
-    contents: dict[str, str] = {}
-    for path in sorted(SHIPPED.rglob("*")):
-        relative = path.relative_to(SHIPPED).as_posix()
-        if path.is_file() and path.suffix in (".json", ".txt"):
-            text = path.read_text(encoding="utf-8")
-            contents[relative] = (
-                json.dumps({**json.loads(text), **fitted[relative]}) if relative in fitted else text
-            )
-    return contents
 
 
 def _unet(shapes: Shapes) -> dict[str, Any]:
@@ -72,29 +65,6 @@ def _vae(shapes: Shapes) -> dict[str, Any]:
         "latent_channels": shapes[f"{_VAE}post_quant_conv.weight"][0],
         "down_block_types": ["DownEncoderBlock2D"] * levels,
         "up_block_types": ["UpDecoderBlock2D"] * levels,
-    }
-
-
-def _clip_l(shapes: Shapes) -> dict[str, Any]:
-    vocabulary, width = shapes[f"{_CLIP_L}embeddings.token_embedding.weight"]
-    return {
-        "vocab_size": vocabulary,
-        "hidden_size": width,
-        "intermediate_size": shapes[f"{_CLIP_L}encoder.layers.0.mlp.fc1.weight"][0],
-        "num_hidden_layers": _count(shapes, rf"{_CLIP_L}encoder\.layers\."),
-        "num_attention_heads": _heads(width),
-    }
-
-
-def _clip_g(shapes: Shapes) -> dict[str, Any]:
-    vocabulary, width = shapes[f"{_CLIP_G}token_embedding.weight"]
-    return {
-        "vocab_size": vocabulary,
-        "hidden_size": width,
-        "intermediate_size": shapes[f"{_CLIP_G}transformer.resblocks.0.mlp.c_fc.weight"][0],
-        "num_hidden_layers": _count(shapes, rf"{_CLIP_G}transformer\.resblocks\."),
-        "num_attention_heads": _heads(width),
-        "projection_dim": shapes[f"{_CLIP_G}text_projection"][1],
     }
 
 

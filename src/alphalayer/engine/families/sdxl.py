@@ -1,52 +1,59 @@
 """The SDXL family: single files and diffusers folders, read offline.
 
-diffusers converts single files. The configs that it needs ship with the package and are fitted to
-the tensor shapes of the file.
+The sizes of a single file come from its tensor shapes.
 """
 
 from __future__ import annotations
 
 import logging
-import tempfile
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
-import transformers
-from diffusers import StableDiffusionXLPipeline
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from alphalayer import catalog
 from alphalayer.catalog import ModelEntry
 from alphalayer.catalog.headers import Header, read_header
 from alphalayer.core.errors import CorruptFile, ModelUnusable
+from alphalayer.engine.acceleration import Acceleration, GraphRunner, Run, accelerate
+from alphalayer.engine.families import vae_names
 from alphalayer.engine.families.base import LatentSpec, LayerDiffuseFiles, NoiseProcess, Part
-from alphalayer.engine.families.configs import fitted_configs
+from alphalayer.engine.families.clip_files import TEXT_STORED, read_text_folder, read_text_models
+from alphalayer.engine.families.configs import SHIPPED, fitted_configs
+from alphalayer.engine.families.vae import Vae, read_vae
 from alphalayer.engine.memory import Precision, is_out_of_memory
+from alphalayer.engine.networks.clip import ClipTextModel
 from alphalayer.engine.networks.unet import Prepared, UNet, UNetConfig
 from alphalayer.engine.networks.weights import NamedWeights
 from alphalayer.engine.parameter_names import ldm_to_diffusers
 from alphalayer.engine.sampling.schedules import SigmaTable
 from alphalayer.engine.text.encoders import Conditioning, TextEncoders
+from alphalayer.engine.text.tokenizer import ClipTokenizer, read_tokenizers
 from alphalayer.engine.transparency.decode import TransparentDecoder, load_decoder
 from alphalayer.engine.transparency.patch import WeightPatcher, patchers
 
 logger = logging.getLogger(__name__)
 
-# both libraries warn when a whole module is cast, which is intended here
-diffusers.utils.logging.set_verbosity_error()
-diffusers.utils.logging.disable_progress_bar()
-transformers.utils.logging.disable_progress_bar()
+LDM_UNET = "model.diffusion_model."
+"""Prefix of the UNet's tensors in an LDM single file."""
 
 
-TEXT_STORED = torch.float16
+@dataclass(frozen=True)
+class SdxlParts:
+    """Networks and tokenizers of a model, and the configs that go with them."""
+
+    unet: UNet
+    vae: Vae
+    vae_config: Mapping[str, Any]
+    text_encoders: tuple[ClipTextModel, ClipTextModel]
+    tokenizers: tuple[ClipTokenizer, ClipTokenizer]
+    scheduler: Mapping[str, Any]
 
 
 class SdxlModel:
@@ -58,31 +65,24 @@ class SdxlModel:
     def __init__(
         self,
         entry: ModelEntry,
-        parts: Mapping[str, Any],
-        scheduler: Mapping[str, Any],
+        parts: SdxlParts,
         precision: Precision,
         models_dir: Path,
     ):
         self.entry = entry
-        self.unet: UNet = parts["unet"]
-        self.vae: Any = parts["vae"]
-        self.text_encoder: nn.Module = parts["text_encoder"]
-        self.text_encoder_2: nn.Module = parts["text_encoder_2"]
-        self.process = NoiseProcess(
-            _sigma_table(scheduler),
-            "v" if scheduler["prediction_type"] == "v_prediction" else "epsilon",
-        )
+        self.unet, self.vae, self.text_encoders = parts.unet, parts.vae, parts.text_encoders
+        is_v = parts.scheduler.get("prediction_type") == "v_prediction"
+        self.process = NoiseProcess(_sigma_table(parts.scheduler), "v" if is_v else "epsilon")
         self.defaults = catalog.model_defaults(entry.path)
         self.layerdiffuse = LayerDiffuseFiles(entry, catalog.layer_config(entry.path), models_dir)
-        self.text = TextEncoders(
-            parts["tokenizer"], parts["tokenizer_2"], self.text_encoder, self.text_encoder_2
-        )
+        self.text = TextEncoders(*parts.tokenizers, *parts.text_encoders)
         self.modules: Mapping[Part, nn.Module] = {
             "denoiser": self.unet,
             "vae": self.vae,
-            "text": nn.ModuleList([self.text_encoder, self.text_encoder_2]),
+            "text": nn.ModuleList(self.text_encoders),
         }
-        self.latent = _latent_spec(self.vae)
+        self.latent = _latent_spec(self.vae, parts.vae_config)
+        self._run: Run = self.unet
         self._precision = precision
         self._patchers: Mapping[Part, WeightPatcher] | None = None
         self._decoder: TransparentDecoder | None = None
@@ -93,8 +93,7 @@ class SdxlModel:
     def patchers(self) -> Mapping[Part, WeightPatcher]:
         """Return what merges patches into "denoiser" and "text"."""
         if self._patchers is None:
-            encoders = (self.text_encoder, self.text_encoder_2)
-            denoiser, text = patchers(self.unet, encoders, TEXT_STORED)
+            denoiser, text = patchers(self.unet, self.text_encoders, TEXT_STORED)
             self._patchers = {"denoiser": denoiser, "text": text}
         return self._patchers
 
@@ -134,20 +133,23 @@ class SdxlModel:
         """Return the raw output of the UNet for scaled latents, float32."""
         timestep = torch.full((1,), self.process.table.timestep(sigma), device=x.device)
         dtype = self.unet.conv_in.weight.dtype
-        return self.unet(x.to(dtype), timestep, prepared, condition).float()
+        return self._run(x.to(dtype), timestep, prepared, condition).float()
 
     def encode_image(self, rgb: Tensor) -> Tensor:
         """Encode RGB (B, 3, H, W) in [-1, 1] to sampler latents (B, C, h, w), float32."""
         weight = next(self.vae.parameters())
-        encoded = self.vae.encode(rgb.to(weight.device, weight.dtype), return_dict=False)[0]
-        mean = encoded if isinstance(encoded, Tensor) else encoded.mode()
-        return self.latent.from_vae(mean.float())
+        encoded = self.vae.encode(rgb.to(weight.device, weight.dtype))
+        return self.latent.from_vae(encoded.float())
 
     def decode(self, latent: Tensor) -> Tensor:
         """Decode sampler latents (B, C, h, w) to RGB (B, 3, H, W), about [-1, 1], float32."""
         weight = next(self.vae.parameters())
         own = self.latent.to_vae(latent.to(weight.device))
-        return self.vae.decode(own.to(weight.dtype), return_dict=False)[0].float()
+        return self.vae.decode(own.to(weight.dtype)).float()
+
+    def accelerate(self, kind: Acceleration) -> None:
+        """Run the UNet in a faster way from now on, see `alphalayer.engine.acceleration`."""
+        self._run = accelerate(self.unet, kind)
 
     def memory_bytes(self) -> int:
         """Return the memory of all weights in bytes."""
@@ -155,6 +157,8 @@ class SdxlModel:
 
     def move(self, device: str) -> None:
         """Move all networks that are loaded to a device."""
+        if isinstance(self._run, GraphRunner):
+            self._run.forget()
         for module in self._loaded():
             module.to(device)
 
@@ -177,7 +181,7 @@ def load_model(entry: ModelEntry, precision: Precision, models_dir: Path) -> Sdx
     """
     read = _from_folder if entry.kind == "diffusers" else _from_file
     try:
-        parts, scheduler = read(entry, precision)
+        parts = read(entry.path, precision)
     except (
         OSError,
         ValueError,
@@ -194,9 +198,7 @@ def load_model(entry: ModelEntry, precision: Precision, models_dir: Path) -> Sdx
             f"{entry.path} cannot be loaded: {reason}.",
             hint="Check that it is a complete SDXL model; download it again if in doubt.",
         ) from error
-    for part in ("text_encoder", "text_encoder_2", "unet", "vae"):
-        parts[part].eval().requires_grad_(False)
-    return SdxlModel(entry, parts, scheduler, precision, models_dir)
+    return SdxlModel(entry, parts, precision, models_dir)
 
 
 def _in_thread(function: Callable[..., str], *arguments: Any) -> Future[str]:
@@ -207,94 +209,68 @@ def _in_thread(function: Callable[..., str], *arguments: Any) -> Future[str]:
         executor.shutdown(wait=False)
 
 
-def _from_folder(entry: ModelEntry, precision: Precision) -> tuple[dict[str, Any], dict[str, Any]]:
-    folder = entry.path
-
-    def read(kind: Any, name: str, **options: Any) -> Any:
-        variant = (
-            "fp16"
-            if any(catalog.FP16 in file.name for file in catalog.weight_files(folder / name))
-            else None
-        )
-        return kind.from_pretrained(
-            folder / name, variant=variant, local_files_only=True, **options
-        )
-
-    vae_class = getattr(diffusers, catalog.read_json(folder / "vae" / "config.json")["_class_name"])
-    parts: dict[str, Any] = {
-        "unet": _read_unet(
-            {
-                name: tensor
-                for file in catalog.weight_files(folder / "unet")
-                for name, tensor in load_file(file).items()
-            },
+def _from_folder(folder: Path, precision: Precision) -> SdxlParts:
+    """Read a diffusers folder."""
+    vae_config = catalog.read_json(folder / "vae" / "config.json")
+    return SdxlParts(
+        _build_unet(
+            _read_tensors(folder / "unet"),
             catalog.read_json(folder / "unet" / "config.json"),
             precision.unet,
         ),
-        "vae": read(vae_class, "vae", torch_dtype=precision.vae),
-        "text_encoder": _text(read(CLIPTextModel, "text_encoder")),
-        "text_encoder_2": _text(read(CLIPTextModelWithProjection, "text_encoder_2")),
-        "tokenizer": CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True),
-        "tokenizer_2": CLIPTokenizer.from_pretrained(folder / "tokenizer_2", local_files_only=True),
-    }
-    return parts, {
-        "prediction_type": "epsilon",
-        **catalog.read_json(folder / "scheduler" / "scheduler_config.json"),
-    }
-
-
-def _from_file(entry: ModelEntry, precision: Precision) -> tuple[dict[str, Any], dict[str, Any]]:
-    header = read_header(entry.path)
-    scheduler = _scheduler_of(entry.path, header)
-    path = str(entry.path)
-    with _config_folder(header) as folder:
-        local: dict[str, Any] = {"config": folder, "local_files_only": True}
-        prefix = "model.diffusion_model."
-        unet = _read_unet(
-            {
-                ldm_to_diffusers(name.removeprefix(prefix)): tensor
-                for name, tensor in load_file(path).items()
-                if name.startswith(prefix)
-            },
-            catalog.read_json(Path(folder, "unet", "config.json")),
-            precision.unet,
-        )
-        vae = diffusers.AutoencoderKL.from_single_file(
-            path, subfolder="vae", torch_dtype=precision.vae, **local
-        )
-        pipeline: Any = StableDiffusionXLPipeline.from_single_file(
-            path, unet=None, vae=vae, torch_dtype=torch.float16, **local
-        )
-    parts = {name: getattr(pipeline, name) for name in ("vae", "tokenizer", "tokenizer_2")}
-    parts["unet"] = unet
-    parts["text_encoder"], parts["text_encoder_2"] = (
-        _text(pipeline.text_encoder),
-        _text(pipeline.text_encoder_2),
+        read_vae(
+            vae_names.from_diffusers(_read_tensors(folder / "vae")), vae_config, precision.vae
+        ),
+        vae_config,
+        (read_text_folder(folder / "text_encoder"), read_text_folder(folder / "text_encoder_2")),
+        read_tokenizers(folder / "tokenizer", folder / "tokenizer_2"),
+        catalog.read_json(folder / "scheduler" / "scheduler_config.json"),
     )
-    return parts, scheduler
 
 
-def _read_unet(tensors: Mapping[str, Tensor], config: dict[str, Any], dtype: torch.dtype) -> UNet:
+def _from_file(path: Path, precision: Precision) -> SdxlParts:
+    """Read an LDM single file. What it does not say is as in SDXL base."""
+    header = read_header(path)
+    tensors = load_file(path)
+    configs = fitted_configs(header.shapes)
+    return SdxlParts(
+        _build_unet(_unet_of(tensors), configs["unet"], precision.unet),
+        read_vae(vae_names.from_ldm(tensors), configs["vae"], precision.vae),
+        configs["vae"],
+        read_text_models(tensors),
+        read_tokenizers(SHIPPED / "tokenizer", SHIPPED / "tokenizer_2"),
+        _scheduler_of(path, header),
+    )
+
+
+def _read_tensors(folder: Path) -> dict[str, Tensor]:
+    """Return the tensors of a part of a diffusers folder, by canonical name."""
+    return {
+        name: tensor
+        for file in catalog.weight_files(folder)
+        for name, tensor in load_file(file).items()
+    }
+
+
+def _unet_of(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors of the UNet of an LDM single file, by canonical name."""
+    return {
+        ldm_to_diffusers(name.removeprefix(LDM_UNET)): tensor
+        for name, tensor in tensors.items()
+        if name.startswith(LDM_UNET)
+    }
+
+
+def _build_unet(
+    tensors: Mapping[str, Tensor], config: Mapping[str, Any], dtype: torch.dtype
+) -> UNet:
     with torch.device("meta"):
         unet = UNet(UNetConfig.of(config))
-    NamedWeights(unet).assign(tensors, dtype)
-    return unet
-
-
-def _text(encoder: Any) -> nn.Module:
-    """Round weights to float16 and compute in float32, as AUTOMATIC1111 does."""
-    return encoder.to(TEXT_STORED).float()
-
-
-@contextmanager
-def _config_folder(header: Header) -> Generator[str]:
-    """Write diffusers configs that describe a single file into a temporary folder."""
-    with tempfile.TemporaryDirectory(prefix="alphalayer-config-") as name:
-        for relative, content in fitted_configs(header.shapes).items():
-            target = Path(name, relative)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_text(content, encoding="utf-8")
-        yield name
+    weights = NamedWeights(unet)
+    if mismatch := weights.mismatch(tensors):
+        raise ValueError(f"its UNet does not match its sizes: {mismatch}")
+    weights.assign(tensors, dtype)
+    return unet.eval()
 
 
 def _scheduler_of(path: Path, header: Header) -> dict[str, Any]:
@@ -315,16 +291,11 @@ def _scheduler_of(path: Path, header: Header) -> dict[str, Any]:
     }
 
 
-def _latent_spec(vae: Any) -> LatentSpec:
-    config = vae.config
-    cell = getattr(vae, "spatial_compression_ratio", None)
-    if not cell:
-        blocks = config.get("block_out_channels") or config["encoder_block_out_channels"]
-        cell = 2 ** (len(blocks) - 1)
+def _latent_spec(vae: Vae, config: Mapping[str, Any]) -> LatentSpec:
     return LatentSpec(
-        channels=int(config.latent_channels),
-        cell=int(cell),
-        scaling_factor=float(config.scaling_factor),
+        channels=vae.latent_channels,
+        cell=vae.cell,
+        scaling_factor=float(config.get("scaling_factor", 0.18215)),
         shift_factor=float(config.get("shift_factor") or 0.0),
     )
 

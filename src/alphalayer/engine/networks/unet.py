@@ -95,6 +95,20 @@ class Prepared:
             self.frequencies,
         )
 
+    def clone(self) -> Prepared:
+        """Return a copy in memory of its own."""
+        added = None if self.added is None else self.added.clone()
+        return Prepared(
+            tuple(pair.clone() for pair in self.keys_values), added, self.frequencies.clone()
+        )
+
+    def copy_(self, other: Prepared) -> None:
+        """Overwrite all values by those of another one of the same shapes."""
+        for pair, values in zip(self.keys_values, other.keys_values, strict=True):
+            pair.copy_(values)
+        if self.added is not None and other.added is not None:
+            self.added.copy_(other.added)
+
 
 class UNet(nn.Module):
     """Network from noisy latents, noise level and text to what the model predicts."""

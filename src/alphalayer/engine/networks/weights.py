@@ -6,11 +6,15 @@ still name each of them. This module maps the names to rows of the fused paramet
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+
+
+NAMED = 3
+"""Tensors that a message names at most."""
 
 
 class FusedLinear(nn.Linear):
@@ -66,6 +70,18 @@ class NamedWeights(Mapping[str, Tensor]):
         """Return the shape of each tensor by name."""
         return {name: tuple(tensor.shape) for name, tensor in self.items()}
 
+    def mismatch(self, tensors: Mapping[str, Tensor]) -> str:
+        """Describe the first tensors that are missing or have another shape; "" if none."""
+        problems = [
+            f"{name} is missing"
+            if name not in tensors
+            else f"{name} has the shape {_by(tensors[name].shape)}, expected {_by(shape)}"
+            for name, shape in self.shapes().items()
+            if name not in tensors or tuple(tensors[name].shape) != shape
+        ]
+        more = f" and {len(problems) - NAMED} more" if len(problems) > NAMED else ""
+        return ", ".join(problems[:NAMED]) + more
+
     def assign(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> None:
         """Replace all parameters of the network, which may be on the meta device.
 
@@ -92,3 +108,7 @@ def _slots(network: nn.Module) -> Iterator[tuple[str, _Slot]]:
                     first += width
             else:
                 yield f"{path}.{parameter}".lstrip("."), _Slot(module, parameter)
+
+
+def _by(shape: Sequence[int]) -> str:
+    return "x".join(map(str, shape)) or "scalar"
