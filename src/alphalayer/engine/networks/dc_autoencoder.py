@@ -140,7 +140,9 @@ class ResBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return (B, width, H, W), shaped like x."""
-        return self.norm(self.conv2(F.silu(self.conv1(x), inplace=True))) + x
+        h = self.norm(self.conv2(F.silu(self.conv1(x), inplace=True)))
+        h += x
+        return h
 
 
 class ShuffleDown(nn.Module):
@@ -177,7 +179,7 @@ class ShuffleUp(nn.Module):
         """Return (B, width, 2H, 2W) of x (B, entering, H, W)."""
         h = self.conv(x)
         if self.repeats:
-            h = h + x.repeat_interleave(self.repeats, 1)
+            h.unflatten(1, (-1, self.repeats)).add_(x.unsqueeze(2))
         return F.pixel_shuffle(h, 2)
 
 
@@ -192,4 +194,7 @@ class ChannelNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return (B, width, H, W), shaped like x. Squares are summed in float32."""
         scale = torch.rsqrt(x.float().square().mean(1, keepdim=True) + EPS)
-        return (x * scale).to(x.dtype) * self.weight[:, None, None] + self.bias[:, None, None]
+        h = (x * scale).to(x.dtype)
+        h *= self.weight[:, None, None]
+        h += self.bias[:, None, None]
+        return h
