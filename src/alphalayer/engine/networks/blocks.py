@@ -27,11 +27,14 @@ class ResnetBlock(nn.Module):
 
         `shift` (B, width, 1, 1) is added between the convolutions. It depends on the noise level.
         """
-        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv1(F.silu(self.norm1(x), inplace=True))
         if shift is not None:
             h = h + shift
-        h = self.conv2(F.silu(self.norm2(h)))
-        return (x if self.conv_shortcut is None else self.conv_shortcut(x)) + h
+        # one name for all, so that each tensor is released once the next exists
+        h = F.silu(self.norm2(h), inplace=True)
+        h = self.conv2(h)
+        h += x if self.conv_shortcut is None else self.conv_shortcut(x)
+        return h
 
 
 class SpatialAttention(nn.Module):

@@ -1,0 +1,75 @@
+"""Construction of a model's VAE from its tensors and its config."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from alphalayer.core.errors import ModelUnusable
+from alphalayer.engine.networks.dc_autoencoder import AutoencoderDC
+from alphalayer.engine.networks.vae import AutoencoderKL
+from alphalayer.engine.networks.weights import NamedWeights
+
+Vae = AutoencoderKL | AutoencoderDC
+CLASSES: Mapping[str, type[Vae]] = {
+    "AutoencoderKL": AutoencoderKL,
+    "AutoencoderDC": AutoencoderDC,
+}
+"""Networks by `_class_name` of their config."""
+NAMED = 3
+"""Tensors that a message names at most."""
+
+
+def read_vae(tensors: Mapping[str, Tensor], config: Mapping[str, Any], dtype: torch.dtype) -> Vae:
+    """Return a VAE for inference on the CPU.
+
+    Args:
+        tensors: Its tensors by canonical name, see `vae_names`.
+        config: Content of its `config.json` in the layout of diffusers.
+        dtype: dtype of the network.
+
+    Raises:
+        ModelUnusable: The class or an entry of the config is not supported. Or the tensors are not
+            those of the config.
+    """
+    kind = str(config.get("_class_name"))
+    if kind not in CLASSES:
+        raise ModelUnusable(
+            f"The VAE has the class {kind}; supported: {', '.join(CLASSES)}.",
+            hint="Use a model with one of these VAEs.",
+        )
+    network = CLASSES[kind]
+    for name, value in network.FIXED.items():
+        if config.get(name, value) != value:
+            raise ModelUnusable(
+                f"The config of the VAE has {name}: {config[name]}; supported: {value}.",
+                hint="Use a model with another VAE.",
+            )
+    with torch.device("meta"):
+        vae = network(config)
+    weights = NamedWeights(vae)
+    _check(weights.shapes(), {name: tuple(tensor.shape) for name, tensor in tensors.items()})
+    weights.assign(tensors, dtype)
+    return vae.eval()
+
+
+def _check(
+    expected: Mapping[str, tuple[int, ...]], existing: Mapping[str, tuple[int, ...]]
+) -> None:
+    """Raise `ModelUnusable` with the names unless both are equal."""
+    problems = [f"{name} is missing" for name in expected if name not in existing]
+    problems += [
+        f"{name} has the shape {list(existing[name])}; expected: {list(shape)}"
+        for name, shape in expected.items()
+        if existing.get(name, shape) != shape
+    ]
+    problems += [f"{name} is unknown" for name in existing if name not in expected]
+    if problems:
+        more = f", and {len(problems) - NAMED} more" if len(problems) > NAMED else ""
+        raise ModelUnusable(
+            f"The VAE does not match its config: {', '.join(problems[:NAMED])}{more}.",
+            hint="Check that the model is complete; download it again if in doubt.",
+        )
