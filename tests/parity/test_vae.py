@@ -202,9 +202,8 @@ def test_unsupported_entry_of_the_config_is_refused():
         ({"decoder.conv_in.bias": None}, "decoder.conv_in.bias is missing"),
         (
             {"decoder.conv_in.bias": torch.zeros(5)},
-            r"decoder.conv_in.bias has the shape \[5\]; expected: \[128\]",
+            "decoder.conv_in.bias has the shape 5, expected 128",
         ),
-        ({"decoder.extra": torch.zeros(5)}, "decoder.extra is unknown"),
     ],
 )
 def test_tensors_that_do_not_match_are_named(changes, message):

@@ -19,8 +19,6 @@ CLASSES: Mapping[str, type[Vae]] = {
     "AutoencoderDC": AutoencoderDC,
 }
 """Networks by `_class_name` of their config."""
-NAMED = 3
-"""Tensors that a message names at most."""
 
 
 def read_vae(tensors: Mapping[str, Tensor], config: Mapping[str, Any], dtype: torch.dtype) -> Vae:
@@ -51,25 +49,10 @@ def read_vae(tensors: Mapping[str, Tensor], config: Mapping[str, Any], dtype: to
     with torch.device("meta"):
         vae = network(config)
     weights = NamedWeights(vae)
-    _check(weights.shapes(), {name: tuple(tensor.shape) for name, tensor in tensors.items()})
-    weights.assign(tensors, dtype)
-    return vae.eval()
-
-
-def _check(
-    expected: Mapping[str, tuple[int, ...]], existing: Mapping[str, tuple[int, ...]]
-) -> None:
-    """Raise `ModelUnusable` with the names unless both are equal."""
-    problems = [f"{name} is missing" for name in expected if name not in existing]
-    problems += [
-        f"{name} has the shape {list(existing[name])}; expected: {list(shape)}"
-        for name, shape in expected.items()
-        if existing.get(name, shape) != shape
-    ]
-    problems += [f"{name} is unknown" for name in existing if name not in expected]
-    if problems:
-        more = f", and {len(problems) - NAMED} more" if len(problems) > NAMED else ""
+    if mismatch := weights.mismatch(tensors):
         raise ModelUnusable(
-            f"The VAE does not match its config: {', '.join(problems[:NAMED])}{more}.",
+            f"The VAE does not match its config: {mismatch}.",
             hint="Check that the model is complete; download it again if in doubt.",
         )
+    weights.assign(tensors, dtype)
+    return vae.eval()

@@ -48,7 +48,7 @@ class NamedWeights(Mapping[str, Tensor]):
     """View of a network's parameters by canonical name.
 
     A value is the parameter itself, or rows of a fused one. Writing into a value changes the
-    network. Values are read anew at each access, so they follow the network to another device.
+    network. Each access reads the parameter again, so they follow the network to another device.
     """
 
     def __init__(self, network: nn.Module):
