@@ -23,7 +23,7 @@ HEAD_WIDTH = 64
 """Channels of an attention head in ViT-L and ViT-bigG."""
 _FIRST = "conditioner.embedders.0.transformer."
 _SECOND = "conditioner.embedders.1.model."
-# eos_token_id 2 stands for the largest id, see `build_text_model`
+# eos_token_id 2 means the largest id, see `build_text_model`
 _OPENAI: Mapping[str, Any] = {"hidden_act": "quick_gelu", "eos_token_id": 2}
 _OPEN_CLIP: Mapping[str, Any] = {"hidden_act": "gelu", "eos_token_id": 2}
 

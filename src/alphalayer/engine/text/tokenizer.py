@@ -1,7 +1,7 @@
 """CLIP's tokenizer: byte-pair encoding of normalised, lower-case text.
 
-Source: `CLIPTokenizer` of transformers 5. It has the same token ids for every text, whatever
-`do_lower_case` says.
+Source: `CLIPTokenizer` of transformers 5, which ignores `do_lower_case`. The token ids of any text
+are equal.
 """
 
 from __future__ import annotations
