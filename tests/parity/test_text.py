@@ -16,9 +16,12 @@ from tests.support import tiny_models
 from transformers import CLIPTokenizer
 
 from alphalayer.core.errors import InvalidRequest
+from alphalayer.engine.families.clip_files import build_text_model, transformers_names
 from alphalayer.engine.families.configs import SHIPPED
+from alphalayer.engine.networks.clip import ClipTextModel
 from alphalayer.engine.text.encoders import TextEncoders, plan_negative, plan_prompt
 from alphalayer.engine.text.textual_inversion import TextualInversion, read_embeddings
+from alphalayer.engine.text.tokenizer import read_tokenizers
 
 START, END = 49406, 49407
 # float32 through three layers, in other batch sizes
@@ -27,30 +30,45 @@ SAME = {"rtol": 0, "atol": 2e-5}
 
 @pytest.fixture(scope="module")
 def tokenizers():
-    return [
-        CLIPTokenizer.from_pretrained(SHIPPED / name, local_files_only=True)
-        for name in ("tokenizer", "tokenizer_2")
-    ]
+    return read_tokenizers(SHIPPED / "tokenizer", SHIPPED / "tokenizer_2")
 
 
 @pytest.fixture(scope="module")
 def models():
+    """Return both models of transformers."""
     return tiny_models.text_encoders()
 
 
 @pytest.fixture(scope="module")
-def encoders(tokenizers, models) -> TextEncoders:
-    return TextEncoders(*tokenizers, *models)
+def own_models(models):
+    return _own(models)
+
+
+def _own(models) -> tuple[ClipTextModel, ClipTextModel]:
+    first, second = (
+        build_text_model(transformers_names(model.state_dict(), ""), model.config.to_dict())
+        for model in models
+    )
+    return first, second
 
 
 @pytest.fixture(scope="module")
-def pipeline(tokenizers, models) -> StableDiffusionXLPipeline:
+def encoders(tokenizers, own_models) -> TextEncoders:
+    return TextEncoders(*tokenizers, *own_models)
+
+
+@pytest.fixture(scope="module")
+def pipeline(models) -> StableDiffusionXLPipeline:
+    first, second = (
+        CLIPTokenizer.from_pretrained(SHIPPED / name, local_files_only=True)
+        for name in ("tokenizer", "tokenizer_2")
+    )
     return StableDiffusionXLPipeline(
         vae=tiny_models.vae(),
         text_encoder=models[0],
         text_encoder_2=models[1],
-        tokenizer=tokenizers[0],
-        tokenizer_2=tokenizers[1],
+        tokenizer=first,
+        tokenizer_2=second,
         unet=tiny_models.unet(),
         scheduler=EulerDiscreteScheduler(),
         add_watermarker=False,
@@ -83,23 +101,14 @@ def _framed(tokens: list[int]) -> list[list[int]]:
 
 def test_shipped_vocabulary_gives_the_published_tokens(tokenizers):
     for tokenizer in tokenizers:
-        assert tokenizer("an apple, high quality")["input_ids"] == [
-            START,
-            550,
-            3055,
-            267,
-            1400,
-            3027,
-            END,
-        ]
-        assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (START, END)
+        assert tokenizer.encode("an apple, high quality") == [550, 3055, 267, 1400, 3027]
+        assert (tokenizer.start, tokenizer.end) == (START, END)
         assert len(tokenizer) == 49_408
-    assert [tokenizer.pad_token_id for tokenizer in tokenizers] == [END, 0]
+    assert [tokenizer.pad for tokenizer in tokenizers] == [END, 0]
 
 
 def test_exclamation_mark_is_padding_for_tokenizer_2_only(tokenizers):
-    ids = [tokenizer("!!", add_special_tokens=False)["input_ids"] for tokenizer in tokenizers]
-    assert ids == [[748], [0, 0]]
+    assert [tokenizer.encode("!!") for tokenizer in tokenizers] == [[748], [0, 0]]
 
 
 # --- against diffusers
@@ -227,51 +236,55 @@ def learned() -> TextualInversion:
     )
 
 
-def test_learned_word_is_replaced_by_its_vectors(tokenizers, models, learned: TextualInversion):
+def test_learned_word_is_replaced_by_its_vectors(
+    tokenizers, models, own_models, learned: TextualInversion
+):
     """Compare with models whose embedding tables are overwritten at two unused tokens."""
     spare = [40_000, 40_001]
     changed = [copy.deepcopy(model) for model in models]
     for model, vectors in zip(changed, (learned.clip_l, learned.clip_g), strict=True):
         model.get_input_embeddings().weight.data[spare] = vectors
     hidden_l, hidden_g, pooled = _raw(changed, _framed([550, *spare, 3055]))
-    result = TextEncoders(*tokenizers, *models, {"glowstyle": learned}).encode("an glowstyle apple")
+    result = TextEncoders(*tokenizers, *own_models, {"glowstyle": learned}).encode(
+        "an glowstyle apple"
+    )
     torch.testing.assert_close(result.context[0], torch.cat([hidden_l, hidden_g], dim=-1), **SAME)
     torch.testing.assert_close(result.pooled[0], pooled, **SAME)
 
 
 def test_learned_words_do_not_change_other_prompts(
-    tokenizers, models, encoders, learned: TextualInversion
+    tokenizers, own_models, encoders, learned: TextualInversion
 ):
-    with_words = TextEncoders(*tokenizers, *models, {"glowstyle": learned})
+    with_words = TextEncoders(*tokenizers, *own_models, {"glowstyle": learned})
     with_words.encode("an glowstyle apple")
     torch.testing.assert_close(
         with_words.encode("an apple").context, encoders.encode("an apple").context, **SAME
     )
 
 
-def test_learned_word_of_another_width_is_ignored(tokenizers, models, encoders):
+def test_learned_word_of_another_width_is_ignored(tokenizers, own_models, encoders):
     other = TextualInversion("glowstyle", torch.zeros(1, 7), torch.zeros(1, 9))
-    with_words = TextEncoders(*tokenizers, *models, {"glowstyle": other})
+    with_words = TextEncoders(*tokenizers, *own_models, {"glowstyle": other})
     torch.testing.assert_close(
         with_words.encode("glowstyle").context, encoders.encode("glowstyle").context, **SAME
     )
 
 
 def test_learned_word_without_a_name_is_ignored(
-    tokenizers, models, encoders, learned: TextualInversion
+    tokenizers, own_models, encoders, learned: TextualInversion
 ):
-    with_words = TextEncoders(*tokenizers, *models, {"\u200b": learned})
+    with_words = TextEncoders(*tokenizers, *own_models, {"\u200b": learned})
     torch.testing.assert_close(
         with_words.encode("an apple").context, encoders.encode("an apple").context, **SAME
     )
 
 
 def test_conditioning_cache_stays_within_its_size(
-    tokenizers, models, monkeypatch: pytest.MonkeyPatch
+    tokenizers, own_models, monkeypatch: pytest.MonkeyPatch
 ):
-    with_words = TextEncoders(*tokenizers, *models)
+    with_words = TextEncoders(*tokenizers, *own_models)
     calls: list[int] = []
-    models[0].register_forward_pre_hook(lambda *_: calls.append(1))
+    own_models[0].register_forward_pre_hook(lambda *_: calls.append(1))
     one = with_words.encode("an apple").nbytes
     assert one == (77 * (tiny_models.WIDTH_L + tiny_models.WIDTH_G) + tiny_models.WIDTH_G) * 4
     monkeypatch.setattr("alphalayer.engine.text.encoders.CACHE_BYTES", 2 * one)
@@ -362,12 +375,12 @@ def test_plan_with_and_has_several_weighted_conditionings(encoders: TextEncoders
 
 
 def test_plan_encodes_each_text_once(
-    encoders: TextEncoders, models, monkeypatch: pytest.MonkeyPatch
+    encoders: TextEncoders, own_models, monkeypatch: pytest.MonkeyPatch
 ):
     """Cover texts that are too long for the cache."""
     monkeypatch.setattr("alphalayer.engine.text.encoders.CACHE_BYTES", 0)
     calls: list[int] = []
-    handle = models[0].register_forward_pre_hook(lambda *_: calls.append(1))
+    handle = own_models[0].register_forward_pre_hook(lambda *_: calls.append(1))
     checks: list[int] = []
     plan = plan_prompt(
         encoders, "[red|blue] cup AND [red|blue] plate", 20, check=lambda: checks.append(len(calls))

@@ -9,17 +9,17 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from alphalayer.core.errors import InvalidRequest
+from alphalayer.engine.networks.clip import ClipTextModel
 from alphalayer.engine.text.chunks import Chunk, LearnedWord, chunk_fragments
 from alphalayer.engine.text.grammar import parse_weights, schedule_prompt, split_and
 from alphalayer.engine.text.textual_inversion import TextualInversion
+from alphalayer.engine.text.tokenizer import ClipTokenizer
 
 CACHE_BYTES = 64 * 1024**2
 """Size of the cache of conditionings, on the device: about 100 short prompts of SDXL."""
@@ -29,7 +29,7 @@ MAX_CHUNKS = 600
 A prompt of 10,000 characters without BREAK has fewer chunks.
 """
 CHUNKS_AT_ONCE = 32
-"""Limit of one call of an encoder, which keeps the hidden states of all layers."""
+"""Limit of one call of an encoder."""
 _BLANK = " "
 
 
@@ -64,10 +64,10 @@ class TextEncoders:
 
     def __init__(
         self,
-        tokenizer: Any,
-        tokenizer_2: Any,
-        text_encoder: nn.Module,
-        text_encoder_2: nn.Module,
+        tokenizer: ClipTokenizer,
+        tokenizer_2: ClipTokenizer,
+        text_encoder: ClipTextModel,
+        text_encoder_2: ClipTextModel,
         embeddings: Mapping[str, TextualInversion] | None = None,
     ):
         self._parts = (tokenizer, text_encoder), (tokenizer_2, text_encoder_2)
@@ -85,7 +85,7 @@ class TextEncoders:
         """
         if embeddings is self._embeddings:
             return
-        widths = tuple(_width(model) for _, model in self._parts)
+        widths = tuple(model.width for _, model in self._parts)
         fitting = [
             embedding
             for embedding in embeddings.values()
@@ -148,12 +148,17 @@ class TextEncoders:
         Source: Podell et al. 2023, "SDXL", arXiv 2307.01952. AUTOMATIC1111 for the chunks.
         """
         layer = max(clip_skip, 2)
+        lists = self._split(text)
         hidden = [
             encoder.encode(chunks, layer)
-            for encoder, chunks in zip(self._encoders, self._split(text), strict=True)
+            for encoder, chunks in zip(self._encoders, lists, strict=True)
         ]
-        context = torch.cat([states for states, _ in hidden], dim=-1)
-        return Conditioning(context.flatten(0, 1)[None], hidden[1][1][:1])
+        context = torch.cat(
+            [_emphasize(states, chunks) for states, chunks in zip(hidden, lists, strict=True)],
+            dim=-1,
+        )
+        pooled = self._encoders[1].pool(hidden[1][:1], lists[1][:1], layer)
+        return Conditioning(context.flatten(0, 1)[None], pooled)
 
     def empty(self) -> Conditioning:
         """Return zeros, the conditioning of an empty negative prompt in SDXL's training."""
@@ -164,12 +169,14 @@ class TextEncoders:
 class _Encoder:
     """Text encoder with its tokenizer and its learned vectors by name."""
 
-    def __init__(self, tokenizer: Any, model: nn.Module, vectors: Mapping[str, Tensor]):
+    def __init__(
+        self, tokenizer: ClipTokenizer, model: ClipTextModel, vectors: Mapping[str, Tensor]
+    ):
         self._tokenizer, self._model, self._vectors = tokenizer, model, vectors
-        comma = self._tokenize(",")
+        comma = tokenizer.encode(",")
         self._comma = comma[0] if len(comma) == 1 else -1
         words = [
-            LearnedWord(name, tuple(self._tokenize(name)), len(matrix))
+            LearnedWord(name, tuple(tokenizer.encode(name)), len(matrix))
             for name, matrix in vectors.items()
         ]
         # a name without tokens cannot occur in a prompt
@@ -177,100 +184,70 @@ class _Encoder:
 
     def split(self, text: str) -> list[Chunk]:
         """Split a text into chunks."""
-        return chunk_fragments(parse_weights(text), self._tokenize, self._comma, self._words)
+        return chunk_fragments(
+            parse_weights(text), self._tokenizer.encode, self._comma, self._words
+        )
 
-    def encode(self, chunks: Sequence[Chunk], layer: int) -> tuple[Tensor, Tensor]:
-        """Encode chunks in calls of at most `CHUNKS_AT_ONCE`.
+    def encode(self, chunks: Sequence[Chunk], layer: int) -> Tensor:
+        """Return the hidden states of chunks, float32 (chunks, 77, width).
 
         Args:
-            chunks: Chunks of a text.
+            chunks: Chunks of a text. One call of the model takes at most `CHUNKS_AT_ONCE`.
             layer: Layer of the hidden states, counted from the last, which is 1.
-
-        Returns:
-            Hidden states, float32 (chunks, 77, width), and pooled output, (chunks, projection
-            width). A model without projection returns its last hidden states instead.
         """
         batches = [chunks[i : i + CHUNKS_AT_ONCE] for i in range(0, len(chunks), CHUNKS_AT_ONCE)]
-        hidden, pooled = zip(*(self._encode(batch, layer) for batch in batches), strict=True)
-        return torch.cat(hidden), torch.cat(pooled)
+        return torch.cat(
+            [self._model(self._ids(batch), layer, self._learned(batch)) for batch in batches]
+        )
 
-    def _encode(self, chunks: Sequence[Chunk], layer: int) -> tuple[Tensor, Tensor]:
-        """Encode chunks in one call of the model."""
+    def pool(self, hidden: Tensor, chunks: Sequence[Chunk], layer: int) -> Tensor:
+        """Return the pooled output of what `encode` returned, (chunks, projection width)."""
+        return self._model.pool(hidden, self._ids(chunks), layer)
+
+    def _ids(self, chunks: Sequence[Chunk]) -> Tensor:
+        """Return the token ids of chunks on the model's device, (chunks, 77)."""
         device = next(self._model.parameters()).device
-        ids = torch.tensor([self._frame(chunk.tokens) for chunk in chunks], device=device)
-        with ExitStack() as stack:
-            if any(chunk.embeddings for chunk in chunks):
-                hook = _token_embedding(self._model).register_forward_hook(
-                    self._replace_vectors(chunks)
-                )
-                stack.callback(hook.remove)
-            output = self._model(input_ids=ids, output_hidden_states=True)
-        hidden = output.hidden_states[-layer].float()
-        return torch.stack(
-            [_emphasize(states, chunk) for states, chunk in zip(hidden, chunks, strict=True)]
-        ), output[0]
-
-    def _tokenize(self, text: str) -> list[int]:
-        return self._tokenizer(text, add_special_tokens=False, truncation=False, verbose=False)[
-            "input_ids"
-        ]
+        return torch.tensor([self._frame(chunk.tokens) for chunk in chunks], device=device)
 
     def _frame(self, tokens: list[int]) -> list[int]:
         """Add the start token, the end token and padding: 77 token ids.
 
         Everything after an end token inside the prompt becomes padding.
         """
-        start, end, pad = (
-            getattr(self._tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")
-        )
-        framed = [start, *tokens, end] + [pad] * (75 - len(tokens))
+        end, pad = self._tokenizer.end, self._tokenizer.pad
+        framed = [self._tokenizer.start, *tokens, end] + [pad] * (75 - len(tokens))
         first_end = framed.index(end)
         return framed if pad == end else framed[: first_end + 1] + [pad] * (76 - first_end)
 
-    def _replace_vectors(self, chunks: Sequence[Chunk]) -> Any:
-        """Return a forward hook of the token embedding that inserts the learned vectors."""
-
-        def replace(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
-            for row, chunk in enumerate(chunks):
-                for position, name in chunk.embeddings:
-                    vectors = self._vectors[name]
-                    # the start token comes first
-                    output[row, position + 1 : position + 1 + len(vectors)] = vectors.to(
-                        output.device, output.dtype
-                    )
-            return output
-
-        return replace
+    def _learned(self, chunks: Sequence[Chunk]) -> list[tuple[int, int, Tensor]]:
+        """Return row, first position and vectors of each learned word."""
+        return [
+            (row, position + 1, self._vectors[name])  # the start token comes first
+            for row, chunk in enumerate(chunks)
+            for position, name in chunk.embeddings
+        ]
 
 
-def _emphasize(hidden: Tensor, chunk: Chunk) -> Tensor:
-    """Scale the tokens of a chunk by their weights, then restore the mean.
+def _emphasize(hidden: Tensor, chunks: Sequence[Chunk]) -> Tensor:
+    """Scale the tokens of each chunk by their weights, then restore the chunk's mean.
 
     Args:
-        hidden: Hidden states, float32 (77, width).
-        chunk: Weights of the tokens.
+        hidden: Hidden states, float32 (chunks, 77, width).
+        chunks: Weights of the tokens.
 
     Returns:
-        float32 (77, width).
+        float32 (chunks, 77, width).
 
     Source: AUTOMATIC1111, emphasis mode "Original" (`modules/sd_emphasis.py`).
     """
-    if all(weight == 1.0 for weight in chunk.weights):
-        return hidden
-    weights = torch.ones(len(hidden), 1, device=hidden.device)
-    weights[1 : 1 + len(chunk.weights), 0] = torch.tensor(chunk.weights, device=hidden.device)
-    weighted = hidden * weights
-    return weighted * (hidden.mean() / weighted.mean())
-
-
-def _token_embedding(model: nn.Module) -> nn.Module:
-    return next(
-        module for name, module in model.named_modules() if name.endswith("token_embedding")
-    )
-
-
-def _width(model: nn.Module) -> int:
-    return model.config.hidden_size  # type: ignore[union-attr,return-value]
+    rows = list(hidden)
+    for i, chunk in enumerate(chunks):
+        if any(weight != 1.0 for weight in chunk.weights):
+            weights = torch.ones(len(rows[i]), 1, device=hidden.device)
+            weights[1 : 1 + len(chunk.weights), 0] = torch.tensor(chunk.weights)
+            weighted = rows[i] * weights
+            rows[i] = weighted * (rows[i].mean() / weighted.mean())
+    return torch.stack(rows)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,176 @@
+"""CLIP's tokenizer: byte-pair encoding of normalised, lower-case text.
+
+Source: `CLIPTokenizer` of transformers 5, which ignores `do_lower_case`. The token ids of any text
+are equal.
+"""
+
+from __future__ import annotations
+
+import filecmp
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken, Regex, Tokenizer, normalizers, pre_tokenizers
+from tokenizers.models import BPE
+
+from alphalayer import catalog
+from alphalayer.core.errors import CorruptFile
+
+_WHOLE = "tokenizer.json"
+_VOCABULARY = ("vocab.json", "merges.txt")
+_END = "<|endoftext|>"
+# in the order in which transformers adds them: the last entry of a text decides on its flags
+_SPECIAL = {
+    "bos_token": "<|startoftext|>",
+    "eos_token": _END,
+    "unk_token": _END,
+    "pad_token": _END,
+}
+_FLAGS = ("lstrip", "normalized", "rstrip", "single_word")
+_WORDS = (
+    r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d"
+    r"|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+)
+
+
+class ClipTokenizer:
+    """Tokenizer of a text encoder.
+
+    Args:
+        model: Vocabulary and merges.
+        special: Text of each special token by its name in tokenizer_config.json.
+        added: Tokens that are found in a text before it is split into words.
+
+    Attributes:
+        model: Vocabulary and merges.
+        start: Token id before a text.
+        end: Token id after a text.
+        pad: Token id that fills a row.
+    """
+
+    def __init__(self, model: BPE, special: Mapping[str, str], added: Sequence[AddedToken]):
+        self.model = model
+        self._tokenizer = Tokenizer(model)
+        self._tokenizer.normalizer = normalizers.Sequence(
+            [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
+        )
+        self._tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(Regex(_WORDS), behavior="removed", invert=True),
+                pre_tokenizers.ByteLevel(add_prefix_space=False),
+            ]
+        )
+        self._tokenizer.add_tokens(list(added))
+        self.start, self.end, self.pad = (
+            self._id(special[name]) for name in ("bos_token", "eos_token", "pad_token")
+        )
+
+    def encode(self, text: str) -> list[int]:
+        """Return the token ids of a text of any length, without start and end."""
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def __len__(self) -> int:
+        """Return the number of token ids."""
+        return self._tokenizer.get_vocab_size()
+
+    def _id(self, token: str) -> int:
+        number = self._tokenizer.token_to_id(token)
+        if number is None:
+            raise LookupError(f"no token {token!r}")
+        return number
+
+
+def read_tokenizers(first: Path, second: Path) -> tuple[ClipTokenizer, ClipTokenizer]:
+    """Read the tokenizers of both text encoders.
+
+    Building a vocabulary takes most of the time, so they share it if their files are equal.
+
+    Args:
+        first: Folder of tokenizer 1.
+        second: Folder of tokenizer 2.
+
+    Raises:
+        CorruptFile: A file is missing or damaged.
+    """
+    one = read_tokenizer(first)
+    return one, read_tokenizer(second, one.model if _is_same_vocabulary(first, second) else None)
+
+
+def read_tokenizer(folder: Path, model: BPE | None = None) -> ClipTokenizer:
+    """Read a tokenizer.
+
+    Args:
+        folder: Folder with tokenizer.json, or vocab.json and merges.txt. tokenizer_config.json and
+            special_tokens_map.json are optional.
+        model: Vocabulary and merges, if they are read already.
+
+    Raises:
+        CorruptFile: A file is missing or damaged.
+    """
+    whole = _read_optional(folder / _WHOLE)
+    try:
+        special, added = _special_tokens(folder, whole)
+        if model is None or model.unk_token != special["unk_token"]:
+            model = _read_vocabulary(folder, whole, special["unk_token"])
+        return ClipTokenizer(model, special, added)
+    # the library raises nothing narrower
+    except Exception as error:
+        raise CorruptFile(
+            f"{folder} holds no readable tokenizer ({error}).",
+            hint="Download the model again.",
+        ) from error
+
+
+def _is_same_vocabulary(first: Path, second: Path) -> bool:
+    return not any((folder / _WHOLE).is_file() for folder in (first, second)) and all(
+        (second / name).is_file() and filecmp.cmp(first / name, second / name, shallow=False)
+        for name in _VOCABULARY
+    )
+
+
+def _read_vocabulary(folder: Path, whole: Mapping[str, Any], unknown: str) -> BPE:
+    options: dict[str, Any] = {"end_of_word_suffix": "</w>", "unk_token": unknown}
+    if whole:
+        pairs = whole["model"]["merges"]
+        merges = [
+            (left, right)
+            for left, right in (
+                pair.split(" ") if isinstance(pair, str) else pair for pair in pairs
+            )
+        ]
+        return BPE(whole["model"]["vocab"], merges, **options)
+    # twice as fast as dictionaries of Python
+    return BPE.from_file(*(str(folder / name) for name in _VOCABULARY), **options)
+
+
+def _special_tokens(
+    folder: Path, whole: Mapping[str, Any]
+) -> tuple[dict[str, str], list[AddedToken]]:
+    """Return the text of each special token by name, and all added tokens."""
+    config = _read_optional(folder / "tokenizer_config.json")
+    listed: Mapping[Any, Any] | None = config.get("added_tokens_decoder")
+    if listed is None:
+        config |= _read_optional(folder / "special_tokens_map.json")
+        listed = {token["id"]: token for token in whole.get("added_tokens", ())}
+    ordered = sorted(listed.items(), key=lambda item: int(item[0]))
+    added = {token["content"]: _added_token(token) for _, token in ordered}
+    contents, special = set(added), dict[str, str]()
+    for name, default in _SPECIAL.items():
+        token = config.get(name) or default
+        special[name] = token if isinstance(token, str) else token["content"]
+        if special[name] not in contents:
+            added[special[name]] = _added_token(token)
+    return special, list(added.values())
+
+
+def _added_token(token: str | Mapping[str, Any]) -> AddedToken:
+    if isinstance(token, str):
+        return AddedToken(token, special=True)
+    return AddedToken(
+        token["content"], special=True, **{flag: token[flag] for flag in _FLAGS if flag in token}
+    )
+
+
+def _read_optional(path: Path) -> dict[str, Any]:
+    return catalog.read_json(path) if path.is_file() else {}

@@ -1,0 +1,179 @@
+"""Token ids, compared with `CLIPTokenizer` of transformers."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from transformers import CLIPTokenizer
+
+from alphalayer.catalog import EMBEDDED_MODEL
+from alphalayer.core.errors import CorruptFile
+from alphalayer.engine.families.configs import SHIPPED
+from alphalayer.engine.text.tokenizer import ClipTokenizer, read_tokenizer, read_tokenizers
+
+FOLDERS = [
+    model / name for model in (SHIPPED, EMBEDDED_MODEL) for name in ("tokenizer", "tokenizer_2")
+]
+NASTY = [
+    "",
+    " ",
+    " \t\r\n\f\v\x1c\x85\xa0\u2003\u3000\u200b\ufeff ",
+    "an  apple ,\n\n( high-quality:1.2 )",
+    "it's IT'S don’t we'll you're they've I'm he'd o'clock 'tis ''s",
+    "ÄÖÜ äöü Ǆ ß ẞ İstanbul ıI ﬁ ﬀ Å Å A\u030a e\u0301 \u0301\u0301 ñ n\u0303",
+    "苹果 りんご 사과 \u1112\u1161\u11ab تفاحة תפוח яблоко กิน",
+    "🍎🍏 👩‍👩‍👧‍👦 🏳️‍🌈 👍🏽 🇩🇪 \U000e0041",
+    "x\x00y \x01\x02\x7f \x9f \ufffd \uffff \U0010ffff",
+    "½ ² ③ Ⅷ 12345 ١٢٣ 3.14e-5 1/2",
+    "a_b-c+d=e @#$%^&*~`|\\ «q» “q” …—– !!!! !?! ... </w> a</w> Ġ Ġa",
+    "<|startoftext|> a<|endoftext|>b <|ENDOFTEXT|><|StartOfText|>",
+    "<|endoftext|><|endoftext|> ! !<|endoftext|>! < |endoftext|> <|endoftext",
+    "[red|blue] (((a))) {x} <lora:a:1> &amp; &lt;b&gt; http://a.b/c?d=e",
+    "supercalifragilisticexpialidocious" * 30,
+    "masterpiece, best quality, " * 200,
+    "!" * 500,
+    "a" * 3000,
+]  # fmt: skip
+TEXTS = st.lists(
+    st.text(st.characters(exclude_categories=("Cs",)), max_size=12)
+    | st.sampled_from(["'s", "'LL", "<|endoftext|>", "<|STARTOFTEXT|>", "!", " ", "</w>", "apple"])
+).map("".join)
+Pair = tuple[ClipTokenizer, CLIPTokenizer]
+
+
+def _ids(reference: CLIPTokenizer, text: str) -> list[int]:
+    return reference(text, add_special_tokens=False, truncation=False, verbose=False)["input_ids"]
+
+
+def _pair(folder: Path) -> Pair:
+    return read_tokenizer(folder), CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+def _assert_equal(pair: Pair) -> None:
+    own, reference = pair
+    assert (own.start, own.end, own.pad, len(own)) == (
+        reference.bos_token_id,
+        reference.eos_token_id,
+        reference.pad_token_id,
+        len(reference),
+    )
+    assert [own.encode(text) for text in NASTY] == [_ids(reference, text) for text in NASTY]
+
+
+@pytest.fixture(scope="module")
+def pairs() -> list[Pair]:
+    owns = [*read_tokenizers(*FOLDERS[:2]), *read_tokenizers(*FOLDERS[2:])]
+    return [
+        (own, CLIPTokenizer.from_pretrained(folder, local_files_only=True))
+        for own, folder in zip(owns, FOLDERS, strict=True)
+    ]
+
+
+def test_shipped_tokenizers_equal_transformers(pairs: list[Pair]):
+    for pair in pairs:
+        _assert_equal(pair)
+
+
+@given(text=TEXTS)
+@example(text="'S<|ENDOFTEXT|>!")
+@settings(max_examples=300, deadline=None)
+def test_token_ids_of_any_text_equal_transformers(pairs: list[Pair], text: str):
+    for own, reference in pairs:
+        assert own.encode(text) == _ids(reference, text)
+
+
+def test_equal_vocabularies_are_built_once(pairs: list[Pair], tmp_path: Path):
+    assert pairs[0][0].model is pairs[1][0].model
+    assert pairs[1][0].model is not pairs[2][0].model
+    own, other = read_tokenizers(FOLDERS[2], FOLDERS[0])
+    assert own.model is not other.model
+    # an unknown token of its own needs a vocabulary of its own
+    shutil.copytree(FOLDERS[2], tmp_path / "other")
+    _change_config(tmp_path / "other", unk_token="!")
+    first, second = read_tokenizers(FOLDERS[2], tmp_path / "other")
+    assert (first.model.unk_token, second.model.unk_token) == ("<|endoftext|>", "!")
+
+
+def _change_config(folder: Path, **changes: object) -> None:
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Return a copy of the embedded model's second tokenizer."""
+    return Path(shutil.copytree(FOLDERS[3], tmp_path / "tokenizer"))
+
+
+def test_tokenizer_that_transformers_saved_is_equal(folder: Path, tmp_path: Path):
+    CLIPTokenizer.from_pretrained(folder, local_files_only=True).save_pretrained(tmp_path / "new")
+    assert not (tmp_path / "new" / "vocab.json").exists()
+    _assert_equal(_pair(tmp_path / "new"))
+
+
+def test_tokenizer_json_counts_before_the_other_files(folder: Path, tmp_path: Path):
+    CLIPTokenizer.from_pretrained(folder, local_files_only=True).save_pretrained(folder)
+    assert (folder / "vocab.json").exists()
+    path = folder / "tokenizer.json"
+    whole = json.loads(path.read_text())
+    whole["model"]["merges"] = [" ".join(pair) for pair in whole["model"]["merges"][:500]]
+    path.write_text(json.dumps(whole))
+    _assert_equal(_pair(folder))
+    assert read_tokenizer(folder).encode("apple") != read_tokenizer(FOLDERS[3]).encode("apple")
+
+
+@pytest.mark.parametrize("normalized", [False, True])
+def test_listed_tokens_equal_transformers(folder: Path, normalized: bool):
+    flags = {"lstrip": False, "rstrip": False, "single_word": False, "special": True}
+    listed = {
+        number: {"content": content, "normalized": normalized, **flags}
+        for number, content in (("9682", "<|endoftext|>"), ("9681", "<|startoftext|>"))
+    }
+    _change_config(folder, added_tokens_decoder=listed)
+    # transformers does not read it beside listed tokens
+    (folder / "special_tokens_map.json").write_text('{"pad_token": "apple"}')
+    _assert_equal(_pair(folder))
+
+
+@pytest.mark.parametrize(
+    "special",
+    [
+        {"pad_token": "<|endoftext|>"},
+        {"pad_token": {"content": "!", "lstrip": True, "rstrip": True, "normalized": True}},
+        {"eos_token": {"content": "<|endoftext|>", "single_word": True, "normalized": True}},
+    ],
+)
+def test_special_tokens_map_equals_transformers(folder: Path, special: dict[str, object]):
+    (folder / "special_tokens_map.json").write_text(json.dumps(special))
+    _assert_equal(_pair(folder))
+
+
+def test_tokenizer_without_config_equals_transformers(folder: Path):
+    (folder / "tokenizer_config.json").unlink()
+    _assert_equal(_pair(folder))
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("vocab.json", "{"),
+        ("merges.txt", None),
+        ("merges.txt", "#version: 0.2\nqqq zzz\n"),
+        ("tokenizer_config.json", "[]"),
+        ("tokenizer_config.json", '{"pad_token": 7}'),
+        ("tokenizer_config.json", '{"added_tokens_decoder": {"x": {"content": "a"}}}'),
+        ("tokenizer.json", "{}x"),
+        ("tokenizer.json", '{"model": {}}'),
+    ],
+)
+def test_damaged_tokenizer_is_refused(folder: Path, name: str, content: str | None):
+    (folder / name).unlink(missing_ok=True)
+    if content is not None:
+        (folder / name).write_text(content)
+    with pytest.raises(CorruptFile, match="tokenizer"):
+        read_tokenizers(folder, folder)
