@@ -112,11 +112,10 @@ class GraphRunner:
     def _record_call(
         self, x: Tensor, timestep: Tensor, prepared: Prepared, condition: Tensor | None
     ) -> _Recording:
-        own = tuple(tensor.clone() for tensor in (x, timestep))
-        text = prepared.clone()
+        own, time, text = x.clone(), timestep.clone(), prepared.clone()
         added = None if condition is None else condition.clone()
-        replay, output = self._record(lambda: self._run(*own, text, added))
-        return _Recording(*own, text, added, replay, output, prepared)
+        replay, output = self._record(lambda: self._run(own, time, text, added))
+        return _Recording(own, time, text, added, replay, output, prepared)
 
 
 @dataclass

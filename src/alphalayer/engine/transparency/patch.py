@@ -366,7 +366,7 @@ def patchers(
     text = {
         prefix + name: weight
         for prefix, encoder in zip(TEXT_ENCODERS, text_encoders, strict=True)
-        for name, weight in encoder.named_parameters()
+        for name, weight in NamedWeights(encoder).items()
     }
 
     @lru_cache(4)
