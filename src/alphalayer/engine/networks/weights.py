@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-
 NAMED = 3
 """Tensors that a message names at most."""
 
