@@ -20,6 +20,7 @@ from alphalayer.engine.networks.transparent import TransparentDecoder, Transpare
 from alphalayer.engine.networks.weights import NamedWeights
 from alphalayer.engine.transparency.conditions import resize
 from alphalayer.engine.transparency.decode import (
+    choose_passes,
     decode_transparent,
     decoder_inputs,
     load_decoder,
@@ -209,6 +210,18 @@ def test_decode_is_the_lower_median_of_eight_passes(
     result = decode_transparent(decoder, pixel, latent, passes_at_once)
     assert result.shape == (1, 4, *size)
     np.testing.assert_allclose(result, _loop(decoder, pixel, latent), **NETWORK)
+
+
+@pytest.mark.parametrize(
+    ("side", "limit", "passes"), [(64, 8, 8), (128, 8, 4), (256, 8, 2), (64, 2, 2), (256, 1, 1)]
+)
+def test_passes_at_once_follow_weights_and_activations(side: int, limit: int, passes: int):
+    """Check the published decoder, whose weights count most for a small image."""
+    with torch.device("meta"):
+        published, pixel = TransparentDecoder(), torch.empty(1, 3, side, side)
+    assert choose_passes(published, pixel, limit) == limit  # not on a CPU
+    published.conv_in.to_empty(device="cpu")
+    assert choose_passes(published, pixel, limit) == passes
 
 
 def test_decode_differs_from_a_single_pass(decoder: TransparentDecoder):

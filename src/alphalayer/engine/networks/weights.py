@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+
 NAMED = 3
 """Tensors that a message names at most."""
 

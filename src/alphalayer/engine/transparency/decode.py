@@ -7,6 +7,7 @@ Source: Zhang and Agrawala, "Transparent Image Layer Diffusion using Latent Tran
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
 from pathlib import Path
@@ -31,6 +32,8 @@ from alphalayer.engine.networks.weights import NamedWeights
 
 ORIENTATIONS = tuple(product((False, True), range(4)))
 """The passes of one decode: mirrored left to right or not, then so many quarter turns."""
+TENSORS_OF_A_PASS = 100
+"""Activations that a pass computes, in tensors of the finest level [counted: 60 to 100]."""
 
 
 def decoder_inputs(
@@ -87,9 +90,29 @@ def decode_transparent(
             torch.cat([_turn(latent, *way) for way in batch]),
         ).clamp_(0, 1)
         results += [
-            _turn_back(output[None], *way) for output, way in zip(outputs, batch, strict=True)
+            _turn_back(output[None], *way).contiguous()
+            for output, way in zip(outputs, batch, strict=True)
         ]
     return lower_median(results)
+
+
+def choose_passes(decoder: TransparentDecoder, pixel: Tensor, limit: int) -> int:
+    """Return how many passes one call of the decoder should compute.
+
+    A GPU takes as many as its memory allows. A CPU takes 2, because the activations of more leave
+    its cache [measured]. But each call reads all weights from memory. So it takes more if the
+    weights are large beside the image: until they are half as large as the activations of a call.
+
+    Args:
+        decoder: The network.
+        pixel: Pixels (1, 3, H, W).
+        limit: Most passes that the memory mode allows.
+    """
+    if decoder.conv_in.weight.device.type != "cpu":
+        return limit
+    weights = sum(weight.numel() for weight in decoder.parameters())
+    activations = TENSORS_OF_A_PASS * decoder.conv_in.out_channels * pixel[0, 0].numel()
+    return min(limit, max(2, math.ceil(2 * weights / activations)))
 
 
 def check_sizes(decoder: TransparentDecoder, pixel: Tensor, latent: Tensor) -> None:
@@ -111,7 +134,7 @@ def check_sizes(decoder: TransparentDecoder, pixel: Tensor, latent: Tensor) -> N
 
 
 def lower_median(values: list[Tensor]) -> Tensor:
-    """Return the elementwise median. Of an even count it is the lower of the middle two.
+    """Return the elementwise median, of an even count the lower of the middle two.
 
     A sorting network of minima and maxima returns the values of `torch.median`. It needs no index
     and no transposed copy.
@@ -217,7 +240,8 @@ def load_decoder(
             "latent_channels.",
         ) from error
     fit(decoder, weights, path, "the transparent decoder", dtype)
-    return decoder.to(memory_format=torch.channels_last)
+    # torch's annotations lack this form of the call
+    return decoder.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
 
 
 def _sizes(weights: Mapping[str, Tensor]) -> dict[str, Any]:
