@@ -2,8 +2,9 @@
 
 from alphalayer.catalog import EMBEDDED_MODEL as MODEL_FOLDER
 from alphalayer.core.request import GenerationRequest
+from alphalayer.engine.networks.transparent import TransparentDecoder
+from alphalayer.engine.networks.weights import NamedWeights
 from alphalayer.engine.pipeline import LocalEngine
-from alphalayer.engine.transparency.decode import TransparentDecoder
 
 SDXL_FOLDER = MODEL_FOLDER.parent / "sdxl"
 
@@ -12,5 +13,6 @@ __all__ = [
     "SDXL_FOLDER",
     "GenerationRequest",
     "LocalEngine",
+    "NamedWeights",
     "TransparentDecoder",
 ]

@@ -18,6 +18,7 @@ import argparse
 import signal
 import time
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +31,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from training import images
-from training.alphalayer_imports import TransparentDecoder
+from training.alphalayer_imports import NamedWeights, TransparentDecoder
 from training.data import CACHE, FOLDER, SIDE, load_set
 from training.precision import mixed_precision
 
@@ -184,15 +185,23 @@ def load_trained() -> LatentTransparency:
 
 def load_unfinished(model: LatentTransparency) -> None:
     """Load the float16 weights that the repository has from a training that is not finished."""
-    weights = load_file(UNFINISHED / "autoencoder.safetensors")
-    model.load_state_dict({name: value.float() for name, value in weights.items()})
+    copy_weights(load_file(UNFINISHED / "autoencoder.safetensors"), model)
+
+
+def copy_weights(weights: Mapping[str, Tensor], network: nn.Module) -> None:
+    """Copy tensors of a file into all parameters of a network."""
+    parameters = NamedWeights(network)
+    assert weights.keys() == parameters.keys()
+    for name, parameter in parameters.items():
+        parameter.copy_(weights[name])
 
 
 def export_unfinished() -> None:
     """Write the averaged weights of the last checkpoint as float16 into the repository."""
-    average = torch.load(CHECKPOINT, weights_only=True)["average"]
+    model = LatentTransparency()
+    model.load_state_dict(torch.load(CHECKPOINT, weights_only=True)["average"])
     UNFINISHED.mkdir(exist_ok=True)
-    weights = {name: value.half().contiguous() for name, value in average.items()}
+    weights = {name: value.half().contiguous() for name, value in NamedWeights(model).items()}
     save_file(weights, UNFINISHED / "autoencoder.safetensors")
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from training.alphalayer_imports import MODEL_FOLDER
+from training.alphalayer_imports import MODEL_FOLDER, NamedWeights
 from training.autoencoder import DECODER_CONFIG, PATCH_SIDE, load_trained
 from training.data import FOLDER, SIDE
 from training.patch import CHECKPOINT as PATCH
@@ -83,7 +83,7 @@ def export(target: Path) -> int:
     layers.mkdir()
     save_file(patch, layers / "patch.safetensors")
     decoder_weights = {
-        name: value.half().contiguous() for name, value in decoder.state_dict().items()
+        name: value.half().contiguous() for name, value in NamedWeights(decoder).items()
     }
     save_file(decoder_weights, layers / "decoder.safetensors")
     config = {

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from training import autoencoder, patch, text, unet
 from training.alphalayer_imports import MODEL_FOLDER
-from training.autoencoder import LatentTransparency, WeightAverage, load_unfinished
+from training.autoencoder import LatentTransparency, WeightAverage, copy_weights, load_unfinished
 from training.data import CACHE
 from training.export import stretch
 
@@ -57,7 +57,7 @@ def restore_autoencoder() -> None:
     model = LatentTransparency()
     load_unfinished(model)
     model.vae.load_state_dict(read("vae/diffusion_pytorch_model.safetensors"))
-    model.decoder.network.load_state_dict(read("layerdiffuse/decoder.safetensors"))
+    copy_weights(read("layerdiffuse/decoder.safetensors"), model.decoder.network)
     stretch(model.decoder.network.conv_out, back=True)
     optimizer = autoencoder.make_optimizer(model, 1e-3)
     autoencoder.save(model, optimizer, WeightAverage(model), 0)

@@ -17,7 +17,8 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from alphalayer.engine.transparency.decode import TransparentDecoder
+from alphalayer.engine.networks.transparent import TransparentDecoder
+from alphalayer.engine.networks.weights import NamedWeights
 from tests.support import tiny_models
 
 Shapes = dict[str, tuple[int, ...]]
@@ -66,9 +67,7 @@ def patch_shapes() -> Shapes:
 def decoder_shapes() -> Shapes:
     """Return the tensors of the published transparent decoder."""
     with torch.device("meta"):
-        return {
-            name: tuple(tensor.shape) for name, tensor in TransparentDecoder().state_dict().items()
-        }
+        return NamedWeights(TransparentDecoder()).shapes()
 
 
 def write_random(path: Path, shapes: Shapes, scale: float = 1.0) -> None:

@@ -8,21 +8,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers.models.attention_processor import Attention
-from diffusers.models.downsampling import Downsample2D
-from diffusers.models.resnet import ResnetBlock2D
-from diffusers.models.upsampling import Upsample2D
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tests.parity import reference_pipeline
 from tests.support import tiny_models
+from tests.support.reference_decoder import ReferenceDecoder
 from torch import nn
 
+from alphalayer.catalog import EMBEDDED_MODEL
 from alphalayer.core.errors import CorruptFile, InvalidRequest, LayerDiffuseMissing, ModelUnusable
+from alphalayer.engine.networks.transparent import TransparentDecoder, TransparentEncoder
+from alphalayer.engine.networks.weights import NamedWeights
+from alphalayer.engine.transparency.conditions import resize
 from alphalayer.engine.transparency.decode import (
-    TransparentDecoder,
+    choose_passes,
     decode_transparent,
     decoder_inputs,
     load_decoder,
+    lower_median,
     to_uint8,
 )
 
@@ -30,9 +32,25 @@ from alphalayer.engine.transparency.decode import (
 NETWORK = {"rtol": 0, "atol": 2e-5}
 
 
+EMBEDDED = EMBEDDED_MODEL / "layerdiffuse"
+
+
+def _own(reference: ReferenceDecoder, config: dict) -> TransparentDecoder:
+    with torch.device("meta"):
+        network = TransparentDecoder(**config)
+    NamedWeights(network).assign(reference.state_dict(), torch.float32)
+    return network.eval()
+
+
 @pytest.fixture(scope="module")
 def decoder() -> TransparentDecoder:
-    return tiny_models.decoder()
+    return _own(tiny_models.decoder(), tiny_models.DECODER)
+
+
+def _assert_near(value: torch.Tensor, expected: torch.Tensor, share: float = 1e-6) -> None:
+    """Compare within a share of the largest expected value."""
+    largest = float(expected.abs().max())
+    torch.testing.assert_close(value, expected, rtol=0, atol=share * largest)
 
 
 def _inputs(height: int = 16, width: int = 24) -> tuple[torch.Tensor, torch.Tensor]:
@@ -47,9 +65,7 @@ def _inputs(height: int = 16, width: int = 24) -> tuple[torch.Tensor, torch.Tens
 @pytest.fixture(scope="module")
 def published() -> dict[str, tuple[int, ...]]:
     with torch.device("meta"):
-        return {
-            name: tuple(tensor.shape) for name, tensor in TransparentDecoder().state_dict().items()
-        }
+        return NamedWeights(TransparentDecoder()).shapes()
 
 
 def test_decoder_has_the_published_size(published):
@@ -88,115 +104,75 @@ def test_decoder_has_the_published_shapes(published):
 # --- one pass
 
 
-class _Straight(nn.Module):
-    """Network of the paper's appendix in the smallest modules of diffusers, for tiny sizes."""
+CONFIGS = {
+    "published depth": {"block_out_channels": [8, 8, 16, 24, 32, 40, 40]},
+    "embedded": json.loads((EMBEDDED / "config.json").read_text())["decoder_config"],
+    "trained on squares": {
+        "in_channels": 48,
+        "out_channels": 64,
+        "block_out_channels": [16, 24, 32],
+        "layers_per_block": 1,
+        "attention_blocks": 0,
+        "latent_block": 2,
+        "norm_num_groups": 8,
+    },
+}
 
-    def __init__(self, config: dict):
-        super().__init__()
-        widths, groups, head = (
-            config["block_out_channels"],
-            config["norm_num_groups"],
-            config["attention_head_dim"],
-        )
-        attended, layers, last = (
-            config["attention_blocks"],
-            config["layers_per_block"],
-            len(widths) - 1,
-        )
-        self.latent_block = config["latent_block"]
 
-        def resnet(a: int, b: int) -> nn.Module:
-            return ResnetBlock2D(
-                in_channels=a, out_channels=b, temb_channels=None, groups=groups, eps=1e-5
-            )
-
-        def attention(channels: int) -> nn.Module:
-            return Attention(
-                channels, heads=channels // head, dim_head=head, eps=1e-5, norm_num_groups=groups,
-                residual_connection=True, bias=True, upcast_softmax=True,
-            )  # fmt: skip
-
-        def block(
-            resnets: list[nn.Module], attentions: list[nn.Module], **sampler: nn.Module
-        ) -> nn.Module:
-            result = nn.Module()
-            result.resnets = nn.ModuleList(resnets)
-            if attentions:
-                result.attentions = nn.ModuleList(attentions)
-            for name, module in sampler.items():
-                setattr(result, name, nn.ModuleList([module]))
-            return result
-
-        self.conv_in = nn.Conv2d(3, widths[0], 3, padding=1)
-        self.latent_conv_in = nn.Conv2d(4, widths[self.latent_block - 1], 1)
-        self.down_blocks, skips, at = nn.ModuleList(), [widths[0]], widths[0]
-        for i, width in enumerate(widths):
-            resnets = [resnet(at if j == 0 else width, width) for j in range(layers)]
-            attentions = [attention(width) for _ in resnets] if i > last - attended else []
-            sampler = (
-                {"downsamplers": Downsample2D(width, use_conv=True, padding=1, name="op")}
-                if i < last
-                else {}
-            )
-            self.down_blocks.append(block(resnets, attentions, **sampler))
-            skips += [width] * (layers + len(sampler))
-            at = width
-        self.mid_block = block([resnet(at, at), resnet(at, at)], [attention(at)])
-        self.up_blocks = nn.ModuleList()
-        for i, width in enumerate(widths[::-1]):
-            resnets = []
-            for _ in range(layers + 1):
-                resnets.append(resnet(at + skips.pop(), width))
-                at = width
-            attentions = [attention(width) for _ in resnets] if i < attended else []
-            sampler = {"upsamplers": Upsample2D(width, use_conv=True)} if i < last else {}
-            self.up_blocks.append(block(resnets, attentions, **sampler))
-        self.conv_norm_out = nn.GroupNorm(groups, widths[0], eps=1e-5)
-        self.conv_out = nn.Conv2d(widths[0], 4, 3, padding=1)
-
-    def forward(self, pixel: torch.Tensor, latent: torch.Tensor) -> torch.Tensor:
-        h = self.conv_in(pixel)
-        skips = [h]
-        for i, down in enumerate(self.down_blocks):
-            h = h + self.latent_conv_in(latent) if i == self.latent_block else h
-            for j, resnet in enumerate(down.resnets):
-                h = resnet(h, None)
-                h = down.attentions[j](h) if hasattr(down, "attentions") else h
-                skips.append(h)
-            if hasattr(down, "downsamplers"):
-                h = down.downsamplers[0](h)
-                skips.append(h)
-        h = self.mid_block.resnets[1](
-            self.mid_block.attentions[0](self.mid_block.resnets[0](h, None)), None
-        )
-        for up in self.up_blocks:
-            for j, resnet in enumerate(up.resnets):
-                h = resnet(torch.cat([h, skips.pop()], dim=1), None)
-                h = up.attentions[j](h) if hasattr(up, "attentions") else h
-            h = up.upsamplers[0](h) if hasattr(up, "upsamplers") else h
-        return self.conv_out(nn.functional.silu(self.conv_norm_out(h)))
+def _pair(config: dict) -> tuple[TransparentDecoder, ReferenceDecoder, tuple[torch.Tensor, ...]]:
+    torch.manual_seed(5)
+    reference = ReferenceDecoder(**config)
+    network = _own(reference, config)
+    height, width = network.multiple_of, 2 * network.multiple_of
+    pixel = torch.rand(2, network.conv_in.in_channels, height, width)
+    latent = torch.randn(2, 4, height >> network.latent_block, width >> network.latent_block)
+    return network, reference, (pixel, latent)
 
 
 @torch.no_grad()
-def test_decoder_pass_equals_modules_of_diffusers(decoder: TransparentDecoder):
-    straight = _Straight(tiny_models.DECODER).eval()
-    state = decoder.state_dict()
-    # diffusers' old downsampler holds its convolution under two names
-    state |= {
-        name.replace(".conv.", ".op."): tensor
-        for name, tensor in state.items()
-        if "downsamplers" in name
-    }
-    left_over = straight.load_state_dict(state, strict=False)
-    assert not left_over.missing_keys
-    pixel, latent = _inputs()
-    torch.testing.assert_close(decoder(pixel, latent), straight(pixel, latent), **NETWORK)
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_decoder_equals_the_blocks_of_diffusers(config: dict):
+    """Compare to 1e-6 of the largest value, because q, k and v are one product."""
+    network, reference, inputs = _pair(config)
+    _assert_near(network(*inputs), reference(*inputs))
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_gradients_equal_those_of_diffusers(config: dict):
+    """Compare in float64, because gradients sum rounding errors over all pixels and layers."""
+    network, reference, inputs = _pair(config)
+    inputs = tuple(values.double() for values in inputs)
+    for module in (network, reference):
+        output = module.double().requires_grad_(True)(*inputs)
+        (output * torch.linspace(-1, 1, output.numel()).view_as(output)).sum().backward()
+    for weight in network.parameters():
+        weight.data = weight.grad
+    gradients = NamedWeights(network)
+    expected = {name: weight.grad for name, weight in reference.named_parameters()}
+    assert set(gradients) == set(expected)
+    largest = max(float(gradient.abs().max()) for gradient in expected.values())
+    for name, gradient in expected.items():
+        torch.testing.assert_close(gradients[name], gradient, rtol=1e-9, atol=1e-12 * largest)
+
+
+def test_decoder_equals_diffusers_with_the_embedded_weights():
+    config = CONFIGS["embedded"]
+    network = load_decoder(EMBEDDED / "decoder.safetensors", config)
+    reference = ReferenceDecoder(**config)
+    reference.load_state_dict(load_file(EMBEDDED / "decoder.safetensors"))
+    pixel, latent = _inputs(64, 48)
+    with torch.no_grad():
+        _assert_near(network(pixel, latent), reference(pixel, latent), 1e-5)
+        in_one_format = network.to(memory_format=torch.contiguous_format)
+        _assert_near(in_one_format(pixel, latent), reference(pixel, latent))
 
 
 @torch.no_grad()
 def test_decoder_pass_equals_plain_functions(decoder: TransparentDecoder):
     pixel, latent = _inputs()
-    expected = reference_pipeline.decoder(decoder.state_dict(), tiny_models.DECODER, pixel, latent)
+    expected = reference_pipeline.decoder(
+        dict(NamedWeights(decoder)), tiny_models.DECODER, pixel, latent
+    )
     torch.testing.assert_close(decoder(pixel, latent), expected, **NETWORK)
 
 
@@ -236,6 +212,18 @@ def test_decode_is_the_lower_median_of_eight_passes(
     np.testing.assert_allclose(result, _loop(decoder, pixel, latent), **NETWORK)
 
 
+@pytest.mark.parametrize(
+    ("side", "limit", "passes"), [(64, 8, 8), (128, 8, 4), (256, 8, 2), (64, 2, 2), (256, 1, 1)]
+)
+def test_passes_at_once_follow_weights_and_activations(side: int, limit: int, passes: int):
+    """Check the published decoder, whose weights count most for a small image."""
+    with torch.device("meta"):
+        published, pixel = TransparentDecoder(), torch.empty(1, 3, side, side)
+    assert choose_passes(published, pixel, limit) == limit  # not on a CPU
+    published.conv_in.to_empty(device="cpu")
+    assert choose_passes(published, pixel, limit) == passes
+
+
 def test_decode_differs_from_a_single_pass(decoder: TransparentDecoder):
     pixel, latent = _inputs()
     result = decode_transparent(decoder, pixel, latent).clone()
@@ -250,6 +238,16 @@ def test_decode_of_a_rotated_input_is_rotated(decoder: TransparentDecoder):
     torch.testing.assert_close(
         turned, decode_transparent(decoder, pixel, latent).rot90(1, (2, 3)), **NETWORK
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("count", range(1, 10))
+def test_lower_median_equals_the_median_of_torch(count: int, dtype: torch.dtype):
+    values = torch.rand(count, 4, 64, 64, generator=torch.Generator().manual_seed(count))
+    values[..., :32] = (values[..., :32] * 5).round() / 5  # half of them with ties
+    values = values.to(dtype)
+    expected = values.median(dim=0).values
+    assert torch.equal(lower_median(list(values.clone())), expected)
 
 
 def test_decode_of_unfitting_sizes_is_refused(decoder: TransparentDecoder):
@@ -307,6 +305,59 @@ def test_to_uint8_multiplies_float16_in_float16():
     assert np.abs(half - single).max() == 1
 
 
+# --- transparent encoder
+
+
+def _test_image(side: int) -> np.ndarray:
+    """Return the RGBA image T(side, side) of the test vectors, float32 in [0, 1]."""
+    y, x = np.mgrid[:side, :side]
+    alpha = (3136 - (2 * x - side + 1) ** 2 - (2 * y - side + 1) ** 2) // 8
+    planes = (4 * x % 256, 4 * y % 256, 2 * (x + y) % 256, alpha.clip(0, 255))
+    return np.stack(planes, axis=-1).astype(np.float32) / 255
+
+
+def _spread(rgba: np.ndarray) -> np.ndarray:
+    """Return colours that go on below transparent pixels, as LayerDiffuse spreads them."""
+    levels = [np.concatenate([rgba[..., :3] * rgba[..., 3:], rgba[..., 3:]], axis=-1)]
+    while min(levels[-1].shape[:2]) > 1:
+        height, width = levels[-1].shape[:2]
+        levels.append(resize(levels[-1], (int(width / 1.2), int(height / 1.2))))
+    total = levels[-1].sum(axis=(0, 1))
+    colours = torch.tensor(total[:3] / max(total[3], 1e-8)).reshape(1, 3, 1, 1)
+    for level in reversed(levels):
+        colours = nn.functional.interpolate(colours, level.shape[:2], mode="bilinear")
+        premultiplied, alpha = torch.from_numpy(level).permute(2, 0, 1)[None].split([3, 1], dim=1)
+        colours = premultiplied + colours * (1 - alpha)
+    return colours[0].permute(1, 2, 0).numpy()
+
+
+def test_encoder_reproduces_published_code():
+    """Compare with numbers that the published code computed from weights of NumPy's generator."""
+    generator, weights = np.random.RandomState(1234), {}
+    encoder = TransparentEncoder()
+    for name, shape in NamedWeights(encoder).shapes().items():
+        values = generator.standard_normal(int(np.prod(shape))).reshape(shape)
+        scaled = values / np.sqrt(np.prod(shape[1:])) if len(shape) > 1 else values * 0.1
+        weights[name] = torch.from_numpy(scaled.astype(np.float32))
+    NamedWeights(encoder).assign(weights, torch.float32)
+    rgba = _test_image(64)
+    assert (rgba[..., 3] * 255).sum() == 422_616
+    colours = _spread(rgba)
+    np.testing.assert_allclose(colours[10, 50], [0.676313, 0.281915, 0.479114], atol=1e-5)
+    np.testing.assert_allclose(colours.mean((0, 1)), [0.494119, 0.494117, 0.494119], atol=1e-5)
+    argb = np.concatenate([rgba[..., 3:], colours], axis=-1)
+    offset = encoder(torch.from_numpy(argb).permute(2, 0, 1)[None])
+    assert offset.shape == (1, 4, 8, 8)
+    for (y, x), expected in {
+        (0, 0): (-0.020503, -0.199060, -0.046485, 0.004707),
+        (4, 4): (0.015969, -0.107658, -0.101376, 0.080967),
+        (7, 2): (-0.040212, -0.138714, -0.126050, 0.027474),
+    }.items():
+        np.testing.assert_allclose(offset[0, :, y, x], expected, rtol=0, atol=1e-5)
+    assert float(offset.sum()) == pytest.approx(-10.826385, rel=1e-4)
+    assert float(offset.abs().sum()) == pytest.approx(19.555880, rel=1e-4)
+
+
 # --- files
 
 
@@ -315,20 +366,21 @@ def test_load_decoder_infers_the_sizes(
     decoder: TransparentDecoder, tmp_path: Path, dtype: torch.dtype
 ):
     file = tmp_path / "decoder.safetensors"
-    save_file({name: tensor.to(dtype) for name, tensor in decoder.state_dict().items()}, file)
+    save_file({name: tensor.to(dtype) for name, tensor in NamedWeights(decoder).items()}, file)
     # group and head sizes cannot be seen in shapes
     loaded = load_decoder(file, {"norm_num_groups": 4, "attention_head_dim": 8})
     assert not loaded.training
     assert not any(tensor.requires_grad for tensor in loaded.parameters())
+    assert loaded.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
     pixel, latent = _inputs()
-    assert torch.equal(loaded(pixel, latent), decoder(pixel, latent))
+    torch.testing.assert_close(loaded(pixel, latent), decoder(pixel, latent), **NETWORK)
 
 
 def test_load_decoder_missing_or_damaged_file_is_named(decoder: TransparentDecoder, tmp_path: Path):
     file = tmp_path / "decoder.safetensors"
     with pytest.raises(LayerDiffuseMissing, match=r"decoder\.safetensors"):
         load_decoder(file)
-    save_file(decoder.state_dict(), file)
+    save_file(dict(NamedWeights(decoder)), file)
     file.write_bytes(file.read_bytes()[:-50])
     with pytest.raises(CorruptFile, match=r"decoder\.safetensors"):
         load_decoder(file)
@@ -357,6 +409,6 @@ def test_load_decoder_unfitting_config_is_refused(
     decoder: TransparentDecoder, tmp_path: Path, config: dict
 ):
     file = tmp_path / "decoder.safetensors"
-    save_file(decoder.state_dict(), file)
+    save_file(dict(NamedWeights(decoder)), file)
     with pytest.raises(ModelUnusable, match=r"decoder\.safetensors"):
         load_decoder(file, json.loads(json.dumps(config)))

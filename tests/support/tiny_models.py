@@ -16,7 +16,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from alphalayer.core.modes import MODES
 from alphalayer.engine.families.configs import SHIPPED
-from alphalayer.engine.transparency.decode import TransparentDecoder
+from tests.support.reference_decoder import ReferenceDecoder
 
 TEXT = {
     "vocab_size": 49408,
@@ -102,10 +102,10 @@ def vae(seed: int = 0) -> AutoencoderKL:
     )
 
 
-def decoder(seed: int = 0) -> TransparentDecoder:
+def decoder(seed: int = 0) -> ReferenceDecoder:
     """Return a transparent decoder whose weights are large enough for a varied image."""
     torch.manual_seed(seed + 3)
-    network = _rounded(TransparentDecoder(**DECODER))
+    network = _rounded(ReferenceDecoder(**DECODER))
     with torch.no_grad():
         network.conv_out.weight.mul_(1.2)
         network.conv_out.bias.add_(0.5)

@@ -18,7 +18,7 @@ from alphalayer.engine.memory import (
     describe,
     is_out_of_memory,
 )
-from alphalayer.engine.transparency.decode import TransparentDecoder
+from alphalayer.engine.networks.transparent import TransparentDecoder
 
 
 def test_describe_gives_the_reason_of_automatic_choices():

@@ -18,10 +18,10 @@ from alphalayer.core.modes import DECODER_FILES, MODES
 from alphalayer.core.request import ModelDefaults
 from alphalayer.engine.acceleration import Acceleration
 from alphalayer.engine.memory import Precision
+from alphalayer.engine.networks.transparent import TransparentDecoder
 from alphalayer.engine.networks.unet import Prepared
 from alphalayer.engine.sampling.schedules import SigmaTable
 from alphalayer.engine.text.encoders import Conditioning, TextEncoders
-from alphalayer.engine.transparency.decode import TransparentDecoder
 from alphalayer.engine.transparency.patch import WeightPatcher
 
 Part = Literal["denoiser", "vae", "text"]

@@ -29,13 +29,14 @@ from alphalayer.engine.families.configs import SHIPPED, fitted_configs
 from alphalayer.engine.families.vae import Vae, read_vae
 from alphalayer.engine.memory import Precision, is_out_of_memory
 from alphalayer.engine.networks.clip import ClipTextModel
+from alphalayer.engine.networks.transparent import TransparentDecoder
 from alphalayer.engine.networks.unet import Prepared, UNet, UNetConfig
 from alphalayer.engine.networks.weights import NamedWeights
 from alphalayer.engine.parameter_names import ldm_to_diffusers
 from alphalayer.engine.sampling.schedules import SigmaTable
 from alphalayer.engine.text.encoders import Conditioning, TextEncoders
 from alphalayer.engine.text.tokenizer import ClipTokenizer, read_tokenizers
-from alphalayer.engine.transparency.decode import TransparentDecoder, load_decoder
+from alphalayer.engine.transparency.decode import load_decoder
 from alphalayer.engine.transparency.patch import WeightPatcher, patchers
 
 logger = logging.getLogger(__name__)

@@ -1,13 +1,13 @@
-"""Transparent decoder of LayerDiffuse: a decoded image and its latent become colour and alpha.
+"""Transparent decode of LayerDiffuse: a decoded image and its latent become colour and alpha.
 
-The network is a UNet without time embedding that receives the latent on its way down. It runs in
-eight orientations, and the lower median is kept.
+The network runs in eight orientations, and the lower median is kept.
 
 Source: Zhang and Agrawala, "Transparent Image Layer Diffusion using Latent Transparency" (2024).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
 from pathlib import Path
@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers.models.unets.unet_2d_blocks import UNetMidBlock2D, get_down_block, get_up_block
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
@@ -28,131 +27,13 @@ from alphalayer.core.errors import (
 )
 from alphalayer.core.request import DecodeMode
 from alphalayer.engine.base import RgbaImage
+from alphalayer.engine.networks.transparent import TransparentDecoder
+from alphalayer.engine.networks.weights import NamedWeights
 
 ORIENTATIONS = tuple(product((False, True), range(4)))
 """The passes of one decode: mirrored left to right or not, then so many quarter turns."""
-
-
-class TransparentDecoder(nn.Module):
-    """UNet from pixels and a latent to alpha and colour.
-
-    The defaults are the published network of 104,104,804 parameters. `attention_blocks` counts from
-    the coarse end. The latent, convolved 1x1, is added just before down block `latent_block`, so it
-    is 2^latent_block times smaller than the image.
-    """
-
-    def __init__(
-        self,
-        in_channels: int = 3,
-        out_channels: int = 4,
-        latent_channels: int = 4,
-        block_out_channels: Sequence[int] = (32, 32, 64, 128, 256, 512, 512),
-        layers_per_block: int = 2,
-        attention_blocks: int = 3,
-        latent_block: int = 3,
-        norm_num_groups: int = 4,
-        attention_head_dim: int = 8,
-    ):
-        super().__init__()
-        widths = list(block_out_channels)
-        if not 0 <= latent_block < len(widths):
-            raise ValueError(
-                f"latent_block {latent_block} is not one of the {len(widths)} down blocks"
-            )
-        self.latent_block = latent_block
-        self.multiple_of = 2 ** (len(widths) - 1)
-        block: dict[str, Any] = {
-            "temb_channels": None,
-            "resnet_eps": 1e-5,
-            "resnet_act_fn": "silu",
-            "resnet_groups": norm_num_groups,
-            "attention_head_dim": attention_head_dim,
-        }
-        entering = [widths[0], *widths]
-        self.conv_in = nn.Conv2d(in_channels, widths[0], 3, padding=1)
-        self.latent_conv_in = nn.Conv2d(latent_channels, entering[latent_block], 1)
-        self.down_blocks = nn.ModuleList(
-            _down_blocks(widths, layers_per_block, attention_blocks, block)
-        )
-        self.mid_block = UNetMidBlock2D(widths[-1], **block)
-        self.up_blocks = nn.ModuleList(
-            _up_blocks(widths[::-1], layers_per_block + 1, attention_blocks, block)
-        )
-        self.conv_norm_out = nn.GroupNorm(norm_num_groups, widths[0], eps=1e-5)
-        self.conv_out = nn.Conv2d(widths[0], out_channels, 3, padding=1)
-
-    def forward(self, pixel: Tensor, latent: Tensor) -> Tensor:
-        """Run one pass.
-
-        Args:
-            pixel: Pixels (B, in_channels, H, W) in [0, 1]; H and W are multiples of `multiple_of`.
-            latent: Latents (B, latent_channels, h, w).
-
-        Returns:
-            Alpha and colour (B, out_channels, H, W), about [0, 1].
-        """
-        sample = self.conv_in(pixel)
-        skips: list[Tensor] = [sample]
-        for i, block in enumerate(self.down_blocks):
-            if i == self.latent_block:
-                sample = sample + self.latent_conv_in(latent)
-            sample, outputs = block(sample, None)
-            skips += outputs
-        sample = self.mid_block(sample, None)
-        for block in self.up_blocks:
-            taken = len(list(block.get_submodule("resnets").children()))
-            sample, skips = block(sample, tuple(skips[-taken:]), None), skips[:-taken]
-        return self.conv_out(nn.functional.silu(self.conv_norm_out(sample)))
-
-    def check_sizes(self, pixel: Tensor, latent: Tensor) -> None:
-        """Raise `InvalidRequest` or `ModelUnusable` for sizes that do not fit."""
-        height, width = pixel.shape[-2:]
-        if height % self.multiple_of or width % self.multiple_of:
-            raise InvalidRequest(
-                f"the transparent decoder cannot read an image of {width}x{height}.",
-                hint=f"Use a width and height that are multiples of {self.multiple_of}.",
-            )
-        expected = (
-            self.latent_conv_in.in_channels,
-            height >> self.latent_block,
-            width >> self.latent_block,
-        )
-        if tuple(latent.shape[1:]) != expected:
-            raise ModelUnusable(
-                f"the transparent decoder expects a latent of {_by(expected)} for an image of "
-                f"{width}x{height}, and the model gives {_by(latent.shape[1:])}.",
-                hint="Use the decoder that was made for this model's VAE.",
-            )
-
-
-def _down_blocks(
-    widths: list[int], layers: int, attention_blocks: int, block: dict[str, Any]
-) -> Iterator[nn.Module]:
-    for i, (entering, width) in enumerate(zip([widths[0], *widths], widths, strict=False)):
-        yield get_down_block(
-            "AttnDownBlock2D" if i >= len(widths) - attention_blocks else "DownBlock2D",
-            num_layers=layers,
-            in_channels=entering,
-            out_channels=width,
-            add_downsample=i < len(widths) - 1,
-            downsample_padding=1,
-            **block,
-        )
-
-
-def _up_blocks(
-    widths: list[int], layers: int, attention_blocks: int, block: dict[str, Any]
-) -> Iterator[nn.Module]:
-    for i, width in enumerate(widths):
-        yield get_up_block(
-            "AttnUpBlock2D" if i < attention_blocks else "UpBlock2D",
-            num_layers=layers,
-            in_channels=widths[min(i + 1, len(widths) - 1)],
-            out_channels=width,
-            prev_output_channel=widths[max(i - 1, 0)],
-            add_upsample=i < len(widths) - 1,
-            **block,
-        )
+TENSORS_OF_A_PASS = 100
+"""Activations that a pass computes, in tensors of the finest level [counted: 60 to 100]."""
 
 
 def decoder_inputs(
@@ -199,7 +80,7 @@ def decode_transparent(
         InvalidRequest: A side is not a multiple of `decoder.multiple_of`.
         ModelUnusable: The latent has another shape than the decoder was made for.
     """
-    decoder.check_sizes(pixel, latent)
+    check_sizes(decoder, pixel, latent)
     weight = decoder.conv_in.weight
     pixel, latent = (values.to(weight.device, weight.dtype) for values in (pixel, latent))
     results: list[Tensor] = []
@@ -207,13 +88,79 @@ def decode_transparent(
         outputs = decoder(
             torch.cat([_turn(pixel, *way) for way in batch]),
             torch.cat([_turn(latent, *way) for way in batch]),
-        )
+        ).clamp_(0, 1)
         results += [
-            _turn_back(output[None].clamp(0, 1), *way)
+            _turn_back(output[None], *way).contiguous()
             for output, way in zip(outputs, batch, strict=True)
         ]
-    # torch's median of an even count is the lower of the middle two, as in the published decoder
-    return torch.stack(results).median(dim=0).values.clamp(0, 1)
+    return lower_median(results)
+
+
+def choose_passes(decoder: TransparentDecoder, pixel: Tensor, limit: int) -> int:
+    """Return how many passes one call of the decoder should compute.
+
+    A GPU takes as many as its memory allows. A CPU takes 2, because the activations of more leave
+    its cache [measured]. But each call reads all weights from memory. So it takes more if the
+    weights are large beside the image: until they are half as large as the activations of a call.
+
+    Args:
+        decoder: The network.
+        pixel: Pixels (1, 3, H, W).
+        limit: Most passes that the memory mode allows.
+    """
+    if decoder.conv_in.weight.device.type != "cpu":
+        return limit
+    weights = sum(weight.numel() for weight in decoder.parameters())
+    activations = TENSORS_OF_A_PASS * decoder.conv_in.out_channels * pixel[0, 0].numel()
+    return min(limit, max(2, math.ceil(2 * weights / activations)))
+
+
+def check_sizes(decoder: TransparentDecoder, pixel: Tensor, latent: Tensor) -> None:
+    """Raise `InvalidRequest` or `ModelUnusable` for sizes that do not fit."""
+    height, width = pixel.shape[-2:]
+    if height % decoder.multiple_of or width % decoder.multiple_of:
+        raise InvalidRequest(
+            f"the transparent decoder cannot read an image of {width}x{height}.",
+            hint=f"Use a width and height that are multiples of {decoder.multiple_of}.",
+        )
+    channels = decoder.latent_conv_in.in_channels
+    expected = (channels, height >> decoder.latent_block, width >> decoder.latent_block)
+    if tuple(latent.shape[1:]) != expected:
+        raise ModelUnusable(
+            f"the transparent decoder expects a latent of {_by(expected)} for an image of "
+            f"{width}x{height}, and the model gives {_by(latent.shape[1:])}.",
+            hint="Use the decoder that was made for this model's VAE.",
+        )
+
+
+def lower_median(values: list[Tensor]) -> Tensor:
+    """Return the elementwise median, of an even count the lower of the middle two.
+
+    A sorting network of minima and maxima returns the values of `torch.median`. It needs no index
+    and no transposed copy.
+
+    Args:
+        values: Tensors of one shape. They are overwritten.
+    """
+    for low, high in _sorting_network(len(values)):
+        smaller = torch.minimum(values[low], values[high])
+        torch.maximum(values[low], values[high], out=values[high])
+        values[low] = smaller
+    return values[(len(values) - 1) // 2]
+
+
+def _sorting_network(count: int) -> Iterator[tuple[int, int]]:
+    """Yield the compare-exchanges that sort so many values: 19 for 8.
+
+    Source: the odd-even merge sort of Batcher, "Sorting networks and their applications" (1968).
+    """
+    powers = [2**i for i in range((count - 1).bit_length())]
+    for merged in powers:
+        for distance in reversed(powers[: powers.index(merged) + 1]):
+            for first in range(distance % merged, count - distance, 2 * distance):
+                for low in range(first, min(first + distance, count - distance)):
+                    if low // (2 * merged) == (low + distance) // (2 * merged):
+                        yield low, low + distance
 
 
 def _batches(square: bool, at_once: int) -> Iterator[Sequence[tuple[bool, int]]]:
@@ -261,16 +208,16 @@ def load_decoder(
     path: Path,
     config: Mapping[str, Any] | None = None,
     dtype: torch.dtype = torch.float32,
-    device: torch.device | str = "cpu",
 ) -> TransparentDecoder:
-    """Read a decoder, frozen, from a safetensors file.
+    """Read a decoder, frozen and on the CPU, from a safetensors file.
+
+    Its weights are in channels_last format, which makes convolutions faster.
 
     Args:
         path: The file, in float16 or float32.
         config: Arguments of `TransparentDecoder`. Others are read from the shapes in the file, or
             are as published.
         dtype: Number format to run in.
-        device: Device to run on.
 
     Raises:
         LayerDiffuseMissing: The file does not exist.
@@ -292,8 +239,9 @@ def load_decoder(
             hint="Its keys are the sizes of the network, such as block_out_channels and "
             "latent_channels.",
         ) from error
-    fit(decoder, weights, path, "the transparent decoder")
-    return decoder.to(device, dtype)
+    fit(decoder, weights, path, "the transparent decoder", dtype)
+    # torch's annotations lack this form of the call
+    return decoder.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
 
 
 def _sizes(weights: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -344,20 +292,22 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         ) from error
 
 
-def fit(network: nn.Module, weights: dict[str, Tensor], path: Path, kind: str) -> None:
-    """Load the weights of a file into a network on the meta device, and freeze it.
+def fit(
+    network: nn.Module, weights: dict[str, Tensor], path: Path, kind: str, dtype: torch.dtype
+) -> None:
+    """Give a network on the meta device the weights of a file, and freeze it.
 
     `kind` names the network in the message of `ModelUnusable`.
     """
-    expected = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
-    shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    named = NamedWeights(network)
+    expected, shapes = named.shapes(), {name: tuple(value.shape) for name, value in weights.items()}
     if expected != shapes:
         raise ModelUnusable(
             f"{path.name} is not {kind}: it holds {_describe(shapes, expected)}.",
             hint=CommandHint("Put the right file under this name:", "models pull layerdiffuse"),
         )
-    network.load_state_dict(weights, assign=True)
-    network.requires_grad_(False).eval()
+    named.assign(weights, dtype)
+    network.eval()
 
 
 KINDS = (

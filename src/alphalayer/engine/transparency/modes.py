@@ -21,6 +21,7 @@ from alphalayer.engine.memory import MemoryMode
 from alphalayer.engine.progress import Stopwatch
 from alphalayer.engine.transparency.conditions import condition_image
 from alphalayer.engine.transparency.decode import (
+    choose_passes,
     decode_transparent,
     decoder_inputs,
     to_opaque,
@@ -65,7 +66,7 @@ def compose_transparent(decoding: Decoding, latent: Tensor) -> list[Layer]:
         pixel, decoder_latent = decoder_inputs(
             rgb, latent, spec.scaling_factor, request.decode, spec.shift_factor
         )
-        passes = decoding.memory.passes_at_once
+        passes = choose_passes(model.decoder, pixel, decoding.memory.passes_at_once)
         decoded = decode_transparent(model.decoder, pixel, decoder_latent, passes)
         rgba = to_uint8(check_finite(decoded, "the transparent decoder"))
     return [Layer(rgba, MODE_DATA[request.mode].result)]
