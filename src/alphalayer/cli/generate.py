@@ -13,8 +13,8 @@ from typing import Annotated, Any
 import typer
 
 from alphalayer import catalog
+from alphalayer.cli.checks import check_models_dir
 from alphalayer.cli.console import err, out, program_name, progress, render_hint
-from alphalayer.cli.doctor import check_models_dir
 from alphalayer.cli.options import add_options, name_flags, select_fields
 from alphalayer.config import Settings, load_settings
 from alphalayer.core.errors import CommandHint, InvalidRequest, StorageFailed
@@ -33,6 +33,8 @@ from alphalayer.storage import StoredFile
 from alphalayer.storage.inputs import input_name
 from alphalayer.worker.render import Renderer
 
+app = typer.Typer()
+
 SETTINGS = ("models_dir", "device", "dtype", "memory", "noise", "decode")
 """Settings with an option."""
 
@@ -40,6 +42,7 @@ SETTINGS = ("models_dir", "device", "dtype", "memory", "noise", "decode")
 InputFile = Annotated[Path | None, typer.Option(help="Input image, for a mode that needs it.")]
 
 
+@app.command(context_settings={"allow_extra_args": True})
 @name_flags
 @add_options(JobSpec, skip=("generation", "output", "previews", "seeds"))
 @add_options(Output)
