@@ -51,6 +51,8 @@ def settings_page() -> str:
         "",
         "- `COMMANDLINE_ARGS`, read by `launch.py`",
         "- `CUDA_VISIBLE_DEVICES`: one engine process for each GPU in it",
+        "- `OMP_NUM_THREADS`: CPU threads. Default: the cores, at most the container's CPU limit.",
+        "- `OMP_WAIT_POLICY`: `PASSIVE` (default) lets waiting CPU threads sleep.",
         f"- `{PREFIX}TORCH`, read by `run.py`: `cpu` or `cuda`",
     ]
     return "\n".join(lines) + "\n"

@@ -31,7 +31,7 @@ from alphalayer.core.request import (
 from alphalayer.images import codecs
 from alphalayer.storage import StoredFile
 from alphalayer.storage.inputs import input_name
-from alphalayer.worker.render import Renderer
+from alphalayer.worker.render import ENGINE, Renderer, load_engine
 
 app = typer.Typer()
 
@@ -167,9 +167,7 @@ def _report_embedded_model(name: str | None, models_dir: Path) -> None:
 
 def _render(job: Job, files: _TargetFiles, settings: Settings) -> JobResult:
     with progress() as report:
-        from alphalayer.engine.pipeline import create_engine
-
-        engine = create_engine(settings.engine_options())
+        engine = load_engine(ENGINE, settings.engine_options())
         return Renderer(engine, files, lambda _job, step: report(step)).run(job)
 
 

@@ -32,9 +32,11 @@ from alphalayer.engine.base import (
     RenderTask,
     RgbaImage,
 )
+from alphalayer.engine.threads import configure_threads
 from alphalayer.images import codecs, postprocess
 from alphalayer.storage import StoredFile
 
+ENGINE = "alphalayer.engine.pipeline:create_engine"
 Inputs = dict[InputRole, RgbaImage]
 
 
@@ -161,7 +163,11 @@ class Renderer:
 
 
 def load_engine(path: str, options: dict[str, Any]) -> Engine:
-    """Create the engine that "package.module:function" names."""
+    """Create the engine that "package.module:function" names.
+
+    Processes import torch by this function alone, after their threads are configured.
+    """
+    configure_threads()
     module, _, name = path.partition(":")
     return getattr(importlib.import_module(module), name)(options)
 
