@@ -104,7 +104,7 @@ def test_no_torch_before_the_threads_are_configured(module: str):
 
 
 def test_torch_takes_the_configured_threads(environment: dict[str, str], tmp_path: Path):
-    """Start a process that configures its threads and then prints how many torch takes."""
+    """Start a process that configures its threads and prints how many torch takes."""
     files = {"proc/self/cgroup": V2, "sys/fs/cgroup/cpu.max": "100000 100000\n"}
     script = (
         "import os, pathlib, sys; os.sched_getaffinity = lambda _: range(64)\n"

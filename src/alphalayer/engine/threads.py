@@ -14,7 +14,9 @@ COUNTS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
 
 def configure_threads(root: Path = Path("/")) -> None:
-    """Set the variables of OpenMP that are not set. It reads them when torch is imported.
+    """Set the variables of OpenMP that the user has not set.
+
+    OpenMP reads them when torch is imported.
 
     Threads sleep while they wait for each other. By default they spin, and so take the core
     that the awaited thread needs if other processes are busy.
@@ -37,7 +39,7 @@ def configure_threads(root: Path = Path("/")) -> None:
 
 
 def cpu_quota(root: Path = Path("/")) -> float | None:
-    """Return how many CPUs the control groups of this process allow, or None without a limit.
+    """Return how many CPUs the control groups allow, or None without a limit.
 
     Args:
         root: Root of the file system.
