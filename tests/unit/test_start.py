@@ -73,6 +73,18 @@ def test_generate_with_a_wrong_option_imports_no_service_and_no_engine(
     assert not _imported("generate", "a cup", "--steps", "0") & (SERVICE | ENGINE)
 
 
+def test_engine_process_imports_no_compiler():
+    """Import the engine process and the parts of the engine that need no other library."""
+    script = (
+        "import sys, torch, alphalayer.worker.engine_process\n"
+        "import alphalayer.engine.memory, alphalayer.engine.sampling.noise\n"
+        "import alphalayer.engine.text.encoders\n"
+        "sys.exit(str({'torch._dynamo', 'torch._inductor', 'sympy', 'scipy'} & {*sys.modules}))"
+    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert result.stderr.strip() == "set()"
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_summary_of_a_command_is_that_of_its_help(name: str):
     command = load_command(name)

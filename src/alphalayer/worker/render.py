@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import importlib
 import traceback
 from collections.abc import Callable, Sequence
@@ -169,7 +170,13 @@ def load_engine(path: str, options: dict[str, Any]) -> Engine:
     """
     configure_threads()
     module, _, name = path.partition(":")
-    return getattr(importlib.import_module(module), name)(options)
+    # collections would search the many objects of torch for garbage, and there is none
+    gc.disable()
+    try:
+        create_engine = getattr(importlib.import_module(module), name)
+    finally:
+        gc.enable()
+    return create_engine(options)
 
 
 def to_public_error(error: Exception) -> AlphalayerError:
