@@ -74,7 +74,7 @@ def test_generate_with_a_wrong_option_imports_no_service_and_no_engine(
 
 
 def test_engine_process_imports_no_compiler():
-    """Import the engine process and the parts of the engine that need no other library."""
+    """Import the engine process and parts of the engine that need only torch."""
     script = (
         "import sys, torch, alphalayer.worker.engine_process\n"
         "import alphalayer.engine.memory, alphalayer.engine.sampling.noise\n"
