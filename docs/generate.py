@@ -9,12 +9,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-import typer
 from prometheus_client import Counter
 from prometheus_client.metrics import MetricWrapperBase
-from typer.main import get_command
 
-from alphalayer.cli.app import app as cli
+from alphalayer.cli.app import COMMANDS, load_command
 from alphalayer.config import PREFIX, TOML_FILE, Settings
 from alphalayer.core.request import MAX_SEED, NOT_BLANK, SAMPLERS, SCHEDULERS
 from alphalayer.observability.metrics import Metrics
@@ -53,6 +51,8 @@ def settings_page() -> str:
         "",
         "- `COMMANDLINE_ARGS`, read by `launch.py`",
         "- `CUDA_VISIBLE_DEVICES`: one engine process for each GPU in it",
+        "- `OMP_NUM_THREADS`: CPU threads. Default: the cores, at most the container's CPU limit.",
+        "- `OMP_WAIT_POLICY`: `PASSIVE` (default) lets waiting CPU threads sleep.",
         f"- `{PREFIX}TORCH`, read by `run.py`: `cpu` or `cuda`",
     ]
     return "\n".join(lines) + "\n"
@@ -62,15 +62,10 @@ def cli_page() -> str:
     """Return every command with its help and options."""
     lines = ["# The command", NOTE, ""]
 
-    def add(command: Any, path: str, context: Any) -> None:
+    def add(command: Any, path: str) -> None:
         if getattr(command, "commands", None):
             for name, child in sorted(command.commands.items()):
-                if not child.hidden:
-                    add(
-                        child,
-                        f"{path} {name}",
-                        typer.Context(child, parent=context, info_name=name),
-                    )
+                add(child, f"{path} {name}")
             return
         lines.extend(
             [f"## `{path}`", "", command.help or "", "", "| option | meaning |", "|---|---|"]
@@ -88,8 +83,9 @@ def cli_page() -> str:
                 lines.append(f"| {shown} | {getattr(parameter, 'help', '') or ''} |")
         lines.append("")
 
-    root = get_command(cli)
-    add(root, "alphalayer", typer.Context(root, info_name="alphalayer"))
+    for name, entry in sorted(COMMANDS.items()):
+        if not entry.is_hidden:
+            add(load_command(name), f"alphalayer {name}")
     return "\n".join(lines)
 
 

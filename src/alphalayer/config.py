@@ -28,13 +28,11 @@ from pydantic_settings import (
 )
 
 from alphalayer.core import validation
-from alphalayer.core.errors import SetupFailed
+from alphalayer.core.errors import STARTED_BY, SetupFailed
 from alphalayer.core.request import DecodeMode, NoiseSource
 
 PREFIX = "ALPHALAYER_"
 TOML_FILE = "alphalayer.toml"
-STARTED_BY = f"{PREFIX}STARTED_BY"
-"""Name of the variable in which run.py passes the command that started it, for hints."""
 API_KEY = f"{PREFIX}API_KEY"
 """Name of the variable with the API key that `alphalayer mcp` sends to the service."""
 

@@ -19,7 +19,7 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 from alphalayer import __version__
-from alphalayer.cli.app import app, main
+from alphalayer.cli.app import app, load_command, main
 from alphalayer.cli.options import add_options, name_flags, select_fields
 from alphalayer.config import Settings
 from alphalayer.core.job import Output
@@ -64,7 +64,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
 
 
 def _command(name: str) -> Any:
-    return get_command(app).commands[name]
+    return load_command(name)
 
 
 def _generate(models: Path, *more: str) -> list[str]:
@@ -455,7 +455,7 @@ def test_settings_error_is_one_line(run: Run, tmp_path: Path):
 
 def test_serve_has_a_flag_for_each_setting(run: Run, monkeypatch: pytest.MonkeyPatch):
     recorded: list[Settings] = []
-    monkeypatch.setattr("alphalayer.cli.app.run_server", recorded.append)
+    monkeypatch.setattr("alphalayer.cli.serve.run_server", recorded.append)
     flags = [
         "--queue-limit",
         "5",

@@ -8,9 +8,8 @@ import re
 from pathlib import Path
 
 import pytest
-from typer.main import get_command
 
-from alphalayer.cli.app import app
+from alphalayer.cli.app import load_command
 from alphalayer.config import Settings
 from alphalayer.observability.metrics import Metrics
 
@@ -35,11 +34,7 @@ def test_reference_pages_are_current(name):
 
 
 def test_every_setting_has_a_description_and_a_flag():
-    options = {
-        option
-        for parameter in get_command(app).commands["serve"].params
-        for option in parameter.opts
-    }
+    options = {option for parameter in load_command("serve").params for option in parameter.opts}
     for name, field in Settings.model_fields.items():
         assert field.description, name
         assert f"--{name.replace('_', '-')}" in options

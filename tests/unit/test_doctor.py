@@ -18,7 +18,8 @@ from tests.unit.test_catalog import FAMILIES, write
 
 from alphalayer.catalog import entries
 from alphalayer.cli import doctor
-from alphalayer.cli.doctor import Finding, check_port, diagnose
+from alphalayer.cli.checks import check_port
+from alphalayer.cli.doctor import Finding, diagnose
 from alphalayer.config import Settings
 from alphalayer.core.errors import SetupFailed
 

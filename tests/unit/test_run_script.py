@@ -22,9 +22,8 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from typer.main import get_command
 
-from alphalayer.cli.app import app
+from alphalayer.cli.app import COMMANDS
 
 SCRIPT = Path(__file__).parents[2] / "run.py"
 
@@ -420,6 +419,4 @@ def test_set_up_in_a_read_only_folder_is_one_line(
 
 def test_script_help_names_every_command(script: ModuleType):
     words = set((script.__doc__ or "").split())
-    assert {
-        name for name, command in get_command(app).commands.items() if not command.hidden
-    } <= words
+    assert {name for name, entry in COMMANDS.items() if not entry.is_hidden} <= words

@@ -9,15 +9,16 @@ import os
 import sys
 from collections.abc import Generator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from alphalayer.config import STARTED_BY
-from alphalayer.core.errors import AlphalayerError, CommandHint
-from alphalayer.engine.base import Progress as EngineProgress
+from alphalayer.core.errors import PROGRAM, STARTED_BY, AlphalayerError, CommandHint
+
+if TYPE_CHECKING:
+    from alphalayer.engine.base import Progress as EngineProgress
 
 _PLAIN: dict[str, Any] = {"highlight": False, "markup": False, "emoji": False, "soft_wrap": True}
 out = Console(**_PLAIN)
@@ -37,7 +38,7 @@ def program_name() -> str:
 
     run.py sets it, because it starts the program without `alphalayer` on the path.
     """
-    return os.environ.get(STARTED_BY) or "alphalayer"
+    return os.environ.get(STARTED_BY) or PROGRAM
 
 
 def render_hint(hint: str) -> str:

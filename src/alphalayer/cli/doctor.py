@@ -1,13 +1,11 @@
-"""Diagnosis of the installation: findings with hints. It changes nothing."""
+"""The command `doctor`: findings about the installation, with hints. It changes nothing."""
 
 from __future__ import annotations
 
 import asyncio
-import errno
 import importlib
 import json
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -16,19 +14,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import typer
+
 from alphalayer import catalog
 from alphalayer.catalog import download
-from alphalayer.config import Settings
+from alphalayer.cli.checks import ModelsDir, check_models_dir, check_port
+from alphalayer.cli.console import show_mark
+from alphalayer.config import Settings, load_settings
 from alphalayer.core.errors import CommandHint, CorruptFile, SetupFailed, StorageFailed
 from alphalayer.core.modes import DECODER_FILES, DEFAULT_MODE, MODES
 from alphalayer.core.optional_dependencies import install_hint, is_installed
 from alphalayer.storage.objects import open_storage
 
+app = typer.Typer()
+
 LOW_DISK_BYTES = 2 * 1024**3
 TIMEOUT_S = 120
 _LAST_NAME = "~"
 """Sorts after every image name: the list is empty, but the bucket has to answer."""
-_OTHER_PORT = "Use another one with --port."
 # runs in its own process: an import of torch here would take seconds and could crash
 _TORCH_SCRIPT = (
     "import json, torch; cuda = torch.cuda.is_available(); "
@@ -46,6 +49,15 @@ class Finding:
     level: Literal["ok", "warning", "error"]
     text: str
     hint: str = ""
+
+
+@app.command()
+def doctor(models_dir: ModelsDir = None) -> None:
+    """Diagnose the installation."""
+    findings = diagnose(load_settings(models_dir=models_dir))
+    for finding in findings:
+        show_mark(finding.level, finding.text, finding.hint)
+    raise typer.Exit(any(finding.level == "error" for finding in findings))
 
 
 def diagnose(settings: Settings) -> list[Finding]:
@@ -117,21 +129,6 @@ def _torch(settings: Settings) -> Iterator[Finding]:
         )
 
 
-def check_models_dir(settings: Settings) -> None:
-    """Check the models folder of the settings. The default one may be missing.
-
-    Raises:
-        SetupFailed: The folder is missing, or is not a folder.
-    """
-    folder = settings.models_dir
-    if folder.is_dir() or ("models_dir" not in settings.model_fields_set and not folder.exists()):
-        return
-    raise SetupFailed(
-        f"the models folder {folder} {'is not a folder' if folder.exists() else 'does not exist'}.",
-        hint=f"Set --models-dir (setting models_dir) to the folder with {catalog.CHECKPOINTS}/.",
-    )
-
-
 def _models(settings: Settings) -> Iterator[Finding]:
     try:
         check_models_dir(settings)
@@ -194,29 +191,6 @@ def _layer_files(settings: Settings) -> Iterator[Finding]:
                     f"LayerDiffuse {kind}: {path} {result.finding.removeprefix(f'{path} ')}",
                     hint,
                 )
-
-
-def check_port(host: str, port: int) -> None:
-    """Check that the port can be listened on.
-
-    Raises:
-        SetupFailed: The port is in use, or the address is not one of this machine.
-    """
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            is_address = isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL
-            hint = (
-                "Use an address of this machine with --host; 0.0.0.0 means all."
-                if is_address
-                else _OTHER_PORT
-            )
-            raise SetupFailed(
-                f"port {port} on {host}: {error.strerror or error}.", hint=hint
-            ) from None
 
 
 def _port(settings: Settings) -> Iterator[Finding]:

@@ -13,8 +13,8 @@ from typing import Annotated, Any
 import typer
 
 from alphalayer import catalog
+from alphalayer.cli.checks import check_models_dir
 from alphalayer.cli.console import err, out, program_name, progress, render_hint
-from alphalayer.cli.doctor import check_models_dir
 from alphalayer.cli.options import add_options, name_flags, select_fields
 from alphalayer.config import Settings, load_settings
 from alphalayer.core.errors import CommandHint, InvalidRequest, StorageFailed
@@ -31,7 +31,9 @@ from alphalayer.core.request import (
 from alphalayer.images import codecs
 from alphalayer.storage import StoredFile
 from alphalayer.storage.inputs import input_name
-from alphalayer.worker.render import Renderer
+from alphalayer.worker.render import ENGINE, Renderer, load_engine
+
+app = typer.Typer()
 
 SETTINGS = ("models_dir", "device", "dtype", "memory", "noise", "decode")
 """Settings with an option."""
@@ -40,6 +42,7 @@ SETTINGS = ("models_dir", "device", "dtype", "memory", "noise", "decode")
 InputFile = Annotated[Path | None, typer.Option(help="Input image, for a mode that needs it.")]
 
 
+@app.command(context_settings={"allow_extra_args": True})
 @name_flags
 @add_options(JobSpec, skip=("generation", "output", "previews", "seeds"))
 @add_options(Output)
@@ -164,9 +167,7 @@ def _report_embedded_model(name: str | None, models_dir: Path) -> None:
 
 def _render(job: Job, files: _TargetFiles, settings: Settings) -> JobResult:
     with progress() as report:
-        from alphalayer.engine.pipeline import create_engine
-
-        engine = create_engine(settings.engine_options())
+        engine = load_engine(ENGINE, settings.engine_options())
         return Renderer(engine, files, lambda _job, step: report(step)).run(job)
 
 

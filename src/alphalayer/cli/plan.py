@@ -8,6 +8,7 @@ import typer
 from rich.table import Table
 
 from alphalayer.cli.console import err, out
+from alphalayer.cli.options import name_flags
 from alphalayer.core.errors import InvalidRequest
 from alphalayer.core.optional_dependencies import require
 from alphalayer.planner.simulation import (
@@ -21,6 +22,8 @@ from alphalayer.planner.simulation import (
     estimate_forge,
 )
 
+app = typer.Typer()
+
 _COLUMNS = ("GPU", "one", "pods", "mean\nwait", "95 %\nwait", "busy", "$ an\nhour", "$ per\n1000")
 _LEGEND = """
 one         seconds for one image alone
@@ -31,6 +34,8 @@ $ an hour   dollars for all pods; $ per 1000: dollars for a thousand images
 """
 
 
+@app.command()
+@name_flags
 def plan(
     users: Annotated[int, typer.Option(min=1, help="Users at the same time.")],
     think_time: Annotated[

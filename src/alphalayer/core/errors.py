@@ -33,6 +33,8 @@ from __future__ import annotations
 from typing import Any
 
 PROGRAM = "alphalayer"
+STARTED_BY = "ALPHALAYER_STARTED_BY"
+"""Name of the variable in which run.py passes the command that started it, for hints."""
 
 
 class CommandHint(str):

@@ -23,7 +23,7 @@ from alphalayer.core.errors import AlphalayerError, StorageFailed
 from alphalayer.core.job import ImageRef, Job, JobProgress, JobSpec, JobState
 from alphalayer.storage import Storage, read
 from alphalayer.storage.objects import open_storage
-from alphalayer.worker.render import Renderer, load_engine, to_public_error
+from alphalayer.worker.render import ENGINE, Renderer, load_engine, to_public_error
 
 URL_S = 24 * 3600
 """Seconds that the URL of an image in a bucket is valid."""
@@ -40,9 +40,7 @@ class ResultTooLarge(AlphalayerError):
 class Handler:
     """Handler of jobs, one after another. The engine is loaded once, when the worker starts."""
 
-    def __init__(
-        self, settings: Settings, engine: str = "alphalayer.engine.pipeline:create_engine"
-    ):
+    def __init__(self, settings: Settings, engine: str = ENGINE):
         self._settings = settings
         self._storage: Storage = open_storage(settings.image_location)
         self._engine = load_engine(engine, settings.engine_options())

@@ -41,9 +41,9 @@ from alphalayer.service.pool import WorkerPool
 from alphalayer.service.retention import Limits, keep_sweeping
 from alphalayer.service.webhooks import Webhooks, check_url, read_secret
 from alphalayer.storage.objects import check_bucket, open_storage
+from alphalayer.worker.render import ENGINE
 from alphalayer.worker.supervisor import EngineSpec, Supervisor
 
-ENGINE = "alphalayer.engine.pipeline:create_engine"
 DESCRIPTION = "Text in, transparent PNG out: Stable Diffusion XL with LayerDiffuse."
 DIALECTS = (native.DIALECT, jobs.DIALECT, a1111.DIALECT, openai.DIALECT)
 JOURNAL = "jobs.sqlite"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import importlib
 import traceback
 from collections.abc import Callable, Sequence
@@ -32,9 +33,11 @@ from alphalayer.engine.base import (
     RenderTask,
     RgbaImage,
 )
+from alphalayer.engine.threads import configure_threads
 from alphalayer.images import codecs, postprocess
 from alphalayer.storage import StoredFile
 
+ENGINE = "alphalayer.engine.pipeline:create_engine"
 Inputs = dict[InputRole, RgbaImage]
 
 
@@ -161,9 +164,19 @@ class Renderer:
 
 
 def load_engine(path: str, options: dict[str, Any]) -> Engine:
-    """Create the engine that "package.module:function" names."""
+    """Create the engine that "package.module:function" names.
+
+    Processes import torch by this function alone, after their threads are configured.
+    """
+    configure_threads()
     module, _, name = path.partition(":")
-    return getattr(importlib.import_module(module), name)(options)
+    # collections would search the many objects of torch for garbage, and there is none
+    gc.disable()
+    try:
+        create_engine = getattr(importlib.import_module(module), name)
+    finally:
+        gc.enable()
+    return create_engine(options)
 
 
 def to_public_error(error: Exception) -> AlphalayerError:
