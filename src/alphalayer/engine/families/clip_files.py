@@ -117,7 +117,7 @@ def open_clip_names(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Ten
         for old, new in _OPEN_CLIP_NAMES.items():
             name = name.replace(old, new)
         if name == "text_projection":
-            canonical["text_projection.weight"] = tensor.T
+            canonical["text_projection.weight"] = tensor.T.contiguous()
         elif ".in_proj_" in name:
             for part, value in zip("qkv", tensor.chunk(3), strict=True):
                 canonical[name.replace(".in_proj_", f".{part}_proj.")] = value
