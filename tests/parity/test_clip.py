@@ -192,9 +192,12 @@ def test_weights_are_rounded_to_float16_and_computed_in_float32():
         assert torch.equal(weight, exact[name].half().float())
 
 
-def test_missing_weight_is_named():
+@pytest.mark.parametrize("name", ["encoder.layers.1.mlp.fc2.bias", "final_layer_norm.weight"])
+def test_missing_or_misshapen_weight_is_named(name: str):
     first, _ = tiny_models.text_encoders()
     tensors = dict(first.state_dict())
-    del tensors["encoder.layers.1.mlp.fc2.bias"]
-    with pytest.raises(KeyError, match=r"encoder\.layers\.1\.mlp\.fc2\.bias"):
+    weight = tensors.pop(name)
+    with pytest.raises(ValueError, match=f"{name} is missing"):
         build_text_model(tensors, first.config.to_dict())
+    with pytest.raises(ValueError, match=f"{name} has the shape 1, expected {len(weight)}"):
+        build_text_model({**tensors, name: weight[:1]}, first.config.to_dict())

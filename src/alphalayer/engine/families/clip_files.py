@@ -34,7 +34,7 @@ def read_text_folder(folder: Path) -> ClipTextModel:
     Raises:
         CorruptFile: There is no readable config.json.
         SafetensorError, OSError: A weight file cannot be read.
-        LookupError: A weight is missing.
+        LookupError, ValueError: A weight is missing or has another shape.
     """
     tensors: dict[str, Tensor] = {}
     for file in catalog.weight_files(folder):
@@ -52,7 +52,7 @@ def read_text_models(tensors: Mapping[str, Tensor]) -> tuple[ClipTextModel, Clip
             ignored.
 
     Raises:
-        LookupError: A weight is missing.
+        LookupError, ValueError: A weight is missing or has another shape.
     """
     return (
         build_text_model(transformers_names(tensors, _FIRST), _OPENAI),
@@ -69,6 +69,9 @@ def build_text_model(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -
         config: Values of a config.json: `hidden_act`, `num_attention_heads` (default: heads of
             `HEAD_WIDTH` channels), `layer_norm_eps` and `eos_token_id`. The latter was 2 in old
             files, which did not mean the id of a token: the largest id of a row is the end.
+
+    Raises:
+        LookupError, ValueError: A weight is missing or has another shape.
     """
     vocabulary, width = tensors["embeddings.token_embedding.weight"].shape
     projection = tensors.get("text_projection.weight")
@@ -87,6 +90,8 @@ def build_text_model(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -
             end=None if end == 2 else end,
         )
     weights = NamedWeights(model)
+    if problem := weights.mismatch(tensors):
+        raise ValueError(problem)
     weights.assign({name: tensors[name].to(TEXT_STORED) for name in weights}, torch.float32)
     return model.eval()
 
@@ -117,7 +122,7 @@ def open_clip_names(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Ten
         for old, new in _OPEN_CLIP_NAMES.items():
             name = name.replace(old, new)
         if name == "text_projection":
-            canonical["text_projection.weight"] = tensor.T
+            canonical["text_projection.weight"] = tensor.T.contiguous()
         elif ".in_proj_" in name:
             for part, value in zip("qkv", tensor.chunk(3), strict=True):
                 canonical[name.replace(".in_proj_", f".{part}_proj.")] = value
