@@ -50,9 +50,14 @@ def accelerate(unet: nn.Module, kind: Acceleration) -> Run:
     if kind == "off":
         return unet
     if kind == "compile":
-        unet.to(memory_format=torch.channels_last)
+        channels_last(unet)
         return GraphRunner(unet, torch.compile(unet, fullgraph=True, dynamic=False), record_cuda)
     return GraphRunner(unet, unet, record_cuda)
+
+
+def channels_last(network: nn.Module) -> None:
+    """Store the weights of convolutions with their channels last."""
+    network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
 
 
 def record_cuda(call: Callable[[], Tensor]) -> tuple[Replay, Tensor]:

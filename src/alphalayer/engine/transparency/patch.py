@@ -363,11 +363,8 @@ def patchers(
         text_dtype: dtype to which changed weights of the text encoders are rounded.
     """
     own = NamedWeights(unet)
-    text = {
-        prefix + name: weight
-        for prefix, encoder in zip(TEXT_ENCODERS, text_encoders, strict=True)
-        for name, weight in NamedWeights(encoder).items()
-    }
+    named = zip(TEXT_ENCODERS, text_encoders, strict=True)
+    text = NamedWeights(nn.ModuleDict({prefix[:-1]: encoder for prefix, encoder in named}))
 
     @lru_cache(4)
     def read(file: PatchFile) -> Patch:
