@@ -157,7 +157,9 @@ def test_gradients_equal_those_of_diffusers(config: dict):
 
 def test_decoder_equals_diffusers_with_the_embedded_weights():
     config = CONFIGS["embedded"]
-    network = load_decoder(EMBEDDED / "decoder.safetensors", config)
+    network = load_decoder(
+        EMBEDDED / "decoder.safetensors", config, memory_format=torch.channels_last
+    )
     reference = ReferenceDecoder(**config)
     reference.load_state_dict(load_file(EMBEDDED / "decoder.safetensors"))
     pixel, latent = _inputs(64, 48)
@@ -368,7 +370,8 @@ def test_load_decoder_infers_the_sizes(
     file = tmp_path / "decoder.safetensors"
     save_file({name: tensor.to(dtype) for name, tensor in NamedWeights(decoder).items()}, file)
     # group and head sizes cannot be seen in shapes
-    loaded = load_decoder(file, {"norm_num_groups": 4, "attention_head_dim": 8})
+    config = {"norm_num_groups": 4, "attention_head_dim": 8}
+    loaded = load_decoder(file, config, memory_format=torch.channels_last)
     assert not loaded.training
     assert not any(tensor.requires_grad for tensor in loaded.parameters())
     assert loaded.conv_in.weight.is_contiguous(memory_format=torch.channels_last)

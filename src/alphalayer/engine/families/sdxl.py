@@ -104,7 +104,9 @@ class SdxlModel:
         if self._decoder is None:
             config = self.layerdiffuse.config.get("decoder_config")
             path = self.layerdiffuse.decoder()
-            self._decoder = load_decoder(path, config, self._precision.decoder)
+            self._decoder = load_decoder(
+                path, config, self._precision.decoder, self._precision.memory_format
+            )
         return self._decoder
 
     @property
@@ -217,10 +219,13 @@ def _from_folder(folder: Path, precision: Precision) -> SdxlParts:
         _build_unet(
             _read_tensors(folder / "unet"),
             catalog.read_json(folder / "unet" / "config.json"),
-            precision.unet,
+            precision,
         ),
         read_vae(
-            vae_names.from_diffusers(_read_tensors(folder / "vae")), vae_config, precision.vae
+            vae_names.from_diffusers(_read_tensors(folder / "vae")),
+            vae_config,
+            precision.vae,
+            precision.memory_format,
         ),
         vae_config,
         (read_text_folder(folder / "text_encoder"), read_text_folder(folder / "text_encoder_2")),
@@ -235,8 +240,10 @@ def _from_file(path: Path, precision: Precision) -> SdxlParts:
     tensors = load_file(path)
     configs = fitted_configs(header.shapes)
     return SdxlParts(
-        _build_unet(_unet_of(tensors), configs["unet"], precision.unet),
-        read_vae(vae_names.from_ldm(tensors), configs["vae"], precision.vae),
+        _build_unet(_unet_of(tensors), configs["unet"], precision),
+        read_vae(
+            vae_names.from_ldm(tensors), configs["vae"], precision.vae, precision.memory_format
+        ),
         configs["vae"],
         read_text_models(tensors),
         read_tokenizers(SHIPPED / "tokenizer", SHIPPED / "tokenizer_2"),
@@ -263,14 +270,14 @@ def _unet_of(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _build_unet(
-    tensors: Mapping[str, Tensor], config: Mapping[str, Any], dtype: torch.dtype
+    tensors: Mapping[str, Tensor], config: Mapping[str, Any], precision: Precision
 ) -> UNet:
     with torch.device("meta"):
         unet = UNet(UNetConfig.of(config))
     weights = NamedWeights(unet)
     if mismatch := weights.mismatch(tensors):
         raise ValueError(f"its UNet does not match its sizes: {mismatch}")
-    weights.assign(tensors, dtype)
+    weights.assign(tensors, precision.unet, precision.memory_format)
     return unet.eval()
 
 

@@ -21,13 +21,19 @@ CLASSES: Mapping[str, type[Vae]] = {
 """Networks by `_class_name` of their config."""
 
 
-def read_vae(tensors: Mapping[str, Tensor], config: Mapping[str, Any], dtype: torch.dtype) -> Vae:
+def read_vae(
+    tensors: Mapping[str, Tensor],
+    config: Mapping[str, Any],
+    dtype: torch.dtype,
+    memory_format: torch.memory_format = torch.contiguous_format,
+) -> Vae:
     """Return a VAE for inference on the CPU.
 
     Args:
         tensors: Its tensors by canonical name, see `vae_names`.
         config: Content of its `config.json` in the layout of diffusers.
         dtype: dtype of the network.
+        memory_format: Order of the weights of convolutions in memory.
 
     Raises:
         ModelUnusable: The class or an entry of the config is not supported. Or the tensors are not
@@ -54,5 +60,5 @@ def read_vae(tensors: Mapping[str, Tensor], config: Mapping[str, Any], dtype: to
             f"The VAE does not match its config: {mismatch}.",
             hint="Check that the model is complete; download it again if in doubt.",
         )
-    weights.assign(tensors, dtype)
+    weights.assign(tensors, dtype, memory_format)
     return vae.eval()

@@ -81,18 +81,26 @@ class NamedWeights(Mapping[str, Tensor]):
         more = f" and {len(problems) - NAMED} more" if len(problems) > NAMED else ""
         return ", ".join(problems[:NAMED]) + more
 
-    def assign(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> None:
+    def assign(
+        self,
+        tensors: Mapping[str, Tensor],
+        dtype: torch.dtype,
+        memory_format: torch.memory_format = torch.contiguous_format,
+    ) -> None:
         """Replace all parameters of the network, which may be on the meta device.
 
         Args:
             tensors: Tensors of exactly these names and shapes, of any floating dtype.
             dtype: dtype of the new parameters. A tensor that has it is used without a copy.
+            memory_format: Order of the weights of convolutions in memory.
         """
         parts: dict[tuple[nn.Module, str], list[Tensor]] = {}
         for name, slot in self._slots.items():
             parts.setdefault((slot.module, slot.parameter), []).append(tensors[name].to(dtype))
         for (module, parameter), values in parts.items():
             value = values[0] if len(values) == 1 else torch.cat(values)
+            if value.ndim == 4:
+                value = value.contiguous(memory_format=memory_format)
             setattr(module, parameter, nn.Parameter(value, requires_grad=False))
 
 

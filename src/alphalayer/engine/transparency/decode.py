@@ -208,16 +208,16 @@ def load_decoder(
     path: Path,
     config: Mapping[str, Any] | None = None,
     dtype: torch.dtype = torch.float32,
+    memory_format: torch.memory_format = torch.contiguous_format,
 ) -> TransparentDecoder:
     """Read a decoder, frozen and on the CPU, from a safetensors file.
-
-    Its weights are in channels_last format, which makes convolutions faster.
 
     Args:
         path: The file, in float16 or float32.
         config: Arguments of `TransparentDecoder`. Others are read from the shapes in the file, or
             are as published.
         dtype: Number format to run in.
+        memory_format: Order of the weights of convolutions in memory.
 
     Raises:
         LayerDiffuseMissing: The file does not exist.
@@ -239,9 +239,9 @@ def load_decoder(
             hint="Its keys are the sizes of the network, such as block_out_channels and "
             "latent_channels.",
         ) from error
-    fit(decoder, weights, path, "the transparent decoder", dtype)
-    # torch's annotations lack this form of the call
-    return decoder.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    _check_fit(decoder, weights, path)
+    NamedWeights(decoder).assign(weights, dtype, memory_format)
+    return decoder.eval()
 
 
 def _sizes(weights: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -292,22 +292,15 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         ) from error
 
 
-def fit(
-    network: nn.Module, weights: dict[str, Tensor], path: Path, kind: str, dtype: torch.dtype
-) -> None:
-    """Give a network on the meta device the weights of a file, and freeze it.
-
-    `kind` names the network in the message of `ModelUnusable`.
-    """
-    named = NamedWeights(network)
-    expected, shapes = named.shapes(), {name: tuple(value.shape) for name, value in weights.items()}
+def _check_fit(decoder: nn.Module, weights: Mapping[str, Tensor], path: Path) -> None:
+    """Raise `ModelUnusable` unless the weights of a file are exactly those of the decoder."""
+    expected = NamedWeights(decoder).shapes()
+    shapes = {name: tuple(value.shape) for name, value in weights.items()}
     if expected != shapes:
         raise ModelUnusable(
-            f"{path.name} is not {kind}: it holds {_describe(shapes, expected)}.",
+            f"{path.name} is not the transparent decoder: it holds {_describe(shapes, expected)}.",
             hint=CommandHint("Put the right file under this name:", "models pull layerdiffuse"),
         )
-    named.assign(weights, dtype)
-    network.eval()
 
 
 KINDS = (
