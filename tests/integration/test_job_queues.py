@@ -281,12 +281,11 @@ async def test_uncounted_requeue_restores_place_and_starts(
 async def test_unreadable_row_becomes_a_failed_job(open_queue, outcomes):
     queue = await open_queue()
     unreadable, readable = await queue.submit(spec("broken")), await queue.submit(spec("fine"))
-    async with queue._journal.engine.begin() as connection:
-        await connection.execute(
-            update(jobs)
-            .where(jobs.c.id == unreadable.id)
-            .values(spec='{"prompt": "hidden", "new_field": 1}')
-        )
+    await queue._journal._write(
+        update(jobs)
+        .where(jobs.c.id == unreadable.id)
+        .values(spec='{"prompt": "hidden", "new_field": 1}')
+    )
     await queue.close()
     reopened = await open_queue()
     assert (await within(reopened.claim())).id == readable.id

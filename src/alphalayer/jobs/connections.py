@@ -6,11 +6,15 @@ asyncpg parses the address, for example with `?sslmode=require`.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import asyncpg
+from sqlalchemy import Connection
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+
+from alphalayer.jobs.databases import Statement
 
 CONNECT_S = 10
 STATEMENT_S = 20.0
@@ -52,3 +56,39 @@ def create_engine(url: str, statement_s: float | None = None) -> AsyncEngine:
         pool_timeout=POOL_WAIT_S,
         hide_parameters=True,
     )
+
+
+class PostgresDatabase:
+    """Implementation of `alphalayer.jobs.databases.Database` on a PostgreSQL server."""
+
+    name = "postgresql"
+
+    def __init__(self, url: str):
+        self._url = url
+        self.engine: AsyncEngine = create_engine(url, STATEMENT_S)
+
+    async def migrate(self, migrate: Callable[[Connection], None]) -> None:
+        """Call a function in a transaction without a time limit; see the protocol."""
+        engine = create_engine(self._url)
+        try:
+            async with engine.begin() as connection:
+                await connection.run_sync(migrate)
+        finally:
+            await engine.dispose()
+
+    async def commit(self, statements: Sequence[Statement]) -> list[int]:
+        """Run statements in one transaction; see the protocol."""
+        async with self.engine.begin() as connection:
+            return [
+                (await connection.execute(statement, values)).rowcount
+                for statement, values in statements
+            ]
+
+    async def rows(self, statement: Any) -> Sequence[Any]:
+        """Run a statement in a transaction; see the protocol."""
+        async with self.engine.begin() as connection:
+            return (await connection.execute(statement)).mappings().all()
+
+    async def close(self) -> None:
+        """Close all connections."""
+        await self.engine.dispose()

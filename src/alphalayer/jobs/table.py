@@ -13,6 +13,7 @@ import re
 import sqlite3
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from sqlalchemy import (
     BigInteger,
     Boolean,
     Column,
+    Connection,
     Float,
     Index,
     Integer,
@@ -29,21 +31,19 @@ from sqlalchemy import (
     Text,
     UniqueConstraint,
     bindparam,
-    event,
     false,
     select,
     text,
     update,
 )
 from sqlalchemy.dialects import postgresql, sqlite
-from sqlalchemy.engine import URL
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
 from alphalayer.core.errors import DatabaseAway, SetupFailed, StorageFailed
 from alphalayer.core.job import Job, JobSpec, JobState, Submission
 from alphalayer.core.request import GenerationRequest
+from alphalayer.jobs.databases import Database, SqliteDatabase, Statement
 from alphalayer.jobs.upgrades import upgrade_6_to_7
 from alphalayer.observability.logging import log
 
@@ -75,7 +75,16 @@ jobs = Table(
 )
 
 OPEN = [JobState.QUEUED.value, JobState.RUNNING.value]
-_CHANGING = ("state", "idempotency_key", "started_at", "finished_at", "starts", "result", "error")
+_CHANGING = (
+    "state",
+    "idempotency_key",
+    "started_at",
+    "finished_at",
+    "starts",
+    "result",
+    "error",
+    "webhook_due",
+)
 ADD = {
     "sqlite": sqlite.insert(jobs).on_conflict_do_nothing(
         index_elements=["owner", "idempotency_key"]
@@ -88,7 +97,7 @@ ADD = {
 _SAVE = (
     update(jobs)
     .where(jobs.c.id == bindparam("job_id"), jobs.c.state.in_(OPEN))
-    .values({name: bindparam(name) for name in (*_CHANGING, "webhook_due")})
+    .values({name: bindparam(name) for name in _CHANGING})
 )
 
 MIGRATIONS: tuple[tuple[str, ...], ...] = (
@@ -130,10 +139,10 @@ _RESTORE = "Restore its backup, or move it away (its jobs are lost then): docs/g
 class Journal:
     """Table of jobs in one database."""
 
-    def __init__(self, engine: AsyncEngine):
-        self.engine = engine
-        self._add = ADD[engine.dialect.name]
-        self._pending: list[tuple[Any, dict[str, Any], asyncio.Future[int]]] = []
+    def __init__(self, database: Database):
+        self.database = database
+        self._add = ADD[database.name]
+        self._pending: list[tuple[Statement, asyncio.Future[int]]] = []
         self._writer: asyncio.Task[None] | None = None
 
     @classmethod
@@ -148,38 +157,34 @@ class Journal:
                 reached.
         """
         hint = "Check the folder's rights and space, or move the file away."
+        database: Database
         try:
             if isinstance(location, Path):
                 location.parent.mkdir(parents=True, exist_ok=True)
-                file = URL.create("sqlite+aiosqlite", database=str(location))
-                engine = migrating = create_async_engine(file, hide_parameters=True)
-                event.listen(engine.sync_engine, "connect", _configure)
+                database = SqliteDatabase(location)
             else:
                 from alphalayer.jobs import connections
 
-                engine = connections.create_engine(location, connections.STATEMENT_S)
-                # migrations may take longer than the time limit of a statement
-                migrating = connections.create_engine(location)
+                database = connections.PostgresDatabase(location)
                 location = "in PostgreSQL"  # its address may hold a password
                 hint = "Check the address, and that PostgreSQL runs."
-            try:
-                async with migrating.begin() as connection:
-                    await _migrate(connection, location)
-            finally:
-                await migrating.dispose()
+            async with contextlib.AsyncExitStack() as undo:
+                undo.push_async_callback(database.close)
+                await database.migrate(partial(_migrate, location))
+                undo.pop_all()
         except (DBAPIError, OSError, sqlite3.Error) as error:
             cause = getattr(error, "orig", error)
             hint = _RESTORE if _is_damage(cause) else hint
             raise SetupFailed(
                 f"the journal {location} cannot be opened: {cause}.", hint=hint
             ) from None
-        return cls(engine)
+        return cls(database)
 
     async def close(self) -> None:
         """Close the database after all pending writes."""
         if self._writer:
             await self._writer
-        await self.engine.dispose()
+        await self.database.close()
 
     async def add(self, job: Job) -> Job:
         """Store a new job.
@@ -218,11 +223,7 @@ class Journal:
         Raises:
             StorageFailed: The journal cannot be written.
         """
-        row = row_of(job)
-        changed = {name: row[name] for name in _CHANGING}
-        changed["webhook_due"] = (
-            job.finished_at if job.state.is_final and job.delivery.webhook else None
-        )
+        changed = _changes_of(job)
         return await self._write(_SAVE, {**changed, "job_id": job.id}) > 0
 
     async def request_cancel(self, job: Job) -> None:
@@ -333,7 +334,7 @@ class Journal:
         Statements that arrive during a commit share the next one.
         """
         done: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-        self._pending.append((statement, values or {}, done))
+        self._pending.append(((statement, values or {}), done))
         if self._writer is None or self._writer.done():
             self._writer = asyncio.create_task(self._commit_pending())
         return await done
@@ -342,19 +343,15 @@ class Journal:
         while self._pending:
             batch, self._pending = self._pending, []
             try:
-                async with self.engine.begin() as connection:
-                    counts = [
-                        (await connection.execute(statement, values)).rowcount
-                        for statement, values, _ in batch
-                    ]
+                counts = await self.database.commit([statement for statement, _ in batch])
             except Exception as error:
                 if isinstance(error, UNREACHABLE):
                     error = self.to_storage_error(error)
-                for *_, done in batch:
+                for _, done in batch:
                     if not done.done():
                         done.set_exception(error)
                 continue
-            for (*_, done), count in zip(batch, counts, strict=True):
+            for (_, done), count in zip(batch, counts, strict=True):
                 if not done.done():
                     done.set_result(count)
 
@@ -363,8 +360,7 @@ class Journal:
 
     async def _rows(self, statement: Any) -> Sequence[Any]:
         try:
-            async with self.engine.begin() as connection:
-                return (await connection.execute(statement)).mappings().all()
+            return await self.database.rows(statement)
         except UNREACHABLE as error:
             raise self.to_storage_error(error) from None
 
@@ -373,7 +369,7 @@ class Journal:
         cause = getattr(error, "orig", None) or error
         if _is_damage(cause):
             return StorageFailed(f"the journal is damaged: {cause}.", hint=_RESTORE)
-        if self.engine.dialect.name == "sqlite":
+        if self.database.name == "sqlite":
             hint = "Free some space and check the rights of the file."
             return StorageFailed(f"the journal cannot be written or read: {cause}.", hint=hint)
         hint = "Try again later, or check that PostgreSQL runs."
@@ -384,28 +380,20 @@ def _is_damage(cause: object) -> bool:
     return isinstance(cause, sqlite3.DatabaseError) and any(word in str(cause) for word in _DAMAGED)
 
 
-def _configure(connection: Any, _record: object) -> None:
-    """Set a write-ahead log and a sync at each commit: jobs survive a power cut."""
-    cursor = connection.cursor()
-    for pragma in ("journal_mode=WAL", "synchronous=FULL", "busy_timeout=5000"):
-        cursor.execute(f"PRAGMA {pragma}")
-    cursor.close()
-
-
-async def _migrate(connection: AsyncConnection, location: Path | str) -> None:
+def _migrate(location: Path | str, connection: Connection) -> None:
     """Create or migrate the tables within the transaction of the connection."""
     shared = connection.dialect.name == "postgresql"
     if shared:
         # several services may start at once, and the first one migrates
-        await connection.execute(text("SELECT pg_advisory_xact_lock(hashtext('alphalayer'))"))
-        await connection.execute(
+        connection.execute(text("SELECT pg_advisory_xact_lock(hashtext('alphalayer'))"))
+        connection.execute(
             text("CREATE TABLE IF NOT EXISTS alphalayer_version (version INTEGER NOT NULL)")
         )
     else:
         # the driver begins a transaction before changes of rows, but not of tables
-        await connection.execute(text("BEGIN IMMEDIATE"))
+        connection.execute(text("BEGIN IMMEDIATE"))
     query = "SELECT max(version) FROM alphalayer_version" if shared else "PRAGMA user_version"
-    version = (await connection.execute(text(query))).scalar_one() or 0
+    version = connection.execute(text(query)).scalar_one() or 0
     if version > VERSION:
         raise SetupFailed(
             f"the journal {location} has version {version}; this Alphalayer supports {VERSION}.",
@@ -414,41 +402,53 @@ async def _migrate(connection: AsyncConnection, location: Path | str) -> None:
     if version == VERSION:
         return
     if version == 0:
-        await connection.run_sync(metadata.create_all)
+        metadata.create_all(connection)
     for step in MIGRATIONS[version - 1 :] if version else ():
         for statement in step:
-            await connection.execute(text(statement))
+            connection.execute(text(statement))
     if 0 < version < 7:
-        await _upgrade_rows(connection)
+        _upgrade_rows(connection)
     if version:
         log.warning(
             "journal.migrated", journal=str(location), from_version=version, to_version=VERSION
         )
     command = "INSERT INTO alphalayer_version VALUES ({})" if shared else "PRAGMA user_version = {}"
-    await connection.execute(text(command.format(VERSION)))
+    connection.execute(text(command.format(VERSION)))
 
 
-async def _upgrade_rows(connection: AsyncConnection) -> None:
+def _upgrade_rows(connection: Connection) -> None:
     """Convert the rows of version 6. An unreadable row stays, and its job fails."""
-    rows = (
-        (await connection.execute(select(jobs.c.id, jobs.c.spec, jobs.c.result))).mappings().all()
-    )
+    rows = connection.execute(select(jobs.c.id, jobs.c.spec, jobs.c.result)).mappings().all()
     for row in rows:
         with contextlib.suppress(ValueError, LookupError, TypeError, AttributeError):
             changed = upgrade_6_to_7(dict(row))
-            await connection.execute(update(jobs).where(jobs.c.id == row["id"]).values(changed))
+            connection.execute(update(jobs).where(jobs.c.id == row["id"]).values(changed))
 
 
 def row_of(job: Job) -> dict[str, Any]:
     """Return the job as a row of the table."""
     return {
-        **job.model_dump(include={"id", "created_at", "started_at", "finished_at", "starts"}),
-        **job.submission.model_dump(),
-        "state": job.state.value,
+        **_changes_of(job),
+        "id": job.id,
+        "created_at": job.created_at,
+        **dict(job.submission),
         "spec": job.spec.model_dump_json(),
         "delivery": job.delivery.model_dump_json(),
+    }
+
+
+def _changes_of(job: Job) -> dict[str, Any]:
+    """Return the columns of a job that change during its life."""
+    is_due = job.state.is_final and job.delivery.webhook
+    return {
+        "state": job.state.value,
+        "idempotency_key": job.submission.idempotency_key,
+        "started_at": job.started_at,
+        "finished_at": job.finished_at,
+        "starts": job.starts,
         "result": job.result.model_dump_json() if job.result else None,
         "error": json.dumps(job.error) if job.error else None,
+        "webhook_due": job.finished_at if is_due else None,
     }
 
 

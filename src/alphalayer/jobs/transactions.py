@@ -12,6 +12,7 @@ from pgqueuer import Queries
 from sqlalchemy import func, select, true
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from alphalayer.jobs.connections import PostgresDatabase
 from alphalayer.jobs.table import UNREACHABLE, Journal
 
 IDLE_S = 15
@@ -30,7 +31,9 @@ class Transactions:
     """
 
     def __init__(self, journal: Journal):
+        assert isinstance(journal.database, PostgresDatabase)
         self._journal = journal
+        self._engine = journal.database.engine
         self._outage_at = time.monotonic()
 
     @property
@@ -47,7 +50,7 @@ class Transactions:
         """
         began_at = time.monotonic()
         try:
-            async with self._journal.engine.begin() as connection:
+            async with self._engine.begin() as connection:
                 # comes first, as the driver's statements of PgQueuer open no transaction
                 await connection.execute(
                     select(

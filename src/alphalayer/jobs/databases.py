@@ -1,0 +1,102 @@
+"""Database of the journal: the interface, and the SQLite file.
+
+`alphalayer.jobs.connections` has PostgreSQL, whose packages are an extra.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Protocol
+
+from sqlalchemy import Connection, create_engine, event
+from sqlalchemy.engine import URL
+
+Statement = tuple[Any, dict[str, Any]]
+"""A statement of SQLAlchemy and the values of its parameters."""
+
+
+class Database(Protocol):
+    """Database with one table of jobs."""
+
+    name: str
+    """Name of its dialect: "sqlite" or "postgresql"."""
+
+    async def migrate(self, migrate: Callable[[Connection], None]) -> None:
+        """Call a function in a transaction without a time limit."""
+        ...
+
+    async def commit(self, statements: Sequence[Statement]) -> list[int]:
+        """Run statements in one transaction. Return the number of rows that each changed."""
+        ...
+
+    async def rows(self, statement: Any) -> Sequence[Any]:
+        """Run a statement in a transaction. Return its rows as mappings."""
+        ...
+
+    async def close(self) -> None:
+        """Close all connections."""
+        ...
+
+
+class SqliteDatabase:
+    """SQLite file. One thread writes and another one reads, so that no read waits for a sync.
+
+    A transaction is one call in a thread. The asynchronous driver needs six for the same, which
+    cost more than the database itself.
+    """
+
+    name = "sqlite"
+
+    def __init__(self, file: Path):
+        url = URL.create("sqlite", database=str(file))
+        self._engine = create_engine(url, hide_parameters=True)
+        event.listen(self._engine, "connect", _configure)
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="journal-write")
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="journal-read")
+
+    async def migrate(self, migrate: Callable[[Connection], None]) -> None:
+        """Call a function in a transaction; see the protocol."""
+
+        def run() -> None:
+            with self._engine.begin() as connection:
+                migrate(connection)
+
+        await asyncio.get_running_loop().run_in_executor(self._writer, run)
+
+    async def commit(self, statements: Sequence[Statement]) -> list[int]:
+        """Run statements in one transaction; see the protocol."""
+
+        def run() -> list[int]:
+            with self._engine.begin() as connection:
+                return [
+                    connection.execute(statement, values).rowcount
+                    for statement, values in statements
+                ]
+
+        return await asyncio.get_running_loop().run_in_executor(self._writer, run)
+
+    async def rows(self, statement: Any) -> Sequence[Any]:
+        """Run a statement in a transaction; see the protocol."""
+
+        def run() -> Sequence[Any]:
+            with self._engine.begin() as connection:
+                return connection.execute(statement).mappings().all()
+
+        return await asyncio.get_running_loop().run_in_executor(self._reader, run)
+
+    async def close(self) -> None:
+        """Close all connections and end the threads."""
+        for executor in (self._writer, self._reader):
+            await asyncio.to_thread(executor.shutdown)
+        self._engine.dispose()
+
+
+def _configure(connection: Any, _record: object) -> None:
+    """Set a write-ahead log and a sync at each commit: jobs survive a power cut."""
+    cursor = connection.cursor()
+    for pragma in ("journal_mode=WAL", "synchronous=FULL", "busy_timeout=5000"):
+        cursor.execute(f"PRAGMA {pragma}")
+    cursor.close()
