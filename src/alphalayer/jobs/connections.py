@@ -11,8 +11,9 @@ from functools import partial
 from typing import Any
 
 import asyncpg
-from sqlalchemy import Connection
+from sqlalchemy import Connection, Executable
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+from sqlalchemy.sql.expression import UpdateBase
 
 from alphalayer.jobs.databases import Statement
 
@@ -67,6 +68,10 @@ class PostgresDatabase:
         self._url = url
         self.engine: AsyncEngine = create_engine(url, STATEMENT_S)
 
+    def prepare(self, statement: UpdateBase) -> Executable | str:
+        """Return the statement as it is; see the protocol."""
+        return statement
+
     async def migrate(self, migrate: Callable[[Connection], None]) -> None:
         """Call a function in a transaction without a time limit; see the protocol."""
         engine = create_engine(self._url)
@@ -82,6 +87,7 @@ class PostgresDatabase:
             return [
                 (await connection.execute(statement, values)).rowcount
                 for statement, values in statements
+                if not isinstance(statement, str)
             ]
 
     async def rows(self, statement: Any) -> Sequence[Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Mapping
@@ -35,6 +36,10 @@ from alphalayer.observability.logging import log
 
 VIEW_EVERY_S = 2.0
 """Seconds between two views of a waiting job, whose remaining time changes."""
+NEXT_JOBS = 10
+"""Waiting jobs whose watchers learn of a new position at once. The others learn it by the next
+view, because a change of all positions would wake all clients of a long queue.
+"""
 STARTUP_S = 2.0
 """Seconds that a start waits until outcomes of the last run are stored."""
 WRITE_PAUSE_S, MAX_WRITE_PAUSE_S = 0.5, 5.0
@@ -50,17 +55,25 @@ class _OpenJob:
     clients: int = 1
     """Number of clients that submitted it and have not withdrawn."""
     cancel: asyncio.Event = field(default_factory=asyncio.Event)
-    changed: asyncio.Event = field(default_factory=asyncio.Event)
+    finished: asyncio.Event = field(default_factory=asyncio.Event)
+    changed: asyncio.Event | None = None
+    """Set at the next change. None: no client watches the job."""
 
     def update(self, **changes: Any) -> None:
         """Replace fields of the job and wake its watchers."""
         self.job = self.job.model_copy(update=changes)
         self.wake()
 
+    def next_change(self) -> asyncio.Event:
+        """Return the event of the next change."""
+        self.changed = self.changed or asyncio.Event()
+        return self.changed
+
     def wake(self) -> None:
         """Wake all watchers."""
-        self.changed.set()
-        self.changed = asyncio.Event()
+        if self.changed:
+            self.changed.set()
+            self.changed = None
 
 
 class SqliteJobQueue(Housekeeping):
@@ -293,8 +306,9 @@ class SqliteJobQueue(Housekeeping):
 
     async def wait(self, job_id: str) -> Job:
         """Return the job after it has finished."""
-        while job_id in self._open_jobs:
-            await self._open_jobs[job_id].changed.wait()
+        if record := self._open_jobs.get(job_id):
+            await record.finished.wait()
+            return record.job
         job = await self._journal.get(job_id)
         assert job is not None, job_id
         return job
@@ -302,7 +316,7 @@ class SqliteJobQueue(Housekeeping):
     async def watch(self, job_id: str) -> AsyncIterator[JobView]:
         """Yield the job now and at every change until it has finished."""
         while (record := self._open_jobs.get(job_id)) is not None:
-            changed, is_waiting = record.changed, job_id in self._waiting
+            changed, is_waiting = record.next_change(), job_id in self._waiting
             yield self._view(record)
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(changed.wait(), VIEW_EVERY_S if is_waiting else None)
@@ -388,6 +402,10 @@ class SqliteJobQueue(Housekeeping):
 
     async def _complete(self, record: _OpenJob, outcome: Outcome) -> None:
         """Store an outcome. On a full disk, try until it is stored."""
+        with contextlib.suppress(StorageFailed):
+            # the usual case, without the cost of preparing retries
+            await self._store_outcome(record, outcome)
+            return
 
         def report(error: Exception) -> None:
             log.warning("job.outcome_write_failed", job=record.job.id, error=str(error))
@@ -401,11 +419,14 @@ class SqliteJobQueue(Housekeeping):
     async def _store_outcome(self, record: _OpenJob, outcome: Outcome) -> None:
         """Store an outcome, then notify everyone who waits. Raises `StorageFailed`."""
         # until then the job is unchanged for its clients and for the next start
-        await self._journal.save(
-            record.job.model_copy(update={"finished_at": time.time(), **outcome_fields(outcome)})
+        finished = record.job.model_copy(
+            update={"finished_at": time.time(), **outcome_fields(outcome)}
         )
-        self._open_jobs.pop(record.job.id, None)
-        self._on_outcome(record.job.id, outcome)
+        await self._journal.save(finished)
+        record.job = finished
+        self._open_jobs.pop(finished.id, None)
+        self._on_outcome(finished.id, outcome)
+        record.finished.set()
         record.wake()
         self._wake_waiting()
 
@@ -415,8 +436,8 @@ class SqliteJobQueue(Housekeeping):
             self._arrived.notify()
 
     def _wake_waiting(self) -> None:
-        """Wake the watchers of all waiting jobs, whose positions changed."""
-        for job_id in self._waiting:
+        """Wake the watchers of the next jobs, whose positions changed."""
+        for job_id in itertools.islice(self._waiting, NEXT_JOBS):
             self._open_jobs[job_id].wake()
 
     def _update_usual_seconds(self, job: Job) -> None:

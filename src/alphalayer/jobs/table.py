@@ -32,6 +32,7 @@ from sqlalchemy import (
     UniqueConstraint,
     bindparam,
     false,
+    literal_column,
     select,
     text,
     update,
@@ -85,10 +86,11 @@ _CHANGING = (
     "error",
     "webhook_due",
 )
+_FIXED = ("id", "owner", "created_at", "spec", "digest", "delivery", "traceparent")
 ADD = {
-    "sqlite": sqlite.insert(jobs).on_conflict_do_nothing(
-        index_elements=["owner", "idempotency_key"]
-    ),
+    "sqlite": sqlite.insert(jobs)
+    .values({name: bindparam(name) for name in (*_FIXED, *_CHANGING)})
+    .on_conflict_do_nothing(index_elements=["owner", "idempotency_key"]),
     "postgresql": postgresql.insert(jobs).on_conflict_do_nothing(
         index_elements=["owner", "idempotency_key"]
     ),
@@ -96,7 +98,10 @@ ADD = {
 """Statements that insert a row unless its owner has used the key before, by dialect."""
 _SAVE = (
     update(jobs)
-    .where(jobs.c.id == bindparam("job_id"), jobs.c.state.in_(OPEN))
+    .where(
+        jobs.c.id == bindparam("job_id"),
+        jobs.c.state.in_([literal_column(f"'{state}'") for state in OPEN]),
+    )
     .values({name: bindparam(name) for name in _CHANGING})
 )
 
@@ -141,7 +146,8 @@ class Journal:
 
     def __init__(self, database: Database):
         self.database = database
-        self._add = ADD[database.name]
+        self._add = database.prepare(ADD[database.name])
+        self._save = database.prepare(_SAVE)
         self._pending: list[tuple[Statement, asyncio.Future[int]]] = []
         self._writer: asyncio.Task[None] | None = None
 
@@ -224,7 +230,7 @@ class Journal:
             StorageFailed: The journal cannot be written.
         """
         changed = _changes_of(job)
-        return await self._write(_SAVE, {**changed, "job_id": job.id}) > 0
+        return await self._write(self._save, {**changed, "job_id": job.id}) > 0
 
     async def request_cancel(self, job: Job) -> None:
         """Store the cancel request of a running job, and its key.
