@@ -47,6 +47,8 @@ def masked(value: Any, key: str = "") -> Any:
         return "<size>"
     if key == "version":
         return "<version>"
+    if key == "seconds":
+        return dict.fromkeys(value, "<time>")
     if isinstance(value, dict):
         moving = MOVING if value.get("state") in ("queued", "running") else ()
         return {

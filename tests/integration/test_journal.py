@@ -11,7 +11,8 @@ import pytest
 import structlog.testing
 
 from alphalayer.core.errors import SetupFailed
-from alphalayer.core.job import Job
+from alphalayer.core.job import Job, JobResult, JobSpec
+from alphalayer.core.request import GenerationRequest, ModelDefaults
 from alphalayer.jobs import table
 from alphalayer.jobs.sqlite import SqliteJobQueue
 from alphalayer.jobs.table import MIGRATIONS, VERSION, jobs
@@ -86,3 +87,22 @@ async def test_journal_folder_with_special_characters_opens(tmp_path: Path):
     file = tmp_path / "a?b" / "c%20d" / "jobs.sqlite"
     await (await SqliteJobQueue.open(file, 10)).close()
     assert {path.name for path in file.parent.iterdir()} >= {"jobs.sqlite", "jobs.sqlite.lock"}
+
+
+async def test_result_without_stage_seconds_is_readable(tmp_path: Path):
+    file = tmp_path / "jobs.sqlite"
+    job_queue = await SqliteJobQueue.open(file, 10)
+    await job_queue.submit(JobSpec(generation=GenerationRequest(prompt="an apple")))
+    job = await job_queue.claim()
+    result = JobResult(
+        images=(), settings=ModelDefaults(), model_name="m", model_hash="h", seconds={"sample": 2.5}
+    )
+    await job_queue.complete(job.id, result)
+    assert (await job_queue.view(job.id)).job.result.seconds == {"sample": 2.5}
+    await job_queue.close()
+    with closing(sqlite3.connect(file)) as journal, journal:
+        journal.execute("UPDATE jobs SET result = json_remove(result, '$.seconds')")
+    job_queue = await SqliteJobQueue.open(file, 10)
+    view = await job_queue.view(job.id)
+    assert (view.job.state.value, view.job.result.seconds) == ("done", {})
+    await job_queue.close()

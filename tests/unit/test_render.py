@@ -90,7 +90,8 @@ def test_iterations_are_stored_under_the_names_of_the_job(storage: ObjectStorage
         assert read_parameters(parameters or "")["Seed"] == str(image.seed)
         assert (image.width, image.height, image.size_bytes) == (64, 64, len(data))
     assert (result.model_name, result.settings.steps) == ("fake", 2)
-    assert list(result.seconds) == ["sample"]
+    assert list(result.seconds) == ["sample", "store"]
+    assert result.seconds["store"] > 0
     steps = [(progress.step, progress.steps) for progress in reports if progress.stage == "sample"]
     assert steps == [(1, 4), (2, 4), (3, 4), (4, 4)]
     assert reports[-1].stage == "store"

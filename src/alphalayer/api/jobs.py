@@ -26,6 +26,7 @@ from alphalayer.api.dialect import Dialect
 from alphalayer.api.errors import PROBLEMS, Problem
 from alphalayer.api.native import DIALECT as NATIVE
 from alphalayer.api.native import ImageAnswer, Txt2ImgRequest, add_data, image_answers
+from alphalayer.api.schemas import StageSeconds
 from alphalayer.core.errors import (
     AlphalayerError,
     FileMissing,
@@ -115,6 +116,7 @@ class JobAnswer(BaseModel):
         None
     )
     images: Annotated[list[ImageAnswer], Field(description="Images of a finished job.")] = []
+    seconds: StageSeconds = {}
     error: Annotated[Problem | None, Field(description="Error of a failed job.")] = None
     url: Annotated[str, Field(description="URL of the job.")]
     events_url: Annotated[str, Field(description="URL of its events.")]
@@ -273,6 +275,7 @@ def answer(view: JobView, base: str) -> JobAnswer:
         started_at=job.started_at,
         finished_at=job.finished_at,
         images=image_answers(job, base),
+        seconds=job.result.seconds if job.result else {},
         error=_problem(job.error),
         url=url,
         events_url=f"{url}/events",

@@ -26,7 +26,7 @@ from alphalayer.api.deps import (
 from alphalayer.api.dialect import Dialect
 from alphalayer.api.errors import PROBLEMS
 from alphalayer.api.info import webui_info
-from alphalayer.api.schemas import Body, reject_unused_options
+from alphalayer.api.schemas import Body, StageSeconds, reject_unused_options
 from alphalayer.catalog import ModelEntry, model_defaults
 from alphalayer.core.errors import CorruptFile, InvalidRequest
 from alphalayer.core.job import (
@@ -168,6 +168,7 @@ class Txt2ImgResponse(BaseModel):
     images: Annotated[
         list[ImageAnswer] | None, Field(description="All images, if there are several.")
     ] = None
+    seconds: StageSeconds = {}
 
 
 @router.post("/txt2img", response_model_exclude_none=True, summary="Generate a transparent image")
@@ -321,6 +322,7 @@ async def add_data(images: list[ImageAnswer], service: Service) -> None:
 
 
 async def _answer(job: Job, request: Request, service: Service) -> Txt2ImgResponse:
+    assert job.result is not None, job.id
     images = image_answers(job, base_url(request))
     if job.delivery.with_data:
         await add_data(images, service)
@@ -331,4 +333,5 @@ async def _answer(job: Job, request: Request, service: Service) -> Txt2ImgRespon
         info=json.dumps(webui_info(job), ensure_ascii=False),
         base64=first.base64,
         images=images if len(images) > 1 else None,
+        seconds=job.result.seconds,
     )

@@ -5,13 +5,21 @@ from __future__ import annotations
 import hashlib
 import json
 from difflib import get_close_matches
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, model_validator
+from pydantic import BaseModel, Field, model_validator
 
 from alphalayer.core import validation
 from alphalayer.core.errors import InvalidRequest
 from alphalayer.core.request import Frozen
+
+StageSeconds = Annotated[
+    dict[str, float],
+    Field(
+        description="Seconds of each stage of the finished job: load, text, inputs, sample, vae, "
+        "decode, store."
+    ),
+]
 
 
 class Body(Frozen, frozen=True):

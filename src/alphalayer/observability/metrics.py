@@ -28,7 +28,7 @@ class Metrics:
         self.pictures = Counter("alphalayer_pictures", "Stored images.", **options)
         self.stage_seconds = Histogram(
             "alphalayer_stage_seconds",
-            "Seconds of a job's stages: load, text, sample, vae, decode.",
+            "Seconds of a job's stages: load, text, inputs, sample, vae, decode, store.",
             ["stage"],
             buckets=(0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100),
             **options,

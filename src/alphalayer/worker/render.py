@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import gc
 import importlib
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -100,17 +101,19 @@ class Renderer:
             StorageFailed: An image cannot be written.
         """
         self.on_progress(job, JobProgress(stage="store"))
+        start = time.perf_counter()
         first = results[0]
         images = [image for result in results for image in result.images]
+        stored = tuple(
+            self._store_image(job, job.file_name(index), image, first.infotext(image))
+            for index, image in enumerate(images)
+        )
         return JobResult(
-            images=tuple(
-                self._store_image(job, job.file_name(index), image, first.infotext(image))
-                for index, image in enumerate(images)
-            ),
+            images=stored,
             settings=first.request.settings,
             model_name=first.model_name,
             model_hash=first.model_hash,
-            seconds=_sum_stages(results),
+            seconds={**_sum_stages(results), "store": round(time.perf_counter() - start, 4)},
         )
 
     def _store_image(self, job: Job, key: str, image: GeneratedImage, infotext: str) -> ImageRef:
