@@ -97,6 +97,7 @@ class SqliteJobQueue(Housekeeping):
         self._on_outcome = on_outcome
         self._open_jobs: dict[str, _OpenJob] = {}
         self._waiting: deque[str] = deque()
+        self._claimed: dict[str, _OpenJob] = {}
         self._arrived = asyncio.Condition()
         self._accepting: dict[str, str] = {}
         """Owners of the jobs that are being stored, by job id."""
@@ -328,9 +329,7 @@ class SqliteJobQueue(Housekeeping):
         """Claim the next job; see the protocol."""
         async with self._arrived:
             await self._arrived.wait_for(lambda: bool(self._waiting))
-            job_id = self._waiting.popleft()
-        self._wake_waiting()
-        return self._open_jobs[job_id].job
+            return self._claim(self._waiting.popleft())
 
     async def claim_compatible(self, job: Job, pixels: int) -> Job | None:
         """Claim the oldest job that fits into a batch with `job`; see the protocol."""
@@ -339,9 +338,14 @@ class SqliteJobQueue(Housekeeping):
             candidate = self._open_jobs[job_id].job
             if candidate.spec.pixels <= pixels and candidate.batch_key == key:
                 self._waiting.remove(job_id)
-                self._wake_waiting()
-                return candidate
+                return self._claim(job_id)
         return None
+
+    def _claim(self, job_id: str) -> Job:
+        """Mark a job as claimed that has left the queue."""
+        self._claimed[job_id] = self._open_jobs[job_id]
+        self._wake_waiting()
+        return self._claimed[job_id].job
 
     async def mark_started(self, job_id: str) -> None:
         """Count a start of the job; see the protocol."""
@@ -378,6 +382,7 @@ class SqliteJobQueue(Housekeeping):
             await self.complete(job_id, too_many_starts(reason))
         else:
             record.progress = JobProgress()
+            self._claimed.pop(job_id, None)
             self._waiting.appendleft(job_id)
             if was_started:
                 await self._save(record, state=JobState.QUEUED, starts=starts)
@@ -425,6 +430,7 @@ class SqliteJobQueue(Housekeeping):
         await self._journal.save(finished)
         record.job = finished
         self._open_jobs.pop(finished.id, None)
+        self._claimed.pop(finished.id, None)
         self._on_outcome(finished.id, outcome)
         record.finished.set()
         record.wake()
@@ -454,12 +460,10 @@ class SqliteJobQueue(Housekeeping):
 
     def _waiting_s(self, position: int) -> float:
         """Return the estimated time until the job at a position is finished."""
-        running = [
-            record for record in self._open_jobs.values() if record.job.state is JobState.RUNNING
-        ]
-        claimed = len(self._open_jobs) - len(self._waiting) - len(running)
         remaining = [
-            estimates.running_s(record.job.started_at, record.progress) for record in running
+            estimates.running_s(record.job.started_at, record.progress)
+            for record in self._claimed.values()
+            if record.job.state is JobState.RUNNING
         ]
-        before = claimed + position - 1
-        return estimates.waiting_s(remaining, len(running), before, self._usual_seconds)
+        before = len(self._claimed) - len(remaining) + position - 1
+        return estimates.waiting_s(remaining, len(remaining), before, self._usual_seconds)

@@ -22,6 +22,7 @@ from alphalayer.api.deps import Service
 from alphalayer.api.middleware.body_limit import BodyLimit
 from alphalayer.api.middleware.forwarded import ForwardedHeaders
 from alphalayer.api.middleware.request_log import RequestLog
+from alphalayer.api.middleware.turns import Turns
 from alphalayer.api.shutdown import Shutdown
 from alphalayer.auth.api_keys import ApiKeyStore, Key
 from alphalayer.config import Settings
@@ -134,6 +135,7 @@ def _add_middleware(app: FastAPI, settings: Settings) -> None:
             expose_headers=EXPOSED,
         )
     app.add_middleware(ForwardedHeaders, trusted=settings.trusted_proxies)
+    app.add_middleware(Turns)
     app.add_middleware(RequestLog)
 
 
