@@ -60,6 +60,8 @@ class SqliteDatabase:
         url = URL.create("sqlite", database=str(file))
         self._engine = create_engine(url, hide_parameters=True)
         event.listen(self._engine, "connect", _configure)
+        self._connection: Connection | None = None
+        """Connection of the thread that writes."""
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="journal-write")
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="journal-read")
 
@@ -78,19 +80,22 @@ class SqliteDatabase:
 
     async def commit(self, statements: Sequence[Statement]) -> list[int]:
         """Run statements in one transaction; see the protocol."""
+        return await asyncio.get_running_loop().run_in_executor(
+            self._writer, self._commit, statements
+        )
 
-        def run() -> list[int]:
-            with self._engine.begin() as connection:
-                return [
-                    (
-                        connection.exec_driver_sql(statement, values)
-                        if isinstance(statement, str)
-                        else connection.execute(statement, values)
-                    ).rowcount
-                    for statement, values in statements
-                ]
-
-        return await asyncio.get_running_loop().run_in_executor(self._writer, run)
+    def _commit(self, statements: Sequence[Statement]) -> list[int]:
+        self._connection = self._connection or self._engine.connect()
+        with self._connection.begin():
+            driver = self._connection.connection.cursor()
+            return [
+                (
+                    driver.execute(statement, values)
+                    if isinstance(statement, str)
+                    else self._connection.execute(statement, values)
+                ).rowcount
+                for statement, values in statements
+            ]
 
     async def rows(self, statement: Any) -> Sequence[Any]:
         """Run a statement in a transaction; see the protocol."""
@@ -105,6 +110,8 @@ class SqliteDatabase:
         """Close all connections and end the threads."""
         for executor in (self._writer, self._reader):
             await asyncio.to_thread(executor.shutdown)
+        if self._connection:
+            self._connection.close()
         self._engine.dispose()
 
 

@@ -134,7 +134,7 @@ _INPUT = re.compile(r"input_[0-9a-f]{64}\.png")
 WEBHOOK_CLAIM_S = 60.0
 DELETE_BATCH = 1000
 """Jobs that are deleted in one transaction, so that other writers get their turn."""
-UNREACHABLE = (DBAPIError, PoolTimeout, OSError, TimeoutError, asyncio.TimeoutError)
+UNREACHABLE = (DBAPIError, sqlite3.Error, PoolTimeout, OSError, TimeoutError, asyncio.TimeoutError)
 """Errors of a database that is unreachable, hangs, is full or read-only."""
 _DAMAGED = ("malformed", "not a database")
 """Words in SQLite's messages about a damaged file."""
