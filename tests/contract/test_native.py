@@ -39,7 +39,7 @@ def test_txt2img_with_a_prompt_alone_uses_the_defaults(client):
     answer = client.post("/alpha/v1/txt2img", json={"prompt": "an apple, high quality"})
     assert answer.status_code == 200
     body = answer.json()
-    assert set(body) == {"url", "filename", "info"}
+    assert set(body) == {"url", "filename", "info", "seconds"}
     assert re.fullmatch(r"alpha_\d{10}_[0-9a-f]{6,}\.png", body["filename"])
     assert body["url"] == f"{client.base_url}/alpha/v1/file/{body['filename']}".replace(
         "//alpha", "/alpha"
