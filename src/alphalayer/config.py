@@ -77,6 +77,10 @@ def _check_networks(value: str) -> str:
 _HTTP = r"https?://[^/\s]+"
 
 
+OPTIONAL_TEXT = ("cors_allow_origins", "trusted_proxies", "warm_up_sizes")
+"""Settings whose empty text means none."""
+
+
 class Settings(BaseSettings):
     """All settings. The description of a field is its documentation."""
 
@@ -298,7 +302,7 @@ class Settings(BaseSettings):
     @field_validator("*", mode="before")
     @classmethod
     def _not_empty(cls, value: Any, info: ValidationInfo) -> Any:
-        if value == "" and info.field_name not in ("cors_allow_origins", "trusted_proxies"):
+        if value == "" and info.field_name not in OPTIONAL_TEXT:
             raise ValueError("it is empty; give a value, or remove the setting")
         return value
 

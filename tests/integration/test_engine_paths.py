@@ -38,6 +38,7 @@ from alphalayer.core.errors import (
 from alphalayer.core.request import SAMPLERS, SCHEDULERS, GenerationRequest, Lora
 from alphalayer.engine.base import GenerationResult, Progress
 from alphalayer.engine.families.base import NoiseProcess
+from alphalayer.engine.networks.weights import NamedWeights
 from alphalayer.engine.pipeline import LocalEngine, create_engine
 from alphalayer.engine.sampling.schedules import SigmaTable
 from alphalayer.images.infotext import read_parameters, write_parameters
@@ -159,8 +160,13 @@ def test_out_of_memory_is_retried_in_the_next_smaller_mode(
 ):
     _render(engine, steps=1)
     engine.model.text.forget()
-    module = getattr(engine.model, stage)
-    target = module.decoder if stage == "vae" else module
+    targets = {
+        "unet": engine.model.unet,
+        "vae": engine.model.vae.decoder,
+        "decoder": engine.model.decoder,
+        "text_encoder": engine.model.text_encoders[0],
+    }
+    target = targets[stage]
     hook = _FailingHook(1, error)
     handle = target.register_forward_pre_hook(hook)
     progress: list[Progress] = []
@@ -246,9 +252,7 @@ def test_out_of_memory_while_reading_a_model_is_reported(
     def fail(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr(
-        "alphalayer.engine.families.sdxl.UNet2DConditionModel.from_pretrained", fail
-    )
+    monkeypatch.setattr("alphalayer.engine.families.sdxl.load_file", fail)
     with pytest.raises(OutOfMemory, match="to read the model") as caught:
         _render(LocalEngine(models, device="cpu"))
     assert "0x0" not in str(caught.value)
@@ -396,12 +400,12 @@ def test_stop_at_increase_approaches_the_patched_model(engine: LocalEngine):
 def test_stop_at_patches_the_steps_of_the_published_levels(engine: LocalEngine):
     """Check the weights during each UNet call: six of twenty Karras steps at 0.25."""
     _render(engine)
-    unet = engine.model.unet
+    unet, weights = engine.model.unet, NamedWeights(engine.model.unet)
     name = next(iter(tiny_models.lora_pairs()))
     original = tiny_models.unet().get_parameter(name)
     patched: list[bool] = []
     handle = unet.register_forward_pre_hook(
-        lambda *_: patched.append(not torch.equal(unet.get_parameter(name), original))
+        lambda *_: patched.append(not torch.equal(weights[name], original))
     )
     _render(engine, steps=20, layerdiffuse_stop_at=0.25)
     handle.remove()
@@ -493,8 +497,9 @@ def test_cached_model_keeps_only_its_own_weights(models: Path, base: np.ndarray)
     cached = engine.model
     _render(engine, model="single")
     assert cached.patchers["denoiser"].applied == cached.patchers["text"].applied == ()
+    weights = NamedWeights(cached.unet)
     for name, weight in tiny_models.unet().named_parameters():
-        assert torch.equal(cached.unet.get_parameter(name), weight), name
+        assert torch.equal(weights[name], weight), name
     assert np.array_equal(_render(engine), base)
     assert engine.model is cached
     assert np.array_equal(_render(engine, loras=(Lora(name="words"),)), with_words)
