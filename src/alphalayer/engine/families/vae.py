@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from alphalayer.core.errors import ModelUnusable
 from alphalayer.engine.networks.dc_autoencoder import AutoencoderDC
 from alphalayer.engine.networks.vae import AutoencoderKL
 from alphalayer.engine.networks.weights import NamedWeights
@@ -36,29 +35,20 @@ def read_vae(
         memory_format: Order of the weights of convolutions in memory.
 
     Raises:
-        ModelUnusable: The class or an entry of the config is not supported. Or the tensors are not
+        ValueError: The class or an entry of the config is not supported. Or the tensors are not
             those of the config.
     """
     kind = str(config.get("_class_name"))
     if kind not in CLASSES:
-        raise ModelUnusable(
-            f"The VAE has the class {kind}; supported: {', '.join(CLASSES)}.",
-            hint="Use a model with one of these VAEs.",
-        )
+        raise ValueError(f"its VAE has the class {kind}; supported: {', '.join(CLASSES)}")
     network = CLASSES[kind]
     for name, value in network.FIXED.items():
         if config.get(name, value) != value:
-            raise ModelUnusable(
-                f"The config of the VAE has {name}: {config[name]}; supported: {value}.",
-                hint="Use a model with another VAE.",
-            )
+            raise ValueError(f"its VAE has {name}: {config[name]}; supported: {value}")
     with torch.device("meta"):
         vae = network(config)
     weights = NamedWeights(vae)
     if mismatch := weights.mismatch(tensors):
-        raise ModelUnusable(
-            f"The VAE does not match its config: {mismatch}.",
-            hint="Check that the model is complete; download it again if in doubt.",
-        )
+        raise ValueError(f"its VAE does not match its config: {mismatch}")
     weights.assign(tensors, dtype, memory_format)
     return vae.eval()
