@@ -248,7 +248,9 @@ class Residency:
             keep: Leave them there after the block. Else they move to the CPU.
         """
         for module in modules:
-            module.to(self.device)
+            # a module knows no device: moving one that is there costs milliseconds
+            if any(weight.device.type != self.device.type for weight in module.parameters()):
+                module.to(self.device)
         try:
             yield
         finally:

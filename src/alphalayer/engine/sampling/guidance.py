@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import reduce
 from typing import Any
 
 import torch
@@ -43,10 +44,11 @@ class Guidance:
         if not conditional:
             return unconditional
         weights = [weight for _, weight in self.positive.at(step)]
-        guided = sum(
-            (weight * (c - unconditional) for c, weight in zip(conditional, weights, strict=True))
-        )
-        return unconditional + self.scale * guided
+        guided = [
+            c - unconditional if weight == 1.0 else weight * (c - unconditional)
+            for c, weight in zip(conditional, weights, strict=True)
+        ]
+        return unconditional + self.scale * reduce(torch.add, guided)
 
 
 @dataclass

@@ -1,0 +1,115 @@
+"""The sampling loop with a real UNet on the meta device: transfers and prepared texts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from tests.support.transfers import Transfers
+
+from alphalayer.engine.families.base import NoiseProcess
+from alphalayer.engine.memory import MEMORY_MODES
+from alphalayer.engine.networks.unet import UNet, UNetConfig
+from alphalayer.engine.sampling.guidance import Denoiser, Guidance
+from alphalayer.engine.sampling.samplers import sample
+from alphalayer.engine.sampling.schedules import SigmaTable, sigmas_for
+from alphalayer.engine.text.encoders import Conditioning, PromptPlan
+
+PROCESS = NoiseProcess(SigmaTable.from_betas(), "epsilon")
+CONFIG = UNetConfig(
+    in_channels=4,
+    out_channels=4,
+    widths=(32, 32),
+    resnets=1,
+    depths=(0, 1),
+    middle_depth=1,
+    heads=(1, 1),
+    context=16,
+    pooled=8,
+    size_width=4,
+)
+
+
+class Model:
+    """Part of `DiffusionModel` that the denoiser uses, as `SdxlModel` has it."""
+
+    def __init__(self, device: str):
+        with torch.device(device):
+            torch.manual_seed(0)
+            self.unet = UNet(CONFIG).half().requires_grad_(False)
+        self.process, self.modules = PROCESS, {"denoiser": self.unet}
+        self.prepared = 0
+
+    def prepare(self, conditioning: Conditioning, width: int, height: int) -> Any:
+        self.prepared += 1
+        weight = self.unet.conv_in.weight
+        texts = (conditioning.context.to(weight.dtype), conditioning.pooled.to(weight.dtype))
+        return self.unet.prepare(*texts, (height, width, 0, 0, height, width))
+
+    def denoise(self, x: torch.Tensor, sigma: float, prepared: Any, condition: Any = None):
+        timestep = torch.full((1,), self.process.table.timestep(sigma), device=x.device)
+        return self.unet(x.half(), timestep, prepared, condition).float()
+
+
+def make_text(device: str, tokens: int = 77) -> Conditioning:
+    with torch.device(device):
+        return Conditioning(torch.ones(1, tokens, 16), torch.ones(1, 8))
+
+
+def run(model: Any, positive: PromptPlan, negative: PromptPlan, device: str, **options: Any):
+    guidance = Guidance(positive, negative, 5.0, images=2, **options)
+    denoiser = Denoiser(model, [guidance], 64, 64, MEMORY_MODES["high"])
+    noise = torch.ones(2, 4, 8, 8, device=device)
+    with torch.inference_mode():
+        return sample(
+            "DPM++ 2M SDE",
+            lambda x, sigma, step: denoiser(x, sigma, step),
+            noise * 14.0,
+            sigmas_for("Karras", 20, PROCESS.table),
+            lambda sigma, following: noise,
+            lambda *_: None,
+        )
+
+
+def constant(text: Conditioning, steps: int = 20) -> PromptPlan:
+    return PromptPlan([(1.0, [(steps, text)])])
+
+
+def test_loop_copies_to_the_device_only_to_prepare():
+    model, text = Model("meta"), make_text("meta")
+    condition = torch.ones(1, 32, 8, 8, device="meta")
+    with Transfers() as transfers:
+        result = run(
+            model, constant(text), constant(make_text("meta")), "meta", condition=condition
+        )
+    assert result.device.type == "meta"
+    # the six sizes, once an image
+    assert transfers.operations == ["tensor"]
+    assert model.prepared == 1
+
+
+@pytest.mark.parametrize(("switches", "prepared"), [(1, 2), (2, 3)])
+def test_text_is_prepared_again_only_when_it_changes(switches: int, prepared: int):
+    model = Model("cpu")
+    schedule = [(5 * (i + 1), make_text("cpu")) for i in range(switches)]
+    plan = PromptPlan([(1.0, [*schedule, (20, make_text("cpu"))])])
+    run(model, plan, constant(make_text("cpu")), "cpu")
+    assert model.prepared == prepared
+
+
+def test_alternating_texts_are_prepared_once_each():
+    model = Model("cpu")
+    texts = make_text("cpu"), make_text("cpu")
+    plan = PromptPlan([(1.0, [(step, texts[step % 2]) for step in range(20)])])
+    run(model, plan, constant(make_text("cpu")), "cpu")
+    assert model.prepared == 2
+
+
+def test_removed_patch_prepares_the_text_again():
+    model, text = Model("cpu"), make_text("cpu")
+    guidance = Guidance(constant(text), constant(make_text("cpu")), 5.0)
+    denoiser = Denoiser(model, [guidance], 64, 64, MEMORY_MODES["high"])  # type: ignore[arg-type]
+    for patched in (True, True, False, False):
+        denoiser(torch.ones(1, 4, 8, 8), 1.0, 0, patched=patched)
+    assert model.prepared == 2
