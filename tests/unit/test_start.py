@@ -66,7 +66,7 @@ def test_info_imports_no_service_and_no_engine(image: str):
     assert not imported & (SERVICE | ENGINE)
 
 
-def test_generate_with_a_wrong_option_imports_no_service_and_no_engine(
+def test_generate_with_a_wrong_option_imports_no_engine(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.chdir(tmp_path)

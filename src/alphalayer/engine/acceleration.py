@@ -1,7 +1,8 @@
 """Faster calls of the denoiser on a GPU: CUDA graphs, and kernels of torch.compile.
 
 An eager call of SDXL launches some 1,400 kernels. At batch 1 a GPU waits for the launches. A graph
-launches all kernels of a recorded call at once.
+launches all kernels of a recorded call at once. Neither graphs nor torch.compile have been measured
+on a GPU yet.
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ Run = Callable[[Tensor, Tensor, Prepared, Tensor | None], Tensor]
 """Call of the denoiser, see `UNet.forward`."""
 Replay = Callable[[], object]
 Record = Callable[[Callable[[], Tensor]], tuple[Replay, Tensor]]
-"""Records a call. Returns what repeats it on the same memory, and its output tensor."""
+"""Records a call. Returns a function that repeats it on the same memory, and its output."""
 
 MAX_RECORDINGS = 8
-"""Recorded shapes. The one that was not used for longest is dropped."""
+"""Limit of recorded shapes. The least recently used one is dropped."""
 WARM_UPS = 3
 """Calls before a recording, in which libraries choose kernels and allocate their workspaces."""
 
@@ -69,7 +70,7 @@ def record_cuda(call: Callable[[], Tensor]) -> tuple[Replay, Tensor]:
             call()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    # other threads may launch noise or encode images meanwhile
+    # other threads may use the GPU meanwhile
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         output = call()
     return graph.replay, output
@@ -78,8 +79,8 @@ def record_cuda(call: Callable[[], Tensor]) -> tuple[Replay, Tensor]:
 class GraphRunner:
     """Denoiser whose calls are recorded for each shape and then replayed.
 
-    A replay reads the memory of the recorded call. So inputs are copied there, text only when it
-    changed. Patches write weights in place, which keeps recordings valid. A denoiser that moved to
+    A replay reads the memory of the recorded call. So inputs are copied there, text only after a
+    change. Patches write weights in place, which keeps recordings valid. A denoiser that moved to
     another device has other memory, and its recordings are dropped.
 
     Args:
@@ -125,7 +126,7 @@ class GraphRunner:
 
 @dataclass
 class _Recording:
-    """Recorded call: the memory of its inputs and output, and what repeats it."""
+    """Recorded call: the memory of its inputs and output, and its replay."""
 
     x: Tensor
     timestep: Tensor
@@ -134,7 +135,7 @@ class _Recording:
     replay: Replay
     output: Tensor
     source: Prepared
-    """What `text` was copied from."""
+    """Source of the values of `text`."""
 
     def repeat(
         self, x: Tensor, timestep: Tensor, prepared: Prepared, condition: Tensor | None

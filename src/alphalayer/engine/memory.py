@@ -125,7 +125,7 @@ def choose_precision(device: torch.device, dtype: str) -> Precision:
     main = _DTYPES[dtype] if dtype != "auto" else (torch.float16 if on_gpu else torch.float32)
     has_bf16 = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8
     vae = torch.bfloat16 if has_bf16 and main != torch.float32 else torch.float32
-    # on the CPU convolutions are faster with channels last; on a GPU nobody has measured it yet
+    # on the CPU convolutions are faster with channels last, and a GPU is not yet measured
     memory_format = torch.contiguous_format if on_gpu else torch.channels_last
     return Precision(main, vae, main, memory_format)
 

@@ -1,4 +1,4 @@
-"""CPU threads of torch: how many, and how they wait. Free of torch."""
+"""Number of torch's CPU threads, and how they wait. Does not import torch."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def configure_threads(root: Path = Path("/")) -> None:
     if not any(name in os.environ for name in WAITING):
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
     quota = cpu_quota(root)
-    # without a quota torch counts the cores itself, and knows which are the same core twice
+    # without a quota torch counts the cores itself, and each physical core once
     if (
         quota is not None
         and quota < len(os.sched_getaffinity(0))

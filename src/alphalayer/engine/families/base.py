@@ -72,7 +72,7 @@ class NoiseProcess:
         return 0.0 if share >= 1 else self.table.sigma((1 - share) * (len(self.table) - 1))
 
     def to_denoised(self, x: Tensor, output: Tensor, sigma: float) -> Tensor:
-        """Return the clean latent x0, float32, that a network output means.
+        """Return the clean latent x0, float32, that a network output implies.
 
         epsilon: `x - s*out`; v: `x/(s²+1) - out*s/sqrt(s²+1)`.
         """
@@ -109,7 +109,7 @@ class LayerDiffuseFiles:
 
 
 class DiffusionModel(Protocol):
-    """One loaded model of any family. The pipeline knows no more of it.
+    """Loaded model of any family, as the pipeline uses it.
 
     Everything around the networks is float32. The networks run in their own dtype.
     """
@@ -124,7 +124,7 @@ class DiffusionModel(Protocol):
 
     @property
     def patchers(self) -> Mapping[Part, WeightPatcher]:
-        """Return what merges patches into "denoiser" and "text"."""
+        """Return the patchers of "denoiser" and "text"."""
         ...
 
     @property
@@ -155,7 +155,7 @@ class DiffusionModel(Protocol):
         Args:
             x: Scaled noisy latents (rows, channels, h, w).
             sigma: Noise level.
-            prepared: Text of the rows, as `prepare` returned it for the weights of now.
+            prepared: Text of the rows, as `prepare` returned it for the current weights.
             condition: Condition of a mode with input images, one row for each latent. It is added
                 to what the first convolution returns, (rows, width of the first level, h, w).
 
@@ -176,7 +176,7 @@ class DiffusionModel(Protocol):
         ...
 
     def accelerate(self, kind: Acceleration) -> None:
-        """Run the denoiser in a faster way from now on, see `alphalayer.engine.acceleration`."""
+        """Run the denoiser in a faster way from now on; see `engine.acceleration`."""
         ...
 
     def memory_bytes(self) -> int:
@@ -184,7 +184,7 @@ class DiffusionModel(Protocol):
         ...
 
     def move(self, device: str) -> None:
-        """Move all networks that are loaded to a device."""
+        """Move all loaded networks to a device."""
         ...
 
     def remove_patches(self) -> None:

@@ -1,4 +1,4 @@
-"""CLIP's text models in files: diffusers folders and LDM single files.
+"""CLIP's text models, read from diffusers folders and LDM single files.
 
 Canonical names are those of `alphalayer.engine.networks.clip`.
 """
@@ -67,8 +67,8 @@ def build_text_model(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -
         tensors: Tensors by canonical name. Sizes come from their shapes. With `text_projection`
             the model has a projection.
         config: Values of a config.json: `hidden_act`, `num_attention_heads` (default: heads of
-            `HEAD_WIDTH` channels), `layer_norm_eps` and `eos_token_id`. The latter was 2 in old
-            files, which did not mean the id of a token: the largest id of a row is the end.
+            `HEAD_WIDTH` channels), `layer_norm_eps` and `eos_token_id`. In old files the
+            latter is 2, which is not the end token: the end is the largest id of a row.
 
     Raises:
         LookupError, ValueError: A weight is missing or has another shape.

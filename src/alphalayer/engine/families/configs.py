@@ -21,7 +21,7 @@ _CLIP_G = "conditioner.embedders.1.model."
 def fitted_configs(shapes: Shapes) -> dict[str, dict[str, Any]]:
     """Return the configs of a checkpoint's UNet and VAE in the layout of diffusers.
 
-    Widths, depths and channel counts come from the shapes; everything else is as in SDXL base.
+    Widths, depths and channel counts come from the shapes. Everything else is as in SDXL base.
 
     Returns:
         Configs by part: "unet" and "vae".
@@ -69,7 +69,7 @@ def _vae(shapes: Shapes) -> dict[str, Any]:
 
 
 def _heads(width: int) -> int:
-    """Return the number of heads of 64 channels; at least one, for small models."""
+    """Return the number of heads of 64 channels, and one for smaller widths."""
     return max(width // HEAD_WIDTH, 1)
 
 

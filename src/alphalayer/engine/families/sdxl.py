@@ -92,7 +92,7 @@ class SdxlModel:
 
     @property
     def patchers(self) -> Mapping[Part, WeightPatcher]:
-        """Return what merges patches into "denoiser" and "text"."""
+        """Return the patchers of "denoiser" and "text"."""
         if self._patchers is None:
             denoiser, text = patchers(self.unet, self.text_encoders, TEXT_STORED)
             self._patchers = {"denoiser": denoiser, "text": text}
@@ -151,7 +151,7 @@ class SdxlModel:
         return self.vae.decode(own.to(weight.dtype)).float()
 
     def accelerate(self, kind: Acceleration) -> None:
-        """Run the UNet in a faster way from now on, see `alphalayer.engine.acceleration`."""
+        """Run the UNet in a faster way from now on; see `engine.acceleration`."""
         self._run = accelerate(self.unet, kind)
 
     def memory_bytes(self) -> int:
@@ -159,7 +159,7 @@ class SdxlModel:
         return sum(weight.nbytes for module in self._loaded() for weight in module.parameters())
 
     def move(self, device: str) -> None:
-        """Move all networks that are loaded to a device."""
+        """Move all loaded networks to a device."""
         if isinstance(self._run, GraphRunner):
             self._run.forget()
         for module in self._loaded():
@@ -235,7 +235,7 @@ def _from_folder(folder: Path, precision: Precision) -> SdxlParts:
 
 
 def _from_file(path: Path, precision: Precision) -> SdxlParts:
-    """Read an LDM single file. What it does not say is as in SDXL base."""
+    """Read an LDM single file. What it does not hold is as in SDXL base."""
     header = read_header(path)
     tensors = load_file(path)
     configs = fitted_configs(header.shapes)

@@ -1,1 +1,1 @@
-"""Networks of the engine, written out: plain modules, free of prompts, files and sampling."""
+"""Networks of the engine as plain modules, without prompts, files and sampling."""

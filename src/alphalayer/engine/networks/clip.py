@@ -36,7 +36,7 @@ class ClipTextModel(nn.Module):
         inner_width: Width inside the feed-forward layers.
         layers: Number of layers.
         heads: Attention heads of each layer.
-        projection: Width of the pooled output, None for the hidden states' own.
+        projection: Width of the pooled output. None: without a projection.
         activation: Key of `ACTIVATIONS`.
         eps: Added to the variance in each LayerNorm.
         end: Token id whose first position is pooled. None pools the position of the largest id,
@@ -119,7 +119,7 @@ class _Embeddings(nn.Module):
 
 
 class _Encoder(nn.Module):
-    """Layers, under the names that files give them."""
+    """Layers, under the names that files use."""
 
     def __init__(self, layers: Iterable[nn.Module]):
         super().__init__()

@@ -1,6 +1,7 @@
 """Autoencoder of convolutions only, which changes the size by pixel shuffles.
 
-The residual levels of DC-AE, without its attention. The embedded model has such an autoencoder.
+These are the residual levels of DC-AE, without its attention. The embedded model has such an
+autoencoder.
 
 Source: Chen et al. 2024, "Deep Compression Autoencoder for Efficient High-Resolution Diffusion
 Models". Shapes are (B, C, H, W). Parameter names are those of diffusers.
@@ -36,7 +37,7 @@ class AutoencoderDC(nn.Module):
         "encoder_out_shortcut": False,
         "decoder_in_shortcut": False,
     }
-    """Entries of the config that may have this value only."""
+    """Entries of the config, each with the only value that is supported."""
 
     def __init__(self, config: Mapping[str, Any]):
         super().__init__()
@@ -72,7 +73,7 @@ class AutoencoderDC(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Residual blocks; each level but the last halves both sides.
+    """Residual blocks in levels. All levels but the last halve both sides.
 
     If the first level has no blocks, the first convolution halves the sides instead.
     """
@@ -100,7 +101,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Residual blocks; each level but the first doubles both sides.
+    """Residual blocks in levels. All levels but the first double both sides.
 
     If the last level has no blocks, the last convolution doubles the sides instead.
     """

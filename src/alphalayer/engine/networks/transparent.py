@@ -148,7 +148,7 @@ class _UpBlock(_Block):
 
 
 class TransparentEncoder(nn.Module):
-    """Stack of convolutions from alpha and colour to an offset of the latent.
+    """Convolutions from alpha and colour to an offset of the latent.
 
     The offset counts in standard deviations of the VAE's latent distribution.
     """
@@ -169,6 +169,6 @@ class TransparentEncoder(nn.Module):
 
         Args:
             argb: Alpha and straight colour (B, 4, H, W) in [0, 1]. The colour of transparent pixels
-                goes on from the visible ones around them.
+                continues that of the visible pixels around them.
         """
         return self.blocks(argb)

@@ -1,4 +1,7 @@
-"""UNet of Stable Diffusion: the denoiser of SDXL and SD 1.5, in any width and depth.
+"""UNet of Stable Diffusion: the denoiser of SDXL, in any width and depth.
+
+SD 1.5 has the same structure. Its files have 1x1 convolutions around the transformer blocks, where
+this network has linear layers. Parameter names are those of diffusers.
 
 Source: Rombach et al. 2022, arXiv 2112.10752. Podell et al. 2023, "SDXL", arXiv 2307.01952.
 """
@@ -23,7 +26,7 @@ MAX_PERIOD = 10_000
 
 @dataclass(frozen=True)
 class UNetConfig:
-    """Sizes of a UNet. Lists have one entry for each level, the finest first."""
+    """Sizes of a UNet. Tuples have one entry for each level, the finest first."""
 
     in_channels: int
     out_channels: int
@@ -31,14 +34,14 @@ class UNetConfig:
     resnets: int
     """Residual blocks of a level on the way down. There is one more on the way up."""
     depths: tuple[int, ...]
-    """Transformer blocks after each residual block; 0: a level without attention."""
+    """Transformer blocks after each residual block. 0: a level without attention."""
     middle_depth: int
     heads: tuple[int, ...]
     context: int
     """Width of the encoded text."""
     groups: int = 32
     pooled: int = 0
-    """Width of the pooled text; 0: not conditioned on it, nor on sizes."""
+    """Width of the pooled text. 0: the network is conditioned on neither it nor sizes."""
     size_width: int = 0
     """Width of the embedding of each of the six sizes."""
 
@@ -59,7 +62,7 @@ class UNetConfig:
                 for depth, kind in zip(depths, config["down_block_types"], strict=True)
             ),
             middle_depth=depths[-1],
-            # the config's name is a mistake of diffusers that was kept: it is the number of heads
+            # despite its name, this entry of diffusers' configs is the number of heads
             heads=_by_level(config["attention_head_dim"], len(widths)),
             context=config["cross_attention_dim"],
             groups=config.get("norm_num_groups", 32),
@@ -78,7 +81,7 @@ def _by_level(value: int | Sequence[int], levels: int) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class Prepared:
-    """What the network derives from the text and sizes of its rows. It is the same at all steps."""
+    """Values that the network derives from text and sizes. They are the same at all steps."""
 
     keys_values: tuple[Tensor, ...]
     """Keys and values of each cross-attention (2, B, heads, tokens, head width)."""
@@ -103,7 +106,7 @@ class Prepared:
         )
 
     def copy_(self, other: Prepared) -> None:
-        """Overwrite all values by those of another one of the same shapes."""
+        """Overwrite the values by those of another instance of the same shapes."""
         for pair, values in zip(self.keys_values, other.keys_values, strict=True):
             pair.copy_(values)
         if self.added is not None and other.added is not None:
@@ -222,7 +225,7 @@ class UNet(nn.Module):
 
 
 class _Level(nn.Module):
-    """Blocks of one resolution: residual blocks, and transformers after the first ones or all."""
+    """Blocks of one resolution: residual blocks, with transformers after all or the first ones."""
 
     def __init__(self, config: UNetConfig, i: int, entering: Sequence[int], depths: Sequence[int]):
         super().__init__()
@@ -237,7 +240,7 @@ class _Level(nn.Module):
         self.upsamplers = nn.ModuleList()
 
     def layers(self) -> Iterator[tuple[ResnetBlock, _Transformer | None]]:
-        """Iterate over the residual blocks and the transformer after each, if there is one."""
+        """Iterate over the residual blocks, each with its transformer or None."""
         yield from cast(Any, zip_longest(self.resnets, self.attentions))
 
 
@@ -296,6 +299,8 @@ class _TransformerBlock(nn.Module):
 
 
 class _SelfAttention(nn.Module):
+    """Attention between the positions of an image."""
+
     def __init__(self, width: int, heads: int):
         super().__init__()
         self.heads = heads
@@ -310,6 +315,8 @@ class _SelfAttention(nn.Module):
 
 
 class _CrossAttention(nn.Module):
+    """Attention of the positions of an image to the tokens of a text."""
+
     def __init__(self, width: int, heads: int, context: int):
         super().__init__()
         self.heads = heads
@@ -318,7 +325,10 @@ class _CrossAttention(nn.Module):
         self.to_out = nn.Sequential(nn.Linear(width, width))
 
     def keys_values(self, context: Tensor) -> Tensor:
-        """Return keys and values (2, B, heads, tokens, head width) of text (B, tokens, width)."""
+        """Return the keys and values of a text (B, tokens, width).
+
+        Their shape is (2, B, heads, tokens, head width).
+        """
         pair = self.to_kv(context).unflatten(-1, (2, self.heads, -1))
         return pair.permute(2, 0, 3, 1, 4).contiguous()
 
@@ -330,6 +340,8 @@ class _CrossAttention(nn.Module):
 
 
 class _FeedForward(nn.Module):
+    """Gated linear layer to four times the width, and one back. `Identity` keeps file names."""
+
     def __init__(self, width: int):
         super().__init__()
         self.net = nn.Sequential(
@@ -341,6 +353,8 @@ class _FeedForward(nn.Module):
 
 
 class _GatedGelu(nn.Module):
+    """Linear layer, multiplied by the GELU of another one."""
+
     def __init__(self, entering: int, width: int):
         super().__init__()
         self.proj = nn.Linear(entering, 2 * width)

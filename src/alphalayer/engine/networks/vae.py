@@ -1,4 +1,4 @@
-"""The VAE of Stable Diffusion: images to latents and back.
+"""VAE of Stable Diffusion: from images to latents and back.
 
 Source: Rombach et al. 2022, "High-Resolution Image Synthesis with Latent Diffusion Models".
 Shapes are (B, C, H, W). Parameter names are those of diffusers.
@@ -30,7 +30,7 @@ class AutoencoderKL(nn.Module):
     """
 
     FIXED: ClassVar[Mapping[str, Any]] = {"act_fn": "silu", "mid_block_add_attention": True}
-    """Entries of the config that may have this value only."""
+    """Entries of the config, each with the only value that is supported."""
 
     def __init__(self, config: Mapping[str, Any]):
         super().__init__()
@@ -72,7 +72,7 @@ class AutoencoderKL(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Residual blocks; each level but the last halves both sides."""
+    """Residual blocks in levels. All levels but the last halve both sides."""
 
     def __init__(
         self, entering: int, leaving: int, widths: Sequence[int], blocks: int, groups: int
@@ -99,7 +99,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Residual blocks; each level but the last doubles both sides."""
+    """Residual blocks in levels. All levels but the last double both sides."""
 
     def __init__(
         self, entering: int, leaving: int, widths: Sequence[int], blocks: int, groups: int

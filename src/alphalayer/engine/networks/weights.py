@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 NAMED = 3
-"""Tensors that a message names at most."""
+"""Limit of the tensors that a message names."""
 
 
 class FusedLinear(nn.Linear):
@@ -32,7 +32,7 @@ class FusedLinear(nn.Linear):
 
 @dataclass(frozen=True)
 class _Slot:
-    """Rows of a module's parameter; None: all of them."""
+    """Rows of a module's parameter. None means all of them."""
 
     module: nn.Module
     parameter: str
@@ -47,7 +47,8 @@ class NamedWeights(Mapping[str, Tensor]):
     """View of a network's parameters by canonical name.
 
     A value is the parameter itself, or rows of a fused one. Writing into a value changes the
-    network. Each access reads the parameter again, so they follow the network to another device.
+    network. Each access reads the parameter again, so the values follow the network to another
+    device.
     """
 
     def __init__(self, network: nn.Module):
@@ -70,7 +71,7 @@ class NamedWeights(Mapping[str, Tensor]):
         return {name: tuple(tensor.shape) for name, tensor in self.items()}
 
     def mismatch(self, tensors: Mapping[str, Tensor]) -> str:
-        """Describe the first tensors that are missing or have another shape; "" if none."""
+        """Describe tensors that are missing or have another shape, or return ""."""
         problems = [
             f"{name} is missing"
             if name not in tensors

@@ -185,12 +185,18 @@ class _Rows:
 
     @property
     def key(self) -> tuple[int, int, bool]:
-        """Identify what is prepared. The plans of the prompts keep the conditionings alive."""
+        """Return the key of the prepared text.
+
+        The plans of the prompts keep the conditionings alive, so the id stays unique.
+        """
         return id(self.conditioning), len(self.images), self.patched
 
 
 def _expand(group: Sequence[_Rows], value: Callable[[_Rows], Tensor | None]) -> Any:
-    """Repeat a value (1, ...) of each entry for its images and join them; None without values."""
+    """Repeat a value (1, ...) of each entry for its images and join them.
+
+    Returns None if no entry has the value.
+    """
     values = [(value(entry), len(entry.images)) for entry in group]
     rows = [one.expand(n, *one.shape[1:]) for one, n in values if one is not None]
     return torch.cat(rows) if rows else None

@@ -293,7 +293,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def _check_fit(decoder: nn.Module, weights: Mapping[str, Tensor], path: Path) -> None:
-    """Raise `ModelUnusable` unless the weights of a file are exactly those of the decoder."""
+    """Raise `ModelUnusable` unless a file has exactly the decoder's weights."""
     expected = NamedWeights(decoder).shapes()
     shapes = {name: tuple(value.shape) for name, value in weights.items()}
     if expected != shapes:
