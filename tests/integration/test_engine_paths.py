@@ -197,12 +197,14 @@ def test_out_of_memory_retry_starts_with_an_empty_device(
     _render(engine, steps=1)
     engine.model.text.forget()
     unet, moves = engine.model.unet, []
-    for name in ("denoiser", "text"):
-        module = engine.model.modules[name]
-        move = module.to
-        monkeypatch.setattr(
-            module, "to", lambda to, name=name, move=move: (moves.append((name, str(to))), move(to))
-        )
+    names = {engine.model.modules[name]: name for name in ("denoiser", "text")}
+
+    def record(module: torch.nn.Module, device: torch.device) -> None:
+        if module in names:
+            moves.append((names[module], str(device)))
+
+    monkeypatch.setattr("alphalayer.engine.memory.move", record)
+    monkeypatch.setattr("alphalayer.engine.families.sdxl.move", record)
     handle = unet.register_forward_pre_hook(_FailingHook(1, OUT_OF_MEMORY[0]))
     try:
         _render(engine)

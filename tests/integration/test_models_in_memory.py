@@ -62,8 +62,10 @@ def test_text_encoders_are_moved_only_for_new_texts(models: Path, monkeypatch: p
     engine = LocalEngine(models, device="cpu", memory="balanced")
     engine.generate(REQUEST)
     encoder, moves = engine.model.modules["text"], []
-    move = encoder.to
-    monkeypatch.setattr(encoder, "to", lambda to: (moves.append(to), move(to)))
+    monkeypatch.setattr(
+        "alphalayer.engine.memory.move",
+        lambda module, _device: moves.append(module) if module is encoder else None,
+    )
     for changes, expected in (
         ({"seed": 4}, 0),
         ({"negative_prompt": "bad"}, 1),

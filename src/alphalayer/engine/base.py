@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
@@ -13,10 +12,6 @@ from numpy.typing import NDArray
 from alphalayer.core.modes import InputRole, LayerRole
 from alphalayer.core.request import GenerationRequest, ImageSeed, ResolvedRequest
 from alphalayer.images.infotext import write_parameters
-
-# both libraries print notices at every start; the environment can turn them on
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 
 RgbaImage = NDArray[np.uint8]
 """Straight (not premultiplied) RGBA, shape (height, width, 4)."""

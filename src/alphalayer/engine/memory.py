@@ -232,6 +232,12 @@ def memory_needed(
     return int(max(sampling, decoding))
 
 
+def move(module: nn.Module, device: torch.device) -> None:
+    """Move a module to a device, unless it is there: `nn.Module.to` takes milliseconds anyway."""
+    if any(weight.device.type != device.type for weight in module.parameters()):
+        module.to(device)
+
+
 @dataclass
 class Residency:
     """Placement of modules on the device while a stage runs."""
@@ -248,13 +254,11 @@ class Residency:
             keep: Leave them there after the block. Else they move to the CPU.
         """
         for module in modules:
-            # a module knows no device: moving one that is there costs milliseconds
-            if any(weight.device.type != self.device.type for weight in module.parameters()):
-                module.to(self.device)
+            move(module, self.device)
         try:
             yield
         finally:
             if modules and not keep and self.device.type != "cpu":
                 for module in modules:
-                    module.to("cpu")
+                    move(module, torch.device("cpu"))
                 free_memory(self.device)

@@ -27,7 +27,7 @@ from alphalayer.engine.families.base import LatentSpec, LayerDiffuseFiles, Noise
 from alphalayer.engine.families.clip_files import TEXT_STORED, read_text_folder, read_text_models
 from alphalayer.engine.families.configs import SHIPPED, fitted_configs
 from alphalayer.engine.families.vae import Vae, read_vae
-from alphalayer.engine.memory import Precision, is_out_of_memory
+from alphalayer.engine.memory import Precision, is_out_of_memory, move
 from alphalayer.engine.networks.clip import ClipTextModel
 from alphalayer.engine.networks.transparent import TransparentDecoder
 from alphalayer.engine.networks.unet import Prepared, UNet, UNetConfig
@@ -163,7 +163,7 @@ class SdxlModel:
         if isinstance(self._run, GraphRunner):
             self._run.forget()
         for module in self._loaded():
-            module.to(device)
+            move(module, torch.device(device))
 
     def remove_patches(self) -> None:
         """Remove all merged patches and release what was read for them."""
