@@ -9,14 +9,15 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Iterator
-from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
+from alphalayer.engine.families.configs import SHIPPED
 from alphalayer.engine.networks.transparent import TransparentDecoder
 from alphalayer.engine.networks.weights import NamedWeights
 from tests.support import tiny_models
@@ -26,33 +27,31 @@ TILE = np.random.default_rng(0).normal(0, 0.02, 1 << 20).astype(np.float16)
 RANK = 256
 
 
-def checkpoint_shapes() -> Shapes:
-    """Return every tensor of an SDXL base checkpoint in the LDM layout.
+def checkpoint_shapes(configs: Path = SHIPPED) -> Shapes:
+    """Return every tensor of a checkpoint of SDXL's structure in the LDM layout.
 
-    The shapes come from the shipped configs: 3,468,837,867 numbers.
+    Args:
+        configs: Folder with the configs of the parts. The shipped ones, those of SDXL base, give
+            3,468,837,867 numbers.
     """
-    configs = files("alphalayer.builtin_models") / "sdxl"
-    read = lambda part: json.loads((configs / part / "config.json").read_text())  # noqa: E731
     with torch.device("meta"):
         unet, vae = (
-            UNet2DConditionModel.from_config(read("unet")),
-            AutoencoderKL.from_config(read("vae")),
+            UNet2DConditionModel.from_config(_config(configs, "unet")),
+            AutoencoderKL.from_config(_config(configs, "vae")),
         )
-        first = CLIPTextModel(CLIPTextConfig(**read("text_encoder")))
-        second = CLIPTextModelWithProjection(CLIPTextConfig(**read("text_encoder_2")))
+        first = CLIPTextModel(CLIPTextConfig(**_config(configs, "text_encoder")))
+        second = CLIPTextModelWithProjection(CLIPTextConfig(**_config(configs, "text_encoder_2")))
     tensors = tiny_models.single_file_tensors(first, second, unet, vae)
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
-def patch_shapes() -> Shapes:
+def patch_shapes(configs: Path = SHIPPED) -> Shapes:
     """Return the tensors of the attention patch, in the published key scheme.
 
     It has q, k, v and out of all transformer blocks, with rank 256.
     """
     with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(
-            json.loads((files("alphalayer.builtin_models") / "sdxl/unet/config.json").read_text())
-        )
+        unet = UNet2DConditionModel.from_config(_config(configs, "unet"))
     shapes: Shapes = {}
     for name, weight in unet.named_parameters():
         if any(f".{part}.weight" in name for part in ("to_q", "to_k", "to_v", "to_out.0")):
@@ -64,10 +63,10 @@ def patch_shapes() -> Shapes:
     return shapes
 
 
-def decoder_shapes() -> Shapes:
-    """Return the tensors of the published transparent decoder."""
+def decoder_shapes(**sizes: Any) -> Shapes:
+    """Return the tensors of a transparent decoder, by default the published one."""
     with torch.device("meta"):
-        return NamedWeights(TransparentDecoder()).shapes()
+        return NamedWeights(TransparentDecoder(**sizes)).shapes()
 
 
 def write_random(path: Path, shapes: Shapes, scale: float = 1.0) -> None:
@@ -100,15 +99,24 @@ def _blocks(shapes: Shapes, scale: float) -> Iterator[bytes]:
             remaining -= len(tile)
 
 
-def write_models(models_dir: Path) -> Path:
-    """Write a full-size checkpoint, patch and decoder, about 7.9 GB.
+def write_models(models_dir: Path, configs: Path = SHIPPED, **decoder: Any) -> Path:
+    """Write a checkpoint, a patch and a decoder; with the default sizes about 7.9 GB.
+
+    Args:
+        models_dir: Models folder to write to.
+        configs: Folder with the configs of the checkpoint's parts.
+        decoder: Sizes of the transparent decoder that differ from the published ones.
 
     Returns:
         The path of the checkpoint.
     """
     checkpoint = models_dir / "Stable-diffusion" / "random-sdxl.safetensors"
-    write_random(checkpoint, checkpoint_shapes())
+    write_random(checkpoint, checkpoint_shapes(configs))
     layers = models_dir / "layer_model"
-    write_random(layers / "layer_xl_transparent_attn.safetensors", patch_shapes(), 0.1)
-    write_random(layers / "vae_transparent_decoder.safetensors", decoder_shapes())
+    write_random(layers / "layer_xl_transparent_attn.safetensors", patch_shapes(configs), 0.1)
+    write_random(layers / "vae_transparent_decoder.safetensors", decoder_shapes(**decoder))
     return checkpoint
+
+
+def _config(configs: Path, part: str) -> dict[str, Any]:
+    return json.loads((configs / part / "config.json").read_text())

@@ -1,0 +1,72 @@
+"""Benchmarks of the engine and of its peers, on random models of the smallest size."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+from benchmarks import engine, peers
+from benchmarks.peer_models import make_models
+from PIL import Image
+from tests.support.serving import served
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_models(tmp_path_factory.mktemp("models"), "tiny")
+
+
+def test_engine_benchmark_counts_launches_and_floor(
+    models: Path, capsys: pytest.CaptureFixture[str]
+):
+    arguments = ["--width", "64", "--height", "64", "--steps", "3", "--batch", "1"]
+    engine.main(["--random-sdxl", str(models), "--device", "cpu", *arguments])
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    (figures,) = report["batches"].values()
+    assert figures["times_floor"] >= 1
+    assert figures["host_ms_a_step"] > 0
+    unet = figures["unet_call"]
+    # 17 residual blocks with two convolutions, at least
+    assert 34 < unet["launches"] < 1000
+    # one multiply-add for each of the 2.5 million weights or more, at 64 positions and fewer
+    assert 0.05 < unet["gigaoperations"] < 0.5
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="reads /proc")
+def test_peers_run_in_turn_with_ratios(
+    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    output = tmp_path / "peers.json"
+    arguments = ["--model", "tiny", "--models-dir", str(models), "--steps", "1", "--warm", "1"]
+    arguments += ["--rounds", "1", "--engines", "alphalayer-opaque", "diffusers"]
+    peers.main([*arguments, "--output", str(output)])
+    figures = json.loads(output.read_text())["figures"]
+    assert set(figures) == {"alphalayer-opaque", "diffusers"}
+    for values in figures.values():
+        assert 0 < values["decode_s"] < values["warm_s"] < values["cold_s"]
+        assert 0 < values["warm_cpu_s"] < values["cold_cpu_s"]
+        assert values["peak_mb"] > 200
+    own, other = (figures[name]["warm_s"] for name in ("alphalayer-opaque", "diffusers"))
+    table = capsys.readouterr().out
+    assert f"({other / own:.2f}x)" in table
+    assert "Forge is left out" in table
+
+
+def test_running_server_is_measured_without_its_start(models: Path, tmp_path: Path):
+    task = peers.Task(str(models), 64, 64, steps=1)
+    with served(tmp_path, models_dir=models) as client:
+        open_peer = partial(peers.over_http, str(client.base_url), None)
+        figures = peers.measure(peers.Peer("forge", "", "forge", open_peer), task, warm=1)
+    assert set(figures) == {"warm_s"}
+
+
+def test_opaque_image_of_a_peer_is_refused():
+    image = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(image, "png")
+    with pytest.raises(SystemExit, match="LayerDiffuse is not active"):
+        peers.check_alpha("http://forge", base64.b64encode(image.getvalue()).decode())
