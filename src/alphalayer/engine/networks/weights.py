@@ -95,10 +95,12 @@ class NamedWeights(Mapping[str, Tensor]):
             dtype: dtype of the new parameters. A tensor that has it is used without a copy.
             memory_format: Order of the weights of convolutions in memory.
         """
-        parts: dict[tuple[nn.Module, str], list[Tensor]] = {}
+        names: dict[tuple[nn.Module, str], list[str]] = {}
         for name, slot in self._slots.items():
-            parts.setdefault((slot.module, slot.parameter), []).append(tensors[name].to(dtype))
-        for (module, parameter), values in parts.items():
+            names.setdefault((slot.module, slot.parameter), []).append(name)
+        # one parameter after the other, so that only one is in memory twice
+        for (module, parameter), parts in names.items():
+            values = [tensors[name].to(dtype) for name in parts]
             value = values[0] if len(values) == 1 else torch.cat(values)
             if value.ndim == 4:
                 value = value.contiguous(memory_format=memory_format)
