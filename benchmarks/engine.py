@@ -30,7 +30,7 @@ import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from alphalayer.engine.threads import configure_threads
 
@@ -46,6 +46,7 @@ from tests.support.transfers import Transfers
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from alphalayer.core.request import GenerationRequest
+from alphalayer.engine.acceleration import Acceleration
 from alphalayer.engine.base import Progress
 from alphalayer.engine.canvas import Canvas
 from alphalayer.engine.pipeline import LocalEngine
@@ -134,13 +135,20 @@ def cost(call: Callable[[], Any], device: torch.device, limit: float) -> dict[st
     }
 
 
-def render(engine: LocalEngine, request: GenerationRequest, limit: float) -> dict[str, Any]:
+def render(
+    engine: LocalEngine, request: GenerationRequest, limit: float, acceleration: Acceleration
+) -> dict[str, Any]:
     """Measure a request with warm caches.
 
     Returns:
         Median seconds of each stage and of the PNG encoder, images a second, the floor, CPU
         seconds of the fastest image, host milliseconds a step, and peak memory.
     """
+    # counted without acceleration: a replayed graph hides its operations
+    engine.model.accelerate("off")
+    floor_s = operations_of(lambda: engine.generate(request)) / limit
+    engine.model.accelerate(acceleration)
+    engine.generate(request)
     runs: list[dict[str, float]] = []
     wall: list[float] = []
     cpu: list[float] = []
@@ -161,7 +169,6 @@ def render(engine: LocalEngine, request: GenerationRequest, limit: float) -> dic
     stages = {name: round(statistics.median(run[name] for run in runs), 4) for name in runs[0]}
     total_s = statistics.median(wall)
     peak_bytes = _peak_bytes(engine.device)
-    floor_s = operations_of(lambda: engine.generate(request)) / limit
     return {
         "seconds": stages,
         "total_s": round(total_s, 3),
@@ -219,15 +226,6 @@ def _format_cost(figures: dict[str, float]) -> str:
     )
 
 
-def apply_options(
-    engine: LocalEngine, options: argparse.Namespace, request: GenerationRequest
-) -> None:
-    """Change how the loaded networks run, and generate once with them."""
-    if options.compile:
-        engine.model.modules["denoiser"].compile()
-        engine.generate(request)
-
-
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Measure the parts and each batch size, and print them."""
     if options.random_sdxl:
@@ -248,7 +246,6 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     start = time.perf_counter()
     first = engine.generate(request)
     cold_s, resolved = time.perf_counter() - start, first.request
-    apply_options(engine, options, request)
     limit = matmul_rate(engine.device, engine.precision.unet)
     canvas = Canvas.of(resolved.width, resolved.height)
     size = canvas.full_width, canvas.full_height
@@ -258,7 +255,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "dtype": str(engine.precision.unet).removeprefix("torch."),
-        "compiled": options.compile,
+        "acceleration": options.acceleration,
         "memory_mode": engine.memory.name,
         "model": first.model_name,
         "size": [resolved.width, resolved.height],
@@ -277,7 +274,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     for name, figures in report["parts"].items():
         print(f"{name}: {_format_cost(figures)}")
     for batch in options.batch:
-        figures = render(engine, request.model_copy(update={"batch_size": batch}), limit)
+        batched = request.model_copy(update={"batch_size": batch})
+        figures = render(engine, batched, limit, options.acceleration)
         unet = cost(unet_call(engine, *size, 2 * batch), engine.device, limit)
         report["batches"][batch] = {**figures, "unet_call": unet}
         _print_batch(batch, figures)
@@ -311,9 +309,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--memory", default="auto")
-    parser.add_argument(
-        "--compile", action="store_true", help="compile the UNet, after the first image"
-    )
+    parser.add_argument("--acceleration", choices=get_args(Acceleration), default="off")
     print(json.dumps(measure(parser.parse_args(arguments))))
 
 

@@ -102,6 +102,30 @@ def test_sampling_loop_does_not_wait_for_the_gpu(sampler, source):
         torch.cuda.set_sync_debug_mode("default")
 
 
+def accelerated(models_dir, kind):
+    return LocalEngine(models_dir, device="cuda", dtype="fp16", memory="high", acceleration=kind)
+
+
+def generate(engine, **fields):
+    request = {"prompt": "an apple", "width": 128, "height": 128, "steps": 4, **fields}
+    return engine.generate(GenerationRequest(**request)).images[0].rgba.astype(int)
+
+
+@pytest.mark.parametrize(("kind", "difference"), [("graphs", 1), ("compile", 8)])
+def test_accelerated_image_is_near_the_eager_image(models_dir, kind, difference):
+    eager, fast = accelerated(models_dir, "off"), accelerated(models_dir, kind)
+    # new prompts, a patch that is removed midway, and a new size
+    for fields in (
+        {},
+        {"prompt": "a pear"},
+        {"layerdiffuse_stop_at": 0.5},
+        {"mode": "opaque"},
+        {"width": 192},
+    ):
+        differences = np.abs(generate(eager, **fields) - generate(fast, **fields))
+        assert np.mean(differences > difference) < 0.02, fields
+
+
 def test_gpu_memory_is_released(models_dir):
     render(models_dir, "cuda", memory="low")
     torch.cuda.empty_cache()
