@@ -80,6 +80,8 @@ def served(
     thread.start()
     with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60, trust_env=False) as client:
         wait_until(lambda: server.started)
+        # an unknown path makes FastAPI build all routes, which must not happen in two threads
+        assert client.get("/no-such-path").status_code == 404
         if wait_ready:
             wait_until(lambda: client.get("/ping").status_code == 200, 30)
         client.app = app  # type: ignore[attr-defined]
