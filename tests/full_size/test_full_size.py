@@ -25,8 +25,8 @@ start = time.perf_counter()
 from alphalayer.engine.pipeline import LocalEngine
 from alphalayer.core.request import GenerationRequest
 imported = time.perf_counter()
-engine = LocalEngine(Path(sys.argv[1]), device="cpu", dtype="bf16")
-request = GenerationRequest(prompt="an apple, high quality", steps=2, width=256, height=256)
+engine = LocalEngine(Path(sys.argv[1]), device="cpu")
+request = GenerationRequest(prompt="an apple, high quality", steps=3, width=256, height=256)
 result = engine.generate(request)
 print(json.dumps({
     "import_s": round(imported - start, 1),
@@ -53,5 +53,6 @@ def test_full_size_checkpoint_loads_offline_and_renders(tmp_path: Path):
     report = json.loads(result.stdout.splitlines()[-1])
     print("\n" + json.dumps(report))
     assert report["shape"] == [256, 256, 4]
-    assert report["peak_gib"] < 20
+    # Forge takes 16.4 GB for the same image, with the mapped file
+    assert report["peak_gib"] < 15.3
     assert report["load_s"] < report["sample_s"] + report["decode_s"]

@@ -32,7 +32,7 @@ PAIRS: Pairs = tiny_models.lora_pairs()
 
 
 UNET = tiny_models.unet()
-TEXT_ENCODERS = tiny_models.text_encoders()
+TEXT_ENCODERS = [encoder.half() for encoder in tiny_models.text_encoders()]
 
 
 @pytest.fixture
@@ -49,7 +49,7 @@ def _parameters(unet) -> dict[str, torch.Tensor]:
 
 
 def _patcher(unet) -> WeightPatcher:
-    return patchers(unet, TEXT_ENCODERS, torch.float16)[0]
+    return patchers(unet, TEXT_ENCODERS)[0]
 
 
 def _expected(
@@ -297,7 +297,7 @@ def test_text_encoder_lora_is_merged_and_rounded_as_stored(unet, tmp_path: Path,
     assert len(text) == 6 * 3 * 2
     unet_part = FORMS["PEFT"](PAIRS) if stem("x.y") == "x.y" else FORMS["kohya, LDM names"](PAIRS)
     save_file({**_named(text, up, down, stem), **unet_part}, file)
-    for_unet, for_text = patchers(unet, encoders, torch.float16)
+    for_unet, for_text = patchers(unet, encoders)
     for_text.ensure([(PatchFile.at(file), 0.5)])
     assert all(torch.equal(tensor, before[0][name]) for name, tensor in _weights(unet).items())
     for part, encoder, weights in zip(
@@ -310,12 +310,8 @@ def test_text_encoder_lora_is_merged_and_rounded_as_stored(unet, tmp_path: Path,
                 assert torch.equal(result, weights[name])
                 continue
             changed += 1
-            expected = (
-                (weights[name].double() + 0.5 * (pair[0].double() @ pair[1].double()))
-                .half()
-                .float()
-            )
-            assert torch.equal(result, result.half().float())
+            exact = weights[name].double() + 0.5 * (pair[0].double() @ pair[1].double())
+            expected = exact.half()
             torch.testing.assert_close(result, expected, rtol=2**-10, atol=1e-6)
         assert changed == 18
     for_unet.ensure([(PatchFile.at(file), 1.0)])
@@ -373,6 +369,20 @@ class _FailingDelta(Delta):
 
     def apply(self, weight: torch.Tensor, strength: float) -> torch.Tensor:
         raise torch.OutOfMemoryError("CUDA out of memory.")
+
+
+def test_patcher_keeps_originals_of_a_float16_file_in_16_bit():
+    """Weights that float16 cannot hold are kept as they are, and both are restored exactly."""
+    stored = torch.randn(64, 64).half().float()
+    weights = {"stored": stored.clone(), "own": stored + 2**-20}
+    expected = {name: weight.clone() for name, weight in weights.items()}
+    patch = Patch({name: Delta(torch.ones(64, 64)) for name in weights})
+    patcher = WeightPatcher(weights, lambda _: patch)
+    patcher.apply([(patch, 1.0)])
+    kept = {name: original.dtype for name, original in patcher._originals.items()}
+    assert kept == {"stored": torch.float16, "own": torch.float32}
+    patcher.remove()
+    assert all(torch.equal(weight, expected[name]) for name, weight in weights.items())
 
 
 @pytest.mark.parametrize("place", [0, 1, 40, -1])

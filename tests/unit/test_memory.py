@@ -2,23 +2,35 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Generator
+from contextlib import contextmanager
+from itertools import accumulate
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+from benchmarks.memory import PRECISIONS, sdxl_networks
+from tests.support import tiny_models
+from torch.profiler import ProfilerActivity, profile
 
-from alphalayer.engine.families.configs import SHIPPED
+from alphalayer.core.request import GenerationRequest
 from alphalayer.engine.memory import (
     GIB,
+    MAX_BATCH_MEGAPIXELS,
     MEMORY_MODES,
+    SAMPLING_GIB,
     SDXL_GIB,
+    MemoryMode,
+    choose_batch_pixels,
+    choose_memory_mode,
     choose_precision,
     describe,
     is_out_of_memory,
 )
-from alphalayer.engine.networks.transparent import TransparentDecoder
+from alphalayer.engine.memory_count import Networks, count_memory
+from alphalayer.engine.pipeline import LocalEngine
+from alphalayer.engine.progress import Stopwatch
 
 
 def test_describe_gives_the_reason_of_automatic_choices():
@@ -85,26 +97,82 @@ def test_rows_at_once_are_limited_in_every_mode():
     assert bounds == {"high": [256, 16, 4], "balanced": [64, 4, 1], "low": [1, 1, 1]}
 
 
-def test_sdxl_gib_is_the_size_of_the_shipped_configs():
-    """Count the weights of the shipped configs on the meta device.
+@pytest.fixture(scope="module")
+def sdxl() -> Networks:
+    return sdxl_networks(PRECISIONS["fp16"])
 
-    Bytes of a weight are those of `choose_precision` and of loading.
+
+def peak_gib(networks: Networks, mode: MemoryMode, images: int = 1) -> float:
+    stages = count_memory(networks, 1024, 1024, images, mode, torch.device("cuda"))
+    return max(stage.total for stage in stages.values()) / GIB
+
+
+@pytest.mark.parametrize("mode", MEMORY_MODES.values(), ids=MEMORY_MODES)
+def test_memory_of_a_mode_is_counted(sdxl: Networks, mode: MemoryMode):
+    assert peak_gib(sdxl, mode) == pytest.approx(mode.sdxl_gib, abs=0.05)
+
+
+def test_memory_of_a_batch_is_counted(sdxl: Networks):
+    stages = count_memory(
+        sdxl, 1024, 1024, MAX_BATCH_MEGAPIXELS, MEMORY_MODES["high"], torch.device("cuda")
+    )
+    sampling = stages["sample"]
+    assert sampling.weights / GIB == pytest.approx(SDXL_GIB, abs=0.05)
+    expected = SAMPLING_GIB * MAX_BATCH_MEGAPIXELS
+    assert sampling.activations / GIB == pytest.approx(expected, rel=0.03)
+
+
+@pytest.mark.parametrize(
+    ("gib", "mode", "megapixels"),
+    [(16, "high", 8), (12, "balanced", 0), (10, "balanced", 0), (8, "low", 0), (6, "low", 0)],
+)
+def test_gpu_size_decides_memory_mode_and_batch(
+    monkeypatch: pytest.MonkeyPatch, gib: int, mode: str, megapixels: int
+):
+    # GPUs report up to 4 % less than the size that they are sold by
+    properties = SimpleNamespace(total_memory=int(0.96 * gib * GIB))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    device = torch.device("cuda")
+    chosen = choose_memory_mode(device, "auto")
+    assert chosen.name == mode
+    assert choose_batch_pixels(device, chosen) == megapixels * 1024**2
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    tiny_models.make_diffusers_folder(folder / "Stable-diffusion" / "tiny")
+    return folder
+
+
+@contextmanager
+def measured_stage(peaks: dict[str, int], name: str) -> Generator[None]:
+    """Record the peak of what torch's allocator holds for a stage, in bytes."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        yield
+    events = profiler.profiler.kineto_results.events()
+    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    peaks[name] = max(accumulate((change for _, change in changes), initial=0))
+
+
+@pytest.mark.parametrize(("model", "width", "height"), [("embedded", 256, 256), ("tiny", 128, 320)])
+def test_counted_activations_equal_those_of_the_allocator(
+    models: Path, monkeypatch: pytest.MonkeyPatch, model: str, width: int, height: int
+):
+    """Compare each stage with torch's own accounting of a real image within 10 %.
+
+    Kernels on the CPU also allocate small buffers, which are not counted.
     """
-    parts = [
-        (UNet2DConditionModel, "unet", 2),
-        (AutoencoderKL, "vae", 2),
-        (CLIPTextModel, "text_encoder", 4),
-        (CLIPTextModelWithProjection, "text_encoder_2", 4),
-    ]
-    total = 0
-    with torch.device("meta"):
-        for kind, name, size in parts:
-            config = json.loads((SHIPPED / name / "config.json").read_text())
-            module = (
-                kind(CLIPTextConfig(**config))
-                if name.startswith("text")
-                else kind.from_config(config)
-            )
-            total += size * sum(weight.numel() for weight in module.parameters())
-        total += 2 * sum(weight.numel() for weight in TransparentDecoder().parameters())
-    assert total / GIB == pytest.approx(SDXL_GIB, abs=0.05)
+    engine = LocalEngine(models if model == "tiny" else models / "none", device="cpu")
+    request = GenerationRequest(prompt="a cup", width=width, height=height, steps=1)
+    engine.generate(request)
+    measured: dict[str, int] = {}
+    monkeypatch.setattr(Stopwatch, "stage", lambda _, name: measured_stage(measured, name))
+    engine.generate(request.model_copy(update={"prompt": "two red cups"}))
+    with torch.inference_mode(), measured_stage(measured, "inputs"):
+        engine.model.encode_image(torch.zeros(1, 3, height, width))
+    networks = Networks.of(engine.model, transparent=True)
+    counted = count_memory(networks, width, height, 1, engine.memory, engine.device)
+    for stage, memory in counted.items():
+        assert memory.activations == pytest.approx(measured[stage], rel=0.1), stage
+        assert memory.weights == engine.model.memory_bytes()

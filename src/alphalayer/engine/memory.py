@@ -17,11 +17,17 @@ from torch import nn
 from alphalayer.core.errors import CommandHint, SetupFailed
 
 GIB = 1024**3
-SDXL_GIB = 8.2
-"""Size of the weights of SDXL and LayerDiffuse's decoder in GiB.
+SDXL_GIB = 6.7
+"""Weights of SDXL and LayerDiffuse's decoder in GiB, in 16 bit [counted]."""
+SAMPLING_GIB = 0.32
+"""Activations of the UNet in GiB for a megapixel with guidance, in 16 bit [counted]."""
+MARGIN_GIB = 2.0
+"""GPU memory in GiB beside what is counted, see `memory_count` [estimated].
 
-UNet, VAE and decoder are in 16 bit, the text encoders in float32.
+The context of CUDA takes about 0.5 GiB. cuDNN may copy inputs and outputs of a convolution into
+another order: 0.5 GiB in the VAE, 1.5 GiB in 8 passes of the decoder. The rest is fragmentation.
 """
+MAX_BATCH_MEGAPIXELS = 8
 
 
 @dataclass(frozen=True)
@@ -46,6 +52,8 @@ class MemoryMode:
     """Limit of all rows of one UNet call. A single row may have more."""
     passes_at_once: int
     """Passes in one call of the transparent decoder, out of 8."""
+    sdxl_gib: float
+    """GiB of a transparent SDXL image of 1024x1024: weights and activations [counted]."""
 
     def rows_at_once(self, width: int, height: int) -> int:
         """Return the rows of one UNet call for images of a size in pixels, at least 1."""
@@ -55,11 +63,30 @@ class MemoryMode:
 MEMORY_MODES = {
     mode.name: mode
     for mode in (
-        MemoryMode("high", keep_text=True, keep_unet=True, unet_megapixels=16, passes_at_once=8),
         MemoryMode(
-            "balanced", keep_text=False, keep_unet=True, unet_megapixels=4, passes_at_once=2
+            "high",
+            keep_text=True,
+            keep_unet=True,
+            unet_megapixels=16,
+            passes_at_once=8,
+            sdxl_gib=10.7,
         ),
-        MemoryMode("low", keep_text=False, keep_unet=False, unet_megapixels=0, passes_at_once=1),
+        MemoryMode(
+            "balanced",
+            keep_text=False,
+            keep_unet=True,
+            unet_megapixels=4,
+            passes_at_once=2,
+            sdxl_gib=6.7,
+        ),
+        MemoryMode(
+            "low",
+            keep_text=False,
+            keep_unet=False,
+            unet_megapixels=0,
+            passes_at_once=1,
+            sdxl_gib=5.0,
+        ),
     )
 }
 _OUT_OF_MEMORY = (
@@ -135,32 +162,35 @@ def choose_memory_mode(device: torch.device, name: str) -> MemoryMode:
 
     Args:
         device: Where the stages run.
-        name: A key of `MEMORY_MODES`. Or "auto": a GPU of 16 GiB and more has "high", one of 10 GiB
-            and more "balanced", a smaller one "low". Other devices have "high".
+        name: A key of `MEMORY_MODES`. Or "auto": the first mode in which a GPU holds SDXL with
+            `MARGIN_GIB`, else "low". Other devices have "high".
     """
     if name != "auto":
         return MEMORY_MODES[name]
     if device.type != "cuda":
         return MEMORY_MODES["high"]
-    total = torch.cuda.get_device_properties(device).total_memory
-    return MEMORY_MODES[
-        "high" if total >= 15.5 * GIB else "balanced" if total >= 9.5 * GIB else "low"
-    ]
+    available = _total_gib(device) - MARGIN_GIB
+    fitting = (mode for mode in MEMORY_MODES.values() if mode.sdxl_gib <= available)
+    return next(fitting, MEMORY_MODES["low"])
 
 
 def choose_batch_pixels(device: torch.device, mode: MemoryMode) -> int:
     """Choose how many pixels to render together at most.
 
-    This is the GPU memory beside the weights of SDXL, at about 2.2 GB a megapixel with guidance
-    [computed], and at most 8 megapixels.
+    This is what the GPU's memory holds beside the weights of SDXL and the margin, and at most
+    `MAX_BATCH_MEGAPIXELS`.
 
     Returns:
         0 for the smaller memory modes and other devices: each request is rendered alone.
     """
     if device.type != "cuda" or mode.name != "high":
         return 0
-    free = torch.cuda.get_device_properties(device).total_memory - SDXL_GIB * GIB
-    return int(min(max(free / 2.2e9, 0), 8) * 1024**2)
+    megapixels = (_total_gib(device) - SDXL_GIB - MARGIN_GIB) / SAMPLING_GIB
+    return int(min(max(megapixels, 0), MAX_BATCH_MEGAPIXELS) * 1024**2)
+
+
+def _total_gib(device: torch.device) -> float:
+    return torch.cuda.get_device_properties(device).total_memory / GIB
 
 
 def describe(
@@ -205,35 +235,11 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
-def memory_needed(
-    unet_bytes: int, width: int, height: int, mode: MemoryMode, batch_size: int
-) -> int:
-    """Estimate the memory of the largest stage.
-
-    It is the sum of loaded weights and activations. Activations are about 1.1 GB a UNet row and
-    1.6 GB a decoder pass at 1024x1024 in 16 bit [computed]. It is for error messages only.
-
-    Args:
-        unet_bytes: Size of the UNet's weights.
-        width: Width of an image in pixels.
-        height: Height of an image in pixels.
-        mode: Memory mode.
-        batch_size: Images rendered together. Guidance doubles the rows.
-
-    Returns:
-        The memory in bytes.
-    """
-    megapixels = width * height / 1024**2
-    rows = min(2 * batch_size, mode.rows_at_once(width, height))
-    sampling = unet_bytes + 1.1e9 * megapixels * rows
-    decoding = (unet_bytes if mode.keep_unet else 0) + 1.6e9 * megapixels * max(
-        mode.passes_at_once, 2
-    )
-    return int(max(sampling, decoding))
-
-
 def move(module: nn.Module, device: torch.device) -> None:
-    """Move a module to a device, unless it is there: `nn.Module.to` takes milliseconds anyway."""
+    """Move a module to a device, unless it is there.
+
+    `nn.Module.to` takes milliseconds even if nothing moves.
+    """
     if any(weight.device.type != device.type for weight in module.parameters()):
         module.to(device)
 

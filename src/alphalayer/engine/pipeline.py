@@ -40,9 +40,9 @@ from alphalayer.engine.memory import (
     describe,
     free_memory,
     is_out_of_memory,
-    memory_needed,
     modes_down_from,
 )
+from alphalayer.engine.memory_count import Networks, count_memory
 from alphalayer.engine.model_cache import ModelCache
 from alphalayer.engine.progress import ProgressReporter, Stopwatch
 from alphalayer.engine.sampling.brownian_tree import BrownianNoise
@@ -366,23 +366,27 @@ class LocalEngine:
         """Return an error with the memory that was needed and available, and what to do."""
         model = self._models.active
         if model is None:
-            return OutOfMemory(
-                "there is not enough memory to read the model.",
-                hint="Close other programs, set spare_model_gb to 0 if it is not, or use a model "
-                "file of 16 bit.",
-            )
-        denoiser_bytes = sum(weight.nbytes for weight in model.modules["denoiser"].parameters())
+            return _no_memory_for_model()
         first = requests[0].resolve(model.defaults)
         images = sum(request.batch_size for request in requests)
         smallest = tried[-1]
-        needed = memory_needed(denoiser_bytes, first.width, first.height, smallest, images) / GIB
+        try:
+            networks = Networks.of(model, MODES[first.mode].has_alpha)
+            needed = count_memory(
+                networks, first.width, first.height, images, smallest, self.device
+            )
+        except Exception as error:  # the decoder is read on first use
+            if not is_out_of_memory(error):
+                raise
+            return _no_memory_for_model()
+        peak = max(stage.total for stage in needed.values()) / GIB
         available = ""
         if self.device.type == "cuda":
             free, total = torch.cuda.mem_get_info(self.device)
             available = f" and the GPU has {free / GIB:.1f} of {total / GIB:.1f} GiB free"
         attempts = "; larger modes were tried, too" if len(tried) > 1 else ""
         return OutOfMemory(
-            f"{first.width}x{first.height}, batch of {images}, needs about {needed:.1f} GiB in "
+            f"{first.width}x{first.height}, batch of {images}, needs about {peak:.1f} GiB in "
             f'memory mode "{smallest.name}"{available}{attempts}.',
             hint="Request a smaller image or batch, or close other programs on the GPU"
             + (", or start with --memory low." if smallest.name != "low" else "."),
@@ -413,6 +417,14 @@ def create_engine(options: dict[str, Any]) -> LocalEngine:
     if values.get("embeddings_dir"):
         values["embeddings_dir"] = Path(values["embeddings_dir"])
     return LocalEngine(**values)
+
+
+def _no_memory_for_model() -> OutOfMemory:
+    return OutOfMemory(
+        "there is not enough memory to read the model.",
+        hint="Close other programs, set spare_model_gb to 0 if it is not, or use a model "
+        "file of 16 bit.",
+    )
 
 
 def _is_encoded(

@@ -18,7 +18,7 @@ from alphalayer.engine.networks.clip import ClipTextModel
 from alphalayer.engine.networks.weights import NamedWeights
 
 TEXT_STORED = torch.float16
-"""dtype to which weights are rounded, as AUTOMATIC1111 does. The models compute in float32."""
+"""dtype of the weights, as in AUTOMATIC1111. The models compute in float32."""
 HEAD_WIDTH = 64
 """Channels of an attention head in ViT-L and ViT-bigG."""
 _FIRST = "conditioner.embedders.0.transformer."
@@ -61,7 +61,7 @@ def read_text_models(tensors: Mapping[str, Tensor]) -> tuple[ClipTextModel, Clip
 
 
 def build_text_model(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> ClipTextModel:
-    """Build a text model in float32 whose weights are rounded to `TEXT_STORED`.
+    """Build a text model whose weights are rounded to `TEXT_STORED`.
 
     Args:
         tensors: Tensors by canonical name. Sizes come from their shapes. With `text_projection`
@@ -92,7 +92,10 @@ def build_text_model(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -
     weights = NamedWeights(model)
     if problem := weights.mismatch(tensors):
         raise ValueError(problem)
-    weights.assign({name: tensors[name].to(TEXT_STORED) for name in weights}, torch.float32)
+    # copies, so that the file may change while the model is in use
+    weights.assign(
+        {name: tensors[name].to(TEXT_STORED, copy=True) for name in weights}, TEXT_STORED
+    )
     return model.eval()
 
 

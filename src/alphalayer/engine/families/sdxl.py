@@ -24,7 +24,7 @@ from alphalayer.core.errors import CorruptFile, ModelUnusable
 from alphalayer.engine.acceleration import Acceleration, GraphRunner, Run, accelerate
 from alphalayer.engine.families import vae_names
 from alphalayer.engine.families.base import LatentSpec, LayerDiffuseFiles, NoiseProcess, Part
-from alphalayer.engine.families.clip_files import TEXT_STORED, read_text_folder, read_text_models
+from alphalayer.engine.families.clip_files import read_text_folder, read_text_models
 from alphalayer.engine.families.configs import SHIPPED, fitted_configs
 from alphalayer.engine.families.vae import Vae, read_vae
 from alphalayer.engine.memory import Precision, is_out_of_memory, move
@@ -94,7 +94,7 @@ class SdxlModel:
     def patchers(self) -> Mapping[Part, WeightPatcher]:
         """Return the patchers of "denoiser" and "text"."""
         if self._patchers is None:
-            denoiser, text = patchers(self.unet, self.text_encoders, TEXT_STORED)
+            denoiser, text = patchers(self.unet, self.text_encoders)
             self._patchers = {"denoiser": denoiser, "text": text}
         return self._patchers
 
@@ -235,17 +235,22 @@ def _from_folder(folder: Path, precision: Precision) -> SdxlParts:
 
 
 def _from_file(path: Path, precision: Precision) -> SdxlParts:
-    """Read an LDM single file. What it does not hold is as in SDXL base."""
+    """Read an LDM single file. What it does not hold is as in SDXL base.
+
+    The file is mapped once for each part. So its pages leave memory when the part was read.
+    """
     header = read_header(path)
-    tensors = load_file(path)
     configs = fitted_configs(header.shapes)
     return SdxlParts(
-        _build_unet(_unet_of(tensors), configs["unet"], precision),
+        _build_unet(_unet_of(load_file(path)), configs["unet"], precision),
         read_vae(
-            vae_names.from_ldm(tensors), configs["vae"], precision.vae, precision.memory_format
+            vae_names.from_ldm(load_file(path)),
+            configs["vae"],
+            precision.vae,
+            precision.memory_format,
         ),
         configs["vae"],
-        read_text_models(tensors),
+        read_text_models(load_file(path)),
         read_tokenizers(SHIPPED / "tokenizer", SHIPPED / "tokenizer_2"),
         _scheduler_of(path, header),
     )

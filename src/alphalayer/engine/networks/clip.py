@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from alphalayer.engine.networks.weights import FusedLinear
 
@@ -28,6 +29,8 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"quick_gelu": _quick_gelu,
 
 class ClipTextModel(nn.Module):
     """Causal transformer over token ids, optionally with a projection of its pooled output.
+
+    It computes in float32, also with weights in 16 bit. Each layer widens its weights for a call.
 
     Args:
         vocabulary: Number of token ids.
@@ -81,7 +84,7 @@ class ClipTextModel(nn.Module):
         """
         x = self.embeddings(ids, learned)
         for block in self.encoder.layers[: self._first_after(layer)]:
-            x = block(x)
+            x = _in_float32(block, x)
         return x
 
     def pool(self, hidden: Tensor, ids: Tensor, layer: int = 1) -> Tensor:
@@ -93,14 +96,22 @@ class ClipTextModel(nn.Module):
             layer: As in `forward`. The layers after it are computed here.
         """
         for block in self.encoder.layers[self._first_after(layer) :]:
-            hidden = block(hidden)
+            hidden = _in_float32(block, hidden)
         ends = (ids if self.end is None else (ids == self.end).int()).argmax(dim=-1)
         rows = torch.arange(len(ids), device=ids.device)
-        pooled = self.final_layer_norm(hidden[rows, ends])
-        return pooled if self.text_projection is None else self.text_projection(pooled)
+        pooled = _in_float32(self.final_layer_norm, hidden[rows, ends])
+        if self.text_projection is None:
+            return pooled
+        return _in_float32(self.text_projection, pooled)
 
     def _first_after(self, layer: int) -> int:
         return max(len(self.encoder.layers) + 1 - layer, 0)
+
+
+def _in_float32(module: nn.Module, x: Tensor) -> Tensor:
+    """Call a module with its weights in float32. Others are copied for the call."""
+    weights = {name: weight.float() for name, weight in module.named_parameters()}
+    return functional_call(module, weights, x)
 
 
 class _Embeddings(nn.Module):
@@ -112,7 +123,7 @@ class _Embeddings(nn.Module):
         self.position_embedding = nn.Embedding(positions, width)
 
     def forward(self, ids: Tensor, learned: Learned) -> Tensor:
-        x = self.token_embedding(ids)  # (B, T, width)
+        x = self.token_embedding(ids).float()  # (B, T, width)
         for row, first, vectors in learned:
             x[row, first : first + len(vectors)] = vectors.to(x)
         return x + self.position_embedding.weight[: ids.shape[1]]

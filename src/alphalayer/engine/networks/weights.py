@@ -98,12 +98,19 @@ class NamedWeights(Mapping[str, Tensor]):
         names: dict[tuple[nn.Module, str], list[str]] = {}
         for name, slot in self._slots.items():
             names.setdefault((slot.module, slot.parameter), []).append(name)
-        # one parameter after the other, so that only one is in memory twice
         for (module, parameter), parts in names.items():
-            values = [tensors[name].to(dtype) for name in parts]
-            value = values[0] if len(values) == 1 else torch.cat(values)
-            if value.ndim == 4:
-                value = value.contiguous(memory_format=memory_format)
+            values = [tensors[name] for name in parts]
+            value, shape = values[0], getattr(module, parameter).shape
+            order = memory_format if len(shape) == 4 else torch.contiguous_format
+            if (
+                len(values) > 1
+                or value.dtype != dtype
+                or not value.is_contiguous(memory_format=order)
+            ):
+                # copied once: tensors in between would leave gaps in memory
+                value = torch.empty(shape, dtype=dtype, memory_format=order)
+                for rows, part in zip(value.split([*map(len, values)]), values, strict=True):
+                    rows.copy_(part)
             setattr(module, parameter, nn.Parameter(value, requires_grad=False))
 
 

@@ -278,7 +278,6 @@ class WeightPatcher:
     Args:
         weights: Parameters to change in place.
         read: Reads a patch file. Its changes of other parameters are ignored.
-        rounded: dtype to which changed weights are rounded. Default: their own.
 
     Attributes:
         applied: Patches that are merged now, in order.
@@ -288,11 +287,9 @@ class WeightPatcher:
         self,
         weights: Weights,
         read: Callable[[PatchFile], Patch],
-        rounded: torch.dtype | None = None,
     ):
         self._weights = weights
         self._read = read
-        self._rounded = rounded
         self._originals: dict[str, Tensor] = {}
         self.applied: tuple[PatchSpec, ...] = ()
 
@@ -334,12 +331,12 @@ class WeightPatcher:
             name: None for patch, _ in patches for name in patch.deltas if name in self._weights
         }:
             weight = self._weights[name]
-            self._originals.setdefault(name, weight.detach().to("cpu", copy=True))
+            self._originals.setdefault(name, _copy_of(weight.detach()))
             merged = weight.detach().float()
             for patch, strength in patches:
                 if name in patch.deltas:
                     merged = patch.deltas[name].apply(merged, strength)
-            weight.copy_(merged.to(self._rounded or weight.dtype))
+            weight.copy_(merged)
 
     @torch.no_grad()
     def remove(self) -> None:
@@ -350,8 +347,19 @@ class WeightPatcher:
         self.applied = ()
 
 
+def _copy_of(weight: Tensor) -> Tensor:
+    """Return a copy on the CPU, in 16 bit if that keeps every bit.
+
+    It does for a float32 network whose file is in float16.
+    """
+    half = weight.half()
+    if weight.dtype == torch.float32 and torch.equal(half.float(), weight):
+        return half.to("cpu")
+    return weight.to("cpu", copy=True)
+
+
 def patchers(
-    unet: nn.Module, text_encoders: Sequence[nn.Module], text_dtype: torch.dtype
+    unet: nn.Module, text_encoders: Sequence[nn.Module]
 ) -> tuple[WeightPatcher, WeightPatcher]:
     """Create the patchers of a model's UNet and of its text encoders.
 
@@ -360,7 +368,6 @@ def patchers(
     Args:
         unet: UNet of the model.
         text_encoders: Text encoders 1 and 2.
-        text_dtype: dtype to which changed weights of the text encoders are rounded.
     """
     own = NamedWeights(unet)
     named = zip(TEXT_ENCODERS, text_encoders, strict=True)
@@ -370,4 +377,4 @@ def patchers(
     def read(file: PatchFile) -> Patch:
         return read_patch(file.path, {**own, **text}, file.widened)
 
-    return WeightPatcher(own, read), WeightPatcher(text, read, text_dtype)
+    return WeightPatcher(own, read), WeightPatcher(text, read)
