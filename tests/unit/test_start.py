@@ -73,12 +73,14 @@ def test_generate_with_a_wrong_option_imports_no_engine(
     assert not _imported("generate", "a cup", "--steps", "0") & (SERVICE | ENGINE)
 
 
-def test_engine_process_imports_no_compiler():
-    """Import the engine process and parts of the engine that need only torch."""
+def test_engine_loads_no_compiler_to_generate(tmp_path: Path):
+    """Load the embedded model and generate: torch's compiler would take seconds."""
     script = (
-        "import sys, torch, alphalayer.worker.engine_process\n"
-        "import alphalayer.engine.memory, alphalayer.engine.sampling.noise\n"
-        "import alphalayer.engine.text.encoders\n"
+        "import sys, alphalayer.worker.engine_process\n"
+        "from alphalayer.core.request import GenerationRequest\n"
+        "from alphalayer.engine.pipeline import create_engine\n"
+        f"engine = create_engine({{'models_dir': {str(tmp_path)!r}, 'device': 'cpu'}})\n"
+        "engine.generate(GenerationRequest(prompt='a cup', width=64, height=64, steps=2))\n"
         "sys.exit(str({'torch._dynamo', 'torch._inductor', 'sympy', 'scipy'} & {*sys.modules}))"
     )
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)

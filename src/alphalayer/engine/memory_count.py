@@ -147,7 +147,7 @@ def _encode_text(encoders: Sequence[ClipTextModel]) -> None:
 
     See `TextEncoders`.
     """
-    ids = torch.zeros(1, encoders[0].embeddings.position_embedding.num_embeddings).long()
+    ids = torch.zeros(1, len(encoders[0].embeddings.position_embedding.weight)).long()
     hidden = [encoder(ids, LAYER) for encoder in encoders]
     encoded = torch.cat(hidden, dim=-1), encoders[-1].pool(hidden[-1], ids, LAYER)
     _empty = [torch.zeros_like(part) for part in encoded]

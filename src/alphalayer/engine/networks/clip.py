@@ -119,14 +119,25 @@ class _Embeddings(nn.Module):
 
     def __init__(self, vocabulary: int, positions: int, width: int):
         super().__init__()
-        self.token_embedding = nn.Embedding(vocabulary, width)
-        self.position_embedding = nn.Embedding(positions, width)
+        self.token_embedding = _Table(vocabulary, width)
+        self.position_embedding = _Table(positions, width)
 
     def forward(self, ids: Tensor, learned: Learned) -> Tensor:
-        x = self.token_embedding(ids).float()  # (B, T, width)
+        x = F.embedding(ids, self.token_embedding.weight).float()  # (B, T, width)
         for row, first, vectors in learned:
             x[row, first : first + len(vectors)] = vectors.to(x)
         return x + self.position_embedding.weight[: ids.shape[1]]
+
+
+class _Table(nn.Module):
+    """Rows of an embedding, without initial values.
+
+    On the meta device those of `nn.Embedding` would import torch's compiler, which takes seconds.
+    """
+
+    def __init__(self, rows: int, width: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(rows, width))
 
 
 class _Encoder(nn.Module):
