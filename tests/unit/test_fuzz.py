@@ -23,7 +23,7 @@ from alphalayer.core.errors import CorruptFile, FileMissing, InvalidRequest
 from alphalayer.core.job import Output
 from alphalayer.core.request import GenerationRequest
 from alphalayer.engine.text.grammar import parse_weights, schedule_prompt, split_and
-from alphalayer.images import codecs, infotext
+from alphalayer.images import codecs, files, infotext
 from alphalayer.storage.objects import open_storage
 
 often = settings(
@@ -126,7 +126,7 @@ def test_decode_damaged_image_is_read_or_refused(whole: bytes):
     @given(data=damaged(whole) | st.binary(max_size=60))
     def check(data: bytes) -> None:
         try:
-            codecs.read_settings(data)
+            files.read_settings(data)
             rgba, parameters = codecs.decode(data)
             assert rgba.shape[2] == 4
             assert parameters is None or isinstance(infotext.read_parameters(parameters), dict)

@@ -15,7 +15,7 @@ from PIL import Image
 from alphalayer.core.errors import InvalidRequest
 from alphalayer.core.job import Output
 from alphalayer.core.request import ImageFormat
-from alphalayer.images import codecs, postprocess
+from alphalayer.images import codecs, files, postprocess
 
 
 def _image(height: int = 33, width: int = 50, seed: int = 0) -> np.ndarray:
@@ -170,20 +170,20 @@ def test_decode_huge_size_in_header_is_refused_unread():
 
 def test_read_settings_needs_no_pixels():
     """Read images of any size; Pillow would decode a PNG to search its Exif."""
-    assert codecs.read_settings(_huge_png()) == ((9000, 9000), "a cup")
-    assert codecs.read_settings(_huge_png(b"Comment\0a cup")) == ((9000, 9000), None)
+    assert files.read_settings(_huge_png()) == ((9000, 9000), "a cup")
+    assert files.read_settings(_huge_png(b"Comment\0a cup")) == ((9000, 9000), None)
 
 
 @pytest.mark.parametrize("kind", ["png", "webp", "avif"])
 def test_read_settings_equals_decode(kind: ImageFormat):
-    assert codecs.read_settings(codecs.encode(_image(), kind, "a cup")) == ((50, 33), "a cup")
+    assert files.read_settings(codecs.encode(_image(), kind, "a cup")) == ((50, 33), "a cup")
 
 
 def test_decode_uses_no_other_reader_of_pillow():
     """Refuse EPS, for example, whose reader starts Ghostscript."""
     written = io.BytesIO()
     Image.fromarray(_image()[..., :3].copy()).save(written, "EPS")
-    for read in (codecs.decode, codecs.read_settings):
+    for read in (codecs.decode, files.read_settings):
         with pytest.raises(InvalidRequest, match="not an image"):
             read(written.getvalue())
 

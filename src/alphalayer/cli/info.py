@@ -9,7 +9,7 @@ import typer
 
 from alphalayer.cli.console import out
 from alphalayer.core.errors import StorageFailed
-from alphalayer.images import codecs
+from alphalayer.images import files
 
 app = typer.Typer()
 
@@ -26,7 +26,7 @@ def info(
     ],
 ) -> None:
     """Show the settings of an image."""
-    (width, height), parameters = codecs.read_settings(_read(file))
+    (width, height), parameters = files.read_settings(_read(file))
     out.print(f"{file}  {width}x{height}")
     out.print(parameters or "no settings in this file.", soft_wrap=True)
 

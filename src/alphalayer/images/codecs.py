@@ -7,28 +7,29 @@ from __future__ import annotations
 
 import io
 import struct
-import zlib
-from collections.abc import Generator
-from contextlib import contextmanager
 from pathlib import PurePath
 from typing import Any, get_args
 
 import numpy as np
 from isal import isal_zlib
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from alphalayer.core.errors import InvalidRequest
 from alphalayer.core.request import ImageFormat
+from alphalayer.images.files import (
+    EXIF_IFD,
+    MAX_PIXELS,
+    USER_COMMENT,
+    open_image,
+    settings_of,
+    too_large,
+)
 
 Rgba = NDArray[np.uint8]
 
-MAX_PIXELS = 16_000_000
-"""Limit for decoding: four times the largest generated image. It takes about 150 MB."""
 MAX_INPUT_SIDE = 16_384
 """Longest side of an input image, because fitting takes memory by the side."""
-READABLE = ("PNG", "WEBP", "AVIF", "JPEG")
-"""Formats that are opened. Some other readers of Pillow start other programs."""
 MIME_TYPES: dict[ImageFormat, str] = {
     "png": "image/png",
     "webp": "image/webp",
@@ -38,10 +39,8 @@ _MIME_TYPES_BY_EXTENSION = {
     **{f".{kind}": mime for kind, mime in MIME_TYPES.items()},
     ".jpeg": "image/jpeg",
 }
-_EXIF_IFD, _USER_COMMENT = 0x8769, 0x9286
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _UP_FILTER = 2
-_USE = "Use a PNG, WebP, AVIF or JPEG file."
 
 
 def mime_type(filename: str) -> str:
@@ -84,7 +83,7 @@ def encode(rgba: Rgba, kind: ImageFormat = "png", parameters: str = "") -> bytes
     )
     if parameters:
         exif = Image.Exif()
-        exif.get_ifd(_EXIF_IFD)[_USER_COMMENT] = b"UNICODE\0" + parameters.encode(
+        exif.get_ifd(EXIF_IFD)[USER_COMMENT] = b"UNICODE\0" + parameters.encode(
             "utf-16-be", errors="replace"
         )
         # as bytes, because Pillow treats an Exif without main tags as empty
@@ -110,12 +109,12 @@ def decode(data: bytes) -> tuple[Rgba, str | None]:
         InvalidRequest: The file is not a PNG, WebP, AVIF or JPEG, or is damaged,
             or has more than 16 megapixels.
     """
-    with _open(data) as image:
+    with open_image(data) as image:
         if image.width * image.height > MAX_PIXELS:
-            raise _too_large(f"{image.width}x{image.height} pixels")
+            raise too_large(f"{image.width}x{image.height} pixels")
         image.load()
         rgba = image if image.mode == "RGBA" else image.convert("RGBA")
-        return np.asarray(rgba), _parameters(image)
+        return np.asarray(rgba), settings_of(image)
 
 
 def encode_input(data: bytes) -> bytes:
@@ -134,60 +133,6 @@ def encode_input(data: bytes) -> bytes:
             f"and it has {width}x{height} pixels."
         )
     return encode(rgba)
-
-
-def read_settings(data: bytes) -> tuple[tuple[int, int], str | None]:
-    """Return (width, height) and the `parameters` text of an image file of any size.
-
-    No pixels are decoded.
-
-    Raises:
-        InvalidRequest: The file is not a PNG, WebP, AVIF or JPEG, or its header is damaged.
-    """
-    with _open(data) as image:
-        return image.size, _parameters(image)
-
-
-@contextmanager
-def _open(data: bytes) -> Generator[Image.Image]:
-    """Open an image file. Errors inside the block are reported as damage."""
-    try:
-        with Image.open(io.BytesIO(data), formats=READABLE) as image:
-            yield image
-    except UnidentifiedImageError:
-        raise InvalidRequest("not an image.", hint=_USE) from None
-    except (
-        OSError,
-        SyntaxError,
-        ValueError,
-        EOFError,
-        RuntimeError,
-        ArithmeticError,
-        LookupError,
-        struct.error,
-        zlib.error,
-    ) as error:
-        raise InvalidRequest(f"the image is damaged ({error}).", hint=_USE) from None
-    except Image.DecompressionBombError:
-        raise _too_large("far more pixels than that") from None
-
-
-def _too_large(size: str) -> InvalidRequest:
-    limit = f"{MAX_PIXELS // 1_000_000} megapixels"
-    return InvalidRequest(f"the image is too large: the limit is {limit}, and it has {size}.")
-
-
-def _parameters(image: Image.Image) -> str | None:
-    text = image.info.get("parameters")
-    if isinstance(text, str):
-        return text
-    # not image.getexif(), which decodes all pixels of a PNG
-    exif = Image.Exif()
-    exif.load(image.info.get("exif") or b"")
-    comment = exif.get_ifd(_EXIF_IFD).get(_USER_COMMENT)
-    if isinstance(comment, bytes) and comment.startswith(b"UNICODE\0"):
-        return comment[8:].decode("utf-16-be", errors="replace")
-    return None
 
 
 def _encode_png(rgba: Rgba, parameters: str) -> bytes:

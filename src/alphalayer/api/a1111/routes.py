@@ -41,7 +41,7 @@ from alphalayer.api.errors import ErrorResponse, Problem
 from alphalayer.api.info import webui_info
 from alphalayer.core.errors import InvalidRequest, NotImplementedYet
 from alphalayer.core.job import JobState, Submission
-from alphalayer.images import codecs, infotext
+from alphalayer.images import codecs, files, infotext
 from alphalayer.jobs.base import JobView
 
 ERRORS: dict[int | str, dict[str, Any]] = {
@@ -215,7 +215,7 @@ def png_info(body: ImageFile) -> dict[str, Any]:
         data = base64.b64decode(body.image.rpartition(",")[2], validate=True)
     except (binascii.Error, ValueError):
         raise InvalidRequest("not base64.", field="image") from None
-    text = codecs.read_settings(data)[1] or ""
+    text = files.read_settings(data)[1] or ""
     items = {"parameters": text} if text else {}
     return {
         "info": text,
