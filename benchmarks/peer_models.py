@@ -11,9 +11,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from benchmarks.peer_engines import LORA, OFFSETS
+from safetensors.torch import load_file, save_file
 from tests.full_size.full_size_models import write_models
+from torch import Tensor
 
 from alphalayer.engine.families.configs import SHIPPED
+from alphalayer.engine.parameter_names import ldm_to_diffusers
 
 CONFIGS = "config"
 """Folder beside the checkpoint's with the configs of diffusers."""
@@ -67,3 +71,25 @@ def make_models(folder: Path, name: str) -> Path:
             path.write_text(json.dumps(json.loads(path.read_text()) | changes))
         write_models(folder, folder / CONFIGS, **decoder)
     return folder
+
+
+def write_patch_forms(models: Path) -> None:
+    """Write the attention patch in the forms of other engines, unless they are there.
+
+    The names are those of diffusers: a LoRA as PEFT names it, and products to add to the weights.
+    `full` takes 2.5 GB more.
+    """
+    if (models / OFFSETS).is_file():
+        return
+    patch = load_file(models / "layer_model" / "layer_xl_transparent_attn.safetensors")
+    lora: dict[str, Tensor] = {}
+    offsets: dict[str, Tensor] = {}
+    for key in {key.partition("::")[0] for key in patch}:
+        up, down = patch[f"{key}::lora::0"], patch[f"{key}::lora::1"]
+        name = ldm_to_diffusers(key.removeprefix("diffusion_model."))
+        layer = name.removesuffix(".weight")
+        lora |= {f"unet.{layer}.lora_B.weight": up, f"unet.{layer}.lora_A.weight": down}
+        offsets[name] = (up.float() @ down.float()).half()
+    (models / OFFSETS).parent.mkdir(exist_ok=True)
+    save_file(lora, models / LORA)
+    save_file(offsets, models / OFFSETS)

@@ -2,18 +2,22 @@
 
     python -m benchmarks.peers [--model tiny|small|full] [--busy 4] [--against CHECKOUT]
     python -m benchmarks.peers --forge http://127.0.0.1:7860 --forge-command "python launch.py …"
+    python -m benchmarks.peers --diffuser-layerdiffuse FOLDER --layerdiffuse-cli FOLDER
 
 In each round, each engine starts in a fresh process and generates a first image and some more:
 
 - cold: from the start of the process to the first image
 - warm: another image, the fastest
 - decode: the part of the VAE and, if there is one, of the transparent decoder
+- transparent: the part of the transparent decoder alone
 - CPU: CPU seconds of the process and its children for the same image
 - peak: resident memory of the process and its children
 
 The table has the smallest figures of all rounds, the highest peak, and their ratio to this
 engine's at the same work. diffusers has no transparent decode, so it is beside the opaque mode.
 With `--against`, this engine of another checkout is measured, too.
+`--diffuser-layerdiffuse` and `--layerdiffuse-cli` need clones of rootonchair/diffuser_layerdiffuse
+and lllyasviel/LayerDiffuse_DiffusersCLI, and their packages: einops, opencv-python-headless, peft.
 Forge runs on the folder of `--models-dir` as its models folder. Without `--forge-command` a running
 server is measured, without its start and memory.
 
@@ -33,7 +37,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
@@ -44,7 +48,7 @@ from typing import Any
 
 import httpx
 from benchmarks.peer_engines import Answer, Render, Task
-from benchmarks.peer_models import MODELS, make_models
+from benchmarks.peer_models import MODELS, make_models, write_patch_forms
 from benchmarks.report import machine, write_report
 from PIL import Image
 from tests.support.serving import free_port
@@ -59,9 +63,15 @@ COLUMNS = {
     "warm_s": "warm s",
     "warm_cpu_s": "warm CPU s",
     "decode_s": "decode s",
+    "transparent_s": "transparent s",
     "peak_mb": "peak MB",
     "gpu_mb": "GPU MB",
 }
+CLONES = {
+    "diffuser_layerdiffuse": ("rootonchair/diffuser_layerdiffuse", "layer_diffuse/models"),
+    "layerdiffuse_cli": ("lllyasviel/LayerDiffuse_DiffusersCLI", "lib_layerdiffuse"),
+}
+"""Repository on GitHub and a folder of it, by name of the engine."""
 Session = tuple[Render, int | None]
 """Rendering of one image, and the id of the engine's process, if it is ours."""
 
@@ -84,14 +94,14 @@ class Peer:
 
 
 @contextmanager
-def in_process(name: str, task: Task, checkout: Path | None = None) -> Generator[Session]:
-    """Run an engine of `benchmarks.peer_engines`, perhaps of another checkout."""
-    source = {"PYTHONPATH": str(checkout.resolve() / "src")} if checkout else {}
+def in_process(name: str, task: Task, folders: Sequence[Path] = ()) -> Generator[Session]:
+    """Run an engine of `benchmarks.peer_engines`; modules of `folders` come first."""
+    path = [*(str(folder.resolve()) for folder in folders), os.environ.get("PYTHONPATH", "")]
     command = [sys.executable, "-m", "benchmarks.peer_engines", name, json.dumps(asdict(task))]
     with subprocess.Popen(
         command,
         cwd=ROOT,
-        env={**os.environ, **source},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(path), "TQDM_DISABLE": "1"},
         text=True,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -191,8 +201,9 @@ def serve(task: Task) -> Generator[Session]:
             yield session
 
 
-def find_peers(against: Path | None, forge: str | None, forge_command: str | None) -> list[Peer]:
+def find_peers(options: argparse.Namespace) -> list[Peer]:
     """Return the engines that can run, in the order of a round."""
+    packages = [options.peer_path] if options.peer_path else []
     peers = [
         Peer("alphalayer", RGBA, "alphalayer", partial(in_process, "alphalayer")),
         Peer(
@@ -208,14 +219,19 @@ def find_peers(against: Path | None, forge: str | None, forge_command: str | Non
             partial(in_process, "diffusers"),
         ),
     ]
-    if against:
-        other = partial(in_process, "alphalayer", checkout=against)
+    if options.against:
+        other = partial(in_process, "alphalayer", folders=[options.against / "src"])
         peers.insert(1, Peer("alphalayer-other", RGBA, "alphalayer", other))
-    if forge:
+    for name in CLONES:
+        if folder := getattr(options, name):
+            clone = partial(in_process, name, folders=[folder, *packages])
+            peers.append(Peer(name, RGBA, "alphalayer", clone))
+    if options.forge:
         work = f"{RGBA}, PNG over HTTP"
+        forge = partial(over_http, options.forge, options.forge_command)
         peers += [
             Peer("alphalayer-serve", work, "alphalayer-serve", serve),
-            Peer("forge", work, "alphalayer-serve", partial(over_http, forge, forge_command)),
+            Peer("forge", work, "alphalayer-serve", forge),
         ]
     return peers
 
@@ -327,6 +343,20 @@ def describe_run(options: argparse.Namespace, task: Task) -> dict[str, Any]:
     }
 
 
+def clone_of(name: str) -> Callable[[str], Path]:
+    """Return a parser of the folder of a clone; it refuses any other folder."""
+    repository, part = CLONES[name]
+
+    def parse(text: str) -> Path:
+        if not (Path(text) / part).is_dir():
+            raise argparse.ArgumentTypeError(
+                f"got {text}; it has no folder {part}. Clone https://github.com/{repository}."
+            )
+        return Path(text)
+
+    return parse
+
+
 def parse_options(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -343,10 +373,21 @@ def parse_options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--busy", type=int, default=0, help="busy processes beside the engines")
     parser.add_argument("--engines", nargs="+", metavar="NAME", help="default: all that can run")
     parser.add_argument("--against", type=Path, help="another checkout, measured in turn")
+    for name, (repository, _) in CLONES.items():
+        flag = f"--{name.replace('_', '-')}"
+        parser.add_argument(
+            flag, type=clone_of(name), metavar="FOLDER", help=f"clone of {repository}"
+        )
+    parser.add_argument(
+        "--peer-path", type=Path, metavar="FOLDER", help="Python packages that the clones need"
+    )
     parser.add_argument("--forge", metavar="URL", help="address of Forge with LayerDiffuse")
     parser.add_argument("--forge-command", help="command that starts Forge in each round")
     parser.add_argument("--output", type=Path, help="write all figures as JSON")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.model == "tiny" and any(getattr(options, name) for name in CLONES):
+        parser.error("--model: got tiny; the clones have a fixed decoder. Use small or full.")
+    return options
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -356,11 +397,13 @@ def main(arguments: list[str] | None = None) -> None:
         os.environ["OMP_NUM_THREADS"] = str(options.threads)
     peers = [
         peer
-        for peer in find_peers(options.against, options.forge, options.forge_command)
+        for peer in find_peers(options)
         if options.engines is None or peer.name in options.engines
     ]
     with tempfile.TemporaryDirectory() as temporary, ExitStack() as stack:
         models = make_models((options.models_dir or Path(temporary)).resolve(), options.model)
+        if any(peer.name in CLONES for peer in peers):
+            write_patch_forms(models)
         side = options.side or SIDES[options.model]
         task = Task(str(models), side, side, options.steps, options.device, options.dtype)
         description = describe_run(options, task)

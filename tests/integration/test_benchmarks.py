@@ -10,10 +10,15 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 from benchmarks import engine, peers
-from benchmarks.peer_models import make_models
+from benchmarks.peer_engines import LORA, OFFSETS
+from benchmarks.peer_models import make_models, write_patch_forms
 from PIL import Image
+from safetensors.torch import load_file
 from tests.support.serving import served
+
+from alphalayer.engine.transparency.patch import read_patch
 
 
 @pytest.fixture(scope="module")
@@ -70,3 +75,59 @@ def test_opaque_image_of_a_peer_is_refused():
     Image.new("RGB", (8, 8)).save(image, "png")
     with pytest.raises(SystemExit, match="LayerDiffuse is not active"):
         peers.check_alpha("http://forge", base64.b64encode(image.getvalue()).decode())
+
+
+@pytest.mark.parametrize(
+    ("flag", "part", "repository"),
+    [
+        ("--diffuser-layerdiffuse", "layer_diffuse/models", "rootonchair/diffuser_layerdiffuse"),
+        ("--layerdiffuse-cli", "lib_layerdiffuse", "lllyasviel/LayerDiffuse_DiffusersCLI"),
+    ],
+)
+def test_folder_without_clone_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], flag: str, part: str, repository: str
+):
+    folder = tmp_path / "missing"
+    with pytest.raises(SystemExit, match="2"):
+        peers.parse_options([flag, str(folder)])
+    message = f"argument {flag}: got {folder}; it has no folder {part}. Clone https://github.com/"
+    assert f"{message}{repository}." in capsys.readouterr().err
+
+
+def test_clone_with_tiny_model_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "lib_layerdiffuse").mkdir()
+    with pytest.raises(SystemExit, match="2"):
+        peers.parse_options(["--model", "tiny", "--layerdiffuse-cli", str(tmp_path)])
+    assert "the clones have a fixed decoder" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="reads /proc")
+def test_clone_that_fails_to_import_ends_the_run(
+    models: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+):
+    module = tmp_path / "layer_diffuse" / "models" / "__init__.py"
+    module.parent.mkdir(parents=True)
+    module.write_text("import package_that_is_missing")
+    options = peers.parse_options(["--diffuser-layerdiffuse", str(tmp_path)])
+    peer = next(peer for peer in peers.find_peers(options) if peer.name in peers.CLONES)
+    with pytest.raises(SystemExit, match="diffuser_layerdiffuse: the process ended with status 1"):
+        peers.measure(peer, peers.Task(str(models), 64, 64, steps=1), warm=1)
+    assert "No module named 'package_that_is_missing'" in capfd.readouterr().err
+
+
+def test_patch_forms_change_weights_equally(models: Path):
+    write_patch_forms(models)
+    weights = {name: torch.zeros_like(w) for name, w in load_file(models / OFFSETS).items()}
+    published = read_patch(
+        models / "layer_model" / "layer_xl_transparent_attn.safetensors", weights
+    )
+    assert set(published.deltas) == set(weights)
+    for form in (LORA, OFFSETS):
+        patch = read_patch(models / form, weights)
+        assert set(patch.deltas) == set(weights)
+        for name, delta in patch.deltas.items():
+            change = published.deltas[name].apply(weights[name].float(), 1.0)
+            # float16 holds numbers this small up to 3e-8
+            torch.testing.assert_close(
+                delta.apply(weights[name].float(), 1.0), change, rtol=1e-3, atol=3e-8
+            )
