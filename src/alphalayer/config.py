@@ -187,7 +187,7 @@ class Settings(BaseSettings):
     ] = "auto"
     memory: Annotated[
         Literal["auto", "high", "balanced", "low"],
-        Field(description="GPU memory mode: high from 16 GB on, balanced for 12 GB, low for 8 GB."),
+        Field(description="GPU memory mode: high from 16 GB on, balanced from 10 GB, low below."),
     ] = "auto"
     acceleration: Annotated[
         Literal["off", "graphs", "compile"],
