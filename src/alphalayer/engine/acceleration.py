@@ -92,16 +92,17 @@ class GraphRunner:
     def __init__(self, unet: nn.Module, run: Run, record: Record):
         self._unet, self._run, self._record = unet, run, record
         self._recordings: OrderedDict[object, _Recording] = OrderedDict()
-        self._address = 0
+        self._weight: Tensor | None = None
 
     def __call__(
         self, x: Tensor, timestep: Tensor, prepared: Prepared, condition: Tensor | None
     ) -> Tensor:
         """Return the output of the UNet, see `UNet.forward`."""
-        address = next(self._unet.parameters()).data_ptr()
-        if address != self._address:
+        weight = next(self._unet.parameters()).detach()
+        if self._weight is None or weight.data_ptr() != self._weight.data_ptr():
             self._recordings.clear()
-            self._address = address
+            # kept, so that no other weight gets its address
+            self._weight = weight
         key = x.shape, x.dtype, prepared.keys_values[0].shape, condition is not None
         recording = self._recordings.pop(key, None)
         if recording is None:
