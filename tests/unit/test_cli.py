@@ -266,7 +266,8 @@ def test_generate_replaces_a_named_file(run: Run, models: Path, tmp_path: Path):
 def test_generate_reads_an_input_image_from_its_file(run: Run, tmp_path: Path):
     models = tmp_path / "models"
     tiny_models.make_condition_patch(tiny_models.make_shared_models(models), "fg2ble")
-    arguments = ("--mode", "fg2ble", "--foreground-image", "table.png", "-o", "cup.png")
+    mode = ("--mode", "fg2ble", "--width", "64", "--height", "64")
+    arguments = (*mode, "--foreground-image", "table.png", "-o", "cup.png")
     code, _, err = run(*_generate(models, *arguments))
     assert code == 1
     assert "--foreground-image: cannot read table.png: No such file or directory." in err
