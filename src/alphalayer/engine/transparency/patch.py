@@ -327,11 +327,14 @@ class WeightPatcher:
     @torch.no_grad()
     def _merge(self, patches: Sequence[tuple[Patch, float]]) -> None:
         """Apply all changes of a parameter in float32, then cast once to its own dtype."""
-        for name in {
+        names = {
             name: None for patch, _ in patches for name in patch.deltas if name in self._weights
-        }:
+        }
+        self._originals |= _copies(
+            {name: self._weights[name] for name in names if name not in self._originals}
+        )
+        for name in names:
             weight = self._weights[name]
-            self._originals.setdefault(name, _copy_of(weight.detach()))
             merged = weight.detach().float()
             for patch, strength in patches:
                 if name in patch.deltas:
@@ -347,15 +350,23 @@ class WeightPatcher:
         self.applied = ()
 
 
-def _copy_of(weight: Tensor) -> Tensor:
-    """Return a copy on the CPU, in 16 bit if that keeps every bit.
+def _copies(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return copies of weights on the CPU, in float16 where no bit is lost.
 
-    It does for a float32 network whose file is in float16.
+    All copies of a dtype share one block: small ones would leave gaps of gigabytes in memory.
     """
-    half = weight.half()
-    if weight.dtype == torch.float32 and torch.equal(half.float(), weight):
-        return half.to("cpu")
-    return weight.to("cpu", copy=True)
+    dtypes = {
+        name: torch.float16 if torch.equal(weight.half().to(weight.dtype), weight) else weight.dtype
+        for name, weight in weights.items()
+    }
+    copies: dict[str, Tensor] = {}
+    for dtype in {*dtypes.values()}:
+        group = {name: weight for name, weight in weights.items() if dtypes[name] == dtype}
+        block = torch.empty(sum(weight.numel() for weight in group.values()), dtype=dtype)
+        parts = block.split([weight.numel() for weight in group.values()])
+        for (name, weight), part in zip(group.items(), parts, strict=True):
+            copies[name] = part.view(weight.shape).copy_(weight)
+    return copies
 
 
 def patchers(
