@@ -29,7 +29,7 @@ from pydantic_settings import (
 
 from alphalayer.core import validation
 from alphalayer.core.errors import STARTED_BY, SetupFailed
-from alphalayer.core.request import DecodeMode, NoiseSource
+from alphalayer.core.request import MAX_SIDE, MIN_SIDE, DecodeMode, NoiseSource
 
 PREFIX = "ALPHALAYER_"
 TOML_FILE = "alphalayer.toml"
@@ -304,6 +304,14 @@ class Settings(BaseSettings):
     def _not_empty(cls, value: Any, info: ValidationInfo) -> Any:
         if value == "" and info.field_name not in OPTIONAL_TEXT:
             raise ValueError("it is empty; give a value, or remove the setting")
+        return value
+
+    @field_validator("warm_up_sizes")
+    @classmethod
+    def _sizes_of_images(cls, value: str) -> str:
+        for size in filter(None, value.split(",")):
+            if not all(MIN_SIDE <= int(side) <= MAX_SIDE for side in size.split("x")):
+                raise ValueError(f"{size}: a side has from {MIN_SIDE} to {MAX_SIDE} pixels")
         return value
 
     @field_validator("port", mode="before")

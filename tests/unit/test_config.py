@@ -64,6 +64,8 @@ def test_settings_flags_override_environment_and_file(
         ("api_auth", "jörg:pw"), ("storage", "ftp://x"), ("storage", "s3://"),
         ("database", "mysql://x/y"), ("public_url", "pics.example.com"), ("role", "api"),
         ("cors_allow_origins", "example.com"), ("cors_allow_origins", "https://example.com/page"),
+        ("acceleration", "fast"), ("warm_up_sizes", "1024"), ("warm_up_sizes", "1024x1024,10x64"),
+        ("warm_up_sizes", "64x4096"),
     ],
 )  # fmt: skip
 def test_settings_wrong_value_is_named(monkeypatch: pytest.MonkeyPatch, name: str, value: str):
@@ -98,8 +100,10 @@ def test_settings_valid_addresses_are_accepted():
         storage="s3://bucket/prefix",
         database="postgres://user:pass,word@host/name",
         role="worker",
+        warm_up_sizes="1024x1024,832x1216",
     )
     assert settings.role == "worker"
+    assert settings.engine_options()["warm_up_sizes"] == [(1024, 1024), (832, 1216)]
     assert load_settings(cors_allow_origins="*", trusted_proxies="").cors_allow_origins == "*"
 
 
