@@ -119,13 +119,13 @@ class Denoiser:
     def _prepare(self, group: Sequence[_Rows]) -> _Prepared:
         """Prepare the text of a group, or return it from an earlier step."""
         key = tuple(entry.key for entry in group)
-        prepared = self._prepared.pop(key, None) or self._prepare_anew(group)
+        prepared = self._prepared.pop(key, None) or self._prepare_text(group)
         if len(self._prepared) >= PREPARED_GROUPS:
             del self._prepared[next(iter(self._prepared))]
         self._prepared[key] = prepared
         return prepared
 
-    def _prepare_anew(self, group: Sequence[_Rows]) -> _Prepared:
+    def _prepare_text(self, group: Sequence[_Rows]) -> _Prepared:
         length = math.lcm(*(entry.tokens for entry in group))
         text = Conditioning(
             _expand(group, lambda entry: _repeat(entry.conditioning.context, length)),
