@@ -10,17 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from alphalayer import catalog
+from alphalayer.engine.families.configs import heads_of
+from alphalayer.engine.families.folders import read_part
 from alphalayer.engine.networks.clip import ClipTextModel
 from alphalayer.engine.networks.weights import NamedWeights
 
 TEXT_STORED = torch.float16
 """dtype of the weights, as in AUTOMATIC1111. The models compute in float32."""
-HEAD_WIDTH = 64
-"""Channels of an attention head in ViT-L and ViT-bigG."""
 _FIRST = "conditioner.embedders.0.transformer."
 _SECOND = "conditioner.embedders.1.model."
 # eos_token_id 2 means the largest id, see `build_text_model`
@@ -36,12 +35,8 @@ def read_text_folder(folder: Path) -> ClipTextModel:
         SafetensorError, OSError: A weight file cannot be read.
         LookupError, ValueError: A weight is missing or has another shape.
     """
-    tensors: dict[str, Tensor] = {}
-    for file in catalog.weight_files(folder):
-        tensors |= load_file(file)
-    return build_text_model(
-        transformers_names(tensors, ""), catalog.read_json(folder / "config.json")
-    )
+    tensors = transformers_names(read_part(folder), "")
+    return build_text_model(tensors, catalog.read_json(folder / "config.json"))
 
 
 def read_text_models(tensors: Mapping[str, Tensor]) -> tuple[ClipTextModel, ClipTextModel]:
@@ -83,15 +78,15 @@ def build_text_model(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -
             width=width,
             inner_width=len(tensors["encoder.layers.0.mlp.fc1.weight"]),
             layers=1 + max(int(name.split(".")[2]) for name in tensors if ".layers." in name),
-            heads=config.get("num_attention_heads") or max(width // HEAD_WIDTH, 1),
+            heads=config.get("num_attention_heads") or heads_of(width),
             projection=None if projection is None else len(projection),
             activation=config.get("hidden_act", "quick_gelu"),
             eps=config.get("layer_norm_eps", 1e-5),
             end=None if end == 2 else end,
         )
     weights = NamedWeights(model)
-    if problem := weights.mismatch(tensors):
-        raise ValueError(problem)
+    if mismatch := weights.mismatch(tensors):
+        raise ValueError(f"its text model does not match its sizes: {mismatch}")
     # copies, so that the file may change while the model is in use
     weights.assign(
         {name: tensors[name].to(TEXT_STORED, copy=True) for name in weights}, TEXT_STORED

@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from alphalayer import catalog
+from alphalayer.engine.families.vae_names import LDM_PREFIX as LDM_VAE
 
 SHIPPED = Path(__file__).parents[2] / "builtin_models" / "sdxl"
 HEAD_WIDTH = 64
+"""Channels of an attention head in SDXL's networks."""
 
 Shapes = Mapping[str, tuple[int, ...]]
-_UNET = "model.diffusion_model."
-_VAE = "first_stage_model."
+LDM_UNET = "model.diffusion_model."
+"""Prefix of the UNet's tensors in an LDM single file."""
 _CLIP_G = "conditioner.embedders.1.model."
 
 
@@ -35,21 +37,21 @@ def fitted_configs(shapes: Shapes) -> dict[str, dict[str, Any]]:
 
 def _unet(shapes: Shapes) -> dict[str, Any]:
     widths = [
-        shapes[f"{_UNET}input_blocks.{block}.0.out_layers.3.weight"][0] for block in (1, 4, 7)
+        shapes[f"{LDM_UNET}input_blocks.{block}.0.out_layers.3.weight"][0] for block in (1, 4, 7)
     ]
     depths = [
-        max(_count(shapes, rf"{_UNET}input_blocks\.{block}\.1\.transformer_blocks\."), 1)
+        max(_count(shapes, rf"{LDM_UNET}input_blocks\.{block}\.1\.transformer_blocks\."), 1)
         for block in (1, 4, 7)
     ]
-    added = shapes[f"{_UNET}label_emb.0.0.weight"][1]
+    added = shapes[f"{LDM_UNET}label_emb.0.0.weight"][1]
     pooled = shapes[f"{_CLIP_G}text_projection"][1]
-    context = shapes[f"{_UNET}input_blocks.4.1.transformer_blocks.0.attn2.to_k.weight"][1]
+    context = shapes[f"{LDM_UNET}input_blocks.4.1.transformer_blocks.0.attn2.to_k.weight"][1]
     return {
-        "in_channels": shapes[f"{_UNET}input_blocks.0.0.weight"][1],
-        "out_channels": shapes[f"{_UNET}out.2.weight"][0],
+        "in_channels": shapes[f"{LDM_UNET}input_blocks.0.0.weight"][1],
+        "out_channels": shapes[f"{LDM_UNET}out.2.weight"][0],
         "block_out_channels": widths,
         "transformer_layers_per_block": depths,
-        "attention_head_dim": [_heads(width) for width in widths],
+        "attention_head_dim": [heads_of(width) for width in widths],
         "cross_attention_dim": context,
         "projection_class_embeddings_input_dim": added,
         "addition_time_embed_dim": (added - pooled) // 6,
@@ -57,18 +59,18 @@ def _unet(shapes: Shapes) -> dict[str, Any]:
 
 
 def _vae(shapes: Shapes) -> dict[str, Any]:
-    levels = _count(shapes, rf"{_VAE}encoder\.down\.")
+    levels = _count(shapes, rf"{LDM_VAE}encoder\.down\.")
     return {
         "block_out_channels": [
-            shapes[f"{_VAE}encoder.down.{i}.block.0.conv1.weight"][0] for i in range(levels)
+            shapes[f"{LDM_VAE}encoder.down.{i}.block.0.conv1.weight"][0] for i in range(levels)
         ],
-        "latent_channels": shapes[f"{_VAE}post_quant_conv.weight"][0],
+        "latent_channels": shapes[f"{LDM_VAE}post_quant_conv.weight"][0],
         "down_block_types": ["DownEncoderBlock2D"] * levels,
         "up_block_types": ["UpDecoderBlock2D"] * levels,
     }
 
 
-def _heads(width: int) -> int:
+def heads_of(width: int) -> int:
     """Return the number of heads of 64 channels, and one for smaller widths."""
     return max(width // HEAD_WIDTH, 1)
 

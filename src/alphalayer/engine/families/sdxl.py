@@ -25,7 +25,8 @@ from alphalayer.engine.acceleration import Acceleration, GraphRunner, Run, accel
 from alphalayer.engine.families import vae_names
 from alphalayer.engine.families.base import LatentSpec, LayerDiffuseFiles, NoiseProcess, Part
 from alphalayer.engine.families.clip_files import read_text_folder, read_text_models
-from alphalayer.engine.families.configs import SHIPPED, fitted_configs
+from alphalayer.engine.families.configs import LDM_UNET, SHIPPED, fitted_configs
+from alphalayer.engine.families.folders import read_part
 from alphalayer.engine.families.vae import Vae, read_vae
 from alphalayer.engine.memory import Precision, is_out_of_memory, move
 from alphalayer.engine.networks.clip import ClipTextModel
@@ -40,9 +41,6 @@ from alphalayer.engine.transparency.decode import load_decoder
 from alphalayer.engine.transparency.patch import WeightPatcher, patchers
 
 logger = logging.getLogger(__name__)
-
-LDM_UNET = "model.diffusion_model."
-"""Prefix of the UNet's tensors in an LDM single file."""
 
 
 @dataclass(frozen=True)
@@ -217,12 +215,12 @@ def _from_folder(folder: Path, precision: Precision) -> SdxlParts:
     vae_config = catalog.read_json(folder / "vae" / "config.json")
     return SdxlParts(
         _build_unet(
-            _read_tensors(folder / "unet"),
+            read_part(folder / "unet"),
             catalog.read_json(folder / "unet" / "config.json"),
             precision,
         ),
         read_vae(
-            vae_names.from_diffusers(_read_tensors(folder / "vae")),
+            vae_names.from_diffusers(read_part(folder / "vae")),
             vae_config,
             precision.vae,
             precision.memory_format,
@@ -254,15 +252,6 @@ def _from_file(path: Path, precision: Precision) -> SdxlParts:
         read_tokenizers(SHIPPED / "tokenizer", SHIPPED / "tokenizer_2"),
         _scheduler_of(path, header),
     )
-
-
-def _read_tensors(folder: Path) -> dict[str, Tensor]:
-    """Return the tensors of a part of a diffusers folder, by canonical name."""
-    return {
-        name: tensor
-        for file in catalog.weight_files(folder)
-        for name, tensor in load_file(file).items()
-    }
 
 
 def _unet_of(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -75,7 +75,7 @@ class NamedWeights(Mapping[str, Tensor]):
         problems = [
             f"{name} is missing"
             if name not in tensors
-            else f"{name} has the shape {_by(tensors[name].shape)}, expected {_by(shape)}"
+            else f"{name} has the shape {by_sides(tensors[name].shape)}, expected {by_sides(shape)}"
             for name, shape in self.shapes().items()
             if name not in tensors or tuple(tensors[name].shape) != shape
         ]
@@ -127,5 +127,6 @@ def _slots(network: nn.Module) -> Iterator[tuple[str, _Slot]]:
                 yield f"{path}.{parameter}".lstrip("."), _Slot(module, parameter)
 
 
-def _by(shape: Sequence[int]) -> str:
-    return "x".join(map(str, shape)) or "scalar"
+def by_sides(shape: Sequence[int] | None) -> str:
+    """Describe a shape as 3x4, or "absent" for None."""
+    return "absent" if shape is None else "x".join(map(str, shape)) or "scalar"

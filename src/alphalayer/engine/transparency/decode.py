@@ -28,7 +28,7 @@ from alphalayer.core.errors import (
 from alphalayer.core.request import DecodeMode
 from alphalayer.engine.base import RgbaImage
 from alphalayer.engine.networks.transparent import TransparentDecoder
-from alphalayer.engine.networks.weights import NamedWeights
+from alphalayer.engine.networks.weights import NamedWeights, by_sides
 
 ORIENTATIONS = tuple(product((False, True), range(4)))
 """The passes of one decode: mirrored left to right or not, then so many quarter turns."""
@@ -127,8 +127,8 @@ def check_sizes(decoder: TransparentDecoder, pixel: Tensor, latent: Tensor) -> N
     expected = (channels, height >> decoder.latent_block, width >> decoder.latent_block)
     if tuple(latent.shape[1:]) != expected:
         raise ModelUnusable(
-            f"the transparent decoder expects a latent of {_by(expected)} for an image of "
-            f"{width}x{height}, and the model gives {_by(latent.shape[1:])}.",
+            f"the transparent decoder expects a latent of {by_sides(expected)} for an image of "
+            f"{width}x{height}, and the model gives {by_sides(latent.shape[1:])}.",
             hint="Use the decoder that was made for this model's VAE.",
         )
 
@@ -329,9 +329,5 @@ def _describe(
     first = differing[0]
     return (
         f"{kind} ({len(differing)} tensors differ, first {first}: "
-        f"{_by(shapes.get(first))}, not {_by(expected.get(first))})"
+        f"{by_sides(shapes.get(first))}, not {by_sides(expected.get(first))})"
     )
-
-
-def _by(shape: Sequence[int] | None) -> str:
-    return "absent" if shape is None else "x".join(map(str, shape))
