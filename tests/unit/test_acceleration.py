@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from tests.support.small_unet import CONFIG
 from torch import Tensor
 
 from alphalayer.core.errors import SetupFailed
@@ -19,20 +20,7 @@ from alphalayer.engine.acceleration import (
     Replay,
     check_acceleration,
 )
-from alphalayer.engine.networks.unet import Prepared, UNet, UNetConfig
-
-CONFIG = UNetConfig(
-    in_channels=4,
-    out_channels=4,
-    widths=(32, 32),
-    resnets=1,
-    depths=(0, 1),
-    middle_depth=1,
-    heads=(1, 1),
-    context=16,
-    pooled=8,
-    size_width=4,
-)
+from alphalayer.engine.networks.unet import Prepared, UNet
 
 
 class Recorder:

@@ -6,29 +6,18 @@ from typing import Any
 
 import pytest
 import torch
+from tests.support.small_unet import CONFIG
 from tests.support.transfers import Transfers
 
 from alphalayer.engine.families.base import NoiseProcess
 from alphalayer.engine.memory import MEMORY_MODES
-from alphalayer.engine.networks.unet import UNet, UNetConfig
+from alphalayer.engine.networks.unet import UNet
 from alphalayer.engine.sampling.guidance import Denoiser, Guidance
 from alphalayer.engine.sampling.samplers import sample
 from alphalayer.engine.sampling.schedules import SigmaTable, sigmas_for
 from alphalayer.engine.text.encoders import Conditioning, PromptPlan
 
 PROCESS = NoiseProcess(SigmaTable.from_betas(), "epsilon")
-CONFIG = UNetConfig(
-    in_channels=4,
-    out_channels=4,
-    widths=(32, 32),
-    resnets=1,
-    depths=(0, 1),
-    middle_depth=1,
-    heads=(1, 1),
-    context=16,
-    pooled=8,
-    size_width=4,
-)
 
 
 class Model:
