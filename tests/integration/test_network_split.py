@@ -33,25 +33,25 @@ def can_create_hosts() -> bool:
     return result.returncode == 0 and bool(ip("netns", "delete", name) or True)
 
 
-def unused_network() -> tuple[str, str]:
-    """Return the two addresses of a /30 network that this host does not have.
+def unused_network() -> int:
+    """Return the number of a network 10.213.number.0/30 that this host does not have.
 
     A killed run leaves its network behind, and two runs may share one host: a fixed network
-    would send this run's packets down their cables.
+    would send this run's packets down their cables. Names by process id would collide, too.
     """
     while True:
-        prefix = f"10.213.{random.randrange(256)}."
-        if prefix not in ip("-brief", "address"):
-            return prefix + "1", prefix + "2"
+        number = random.randrange(256)
+        if f" 10.213.{number}." not in ip("-brief", "address"):
+            return number
 
 
 class FarHost:
     """A second host (a network namespace) with one cable to this one."""
 
     def __init__(self):
-        self.near_ip, self.far_ip = unused_network()
-        self.name = f"far{os.getpid()}"
-        self._near = f"near{os.getpid()}"[:15]
+        number = unused_network()
+        self.near_ip, self.far_ip = f"10.213.{number}.1", f"10.213.{number}.2"
+        self.name, self._near = f"far-{number}", f"near-{number}"
         self.run = ("ip", "netns", "exec", self.name)
         ip("netns", "add", self.name)
         ip("link", "add", self._near, "type", "veth", "peer", "name", "cable", "netns", self.name)
