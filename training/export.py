@@ -47,7 +47,7 @@ PARTS = {
 
 
 def export(target: Path) -> int:
-    """Write the folder anew, with the card and the notices.
+    """Write the folder from the start, with the card and the notices.
 
     Returns:
         Its size in bytes.

@@ -22,7 +22,7 @@ from training.export import stretch
 
 
 def restore_texts() -> None:
-    """Restore tokenizers and text encoders. The heads that only distillation uses start anew."""
+    """Restore tokenizers and text encoders. The heads that only distillation uses are new."""
     for name in ("tokenizer", "tokenizer_2"):
         target = text.TOKENIZER.parent / name
         shutil.copytree(MODEL_FOLDER / name, target, dirs_exist_ok=True)
