@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import socket
 import stat
 from pathlib import Path
 
@@ -167,3 +168,23 @@ def test_keys_are_added_listed_and_removed(tmp_path):
     file.write_text("{")
     with pytest.raises(SetupFailed, match="cannot be read"):
         api_keys.read_keys(file)
+
+
+def test_key_is_checked_before_the_body_is_read(tmp_path):
+    """A client without a key gets 401, whatever its body is, and however long it takes."""
+    file = tmp_path / "keys.json"
+    api_keys.add_key(file, "shop")
+    paths = ("/alpha/v1/txt2img", "/alpha/v1/jobs", "/sdapi/v1/txt2img", "/v1/images/generations")
+    with (
+        served(tmp_path, keys_file=file, wait_ready=False) as client,
+        socket.create_connection((client.base_url.host, client.base_url.port), 10) as connection,
+    ):
+        for path in paths:
+            refused = client.post(path, content=b"{", headers={"Content-Type": "application/json"})
+            assert refused.status_code == 401, path
+        # the body of this request never comes
+        connection.sendall(
+            b"POST /alpha/v1/txt2img HTTP/1.1\r\nHost: localhost\r\n"
+            b"Content-Type: application/json\r\nContent-Length: 1000\r\n\r\n"
+        )
+        assert connection.recv(12) == b"HTTP/1.1 401"

@@ -78,13 +78,6 @@ async def _service(request: Request) -> Service:
 ServiceDep = Annotated[Service, Depends(_service)]
 
 
-async def require_user(request: Request) -> str:
-    """Return the name of the client, see `Authenticator.admit`."""
-    return service(request).authenticator.admit(request)
-
-
-User = Annotated[str, Depends(require_user)]
-
 IdempotencyKey = Annotated[
     str | None,
     Header(

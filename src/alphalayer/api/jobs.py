@@ -15,7 +15,6 @@ from alphalayer.api.deps import (
     PendingJob,
     Service,
     ServiceDep,
-    User,
     base_url,
     file_url,
     follow,
@@ -24,6 +23,7 @@ from alphalayer.api.deps import (
 )
 from alphalayer.api.dialect import Dialect
 from alphalayer.api.errors import PROBLEMS, Problem
+from alphalayer.api.guard import GuardedRoute, User
 from alphalayer.api.native import DIALECT as NATIVE
 from alphalayer.api.native import ImageAnswer, Txt2ImgRequest, add_data, image_answers
 from alphalayer.api.schemas import StageSeconds
@@ -37,7 +37,9 @@ from alphalayer.core.errors import (
 from alphalayer.core.job import Delivery, JobState, Previews, Submission, Webhook
 from alphalayer.jobs.base import JobView
 
-router = APIRouter(prefix="/alpha/v1/jobs", tags=["Jobs"], responses=PROBLEMS)
+router = APIRouter(
+    prefix="/alpha/v1/jobs", tags=["Jobs"], responses=PROBLEMS, route_class=GuardedRoute
+)
 DIALECT = Dialect(router.prefix, router, field_names=NATIVE.field_names)
 JobId = Annotated[str, Path(description="Id of the job.")]
 

@@ -16,7 +16,6 @@ from alphalayer.api.deps import (
     IdempotencyKey,
     Service,
     ServiceDep,
-    User,
     base_url,
     file_url,
     read_file,
@@ -25,6 +24,7 @@ from alphalayer.api.deps import (
 )
 from alphalayer.api.dialect import Dialect
 from alphalayer.api.errors import PROBLEMS
+from alphalayer.api.guard import GuardedRoute, User
 from alphalayer.api.info import webui_info
 from alphalayer.api.schemas import Body, StageSeconds, reject_unused_options
 from alphalayer.catalog import ModelEntry, model_defaults
@@ -54,7 +54,9 @@ from alphalayer.images import codecs, postprocess
 from alphalayer.images.codecs import MIME_TYPES
 from alphalayer.storage import check_key
 
-router = APIRouter(prefix="/alpha/v1", tags=["Alphalayer"], responses=PROBLEMS)
+router = APIRouter(
+    prefix="/alpha/v1", tags=["Alphalayer"], responses=PROBLEMS, route_class=GuardedRoute
+)
 FIELDS = {
     "model": "checkpoint",
     "iterations": "n_iter",

@@ -21,19 +21,18 @@ from alphalayer.api.deps import (
     PendingJob,
     Service,
     ServiceDep,
-    User,
     base_url,
     file_url,
     follow,
     raise_if_failed,
     read_file,
     read_preview,
-    require_user,
     run_job,
     wire_names,
 )
 from alphalayer.api.dialect import Dialect
 from alphalayer.api.errors import ErrorResponse, Problem
+from alphalayer.api.guard import Admitted, GuardedRoute, User
 from alphalayer.api.schemas import Body
 from alphalayer.catalog import ModelEntry, resolve_model
 from alphalayer.core import validation
@@ -75,7 +74,11 @@ ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorAnswer, "description": "An error."} for status in (400, "4XX")
 }
 router = APIRouter(
-    prefix="/v1", tags=["OpenAI"], responses=ERRORS, dependencies=[Depends(require_user)]
+    prefix="/v1",
+    tags=["OpenAI"],
+    responses=ERRORS,
+    dependencies=[Depends(Admitted())],
+    route_class=GuardedRoute,
 )
 
 FIELDS = {"iterations": "n", "width": "size", "height": "size", "loras": "prompt"}

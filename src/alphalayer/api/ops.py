@@ -8,9 +8,10 @@ from fastapi import APIRouter, Response
 from fastapi.responses import PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
-from alphalayer.api.deps import ServiceDep, User
+from alphalayer.api.deps import ServiceDep
+from alphalayer.api.guard import GuardedRoute, User
 
-router = APIRouter(tags=["Operation"])
+router = APIRouter(tags=["Operation"], route_class=GuardedRoute)
 
 
 @router.get("/livez", summary="Liveness probe")

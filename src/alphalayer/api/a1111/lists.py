@@ -10,6 +10,7 @@ from fastapi import APIRouter, Request
 
 from alphalayer.api.a1111.script import METHODS, SCRIPT, Arguments
 from alphalayer.api.deps import ServiceDep
+from alphalayer.api.guard import GuardedRoute
 from alphalayer.catalog.headers import read_header
 from alphalayer.core.errors import CorruptFile
 from alphalayer.core.request import (
@@ -20,7 +21,7 @@ from alphalayer.core.request import (
     split_sampler_name,
 )
 
-router = APIRouter()
+router = APIRouter(route_class=GuardedRoute)
 ALIASES = {
     "k_dpmpp_2m_sde": "DPM++ 2M SDE",
     "k_dpmpp_2m": "DPM++ 2M",

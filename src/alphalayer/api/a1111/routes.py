@@ -27,17 +27,16 @@ from alphalayer.api.deps import (
     IdempotencyKey,
     Service,
     ServiceDep,
-    User,
     find_model,
     read_file,
     read_preview,
-    require_user,
     run_job,
     store_images,
     wire_names,
 )
 from alphalayer.api.dialect import Dialect
 from alphalayer.api.errors import ErrorResponse, Problem
+from alphalayer.api.guard import Admitted, GuardedRoute, User
 from alphalayer.api.info import webui_info
 from alphalayer.core.errors import InvalidRequest, NotImplementedYet
 from alphalayer.core.job import JobState, Submission
@@ -51,7 +50,8 @@ router = APIRouter(
     prefix="/sdapi/v1",
     tags=["AUTOMATIC1111"],
     responses=ERRORS,
-    dependencies=[Depends(require_user)],
+    dependencies=[Depends(Admitted())],
+    route_class=GuardedRoute,
 )
 router.include_router(lists.router)
 
