@@ -21,7 +21,8 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +38,20 @@ class Node:
     """A pod that answers requests, or a worker that generates."""
 
     def __init__(
-        self, folder: Path, role: str, environment: dict[str, str], queue_limit: int = 500
+        self,
+        folder: Path,
+        role: str,
+        environment: dict[str, str],
+        queue_limit: int = 500,
+        outputs: Path | None = None,
+        step_s: float = STEP_S,
     ):
+        """Start the node. `outputs` is a folder of images that several nodes share."""
         folder.mkdir()
+        if outputs:
+            (folder / "outputs").symlink_to(outputs)
         self._folder, self._port, self._queue_limit = folder, free_port(), queue_limit
+        self._step_s = step_s
         self._environment = {**environment, "ALPHALAYER_ROLE": role}
         self.address = f"http://127.0.0.1:{self._port}"
         self.start()
@@ -48,13 +59,28 @@ class Node:
     def start(self) -> None:
         """Start the process."""
         self._process = fake_service.start(
-            self._folder, self._port, STEP_S, self._queue_limit, self._environment
+            self._folder, self._port, self._step_s, self._queue_limit, self._environment
         )
 
     def kill(self) -> None:
         """Kill the process with SIGKILL."""
         self._process.kill()
         self._process.wait()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Suspend the process and its engine, as on a host that stands still."""
+        children = subprocess.run(
+            ["pgrep", "-P", str(self._process.pid)], capture_output=True, text=True, check=False
+        )
+        processes = [self._process.pid, *map(int, children.stdout.split())]
+        for process_id in processes:
+            os.kill(process_id, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            for process_id in processes:
+                os.kill(process_id, signal.SIGCONT)
 
     def stop(self) -> None:
         """Terminate the process, and kill it if it does not end."""
