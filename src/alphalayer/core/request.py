@@ -46,6 +46,8 @@ ResizeMode = Literal["Just Resize", "Crop and Resize", "Resize and Fill"]
 RESIZE_MODES: tuple[ResizeMode, ...] = get_args(ResizeMode)
 
 MAX_PROMPT_CHARACTERS = 10_000
+MAX_PROMPT_BYTES = 10_000
+"""Limit of a prompt in UTF-8. CLIP's tokenizer returns at most one token a byte."""
 AND = re.compile(r"\bAND\b")
 """Separates parts of a prompt that are mixed. Each part is another UNet pass at every step."""
 MAX_PROMPT_PARTS = 8
@@ -97,6 +99,16 @@ ModeName = Annotated[
 ]
 
 
+def _check_length(prompt: str) -> str:
+    size = len(prompt.encode(errors="replace"))
+    if size > MAX_PROMPT_BYTES:
+        raise ValueError(
+            f"got {size:,} bytes of UTF-8; at most {MAX_PROMPT_BYTES:,}. "
+            "A letter outside ASCII has 2 or 3, an emoji 4"
+        )
+    return prompt
+
+
 def _check_prompt(prompt: str) -> str:
     if not _without_tags(prompt):
         raise ValueError('empty. Describe the image, for instance "an apple, high quality"')
@@ -145,10 +157,13 @@ Prompt = Annotated[
         json_schema_extra={"pattern": NOT_BLANK},
         description="What to generate.",
     ),
+    AfterValidator(_check_length),
     AfterValidator(_check_prompt),
 ]
 NegativePrompt = Annotated[
-    str, Field(max_length=MAX_PROMPT_CHARACTERS, description="What to avoid.")
+    str,
+    Field(max_length=MAX_PROMPT_CHARACTERS, description="What to avoid."),
+    AfterValidator(_check_length),
 ]
 Seed = Annotated[
     int,
