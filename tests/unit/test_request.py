@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from typing import Any
@@ -19,6 +20,8 @@ from alphalayer.core.request import (
     GenerationRequest,
     Lora,
     ModelDefaults,
+    RequestFields,
+    parse_as,
     parse_request,
     split_sampler_name,
 )
@@ -228,6 +231,35 @@ def test_request_too_many_loras_or_loras_alone_are_refused():
         parse_request({"prompt": "a cat" + "<lora:x>" * 17})
     with pytest.raises(InvalidRequest, match="prompt: empty"):
         parse_request({"prompt": "<lora:x>"})
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.lists(
+        st.sampled_from(
+            ["<lora:x>", "<lo", "<lora:", "ra:y:1>", ">", "<", "A", "ND", " AND ", " ", "\x1c", "é"]
+        ),
+        max_size=40,
+    )
+)
+def test_request_accepted_prompt_is_valid_again(parts: list[str]):
+    """A journal and an engine process validate a job once more."""
+    for accept in (
+        lambda: GenerationRequest.of(parse_as(RequestFields, {"prompt": "".join(parts)})),
+        lambda: parse_request({"prompt": "".join(parts)}),
+    ):
+        with contextlib.suppress(InvalidRequest):
+            request = accept()
+            assert GenerationRequest.model_validate_json(request.model_dump_json()) == request
+
+
+@pytest.mark.parametrize(
+    "prompt", ["<lo<lora:x>ra:y>", "a A<lora:x>ND b " * 9, "a <lo<lora:x>ra:y:much>"]
+)
+def test_request_tag_inside_a_tag_hides_nothing(prompt: str):
+    with pytest.raises(InvalidRequest) as error:
+        parse_as(RequestFields, {"prompt": prompt})
+    assert error.value.field == "prompt"
 
 
 JSON = st.recursive(
