@@ -240,7 +240,7 @@ class Settings(BaseSettings):
         Field(
             gt=0,
             description="Seconds without a message after which a starting or running engine "
-            "process counts as hung.",
+            "process counts as hung. Steps of a known pace have a lower limit.",
         ),
     ] = 900.0
     webhook_secret: Annotated[

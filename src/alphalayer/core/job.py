@@ -145,7 +145,7 @@ class JobSpec(Frozen, frozen=True):
         return round(self.images * image_cost(self.generation).total, 4)
 
     def check_cost(self, limit: float) -> None:
-        """Raise `InvalidRequest` for a cost above `limit` megapixel-steps; 0 means no limit.
+        """Raise `InvalidRequest` for a cost above `limit`; 0 means no limit.
 
         The error names the first field to reduce.
         """
