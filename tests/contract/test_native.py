@@ -369,6 +369,20 @@ def test_request_of_too_many_pixels_is_refused_in_each_dialect(tmp_path):
         assert render(client).status_code == 422, "a side left out counts, too"
 
 
+def test_cost_limit_is_checked_in_every_dialect(tmp_path):
+    with served(tmp_path, max_request_cost=100, wait_ready=False) as client:
+        for path, fields, count in (
+            ("/alpha/v1/txt2img", {"n_iter": 4}, "n_iter"),
+            ("/alpha/v1/jobs", {"n_iter": 4}, "n_iter"),
+            ("/sdapi/v1/txt2img", {"width": 1024, "height": 1024, "n_iter": 4}, "n_iter"),
+            ("/v1/images/generations", {"n": 4, "size": "1024x1024"}, "n"),
+        ):
+            answer = client.post(path, json={"prompt": "x", **fields})
+            assert answer.status_code in (400, 422), path
+            assert "megapixel-steps; at most 100" in answer.text, path
+            assert count in answer.text, path
+
+
 def test_basic_auth_is_required_except_for_images(tmp_path):
     with served(tmp_path, api_auth="ann:secret,bob:other") as client:
         refused = render(client)

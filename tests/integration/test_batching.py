@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from tests.support.serving import served, wait_until
 from alphalayer.core.errors import Cancelled
 from alphalayer.core.job import Job, JobSpec
 from alphalayer.core.request import GenerationRequest
+from alphalayer.engine import progress
 from alphalayer.engine.base import RenderTask
 from alphalayer.engine.pipeline import LocalEngine
 from alphalayer.jobs.sqlite import SqliteJobQueue
@@ -77,11 +79,38 @@ def test_batched_jobs_equal_single_jobs(engine: LocalEngine, sampler: str):
             assert np.abs(batched.rgba.astype(int) - single.rgba).max() <= 1
 
 
-def test_batch_reports_progress_of_each_decoded_image(engine: LocalEngine):
+@pytest.mark.parametrize(("repeat_s", "is_repeated"), [(math.inf, False), (-1.0, True)])
+def test_batch_reports_progress_of_each_decoded_image(
+    engine: LocalEngine, monkeypatch: pytest.MonkeyPatch, repeat_s: float, is_repeated: bool
+):
+    monkeypatch.setattr(progress, "REPEAT_S", repeat_s)
     stages: list[str] = []
-    first = RenderTask(REQUESTS[0], on_progress=lambda progress: stages.append(progress.stage))
+    first = RenderTask(REQUESTS[0], on_progress=lambda report: stages.append(report.stage))
     engine.render([first, RenderTask(REQUESTS[1])])
-    assert stages.count("decode") == REQUESTS[0].batch_size + REQUESTS[1].batch_size
+    images = REQUESTS[0].batch_size + REQUESTS[1].batch_size
+    # within an image, each layer of the VAE and of the transparent decoder reports
+    assert stages.count("decode") > 100 if is_repeated else stages.count("decode") == images
+
+
+@pytest.mark.parametrize("layers", [0, 10, 100])
+def test_cancel_stops_the_decode_of_an_image(engine: LocalEngine, layers: int):
+    checks: list[bool] = []
+
+    def is_cancelled() -> bool:
+        checks.append("decode" in stages)
+        return sum(checks) > layers
+
+    stages: list[str] = []
+    task = RenderTask(
+        REQUESTS[0],
+        on_progress=lambda report: stages.append(report.stage),
+        is_cancelled=is_cancelled,
+    )
+    with pytest.raises(Cancelled):
+        engine.render([task])
+    model = engine.model
+    networks = (model.modules["vae"], model.decoder)
+    assert not any(layer._forward_pre_hooks for part in networks for layer in part.modules())
 
 
 def test_cancelled_task_does_not_stop_others_in_its_batch(

@@ -7,6 +7,7 @@ import json
 import os
 import threading
 from collections.abc import Sequence
+from concurrent.futures import wait
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,9 @@ from alphalayer.engine.base import GenerationResult, RenderTask
 from alphalayer.engine.fake import FakeEngine
 from alphalayer.service.gpus import engine_environments
 from alphalayer.storage.objects import ObjectStorage, open_storage
+from alphalayer.worker import messages
 from alphalayer.worker.engine_process import EngineProcess
+from alphalayer.worker.messages import Cancel, Failed, Render, read_report, write_message
 
 
 @pytest.fixture
@@ -158,3 +161,54 @@ def test_hanging_storage_stops_rendering_after_one_batch(tmp_path: Path):
     can_store.set()
     thread.join(10)
     wait_until(lambda: len(list(tmp_path.iterdir())) == len(jobs))
+
+
+def test_cancelled_waiting_job_is_reported_at_once():
+    written = io.BytesIO()
+    process = EngineProcess(io.BytesIO(), written)
+    jobs = [Job.new(JobSpec(generation=GenerationRequest(prompt=name))) for name in "abc"]
+    process.receive(Render(jobs=(jobs[0],)))
+    process.receive(Render(jobs=(jobs[1], jobs[2])))
+    assert process.next_batch() == (jobs[0],)
+    # the first is being rendered now
+    process.receive(Cancel(id=jobs[0].id))
+    assert written.getvalue() == b""
+    process.receive(Cancel(id=jobs[1].id))
+    report = read_report(written.getvalue())
+    assert isinstance(report, Failed)
+    assert (report.id, report.error.code) == (jobs[1].id, "cancelled")
+    assert process.next_batch() == (jobs[2],)
+
+
+def test_unreadable_command_fails_its_jobs_only(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr(os, "_exit", lambda _code: None)
+    job = Job.new(JobSpec(generation=GenerationRequest(prompt="a")))
+    line = write_message(Render(jobs=(job,)))
+    damaged = line.replace(b'"prompt":"a"', b'"prompt":""')
+    cut_off = line[: len(line) // 2]
+    written = io.BytesIO()
+    process = EngineProcess(io.BytesIO(damaged + b"[]\n" + line + cut_off), written)
+    process._read()
+    report = read_report(written.getvalue())
+    assert isinstance(report, Failed)
+    assert (report.id, report.error.code) == (job.id, "engine_failed")
+    assert "prompt" in report.error.message
+    assert process.next_batch() == (job,)
+
+
+def test_job_whose_report_is_too_long_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(messages, "MAX_LINE_BYTES", 700)
+    written = io.BytesIO()
+    process = EngineProcess(io.BytesIO(), written)
+    renderer = process.create_renderer(FakeEngine(), open_storage(str(tmp_path)))
+    request = GenerationRequest(prompt="x", width=64, height=64, steps=1, batch_size=8)
+    job = Job.new(JobSpec(generation=request))
+    process.run(renderer, (job,))
+    wait(process._storing)
+    lines = written.getvalue().splitlines()
+    assert max(map(len, lines)) <= 700
+    report = read_report(lines[-1])
+    assert isinstance(report, Failed)
+    assert "at most 700" in report.error.message

@@ -316,6 +316,24 @@ async def test_cancel_ends_queued_and_running_jobs(open_queue):
         await within(queue.claim(), 0.3)
 
 
+async def test_cancel_ends_a_job_that_was_only_sent_ahead(open_queue, outcomes):
+    queue = await open_queue()
+    job = await submit(queue, spec())
+    await within(queue.claim())
+    cancelling = asyncio.create_task(queue.wait_for_cancel(job.id))
+    await asyncio.sleep(0)
+    assert await queue.cancel(job.id)
+    view = await queue.view(job.id)
+    assert view
+    assert view.job.state is JobState.CANCELLED
+    await within(cancelling)
+    # what its engine reports later changes nothing
+    await queue.mark_started(job.id)
+    await queue.complete(job.id, result_of(job.spec))
+    assert (await queue.wait(job.id)).state is JobState.CANCELLED
+    assert outcomes == [(job.id, "cancelled")]
+
+
 async def test_cancel_of_a_running_job_survives_a_restart(short_claims, open_queue):
     queue = await open_queue()
     job = await queue.submit(spec())

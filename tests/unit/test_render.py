@@ -15,16 +15,38 @@ from alphalayer.core.errors import (
     Cancelled,
     EngineFailed,
     FileMissing,
+    InvalidRequest,
     OutOfMemory,
     StorageFailed,
 )
-from alphalayer.core.job import Delivery, Job, JobProgress, JobSpec, Output, Submission, Webhook
-from alphalayer.core.request import GenerationRequest, ImageInput
+from alphalayer.core.job import (
+    MAX_ITERATIONS,
+    Delivery,
+    ImageRef,
+    Job,
+    JobProgress,
+    JobResult,
+    JobSpec,
+    Output,
+    Submission,
+    Webhook,
+)
+from alphalayer.core.modes import MODES
+from alphalayer.core.request import (
+    MAX_LORAS,
+    MAX_PROMPT_BYTES,
+    MAX_SEED,
+    GenerationRequest,
+    ImageInput,
+    ModelDefaults,
+)
 from alphalayer.engine.base import GenerationResult, RenderTask, RgbaImage
 from alphalayer.engine.fake import FakeEngine, render_disc
 from alphalayer.images import codecs
 from alphalayer.images.infotext import read_parameters
 from alphalayer.storage.objects import ObjectStorage, open_storage
+from alphalayer.worker import messages
+from alphalayer.worker.batching import MAX_BATCH_JOBS
 from alphalayer.worker.messages import (
     Cancel,
     Done,
@@ -35,10 +57,12 @@ from alphalayer.worker.messages import (
     Render,
     Started,
     Stopped,
+    is_too_long,
     read_command,
     read_open,
     read_report,
     write_message,
+    write_report,
 )
 from alphalayer.worker.render import Renderer, to_public_error
 
@@ -216,6 +240,70 @@ def test_messages_arrive_as_they_were_sent(storage: ObjectStorage):
         line = write_message(report)
         assert line.count(b"\n") == 1
         assert read_report(line) == report
+
+
+def _largest_job() -> Job:
+    """Return a job whose fields are all at their limits, of characters that JSON escapes."""
+    loras = [{"name": "\x01" * 200, "weight": -1.2345678901234567}] * MAX_LORAS
+    roles = MODES["bgble2fg"].needs
+    request = GenerationRequest.model_validate(
+        {
+            "prompt": "\x01" * MAX_PROMPT_BYTES,
+            "negative_prompt": "\x01" * MAX_PROMPT_BYTES,
+            "model": "\x01" * 500,
+            "loras": loras,
+            "seed": MAX_SEED,
+            "subseed": MAX_SEED,
+            "subseed_strength": 0.12345678901234567,
+            "batch_size": 8,
+            "mode": "bgble2fg",
+            "inputs": [{"role": role, "file_name": f"input_{'f' * 64}.png"} for role in roles],
+        }
+    )
+    output = Output(format="avif", background="#ffffff", trim_padding=1024)
+    return Job.new(JobSpec(generation=request, iterations=MAX_ITERATIONS, output=output))
+
+
+def test_batch_of_the_largest_requests_fits_into_a_line():
+    job = _largest_job()
+    one = write_message(Render.model_construct(jobs=(job,)))
+    assert len(one) > 120_000, "both prompts escaped"
+    batch = Render.model_construct(jobs=(job,) * MAX_BATCH_JOBS)
+    assert not is_too_long(write_message(batch))
+    command = read_command(one)
+    assert isinstance(command, Render)
+    assert command.jobs[0].spec == job.spec
+
+
+def test_result_of_the_largest_request_fits_into_a_line():
+    job = _largest_job()
+    numbers = dict.fromkeys(("seed", "subseed", "width", "height", "size_bytes"), 2**63)
+    images = tuple(
+        ImageRef(key=job.file_name(i), role="foreground", **numbers)
+        for i in range(len(job.spec.seeds))
+    )
+    assert len(images) == 8 * MAX_ITERATIONS
+    names = {"model_name": "\x01" * 4096, "model_hash": "f" * 64}
+    result = JobResult(images=images, settings=ModelDefaults(), **names)
+    line = write_message(Done(id=job.id, result=result, memory_bytes=2**63))
+    assert len(line) < 100_000, "the texts of the request are not part of the result"
+
+
+def test_report_that_is_too_long_becomes_an_error(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(messages, "MAX_LINE_BYTES", 400)
+    error = InvalidRequest("x" * 1000)
+    for report, kind in (
+        (Failed(id="1", error=error), Failed),
+        (Stopped(error=error), Stopped),
+    ):
+        line = write_report(report)
+        assert not is_too_long(line)
+        received = read_report(line)
+        assert isinstance(received, kind)
+        assert received.error.code == "engine_failed"
+        assert "at most 400" in received.error.message
+    short = Started(id="1")
+    assert read_report(write_report(short)) == short
 
 
 @pytest.mark.parametrize("kind", [Failed, Stopped])

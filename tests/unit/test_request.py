@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import time
 from typing import Any
 
 import pytest
@@ -10,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from alphalayer.core.errors import InvalidRequest
+from alphalayer.core.job import JobSpec
 from alphalayer.core.request import (
     MAX_SEED,
     SAMPLERS,
@@ -17,6 +20,8 @@ from alphalayer.core.request import (
     GenerationRequest,
     Lora,
     ModelDefaults,
+    RequestFields,
+    parse_as,
     parse_request,
     split_sampler_name,
 )
@@ -228,6 +233,35 @@ def test_request_too_many_loras_or_loras_alone_are_refused():
         parse_request({"prompt": "<lora:x>"})
 
 
+@settings(max_examples=300, deadline=None)
+@given(
+    st.lists(
+        st.sampled_from(
+            ["<lora:x>", "<lo", "<lora:", "ra:y:1>", ">", "<", "A", "ND", " AND ", " ", "\x1c", "é"]
+        ),
+        max_size=40,
+    )
+)
+def test_request_accepted_prompt_is_valid_again(parts: list[str]):
+    """A journal and an engine process validate a job once more."""
+    for accept in (
+        lambda: GenerationRequest.of(parse_as(RequestFields, {"prompt": "".join(parts)})),
+        lambda: parse_request({"prompt": "".join(parts)}),
+    ):
+        with contextlib.suppress(InvalidRequest):
+            request = accept()
+            assert GenerationRequest.model_validate_json(request.model_dump_json()) == request
+
+
+@pytest.mark.parametrize(
+    "prompt", ["<lo<lora:x>ra:y>", "a A<lora:x>ND b " * 9, "a <lo<lora:x>ra:y:much>"]
+)
+def test_request_tag_inside_a_tag_hides_nothing(prompt: str):
+    with pytest.raises(InvalidRequest) as error:
+        parse_as(RequestFields, {"prompt": prompt})
+    assert error.value.field == "prompt"
+
+
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
     lambda inner: st.lists(inner, max_size=3),
@@ -248,3 +282,58 @@ def test_request_any_json_is_valid_or_names_a_field(fields: dict[str, Any]):
     except InvalidRequest as error:
         refused = error
     assert refused is None or refused.field is not None
+
+
+def cost_of(iterations: int = 1, **fields: Any) -> float:
+    request = parse_request({"prompt": "an apple", **fields})
+    return JobSpec(generation=request, iterations=iterations).cost
+
+
+def test_cost_grows_with_each_of_its_causes():
+    one = cost_of()
+    assert one == pytest.approx(30, abs=0.1)
+    assert cost_of(batch_size=8, iterations=16) == pytest.approx(128 * one)
+    assert cost_of(width=2048, height=2048) == pytest.approx(4 * one, rel=0.01)
+    assert cost_of(sampler="Heun") - one == pytest.approx(20)
+    assert cost_of(prompt="an apple AND a pear") - one == pytest.approx(10)
+    long = "ein Äpfelchen, " * 100
+    for field in ("prompt", "negative_prompt"):
+        assert cost_of(**{field: long}) > 1.1 * one
+    assert cost_of(prompt="[a|b]" + long) > cost_of(prompt="[a:b:9]" + long) > cost_of(prompt=long)
+
+
+@pytest.mark.parametrize(
+    ("iterations", "fields", "field"),
+    [
+        (2, {"batch_size": 2}, "iterations"),
+        (1, {"batch_size": 2}, "batch_size"),
+        (1, {"steps": 40}, "steps"),
+        (1, {"width": 1536}, "width"),
+        (1, {"width": 64, "prompt": "BREAK " * 1600}, "prompt"),
+        (1, {"width": 64, "negative_prompt": "BREAK " * 1600}, "negative_prompt"),
+    ],
+)
+def test_check_cost_names_the_field_to_reduce(iterations: int, fields: dict[str, Any], field: str):
+    spec = JobSpec(
+        generation=parse_request({"prompt": "an apple", **fields}), iterations=iterations
+    )
+    spec.check_cost(0)
+    spec.check_cost(spec.cost)
+    with pytest.raises(InvalidRequest, match="megapixel-steps; at most 31") as error:
+        spec.check_cost(31)
+    assert error.value.field == field
+
+
+def test_check_cost_of_the_longest_prompt_takes_no_time():
+    start = time.process_time()
+    for text in ("[" * 10_000, "BREAK " * 1600, "a|" * 5000, "\u00e9" * 5000):
+        cost_of(prompt="a" + text[:-1], negative_prompt=text)
+    assert time.process_time() - start < 0.5
+
+
+@pytest.mark.parametrize("field", ["prompt", "negative_prompt"])
+def test_request_prompt_of_too_many_bytes_is_refused(field: str):
+    parse_request({"prompt": "x", field: "\U0001f600" * 2500})
+    with pytest.raises(InvalidRequest, match="got 40,000 bytes of UTF-8; at most 10,000") as error:
+        parse_request({"prompt": "x", field: "\U0001f600" * 10_000})
+    assert error.value.field == field

@@ -51,6 +51,7 @@ class Service:
     shutdown: Shutdown
     default_model: str | None = None
     max_pixels: int = 0
+    max_cost: float = 0.0
     knows_models: bool = True
     """Whether the workers use the models folder of this machine.
 
@@ -213,9 +214,10 @@ async def submit_job(
 
     Raises:
         QueueFull: the queue has reached its limit.
-        InvalidRequest, ModelUnusable: too many pixels, or a model is not available.
+        InvalidRequest, ModelUnusable: the request is too large, or a model is not available.
     """
     spec.check_pixels(service.max_pixels)
+    spec.check_cost(service.max_cost)
     generation = spec.generation
     if service.knows_models and (
         generation.model or generation.loras or generation.mode != DEFAULT_MODE

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
+from alphalayer.core.cost import image_cost
 from alphalayer.core.errors import InvalidRequest
 from alphalayer.core.modes import LayerRole
 from alphalayer.core.request import (
@@ -130,6 +131,38 @@ class JobSpec(Frozen, frozen=True):
         raise InvalidRequest(
             f"the request has {pixels:,} pixels in all; at most {limit:,}.",
             hint="Request fewer or smaller images.",
+            field=next((name for name, count in counts.items() if count > 1), "width"),
+        )
+
+    @property
+    def images(self) -> int:
+        """Return the number of images over all iterations."""
+        return self.iterations * self.generation.batch_size
+
+    @property
+    def cost(self) -> float:
+        """Return the cost in megapixel-steps, see `alphalayer.core.cost`."""
+        return round(self.images * image_cost(self.generation).total, 4)
+
+    def check_cost(self, limit: float) -> None:
+        """Raise `InvalidRequest` for a cost above `limit`; 0 means no limit.
+
+        The error names the first field to reduce.
+        """
+        if not limit or self.cost <= limit:
+            return
+        request, image = self.generation, image_cost(self.generation)
+        prompts = {"prompt": request.prompt, "negative_prompt": request.negative_prompt}
+        counts = {
+            "iterations": self.iterations,
+            "batch_size": request.batch_size,
+            "steps": request.steps or 1,
+        }
+        if image.prompt > image.pixels:
+            counts = {max(prompts, key=lambda name: len(prompts[name])): 2}
+        raise InvalidRequest(
+            f"the request costs {self.cost:,.0f} megapixel-steps; at most {limit:,.0f}.",
+            hint="Request fewer or smaller images, fewer steps, or a shorter prompt.",
             field=next((name for name, count in counts.items() if count > 1), "width"),
         )
 

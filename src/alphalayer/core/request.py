@@ -46,6 +46,8 @@ ResizeMode = Literal["Just Resize", "Crop and Resize", "Resize and Fill"]
 RESIZE_MODES: tuple[ResizeMode, ...] = get_args(ResizeMode)
 
 MAX_PROMPT_CHARACTERS = 10_000
+MAX_PROMPT_BYTES = 10_000
+"""Limit of a prompt in UTF-8. CLIP's tokenizer returns at most one token a byte."""
 AND = re.compile(r"\bAND\b")
 """Separates parts of a prompt that are mixed. Each part is another UNet pass at every step."""
 MAX_PROMPT_PARTS = 8
@@ -97,16 +99,26 @@ ModeName = Annotated[
 ]
 
 
+def _check_length(prompt: str) -> str:
+    size = len(prompt.encode(errors="replace"))
+    if size > MAX_PROMPT_BYTES:
+        raise ValueError(
+            f"got {size:,} bytes of UTF-8; at most {MAX_PROMPT_BYTES:,}. "
+            "A letter outside ASCII has 2 or 3, an emoji 4"
+        )
+    return prompt
+
+
 def _check_prompt(prompt: str) -> str:
-    if not _without_tags(prompt):
+    text, _ = _split_tags(prompt)
+    if not text:
         raise ValueError('empty. Describe the image, for instance "an apple, high quality"')
-    parts = len(AND.findall(prompt)) + 1
+    parts = len(AND.findall(text)) + 1
     if parts > MAX_PROMPT_PARTS:
         raise ValueError(
             f"got {parts} parts between ANDs; at most {MAX_PROMPT_PARTS}. "
             "Write the word in small letters"
         )
-    _loras_of(prompt)
     return prompt
 
 
@@ -145,10 +157,13 @@ Prompt = Annotated[
         json_schema_extra={"pattern": NOT_BLANK},
         description="What to generate.",
     ),
+    AfterValidator(_check_length),
     AfterValidator(_check_prompt),
 ]
 NegativePrompt = Annotated[
-    str, Field(max_length=MAX_PROMPT_CHARACTERS, description="What to avoid.")
+    str,
+    Field(max_length=MAX_PROMPT_CHARACTERS, description="What to avoid."),
+    AfterValidator(_check_length),
 ]
 Seed = Annotated[
     int,
@@ -278,7 +293,8 @@ class GenerationRequest(RequestFields, frozen=True):
         loras = data.get("loras") or ()
         if not isinstance(loras, (list, tuple)) or not _LORA.search(prompt):
             return data
-        return {**data, "prompt": _without_tags(prompt), "loras": (*loras, *_loras_of(prompt))}
+        text, tagged = _split_tags(prompt)
+        return {**data, "prompt": text, "loras": (*loras, *tagged)}
 
     @model_validator(mode="after")
     def _validate_inputs(self) -> GenerationRequest:
@@ -310,13 +326,14 @@ class GenerationRequest(RequestFields, frozen=True):
         request = copy_fields(body, cls, **values)
         if problem := request._input_problem:
             raise InvalidRequest(f"{problem}.", field="inputs")
-        loras = (*request.loras, *_loras_of(request.prompt))
+        text, tagged = _split_tags(request.prompt)
+        loras = (*request.loras, *tagged)
         if len(loras) > MAX_LORAS:
             raise InvalidRequest(
                 f"got {len(loras)} LoRAs; at most {MAX_LORAS}.",
                 field="loras" if request.loras else "prompt",
             )
-        return request.model_copy(update={"prompt": _without_tags(request.prompt), "loras": loras})
+        return request.model_copy(update={"prompt": text, "loras": loras})
 
     @property
     def uses_layerdiffuse(self) -> bool:
@@ -392,13 +409,20 @@ class ResolvedRequest(GenerationRequest, frozen=True):
         )
 
 
-def _loras_of(prompt: str) -> tuple[Lora, ...]:
-    """Return the LoRAs of a prompt's tags. Raises `InvalidRequest`."""
-    return tuple(_parse_lora(tag[1]) for tag in _LORA.finditer(prompt))
+def _split_tags(prompt: str) -> tuple[str, tuple[Lora, ...]]:
+    """Split a prompt into its text without tags, and the LoRAs of the tags.
 
+    A tag may appear when another one inside it is removed. So the text has no tags, and a second
+    validation changes nothing.
 
-def _without_tags(prompt: str) -> str:
-    return _LORA.sub("", prompt).strip()
+    Raises:
+        InvalidRequest: A tag is malformed.
+    """
+    loras: list[Lora] = []
+    while tags := _LORA.findall(prompt):
+        loras += map(_parse_lora, tags)
+        prompt = _LORA.sub("", prompt)
+    return prompt.strip(), tuple(loras)
 
 
 def _parse_lora(tag: str) -> Lora:

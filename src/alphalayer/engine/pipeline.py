@@ -268,9 +268,8 @@ class LocalEngine:
             attempt = replace(decoding, memory=memory)
             with Residency(self.device, memory).of(*decoders, keep=memory.keep_unet):
                 for latent in latents[len(composed) :]:
-                    # reported for each image: a silent process is taken for hung
-                    reporter.stage("decode")
-                    composed.append(mode.compose(attempt, latent[None]))
+                    with reporter.within("decode", decoders):
+                        composed.append(mode.compose(attempt, latent[None]))
 
         self._with_less_memory(requests, modes_down_from(decoding.memory), compose)
         return composed

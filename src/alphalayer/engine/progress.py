@@ -7,9 +7,13 @@ from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 
 import torch
+from torch import nn
 
 from alphalayer.core.errors import Cancelled
 from alphalayer.engine.base import Progress, RenderTask
+
+REPEAT_S = 1.0
+"""Seconds between two reports of a stage without steps."""
 
 
 class ProgressReporter:
@@ -17,6 +21,7 @@ class ProgressReporter:
 
     def __init__(self, tasks: Sequence[RenderTask]):
         self._tasks = tasks
+        self._reported_at = 0.0
 
     def check(self) -> None:
         """Check for cancellation.
@@ -34,8 +39,34 @@ class ProgressReporter:
             Cancelled: All tasks are cancelled.
         """
         self.check()
+        self._reported_at = time.monotonic()
         for task in self._tasks:
             task.on_progress(Progress(name))
+
+    @contextmanager
+    def within(self, name: str, networks: Sequence[nn.Module]) -> Generator[None]:
+        """Report a stage, and repeat the report while networks run.
+
+        Each of their layers checks for cancellation, because a CPU takes minutes for a large image.
+
+        Raises:
+            Cancelled: All tasks are cancelled.
+        """
+
+        def continue_(*_: object) -> None:
+            if time.monotonic() - self._reported_at > REPEAT_S:
+                self.stage(name)
+            else:
+                self.check()
+
+        layers = [layer for network in networks for layer in network.modules()]
+        hooks = [layer.register_forward_pre_hook(continue_) for layer in layers]
+        try:
+            self.stage(name)
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
 
 
 class Stopwatch:

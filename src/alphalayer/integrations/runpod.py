@@ -66,6 +66,7 @@ class Handler:
             with wire_names(FIELDS):
                 spec = request.to_spec(self._settings.noise, self._settings.decode)
                 spec.check_pixels(self._settings.max_request_pixels)
+                spec.check_cost(self._settings.max_request_cost)
                 async with self._turn:
                     return await asyncio.to_thread(
                         self._render, spec, on_progress, request.response_format == "base64"

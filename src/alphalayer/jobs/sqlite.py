@@ -288,6 +288,15 @@ class SqliteJobQueue(Housekeeping):
         """Cancel a job and replace its idempotency key."""
         job_id, before = record.job.id, record.job
         record.job = before.with_key(key)
+        if before.state is JobState.QUEUED and job_id not in self._waiting:
+            # only sent ahead: its engine leaves it out
+            try:
+                await self._store_outcome(record, Cancelled("cancelled."))
+            except StorageFailed:
+                record.job = before
+                raise
+            record.cancel.set()
+            return True
         if job_id not in self._waiting:
             record.cancel.set()
             # for the next start, if the service ends before the engine stops
@@ -349,7 +358,9 @@ class SqliteJobQueue(Housekeeping):
 
     async def mark_started(self, job_id: str) -> None:
         """Count a start of the job; see the protocol."""
-        record = self._open_jobs[job_id]
+        record = self._open_jobs.get(job_id)
+        if record is None:  # cancelled meanwhile
+            return
         await self._save(
             record, state=JobState.RUNNING, started_at=time.time(), starts=record.job.starts + 1
         )

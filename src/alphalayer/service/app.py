@@ -300,6 +300,7 @@ async def _assemble(
         shutdown=shutdown,
         default_model=settings.default_model,
         max_pixels=settings.max_request_pixels,
+        max_cost=settings.max_request_cost,
         knows_models=models.knows_models,
         noise=settings.noise,
         decode=settings.decode,

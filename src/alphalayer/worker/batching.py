@@ -16,6 +16,8 @@ POLL_PAUSE_S = (0.01, 0.25)
 
 Not a retry of `stamina`: no call fails here, and the last pause ends exactly at the deadline.
 """
+MAX_BATCH_JOBS = 64
+"""Jobs of a batch, so that their message fits into `messages.MAX_LINE_BYTES`."""
 
 
 async def claim_batch(
@@ -39,7 +41,7 @@ async def claim_batch(
         deadline = asyncio.get_running_loop().time() + wait_s
         pause = POLL_PAUSE_S[0]
         image_pixels = first.spec.pixels // first.spec.generation.batch_size
-        while first.batch_key and free_pixels >= image_pixels:
+        while first.batch_key and free_pixels >= image_pixels and len(batch) < MAX_BATCH_JOBS:
             job = await job_queue.claim_compatible(first, free_pixels)
             if job:
                 batch.append(job)

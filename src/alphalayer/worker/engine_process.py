@@ -17,7 +17,7 @@ from typing import IO
 
 from structlog.contextvars import bind_contextvars
 
-from alphalayer.core.errors import AlphalayerError
+from alphalayer.core.errors import AlphalayerError, Cancelled, EngineFailed
 from alphalayer.core.job import Job, JobProgress
 from alphalayer.engine.base import Engine, GenerationResult
 from alphalayer.jobs.base import MAX_STARTS
@@ -25,6 +25,7 @@ from alphalayer.observability.logging import configure_logging
 from alphalayer.storage.objects import open_storage
 from alphalayer.worker.messages import (
     Cancel,
+    Command,
     Done,
     Failed,
     ProgressReport,
@@ -34,8 +35,9 @@ from alphalayer.worker.messages import (
     Started,
     Stopped,
     read_command,
+    read_job_ids,
     read_open,
-    write_message,
+    write_report,
 )
 from alphalayer.worker.render import ImageFiles, Renderer, load_engine, to_public_error
 
@@ -48,6 +50,9 @@ class EngineProcess:
         self._writer = writer
         self._write_lock = threading.Lock()
         self._batches: queue.Queue[tuple[Job, ...]] = queue.Queue()
+        self._waiting: set[str] = set()
+        """Jobs of `_batches` that are neither started nor cancelled."""
+        self._waiting_lock = threading.Lock()
         self._cancelled: set[str] = set()
         self._encoder = ThreadPoolExecutor(1, thread_name_prefix="encode")
         self._storing: list[Future[None]] = []
@@ -68,7 +73,8 @@ class EngineProcess:
             engine.warm_up()
             self._send(Ready(batch_pixels=engine.batch_pixels, device=engine.description))
             while True:
-                self.run(renderer, self._batches.get())
+                if jobs := self.next_batch():
+                    self.run(renderer, jobs)
         except Exception as error:
             self._send(Stopped(error=to_public_error(error)))
             # finished images are still stored
@@ -84,13 +90,43 @@ class EngineProcess:
             self._send(Started(id=job.id))
         self._render(renderer, jobs)
 
+    def receive(self, command: Command) -> None:
+        """Take a command. A job that has not started is cancelled at once."""
+        match command:
+            case Render(jobs=jobs):
+                with self._waiting_lock:
+                    self._waiting.update(job.id for job in jobs)
+                self._batches.put(jobs)
+            case Cancel(id=job_id):
+                if self._leave_queue(job_id):
+                    self._send(Failed(id=job_id, error=Cancelled("cancelled.")))
+                else:
+                    self._cancelled.add(job_id)
+
+    def _refuse(self, line: bytes, error: ValueError) -> None:
+        """Report the jobs of a line that cannot be read as failed."""
+        problem = EngineFailed(f"the engine process cannot read the job: {error}.")
+        for job_id in read_job_ids(line):
+            self._send(Failed(id=job_id, error=problem))
+
+    def next_batch(self) -> tuple[Job, ...]:
+        """Wait for the next batch, and return its jobs that were not cancelled."""
+        return tuple(job for job in self._batches.get() if self._leave_queue(job.id))
+
+    def _leave_queue(self, job_id: str) -> bool:
+        """Remove a job that waits. Return whether it was waiting."""
+        with self._waiting_lock:
+            is_waiting = job_id in self._waiting
+            self._waiting.discard(job_id)
+            return is_waiting
+
     def _read(self) -> None:
         for line in self._reader:
-            match read_command(line):
-                case Render(jobs=jobs):
-                    self._batches.put(jobs)
-                case Cancel(id=job_id):
-                    self._cancelled.add(job_id)
+            try:
+                self.receive(read_command(line))
+            except ValueError as error:
+                # the last line may be cut off, and a job may be of a later version
+                self._refuse(line, error)
         # without the supervisor the result has no receiver, and the journal keeps the job
         os._exit(0)
 
@@ -140,7 +176,7 @@ class EngineProcess:
 
     def _send(self, message: Report) -> None:
         with self._write_lock:
-            self._writer.write(write_message(message))
+            self._writer.write(write_report(message))
             self._writer.flush()
 
 

@@ -10,15 +10,16 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import Field, PlainSerializer, PlainValidator, TypeAdapter, ValidationError
+from pydantic import BaseModel, Field, PlainSerializer, PlainValidator, TypeAdapter, ValidationError
 
-from alphalayer.core.errors import AlphalayerError
+from alphalayer.core.errors import AlphalayerError, EngineFailed
 from alphalayer.core.job import Job, JobProgress, JobResult
 from alphalayer.core.request import Frozen
 from alphalayer.core.validation import describe_validation_error
 
 T = TypeVar("T")
 MAX_LINE_BYTES = 16 * 1024 * 1024
+"""Longest line without its end. Batches and accepted requests are limited to fit."""
 
 
 class _ErrorFields(Frozen, frozen=True):
@@ -120,6 +121,16 @@ class Failed(Frozen, frozen=True):
     error: ErrorData
 
 
+class _JobId(BaseModel):
+    id: str
+
+
+class _UnreadableRender(BaseModel):
+    """What is readable of a `Render` whose jobs are not valid."""
+
+    jobs: list[_JobId]
+
+
 Command = Render | Cancel
 """A message to the engine process, after `Open`."""
 JobReport = Started | ProgressReport | Done | Failed
@@ -127,6 +138,7 @@ Report = Ready | Stopped | JobReport
 """A message from the engine process."""
 _OPEN: TypeAdapter[Open] = TypeAdapter(Open)
 _COMMAND: TypeAdapter[Command] = TypeAdapter(Annotated[Command, Field(discriminator="kind")])
+_UNREADABLE = TypeAdapter(_UnreadableRender)
 _REPORT: TypeAdapter[Report] = TypeAdapter(Annotated[Report, Field(discriminator="kind")])
 
 
@@ -137,6 +149,29 @@ def write_message(message: Open | Command | Report) -> bytes:
     return text.encode(errors="replace") + b"\n"
 
 
+def is_too_long(line: bytes) -> bool:
+    """Return whether the reader of a line would refuse it."""
+    return len(line) > MAX_LINE_BYTES
+
+
+def line_too_long(line: bytes) -> EngineFailed:
+    """Return the error of a job whose message is too long."""
+    return EngineFailed(
+        f"a message about the job has {len(line):,} bytes; at most {MAX_LINE_BYTES:,}.",
+        hint="Use shorter prompts or fewer images; please report it.",
+    )
+
+
+def write_report(report: Report) -> bytes:
+    """Return a report as a line, or an error if the line would be too long."""
+    line = write_message(report)
+    if not is_too_long(line):
+        return line
+    error = line_too_long(line)
+    is_of_job = isinstance(report, (Started, ProgressReport, Done, Failed))
+    return write_message(Failed(id=report.id, error=error) if is_of_job else Stopped(error=error))
+
+
 def read_open(line: bytes) -> Open:
     """Read the first message to an engine process. Raises `ValueError` if it is none."""
     return _read(_OPEN, line)
@@ -145,6 +180,14 @@ def read_open(line: bytes) -> Open:
 def read_command(line: bytes) -> Command:
     """Read a later message to an engine process. Raises `ValueError` if it is none."""
     return _read(_COMMAND, line)
+
+
+def read_job_ids(line: bytes) -> list[str]:
+    """Return the ids of the jobs in a line that is no message as a whole."""
+    try:
+        return [job.id for job in _UNREADABLE.validate_json(line).jobs]
+    except ValidationError:
+        return []
 
 
 def read_report(line: bytes) -> Report:

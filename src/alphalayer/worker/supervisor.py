@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import math
 import os
 import sys
-import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,9 +36,12 @@ from alphalayer.worker.messages import (
     Render,
     Started,
     Stopped,
+    is_too_long,
+    line_too_long,
     read_report,
     write_message,
 )
+from alphalayer.worker.pace import BatchPace, Pace
 
 LAST_STAGES = ("decode", "store")
 """Stages in which the next batch is sent. It waits in the process, so that the device does not."""
@@ -48,6 +50,8 @@ RESTART_PAUSE_S = (0.1, 1.0, 5.0, 15.0, 60.0)
 
 Not a retry of `stamina`: a finished job resets the count while its process still runs.
 """
+TICK_S = 1.0
+"""Unit in which silence is measured."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,10 @@ class EngineSpec:
     storage: str
     environment: dict[str, str] = field(default_factory=dict[str, str])
     silence_limit_s: float = 900.0
-    """A process that starts or renders and sends nothing for this long is killed."""
+    """A process that starts or renders and sends nothing for this long is killed.
+
+    Steps have shorter limits, see `alphalayer.worker.pace`.
+    """
     batch_wait_s: float = 0.0
     """Seconds that a batch which is not full waits for more jobs."""
     logs: dict[str, Any] = field(default_factory=lambda: {"level": "info", "as_json": False})
@@ -68,10 +75,24 @@ class EngineSpec:
 
 @dataclass(eq=False)
 class _Batch:
-    """Jobs that are generated together: how many are unfinished, and whether the next waits."""
+    """Jobs that are generated together."""
 
     unfinished: int
+    pace: BatchPace
+    is_alone: bool
+    """Whether no other batch may be in the process, so that its end has one cause."""
     blocks_next: bool = True
+    is_started: bool = False
+
+    @classmethod
+    def of(cls, jobs: Sequence[Job], pace: Pace) -> _Batch:
+        """Return the batch of jobs that are sent together."""
+        specs = [job.spec for job in jobs]
+        return cls(
+            unfinished=len(jobs),
+            pace=BatchPace(pace, sum(spec.cost / spec.iterations for spec in specs)),
+            is_alone=any(job.starts for job in jobs),
+        )
 
 
 @dataclass(eq=False)
@@ -100,8 +121,11 @@ class Supervisor:
         self._batch_pixels = 0
         self._loaded_model: str | None = None
         self._process: asyncio.subprocess.Process | None = None
-        self._last_message_at = 0.0
-        self._is_hung = False
+        self._pace = Pace()
+        self._job_left = asyncio.Event()
+        self._silence_s = 0.0
+        self._is_handling = False
+        self._hang = ""
         self._fruitless_starts = 0
         self._draining = False
         self.is_ready = False
@@ -197,9 +221,7 @@ class Supervisor:
                 process.kill()
             await process.wait()
             self._process = None
-        limit_s = self._spec.silence_limit_s
-        silence = f" after a silence of {limit_s:g} s (silence_limit_s)" if self._is_hung else ""
-        return f"the engine process ended with {_exit_text(code)}{silence}"
+        return f"the engine process ended with {_exit_text(code)}{self._hang}"
 
     async def _open(self) -> None:
         spec = self._spec
@@ -212,7 +234,8 @@ class Supervisor:
                 logs=spec.logs,
             )
         )
-        self._last_message_at, self._is_hung = time.monotonic(), False
+        self._pace = Pace()
+        self._silence_s, self._is_handling, self._hang = 0.0, False, ""
 
     async def _follow(
         self, process: asyncio.subprocess.Process, tasks: list[asyncio.Task[None]]
@@ -221,7 +244,7 @@ class Supervisor:
         assert process.stdout is not None
         async for line in process.stdout:
             # a slow database stops the reading, and that is no silence of the process
-            self._last_message_at = math.inf
+            self._is_handling = True
             match read_report(line):
                 case Ready() as ready:
                     log.info("engine.ready", pid=process.pid, device=ready.device)
@@ -235,7 +258,7 @@ class Supervisor:
                 case report:
                     if report.id in self._jobs:  # else it was requeued
                         await self._handle(report)
-            self._last_message_at = time.monotonic()
+            self._silence_s, self._is_handling = 0.0, False
 
     async def _keep_feeding(self, process: asyncio.subprocess.Process) -> None:
         """Send batches to the process. On an error, end it, so that it is started again."""
@@ -254,17 +277,36 @@ class Supervisor:
             jobs = await claim_batch(
                 self._job_queue, self._batch_pixels, self._spec.batch_wait_s, self._loaded_model
             )
-            if self._draining:
+            batch = _Batch.of(jobs, self._pace)
+            if self._draining or (batch.is_alone and self._jobs):
                 for job in reversed(jobs):
-                    await self._job_queue.requeue(job.id, "the supervisor stopped")
-                return
+                    await self._job_queue.requeue(job.id, "the engine is not free")
+                await self._wait_until_idle()
+                self._next_batch.release()
+                continue
             self._metrics.batch_jobs.observe(len(jobs))
-            batch = _Batch(len(jobs))
             self._loaded_model = jobs[0].spec.generation.model
             for job in jobs:
                 self._jobs[job.id] = self._assign(job, batch)
-            # the queue has validated the jobs
-            await self._send(Render.model_construct(jobs=tuple(jobs)))
+            await self._send_batch(jobs)
+
+    async def _wait_until_idle(self) -> None:
+        """Wait until no job is in the process."""
+        while self._jobs:
+            self._job_left.clear()
+            await self._job_left.wait()
+
+    async def _send_batch(self, jobs: Sequence[Job]) -> None:
+        """Send jobs as one message. If it is too long, send each, and fail those too long."""
+        # the queue has validated the jobs
+        line = write_message(Render.model_construct(jobs=tuple(jobs)))
+        if not is_too_long(line):
+            await self._write(line)
+        elif len(jobs) > 1:
+            for job in jobs:
+                await self._send_batch([job])
+        else:
+            await self._complete(jobs[0].id, line_too_long(line))
 
     def _assign(self, job: Job, batch: _Batch) -> _AssignedJob:
         attributes = {
@@ -281,14 +323,18 @@ class Supervisor:
         job = self._jobs[report.id]
         match report:
             case Started():
+                job.batch.is_started = True
                 job.trace.stage("start")
                 await self._job_queue.mark_started(report.id)
             case ProgressReport():
-                job.progress = report.progress.following(job.progress)
+                job.batch.pace.report(report.progress)
+                before, job.progress = job.progress, report.progress.following(job.progress)
                 job.trace.stage(job.progress.stage)
-                if job.progress.stage in LAST_STAGES and job.progress.step == job.progress.steps:
+                is_last_step = job.progress.step == job.progress.steps
+                if job.progress.stage in LAST_STAGES and is_last_step and not job.batch.is_alone:
                     self._allow_next(job.batch)
-                await self._job_queue.report_progress(report.id, job.progress)
+                if job.progress != before:  # else it only shows that the engine works
+                    await self._job_queue.report_progress(report.id, job.progress)
             case Done():
                 self._metrics.engine_memory.labels(self.name).set(report.memory_bytes)
                 await self._complete(report.id, report.result)
@@ -308,6 +354,7 @@ class Supervisor:
     async def _forget(self, job_id: str, problem: str | None) -> _Batch:
         """Remove a job that has left the process, and return its batch."""
         job = self._jobs.pop(job_id)
+        self._job_left.set()
         job.trace.end(problem)
         job.batch.unfinished -= 1
         job.cancelling.cancel()
@@ -324,28 +371,39 @@ class Supervisor:
         await self._job_queue.wait_for_cancel(job_id)
         await self._send(Cancel(id=job_id))
 
+    def _silence_limit_s(self) -> float:
+        """Return how long the process may be silent with the jobs that it has."""
+        limit_s = self._spec.silence_limit_s
+        started = {id(job.batch): job.batch for job in self._jobs.values() if job.batch.is_started}
+        return max((batch.pace.limit_s(limit_s) for batch in started.values()), default=limit_s)
+
     async def _kill_when_hung(self, process: asyncio.subprocess.Process) -> None:
+        """Kill the process when it is silent for too long.
+
+        The silence is counted in ticks. None pass while the service itself is stopped.
+        """
         while True:
-            await asyncio.sleep(1.0)
-            silence_s = time.monotonic() - self._last_message_at
-            if self.is_ready and not self._jobs:
-                self._last_message_at = time.monotonic()
-            elif silence_s > self._spec.silence_limit_s:
-                log.error(
-                    "engine.hung",
-                    silence_s=round(silence_s),
-                    silence_limit_s=self._spec.silence_limit_s,
-                )
-                self._is_hung = True
+            await asyncio.sleep(TICK_S)
+            is_idle = self.is_ready and not self._jobs
+            self._silence_s = 0.0 if is_idle or self._is_handling else self._silence_s + TICK_S
+            limit_s = self._silence_limit_s()
+            if self._silence_s > limit_s:
+                log.error("engine.hung", silence_s=round(self._silence_s), silence_limit_s=limit_s)
+                is_longest = limit_s == self._spec.silence_limit_s
+                source = "silence_limit_s" if is_longest else "its usual pace is known"
+                self._hang = f" after a silence of {limit_s:g} s ({source})"
                 process.kill()
                 return
 
     async def _send(self, message: Open | Command) -> None:
+        await self._write(write_message(message))
+
+    async def _write(self, line: bytes) -> None:
         process = self._process
         if process is None or process.stdin is None:
             return
         with contextlib.suppress(ConnectionError):
-            process.stdin.write(write_message(message))
+            process.stdin.write(line)
             await process.stdin.drain()
 
 

@@ -1,0 +1,73 @@
+"""Cost of a request in megapixel-steps, estimated from its fields alone.
+
+A unit is one sampling step of an image of 2^20 pixels with a short prompt. The prompt adds to it:
+each AND part is another pass of the UNet, and each chunk of 75 tokens is encoded and read.
+The estimate needs neither the model nor its tokenizer, so that the API can refuse a request.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from alphalayer.core.request import AND, GenerationRequest, ModelDefaults
+
+UNIT_PIXELS = 2**20
+DECODE_STEPS = 10
+"""Steps that take as long as the decode of an image [counted for both models: 5 to 17]."""
+TWO_CALLS = {"DPM++ SDE", "Heun"}
+"""Samplers that call the UNet twice a step."""
+BYTES_OF_A_CHUNK = 150
+"""UTF-8 bytes of 75 tokens, at two a token. English has about 4.5, digits and emoji 1 to 2."""
+CHUNK_UNITS = 0.01
+"""Encoding of a chunk and its projections, an image [counted for SDXL and the embedded model]."""
+CHUNK_SHARE = 0.02
+"""Part of a step that the attention to another chunk adds [counted for SDXL: 0.01]."""
+_BREAK = re.compile(r"\bBREAK\b")
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Cost of one image in megapixel-steps, by its causes."""
+
+    pixels: float
+    """Sampling and decode, without what the length of the prompt adds."""
+    prompt: float
+    """What the length of the prompts adds."""
+
+    @property
+    def total(self) -> float:
+        """Return the sum of both."""
+        return self.pixels + self.prompt
+
+
+def image_cost(request: GenerationRequest) -> Cost:
+    """Return the cost of one image of a request. Open fields count as SDXL's defaults."""
+    default = ModelDefaults()
+    width, height = request.width or default.width, request.height or default.height
+    steps = request.steps or default.steps
+    megapixels = width * height / UNIT_PIXELS
+    calls = steps * (2 if (request.sampler or default.sampler) in TWO_CALLS else 1)
+    # two short prompts are two rows of the UNet, and each AND part is one more
+    rows = (len(AND.findall(request.prompt)) + 2) / 2
+    positive, negative = count_chunks(request.prompt), count_chunks(request.negative_prompt)
+    texts = sum(
+        chunks * _count_texts(text, steps)
+        for text, chunks in ((request.prompt, positive), (request.negative_prompt, negative))
+    )
+    sampling = megapixels * calls * rows
+    longest = max(positive, negative)
+    return Cost(
+        pixels=sampling + megapixels * DECODE_STEPS,
+        prompt=sampling * CHUNK_SHARE * (longest - 1) + texts * CHUNK_UNITS,
+    )
+
+
+def count_chunks(text: str) -> int:
+    """Estimate the chunks of 75 tokens of a text, without a tokenizer."""
+    return 1 + len(text.encode(errors="replace")) // BYTES_OF_A_CHUNK + len(_BREAK.findall(text))
+
+
+def _count_texts(prompt: str, steps: int) -> int:
+    """Return the most texts that the schedules of a prompt can need over its steps."""
+    return steps if "|" in prompt else min(steps, 1 + prompt.count("["))
