@@ -332,7 +332,6 @@ async def send_all(
     ["93.184.216.34", "10.0.0.1"], ["2606:2800:220:1::1", "::1"],
 ])  # fmt: skip
 async def test_host_with_a_private_address_gets_no_webhook(addresses: list[str]):
-    """One private address of several refuses the host."""
     queue, posts = FakeQueue("http://hook.example/?token=hidden"), []
     resolver = FakeResolver(hook=addresses)
     reasons = await send_all(queue, resolver, 1, posts=posts)
@@ -343,7 +342,7 @@ async def test_host_with_a_private_address_gets_no_webhook(addresses: list[str])
 
 
 async def test_webhook_goes_to_the_checked_address():
-    """The resolver would return a private address the second time."""
+    # the resolver would return a private address the second time
     queue, posts = FakeQueue("https://hook.example:8443/"), []
 
     class Rebinding(FakeResolver):
@@ -369,7 +368,7 @@ async def test_hanging_lookups_delay_nothing_else():
 
 
 async def test_waiting_lookup_uses_up_no_time(monkeypatch: pytest.MonkeyPatch):
-    """Clients with hanging hosts cannot make other webhooks fail."""
+    # clients with hanging hosts cannot make other webhooks fail
     monkeypatch.setattr(webhooks, "LOOKUP_THREADS", 1)
     monkeypatch.setattr(webhooks, "TIMEOUT_S", 0.05)
     queue, posts = FakeQueue("http://slow.example/", "http://hook.example/"), []
@@ -390,7 +389,7 @@ async def test_waiting_lookup_uses_up_no_time(monkeypatch: pytest.MonkeyPatch):
     ids=["endless body", "endless headers", "reflected address"],
 )
 async def test_response_of_a_receiver_is_bounded(head: bytes, outcome: str):
-    """A receiver that sends without end, and one that returns the address in a wrong header."""
+    # one case returns the address of the webhook in a wrong header
     sent = 0
 
     async def respond(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
