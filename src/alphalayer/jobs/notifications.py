@@ -78,7 +78,7 @@ class Notifications:
                 await asyncio.wait_for(self.queued.wait(), deadline - loop.time())
             except asyncio.TimeoutError:
                 return False
-            if random.random() < sample_rate:
+            if random.random() < sample_rate:  # nosec B311 # no secret depends on it
                 return True
             self.queued.clear()
 
