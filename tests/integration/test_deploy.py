@@ -309,7 +309,7 @@ def test_kubernetes_environment_loads_as_settings(tmp_path, monkeypatch):
 
 
 def pods() -> dict[str, tuple[dict[str, str], dict[str, Any]]]:
-    """Return labels and specification of each pod, also of own-files.yaml, by its name."""
+    """Return labels and specification of each pod, by its name."""
     own_files = yaml.safe_load((DEPLOY / "kubernetes" / "own-files.yaml").read_text())
     result = {}
     for manifest in [*kubernetes_objects(), own_files]:

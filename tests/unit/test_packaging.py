@@ -173,7 +173,7 @@ LICENCE_EXCEPTIONS = {
 
 
 def _licences(name: str) -> list[set[str]]:
-    """Return the licences of an installed package: all sets hold, with one choice of each."""
+    """Return the licences of a package: all sets hold, with one choice of each."""
     data = importlib.metadata.metadata(name)
     if expression := data.get("License-Expression"):
         return [set(part.strip("()").split(" OR ")) for part in expression.split(" AND ")]
@@ -190,7 +190,7 @@ def _licences(name: str) -> list[set[str]]:
 
 @pytest.mark.parametrize("lock", ["engine", "service", "serverless"])
 def test_installed_packages_have_allowed_licences(lock: str):
-    """Read the metadata of the packages. Those of other systems are not installed here."""
+    """Read the metadata of the packages, apart from those of other systems."""
     names = {
         _name(pin)
         for pin, _ in _locked(lock)
