@@ -1,7 +1,8 @@
 # Commands for contributors. They need .venv: python3 run.py test
-.PHONY: check format test full-size docs lock
+.PHONY: check format test full-size docs lock audit
 
 BIN = .venv/bin
+AUDIT = build/audit
 LOCK = $(BIN)/uv pip compile --quiet --universal --python-version 3.10 $(UPGRADE) \
 	--generate-hashes --no-emit-index-url --no-emit-package torch \
 	--config-file requirements/uv.toml --constraint requirements/torch.txt \
@@ -38,3 +39,17 @@ lock:
 	$(SAME) --extra engine --extra mcp --extra planner --output-file requirements/engine.txt
 	$(SAME) --extra mcp --extra shared --extra tracing --output-file requirements/service.txt
 	$(SAME) --extra serverless --output-file requirements/serverless.txt
+
+# Find insecure code, and known vulnerabilities of the locked packages (needs api.osv.dev).
+# The tools have a folder of their own, so that they share no version with the project.
+audit: $(AUDIT)/installed
+	$(AUDIT)/bin/bandit --quiet --recursive --configfile pyproject.toml src run.py launch.py
+	$(AUDIT)/bin/pip-audit --vulnerability-service osv --disable-pip --require-hashes \
+		$(foreach name,engine service serverless,--requirement requirements/$(name).txt)
+	$(AUDIT)/bin/pip-audit --vulnerability-service osv --disable-pip --no-deps \
+		--requirement requirements/torch.txt
+
+$(AUDIT)/installed: Makefile
+	python3 -m venv $(AUDIT)
+	$(AUDIT)/bin/python -m pip install --quiet "bandit[toml]==1.9.4" "pip-audit==2.10.1"
+	touch $@

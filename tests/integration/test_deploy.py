@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from ipaddress import ip_address, ip_network
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -27,8 +28,10 @@ from tests.stress.pods import Node
 from tests.support.servers import NGINX_SITE, Postgres, nginx, nginx_of
 from tests.support.serving import served, wait_until
 
+from alphalayer.api.errors import Problem
 from alphalayer.catalog import download
 from alphalayer.config import Settings, load_settings
+from alphalayer.service.public_addresses import is_public
 from alphalayer.service.uvicorn_server import ANSWER_S
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
@@ -116,6 +119,36 @@ def test_nginx_post_closed_by_a_pod_runs_once_on_another(tmp_path):
     assert closing.posts
     keys = re.findall(rb"Idempotency-Key: (\w+)\r\n", b"".join(closing.posts))
     assert len(set(keys)) == len(closing.posts)
+
+
+@needs_nginx
+def test_nginx_limits_requests_headers_and_waiting_of_an_address(tmp_path):
+    """Send requests from another address, because this machine has no limits."""
+    with ExitStack() as stack:
+        pod = stack.enter_context(ClosingServer())
+        stack.callback(pod.shutdown)
+        threading.Thread(target=pod.serve_forever, daemon=True).start()
+        pod_address = f"http://127.0.0.1:{pod.server_address[1]}"
+        address = stack.enter_context(nginx(tmp_path / "nginx", [pod_address]))
+        statuses: dict[str, list[int]] = {}
+        for source in ("127.0.0.1", "127.0.0.2"):
+            transport = httpx.HTTPTransport(local_address=source, trust_env=False)
+            client = stack.enter_context(httpx.Client(base_url=address, transport=transport))
+            responses = [client.get("/livez") for _ in range(250)]
+            statuses[source] = [response.status_code for response in responses]
+        assert set(statuses["127.0.0.1"]) == {200}
+        assert set(statuses["127.0.0.2"]) == {200, 429}
+        assert statuses["127.0.0.2"].count(200) >= 100
+        refused = next(response for response in responses if response.status_code == 429)
+        assert refused.headers["content-type"] == "application/problem+json"
+        assert refused.headers["retry-after"] == "2"
+        assert refused.json()["code"] == "rate_limited"
+        assert set(refused.json()) == set(Problem.model_fields)
+        client = stack.enter_context(httpx.Client(base_url=address, trust_env=False))
+        for _ in range(2):
+            too_large = client.get("/livez", headers={"X-Filler": "x" * 9000})
+            assert too_large.status_code == 400
+        assert client.get("/livez?" + "x" * 9000).status_code == 414
 
 
 @needs_nginx
@@ -273,6 +306,150 @@ def test_kubernetes_environment_loads_as_settings(tmp_path, monkeypatch):
                     patch.setenv(name, value)
                 roles.append(load_settings().role)
     assert sorted(roles) == ["all", "all", "api", "worker"]
+
+
+def pods() -> dict[str, tuple[dict[str, str], dict[str, Any]]]:
+    """Return labels and specification of each pod, by its name."""
+    own_files = yaml.safe_load((DEPLOY / "kubernetes" / "own-files.yaml").read_text())
+    result = {}
+    for manifest in [*kubernetes_objects(), own_files]:
+        template = (
+            manifest if manifest["kind"] == "Pod" else manifest.get("spec", {}).get("template")
+        )
+        if template:
+            labels = template["metadata"].get("labels", {})
+            result[manifest["metadata"]["name"]] = labels, template["spec"]
+    assert len(result) == 4
+    return result
+
+
+def test_kubernetes_pods_have_no_rights():
+    """Check what the Pod Security Standard "restricted" requires, and more."""
+    for name, (_, pod) in pods().items():
+        assert pod["automountServiceAccountToken"] is False, name
+        security = pod["securityContext"]
+        assert security["runAsNonRoot"] is True, name
+        assert security["runAsUser"] == security["runAsGroup"] == 10001, name
+        assert security["seccompProfile"] == {"type": "RuntimeDefault"}, name
+        for container in [*pod.get("initContainers", []), *pod["containers"]]:
+            assert container["securityContext"] == {
+                "allowPrivilegeEscalation": False,
+                "readOnlyRootFilesystem": True,
+                "capabilities": {"drop": ["ALL"]},
+            }, name
+            assert container["resources"]["requests"]["cpu"], name
+            assert container["resources"]["limits"]["memory"], name
+    [namespace] = [item for item in kubernetes_objects() if item["kind"] == "Namespace"]
+    assert namespace["metadata"]["labels"]["pod-security.kubernetes.io/enforce"] == "restricted"
+
+
+def test_kubernetes_pods_can_write_where_the_service_does():
+    """Check the folders of the settings, and the home folder of libraries."""
+    for name, (_, pod) in pods().items():
+        container = pod["containers"][0]
+        if not container["image"].startswith("alphalayer"):
+            continue
+        volumes = {volume["name"]: volume for volume in pod["volumes"]}
+        writable = {
+            mount["mountPath"]
+            for mount in container["volumeMounts"]
+            if "emptyDir" in volumes[mount["name"]]
+        }
+        assert writable == {"/tmp", "/alphalayer/data", "/alphalayer/outputs"}, name
+        assert volumes["scratch"]["emptyDir"]["sizeLimit"]
+        assert {"name": "HOME", "value": "/tmp"} in container["env"], name
+
+
+def policies_of(labels: dict[str, str], direction: str) -> list[dict[str, Any]]:
+    """Return the rules of all policies that select a pod: "ingress" or "egress"."""
+
+    def selects(selector: dict[str, Any]) -> bool:
+        return all(
+            labels.get(name) == value for name, value in selector.get("matchLabels", {}).items()
+        ) and all(
+            labels.get(expression["key"]) in expression["values"]
+            for expression in selector.get("matchExpressions", [])
+        )
+
+    selected = [
+        manifest["spec"]
+        for manifest in kubernetes_objects()
+        if manifest["kind"] == "NetworkPolicy" and selects(manifest["spec"]["podSelector"])
+    ]
+    assert any(direction.capitalize() in spec["policyTypes"] for spec in selected), labels
+    return [rule for spec in selected for rule in spec.get(direction, [])]
+
+
+def reachable(labels: dict[str, str], address: str) -> set[int]:
+    """Return the ports of an address to which the policies let a pod connect."""
+    return {
+        port["port"]
+        for rule in policies_of(labels, "egress")
+        for peer in rule["to"]
+        if "ipBlock" in peer
+        and ip_address(address) in ip_network(peer["ipBlock"]["cidr"])
+        and not any(ip_address(address) in ip_network(x) for x in peer["ipBlock"].get("except", []))
+        for port in rule["ports"]
+    }
+
+
+def test_kubernetes_policies_let_pods_reach_only_what_they_need():
+    labels = {name: pod_labels for name, (pod_labels, _) in pods().items()}
+    api, worker = labels["alphalayer-api"], labels["alphalayer-worker"]
+    models, own_files = labels["alphalayer-models"], labels["own-files"]
+    sources = {
+        name: {
+            source["namespaceSelector"]["matchLabels"]["kubernetes.io/metadata.name"]
+            for rule in policies_of(pod_labels, "ingress")
+            for source in rule["from"]
+        }
+        for name, pod_labels in labels.items()
+    }
+    assert sources == {
+        "alphalayer-api": {"ingress-nginx", "monitoring"},
+        "alphalayer-worker": {"monitoring"},
+        "alphalayer-models": set(),
+        "own-files": set(),
+    }
+    assert [reachable(pod, "93.184.216.34") for pod in (api, worker, models, own_files)] == [
+        {80, 443},
+        {443},
+        {443},
+        set(),
+    ]
+    assert reachable(api, "10.1.2.3") == reachable(worker, "10.1.2.3") == {5432}
+    for address in ("169.254.169.254", "172.16.0.1", "192.168.0.1", "100.64.0.1", "127.0.0.1"):
+        assert not is_public(ip_address(address))
+        assert [reachable(pod, address) for pod in labels.values()] == [set()] * 4
+    for address in ("fd00::1", "fe80::1", "::1"):
+        assert [reachable(pod, address) for pod in labels.values()] == [set()] * 4
+
+
+def test_compose_containers_have_no_rights():
+    services = yaml.safe_load((DEPLOY / "docker" / "compose.yaml").read_text())["services"]
+    for name in ("api", "worker", "postgres", "nginx"):
+        assert services[name]["read_only"] is True, name
+        assert services[name]["cap_drop"] == ["ALL"], name
+        assert "/tmp" in services[name]["tmpfs"], name
+    for name, service in services.items():
+        assert service["security_opt"] == ["no-new-privileges:true"], name
+        assert "privileged" not in service, name
+        assert "build" in service or re.match(r"\$\{[A-Z]+_IMAGE:-", service["image"]), name
+
+
+def test_dockerfile_installs_locked_packages_by_hash():
+    text = (DEPLOY / "docker" / "Dockerfile").read_text().replace("\\\n", "")
+    installs = re.findall(r"^RUN pip install (.*)$", text, re.MULTILINE)
+    assert len(installs) == 5
+    for arguments in installs:
+        if "requirements/" in arguments:
+            assert arguments.startswith("--no-deps --require-hashes "), arguments
+    unhashed = [arguments for arguments in installs if "--require-hashes" not in arguments]
+    assert unhashed == [
+        "--index-url ${TORCH_INDEX} -r ${TORCH_REQUIREMENTS}",
+        "--no-deps --prefix /opt/code .",
+    ]
+    assert set(re.findall(r"^FROM (\S+:\S+|\$\{\S+)", text, re.MULTILINE)) == {"${PYTHON_IMAGE}"}
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="a shell script")

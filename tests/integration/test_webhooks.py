@@ -7,7 +7,6 @@ import base64
 import contextlib
 import hashlib
 import hmac
-import ipaddress
 import json
 import shutil
 import socket
@@ -20,12 +19,17 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
-from standardwebhooks import Webhook
+from standardwebhooks import Webhook as Signer
+from structlog.testing import capture_logs
 from tests.support.serving import free_port, served, wait_until
 
 from alphalayer.config import Settings
-from alphalayer.core.errors import InvalidRequest, SetupFailed
+from alphalayer.core.errors import Cancelled, InvalidRequest, SetupFailed
+from alphalayer.core.job import Delivery, Job, JobSpec, JobState, Webhook
+from alphalayer.core.request import GenerationRequest
+from alphalayer.observability.metrics import Metrics
 from alphalayer.service import webhooks
 from alphalayer.service.app import check
 
@@ -85,7 +89,7 @@ def service(tmp_path: Path) -> Iterator[object]:
 def resigned(headers: dict[str, str], body: bytes, age_s: int) -> dict[str, str]:
     """Return headers of an older message with a valid signature."""
     sent_at = datetime.now(timezone.utc) - timedelta(seconds=age_s)
-    signature = Webhook(SECRET).sign(headers["webhook-id"], sent_at, body.decode())
+    signature = Signer(SECRET).sign(headers["webhook-id"], sent_at, body.decode())
     timestamp = str(int(sent_at.timestamp()))
     return {**headers, "webhook-timestamp": timestamp, "webhook-signature": signature}
 
@@ -219,27 +223,192 @@ def test_check_url_accepts_public_urls():
     webhooks.check_url("http://10.0.0.1/", allow_private=True)
 
 
+@pytest.mark.parametrize("port", [22, 25, 143, 587, 1023])
+def test_check_url_refuses_ports_of_other_protocols(port: int):
+    with pytest.raises(InvalidRequest, match=f"port {port} is refused") as caught:
+        webhooks.check_url(f"https://example.com:{port}/hook", allow_private=False)
+    assert caught.value.field == "webhook_url"
+    webhooks.check_url(f"https://example.com:{port}/hook", allow_private=True)
+
+
+def test_check_url_accepts_web_ports():
+    for port in (80, 443, 1024, 8443, 65535):
+        webhooks.check_url(f"https://example.com:{port}/hook", allow_private=False)
+
+
+class FakeQueue:
+    """A journal with one due webhook for each URL. It keeps the recorded attempts."""
+
+    def __init__(self, *urls: str):
+        spec = JobSpec(generation=GenerationRequest(prompt="an apple"))
+        problem = Cancelled("cancelled.").to_dict()
+        self.due = [
+            Job(
+                id=f"{number:024x}",
+                created_at=1.0,
+                finished_at=2.0,
+                state=JobState.CANCELLED,
+                spec=spec,
+                error=problem,
+                delivery=Delivery(webhook=Webhook(url=url, service_url="http://localhost")),
+            )
+            for number, url in enumerate(urls)
+        ]
+        self.attempts: dict[str, float | None] = {}
+        """When each URL is due again, None if never."""
+
+    async def claim_due_webhooks(self, limit: int) -> list[tuple[Job, int]]:
+        due, self.due = self.due[:limit], self.due[limit:]
+        return [(job, 0) for job in due]
+
+    async def record_webhook_attempt(self, job_id: str, due: float | None, tries: int) -> None:
+        self.attempts[job_id] = due
+
+
+class FakeResolver:
+    """A resolver with these addresses of hosts. A host without addresses hangs."""
+
+    def __init__(self, **hosts: list[str]):
+        self.hosts = hosts
+        self.released = threading.Event()
+        self.threads: set[str] = set()
+
+    def __call__(self, host: str, port: int, family: int, kind: int) -> list[Any]:
+        self.threads.add(threading.current_thread().name)
+        name = host.partition(".")[0]
+        if not self.hosts.get(name):
+            self.released.wait(10)
+            raise socket.gaierror("no response")
+        return [(family, kind, 6, "", (address, port)) for address in self.hosts[name]]
+
+
+async def send_all(
+    queue: FakeQueue,
+    resolver: FakeResolver,
+    count: int,
+    *,
+    posts: list[tuple[str, str]] | None = None,
+) -> list[str]:
+    """Send the webhooks of a queue until `count` attempts are over.
+
+    Args:
+        queue: The journal.
+        resolver: The resolver.
+        count: Number of attempts.
+        posts: List that gets host and address of each message, instead of a network.
+
+    Returns:
+        The reasons in the log.
+    """
+    allow_private = posts is None
+    sender = webhooks.Webhooks(
+        queue, Metrics(), b"key", allow_private=allow_private, lookup=resolver
+    )
+    if posts is not None:
+
+        async def post(_http: Any, _id: str, url: httpx.URL, address: str, _body: str) -> int:
+            posts.append((url.host, address))
+            return 204
+
+        sender._post = post
+    with capture_logs() as lines:
+        task = asyncio.create_task(sender.run())
+        try:
+            deadline = time.monotonic() + 5
+            while len(queue.attempts) < count:
+                assert time.monotonic() < deadline, "waited too long"
+                await asyncio.sleep(0.01)
+        finally:
+            resolver.released.set()
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+    return [line.get("reason", "") for line in lines if line["event"].startswith("webhook.")]
+
+
+@pytest.mark.parametrize("addresses", [
+    ["127.0.0.1"],  # what a resolver returns for 2130706433, 0x7f.1 and 017700000001
+    ["192.0.0.8"], ["192.88.99.1"], ["3fff::1"], ["fe80::1%2"], ["64:ff9b:1::7f00:1"],
+    ["2606:2800:220:1:0:5efe:a00:1"],
+    ["93.184.216.34", "10.0.0.1"], ["2606:2800:220:1::1", "::1"],
+])  # fmt: skip
+async def test_host_with_a_private_address_gets_no_webhook(addresses: list[str]):
+    queue, posts = FakeQueue("http://hook.example/?token=hidden"), []
+    resolver = FakeResolver(hook=addresses)
+    reasons = await send_all(queue, resolver, 1, posts=posts)
+    assert posts == []
+    assert list(queue.attempts.values()) == [None]
+    assert "not an address of the internet" in reasons[0]
+    assert "hidden" not in reasons[0]
+
+
+async def test_webhook_goes_to_the_checked_address():
+    # the resolver would return a private address the second time
+    queue, posts = FakeQueue("https://hook.example:8443/"), []
+
+    class Rebinding(FakeResolver):
+        def __call__(self, *arguments: Any) -> list[Any]:
+            records = super().__call__(*arguments)
+            self.hosts["hook"] = ["127.0.0.1"]
+            return records
+
+    await send_all(queue, Rebinding(hook=["93.184.216.34", "1.0.0.1"]), 1, posts=posts)
+    assert posts == [("hook.example", "93.184.216.34")]
+
+
+async def test_hanging_lookups_delay_nothing_else():
+    """More lookups hang than the event loop has threads."""
+    hanging = [f"http://slow{number}.example/" for number in range(webhooks.LOOKUP_THREADS - 1)]
+    queue, posts = FakeQueue(*hanging, "http://hook.example/"), []
+    resolver = FakeResolver(hook=["93.184.216.34"])
+    sending = asyncio.create_task(send_all(queue, resolver, 1, posts=posts))
+    assert await asyncio.wait_for(asyncio.to_thread(lambda: "free"), 1) == "free"
+    await sending
+    assert posts == [("hook.example", "93.184.216.34")]
+    assert all(name.startswith("lookup") for name in resolver.threads)
+
+
+async def test_waiting_lookup_uses_up_no_time(monkeypatch: pytest.MonkeyPatch):
+    # clients with hanging hosts cannot make other webhooks fail
+    monkeypatch.setattr(webhooks, "LOOKUP_THREADS", 1)
+    monkeypatch.setattr(webhooks, "TIMEOUT_S", 0.05)
+    queue, posts = FakeQueue("http://slow.example/", "http://hook.example/"), []
+    resolver = FakeResolver(hook=["93.184.216.34"])
+    asyncio.get_running_loop().call_later(0.2, resolver.released.set)
+    reasons = await send_all(queue, resolver, 2, posts=posts)
+    assert posts == [("hook.example", "93.184.216.34")]
+    assert sorted(reasons) == ["", "gaierror: no response"]
+
+
 @pytest.mark.parametrize(
-    ("address", "public"),
+    ("head", "outcome"),
     [
-        ("93.184.216.34", True), ("2606:2800:220:1::1", True), ("64:ff9b::5db8:d822", True),
-        ("2002:5db8:d822::1", True), ("::ffff:93.184.216.34", True),
-        ("127.0.0.1", False), ("10.0.0.1", False), ("100.64.0.1", False),
-        ("169.254.169.254", False), ("0.0.0.0", False), ("224.0.0.1", False),
-        ("240.0.0.1", False), ("255.255.255.255", False), ("192.0.2.1", False),
-        ("198.18.0.1", False), ("::1", False), ("::", False), ("fe80::1", False),
-        ("fc00::1", False), ("fec0::1", False), ("ff02::1", False), ("ff0e::1", False),
-        ("2001:db8::1", False), ("::127.0.0.1", False), ("::ffff:10.0.0.1", False),
-        ("::ffff:0:127.0.0.1", False), ("64:ff9b::7f00:1", False),
-        ("64:ff9b::a9fe:a9fe", False), ("64:ff9b:1::1", False),
-        ("2002:7f00:1::", False), ("2002:a00:1::1", False),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 99999999999\r\n\r\n", ""),
+        (b"HTTP/1.1 200 OK\r\n", "RemoteProtocolError"),
+        (b"HTTP/1.1 200 OK\r\n/secret-path?token=hidden\r\n\r\n", "RemoteProtocolError"),
     ],
-)  # fmt: skip
-def test_is_public_accepts_only_internet_addresses(address: str, public: bool):
-    assert webhooks.is_public(ipaddress.ip_address(address)) == public
-    host = f"[{address}]" if ":" in address else address
-    with contextlib.nullcontext() if public else pytest.raises(InvalidRequest):
-        webhooks.check_url(f"http://{host}/", allow_private=False)
+    ids=["endless body", "endless headers", "reflected address"],
+)
+async def test_response_of_a_receiver_is_bounded(head: bytes, outcome: str):
+    # one case returns the address of the webhook in a wrong header
+    sent = 0
+
+    async def respond(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal sent
+        with contextlib.suppress(OSError):
+            writer.write(head)
+            while True:
+                writer.write(b"X-Filler: " + b"x" * 4000 + b"\r\n")
+                await writer.drain()
+                sent += 4000
+        writer.close()
+
+    server = await asyncio.start_server(respond, "127.0.0.1", 0)
+    async with server:
+        port = server.sockets[0].getsockname()[1]
+        queue = FakeQueue(f"http://hook.example:{port}/secret-path?token=hidden")
+        reasons = await send_all(queue, FakeResolver(hook=["127.0.0.1"]), 1)
+    assert reasons == [outcome]
+    assert sent < 20_000_000
 
 
 @pytest.mark.parametrize("secret", ["whsec_not base64!", "whsec_", "whsec_abc"])

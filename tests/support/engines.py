@@ -11,6 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
+
+from alphalayer.core.errors import InvalidRequest
 from alphalayer.engine.base import GenerationResult, RenderTask
 from alphalayer.engine.fake import FakeEngine
 
@@ -53,6 +56,24 @@ class BrokenOnce(FakeEngine):
 def create_broken_once(options: dict[str, Any]) -> FakeEngine:
     """Create an engine; the option `mark` is the path of its file."""
     return BrokenOnce(options["mark"])
+
+
+class Quoting(FakeEngine):
+    """An engine whose errors quote the prompt."""
+
+    def render(self, tasks: Sequence[RenderTask]) -> list[GenerationResult]:
+        """Raise an error for clients for "wrong …", and an unexpected one for "boom …"."""
+        prompt = tasks[0].request.prompt
+        if prompt.startswith("wrong"):
+            raise InvalidRequest(f'the attention weight of "{prompt}" is too high.', field="prompt")
+        if prompt.startswith("boom"):
+            TypeAdapter(int).validate_python(prompt)
+        return super().render(tasks)
+
+
+def create_quoting(_options: dict[str, Any]) -> FakeEngine:
+    """Create an engine whose errors quote the prompt."""
+    return Quoting()
 
 
 class Unwarmable(FakeEngine):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.metadata
 import json
 import re
 import subprocess
@@ -153,6 +154,63 @@ def test_lock_files_agree_on_versions():
         assert {
             (_name(requirement), str(requirement.specifier)) for requirement, _ in _locked(name)
         } <= everything
+
+
+ALLOWED_LICENCES = {
+    "0BSD", "Apache-2.0", "Apache-2.0 WITH LLVM-exception", "BSD-2-Clause", "BSD-3-Clause",
+    "BSL-1.0", "CC0-1.0", "ISC", "MIT", "MIT-0", "MIT-CMU", "PSF-2.0", "Unlicense", "Zlib",
+    # names that packages without an SPDX expression use
+    "3-Clause BSD License", "Apache License 2.0", "Apache Software License", "BSD", "BSD License",
+    "ISC License (ISCL)", "MIT License", "Python Software Foundation License",
+    "The Unlicense (Unlicense)",
+}  # fmt: skip
+"""Permissive licences: they allow any use and bind no other code."""
+LICENCE_EXCEPTIONS = {
+    "certifi": "MPL-2.0 covers changes of its own files. It is installed unchanged.",
+    "tqdm": "MPL-2.0 covers changes of its own files. It is installed unchanged.",
+    "paramiko": "LGPL-2.1 allows use as a library. Only the Runpod worker installs it.",
+}
+
+
+def _licences(name: str) -> list[set[str]]:
+    """Return the licences of a package: all sets hold, with one choice of each."""
+    data = importlib.metadata.metadata(name)
+    if expression := data.get("License-Expression"):
+        return [set(part.strip("()").split(" OR ")) for part in expression.split(" AND ")]
+    prefix = "License :: "
+    classifiers = {
+        line.rpartition(" :: ")[2]
+        for line in data.get_all("Classifier", [])
+        if line.startswith(prefix)
+    }
+    if classifiers:
+        return [classifiers]
+    return [{part} for part in (data.get("License") or "none").strip().split(" AND ")]
+
+
+@pytest.mark.parametrize("lock", ["engine", "service", "serverless"])
+def test_installed_packages_have_allowed_licences(lock: str):
+    """Read the metadata of the packages, apart from those of other systems."""
+    names = {
+        _name(pin)
+        for pin, _ in _locked(lock)
+        if pin.marker is None or pin.marker.evaluate({"extra": ""})
+    } | {"torch"}
+    refused: dict[str, list[set[str]]] = {}
+    for name in names:
+        licences = _licences(name)
+        if not all(choices & ALLOWED_LICENCES for choices in licences):
+            refused[name] = licences
+    assert {name: refused[name] for name in refused.keys() - LICENCE_EXCEPTIONS} == {}
+
+
+def test_licence_exceptions_are_needed():
+    locked = {
+        _name(pin) for lock in ("engine", "service", "serverless") for pin, _ in _locked(lock)
+    }
+    assert locked >= LICENCE_EXCEPTIONS.keys()
+    for name in LICENCE_EXCEPTIONS:
+        assert not all(choices & ALLOWED_LICENCES for choices in _licences(name)), name
 
 
 def test_torch_version_is_pinned_in_one_place():

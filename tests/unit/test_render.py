@@ -198,16 +198,16 @@ def test_cancelled_jobs_are_not_stored(storage: ObjectStorage, tmp_path: Path):
         renderer.generate([stopped, finished])
 
 
-def test_unexpected_errors_are_printed_and_public_ones_returned(
-    capsys: pytest.CaptureFixture[str],
+def test_unexpected_errors_are_logged_and_public_ones_returned(
+    caplog: pytest.LogCaptureFixture,
 ):
     expected = OutOfMemory("too large.")
     assert to_public_error(expected) is expected
-    assert capsys.readouterr().err == ""
+    assert caplog.text == ""
     error = to_public_error(IndexError("x" * 1000))
     assert isinstance(error, EngineFailed)
     assert len(error.message) < 320
-    assert "IndexError: xxx" in capsys.readouterr().err
+    assert "IndexError: xxx" in caplog.text
 
 
 def test_engine_process_receives_neither_client_nor_delivery():

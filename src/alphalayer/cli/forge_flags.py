@@ -60,7 +60,7 @@ DEFAULTS = ("--data-dir", "--listen", "--precision")
 """Flags with less priority than others that change the same setting, in any order."""
 
 SWITCHES: dict[str, dict[str, str]] = {
-    "--listen": {"host": "0.0.0.0"},
+    "--listen": {"host": "0.0.0.0"},  # nosec B104 # the flag means all addresses
     "--api": {},
     "--nowebui": {},
     "--always-cpu": {"device": "cpu"},

@@ -36,7 +36,7 @@ def serve(
     Settings come from options, then ALPHALAYER_... variables, then alphalayer.toml.
     """
     if listen and flags["host"] is None:
-        flags["host"] = "0.0.0.0"
+        flags["host"] = "0.0.0.0"  # nosec B104 # the flag means all addresses
     run_server(load_settings(**flags))
 
 

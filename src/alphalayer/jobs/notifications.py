@@ -20,7 +20,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from alphalayer.core.job import JobProgress
 from alphalayer.jobs import connections
 from alphalayer.observability.background import retry_until_success
-from alphalayer.observability.logging import log
+from alphalayer.observability.logging import describe_error, log
 
 TO_WORKERS, TO_PODS = "alphalayer_work", "alphalayer_news"
 """Channels. A listener gets all of its channel, and workers do not need progress, which is
@@ -55,7 +55,7 @@ class Notifications:
         """Listen until cancelled. Reconnect when the connection is lost."""
 
         def report(error: Exception) -> None:
-            log.warning("database.unreachable", error=str(error))
+            log.warning("database.unreachable", error=describe_error(error))
 
         async for attempt in retry_until_success(_ERRORS, report, RECONNECT_S):
             with attempt:
@@ -78,7 +78,7 @@ class Notifications:
                 await asyncio.wait_for(self.queued.wait(), deadline - loop.time())
             except asyncio.TimeoutError:
                 return False
-            if random.random() < sample_rate:
+            if random.random() < sample_rate:  # nosec B311 # no secret depends on it
                 return True
             self.queued.clear()
 

@@ -26,3 +26,13 @@ def record_outcome(metrics: Metrics, job_id: str, outcome: Outcome) -> None:
         is_invalid = isinstance(outcome, InvalidRequest)
         cause = {"field": outcome.field} if is_invalid else {"error": outcome.message}
         log.warning("job.failed", job=job_id, code=outcome.code, **cause)
+
+
+def describe_failure(outcome: Outcome) -> str | None:
+    """Return why a job failed, for its trace.
+
+    The message of an invalid request may quote its prompt, and is left out.
+    """
+    if isinstance(outcome, JobResult):
+        return None
+    return outcome.code if isinstance(outcome, InvalidRequest) else outcome.message

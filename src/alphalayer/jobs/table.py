@@ -46,7 +46,7 @@ from alphalayer.core.job import Job, JobSpec, JobState, Submission
 from alphalayer.core.request import GenerationRequest
 from alphalayer.jobs.databases import Database, SqliteDatabase, Statement
 from alphalayer.jobs.upgrades import upgrade_6_to_7
-from alphalayer.observability.logging import log
+from alphalayer.observability.logging import describe_error, log
 
 metadata = MetaData()
 jobs = Table(
@@ -372,8 +372,8 @@ class Journal:
 
     def to_storage_error(self, error: Exception) -> StorageFailed:
         """Return the error of the service for an error of the database."""
-        cause = getattr(error, "orig", None) or error
-        if _is_damage(cause):
+        cause = describe_error(error)
+        if _is_damage(error):
             return StorageFailed(f"the journal is damaged: {cause}.", hint=_RESTORE)
         if self.database.name == "sqlite":
             hint = "Free some space and check the rights of the file."
@@ -382,7 +382,8 @@ class Journal:
         return DatabaseAway(f"the database cannot be reached: {cause}.", hint=hint)
 
 
-def _is_damage(cause: object) -> bool:
+def _is_damage(error: Exception) -> bool:
+    cause = getattr(error, "orig", None) or error
     return isinstance(cause, sqlite3.DatabaseError) and any(word in str(cause) for word in _DAMAGED)
 
 

@@ -251,7 +251,8 @@ def simulate(load: Load, fleet: Fleet, duration_s: float = 0.0, seed: int = 0) -
     """
     import simpy  # part of the extra "planner"; `plan --help` works without it
 
-    env, outcome, rng = simpy.Environment(), Outcome(), random.Random(seed)
+    env, outcome = simpy.Environment(), Outcome()
+    rng = random.Random(seed)  # nosec B311 # a simulation is repeatable
     rounds = max(6, min(30, 20_000 // load.users)) * (load.think_s + fleet.seconds)
     duration_s = duration_s or (max(rounds, AUTOSCALED_S) if fleet.scaling else rounds)
     warm_up_s = duration_s / 5

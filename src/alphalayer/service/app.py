@@ -354,7 +354,8 @@ def _model_lookup(settings: Settings) -> ModelLookup:
 
 def _log_start(settings: Settings) -> None:
     """Log the addresses of the service and its default model."""
-    host = "localhost" if settings.host in ("0.0.0.0", "::") else settings.host
+    is_everywhere = settings.host in ("0.0.0.0", "::")  # nosec B104 # a comparison
+    host = "localhost" if is_everywhere else settings.host
     base = (settings.public_url or address(host, settings.port)).rstrip("/")
     model, problem = _model_lookup(settings).default()
     if problem:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 from fastapi import FastAPI
 from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
@@ -10,8 +11,11 @@ from opentelemetry.instrumentation.fastapi import FastAPIInstrumentor
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
+from opentelemetry.trace import Span
 
 PROBES = "livez,readyz,ping,metrics"
+_ADDRESSES = ("http.url", "http.target", "url.full")
+"""Attributes of a request that may end with its query."""
 
 
 def install(app: FastAPI) -> TracerProvider:
@@ -28,6 +32,19 @@ def install(app: FastAPI) -> TracerProvider:
     )
     provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
     FastAPIInstrumentor.instrument_app(
-        app, tracer_provider=provider, excluded_urls=PROBES, exclude_spans=["receive", "send"]
+        app,
+        tracer_provider=provider,
+        excluded_urls=PROBES,
+        exclude_spans=["receive", "send"],
+        server_request_hook=_hide_query,
     )
     return provider
+
+
+def _hide_query(span: Span, _: dict[str, Any]) -> None:
+    """Remove the query from the attributes of a request, as it may hold a secret."""
+    for name, value in dict(getattr(span, "attributes", None) or {}).items():
+        if name in _ADDRESSES:
+            span.set_attribute(name, str(value).partition("?")[0])
+        elif name == "url.query":
+            span.set_attribute(name, "")

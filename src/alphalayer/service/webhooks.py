@@ -5,7 +5,8 @@ journal, so that they survive a restart. A receiver may get one twice.
 Its `webhook-id` is the id of the job.
 
 Addresses in private networks are refused unless they are allowed. The connection goes to the
-address that was checked, so that a second lookup cannot change it.
+address that was checked, so that a second lookup cannot change it. No log line has the path or
+the query of an address, which may be a secret of the client.
 """
 
 from __future__ import annotations
@@ -13,7 +14,10 @@ from __future__ import annotations
 import asyncio
 import base64
 import ipaddress
+import socket
 import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timezone
 from typing import Any
 
@@ -26,11 +30,12 @@ from alphalayer.core.job import Job
 from alphalayer.jobs.base import JobStore, JobView
 from alphalayer.observability.logging import log
 from alphalayer.observability.metrics import Metrics
+from alphalayer.service.public_addresses import is_public
 
 PAUSES_S = (5.0, 30.0, 120.0, 600.0, 3600.0)
 """Seconds before each retry. After the last one the webhook is given up."""
 TIMEOUT_S = 15.0
-"""Time limit of one attempt: lookup, connection and response."""
+"""Time limit of one attempt after the lookup: connection and response."""
 POLL_EVERY_S = 0.5
 OUTAGE_PAUSE_S = 5.0
 """Seconds before the next poll after an error of the journal."""
@@ -38,7 +43,14 @@ MAX_ATTEMPTS = 200
 """Maximum number of concurrent attempts. A receiver that hangs occupies one until its timeout."""
 SECRET_PREFIX = "whsec_"
 GONE = 410
-_NAT64 = ipaddress.ip_network("64:ff9b::/96")
+OPEN_PORTS = (80, 443)
+FIRST_USER_PORT = 1024
+"""Ports below it belong to other protocols, such as mail, unless they are in `OPEN_PORTS`."""
+LOOKUP_THREADS = 50
+"""Maximum number of concurrent lookups. More wait, without using up the time of their attempt."""
+Lookup = Callable[[str, int, int, int], Sequence[Any]]
+"""Function with the first arguments and the result of `socket.getaddrinfo`."""
+_PRIVATE = "The service sends to private networks only if webhook_allow_private is set."
 
 
 class RefusedAddress(Exception):
@@ -57,40 +69,29 @@ def check_url(url: str, *, allow_private: bool) -> None:
     """
     try:
         parsed = httpx.URL(url)
-        scheme, host, userinfo = parsed.scheme, parsed.host, parsed.userinfo
+        scheme, host, port = parsed.scheme, parsed.host, parsed.port
     except (httpx.InvalidURL, TypeError) as error:
         raise InvalidRequest(f"not an address ({error}).", field="webhook_url") from None
-    if scheme not in ("http", "https") or not host or userinfo:
+    if scheme not in ("http", "https") or not host or parsed.userinfo:
         raise InvalidRequest(
             "use http:// or https:// and a host, without user and password.", field="webhook_url"
+        )
+    if allow_private:
+        return
+    if port and port < FIRST_USER_PORT and port not in OPEN_PORTS:
+        raise InvalidRequest(
+            f"port {port} is refused.",
+            hint=f"Use 80, 443, or a port from {FIRST_USER_PORT}.",
+            field="webhook_url",
         )
     try:
         address = ipaddress.ip_address(host)
     except ValueError:
         return
-    if not (allow_private or is_public(address)):
+    if not is_public(address):
         raise InvalidRequest(
             f"{host} is not an address of the internet.", hint=_PRIVATE, field="webhook_url"
         )
-
-
-_PRIVATE = "The service sends to private networks only if webhook_allow_private is set."
-
-
-def is_public(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
-    """Return whether an address is one host on the internet.
-
-    An IPv6 address that contains an IPv4 address is checked as the latter.
-    """
-    if isinstance(address, ipaddress.IPv6Address):
-        embedded = address.ipv4_mapped or address.sixtofour
-        if address in _NAT64:
-            embedded = ipaddress.IPv4Address(int(address) & 0xFFFF_FFFF)
-        if embedded:
-            return is_public(embedded)
-        if address.is_site_local:
-            return False
-    return address.is_global and not (address.is_multicast or address.is_reserved)
 
 
 def read_secret(secret: str) -> bytes:
@@ -120,11 +121,22 @@ def read_secret(secret: str) -> bytes:
 class Webhooks:
     """Sender of one service's webhooks. `run` is one task of its event loop."""
 
-    def __init__(self, job_queue: JobStore, metrics: Metrics, key: bytes, *, allow_private: bool):
+    def __init__(
+        self,
+        job_queue: JobStore,
+        metrics: Metrics,
+        key: bytes,
+        *,
+        allow_private: bool,
+        lookup: Lookup = socket.getaddrinfo,
+    ):
         self._job_queue = job_queue
         self._metrics = metrics
         self._signer = Webhook(key)
         self._allow_private = allow_private
+        self._lookup = lookup
+        # apart from the threads of the loop, which other work would miss during slow lookups
+        self._lookup_threads = ThreadPoolExecutor(LOOKUP_THREADS, thread_name_prefix="lookup")
         self._attempts: dict[str, asyncio.Task[None]] = {}
 
     async def run(self) -> None:
@@ -179,37 +191,42 @@ class Webhooks:
         Returns:
             "delivered", "retried" or "given_up", and the reason.
         """
+        webhook = job.delivery.webhook
+        if webhook is None:
+            return "given_up", "its entry in the journal cannot be read any more."
         try:
-            status = await asyncio.wait_for(self._post(http, job), TIMEOUT_S)
+            url = httpx.URL(webhook.url)
+            address = await self._resolve(url)
+            body = answer(JobView.of_finished(job), webhook.service_url).model_dump_json()
+            status = await asyncio.wait_for(self._post(http, job.id, url, address, body), TIMEOUT_S)
         except (RefusedAddress, httpx.InvalidURL) as error:
             return "given_up", str(error)
         except asyncio.TimeoutError:
             return "retried", f"no response in {TIMEOUT_S:g} s"
-        except Exception as error:
-            # an unexpected error must not lose the webhook
+        except (OSError, httpx.NetworkError, httpx.TimeoutException) as error:
             return "retried", f"{type(error).__name__}: {error}"
+        except Exception as error:
+            # An unexpected error must not lose the webhook. Its message may quote the receiver,
+            # and with it the path of the address.
+            return "retried", type(error).__name__
         if 200 <= status < 300:
             return "delivered", ""
         return ("given_up" if status == GONE else "retried"), f"status {status}"
 
-    async def _post(self, http: httpx.AsyncClient, job: Job) -> int:
-        """Post a webhook. Return the status.
+    async def _post(
+        self, http: httpx.AsyncClient, job_id: str, url: httpx.URL, address: str, body: str
+    ) -> int:
+        """Post a webhook to an address of its host. Return the status.
 
         Redirects are not followed, and the body of the response is not read.
         """
-        webhook = job.delivery.webhook
-        if webhook is None:
-            raise RefusedAddress("its entry in the journal cannot be read any more.")
-        url = httpx.URL(webhook.url)
-        address = await self._resolve(url)
-        body = answer(JobView.of_finished(job), webhook.service_url).model_dump_json()
         now = datetime.now(timezone.utc)
         headers = {
             "host": url.netloc.decode(),
             "content-type": "application/json",
-            "webhook-id": job.id,
+            "webhook-id": job_id,
             "webhook-timestamp": str(int(now.timestamp())),
-            "webhook-signature": self._signer.sign(job.id, now, body),
+            "webhook-signature": self._signer.sign(job_id, now, body),
         }
         # connects to the checked address, and verifies the certificate of the host
         extensions: dict[str, Any] = {"sni_hostname": url.host}
@@ -230,7 +247,9 @@ class Webhooks:
             OSError: It has no address.
         """
         port = url.port or (443 if url.scheme == "https" else 80)
-        records = await asyncio.get_running_loop().getaddrinfo(url.host, port, type=1)
+        records = await asyncio.get_running_loop().run_in_executor(
+            self._lookup_threads, self._lookup, url.host, port, 0, socket.SOCK_STREAM
+        )
         addresses = [str(record[4][0]) for record in records]
         for address in addresses:
             plain = ipaddress.ip_address(address.partition("%")[0])

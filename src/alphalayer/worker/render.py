@@ -10,8 +10,8 @@ import asyncio
 import contextlib
 import gc
 import importlib
+import logging
 import time
-import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -36,7 +36,10 @@ from alphalayer.engine.base import (
 )
 from alphalayer.engine.threads import configure_threads
 from alphalayer.images import codecs, postprocess
+from alphalayer.observability.logging import describe_error
 from alphalayer.storage import StoredFile
+
+logger = logging.getLogger(__name__)
 
 ENGINE = "alphalayer.engine.pipeline:create_engine"
 Inputs = dict[InputRole, RgbaImage]
@@ -183,12 +186,12 @@ def load_engine(path: str, options: dict[str, Any]) -> Engine:
 
 
 def to_public_error(error: Exception) -> AlphalayerError:
-    """Return an error for clients. Print the traceback of an unexpected one."""
+    """Return an error for clients. Log the traceback of an unexpected one."""
     if isinstance(error, AlphalayerError):
         return error
-    traceback.print_exception(error)
+    logger.error("The engine failed.", exc_info=error)
     return EngineFailed(
-        f"{type(error).__name__}: {str(error)[:300]}",
+        f"{type(error).__name__}: {describe_error(error)[:300]}",
         hint="The service's log has the details; please report it.",
     )
 

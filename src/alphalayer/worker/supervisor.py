@@ -19,6 +19,7 @@ from structlog.contextvars import bind_contextvars
 from alphalayer.core.errors import AlphalayerError, EngineFailed
 from alphalayer.core.job import Job, JobProgress
 from alphalayer.jobs.base import JobConsumer, Outcome
+from alphalayer.jobs.outcomes import describe_failure
 from alphalayer.observability.logging import log
 from alphalayer.observability.metrics import Metrics
 from alphalayer.observability.tracing import JobTrace, Traces
@@ -346,8 +347,7 @@ class Supervisor:
             self._fruitless_starts = 0
         # in this order: a shutdown waits for the jobs in `_jobs`
         await self._job_queue.complete(job_id, outcome)
-        problem = outcome.message if isinstance(outcome, AlphalayerError) else None
-        batch = await self._forget(job_id, problem)
+        batch = await self._forget(job_id, describe_failure(outcome))
         if batch.unfinished == 0:
             self._allow_next(batch)
 
