@@ -17,7 +17,7 @@ from alphalayer.catalog.entries import (
     hash_model,
     weight_files,
 )
-from alphalayer.catalog.files import printable, shorten_paths, usable_files
+from alphalayer.catalog.files import printable, public_path, shorten_paths, usable_files
 from alphalayer.catalog.folders import read_config, read_json
 from alphalayer.catalog.hashes import SHORT_HASH_DIGITS, file_stamp
 from alphalayer.catalog.headers import FAMILY_NAMES, Header, read_header, summarize
@@ -49,6 +49,7 @@ __all__ = [
     "layer_file",
     "model_defaults",
     "printable",
+    "public_path",
     "read_config",
     "read_header",
     "read_json",

@@ -16,7 +16,7 @@ from filelock import FileLock, Timeout
 
 from alphalayer import catalog
 from alphalayer.catalog.files import ListedFile, list_files, printable
-from alphalayer.catalog.hashes import open_hash_cache
+from alphalayer.catalog.hashes import HashCache, open_hash_cache
 from alphalayer.catalog.headers import read_header, summarize
 from alphalayer.core.errors import (
     AlphalayerError,
@@ -289,9 +289,7 @@ def verify(models_dir: Path, embeddings_dir: Path) -> list[Verified]:
     for file in list_files(models_dir / "layer_model", _is_weight_file):
         result = _verify(file, _layer_families(file.path.name))
         if result.is_ok:
-            digest = cache.sha256(file.path)
-            finding = _compare(published.get(file.path.name), digest)
-            result = Verified(file.path, finding, True)
+            result = _verify_published(file.path, published.get(file.path.name), cache)
         results.append(result)
     results += [_verify_checkpoint(entry, models_dir) for entry in catalog.find_models(models_dir)]
     # LoRAs have many forms, so tensor names of no known kind are accepted
@@ -301,6 +299,13 @@ def verify(models_dir: Path, embeddings_dir: Path) -> list[Verified]:
     ):
         results += [_verify(file, families) for file in list_files(folder, _is_weight_file)]
     return results
+
+
+def _verify_published(path: Path, published: Published | None, cache: HashCache) -> Verified:
+    try:
+        return Verified(path, _compare(published, cache.sha256(path)), True)
+    except OSError as error:
+        return Verified(path, f"cannot be read: {error.strerror}.", False)
 
 
 def verify_layer_file(path: Path) -> Verified:

@@ -47,6 +47,11 @@ class ModelEntry:
     """The `file_stamp` of each file. It changes if the model is replaced under the same name."""
 
     @property
+    def modified(self) -> int:
+        """Return the time of the last change of its files, in seconds; 0 if they are gone."""
+        return max(0, *(modified // 1_000_000_000 for _, modified in self.stamp), 0)
+
+    @property
     def short_hash(self) -> str | None:
         """Return ten digits of the SHA-256, or None if the file is not hashed yet."""
         return self.sha256[:SHORT_HASH_DIGITS] if self.sha256 else None

@@ -78,6 +78,12 @@ def printable(text: str) -> str:
     return _UNPRINTABLE.sub("\ufffd", text)
 
 
+def public_path(path: Path, folder: Path) -> str:
+    """Return a path for clients: the name of the folder that it is in, and its path below."""
+    below = path.relative_to(folder) if path.is_relative_to(folder) else Path(path.name)
+    return printable(str(Path(folder.absolute().name, below)))
+
+
 def shorten_paths(error: E, *folders: Path) -> E:
     """Remove what is above some folders from the paths in an error, for clients.
 
@@ -88,7 +94,7 @@ def shorten_paths(error: E, *folders: Path) -> E:
     for folder in folders:
         for path in {str(folder), os.path.abspath(folder), os.path.realpath(folder)}:  # noqa: PTH100
             shown = re.compile(rf"(?<![^\s\"'(]){re.escape(printable(path))}(?=[/\\\s\"':;,.)]|$)")
-            name = printable(folder.name or "models")
+            name = printable(folder.absolute().name)
             error.message = shown.sub(lambda _, name=name: name, error.message)
     return error
 

@@ -163,22 +163,26 @@ def _read_tensor(entry: Any) -> tuple[tuple[int, ...], tuple[int, int]]:
     """Return the shape of a tensor, and its first byte and the one after its last."""
     if not isinstance(entry, dict):
         raise ValueError("no description")
-    kind, shape, span = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
+    kind = entry.get("dtype")
     if not isinstance(kind, str) or kind not in BITS:
         raise ValueError(f"a number format that is not one of {', '.join(BITS)}")
-    if not _are_sizes(shape) or len(shape) > MAX_RANK:
+    shape, span = (_read_sizes(entry.get(name)) for name in ("shape", "data_offsets"))
+    if shape is None or len(shape) > MAX_RANK:
         raise ValueError("a shape that is not a list of sizes")
-    if not _are_sizes(span) or len(span) != 2:
+    if span is None or len(span) != 2:
         raise ValueError("data_offsets that are not two positions")
     if math.prod(shape) * BITS[kind] != (span[1] - span[0]) * 8:
         raise ValueError("data_offsets that differ from the size of its shape")
-    return tuple(shape), (span[0], span[1])
+    return shape, (span[0], span[1])
 
 
-def _are_sizes(values: Any) -> bool:
-    return isinstance(values, list) and all(
+def _read_sizes(values: Any) -> tuple[int, ...] | None:
+    """Return a list of sizes or positions, or None for anything else."""
+    if isinstance(values, list) and all(
         type(value) is int and 0 <= value < 2**63 for value in values
-    )
+    ):
+        return tuple(values)
+    return None
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

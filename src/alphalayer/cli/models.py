@@ -29,7 +29,7 @@ def models_list(models_dir: ModelsDir = None) -> None:
             is_built_in = entry.path == catalog.EMBEDDED_MODEL
             kind = "small, built in" if is_built_in else family
             hint = CommandHint("For SDXL run:", catalog.PULL) if is_built_in else ""
-            show_mark("ok", f"{entry.title}  {kind}  {entry.path}", hint)
+            show_mark("ok", f"{entry.title}  {kind}  {catalog.printable(str(entry.path))}", hint)
 
 
 @app.command("pull")
