@@ -74,12 +74,12 @@ def usable_files(folder: Path, suffixes: Sequence[str] = (".safetensors",)) -> l
 
 
 def printable(text: str) -> str:
-    """Return a text that can be shown: replacement characters for bytes and control characters."""
+    """Replace bytes and control characters that cannot be shown."""
     return _UNPRINTABLE.sub("\ufffd", text)
 
 
 def public_path(path: Path, folder: Path) -> str:
-    """Return a path for clients: the name of the folder that it is in, and its path below."""
+    """Return a path for clients, from the name of a folder on."""
     below = path.relative_to(folder) if path.is_relative_to(folder) else Path(path.name)
     return printable(str(Path(folder.absolute().name, below)))
 
@@ -100,7 +100,7 @@ def shorten_paths(error: E, *folders: Path) -> E:
 
 
 def open_file(path: Path) -> BinaryIO:
-    """Open a regular file to read it. Raises `OSError` for anything else, without waiting."""
+    """Open a regular file. Raises `OSError` for anything else, without waiting."""
     file = open(path, "rb", opener=_open)  # noqa: SIM115 - the caller closes it
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()

@@ -41,7 +41,7 @@ class Header:
 
 @dataclass(frozen=True)
 class Summary:
-    """What lists show of a file: its family, and the shapes of an embedding's tensors by name."""
+    """Family of a file, and the shapes of an embedding's tensors by name."""
 
     family: str
     embedding: dict[str, tuple[int, ...]] = field(default_factory=dict[str, tuple[int, ...]])

@@ -18,7 +18,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     The header is checked before: the library would wait for a pipe.
 
     Raises:
-        CorruptFile: The file is missing, not a file, damaged or too large a header.
+        CorruptFile: It is missing, damaged or no file, or its header is too large.
     """
     read_header(path)
     try:

@@ -71,7 +71,7 @@ def _vae(shapes: Shapes) -> dict[str, Any]:
 
 
 def check_counts(config: Mapping[str, Any], *names: str) -> None:
-    """Check numbers that no tensor shows. Raises `ValueError` unless they are above zero."""
+    """Check numbers that no tensor shows. Raises `ValueError` for those below 1."""
     for name in names:
         value = config.get(name, 1)
         for number in value if isinstance(value, list) else [value]:
