@@ -48,7 +48,7 @@ class Summary:
 
 
 def summarize(path: Path) -> Summary:
-    """Return the summary of a safetensors file. Its header is read once, and after each change.
+    """Return the summary of a safetensors file, read once and after each change.
 
     Raises:
         CorruptFile: See `read_header`. A damaged header is not read again either.
