@@ -171,14 +171,17 @@ def test_embedded_model_is_listed_with_its_hash(client):
     )
 
 
-def test_lora_is_listed_with_its_absolute_path(tmp_path, monkeypatch):
+def test_lora_path_begins_with_the_models_folder(tmp_path, monkeypatch):
     file = tmp_path / "models" / "Lora" / "apples.safetensors"
     file.parent.mkdir(parents=True)
     file.write_bytes(b"")
     monkeypatch.chdir(tmp_path)
     with served(tmp_path, models_dir="models") as client:
         [listed] = client.get("/sdapi/v1/loras").json()
-        assert (listed["name"], listed["path"]) == ("apples", str(file))
+        assert (listed["name"], listed["path"]) == (
+            "apples",
+            "models/Lora/apples.safetensors",
+        )
 
 
 def test_txt2img_defaults_are_those_of_automatic1111(client):

@@ -5,6 +5,7 @@ Each error is one line that names the field or the file.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import struct
@@ -271,6 +272,10 @@ def test_engine_damaged_layer_file_is_named(
         LocalEngine(tmp_path, device="cpu").generate(request)
 
 
+def _change(file: Path, **values: object) -> None:
+    file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
+
+
 FOLDER_DAMAGES: dict[str, Callable[[Path], None]] = {
     "UNet truncated": lambda folder: _truncate(
         folder / "unet" / "diffusion_pytorch_model.safetensors"
@@ -285,6 +290,33 @@ FOLDER_DAMAGES: dict[str, Callable[[Path], None]] = {
     "VAE config damaged": lambda folder: (folder / "vae" / "config.json").write_text("{"),
     "VAE class unknown": lambda folder: (folder / "vae" / "config.json").write_text(
         '{"_class_name": "Nonsense"}'
+    ),
+    "UNet of a trillion channels": lambda folder: _change(
+        folder / "unet" / "config.json", block_out_channels=[10**12] * 3
+    ),
+    "UNet of a million layers": lambda folder: _change(
+        folder / "unet" / "config.json", layers_per_block=10**6
+    ),
+    "UNet of negative groups": lambda folder: _change(
+        folder / "unet" / "config.json", norm_num_groups=-32
+    ),
+    "text encoder without heads": lambda folder: _change(
+        folder / "text_encoder" / "config.json", num_attention_heads=-1
+    ),
+    "scheduler of no steps": lambda folder: _change(
+        folder / "scheduler" / "scheduler_config.json", num_train_timesteps=0
+    ),
+    "scheduler of text": lambda folder: _change(
+        folder / "scheduler" / "scheduler_config.json", beta_start="low"
+    ),
+    "VAE scaled by infinity": lambda folder: _change(
+        folder / "vae" / "config.json", scaling_factor=float("inf")
+    ),
+    "patch above its folder": lambda folder: _change(
+        folder / "layerdiffuse" / "config.json", patch="../../patch.safetensors"
+    ),
+    "decoder of a million layers": lambda folder: _change(
+        folder / "layerdiffuse" / "config.json", decoder_config={"layers_per_block": 10**6}
     ),
     "VAE config is a list": lambda folder: (folder / "vae" / "config.json").write_text("[]"),
     "scheduler config damaged": lambda folder: (

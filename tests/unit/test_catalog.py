@@ -7,7 +7,9 @@ import hashlib
 import json
 import os
 import shutil
+import socket
 import struct
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +20,7 @@ from hypothesis import strategies as st
 
 from alphalayer import catalog
 from alphalayer.api.a1111.schemas import SdModel
+from alphalayer.catalog import download, headers
 from alphalayer.catalog.hashes import HashCache
 from alphalayer.catalog.headers import CONTEXT, FIRST_CONV, VAE_MARKS, family_of, read_header
 from alphalayer.core.errors import (
@@ -28,6 +31,7 @@ from alphalayer.core.errors import (
     UnsupportedFamily,
 )
 from alphalayer.engine.families.configs import SHIPPED
+from alphalayer.engine.text.textual_inversion import read_embeddings
 
 UNET = "model.diffusion_model."
 CLIP_L = "conditioner.embedders.0.transformer.text_model.embeddings.token_embedding.weight"
@@ -438,12 +442,12 @@ def test_model_hash_covers_the_file_and_is_listed_once_known(tmp_path: Path):
         digest[:10],
         f"cup [{digest[:10]}]",
     )
-    assert SdModel.of(entry).model_dump() == {
+    assert SdModel.of(entry, tmp_path).model_dump() == {
         "title": f"cup [{digest[:10]}]",
         "model_name": "cup",
         "hash": digest[:10],
         "sha256": digest,
-        "filename": str(file.resolve()),
+        "filename": f"{tmp_path.name}/Stable-diffusion/cup.safetensors",
         "config": None,
     }
 
@@ -555,3 +559,240 @@ def test_layerdiffuse_method_of_a_models_own_patch_is_checked(tmp_path: Path):
             else pytest.raises(InvalidRequest, match="own LayerDiffuse")
         ):
             catalog.check_layerdiffuse_mode(entry, "conv")
+
+
+# --- odd files: one row with its reason
+
+
+def _header(text: str | bytes, rest: bytes = b"") -> bytes:
+    data = text.encode() if isinstance(text, str) else text
+    return struct.pack("<Q", len(data)) + data + rest
+
+
+def _tensor(**values: object) -> bytes:
+    entry = {"dtype": "F16", "shape": [1], "data_offsets": [0, 2], **values}
+    return _header(json.dumps({"a": entry}), b"\0\0")
+
+
+ODD_HEADERS = {
+    "infinity": _header('{"a":{"dtype":"F16","shape":[Infinity],"data_offsets":[0,2]}}', b"\0\0"),
+    "1e400": _header('{"a":{"dtype":"F16","shape":[1e400],"data_offsets":[0,2]}}', b"\0\0"),
+    "nan": _tensor(shape=[float("nan")]),
+    "negative": _tensor(shape=[-1, -1]),
+    "huge": _tensor(shape=[2**63]),
+    "boolean": _tensor(shape=[True]),
+    "text": _tensor(shape="1"),
+    "rank": _tensor(shape=[1] * 65),
+    "offsets-reversed": _tensor(data_offsets=[2, 0]),
+    "offsets-lie": _tensor(data_offsets=[0, 1]),
+    "offsets-gap": _tensor(data_offsets=[2, 4]),
+    "offsets-text": _tensor(data_offsets=["0", "2"]),
+    "no-dtype": _tensor(dtype=None),
+    "dtype-unknown": _tensor(dtype="Q16"),
+    "twice": _header('{"a":{},"a":{}}'),
+    "list": _header("[]"),
+    "number": _header("17"),
+    "deep": _header('{"a":' + "[" * 100_000),
+    "not-utf-8": _header(b'{"\xff":{}}'),
+    "bytes-after": _header("{}", b"more"),
+}
+
+
+@pytest.mark.parametrize("content", ODD_HEADERS.values(), ids=ODD_HEADERS)
+def test_odd_header_is_one_row_with_its_reason(tmp_path: Path, content: bytes):
+    write(tmp_path / "Stable-diffusion" / "good.safetensors", SDXL)
+    (tmp_path / "Stable-diffusion" / "bad.safetensors").write_bytes(content)
+    assert "safetensors" in _problem(tmp_path)
+    assert _find_own_models(tmp_path)["good"].problem is None
+
+
+@pytest.mark.parametrize(
+    "shapes",
+    [{CONTEXT: ()}, {CONTEXT: (640,)}, {**SDXL, FIRST_CONV: (320,)}, {CONTEXT: (1, 2, 3)}],
+    ids=["scalar", "vector", "first", "three"],
+)
+def test_family_of_wrong_ranks_is_unknown(tmp_path: Path, shapes: Shapes):
+    assert family_of(read_header(write(tmp_path / "x.safetensors", shapes))) == "unknown"
+
+
+def test_large_header_is_refused_with_the_limit(tmp_path: Path):
+    file = tmp_path / "Stable-diffusion" / "bad.safetensors"
+    file.parent.mkdir()
+    file.write_bytes(struct.pack("<Q", headers.MAX_HEADER_BYTES + 1))
+    os.truncate(file, 2 * headers.MAX_HEADER_BYTES)
+    assert f"at most {headers.MAX_HEADER_BYTES:,}" in _problem(tmp_path)
+
+
+def test_header_of_many_parts_is_refused_before_it_is_parsed(tmp_path: Path):
+    file = tmp_path / "Stable-diffusion" / "bad.safetensors"
+    file.parent.mkdir()
+    file.write_bytes(_header(b'{"a":[' + b"[]," * 2_000_000 + b"[]]}"))
+    assert "more than 1,000,000 parts" in _problem(tmp_path)
+
+
+def test_damaged_header_is_read_once_until_it_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    file = tmp_path / "Stable-diffusion" / "bad.safetensors"
+    file.parent.mkdir()
+    file.write_bytes(_header("[]"))
+    reads: list[Path] = []
+
+    def read(path: Path) -> headers.Header:
+        reads.append(path)
+        return read_header(path)
+
+    monkeypatch.setattr(headers, "read_header", read)
+    for _ in range(3):
+        assert _problem(tmp_path)
+    assert len(reads) == 1
+    # the same size and time of change, as a copy with its attributes has
+    status = file.stat()
+    file.write_bytes(_header("{}"))
+    os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert isinstance(_find_own_models(tmp_path)["bad"].problem, UnsupportedFamily)
+    assert len(reads) == 2
+
+
+def _make_pipe(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def _make_socket(path: Path) -> None:
+    with contextlib.chdir(path.parent), socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(path.name)
+
+
+ODD_FILES: dict[str, Callable[[Path], None]] = {
+    "pipe": _make_pipe,
+    "socket": _make_socket,
+    "folder": Path.mkdir,
+    "link to nothing": lambda path: path.symlink_to("absent"),
+    "link to itself": lambda path: path.symlink_to(path.name),
+    "link to a device": lambda path: path.symlink_to("/dev/zero"),
+    "empty": Path.touch,
+}
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs a system with pipes as files")
+@pytest.mark.parametrize("make", ODD_FILES.values(), ids=ODD_FILES)
+def test_odd_file_is_one_row_and_never_opened(tmp_path: Path, make: Callable[[Path], None]):
+    for name in ("Stable-diffusion", "layer_model", "Lora", "embeddings"):
+        (tmp_path / name).mkdir()
+        make(tmp_path / name / "bad.safetensors")
+    assert _problem(tmp_path)
+    results = download.verify(tmp_path, tmp_path / "embeddings")
+    assert {
+        result.path.parent.name: result.is_ok for result in results if "bad" in str(result)
+    } == {
+        "Stable-diffusion": False,
+        "layer_model": False,
+        "Lora": False,
+        "embeddings": False,
+    }
+    assert read_embeddings(tmp_path / "embeddings") == {}
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs a system with pipes as files")
+def test_pipes_in_a_diffusers_folder_are_named_and_never_opened(tmp_path: Path):
+    index = {"_class_name": "StableDiffusionXLPipeline"}
+    path = _make_diffusers_folder(tmp_path / "Stable-diffusion" / "bad", index)
+    (tmp_path / ".alphalayer-hashes.json").unlink(missing_ok=True)
+    os.mkfifo(tmp_path / ".alphalayer-hashes.json")
+    for file in ("unet/config.json", "model_index.json"):
+        (path / file).unlink()
+        os.mkfifo(path / file)
+        problem = _find_own_models(tmp_path)["bad"].problem
+        assert problem is not None
+        assert file in problem.message
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["[" * 100_000, '{"a": ' + "9" * 5000 + "}", '{"_class_name": "\\ud800"}', '{"a": "\xff"'],
+    ids=["deep", "digits", "surrogate", "latin-1"],
+)
+def test_odd_model_index_is_one_row_that_can_be_sent(tmp_path: Path, text: str):
+    path = _make_diffusers_folder(tmp_path / "Stable-diffusion" / "bad", {})
+    (path / "model_index.json").write_bytes(text.encode("latin-1"))
+    problem = _find_own_models(tmp_path)["bad"].problem
+    assert problem is not None
+    assert problem.message.encode()
+
+
+# --- odd names
+
+
+ODD_NAMES = (b"b\xffd", b"two\nlines", b"\x1b[31mred", b"back\x08", "\u202egpj".encode())
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such names")
+@pytest.mark.parametrize("name", ODD_NAMES)
+def test_name_that_cannot_be_shown_is_one_row_to_rename(tmp_path: Path, name: bytes):
+    for folder in ("Stable-diffusion", "layer_model", "Lora"):
+        write(tmp_path / folder / (os.fsdecode(name) + ".safetensors"), SDXL)
+    [entry] = _find_own_models(tmp_path).values()
+    assert entry.problem is not None
+    assert "Rename it." in str(entry.problem)
+    for shown in (entry.name, str(entry.problem), *map(str, download.verify(tmp_path, tmp_path))):
+        assert shown.encode().decode().isprintable(), shown
+        assert "\ufffd" in shown or "alphalayer-mini" in shown
+    with pytest.raises(InvalidRequest):
+        catalog.find_lora(tmp_path, os.fsdecode(name))
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["n" * 243, "-rf", "..", ".", "CON", "a:b", "пони", "👩‍🎨", " ", "a.b.c"],
+    ids=range(10),
+)
+def test_unusual_name_is_usable(tmp_path: Path, name: str):
+    for folder in ("Stable-diffusion", "Lora"):
+        file = write(tmp_path / folder / f"{name}.safetensors", SDXL)
+    entries = [*_find_own_models(tmp_path).values()]
+    assert [entry.name for entry in entries] == [name]
+    assert catalog.resolve_model(name, entries).problem is None
+    assert catalog.find_lora(tmp_path, name) == file
+
+
+def test_composed_and_decomposed_names_are_two_models(tmp_path: Path):
+    composed, decomposed = "caf\u00e9", "cafe\u0301"
+    for name in (composed, decomposed):
+        write(tmp_path / "Stable-diffusion" / f"{name}.safetensors", SDXL)
+        write(tmp_path / "Lora" / f"{name}.safetensors", FAMILIES["lora"])
+    if len(os.listdir(tmp_path / "Lora")) == 1:  # noqa: PTH208
+        pytest.skip("this file system normalizes names")
+    entries = catalog.find_models(tmp_path)
+    for name in (composed, decomposed):
+        assert catalog.resolve_model(name, entries).name == name
+        assert catalog.find_lora(tmp_path, name).stem == name
+    (tmp_path / "Stable-diffusion" / f"{composed}.safetensors").unlink()
+    (tmp_path / "Lora" / f"{composed}.safetensors").unlink()
+    assert catalog.resolve_model(composed, catalog.find_models(tmp_path)).name == decomposed
+    assert catalog.find_lora(tmp_path, composed).stem == decomposed
+
+
+def test_link_to_its_own_folder_is_not_followed(tmp_path: Path):
+    write(tmp_path / "Stable-diffusion" / "cup.safetensors", SDXL)
+    (tmp_path / "Stable-diffusion" / "loop").symlink_to(".")
+    assert list(_find_own_models(tmp_path)) == ["cup"]
+
+
+# --- paths for clients
+
+
+def test_shorten_paths_hides_what_is_above_a_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    for folder in (tmp_path / "models", Path("models")):
+        error = CorruptFile(f'"{folder}/a b.safetensors" and {tmp_path}/models are bad.')
+        shown = catalog.shorten_paths(error, folder).message
+        assert shown == '"models/a b.safetensors" and models are bad.'
+    other = CorruptFile(f"{tmp_path}/models2/x and /a{tmp_path}/models/x are others.")
+    assert catalog.shorten_paths(other, tmp_path / "models").message.count(str(tmp_path)) == 2
+    root = CorruptFile("/models/Stable-diffusion/x and not/models/x.")
+    assert (
+        catalog.shorten_paths(root, Path("/models")).message
+        == "models/Stable-diffusion/x and not/models/x."
+    )

@@ -15,7 +15,13 @@ from fastapi import Depends, Header, Request
 
 from alphalayer.api.auth import Authenticator
 from alphalayer.api.shutdown import Shutdown, stopping
-from alphalayer.catalog import ModelEntry, check_layerdiffuse_mode, find_lora, resolve_model
+from alphalayer.catalog import (
+    ModelEntry,
+    check_layerdiffuse_mode,
+    find_lora,
+    resolve_model,
+    shorten_paths,
+)
 from alphalayer.core.errors import (
     AlphalayerError,
     Cancelled,
@@ -197,10 +203,13 @@ def _check_models(service: Service, generation: GenerationRequest) -> None:
         InvalidRequest, ModelUnusable: one of them is not.
     """
     entry = find_model(service, generation.model)
-    for lora in generation.loras:
-        find_lora(service.models_dir, lora.name)
-    if generation.uses_layerdiffuse:
-        check_layerdiffuse_mode(entry, generation.mode)
+    try:
+        for lora in generation.loras:
+            find_lora(service.models_dir, lora.name)
+        if generation.uses_layerdiffuse:
+            check_layerdiffuse_mode(entry, generation.mode)
+    except AlphalayerError as error:
+        raise shorten_paths(error, service.models_dir) from None
 
 
 async def submit_job(

@@ -27,7 +27,7 @@ from alphalayer.api.errors import PROBLEMS
 from alphalayer.api.guard import GuardedRoute, User
 from alphalayer.api.info import webui_info
 from alphalayer.api.schemas import Body, StageSeconds, reject_unused_options
-from alphalayer.catalog import ModelEntry, model_defaults
+from alphalayer.catalog import ModelEntry, model_defaults, shorten_paths
 from alphalayer.core.errors import CorruptFile, InvalidRequest
 from alphalayer.core.job import (
     PREVIEW_PREFIX,
@@ -285,15 +285,15 @@ class ModelList(BaseModel):
 def models(service: ServiceDep, _user: User) -> ModelList:
     """Return all models. Unusable ones have a reason."""
     default = service.readiness()["model"]
-    return ModelList(models=[_model(entry, default) for entry in service.list_models()])
+    return ModelList(models=[_model(entry, default, service) for entry in service.list_models()])
 
 
-def _model(entry: ModelEntry, default: str | None) -> Model:
+def _model(entry: ModelEntry, default: str | None, service: Service) -> Model:
     problem, defaults = entry.problem, ModelDefaults()
     try:
         defaults = model_defaults(entry.path)
     except CorruptFile as error:
-        problem = problem or error
+        problem = problem or shorten_paths(error, service.models_dir)
     return Model(
         name=entry.name,
         title=entry.title,

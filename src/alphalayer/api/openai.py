@@ -293,7 +293,7 @@ class Model(BaseModel):
     @classmethod
     def of(cls, entry: ModelEntry) -> Model:
         """Return the model of an entry of the models folder."""
-        return cls(id=entry.name, created=int(entry.path.stat().st_mtime))
+        return cls(id=entry.name, created=entry.modified)
 
 
 class ModelList(BaseModel):

@@ -17,9 +17,10 @@ from alphalayer.catalog.entries import (
     hash_model,
     weight_files,
 )
-from alphalayer.catalog.folders import read_json
+from alphalayer.catalog.files import printable, public_path, shorten_paths, usable_files
+from alphalayer.catalog.folders import read_config, read_json
 from alphalayer.catalog.hashes import SHORT_HASH_DIGITS, file_stamp
-from alphalayer.catalog.headers import FAMILY_NAMES, Header, read_header
+from alphalayer.catalog.headers import FAMILY_NAMES, Header, read_header, summarize
 from alphalayer.catalog.model_config import (
     check_layerdiffuse_mode,
     layer_config,
@@ -47,8 +48,14 @@ __all__ = [
     "layer_config",
     "layer_file",
     "model_defaults",
+    "printable",
+    "public_path",
+    "read_config",
     "read_header",
     "read_json",
     "resolve_model",
+    "shorten_paths",
+    "summarize",
+    "usable_files",
     "weight_files",
 ]

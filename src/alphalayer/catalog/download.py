@@ -15,8 +15,9 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from alphalayer import catalog
-from alphalayer.catalog.hashes import open_hash_cache
-from alphalayer.catalog.headers import family_of, read_header
+from alphalayer.catalog.files import ListedFile, list_files, printable
+from alphalayer.catalog.hashes import HashCache, open_hash_cache
+from alphalayer.catalog.headers import read_header, summarize
 from alphalayer.core.errors import (
     AlphalayerError,
     CorruptFile,
@@ -160,6 +161,10 @@ class Verified:
     finding: str
     is_ok: bool
 
+    def __str__(self) -> str:
+        path = printable(str(self.path))
+        return f"{path}  {self.finding.removeprefix(f'{path} ')}"
+
 
 def pull(published: Published, models_dir: Path) -> Verified:
     """Download one file into the models folder, or resume its download, and verify it.
@@ -281,21 +286,31 @@ def verify(models_dir: Path, embeddings_dir: Path) -> list[Verified]:
     cache = open_hash_cache(models_dir)
     published = {file.filename: file for file in PUBLISHED}
     results: list[Verified] = []
-    for path in sorted((models_dir / "layer_model").glob("*.safetensors")):
-        result = verify_layer_file(path)
+    for file in list_files(models_dir / "layer_model", _is_weight_file):
+        result = _verify(file, _layer_families(file.path.name))
         if result.is_ok:
-            result = Verified(path, _compare(published.get(path.name), cache.sha256(path)), True)
+            result = _verify_published(file.path, published.get(file.path.name), cache)
         results.append(result)
     results += [_verify_checkpoint(entry, models_dir) for entry in catalog.find_models(models_dir)]
     # LoRAs have many forms, so tensor names of no known kind are accepted
-    results += [_verify(path, ("lora", "unknown")) for path in _weight_files(models_dir / "Lora")]
-    results += [_verify(path, ("embedding",)) for path in _weight_files(embeddings_dir)]
+    for folder, families in (
+        (models_dir / "Lora", ("lora", "unknown")),
+        (embeddings_dir, ("embedding",)),
+    ):
+        results += [_verify(file, families) for file in list_files(folder, _is_weight_file)]
     return results
+
+
+def _verify_published(path: Path, published: Published | None, cache: HashCache) -> Verified:
+    try:
+        return Verified(path, _compare(published, cache.sha256(path)), True)
+    except OSError as error:
+        return Verified(path, f"cannot be read: {error.strerror}.", False)
 
 
 def verify_layer_file(path: Path) -> Verified:
     """Check that a file of `layer_model` is of the kind that its name promises."""
-    return _verify(path, _layer_families(path.name))
+    return _verify(ListedFile(path, path.name), _layer_families(path.name))
 
 
 def _layer_families(name: str) -> tuple[str, ...]:
@@ -310,9 +325,8 @@ def _layer_families(name: str) -> tuple[str, ...]:
     return ("layerdiffuse-patch", "transparent-decoder", "unknown")
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    kinds = (".safetensors", *catalog.PICKLE_SUFFIXES)
-    return [path for path in sorted(folder.rglob("*")) if path.suffix in kinds and path.is_file()]
+def _is_weight_file(name: str) -> bool:
+    return Path(name).suffix in (".safetensors", *catalog.PICKLE_SUFFIXES)
 
 
 def _verify_checkpoint(entry: catalog.ModelEntry, models_dir: Path) -> Verified:
@@ -329,14 +343,17 @@ def _verify_checkpoint(entry: catalog.ModelEntry, models_dir: Path) -> Verified:
     )
 
 
-def _verify(path: Path, families: Sequence[str]) -> Verified:
+def _verify(file: ListedFile, families: Sequence[str]) -> Verified:
     """Check that a file is of one of these families; the first one is reported."""
-    if path.suffix in catalog.PICKLE_SUFFIXES:
+    path = file.path
+    if file.problem is None and path.suffix in catalog.PICKLE_SUFFIXES:
         return Verified(
             path, "is a pickle file and is not opened; use its .safetensors version.", False
         )
     try:
-        family = family_of(read_header(path))
+        if file.problem:
+            raise file.problem
+        family = summarize(path).family
     except AlphalayerError as error:
         return Verified(path, str(error), False)
     expected, name = catalog.FAMILY_NAMES[families[0]], catalog.FAMILY_NAMES.get(family, family)

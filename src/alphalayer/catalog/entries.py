@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
+from alphalayer.catalog.files import ListedFile, list_files, printable
 from alphalayer.catalog.folders import family_of_folder
 from alphalayer.catalog.hashes import (
     SHORT_HASH_DIGITS,
@@ -14,7 +15,7 @@ from alphalayer.catalog.hashes import (
     file_stamp,
     open_hash_cache,
 )
-from alphalayer.catalog.headers import FAMILY_NAMES, SUPPORTED, family_of, read_header
+from alphalayer.catalog.headers import FAMILY_NAMES, SUPPORTED, summarize
 from alphalayer.core.errors import CorruptFile, ModelUnusable, PickleRefused, UnsupportedFamily
 
 CHECKPOINTS = "Stable-diffusion"
@@ -22,6 +23,7 @@ EMBEDDED_MODEL = Path(__file__).parent.parent / "builtin_models" / "alphalayer-m
 PICKLE_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin")
 FP16 = ".fp16"
 """Part of the names of weight files that hold 16-bit numbers."""
+_INDEX = "model_index.json"
 _RIGHT_FOLDER = {
     "layerdiffuse-patch": "layer_model",
     "transparent-decoder": "layer_model",
@@ -45,6 +47,11 @@ class ModelEntry:
     """The `file_stamp` of each file. It changes if the model is replaced under the same name."""
 
     @property
+    def modified(self) -> int:
+        """Return the time of the last change of its files, in seconds; 0 if they are gone."""
+        return max(0, *(modified // 1_000_000_000 for _, modified in self.stamp), 0)
+
+    @property
     def short_hash(self) -> str | None:
         """Return ten digits of the SHA-256, or None if the file is not hashed yet."""
         return self.sha256[:SHORT_HASH_DIGITS] if self.sha256 else None
@@ -58,14 +65,17 @@ class ModelEntry:
 def find_models(models_dir: Path) -> list[ModelEntry]:
     """Return all checkpoints by name, usable or not, and the embedded model last."""
     folder, cache = models_dir / CHECKPOINTS, open_hash_cache(models_dir)
-    diffusers = [index.parent for index in sorted(folder.rglob("model_index.json"))]
-    entries = [_diffusers_entry(path, folder, cache) for path in diffusers]
-    for path in sorted(folder.rglob("*")):
-        is_inside = any(parent in path.parents for parent in diffusers)
-        if path.suffix in (".safetensors", *PICKLE_SUFFIXES) and path.is_file() and not is_inside:
-            entries.append(_file_entry(path, folder, cache))
-    if (EMBEDDED_MODEL / "model_index.json").is_file():
-        entry = _diffusers_entry(EMBEDDED_MODEL, EMBEDDED_MODEL.parent, cache)
+    listed = list_files(folder, _is_model_file)
+    diffusers = {file.path.parent for file in listed if file.path.name == _INDEX}
+    entries: list[ModelEntry] = []
+    for file in listed:
+        if file.path.name == _INDEX:
+            entries.append(_diffusers_entry(file, folder, cache))
+        elif diffusers.isdisjoint((file.path, *file.path.parents)):
+            entries.append(_file_entry(file, cache))
+    if (EMBEDDED_MODEL / _INDEX).is_file():
+        embedded = ListedFile(EMBEDDED_MODEL / _INDEX, f"{EMBEDDED_MODEL.name}/{_INDEX}")
+        entry = _diffusers_entry(embedded, EMBEDDED_MODEL.parent, cache)
         entries.append(replace(entry, sha256=entry.sha256 or _embedded_sha256()))
     return sorted(entries, key=lambda entry: (entry.path == EMBEDDED_MODEL, entry.name.lower()))
 
@@ -101,40 +111,43 @@ def flatten_name(path: str) -> str:
     return path.replace("/", "_").replace("\\", "_")
 
 
-def _file_entry(path: Path, folder: Path, cache: HashCache) -> ModelEntry:
-    name = flatten_name(str(path.relative_to(folder).with_suffix("")))
-    problem: ModelUnusable | None = None
-    family = "unknown"
-    if path.suffix in PICKLE_SUFFIXES:
+def _is_model_file(name: str) -> bool:
+    return name == _INDEX or Path(name).suffix in (".safetensors", *PICKLE_SUFFIXES)
+
+
+def _file_entry(file: ListedFile, cache: HashCache) -> ModelEntry:
+    path, problem, family = file.path, file.problem, "unknown"
+    if problem is None and path.suffix in PICKLE_SUFFIXES:
         problem = PickleRefused(
             f"{path} is a pickle file, and opening one can run any code that is in it.",
             hint="Use the .safetensors version of this model.",
         )
-    else:
+    elif problem is None:
         try:
-            family = _family_of_file(path, path.stat().st_mtime_ns)
-        except (CorruptFile, FileNotFoundError) as error:
-            problem = error if isinstance(error, CorruptFile) else CorruptFile(f"{path} is gone.")
+            family = summarize(path).family
+        except CorruptFile as error:
+            problem = error
         else:
             problem = None if family in SUPPORTED else _unsupported(path, family)
-    stamp = (file_stamp(path),)
-    return ModelEntry(name, path, "single_file", family, cache.get(path), problem, stamp)
+    name = flatten_name(file.name.removesuffix(path.suffix))
+    sha256 = None if file.problem else cache.get(path)
+    return ModelEntry(name, path, "single_file", family, sha256, problem, (file_stamp(path),))
 
 
-def _diffusers_entry(path: Path, folder: Path, cache: HashCache) -> ModelEntry:
-    name = flatten_name(str(path.relative_to(folder)))
-    problem: ModelUnusable | None = None
-    family = "unknown"
-    try:
-        family = family_of_folder(path)
-    except CorruptFile as error:
-        problem = error
-    else:
-        problem = None if family in SUPPORTED else _unsupported(path, family)
+def _diffusers_entry(index: ListedFile, folder: Path, cache: HashCache) -> ModelEntry:
+    path, problem, family = index.path.parent, index.problem, "unknown"
+    if problem is None:
+        try:
+            family = family_of_folder(path)
+        except CorruptFile as error:
+            problem = error
+        else:
+            problem = None if family in SUPPORTED else _unsupported(path, family)
     hashed = _hashed_file(path, "diffusers")
     sha256 = cache.get(hashed) if hashed.is_file() else None
-    files = sorted(file for file in path.rglob("*") if file.suffix in (".safetensors", ".json"))
-    stamp = tuple(file_stamp(file) for file in files)
+    files = list_files(path, lambda name: Path(name).suffix in (".safetensors", ".json"))
+    stamp = tuple(file_stamp(file.path) for file in files)
+    name = flatten_name(printable(str(path.relative_to(folder))))
     return ModelEntry(name, path, "diffusers", family, sha256, problem, stamp)
 
 
@@ -142,11 +155,6 @@ def _diffusers_entry(path: Path, folder: Path, cache: HashCache) -> ModelEntry:
 def _embedded_sha256() -> str:
     """Hash the embedded model. It is small, so it needs no cache file."""
     return file_sha256(_hashed_file(EMBEDDED_MODEL, "diffusers"))
-
-
-@lru_cache(256)
-def _family_of_file(path: Path, _modified: int) -> str:
-    return family_of(read_header(path))
 
 
 def _unsupported(path: Path, family: str) -> UnsupportedFamily:

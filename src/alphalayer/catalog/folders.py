@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
+from alphalayer.catalog.files import open_file, parse_json, printable
 from alphalayer.core.errors import CorruptFile
 
 PIPELINE = "StableDiffusionXLPipeline"
 PREDICTIONS = ("epsilon", "v_prediction")
 _WITH_WEIGHTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 _AGAIN = "Download the folder again."
+MAX_JSON_BYTES = 16_000_000
+"""Limit of a JSON file: the largest, a tokenizer, has about 4 MB."""
+MAX_NUMBER = 1_000_000
+"""Limit of a whole number in a configuration: more than any size of a network."""
 
 
 def family_of_folder(path: Path) -> str:
@@ -22,7 +26,7 @@ def family_of_folder(path: Path) -> str:
     Raises:
         CorruptFile: A part is missing or damaged. The message names it.
     """
-    pipeline = str(read_json(path / "model_index.json").get("_class_name", ""))
+    pipeline = printable(str(read_json(path / "model_index.json").get("_class_name", "")))[:100]
     if "InstructPix2Pix" in pipeline:
         return "edit"
     if pipeline != PIPELINE:
@@ -43,18 +47,44 @@ def family_of_folder(path: Path) -> str:
     return "sdxl"
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path, **hooks: Any) -> dict[str, Any]:
     """Return the object in a small JSON file of a model's folder.
+
+    Args:
+        path: The file.
+        hooks: Keywords of `json.loads`.
 
     Raises:
         CorruptFile: The file is missing, cannot be read, or does not hold an object.
     """
+    shown = printable(str(path))
     try:
-        loaded = json.loads(path.read_text(encoding="utf-8"))
+        with open_file(path) as file:
+            text = file.read(MAX_JSON_BYTES + 1)
+        if len(text) > MAX_JSON_BYTES:
+            raise ValueError(f"it has more than {MAX_JSON_BYTES:,} bytes")
+        loaded = parse_json(text, **hooks)
+        if not isinstance(loaded, dict):
+            raise ValueError("it holds no object")
     except FileNotFoundError:
-        raise CorruptFile(f"{path} is not there.", hint=_AGAIN) from None
-    except (OSError, ValueError, RecursionError):
-        loaded = None
-    if not isinstance(loaded, dict):
-        raise CorruptFile(f"{path} is damaged.", hint=_AGAIN)
+        raise CorruptFile(f"{shown} is not there.", hint=_AGAIN) from None
+    except OSError as error:
+        raise CorruptFile(f"{shown} cannot be read: {error.strerror}.", hint=_AGAIN) from None
+    except ValueError as error:
+        raise CorruptFile(f"{shown} is damaged: {error}.", hint=_AGAIN) from None
     return loaded
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Return the configuration of a network.
+
+    Raises:
+        CorruptFile: See `read_json`, or a whole number is too large for the size of a network.
+    """
+    return read_json(path, parse_int=_read_size)
+
+
+def _read_size(digits: str) -> int:
+    if len(digits) > len(str(MAX_NUMBER)) + 1 or abs(number := int(digits)) > MAX_NUMBER:
+        raise ValueError(f"it holds the number {digits[:20]}; at most {MAX_NUMBER}")
+    return number

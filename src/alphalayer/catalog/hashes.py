@@ -5,9 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+from alphalayer.catalog.files import open_file
+from alphalayer.catalog.folders import read_json
+from alphalayer.core.errors import CorruptFile
 
 SHORT_HASH_DIGITS = 10
 """Digits of the short hash, as AUTOMATIC1111 writes it."""
@@ -22,17 +28,15 @@ class HashCache:
     def __init__(self, file: Path):
         self._file = file
         self._entries: dict[str, Any] = {}
-        try:
-            loaded = json.loads(file.read_text())
-            self._entries = loaded if isinstance(loaded, dict) else {}
-        except (OSError, ValueError, RecursionError):
-            pass
+        with suppress(CorruptFile):
+            self._entries = read_json(file)
 
     def get(self, path: Path) -> str | None:
         """Return the cached SHA-256 of a file, or None if it is missing or outdated."""
-        entry = self._entries.get(str(path.resolve()))
+        entry = self._entries.get(_key(path))
         if isinstance(entry, dict) and entry.get("stamp") == [*file_stamp(path)]:
-            return entry["sha256"]
+            sha256 = str(entry.get("sha256"))
+            return sha256 if re.fullmatch("[0-9a-f]{64}", sha256) else None
         return None
 
     def sha256(self, path: Path) -> str:
@@ -41,7 +45,7 @@ class HashCache:
         if cached:
             return cached
         digest = file_sha256(path)
-        self._entries[str(path.resolve())] = {"stamp": [*file_stamp(path)], "sha256": digest}
+        self._entries[_key(path)] = {"stamp": [*file_stamp(path)], "sha256": digest}
         self._save()
         return digest
 
@@ -56,6 +60,10 @@ class HashCache:
             pass  # a read-only models folder is no reason to fail
 
 
+def _key(path: Path) -> str:
+    return os.path.realpath(path)
+
+
 def open_hash_cache(models_dir: Path) -> HashCache:
     """Open the hash cache of a models folder."""
     return HashCache(models_dir / ".alphalayer-hashes.json")
@@ -63,7 +71,7 @@ def open_hash_cache(models_dir: Path) -> HashCache:
 
 def file_sha256(path: Path) -> str:
     """Return the SHA-256 of a file, 64 hex digits."""
-    with path.open("rb") as file:
+    with open_file(path) as file:
         digest = hashlib.sha256()
         while block := file.read(1 << 20):
             digest.update(block)

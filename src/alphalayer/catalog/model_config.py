@@ -4,18 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from pydantic import ValidationError
 
 from alphalayer.catalog.entries import ModelEntry
-from alphalayer.catalog.folders import read_json
+from alphalayer.catalog.files import printable
+from alphalayer.catalog.folders import read_config
 from alphalayer.core.errors import CorruptFile, InvalidRequest
 from alphalayer.core.modes import DEFAULT_MODE
 from alphalayer.core.request import ModelDefaults
 
 LAYER_CONFIG = Path("layerdiffuse", "config.json")
 """Path in a model's folder of the description of its own patch, decoder and defaults."""
+
+_FILES = ("patch", "decoder")
+_KINDS = {"patch": str, "decoder": str, "method": str, "decoder_config": dict}
+_EXPECTED = {str: "a text", dict: "an object"}
 
 
 def layer_config(path: Path) -> dict[str, Any]:
@@ -24,8 +30,20 @@ def layer_config(path: Path) -> dict[str, Any]:
     Raises:
         CorruptFile: The configuration cannot be read.
     """
-    config = path / LAYER_CONFIG
-    return read_json(config) if config.is_file() else {}
+    file = path / LAYER_CONFIG
+    if not file.is_file():
+        return {}
+    config = read_config(file)
+    for key, kind in _KINDS.items():
+        value = config.get(key)
+        is_path = key in _FILES and isinstance(value, str) and ".." in Path(value).parts
+        if not isinstance(value, (kind, NoneType)) or is_path:
+            raise CorruptFile(
+                f"{printable(str(file))}: {key}: expected {_EXPECTED[kind]}"
+                f"{' in this folder' if key in _FILES else ''}.",
+                hint="Get the model again.",
+            )
+    return config
 
 
 def model_defaults(path: Path) -> ModelDefaults:
@@ -39,7 +57,8 @@ def model_defaults(path: Path) -> ModelDefaults:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         field = ".".join(str(part) for part in first["loc"])
-        raise CorruptFile(f"{path / LAYER_CONFIG}: defaults.{field}: {first['msg']}.") from None
+        reason = printable(f"{path / LAYER_CONFIG}: defaults.{field}: {first['msg']}")
+        raise CorruptFile(f"{reason[:1000]}.") from None
 
 
 def check_layerdiffuse_mode(entry: ModelEntry, mode: str) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from pathlib import Path
 
 from alphalayer.catalog.entries import CHECKPOINTS, EMBEDDED_MODEL, ModelEntry, flatten_name
+from alphalayer.catalog.files import usable_files
 from alphalayer.catalog.hashes import SHORT_HASH_DIGITS
 from alphalayer.core.errors import CommandHint, InvalidRequest, ModelNotFound
 
@@ -66,13 +68,15 @@ def find_lora(models_dir: Path, name: str) -> Path:
     Raises:
         InvalidRequest: There is no such LoRA.
     """
-    files = {path.stem: path for path in sorted((models_dir / "Lora").rglob("*.safetensors"))}
-    if name not in files:
+    files = {path.stem: path for path in usable_files(models_dir / "Lora")}
+    normal = {_normalize(stem): path for stem, path in files.items()}
+    path = files.get(name) or normal.get(_normalize(name))
+    if path is None:
         raise InvalidRequest(
             f'no LoRA "{name}" in {models_dir / "Lora"}; {_format_names(list(files))}.',
             field="loras",
         )
-    return files[name]
+    return path
 
 
 def _rank(entry: ModelEntry, name: str) -> tuple[bool, int] | None:
@@ -88,11 +92,18 @@ def _rank(entry: ModelEntry, name: str) -> tuple[bool, int] | None:
         {entry.name, entry.name + entry.path.suffix, entry.sha256, entry.short_hash},
         {entry.path.name},
         {entry.path.stem},
+        {_normalize(entry.name)},
     )
+    requested = {name, bare, flatten_name(bare), _normalize(bare)}
     for i, names in enumerate(aliases):
-        if names & {name, bare, flatten_name(bare)}:
+        if names & requested:
             return has_same_hash, -i
     return None
+
+
+def _normalize(name: str) -> str:
+    """Return the composed form of a name. macOS stores names of files decomposed."""
+    return unicodedata.normalize("NFC", name)
 
 
 def _format_names(names: list[str]) -> str:

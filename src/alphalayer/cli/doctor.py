@@ -188,7 +188,7 @@ def _layer_files(settings: Settings) -> Iterator[Finding]:
                 hint = CommandHint("Remove it. Then run:", catalog.PULL_LAYERS)
                 yield Finding(
                     "error",
-                    f"LayerDiffuse {kind}: {path} {result.finding.removeprefix(f'{path} ')}",
+                    f"LayerDiffuse {kind}: {result}",
                     hint,
                 )
 

@@ -29,7 +29,7 @@ def models_list(models_dir: ModelsDir = None) -> None:
             is_built_in = entry.path == catalog.EMBEDDED_MODEL
             kind = "small, built in" if is_built_in else family
             hint = CommandHint("For SDXL run:", catalog.PULL) if is_built_in else ""
-            show_mark("ok", f"{entry.title}  {kind}  {entry.path}", hint)
+            show_mark("ok", f"{entry.title}  {kind}  {catalog.printable(str(entry.path))}", hint)
 
 
 @app.command("pull")
@@ -53,7 +53,7 @@ def models_pull(
     folder = load_settings(models_dir=models_dir).models_dir
     for file in files:
         pulled = download.pull(file, folder)
-        out.print(f"{pulled.path}  {pulled.finding}")
+        out.print(str(pulled))
 
 
 @app.command("verify")
@@ -63,8 +63,7 @@ def models_verify(models_dir: ModelsDir = None) -> None:
     check_models_dir(settings)
     results = download.verify(settings.models_dir, settings.embeddings)
     for result in results:
-        finding = result.finding.removeprefix(f"{result.path} ")
-        show_mark("ok" if result.is_ok else "error", f"{result.path}  {finding}")
+        show_mark("ok" if result.is_ok else "error", str(result))
     if not results:
         out.print(render_hint(CommandHint("no model files; get some with:", catalog.PULL)))
     raise typer.Exit(not all(result.is_ok for result in results))

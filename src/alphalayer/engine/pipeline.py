@@ -162,7 +162,11 @@ class LocalEngine:
         """
         modes = modes_down_from(self.memory) if len(tasks) == 1 else [self.memory]
         requests = [task.request for task in tasks]
-        return self._with_less_memory(requests, modes, lambda mode: self._render(tasks, mode))
+        try:
+            return self._with_less_memory(requests, modes, lambda mode: self._render(tasks, mode))
+        except AlphalayerError as error:
+            catalog.shorten_paths(error, self._models_dir)
+            raise
 
     def _with_less_memory(
         self,

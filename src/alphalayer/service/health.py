@@ -53,14 +53,22 @@ class ModelLookup:
 
     def list(self) -> list[catalog.ModelEntry]:
         """Return the models, or none if the folder is not that of the engines."""
-        return catalog.find_models(self.models_dir) if self.knows_models else []
+        if not self.knows_models:
+            return []
+        entries = catalog.find_models(self.models_dir)
+        for entry in entries:
+            if entry.problem:
+                catalog.shorten_paths(entry.problem, self.models_dir)
+        return entries
 
     def default(self) -> tuple[str | None, str | None]:
         """Return the title of a plain request's model, or None and the reason."""
         if not self.knows_models:
             return self.default_model, None
         try:
-            entries = catalog.find_models(self.models_dir)
-            return catalog.resolve_model(self.default_model, entries, self.models_dir).title, None
+            return (
+                catalog.resolve_model(self.default_model, self.list(), self.models_dir).title,
+                None,
+            )
         except AlphalayerError as error:
-            return None, str(error)
+            return None, str(catalog.shorten_paths(error, self.models_dir))

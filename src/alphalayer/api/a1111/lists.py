@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from contextlib import suppress
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -11,7 +10,7 @@ from fastapi import APIRouter, Request
 from alphalayer.api.a1111.script import METHODS, SCRIPT, Arguments
 from alphalayer.api.deps import ServiceDep
 from alphalayer.api.guard import GuardedRoute
-from alphalayer.catalog.headers import read_header
+from alphalayer.catalog import public_path, shorten_paths, summarize, usable_files
 from alphalayer.core.errors import CorruptFile
 from alphalayer.core.request import (
     AUTOMATIC,
@@ -77,10 +76,15 @@ def schedulers() -> list[dict[str, Any]]:
 
 @router.get("/loras", summary="List LoRA files")
 def loras(service: ServiceDep) -> list[dict[str, Any]]:
-    """Return the files of models/Lora."""
-    files = sorted((service.models_dir / "Lora").rglob("*.safetensors"))
+    """Return the files of models/Lora, with their paths from the models folder on."""
+    files = usable_files(service.models_dir / "Lora")
     return [
-        {"name": file.stem, "alias": file.stem, "path": str(file.resolve()), "metadata": {}}
+        {
+            "name": file.stem,
+            "alias": file.stem,
+            "path": public_path(file, service.models_dir),
+            "metadata": {},
+        }
         for file in files
     ]
 
@@ -89,23 +93,24 @@ def loras(service: ServiceDep) -> list[dict[str, Any]]:
 def embeddings(service: ServiceDep) -> dict[str, dict[str, Any]]:
     """Return the files of the embeddings folder by their names in prompts.
 
-    `skipped` has those that are not for SDXL.
+    `skipped` has those that are not for SDXL, and damaged ones with the reason as `problem`.
     """
     embeddings: dict[str, dict[str, Any]] = {"loaded": {}, "skipped": {}}
-    for path in sorted(service.embeddings_dir.rglob("*.safetensors")):
-        with suppress(CorruptFile):
-            shapes = read_header(path).shapes
-            sides = [shapes[name] for name in ("clip_l", "clip_g") if name in shapes]
-            vectors = {side[0] if len(side) > 1 else 1 for side in sides}
-            is_sdxl = (
-                len(sides) == 2 and len(vectors) == 1 and all(len(side) in (1, 2) for side in sides)
-            )
-            measures = (
-                {"shape": sum(side[-1] for side in sides), "vectors": vectors.pop()}
-                if is_sdxl
-                else {}
-            )
-            embeddings["loaded" if is_sdxl else "skipped"][path.stem] = {**EMBEDDING, **measures}
+    for path in usable_files(service.embeddings_dir):
+        try:
+            sides = [*summarize(path).embedding.values()]
+        except CorruptFile as error:
+            problem = shorten_paths(error, service.embeddings_dir).message
+            embeddings["skipped"][path.stem] = {**EMBEDDING, "problem": problem}
+            continue
+        vectors = {side[0] if len(side) > 1 else 1 for side in sides}
+        is_sdxl = (
+            len(sides) == 2 and len(vectors) == 1 and all(len(side) in (1, 2) for side in sides)
+        )
+        measures = (
+            {"shape": sum(side[-1] for side in sides), "vectors": vectors.pop()} if is_sdxl else {}
+        )
+        embeddings["loaded" if is_sdxl else "skipped"][path.stem] = {**EMBEDDING, **measures}
     return embeddings
 
 

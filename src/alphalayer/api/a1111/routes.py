@@ -121,7 +121,11 @@ async def not_implemented(request: Request) -> None:
 @router.get("/sd-models", summary="List models")
 def sd_models(service: ServiceDep) -> list[SdModel]:
     """Return the usable models. Deployments of Forge use it as a health check."""
-    return [SdModel.of(entry) for entry in service.list_models() if entry.problem is None]
+    return [
+        SdModel.of(entry, service.models_dir)
+        for entry in service.list_models()
+        if entry.problem is None
+    ]
 
 
 @router.get("/options", summary="Get settings")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, field_validator
@@ -11,7 +12,7 @@ from alphalayer.api.a1111.lists import ALIASES
 from alphalayer.api.a1111.script import SCRIPT, Arguments, read_arguments
 from alphalayer.api.deps import Service, wire_names
 from alphalayer.api.schemas import Body, reject_unused_options
-from alphalayer.catalog import ModelEntry
+from alphalayer.catalog import EMBEDDED_MODEL, ModelEntry, public_path
 from alphalayer.core import validation
 from alphalayer.core.errors import InvalidRequest
 from alphalayer.core.job import Iterations, JobSpec, Output, Postprocessing
@@ -286,18 +287,19 @@ class SdModel(BaseModel):
     model_name: Annotated[str, Field(description="Name.")]
     hash: Annotated[str | None, Field(description="First ten digits of the SHA-256.")]
     sha256: Annotated[str | None, Field(description="Null until the file was hashed.")]
-    filename: Annotated[str, Field(description="Path of the file.")]
+    filename: Annotated[str, Field(description="Path of the file from the models folder on.")]
     config: Annotated[str | None, Field(description="Always null.")]
 
     @classmethod
-    def of(cls, entry: ModelEntry) -> SdModel:
+    def of(cls, entry: ModelEntry, models_dir: Path) -> SdModel:
         """Return the row of a model."""
+        folder = EMBEDDED_MODEL.parent if entry.path == EMBEDDED_MODEL else models_dir
         return cls(
             title=entry.title,
             model_name=entry.name,
             hash=entry.short_hash,
             sha256=entry.sha256,
-            filename=str(entry.path.resolve()),
+            filename=public_path(entry.path, folder),
             config=None,
         )
 

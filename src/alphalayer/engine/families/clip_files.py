@@ -15,8 +15,8 @@ from torch import Tensor
 from alphalayer import catalog
 from alphalayer.engine.families.configs import heads_of
 from alphalayer.engine.families.folders import read_part
-from alphalayer.engine.networks.clip import ClipTextModel
-from alphalayer.engine.networks.weights import NamedWeights
+from alphalayer.engine.networks.clip import ACTIVATIONS, ClipTextModel
+from alphalayer.engine.networks.weights import build
 
 TEXT_STORED = torch.float16
 """dtype of the weights, as in AUTOMATIC1111. The models compute in float32."""
@@ -31,12 +31,11 @@ def read_text_folder(folder: Path) -> ClipTextModel:
     """Read the text model of a diffusers folder's part, such as `text_encoder`.
 
     Raises:
-        CorruptFile: There is no readable config.json.
-        SafetensorError, OSError: A weight file cannot be read.
+        CorruptFile: The config.json or a weight file cannot be read.
         LookupError, ValueError: A weight is missing or has another shape.
     """
     tensors = transformers_names(read_part(folder), "")
-    return build_text_model(tensors, catalog.read_json(folder / "config.json"))
+    return build_text_model(tensors, catalog.read_config(folder / "config.json"))
 
 
 def read_text_models(tensors: Mapping[str, Tensor]) -> tuple[ClipTextModel, ClipTextModel]:
@@ -71,27 +70,32 @@ def build_text_model(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -
     vocabulary, width = tensors["embeddings.token_embedding.weight"].shape
     projection = tensors.get("text_projection.weight")
     end = config.get("eos_token_id", 49407)
-    with torch.device("meta"):
-        model = ClipTextModel(
+    heads = config.get("num_attention_heads") or heads_of(width)
+    if type(end) is not int or type(heads) is not int or heads < 1 or width % heads:
+        raise ValueError(
+            f"its text model has {heads} heads for {width} channels, and ends at {end}"
+        )
+    activation = config.get("hidden_act", "quick_gelu")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"its hidden_act: got {activation}; supported: {', '.join(ACTIVATIONS)}")
+
+    def create() -> ClipTextModel:
+        return ClipTextModel(
             vocabulary=vocabulary,
             positions=len(tensors["embeddings.position_embedding.weight"]),
             width=width,
             inner_width=len(tensors["encoder.layers.0.mlp.fc1.weight"]),
             layers=1 + max(int(name.split(".")[2]) for name in tensors if ".layers." in name),
-            heads=config.get("num_attention_heads") or heads_of(width),
+            heads=heads,
             projection=None if projection is None else len(projection),
-            activation=config.get("hidden_act", "quick_gelu"),
-            eps=config.get("layer_norm_eps", 1e-5),
+            activation=activation,
+            eps=float(config.get("layer_norm_eps", 1e-5)),
             end=None if end == 2 else end,
         )
-    weights = NamedWeights(model)
-    if mismatch := weights.mismatch(tensors):
-        raise ValueError(f"its text model does not match its sizes: {mismatch}")
+
     # copies, so that the file may change while the model is in use
-    weights.assign(
-        {name: tensors[name].to(TEXT_STORED, copy=True) for name in weights}, TEXT_STORED
-    )
-    return model.eval()
+    copies = {name: tensor.to(TEXT_STORED, copy=True) for name, tensor in tensors.items()}
+    return build(create, copies, TEXT_STORED)
 
 
 def transformers_names(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -70,6 +70,15 @@ def _vae(shapes: Shapes) -> dict[str, Any]:
     }
 
 
+def check_counts(config: Mapping[str, Any], *names: str) -> None:
+    """Check numbers that no tensor shows. Raises `ValueError` for those below 1."""
+    for name in names:
+        value = config.get(name, 1)
+        for number in value if isinstance(value, list) else [value]:
+            if type(number) is not int or number < 1:
+                raise ValueError(f"its {name}: got {str(number)[:20]}; expected 1 or more")
+
+
 def heads_of(width: int) -> int:
     """Return the number of heads of 64 channels, and one for smaller widths."""
     return max(width // HEAD_WIDTH, 1)

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from safetensors.torch import load_file
 from torch import Tensor
 
 from alphalayer import catalog
+from alphalayer.engine.tensors import read_tensors
 
 
 def read_part(folder: Path) -> dict[str, Tensor]:
     """Return the tensors of one part of a diffusers folder, such as `unet`.
 
     Raises:
-        SafetensorError, OSError: A weight file cannot be read.
+        CorruptFile: A weight file cannot be read.
     """
     return {
         name: tensor
         for file in catalog.weight_files(folder)
-        for name, tensor in load_file(file).items()
+        for name, tensor in read_tensors(file).items()
     }

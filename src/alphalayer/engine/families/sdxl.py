@@ -6,6 +6,7 @@ The sizes of a single file come from its tensor shapes.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -13,34 +14,42 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from alphalayer import catalog
 from alphalayer.catalog import ModelEntry
+from alphalayer.catalog.files import open_file
 from alphalayer.catalog.headers import Header, read_header
-from alphalayer.core.errors import CorruptFile, ModelUnusable
+from alphalayer.core.errors import AlphalayerError, CorruptFile, ModelUnusable
 from alphalayer.engine.acceleration import Acceleration, GraphRunner, Run, accelerate
+from alphalayer.engine.canvas import SIZE_MULTIPLE
 from alphalayer.engine.families import vae_names
 from alphalayer.engine.families.base import LatentSpec, LayerDiffuseFiles, NoiseProcess, Part
 from alphalayer.engine.families.clip_files import read_text_folder, read_text_models
-from alphalayer.engine.families.configs import LDM_UNET, SHIPPED, fitted_configs
+from alphalayer.engine.families.configs import LDM_UNET, SHIPPED, check_counts, fitted_configs
 from alphalayer.engine.families.folders import read_part
 from alphalayer.engine.families.vae import Vae, read_vae
 from alphalayer.engine.memory import Precision, is_out_of_memory, move
 from alphalayer.engine.networks.clip import ClipTextModel
 from alphalayer.engine.networks.transparent import TransparentDecoder
 from alphalayer.engine.networks.unet import Prepared, UNet, UNetConfig
-from alphalayer.engine.networks.weights import NamedWeights
+from alphalayer.engine.networks.weights import build
 from alphalayer.engine.parameter_names import ldm_to_diffusers
 from alphalayer.engine.sampling.schedules import SigmaTable
+from alphalayer.engine.text.chunks import CHUNK_LENGTH
 from alphalayer.engine.text.encoders import Conditioning, TextEncoders
 from alphalayer.engine.text.tokenizer import ClipTokenizer, read_tokenizers
 from alphalayer.engine.transparency.decode import load_decoder
 from alphalayer.engine.transparency.patch import WeightPatcher, patchers
 
 logger = logging.getLogger(__name__)
+
+COLOURS = 3
+MAX_TRAINING_STEPS = 100_000
+MAX_YAML_BYTES = 1_000_000
+ROW_LENGTH = CHUNK_LENGTH + 2
+"""Tokens of a row: a chunk, its start and its end."""
 
 
 @dataclass(frozen=True)
@@ -183,23 +192,56 @@ def load_model(entry: ModelEntry, precision: Precision, models_dir: Path) -> Sdx
     read = _from_folder if entry.kind == "diffusers" else _from_file
     try:
         parts = read(entry.path, precision)
-    except (
-        OSError,
-        ValueError,
-        LookupError,
-        AttributeError,
-        TypeError,
-        SafetensorError,
-        RuntimeError,
-    ) as error:
+        _check_parts(parts)
+        return SdxlModel(entry, parts, precision, models_dir)
+    except AlphalayerError:
+        raise
+    # files that are not trusted raise anything, from torch's errors to divisions by zero
+    except Exception as error:
         if is_out_of_memory(error):
             raise
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+        reason = str(error).strip() or type(error).__name__
+        if isinstance(error, KeyError):
+            reason = f"{reason} is missing"
         raise ModelUnusable(
-            f"{entry.path} cannot be loaded: {reason}.",
+            f"{catalog.printable(str(entry.path))} cannot be loaded: "
+            f"{catalog.printable(reason.splitlines()[0])[:300]}.",
             hint="Check that it is a complete SDXL model; download it again if in doubt.",
         ) from error
-    return SdxlModel(entry, parts, precision, models_dir)
+
+
+def _check_parts(parts: SdxlParts) -> None:
+    """Check that the parts of a model fit together. Raises `ValueError`."""
+    unet, vae, (first, second) = parts.unet.config, parts.vae, parts.text_encoders
+    projection, config = second.text_projection, parts.vae_config
+    pooled = projection.out_features if projection else second.width
+    sizes = {
+        "the width of the text that the UNet reads": (unet.context, first.width + second.width),
+        "the width of the pooled text that the UNet reads": (
+            unet.pooled or pooled,
+            pooled,
+        ),
+        "the input channels of the UNet": (unet.in_channels, vae.latent_channels),
+        "the output channels of the UNet": (unet.out_channels, vae.latent_channels),
+        "the colours of the VAE's input": (config.get("in_channels", COLOURS), COLOURS),
+        "the colours of the VAE's output": (config.get("out_channels", COLOURS), COLOURS),
+        "the odd widths of the UNet": (unet.widths[0] % 2 + unet.size_width % 2, 0),
+        "the cell of the VAE": (math.gcd(vae.cell, SIZE_MULTIPLE), vae.cell),
+    }
+    for name, (actual, expected) in sizes.items():
+        if actual != expected:
+            raise ValueError(f"{name}: got {actual}, expected {expected}")
+    for encoder, tokenizer in zip(parts.text_encoders, parts.tokenizers, strict=True):
+        embeddings = encoder.embeddings
+        vocabulary, positions = (
+            len(table.weight)
+            for table in (embeddings.token_embedding, embeddings.position_embedding)
+        )
+        if positions < ROW_LENGTH or vocabulary < len(tokenizer):
+            raise ValueError(
+                f"a text model has {positions} positions and {vocabulary} tokens; expected at "
+                f"least {ROW_LENGTH} and {len(tokenizer)}"
+            )
 
 
 def _in_thread(function: Callable[..., str], *arguments: Any) -> Future[str]:
@@ -212,11 +254,11 @@ def _in_thread(function: Callable[..., str], *arguments: Any) -> Future[str]:
 
 def _from_folder(folder: Path, precision: Precision) -> SdxlParts:
     """Read a diffusers folder."""
-    vae_config = catalog.read_json(folder / "vae" / "config.json")
+    vae_config = catalog.read_config(folder / "vae" / "config.json")
     return SdxlParts(
         _build_unet(
             read_part(folder / "unet"),
-            catalog.read_json(folder / "unet" / "config.json"),
+            catalog.read_config(folder / "unet" / "config.json"),
             precision,
         ),
         read_vae(
@@ -266,13 +308,12 @@ def _unet_of(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _build_unet(
     tensors: Mapping[str, Tensor], config: Mapping[str, Any], precision: Precision
 ) -> UNet:
-    with torch.device("meta"):
-        unet = UNet(UNetConfig.of(config))
-    weights = NamedWeights(unet)
-    if mismatch := weights.mismatch(tensors):
-        raise ValueError(f"its UNet does not match its sizes: {mismatch}")
-    weights.assign(tensors, precision.unet, precision.memory_format)
-    return unet.eval()
+    check_counts(config, "norm_num_groups", "attention_head_dim")
+    sizes = UNetConfig.of(config)
+    for heads, width in zip(sizes.heads, sizes.widths, strict=True):
+        if width % heads:
+            raise ValueError(f"its UNet has {heads} heads for {width} channels")
+    return build(lambda: UNet(sizes), tensors, precision.unet, precision.memory_format)
 
 
 def _scheduler_of(path: Path, header: Header) -> dict[str, Any]:
@@ -281,7 +322,10 @@ def _scheduler_of(path: Path, header: Header) -> dict[str, Any]:
     They come from marker tensors or from a .yaml file beside it.
     """
     yaml = path.with_suffix(".yaml")
-    text = yaml.read_text(errors="replace") if yaml.is_file() else ""
+    text = ""
+    if yaml.is_file():
+        with open_file(yaml) as file:
+            text = file.read(MAX_YAML_BYTES).decode(errors="replace")
     is_v = (
         "v_pred" in header.shapes
         or 'parameterization: "v"' in text
@@ -294,19 +338,23 @@ def _scheduler_of(path: Path, header: Header) -> dict[str, Any]:
 
 
 def _latent_spec(vae: Vae, config: Mapping[str, Any]) -> LatentSpec:
-    return LatentSpec(
-        channels=vae.latent_channels,
-        cell=vae.cell,
-        scaling_factor=float(config.get("scaling_factor", 0.18215)),
-        shift_factor=float(config.get("shift_factor") or 0.0),
-    )
+    scale = float(config.get("scaling_factor", 0.18215))
+    shift = float(config.get("shift_factor") or 0.0)
+    if not (math.isfinite(scale) and math.isfinite(shift) and scale > 0):
+        raise ValueError(f"its VAE scales latents by {scale} and shifts them by {shift}")
+    return LatentSpec(vae.latent_channels, vae.cell, scale, shift)
 
 
 def _sigma_table(scheduler: Mapping[str, Any]) -> SigmaTable:
-    return SigmaTable.from_betas(
-        scheduler.get("beta_start", 0.00085),
-        scheduler.get("beta_end", 0.012),
-        scheduler.get("beta_schedule", "scaled_linear"),
-        scheduler.get("num_train_timesteps", 1000),
-        zero_snr=bool(scheduler.get("rescale_betas_zero_snr")),
-    )
+    steps = scheduler.get("num_train_timesteps", 1000)
+    betas = scheduler.get("beta_start", 0.00085), scheduler.get("beta_end", 0.012)
+    kind = scheduler.get("beta_schedule", "scaled_linear")
+    if not (type(steps) is int and 2 <= steps <= MAX_TRAINING_STEPS):
+        raise ValueError(f"its num_train_timesteps: got {str(steps)[:20]}")
+    if not all(isinstance(beta, float) and 0 < beta < 1 for beta in betas):
+        raise ValueError(f"its betas: got {str(betas)[:60]}; expected numbers between 0 and 1")
+    zero_snr = bool(scheduler.get("rescale_betas_zero_snr"))
+    table = SigmaTable.from_betas(*betas, kind, steps, zero_snr=zero_snr)
+    if not (table.sigmas.isfinite().all() and (table.sigmas.diff() > 0).all()):
+        raise ValueError(f"its noise levels do not rise from {betas[0]} to {betas[1]}")
+    return table

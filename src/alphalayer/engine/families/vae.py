@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from alphalayer.engine.families.configs import check_counts
 from alphalayer.engine.networks.dc_autoencoder import AutoencoderDC
 from alphalayer.engine.networks.vae import AutoencoderKL
-from alphalayer.engine.networks.weights import NamedWeights
+from alphalayer.engine.networks.weights import build
 
 Vae = AutoencoderKL | AutoencoderDC
 CLASSES: Mapping[str, type[Vae]] = {
@@ -45,10 +46,5 @@ def read_vae(
     for name, value in network.FIXED.items():
         if config.get(name, value) != value:
             raise ValueError(f"its VAE has {name}: {config[name]}; supported: {value}")
-    with torch.device("meta"):
-        vae = network(config)
-    weights = NamedWeights(vae)
-    if mismatch := weights.mismatch(tensors):
-        raise ValueError(f"its VAE does not match its config: {mismatch}")
-    weights.assign(tensors, dtype, memory_format)
-    return vae.eval()
+    check_counts(config, "norm_num_groups")
+    return build(lambda: network(config), tensors, dtype, memory_format)

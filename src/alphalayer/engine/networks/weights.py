@@ -6,14 +6,18 @@ still name each of them. This module maps the names to rows of the fused paramet
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 NAMED = 3
 """Limit of the tensors that a message names."""
+N = TypeVar("N", bound=nn.Module)
 
 
 class FusedLinear(nn.Linear):
@@ -28,6 +32,53 @@ class FusedLinear(nn.Linear):
     def __init__(self, in_features: int, parts: Mapping[str, int], bias: bool = True):
         super().__init__(in_features, sum(parts.values()), bias)
         self.parts = dict(parts)
+
+
+def build(
+    create: Callable[[], N],
+    tensors: Mapping[str, Tensor],
+    dtype: torch.dtype,
+    memory_format: torch.memory_format = torch.contiguous_format,
+) -> N:
+    """Return a network for inference on the CPU, with the weights of a file.
+
+    It is created on the meta device, and never with more parameters than there are tensors.
+    So a config with large numbers takes neither memory nor time.
+
+    Args:
+        create: Creates the network.
+        tensors: Tensors by canonical name. Others are ignored.
+        dtype: dtype of the network.
+        memory_format: Order of the weights of convolutions in memory.
+
+    Raises:
+        ValueError: A tensor is missing or has another shape.
+    """
+    with torch.device("meta"), limit_parameters(len(tensors)):
+        network = create()
+    weights = NamedWeights(network)
+    if mismatch := weights.mismatch(tensors):
+        raise ValueError(f"its tensors do not match its sizes: {mismatch}")
+    weights.assign(tensors, dtype, memory_format)
+    return network.eval()
+
+
+@contextmanager
+def limit_parameters(limit: int) -> Generator[None]:
+    """Raise `ValueError` when networks get more parameters than a file has tensors."""
+    count = 0
+
+    def check(_module: nn.Module, _name: str, parameter: nn.Parameter | None) -> None:
+        nonlocal count
+        count += parameter is not None
+        if count > limit:
+            raise ValueError(f"its config describes more weights than its {limit} tensors")
+
+    hook = register_module_parameter_registration_hook(check)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 @dataclass(frozen=True)

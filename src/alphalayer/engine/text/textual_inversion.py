@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
-from alphalayer.catalog import file_stamp
+from alphalayer.catalog import file_stamp, printable, usable_files
+from alphalayer.core.errors import CorruptFile
+from alphalayer.engine.tensors import read_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ class EmbeddingFolder:
         Returns:
             The same object as long as the files do not change.
         """
-        stamps = {path: file_stamp(path) for path in self._folder.rglob("*.safetensors")}
+        stamps = {path: file_stamp(path) for path in usable_files(self._folder)}
         if stamps != self._stamps:
             self._stamps, self._read = stamps, read_embeddings(self._folder)
         return self._read
@@ -60,11 +60,12 @@ def read_embeddings(folder: Path) -> dict[str, TextualInversion]:
         The embeddings by name. Empty if there is no such folder.
     """
     embeddings: dict[str, TextualInversion] = {}
-    for path in sorted(folder.rglob("*.safetensors")) if folder.is_dir() else ():
+    for path in usable_files(folder):
+        shown = printable(str(path))
         try:
-            tensors = load_file(path)
-        except (SafetensorError, OSError) as error:
-            logger.warning("%s cannot be read and is left out (%s).", path, error)
+            tensors = read_tensors(path)
+        except CorruptFile as error:
+            logger.warning("%s is left out: %s", shown, error)
             continue
         # a single vector may lack the first dimension
         vectors = [
@@ -74,10 +75,12 @@ def read_embeddings(folder: Path) -> dict[str, TextualInversion]:
         ]
         if (
             len(vectors) == 2
-            and len(vectors[0]) == len(vectors[1])
-            and all(matrix.ndim == 2 for matrix in vectors)
+            and all(matrix.ndim == 2 and matrix.isfinite().all() for matrix in vectors)
+            and 0 < len(vectors[0]) == len(vectors[1])
         ):
             embeddings[path.stem] = TextualInversion(path.stem, *vectors)
         else:
-            logger.warning("%s is not an SDXL embedding (clip_l and clip_g) and is left out.", path)
+            logger.warning(
+                "%s is not an SDXL embedding (clip_l and clip_g) and is left out.", shown
+            )
     return embeddings

@@ -117,7 +117,7 @@ def read_tokenizer(folder: Path, model: BPE | None = None) -> ClipTokenizer:
     # the library raises nothing narrower
     except Exception as error:
         raise CorruptFile(
-            f"{folder} holds no readable tokenizer ({error}).",
+            f"{folder} holds no readable tokenizer ({catalog.printable(str(error))[:300]}).",
             hint="Download the model again.",
         ) from error
 
@@ -140,6 +140,8 @@ def _read_vocabulary(folder: Path, whole: Mapping[str, Any], unknown: str) -> BP
             )
         ]
         return BPE(whole["model"]["vocab"], merges, **options)
+    if not all((folder / name).is_file() for name in _VOCABULARY):
+        raise ValueError(f"{' or '.join(_VOCABULARY)} is missing")
     # twice as fast as dictionaries of Python
     return BPE.from_file(*(str(folder / name) for name in _VOCABULARY), **options)
 

@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from alphalayer.catalog import printable
 from alphalayer.core.errors import (
     CommandHint,
     CorruptFile,
@@ -27,11 +27,15 @@ from alphalayer.core.errors import (
 )
 from alphalayer.core.request import DecodeMode
 from alphalayer.engine.base import RgbaImage
+from alphalayer.engine.networks.blocks import SpatialAttention
 from alphalayer.engine.networks.transparent import TransparentDecoder
-from alphalayer.engine.networks.weights import NamedWeights, by_sides
+from alphalayer.engine.networks.weights import NamedWeights, by_sides, limit_parameters
+from alphalayer.engine.tensors import read_tensors
 
 ORIENTATIONS = tuple(product((False, True), range(4)))
 """The passes of one decode: mirrored left to right or not, then so many quarter turns."""
+MAX_TENSORS = 1000
+"""Limit of the weights of a decoder whose file has fewer tensors."""
 TENSORS_OF_A_PASS = 100
 """Activations that a pass computes, in tensors of the finest level [counted: 60 to 100]."""
 
@@ -225,23 +229,38 @@ def load_decoder(
         ModelUnusable: The file holds something else, or sizes that the config does not describe.
     """
     weights = read_weights(path)
-    arguments = {
-        **_sizes(weights),
-        **{key: value for key, value in (config or {}).items() if key[0] != "_"},
-    }
+    own = {key: value for key, value in (config or {}).items() if not key.startswith("_")}
     try:
-        with torch.device("meta"):
-            decoder = TransparentDecoder(**arguments)
-    except (TypeError, ValueError) as error:
+        # a file of another kind is compared with the published network
+        with torch.device("meta"), limit_parameters(max(len(weights), MAX_TENSORS)):
+            decoder = TransparentDecoder(**{**_sizes(weights), **own})
+        _check_runs(decoder, own)
+    # a config that is not trusted raises anything, such as divisions by zero
+    except Exception as error:
         raise ModelUnusable(
             f"the decoder's config beside {path} does not describe a transparent decoder "
-            f"({error}).",
+            f"({printable(str(error))[:300]}).",
             hint="Its keys are the sizes of the network, such as block_out_channels and "
             "latent_channels.",
         ) from error
     _check_fit(decoder, weights, path)
     NamedWeights(decoder).assign(weights, dtype, memory_format)
     return decoder.eval()
+
+
+def _check_runs(decoder: TransparentDecoder, config: Mapping[str, Any]) -> None:
+    """Check numbers that no tensor shows, and colours. Raises `ValueError`."""
+    for name in ("norm_num_groups", "attention_head_dim"):
+        if type(value := config.get(name, 1)) is not int or value < 1:
+            raise ValueError(f"{name}: got {value}, expected 1 or more")
+    for module in decoder.modules():
+        if isinstance(module, SpatialAttention):
+            width = module.group_norm.num_channels
+            if not module.heads or width % module.heads:
+                raise ValueError(f"{module.heads} heads do not divide {width} channels")
+    colours = decoder.conv_in.in_channels, decoder.conv_out.out_channels
+    if colours != (3, 4):
+        raise ValueError(f"it reads and returns {by_sides(colours)} channels, expected 3x4")
 
 
 def _sizes(weights: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -281,15 +300,10 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             hint=CommandHint("Get the LayerDiffuse files:", "models pull layerdiffuse"),
         )
     try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no dict
-    except (SafetensorError, OSError, ValueError) as error:
-        raise CorruptFile(
-            f"{path} cannot be read as safetensors ({error}).",
-            hint=CommandHint(
-                "It is damaged or incomplete. Get it again:", "models pull layerdiffuse"
-            ),
-        ) from error
+        return read_tensors(path)
+    except CorruptFile as error:
+        error.hint = CommandHint("Get it again:", "models pull layerdiffuse")
+        raise
 
 
 def _check_fit(decoder: nn.Module, weights: Mapping[str, Tensor], path: Path) -> None:

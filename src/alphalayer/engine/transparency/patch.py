@@ -15,20 +15,20 @@ Source: Zhang and Agrawala 2024, "LayerDiffuse", arXiv 2402.17113. Hu et al. 202
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from alphalayer.catalog import file_stamp
-from alphalayer.core.errors import CommandHint, CorruptFile, LayerDiffuseMissing, ModelUnusable
+from alphalayer.core.errors import CommandHint, LayerDiffuseMissing, ModelUnusable
 from alphalayer.engine.networks.weights import NamedWeights
 from alphalayer.engine.parameter_names import flat_names, ldm_to_diffusers, unflatten
+from alphalayer.engine.tensors import read_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +40,7 @@ _UP_DOWN = (
 )
 TEXT_ENCODERS = ("text_encoder.", "text_encoder_2.")
 _KOHYA_TEXT_ENCODERS = ("lora_te1_", "lora_te2_")
+_PUBLISHED = re.compile("(.+)::(.+)::([0-9]{1,3})")
 _PREFIXES = ("base_model.model.", "diffusion_model.", "unet.", "lora_unet_")
 _OTHER_KINDS = (
     (".dora_scale", "DoRA"),
@@ -85,8 +86,11 @@ class Delta:
         """Check whether the shape of a weight matches."""
         if self.down is None:
             return self.up.shape == weight.shape
+        if min(self.up.ndim, self.down.ndim, weight.ndim) < 2 or not len(self.down):
+            return False
         return (
             self.up.shape[0] == weight.shape[0]
+            and self.up[0].numel() == len(self.down)
             and self.down[0].numel() * weight.shape[0] == weight.numel()
         )
 
@@ -149,10 +153,7 @@ def read_patch(path: Path, weights: Weights, widened: str | None = None) -> Patc
         raise LayerDiffuseMissing(
             f"{path} does not exist.", hint=CommandHint("Run:", "models pull layerdiffuse")
         )
-    try:
-        tensors = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise CorruptFile(f"{path} cannot be read: {error}.", hint="Download it again.") from None
+    tensors = read_tensors(path)
     for mark, kind in _OTHER_KINDS:
         if any(mark in key for key in tensors):
             raise ModelUnusable(
@@ -165,9 +166,9 @@ def read_patch(path: Path, weights: Weights, widened: str | None = None) -> Patc
             if any("::" in key for key in tensors)
             else _read_converted(tensors, weights)
         )
-    except ValueError:
+    except ValueError as error:
         raise ModelUnusable(
-            f"{path} is not a LayerDiffuse patch: its names are not <parameter>::<type>::<number>.",
+            f"{path} is not a LayerDiffuse patch or LoRA: {error}.",
             hint="Download it again.",
         ) from None
     condition = _split_condition(path, deltas, weights, widened) if widened else None
@@ -216,9 +217,11 @@ def _read_published(tensors: Mapping[str, Tensor]) -> dict[str, Delta]:
     """
     slots: dict[str, dict[tuple[str, int], Tensor]] = {}
     for key, tensor in tensors.items():
-        name, kind, index = key.split("::")
-        parameter = ldm_to_diffusers(name.removeprefix("diffusion_model."))
-        slots.setdefault(parameter, {})[kind, int(index)] = tensor
+        match = _PUBLISHED.fullmatch(key)
+        if match is None:
+            raise ValueError("its names are not <parameter>::<type>::<number>")
+        parameter = ldm_to_diffusers(match[1].removeprefix("diffusion_model."))
+        slots.setdefault(parameter, {})[match[2], int(match[3])] = tensor
     deltas: dict[str, Delta] = {}
     for name, slot in slots.items():
         if ("lora", 0) in slot and ("lora", 1) in slot:
@@ -269,7 +272,11 @@ def _remove_prefixes(name: str) -> str:
 
 
 def _low_rank(up: Tensor, down: Tensor, alpha: Tensor | None) -> Delta:
-    return Delta(up, down, 1.0 if alpha is None else float(alpha) / down.shape[0])
+    if alpha is None or not len(down.shape) or not len(down):
+        return Delta(up, down)
+    if alpha.numel() != 1:
+        raise ValueError("an alpha is not one number")
+    return Delta(up, down, float(alpha) / len(down))
 
 
 class WeightPatcher:
