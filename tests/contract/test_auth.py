@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from tests.support.serving import served, wait_until
 
-from alphalayer.auth import api_keys
+from alphalayer.auth import api_keys, store
 from alphalayer.config import Settings
 from alphalayer.core.errors import SetupFailed
 from alphalayer.service.app import check
@@ -54,7 +54,7 @@ def test_password_outside_ascii_is_accepted_in_both_encodings(tmp_path, encoding
 
 
 def test_keys_file_changes_apply_to_a_running_service(tmp_path, monkeypatch):
-    monkeypatch.setattr(api_keys, "CHECK_EVERY_S", 0)
+    monkeypatch.setattr(store, "CHECK_EVERY_S", 0)
     file = tmp_path / "keys.json"
     api_keys.add_key(file, "first")
     with served(tmp_path, keys_file=file, wait_ready=False) as client:

@@ -5,20 +5,27 @@ Clients send an API key as Bearer token or `X-API-Key`, or user and password by 
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import binascii
 import math
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Sequence
+from typing import Any
 
 from fastapi import Request
 from limits import RateLimitItemPerMinute
 from limits.storage import MemoryStorage
-from limits.strategies import MovingWindowRateLimiter
+from limits.strategies import MovingWindowRateLimiter, RateLimiter, SlidingWindowCounterRateLimiter
 
-from alphalayer.auth.api_keys import Key, digest
-from alphalayer.core.errors import RateLimited, Unauthorized
+from alphalayer.auth.api_keys import Key, Scope, digest
+from alphalayer.auth.wrong_keys import PER_MINUTE, WrongKeys
+from alphalayer.core.errors import Forbidden, InvalidRequest, RateLimited, Unauthorized
+from alphalayer.observability.logging import log
+
+RECHECK_S = 1.0
+"""Seconds between two checks that the key of an open stream is still accepted."""
 
 
 class Challenge(Unauthorized):
@@ -32,61 +39,171 @@ class Authenticator:
 
     Args:
         keys: Function that returns the current keys. None: every client is admitted.
+        record_use: Function that records the use of a key by its name.
     """
 
-    def __init__(self, keys: Callable[[], Sequence[Key] | None]):
+    def __init__(
+        self,
+        keys: Callable[[], Sequence[Key] | None],
+        record_use: Callable[[str], object] = lambda _name: None,
+    ):
         self._keys = keys
-        self._limiter = MovingWindowRateLimiter(MemoryStorage())
+        self._record_use = record_use
+        self._wrong_keys = WrongKeys()
+        counts = MemoryStorage()
+        self._submissions = MovingWindowRateLimiter(counts)
+        # they count thousands a minute: two numbers a key instead of a list of times
+        self._requests = SlidingWindowCounterRateLimiter(counts)
+        self._costs = SlidingWindowCounterRateLimiter(counts)
 
-    def admit(self, request: Request) -> str:
-        """Return the name of the client, "" if the service has no keys.
+    def admit(self, request: Request, scope: Scope, *, is_work: bool = False) -> Key | None:
+        """Return the key of a request, or None if the service has no keys.
+
+        Args:
+            request: The request. Its body is not read.
+            scope: Scope that its route requires.
+            is_work: Whether the request counts as a submission or conversion.
 
         Raises:
             Unauthorized: the credentials are missing or wrong.
-            RateLimited: the key exceeded its rate.
+            Forbidden: the key does not have the scope.
+            RateLimited: the key exceeded its rate, or the address sent too many wrong keys.
         """
         keys = self._keys()
         if keys is None:
-            return ""
-        offered = _secrets(request)
-        key = self._find(keys, offered)
-        if key is None:
-            error = Challenge(
-                "this key is not known." if offered else "a key is needed.",
-                hint="Send it as Bearer token, as X-API-Key, or user and password by HTTP Basic.",
+            return None
+        key = self._identify(keys, request)
+        if scope not in key.scopes:
+            log.warning("audit.forbidden", key=key.name, scope=scope, path=request.url.path)
+            raise Forbidden(
+                f'the key "{key.name}" does not have the scope "{scope}".',
+                hint=f"It has: {', '.join(key.scopes)}. Use another key, "
+                "or request one with this scope from the operator.",
             )
-            if "x-requested-with" in request.headers:
-                # a script of a page: the browser must not open its password dialog
-                error.headers = {"WWW-Authenticate": 'Bearer realm="alphalayer"'}
-            raise error
-        if key.per_minute and request.method == "POST":
-            self._count(key)
-        return key.name
+        self._count(self._requests, key, key.requests_per_minute, "requests")
+        if is_work:
+            self._count(self._submissions, key, key.per_minute, "submissions and conversions")
+        self._record_use(key.name)
+        return key
+
+    def charge(self, owner: str, cost: float) -> None:
+        """Count the cost of a job against the limit of its owner's key.
+
+        Args:
+            owner: Name of the client.
+            cost: Megapixel-steps.
+
+        Raises:
+            InvalidRequest: the job alone costs more than the key allows in a minute.
+            RateLimited: the key exceeded its limit.
+        """
+        key = next((key for key in self._keys() or () if key.name == owner), None)
+        if key is None or not key.cost_per_minute:
+            return
+        if cost > key.cost_per_minute:
+            raise InvalidRequest(
+                f"the request costs {cost:,.0f} megapixel-steps; "
+                f'the key "{key.name}" allows {key.cost_per_minute:,} a minute.',
+                hint="Request fewer or smaller images, or fewer steps.",
+            )
+        self._count(self._costs, key, key.cost_per_minute, "megapixel-steps", math.ceil(cost))
+
+    async def while_accepted(
+        self, key: Key, scope: Scope, chunks: AsyncIterable[Any]
+    ) -> AsyncIterator[Any]:
+        """Yield the chunks of a response until its key is not accepted any more."""
+        iterator = aiter(chunks)
+        upcoming = asyncio.ensure_future(anext(iterator, None))
+        try:
+            while True:
+                await asyncio.wait({upcoming}, timeout=RECHECK_S)
+                if not self._is_accepted(key, scope):
+                    log.info("audit.stream_ended", key=key.name)
+                    return
+                if not upcoming.done():
+                    continue
+                if (chunk := upcoming.result()) is None:
+                    return
+                yield chunk
+                upcoming = asyncio.ensure_future(anext(iterator, None))
+        finally:
+            upcoming.cancel()
+
+    def _is_accepted(self, key: Key, scope: Scope) -> bool:
+        """Return whether a secret that was accepted before still is."""
+        keys = self._keys()
+        return keys is None or any(
+            other.sha256 == key.sha256 and scope in other.scopes and not other.is_expired
+            for other in keys
+        )
+
+    def _identify(self, keys: Sequence[Key], request: Request) -> Key:
+        """Return the key of a request's credentials.
+
+        After too many wrong keys of an address, its passwords are not compared any more. Random
+        keys are, which cannot be guessed: clients behind one proxy must not lock each other out.
+        """
+        host = request.client.host if request.client else ""
+        offered = _secrets(request)
+        wait_s = self._wrong_keys.retry_after_s(host) if offered else 0
+        key = _find([key for key in keys if not (wait_s and key.is_guessable)], offered)
+        if key and not key.is_expired:
+            return key
+        if wait_s and not key:
+            raise _limited("this address sent too many wrong keys.", wait_s)
+        if offered and not key:
+            self._record_wrong_key(host)
+        error = Challenge(
+            "this key has expired."
+            if key
+            else "this key is not known."
+            if offered
+            else "a key is needed.",
+            hint="Send it as Bearer token, as X-API-Key, or user and password by HTTP Basic.",
+        )
+        if "x-requested-with" in request.headers:
+            # a script of a page: the browser must not open its password dialog
+            error.headers = {"WWW-Authenticate": 'Bearer realm="alphalayer"'}
+        raise error
+
+    def _record_wrong_key(self, host: str) -> None:
+        """Count a wrong key. The first one of a minute is logged, and the last one allowed."""
+        count = self._wrong_keys.record(host)
+        if count == 1:
+            log.warning("audit.wrong_key", address=host)
+        if count == PER_MINUTE:
+            log.warning("audit.wrong_keys_limited", address=host, wrong_keys=count)
 
     @staticmethod
-    def _find(keys: Sequence[Key], offered: list[str]) -> Key | None:
-        match: Key | None = None
-        for secret in offered:
-            hashed = digest(secret)
-            for key in keys:
-                # compare all keys, so that the time does not depend on the match
-                if secrets.compare_digest(hashed, key.sha256):
-                    match = key
-        return match
-
-    def _count(self, key: Key) -> None:
-        rate = RateLimitItemPerMinute(key.per_minute)
-        if self._limiter.hit(rate, key.name):
+    def _count(limiter: RateLimiter, key: Key, limit: int, what: str, cost: int = 1) -> None:
+        """Count something against a limit a minute; 0 means no limit. Raises `RateLimited`."""
+        rate = RateLimitItemPerMinute(limit)
+        if not limit or limiter.hit(rate, what, key.name, cost=cost):
             return
-        wait = max(
-            1, math.ceil(self._limiter.get_window_stats(rate, key.name).reset_time - time.time())
+        reset = limiter.get_window_stats(rate, what, key.name).reset_time
+        raise _limited(
+            f'the key "{key.name}" allows {limit:,} {what} a minute.',
+            max(1, math.ceil(reset - time.time())),
         )
-        error = RateLimited(
-            f'the key "{key.name}" allows {key.per_minute} requests a minute.',
-            hint=f"Try again in {wait} seconds.",
-        )
-        error.retry_after_s = wait
-        raise error
+
+
+def _limited(message: str, wait_s: int) -> RateLimited:
+    """Return the error of a client that may try again after some seconds."""
+    error = RateLimited(message, hint=f"Try again in {wait_s} seconds.")
+    error.retry_after_s = wait_s
+    return error
+
+
+def _find(keys: Sequence[Key], offered: list[str]) -> Key | None:
+    """Return the key of one of the offered secrets."""
+    match: Key | None = None
+    for secret in offered:
+        hashed = digest(secret)
+        for key in keys:
+            # compare all keys, so that the time does not depend on the match
+            if secrets.compare_digest(hashed, key.sha256):
+                match = key
+    return match
 
 
 def _secrets(request: Request) -> list[str]:

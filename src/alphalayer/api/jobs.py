@@ -23,7 +23,7 @@ from alphalayer.api.deps import (
 )
 from alphalayer.api.dialect import Dialect
 from alphalayer.api.errors import PROBLEMS, Problem
-from alphalayer.api.guard import GuardedRoute, User
+from alphalayer.api.guard import Generator, GuardedRoute, Reader, Submitter
 from alphalayer.api.native import DIALECT as NATIVE
 from alphalayer.api.native import ImageAnswer, Txt2ImgRequest, add_data, image_answers
 from alphalayer.api.schemas import StageSeconds
@@ -36,6 +36,7 @@ from alphalayer.core.errors import (
 )
 from alphalayer.core.job import Delivery, JobState, Previews, Submission, Webhook
 from alphalayer.jobs.base import JobView
+from alphalayer.observability.logging import log
 
 router = APIRouter(
     prefix="/alpha/v1/jobs", tags=["Jobs"], responses=PROBLEMS, route_class=GuardedRoute
@@ -140,7 +141,7 @@ async def submit(
     request: Request,
     response: Response,
     service: ServiceDep,
-    user: User,
+    user: Submitter,
     idempotency_key: IdempotencyKey = None,
 ) -> JobAnswer:
     """Queue a job and return it at once.
@@ -160,7 +161,7 @@ async def submit(
 
 
 @router.get("/{job_id}", summary="Show a job")
-async def show(job_id: JobId, request: Request, service: ServiceDep, user: User) -> JobAnswer:
+async def show(job_id: JobId, request: Request, service: ServiceDep, user: Reader) -> JobAnswer:
     """Return position, step, remaining time, and finally the images or the error.
 
     The images include their data if the job requested `response_format` base64.
@@ -178,7 +179,7 @@ async def show(job_id: JobId, request: Request, service: ServiceDep, user: User)
 async def listing(
     request: Request,
     service: ServiceDep,
-    user: User,
+    user: Reader,
     query: Annotated[ListQuery, Query()],
 ) -> JobList:
     """Return the jobs of the client, newest first."""
@@ -193,7 +194,7 @@ async def cancel(
     job_id: JobId,
     request: Request,
     service: ServiceDep,
-    user: User,
+    user: Generator,
     leave: Annotated[
         bool,
         Query(
@@ -212,10 +213,11 @@ async def cancel(
         await PendingJob(service, job_id).withdraw()
     else:
         await service.job_queue.cancel(job_id)
+        log.info("audit.job_cancelled", key=user, job=job_id)
     return answer(await _view(service, job_id, user), base_url(request))
 
 
-async def check_job(job_id: JobId, service: ServiceDep, user: User) -> None:
+async def check_job(job_id: JobId, service: ServiceDep, user: Reader) -> None:
     """Check that the client has this job, before a stream starts with status 200.
 
     Raises:

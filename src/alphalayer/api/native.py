@@ -24,7 +24,7 @@ from alphalayer.api.deps import (
 )
 from alphalayer.api.dialect import Dialect
 from alphalayer.api.errors import PROBLEMS
-from alphalayer.api.guard import GuardedRoute, User
+from alphalayer.api.guard import Converter, GuardedRoute, Reader, Submitter
 from alphalayer.api.info import webui_info
 from alphalayer.api.schemas import Body, StageSeconds, reject_unused_options
 from alphalayer.catalog import ModelEntry, model_defaults, shorten_paths
@@ -178,7 +178,7 @@ async def txt2img(
     body: Txt2ImgRequest,
     request: Request,
     service: ServiceDep,
-    user: User,
+    user: Submitter,
     idempotency_key: IdempotencyKey = None,
 ) -> Txt2ImgResponse:
     """Wait for the image. A client that disconnects cancels its job."""
@@ -249,7 +249,7 @@ async def file(filename: FileName, request: Request, service: ServiceDep) -> Res
     },
 )
 async def convert(
-    filename: FileName, output: Annotated[Output, Query()], service: ServiceDep, _user: User
+    filename: FileName, output: Annotated[Output, Query()], service: ServiceDep, _user: Converter
 ) -> Response:
     """Return an image in another format, trimmed, defringed or on a colour.
 
@@ -282,7 +282,7 @@ class ModelList(BaseModel):
 
 
 @router.get("/models", summary="List models")
-def models(service: ServiceDep, _user: User) -> ModelList:
+def models(service: ServiceDep, _user: Reader) -> ModelList:
     """Return all models. Unusable ones have a reason."""
     default = service.readiness()["model"]
     return ModelList(models=[_model(entry, default, service) for entry in service.list_models()])

@@ -32,7 +32,7 @@ from alphalayer.api.deps import (
 )
 from alphalayer.api.dialect import Dialect
 from alphalayer.api.errors import ErrorResponse, Problem
-from alphalayer.api.guard import Admitted, GuardedRoute, User
+from alphalayer.api.guard import Admitted, GuardedRoute, Submitter
 from alphalayer.api.schemas import Body
 from alphalayer.catalog import ModelEntry, resolve_model
 from alphalayer.core import validation
@@ -77,7 +77,7 @@ router = APIRouter(
     prefix="/v1",
     tags=["OpenAI"],
     responses=ERRORS,
-    dependencies=[Depends(Admitted())],
+    dependencies=[Depends(Admitted("read"))],
     route_class=GuardedRoute,
 )
 
@@ -314,7 +314,7 @@ async def generations(
     body: GenerationsRequest,
     request: Request,
     service: ServiceDep,
-    user: User,
+    user: Submitter,
     idempotency_key: IdempotencyKey = None,
 ) -> Any:
     """Generate images, transparent unless the background is opaque.

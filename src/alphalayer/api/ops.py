@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, Depends, Response
 from fastapi.responses import PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from alphalayer.api.deps import ServiceDep
-from alphalayer.api.guard import GuardedRoute, User
+from alphalayer.api.guard import Admitted, GuardedRoute
 
 router = APIRouter(tags=["Operation"], route_class=GuardedRoute)
 
@@ -53,7 +53,12 @@ def ping(service: ServiceDep) -> Response:
     return Response(status_code=204)
 
 
-@router.get("/metrics", summary="Prometheus metrics", response_class=PlainTextResponse)
-async def metrics(service: ServiceDep, _user: User) -> Response:
+@router.get(
+    "/metrics",
+    summary="Prometheus metrics",
+    response_class=PlainTextResponse,
+    dependencies=[Depends(Admitted("metrics"))],
+)
+async def metrics(service: ServiceDep) -> Response:
     """Return metrics of the queue, jobs, stages and engine processes."""
     return Response(generate_latest(service.metrics.registry), media_type=CONTENT_TYPE_LATEST)

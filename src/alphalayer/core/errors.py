@@ -170,6 +170,12 @@ class Unauthorized(AlphalayerError):
     code = "unauthorized"
 
 
+class Forbidden(AlphalayerError):
+    """Key without the scope that a request needs, or a URL without a valid signature."""
+
+    code = "forbidden"
+
+
 class NotImplementedYet(AlphalayerError):
     """Route of a dialect that this version does not implement."""
 

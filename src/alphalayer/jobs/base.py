@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -140,6 +140,26 @@ class JobQueue(Protocol):
 
     async def wait(self, job_id: str) -> Job:
         """Return the job after it has finished."""
+        ...
+
+    async def load_options(self, owner: str) -> dict[str, Any]:
+        """Return the stored options of a client, by name.
+
+        Raises:
+            StorageFailed: They cannot be read.
+        """
+        ...
+
+    async def save_options(self, owner: str, options: Mapping[str, Any]) -> None:
+        """Store options of a client, for all services that share the queue. Others stay.
+
+        Args:
+            owner: Name of the client.
+            options: JSON-ready values by name, of at most 50 characters.
+
+        Raises:
+            StorageFailed: They cannot be written.
+        """
         ...
 
     def watch(self, job_id: str) -> AsyncIterator[JobView]:

@@ -1,9 +1,11 @@
-"""Housekeeping of stored jobs, shared by both queues."""
+"""Housekeeping of stored jobs and options of clients, shared by both queues."""
 
 from __future__ import annotations
 
 import contextlib
 import time
+from collections.abc import Mapping
+from typing import Any
 
 from alphalayer.core.errors import StorageFailed
 from alphalayer.core.job import Job
@@ -11,7 +13,7 @@ from alphalayer.jobs.table import Journal
 
 
 class Housekeeping:
-    """Implementation of `alphalayer.jobs.base.JobStore` on a journal."""
+    """Implementation of `alphalayer.jobs.base.JobStore` and of options on a journal."""
 
     def __init__(self, journal: Journal):
         self._journal = journal
@@ -36,3 +38,11 @@ class Housekeeping:
         """Store an attempt; see the protocol. On a full disk the webhook is sent again."""
         with contextlib.suppress(StorageFailed):
             await self._journal.record_webhook_attempt(job_id, due, tries)
+
+    async def load_options(self, owner: str) -> dict[str, Any]:
+        """Return the options of a client; see `alphalayer.jobs.base.JobQueue`."""
+        return await self._journal.load_options(owner)
+
+    async def save_options(self, owner: str, options: Mapping[str, Any]) -> None:
+        """Store options of a client; see `alphalayer.jobs.base.JobQueue`."""
+        await self._journal.save_options(owner, options)

@@ -12,7 +12,7 @@ import json
 import re
 import sqlite3
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -75,6 +75,15 @@ jobs = Table(
     Index("ix_jobs_state_created_at", "state", "created_at"),
 )
 
+client_options = Table(
+    "client_options",
+    metadata,
+    Column("owner", String(100), primary_key=True),
+    Column("name", String(50), primary_key=True),
+    Column("value", Text, nullable=False),
+)
+"""Options of each client as JSON. Without keys, the owner is ""."""
+
 OPEN = [JobState.QUEUED.value, JobState.RUNNING.value]
 _CHANGING = (
     "state",
@@ -96,6 +105,13 @@ ADD = {
     ),
 }
 """Statements that insert a row unless its owner has used the key before, by dialect."""
+SET_OPTION = {
+    name: dialect.insert(client_options)
+    .values({column: bindparam(column) for column in ("owner", "name", "value")})
+    .on_conflict_do_update(index_elements=["owner", "name"], set_={"value": bindparam("value")})
+    for name, dialect in (("sqlite", sqlite), ("postgresql", postgresql))
+}
+"""Statements that insert or replace an option, by dialect."""
 _SAVE = (
     update(jobs)
     .where(
@@ -123,6 +139,10 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         "ALTER TABLE jobs ADD COLUMN delivery TEXT",
         "ALTER TABLE jobs ADD COLUMN traceparent VARCHAR(64)",
     ),
+    (
+        "CREATE TABLE client_options (owner VARCHAR(100) NOT NULL, name VARCHAR(50) NOT NULL, "
+        "value TEXT NOT NULL, PRIMARY KEY (owner, name))",
+    ),
 )
 """SQL of each migration from version 1 on. `jobs` has the newest version."""
 VERSION = 1 + len(MIGRATIONS)
@@ -148,6 +168,7 @@ class Journal:
         self.database = database
         self._add = database.prepare(ADD[database.name])
         self._save = database.prepare(_SAVE)
+        self._set_option = database.prepare(SET_OPTION[database.name])
         self._pending: list[tuple[Statement, asyncio.Future[int]]] = []
         self._writer: asyncio.Task[None] | None = None
 
@@ -333,6 +354,17 @@ class Journal:
         await self._write(
             update(jobs).where(jobs.c.id == job_id).values(webhook_due=due, webhook_tries=tries)
         )
+
+    async def load_options(self, owner: str) -> dict[str, Any]:
+        """Return the options of a client. Raises `StorageFailed`."""
+        rows = await self._rows(select(client_options).where(client_options.c.owner == owner))
+        return {row["name"]: json.loads(row["value"]) for row in rows}
+
+    async def save_options(self, owner: str, options: Mapping[str, Any]) -> None:
+        """Store options of a client. Raises `StorageFailed`."""
+        for name, value in options.items():
+            row = {"owner": owner, "name": name, "value": json.dumps(value)}
+            await self._write(self._set_option, row)
 
     async def _write(self, statement: Any, values: dict[str, Any] | None = None) -> int:
         """Run and commit a statement. Return the number of changed rows.

@@ -24,7 +24,9 @@ from alphalayer.api.middleware.forwarded import ForwardedHeaders
 from alphalayer.api.middleware.request_log import RequestLog
 from alphalayer.api.middleware.turns import Turns
 from alphalayer.api.shutdown import Shutdown
-from alphalayer.auth.api_keys import ApiKeyStore, Key
+from alphalayer.auth import usage
+from alphalayer.auth.api_keys import Key
+from alphalayer.auth.store import ApiKeyStore
 from alphalayer.config import Settings
 from alphalayer.core.errors import AlphalayerError, SetupFailed
 from alphalayer.core.optional_dependencies import install_hint, require
@@ -60,6 +62,7 @@ class Parts:
     job_queue: Jobs
     pool: WorkerPool
     webhooks: Webhooks | None
+    key_usage: usage.KeyUsage
 
 
 def create_app(
@@ -85,6 +88,7 @@ def create_app(
         )
         work = parts.pool.tasks
         work["sweep"] = partial(keep_sweeping, parts.service.storage, parts.job_queue, limits)
+        work["key_usage"] = parts.key_usage.run
         if parts.webhooks:
             work["webhooks"] = parts.webhooks.run
         running = [asyncio.create_task(keep_running(name, run)) for name, run in work.items()]
@@ -269,6 +273,7 @@ async def _assemble(
     keys = _open_api_keys(settings)
     if settings.role != "worker":
         _log_access(settings, keys.keys())
+    key_usage = usage.KeyUsage(settings.data_dir / usage.FILE)
     metrics = Metrics()
     job_queue = await _open_job_queue(settings, keys.shares, metrics)
     metrics.queue_length.set_function(lambda: job_queue.queue_length)
@@ -296,7 +301,7 @@ async def _assemble(
         list_models=models.list,
         readiness=health.readiness,
         metrics=metrics,
-        authenticator=Authenticator(keys.keys),
+        authenticator=Authenticator(keys.keys, key_usage.record),
         shutdown=shutdown,
         default_model=settings.default_model,
         max_pixels=settings.max_request_pixels,
@@ -311,7 +316,7 @@ async def _assemble(
         if webhooks
         else None,
     )
-    return Parts(service, job_queue, pool, webhooks)
+    return Parts(service, job_queue, pool, webhooks, key_usage)
 
 
 def _create_pool(

@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Depends, Request
 
 from alphalayer.api.a1111.script import METHODS, SCRIPT, Arguments
 from alphalayer.api.deps import ServiceDep
-from alphalayer.api.guard import GuardedRoute
+from alphalayer.api.guard import Admitted, GuardedRoute
 from alphalayer.catalog import public_path, shorten_paths, summarize, usable_files
 from alphalayer.core.errors import CorruptFile
 from alphalayer.core.request import (
@@ -20,7 +20,8 @@ from alphalayer.core.request import (
     split_sampler_name,
 )
 
-router = APIRouter(route_class=GuardedRoute)
+router = APIRouter(dependencies=[Depends(Admitted("read"))], route_class=GuardedRoute)
+REFRESH = [Depends(Admitted("admin"))]
 ALIASES = {
     "k_dpmpp_2m_sde": "DPM++ 2M SDE",
     "k_dpmpp_2m": "DPM++ 2M",
@@ -134,9 +135,9 @@ def nothing() -> list[dict[str, Any]]:
     return []
 
 
-@router.post("/refresh-checkpoints", summary="Refresh models")
-@router.post("/refresh-loras", summary="Refresh LoRA files")
-@router.post("/refresh-vae", summary="Refresh VAEs")
+@router.post("/refresh-checkpoints", summary="Refresh models", dependencies=REFRESH)
+@router.post("/refresh-loras", summary="Refresh LoRA files", dependencies=REFRESH)
+@router.post("/refresh-vae", summary="Refresh VAEs", dependencies=REFRESH)
 def refresh() -> None:
     """Do nothing: folders are read at every request."""
 

@@ -36,12 +36,13 @@ from alphalayer.api.deps import (
 )
 from alphalayer.api.dialect import Dialect
 from alphalayer.api.errors import ErrorResponse, Problem
-from alphalayer.api.guard import Admitted, GuardedRoute, User
+from alphalayer.api.guard import Admitted, Converter, Generator, GuardedRoute, Reader, Submitter
 from alphalayer.api.info import webui_info
 from alphalayer.core.errors import InvalidRequest, NotImplementedYet
 from alphalayer.core.job import JobState, Submission
 from alphalayer.images import codecs, files, infotext
 from alphalayer.jobs.base import JobView
+from alphalayer.observability.logging import log
 
 ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": Detail, "description": "An error."} for status in (422, "4XX")
@@ -50,7 +51,7 @@ router = APIRouter(
     prefix="/sdapi/v1",
     tags=["AUTOMATIC1111"],
     responses=ERRORS,
-    dependencies=[Depends(Admitted())],
+    dependencies=[Depends(Admitted("read"))],
     route_class=GuardedRoute,
 )
 router.include_router(lists.router)
@@ -65,12 +66,9 @@ def _render_error(problem: Problem, headers: Mapping[str, str]) -> ErrorResponse
 DIALECT = Dialect("/sdapi", router, _render_error, FIELDS)
 
 
-async def options_of(request: Request) -> Options:
-    """Return the options of this application."""
-    state = request.app.state
-    if not hasattr(state, "a1111"):
-        state.a1111 = Options()
-    return state.a1111
+async def options_of(request: Request, service: ServiceDep) -> Options:
+    """Return the options of the client; those of the service if it has no keys."""
+    return Options(**await service.job_queue.load_options(request.state.client))
 
 
 OptionsDep = Annotated[Options, Depends(options_of)]
@@ -82,7 +80,7 @@ async def txt2img(
     request: Request,
     service: ServiceDep,
     options: OptionsDep,
-    user: User,
+    user: Submitter,
     idempotency_key: IdempotencyKey = None,
 ) -> Txt2ImgResponse:
     """Generate images, transparent unless `layerdiffuse_enabled` is false.
@@ -112,7 +110,7 @@ async def txt2img(
     "/extra-batch-images", summary="Not implemented", status_code=501, response_model=Detail
 )
 @router.post("/interrogate", summary="Not implemented", status_code=501, response_model=Detail)
-async def not_implemented(request: Request) -> None:
+async def not_implemented(request: Request, _user: Generator) -> None:
     """Respond with 501."""
     name = request.url.path.rpartition("/")[2]
     raise NotImplementedYet(f"{name} is not implemented.", hint="Use /sdapi/v1/txt2img.")
@@ -147,8 +145,8 @@ def get_options(service: ServiceDep, options: OptionsDep) -> dict[str, Any]:
 
 
 @router.post("/options", summary="Change settings")
-def set_options(body: OverrideSettings, service: ServiceDep, options: OptionsDep) -> None:
-    """Change some or all settings.
+async def set_options(body: OverrideSettings, service: ServiceDep, user: Generator) -> None:
+    """Change some or all settings of the client, or of all clients if the service has no keys.
 
     The model is used for later requests of this dialect that name none.
     """
@@ -156,18 +154,22 @@ def set_options(body: OverrideSettings, service: ServiceDep, options: OptionsDep
     name = body.sd_model_checkpoint
     if name and service.knows_models:
         with wire_names({"model": "sd_model_checkpoint"}):
-            name = find_model(service, name).name
-    options.sd_model_checkpoint = name or options.sd_model_checkpoint
-    if body.CLIP_stop_at_last_layers:
-        options.clip_skip = body.CLIP_stop_at_last_layers
-    if body.live_previews_enable is not None:
-        options.previews = body.live_previews_enable
+            name = (await asyncio.to_thread(find_model, service, name)).name
+    changes = {
+        "sd_model_checkpoint": name or None,
+        "clip_skip": body.CLIP_stop_at_last_layers,
+        "previews": body.live_previews_enable,
+    }
+    changes = {option: value for option, value in changes.items() if value is not None}
+    if changes:
+        await service.job_queue.save_options(user, changes)
+        log.info("audit.options_changed", key=user, **changes)
 
 
 @router.get("/progress", summary="Get progress")
 async def progress(
     service: ServiceDep,
-    user: User,
+    user: Reader,
     skip_current_image: Annotated[bool, Query(description="Leave the preview out.")] = False,
 ) -> dict[str, Any]:
     """Return the progress of the client's running job; without one it is 0.
@@ -204,16 +206,17 @@ async def progress(
 
 @router.post("/interrupt", summary="Cancel the running job")
 @router.post("/skip", summary="Cancel the running job")
-async def interrupt(service: ServiceDep, user: User) -> dict[str, Any]:
+async def interrupt(service: ServiceDep, user: Generator) -> dict[str, Any]:
     """Cancel the client's running job with all its iterations. Waiting jobs stay."""
     view = await _running(service, user)
     if view:
         await service.job_queue.cancel(view.job.id)
+        log.info("audit.job_cancelled", key=user, job=view.job.id)
     return {}
 
 
 @router.post("/png-info", summary="Read the settings of an image")
-def png_info(body: ImageFile) -> dict[str, Any]:
+def png_info(body: ImageFile, _user: Converter) -> dict[str, Any]:
     """Return the text as `info` and its parts as `parameters`."""
     try:
         data = base64.b64decode(body.image.rpartition(",")[2], validate=True)

@@ -48,9 +48,9 @@ FIELDS = {
 NOT_IMPLEMENTED = "Not implemented; refused if it would change the image."
 
 
-@dataclass
+@dataclass(frozen=True)
 class Options:
-    """Settings of this dialect between requests: one object an application."""
+    """Settings of this dialect between requests, of one client."""
 
     sd_model_checkpoint: str | None = None
     clip_skip: int = 1
