@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 from tests.support.serving import served, wait_until
 
+from alphalayer.api import auth
 from alphalayer.auth import api_keys, store
+from alphalayer.auth.wrong_keys import PER_MINUTE
 from alphalayer.config import Settings
 from alphalayer.core.errors import SetupFailed
 from alphalayer.service.app import check
@@ -99,10 +101,13 @@ def test_key_above_its_rate_limit_gets_429(tmp_path):
     secret = api_keys.add_key(tmp_path / "keys.json", "shop", per_minute=2)
     with served(tmp_path, keys_file=tmp_path / "keys.json") as client:
         client.headers["X-API-Key"] = secret
-        answers = [client.post("/alpha/v1/txt2img", json=BODY) for _ in range(3)]
+        generated = client.post("/alpha/v1/txt2img", json=BODY)
+        convert = f"/alpha/v1/convert/{generated.json()['filename']}?format=webp"
+        answers = [generated, client.get(convert), client.get(convert)]
         assert [answer.status_code for answer in answers] == [200, 200, 429]
         assert answers[2].json()["code"] == "rate_limited"
         assert 1 <= int(answers[2].headers["retry-after"]) <= 60
+        assert client.post("/alpha/v1/txt2img", json=BODY).status_code == 429
         assert client.get("/alpha/v1/jobs").status_code == 200
 
 
@@ -188,3 +193,86 @@ def test_key_is_checked_before_the_body_is_read(tmp_path):
             b"Content-Type: application/json\r\nContent-Length: 1000\r\n\r\n"
         )
         assert connection.recv(12) == b"HTTP/1.1 401"
+
+
+def test_key_without_the_scope_gets_403_in_every_dialect(tmp_path):
+    file = tmp_path / "keys.json"
+    secret = api_keys.add_key(file, "shop", scopes=("read",))
+    with served(tmp_path, keys_file=file, wait_ready=False) as client:
+        client.headers["X-API-Key"] = secret
+        # not even the body is read
+        refused = client.post("/alpha/v1/jobs", content=b"{")
+        assert refused.status_code == 403
+        assert refused.json()["code"] == "forbidden"
+        assert '"generate"' in refused.json()["detail"]
+        assert "generate" in client.post("/sdapi/v1/txt2img", json=BODY).json()["detail"]
+        error = client.post("/v1/images/generations", json=BODY).json()["error"]
+        assert error["code"] == "forbidden"
+        assert client.get("/metrics").status_code == 403
+        assert client.post("/sdapi/v1/refresh-loras").status_code == 403
+        for path in ("/alpha/v1/models", "/sdapi/v1/samplers", "/v1/models", "/alpha/v1/jobs"):
+            assert client.get(path).status_code == 200, path
+
+
+def test_options_of_one_key_do_not_change_those_of_another(tmp_path):
+    file = tmp_path / "keys.json"
+    ann, bob = ({"X-API-Key": api_keys.add_key(file, name)} for name in ("ann", "bob"))
+    path, name = "/sdapi/v1/options", "CLIP_stop_at_last_layers"
+    with served(tmp_path, keys_file=file, wait_ready=False) as client:
+        assert client.post(path, json={name: 2}, headers=ann).status_code == 200
+        assert client.get(path, headers=ann).json()[name] == 2
+        assert client.get(path, headers=bob).json()[name] == 1
+    with served(tmp_path, keys_file=file, wait_ready=False) as client:
+        assert client.get(path, headers=ann).json()[name] == 2
+
+
+def test_event_stream_of_a_removed_key_ends(tmp_path, monkeypatch):
+    monkeypatch.setattr(store, "CHECK_EVERY_S", 0)
+    monkeypatch.setattr(auth, "RECHECK_S", 0.05)
+    file = tmp_path / "keys.json"
+    headers = {"X-API-Key": api_keys.add_key(file, "shop")}
+    other = {"X-API-Key": api_keys.add_key(file, "other")}
+    slow = {"engine_options": {"step_s": 0.5}, "drain_s": 0}
+    with served(tmp_path, keys_file=file, **slow) as client:
+        job = client.post("/alpha/v1/jobs", json={**BODY, "steps": 100}, headers=headers).json()
+        for path in ("", "/events"):
+            assert client.get(f"/alpha/v1/jobs/{job['id']}{path}", headers=other).status_code == 404
+        # a client that does not own the job cannot stop it by the other dialect
+        assert client.post("/sdapi/v1/interrupt", headers=other).status_code == 200
+        with client.stream("GET", f"/alpha/v1/jobs/{job['id']}/events", headers=headers) as stream:
+            lines = stream.iter_lines()
+            assert next(lines).startswith("event: ")
+            api_keys.remove_key(file, "shop")
+            states = {line for line in lines if line.startswith("event: ")}
+        assert states <= {"event: queued", "event: running"}
+        refused = client.get(f"/alpha/v1/jobs/{job['id']}/events", headers=headers)
+        assert refused.status_code == 401
+
+
+def test_wrong_keys_of_an_address_get_429(tmp_path):
+    file = tmp_path / "keys.json"
+    secret = api_keys.add_key(file, "shop")
+    with served(tmp_path, keys_file=file, wait_ready=False) as client:
+
+        def status(key, address="10.0.0.1"):
+            # the test's own address is a trusted proxy
+            headers = {"X-API-Key": key, "X-Forwarded-For": address}
+            return client.get("/alpha/v1/jobs", headers=headers)
+
+        statuses = [status(f"guess {i}").status_code for i in range(PER_MINUTE + 1)]
+        assert statuses == [401] * PER_MINUTE + [429]
+        assert 1 <= int(status("guess").headers["retry-after"]) <= 60
+        assert status("guess", "10.0.0.2").status_code == 401
+        assert status(secret).status_code == 200
+
+
+def test_job_above_the_cost_of_its_key_is_refused(tmp_path):
+    file = tmp_path / "keys.json"
+    secret = api_keys.add_key(file, "shop", cost_per_minute=10)
+    with served(tmp_path, keys_file=file, wait_ready=False) as client:
+        client.headers["X-API-Key"] = secret
+        large = {**BODY, "width": 2048, "height": 2048, "steps": 30}
+        refused = client.post("/alpha/v1/jobs", json=large)
+        assert refused.status_code == 422
+        assert 'the key "shop" allows 10 a minute' in refused.json()["detail"]
+        assert client.post("/alpha/v1/jobs", json=BODY).status_code == 202

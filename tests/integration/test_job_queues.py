@@ -416,6 +416,19 @@ async def test_delete_finished_deletes_only_older_jobs(open_queue):
     assert await queue.view(job.id) is None
 
 
+async def test_options_are_stored_by_client_for_all_services(open_queue, request):
+    queue = await open_queue()
+    await queue.save_options("ann", {"sd_model_checkpoint": "a", "clip_skip": 2})
+    await queue.save_options("ann", {"sd_model_checkpoint": "b"})
+    await queue.save_options("bob", {"previews": True})
+    if "embedded" in request.node.name:
+        await queue.close()  # one service at a time
+    other = await open_queue()
+    assert await other.load_options("ann") == {"sd_model_checkpoint": "b", "clip_skip": 2}
+    assert await other.load_options("bob") == {"previews": True}
+    assert await other.load_options("") == {}
+
+
 def test_estimates_divide_waiting_jobs_among_engines():
     assert estimates.waiting_s([10.0, None], 2, 4, usual_s=20.0) == (10 + 20) / 2 + 4 * 20 / 2 + 20
     assert (

@@ -32,7 +32,7 @@ from alphalayer.api.deps import (
 )
 from alphalayer.api.dialect import Dialect
 from alphalayer.api.errors import ErrorResponse, Problem
-from alphalayer.api.guard import Admitted, GuardedRoute, Submitter
+from alphalayer.api.guard import Admitted, Generator, GuardedRoute, Submitter
 from alphalayer.api.schemas import Body
 from alphalayer.catalog import ModelEntry, resolve_model
 from alphalayer.core import validation
@@ -350,7 +350,7 @@ async def generations(
 @router.post(
     "/images/variations", summary="Not implemented", status_code=501, response_model=ErrorAnswer
 )
-async def edits() -> None:
+async def edits(_user: Generator) -> None:
     """Respond with 501."""
     raise NotImplementedYet(
         "editing images is not implemented.", hint="Use /v1/images/generations."
