@@ -132,6 +132,22 @@ class Settings(BaseSettings):
             "instead of sending the bytes."
         ),
     ] = False
+    sign_file_urls: Annotated[
+        SecretStr | None,
+        Field(
+            description="Secret that signs the URLs of images, of 16 characters or more; the same "
+            "on all machines. Without it, the name of an image is enough to download it."
+        ),
+        _matching(r".{16,}", "16 characters or more, such as the output of openssl rand -hex 32"),
+    ] = None
+    signed_url_s: Annotated[
+        int,
+        Field(
+            ge=60,
+            le=31_536_000,
+            description="Seconds that a signed URL is valid, at least; at most twice as long.",
+        ),
+    ] = 86_400
     role: Annotated[
         Literal["all", "api", "worker"],
         Field(

@@ -14,6 +14,7 @@ from typing import Annotated, Any
 from fastapi import Depends, Header, Request
 
 from alphalayer.api.auth import Authenticator
+from alphalayer.api.file_urls import UrlSigner
 from alphalayer.api.shutdown import Shutdown, stopping
 from alphalayer.catalog import (
     ModelEntry,
@@ -68,6 +69,8 @@ class Service:
     public_url: str | None = None
     log_prompts: bool = False
     redirect_files: bool = False
+    url_signer: UrlSigner | None = None
+    """Signer of the URLs of images. None: the name alone opens an image."""
     check_webhook: Callable[[str], None] | None = None
     """Raises `InvalidRequest` for addresses that webhooks may not use. None: webhooks are off."""
 
@@ -103,11 +106,6 @@ def base_url(request: Request) -> str:
     It is the public URL if one is set, else the address of the request.
     """
     return (service(request).public_url or str(request.base_url)).rstrip("/")
-
-
-def file_url(base: str, key: str) -> str:
-    """Return the URL of a stored image, for a client that uses the address `base`."""
-    return f"{base}/alpha/v1/file/{key}"
 
 
 async def read_file(service: Service, key: str) -> bytes:

@@ -16,13 +16,13 @@ from alphalayer.api.deps import (
     Service,
     ServiceDep,
     base_url,
-    file_url,
     follow,
     submit_job,
     wire_names,
 )
 from alphalayer.api.dialect import Dialect
 from alphalayer.api.errors import PROBLEMS, Problem
+from alphalayer.api.file_urls import UrlSigner, file_url
 from alphalayer.api.guard import Generator, GuardedRoute, Reader, Submitter
 from alphalayer.api.native import DIALECT as NATIVE
 from alphalayer.api.native import ImageAnswer, Txt2ImgRequest, add_data, image_answers
@@ -155,7 +155,7 @@ async def submit(
             update={"previews": body.previews}
         )
         job = await submit_job(service, spec, submission, delivery)
-    job_answer = answer(await _view(service, job.id, user), base_url(request))
+    job_answer = answer(await _view(service, job.id, user), base_url(request), service.url_signer)
     response.headers["Location"] = job_answer.url
     return job_answer
 
@@ -167,7 +167,7 @@ async def show(job_id: JobId, request: Request, service: ServiceDep, user: Reade
     The images include their data if the job requested `response_format` base64.
     """
     view = await _view(service, job_id, user)
-    job_answer = answer(view, base_url(request))
+    job_answer = answer(view, base_url(request), service.url_signer)
     if view.job.delivery.with_data:
         # retention may remove images before their job
         with suppress(FileMissing):
@@ -185,7 +185,7 @@ async def listing(
     """Return the jobs of the client, newest first."""
     views = await service.job_queue.list(owner=user, **query.model_dump())
     next_before = views[-1].job.created_at if len(views) == query.limit else None
-    jobs = [answer(view, base_url(request)) for view in views]
+    jobs = [answer(view, base_url(request), service.url_signer) for view in views]
     return JobList(jobs=jobs, next_before=next_before)
 
 
@@ -214,7 +214,7 @@ async def cancel(
     else:
         await service.job_queue.cancel(job_id)
         log.info("audit.job_cancelled", key=user, job=job_id)
-    return answer(await _view(service, job_id, user), base_url(request))
+    return answer(await _view(service, job_id, user), base_url(request), service.url_signer)
 
 
 async def check_job(job_id: JobId, service: ServiceDep, user: Reader) -> None:
@@ -243,7 +243,7 @@ async def events(
     # the shutdown closes the stream and the client reconnects
     with suppress(Stopping):
         async for view in follow(service, job_id):
-            data = answer(view, base_url(request)).model_dump(mode="json")
+            data = answer(view, base_url(request), service.url_signer).model_dump(mode="json")
             yield ServerSentEvent(data=data, event=view.job.state.value)
 
 
@@ -259,7 +259,7 @@ async def _view(service: Service, job_id: str, user: str) -> JobView:
     return view
 
 
-def answer(view: JobView, base: str) -> JobAnswer:
+def answer(view: JobView, base: str, signer: UrlSigner | None) -> JobAnswer:
     """Return the JSON of a job, for a client that uses the address `base`."""
     job, progress = view.job, view.progress
     url = f"{base}{router.prefix}/{job.id}"
@@ -272,13 +272,13 @@ def answer(view: JobView, base: str) -> JobAnswer:
         step=progress.step,
         steps=progress.steps,
         eta_s=view.eta_s,
-        preview_url=file_url(base, progress.preview)
+        preview_url=file_url(base, progress.preview, signer)
         if progress.preview and not job.state.is_final
         else None,
         created_at=job.created_at,
         started_at=job.started_at,
         finished_at=job.finished_at,
-        images=image_answers(job, base),
+        images=image_answers(job, base, signer),
         seconds=job.result.seconds if job.result else {},
         error=_problem(job.error),
         url=url,

@@ -17,13 +17,13 @@ from alphalayer.api.deps import (
     Service,
     ServiceDep,
     base_url,
-    file_url,
     read_file,
     run_job,
     wire_names,
 )
 from alphalayer.api.dialect import Dialect
 from alphalayer.api.errors import PROBLEMS
+from alphalayer.api.file_urls import Expires, Signature, UrlSigner, file_url
 from alphalayer.api.guard import Converter, GuardedRoute, Reader, Submitter
 from alphalayer.api.info import webui_info
 from alphalayer.api.schemas import Body, StageSeconds, reject_unused_options
@@ -192,6 +192,8 @@ async def txt2img(
 FileName = Annotated[str, Path(description="Name of an image, from a response.")]
 REDIRECT_S = 3600
 """Lifetime of a signed URL."""
+FOREVER_S = 31_536_000
+"""Lifetime of an image in caches, a year: it never changes."""
 FROM = "Sec-Fetch-Site"
 """Header with which browsers mark requests of this service's own page."""
 
@@ -209,9 +211,17 @@ FROM = "Sec-Fetch-Site"
         307: {"description": "URL of the image for an hour, if the service redirects."},
     },
 )
-async def file(filename: FileName, request: Request, service: ServiceDep) -> Response:
-    """Return a stored image. It needs no key: the name is the secret."""
+async def file(
+    filename: FileName,
+    request: Request,
+    service: ServiceDep,
+    expires: Expires = None,
+    signature: Signature = None,
+) -> Response:
+    """Return a stored image. It needs no key: the name is the secret, or the URL is signed."""
     key = check_key(filename)
+    signer = service.url_signer
+    lifetime_s = signer.check(filename, expires, signature) if signer else FOREVER_S
     # the page's policy and a bucket without CORS would block a redirect
     # a URL that is signed for GET does not open with HEAD
     is_page = request.headers.get(FROM) == "same-origin"
@@ -219,15 +229,17 @@ async def file(filename: FileName, request: Request, service: ServiceDep) -> Res
         request.method == "GET"
         and service.redirect_files
         and not is_page
-        and (url := service.storage.presign(key, REDIRECT_S))
+        and (url := service.storage.presign(key, min(lifetime_s + 1, REDIRECT_S)))
     ):
-        return RedirectResponse(
-            url, 307, {"Cache-Control": f"max-age={REDIRECT_S // 2}", "Vary": FROM}
-        )
+        caching = f"max-age={min(lifetime_s, REDIRECT_S // 2)}"
+        return RedirectResponse(url, 307, {"Cache-Control": caching, "Vary": FROM})
     stored = await service.storage.open(key)
     # a preview is overwritten at every step; an image never changes
+    scope = "private" if signer else "public"
     caching = (
-        "no-store" if filename.startswith(PREVIEW_PREFIX) else "public, max-age=31536000, immutable"
+        "no-store"
+        if filename.startswith(PREVIEW_PREFIX)
+        else f"{scope}, max-age={lifetime_s}, immutable"
     )
     headers = {"Cache-Control": caching, "Content-Length": str(stored.size_bytes)}
     headers |= {"Vary": FROM} if service.redirect_files else {}
@@ -235,6 +247,13 @@ async def file(filename: FileName, request: Request, service: ServiceDep) -> Res
     if request.method == "HEAD":
         return Response(media_type=mime, headers=headers)
     return StreamingResponse(stored.chunks, media_type=mime, headers=headers)
+
+
+class ConvertQuery(Output, frozen=True):
+    """Query of `convert`: the output, and the signature of the image's URL if it has one."""
+
+    expires: Expires = None
+    signature: Signature = None
 
 
 @router.get(
@@ -249,13 +268,18 @@ async def file(filename: FileName, request: Request, service: ServiceDep) -> Res
     },
 )
 async def convert(
-    filename: FileName, output: Annotated[Output, Query()], service: ServiceDep, _user: Converter
+    filename: FileName,
+    output: Annotated[ConvertQuery, Query()],
+    service: ServiceDep,
+    _user: Converter,
 ) -> Response:
     """Return an image in another format, trimmed, defringed or on a colour.
 
     Its embedded settings stay. The stored image does not change.
     """
     reject_unused_options(output, "trim", "trim_threshold", "trim_padding")
+    if service.url_signer:
+        service.url_signer.check(filename, output.expires, output.signature)
     data = await read_file(service, check_key(filename))
     converted = await run_in_threadpool(postprocess.convert, data, output)
     name = f"{PurePath(filename).stem}.{output.format}"
@@ -303,11 +327,11 @@ def _model(entry: ModelEntry, default: str | None, service: Service) -> Model:
     )
 
 
-def image_answers(job: Job, base: str) -> list[ImageAnswer]:
+def image_answers(job: Job, base: str, signer: UrlSigner | None) -> list[ImageAnswer]:
     """Return the images of a job with their URLs; none before it is done."""
     return [
         ImageAnswer(
-            url=file_url(base, image.key),
+            url=file_url(base, image.key, signer),
             filename=image.key,
             seed=image.seed,
             width=image.width,
@@ -325,7 +349,7 @@ async def add_data(images: list[ImageAnswer], service: Service) -> None:
 
 async def _answer(job: Job, request: Request, service: Service) -> Txt2ImgResponse:
     assert job.result is not None, job.id
-    images = image_answers(job, base_url(request))
+    images = image_answers(job, base_url(request), service.url_signer)
     if job.delivery.with_data:
         await add_data(images, service)
     first = images[0]

@@ -22,7 +22,6 @@ from alphalayer.api.deps import (
     Service,
     ServiceDep,
     base_url,
-    file_url,
     follow,
     raise_if_failed,
     read_file,
@@ -32,6 +31,7 @@ from alphalayer.api.deps import (
 )
 from alphalayer.api.dialect import Dialect
 from alphalayer.api.errors import ErrorResponse, Problem
+from alphalayer.api.file_urls import file_url
 from alphalayer.api.guard import Admitted, Generator, GuardedRoute, Submitter
 from alphalayer.api.schemas import Body
 from alphalayer.catalog import ModelEntry, resolve_model
@@ -336,7 +336,11 @@ async def generations(
     images = job.result.images
     if body.response_format == "url":
         data = [
-            ImageData(url=file_url(base_url(request), await _stored(body, service, image.key)))
+            ImageData(
+                url=file_url(
+                    base_url(request), await _stored(body, service, image.key), service.url_signer
+                )
+            )
             for image in images
         ]
     else:

@@ -23,7 +23,7 @@ from pydantic import Field
 
 from alphalayer import __version__
 from alphalayer.api.addresses import address
-from alphalayer.api.deps import file_url
+from alphalayer.api.file_urls import file_url
 from alphalayer.api.native import Txt2ImgRequest
 from alphalayer.client import TIMEOUT_S, AsyncClient, ImageInfo, JobStatus
 from alphalayer.core.errors import AlphalayerError
@@ -70,7 +70,7 @@ class _GenerateTool(Tool):
         except AlphalayerError as error:
             raise ToolError(str(error)) from None
         lines = [
-            f"{file_url(self.outside(), image.filename) if self.outside else image.url} "
+            f"{_move(image.url, self.outside()) if self.outside else image.url} "
             f"({image.width}x{image.height}, seed {image.seed})"
             for image in images
         ]
@@ -127,7 +127,7 @@ async def _render(
         raise
     images = status.check().images
     # their own URLs are for clients outside
-    urls = [file_url(client.base_url, image.filename) for image in images]
+    urls = [_move(image.url, client.base_url) for image in images]
     return [await client.download(url) for url in urls], images
 
 
@@ -144,10 +144,18 @@ def _describe(status: JobStatus) -> str:
     return f"waiting, number {status.position}" if status.position else status.stage
 
 
+def _move(url: str, base: str) -> str:
+    """Return the URL of an image at another address, with its signature."""
+    return file_url(base, url.rpartition("/")[2])
+
+
 def connect_to_caller() -> AsyncClient:
     """Return a client of this service's API with the caller's credentials."""
     request = get_http_request()
     headers = {name: request.headers[name] for name in PASSED_ON if name in request.headers}
+    if request.client:
+        # wrong keys count against the address of the caller, if this host is a trusted proxy
+        headers["x-forwarded-for"] = request.client.host
     http = httpx.AsyncClient(trust_env=False, timeout=TIMEOUT_S)
     return AsyncClient(address(*request.scope["server"]), headers=headers, http=http)
 

@@ -19,6 +19,7 @@ from alphalayer.api.a1111 import routes as a1111
 from alphalayer.api.addresses import address
 from alphalayer.api.auth import Authenticator
 from alphalayer.api.deps import Service
+from alphalayer.api.file_urls import UrlSigner
 from alphalayer.api.middleware.body_limit import BodyLimit
 from alphalayer.api.middleware.forwarded import ForwardedHeaders
 from alphalayer.api.middleware.request_log import RequestLog
@@ -240,6 +241,11 @@ def _webhook_key(settings: Settings) -> bytes | None:
     return read_secret(secret) if secret else None
 
 
+def _url_signer(settings: Settings) -> UrlSigner | None:
+    secret = settings.sign_file_urls
+    return secret and UrlSigner(secret.get_secret_value().encode(), settings.signed_url_s)
+
+
 async def _open_job_queue(
     settings: Settings, shares: Mapping[str, float], metrics: Metrics
 ) -> Jobs:
@@ -288,8 +294,15 @@ async def _assemble(
     )
     models = _model_lookup(settings)
     health = Health(pool, shutdown, lambda: job_queue.is_reachable, models.default, has_engines)
+    url_signer = _url_signer(settings)
     webhooks = (
-        Webhooks(job_queue, metrics, secret, allow_private=settings.webhook_allow_private)
+        Webhooks(
+            job_queue,
+            metrics,
+            secret,
+            allow_private=settings.webhook_allow_private,
+            url_signer=url_signer,
+        )
         if secret
         else None
     )
@@ -312,6 +325,7 @@ async def _assemble(
         public_url=settings.public_url,
         log_prompts=settings.log_prompts,
         redirect_files=settings.redirect_files,
+        url_signer=url_signer,
         check_webhook=partial(check_url, allow_private=settings.webhook_allow_private)
         if webhooks
         else None,

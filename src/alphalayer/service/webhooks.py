@@ -24,6 +24,7 @@ from typing import Any
 import httpx
 from standardwebhooks import Webhook
 
+from alphalayer.api.file_urls import UrlSigner
 from alphalayer.api.jobs import answer
 from alphalayer.core.errors import InvalidRequest, SetupFailed, StorageFailed
 from alphalayer.core.job import Job
@@ -129,7 +130,9 @@ class Webhooks:
         *,
         allow_private: bool,
         lookup: Lookup = socket.getaddrinfo,
+        url_signer: UrlSigner | None = None,
     ):
+        self._url_signer = url_signer
         self._job_queue = job_queue
         self._metrics = metrics
         self._signer = Webhook(key)
@@ -197,7 +200,8 @@ class Webhooks:
         try:
             url = httpx.URL(webhook.url)
             address = await self._resolve(url)
-            body = answer(JobView.of_finished(job), webhook.service_url).model_dump_json()
+            view = JobView.of_finished(job)
+            body = answer(view, webhook.service_url, self._url_signer).model_dump_json()
             status = await asyncio.wait_for(self._post(http, job.id, url, address, body), TIMEOUT_S)
         except (RefusedAddress, httpx.InvalidURL) as error:
             return "given_up", str(error)

@@ -23,9 +23,11 @@ export function start(address, isGone, onSelect) {
     find("history").replaceChildren(...entries.map((entry) => item(entry, address(entry.name), () => markGone(entry), onSelect)));
   };
   const markGone = async (entry) => {
-    if (!(await isGone(entry.name))) return;
-    save(load().map((other) => (other.name === entry.name ? { ...other, gone: true } : other)));
-    render();
+    const before = address(entry.name);
+    const gone = await isGone(entry.name);
+    if (gone) save(load().map((other) => (other.name === entry.name ? { ...other, gone } : other)));
+    // the address is new if it had expired
+    if (gone || address(entry.name) !== before) render();
   };
   find("forget").addEventListener("click", () => {
     const before = cleared ? null : load();

@@ -135,8 +135,8 @@ function preview(job, body) {
     return;
   }
   const { width = 1024, height = 1024 } = settings.resolve(body);
-  const address = `${service.fileAddress(service.nameOf(job.preview_url))}?step=${job.step}`;
-  stage.show(address, { alt: "Preview", width, height, isFinal: false });
+  const address = service.fileAddress(service.nameOf(job.preview_url));
+  stage.show(`${address}${address.includes("?") ? "&" : "?"}step=${job.step}`, { alt: "Preview", width, height, isFinal: false });
 }
 
 async function finish({ job, wasShown }, body) {

@@ -124,7 +124,7 @@ export async function submit(body) {
   const submission = unanswered?.text === text ? unanswered : { text, key: randomKey() };
   unanswered = submission;
   try {
-    const job = await json("alpha/v1/jobs", { method: "POST", body: { ...body, previews: true }, headers: { "Idempotency-Key": submission.key } });
+    const job = await jobOf("alpha/v1/jobs", { method: "POST", body: { ...body, previews: true }, headers: { "Idempotency-Key": submission.key } });
     unanswered = null;
     return job;
   } catch (error) {
@@ -135,7 +135,7 @@ export async function submit(body) {
 /** Return a random key. Browsers have randomUUID only over HTTPS. */
 const randomKey = () => Array.from(crypto.getRandomValues(new Uint8Array(16)), (byte) => byte.toString(16).padStart(2, "0")).join("");
 
-export const fetchJob = (id) => json(`alpha/v1/jobs/${id}`);
+export const fetchJob = (id) => jobOf(`alpha/v1/jobs/${id}`);
 export const cancel = (id, options) => json(`alpha/v1/jobs/${id}`, { method: "DELETE", ...options });
 /** Return the readiness: {ready, engines: state by name, problem: the reason if it is known}. */
 export const readiness = () =>
@@ -143,10 +143,44 @@ export const readiness = () =>
     if (error.problem?.engines) return error.problem;
     throw error;
   });
-export const fileAddress = (name) => `alpha/v1/file/${encodeURIComponent(name)}`;
 
-/** Return whether the service removed an image, in contrast to an unreachable service. */
-export const isGone = (name) => send(fileAddress(name)).then(() => false, (error) => error.status === 404);
+const signatures = new Map(); // the query of each signed URL, by file name
+
+/** Keep the signatures of a job's URLs, and return the job. */
+function learn(job) {
+  for (const url of [job.preview_url, ...job.images.map((image) => image.url)].filter(Boolean)) {
+    signatures.set(nameOf(url), new URL(url, document.baseURI).search);
+  }
+  return job;
+}
+
+const jobOf = async (path, options) => learn(await json(path, options));
+
+let renewing = null;
+
+/** Fetch new signatures of the newest jobs. Several calls at once send one request. */
+function renew() {
+  renewing ??= json("alpha/v1/jobs?limit=200")
+    .then(({ jobs }) => jobs.forEach(learn), () => {})
+    .finally(() => (renewing = null));
+  return renewing;
+}
+
+export const fileAddress = (name) => `alpha/v1/file/${encodeURIComponent(name)}${signatures.get(name) ?? ""}`;
+
+/**
+ * Return whether the service removed an image, in contrast to an unreachable service.
+ * If its address has expired, `fileAddress` has a new one afterwards.
+ */
+export async function isGone(name) {
+  try {
+    await send(fileAddress(name));
+  } catch (error) {
+    if (error.status === 403) await renew();
+    return error.status === 404;
+  }
+  return false;
+}
 
 /** Return the name of a file: the last part of its URL. */
 export const nameOf = (url) => decodeURIComponent(new URL(url, document.baseURI).pathname.split("/").pop());
@@ -154,7 +188,8 @@ export const nameOf = (url) => decodeURIComponent(new URL(url, document.baseURI)
 /** Download a finished image as a Blob, optionally in another format or trimmed. */
 export async function download(name, { format, trim, padding }) {
   const query = new URLSearchParams(trim ? { format, trim, trim_padding: padding } : { format });
-  const path = format === "png" && !trim ? fileAddress(name) : `alpha/v1/convert/${encodeURIComponent(name)}?${query}`;
+  const signature = (signatures.get(name) ?? "").replace("?", "&");
+  const path = format === "png" && !trim ? fileAddress(name) : `alpha/v1/convert/${encodeURIComponent(name)}?${query}${signature}`;
   return (await send(path)).blob();
 }
 
@@ -175,7 +210,7 @@ export async function stream(id, onJob, signal) {
     rest = events.pop();
     for (const event of events) {
       const data = event.split(/\r?\n/).filter((line) => line.startsWith("data:")).map((line) => line.slice(5)).join("\n");
-      if (data) onJob(JSON.parse(data));
+      if (data) onJob(learn(JSON.parse(data)));
     }
   }
 }
