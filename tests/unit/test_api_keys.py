@@ -7,6 +7,7 @@ import os
 import stat
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta, timezone
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,7 @@ def test_add_key_concurrent_commands_lose_no_key(tmp_path: Path):
     file = tmp_path / "keys.json"
     names = [f"client-{i}" for i in range(10)]
     with ThreadPoolExecutor(10) as pool:
-        list(pool.map(lambda name: api_keys.add_key(file, name), names))
+        list(pool.map(partial(api_keys.add_key, file), names))
     keys = api_keys.read_keys(file)
     assert keys is not None
     assert sorted(key.name for key in keys) == sorted(names)
@@ -53,7 +54,7 @@ def test_read_keys_earlier_file_has_all_scopes(tmp_path: Path):
     file = tmp_path / "keys.json"
     row = f'{{"name": "shop", "sha256": "{"0" * 64}", "per_minute": 5, "queue_share": 0.5}}'
     file.write_text(f"[{row}]")
-    (key,) = api_keys.read_keys(file) or ()
+    (key,) = api_keys.read_keys(file) or []
     assert key.scopes == SCOPES
     assert not key.is_expired
 
@@ -62,7 +63,7 @@ def test_rotate_key_keeps_limits_and_changes_the_secret(tmp_path: Path):
     file = tmp_path / "keys.json"
     first = api_keys.add_key(file, "shop", per_minute=5, scopes=("read",))
     second = api_keys.rotate_key(file, "shop")
-    (key,) = api_keys.read_keys(file) or ()
+    (key,) = api_keys.read_keys(file) or []
     assert key.sha256 == api_keys.digest(second) != api_keys.digest(first)
     assert (key.per_minute, key.scopes) == (5, ("read",))
     with pytest.raises(SetupFailed, match="no key"):

@@ -167,7 +167,7 @@ class Authenticator:
         raise error
 
     def _record_wrong_key(self, host: str) -> None:
-        """Count a wrong key. The first one of a minute is logged, and the last one allowed."""
+        """Count a wrong key. Log the first one of a minute, and the last one allowed."""
         count = self._wrong_keys.record(host)
         if count == 1:
             log.warning("audit.wrong_key", address=host)
@@ -176,7 +176,7 @@ class Authenticator:
 
     @staticmethod
     def _count(limiter: RateLimiter, key: Key, limit: int, what: str, cost: int = 1) -> None:
-        """Count something against a limit a minute; 0 means no limit. Raises `RateLimited`."""
+        """Count against a limit a minute; 0 means no limit. Raises `RateLimited`."""
         rate = RateLimitItemPerMinute(limit)
         if not limit or limiter.hit(rate, what, key.name, cost=cost):
             return

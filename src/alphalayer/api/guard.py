@@ -76,7 +76,7 @@ class GuardedRoute(APIRoute):
 
 
 def _calls(dependant: Dependant) -> Iterator[object]:
-    """Yield the callables of all dependencies: the router's first, then the endpoint's."""
+    """Yield all dependencies: the router's first, then the endpoint's."""
     for part in dependant.dependencies:
         yield part.call
         yield from _calls(part)

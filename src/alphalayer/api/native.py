@@ -218,7 +218,10 @@ async def file(
     expires: Expires = None,
     signature: Signature = None,
 ) -> Response:
-    """Return a stored image. It needs no key: the name is the secret, or the URL is signed."""
+    """Return a stored image without a key.
+
+    The name is the secret, or the URL is signed.
+    """
     key = check_key(filename)
     signer = service.url_signer
     lifetime_s = signer.check(filename, expires, signature) if signer else FOREVER_S

@@ -64,7 +64,7 @@ def keys_add(
 
 @app.command("list")
 def keys_list() -> None:
-    """List the API keys by name, with their scopes, limits and last use on this machine."""
+    """List the API keys by name, with scopes, limits and last use on this machine."""
     settings = load_settings()
     used = usage.read_usage(settings.data_dir / usage.FILE)
     table = Table("name", "scopes", "expires", "last use", "limits")

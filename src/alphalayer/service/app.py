@@ -243,7 +243,9 @@ def _webhook_key(settings: Settings) -> bytes | None:
 
 def _url_signer(settings: Settings) -> UrlSigner | None:
     secret = settings.sign_file_urls
-    return secret and UrlSigner(secret.get_secret_value().encode(), settings.signed_url_s)
+    if secret is None:
+        return None
+    return UrlSigner(secret.get_secret_value().encode(), settings.signed_url_s)
 
 
 async def _open_job_queue(
