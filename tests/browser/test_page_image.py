@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from playwright.async_api import Browser, Route, ViewportSize, expect
 from tests.browser.visit import DESKTOP, PHONE, Visit, encode_image, open_visit
+from tests.support.serving import put_model, served
 
 from alphalayer.images import codecs, postprocess
 
@@ -322,3 +323,20 @@ async def test_shown_code_saves_the_image(visit: Visit, language: str, tmp_path:
     (saved,) = tmp_path.iterdir()
     assert saved.suffix == ".png"
     assert prompt in (codecs.decode(saved.read_bytes())[1] or "")
+
+
+async def test_signed_images_open_again_after_a_reload(browser: Browser, tmp_path: Path):
+    secret = {"sign_file_urls": "a secret of 16 characters"}
+    with served(put_model(tmp_path), default_model="alphalayer-mini", **secret) as client:
+        context = await browser.new_context(viewport=DESKTOP, accept_downloads=True)
+        visit = await open_visit(context, str(client.base_url))
+        page = visit.page
+        await visit.render(prompt="a red apple")
+        await page.wait_for_function("document.getElementById('image').naturalWidth === 64")
+        assert visit.errors == []
+        await page.reload()
+        await page.wait_for_function("document.querySelector('#history img')?.naturalWidth === 64")
+        await page.click("#history button")
+        await page.wait_for_function("document.getElementById('image').naturalWidth === 64")
+        assert (await visit.download("#save-webp"))[8:12] == b"WEBP"
+        await context.close()

@@ -146,8 +146,9 @@ def get_options(service: ServiceDep, options: OptionsDep) -> dict[str, Any]:
 
 @router.post("/options", summary="Change settings")
 async def set_options(body: OverrideSettings, service: ServiceDep, user: Generator) -> None:
-    """Change some or all settings of the client, or of all clients if the service has no keys.
+    """Change some or all settings of the client.
 
+    Without keys, all clients share them.
     The model is used for later requests of this dialect that name none.
     """
     body.reject_unimplemented()
