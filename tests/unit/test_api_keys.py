@@ -123,6 +123,16 @@ async def test_usage_is_stored_at_the_end_and_merged(
     assert read_usage(file) == {}
 
 
+def test_usage_unwritable_folder_is_logged_once(tmp_path: Path):
+    (tmp_path / "data").touch()
+    seen = KeyUsage(tmp_path / "data" / usage.FILE)
+    with capture_logs() as logs:
+        for _ in range(3):
+            seen.record("a")
+            seen.store()
+    assert [line["event"] for line in logs] == ["api_keys.usage_not_stored"]
+
+
 class Clock:
     def __init__(self):
         self.now = 0.0

@@ -407,6 +407,23 @@ def test_keys_add_prints_the_key_alone_and_its_file_to_stderr(run: Run, tmp_path
     assert str(tmp_path / "data" / "keys.json") in err
 
 
+def test_keys_list_shows_scopes_expiry_limits_and_last_use(run: Run, tmp_path: Path):
+    scopes = ("--scope", "read", "--scope", "metrics")
+    assert run("keys", "add", "bob", *scopes, "--expires", "2999-01-31")[0] == 0
+    assert run("keys", "add", "ann", "--cost-per-minute", "600")[0] == 0
+    (tmp_path / "data" / "keys-used.json").write_text('{"bob": 86400.0}')
+    code, out, _ = run("keys", "list")
+    assert code == 0
+    for text in ("read", "metrics", "2999-01-31 00:00", "1970-01-02 00:00", "600 megapixel-steps"):
+        assert text in out
+    code, _, err = run("keys", "add", "eve", "--scope", "root")
+    assert code == 1
+    assert '"root"' in err
+    code, out, _ = run("keys", "rotate", "bob")
+    assert code == 0
+    assert re.fullmatch(r"alk_\S+\n", out)
+
+
 def test_serve_missing_default_model_stops_the_start(run: Run):
     for command in (
         ["serve", "--default-model", "nope"],

@@ -31,6 +31,7 @@ class KeyUsage:
     def __init__(self, file: Path):
         self._file = file
         self._new: dict[str, float] = {}
+        self._has_failed = False
 
     def record(self, name: str) -> None:
         """Record a use of a key."""
@@ -46,12 +47,18 @@ class KeyUsage:
             self.store()
 
     def store(self) -> None:
-        """Store the new uses. On a full disk they are lost, with a line in the log."""
+        """Store the new uses. If the folder is not writable, they are lost.
+
+        The log has one line about it: a container may have a read-only file system for good.
+        """
         new, self._new = self._new, {}
         if not new:
             return
         try:
+            self._file.parent.mkdir(parents=True, exist_ok=True)
             times = _TIMES.dump_json(read_usage(self._file) | new, indent=1)
             replace_file(self._file, f"{times.decode()}\n")
         except OSError as error:
-            log.warning("api_keys.usage_not_stored", error=str(error))
+            if not self._has_failed:
+                log.warning("api_keys.usage_not_stored", error=str(error))
+            self._has_failed = True
