@@ -41,7 +41,7 @@ from alphalayer.service.health import Health, ModelLookup
 from alphalayer.service.pool import WorkerPool
 from alphalayer.service.retention import Limits, keep_sweeping
 from alphalayer.service.webhooks import Webhooks, check_url, read_secret
-from alphalayer.storage.objects import check_bucket, open_storage
+from alphalayer.storage.objects import ObjectStorage, check_bucket, open_storage
 from alphalayer.worker.render import ENGINE
 from alphalayer.worker.supervisor import EngineSpec, Supervisor
 
@@ -195,7 +195,7 @@ async def check(settings: Settings) -> None:
     """
     if settings.role != "api":
         require("torch", "engine")
-    open_storage(settings.image_location)
+    _open_storage(settings)
     if settings.storage and settings.role != "api":
         await asyncio.to_thread(check_bucket, settings.storage)
     _open_api_keys(settings)
@@ -205,6 +205,12 @@ async def check(settings: Settings) -> None:
         await lock.check(settings.data_dir / JOURNAL)
     else:
         await (await _open_job_queue(settings, {}, Metrics())).close()
+
+
+def _open_storage(settings: Settings) -> ObjectStorage:
+    """Open the storage of images. Raises `SetupFailed` or `StorageFailed`."""
+    settings.check_folders()
+    return open_storage(settings.image_location)
 
 
 def _check_default_model(settings: Settings) -> None:
@@ -264,7 +270,7 @@ async def _assemble(
     settings: Settings, engine: str, options: dict[str, Any], traces: Traces
 ) -> Parts:
     """Build the parts of the service and open its queue."""
-    storage = open_storage(settings.image_location)
+    storage = _open_storage(settings)
     secret = _webhook_key(settings)
     keys = _open_api_keys(settings)
     if settings.role != "worker":
