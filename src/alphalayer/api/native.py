@@ -52,7 +52,7 @@ from alphalayer.core.request import (
 )
 from alphalayer.images import codecs, postprocess
 from alphalayer.images.codecs import MIME_TYPES
-from alphalayer.storage import check_key
+from alphalayer.storage import check_image_key
 
 router = APIRouter(
     prefix="/alpha/v1", tags=["Alphalayer"], responses=PROBLEMS, route_class=GuardedRoute
@@ -210,8 +210,11 @@ FROM = "Sec-Fetch-Site"
     },
 )
 async def file(filename: FileName, request: Request, service: ServiceDep) -> Response:
-    """Return a stored image. It needs no key: the name is the secret."""
-    key = check_key(filename)
+    """Return a stored image. It needs no key: the name is the secret.
+
+    Other files of the folder or bucket are not served.
+    """
+    key = check_image_key(filename)
     # the page's policy and a bucket without CORS would block a redirect
     # a URL that is signed for GET does not open with HEAD
     is_page = request.headers.get(FROM) == "same-origin"
@@ -256,7 +259,7 @@ async def convert(
     Its embedded settings stay. The stored image does not change.
     """
     reject_unused_options(output, "trim", "trim_threshold", "trim_padding")
-    data = await read_file(service, check_key(filename))
+    data = await read_file(service, check_image_key(filename))
     converted = await run_in_threadpool(postprocess.convert, data, output)
     name = f"{PurePath(filename).stem}.{output.format}"
     headers = {"Content-Disposition": f'attachment; filename="{name}"'}

@@ -6,7 +6,7 @@ import re
 import secrets
 import time
 from enum import Enum
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 from pydantic import Field
 
@@ -26,9 +26,10 @@ from alphalayer.core.validation import COLOUR
 MAX_ITERATIONS = 16
 PREVIEW_PREFIX = "preview_"
 _STORED_NAME = re.compile(
-    r"(?:alpha_\d+_([0-9a-f]{10})[0-9a-f]{2}"
-    rf"|{PREVIEW_PREFIX}([0-9a-f]{{10}})[0-9a-f]{{14}})\.\w+"
+    r"(?:alpha_[0-9]{1,20}_([0-9a-f]{10})[0-9a-f]{2}"
+    rf"|{PREVIEW_PREFIX}([0-9a-f]{{10}})[0-9a-f]{{14}})\.(?:{'|'.join(get_args(ImageFormat))})"
 )
+_ID = re.compile("[0-9a-f]{24}")
 
 
 class Postprocessing(Frozen, frozen=True):
@@ -224,6 +225,11 @@ class JobProgress(Frozen, frozen=True):
 def new_id() -> str:
     """Return a job id that cannot be guessed."""
     return secrets.token_hex(12)
+
+
+def is_job_id(text: str) -> bool:
+    """Return whether a text has the form of a job's id."""
+    return _ID.fullmatch(text) is not None
 
 
 class Job(Frozen, frozen=True):

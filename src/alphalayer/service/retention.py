@@ -12,8 +12,8 @@ from alphalayer.core.errors import AlphalayerError, FileMissing
 from alphalayer.core.job import PREVIEW_PREFIX, job_prefix_of
 from alphalayer.jobs.base import JobStore
 from alphalayer.observability.logging import log
-from alphalayer.storage import Storage, read
-from alphalayer.storage.inputs import INPUT_PREFIX, is_input
+from alphalayer.storage import Storage, is_input, read
+from alphalayer.storage.inputs import INPUT_PREFIX
 
 DAY_S = 86_400.0
 PREVIEW_S = 60.0
