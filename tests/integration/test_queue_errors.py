@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
+import shutil
 import sqlite3
 import time
 from collections.abc import AsyncIterator
@@ -12,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import pytest_asyncio
+from structlog.testing import capture_logs
 from tests.integration.test_job_queues import poll_until, result_of, spec, within
 
 from alphalayer.core.errors import EngineFailed, QueueFull, SetupFailed, StorageFailed
@@ -165,6 +168,95 @@ async def test_damaged_journal_is_reported_and_unlocked(tmp_path: Path):
     for path in tmp_path.glob("jobs.sqlite*"):
         path.unlink()
     await (await SqliteJobQueue.open(file, 10)).close()
+
+
+@pytest.mark.parametrize("lost", ["empty", "missing"])
+async def test_lost_journal_is_reported_and_not_replaced(tmp_path: Path, lost: str):
+    file = tmp_path / "jobs.sqlite"
+    queue = await SqliteJobQueue.open(file, 10)
+    await queue.submit(spec())
+    changes = (tmp_path / "jobs.sqlite-wal").read_bytes()
+    await queue.close()
+    if lost == "empty":
+        os.truncate(file, 0)
+    else:
+        file.unlink()
+        (tmp_path / "jobs.sqlite-wal").write_bytes(changes)
+    before = {path.name: path.stat().st_size for path in tmp_path.iterdir()}
+    for opening in (lock.check(file), SqliteJobQueue.open(file, 10)):
+        with pytest.raises(SetupFailed, match=f"is {lost}.* Its jobs are lost") as caught:
+            await opening
+        assert "docs/guides/backup.md" in caught.value.hint
+    assert {path.name: path.stat().st_size for path in tmp_path.iterdir()} == before
+
+
+async def test_failed_creation_leaves_no_empty_journal(tmp_path: Path, monkeypatch):
+    def fail(*_: object) -> None:
+        raise sqlite3.OperationalError("database or disk is full")
+
+    file = tmp_path / "jobs.sqlite"
+    with monkeypatch.context() as patch:
+        patch.setattr(table, "_migrate", fail)
+        with pytest.raises(SetupFailed, match="full"):
+            await SqliteJobQueue.open(file, 10)
+    await (await SqliteJobQueue.open(file, 10)).close()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs rights of files")
+async def test_journal_is_readable_by_its_owner_alone(tmp_path: Path):
+    before, file = os.umask(0o022), tmp_path / "data" / "jobs.sqlite"
+    try:
+        for expected in (0o700, 0o755):
+            queue = await SqliteJobQueue.open(file, 10)
+            await queue.submit(spec())
+            rights = {path.name: path.stat().st_mode & 0o777 for path in file.parent.iterdir()}
+            assert rights == dict.fromkeys(
+                ("jobs.sqlite", "jobs.sqlite-wal", "jobs.sqlite-shm", "jobs.sqlite.lock"), 0o600
+            )
+            assert file.parent.stat().st_mode & 0o777 == expected
+            await queue.close()
+            # as an earlier version created them, in a folder of the user's choice
+            file.parent.chmod(0o755)
+            for path in file.parent.iterdir():
+                path.chmod(0o644)
+    finally:
+        os.umask(before)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="an open file cannot be removed")
+async def test_journal_removed_while_open_is_restored(tmp_path: Path):
+    file = tmp_path / "data" / "jobs.sqlite"
+    queue = await SqliteJobQueue.open(file, 10)
+    before = await queue.submit(spec("before"))
+    shutil.rmtree(file.parent)
+    assert await queue.view(before.id)
+    with capture_logs() as logs:
+        after = await queue.submit(spec("after"))
+    assert [line["event"] for line in logs] == ["journal.restored"]
+    with pytest.raises(SetupFailed, match="another service"):
+        await lock.check(file)
+    later = await queue.submit(spec("later"))
+    assert await queue.unfinished_ids() == {before.id, after.id, later.id}
+    await queue.close()
+    reopened = await SqliteJobQueue.open(file, 10)
+    assert [(await within(reopened.claim())).id for _ in range(3)] == [
+        before.id,
+        after.id,
+        later.id,
+    ]
+    await reopened.close()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="an open file cannot be removed")
+async def test_journal_replaced_while_open_refuses_jobs(embedded: SqliteJobQueue, tmp_path: Path):
+    file = tmp_path / "jobs.sqlite"
+    file.rename(tmp_path / "moved.sqlite")
+    file.write_bytes(b"a journal of another service")
+    with pytest.raises(StorageFailed, match="another file has taken the place"):
+        await embedded.submit(spec())
+    assert file.read_bytes() == b"a journal of another service"
+    (tmp_path / "moved.sqlite").replace(file)
+    await embedded.submit(spec())
 
 
 async def test_journal_check_finishes_no_job(embedded: SqliteJobQueue, tmp_path: Path):

@@ -44,7 +44,9 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 from alphalayer.core.errors import DatabaseAway, SetupFailed, StorageFailed
 from alphalayer.core.job import Job, JobSpec, JobState, Submission
 from alphalayer.core.request import GenerationRequest
+from alphalayer.jobs import journal_file
 from alphalayer.jobs.databases import Database, SqliteDatabase, Statement
+from alphalayer.jobs.journal_file import RESTORE
 from alphalayer.jobs.upgrades import upgrade_6_to_7
 from alphalayer.observability.logging import describe_error, log
 
@@ -138,7 +140,6 @@ UNREACHABLE = (DBAPIError, sqlite3.Error, PoolTimeout, OSError, TimeoutError, as
 """Errors of a database that is unreachable, hangs, is full or read-only."""
 _DAMAGED = ("malformed", "not a database")
 """Words in SQLite's messages about a damaged file."""
-_RESTORE = "Restore its backup, or move it away (its jobs are lost then): docs/guides/backup.md."
 
 
 class Journal:
@@ -164,9 +165,10 @@ class Journal:
         """
         hint = "Check the folder's rights and space, or move the file away."
         database: Database
+        new_file: Path | None = None
         try:
             if isinstance(location, Path):
-                location.parent.mkdir(parents=True, exist_ok=True)
+                new_file = location if journal_file.prepare(location) else None
                 database = SqliteDatabase(location)
             else:
                 from alphalayer.jobs import connections
@@ -179,8 +181,10 @@ class Journal:
                 await database.migrate(partial(_migrate, location))
                 undo.pop_all()
         except (DBAPIError, OSError, sqlite3.Error) as error:
+            if new_file:
+                journal_file.remove(new_file)
             cause = getattr(error, "orig", error)
-            hint = _RESTORE if _is_damage(cause) else hint
+            hint = RESTORE if _is_damage(cause) else hint
             raise SetupFailed(
                 f"the journal {location} cannot be opened: {cause}.", hint=hint
             ) from None
@@ -374,7 +378,7 @@ class Journal:
         """Return the error of the service for an error of the database."""
         cause = describe_error(error)
         if _is_damage(error):
-            return StorageFailed(f"the journal is damaged: {cause}.", hint=_RESTORE)
+            return StorageFailed(f"the journal is damaged: {cause}.", hint=RESTORE)
         if self.database.name == "sqlite":
             hint = "Free some space and check the rights of the file."
             return StorageFailed(f"the journal cannot be written or read: {cause}.", hint=hint)
