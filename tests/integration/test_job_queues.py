@@ -759,10 +759,10 @@ async def test_hanging_database_stops_no_wait_or_heartbeat(postgres, monkeypatch
 
         waiting = [asyncio.create_task(queue.wait(job.id)) for job in others]
         with postgres.hanging():
-            await poll_until(lambda: not queue.is_reachable)
+            await poll_until(lambda: queue.problem)
             with pytest.raises(StorageFailed):
                 await queue.view(job.id)
-        await poll_until(lambda: queue.is_reachable)
+        await poll_until(lambda: not queue.problem)
 
         async def wait_for_heartbeats() -> None:
             while await stale_jobs():

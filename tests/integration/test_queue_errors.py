@@ -259,6 +259,23 @@ async def test_journal_replaced_while_open_refuses_jobs(embedded: SqliteJobQueue
     await embedded.submit(spec())
 
 
+async def test_journal_recovers_without_requests(
+    embedded: SqliteJobQueue, monkeypatch: pytest.MonkeyPatch
+):
+    async def fail(*_: object) -> list[int]:
+        raise sqlite3.OperationalError("database or disk is full")
+
+    monkeypatch.setattr(table, "RECOVERY_PAUSE_S", 0.01)
+    with monkeypatch.context() as patch:
+        patch.setattr(embedded._journal.database, "commit", fail)
+        with pytest.raises(StorageFailed):
+            await embedded.submit(spec())
+        assert "disk is full" in (embedded.problem or "")
+        await asyncio.sleep(0.05)
+        assert embedded.problem
+    await poll_until(lambda: embedded.problem is None)
+
+
 async def test_journal_check_finishes_no_job(embedded: SqliteJobQueue, tmp_path: Path):
     job = await embedded.submit(spec())
     await within(embedded.claim())

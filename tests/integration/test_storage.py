@@ -218,6 +218,16 @@ async def test_bucket_that_hangs_fails_soon(monkeypatch: pytest.MonkeyPatch):
         await read(open_storage("s3://images/x"), IMAGE)
 
 
+async def test_check_of_a_refusing_bucket_hides_its_address(monkeypatch: pytest.MonkeyPatch):
+    refusal = b"HTTP/1.1 403 Forbidden\r\nContent-Length: 0\r\n\r\n"
+    with resetting_bucket(monkeypatch, refusal):
+        for is_writing in (False, True):
+            with pytest.raises(StorageFailed) as caught, capture_logs() as logs:
+                open_storage("s3://images/x").check(is_writing=is_writing)
+            assert "127.0.0.1" not in str(caught.value)
+            assert "127.0.0.1" in logs[0]["error"]
+
+
 @contextlib.contextmanager
 def resetting_bucket(monkeypatch: pytest.MonkeyPatch, start: bytes | None) -> Iterator[list[int]]:
     """Accept requests and reset them after the start of an answer. None: never answer."""
@@ -276,8 +286,9 @@ def test_storage_without_its_folder_raises_storage_failed(tmp_path: Path):
     with contextlib.suppress(OSError):
         (tmp_path / "pictures").rmdir()
     (tmp_path / "pictures").write_text("a file now")
-    with pytest.raises(StorageFailed, match=f"cannot write {IMAGE}"):
+    with pytest.raises(StorageFailed, match=f"cannot write {IMAGE}") as caught:
         storage.put(IMAGE, b"x")
+    assert str(tmp_path) not in str(caught.value)
 
 
 async def test_check_reports_an_unusable_bucket(

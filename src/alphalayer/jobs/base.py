@@ -73,8 +73,8 @@ class JobQueue(Protocol):
         ...
 
     @property
-    def is_reachable(self) -> bool:
-        """Return whether jobs can be stored now."""
+    def problem(self) -> str | None:
+        """Return why jobs cannot be stored now, or None."""
         ...
 
     async def close(self) -> None:

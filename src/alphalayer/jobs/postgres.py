@@ -271,9 +271,10 @@ class PostgresJobQueue(Housekeeping):
                     await asyncio.wait_for(changed.wait(), POLL_EVERY_S)
 
     @property
-    def is_reachable(self) -> bool:
-        """Return whether the last polls of the database succeeded."""
-        return time.monotonic() - self._polled_at < UNREACHABLE_S
+    def problem(self) -> str | None:
+        """Return an error while the polls of the database fail."""
+        is_reachable = time.monotonic() - self._polled_at < UNREACHABLE_S
+        return None if is_reachable else "the database cannot be reached."
 
     @property
     def queue_length(self) -> int:

@@ -33,6 +33,7 @@ from alphalayer.jobs.lock import open_exclusively
 from alphalayer.jobs.table import Journal
 from alphalayer.observability.background import retry_until_success
 from alphalayer.observability.logging import log
+from alphalayer.storage import disk
 
 VIEW_EVERY_S = 2.0
 """Seconds between two views of a waiting job, whose remaining time changes."""
@@ -85,12 +86,14 @@ class SqliteJobQueue(Housekeeping):
     def __init__(
         self,
         journal: Journal,
+        folder: Path,
         lock: FileLock,
         queue_limit: int,
         queue_shares: Mapping[str, float],
         on_outcome: OnOutcome,
     ):
         super().__init__(journal)
+        self._folder = folder
         self._lock = lock
         self._queue_limit = queue_limit
         self._queue_shares = queue_shares
@@ -124,9 +127,8 @@ class SqliteJobQueue(Housekeeping):
             SetupFailed: see `alphalayer.jobs.lock.check`.
         """
         journal, lock, unfinished = await open_exclusively(file)
-        job_queue = cls(
-            journal, lock, queue_limit, {} if queue_shares is None else queue_shares, on_outcome
-        )
+        shares = {} if queue_shares is None else queue_shares
+        job_queue = cls(journal, file.parent, lock, queue_limit, shares, on_outcome)
         for job in unfinished:
             await job_queue._restore(job)
         if job_queue._completing:
@@ -157,9 +159,9 @@ class SqliteJobQueue(Housekeeping):
         self._lock.release()
 
     @property
-    def is_reachable(self) -> bool:
-        """Return True: the journal is a local file."""
-        return True
+    def problem(self) -> str | None:
+        """Return why the journal cannot be written, or None; see the protocol."""
+        return self._journal.problem or disk.find_problem(self._folder, "the journal")
 
     @property
     def queue_length(self) -> int:

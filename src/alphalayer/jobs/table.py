@@ -48,6 +48,7 @@ from alphalayer.jobs import journal_file
 from alphalayer.jobs.databases import Database, SqliteDatabase, Statement
 from alphalayer.jobs.journal_file import RESTORE
 from alphalayer.jobs.upgrades import upgrade_6_to_7
+from alphalayer.observability.background import retry_until_success
 from alphalayer.observability.logging import describe_error, log
 
 metadata = MetaData()
@@ -134,6 +135,8 @@ WITH_WEBHOOK = jobs.c.delivery.contains('"webhook":{')
 _INPUT = re.compile(r"input_[0-9a-f]{64}\.png")
 
 WEBHOOK_CLAIM_S = 60.0
+RECOVERY_PAUSE_S = 1.0
+"""Seconds between two attempts to write after an error of the journal's file."""
 DELETE_BATCH = 1000
 """Jobs that are deleted in one transaction, so that other writers get their turn."""
 UNREACHABLE = (DBAPIError, sqlite3.Error, PoolTimeout, OSError, TimeoutError, asyncio.TimeoutError)
@@ -151,6 +154,9 @@ class Journal:
         self._save = database.prepare(_SAVE)
         self._pending: list[tuple[Statement, asyncio.Future[int]]] = []
         self._writer: asyncio.Task[None] | None = None
+        self.problem: str | None = None
+        """Why the last write failed, until one succeeds."""
+        self._recovery: asyncio.Task[None] | None = None
 
     @classmethod
     async def open(cls, location: Path | str) -> Journal:
@@ -192,6 +198,9 @@ class Journal:
 
     async def close(self) -> None:
         """Close the database after all pending writes."""
+        if self._recovery:
+            self._recovery.cancel()
+            await asyncio.gather(self._recovery, return_exceptions=True)
         if self._writer:
             await self._writer
         await self.database.close()
@@ -357,13 +366,33 @@ class Journal:
             except Exception as error:
                 if isinstance(error, UNREACHABLE):
                     error = self.to_storage_error(error)
+                    self._note_problem(error)
                 for _, done in batch:
                     if not done.done():
                         done.set_exception(error)
                 continue
+            self.problem = None
             for (_, done), count in zip(batch, counts, strict=True):
                 if not done.done():
                     done.set_result(count)
+
+    def _note_problem(self, error: StorageFailed) -> None:
+        """Remember an error until a write succeeds, and try to write until then.
+
+        Without that, a service that gets no requests would never count as ready again.
+        """
+        self.problem = error.message
+        if self.database.name == "sqlite" and (self._recovery is None or self._recovery.done()):
+            self._recovery = asyncio.create_task(self._recover())
+
+    async def _recover(self) -> None:
+        """Write the version of the schema, which is there, until it succeeds."""
+        async for attempt in retry_until_success(
+            StorageFailed, lambda _error: None, RECOVERY_PAUSE_S
+        ):
+            with attempt:
+                if self.problem:
+                    await self._write(text(f"PRAGMA user_version = {VERSION}"))
 
     async def _read(self, statement: Any) -> list[Job]:
         return [job_of(row) for row in await self._rows(statement)]

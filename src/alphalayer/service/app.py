@@ -29,7 +29,7 @@ from alphalayer.config import Settings
 from alphalayer.core.errors import AlphalayerError, SetupFailed
 from alphalayer.core.optional_dependencies import install_hint, require
 from alphalayer.jobs import lock
-from alphalayer.jobs.base import Jobs
+from alphalayer.jobs.base import Jobs, OnOutcome, Outcome, ignore_outcome
 from alphalayer.jobs.outcomes import record_outcome
 from alphalayer.jobs.sqlite import SqliteJobQueue
 from alphalayer.observability.background import keep_running
@@ -37,7 +37,7 @@ from alphalayer.observability.logging import log
 from alphalayer.observability.metrics import Metrics
 from alphalayer.observability.tracing import Traces
 from alphalayer.service.gpus import engine_environments
-from alphalayer.service.health import Health, ModelLookup
+from alphalayer.service.health import Health, ModelLookup, StorageProbe
 from alphalayer.service.pool import WorkerPool
 from alphalayer.service.retention import Limits, keep_sweeping
 from alphalayer.service.webhooks import Webhooks, check_url, read_secret
@@ -59,6 +59,7 @@ class Parts:
     service: Service
     job_queue: Jobs
     pool: WorkerPool
+    probe: StorageProbe
     webhooks: Webhooks | None
 
 
@@ -85,6 +86,7 @@ def create_app(
         )
         work = parts.pool.tasks
         work["sweep"] = partial(keep_sweeping, parts.service.storage, parts.job_queue, limits)
+        work["storage"] = parts.probe.run
         if parts.webhooks:
             work["webhooks"] = parts.webhooks.run
         running = [asyncio.create_task(keep_running(name, run)) for name, run in work.items()]
@@ -204,7 +206,7 @@ async def check(settings: Settings) -> None:
     if settings.database is None:
         await lock.check(settings.data_dir / JOURNAL)
     else:
-        await (await _open_job_queue(settings, {}, Metrics())).close()
+        await (await _open_job_queue(settings, {}, ignore_outcome)).close()
 
 
 def _open_storage(settings: Settings) -> ObjectStorage:
@@ -243,10 +245,9 @@ def _webhook_key(settings: Settings) -> bytes | None:
 
 
 async def _open_job_queue(
-    settings: Settings, shares: Mapping[str, float], metrics: Metrics
+    settings: Settings, shares: Mapping[str, float], on_outcome: OnOutcome
 ) -> Jobs:
     """Open the queue of this machine, or the shared one. Raises `SetupFailed`."""
-    on_outcome = partial(record_outcome, metrics)
     if settings.database is None:
         return await SqliteJobQueue.open(
             settings.data_dir / JOURNAL, settings.queue_limit, shares, on_outcome
@@ -276,7 +277,13 @@ async def _assemble(
     if settings.role != "worker":
         _log_access(settings, keys.keys())
     metrics = Metrics()
-    job_queue = await _open_job_queue(settings, keys.shares, metrics)
+    probe = StorageProbe(storage)
+
+    def on_outcome(job_id: str, outcome: Outcome) -> None:
+        record_outcome(metrics, job_id, outcome)
+        probe.record_outcome(outcome)
+
+    job_queue = await _open_job_queue(settings, keys.shares, on_outcome)
     metrics.queue_length.set_function(lambda: job_queue.queue_length)
     metrics.queue_age.set_function(lambda: job_queue.oldest_waiting_s)
     has_engines = settings.role != "api"
@@ -288,7 +295,13 @@ async def _assemble(
         is_shared=settings.database is not None,
     )
     models = _model_lookup(settings)
-    health = Health(pool, shutdown, lambda: job_queue.is_reachable, models.default, has_engines)
+    health = Health(
+        pool,
+        shutdown,
+        lambda: job_queue.problem or probe.problem,
+        models.default,
+        has_engines,
+    )
     webhooks = (
         Webhooks(job_queue, metrics, secret, allow_private=settings.webhook_allow_private)
         if secret
@@ -317,7 +330,7 @@ async def _assemble(
         if webhooks
         else None,
     )
-    return Parts(service, job_queue, pool, webhooks)
+    return Parts(service, job_queue, pool, probe, webhooks)
 
 
 def _create_pool(

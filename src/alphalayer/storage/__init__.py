@@ -94,6 +94,17 @@ class Storage(Protocol):
         """
         ...
 
+    def check(self, *, is_writing: bool) -> None:
+        """Check that images can be stored.
+
+        Args:
+            is_writing: Whether to write and delete a small file. If not, nothing changes.
+
+        Raises:
+            StorageFailed: They cannot, or a disk is nearly full.
+        """
+        ...
+
 
 async def read(storage: Storage, key: str) -> bytes:
     """Read a complete file. Raises `FileMissing` or `StorageFailed`."""

@@ -18,7 +18,8 @@ from obstore.store import LocalStore, from_url
 from alphalayer.core.errors import FileMissing, SetupFailed, StorageFailed
 from alphalayer.core.job import PREVIEW_PREFIX, new_id
 from alphalayer.images import codecs
-from alphalayer.storage import StoredFile, check_key, localfiles
+from alphalayer.observability.logging import log
+from alphalayer.storage import StoredFile, check_key, disk, localfiles
 
 CHUNK_BYTES = 256 * 1024
 CACHE_FOREVER = "public, max-age=31536000, immutable"
@@ -36,18 +37,19 @@ _CLIENT_OPTIONS = (
     "proxy_ca_certificate",
     "proxy_excludes",
 )
-RETRIES = {
+RETRIES: Any = {
     "max_retries": 3,
     "retry_timeout": timedelta(seconds=5),
     "backoff": {"max_backoff": timedelta(seconds=1)},
 }
 """Retries of everything that a client waits for."""
-LONG_RETRIES = {
+LONG_RETRIES: Any = {
     "max_retries": 20,
     "retry_timeout": timedelta(seconds=60),
     "backoff": {"max_backoff": timedelta(seconds=5)},
 }
 """Retries of the upload of an image, which took long to generate."""
+_ADDRESS = re.compile(r"[a-z0-9]+://[^\s,;)]+")
 _CREDENTIALS_PATH = re.compile("/latest/(api/token|meta-data)")
 """Path of Amazon's credentials service. An error with it means that no keys are set."""
 
@@ -159,15 +161,40 @@ class ObjectStorage:
         except OSError as error:
             raise self._storage_error("clean up", "", error) from None
 
+    def check(self, *, is_writing: bool) -> None:
+        """Check that images can be stored; see the protocol."""
+        if isinstance(self._store, LocalStore):
+            problem = disk.find_problem(Path(self._location), "the images")
+            if problem:
+                raise StorageFailed(problem, hint="Free some space and check the folder's rights.")
+        key = f"{PREVIEW_PREFIX}{new_id()}.webp"
+        if is_writing:
+            self.put(key, b"alphalayer", replace=True)
+            with contextlib.suppress(StorageFailed):
+                self.delete(key)
+            return
+        try:
+            obstore.head(self._store, key)
+        except FileNotFoundError:
+            pass
+        except (BaseError, OSError) as error:
+            raise self._storage_error("read", key, error) from None
+
     def _storage_error(self, action: str, key: str, error: Exception) -> StorageFailed:
+        """Return the error for clients, and log it with paths and addresses."""
+        what = f"cannot {action} {key or 'the files'}"
+        log.warning("storage.failed", action=what, storage=self._location, error=_cause(error))
+        cause = _ADDRESS.sub("…", _cause(error).replace(self._location, "…"))
         return StorageFailed(
-            f"cannot {action} {key or 'the files'} in {self._location}: {_cause(error)}.",
-            hint="Check its space, rights, address and keys.",
+            f"{what}: {cause}.",
+            hint="Check the space, rights, address and keys of the storage.",
         )
 
 
 def _cause(error: Exception) -> str:
     """Return the message of a bucket's XML, or the first line of another error."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
     message = re.search(r"<Code>(.*?)</Code>\s*<Message>(.*?)\.?</Message>", str(error), re.DOTALL)
     if message:
         return f"{message[2]} ({message[1]})"
