@@ -11,6 +11,7 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import pytest_asyncio
@@ -19,8 +20,8 @@ from tests.integration.test_job_queues import poll_until, result_of, spec, withi
 
 from alphalayer.core.errors import EngineFailed, QueueFull, SetupFailed, StorageFailed
 from alphalayer.core.job import Delivery, Job, JobProgress, JobState, Submission, Webhook
-from alphalayer.jobs import lock, table
-from alphalayer.jobs.base import Jobs
+from alphalayer.jobs import estimates, lock, table
+from alphalayer.jobs.base import USUAL_SECONDS, Jobs
 from alphalayer.jobs.sqlite import SqliteJobQueue
 from alphalayer.jobs.table import Journal
 
@@ -84,8 +85,10 @@ async def test_delete_finished_deletes_in_batches(queue: Jobs, monkeypatch: pyte
         return row_counts[-1]
 
     monkeypatch.setattr(Journal, "_write", write_counted)
-    assert await queue.delete_finished(time.time() + 1) == 5
-    assert row_counts == [2, 2, 1]
+    assert await queue.count_finished() == 5
+    assert await queue.delete_finished(time.time() + 1, 3) == 3
+    assert await queue.delete_finished(time.time() + 1, 100) == 2
+    assert row_counts == [2, 1, 2, 0]
     assert [view.job.id for view in await queue.list()] == [remaining.id]
 
 
@@ -325,3 +328,45 @@ async def test_requeued_job_starts_without_old_progress(shared: Jobs):
         await shared.requeue(job.id, "it died")
     await within(shared.claim())
     await shared.complete(job.id, EngineFailed("it broke."))
+
+
+async def test_webhook_of_a_clock_that_was_set_back_is_due(queue: Jobs):
+    """A year ahead, a webhook was postponed for a minute: it is due now, not in a year."""
+    delivery = Delivery(webhook=Webhook(url="https://x.org", service_url="https://y.org"))
+    jobs = [await queue.submit(spec(), delivery=delivery) for _ in range(2)]
+    for job, due in zip(jobs, (365 * 86_400, 3_600), strict=True):
+        await queue.cancel(job.id)
+        await queue.record_webhook_attempt(job.id, time.time() + due, 1)
+    assert [job.id for job, _ in await queue.claim_due_webhooks(5)] == [jobs[0].id]
+
+
+@pytest.mark.parametrize("shift_s", [-40_000_000.0, 40_000_000.0])
+async def test_eta_ignores_a_clock_that_was_set(
+    embedded: SqliteJobQueue, monkeypatch: pytest.MonkeyPatch, shift_s: float
+):
+    running, waiting = [await embedded.submit(spec()) for _ in range(2)]
+    await embedded.claim()
+    await embedded.mark_started(running.id)
+    await embedded.report_progress(running.id, JobProgress(stage="sample", step=1, steps=9))
+    monkeypatch.setattr(time, "time", lambda: 1_800_000_000.0 + shift_s)
+    for job in (running, waiting):
+        view = await embedded.view(job.id)
+        assert view
+        assert view.eta_s is not None
+        assert 0 <= view.eta_s < 60
+    if shift_s < 0:
+        assert embedded.oldest_waiting_s == 0
+    await embedded.complete(running.id, result_of(running.spec))
+    assert 1 <= embedded.retry_after_s <= USUAL_SECONDS
+
+
+async def test_shared_eta_is_never_negative(shared: Jobs, monkeypatch: pytest.MonkeyPatch):
+    job = await shared.submit(spec())
+    await within(shared.claim())
+    await shared.mark_started(job.id)
+    await shared.report_progress(job.id, JobProgress(stage="sample", step=1, steps=9))
+    await poll_until(lambda: shared._notifications.progress_of(job.id).step == 1)
+    monkeypatch.setattr(estimates, "time", SimpleNamespace(time=lambda: 1.0))
+    view = await shared.view(job.id)
+    assert view
+    assert view.eta_s == 0

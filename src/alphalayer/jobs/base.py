@@ -210,10 +210,18 @@ class JobStore(Protocol):
         """Return the names of the input images of all unfinished jobs."""
         ...
 
-    async def delete_finished(self, finished_before: float) -> int:
-        """Delete jobs that finished before a time (Unix seconds).
+    async def count_finished(self) -> int:
+        """Return the number of finished jobs."""
+        ...
+
+    async def delete_finished(self, finished_before: float, at_most: int) -> int:
+        """Delete jobs that finished before a time, the oldest first.
 
         Jobs with a pending webhook stay.
+
+        Args:
+            finished_before: Unix seconds.
+            at_most: Maximum number of jobs.
 
         Returns:
             The number of deleted jobs.

@@ -32,7 +32,9 @@ from sqlalchemy import (
     UniqueConstraint,
     bindparam,
     false,
+    func,
     literal_column,
+    or_,
     select,
     text,
     update,
@@ -135,6 +137,8 @@ WITH_WEBHOOK = jobs.c.delivery.contains('"webhook":{')
 _INPUT = re.compile(r"input_[0-9a-f]{64}\.png")
 
 WEBHOOK_CLAIM_S = 60.0
+WEBHOOK_HORIZON_S = 86_400.0
+"""Longer than each pause before a retry. A later time was set by a clock that was wrong."""
 RECOVERY_PAUSE_S = 1.0
 """Seconds between two attempts to write after an error of the journal's file."""
 DELETE_BATCH = 1000
@@ -299,16 +303,33 @@ class Journal:
             statement = statement.where(jobs.c.created_at < before)
         return await self._read(statement)
 
-    async def delete_finished(self, finished_before: float) -> int:
-        """Delete jobs that finished before a time, in batches. Return their number."""
-        old = select(jobs.c.id).where(
-            jobs.c.finished_at < finished_before, jobs.c.webhook_due.is_(None)
+    async def count_finished(self) -> int:
+        """Return the number of finished jobs. Raises `StorageFailed`."""
+        rows = await self._rows(select(func.count().label("count")).where(jobs.c.finished_at > 0))
+        return rows[0]["count"]
+
+    async def delete_finished(self, finished_before: float, at_most: int) -> int:
+        """Delete jobs that finished before a time, the oldest first, in batches.
+
+        Args:
+            finished_before: Unix seconds.
+            at_most: Maximum number of jobs.
+
+        Returns:
+            The number of deleted jobs.
+        """
+        old = (
+            select(jobs.c.id)
+            .where(jobs.c.finished_at < finished_before, jobs.c.webhook_due.is_(None))
+            .order_by(jobs.c.finished_at)
         )
-        batch = jobs.delete().where(jobs.c.id.in_(old.limit(DELETE_BATCH)))
-        deleted = count = await self._write(batch)
-        while count == DELETE_BATCH:
-            count = await self._write(batch)
+        deleted = 0
+        while deleted < at_most:
+            size = min(DELETE_BATCH, at_most - deleted)
+            count = await self._write(jobs.delete().where(jobs.c.id.in_(old.limit(size))))
             deleted += count
+            if count < size:
+                break
         return deleted
 
     async def claim_webhooks(self, now: float, limit: int) -> list[tuple[Job, int]]:
@@ -328,7 +349,7 @@ class Journal:
         """
         due_jobs = (
             select(jobs.c.id)
-            .where(jobs.c.webhook_due <= now)
+            .where(or_(jobs.c.webhook_due <= now, jobs.c.webhook_due > now + WEBHOOK_HORIZON_S))
             .order_by(jobs.c.webhook_due)
             .limit(limit)
             .with_for_update(skip_locked=True)
