@@ -33,6 +33,7 @@ from alphalayer.core.errors import (
 from alphalayer.core.job import Delivery, Job, JobSpec, JobState, Submission, new_id
 from alphalayer.core.modes import DEFAULT_MODE, InputRole
 from alphalayer.core.request import DecodeMode, GenerationRequest, ImageInput, NoiseSource
+from alphalayer.core.validation import PRINTABLE
 from alphalayer.images import codecs
 from alphalayer.jobs.base import JobQueue, JobView
 from alphalayer.observability.logging import log
@@ -91,6 +92,7 @@ IdempotencyKey = Annotated[
         alias="Idempotency-Key",
         min_length=1,
         max_length=200,
+        pattern=PRINTABLE,
         description="Requests with the same key return the same job. A job that all waiting "
         "clients have left is cancelled, and its key starts a new job.",
     ),

@@ -9,6 +9,8 @@ from typing import Any
 SHOWN_CHARACTERS = 60
 DESCRIBED = "The fields are described at /docs."
 COLOUR = r"^#[0-9a-fA-F]{6}$"
+PRINTABLE = r"^[^\x00-\x1f\x7f]*$"
+"""Pattern of texts that every database can hold."""
 _ACCEPTED = {
     "int_type": "a whole number",
     "int_parsing": "a whole number",
@@ -43,7 +45,10 @@ _FULL = {
     "string_too_short": "it is empty",
 }
 """Full description of errors where the received value does not help."""
-_FORMS = {COLOUR: 'a colour such as "#ffffff"'}
+_FORMS = {
+    COLOUR: 'a colour such as "#ffffff"',
+    PRINTABLE: "a text without control characters",
+}
 
 
 def describe_validation_error(error: Mapping[str, Any]) -> str:

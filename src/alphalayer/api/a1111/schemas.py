@@ -137,7 +137,11 @@ class Txt2ImgRequest(Body, Postprocessing, frozen=True):
     save_images: Annotated[bool, Field(description="Ignored: every image is stored.")] = False
     force_task_id: Annotated[
         str | None,
-        Field(max_length=100, description="The same id and request return the same job."),
+        Field(
+            max_length=100,
+            pattern=validation.PRINTABLE,
+            description="The same id and request return the same job.",
+        ),
     ] = None
     alwayson_scripts: Annotated[
         dict[str, Script],
