@@ -74,7 +74,7 @@ def test_keys_with_control_characters_are_refused():
     key = TypeAdapter(IdempotencyKey)
     assert key.validate_python("order 17/\u00e4") == "order 17/\u00e4"
     for text in ("a\0b", "a\nb", "\x7f"):
-        with pytest.raises(ValidationError, match="pattern"):
+        with pytest.raises(ValidationError, match="control characters"):
             key.validate_python(text)
         with pytest.raises(ValidationError, match="force_task_id"):
             A1111Request.model_validate({"prompt": "x", "force_task_id": text})

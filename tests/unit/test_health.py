@@ -67,7 +67,7 @@ async def test_probe_writes_after_a_failed_write_until_one_succeeds():
         for _ in range(2):
             await probe.check()
     assert (probe.problem, storage.writes) == (None, [True, True, False])
-    assert [line["event"] for line in logs] == ["storage.checked"]
+    assert [line["event"] for line in logs] == ["storage.recovered"]
     probe.record_outcome(StorageFailed("cannot write."))
     probe.record_outcome(RESULT)
     assert probe.problem is None
@@ -77,11 +77,14 @@ async def test_probe_reports_a_storage_that_cannot_be_read():
     storage: Any = CheckedStorage()
     probe = StorageProbe(storage)
     storage.error = "no response."
-    await probe.check()
+    with capture_logs() as logs:
+        for _ in range(2):
+            await probe.check()
+    assert [line["event"] for line in logs] == ["storage.unavailable"]
     assert probe.problem == "no response."
     storage.error = ""
     await probe.check()
-    assert (probe.problem, storage.writes) == (None, [False, False])
+    assert (probe.problem, storage.writes) == (None, [False] * 3)
 
 
 def test_folder_problem_is_space_or_rights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

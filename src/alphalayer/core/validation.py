@@ -9,8 +9,6 @@ from typing import Any
 SHOWN_CHARACTERS = 60
 DESCRIBED = "The fields are described at /docs."
 COLOUR = r"^#[0-9a-fA-F]{6}$"
-PRINTABLE = r"^[^\x00-\x1f\x7f]*$"
-"""Pattern of texts that every database can hold."""
 _ACCEPTED = {
     "int_type": "a whole number",
     "int_parsing": "a whole number",
@@ -45,10 +43,7 @@ _FULL = {
     "string_too_short": "it is empty",
 }
 """Full description of errors where the received value does not help."""
-_FORMS = {
-    COLOUR: 'a colour such as "#ffffff"',
-    PRINTABLE: "a text without control characters",
-}
+_FORMS = {COLOUR: 'a colour such as "#ffffff"'}
 
 
 def describe_validation_error(error: Mapping[str, Any]) -> str:
@@ -85,6 +80,13 @@ def check_unicode(value: Any) -> None:
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError:
         raise ValueError("a text in it is not Unicode") from None
+
+
+def check_printable(text: str) -> str:
+    """Return a text that every database can hold. Raises `ValueError`."""
+    if any(character < " " or character == "\x7f" for character in text):
+        raise ValueError("it has control characters; use printable ones")
+    return text
 
 
 def shown(value: Any) -> str:

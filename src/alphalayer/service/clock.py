@@ -20,7 +20,7 @@ class ClockWatch:
         self._jumped_at: float | None = None
 
     def is_trusted(self) -> bool:
-        """Return whether files are as old as the clock says."""
+        """Return whether the clock shows the real age of files."""
         uptime = _uptime_s()
         offset = time.time() - uptime
         jump, self._offset = offset - self._offset, offset

@@ -79,9 +79,10 @@ class StorageProbe:
         else:
             self._has_failed &= not is_writing
             self.problem = self.problem if self._has_failed else None
-        if bool(self.problem) != bool(before):
-            report = log.warning if self.problem else log.info
-            report("storage.checked", problem=self.problem)
+        if self.problem and not before:
+            log.warning("storage.unavailable", error=self.problem)
+        elif before and not self.problem:
+            log.info("storage.recovered")
 
 
 @dataclass(frozen=True)

@@ -203,11 +203,11 @@ def _cause(error: Exception) -> str:
 
 
 def _client_options(location: str) -> Any:
-    """Return the time limits of a bucket's requests, and the options from the environment.
+    """Return the time limits of a bucket's requests, and other client options.
 
     obstore reads no option from the environment once one is passed.
     """
-    prefix = _PREFIXES[location.partition("://")[0]]
+    prefix = _PREFIXES.get(location.partition("://")[0], "AWS_")
     variables = {name: os.environ.get(prefix + name.upper()) for name in _CLIENT_OPTIONS}
     return {**TIMEOUTS, **{name: value for name, value in variables.items() if value}}
 
