@@ -373,6 +373,29 @@ class Settings(BaseSettings):
         """Return the folder of embeddings."""
         return self.embeddings_dir or self.models_dir.parent / "embeddings"
 
+    def check_folders(self) -> None:
+        """Check that the folder of images holds no settings, models or data.
+
+        Raises:
+            SetupFailed: It is the folder of one of them, or one above.
+        """
+        if self.storage:
+            return
+        images = self.outputs_dir.resolve()
+        others = {
+            TOML_FILE: Path(TOML_FILE),
+            "data_dir": self.data_dir,
+            "keys_file": self.keys_file,
+            "models_dir": self.models_dir,
+            "embeddings_dir": self.embeddings,
+        }
+        for name, path in others.items():
+            if path.resolve().is_relative_to(images):
+                raise SetupFailed(
+                    f"outputs_dir: the folder of images {images} also holds {name} ({path}).",
+                    hint="Set outputs_dir to a folder for images alone.",
+                )
+
     def engine_options(self) -> dict[str, Any]:
         """Return the options of the engine process, as plain JSON values."""
         return {

@@ -228,6 +228,17 @@ def test_job_with_base64_contains_its_images(client):
         assert [image["base64"] for image in job["images"]] == [None] * len(job["images"])
 
 
+@pytest.mark.parametrize("text", ["a%00b", "%f0%9f%8d%8e", "x" * 500, "A" * 24, "0" * 23])
+def test_job_of_another_form_of_id_is_missing(client, monkeypatch, text):
+    async def view(_job_id: str) -> None:
+        raise AssertionError("such a text must not reach the database")
+
+    monkeypatch.setattr(client.app.state.service.job_queue, "view", view)
+    for method, path in (("GET", ""), ("DELETE", ""), ("GET", "/events")):
+        answer = client.request(method, f"/alpha/v1/jobs/{text}{path}")
+        assert (answer.status_code, answer.json()["code"]) == (404, "job_not_found")
+
+
 def test_job_list_is_filtered_and_paged(tmp_path):
     with served(tmp_path) as client:
         jobs = [submit(client, seed=i, steps=1) for i in range(5)]

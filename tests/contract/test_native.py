@@ -255,6 +255,22 @@ def test_txt2img_too_large_body_is_413(client):
     assert chunked.status_code == 413
 
 
+def test_file_serves_images_and_previews_only(tmp_path):
+    outputs = tmp_path / "outputs"
+    outputs.mkdir()
+    upload = f"input_{'a' * 64}.png"
+    names = ["alphalayer.toml", "notes.txt", "jobs.sqlite", "00001.png", "alpha_1.png", upload]
+    for name in names:
+        (outputs / name).write_bytes(b"secret")
+    link = "alpha_1_aaaaaaaaaa00.png"
+    (outputs / link).symlink_to(outputs / "notes.txt")
+    with served(tmp_path, wait_ready=False) as client:
+        for name in (*names, link):
+            for route in ("file", "convert"):
+                answer = client.get(f"/alpha/v1/{route}/{name}")
+                assert (answer.status_code, answer.json()["code"]) == (404, "file_not_found")
+
+
 @pytest.mark.parametrize(
     "name",
     [

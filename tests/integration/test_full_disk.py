@@ -15,17 +15,20 @@ import httpx
 import pytest
 from tests.support.serving import free_port, served, wait_until
 
+from alphalayer.service import health
+
 BODY = {"prompt": "x", "steps": 2, "width": 512, "height": 512}
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """Mount a filesystem of 1 MB."""
+def small_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Mount a filesystem that is little larger than the space a ready service needs."""
+    monkeypatch.setattr(health, "PROBE_EVERY_S", 0.1)
     folder = tmp_path / "disk"
     folder.mkdir()
     try:
         mounted = subprocess.run(
-            ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], capture_output=True
+            ["mount", "-t", "tmpfs", "-o", "size=20m", "tmpfs", folder], capture_output=True
         )
     except FileNotFoundError:
         pytest.skip("needs mount")
@@ -64,7 +67,11 @@ def test_full_outputs_folder_returns_storage_failed(tmp_path, small_disk):
         assert_storage_failed(client.post("/alpha/v1/txt2img", json=BODY), "no space")
         assert client.get("/livez").status_code == 200
         assert [file.name for file in small_disk.iterdir()] == ["filler"]
+        problem = "the disk of the images has 0.0 MB left."
+        wait_until(lambda: client.get("/readyz").json().get("problem") == problem)
+        assert client.get("/readyz").status_code == 503
         filler.unlink()
+        wait_until(lambda: client.get("/readyz").status_code == 200)
         response = client.post("/alpha/v1/txt2img", json=BODY)
         assert client.get(response.json()["url"]).status_code == 200
 
@@ -73,7 +80,9 @@ def test_read_only_outputs_folder_returns_storage_failed(tmp_path, small_disk):
     with served(tmp_path, outputs_dir=small_disk) as client:
         remount(small_disk, "ro")
         assert_storage_failed(client.post("/alpha/v1/txt2img", json=BODY), "read-only")
+        wait_until(lambda: client.get("/readyz").status_code == 503)
         remount(small_disk, "rw")
+        wait_until(lambda: client.get("/readyz").status_code == 200)
         assert client.post("/alpha/v1/txt2img", json=BODY).status_code == 200
 
 
@@ -88,7 +97,9 @@ def test_full_journal_refuses_jobs_and_keeps_accepted_ones(tmp_path, small_disk)
         assert client.get(f"/alpha/v1/jobs/{accepted}").json()["state"] in ("queued", "running")
         # a queued job cannot be cancelled, and stays in the queue
         assert_storage_failed(client.delete(f"/alpha/v1/jobs/{waiting}"), "full")
+        assert "disk is full" in client.get("/readyz").json()["problem"]
         filler.unlink()
+        wait_until(lambda: client.get("/readyz").status_code == 200)
         for job in (accepted, waiting):
             wait_until(
                 lambda job=job: client.get(f"/alpha/v1/jobs/{job}").json()["state"] == "done", 20

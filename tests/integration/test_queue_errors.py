@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
+import shutil
 import sqlite3
 import time
 from collections.abc import AsyncIterator
 from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import pytest_asyncio
+from structlog.testing import capture_logs
 from tests.integration.test_job_queues import poll_until, result_of, spec, within
 
 from alphalayer.core.errors import EngineFailed, QueueFull, SetupFailed, StorageFailed
 from alphalayer.core.job import Delivery, Job, JobProgress, JobState, Submission, Webhook
-from alphalayer.jobs import lock, table
-from alphalayer.jobs.base import Jobs
+from alphalayer.jobs import estimates, lock, table
+from alphalayer.jobs.base import USUAL_SECONDS, Jobs
 from alphalayer.jobs.sqlite import SqliteJobQueue
 from alphalayer.jobs.table import Journal
 
@@ -81,8 +85,10 @@ async def test_delete_finished_deletes_in_batches(queue: Jobs, monkeypatch: pyte
         return row_counts[-1]
 
     monkeypatch.setattr(Journal, "_write", write_counted)
-    assert await queue.delete_finished(time.time() + 1) == 5
-    assert row_counts == [2, 2, 1]
+    assert await queue.count_finished() == 5
+    assert await queue.delete_finished(time.time() + 1, 3) == 3
+    assert await queue.delete_finished(time.time() + 1, 100) == 2
+    assert row_counts == [2, 1, 2, 0]
     assert [view.job.id for view in await queue.list()] == [remaining.id]
 
 
@@ -167,6 +173,112 @@ async def test_damaged_journal_is_reported_and_unlocked(tmp_path: Path):
     await (await SqliteJobQueue.open(file, 10)).close()
 
 
+@pytest.mark.parametrize("lost", ["empty", "missing"])
+async def test_lost_journal_is_reported_and_not_replaced(tmp_path: Path, lost: str):
+    file = tmp_path / "jobs.sqlite"
+    queue = await SqliteJobQueue.open(file, 10)
+    await queue.submit(spec())
+    changes = (tmp_path / "jobs.sqlite-wal").read_bytes()
+    await queue.close()
+    if lost == "empty":
+        os.truncate(file, 0)
+    else:
+        file.unlink()
+        (tmp_path / "jobs.sqlite-wal").write_bytes(changes)
+    before = {path.name: path.stat().st_size for path in tmp_path.iterdir()}
+    for opening in (lock.check(file), SqliteJobQueue.open(file, 10)):
+        with pytest.raises(SetupFailed, match=f"is {lost}.* Its jobs are lost") as caught:
+            await opening
+        assert "docs/guides/backup.md" in caught.value.hint
+    assert {path.name: path.stat().st_size for path in tmp_path.iterdir()} == before
+
+
+async def test_failed_creation_leaves_no_empty_journal(tmp_path: Path, monkeypatch):
+    def fail(*_: object) -> None:
+        raise sqlite3.OperationalError("database or disk is full")
+
+    file = tmp_path / "jobs.sqlite"
+    with monkeypatch.context() as patch:
+        patch.setattr(table, "_migrate", fail)
+        with pytest.raises(SetupFailed, match="full"):
+            await SqliteJobQueue.open(file, 10)
+    await (await SqliteJobQueue.open(file, 10)).close()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs rights of files")
+async def test_journal_is_readable_by_its_owner_alone(tmp_path: Path):
+    before, file = os.umask(0o022), tmp_path / "data" / "jobs.sqlite"
+    try:
+        for expected in (0o700, 0o755):
+            queue = await SqliteJobQueue.open(file, 10)
+            await queue.submit(spec())
+            rights = {path.name: path.stat().st_mode & 0o777 for path in file.parent.iterdir()}
+            assert rights == dict.fromkeys(
+                ("jobs.sqlite", "jobs.sqlite-wal", "jobs.sqlite-shm", "jobs.sqlite.lock"), 0o600
+            )
+            assert file.parent.stat().st_mode & 0o777 == expected
+            await queue.close()
+            # as an earlier version created them, in a folder of the user's choice
+            file.parent.chmod(0o755)
+            for path in file.parent.iterdir():
+                path.chmod(0o644)
+    finally:
+        os.umask(before)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="an open file cannot be removed")
+async def test_journal_removed_while_open_is_restored(tmp_path: Path):
+    file = tmp_path / "data" / "jobs.sqlite"
+    queue = await SqliteJobQueue.open(file, 10)
+    before = await queue.submit(spec("before"))
+    shutil.rmtree(file.parent)
+    assert await queue.view(before.id)
+    with capture_logs() as logs:
+        after = await queue.submit(spec("after"))
+    assert [line["event"] for line in logs] == ["journal.restored"]
+    with pytest.raises(SetupFailed, match="another service"):
+        await lock.check(file)
+    later = await queue.submit(spec("later"))
+    assert await queue.unfinished_ids() == {before.id, after.id, later.id}
+    await queue.close()
+    reopened = await SqliteJobQueue.open(file, 10)
+    assert [(await within(reopened.claim())).id for _ in range(3)] == [
+        before.id,
+        after.id,
+        later.id,
+    ]
+    await reopened.close()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="an open file cannot be removed")
+async def test_journal_replaced_while_open_refuses_jobs(embedded: SqliteJobQueue, tmp_path: Path):
+    file = tmp_path / "jobs.sqlite"
+    file.rename(tmp_path / "moved.sqlite")
+    file.write_bytes(b"a journal of another service")
+    with pytest.raises(StorageFailed, match="another file has taken the place"):
+        await embedded.submit(spec())
+    assert file.read_bytes() == b"a journal of another service"
+    (tmp_path / "moved.sqlite").replace(file)
+    await embedded.submit(spec())
+
+
+async def test_journal_recovers_without_requests(
+    embedded: SqliteJobQueue, monkeypatch: pytest.MonkeyPatch
+):
+    async def fail(*_: object) -> list[int]:
+        raise sqlite3.OperationalError("database or disk is full")
+
+    monkeypatch.setattr(table, "RECOVERY_PAUSE_S", 0.01)
+    with monkeypatch.context() as patch:
+        patch.setattr(embedded._journal.database, "commit", fail)
+        with pytest.raises(StorageFailed):
+            await embedded.submit(spec())
+        assert "disk is full" in (embedded.problem or "")
+        await asyncio.sleep(0.05)
+        assert embedded.problem
+    await poll_until(lambda: embedded.problem is None)
+
+
 async def test_journal_check_finishes_no_job(embedded: SqliteJobQueue, tmp_path: Path):
     job = await embedded.submit(spec())
     await within(embedded.claim())
@@ -216,3 +328,45 @@ async def test_requeued_job_starts_without_old_progress(shared: Jobs):
         await shared.requeue(job.id, "it died")
     await within(shared.claim())
     await shared.complete(job.id, EngineFailed("it broke."))
+
+
+async def test_webhook_of_a_clock_that_was_set_back_is_due(queue: Jobs):
+    """A year ahead, a webhook was postponed for a minute: it is due now, not in a year."""
+    delivery = Delivery(webhook=Webhook(url="https://x.org", service_url="https://y.org"))
+    jobs = [await queue.submit(spec(), delivery=delivery) for _ in range(2)]
+    for job, due in zip(jobs, (365 * 86_400, 3_600), strict=True):
+        await queue.cancel(job.id)
+        await queue.record_webhook_attempt(job.id, time.time() + due, 1)
+    assert [job.id for job, _ in await queue.claim_due_webhooks(5)] == [jobs[0].id]
+
+
+@pytest.mark.parametrize("shift_s", [-40_000_000.0, 40_000_000.0])
+async def test_eta_ignores_a_clock_that_was_set(
+    embedded: SqliteJobQueue, monkeypatch: pytest.MonkeyPatch, shift_s: float
+):
+    running, waiting = [await embedded.submit(spec()) for _ in range(2)]
+    await embedded.claim()
+    await embedded.mark_started(running.id)
+    await embedded.report_progress(running.id, JobProgress(stage="sample", step=1, steps=9))
+    monkeypatch.setattr(time, "time", lambda: 1_800_000_000.0 + shift_s)
+    for job in (running, waiting):
+        view = await embedded.view(job.id)
+        assert view
+        assert view.eta_s is not None
+        assert 0 <= view.eta_s < 60
+    if shift_s < 0:
+        assert embedded.oldest_waiting_s == 0
+    await embedded.complete(running.id, result_of(running.spec))
+    assert 1 <= embedded.retry_after_s <= USUAL_SECONDS
+
+
+async def test_shared_eta_is_never_negative(shared: Jobs, monkeypatch: pytest.MonkeyPatch):
+    job = await shared.submit(spec())
+    await within(shared.claim())
+    await shared.mark_started(job.id)
+    await shared.report_progress(job.id, JobProgress(stage="sample", step=1, steps=9))
+    await poll_until(lambda: shared._notifications.progress_of(job.id).step == 1)
+    monkeypatch.setattr(estimates, "time", SimpleNamespace(time=lambda: 1.0))
+    view = await shared.view(job.id)
+    assert view
+    assert view.eta_s == 0

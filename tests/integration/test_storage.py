@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import errno
 import os
+import socket
 import stat
 import threading
 from collections.abc import Iterator
@@ -24,9 +26,10 @@ from alphalayer.client import Client
 from alphalayer.config import Settings
 from alphalayer.core.errors import FileMissing, SetupFailed, StorageFailed
 from alphalayer.service.app import check
-from alphalayer.storage import Storage, localfiles, read
+from alphalayer.storage import Storage, localfiles, objects, read
 from alphalayer.storage.objects import open_storage
 
+IMAGE, PREVIEW = "alpha_1_aaaaaaaaaa00.png", f"preview_{'a' * 24}.webp"
 IMMUTABLE = "public, max-age=31536000, immutable"
 
 
@@ -48,36 +51,34 @@ def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
 
 
 async def test_storage_writes_reads_lists_and_deletes_a_file(storage: Storage):
-    storage.put("alpha_1.png", b"one")
-    file = await storage.open("alpha_1.png")
+    storage.put(IMAGE, b"one")
+    file = await storage.open(IMAGE)
     assert (file.size_bytes, b"".join([chunk async for chunk in file.chunks])) == (3, b"one")
-    storage.put("preview_1.webp", b"preview", replace=True)
+    storage.put(PREVIEW, b"preview", replace=True)
     assert sorted((key, size) for key, size, _ in storage.list()) == [
-        ("alpha_1.png", 3),
-        ("preview_1.webp", 7),
+        (IMAGE, 3),
+        (PREVIEW, 7),
     ]
-    assert [key for key, _, _ in storage.list("preview_")] == ["preview_1.webp"]
+    assert [key for key, _, _ in storage.list("preview_")] == [PREVIEW]
     for _ in range(2):
-        storage.delete("alpha_1.png")
-    with pytest.raises(FileMissing, match=r"alpha_1\.png"):
-        await storage.open("alpha_1.png")
+        storage.delete(IMAGE)
+    with pytest.raises(FileMissing, match=IMAGE):
+        await storage.open(IMAGE)
 
 
 async def test_storage_keeps_images_and_replaces_previews(storage: Storage):
     for data in (b"first", b"second"):
-        storage.put("alpha_1.png", data)
-        storage.put("preview_1.webp", data, replace=True)
-    assert await read(storage, "alpha_1.png") == b"first"
-    assert await read(storage, "preview_1.webp") == b"second"
+        storage.put(IMAGE, data)
+        storage.put(PREVIEW, data, replace=True)
+    assert await read(storage, IMAGE) == b"first"
+    assert await read(storage, PREVIEW) == b"second"
 
 
 async def test_storage_concurrent_writes_store_one_image(storage: Storage):
     with ThreadPoolExecutor(8) as pool:
-        results = list(
-            pool.map(lambda i: storage.put("alpha_1.png", bytes([i]) * 50_000), range(8))
-        )
+        results = list(pool.map(lambda i: storage.put(IMAGE, bytes([i]) * 50_000), range(8)))
     assert results == [None] * 8
-    data = await read(storage, "alpha_1.png")
+    data = await read(storage, IMAGE)
     assert len(data) == 50_000
     assert len(set(data)) == 1
 
@@ -98,10 +99,10 @@ async def test_storage_syncs_a_file_before_it_gets_its_name(
     monkeypatch.setattr(os, "fsync", fsync_recorded)
     monkeypatch.setattr(os, "link", link_recorded)
     storage = open_storage(str(tmp_path))
-    storage.put("alpha_1.png", b"first")
-    storage.put("preview_1.webp", b"preview", replace=True)
+    storage.put(IMAGE, b"first")
+    storage.put(PREVIEW, b"preview", replace=True)
     assert calls == ["file", "name", *(["folder"] if os.name != "nt" else [])]
-    assert {path.name for path in tmp_path.iterdir()} == {"alpha_1.png", "preview_1.webp"}
+    assert {path.name for path in tmp_path.iterdir()} == {IMAGE, PREVIEW}
 
 
 async def test_storage_syncs_the_name_of_an_existing_image(
@@ -109,12 +110,12 @@ async def test_storage_syncs_the_name_of_an_existing_image(
 ):
     """Sync again, because a kill may have prevented the first sync of the name."""
     storage = open_storage(str(tmp_path))
-    storage.put("alpha_1.png", b"first")
+    storage.put(IMAGE, b"first")
     synced: list[Path] = []
     monkeypatch.setattr(localfiles, "_sync", synced.append)
-    storage.put("alpha_1.png", b"second")
+    storage.put(IMAGE, b"second")
     assert synced == [tmp_path]
-    assert await read(storage, "alpha_1.png") == b"first"
+    assert await read(storage, IMAGE) == b"first"
 
 
 def test_delete_unfinished_deletes_only_old_temporary_files(
@@ -165,24 +166,106 @@ async def test_storage_without_links_keeps_images(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(os, "link", refuse)
     storage = open_storage(str(tmp_path))
     for data in (b"first", b"second"):
-        storage.put("alpha_1.png", data)
-    assert await read(storage, "alpha_1.png") == b"first"
-    assert [path.name for path in tmp_path.iterdir()] == ["alpha_1.png"]
+        storage.put(IMAGE, data)
+    assert await read(storage, IMAGE) == b"first"
+    assert [path.name for path in tmp_path.iterdir()] == [IMAGE]
 
 
 async def test_storage_invalid_key_raises_file_missing(storage: Storage):
-    for key in ("../out.png", ".hidden", "a/b.png", ""):
+    for key in (
+        "../out.png", ".hidden", "a/b.png", "", "a.png", "alphalayer.toml", "keys.json",
+        "jobs.sqlite", f"{IMAGE}/x", f"{IMAGE}\n", IMAGE.replace("png", "exe"),
+        IMAGE.replace("1", "\N{ARABIC-INDIC DIGIT ONE}"), "input_1.png",
+    ):  # fmt: skip
         with pytest.raises(FileMissing):
             storage.put(key, b"x")
+        with pytest.raises(FileMissing):
+            await storage.open(key)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs pipes")
+async def test_folder_serves_no_links_pipes_or_folders(tmp_path: Path):
+    folder = tmp_path / "images"
+    storage = open_storage(str(folder))
+    (tmp_path / "secret.txt").write_bytes(b"secret")
+    link, lost, pipe, inner = (f"alpha_{i}_aaaaaaaaaa00.png" for i in range(2, 6))
+    (folder / link).symlink_to(tmp_path / "secret.txt")
+    (folder / lost).symlink_to(tmp_path / "nothing")
+    os.mkfifo(folder / pipe)
+    (folder / inner).mkdir()
+    for key in (link, lost, pipe, inner):
+        with pytest.raises(FileMissing):
+            await asyncio.wait_for(storage.open(key), 2)
+
+
+@pytest.mark.parametrize("start", [b"", b"HTTP/1.1 200 OK\r\nContent-Length: 99999\r\n\r\nab"])
+async def test_bucket_that_resets_fails_soon(monkeypatch: pytest.MonkeyPatch, start: bytes):
+    monkeypatch.setattr(objects, "RETRIES", {"max_retries": 1})
+    with resetting_bucket(monkeypatch, start) as attempts:
+        with pytest.raises(StorageFailed, match=f"cannot read {IMAGE}"):
+            await read(open_storage("s3://images/x"), IMAGE)
+        if not start:
+            assert len(attempts) == 2
+
+
+async def test_bucket_that_hangs_fails_soon(monkeypatch: pytest.MonkeyPatch):
+    assert objects.OPEN_S <= 10
+    monkeypatch.setattr(objects, "OPEN_S", 0.1)
+    with (
+        resetting_bucket(monkeypatch, None),
+        pytest.raises(StorageFailed, match=r"no response for 0\.1 seconds"),
+    ):
+        await read(open_storage("s3://images/x"), IMAGE)
+
+
+async def test_check_of_a_refusing_bucket_hides_its_address(monkeypatch: pytest.MonkeyPatch):
+    refusal = b"HTTP/1.1 403 Forbidden\r\nContent-Length: 0\r\n\r\n"
+    with resetting_bucket(monkeypatch, refusal):
+        for is_writing in (False, True):
+            with pytest.raises(StorageFailed) as caught, capture_logs() as logs:
+                open_storage("s3://images/x").check(is_writing=is_writing)
+            assert "127.0.0.1" not in str(caught.value)
+            assert "127.0.0.1" in logs[0]["error"]
+
+
+@contextlib.contextmanager
+def resetting_bucket(monkeypatch: pytest.MonkeyPatch, start: bytes | None) -> Iterator[list[int]]:
+    """Accept requests and reset them after the start of an answer. None: never answer."""
+    attempts, hanging = [], []
+
+    def answer() -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                connection, _ = server.accept()
+                attempts.append(len(connection.recv(65536)))
+                if start is None:
+                    hanging.append(connection)
+                    continue
+                connection.sendall(start)
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+                connection.close()
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        for name, value in (
+            ("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.getsockname()[1]}"),
+            ("AWS_ALLOW_HTTP", "true"), ("AWS_REGION", "x"),
+            ("AWS_ACCESS_KEY_ID", "x"), ("AWS_SECRET_ACCESS_KEY", "x"),
+        ):  # fmt: skip
+            monkeypatch.setenv(name, value)
+        threading.Thread(target=answer, daemon=True).start()
+        yield attempts
+        server.shutdown(socket.SHUT_RDWR)
+        for connection in hanging:
+            connection.close()
 
 
 def test_presigned_url_sends_type_and_cache_headers(bucket: str):
     storage = open_storage(bucket)
-    storage.put("alpha_2.avif", b"image")
-    storage.put("preview_2.webp", b"preview", replace=True)
+    storage.put("alpha_2_aaaaaaaaaa00.avif", b"image")
+    storage.put(PREVIEW, b"preview", replace=True)
     for key, content_type, cache_control in (
-        ("alpha_2.avif", "image/avif", IMMUTABLE),
-        ("preview_2.webp", "image/webp", "no-store"),
+        ("alpha_2_aaaaaaaaaa00.avif", "image/avif", IMMUTABLE),
+        (PREVIEW, "image/webp", "no-store"),
     ):
         url = storage.presign(key, 60)
         assert url
@@ -195,7 +278,7 @@ def test_presigned_url_sends_type_and_cache_headers(bucket: str):
 
 
 def test_presign_of_a_folder_returns_none(tmp_path: Path):
-    assert open_storage(str(tmp_path)).presign("alpha_1.png", 60) is None
+    assert open_storage(str(tmp_path)).presign(IMAGE, 60) is None
 
 
 def test_storage_without_its_folder_raises_storage_failed(tmp_path: Path):
@@ -203,8 +286,9 @@ def test_storage_without_its_folder_raises_storage_failed(tmp_path: Path):
     with contextlib.suppress(OSError):
         (tmp_path / "pictures").rmdir()
     (tmp_path / "pictures").write_text("a file now")
-    with pytest.raises(StorageFailed, match=r"cannot write alpha_1\.png"):
-        storage.put("alpha_1.png", b"x")
+    with pytest.raises(StorageFailed, match=f"cannot write {IMAGE}") as caught:
+        storage.put(IMAGE, b"x")
+    assert str(tmp_path) not in str(caught.value)
 
 
 async def test_check_reports_an_unusable_bucket(
@@ -231,7 +315,7 @@ async def test_check_reports_an_unusable_bucket(
         patch.setenv("AWS_ENDPOINT_URL", address)
         assert f'there is no bucket "{bucket_name}" at {address}.' in await error_message()
         with pytest.raises(StorageFailed, match=r"does not exist \(NoSuchBucket\)\.") as caught:
-            open_storage(bucket).put("alpha_1.png", b"x")
+            open_storage(bucket).put(IMAGE, b"x")
         assert "<" not in str(caught.value)
     await check(settings)
     assert open_storage(bucket).list() == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 
 from alphalayer.config import Settings, load_settings
 from alphalayer.core.errors import SetupFailed
+from alphalayer.service.app import check
 
 
 @pytest.fixture(autouse=True)
@@ -156,3 +158,34 @@ def test_settings_invalid_secret_is_not_shown(tmp_path: Path, monkeypatch: pytes
         load_settings()
     assert "webhook_secret" in str(raised.value)
     assert "424242" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("outputs", "others"),
+    [
+        (".", {}),
+        ("..", {}),
+        ("data", {}),
+        ("link", {}),
+        ("models", {}),
+        ("images", {"data_dir": "images/data"}),
+        ("images", {"keys_file": "images/keys.json"}),
+        ("images", {"models_dir": "/srv/models", "embeddings_dir": "images/x/y"}),
+        ("/srv/alphalayer", {"models_dir": "/srv/alphalayer/models"}),
+    ],
+)
+def test_settings_outputs_that_hold_other_files_are_refused(
+    empty_folder: Path, outputs: str, others: dict[str, str]
+):
+    (empty_folder / "link").symlink_to(empty_folder)
+    settings = load_settings(outputs_dir=outputs, **others)
+    with pytest.raises(SetupFailed, match=r"outputs_dir: the folder of images .* also holds"):
+        settings.check_folders()
+    with pytest.raises(SetupFailed, match="outputs_dir"):
+        asyncio.run(check(settings.model_copy(update={"role": "api"})))
+
+
+def test_settings_outputs_beside_or_below_other_files_are_accepted():
+    for outputs in ("outputs", "data/outputs", "/srv/outputs"):
+        load_settings(outputs_dir=outputs).check_folders()
+    load_settings(outputs_dir=".", storage="s3://images").check_folders()

@@ -6,7 +6,9 @@ import asyncio
 import os
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from structlog.testing import capture_logs
@@ -16,6 +18,7 @@ from alphalayer.core.errors import StorageFailed
 from alphalayer.core.job import JobResult, JobSpec
 from alphalayer.core.request import GenerationRequest, ModelDefaults
 from alphalayer.jobs.sqlite import SqliteJobQueue
+from alphalayer.service import clock, retention
 from alphalayer.service.retention import DAY_S, Limits, keep_sweeping, select_expired, sweep
 from alphalayer.storage.objects import ObjectStorage, open_storage
 
@@ -58,6 +61,76 @@ def test_select_expired_leaves_protected_files():
     ) == [
         "c",
         "d",
+    ]
+
+
+def test_select_expired_by_age_takes_a_tenth_a_sweep():
+    files = [(f"image {i}", 10, float(i)) for i in range(2_000)]
+    with capture_logs() as logs:
+        expired = select_expired(files, Limits(images_days=1), 1e9, lambda _: False)
+    assert expired == [f"image {i}" for i in range(200)]
+    assert [(line["event"], line["log_level"], line["old_images"]) for line in logs] == [
+        ("retention.limited", "warning", 2_000)
+    ]
+    # the limit of bytes holds all the same, and previews are no images
+    previews = [(f"preview_{i}.webp", 10, 0.0) for i in range(500)]
+    assert len(select_expired(files, Limits(1, 100), 1e9, lambda _: False)) == 1_990
+    assert len(select_expired(previews, Limits(), 1e9, lambda _: False)) == 500
+
+
+async def test_sweep_deletes_a_tenth_of_the_old_jobs(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(retention, "MIN_OLD", 2)
+    job_queue = await SqliteJobQueue.open(tmp_path / "jobs.sqlite", 100)
+    spec = JobSpec(generation=GenerationRequest(prompt="x"))
+    for job in [await job_queue.submit(spec) for _ in range(50)]:
+        await job_queue.cancel(job.id)
+    storage, limits = open_storage(str(tmp_path / "outputs")), Limits(jobs_days=1e-9)
+    with capture_logs() as logs:
+        await sweep(storage, job_queue, limits, is_clock_trusted=False)
+        assert await job_queue.count_finished() == 50
+        await sweep(storage, job_queue, limits)
+    assert await job_queue.count_finished() == 45
+    assert [line["event"] for line in logs] == ["retention.limited", "retention.completed"]
+    await job_queue.close()
+
+
+async def test_sweep_after_a_clock_jump_deletes_nothing_by_age(tmp_path: Path):
+    job_queue = await SqliteJobQueue.open(tmp_path / "jobs.sqlite", 100)
+    storage = open_storage(str(tmp_path / "outputs"))
+    names = ["alpha_1_aaaaaaaaaa00.png", f"input_{'a' * 64}.png", "alpha_1_bbbbbbbbbb00.png#7"]
+    for name in names:
+        (tmp_path / "outputs" / name).write_bytes(b"x")
+        os.utime(tmp_path / "outputs" / name, (0, 0))
+    for is_trusted, left in ((False, set(names)), (True, set())):
+        await sweep(storage, job_queue, Limits(images_days=1), is_clock_trusted=is_trusted)
+        assert {path.name for path in (tmp_path / "outputs").iterdir()} == left
+    await job_queue.close()
+
+
+def test_clock_watch_pauses_after_a_jump(monkeypatch: pytest.MonkeyPatch):
+    now = SimpleNamespace(wall=1e9, uptime=50.0)
+    monkeypatch.setattr(clock, "time", SimpleNamespace(time=lambda: now.wall))
+    monkeypatch.setattr(clock, "_uptime_s", lambda: now.uptime)
+    watch = clock.ClockWatch()
+
+    def is_trusted_after(passed_s: float, set_by_s: float = 0.0) -> bool:
+        now.uptime += passed_s
+        now.wall += passed_s + set_by_s
+        return watch.is_trusted()
+
+    with capture_logs() as logs:
+        assert is_trusted_after(600)
+        assert is_trusted_after(1e7)
+        assert is_trusted_after(600, set_by_s=60)
+        assert not is_trusted_after(600, set_by_s=1e7)
+        assert not is_trusted_after(clock.PAUSE_S - 60)
+        assert is_trusted_after(120)
+        assert not is_trusted_after(600, set_by_s=1e7)
+        assert is_trusted_after(600, set_by_s=-1e7)
+    assert [(line["event"], line["log_level"]) for line in logs] == [
+        ("retention.clock_jumped", "warning"),
+        ("retention.clock_jumped", "warning"),
+        ("retention.clock_set_back", "warning"),
     ]
 
 

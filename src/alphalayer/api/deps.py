@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from fastapi import Depends, Header, Request
+from pydantic import AfterValidator
 
 from alphalayer.api.auth import Authenticator
 from alphalayer.api.file_urls import UrlSigner
@@ -34,6 +35,7 @@ from alphalayer.core.errors import (
 from alphalayer.core.job import Delivery, Job, JobSpec, JobState, Submission, new_id
 from alphalayer.core.modes import DEFAULT_MODE, InputRole
 from alphalayer.core.request import DecodeMode, GenerationRequest, ImageInput, NoiseSource
+from alphalayer.core.validation import check_printable
 from alphalayer.images import codecs
 from alphalayer.jobs.base import JobQueue, JobView
 from alphalayer.observability.logging import log
@@ -89,7 +91,7 @@ ServiceDep = Annotated[Service, Depends(_service)]
 
 
 IdempotencyKey = Annotated[
-    str | None,
+    Annotated[str, AfterValidator(check_printable)] | None,
     Header(
         alias="Idempotency-Key",
         min_length=1,

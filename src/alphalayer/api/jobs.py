@@ -34,7 +34,7 @@ from alphalayer.core.errors import (
     JobMissing,
     Stopping,
 )
-from alphalayer.core.job import Delivery, JobState, Previews, Submission, Webhook
+from alphalayer.core.job import Delivery, JobState, Previews, Submission, Webhook, is_job_id
 from alphalayer.jobs.base import JobView
 from alphalayer.observability.logging import log
 
@@ -253,7 +253,8 @@ async def _view(service: Service, job_id: str, user: str) -> JobView:
     Raises:
         JobMissing: the user has no job with that id.
     """
-    view = await service.job_queue.view(job_id)
+    # no other text reaches the database, which cannot hold each character
+    view = await service.job_queue.view(job_id) if is_job_id(job_id) else None
     if view is None or view.job.owner != user:
         raise JobMissing(f'there is no job "{job_id[:100]}".', hint="Use the id as it was given.")
     return view

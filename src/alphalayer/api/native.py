@@ -52,7 +52,7 @@ from alphalayer.core.request import (
 )
 from alphalayer.images import codecs, postprocess
 from alphalayer.images.codecs import MIME_TYPES
-from alphalayer.storage import check_key
+from alphalayer.storage import check_image_key
 
 router = APIRouter(
     prefix="/alpha/v1", tags=["Alphalayer"], responses=PROBLEMS, route_class=GuardedRoute
@@ -220,9 +220,10 @@ async def file(
 ) -> Response:
     """Return a stored image without a key.
 
-    The name is the secret, or the URL is signed.
+    The name is the secret, or the URL is signed. Other files of the folder or bucket are not
+    served.
     """
-    key = check_key(filename)
+    key = check_image_key(filename)
     signer = service.url_signer
     lifetime_s = signer.check(filename, expires, signature) if signer else FOREVER_S
     # the page's policy and a bucket without CORS would block a redirect
@@ -283,7 +284,7 @@ async def convert(
     reject_unused_options(output, "trim", "trim_threshold", "trim_padding")
     if service.url_signer:
         service.url_signer.check(filename, output.expires, output.signature)
-    data = await read_file(service, check_key(filename))
+    data = await read_file(service, check_image_key(filename))
     converted = await run_in_threadpool(postprocess.convert, data, output)
     name = f"{PurePath(filename).stem}.{output.format}"
     headers = {"Content-Disposition": f'attachment; filename="{name}"'}

@@ -5,12 +5,19 @@ from __future__ import annotations
 import hashlib
 import json
 from difflib import get_close_matches
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
-from pydantic import BaseModel, Field, model_validator
+from pydantic import (
+    BaseModel,
+    Field,
+    ModelWrapValidatorHandler,
+    PrivateAttr,
+    model_validator,
+)
 
 from alphalayer.core import validation
 from alphalayer.core.errors import InvalidRequest
+from alphalayer.core.job import HALF_DIGEST
 from alphalayer.core.request import Frozen
 
 StageSeconds = Annotated[
@@ -25,11 +32,32 @@ StageSeconds = Annotated[
 class Body(Frozen, frozen=True):
     """A request's body. Null means the default, because many clients send every field they know."""
 
+    _sent: dict[str, Any] = PrivateAttr(default_factory=dict[str, Any])
+
+    @property
+    def sent_digest(self) -> str:
+        """Return the SHA-256 of the JSON as sent. It is the same in every version."""
+        return _sha256(self._sent)
+
     @property
     def digest(self) -> str:
-        """Return the SHA-256 of the fields as sent, stable from version to version."""
+        """Return the digest of the request, see `Job.check_repeated`.
+
+        The first half is of the JSON as sent, the second one of the fields that differ from
+        their defaults.
+        """
         fields = self.model_dump(by_alias=True, exclude_defaults=True)
-        return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+        return self.sent_digest[:HALF_DIGEST] + _sha256(fields)[:HALF_DIGEST]
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def keep_sent(cls, data: Any, handler: ModelWrapValidatorHandler[Any]) -> Any:
+        """Keep the JSON as sent, without fields that are null."""
+        body = handler(data)
+        if isinstance(data, dict):
+            fields = cast("dict[str, Any]", data)
+            body._sent = {name: value for name, value in fields.items() if value is not None}
+        return body
 
     @model_validator(mode="before")
     @classmethod
@@ -44,6 +72,10 @@ class Body(Frozen, frozen=True):
                 if name not in names:
                     raise _unknown_field(name, names)
         return {name: value for name, value in data.items() if value is not None}
+
+
+def _sha256(fields: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
 def _unknown_field(name: str, names: dict[str, str]) -> InvalidRequest:

@@ -207,9 +207,13 @@ def _outputs(settings: Settings) -> Iterator[Finding]:
     path = folder.resolve()
     existing = next(parent for parent in (path, *path.parents) if parent.exists())
     try:
+        settings.check_folders()
         with tempfile.TemporaryFile(dir=existing):
             pass
         free = shutil.disk_usage(existing).free
+    except SetupFailed as error:
+        yield Finding("error", error.message, error.hint)
+        return
     except OSError as error:
         yield Finding(
             "error",

@@ -6,7 +6,7 @@ import re
 import secrets
 import time
 from enum import Enum
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 from pydantic import Field
 
@@ -24,11 +24,16 @@ from alphalayer.core.request import (
 from alphalayer.core.validation import COLOUR
 
 MAX_ITERATIONS = 16
+HALF_DIGEST = 32
+"""Length of each half of a digest."""
 PREVIEW_PREFIX = "preview_"
+_SUFFIXES = (*get_args(ImageFormat), "jpeg")
+"""Suffixes of stored images. OpenAI's dialect also stores JPEG files."""
 _STORED_NAME = re.compile(
-    r"(?:alpha_\d+_([0-9a-f]{10})[0-9a-f]{2}"
-    rf"|{PREVIEW_PREFIX}([0-9a-f]{{10}})[0-9a-f]{{14}})\.\w+"
+    r"(?:alpha_[0-9]{1,20}_([0-9a-f]{10})[0-9a-f]{2}"
+    rf"|{PREVIEW_PREFIX}([0-9a-f]{{10}})[0-9a-f]{{14}})\.(?:{'|'.join(_SUFFIXES)})"
 )
+_ID = re.compile("[0-9a-f]{24}")
 
 
 class Postprocessing(Frozen, frozen=True):
@@ -85,7 +90,7 @@ class Submission(Frozen, frozen=True):
     owner: str = ""
     idempotency_key: str | None = None
     digest: str | None = None
-    """SHA-256 of the client's request as sent, without what the service adds."""
+    """Digest of the client's request, without what the service adds; see `check_repeated`."""
     traceparent: str | None = None
     """W3C trace context of the request."""
 
@@ -226,6 +231,11 @@ def new_id() -> str:
     return secrets.token_hex(12)
 
 
+def is_job_id(text: str) -> bool:
+    """Return whether a text has the form of a job's id."""
+    return _ID.fullmatch(text) is not None
+
+
 class Job(Frozen, frozen=True):
     """One job of the journal. Times are Unix seconds."""
 
@@ -279,10 +289,15 @@ class Job(Frozen, frozen=True):
     def check_repeated(self, new: Job) -> Job:
         """Return this job if `new`, of the same idempotency key, is the same request.
 
+        A digest has two halves. The request is the same if one of them is equal: the JSON as
+        sent, whatever this version adds, or the fields, whatever form they were sent in.
+        Earlier versions stored a digest of the fields alone.
+
         Raises:
             InvalidRequest: It is another request.
         """
-        if self.submission.digest not in (None, new.submission.digest):
+        stored, digest = self.submission.digest, new.submission.digest
+        if stored is not None and not _halves(stored) & _halves(digest or ""):
             raise InvalidRequest(
                 "this key came with another request before.",
                 hint="Give each request its own key. Repeat a request unchanged with the same key.",
@@ -310,6 +325,10 @@ class Job(Frozen, frozen=True):
     def file_name(self, index: int) -> str:
         """Return the name of image `index`, the same in every run of the job."""
         return f"alpha_{int(self.created_at)}_{self.id[:10]}{index:02x}.{self.spec.output.format}"
+
+
+def _halves(digest: str) -> set[str]:
+    return {digest[:HALF_DIGEST], digest[HALF_DIGEST:]} - {""}
 
 
 def job_prefix_of(name: str) -> str | None:

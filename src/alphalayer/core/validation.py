@@ -82,6 +82,13 @@ def check_unicode(value: Any) -> None:
         raise ValueError("a text in it is not Unicode") from None
 
 
+def check_printable(text: str) -> str:
+    """Return a text that every database can hold. Raises `ValueError`."""
+    if any(character < " " or character == "\x7f" for character in text):
+        raise ValueError("it has control characters; use printable ones")
+    return text
+
+
 def shown(value: Any) -> str:
     """Return a received value as JSON, cut after `SHOWN_CHARACTERS`."""
     text = json.dumps(value, ensure_ascii=False, default=str).encode(errors="replace").decode()

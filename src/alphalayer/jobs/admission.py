@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Collection, Mapping
 
 from sqlalchemy import func, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from alphalayer.core.job import JobState
+from alphalayer.jobs import estimates
 from alphalayer.jobs.base import USUAL_SECONDS, check_capacity
 from alphalayer.jobs.table import jobs
 
@@ -57,8 +57,8 @@ class QueueStats:
         self.running = rows[0][2] if rows else 0
         self.start_times = {job_id: started_at for job_id, started_at, _ in rows}
         self.queue_length = count
-        self.oldest_waiting_s = time.time() - since if since else 0.0
-        self.usual_s = float(seconds) if seconds is not None else USUAL_SECONDS
+        self.oldest_waiting_s = estimates.elapsed_s(since) or 0.0
+        self.usual_s = max(0.0, float(seconds)) if seconds is not None else USUAL_SECONDS
 
     async def positions(
         self, connection: AsyncConnection, job_ids: Collection[str]

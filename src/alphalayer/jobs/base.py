@@ -73,8 +73,8 @@ class JobQueue(Protocol):
         ...
 
     @property
-    def is_reachable(self) -> bool:
-        """Return whether jobs can be stored now."""
+    def problem(self) -> str | None:
+        """Return why jobs cannot be stored now, or None."""
         ...
 
     async def close(self) -> None:
@@ -230,10 +230,18 @@ class JobStore(Protocol):
         """Return the names of the input images of all unfinished jobs."""
         ...
 
-    async def delete_finished(self, finished_before: float) -> int:
-        """Delete jobs that finished before a time (Unix seconds).
+    async def count_finished(self) -> int:
+        """Return the number of finished jobs."""
+        ...
+
+    async def delete_finished(self, finished_before: float, at_most: int) -> int:
+        """Delete jobs that finished before a time, the oldest first.
 
         Jobs with a pending webhook stay.
+
+        Args:
+            finished_before: Unix seconds.
+            at_most: Maximum number of jobs.
 
         Returns:
             The number of deleted jobs.

@@ -16,6 +16,8 @@ from sqlalchemy.dialects import sqlite
 from sqlalchemy.engine import URL
 from sqlalchemy.sql.expression import UpdateBase
 
+from alphalayer.jobs.journal_file import JournalFile
+
 Statement = tuple[Executable | str, dict[str, Any]]
 """A statement, as it is or prepared, and the values of its parameters."""
 
@@ -57,9 +59,15 @@ class SqliteDatabase:
     name = "sqlite"
 
     def __init__(self, file: Path):
-        url = URL.create("sqlite", database=str(file))
+        """Open an existing file. The mode keeps SQLite from creating one that was removed."""
+        url = URL.create(
+            "sqlite", database=file.absolute().as_uri(), query={"mode": "rw", "uri": "true"}
+        )
         self._engine = create_engine(url, hide_parameters=True)
         event.listen(self._engine, "connect", _configure)
+        self._file = JournalFile(file)
+        self.on_removed: Callable[[], object] = lambda: None
+        """Function that is called before a removed file is restored."""
         self._connection: Connection | None = None
         """Connection of the thread that writes."""
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="journal-write")
@@ -73,8 +81,9 @@ class SqliteDatabase:
         """Call a function in a transaction; see the protocol."""
 
         def run() -> None:
-            with self._engine.begin() as connection:
-                migrate(connection)
+            self._connection = self._engine.connect()
+            with self._connection.begin():
+                migrate(self._connection)
 
         await asyncio.get_running_loop().run_in_executor(self._writer, run)
 
@@ -85,6 +94,8 @@ class SqliteDatabase:
         )
 
     def _commit(self, statements: Sequence[Statement]) -> list[int]:
+        if self._connection and not self._file.is_in_place:
+            self._restore(self._connection)
         self._connection = self._connection or self._engine.connect()
         with self._connection.begin():
             driver = self._connection.connection.cursor()
@@ -96,6 +107,15 @@ class SqliteDatabase:
                 ).rowcount
                 for statement, values in statements
             ]
+
+    def _restore(self, connection: Connection) -> None:
+        """Write a removed file again and open it. Raises `OSError`, `sqlite3.Error`."""
+        self.on_removed()
+        driver: Any = connection.connection.driver_connection
+        self._file.restore(driver)
+        connection.close()
+        self._connection = None
+        self._engine.dispose()
 
     async def rows(self, statement: Any) -> Sequence[Any]:
         """Run a statement in a transaction; see the protocol."""

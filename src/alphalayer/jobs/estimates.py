@@ -8,11 +8,21 @@ from collections.abc import Sequence
 from alphalayer.core.job import JobProgress
 
 
-def running_s(started_at: float | None, progress: JobProgress) -> float | None:
-    """Return the remaining time of a running job, or None before its first step."""
-    if not started_at or not progress.step:
+def elapsed_s(since: float | None) -> float | None:
+    """Return the seconds since a time (Unix seconds); 0 if the clock was set back."""
+    return None if since is None else max(0.0, time.time() - since)
+
+
+def running_s(elapsed: float | None, progress: JobProgress) -> float | None:
+    """Return the remaining time of a running job, or None before its first step.
+
+    Args:
+        elapsed: Seconds since its start.
+        progress: Its progress.
+    """
+    if elapsed is None or not progress.step:
         return None
-    return round((time.time() - started_at) / progress.step * (progress.steps - progress.step), 1)
+    return round(elapsed / progress.step * max(0, progress.steps - progress.step), 1)
 
 
 def waiting_s(

@@ -26,9 +26,13 @@ class Housekeeping:
         """Return the names of the input images of all unfinished jobs."""
         return await self._journal.input_names()
 
-    async def delete_finished(self, finished_before: float) -> int:
-        """Delete old jobs. Return their number."""
-        return await self._journal.delete_finished(finished_before)
+    async def count_finished(self) -> int:
+        """Return the number of finished jobs."""
+        return await self._journal.count_finished()
+
+    async def delete_finished(self, finished_before: float, at_most: int) -> int:
+        """Delete old jobs; see the protocol."""
+        return await self._journal.delete_finished(finished_before, at_most)
 
     async def claim_due_webhooks(self, limit: int) -> list[tuple[Job, int]]:
         """Claim jobs whose webhook is due; see the protocol."""

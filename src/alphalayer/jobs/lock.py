@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+from functools import partial
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
 from alphalayer.core.errors import SetupFailed, StorageFailed
 from alphalayer.core.job import Job
+from alphalayer.jobs.databases import SqliteDatabase
+from alphalayer.jobs.journal_file import FILE_RIGHTS, create_folder
 from alphalayer.jobs.table import Journal
 
 
@@ -37,6 +41,8 @@ async def open_exclusively(file: Path) -> tuple[Journal, FileLock, list[Job]]:
         undo.callback(lock.release)
         journal = await Journal.open(file)
         undo.push_async_callback(journal.close)
+        if isinstance(journal.database, SqliteDatabase):
+            journal.database.on_removed = partial(_lock_again, lock)
         try:
             unfinished = await journal.unfinished()
         except StorageFailed as error:
@@ -47,9 +53,11 @@ async def open_exclusively(file: Path) -> tuple[Journal, FileLock, list[Job]]:
 
 def _lock(file: Path) -> FileLock:
     """Lock a journal until this process ends. Raises `SetupFailed`."""
-    lock = FileLock(file.with_name(f"{file.name}.lock"), timeout=0, thread_local=False)
+    lock = FileLock(
+        file.with_name(f"{file.name}.lock"), timeout=0, mode=FILE_RIGHTS, thread_local=False
+    )
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
+        create_folder(file)
         lock.acquire()
     except Timeout:
         raise SetupFailed(
@@ -63,3 +71,17 @@ def _lock(file: Path) -> FileLock:
             hint="Check the folder's rights and space.",
         ) from None
     return lock
+
+
+def _lock_again(lock: FileLock) -> None:
+    """Lock a journal whose folder was removed with the file of the lock.
+
+    Raises:
+        OSError: Another service has the lock, or the folder cannot be created.
+    """
+    lock.release(force=True)
+    create_folder(Path(lock.lock_file))
+    try:
+        lock.acquire()
+    except Timeout:
+        raise OSError(errno.EBUSY, "another service uses its folder now") from None

@@ -271,9 +271,10 @@ class PostgresJobQueue(Housekeeping):
                     await asyncio.wait_for(changed.wait(), POLL_EVERY_S)
 
     @property
-    def is_reachable(self) -> bool:
-        """Return whether the last polls of the database succeeded."""
-        return time.monotonic() - self._polled_at < UNREACHABLE_S
+    def problem(self) -> str | None:
+        """Return an error while the polls of the database fail."""
+        is_reachable = time.monotonic() - self._polled_at < UNREACHABLE_S
+        return None if is_reachable else "the database cannot be reached."
 
     @property
     def queue_length(self) -> int:
@@ -490,13 +491,17 @@ class PostgresJobQueue(Housekeeping):
         if position is not None:
             return JobView(job, position, JobProgress(), self._waiting_s(position))
         progress = self._notifications.progress_of(job.id)
-        return JobView(job, 0, progress, estimates.running_s(job.started_at, progress))
+        return JobView(
+            job, 0, progress, estimates.running_s(estimates.elapsed_s(job.started_at), progress)
+        )
 
     def _waiting_s(self, position: int) -> float:
         """Return the estimated time until the job at a position is finished."""
         stats = self._stats
         remaining = [
-            estimates.running_s(started_at, self._notifications.progress_of(job_id))
+            estimates.running_s(
+                estimates.elapsed_s(started_at), self._notifications.progress_of(job_id)
+            )
             for job_id, started_at in stats.start_times.items()
         ]
         return estimates.waiting_s(remaining, stats.running, position - 1, stats.usual_s)

@@ -33,6 +33,7 @@ from alphalayer.jobs.lock import open_exclusively
 from alphalayer.jobs.table import Journal
 from alphalayer.observability.background import retry_until_success
 from alphalayer.observability.logging import log
+from alphalayer.storage import disk
 
 VIEW_EVERY_S = 2.0
 """Seconds between two views of a waiting job, whose remaining time changes."""
@@ -56,6 +57,8 @@ class _OpenJob:
     """Number of clients that submitted it and have not withdrawn."""
     cancel: asyncio.Event = field(default_factory=asyncio.Event)
     finished: asyncio.Event = field(default_factory=asyncio.Event)
+    started_at: float | None = None
+    """Monotonic time of the last start, as the wall clock may be set."""
     changed: asyncio.Event | None = None
     """Set at the next change. None: no client watches the job."""
 
@@ -63,6 +66,11 @@ class _OpenJob:
         """Replace fields of the job and wake its watchers."""
         self.job = self.job.model_copy(update=changes)
         self.wake()
+
+    @property
+    def running_s(self) -> float | None:
+        """Return the seconds since the last start."""
+        return None if self.started_at is None else time.monotonic() - self.started_at
 
     def next_change(self) -> asyncio.Event:
         """Return the event of the next change."""
@@ -85,12 +93,14 @@ class SqliteJobQueue(Housekeeping):
     def __init__(
         self,
         journal: Journal,
+        folder: Path,
         lock: FileLock,
         queue_limit: int,
         queue_shares: Mapping[str, float],
         on_outcome: OnOutcome,
     ):
         super().__init__(journal)
+        self._folder = folder
         self._lock = lock
         self._queue_limit = queue_limit
         self._queue_shares = queue_shares
@@ -124,9 +134,8 @@ class SqliteJobQueue(Housekeeping):
             SetupFailed: see `alphalayer.jobs.lock.check`.
         """
         journal, lock, unfinished = await open_exclusively(file)
-        job_queue = cls(
-            journal, lock, queue_limit, {} if queue_shares is None else queue_shares, on_outcome
-        )
+        shares = {} if queue_shares is None else queue_shares
+        job_queue = cls(journal, file.parent, lock, queue_limit, shares, on_outcome)
         for job in unfinished:
             await job_queue._restore(job)
         if job_queue._completing:
@@ -157,9 +166,9 @@ class SqliteJobQueue(Housekeeping):
         self._lock.release()
 
     @property
-    def is_reachable(self) -> bool:
-        """Return True: the journal is a local file."""
-        return True
+    def problem(self) -> str | None:
+        """Return why the journal cannot be written, or None; see the protocol."""
+        return self._journal.problem or disk.find_problem(self._folder, "the journal")
 
     @property
     def queue_length(self) -> int:
@@ -171,7 +180,7 @@ class SqliteJobQueue(Housekeeping):
         """Return the age of the next job in seconds, or 0 without one."""
         if not self._waiting:
             return 0.0
-        return time.time() - self._open_jobs[self._waiting[0]].job.created_at
+        return estimates.elapsed_s(self._open_jobs[self._waiting[0]].job.created_at) or 0.0
 
     @property
     def retry_after_s(self) -> int:
@@ -361,6 +370,7 @@ class SqliteJobQueue(Housekeeping):
         record = self._open_jobs.get(job_id)
         if record is None:  # cancelled meanwhile
             return
+        record.started_at = time.monotonic()
         await self._save(
             record, state=JobState.RUNNING, started_at=time.time(), starts=record.job.starts + 1
         )
@@ -377,7 +387,7 @@ class SqliteJobQueue(Housekeeping):
         if record is None:
             return
         if isinstance(outcome, JobResult):
-            self._update_usual_seconds(record.job)
+            self._update_usual_seconds(record.running_s)
         await self._complete(record, outcome)
 
     async def requeue(self, job_id: str, reason: str, *, is_counted: bool = True) -> None:
@@ -457,22 +467,22 @@ class SqliteJobQueue(Housekeeping):
         for job_id in itertools.islice(self._waiting, NEXT_JOBS):
             self._open_jobs[job_id].wake()
 
-    def _update_usual_seconds(self, job: Job) -> None:
-        """Include a job in the moving average of durations."""
-        if job.started_at:
-            self._usual_seconds += 0.2 * (time.time() - job.started_at - self._usual_seconds)
+    def _update_usual_seconds(self, duration: float | None) -> None:
+        """Include the duration of a job in the moving average."""
+        if duration is not None:
+            self._usual_seconds += 0.2 * (duration - self._usual_seconds)
 
     def _view(self, record: _OpenJob) -> JobView:
         job, progress = record.job, record.progress
         if job.id in self._waiting:
             position = self._waiting.index(job.id) + 1
             return JobView(job, position, progress, self._waiting_s(position))
-        return JobView(job, 0, progress, estimates.running_s(job.started_at, progress))
+        return JobView(job, 0, progress, estimates.running_s(record.running_s, progress))
 
     def _waiting_s(self, position: int) -> float:
         """Return the estimated time until the job at a position is finished."""
         remaining = [
-            estimates.running_s(record.job.started_at, record.progress)
+            estimates.running_s(record.running_s, record.progress)
             for record in self._claimed.values()
             if record.job.state is JobState.RUNNING
         ]

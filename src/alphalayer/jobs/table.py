@@ -32,7 +32,9 @@ from sqlalchemy import (
     UniqueConstraint,
     bindparam,
     false,
+    func,
     literal_column,
+    or_,
     select,
     text,
     update,
@@ -44,8 +46,11 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 from alphalayer.core.errors import DatabaseAway, SetupFailed, StorageFailed
 from alphalayer.core.job import Job, JobSpec, JobState, Submission
 from alphalayer.core.request import GenerationRequest
+from alphalayer.jobs import journal_file
 from alphalayer.jobs.databases import Database, SqliteDatabase, Statement
+from alphalayer.jobs.journal_file import RESTORE
 from alphalayer.jobs.upgrades import upgrade_6_to_7
+from alphalayer.observability.background import retry_until_success
 from alphalayer.observability.logging import describe_error, log
 
 metadata = MetaData()
@@ -152,13 +157,16 @@ WITH_WEBHOOK = jobs.c.delivery.contains('"webhook":{')
 _INPUT = re.compile(r"input_[0-9a-f]{64}\.png")
 
 WEBHOOK_CLAIM_S = 60.0
+WEBHOOK_HORIZON_S = 86_400.0
+"""Longer than each pause before a retry. A later time was set by a clock that was wrong."""
+RECOVERY_PAUSE_S = 1.0
+"""Seconds between two attempts to write after an error of the journal's file."""
 DELETE_BATCH = 1000
 """Jobs that are deleted in one transaction, so that other writers get their turn."""
 UNREACHABLE = (DBAPIError, sqlite3.Error, PoolTimeout, OSError, TimeoutError, asyncio.TimeoutError)
 """Errors of a database that is unreachable, hangs, is full or read-only."""
 _DAMAGED = ("malformed", "not a database")
 """Words in SQLite's messages about a damaged file."""
-_RESTORE = "Restore its backup, or move it away (its jobs are lost then): docs/guides/backup.md."
 
 
 class Journal:
@@ -171,6 +179,9 @@ class Journal:
         self._set_option = database.prepare(SET_OPTION[database.name])
         self._pending: list[tuple[Statement, asyncio.Future[int]]] = []
         self._writer: asyncio.Task[None] | None = None
+        self.problem: str | None = None
+        """Why the last write failed, until one succeeds."""
+        self._recovery: asyncio.Task[None] | None = None
 
     @classmethod
     async def open(cls, location: Path | str) -> Journal:
@@ -185,9 +196,10 @@ class Journal:
         """
         hint = "Check the folder's rights and space, or move the file away."
         database: Database
+        new_file: Path | None = None
         try:
             if isinstance(location, Path):
-                location.parent.mkdir(parents=True, exist_ok=True)
+                new_file = location if journal_file.prepare(location) else None
                 database = SqliteDatabase(location)
             else:
                 from alphalayer.jobs import connections
@@ -200,8 +212,10 @@ class Journal:
                 await database.migrate(partial(_migrate, location))
                 undo.pop_all()
         except (DBAPIError, OSError, sqlite3.Error) as error:
+            if new_file:
+                journal_file.remove(new_file)
             cause = getattr(error, "orig", error)
-            hint = _RESTORE if _is_damage(cause) else hint
+            hint = RESTORE if _is_damage(cause) else hint
             raise SetupFailed(
                 f"the journal {location} cannot be opened: {cause}.", hint=hint
             ) from None
@@ -209,6 +223,9 @@ class Journal:
 
     async def close(self) -> None:
         """Close the database after all pending writes."""
+        if self._recovery:
+            self._recovery.cancel()
+            await asyncio.gather(self._recovery, return_exceptions=True)
         if self._writer:
             await self._writer
         await self.database.close()
@@ -307,16 +324,33 @@ class Journal:
             statement = statement.where(jobs.c.created_at < before)
         return await self._read(statement)
 
-    async def delete_finished(self, finished_before: float) -> int:
-        """Delete jobs that finished before a time, in batches. Return their number."""
-        old = select(jobs.c.id).where(
-            jobs.c.finished_at < finished_before, jobs.c.webhook_due.is_(None)
+    async def count_finished(self) -> int:
+        """Return the number of finished jobs. Raises `StorageFailed`."""
+        rows = await self._rows(select(func.count().label("count")).where(jobs.c.finished_at > 0))
+        return rows[0]["count"]
+
+    async def delete_finished(self, finished_before: float, at_most: int) -> int:
+        """Delete jobs that finished before a time, the oldest first, in batches.
+
+        Args:
+            finished_before: Unix seconds.
+            at_most: Maximum number of jobs.
+
+        Returns:
+            The number of deleted jobs.
+        """
+        old = (
+            select(jobs.c.id)
+            .where(jobs.c.finished_at < finished_before, jobs.c.webhook_due.is_(None))
+            .order_by(jobs.c.finished_at)
         )
-        batch = jobs.delete().where(jobs.c.id.in_(old.limit(DELETE_BATCH)))
-        deleted = count = await self._write(batch)
-        while count == DELETE_BATCH:
-            count = await self._write(batch)
+        deleted = 0
+        while deleted < at_most:
+            size = min(DELETE_BATCH, at_most - deleted)
+            count = await self._write(jobs.delete().where(jobs.c.id.in_(old.limit(size))))
             deleted += count
+            if count < size:
+                break
         return deleted
 
     async def claim_webhooks(self, now: float, limit: int) -> list[tuple[Job, int]]:
@@ -336,7 +370,7 @@ class Journal:
         """
         due_jobs = (
             select(jobs.c.id)
-            .where(jobs.c.webhook_due <= now)
+            .where(or_(jobs.c.webhook_due <= now, jobs.c.webhook_due > now + WEBHOOK_HORIZON_S))
             .order_by(jobs.c.webhook_due)
             .limit(limit)
             .with_for_update(skip_locked=True)
@@ -385,13 +419,33 @@ class Journal:
             except Exception as error:
                 if isinstance(error, UNREACHABLE):
                     error = self.to_storage_error(error)
+                    self._note_problem(error)
                 for _, done in batch:
                     if not done.done():
                         done.set_exception(error)
                 continue
+            self.problem = None
             for (_, done), count in zip(batch, counts, strict=True):
                 if not done.done():
                     done.set_result(count)
+
+    def _note_problem(self, error: StorageFailed) -> None:
+        """Remember an error until a write succeeds, and try to write until then.
+
+        Without that, a service that gets no requests would never count as ready again.
+        """
+        self.problem = error.message
+        if self.database.name == "sqlite" and (self._recovery is None or self._recovery.done()):
+            self._recovery = asyncio.create_task(self._recover())
+
+    async def _recover(self) -> None:
+        """Write the version of the schema, which is there, until it succeeds."""
+        async for attempt in retry_until_success(
+            StorageFailed, lambda _error: None, RECOVERY_PAUSE_S
+        ):
+            with attempt:
+                if self.problem:
+                    await self._write(text(f"PRAGMA user_version = {VERSION}"))
 
     async def _read(self, statement: Any) -> list[Job]:
         return [job_of(row) for row in await self._rows(statement)]
@@ -406,7 +460,7 @@ class Journal:
         """Return the error of the service for an error of the database."""
         cause = describe_error(error)
         if _is_damage(error):
-            return StorageFailed(f"the journal is damaged: {cause}.", hint=_RESTORE)
+            return StorageFailed(f"the journal is damaged: {cause}.", hint=RESTORE)
         if self.database.name == "sqlite":
             hint = "Free some space and check the rights of the file."
             return StorageFailed(f"the journal cannot be written or read: {cause}.", hint=hint)

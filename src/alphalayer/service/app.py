@@ -32,7 +32,7 @@ from alphalayer.config import Settings
 from alphalayer.core.errors import AlphalayerError, SetupFailed
 from alphalayer.core.optional_dependencies import install_hint, require
 from alphalayer.jobs import lock
-from alphalayer.jobs.base import Jobs
+from alphalayer.jobs.base import Jobs, OnOutcome, Outcome, ignore_outcome
 from alphalayer.jobs.outcomes import record_outcome
 from alphalayer.jobs.sqlite import SqliteJobQueue
 from alphalayer.observability.background import keep_running
@@ -40,11 +40,11 @@ from alphalayer.observability.logging import log
 from alphalayer.observability.metrics import Metrics
 from alphalayer.observability.tracing import Traces
 from alphalayer.service.gpus import engine_environments
-from alphalayer.service.health import Health, ModelLookup
+from alphalayer.service.health import Health, ModelLookup, StorageProbe
 from alphalayer.service.pool import WorkerPool
 from alphalayer.service.retention import Limits, keep_sweeping
 from alphalayer.service.webhooks import Webhooks, check_url, read_secret
-from alphalayer.storage.objects import check_bucket, open_storage
+from alphalayer.storage.objects import ObjectStorage, check_bucket, open_storage
 from alphalayer.worker.render import ENGINE
 from alphalayer.worker.supervisor import EngineSpec, Supervisor
 
@@ -62,6 +62,7 @@ class Parts:
     service: Service
     job_queue: Jobs
     pool: WorkerPool
+    probe: StorageProbe
     webhooks: Webhooks | None
     key_usage: usage.KeyUsage
 
@@ -90,6 +91,7 @@ def create_app(
         work = parts.pool.tasks
         work["sweep"] = partial(keep_sweeping, parts.service.storage, parts.job_queue, limits)
         work["key_usage"] = parts.key_usage.run
+        work["storage"] = parts.probe.run
         if parts.webhooks:
             work["webhooks"] = parts.webhooks.run
         running = [asyncio.create_task(keep_running(name, run)) for name, run in work.items()]
@@ -200,7 +202,7 @@ async def check(settings: Settings) -> None:
     """
     if settings.role != "api":
         require("torch", "engine")
-    open_storage(settings.image_location)
+    _open_storage(settings)
     if settings.storage and settings.role != "api":
         await asyncio.to_thread(check_bucket, settings.storage)
     _open_api_keys(settings)
@@ -209,7 +211,13 @@ async def check(settings: Settings) -> None:
     if settings.database is None:
         await lock.check(settings.data_dir / JOURNAL)
     else:
-        await (await _open_job_queue(settings, {}, Metrics())).close()
+        await (await _open_job_queue(settings, {}, ignore_outcome)).close()
+
+
+def _open_storage(settings: Settings) -> ObjectStorage:
+    """Open the storage of images. Raises `SetupFailed` or `StorageFailed`."""
+    settings.check_folders()
+    return open_storage(settings.image_location)
 
 
 def _check_default_model(settings: Settings) -> None:
@@ -249,10 +257,9 @@ def _url_signer(settings: Settings) -> UrlSigner | None:
 
 
 async def _open_job_queue(
-    settings: Settings, shares: Mapping[str, float], metrics: Metrics
+    settings: Settings, shares: Mapping[str, float], on_outcome: OnOutcome
 ) -> Jobs:
     """Open the queue of this machine, or the shared one. Raises `SetupFailed`."""
-    on_outcome = partial(record_outcome, metrics)
     if settings.database is None:
         return await SqliteJobQueue.open(
             settings.data_dir / JOURNAL, settings.queue_limit, shares, on_outcome
@@ -276,14 +283,20 @@ async def _assemble(
     settings: Settings, engine: str, options: dict[str, Any], traces: Traces
 ) -> Parts:
     """Build the parts of the service and open its queue."""
-    storage = open_storage(settings.image_location)
+    storage = _open_storage(settings)
     secret = _webhook_key(settings)
     keys = _open_api_keys(settings)
     if settings.role != "worker":
         _log_access(settings, keys.keys())
     key_usage = usage.KeyUsage(settings.data_dir / usage.FILE)
     metrics = Metrics()
-    job_queue = await _open_job_queue(settings, keys.shares, metrics)
+    probe = StorageProbe(storage)
+
+    def on_outcome(job_id: str, outcome: Outcome) -> None:
+        record_outcome(metrics, job_id, outcome)
+        probe.record_outcome(outcome)
+
+    job_queue = await _open_job_queue(settings, keys.shares, on_outcome)
     metrics.queue_length.set_function(lambda: job_queue.queue_length)
     metrics.queue_age.set_function(lambda: job_queue.oldest_waiting_s)
     has_engines = settings.role != "api"
@@ -295,7 +308,13 @@ async def _assemble(
         is_shared=settings.database is not None,
     )
     models = _model_lookup(settings)
-    health = Health(pool, shutdown, lambda: job_queue.is_reachable, models.default, has_engines)
+    health = Health(
+        pool,
+        shutdown,
+        lambda: job_queue.problem or probe.problem,
+        models.default,
+        has_engines,
+    )
     url_signer = _url_signer(settings)
     webhooks = (
         Webhooks(
@@ -332,7 +351,7 @@ async def _assemble(
         if webhooks
         else None,
     )
-    return Parts(service, job_queue, pool, webhooks, key_usage)
+    return Parts(service, job_queue, pool, probe, webhooks, key_usage)
 
 
 def _create_pool(

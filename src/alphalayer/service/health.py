@@ -1,7 +1,8 @@
-"""Readiness of a service: its engines, its model, its database."""
+"""Readiness of a service: its engines, its model, its database and its storage."""
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,8 +10,15 @@ from typing import Any
 
 from alphalayer import catalog
 from alphalayer.api.shutdown import Shutdown, stopping
-from alphalayer.core.errors import AlphalayerError
+from alphalayer.core.errors import AlphalayerError, StorageFailed
+from alphalayer.core.job import JobResult
+from alphalayer.jobs.base import Outcome
+from alphalayer.observability.logging import log
 from alphalayer.service.pool import WorkerPool
+from alphalayer.storage import Storage
+
+PROBE_EVERY_S = 10.0
+"""Seconds between two checks of the storage."""
 
 
 @dataclass(frozen=True)
@@ -19,8 +27,8 @@ class Health:
 
     pool: WorkerPool
     shutdown: Shutdown
-    is_reachable: Callable[[], bool]
-    """Whether the database can be reached."""
+    storage_problem: Callable[[], str | None]
+    """Why jobs or images cannot be stored, or None."""
     default_model: Callable[[], tuple[str | None, str | None]]
     """The default model's title, or None and the reason."""
     has_engines: bool
@@ -32,10 +40,49 @@ class Health:
         ready = not self.has_engines or (model is not None and self.pool.is_ready)
         if self.shutdown.has_begun:
             ready, problem = False, stopping().message
-        elif not self.is_reachable():
-            ready, problem = False, "the database cannot be reached."
+        elif failure := self.storage_problem():
+            ready, problem = False, failure
         report: dict[str, Any] = {"ready": ready, "engines": self.pool.states(), "model": model}
         return {**report, "problem": problem} if problem else report
+
+
+class StorageProbe:
+    """Regular checks of the storage. They write only after a failed write."""
+
+    def __init__(self, storage: Storage):
+        self._storage = storage
+        self._has_failed = False
+        """Whether the last write of an image failed."""
+        self.problem: str | None = None
+        """Why images cannot be stored at the last check, or None."""
+
+    def record_outcome(self, outcome: Outcome) -> None:
+        """Remember a failed write until an image is stored."""
+        if isinstance(outcome, StorageFailed):
+            self._has_failed, self.problem = True, outcome.message
+        elif isinstance(outcome, JobResult):
+            self._has_failed, self.problem = False, None
+
+    async def run(self) -> None:
+        """Check the storage regularly until cancelled."""
+        while True:
+            await self.check()
+            await asyncio.sleep(PROBE_EVERY_S)
+
+    async def check(self) -> None:
+        """Check the storage once."""
+        before, is_writing = self.problem, self._has_failed
+        try:
+            await asyncio.to_thread(self._storage.check, is_writing=is_writing)
+        except StorageFailed as error:
+            self.problem = error.message
+        else:
+            self._has_failed &= not is_writing
+            self.problem = self.problem if self._has_failed else None
+        if self.problem and not before:
+            log.warning("storage.unavailable", error=self.problem)
+        elif before and not self.problem:
+            log.info("storage.recovered")
 
 
 @dataclass(frozen=True)

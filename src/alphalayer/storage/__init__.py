@@ -1,4 +1,4 @@
-"""Storage of images: the protocol, and keys such as `alpha_1700000000_0af3.png`."""
+"""Storage of images: the protocol, and keys such as `alpha_1700000000_0af3c2d19b00.png`."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from alphalayer.core.errors import FileMissing
+from alphalayer.core.job import job_prefix_of
+from alphalayer.core.request import INPUT_NAME
 
-KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
-"""A key is one plain file name: no folders, no leading dot."""
+_INPUT = re.compile(INPUT_NAME)
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class Storage(Protocol):
 
         Raises:
             FileMissing: No file has this key.
-            StorageFailed: The file cannot be read.
+            StorageFailed: The file cannot be read. The chunks raise it, too.
         """
         ...
 
@@ -93,6 +94,17 @@ class Storage(Protocol):
         """
         ...
 
+    def check(self, *, is_writing: bool) -> None:
+        """Check that images can be stored.
+
+        Args:
+            is_writing: Whether to write and delete a small file. If not, nothing changes.
+
+        Raises:
+            StorageFailed: They cannot, or a disk is nearly full.
+        """
+        ...
+
 
 async def read(storage: Storage, key: str) -> bytes:
     """Read a complete file. Raises `FileMissing` or `StorageFailed`."""
@@ -100,8 +112,28 @@ async def read(storage: Storage, key: str) -> bytes:
     return b"".join([chunk async for chunk in file.chunks])
 
 
+def is_input(key: str) -> bool:
+    """Return whether a key is the name of an input image."""
+    return _INPUT.fullmatch(key) is not None
+
+
 def check_key(key: str) -> str:
-    """Return a key after its validation. Raises `FileMissing` if it names no file."""
-    if not KEY.fullmatch(key) or ".." in key:
+    """Return the key of an image, a preview or an input image.
+
+    A storage has no other files, whatever a folder or bucket holds.
+
+    Raises:
+        FileMissing: The key is another name.
+    """
+    return check_image_key(key) if not is_input(key) else key
+
+
+def check_image_key(key: str) -> str:
+    """Return the key of an image or a preview, which clients may download.
+
+    Raises:
+        FileMissing: The key is another name.
+    """
+    if job_prefix_of(key) is None:
         raise FileMissing(f'there is no file "{key[:200]}".', hint="Use the name as returned.")
     return key

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import re
 
-from alphalayer.core.request import INPUT_NAME
 from alphalayer.storage import Storage
 
 INPUT_PREFIX = "input_"
-_INPUT = re.compile(INPUT_NAME)
 
 
 def input_name(data: bytes) -> str:
@@ -33,8 +30,3 @@ def store_input(storage: Storage, data: bytes) -> str:
     name = input_name(data)
     storage.put(name, data, renew=True)
     return name
-
-
-def is_input(key: str) -> bool:
-    """Return whether a key is the name of an input image."""
-    return _INPUT.fullmatch(key) is not None

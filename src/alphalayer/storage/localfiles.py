@@ -11,7 +11,7 @@ from pathlib import Path
 
 from alphalayer.core.job import job_prefix_of
 from alphalayer.observability.logging import log
-from alphalayer.storage.inputs import is_input
+from alphalayer.storage import is_input
 
 ABANDONED_S = 600.0
 """Seconds after which a write is not running any more."""
@@ -70,6 +70,14 @@ def _name(unfinished: Path, file: Path, *, renew: bool) -> None:
         except FileNotFoundError:
             # retention deleted it meanwhile
             unfinished.replace(file)
+
+
+def is_plain_file(path: Path) -> bool:
+    """Return whether a path is a file itself: no link, pipe, device or folder."""
+    try:
+        return stat.S_ISREG(path.lstat().st_mode)
+    except FileNotFoundError:
+        return False
 
 
 def delete_unfinished(folder: Path) -> None:

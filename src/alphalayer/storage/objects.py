@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import os
 import re
 from collections.abc import AsyncIterator
 from datetime import timedelta
@@ -16,10 +18,38 @@ from obstore.store import LocalStore, from_url
 from alphalayer.core.errors import FileMissing, SetupFailed, StorageFailed
 from alphalayer.core.job import PREVIEW_PREFIX, new_id
 from alphalayer.images import codecs
-from alphalayer.storage import StoredFile, check_key, localfiles
+from alphalayer.observability.logging import log
+from alphalayer.storage import StoredFile, check_key, disk, localfiles
 
 CHUNK_BYTES = 256 * 1024
 CACHE_FOREVER = "public, max-age=31536000, immutable"
+OPEN_S = 10.0
+"""Seconds after which a file that does not open has failed."""
+TIMEOUTS = {"connect_timeout": "3s", "read_timeout": "5s", "timeout": "10m"}
+"""Time limits of a bucket. A stalled read ends early, and a slow client may read for long."""
+_PREFIXES = {"s3": "AWS_", "gs": "GOOGLE_", "az": "AZURE_"}
+"""Prefixes of the variables of obstore by the scheme of a bucket."""
+_CLIENT_OPTIONS = (
+    *TIMEOUTS,
+    "allow_http",
+    "allow_invalid_certificates",
+    "proxy_url",
+    "proxy_ca_certificate",
+    "proxy_excludes",
+)
+RETRIES: Any = {
+    "max_retries": 3,
+    "retry_timeout": timedelta(seconds=5),
+    "backoff": {"max_backoff": timedelta(seconds=1)},
+}
+"""Retries of everything that a client waits for."""
+LONG_RETRIES: Any = {
+    "max_retries": 20,
+    "retry_timeout": timedelta(seconds=60),
+    "backoff": {"max_backoff": timedelta(seconds=5)},
+}
+"""Retries of the upload of an image, which took long to generate."""
+_ADDRESS = re.compile(r"[a-z0-9]+://[^\s,;)]+")
 _CREDENTIALS_PATH = re.compile("/latest/(api/token|meta-data)")
 """Path of Amazon's credentials service. An error with it means that no keys are set."""
 
@@ -27,9 +57,11 @@ _CREDENTIALS_PATH = re.compile("/latest/(api/token|meta-data)")
 class ObjectStorage:
     """Implementation of `alphalayer.storage.Storage` on any obstore store."""
 
-    def __init__(self, store: Any, location: str):
+    def __init__(self, store: Any, location: str, image_store: Any = None):
         self._store = store
         self._location = location
+        self._image_store = image_store or store
+        """The same place, with more retries for images."""
 
     def put(self, key: str, data: bytes, *, replace: bool = False, renew: bool = False) -> None:
         """Write a file completely or not at all; see the protocol."""
@@ -51,8 +83,11 @@ class ObjectStorage:
             "Cache-Control": "no-store" if replace else CACHE_FOREVER,
         }
         # a bucket renews the time of an object only when it is written again
-        mode = "overwrite" if replace or renew else "create"
-        obstore.put(self._store, key, data, attributes=attributes, mode=mode, use_multipart=False)
+        is_changeable = replace or renew
+        mode = "overwrite" if is_changeable else "create"
+        # a client waits for an input image, and the engine for a preview
+        store = self._store if is_changeable else self._image_store
+        obstore.put(store, key, data, attributes=attributes, mode=mode, use_multipart=False)
 
     def delete(self, key: str) -> None:
         """Delete a file; see the protocol."""
@@ -66,16 +101,35 @@ class ObjectStorage:
     async def open(self, key: str) -> StoredFile:
         """Open a file; see the protocol."""
         try:
-            file = await obstore.get_async(self._store, check_key(key))
+            file = await asyncio.wait_for(self._open(check_key(key)), OPEN_S)
         except FileNotFoundError:
             raise FileMissing(
                 f'there is no file "{key}".',
                 hint="It may have been deleted by retention. Generate it again.",
             ) from None
+        except asyncio.TimeoutError:
+            error = TimeoutError(f"no response for {OPEN_S:g} seconds")
+            raise self._storage_error("read", key, error) from None
         except (BaseError, OSError) as error:
             raise self._storage_error("read", key, error) from None
         modified_at = file.meta["last_modified"].timestamp()
-        return StoredFile(file.meta["size"], modified_at, _chunks(file))
+        return StoredFile(file.meta["size"], modified_at, self._chunks(key, file))
+
+    async def _open(self, key: str) -> Any:
+        """Return obstore's open file. Links, pipes and folders do not exist."""
+        if isinstance(self._store, LocalStore) and not await asyncio.to_thread(
+            localfiles.is_plain_file, Path(self._location) / key
+        ):
+            raise FileNotFoundError(key)
+        return await obstore.get_async(self._store, key)
+
+    async def _chunks(self, key: str, file: Any) -> AsyncIterator[bytes]:
+        """Yield the content of an open file. Raises `StorageFailed`."""
+        try:
+            async for chunk in file.stream(min_chunk_size=CHUNK_BYTES):
+                yield bytes(chunk)
+        except (BaseError, OSError) as error:
+            raise self._storage_error("read", key, error) from None
 
     def presign(self, key: str, seconds: float) -> str | None:
         """Return a signed URL of the bucket; see the protocol."""
@@ -107,15 +161,40 @@ class ObjectStorage:
         except OSError as error:
             raise self._storage_error("clean up", "", error) from None
 
+    def check(self, *, is_writing: bool) -> None:
+        """Check that images can be stored; see the protocol."""
+        if isinstance(self._store, LocalStore):
+            problem = disk.find_problem(Path(self._location), "the images")
+            if problem:
+                raise StorageFailed(problem, hint="Free some space and check the folder's rights.")
+        key = f"{PREVIEW_PREFIX}{new_id()}.webp"
+        if is_writing:
+            self.put(key, b"alphalayer", replace=True)
+            with contextlib.suppress(StorageFailed):
+                self.delete(key)
+            return
+        try:
+            obstore.head(self._store, key)
+        except FileNotFoundError:
+            pass
+        except (BaseError, OSError) as error:
+            raise self._storage_error("read", key, error) from None
+
     def _storage_error(self, action: str, key: str, error: Exception) -> StorageFailed:
+        """Return the error for clients, and log it with paths and addresses."""
+        what = f"cannot {action} {key or 'the files'}"
+        log.warning("storage.failed", action=what, storage=self._location, error=_cause(error))
+        cause = _ADDRESS.sub("…", _cause(error).replace(self._location, "…"))
         return StorageFailed(
-            f"cannot {action} {key or 'the files'} in {self._location}: {_cause(error)}.",
-            hint="Check its space, rights, address and keys.",
+            f"{what}: {cause}.",
+            hint="Check the space, rights, address and keys of the storage.",
         )
 
 
 def _cause(error: Exception) -> str:
     """Return the message of a bucket's XML, or the first line of another error."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
     message = re.search(r"<Code>(.*?)</Code>\s*<Message>(.*?)\.?</Message>", str(error), re.DOTALL)
     if message:
         return f"{message[2]} ({message[1]})"
@@ -123,9 +202,14 @@ def _cause(error: Exception) -> str:
     return lines[0] if lines else type(error).__name__
 
 
-async def _chunks(file: Any) -> AsyncIterator[bytes]:
-    async for chunk in file.stream(min_chunk_size=CHUNK_BYTES):
-        yield bytes(chunk)
+def _client_options(location: str) -> Any:
+    """Return the time limits of a bucket's requests, and other client options.
+
+    obstore reads no option from the environment once one is passed.
+    """
+    prefix = _PREFIXES.get(location.partition("://")[0], "AWS_")
+    variables = {name: os.environ.get(prefix + name.upper()) for name in _CLIENT_OPTIONS}
+    return {**TIMEOUTS, **{name: value for name, value in variables.items() if value}}
 
 
 def open_storage(location: str) -> ObjectStorage:
@@ -140,7 +224,11 @@ def open_storage(location: str) -> ObjectStorage:
     """
     try:
         if "://" in location:
-            return ObjectStorage(from_url(location), location)
+            stores = [
+                from_url(location, client_options=_client_options(location), retry_config=retries)
+                for retries in (RETRIES, LONG_RETRIES)
+            ]
+            return ObjectStorage(stores[0], location, stores[1])
         Path(location).mkdir(parents=True, exist_ok=True)
         return ObjectStorage(LocalStore(location), str(Path(location).resolve()))
     except (BaseError, OSError, ValueError) as error:
@@ -161,7 +249,7 @@ def check_bucket(location: str) -> None:
     # retention deletes a preview that may not be deleted here
     key = f"{PREVIEW_PREFIX}{new_id()}.webp"
     try:
-        store = from_url(location, retry_config={"max_retries": 2})
+        store = from_url(location, client_options=_client_options(location), retry_config=RETRIES)
         obstore.put(store, key, b"alphalayer", mode="overwrite", use_multipart=False)
     except (BaseError, OSError, ValueError) as error:
         raise _bucket_error(location, error) from None

@@ -88,7 +88,7 @@ async def txt2img(
     `images` holds the images alone, without a grid.
     """
     inputs = await store_images(service, body.input_images, FIELDS["inputs"])
-    key = f"{body.force_task_id}:{body.digest}" if body.force_task_id else idempotency_key
+    key = f"{body.force_task_id}:{body.sent_digest}" if body.force_task_id else idempotency_key
     with wire_names(FIELDS):
         spec = body.to_spec(service, options, inputs)
         job = await run_job(

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictBool, field_validator
 
 from alphalayer.api.a1111.lists import ALIASES
 from alphalayer.api.a1111.script import SCRIPT, Arguments, read_arguments
@@ -136,7 +136,7 @@ class Txt2ImgRequest(Body, Postprocessing, frozen=True):
     send_images: Annotated[bool, Field(description="Whether the response holds the images.")] = True
     save_images: Annotated[bool, Field(description="Ignored: every image is stored.")] = False
     force_task_id: Annotated[
-        str | None,
+        Annotated[str, AfterValidator(validation.check_printable)] | None,
         Field(max_length=100, description="The same id and request return the same job."),
     ] = None
     alwayson_scripts: Annotated[
