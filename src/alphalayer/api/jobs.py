@@ -22,6 +22,7 @@ from alphalayer.api.deps import (
     wire_names,
 )
 from alphalayer.api.dialect import Dialect
+from alphalayer.api.embedded_files import EmbeddedFiles
 from alphalayer.api.errors import PROBLEMS, Problem
 from alphalayer.api.guard import GuardedRoute, User
 from alphalayer.api.native import DIALECT as NATIVE
@@ -159,19 +160,19 @@ async def submit(
     return job_answer
 
 
-@router.get("/{job_id}", summary="Show a job")
-async def show(job_id: JobId, request: Request, service: ServiceDep, user: User) -> JobAnswer:
+@router.get("/{job_id}", response_model=JobAnswer, summary="Show a job")
+async def show(job_id: JobId, request: Request, service: ServiceDep, user: User) -> Response:
     """Return position, step, remaining time, and finally the images or the error.
 
     The images include their data if the job requested `response_format` base64.
     """
     view = await _view(service, job_id, user)
-    job_answer = answer(view, base_url(request))
+    job_answer, files = answer(view, base_url(request)), EmbeddedFiles()
     if view.job.delivery.with_data:
         # retention may remove images before their job
         with suppress(FileMissing):
-            await add_data(job_answer.images, service)
-    return job_answer
+            await add_data(job_answer.images, service, files)
+    return files.respond(job_answer)
 
 
 @router.get("", summary="List jobs")

@@ -12,7 +12,7 @@ from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from functools import partial
-from typing import TypeVar, TypeVarTuple
+from typing import Any, TypeVar
 
 from alphalayer.core.errors import Busy
 from alphalayer.images.files import count_pixels
@@ -22,7 +22,6 @@ QUEUE_LIMIT = 32
 PACE_WEIGHT = 0.2
 """Weight of the last turn in the mean duration of turns."""
 _T = TypeVar("_T")
-_Args = TypeVarTuple("_Args")
 
 
 class PixelPool:
@@ -77,9 +76,7 @@ class PixelPool:
             self._turns.release()
             self._mean_s += PACE_WEIGHT * (time.monotonic() - start - self._mean_s)
 
-    async def run(
-        self, size_bytes: int, work: Callable[[*_Args], _T], *arguments: *_Args
-    ) -> _T:
+    async def run(self, size_bytes: int, work: Callable[..., _T], *arguments: Any) -> _T:
         """Run work in a thread of the pool, within a turn.
 
         Args:
@@ -105,10 +102,17 @@ class PixelPool:
         self,
         data: bytes,
         bytes_a_pixel: int,
-        work: Callable[[bytes, *_Args], _T],
-        *arguments: *_Args,
+        work: Callable[..., _T],
+        *arguments: Any,
     ) -> _T:
-        """Run work on an image file, whose memory depends on its pixels. See `run`."""
+        """Run work on an image file, whose memory depends on its pixels. See `run`.
+
+        Args:
+            data: The file, the first argument of the function.
+            bytes_a_pixel: Memory that the work needs for a pixel.
+            work: Function that runs in the thread.
+            arguments: Its other arguments.
+        """
         pixels = await self.run(0, count_pixels, data)
         return await self.run(pixels * bytes_a_pixel, work, data, *arguments)
 

@@ -117,7 +117,7 @@ def decode(data: bytes) -> tuple[Rgba, str | None]:
         rgba = np.empty((image.height, image.width, 4), np.uint8)
         for rows in strips(rgba):
             strip = image.crop((0, rows.start, image.width, rows.stop))
-            rgba[rows] = strip if strip.mode == "RGBA" else strip.convert("RGBA")
+            rgba[rows] = np.asarray(strip if strip.mode == "RGBA" else strip.convert("RGBA"))
         return rgba, settings_of(image)
 
 
