@@ -182,6 +182,22 @@ async def test_work_beyond_the_memory_waits_and_large_work_runs_alone():
     assert (pool.used_bytes, second.calls) == (0, 1)
 
 
+async def test_work_that_waits_too_long_is_refused():
+    pool, blocked = PixelPool(1000, threads=1, wait_limit_s=0.01), Blocked()
+
+    async def work() -> bytes:
+        async with pool.turn():
+            return await pool.run(1, blocked)
+
+    running = asyncio.create_task(work())
+    await blocked.wait_started()
+    with pytest.raises(Busy):
+        await work()
+    blocked.released.set()
+    assert await running == b"done"
+    assert await work() == b"done"
+
+
 async def test_answers_of_finished_jobs_wait_in_a_full_queue():
     pool, blocked = PixelPool(1000, threads=1, queue_limit=0), Blocked()
 

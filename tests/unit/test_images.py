@@ -395,6 +395,12 @@ def test_finish_applies_the_output_options_in_order():
     assert finished[2, 3].tolist() == [200, 100, 50, 255]
 
 
+def test_convert_of_more_pixels_than_generated_is_refused():
+    data = codecs.encode(np.zeros((1, 2048 * 2048 + 1, 4), np.uint8))
+    with pytest.raises(InvalidRequest, match="the limit is 4 megapixels"):
+        postprocess.convert(data, Output())
+
+
 def test_encode_input_drops_the_settings_and_refuses_a_long_side():
     rgba = np.full((2, 3, 4), 9, np.uint8)
     plain, with_settings = codecs.encode(rgba), codecs.encode(rgba, parameters="Steps: 1")

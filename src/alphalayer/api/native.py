@@ -340,7 +340,7 @@ def image_answers(job: Job, base: str) -> list[ImageAnswer]:
 
 
 async def add_data(images: list[ImageAnswer], service: Service, files: EmbeddedFiles) -> None:
-    """Add the placeholders of files to the images. Raises `FileMissing`, `StorageFailed`."""
+    """Add placeholders of files to images. Raises `FileMissing`, `StorageFailed`."""
     for image in images:
         image.base64 = await embed_file(service, files, image.filename)
 

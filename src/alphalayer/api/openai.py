@@ -478,7 +478,7 @@ def _event(name: str, file: bytes, **fields: Any) -> str:
 
 
 async def _partial(body: GenerationsRequest, service: Service, key: str) -> bytes | None:
-    """Return a preview in the requested format; None without one, or while the service is busy."""
+    """Return a preview as requested; None without one, or while busy."""
     pixels = service.pixels
     try:
         async with pixels.turn():

@@ -6,11 +6,12 @@ Health checks and plain routes use other threads, so that they never wait for it
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import ctypes
 import math
 import time
 from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any, TypeVar
 
@@ -19,6 +20,10 @@ from alphalayer.images.files import count_pixels
 
 QUEUE_LIMIT = 32
 """Most waiting requests. They hold no image yet, except uploads."""
+WAIT_LIMIT_S = 30.0
+"""Longest wait for a turn. Most clients give up soon afterwards."""
+TRIM_BYTES = 20_000_000
+"""Work with more memory returns it to the system at its end."""
 PACE_WEIGHT = 0.2
 """Weight of the last turn in the mean duration of turns."""
 _T = TypeVar("_T")
@@ -34,14 +39,22 @@ class PixelPool:
         budget_bytes: Memory of all work at one time. Work that needs more runs alone.
         threads: Number of threads.
         queue_limit: Most requests that wait for a turn.
+        wait_limit_s: Seconds after which a waiting request is refused.
     """
 
-    def __init__(self, budget_bytes: int, threads: int = 1, queue_limit: int = QUEUE_LIMIT):
+    def __init__(
+        self,
+        budget_bytes: int,
+        threads: int = 1,
+        queue_limit: int = QUEUE_LIMIT,
+        wait_limit_s: float = WAIT_LIMIT_S,
+    ):
         self.waiting = 0
         self.used_bytes = 0
         self._budget_bytes = budget_bytes
         self._threads = threads
         self._queue_limit = queue_limit
+        self._wait_limit_s = wait_limit_s
         self._executor = ThreadPoolExecutor(threads, thread_name_prefix="pixels")
         self._turns = asyncio.Semaphore(threads)
         self._released = asyncio.Event()
@@ -52,21 +65,25 @@ class PixelPool:
         """Return the seconds until the requests that wait now have had their turn."""
         return max(1, math.ceil(self.waiting * self._mean_s / self._threads))
 
-    @asynccontextmanager
+    @contextlib.asynccontextmanager
     async def turn(self, *, limited: bool = True) -> AsyncGenerator[None]:
         """Wait for a turn, in the order of the calls. A cancelled call leaves the queue.
 
         Args:
-            limited: Whether a full queue is an error. The answer of a finished job always waits.
+            limited: Whether the queue and the wait are limited. The answer of a finished job
+                always waits.
 
         Raises:
-            Busy: The queue is full.
+            Busy: The queue is full, or the wait took too long.
         """
         if limited and self._turns.locked() and self.waiting >= self._queue_limit:
             raise self._busy()
         self.waiting += 1
         try:
-            await self._turns.acquire()
+            timeout_s = self._wait_limit_s if limited else None
+            await asyncio.wait_for(self._turns.acquire(), timeout_s)
+        except asyncio.TimeoutError:
+            raise self._busy() from None
         finally:
             self.waiting -= 1
         start = time.monotonic()
@@ -90,7 +107,8 @@ class PixelPool:
             await self._released.wait()
         self.used_bytes += size_bytes
         loop = asyncio.get_running_loop()
-        result = loop.run_in_executor(self._executor, partial(work, *arguments))
+        call = partial(_call, work, arguments, size_bytes > TRIM_BYTES)
+        result = loop.run_in_executor(self._executor, call)
         try:
             return await asyncio.shield(result)
         finally:
@@ -127,3 +145,14 @@ class PixelPool:
         )
         error.retry_after_s = self.retry_after_s
         return error
+
+
+def _call(work: Callable[..., _T], arguments: tuple[Any, ...], is_large: bool) -> _T:
+    """Call a function. After large work, return the freed memory to the system."""
+    try:
+        return work(*arguments)
+    finally:
+        if is_large:
+            # glibc keeps it otherwise; other systems have no such function
+            with contextlib.suppress(AttributeError, OSError, TypeError):
+                ctypes.CDLL(None).malloc_trim(0)

@@ -34,7 +34,7 @@ def memory_limit(root: Path = Path("/")) -> int | None:
 
 
 def _folders(root: Path, controller: str) -> Iterator[Path]:
-    """Yield the folders of the control groups with a controller, each with its parents.
+    """Yield the folders of the groups with a controller, each with its parents.
 
     In a container the path may be that on the host. Its parent is then the container's own group.
     """

@@ -20,6 +20,7 @@ from alphalayer.core.errors import InvalidRequest
 from alphalayer.core.request import ImageFormat
 from alphalayer.images.files import (
     EXIF_IFD,
+    MAX_PIXELS,
     USER_COMMENT,
     check_size,
     open_image,
@@ -101,18 +102,22 @@ def encode_preview(rgb: NDArray[np.uint8]) -> bytes:
     return buffer.getvalue()
 
 
-def decode(data: bytes) -> tuple[Rgba, str | None]:
+def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> tuple[Rgba, str | None]:
     """Decode an image file. Of an animation, decode the first frame.
+
+    Args:
+        data: The file.
+        max_pixels: Limit of width times height.
 
     Returns:
         The image as uint8 (height, width, 4), and its `parameters` text, if it has one.
 
     Raises:
         InvalidRequest: The file is not a PNG, WebP, AVIF or JPEG, or is damaged,
-            or has more than 16 megapixels or too many parts.
+            or has too many pixels or parts.
     """
     with open_image(data) as image:
-        check_size(image, data)
+        check_size(image, data, max_pixels)
         image.load()
         rgba = np.empty((image.height, image.width, 4), np.uint8)
         for rows in strips(rgba):

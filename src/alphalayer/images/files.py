@@ -81,17 +81,17 @@ def open_image(data: bytes) -> Generator[Image.Image]:
     ) as error:
         raise InvalidRequest(f"the image is damaged ({error}).", hint=_USE) from None
     except Image.DecompressionBombError:
-        raise too_large("far more pixels than that") from None
+        raise _too_large("far more pixels than that", MAX_PIXELS) from None
 
 
-def check_size(image: Image.Image, data: bytes) -> None:
+def check_size(image: Image.Image, data: bytes, max_pixels: int) -> None:
     """Check an open image before its pixels are decoded.
 
     Raises:
         InvalidRequest: It has too many pixels or scans.
     """
-    if image.width * image.height > MAX_PIXELS:
-        raise too_large(f"{image.width}x{image.height} pixels")
+    if image.width * image.height > max_pixels:
+        raise _too_large(f"{image.width}x{image.height} pixels", max_pixels)
     # in a scan's data 0xff is followed by 0, so that only markers match
     scans = data.count(_SCAN) if data.startswith(_JPEG) else 0
     if scans > MAX_SCANS:
@@ -110,9 +110,9 @@ def count_pixels(head: bytes) -> int:
         return MAX_PIXELS
 
 
-def too_large(size: str) -> InvalidRequest:
+def _too_large(size: str, max_pixels: int) -> InvalidRequest:
     """Return the error of an image with too many pixels."""
-    limit = f"{MAX_PIXELS // 1_000_000} megapixels"
+    limit = f"{max_pixels // 1_000_000} megapixels"
     return InvalidRequest(f"the image is too large: the limit is {limit}, and it has {size}.")
 
 

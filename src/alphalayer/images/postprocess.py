@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from alphalayer.core.job import Output
+from alphalayer.core.request import MAX_SIDE
 from alphalayer.images.codecs import Rgba, decode, encode, strips
 
 SOLID_ALPHA = 255
@@ -30,9 +31,9 @@ def convert(data: bytes, output: Output) -> bytes:
     """Post-process an image file and encode it, with its `parameters` text.
 
     Raises:
-        InvalidRequest: The file cannot be decoded. See `decode`.
+        InvalidRequest: The file cannot be decoded, or is larger than any generated image.
     """
-    rgba, parameters = decode(data)
+    rgba, parameters = decode(data, MAX_SIDE * MAX_SIDE)
     return encode(finish(rgba, output), output.format, parameters or "")
 
 

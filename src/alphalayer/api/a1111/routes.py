@@ -248,7 +248,7 @@ async def _running(service: Service, user: str) -> JobView | None:
 
 
 async def _preview(service: Service, key: str) -> str | None:
-    """Return a preview as base64. A client that polls gets none while the service is busy."""
+    """Return a preview as base64; None while the service is busy."""
     try:
         async with service.pixels.turn():
             data = await read_preview(service, key)
