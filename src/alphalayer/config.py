@@ -309,6 +309,15 @@ class Settings(BaseSettings):
     max_request_bytes: Annotated[int, Field(ge=1024, description="Largest request body.")] = (
         16_000_000
     )
+    image_memory_bytes: Annotated[
+        int | None,
+        Field(
+            ge=1,
+            description="Memory for all images that are converted or uploaded at one time. "
+            "A larger image is processed alone. "
+            "Default: a quarter of the container's memory, at most 250 MB.",
+        ),
+    ] = None
     log_level: Annotated[
         Literal["debug", "info", "warning", "error"],
         Field(description="Lowest level of log lines."),

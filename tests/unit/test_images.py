@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import struct
+import tracemalloc
+import warnings
 import zlib
 
 import numpy as np
@@ -138,21 +141,26 @@ def test_decode_flipped_byte_is_a_clear_error():
         codecs.decode(bytes(data))
 
 
-def _huge_png(text: bytes = b"parameters\0a cup") -> bytes:
+def _chunk(name: bytes, body: bytes = b"") -> bytes:
+    """Return a chunk of a PNG."""
+    return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+
+
+def _huge_png(text: bytes = b"parameters\0a cup", side: int = 9000) -> bytes:
     """Return a PNG of 9000x9000 with a text and without pixels."""
-
-    def chunk(name, body):
-        return (
-            struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
-        )
-
     chunks = [
-        (b"IHDR", struct.pack(">IIBBBBB", 9000, 9000, 8, 6, 0, 0, 0)),
+        (b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 6, 0, 0, 0)),
         (b"tEXt", text),
         (b"IDAT", zlib.compress(b"")),
         (b"IEND", b""),
     ]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(name, body) for name, body in chunks)
+    return b"\x89PNG\r\n\x1a\n" + b"".join(_chunk(name, body) for name, body in chunks)
+
+
+def _with_chunks(chunks: bytes) -> bytes:
+    """Return a PNG with additional chunks after its header."""
+    data = codecs.encode(_image())
+    return data[:33] + chunks + data[33:]
 
 
 def test_decode_short_chunk_is_a_clear_error():
@@ -166,6 +174,92 @@ def test_decode_short_chunk_is_a_clear_error():
 def test_decode_huge_size_in_header_is_refused_unread():
     with pytest.raises(InvalidRequest, match="16 megapixels, and it has 9000x9000"):
         codecs.decode(_huge_png())
+
+
+def test_decode_size_far_beyond_the_limit_is_refused():
+    with pytest.raises(InvalidRequest, match="far more pixels"):
+        codecs.decode(_huge_png(side=60_000))
+
+
+@pytest.mark.parametrize(
+    ("chunks", "message"),
+    [
+        (_chunk(b"tEXt", b"parameters\0" + b"x" * (files.MAX_TEXT + 1)), "1,000,001 characters"),
+        (_chunk(b"zTXt", b"parameters\0\0" + zlib.compress(bytes(5_000_000))), "damaged"),
+        (_chunk(b"iTXt", b"parameters\0\1\0\0\0" + zlib.compress(bytes(5_000_000))), "damaged"),
+        (_chunk(b"iCCP", b"a\0\0" + zlib.compress(bytes(5_000_000))), "damaged"),
+        (_chunk(b"abCd") * 500, "too many parts"),
+    ],
+    ids=["tEXt", "zTXt", "iTXt", "iCCP", "chunks"],
+)
+def test_png_bomb_of_chunks_is_refused(
+    chunks: bytes, message: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(files, "MAX_READS", 500)
+    for read in (codecs.decode, files.read_settings):
+        with pytest.raises(InvalidRequest, match=message):
+            read(_with_chunks(chunks))
+
+
+def test_exif_with_many_damaged_tags_is_silent(recwarn: pytest.WarningsRecorder):
+    """Log nothing: each tag was a warning, and a file has up to 60,000 of them."""
+    tags = b"II*\0\x08\0\0\0\1\0" + struct.pack("<HHIII", 0x8769, 4, 1, 26, 0)
+    tags += struct.pack("<H", 500)
+    tags += b"".join(struct.pack("<HHII", number, 2, 10**7, 100) for number in range(500))
+    with warnings.catch_warnings():
+        warnings.resetwarnings()
+        importlib.reload(files)
+        assert files.read_settings(_with_chunks(_chunk(b"eXIf", tags)))[1] is None
+    assert not recwarn.list
+
+
+def _jpeg(mode: str = "RGB", **options: bool) -> bytes:
+    written = io.BytesIO()
+    Image.fromarray(_image()).convert(mode).save(written, "JPEG", **options)
+    return written.getvalue()
+
+
+def test_jpeg_with_many_scans_or_segments_is_refused(monkeypatch: pytest.MonkeyPatch):
+    """A scan takes time by the pixels of the image, and a file has room for thousands."""
+    data = _jpeg(progressive=True)
+    last = data.rindex(b"\xff\xda")
+    assert codecs.decode(data)[0].shape == (33, 50, 4)
+    with pytest.raises(InvalidRequest, match="has 110 scans; at most 100"):
+        codecs.decode(data[:last] + data[last:-2] * 101 + data[-2:])
+    monkeypatch.setattr(files, "MAX_READS", 500)
+    for segments in (b"\xff\xfe\0\2" * 500, b"\xff" * 1000):
+        with pytest.raises(InvalidRequest, match="too many parts"):
+            codecs.decode(data[:2] + segments + data[2:])
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP"])
+def test_decode_animation_decodes_its_first_frame(kind: str):
+    frames = [Image.new("RGBA", (9, 7), (number, 0, 0, 255)) for number in range(200)]
+    written = io.BytesIO()
+    frames[0].save(written, kind, save_all=True, append_images=frames[1:], lossless=True)
+    assert codecs.decode(written.getvalue())[0].tolist() == np.asarray(frames[0]).tolist()
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "I;16"])
+def test_decode_any_mode_of_png_equals_pillow(mode: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(codecs, "STRIP_PIXELS", 200)
+    image = Image.fromarray(_image())
+    image = Image.new(mode, (50, 33), 700) if mode == "I;16" else image.convert(mode)
+    written = io.BytesIO()
+    image.save(written, "PNG", **({"transparency": 3} if mode == "P" else {}))
+    expected = np.asarray(Image.open(io.BytesIO(written.getvalue())).convert("RGBA"))
+    assert np.array_equal(codecs.decode(written.getvalue())[0], expected)
+
+
+def test_decode_cmyk_jpeg_equals_pillow():
+    data = _jpeg("CMYK")
+    expected = np.asarray(Image.open(io.BytesIO(data)).convert("RGBA"))
+    assert np.array_equal(codecs.decode(data)[0], expected)
+
+
+def test_count_pixels_of_an_unknown_size_is_the_limit():
+    assert files.count_pixels(codecs.encode(_image())) == 33 * 50
+    assert files.count_pixels(_huge_png()) == files.count_pixels(b"x") == files.MAX_PIXELS
 
 
 def test_read_settings_needs_no_pixels():
@@ -201,7 +295,37 @@ def test_encode_preview_is_a_small_webp():
         assert (image.format, image.size) == ("WEBP", (50, 33))
 
 
-# --- trim, composite, defringe
+# --- strips, trim, composite, defringe
+
+
+@pytest.mark.parametrize("strip", [1, 37, 400])
+def test_image_in_strips_equals_the_whole(strip: int, monkeypatch: pytest.MonkeyPatch):
+    rgba = _image(130, 57)
+    rgba[60:64, ::3, 3] = 255
+
+    def results() -> list[np.ndarray]:
+        encoded = codecs.encode(rgba)
+        return [
+            postprocess.defringe(rgba),
+            postprocess.composite(rgba, (10, 20, 30)),
+            codecs.decode(encoded)[0],
+            np.asarray(Image.open(io.BytesIO(encoded))),
+        ]
+
+    whole = results()
+    assert not np.array_equal(whole[0], rgba)
+    monkeypatch.setattr(codecs, "STRIP_PIXELS", strip)
+    assert all(map(np.array_equal, results(), whole))
+
+
+def test_defringe_takes_little_memory_beside_the_image(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(codecs, "STRIP_PIXELS", 4096)
+    rgba = np.resize(_image(128, 128), (1024, 128, 4))
+    tracemalloc.start()
+    postprocess.defringe(rgba)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 12 * rgba.nbytes
 
 
 def _spot() -> np.ndarray:
@@ -269,6 +393,12 @@ def test_finish_applies_the_output_options_in_order():
     assert finished.shape == (5, 7, 4)
     assert finished[0, 0].tolist() == [10, 20, 30, 255]
     assert finished[2, 3].tolist() == [200, 100, 50, 255]
+
+
+def test_convert_of_more_pixels_than_generated_is_refused():
+    data = codecs.encode(np.zeros((1, 2048 * 2048 + 1, 4), np.uint8))
+    with pytest.raises(InvalidRequest, match="the limit is 4 megapixels"):
+        postprocess.convert(data, Output())
 
 
 def test_encode_input_drops_the_settings_and_refuses_a_long_side():

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from alphalayer.engine.threads import COUNTS, WAITING, configure_threads, cpu_quota
+from alphalayer.core.control_groups import cpu_quota, memory_limit
+from alphalayer.engine.threads import COUNTS, WAITING, configure_threads
 
 
 @pytest.fixture
@@ -120,3 +121,23 @@ def test_torch_takes_the_configured_threads(environment: dict[str, str], tmp_pat
         env=environment,
     ).stdout
     assert output.split() == ["1"]
+
+
+@pytest.mark.parametrize(
+    ("files", "limit"),
+    [
+        ({"proc/self/cgroup": V2, "sys/fs/cgroup/memory.max": "1000000\n"}, 1_000_000),
+        ({"proc/self/cgroup": V2, "sys/fs/cgroup/memory.max": "max\n"}, None),
+        (
+            {
+                "proc/self/cgroup": V1,
+                "sys/fs/cgroup/memory/memory.limit_in_bytes": "9223372036854771712\n",
+                "sys/fs/cgroup/memory/docker/ab/memory.limit_in_bytes": "2000\n",
+            },
+            2000,
+        ),
+        ({}, None),
+    ],
+)
+def test_memory_limit_is_read(files: dict[str, str], limit: int | None, tmp_path: Path):
+    assert memory_limit(_write(tmp_path, files)) == limit

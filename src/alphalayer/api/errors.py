@@ -21,6 +21,7 @@ from starlette.types import Scope
 from alphalayer.core import validation
 from alphalayer.core.errors import (
     AlphalayerError,
+    Busy,
     DatabaseAway,
     InvalidRequest,
     RateLimited,
@@ -39,6 +40,7 @@ STATUSES = {
     "cancelled": 409,
     "queue_full": 429,
     "rate_limited": 429,
+    "busy": 429,
     "stopping": 503,
     "file_not_found": 404,
     "job_not_found": 404,
@@ -185,7 +187,7 @@ async def _render_error(request: Request, error: Exception) -> ErrorResponse:
     headers: dict[str, str] = dict(getattr(error, "headers", {}))
     if STATUSES.get(error.code) == 429:
         request.app.state.service.metrics.refused.labels(error.code).inc()
-    if isinstance(error, RateLimited | Stopping | DatabaseAway):
+    if isinstance(error, RateLimited | Busy | Stopping | DatabaseAway):
         headers["Retry-After"] = str(error.retry_after_s)
     elif error.code == "queue_full":
         headers["Retry-After"] = str(request.app.state.service.job_queue.retry_after_s)

@@ -21,6 +21,7 @@ from alphalayer.api.deps import (
     wire_names,
 )
 from alphalayer.api.dialect import Dialect
+from alphalayer.api.embedded_files import EmbeddedFiles
 from alphalayer.api.errors import PROBLEMS, Problem
 from alphalayer.api.file_urls import UrlSigner, file_url
 from alphalayer.api.guard import Generator, GuardedRoute, Reader, Submitter
@@ -160,19 +161,20 @@ async def submit(
     return job_answer
 
 
-@router.get("/{job_id}", summary="Show a job")
-async def show(job_id: JobId, request: Request, service: ServiceDep, user: Reader) -> JobAnswer:
+@router.get("/{job_id}", response_model=JobAnswer, summary="Show a job")
+async def show(job_id: JobId, request: Request, service: ServiceDep, user: Reader) -> Response:
     """Return position, step, remaining time, and finally the images or the error.
 
     The images include their data if the job requested `response_format` base64.
     """
     view = await _view(service, job_id, user)
     job_answer = answer(view, base_url(request), service.url_signer)
+    files = EmbeddedFiles()
     if view.job.delivery.with_data:
         # retention may remove images before their job
         with suppress(FileMissing):
-            await add_data(job_answer.images, service)
-    return job_answer
+            await add_data(job_answer.images, service, files)
+    return files.respond(job_answer)
 
 
 @router.get("", summary="List jobs")

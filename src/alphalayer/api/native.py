@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import base64
 import json
 from pathlib import PurePath
 from typing import Annotated, Literal
 
 from fastapi import APIRouter, Path, Query, Request, Response
-from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import RedirectResponse, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -17,11 +15,15 @@ from alphalayer.api.deps import (
     Service,
     ServiceDep,
     base_url,
+    embed_file,
+    error_field,
     read_file,
     run_job,
+    while_connected,
     wire_names,
 )
 from alphalayer.api.dialect import Dialect
+from alphalayer.api.embedded_files import EmbeddedFiles
 from alphalayer.api.errors import PROBLEMS
 from alphalayer.api.file_urls import Expires, Signature, UrlSigner, file_url
 from alphalayer.api.guard import Converter, GuardedRoute, Reader, Submitter
@@ -173,14 +175,19 @@ class Txt2ImgResponse(BaseModel):
     seconds: StageSeconds = {}
 
 
-@router.post("/txt2img", response_model_exclude_none=True, summary="Generate a transparent image")
+@router.post(
+    "/txt2img",
+    response_model=Txt2ImgResponse,
+    response_model_exclude_none=True,
+    summary="Generate a transparent image",
+)
 async def txt2img(
     body: Txt2ImgRequest,
     request: Request,
     service: ServiceDep,
     user: Submitter,
     idempotency_key: IdempotencyKey = None,
-) -> Txt2ImgResponse:
+) -> Response:
     """Wait for the image. A client that disconnects cancels its job."""
     with wire_names(FIELDS):
         submission = Submission(owner=user, idempotency_key=idempotency_key, digest=body.digest)
@@ -194,6 +201,8 @@ REDIRECT_S = 3600
 """Lifetime of a signed URL."""
 FOREVER_S = 31_536_000
 """Lifetime of an image in caches, a year: it never changes."""
+CONVERT_BYTES = 40
+"""Memory for a conversion, in bytes a pixel: as measured for WebP and AVIF, the largest."""
 FROM = "Sec-Fetch-Site"
 """Header with which browsers mark requests of this service's own page."""
 
@@ -274,6 +283,7 @@ class ConvertQuery(Output, frozen=True):
 async def convert(
     filename: FileName,
     output: Annotated[ConvertQuery, Query()],
+    request: Request,
     service: ServiceDep,
     _user: Converter,
 ) -> Response:
@@ -284,8 +294,17 @@ async def convert(
     reject_unused_options(output, "trim", "trim_threshold", "trim_padding")
     if service.url_signer:
         service.url_signer.check(filename, output.expires, output.signature)
-    data = await read_file(service, check_image_key(filename))
-    converted = await run_in_threadpool(postprocess.convert, data, output)
+    key = check_image_key(filename)
+
+    async def work() -> bytes:
+        async with service.pixels.turn():
+            data = await read_file(service, key)
+            with error_field("filename"):
+                return await service.pixels.process(
+                    data, CONVERT_BYTES, postprocess.convert, output
+                )
+
+    converted = await while_connected(request, work())
     name = f"{PurePath(filename).stem}.{output.format}"
     headers = {"Content-Disposition": f'attachment; filename="{name}"'}
     return Response(converted, media_type=MIME_TYPES[output.format], headers=headers)
@@ -345,19 +364,20 @@ def image_answers(job: Job, base: str, signer: UrlSigner | None) -> list[ImageAn
     ]
 
 
-async def add_data(images: list[ImageAnswer], service: Service) -> None:
-    """Add the files to the images. Raises `FileMissing`, `StorageFailed`."""
+async def add_data(images: list[ImageAnswer], service: Service, files: EmbeddedFiles) -> None:
+    """Add placeholders of files to images. Raises `FileMissing`, `StorageFailed`."""
     for image in images:
-        image.base64 = base64.b64encode(await read_file(service, image.filename)).decode()
+        image.base64 = await embed_file(service, files, image.filename)
 
 
-async def _answer(job: Job, request: Request, service: Service) -> Txt2ImgResponse:
+async def _answer(job: Job, request: Request, service: Service) -> Response:
     assert job.result is not None, job.id
     images = image_answers(job, base_url(request), service.url_signer)
+    files = EmbeddedFiles()
     if job.delivery.with_data:
-        await add_data(images, service)
+        await add_data(images, service, files)
     first = images[0]
-    return Txt2ImgResponse(
+    answer = Txt2ImgResponse(
         url=first.url,
         filename=first.filename,
         info=json.dumps(webui_info(job), ensure_ascii=False),
@@ -365,3 +385,4 @@ async def _answer(job: Job, request: Request, service: Service) -> Txt2ImgRespon
         images=images if len(images) > 1 else None,
         seconds=job.result.seconds,
     )
+    return files.respond(answer, exclude_none=True)

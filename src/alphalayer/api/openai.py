@@ -9,6 +9,7 @@ import json
 import re
 import time
 from collections.abc import AsyncIterator, Mapping
+from functools import partial
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Path, Request
@@ -22,7 +23,9 @@ from alphalayer.api.deps import (
     Service,
     ServiceDep,
     base_url,
+    file_chunks,
     follow,
+    open_file,
     raise_if_failed,
     read_file,
     read_preview,
@@ -30,6 +33,7 @@ from alphalayer.api.deps import (
     wire_names,
 )
 from alphalayer.api.dialect import Dialect
+from alphalayer.api.embedded_files import EmbeddedFiles
 from alphalayer.api.errors import ErrorResponse, Problem
 from alphalayer.api.file_urls import file_url
 from alphalayer.api.guard import Admitted, Generator, GuardedRoute, Submitter
@@ -38,6 +42,7 @@ from alphalayer.catalog import ModelEntry, resolve_model
 from alphalayer.core import validation
 from alphalayer.core.errors import (
     AlphalayerError,
+    Busy,
     InvalidRequest,
     ModelNotFound,
     ModelUnusable,
@@ -102,6 +107,9 @@ SILENT_S = 15.0
 STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 WHITE = "#ffffff"
 BEST = 100
+ENCODE_BYTES, EVENT_COPIES = 16, 6
+"""Memory for encoding, in bytes a pixel, and for an event, in bytes a byte of its file."""
+CHUNK_BYTES = 256 * 1024
 USAGE = {
     "input_tokens": 0,
     "input_tokens_details": {"image_tokens": 0, "text_tokens": 0},
@@ -111,7 +119,7 @@ USAGE = {
 """Zeros: clients expect the numbers, and this service does not count tokens."""
 
 
-RETRIED = ("queue_full", "rate_limited", "stopping", "storage_failed", "database_away")
+RETRIED = ("queue_full", "rate_limited", "busy", "stopping", "storage_failed", "database_away")
 """Codes of errors that a client may retry.
 
 OpenAI's clients retry after every 409 and 5xx. A request that crashes an engine must not be
@@ -333,7 +341,7 @@ async def generations(
     with wire_names(FIELDS):
         job = await run_job(request, spec, submission)
     assert job.result is not None, job.id
-    images = job.result.images
+    images, files = job.result.images, EmbeddedFiles()
     if body.response_format == "url":
         data = [
             ImageData(
@@ -344,8 +352,11 @@ async def generations(
             for image in images
         ]
     else:
-        data = [ImageData(b64_json=await _base64(body, service, image.key)) for image in images]
-    return GenerationsResponse(created=int(time.time()), data=data, **body.settings(images[0]))
+        data = [
+            ImageData(b64_json=await _embed(body, service, files, image.key)) for image in images
+        ]
+    answer = GenerationsResponse(created=int(time.time()), data=data, **body.settings(images[0]))
+    return files.respond(answer, exclude_none=True)
 
 
 @router.post(
@@ -442,8 +453,13 @@ async def _last_events(
 ) -> AsyncIterator[str]:
     result = raise_if_failed(job).result if job else None
     for image in result.images if result else ():
-        data = await _base64(body, service, image.key)
-        yield _event("completed", data, **body.settings(image), usage=USAGE)
+        fields = {**body.settings(image), "usage": USAGE}
+        async with service.pixels.turn(limited=False):
+            data = await _finished(body, service, image.key)
+            event = await service.pixels.run(
+                EVENT_COPIES * len(data), partial(_event, "completed", data, **fields)
+            )
+        yield event
 
 
 def _is_due(view: JobView, sent: int, requested: int) -> bool:
@@ -458,32 +474,52 @@ def _echo(body: GenerationsRequest) -> dict[str, Any]:
     }
 
 
-def _event(name: str, image: str, **fields: Any) -> str:
+def _event(name: str, file: bytes, **fields: Any) -> str:
     kind = f"image_generation.{name}"
+    image = base64.b64encode(file).decode()
     data = {"type": kind, "b64_json": image, "created_at": int(time.time()), **fields}
     return f"event: {kind}\ndata: {json.dumps(data)}\n\n"
 
 
-async def _partial(body: GenerationsRequest, service: Service, key: str) -> str | None:
-    """Return a preview in the requested format as base64; None without one."""
-    data = await read_preview(service, key)
-    if data is None:
+async def _partial(body: GenerationsRequest, service: Service, key: str) -> bytes | None:
+    """Return a preview as requested; None without one, or while busy."""
+    pixels = service.pixels
+    try:
+        async with pixels.turn():
+            data = await read_preview(service, key)
+            if data is None:
+                return None
+            return await pixels.process(data, ENCODE_BYTES, _convert, body.output_format, BEST)
+    except Busy:
         return None
-    return base64.b64encode(
-        await asyncio.to_thread(_convert, data, body.output_format, BEST)
-    ).decode()
 
 
 async def _finished(body: GenerationsRequest, service: Service, key: str) -> bytes:
-    """Return an image in the requested format and quality."""
+    """Return an image in the requested format and quality, within a turn of the pool."""
     data = await read_file(service, key)
-    if body.is_lossy:
-        data = await asyncio.to_thread(_convert, data, body.output_format, body.output_compression)
-    return data
+    if not body.is_lossy:
+        return data
+    return await service.pixels.process(
+        data, ENCODE_BYTES, _convert, body.output_format, body.output_compression
+    )
 
 
-async def _base64(body: GenerationsRequest, service: Service, key: str) -> str:
-    return base64.b64encode(await _finished(body, service, key)).decode()
+async def _embed(body: GenerationsRequest, service: Service, files: EmbeddedFiles, key: str) -> str:
+    """Return the placeholder of an image in the requested format and quality."""
+
+    async def chunks() -> AsyncIterator[bytes]:
+        if not body.is_lossy:
+            async for chunk in file_chunks(service, key):
+                yield chunk
+            return
+        async with service.pixels.turn(limited=False):
+            data = await _finished(body, service, key)
+        for start in range(0, len(data), CHUNK_BYTES):
+            yield data[start : start + CHUNK_BYTES]
+
+    # errors later would cut the response off
+    await open_file(service, key)
+    return files.add(chunks)
 
 
 async def _stored(body: GenerationsRequest, service: Service, key: str) -> str:
@@ -494,7 +530,9 @@ async def _stored(body: GenerationsRequest, service: Service, key: str) -> str:
     if not body.is_lossy:
         return key
     encoded = f"{key.rpartition('.')[0]}.{body.output_format}"
-    await asyncio.to_thread(service.storage.put, encoded, await _finished(body, service, key))
+    async with service.pixels.turn(limited=False):
+        data = await _finished(body, service, key)
+        await service.pixels.run(len(data), service.storage.put, encoded, data)
     return encoded
 
 

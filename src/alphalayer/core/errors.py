@@ -16,6 +16,7 @@
     ├── Unauthorized           credentials are missing or wrong
     ├── NotImplementedYet      a route of a dialect that this version does not implement
     ├── RateLimited            a key exceeded its rate
+    ├── Busy                   too many requests wait for work on images
     ├── Stopping               the service is shutting down
     ├── FileMissing            no image has that name
     ├── JobMissing             no job has that id
@@ -187,6 +188,13 @@ class RateLimited(AlphalayerError):
 
     code = "rate_limited"
     retry_after_s = 60
+
+
+class Busy(AlphalayerError):
+    """Work on images that cannot wait; the client may retry after `retry_after_s` seconds."""
+
+    code = "busy"
+    retry_after_s = 1
 
 
 class Stopping(AlphalayerError):

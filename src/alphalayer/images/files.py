@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import struct
+import warnings
 import zlib
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -17,7 +18,34 @@ MAX_PIXELS = 16_000_000
 READABLE = ("PNG", "WEBP", "AVIF", "JPEG")
 """Formats that are opened. Some other readers of Pillow start other programs."""
 EXIF_IFD, USER_COMMENT = 0x8769, 0x9286
+MAX_TEXT = 1_000_000
+"""Longest `parameters` text. Pillow has this limit for compressed text."""
+MAX_EXIF_BYTES = 2 * MAX_TEXT + 1000
+"""Largest EXIF data that are searched: such a text in UTF-16, and its tags."""
+MAX_SCANS = 100
+"""Most scans of a JPEG. Each takes time by the pixels, and encoders write about ten."""
+MAX_READS = 50_000
+"""Most reads of a file. Pillow reads some 4 times a chunk, and millions of chunks take long."""
+_JPEG, _SCAN = b"\xff\xd8", b"\xff\xda"
 _USE = "Use a PNG, WebP, AVIF or JPEG file."
+_SAVE = "Save it again with another program."
+
+
+# a file with many damaged tags would fill the log
+warnings.filterwarnings("ignore", module="PIL.TiffImagePlugin")
+
+
+class _Reader(io.BytesIO):
+    """Content of a file with a limit of reads."""
+
+    _reads = 0
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        """Return the next bytes. Raises `InvalidRequest` after too many reads."""
+        self._reads += 1
+        if self._reads > MAX_READS:
+            raise InvalidRequest("the image has too many parts.", hint=_SAVE)
+        return super().read(size)
 
 
 def read_settings(data: bytes) -> tuple[tuple[int, int], str | None]:
@@ -36,7 +64,7 @@ def read_settings(data: bytes) -> tuple[tuple[int, int], str | None]:
 def open_image(data: bytes) -> Generator[Image.Image]:
     """Open an image file. Errors inside the block are reported as damage."""
     try:
-        with Image.open(io.BytesIO(data), formats=READABLE) as image:
+        with Image.open(_Reader(data), formats=READABLE) as image:
             yield image
     except UnidentifiedImageError:
         raise InvalidRequest("not an image.", hint=_USE) from None
@@ -53,24 +81,66 @@ def open_image(data: bytes) -> Generator[Image.Image]:
     ) as error:
         raise InvalidRequest(f"the image is damaged ({error}).", hint=_USE) from None
     except Image.DecompressionBombError:
-        raise too_large("far more pixels than that") from None
+        raise _too_large("far more pixels than that", MAX_PIXELS) from None
 
 
-def too_large(size: str) -> InvalidRequest:
+def check_size(image: Image.Image, data: bytes, max_pixels: int) -> None:
+    """Check an open image before its pixels are decoded.
+
+    Raises:
+        InvalidRequest: It has too many pixels or scans.
+    """
+    if image.width * image.height > max_pixels:
+        raise _too_large(f"{image.width}x{image.height} pixels", max_pixels)
+    # in a scan's data 0xff is followed by 0, so that only markers match
+    scans = data.count(_SCAN) if data.startswith(_JPEG) else 0
+    if scans > MAX_SCANS:
+        raise InvalidRequest(f"the image has {scans} scans; at most {MAX_SCANS}.", hint=_SAVE)
+
+
+def count_pixels(head: bytes) -> int:
+    """Return the pixels of a file by its first bytes, at most `MAX_PIXELS`.
+
+    Files that need more bytes count as the largest.
+    """
+    try:
+        with open_image(head) as image:
+            return min(image.width * image.height, MAX_PIXELS)
+    except InvalidRequest:
+        return MAX_PIXELS
+
+
+def _too_large(size: str, max_pixels: int) -> InvalidRequest:
     """Return the error of an image with too many pixels."""
-    limit = f"{MAX_PIXELS // 1_000_000} megapixels"
+    limit = f"{max_pixels // 1_000_000} megapixels"
     return InvalidRequest(f"the image is too large: the limit is {limit}, and it has {size}.")
 
 
 def settings_of(image: Image.Image) -> str | None:
-    """Return the `parameters` text of an image, None without one."""
+    """Return the `parameters` text of an image, None without one.
+
+    Raises:
+        InvalidRequest: The text is too long.
+    """
     text = image.info.get("parameters")
     if isinstance(text, str):
-        return text
+        return _check_length(text)
+    exif_data: bytes = image.info.get("exif") or b""
+    if len(exif_data) > MAX_EXIF_BYTES:
+        return None
     # not image.getexif(), which decodes all pixels of a PNG
     exif = Image.Exif()
-    exif.load(image.info.get("exif") or b"")
+    exif.load(exif_data)
     comment = exif.get_ifd(EXIF_IFD).get(USER_COMMENT)
     if isinstance(comment, bytes) and comment.startswith(b"UNICODE\0"):
-        return comment[8:].decode("utf-16-be", errors="replace")
+        return _check_length(comment[8:].decode("utf-16-be", errors="replace"))
     return None
+
+
+def _check_length(text: str) -> str:
+    if len(text) > MAX_TEXT:
+        raise InvalidRequest(
+            f"the text in the image has {len(text):,} characters; at most {MAX_TEXT:,}.",
+            hint=_SAVE,
+        )
+    return text

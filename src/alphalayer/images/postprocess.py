@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from alphalayer.core.job import Output
-from alphalayer.images.codecs import Rgba, decode, encode
+from alphalayer.core.request import MAX_SIDE
+from alphalayer.images.codecs import Rgba, decode, encode, strips
 
 SOLID_ALPHA = 255
 
@@ -30,9 +31,9 @@ def convert(data: bytes, output: Output) -> bytes:
     """Post-process an image file and encode it, with its `parameters` text.
 
     Raises:
-        InvalidRequest: The file cannot be decoded. See `decode`.
+        InvalidRequest: The file cannot be decoded, or is larger than any generated image.
     """
-    rgba, parameters = decode(data)
+    rgba, parameters = decode(data, MAX_SIDE * MAX_SIDE)
     return encode(finish(rgba, output), output.format, parameters or "")
 
 
@@ -61,8 +62,21 @@ def defringe(rgba: Rgba, reach: int = 3) -> Rgba:
     The colour of solid pixels spreads outwards by at most `reach` pixels. Alpha does not change.
     Pixels without a solid pixel nearby do not change either (smoke, glass).
     """
-    color = rgba[..., :3].astype(np.float32)
+    result = rgba.copy()
+    for rows in strips(rgba):
+        # colour from more than `reach` rows away does not arrive
+        first = max(rows.start - reach, 0)
+        strip = _defringe_strip(rgba[first : rows.stop + reach], reach)
+        result[rows] = strip[rows.start - first :][: rows.stop - rows.start]
+    return result
+
+
+def _defringe_strip(rgba: Rgba, reach: int) -> Rgba:
+    """Replace the colour of half-transparent pixels. See `defringe`."""
     has_color = rgba[..., 3] == SOLID_ALPHA
+    if has_color.all() or not has_color.any():
+        return rgba
+    color = rgba[..., :3].astype(np.float32)
     for _ in range(reach):
         weight = has_color.astype(np.float32)
         total, count = _sum_neighbours(color * weight[..., None]), _sum_neighbours(weight)
@@ -84,6 +98,9 @@ def _sum_neighbours(values: NDArray[np.float32]) -> NDArray[np.float32]:
 
 def composite(rgba: Rgba, background: tuple[int, int, int]) -> Rgba:
     """Composite the image over a colour. The result is opaque."""
-    alpha = rgba[..., 3:].astype(np.float32) / 255
-    mixed = rgba[..., :3] * alpha + np.array(background, np.float32) * (1 - alpha)
-    return np.dstack([np.rint(mixed).astype(np.uint8), np.full_like(rgba[..., 3], 255)])
+    result = np.full_like(rgba, SOLID_ALPHA)
+    for rows in strips(rgba):
+        alpha = rgba[rows, :, 3:].astype(np.float32) / 255
+        mixed = rgba[rows, :, :3] * alpha + np.array(background, np.float32) * (1 - alpha)
+        result[rows, :, :3] = np.rint(mixed)
+    return result

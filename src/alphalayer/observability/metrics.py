@@ -21,7 +21,7 @@ class Metrics:
         )
         self.refused = Counter(
             "alphalayer_refused",
-            "Refused requests by reason: queue_full, rate_limited.",
+            "Refused requests by reason: queue_full, rate_limited, busy.",
             ["reason"],
             **options,
         )
@@ -58,6 +58,16 @@ class Metrics:
             **options,
         )
         self.queue_length = Gauge("alphalayer_queue_length", "Waiting jobs.", **options)
+        self.pixel_queue_length = Gauge(
+            "alphalayer_pixel_queue_length",
+            "Requests that wait for work on images in the service's process.",
+            **options,
+        )
+        self.pixel_memory = Gauge(
+            "alphalayer_pixel_memory_bytes",
+            "Memory that running work on images is expected to need.",
+            **options,
+        )
         self.queue_age = Gauge(
             "alphalayer_queue_age_seconds", "Age of the oldest waiting job.", **options
         )

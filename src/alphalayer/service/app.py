@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
@@ -24,11 +25,13 @@ from alphalayer.api.middleware.body_limit import BodyLimit
 from alphalayer.api.middleware.forwarded import ForwardedHeaders
 from alphalayer.api.middleware.request_log import RequestLog
 from alphalayer.api.middleware.turns import Turns
+from alphalayer.api.pixel_pool import PixelPool
 from alphalayer.api.shutdown import Shutdown
 from alphalayer.auth import usage
 from alphalayer.auth.api_keys import Key
 from alphalayer.auth.store import ApiKeyStore
 from alphalayer.config import Settings
+from alphalayer.core.control_groups import cpu_quota, memory_limit
 from alphalayer.core.errors import AlphalayerError, SetupFailed
 from alphalayer.core.optional_dependencies import install_hint, require
 from alphalayer.jobs import lock
@@ -51,6 +54,8 @@ from alphalayer.worker.supervisor import EngineSpec, Supervisor
 DESCRIPTION = "Text in, transparent PNG out: Stable Diffusion XL with LayerDiffuse."
 DIALECTS = (native.DIALECT, jobs.DIALECT, a1111.DIALECT, openai.DIALECT)
 JOURNAL = "jobs.sqlite"
+MAX_IMAGE_MEMORY, MAX_IMAGE_THREADS = 250_000_000, 2
+"""Bounds of the defaults for work on images in the service's process."""
 EXPOSED = ("Location", "Retry-After", "X-Request-ID")
 """Headers that a page of another origin may read."""
 
@@ -109,6 +114,7 @@ def create_app(
             await asyncio.gather(*running, return_exceptions=True)
             await parts.pool.requeue_running()
             await parts.job_queue.close()
+            parts.service.pixels.close()
             await asyncio.to_thread(send_traces)
 
     app = FastAPI(
@@ -337,6 +343,7 @@ async def _assemble(
         metrics=metrics,
         authenticator=Authenticator(keys.keys, key_usage.record),
         shutdown=shutdown,
+        pixels=_create_pixel_pool(settings, metrics),
         default_model=settings.default_model,
         max_pixels=settings.max_request_pixels,
         max_cost=settings.max_request_cost,
@@ -385,6 +392,19 @@ def _create_pool(
             for name, environment in environments.items()
         ]
     )
+
+
+def _create_pixel_pool(settings: Settings, metrics: Metrics) -> PixelPool:
+    """Return the pool for work on images. It leaves CPUs and memory to the rest."""
+    cpus = cpu_quota() or os.cpu_count() or 1
+    limit = memory_limit()
+    default = min(MAX_IMAGE_MEMORY, limit // 4) if limit else MAX_IMAGE_MEMORY
+    pool = PixelPool(
+        settings.image_memory_bytes or default, min(MAX_IMAGE_THREADS, max(1, int(cpus) // 2))
+    )
+    metrics.pixel_queue_length.set_function(lambda: pool.waiting)
+    metrics.pixel_memory.set_function(lambda: pool.used_bytes)
+    return pool
 
 
 def _model_lookup(settings: Settings) -> ModelLookup:

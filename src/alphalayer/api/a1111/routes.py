@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import binascii
 import json
 import time
 from collections.abc import Mapping
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Query, Request
+from fastapi import APIRouter, Depends, Query, Request, Response
 
 from alphalayer.api.a1111 import lists
 from alphalayer.api.a1111.schemas import (
@@ -24,21 +23,26 @@ from alphalayer.api.a1111.schemas import (
     Txt2ImgResponse,
 )
 from alphalayer.api.deps import (
+    INPUT_BYTES,
     IdempotencyKey,
     Service,
     ServiceDep,
+    decode_base64,
+    embed_file,
+    error_field,
     find_model,
-    read_file,
     read_preview,
     run_job,
     store_images,
+    while_connected,
     wire_names,
 )
 from alphalayer.api.dialect import Dialect
+from alphalayer.api.embedded_files import EmbeddedFiles
 from alphalayer.api.errors import ErrorResponse, Problem
 from alphalayer.api.guard import Admitted, Converter, Generator, GuardedRoute, Reader, Submitter
 from alphalayer.api.info import webui_info
-from alphalayer.core.errors import InvalidRequest, NotImplementedYet
+from alphalayer.core.errors import Busy, NotImplementedYet
 from alphalayer.core.job import JobState, Submission
 from alphalayer.images import codecs, files, infotext
 from alphalayer.jobs.base import JobView
@@ -74,7 +78,7 @@ async def options_of(request: Request, service: ServiceDep) -> Options:
 OptionsDep = Annotated[Options, Depends(options_of)]
 
 
-@router.post("/txt2img", summary="Generate images")
+@router.post("/txt2img", response_model=Txt2ImgResponse, summary="Generate images")
 async def txt2img(
     body: Txt2ImgRequest,
     request: Request,
@@ -82,12 +86,14 @@ async def txt2img(
     options: OptionsDep,
     user: Submitter,
     idempotency_key: IdempotencyKey = None,
-) -> Txt2ImgResponse:
+) -> Response:
     """Generate images, transparent unless `layerdiffuse_enabled` is false.
 
     `images` holds the images alone, without a grid.
     """
-    inputs = await store_images(service, body.input_images, FIELDS["inputs"])
+    inputs = await while_connected(
+        request, store_images(service, body.input_images, FIELDS["inputs"])
+    )
     key = f"{body.force_task_id}:{body.sent_digest}" if body.force_task_id else idempotency_key
     with wire_names(FIELDS):
         spec = body.to_spec(service, options, inputs)
@@ -95,11 +101,13 @@ async def txt2img(
             request, spec, Submission(owner=user, idempotency_key=key, digest=body.digest)
         )
     keys = [image.key for image in job.result.images] if job.result and body.send_images else []
-    return Txt2ImgResponse(
-        images=[base64.b64encode(await read_file(service, key)).decode() for key in keys],
+    embedded = EmbeddedFiles()
+    answer = Txt2ImgResponse(
+        images=[await embed_file(service, embedded, key) for key in keys],
         parameters=body.model_dump(mode="json"),
         info=json.dumps(webui_info(job), ensure_ascii=False),
     )
+    return embedded.respond(answer)
 
 
 @router.post("/img2img", summary="Not implemented", status_code=501, response_model=Detail)
@@ -217,13 +225,21 @@ async def interrupt(service: ServiceDep, user: Generator) -> dict[str, Any]:
 
 
 @router.post("/png-info", summary="Read the settings of an image")
-def png_info(body: ImageFile, _user: Converter) -> dict[str, Any]:
+async def png_info(
+    body: ImageFile, request: Request, service: ServiceDep, _user: Converter
+) -> dict[str, Any]:
     """Return the text as `info` and its parts as `parameters`."""
-    try:
-        data = base64.b64decode(body.image.rpartition(",")[2], validate=True)
-    except (binascii.Error, ValueError):
-        raise InvalidRequest("not base64.", field="image") from None
-    text = files.read_settings(data)[1] or ""
+
+    async def work() -> dict[str, Any]:
+        async with service.pixels.turn():
+            with error_field("image"):
+                return await service.pixels.run(2 * len(body.image), _read_info, body.image)
+
+    return await while_connected(request, work())
+
+
+def _read_info(image: str) -> dict[str, Any]:
+    text = files.read_settings(decode_base64(image))[1] or ""
     items = {"parameters": text} if text else {}
     return {
         "info": text,
@@ -239,8 +255,16 @@ async def _running(service: Service, user: str) -> JobView | None:
 
 
 async def _preview(service: Service, key: str) -> str | None:
-    data = await read_preview(service, key)
-    if data is None:
+    """Return a preview as base64; None while the service is busy."""
+    try:
+        async with service.pixels.turn():
+            data = await read_preview(service, key)
+            if data is None:
+                return None
+            return await service.pixels.process(data, INPUT_BYTES, _encode_preview)
+    except Busy:
         return None
-    png = await asyncio.to_thread(lambda: codecs.encode(codecs.decode(data)[0]))
-    return base64.b64encode(png).decode()
+
+
+def _encode_preview(data: bytes) -> str:
+    return base64.b64encode(codecs.encode_input(data)).decode()
