@@ -77,7 +77,7 @@ def _check_networks(value: str) -> str:
 _HTTP = r"https?://[^/\s]+"
 
 
-OPTIONAL_TEXT = ("cors_allow_origins", "trusted_proxies", "warm_up_sizes")
+OPTIONAL_TEXT = ("allowed_hosts", "cors_allow_origins", "trusted_proxies", "warm_up_sizes")
 """Settings whose empty text means none."""
 
 
@@ -166,6 +166,19 @@ class Settings(BaseSettings):
             _HTTP + r"\S*", "http:// or https:// and a host, such as https://images.example.com"
         ),
     ] = None
+    allowed_hosts: Annotated[
+        str,
+        Field(
+            description="Comma-separated host names that clients use besides localhost, the "
+            "machine's own name, IP addresses and the host of public_url, such as "
+            'pics.example.com, or "*". Without keys, other names are refused.'
+        ),
+        _matching(
+            r"\*|(\*\.)?[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*",
+            'names without a port, such as pics.example.com or *.example.com, or "*"',
+            is_list=True,
+        ),
+    ] = ""
     trusted_proxies: Annotated[
         str,
         Field(description="Comma-separated addresses whose X-Forwarded-* headers are trusted."),
@@ -173,9 +186,12 @@ class Settings(BaseSettings):
     ] = "127.0.0.1"
     cors_allow_origins: Annotated[
         str,
-        Field(description='Comma-separated origins for CORS, or "*". Empty: off.'),
+        Field(
+            description="Comma-separated origins of web pages and apps that may use the service "
+            'from a browser (CORS), or "*". Empty: off.'
+        ),
         _matching(
-            rf"\*|{_HTTP}",
+            r"\*|null|[a-z][a-z0-9+.-]*://[^/\s]*",
             'origins such as https://example.com, without a path, or "*"',
             is_list=True,
         ),
@@ -371,6 +387,16 @@ class Settings(BaseSettings):
         if value != "all" and not info.data.get("database", True):
             raise ValueError(f'"{value}" needs a shared database; set database')
         return value
+
+    @property
+    def allowed_names(self) -> list[str]:
+        """Return the names of `allowed_hosts`."""
+        return _split_list(self.allowed_hosts)
+
+    @property
+    def allowed_origins(self) -> list[str]:
+        """Return the origins of `cors_allow_origins`."""
+        return _split_list(self.cors_allow_origins)
 
     @property
     def image_location(self) -> str:

@@ -6,13 +6,13 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import httpx
 import pytest
 from tests.support import fake_service
-from tests.support.serving import answers, free_port, served, wait_until
+from tests.support.serving import answers, free_port, serve_handler, served, wait_until
 
 from alphalayer.auth.api_keys import add_key
 from alphalayer.client import AsyncClient, Client, JobStatus, ServiceUnreachable
@@ -131,16 +131,6 @@ async def test_client_retries_until_its_timeout():
         with pytest.raises(ServiceUnreachable):
             await client.get("0" * 24)
     assert 0.4 <= time.monotonic() - start < 3
-
-
-@contextmanager
-def serve_handler(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
-    """Run a server with a handler; yield its address."""
-    server = HTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    server.server_close()
 
 
 def test_client_another_server_is_reported_with_its_status():

@@ -107,7 +107,9 @@ def test_mcp_package_missing_is_logged(monkeypatch: pytest.MonkeyPatch):
 async def test_tool_uses_the_key_of_its_caller(tmp_path: Path):
     (tmp_path / "data").mkdir()
     key = add_key(tmp_path / "data" / "keys.json", "me")
-    with served(tmp_path, keys_file=tmp_path / "data" / "keys.json") as service:
+    with served(
+        tmp_path, keys_file=tmp_path / "data" / "keys.json", allowed_hosts="pics.example.com"
+    ) as service:
         async with Client(StreamableHttpTransport(f"{service.base_url}/mcp/")) as client:
             with pytest.raises(ToolError, match="a key is needed"):
                 await client.call_tool(TOOL, SMALL)
@@ -160,7 +162,7 @@ def test_tool_image_address_follows_a_trusted_proxy(tmp_path: Path, trusted: str
     """Call from 127.0.0.2, while the tool's own request comes from 127.0.0.1."""
     forwarded = {"Host": "pics.example.com", "Proto": "https", "Prefix": "/draw"}
     headers = {f"X-Forwarded-{name}": value for name, value in forwarded.items()}
-    with served(tmp_path, trusted_proxies=trusted) as service:
+    with served(tmp_path, trusted_proxies=trusted, allowed_hosts="*.example.com") as service:
         other = httpx.HTTPTransport(local_address="127.0.0.2")
         with httpx.Client(base_url=service.base_url, transport=other, headers=headers) as proxy:
             assert start in send(proxy, 1)

@@ -25,7 +25,8 @@ from alphalayer.images import codecs, postprocess
 
 @pytest.fixture(scope="module")
 def client(tmp_path_factory):
-    with served(put_lora(tmp_path_factory.mktemp("service"))) as client:
+    folder = put_lora(tmp_path_factory.mktemp("service"))
+    with served(folder, allowed_hosts="pics.example.com") as client:
         yield client
 
 
@@ -310,10 +311,10 @@ def test_docs_and_probes_answer_without_other_hosts(client):
     assert client.get("/sdapi/v1/sd-models").status_code == 200
     page = client.get("/docs").text
     assets = re.findall(r'(?:src|href)="([^"]+)"', page)
-    assert len(assets) == 3
+    assert len(assets) == 4
     for asset in assets:
-        assert asset.startswith("/docs/assets/"), "the page loads nothing from other hosts"
-        assert client.get(asset).status_code == 200
+        assert asset.startswith("docs/assets/"), "the page loads nothing from other hosts"
+        assert client.get(f"/{asset}").status_code == 200
     paths = client.get("/openapi.json").json()["paths"]
     assert {"/alpha/v1/txt2img", "/alpha/v1/file/{filename}", "/sdapi/v1/sd-models"} <= set(paths)
     assert client.get("/livez").json() == {"status": "alive"}

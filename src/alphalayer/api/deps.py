@@ -67,6 +67,7 @@ class Service:
     authenticator: Authenticator
     shutdown: Shutdown
     pixels: PixelPool
+    requires_key: Callable[[], bool]
     default_model: str | None = None
     max_pixels: int = 0
     max_cost: float = 0.0

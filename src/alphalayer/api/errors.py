@@ -50,6 +50,8 @@ STATUSES = {
     "setup_failed": 500,
     "unauthorized": 401,
     "forbidden": 403,
+    "host_unknown": 421,
+    "origin_refused": 403,
     "not_implemented": 501,
 }
 """HTTP status of each code."""
@@ -118,7 +120,7 @@ PROBLEMS: dict[int | str, dict[str, Any]] = {
             "application/problem+json": {"schema": {"$ref": "#/components/schemas/Problem"}}
         },
     }
-    for status in (401, 403, 404, 409, 413, 422, 429, 500, 503, 507)
+    for status in (401, 403, 404, 409, 413, 421, 422, 429, 500, 503, 507)
 }
 """Error responses of a route, for the OpenAPI document."""
 INTERNAL_ERROR = Problem(

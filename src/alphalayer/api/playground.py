@@ -49,11 +49,7 @@ def install(app: FastAPI) -> None:
     """Add the page and its files."""
 
     async def page(_request: Request) -> FileResponse:
-        headers = {
-            "Content-Security-Policy": POLICY,
-            "Cache-Control": "no-cache",
-            "Referrer-Policy": "no-referrer",
-        }
+        headers = {"Content-Security-Policy": POLICY, "Cache-Control": "no-cache"}
         return FileResponse(str(FOLDER / "index.html"), media_type="text/html", headers=headers)
 
     app.add_route("/", page, include_in_schema=False)

@@ -14,6 +14,8 @@
     ├── Cancelled              a client cancelled the job
     ├── QueueFull              the queue has reached its limit
     ├── Unauthorized           credentials are missing or wrong
+    ├── HostUnknown            the service does not answer to that host name
+    ├── OriginRefused          a web page of another origin may not change anything
     ├── NotImplementedYet      a route of a dialect that this version does not implement
     ├── RateLimited            a key exceeded its rate
     ├── Busy                   too many requests wait for work on images
@@ -175,6 +177,18 @@ class Forbidden(AlphalayerError):
     """Key without the scope that a request needs, or a URL without a valid signature."""
 
     code = "forbidden"
+
+
+class HostUnknown(AlphalayerError):
+    """Host name that the service does not answer to."""
+
+    code = "host_unknown"
+
+
+class OriginRefused(AlphalayerError):
+    """Change by a web page of another origin, which CORS does not allow."""
+
+    code = "origin_refused"
 
 
 class NotImplementedYet(AlphalayerError):

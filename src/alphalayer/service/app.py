@@ -17,13 +17,16 @@ from fastapi.middleware.cors import CORSMiddleware
 from alphalayer import __version__, catalog
 from alphalayer.api import docs, errors, jobs, native, openai, ops, playground
 from alphalayer.api.a1111 import routes as a1111
-from alphalayer.api.addresses import address
+from alphalayer.api.addresses import KnownHosts, address, find_names, origin
 from alphalayer.api.auth import Authenticator
 from alphalayer.api.deps import Service
 from alphalayer.api.file_urls import UrlSigner
 from alphalayer.api.middleware.body_limit import BodyLimit
+from alphalayer.api.middleware.cross_site import CrossSiteCheck
 from alphalayer.api.middleware.forwarded import ForwardedHeaders
+from alphalayer.api.middleware.hosts import HostCheck, OwnAddress
 from alphalayer.api.middleware.request_log import RequestLog
+from alphalayer.api.middleware.security_headers import SecurityHeaders
 from alphalayer.api.middleware.turns import Turns
 from alphalayer.api.pixel_pool import PixelPool
 from alphalayer.api.shutdown import Shutdown
@@ -137,19 +140,36 @@ def create_app(
 
 def _add_middleware(app: FastAPI, settings: Settings) -> None:
     """Add the middleware. The one that is added last is the outermost."""
+    hosts = _known_hosts(settings)
     app.add_middleware(BodyLimit, limit=settings.max_request_bytes)
-    if settings.cors_allow_origins:
-        origins = [origin.strip() for origin in settings.cors_allow_origins.split(",")]
+    app.add_middleware(OwnAddress, hosts=hosts)
+    if settings.allowed_origins:
         app.add_middleware(
             CORSMiddleware,
-            allow_origins=origins,
+            allow_origins=settings.allowed_origins,
             allow_methods=["*"],
             allow_headers=["*"],
+            allow_private_network=True,
             expose_headers=EXPOSED,
         )
+    own = [origin(settings.public_url)] if settings.public_url else []
+    app.add_middleware(CrossSiteCheck, allowed=[*settings.allowed_origins, *own])
+    # a page can send X-Forwarded-Host itself, but not Host: both must be known
+    app.add_middleware(HostCheck, hosts=hosts)
     app.add_middleware(ForwardedHeaders, trusted=settings.trusted_proxies)
+    app.add_middleware(HostCheck, hosts=hosts)
     app.add_middleware(Turns)
     app.add_middleware(RequestLog)
+    app.add_middleware(SecurityHeaders)
+
+
+def _known_hosts(settings: Settings) -> KnownHosts:
+    """Return the host names that the service answers to."""
+    pod = os.environ.get("RUNPOD_POD_ID")
+    names = find_names(settings.host, settings.port, settings.public_url, pod)
+    # every page may use the service then, whatever its name: a check would protect nothing
+    every = ["*"] if "*" in settings.allowed_origins else []
+    return KnownHosts([*names, *settings.allowed_names, *every])
 
 
 _Lifespan = Callable[[Any], AbstractAsyncContextManager[Any]]
@@ -195,6 +215,7 @@ def _mount_mcp(app: FastAPI, settings: Settings) -> _Lifespan:
         )
         return contextlib.nullcontext
     server = mcp.create_server(mcp.connect_to_caller, partial(mcp.outside, settings.public_url))
+    # HostCheck and CrossSiteCheck protect it with all other routes
     tool = server.http_app("/", stateless_http=True, host_origin_protection=False)
     app.mount(mcp.PATH, tool)
     return tool.lifespan
@@ -344,6 +365,7 @@ async def _assemble(
         authenticator=Authenticator(keys.keys, key_usage.record),
         shutdown=shutdown,
         pixels=_create_pixel_pool(settings, metrics),
+        requires_key=lambda: keys.keys() is not None,
         default_model=settings.default_model,
         max_pixels=settings.max_request_pixels,
         max_cost=settings.max_request_cost,
@@ -436,5 +458,9 @@ def _log_access(settings: Settings, keys: list[Key] | None) -> None:
     hint = "Create a key with: alphalayer keys add NAME"
     if keys is None and settings.host not in ("127.0.0.1", "localhost", "::1"):
         log.warning("auth.disabled", host=settings.host, hint=hint)
+        names = _known_hosts(settings).names
+        if "*" not in names:
+            other = "Other names, such as that of a proxy, need the setting allowed_hosts."
+            log.info("hosts.limited", hosts=["IP addresses", *names], hint=other)
     elif keys == []:
         log.warning("auth.no_keys", keys_file=str(settings.keys_file), hint=hint)

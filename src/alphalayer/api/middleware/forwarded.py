@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from functools import lru_cache
 from ipaddress import ip_address, ip_network
 from typing import Any
 
 from starlette.types import ASGIApp, Receive, Scope, Send
+
+_PREFIX = re.compile(r"(/(?!\.{1,2}(/|$))[\w.~-]+)+/?", re.ASCII)
+"""Path prefixes that are accepted: plain names, because pages and URLs contain them."""
 
 
 class ForwardedHeaders:
@@ -58,7 +62,7 @@ def _forwarded(scope: Scope, headers: dict[str, str]) -> dict[str, Any]:
     if first.get("x-forwarded-host"):
         others = [pair for pair in scope["headers"] if pair[0] != b"host"]
         changed["headers"] = [*others, (b"host", first["x-forwarded-host"].encode("latin-1"))]
-    if first.get("x-forwarded-prefix", "").startswith("/"):
+    if _PREFIX.fullmatch(first.get("x-forwarded-prefix", "")):
         # the proxy removed the prefix; ASGI expects it in the path and removes it before routing
         prefix = first["x-forwarded-prefix"].rstrip("/")
         changed |= {"root_path": prefix, "path": prefix + scope["path"]}
