@@ -148,7 +148,7 @@ async def test_own_page_generates_below_a_prefix(browser: Browser, service: http
     """Behind a proxy that removes the prefix, for the page and Swagger UI."""
 
     class Proxy(BaseHTTPRequestHandler):
-        """Proxy that serves the service below /draw."""
+        """Proxy that serves the service below /pics."""
 
         def do_GET(self) -> None:
             self.forward()
@@ -157,9 +157,9 @@ async def test_own_page_generates_below_a_prefix(browser: Browser, service: http
             self.forward()
 
         def forward(self) -> None:
-            url = str(service.base_url).rstrip("/") + self.path.removeprefix("/draw")
+            url = str(service.base_url).rstrip("/") + self.path.removeprefix("/pics")
             body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-            headers = {**self.headers, "X-Forwarded-Prefix": "/draw"}
+            headers = {**self.headers, "X-Forwarded-Prefix": "/pics"}
             with httpx.stream(
                 self.command, url, headers=headers, content=body, trust_env=False, timeout=60
             ) as answer:
@@ -176,9 +176,9 @@ async def test_own_page_generates_below_a_prefix(browser: Browser, service: http
 
     with serve_handler(Proxy) as proxy:
         context = await browser.new_context(viewport=DESKTOP)
-        visit = await open_visit(context, f"{proxy}/draw/")
+        visit = await open_visit(context, f"{proxy}/pics/")
         await visit.render(prompt="below a prefix")
-        await visit.page.goto(f"{proxy}/draw/docs")
+        await visit.page.goto(f"{proxy}/pics/docs")
         await visit.page.get_by_text("/alpha/v1/txt2img").first.wait_for()
         assert visit.errors == []
         assert visit.external_requests == []

@@ -36,7 +36,7 @@ class KnownHosts:
     after a browser has loaded the page of the attacker.
 
     Attributes:
-        names: Names in lower case. `*.example.com` stands for all names below it, `*` for all.
+        names: Names in lower case. `*.example.com` includes all names below it, `*` all names.
     """
 
     def __init__(self, names: Iterable[str]):
