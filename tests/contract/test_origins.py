@@ -5,11 +5,16 @@ from __future__ import annotations
 import socket
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
+from structlog.testing import capture_logs
 from tests.support.serving import served
 
+from alphalayer.auth.api_keys import Key
+from alphalayer.config import Settings
+from alphalayer.service import app
 from alphalayer.service.app import DIALECTS
 
 FOREIGN = "https://evil.example"
@@ -24,7 +29,10 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
 
 @pytest.fixture(scope="module")
 def with_keys(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
-    settings = {"api_auth": "ann:secret", "cors_allow_origins": "https://app.example.com,null"}
+    settings: dict[str, Any] = {
+        "api_auth": "ann:secret",
+        "cors_allow_origins": "https://app.example.com,null",
+    }
     with served(tmp_path_factory.mktemp("keys"), **settings) as client:
         client.auth = ("ann", "secret")
         yield client
@@ -83,6 +91,22 @@ def location_of(answer: httpx.Response) -> str:
     return answer.headers["location"]
 
 
+def test_start_without_keys_logs_the_known_hosts(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("RUNPOD_POD_ID", "x1y2")
+
+    def logged_hosts(keys: list[Key] | None = None, **settings: Any) -> list[list[str]]:
+        with capture_logs() as lines:
+            app._log_access(Settings(**settings), keys)
+        return [line["hosts"] for line in lines if line["event"] == "hosts.limited"]
+
+    (hosts,) = logged_hosts(host="0.0.0.0", allowed_hosts="pics.example.com")
+    assert {"IP addresses", "localhost", "pics.example.com"} <= {*hosts}
+    assert "x1y2-7861.proxy.runpod.net" in hosts
+    assert logged_hosts(host="127.0.0.1") == []
+    assert logged_hosts([], host="0.0.0.0") == []
+    assert logged_hosts(host="0.0.0.0", cors_allow_origins="*") == []
+
+
 @pytest.mark.parametrize(
     ("settings", "host"),
     [
@@ -92,7 +116,7 @@ def location_of(answer: httpx.Response) -> str:
     ],
     ids=["allowed_hosts", "public_url", "cors"],
 )
-def test_setting_allows_a_host(tmp_path: Path, settings: dict[str, str], host: str):
+def test_setting_allows_a_host(tmp_path: Path, settings: dict[str, Any], host: str):
     with served(tmp_path, wait_ready=False, **settings) as client:
         for name in ("Host", "X-Forwarded-Host"):
             assert client.get("/alpha/v1/jobs", headers={name: host}).status_code == 200

@@ -44,7 +44,7 @@ class CrossSiteCheck:
         error = OriginRefused(
             f"a web page of {page} may not change anything here.",
             hint="To allow it, add its origin to the setting cors_allow_origins "
-            "(ALPHALAYER_CORS_ALLOW_ORIGINS).",
+            "(ALPHALAYER_CORS_ALLOW_ORIGINS). For the service's own page, set public_url.",
         )
         response = find_renderer(scope)(Problem.of(error), {})
         await response(scope, receive, send)
