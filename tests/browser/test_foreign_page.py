@@ -65,7 +65,7 @@ class _ForeignSite(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(b"<!doctype html><title>a foreign page</title>")
 
-    def log_message(self, *_: Any) -> None:
+    def log_message(self, *_parts: Any, **_named: Any) -> None:
         """Log nothing."""
 
 
@@ -171,7 +171,7 @@ async def test_own_page_generates_below_a_prefix(browser: Browser, service: http
                 for part in answer.iter_raw():
                     self.wfile.write(part)
 
-        def log_message(self, *_: Any) -> None:
+        def log_message(self, *_parts: Any, **_named: Any) -> None:
             """Log nothing."""
 
     with serve_handler(Proxy) as proxy:
