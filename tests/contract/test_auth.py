@@ -143,7 +143,8 @@ def test_keys_file_without_keys_rejects_every_request(tmp_path):
 
 def test_check_ambiguous_keys_prevent_the_start(tmp_path):
     def start(**settings):
-        asyncio.run(check(Settings(data_dir=tmp_path, outputs_dir=tmp_path, **settings)))
+        folders = {"data_dir": tmp_path / "data", "outputs_dir": tmp_path / "outputs"}
+        asyncio.run(check(Settings(**folders, **settings)))
 
     file = tmp_path / "keys.json"
     with pytest.raises(SetupFailed, match=r"keys_file: .* is missing"):

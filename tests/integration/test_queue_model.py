@@ -17,7 +17,13 @@ from typing import TypeVar
 
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
 from alphalayer.core.errors import Cancelled, EngineFailed, QueueFull
 from alphalayer.core.job import ImageRef, JobResult, JobSpec, JobState, Submission
@@ -235,11 +241,16 @@ class QueueMachine(RuleBasedStateMachine):
 
 
 EXAMPLES = int(os.environ.get("QUEUE_EXAMPLES", "15"))
-QueueMachine.TestCase.settings = settings(
-    max_examples=EXAMPLES,
-    stateful_step_count=40,
-    deadline=None,
-    derandomize=EXAMPLES == 15,
-    suppress_health_check=list(HealthCheck),
-)
-TestQueue = QueueMachine.TestCase
+
+
+def test_queue_keeps_its_promises():
+    run_state_machine_as_test(
+        QueueMachine,
+        settings=settings(
+            max_examples=EXAMPLES,
+            stateful_step_count=40,
+            deadline=None,
+            derandomize=EXAMPLES == 15,
+            suppress_health_check=list(HealthCheck),
+        ),
+    )

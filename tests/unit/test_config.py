@@ -185,7 +185,7 @@ def test_settings_outputs_that_hold_other_files_are_refused(
         asyncio.run(check(settings.model_copy(update={"role": "api"})))
 
 
-def test_settings_outputs_beside_or_below_other_files_are_accepted():
+def test_settings_outputs_beside_other_files_are_accepted():
     for outputs in ("outputs", "data/outputs", "/srv/outputs"):
         load_settings(outputs_dir=outputs).check_folders()
     load_settings(outputs_dir=".", storage="s3://images").check_folders()

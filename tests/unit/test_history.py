@@ -17,7 +17,7 @@ WEBHOOK = Operation("webhook", 9, 9, "a", (("a", "done"),))
 CORRECT = [SUBMIT, RUNNING, QUEUED, LISTED, DONE, IMAGE, WEBHOOK]
 
 
-def test_correct_history_has_no_faults():
+def test_correct_history_is_accepted():
     assert find_faults(CORRECT) == []
     # the answer of a repeated request is the same job, and overlapping answers have any order
     repeated = replace(SUBMIT, sent_at=3, answered_at=9)
@@ -39,7 +39,7 @@ def test_correct_history_has_no_faults():
         (replace(QUEUED, kind="cancel"), "waits after its cancel"),
     ],
 )
-def test_fault_is_named(wrong: Operation, fault: str):
+def test_contradiction_is_named(wrong: Operation, fault: str):
     assert any(fault in message for message in find_faults([*CORRECT, wrong]))
 
 

@@ -84,6 +84,7 @@ def check_unicode(value: Any) -> None:
 
 def check_printable(text: str) -> str:
     """Return a text that every database can hold. Raises `ValueError`."""
+    check_unicode(text)
     if any(character < " " or character == "\x7f" for character in text):
         raise ValueError("it has control characters; use printable ones")
     return text
