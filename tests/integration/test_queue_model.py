@@ -131,8 +131,9 @@ class QueueMachine(RuleBasedStateMachine):
     def start(self, data: st.DataObject) -> None:
         job_id = data.draw(st.sampled_from(self.claimed))
         job = self.expected[job_id]
-        if job.state is JobState.QUEUED:
+        if job.state is not JobState.RUNNING:
             self._run(self._queue.mark_started(job_id))
+        if job.state is JobState.QUEUED:
             job.state, job.starts = JobState.RUNNING, job.starts + 1
 
     @precondition(lambda self: self.claimed)
@@ -141,7 +142,8 @@ class QueueMachine(RuleBasedStateMachine):
         job_id = data.draw(st.sampled_from(self.claimed))
         self._run(self._queue.complete(job_id, OUTCOMES[state]))
         self.claimed.remove(job_id)
-        self.expected[job_id].state = state
+        if not self.expected[job_id].state.is_final:  # it was cancelled meanwhile
+            self.expected[job_id].state = state
 
     @precondition(lambda self: any(job.state.is_final for job in self.expected.values()))
     @rule(data=st.data(), state=st.sampled_from(list(OUTCOMES)))
@@ -159,7 +161,8 @@ class QueueMachine(RuleBasedStateMachine):
         job = self.expected[job_id]
         if job.state is JobState.RUNNING and not is_counted:
             job.starts -= 1
-        self._return(job_id, at_front=True)
+        if not job.state.is_final:
+            self._return(job_id, at_front=True)
 
     @precondition(lambda self: self.expected)
     @rule(data=st.data())
@@ -210,11 +213,13 @@ class QueueMachine(RuleBasedStateMachine):
         assert sorted(self._outcomes) == sorted(finished)
 
     def _expect_cancel(self, job_id: str) -> None:
+        """Expect a job that no engine has started to end at once, and a running one later."""
         job = self.expected[job_id]
-        if job_id in self.waiting:
-            self.waiting.remove(job_id)
+        if job.state is JobState.QUEUED:
+            if job_id in self.waiting:
+                self.waiting.remove(job_id)
             job.state = JobState.CANCELLED
-        elif not job.state.is_final:
+        elif job.state is JobState.RUNNING:
             job.cancel_requested = True
 
     def _return(self, job_id: str, *, at_front: bool) -> None:
