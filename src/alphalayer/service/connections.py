@@ -82,6 +82,8 @@ class LimitedProtocol(HttpToolsProtocol):
         arguments: Arguments of uvicorn.
     """
 
+    parser: Any  # None after the connection is closed
+
     def __init__(self, *, limits: ConnectionLimits, busy: ASGIApp, **arguments: Any):
         super().__init__(**arguments)
         self._limits, self._busy, self._normal_app = limits, busy, self.app
@@ -355,8 +357,10 @@ async def enforce_limits(connections: Iterable[Any], limits: ConnectionLimits) -
         if is_full and not was_full:
             log.warning("connections.full", open=len(current), limit=limits.connections)
         was_full = is_full
-        for connection in current:
+        for number, connection in enumerate(current):
             connection.enforce(loop.time())
+            if number % CLOSED_TOGETHER == 0:
+                await asyncio.sleep(0)  # a crowd of refusals must not delay requests
 
 
 def _as_response(problem: Problem) -> bytes:
