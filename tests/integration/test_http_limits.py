@@ -143,14 +143,14 @@ def test_empty_lines_do_not_keep_a_connection_open(client: httpx.Client):
 def test_trickle_does_not_extend_the_time(client: httpx.Client):
     with open_socket(client) as opened:
         opened.sendall(LIVEZ)
-        for letter in b"X: a much longer header":
-            time.sleep(0.05)
-            try:
+        sent = 0
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            for letter in b"X: a header that takes two seconds":
+                time.sleep(0.05)
                 opened.sendall(bytes([letter]))
-            except (BrokenPipeError, ConnectionResetError):
-                break
+                sent += 1
         assert status_of(read_to_end(opened)) in (0, 408)
-        assert letter != b"r"[0]
+        assert sent < 20
 
 
 # --- bodies on the wire
@@ -328,12 +328,12 @@ def test_bodies_in_memory_have_a_limit(client: httpx.Client):
 
 def test_client_that_does_not_read_is_disconnected(client: httpx.Client):
     storage = client.app.state.service.storage  # type: ignore[attr-defined]
-    storage.put("alpha_1_000001.png", bytes(30_000_000))
+    storage.put("alpha_1_000000000001.png", bytes(30_000_000))
     with socket.socket() as opened:
         opened.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         opened.settimeout(5)
         opened.connect(("127.0.0.1", client.base_url.port or 0))
-        opened.sendall(b"GET /alpha/v1/file/alpha_1_000001.png HTTP/1.1\r\n" + HOST + b"\r\n")
+        opened.sendall(b"GET /alpha/v1/file/alpha_1_000000000001.png HTTP/1.1\r\n" + HOST + b"\r\n")
         wait_until(lambda: opened.getsockname() in _clients(client))
         wait_until(lambda: opened.getsockname() not in _clients(client), 3)
 
