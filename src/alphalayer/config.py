@@ -322,9 +322,13 @@ class Settings(BaseSettings):
             "on a CPU core with the embedded model. More is refused with 422. 0: no limit.",
         ),
     ] = 10_000
-    max_request_bytes: Annotated[int, Field(ge=1024, description="Largest request body.")] = (
-        16_000_000
-    )
+    max_request_bytes: Annotated[
+        int,
+        Field(
+            ge=1024,
+            description="Largest request body in bytes. Bodies without images: at most 1,000,000.",
+        ),
+    ] = 16_000_000
     image_memory_bytes: Annotated[
         int | None,
         Field(
@@ -334,6 +338,17 @@ class Settings(BaseSettings):
             "Default: a quarter of the container's memory, at most 250 MB.",
         ),
     ] = None
+    max_connections: Annotated[
+        int,
+        Field(
+            ge=1,
+            description="Most open connections. Over it, only health checks are answered. The "
+            "system's limit of open files counts, too.",
+        ),
+    ] = 2000
+    upload_timeout_s: Annotated[
+        float, Field(gt=0, description="Seconds in which the body of a request must arrive.")
+    ] = 120.0
     log_level: Annotated[
         Literal["debug", "info", "warning", "error"],
         Field(description="Lowest level of log lines."),

@@ -18,6 +18,7 @@ import httpx
 from alphalayer.config import Settings
 from alphalayer.engine.families.configs import SHIPPED
 from alphalayer.service.app import create_app
+from alphalayer.service.connections import ConnectionLimits
 from alphalayer.service.uvicorn_server import Server
 
 FAKE = "alphalayer.engine.fake:create_engine"
@@ -58,11 +59,12 @@ def served(
     engine: str = FAKE,
     engine_options: dict[str, Any] | None = None,
     wait_ready: bool = True,
+    limits: ConnectionLimits = ConnectionLimits(),
     **settings: Any,
 ) -> Iterator[httpx.Client]:
     """Run a service that keeps its files in `folder`; yield a client for it.
 
-    `client.app` is its application.
+    `client.app` is its application, `client.server` its server.
     """
     port = free_port()
     values = {
@@ -76,7 +78,7 @@ def served(
         **settings,
     }
     app = create_app(Settings(**values), engine=engine, engine_options=engine_options)
-    server = Server(app, port=port, drain_s=values["drain_s"])
+    server = Server(app, port=port, drain_s=values["drain_s"], limits=limits)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60, trust_env=False) as client:
@@ -85,7 +87,7 @@ def served(
         assert client.get("/no-such-path").status_code == 404
         if wait_ready:
             wait_until(lambda: client.get("/ping").status_code == 200, 30)
-        client.app = app  # type: ignore[attr-defined]
+        client.app, client.server = app, server  # type: ignore[attr-defined]
         try:
             yield client
         finally:

@@ -55,15 +55,28 @@ STATUSES = {
     "not_implemented": 501,
 }
 """HTTP status of each code."""
-_PHRASES = {413: "Content Too Large", 422: "Unprocessable Content"}
+_PHRASES = {413: "Content Too Large", 414: "URI Too Long", 422: "Unprocessable Content"}
 """Phrases of RFC 9110 that Python before 3.13 writes differently."""
-_FRAMEWORK_CODES = {404: "not_found", 405: "method_not_allowed", 413: "too_large"}
+_FRAMEWORK_CODES = {
+    404: "not_found",
+    405: "method_not_allowed",
+    413: "too_large",
+    415: "unsupported_encoding",
+    422: "invalid_request",
+    503: "overloaded",
+}
 """Codes of the errors that the framework raises."""
+MAX_QUOTED = 2000
+"""Most characters of a text in a problem. It may quote a part of the request."""
 
 
 def _title(status: int) -> str:
     """Return the phrase of an HTTP status (RFC 9457, section 4.2.1)."""
     return _PHRASES.get(status) or HTTPStatus(status).phrase
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= MAX_QUOTED else text[:MAX_QUOTED] + "…"
 
 
 class Problem(BaseModel):
@@ -84,11 +97,16 @@ class Problem(BaseModel):
         return cls(
             title=_title(status),
             status=status,
-            detail=error.describe(),
+            detail=_cut(error.describe()),
             code=error.code,
-            hint=error.hint,
-            field=error.field,
+            hint=_cut(error.hint),
+            field=error.field and _cut(error.field),
         )
+
+    @classmethod
+    def of_status(cls, status: int, code: str, detail: str, hint: str = "") -> Problem:
+        """Return the problem of an HTTP status without an exception."""
+        return cls(title=_title(status), status=status, detail=detail, code=code, hint=hint)
 
     @classmethod
     def of_http(cls, error: HTTPException) -> Problem:

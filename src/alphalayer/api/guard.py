@@ -9,8 +9,8 @@ from typing import Annotated, Any
 from fastapi import Depends, Request, Response
 from fastapi.dependencies.models import Dependant
 from fastapi.responses import StreamingResponse
-from fastapi.routing import APIRoute
 
+from alphalayer.api.request_body import LimitedRoute
 from alphalayer.auth.api_keys import Scope
 
 
@@ -42,7 +42,7 @@ Submitter = Annotated[str, Depends(Admitted("generate", is_work=True))]
 """Name of a client that submits a job."""
 
 
-class GuardedRoute(APIRoute):
+class GuardedRoute(LimitedRoute):
     """Route that admits its client first.
 
     FastAPI reads and parses the body before it calls dependencies. A client without a key could

@@ -119,7 +119,15 @@ USAGE = {
 """Zeros: clients expect the numbers, and this service does not count tokens."""
 
 
-RETRIED = ("queue_full", "rate_limited", "busy", "stopping", "storage_failed", "database_away")
+RETRIED = (
+    "queue_full",
+    "rate_limited",
+    "busy",
+    "stopping",
+    "storage_failed",
+    "database_away",
+    "overloaded",
+)
 """Codes of errors that a client may retry.
 
 OpenAI's clients retry after every 409 and 5xx. A request that crashes an engine must not be

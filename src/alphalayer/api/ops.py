@@ -14,12 +14,14 @@ from alphalayer.api.guard import Admitted, GuardedRoute
 router = APIRouter(tags=["Operation"], route_class=GuardedRoute)
 
 
+@router.head("/livez", include_in_schema=False)
 @router.get("/livez", summary="Liveness probe")
 async def livez() -> dict[str, str]:
     """Return 200 while the service runs, whatever the state of the GPU."""
     return {"status": "alive"}
 
 
+@router.head("/readyz", include_in_schema=False)
 @router.get(
     "/readyz",
     summary="Readiness probe",
@@ -34,6 +36,7 @@ def readyz(service: ServiceDep, response: Response) -> dict[str, Any]:
     return readiness
 
 
+@router.head("/ping", include_in_schema=False)
 @router.get(
     "/ping",
     summary="Load balancer probe",

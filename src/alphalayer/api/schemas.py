@@ -86,9 +86,10 @@ def _unknown_field(name: str, names: dict[str, str]) -> InvalidRequest:
         names: The names in `alphalayer.core` by those of the dialect.
     """
     same = next((sent for sent, core in names.items() if core == name), None)
-    like = same or next(iter(get_close_matches(name, names, n=1)), None)
+    # a field of a megabyte would be compared for a second
+    like = same or next(iter(get_close_matches(validation.cut(name), names, n=1)), None)
     hint = f'Did you mean "{like}"? {validation.DESCRIBED}' if like else validation.DESCRIBED
-    return InvalidRequest("there is no such field.", hint=hint, field=name)
+    return InvalidRequest("there is no such field.", hint=hint, field=validation.cut(name))
 
 
 def reject_unused_options(options: BaseModel, switch: str, *names: str) -> None:

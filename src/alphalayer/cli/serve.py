@@ -86,6 +86,7 @@ def run_server(settings: Settings) -> None:
     """Run the HTTP service until it is stopped."""
     from alphalayer.observability.logging import configure_logging
     from alphalayer.service.app import check, create_app
+    from alphalayer.service.connections import ConnectionLimits
     from alphalayer.service.uvicorn_server import Server, serve
 
     configure_logging(settings.log_level, settings.log_json)
@@ -94,6 +95,12 @@ def run_server(settings: Settings) -> None:
     asyncio.run(check(settings))
     serve(
         Server(
-            create_app(settings), host=settings.host, port=settings.port, drain_s=settings.drain_s
+            create_app(settings),
+            host=settings.host,
+            port=settings.port,
+            drain_s=settings.drain_s,
+            limits=ConnectionLimits(
+                connections=settings.max_connections, upload_s=settings.upload_timeout_s
+            ),
         )
     )

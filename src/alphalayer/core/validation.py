@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from itertools import islice
 from typing import Any
 
 SHOWN_CHARACTERS = 60
@@ -92,5 +93,14 @@ def check_printable(text: str) -> str:
 
 def shown(value: Any) -> str:
     """Return a received value as JSON, cut after `SHOWN_CHARACTERS`."""
-    text = json.dumps(value, ensure_ascii=False, default=str).encode(errors="replace").decode()
+    if isinstance(value, str | bytes):
+        value = value[: SHOWN_CHARACTERS + 1]
+    # encoded part by part, because a list may be much longer than what is shown of it
+    parts = json.JSONEncoder(ensure_ascii=False, default=str).iterencode(value)
+    text = "".join(islice(parts, SHOWN_CHARACTERS + 1))
+    return cut(text.encode(errors="replace").decode())
+
+
+def cut(text: str) -> str:
+    """Return a text, cut after `SHOWN_CHARACTERS`."""
     return text if len(text) <= SHOWN_CHARACTERS else text[:SHOWN_CHARACTERS] + "…"

@@ -29,6 +29,7 @@ from alphalayer.api.middleware.request_log import RequestLog
 from alphalayer.api.middleware.security_headers import SecurityHeaders
 from alphalayer.api.middleware.turns import Turns
 from alphalayer.api.pixel_pool import PixelPool
+from alphalayer.api.request_body import JSON_BYTES
 from alphalayer.api.shutdown import Shutdown
 from alphalayer.auth import usage
 from alphalayer.auth.api_keys import Key
@@ -217,7 +218,7 @@ def _mount_mcp(app: FastAPI, settings: Settings) -> _Lifespan:
     server = mcp.create_server(mcp.connect_to_caller, partial(mcp.outside, settings.public_url))
     # HostCheck and CrossSiteCheck protect it with all other routes
     tool = server.http_app("/", stateless_http=True, host_origin_protection=False)
-    app.mount(mcp.PATH, tool)
+    app.mount(mcp.PATH, BodyLimit(tool, limit=JSON_BYTES))
     return tool.lifespan
 
 

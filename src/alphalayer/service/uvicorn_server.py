@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import socket
 import sys
-from typing import Any
+from dataclasses import replace
+from functools import partial
+from typing import Any, cast
 
 import uvicorn
+from starlette.types import Receive, Scope, Send
+
+from alphalayer.api.errors import find_renderer
+from alphalayer.service.connections import (
+    BUSY,
+    BUSY_HEADERS,
+    SPARE_CONNECTIONS,
+    ConnectionLimits,
+    LimitedProtocol,
+    enforce_limits,
+)
 
 KEEP_ALIVE_S = 75
 """Longer than proxies keep idle connections (Nginx: 60 s).
@@ -16,6 +30,8 @@ If the server closed first, the proxy could send a request on a closed connectio
 """
 ANSWER_S = 5
 """Seconds after the deadline of the jobs to send the last responses."""
+OTHER_FILES = 256
+"""Open files besides connections: engines, database, images."""
 FAILED = 3
 """Exit code after a failed start, the same as uvicorn's."""
 
@@ -26,12 +42,22 @@ class Server(uvicorn.Server):
     The application learns of the shutdown at once, and not after its connections are closed.
     """
 
-    def __init__(self, app: Any, *, host: str = "127.0.0.1", port: int, drain_s: int):
+    def __init__(
+        self,
+        app: Any,
+        *,
+        host: str = "127.0.0.1",
+        port: int,
+        drain_s: int,
+        limits: ConnectionLimits = ConnectionLimits(),
+    ):
         config = uvicorn.Config(
             app,
             host=host,
             port=port,
             lifespan="on",
+            http="httptools",
+            ws="none",
             log_config=None,
             proxy_headers=False,
             timeout_keep_alive=KEEP_ALIVE_S,
@@ -39,11 +65,39 @@ class Server(uvicorn.Server):
         )
         super().__init__(config)
         self._app = app
+        self._limits = limits
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Start the application and listen, with limits of the connections."""
+        files = _raise_file_limit() - OTHER_FILES - SPARE_CONNECTIONS
+        limits = replace(self._limits, connections=max(1, min(self._limits.connections, files)))
+        protocol = partial(LimitedProtocol, limits=limits, busy=self._answer_busy)
+        self.config.http_protocol_class = cast(Any, protocol)
+        await super().startup(sockets)
+        self._checks = asyncio.create_task(enforce_limits(self.server_state.connections, limits))
+
+    async def _answer_busy(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer 503 in the form of the dialect."""
+        scope["app"] = self._app
+        await find_renderer(scope)(BUSY, BUSY_HEADERS)(scope, receive, send)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Begin the shutdown of the service, then close the connections."""
         self._app.state.shutdown.begin()
         await super().shutdown(sockets)
+
+
+def _raise_file_limit() -> int:
+    """Raise the limit of open files as far as allowed, and return it."""
+    if sys.platform == "win32":
+        return 1 << 20  # sockets are not files there
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        soft = hard
+    return soft if soft != resource.RLIM_INFINITY else 1 << 20
 
 
 def serve(server: Server) -> None:

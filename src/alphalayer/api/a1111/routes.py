@@ -124,6 +124,7 @@ async def not_implemented(request: Request, _user: Generator) -> None:
     raise NotImplementedYet(f"{name} is not implemented.", hint="Use /sdapi/v1/txt2img.")
 
 
+@router.head("/sd-models", include_in_schema=False)
 @router.get("/sd-models", summary="List models")
 def sd_models(service: ServiceDep) -> list[SdModel]:
     """Return the usable models. Deployments of Forge use it as a health check."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictBool, field_validator
 
@@ -108,6 +108,8 @@ class Txt2ImgRequest(Body, Postprocessing, frozen=True):
             ]
         },
     )
+
+    carries_images: ClassVar[bool] = True
 
     prompt: Annotated[Prompt, Field(validate_default=True)] = ""
     negative_prompt: NegativePrompt = ""
@@ -306,5 +308,7 @@ class SdModel(BaseModel):
 
 class ImageFile(BaseModel):
     """An image file as base64, with or without the head of a data URL."""
+
+    carries_images: ClassVar[bool] = True
 
     image: Annotated[str, Field(description="The file.")]

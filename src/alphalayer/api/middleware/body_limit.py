@@ -1,43 +1,54 @@
-"""Limit of the size of request bodies."""
+"""Limits of the size of request bodies: of each, and of all together."""
 
 from __future__ import annotations
 
 from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from alphalayer.api.errors import Problem, find_renderer
+from alphalayer.api.request_body import check_declared, count_received
+
+HELD_BODIES = 8
+"""Bodies of the largest size that are in memory together, at most."""
 
 
 class BodyLimit:
     """ASGI middleware that answers 413 to bodies over `limit` bytes, declared or sent.
 
-    FastAPI's `max_body_size` has the same limit. It answers a declared length over the limit
-    with plain text, outside of the exception handlers, the request log and the CORS headers.
+    A body is in memory until its response is complete. All together have a limit, too: over it the
+    answer is 503. Compressed bodies are answered with 415.
+
+    FastAPI's `max_body_size` has the same limit. It
+    answers a declared length over the limit with plain text, outside of the exception handlers,
+    the request log and the CORS headers.
     """
 
     def __init__(self, app: ASGIApp, limit: int):
         self._app = app
         self._limit = limit
+        self._held_bytes = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Forward a request and count the bytes of its body."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        received_bytes = 0
-        error = HTTPException(413, f"the request is larger than {self._limit} bytes.")
-
-        async def receive_counted() -> Message:
-            nonlocal received_bytes
-            message = await receive()
-            received_bytes += len(message.get("body", b""))
-            if received_bytes > self._limit:
-                raise error
-            return message
-
-        declared = dict(scope["headers"]).get(b"content-length", b"0")
-        if declared.isdigit() and int(declared) > self._limit:
-            response = find_renderer(scope)(Problem.of_http(error), {})
+        try:
+            check_declared(scope, self._limit)
+        except HTTPException as error:
+            response = find_renderer(scope)(Problem.of_http(error), error.headers or {})
             await response(scope, receive, send)
-        else:
-            await self._app(scope, receive_counted, send)
+            return
+        received_bytes = 0
+
+        def hold(size: int) -> None:
+            nonlocal received_bytes
+            received_bytes += size
+            self._held_bytes += size
+            if self._held_bytes > HELD_BODIES * self._limit:
+                raise HTTPException(503, "too many large requests are open.", {"Retry-After": "5"})
+
+        try:
+            await self._app(scope, count_received(receive, self._limit, hold), send)
+        finally:
+            self._held_bytes -= received_bytes
