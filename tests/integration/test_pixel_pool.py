@@ -65,6 +65,7 @@ def service(tmp_path: Path) -> SimpleNamespace:
     storage = open_storage(str(tmp_path))
     storage.put(NAME, PNG)
     return SimpleNamespace(
+        url_signer=None,
         storage=storage,
         metrics=Metrics(),
         pixels=PixelPool(1000, threads=1, queue_limit=1),

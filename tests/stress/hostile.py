@@ -141,11 +141,12 @@ class Probe:
                     answered = False
                 seconds = time.perf_counter() - start if answered else float("inf")
                 self.livez_s = max(self.livez_s, seconds)
-                self.memory_mb = max(self.memory_mb, _memory_mb(self._target.process.pid))
+                self.memory_mb = max(self.memory_mb, memory_mb(self._target.process.pid))
                 time.sleep(0.05)
 
 
-def _memory_mb(pid: int) -> int:
+def memory_mb(pid: int) -> int:
+    """Return the resident memory of a process."""
     status = Path(f"/proc/{pid}/status").read_text()
     return int(status.partition("VmRSS:")[2].split()[0]) // 1024
 
