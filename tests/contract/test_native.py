@@ -386,7 +386,7 @@ def test_request_of_too_many_pixels_is_refused_in_each_dialect(tmp_path):
         assert render(client).status_code == 422, "a side left out counts, too"
 
 
-def test_cost_limit_is_checked_in_every_dialect(tmp_path):
+def test_cost_and_bytes_are_limited_in_every_dialect(tmp_path):
     with served(tmp_path, max_request_cost=100, wait_ready=False) as client:
         for path, fields, count in (
             ("/alpha/v1/txt2img", {"n_iter": 4}, "n_iter"),
@@ -398,6 +398,9 @@ def test_cost_limit_is_checked_in_every_dialect(tmp_path):
             assert answer.status_code in (400, 422), path
             assert "megapixel-steps; at most 100" in answer.text, path
             assert count in answer.text, path
+            answer = client.post(path, json={"prompt": "\U0001f600" * 2501})
+            assert answer.status_code in (400, 422), path
+            assert "got 10,004 bytes of UTF-8; at most 10,000" in answer.text, path
 
 
 def test_basic_auth_is_required_except_for_images(tmp_path):

@@ -16,6 +16,7 @@ from alphalayer.core.request import GenerationRequest, ModelDefaults
 from alphalayer.jobs import table
 from alphalayer.jobs.sqlite import SqliteJobQueue
 from alphalayer.jobs.table import MIGRATIONS, VERSION, jobs
+from alphalayer.worker.messages import Render, read_command, write_message
 
 LATER_COLUMNS = (
     "webhook_due",
@@ -87,6 +88,32 @@ async def test_journal_folder_with_special_characters_opens(tmp_path: Path):
     file = tmp_path / "a?b" / "c%20d" / "jobs.sqlite"
     await (await SqliteJobQueue.open(file, 10)).close()
     assert {path.name for path in file.parent.iterdir()} >= {"jobs.sqlite", "jobs.sqlite.lock"}
+
+
+async def test_row_with_a_prompt_over_the_limit_of_bytes_is_readable(tmp_path: Path):
+    file = tmp_path / "jobs.sqlite"
+    emoji = "\U0001f600" * 5000
+    job_queue = await SqliteJobQueue.open(file, 10)
+    job_ids: list[str] = []
+    for _ in range(2):
+        new = await job_queue.submit(JobSpec(generation=GenerationRequest(prompt="an apple")))
+        job_ids.append(new.id)
+    await job_queue.claim()
+    result = JobResult(images=(), settings=ModelDefaults(), model_name="m", model_hash="h")
+    await job_queue.complete(job_ids[0], result)
+    await job_queue.close()
+    with closing(sqlite3.connect(file)) as journal, journal:
+        for field in ("prompt", "negative_prompt"):
+            journal.execute(
+                f"UPDATE jobs SET spec = json_set(spec, '$.generation.{field}', ?)", [emoji]
+            )
+    job_queue = await SqliteJobQueue.open(file, 10)
+    assert (await job_queue.view(job_ids[0])).job.state.value == "done"
+    queued = await job_queue.claim()
+    assert (queued.id, queued.spec.generation.prompt) == (job_ids[1], emoji)
+    line = write_message(Render(jobs=(queued,)))
+    assert read_command(line).jobs[0].spec == queued.spec  # as the engine process gets it
+    await job_queue.close()
 
 
 async def test_result_without_stage_seconds_is_readable(tmp_path: Path):

@@ -99,16 +99,6 @@ ModeName = Annotated[
 ]
 
 
-def _check_length(prompt: str) -> str:
-    size = len(prompt.encode(errors="replace"))
-    if size > MAX_PROMPT_BYTES:
-        raise ValueError(
-            f"got {size:,} bytes of UTF-8; at most {MAX_PROMPT_BYTES:,}. "
-            "A letter outside ASCII has 2 or 3, an emoji 4"
-        )
-    return prompt
-
-
 def _check_prompt(prompt: str) -> str:
     text, _ = _split_tags(prompt)
     if not text:
@@ -157,13 +147,10 @@ Prompt = Annotated[
         json_schema_extra={"pattern": NOT_BLANK},
         description="What to generate.",
     ),
-    AfterValidator(_check_length),
     AfterValidator(_check_prompt),
 ]
 NegativePrompt = Annotated[
-    str,
-    Field(max_length=MAX_PROMPT_CHARACTERS, description="What to avoid."),
-    AfterValidator(_check_length),
+    str, Field(max_length=MAX_PROMPT_CHARACTERS, description="What to avoid.")
 ]
 Seed = Annotated[
     int,
@@ -320,10 +307,11 @@ class GenerationRequest(RequestFields, frozen=True):
             values: Valid values of other fields, or instead of those of the body.
 
         Raises:
-            InvalidRequest: The tags and `loras` together are too many, or the input images are
-                not those that the mode needs.
+            InvalidRequest: A prompt is too long in UTF-8, the tags and `loras` together are too
+                many, or the input images are not those that the mode needs.
         """
         request = copy_fields(body, cls, **values)
+        request.check_bytes()
         if problem := request._input_problem:
             raise InvalidRequest(f"{problem}.", field="inputs")
         text, tagged = _split_tags(request.prompt)
@@ -334,6 +322,20 @@ class GenerationRequest(RequestFields, frozen=True):
                 field="loras" if request.loras else "prompt",
             )
         return request.model_copy(update={"prompt": text, "loras": loras})
+
+    def check_bytes(self) -> None:
+        """Raise `InvalidRequest` for a prompt of more than `MAX_PROMPT_BYTES`.
+
+        New requests are checked only: the journal may hold longer prompts of earlier versions.
+        """
+        for field in ("prompt", "negative_prompt"):
+            size = len(getattr(self, field).encode(errors="replace"))
+            if size > MAX_PROMPT_BYTES:
+                raise InvalidRequest(
+                    f"got {size:,} bytes of UTF-8; at most {MAX_PROMPT_BYTES:,}. "
+                    "A letter outside ASCII has 2 or 3, an emoji 4.",
+                    field=field,
+                )
 
     @property
     def uses_layerdiffuse(self) -> bool:
@@ -451,8 +453,10 @@ def copy_fields(source: BaseModel, kind: type[T], **values: Any) -> T:
 
 
 def parse_request(fields: dict[str, Any]) -> GenerationRequest:
-    """Validate the fields of a request; see `parse_as`."""
-    return parse_as(GenerationRequest, fields)
+    """Validate the fields of a new request; see `parse_as`."""
+    request = parse_as(GenerationRequest, fields)
+    request.check_bytes()
+    return request
 
 
 def parse_as(kind: type[T], fields: dict[str, Any]) -> T:
