@@ -27,7 +27,7 @@ from tests.support.serving import free_port, served, wait_until
 
 from alphalayer.config import Settings
 from alphalayer.core.errors import Cancelled, InvalidRequest, SetupFailed
-from alphalayer.core.job import Delivery, Job, JobSpec, JobState, Webhook
+from alphalayer.core.job import Delivery, Job, JobSpec, JobState, Submission, Webhook
 from alphalayer.core.request import GenerationRequest
 from alphalayer.observability.metrics import Metrics
 from alphalayer.service import webhooks
@@ -367,16 +367,42 @@ async def test_hanging_lookups_delay_nothing_else():
     assert all(name.startswith("lookup") for name in resolver.threads)
 
 
-async def test_waiting_lookup_uses_up_no_time(monkeypatch: pytest.MonkeyPatch):
-    # clients with hanging hosts cannot make other webhooks fail
-    monkeypatch.setattr(webhooks, "LOOKUP_THREADS", 1)
+async def test_hanging_lookup_reaches_the_timeout(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(webhooks, "TIMEOUT_S", 0.05)
-    queue, posts = FakeQueue("http://slow.example/", "http://hook.example/"), []
+    queue = FakeQueue("http://slow.example/")
+    assert await send_all(queue, FakeResolver(), 1) == ["no response in 0.05 s"]
+    assert queue.attempts[f"{0:024x}"]
+
+
+@pytest.mark.parametrize("owner", ["", "ann"])
+async def test_attempts_of_one_client_are_limited(owner: str):
+    """More webhooks of one client hang than there are attempts and threads."""
+    count = webhooks.MAX_ATTEMPTS
+    queue, posts = FakeQueue(*["http://slow.example/"] * count, "http://hook.example/"), []
+    submission = Submission(owner=owner)
+    queue.due[:-1] = [job.model_copy(update={"submission": submission}) for job in queue.due[:-1]]
     resolver = FakeResolver(hook=["93.184.216.34"])
-    asyncio.get_running_loop().call_later(0.2, resolver.released.set)
-    reasons = await send_all(queue, resolver, 2, posts=posts)
+    postponed = count - webhooks.MAX_ATTEMPTS_OF_ONE
+    await send_all(queue, resolver, postponed + 1, posts=posts)
     assert posts == [("hook.example", "93.184.216.34")]
-    assert sorted(reasons) == ["", "gaierror: no response"]
+    assert sum(due is not None for due in queue.attempts.values()) == postponed
+
+
+async def test_webhook_claimed_again_meanwhile_is_sent_once():
+    """An attempt is still being stored when its webhook is due again."""
+    queue, posts = FakeQueue("http://hook.example/"), []
+    (job,) = queue.due
+    store = queue.record_webhook_attempt
+
+    async def store_slowly(*attempt: Any) -> None:
+        queue.due = [job]
+        while queue.due:
+            await asyncio.sleep(0.01)
+        await store(*attempt)
+
+    queue.record_webhook_attempt = store_slowly
+    await send_all(queue, FakeResolver(hook=["93.184.216.34"]), 1, posts=posts)
+    assert len(posts) == 1
 
 
 @pytest.mark.parametrize(
@@ -413,7 +439,7 @@ async def test_response_of_a_receiver_is_bounded(head: bytes, outcome: str):
 
 @pytest.mark.parametrize("secret", ["whsec_not base64!", "whsec_", "whsec_abc"])
 def test_invalid_webhook_secret_fails_the_check(tmp_path: Path, secret: str):
-    settings = Settings(data_dir=tmp_path, outputs_dir=tmp_path, webhook_secret=secret)
+    settings = Settings(data_dir=tmp_path, outputs_dir=tmp_path / "outputs", webhook_secret=secret)
     with pytest.raises(SetupFailed, match="webhook_secret") as caught:
         asyncio.run(check(settings))
     assert "openssl rand" in caught.value.hint

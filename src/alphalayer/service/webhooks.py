@@ -36,19 +36,23 @@ from alphalayer.service.public_addresses import is_public
 PAUSES_S = (5.0, 30.0, 120.0, 600.0, 3600.0)
 """Seconds before each retry. After the last one the webhook is given up."""
 TIMEOUT_S = 15.0
-"""Time limit of one attempt after the lookup: connection and response."""
+"""Time limit of one attempt: lookup, connection and response."""
 POLL_EVERY_S = 0.5
 OUTAGE_PAUSE_S = 5.0
 """Seconds before the next poll after an error of the journal."""
 MAX_ATTEMPTS = 200
 """Maximum number of concurrent attempts. A receiver that hangs occupies one until its timeout."""
+MAX_ATTEMPTS_OF_ONE = 20
+"""Maximum number of concurrent attempts for one key, or for one host without keys."""
+POSTPONED_S = 2.0
+"""Seconds until a webhook above that number is due again."""
 SECRET_PREFIX = "whsec_"
 GONE = 410
 OPEN_PORTS = (80, 443)
 FIRST_USER_PORT = 1024
 """Ports below it belong to other protocols, such as mail, unless they are in `OPEN_PORTS`."""
-LOOKUP_THREADS = 50
-"""Maximum number of concurrent lookups. More wait, without using up the time of their attempt."""
+LOOKUP_THREADS = 100
+"""Maximum number of concurrent lookups. One that hangs occupies its thread after the attempt."""
 Lookup = Callable[[str, int, int, int], Sequence[Any]]
 """Function with the first arguments and the result of `socket.getaddrinfo`."""
 _PRIVATE = "The service sends to private networks only if webhook_allow_private is set."
@@ -160,12 +164,22 @@ class Webhooks:
         capacity = MAX_ATTEMPTS - len(self._attempts)
         try:
             due = await self._job_queue.claim_due_webhooks(capacity) if capacity else []
+            await asyncio.gather(*(self._start(http, job, tries) for job, tries in due))
         except StorageFailed as error:
             log.warning("webhook.queue_unreachable", error=str(error), again_in_s=OUTAGE_PAUSE_S)
             return OUTAGE_PAUSE_S
-        for job, tries in due:
-            self._attempts[job.id] = asyncio.create_task(self._deliver(http, job, tries))
         return POLL_EVERY_S
+
+    async def _start(self, http: httpx.AsyncClient, job: Job, tries: int) -> None:
+        """Start an attempt, or postpone one too many of a client. Raises `StorageFailed`."""
+        if job.id in self._attempts:  # its last attempt is not stored yet
+            return
+        group = _group_of(job)
+        if [task.get_name() for task in self._attempts.values()].count(group) < MAX_ATTEMPTS_OF_ONE:
+            attempt = self._deliver(http, job, tries)
+            self._attempts[job.id] = asyncio.create_task(attempt, name=group)
+        else:
+            await self._job_queue.record_webhook_attempt(job.id, time.time() + POSTPONED_S, tries)
 
     async def _deliver(self, http: httpx.AsyncClient, job: Job, tries: int) -> None:
         """Send a webhook once, and store its outcome or the time of the next attempt."""
@@ -186,7 +200,7 @@ class Webhooks:
             )
             await self._job_queue.record_webhook_attempt(job.id, due, tries + 1)
         finally:
-            del self._attempts[job.id]
+            self._attempts.pop(job.id, None)
 
     async def _send(self, http: httpx.AsyncClient, job: Job) -> tuple[str, str]:
         """Send a webhook once.
@@ -198,11 +212,10 @@ class Webhooks:
         if webhook is None:
             return "given_up", "its entry in the journal cannot be read any more."
         try:
-            url = httpx.URL(webhook.url)
-            address = await self._resolve(url)
             view = JobView.of_finished(job)
             body = answer(view, webhook.service_url, self._url_signer).model_dump_json()
-            status = await asyncio.wait_for(self._post(http, job.id, url, address, body), TIMEOUT_S)
+            attempt = self._resolve_and_post(http, job.id, httpx.URL(webhook.url), body)
+            status = await asyncio.wait_for(attempt, TIMEOUT_S)
         except (RefusedAddress, httpx.InvalidURL) as error:
             return "given_up", str(error)
         except asyncio.TimeoutError:
@@ -216,6 +229,11 @@ class Webhooks:
         if 200 <= status < 300:
             return "delivered", ""
         return ("given_up" if status == GONE else "retried"), f"status {status}"
+
+    async def _resolve_and_post(
+        self, http: httpx.AsyncClient, job_id: str, url: httpx.URL, body: str
+    ) -> int:
+        return await self._post(http, job_id, url, await self._resolve(url), body)
 
     async def _post(
         self, http: httpx.AsyncClient, job_id: str, url: httpx.URL, address: str, body: str
@@ -262,3 +280,9 @@ class Webhooks:
                     f"{url.host} is {address}, not an address of the internet. {_PRIVATE}"
                 )
         return addresses[0]
+
+
+def _group_of(job: Job) -> str:
+    """Return the key of a job's client. Without keys, return the origin of its webhook."""
+    url = job.delivery.webhook.url if job.delivery.webhook else ""
+    return job.owner or "/".join(url.split("/")[:3])
