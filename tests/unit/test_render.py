@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 from collections.abc import Sequence
@@ -208,6 +209,23 @@ def test_unexpected_errors_are_logged_and_public_ones_returned(
     assert isinstance(error, EngineFailed)
     assert len(error.message) < 320
     assert "IndexError: xxx" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (
+            PermissionError(errno.EACCES, "Permission denied", "/srv/secret/a.safetensors"),
+            "PermissionError: Permission denied",
+        ),
+        (FileNotFoundError("no such file: /srv/secret/a"), "FileNotFoundError"),
+    ],
+)
+def test_paths_of_the_machine_are_logged_only(
+    caplog: pytest.LogCaptureFixture, error: OSError, message: str
+):
+    assert to_public_error(error).message == message
+    assert "/srv/secret" in caplog.text
 
 
 def test_engine_process_receives_neither_client_nor_delivery():

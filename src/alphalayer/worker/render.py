@@ -190,8 +190,10 @@ def to_public_error(error: Exception) -> AlphalayerError:
     if isinstance(error, AlphalayerError):
         return error
     logger.error("The engine failed.", exc_info=error)
+    # the text of an OSError holds paths of this machine
+    reason = error.strerror or "" if isinstance(error, OSError) else describe_error(error)
     return EngineFailed(
-        f"{type(error).__name__}: {describe_error(error)[:300]}",
+        f"{type(error).__name__}: {reason[:300]}".removesuffix(": "),
         hint="The service's log has the details; please report it.",
     )
 
