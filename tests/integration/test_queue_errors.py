@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator
 from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import pytest_asyncio
@@ -203,6 +204,24 @@ async def test_failed_creation_leaves_no_empty_journal(tmp_path: Path, monkeypat
         with pytest.raises(SetupFailed, match="full"):
             await SqliteJobQueue.open(file, 10)
     await (await SqliteJobQueue.open(file, 10)).close()
+
+
+@pytest.mark.parametrize("place", [(Path, "rename"), (table, "SqliteDatabase")])
+async def test_start_killed_during_creation_is_repeated(
+    tmp_path: Path, monkeypatch, place: tuple[Any, str]
+):
+    def kill(*_: object) -> None:
+        raise asyncio.CancelledError  # leaves the files as they are
+
+    file = tmp_path / "jobs.sqlite"
+    with monkeypatch.context() as patch:
+        patch.setattr(*place, kill)
+        with pytest.raises(asyncio.CancelledError):
+            await table.Journal.open(file)
+    queue = await SqliteJobQueue.open(file, 10)
+    await queue.submit(spec())
+    await queue.close()
+    assert not file.with_name("jobs.sqlite.new").exists()
 
 
 @pytest.mark.skipif(os.name == "nt", reason="needs rights of files")

@@ -22,17 +22,15 @@ def create_folder(file: Path) -> None:
     file.parent.mkdir(FOLDER_RIGHTS, parents=True, exist_ok=True)
 
 
-def prepare(file: Path) -> bool:
+def prepare(file: Path) -> None:
     """Create a journal's file, or restrict the rights of an existing one.
 
     SQLite would begin an empty journal where the content was lost, and would delete the log.
-
-    Returns:
-        Whether the file is new.
+    A new file is never empty: it gets its name after its first page.
 
     Raises:
         SetupFailed: The content of an earlier journal is lost.
-        OSError: The file cannot be created.
+        OSError, sqlite3.Error: The file cannot be created.
     """
     create_folder(file)
     wal = file.with_name(f"{file.name}-wal")
@@ -42,10 +40,20 @@ def prepare(file: Path) -> bool:
         lost = f"missing, and its changes are in {wal.name}" if is_new else "empty"
         raise SetupFailed(f"the journal {file} is {lost}. Its jobs are lost.", hint=RESTORE)
     if is_new:
-        os.close(os.open(file, os.O_CREAT | os.O_EXCL | os.O_WRONLY, FILE_RIGHTS))
+        new = file.with_name(f"{file.name}.new")
+        _create(new)
+        with closing(sqlite3.connect(new)) as connection:
+            connection.execute("PRAGMA journal_mode=WAL")
+        new.rename(file)
     for suffix in SIDE_FILES:
         _restrict(file.with_name(file.name + suffix))
-    return is_new
+
+
+def _create(file: Path) -> None:
+    """Create an empty file for its owner alone, in place of an unfinished one."""
+    for suffix in ("", "-wal", "-shm"):
+        file.with_name(file.name + suffix).unlink(missing_ok=True)
+    os.close(os.open(file, os.O_CREAT | os.O_EXCL | os.O_WRONLY, FILE_RIGHTS))
 
 
 def _restrict(path: Path) -> None:
@@ -55,15 +63,6 @@ def _restrict(path: Path) -> None:
     status = path.stat()
     if status.st_uid == os.geteuid() and status.st_mode & 0o077:
         path.chmod(FILE_RIGHTS)
-
-
-def remove(file: Path) -> None:
-    """Remove a new journal that could not be filled.
-
-    Its empty file would count as a lost journal at the next start.
-    """
-    for suffix in ("", "-wal", "-shm"):
-        file.with_name(file.name + suffix).unlink(missing_ok=True)
 
 
 class JournalFile:
@@ -88,8 +87,7 @@ class JournalFile:
         if self._path.exists():
             raise OSError(errno.EEXIST, "another file has taken the place of the journal")
         copy = self._path.with_name(f"{self._path.name}.copy")
-        copy.unlink(missing_ok=True)
-        prepare(copy)
+        _create(copy)
         with closing(sqlite3.connect(copy)) as target:
             connection.backup(target)
         copy.rename(self._path)

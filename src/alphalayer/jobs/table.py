@@ -196,10 +196,9 @@ class Journal:
         """
         hint = "Check the folder's rights and space, or move the file away."
         database: Database
-        new_file: Path | None = None
         try:
             if isinstance(location, Path):
-                new_file = location if journal_file.prepare(location) else None
+                journal_file.prepare(location)
                 database = SqliteDatabase(location)
             else:
                 from alphalayer.jobs import connections
@@ -212,8 +211,6 @@ class Journal:
                 await database.migrate(partial(_migrate, location))
                 undo.pop_all()
         except (DBAPIError, OSError, sqlite3.Error) as error:
-            if new_file:
-                journal_file.remove(new_file)
             cause = getattr(error, "orig", error)
             hint = RESTORE if _is_damage(cause) else hint
             raise SetupFailed(
