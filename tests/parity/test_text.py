@@ -15,7 +15,9 @@ from safetensors.torch import save_file
 from tests.support import tiny_models
 from transformers import CLIPTokenizer
 
+from alphalayer.core.cost import EMBEDDING_CHUNKS, max_chunks
 from alphalayer.core.errors import InvalidRequest
+from alphalayer.core.request import MAX_PROMPT_BYTES
 from alphalayer.engine.families.clip_files import build_text_model, transformers_names
 from alphalayer.engine.families.configs import SHIPPED
 from alphalayer.engine.networks.clip import ClipTextModel
@@ -402,6 +404,27 @@ def test_plan_with_too_many_chunks_is_refused(encoders: TextEncoders, prompt: st
         with pytest.raises(InvalidRequest, match="600 chunks") as error:
             plan(encoders, prompt, 60)
         assert error.value.field == field
+
+
+def test_plan_with_too_many_embedding_vectors_is_refused(tokenizers, own_models):
+    large = TextualInversion(
+        "cup", torch.zeros(75, tiny_models.WIDTH_L), torch.zeros(75, tiny_models.WIDTH_G)
+    )
+    with_words = TextEncoders(*tokenizers, *own_models, {"cup": large})
+    most = max_chunks("cup")
+    plan_prompt(with_words, "cup " * most, 1)
+    for plan, field in ((plan_prompt, "prompt"), (plan_negative, "negative_prompt")):
+        with pytest.raises(InvalidRequest, match=f"{most + 1} chunks .* at most {most}") as error:
+            plan(with_words, "cup " * (most + 1), 1)
+        assert error.value.field == field
+
+
+@pytest.mark.parametrize(
+    "text", ["\U0001f34e", "7 ", ",", "x" * 55 + ",y", "\u00e9\u4e2d", "BREAK,"]
+)
+def test_text_without_embeddings_has_no_more_than_max_chunks(encoders: TextEncoders, text: str):
+    for count in (1, 30, 200, MAX_PROMPT_BYTES // len(text.encode())):
+        assert encoders.count_chunks(text * count) <= max_chunks(text * count) - EMBEDDING_CHUNKS
 
 
 def test_plan_negative_treats_and_as_text(encoders: TextEncoders):

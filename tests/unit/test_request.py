@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from alphalayer.core.cost import DECODE_STEPS, LORA_UNITS, UNIT_PIXELS
 from alphalayer.core.errors import InvalidRequest
 from alphalayer.core.job import JobSpec
 from alphalayer.core.request import (
@@ -300,6 +301,15 @@ def test_cost_grows_with_each_of_its_causes():
     for field in ("prompt", "negative_prompt"):
         assert cost_of(**{field: long}) > 1.1 * one
     assert cost_of(prompt="[a|b]" + long) > cost_of(prompt="[a:b:9]" + long) > cost_of(prompt=long)
+
+
+def test_cost_counts_loras_and_previews_once():
+    one = cost_of(batch_size=8)
+    assert cost_of(batch_size=8, loras=[{"name": "a"}] * 16) - one == pytest.approx(16 * LORA_UNITS)
+    spec = JobSpec(generation=parse_request({"prompt": "an apple", "steps": 150}), iterations=16)
+    previewed = spec.model_copy(update={"previews": True})
+    preview = 256 * 256 / UNIT_PIXELS * DECODE_STEPS
+    assert previewed.cost - spec.cost == pytest.approx(16 * 150 * preview)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 A unit is one sampling step of an image of 2^20 pixels with a short prompt. The prompt adds to it:
 each AND part is another pass of the UNet, and each chunk of 75 tokens is encoded and read.
 The estimate needs neither the model nor its tokenizer, so that the API can refuse a request.
+The engine refuses prompts that are longer than `max_chunks`, such as many large embeddings.
 """
 
 from __future__ import annotations
@@ -23,6 +24,12 @@ CHUNK_UNITS = 0.01
 """Encoding of a chunk and its projections, an image [counted for SDXL and the embedded model]."""
 CHUNK_SHARE = 0.02
 """Part of a step that the attention to another chunk adds [counted for SDXL: 0.01]."""
+EMBEDDING_CHUNKS = 16
+"""Chunks that embeddings may add to a text. The vectors of a short name may fill one."""
+LORA_UNITS = 5.0
+"""Units of reading and merging a LoRA file [estimated: 0.2 s on an H200]."""
+PREVIEW_PIXELS = 2**16
+"""Pixels of a preview, which is decoded at each step."""
 _BREAK = re.compile(r"\bBREAK\b")
 
 
@@ -61,6 +68,24 @@ def image_cost(request: GenerationRequest) -> Cost:
         pixels=sampling + megapixels * DECODE_STEPS,
         prompt=sampling * CHUNK_SHARE * (longest - 1) + texts * CHUNK_UNITS,
     )
+
+
+def extras_cost(request: GenerationRequest, previews: int) -> float:
+    """Return the cost of a request's LoRAs, and of previews of `previews` iterations."""
+    default = ModelDefaults()
+    pixels = (request.width or default.width) * (request.height or default.height)
+    preview = DECODE_STEPS * min(pixels, PREVIEW_PIXELS) / UNIT_PIXELS
+    steps = request.steps or default.steps
+    return len(request.loras) * LORA_UNITS + previews * steps * preview
+
+
+def max_chunks(text: str) -> int:
+    """Return the most chunks that the engine encodes for a text.
+
+    It is three times the estimate, which a text of one token a byte does not exceed, and
+    `EMBEDDING_CHUNKS`.
+    """
+    return 3 * count_chunks(text) + EMBEDDING_CHUNKS
 
 
 def count_chunks(text: str) -> int:

@@ -10,7 +10,7 @@ from typing import Annotated, Any, get_args
 
 from pydantic import Field
 
-from alphalayer.core.cost import image_cost
+from alphalayer.core.cost import extras_cost, image_cost
 from alphalayer.core.errors import InvalidRequest
 from alphalayer.core.modes import LayerRole
 from alphalayer.core.request import (
@@ -147,7 +147,9 @@ class JobSpec(Frozen, frozen=True):
     @property
     def cost(self) -> float:
         """Return the cost in megapixel-steps, see `alphalayer.core.cost`."""
-        return round(self.images * image_cost(self.generation).total, 4)
+        images = self.images * image_cost(self.generation).total
+        extras = extras_cost(self.generation, self.iterations if self.previews else 0)
+        return round(images + extras, 4)
 
     def check_cost(self, limit: float) -> None:
         """Raise `InvalidRequest` for a cost above `limit`; 0 means no limit.

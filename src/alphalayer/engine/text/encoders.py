@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from alphalayer.core.cost import max_chunks
 from alphalayer.core.errors import InvalidRequest
 from alphalayer.engine.networks.clip import ClipTextModel
 from alphalayer.engine.text.chunks import Chunk, LearnedWord, chunk_fragments
@@ -286,7 +287,8 @@ def plan_prompt(
         check: Called before each text. Its exceptions stop the encoding.
 
     Raises:
-        InvalidRequest: The texts have more than `MAX_CHUNKS` chunks.
+        InvalidRequest: The texts have more than `MAX_CHUNKS` chunks, or one has more than its
+            length allows, see `max_chunks`.
     """
     return _plan(encoders, split_and(prompt), steps, clip_skip, check, "prompt")
 
@@ -333,7 +335,15 @@ def _plan(
     chunks = 0
     for text in dict.fromkeys(text for _, schedule in schedules for _, text in schedule):
         check()
-        chunks += encoders.count_chunks(text)
+        count = encoders.count_chunks(text)
+        if count > max_chunks(text):
+            raise InvalidRequest(
+                f"its embeddings fill {count} chunks of 75 tokens; at most {max_chunks(text)} "
+                "for a text of this length.",
+                hint="Use fewer or smaller embeddings.",
+                field=field,
+            )
+        chunks += count
         if chunks > MAX_CHUNKS:
             raise InvalidRequest(
                 f"its texts over {steps} steps have more than {MAX_CHUNKS} chunks of 75 tokens.",
