@@ -283,6 +283,6 @@ class Webhooks:
 
 
 def _group_of(job: Job) -> str:
-    """Return the key of a job's client. Without keys, return the origin of its webhook."""
+    """Return the key of a job's client, without keys the origin of its webhook."""
     url = job.delivery.webhook.url if job.delivery.webhook else ""
     return job.owner or "/".join(url.split("/")[:3])
