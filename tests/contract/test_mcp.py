@@ -110,9 +110,14 @@ async def test_tool_uses_the_key_of_its_caller(tmp_path: Path):
     with served(
         tmp_path, keys_file=tmp_path / "data" / "keys.json", allowed_hosts="pics.example.com"
     ) as service:
-        async with Client(StreamableHttpTransport(f"{service.base_url}/mcp/")) as client:
-            with pytest.raises(ToolError, match="a key is needed"):
-                await client.call_tool(TOOL, SMALL)
+        refused = [
+            service.request(method, "/mcp/", content=content)
+            for method in ("GET", "POST", "DELETE")
+            for content in (b"{", b"[" * 900_000, b"x" * 2_000_000)
+        ]
+        assert {answer.status_code for answer in refused} == {401}
+        assert {answer.json()["code"] for answer in refused} == {"unauthorized"}
+        assert "a key is needed" in refused[0].json()["detail"]
         own = {
             "Authorization": f"Bearer {key}",
             "X-Forwarded-Host": "pics.example.com",

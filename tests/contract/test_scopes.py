@@ -18,7 +18,7 @@ OPEN = {
     "/docs",
     "/docs/assets",
     "/livez",
-    "/mcp",  # its tool calls the API with the key of its caller
+    "/mcp",  # mounted: `GuardedApp` requires the scope "generate"
     "/openapi.json",
     "/ping",
     "/playground",

@@ -239,12 +239,13 @@ def detail_of(response: httpx.Response) -> str:
     return body["error"]["message"] if "error" in body else body["detail"]
 
 
-@pytest.mark.parametrize("path", DIALECTS)
+@pytest.mark.parametrize("path", [*DIALECTS, "/mcp/"])
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("many", "[" + "[]," * MAX_DELIMITERS + "[]]", f"more than {MAX_VALUES} values"),
-        ("values", "[" + "[]," * MAX_VALUES + "[]]", f"more than {MAX_VALUES} values"),
+        ("text", f'"{"," * MAX_DELIMITERS}"', f"more than {MAX_DELIMITERS:,} commas"),
+        ("many", "[" + "[]," * MAX_DELIMITERS + "[]]", f"more than {MAX_DELIMITERS:,} commas"),
+        ("values", "[" + "[]," * MAX_VALUES + "[]]", f"more than {MAX_VALUES:,} values"),
         ("deep", "[" * 33 + "]" * 33, f"more than {MAX_DEPTH} levels"),
         ("very deep", "[" * 20_000 + "]" * 20_000, "more than"),
     ],

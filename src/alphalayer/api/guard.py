@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -9,8 +10,16 @@ from typing import Annotated, Any
 from fastapi import Depends, Request, Response
 from fastapi.dependencies.models import Dependant
 from fastapi.responses import StreamingResponse
+from starlette.types import ASGIApp, Message, Receive, Send
+from starlette.types import Scope as RequestScope
 
-from alphalayer.api.request_body import LimitedRoute
+from alphalayer.api.request_body import (
+    JSON_BYTES,
+    JsonRequest,
+    LimitedRoute,
+    check_declared,
+    count_received,
+)
 from alphalayer.auth.api_keys import Scope
 
 
@@ -73,6 +82,42 @@ class GuardedRoute(LimitedRoute):
             return response
 
         return admit_first
+
+
+class GuardedApp:
+    """ASGI application that admits its clients first and gets bodies within the limits of JSON.
+
+    Args:
+        app: The application. Its bodies are JSON without images.
+        scope: Scope that every request needs.
+    """
+
+    def __init__(self, app: ASGIApp, scope: Scope):
+        self._app = app
+        self._scope: Scope = scope
+
+    async def __call__(self, scope: RequestScope, receive: Receive, send: Send) -> None:
+        """Forward an admitted request with its whole body.
+
+        Raises:
+            AlphalayerError: The client is not admitted, see `Authenticator.admit`.
+            HTTPException: The body is beyond a limit.
+        """
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        request = JsonRequest(scope, count_received(receive, JSON_BYTES))
+        scope["app"].state.service.authenticator.admit(request, self._scope)
+        check_declared(scope, JSON_BYTES)
+        body = await request.body()
+        with contextlib.suppress(ValueError):  # the application answers what is not JSON
+            await request.json()
+        messages: list[Message] = [{"type": "http.request", "body": body}]
+
+        async def receive_again() -> Message:
+            return messages.pop() if messages else await receive()
+
+        await self._app(scope, receive_again, send)
 
 
 def _calls(dependant: Dependant) -> Iterator[object]:

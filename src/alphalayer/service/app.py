@@ -21,6 +21,7 @@ from alphalayer.api.addresses import KnownHosts, address, find_names, origin
 from alphalayer.api.auth import Authenticator
 from alphalayer.api.deps import Service
 from alphalayer.api.file_urls import UrlSigner
+from alphalayer.api.guard import GuardedApp
 from alphalayer.api.middleware.body_limit import BodyLimit
 from alphalayer.api.middleware.cross_site import CrossSiteCheck
 from alphalayer.api.middleware.forwarded import ForwardedHeaders
@@ -29,7 +30,6 @@ from alphalayer.api.middleware.request_log import RequestLog
 from alphalayer.api.middleware.security_headers import SecurityHeaders
 from alphalayer.api.middleware.turns import Turns
 from alphalayer.api.pixel_pool import PixelPool
-from alphalayer.api.request_body import JSON_BYTES
 from alphalayer.api.shutdown import Shutdown
 from alphalayer.auth import usage
 from alphalayer.auth.api_keys import Key
@@ -218,7 +218,7 @@ def _mount_mcp(app: FastAPI, settings: Settings) -> _Lifespan:
     server = mcp.create_server(mcp.connect_to_caller, partial(mcp.outside, settings.public_url))
     # HostCheck and CrossSiteCheck protect it with all other routes
     tool = server.http_app("/", stateless_http=True, host_origin_protection=False)
-    app.mount(mcp.PATH, BodyLimit(tool, limit=JSON_BYTES))
+    app.mount(mcp.PATH, GuardedApp(tool, "generate"))
     return tool.lifespan
 
 
