@@ -17,10 +17,6 @@ class BodyLimit:
 
     A body is in memory until its response is complete. All together have a limit, too: over it the
     answer is 503. Compressed bodies are answered with 415.
-
-    FastAPI's `max_body_size` has the same limit. It
-    answers a declared length over the limit with plain text, outside of the exception handlers,
-    the request log and the CORS headers.
     """
 
     def __init__(self, app: ASGIApp, limit: int):
