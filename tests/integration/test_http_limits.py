@@ -98,6 +98,8 @@ def test_head_beyond_limits_is_refused(client: httpx.Client, sent: bytes, status
     response = exchange(client, sent)
     assert status_of(response) == status, response[:200]
     assert b"connection: close" in response
+    assert b"x-content-type-options: nosniff\r\n" in response
+    assert b"content-security-policy: default-src 'none'" in response
     assert json.loads(response.partition(b"\r\n\r\n")[2])["status"] == status
 
 
@@ -362,6 +364,7 @@ def test_probes_are_answered_above_the_limit(client: httpx.Client):
             response = exchange(client, _get(path))
             assert status_of(response) == 503
             assert b"retry-after: 1\r\n" in response
+            assert b"x-content-type-options: nosniff\r\n" in response
         # connections that wait are closed for others
         idle = [hold(b"GET /liv") for _ in range(connections.SPARE_CONNECTIONS + 20)]
         assert status_of(exchange(client, _get("/livez"))) == 200

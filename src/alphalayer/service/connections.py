@@ -17,7 +17,9 @@ import httptools
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
-from alphalayer.api.errors import Problem
+from alphalayer.api.errors import Problem, render_problem
+from alphalayer.api.middleware.hosts import PROBES
+from alphalayer.api.middleware.security_headers import add_headers
 from alphalayer.observability.logging import log
 
 MAX_HEAD_BYTES = 32_768
@@ -33,7 +35,6 @@ SPARE_CONNECTIONS = 64
 """Connections over the limit, for probes."""
 CLOSED_TOGETHER = 32
 """Connections to close at once when there are too many."""
-PROBES = (b"/livez", b"/readyz", b"/ping")
 BUSY = Problem.of_status(
     503, "overloaded", "too many connections are open.", hint="Try again in a second."
 )
@@ -171,7 +172,7 @@ class LimitedProtocol(HttpToolsProtocol):
         self._cycles = self._unfinished()
         if len(self._cycles) > MAX_PIPELINED:
             self._refuse(400, "bad_request", "too many requests are pipelined.")
-        is_refused = self._is_spare and self.url.partition(b"?")[0] not in PROBES
+        is_refused = self._is_spare and self.url.partition(b"?")[0].decode("latin-1") not in PROBES
         self.app = cast(Any, self._busy if is_refused else self._normal_app)
         super().on_headers_complete()
         self._cycles.append(self.cycle)
@@ -365,11 +366,8 @@ async def enforce_limits(connections: Iterable[Any], limits: ConnectionLimits) -
 
 def _as_response(problem: Problem) -> bytes:
     """Return a problem as an HTTP response after which the connection is closed."""
-    body = problem.model_dump_json().encode()
-    head = (
-        f"HTTP/1.1 {problem.status} {problem.title}\r\n"
-        f"content-type: application/problem+json\r\n"
-        f"content-length: {len(body)}\r\n"
-        f"connection: close\r\n\r\n"
-    )
-    return head.encode() + body
+    response = render_problem(problem, {"Connection": "close"})
+    add_headers(response.headers, problem.status)
+    status = b"HTTP/1.1 %d %s" % (problem.status, problem.title.encode())
+    headers = [b"%s: %s" % pair for pair in response.raw_headers]
+    return b"\r\n".join([status, *headers, b"", bytes(response.body)])

@@ -14,6 +14,7 @@ import uvicorn
 from starlette.types import Receive, Scope, Send
 
 from alphalayer.api.errors import find_renderer
+from alphalayer.api.middleware.security_headers import SecurityHeaders
 from alphalayer.service.connections import (
     BUSY,
     BUSY_HEADERS,
@@ -71,7 +72,7 @@ class Server(uvicorn.Server):
         """Start the application and listen, with limits of the connections."""
         files = _raise_file_limit() - OTHER_FILES - SPARE_CONNECTIONS
         limits = replace(self._limits, connections=max(1, min(self._limits.connections, files)))
-        protocol = partial(LimitedProtocol, limits=limits, busy=self._answer_busy)
+        protocol = partial(LimitedProtocol, limits=limits, busy=SecurityHeaders(self._answer_busy))
         self.config.http_protocol_class = cast(Any, protocol)
         await super().startup(sockets)
         self._checks = asyncio.create_task(enforce_limits(self.server_state.connections, limits))

@@ -28,13 +28,14 @@ class SecurityHeaders:
 
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
-                _add_headers(MutableHeaders(scope=message), message["status"])
+                add_headers(MutableHeaders(scope=message), message["status"])
             await send(message)
 
         await self._app(scope, receive, send_with_headers)
 
 
-def _add_headers(headers: MutableHeaders, status: int) -> None:
+def add_headers(headers: MutableHeaders, status: int) -> None:
+    """Add the security headers to those of an answer with a status."""
     is_image = headers.get("content-type", "").startswith("image/")
     # a redirect may lead to an image in a bucket
     is_embeddable = is_image or 300 <= status < 400
