@@ -13,7 +13,8 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
 from opentelemetry.trace import Span
 
-PROBES = "livez,readyz,ping,metrics"
+from alphalayer.api.middleware.hosts import PROBES
+
 _ADDRESSES = ("http.url", "http.target", "url.full")
 """Attributes of a request that may end with its query."""
 
@@ -34,7 +35,7 @@ def install(app: FastAPI) -> TracerProvider:
     FastAPIInstrumentor.instrument_app(
         app,
         tracer_provider=provider,
-        excluded_urls=PROBES,
+        excluded_urls=",".join([*PROBES, "/metrics"]),
         exclude_spans=["receive", "send"],
         server_request_hook=_hide_query,
     )

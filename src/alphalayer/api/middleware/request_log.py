@@ -14,11 +14,14 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from structlog.contextvars import bound_contextvars
 
 from alphalayer.api.errors import INTERNAL_ERROR, find_renderer
+from alphalayer.api.middleware.hosts import PROBES
 from alphalayer.observability.logging import log
 
 HEADER = "X-Request-ID"
 _ID = re.compile(r"[\w.:/+=-]{1,128}", re.ASCII)
-_POLLED = re.compile(r".*/(livez|readyz|ping|metrics|sdapi/v1/progress|alpha/v1/jobs/[0-9a-f]+)")
+_POLLED = re.compile(
+    rf".*({'|'.join(PROBES)}|/metrics|/sdapi/v1/progress|/alpha/v1/jobs/[0-9a-f]+)"
+)
 """Paths that clients poll."""
 
 
