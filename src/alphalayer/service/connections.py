@@ -229,9 +229,9 @@ class LimitedProtocol(HttpToolsProtocol):
         return not (is_body or self.transport.is_closing() or self._unfinished())
 
     @property
-    def since(self) -> float:
-        """Return when the connection began to wait, in seconds of the event loop."""
-        return self._since
+    def rank(self) -> tuple[bool, float]:
+        """Return the rank in which waiting connections are closed, the lowest first."""
+        return self._phase is _Phase.IDLE, self._since
 
     def _allowed_s(self) -> float:
         """Return how long the connection may remain as it is."""
@@ -332,14 +332,17 @@ class LimitedProtocol(HttpToolsProtocol):
             self.transport.close()
 
     def _make_room(self) -> None:
-        """Close connections that wait. Without any, this one is spare, or closed."""
+        """Close connections that wait, idle ones last. Without any, this one is spare, or closed.
+
+        A client that opens many connections must not end those that others keep alive.
+        """
         others = [
             connection
             for connection in cast(Iterable[LimitedProtocol], self.connections)
             if not connection.transport.is_closing() and connection is not self
         ]
         waiting = [connection for connection in others if connection.is_waiting]
-        closed = heapq.nsmallest(CLOSED_TOGETHER, waiting, key=lambda waits: waits.since)
+        closed = heapq.nsmallest(CLOSED_TOGETHER, waiting, key=lambda waits: waits.rank)
         for connection in closed:
             connection.transport.abort()
         kept = len(others) - len(closed)
