@@ -347,7 +347,12 @@ class Settings(BaseSettings):
         ),
     ] = 2000
     upload_timeout_s: Annotated[
-        float, Field(gt=0, description="Seconds in which the body of a request must arrive.")
+        float,
+        Field(
+            gt=0,
+            description="Longest pause of a request's body in seconds. Less than 4 kB/s counts as "
+            "a part of a pause.",
+        ),
     ] = 120.0
     log_level: Annotated[
         Literal["debug", "info", "warning", "error"],

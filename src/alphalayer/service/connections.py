@@ -29,8 +29,8 @@ MAX_PIPELINED = 8
 """Most requests of a connection that wait for the response before theirs."""
 MAX_FRAMING_BYTES = 65_536
 """Bytes by which the chunk headers and trailers of a body may exceed its content."""
-MIN_READ_PACE = 4096
-"""Bytes per second that a client must read of a response that waits for it."""
+MIN_PACE = 4096
+"""Bytes per second that a client must send of a body, and read of a response."""
 SPARE_CONNECTIONS = 64
 """Connections over the limit, for probes."""
 CLOSED_TOGETHER = 32
@@ -52,7 +52,7 @@ class ConnectionLimits:
     Attributes:
         connections: Most connections. Over it, only probes are answered.
         head_s: Seconds in which the head of a request must arrive.
-        upload_s: Seconds in which a body must arrive.
+        upload_s: Longest pause of a body. Less than `MIN_PACE` counts as a part of a pause.
         stall_s: Seconds after which a client that does not read is disconnected.
         linger_s: Seconds that the rest of a refused request is read and discarded.
         interval_s: Seconds between two checks of all connections.
@@ -125,12 +125,10 @@ class LimitedProtocol(HttpToolsProtocol):
         if self._phase is _Phase.IDLE:
             self._enter(_Phase.HEAD)
             self._has_begun = False
-        before = (self._phase, self._since)
+        self._fed_bytes += len(data)
         try:
             self.parser.feed_data(data)
-            if (self._phase, self._since) == before:
-                self._fed_bytes += len(data)
-                self._check_fed()
+            self._check_fed()
         except httptools.HttpParserUpgrade as upgrade:
             # answered as if no other protocol was requested
             self.cycle.keep_alive = False
@@ -181,6 +179,8 @@ class LimitedProtocol(HttpToolsProtocol):
     def on_body(self, body: bytes) -> None:
         """Add a part of the body."""
         self._body_bytes += len(body)
+        if not self._is_answered():
+            self._since = min(self._since + len(body) / MIN_PACE, self.loop.time())
         super().on_body(body)
 
     def on_message_complete(self) -> None:
@@ -258,7 +258,7 @@ class LimitedProtocol(HttpToolsProtocol):
         if now - start < self._limits.stall_s:
             return False
         self._write_mark = (now, size)
-        return size_before - size < MIN_READ_PACE * (now - start)
+        return size_before - size < MIN_PACE * (now - start)
 
     def _enter(self, phase: _Phase) -> None:
         self._phase, self._since, self._fed_bytes = phase, self.loop.time(), 0
