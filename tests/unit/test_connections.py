@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 from starlette.types import Receive, Scope, Send
+from structlog.testing import capture_logs
 from uvicorn import Config
 from uvicorn.server import ServerState
 
+from alphalayer.service import uvicorn_server
 from alphalayer.service.connections import MIN_PACE, ConnectionLimits, LimitedProtocol
 
 LIMITS = ConnectionLimits(connections=3, upload_s=10)
@@ -150,3 +153,41 @@ async def test_half_sent_requests_are_closed_before_idle_connections(
         opened[-1].data_received(LIVEZ[:-2])
     assert not idle.transport.is_closing()
     assert [connection.transport.is_closing() for connection in opened] == [True] * 3 + [False] * 2
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="sockets are not files there")
+@pytest.mark.parametrize(
+    ("soft", "hard", "highest", "requested", "connections"),
+    [
+        (1024, 500_000, 500_000, 2000, 2000),
+        (1024, 500_000, 500_000, 100_000, 100_000),
+        (256, -1, 12_000, 2000, 2000),
+        (256, -1, 12_000, 20_000, 9920),
+        (256, -1, 5000, 20_000, 3776),
+        (256, -1, 256, 2000, 64),
+        (256, 256, 256, 20, 20),
+        (-1, -1, 256, 2000, 2000),
+    ],
+    ids=["linux", "many", "macos", "macos many", "macos low", "fixed", "few", "unlimited"],
+)
+def test_connections_fit_the_limit_of_open_files(
+    monkeypatch: pytest.MonkeyPatch,
+    soft: int,
+    hard: int,
+    highest: int,
+    requested: int,
+    connections: int,
+):
+    """Refuse soft limits over `highest`, as macOS does although the hard limit is higher."""
+    import resource
+
+    def set_limit(_kind: int, limits: tuple[int, int]) -> None:
+        if not 0 <= limits[0] <= highest:
+            raise ValueError("current limit exceeds maximum limit")
+
+    monkeypatch.setattr(resource, "RLIM_INFINITY", -1)
+    monkeypatch.setattr(resource, "getrlimit", {resource.RLIMIT_NOFILE: (soft, hard)}.get)
+    monkeypatch.setattr(resource, "setrlimit", set_limit)
+    with capture_logs() as lines:
+        assert uvicorn_server.fit_files(requested) == connections
+    assert [line["limit"] for line in lines] == [connections] * (connections < requested)

@@ -15,6 +15,7 @@ from starlette.types import Receive, Scope, Send
 
 from alphalayer.api.errors import find_renderer
 from alphalayer.api.middleware.security_headers import SecurityHeaders
+from alphalayer.observability.logging import log
 from alphalayer.service.connections import (
     BUSY,
     BUSY_HEADERS,
@@ -33,6 +34,10 @@ ANSWER_S = 5
 """Seconds after the deadline of the jobs to send the last responses."""
 OTHER_FILES = 256
 """Open files besides connections: engines, database, images."""
+MIN_CONNECTIONS = 64
+"""Connections to accept even if the limit of open files seems too low for them."""
+FILE_LIMITS = (65_536, 10_240, 4096)
+"""Limits of open files to try. macOS refuses what is over its own limit (10,240 by default)."""
 FAILED = 3
 """Exit code after a failed start, the same as uvicorn's."""
 
@@ -70,8 +75,7 @@ class Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Start the application and listen, with limits of the connections."""
-        files = _raise_file_limit() - OTHER_FILES - SPARE_CONNECTIONS
-        limits = replace(self._limits, connections=max(1, min(self._limits.connections, files)))
+        limits = replace(self._limits, connections=fit_files(self._limits.connections))
         protocol = partial(LimitedProtocol, limits=limits, busy=SecurityHeaders(self._answer_busy))
         self.config.http_protocol_class = cast(Any, protocol)
         await super().startup(sockets)
@@ -88,17 +92,34 @@ class Server(uvicorn.Server):
         await super().shutdown(sockets)
 
 
-def _raise_file_limit() -> int:
-    """Raise the limit of open files as far as allowed, and return it."""
+def fit_files(connections: int) -> int:
+    """Return how many connections the limit of open files allows, at most `connections`."""
     if sys.platform == "win32":
-        return 1 << 20  # sockets are not files there
+        return connections  # sockets are not files there
+    others = OTHER_FILES + SPARE_CONNECTIONS
+    fitting = max(MIN_CONNECTIONS, _raise_file_limit(connections + others) - others)
+    if fitting >= connections:
+        return connections
+    hint = "Raise the limit of open files (ulimit -n), or lower max_connections."
+    log.warning("connections.limited", limit=fitting, max_connections=connections, hint=hint)
+    return fitting
+
+
+def _raise_file_limit(needed: int) -> int:
+    """Raise the limit of open files, if possible to `needed`, and return it."""
     import resource
 
+    unlimited = resource.RLIM_INFINITY
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with contextlib.suppress(OSError, ValueError):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-        soft = hard
-    return soft if soft != resource.RLIM_INFINITY else 1 << 20
+    current, allowed = (sys.maxsize if limit == unlimited else limit for limit in (soft, hard))
+    for limit in (max(needed, FILE_LIMITS[0]), *FILE_LIMITS[1:]):
+        raised = min(limit, allowed)
+        if raised <= current:
+            break
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (raised, hard))
+            return raised
+    return current
 
 
 def serve(server: Server) -> None:
