@@ -107,6 +107,23 @@ def test_start_without_keys_logs_the_known_hosts(monkeypatch: pytest.MonkeyPatch
     assert logged_hosts(host="0.0.0.0", cors_allow_origins="*") == []
 
 
+def test_start_with_keys_warns_without_a_name():
+    key = Key.model_construct(name="ann")
+
+    def warns(keys: list[Key] | None, **settings: Any) -> bool:
+        with capture_logs() as lines:
+            app._log_access(Settings(**settings), keys)
+        return "hosts.not_set" in [line["event"] for line in lines]
+
+    assert warns([key], host="0.0.0.0")
+    assert warns([key], host="::")
+    assert not warns([key], host="127.0.0.1")
+    assert not warns(None, host="0.0.0.0")
+    assert not warns([key], host="0.0.0.0", public_url="https://pics.example.com")
+    assert not warns([key], host="0.0.0.0", allowed_hosts="pics.example.com")
+    assert not warns([key], host="0.0.0.0", cors_allow_origins="*")
+
+
 @pytest.mark.parametrize(
     ("settings", "host"),
     [

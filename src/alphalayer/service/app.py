@@ -17,7 +17,7 @@ from fastapi.middleware.cors import CORSMiddleware
 from alphalayer import __version__, catalog
 from alphalayer.api import docs, errors, jobs, native, openai, ops, playground
 from alphalayer.api.a1111 import routes as a1111
-from alphalayer.api.addresses import KnownHosts, address, find_names, origin
+from alphalayer.api.addresses import ALL_ADDRESSES, KnownHosts, address, find_names, origin
 from alphalayer.api.auth import Authenticator
 from alphalayer.api.deps import Service
 from alphalayer.api.file_urls import UrlSigner
@@ -465,3 +465,10 @@ def _log_access(settings: Settings, keys: list[Key] | None) -> None:
             log.info("hosts.limited", hosts=["IP addresses", *names], hint=other)
     elif keys == []:
         log.warning("auth.no_keys", keys_file=str(settings.keys_file), hint=hint)
+    if (
+        keys
+        and settings.host in ALL_ADDRESSES
+        and not (settings.public_url or settings.allowed_names or "*" in settings.allowed_origins)
+    ):
+        other = "If clients reach the service by a name, set public_url or allowed_hosts."
+        log.warning("hosts.not_set", host=settings.host, hint=other)
