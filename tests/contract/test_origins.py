@@ -170,6 +170,8 @@ def test_foreign_page_changes_nothing(client: httpx.Client, headers: dict[str, s
         simple = {"Content-Type": "text/plain", **headers}
         answer = client.request(method, path, content="{}", headers=simple)
         assert answer.status_code == 403, (method, path)
+        assert client.base_url.netloc.decode() in answer.text
+        assert headers.get("Origin", "") in answer.text
         assert "cors_allow_origins" in answer.text
 
 

@@ -41,8 +41,9 @@ class CrossSiteCheck:
             await self._app(scope, receive, send)
             return
         page = f'"{headers["origin"][:253]}"' if "origin" in headers else "another origin"
+        host = headers.get("host", "")[:253]
         error = OriginRefused(
-            f"a web page of {page} may not change anything here.",
+            f'a web page of {page} may not change anything at "{host}".',
             hint="To allow it, add its origin to the setting cors_allow_origins "
             "(ALPHALAYER_CORS_ALLOW_ORIGINS). For the service's own page, set public_url.",
         )
