@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import socketserver
 import subprocess
 import sys
@@ -35,7 +36,7 @@ from alphalayer.service.public_addresses import is_public
 from alphalayer.service.uvicorn_server import ANSWER_S
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
-GUIDE = DEPLOY.parent / "docs" / "guides" / "reverse-proxy.md"
+GUIDES = DEPLOY.parent / "docs" / "guides"
 BODY = {"prompt": "x", "width": 64, "height": 64, "steps": 10}
 
 
@@ -152,17 +153,42 @@ def test_nginx_limits_requests_headers_and_waiting_of_an_address(tmp_path):
 
 
 @needs_nginx
-def test_nginx_block_of_the_guide_gives_working_urls(tmp_path):
-    block = re.search(r"```nginx\n(.*?)```", GUIDE.read_text(), re.DOTALL)
+@pytest.mark.parametrize("guide", ["reverse-proxy.md", "coming-from-forge.md"])
+def test_nginx_block_of_the_guide_gives_working_urls(tmp_path, guide: str):
+    block = re.search(r"```nginx\n(.*?)```", (GUIDES / guide).read_text(), re.DOTALL)
     assert block
     with served(tmp_path / "service") as service:
-        site = block[1].replace("http://127.0.0.1:7861", str(service.base_url).rstrip("/"))
+        pod = f"127.0.0.1:{service.base_url.port}"
+        site = re.sub(r"127\.0\.0\.1:786\d", pod, block[1])
         with nginx_of(tmp_path / "nginx", site) as address:
             url = httpx.post(
                 f"{address}/alpha/v1/txt2img", json=BODY, trust_env=False, timeout=60
             ).json()["url"]
             assert url.startswith(address)
             assert httpx.get(url, trust_env=False).status_code == 200
+            assert status_without_host(address) == 200
+
+
+def status_without_host(address: str) -> int:
+    """Return the status of a request of HTTP/1.0 without Host."""
+    url = httpx.URL(address)
+    with socket.create_connection((url.host, url.port or 80), timeout=20) as opened:
+        opened.sendall(b"GET /v1/models HTTP/1.0\r\n\r\n")
+        return int(opened.recv(65536).split(b" ", 2)[1])
+
+
+def test_nginx_lets_one_address_fill_the_queue():
+    [connections] = re.findall(r"limit_conn alphalayer_connections (\d+);", NGINX_SITE.read_text())
+    assert int(connections) >= Settings.model_fields["queue_limit"].default
+
+
+@needs_nginx
+def test_nginx_request_without_host_is_answered(tmp_path):
+    with (
+        served(tmp_path / "pod") as pod,
+        nginx(tmp_path / "nginx", [str(pod.base_url)]) as address,
+    ):
+        assert status_without_host(address) == 200
 
 
 @needs_nginx
@@ -243,10 +269,9 @@ def test_compose_nginx_config_is_valid(tmp_path):
     # without "resolve", which Debian's Nginx does not support yet, names are resolved at the start
     config, replacements = re.subn(r"server api:7861 resolve\b", "server 127.0.0.1:7861", config)
     assert replacements == 1
-    retry_rules = [
-        re.findall(r"proxy_next_upstream .*;", text) for text in (config, NGINX_SITE.read_text())
-    ]
-    assert retry_rules[0] == retry_rules[1] != []
+    for rule in (r"proxy_next_upstream .*;", r"Host \$.*;", r"map \$http_host \$client_host"):
+        in_both = [re.findall(rule, text) for text in (config, NGINX_SITE.read_text())]
+        assert in_both[0] == in_both[1] != [], rule
     (tmp_path / "nginx.conf").write_text(
         f"pid {tmp_path}/pid;\nevents {{}}\nhttp {{\naccess_log off;\n{config}}}\n"
     )
