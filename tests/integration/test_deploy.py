@@ -531,6 +531,8 @@ def test_compose_and_kubernetes_files_are_complete():
         compose["services"][name]["environment"]["ALPHALAYER_ROLE"] for name in ("api", "worker")
     }
     assert roles == {"api", "worker"}
+    # the name of a service in the network of Compose
+    assert compose["services"]["api"]["environment"]["ALPHALAYER_ALLOWED_HOSTS"] == "api"
     for name in ("api", "worker"):
         grace = int(compose["services"][name]["stop_grace_period"].removesuffix("s"))
         assert grace > Settings.model_fields["drain_s"].default + ANSWER_S
