@@ -178,7 +178,7 @@ def test_connections_fit_the_limit_of_open_files(
     requested: int,
     connections: int,
 ):
-    """Refuse soft limits over `highest`, as macOS does although the hard limit is higher."""
+    """Refuse soft limits over `highest`, as macOS does below the hard limit."""
     import resource
 
     def set_limit(_kind: int, limits: tuple[int, int]) -> None:

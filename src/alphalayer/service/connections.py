@@ -332,9 +332,10 @@ class LimitedProtocol(HttpToolsProtocol):
             self.transport.close()
 
     def _make_room(self) -> None:
-        """Close connections that wait, idle ones last. Without any, this one is spare, or closed.
+        """Close connections that wait, idle ones last.
 
         A client that opens many connections must not end those that others keep alive.
+        Without any that waits, this one is spare, or closed.
         """
         others = [
             connection

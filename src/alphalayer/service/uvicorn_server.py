@@ -93,7 +93,11 @@ class Server(uvicorn.Server):
 
 
 def fit_files(connections: int) -> int:
-    """Return how many connections the limit of open files allows, at most `connections`."""
+    """Return how many connections the limit of open files allows.
+
+    Args:
+        connections: Most connections.
+    """
     if sys.platform == "win32":
         return connections  # sockets are not files there
     others = OTHER_FILES + SPARE_CONNECTIONS
