@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import anyio
 import httpx
 import numpy as np
 import pytest
@@ -159,6 +160,51 @@ async def test_cancelled_work_keeps_its_memory_until_its_end():
     blocked.released.set()
     with pytest.raises(asyncio.CancelledError):
         await task
+    assert pool.used_bytes == 0
+
+
+async def test_work_cancelled_twice_returns_its_memory():
+    pool, blocked = PixelPool(1000), Blocked()
+    task = asyncio.create_task(pool.run(600, blocked))
+    await blocked.wait_started()
+    for _ in range(2):
+        task.cancel()
+        await asyncio.sleep(0)
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert pool.used_bytes == 600
+    following = asyncio.create_task(pool.run(600, bytes))
+    blocked.released.set()
+    assert await asyncio.wait_for(following, 5) == b""
+    await until(lambda: pool.used_bytes == 0)
+
+
+async def test_work_in_a_cancelled_scope_keeps_its_turn():
+    """Starlette streams an answer in a scope, which cancels until its task has ended."""
+    pool, blocked = PixelPool(1000), Blocked()
+    scope = anyio.CancelScope()
+
+    async def work() -> None:
+        with scope:
+            async with pool.turn():
+                await pool.run(600, blocked)
+
+    task = asyncio.create_task(work())
+    await blocked.wait_started()
+    scope.cancel()
+    for _ in range(9):
+        await asyncio.sleep(0)
+    assert not task.done()
+    blocked.released.set()
+    await task
+    assert pool.used_bytes == 0
+
+
+async def test_work_after_close_takes_no_memory():
+    pool = PixelPool(1000)
+    pool.close()
+    with pytest.raises(RuntimeError):
+        await pool.run(600, bytes)
     assert pool.used_bytes == 0
 
 
