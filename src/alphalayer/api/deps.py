@@ -292,7 +292,7 @@ async def submit_job(
         generation.model or generation.loras or generation.mode != DEFAULT_MODE
     ):
         await asyncio.to_thread(_check_models, service, generation)
-    service.authenticator.charge(submission.owner, spec.cost)
+    service.authenticator.rates.charge(submission.owner, spec.cost)
     traced = submission.model_copy(update={"traceparent": current_traceparent()})
     job = await service.job_queue.submit(spec, traced, delivery, job_id)
     prompt = {"prompt": generation.prompt} if service.log_prompts else {}
