@@ -283,6 +283,7 @@ async def submit_job(
 
     Raises:
         QueueFull: the queue has reached its limit.
+        RateLimited: the key exceeded its limit of cost.
         InvalidRequest, ModelUnusable: the request is too large, or a model is not available.
     """
     spec.check_pixels(service.max_pixels)
@@ -292,11 +293,26 @@ async def submit_job(
         generation.model or generation.loras or generation.mode != DEFAULT_MODE
     ):
         await asyncio.to_thread(_check_models, service, generation)
-    service.authenticator.rates.charge(submission.owner, spec.cost)
-    traced = submission.model_copy(update={"traceparent": current_traceparent()})
-    job = await service.job_queue.submit(spec, traced, delivery, job_id)
+    job = await _submit_charged(service, spec, submission, delivery, job_id or new_id())
     prompt = {"prompt": generation.prompt} if service.log_prompts else {}
     log.info("job.accepted", job=job.id, owner=submission.owner, **prompt)
+    return job
+
+
+async def _submit_charged(
+    service: Service, spec: JobSpec, submission: Submission, delivery: Delivery, job_id: str
+) -> Job:
+    """Queue a job and charge its cost, unless an earlier job has its idempotency key."""
+    rates, owner = service.authenticator.rates, submission.owner
+    traced = submission.model_copy(update={"traceparent": current_traceparent()})
+    rates.charge(owner, spec.cost)
+    try:
+        job = await service.job_queue.submit(spec, traced, delivery, job_id)
+    except Exception:
+        rates.refund(owner, spec.cost)
+        raise
+    if job.id != job_id:
+        rates.refund(owner, spec.cost)
     return job
 
 

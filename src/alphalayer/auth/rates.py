@@ -62,6 +62,15 @@ class KeyRates:
             )
         _hit(self._sums, key, key.cost_per_minute, _COST, math.ceil(cost))
 
+    def refund(self, owner: str, cost: float) -> None:
+        """Subtract the cost of a job that was not queued, see `charge`."""
+        if key := self._limited_key(owner):
+            rate = RateLimitItemPerMinute(key.cost_per_minute)
+            name, window_s = rate.key_for(_COST, key.name), rate.get_expiry()
+            _, current = self._counts.sliding_window_keys(name, window_s, time.time())
+            # never below zero: a charge of the minute before stays
+            self._counts.decr(current, math.ceil(cost))
+
     def _limited_key(self, owner: str) -> Key | None:
         """Return the key of an owner if it has a limit of cost."""
         keys = self._keys() or ()
