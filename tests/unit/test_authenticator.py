@@ -6,14 +6,18 @@ import asyncio
 import base64
 from collections.abc import AsyncIterator
 from datetime import datetime, timezone
+from types import SimpleNamespace
 from typing import Any
 
+import httpx
 import pytest
-from fastapi import Request
+from fastapi import APIRouter, FastAPI, Request
+from fastapi.responses import StreamingResponse
 from structlog.testing import capture_logs
 
 from alphalayer.api import auth
 from alphalayer.api.auth import Authenticator
+from alphalayer.api.guard import EVENT_STREAM, GuardedRoute, Reader
 from alphalayer.auth.api_keys import Key, digest
 from alphalayer.auth.store import basic_keys
 from alphalayer.auth.wrong_keys import PER_MINUTE
@@ -129,3 +133,29 @@ async def test_while_accepted_passes_all_chunks_and_errors():
     assert [await anext(stream), await anext(stream)] == ["a", "b"]
     with pytest.raises(ValueError, match="broken"):
         await anext(stream)
+
+
+@pytest.mark.parametrize(
+    ("media_type", "received"), [("application/json", '["1","2"]'), (EVENT_STREAM, '["1",')]
+)
+async def test_expired_key_ends_event_streams_only(media_type: str, received: str):
+    """Half a JSON document with status 200 would look like a complete answer."""
+    keys = [key_of("s")]
+    router = APIRouter(route_class=GuardedRoute)
+
+    @router.get("/x")
+    async def answer(_client: Reader) -> StreamingResponse:  # pyright: ignore[reportUnusedFunction]
+        async def chunks() -> AsyncIterator[str]:
+            yield '["1",'
+            keys.clear()
+            yield '"2"]'
+
+        return StreamingResponse(chunks(), media_type=media_type)
+
+    app = FastAPI()
+    app.state.service = SimpleNamespace(authenticator=Authenticator(lambda: keys))
+    app.include_router(router)
+    transport = httpx.ASGITransport(app)
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        response = await client.get("/x", headers={"X-API-Key": "s"})
+    assert (response.status_code, response.text) == (200, received)

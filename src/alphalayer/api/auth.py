@@ -79,7 +79,7 @@ class Authenticator:
     async def while_accepted(
         self, key: Key, scope: Scope, chunks: AsyncIterable[Any]
     ) -> AsyncIterator[Any]:
-        """Yield the chunks of a response until its key is not accepted any more."""
+        """Yield the chunks of an event stream until its key is not accepted any more."""
         iterator = aiter(chunks)
         upcoming = asyncio.ensure_future(anext(iterator, None))
         try:

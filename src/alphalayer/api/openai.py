@@ -36,7 +36,7 @@ from alphalayer.api.dialect import Dialect
 from alphalayer.api.embedded_files import EmbeddedFiles
 from alphalayer.api.errors import ErrorResponse, Problem
 from alphalayer.api.file_urls import file_url
-from alphalayer.api.guard import Admitted, Generator, GuardedRoute, Submitter
+from alphalayer.api.guard import EVENT_STREAM, Admitted, Generator, GuardedRoute, Submitter
 from alphalayer.api.schemas import Body
 from alphalayer.catalog import ModelEntry, resolve_model
 from alphalayer.core import validation
@@ -324,7 +324,7 @@ class ModelList(BaseModel):
     summary="Generate images",
     response_model=GenerationsResponse,
     response_model_exclude_none=True,
-    responses={200: {"content": {"text/event-stream": {}}}},
+    responses={200: {"content": {EVENT_STREAM: {}}}},
 )
 async def generations(
     body: GenerationsRequest,
@@ -345,7 +345,7 @@ async def generations(
         with wire_names(FIELDS):
             await pending.submit(spec, submission, Delivery())
         events = _with_keepalive(_events(body, service, pending))
-        return StreamingResponse(events, media_type="text/event-stream", headers=STREAM_HEADERS)
+        return StreamingResponse(events, media_type=EVENT_STREAM, headers=STREAM_HEADERS)
     with wire_names(FIELDS):
         job = await run_job(request, spec, submission)
     assert job.result is not None, job.id
