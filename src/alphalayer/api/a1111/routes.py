@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import dataclasses
 import json
 import time
 from collections.abc import Mapping
@@ -67,12 +68,16 @@ def _render_error(problem: Problem, headers: Mapping[str, str]) -> ErrorResponse
     return ErrorResponse(content, problem.status, dict(headers))
 
 
+OPTIONS = {option.name for option in dataclasses.fields(Options)}
+"""Names of the stored options."""
 DIALECT = Dialect("/sdapi", router, _render_error, FIELDS)
 
 
 async def options_of(request: Request, service: ServiceDep) -> Options:
     """Return the options of the client; those of the service if it has no keys."""
-    return Options(**await service.job_queue.load_options(request.state.client))
+    stored = await service.job_queue.load_options(request.state.client)
+    # a newer pod may have stored options that this version does not have
+    return Options(**{name: stored[name] for name in OPTIONS & stored.keys()})
 
 
 OptionsDep = Annotated[Options, Depends(options_of)]
