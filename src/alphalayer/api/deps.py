@@ -87,14 +87,9 @@ class Service:
     """Raises `InvalidRequest` for addresses that webhooks may not use. None: webhooks are off."""
 
 
-def service(request: Request) -> Service:
-    """Return the service of the request's application."""
-    return request.app.state.service
-
-
 async def _service(request: Request) -> Service:
     # a coroutine, because FastAPI runs plain functions in a thread, which costs more
-    return service(request)
+    return request.app.state.service
 
 
 ServiceDep = Annotated[Service, Depends(_service)]
@@ -112,12 +107,12 @@ IdempotencyKey = Annotated[
 ]
 
 
-def base_url(request: Request) -> str:
+def base_url(service: Service, request: Request) -> str:
     """Return the address of the service for the client, without a slash at the end.
 
     It is the public URL if one is set, else the address of the request.
     """
-    return (service(request).public_url or str(request.base_url)).rstrip("/")
+    return (service.public_url or str(request.base_url)).rstrip("/")
 
 
 async def open_file(service: Service, key: str) -> StoredFile:
@@ -346,7 +341,11 @@ class PendingJob:
 
 
 async def run_job(
-    request: Request, spec: JobSpec, submission: Submission, delivery: Delivery = Delivery()
+    service: Service,
+    request: Request,
+    spec: JobSpec,
+    submission: Submission,
+    delivery: Delivery = Delivery(),
 ) -> Job:
     """Queue a job and wait until it has finished.
 
@@ -358,11 +357,11 @@ async def run_job(
         Stopping: the service shuts down first; the job stays in the queue.
         QueueFull, InvalidRequest, ModelUnusable: see `submit_job`.
     """
-    pending = PendingJob(service(request))
+    pending = PendingJob(service)
     disconnected = asyncio.create_task(_wait_for_disconnect(request))
     try:
         await pending.submit(spec, submission, delivery)
-        job = await _wait_for_job(service(request), pending.job_id, disconnected)
+        job = await _wait_for_job(service, pending.job_id, disconnected)
     except asyncio.CancelledError:
         await pending.withdraw()
         raise

@@ -192,7 +192,7 @@ async def txt2img(
     with wire_names(FIELDS):
         submission = Submission(owner=user, idempotency_key=idempotency_key, digest=body.digest)
         spec = body.to_spec(service.noise, service.decode)
-        job = await run_job(request, spec, submission, Delivery(with_data=body.with_data))
+        job = await run_job(service, request, spec, submission, Delivery(with_data=body.with_data))
     return await _answer(job, request, service)
 
 
@@ -372,7 +372,7 @@ async def add_data(images: list[ImageAnswer], service: Service, files: EmbeddedF
 
 async def _answer(job: Job, request: Request, service: Service) -> Response:
     assert job.result is not None, job.id
-    images = image_answers(job, base_url(request), service.url_signer)
+    images = image_answers(job, base_url(service, request), service.url_signer)
     files = EmbeddedFiles()
     if job.delivery.with_data:
         await add_data(images, service, files)

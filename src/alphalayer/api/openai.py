@@ -347,14 +347,16 @@ async def generations(
         events = _with_keepalive(_events(body, service, pending))
         return StreamingResponse(events, media_type=EVENT_STREAM, headers=STREAM_HEADERS)
     with wire_names(FIELDS):
-        job = await run_job(request, spec, submission)
+        job = await run_job(service, request, spec, submission)
     assert job.result is not None, job.id
     images, files = job.result.images, EmbeddedFiles()
     if body.response_format == "url":
         data = [
             ImageData(
                 url=file_url(
-                    base_url(request), await _stored(body, service, image.key), service.url_signer
+                    base_url(service, request),
+                    await _stored(body, service, image.key),
+                    service.url_signer,
                 )
             )
             for image in images

@@ -103,7 +103,7 @@ async def txt2img(
     with wire_names(FIELDS):
         spec = body.to_spec(service, options, inputs)
         job = await run_job(
-            request, spec, Submission(owner=user, idempotency_key=key, digest=body.digest)
+            service, request, spec, Submission(owner=user, idempotency_key=key, digest=body.digest)
         )
     keys = [image.key for image in job.result.images] if job.result and body.send_images else []
     embedded = EmbeddedFiles()
