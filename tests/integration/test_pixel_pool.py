@@ -22,7 +22,7 @@ from pydantic import BaseModel
 from alphalayer.api import errors, native, ops
 from alphalayer.api.a1111 import routes as a1111
 from alphalayer.api.auth import Authenticator
-from alphalayer.api.deps import store_images, while_connected
+from alphalayer.api.deps import convert_preview, store_images, while_connected
 from alphalayer.api.embedded_files import EmbeddedFiles
 from alphalayer.api.pixel_pool import PixelPool
 from alphalayer.core.errors import Busy, Cancelled, InvalidRequest
@@ -286,8 +286,16 @@ async def test_convert_of_a_file_that_is_no_image_names_the_field(
 async def test_file_larger_than_any_image_is_not_read(
     client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("alphalayer.api.deps.MAX_FILE_BYTES", len(PNG) - 1)
+    monkeypatch.setattr("alphalayer.storage.MAX_FILE_BYTES", len(PNG) - 1)
     assert (await client.get(CONVERT)).status_code == 404
+
+
+async def test_preview_is_left_out_while_busy_or_missing(service: SimpleNamespace):
+    assert await convert_preview(service, NAME, len) == len(PNG)
+    assert await convert_preview(service, NAME.replace("000.", "001."), len) is None
+    service.pixels = PixelPool(1000, queue_limit=0)
+    async with service.pixels.turn():
+        assert await convert_preview(service, NAME, len) is None
 
 
 async def test_hostile_upload_names_its_field(service: SimpleNamespace):

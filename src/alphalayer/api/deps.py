@@ -28,6 +28,7 @@ from alphalayer.catalog import (
 )
 from alphalayer.core.errors import (
     AlphalayerError,
+    Busy,
     Cancelled,
     FileMissing,
     InvalidRequest,
@@ -43,13 +44,11 @@ from alphalayer.jobs.base import JobQueue, JobView
 from alphalayer.observability.logging import log
 from alphalayer.observability.metrics import Metrics
 from alphalayer.observability.tracing import current_traceparent
-from alphalayer.storage import Storage, StoredFile
+from alphalayer.storage import Storage, open_file, read
 from alphalayer.storage.inputs import store_input
 
-MAX_FILE_BYTES = 80_000_000
-"""Largest file that is read: more than any image, and less than the memory of a service."""
-INPUT_BYTES = 16
-"""Memory for encoding an input image, in bytes a pixel. Measured: 9, and 16 for WebP."""
+ENCODE_BYTES = 16
+"""Memory for encoding an image again, in bytes a pixel. Measured: 9, and 16 for WebP."""
 _T = TypeVar("_T")
 
 
@@ -115,34 +114,13 @@ def base_url(service: Service, request: Request) -> str:
     return (service.public_url or str(request.base_url)).rstrip("/")
 
 
-async def open_file(service: Service, key: str) -> StoredFile:
-    """Open a stored image.
-
-    Raises:
-        FileMissing, StorageFailed: see `alphalayer.storage`; the file is too large for an image.
-    """
-    stored = await service.storage.open(key)
-    if stored.size_bytes > MAX_FILE_BYTES:
-        raise FileMissing(f'"{key}" is too large for an image.')
-    return stored
-
-
-async def read_file(service: Service, key: str) -> bytes:
-    """Return the content of a stored image. Read it within a turn of the pool.
-
-    Raises:
-        FileMissing, StorageFailed: see `open_file`.
-    """
-    return b"".join([chunk async for chunk in file_chunks(service, key)])
-
-
 async def file_chunks(service: Service, key: str) -> AsyncIterator[bytes]:
     """Yield the content of a stored image.
 
     Raises:
-        FileMissing, StorageFailed: see `open_file`.
+        FileMissing, StorageFailed: see `alphalayer.storage.open_file`.
     """
-    async for chunk in (await open_file(service, key)).chunks:
+    async for chunk in (await open_file(service.storage, key)).chunks:
         yield chunk
 
 
@@ -150,22 +128,32 @@ async def embed_file(service: Service, files: EmbeddedFiles, key: str) -> str:
     """Return the placeholder of a stored image in an answer.
 
     Raises:
-        FileMissing, StorageFailed: see `open_file`.
+        FileMissing, StorageFailed: see `alphalayer.storage.open_file`.
     """
     # errors later would cut the response off
-    await open_file(service, key)
+    await open_file(service.storage, key)
     return files.add(lambda: file_chunks(service, key))
 
 
-async def read_preview(service: Service, key: str) -> bytes | None:
-    """Return the content of a preview, None once its job has finished.
+async def convert_preview(
+    service: Service, key: str, work: Callable[..., _T], *arguments: Any
+) -> _T | None:
+    """Return a preview in another form, None while busy or once its job has finished.
+
+    Args:
+        service: The service.
+        key: Key of the preview.
+        work: Function of the file that runs in the pool.
+        arguments: Its other arguments.
 
     Raises:
         StorageFailed: see `alphalayer.storage`.
     """
     try:
-        return await read_file(service, key)
-    except FileMissing:
+        async with service.pixels.turn():
+            data = await read(service.storage, key)
+            return await service.pixels.process(data, ENCODE_BYTES, work, *arguments)
+    except (Busy, FileMissing):
         return None
 
 
@@ -198,7 +186,7 @@ async def store_images(
         async with pixels.turn():
             with error_field(field):
                 data = await pixels.run(len(text), decode_base64, text)
-                file = await pixels.process(data, INPUT_BYTES, codecs.encode_input)
+                file = await pixels.process(data, ENCODE_BYTES, codecs.encode_input)
             return await pixels.run(len(file), store_input, service.storage, file)
 
     names = [await store(text) for text in images.values()]

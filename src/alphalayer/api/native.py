@@ -17,7 +17,6 @@ from alphalayer.api.deps import (
     base_url,
     embed_file,
     error_field,
-    read_file,
     run_job,
     while_connected,
     wire_names,
@@ -54,7 +53,7 @@ from alphalayer.core.request import (
 )
 from alphalayer.images import codecs, postprocess
 from alphalayer.images.codecs import MIME_TYPES
-from alphalayer.storage import check_image_key
+from alphalayer.storage import check_image_key, read
 
 router = APIRouter(
     prefix="/alpha/v1", tags=["Alphalayer"], responses=PROBLEMS, route_class=GuardedRoute
@@ -298,7 +297,7 @@ async def convert(
 
     async def work() -> bytes:
         async with service.pixels.turn():
-            data = await read_file(service, key)
+            data = await read(service.storage, key)
             with error_field("filename"):
                 return await service.pixels.process(
                     data, CONVERT_BYTES, postprocess.convert, output

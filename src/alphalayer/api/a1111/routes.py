@@ -24,15 +24,14 @@ from alphalayer.api.a1111.schemas import (
     Txt2ImgResponse,
 )
 from alphalayer.api.deps import (
-    INPUT_BYTES,
     IdempotencyKey,
     Service,
     ServiceDep,
+    convert_preview,
     decode_base64,
     embed_file,
     error_field,
     find_model,
-    read_preview,
     run_job,
     store_images,
     while_connected,
@@ -43,7 +42,7 @@ from alphalayer.api.embedded_files import EmbeddedFiles
 from alphalayer.api.errors import ErrorResponse, Problem
 from alphalayer.api.guard import Admitted, Converter, Generator, GuardedRoute, Reader, Submitter
 from alphalayer.api.info import webui_info
-from alphalayer.core.errors import Busy, NotImplementedYet
+from alphalayer.core.errors import NotImplementedYet
 from alphalayer.core.job import JobState, Submission
 from alphalayer.images import codecs, files, infotext
 from alphalayer.jobs.base import JobView
@@ -214,7 +213,9 @@ async def progress(
             "sampling_step": step - number * steps_each,
             "sampling_steps": steps_each,
         },
-        "current_image": await _preview(service, preview) if preview else None,
+        "current_image": await convert_preview(service, preview, _encode_preview)
+        if preview
+        else None,
         "textinfo": None,
     }
 
@@ -258,18 +259,6 @@ async def _running(service: Service, user: str) -> JobView | None:
     """Return the user's job that has run longest."""
     views = await service.job_queue.list(owner=user, state=JobState.RUNNING)
     return min(views, key=lambda view: view.job.started_at or 0.0, default=None)
-
-
-async def _preview(service: Service, key: str) -> str | None:
-    """Return a preview as base64; None while the service is busy."""
-    try:
-        async with service.pixels.turn():
-            data = await read_preview(service, key)
-            if data is None:
-                return None
-            return await service.pixels.process(data, INPUT_BYTES, _encode_preview)
-    except Busy:
-        return None
 
 
 def _encode_preview(data: bytes) -> str:
