@@ -72,6 +72,7 @@ def service(tmp_path: Path) -> SimpleNamespace:
         pixels=PixelPool(1000, threads=1, queue_limit=1),
         authenticator=Authenticator(lambda: None),
         readiness=lambda: {"ready": True},
+        probes=anyio.CapacityLimiter(1),
     )
 
 

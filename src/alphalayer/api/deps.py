@@ -7,10 +7,11 @@ import base64
 import binascii
 from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
+from anyio import CapacityLimiter
 from fastapi import Depends, Header, Request
 from pydantic import AfterValidator
 
@@ -49,6 +50,8 @@ from alphalayer.storage.inputs import store_input
 
 ENCODE_BYTES = 16
 """Memory for encoding an image again, in bytes a pixel. Measured: 9, and 16 for WebP."""
+PROBES = 4
+"""Readiness probes that run at one time."""
 _T = TypeVar("_T")
 
 
@@ -84,6 +87,8 @@ class Service:
     """Signer of the URLs of images. None: the name alone opens an image."""
     check_webhook: Callable[[str], None] | None = None
     """Raises `InvalidRequest` for addresses that webhooks may not use. None: webhooks are off."""
+    probes: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(PROBES))
+    """Threads of the readiness probes."""
 
 
 async def _service(request: Request) -> Service:
