@@ -57,7 +57,7 @@ async def ping(service: ServiceDep) -> Response:
 
 
 async def _read_readiness(service: Service) -> dict[str, Any]:
-    """Return the readiness in one of the probes' own threads: it reads the models folder.
+    """Return the readiness. It reads the models folder in a thread of the probes.
 
     The threads of plain routes may all wait for a slow disk.
     """
