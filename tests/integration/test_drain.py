@@ -149,7 +149,7 @@ def journal(folder: Path) -> list[tuple[str, int]]:
 def test_stopping_service_is_not_ready_and_refuses_jobs(tmp_path):
     folders = {f"{name}_dir": tmp_path / name for name in ("models", "outputs", "data")}
     app = create_app(Settings(**folders, device="cpu", drain_s=1), engine=FAKE)
-    with TestClient(app) as client:
+    with TestClient(app, "http://localhost") as client:
         wait_until(lambda: client.get("/readyz").status_code == 200, 30)
         client.portal.call(app.state.shutdown.begin)
         answer = client.get("/readyz")

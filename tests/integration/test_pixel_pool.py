@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import anyio
 import httpx
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from pydantic import BaseModel
 from alphalayer.api import errors, native, ops
 from alphalayer.api.a1111 import routes as a1111
 from alphalayer.api.auth import Authenticator
-from alphalayer.api.deps import store_images, while_connected
+from alphalayer.api.deps import convert_preview, store_images, while_connected
 from alphalayer.api.embedded_files import EmbeddedFiles
 from alphalayer.api.pixel_pool import PixelPool
 from alphalayer.core.errors import Busy, Cancelled, InvalidRequest
@@ -71,6 +72,7 @@ def service(tmp_path: Path) -> SimpleNamespace:
         pixels=PixelPool(1000, threads=1, queue_limit=1),
         authenticator=Authenticator(lambda: None),
         readiness=lambda: {"ready": True},
+        probes=anyio.CapacityLimiter(1),
     )
 
 
@@ -162,6 +164,51 @@ async def test_cancelled_work_keeps_its_memory_until_its_end():
     assert pool.used_bytes == 0
 
 
+async def test_work_cancelled_twice_returns_its_memory():
+    pool, blocked = PixelPool(1000), Blocked()
+    task = asyncio.create_task(pool.run(600, blocked))
+    await blocked.wait_started()
+    for _ in range(2):
+        task.cancel()
+        await asyncio.sleep(0)
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert pool.used_bytes == 600
+    following = asyncio.create_task(pool.run(600, bytes))
+    blocked.released.set()
+    assert await asyncio.wait_for(following, 5) == b""
+    await until(lambda: pool.used_bytes == 0)
+
+
+async def test_work_in_a_cancelled_scope_keeps_its_turn():
+    """Starlette streams an answer in a scope, which cancels until its task has ended."""
+    pool, blocked = PixelPool(1000), Blocked()
+    scope = anyio.CancelScope()
+
+    async def work() -> None:
+        with scope:
+            async with pool.turn():
+                await pool.run(600, blocked)
+
+    task = asyncio.create_task(work())
+    await blocked.wait_started()
+    scope.cancel()
+    for _ in range(9):
+        await asyncio.sleep(0)
+    assert not task.done()
+    blocked.released.set()
+    await task
+    assert pool.used_bytes == 0
+
+
+async def test_work_after_close_takes_no_memory():
+    pool = PixelPool(1000)
+    pool.close()
+    with pytest.raises(RuntimeError):
+        await pool.run(600, bytes)
+    assert pool.used_bytes == 0
+
+
 async def test_work_beyond_the_memory_waits_and_large_work_runs_alone():
     pool = PixelPool(1000, threads=2, queue_limit=9)
     first, second = Blocked(), Blocked()
@@ -240,8 +287,16 @@ async def test_convert_of_a_file_that_is_no_image_names_the_field(
 async def test_file_larger_than_any_image_is_not_read(
     client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("alphalayer.api.deps.MAX_FILE_BYTES", len(PNG) - 1)
+    monkeypatch.setattr("alphalayer.storage.MAX_FILE_BYTES", len(PNG) - 1)
     assert (await client.get(CONVERT)).status_code == 404
+
+
+async def test_preview_is_left_out_while_busy_or_missing(service: SimpleNamespace):
+    assert await convert_preview(service, NAME, len) == len(PNG)
+    assert await convert_preview(service, NAME.replace("000.", "001."), len) is None
+    service.pixels = PixelPool(1000, queue_limit=0)
+    async with service.pixels.turn():
+        assert await convert_preview(service, NAME, len) is None
 
 
 async def test_hostile_upload_names_its_field(service: SimpleNamespace):

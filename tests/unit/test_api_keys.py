@@ -16,7 +16,7 @@ from structlog.testing import capture_logs
 from alphalayer.auth import api_keys, files, store, usage, wrong_keys
 from alphalayer.auth.api_keys import SCOPES
 from alphalayer.auth.usage import KeyUsage, read_usage
-from alphalayer.auth.wrong_keys import PER_MINUTE, WrongKeys, network_of
+from alphalayer.auth.wrong_keys import PER_MINUTE, WrongKeys
 from alphalayer.cli.keys import read_expiry
 from alphalayer.core.errors import SetupFailed
 
@@ -163,9 +163,18 @@ def test_wrong_keys_table_is_bounded(monkeypatch: pytest.MonkeyPatch):
     assert len(counts) == 10
 
 
-def test_network_of_counts_ipv6_by_its_64():
-    assert network_of("2001:db8::1") == network_of("2001:db8::ffff:2") == "2001:db8::/64"
-    assert network_of("2001:db8:0:1::1") != network_of("2001:db8::1")
-    assert network_of("::ffff:10.0.0.1") == network_of("10.0.0.1") == "10.0.0.1"
-    assert network_of("fe80::1%eth0") == "fe80::/64"
-    assert len(network_of("x" * 10_000)) == 100
+@pytest.mark.parametrize(
+    ("first", "second", "count"),
+    [
+        ("2001:db8::1", "2001:db8::ffff:2", 2),
+        ("2001:db8:0:1::1", "2001:db8::1", 1),
+        ("::ffff:10.0.0.1", "10.0.0.1", 2),
+        ("fe80::1%eth0", "fe80::2%eth1", 2),
+        ("x" * 100 + "1", "x" * 100 + "2", 2),
+    ],
+)
+def test_wrong_keys_of_one_network_count_together(first: str, second: str, count: int):
+    """IPv6 counts by its /64, and names that are no address by their start."""
+    counts = WrongKeys(Clock())
+    counts.record(first)
+    assert counts.record(second) == count

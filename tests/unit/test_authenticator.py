@@ -6,18 +6,22 @@ import asyncio
 import base64
 from collections.abc import AsyncIterator
 from datetime import datetime, timezone
+from types import SimpleNamespace
 from typing import Any
 
+import httpx
 import pytest
-from fastapi import Request
+from fastapi import APIRouter, FastAPI, Request
+from fastapi.responses import StreamingResponse
 from structlog.testing import capture_logs
 
 from alphalayer.api import auth
 from alphalayer.api.auth import Authenticator
+from alphalayer.api.guard import EVENT_STREAM, GuardedRoute, Reader
 from alphalayer.auth.api_keys import Key, digest
 from alphalayer.auth.store import basic_keys
 from alphalayer.auth.wrong_keys import PER_MINUTE
-from alphalayer.core.errors import Forbidden, InvalidRequest, RateLimited, Unauthorized
+from alphalayer.core.errors import Forbidden, RateLimited, Unauthorized
 
 
 def key_of(secret: str, **fields: Any) -> Key:
@@ -60,17 +64,6 @@ def test_admit_counts_work_and_all_requests_apart():
     with pytest.raises(RateLimited, match="3 requests a minute") as caught:
         authenticator.admit(request("s"), "read")
     assert 1 <= caught.value.retry_after_s <= 60
-
-
-def test_charge_limits_the_cost_a_minute():
-    authenticator = Authenticator(lambda: [key_of("s", cost_per_minute=100)])
-    authenticator.charge("shop", 60.5)
-    with pytest.raises(RateLimited, match="100 megapixel-steps a minute"):
-        authenticator.charge("shop", 60.5)
-    authenticator.charge("shop", 38.5)
-    with pytest.raises(InvalidRequest, match="costs 101 megapixel-steps"):
-        authenticator.charge("shop", 101.0)
-    authenticator.charge("removed meanwhile", 1e9)
 
 
 def test_admit_wrong_keys_are_limited_by_address():
@@ -140,3 +133,29 @@ async def test_while_accepted_passes_all_chunks_and_errors():
     assert [await anext(stream), await anext(stream)] == ["a", "b"]
     with pytest.raises(ValueError, match="broken"):
         await anext(stream)
+
+
+@pytest.mark.parametrize(
+    ("media_type", "received"), [("application/json", '["1","2"]'), (EVENT_STREAM, '["1",')]
+)
+async def test_expired_key_ends_event_streams_only(media_type: str, received: str):
+    """Half a JSON document with status 200 would look like a complete answer."""
+    keys = [key_of("s")]
+    router = APIRouter(route_class=GuardedRoute)
+
+    @router.get("/x")
+    async def answer(_client: Reader) -> StreamingResponse:  # pyright: ignore[reportUnusedFunction]
+        async def chunks() -> AsyncIterator[str]:
+            yield '["1",'
+            keys.clear()
+            yield '"2"]'
+
+        return StreamingResponse(chunks(), media_type=media_type)
+
+    app = FastAPI()
+    app.state.service = SimpleNamespace(authenticator=Authenticator(lambda: keys))
+    app.include_router(router)
+    transport = httpx.ASGITransport(app)
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        response = await client.get("/x", headers={"X-API-Key": "s"})
+    assert (response.status_code, response.text) == (200, received)

@@ -1,4 +1,4 @@
-"""Authentication and rate limits.
+"""Authentication of requests.
 
 Clients send an API key as Bearer token or `X-API-Key`, or user and password by HTTP Basic.
 """
@@ -8,20 +8,16 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
-import math
 import secrets
-import time
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Sequence
 from typing import Any
 
 from fastapi import Request
-from limits import RateLimitItemPerMinute
-from limits.storage import MemoryStorage
-from limits.strategies import MovingWindowRateLimiter, RateLimiter, SlidingWindowCounterRateLimiter
 
 from alphalayer.auth.api_keys import Key, Scope, digest
+from alphalayer.auth.rates import KeyRates, rate_limited
 from alphalayer.auth.wrong_keys import PER_MINUTE, WrongKeys
-from alphalayer.core.errors import Forbidden, InvalidRequest, RateLimited, Unauthorized
+from alphalayer.core.errors import Forbidden, Unauthorized
 from alphalayer.observability.logging import log
 
 RECHECK_S = 1.0
@@ -35,7 +31,7 @@ class Challenge(Unauthorized):
 
 
 class Authenticator:
-    """Check of API keys and of their rates, which are counted in this process.
+    """Check of API keys.
 
     Args:
         keys: Function that returns the current keys. None: every client is admitted.
@@ -50,11 +46,7 @@ class Authenticator:
         self._keys = keys
         self._record_use = record_use
         self._wrong_keys = WrongKeys()
-        counts = MemoryStorage()
-        self._submissions = MovingWindowRateLimiter(counts)
-        # they count thousands a minute: two numbers a key instead of a list of times
-        self._requests = SlidingWindowCounterRateLimiter(counts)
-        self._costs = SlidingWindowCounterRateLimiter(counts)
+        self.rates = KeyRates(keys)
 
     def admit(self, request: Request, scope: Scope, *, is_work: bool = False) -> Key | None:
         """Return the key of a request, or None if the service has no keys.
@@ -80,38 +72,14 @@ class Authenticator:
                 hint=f"It has: {', '.join(key.scopes)}. Use another key, "
                 "or request one with this scope from the operator.",
             )
-        self._count(self._requests, key, key.requests_per_minute, "requests")
-        if is_work:
-            self._count(self._submissions, key, key.per_minute, "submissions and conversions")
+        self.rates.count(key, is_work=is_work)
         self._record_use(key.name)
         return key
-
-    def charge(self, owner: str, cost: float) -> None:
-        """Count the cost of a job against the limit of its owner's key.
-
-        Args:
-            owner: Name of the client.
-            cost: Megapixel-steps.
-
-        Raises:
-            InvalidRequest: the job alone costs more than the key allows in a minute.
-            RateLimited: the key exceeded its limit.
-        """
-        key = next((key for key in self._keys() or () if key.name == owner), None)
-        if key is None or not key.cost_per_minute:
-            return
-        if cost > key.cost_per_minute:
-            raise InvalidRequest(
-                f"the request costs {cost:,.0f} megapixel-steps; "
-                f'the key "{key.name}" allows {key.cost_per_minute:,} a minute.',
-                hint="Request fewer or smaller images, or fewer steps.",
-            )
-        self._count(self._costs, key, key.cost_per_minute, "megapixel-steps", math.ceil(cost))
 
     async def while_accepted(
         self, key: Key, scope: Scope, chunks: AsyncIterable[Any]
     ) -> AsyncIterator[Any]:
-        """Yield the chunks of a response until its key is not accepted any more."""
+        """Yield the chunks of an event stream until its key is not accepted any more."""
         iterator = aiter(chunks)
         upcoming = asyncio.ensure_future(anext(iterator, None))
         try:
@@ -150,7 +118,7 @@ class Authenticator:
         if key and not key.is_expired:
             return key
         if wait_s and not key:
-            raise _limited("this address sent too many wrong keys.", wait_s)
+            raise rate_limited("this address sent too many wrong keys.", wait_s)
         if offered and not key:
             self._record_wrong_key(host)
         error = Challenge(
@@ -173,25 +141,6 @@ class Authenticator:
             log.warning("audit.wrong_key", address=host)
         if count == PER_MINUTE:
             log.warning("audit.wrong_keys_limited", address=host, wrong_keys=count)
-
-    @staticmethod
-    def _count(limiter: RateLimiter, key: Key, limit: int, what: str, cost: int = 1) -> None:
-        """Count against a limit a minute; 0 means no limit. Raises `RateLimited`."""
-        rate = RateLimitItemPerMinute(limit)
-        if not limit or limiter.hit(rate, what, key.name, cost=cost):
-            return
-        reset = limiter.get_window_stats(rate, what, key.name).reset_time
-        raise _limited(
-            f'the key "{key.name}" allows {limit:,} {what} a minute.',
-            max(1, math.ceil(reset - time.time())),
-        )
-
-
-def _limited(message: str, wait_s: int) -> RateLimited:
-    """Return the error of a client that may try again after some seconds."""
-    error = RateLimited(message, hint=f"Try again in {wait_s} seconds.")
-    error.retry_after_s = wait_s
-    return error
 
 
 def _find(keys: Sequence[Key], offered: list[str]) -> Key | None:

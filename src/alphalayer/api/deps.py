@@ -7,10 +7,11 @@ import base64
 import binascii
 from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
+from anyio import CapacityLimiter
 from fastapi import Depends, Header, Request
 from pydantic import AfterValidator
 
@@ -28,6 +29,7 @@ from alphalayer.catalog import (
 )
 from alphalayer.core.errors import (
     AlphalayerError,
+    Busy,
     Cancelled,
     FileMissing,
     InvalidRequest,
@@ -43,13 +45,13 @@ from alphalayer.jobs.base import JobQueue, JobView
 from alphalayer.observability.logging import log
 from alphalayer.observability.metrics import Metrics
 from alphalayer.observability.tracing import current_traceparent
-from alphalayer.storage import Storage, StoredFile
+from alphalayer.storage import Storage, open_file, read
 from alphalayer.storage.inputs import store_input
 
-MAX_FILE_BYTES = 80_000_000
-"""Largest file that is read: more than any image, and less than the memory of a service."""
-INPUT_BYTES = 16
-"""Memory for encoding an input image, in bytes a pixel. Measured: 9, and 16 for WebP."""
+ENCODE_BYTES = 16
+"""Memory for encoding an image again, in bytes a pixel. Measured: 9, and 16 for WebP."""
+PROBES = 4
+"""Readiness probes that run at one time."""
 _T = TypeVar("_T")
 
 
@@ -85,16 +87,13 @@ class Service:
     """Signer of the URLs of images. None: the name alone opens an image."""
     check_webhook: Callable[[str], None] | None = None
     """Raises `InvalidRequest` for addresses that webhooks may not use. None: webhooks are off."""
-
-
-def service(request: Request) -> Service:
-    """Return the service of the request's application."""
-    return request.app.state.service
+    probes: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(PROBES))
+    """Threads of the readiness probes."""
 
 
 async def _service(request: Request) -> Service:
     # a coroutine, because FastAPI runs plain functions in a thread, which costs more
-    return service(request)
+    return request.app.state.service
 
 
 ServiceDep = Annotated[Service, Depends(_service)]
@@ -112,42 +111,21 @@ IdempotencyKey = Annotated[
 ]
 
 
-def base_url(request: Request) -> str:
+def base_url(service: Service, request: Request) -> str:
     """Return the address of the service for the client, without a slash at the end.
 
     It is the public URL if one is set, else the address of the request.
     """
-    return (service(request).public_url or str(request.base_url)).rstrip("/")
-
-
-async def open_file(service: Service, key: str) -> StoredFile:
-    """Open a stored image.
-
-    Raises:
-        FileMissing, StorageFailed: see `alphalayer.storage`; the file is too large for an image.
-    """
-    stored = await service.storage.open(key)
-    if stored.size_bytes > MAX_FILE_BYTES:
-        raise FileMissing(f'"{key}" is too large for an image.')
-    return stored
-
-
-async def read_file(service: Service, key: str) -> bytes:
-    """Return the content of a stored image. Read it within a turn of the pool.
-
-    Raises:
-        FileMissing, StorageFailed: see `open_file`.
-    """
-    return b"".join([chunk async for chunk in file_chunks(service, key)])
+    return (service.public_url or str(request.base_url)).rstrip("/")
 
 
 async def file_chunks(service: Service, key: str) -> AsyncIterator[bytes]:
     """Yield the content of a stored image.
 
     Raises:
-        FileMissing, StorageFailed: see `open_file`.
+        FileMissing, StorageFailed: see `alphalayer.storage.open_file`.
     """
-    async for chunk in (await open_file(service, key)).chunks:
+    async for chunk in (await open_file(service.storage, key)).chunks:
         yield chunk
 
 
@@ -155,22 +133,32 @@ async def embed_file(service: Service, files: EmbeddedFiles, key: str) -> str:
     """Return the placeholder of a stored image in an answer.
 
     Raises:
-        FileMissing, StorageFailed: see `open_file`.
+        FileMissing, StorageFailed: see `alphalayer.storage.open_file`.
     """
     # errors later would cut the response off
-    await open_file(service, key)
+    await open_file(service.storage, key)
     return files.add(lambda: file_chunks(service, key))
 
 
-async def read_preview(service: Service, key: str) -> bytes | None:
-    """Return the content of a preview, None once its job has finished.
+async def convert_preview(
+    service: Service, key: str, work: Callable[..., _T], *arguments: Any
+) -> _T | None:
+    """Return a preview in another form, None while busy or once its job has finished.
+
+    Args:
+        service: The service.
+        key: Key of the preview.
+        work: Function of the file that runs in the pool.
+        arguments: Its other arguments.
 
     Raises:
         StorageFailed: see `alphalayer.storage`.
     """
     try:
-        return await read_file(service, key)
-    except FileMissing:
+        async with service.pixels.turn():
+            data = await read(service.storage, key)
+            return await service.pixels.process(data, ENCODE_BYTES, work, *arguments)
+    except (Busy, FileMissing):
         return None
 
 
@@ -203,7 +191,7 @@ async def store_images(
         async with pixels.turn():
             with error_field(field):
                 data = await pixels.run(len(text), decode_base64, text)
-                file = await pixels.process(data, INPUT_BYTES, codecs.encode_input)
+                file = await pixels.process(data, ENCODE_BYTES, codecs.encode_input)
             return await pixels.run(len(file), store_input, service.storage, file)
 
     names = [await store(text) for text in images.values()]
@@ -283,6 +271,7 @@ async def submit_job(
 
     Raises:
         QueueFull: the queue has reached its limit.
+        RateLimited: the key exceeded its limit of cost.
         InvalidRequest, ModelUnusable: the request is too large, or a model is not available.
     """
     spec.check_pixels(service.max_pixels)
@@ -292,11 +281,26 @@ async def submit_job(
         generation.model or generation.loras or generation.mode != DEFAULT_MODE
     ):
         await asyncio.to_thread(_check_models, service, generation)
-    service.authenticator.charge(submission.owner, spec.cost)
-    traced = submission.model_copy(update={"traceparent": current_traceparent()})
-    job = await service.job_queue.submit(spec, traced, delivery, job_id)
+    job = await _submit_charged(service, spec, submission, delivery, job_id or new_id())
     prompt = {"prompt": generation.prompt} if service.log_prompts else {}
     log.info("job.accepted", job=job.id, owner=submission.owner, **prompt)
+    return job
+
+
+async def _submit_charged(
+    service: Service, spec: JobSpec, submission: Submission, delivery: Delivery, job_id: str
+) -> Job:
+    """Queue a job and charge its cost, unless an earlier job has its idempotency key."""
+    rates, owner = service.authenticator.rates, submission.owner
+    traced = submission.model_copy(update={"traceparent": current_traceparent()})
+    rates.charge(owner, spec.cost)
+    try:
+        job = await service.job_queue.submit(spec, traced, delivery, job_id)
+    except Exception:
+        rates.refund(owner, spec.cost)
+        raise
+    if job.id != job_id:
+        rates.refund(owner, spec.cost)
     return job
 
 
@@ -330,7 +334,11 @@ class PendingJob:
 
 
 async def run_job(
-    request: Request, spec: JobSpec, submission: Submission, delivery: Delivery = Delivery()
+    service: Service,
+    request: Request,
+    spec: JobSpec,
+    submission: Submission,
+    delivery: Delivery = Delivery(),
 ) -> Job:
     """Queue a job and wait until it has finished.
 
@@ -342,11 +350,11 @@ async def run_job(
         Stopping: the service shuts down first; the job stays in the queue.
         QueueFull, InvalidRequest, ModelUnusable: see `submit_job`.
     """
-    pending = PendingJob(service(request))
+    pending = PendingJob(service)
     disconnected = asyncio.create_task(_wait_for_disconnect(request))
     try:
         await pending.submit(spec, submission, delivery)
-        job = await _wait_for_job(service(request), pending.job_id, disconnected)
+        job = await _wait_for_job(service, pending.job_id, disconnected)
     except asyncio.CancelledError:
         await pending.withdraw()
         raise

@@ -22,6 +22,8 @@ from alphalayer.api.request_body import (
 )
 from alphalayer.auth.api_keys import Scope
 
+EVENT_STREAM = "text/event-stream"
+
 
 @dataclass(frozen=True)
 class Admitted:
@@ -75,7 +77,9 @@ class GuardedRoute(LimitedRoute):
             key = authenticator.admit(request, admission.scope, is_work=admission.is_work)
             request.state.client = key.name if key else ""
             response = await handle(request)
-            if key and isinstance(response, StreamingResponse):
+            # other answers end by themselves, and half of one would look complete
+            is_endless = response.media_type == EVENT_STREAM
+            if key and is_endless and isinstance(response, StreamingResponse):
                 response.body_iterator = authenticator.while_accepted(
                     key, admission.scope, response.body_iterator
                 )

@@ -149,14 +149,18 @@ async def submit(
 
     The job stays queued when the client disconnects or the service restarts.
     """
-    delivery = Delivery(webhook=body.webhook(service, base_url(request)), with_data=body.with_data)
+    delivery = Delivery(
+        webhook=body.webhook(service, base_url(service, request)), with_data=body.with_data
+    )
     submission = Submission(owner=user, idempotency_key=idempotency_key, digest=body.digest)
     with wire_names(DIALECT.field_names):
         spec = body.to_spec(service.noise, service.decode).model_copy(
             update={"previews": body.previews}
         )
         job = await submit_job(service, spec, submission, delivery)
-    job_answer = answer(await _view(service, job.id, user), base_url(request), service.url_signer)
+    job_answer = answer(
+        await _view(service, job.id, user), base_url(service, request), service.url_signer
+    )
     response.headers["Location"] = job_answer.url
     return job_answer
 
@@ -168,7 +172,7 @@ async def show(job_id: JobId, request: Request, service: ServiceDep, user: Reade
     The images include their data if the job requested `response_format` base64.
     """
     view = await _view(service, job_id, user)
-    job_answer = answer(view, base_url(request), service.url_signer)
+    job_answer = answer(view, base_url(service, request), service.url_signer)
     files = EmbeddedFiles()
     if view.job.delivery.with_data:
         # retention may remove images before their job
@@ -187,7 +191,7 @@ async def listing(
     """Return the jobs of the client, newest first."""
     views = await service.job_queue.list(owner=user, **query.model_dump())
     next_before = views[-1].job.created_at if len(views) == query.limit else None
-    jobs = [answer(view, base_url(request), service.url_signer) for view in views]
+    jobs = [answer(view, base_url(service, request), service.url_signer) for view in views]
     return JobList(jobs=jobs, next_before=next_before)
 
 
@@ -216,7 +220,9 @@ async def cancel(
     else:
         await service.job_queue.cancel(job_id)
         log.info("audit.job_cancelled", key=user, job=job_id)
-    return answer(await _view(service, job_id, user), base_url(request), service.url_signer)
+    return answer(
+        await _view(service, job_id, user), base_url(service, request), service.url_signer
+    )
 
 
 async def check_job(job_id: JobId, service: ServiceDep, user: Reader) -> None:
@@ -245,7 +251,9 @@ async def events(
     # the shutdown closes the stream and the client reconnects
     with suppress(Stopping):
         async for view in follow(service, job_id):
-            data = answer(view, base_url(request), service.url_signer).model_dump(mode="json")
+            data = answer(view, base_url(service, request), service.url_signer).model_dump(
+                mode="json"
+            )
             yield ServerSentEvent(data=data, event=view.job.state.value)
 
 

@@ -17,7 +17,6 @@ from alphalayer.api.deps import (
     base_url,
     embed_file,
     error_field,
-    read_file,
     run_job,
     while_connected,
     wire_names,
@@ -54,7 +53,7 @@ from alphalayer.core.request import (
 )
 from alphalayer.images import codecs, postprocess
 from alphalayer.images.codecs import MIME_TYPES
-from alphalayer.storage import check_image_key
+from alphalayer.storage import check_image_key, read
 
 router = APIRouter(
     prefix="/alpha/v1", tags=["Alphalayer"], responses=PROBLEMS, route_class=GuardedRoute
@@ -192,7 +191,7 @@ async def txt2img(
     with wire_names(FIELDS):
         submission = Submission(owner=user, idempotency_key=idempotency_key, digest=body.digest)
         spec = body.to_spec(service.noise, service.decode)
-        job = await run_job(request, spec, submission, Delivery(with_data=body.with_data))
+        job = await run_job(service, request, spec, submission, Delivery(with_data=body.with_data))
     return await _answer(job, request, service)
 
 
@@ -298,7 +297,7 @@ async def convert(
 
     async def work() -> bytes:
         async with service.pixels.turn():
-            data = await read_file(service, key)
+            data = await read(service.storage, key)
             with error_field("filename"):
                 return await service.pixels.process(
                     data, CONVERT_BYTES, postprocess.convert, output
@@ -372,7 +371,7 @@ async def add_data(images: list[ImageAnswer], service: Service, files: EmbeddedF
 
 async def _answer(job: Job, request: Request, service: Service) -> Response:
     assert job.result is not None, job.id
-    images = image_answers(job, base_url(request), service.url_signer)
+    images = image_answers(job, base_url(service, request), service.url_signer)
     files = EmbeddedFiles()
     if job.delivery.with_data:
         await add_data(images, service, files)

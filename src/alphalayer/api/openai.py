@@ -18,17 +18,16 @@ from PIL import Image
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from alphalayer.api.deps import (
+    ENCODE_BYTES,
     IdempotencyKey,
     PendingJob,
     Service,
     ServiceDep,
     base_url,
+    convert_preview,
     file_chunks,
     follow,
-    open_file,
     raise_if_failed,
-    read_file,
-    read_preview,
     run_job,
     wire_names,
 )
@@ -36,13 +35,12 @@ from alphalayer.api.dialect import Dialect
 from alphalayer.api.embedded_files import EmbeddedFiles
 from alphalayer.api.errors import ErrorResponse, Problem
 from alphalayer.api.file_urls import file_url
-from alphalayer.api.guard import Admitted, Generator, GuardedRoute, Submitter
+from alphalayer.api.guard import EVENT_STREAM, Admitted, Generator, GuardedRoute, Submitter
 from alphalayer.api.schemas import Body
 from alphalayer.catalog import ModelEntry, resolve_model
 from alphalayer.core import validation
 from alphalayer.core.errors import (
     AlphalayerError,
-    Busy,
     InvalidRequest,
     ModelNotFound,
     ModelUnusable,
@@ -58,6 +56,7 @@ from alphalayer.core.request import (
 )
 from alphalayer.images import codecs
 from alphalayer.jobs.base import JobView
+from alphalayer.storage import open_file, read
 
 
 class ErrorBody(BaseModel):
@@ -107,8 +106,8 @@ SILENT_S = 15.0
 STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 WHITE = "#ffffff"
 BEST = 100
-ENCODE_BYTES, EVENT_COPIES = 16, 6
-"""Memory for encoding, in bytes a pixel, and for an event, in bytes a byte of its file."""
+EVENT_COPIES = 6
+"""Memory for an event, in bytes a byte of its file."""
 CHUNK_BYTES = 256 * 1024
 USAGE = {
     "input_tokens": 0,
@@ -324,7 +323,7 @@ class ModelList(BaseModel):
     summary="Generate images",
     response_model=GenerationsResponse,
     response_model_exclude_none=True,
-    responses={200: {"content": {"text/event-stream": {}}}},
+    responses={200: {"content": {EVENT_STREAM: {}}}},
 )
 async def generations(
     body: GenerationsRequest,
@@ -345,16 +344,18 @@ async def generations(
         with wire_names(FIELDS):
             await pending.submit(spec, submission, Delivery())
         events = _with_keepalive(_events(body, service, pending))
-        return StreamingResponse(events, media_type="text/event-stream", headers=STREAM_HEADERS)
+        return StreamingResponse(events, media_type=EVENT_STREAM, headers=STREAM_HEADERS)
     with wire_names(FIELDS):
-        job = await run_job(request, spec, submission)
+        job = await run_job(service, request, spec, submission)
     assert job.result is not None, job.id
     images, files = job.result.images, EmbeddedFiles()
     if body.response_format == "url":
         data = [
             ImageData(
                 url=file_url(
-                    base_url(request), await _stored(body, service, image.key), service.url_signer
+                    base_url(service, request),
+                    await _stored(body, service, image.key),
+                    service.url_signer,
                 )
             )
             for image in images
@@ -443,7 +444,7 @@ async def _events(
             job = view.job
             preview = view.progress.preview
             if preview and not job.state.is_final and _is_due(view, sent, body.partial_images):
-                image = await _partial(body, service, preview)
+                image = await convert_preview(service, preview, _convert, body.output_format, BEST)
                 if image:
                     yield _event("partial_image", image, partial_image_index=sent, **_echo(body))
                     sent += 1
@@ -489,22 +490,9 @@ def _event(name: str, file: bytes, **fields: Any) -> str:
     return f"event: {kind}\ndata: {json.dumps(data)}\n\n"
 
 
-async def _partial(body: GenerationsRequest, service: Service, key: str) -> bytes | None:
-    """Return a preview as requested; None without one, or while busy."""
-    pixels = service.pixels
-    try:
-        async with pixels.turn():
-            data = await read_preview(service, key)
-            if data is None:
-                return None
-            return await pixels.process(data, ENCODE_BYTES, _convert, body.output_format, BEST)
-    except Busy:
-        return None
-
-
 async def _finished(body: GenerationsRequest, service: Service, key: str) -> bytes:
     """Return an image in the requested format and quality, within a turn of the pool."""
-    data = await read_file(service, key)
+    data = await read(service.storage, key)
     if not body.is_lossy:
         return data
     return await service.pixels.process(
@@ -526,7 +514,7 @@ async def _embed(body: GenerationsRequest, service: Service, files: EmbeddedFile
             yield data[start : start + CHUNK_BYTES]
 
     # errors later would cut the response off
-    await open_file(service, key)
+    await open_file(service.storage, key)
     return files.add(chunks)
 
 

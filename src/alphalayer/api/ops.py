@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from anyio import to_thread
 from fastapi import APIRouter, Depends, Response
 from fastapi.responses import PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
-from alphalayer.api.deps import ServiceDep
+from alphalayer.api.deps import Service, ServiceDep
 from alphalayer.api.guard import Admitted, GuardedRoute
 
 router = APIRouter(tags=["Operation"], route_class=GuardedRoute)
@@ -27,10 +28,9 @@ async def livez() -> dict[str, str]:
     summary="Readiness probe",
     responses={503: {"description": "Not ready. The body has the reason."}},
 )
-def readyz(service: ServiceDep, response: Response) -> dict[str, Any]:
+async def readyz(service: ServiceDep, response: Response) -> dict[str, Any]:
     """Return 200 if an engine and a model are ready, else 503 with the reason."""
-    # a plain function, which runs in a thread: it reads the models folder
-    readiness = service.readiness()
+    readiness = await _read_readiness(service)
     if not readiness["ready"]:
         response.status_code = 503
     return readiness
@@ -46,14 +46,22 @@ def readyz(service: ServiceDep, response: Response) -> dict[str, Any]:
         503: {"description": "Not ready. The body has the reason."},
     },
 )
-def ping(service: ServiceDep) -> Response:
+async def ping(service: ServiceDep) -> Response:
     """Return 200 if ready, 204 while an engine starts, else 503 with the reason."""
-    readiness = service.readiness()
+    readiness = await _read_readiness(service)
     if readiness["ready"]:
         return PlainTextResponse("ready")
     if "problem" in readiness:
         return PlainTextResponse(readiness["problem"], 503)
     return Response(status_code=204)
+
+
+async def _read_readiness(service: Service) -> dict[str, Any]:
+    """Return the readiness. It reads the models folder in a thread of the probes.
+
+    The threads of plain routes may all wait for a slow disk.
+    """
+    return await to_thread.run_sync(service.readiness, limiter=service.probes)
 
 
 @router.get(

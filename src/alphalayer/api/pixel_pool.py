@@ -15,6 +15,8 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, TypeVar
 
+import anyio
+
 from alphalayer.core.errors import Busy
 from alphalayer.images.files import count_pixels
 
@@ -99,22 +101,24 @@ class PixelPool:
         Args:
             size_bytes: Memory that the work needs.
             work: Function that runs in the thread. It cannot be stopped: a cancelled call waits
-                for its end, so that its memory stays counted.
+                for its end, and its memory stays counted until then.
             arguments: Arguments of the function.
         """
         while self.used_bytes and self.used_bytes + size_bytes > self._budget_bytes:
             self._released.clear()
             await self._released.wait()
-        self.used_bytes += size_bytes
         loop = asyncio.get_running_loop()
         call = partial(_call, work, arguments, size_bytes > TRIM_BYTES)
         result = loop.run_in_executor(self._executor, call)
+        self.used_bytes += size_bytes
+        # a second cancellation ends the wait below, but not the work
+        result.add_done_callback(lambda _: self._release(size_bytes))
         try:
             return await asyncio.shield(result)
         finally:
-            await asyncio.wait([result])
-            self.used_bytes -= size_bytes
-            self._released.set()
+            # Starlette's scope cancels its task again and again
+            with anyio.CancelScope(shield=True):
+                await asyncio.wait([result])
 
     async def process(
         self,
@@ -137,6 +141,11 @@ class PixelPool:
     def close(self) -> None:
         """Stop the threads after their work. It does not wait."""
         self._executor.shutdown(wait=False, cancel_futures=True)
+
+    def _release(self, size_bytes: int) -> None:
+        """Return the memory of finished work to the budget."""
+        self.used_bytes -= size_bytes
+        self._released.set()
 
     def _busy(self) -> Busy:
         error = Busy(

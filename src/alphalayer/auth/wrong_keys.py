@@ -28,7 +28,7 @@ class WrongKeys:
 
     def record(self, host: str) -> int:
         """Count a wrong key of a host. Return the number of its current minute."""
-        address = network_of(host)
+        address = _network_of(host)
         start, count = self._current(address)
         self._windows[address] = (start, count + 1)
         if len(self._windows) > MAX_ADDRESSES:
@@ -37,7 +37,7 @@ class WrongKeys:
 
     def retry_after_s(self, host: str) -> int:
         """Return the seconds until a host may send a wrong key again; 0: now."""
-        start, count = self._current(network_of(host))
+        start, count = self._current(_network_of(host))
         return max(1, math.ceil(start + WINDOW_S - self._clock())) if count >= PER_MINUTE else 0
 
     def _current(self, address: str) -> tuple[float, int]:
@@ -48,7 +48,7 @@ class WrongKeys:
         return self._clock(), 0
 
 
-def network_of(host: str) -> str:
+def _network_of(host: str) -> str:
     """Return the network that counts as one client: an IPv4 address, or a /64 of IPv6."""
     try:
         address = ip_address(host.partition("%")[0])

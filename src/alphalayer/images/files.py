@@ -98,13 +98,13 @@ def check_size(image: Image.Image, data: bytes, max_pixels: int) -> None:
         raise InvalidRequest(f"the image has {scans} scans; at most {MAX_SCANS}.", hint=_SAVE)
 
 
-def count_pixels(head: bytes) -> int:
-    """Return the pixels of a file by its first bytes, at most `MAX_PIXELS`.
+def count_pixels(data: bytes) -> int:
+    """Return the number of pixels of a file, at most `MAX_PIXELS`.
 
-    Files that need more bytes count as the largest.
+    No pixels are decoded. Files that cannot be opened count as the largest.
     """
     try:
-        with open_image(head) as image:
+        with open_image(data) as image:
             return min(image.width * image.height, MAX_PIXELS)
     except InvalidRequest:
         return MAX_PIXELS

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from functools import partial
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
@@ -12,62 +12,54 @@ class Metrics:
 
     def __init__(self):
         self.registry = CollectorRegistry()
-        options: dict[str, Any] = {"registry": self.registry}
-        self.jobs = Counter(
+        counter = partial(Counter, registry=self.registry)
+        gauge = partial(Gauge, registry=self.registry)
+        histogram = partial(Histogram, registry=self.registry)
+        self.jobs = counter(
             "alphalayer_jobs",
             "Finished jobs by outcome: done, cancelled, or the error's code.",
             ["outcome"],
-            **options,
         )
-        self.refused = Counter(
+        self.refused = counter(
             "alphalayer_refused",
             "Refused requests by reason: queue_full, rate_limited, busy.",
             ["reason"],
-            **options,
         )
-        self.pictures = Counter("alphalayer_pictures", "Stored images.", **options)
-        self.stage_seconds = Histogram(
+        self.pictures = counter("alphalayer_pictures", "Stored images.")
+        self.stage_seconds = histogram(
             "alphalayer_stage_seconds",
             "Seconds of a job's stages: load, text, inputs, sample, vae, decode, store.",
             ["stage"],
             buckets=(0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100),
-            **options,
         )
-        self.batch_jobs = Histogram(
+        self.batch_jobs = histogram(
             "alphalayer_batch_jobs",
             "Jobs that are generated together.",
             buckets=(1, 2, 4, 8, 16, 32),
-            **options,
         )
-        self.webhooks = Counter(
+        self.webhooks = counter(
             "alphalayer_webhooks",
             "Webhooks by outcome: delivered, retried, given_up.",
             ["outcome"],
-            **options,
         )
-        self.engine_starts = Counter(
-            "alphalayer_engine_starts", "Starts of engine processes.", ["engine"], **options
+        self.engine_starts = counter(
+            "alphalayer_engine_starts", "Starts of engine processes.", ["engine"]
         )
-        self.engine_ready = Gauge(
-            "alphalayer_engine_ready", "1 while an engine process is ready.", ["engine"], **options
+        self.engine_ready = gauge(
+            "alphalayer_engine_ready", "1 while an engine process is ready.", ["engine"]
         )
-        self.engine_memory = Gauge(
+        self.engine_memory = gauge(
             "alphalayer_engine_memory_bytes",
             "Memory that an engine uses on its device.",
             ["engine"],
-            **options,
         )
-        self.queue_length = Gauge("alphalayer_queue_length", "Waiting jobs.", **options)
-        self.pixel_queue_length = Gauge(
+        self.queue_length = gauge("alphalayer_queue_length", "Waiting jobs.")
+        self.pixel_queue_length = gauge(
             "alphalayer_pixel_queue_length",
             "Requests that wait for work on images in the service's process.",
-            **options,
         )
-        self.pixel_memory = Gauge(
+        self.pixel_memory = gauge(
             "alphalayer_pixel_memory_bytes",
             "Memory that running work on images is expected to need.",
-            **options,
         )
-        self.queue_age = Gauge(
-            "alphalayer_queue_age_seconds", "Age of the oldest waiting job.", **options
-        )
+        self.queue_age = gauge("alphalayer_queue_age_seconds", "Age of the oldest waiting job.")

@@ -94,31 +94,10 @@ def create_app(
         app.state.service = parts.service
         app.state.parts = parts
         app.state.shutdown = parts.service.shutdown
-        limits = Limits(
-            settings.keep_pictures_days, settings.keep_pictures_bytes, settings.keep_jobs_days
-        )
-        work = parts.pool.tasks
-        work["sweep"] = partial(keep_sweeping, parts.service.storage, parts.job_queue, limits)
-        work["key_usage"] = parts.key_usage.run
-        work["storage"] = parts.probe.run
-        if parts.webhooks:
-            work["webhooks"] = parts.webhooks.run
-        running = [asyncio.create_task(keep_running(name, run)) for name, run in work.items()]
-        _log_start(settings)
         try:
-            async with dialects_lifespan(app):
+            async with _running(parts, settings), dialects_lifespan(app):
                 yield
         finally:
-            # running jobs get time to complete, and the rest returns to the queue
-            shutdown = parts.service.shutdown
-            shutdown.begin()
-            await parts.pool.drain(shutdown.left_s)
-            for task in running:
-                task.cancel()
-            await asyncio.gather(*running, return_exceptions=True)
-            await parts.pool.requeue_running()
-            await parts.job_queue.close()
-            parts.service.pixels.close()
             await asyncio.to_thread(send_traces)
 
     app = FastAPI(
@@ -137,6 +116,37 @@ def create_app(
     )
     _add_middleware(app, settings)
     return app
+
+
+@contextlib.asynccontextmanager
+async def _running(parts: Parts, settings: Settings) -> AsyncGenerator[None]:
+    """Run the background work of a service. At the end, close its parts.
+
+    Running jobs get time to complete, and the rest returns to the queue.
+    """
+    limits = Limits(
+        settings.keep_pictures_days, settings.keep_pictures_bytes, settings.keep_jobs_days
+    )
+    work = parts.pool.tasks
+    work["sweep"] = partial(keep_sweeping, parts.service.storage, parts.job_queue, limits)
+    work["key_usage"] = parts.key_usage.run
+    work["storage"] = parts.probe.run
+    if parts.webhooks:
+        work["webhooks"] = parts.webhooks.run
+    running = [asyncio.create_task(keep_running(name, run)) for name, run in work.items()]
+    _log_start(settings)
+    try:
+        yield
+    finally:
+        shutdown = parts.service.shutdown
+        shutdown.begin()
+        await parts.pool.drain(shutdown.left_s)
+        for task in running:
+            task.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
+        await parts.pool.requeue_running()
+        await parts.job_queue.close()
+        parts.service.pixels.close()
 
 
 def _add_middleware(app: FastAPI, settings: Settings) -> None:
@@ -312,7 +322,6 @@ async def _assemble(
 ) -> Parts:
     """Build the parts of the service and open its queue."""
     storage = _open_storage(settings)
-    secret = _webhook_key(settings)
     keys = _open_api_keys(settings)
     if settings.role != "worker":
         _log_access(settings, keys.keys())
@@ -327,34 +336,12 @@ async def _assemble(
     job_queue = await _open_job_queue(settings, keys.shares, on_outcome)
     metrics.queue_length.set_function(lambda: job_queue.queue_length)
     metrics.queue_age.set_function(lambda: job_queue.oldest_waiting_s)
-    has_engines = settings.role != "api"
     pool = _create_pool(settings, engine, options, job_queue, metrics, traces)
-    shutdown = Shutdown(
-        settings.drain_s,
-        pool.stop_accepting,
-        pool.is_running,
-        is_shared=settings.database is not None,
-    )
+    shutdown = _create_shutdown(settings, pool)
     models = _model_lookup(settings)
-    health = Health(
-        pool,
-        shutdown,
-        lambda: job_queue.problem or probe.problem,
-        models.default,
-        has_engines,
-    )
+    health = _create_health(pool, shutdown, models, job_queue, probe)
     url_signer = _url_signer(settings)
-    webhooks = (
-        Webhooks(
-            job_queue,
-            metrics,
-            secret,
-            allow_private=settings.webhook_allow_private,
-            url_signer=url_signer,
-        )
-        if secret
-        else None
-    )
+    webhooks = _create_webhooks(settings, job_queue, metrics, url_signer)
     service = Service(
         job_queue=job_queue,
         storage=storage,
@@ -414,6 +401,49 @@ def _create_pool(
             )
             for name, environment in environments.items()
         ]
+    )
+
+
+def _create_shutdown(settings: Settings, pool: WorkerPool) -> Shutdown:
+    """Return the shutdown of a service, which has not begun."""
+    return Shutdown(
+        settings.drain_s,
+        pool.stop_accepting,
+        pool.is_running,
+        is_shared=settings.database is not None,
+    )
+
+
+def _create_health(
+    pool: WorkerPool,
+    shutdown: Shutdown,
+    models: ModelLookup,
+    job_queue: Jobs,
+    probe: StorageProbe,
+) -> Health:
+    """Return the readiness of a service with these parts."""
+    return Health(
+        pool,
+        shutdown,
+        lambda: job_queue.problem or probe.problem,
+        models.default,
+        models.has_engines,
+    )
+
+
+def _create_webhooks(
+    settings: Settings, job_queue: Jobs, metrics: Metrics, url_signer: UrlSigner | None
+) -> Webhooks | None:
+    """Return the delivery of webhooks, or None without a secret."""
+    secret = _webhook_key(settings)
+    if secret is None:
+        return None
+    return Webhooks(
+        job_queue,
+        metrics,
+        secret,
+        allow_private=settings.webhook_allow_private,
+        url_signer=url_signer,
     )
 
 

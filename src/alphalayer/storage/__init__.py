@@ -11,6 +11,8 @@ from alphalayer.core.errors import FileMissing
 from alphalayer.core.job import job_prefix_of
 from alphalayer.core.request import INPUT_NAME
 
+MAX_FILE_BYTES = 80_000_000
+"""Largest file that is read: more than any image, and less than the memory of a service."""
 _INPUT = re.compile(INPUT_NAME)
 
 
@@ -106,10 +108,22 @@ class Storage(Protocol):
         ...
 
 
-async def read(storage: Storage, key: str) -> bytes:
-    """Read a complete file. Raises `FileMissing` or `StorageFailed`."""
+async def open_file(storage: Storage, key: str) -> StoredFile:
+    """Open a file that is to be read completely.
+
+    Raises:
+        FileMissing: No file has this key, or it is too large for an image.
+        StorageFailed: The file cannot be read. The chunks raise it, too.
+    """
     file = await storage.open(key)
-    return b"".join([chunk async for chunk in file.chunks])
+    if file.size_bytes > MAX_FILE_BYTES:
+        raise FileMissing(f'"{key}" is too large for an image.')
+    return file
+
+
+async def read(storage: Storage, key: str) -> bytes:
+    """Read a complete file. Raises the errors of `open_file`."""
+    return b"".join([chunk async for chunk in (await open_file(storage, key)).chunks])
 
 
 def is_input(key: str) -> bool:

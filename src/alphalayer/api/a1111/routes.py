@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import dataclasses
 import json
 import time
 from collections.abc import Mapping
@@ -23,15 +24,14 @@ from alphalayer.api.a1111.schemas import (
     Txt2ImgResponse,
 )
 from alphalayer.api.deps import (
-    INPUT_BYTES,
     IdempotencyKey,
     Service,
     ServiceDep,
+    convert_preview,
     decode_base64,
     embed_file,
     error_field,
     find_model,
-    read_preview,
     run_job,
     store_images,
     while_connected,
@@ -42,7 +42,7 @@ from alphalayer.api.embedded_files import EmbeddedFiles
 from alphalayer.api.errors import ErrorResponse, Problem
 from alphalayer.api.guard import Admitted, Converter, Generator, GuardedRoute, Reader, Submitter
 from alphalayer.api.info import webui_info
-from alphalayer.core.errors import Busy, NotImplementedYet
+from alphalayer.core.errors import NotImplementedYet
 from alphalayer.core.job import JobState, Submission
 from alphalayer.images import codecs, files, infotext
 from alphalayer.jobs.base import JobView
@@ -67,12 +67,16 @@ def _render_error(problem: Problem, headers: Mapping[str, str]) -> ErrorResponse
     return ErrorResponse(content, problem.status, dict(headers))
 
 
+OPTIONS = {option.name for option in dataclasses.fields(Options)}
+"""Names of the stored options."""
 DIALECT = Dialect("/sdapi", router, _render_error, FIELDS)
 
 
 async def options_of(request: Request, service: ServiceDep) -> Options:
     """Return the options of the client; those of the service if it has no keys."""
-    return Options(**await service.job_queue.load_options(request.state.client))
+    stored = await service.job_queue.load_options(request.state.client)
+    # a newer pod may have stored options that this version does not have
+    return Options(**{name: stored[name] for name in OPTIONS & stored.keys()})
 
 
 OptionsDep = Annotated[Options, Depends(options_of)]
@@ -98,7 +102,7 @@ async def txt2img(
     with wire_names(FIELDS):
         spec = body.to_spec(service, options, inputs)
         job = await run_job(
-            request, spec, Submission(owner=user, idempotency_key=key, digest=body.digest)
+            service, request, spec, Submission(owner=user, idempotency_key=key, digest=body.digest)
         )
     keys = [image.key for image in job.result.images] if job.result and body.send_images else []
     embedded = EmbeddedFiles()
@@ -209,7 +213,9 @@ async def progress(
             "sampling_step": step - number * steps_each,
             "sampling_steps": steps_each,
         },
-        "current_image": await _preview(service, preview) if preview else None,
+        "current_image": await convert_preview(service, preview, _encode_preview)
+        if preview
+        else None,
         "textinfo": None,
     }
 
@@ -253,18 +259,6 @@ async def _running(service: Service, user: str) -> JobView | None:
     """Return the user's job that has run longest."""
     views = await service.job_queue.list(owner=user, state=JobState.RUNNING)
     return min(views, key=lambda view: view.job.started_at or 0.0, default=None)
-
-
-async def _preview(service: Service, key: str) -> str | None:
-    """Return a preview as base64; None while the service is busy."""
-    try:
-        async with service.pixels.turn():
-            data = await read_preview(service, key)
-            if data is None:
-                return None
-            return await service.pixels.process(data, INPUT_BYTES, _encode_preview)
-    except Busy:
-        return None
 
 
 def _encode_preview(data: bytes) -> str:
