@@ -332,11 +332,13 @@ async def test_signed_images_open_again_after_a_reload(browser: Browser, tmp_pat
         visit = await open_visit(context, str(client.base_url))
         page = visit.page
         await visit.render(prompt="a red apple")
-        await page.wait_for_function("document.getElementById('image').naturalWidth === 64")
+        await page.wait_for_function("() => document.getElementById('image').naturalWidth === 64")
         assert visit.errors == []
         await page.reload()
-        await page.wait_for_function("document.querySelector('#history img')?.naturalWidth === 64")
+        await page.wait_for_function(
+            "() => document.querySelector('#history img')?.naturalWidth === 64"
+        )
         await page.click("#history button")
-        await page.wait_for_function("document.getElementById('image').naturalWidth === 64")
+        await page.wait_for_function("() => document.getElementById('image').naturalWidth === 64")
         assert (await visit.download("#save-webp"))[8:12] == b"WEBP"
         await context.close()

@@ -23,6 +23,7 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
         sign_file_urls="a secret of 16 characters",
         webhook_secret="of the receiver",
         webhook_allow_private=True,
+        allowed_hosts="pics.example.com",
     ) as client:
         yield client
 

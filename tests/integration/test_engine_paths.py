@@ -256,7 +256,7 @@ def test_out_of_memory_while_reading_a_model_is_reported(
     def fail(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr("alphalayer.engine.families.folders.load_file", fail)
+    monkeypatch.setattr("alphalayer.engine.tensors.load_file", fail)
     with pytest.raises(OutOfMemory, match="to read the model") as caught:
         _render(LocalEngine(models, device="cpu"))
     assert "0x0" not in str(caught.value)

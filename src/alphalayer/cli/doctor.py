@@ -235,7 +235,7 @@ def _bucket(settings: Settings) -> Iterator[Finding]:
     except StorageFailed as error:
         yield Finding(
             "error",
-            error.message,
+            f"{location}: {error.message}",
             "Check its name, and the AWS_... variables: address, region and keys.",
         )
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -19,11 +20,14 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
     Raises:
         CorruptFile: It is missing, damaged or no file, or its header is too large.
+        OSError: The machine has too little memory.
     """
     read_header(path)
     try:
         return load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno == errno.ENOMEM:
+            raise  # of the machine, not of the file
         raise CorruptFile(
             f"{printable(str(path))} cannot be read: {printable(str(error))[:300]}.",
             hint="Download it again.",

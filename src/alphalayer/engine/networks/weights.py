@@ -54,7 +54,7 @@ def build(
     Raises:
         ValueError: A tensor is missing or has another shape.
     """
-    with torch.device("meta"), limit_parameters(len(tensors)):
+    with torch.device("meta"), limit_parameters(2 * len(tensors)):
         network = create()
     weights = NamedWeights(network)
     if mismatch := weights.mismatch(tensors):
@@ -65,14 +65,18 @@ def build(
 
 @contextmanager
 def limit_parameters(limit: int) -> Generator[None]:
-    """Raise `ValueError` when networks get more parameters than a file has tensors."""
+    """Raise `ValueError` when networks get far more parameters than a file has tensors.
+
+    A config that lies could describe a network that fills the memory. Fewer missing tensors are
+    reported by their names.
+    """
     count = 0
 
     def check(_module: nn.Module, _name: str, parameter: nn.Parameter | None) -> None:
         nonlocal count
         count += parameter is not None
         if count > limit:
-            raise ValueError(f"its config describes more weights than its {limit} tensors")
+            raise ValueError(f"its config describes more than {limit} weights, far more than its tensors")
 
     hook = register_module_parameter_registration_hook(check)
     try:
