@@ -15,6 +15,7 @@ from pathlib import Path
 from alphalayer.config import Settings
 from alphalayer.observability.logging import configure_logging
 from alphalayer.service.app import create_app
+from alphalayer.service.connections import ConnectionLimits
 from alphalayer.service.uvicorn_server import Server, serve
 from tests.support.serving import FAKE
 
@@ -51,7 +52,10 @@ def main() -> None:
     sys.modules["fastmcp"] = None  # type: ignore[assignment]
     fake = {"engine": FAKE, "engine_options": {"step_s": step_s}}
     app = create_app(settings, **({} if os.environ.get("REAL_ENGINE") else fake))
-    serve(Server(app, port=port, drain_s=settings.drain_s))
+    limits = ConnectionLimits(
+        connections=settings.max_connections, upload_s=settings.upload_timeout_s
+    )
+    serve(Server(app, port=port, drain_s=settings.drain_s, limits=limits))
 
 
 if __name__ == "__main__":

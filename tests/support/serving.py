@@ -16,7 +16,6 @@ from typing import Any
 import httpx
 
 from alphalayer.config import Settings
-from alphalayer.engine.families.configs import SHIPPED
 from alphalayer.service.app import create_app
 from alphalayer.service.connections import ConnectionLimits
 from alphalayer.service.uvicorn_server import Server
@@ -110,6 +109,9 @@ def serve_handler(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
 
 def put_model(folder: Path) -> Path:
     """Add a model "apples" with empty weights, which the fake engine does not read."""
+    # not at the top: it imports torch, which a service in a process of its own must not have
+    from alphalayer.engine.families.configs import SHIPPED
+
     model = folder / "models" / "Stable-diffusion" / "apples"
     shutil.copytree(SHIPPED, model)
     for part in ("unet", "vae", "text_encoder", "text_encoder_2"):
