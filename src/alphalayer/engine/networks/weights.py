@@ -65,7 +65,7 @@ def build(
 
 @contextmanager
 def limit_parameters(limit: int) -> Generator[None]:
-    """Raise `ValueError` when networks get far more parameters than a file has tensors.
+    """Raise `ValueError` when networks get more than a number of parameters.
 
     A config that lies could describe a network that fills the memory. Fewer missing tensors are
     reported by their names.
