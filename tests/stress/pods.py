@@ -26,6 +26,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import httpx
+
 from tests.stress.crowd import Crowd
 from tests.support import fake_service
 from tests.support.servers import Postgres, nginx, s3_server
@@ -66,6 +68,14 @@ class Node:
         """Kill the process with SIGKILL."""
         self._process.kill()
         self._process.wait()
+
+    def problem(self) -> str:
+        """Return why the node is not ready, and the end of its log."""
+        try:
+            readiness = httpx.get(f"{self.address}/readyz", trust_env=False, timeout=10).text
+        except httpx.TransportError as error:
+            readiness = repr(error)
+        return readiness + (self._folder / "service.log").read_text()[-2000:]
 
     @contextmanager
     def paused(self) -> Iterator[None]:

@@ -328,7 +328,11 @@ def run(folder: Path, *, pods: int, workers: int, minutes: float, seed: int) -> 
         while time.monotonic() < end:
             time.sleep(rng.uniform(0.2, 1.5))
             faults.cause_one()
-        wait_until(lambda: all(node.answers() for node in nodes), 120)
+        try:
+            wait_until(lambda: all(node.answers() for node in nodes), 120)
+        except AssertionError:
+            errors = [f"{node.address} is not ready: {node.problem()}" for node in nodes]
+            return {"faults": dict(faults.counts), "errors": errors}
         wait_until(lambda: not _unfinished(nodes[0]), 300)
         calm_at = now()
         time.sleep(CALM_S)
