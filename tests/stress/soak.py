@@ -12,6 +12,7 @@ import os
 import platform
 import random
 import shlex
+import signal
 import statistics
 import subprocess
 import sys
@@ -202,7 +203,8 @@ def main() -> None:
     print(json.dumps(report, indent=1))
     if options.write:
         options.write.write_text(json.dumps(report, indent=1) + "\n")
-    sys.exit(bool(soak.failures or growth or code))
+    # the server ends by the signal that stopped it
+    sys.exit(bool(soak.failures or growth or code not in (0, -signal.SIGTERM)))
 
 
 if __name__ == "__main__":
