@@ -162,9 +162,12 @@ class Webhooks:
     async def _send_due(self, http: httpx.AsyncClient) -> float:
         """Start an attempt for each due webhook. Return the seconds until the next poll."""
         capacity = MAX_ATTEMPTS - len(self._attempts)
+        # an attempt may end while the claim is made, which does not know its outcome yet
+        running = set(self._attempts)
         try:
             due = await self._job_queue.claim_due_webhooks(capacity) if capacity else []
-            await asyncio.gather(*(self._start(http, job, tries) for job, tries in due))
+            new = [(job, tries) for job, tries in due if job.id not in running]
+            await asyncio.gather(*(self._start(http, job, tries) for job, tries in new))
         except StorageFailed as error:
             log.warning("webhook.queue_unreachable", error=str(error), again_in_s=OUTAGE_PAUSE_S)
             return OUTAGE_PAUSE_S
@@ -172,8 +175,6 @@ class Webhooks:
 
     async def _start(self, http: httpx.AsyncClient, job: Job, tries: int) -> None:
         """Start an attempt, or postpone one too many of a client. Raises `StorageFailed`."""
-        if job.id in self._attempts:  # its last attempt is not stored yet
-            return
         group = _group_of(job)
         if [task.get_name() for task in self._attempts.values()].count(group) < MAX_ATTEMPTS_OF_ONE:
             attempt = self._deliver(http, job, tries)

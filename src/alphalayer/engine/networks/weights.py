@@ -76,7 +76,9 @@ def limit_parameters(limit: int) -> Generator[None]:
         nonlocal count
         count += parameter is not None
         if count > limit:
-            raise ValueError(f"its config describes more than {limit} weights, far more than its tensors")
+            raise ValueError(
+                f"its config describes more than {limit} weights, far more than its tensors"
+            )
 
     hook = register_module_parameter_registration_hook(check)
     try:
