@@ -66,7 +66,7 @@ def now() -> float:
     return time.monotonic()
 
 
-def find_faults(operations: Iterable[Operation]) -> list[str]:
+def find_contradictions(operations: Iterable[Operation]) -> list[str]:
     """Return what contradicts the promises of the queue; empty if nothing does.
 
     Args:
@@ -89,7 +89,7 @@ def find_overtaken(operations: Iterable[Operation], since: float, limit: int) ->
 
     Args:
         operations: The operations of all clients.
-        since: Time after which no fault happened. Earlier jobs do not count.
+        since: Time after which nothing was disrupted. Earlier jobs do not count.
         limit: How many later jobs may start first: as many as start at the same moment.
     """
     ordered = list(operations)
@@ -99,7 +99,7 @@ def find_overtaken(operations: Iterable[Operation], since: float, limit: int) ->
         for operation in ordered
         if operation.kind == "view" and operation.started_at is not None
     }
-    faults: list[str] = []
+    contradictions: list[str] = []
     for job_id, own in accepted.items():
         overtaking = [
             other_id
@@ -108,8 +108,8 @@ def find_overtaken(operations: Iterable[Operation], since: float, limit: int) ->
             and started.get(other_id, math.inf) < started.get(job_id, 0.0)
         ]
         if len(overtaking) > limit:
-            faults.append(f"job {job_id} was overtaken by {len(overtaking)} jobs")
-    return faults
+            contradictions.append(f"job {job_id} was overtaken by {len(overtaking)} jobs")
+    return contradictions
 
 
 def _accepted(ordered: list[Operation]) -> dict[str, Operation]:
@@ -143,28 +143,30 @@ def _doubled_submissions(ordered: list[Operation]) -> list[str]:
 def _lost_jobs(ordered: list[Operation]) -> list[str]:
     """Return accepted jobs that a later request did not find."""
     accepted = _accepted(ordered)
-    faults: list[str] = []
+    contradictions: list[str] = []
     for operation in ordered:
         known = [job for job, first in accepted.items() if first.answered_at < operation.sent_at]
         if operation.kind == "list" and operation.jobs:
             listed = {job_id for job_id, _ in operation.jobs}
-            faults += [f"job {job} is missing in a list" for job in known if job not in listed]
+            contradictions += [
+                f"job {job} is missing in a list" for job in known if job not in listed
+            ]
         elif operation.is_missing and (operation.kind == "image" or operation.key in known):
-            faults.append(f"{operation.kind}: {operation.key} is missing")
-    return faults
+            contradictions.append(f"{operation.kind}: {operation.key} is missing")
+    return contradictions
 
 
 def _reordered_states(ordered: list[Operation]) -> list[str]:
     """Return observed states that cannot follow an earlier observation."""
-    faults: list[str] = []
+    contradictions: list[str] = []
     for job_id, seen in _observations(ordered).items():
         for i, (earlier, state) in enumerate(seen):
-            faults += [
+            contradictions += [
                 f"job {job_id} was {state}, and later {next_state}"
                 for later, next_state in seen[i + 1 :]
                 if later.sent_at > earlier.answered_at and next_state not in LATER[state]
             ][:1]
-    return faults
+    return contradictions
 
 
 def _changed_results(ordered: list[Operation]) -> list[str]:

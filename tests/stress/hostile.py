@@ -14,9 +14,7 @@ import io
 import itertools
 import json
 import os
-import platform
 import random
-import shlex
 import socket
 import struct
 import sys
@@ -35,6 +33,7 @@ import numpy as np
 
 from alphalayer.auth import api_keys
 from alphalayer.images import codecs
+from tests.stress.report import write_report
 from tests.support import fake_service
 from tests.support.serving import answers, free_port, wait_until
 
@@ -439,11 +438,11 @@ def refused_webhooks(target: Target, outcome: Outcome, _scale: float) -> None:
 
 
 @attack(OPEN)
-def broken_pictures(target: Target, outcome: Outcome, scale: float) -> None:
-    """Send damaged images, and images that claim to be huge, wherever an image is accepted."""
+def broken_images(target: Target, outcome: Outcome, scale: float) -> None:
+    """Upload damaged images, and images that claim to be huge."""
     rng = random.Random(0)
     rgba = np.random.default_rng(0).integers(0, 255, (32, 32, 4), dtype=np.uint8)
-    pictures = [
+    images = [
         _png_of_size(60_000, 60_000),
         _png_of_size(2**31 - 1, 1),
         b"",
@@ -456,9 +455,9 @@ def broken_pictures(target: Target, outcome: Outcome, scale: float) -> None:
             data = bytearray(whole)
             for _ in range(rng.randint(1, 20)):
                 data[rng.randrange(len(data))] = rng.randrange(256)
-            pictures.append(bytes(data[: rng.randint(1, len(data))]))
-    for picture in pictures:
-        data = base64.b64encode(picture).decode()
+            images.append(bytes(data[: rng.randint(1, len(data))]))
+    for image in images:
+        data = base64.b64encode(image).decode()
         answer = target.http.post("/sdapi/v1/png-info", json={"image": data})
         outcome.check(answer.status_code in (200, 422), f"png-info: {answer.status_code}")
 
@@ -657,18 +656,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         start = time.monotonic()
         outcomes = run(Path(folder), options.scale)
-    print(table_of(outcomes))
-    for name, outcome in outcomes.items():
-        for failure in outcome.failures[:5]:
-            print(f"{name}: {failure}")
     report = {
-        "command": shlex.join(["python", "-m", "tests.stress.hostile", *sys.argv[1:]]),
-        "machine": f"{os.cpu_count()} x {platform.machine()}, Python {platform.python_version()}",
         "seconds": round(time.monotonic() - start),
         "attacks": {name: vars(outcome) for name, outcome in outcomes.items()},
     }
-    if options.write:
-        options.write.write_text(json.dumps(report, indent=1) + "\n")
+    write_report("hostile", report, options.write)
+    print(table_of(outcomes))
     sys.exit(
         any(
             of.held < of.tried or of.livez_s > LIVEZ_S or of.memory_mb > MEMORY_MB

@@ -7,13 +7,9 @@ Then every accepted job must have ended once, with its files. Linux only:
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
 import random
-import shlex
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -23,7 +19,9 @@ from typing import Any
 import httpx
 
 from tests.stress.crowd import Crowd
+from tests.stress.report import write_report
 from tests.support import fake_service
+from tests.support.processes import children_of
 from tests.support.serving import answers, free_port, wait_until
 
 STEP_S = 0.02
@@ -50,7 +48,7 @@ class Storm:
     def kill_engine(self) -> None:
         """Kill the engine process while it generates."""
         self.wait_for_work()
-        os.kill(_children(self._service.pid)[0], signal.SIGKILL)
+        os.kill(children_of(self._service.pid)[0], signal.SIGKILL)
 
     def kill_service(self) -> None:
         """Kill the service while its engine generates, and start it again."""
@@ -112,11 +110,6 @@ def run(folder: Path, engine_kills: int, service_kills: int, seed: int = 0) -> d
         storm.stop()
 
 
-def _children(pid: int) -> list[int]:
-    result = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True, check=False)
-    return [int(child_pid) for child_pid in result.stdout.split()]
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--engine-kills", type=int, default=100)
@@ -127,19 +120,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         start = time.monotonic()
         result = run(Path(folder), options.engine_kills, options.service_kills, options.seed)
-        machine = f"{os.cpu_count()} x {platform.machine()}, Python {platform.python_version()}"
         report = {
-            "command": shlex.join(["python", "-m", "tests.stress.kills", *sys.argv[1:]]),
-            "machine": machine,
             "clients": CLIENTS,
             "seed": options.seed,
             "seconds": round(time.monotonic() - start),
             **result,
         }
-        text = json.dumps(report, indent=1)
-        print(text)
-        if options.output:
-            options.output.write_text(text + "\n")
+        write_report("kills", report, options.output)
         sys.exit(bool(result["errors"]))
 
 

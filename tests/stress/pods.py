@@ -8,12 +8,8 @@ accepted job must have ended once, and every pod and Nginx must serve every imag
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
 import random
 import re
-import shlex
 import shutil
 import signal
 import subprocess
@@ -29,7 +25,9 @@ from typing import Any
 import httpx
 
 from tests.stress.crowd import Crowd
+from tests.stress.report import write_report
 from tests.support import fake_service
+from tests.support.processes import suspended
 from tests.support.servers import Postgres, nginx, s3_server
 from tests.support.serving import answers, free_port, wait_until
 
@@ -80,17 +78,8 @@ class Node:
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Suspend the process and its engine, as on a host that stands still."""
-        children = subprocess.run(
-            ["pgrep", "-P", str(self._process.pid)], capture_output=True, text=True, check=False
-        )
-        processes = [self._process.pid, *map(int, children.stdout.split())]
-        for process_id in processes:
-            os.kill(process_id, signal.SIGSTOP)
-        try:
+        with suspended(self._process.pid):
             yield
-        finally:
-            for process_id in processes:
-                os.kill(process_id, signal.SIGCONT)
 
     def stop(self) -> None:
         """Terminate the process, and kill it if it does not end."""
@@ -207,17 +196,8 @@ def main() -> None:
         with s3_server(Path(folder) / "s3") as bucket:
             shared = {**bucket, "ALPHALAYER_STORAGE": "s3://pictures/stress"}
             result = run(Path(folder), shared, patience_s=3600, **options)
-        machine = f"{os.cpu_count()} x {platform.machine()}, Python {platform.python_version()}"
-        header = {
-            "command": shlex.join(["python", "-m", "tests.stress.pods", *sys.argv[1:]]),
-            "machine": machine,
-        }
-        report = json.dumps(
-            {**header, **options, "seconds": round(time.monotonic() - start), **result}, indent=1
-        )
-        print(report)
-        if target:
-            target.write_text(f"{report}\n")
+        seconds = round(time.monotonic() - start)
+        write_report("pods", {**options, "seconds": seconds, **result}, target)
         sys.exit(bool(result["errors"]))
 
 

@@ -7,11 +7,8 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import os
-import platform
 import random
-import shlex
 import signal
 import statistics
 import subprocess
@@ -28,6 +25,8 @@ import httpx
 from fastmcp import Client as McpClient
 
 from tests.stress.hostile import memory_mb
+from tests.stress.report import write_report
+from tests.support.processes import children_of
 from tests.support.serving import answers, free_port, wait_until
 
 SMALL = {"prompt": "an apple", "width": 64, "height": 64, "steps": 2}
@@ -75,13 +74,9 @@ class Soak:
         return self.process.wait(60)
 
     def _memory(self) -> dict[str, int]:
-        children = subprocess.run(
-            ["pgrep", "-P", str(self.process.pid)], capture_output=True, text=True, check=False
-        )
-        engines = children.stdout.split()
         return {
             "service_mb": memory_mb(self.process.pid),
-            "engine_mb": sum(memory_mb(int(pid)) for pid in engines),
+            "engine_mb": sum(map(memory_mb, children_of(self.process.pid))),
         }
 
     def _repeat(self, action: Callable[[httpx.Client, random.Random], None]) -> None:
@@ -192,17 +187,13 @@ def main() -> None:
             code = soak.stop()
     growth = find_growth(samples)
     report = {
-        "command": shlex.join(["python", "-m", "tests.stress.soak", *sys.argv[1:]]),
-        "machine": f"{os.cpu_count()} x {platform.machine()}, Python {platform.python_version()}",
         "requests": dict(sorted(soak.statuses.items())),
         "failures": soak.failures[:50],
         "exit_code": code,
         "growth": growth,
         "memory": samples[:: max(1, len(samples) // 30)],
     }
-    print(json.dumps(report, indent=1))
-    if options.write:
-        options.write.write_text(json.dumps(report, indent=1) + "\n")
+    write_report("soak", report, options.write)
     # the server ends by the signal that stopped it
     sys.exit(bool(soak.failures or growth or code not in (0, -signal.SIGTERM)))
 

@@ -13,11 +13,8 @@ import asyncio
 import contextlib
 import hashlib
 import json
-import os
-import platform
 import random
 import secrets
-import shlex
 import signal
 import sys
 import tempfile
@@ -33,14 +30,15 @@ from urllib.parse import urlsplit
 
 import httpx
 
-from tests.stress.history import FINAL, History, Operation, find_faults, find_overtaken, now
+from tests.stress.history import FINAL, History, Operation, find_contradictions, find_overtaken, now
 from tests.stress.pods import Node
+from tests.stress.report import write_report
 from tests.support.servers import Postgres
 from tests.support.serving import free_port, wait_until
 
 STEP_S = 0.02
 CALM_S = 20.0
-"""Seconds without faults at the end, in which the order of the jobs is checked."""
+"""Seconds without disruptions at the end, in which the order of the jobs is checked."""
 BATCH = 8
 """Jobs of one batch, at most: the fake engine renders 8 images of 64x64 together."""
 
@@ -247,8 +245,8 @@ def webhook_receiver(history: History) -> Iterator[str]:
         server.shutdown()
 
 
-class Faults:
-    """Random faults of nodes, their cables and the database. Each one is undone."""
+class Disruptions:
+    """Random disruptions of nodes, their cables and the database. Each one is undone."""
 
     def __init__(
         self, nodes: list[Node], cables: list[Cable], postgres: Postgres, rng: random.Random
@@ -257,16 +255,16 @@ class Faults:
         self.counts: Counter[str] = Counter()
 
     def cause_one(self) -> None:
-        """Cause a fault, wait, and undo it."""
+        """Cause a disruption, wait, and undo it."""
         kinds = {
             self._kill: 4,
             self._pause: 4,
             self._split: 4,
             self._restart_database: 1,
         }
-        fault = self._rng.choices(list(kinds), list(kinds.values()))[0]
-        self.counts[fault.__name__.strip("_")] += 1
-        fault()
+        disrupt = self._rng.choices(list(kinds), list(kinds.values()))[0]
+        self.counts[disrupt.__name__.strip("_")] += 1
+        disrupt()
 
     def _duration_s(self) -> float:
         """Return mostly a short time, and sometimes more than a claim lasts."""
@@ -296,7 +294,7 @@ class Faults:
 
 
 def run(folder: Path, *, pods: int, workers: int, minutes: float, seed: int) -> dict[str, Any]:
-    """Cause faults while clients send requests. Return counts and what the check found."""
+    """Disrupt nodes while clients send requests. Return counts and what the check found."""
     rng, history = random.Random(seed), History()
     with ExitStack() as stack:
         postgres = Postgres()
@@ -323,16 +321,16 @@ def run(folder: Path, *, pods: int, workers: int, minutes: float, seed: int) -> 
         wait_until(lambda: all(node.answers() for node in nodes), 400)
         clients = Clients([node.address for node in nodes[:pods]], history, webhook_url, 8)
         stack.callback(clients.stop)
-        faults = Faults(nodes, cables, postgres, rng)
+        disruptions = Disruptions(nodes, cables, postgres, rng)
         end = time.monotonic() + 60 * minutes
         while time.monotonic() < end:
             time.sleep(rng.uniform(0.2, 1.5))
-            faults.cause_one()
+            disruptions.cause_one()
         try:
             wait_until(lambda: all(node.answers() for node in nodes), 120)
         except AssertionError:
             errors = [f"{node.address} is not ready: {node.problem()}" for node in nodes]
-            return {"faults": dict(faults.counts), "errors": errors}
+            return {"disruptions": dict(disruptions.counts), "errors": errors}
         wait_until(lambda: not _unfinished(nodes[0]), 300)
         calm_at = now()
         time.sleep(CALM_S)
@@ -349,12 +347,12 @@ def run(folder: Path, *, pods: int, workers: int, minutes: float, seed: int) -> 
         finals = {op.key: op.jobs[0][1] for op in operations if op.kind == "view" and op.jobs}
         return {
             "operations": dict(Counter(operation.kind for operation in operations)),
-            "faults": dict(faults.counts),
+            "disruptions": dict(disruptions.counts),
             "failed_requests": dict(clients.failures),
             "accepted": len(accepted),
             "states": dict(Counter(finals.values())),
             "errors": [
-                *find_faults(operations),
+                *find_contradictions(operations),
                 *find_overtaken(operations, calm_at, workers * 2 * BATCH),
             ],
         }
@@ -388,16 +386,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         start = time.monotonic()
         result = run(Path(folder), **options)
-        machine = f"{os.cpu_count()} x {platform.machine()}, Python {platform.python_version()}"
-        header = {
-            "command": shlex.join(["python", "-m", "tests.stress.splits", *sys.argv[1:]]),
-            "machine": machine,
-        }
         seconds = round(time.monotonic() - start)
-        report = json.dumps({**header, **options, "seconds": seconds, **result}, indent=1)
-        print(report)
-        if target:
-            target.write_text(f"{report}\n")
+        write_report("splits", {**options, "seconds": seconds, **result}, target)
         sys.exit(bool(result["errors"]))
 
 

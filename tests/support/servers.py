@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 
 import httpx
 
+from tests.support.processes import suspended
 from tests.support.serving import answers, free_port, wait_until
 
 if TYPE_CHECKING:
@@ -140,17 +141,8 @@ class Postgres:
     @contextmanager
     def hanging(self) -> Iterator[None]:
         """Suspend the server, so that it answers nothing and keeps its connections."""
-        children = subprocess.run(
-            ["pgrep", "-P", str(self.process_id)], capture_output=True, text=True, check=True
-        )
-        processes = [self.process_id, *map(int, children.stdout.split())]
-        for process_id in processes:
-            os.kill(process_id, signal.SIGSTOP)
-        try:
+        with suspended(self.process_id):
             yield
-        finally:
-            for process_id in processes:
-                os.kill(process_id, signal.SIGCONT)
 
     def remove(self) -> None:
         """Stop the server and remove its folder."""

@@ -1,11 +1,11 @@
-"""Checker of histories: it accepts a correct history and names each kind of fault."""
+"""Checker of histories: it accepts a correct history and names each kind of contradiction."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
 import pytest
-from tests.stress.history import Operation, find_faults, find_overtaken
+from tests.stress.history import Operation, find_contradictions, find_overtaken
 
 SUBMIT = Operation("submit", 1, 2, "key a", (("a", "queued"),))
 RUNNING = Operation("view", 3, 4, "a", (("a", "running"),))
@@ -18,15 +18,15 @@ CORRECT = [SUBMIT, RUNNING, QUEUED, LISTED, DONE, IMAGE, WEBHOOK]
 
 
 def test_correct_history_is_accepted():
-    assert find_faults(CORRECT) == []
+    assert find_contradictions(CORRECT) == []
     # the answer of a repeated request is the same job, and overlapping answers have any order
     repeated = replace(SUBMIT, sent_at=3, answered_at=9)
     overlapping = replace(RUNNING, sent_at=7.5, answered_at=8.5)
-    assert find_faults([*CORRECT, repeated, overlapping]) == []
+    assert find_contradictions([*CORRECT, repeated, overlapping]) == []
 
 
 @pytest.mark.parametrize(
-    ("wrong", "fault"),
+    ("wrong", "words"),
     [
         (replace(SUBMIT, jobs=(("b", "done"),)), "became the jobs"),
         (replace(SUBMIT, key="key b"), "has the keys"),
@@ -39,13 +39,15 @@ def test_correct_history_is_accepted():
         (replace(QUEUED, kind="cancel"), "waits after its cancel"),
     ],
 )
-def test_contradiction_is_named(wrong: Operation, fault: str):
-    assert any(fault in message for message in find_faults([*CORRECT, wrong]))
+def test_contradiction_is_named(wrong: Operation, words: str):
+    assert any(words in message for message in find_contradictions([*CORRECT, wrong]))
 
 
 def test_job_without_an_end_or_webhook_is_named():
-    assert find_faults([SUBMIT, RUNNING, replace(WEBHOOK, jobs=())]) == ["job a never finished"]
-    assert find_faults([SUBMIT, DONE]) == ["job a posted no webhook"]
+    assert find_contradictions([SUBMIT, RUNNING, replace(WEBHOOK, jobs=())]) == [
+        "job a never finished"
+    ]
+    assert find_contradictions([SUBMIT, DONE]) == ["job a posted no webhook"]
 
 
 def test_overtaken_jobs_are_named():
