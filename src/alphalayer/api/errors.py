@@ -16,7 +16,7 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 from starlette.routing import Match
-from starlette.types import Scope
+from starlette.types import Receive, Scope, Send
 
 from alphalayer.core import validation
 from alphalayer.core.errors import (
@@ -187,6 +187,17 @@ def find_renderer(scope: Scope) -> ErrorRenderer:
         (render for prefix, render in renderers.items() if path.startswith(f"{prefix}/")),
         render_problem,
     )
+
+
+async def send_error(
+    error: AlphalayerError | HTTPException, scope: Scope, receive: Receive, send: Send
+) -> None:
+    """Send an error of a middleware, outside of the exception handlers."""
+    if isinstance(error, AlphalayerError):
+        response = find_renderer(scope)(Problem.of(error), {})
+    else:
+        response = find_renderer(scope)(Problem.of_http(error), error.headers or {})
+    await response(scope, receive, send)
 
 
 def install(app: FastAPI, renderers: Mapping[str, ErrorRenderer]) -> None:

@@ -92,7 +92,9 @@ def shorten_paths(error: E, *folders: Path) -> E:
         folders: Folders of the service, such as the models folder.
     """
     for folder in folders:
-        for path in {str(folder), os.path.abspath(folder), os.path.realpath(folder)}:  # noqa: PTH100
+        # with and without links, and without ".."
+        paths = {str(folder), os.path.abspath(folder), os.path.realpath(folder)}  # noqa: PTH100
+        for path in paths:
             shown = re.compile(rf"(?<![^\s\"'(]){re.escape(printable(path))}(?=[/\\\s\"':;,.)]|$)")
             name = printable(folder.absolute().name)
             error.message = shown.sub(lambda _, name=name: name, error.message)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from alphalayer.api.errors import Problem, find_renderer
+from alphalayer.api.errors import send_error
 from alphalayer.api.request_body import check_declared, count_received
 
 HELD_BODIES = 8
@@ -32,8 +32,7 @@ class BodyLimit:
         try:
             check_declared(scope, self._limit)
         except HTTPException as error:
-            response = find_renderer(scope)(Problem.of_http(error), error.headers or {})
-            await response(scope, receive, send)
+            await send_error(error, scope, receive, send)
             return
         received_bytes = 0
 

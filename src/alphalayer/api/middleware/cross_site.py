@@ -7,7 +7,7 @@ from collections.abc import Collection
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from alphalayer.api.errors import Problem, find_renderer
+from alphalayer.api.errors import send_error
 from alphalayer.core.errors import OriginRefused
 
 SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
@@ -47,8 +47,7 @@ class CrossSiteCheck:
             hint="To allow it, add its origin to the setting cors_allow_origins "
             "(ALPHALAYER_CORS_ALLOW_ORIGINS). For the service's own page, set public_url.",
         )
-        response = find_renderer(scope)(Problem.of(error), {})
-        await response(scope, receive, send)
+        await send_error(error, scope, receive, send)
 
     def _admits(self, headers: Headers) -> bool:
         origin, site = headers.get("origin"), headers.get("sec-fetch-site")

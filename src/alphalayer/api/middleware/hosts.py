@@ -5,7 +5,7 @@ from __future__ import annotations
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from alphalayer.api.addresses import KnownHosts, address
-from alphalayer.api.errors import Problem, find_renderer
+from alphalayer.api.errors import send_error
 from alphalayer.core.errors import HostUnknown
 from alphalayer.observability.logging import log
 
@@ -48,8 +48,7 @@ class HostCheck:
             hint="Add the name to the setting allowed_hosts (ALPHALAYER_ALLOWED_HOSTS), "
             "set public_url, or create an API key.",
         )
-        response = find_renderer(scope)(Problem.of(error), {})
-        await response(scope, receive, send)
+        await send_error(error, scope, receive, send)
 
     def _admits(self, scope: Scope) -> bool:
         return (
