@@ -210,6 +210,8 @@ class JobResult(Frozen, frozen=True):
     model_name: str
     model_hash: str
     seconds: dict[str, float] = Field(default_factory=dict[str, float])
+    warnings: tuple[str, ...] = ()
+    """What was ignored of the request or of its files, one sentence each."""
 
 
 class JobProgress(Frozen, frozen=True):

@@ -41,6 +41,8 @@ _AUTOMATIC = {
 NoiseSource = Literal["nv", "cpu", "gpu"]
 DecodeMode = Literal["official", "forge2"]
 ImageFormat = Literal["png", "webp", "avif"]
+Emphasis = Literal["Original", "No norm", "Ignore", "None"]
+"""How attention weights act: scaled with or without the mean restored, dropped, or as text."""
 ResizeMode = Literal["Just Resize", "Crop and Resize", "Resize and Fill"]
 """How an input image is fitted to the size of the result."""
 RESIZE_MODES: tuple[ResizeMode, ...] = get_args(ResizeMode)
@@ -67,6 +69,7 @@ FREE_IN_A_BATCH = {
     "clip_skip",
     "inputs",
     "resize_mode",
+    "warnings",
 }
 """Fields in which requests that are generated together may differ."""
 
@@ -211,6 +214,49 @@ class ModelDefaults(Frozen, frozen=True):
 _SDXL = ModelDefaults()
 
 
+class GenerationOptions(Frozen, frozen=True):
+    """Settings of AUTOMATIC1111 that change the image. The defaults are those of Forge.
+
+    Source: A1111's settings of the same meaning, named in each description.
+    """
+
+    eta: (
+        Annotated[
+            float,
+            Field(
+                ge=0,
+                le=1,
+                description="Share of fresh noise in each step (eta, eta_ancestral, eta_ddim). "
+                "Null: 0 for DDIM, else 1.",
+            ),
+        ]
+        | None
+    ) = None
+    noise_seed_delta: Annotated[
+        int,
+        Field(
+            ge=0,
+            le=MAX_SEED,
+            description="Added to the seed of the sampler's noise (eta_noise_seed_delta).",
+        ),
+    ] = 0
+    emphasis: Annotated[Emphasis, Field(description="How attention weights act.")] = "Original"
+    crop_top: Annotated[
+        int, Field(ge=0, le=MAX_SIDE, description="Crop that SDXL sees (sdxl_crop_top).")
+    ] = 0
+    crop_left: Annotated[
+        int, Field(ge=0, le=MAX_SIDE, description="Crop that SDXL sees (sdxl_crop_left).")
+    ] = 0
+    min_uncond: Annotated[
+        float,
+        Field(
+            ge=0,
+            le=100,
+            description="Noise level below which every second step has no guidance (s_min_uncond).",
+        ),
+    ] = 0.0
+
+
 class ImageSeed(NamedTuple):
     """Seed and variation seed of one image."""
 
@@ -271,6 +317,13 @@ class GenerationRequest(RequestFields, frozen=True):
     decode: Annotated[
         DecodeMode, Field(description="Decoding of transparency: official, or as forge2 does it.")
     ] = "official"
+    options: Annotated[
+        GenerationOptions, Field(description="Settings of AUTOMATIC1111 that change the image.")
+    ] = GenerationOptions()
+    warnings: Annotated[
+        tuple[str, ...],
+        Field(description="What of the client's request was ignored, in its order."),
+    ] = ()
 
     @model_validator(mode="before")
     @classmethod

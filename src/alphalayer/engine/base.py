@@ -51,6 +51,8 @@ class GenerationResult:
     model_hash: str
     images: list[GeneratedImage]
     seconds: dict[str, float] = field(default_factory=dict[str, float])
+    warnings: tuple[str, ...] = ()
+    """What was ignored of the request's files, one sentence each."""
 
     def infotext(self, image: GeneratedImage) -> str:
         """Return the settings text of one of the images, as it is written into the file."""

@@ -117,6 +117,7 @@ class Renderer:
             model_name=first.model_name,
             model_hash=first.model_hash,
             seconds={**_sum_stages(results), "store": round(time.perf_counter() - start, 4)},
+            warnings=tuple(dict.fromkeys([*first.request.warnings, *first.warnings])),
         )
 
     def _store_image(self, job: Job, key: str, image: GeneratedImage, infotext: str) -> ImageRef:
