@@ -242,7 +242,10 @@ class Settings(BaseSettings):
     ] = "nv"
     decode: Annotated[
         DecodeMode,
-        Field(description="Transparent decode: official, or forge2 as Forge 2 does it."),
+        Field(
+            description="Transparent decode: official, forge2 as Forge 2 does it, or auto: forge2 "
+            "for checkpoints, official for the embedded model. launch.py starts with auto."
+        ),
     ] = "official"
     batch_pixels: Annotated[
         int | None,

@@ -99,6 +99,16 @@ def test_unet_equals_diffusers(config: dict[str, Any], dtype: torch.dtype, toler
 
 
 @torch.inference_mode()
+def test_odd_latent_sides_equal_diffusers():
+    """Images of any multiple of 8 have latents that do not halve evenly."""
+    reference, unet = make_pair(CONFIGS["SDXL, narrow"], torch.float64)
+    inputs = make_inputs(unet, torch.float64)
+    inputs = (torch.randn(2, 4, 17, 25, dtype=torch.float64), *inputs[1:])
+    expected = run_reference(reference, inputs)
+    assert (run(unet, inputs) - expected).abs().max() < 1e-12 * expected.abs().max()
+
+
+@torch.inference_mode()
 def test_channels_last_changes_rounding_only():
     _, unet = make_pair(CONFIGS["SDXL, narrow"])
     inputs = make_inputs(unet, torch.float32)

@@ -566,6 +566,17 @@ def test_serve_as_before_reports_unreadable_flags_and_settings(
     assert err.startswith("error: COMMANDLINE_ARGS cannot be read: no closing quotation.")
 
 
+def test_serve_as_before_decodes_as_forge_2_unless_set(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    started: list[Settings] = []
+    monkeypatch.setattr("alphalayer.cli.serve.run_server", started.append)
+    run("serve-as-before", "--home", str(tmp_path))
+    monkeypatch.setenv("ALPHALAYER_DECODE", "official")
+    run("serve-as-before", "--home", str(tmp_path))
+    assert [settings.decode for settings in started] == ["auto", "official"]
+
+
 def test_errors_hold_no_terminal_markup(run: Run):
     """Show a name in square brackets unchanged."""
     _, _, err = run("generate", "x", "--sampler", "[bold]Magic[/]")

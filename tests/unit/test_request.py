@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from alphalayer.catalog import EMBEDDED_MODEL, model_defaults
 from alphalayer.core.cost import DECODE_STEPS, LORA_UNITS, UNIT_PIXELS
 from alphalayer.core.errors import InvalidRequest
 from alphalayer.core.job import JobSpec
@@ -129,6 +130,14 @@ def test_resolve_fills_missing_fields_from_the_model_only():
     assert (resolved.sampler, resolved.scheduler, resolved.cfg_scale) == ("Euler", "Simple", 3)
     assert resolved.seed == 12345
     assert resolved.resolve(ModelDefaults()) == resolved
+
+
+def test_automatic_decode_is_that_of_the_model():
+    request = GenerationRequest(prompt="x", decode="auto")
+    assert request.resolve(ModelDefaults()).decode == "forge2"
+    assert request.resolve(model_defaults(EMBEDDED_MODEL)).decode == "official"
+    official = GenerationRequest(prompt="x", decode="official")
+    assert official.resolve(ModelDefaults()).decode == "official"
 
 
 def test_resolve_random_seeds_are_in_the_published_range():

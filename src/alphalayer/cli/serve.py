@@ -76,6 +76,9 @@ def serve_as_before(
     for warning in translation.warnings:
         err.print(f"warning: {warning}")
     settings = load_settings(**translation.settings)
+    if "decode" not in settings.model_fields_set:
+        # the images of Forge 2
+        settings = settings.model_copy(update={"decode": "auto"})
     if settings.port != DEFAULT_PORT and "data_dir" not in settings.model_fields_set:
         # Forge is started once for each GPU, in one folder, each time with another port
         settings = settings.model_copy(update={"data_dir": settings.data_dir / str(settings.port)})

@@ -39,7 +39,10 @@ _AUTOMATIC = {
 """The schedule that "Automatic" means for a sampler; "Normal" for the others."""
 
 NoiseSource = Literal["nv", "cpu", "gpu"]
-DecodeMode = Literal["official", "forge2"]
+Decode = Literal["official", "forge2"]
+"""Mathematics of the transparent decode."""
+DecodeMode = Literal["auto", "official", "forge2"]
+"""A `Decode`, or the model's own with "auto"."""
 ImageFormat = Literal["png", "webp", "avif"]
 Emphasis = Literal["Original", "No norm", "Ignore", "None"]
 """How attention weights act: scaled with or without the mean restored, dropped, or as text."""
@@ -209,6 +212,9 @@ class ModelDefaults(Frozen, frozen=True):
     sampler: SamplerName = "DPM++ 2M SDE"
     scheduler: SchedulerName = "Karras"
     cfg_scale: Annotated[float, Field(description="Classifier-free guidance scale.")] = 5.0
+    decode: Annotated[
+        Decode, Field(description="Transparent decode of the setting `decode` auto.")
+    ] = "forge2"
 
 
 _SDXL = ModelDefaults()
@@ -315,7 +321,11 @@ class GenerationRequest(RequestFields, frozen=True):
         Field(description="Source of noise: nv (the same on every machine), cpu or gpu."),
     ] = "nv"
     decode: Annotated[
-        DecodeMode, Field(description="Decoding of transparency: official, or as forge2 does it.")
+        DecodeMode,
+        Field(
+            description="Transparent decode: official, forge2 as Forge 2 does it, or auto, the "
+            "model's own."
+        ),
     ] = "official"
     options: Annotated[
         GenerationOptions, Field(description="Settings of AUTOMATIC1111 that change the image.")
@@ -440,7 +450,7 @@ class GenerationRequest(RequestFields, frozen=True):
         """
         request = self.with_seeds()
         values = {name: getattr(request, name) for name in GenerationRequest.model_fields}
-        values |= {name: value for name, value in defaults if values[name] is None}
+        values |= {name: value for name, value in defaults if values[name] in (None, "auto")}
         # both parts were validated
         return ResolvedRequest.model_construct(**values, images=images or request.image_seeds())
 
@@ -454,6 +464,7 @@ class ResolvedRequest(GenerationRequest, frozen=True):
     cfg_scale: float = _SDXL.cfg_scale
     width: int = _SDXL.width
     height: int = _SDXL.height
+    decode: Decode = _SDXL.decode
     images: tuple[ImageSeed, ...] = ()
 
     @property

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 SIZE_MULTIPLE = 64
-"""Images are generated at multiples of this and cropped.
+"""Transparent images are generated at multiples of this and cropped.
 
 The transparent decoder halves each side six times.
 """
@@ -18,7 +18,7 @@ The transparent decoder halves each side six times.
 
 @dataclass(frozen=True)
 class Canvas:
-    """Generated size (multiples of 64) and the requested window in its middle, in pixels."""
+    """Generated size and the requested window in its middle, in pixels."""
 
     width: int
     height: int
@@ -26,9 +26,9 @@ class Canvas:
     full_height: int
 
     @classmethod
-    def of(cls, width: int, height: int) -> Canvas:
-        """Return the smallest canvas that holds width x height."""
-        full = [-(-side // SIZE_MULTIPLE) * SIZE_MULTIPLE for side in (width, height)]
+    def of(cls, width: int, height: int, multiple: int = SIZE_MULTIPLE) -> Canvas:
+        """Return the smallest canvas of a multiple that holds width x height."""
+        full = [-(-side // multiple) * multiple for side in (width, height)]
         return cls(width, height, *full)
 
     def extend(self, image: Tensor) -> Tensor:

@@ -213,7 +213,8 @@ class LocalEngine:
             patches = (*loras, *mode.patches(model, shared))
             # read here, so that a missing or damaged decoder is reported before the work
             mode.decoders(model)
-        canvas = Canvas.of(shared.width, shared.height)
+        multiple = SIZE_MULTIPLE if shared.uses_layerdiffuse else model.latent.cell
+        canvas = Canvas.of(shared.width, shared.height, multiple)
         sampler, process = SAMPLERS[shared.sampler], model.process
         sigmas = sigmas_for(
             shared.scheduler, shared.steps, process.table, skip_lowest=sampler.skips_lowest

@@ -5,6 +5,8 @@ Shapes are (B, C, H, W). Parameter names are those of diffusers.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -81,6 +83,10 @@ class Upsample(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(width, width, 3, padding=1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return (B, width, 2H, 2W) of x (B, width, H, W)."""
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+    def forward(self, x: Tensor, size: Sequence[int] | None = None) -> Tensor:
+        """Return (B, width, 2H, 2W) of x (B, width, H, W), or with sides of `size`.
+
+        A side that was odd before it was halved ends one below twice its half.
+        """
+        size = size or [2 * side for side in x.shape[-2:]]
+        return self.conv(F.interpolate(x, size=size, mode="nearest"))

@@ -220,7 +220,7 @@ class UNet(nn.Module):
                 h = resnet(torch.cat([h, skips.pop()], dim=1), next(shifts))
                 h = attention(h, texts) if attention else h
             for upsample in level.upsamplers:
-                h = upsample(h)
+                h = upsample(h, skips[-1].shape[-2:])
         return self.conv_out(F.silu(self.conv_norm_out(h)))
 
 

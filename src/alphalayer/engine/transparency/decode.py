@@ -25,7 +25,7 @@ from alphalayer.core.errors import (
     LayerDiffuseMissing,
     ModelUnusable,
 )
-from alphalayer.core.request import DecodeMode
+from alphalayer.core.request import Decode
 from alphalayer.engine.base import RgbaImage
 from alphalayer.engine.networks.blocks import SpatialAttention
 from alphalayer.engine.networks.transparent import TransparentDecoder
@@ -44,7 +44,7 @@ def decoder_inputs(
     vae_sample: Tensor,
     latent_scaled: Tensor,
     scaling_factor: float,
-    mode: DecodeMode,
+    mode: Decode,
     shift_factor: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """Return the decoder's inputs: pixels in [0, 1] and a latent.
