@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import sys
 from collections.abc import Callable
@@ -22,9 +23,9 @@ from alphalayer import __version__
 from alphalayer.cli.app import app, load_command, main
 from alphalayer.cli.options import add_options, name_flags, select_fields
 from alphalayer.config import Settings
-from alphalayer.core.job import Output
+from alphalayer.core.job import JobResult, Output
 from alphalayer.core.modes import MODES, InputRole
-from alphalayer.core.request import GenerationRequest
+from alphalayer.core.request import GenerationRequest, ModelDefaults
 from alphalayer.images import codecs, postprocess
 from alphalayer.images.infotext import read_parameters
 
@@ -101,6 +102,17 @@ def test_generate_writes_a_transparent_png_with_its_settings(
         "tiny",
     )
     assert re.fullmatch(rf"outputs/{file.name}  64x64  seed 7  [\d.]+ s  tiny\n", out)
+
+
+def test_generate_prints_each_warning_on_stderr(
+    run: Run, models: Path, monkeypatch: pytest.MonkeyPatch
+):
+    result = JobResult(
+        images=(), settings=ModelDefaults(), model_name="m", model_hash="", warnings=("a", "[b]")
+    )
+    module = importlib.import_module("alphalayer.cli.generate")
+    monkeypatch.setattr(module, "_render", lambda *_: result)
+    assert run(*_generate(models))[::2] == (0, "a\n[b]\n")
 
 
 def test_generate_batch_into_a_named_file_is_numbered(run: Run, models: Path, tmp_path: Path):
