@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from typing import Any
 
 import httpx
 import pytest
@@ -11,7 +12,7 @@ from tests.support.serving import served
 
 from alphalayer.client import Client
 
-SMALL = {"prompt": "an apple", "width": 64, "height": 64, "steps": 1}
+SMALL: dict[str, Any] = {"prompt": "an apple", "width": 64, "height": 64, "steps": 1}
 WARNING = "The norms of style.safetensors are ignored."
 STYLE = 'There is no style "cinematic".'
 

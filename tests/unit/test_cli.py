@@ -110,8 +110,12 @@ def test_generate_prints_each_warning_on_stderr(
     result = JobResult(
         images=(), settings=ModelDefaults(), model_name="m", model_hash="", warnings=("a", "[b]")
     )
+
+    def render(*_: object) -> JobResult:
+        return result
+
     module = importlib.import_module("alphalayer.cli.generate")
-    monkeypatch.setattr(module, "_render", lambda *_: result)
+    monkeypatch.setattr(module, "_render", render)
     assert run(*_generate(models))[::2] == (0, "a\n[b]\n")
 
 

@@ -148,7 +148,7 @@ def _error_body(problem: Problem) -> dict[str, Any]:
 
 
 def _render_error(problem: Problem, headers: Mapping[str, str]) -> ErrorResponse:
-    """Return the response for an error; a wrong field or missing feature has status 400."""
+    """Return the response for an error; wrong fields and missing features have 400."""
     retry = {} if problem.code in RETRIED else {"x-should-retry": "false"}
     if problem.status in (422, 501):
         problem = problem.model_copy(update={"status": 400})
