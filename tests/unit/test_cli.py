@@ -25,7 +25,7 @@ from alphalayer.cli.options import add_options, name_flags, select_fields
 from alphalayer.config import Settings
 from alphalayer.core.job import JobResult, Output
 from alphalayer.core.modes import MODES, InputRole
-from alphalayer.core.request import GenerationRequest, ModelDefaults
+from alphalayer.core.request import GenerationOptions, GenerationRequest, ModelDefaults
 from alphalayer.images import codecs, postprocess
 from alphalayer.images.infotext import read_parameters
 
@@ -189,9 +189,10 @@ def test_generate_options_reach_the_engine(run: Run, models: Path, tmp_path: Pat
 
 def test_generate_has_an_option_for_each_core_field():
     """Add fields in one place only: the core."""
-    names = {name for model in (GenerationRequest, Output) for name in model.model_fields}
+    models = (GenerationRequest, GenerationOptions, Output)
+    names = {name for model in models for name in model.model_fields}
     parameters = {parameter.name: parameter for parameter in _command("generate").params}
-    assert names - {"prompt", "inputs"} <= parameters.keys()
+    assert names - {"prompt", "inputs", "options", "warnings"} <= parameters.keys()
     assert {f"{role}_image" for role in get_args(InputRole)} <= parameters.keys()
     assert parameters["iterations"].opts == ["--n-iter"]
     assert "previews" not in parameters

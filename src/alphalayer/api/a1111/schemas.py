@@ -180,7 +180,8 @@ class Txt2ImgRequest(Body, Postprocessing, frozen=True):
     restore_faces: Annotated[Any, Field(description=NOT_IMPLEMENTED)] = False
     tiling: Annotated[Any, Field(description=NOT_IMPLEMENTED)] = False
     styles: Annotated[
-        list[str], Field(description="There are none: a warning names those that are sent.")
+        list[str],
+        Field(max_length=100, description="There are none: a warning names those that are sent."),
     ] = []  # noqa: RUF012 - pydantic copies it
     script_name: Annotated[Any, Field(description=NOT_IMPLEMENTED)] = None
     refiner_checkpoint: Annotated[Any, Field(description=NOT_IMPLEMENTED)] = None
@@ -243,6 +244,7 @@ class Txt2ImgRequest(Body, Postprocessing, frozen=True):
         sampler, scheduler = self._choose_sampler()
         generation = GenerationRequest.of(
             self,
+            comments=settings.enable_prompt_comments is not False,
             sampler=sampler,
             scheduler=scheduler,
             clip_skip=settings.CLIP_stop_at_last_layers or 1,
