@@ -77,6 +77,8 @@ class JobStatus:
     created_at: float
     """Unix time in seconds."""
     images: tuple[ImageInfo, ...]
+    warnings: tuple[str, ...]
+    """What of the request was ignored."""
     error: AlphalayerError | None
 
     @property
@@ -97,6 +99,7 @@ class JobStatus:
             eta_s=body.get("eta_s"),
             preview_url=body.get("preview_url"),
             images=tuple(images),
+            warnings=tuple(body.get("warnings", ())),
             error=_read_error(body["error"]) if body.get("error") else None,
         )
 

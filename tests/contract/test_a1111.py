@@ -315,7 +315,6 @@ def test_txt2img_layerdiffuse_enabled_false_is_opaque(client):
         ({"enable_hr": True}, "enable_hr"),
         ({"restore_faces": True}, "restore_faces"),
         ({"tiling": True}, "tiling"),
-        ({"styles": ["cinematic"]}, "styles"),
         ({"script_name": "X/Y/Z plot"}, "script_name"),
         ({"refiner_checkpoint": "refiner"}, "refiner_checkpoint"),
         ({"seed_resize_from_w": 64}, "seed_resize_from_w"),
@@ -329,7 +328,8 @@ def test_txt2img_layerdiffuse_enabled_false_is_opaque(client):
             {"override_settings": {"forge_additional_modules": ["vae.safetensors"]}},
             "forge_additional_modules",
         ),
-        ({"alwayson_scripts": {"ADetailer": {"args": [False]}}}, "ADetailer"),
+        ({"alwayson_scripts": {"ADetailer": {"args": [True]}}}, "ADetailer"),
+        ({"alwayson_scripts": {"ControlNet": {"args": [{"model": "x"}]}}}, "ControlNet"),
         ({"alwayson_scripts": {"LayerDiffuse": {"args": ["yes"]}}}, "enabled"),
         (
             {
@@ -395,6 +395,15 @@ def test_txt2img_fields_without_effect_are_ignored(client):
         "s_noise": 1,
         "future_field": {},
         "override_settings": {"forge_additional_modules": [], "sd_vae": "Automatic"},
+        "enable_hr": "false",
+        "refiner_checkpoint": "None",
+        "script_name": "None",
+        "styles": ["", "None"],
+        "alwayson_scripts": {
+            "ControlNet": {"args": []},
+            "ADetailer": {"args": [False]},
+            "Other": {"args": [{"enabled": False}]},
+        },
     }
     assert (
         render(client, **same).json()["images"] == render(client, **same, **other).json()["images"]
@@ -534,6 +543,53 @@ def test_txt2img_script_images_are_stored_once_and_used(tmp_path: Path):
     files = list((tmp_path / "outputs").glob("input_*.png"))
     assert len(files) == 1
     assert np.array_equal(codecs.decode(files[0].read_bytes())[0], np.full((2, 2, 4), 9))
+
+
+def test_png_info_takes_base64_with_line_breaks(client):
+    file = base64.b64decode(render(client, seed=7).json()["images"][0])
+    shown = client.post("/sdapi/v1/png-info", json={"image": base64.encodebytes(file).decode()})
+    assert shown.json()["items"] == {}
+    assert (shown.json()["parameters"]["Seed"], shown.json()["parameters"]["Size-1"]) == ("7", "64")
+
+
+def test_messages_name_no_absolute_path(tmp_path):
+    put_model(tmp_path)
+    (tmp_path / "models").rename(tmp_path / "weights")
+    with served(tmp_path, models_dir=tmp_path / "weights") as client:
+        for fields in (
+            {"prompt": "an apple <lora:nowhere:1>"},
+            {"override_settings": {"sd_model_checkpoint": "nowhere"}},
+        ):
+            detail = render(client, **fields).json()["detail"]
+            assert " in weights/" in detail
+            assert str(tmp_path) not in detail
+
+
+def test_options_of_all_settings_come_back_unchanged(client):
+    options = client.get("/sdapi/v1/options").json()
+    assert len(options) > 50
+    assert client.post("/sdapi/v1/options", json=options).json() is None
+    assert client.get("/sdapi/v1/options").json() == options
+
+
+def test_options_that_are_set_are_used_and_returned(tmp_path):
+    with served(put_model(tmp_path)) as client:
+        sent = {"randn_source": "CPU", "eta_noise_seed_delta": 31337, "samples_format": "jpg"}
+        client.post("/sdapi/v1/options", json=sent)
+        options = client.get("/sdapi/v1/options").json()
+        assert (options["randn_source"], options["eta_noise_seed_delta"]) == ("CPU", 31337)
+        settings = settings_of(render(client))
+        assert (settings["RNG"], settings["ENSD"]) == ("CPU", "31337")
+        refused = client.post("/sdapi/v1/options", json={"eta_ddim": 2})
+        assert refused.json()["detail"] == "eta_ddim: got 2.0; at most 1."
+
+
+def test_script_info_has_all_arguments(client):
+    [script] = client.get("/sdapi/v1/script-info").json()
+    values = [argument["value"] for argument in script["args"]]
+    assert len(values) == 12
+    answer = render(client, alwayson_scripts={script["name"]: {"args": values}})
+    assert answer.status_code == 200, answer.text
 
 
 def test_txt2img_script_images_without_layerdiffuse_are_ignored(client):

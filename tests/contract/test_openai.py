@@ -189,6 +189,13 @@ def test_generations_url_returns_the_image(api, client, kind, compression):
     assert Image.open(io.BytesIO(download.content)).format == kind.upper()
 
 
+@pytest.mark.parametrize("model", ["dall-e-2", "dall-e-3"])
+def test_generations_of_dall_e_are_urls_by_default(api, model):
+    small = {**SMALL, "model": model}
+    assert api.images.generate(**small).data[0].url
+    assert api.images.generate(**small, response_format="b64_json").data[0].b64_json
+
+
 @pytest.mark.parametrize(
     ("fields", "field"),
     [
@@ -217,17 +224,17 @@ def test_generations_invalid_field_is_named(api, fields, field):
 
 def test_errors_have_the_shape_of_openai(client, api):
     answer = client.post("/v1/images/edits", files={"image": b"x"}, data={"prompt": "x"})
-    assert answer.status_code == 501
+    assert answer.status_code == 400
     assert answer.headers["x-should-retry"] == "false"
     assert answer.json() == {
         "error": {
             "message": "editing images is not implemented. Use /v1/images/generations.",
-            "type": "server_error",
+            "type": "invalid_request_error",
             "param": None,
             "code": "not_implemented",
         }
     }
-    with pytest.raises(openai.InternalServerError, match="not implemented"):
+    with pytest.raises(openai.BadRequestError, match="not implemented"):
         api.images.edit(image=b"x", prompt="x")
     assert client.get("/v1/nothing").json()["error"]["code"] == "not_found"
     assert client.post("/v1/images/generations", content=b"{").status_code == 400

@@ -38,7 +38,7 @@ These are: text that is the base64 of an image, fields that depend on each other
 of a sampler, null as an absent value. A cancelled job can still be read after DELETE.
 """
 BY_DESIGN = "events|readyz|img2img|extra-|interrogate|edits|variations"
-"""Excluded routes: an endless answer, a 503 by design, and those that answer 501."""
+"""Excluded routes: an endless answer, a 503 by design, and those that are not implemented."""
 
 
 def test_openapi_examples_are_accepted(tmp_path):

@@ -24,7 +24,7 @@ OPEN = {
     "/playground",
     "/readyz",
 }
-ADMIN = {f"/sdapi/v1/refresh-{what}" for what in ("checkpoints", "loras", "vae")}
+ADMIN = {f"/sdapi/v1/refresh-{what}" for what in ("checkpoints", "embeddings", "loras", "vae")}
 GENERATE = {
     ("POST", "/alpha/v1/txt2img"),
     ("POST", "/alpha/v1/jobs"),

@@ -43,6 +43,7 @@ BANNED_WORDS = {
 ALLOWED_PHRASES = {
     r"room temperature": "physics",
     r"randomly drawn|drawn from (?:a|the) (?:normal )?distribution": "statistics",
+    r"Whole picture": "a value of AUTOMATIC1111",
     r"Black Forest Labs[’']? drawings": "a proper name",
 }
 """Patterns of phrases that may hold a banned word, each with the reason."""

@@ -442,8 +442,10 @@ def test_model_hash_covers_the_file_and_is_listed_once_known(tmp_path: Path):
         digest[:10],
         f"cup [{digest[:10]}]",
     )
+    for title in (SdModel.of(entry, tmp_path).title, entry.title, "cup.safetensors"):
+        assert catalog.resolve_model(title, [replace(entry, problem=None)]).name == "cup"
     assert SdModel.of(entry, tmp_path).model_dump() == {
-        "title": f"cup [{digest[:10]}]",
+        "title": f"cup.safetensors [{digest[:10]}]",
         "model_name": "cup",
         "hash": digest[:10],
         "sha256": digest,

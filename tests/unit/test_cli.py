@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import sys
 from collections.abc import Callable
@@ -22,9 +23,9 @@ from alphalayer import __version__
 from alphalayer.cli.app import app, load_command, main
 from alphalayer.cli.options import add_options, name_flags, select_fields
 from alphalayer.config import Settings
-from alphalayer.core.job import Output
+from alphalayer.core.job import JobResult, Output
 from alphalayer.core.modes import MODES, InputRole
-from alphalayer.core.request import GenerationRequest
+from alphalayer.core.request import GenerationOptions, GenerationRequest, ModelDefaults
 from alphalayer.images import codecs, postprocess
 from alphalayer.images.infotext import read_parameters
 
@@ -103,6 +104,21 @@ def test_generate_writes_a_transparent_png_with_its_settings(
     assert re.fullmatch(rf"outputs/{file.name}  64x64  seed 7  [\d.]+ s  tiny\n", out)
 
 
+def test_generate_prints_each_warning_on_stderr(
+    run: Run, models: Path, monkeypatch: pytest.MonkeyPatch
+):
+    result = JobResult(
+        images=(), settings=ModelDefaults(), model_name="m", model_hash="", warnings=("a", "[b]")
+    )
+
+    def render(*_: object) -> JobResult:
+        return result
+
+    module = importlib.import_module("alphalayer.cli.generate")
+    monkeypatch.setattr(module, "_render", render)
+    assert run(*_generate(models))[::2] == (0, "a\n[b]\n")
+
+
 def test_generate_batch_into_a_named_file_is_numbered(run: Run, models: Path, tmp_path: Path):
     code, out, _ = run(
         *_generate(models, "--batch-size", "2", "--output", str(tmp_path / "new" / "cup.png"))
@@ -173,9 +189,10 @@ def test_generate_options_reach_the_engine(run: Run, models: Path, tmp_path: Pat
 
 def test_generate_has_an_option_for_each_core_field():
     """Add fields in one place only: the core."""
-    names = {name for model in (GenerationRequest, Output) for name in model.model_fields}
+    models = (GenerationRequest, GenerationOptions, Output)
+    names = {name for model in models for name in model.model_fields}
     parameters = {parameter.name: parameter for parameter in _command("generate").params}
-    assert names - {"prompt", "inputs"} <= parameters.keys()
+    assert names - {"prompt", "inputs", "options", "warnings"} <= parameters.keys()
     assert {f"{role}_image" for role in get_args(InputRole)} <= parameters.keys()
     assert parameters["iterations"].opts == ["--n-iter"]
     assert "previews" not in parameters

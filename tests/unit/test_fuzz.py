@@ -21,7 +21,7 @@ from PIL import Image, PngImagePlugin
 from alphalayer.catalog.headers import family_of, read_header
 from alphalayer.core.errors import CorruptFile, FileMissing, InvalidRequest
 from alphalayer.core.job import Output
-from alphalayer.core.request import GenerationRequest
+from alphalayer.core.request import GenerationRequest, ModelDefaults
 from alphalayer.engine.text.grammar import parse_weights, schedule_prompt, split_and
 from alphalayer.images import codecs, files, infotext
 from alphalayer.storage.objects import open_storage
@@ -168,7 +168,7 @@ def test_read_parameters_any_text_gives_text_values(text: str):
 @often
 @given(prompt=st.text(min_size=1, max_size=80).filter(str.strip), negative=st.text(max_size=40))
 def test_parameters_in_a_png_are_read_back(prompt: str, negative: str):
-    request = GenerationRequest(prompt=prompt, negative_prompt=negative)
+    request = GenerationRequest(prompt=prompt, negative_prompt=negative).resolve(ModelDefaults())
     text = infotext.write_parameters(request, "model", "0" * 10, 7)
     data = codecs.encode(np.zeros((1, 1, 4), np.uint8), Output().format, text)
     assert codecs.decode(data)[1] is not None

@@ -268,6 +268,27 @@ def test_read_settings_needs_no_pixels():
     assert files.read_settings(_huge_png(b"Comment\0a cup")) == ((9000, 9000), None)
 
 
+COMMENT = "ein großer Apfel\nSteps: 2"
+
+
+@pytest.mark.parametrize(
+    "comment",
+    [
+        b"UNICODE\0" + COMMENT.encode("utf-16-be"),
+        b"UNICODE\0" + COMMENT.encode("utf-16-le"),
+        b"UNICODE\0" + b"\xff\xfe" + COMMENT.encode("utf-16-le"),
+        b"ASCII\0\0\0" + COMMENT.encode(),
+        bytes(8) + COMMENT.encode() + b"\0",
+    ],
+)
+def test_read_settings_reads_each_encoding_of_comments(comment: bytes):
+    exif = Image.Exif()
+    exif.get_ifd(files.EXIF_IFD)[files.USER_COMMENT] = comment
+    written = io.BytesIO()
+    Image.new("RGB", (2, 2)).save(written, "JPEG", exif=exif)
+    assert files.read_settings(written.getvalue()) == ((2, 2), COMMENT)
+
+
 @pytest.mark.parametrize("kind", ["png", "webp", "avif"])
 def test_read_settings_equals_decode(kind: ImageFormat):
     assert files.read_settings(codecs.encode(_image(), kind, "a cup")) == ((50, 33), "a cup")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import time
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -12,8 +13,13 @@ from hypothesis import strategies as st
 from alphalayer import __version__
 from alphalayer.api.info import webui_info
 from alphalayer.core.job import ImageRef, Job, JobResult, JobSpec, JobState
-from alphalayer.core.request import GenerationRequest, ModelDefaults, parse_request
-from alphalayer.images.infotext import read_parameters, write_parameters
+from alphalayer.core.request import (
+    GenerationOptions,
+    GenerationRequest,
+    ModelDefaults,
+    parse_request,
+)
+from alphalayer.images.infotext import complete, read_parameters, write_parameters
 
 REQUEST = GenerationRequest(prompt="an apple, high quality", seed=12345, subseed=7).resolve(
     ModelDefaults()
@@ -55,6 +61,33 @@ def test_write_parameters_includes_used_settings():
     assert parameters["Variation seed strength"] == "0.25"
     assert parameters["Clip skip"] == "3"
     assert parameters["RNG"] == "CPU"
+
+
+@pytest.mark.parametrize(
+    ("options", "pair"),
+    [
+        ({"noise_seed_delta": 31337}, ("ENSD", "31337")),
+        ({"emphasis": "No norm"}, ("Emphasis", "No norm")),
+        ({"eta": 0}, ("Eta", "0")),
+        ({"min_uncond": 2}, ("NGMS", "2")),
+        ({"crop_top": 8}, ("SDXL crop top", "8")),
+        ({"crop_left": 8}, ("SDXL crop left", "8")),
+    ],
+)
+def test_write_parameters_includes_options(options: dict[str, Any], pair: tuple[str, str]):
+    plain = read_parameters(write_parameters(REQUEST, "m", "", 5))
+    request = REQUEST.model_copy(update={"options": GenerationOptions(**options)})
+    parameters = read_parameters(write_parameters(request, "m", "", 5))
+    assert [item for item in parameters.items() if item not in plain.items()] == [pair]
+
+
+def test_complete_adds_what_automatic1111_adds():
+    parameters = read_parameters(write_parameters(REQUEST, "m", "", 5))
+    completed = complete(parameters)
+    assert completed.items() >= parameters.items()
+    assert (completed["Size-1"], completed["Size-2"], completed["RNG"]) == ("1024", "1024", "NV")
+    assert (completed["Clip skip"], completed["Schedule min sigma"]) == ("1", 0)
+    assert "Size-1" not in complete({"Prompt": "x", "Negative prompt": ""})
 
 
 # text as prompts hold it: "\n" is the only line end, and no space is around it
@@ -208,4 +241,9 @@ def test_webui_info_has_the_published_keys_in_order():
     assert info["infotexts"] == [
         write_parameters(REQUEST, "m", "abc", 12345 + i, 7 + i) for i in range(2)
     ]
-    assert info["extra_generation_params"]["layerdiffusion_weight"] == "1"
+    assert info["extra_generation_params"]["layerdiffusion_weight"] == 1.0
+    assert "warnings" not in info
+    warned = result.model_copy(update={"warnings": ("x is ignored.",)})
+    info = webui_info(job.model_copy(update={"result": warned}))
+    assert (list(info)[-1], info["warnings"]) == ("warnings", ["x is ignored."])
+    assert list(info["extra_generation_params"])[-1] == "Schedule type"

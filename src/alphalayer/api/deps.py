@@ -163,9 +163,13 @@ async def convert_preview(
 
 
 def decode_base64(text: str) -> bytes:
-    """Decode a file as base64 or as a data URL. Raises `InvalidRequest`."""
+    """Decode a file as base64 or as a data URL, also with line breaks.
+
+    Raises:
+        InvalidRequest: It is not base64.
+    """
     try:
-        return base64.b64decode(text.rpartition(",")[2], validate=True)
+        return base64.b64decode("".join(text.rpartition(",")[2].split()), validate=True)
     except (binascii.Error, ValueError):
         raise InvalidRequest("not base64.") from None
 
@@ -233,9 +237,11 @@ def find_model(service: Service, name: str | None) -> ModelEntry:
         InvalidRequest: no model has that name; the field is `model`.
         ModelUnusable: it cannot be used; the field is `model`.
     """
+    folder = service.models_dir
     try:
-        return resolve_model(name or service.default_model, service.list_models())
+        return resolve_model(name or service.default_model, service.list_models(), folder)
     except ModelNotFound as error:
+        shorten_paths(error, folder)
         raise InvalidRequest(error.message, hint=error.hint, field="model") from None
     except ModelUnusable as error:
         error.field = "model"

@@ -7,11 +7,14 @@ from typing import Any
 
 from alphalayer import __version__
 from alphalayer.core.job import Job
-from alphalayer.images.infotext import layerdiffuse_pairs, write_parameters
+from alphalayer.images.infotext import extra_pairs, write_parameters
 
 
 def webui_info(job: Job) -> dict[str, Any]:
-    """Return the `info` object of a job that is done, with the keys of AUTOMATIC1111."""
+    """Return the `info` object of a job that is done, with the keys of AUTOMATIC1111.
+
+    If something of the request was ignored, `warnings` is the last key.
+    """
     assert job.result is not None, job.id
     result, request = job.result, job.request
     seeds = [image.seed for image in result.images]
@@ -46,8 +49,8 @@ def webui_info(job: Job) -> dict[str, Any]:
         "seed_resize_from_h": -1,
         "denoising_strength": None,
         "extra_generation_params": {
+            **extra_pairs(request),
             "Schedule type": request.scheduler,
-            **layerdiffuse_pairs(request),
         },
         "index_of_first_image": 0,
         "infotexts": infotexts,
@@ -56,4 +59,5 @@ def webui_info(job: Job) -> dict[str, Any]:
         "clip_skip": request.clip_skip,
         "is_using_inpainting_conditioning": False,
         "version": f"alphalayer-{__version__}",
+        **({"warnings": list(result.warnings)} if result.warnings else {}),
     }

@@ -121,6 +121,9 @@ class JobAnswer(BaseModel):
     )
     images: Annotated[list[ImageAnswer], Field(description="Images of a finished job.")] = []
     seconds: StageSeconds = {}
+    warnings: Annotated[
+        list[str], Field(description="What of the request of a finished job was ignored.")
+    ] = []
     error: Annotated[Problem | None, Field(description="Error of a failed job.")] = None
     url: Annotated[str, Field(description="URL of the job.")]
     events_url: Annotated[str, Field(description="URL of its events.")]
@@ -291,6 +294,7 @@ def answer(view: JobView, base: str, signer: UrlSigner | None) -> JobAnswer:
         finished_at=job.finished_at,
         images=image_answers(job, base, signer),
         seconds=job.result.seconds if job.result else {},
+        warnings=list(job.result.warnings) if job.result else [],
         error=_problem(job.error),
         url=url,
         events_url=f"{url}/events",

@@ -172,6 +172,9 @@ class Txt2ImgResponse(BaseModel):
         list[ImageAnswer] | None, Field(description="All images, if there are several.")
     ] = None
     seconds: StageSeconds = {}
+    warnings: Annotated[
+        list[str] | None, Field(description="What of the request was ignored, if anything.")
+    ] = None
 
 
 @router.post(
@@ -383,5 +386,6 @@ async def _answer(job: Job, request: Request, service: Service) -> Response:
         base64=first.base64,
         images=images if len(images) > 1 else None,
         seconds=job.result.seconds,
+        warnings=list(job.result.warnings) or None,
     )
     return files.respond(answer, exclude_none=True)

@@ -101,6 +101,8 @@ QUALITY_STEPS: dict[Quality, int] = {
 SIZE = re.compile(r"^(auto|\d{1,5}x\d{1,5})$", re.ASCII)
 OPENAI_MODELS = re.compile(r"(gpt-|chatgpt-|dall-e|alphalayer$)", re.IGNORECASE)
 """Names that mean the default model."""
+URL_MODELS = re.compile(r"dall-e-[23]$", re.IGNORECASE)
+"""Models of OpenAI that respond with URLs by default."""
 SILENT_S = 15.0
 """Pause after which a comment is sent. Proxies close idle connections."""
 STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
@@ -146,10 +148,11 @@ def _error_body(problem: Problem) -> dict[str, Any]:
 
 
 def _render_error(problem: Problem, headers: Mapping[str, str]) -> ErrorResponse:
-    """Return the response for an error; a wrong field has status 400."""
+    """Return the response for an error; wrong fields and missing features have 400."""
     retry = {} if problem.code in RETRIED else {"x-should-retry": "false"}
-    status = 400 if problem.status == 422 else problem.status
-    return ErrorResponse(_error_body(problem), status, {**headers, **retry})
+    if problem.status in (422, 501):
+        problem = problem.model_copy(update={"status": 400})
+    return ErrorResponse(_error_body(problem), problem.status, {**headers, **retry})
 
 
 DIALECT = Dialect("/v1", router, _render_error, FIELDS)
@@ -210,14 +213,24 @@ class GenerationsRequest(Body, frozen=True):
         int, Field(ge=0, le=BEST, description="Quality of webp and jpeg; webp is lossless at 100.")
     ] = BEST
     response_format: Annotated[
-        Literal["url", "b64_json"], Field(description="The images themselves or their URLs.")
-    ] = "b64_json"
+        Literal["url", "b64_json"] | None,
+        Field(
+            description="The images themselves or their URLs. "
+            "The default is url for dall-e-2 and dall-e-3, otherwise b64_json."
+        ),
+    ] = None
     stream: Annotated[bool, Field(description="Respond with server-sent events.")] = False
     partial_images: Annotated[int, Field(ge=0, le=3, description="Previews in a stream.")] = 0
     seed: Seed = -1
     user: Annotated[str | None, Field(description="Ignored.")] = None
     moderation: Annotated[str | None, Field(description="Ignored.")] = None
     style: Annotated[str | None, Field(description="Ignored.")] = None
+
+    @property
+    def wants_urls(self) -> bool:
+        """Return whether the response has the URLs of the images, not the images."""
+        default = "url" if URL_MODELS.match(self.model or "") else "b64_json"
+        return (self.response_format or default) == "url"
 
     @property
     def is_opaque(self) -> bool:
@@ -295,6 +308,9 @@ class GenerationsResponse(BaseModel):
     quality: Annotated[str, Field(description="The quality that was used.")]
     size: Annotated[str, Field(description="WxH.")]
     usage: Annotated[dict[str, Any], Field(description="Zeros: tokens are not counted.")] = USAGE
+    warnings: Annotated[
+        list[str] | None, Field(description="What of the request was ignored, if anything.")
+    ] = None
 
 
 class Model(BaseModel):
@@ -349,7 +365,7 @@ async def generations(
         job = await run_job(service, request, spec, submission)
     assert job.result is not None, job.id
     images, files = job.result.images, EmbeddedFiles()
-    if body.response_format == "url":
+    if body.wants_urls:
         data = [
             ImageData(
                 url=file_url(
@@ -364,18 +380,23 @@ async def generations(
         data = [
             ImageData(b64_json=await _embed(body, service, files, image.key)) for image in images
         ]
-    answer = GenerationsResponse(created=int(time.time()), data=data, **body.settings(images[0]))
+    answer = GenerationsResponse(
+        created=int(time.time()),
+        data=data,
+        warnings=list(job.result.warnings) or None,
+        **body.settings(images[0]),
+    )
     return files.respond(answer, exclude_none=True)
 
 
 @router.post(
-    "/images/edits", summary="Not implemented", status_code=501, response_model=ErrorAnswer
+    "/images/edits", summary="Not implemented", status_code=400, response_model=ErrorAnswer
 )
 @router.post(
-    "/images/variations", summary="Not implemented", status_code=501, response_model=ErrorAnswer
+    "/images/variations", summary="Not implemented", status_code=400, response_model=ErrorAnswer
 )
 async def edits(_user: Generator) -> None:
-    """Respond with 501."""
+    """Respond with 400."""
     raise NotImplementedYet(
         "editing images is not implemented.", hint="Use /v1/images/generations."
     )
@@ -461,8 +482,9 @@ async def _last_events(
     body: GenerationsRequest, service: Service, job: Job | None
 ) -> AsyncIterator[str]:
     result = raise_if_failed(job).result if job else None
+    warnings = {"warnings": result.warnings} if result and result.warnings else {}
     for image in result.images if result else ():
-        fields = {**body.settings(image), "usage": USAGE}
+        fields = {**body.settings(image), "usage": USAGE, **warnings}
         async with service.pixels.turn(limited=False):
             data = await _finished(body, service, image.key)
             event = await service.pixels.run(

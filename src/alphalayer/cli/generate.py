@@ -23,6 +23,7 @@ from alphalayer.core.modes import InputRole
 from alphalayer.core.optional_dependencies import require
 from alphalayer.core.request import (
     OPAQUE,
+    GenerationOptions,
     GenerationRequest,
     parse_as,
     parse_request,
@@ -46,7 +47,8 @@ InputFile = Annotated[Path | None, typer.Option(help="Input image, for a mode th
 @name_flags
 @add_options(JobSpec, skip=("generation", "output", "previews", "seeds"))
 @add_options(Output)
-@add_options(GenerationRequest, skip=("inputs",))
+@add_options(GenerationRequest, skip=("inputs", "options", "warnings"))
+@add_options(GenerationOptions)
 @add_options(Settings, only=SETTINGS, as_text=True)
 def generate(
     context: typer.Context,
@@ -91,6 +93,8 @@ def generate(
     inputs = {input_name(data): data for data in images.values()}
     result = _render(job, _TargetFiles(targets, inputs), settings)
     seconds = time.perf_counter() - start
+    for warning in result.warnings:
+        err.print(warning, markup=False)
     for image in result.images:
         out.print(
             f"{targets[image.key]}  {image.width}x{image.height}  seed {image.seed}  "
@@ -109,6 +113,7 @@ def _spec(prompt: str, output: Path | None, options: dict[str, Any], settings: S
             "scheduler": scheduler,
             "noise": settings.noise,
             "decode": settings.decode,
+            "options": parse_as(GenerationOptions, select_fields(GenerationOptions, options)),
         }
     )
     finishing = select_fields(Output, options)

@@ -20,11 +20,12 @@ from alphalayer.engine.base import GeneratedImage, GenerationResult, Progress, R
 class FakeEngine:
     """Implementation of `alphalayer.engine.base.Engine`. The same request gives the same image.
 
-    Each step takes `step_s` seconds, for any number of images.
+    Each step takes `step_s` seconds, for any number of images. Each result has the `warnings`.
     """
 
-    def __init__(self, step_s: float = 0.0, batch_pixels: int = 0):
+    def __init__(self, step_s: float = 0.0, batch_pixels: int = 0, warnings: Sequence[str] = ()):
         self._step_s = step_s
+        self._warnings = tuple(warnings)
         self.batch_pixels = batch_pixels
         self.description = "discs, no device"
 
@@ -68,7 +69,9 @@ class FakeEngine:
             )
             for seeds in request.images
         ]
-        return GenerationResult(request, "fake", "0" * 10, images, {"sample": seconds})
+        return GenerationResult(
+            request, "fake", "0" * 10, images, {"sample": seconds}, self._warnings
+        )
 
 
 def render_disc(prompt: str, seed: int, width: int, height: int) -> RgbaImage:
@@ -83,5 +86,9 @@ def render_disc(prompt: str, seed: int, width: int, height: int) -> RgbaImage:
 
 
 def create_engine(options: dict[str, Any]) -> FakeEngine:
-    """Create the engine from the options `step_s` and `batch_pixels`."""
-    return FakeEngine(float(options.get("step_s", 0.0)), int(options.get("batch_pixels") or 0))
+    """Create the engine from the options `step_s`, `batch_pixels` and `warnings`."""
+    return FakeEngine(
+        float(options.get("step_s", 0.0)),
+        int(options.get("batch_pixels") or 0),
+        options.get("warnings", ()),
+    )

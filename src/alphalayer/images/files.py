@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import io
 import struct
 import warnings
@@ -132,8 +133,26 @@ def settings_of(image: Image.Image) -> str | None:
     exif = Image.Exif()
     exif.load(exif_data)
     comment = exif.get_ifd(EXIF_IFD).get(USER_COMMENT)
-    if isinstance(comment, bytes) and comment.startswith(b"UNICODE\0"):
-        return _check_length(comment[8:].decode("utf-16-be", errors="replace"))
+    if isinstance(comment, bytes):
+        comment = _decode_comment(comment)
+    return _check_length(comment) if isinstance(comment, str) else None
+
+
+def _decode_comment(comment: bytes) -> str | None:
+    """Return the text of a user comment, None without text.
+
+    The first 8 bytes are the name of its encoding. Programs write UTF-16 in both byte orders.
+    Source: EXIF 2.32, section 4.6.6.
+    """
+    encoding, text = comment[:8], comment[8:]
+    if encoding == b"UNICODE\0":
+        # most characters of a text are below 256, and have a zero in their upper byte
+        is_little = text.startswith(codecs.BOM_UTF16_LE)
+        is_little |= text[1::2].count(0) > text[::2].count(0)
+        order = "le" if is_little else "be"
+        return text.decode(f"utf-16-{order}", errors="replace").removeprefix("\ufeff")
+    if encoding in (b"ASCII\0\0\0", bytes(8)):
+        return text.decode(errors="replace").rstrip("\0") or None
     return None
 
 

@@ -13,6 +13,32 @@ MAX_LINE = 50_000
 """A longer last line is part of the prompt: no program writes so many settings."""
 # the limit on the length of a key keeps the search linear in the length of the line
 _PAIR = re.compile(r'(\w[\w \-/]{1,60}):\s*("(?:\\.|[^\\"])*"|[^,]*)(?:,|$)')
+READER_DEFAULTS: dict[str, object] = {
+    "Clip skip": "1",
+    "Hires resize-1": 0,
+    "Hires resize-2": 0,
+    "Hires sampler": "Use same sampler",
+    "Hires schedule type": "Use same scheduler",
+    "Hires checkpoint": "Use same checkpoint",
+    "Hires prompt": "",
+    "Hires negative prompt": "",
+    "Mask mode": "Inpaint masked",
+    "Masked content": "original",
+    "Inpaint area": "Whole picture",
+    "Masked area padding": 32,
+    "RNG": "GPU",
+    "Schedule type": "Automatic",
+    "Schedule max sigma": 0,
+    "Schedule min sigma": 0,
+    "Schedule rho": 0,
+    "VAE Encoder": "Full",
+    "VAE Decoder": "Full",
+    "FP8 weight": "Disable",
+    "Cache FP16 weight for LoRA": False,
+    "Emphasis": "Original",
+    "Refiner switch by sampling steps": False,
+}
+"""Pairs that AUTOMATIC1111's reader adds to a text without them."""
 
 
 def write_parameters(
@@ -32,16 +58,17 @@ def write_parameters(
         "Steps": request.steps,
         "Sampler": request.sampler,
         "Schedule type": request.scheduler,
-        "CFG scale": _number(request.cfg_scale),
+        "CFG scale": request.cfg_scale,
         "Seed": seed,
         "Size": f"{request.width}x{request.height}",
         "Model hash": model_hash or None,
         "Model": model_name,
         "Variation seed": subseed if varied else None,
-        "Variation seed strength": _number(request.subseed_strength) if varied else None,
+        "Variation seed strength": request.subseed_strength if varied else None,
         "Clip skip": request.clip_skip if request.clip_skip > 1 else None,
+        "ENSD": request.options.noise_seed_delta or None,
         "RNG": request.noise.upper() if request.noise != "gpu" else None,
-        **layerdiffuse_pairs(request),
+        **extra_pairs(request),
         "Version": f"alphalayer-{__version__}",
     }
     line = ", ".join(f"{key}: {_quote(value)}" for key, value in pairs.items() if value is not None)
@@ -65,7 +92,29 @@ def read_parameters(text: str) -> dict[str, str]:
     return {"Prompt": prompt.strip(), "Negative prompt": negative.strip(), **pairs}
 
 
-def layerdiffuse_pairs(request: GenerationRequest) -> dict[str, object]:
+def complete(parameters: dict[str, str]) -> dict[str, object]:
+    """Return pairs with those that AUTOMATIC1111's reader adds, see `READER_DEFAULTS`."""
+    width, _, height = parameters.get("Size", "").partition("x")
+    sizes = {"Size-1": width, "Size-2": height} if height else {}
+    return {**READER_DEFAULTS, **sizes, **parameters}
+
+
+def extra_pairs(request: ResolvedRequest) -> dict[str, object]:
+    """Return the pairs of LayerDiffuse and of options that are not at their defaults."""
+    options = request.options
+    eta = "Eta DDIM" if request.sampler.startswith("DDIM") else "Eta"
+    pairs = {
+        "SDXL crop top": options.crop_top or None,
+        "SDXL crop left": options.crop_left or None,
+        "Emphasis": options.emphasis if options.emphasis != "Original" else None,
+        eta: options.eta,
+        "NGMS": options.min_uncond or None,
+    }
+    used = {name: value for name, value in pairs.items() if value is not None}
+    return {**_layerdiffuse_pairs(request), **used}
+
+
+def _layerdiffuse_pairs(request: GenerationRequest) -> dict[str, object]:
     """Return the pairs that LayerDiffuse writes; none of an opaque image."""
     if not request.uses_layerdiffuse:
         return {}
@@ -73,8 +122,8 @@ def layerdiffuse_pairs(request: GenerationRequest) -> dict[str, object]:
     values = {
         "enabled": True,
         "method": MODES[request.mode].label,
-        "weight": _number(request.layerdiffuse_weight),
-        "ending_step": _number(request.layerdiffuse_stop_at),
+        "weight": request.layerdiffuse_weight,
+        "ending_step": request.layerdiffuse_stop_at,
         "fg_image": "foreground" in roles,
         "bg_image": "background" in roles,
         "blend_image": "blended" in roles,
@@ -88,13 +137,8 @@ def layerdiffuse_pairs(request: GenerationRequest) -> dict[str, object]:
     return {f"layerdiffusion_{key}": value for key, value in values.items()}
 
 
-def _number(value: float | None) -> str | None:
-    """Format 5.0 as "5" and 7.25 as "7.25"."""
-    return None if value is None else f"{value:g}"
-
-
 def _quote(value: object) -> str:
-    text = str(value)
+    text = f"{value:g}" if isinstance(value, float) else str(value)
     return json.dumps(text, ensure_ascii=False) if any(mark in text for mark in ",:\n") else text
 
 

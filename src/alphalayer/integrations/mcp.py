@@ -25,7 +25,7 @@ from alphalayer import __version__
 from alphalayer.api.addresses import address
 from alphalayer.api.file_urls import file_url
 from alphalayer.api.native import Txt2ImgRequest
-from alphalayer.client import TIMEOUT_S, AsyncClient, ImageInfo, JobStatus
+from alphalayer.client import TIMEOUT_S, AsyncClient, JobStatus
 from alphalayer.core.errors import AlphalayerError
 
 PATH = "/mcp"
@@ -64,7 +64,7 @@ class _GenerateTool(Tool):
         fields = {name: value for name, value in arguments.items() if value is not None}
         try:
             async with self.connect() as client:
-                files, images = await _render(
+                files, status = await _render(
                     client, get_context(), {"seed": RANDOM_SEED, **fields}
                 )
         except AlphalayerError as error:
@@ -72,11 +72,14 @@ class _GenerateTool(Tool):
         lines = [
             f"{_move(image.url, self.outside()) if self.outside else image.url} "
             f"({image.width}x{image.height}, seed {image.seed})"
-            for image in images
+            for image in status.images
         ]
         format = str(fields.get("format", "png"))
         return self.convert_result(
-            [*(Image(data=file, format=format) for file in files), "\n".join(lines)]
+            [
+                *(Image(data=file, format=format) for file in files),
+                "\n".join([*lines, *status.warnings]),
+            ]
         )
 
 
@@ -106,7 +109,7 @@ def create_server(
 
 async def _render(
     client: AsyncClient, context: Context, fields: dict[str, Any]
-) -> tuple[list[bytes], tuple[ImageInfo, ...]]:
+) -> tuple[list[bytes], JobStatus]:
     """Submit a job, report its progress and download its files.
 
     A caller that cancels withdraws the job.
@@ -125,10 +128,9 @@ async def _render(
         with anyio.CancelScope(shield=True):
             await client.withdraw(status.id)
         raise
-    images = status.check().images
     # their own URLs are for clients outside
-    urls = [_move(image.url, client.base_url) for image in images]
-    return [await client.download(url) for url in urls], images
+    urls = [_move(image.url, client.base_url) for image in status.check().images]
+    return [await client.download(url) for url in urls], status
 
 
 def _job_key(context: Context) -> str | None:

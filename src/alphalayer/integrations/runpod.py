@@ -89,7 +89,8 @@ class Handler:
         images = [self._answer(image, with_data) for image in result.images]
         several = {"images": images} if len(images) > 1 else {}
         info = json.dumps(webui_info(job), ensure_ascii=False)
-        return _check_size({**images[0], **several, "info": info})
+        warnings = {"warnings": list(result.warnings)} if result.warnings else {}
+        return _check_size({**images[0], **several, **warnings, "info": info})
 
     def _answer(self, image: ImageRef, with_data: bool) -> dict[str, Any]:
         url = self._storage.presign(image.key, URL_S)

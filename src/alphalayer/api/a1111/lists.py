@@ -7,13 +7,15 @@ from typing import Any
 
 from fastapi import APIRouter, Depends, Request
 
-from alphalayer.api.a1111.script import METHODS, SCRIPT, Arguments
+from alphalayer import __version__
+from alphalayer.api.a1111.script import LABELS, METHODS, SCRIPT, Arguments
 from alphalayer.api.deps import ServiceDep
-from alphalayer.api.guard import Admitted, GuardedRoute
+from alphalayer.api.guard import Admitted, Generator, GuardedRoute
 from alphalayer.catalog import public_path, shorten_paths, summarize, usable_files
 from alphalayer.core.errors import CorruptFile
 from alphalayer.core.request import (
     AUTOMATIC,
+    RESIZE_MODES,
     SAMPLERS,
     SCHEDULERS,
     scheduler_name,
@@ -22,18 +24,39 @@ from alphalayer.core.request import (
 
 router = APIRouter(dependencies=[Depends(Admitted("read"))], route_class=GuardedRoute)
 REFRESH = [Depends(Admitted("admin"))]
-ALIASES = {
-    "k_dpmpp_2m_sde": "DPM++ 2M SDE",
-    "k_dpmpp_2m": "DPM++ 2M",
-    "k_dpmpp_sde": "DPM++ SDE",
-    "k_dpmpp_3m_sde": "DPM++ 3M SDE",
-    "k_euler": "Euler",
-    "k_euler_a": "Euler a",
-    "k_euler_ancestral": "Euler a",
-    "k_heun": "Heun",
-    "k_lcm": "LCM",
+SAMPLER_ROWS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "DPM++ 2M": (("k_dpmpp_2m",), ()),
+    "DPM++ SDE": (("k_dpmpp_sde",), ("second_order", "brownian_noise")),
+    "DPM++ 2M SDE": (("k_dpmpp_2m_sde",), ("brownian_noise",)),
+    "DPM++ 2M SDE Heun": (("k_dpmpp_2m_sde_heun",), ("brownian_noise",)),
+    "DPM++ 2S a": (("k_dpmpp_2s_a",), ("uses_ensd", "second_order")),
+    "DPM++ 3M SDE": (("k_dpmpp_3m_sde",), ("discard_next_to_last_sigma", "brownian_noise")),
+    "Euler a": (("k_euler_a", "k_euler_ancestral"), ("uses_ensd",)),
+    "Euler": (("k_euler",), ()),
+    "LMS": (("k_lms",), ()),
+    "Heun": (("k_heun",), ("second_order",)),
+    "DPM2": (("k_dpm_2",), ("discard_next_to_last_sigma", "second_order")),
+    "DPM2 a": (("k_dpm_2_a",), ("discard_next_to_last_sigma", "uses_ensd", "second_order")),
+    "DPM fast": (("k_dpm_fast",), ("uses_ensd",)),
+    "DPM adaptive": (("k_dpm_ad",), ("uses_ensd",)),
+    "Restart": (("restart",), ("second_order",)),
+    "DDIM": (("ddim",), ()),
+    "DDIM CFG++": (("ddim_cfgpp",), ()),
+    "PLMS": (("plms",), ()),
+    "UniPC": (("unipc",), ()),
+    "LCM": (("k_lcm",), ()),
 }
-"""Names of samplers in other versions of AUTOMATIC1111, in lower case."""
+"""Other names and traits of samplers in AUTOMATIC1111. Others have none."""
+ALIASES = {alias: name for name, (aliases, _) in SAMPLER_ROWS.items() for alias in aliases}
+"""Samplers by their other names, in lower case."""
+SCHEDULE_ALIASES = {"SGM Uniform": ["SGMUniform"]}
+SCHEDULES = {
+    alias.lower(): label for label, aliases in SCHEDULE_ALIASES.items() for alias in aliases
+}
+"""Schedules by their other names, in lower case."""
+RHO = {"Karras": 7.0, "Polyexponential": 1.0}
+NEEDS_MODEL = ("Uniform", "Normal", "SGM Uniform", "Simple", "Beta", "DDIM", "Turbo")
+"""Schedules whose levels are those of training steps."""
 
 EMBEDDING = {
     "step": None,
@@ -50,14 +73,15 @@ def samplers() -> list[dict[str, Any]]:
 
     `scheduler` is what Automatic means for the sampler.
     """
-    aliases = {
-        name: [alias for alias, meant in ALIASES.items() if meant == name] for name in SAMPLERS
-    }
-    own = {name: scheduler_name(split_sampler_name(name, AUTOMATIC)[1] or "") for name in SAMPLERS}
-    return [
-        {"name": name, "aliases": aliases[name], "options": {"scheduler": own[name]}}
-        for name in SAMPLERS
-    ]
+    return [_sampler(name) for name in SAMPLERS]
+
+
+def _sampler(name: str) -> dict[str, Any]:
+    aliases, traits = SAMPLER_ROWS.get(name, ((), ()))
+    own = scheduler_name(split_sampler_name(name, AUTOMATIC)[1] or "")
+    # AUTOMATIC1111 sends the traits as text
+    options = {"scheduler": own, **dict.fromkeys(traits, "True")}
+    return {"name": name, "aliases": list(aliases), "options": options}
 
 
 @router.get("/schedulers", summary="List noise schedules")
@@ -67,9 +91,9 @@ def schedulers() -> list[dict[str, Any]]:
         {
             "name": scheduler_name(label),
             "label": label,
-            "aliases": [],
-            "default_rho": 7.0 if label == "Karras" else -1.0,
-            "need_inner_model": label in ("Normal", "SGM Uniform", "Simple", "Beta"),
+            "aliases": SCHEDULE_ALIASES.get(label),
+            "default_rho": RHO.get(label, -1.0),
+            "need_inner_model": label in NEEDS_MODEL,
         }
         for label in (AUTOMATIC, *SCHEDULERS)
     ]
@@ -136,10 +160,25 @@ def nothing() -> list[dict[str, Any]]:
 
 
 @router.post("/refresh-checkpoints", summary="Refresh models", dependencies=REFRESH)
+@router.post("/refresh-embeddings", summary="Refresh embeddings", dependencies=REFRESH)
 @router.post("/refresh-loras", summary="Refresh LoRA files", dependencies=REFRESH)
 @router.post("/refresh-vae", summary="Refresh VAEs", dependencies=REFRESH)
 def refresh() -> None:
     """Do nothing: folders are read at every request."""
+
+
+@router.post("/unload-checkpoint", summary="Unload the model")
+@router.post("/reload-checkpoint", summary="Load the model")
+def reload_checkpoint(_user: Generator) -> dict[str, Any]:
+    """Do nothing: requests load their models, and the service manages their memory."""
+    return {}
+
+
+@router.get("/extensions", summary="List extensions")
+def extensions() -> list[dict[str, Any]]:
+    """Return LayerDiffuse. It is a part of this service, with its own code."""
+    unknown = dict.fromkeys(("remote", "branch", "commit_hash", "commit_date"), "")
+    return [{"name": SCRIPT, **unknown, "version": f"alphalayer-{__version__}", "enabled": True}]
 
 
 @router.get("/scripts", summary="List scripts")
@@ -150,27 +189,31 @@ def scripts() -> dict[str, list[str]]:
 
 @router.get("/script-info", summary="List the arguments of scripts")
 def script_info() -> list[dict[str, Any]]:
-    """Return the positional arguments of LayerDiffuse that have an effect."""
-    empty = {"minimum": None, "maximum": None, "step": None, "choices": None}
+    """Return the positional arguments of LayerDiffuse.
+
+    The last four have no effect, and only their defaults are accepted.
+    """
+    bounds = {"weight": _number("weight", 0.001), "ending_step": _number("ending_step", 0.01)}
+    choices = {"method": list(METHODS), "resize_mode": list(RESIZE_MODES)}
     args = [
-        {**empty, "label": "Enabled", "value": True},
         {
-            **empty,
-            "label": "Method",
-            "value": next(iter(METHODS)),
-            "choices": list(METHODS),
-        },
-        {**empty, "label": "Weight", **_number("weight")},
-        {**empty, "label": "Stop At", **_number("ending_step")},
+            "label": label,
+            "value": Arguments.model_fields[name].default,
+            "minimum": None,
+            "maximum": None,
+            "step": None,
+            "choices": choices.get(name),
+            **bounds.get(name, {}),
+        }
+        for name, label in LABELS.items()
     ]
     return [{"name": SCRIPT.lower(), "is_alwayson": True, "is_img2img": False, "args": args}]
 
 
-def _number(name: str) -> dict[str, Any]:
-    """Return default and bounds of a script's argument."""
+def _number(name: str, step: float) -> dict[str, Any]:
+    """Return the bounds of a script's argument."""
     schema = Arguments.model_json_schema()["properties"][name]
-    bounds = {bound: schema[bound] for bound in ("minimum", "maximum")}
-    return {"value": schema["default"], "step": 0.001, **bounds}
+    return {**{bound: schema[bound] for bound in ("minimum", "maximum")}, "step": step}
 
 
 @router.get("/memory", summary="Get memory use")

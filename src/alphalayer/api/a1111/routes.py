@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import dataclasses
 import json
 import time
 from collections.abc import Mapping
@@ -17,12 +16,12 @@ from alphalayer.api.a1111.schemas import (
     FIELDS,
     Detail,
     ImageFile,
-    Options,
-    OverrideSettings,
     SdModel,
     Txt2ImgRequest,
     Txt2ImgResponse,
+    file_title,
 )
+from alphalayer.api.a1111.settings import UNIMPLEMENTED, OverrideSettings
 from alphalayer.api.deps import (
     IdempotencyKey,
     Service,
@@ -67,19 +66,43 @@ def _render_error(problem: Problem, headers: Mapping[str, str]) -> ErrorResponse
     return ErrorResponse(content, problem.status, dict(headers))
 
 
-OPTIONS = {option.name for option in dataclasses.fields(Options)}
-"""Names of the stored options."""
 DIALECT = Dialect("/sdapi", router, _render_error, FIELDS)
+OPTIONS: dict[str, Any] = {
+    "sd_model_checkpoint": "",
+    "sd_checkpoint_hash": "",
+    "CLIP_stop_at_last_layers": 1,
+    "live_previews_enable": False,
+    "samples_format": "png",
+    "randn_source": "NV",
+    "emphasis": "Original",
+    "eta_noise_seed_delta": 0,
+    "eta_ancestral": 1.0,
+    "eta_ddim": 0.0,
+    "s_min_uncond": 0.0,
+    "sdxl_crop_top": 0,
+    "sdxl_crop_left": 0,
+    "enable_prompt_comments": True,
+    "samples_save": True,
+    "grid_save": False,
+    "return_grid": False,
+    "enable_pnginfo": True,
+    "add_model_name_to_info": True,
+    "add_model_hash_to_info": True,
+    "add_version_to_infotext": True,
+    **{name: accepted[0] for name, accepted in UNIMPLEMENTED.items()},
+}
+"""Settings that clients read, with their defaults."""
 
 
-async def options_of(request: Request, service: ServiceDep) -> Options:
+async def options_of(request: Request, service: ServiceDep) -> OverrideSettings:
     """Return the options of the client; those of the service if it has no keys."""
     stored = await service.job_queue.load_options(request.state.client)
-    # a newer pod may have stored options that this version does not have
-    return Options(**{name: stored[name] for name in OPTIONS & stored.keys()})
+    # a pod of another version may have stored options that this one does not have
+    names = OverrideSettings.model_fields.keys() & stored.keys()
+    return OverrideSettings.model_construct(**{name: stored[name] for name in names})
 
 
-OptionsDep = Annotated[Options, Depends(options_of)]
+OptionsDep = Annotated[OverrideSettings, Depends(options_of)]
 
 
 @router.post("/txt2img", response_model=Txt2ImgResponse, summary="Generate images")
@@ -108,7 +131,7 @@ async def txt2img(
     embedded = EmbeddedFiles()
     answer = Txt2ImgResponse(
         images=[await embed_file(service, embedded, key) for key in keys],
-        parameters=body.model_dump(mode="json"),
+        parameters=body.echo,
         info=json.dumps(webui_info(job), ensure_ascii=False),
     )
     return embedded.respond(answer)
@@ -141,40 +164,42 @@ def sd_models(service: ServiceDep) -> list[SdModel]:
 
 @router.get("/options", summary="Get settings")
 def get_options(service: ServiceDep, options: OptionsDep) -> dict[str, Any]:
-    """Return the settings that have an effect."""
+    """Return the settings of the client, and the defaults of others that clients read."""
     name = options.sd_model_checkpoint or service.readiness()["model"]
     entry = next(
         (model for model in service.list_models() if name in (model.name, model.title)), None
     )
     return {
-        "sd_model_checkpoint": entry.title if entry else name or "",
-        "sd_checkpoint_hash": (entry.sha256 if entry else None) or "",
-        "sd_vae": "Automatic",
-        "CLIP_stop_at_last_layers": options.clip_skip,
-        "live_previews_enable": options.previews,
-        "samples_format": "png",
+        **OPTIONS,
         "randn_source": service.noise.upper(),
+        **options.values,
+        "sd_model_checkpoint": file_title(entry) if entry else name or "",
+        "sd_checkpoint_hash": (entry.sha256 if entry else None) or "",
     }
 
 
 @router.post("/options", summary="Change settings")
-async def set_options(body: OverrideSettings, service: ServiceDep, user: Generator) -> None:
+async def set_options(
+    body: OverrideSettings, service: ServiceDep, options: OptionsDep, user: Generator
+) -> None:
     """Change some or all settings of the client.
 
     Without keys, all clients share them.
     The model is used for later requests of this dialect that name none.
     """
     body.reject_unimplemented()
+    for sampler in ("Euler a", "DDIM"):
+        body.options(sampler)
     name = body.sd_model_checkpoint
     if name and service.knows_models:
         with wire_names({"model": "sd_model_checkpoint"}):
             name = (await asyncio.to_thread(find_model, service, name)).name
-    changes = {
-        "sd_model_checkpoint": name or None,
-        "clip_skip": body.CLIP_stop_at_last_layers,
-        "previews": body.live_previews_enable,
-    }
-    changes = {option: value for option, value in changes.items() if value is not None}
+    # a client that sends all settings back has not chosen them
+    current = {**OPTIONS, "randn_source": service.noise.upper(), **options.values}
+    changes = {option: value for option, value in body.values.items() if value != current[option]}
+    changes |= {"sd_model_checkpoint": name}
+    if not name:
+        del changes["sd_model_checkpoint"]
     if changes:
         await service.job_queue.save_options(user, changes)
         log.info("audit.options_changed", key=user, **changes)
@@ -247,12 +272,8 @@ async def png_info(
 
 def _read_info(image: str) -> dict[str, Any]:
     text = files.read_settings(decode_base64(image))[1] or ""
-    items = {"parameters": text} if text else {}
-    return {
-        "info": text,
-        "items": items,
-        "parameters": infotext.read_parameters(text) if text else {},
-    }
+    parameters = infotext.complete(infotext.read_parameters(text)) if text else {}
+    return {"info": text, "items": {}, "parameters": parameters}
 
 
 async def _running(service: Service, user: str) -> JobView | None:

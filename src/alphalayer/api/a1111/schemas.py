@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, cast
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictBool, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-from alphalayer.api.a1111.lists import ALIASES
+from alphalayer.api.a1111.lists import ALIASES, SCHEDULES
 from alphalayer.api.a1111.script import SCRIPT, Arguments, read_arguments
+from alphalayer.api.a1111.settings import OverrideSettings
 from alphalayer.api.deps import Service, wire_names
 from alphalayer.api.schemas import Body, reject_unused_options
 from alphalayer.catalog import EMBEDDED_MODEL, ModelEntry, public_path
@@ -21,7 +21,6 @@ from alphalayer.core.request import (
     AUTOMATIC,
     BatchSize,
     CfgScale,
-    ClipSkip,
     GenerationRequest,
     Height,
     ImageInput,
@@ -46,42 +45,71 @@ FIELDS = {
 }
 """Names of fields on the wire, where they differ from those of `JobSpec`."""
 NOT_IMPLEMENTED = "Not implemented; refused if it would change the image."
-
-
-@dataclass(frozen=True)
-class Options:
-    """Settings of this dialect between requests, of one client."""
-
-    sd_model_checkpoint: str | None = None
-    clip_skip: int = 1
-    previews: bool = False
-
-
-class OverrideSettings(BaseModel):
-    """Settings for one request. Other settings of AUTOMATIC1111 are ignored."""
-
-    sd_model_checkpoint: Annotated[
-        str | None, Field(max_length=500, description="Model name, title or hash.")
-    ] = None
-    sd_vae: Annotated[
-        str | None, Field(description='Only "Automatic"; others are not implemented.')
-    ] = None
-    CLIP_stop_at_last_layers: ClipSkip | None = None
-    live_previews_enable: Annotated[
-        StrictBool | None, Field(description="Whether `progress` has an image.")
-    ] = None
-    forge_additional_modules: Annotated[Any, Field(description="Not implemented.")] = None
-
-    def reject_unimplemented(self, prefix: str = "") -> None:
-        """Raise `InvalidRequest` for a setting that is not implemented.
-
-        Args:
-            prefix: Put before the name of the field in the error.
-        """
-        other_vae = self.sd_vae not in (None, "", "None", "Automatic")
-        if other_vae or self.forge_additional_modules:
-            name = "sd_vae" if other_vae else "forge_additional_modules"
-            raise _not_implemented(f"{prefix}{name}")
+OVERRIDE = "override_settings."
+NOTHING = ("", "0", "0.0", "false", "no", "none", "off", "null")
+"""Texts with which clients leave a field unused, in lower case."""
+ECHOED: dict[str, Any] = {
+    "prompt": "",
+    "negative_prompt": "",
+    "styles": None,
+    "seed": -1,
+    "subseed": -1,
+    "subseed_strength": 0.0,
+    "seed_resize_from_h": -1,
+    "seed_resize_from_w": -1,
+    "sampler_name": None,
+    "scheduler": None,
+    "batch_size": 1,
+    "n_iter": 1,
+    "steps": 50,
+    "cfg_scale": 7.0,
+    "distilled_cfg_scale": 3.5,
+    "width": 512,
+    "height": 512,
+    "restore_faces": None,
+    "tiling": None,
+    "do_not_save_samples": False,
+    "do_not_save_grid": False,
+    "eta": None,
+    "denoising_strength": None,
+    "s_min_uncond": None,
+    "s_churn": None,
+    "s_tmax": None,
+    "s_tmin": None,
+    "s_noise": None,
+    "override_settings": {},
+    "override_settings_restore_afterwards": True,
+    "refiner_checkpoint": None,
+    "refiner_switch_at": None,
+    "disable_extra_networks": False,
+    "firstpass_image": None,
+    "comments": None,
+    "enable_hr": False,
+    "firstphase_width": 0,
+    "firstphase_height": 0,
+    "hr_scale": 2.0,
+    "hr_upscaler": None,
+    "hr_second_pass_steps": 0,
+    "hr_resize_x": 0,
+    "hr_resize_y": 0,
+    "hr_checkpoint_name": None,
+    "hr_additional_modules": None,
+    "hr_sampler_name": None,
+    "hr_scheduler": None,
+    "hr_prompt": "",
+    "hr_negative_prompt": "",
+    "hr_cfg": 1.0,
+    "hr_distilled_cfg": 3.5,
+    "force_task_id": None,
+    "sampler_index": "Euler",
+    "script_name": None,
+    "script_args": [],
+    "send_images": True,
+    "save_images": False,
+    "alwayson_scripts": {},
+    "infotext": None,
+}
+"""Fields that `parameters` of a response repeats, with the defaults of Forge."""
 
 
 class Script(BaseModel):
@@ -151,7 +179,10 @@ class Txt2ImgRequest(Body, Postprocessing, frozen=True):
     enable_hr: Annotated[Any, Field(description=NOT_IMPLEMENTED)] = False
     restore_faces: Annotated[Any, Field(description=NOT_IMPLEMENTED)] = False
     tiling: Annotated[Any, Field(description=NOT_IMPLEMENTED)] = False
-    styles: Annotated[Any, Field(description=NOT_IMPLEMENTED)] = ()
+    styles: Annotated[
+        list[str],
+        Field(max_length=100, description="There are none: a warning names those that are sent."),
+    ] = []  # noqa: RUF012 - pydantic copies it
     script_name: Annotated[Any, Field(description=NOT_IMPLEMENTED)] = None
     refiner_checkpoint: Annotated[Any, Field(description=NOT_IMPLEMENTED)] = None
     infotext: Annotated[Any, Field(description=NOT_IMPLEMENTED)] = None
@@ -159,14 +190,37 @@ class Txt2ImgRequest(Body, Postprocessing, frozen=True):
     seed_resize_from_h: Annotated[int, Field(description=NOT_IMPLEMENTED)] = -1
     s_churn: Annotated[float, Field(description=NOT_IMPLEMENTED)] = 0
     s_noise: Annotated[float, Field(description="1 is ignored; others are not implemented.")] = 1
-    eta: Annotated[float | None, Field(description="0 and 1 are ignored.")] = None
+    eta: Annotated[
+        float | None,
+        Field(description="Share of fresh noise in each step, from 0 to 1. DDIM: 0; others: 1."),
+    ] = None
+    s_min_uncond: Annotated[
+        float | None,
+        Field(description="Noise level below which every second step has no guidance."),
+    ] = None
+    disable_extra_networks: Annotated[
+        bool, Field(description="Remove LoRA tags from the prompt without using them.")
+    ] = False
 
-    @field_validator("alwayson_scripts", mode="before")
+    @model_validator(mode="before")
     @classmethod
-    def _check_unicode(cls, scripts: Any) -> Any:
-        # the arguments can be anything, and are returned to the client
-        validation.check_unicode(scripts)
-        return scripts
+    def check_unicode(cls, data: Any) -> Any:
+        """Check the fields that can be anything and are returned to the client."""
+        fields = cast("dict[str, Any]", data) if isinstance(data, dict) else {}
+        for name in ECHOED.keys() & fields.keys():
+            try:
+                validation.check_unicode(fields[name])
+            except ValueError as error:
+                raise InvalidRequest(f"{error}.", field=name) from None
+        return data
+
+    @property
+    def echo(self) -> dict[str, Any]:
+        """Return the request as AUTOMATIC1111 repeats it in `parameters`."""
+        fields = self.model_dump(mode="json", exclude={"override_settings"})
+        sent = {name: fields.get(name, value) for name, value in self._sent.items()}
+        own = {name: value for name, value in fields.items() if name not in ECHOED}
+        return {**{name: sent.get(name, value) for name, value in ECHOED.items()}, **own}
 
     @property
     def input_images(self) -> dict[InputRole, str]:
@@ -175,63 +229,84 @@ class Txt2ImgRequest(Body, Postprocessing, frozen=True):
         return script.images if script and self.layerdiffuse_enabled else {}
 
     def to_spec(
-        self, service: Service, options: Options, inputs: tuple[ImageInput, ...] = ()
+        self, service: Service, stored: OverrideSettings, inputs: tuple[ImageInput, ...] = ()
     ) -> JobSpec:
         """Return the job of this request. Raises `InvalidRequest`.
 
-        `inputs` are the stored `input_images`.
+        Args:
+            service: The service that runs the job.
+            stored: Settings of the client between requests.
+            inputs: The stored `input_images`.
         """
         self._reject_unimplemented()
         reject_unused_options(self, "trim", "trim_threshold", "trim_padding")
-        override = self.override_settings
-        name = self.sampler_name or self.sampler_index
-        sent_as = "sampler_name" if self.sampler_name else "sampler_index"
-        with wire_names({**FIELDS, "sampler": sent_as}):
-            sampler, scheduler = choose_sampler(
-                ALIASES.get(name.lower(), name), self.scheduler or AUTOMATIC
-            )
+        settings = self.override_settings.over(stored)
+        sampler, scheduler = self._choose_sampler()
         generation = GenerationRequest.of(
             self,
+            comments=settings.enable_prompt_comments is not False,
             sampler=sampler,
             scheduler=scheduler,
-            clip_skip=override.CLIP_stop_at_last_layers or options.clip_skip,
-            model=override.sd_model_checkpoint or options.sd_model_checkpoint,
-            noise=service.noise,
+            clip_skip=settings.CLIP_stop_at_last_layers or 1,
+            model=settings.sd_model_checkpoint,
+            noise=settings.noise or service.noise,
             decode=service.decode,
+            options=settings.options(sampler, OVERRIDE, self.eta, self.s_min_uncond),
+            warnings=self._warnings(),
             inputs=inputs,
             **self._layerdiffuse(),
         )
-        previews = override.live_previews_enable
+        if self.disable_extra_networks:
+            generation = generation.model_copy(update={"loras": ()})
         return JobSpec.model_construct(
             generation=generation,
             iterations=self.n_iter,
             output=copy_fields(self, Output),
-            previews=options.previews if previews is None else previews,
+            previews=bool(settings.live_previews_enable),
         )
+
+    def _choose_sampler(self) -> tuple[str | None, str | None]:
+        """Return the sampler and the schedule by their own names. Raises `InvalidRequest`."""
+        name = self.sampler_name or self.sampler_index
+        scheduler = self.scheduler or AUTOMATIC
+        sent_as = "sampler_name" if self.sampler_name else "sampler_index"
+        with wire_names({**FIELDS, "sampler": sent_as}):
+            return choose_sampler(
+                ALIASES.get(name.lower(), name), SCHEDULES.get(scheduler.lower(), scheduler)
+            )
+
+    def _warnings(self) -> tuple[str, ...]:
+        """Return what of the request has no effect."""
+        styles = dict.fromkeys(style for style in self.styles if _is_used(style))
+        return tuple(f"There is no style {validation.shown(style)}." for style in styles)
 
     def _script(self) -> Arguments | None:
         """Return the arguments of the script, if sent. Raises `InvalidRequest`."""
+        sent = None
         for title, script in self.alwayson_scripts.items():
-            if title.lower() != SCRIPT.lower():
+            if title.lower() == SCRIPT.lower():
+                sent = script
+            elif _is_enabled(script.args):
                 raise InvalidRequest(
                     f'there is no script "{title}" here.',
                     hint=f"Use {SCRIPT}.",
                     field="alwayson_scripts",
                 )
-            arguments = read_arguments(script.args)
-            if (
-                script.args
-                and arguments.enabled != self.layerdiffuse_enabled
-                and "layerdiffuse_enabled" in self.model_fields_set
-            ):
-                raise InvalidRequest(
-                    f"it is {str(self.layerdiffuse_enabled).lower()}, "
-                    f"and the script {SCRIPT} has the opposite.",
-                    hint="Send one of the two.",
-                    field="layerdiffuse_enabled",
-                )
-            return arguments
-        return None
+        if sent is None:
+            return None
+        arguments = read_arguments(sent.args)
+        if (
+            sent.args
+            and arguments.enabled != self.layerdiffuse_enabled
+            and "layerdiffuse_enabled" in self.model_fields_set
+        ):
+            raise InvalidRequest(
+                f"it is {str(self.layerdiffuse_enabled).lower()}, "
+                f"and the script {SCRIPT} has the opposite.",
+                hint="Send one of the two.",
+                field="layerdiffuse_enabled",
+            )
+        return arguments
 
     def _layerdiffuse(self) -> dict[str, Any]:
         """Return the fields of LayerDiffuse. Raises `InvalidRequest`."""
@@ -245,25 +320,34 @@ class Txt2ImgRequest(Body, Postprocessing, frozen=True):
             "enable_hr",
             "restore_faces",
             "tiling",
-            "styles",
             "script_name",
             "refiner_checkpoint",
             "infotext",
             "s_churn",
         ]
-        used = [name for name in names if getattr(self, name)]
+        used = [name for name in names if _is_used(getattr(self, name))]
         used += [
             name for name in ("seed_resize_from_w", "seed_resize_from_h") if getattr(self, name) > 0
         ]
         used += ["s_noise"] if self.s_noise != 1 else []
-        used += ["eta"] if self.eta not in (None, 0, 1) else []
-        self.override_settings.reject_unimplemented("override_settings.")
+        self.override_settings.reject_unimplemented(OVERRIDE)
         if used:
-            raise _not_implemented(used[0])
+            raise InvalidRequest("this is not implemented.", hint="Leave it out.", field=used[0])
 
 
-def _not_implemented(field: str) -> InvalidRequest:
-    return InvalidRequest("this is not implemented.", hint="Leave it out.", field=field)
+def _is_used(value: Any) -> bool:
+    """Return whether the value of a field requests something."""
+    return bool(value) and str(value).strip().lower() not in NOTHING
+
+
+def _is_enabled(args: list[Any]) -> bool:
+    """Return whether a script is switched on by its arguments.
+
+    The first one of most scripts is a switch. Those of ControlNet are objects with a switch each.
+    """
+    if all(isinstance(unit, dict) for unit in args):
+        return any(cast("dict[str, Any]", unit).get("enabled", True) for unit in args)
+    return _is_used(args[0])
 
 
 class Detail(BaseModel):
@@ -273,19 +357,27 @@ class Detail(BaseModel):
 
 
 class Txt2ImgResponse(BaseModel):
-    """The images as bare base64, the parsed request, and `info`, a JSON string."""
+    """The images as bare base64, the request, and `info`, a JSON string."""
 
     images: Annotated[list[str], Field(description="PNG files as base64.")]
-    parameters: Annotated[dict[str, Any], Field(description="The parsed request.")]
+    parameters: Annotated[dict[str, Any], Field(description="The request.")]
     info: Annotated[
         str, Field(description="JSON string: seeds, size, sampler, model and infotexts.")
     ]
 
 
+def file_title(entry: ModelEntry) -> str:
+    """Return the title of a model in AUTOMATIC1111, with the suffix of its file."""
+    suffix = entry.path.suffix if entry.kind == "single_file" else ""
+    return f"{entry.name}{suffix}{entry.title.removeprefix(entry.name)}"
+
+
 class SdModel(BaseModel):
     """One checkpoint."""
 
-    title: Annotated[str, Field(description="Name, with the short hash once it is known.")]
+    title: Annotated[
+        str, Field(description="Name of the file, with the short hash once it is known.")
+    ]
     model_name: Annotated[str, Field(description="Name.")]
     hash: Annotated[str | None, Field(description="First ten digits of the SHA-256.")]
     sha256: Annotated[str | None, Field(description="Null until the file was hashed.")]
@@ -297,7 +389,7 @@ class SdModel(BaseModel):
         """Return the row of a model."""
         folder = EMBEDDED_MODEL.parent if entry.path == EMBEDDED_MODEL else models_dir
         return cls(
-            title=entry.title,
+            title=file_title(entry),
             model_name=entry.name,
             hash=entry.short_hash,
             sha256=entry.sha256,

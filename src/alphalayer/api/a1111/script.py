@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any, cast
 
-from pydantic import ConfigDict, ValidationError
+from pydantic import ConfigDict, Field, ValidationError
 
 from alphalayer.core.errors import InvalidRequest
 from alphalayer.core.modes import DEFAULT_MODE, MODES, OPAQUE, InputRole
@@ -26,6 +26,23 @@ OTHER_METHODS = (
     "(SD1.5) Generate Everything Together (need batch size 3)",
 )
 """Methods of the original that are not implemented."""
+ROWS = (*OTHER_METHODS, *METHODS)
+"""Methods in the order of the original, whose numbers clients send."""
+LABELS = {
+    "enabled": "Enabled",
+    "method": "Method",
+    "weight": "Weight",
+    "ending_step": "Stop At",
+    "fg_image": "Foreground",
+    "bg_image": "Background",
+    "blend_image": "Blending",
+    "resize_mode": "Resize Mode",
+    "output_origin": "Output original mat for img2img",
+    "fg_additional_prompt": "Foreground Additional Prompt",
+    "bg_additional_prompt": "Background Additional Prompt",
+    "blend_additional_prompt": "Blended Additional Prompt",
+}
+"""Labels of the arguments in the original's page."""
 
 
 class Arguments(Frozen, frozen=True):
@@ -34,9 +51,9 @@ class Arguments(Frozen, frozen=True):
     model_config = ConfigDict(strict=True)
 
     enabled: bool = True
-    method: str = MODES[DEFAULT_MODE].label
-    weight: LayerdiffuseWeight = 1.0
-    ending_step: LayerdiffuseStopAt = 1.0
+    method: str | int = MODES[DEFAULT_MODE].label
+    weight: Annotated[LayerdiffuseWeight, Field(strict=False)] = 1.0
+    ending_step: Annotated[LayerdiffuseStopAt, Field(strict=False)] = 1.0
     fg_image: str | None = None
     bg_image: str | None = None
     blend_image: str | None = None
@@ -80,13 +97,18 @@ UNSUPPORTED = (
 def read_arguments(args: list[Any]) -> Arguments:
     """Return the named arguments of the script.
 
+    Args:
+        args: The values by position. The first may be an object of values by name.
+
     Raises:
         InvalidRequest: An argument is wrong or not implemented.
     """
-    named = zip(Arguments.model_fields, args, strict=False)
+    named = dict(zip(Arguments.model_fields, args, strict=False))
+    if isinstance(first := named.get("enabled"), dict):
+        named |= {"enabled": True, **cast("dict[str, Any]", first)}
     try:
         arguments = Arguments.model_validate(
-            {name: value for name, value in named if value is not None}
+            {name: value for name, value in named.items() if value is not None}
         )
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
@@ -97,18 +119,21 @@ def read_arguments(args: list[Any]) -> Arguments:
     return arguments
 
 
-def _method(label: str) -> str:
-    """Return a method by its label, also without "(SDXL)". Raises `InvalidRequest`."""
+def _method(method: str | int) -> str:
+    """Return a mode by its label or row. Raises `InvalidRequest`.
+
+    The label may lack "(SDXL)".
+    """
+    label = str(method)
+    label = {str(row): label for row, label in enumerate(ROWS)}.get(label, label)
     bare = label.removeprefix("(SDXL) ")
     known = {label.removeprefix("(SDXL) "): name for label, name in METHODS.items()}
     if bare in known:
         return known[bare]
-    others = {other.partition(") ")[2] for other in OTHER_METHODS}
-    reason = (
-        f'"{label}" is not implemented'
-        if bare.removeprefix("(SD1.5) ") in others
-        else f'there is no "{label}"'
-    )
+    # older labels of these methods have no "(need batch size 2)"
+    others = {other for label in OTHER_METHODS for other in (label, label.partition(" (need")[0])}
+    is_known = {label, f"(SD1.5) {label}"} & others
+    reason = f'"{label}" is not implemented' if is_known else f'there is no "{label}"'
     raise _wrong_argument("method", f"{reason}; use one of: {', '.join(METHODS)}")
 
 

@@ -40,8 +40,13 @@ export async function settingsOf(name) {
   }
 }
 
-const fetchParameters = async (file) =>
-  (await service.json("sdapi/v1/png-info", { method: "POST", body: { image: await base64(file) } })).parameters;
+const PROMPTS = ["Prompt", "Negative prompt"];
+
+async function fetchParameters(file) {
+  const { info, parameters } = await service.json("sdapi/v1/png-info", { method: "POST", body: { image: await base64(file) } });
+  // the service adds the values that AUTOMATIC1111 assumes for other keys
+  return Object.fromEntries(Object.entries(parameters).filter(([key]) => PROMPTS.includes(key) || info.includes(`${key}: `)));
+}
 
 /** Use an image file as the background. Throws an Error for the user if it cannot be read. */
 export async function useAsBackground(file) {

@@ -1,0 +1,249 @@
+"""Settings of AUTOMATIC1111, of one request or between the requests of a client."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Annotated, Any, Literal, cast
+
+from pydantic import BaseModel, ConfigDict, Field, StrictBool
+
+from alphalayer.api.deps import wire_names
+from alphalayer.core import validation
+from alphalayer.core.errors import InvalidRequest
+from alphalayer.core.request import ClipSkip, Emphasis, GenerationOptions, NoiseSource, parse_as
+
+UNIMPLEMENTED: dict[str, tuple[Any, ...]] = {
+    "sd_vae": ("Automatic", "None", ""),
+    "sd_unet": ("Automatic", "None", ""),
+    "sd_lora": ("None", ""),
+    "sd_hypernetwork": ("None", ""),
+    "sd_noise_schedule": ("Default", ""),
+    "sd_vae_encode_method": ("Full",),
+    "sd_vae_decode_method": ("Full",),
+    "forge_additional_modules": ([],),
+    "forge_try_reproduce": ("None", ""),
+    "sigma_min": (0.0,),
+    "sigma_max": (0.0,),
+    "rho": (0.0,),
+    "s_churn": (0.0,),
+    "s_tmin": (0.0,),
+    "s_tmax": (0.0,),
+    "s_noise": (1.0,),
+    "s_min_uncond_all": (False,),
+    "k_sched_type": ("Automatic",),
+    "always_discard_next_to_last_sigma": (False,),
+    "sgm_noise_multiplier": (False,),
+    "enable_quantization": (False,),
+    "skip_early_cond": (0.0,),
+    "beta_dist_alpha": (0.6,),
+    "beta_dist_beta": (0.6,),
+    "ddim_discretize": ("uniform",),
+    "uni_pc_variant": ("bh1",),
+    "uni_pc_skip_type": ("time_uniform",),
+    "uni_pc_order": (3,),
+    "uni_pc_lower_order_final": (True,),
+    "token_merging_ratio": (0.0,),
+    "token_merging_ratio_hr": (0.0,),
+    "pad_cond_uncond": (False,),
+    "pad_cond_uncond_v0": (False,),
+    "comma_padding_backtrack": (20,),
+    "enable_emphasis": (True,),
+    "enable_batch_seeds": (True,),
+    "sdxl_clip_l_skip": (False,),
+    "tiling": (False,),
+    "face_restoration": (False,),
+    "extra_networks_default_multiplier": (1.0,),
+    "lora_functional": (False,),
+    "use_old_emphasis_implementation": (False,),
+    "use_old_karras_scheduler_sigmas": (False,),
+    "use_old_scheduling": (False,),
+    "use_downcasted_alpha_bar": (False,),
+    "no_dpmpp_sde_batch_determinism": (False,),
+}
+"""Settings that change the image and are not implemented, with the values that are accepted.
+
+The first value is the default. Source: the options of Forge's API.
+"""
+INFOTEXT_NAMES = {
+    "clip skip": "CLIP_stop_at_last_layers",
+    "ensd": "eta_noise_seed_delta",
+    "rng": "randn_source",
+    "ngms": "s_min_uncond",
+    "model": "sd_model_checkpoint",
+    "vae": "sd_vae",
+}
+"""Settings by the names that they have in infotext, in lower case."""
+OPTION_NAMES = {
+    "noise_seed_delta": "eta_noise_seed_delta",
+    "emphasis": "emphasis",
+    "crop_top": "sdxl_crop_top",
+    "crop_left": "sdxl_crop_left",
+    "min_uncond": "s_min_uncond",
+}
+"""Settings by the names of `GenerationOptions`."""
+WITHOUT_ETA = (
+    "Euler",
+    "Heun",
+    "LMS",
+    "DPM2",
+    "DPM++ 2M",
+    "Restart",
+    "HeunPP2",
+    "IPNDM",
+    "IPNDM_V",
+    "DEIS",
+    "DDPM",
+    "PLMS",
+    "UniPC",
+    "LCM",
+)
+"""Samplers for which eta has no meaning, as in Forge."""
+SHORTEST_COMPARED = 6
+"""Shorter names are not compared: too many other words are like them."""
+
+
+class OverrideSettings(BaseModel):
+    """Settings of AUTOMATIC1111. Settings without effect on the image are ignored."""
+
+    model_config = ConfigDict(extra="allow", hide_input_in_errors=True)
+
+    sd_model_checkpoint: Annotated[
+        str | None, Field(max_length=500, description="Model name, title or hash.")
+    ] = None
+    CLIP_stop_at_last_layers: ClipSkip | None = None
+    live_previews_enable: Annotated[
+        StrictBool | None, Field(description="Whether `progress` has an image.")
+    ] = None
+    randn_source: Annotated[
+        Literal["NV", "CPU", "GPU"] | None, Field(description="Source of noise.")
+    ] = None
+    emphasis: Annotated[Emphasis | None, Field(description="How attention weights act.")] = None
+    eta_noise_seed_delta: Annotated[
+        int | None, Field(description="Added to the seed of the sampler's noise.")
+    ] = None
+    eta_ancestral: Annotated[
+        float | None, Field(description="Share of fresh noise in each step, from 0 to 1.")
+    ] = None
+    eta_ddim: Annotated[
+        float | None, Field(description="The same for DDIM, whose default is 0.")
+    ] = None
+    s_min_uncond: Annotated[
+        float | None,
+        Field(description="Noise level below which every second step has no guidance."),
+    ] = None
+    sdxl_crop_top: Annotated[int | None, Field(description="Crop that SDXL sees.")] = None
+    sdxl_crop_left: Annotated[int | None, Field(description="Crop that SDXL sees.")] = None
+    enable_prompt_comments: Annotated[
+        bool | None, Field(description="Whether # starts a comment in a prompt.")
+    ] = None
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """Return the implemented settings that are set."""
+        values = ((name, getattr(self, name)) for name in OverrideSettings.model_fields)
+        return {name: value for name, value in values if value is not None}
+
+    @property
+    def noise(self) -> NoiseSource | None:
+        """Return the source of noise, None if it is not set."""
+        return cast("NoiseSource", self.randn_source.lower()) if self.randn_source else None
+
+    def over(self, other: OverrideSettings) -> OverrideSettings:
+        """Return these settings, and those of `other` that are not set here."""
+        return other.model_copy(update=self.values)
+
+    def reject_unimplemented(self, prefix: str = "") -> None:
+        """Check the settings that are not implemented.
+
+        Args:
+            prefix: Put before the name of the field in the error.
+
+        Raises:
+            InvalidRequest: A setting would change the image, or is misspelled.
+        """
+        for name, value in (self.model_extra or {}).items():
+            if value is None or any(
+                _is_same(value, other) for other in UNIMPLEMENTED.get(name, ())
+            ):
+                continue
+            if name in UNIMPLEMENTED:
+                raise InvalidRequest(
+                    f"this is not implemented; only {validation.shown(UNIMPLEMENTED[name][0])} is.",
+                    hint="Leave it out.",
+                    field=f"{prefix}{name}",
+                )
+            if like := _find_similar(name):
+                raise InvalidRequest(
+                    "there is no such setting.",
+                    hint=f'Did you mean "{like}"?',
+                    field=f"{prefix}{validation.cut(name)}",
+                )
+
+    def options(
+        self,
+        sampler: str | None,
+        prefix: str = "",
+        eta: float | None = None,
+        min_uncond: float | None = None,
+    ) -> GenerationOptions:
+        """Return the options of a request.
+
+        Args:
+            sampler: The sampler. DDIM has its own eta.
+            prefix: Put before the name of the field in the error.
+            eta: The body's `eta`, which precedes the settings.
+            min_uncond: The body's `s_min_uncond`, which precedes the settings.
+
+        Raises:
+            InvalidRequest: A value is out of range.
+        """
+        is_ddim = (sampler or "").startswith("DDIM")
+        names = {**OPTION_NAMES, "eta": "eta_ddim" if is_ddim else "eta_ancestral"}
+        options = {option: getattr(self, name) for option, name in names.items()}
+        names = {option: f"{prefix}{name}" for option, name in names.items()}
+        if eta is not None:
+            options["eta"], names["eta"] = eta, "eta"
+        if min_uncond is not None:
+            options["min_uncond"], names["min_uncond"] = min_uncond, "s_min_uncond"
+        if sampler in WITHOUT_ETA or options["eta"] == (0 if is_ddim else 1):
+            options["eta"] = None
+        used = {option: value for option, value in options.items() if value is not None}
+        with wire_names(names):
+            return parse_as(GenerationOptions, used)
+
+
+def _is_same(value: Any, accepted: Any) -> bool:
+    """Return whether two values are equal. Clients send some numbers as text."""
+    try:
+        return float(value) == float(accepted)
+    except (TypeError, ValueError):
+        return value == accepted
+
+
+def _find_similar(name: str) -> str | None:
+    """Return the setting that a misspelled name means, None for any other name."""
+    plain = validation.cut(name).lower()
+    if found := INFOTEXT_NAMES.get(plain.replace("_", " ")):
+        return found
+    if len(plain) < SHORTEST_COMPARED:
+        return None
+    return next((_SIMILAR[other] for other in _shorten(plain) if other in _SIMILAR), None)
+
+
+def _shorten(name: str) -> Iterable[str]:
+    """Yield a name, and the name without each of its characters.
+
+    Two names with one of these in common differ in at most one character, or in the order of two.
+    """
+    yield name
+    for index in range(len(name)):
+        yield name[:index] + name[index + 1 :]
+
+
+_SIMILAR = {
+    other: name
+    for name in (*OverrideSettings.model_fields, *UNIMPLEMENTED)
+    if len(name) >= SHORTEST_COMPARED
+    for other in _shorten(name.lower())
+}
+"""Settings by what their names share with misspelled ones."""
