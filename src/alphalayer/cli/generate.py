@@ -109,7 +109,8 @@ def _spec(prompt: str, output: Path | None, options: dict[str, Any], settings: S
             "scheduler": scheduler,
             "noise": settings.noise,
             "decode": settings.decode,
-        }
+        },
+        comments=settings.prompt_comments,
     )
     finishing = select_fields(Output, options)
     # a file name decides, and a wrong --format is an error beside it as well

@@ -192,6 +192,7 @@ class Txt2ImgRequest(Body, Postprocessing, frozen=True):
             )
         generation = GenerationRequest.of(
             self,
+            comments=service.prompt_comments,
             sampler=sampler,
             scheduler=scheduler,
             clip_skip=override.CLIP_stop_at_last_layers or options.clip_skip,
