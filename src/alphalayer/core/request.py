@@ -534,14 +534,16 @@ def _split_tags(prompt: str) -> tuple[str, list[Lora], list[str]]:
     """
     loras: list[Lora] = []
     ignored: list[str] = []
-    for tag in _TAG.finditer(prompt):
+    # without a closing bracket each "<" would be read to the end
+    end = prompt.rfind(">") + 1
+    for tag in _TAG.finditer(prompt, endpos=end):
         if tag[1] in ("lora", "lyco"):
             lora, unknown = _parse_lora(tag[0], tag[2])
             loras.append(lora)
             ignored += unknown
         else:
             ignored.append(tag[0])
-    return _TAG.sub("", prompt).strip(), loras, ignored
+    return (_TAG.sub("", prompt[:end]) + prompt[end:]).strip(), loras, ignored
 
 
 def _parse_lora(tag: str, values: str) -> tuple[Lora, list[str]]:
