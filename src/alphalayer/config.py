@@ -247,6 +247,9 @@ class Settings(BaseSettings):
             "for checkpoints, official for the embedded model. launch.py starts with auto."
         ),
     ] = "official"
+    prompt_comments: Annotated[
+        bool, Field(description='Remove comments from prompts: "#" to the end of the line.')
+    ] = True
     batch_pixels: Annotated[
         int | None,
         Field(

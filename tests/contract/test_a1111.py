@@ -307,7 +307,7 @@ def test_txt2img_layerdiffuse_enabled_false_is_opaque(client):
         ({"prompt": ""}, "prompt"),
         ({"width": 63}, "width"),
         ({"steps": "many"}, "steps"),
-        ({"cfg_scale": 0}, "cfg_scale"),
+        ({"cfg_scale": -1}, "cfg_scale"),
         ({"sampler_name": "Magic"}, "sampler_name"),
         ({"scheduler": "Magic"}, "scheduler"),
         ({"batch_size": 100}, "batch_size"),

@@ -62,7 +62,11 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
         (NATIVE, {"background": "white"}, 'background: got "white"; a colour such as "#ffffff".'),
         (NATIVE, {"loras": "x"}, 'loras: got "x"; a list.'),
         (NATIVE, {"loras": [{"name": "x"}] * 17}, "loras: got 17 entries; at most 16."),
-        (NATIVE, {"loras": [{"name": "x", "weight": 5}]}, "loras.0.weight: got 5; at most 4."),
+        (
+            NATIVE,
+            {"loras": [{"name": "x", "weight": 101}]},
+            "loras.0.weight: got 101; at most 100.",
+        ),
         (NATIVE, {"checkpoint": ""}, "checkpoint: it is empty."),
         (NATIVE, {"colour": "red"}, "colour: there is no such field."),
         (JOBS, {"previews": 3}, "previews: got 3; true or false."),

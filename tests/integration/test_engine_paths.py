@@ -35,7 +35,7 @@ from alphalayer.core.errors import (
     ModelUnusable,
     OutOfMemory,
 )
-from alphalayer.core.request import SAMPLERS, SCHEDULERS, GenerationRequest, Lora
+from alphalayer.core.request import SAMPLERS, SCHEDULERS, GenerationRequest, Lora, parse_request
 from alphalayer.engine.base import GenerationResult, Progress
 from alphalayer.engine.families.base import NoiseProcess
 from alphalayer.engine.networks.weights import NamedWeights
@@ -368,14 +368,23 @@ def test_lora_in_kohya_and_peft_names_gives_one_image(engine: LocalEngine):
 
 
 def test_lora_in_the_prompt_equals_the_lora_field(engine: LocalEngine):
-    request = GenerationRequest(
-        **{**REQUEST.model_dump(), "prompt": f"{REQUEST.prompt} <lora:kohya:0.5>"}
+    request = parse_request(
+        {**REQUEST.model_dump(), "prompt": f"{REQUEST.prompt} <lora:kohya:0.5>"}
     )
     result = engine.generate(request)
     assert np.array_equal(
         result.images[0].rgba, _render(engine, loras=(Lora(name="kohya", weight=0.5),))
     )
     assert infotext_of(result).startswith(f"{REQUEST.prompt} <lora:kohya:0.5>\n")
+
+
+def test_lora_weight_of_the_text_encoders_is_their_own(engine: LocalEngine, base: np.ndarray):
+    def render(name: str, weight: float, text_weight: float) -> np.ndarray:
+        return _render(engine, loras=(Lora(name=name, weight=weight, text_weight=text_weight),))
+
+    assert np.array_equal(render("words", 0, 1), _render(engine, loras=(Lora(name="words"),)))
+    assert np.array_equal(render("words", 1, 0), base)
+    assert np.array_equal(render("kohya", 0, 1), base)
 
 
 def test_unknown_lora_lists_the_available_ones(engine: LocalEngine):

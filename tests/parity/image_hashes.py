@@ -55,7 +55,7 @@ def create_renderer(
     Returns:
         A function from the fields of requests, rendered as one batch, to the images of each.
     """
-    from alphalayer.core.request import GenerationRequest
+    from alphalayer.core.request import parse_request
     from alphalayer.engine import pipeline
     from alphalayer.engine.base import RenderTask
     from alphalayer.images.infotext import write_parameters
@@ -73,9 +73,7 @@ def create_renderer(
     def render(requests: list[Fields]) -> list[list[Rendered]]:
         pipeline.sample = sample
         try:
-            results = engine.render(
-                [RenderTask(GenerationRequest(**fields)) for fields in requests]
-            )
+            results = engine.render([RenderTask(parse_request(fields)) for fields in requests])
         finally:
             pipeline.sample = original
         return [

@@ -21,7 +21,13 @@ from alphalayer.core.request import MAX_PROMPT_BYTES
 from alphalayer.engine.families.clip_files import build_text_model, transformers_names
 from alphalayer.engine.families.configs import SHIPPED
 from alphalayer.engine.networks.clip import ClipTextModel
-from alphalayer.engine.text.encoders import TextEncoders, plan_negative, plan_prompt
+from alphalayer.engine.text.encoders import (
+    Reading,
+    TextEncoders,
+    is_cached,
+    plan_negative,
+    plan_prompt,
+)
 from alphalayer.engine.text.textual_inversion import TextualInversion, read_embeddings
 from alphalayer.engine.text.tokenizer import read_tokenizers
 
@@ -338,7 +344,7 @@ def _text_at(plan, step: int, encoders: TextEncoders, texts: list[str]) -> str:
 
 
 def test_empty_negative_prompt_is_zeros_but_a_space_is_not(encoders: TextEncoders):
-    empty, space = (plan_negative(encoders, text, 20).at(0)[0][0] for text in ("", " "))
+    empty, space = (plan_negative(encoders, text, Reading(20)).at(0)[0][0] for text in ("", " "))
     assert empty.context.shape == (1, 77, tiny_models.WIDTH_L + tiny_models.WIDTH_G)
     assert not empty.context.any()
     assert not empty.pooled.any()
@@ -347,7 +353,7 @@ def test_empty_negative_prompt_is_zeros_but_a_space_is_not(encoders: TextEncoder
 
 
 def test_plan_changes_its_text_at_the_scheduled_step(encoders: TextEncoders):
-    plan = plan_prompt(encoders, "a [red:blue:0.5] cup", 8)
+    plan = plan_prompt(encoders, "a [red:blue:0.5] cup", Reading(8))
     texts = ["a red cup", "a blue cup"]
     # a schedule's entry holds while the step counter, from 0 on, is not above its end
     assert [_text_at(plan, step, encoders, texts) for step in range(8)] == [texts[0]] * 5 + [
@@ -356,7 +362,7 @@ def test_plan_changes_its_text_at_the_scheduled_step(encoders: TextEncoders):
 
 
 def test_plan_alternates_its_texts(encoders: TextEncoders):
-    plan = plan_prompt(encoders, "[red|blue] cup", 5)
+    plan = plan_prompt(encoders, "[red|blue] cup", Reading(5))
     texts = ["red cup", "blue cup"]
     # entries end at steps 1, 2, 3 ... of a counter that starts at 0, so the first one holds twice
     assert [texts.index(_text_at(plan, step, encoders, texts)) for step in range(5)] == [
@@ -369,7 +375,7 @@ def test_plan_alternates_its_texts(encoders: TextEncoders):
 
 
 def test_plan_with_and_has_several_weighted_conditionings(encoders: TextEncoders):
-    plan = plan_prompt(encoders, "a cup AND a plate:0.5", 4)
+    plan = plan_prompt(encoders, "a cup AND a plate:0.5", Reading(4))
     (first, one), (second, half) = plan.at(3)
     assert (one, half) == (1.0, 0.5)
     torch.testing.assert_close(first.context, encoders.encode("a cup").context, **SAME)
@@ -385,7 +391,10 @@ def test_plan_encodes_each_text_once(
     handle = own_models[0].register_forward_pre_hook(lambda *_: calls.append(1))
     checks: list[int] = []
     plan = plan_prompt(
-        encoders, "[red|blue] cup AND [red|blue] plate", 20, check=lambda: checks.append(len(calls))
+        encoders,
+        "[red|blue] cup AND [red|blue] plate",
+        Reading(20),
+        check=lambda: checks.append(len(calls)),
     )
     handle.remove()
     assert (
@@ -402,7 +411,7 @@ def test_plan_encodes_each_text_once(
 def test_plan_with_too_many_chunks_is_refused(encoders: TextEncoders, prompt: str):
     for plan, field in ((plan_prompt, "prompt"), (plan_negative, "negative_prompt")):
         with pytest.raises(InvalidRequest, match="600 chunks") as error:
-            plan(encoders, prompt, 60)
+            plan(encoders, prompt, Reading(60))
         assert error.value.field == field
 
 
@@ -412,10 +421,10 @@ def test_plan_with_too_many_embedding_vectors_is_refused(tokenizers, own_models)
     )
     with_words = TextEncoders(*tokenizers, *own_models, {"cup": large})
     most = max_chunks("cup")
-    plan_prompt(with_words, "cup " * most, 1)
+    plan_prompt(with_words, "cup " * most, Reading(1))
     for plan, field in ((plan_prompt, "prompt"), (plan_negative, "negative_prompt")):
         with pytest.raises(InvalidRequest, match=f"{most + 1} chunks .* at most {most}") as error:
-            plan(with_words, "cup " * (most + 1), 1)
+            plan(with_words, "cup " * (most + 1), Reading(1))
         assert error.value.field == field
 
 
@@ -428,7 +437,7 @@ def test_text_without_embeddings_has_no_more_than_max_chunks(encoders: TextEncod
 
 
 def test_plan_negative_treats_and_as_text(encoders: TextEncoders):
-    ((conditioning, weight),) = plan_negative(encoders, "a cup AND a plate:0.5", 4).at(0)
+    ((conditioning, weight),) = plan_negative(encoders, "a cup AND a plate:0.5", Reading(4)).at(0)
     assert weight == 1.0
     torch.testing.assert_close(
         conditioning.context, encoders.encode("a cup AND a plate:0.5").context, **SAME
@@ -436,6 +445,106 @@ def test_plan_negative_treats_and_as_text(encoders: TextEncoders):
 
 
 def test_plan_combines_nested_schedules_and_weights(encoders: TextEncoders):
-    plan = plan_prompt(encoders, "([red:(blue:1.4):2]:1.2) cup", 4)
+    plan = plan_prompt(encoders, "([red:(blue:1.4):2]:1.2) cup", Reading(4))
     texts = ["(red:1.2) cup", "((blue:1.4):1.2) cup"]
-    assert [_text_at(plan, step, encoders, texts) for step in (0, 3)] == texts
+    together = encoders.encode_schedule(texts)
+    for step, text in ((0, texts[0]), (3, texts[1])):
+        ((conditioning, _),) = plan.at(step)
+        assert torch.equal(conditioning.context, together[text].context)
+
+
+# --- texts that are encoded together
+
+LONG = ", ".join(["apple"] * 60)
+
+
+def test_texts_of_a_schedule_are_padded_with_empty_chunks(encoders: TextEncoders):
+    plan = plan_prompt(encoders, f"[cat:{LONG}:2]", Reading(4))
+    short, long = (plan.at(step)[0][0] for step in (0, 3))
+    assert short.context.shape == long.context.shape == encoders.encode(LONG).context.shape
+    expected = [encoders.encode(text).context for text in ("cat", "")]
+    torch.testing.assert_close(short.context, torch.cat(expected, dim=1), **SAME)
+    torch.testing.assert_close(short.pooled, encoders.encode("cat").pooled, **SAME)
+
+
+def test_shorter_parts_of_and_repeat_their_last_vector(encoders: TextEncoders):
+    (short, _), (long, _) = plan_prompt(encoders, f"a cat AND {LONG}", Reading(4)).at(0)
+    alone = encoders.encode("a cat ").context
+    assert short.context.shape == long.context.shape == (1, 154, alone.shape[2])
+    assert torch.equal(short.context[:, :77], alone)
+    assert torch.equal(short.context[:, 77:], alone[:, -1:].expand(1, 77, -1))
+
+
+def _weighted(encoders: TextEncoders, text: str, weights: dict[int, float]) -> torch.Tensor:
+    """Return the hidden states of a plain text, with weights at some positions."""
+    factors = torch.ones(77, 1)
+    for position, weight in weights.items():
+        factors[position] = weight
+    return encoders.encode(text).context[0] * factors
+
+
+def _split_widths(context: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return context.split([tiny_models.WIDTH_L, tiny_models.WIDTH_G], dim=-1)
+
+
+@pytest.mark.parametrize(("steps", "entries"), [(2, "ab"), (3, "aba"), (5, "ababa")])
+def test_weights_keep_the_mean_over_all_entries(encoders: TextEncoders, steps: int, entries: str):
+    """Scale the text without weights, too. Each entry of the schedule counts."""
+    plan = plan_prompt(encoders, "[cat|(dog:1.6)]", Reading(steps))
+    plain = {"a": encoders.encode("cat").context[0], "b": encoders.encode("dog").context[0]}
+    weighted = {"a": plain["a"], "b": _weighted(encoders, "dog", {1: 1.6})}
+    expected = {"a": list[torch.Tensor](), "b": list[torch.Tensor]()}
+    for part in range(2):
+        before, after = (
+            torch.stack([_split_widths(texts[name])[part] for name in entries]).mean()
+            for texts in (plain, weighted)
+        )
+        for name, rows in expected.items():
+            rows.append(_split_widths(weighted[name])[part] * before / after)
+    ((_, schedule),) = plan.parts
+    for name, (_, conditioning) in zip(entries, schedule, strict=True):
+        torch.testing.assert_close(
+            conditioning.context[0], torch.cat(expected[name], dim=-1), rtol=1e-3, atol=1e-4
+        )
+    assert (torch.cat(expected["a"], dim=-1) - plain["a"]).abs().max() > 1e-3
+
+
+def test_emphasis_of_each_kind(encoders: TextEncoders):
+    kinds = {
+        "No norm": _weighted(encoders, "a cat", {2: 1.5}),
+        "Ignore": encoders.encode("a cat").context[0],
+        "None": encoders.encode(r"a \(cat:1.5\)").context[0],
+    }
+    for kind, expected in kinds.items():
+        plan = plan_prompt(encoders, "a (cat:1.5)", Reading(4, emphasis=kind))
+        torch.testing.assert_close(plan.at(0)[0][0].context[0], expected, **SAME)
+    ignored = plan_prompt(encoders, "a BREAK cat", Reading(4, emphasis="Ignore"))
+    assert ignored.at(0)[0][0].context.shape[1] == 154
+    as_text = plan_prompt(encoders, "a BREAK cat", Reading(4, emphasis="None"))
+    assert as_text.at(0)[0][0].context.shape[1] == 77
+
+
+@pytest.mark.parametrize(
+    ("negative", "is_zeroed"),
+    [("[bad::0]", True), ("[:bad:1.0]", True), ("[bad::0.5]", False), ("()", False)],
+)
+def test_negative_whose_texts_are_all_empty_is_zeros(
+    encoders: TextEncoders, negative: str, is_zeroed: bool
+):
+    conditioning = plan_negative(encoders, negative, Reading(4)).at(0)[0][0]
+    assert bool(conditioning.context.any()) != is_zeroed
+
+
+def test_cache_holds_what_a_plan_needs(tokenizers, own_models):
+    own = TextEncoders(*tokenizers, *own_models)
+    prompts = "[cat|(dog:1.6)] AND a cup", "[bad::0]"
+    reading = Reading(4)
+    assert not is_cached(own, *prompts, reading)
+    plan_prompt(own, prompts[0], reading)
+    assert not is_cached(own, *prompts, reading), "zeros have the shape of an encoded text"
+    plan_negative(own, prompts[1], reading)
+    assert is_cached(own, *prompts, reading)
+    for other in (Reading(5), Reading(4, 3), Reading(4, emphasis="Ignore")):
+        assert not is_cached(own, *prompts, other)
+    # the order of the entries changes nothing
+    assert is_cached(own, "[(dog:1.6)|cat] AND a cup", "", reading)

@@ -13,7 +13,7 @@ from alphalayer.api.a1111.settings import UNIMPLEMENTED, OverrideSettings
 from alphalayer.core.errors import InvalidRequest
 from alphalayer.core.request import GenerationOptions, GenerationRequest
 
-SERVICE: Any = SimpleNamespace(noise="nv", decode="official")
+SERVICE: Any = SimpleNamespace(noise="nv", decode="official", prompt_comments=True)
 OBJECT = {"enabled": True, "method": 5, "weight": "0.5"}
 
 

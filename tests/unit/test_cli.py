@@ -535,7 +535,7 @@ def test_help_fits_a_narrow_terminal_with_whole_flags(run: Run, monkeypatch: pyt
         (["--trim-threshold", "255"], "--trim-threshold: got 255; at most 254."),
         (["--format", "jpeg"], '--format: "jpeg" is not a supported format with transparency'),
         (["--output", "cup.jpeg"], '--format: "jpeg" is not a supported format with transparency'),
-        (["--loras", '[{"name": "x", "weight": 5}]'], "loras.0.weight: got 5; at most 4."),
+        (["--loras", '[{"name": "x", "weight": 101}]'], "loras.0.weight: got 101; at most 100."),
         (["--background", "red"], '--background: got "red"; a colour'),
         (
             ["--output", "/proc/absent/cup.png"],

@@ -28,13 +28,16 @@ class Model:
             torch.manual_seed(0)
             self.unet = UNet(CONFIG).half().requires_grad_(False)
         self.process, self.modules = PROCESS, {"denoiser": self.unet}
-        self.prepared = 0
+        self.prepared, self.crop = 0, (0, 0)
 
-    def prepare(self, conditioning: Conditioning, width: int, height: int) -> Any:
+    def prepare(
+        self, conditioning: Conditioning, width: int, height: int, crop: tuple[int, int]
+    ) -> Any:
         self.prepared += 1
+        self.crop = crop
         weight = self.unet.conv_in.weight
         texts = (conditioning.context.to(weight.dtype), conditioning.pooled.to(weight.dtype))
-        return self.unet.prepare(*texts, (height, width, 0, 0, height, width))
+        return self.unet.prepare(*texts, (height, width, *crop, height, width))
 
     def denoise(self, x: torch.Tensor, sigma: float, prepared: Any, condition: Any = None):
         timestep = torch.full((1,), self.process.table.timestep(sigma), device=x.device)
@@ -102,3 +105,31 @@ def test_removed_patch_prepares_the_text_again():
     for patched in (True, True, False, False):
         denoiser(torch.ones(1, 4, 8, 8), 1.0, 0, patched=patched)
     assert model.prepared == 2
+
+
+def test_crop_reaches_the_model():
+    model, text = Model("cpu"), make_text("cpu")
+    guidance = Guidance(constant(text), constant(make_text("cpu")), 5.0)
+    denoiser = Denoiser(
+        model,  # type: ignore[arg-type]
+        [guidance],
+        64,
+        64,
+        MEMORY_MODES["high"],
+        crop=(8, 16),
+    )
+    denoiser(torch.ones(1, 4, 8, 8), 1.0, 0)
+    assert model.crop == (8, 16)
+
+
+@pytest.mark.parametrize(
+    ("step", "sigma", "rows"), [(0, 1.0, 2), (1, 1.0, 1), (1, 2.0, 2), (2, 0.5, 2), (3, 0.0, 1)]
+)
+def test_negative_is_left_out_of_odd_steps_below_a_level(step: int, sigma: float, rows: int):
+    positive, negative = make_text("cpu"), make_text("cpu")
+    guidance = Guidance(constant(positive), constant(negative), 5.0, min_uncond=2.0)
+    assert len(guidance.conditionings(step, sigma)) == rows
+    assert guidance.conditionings(step, sigma)[-1] is positive
+    both = PromptPlan([(1.0, [(20, positive)]), (-1.0, [(20, positive)])])
+    with_and = Guidance(both, constant(negative), 5.0, min_uncond=2.0)
+    assert len(with_and.conditionings(step, sigma)) == 3, "parts of AND differ from the negative"

@@ -158,7 +158,7 @@ def test_read_parameters_reads_any_text(text: str):
         st.tuples(
             st.text(
                 st.characters(
-                    blacklist_characters="<>:\n\r", blacklist_categories=["Cs", "Cc", "Zl", "Zp"]
+                    blacklist_characters="<>:#\n\r", blacklist_categories=["Cs", "Cc", "Zl", "Zp"]
                 ),
                 min_size=1,
                 max_size=40,

@@ -51,7 +51,7 @@ BAD: list[tuple[str, Any]] = [
     ("cfg_scale", math.nan),
     ("cfg_scale", math.inf),
     ("cfg_scale", -math.inf),
-    ("cfg_scale", 0.99),
+    ("cfg_scale", -0.01),
     ("cfg_scale", 31),
     ("seed", -2),
     ("seed", 2**63),
@@ -104,10 +104,10 @@ def test_request_unknown_sampler_lists_the_samplers():
     ("name", "value"),
     [
         ("width", 64), ("width", 2048), ("height", 1000), ("steps", 1), ("steps", 150),
-        ("cfg_scale", 1), ("cfg_scale", 30), ("seed", 0), ("seed", MAX_SEED), ("batch_size", 8),
+        ("cfg_scale", 0), ("cfg_scale", 30), ("seed", 0), ("seed", MAX_SEED), ("batch_size", 8),
         ("subseed_strength", 1), ("prompt", "x" * 10_000), ("prompt", "a cat AND " * 7 + "SAND"),
         ("negative_prompt", "AND " * 99), ("negative_prompt", ""),
-        ("layerdiffuse_weight", 0), ("layerdiffuse_stop_at", 0), ("loras.0.weight", -1),
+        ("layerdiffuse_weight", 0), ("layerdiffuse_stop_at", 0), ("loras.0.weight", -100),
     ],
     ids=lambda value: str(value)[:20],
 )  # fmt: skip
@@ -227,7 +227,7 @@ def test_batch_key_differs_for_other_loras():
 
 
 @pytest.mark.parametrize(
-    "tag", ["", ":", ":1", " :1", "x:much", "x:nan", "x:inf", "x:5", "x:1:1", "x:1:lbw=OUTALL"]
+    "tag", [":", ":1", " :1", "x:much", "x:nan", "x:inf", "x:101", "x:1:much", "x:te=much"]
 )
 def test_request_invalid_lora_tag_is_refused_and_named(tag: str):
     with pytest.raises(InvalidRequest) as error:
@@ -237,7 +237,7 @@ def test_request_invalid_lora_tag_is_refused_and_named(tag: str):
 
 
 def test_request_too_many_loras_or_loras_alone_are_refused():
-    with pytest.raises(InvalidRequest, match=r"loras: .*16"):
+    with pytest.raises(InvalidRequest, match=r"prompt: .*16"):
         parse_request({"prompt": "a cat" + "<lora:x>" * 17})
     with pytest.raises(InvalidRequest, match="prompt: empty"):
         parse_request({"prompt": "<lora:x>"})
@@ -263,13 +263,90 @@ def test_request_accepted_prompt_is_valid_again(parts: list[str]):
             assert GenerationRequest.model_validate_json(request.model_dump_json()) == request
 
 
-@pytest.mark.parametrize(
-    "prompt", ["<lo<lora:x>ra:y>", "a A<lora:x>ND b " * 9, "a <lo<lora:x>ra:y:much>"]
-)
-def test_request_tag_inside_a_tag_hides_nothing(prompt: str):
-    with pytest.raises(InvalidRequest) as error:
-        parse_as(RequestFields, {"prompt": prompt})
-    assert error.value.field == "prompt"
+def test_request_and_that_a_tag_hid_is_counted():
+    with pytest.raises(InvalidRequest, match="prompt: got 10 parts"):
+        parse_request({"prompt": "a A<lora:x>ND b " * 9})
+
+
+LORA_TAGS = {
+    "x": Lora(name="x"),
+    "x:": Lora(name="x"),
+    "x:8.5": Lora(name="x", weight=8.5),
+    "x:0.5:0.25": Lora(name="x", weight=0.25, text_weight=0.5),
+    "x:0.5:0.5": Lora(name="x", weight=0.5),
+    "x:te=0": Lora(name="x", weight=0),
+    "x:1:unet=0.25": Lora(name="x", weight=0.25, text_weight=1),
+    "x:te=0:unet=-100": Lora(name="x", weight=-100, text_weight=0),
+    "epoch=5:0.5": Lora(name="epoch=5", weight=0.5),
+}
+
+
+@pytest.mark.parametrize("tag", LORA_TAGS)
+def test_request_lora_tag_of_any_form_is_read(tag: str):
+    request = parse_request({"prompt": f"a cat <lora:{tag}>"})
+    assert request.loras == (LORA_TAGS[tag],)
+    assert request.warnings == ()
+    assert parse_request({"prompt": request.tagged_prompt}).loras == request.loras
+
+
+def test_request_other_tags_are_left_out_with_a_warning():
+    prompt = "a <hypernet:x:1>cat <LORA:y:1> <lora:z:1:1:64:lbw=OUT> < b:c> <d> <:e> <lora:>"
+    request = parse_request({"prompt": prompt, "warnings": ["first."]})
+    assert request.prompt == "a cat   < b:c> <d> <:e> <lora:>"
+    assert request.loras == (Lora(name="z"),)
+    assert request.warnings == (
+        "first.",
+        "prompt: ignored <hypernet:x:1>, <LORA:y:1>, 64, lbw=OUT.",
+    )
+
+
+COMMENTS = {
+    "a red apple # not this": "a red apple",
+    "a #1 apple": "a",
+    "a # one\nb # two\n# three\nc": "a \nb \nc",
+    "a <lora:x:1># <lora:y:broken>": "a",
+    "  a  ": "a",
+    "a &#39; b": "a &",
+}
+
+
+@pytest.mark.parametrize("prompt", COMMENTS)
+def test_request_comments_are_removed(prompt: str):
+    accepted = [
+        parse_request({"prompt": prompt, "negative_prompt": prompt}),
+        GenerationRequest.of(
+            parse_as(RequestFields, {"prompt": prompt, "negative_prompt": prompt})
+        ),
+    ]
+    for request in accepted:
+        assert request.prompt == COMMENTS[prompt]
+        assert request.negative_prompt.replace("<lora:x:1>", "").strip() == COMMENTS[prompt]
+        assert all(lora.name == "x" for lora in request.loras)
+        # a stored request is not read again
+        stored = request.model_copy(update={"prompt": prompt}).model_dump_json()
+        assert GenerationRequest.model_validate_json(stored).prompt == prompt
+
+
+def test_request_comments_may_be_text():
+    fields = {"prompt": " a #1 apple ", "negative_prompt": " "}
+    for request in (
+        parse_request(fields, comments=False),
+        GenerationRequest.of(parse_as(RequestFields, fields), comments=False),
+    ):
+        assert (request.prompt, request.negative_prompt) == ("a #1 apple", "")
+
+
+def test_request_of_a_comment_alone_is_empty():
+    for accept in (
+        lambda: GenerationRequest.of(parse_as(RequestFields, {"prompt": "# a"})),
+        lambda: parse_request({"prompt": "# a"}),
+        lambda: parse_request({"prompt": " "}),
+    ):
+        with pytest.raises(InvalidRequest) as error:
+            accept()
+        assert str(error.value) == (
+            'prompt: empty. Describe the image, for instance "an apple, high quality".'
+        )
 
 
 JSON = st.recursive(
@@ -292,6 +369,14 @@ def test_request_any_json_is_valid_or_names_a_field(fields: dict[str, Any]):
     except InvalidRequest as error:
         refused = error
     assert refused is None or refused.field is not None
+
+
+@pytest.mark.parametrize(
+    ("sampler", "calls"), [("Heun", 10), ("DPM++ SDE", 10), ("DPM++ 2M SDE", 5), ("Euler", 5)]
+)
+def test_resolve_counts_the_calls_of_a_sampler(sampler: str, calls: int):
+    request = parse_request({"prompt": "x", "sampler": sampler, "steps": 5})
+    assert request.resolve(ModelDefaults()).calls == calls
 
 
 def cost_of(iterations: int = 1, **fields: Any) -> float:

@@ -80,6 +80,7 @@ class Service:
     """
     noise: NoiseSource = "nv"
     decode: DecodeMode = "official"
+    prompt_comments: bool = True
     public_url: str | None = None
     log_prompts: bool = False
     redirect_files: bool = False

@@ -157,9 +157,9 @@ async def submit(
     )
     submission = Submission(owner=user, idempotency_key=idempotency_key, digest=body.digest)
     with wire_names(DIALECT.field_names):
-        spec = body.to_spec(service.noise, service.decode).model_copy(
-            update={"previews": body.previews}
-        )
+        spec = body.to_spec(
+            service.noise, service.decode, comments=service.prompt_comments
+        ).model_copy(update={"previews": body.previews})
         job = await submit_job(service, spec, submission, delivery)
     job_answer = answer(
         await _view(service, job.id, user), base_url(service, request), service.url_signer

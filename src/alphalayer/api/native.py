@@ -104,12 +104,13 @@ class Txt2ImgRequest(Body, Output, RequestFields, frozen=True):
         Field(description="With base64 the response also holds the images themselves."),
     ] = "url"
 
-    def to_spec(self, noise: NoiseSource, decode: DecodeMode) -> JobSpec:
+    def to_spec(self, noise: NoiseSource, decode: DecodeMode, *, comments: bool = True) -> JobSpec:
         """Return the job of this request.
 
         Args:
             noise: Source of noise of the service.
             decode: Decoding of transparency of the service.
+            comments: Whether "#" starts a comment in the prompts.
 
         Raises:
             InvalidRequest: A field is wrong; it has the name of `JobSpec`, see `FIELDS`.
@@ -118,6 +119,7 @@ class Txt2ImgRequest(Body, Output, RequestFields, frozen=True):
         sampler, scheduler = choose_sampler(self.sampler, self.scheduler)
         generation = GenerationRequest.of(
             self,
+            comments=comments,
             sampler=sampler,
             scheduler=scheduler,
             mode=self.layerdiffuse_method if self.layerdiffuse_enabled else OPAQUE,
@@ -193,7 +195,7 @@ async def txt2img(
     """Wait for the image. A client that disconnects cancels its job."""
     with wire_names(FIELDS):
         submission = Submission(owner=user, idempotency_key=idempotency_key, digest=body.digest)
-        spec = body.to_spec(service.noise, service.decode)
+        spec = body.to_spec(service.noise, service.decode, comments=service.prompt_comments)
         job = await run_job(service, request, spec, submission, Delivery(with_data=body.with_data))
     return await _answer(job, request, service)
 

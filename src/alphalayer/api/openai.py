@@ -262,6 +262,7 @@ class GenerationsRequest(Body, frozen=True):
         sides = self.size.split("x") if self.size != "auto" else []
         generation = GenerationRequest.of(
             self,
+            comments=service.prompt_comments,
             model=model,
             steps=QUALITY_STEPS.get(self.quality),
             noise=service.noise,

@@ -114,7 +114,8 @@ def _spec(prompt: str, output: Path | None, options: dict[str, Any], settings: S
             "noise": settings.noise,
             "decode": settings.decode,
             "options": parse_as(GenerationOptions, select_fields(GenerationOptions, options)),
-        }
+        },
+        comments=settings.prompt_comments,
     )
     finishing = select_fields(Output, options)
     # a file name decides, and a wrong --format is an error beside it as well

@@ -11,13 +11,11 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from alphalayer.core.request import AND, GenerationRequest, ModelDefaults
+from alphalayer.core.request import AND, CALLS_PER_STEP, GenerationRequest, ModelDefaults
 
 UNIT_PIXELS = 2**20
 DECODE_STEPS = 10
 """Steps that take as long as the decode of an image [counted for both models: 5 to 17]."""
-TWO_CALLS = {"DPM++ SDE", "Heun"}
-"""Samplers that call the UNet twice a step."""
 BYTES_OF_A_CHUNK = 150
 """UTF-8 bytes of 75 tokens, at two a token. English has about 4.5, digits and emoji 1 to 2."""
 CHUNK_UNITS = 0.01
@@ -54,12 +52,12 @@ def image_cost(request: GenerationRequest) -> Cost:
     width, height = request.width or default.width, request.height or default.height
     steps = request.steps or default.steps
     megapixels = width * height / UNIT_PIXELS
-    calls = steps * (2 if (request.sampler or default.sampler) in TWO_CALLS else 1)
+    calls = steps * CALLS_PER_STEP.get(request.sampler or default.sampler, 1)
     # two short prompts are two rows of the UNet, and each AND part is one more
     rows = (len(AND.findall(request.prompt)) + 2) / 2
     positive, negative = count_chunks(request.prompt), count_chunks(request.negative_prompt)
     texts = sum(
-        chunks * _count_texts(text, steps)
+        chunks * _count_texts(text, calls)
         for text, chunks in ((request.prompt, positive), (request.negative_prompt, negative))
     )
     sampling = megapixels * calls * rows
@@ -93,6 +91,6 @@ def count_chunks(text: str) -> int:
     return 1 + len(text.encode(errors="replace")) // BYTES_OF_A_CHUNK + len(_BREAK.findall(text))
 
 
-def _count_texts(prompt: str, steps: int) -> int:
-    """Return the most texts that the schedules of a prompt can need over its steps."""
-    return steps if "|" in prompt else min(steps, 1 + prompt.count("["))
+def _count_texts(prompt: str, calls: int) -> int:
+    """Return the most texts that the schedules of a prompt can need over its calls."""
+    return calls if "|" in prompt else min(calls, 1 + prompt.count("["))

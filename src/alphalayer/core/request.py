@@ -28,6 +28,8 @@ SAMPLERS = (
     "UniPC",
     "LCM",
 )
+CALLS_PER_STEP = {"Heun": 2, "DPM++ SDE": 2}
+"""Samplers that call the network more than once a step. Prompt schedules count its calls."""
 SCHEDULERS = ("Karras", "Exponential", "Normal", "SGM Uniform", "Simple", "Beta")
 AUTOMATIC = "Automatic"
 _AUTOMATIC = {
@@ -60,7 +62,9 @@ MAX_LORAS = 16
 MIN_SIDE, MAX_SIDE = 64, 2048
 MAX_SEED = 2**63 - 1
 NOT_BLANK = r"\S"
-_LORA = re.compile(r"<(?:lora|lyco):([^<>]*)>")
+MAX_LORA_WEIGHT = 100
+_COMMENT = re.compile(r"(?m)^#.*\n?|#.*")
+_TAG = re.compile(r"<(\w+):([^>]+)>")
 FREE_IN_A_BATCH = {
     "prompt",
     "negative_prompt",
@@ -105,16 +109,12 @@ ModeName = Annotated[
 ]
 
 
+_EMPTY = 'empty. Describe the image, for instance "an apple, high quality"'
+
+
 def _check_prompt(prompt: str) -> str:
-    text, _ = _split_tags(prompt)
-    if not text:
-        raise ValueError('empty. Describe the image, for instance "an apple, high quality"')
-    parts = len(AND.findall(text)) + 1
-    if parts > MAX_PROMPT_PARTS:
-        raise ValueError(
-            f"got {parts} parts between ANDs; at most {MAX_PROMPT_PARTS}. "
-            "Write the word in small letters"
-        )
+    if not prompt.strip():
+        raise ValueError(_EMPTY)
     return prompt
 
 
@@ -125,13 +125,38 @@ class Frozen(BaseModel, frozen=True):
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False, hide_input_in_errors=True)
 
 
+LoraWeight = Annotated[
+    float,
+    Field(ge=-MAX_LORA_WEIGHT, le=MAX_LORA_WEIGHT, description="Strength of the LoRA."),
+]
+
+
 class Lora(Frozen, frozen=True):
     """A LoRA file of `models/Lora` and its weight."""
 
     name: Annotated[
         str, Field(min_length=1, max_length=200, description="File name without extension.")
     ]
-    weight: Annotated[float, Field(ge=-4, le=4, description="Strength of the LoRA.")] = 1.0
+    weight: LoraWeight = 1.0
+    text_weight: (
+        Annotated[LoraWeight, Field(description="Strength in the text encoders. Null: weight.")]
+        | None
+    ) = None
+
+    @property
+    def weights(self) -> tuple[float, float]:
+        """Return the weights of the text encoders and of the denoiser."""
+        return self.weight if self.text_weight is None else self.text_weight, self.weight
+
+    @property
+    def tag(self) -> str:
+        """Return the LoRA as a tag of a prompt."""
+        text, weight = (f"{value:.12g}" for value in self.weights)
+        return (
+            f"<lora:{self.name}:{text}:{weight}>"
+            if text != weight
+            else f"<lora:{self.name}:{weight}>"
+        )
 
 
 INPUT_NAME = r"^input_[0-9a-f]{64}\.png$"
@@ -180,7 +205,7 @@ SchedulerName = Annotated[
     AfterValidator(_scheduler_named),
 ]
 CfgScale = Annotated[
-    float, Field(ge=1, le=30, description="Classifier-free guidance scale; SDXL: 5.")
+    float, Field(ge=0, le=30, description="Classifier-free guidance scale; SDXL: 5.")
 ]
 Width = Annotated[int, Field(ge=MIN_SIDE, le=MAX_SIDE, description="Width in pixels; SDXL: 1024.")]
 Height = Annotated[
@@ -308,8 +333,8 @@ class RequestFields(Frozen, frozen=True):
 class GenerationRequest(RequestFields, frozen=True):
     """What to generate: the fields of clients and those that the service adds.
 
-    A `<lora:name:weight>` tag in the prompt is removed from it and added to `loras`.
-    Raises `InvalidRequest` if such a tag is malformed.
+    Comments and tags are read once, by `of` and `parse_request`. The text of a stored request is
+    not read again.
     """
 
     mode: Annotated[ModeName, Field(description="How transparency is generated.")] = DEFAULT_MODE
@@ -335,17 +360,6 @@ class GenerationRequest(RequestFields, frozen=True):
         Field(description="What of the client's request was ignored, in its order."),
     ] = ()
 
-    @model_validator(mode="before")
-    @classmethod
-    def _move_lora_tags(cls, data: Any) -> Any:
-        if not isinstance(data, dict) or not isinstance(prompt := data.get("prompt"), str):
-            return data
-        loras = data.get("loras") or ()
-        if not isinstance(loras, (list, tuple)) or not _LORA.search(prompt):
-            return data
-        text, tagged = _split_tags(prompt)
-        return {**data, "prompt": text, "loras": (*loras, *tagged)}
-
     @model_validator(mode="after")
     def _validate_inputs(self) -> GenerationRequest:
         if problem := self._input_problem:
@@ -362,35 +376,56 @@ class GenerationRequest(RequestFields, frozen=True):
         return f'mode "{self.mode}" takes {accepted}'
 
     @classmethod
-    def of(cls, body: BaseModel, **values: Any) -> GenerationRequest:
+    def of(cls, body: BaseModel, *, comments: bool = True, **values: Any) -> GenerationRequest:
         """Build a request from a validated body without a second validation.
 
         Args:
-            body: Fields of these names and types. LoRA tags may be in its prompt.
+            body: Fields of these names and types. Its prompts are read as in `read_prompts`.
+            comments: Whether "#" starts a comment in the prompts.
             values: Valid values of other fields, or instead of those of the body.
 
         Raises:
-            InvalidRequest: A prompt is too long in UTF-8, the tags and `loras` together are too
-                many, or the input images are not those that the mode needs.
+            InvalidRequest: A prompt is not right, see `read_prompts`, or the input images are not
+                those that the mode needs.
         """
         request = copy_fields(body, cls, **values)
-        request.check_bytes()
         if problem := request._input_problem:
             raise InvalidRequest(f"{problem}.", field="inputs")
-        text, tagged = _split_tags(request.prompt)
-        loras = (*request.loras, *tagged)
+        return request.read_prompts(comments=comments)
+
+    def read_prompts(self, *, comments: bool = True) -> GenerationRequest:
+        """Return the request without comments and tags in its prompts.
+
+        A comment goes from "#" to the end of its line. `<lora:name:weight>` in the prompt is added
+        to `loras`. Tags `<word:...>` of other words are left out, with a sentence in `warnings`.
+
+        Args:
+            comments: Whether "#" starts a comment.
+
+        Raises:
+            InvalidRequest: The prompt is empty or has too many parts, a prompt is too long in
+                UTF-8, a tag is malformed, or the tags and `loras` together are too many.
+        """
+        self._check_bytes()
+        prompt, negative = (
+            (_COMMENT.sub("", text) if comments else text).strip()
+            for text in (self.prompt, self.negative_prompt)
+        )
+        text, tagged, ignored = _split_tags(prompt)
+        _check_text(text)
+        loras = (*self.loras, *tagged)
         if len(loras) > MAX_LORAS:
             raise InvalidRequest(
                 f"got {len(loras)} LoRAs; at most {MAX_LORAS}.",
-                field="loras" if request.loras else "prompt",
+                field="loras" if self.loras else "prompt",
             )
-        return request.model_copy(update={"prompt": text, "loras": loras})
+        warnings = self.warnings
+        if ignored:
+            warnings += (f"prompt: ignored {validation.cut(', '.join(ignored))}.",)
+        values = {"prompt": text, "negative_prompt": negative, "loras": loras, "warnings": warnings}
+        return self.model_copy(update=values)
 
-    def check_bytes(self) -> None:
-        """Raise `InvalidRequest` for a prompt of more than `MAX_PROMPT_BYTES`.
-
-        New requests are checked only: the journal may hold longer prompts of earlier versions.
-        """
+    def _check_bytes(self) -> None:
         for field in ("prompt", "negative_prompt"):
             size = len(getattr(self, field).encode(errors="replace"))
             if size > MAX_PROMPT_BYTES:
@@ -408,9 +443,7 @@ class GenerationRequest(RequestFields, frozen=True):
     @property
     def tagged_prompt(self) -> str:
         """Return the prompt with its LoRAs as tags; it generates the same image again."""
-        return " ".join(
-            [self.prompt, *(f"<lora:{lora.name}:{lora.weight:.12g}>" for lora in self.loras)]
-        )
+        return " ".join([self.prompt, *(lora.tag for lora in self.loras)])
 
     @property
     def batch_key(self) -> str:
@@ -468,6 +501,11 @@ class ResolvedRequest(GenerationRequest, frozen=True):
     images: tuple[ImageSeed, ...] = ()
 
     @property
+    def calls(self) -> int:
+        """Return the calls of the network. Prompt schedules count them."""
+        return self.steps * CALLS_PER_STEP.get(self.sampler, 1)
+
+    @property
     def settings(self) -> ModelDefaults:
         """Return the values that the request or the model's defaults gave."""
         return ModelDefaults.model_construct(
@@ -475,33 +513,72 @@ class ResolvedRequest(GenerationRequest, frozen=True):
         )
 
 
-def _split_tags(prompt: str) -> tuple[str, tuple[Lora, ...]]:
-    """Split a prompt into its text without tags, and the LoRAs of the tags.
+def _check_text(prompt: str) -> None:
+    """Check a prompt without comments and tags. Raises `InvalidRequest`."""
+    if not prompt:
+        raise InvalidRequest(f"{_EMPTY}.", field="prompt")
+    parts = len(AND.findall(prompt)) + 1
+    if parts > MAX_PROMPT_PARTS:
+        raise InvalidRequest(
+            f"got {parts} parts between ANDs; at most {MAX_PROMPT_PARTS}. "
+            "Write the word in small letters.",
+            field="prompt",
+        )
 
-    A tag may appear when another one inside it is removed. So the text has no tags, and a second
-    validation changes nothing.
+
+def _split_tags(prompt: str) -> tuple[str, list[Lora], list[str]]:
+    """Split a prompt into its text, its LoRAs and what of the tags is ignored.
 
     Raises:
         InvalidRequest: A tag is malformed.
     """
     loras: list[Lora] = []
-    while tags := _LORA.findall(prompt):
-        loras += map(_parse_lora, tags)
-        prompt = _LORA.sub("", prompt)
-    return prompt.strip(), tuple(loras)
+    ignored: list[str] = []
+    # without a closing bracket each "<" would be read to the end
+    end = prompt.rfind(">") + 1
+    for tag in _TAG.finditer(prompt, endpos=end):
+        if tag[1] in ("lora", "lyco"):
+            lora, unknown = _parse_lora(tag[0], tag[2])
+            loras.append(lora)
+            ignored += unknown
+        else:
+            ignored.append(tag[0])
+    return (_TAG.sub("", prompt[:end]) + prompt[end:]).strip(), loras, ignored
 
 
-def _parse_lora(tag: str) -> Lora:
-    """Parse the inside of a tag, "name" or "name:weight". Raises `InvalidRequest`."""
-    name, _, weight = tag.partition(":")
+def _parse_lora(tag: str, values: str) -> tuple[Lora, list[str]]:
+    """Parse a LoRA's tag.
+
+    Args:
+        tag: The whole tag.
+        values: Its inside: "name", "name:weight" or "name:te:unet". Weights may be named: "te=0.5".
+
+    Returns:
+        The LoRA and the values that have no meaning here.
+
+    Raises:
+        InvalidRequest: The tag is malformed.
+    """
+    name, *rest = values.split(":")
+    plain = [value for value in rest if "=" not in value]
+    named = dict(value.split("=", 1) for value in rest if "=" in value)
+    text, weight, *others = plain + [""] * (2 - len(plain))
     try:
-        return Lora(name=name.strip(), weight=float(weight or 1))
+        text_weight = float(named.pop("te", text) or 1)
+        unet_weight = float(named.pop("unet", weight) or text_weight)
+        lora = Lora(
+            name=name.strip(),
+            weight=unet_weight,
+            text_weight=None if text_weight == unet_weight else text_weight,
+        )
     except ValueError:
         raise InvalidRequest(
-            f'"<lora:{tag[:100]}>" is not a LoRA with its weight.',
-            hint="Write <lora:name:0.8>, with a weight from -4 to 4.",
+            f'"{tag[:106]}" is not a LoRA with its weight.',
+            hint=f"Write <lora:name:0.8>, with a weight from -{MAX_LORA_WEIGHT} to "
+            f"{MAX_LORA_WEIGHT}.",
             field="prompt",
         ) from None
+    return lora, [*others, *(f"{key}={value}" for key, value in named.items())]
 
 
 def copy_fields(source: BaseModel, kind: type[T], **values: Any) -> T:
@@ -516,11 +593,9 @@ def copy_fields(source: BaseModel, kind: type[T], **values: Any) -> T:
     return kind.model_construct(**{**{name: getattr(source, name) for name in shared}, **values})
 
 
-def parse_request(fields: dict[str, Any]) -> GenerationRequest:
-    """Validate the fields of a new request; see `parse_as`."""
-    request = parse_as(GenerationRequest, fields)
-    request.check_bytes()
-    return request
+def parse_request(fields: dict[str, Any], *, comments: bool = True) -> GenerationRequest:
+    """Validate the fields of a new request; see `parse_as` and `read_prompts`."""
+    return parse_as(GenerationRequest, fields).read_prompts(comments=comments)
 
 
 def parse_as(kind: type[T], fields: dict[str, Any]) -> T:

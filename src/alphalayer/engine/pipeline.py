@@ -50,7 +50,13 @@ from alphalayer.engine.sampling.guidance import Denoiser, Guidance
 from alphalayer.engine.sampling.noise import ImageGenerator, Shape, initial_noise
 from alphalayer.engine.sampling.samplers import SAMPLERS, Noise, brownian_intervals, sample
 from alphalayer.engine.sampling.schedules import sigmas_for
-from alphalayer.engine.text.encoders import TextEncoders, is_cached, plan_negative, plan_prompt
+from alphalayer.engine.text.encoders import (
+    Reading,
+    TextEncoders,
+    is_cached,
+    plan_negative,
+    plan_prompt,
+)
 from alphalayer.engine.text.textual_inversion import EmbeddingFolder
 from alphalayer.engine.transparency.decode import to_opaque
 from alphalayer.engine.transparency.modes import MODES, Decoding, Layer, Mode
@@ -209,7 +215,7 @@ class LocalEngine:
             requests = [task.request.resolve(model.defaults, task.images) for task in tasks]
             shared = requests[0]
             mode = MODES[shared.mode]
-            loras = self._lora_patches(shared)
+            text_loras, loras = self._lora_patches(shared)
             patches = (*loras, *mode.patches(model, shared))
             # read here, so that a missing or damaged decoder is reported before the work
             mode.decoders(model)
@@ -224,9 +230,9 @@ class LocalEngine:
         start, noise = self._noise(requests, shape, sigmas)
 
         reporter.stage("text")
-        readers = [] if _is_encoded(requests, loras, model) else [model.modules["text"]]
+        readers = [] if _is_encoded(requests, text_loras, model) else [model.modules["text"]]
         with stopwatch.stage("text"), residency.of(*readers, keep=memory.keep_text):
-            _patch_text(loras, model)
+            _patch_text(text_loras, model)
             guidances = [_guidance(request, model.text, reporter.check) for request in requests]
         if shared.inputs:
             encoding = residency.of(model.modules["vae"], keep=memory.keep_unet)
@@ -239,7 +245,13 @@ class LocalEngine:
         end_sigma = process.end_sigma(shared.layerdiffuse_stop_at)
         schedule = PatchSchedule(model, patches, loras, end_sigma)
         denoiser = Denoiser(
-            model, guidances, canvas.full_width, canvas.full_height, memory, reporter.check
+            model,
+            guidances,
+            canvas.full_width,
+            canvas.full_height,
+            memory,
+            reporter.check,
+            (shared.options.crop_top, shared.options.crop_left),
         )
         reporter.stage("sample")
         denoising = residency.of(model.modules["denoiser"], keep=memory.keep_unet)
@@ -357,12 +369,20 @@ class LocalEngine:
         with Residency(self.device, self.memory).of(model.modules["vae"], keep=True):
             return to_opaque(model.decode(small))[..., :3]
 
-    def _lora_patches(self, request: GenerationRequest) -> tuple[PatchSpec, ...]:
-        """Return the LoRAs of a request. Raises `InvalidRequest` for a missing one."""
-        return tuple(
-            (PatchFile.at(catalog.find_lora(self._models_dir, lora.name)), lora.weight)
-            for lora in request.loras
-        )
+    def _lora_patches(self, request: GenerationRequest) -> list[tuple[PatchSpec, ...]]:
+        """Return the LoRAs of a request for the text encoders, and for the denoiser.
+
+        Raises:
+            InvalidRequest: A LoRA is missing.
+        """
+        files = [
+            PatchFile.at(catalog.find_lora(self._models_dir, lora.name)) for lora in request.loras
+        ]
+        weights = [lora.weights for lora in request.loras]
+        return [
+            tuple((file, pair[part]) for file, pair in zip(files, weights, strict=True))
+            for part in range(2)
+        ]
 
     def _out_of_memory(
         self, requests: Sequence[GenerationRequest], tried: Sequence[MemoryMode]
@@ -436,9 +456,7 @@ def _is_encoded(
 ) -> bool:
     """Return whether all prompts were encoded before, with the same LoRAs."""
     return loras == model.patchers["text"].applied and all(
-        is_cached(
-            model.text, request.prompt, request.negative_prompt, request.steps, request.clip_skip
-        )
+        is_cached(model.text, request.prompt, request.negative_prompt, _reading(request))
         for request in requests
     )
 
@@ -455,10 +473,18 @@ def _guidance(
     request: ResolvedRequest, encoders: TextEncoders, check: Callable[[], None]
 ) -> Guidance:
     """Encode the prompts of a request."""
-    steps, clip_skip = request.steps, request.clip_skip
-    positive = plan_prompt(encoders, request.prompt, steps, clip_skip, check)
-    negative = plan_negative(encoders, request.negative_prompt, steps, clip_skip, check)
-    return Guidance(positive, negative, request.cfg_scale, len(request.images))
+    reading = _reading(request)
+    return Guidance(
+        plan_prompt(encoders, request.prompt, reading, check),
+        plan_negative(encoders, request.negative_prompt, reading, check),
+        request.cfg_scale,
+        len(request.images),
+        min_uncond=request.options.min_uncond,
+    )
+
+
+def _reading(request: ResolvedRequest) -> Reading:
+    return Reading(request.calls, request.clip_skip, request.options.emphasis)
 
 
 def _result(

@@ -64,7 +64,10 @@ class Handler:
         try:
             request = Txt2ImgRequest.model_validate(job.get("input") or {})
             with wire_names(FIELDS):
-                spec = request.to_spec(self._settings.noise, self._settings.decode)
+                settings = self._settings
+                spec = request.to_spec(
+                    settings.noise, settings.decode, comments=settings.prompt_comments
+                )
                 spec.check_pixels(self._settings.max_request_pixels)
                 spec.check_cost(self._settings.max_request_cost)
                 async with self._turn:

@@ -360,6 +360,7 @@ async def _assemble(
         knows_models=models.knows_models,
         noise=settings.noise,
         decode=settings.decode,
+        prompt_comments=settings.prompt_comments,
         public_url=settings.public_url,
         log_prompts=settings.log_prompts,
         redirect_files=settings.redirect_files,

@@ -244,7 +244,9 @@ class Txt2ImgRequest(Body, Postprocessing, frozen=True):
         sampler, scheduler = self._choose_sampler()
         generation = GenerationRequest.of(
             self,
-            comments=settings.enable_prompt_comments is not False,
+            comments=service.prompt_comments
+            if settings.enable_prompt_comments is None
+            else settings.enable_prompt_comments,
             sampler=sampler,
             scheduler=scheduler,
             clip_skip=settings.CLIP_stop_at_last_layers or 1,

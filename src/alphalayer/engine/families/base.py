@@ -137,13 +137,16 @@ class DiffusionModel(Protocol):
         """Return the first ten digits of the model's SHA-256, or "" if it is unreadable."""
         ...
 
-    def prepare(self, conditioning: Conditioning, width: int, height: int) -> Prepared:
+    def prepare(
+        self, conditioning: Conditioning, width: int, height: int, crop: tuple[int, int]
+    ) -> Prepared:
         """Compute what the denoiser derives from the text. It is the same at all steps.
 
         Args:
             conditioning: One row of text for each latent.
             width: Width of the image in pixels, as the model is conditioned on it.
             height: Height of the image in pixels.
+            crop: Top and left of the crop, as the model is conditioned on it.
         """
         ...
 

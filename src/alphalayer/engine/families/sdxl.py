@@ -125,7 +125,9 @@ class SdxlModel:
             logger.warning("No hash is written into images of this model: %s", error)
             return ""
 
-    def prepare(self, conditioning: Conditioning, width: int, height: int) -> Prepared:
+    def prepare(
+        self, conditioning: Conditioning, width: int, height: int, crop: tuple[int, int]
+    ) -> Prepared:
         """Compute what the UNet derives from text and sizes; see `DiffusionModel`.
 
         SDXL is conditioned on the size of the original image, the crop and the target size.
@@ -134,7 +136,7 @@ class SdxlModel:
         return self.unet.prepare(
             conditioning.context.to(weight.device, weight.dtype),
             conditioning.pooled.to(weight.device, weight.dtype),
-            (height, width, 0, 0, height, width),
+            (height, width, *crop, height, width),
         )
 
     def denoise(

@@ -30,11 +30,14 @@ class Guidance:
     images: int = 1
     condition: Tensor | None = None
     """Condition of a mode with input images (1, C, h, w), see `DiffusionModel.denoise`."""
+    min_uncond: float = 0.0
+    """Noise level below which the negative prompt is left out of odd steps."""
 
-    def conditionings(self, step: int) -> list[Conditioning]:
+    def conditionings(self, step: int, sigma: float) -> list[Conditioning]:
         """Return the conditionings of a step: the negative one first, if it is used."""
         positives = self.positive.at(step)
-        if self.scale == 1.0 and len(positives) == 1 and positives[0][1] == 1.0:
+        is_plain = self.scale == 1.0 and positives[0][1] == 1.0
+        if len(positives) == 1 and (is_plain or (step % 2 and sigma < self.min_uncond)):
             return [positives[0][0]]
         return [self.negative.at(step)[0][0], *(positive for positive, _ in positives)]
 
@@ -56,7 +59,8 @@ class Denoiser:
     """Predictor of clean latents for the images of all guidances, one after the other.
 
     Guidance works on x0: `u + scale * sum_i w_i (c_i - u)`, with several `c_i` if the prompt has
-    AND. At scale 1 with a single prompt the negative row is skipped.
+    AND. At scale 1 with a single prompt the negative row is skipped. So it is at odd steps below
+    `Guidance.min_uncond`.
 
     Rows with different token counts are repeated to a common length, if that is at most four times
     the shorter one. Cross-attention does not change when its keys are repeated. Other rows are
@@ -69,6 +73,7 @@ class Denoiser:
         height: Height in pixels that the model is conditioned on.
         memory: Memory mode, which limits the rows of one call.
         check: Called before each call of the network. It may raise.
+        crop: Top and left of the crop that the model is conditioned on.
     """
 
     model: DiffusionModel
@@ -77,6 +82,7 @@ class Denoiser:
     height: int
     memory: MemoryMode
     check: Callable[[], None] = lambda: None
+    crop: tuple[int, int] = (0, 0)
     _prepared: dict[tuple[tuple[int, int, bool], ...], _Prepared] = field(
         default_factory=dict[tuple[tuple[int, int, bool], ...], "_Prepared"], init=False
     )
@@ -91,7 +97,7 @@ class Denoiser:
             step: Step of the schedule, from 0.
             patched: Whether the patch of the mode is merged. Else conditions are left out.
         """
-        conditionings = [guidance.conditionings(step) for guidance in self.guidances]
+        conditionings = [guidance.conditionings(step, sigma) for guidance in self.guidances]
         latents = x.split([guidance.images for guidance in self.guidances])
         rows = [
             _Rows(images, conditioning, guidance.condition if patched else None, patched)
@@ -135,7 +141,7 @@ class Denoiser:
         # a batch has one mode, so all entries have a condition, or none
         condition = _expand(group, lambda entry: entry.condition)
         return _Prepared(
-            self.model.prepare(text, self.width, self.height),
+            self.model.prepare(text, self.width, self.height, self.crop),
             None if condition is None else condition.to(weight.device, weight.dtype),
         )
 

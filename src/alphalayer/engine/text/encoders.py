@@ -7,7 +7,7 @@ sampling.
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from alphalayer.core.cost import max_chunks
 from alphalayer.core.errors import InvalidRequest
+from alphalayer.core.request import Emphasis
 from alphalayer.engine.networks.clip import ClipTextModel
 from alphalayer.engine.text.chunks import Chunk, LearnedWord, chunk_fragments
 from alphalayer.engine.text.grammar import parse_weights, schedule_prompt, split_and
@@ -31,7 +32,6 @@ A prompt of 10,000 characters without BREAK has fewer chunks.
 """
 CHUNKS_AT_ONCE = 32
 """Limit of one call of an encoder."""
-_BLANK = " "
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class TextEncoders:
         embeddings: Mapping[str, TextualInversion] | None = None,
     ):
         self._parts = (tokenizer, text_encoder), (tokenizer_2, text_encoder_2)
-        self._cache: OrderedDict[tuple[str, int], Conditioning] = OrderedDict()
+        self._cache: OrderedDict[_Key, Mapping[str, Conditioning]] = OrderedDict()
         self._embeddings: Mapping[str, TextualInversion] | None = None
         self.set_embeddings(embeddings or {})
 
@@ -100,48 +100,72 @@ class TextEncoders:
         self._embeddings = embeddings
         self.forget()
 
-    def encode(self, text: str, clip_skip: int = 1) -> Conditioning:
-        """Return the conditioning of a text of any length, from the cache if it is there.
+    def encode(
+        self, text: str, clip_skip: int = 1, emphasis: Emphasis = "Original"
+    ) -> Conditioning:
+        """Return the conditioning of a single text; see `encode_schedule`."""
+        return self.encode_schedule([text], clip_skip, emphasis)[text]
 
-        Attention weights and BREAK are applied. Schedules and AND are plain text here.
+    def encode_schedule(
+        self,
+        texts: Sequence[str],
+        clip_skip: int = 1,
+        emphasis: Emphasis = "Original",
+        check: Callable[[], None] = lambda: None,
+    ) -> Mapping[str, Conditioning]:
+        """Return the conditioning of each text of a schedule, from the cache or new.
+
+        Attention weights and BREAK are applied. Schedules and AND are plain text here. All
+        conditionings have the length of the longest text.
 
         Args:
-            text: Prompt, or a part of one.
+            texts: Texts of any length, one for each entry of the schedule.
             clip_skip: Layer of the hidden states, counted from the last. 1 means 2 in SDXL.
+            emphasis: How attention weights act.
+            check: Called before each text. Its exceptions stop the encoding.
         """
-        key = text, clip_skip
+        key = _key(texts, clip_skip, emphasis)
         if key not in self._cache:
-            self._cache[key] = self._encode(text, clip_skip)
+            self._cache[key] = self._encode(Counter(texts), clip_skip, emphasis, check)
         self._cache.move_to_end(key)
-        conditioning = self._cache[key]
-        while sum(cached.nbytes for cached in self._cache.values()) > CACHE_BYTES:
+        conditionings = self._cache[key]
+        while sum(map(_nbytes, self._cache.values())) > CACHE_BYTES:
             self._cache.popitem(last=False)
-        return conditioning
+        return conditionings
 
-    def is_cached(self, text: str, clip_skip: int) -> bool:
-        """Check whether the conditioning of a text is in the cache."""
-        return (text, clip_skip) in self._cache
+    def is_cached(self, texts: Sequence[str], clip_skip: int, emphasis: Emphasis) -> bool:
+        """Check whether the conditionings of a schedule are in the cache."""
+        return _key(texts, clip_skip, emphasis) in self._cache
 
     def forget(self) -> None:
         """Clear the cache."""
         self._cache.clear()
 
-    def count_chunks(self, text: str) -> int:
+    def count_chunks(self, text: str, emphasis: Emphasis = "Original") -> int:
         """Count the chunks of a text."""
-        return len(self._split(text)[0])
+        return max(len(encoder.split(text, emphasis)) for encoder in self._encoders)
 
-    def _split(self, text: str) -> list[list[Chunk]]:
-        """Split a text into chunks for each encoder.
+    def _split(self, texts: Sequence[str], emphasis: Emphasis) -> list[list[list[Chunk]]]:
+        """Split texts into chunks: for each encoder, for each text.
 
-        Both encoders get the same number of chunks: the shorter list is padded with empty ones.
+        All get the same number of chunks: shorter lists are padded with empty ones.
         """
-        lists = [encoder.split(text) for encoder in self._encoders]
-        count = max(len(chunks) for chunks in lists)
-        return [[*chunks, *(Chunk() for _ in range(count - len(chunks)))] for chunks in lists]
+        lists = [[encoder.split(text, emphasis) for text in texts] for encoder in self._encoders]
+        count = max(len(chunks) for split in lists for chunks in split)
+        return [
+            [[*chunks, *(Chunk() for _ in range(count - len(chunks)))] for chunks in split]
+            for split in lists
+        ]
 
     @torch.inference_mode()
-    def _encode(self, text: str, clip_skip: int) -> Conditioning:
-        """Encode a text chunk by chunk.
+    def _encode(
+        self,
+        texts: Counter[str],
+        clip_skip: int,
+        emphasis: Emphasis,
+        check: Callable[[], None],
+    ) -> Mapping[str, Conditioning]:
+        """Encode texts chunk by chunk.
 
         `context` joins the chunks. It is the hidden state of the last layer but one, or of an
         earlier one, without the final norm. `pooled` is that of the first chunk by encoder 2.
@@ -149,22 +173,45 @@ class TextEncoders:
         Source: Podell et al. 2023, "SDXL", arXiv 2307.01952. AUTOMATIC1111 for the chunks.
         """
         layer = max(clip_skip, 2)
-        lists = self._split(text)
-        hidden = [
-            encoder.encode(chunks, layer)
-            for encoder, chunks in zip(self._encoders, lists, strict=True)
+        lists = self._split([*texts], emphasis)
+        hidden: list[list[Tensor]] = [[] for _ in self._encoders]
+        for split in zip(*lists, strict=True):
+            check()
+            for encoder, chunks, states in zip(self._encoders, split, hidden, strict=True):
+                states.append(encoder.encode(chunks, layer))
+        pooled = [
+            self._encoders[1].pool(states[:1], chunks[:1], layer)
+            for states, chunks in zip(hidden[1], lists[1], strict=True)
         ]
-        context = torch.cat(
-            [_emphasize(states, chunks) for states, chunks in zip(hidden, lists, strict=True)],
-            dim=-1,
-        )
-        pooled = self._encoders[1].pool(hidden[1][:1], lists[1][:1], layer)
-        return Conditioning(context.flatten(0, 1)[None], pooled)
+        if emphasis != "Ignore":
+            keep_mean = emphasis != "No norm"
+            for states, split in zip(hidden, lists, strict=True):
+                _emphasize(states, split, [*texts.values()], keep_mean=keep_mean)
+        contexts = [
+            torch.cat(states, dim=-1).flatten(0, 1)[None] for states in zip(*hidden, strict=True)
+        ]
+        return dict(zip(texts, map(Conditioning, contexts, pooled), strict=True))
 
     def empty(self) -> Conditioning:
         """Return zeros, the conditioning of an empty negative prompt in SDXL's training."""
-        blank = self.encode(_BLANK)
+        blank = self.encode("")
         return Conditioning(torch.zeros_like(blank.context), torch.zeros_like(blank.pooled))
+
+    def is_empty_cached(self) -> bool:
+        """Check whether `empty` needs no encoder."""
+        return self.is_cached([""], 1, "Original")
+
+
+_Key = tuple[frozenset[tuple[str, int]], int, Emphasis]
+
+
+def _key(texts: Sequence[str], clip_skip: int, emphasis: Emphasis) -> _Key:
+    """Return the key of a schedule's texts, with how often each occurs."""
+    return frozenset(Counter(texts).items()), clip_skip, emphasis
+
+
+def _nbytes(conditionings: Mapping[str, Conditioning]) -> int:
+    return sum(conditioning.nbytes for conditioning in conditionings.values())
 
 
 class _Encoder:
@@ -183,10 +230,10 @@ class _Encoder:
         # a name without tokens cannot occur in a prompt
         self._words = [word for word in words if word.tokens]
 
-    def split(self, text: str) -> list[Chunk]:
+    def split(self, text: str, emphasis: Emphasis) -> list[Chunk]:
         """Split a text into chunks."""
         return chunk_fragments(
-            parse_weights(text), self._tokenizer.encode, self._comma, self._words
+            parse_weights(text, emphasis), self._tokenizer.encode, self._comma, self._words
         )
 
     def encode(self, chunks: Sequence[Chunk], layer: int) -> Tensor:
@@ -229,26 +276,43 @@ class _Encoder:
         ]
 
 
-def _emphasize(hidden: Tensor, chunks: Sequence[Chunk]) -> Tensor:
-    """Scale the tokens of each chunk by their weights, then restore the chunk's mean.
+def _emphasize(
+    hidden: Sequence[Tensor],
+    texts: Sequence[Sequence[Chunk]],
+    counts: Sequence[int],
+    *,
+    keep_mean: bool,
+) -> None:
+    """Scale the tokens of a schedule's texts by their weights, in place.
+
+    The mean of each chunk over all entries of the schedule is restored.
 
     Args:
-        hidden: Hidden states, float32 (chunks, 77, width).
-        chunks: Weights of the tokens.
+        hidden: Hidden states of each text, float32 (chunks, 77, width).
+        texts: Chunks of each text, with the weights of the tokens.
+        counts: How often each text occurs in the schedule.
+        keep_mean: Whether to restore the mean.
 
-    Returns:
-        float32 (chunks, 77, width).
-
-    Source: AUTOMATIC1111, emphasis mode "Original" (`modules/sd_emphasis.py`).
+    Source: AUTOMATIC1111, emphasis modes "Original" and "No norm" (`modules/sd_emphasis.py`).
     """
-    rows = list(hidden)
-    for i, chunk in enumerate(chunks):
-        if any(weight != 1.0 for weight in chunk.weights):
-            weights = torch.ones(len(rows[i]), 1, device=hidden.device)
-            weights[1 : 1 + len(chunk.weights), 0] = torch.tensor(chunk.weights)
-            weighted = rows[i] * weights
-            rows[i] = weighted * (rows[i].mean() / weighted.mean())
-    return torch.stack(rows)
+    for i, chunks in enumerate(zip(*texts, strict=True)):
+        if all(weight == 1.0 for chunk in chunks for weight in chunk.weights):
+            continue
+        states = [text[i] for text in hidden]
+        before = _mean(states, counts)
+        for chunk, state in zip(chunks, states, strict=True):
+            weights = torch.tensor(chunk.weights, device=state.device)
+            state[1 : 1 + len(weights)] *= weights[:, None]
+        if keep_mean:
+            ratio = before / _mean(states, counts)
+            for state in states:
+                state *= ratio
+
+
+def _mean(states: Sequence[Tensor], counts: Sequence[int]) -> Tensor:
+    """Return the mean over tensors of equal shape that occur `counts` times."""
+    total = sum(state.mean() * count for state, count in zip(states, counts, strict=True))
+    return torch.as_tensor(total) / sum(counts)
 
 
 @dataclass(frozen=True)
@@ -270,90 +334,143 @@ class PromptPlan:
         ]
 
 
+@dataclass(frozen=True)
+class Reading:
+    """How the prompts of a request are read.
+
+    Attributes:
+        calls: Calls of the network, which the schedules count.
+        clip_skip: See `TextEncoders.encode_schedule`.
+        emphasis: How attention weights act.
+    """
+
+    calls: int
+    clip_skip: int = 1
+    emphasis: Emphasis = "Original"
+
+
 def plan_prompt(
     encoders: TextEncoders,
     prompt: str,
-    steps: int,
-    clip_skip: int = 1,
+    reading: Reading,
     check: Callable[[], None] = lambda: None,
 ) -> PromptPlan:
     """Encode all texts of a prompt over the steps, each once.
 
+    The texts of each part of AND are encoded together. Then shorter parts repeat their last vector.
+
     Args:
         encoders: Text encoders.
         prompt: Prompt with weights, BREAK, schedules and AND.
-        steps: Sampling steps.
-        clip_skip: See `TextEncoders.encode`.
+        reading: How the prompt is read.
         check: Called before each text. Its exceptions stop the encoding.
 
     Raises:
         InvalidRequest: The texts have more than `MAX_CHUNKS` chunks, or one has more than its
             length allows, see `max_chunks`.
     """
-    return _plan(encoders, split_and(prompt), steps, clip_skip, check, "prompt")
+    return _plan(encoders, split_and(prompt), reading, check, "prompt")
 
 
 def plan_negative(
     encoders: TextEncoders,
     prompt: str,
-    steps: int,
-    clip_skip: int = 1,
+    reading: Reading,
     check: Callable[[], None] = lambda: None,
 ) -> PromptPlan:
     """Encode all texts of a negative prompt over the steps.
 
-    AND is plain text here, and an empty prompt gives zeros. The rest is as in `plan_prompt`.
+    AND is plain text here. If all texts are empty, the result is zeros. The rest is as in
+    `plan_prompt`.
     """
-    if prompt == "":
-        return PromptPlan([(1.0, [(steps, encoders.empty())])])
-    return _plan(encoders, [(prompt, 1.0)], steps, clip_skip, check, "negative_prompt")
+    if _is_zeroed(prompt, reading):
+        return PromptPlan([(1.0, [(reading.calls, encoders.empty())])])
+    return _plan(encoders, [(prompt, 1.0)], reading, check, "negative_prompt")
 
 
-def is_cached(
-    encoders: TextEncoders, prompt: str, negative_prompt: str, steps: int, clip_skip: int
-) -> bool:
+def is_cached(encoders: TextEncoders, prompt: str, negative_prompt: str, reading: Reading) -> bool:
     """Check whether the cache holds all conditionings of both prompts."""
     parts = [part for part, _ in split_and(prompt)]
-    parts += [negative_prompt] if negative_prompt else []
-    return (bool(negative_prompt) or encoders.is_cached(_BLANK, 1)) and all(
-        encoders.is_cached(text, clip_skip)
+    if _is_zeroed(negative_prompt, reading):
+        if not encoders.is_empty_cached():
+            return False
+    else:
+        parts.append(negative_prompt)
+    return all(
+        encoders.is_cached(
+            _texts(schedule_prompt(part, reading.calls)), reading.clip_skip, reading.emphasis
+        )
         for part in parts
-        for _, text in schedule_prompt(part, steps)
     )
+
+
+def _is_zeroed(negative_prompt: str, reading: Reading) -> bool:
+    return not any(_texts(schedule_prompt(negative_prompt, reading.calls)))
+
+
+def _texts(schedule: Sequence[tuple[int, str]]) -> list[str]:
+    return [text for _, text in schedule]
 
 
 def _plan(
     encoders: TextEncoders,
     parts: Sequence[tuple[str, float]],
-    steps: int,
-    clip_skip: int,
+    reading: Reading,
     check: Callable[[], None],
     field: str,
 ) -> PromptPlan:
-    schedules = [(weight, schedule_prompt(part, steps)) for part, weight in parts]
-    encoded: dict[str, Conditioning] = {}
-    chunks = 0
-    for text in dict.fromkeys(text for _, schedule in schedules for _, text in schedule):
-        check()
-        count = encoders.count_chunks(text)
-        if count > max_chunks(text):
-            raise InvalidRequest(
-                f"its embeddings fill {count} chunks of 75 tokens; at most {max_chunks(text)} "
-                "for a text of this length.",
-                hint="Use fewer or smaller embeddings.",
-                field=field,
-            )
-        chunks += count
-        if chunks > MAX_CHUNKS:
-            raise InvalidRequest(
-                f"its texts over {steps} steps have more than {MAX_CHUNKS} chunks of 75 tokens.",
-                hint="Shorten it, or use fewer BREAKs or fewer changes between steps, as in [a|b].",
-                field=field,
-            )
-        encoded[text] = encoders.encode(text, clip_skip)
+    schedules = [(weight, schedule_prompt(part, reading.calls)) for part, weight in parts]
+    _check_length(encoders, [_texts(schedule) for _, schedule in schedules], reading, field)
+    encoded = [
+        encoders.encode_schedule(_texts(schedule), reading.clip_skip, reading.emphasis, check)
+        for _, schedule in schedules
+    ]
+    length = max(text.context.shape[1] for texts in encoded for text in texts.values())
+    padded = [
+        {text: _pad(conditioning, length) for text, conditioning in texts.items()}
+        for texts in encoded
+    ]
     return PromptPlan(
         [
-            (weight, [(last, encoded[text]) for last, text in schedule])
-            for weight, schedule in schedules
+            (weight, [(last, texts[text]) for last, text in schedule])
+            for (weight, schedule), texts in zip(schedules, padded, strict=True)
         ]
     )
+
+
+def _pad(conditioning: Conditioning, length: int) -> Conditioning:
+    """Repeat the last vector of a text up to a length in tokens."""
+    context = conditioning.context
+    missing = length - context.shape[1]
+    if not missing:
+        return conditioning
+    last = context[:, -1:].expand(-1, missing, -1)
+    return Conditioning(torch.cat([context, last], dim=1), conditioning.pooled)
+
+
+def _check_length(
+    encoders: TextEncoders, schedules: Sequence[Sequence[str]], reading: Reading, field: str
+) -> None:
+    """Check the chunks of all texts. Raises `InvalidRequest`."""
+    total = 0
+    for schedule in schedules:
+        longest = 0
+        for number, text in enumerate(dict.fromkeys(schedule), start=1):
+            count = encoders.count_chunks(text, reading.emphasis)
+            if count > max_chunks(text):
+                raise InvalidRequest(
+                    f"its embeddings fill {count} chunks of 75 tokens; at most {max_chunks(text)} "
+                    "for a text of this length.",
+                    hint="Use fewer or smaller embeddings.",
+                    field=field,
+                )
+            longest = max(longest, count)
+            if total + number * longest > MAX_CHUNKS:
+                raise InvalidRequest(
+                    f"its texts over {reading.calls} steps have more than {MAX_CHUNKS} chunks of "
+                    "75 tokens.",
+                    hint="Shorten it, or use fewer BREAKs or fewer changes between steps, "
+                    "as in [a|b].",
+                    field=field,
+                )
+        total += len(set(schedule)) * longest

@@ -19,21 +19,25 @@ import math
 import re
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from alphalayer.core.errors import InvalidRequest
-from alphalayer.core.request import AND
+from alphalayer.core.request import AND, Emphasis
 
 ROUND_WEIGHT = 1.1
 MAX_WEIGHT = 1e4
 MAX_NESTING = 60
-"""Brackets nested deeper than this are text, not schedules."""
+"""Brackets around more brackets than this are text, not schedules."""
 
 _TOKEN = re.compile(r"\\[()\[\]\\]|[()\[\]\\]|:\s*([+-]?[.\d]+)\s*\)|:|[^\\()\[\]:]+")
 _BREAK = re.compile(r"\bBREAK\b")
+_BREAK_WEIGHT = -1.0
+"""Weight that marks the word BREAK. Brackets multiply it, and then it is a word as any other."""
 # There is only one way to match a run of digits or spaces. So the time is linear in the length of
 # the text, not quadratic.
 _AND_WEIGHT = re.compile(r":\s*([-+]?(?:\d+(?:\.\d*)?|\.\d+))\s*$")
-_NUMBER = re.compile(r"\s*[-+]?(?:\d+(?:\.\d*)?|\.\d+)\s*")
-_PIECE = re.compile(r"\\.|[][():|]|[^][():|\\]+|\\", re.DOTALL)
+_NUMBER = re.compile(r"\s*[-+]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?\s*")
+_PIECE = re.compile(r"\\.|[][():|]|[^][():|\\]+|\\")
 
 
 @dataclass(frozen=True)
@@ -45,58 +49,94 @@ class Fragment:
     is_break: bool = False
 
 
-def parse_weights(prompt: str) -> list[Fragment]:
+def parse_weights(prompt: str, emphasis: Emphasis = "Original") -> list[Fragment]:
     """Split a prompt into fragments of equal weight.
 
     Unclosed brackets extend to the end. Closing brackets without an opening bracket are text.
+    BREAK inside brackets is the word, with a negative weight.
+
+    Args:
+        prompt: Text without schedules and AND.
+        emphasis: "None" leaves brackets and BREAK in the text, "Ignore" drops the weights.
 
     Raises:
         InvalidRequest: A weight is above 10,000 or below -10,000.
     """
-    tokens = list(_TOKEN.finditer(prompt))
-    factors, text_of = _match_brackets(tokens)
-    weights = {"(": [1.0], "[": [1.0]}
+    if emphasis == "None":
+        return [Fragment(prompt)]
     fragments: list[Fragment] = []
-    for i, token in enumerate(tokens):
-        if i in text_of:
-            weight = weights["("][-1] * weights["["][-1]
-            if not math.isfinite(weight) or abs(weight) > MAX_WEIGHT:
-                raise InvalidRequest(
-                    f'the attention weight of "{text_of[i][:40]}" is {weight:.3g}; '
-                    f"the limit is {MAX_WEIGHT:.0f}.",
-                    hint="Remove some brackets.",
-                    field="prompt",
-                )
-            _append(fragments, text_of[i], weight)
-        elif i in factors:
-            weights[token[0]].append(weights[token[0]][-1] * factors[i])
-        else:
-            weights["[" if token[0] == "]" else "("].pop()
+    for text, weight in _merge(*_weigh(prompt)):
+        if text == "BREAK" and weight == _BREAK_WEIGHT:
+            fragments.append(Fragment("", is_break=True))
+        elif text and (not math.isfinite(weight) or abs(weight) > MAX_WEIGHT):
+            raise InvalidRequest(
+                f'the attention weight of "{text[:40]}" is {weight:.3g}; '
+                f"the limit is {MAX_WEIGHT:.0f}.",
+                hint="Remove some brackets.",
+                field="prompt",
+            )
+        elif text:
+            fragments.append(Fragment(text, 1.0 if emphasis == "Ignore" else weight))
     return fragments or [Fragment("")]
 
 
-def _match_brackets(tokens: list[re.Match[str]]) -> tuple[dict[int, float], dict[int, str]]:
-    """Classify tokens as opening brackets, text or closing brackets.
+def _weigh(prompt: str) -> tuple[list[str], list[float]]:
+    """Return the pieces of a prompt's text and the weight of each.
 
-    Returns:
-        By token number: the factor of each opening bracket, and the text of each text token. All
-        other tokens close a bracket.
+    A bracket multiplies the weights of the pieces inside it when it closes. So the inner factors
+    come first, as in the source: the last bit of a weight decides which pieces are merged.
     """
-    factors: dict[int, float] = {}
-    text_of: dict[int, str] = {}
+    texts: list[str] = []
+    weights: list[float] = []
+    factors: list[tuple[int, int, float]] = []
     open_: dict[str, list[int]] = {"(": [], "[": []}
-    for i, token in enumerate(tokens):
+    for token in _TOKEN.finditer(prompt):
         text, number = token[0], _finite(token[1])
+        opening = "[" if text == "]" else "("
         if text in open_:
-            open_[text].append(i)
-            factors[i] = ROUND_WEIGHT if text == "(" else 1 / ROUND_WEIGHT
+            open_[text].append(len(texts))
+        elif text in (")", "]") and open_[opening]:
+            factors.append((open_[opening].pop(), len(texts), _FACTORS[opening]))
         elif number is not None and open_["("]:
-            factors[open_["("].pop()] = number
-        elif text in (")", "]") and open_["(" if text == ")" else "["]:
-            open_["(" if text == ")" else "["].pop()
+            factors.append((open_["("].pop(), len(texts), number))
+        elif text.startswith("\\"):
+            texts.append(text[1:])
+            weights.append(1.0)
         else:
-            text_of[i] = text[1:] if text.startswith("\\") and len(text) == 2 else text
-    return factors, text_of
+            _append(text, texts, weights)
+    for opening, starts in open_.items():
+        factors += [(start, len(texts), _FACTORS[opening]) for start in starts]
+    product = np.array(weights)
+    with np.errstate(over="ignore", invalid="ignore"):
+        for start, end, factor in factors:
+            product[start:end] *= factor
+    return texts, product.tolist()
+
+
+_FACTORS = {"(": ROUND_WEIGHT, "[": 1 / ROUND_WEIGHT}
+
+
+def _append(text: str, texts: list[str], weights: list[float]) -> None:
+    """Append text, split at BREAK. Spaces around BREAK are removed."""
+    parts = _BREAK.split(text)
+    for i, part in enumerate(parts):
+        if i:
+            texts.append("BREAK")
+            weights.append(_BREAK_WEIGHT)
+            part = part.lstrip()
+        texts.append(part.rstrip() if i < len(parts) - 1 else part)
+        weights.append(1.0)
+
+
+def _merge(texts: list[str], weights: list[float]) -> list[tuple[str, float]]:
+    """Join neighbours of equal weight."""
+    merged: list[tuple[list[str], float]] = []
+    for text, weight in zip(texts, weights, strict=True):
+        if merged and merged[-1][1] == weight:
+            merged[-1][0].append(text)
+        else:
+            merged.append(([text], weight))
+    return [("".join(parts), weight) for parts, weight in merged]
 
 
 def _finite(number: str | None) -> float | None:
@@ -105,25 +145,6 @@ def _finite(number: str | None) -> float | None:
     except ValueError:
         return None
     return value if math.isfinite(value) else None
-
-
-def _append(fragments: list[Fragment], text: str, weight: float) -> None:
-    """Append text to the fragments, split at BREAK.
-
-    Text joins a last fragment of equal weight. Spaces around BREAK are removed.
-    """
-    parts = _BREAK.split(text)
-    for i, part in enumerate(parts):
-        if i:
-            fragments.append(Fragment("", is_break=True))
-            part = part.lstrip()
-        if i < len(parts) - 1:
-            part = part.rstrip()
-        last = fragments[-1] if fragments else None
-        if part and last and not last.is_break and last.weight == weight:
-            fragments[-1] = Fragment(last.text + part, weight)
-        elif part:
-            fragments.append(Fragment(part, weight))
 
 
 def split_and(prompt: str) -> list[tuple[str, float]]:
@@ -164,20 +185,23 @@ _Node = str | _Switch | _Alternation
 def schedule_prompt(prompt: str, steps: int) -> list[tuple[int, str]]:
     """List the texts of a prompt over the steps.
 
+    A prompt with a "|" outside of `[a|b]`, or with a backslash before a line break or the end, is
+    one text at all steps. So is one with `[a|b]` around a lone bracket or colon.
+
+    Args:
+        prompt: Prompt without AND.
+        steps: Steps, or calls of the network for samplers with several calls a step.
+
     Returns:
-        (last step, text) in order. A step, counted from 0, has the text of the first entry whose
-        last step is not below it.
+        (last step, text) in order; neighbours may have equal texts. A step, counted from 0, has the
+        text of the first entry whose last step is not below it.
     """
-    reader = _Reader(_PIECE.findall(prompt), steps)
-    nodes = reader.nodes("")
-    ends = sorted({*reader.boundaries, steps})
-    schedule: list[tuple[int, str]] = []
-    for end in ends:
-        text = _text_at(nodes, end)
-        if schedule and schedule[-1][1] == text:
-            schedule.pop()
-        schedule.append((end, text))
-    return schedule
+    reader = _Reader(steps)
+    try:
+        nodes = reader.read(prompt)
+    except _NoSchedules:
+        return [(steps, prompt)]
+    return [(end, _text_at(nodes, end)) for end in sorted({*reader.boundaries, steps})]
 
 
 def _text_at(nodes: list[_Node], step: int) -> str:
@@ -192,62 +216,95 @@ def _text_at(nodes: list[_Node], step: int) -> str:
     return "".join(parts)
 
 
+class _NoSchedules(Exception):
+    """The prompt is not of the grammar of schedules."""
+
+
 @dataclass
-class _Reader:
-    """Parser of the pieces of a prompt. Collects the steps at which its text changes."""
+class _Bracket:
+    """An open bracket: what was read inside it, and the colons and bars between its parts."""
 
-    pieces: list[str]
-    steps: int
-    boundaries: set[int] = field(default_factory=set[int])
-    at: int = 0
-    depth: int = 0
+    opening: str
+    parts: list[list[_Node]] = field(default_factory=lambda: [[]])
+    separators: list[str] = field(default_factory=list[str])
 
-    def nodes(self, stops: str) -> list[_Node]:
-        """Read nodes up to one of the characters of `stops`, which is not consumed."""
-        nodes: list[_Node] = []
-        while self.at < len(self.pieces) and self.pieces[self.at] not in tuple(stops):
-            piece = self.pieces[self.at]
-            self.at += 1
-            if piece in "([" and self.depth < MAX_NESTING:
-                self.depth += 1
-                nodes += self._round() if piece == "(" else self._square()
-                self.depth -= 1
-            else:
-                nodes.append(piece)
+    def as_text(self) -> list[_Node]:
+        """Return the content as text around the schedules inside it."""
+        if "|" in self.separators:
+            raise _NoSchedules
+        nodes: list[_Node] = [self.opening, *self.parts[0]]
+        for separator, part in zip(self.separators, self.parts[1:], strict=True):
+            nodes += [separator, *part]
         return nodes
 
-    def _round(self) -> list[_Node]:
-        inside = self.nodes(")")
-        return ["(", *inside, *self._close()]
 
-    def _square(self) -> list[_Node]:
-        parts, separators = [self.nodes("]:|")], list[str]()
-        while self.at < len(self.pieces) and self.pieces[self.at] in ":|":
-            separators.append(self.pieces[self.at])
-            self.at += 1
-            parts.append(self.nodes("]:|"))
-        closing = self._close()
-        if closing and separators and set(separators) == {"|"}:
+@dataclass
+class _Reader:
+    """Parser of a prompt. Collects the steps at which its text changes.
+
+    A bracket that is not closed, or has a content that no rule allows, is text. It may not be
+    inside another bracket, so all brackets around it are text, too.
+    """
+
+    steps: int
+    boundaries: set[int] = field(default_factory=set[int])
+    open: list[_Bracket] = field(default_factory=lambda: [_Bracket("")])
+
+    def read(self, prompt: str) -> list[_Node]:
+        """Return the nodes of a prompt. Raises `_NoSchedules`."""
+        for piece in _PIECE.findall(prompt):
+            if piece == "\\":
+                raise _NoSchedules
+            if piece in "([":
+                if len(self.open) > MAX_NESTING:
+                    self._open_as_text()
+                self.open.append(_Bracket(piece))
+            elif piece in ")]":
+                self._close(piece)
+            elif piece in ":|":
+                self.open[-1].separators.append(piece)
+                self.open[-1].parts.append([])
+            else:
+                self.open[-1].parts[-1].append(piece)
+        self._open_as_text()
+        return self.open[0].as_text()
+
+    def _close(self, piece: str) -> None:
+        """Close the innermost bracket, if the piece fits it and its content is of a rule."""
+        bracket = self.open[-1]
+        nodes = None
+        if bracket.opening + piece in ("()", "[]"):
+            nodes = self._round(bracket) if piece == ")" else self._square(bracket)
+        if nodes is None:
+            self._open_as_text()
+            nodes = [piece]
+        else:
+            self.open.pop()
+        self.open[-1].parts[-1] += nodes
+
+    def _open_as_text(self) -> None:
+        """Turn all open brackets into text."""
+        for bracket in self.open[1:]:
+            self.open[0].parts[-1] += bracket.as_text()
+        del self.open[1:]
+
+    def _round(self, bracket: _Bracket) -> list[_Node] | None:
+        if bracket.separators in ([], [":"]):
+            return [*bracket.as_text(), ")"]
+        return None
+
+    def _square(self, bracket: _Bracket) -> list[_Node] | None:
+        """Return the node of a bracket, or None if no rule allows its content."""
+        parts, separators = bracket.parts, bracket.separators
+        if not separators:
+            return [*bracket.as_text(), "]"]
+        if set(separators) == {"|"}:
             self.boundaries.update(range(1, self.steps + 1))
             return [_Alternation(parts)]
         when = parts[-1][0] if len(parts[-1]) == 1 else None
-        if (
-            closing
-            and separators in ([":"], [":", ":"])
-            and isinstance(when, str)
-            and _NUMBER.fullmatch(when)
-        ):
+        if separators in ([":"], [":", ":"]) and isinstance(when, str) and _NUMBER.fullmatch(when):
             return [_Switch(parts[0] if len(parts) == 3 else [], parts[-2], self._boundary(when))]
-        literal: list[_Node] = ["[", *parts[0]]
-        for separator, part in zip(separators, parts[1:], strict=True):
-            literal += [separator, *part]
-        return [*literal, *closing]
-
-    def _close(self) -> list[_Node]:
-        """Return and consume the closing bracket, if there is one."""
-        closing: list[_Node] = [*self.pieces[self.at : self.at + 1]]
-        self.at += 1
-        return closing
+        return None
 
     def _boundary(self, when: str) -> int:
         number = float(when.strip())

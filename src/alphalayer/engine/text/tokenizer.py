@@ -1,12 +1,12 @@
 """CLIP's tokenizer: byte-pair encoding of normalised, lower-case text.
 
-Source: `CLIPTokenizer` of transformers 5, which ignores `do_lower_case`. The token ids of any text
-are equal.
+Source: `CLIPTokenizer` of transformers 4, with ftfy installed. The token ids of any text are equal.
 """
 
 from __future__ import annotations
 
 import filecmp
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,8 @@ _SPECIAL = {
     "pad_token": _END,
 }
 _FLAGS = ("lstrip", "normalized", "rstrip", "single_word")
+_PLAIN = re.compile(r"[\t\n\r -%'-~]*")
+"""Texts that `ftfy` does not change: printable ASCII without entities."""
 _WORDS = (
     r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d"
     r"|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
@@ -51,24 +53,33 @@ class ClipTokenizer:
 
     def __init__(self, model: BPE, special: Mapping[str, str], added: Sequence[AddedToken]):
         self.model = model
-        self._tokenizer = Tokenizer(model)
-        self._tokenizer.normalizer = normalizers.Sequence(
-            [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
+        self._tokenizer = _tokenizer(model, added)
+        self._words = _tokenizer(
+            model,
+            [AddedToken(_SPECIAL[name], normalized=True) for name in ("bos_token", "eos_token")],
         )
-        self._tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-            [
-                pre_tokenizers.Split(Regex(_WORDS), behavior="removed", invert=True),
-                pre_tokenizers.ByteLevel(add_prefix_space=False),
-            ]
-        )
-        self._tokenizer.add_tokens(list(added))
+        self._added = {self._id(token.content) for token in added}
         self.start, self.end, self.pad = (
             self._id(special[name]) for name in ("bos_token", "eos_token", "pad_token")
         )
 
     def encode(self, text: str) -> list[int]:
-        """Return the token ids of a text of any length, without start and end."""
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
+        """Return the token ids of a text of any length, without start and end.
+
+        Special tokens are found first. The text between them is fixed apart. So a full-width
+        exclamation mark is no padding token.
+        """
+        found = self._tokenizer.encode(text, add_special_tokens=False)
+        ids: list[int] = []
+        at = 0
+        for number, (start, end) in zip(found.ids, found.offsets, strict=True):
+            if number in self._added:
+                ids += [*self._encode_words(text[at:start]), number]
+                at = end
+        return ids + self._encode_words(text[at:])
+
+    def _encode_words(self, text: str) -> list[int]:
+        return self._words.encode(_fix(text), add_special_tokens=False).ids
 
     def __len__(self) -> int:
         """Return the number of token ids."""
@@ -79,6 +90,34 @@ class ClipTokenizer:
         if number is None:
             raise LookupError(f"no token {token!r}")
         return number
+
+
+def _tokenizer(model: BPE, added: Sequence[AddedToken]) -> Tokenizer:
+    tokenizer = Tokenizer(model)
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_WORDS), behavior="removed", invert=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+    tokenizer.add_tokens(list(added))
+    return tokenizer
+
+
+def _fix(text: str) -> str:
+    """Return a text in small letters and with plain typography.
+
+    Curly quotes, HTML entities, full-width letters, ligatures and control characters are replaced.
+    """
+    if not _PLAIN.fullmatch(text):
+        # its import takes a while, and most prompts do not need it
+        import ftfy
+
+        text = ftfy.fix_text(text)
+    return text.lower()
 
 
 def read_tokenizers(first: Path, second: Path) -> tuple[ClipTokenizer, ClipTokenizer]:
