@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,6 +30,10 @@ THREAD_LIMIT = {
 
 # Before anything imports numpy or torch. It replaces inherited values. Child processes inherit it.
 os.environ.update(THREAD_LIMIT)
+
+# Some container images turn the bytecode cache off. Then each process compiles all files again.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 
 TESTS = Path(__file__).parent
 LONG_FILES = (
@@ -68,6 +74,17 @@ LONG_FILES = (
     "unit/test_project_files.py",
 )
 """The files that take longest, in the order of their time."""
+
+
+def pytest_sessionstart() -> None:
+    """Disable the garbage collector while all test files are imported."""
+    gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    """Exclude the imported modules from garbage collection, because they stay in memory."""
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
