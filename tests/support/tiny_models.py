@@ -47,7 +47,7 @@ RANK = 4
 Model = TypeVar("Model")
 
 
-def _built_once(build: Callable[[int], Model]) -> Callable[[int], Model]:
+def _built_once(build: Callable[[int], Model]) -> Callable[..., Model]:
     """Return a function that builds the model of a seed once, and returns copies of it."""
     built = cache(build)
 
