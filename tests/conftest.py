@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,6 +31,10 @@ THREAD_LIMIT = {
 # Before anything imports numpy or torch. It replaces inherited values. Child processes inherit it.
 os.environ.update(THREAD_LIMIT)
 
+# Some container images turn the bytecode cache off. Then each process compiles all files again.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
+
 TESTS = Path(__file__).parent
 LONG_FILES = (
     "integration/test_engine_paths.py",
@@ -41,13 +47,15 @@ LONG_FILES = (
     "integration/test_kills.py",
     "integration/test_clients.py",
     "integration/test_network_split.py",
+    "contract/test_openapi.py",
+    "unit/test_memory.py",
+    "integration/test_benchmarks.py",
+    "parity/test_whole_image.py",
+    "integration/test_hostile.py",
     "integration/test_embedded_model.py",
     "browser/test_page_image.py",
     "contract/test_jobs.py",
     "contract/test_openai.py",
-    "integration/test_models_in_memory.py",
-    "contract/test_openapi.py",
-    "parity/test_whole_image.py",
     "parity/test_patches.py",
     "browser/test_page_errors.py",
     "integration/test_two_services.py",
@@ -59,6 +67,7 @@ LONG_FILES = (
     "integration/test_drain.py",
     "integration/test_batching.py",
     "integration/test_bad_input.py",
+    "integration/test_models_in_memory.py",
     "contract/test_native.py",
     "integration/test_serverless.py",
     "integration/test_journal_migration.py",
@@ -68,6 +77,17 @@ LONG_FILES = (
     "unit/test_project_files.py",
 )
 """The files that take longest, in the order of their time."""
+
+
+def pytest_sessionstart() -> None:
+    """Disable the garbage collector while all test files are imported."""
+    gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    """Exclude the imported modules from garbage collection, because they stay in memory."""
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

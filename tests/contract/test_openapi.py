@@ -64,7 +64,7 @@ def test_openapi_examples_are_accepted(tmp_path):
 
 
 def test_openapi_documents_every_answer(tmp_path):
-    examples = os.environ.get("SCHEMATHESIS_EXAMPLES", "4")
+    examples = os.environ.get("SCHEMATHESIS_EXAMPLES", "3")
     (tmp_path / "schemathesis.toml").write_text(CONFIGURATION)
     with served(tmp_path) as client:
         done = subprocess.run(

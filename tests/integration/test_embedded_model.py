@@ -46,14 +46,13 @@ def test_red_apple_is_red_on_transparent_background(apple):
     assert red > 1.5 * blue
 
 
-def test_color_word_changes_the_color(engine):
-    def color(prompt):
-        rgba = render(engine, prompt)
+def test_color_word_changes_the_color(engine, apple):
+    def color(rgba):
         return rgba[rgba[..., 3] > 200][:, :3].mean(0)
 
-    red, green, _ = color("a green apple")
+    red, green, _ = color(render(engine, "a green apple"))
     assert green > red
-    assert color("a blue apple")[2] > 3 * color("a red apple")[2]
+    assert color(render(engine, "a blue apple"))[2] > 3 * color(apple)[2]
 
 
 def test_other_seed_or_prompt_gives_another_image(engine, apple):

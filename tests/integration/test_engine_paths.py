@@ -243,7 +243,7 @@ def test_out_of_memory_in_the_smallest_mode_is_tried_once(models: Path):
     hook = _FailingHook(99, OUT_OF_MEMORY[0])
     engine.model.unet.register_forward_pre_hook(hook)
     with pytest.raises(OutOfMemory) as error:
-        _render(engine)
+        _render(engine, mode="opaque")
     assert hook.calls == 1
     assert '"low".' in error.value.message
     assert "--memory" not in error.value.hint
@@ -756,8 +756,9 @@ def test_embeddings_beside_the_models_folder_are_found(
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_sampler_batch_equals_single_images(engine: LocalEngine, sampler: str):
-    batch = engine.generate(REQUEST.model_copy(update={"sampler": sampler, "batch_size": 2})).images
-    alone = _render(engine, sampler=sampler, seed=4)
+    changes = {"sampler": sampler, "mode": "opaque"}
+    batch = engine.generate(REQUEST.model_copy(update={**changes, "batch_size": 2})).images
+    alone = _render(engine, **changes, seed=4)
     assert _difference(batch[1].rgba.astype(int), alone) <= 1
     assert not np.array_equal(batch[0].rgba, batch[1].rgba)
 
@@ -769,8 +770,8 @@ def test_3m_sampler_skips_the_lowest_level(engine: LocalEngine):
     handle = engine.model.unet.register_forward_pre_hook(
         lambda _, inputs: timesteps.append(int(inputs[1][0]))
     )
-    _render(engine, steps=4, sampler="DPM++ 3M SDE", scheduler="Karras")
-    _render(engine, steps=5, sampler="DPM++ 2M SDE", scheduler="Karras")
+    _render(engine, steps=4, sampler="DPM++ 3M SDE", scheduler="Karras", mode="opaque")
+    _render(engine, steps=5, sampler="DPM++ 2M SDE", scheduler="Karras", mode="opaque")
     handle.remove()
     assert timesteps[:4] == timesteps[4:8]
     assert timesteps[8:] == [0]
@@ -779,11 +780,8 @@ def test_3m_sampler_skips_the_lowest_level(engine: LocalEngine):
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 @pytest.mark.parametrize("steps", [1, 2])
 def test_schedule_with_few_steps_renders(engine: LocalEngine, scheduler: str, steps: int):
-    assert _render(engine, scheduler=scheduler, steps=steps, sampler="DPM++ SDE").shape == (
-        64,
-        64,
-        4,
-    )
+    image = _render(engine, scheduler=scheduler, steps=steps, sampler="DPM++ SDE", mode="opaque")
+    assert image.shape == (64, 64, 4)
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])

@@ -589,7 +589,7 @@ async def test_few_of_many_idle_workers_try_to_claim(postgres, monkeypatch):
         return await claim_next(*arguments)
 
     monkeypatch.setattr(claims, "claim_next", claim_counted)
-    url, workers, count = postgres.fresh_database(), 24, 40
+    url, workers, count = postgres.fresh_database(), 24, 24
     delays: list[float] = []
 
     async def render(worker: PostgresJobQueue) -> None:

@@ -15,6 +15,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from alphalayer.engine.fake import FakeEngine
 from alphalayer.images import codecs
 from alphalayer.integrations.runpod import Handler
 
-pytest.importorskip("runpod")
+pytestmark = pytest.mark.skipif(not find_spec("runpod"), reason="needs runpod")
 START = """
 from alphalayer.integrations.runpod import Handler
 import runpod

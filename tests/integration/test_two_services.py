@@ -16,6 +16,9 @@ import httpx
 from tests.support.serving import FAKE, free_port, wait_until
 
 PROGRAM = f"""
+import sys
+
+sys.modules["fastmcp"] = None  # no test here calls it, and its import takes a second
 from alphalayer.cli.app import main
 from alphalayer.service import app
 

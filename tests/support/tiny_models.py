@@ -1,13 +1,20 @@
 """Random tiny models of SDXL's shape: a diffusers folder, a single file, LayerDiffuse files.
 
 The same seed gives the same weights in every form, so that tests can compare the forms.
+Each process builds a model once, because random weights take longer than copies of them.
 """
 
 from __future__ import annotations
 
+import atexit
 import json
 import shutil
+import tempfile
+from collections.abc import Callable
+from copy import deepcopy
+from functools import cache, wraps
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -37,8 +44,21 @@ DECODER = {
     "attention_head_dim": 8,
 }
 RANK = 4
+Model = TypeVar("Model")
 
 
+def _built_once(build: Callable[[int], Model]) -> Callable[..., Model]:
+    """Return a function that builds the model of a seed once, and returns copies of it."""
+    built = cache(build)
+
+    @wraps(build)
+    def copy(seed: int = 0) -> Model:
+        return deepcopy(built(seed))
+
+    return copy
+
+
+@_built_once
 def text_encoders(seed: int = 0) -> tuple[CLIPTextModel, CLIPTextModelWithProjection]:
     """Return both encoders, each with one head, which loaders infer from the width."""
     torch.manual_seed(seed)
@@ -65,6 +85,7 @@ def text_encoders(seed: int = 0) -> tuple[CLIPTextModel, CLIPTextModelWithProjec
     return _rounded(first), _rounded(second)
 
 
+@_built_once
 def unet(seed: int = 0) -> UNet2DConditionModel:
     """Return a UNet with SDXL's block structure and 32, 64 and 64 channels."""
     torch.manual_seed(seed + 1)
@@ -86,6 +107,7 @@ def unet(seed: int = 0) -> UNet2DConditionModel:
     )
 
 
+@_built_once
 def vae(seed: int = 0) -> AutoencoderKL:
     """Return a VAE with four levels, so that a latent cell is 8 pixels."""
     torch.manual_seed(seed + 2)
@@ -102,6 +124,7 @@ def vae(seed: int = 0) -> AutoencoderKL:
     )
 
 
+@_built_once
 def decoder(seed: int = 0) -> ReferenceDecoder:
     """Return a transparent decoder whose weights are large enough for a varied image."""
     torch.manual_seed(seed + 3)
@@ -126,6 +149,13 @@ def lora_pairs(seed: int = 0) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
 
 def make_diffusers_folder(path: Path, seed: int = 0) -> Path:
     """Write a diffusers folder with `layerdiffuse/`, whose patch has PEFT names."""
+    return shutil.copytree(_diffusers_folder(seed), path)
+
+
+@cache
+def _diffusers_folder(seed: int) -> Path:
+    path = Path(tempfile.mkdtemp(prefix="alphalayer-tiny-"))
+    atexit.register(shutil.rmtree, path, ignore_errors=True)
     first, second = text_encoders(seed)
     first.save_pretrained(path / "text_encoder")
     second.save_pretrained(path / "text_encoder_2")
