@@ -210,12 +210,12 @@ def test_txt2img_defaults_are_those_of_automatic1111(client):
         (
             {"sampler_name": "DPM++ 2M SDE Karras", "scheduler": "Automatic"},
             "DPM++ 2M SDE",
-            "Karras",
+            "Exponential",
         ),
         (
             {"sampler_name": "DPM++ 2M SDE Karras", "scheduler": "exponential"},
             "DPM++ 2M SDE",
-            "Karras",
+            "Exponential",
         ),
         ({"sampler_name": "DPM++ 2M SDE Automatic"}, "DPM++ 2M SDE", "Exponential"),
         (

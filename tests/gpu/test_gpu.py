@@ -15,9 +15,10 @@ from alphalayer.engine.pipeline import LocalEngine
 from alphalayer.engine.sampling.brownian_tree import BrownianNoise
 from alphalayer.engine.sampling.noise import ImageGenerator
 from alphalayer.engine.sampling.philox import philox_normal
+from alphalayer.engine.sampling.run import Run
 from alphalayer.engine.sampling.samplers import SAMPLERS as SAMPLERS_OF_ENGINE
 from alphalayer.engine.sampling.samplers import sample
-from alphalayer.engine.sampling.schedules import SigmaTable, sigmas_for
+from alphalayer.engine.sampling.schedules import SigmaTable
 from tests.support import tiny_models
 
 pytestmark = [
@@ -85,7 +86,7 @@ def test_philox_normal_equals_the_generator_of_torch():
 @pytest.mark.parametrize("source", ["nv", "cpu", "gpu"])
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_sampling_loop_does_not_wait_for_the_gpu(sampler, source):
-    sigmas = sigmas_for("Karras", 6, SigmaTable.from_betas())
+    sigmas = SAMPLERS_OF_ENGINE[sampler].levels("Karras", 6, SigmaTable.from_betas())
     seeds, shape = [5, 6], (4, 32, 32)
     generators = [ImageGenerator(seed, source, "cuda") for seed in seeds]
 
@@ -97,7 +98,8 @@ def test_sampling_loop_does_not_wait_for_the_gpu(sampler, source):
     x = torch.randn(2, *shape, device="cuda")
     torch.cuda.set_sync_debug_mode("error")
     try:
-        sample(sampler, lambda x, *_: x / 2, x, sigmas, noise, lambda *_: None)
+        run = Run(lambda x, _: x / 2, noise, lambda *_: None, lambda: x / 2, 1.0)
+        sample(sampler, run, x, sigmas)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

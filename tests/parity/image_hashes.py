@@ -114,8 +114,22 @@ SAMPLERS = {
     "DDIM": "Normal",
     "UniPC": "Normal",
     "LCM": "Normal",
+    "DPM++ 2M SDE Heun": "Exponential",
+    "DPM++ 2S a": "Karras",
+    "LMS": "Normal",
+    "DPM2": "Karras",
+    "DPM2 a": "Karras",
+    "DPM fast": "Normal",
+    "Restart": "Karras",
+    "HeunPP2": "Normal",
+    "IPNDM": "Normal",
+    "IPNDM_V": "Normal",
+    "DEIS": "Normal",
+    "DDIM CFG++": "Normal",
+    "PLMS": "Normal",
+    "DDPM": "Normal",
 }
-SCHEDULERS = ("Karras", "Exponential", "Normal", "SGM Uniform", "Simple", "Beta")
+SCHEDULERS = ("Karras", "Exponential", "Normal", "SGM Uniform", "Simple", "Beta", "Turbo")
 MEMORY_MODES = ("high", "balanced", "low")
 BASE: Fields = {
     "prompt": "a red apple, high quality",

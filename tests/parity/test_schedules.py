@@ -1,4 +1,4 @@
-"""Noise levels: the training table, the six schedules and the stop-at levels.
+"""Noise levels: the training table, the schedules and the stop-at levels.
 
 The references are published numbers, the schedulers of diffusers, and scipy.
 """
@@ -6,6 +6,7 @@ The references are published numbers, the schedulers of diffusers, and scipy.
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from diffusers.schedulers.scheduling_ddim import rescale_zero_terminal_snr
 from scipy import integrate, special, stats
 
 from alphalayer.core.request import SCHEDULERS
+from alphalayer.engine.sampling.samplers import SAMPLERS, count_steps
 from alphalayer.engine.sampling.schedules import SigmaTable, sigmas_for
 
 TABLE = SigmaTable.from_betas()
@@ -52,6 +54,12 @@ KARRAS_20_TIMESTEPS = [
     0,
 ]
 
+# levels at which Forge called the network
+SGM = [
+    14.6146402, 8.3071709, 5.0924082, 3.325069, 2.2797306,
+    1.6155803, 1.1628646, 0.8318837, 0.5711889, 0.3437048,
+]  # fmt: skip
+
 
 def test_table_has_the_published_ends():
     assert TABLE.sigma_min == pytest.approx(0.029167159, rel=1e-7)
@@ -81,11 +89,95 @@ def test_karras_levels_have_the_published_timesteps():
 def test_schedule_falls_from_the_highest_level_to_zero(scheduler: str, steps: int):
     sigmas = sigmas_for(scheduler, steps, TABLE)
     assert sigmas.dtype == torch.float32
-    assert sigmas.shape == (steps + 1,)
-    assert sigmas[-1] == 0
+    # a stride of whole training steps, from the second lowest level up
+    expected = len(range(1, 1000, 1000 // steps)) if scheduler == "DDIM" else steps
+    assert sigmas.shape == (expected + 1,)
+    assert float(sigmas[-1]) == (pytest.approx(TABLE.sigma_min) if scheduler == "KL Optimal" else 0)
     assert (sigmas[1:] < sigmas[:-1]).all()
-    # to float32 rounding
-    assert float(sigmas[0]) == pytest.approx(TABLE.sigma_max, rel=1e-6)
+    if scheduler != "DDIM":
+        # published levels have three decimals, others float32 rounding
+        tolerance = 5e-5 if scheduler.startswith("Align") else 1e-6
+        assert float(sigmas[0]) == pytest.approx(TABLE.sigma_max, rel=tolerance)
+
+
+@pytest.mark.parametrize(
+    ("sampler", "scheduler", "levels"),
+    [
+        ("Euler", "Normal", [14.6146402, 4.086081, 1.6155803, 0.6951495, 0.0291672]),
+        ("Euler", "Uniform", [14.6146402, 4.086081, 1.6155803, 0.6951495, 0.0291672]),
+        ("LCM", "Karras", [14.6146431, 5.8760762, 2.0609314, 0.6008112, 0.1344508]),
+        ("DDIM", "Karras", [5.1344309, 2.2928538, 1.1682159, 0.5740503]),
+        ("Euler", "SGM Uniform", SGM),
+        ("LCM", "Simple", [14.6146421, 6.1374612, 3.068943, 1.6128861, 0.9513955, 0.5223334]),
+    ],
+)
+def test_levels_of_a_sampler_are_those_of_forge(sampler: str, scheduler: str, levels: list[float]):
+    steps = 5 if sampler == "DDIM" else len(levels)
+    sigmas = SAMPLERS[sampler].levels(scheduler, steps, TABLE)
+    # seven decimals of float32; the other ends of LCM's table are rounded elsewhere
+    tolerance = 1e-6 if sampler == "LCM" else 1.2e-7
+    np.testing.assert_allclose(sigmas[: len(levels)], levels, rtol=tolerance, atol=5e-8)
+
+
+def test_unipc_levels_are_those_of_forge():
+    # published with three decimals
+    sigmas = SAMPLERS["UniPC"].levels("Karras", 5, TABLE)
+    np.testing.assert_allclose(sigmas, [14.615, 5.092, 2.280, 1.163, 0.571, 0.029], atol=5.1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "steps", "calls"),
+    # Stable Diffusion's stride is a whole number: 1000 // 7 = 142 gives 8 training steps
+    [("DDIM", 5, 4), ("DDIM", 7, 7), ("DDIM", 1, 1), ("UniPC", 5, 5), ("UniPC", 7, 8)],
+)
+def test_timestep_samplers_have_the_steps_of_forge(name: str, steps: int, calls: int):
+    assert count_steps(SAMPLERS[name].levels("Karras", steps, TABLE)) == calls
+
+
+@pytest.mark.parametrize(("steps", "rises"), [(19, 0), (20, 1), (35, 1), (36, 2), (150, 2)])
+def test_restart_repeats_a_part_of_its_steps(steps: int, rises: int):
+    sigmas = SAMPLERS["Restart"].levels("Karras", steps, TABLE)
+    jumps = [(a, b) for a, b in pairwise(sigmas.tolist()) if b > a]
+    assert len(jumps) == rises
+    assert count_steps(sigmas) == steps
+    for low, high in jumps:
+        assert low == pytest.approx(0.1, rel=0.5)
+        assert high == pytest.approx(2, rel=0.5)
+
+
+@pytest.mark.parametrize("steps", [1, 4, 7, 50])
+def test_turbo_equals_diffusers_trailing(steps: int):
+    reference = EulerDiscreteScheduler(**BETAS, timestep_spacing="trailing")
+    reference.set_timesteps(steps)
+    torch.testing.assert_close(
+        sigmas_for("Turbo", steps, TABLE), reference.sigmas, rtol=3e-5, atol=0
+    )
+
+
+def test_kl_optimal_is_even_in_arctan():
+    sigmas = sigmas_for("KL Optimal", 7, TABLE).double().numpy()
+    expected = np.linspace(math.atan(TABLE.sigma_max), math.atan(TABLE.sigma_min), 8)
+    np.testing.assert_allclose(np.arctan(sigmas), expected, atol=1e-6)
+
+
+def test_polyexponential_equals_exponential():
+    torch.testing.assert_close(
+        sigmas_for("Polyexponential", 9, TABLE),
+        sigmas_for("Exponential", 9, TABLE),
+        rtol=2e-6,
+        atol=0,
+    )
+
+
+def test_align_your_steps_interpolates_log_sigma():
+    published = sigmas_for("Align Your Steps", 11, TABLE).double().numpy()
+    assert published[1:4].tolist() == pytest.approx([6.315, 3.771, 2.181], rel=1e-7)
+    # of 21 levels every second one is published, and the others are geometric means
+    levels = sigmas_for("Align Your Steps", 21, TABLE).double().numpy()[:-1]
+    np.testing.assert_allclose(levels[::2], published[:-1], rtol=1e-6)
+    np.testing.assert_allclose(levels[1::2], np.sqrt(published[:-2] * published[1:-1]), rtol=1e-6)
+    assert sigmas_for("Align Your Steps 32", 32, TABLE)[-2] == pytest.approx(0.015)
+    assert sigmas_for("Align Your Steps GITS", 11, TABLE)[1] == pytest.approx(4.734)
 
 
 @pytest.mark.parametrize("steps", [5, 20, 33])
@@ -189,20 +281,20 @@ def test_beta_levels_are_quantiles_of_the_density():
 def test_zero_snr_table_has_the_published_ends():
     table = SigmaTable.from_betas(zero_snr=True)
     assert table.sigma_max == pytest.approx(4518.76, abs=0.005)
-    # The published number was computed in float32, where 1 - alpha_bar keeps four digits. Rescaling
-    # does not change the first level.
-    assert table.sigma_min == pytest.approx(0.0291655, rel=1e-4)
-    assert table.sigma_min == pytest.approx(TABLE.sigma_min, rel=1e-6)
+    # as the highest level, Forge's own
+    assert table.sigma_min == pytest.approx(0.0291675, abs=5e-8)
+    # Rescaling does not change the first level. In float32 1 - alpha_bar keeps four digits.
+    assert table.sigma_min == pytest.approx(TABLE.sigma_min, rel=2e-5)
 
 
 def test_zero_snr_table_equals_diffusers():
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
     alpha_bar = torch.cumprod(1 - rescale_zero_terminal_snr(betas), 0)[:-1]
-    # float64 on both sides; near the end 1 - alpha_bar cancels
+    # float32 here: at both ends digits cancel
     torch.testing.assert_close(
         SigmaTable.from_betas(zero_snr=True).sigmas[:-1],
         ((1 - alpha_bar) / alpha_bar).sqrt().float(),
-        rtol=1e-6,
+        rtol=2e-5,
         atol=0,
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import count
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from alphalayer.engine.families.base import NoiseProcess
 from alphalayer.engine.memory import MEMORY_MODES
 from alphalayer.engine.networks.unet import UNet
 from alphalayer.engine.sampling.guidance import Denoiser, Guidance
+from alphalayer.engine.sampling.run import Run
 from alphalayer.engine.sampling.samplers import sample
 from alphalayer.engine.sampling.schedules import SigmaTable, sigmas_for
 from alphalayer.engine.text.encoders import Conditioning, PromptPlan
@@ -49,19 +51,21 @@ def make_text(device: str, tokens: int = 77) -> Conditioning:
         return Conditioning(torch.ones(1, tokens, 16), torch.ones(1, 8))
 
 
-def run(model: Any, positive: PromptPlan, negative: PromptPlan, device: str, **options: Any):
+def generate(model: Any, positive: PromptPlan, negative: PromptPlan, device: str, **options: Any):
     guidance = Guidance(positive, negative, 5.0, images=2, **options)
     denoiser = Denoiser(model, [guidance], 64, 64, MEMORY_MODES["high"])
     noise = torch.ones(2, 4, 8, 8, device=device)
+    steps = count()
+    run = Run(
+        lambda x, sigma: denoiser(x, sigma, next(steps)),
+        lambda *_: noise,
+        lambda *_: None,
+        denoiser.unconditional,
+        eta=1.0,
+    )
     with torch.inference_mode():
-        return sample(
-            "DPM++ 2M SDE",
-            lambda x, sigma, step: denoiser(x, sigma, step),
-            noise * 14.0,
-            sigmas_for("Karras", 20, PROCESS.table),
-            lambda sigma, following: noise,
-            lambda *_: None,
-        )
+        sigmas = sigmas_for("Karras", 20, PROCESS.table)
+        return sample("DPM++ 2M SDE", run, noise * 14.0, sigmas)
 
 
 def constant(text: Conditioning, steps: int = 20) -> PromptPlan:
@@ -72,7 +76,7 @@ def test_loop_copies_to_the_device_only_to_prepare():
     model, text = Model("meta"), make_text("meta")
     condition = torch.ones(1, 32, 8, 8, device="meta")
     with Transfers() as transfers:
-        result = run(
+        result = generate(
             model, constant(text), constant(make_text("meta")), "meta", condition=condition
         )
     assert result.device.type == "meta"
@@ -86,7 +90,7 @@ def test_text_is_prepared_again_only_when_it_changes(switches: int, prepared: in
     model = Model("cpu")
     schedule = [(5 * (i + 1), make_text("cpu")) for i in range(switches)]
     plan = PromptPlan([(1.0, [*schedule, (20, make_text("cpu"))])])
-    run(model, plan, constant(make_text("cpu")), "cpu")
+    generate(model, plan, constant(make_text("cpu")), "cpu")
     assert model.prepared == prepared
 
 
@@ -94,8 +98,24 @@ def test_alternating_texts_are_prepared_once_each():
     model = Model("cpu")
     texts = make_text("cpu"), make_text("cpu")
     plan = PromptPlan([(1.0, [(step, texts[step % 2]) for step in range(20)])])
-    run(model, plan, constant(make_text("cpu")), "cpu")
+    generate(model, plan, constant(make_text("cpu")), "cpu")
     assert model.prepared == 2
+
+
+def test_unconditional_is_the_prediction_of_the_negative_prompt():
+    model = Model("cpu")
+    negative = Conditioning(torch.zeros(1, 77, 16), torch.zeros(1, 8))
+    texts = constant(make_text("cpu")), constant(negative)
+    x = torch.ones(2, 4, 8, 8)
+    with torch.inference_mode():
+        predicted: list[torch.Tensor] = []
+        for scale in (5.0, 0.0):
+            guidance = Guidance(*texts, scale, images=2)
+            denoiser = Denoiser(model, [guidance], 64, 64, MEMORY_MODES["high"])  # type: ignore[arg-type]
+            predicted += [denoiser(x, 1.0, 0), denoiser.unconditional()]
+    guided, unconditional, alone, _ = predicted
+    assert torch.equal(unconditional, alone)
+    assert not torch.equal(unconditional, guided)
 
 
 def test_removed_patch_prepares_the_text_again():

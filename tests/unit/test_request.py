@@ -157,6 +157,9 @@ def test_resolve_random_seeds_are_in_the_published_range():
         ("Euler a sgm uniform", ("Euler a", "SGM Uniform")),
         ("Euler a", ("Euler a", None)),
         ("Euler sgm_uniform", ("Euler", "SGM Uniform")),
+        ("Euler Align Your Steps 32", ("Euler", "Align Your Steps 32")),
+        ("DDIM", ("DDIM", None)),
+        ("Euler DDIM", ("Euler", "DDIM")),
         ("DPM++ 2M SDE Automatic", ("DPM++ 2M SDE", "Exponential")),
         ("Euler Automatic", ("Euler", "Normal")),
         ("Karras", ("Karras", None)),
@@ -173,8 +176,10 @@ def test_split_sampler_name_returns_sampler_and_schedule(
 @pytest.mark.parametrize(
     ("name", "scheduler", "expected"),
     [
-        ("DPM++ 2M SDE Karras", "Automatic", ("DPM++ 2M SDE", "Karras")),
-        ("DPM++ 2M SDE Karras", "Exponential", ("DPM++ 2M SDE", "Karras")),
+        ("DPM++ 2M SDE Karras", "Automatic", ("DPM++ 2M SDE", "Exponential")),
+        ("DPM++ 2M SDE Karras", "Exponential", ("DPM++ 2M SDE", "Exponential")),
+        ("DPM++ 2M SDE Karras", "", ("DPM++ 2M SDE", "Karras")),
+        ("Euler", "align_your_steps_GITS", ("Euler", "Align Your Steps GITS")),
         ("dpm++ 2m sde", "automatic", ("dpm++ 2m sde", "Exponential")),
         ("Euler", "sgm_uniform", ("Euler", "SGM Uniform")),
         ("Euler", "Magic", ("Euler", "Magic")),
@@ -182,7 +187,7 @@ def test_split_sampler_name_returns_sampler_and_schedule(
         (None, "beta", (None, "Beta")),
     ],
 )
-def test_split_sampler_name_overrides_the_scheduler(
+def test_split_sampler_name_prefers_the_scheduler(
     name: str | None, scheduler: str, expected: tuple[str | None, str | None]
 ):
     assert split_sampler_name(name, scheduler) == expected
@@ -390,6 +395,7 @@ def test_cost_grows_with_each_of_its_causes():
     assert cost_of(batch_size=8, iterations=16) == pytest.approx(128 * one)
     assert cost_of(width=2048, height=2048) == pytest.approx(4 * one, rel=0.01)
     assert cost_of(sampler="Heun") - one == pytest.approx(20)
+    assert cost_of(sampler="HeunPP2") - one == pytest.approx(40)
     assert cost_of(prompt="an apple AND a pear") - one == pytest.approx(10)
     long = "ein Äpfelchen, " * 100
     for field in ("prompt", "negative_prompt"):

@@ -16,6 +16,8 @@ from alphalayer.core.request import AND, CALLS_PER_STEP, GenerationRequest, Mode
 UNIT_PIXELS = 2**20
 DECODE_STEPS = 10
 """Steps that take as long as the decode of an image [counted for both models: 5 to 17]."""
+CALLS = {**CALLS_PER_STEP, "HeunPP2": 3}
+"""Most calls of the UNet a step; 1 for other samplers."""
 BYTES_OF_A_CHUNK = 150
 """UTF-8 bytes of 75 tokens, at two a token. English has about 4.5, digits and emoji 1 to 2."""
 CHUNK_UNITS = 0.01
@@ -52,7 +54,7 @@ def image_cost(request: GenerationRequest) -> Cost:
     width, height = request.width or default.width, request.height or default.height
     steps = request.steps or default.steps
     megapixels = width * height / UNIT_PIXELS
-    calls = steps * CALLS_PER_STEP.get(request.sampler or default.sampler, 1)
+    calls = steps * CALLS.get(request.sampler or default.sampler, 1)
     # two short prompts are two rows of the UNet, and each AND part is one more
     rows = (len(AND.findall(request.prompt)) + 2) / 2
     positive, negative = count_chunks(request.prompt), count_chunks(request.negative_prompt)

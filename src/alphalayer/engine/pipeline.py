@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from itertools import accumulate, islice
+from itertools import accumulate, count, islice
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -48,8 +48,8 @@ from alphalayer.engine.progress import ProgressReporter, Stopwatch
 from alphalayer.engine.sampling.brownian_tree import BrownianNoise
 from alphalayer.engine.sampling.guidance import Denoiser, Guidance
 from alphalayer.engine.sampling.noise import ImageGenerator, Shape, initial_noise
-from alphalayer.engine.sampling.samplers import SAMPLERS, Noise, brownian_intervals, sample
-from alphalayer.engine.sampling.schedules import sigmas_for
+from alphalayer.engine.sampling.run import Noise, Run
+from alphalayer.engine.sampling.samplers import SAMPLERS, brownian_intervals, count_steps, sample
 from alphalayer.engine.text.encoders import (
     Reading,
     TextEncoders,
@@ -221,10 +221,8 @@ class LocalEngine:
             mode.decoders(model)
         multiple = SIZE_MULTIPLE if shared.uses_layerdiffuse else model.latent.cell
         canvas = Canvas.of(shared.width, shared.height, multiple)
-        sampler, process = SAMPLERS[shared.sampler], model.process
-        sigmas = sigmas_for(
-            shared.scheduler, shared.steps, process.table, skip_lowest=sampler.skips_lowest
-        )
+        process = model.process
+        sigmas = SAMPLERS[shared.sampler].levels(shared.scheduler, shared.steps, process.table)
         spec = model.latent
         shape = (spec.channels, canvas.full_height // spec.cell, canvas.full_width // spec.cell)
         start, noise = self._noise(requests, shape, sigmas)
@@ -309,7 +307,13 @@ class LocalEngine:
     def _noise(
         self, requests: Sequence[ResolvedRequest], shape: Shape, sigmas: Tensor
     ) -> tuple[Tensor, AbstractContextManager[Noise]]:
-        """Return the starting noise (B, *shape) and the sampler's source of noise."""
+        """Return the starting noise (B, *shape) and the sampler's source of noise.
+
+        As in AUTOMATIC1111, the noise seed delta changes fresh noise, but no Brownian path.
+        """
+        shared, sampler = requests[0], SAMPLERS[requests[0].sampler]
+        seeds = [image.seed for request in requests for image in request.images]
+        delta = shared.options.noise_seed_delta
         generators: list[ImageGenerator] = []
         start: list[Tensor] = []
         for request in requests:
@@ -319,13 +323,13 @@ class LocalEngine:
             )
             start.append(initial_noise(own, shape, variations, request.subseed_strength))
             generators += own
-        shared, seeds = (
-            requests[0],
-            [image.seed for request in requests for image in request.images],
-        )
-        if SAMPLERS[shared.sampler].noise == "brownian":
+        if delta:
+            generators = [ImageGenerator(seed + delta, shared.noise, self.device) for seed in seeds]
+        if sampler.noise == "brownian":
+            eta = sampler.choose_eta(shared.options.eta)
             # on the CPU a thread beside the denoiser's costs more than it saves
-            ahead = brownian_intervals(shared.sampler, sigmas) if self.device.type != "cpu" else ()
+            is_threaded = self.device.type != "cpu"
+            ahead = brownian_intervals(shared.sampler, sigmas, eta) if is_threaded else ()
             source = BrownianNoise(seeds, shape, sigmas, shared.noise, self.device, ahead)
             return torch.cat(start), source
 
@@ -347,8 +351,12 @@ class LocalEngine:
         """Denoise unit noise `start` (B, C, h, w) along `sigmas` to clean latents."""
         firsts = [0, *accumulate(guidance.images for guidance in denoiser.guidances)]
 
-        def denoise(x: Tensor, sigma: float, step: int) -> Tensor:
-            return denoiser(x, sigma, step, patched=schedule.apply(sigma))
+        calls, steps = count(), count_steps(sigmas)
+        sampler = SAMPLERS[shared.sampler]
+
+        def denoise(x: Tensor, sigma: float) -> Tensor:
+            # schedules of prompts count calls
+            return denoiser(x, sigma, next(calls), patched=schedule.apply(sigma))
 
         def on_step(step: int, _x: Tensor, clean: Tensor) -> None:
             for task, first in zip(tasks, firsts, strict=False):
@@ -357,9 +365,12 @@ class LocalEngine:
                     if task.previews
                     else None
                 )
-                task.on_progress(Progress("sample", step, len(sigmas) - 1, preview))
+                task.on_progress(Progress("sample", step, steps, preview))
 
-        latents = sample(shared.sampler, denoise, start * float(sigmas[0]), sigmas, noise, on_step)
+        eta = sampler.choose_eta(shared.options.eta)
+        run = Run(denoise, noise, on_step, denoiser.unconditional, eta)
+        x = start * sampler.noise_scale(float(sigmas[0]))
+        latents = sample(shared.sampler, run, x, sigmas)
         return check_finite(latents, "the denoiser")
 
     def _preview(self, model: DiffusionModel, clean: Tensor) -> NDArray[np.uint8]:
@@ -477,7 +488,7 @@ def _guidance(
     return Guidance(
         plan_prompt(encoders, request.prompt, reading, check),
         plan_negative(encoders, request.negative_prompt, reading, check),
-        request.cfg_scale,
+        request.cfg_scale * SAMPLERS[request.sampler].guidance_share,
         len(request.images),
         min_uncond=request.options.min_uncond,
     )

@@ -270,11 +270,13 @@ class Txt2ImgRequest(Body, Postprocessing, frozen=True):
     def _choose_sampler(self) -> tuple[str | None, str | None]:
         """Return the sampler and the schedule by their own names. Raises `InvalidRequest`."""
         name = self.sampler_name or self.sampler_index
-        scheduler = self.scheduler or AUTOMATIC
+        scheduler = self.scheduler or ""
         sent_as = "sampler_name" if self.sampler_name else "sampler_index"
         with wire_names({**FIELDS, "sampler": sent_as}):
             return choose_sampler(
-                ALIASES.get(name.lower(), name), SCHEDULES.get(scheduler.lower(), scheduler)
+                ALIASES.get(name.lower(), name),
+                SCHEDULES.get(scheduler.lower(), scheduler),
+                AUTOMATIC,
             )
 
     def _warnings(self) -> tuple[str, ...]:

@@ -83,6 +83,7 @@ class Denoiser:
     memory: MemoryMode
     check: Callable[[], None] = lambda: None
     crop: tuple[int, int] = (0, 0)
+    _unconditional: list[Tensor] = field(default_factory=list[Tensor], init=False)
     _prepared: dict[tuple[tuple[int, int, bool], ...], _Prepared] = field(
         default_factory=dict[tuple[tuple[int, int, bool], ...], "_Prepared"], init=False
     )
@@ -105,12 +106,21 @@ class Denoiser:
             for conditioning in texts
         ]
         predicted = iter(self._predict(rows, sigma))
+        outputs = [[next(predicted) for _ in texts] for texts in conditionings]
+        self._unconditional = [output[0] for output in outputs]
         return torch.cat(
             [
-                guidance.combine(step, [next(predicted) for _ in texts])
-                for guidance, texts in zip(self.guidances, conditionings, strict=True)
+                guidance.combine(step, output)
+                for guidance, output in zip(self.guidances, outputs, strict=True)
             ]
         )
+
+    def unconditional(self) -> Tensor:
+        """Return the clean latents of the last call under the negative prompt.
+
+        Where guidance does not use it, they are those of the prompt.
+        """
+        return torch.cat(self._unconditional)
 
     def _predict(self, rows: Sequence[_Rows], sigma: float) -> list[Tensor]:
         """Predict the clean latents of each entry, in order."""

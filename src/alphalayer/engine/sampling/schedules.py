@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-Array = NDArray[np.float64]
+Array = NDArray[np.floating[Any]]
 
 KARRAS_RHO = 7.0
 ZERO_SNR_ALPHA_BAR = 4.8973451890853435e-08
@@ -29,12 +30,15 @@ class SigmaTable:
     """Noise levels that a model was trained on, lowest first.
 
     Attributes:
+        alpha_bar: Share of the clean latent's variance in each level, float64 (timesteps,).
         sigmas: float32 (timesteps,), on the CPU, computed in float64.
     """
 
     def __init__(self, alpha_bar: Array):
-        self.sigmas = torch.from_numpy(np.sqrt((1 - alpha_bar) / alpha_bar)).float()
-        self._log_sigmas = self.sigmas.log()
+        sigmas = np.sqrt((1 - alpha_bar) / alpha_bar)
+        self.alpha_bar = alpha_bar
+        self.sigmas = torch.from_numpy(sigmas).float()
+        self._log_sigmas = torch.from_numpy(np.log(sigmas)).float()
 
     @classmethod
     def from_betas(
@@ -64,8 +68,10 @@ class SigmaTable:
         betas = np.linspace(beta_start ** (1 / power), beta_end ** (1 / power), timesteps) ** power
         alpha_bar = np.cumprod(1 - betas)
         if zero_snr:
-            root = np.sqrt(alpha_bar)
-            alpha_bar = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
+            # in float32, from the rounded levels: as Forge does
+            levels = cls(alpha_bar).sigmas.numpy()
+            root = np.sqrt(1 / (levels * levels + 1))
+            alpha_bar = ((root - root[-1]) * (root[0] / (root[0] - root[-1]))) ** 2
             alpha_bar[-1] = ZERO_SNR_ALPHA_BAR
         return cls(alpha_bar)
 
@@ -85,21 +91,38 @@ class SigmaTable:
         return float((self._log_sigmas - log_sigma).abs().argmin())
 
     def sigma(self, timestep: float) -> float:
-        """Return the level at a training step.
+        """Return the level at a training step, see `interpolate`."""
+        return float(self.interpolate(torch.tensor([timestep], dtype=torch.float32)))
 
-        Between whole steps it is interpolated in log sigma.
+    def interpolate(self, timesteps: Tensor) -> Tensor:
+        """Return the levels at training steps.
+
+        Between whole steps they are interpolated in log sigma, in float32.
 
         Args:
-            timestep: A training step from 0. Values outside the table are clamped to its ends.
+            timesteps: Training steps from 0, float32 (n,). Values outside the table are clamped to
+                its ends.
+
+        Returns:
+            float32 (n,).
         """
-        timestep = min(max(timestep, 0.0), len(self.sigmas) - 1)
-        low = int(timestep)
-        high = min(low + 1, len(self.sigmas) - 1)
-        part = timestep - low
-        return float(((1 - part) * self._log_sigmas[low] + part * self._log_sigmas[high]).exp())
+        timesteps = timesteps.clamp(0, len(self) - 1)
+        low, high = (
+            self._log_sigmas[side.long()] for side in (timesteps.floor(), timesteps.ceil())
+        )
+        part = timesteps.frac()
+        return ((1 - part) * low + part * high).exp()
+
+    def every(self, stride: int) -> SigmaTable:
+        """Return a table of every n-th level, up to the highest one."""
+        return SigmaTable(self.alpha_bar[stride - 1 :: stride])
 
     def __len__(self) -> int:
         return len(self.sigmas)
+
+
+Schedule = Callable[[int, SigmaTable], Tensor]
+"""Function (steps, table) → noise levels, highest first, without the final 0."""
 
 
 def _karras(steps: int, table: SigmaTable) -> Tensor:
@@ -107,7 +130,12 @@ def _karras(steps: int, table: SigmaTable) -> Tensor:
 
     Source: Karras et al. 2022, arXiv 2206.00364, equation 5.
     """
-    high, low = table.sigma_max ** (1 / KARRAS_RHO), table.sigma_min ** (1 / KARRAS_RHO)
+    return karras_between(steps, table.sigma_max, table.sigma_min)
+
+
+def karras_between(steps: int, highest: float, lowest: float) -> Tensor:
+    """Return Karras levels between two levels, both included, float32 (steps,)."""
+    high, low = highest ** (1 / KARRAS_RHO), lowest ** (1 / KARRAS_RHO)
     return (high + torch.linspace(0, 1, steps) * (low - high)) ** KARRAS_RHO
 
 
@@ -118,14 +146,63 @@ def _exponential(steps: int, table: SigmaTable) -> Tensor:
     ).exp()
 
 
+def _polyexponential(steps: int, table: SigmaTable) -> Tensor:
+    """Space levels evenly in a power of log sigma. The power is 1.
+
+    Source: k-diffusion, `get_sigmas_polyexponential` with rho 1.
+    """
+    low, high = math.log(table.sigma_min), math.log(table.sigma_max)
+    return torch.exp(torch.linspace(1, 0, steps) * (high - low) + low)
+
+
+def _kl_optimal(steps: int, table: SigmaTable) -> Tensor:
+    """Space levels evenly in arctan sigma, down to the lowest one instead of 0.
+
+    Source: Sabour et al. 2024, "Align Your Steps", arXiv 2404.14507, theorem 3.1.
+    """
+    low, high = (torch.tensor(sigma).atan() for sigma in (table.sigma_min, table.sigma_max))
+    share = torch.arange(steps + 1) / steps
+    return (share * low + (1 - share) * high).tan()
+
+
 def _normal(steps: int, table: SigmaTable) -> Tensor:
     """Space levels evenly in training steps, both ends included."""
-    return _interpolate(np.linspace(len(table) - 1, 0, steps), table)
+    return table.interpolate(torch.linspace(len(table) - 1, 0, steps))
 
 
 def _sgm_uniform(steps: int, table: SigmaTable) -> Tensor:
     """Space levels evenly in training steps, without the lower end."""
-    return _interpolate(np.linspace(len(table) - 1, 0, steps + 1)[:-1], table)
+    return table.interpolate(torch.linspace(len(table) - 1, 0, steps + 1)[:-1])
+
+
+def _ddim(steps: int, table: SigmaTable) -> Tensor:
+    """Select levels with a whole stride, from the second lowest one up.
+
+    There is one level more than steps where the stride does not divide the training steps.
+    """
+    return table.sigmas[1 :: max(len(table) // steps, 1)].flip(0)
+
+
+def _turbo(steps: int, table: SigmaTable) -> Tensor:
+    """Select levels evenly from the highest one down, as SDXL Turbo was trained.
+
+    Source: Sauer et al. 2023, "Adversarial Diffusion Distillation", arXiv 2311.17042.
+    """
+    timesteps = (torch.arange(steps, 0, -1) * (len(table) / steps) - 1).round()
+    return table.sigmas[timesteps.long().clamp(0, len(table) - 1)]
+
+
+def _interpolate_log(published: tuple[float, ...]) -> Schedule:
+    """Return a schedule of published levels. Other numbers of levels are interpolated."""
+    logs = np.log(published[::-1])
+    positions = np.linspace(0, 1, len(published))
+
+    def schedule(steps: int, _table: SigmaTable) -> Tensor:
+        """Interpolate the published levels in log sigma."""
+        levels = np.exp(np.interp(np.linspace(1, 0, steps), positions, logs))
+        return torch.from_numpy(levels).float()
+
+    return schedule
 
 
 def _simple(steps: int, table: SigmaTable) -> Tensor:
@@ -177,34 +254,63 @@ def _beta_quantiles(probabilities: Array, a: float = BETA_SHAPE) -> Array:
     return np.where(probabilities <= 0.5, x, 1 - x)
 
 
-def _interpolate(timesteps: Array, table: SigmaTable) -> Tensor:
-    return torch.tensor([table.sigma(float(timestep)) for timestep in timesteps])
+_ALIGN_YOUR_STEPS = _interpolate_log(
+    (14.615, 6.315, 3.771, 2.181, 1.342, 0.862, 0.555, 0.380, 0.234, 0.113, 0.029)
+)
+"""Levels for SDXL. Source: Sabour et al. 2024, "Align Your Steps", arXiv 2404.14507."""
 
+_ALIGN_YOUR_STEPS_32 = _interpolate_log((
+    14.615, 11.1491618, 8.50522127, 6.48827151, 5.43707402, 4.60398619, 3.89854704, 3.27407457,
+    2.74396527, 2.29968659, 1.95448514, 1.67108715, 1.42878152, 1.23181009, 1.06789649, 0.92579443,
+    0.80290886, 0.69660121, 0.60436903, 0.52852552, 0.46773344, 0.41393379, 0.36258186, 0.31008517,
+    0.26518925, 0.22326461, 0.17653877, 0.13959192, 0.10587381, 0.05519369, 0.02877334, 0.015,
+))  # fmt: skip
+"""The levels of 32 steps for SDXL. They end below the lowest level of training."""
 
-SCHEDULES: dict[str, Callable[[int, SigmaTable], Tensor]] = {
+_GITS = _interpolate_log(
+    (14.615, 4.734, 2.567, 1.529, 0.987, 0.652, 0.418, 0.268, 0.179, 0.127, 0.029)
+)
+"""Levels for SDXL. Source: Chen et al. 2024, "On the Trajectory Regularity of ODE-based Diffusion
+Sampling", arXiv 2405.11326."""
+
+SCHEDULES: dict[str, Schedule] = {
     "Karras": _karras,
     "Exponential": _exponential,
     "Normal": _normal,
     "SGM Uniform": _sgm_uniform,
     "Simple": _simple,
     "Beta": _beta,
+    "Uniform": _normal,
+    "Polyexponential": _polyexponential,
+    "KL Optimal": _kl_optimal,
+    "Align Your Steps": _ALIGN_YOUR_STEPS,
+    "Align Your Steps GITS": _GITS,
+    "Align Your Steps 11": _ALIGN_YOUR_STEPS,
+    "Align Your Steps 32": _ALIGN_YOUR_STEPS_32,
+    "DDIM": _ddim,
+    "Turbo": _turbo,
 }
+_ENDS_ABOVE_ZERO = {"KL Optimal"}
 
 
 def sigmas_for(
     scheduler: str, steps: int, table: SigmaTable, *, skip_lowest: bool = False
 ) -> Tensor:
-    """Return the noise levels of a schedule, highest first, and a final 0.
+    """Return the noise levels of a schedule, highest first. The last one is 0.
+
+    "KL Optimal" ends at the lowest level instead. "DDIM" may have one step more.
 
     Args:
         scheduler: One of `alphalayer.core.request.SCHEDULERS`.
-        steps: Number of levels besides the final 0.
+        steps: Number of steps.
         table: Noise levels that the model was trained on.
-        skip_lowest: Take the schedule of one step more, and leave out its lowest level. The last
-            step, which goes to 0, is then a long one.
+        skip_lowest: Take the schedule of one step more, and leave out the level before the last.
+            The last step is then a long one.
 
     Returns:
         float32 (steps + 1,), on the CPU.
     """
-    levels = SCHEDULES[scheduler](steps + skip_lowest, table)[:steps]
-    return torch.cat([levels, torch.zeros(1)])
+    levels = SCHEDULES[scheduler](steps + skip_lowest, table)
+    if scheduler not in _ENDS_ABOVE_ZERO:
+        levels = torch.cat([levels, torch.zeros(1)])
+    return torch.cat([levels[:-2], levels[-1:]]) if skip_lowest else levels

@@ -1,0 +1,110 @@
+"""The sampling stage of the pipeline: noise of each image, calls of the denoiser, progress."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from alphalayer.core.request import GenerationOptions, GenerationRequest, ModelDefaults
+from alphalayer.engine.base import Progress, RenderTask
+from alphalayer.engine.pipeline import LocalEngine
+from alphalayer.engine.sampling.noise import ImageGenerator
+from alphalayer.engine.sampling.samplers import SAMPLERS
+from alphalayer.engine.sampling.schedules import SigmaTable
+
+TABLE = SigmaTable.from_betas()
+SHAPE = (4, 2, 3)
+
+
+def make_engine() -> LocalEngine:
+    engine = object.__new__(LocalEngine)
+    engine.device = torch.device("cpu")
+    return engine
+
+
+def resolve(sampler: str, **options: Any):
+    request = GenerationRequest(
+        prompt="an apple", sampler=sampler, seed=7, options=GenerationOptions(**options)
+    )
+    return request.resolve(ModelDefaults())
+
+
+def make_noise(sampler: str, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the starting noise, and the first noise of the sampler."""
+    sigmas = SAMPLERS[sampler].levels("Karras", 5, TABLE)
+    start, source = make_engine()._noise([resolve(sampler, **options)], SHAPE, sigmas)
+    with source as noise:
+        return start, noise(*sigmas[:2].tolist())
+
+
+def test_noise_seed_delta_changes_fresh_noise_only():
+    start, fresh = make_noise("Euler a")
+    moved_start, moved = make_noise("Euler a", noise_seed_delta=31337)
+    assert torch.equal(start, moved_start)
+    assert not torch.equal(fresh, moved)
+    assert torch.equal(moved[0], ImageGenerator(7 + 31337, "nv").randn(SHAPE))
+
+
+def test_noise_seed_delta_leaves_brownian_paths():
+    # as in AUTOMATIC1111
+    before, after = (make_noise("DPM++ 2M SDE", noise_seed_delta=delta) for delta in (0, 31337))
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+@pytest.mark.parametrize(("eta", "requested"), [(None, 4), (0.5, 4), (0.0, 0)])
+def test_eta_of_the_request_reaches_the_sampler(eta: float | None, requested: int):
+    noises: list[float] = []
+    sample_with("Euler a", lambda sigma, _: noises.append(sigma), eta=eta)
+    assert len(noises) == requested
+
+
+@pytest.mark.parametrize(
+    ("sampler", "calls", "steps"),
+    [("Heun", 9, 5), ("DPM++ SDE", 9, 5), ("Euler", 5, 5), ("DDIM", 4, 4), ("DPM fast", 5, 5)],
+)
+def test_prompts_count_calls_and_progress_counts_steps(sampler: str, calls: int, steps: int):
+    denoiser, progress = sample_with(sampler)
+    assert denoiser.calls == list(range(calls))
+    assert [entry.step for entry in progress] == sorted({entry.step for entry in progress})
+    assert {entry.steps for entry in progress} == {steps}
+    assert progress[-1].step == steps
+
+
+class Denoiser:
+    """Denoiser that records the indices of its calls."""
+
+    def __init__(self):
+        self.calls: list[int] = []
+        self.guidances = [SimpleNamespace(images=1)]
+
+    def __call__(self, x: torch.Tensor, sigma: float, call: int, *, patched: bool) -> torch.Tensor:
+        self.calls.append(call)
+        return x / (1 + sigma)
+
+    def unconditional(self) -> torch.Tensor:
+        raise AssertionError("for CFG++ only")
+
+
+def sample_with(
+    sampler: str, record: Any = lambda *_: None, **options: Any
+) -> tuple[Denoiser, list[Progress]]:
+    denoiser, progress = Denoiser(), list[Progress]()
+    request = resolve(sampler, **options)
+
+    def noise(sigma: float, following: float) -> torch.Tensor:
+        record(sigma, following)
+        return torch.ones(1, *SHAPE)
+
+    make_engine()._sample(
+        [RenderTask(request, (), progress.append, lambda: False, False)],
+        request,
+        denoiser,  # type: ignore[arg-type]
+        SimpleNamespace(apply=lambda sigma: True),  # type: ignore[arg-type]
+        torch.ones(1, *SHAPE),
+        SAMPLERS[sampler].levels("Karras", 5, TABLE),
+        noise,
+    )
+    return denoiser, progress
