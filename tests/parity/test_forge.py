@@ -12,7 +12,8 @@ import pytest
 from tests.parity.forge_model import make_models
 from torch import Tensor
 
-from alphalayer.api.a1111.schemas import Options, Txt2ImgRequest
+from alphalayer.api.a1111.schemas import Txt2ImgRequest
+from alphalayer.api.a1111.settings import OverrideSettings
 from alphalayer.engine.pipeline import LocalEngine
 
 DATA = Path(__file__).parent / "data" / "forge"
@@ -50,6 +51,6 @@ def test_request_gives_the_latents_of_forge(
         {**CASES[name], "layerdiffuse_enabled": "alwayson_scripts" in CASES[name]}
     )
     service: Any = SimpleNamespace(noise="nv", decode="forge2", prompt_comments=True)
-    engine.generate(body.to_spec(service, Options()).generation)
+    engine.generate(body.to_spec(service, OverrideSettings()).generation)
     difference = np.abs(engine.latents.numpy() - expected[name]).max()
     assert difference <= TOLERANCE
