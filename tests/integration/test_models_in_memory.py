@@ -12,7 +12,7 @@ from tests.support import tiny_models
 from torch import nn
 
 from alphalayer.catalog import ModelEntry
-from alphalayer.catalog.headers import SUPPORTED
+from alphalayer.catalog.kinds import SUPPORTED
 from alphalayer.core.errors import OutOfMemory
 from alphalayer.core.request import GenerationRequest
 from alphalayer.engine.model_cache import ModelCache
