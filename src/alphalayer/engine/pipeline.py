@@ -258,11 +258,19 @@ class LocalEngine:
         with stopwatch.stage("sample"), denoising, noise as source:
             latents = self._sample(tasks, shared, denoiser, schedule, start, sigmas, source)
 
+        notes = tuple(
+            dict.fromkeys(model.patchers["denoiser"].notes + model.patchers["text"].notes)
+        )
         decoding = Decoding(model, shared, memory, stopwatch)
         composed = self._compose(requests, mode, decoding, latents, reporter)
         layers = iter(composed)
         return [
-            _result(request, model, canvas, list(islice(layers, len(request.images))), stopwatch)
+            replace(
+                _result(
+                    request, model, canvas, list(islice(layers, len(request.images))), stopwatch
+                ),
+                warnings=notes,
+            )
             for request in requests
         ]
 
