@@ -270,6 +270,14 @@ class Settings(BaseSettings):
             "Switching back to one then needs no disk.",
         ),
     ] = 0.0
+    unload_model_after_s: Annotated[
+        float,
+        Field(
+            ge=0,
+            description="Seconds without a job after which the memory of the model is released. "
+            "The next job reads it again. 0: never.",
+        ),
+    ] = 0.0
     queue_limit: Annotated[
         int, Field(ge=1, le=100_000, description="Most waiting jobs. More are refused with 429.")
     ] = 200
@@ -468,6 +476,7 @@ class Settings(BaseSettings):
             "default_model": self.default_model,
             "batch_pixels": self.batch_pixels,
             "spare_model_bytes": int(self.spare_model_gb * 1e9),
+            "unload_after_s": self.unload_model_after_s,
             "acceleration": self.acceleration,
             "compile_cache": str(self.data_dir / "compiled"),
             "warm_up_sizes": [

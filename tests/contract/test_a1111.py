@@ -17,6 +17,7 @@ import pytest
 import webuiapi
 from PIL import Image
 from safetensors.numpy import save_file
+from tests.support.header_files import write
 from tests.support.serving import put_lora, put_model, served, wait_until
 
 from alphalayer.engine.fake import render_disc
@@ -182,6 +183,17 @@ def test_lora_path_begins_with_the_models_folder(tmp_path, monkeypatch):
             "apples",
             "models/Lora/apples.safetensors",
         )
+
+
+def test_lora_alias_is_listed_and_names_it_in_prompts(tmp_path):
+    metadata = {"ss_output_name": "trained", "ss_network_dim": "8"}
+    write(tmp_path / "models" / "Lora" / "apples.safetensors", {}, metadata=metadata)
+    with served(put_model(tmp_path)) as client:
+        [listed] = client.get("/sdapi/v1/loras").json()
+        assert (listed["name"], listed["alias"]) == ("apples", "trained")
+        assert listed["metadata"] == {"format": "pt", **metadata}
+        assert render(client, prompt="x <lora:trained:0.5>").status_code == 200
+        assert render(client, prompt="x <lora:other:0.5>").status_code == 422
 
 
 def test_txt2img_defaults_are_those_of_automatic1111(client):

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from tests.support import tiny_models
 from tests.unit.test_catalog import FAMILIES, write
 
-from alphalayer.catalog.headers import CONTEXT, FIRST_CONV
+from alphalayer.catalog.kinds import CONTEXT, FIRST_CONV
 from alphalayer.cli.app import main
 from alphalayer.core.errors import AlphalayerError, CorruptFile, ModelUnusable
 from alphalayer.core.request import GenerationRequest

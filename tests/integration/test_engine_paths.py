@@ -23,7 +23,7 @@ from tests.support import tiny_models
 from tests.support.tiny_models import unet_name_in_ldm
 
 from alphalayer import catalog
-from alphalayer.catalog.headers import FIRST_CONV
+from alphalayer.catalog.kinds import FIRST_CONV
 from alphalayer.config import Settings
 from alphalayer.core.errors import (
     Cancelled,
@@ -76,6 +76,8 @@ def _make_loras(folder: Path) -> None:
         stem = "unet." + name.removesuffix(".weight")
         peft |= {f"{stem}.lora_B.weight": up, f"{stem}.lora_A.weight": down}
     save_file(kohya, folder / "kohya.safetensors")
+    bundle = kohya | {"bundle_emb.my_word.clip_l": torch.zeros(1, 4)}
+    save_file(bundle, folder / "bundle.safetensors", {"ss_output_name": "trained"})
     save_file(peft, folder / "peft.safetensors")
     generator = torch.Generator().manual_seed(51)
     text_lora = {}
@@ -385,6 +387,13 @@ def test_lora_weight_of_the_text_encoders_is_their_own(engine: LocalEngine, base
     assert np.array_equal(render("words", 0, 1), _render(engine, loras=(Lora(name="words"),)))
     assert np.array_equal(render("words", 1, 0), base)
     assert np.array_equal(render("kohya", 0, 1), base)
+
+
+def test_lora_that_is_merged_in_part_is_named_in_the_result(engine: LocalEngine):
+    request = REQUEST.model_copy(update={"steps": 1, "loras": (Lora(name="trained"),)})
+    result = engine.generate(request)
+    assert result.warnings == ("bundle is merged without bundled embeddings: 1 (my_word).",)
+    assert engine.generate(request.model_copy(update={"loras": ()})).warnings == ()
 
 
 def test_unknown_lora_lists_the_available_ones(engine: LocalEngine):

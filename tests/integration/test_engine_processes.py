@@ -180,6 +180,26 @@ def test_cancelled_waiting_job_is_reported_at_once():
     assert process.next_batch() == (jobs[2],)
 
 
+def test_models_are_unloaded_after_a_time_without_jobs(tmp_path: Path):
+    class IdleEngine(FakeEngine):
+        unloads = 0
+
+        def unload(self) -> None:
+            self.unloads += 1
+
+    process, engine = EngineProcess(io.BytesIO(), io.BytesIO()), IdleEngine()
+    engine.unload_after_s = 0.01
+    renderer = process.create_renderer(engine, open_storage(str(tmp_path)))
+    process.run_next(renderer)
+    assert engine.unloads == 1
+    request = GenerationRequest(prompt="a", width=64, height=64, steps=1)
+    process.receive(Render(jobs=(Job.new(JobSpec(generation=request)),)))
+    process.run_next(renderer)
+    wait(process._storing)
+    assert engine.unloads == 1
+    assert len(list(tmp_path.iterdir())) == 1
+
+
 def test_unreadable_command_fails_its_jobs_only(
     monkeypatch: pytest.MonkeyPatch,
 ):

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tests.support import tiny_models
 from torch import nn
 
 from alphalayer.catalog import ModelEntry
-from alphalayer.catalog.headers import SUPPORTED
+from alphalayer.catalog.kinds import SUPPORTED
 from alphalayer.core.errors import OutOfMemory
 from alphalayer.core.request import GenerationRequest
 from alphalayer.engine.model_cache import ModelCache
@@ -56,6 +58,19 @@ def test_model_cache_keeps_models_within_its_budget(budget: float, reads: str):
     for name in "ABABA":
         assert cache.get(entries[name]).entry.name == name
     assert "".join(read) == reads
+    cache.clear()
+    assert cache.active is None
+    cache.get(entries["B"])
+    assert "".join(read) == reads + "B"
+
+
+def test_unloaded_model_is_freed_and_read_again(models: Path):
+    engine = LocalEngine(models, device="cpu")
+    before = engine.generate(REQUEST).images[0].rgba
+    weight = weakref.ref(engine.model.modules["vae"])
+    engine.unload()
+    assert weight() is None
+    assert np.array_equal(engine.generate(REQUEST).images[0].rgba, before)
 
 
 def test_text_encoders_are_moved_only_for_new_texts(models: Path, monkeypatch: pytest.MonkeyPatch):

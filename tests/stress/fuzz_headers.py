@@ -35,7 +35,8 @@ def main() -> None:
 
     with atheris.instrument_imports(include=["alphalayer.catalog", "json"]):
         from alphalayer.catalog import read_config
-        from alphalayer.catalog.headers import FAMILY_NAMES, family_of, read_header
+        from alphalayer.catalog.headers import read_header
+        from alphalayer.catalog.kinds import FAMILY_NAMES, family_of
         from alphalayer.core.errors import CorruptFile
 
     file = Path(tempfile.mkdtemp(dir="/dev/shm" if os.path.isdir("/dev/shm") else None), "x")  # noqa: PTH112
@@ -48,7 +49,7 @@ def main() -> None:
             if kind == b"\2":
                 assert isinstance(read_config(file), dict)
             else:
-                assert family_of(read_header(file)) in FAMILY_NAMES
+                assert family_of(read_header(file).shapes) in FAMILY_NAMES
 
     corpus = next((Path(arg) for arg in sys.argv[1:] if not arg.startswith("-")), None)
     if corpus:

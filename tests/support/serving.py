@@ -107,6 +107,10 @@ def serve_handler(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
         server.server_close()
 
 
+NO_TENSORS = (2).to_bytes(8, "little") + b"{}"
+"""A safetensors file."""
+
+
 def put_model(folder: Path) -> Path:
     """Add a model "apples" with empty weights, which the fake engine does not read."""
     # not at the top: it imports torch, which a service in a process of its own must not have
@@ -115,7 +119,7 @@ def put_model(folder: Path) -> Path:
     model = folder / "models" / "Stable-diffusion" / "apples"
     shutil.copytree(SHIPPED, model)
     for part in ("unet", "vae", "text_encoder", "text_encoder_2"):
-        (model / part / "model.safetensors").touch()
+        (model / part / "model.safetensors").write_bytes(NO_TENSORS)
     return folder
 
 

@@ -17,12 +17,14 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.support.header_files import ATTENTION, CLIP_G, MIDDLE, SDXL, UNET, VAE, Shapes, write
 
 from alphalayer import catalog
 from alphalayer.api.a1111.schemas import SdModel
 from alphalayer.catalog import download, headers
 from alphalayer.catalog.hashes import HashCache
-from alphalayer.catalog.headers import CONTEXT, FIRST_CONV, VAE_MARKS, family_of, read_header
+from alphalayer.catalog.headers import read_header
+from alphalayer.catalog.kinds import CONTEXT, FIRST_CONV, VAE_MARKS, family_of
 from alphalayer.core.errors import (
     CorruptFile,
     InvalidRequest,
@@ -32,18 +34,6 @@ from alphalayer.core.errors import (
 )
 from alphalayer.engine.families.configs import SHIPPED
 from alphalayer.engine.text.textual_inversion import read_embeddings
-
-UNET = "model.diffusion_model."
-CLIP_L = "conditioner.embedders.0.transformer.text_model.embeddings.token_embedding.weight"
-CLIP_G = "conditioner.embedders.1.model.token_embedding.weight"
-MIDDLE = UNET + "middle_block.1.norm.weight"
-ATTENTION = "diffusion_model.input_blocks.4.1.transformer_blocks.0.attn1"
-Shapes = dict[str, tuple[int, ...]]
-VAE: Shapes = dict.fromkeys(VAE_MARKS, (128, 3, 3, 3))
-SDXL: Shapes = {
-    FIRST_CONV: (320, 4, 3, 3), CONTEXT: (640, 2048), CLIP_L: (49408, 768), CLIP_G: (49408, 1280),
-    MIDDLE: (1280,), **VAE,
-}  # fmt: skip
 
 # the tensors by which families differ, with the shapes of the published checkpoints
 FAMILIES: dict[str, Shapes] = {
@@ -83,22 +73,6 @@ FAMILIES: dict[str, Shapes] = {
 }  # fmt: skip
 
 
-def write(path: Path, shapes: Shapes, missing: int = 0) -> Path:
-    """Write a sparse file of float16 zeros, without its last `missing` bytes."""
-    entries, end = {}, 0
-    for name, shape in shapes.items():
-        size = 2
-        for side in shape:
-            size *= side
-        entries[name] = {"dtype": "F16", "shape": list(shape), "data_offsets": [end, end + size]}
-        end += size
-    header = json.dumps({"__metadata__": {"format": "pt"}, **entries}).encode()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(struct.pack("<Q", len(header)) + header)
-    os.truncate(path, 8 + len(header) + end - missing)
-    return path
-
-
 def _find_own_models(models_dir: Path) -> dict[str, catalog.ModelEntry]:
     """Return the models of a folder by name, without the embedded model."""
     return {
@@ -119,12 +93,17 @@ def test_family_of_other_marker_tensors_is_the_same(tmp_path: Path):
         ("edit", {FIRST_CONV: (320, 8, 3, 3), CONTEXT: (640, 768)}),
     ]
     for family, shapes in same:
-        assert family_of(read_header(write(tmp_path / "model.safetensors", shapes))) == family
+        assert (
+            family_of(read_header(write(tmp_path / "model.safetensors", shapes)).shapes) == family
+        )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_family_of_tensor_shapes_is_recognized(tmp_path: Path, family: str):
-    assert family_of(read_header(write(tmp_path / "model.safetensors", FAMILIES[family]))) == family
+    assert (
+        family_of(read_header(write(tmp_path / "model.safetensors", FAMILIES[family])).shapes)
+        == family
+    )
 
 
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family != "sdxl"])
@@ -200,7 +179,7 @@ def test_header_of_any_bytes_is_read_or_refused(
     path.write_bytes(struct.pack("<Q", len(header)) + header)
     # any other exception fails the test
     with suppress(CorruptFile):
-        assert family_of(read_header(path)) in catalog.FAMILY_NAMES
+        assert family_of(read_header(path).shapes) in catalog.FAMILY_NAMES
 
 
 @pytest.mark.parametrize("suffix", catalog.PICKLE_SUFFIXES)
@@ -232,7 +211,7 @@ def _make_diffusers_folder(path: Path, index: object) -> Path:
     shutil.copytree(SHIPPED, path)
     (path / "model_index.json").write_text(index if isinstance(index, str) else json.dumps(index))
     for part in ("unet", "vae", "text_encoder", "text_encoder_2"):
-        (path / part / "diffusion_pytorch_model.safetensors").write_bytes(b"weights")
+        write(path / part / "diffusion_pytorch_model.safetensors", {})
     return path
 
 
@@ -416,7 +395,7 @@ def test_find_lora_returns_the_file_of_a_name(tmp_path: Path):
     assert error.value.field == "loras"
 
 
-@pytest.mark.parametrize("name", ["../../etc/passwd", "/etc/passwd", "..", "sub/style"])
+@pytest.mark.parametrize("name", ["../../etc/passwd", "/etc/passwd", "..", "../Lora/sub/style"])
 def test_find_lora_path_as_a_name_is_refused(tmp_path: Path, name: str):
     write(tmp_path / "Lora" / "sub" / "style.safetensors", FAMILIES["lora"])
     with pytest.raises(InvalidRequest):
@@ -614,7 +593,7 @@ def test_odd_header_is_one_row_with_its_reason(tmp_path: Path, content: bytes):
     ids=["scalar", "vector", "first", "three"],
 )
 def test_family_of_wrong_ranks_is_unknown(tmp_path: Path, shapes: Shapes):
-    assert family_of(read_header(write(tmp_path / "x.safetensors", shapes))) == "unknown"
+    assert family_of(read_header(write(tmp_path / "x.safetensors", shapes)).shapes) == "unknown"
 
 
 def test_large_header_is_refused_with_the_limit(tmp_path: Path):
@@ -745,8 +724,8 @@ def test_name_that_cannot_be_shown_is_one_row_to_rename(tmp_path: Path, name: by
 
 @pytest.mark.parametrize(
     "name",
-    ["n" * 243, "-rf", "..", ".", "CON", "a:b", "пони", "👩‍🎨", " ", "a.b.c"],
-    ids=range(10),
+    ["n" * 243, "-rf", "CON", "a:b", "пони", "👩‍🎨", " ", "a.b.c"],
+    ids=range(8),
 )
 def test_unusual_name_is_usable(tmp_path: Path, name: str):
     for folder in ("Stable-diffusion", "Lora"):

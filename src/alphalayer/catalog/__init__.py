@@ -10,30 +10,38 @@ models/Lora/               LoRA files
 from alphalayer.catalog.entries import (
     CHECKPOINTS,
     EMBEDDED_MODEL,
-    FP16,
     PICKLE_SUFFIXES,
     ModelEntry,
     find_models,
     hash_model,
-    weight_files,
+    separate_vae,
 )
 from alphalayer.catalog.files import printable, public_path, shorten_paths, usable_files
 from alphalayer.catalog.folders import read_config, read_json
 from alphalayer.catalog.hashes import SHORT_HASH_DIGITS, file_stamp
-from alphalayer.catalog.headers import FAMILY_NAMES, Header, read_header, summarize
+from alphalayer.catalog.headers import Header, read_header, summarize
+from alphalayer.catalog.kinds import FAMILY_NAMES
 from alphalayer.catalog.model_config import (
     check_layerdiffuse_mode,
     layer_config,
     layer_file,
     model_defaults,
 )
-from alphalayer.catalog.resolve import PULL, PULL_LAYERS, find_lora, resolve_model
+from alphalayer.catalog.parts import weight_files
+from alphalayer.catalog.resolve import (
+    PULL,
+    PULL_LAYERS,
+    find_lora,
+    lora_alias,
+    lora_metadata,
+    resolve_model,
+)
+from alphalayer.catalog.sidecars import scheduler_of
 
 __all__ = [
     "CHECKPOINTS",
     "EMBEDDED_MODEL",
     "FAMILY_NAMES",
-    "FP16",
     "PICKLE_SUFFIXES",
     "PULL",
     "PULL_LAYERS",
@@ -47,6 +55,8 @@ __all__ = [
     "hash_model",
     "layer_config",
     "layer_file",
+    "lora_alias",
+    "lora_metadata",
     "model_defaults",
     "printable",
     "public_path",
@@ -54,6 +64,8 @@ __all__ = [
     "read_header",
     "read_json",
     "resolve_model",
+    "scheduler_of",
+    "separate_vae",
     "shorten_paths",
     "summarize",
     "usable_files",

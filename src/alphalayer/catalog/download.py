@@ -15,7 +15,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from alphalayer import catalog
-from alphalayer.catalog.files import ListedFile, list_files, printable
+from alphalayer.catalog.files import ListedFile, list_files, printable, suffix_of
 from alphalayer.catalog.hashes import HashCache, open_hash_cache
 from alphalayer.catalog.headers import read_header, summarize
 from alphalayer.core.errors import (
@@ -326,7 +326,7 @@ def _layer_families(name: str) -> tuple[str, ...]:
 
 
 def _is_weight_file(name: str) -> bool:
-    return Path(name).suffix in (".safetensors", *catalog.PICKLE_SUFFIXES)
+    return suffix_of(name) in (".safetensors", *catalog.PICKLE_SUFFIXES)
 
 
 def _verify_checkpoint(entry: catalog.ModelEntry, models_dir: Path) -> Verified:
@@ -346,7 +346,7 @@ def _verify_checkpoint(entry: catalog.ModelEntry, models_dir: Path) -> Verified:
 def _verify(file: ListedFile, families: Sequence[str]) -> Verified:
     """Check that a file is of one of these families; the first one is reported."""
     path = file.path
-    if file.problem is None and path.suffix in catalog.PICKLE_SUFFIXES:
+    if file.problem is None and suffix_of(path) in catalog.PICKLE_SUFFIXES:
         return Verified(
             path, "is a pickle file and is not opened; use its .safetensors version.", False
         )

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
-from alphalayer.catalog.files import ListedFile, list_files, printable
+from alphalayer.catalog.files import ListedFile, is_file, list_files, printable, suffix_of
 from alphalayer.catalog.folders import family_of_folder
 from alphalayer.catalog.hashes import (
     SHORT_HASH_DIGITS,
@@ -15,20 +15,28 @@ from alphalayer.catalog.hashes import (
     file_stamp,
     open_hash_cache,
 )
-from alphalayer.catalog.headers import FAMILY_NAMES, SUPPORTED, summarize
+from alphalayer.catalog.headers import summarize
+from alphalayer.catalog.kinds import FAMILY_NAMES, NOT_CHECKPOINTS, SUPPORTED
+from alphalayer.catalog.parts import check_parts, weight_files
+from alphalayer.catalog.sidecars import read_settings, sidecars
 from alphalayer.core.errors import CorruptFile, ModelUnusable, PickleRefused, UnsupportedFamily
 
 CHECKPOINTS = "Stable-diffusion"
 EMBEDDED_MODEL = Path(__file__).parent.parent / "builtin_models" / "alphalayer-mini"
 PICKLE_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin")
-FP16 = ".fp16"
-"""Part of the names of weight files that hold 16-bit numbers."""
+VAE_SUFFIX = ".vae.safetensors"
+"""Suffix of the VAE beside a checkpoint, after the checkpoint's name."""
 _INDEX = "model_index.json"
 _RIGHT_FOLDER = {
     "layerdiffuse-patch": "layer_model",
     "transparent-decoder": "layer_model",
     "lora": "Lora",
     "embedding": "embeddings",
+}
+_HINTS = {
+    "sdxl-no-vae": f"Put its VAE beside it as NAME{VAE_SUFFIX}, or use a version with the VAE.",
+    "vae": f"Put it beside its checkpoint, as NAME{VAE_SUFFIX}.",
+    "sdxl-unet": "Use a checkpoint with the text encoders and the VAE inside.",
 }
 
 
@@ -71,8 +79,9 @@ def find_models(models_dir: Path) -> list[ModelEntry]:
     for file in listed:
         if file.path.name == _INDEX:
             entries.append(_diffusers_entry(file, folder, cache))
-        elif diffusers.isdisjoint((file.path, *file.path.parents)):
+        elif diffusers.isdisjoint((file.path, *file.path.parents)) and not _is_vae_of(file.path):
             entries.append(_file_entry(file, cache))
+    entries = _tell_apart(entries, folder)
     if (EMBEDDED_MODEL / _INDEX).is_file():
         embedded = ListedFile(EMBEDDED_MODEL / _INDEX, f"{EMBEDDED_MODEL.name}/{_INDEX}")
         entry = _diffusers_entry(embedded, EMBEDDED_MODEL.parent, cache)
@@ -97,41 +106,93 @@ def hash_model(entry: ModelEntry, models_dir: Path) -> str:
         ) from None
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """Return the weight files of one part of a diffusers folder.
-
-    Files with 16-bit numbers count only if there are no others.
-    """
-    files = sorted(folder.glob("*.safetensors"))
-    return [file for file in files if FP16 not in file.name] or files
-
-
 def flatten_name(path: str) -> str:
     """Return a model's name from its path below `CHECKPOINTS`."""
     return path.replace("/", "_").replace("\\", "_")
 
 
 def _is_model_file(name: str) -> bool:
-    return name == _INDEX or Path(name).suffix in (".safetensors", *PICKLE_SUFFIXES)
+    return name == _INDEX or suffix_of(name) in (".safetensors", *PICKLE_SUFFIXES)
+
+
+def separate_vae(checkpoint: Path) -> Path | None:
+    """Return the VAE file beside a checkpoint, None if there is none."""
+    path = checkpoint.with_name(checkpoint.stem + VAE_SUFFIX)
+    return path if is_file(path) else None
+
+
+def _is_vae_of(path: Path) -> bool:
+    """Return whether a file is the VAE beside a checkpoint."""
+    name = path.name.removesuffix(VAE_SUFFIX)
+    return name != path.name and is_file(path.with_name(f"{name}.safetensors"))
+
+
+def _tell_apart(entries: list[ModelEntry], folder: Path) -> list[ModelEntry]:
+    """Name models by their path if one that comes before has the same name.
+
+    Usable ones come first, and then those in fewer folders.
+    """
+
+    def rank(entry: ModelEntry) -> tuple[bool, int]:
+        return entry.problem is not None, len(entry.path.parts)
+
+    names: set[str] = set()
+    renamed: list[ModelEntry] = []
+    for entry in sorted(entries, key=rank):
+        is_taken = entry.name in names
+        name = printable(entry.path.relative_to(folder).as_posix()) if is_taken else entry.name
+        names.add(name)
+        renamed.append(replace(entry, name=name))
+    return renamed
 
 
 def _file_entry(file: ListedFile, cache: HashCache) -> ModelEntry:
     path, problem, family = file.path, file.problem, "unknown"
-    if problem is None and path.suffix in PICKLE_SUFFIXES:
+    if problem is None and suffix_of(path) in PICKLE_SUFFIXES:
         problem = PickleRefused(
             f"{path} is a pickle file, and opening one can run any code that is in it.",
             hint="Use the .safetensors version of this model.",
         )
     elif problem is None:
-        try:
-            family = summarize(path).family
-        except CorruptFile as error:
-            problem = error
-        else:
-            problem = None if family in SUPPORTED else _unsupported(path, family)
+        family, problem = _family_of_file(path)
     name = flatten_name(file.name.removesuffix(path.suffix))
     sha256 = None if file.problem else cache.get(path)
-    return ModelEntry(name, path, "single_file", family, sha256, problem, (file_stamp(path),))
+    vae = separate_vae(path)
+    stamp = tuple(file_stamp(file) for file in (path, *([vae] if vae else []), *sidecars(path)))
+    return ModelEntry(name, path, "single_file", family, sha256, problem, stamp)
+
+
+def _family_of_file(path: Path) -> tuple[str, ModelUnusable | None]:
+    """Return the family of a single file, and why it cannot be used."""
+    try:
+        summary = summarize(path)
+        vae = separate_vae(path)
+        problem = _vae_problem(vae) if vae else None
+        read_settings(path)
+    except CorruptFile as error:
+        return "unknown", error
+    family = summary.family
+    if problem:
+        return family, problem
+    if vae and family == "sdxl-no-vae":
+        family = "sdxl"
+    if family not in SUPPORTED:
+        return family, _unsupported(path, family)
+    return family, _incomplete(path, summary.missing) if summary.missing else None
+
+
+def _vae_problem(path: Path) -> UnsupportedFamily | None:
+    """Return why a file cannot be the VAE of a checkpoint."""
+    summary = summarize(path)
+    if summary.family != "vae":
+        name = FAMILY_NAMES[summary.family]
+        return UnsupportedFamily(f"{path} is a {name}, not a VAE.", hint="Remove it.")
+    if summary.has_diffusers_names:
+        return UnsupportedFamily(
+            f"{path} has the tensor names of diffusers.",
+            hint="Use the VAE with the names of LDM, as in sdxl_vae.safetensors.",
+        )
+    return None
 
 
 def _diffusers_entry(index: ListedFile, folder: Path, cache: HashCache) -> ModelEntry:
@@ -139,16 +200,24 @@ def _diffusers_entry(index: ListedFile, folder: Path, cache: HashCache) -> Model
     if problem is None:
         try:
             family = family_of_folder(path)
+            if family in SUPPORTED:
+                check_parts(path)
+            else:
+                problem = _unsupported(path, family)
         except CorruptFile as error:
             problem = error
-        else:
-            problem = None if family in SUPPORTED else _unsupported(path, family)
     hashed = _hashed_file(path, "diffusers")
     sha256 = cache.get(hashed) if hashed.is_file() else None
-    files = list_files(path, lambda name: Path(name).suffix in (".safetensors", ".json"))
+    files = list_files(path, lambda name: suffix_of(name) in (".safetensors", ".json"))
     stamp = tuple(file_stamp(file.path) for file in files)
     name = flatten_name(printable(str(path.relative_to(folder))))
     return ModelEntry(name, path, "diffusers", family, sha256, problem, stamp)
+
+
+def _incomplete(path: Path, missing: str) -> CorruptFile:
+    return CorruptFile(
+        f"{path} is incomplete: {printable(missing)[:200]} is missing.", hint="Download it again."
+    )
 
 
 @lru_cache(1)
@@ -163,10 +232,14 @@ def _unsupported(path: Path, family: str) -> UnsupportedFamily:
         return UnsupportedFamily(
             f"{path} is a {name}, not a checkpoint.", hint=f"Move it to {_RIGHT_FOLDER[family]}/."
         )
+    if family in NOT_CHECKPOINTS:
+        return UnsupportedFamily(
+            f"{path} is a {name}, not a checkpoint.", hint=_HINTS.get(family, "Move it elsewhere.")
+        )
     return UnsupportedFamily(
         f"{path} is a {name} checkpoint; "
         "this version supports only complete SDXL text-to-image checkpoints.",
-        hint="Use a version with the VAE inside." if family == "sdxl-no-vae" else "",
+        hint=_HINTS.get(family, ""),
     )
 
 

@@ -11,6 +11,7 @@ import logging
 import os
 import re
 import stat
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -23,6 +24,9 @@ logger = logging.getLogger(__name__)
 
 MAX_PARTS = 1_000_000
 """Limit of the values of a JSON text: parsing as many takes about 0.3 s and 100 MB."""
+MAX_DEPTH = 20
+MAX_ENTRIES = 100_000
+"""Limits of the folders below a listed one. A link may lead to a whole disk."""
 # control characters, line separators, directions of text, and bytes that are not UTF-8
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 _KINDS = (
@@ -46,9 +50,9 @@ class ListedFile:
 
 
 def list_files(folder: Path, is_listed: Callable[[str], bool]) -> list[ListedFile]:
-    """Return the files of a folder and its subfolders, sorted by path.
+    """Return the visible files of a folder and its subfolders, sorted by path.
 
-    Links to folders are not followed.
+    Links to folders are followed, see `_walk`.
 
     Args:
         folder: The folder, which may be missing.
@@ -66,11 +70,21 @@ def usable_files(folder: Path, suffixes: Sequence[str] = (".safetensors",)) -> l
 
     The others are logged once.
     """
-    listed = list_files(folder, lambda name: Path(name).suffix in suffixes)
+    listed = list_files(folder, lambda name: suffix_of(name) in suffixes)
     for file in listed:
         if file.problem:
             _warn_once(str(file.problem))
     return [file.path for file in listed if file.problem is None]
+
+
+def is_file(path: Path) -> bool:
+    """Return whether a file exists. A name that is too long is no error."""
+    return os.path.isfile(path)  # noqa: PTH113 - `Path.is_file` raises for such a name
+
+
+def suffix_of(path: Path | str) -> str:
+    """Return the suffix of a file's name in small letters."""
+    return Path(path).suffix.lower()
 
 
 def printable(text: str) -> str:
@@ -129,15 +143,34 @@ def parse_json(text: bytes, **hooks: Any) -> Any:
 
 
 def _walk(folder: Path) -> Iterator[str]:
-    """Yield the paths of all files and folders below a folder."""
-    pending = [str(folder)]
-    while pending:
+    """Yield the paths of all visible files and folders below a folder.
+
+    Links to folders are followed after all real folders, and each folder once. So a link changes
+    no name of a file that is there anyway, and a loop ends.
+    """
+    pending, links = deque([(str(folder), 0)]), deque[tuple[str, int]]()
+    visited: set[tuple[int, int]] = set()
+    yielded = 0
+    while pending or links:
+        path, depth = (pending or links).popleft()
         try:
-            with os.scandir(pending.pop()) as entries:
-                for entry in entries:
+            status = os.stat(path)  # noqa: PTH116 - of the folder that a link means
+            if (status.st_dev, status.st_ino) in visited or depth > MAX_DEPTH:
+                continue
+            visited.add((status.st_dev, status.st_ino))
+            with os.scandir(path) as entries:
+                for entry in sorted(entries, key=lambda entry: entry.name):
+                    if entry.name.startswith("."):
+                        continue  # of a file manager, or the second half of a file of macOS
+                    yielded += 1
+                    if yielded > MAX_ENTRIES:
+                        _warn_once(f"{printable(str(folder))} has more than {MAX_ENTRIES:,} files.")
+                        return
                     yield entry.path
                     if entry.is_dir(follow_symlinks=False):
-                        pending.append(entry.path)
+                        pending.append((entry.path, depth + 1))
+                    elif entry.is_symlink() and entry.is_dir():
+                        links.append((entry.path, depth + 1))
         except OSError:
             continue  # missing, unreadable, or removed meanwhile
 

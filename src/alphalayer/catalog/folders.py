@@ -1,4 +1,4 @@
-"""Family of a diffusers folder, from its JSON files, and a check that its weights exist."""
+"""Family of a diffusers folder, from its JSON files."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from alphalayer.core.errors import CorruptFile
 
 PIPELINE = "StableDiffusionXLPipeline"
 PREDICTIONS = ("epsilon", "v_prediction")
-_WITH_WEIGHTS = ("unet", "vae", "text_encoder", "text_encoder_2")
-_AGAIN = "Download the folder again."
+AGAIN = "Download the folder again."
 MAX_JSON_BYTES = 16_000_000
 """Limit of a JSON file: the largest, a tokenizer, has about 4 MB."""
 MAX_NUMBER = 1_000_000
@@ -40,10 +39,6 @@ def family_of_folder(path: Path) -> str:
     unet = read_json(path / "unet/config.json")
     if unet.get("in_channels") != unet.get("out_channels"):
         return "sdxl-inpaint" if unet.get("in_channels") == 9 else "edit"
-    for part in _WITH_WEIGHTS:
-        read_json(path / part / "config.json")
-        if not any((path / part).glob("*.safetensors")):
-            raise CorruptFile(f"{path / part} holds no .safetensors file.", hint=_AGAIN)
     return "sdxl"
 
 
@@ -67,11 +62,11 @@ def read_json(path: Path, **hooks: Any) -> dict[str, Any]:
         if not isinstance(loaded, dict):
             raise ValueError("it holds no object")
     except FileNotFoundError:
-        raise CorruptFile(f"{shown} is not there.", hint=_AGAIN) from None
+        raise CorruptFile(f"{shown} is not there.", hint=AGAIN) from None
     except OSError as error:
-        raise CorruptFile(f"{shown} cannot be read: {error.strerror}.", hint=_AGAIN) from None
+        raise CorruptFile(f"{shown} cannot be read: {error.strerror}.", hint=AGAIN) from None
     except ValueError as error:
-        raise CorruptFile(f"{shown} is damaged: {error}.", hint=_AGAIN) from None
+        raise CorruptFile(f"{shown} is damaged: {error}.", hint=AGAIN) from None
     return loaded
 
 

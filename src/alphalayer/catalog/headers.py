@@ -1,17 +1,18 @@
-"""Header of a safetensors file: tensor names and shapes, and the family that they reveal."""
+"""Header of a safetensors file: tensor names and shapes, metadata, and what they reveal."""
 
 from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from threading import Lock
 from typing import Any
 
+from alphalayer.catalog.completeness import missing_tensor
 from alphalayer.catalog.files import open_file, parse_json, printable
+from alphalayer.catalog.kinds import EMBEDDING, family_of
 from alphalayer.core.errors import CorruptFile
 
 MAX_HEADER_BYTES = 16_000_000
@@ -25,26 +26,30 @@ BITS = {
 }  # fmt: skip
 """Bits of a number in each supported format."""
 
-CONTEXT = "model.diffusion_model.input_blocks.4.1.transformer_blocks.0.attn2.to_k.weight"
-FIRST_CONV = "model.diffusion_model.input_blocks.0.0.weight"
-LATENT_CHANNELS = 4
-EDM_MARKS = ("edm_mean", "edm_vpred.sigma_max")
-VAE_MARKS = ("first_stage_model.encoder.conv_in.weight", "first_stage_model.decoder.conv_in.weight")
+MAX_METADATA = 100_000
+"""Limit of the characters of metadata. Longer values are left out first."""
 
 
 @dataclass(frozen=True)
 class Header:
-    """Header of a safetensors file: the shape of each tensor by name."""
+    """Header of a safetensors file: the shape of each tensor by name, and the metadata."""
 
     shapes: dict[str, tuple[int, ...]]
+    metadata: dict[str, str] = field(default_factory=dict[str, str])
 
 
 @dataclass(frozen=True)
 class Summary:
-    """Family of a file, and the shapes of an embedding's tensors by name."""
+    """What the catalog knows of a file from its header."""
 
     family: str
     embedding: dict[str, tuple[int, ...]] = field(default_factory=dict[str, tuple[int, ...]])
+    """Shapes of an embedding's tensors by name."""
+    metadata: dict[str, str] = field(default_factory=dict[str, str])
+    has_diffusers_names: bool = False
+    """Whether it is a VAE with the names of diffusers."""
+    missing: str = ""
+    """A tensor that is not there, though those around it are."""
 
 
 def summarize(path: Path) -> Summary:
@@ -78,8 +83,15 @@ def _summarize(path: Path, _version: tuple[int, ...]) -> Summary | CorruptFile:
         if isinstance(error.__cause__, OSError):
             raise  # a failing disk may recover
         return error.with_traceback(None)
-    embedding = {name: header.shapes[name] for name in _EMBEDDING if name in header.shapes}
-    return Summary(family_of(header), embedding)
+    shapes = header.shapes
+    embedding = {name: shapes[name] for name in EMBEDDING if name in shapes}
+    return Summary(
+        family_of(shapes),
+        embedding,
+        header.metadata,
+        any(name.startswith("encoder.down_blocks.") for name in shapes),
+        missing_tensor(shapes),
+    )
 
 
 def read_header(path: Path) -> Header:
@@ -112,7 +124,7 @@ def read_header(path: Path) -> Header:
     except OSError as error:
         raise _unreadable(path, error) from error
     try:
-        shapes, end = _read_tensors(text)
+        shapes, metadata, end = _read_tensors(text)
     except ValueError as error:
         raise CorruptFile(
             f"{shown} has a damaged safetensors header: {error}.", hint=_AGAIN
@@ -125,7 +137,7 @@ def read_header(path: Path) -> Header:
         )
     if missing < 0:
         raise CorruptFile(f"{shown} has {-missing:,} bytes after its tensors.", hint=_AGAIN)
-    return Header(shapes)
+    return Header(shapes, metadata)
 
 
 def _unreadable(path: Path, error: OSError) -> CorruptFile:
@@ -135,14 +147,14 @@ def _unreadable(path: Path, error: OSError) -> CorruptFile:
     )
 
 
-def _read_tensors(text: bytes) -> tuple[dict[str, tuple[int, ...]], int]:
-    """Return the shapes, and the end of the last tensor in bytes. Raises `ValueError`."""
+def _read_tensors(text: bytes) -> tuple[dict[str, tuple[int, ...]], dict[str, str], int]:
+    """Return shapes, metadata, and the end of the last tensor. Raises `ValueError`."""
     if not text.startswith(b"{"):
         raise ValueError("it does not begin with {")
     entries: dict[str, Any] = parse_json(
         text, object_pairs_hook=_unique, parse_float=_refuse_number, parse_constant=_refuse_number
     )
-    entries.pop("__metadata__", None)
+    metadata = _read_metadata(entries.pop("__metadata__", None))
     shapes: dict[str, tuple[int, ...]] = {}
     spans: list[tuple[int, int]] = []
     for name, entry in entries.items():
@@ -156,7 +168,24 @@ def _read_tensors(text: bytes) -> tuple[dict[str, tuple[int, ...]], int]:
         if first != end:
             raise ValueError("its tensors overlap or leave gaps")
         end = after
-    return shapes, end
+    return shapes, metadata, end
+
+
+def _read_metadata(entry: Any) -> dict[str, str]:
+    """Return the texts of the metadata that can be sent, the short ones first."""
+    texts = (
+        (str(name), value.encode(errors="replace").decode())
+        for name, value in (entry.items() if isinstance(entry, dict) else ())
+        if isinstance(value, str)
+    )
+    metadata: dict[str, str] = {}
+    left = MAX_METADATA
+    for name, value in sorted(texts, key=lambda text: len(text[1])):
+        left -= len(name) + len(value)
+        if left < 0:
+            break
+        metadata[name.encode(errors="replace").decode()] = value
+    return metadata
 
 
 def _read_tensor(entry: Any) -> tuple[tuple[int, ...], tuple[int, int]]:
@@ -194,90 +223,3 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _refuse_number(number: str) -> None:
     raise ValueError(f"it holds the number {number[:20]}")
-
-
-def family_of(header: Header) -> str:
-    """Return the family of a file by its tensors: "sdxl", or the name of another kind."""
-    shapes = header.shapes
-    for mark, kind in _NOT_CHECKPOINTS:
-        if any(mark in name for name in shapes):
-            return kind
-    if shapes.keys() >= {*_EMBEDDING}:
-        return "embedding"
-    context = shapes.get(CONTEXT) or shapes.get(CONTEXT.removeprefix("model.diffusion_model."))
-    if context is None:
-        return _without_context(shapes)
-    first = shapes.get(FIRST_CONV, (0, LATENT_CHANNELS))
-    if len(context) != 2 or len(first) < 2:
-        return "unknown"
-    family, channels = _FAMILIES.get(context[1], "unknown"), first[1]
-    if channels > LATENT_CHANNELS:
-        return f"{family}-inpaint" if channels == 9 else "edit"
-    if "conditioner.embedders.1.model.token_embedding.weight" in shapes:
-        return _sdxl_variant(shapes)
-    return "sdxl-unet" if family == "sdxl" else family
-
-
-def _sdxl_variant(shapes: Mapping[str, tuple[int, ...]]) -> str:
-    """Return the family of a checkpoint that has the text encoders of SDXL."""
-    if not _is_full_depth(shapes):
-        return "ssd-1b"
-    if any(mark in shapes for mark in EDM_MARKS):
-        return "sdxl-edm"
-    return "sdxl" if all(mark in shapes for mark in VAE_MARKS) else "sdxl-no-vae"
-
-
-_EMBEDDING = ("clip_l", "clip_g")
-_FAMILIES = {768: "sd15", 1024: "sd2", 1280: "sdxl-refiner", 2048: "sdxl"}
-_NOT_CHECKPOINTS = (
-    ("::lora::", "layerdiffuse-patch"),
-    ("::diff::", "layerdiffuse-patch"),
-    ("latent_conv_in.", "transparent-decoder"),
-    ("lora_down.", "lora"),
-    ("lora_A.", "lora"),
-    ("lora_unet_", "lora"),
-    (".hada_w", "lora"),
-    (".lokr_w", "lora"),
-)
-
-SUPPORTED = ("sdxl",)
-"""Families that the engine renders."""
-FAMILY_NAMES = {
-    "sdxl": "Stable Diffusion XL",
-    "sdxl-unet": "Stable Diffusion XL UNet (without its text encoders)",
-    "sdxl-refiner": "Stable Diffusion XL refiner",
-    "sdxl-inpaint": "Stable Diffusion XL inpainting",
-    "sdxl-edm": "Stable Diffusion XL (EDM-trained, as Playground 2.5 and CosXL)",
-    "sdxl-other": "Stable Diffusion XL (trained to predict neither epsilon nor v)",
-    "sdxl-no-vae": "Stable Diffusion XL (without its whole VAE)",
-    "sd15": "Stable Diffusion 1.5",
-    "sd15-inpaint": "Stable Diffusion 1.5 inpainting",
-    "sd2": "Stable Diffusion 2",
-    "sd2-inpaint": "Stable Diffusion 2 inpainting",
-    "edit": "image-to-image (as InstructPix2Pix)",
-    "ssd-1b": "SSD-1B or Segmind Vega (a distilled Stable Diffusion XL)",
-    "layerdiffuse-patch": "LayerDiffuse patch",
-    "transparent-decoder": "LayerDiffuse transparent decoder",
-    "lora": "LoRA",
-    "embedding": "textual-inversion embedding (clip_l and clip_g)",
-    "vae": "VAE",
-    "unknown": "unknown kind of",
-}
-
-
-def _is_full_depth(shapes: Mapping[str, tuple[int, ...]]) -> bool:
-    """Return whether the middle block has its transformer, unlike SSD-1B and Vega."""
-    return any(name.startswith("model.diffusion_model.middle_block.1.") for name in shapes)
-
-
-def _without_context(shapes: Mapping[str, tuple[int, ...]]) -> str:
-    if any(
-        name.startswith(("first_stage_model.", "encoder.conv_in", "decoder.conv_in"))
-        for name in shapes
-    ):
-        return "vae"
-    return (
-        "sd15"
-        if any(name.startswith("cond_stage_model.transformer.") for name in shapes)
-        else "unknown"
-    )

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from alphalayer.catalog.entries import ModelEntry
 from alphalayer.catalog.files import printable
 from alphalayer.catalog.folders import read_config
+from alphalayer.catalog.sidecars import TOML, few_step_defaults, read_settings
 from alphalayer.core.errors import CorruptFile, InvalidRequest
 from alphalayer.core.modes import DEFAULT_MODE
 from alphalayer.core.request import ModelDefaults
@@ -47,17 +48,25 @@ def layer_config(path: Path) -> dict[str, Any]:
 
 
 def model_defaults(path: Path) -> ModelDefaults:
-    """Return the default parameters of a model: those of its folder, or those of SDXL.
+    """Return the default parameters of a model.
+
+    Those of a folder are in its configuration. Those of a single file are in a TOML file beside
+    it, or follow from its name. The others are SDXL's.
 
     Raises:
         CorruptFile: The model's configuration cannot be read or has a wrong value.
     """
+    if path.is_dir():
+        source, defaults = path / LAYER_CONFIG, layer_config(path).get("defaults", {})
+    else:
+        source = path.with_suffix(TOML)
+        defaults = few_step_defaults(path) | read_settings(path).defaults
     try:
-        return ModelDefaults.model_validate(layer_config(path).get("defaults", {}))
+        return ModelDefaults.model_validate(defaults)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         field = ".".join(str(part) for part in first["loc"])
-        reason = printable(f"{path / LAYER_CONFIG}: defaults.{field}: {first['msg']}")
+        reason = printable(f"{source}: defaults.{field}: {first['msg']}")
         raise CorruptFile(f"{reason[:1000]}.") from None
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from collections.abc import Callable
 from pathlib import Path
 
 from alphalayer.catalog.entries import CHECKPOINTS, EMBEDDED_MODEL, ModelEntry, flatten_name
-from alphalayer.catalog.files import usable_files
+from alphalayer.catalog.files import printable, usable_files
 from alphalayer.catalog.hashes import SHORT_HASH_DIGITS
-from alphalayer.core.errors import CommandHint, InvalidRequest, ModelNotFound
+from alphalayer.catalog.headers import summarize
+from alphalayer.core.errors import CommandHint, CorruptFile, InvalidRequest, ModelNotFound
 
 PULL = "models pull sdxl-base layerdiffuse"
 PULL_LAYERS = "models pull layerdiffuse"
@@ -63,20 +65,55 @@ def resolve_model(
 
 
 def find_lora(models_dir: Path, name: str) -> Path:
-    """Return the file of a LoRA by its name without extension.
+    """Return the file of a LoRA by its name.
+
+    That is its file name without extension, with or without its folders, or the name that it was
+    trained under (`ss_output_name`). A file name counts first.
 
     Raises:
-        InvalidRequest: There is no such LoRA.
+        InvalidRequest: There is no such LoRA, or there are several.
     """
-    files = {path.stem: path for path in usable_files(models_dir / "Lora")}
-    normal = {_normalize(stem): path for stem, path in files.items()}
-    path = files.get(name) or normal.get(_normalize(name))
-    if path is None:
-        raise InvalidRequest(
-            f'no LoRA "{name}" in {models_dir / "Lora"}; {_format_names(list(files))}.',
-            field="loras",
-        )
-    return path
+    folder = models_dir / "Lora"
+    files = usable_files(folder)
+    for names_of in (_lora_paths(folder), _lora_stem, lora_alias):
+        for same in (str, _normalize):
+            matches = [path for path in files if same(name) in map(same, names_of(path))]
+            if len(matches) == 1:
+                return matches[0]
+            if matches:
+                paths = ", ".join(_lora_paths(folder)(path)[0] for path in matches)
+                raise InvalidRequest(
+                    f'{len(matches)} LoRAs have the name "{name}": {printable(paths)[:1000]}.',
+                    hint="Use one of these names.",
+                    field="loras",
+                )
+    names = _format_names([path.stem for path in files])
+    raise InvalidRequest(f'no LoRA "{name}" in {folder}; {names}.', field="loras")
+
+
+def lora_metadata(path: Path) -> dict[str, str]:
+    """Return the metadata in a LoRA's header; none if it is damaged."""
+    try:
+        return summarize(path).metadata
+    except CorruptFile:
+        return {}
+
+
+def lora_alias(path: Path) -> list[str]:
+    """Return the name that a LoRA was trained under, or nothing."""
+    alias = lora_metadata(path).get("ss_output_name", "")
+    return [alias] if alias and alias != "None" else []
+
+
+def _lora_paths(folder: Path) -> Callable[[Path], list[str]]:
+    def paths(path: Path) -> list[str]:
+        return [path.relative_to(folder).with_suffix("").as_posix()]
+
+    return paths
+
+
+def _lora_stem(path: Path) -> list[str]:
+    return [path.stem]
 
 
 def _rank(entry: ModelEntry, name: str) -> tuple[bool, int] | None:
@@ -95,6 +132,8 @@ def _rank(entry: ModelEntry, name: str) -> tuple[bool, int] | None:
         {_normalize(entry.name)},
     )
     requested = {name, bare, flatten_name(bare), _normalize(bare)}
+    if entry.name in (name, bare):
+        return has_same_hash, 1
     for i, names in enumerate(aliases):
         if names & requested:
             return has_same_hash, -i

@@ -275,10 +275,10 @@ class ModelDefaults(Frozen, frozen=True):
 
     width: Width = 1024
     height: Height = 1024
-    steps: Annotated[int, Field(description="Sampling steps.")] = 20
+    steps: Annotated[Steps, Field(description="Sampling steps.")] = 20
     sampler: SamplerName = "DPM++ 2M SDE"
     scheduler: SchedulerName = "Karras"
-    cfg_scale: Annotated[float, Field(description="Classifier-free guidance scale.")] = 5.0
+    cfg_scale: Annotated[CfgScale, Field(description="Classifier-free guidance scale.")] = 5.0
     decode: Annotated[
         Decode, Field(description="Transparent decode of the setting `decode` auto.")
     ] = "forge2"

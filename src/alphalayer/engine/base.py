@@ -108,6 +108,15 @@ class Engine(Protocol):
         """
         ...
 
+    @property
+    def unload_after_s(self) -> float:
+        """Return the seconds without a job after which models are unloaded; 0: never."""
+        ...
+
+    def unload(self) -> None:
+        """Release the memory of all models. The next image reads its model again."""
+        ...
+
     def memory_bytes(self) -> int:
         """Memory held on the device in bytes; 0 where there is no device of its own."""
         ...

@@ -28,6 +28,7 @@ class FakeEngine:
         self._warnings = tuple(warnings)
         self.batch_pixels = batch_pixels
         self.description = "discs, no device"
+        self.unload_after_s = 0.0
 
     def warm_up(self) -> None:
         """Return at once."""
@@ -54,6 +55,9 @@ class FakeEngine:
                 )
                 task.on_progress(Progress("sample", step, steps, preview))
         return [self._result(task, time.perf_counter() - start) for task in tasks]
+
+    def unload(self) -> None:
+        """Do nothing, as there is no model."""
 
     def memory_bytes(self) -> int:
         """Return 0, as there is no device."""

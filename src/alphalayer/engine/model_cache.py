@@ -40,6 +40,11 @@ class ModelCache:
         self.active = offloaded
         return offloaded
 
+    def clear(self) -> None:
+        """Remove all models."""
+        self.active = None
+        self._offloaded.clear()
+
     def _offload_active(self) -> None:
         model, self.active = self.active, None
         if model is None:

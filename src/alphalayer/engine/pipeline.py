@@ -82,6 +82,7 @@ class LocalEngine:
         default_model: Model of requests that name none.
         batch_pixels: Most pixels that are generated together. None: what the GPU's memory holds.
         spare_model_bytes: Host memory for models that are not active.
+        unload_after_s: Seconds without a job after which models are unloaded; 0: never.
         acceleration: "off", or how a CUDA GPU runs the denoiser; see `engine.acceleration`.
         compile_cache: Folder of what torch.compile generated, kept for the next start.
         warm_up_sizes: Sizes (width, height) of the images of the warm-up. Empty: one of the default
@@ -99,6 +100,7 @@ class LocalEngine:
         default_model: str | None = None,
         batch_pixels: int | None = None,
         spare_model_bytes: int = 0,
+        unload_after_s: float = 0.0,
         acceleration: Acceleration = "off",
         compile_cache: str | None = None,
         warm_up_sizes: Sequence[tuple[int, int]] = (),
@@ -118,6 +120,7 @@ class LocalEngine:
             batch_pixels = choose_batch_pixels(self.device, self.memory)
         self._batch_pixels = batch_pixels
         self._models = ModelCache(self._load, spare_model_bytes)
+        self.unload_after_s = unload_after_s
         self.description = describe(
             self.device, self.precision, self.memory, requested=(device, memory)
         )
@@ -197,6 +200,11 @@ class LocalEngine:
                 )
         raise self._out_of_memory(requests, modes)
 
+    def unload(self) -> None:
+        """Release the memory of all models. The next image reads its model again."""
+        self._models.clear()
+        free_memory(self.device)
+
     def memory_bytes(self) -> int:
         """Return the memory that torch holds on the GPU, in bytes; 0 on the CPU."""
         return torch.cuda.memory_reserved(self.device) if self.device.type == "cuda" else 0
@@ -256,11 +264,19 @@ class LocalEngine:
         with stopwatch.stage("sample"), denoising, noise as source:
             latents = self._sample(tasks, shared, denoiser, schedule, start, sigmas, source)
 
+        notes = tuple(
+            dict.fromkeys(model.patchers["denoiser"].notes + model.patchers["text"].notes)
+        )
         decoding = Decoding(model, shared, memory, stopwatch)
         composed = self._compose(requests, mode, decoding, latents, reporter)
         layers = iter(composed)
         return [
-            _result(request, model, canvas, list(islice(layers, len(request.images))), stopwatch)
+            replace(
+                _result(
+                    request, model, canvas, list(islice(layers, len(request.images))), stopwatch
+                ),
+                warnings=notes,
+            )
             for request in requests
         ]
 

@@ -73,8 +73,7 @@ class EngineProcess:
             engine.warm_up()
             self._send(Ready(batch_pixels=engine.batch_pixels, device=engine.description))
             while True:
-                if jobs := self.next_batch():
-                    self.run(renderer, jobs)
+                self.run_next(renderer)
         except Exception as error:
             self._send(Stopped(error=to_public_error(error)))
             # finished images are still stored
@@ -83,6 +82,17 @@ class EngineProcess:
     def create_renderer(self, engine: Engine, files: ImageFiles) -> Renderer:
         """Return a renderer whose progress is sent to the supervisor."""
         return Renderer(engine, files, self._report, lambda job: job.id in self._cancelled)
+
+    def run_next(self, renderer: Renderer) -> None:
+        """Render the next batch. If none comes in time, unload the models of the engine."""
+        engine = renderer.engine
+        try:
+            jobs = self.next_batch(engine.unload_after_s or None)
+        except queue.Empty:
+            engine.unload()
+            return
+        if jobs:
+            self.run(renderer, jobs)
 
     def run(self, renderer: Renderer, jobs: tuple[Job, ...]) -> None:
         """Render a batch. Its images are stored while the next batch is generated."""
@@ -109,9 +119,14 @@ class EngineProcess:
         for job_id in read_job_ids(line):
             self._send(Failed(id=job_id, error=problem))
 
-    def next_batch(self) -> tuple[Job, ...]:
-        """Wait for the next batch, and return its jobs that were not cancelled."""
-        return tuple(job for job in self._batches.get() if self._leave_queue(job.id))
+    def next_batch(self, timeout_s: float | None = None) -> tuple[Job, ...]:
+        """Wait for the next batch, and return its jobs that were not cancelled.
+
+        Raises:
+            queue.Empty: None came in `timeout_s` seconds.
+        """
+        batch = self._batches.get(timeout=timeout_s)
+        return tuple(job for job in batch if self._leave_queue(job.id))
 
     def _leave_queue(self, job_id: str) -> bool:
         """Remove a job that waits. Return whether it was waiting."""

@@ -11,7 +11,14 @@ from alphalayer import __version__
 from alphalayer.api.a1111.script import LABELS, METHODS, SCRIPT, Arguments
 from alphalayer.api.deps import ServiceDep
 from alphalayer.api.guard import Admitted, Generator, GuardedRoute
-from alphalayer.catalog import public_path, shorten_paths, summarize, usable_files
+from alphalayer.catalog import (
+    lora_alias,
+    lora_metadata,
+    public_path,
+    shorten_paths,
+    summarize,
+    usable_files,
+)
 from alphalayer.core.errors import CorruptFile
 from alphalayer.core.request import (
     AUTOMATIC,
@@ -101,16 +108,18 @@ def schedulers() -> list[dict[str, Any]]:
 
 @router.get("/loras", summary="List LoRA files")
 def loras(service: ServiceDep) -> list[dict[str, Any]]:
-    """Return the files of models/Lora, with their paths from the models folder on."""
-    files = usable_files(service.models_dir / "Lora")
+    """Return the files of models/Lora, with their paths from the models folder on.
+
+    `alias` is the name that a file was trained under. Prompts may use it, too.
+    """
     return [
         {
             "name": file.stem,
-            "alias": file.stem,
+            "alias": next(iter(lora_alias(file)), file.stem),
             "path": public_path(file, service.models_dir),
-            "metadata": {},
+            "metadata": lora_metadata(file),
         }
-        for file in files
+        for file in usable_files(service.models_dir / "Lora")
     ]
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from torch import Tensor
 
 from alphalayer import catalog
+from alphalayer.engine.families.scaled import apply_scales
 from alphalayer.engine.tensors import read_tensors
 
 
@@ -15,9 +16,12 @@ def read_part(folder: Path) -> dict[str, Tensor]:
 
     Raises:
         CorruptFile: A weight file cannot be read.
+        ValueError: The weights are stored in a quantized format other than fp8.
     """
-    return {
-        name: tensor
-        for file in catalog.weight_files(folder)
-        for name, tensor in read_tensors(file).items()
-    }
+    return apply_scales(
+        {
+            name: tensor
+            for file in catalog.weight_files(folder)
+            for name, tensor in read_tensors(file).items()
+        }
+    )

@@ -14,13 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from alphalayer import catalog
 from alphalayer.catalog import ModelEntry
-from alphalayer.catalog.files import open_file
-from alphalayer.catalog.headers import Header, read_header
+from alphalayer.catalog.headers import read_header
 from alphalayer.core.errors import AlphalayerError, CorruptFile, ModelUnusable
 from alphalayer.engine.acceleration import Acceleration, GraphRunner, Run, accelerate
 from alphalayer.engine.canvas import SIZE_MULTIPLE
@@ -29,6 +27,7 @@ from alphalayer.engine.families.base import LatentSpec, LayerDiffuseFiles, Noise
 from alphalayer.engine.families.clip_files import read_text_folder, read_text_models
 from alphalayer.engine.families.configs import LDM_UNET, SHIPPED, check_counts, fitted_configs
 from alphalayer.engine.families.folders import read_part
+from alphalayer.engine.families.scaled import load_scaled
 from alphalayer.engine.families.vae import Vae, read_vae
 from alphalayer.engine.memory import Precision, is_out_of_memory, move
 from alphalayer.engine.networks.clip import ClipTextModel
@@ -47,7 +46,6 @@ logger = logging.getLogger(__name__)
 
 COLOURS = 3
 MAX_TRAINING_STEPS = 100_000
-MAX_YAML_BYTES = 1_000_000
 ROW_LENGTH = CHUNK_LENGTH + 2
 """Tokens of a row: a chunk, its start and its end."""
 
@@ -282,19 +280,25 @@ def _from_file(path: Path, precision: Precision) -> SdxlParts:
     The file is mapped once for each part. So its pages leave memory when the part was read.
     """
     header = read_header(path)
-    configs = fitted_configs(header.shapes)
+    vae = catalog.separate_vae(path)
+    vae_shapes = vae_names.with_prefix(read_header(vae).shapes) if vae else {}
+    configs = fitted_configs(header.shapes | vae_shapes)
     return SdxlParts(
-        _build_unet(_unet_of(load_file(path)), configs["unet"], precision),
+        _build_unet(_unet_of(load_scaled(path, LDM_UNET)), configs["unet"], precision),
         read_vae(
-            vae_names.from_ldm(load_file(path)),
+            vae_names.from_ldm(
+                vae_names.with_prefix(load_scaled(vae, ""))
+                if vae
+                else load_scaled(path, vae_names.LDM_PREFIX)
+            ),
             configs["vae"],
             precision.vae,
             precision.memory_format,
         ),
         configs["vae"],
-        read_text_models(load_file(path)),
+        read_text_models(load_scaled(path, "conditioner.")),
         read_tokenizers(SHIPPED / "tokenizer", SHIPPED / "tokenizer_2"),
-        _scheduler_of(path, header),
+        catalog.scheduler_of(path, header),
     )
 
 
@@ -316,27 +320,6 @@ def _build_unet(
         if width % heads:
             raise ValueError(f"its UNet has {heads} heads for {width} channels")
     return build(lambda: UNet(sizes), tensors, precision.unet, precision.memory_format)
-
-
-def _scheduler_of(path: Path, header: Header) -> dict[str, Any]:
-    """Return the prediction type and noise schedule of a single file.
-
-    They come from marker tensors or from a .yaml file beside it.
-    """
-    yaml = path.with_suffix(".yaml")
-    text = ""
-    if yaml.is_file():
-        with open_file(yaml) as file:
-            text = file.read(MAX_YAML_BYTES).decode(errors="replace")
-    is_v = (
-        "v_pred" in header.shapes
-        or 'parameterization: "v"' in text
-        or "parameterization: v" in text
-    )
-    return {
-        "prediction_type": "v_prediction" if is_v or ".VScaling" in text else "epsilon",
-        "rescale_betas_zero_snr": "ztsnr" in header.shapes,
-    }
 
 
 def _latent_spec(vae: Vae, config: Mapping[str, Any]) -> LatentSpec:

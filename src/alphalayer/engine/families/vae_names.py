@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from typing import TypeVar
 
 from torch import Tensor
 
+V = TypeVar("V")
 LDM_PREFIX = "first_stage_model."
 _PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
 
@@ -59,6 +61,14 @@ def from_ldm(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         is_linear = ".attentions.0.to_" in new and tensor.ndim == 4
         renamed[new] = tensor[:, :, 0, 0] if is_linear else tensor
     return renamed
+
+
+def with_prefix(values: Mapping[str, V]) -> dict[str, V]:
+    """Return the values of a VAE's own file by their names in a single file.
+
+    The file has the names of LDM, with or without the prefix.
+    """
+    return {LDM_PREFIX + name.removeprefix(LDM_PREFIX): value for name, value in values.items()}
 
 
 def from_diffusers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -4,12 +4,9 @@ Supported forms:
 
 - LayerDiffuse as published: `<LDM name>::lora|diff|set::<index>`.
 - Full offsets with diffusers' names.
-- LoRA with the names of PEFT, diffusers or kohya.
+- The LoRA files of `alphalayer.engine.transparency.lora_files`.
 
-Other kinds of files that are called LoRA (DoRA, LoHa, LoKr) are refused.
-
-Source: Zhang and Agrawala 2024, "LayerDiffuse", arXiv 2402.17113. Hu et al. 2021, "LoRA", arXiv
-2106.09685.
+Source: Zhang and Agrawala 2024, "LayerDiffuse", arXiv 2402.17113.
 """
 
 from __future__ import annotations
@@ -20,79 +17,32 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from alphalayer import catalog
 from alphalayer.catalog import file_stamp
 from alphalayer.core.errors import CommandHint, LayerDiffuseMissing, ModelUnusable
 from alphalayer.engine.networks.weights import NamedWeights
-from alphalayer.engine.parameter_names import flat_names, ldm_to_diffusers, unflatten
+from alphalayer.engine.parameter_names import ldm_to_diffusers
 from alphalayer.engine.tensors import read_tensors
+from alphalayer.engine.transparency.changes import Change, Delta
+from alphalayer.engine.transparency.lora_files import (
+    TEXT_ENCODERS,
+    LoraChanges,
+    Weights,
+    read_lora,
+)
 
 logger = logging.getLogger(__name__)
 
-_UP_DOWN = (
-    (".lora_B.weight", ".lora_A.weight"),
-    (".lora_up.weight", ".lora_down.weight"),
-    (".lora.up.weight", ".lora.down.weight"),
-    ("_lora.up.weight", "_lora.down.weight"),
-)
-TEXT_ENCODERS = ("text_encoder.", "text_encoder_2.")
-_KOHYA_TEXT_ENCODERS = ("lora_te1_", "lora_te2_")
 _PUBLISHED = re.compile("(.+)::(.+)::([0-9]{1,3})")
-_PREFIXES = ("base_model.model.", "diffusion_model.", "unet.", "lora_unet_")
-_OTHER_KINDS = (
-    (".dora_scale", "DoRA"),
-    (".lora_magnitude_vector", "DoRA"),
-    (".hada_w", "LoHa"),
-    (".lokr_w", "LoKr"),
-    (".oft_", "OFT"),
-    (".lora_mid.", "LoCon in three parts"),
-)
-"""Part of a tensor's name, and the kind of file that has it."""
-
-
-@dataclass(frozen=True)
-class Delta:
-    """Change of one parameter W.
-
-    With `down` it adds `scale * up @ down`, else `scale * up`. With `replaces`, W becomes `up`.
-    """
-
-    up: Tensor
-    down: Tensor | None = None
-    scale: float = 1.0
-    replaces: bool = False
-
-    def apply(self, weight: Tensor, strength: float) -> Tensor:
-        """Return the changed weight.
-
-        Args:
-            weight: float32, of any shape. It does not change.
-            strength: Factor of an added change. Replacements ignore it.
-
-        Returns:
-            float32, shaped like `weight`.
-        """
-        up = self.up.to(weight.device, torch.float32)
-        if self.replaces:
-            return up.clone()
-        if self.down is not None:
-            up = up.flatten(1) @ self.down.to(weight.device, torch.float32).flatten(1)
-        return weight + strength * self.scale * up.reshape(weight.shape)
-
-    def fits(self, weight: Tensor) -> bool:
-        """Check whether the shape of a weight matches."""
-        if self.down is None:
-            return self.up.shape == weight.shape
-        if min(self.up.ndim, self.down.ndim, weight.ndim) < 2 or not len(self.down):
-            return False
-        return (
-            self.up.shape[0] == weight.shape[0]
-            and self.up[0].numel() == len(self.down)
-            and self.down[0].numel() * weight.shape[0] == weight.numel()
-        )
+_KINDS = "LoRA, LoCon, LoHa, LoKr, GLoRA, IA3, DoRA, or full differences"
+_PEFT_FILE = "adapter_model.safetensors"
+_NAMED = 3
+"""Limit of the names in a message."""
 
 
 @dataclass(frozen=True)
@@ -120,17 +70,13 @@ class Patch:
 
     Attributes:
         deltas: Changes by parameter name, as in diffusers.
-        ignored: Number of changes that do not fit the model.
+        left_out: What of the file is not merged, with the number of each kind.
         condition: Weight of the channels that read a condition (outputs, channels, 3, 3), float32.
     """
 
-    deltas: dict[str, Delta] = field(default_factory=dict[str, Delta])
-    ignored: int = 0
+    deltas: dict[str, Change] = field(default_factory=dict[str, Change])
+    left_out: tuple[str, ...] = ()
     condition: Tensor | None = None
-
-
-Weights = Mapping[str, Tensor]
-"""Parameters by name. Those of the text encoders have the prefixes of `TEXT_ENCODERS`."""
 
 
 def read_patch(path: Path, weights: Weights, widened: str | None = None) -> Patch:
@@ -154,52 +100,110 @@ def read_patch(path: Path, weights: Weights, widened: str | None = None) -> Patc
             f"{path} does not exist.", hint=CommandHint("Run:", "models pull layerdiffuse")
         )
     tensors = read_tensors(path)
-    for mark, kind in _OTHER_KINDS:
-        if any(mark in key for key in tensors):
-            raise ModelUnusable(
-                f"{path} is a {kind}; this version merges plain LoRA only.",
-                hint="Use a plain LoRA.",
-            )
     try:
-        deltas = (
-            _read_published(tensors)
+        read = (
+            LoraChanges(_read_published(tensors))
             if any("::" in key for key in tensors)
-            else _read_converted(tensors, weights)
+            else read_lora(tensors, _metadata(path), weights)
         )
     except ValueError as error:
         raise ModelUnusable(
             f"{path} is not a LayerDiffuse patch or LoRA: {error}.",
             hint="Download it again.",
         ) from None
-    condition = _split_condition(path, deltas, weights, widened) if widened else None
+    condition = _split_condition(path, read.changes, weights, widened) if widened else None
     fitting = {
-        name: delta
-        for name, delta in deltas.items()
-        if name in weights and delta.fits(weights[name])
+        name: change
+        for name, change in read.changes.items()
+        if name in weights and change.fits(weights[name])
     }
-    patch = Patch(fitting, len(deltas) - len(fitting), condition)
-    if not fitting or patch.ignored > len(fitting):
+    _check_half(path, read, len(fitting))
+    left_out = _describe_rest(read, weights, fitting)
+    if left_out:
+        logger.warning("%s is merged without %s.", path, "; ".join(left_out))
+    return Patch(fitting, left_out, condition)
+
+
+def _metadata(path: Path) -> Mapping[str, Any]:
+    """Return the strengths in a LoRA file, or in the file that PEFT writes beside it."""
+    config = path.with_name("adapter_config.json")
+    if path.name == _PEFT_FILE and config.is_file():
+        return catalog.read_config(config)
+    return catalog.read_header(path).metadata
+
+
+def _check_half(path: Path, read: LoraChanges, fitting: int) -> None:
+    """Raise `ModelUnusable` if less than half of a file can be merged."""
+    unread = {
+        "OFT": len(read.unsupported),
+        "unknown": len(read.unknown),
+        "half": len(read.halves),
+        "unfit": len(read.changes) - fitting,
+    }
+    total = fitting + sum(unread.values())
+    if fitting and 2 * fitting >= total:
+        return
+    if not total:
         raise ModelUnusable(
-            f"{path} does not fit this model: "
-            f"{len(fitting)} of its {len(deltas)} changes name a weight of the same shape.",
-            hint="Use the file that was made for this model family.",
+            f"{path} holds no change of a weight.",
+            hint="Put embeddings into the embeddings folder, each as a file of its own."
+            if read.embeddings
+            else "Get the file again.",
         )
-    if patch.ignored:
-        logger.warning(
-            "%s: %d of %d changes do not fit this model and are left out.",
-            path,
-            patch.ignored,
-            len(deltas),
+    worst = max(unread, key=lambda kind: unread[kind])
+    if worst == "OFT":
+        raise ModelUnusable(
+            f"{path} is an OFT or BOFT; this version merges {_KINDS}.",
+            hint="Use a LoRA of the same style.",
         )
-    return patch
+    if worst == "unknown":
+        raise ModelUnusable(
+            f"{path}: {unread[worst]} of its {total} parts are no change of a known kind, such as "
+            f"{catalog.printable(read.unknown[0])[:100]}.",
+            hint=f"Use a file with {_KINDS}, with the names of kohya, LyCORIS, diffusers or PEFT.",
+        )
+    if worst == "half":
+        raise ModelUnusable(
+            f"{path}: {unread[worst]} of its {total} changes lack a part, such as "
+            f"{catalog.printable(read.halves[0])[:100]}.",
+            hint="Get the file again.",
+        )
+    made_for = f"It was made for {read.family}. " if read.family else ""
+    raise ModelUnusable(
+        f"{path} does not fit this model: "
+        f"{fitting} of its {total} changes name a weight of the same shape.",
+        hint=f"{made_for}Use the file that was made for this model family.",
+    )
+
+
+def _describe_rest(
+    read: LoraChanges, weights: Weights, fitting: Mapping[str, Change]
+) -> tuple[str, ...]:
+    """Return what of a file is not merged, each kind with its number."""
+    unfit = [name for name in read.changes if name not in fitting]
+    unmatched = [name for name in unfit if name not in weights]
+    kinds = (
+        ("changes of another shape than the weight", len(unfit) - len(unmatched), ()),
+        ("changes of layers that the model lacks", len(unmatched), ()),
+        ("changes that lack a part", len(read.halves), ()),
+        ("OFT", len(read.unsupported), ()),
+        ("tensors of an unknown kind", len(read.unknown), read.unknown),
+        ("bundled embeddings", len(read.embeddings), read.embeddings),
+    )
+    return tuple(
+        f"{kind}: {number}"
+        + (f" ({catalog.printable(', '.join(names[:_NAMED]))[:200]})" if names else "")
+        for kind, number, names in kinds
+        if number
+    )
 
 
 def _split_condition(
-    path: Path, deltas: dict[str, Delta], weights: Weights, widened: str
+    path: Path, deltas: dict[str, Change], weights: Weights, widened: str
 ) -> Tensor:
     """Cut the channels of a condition off a change, and return them."""
     delta, channels = deltas.get(widened), weights[widened].shape[1]
-    if delta is None or delta.up.ndim != 4 or delta.up.shape[1] <= channels:
+    if not isinstance(delta, Delta) or delta.up.ndim != 4 or delta.up.shape[1] <= channels:
         raise ModelUnusable(
             f"{path} is not a patch for input images: its {widened} has no more than {channels} "
             "input channels.",
@@ -209,7 +213,7 @@ def _split_condition(
     return delta.up[:, channels:].float()
 
 
-def _read_published(tensors: Mapping[str, Tensor]) -> dict[str, Delta]:
+def _read_published(tensors: Mapping[str, Tensor]) -> dict[str, Change]:
     """Read tensors named `<LDM name>::<type>::<index>`.
 
     Type "lora" has the indices 0 for up, 1 for down and 2 for alpha. Without alpha the scale is 1.
@@ -222,7 +226,7 @@ def _read_published(tensors: Mapping[str, Tensor]) -> dict[str, Delta]:
             raise ValueError("its names are not <parameter>::<type>::<number>")
         parameter = ldm_to_diffusers(match[1].removeprefix("diffusion_model."))
         slots.setdefault(parameter, {})[match[2], int(match[3])] = tensor
-    deltas: dict[str, Delta] = {}
+    deltas: dict[str, Change] = {}
     for name, slot in slots.items():
         if ("lora", 0) in slot and ("lora", 1) in slot:
             deltas[name] = _low_rank(slot["lora", 0], slot["lora", 1], slot.get(("lora", 2)))
@@ -230,45 +234,6 @@ def _read_published(tensors: Mapping[str, Tensor]) -> dict[str, Delta]:
             replaces = ("set", 0) in slot
             deltas[name] = Delta(slot["set" if replaces else "diff", 0], replaces=replaces)
     return deltas
-
-
-def _read_converted(tensors: Mapping[str, Tensor], weights: Weights) -> dict[str, Delta]:
-    """Read LoRA pairs by their suffixes, and all other tensors as full offsets."""
-    known = flat_names(name.removesuffix(".weight") for name in weights)
-    deltas: dict[str, Delta] = {}
-    for key, tensor in tensors.items():
-        suffixes = next(((up, down) for up, down in _UP_DOWN if key.endswith(up)), None)
-        if suffixes:
-            stem = key.removesuffix(suffixes[0])
-            down = tensors.get(stem + suffixes[1])
-            if down is not None:
-                alpha = tensors.get(stem + ".alpha")
-                deltas[_find_lora_target(stem, known)] = _low_rank(tensor, down, alpha)
-        elif not key.endswith((".alpha", *(down for _, down in _UP_DOWN))):
-            deltas[_remove_prefixes(key)] = Delta(tensor)
-    return deltas
-
-
-def _find_lora_target(stem: str, known: Mapping[str, str]) -> str:
-    """Find the parameter that a LoRA stem names."""
-    name = _remove_prefixes(stem).replace(".processor.", ".")
-    if name.endswith(".to_out"):
-        name += ".0"
-    flat = name.replace(".", "_")
-    # some versions of transformers have no level `text_model`
-    return (
-        unflatten(flat, known) or unflatten(flat.replace("_text_model_", "_", 1), known) or name
-    ) + ".weight"
-
-
-def _remove_prefixes(name: str) -> str:
-    """Remove the UNet's prefixes. Replace kohya's prefixes of text encoders."""
-    for kohya_prefix, prefix in zip(_KOHYA_TEXT_ENCODERS, TEXT_ENCODERS, strict=True):
-        if name.startswith(kohya_prefix):
-            return prefix + name.removeprefix(kohya_prefix)
-    for prefix in _PREFIXES:
-        name = name.removeprefix(prefix)
-    return name
 
 
 def _low_rank(up: Tensor, down: Tensor, alpha: Tensor | None) -> Delta:
@@ -288,6 +253,7 @@ class WeightPatcher:
 
     Attributes:
         applied: Patches that are merged now, in order.
+        notes: What of their files is not merged, one sentence each.
     """
 
     def __init__(
@@ -299,6 +265,7 @@ class WeightPatcher:
         self._read = read
         self._originals: dict[str, Tensor] = {}
         self.applied: tuple[PatchSpec, ...] = ()
+        self.notes: tuple[str, ...] = ()
 
     def read_condition(self, file: PatchFile) -> Tensor:
         """Return the weight of a patch that reads a condition, see `Patch`.
@@ -319,9 +286,14 @@ class WeightPatcher:
         if tuple(specs) == self.applied:
             return
         self.remove()
-        patches = [(self._read(file), strength) for file, strength in specs if strength]
-        self.apply(patches)
+        patches = {file: self._read(file) for file, strength in specs if strength}
+        self.apply([(patches[file], strength) for file, strength in specs if strength])
         self.applied = tuple(specs)
+        self.notes = tuple(
+            f"{catalog.printable(file.path.stem)} is merged without {'; '.join(patch.left_out)}."
+            for file, patch in patches.items()
+            if patch.left_out
+        )
 
     def apply(self, patches: Sequence[tuple[Patch, float]]) -> None:
         """Merge patches with their strengths: all of them, or none on an error."""
@@ -354,7 +326,7 @@ class WeightPatcher:
         for name, original in self._originals.items():
             self._weights[name].copy_(original)
         self._originals.clear()
-        self.applied = ()
+        self.applied = self.notes = ()
 
 
 def _copies(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -1,0 +1,142 @@
+"""Families of files, by the names and shapes of their tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+Shapes = Mapping[str, tuple[int, ...]]
+"""Shapes of a file's tensors by name."""
+
+CONTEXT = "model.diffusion_model.input_blocks.4.1.transformer_blocks.0.attn2.to_k.weight"
+FIRST_CONV = "model.diffusion_model.input_blocks.0.0.weight"
+LATENT_CHANNELS = 4
+EDM_MARKS = ("edm_mean", "edm_vpred.sigma_max")
+VAE_MARKS = ("first_stage_model.encoder.conv_in.weight", "first_stage_model.decoder.conv_in.weight")
+
+EMBEDDING = ("clip_l", "clip_g")
+_FAMILIES = {768: "sd15", 1024: "sd2", 1280: "sdxl-refiner", 2048: "sdxl"}
+_MARKS = (
+    ("layerdiffuse-patch", ("::lora::", "::diff::")),
+    ("transparent-decoder", ("latent_conv_in.",)),
+    (
+        "lora",
+        (
+            "lora_down.",
+            "lora_A.",
+            "lora_unet_",
+            "lora_te",
+            "lycoris_",
+            "lora.down.",
+            "lora_linear_layer.",
+            ".hada_w",
+            ".lokr_w",
+            ".oft_",
+            ".ia3_l",
+        ),
+    ),
+    ("controlnet", ("control_model.", "controlnet_cond_embedding.", "input_hint_block.")),
+    ("ip-adapter", ("ip_adapter.",)),
+    ("flux", ("double_blocks.",)),
+    ("sd3", ("joint_blocks.",)),
+    ("upscaler", (".RDB1.", ".rdb1.", "conv_first.")),
+    ("embedding-other", ("emb_params", "string_to_param")),
+)
+"""Parts of tensor names by the family that has them."""
+_DIFFUSERS_CONTEXT = "attentions.0.transformer_blocks.0.attn2.to_k.weight"
+_TEXT_ENCODERS = ("text_model.encoder.", "encoder.block.", "transformer.resblocks.")
+
+SUPPORTED = ("sdxl",)
+"""Families that the engine renders."""
+NOT_CHECKPOINTS = (
+    "embedding-other",
+    "controlnet",
+    "ip-adapter",
+    "text-encoder",
+    "upscaler",
+    "vae",
+)
+"""Kinds of files that are no model of their own, without those that have a folder here."""
+FAMILY_NAMES = {
+    "sdxl": "Stable Diffusion XL",
+    "sdxl-unet": "Stable Diffusion XL UNet (without its text encoders)",
+    "sdxl-refiner": "Stable Diffusion XL refiner",
+    "sdxl-inpaint": "Stable Diffusion XL inpainting",
+    "sdxl-edm": "Stable Diffusion XL (EDM-trained, as Playground 2.5 and CosXL)",
+    "sdxl-other": "Stable Diffusion XL (trained to predict neither epsilon nor v)",
+    "sdxl-no-vae": "Stable Diffusion XL (without its whole VAE)",
+    "sd15": "Stable Diffusion 1.5",
+    "sd15-inpaint": "Stable Diffusion 1.5 inpainting",
+    "sd2": "Stable Diffusion 2",
+    "sd2-inpaint": "Stable Diffusion 2 inpainting",
+    "edit": "image-to-image (as InstructPix2Pix)",
+    "ssd-1b": "SSD-1B or Segmind Vega (a distilled Stable Diffusion XL)",
+    "layerdiffuse-patch": "LayerDiffuse patch",
+    "transparent-decoder": "LayerDiffuse transparent decoder",
+    "lora": "LoRA",
+    "embedding": "textual-inversion embedding (clip_l and clip_g)",
+    "embedding-other": "textual-inversion embedding of another family",
+    "sd15-unet": "Stable Diffusion 1.5 UNet (without its text encoder)",
+    "sd2-unet": "Stable Diffusion 2 UNet (without its text encoder)",
+    "sdxl-refiner-unet": "Stable Diffusion XL refiner UNet (without its text encoder)",
+    "sd3": "Stable Diffusion 3",
+    "flux": "Flux",
+    "controlnet": "ControlNet",
+    "ip-adapter": "IP-Adapter",
+    "text-encoder": "text encoder",
+    "upscaler": "upscaler",
+    "vae": "VAE",
+    "unknown": "unknown kind of",
+}
+
+
+def family_of(shapes: Shapes) -> str:
+    """Return the family of a file by its tensors: "sdxl", or the name of another kind."""
+    for kind, marks in _MARKS:
+        if any(mark in name for name in shapes for mark in marks):
+            return kind
+    if shapes.keys() >= {*EMBEDDING}:
+        return "embedding"
+    context = shapes.get(CONTEXT)
+    if context is None:
+        return _without_context(shapes)
+    first = shapes.get(FIRST_CONV, (0, LATENT_CHANNELS))
+    if len(context) != 2 or len(first) < 2:
+        return "unknown"
+    family, channels = _FAMILIES.get(context[1], "unknown"), first[1]
+    if channels > LATENT_CHANNELS:
+        return f"{family}-inpaint" if channels == 9 else "edit"
+    if "conditioner.embedders.1.model.token_embedding.weight" in shapes:
+        return _sdxl_variant(shapes)
+    return "sdxl-unet" if family == "sdxl" else family
+
+
+def _sdxl_variant(shapes: Shapes) -> str:
+    """Return the family of a checkpoint that has the text encoders of SDXL."""
+    if not _is_full_depth(shapes):
+        return "ssd-1b"
+    if any(mark in shapes for mark in EDM_MARKS):
+        return "sdxl-edm"
+    return "sdxl" if all(mark in shapes for mark in VAE_MARKS) else "sdxl-no-vae"
+
+
+def _is_full_depth(shapes: Shapes) -> bool:
+    """Return whether the middle block has its transformer, unlike SSD-1B and Vega."""
+    return any(name.startswith("model.diffusion_model.middle_block.1.") for name in shapes)
+
+
+def _without_context(shapes: Shapes) -> str:
+    """Return the family of a file that is no whole checkpoint."""
+    alone = CONTEXT.removeprefix("model.diffusion_model.")
+    contexts = (alone, *(f"down_blocks.{level}.{_DIFFUSERS_CONTEXT}" for level in (0, 1)))
+    width = next((shapes[name][-1] for name in contexts if len(shapes.get(name, ())) == 2), None)
+    if width in _FAMILIES:
+        return f"{_FAMILIES[width]}-unet"
+    if any(
+        name.startswith(("first_stage_model.", "encoder.conv_in", "decoder.conv_in"))
+        for name in shapes
+    ):
+        return "vae"
+    if any(name.startswith("cond_stage_model.transformer.") for name in shapes):
+        return "sd15"
+    is_text = any(name.startswith(_TEXT_ENCODERS) for name in shapes)
+    return "text-encoder" if is_text else "unknown"
