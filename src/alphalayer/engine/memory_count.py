@@ -149,8 +149,9 @@ def _encode_text(encoders: Sequence[ClipTextModel]) -> None:
     """
     ids = torch.zeros(1, len(encoders[0].embeddings.position_embedding.weight)).long()
     hidden = [encoder(ids, LAYER) for encoder in encoders]
-    encoded = torch.cat(hidden, dim=-1), encoders[-1].pool(hidden[-1], ids, LAYER)
-    _empty = [torch.zeros_like(part) for part in encoded]
+    pooled = encoders[-1].pool(hidden[-1], ids, LAYER)
+    context = torch.cat(hidden, dim=-1)
+    _empty = torch.zeros_like(context), torch.zeros_like(pooled)
 
 
 def _denoise(unet: UNet, latent: Sequence[int], rows: int, at_once: int) -> None:
