@@ -96,7 +96,7 @@ def unet_call(engine: LocalEngine, width: int, height: int, rows: int) -> Callab
     latent = torch.randn(rows, model.latent.channels, height // cell, width // cell, **like)
     context = torch.randn(rows, 77, unet.config.context, **like)
     conditioning = Conditioning(context, torch.randn(rows, unet.config.pooled, **like))
-    prepared = model.prepare(conditioning, width, height)
+    prepared = model.prepare(conditioning, width, height, (0, 0))
     return lambda: model.denoise(latent, 1.0, prepared)
 
 

@@ -24,7 +24,7 @@ from pgqueuer.types import QueueManagerId
 from tests.integration.test_webhooks import SECRET, Receiver
 from tests.support.serving import put_lora, put_model, served, wait_until
 
-from alphalayer.core.job import Job, Postprocessing
+from alphalayer.core.job import Job
 from alphalayer.images import codecs
 from alphalayer.jobs.claims import claim, model_key
 from alphalayer.jobs.sqlite import SqliteJobQueue
@@ -197,19 +197,28 @@ def test_finished_job_answers_as_before(migrated: Migrated, name: str):
     job = migrated.job(name)
     # the journal of that commit stored the seconds, and its answers did not show them
     assert job.pop("seconds").keys() == ({"sample"} if name.startswith("done") else set())
+    assert job.pop("warnings") == []
     assert job == migrated.recorded[name]["job"]
 
 
 @pytest.mark.parametrize("name", ["done_native", "done_a1111"])
 def test_repeated_request_gets_recorded_answer(migrated: Migrated, name: str):
-    answer = migrated.recorded[name]["answer"]
+    answer, request = (migrated.recorded[name][part] for part in ("answer", "request"))
+    request = request["json"]
     # the fake engine at that commit left the variation seed out of its infotext
     strength = "Variation seed strength"
     answer["info"] = answer["info"].replace(strength, f"Variation seed: 3, {strength}")
     repeated = migrated.repeat(name)
-    # the echo of the request has gained the fields that were added since
-    for name in set(Postprocessing.model_fields) & set(repeated.get("parameters", ())):
-        del repeated["parameters"][name]
+    info, recorded = json.loads(repeated.pop("info")), json.loads(answer.pop("info"))
+    # numbers were text in that version
+    for number in ("layerdiffusion_weight", "layerdiffusion_ending_step"):
+        recorded["extra_generation_params"][number] = 1.0
+    assert info == recorded
+    # the echo is of the request as this version reads it
+    echo, _ = repeated.pop("parameters", {}), answer.pop("parameters", {})
+    assert {field: echo[field] for field in echo.keys() & request} == {
+        field: request[field] for field in echo.keys() & request
+    }
     assert repeated.pop("seconds", {}).keys() <= {"sample"}
     assert repeated == answer
     assert len(migrated.list_jobs()) == len(migrated.recorded)
@@ -248,6 +257,7 @@ def test_generated_request_equals_the_recorded_one(migrated: Migrated, name: str
     assert (spec["output"], spec["iterations"]) == (recorded["output"], recorded["iterations"])
     options = dict(recorded["generation"])
     layerdiffuse = options.pop("layerdiffuse")
+    options["loras"] = [{**lora, "text_weight": None} for lora in options["loras"]]
     assert {field: spec["generation"][field] for field in options} == options
     mode = layerdiffuse["method"] if layerdiffuse["enabled"] else "opaque"
     assert spec["generation"]["mode"] == mode

@@ -480,6 +480,7 @@ def test_linked_folders_are_read_once_and_loops_end(tmp_path: Path):
     for name in ("a", "b"):
         (folder / name).symlink_to(disk)
     (folder / "again").symlink_to(folder / "own")
+    (folder / "circle").symlink_to("circle")
     names = [entry.name for entry in catalog.find_models(tmp_path / "models")]
     assert names[:-1] == ["a_deep_cup", "own_plate"]
 

@@ -169,7 +169,8 @@ def _walk(folder: Path) -> Iterator[str]:
                     yield entry.path
                     if entry.is_dir(follow_symlinks=False):
                         pending.append((entry.path, depth + 1))
-                    elif entry.is_symlink() and entry.is_dir():
+                    # a link to itself is no folder, where `entry.is_dir` raises
+                    elif entry.is_symlink() and os.path.isdir(entry.path):  # noqa: PTH112
                         links.append((entry.path, depth + 1))
         except OSError:
             continue  # missing, unreadable, or removed meanwhile
