@@ -119,10 +119,9 @@ class JobSpec(Frozen, frozen=True):
 
     @property
     def pixels(self) -> int:
-        """Return the pixels of one batch; an open side counts as SDXL's."""
-        default, request = ModelDefaults(), self.generation
-        width, height = request.width or default.width, request.height or default.height
-        return width * height * request.batch_size
+        """Return the pixels of one batch at its final size; an open side counts as SDXL's."""
+        width, height = self.generation.final_size
+        return width * height * self.generation.batch_size
 
     def check_pixels(self, limit: int) -> None:
         """Raise `InvalidRequest` for more than `limit` pixels in all; 0 means no limit.
