@@ -10,6 +10,11 @@ from alphalayer.core.request import IMAGE_UPSCALERS, LATENT_UPSCALERS
 
 FOLDER = "ESRGAN"
 SUFFIXES = (".safetensors", ".pth")
+ALIASES = {
+    "R-ESRGAN 4x+": "RealESRGAN_x4plus",
+    "R-ESRGAN 4x+ Anime6B": "RealESRGAN_x4plus_anime_6B",
+}
+"""Names in AUTOMATIC1111 of files that it downloads."""
 
 
 def upscaler_files(models_dir: Path) -> dict[str, Path]:
@@ -23,7 +28,7 @@ def upscaler_files(models_dir: Path) -> dict[str, Path]:
 def find_upscaler(models_dir: Path, name: str) -> Path:
     """Return the file of an upscaler. Raises `InvalidRequest` if there is none."""
     files = upscaler_files(models_dir)
-    path = files.get(name)
+    path = files.get(name) or files.get(ALIASES.get(name, name))
     if path is None:
         known = ", ".join((*LATENT_UPSCALERS, *IMAGE_UPSCALERS, *files))
         raise InvalidRequest(

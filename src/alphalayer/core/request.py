@@ -312,6 +312,21 @@ HiresStrength = Annotated[
         description="Share of the noise that the second pass adds: more changes more.",
     ),
 ]
+HiresSide = Annotated[
+    int,
+    Field(
+        ge=0,
+        le=MAX_HIRES_SIDE,
+        description="Side of the second pass instead of the scale. 0: by the other side.",
+    ),
+]
+HiresPrompt = Annotated[
+    str,
+    Field(
+        max_length=MAX_PROMPT_CHARACTERS,
+        description="Prompt of the second pass. Empty: as in the first.",
+    ),
+]
 ResizeModeName = Annotated[
     ResizeMode, Field(description="How input images are fitted to the size of the result.")
 ]
@@ -448,22 +463,8 @@ class GenerationRequest(RequestFields, frozen=True):
     options: Annotated[
         GenerationOptions, Field(description="Settings of AUTOMATIC1111 that change the image.")
     ] = GenerationOptions()
-    hires_width: Annotated[
-        int,
-        Field(
-            ge=0,
-            le=MAX_HIRES_SIDE,
-            description="Width of the second pass instead of the scale. 0: by the height.",
-        ),
-    ] = 0
-    hires_height: Annotated[
-        int,
-        Field(
-            ge=0,
-            le=MAX_HIRES_SIDE,
-            description="Height of the second pass instead of the scale. 0: by the width.",
-        ),
-    ] = 0
+    hires_width: HiresSide = 0
+    hires_height: HiresSide = 0
     hires_sampler: Annotated[
         SamplerName | None, Field(description="Sampler of the second pass. Null: as the first.")
     ] = None
@@ -473,20 +474,8 @@ class GenerationRequest(RequestFields, frozen=True):
     hires_cfg_scale: Annotated[
         CfgScale | None, Field(description="Guidance of the second pass. Null: as the first.")
     ] = None
-    hires_prompt: Annotated[
-        str,
-        Field(
-            max_length=MAX_PROMPT_CHARACTERS,
-            description="Prompt of the second pass. Empty: as the first.",
-        ),
-    ] = ""
-    hires_negative_prompt: Annotated[
-        str,
-        Field(
-            max_length=MAX_PROMPT_CHARACTERS,
-            description="Negative prompt of the second pass. Empty: as the first.",
-        ),
-    ] = ""
+    hires_prompt: HiresPrompt = ""
+    hires_negative_prompt: HiresPrompt = ""
     warnings: Annotated[
         tuple[str, ...],
         Field(description="What of the client's request was ignored, in its order."),
