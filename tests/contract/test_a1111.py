@@ -324,7 +324,7 @@ def test_txt2img_layerdiffuse_enabled_false_is_opaque(client):
         ({"scheduler": "Magic"}, "scheduler"),
         ({"batch_size": 100}, "batch_size"),
         ({"n_iter": 100}, "n_iter"),
-        ({"enable_hr": True}, "enable_hr"),
+        ({"enable_hr": True, "hr_scale": 9}, "hr_scale"),
         ({"restore_faces": True}, "restore_faces"),
         ({"tiling": True}, "tiling"),
         ({"script_name": "X/Y/Z plot"}, "script_name"),

@@ -102,8 +102,8 @@ AND = re.compile(r"\bAND\b")
 MAX_PROMPT_PARTS = 8
 MAX_LORAS = 16
 MIN_SIDE, MAX_SIDE = 64, 2048
-MAX_HIRES_SIDE = 4096
-"""Limit of a side of the second pass."""
+MAX_HIRES_SIDE, MAX_HIRES_PIXELS = 4096, 16_000_000
+"""Limits of a second pass."""
 MAX_HIRES_SCALE = 4
 LATENT_UPSCALERS = {
     "Latent": ("bilinear", False),
@@ -528,11 +528,12 @@ class GenerationRequest(RequestFields, frozen=True):
         if not self.uses_hires:
             return None
         width, height = self.enlarged_size
-        if max(self.enlarged_size) <= MAX_HIRES_SIDE and min(self.final_size) >= MIN_SIDE:
+        fits = max(width, height) <= MAX_HIRES_SIDE and width * height <= MAX_HIRES_PIXELS
+        if fits and min(self.final_size) >= MIN_SIDE:
             return None
         return (
             f"the second pass has {width}x{height}; a side has from {MIN_SIDE} to "
-            f"{MAX_HIRES_SIDE} pixels"
+            f"{MAX_HIRES_SIDE} pixels, and an image at most {MAX_HIRES_PIXELS:,}"
         )
 
     @property

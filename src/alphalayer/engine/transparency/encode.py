@@ -38,7 +38,9 @@ def load_encoder(path: Path) -> TransparentEncoder:
     if NamedWeights(encoder).shapes() != {name: tuple(w.shape) for name, w in weights.items()}:
         raise ModelUnusable(
             f"{path.name} is not the transparent encoder.",
-            hint=CommandHint("Put the right file under this name:", "models pull layerdiffuse"),
+            hint=CommandHint(
+                "Put the right file under this name:", "models pull layerdiffuse-encoder"
+            ),
         )
     NamedWeights(encoder).assign(weights, torch.float32)
     return encoder.eval()
