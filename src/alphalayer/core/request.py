@@ -701,7 +701,7 @@ class ResolvedRequest(GenerationRequest, frozen=True):
             "steps": self.hires_steps or self.steps,
             "sampler": self.hires_sampler or self.sampler,
             "scheduler": self.hires_scheduler or self.scheduler,
-            "cfg_scale": self.hires_cfg_scale or self.cfg_scale,
+            "cfg_scale": self.cfg_scale if self.hires_cfg_scale is None else self.hires_cfg_scale,
             "prompt": self.hires_prompt or self.prompt,
             "negative_prompt": self.hires_negative_prompt or self.negative_prompt,
             "calls_before": self.calls,
