@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from alphalayer.catalog.files import usable_files
+from alphalayer.catalog.files import suffix_of, usable_files
 from alphalayer.core.errors import InvalidRequest
 from alphalayer.core.request import IMAGE_UPSCALERS, LATENT_UPSCALERS
 
@@ -41,4 +41,4 @@ def find_upscaler(models_dir: Path, name: str) -> Path:
 
 def _has_pickle(path: Path) -> bool:
     """Return whether a file is a pickle. Others of the same name are preferred."""
-    return path.suffix != ".safetensors"
+    return suffix_of(path) != ".safetensors"

@@ -125,7 +125,7 @@ def _tiles(side: int) -> Iterator[tuple[int, int]]:
 def _load_network(path: Path) -> Any:
     """Read a network. Raises `CorruptFile` or `ModelUnusable`."""
     spandrel = importlib.import_module("spandrel")
-    tensors = _read_pickle(path) if path.suffix == ".pth" else read_tensors(path)
+    tensors = _read_pickle(path) if path.suffix.lower() == ".pth" else read_tensors(path)
     try:
         state = spandrel.canonicalize_state_dict(tensors)
         network = spandrel.ModelLoader().load_from_state_dict(state)
