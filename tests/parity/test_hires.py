@@ -122,7 +122,7 @@ def test_second_pass_starts_from_noise_on_the_enlarged_latent(
 
 
 @pytest.mark.parametrize("name", LATENT_UPSCALERS)
-def test_latents_are_interpolated_as_the_name_says(name: str):
+def test_latents_are_interpolated_as_named(name: str):
     latents = torch.randn(2, 4, 8, 12)
     words = name.removeprefix("Latent").strip(" ()").split()
     kind = next((word for word in words if word != "antialiased"), "bilinear")

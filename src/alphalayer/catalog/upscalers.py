@@ -18,7 +18,7 @@ ALIASES = {
 
 
 def upscaler_files(models_dir: Path) -> dict[str, Path]:
-    """Return the files by their names without extension. Of equal names the first counts."""
+    """Return the files by name. Of equal names the .safetensors file counts."""
     files: dict[str, Path] = {}
     for path in sorted(usable_files(models_dir / FOLDER, SUFFIXES), key=_has_pickle):
         files.setdefault(path.stem, path)

@@ -42,7 +42,7 @@ class Canvas:
 
 
 def fit_middle(image: Tensor, height: int, width: int) -> Tensor:
-    """Return the middle of an image (B, C, H, W) at a size. A smaller one repeats its border."""
+    """Cut the middle of an image (B, C, H, W) out, or repeat its border."""
     rows, columns = image.shape[-2:]
     top, left = max((rows - height) // 2, 0), max((columns - width) // 2, 0)
     image = image[..., top : top + height, left : left + width]

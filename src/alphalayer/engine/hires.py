@@ -33,7 +33,7 @@ from alphalayer.engine.upscalers import Upscale, load_upscaler
 
 NO_ENCODER = (
     f"hires_upscaler: {ENCODER_FILES[0]} is missing or not for this model, so the second pass "
-    "generated the transparency anew."
+    "generated a transparency of its own."
 )
 
 
@@ -151,6 +151,6 @@ def enlarge_latents(latents: Tensor, name: str, resizing: Resizing, cell: int) -
 
 
 def _fit(planes: RgbaImage, target: Canvas) -> Tensor:
-    """Return an image (H, W, channels) of 8 bit on a canvas, (1, channels, h, w) in [0, 1]."""
+    """Return uint8 (H, W, channels) on a canvas, (1, channels, h, w) in [0, 1]."""
     image = torch.from_numpy(planes).permute(2, 0, 1)[None].float() / 255
     return fit_middle(image, target.full_height, target.full_width)

@@ -399,7 +399,7 @@ class LocalEngine:
     ) -> tuple[Tensor, AbstractContextManager[Noise]]:
         """Return the first latents of a pass and the sampler's source of noise.
 
-        As in AUTOMATIC1111, each pass starts the noise of the seeds anew. The noise seed delta
+        As in AUTOMATIC1111, each pass has the first numbers of the seeds. The noise seed delta
         changes fresh noise, but no Brownian path.
 
         Args:

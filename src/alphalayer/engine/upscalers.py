@@ -145,7 +145,7 @@ def _load_network(path: Path) -> Any:
 
 
 def _read_pickle(path: Path) -> dict[str, Any]:
-    """Return the tensors of a .pth file without running code from it. Raises `CorruptFile`."""
+    """Return the tensors of a .pth file. Raises `CorruptFile` if it holds code."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     # the unpickler raises errors of many kinds

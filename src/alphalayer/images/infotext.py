@@ -116,7 +116,7 @@ def extra_pairs(request: ResolvedRequest) -> dict[str, object]:
 
 
 def _hires_pairs(request: ResolvedRequest) -> dict[str, object]:
-    """Return the pairs that a second pass writes. What is as in the first pass is left out."""
+    """Return the pairs of a second pass that differ from the first."""
     if not request.uses_hires:
         return {}
     resize = request.hires_width or request.hires_height

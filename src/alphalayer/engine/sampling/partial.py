@@ -38,7 +38,7 @@ class Levels(NamedTuple):
 
 
 def total_steps(steps: int, strength: float) -> int:
-    """Return the steps of a schedule whose last `steps` are a share of `strength` of it.
+    """Return the steps of a schedule whose last `steps` begin at a strength.
 
     Source: AUTOMATIC1111, the second pass of hires fix.
     """
@@ -73,7 +73,7 @@ def last_restart_levels(
 def last_dpm_fast_levels(
     _levels: LevelsOf, scheduler: str, total: int, steps: int, table: SigmaTable
 ) -> Levels:
-    """Return the levels of DPM-Solver-fast between both ends of the last steps of a schedule."""
+    """Return levels of DPM-Solver-fast between the ends of the last steps."""
     last = last_levels(sigmas_for, scheduler, total, steps, table)
     low = float(last.sigmas[-2]) if steps > 1 else table.sigma_min
     return last._replace(sigmas=dpm_fast_between(steps, last.start, low))
@@ -97,7 +97,7 @@ def last_ddim_levels(
 def last_unipc_levels(
     levels: LevelsOf, scheduler: str, total: int, steps: int, table: SigmaTable
 ) -> Levels:
-    """Return as many levels as `last_ddim_levels`, and the lowest one, spaced evenly in time."""
+    """Return levels spaced evenly in time, one more than `last_ddim_levels`."""
     last = last_ddim_levels(levels, scheduler, total, steps, table)
     highest = ddim_timesteps(total, table)[len(last.sigmas) - 1]
     start = float(highest + 1) / len(table)

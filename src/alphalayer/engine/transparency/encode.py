@@ -80,7 +80,7 @@ def _enlarge(image: Pixels, size: tuple[int, ...]) -> Pixels:
 
 
 def on_grey(rgba: Tensor) -> Tensor:
-    """Return what the VAE sees of a transparent image: colour premultiplied about grey.
+    """Return what the VAE reads: colour premultiplied about grey.
 
     Args:
         rgba: Straight RGBA (B, 4, H, W) in [0, 1].
@@ -92,7 +92,7 @@ def on_grey(rgba: Tensor) -> Tensor:
 
 
 def encode_offset(encoder: TransparentEncoder, rgba: Tensor) -> Tensor:
-    """Return the offset of a latent (B, 4, H/8, W/8), in standard deviations of the VAE.
+    """Return the offset of a latent, in standard deviations, (B, 4, H/8, W/8).
 
     Args:
         encoder: The network.
