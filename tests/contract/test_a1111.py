@@ -114,9 +114,10 @@ def test_webuiapi_calls_of_all_routes_succeed(client):
     assert {"automatic", "karras", "sgm_uniform"} <= {
         scheduler["name"] for scheduler in api.get_schedulers()
     }
+    assert "Latent (bicubic)" in {mode["name"] for mode in api.get_latent_upscale_modes()}
+    assert "Lanczos" in {upscaler["name"] for upscaler in api.get_upscalers()}
     for listing in (
         api.get_sd_vae,
-        api.get_latent_upscale_modes,
         api.get_loras,
         api.get_prompt_styles,
         api.get_hypernetworks,

@@ -79,8 +79,9 @@ def test_pixels_and_cost_count_the_second_pass():
         for scale in (1, 2)
     )
     assert (one.pixels, both.pixels) == (512 * 512, 1024 * 1024)
-    with pytest.raises(InvalidRequest, match="1,048,576 pixels in all"):
+    with pytest.raises(InvalidRequest, match="1,048,576 pixels in all") as caught:
         both.check_pixels(10**6)
+    assert caught.value.field == "hires_scale"
     second = JobSpec(generation=request(width=1024, height=1024, steps=20))
     assert both.cost == pytest.approx(one.cost + second.cost)
     few = request(width=512, height=512, steps=20, hires_scale=2, hires_steps=5)

@@ -135,8 +135,13 @@ class JobSpec(Frozen, frozen=True):
         raise InvalidRequest(
             f"the request has {pixels:,} pixels in all; at most {limit:,}.",
             hint="Request fewer or smaller images.",
-            field=next((name for name, count in counts.items() if count > 1), "width"),
+            field=next((name for name, count in counts.items() if count > 1), self._size_field),
         )
+
+    @property
+    def _size_field(self) -> str:
+        """Return the field to reduce for a smaller image."""
+        return "hires_scale" if self.generation.uses_hires else "width"
 
     @property
     def images(self) -> int:
@@ -169,7 +174,7 @@ class JobSpec(Frozen, frozen=True):
         raise InvalidRequest(
             f"the request costs {self.cost:,.0f} megapixel-steps; at most {limit:,.0f}.",
             hint="Request fewer or smaller images, fewer steps, or a shorter prompt.",
-            field=next((name for name, count in counts.items() if count > 1), "width"),
+            field=next((name for name, count in counts.items() if count > 1), self._size_field),
         )
 
 

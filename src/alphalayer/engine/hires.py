@@ -90,7 +90,8 @@ class Enlarger:
         upscale = load_upscaler(models_dir, name, device, check)
         path = model.layerdiffuse.encoder() if mode.has_alpha else None
         fits = model.latent.channels == 4 and model.latent.cell == 8
-        return cls(name, mode, upscale, load_encoder(path) if path and fits else None)
+        encoder = load_encoder(path).to(device) if path and fits else None
+        return cls(name, mode, upscale, encoder)
 
     @property
     def warnings(self) -> tuple[str, ...]:
