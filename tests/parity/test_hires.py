@@ -205,6 +205,17 @@ def test_encoder_file_adds_the_alpha_of_the_enlarged_image(models: Path, engine:
     assert np.abs(result.images[0].rgba.astype(int) - plain).max() > 8
 
 
+def test_without_the_encoder_the_latent_keeps_its_transparency(
+    engine: LocalEngine, monkeypatch: pytest.MonkeyPatch
+):
+    # at the same size nothing changes: the colours are encoded, and the rest is added
+    recorder = Recorder(monkeypatch)
+    generate(engine, hires_width=64, hires_height=64, hires_upscaler="None")
+    unit = torch.randn((4, 8, 8), generator=torch.Generator().manual_seed(3))
+    start = recorder.calls[1][1] - unit * recorder.calls[1][2][0]
+    assert torch.allclose(start, recorder.latents[0], atol=1e-4)
+
+
 def test_second_pass_of_an_opaque_image_is_opaque(engine: LocalEngine):
     for name in ("Latent", "Lanczos"):
         result = generate(engine, mode="opaque", hires_upscaler=name, width=72, hires_scale=1.5)

@@ -1,7 +1,8 @@
 """From the first pass to the second: latents are enlarged, or images of them.
 
 An image is decoded, enlarged and encoded again. With LayerDiffuse, colour and alpha are enlarged
-beside each other, and the transparent encoder adds the alpha to the latent.
+beside each other, and the transparent encoder adds the alpha to the latent. Without that encoder,
+what the first latent holds beside its colours is interpolated and added.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ from alphalayer.engine.transparency.modes import Decoding, Mode
 from alphalayer.engine.upscalers import Upscale, load_upscaler
 
 NO_ENCODER = (
-    f"hires_upscaler: {ENCODER_FILES[0]} is missing or not for this model, so the second pass "
-    "generated a transparency of its own."
+    f"hires_upscaler: {ENCODER_FILES[0]} is missing or not for this model, so the transparency was "
+    "enlarged in the latent."
 )
 
 
@@ -120,19 +121,21 @@ class Enlarger:
         self, decoding: Decoding, latent: Tensor, resizing: Resizing, upscale: Upscale
     ) -> Tensor:
         model, size = decoding.model, (resizing.width, resizing.height)
-        offset = None
         if self.encoder:
             image = self.mode.compose(decoding, latent)[0].rgba
             colour = upscale(np.rint(pad_colours(image) * 255).astype(np.uint8), size)
             alpha = upscale(np.repeat(image[..., 3:], 3, axis=-1), size).mean(-1, keepdims=True)
-            planes = np.concatenate([colour, alpha], axis=-1)
-            rgba = _fit(planes, resizing.target)
-            offset = encode_offset(self.encoder, rgba)
-            rgb = on_grey(rgba)
+            rgba = _fit(np.concatenate([colour, alpha], axis=-1), resizing.target)
+            enlarged = model.encode_image(on_grey(rgba), encode_offset(self.encoder, rgba))
         else:
-            planes = upscale(to_opaque(decoding.rgb(latent))[..., :3], size)
-            rgb = _fit(planes, resizing.target) * 2 - 1
-        return check_finite(model.encode_image(rgb, offset), "the VAE")
+            image = to_opaque(decoding.rgb(latent))[..., :3]
+            enlarged = model.encode_image(_fit(upscale(image, size), resizing.target) * 2 - 1)
+            if self.mode.has_alpha:
+                # what the latent holds beside the colours is its transparency
+                colours = model.encode_image(_to_tensor(image) * 2 - 1)
+                rest = enlarge_latents(latent - colours, "Latent", resizing, model.latent.cell)
+                enlarged = enlarged + rest
+        return check_finite(enlarged, "the VAE")
 
 
 def enlarge_latents(latents: Tensor, name: str, resizing: Resizing, cell: int) -> Tensor:
@@ -153,5 +156,9 @@ def enlarge_latents(latents: Tensor, name: str, resizing: Resizing, cell: int) -
 
 def _fit(planes: RgbaImage, target: Canvas) -> Tensor:
     """Return uint8 (H, W, channels) on a canvas, (1, channels, h, w) in [0, 1]."""
-    image = torch.from_numpy(planes).permute(2, 0, 1)[None].float() / 255
-    return fit_middle(image, target.full_height, target.full_width)
+    return fit_middle(_to_tensor(planes), target.full_height, target.full_width)
+
+
+def _to_tensor(planes: RgbaImage) -> Tensor:
+    """Return uint8 (H, W, channels) as float32 (1, channels, H, W) in [0, 1]."""
+    return torch.from_numpy(planes.copy()).permute(2, 0, 1)[None].float() / 255
