@@ -195,10 +195,11 @@ def test_second_pass_returns_rgba_of_the_enlarged_size(engine: LocalEngine, name
 
 
 def test_encoder_file_adds_the_alpha_of_the_enlarged_image(models: Path, engine: LocalEngine):
-    plain = image_of(engine, hires_upscaler="Lanczos")
+    fields = {"hires_upscaler": "Lanczos", "hires_width": 64, "hires_height": 64}
+    plain = image_of(engine, **fields)
     try:
         save_file(published_encoder().state_dict(), models / "layer_model" / ENCODER)
-        result = generate(engine, hires_upscaler="Lanczos")
+        result = generate(engine, **fields)
     finally:
         (models / "layer_model" / ENCODER).unlink()
     assert result.warnings == ()
@@ -217,20 +218,17 @@ def test_without_the_encoder_the_latent_keeps_its_transparency(
 
 
 def test_second_pass_of_an_opaque_image_is_opaque(engine: LocalEngine):
-    for name in ("Latent", "Lanczos"):
-        result = generate(engine, mode="opaque", hires_upscaler=name, width=72, hires_scale=1.5)
-        assert result.images[0].rgba.shape == (96, 108, 4)
-        assert (result.images[0].rgba[..., 3] == 255).all()
-        assert result.warnings == ()
+    result = generate(engine, mode="opaque", hires_upscaler="Lanczos", width=72, hires_scale=1.5)
+    assert result.images[0].rgba.shape == (96, 108, 4)
+    assert (result.images[0].rgba[..., 3] == 255).all()
+    assert result.warnings == ()
 
 
 @pytest.mark.parametrize(
     ("fields", "size"),
     [
         ({"width": 100, "height": 70, "hires_scale": 1.3}, (130, 91)),
-        ({"width": 100, "height": 70, "hires_width": 150}, (150, 105)),
         ({"width": 128, "height": 64, "hires_width": 128, "hires_height": 128}, (128, 128)),
-        ({"hires_scale": 1, "hires_width": 64, "hires_height": 64}, (64, 64)),
     ],
 )
 def test_result_has_the_requested_size(engine: LocalEngine, fields: dict[str, Any], size: Any):
@@ -250,9 +248,8 @@ def test_covered_size_is_the_middle_of_the_enlarged_latent(
 
 
 # the blocking of matrix products depends on the batch, see test_batching
-@pytest.mark.parametrize("fields", [{}, {"hires_upscaler": "Lanczos", "sampler": "Euler a"}])
-def test_images_are_equal_alone_and_together(engine: LocalEngine, fields: dict[str, Any]):
-    fields = {**fields, "hires_width": 64, "hires_height": 64}
+def test_images_are_equal_alone_and_together(engine: LocalEngine):
+    fields = {"hires_upscaler": "Lanczos", "hires_width": 64, "hires_height": 64}
     requests = [
         REQUEST.model_copy(update={**fields, "batch_size": 2}),
         REQUEST.model_copy(update={**fields, "seed": 9, "hires_prompt": "a ghost"}),
