@@ -114,9 +114,10 @@ def test_webuiapi_calls_of_all_routes_succeed(client):
     assert {"automatic", "karras", "sgm_uniform"} <= {
         scheduler["name"] for scheduler in api.get_schedulers()
     }
+    assert "Latent (bicubic)" in {mode["name"] for mode in api.get_latent_upscale_modes()}
+    assert "Lanczos" in {upscaler["name"] for upscaler in api.get_upscalers()}
     for listing in (
         api.get_sd_vae,
-        api.get_latent_upscale_modes,
         api.get_loras,
         api.get_prompt_styles,
         api.get_hypernetworks,
@@ -324,7 +325,7 @@ def test_txt2img_layerdiffuse_enabled_false_is_opaque(client):
         ({"scheduler": "Magic"}, "scheduler"),
         ({"batch_size": 100}, "batch_size"),
         ({"n_iter": 100}, "n_iter"),
-        ({"enable_hr": True}, "enable_hr"),
+        ({"enable_hr": True, "hr_scale": 9}, "hr_scale"),
         ({"restore_faces": True}, "restore_faces"),
         ({"tiling": True}, "tiling"),
         ({"script_name": "X/Y/Z plot"}, "script_name"),

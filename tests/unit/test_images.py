@@ -417,8 +417,8 @@ def test_finish_applies_the_output_options_in_order():
 
 
 def test_convert_of_more_pixels_than_generated_is_refused():
-    data = codecs.encode(np.zeros((1, 2048 * 2048 + 1, 4), np.uint8))
-    with pytest.raises(InvalidRequest, match="the limit is 4 megapixels"):
+    data = codecs.encode(np.zeros((1, 16_000_001, 4), np.uint8))
+    with pytest.raises(InvalidRequest, match="the limit is 16 megapixels"):
         postprocess.convert(data, Output())
 
 

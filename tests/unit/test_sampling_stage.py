@@ -10,7 +10,9 @@ import torch
 
 from alphalayer.core.request import GenerationOptions, GenerationRequest, ModelDefaults
 from alphalayer.engine.base import Progress, RenderTask
-from alphalayer.engine.pipeline import LocalEngine
+from alphalayer.engine.canvas import Canvas
+from alphalayer.engine.families.base import LatentSpec
+from alphalayer.engine.pipeline import LocalEngine, Pass
 from alphalayer.engine.sampling.noise import ImageGenerator
 from alphalayer.engine.sampling.samplers import SAMPLERS
 from alphalayer.engine.sampling.schedules import SigmaTable
@@ -32,12 +34,17 @@ def resolve(sampler: str, **options: Any):
     return request.resolve(ModelDefaults())
 
 
+def make_pass(sampler: str, **options: Any) -> Pass:
+    levels = SAMPLERS[sampler].choose_levels("Karras", 5, TABLE)
+    return Pass(0, [resolve(sampler, **options)], Canvas.of(24, 16, 8), levels)
+
+
 def make_noise(sampler: str, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the starting noise, and the first noise of the sampler."""
-    sigmas = SAMPLERS[sampler].levels("Karras", 5, TABLE)
-    start, source = make_engine()._noise([resolve(sampler, **options)], SHAPE, sigmas)
+    """Return the first latent, and the first noise of the sampler."""
+    run = make_pass(sampler, **options)
+    start, source = make_engine()._noise(run, LatentSpec(4, 8, 1.0), None)
     with source as noise:
-        return start, noise(*sigmas[:2].tolist())
+        return start, noise(*run.levels.sigmas[:2].tolist())
 
 
 def test_noise_seed_delta_changes_fresh_noise_only():
@@ -92,19 +99,19 @@ def sample_with(
     sampler: str, record: Any = lambda *_: None, **options: Any
 ) -> tuple[Denoiser, list[Progress]]:
     denoiser, progress = Denoiser(), list[Progress]()
-    request = resolve(sampler, **options)
+    run = make_pass(sampler, **options)
+    task = RenderTask(run.shared, (), progress.append, lambda: False, False)
 
     def noise(sigma: float, following: float) -> torch.Tensor:
         record(sigma, following)
         return torch.ones(1, *SHAPE)
 
     make_engine()._sample(
-        [RenderTask(request, (), progress.append, lambda: False, False)],
-        request,
+        SimpleNamespace(tasks=[task], passes=[run]),  # type: ignore[arg-type]
+        run,
         denoiser,  # type: ignore[arg-type]
         SimpleNamespace(apply=lambda sigma: True),  # type: ignore[arg-type]
         torch.ones(1, *SHAPE),
-        SAMPLERS[sampler].levels("Karras", 5, TABLE),
         noise,
     )
     return denoiser, progress

@@ -47,7 +47,7 @@ def webui_info(job: Job) -> dict[str, Any]:
         "sd_vae_hash": None,
         "seed_resize_from_w": -1,
         "seed_resize_from_h": -1,
-        "denoising_strength": None,
+        "denoising_strength": request.hires_strength if request.uses_hires else None,
         "extra_generation_params": {
             **extra_pairs(request),
             "Schedule type": request.scheduler,

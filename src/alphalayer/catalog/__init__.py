@@ -5,6 +5,7 @@ The package reads headers, never weights, and does not import torch.
 models/Stable-diffusion/   checkpoints: .safetensors files, or diffusers folders (model_index.json)
 models/layer_model/        LayerDiffuse files under their published names
 models/Lora/               LoRA files
+models/ESRGAN/             upscalers
 """
 
 from alphalayer.catalog.entries import (
@@ -37,6 +38,7 @@ from alphalayer.catalog.resolve import (
     resolve_model,
 )
 from alphalayer.catalog.sidecars import scheduler_of
+from alphalayer.catalog.upscalers import find_upscaler, upscaler_files
 
 __all__ = [
     "CHECKPOINTS",
@@ -52,6 +54,7 @@ __all__ = [
     "file_stamp",
     "find_lora",
     "find_models",
+    "find_upscaler",
     "hash_model",
     "layer_config",
     "layer_file",
@@ -68,6 +71,7 @@ __all__ = [
     "separate_vae",
     "shorten_paths",
     "summarize",
+    "upscaler_files",
     "usable_files",
     "weight_files",
 ]

@@ -125,6 +125,15 @@ PUBLISHED = (
         "1688f0c17447f74662686fadd431f24d26a1ba8ffea322c6f56c8b5ed581b78d",
         LAYERDIFFUSE_LICENCE,
     ),
+    Published(
+        "layerdiffuse-encoder",
+        "LayerDiffusion/layerdiffusion-v1",
+        "vae_transparent_encoder.safetensors",
+        "layer_model",
+        2_365_008,
+        None,
+        LAYERDIFFUSE_LICENCE,
+    ),
 )
 """All files that `pull` can download. Sizes (bytes) are approximate, for the free space check."""
 

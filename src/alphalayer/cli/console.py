@@ -29,6 +29,7 @@ _STAGES = {
     "load": "loading the model",
     "text": "reading the prompt",
     "sample": "generating",
+    "upscale": "enlarging",
     "decode": "decoding",
 }
 

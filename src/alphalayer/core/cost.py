@@ -11,7 +11,13 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from alphalayer.core.request import AND, CALLS_PER_STEP, GenerationRequest, ModelDefaults
+from alphalayer.core.request import (
+    AND,
+    CALLS_PER_STEP,
+    GenerationRequest,
+    ModelDefaults,
+    ResolvedRequest,
+)
 
 UNIT_PIXELS = 2**20
 DECODE_STEPS = 10
@@ -50,11 +56,16 @@ class Cost:
 
 def image_cost(request: GenerationRequest) -> Cost:
     """Return the cost of one image of a request. Open fields count as SDXL's defaults."""
-    default = ModelDefaults()
-    width, height = request.width or default.width, request.height or default.height
-    steps = request.steps or default.steps
-    megapixels = width * height / UNIT_PIXELS
-    calls = steps * CALLS.get(request.sampler or default.sampler, 1)
+    # an upscaler of images decodes the first pass, too
+    costs = [_pass_cost(one) for one in request.resolve(ModelDefaults()).passes]
+    return Cost(sum(cost.pixels for cost in costs), sum(cost.prompt for cost in costs))
+
+
+def _pass_cost(request: ResolvedRequest) -> Cost:
+    """Return the cost of one pass with its decode."""
+    megapixels = request.width * request.height / UNIT_PIXELS
+    steps = request.steps
+    calls = steps * CALLS.get(request.sampler, 1)
     # two short prompts are two rows of the UNet, and each AND part is one more
     rows = (len(AND.findall(request.prompt)) + 2) / 2
     positive, negative = count_chunks(request.prompt), count_chunks(request.negative_prompt)
@@ -72,11 +83,11 @@ def image_cost(request: GenerationRequest) -> Cost:
 
 def extras_cost(request: GenerationRequest, previews: int) -> float:
     """Return the cost of a request's LoRAs, and of previews of `previews` iterations."""
-    default = ModelDefaults()
-    pixels = (request.width or default.width) * (request.height or default.height)
-    preview = DECODE_STEPS * min(pixels, PREVIEW_PIXELS) / UNIT_PIXELS
-    steps = request.steps or default.steps
-    return len(request.loras) * LORA_UNITS + previews * steps * preview
+    preview = sum(
+        one.steps * DECODE_STEPS * min(one.width * one.height, PREVIEW_PIXELS) / UNIT_PIXELS
+        for one in request.resolve(ModelDefaults()).passes
+    )
+    return len(request.loras) * LORA_UNITS + previews * preview
 
 
 def max_chunks(text: str) -> int:

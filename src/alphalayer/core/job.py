@@ -119,10 +119,9 @@ class JobSpec(Frozen, frozen=True):
 
     @property
     def pixels(self) -> int:
-        """Return the pixels of one batch; an open side counts as SDXL's."""
-        default, request = ModelDefaults(), self.generation
-        width, height = request.width or default.width, request.height or default.height
-        return width * height * request.batch_size
+        """Return the pixels of one batch at its final size; an open side counts as SDXL's."""
+        width, height = self.generation.final_size
+        return width * height * self.generation.batch_size
 
     def check_pixels(self, limit: int) -> None:
         """Raise `InvalidRequest` for more than `limit` pixels in all; 0 means no limit.
@@ -136,8 +135,13 @@ class JobSpec(Frozen, frozen=True):
         raise InvalidRequest(
             f"the request has {pixels:,} pixels in all; at most {limit:,}.",
             hint="Request fewer or smaller images.",
-            field=next((name for name, count in counts.items() if count > 1), "width"),
+            field=next((name for name, count in counts.items() if count > 1), self._size_field),
         )
+
+    @property
+    def _size_field(self) -> str:
+        """Return the field to reduce for a smaller image."""
+        return "hires_scale" if self.generation.uses_hires else "width"
 
     @property
     def images(self) -> int:
@@ -170,7 +174,7 @@ class JobSpec(Frozen, frozen=True):
         raise InvalidRequest(
             f"the request costs {self.cost:,.0f} megapixel-steps; at most {limit:,.0f}.",
             hint="Request fewer or smaller images, fewer steps, or a shorter prompt.",
-            field=next((name for name, count in counts.items() if count > 1), "width"),
+            field=next((name for name, count in counts.items() if count > 1), self._size_field),
         )
 
 

@@ -112,3 +112,5 @@ DECODER_FILES = (
     "diffuser_layer_xl_vae_transparent_decoder.safetensors",
 )
 """Published names of the transparent decoder for SDXL."""
+ENCODER_FILES = ("vae_transparent_encoder.safetensors",)
+"""Published name of the transparent encoder. It is the same for all models with such a VAE."""

@@ -102,9 +102,25 @@ AND = re.compile(r"\bAND\b")
 MAX_PROMPT_PARTS = 8
 MAX_LORAS = 16
 MIN_SIDE, MAX_SIDE = 64, 2048
+MAX_HIRES_SIDE, MAX_HIRES_PIXELS = 4096, 16_000_000
+"""Limits of a second pass."""
+MAX_HIRES_SCALE = 4
+LATENT_UPSCALERS = {
+    "Latent": ("bilinear", False),
+    "Latent (antialiased)": ("bilinear", True),
+    "Latent (bicubic)": ("bicubic", False),
+    "Latent (bicubic antialiased)": ("bicubic", True),
+    "Latent (nearest)": ("nearest", False),
+    "Latent (nearest-exact)": ("nearest-exact", False),
+}
+"""Upscalers of latents: interpolation of torch, and whether it is antialiased."""
+IMAGE_UPSCALERS = ("None", "Lanczos", "Nearest")
+"""Upscalers of images without a file. The files of models/ESRGAN are the others."""
 MAX_SEED = 2**63 - 1
 NOT_BLANK = r"\S"
 MAX_LORA_WEIGHT = 100
+PROMPTS = ("prompt", "negative_prompt", "hires_prompt", "hires_negative_prompt")
+"""Fields with prompts."""
 _COMMENT = re.compile(r"(?m)^#.*\n?|#.*")
 _TAG = re.compile(r"<(\w+):([^>]+)>")
 FREE_IN_A_BATCH = {
@@ -114,6 +130,9 @@ FREE_IN_A_BATCH = {
     "subseed",
     "subseed_strength",
     "cfg_scale",
+    "hires_cfg_scale",
+    "hires_prompt",
+    "hires_negative_prompt",
     "batch_size",
     "clip_skip",
     "inputs",
@@ -265,6 +284,49 @@ LayerdiffuseWeight = Annotated[
 LayerdiffuseStopAt = Annotated[
     float, Field(ge=0, le=1, description="Fraction of the schedule during which the patch is on.")
 ]
+HiresScale = Annotated[
+    float,
+    Field(
+        ge=1,
+        le=MAX_HIRES_SCALE,
+        description="Second pass at a larger size: factor of both sides; 1 is off.",
+    ),
+]
+HiresUpscaler = Annotated[
+    str,
+    Field(
+        min_length=1,
+        max_length=200,
+        description="How the second pass enlarges the first: "
+        f"{', '.join((*LATENT_UPSCALERS, *IMAGE_UPSCALERS))}, or a file of models/ESRGAN.",
+    ),
+]
+HiresSteps = Annotated[
+    int, Field(ge=0, le=150, description="Steps of the second pass; 0: as many as the first.")
+]
+HiresStrength = Annotated[
+    float,
+    Field(
+        ge=0.01,
+        le=1,
+        description="Share of the noise that the second pass adds: more changes more.",
+    ),
+]
+HiresSide = Annotated[
+    int,
+    Field(
+        ge=0,
+        le=MAX_HIRES_SIDE,
+        description="Side of the second pass instead of the scale. 0: by the other side.",
+    ),
+]
+HiresPrompt = Annotated[
+    str,
+    Field(
+        max_length=MAX_PROMPT_CHARACTERS,
+        description="Prompt of the second pass. Empty: as in the first.",
+    ),
+]
 ResizeModeName = Annotated[
     ResizeMode, Field(description="How input images are fitted to the size of the result.")
 ]
@@ -370,6 +432,10 @@ class RequestFields(Frozen, frozen=True):
     layerdiffuse_weight: LayerdiffuseWeight = 1.0
     layerdiffuse_stop_at: LayerdiffuseStopAt = 1.0
     resize_mode: ResizeModeName = "Crop and Resize"
+    hires_scale: HiresScale = 1.0
+    hires_upscaler: HiresUpscaler = "Latent"
+    hires_steps: HiresSteps = 0
+    hires_strength: HiresStrength = 0.75
 
 
 class GenerationRequest(RequestFields, frozen=True):
@@ -397,6 +463,19 @@ class GenerationRequest(RequestFields, frozen=True):
     options: Annotated[
         GenerationOptions, Field(description="Settings of AUTOMATIC1111 that change the image.")
     ] = GenerationOptions()
+    hires_width: HiresSide = 0
+    hires_height: HiresSide = 0
+    hires_sampler: Annotated[
+        SamplerName | None, Field(description="Sampler of the second pass. Null: as the first.")
+    ] = None
+    hires_scheduler: Annotated[
+        SchedulerName | None, Field(description="Schedule of the second pass. Null: as the first.")
+    ] = None
+    hires_cfg_scale: Annotated[
+        CfgScale | None, Field(description="Guidance of the second pass. Null: as the first.")
+    ] = None
+    hires_prompt: HiresPrompt = ""
+    hires_negative_prompt: HiresPrompt = ""
     warnings: Annotated[
         tuple[str, ...],
         Field(description="What of the client's request was ignored, in its order."),
@@ -404,9 +483,58 @@ class GenerationRequest(RequestFields, frozen=True):
 
     @model_validator(mode="after")
     def _validate_inputs(self) -> GenerationRequest:
-        if problem := self._input_problem:
+        if problem := self._input_problem or self._hires_problem:
             raise ValueError(problem)
         return self
+
+    @property
+    def uses_hires(self) -> bool:
+        """Return whether there is a second pass at a larger size."""
+        return self.hires_scale > 1 or self.hires_width > 0 or self.hires_height > 0
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Return width and height of the first pass. An open side counts as SDXL's."""
+        return self.width or _SDXL.width, self.height or _SDXL.height
+
+    @property
+    def enlarged_size(self) -> tuple[int, int]:
+        """Return the size to which the second pass enlarges the image of the first.
+
+        With both `hires_width` and `hires_height` it covers them, and the middle is used.
+        """
+        width, height = self.size
+        if not (self.hires_width or self.hires_height):
+            return int(width * self.hires_scale), int(height * self.hires_scale)
+        by_width = self.hires_width, self.hires_width * height // width
+        by_height = self.hires_height * width // height, self.hires_height
+        return max(by_width, by_height)
+
+    @property
+    def final_size(self) -> tuple[int, int]:
+        """Return width and height of the result."""
+        if self.hires_width and self.hires_height:
+            return self.hires_width, self.hires_height
+        return self.enlarged_size if self.uses_hires else self.size
+
+    def check_hires(self) -> None:
+        """Raise `InvalidRequest` for a second pass of a size that is not generated."""
+        if problem := self._hires_problem:
+            raise InvalidRequest(f"{problem}.", field="hires_scale")
+
+    @property
+    def _hires_problem(self) -> str | None:
+        """Return what is wrong with the size of the second pass."""
+        if not self.uses_hires:
+            return None
+        width, height = self.enlarged_size
+        fits = max(width, height) <= MAX_HIRES_SIDE and width * height <= MAX_HIRES_PIXELS
+        if fits and min(self.final_size) >= MIN_SIDE:
+            return None
+        return (
+            f"the second pass has {width}x{height}; a side has from {MIN_SIDE} to "
+            f"{MAX_HIRES_SIDE} pixels, and an image at most {MAX_HIRES_PIXELS:,}"
+        )
 
     @property
     def _input_problem(self) -> str | None:
@@ -433,6 +561,7 @@ class GenerationRequest(RequestFields, frozen=True):
         request = copy_fields(body, cls, **values)
         if problem := request._input_problem:
             raise InvalidRequest(f"{problem}.", field="inputs")
+        request.check_hires()
         return request.read_prompts(comments=comments)
 
     def read_prompts(self, *, comments: bool = True) -> GenerationRequest:
@@ -449,12 +578,14 @@ class GenerationRequest(RequestFields, frozen=True):
                 UTF-8, a tag is malformed, or the tags and `loras` together are too many.
         """
         self._check_bytes()
-        prompt, negative = (
-            (_COMMENT.sub("", text) if comments else text).strip()
-            for text in (self.prompt, self.negative_prompt)
+        prompt, negative, hires_prompt, hires_negative = (
+            (_COMMENT.sub("", getattr(self, name)) if comments else getattr(self, name)).strip()
+            for name in PROMPTS
         )
         text, tagged, ignored = _split_tags(prompt)
-        _check_text(text)
+        _check_text(text, "prompt")
+        hires_text, hires_tagged, _ = _split_tags(hires_prompt)
+        _check_text(hires_text or text, "hires_prompt")
         loras = (*self.loras, *tagged)
         if len(loras) > MAX_LORAS:
             raise InvalidRequest(
@@ -464,11 +595,20 @@ class GenerationRequest(RequestFields, frozen=True):
         warnings = self.warnings
         if ignored:
             warnings += (f"prompt: ignored {validation.cut(', '.join(ignored))}.",)
-        values = {"prompt": text, "negative_prompt": negative, "loras": loras, "warnings": warnings}
+        if others := [lora.tag for lora in hires_tagged if lora not in loras]:
+            warnings += (
+                f"hires_prompt: ignored {validation.cut(', '.join(others))}. "
+                "Both passes have the LoRAs of the prompt.",
+            )
+        values = {
+            **dict(zip(PROMPTS, (text, negative, hires_text, hires_negative), strict=True)),
+            "loras": loras,
+            "warnings": warnings,
+        }
         return self.model_copy(update=values)
 
     def _check_bytes(self) -> None:
-        for field in ("prompt", "negative_prompt"):
+        for field in PROMPTS:
             size = len(getattr(self, field).encode(errors="replace"))
             if size > MAX_PROMPT_BYTES:
                 raise InvalidRequest(
@@ -541,11 +681,32 @@ class ResolvedRequest(GenerationRequest, frozen=True):
     height: int = _SDXL.height
     decode: Decode = _SDXL.decode
     images: tuple[ImageSeed, ...] = ()
+    calls_before: int = 0
+    """Calls of the first pass, in the request of the second. Prompt schedules count on."""
 
     @property
     def calls(self) -> int:
         """Return the calls of the network. Prompt schedules count them."""
         return self.steps * CALLS_PER_STEP.get(self.sampler, 1)
+
+    @property
+    def passes(self) -> tuple[ResolvedRequest, ...]:
+        """Return the request of each pass. That of a second pass has the final size."""
+        if not self.uses_hires:
+            return (self,)
+        width, height = self.final_size
+        second = {
+            "width": width,
+            "height": height,
+            "steps": self.hires_steps or self.steps,
+            "sampler": self.hires_sampler or self.sampler,
+            "scheduler": self.hires_scheduler or self.scheduler,
+            "cfg_scale": self.cfg_scale if self.hires_cfg_scale is None else self.hires_cfg_scale,
+            "prompt": self.hires_prompt or self.prompt,
+            "negative_prompt": self.hires_negative_prompt or self.negative_prompt,
+            "calls_before": self.calls,
+        }
+        return self, self.model_copy(update=second)
 
     @property
     def settings(self) -> ModelDefaults:
@@ -555,16 +716,16 @@ class ResolvedRequest(GenerationRequest, frozen=True):
         )
 
 
-def _check_text(prompt: str) -> None:
+def _check_text(prompt: str, field: str) -> None:
     """Check a prompt without comments and tags. Raises `InvalidRequest`."""
     if not prompt:
-        raise InvalidRequest(f"{_EMPTY}.", field="prompt")
+        raise InvalidRequest(f"{_EMPTY}.", field=field)
     parts = len(AND.findall(prompt)) + 1
     if parts > MAX_PROMPT_PARTS:
         raise InvalidRequest(
             f"got {parts} parts between ANDs; at most {MAX_PROMPT_PARTS}. "
             "Write the word in small letters.",
-            field="prompt",
+            field=field,
         )
 
 

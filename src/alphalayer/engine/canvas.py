@@ -33,12 +33,21 @@ class Canvas:
 
     def extend(self, image: Tensor) -> Tensor:
         """Repeat the border of an image (B, C, height, width) to the full size."""
-        left, top = (self.full_width - self.width) // 2, (self.full_height - self.height) // 2
-        right = self.full_width - self.width - left
-        bottom = self.full_height - self.height - top
-        return torch.nn.functional.pad(image, (left, right, top, bottom), mode="replicate")
+        return fit_middle(image, self.full_height, self.full_width)
 
     def crop(self, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
         """Cut the window out of an image (full_height, full_width, channels)."""
         top, left = (self.full_height - self.height) // 2, (self.full_width - self.width) // 2
         return np.ascontiguousarray(image[top : top + self.height, left : left + self.width])
+
+
+def fit_middle(image: Tensor, height: int, width: int) -> Tensor:
+    """Cut the middle of an image (B, C, H, W) out, or repeat its border."""
+    rows, columns = image.shape[-2:]
+    top, left = max((rows - height) // 2, 0), max((columns - width) // 2, 0)
+    image = image[..., top : top + height, left : left + width]
+    above, before = (
+        (size - side) // 2 for size, side in zip((height, width), image.shape[-2:], strict=True)
+    )
+    below, after = height - image.shape[-2] - above, width - image.shape[-1] - before
+    return torch.nn.functional.pad(image, (before, after, above, below), mode="replicate")

@@ -35,7 +35,8 @@ class FakeEngine:
 
     def render(self, tasks: Sequence[RenderTask]) -> list[GenerationResult]:
         """Generate the discs. See the protocol."""
-        steps = tasks[0].request.steps or ModelDefaults().steps
+        passes = tasks[0].request.resolve(ModelDefaults()).passes
+        steps = sum(one.steps for one in passes)
         start = time.perf_counter()
         for step in range(1, steps + 1):
             if all(task.is_cancelled() for task in tasks):
@@ -67,7 +68,7 @@ class FakeEngine:
         request = task.request.resolve(ModelDefaults(), task.images)
         images = [
             GeneratedImage(
-                render_disc(request.prompt, seeds.seed, request.width, request.height),
+                render_disc(request.prompt, seeds.seed, *request.final_size),
                 seeds.seed,
                 seeds.subseed,
             )

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from itertools import accumulate, count, islice
+from itertools import accumulate, chain, count, islice, pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,13 +22,14 @@ from torch import Tensor
 
 from alphalayer import catalog
 from alphalayer.catalog import ModelEntry
-from alphalayer.core.errors import AlphalayerError, ModelNotFound, OutOfMemory
+from alphalayer.core.errors import AlphalayerError, InvalidRequest, ModelNotFound, OutOfMemory
 from alphalayer.core.request import GenerationRequest, ResolvedRequest
 from alphalayer.engine.acceleration import Acceleration, check_acceleration
 from alphalayer.engine.base import GeneratedImage, GenerationResult, Progress, RenderTask
 from alphalayer.engine.canvas import SIZE_MULTIPLE, Canvas
 from alphalayer.engine.families import sdxl
-from alphalayer.engine.families.base import DiffusionModel, Load, check_finite
+from alphalayer.engine.families.base import DiffusionModel, LatentSpec, Load, check_finite
+from alphalayer.engine.hires import Enlarger, Resizing
 from alphalayer.engine.memory import (
     GIB,
     MemoryMode,
@@ -48,6 +49,7 @@ from alphalayer.engine.progress import ProgressReporter, Stopwatch
 from alphalayer.engine.sampling.brownian_tree import BrownianNoise
 from alphalayer.engine.sampling.guidance import Denoiser, Guidance
 from alphalayer.engine.sampling.noise import ImageGenerator, Shape, initial_noise
+from alphalayer.engine.sampling.partial import Levels, total_steps
 from alphalayer.engine.sampling.run import Noise, Run
 from alphalayer.engine.sampling.samplers import SAMPLERS, brownian_intervals, count_steps, sample
 from alphalayer.engine.text.encoders import (
@@ -214,7 +216,6 @@ class LocalEngine:
         """Run all stages. What the requests share is read from the first of them."""
         reporter = ProgressReporter(tasks)
         stopwatch = Stopwatch(self.device)
-        residency = Residency(self.device, memory)
 
         reporter.stage("load")
         with stopwatch.stage("load"):
@@ -225,64 +226,137 @@ class LocalEngine:
             mode = MODES[shared.mode]
             text_loras, loras = self._lora_patches(shared)
             patches = (*loras, *mode.patches(model, shared))
-            # read here, so that a missing or damaged decoder is reported before the work
+            # read here, so that missing or damaged files are reported before the work
             mode.decoders(model)
-        multiple = SIZE_MULTIPLE if shared.uses_layerdiffuse else model.latent.cell
-        canvas = Canvas.of(shared.width, shared.height, multiple)
-        process = model.process
-        sigmas = SAMPLERS[shared.sampler].levels(shared.scheduler, shared.steps, process.table)
-        spec = model.latent
-        shape = (spec.channels, canvas.full_height // spec.cell, canvas.full_width // spec.cell)
-        start, noise = self._noise(requests, shape, sigmas)
+            enlarger = self._enlarger(shared, mode, model, reporter)
+        passes = plan_passes(requests, model)
+        batch = Batch(
+            tasks, passes, model, mode, Residency(self.device, memory), reporter, stopwatch
+        )
 
-        reporter.stage("text")
-        readers = [] if _is_encoded(requests, text_loras, model) else [model.modules["text"]]
-        with stopwatch.stage("text"), residency.of(*readers, keep=memory.keep_text):
-            _patch_text(text_loras, model)
-            guidances = [_guidance(request, model.text, reporter.check) for request in requests]
-        if shared.inputs:
-            encoding = residency.of(model.modules["vae"], keep=memory.keep_unet)
-            with stopwatch.stage("inputs"), encoding:
-                guidances = [
-                    replace(guidance, condition=mode.condition(model, request, task.inputs))
-                    for guidance, request, task in zip(guidances, requests, tasks, strict=True)
-                ]
-
-        end_sigma = process.end_sigma(shared.layerdiffuse_stop_at)
+        guidances = self._encode_prompts(batch, text_loras)
+        end_sigma = model.process.end_sigma(shared.layerdiffuse_stop_at)
         schedule = PatchSchedule(model, patches, loras, end_sigma)
-        denoiser = Denoiser(
-            model,
-            guidances,
-            canvas.full_width,
-            canvas.full_height,
-            memory,
-            reporter.check,
-            (shared.options.crop_top, shared.options.crop_left),
-        )
-        reporter.stage("sample")
-        denoising = residency.of(model.modules["denoiser"], keep=memory.keep_unet)
-        with stopwatch.stage("sample"), denoising, noise as source:
-            latents = self._sample(tasks, shared, denoiser, schedule, start, sigmas, source)
-
-        notes = tuple(
-            dict.fromkeys(model.patchers["denoiser"].notes + model.patchers["text"].notes)
-        )
         decoding = Decoding(model, shared, memory, stopwatch)
+        latents = self._run_pass(batch, passes[0], guidances, schedule)
+        for before, run in pairwise(passes):
+            if enlarger:
+                resizing = Resizing.of(shared, before.canvas, run.canvas)
+                latents = self._enlarge(enlarger, decoding, latents, resizing, reporter)
+            latents = self._run_pass(batch, run, guidances, schedule, latents)
+
         composed = self._compose(requests, mode, decoding, latents, reporter)
         layers = iter(composed)
+        canvas = passes[-1].canvas
+        notes = [model.patchers["denoiser"].notes, model.patchers["text"].notes]
+        notes += [enlarger.warnings] if enlarger else []
+        warnings = tuple(dict.fromkeys(chain.from_iterable(notes)))
         return [
-            replace(
-                _result(
-                    request, model, canvas, list(islice(layers, len(request.images))), stopwatch
-                ),
-                warnings=notes,
+            _result(
+                request,
+                model,
+                canvas,
+                list(islice(layers, len(request.images))),
+                stopwatch,
+                warnings,
             )
             for request in requests
         ]
 
+    def _encode_prompts(
+        self, batch: Batch, loras: tuple[PatchSpec, ...]
+    ) -> dict[int, list[Guidance]]:
+        """Encode the prompts of all passes, and the input images at the size of each.
+
+        Returns:
+            Guidance of each request, by number of the pass.
+        """
+        model, memory = batch.model, batch.residency.mode
+        requests = [request for run in batch.passes for request in run.requests]
+        batch.reporter.stage("text")
+        readers = [] if _is_encoded(requests, loras, model) else [model.modules["text"]]
+        encoding = batch.residency.of(*readers, keep=memory.keep_text)
+        with batch.stopwatch.stage("text"), encoding:
+            _patch_text(loras, model)
+            guidances = [
+                _guidance(request, model.text, batch.reporter.check) for request in requests
+            ]
+        if requests[0].inputs:
+            encoding = batch.residency.of(model.modules["vae"], keep=memory.keep_unet)
+            inputs = [task.inputs for task in batch.tasks] * len(batch.passes)
+            with batch.stopwatch.stage("inputs"), encoding:
+                guidances = [
+                    replace(guidance, condition=batch.mode.condition(model, request, images))
+                    for guidance, request, images in zip(guidances, requests, inputs, strict=True)
+                ]
+        remaining = iter(guidances)
+        return {run.number: list(islice(remaining, len(run.requests))) for run in batch.passes}
+
+    def _enlarger(
+        self,
+        request: ResolvedRequest,
+        mode: Mode,
+        model: DiffusionModel,
+        reporter: ProgressReporter,
+    ) -> Enlarger | None:
+        """Read the upscaler of a request, None without a second pass."""
+        if not request.uses_hires:
+            return None
+        return Enlarger.load(request, mode, model, self._models_dir, self.device, reporter.check)
+
+    def _enlarge(
+        self,
+        enlarger: Enlarger,
+        decoding: Decoding,
+        latents: Tensor,
+        resizing: Resizing,
+        reporter: ProgressReporter,
+    ) -> Tensor:
+        """Return the latents of the first pass at the size of the second."""
+        networks, memory = enlarger.networks(decoding.model), decoding.memory
+        residency = Residency(self.device, memory).of(*networks, keep=memory.keep_unet)
+        # the decode of the first pass counts as enlargement
+        inner = replace(decoding, stopwatch=Stopwatch(self.device))
+        stage = decoding.stopwatch.stage("upscale")
+        with stage, residency, reporter.within("upscale", networks):
+            return enlarger.enlarge(inner, latents, resizing)
+
+    def _run_pass(
+        self,
+        batch: Batch,
+        run: Pass,
+        guidances: Mapping[int, Sequence[Guidance]],
+        schedule: PatchSchedule,
+        latents: Tensor | None = None,
+    ) -> Tensor:
+        """Denoise the latents of a pass (B, C, h, w).
+
+        Args:
+            batch: The batch.
+            run: The pass.
+            guidances: Guidance of each request, by number of the pass.
+            schedule: Patches over the noise levels.
+            latents: Clean latents that the pass changes. None: it starts from pure noise.
+        """
+        model, memory, canvas = batch.model, batch.residency.mode, run.canvas
+        denoiser = Denoiser(
+            model,
+            guidances[run.number],
+            canvas.full_width,
+            canvas.full_height,
+            memory,
+            batch.reporter.check,
+            (run.shared.options.crop_top, run.shared.options.crop_left),
+        )
+        start, noise = self._noise(run, model.latent, latents)
+        batch.reporter.stage("sample")
+        denoising = batch.residency.of(model.modules["denoiser"], keep=memory.keep_unet)
+        with batch.stopwatch.stage("sample"), denoising, noise as source:
+            return self._sample(batch, run, denoiser, schedule, start, source)
+
     def _compose(
         self,
-        requests: Sequence[GenerationRequest],
+        requests: Sequence[ResolvedRequest],
         mode: Mode,
         decoding: Decoding,
         latents: Tensor,
@@ -321,13 +395,20 @@ class LocalEngine:
         return model
 
     def _noise(
-        self, requests: Sequence[ResolvedRequest], shape: Shape, sigmas: Tensor
+        self, run: Pass, spec: LatentSpec, latents: Tensor | None
     ) -> tuple[Tensor, AbstractContextManager[Noise]]:
-        """Return the starting noise (B, *shape) and the sampler's source of noise.
+        """Return the first latents of a pass and the sampler's source of noise.
 
-        As in AUTOMATIC1111, the noise seed delta changes fresh noise, but no Brownian path.
+        As in AUTOMATIC1111, each pass has the first numbers of the seeds. The noise seed delta
+        changes fresh noise, but no Brownian path.
+
+        Args:
+            run: The pass.
+            spec: Shape of the latents.
+            latents: Clean latents that the pass changes. None: it starts from pure noise.
         """
-        shared, sampler = requests[0], SAMPLERS[requests[0].sampler]
+        requests, shared, sampler = run.requests, run.shared, SAMPLERS[run.shared.sampler]
+        shape = run.latent_shape(spec)
         seeds = [image.seed for request in requests for image in request.images]
         delta = shared.options.noise_seed_delta
         generators: list[ImageGenerator] = []
@@ -339,54 +420,56 @@ class LocalEngine:
             )
             start.append(initial_noise(own, shape, variations, request.subseed_strength))
             generators += own
+        first = sampler.add_noise(latents, torch.cat(start), run.levels)
         if delta:
             generators = [ImageGenerator(seed + delta, shared.noise, self.device) for seed in seeds]
         if sampler.noise == "brownian":
             eta = sampler.choose_eta(shared.options.eta)
             # on the CPU a thread beside the denoiser's costs more than it saves
             is_threaded = self.device.type != "cpu"
-            ahead = brownian_intervals(shared.sampler, sigmas, eta) if is_threaded else ()
-            source = BrownianNoise(seeds, shape, sigmas, shared.noise, self.device, ahead)
-            return torch.cat(start), source
+            ahead = (
+                brownian_intervals(shared.sampler, run.levels.sigmas, eta) if is_threaded else ()
+            )
+            source = BrownianNoise(seeds, shape, run.levels.span, shared.noise, self.device, ahead)
+            return first, source
 
         def fresh(_from: float, _to: float) -> Tensor:
             return torch.stack([generator.randn(shape) for generator in generators])
 
-        return torch.cat(start), nullcontext(fresh)
+        return first, nullcontext(fresh)
 
     def _sample(
         self,
-        tasks: Sequence[RenderTask],
-        shared: ResolvedRequest,
+        batch: Batch,
+        run: Pass,
         denoiser: Denoiser,
         schedule: PatchSchedule,
-        start: Tensor,
-        sigmas: Tensor,
+        x: Tensor,
         noise: Noise,
     ) -> Tensor:
-        """Denoise unit noise `start` (B, C, h, w) along `sigmas` to clean latents."""
+        """Denoise the first latents `x` (B, C, h, w) of a pass to clean latents."""
         firsts = [0, *accumulate(guidance.images for guidance in denoiser.guidances)]
 
-        calls, steps = count(), count_steps(sigmas)
-        sampler = SAMPLERS[shared.sampler]
+        calls, steps = count(), sum(one.steps for one in batch.passes)
+        steps_before = sum(one.steps for one in batch.passes[: run.number])
+        sampler = SAMPLERS[run.shared.sampler]
 
         def denoise(x: Tensor, sigma: float) -> Tensor:
             # schedules of prompts count calls
             return denoiser(x, sigma, next(calls), patched=schedule.apply(sigma))
 
         def on_step(step: int, _x: Tensor, clean: Tensor) -> None:
-            for task, first in zip(tasks, firsts, strict=False):
+            for task, first in zip(batch.tasks, firsts, strict=False):
                 preview = (
                     self._preview(denoiser.model, clean[first : first + 1])
                     if task.previews
                     else None
                 )
-                task.on_progress(Progress("sample", step, steps, preview))
+                task.on_progress(Progress("sample", steps_before + step, steps, preview))
 
-        eta = sampler.choose_eta(shared.options.eta)
-        run = Run(denoise, noise, on_step, denoiser.unconditional, eta)
-        x = start * sampler.noise_scale(float(sigmas[0]))
-        latents = sample(shared.sampler, run, x, sigmas)
+        eta = sampler.choose_eta(run.shared.options.eta)
+        sampling = Run(denoise, noise, on_step, denoiser.unconditional, eta)
+        latents = sample(run.shared.sampler, sampling, x, run.levels.sigmas)
         return check_finite(latents, "the denoiser")
 
     def _preview(self, model: DiffusionModel, clean: Tensor) -> NDArray[np.uint8]:
@@ -423,9 +506,8 @@ class LocalEngine:
         smallest = tried[-1]
         try:
             networks = Networks.of(model, MODES[first.mode].has_alpha)
-            needed = count_memory(
-                networks, first.width, first.height, images, smallest, self.device
-            )
+            width, height = first.final_size
+            needed = count_memory(networks, width, height, images, smallest, self.device)
         except Exception as error:  # the decoder is read on first use
             if not is_out_of_memory(error):
                 raise
@@ -437,11 +519,77 @@ class LocalEngine:
             available = f" and the GPU has {free / GIB:.1f} of {total / GIB:.1f} GiB free"
         attempts = "; larger modes were tried, too" if len(tried) > 1 else ""
         return OutOfMemory(
-            f"{first.width}x{first.height}, batch of {images}, needs about {peak:.1f} GiB in "
+            f"{width}x{height}, batch of {images}, needs about {peak:.1f} GiB in "
             f'memory mode "{smallest.name}"{available}{attempts}.',
             hint="Request a smaller image or batch, or close other programs on the GPU"
             + (", or start with --memory low." if smallest.name != "low" else "."),
         )
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One run of the denoiser over all images of a batch."""
+
+    number: int
+    requests: Sequence[ResolvedRequest]
+    canvas: Canvas
+    levels: Levels
+
+    @property
+    def shared(self) -> ResolvedRequest:
+        """Return the first request; what all share is read from it."""
+        return self.requests[0]
+
+    @property
+    def steps(self) -> int:
+        """Return the number of its steps."""
+        return count_steps(self.levels.sigmas)
+
+    def latent_shape(self, spec: LatentSpec) -> Shape:
+        """Return the shape of a latent, (C, h, w)."""
+        canvas, cell = self.canvas, spec.cell
+        return spec.channels, canvas.full_height // cell, canvas.full_width // cell
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Requests that are generated together, and what their stages share."""
+
+    tasks: Sequence[RenderTask]
+    passes: Sequence[Pass]
+    model: DiffusionModel
+    mode: Mode
+    residency: Residency
+    reporter: ProgressReporter
+    stopwatch: Stopwatch
+
+
+def plan_passes(requests: Sequence[ResolvedRequest], model: DiffusionModel) -> list[Pass]:
+    """Return the passes of requests of one batch.
+
+    Raises:
+        InvalidRequest: The second pass is too large, or its strength too low for its steps.
+    """
+    requests[0].check_hires()
+    multiple = SIZE_MULTIPLE if requests[0].uses_layerdiffuse else model.latent.cell
+    table = model.process.table
+    passes: list[Pass] = []
+    for group in zip(*(request.passes for request in requests), strict=True):
+        shared = group[0]
+        total = total_steps(shared.steps, shared.hires_strength) if passes else None
+        if total and total > len(table):
+            raise InvalidRequest(
+                f"{shared.steps} steps at this strength are the end of a schedule of {total}; "
+                f"at most {len(table)}.",
+                hint="Use fewer steps or a higher strength.",
+                field="hires_strength",
+            )
+        canvas = Canvas.of(shared.width, shared.height, multiple)
+        levels = SAMPLERS[shared.sampler].choose_levels(
+            shared.scheduler, shared.steps, table, total
+        )
+        passes.append(Pass(len(passes), group, canvas, levels))
+    return passes
 
 
 @dataclass(frozen=True)
@@ -511,7 +659,7 @@ def _guidance(
 
 
 def _reading(request: ResolvedRequest) -> Reading:
-    return Reading(request.calls, request.clip_skip, request.options.emphasis)
+    return Reading(request.calls, request.clip_skip, request.options.emphasis, request.calls_before)
 
 
 def _result(
@@ -520,10 +668,13 @@ def _result(
     canvas: Canvas,
     composed: Sequence[Sequence[Layer]],
     stopwatch: Stopwatch,
+    warnings: tuple[str, ...],
 ) -> GenerationResult:
     images = [
         GeneratedImage(canvas.crop(layer.rgba), *seeds, layer.role)
         for layers, seeds in zip(composed, request.images, strict=True)
         for layer in layers
     ]
-    return GenerationResult(request, model.entry.name, model.short_hash, images, stopwatch.seconds)
+    return GenerationResult(
+        request, model.entry.name, model.short_hash, images, stopwatch.seconds, warnings
+    )

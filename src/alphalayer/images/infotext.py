@@ -67,6 +67,7 @@ def write_parameters(
         "Variation seed strength": request.subseed_strength if varied else None,
         "Clip skip": request.clip_skip if request.clip_skip > 1 else None,
         "ENSD": request.options.noise_seed_delta or None,
+        "Denoising strength": request.hires_strength if request.uses_hires else None,
         "RNG": request.noise.upper() if request.noise != "gpu" else None,
         **extra_pairs(request),
         "Version": f"alphalayer-{__version__}",
@@ -111,7 +112,26 @@ def extra_pairs(request: ResolvedRequest) -> dict[str, object]:
         "NGMS": options.min_uncond or None,
     }
     used = {name: value for name, value in pairs.items() if value is not None}
-    return {**_layerdiffuse_pairs(request), **used}
+    return {**_hires_pairs(request), **_layerdiffuse_pairs(request), **used}
+
+
+def _hires_pairs(request: ResolvedRequest) -> dict[str, object]:
+    """Return the pairs of a second pass that differ from the first."""
+    if not request.uses_hires:
+        return {}
+    resize = request.hires_width or request.hires_height
+    pairs: dict[str, object | None] = {
+        "Hires upscale": None if resize else request.hires_scale,
+        "Hires resize": f"{request.hires_width}x{request.hires_height}" if resize else None,
+        "Hires steps": request.hires_steps or None,
+        "Hires upscaler": request.hires_upscaler,
+        "Hires sampler": request.hires_sampler,
+        "Hires schedule type": request.hires_scheduler,
+        "Hires CFG Scale": request.hires_cfg_scale,
+        "Hires prompt": request.hires_prompt or None,
+        "Hires negative prompt": request.hires_negative_prompt or None,
+    }
+    return {key: value for key, value in pairs.items() if value is not None}
 
 
 def _layerdiffuse_pairs(request: GenerationRequest) -> dict[str, object]:

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from alphalayer.core.job import Output
-from alphalayer.core.request import MAX_SIDE
+from alphalayer.core.request import MAX_HIRES_PIXELS
 from alphalayer.images.codecs import Rgba, decode, encode, strips
 
 SOLID_ALPHA = 255
@@ -33,7 +33,7 @@ def convert(data: bytes, output: Output) -> bytes:
     Raises:
         InvalidRequest: The file cannot be decoded, or is larger than any generated image.
     """
-    rgba, parameters = decode(data, MAX_SIDE * MAX_SIDE)
+    rgba, parameters = decode(data, MAX_HIRES_PIXELS)
     return encode(finish(rgba, output), output.format, parameters or "")
 
 

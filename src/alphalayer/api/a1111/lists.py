@@ -17,11 +17,14 @@ from alphalayer.catalog import (
     public_path,
     shorten_paths,
     summarize,
+    upscaler_files,
     usable_files,
 )
 from alphalayer.core.errors import CorruptFile
 from alphalayer.core.request import (
     AUTOMATIC,
+    IMAGE_UPSCALERS,
+    LATENT_UPSCALERS,
     RESIZE_MODES,
     SAMPLERS,
     SCHEDULERS,
@@ -149,16 +152,27 @@ def embeddings(service: ServiceDep) -> dict[str, dict[str, Any]]:
 
 
 @router.get("/upscalers", summary="List upscalers")
-def upscalers() -> list[dict[str, Any]]:
-    """Return the upscaler that does nothing."""
+def upscalers(service: ServiceDep) -> list[dict[str, Any]]:
+    """Return the upscalers of images: resampling, and the files of models/ESRGAN."""
+    unknown = {"model_name": None, "model_path": None, "model_url": None, "scale": 4.0}
+    files = upscaler_files(service.models_dir)
     return [
-        {"name": "None", "model_name": None, "model_path": None, "model_url": None, "scale": 4.0}
+        *({"name": name, **unknown} for name in IMAGE_UPSCALERS),
+        *(
+            {"name": name, **unknown, "model_path": public_path(path, service.models_dir)}
+            for name, path in files.items()
+        ),
     ]
+
+
+@router.get("/latent-upscale-modes", summary="List latent upscale modes")
+def latent_upscale_modes() -> list[dict[str, Any]]:
+    """Return the upscalers of latents."""
+    return [{"name": name} for name in LATENT_UPSCALERS]
 
 
 @router.get("/sd-vae", summary="List VAEs")
 @router.get("/sd-modules", summary="List modules")
-@router.get("/latent-upscale-modes", summary="List latent upscale modes")
 @router.get("/prompt-styles", summary="List prompt styles")
 @router.get("/face-restorers", summary="List face restorers")
 @router.get("/realesrgan-models", summary="List RealESRGAN models")

@@ -7,6 +7,7 @@ from typing import Annotated, Any, ClassVar, cast
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
+from alphalayer.api.a1111.hires import HIRES_FIELDS, HiresBody
 from alphalayer.api.a1111.lists import ALIASES, SCHEDULES
 from alphalayer.api.a1111.script import SCRIPT, Arguments, read_arguments
 from alphalayer.api.a1111.settings import OverrideSettings
@@ -36,6 +37,7 @@ from alphalayer.core.request import (
 )
 
 FIELDS = {
+    **HIRES_FIELDS,
     "sampler": "sampler_name",
     "model": "override_settings.sd_model_checkpoint",
     "iterations": "n_iter",
@@ -121,7 +123,7 @@ class Script(BaseModel):
     ] = []
 
 
-class Txt2ImgRequest(Body, Postprocessing, frozen=True):
+class Txt2ImgRequest(HiresBody, Body, Postprocessing, frozen=True):
     """Body of `POST /sdapi/v1/txt2img`, with the defaults of AUTOMATIC1111.
 
     Unknown fields are ignored, as AUTOMATIC1111 does. The fields of postprocessing are extensions.
@@ -176,7 +178,6 @@ class Txt2ImgRequest(Body, Postprocessing, frozen=True):
     layerdiffuse_enabled: Annotated[
         bool, Field(description="Generate with transparency, also without the script.")
     ] = True
-    enable_hr: Annotated[Any, Field(description=NOT_IMPLEMENTED)] = False
     restore_faces: Annotated[Any, Field(description=NOT_IMPLEMENTED)] = False
     tiling: Annotated[Any, Field(description=NOT_IMPLEMENTED)] = False
     styles: Annotated[
@@ -257,6 +258,7 @@ class Txt2ImgRequest(Body, Postprocessing, frozen=True):
             warnings=self._warnings(),
             inputs=inputs,
             **self._layerdiffuse(),
+            **self._second_pass(),
         )
         if self.disable_extra_networks:
             generation = generation.model_copy(update={"loras": ()})
@@ -319,9 +321,15 @@ class Txt2ImgRequest(Body, Postprocessing, frozen=True):
             return {"mode": OPAQUE}
         return script.fields if script else {}
 
+    def _second_pass(self) -> dict[str, Any]:
+        """Return the fields of the second pass. Raises `InvalidRequest`."""
+        if not _is_used(self.enable_hr):
+            return {}
+        sampler = self.sampler_name or self.sampler_index
+        return self.second_pass((self.width, self.height), sampler, self.scheduler or AUTOMATIC)
+
     def _reject_unimplemented(self) -> None:
         names = [
-            "enable_hr",
             "restore_faces",
             "tiling",
             "script_name",

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from alphalayer import catalog
 from alphalayer.catalog import ModelEntry
 from alphalayer.core.errors import CommandHint, EngineFailed, LayerDiffuseMissing
-from alphalayer.core.modes import DECODER_FILES, MODES
+from alphalayer.core.modes import DECODER_FILES, ENCODER_FILES, MODES
 from alphalayer.core.request import ModelDefaults
 from alphalayer.engine.acceleration import Acceleration
 from alphalayer.engine.memory import Precision
@@ -98,6 +98,12 @@ class LayerDiffuseFiles:
         """Return the transparent decoder. Raises `LayerDiffuseMissing`."""
         return self._existing("decoder", DECODER_FILES, "layerdiffuse")
 
+    def encoder(self) -> Path | None:
+        """Return the transparent encoder, None if there is no such file."""
+        configured = self.config.get("encoder")
+        path = catalog.layer_file(self.entry.path, ENCODER_FILES, configured, self.models_dir)
+        return path if path.is_file() else None
+
     def _existing(self, kind: str, names: tuple[str, ...], download: str) -> Path:
         path = catalog.layer_file(self.entry.path, names, self.config.get(kind), self.models_dir)
         if not path.is_file():
@@ -167,10 +173,11 @@ class DiffusionModel(Protocol):
         """
         ...
 
-    def encode_image(self, rgb: Tensor) -> Tensor:
+    def encode_image(self, rgb: Tensor, offset: Tensor | None = None) -> Tensor:
         """Encode RGB (B, 3, H, W) in [-1, 1] to sampler latents (B, C, h, w), float32.
 
         The mean of the VAE's distribution, so the result does not depend on a seed.
+        `offset` is added to it, in standard deviations of the distribution.
         """
         ...
 

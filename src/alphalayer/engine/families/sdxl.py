@@ -145,10 +145,10 @@ class SdxlModel:
         dtype = self.unet.conv_in.weight.dtype
         return self._run(x.to(dtype), timestep, prepared, condition).float()
 
-    def encode_image(self, rgb: Tensor) -> Tensor:
-        """Encode RGB (B, 3, H, W) in [-1, 1] to sampler latents (B, C, h, w), float32."""
+    def encode_image(self, rgb: Tensor, offset: Tensor | None = None) -> Tensor:
+        """Encode RGB (B, 3, H, W) in [-1, 1] to sampler latents; see `DiffusionModel`."""
         weight = next(self.vae.parameters())
-        encoded = self.vae.encode(rgb.to(weight.device, weight.dtype))
+        encoded = self.vae.encode(rgb.to(weight.device, weight.dtype), offset)
         return self.latent.from_vae(encoded.float())
 
     def decode(self, latent: Tensor) -> Tensor:

@@ -55,12 +55,14 @@ class AutoencoderDC(nn.Module):
             self.latent_channels, colors, widths, config["decoder_layers_per_block"]
         )
 
-    def encode(self, rgb: Tensor) -> Tensor:
+    def encode(self, rgb: Tensor, offset: Tensor | None = None) -> Tensor:
         """Return the latent, (B, C, H/cell, W/cell).
 
         Args:
             rgb: Image in [-1, 1], (B, 3, H, W), in the dtype of the network.
+            offset: Only None, because the latent has no distribution.
         """
+        assert offset is None
         return self.encoder(rgb)
 
     def decode(self, latent: Tensor) -> Tensor:

@@ -49,16 +49,20 @@ class AutoencoderKL(nn.Module):
         if config.get("use_post_quant_conv", True):
             self.post_quant_conv = nn.Conv2d(self.latent_channels, self.latent_channels, 1)
 
-    def encode(self, rgb: Tensor) -> Tensor:
+    def encode(self, rgb: Tensor, offset: Tensor | None = None) -> Tensor:
         """Return the mean of the latent's distribution, (B, C, H/cell, W/cell).
 
         Args:
             rgb: Image in [-1, 1], (B, 3, H, W), in the dtype of the network.
+            offset: Added to the mean, in standard deviations of the distribution, shaped like it.
         """
         moments = self.encoder(rgb)
         if self.quant_conv is not None:
             moments = self.quant_conv(moments)
-        return moments[:, : self.latent_channels]
+        mean, log_variance = moments.chunk(2, dim=1)
+        if offset is None:
+            return mean
+        return mean + (log_variance.float().clamp(-30, 20) / 2).exp() * offset.to(mean.device)
 
     def decode(self, latent: Tensor) -> Tensor:
         """Return the image, about [-1, 1], (B, 3, h*cell, w*cell).

@@ -43,20 +43,32 @@ def ddim_sigmas(_scheduler: str, steps: int, table: SigmaTable) -> Tensor:
 
     Source: Song et al. 2021, arXiv 2010.02502, section D.3, in the form of Stable Diffusion.
     """
+    return table.sigmas[ddim_timesteps(steps, table)].flip(0)
+
+
+def ddim_timesteps(steps: int, table: SigmaTable) -> Tensor:
+    """Return the training steps of `ddim_sigmas`, lowest first."""
     timesteps = torch.arange(0, len(table), len(table) // max(steps, 2)) + 1
-    return table.sigmas[timesteps.clamp(max=len(table) - 1)].flip(0)
+    return timesteps.clamp(max=len(table) - 1)
 
 
 def unipc_sigmas(_scheduler: str, steps: int, table: SigmaTable) -> Tensor:
     """Return levels spaced evenly in time from 1 to 0.001, both ends included.
 
-    Between training steps the logarithm of alpha_bar is linear in time.
-
     Source: Zhao et al. 2023, arXiv 2302.04867, `NoiseScheduleVP` of its code.
     """
     size = len(table)
     steps = -(-size // (size // steps))  # one for each training step that DDIM selects
-    times = np.linspace(1, 1 / size, steps + 1)
+    return sigmas_in_time(1.0, steps, table)
+
+
+def sigmas_in_time(start: float, steps: int, table: SigmaTable) -> Tensor:
+    """Return levels spaced evenly in time, from `start` to the first training step.
+
+    Between training steps the logarithm of alpha_bar is linear in time.
+    """
+    size = len(table)
+    times = np.linspace(start, 1 / size, steps + 1)
     alpha_bar = np.exp(np.interp(times * size - 1, np.arange(size), np.log(table.alpha_bar)))
     return torch.from_numpy(np.sqrt((1 - alpha_bar) / alpha_bar)).float()
 
@@ -70,7 +82,11 @@ def restart_sigmas(scheduler: str, steps: int, table: SigmaTable) -> Tensor:
     Source: Xu et al. 2023, "Restart Sampling for Improving Generative Processes", arXiv 2306.14878.
     The numbers are those of AUTOMATIC1111.
     """
-    sigmas = sigmas_for(scheduler, steps, table)
+    return add_restarts(sigmas_for(scheduler, steps, table))
+
+
+def add_restarts(sigmas: Tensor) -> Tensor:
+    """Return the levels of `restart_sigmas` for those of a schedule."""
     steps = len(sigmas) - 1
     if steps < RESTART_FROM:
         return sigmas
@@ -89,8 +105,13 @@ def dpm_fast_sigmas(_scheduler: str, steps: int, table: SigmaTable) -> Tensor:
 
     Source: Lu et al. 2022, arXiv 2206.00927, appendix D.4.
     """
+    return dpm_fast_between(steps, table.sigma_max, table.sigma_min)
+
+
+def dpm_fast_between(steps: int, high: float, low: float) -> Tensor:
+    """Return the levels of `dpm_fast_sigmas` between two levels."""
     orders = solver_orders(steps)
-    ends = np.linspace(math.log(table.sigma_max), math.log(table.sigma_min), len(orders) + 1)
+    ends = np.linspace(math.log(high), math.log(low), len(orders) + 1)
     calls = [
         np.linspace(start, end, order, endpoint=False)
         for (start, end), order in zip(pairwise(ends), orders, strict=True)

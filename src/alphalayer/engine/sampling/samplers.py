@@ -9,9 +9,13 @@ from typing import Literal
 
 from torch import Tensor
 
-from alphalayer.engine.sampling import levels, multistep, single_step
+from alphalayer.engine.sampling import levels, multistep, partial, single_step
+from alphalayer.engine.sampling.partial import Levels
 from alphalayer.engine.sampling.run import Run, pair_levels
-from alphalayer.engine.sampling.schedules import SigmaTable, sigmas_for
+from alphalayer.engine.sampling.schedules import LevelsOf, SigmaTable, sigmas_for
+
+LastLevels = Callable[[LevelsOf, str, int, int, SigmaTable], Levels]
+"""Function (levels, scheduler, total, steps, table) → levels of the last steps of a schedule."""
 
 
 @dataclass(frozen=True)
@@ -23,8 +27,8 @@ class Sampler:
     """Source of its noise: none, independent samples or a Brownian path."""
     eta: float = 0.0
     """Default of the share of fresh noise."""
-    levels: Callable[[str, int, SigmaTable], Tensor] = sigmas_for
-    """Function (scheduler, steps, table) → noise levels of its steps."""
+    levels: LevelsOf = sigmas_for
+    last_levels: LastLevels = partial.last_levels
     preserves_variance: bool = False
     """Whether its first and last latents are in the variance-preserving frame."""
     guidance_share: float = 1.0
@@ -39,6 +43,35 @@ class Sampler:
     def noise_scale(self, sigma: float) -> float:
         """Return the factor from unit noise to the first latent, of level `sigma`."""
         return math.sqrt(sigma**2 + 1) if self.preserves_variance else sigma
+
+    def choose_levels(
+        self, scheduler: str, steps: int, table: SigmaTable, total: int | None = None
+    ) -> Levels:
+        """Return the noise levels of a run.
+
+        Args:
+            scheduler: Name of the schedule.
+            steps: Number of steps.
+            table: Noise levels that the model was trained on.
+            total: Steps of a schedule whose last `steps` are used. None: the whole of `steps`.
+        """
+        if total is None:
+            return Levels.whole(self.levels(scheduler, steps, table))
+        return self.last_levels(self.levels, scheduler, total, steps, table)
+
+    def add_noise(self, latent: Tensor | None, noise: Tensor, levels: Levels) -> Tensor:
+        """Return the first latent of a run, float32 (B, C, h, w).
+
+        Args:
+            latent: Clean latents. None: the run starts from pure noise.
+            noise: Unit noise (B, C, h, w).
+            levels: Levels of the run.
+        """
+        first = float(levels.sigmas[0])
+        if latent is None:
+            return noise * self.noise_scale(first)
+        noisy = latent + noise * levels.start
+        return noisy * (self.noise_scale(first) / self.noise_scale(levels.start))
 
 
 _CFGPP_SHARE = 1 / 12.5
@@ -58,23 +91,51 @@ SAMPLERS = {
     "Heun": Sampler(single_step.heun),
     "DPM2": Sampler(single_step.dpm2, levels=levels.sigmas_without_lowest),
     "DPM2 a": Sampler(single_step.dpm2, "fresh", eta=1.0, levels=levels.sigmas_without_lowest),
-    "DPM fast": Sampler(single_step.dpm_fast, "fresh", eta=1.0, levels=levels.dpm_fast_sigmas),
-    "Restart": Sampler(single_step.heun, "fresh", levels=levels.restart_sigmas),
+    "DPM fast": Sampler(
+        single_step.dpm_fast,
+        "fresh",
+        eta=1.0,
+        levels=levels.dpm_fast_sigmas,
+        last_levels=partial.last_dpm_fast_levels,
+    ),
+    "Restart": Sampler(
+        single_step.heun,
+        "fresh",
+        levels=levels.restart_sigmas,
+        last_levels=partial.last_restart_levels,
+    ),
     "HeunPP2": Sampler(single_step.heun_plus),
     "IPNDM": Sampler(multistep.ipndm),
     "IPNDM_V": Sampler(multistep.ipndm_v),
     "DEIS": Sampler(multistep.deis),
     # these choose training steps themselves, and so ignore the schedule
-    "DDIM": Sampler(single_step.euler, "fresh", levels=levels.ddim_sigmas, preserves_variance=True),
+    "DDIM": Sampler(
+        single_step.euler,
+        "fresh",
+        levels=levels.ddim_sigmas,
+        last_levels=partial.last_ddim_levels,
+        preserves_variance=True,
+    ),
     "DDIM CFG++": Sampler(
         single_step.ddim_cfgpp,
         "fresh",
         levels=levels.ddim_sigmas,
+        last_levels=partial.last_ddim_levels,
         preserves_variance=True,
         guidance_share=_CFGPP_SHARE,
     ),
-    "PLMS": Sampler(multistep.plms, levels=levels.ddim_sigmas, preserves_variance=True),
-    "UniPC": Sampler(multistep.unipc, levels=levels.unipc_sigmas, preserves_variance=True),
+    "PLMS": Sampler(
+        multistep.plms,
+        levels=levels.ddim_sigmas,
+        last_levels=partial.last_ddim_levels,
+        preserves_variance=True,
+    ),
+    "UniPC": Sampler(
+        multistep.unipc,
+        levels=levels.unipc_sigmas,
+        last_levels=partial.last_unipc_levels,
+        preserves_variance=True,
+    ),
     "LCM": Sampler(single_step.lcm, "fresh", levels=levels.lcm_sigmas),
     "DDPM": Sampler(single_step.ddpm, "fresh"),
 }

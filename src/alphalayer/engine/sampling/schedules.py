@@ -121,6 +121,8 @@ class SigmaTable:
         return len(self.sigmas)
 
 
+LevelsOf = Callable[[str, int, SigmaTable], Tensor]
+"""Function (scheduler, steps, table) → noise levels of the steps."""
 Schedule = Callable[[int, SigmaTable], Tensor]
 """Function (steps, table) → noise levels, highest first, without the final 0."""
 

@@ -342,11 +342,17 @@ class Reading:
         calls: Calls of the network, which the schedules count.
         clip_skip: See `TextEncoders.encode_schedule`.
         emphasis: How attention weights act.
+        calls_before: Calls of the first pass, for a second one.
     """
 
     calls: int
     clip_skip: int = 1
     emphasis: Emphasis = "Original"
+    calls_before: int = 0
+
+    def schedule(self, text: str) -> list[tuple[int, str]]:
+        """Return the texts of a prompt without AND over the calls, see `schedule_prompt`."""
+        return schedule_prompt(text, self.calls, self.calls_before)
 
 
 def plan_prompt(
@@ -397,15 +403,13 @@ def is_cached(encoders: TextEncoders, prompt: str, negative_prompt: str, reading
     else:
         parts.append(negative_prompt)
     return all(
-        encoders.is_cached(
-            _texts(schedule_prompt(part, reading.calls)), reading.clip_skip, reading.emphasis
-        )
+        encoders.is_cached(_texts(reading.schedule(part)), reading.clip_skip, reading.emphasis)
         for part in parts
     )
 
 
 def _is_zeroed(negative_prompt: str, reading: Reading) -> bool:
-    return not any(_texts(schedule_prompt(negative_prompt, reading.calls)))
+    return not any(_texts(reading.schedule(negative_prompt)))
 
 
 def _texts(schedule: Sequence[tuple[int, str]]) -> list[str]:
@@ -419,7 +423,7 @@ def _plan(
     check: Callable[[], None],
     field: str,
 ) -> PromptPlan:
-    schedules = [(weight, schedule_prompt(part, reading.calls)) for part, weight in parts]
+    schedules = [(weight, reading.schedule(part)) for part, weight in parts]
     _check_length(encoders, [_texts(schedule) for _, schedule in schedules], reading, field)
     encoded = [
         encoders.encode_schedule(_texts(schedule), reading.clip_skip, reading.emphasis, check)

@@ -182,7 +182,7 @@ class _Alternation:
 _Node = str | _Switch | _Alternation
 
 
-def schedule_prompt(prompt: str, steps: int) -> list[tuple[int, str]]:
+def schedule_prompt(prompt: str, steps: int, before: int = 0) -> list[tuple[int, str]]:
     """List the texts of a prompt over the steps.
 
     A prompt with a "|" outside of `[a|b]`, or with a backslash before a line break or the end, is
@@ -191,12 +191,14 @@ def schedule_prompt(prompt: str, steps: int) -> list[tuple[int, str]]:
     Args:
         prompt: Prompt without AND.
         steps: Steps, or calls of the network for samplers with several calls a step.
+        before: Those of the first pass, for a second one. Numbers of steps then count on, and
+            shares from 1 to 2 are those of the second pass.
 
     Returns:
         (last step, text) in order; neighbours may have equal texts. A step, counted from 0, has the
         text of the first entry whose last step is not below it.
     """
-    reader = _Reader(steps)
+    reader = _Reader(steps, before)
     try:
         nodes = reader.read(prompt)
     except _NoSchedules:
@@ -247,6 +249,7 @@ class _Reader:
     """
 
     steps: int
+    before: int = 0
     boundaries: set[int] = field(default_factory=set[int])
     open: list[_Bracket] = field(default_factory=lambda: [_Bracket("")])
 
@@ -308,7 +311,8 @@ class _Reader:
 
     def _boundary(self, when: str) -> int:
         number = float(when.strip())
-        value = number * self.steps if "." in when else number
+        share = number - 1 if self.before else number
+        value = share * self.steps if "." in when else number - self.before
         boundary = int(max(min(value, self.steps), -1))
         if boundary >= 1:
             self.boundaries.add(boundary)

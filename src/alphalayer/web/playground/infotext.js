@@ -6,10 +6,23 @@ export const LAYERS = {
   layerdiffuse_weight: "LayerDiffuse weight",
   layerdiffuse_stop_at: "LayerDiffuse until",
 };
+/** Settings of a second pass, and their labels. */
+export const HIRES = {
+  hires_scale: "second pass, factor",
+  hires_upscaler: "its upscaler",
+  hires_steps: "its steps",
+  hires_strength: "its strength",
+};
 // keys without an effect on the image, or whose value is also in another key
 const IGNORED = /^(Prompt|Negative prompt|Version|Size|Model|Model hash|.* hashes|VAE hash|layerdiffusion_.*)$/;
 const SEEDS = { Seed: "seed", "Variation seed": "subseed" };
-const NUMBERS = { Steps: "steps", "CFG scale": "cfg_scale", "Variation seed strength": "subseed_strength" };
+const NUMBERS = {
+  Steps: "steps",
+  "CFG scale": "cfg_scale",
+  "Variation seed strength": "subseed_strength",
+  "Hires upscale": "hires_scale",
+  "Hires steps": "hires_steps",
+};
 
 /**
  * Convert the `parameters` of an image, as the service parsed them, for the available choices.
@@ -49,6 +62,15 @@ const READERS = {
     return schedulers.includes(scheduler);
   },
   "Clip skip": (value) => value === "1",
+  "Hires upscaler"(value, settings) {
+    settings.hires_upscaler = value;
+    return true;
+  },
+  // an image that was made from another one has it, too
+  "Denoising strength"(value, settings, { parameters }) {
+    if (parameters["Hires upscaler"]) settings.hires_strength = Number(value);
+    return "hires_strength" in settings;
+  },
   RNG: (value, _settings, { noise }) => portable(value) === portable(noise),
 };
 

@@ -1,10 +1,11 @@
 // The form: its values, the body of a request, and the errors beside the fields.
 
-import { LAYERS } from "./infotext.js";
+import { HIRES, LAYERS } from "./infotext.js";
 
 const NUMBERS = ["width", "height", "seed", "steps", "cfg_scale", "batch_size"];
 const TEXTS = ["prompt", "negative_prompt", "checkpoint", "sampler_name", "scheduler"];
-const EXTRA = [...Object.keys(LAYERS), "subseed", "subseed_strength"];
+const LABELS = { ...LAYERS, ...HIRES, subseed: "variation seed", subseed_strength: "variation strength" };
+const EXTRA = Object.keys(LABELS);
 const ENABLED = "layerdiffuse_enabled";
 const BUILT_IN = "alphalayer-mini";
 const input = (name) => document.getElementById(name);
@@ -78,7 +79,7 @@ function carry(settings) {
 /** Describe the settings that have no field in the form. */
 export const describeExtra = (settings) =>
   EXTRA.filter((name) => settings[name] !== undefined)
-    .map((name) => `${LAYERS[name] ?? { subseed: "variation seed", subseed_strength: "variation strength" }[name]} ${settings[name]}`)
+    .map((name) => `${LABELS[name]} ${settings[name]}`)
     .join(", ");
 
 // --- choices, defaults and bounds

@@ -1,0 +1,102 @@
+"""Transparent encode of LayerDiffuse: colour and alpha become a latent.
+
+Source: Zhang and Agrawala, "Transparent Image Layer Diffusion using Latent Transparency" (2024).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from alphalayer.core.errors import CommandHint, ModelUnusable
+from alphalayer.engine.base import RgbaImage
+from alphalayer.engine.networks.transparent import TransparentEncoder
+from alphalayer.engine.networks.weights import NamedWeights
+from alphalayer.engine.transparency.conditions import resize
+from alphalayer.engine.transparency.decode import read_weights
+
+Pixels = NDArray[np.float32]
+SHRINK = 1.2
+"""Ratio of the sides of two levels of the pyramid."""
+
+
+def load_encoder(path: Path) -> TransparentEncoder:
+    """Read the transparent encoder, frozen, float32 and on the CPU.
+
+    Raises:
+        LayerDiffuseMissing, CorruptFile: See `read_weights`.
+        ModelUnusable: The file holds something else.
+    """
+    weights = read_weights(path)
+    with torch.device("meta"):
+        encoder = TransparentEncoder()
+    if NamedWeights(encoder).shapes() != {name: tuple(w.shape) for name, w in weights.items()}:
+        raise ModelUnusable(
+            f"{path.name} is not the transparent encoder.",
+            hint=CommandHint(
+                "Put the right file under this name:", "models pull layerdiffuse-encoder"
+            ),
+        )
+    NamedWeights(encoder).assign(weights, torch.float32)
+    return encoder.eval()
+
+
+def pad_colours(rgba: RgbaImage) -> Pixels:
+    """Continue the colours of visible pixels into transparent ones.
+
+    Each level of a pyramid is laid over the coarser one, enlarged. So colours of invisible pixels
+    have no effect, also where the image is resampled.
+
+    Args:
+        rgba: Image (H, W, 4).
+
+    Returns:
+        RGB in [0, 1], (H, W, 3).
+    """
+    values = rgba.astype(np.float32) / 255
+    alpha = values[..., 3:]
+    finest: Pixels = np.concatenate([values[..., :3] * alpha, alpha], axis=-1, dtype=np.float32)
+    levels = [finest]
+    while min(levels[-1].shape[:2]) > 1:
+        height, width = levels[-1].shape[:2]
+        levels.append(resize(levels[-1], (int(width / SHRINK), int(height / SHRINK))))
+    coarsest = levels[-1].sum((0, 1))
+    colour: Pixels = coarsest[None, None, :3] / max(float(coarsest[3]), 1e-8)
+    for level in reversed(levels):
+        coarser = _enlarge(colour, level.shape[:2])
+        colour = np.add(level[..., :3], coarser * (1 - level[..., 3:]), dtype=np.float32)
+    return colour.clip(0, 1)
+
+
+def _enlarge(image: Pixels, size: tuple[int, ...]) -> Pixels:
+    tensor = torch.from_numpy(image).permute(2, 0, 1)[None]
+    enlarged = F.interpolate(tensor, size=size[:2], mode="bilinear")
+    return enlarged[0].permute(1, 2, 0).numpy()
+
+
+def on_grey(rgba: Tensor) -> Tensor:
+    """Return what the VAE reads: colour premultiplied about grey.
+
+    Args:
+        rgba: Straight RGBA (B, 4, H, W) in [0, 1].
+
+    Returns:
+        RGB (B, 3, H, W) in [-1, 1].
+    """
+    return (rgba[:, :3] * 2 - 1) * rgba[:, 3:]
+
+
+def encode_offset(encoder: TransparentEncoder, rgba: Tensor) -> Tensor:
+    """Return the offset of a latent, in standard deviations, (B, 4, H/8, W/8).
+
+    Args:
+        encoder: The network.
+        rgba: RGBA with padded colours (B, 4, H, W) in [0, 1].
+    """
+    weight = next(encoder.parameters())
+    return encoder(rgba[:, [3, 0, 1, 2]].to(weight.device, weight.dtype))
