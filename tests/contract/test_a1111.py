@@ -343,7 +343,7 @@ def test_txt2img_layerdiffuse_enabled_false_is_opaque(client):
         ),
         ({"alwayson_scripts": {"ADetailer": {"args": [True]}}}, "ADetailer"),
         ({"alwayson_scripts": {"ControlNet": {"args": [{"model": "x"}]}}}, "ControlNet"),
-        ({"alwayson_scripts": {"LayerDiffuse": {"args": ["yes"]}}}, "enabled"),
+        ({"alwayson_scripts": {"LayerDiffuse": {"args": ["maybe"]}}}, "enabled"),
         (
             {
                 "alwayson_scripts": {

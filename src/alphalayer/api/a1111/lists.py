@@ -80,7 +80,7 @@ EMBEDDING = {
 
 
 def expand_aliases(name: str) -> str:
-    """Return the name of a sampler, maybe with its schedule, without aliases of the two."""
+    """Return a sampler name, with or without a schedule, with aliases replaced."""
     words = name.split(" ")
     words[0] = ALIASES.get(words[0].lower(), words[0])
     words[-1] = SCHEDULES.get(words[-1].lower(), words[-1])

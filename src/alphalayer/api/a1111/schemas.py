@@ -127,7 +127,10 @@ ECHOED: dict[str, Any] = {
 
 
 def _list_arguments(args: Any) -> Any:
-    """Return arguments as a list. Some programs send an object with the positions as keys."""
+    """Return arguments as a list.
+
+    Some programs send an object with the positions as keys.
+    """
     if args is None:
         return []
     if not isinstance(args, dict):

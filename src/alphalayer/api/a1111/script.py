@@ -46,7 +46,7 @@ LABELS = {
 
 
 def _whole(value: Any) -> Any:
-    """Return the number of a row as an integer. Some programs send all numbers as floats."""
+    """Return the number of a row as an integer. Some programs send floats."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 

@@ -173,7 +173,10 @@ class OverrideSettings(BaseModel):
 
     @classmethod
     def of_stored(cls, stored: Mapping[str, Any]) -> OverrideSettings:
-        """Return stored settings. A service of another version may have stored other values."""
+        """Return stored settings without those that are not valid.
+
+        A service of another version may have stored other values.
+        """
         valid: dict[str, Any] = {}
         for name in cls.model_fields.keys() & stored.keys():
             try:
@@ -294,7 +297,7 @@ def current_options(
 
 
 def _is_same(value: Any, accepted: Any) -> bool:
-    """Return whether two values are equal. Clients send some numbers and switches as text."""
+    """Return whether two values are equal. Clients send some values as text."""
     if isinstance(value, str):
         value = value.strip().lower()
         if isinstance(accepted, str):
