@@ -311,3 +311,14 @@ def test_objects_in_the_metadata_of_loras_are_parsed(tmp_path: Path):
     [row] = loras(service)
     parsed = {"ss_tag_frequency": {"10_apple": {"apple": 3}}}
     assert row["metadata"] == {"format": "pt", **texts, **parsed}
+
+
+def test_second_pass_reads_aliases_and_leaves_tags_out():
+    request = generation(
+        enable_hr=True,
+        hr_sampler_name="k_dpmpp_2m Karras",
+        hr_prompt="a pear <lora:x:strong>",
+        disable_extra_networks=True,
+    )
+    assert (request.hires_sampler, request.hires_scheduler) == ("DPM++ 2M", "Karras")
+    assert request.hires_prompt == "a pear"
