@@ -158,6 +158,18 @@ def test_model_is_selected_by_options_or_by_request(tmp_path):
         )
 
 
+def test_missing_model_of_the_options_is_named_and_cleared(tmp_path):
+    with served(put_model(tmp_path)) as client:
+        client.post("/sdapi/v1/options", json={"sd_model_checkpoint": "apples"})
+        (tmp_path / "models" / "Stable-diffusion" / "apples").rename(tmp_path / "elsewhere")
+        detail = render(client).json()["detail"]
+        assert detail.startswith("options.sd_model_checkpoint: no model"), detail
+        options = client.get("/sdapi/v1/options").json()
+        assert client.post("/sdapi/v1/options", json=options).status_code == 200
+        client.post("/sdapi/v1/options", json={"sd_model_checkpoint": ""})
+        assert render(client).status_code == 200
+
+
 def test_embedded_model_is_listed_with_its_hash(client):
     [mini] = [
         model
@@ -343,7 +355,7 @@ def test_txt2img_layerdiffuse_enabled_false_is_opaque(client):
         ),
         ({"alwayson_scripts": {"ADetailer": {"args": [True]}}}, "ADetailer"),
         ({"alwayson_scripts": {"ControlNet": {"args": [{"model": "x"}]}}}, "ControlNet"),
-        ({"alwayson_scripts": {"LayerDiffuse": {"args": ["yes"]}}}, "enabled"),
+        ({"alwayson_scripts": {"LayerDiffuse": {"args": ["maybe"]}}}, "enabled"),
         (
             {
                 "alwayson_scripts": {

@@ -152,6 +152,13 @@ def test_samplers_of_engine_and_requests_agree():
     assert set(SCHEDULES) == set(request.SCHEDULERS)
 
 
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_samplers_without_eta_ignore_it(name: str):
+    sigmas = levels_of(name, 6)
+    sampled = [run_sampler(name, sigmas, RecordedNoise(), eta) for eta in (0.0, 1.0)]
+    assert torch.equal(*sampled) == (name in request.WITHOUT_ETA)
+
+
 @pytest.mark.parametrize("steps", [2, 3, 8, 20])
 def test_dpmpp_2m_sde_equals_diffusers(steps: int):
     scheduler = _dpm(algorithm_type="sde-dpmsolver++")

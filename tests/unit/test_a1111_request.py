@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from tests.support.header_files import write
 
+from alphalayer.api.a1111.lists import loras, samplers, script_info
 from alphalayer.api.a1111.schemas import Txt2ImgRequest
+from alphalayer.api.a1111.script import ROWS
 from alphalayer.api.a1111.settings import UNIMPLEMENTED, OverrideSettings
 from alphalayer.core.errors import InvalidRequest
 from alphalayer.core.request import GenerationOptions, GenerationRequest
 
 SERVICE: Any = SimpleNamespace(noise="nv", decode="official", prompt_comments=True)
+FORGE: dict[str, dict[str, Any]] = json.loads(
+    (Path(__file__).parents[1] / "contract" / "recorded" / "forge_options.json").read_text()
+)
+"""Default options of AUTOMATIC1111 and Forge: the implemented, the refused and the ignored."""
+HUGE = 10**400
 OBJECT = {"enabled": True, "method": 5, "weight": "0.5"}
 
 
@@ -69,6 +78,14 @@ def test_settings_of_the_request_precede_stored_ones():
         ({"override_settings": {"eta_noise_sede_delta": 1}}, "eta_noise_sede_delta", "seed_delta"),
         ({"override_settings": {"eta_ancestral": 2}}, "eta_ancestral", "at most 1"),
         ({"override_settings": {"sdxl_crop_top": -1}}, "sdxl_crop_top", "at least 0"),
+        ({"override_settings": {"sd_checkpoint": "x"}}, "sd_checkpoint", "sd_model_checkpoint"),
+        ({"override_settings": {"sd_model": "x"}}, "sd_model", "sd_model_checkpoint"),
+        ({"override_settings": {"checkpoint": "x"}}, "checkpoint", "sd_model_checkpoint"),
+        ({"override_settings": {"rho": HUGE}}, "rho", "only 0.0"),
+        ({"override_settings": {"sd_vae": HUGE}}, "sd_vae", "Automatic"),
+        ({"override_settings": {"forge_additional_modules": HUGE}}, "forge_additional_modules", ""),
+        ({"override_settings": {"s_noise": ""}}, "s_noise", "only 1.0"),
+        ({"override_settings": {"tiling": "true"}}, "tiling", "only false"),
     ],
 )
 def test_setting_without_effect_is_refused_by_name(fields: dict[str, Any], field: str, words: str):
@@ -80,17 +97,40 @@ def test_setting_without_effect_is_refused_by_name(fields: dict[str, Any], field
 
 @pytest.mark.parametrize("name", ["eta", "s_min_uncond"])
 def test_field_out_of_range_has_its_own_name(name: str):
-    with pytest.raises(InvalidRequest) as caught:
-        generation(**{name: 200})
-    assert caught.value.field == name
+    for sampler in ("DPM++ 2M SDE", "Euler"):
+        with pytest.raises(InvalidRequest) as caught:
+            generation(**{name: 200}, sampler_name=sampler)
+        assert caught.value.field == name
 
 
-def test_whole_set_of_settings_at_its_defaults_is_accepted():
-    defaults = {name: accepted[0] for name, accepted in UNIMPLEMENTED.items()}
-    as_text = {name: str(value) for name, value in defaults.items() if type(value) is float}
-    others = {"samples_format": "png", "outdir_samples": "", "sd_checkpoint_hash": "", "n_rows": -1}
-    for settings in (defaults, as_text, others, dict.fromkeys(defaults)):
+def test_default_options_of_forge_are_accepted():
+    defaults = {**FORGE["implemented"], **FORGE["refused"], **FORGE["ignored"]}
+    as_text = {name: str(value) for name, value in defaults.items() if not isinstance(value, list)}
+    upper, lower = (
+        {name: value.upper() for name, value in as_text.items()},
+        {name: value.lower() for name, value in as_text.items()},
+    )
+    for settings in (defaults, upper, lower, dict.fromkeys(defaults)):
         assert generation(override_settings=settings).options == GenerationOptions()
+    empty = {name: "" for name, value in FORGE["refused"].items() if not value}
+    assert generation(override_settings=empty).options == GenerationOptions()
+
+
+@pytest.mark.parametrize("name", UNIMPLEMENTED)
+def test_changed_option_of_forge_is_refused_by_name(name: str):
+    # an older name of an option that the recorded set does not have
+    default = {**FORGE["refused"], "enable_emphasis": True}[name]
+    changed = {bool: not default, float: 0.25, str: "Other", list: ["other"]}[type(default)]
+    with pytest.raises(InvalidRequest) as caught:
+        generation(override_settings={name: changed})
+    assert caught.value.field == f"override_settings.{name}"
+
+
+def test_empty_model_is_that_of_the_options():
+    empty = {"sd_model_checkpoint": ""}
+    assert generation(override_settings=empty).model is None
+    assert generation({"sd_model_checkpoint": "a"}, override_settings=empty).model == "a"
+    assert generation(empty).model is None
 
 
 @pytest.mark.parametrize(
@@ -102,9 +142,19 @@ def test_whole_set_of_settings_at_its_defaults_is_accepted():
         ([True, "4", "0.5"], "attention", 0.5),
         ([{"enabled": False, "method": 5}], "opaque", 1),
         ([{}], "attention", 1),
+        ([1], "attention", 1),
+        (["true", 5], "conv", 1),
+        (["False"], "opaque", 1),
+        ([True, 5.0], "conv", 1),
+        ([{"enabled": "true", "method": 5.0}], "conv", 1),
+        ([True, 5, 1, 1, None, None, None, "Just Resize", "false", " ", "", " "], "conv", 1),
+        ({"1": 5, "0": True}, "conv", 1),
+        ({"method": 5}, "conv", 1),
+        ({}, "attention", 1),
+        (None, "attention", 1),
     ],
 )
-def test_script_arguments_in_other_forms(args: list[Any], mode: str, weight: float):
+def test_script_arguments_in_other_forms(args: Any, mode: str, weight: float):
     request = generation(alwayson_scripts={"LayerDiffuse": {"args": args}})
     assert (request.mode, request.layerdiffuse_weight) == (mode, weight)
 
@@ -115,9 +165,70 @@ def test_script_method_of_another_family_is_not_implemented(method: str | int):
         generation(alwayson_scripts={"LayerDiffuse": {"args": [True, method]}})
 
 
-def test_script_object_with_unknown_key_is_refused():
-    with pytest.raises(InvalidRequest, match="strength"):
-        generation(alwayson_scripts={"LayerDiffuse": {"args": [{"strength": 1}]}})
+@pytest.mark.parametrize("args", [[{"strength": 1}], {"strength": 1}, {"0": True, "strength": 1}])
+def test_script_object_with_unknown_key_is_refused(args: Any):
+    with pytest.raises(InvalidRequest, match="there is no such field"):
+        generation(alwayson_scripts={"LayerDiffuse": {"args": args}})
+
+
+@pytest.mark.parametrize(
+    "scripts",
+    [
+        {"Sampler": {"args": [20, "DPM++ 2M", "Karras"]}},
+        {"seed": {"args": [-1, False, -1, 0, 0, 0]}},
+        {"ControlNet": None},
+        {"LayerDiffuse": None},
+        {"ControlNet": {"args": None}},
+        {"ControlNet": {"args": {"0": {"enabled": False}}}},
+        {"ControlNet": {"args": [None, {"enabled": "false"}]}},
+        {"ADetailer": {"args": [{"ad_model": "None"}]}},
+        {"ADetailer": {"args": [True, False, {"ad_model": "None"}, {"ad_model": "None"}]}},
+        {"ADetailer": {"args": [False, False, {"ad_model": "face_yolov8n.pt"}]}},
+        {"ADetailer": {"args": [True, {"ad_model": "face_yolov8n.pt", "ad_tab_enable": False}]}},
+    ],
+)
+def test_script_that_requests_nothing_is_ignored(scripts: dict[str, Any]):
+    assert generation(alwayson_scripts=scripts) == generation()
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        [None, {"enabled": True}],
+        {"0": {"enabled": "true"}},
+        {"model": "canny"},
+        [True, False, {"ad_model": "face_yolov8n.pt"}],
+        [{"ad_model": "None"}, {"ad_model": "face_yolov8n.pt"}],
+        [True],
+    ],
+)
+def test_script_that_is_on_is_refused(args: Any):
+    with pytest.raises(InvalidRequest, match="there is no script"):
+        generation(alwayson_scripts={"Other": {"args": args}})
+
+
+def test_script_resize_mode_is_by_default_that_of_forge():
+    assert generation(alwayson_scripts={"LayerDiffuse": {"args": [True]}}) == generation()
+    [script] = script_info()
+    assert script["args"][7]["value"] == "Crop and Resize"
+
+
+def test_script_method_is_the_row_of_its_choice():
+    [script] = script_info()
+    choices = script["args"][1]["choices"]
+    assert (len(choices), tuple(choices)) == (10, ROWS)
+    for row in (4, 5):
+        by_row, by_label = (
+            generation(alwayson_scripts={"LayerDiffuse": {"args": [True, method]}}).mode
+            for method in (row, choices[row])
+        )
+        assert by_row == by_label
+
+
+def test_samplers_list_the_schedule_that_they_have_of_their_own():
+    schedules = {row["name"]: row["options"].get("scheduler") for row in samplers()}
+    assert (schedules["DPM++ 2M"], schedules["DPM++ 3M SDE"]) == ("karras", "exponential")
+    assert schedules["Euler a"] is schedules["DDIM"] is None
 
 
 def test_unknown_style_is_a_warning():
@@ -130,10 +241,27 @@ def test_disable_extra_networks_removes_tags_unused():
     assert generation(prompt=prompt).loras
     request = generation(prompt=prompt, disable_extra_networks=True)
     assert (request.prompt, request.loras) == ("an apple", ())
+    malformed = "an apple <lora:style:strong> <lora:>"
+    assert generation(prompt=malformed, disable_extra_networks=True).prompt == "an apple  <lora:>"
 
 
-def test_alias_of_a_schedule_is_accepted():
-    assert generation(scheduler="SGMUniform").scheduler == "SGM Uniform"
+@pytest.mark.parametrize(
+    ("name", "scheduler", "sampler", "schedule"),
+    [
+        ("Euler", "SGMUniform", "Euler", "SGM Uniform"),
+        ("Euler SGMUniform", None, "Euler", "SGM Uniform"),
+        ("Euler a SGMUniform", None, "Euler a", "SGM Uniform"),
+        ("k_dpmpp_2m Karras", None, "DPM++ 2M", "Karras"),
+        ("k_dpmpp_2m_sde Automatic", None, "DPM++ 2M SDE", "Exponential"),
+        ("k_euler_a SGMUniform", None, "Euler a", "SGM Uniform"),
+        ("k_euler SGM Uniform", "Karras", "Euler", "Karras"),
+    ],
+)
+def test_aliases_are_read_also_with_a_schedule(
+    name: str, scheduler: str | None, sampler: str, schedule: str
+):
+    request = generation(sampler_name=name, scheduler=scheduler)
+    assert (request.sampler, request.scheduler) == (sampler, schedule)
 
 
 def test_echo_has_the_fields_of_forge_and_what_was_sent():
@@ -165,3 +293,32 @@ def test_echoed_field_that_is_not_unicode_is_refused():
     with pytest.raises(InvalidRequest) as caught:
         Txt2ImgRequest.model_validate({"prompt": "x", "comments": json.loads('"\\ud800"')})
     assert caught.value.field == "comments"
+
+
+def test_objects_in_the_metadata_of_loras_are_parsed(tmp_path: Path):
+    texts = {
+        "ss_tag_frequency": '{"10_apple": {"apple": 3}}',
+        "ss_bucket_info": "{broken",
+        "ss_deep": '{"a":' * 500 + "1" + "}" * 500,
+        "ss_deeper": '{"a":' * 5000 + "1" + "}" * 5000,
+        "ss_number": '{"a": NaN}',
+        "ss_large": '{"a": 1e999}',
+        "ss_surrogate": '{"a": "\\ud800"}',
+        "ss_network_dim": "8",
+    }
+    write(tmp_path / "Lora" / "apples.safetensors", {}, metadata=texts)
+    service: Any = SimpleNamespace(models_dir=tmp_path)
+    [row] = loras(service)
+    parsed = {"ss_tag_frequency": {"10_apple": {"apple": 3}}}
+    assert row["metadata"] == {"format": "pt", **texts, **parsed}
+
+
+def test_second_pass_reads_aliases_and_leaves_tags_out():
+    request = generation(
+        enable_hr=True,
+        hr_sampler_name="k_dpmpp_2m Karras",
+        hr_prompt="a pear <lora:x:strong>",
+        disable_extra_networks=True,
+    )
+    assert (request.hires_sampler, request.hires_scheduler) == ("DPM++ 2M", "Karras")
+    assert request.hires_prompt == "a pear"

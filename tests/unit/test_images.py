@@ -277,16 +277,28 @@ COMMENT = "ein großer Apfel\nSteps: 2"
         b"UNICODE\0" + COMMENT.encode("utf-16-be"),
         b"UNICODE\0" + COMMENT.encode("utf-16-le"),
         b"UNICODE\0" + b"\xff\xfe" + COMMENT.encode("utf-16-le"),
+        b"UNICODE\0" + f"{COMMENT}\0\0".encode("utf-16-be"),
         b"ASCII\0\0\0" + COMMENT.encode(),
         bytes(8) + COMMENT.encode() + b"\0",
     ],
 )
 def test_read_settings_reads_each_encoding_of_comments(comment: bytes):
+    assert files.read_settings(_commented(comment)) == ((2, 2), COMMENT)
+
+
+@pytest.mark.parametrize("head", [b"UNICODE\0", b"ASCII\0\0\0", bytes(8), b"JIS\0\0\0\0\0"])
+def test_read_settings_without_text_in_a_comment_has_none(head: bytes):
+    for text in (b"", bytes(4)):
+        assert files.read_settings(_commented(head + text)) == ((2, 2), None)
+
+
+def _commented(comment: bytes) -> bytes:
+    """Return a JPEG file with a user comment."""
     exif = Image.Exif()
     exif.get_ifd(files.EXIF_IFD)[files.USER_COMMENT] = comment
     written = io.BytesIO()
     Image.new("RGB", (2, 2)).save(written, "JPEG", exif=exif)
-    assert files.read_settings(written.getvalue()) == ((2, 2), COMMENT)
+    return written.getvalue()
 
 
 @pytest.mark.parametrize("kind", ["png", "webp", "avif"])

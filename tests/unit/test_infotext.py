@@ -247,3 +247,20 @@ def test_webui_info_has_the_published_keys_in_order():
     info = webui_info(job.model_copy(update={"result": warned}))
     assert (list(info)[-1], info["warnings"]) == ("warnings", ["x is ignored."])
     assert list(info["extra_generation_params"])[-1] == "Schedule type"
+
+
+@pytest.mark.parametrize(("sampler", "name"), [("Euler a", "Eta"), ("DDIM", "Eta DDIM")])
+def test_write_parameters_has_eta_only_where_it_is_used(sampler: str, name: str):
+    options = {"options": GenerationOptions(eta=0.5), "sampler": sampler}
+    assert read_parameters(text_of(**options))[name] == "0.5"
+    assert "Eta" not in text_of(**options | {"sampler": "Euler"})
+
+
+def test_write_parameters_has_all_digits_of_numbers():
+    parameters = read_parameters(text_of(cfg_scale=7.1234567, layerdiffuse_weight=0.30000004))
+    assert parameters["CFG scale"] == "7.1234567"
+    assert parameters["layerdiffusion_weight"] == "0.30000004"
+
+
+def text_of(**values: Any) -> str:
+    return write_parameters(REQUEST.model_copy(update=values), "m", "", 1)

@@ -46,7 +46,6 @@ from alphalayer.core.request import (
     ModelDefaults,
     NoiseSource,
     RequestFields,
-    ResizeModeName,
     TransparencyMethod,
     choose_sampler,
     copy_fields,
@@ -95,7 +94,6 @@ class Txt2ImgRequest(Body, Output, RequestFields, frozen=True):
     layerdiffuse_method: Annotated[
         TransparencyMethod, Field(description="How transparency is generated.")
     ] = DEFAULT_MODE
-    resize_mode: ResizeModeName = "Just Resize"
     layerdiffuse_output_origin: Annotated[
         bool, Field(description="Not implemented; true is refused.")
     ] = False

@@ -81,6 +81,23 @@ CALLS_PER_STEP = {
     "Restart": 2,
 }
 """Calls of the UNet a step, as the schedules of prompts count them; 1 for the others."""
+WITHOUT_ETA = (
+    "Euler",
+    "Heun",
+    "LMS",
+    "DPM2",
+    "DPM++ 2M",
+    "Restart",
+    "HeunPP2",
+    "IPNDM",
+    "IPNDM_V",
+    "DEIS",
+    "DDPM",
+    "PLMS",
+    "UniPC",
+    "LCM",
+)
+"""Samplers for which the share of fresh noise has no meaning, as in Forge."""
 
 NoiseSource = Literal["nv", "cpu", "gpu"]
 Decode = Literal["official", "forge2"]
@@ -729,6 +746,13 @@ def _check_text(prompt: str, field: str) -> None:
         )
 
 
+def remove_tags(prompt: str) -> str:
+    """Return a prompt without its tags, which are not parsed."""
+    # without a closing bracket each "<" would be read to the end
+    end = prompt.rfind(">") + 1
+    return _TAG.sub("", prompt[:end]) + prompt[end:]
+
+
 def _split_tags(prompt: str) -> tuple[str, list[Lora], list[str]]:
     """Split a prompt into its text, its LoRAs and what of the tags is ignored.
 
@@ -737,7 +761,6 @@ def _split_tags(prompt: str) -> tuple[str, list[Lora], list[str]]:
     """
     loras: list[Lora] = []
     ignored: list[str] = []
-    # without a closing bracket each "<" would be read to the end
     end = prompt.rfind(">") + 1
     for tag in _TAG.finditer(prompt, endpos=end):
         if tag[1] in ("lora", "lyco"):
@@ -746,7 +769,7 @@ def _split_tags(prompt: str) -> tuple[str, list[Lora], list[str]]:
             ignored += unknown
         else:
             ignored.append(tag[0])
-    return (_TAG.sub("", prompt[:end]) + prompt[end:]).strip(), loras, ignored
+    return remove_tags(prompt).strip(), loras, ignored
 
 
 def _parse_lora(tag: str, values: str) -> tuple[Lora, list[str]]:

@@ -135,7 +135,9 @@ def settings_of(image: Image.Image) -> str | None:
     comment = exif.get_ifd(EXIF_IFD).get(USER_COMMENT)
     if isinstance(comment, bytes):
         comment = _decode_comment(comment)
-    return _check_length(comment) if isinstance(comment, str) else None
+    # Pillow returns a comment of another tag type as text
+    comment = comment.rstrip("\0") if isinstance(comment, str) else None
+    return _check_length(comment) if comment else None
 
 
 def _decode_comment(comment: bytes) -> str | None:
@@ -150,10 +152,12 @@ def _decode_comment(comment: bytes) -> str | None:
         is_little = text.startswith(codecs.BOM_UTF16_LE)
         is_little |= text[1::2].count(0) > text[::2].count(0)
         order = "le" if is_little else "be"
-        return text.decode(f"utf-16-{order}", errors="replace").removeprefix("\ufeff")
-    if encoding in (b"ASCII\0\0\0", bytes(8)):
-        return text.decode(errors="replace").rstrip("\0") or None
-    return None
+        decoded = text.decode(f"utf-16-{order}", errors="replace").removeprefix("\ufeff")
+    elif encoding in (b"ASCII\0\0\0", bytes(8)):
+        decoded = text.decode(errors="replace")
+    else:
+        return None
+    return decoded.rstrip("\0") or None
 
 
 def _check_length(text: str) -> str:

@@ -7,7 +7,7 @@ import re
 
 from alphalayer import __version__
 from alphalayer.core.modes import MODES
-from alphalayer.core.request import GenerationRequest, ResolvedRequest
+from alphalayer.core.request import WITHOUT_ETA, GenerationRequest, ResolvedRequest
 
 MAX_LINE = 50_000
 """A longer last line is part of the prompt: no program writes so many settings."""
@@ -108,7 +108,7 @@ def extra_pairs(request: ResolvedRequest) -> dict[str, object]:
         "SDXL crop top": options.crop_top or None,
         "SDXL crop left": options.crop_left or None,
         "Emphasis": options.emphasis if options.emphasis != "Original" else None,
-        eta: options.eta,
+        eta: options.eta if request.sampler not in WITHOUT_ETA else None,
         "NGMS": options.min_uncond or None,
     }
     used = {name: value for name, value in pairs.items() if value is not None}
@@ -158,7 +158,7 @@ def _layerdiffuse_pairs(request: GenerationRequest) -> dict[str, object]:
 
 
 def _quote(value: object) -> str:
-    text = f"{value:g}" if isinstance(value, float) else str(value)
+    text = f"{value:.12g}" if isinstance(value, float) else str(value)
     return json.dumps(text, ensure_ascii=False) if any(mark in text for mark in ",:\n") else text
 
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from alphalayer.api.a1111.lists import ALIASES, SCHEDULES
+from alphalayer.api.a1111.lists import SCHEDULES, expand_aliases
 from alphalayer.api.deps import wire_names
 from alphalayer.core.errors import InvalidRequest
 from alphalayer.core.request import (
@@ -90,7 +90,7 @@ class HiresBody(Frozen, frozen=True):
             name, schedule = own_sampler or sampler, own_scheduler or scheduler
             with wire_names({"sampler": "hr_sampler_name", "scheduler": "hr_scheduler"}):
                 fields["hires_sampler"], fields["hires_scheduler"] = choose_sampler(
-                    ALIASES.get(name.lower(), name), SCHEDULES.get(schedule.lower(), schedule)
+                    expand_aliases(name), SCHEDULES.get(schedule.lower(), schedule)
                 )
         return fields
 

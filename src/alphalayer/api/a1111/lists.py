@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
-from typing import Any
+from typing import Any, cast
 
 from fastapi import APIRouter, Depends, Request
 
 from alphalayer import __version__
-from alphalayer.api.a1111.script import LABELS, METHODS, SCRIPT, Arguments
+from alphalayer.api.a1111.script import LABELS, ROWS, SCRIPT, Arguments
 from alphalayer.api.deps import ServiceDep
 from alphalayer.api.guard import Admitted, Generator, GuardedRoute
 from alphalayer.catalog import (
@@ -48,7 +49,6 @@ SAMPLER_ROWS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "DPM2": (("k_dpm_2",), ("discard_next_to_last_sigma", "second_order")),
     "DPM2 a": (("k_dpm_2_a",), ("discard_next_to_last_sigma", "uses_ensd", "second_order")),
     "DPM fast": (("k_dpm_fast",), ("uses_ensd",)),
-    "DPM adaptive": (("k_dpm_ad",), ("uses_ensd",)),
     "Restart": (("restart",), ("second_order",)),
     "DDIM": (("ddim",), ()),
     "DDIM CFG++": (("ddim_cfgpp",), ()),
@@ -68,6 +68,8 @@ RHO = {"Karras": 7.0, "Polyexponential": 1.0}
 NEEDS_MODEL = ("Uniform", "Normal", "SGM Uniform", "Simple", "Beta", "DDIM", "Turbo")
 """Schedules whose levels are those of training steps."""
 
+MAX_NESTING = 10
+"""Depth of objects in a LoRA's metadata that are parsed. Those of trainers have 3."""
 EMBEDDING = {
     "step": None,
     "sd_checkpoint": None,
@@ -77,20 +79,29 @@ EMBEDDING = {
 }
 
 
+def expand_aliases(name: str) -> str:
+    """Return a sampler name, with or without a schedule, with aliases replaced."""
+    words = name.split(" ")
+    words[0] = ALIASES.get(words[0].lower(), words[0])
+    words[-1] = SCHEDULES.get(words[-1].lower(), words[-1])
+    return " ".join(words)
+
+
 @router.get("/samplers", summary="List samplers")
 def samplers() -> list[dict[str, Any]]:
     """Return the samplers by name. `txt2img` also accepts the aliases.
 
-    `scheduler` is what Automatic means for the sampler.
+    `scheduler` is what Automatic means for the sampler, unless it is the model's own schedule.
     """
     return [_sampler(name) for name in SAMPLERS]
 
 
 def _sampler(name: str) -> dict[str, Any]:
     aliases, traits = SAMPLER_ROWS.get(name, ((), ()))
-    own = scheduler_name(split_sampler_name(name, AUTOMATIC)[1] or "")
+    own = split_sampler_name(name, AUTOMATIC)[1] or ""
+    schedule = {"scheduler": scheduler_name(own)} if own != "Normal" else {}
     # AUTOMATIC1111 sends the traits as text
-    options = {"scheduler": own, **dict.fromkeys(traits, "True")}
+    options = {**schedule, **dict.fromkeys(traits, "True")}
     return {"name": name, "aliases": list(aliases), "options": options}
 
 
@@ -120,10 +131,31 @@ def loras(service: ServiceDep) -> list[dict[str, Any]]:
             "name": file.stem,
             "alias": next(iter(lora_alias(file)), file.stem),
             "path": public_path(file, service.models_dir),
-            "metadata": lora_metadata(file),
+            "metadata": {key: _parse(text) for key, text in lora_metadata(file).items()},
         }
         for file in usable_files(service.models_dir / "Lora")
     ]
+
+
+def _parse(text: str) -> Any:
+    """Return a value of a LoRA's metadata, whose objects are JSON in a text."""
+    if not text.startswith("{"):
+        return text
+    try:
+        value = json.loads(text)
+        # no response can hold numbers that are not finite, or half of a surrogate pair
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+    except (ValueError, RecursionError):
+        return text
+    return value if _is_flat(value, MAX_NESTING) else text
+
+
+def _is_flat(value: Any, limit: int) -> bool:
+    """Return whether a JSON value is nested at most `limit` levels deep."""
+    if not isinstance(value, dict | list):
+        return True
+    parts = cast("list[Any]", [*value.values()] if isinstance(value, dict) else value)
+    return limit > 0 and all(_is_flat(part, limit - 1) for part in parts)
 
 
 @router.get("/embeddings", summary="List embeddings")
@@ -190,10 +222,13 @@ def refresh() -> None:
     """Do nothing: folders are read at every request."""
 
 
-@router.post("/unload-checkpoint", summary="Unload the model")
-@router.post("/reload-checkpoint", summary="Load the model")
+@router.post("/unload-checkpoint", summary="Accept a request to unload the model")
+@router.post("/reload-checkpoint", summary="Accept a request to load the model")
 def reload_checkpoint(_user: Generator) -> dict[str, Any]:
-    """Do nothing: requests load their models, and the service manages their memory."""
+    """Do nothing: requests load their models, and no memory is released.
+
+    The setting `unload_model_after_s` of the service releases it after a time without jobs.
+    """
     return {}
 
 
@@ -214,10 +249,11 @@ def scripts() -> dict[str, list[str]]:
 def script_info() -> list[dict[str, Any]]:
     """Return the positional arguments of LayerDiffuse.
 
+    Methods of SD1.5 are listed, so that numbers of rows are those of Forge. They are refused.
     The last four have no effect, and only their defaults are accepted.
     """
     bounds = {"weight": _number("weight", 0.001), "ending_step": _number("ending_step", 0.01)}
-    choices = {"method": list(METHODS), "resize_mode": list(RESIZE_MODES)}
+    choices = {"method": list(ROWS), "resize_mode": list(RESIZE_MODES)}
     args = [
         {
             "label": label,

@@ -21,7 +21,7 @@ from alphalayer.api.a1111.schemas import (
     Txt2ImgResponse,
     file_title,
 )
-from alphalayer.api.a1111.settings import UNIMPLEMENTED, OverrideSettings
+from alphalayer.api.a1111.settings import OverrideSettings, current_options
 from alphalayer.api.deps import (
     IdempotencyKey,
     Service,
@@ -41,6 +41,7 @@ from alphalayer.api.embedded_files import EmbeddedFiles
 from alphalayer.api.errors import ErrorResponse, Problem
 from alphalayer.api.guard import Admitted, Converter, Generator, GuardedRoute, Reader, Submitter
 from alphalayer.api.info import webui_info
+from alphalayer.catalog import ModelEntry
 from alphalayer.core.errors import NotImplementedYet
 from alphalayer.core.job import JobState, Submission
 from alphalayer.images import codecs, files, infotext
@@ -67,39 +68,11 @@ def _render_error(problem: Problem, headers: Mapping[str, str]) -> ErrorResponse
 
 
 DIALECT = Dialect("/sdapi", router, _render_error, FIELDS)
-OPTIONS: dict[str, Any] = {
-    "sd_model_checkpoint": "",
-    "sd_checkpoint_hash": "",
-    "CLIP_stop_at_last_layers": 1,
-    "live_previews_enable": False,
-    "samples_format": "png",
-    "randn_source": "NV",
-    "emphasis": "Original",
-    "eta_noise_seed_delta": 0,
-    "eta_ancestral": 1.0,
-    "eta_ddim": 0.0,
-    "s_min_uncond": 0.0,
-    "sdxl_crop_top": 0,
-    "sdxl_crop_left": 0,
-    "enable_prompt_comments": True,
-    "samples_save": True,
-    "grid_save": False,
-    "return_grid": False,
-    "enable_pnginfo": True,
-    "add_model_name_to_info": True,
-    "add_model_hash_to_info": True,
-    "add_version_to_infotext": True,
-    **{name: accepted[0] for name, accepted in UNIMPLEMENTED.items()},
-}
-"""Settings that clients read, with their defaults."""
 
 
 async def options_of(request: Request, service: ServiceDep) -> OverrideSettings:
     """Return the options of the client; those of the service if it has no keys."""
-    stored = await service.job_queue.load_options(request.state.client)
-    # a pod of another version may have stored options that this one does not have
-    names = OverrideSettings.model_fields.keys() & stored.keys()
-    return OverrideSettings.model_construct(**{name: stored[name] for name in names})
+    return OverrideSettings.of_stored(await service.job_queue.load_options(request.state.client))
 
 
 OptionsDep = Annotated[OverrideSettings, Depends(options_of)]
@@ -122,7 +95,7 @@ async def txt2img(
         request, store_images(service, body.input_images, FIELDS["inputs"])
     )
     key = f"{body.force_task_id}:{body.sent_digest}" if body.force_task_id else idempotency_key
-    with wire_names(FIELDS):
+    with wire_names({**FIELDS, "model": body.model_source(options)}):
         spec = body.to_spec(service, options, inputs)
         job = await run_job(
             service, request, spec, Submission(owner=user, idempotency_key=key, digest=body.digest)
@@ -166,13 +139,9 @@ def sd_models(service: ServiceDep) -> list[SdModel]:
 def get_options(service: ServiceDep, options: OptionsDep) -> dict[str, Any]:
     """Return the settings of the client, and the defaults of others that clients read."""
     name = options.sd_model_checkpoint or service.readiness()["model"]
-    entry = next(
-        (model for model in service.list_models() if name in (model.name, model.title)), None
-    )
+    entry = _listed(service, name)
     return {
-        **OPTIONS,
-        "randn_source": service.noise.upper(),
-        **options.values,
+        **current_options(options, service.noise, comments=service.prompt_comments),
         "sd_model_checkpoint": file_title(entry) if entry else name or "",
         "sd_checkpoint_hash": (entry.sha256 if entry else None) or "",
     }
@@ -186,23 +155,45 @@ async def set_options(
 
     Without keys, all clients share them.
     The model is used for later requests of this dialect that name none.
+    An empty one returns to the default model.
     """
     body.reject_unimplemented()
-    for sampler in ("Euler a", "DDIM"):
-        body.options(sampler)
-    name = body.sd_model_checkpoint
-    if name and service.knows_models:
-        with wire_names({"model": "sd_model_checkpoint"}):
-            name = (await asyncio.to_thread(find_model, service, name)).name
+    body.check_range()
     # a client that sends all settings back has not chosen them
-    current = {**OPTIONS, "randn_source": service.noise.upper(), **options.values}
+    current = current_options(options, service.noise, comments=service.prompt_comments)
     changes = {option: value for option, value in body.values.items() if value != current[option]}
-    changes |= {"sd_model_checkpoint": name}
-    if not name:
-        del changes["sd_model_checkpoint"]
+    if name := changes.pop("sd_model_checkpoint", None):
+        changes |= await asyncio.to_thread(_choose_model, service, options, name)
+    elif body.sd_model_checkpoint == "" and options.sd_model_checkpoint:
+        changes["sd_model_checkpoint"] = None
     if changes:
         await service.job_queue.save_options(user, changes)
         log.info("audit.options_changed", key=user, **changes)
+
+
+def _listed(service: Service, name: str | None) -> ModelEntry | None:
+    """Return the model with a stored name, None if it is not listed."""
+    return next(
+        (model for model in service.list_models() if name in (model.name, model.title)), None
+    )
+
+
+def _choose_model(service: Service, options: OverrideSettings, name: str) -> dict[str, str]:
+    """Return the change of the stored model, empty if `name` is the stored one.
+
+    It reads folders.
+
+    Raises:
+        InvalidRequest, ModelUnusable: The model cannot be used.
+    """
+    if not service.knows_models:
+        return {"sd_model_checkpoint": name}
+    stored = options.sd_model_checkpoint
+    # a stored model may be unusable by now, and is sent back with the other settings
+    if stored and (entry := _listed(service, stored)) and name == file_title(entry):
+        return {}
+    with wire_names({"model": "sd_model_checkpoint"}):
+        return {"sd_model_checkpoint": find_model(service, name).name}
 
 
 @router.get("/progress", summary="Get progress")

@@ -5,10 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, cast
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    model_validator,
+)
 
 from alphalayer.api.a1111.hires import HIRES_FIELDS, HiresBody
-from alphalayer.api.a1111.lists import ALIASES, SCHEDULES
+from alphalayer.api.a1111.lists import SCHEDULES, expand_aliases
 from alphalayer.api.a1111.script import SCRIPT, Arguments, read_arguments
 from alphalayer.api.a1111.settings import OverrideSettings
 from alphalayer.api.deps import Service, wire_names
@@ -34,6 +41,7 @@ from alphalayer.core.request import (
     Width,
     choose_sampler,
     copy_fields,
+    remove_tags,
 )
 
 FIELDS = {
@@ -50,6 +58,10 @@ NOT_IMPLEMENTED = "Not implemented; refused if it would change the image."
 OVERRIDE = "override_settings."
 NOTHING = ("", "0", "0.0", "false", "no", "none", "off", "null")
 """Texts with which clients leave a field unused, in lower case."""
+FIELDS_AS_SCRIPTS = ("sampler", "seed")
+"""Scripts of AUTOMATIC1111's page whose values are fields of the body."""
+SWITCHES = ("enabled", "ad_tab_enable", "ad_model")
+"""Keys that switch a unit of ControlNet or ADetailer off. Without them it is on."""
 ECHOED: dict[str, Any] = {
     "prompt": "",
     "negative_prompt": "",
@@ -114,11 +126,26 @@ ECHOED: dict[str, Any] = {
 """Fields that `parameters` of a response repeats, with the defaults of Forge."""
 
 
+def _list_arguments(args: Any) -> Any:
+    """Return arguments as a list.
+
+    Some programs send an object with the positions as keys.
+    """
+    if args is None:
+        return []
+    if not isinstance(args, dict):
+        return args
+    positions = cast("dict[str, Any]", args)
+    names = [str(index) for index in range(len(positions))]
+    return [positions[name] for name in names] if {*names} == {*positions} else [positions]
+
+
 class Script(BaseModel):
     """Arguments of one script."""
 
     args: Annotated[
         list[Any],
+        BeforeValidator(_list_arguments),
         Field(description="In the order of `script-info`. A missing tail keeps its defaults."),
     ] = []
 
@@ -172,7 +199,7 @@ class Txt2ImgRequest(HiresBody, Body, Postprocessing, frozen=True):
         Field(max_length=100, description="The same id and request return the same job."),
     ] = None
     alwayson_scripts: Annotated[
-        dict[str, Script],
+        dict[str, Script | None],
         Field(description="LayerDiffuse, by its name, with positional arguments."),
     ] = {}  # noqa: RUF012 - pydantic copies it
     layerdiffuse_enabled: Annotated[
@@ -229,6 +256,12 @@ class Txt2ImgRequest(HiresBody, Body, Postprocessing, frozen=True):
         script = self._script()
         return script.images if script and self.layerdiffuse_enabled else {}
 
+    def model_source(self, stored: OverrideSettings) -> str:
+        """Return the field that names the model."""
+        if stored.sd_model_checkpoint and not self.override_settings.sd_model_checkpoint:
+            return "options.sd_model_checkpoint"
+        return FIELDS["model"]
+
     def to_spec(
         self, service: Service, stored: OverrideSettings, inputs: tuple[ImageInput, ...] = ()
     ) -> JobSpec:
@@ -251,17 +284,16 @@ class Txt2ImgRequest(HiresBody, Body, Postprocessing, frozen=True):
             sampler=sampler,
             scheduler=scheduler,
             clip_skip=settings.CLIP_stop_at_last_layers or 1,
-            model=settings.sd_model_checkpoint,
+            model=settings.sd_model_checkpoint or None,
             noise=settings.noise or service.noise,
             decode=service.decode,
             options=settings.options(sampler, OVERRIDE, self.eta, self.s_min_uncond),
             warnings=self._warnings(),
             inputs=inputs,
+            prompt=remove_tags(self.prompt) if self.disable_extra_networks else self.prompt,
             **self._layerdiffuse(),
             **self._second_pass(),
         )
-        if self.disable_extra_networks:
-            generation = generation.model_copy(update={"loras": ()})
         return JobSpec.model_construct(
             generation=generation,
             iterations=self.n_iter,
@@ -276,9 +308,7 @@ class Txt2ImgRequest(HiresBody, Body, Postprocessing, frozen=True):
         sent_as = "sampler_name" if self.sampler_name else "sampler_index"
         with wire_names({**FIELDS, "sampler": sent_as}):
             return choose_sampler(
-                ALIASES.get(name.lower(), name),
-                SCHEDULES.get(scheduler.lower(), scheduler),
-                AUTOMATIC,
+                expand_aliases(name), SCHEDULES.get(scheduler.lower(), scheduler), AUTOMATIC
             )
 
     def _warnings(self) -> tuple[str, ...]:
@@ -292,7 +322,7 @@ class Txt2ImgRequest(HiresBody, Body, Postprocessing, frozen=True):
         for title, script in self.alwayson_scripts.items():
             if title.lower() == SCRIPT.lower():
                 sent = script
-            elif _is_enabled(script.args):
+            elif title.lower() not in FIELDS_AS_SCRIPTS and script and _is_enabled(script.args):
                 raise InvalidRequest(
                     f'there is no script "{title}" here.',
                     hint=f"Use {SCRIPT}.",
@@ -326,7 +356,11 @@ class Txt2ImgRequest(HiresBody, Body, Postprocessing, frozen=True):
         if not _is_used(self.enable_hr):
             return {}
         sampler = self.sampler_name or self.sampler_index
-        return self.second_pass((self.width, self.height), sampler, self.scheduler or AUTOMATIC)
+        size = (self.width, self.height)
+        fields = self.second_pass(size, sampler, self.scheduler or AUTOMATIC)
+        if self.disable_extra_networks:
+            fields["hires_prompt"] = remove_tags(fields["hires_prompt"])
+        return fields
 
     def _reject_unimplemented(self) -> None:
         names = [
@@ -356,10 +390,13 @@ def _is_enabled(args: list[Any]) -> bool:
     """Return whether a script is switched on by its arguments.
 
     The first one of most scripts is a switch. Those of ControlNet are objects with a switch each.
+    ADetailer has both.
     """
-    if all(isinstance(unit, dict) for unit in args):
-        return any(cast("dict[str, Any]", unit).get("enabled", True) for unit in args)
-    return _is_used(args[0])
+    units = [cast("dict[str, Any]", unit) for unit in args if isinstance(unit, dict)]
+    if not units:
+        return bool(args) and _is_used(args[0])
+    is_on = args[0] is None or isinstance(args[0], dict) or _is_used(args[0])
+    return is_on and any(all(_is_used(unit.get(key, True)) for key in SWITCHES) for unit in units)
 
 
 class Detail(BaseModel):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, cast
 
-from pydantic import ConfigDict, Field, ValidationError
+from pydantic import BeforeValidator, ConfigDict, Field, ValidationError
 
 from alphalayer.core.errors import InvalidRequest
 from alphalayer.core.modes import DEFAULT_MODE, MODES, OPAQUE, InputRole
@@ -45,20 +45,28 @@ LABELS = {
 """Labels of the arguments in the original's page."""
 
 
+def _whole(value: Any) -> Any:
+    """Return the number of a row as an integer. Some programs send floats."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Switch = Annotated[bool, Field(strict=False)]
+
+
 class Arguments(Frozen, frozen=True):
     """Arguments in the order of the list. A missing tail and null mean the defaults."""
 
     model_config = ConfigDict(strict=True)
 
-    enabled: bool = True
-    method: str | int = MODES[DEFAULT_MODE].label
+    enabled: Switch = True
+    method: Annotated[str | int, BeforeValidator(_whole)] = MODES[DEFAULT_MODE].label
     weight: Annotated[LayerdiffuseWeight, Field(strict=False)] = 1.0
     ending_step: Annotated[LayerdiffuseStopAt, Field(strict=False)] = 1.0
     fg_image: str | None = None
     bg_image: str | None = None
     blend_image: str | None = None
-    resize_mode: ResizeModeName = "Just Resize"
-    output_origin: Any = False
+    resize_mode: ResizeModeName = "Crop and Resize"
+    output_origin: Switch = False
     fg_additional_prompt: Any = ""
     bg_additional_prompt: Any = ""
     blend_additional_prompt: Any = ""
@@ -114,7 +122,7 @@ def read_arguments(args: list[Any]) -> Arguments:
         first = error.errors(include_url=False)[0]
         raise _wrong_argument(str(first["loc"][0]), describe_validation_error(first)) from None
     for name in UNSUPPORTED if arguments.enabled else ():
-        if getattr(arguments, name):
+        if str(getattr(arguments, name) or "").strip():
             raise _wrong_argument(name, "not implemented")
     return arguments
 

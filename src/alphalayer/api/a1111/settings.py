@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Annotated, Any, Literal, cast
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any, Literal, cast, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+)
 
 from alphalayer.api.deps import wire_names
 from alphalayer.core import validation
 from alphalayer.core.errors import InvalidRequest
-from alphalayer.core.request import ClipSkip, Emphasis, GenerationOptions, NoiseSource, parse_as
+from alphalayer.core.request import (
+    WITHOUT_ETA,
+    ClipSkip,
+    Emphasis,
+    GenerationOptions,
+    NoiseSource,
+    parse_as,
+)
+from alphalayer.observability.logging import log
 
 UNIMPLEMENTED: dict[str, tuple[Any, ...]] = {
     "sd_vae": ("Automatic", "None", ""),
@@ -22,6 +37,8 @@ UNIMPLEMENTED: dict[str, tuple[Any, ...]] = {
     "sd_vae_decode_method": ("Full",),
     "forge_additional_modules": ([],),
     "forge_try_reproduce": ("None", ""),
+    "forge_unet_storage_dtype": ("Automatic",),
+    "fp8_storage": ("Disable",),
     "sigma_min": (0.0,),
     "sigma_max": (0.0,),
     "rho": (0.0,),
@@ -58,6 +75,7 @@ UNIMPLEMENTED: dict[str, tuple[Any, ...]] = {
     "use_old_karras_scheduler_sigmas": (False,),
     "use_old_scheduling": (False,),
     "use_downcasted_alpha_bar": (False,),
+    "dont_fix_second_order_samplers_schedule": (False,),
     "no_dpmpp_sde_batch_determinism": (False,),
 }
 """Settings that change the image and are not implemented, with the values that are accepted.
@@ -70,9 +88,12 @@ INFOTEXT_NAMES = {
     "rng": "randn_source",
     "ngms": "s_min_uncond",
     "model": "sd_model_checkpoint",
+    "sd model": "sd_model_checkpoint",
+    "checkpoint": "sd_model_checkpoint",
+    "sd checkpoint": "sd_model_checkpoint",
     "vae": "sd_vae",
 }
-"""Settings by the names that they have in infotext, in lower case."""
+"""Settings by their names in infotext and by other words, in lower case."""
 OPTION_NAMES = {
     "noise_seed_delta": "eta_noise_seed_delta",
     "emphasis": "emphasis",
@@ -81,25 +102,25 @@ OPTION_NAMES = {
     "min_uncond": "s_min_uncond",
 }
 """Settings by the names of `GenerationOptions`."""
-WITHOUT_ETA = (
-    "Euler",
-    "Heun",
-    "LMS",
-    "DPM2",
-    "DPM++ 2M",
-    "Restart",
-    "HeunPP2",
-    "IPNDM",
-    "IPNDM_V",
-    "DEIS",
-    "DDPM",
-    "PLMS",
-    "UniPC",
-    "LCM",
-)
-"""Samplers for which eta has no meaning, as in Forge."""
 SHORTEST_COMPARED = 6
 """Shorter names are not compared: too many other words are like them."""
+
+
+FALSE = ("", "false")
+"""Texts that clients send for a false or empty value."""
+
+
+def _in_any_case(*names: str) -> BeforeValidator:
+    """Return a reader of one of `names` in any case. An empty text is not set."""
+    by_lower = {name.lower(): name for name in names} | {"": None}
+
+    def read(value: Any) -> Any:
+        return by_lower.get(value.strip().lower(), value) if isinstance(value, str) else value
+
+    return BeforeValidator(read)
+
+
+RandnSource = Literal["NV", "CPU", "GPU"]
 
 
 class OverrideSettings(BaseModel):
@@ -108,16 +129,23 @@ class OverrideSettings(BaseModel):
     model_config = ConfigDict(extra="allow", hide_input_in_errors=True)
 
     sd_model_checkpoint: Annotated[
-        str | None, Field(max_length=500, description="Model name, title or hash.")
+        Annotated[str, StringConstraints(strip_whitespace=True)] | None,
+        Field(max_length=500, description="Model name, title or hash. Empty: not set."),
     ] = None
     CLIP_stop_at_last_layers: ClipSkip | None = None
     live_previews_enable: Annotated[
-        StrictBool | None, Field(description="Whether `progress` has an image.")
+        bool | None, Field(description="Whether `progress` has an image.")
     ] = None
     randn_source: Annotated[
-        Literal["NV", "CPU", "GPU"] | None, Field(description="Source of noise.")
+        RandnSource | None,
+        Field(description="Source of noise."),
+        _in_any_case(*get_args(RandnSource)),
     ] = None
-    emphasis: Annotated[Emphasis | None, Field(description="How attention weights act.")] = None
+    emphasis: Annotated[
+        Emphasis | None,
+        Field(description="How attention weights act."),
+        _in_any_case(*get_args(Emphasis)),
+    ] = None
     eta_noise_seed_delta: Annotated[
         int | None, Field(description="Added to the seed of the sampler's noise.")
     ] = None
@@ -141,7 +169,23 @@ class OverrideSettings(BaseModel):
     def values(self) -> dict[str, Any]:
         """Return the implemented settings that are set."""
         values = ((name, getattr(self, name)) for name in OverrideSettings.model_fields)
-        return {name: value for name, value in values if value is not None}
+        return {name: value for name, value in values if value not in (None, "")}
+
+    @classmethod
+    def of_stored(cls, stored: Mapping[str, Any]) -> OverrideSettings:
+        """Return stored settings without those that are not valid.
+
+        A service of another version may have stored other values.
+        """
+        valid: dict[str, Any] = {}
+        for name in cls.model_fields.keys() & stored.keys():
+            try:
+                cls.model_validate({name: stored[name]}).check_range()
+            except (ValidationError, InvalidRequest):
+                log.warning("option.ignored", option=name)
+            else:
+                valid[name] = stored[name]
+        return cls.model_validate(valid)
 
     @property
     def noise(self) -> NoiseSource | None:
@@ -172,12 +216,17 @@ class OverrideSettings(BaseModel):
                     hint="Leave it out.",
                     field=f"{prefix}{name}",
                 )
-            if like := _find_similar(name):
+            if similar := _find_similar(name):
                 raise InvalidRequest(
                     "there is no such setting.",
-                    hint=f'Did you mean "{like}"?',
+                    hint=f'Did you mean "{similar}"?',
                     field=f"{prefix}{validation.cut(name)}",
                 )
+
+    def check_range(self) -> None:
+        """Check the values of options. Raises `InvalidRequest`."""
+        for sampler in ("Euler a", "DDIM"):
+            self.options(sampler)
 
     def options(
         self,
@@ -205,26 +254,69 @@ class OverrideSettings(BaseModel):
             options["eta"], names["eta"] = eta, "eta"
         if min_uncond is not None:
             options["min_uncond"], names["min_uncond"] = min_uncond, "s_min_uncond"
-        if sampler in WITHOUT_ETA or options["eta"] == (0 if is_ddim else 1):
-            options["eta"] = None
         used = {option: value for option, value in options.items() if value is not None}
         with wire_names(names):
-            return parse_as(GenerationOptions, used)
+            parsed = parse_as(GenerationOptions, used)
+        if sampler in WITHOUT_ETA or parsed.eta == (0 if is_ddim else 1):
+            return parsed.model_copy(update={"eta": None})
+        return parsed
+
+
+def current_options(
+    settings: OverrideSettings, noise: NoiseSource, *, comments: bool
+) -> dict[str, Any]:
+    """Return the settings that clients read.
+
+    Args:
+        settings: Settings of the client.
+        noise: Source of noise of the service.
+        comments: Whether "#" starts a comment in prompts for the service.
+    """
+    options = GenerationOptions()
+    return {
+        "sd_model_checkpoint": "",
+        "sd_checkpoint_hash": "",
+        "CLIP_stop_at_last_layers": 1,
+        "live_previews_enable": False,
+        "samples_format": "png",
+        "randn_source": noise.upper(),
+        **{setting: getattr(options, name) for name, setting in OPTION_NAMES.items()},
+        "eta_ancestral": 1.0,
+        "eta_ddim": 0.0,
+        "enable_prompt_comments": comments,
+        "samples_save": True,
+        "grid_save": False,
+        "return_grid": False,
+        "enable_pnginfo": True,
+        "add_model_name_to_info": True,
+        "add_model_hash_to_info": True,
+        "add_version_to_infotext": True,
+        **{name: accepted[0] for name, accepted in UNIMPLEMENTED.items()},
+        **settings.values,
+    }
 
 
 def _is_same(value: Any, accepted: Any) -> bool:
-    """Return whether two values are equal. Clients send some numbers as text."""
+    """Return whether two values are equal. Clients send some values as text."""
+    if isinstance(value, str):
+        value = value.strip().lower()
+        if isinstance(accepted, str):
+            return value == accepted.lower()
+        if value in FALSE:
+            return not accepted
+        if value == "true":
+            return accepted is True
     try:
         return float(value) == float(accepted)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return value == accepted
 
 
 def _find_similar(name: str) -> str | None:
     """Return the setting that a misspelled name means, None for any other name."""
     plain = validation.cut(name).lower()
-    if found := INFOTEXT_NAMES.get(plain.replace("_", " ")):
-        return found
+    if setting := INFOTEXT_NAMES.get(plain.replace("_", " ")):
+        return setting
     if len(plain) < SHORTEST_COMPARED:
         return None
     return next((_SIMILAR[other] for other in _shorten(plain) if other in _SIMILAR), None)
