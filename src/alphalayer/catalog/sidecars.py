@@ -32,10 +32,13 @@ _PREDICTIONS = {
     "v-prediction": "v_prediction",
 }
 _SCALINGS = {"EpsScaling": "epsilon", "VScaling": "v_prediction"}
-_STEPS = re.compile(r"(\d{1,2})[-_ ]?steps?")
+_STEPS = re.compile(r"(?<![0-9])([0-9]{1,2})[-_ ]?steps?(?![a-z0-9])")
+_CAPITAL = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
+_START = "(?:(?<![a-z])|(?<=xl))(?<!^non[-_ ])(?<![^a-z]non[-_ ])"
+"""Start of a word, or what follows "xl", and no "non" before it."""
 _FEW_STEPS: tuple[tuple[re.Pattern[str], dict[str, Any]], ...] = (
     (
-        re.compile("sd_?xl_?turbo"),
+        re.compile("(?<![a-z])sd_?xl_?turbo"),
         {
             "width": 512,
             "height": 512,
@@ -46,19 +49,19 @@ _FEW_STEPS: tuple[tuple[re.Pattern[str], dict[str, Any]], ...] = (
         },
     ),
     (
-        re.compile("dmd2"),
+        re.compile(f"{_START}dmd2"),
         {"steps": 4, "sampler": "LCM", "scheduler": "SGM Uniform", "cfg_scale": 1},
     ),
     (
-        re.compile("(?<![a-z])lcm(?![a-z])"),
+        re.compile(f"{_START}lcm(?![a-z])"),
         {"steps": 8, "sampler": "LCM", "scheduler": "SGM Uniform", "cfg_scale": 1.5},
     ),
     (
-        re.compile("turbo|lightning.*dpm.*sde"),
+        re.compile(f"{_START}(?:turbo|lightning.*dpm.*sde)"),
         {"steps": 8, "sampler": "DPM++ SDE", "scheduler": "Karras", "cfg_scale": 2},
     ),
     (
-        re.compile("lightning|(?<![a-z])hyper(?=[-_ ]?(sd|[0-9]|$))"),
+        re.compile(f"{_START}(?:lightning|hyper(?=[-_ ]?(?:sd|[0-9]|$)))"),
         {"steps": 8, "sampler": "Euler", "scheduler": "SGM Uniform", "cfg_scale": 1},
     ),
 )
@@ -107,7 +110,7 @@ def read_settings(model: Path) -> FileSettings:
 
 def few_step_defaults(model: Path) -> dict[str, Any]:
     """Return the defaults of a model that was distilled to few steps, by its name."""
-    name = model.stem.lower()
+    name = _CAPITAL.sub("_", model.stem).lower()
     for word, defaults in _FEW_STEPS:
         if word.search(name):
             steps = _STEPS.search(name)
