@@ -94,18 +94,22 @@ def read_settings(model: Path) -> FileSettings:
         return FileSettings()
     try:
         content = tomllib.loads(_read(path))
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError: a number of too many digits
         raise _damaged(path, f"it is not TOML ({error})") from None
     prediction, zero_snr = content.get("prediction_type"), content.get("zero_snr")
     defaults = content.get("defaults", {})
-    if prediction is not None and prediction not in _PREDICTIONS:
+    if prediction is not None and _known_prediction(prediction) is None:
         raise _damaged(path, 'prediction_type: expected "epsilon" or "v_prediction"')
     if not isinstance(zero_snr, (bool, type(None))):
         raise _damaged(path, "zero_snr: expected true or false")
     if not isinstance(defaults, dict):
         raise _damaged(path, "defaults: expected a table")
-    known = _PREDICTIONS[prediction] if prediction else None
+    known = _known_prediction(prediction)
     return FileSettings(known, zero_snr, cast("dict[str, Any]", defaults))
+
+
+def _known_prediction(value: Any) -> str | None:
+    return _PREDICTIONS.get(value) if isinstance(value, str) else None
 
 
 def few_step_defaults(model: Path) -> dict[str, Any]:
@@ -147,13 +151,14 @@ def _prediction_in_yaml(model: Path) -> str | None:
     if path is None:
         return None
     try:
-        content = yaml.safe_load(_read(path))
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        # all values stay texts: building a date or a number of a damaged file may fail in any way
+        content = yaml.load(_read(path), Loader=yaml.BaseLoader)
+    except (yaml.YAMLError, RecursionError, ValueError, OverflowError) as error:
         raise _damaged(path, f"it is not YAML ({str(error).splitlines()[0]})") from None
     values = [*_values(content)]
     for key, value in values:
-        if key == "parameterization" and str(value) in _PREDICTIONS:
-            return _PREDICTIONS[str(value)]
+        if key == "parameterization" and (prediction := _known_prediction(value)):
+            return prediction
     for key, value in values:
         if key == "target" and (scaling := str(value).rpartition(".")[2]) in _SCALINGS:
             return _SCALINGS[scaling]
