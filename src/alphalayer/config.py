@@ -274,8 +274,9 @@ class Settings(BaseSettings):
         float,
         Field(
             ge=0,
-            description="Seconds without a job after which the memory of the model is released. "
-            "The next job reads it again. 0: never.",
+            le=1_000_000,
+            description="Seconds without a job after which the memory of the model is released, "
+            "at least 1. The next job reads it again. 0: never.",
         ),
     ] = 0.0
     queue_limit: Annotated[
@@ -396,6 +397,13 @@ class Settings(BaseSettings):
         for size in filter(None, value.split(",")):
             if not all(MIN_SIDE <= int(side) <= MAX_SIDE for side in size.split("x")):
                 raise ValueError(f"{size}: a side has from {MIN_SIDE} to {MAX_SIDE} pixels")
+        return value
+
+    @field_validator("unload_model_after_s")
+    @classmethod
+    def _whole_second(cls, value: float) -> float:
+        if 0 < value < 1:
+            raise ValueError("expected 0, or at least 1")
         return value
 
     @field_validator("port", mode="before")

@@ -9,18 +9,23 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import save_file
 from tests.support.tiny_models import unet_name_in_ldm
 from torch import Tensor
 
 from alphalayer.core.errors import ModelUnusable
-from alphalayer.engine.transparency.patch import Patch, WeightPatcher, read_patch
+from alphalayer.engine.transparency.changes import Delta
+from alphalayer.engine.transparency.lora_files import read_lora
+from alphalayer.engine.transparency.patch import Patch, PatchFile, WeightPatcher, read_patch
 
 TABLES = Path(__file__).parents[2] / "docs" / "reference" / "file-layouts.md"
 BLOCK = "down_blocks.1.attentions.0.transformer_blocks.0."
@@ -868,6 +873,137 @@ def test_layout_is_merged_by_its_formula_or_named(tmp_path: Path, layout: Layout
     patch = read_patch(file, WEIGHTS)
     assert layout.result == ("partly: " + "; ".join(patch.left_out) if patch.left_out else "merged")
     _check_merge(patch, made.expected)
+
+
+@pytest.mark.parametrize(
+    ("stored", "dtype"), [(torch.float16, torch.float32), (torch.float32, torch.float16)]
+)
+def test_every_layout_is_merged_into_weights_of_another_dtype(
+    tmp_path: Path, stored: torch.dtype, dtype: torch.dtype
+):
+    weights = {name: weight.to(dtype) for name, weight in WEIGHTS.items()}
+    file = tmp_path / "style.safetensors"
+    for made in [layout.make() for layout in LAYOUTS if not layout.error]:
+        tensors = {
+            name: t.contiguous().to(stored if t.is_floating_point() else t.dtype)
+            for name, t in made.tensors.items()
+        }
+        save_file(tensors, file, made.metadata)
+        patch = read_patch(file, weights)
+        assert patch.deltas.keys() == made.expected.keys()
+        for name, change in patch.deltas.items():
+            merged = change.apply(weights[name].float(), 1.0)
+            # file or weight have eleven bits
+            torch.testing.assert_close(merged.double(), made.expected[name], rtol=2**-6, atol=2**-6)
+
+
+FACTORS = [f"{kind}_{part}" for kind in ("hada", "lokr") for part in ("w1", "w2", "t1", "t2")]
+ENDS = [
+    "lora_up.weight", "lora_down.weight", "lora_mid.weight", "alpha", "lora_B.bias", "dora_scale",
+    "lora_magnitude_vector", "a1.weight", "a2.weight", "b1.weight", "b2.weight", "on_input",
+    "weight", "ia3_l", "diff", "diff_b", "set_weight", *FACTORS,
+    *(f"{kind}_{w}_{end}" for kind in ("hada", "lokr") for w in ("w1", "w2") for end in "ab"),
+]  # fmt: skip
+GROUPS = [
+    ("lora_up.weight", "lora_down.weight", "lora_mid.weight", "dora_scale", "alpha"),
+    ("a1.weight", "a2.weight", "b1.weight", "b2.weight", "alpha"),
+    ("weight", "on_input"),
+    ("ia3_l",),
+    ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2"),
+    ("lokr_w1", "lokr_w2_a", "lokr_w2_b", "lokr_t2"),
+]
+DTYPES = [
+    torch.float32, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2, torch.bool,
+    torch.int64, torch.uint8, torch.uint16, torch.uint64,
+]  # fmt: skip
+odd_tensors = st.builds(
+    lambda shape, dtype: torch.ones(shape).to(dtype),
+    st.lists(st.sampled_from([0, 1, 2, 4, 6]), max_size=4),
+    st.sampled_from(DTYPES),
+)
+odd_metadata = st.sampled_from(
+    [{}, {"lora_alpha": "1e999"}, {"lora_adapter_metadata": f'{{"unet.lora_alpha": {10**400}}}'}]
+)
+
+
+@settings(max_examples=400, deadline=None)
+@given(
+    module=st.sampled_from([Q, CONV, NORM]),
+    ends=st.sampled_from(GROUPS) | st.lists(st.sampled_from(ENDS), max_size=6),
+    metadata=odd_metadata,
+    data=st.data(),
+)
+def test_tensors_of_any_shape_and_dtype_are_merged_or_refused(module, ends, metadata, data):
+    tensors = {f"unet.{module}.{end}": data.draw(odd_tensors, end) for end in ends}
+    try:
+        content = read_lora(tensors, metadata, WEIGHTS)
+    except ValueError:
+        return
+    for name, change in content.changes.items():
+        if (weight := WEIGHTS.get(name)) is not None and change.fits(weight):
+            assert change.apply(weight, 1.0).shape == weight.shape
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        {"ia3_l": torch.tensor(2.0)},
+        {"ia3_l": torch.ones(4, 1, dtype=torch.bool)},
+        {"ia3_l": torch.ones(4, 1).to(torch.float8_e4m3fn)},
+        {f"{part}.weight": torch.ones(4) for part in ("a1", "a2", "b1", "b2")},
+        {"lora_up.weight": torch.ones(4, 2), "lora_down.weight": torch.ones(2, 9)},
+    ],
+    ids=["scalar", "bool", "fp8", "vectors", "shape"],
+)
+def test_tensors_of_a_wrong_kind_are_refused_and_end_nothing(tmp_path: Path, tensors: Tensors):
+    file = tmp_path / "style.safetensors"
+    metadata = adapter_metadata(unet__lora_alpha=10**400)
+    save_file({f"unet.{Q}.{end}": tensor for end, tensor in tensors.items()}, file, metadata)
+    with pytest.raises(ModelUnusable):
+        read_patch(file, WEIGHTS)
+
+
+def test_long_metadata_of_an_adapter_counts(tmp_path: Path):
+    file, ends = tmp_path / "style.safetensors", UP_DOWN["PEFT"]
+    up, down = _pair(Q)
+    metadata = adapter_metadata(unet__lora_alpha=1, unet__modules=["x" * 1000] * 200)
+    save_file({f"unet.{Q}{ends[0]}": up, f"unet.{Q}{ends[1]}": down}, file, metadata)
+    change = read_patch(file, WEIGHTS).deltas[f"{Q}.weight"]
+    assert isinstance(change, Delta)
+    assert change.scale == 1 / RANK
+
+
+def test_core_of_more_ranks_than_rows_is_refused():
+    rows, inputs, *kernel = SHAPES[CONV]
+    for ranks, fits in ((rows, True), (inputs + 1, False)):
+        core, left = torch.ones(1, ranks, *kernel), torch.ones(1, rows)
+        tensors: Tensors = {}
+        for i in (1, 2):
+            tensors |= {f"hada_t{i}": core, f"hada_w{i}_a": left}
+            tensors[f"hada_w{i}_b"] = torch.ones(ranks, inputs)
+        named = {f"unet.{CONV}.{name}": tensor for name, tensor in tensors.items()}
+        (change,) = read_lora(named, {}, WEIGHTS).changes.values()
+        assert change.fits(WEIGHTS[f"{CONV}.weight"]) is fits
+
+
+def test_long_tensor_name_is_matched_in_linear_time():
+    start = time.process_time()
+    content = read_lora({"x" + ".oft_a" * 20_000 + "!": torch.ones(1)}, {}, {})
+    assert len(content.unknown) == 1
+    # a quadratic search takes minutes
+    assert time.process_time() - start < 2
+
+
+def test_changed_adapter_config_changes_the_stamp_of_its_lora(tmp_path: Path):
+    other, file = tmp_path / "style.safetensors", tmp_path / "adapter_model.safetensors"
+    config = tmp_path / "adapter_config.json"
+    file.touch()
+    stamps = [PatchFile.at(file)]
+    for text in ("{}", '{"lora_alpha": 1}'):
+        config.write_text(text)
+        stamps.append(PatchFile.at(file))
+    assert len({*stamps}) == 3
+    assert len(PatchFile.at(other).stamp) == 2
 
 
 def _check_merge(patch: Patch, expected: Tensors) -> None:

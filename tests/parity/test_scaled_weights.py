@@ -77,6 +77,11 @@ def test_scales_of_each_output_are_applied_by_row():
     assert torch.equal(applied["a.weight"], (stored.float() * scales).half())
 
 
+def test_scaled_number_keeps_its_shape():
+    applied = apply_scales({"a.weight": torch.tensor(2.0).to(FP8), "a.scale_weight": torch.ones(1)})
+    assert applied["a.weight"].shape == ()
+
+
 @pytest.mark.parametrize(
     ("tensors", "kind"),
     [
@@ -87,6 +92,10 @@ def test_scales_of_each_output_are_applied_by_row():
         ({"a.weight": torch.ones(2, 2), "a.weight_scale": torch.ones(())}, "not in fp8"),
         ({"a.weight": torch.ones(2, 2).to(FP8), "a.scale_weight": torch.ones(3)}, "one scale"),
         ({"a.comfy_quant": torch.zeros(2, dtype=torch.uint8)}, "not JSON"),
+        (
+            {"a.weight": torch.full((2, 2), 448.0).to(FP8), "a.scale_weight": torch.tensor(200.0)},
+            "beyond those of float16",
+        ),
     ],
 )
 def test_other_quantized_weights_are_refused_by_name(tensors: Tensors, kind: str):

@@ -67,7 +67,8 @@ def test_settings_flags_override_environment_and_file(
         ("database", "mysql://x/y"), ("public_url", "pics.example.com"), ("role", "api"),
         ("cors_allow_origins", "example.com"), ("cors_allow_origins", "https://example.com/page"),
         ("acceleration", "fast"), ("warm_up_sizes", "1024"), ("warm_up_sizes", "1024x1024,10x64"),
-        ("warm_up_sizes", "64x4096"),
+        ("warm_up_sizes", "64x4096"), ("unload_model_after_s", "inf"),
+        ("unload_model_after_s", "1e10"), ("unload_model_after_s", "0.01"),
     ],
 )  # fmt: skip
 def test_settings_wrong_value_is_named(monkeypatch: pytest.MonkeyPatch, name: str, value: str):

@@ -18,8 +18,18 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
 
-from alphalayer.catalog.headers import read_header
-from alphalayer.catalog.kinds import family_of
+from alphalayer.catalog.headers import Header, read_header
+from alphalayer.catalog.kinds import (
+    CLIP_G,
+    CLIP_L,
+    CONTEXT,
+    FAMILY_NAMES,
+    FIRST_CONV,
+    VAE_MARKS,
+    family_of,
+)
+from alphalayer.catalog.model_config import model_defaults
+from alphalayer.catalog.sidecars import scheduler_of
 from alphalayer.core.errors import CorruptFile, FileMissing, InvalidRequest
 from alphalayer.core.job import Output
 from alphalayer.core.request import GenerationRequest, ModelDefaults
@@ -92,6 +102,51 @@ def test_read_header_any_bytes_are_read_or_refused(tmp_path: Path, data: bytes):
         read_header(file)
     except CorruptFile as error:
         assert str(file) in str(error)
+
+
+toml_texts = st.dictionaries(
+    st.sampled_from(["prediction_type", "zero_snr", "defaults", "a"]),
+    st.sampled_from(['"v"', "true", "[]", "{a = 1}", '["v"]', "1" * 5000, "1e999", "nan", '"'])
+    | st.text(max_size=12),
+    max_size=3,
+).map(lambda lines: "\n".join(f"{name} = {value}" for name, value in lines.items()))
+yaml_texts = st.builds(
+    "{}: {}{}".format,
+    st.sampled_from(["parameterization", "target", "? [1]", "<<", "a"]),
+    st.sampled_from(["", *(f"!!{tag} " for tag in ("int", "float", "bool", "timestamp", "set"))]),
+    st.sampled_from(
+        ["v", "''", "2001-99-99", "[&a {b: *a}]", "1" * 5000, '"\\UFFFFFFFF"', "{", "x"]
+    )
+    | st.text(max_size=12),
+)
+
+
+@often
+@given(toml=toml_texts | st.text(max_size=60), yaml=yaml_texts | st.text(max_size=60))
+def test_any_settings_beside_a_model_are_read_or_refused(tmp_path: Path, toml: str, yaml: str):
+    model = tmp_path / "cup.safetensors"
+    for suffix, text in ((".toml", toml), (".yaml", yaml)):
+        model.with_suffix(suffix).write_text(text, encoding="utf-8", errors="replace")
+        with contextlib.suppress(CorruptFile):
+            scheduler_of(model, Header({}))
+        with contextlib.suppress(CorruptFile):
+            model_defaults(model)
+    model.with_suffix(".toml").unlink()
+    try:
+        assert scheduler_of(model, Header({}))["prediction_type"] in ("epsilon", "v_prediction")
+    except CorruptFile as error:
+        assert "cup.yaml" in str(error)
+
+
+@often
+@given(
+    shapes=st.dictionaries(
+        st.sampled_from([CONTEXT, FIRST_CONV, CLIP_G, *CLIP_L, *VAE_MARKS]),
+        st.lists(st.sampled_from([1, 4, 8, 9, 768, 1024, 1280, 2048]), max_size=4).map(tuple),
+    )
+)
+def test_family_of_any_shapes_has_a_name(shapes: dict[str, tuple[int, ...]]):
+    assert family_of(shapes) in FAMILY_NAMES
 
 
 def _encoded_image(kind: str) -> bytes:

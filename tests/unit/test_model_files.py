@@ -9,16 +9,19 @@ import json
 import os
 import re
 import shutil
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from tests.support.header_files import CONTEXT, FIRST_CONV, SDXL, UNET, VAE, Shapes, write
+from tests.support.header_files import CLIP_L, CONTEXT, FIRST_CONV, SDXL, UNET, VAE, Shapes, write
 
 from alphalayer import catalog
-from alphalayer.catalog import files
-from alphalayer.catalog.headers import read_header
+from alphalayer.api.a1111.schemas import SdModel
+from alphalayer.catalog import entries, files
+from alphalayer.catalog.completeness import missing_tensor
+from alphalayer.catalog.headers import read_header, summarize
 from alphalayer.core.errors import CorruptFile, InvalidRequest
 from alphalayer.core.request import ModelDefaults
 from alphalayer.engine.families.configs import SHIPPED
@@ -332,7 +335,7 @@ LAYOUTS = [
         "SDXL embedding", named("clip_l", "clip_g"), "refused: embedding", "Move it to embeddings/"
     ),
     Layout("SD 1.5 embedding", named("emb_params"), "refused: embedding", "of another family"),
-    Layout("ESRGAN upscaler", named("model.1.sub.0.RDB1.x"), "refused: upscaler", "is a upscaler"),
+    Layout("ESRGAN upscaler", named("model.1.sub.0.RDB1.x"), "refused: upscaler", "is an upscaler"),
     Layout("LoRA", tensors(LORA), "refused: LoRA", "Move it to Lora/"),
     Layout(
         "LayerDiffuse patch",
@@ -389,6 +392,9 @@ def test_checkpoint_layout_is_read_or_refused_by_name(tmp_path: Path, layout: La
     [
         ("toml", "prediction_type = 5", "prediction_type: expected"),
         ("toml", 'prediction_type = "x"', "prediction_type: expected"),
+        ("toml", 'prediction_type = ["v"]', "prediction_type: expected"),
+        ("toml", "prediction_type = {a = 1}", "prediction_type: expected"),
+        ("toml", "a = 1" + "0" * 5000, "is not TOML"),
         ("toml", "zero_snr = 1", "zero_snr: expected true or false"),
         ("toml", "defaults = 1", "defaults: expected a table"),
         ("toml", "[defaults", "is not TOML"),
@@ -406,7 +412,11 @@ def test_wrong_toml_file_is_the_problem_of_its_model(
     assert "cup.toml" in entry.problem.message
 
 
-@pytest.mark.parametrize("text", ["a: [", "[" * 450, "a: 2001-99-99"], ids=["open", "deep", "date"])
+@pytest.mark.parametrize(
+    "text",
+    ["a: [", "[" * 450, "a: \x01", "- &a [*a, *a]"],
+    ids=["open", "deep", "control", "recursive"],
+)
 def test_damaged_yaml_file_is_named(tmp_path: Path, text: str):
     checkpoint(yaml=text)(tmp_path)
     file = tmp_path / "cup.safetensors"
@@ -438,6 +448,16 @@ def test_defaults_come_from_the_toml_file_the_name_and_sdxl(tmp_path: Path):
         ("some-LCM-v2", (8, "LCM", 1.5, 1024)),
         ("hyperrealistic", (20, "DPM++ 2M SDE", 5, 1024)),
         ("welcome", (20, "DPM++ 2M SDE", 5, 1024)),
+        ("xl_lightning_1000steps", (8, "Euler", 1, 1024)),
+        ("epoch10_step2000_lightning", (8, "Euler", 1, 1024)),
+        ("lightning_4stepV2", (4, "Euler", 1, 1024)),
+        ("cupXL_v21TurboDPMSDE", (8, "DPM++ SDE", 2, 1024)),
+        ("cupxlturbo", (8, "DPM++ SDE", 2, 1024)),
+        ("SDXLTurbo", (4, "Euler a", 1, 512)),
+        ("cup_nonturbo", (20, "DPM++ 2M SDE", 5, 1024)),
+        ("cupNonTurbo", (20, "DPM++ 2M SDE", 5, 1024)),
+        ("non-lightning", (20, "DPM++ 2M SDE", 5, 1024)),
+        ("canon_turbo", (8, "DPM++ SDE", 2, 1024)),
     ],
 )
 def test_few_step_models_have_the_defaults_of_their_name(tmp_path: Path, name: str, expected):
@@ -460,7 +480,17 @@ def test_changed_files_beside_a_model_change_its_stamp(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    "text", ["5", "- &a [*a, *a]", "model: {params: [1]}", "parameterization: x"]
+    "text",
+    [
+        "5",
+        "- &a [1]\n- &b [*a, *a]\n- [*b, *b]",
+        "model: {params: [1]}",
+        "parameterization: x",
+        "a: 2001-99-99",
+        "a: !!timestamp x",
+        "a: !!int ''",
+        "a: !!bool x",
+    ],
 )
 def test_other_yaml_file_is_no_setting(tmp_path: Path, text: str):
     checkpoint(yaml=text)(tmp_path)
@@ -529,10 +559,92 @@ def test_models_of_one_name_are_named_by_their_path(tmp_path: Path):
     for path in paths:
         write(path, SDXL)
     entries = catalog.find_models(tmp_path)[:-1]
-    assert [entry.name for entry in entries] == ["a/b.safetensors", "a_b"]
+    assert [entry.name for entry in entries] == ["a/b", "a_b"]
+    titles = [SdModel.of(entry, tmp_path).title for entry in entries]
+    assert titles == ["a/b.safetensors", "a_b.safetensors"]
     for entry in entries:
+        assert catalog.resolve_model(SdModel.of(entry, tmp_path).title, entries) is entry
         assert catalog.resolve_model(entry.name, entries) is entry
         assert catalog.resolve_model(entry.title, entries) is entry
+
+
+def test_pickle_of_the_same_name_has_a_name_and_title_of_its_own(tmp_path: Path):
+    checkpoint()(tmp_path / "Stable-diffusion")
+    _pickle(tmp_path / "Stable-diffusion")
+    entries = catalog.find_models(tmp_path)[:-1]
+    assert [entry.name for entry in entries] == ["cup", "cup.ckpt"]
+    titles = [SdModel.of(entry, tmp_path).title for entry in entries]
+    assert titles == ["cup.safetensors", "cup.ckpt"]
+
+
+def test_folder_named_as_the_embedded_model_is_another_model(tmp_path: Path):
+    made = folder()(tmp_path / "Stable-diffusion")
+    assert isinstance(made, Path)
+    own = made.rename(made.with_name(catalog.EMBEDDED_MODEL.name))
+    entries = catalog.find_models(tmp_path)
+    names = ["alphalayer-mini", "builtin_models/alphalayer-mini"]
+    assert [entry.name for entry in entries] == names
+    paths = [catalog.resolve_model(name, entries).path for name in names]
+    assert paths == [own, catalog.EMBEDDED_MODEL]
+
+
+# --- one bad file
+
+
+def test_unexpected_error_is_the_problem_of_one_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    def fail(path: Path) -> object:
+        if path.stem == "cup":
+            raise ZeroDivisionError("broken")
+        return read_settings(path)
+
+    read_settings = entries.read_settings
+    monkeypatch.setattr(entries, "read_settings", fail)
+    models = tmp_path / "Stable-diffusion"
+    checkpoint()(models)
+    write(models / "good.safetensors", SDXL)
+    for _ in range(2):
+        assert "unexpected error" in f"{_find(tmp_path).problem}"
+        assert _find(tmp_path, "good").problem is None
+    (record,) = caplog.records
+    assert record.exc_info is not None
+    assert "cup.safetensors" in record.message
+
+
+@pytest.mark.parametrize(
+    "vae",
+    [
+        {CONTEXT: (768, 1280), FIRST_CONV: (1, 9)},
+        {CONTEXT: (1, 7), FIRST_CONV: (1, 9)},
+        {"x": (1,)},
+    ],
+    ids=["refiner", "other", "unknown"],
+)
+def test_other_file_in_place_of_a_vae_is_named(tmp_path: Path, vae: Shapes):
+    _beside(vae, SDXL)(tmp_path / "Stable-diffusion")
+    message = f"{_find(tmp_path).problem}"
+    assert "cup.vae.safetensors is " in message
+    assert ", not a VAE." in message
+    assert "is a unknown" not in message
+
+
+def test_numbers_of_many_digits_in_names_are_read(tmp_path: Path):
+    name = f"conditioner.embedders.0.layers.{'9' * 5000}.a"
+    tensors({name: (1,)}, SDXL)(tmp_path / "Stable-diffusion")
+    assert _find(tmp_path).problem is None
+
+
+def test_long_name_is_checked_in_linear_time():
+    start = time.process_time()
+    assert missing_tensor({"conditioner" + ".layers.1" * 20_000 + "\n": (1,)}) == ""
+    # a quadratic search takes minutes
+    assert time.process_time() - start < 2
+
+
+def test_checkpoint_without_the_first_text_encoder_is_refused(tmp_path: Path):
+    checkpoint(CLIP_L)(tmp_path / "Stable-diffusion")
+    assert "without both text encoders" in f"{_find(tmp_path).problem}"
 
 
 # --- names of LoRAs
@@ -566,10 +678,20 @@ def test_metadata_is_text_that_can_be_sent_and_limited(tmp_path: Path):
     text = json.dumps(header).encode()
     file.write_bytes(len(text).to_bytes(8, "little") + text)
     assert catalog.lora_metadata(file) == {"a": "?", "b": "1"}
+    assert len(read_header(file).metadata["long"]) == 200_000
     file.write_bytes(b"damaged")
     os.utime(file, ns=(0, 0))
     assert catalog.lora_metadata(file) == {}
     assert catalog.lora_alias(file) == []
+
+
+def test_summary_of_a_lora_keeps_its_alias_alone(tmp_path: Path):
+    metadata = {"ss_output_name": "trained", "ss_tag_frequency": "x" * 50_000}
+    file = write(tmp_path / "style.safetensors", LORA, metadata=metadata)
+    summary = summarize(file)
+    assert summary.alias == "trained"
+    assert len(repr(summary)) < 1000
+    assert len(catalog.lora_metadata(file)["ss_tag_frequency"]) == 50_000
 
 
 if __name__ == "__main__":

@@ -11,7 +11,9 @@ _NETWORKS = re.compile(
 )
 """Networks of an LDM single file."""
 _WITHOUT_BIAS = re.compile(r"\.to_[qkv]$|_embedding$|text_projection$|\.register_tokens$")
-_SIBLINGS = re.compile(r"(.*\.(?:transformer_blocks|layers|resblocks))\.(\d+)\.(.+)")
+_SIBLINGS = re.compile(
+    r"(.*\.(?:transformer_blocks|layers|resblocks))\.([0-9]{1,4})\.(.+)", re.DOTALL
+)
 
 
 def missing_tensor(shapes: Mapping[str, tuple[int, ...]], *, is_part: bool = False) -> str:

@@ -18,6 +18,7 @@ from alphalayer import catalog
 from alphalayer.catalog.files import ListedFile, list_files, printable, suffix_of
 from alphalayer.catalog.hashes import HashCache, open_hash_cache
 from alphalayer.catalog.headers import read_header, summarize
+from alphalayer.catalog.kinds import describe
 from alphalayer.core.errors import (
     AlphalayerError,
     CorruptFile,
@@ -365,10 +366,7 @@ def _verify(file: ListedFile, families: Sequence[str]) -> Verified:
         family = summarize(path).family
     except AlphalayerError as error:
         return Verified(path, str(error), False)
-    expected, name = catalog.FAMILY_NAMES[families[0]], catalog.FAMILY_NAMES.get(family, family)
     if family in families:
-        return Verified(path, f"readable, {expected}", True)
-    actual = (
-        "of an unknown kind." if family == "unknown" else f"a {name}; move it where it belongs."
-    )
-    return Verified(path, f"is not a {expected}, but {actual}", False)
+        return Verified(path, f"readable, {catalog.FAMILY_NAMES[families[0]]}", True)
+    move = "" if family == "unknown" else "; move it where it belongs"
+    return Verified(path, f"is not {describe(families[0])}, but {describe(family)}{move}.", False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -16,10 +17,12 @@ from alphalayer.catalog.hashes import (
     open_hash_cache,
 )
 from alphalayer.catalog.headers import summarize
-from alphalayer.catalog.kinds import FAMILY_NAMES, NOT_CHECKPOINTS, SUPPORTED
+from alphalayer.catalog.kinds import NOT_CHECKPOINTS, SUPPORTED, describe
 from alphalayer.catalog.parts import check_parts, weight_files
 from alphalayer.catalog.sidecars import read_settings, sidecars
 from alphalayer.core.errors import CorruptFile, ModelUnusable, PickleRefused, UnsupportedFamily
+
+logger = logging.getLogger(__name__)
 
 CHECKPOINTS = "Stable-diffusion"
 EMBEDDED_MODEL = Path(__file__).parent.parent / "builtin_models" / "alphalayer-mini"
@@ -75,17 +78,15 @@ def find_models(models_dir: Path) -> list[ModelEntry]:
     folder, cache = models_dir / CHECKPOINTS, open_hash_cache(models_dir)
     listed = list_files(folder, _is_model_file)
     diffusers = {file.path.parent for file in listed if file.path.name == _INDEX}
-    entries: list[ModelEntry] = []
-    for file in listed:
-        if file.path.name == _INDEX:
-            entries.append(_diffusers_entry(file, folder, cache))
-        elif diffusers.isdisjoint((file.path, *file.path.parents)) and not _is_vae_of(file.path):
-            entries.append(_file_entry(file, cache))
-    entries = _tell_apart(entries, folder)
+    models = [
+        file
+        for file in listed
+        if file.path.name == _INDEX
+        or (diffusers.isdisjoint((file.path, *file.path.parents)) and not _is_vae_of(file.path))
+    ]
     if (EMBEDDED_MODEL / _INDEX).is_file():
-        embedded = ListedFile(EMBEDDED_MODEL / _INDEX, f"{EMBEDDED_MODEL.name}/{_INDEX}")
-        entry = _diffusers_entry(embedded, EMBEDDED_MODEL.parent, cache)
-        entries.append(replace(entry, sha256=entry.sha256 or _embedded_sha256()))
+        models.append(ListedFile(EMBEDDED_MODEL / _INDEX, f"{EMBEDDED_MODEL.name}/{_INDEX}"))
+    entries = _tell_apart([_entry(file, cache) for file in models], folder)
     return sorted(entries, key=lambda entry: (entry.path == EMBEDDED_MODEL, entry.name.lower()))
 
 
@@ -130,20 +131,52 @@ def _is_vae_of(path: Path) -> bool:
 def _tell_apart(entries: list[ModelEntry], folder: Path) -> list[ModelEntry]:
     """Name models by their path if one that comes before has the same name.
 
-    Usable ones come first, and then those in fewer folders.
+    Usable ones come first, then those in fewer folders, and the embedded model last.
     """
 
-    def rank(entry: ModelEntry) -> tuple[bool, int]:
-        return entry.problem is not None, len(entry.path.parts)
+    def rank(entry: ModelEntry) -> tuple[bool, bool, int]:
+        return entry.path == EMBEDDED_MODEL, entry.problem is not None, len(entry.path.parts)
 
     names: set[str] = set()
     renamed: list[ModelEntry] = []
     for entry in sorted(entries, key=rank):
-        is_taken = entry.name in names
-        name = printable(entry.path.relative_to(folder).as_posix()) if is_taken else entry.name
+        root = EMBEDDED_MODEL.parent.parent if entry.path == EMBEDDED_MODEL else folder
+        path = printable(entry.path.relative_to(root).as_posix())
+        short = path.removesuffix(entry.path.suffix) if entry.kind == "single_file" else path
+        name = next((name for name in (entry.name, short) if name not in names), path)
         names.add(name)
         renamed.append(replace(entry, name=name))
     return renamed
+
+
+def _entry(file: ListedFile, cache: HashCache) -> ModelEntry:
+    """Return the entry of a single file, or of the folder of a model_index.json.
+
+    No file may hide the others, so an unexpected error is the problem of its entry.
+    """
+    is_folder = file.path.name == _INDEX
+    try:
+        return _diffusers_entry(file, cache) if is_folder else _file_entry(file, cache)
+    except Exception as error:
+        _log_once(file.path, repr(error))
+        path, kind = (file.path.parent, "diffusers") if is_folder else (file.path, "single_file")
+        problem = ModelUnusable(
+            f"{printable(str(path))} cannot be read: an unexpected error, see the log.",
+            hint="Get the file again, or report the error.",
+        )
+        return ModelEntry(_name_of(file), path, kind, "unknown", problem=problem)
+
+
+@lru_cache(1000)
+def _log_once(path: Path, _error: str) -> None:
+    """Log the current exception, once for each file and error."""
+    logger.exception("%s cannot be listed.", printable(str(path)))
+
+
+def _name_of(file: ListedFile) -> str:
+    is_folder = file.path.name == _INDEX
+    path = Path(file.name).parent.as_posix() if is_folder else file.name
+    return flatten_name(path if is_folder else path.removesuffix(file.path.suffix))
 
 
 def _file_entry(file: ListedFile, cache: HashCache) -> ModelEntry:
@@ -155,11 +188,10 @@ def _file_entry(file: ListedFile, cache: HashCache) -> ModelEntry:
         )
     elif problem is None:
         family, problem = _family_of_file(path)
-    name = flatten_name(file.name.removesuffix(path.suffix))
     sha256 = None if file.problem else cache.get(path)
     vae = separate_vae(path)
     stamp = tuple(file_stamp(file) for file in (path, *([vae] if vae else []), *sidecars(path)))
-    return ModelEntry(name, path, "single_file", family, sha256, problem, stamp)
+    return ModelEntry(_name_of(file), path, "single_file", family, sha256, problem, stamp)
 
 
 def _family_of_file(path: Path) -> tuple[str, ModelUnusable | None]:
@@ -185,8 +217,9 @@ def _vae_problem(path: Path) -> UnsupportedFamily | None:
     """Return why a file cannot be the VAE of a checkpoint."""
     summary = summarize(path)
     if summary.family != "vae":
-        name = FAMILY_NAMES[summary.family]
-        return UnsupportedFamily(f"{path} is a {name}, not a VAE.", hint="Remove it.")
+        return UnsupportedFamily(
+            f"{path} is {describe(summary.family)}, not a VAE.", hint="Remove it."
+        )
     if summary.has_diffusers_names:
         return UnsupportedFamily(
             f"{path} has the tensor names of diffusers.",
@@ -195,7 +228,7 @@ def _vae_problem(path: Path) -> UnsupportedFamily | None:
     return None
 
 
-def _diffusers_entry(index: ListedFile, folder: Path, cache: HashCache) -> ModelEntry:
+def _diffusers_entry(index: ListedFile, cache: HashCache) -> ModelEntry:
     path, problem, family = index.path.parent, index.problem, "unknown"
     if problem is None:
         try:
@@ -208,10 +241,11 @@ def _diffusers_entry(index: ListedFile, folder: Path, cache: HashCache) -> Model
             problem = error
     hashed = _hashed_file(path, "diffusers")
     sha256 = cache.get(hashed) if hashed.is_file() else None
+    if path == EMBEDDED_MODEL:
+        sha256 = sha256 or _embedded_sha256()
     files = list_files(path, lambda name: suffix_of(name) in (".safetensors", ".json"))
     stamp = tuple(file_stamp(file.path) for file in files)
-    name = flatten_name(printable(str(path.relative_to(folder))))
-    return ModelEntry(name, path, "diffusers", family, sha256, problem, stamp)
+    return ModelEntry(_name_of(index), path, "diffusers", family, sha256, problem, stamp)
 
 
 def _incomplete(path: Path, missing: str) -> CorruptFile:
@@ -227,17 +261,18 @@ def _embedded_sha256() -> str:
 
 
 def _unsupported(path: Path, family: str) -> UnsupportedFamily:
-    name = FAMILY_NAMES.get(family, family)
     if family in _RIGHT_FOLDER:
         return UnsupportedFamily(
-            f"{path} is a {name}, not a checkpoint.", hint=f"Move it to {_RIGHT_FOLDER[family]}/."
+            f"{path} is {describe(family)}, not a checkpoint.",
+            hint=f"Move it to {_RIGHT_FOLDER[family]}/.",
         )
     if family in NOT_CHECKPOINTS:
         return UnsupportedFamily(
-            f"{path} is a {name}, not a checkpoint.", hint=_HINTS.get(family, "Move it elsewhere.")
+            f"{path} is {describe(family)}, not a checkpoint.",
+            hint=_HINTS.get(family, "Move it elsewhere."),
         )
     return UnsupportedFamily(
-        f"{path} is a {name} checkpoint; "
+        f"{path} is {describe(family, 'checkpoint')}; "
         "this version supports only complete SDXL text-to-image checkpoints.",
         hint=_HINTS.get(family, ""),
     )

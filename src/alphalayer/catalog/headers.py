@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import re
 import struct
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -27,7 +29,8 @@ BITS = {
 """Bits of a number in each supported format."""
 
 MAX_METADATA = 100_000
-"""Limit of the characters of metadata. Longer values are left out first."""
+"""Limit of the characters of listed metadata. Longer values are left out first."""
+MAX_ALIAS = 1000
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,8 @@ class Summary:
     family: str
     embedding: dict[str, tuple[int, ...]] = field(default_factory=dict[str, tuple[int, ...]])
     """Shapes of an embedding's tensors by name."""
-    metadata: dict[str, str] = field(default_factory=dict[str, str])
+    alias: str = ""
+    """Name that a LoRA was trained under."""
     has_diffusers_names: bool = False
     """Whether it is a VAE with the names of diffusers."""
     missing: str = ""
@@ -63,7 +67,6 @@ def summarize(path: Path) -> Summary:
     except OSError as error:
         raise _unreadable(path, error) from None
     version = status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
-    # one at a time: parsing a header may take 100 MB
     with _reading:
         summary = _summarize(path, version)
     if isinstance(summary, CorruptFile):
@@ -72,7 +75,46 @@ def summarize(path: Path) -> Summary:
     return summary
 
 
+def listed_metadata(path: Path) -> dict[str, str]:
+    """Return the texts in a file's header, the short ones first, up to `MAX_METADATA`.
+
+    They are read each time: those of many files would fill the memory.
+
+    Raises:
+        CorruptFile: See `read_header`.
+    """
+    summarize(path)
+    with _reading:
+        texts = _leading_metadata(path) or read_header(path).metadata
+    listed: dict[str, str] = {}
+    left = MAX_METADATA
+    for name, value in sorted(texts.items(), key=lambda text: len(text[1])):
+        left -= len(name) + len(value)
+        if left < 0:
+            break
+        listed[name] = value
+    return listed
+
+
+def _leading_metadata(path: Path) -> dict[str, str]:
+    """Return the metadata of a checked file, {} if they do not begin its header.
+
+    Parsing all tensors of a LoRA takes ten times as long.
+    """
+    try:
+        with open_file(path) as file:
+            length = int.from_bytes(file.read(8), "little")
+            text = file.read(min(length, MAX_HEADER_BYTES)).decode()
+        start = _METADATA_START.match(text)
+        return _read_metadata(_decoder.raw_decode(text, start.end())[0]) if start else {}
+    except (OSError, ValueError, RecursionError):
+        return {}  # it changed meanwhile
+
+
+_METADATA_START = re.compile(r'\{\s*"__metadata__"\s*:\s*')
+_decoder = json.JSONDecoder()
 _reading = Lock()
+"""Held while a header is parsed, which may take 100 MB."""
 
 
 @lru_cache(10_000)
@@ -88,7 +130,7 @@ def _summarize(path: Path, _version: tuple[int, ...]) -> Summary | CorruptFile:
     return Summary(
         family_of(shapes),
         embedding,
-        header.metadata,
+        header.metadata.get("ss_output_name", "")[:MAX_ALIAS],
         any(name.startswith("encoder.down_blocks.") for name in shapes),
         missing_tensor(shapes),
     )
@@ -172,20 +214,12 @@ def _read_tensors(text: bytes) -> tuple[dict[str, tuple[int, ...]], dict[str, st
 
 
 def _read_metadata(entry: Any) -> dict[str, str]:
-    """Return the texts of the metadata that can be sent, the short ones first."""
-    texts = (
-        (str(name), value.encode(errors="replace").decode())
+    """Return the texts of the metadata, with replacements for what cannot be sent."""
+    return {
+        name.encode(errors="replace").decode(): value.encode(errors="replace").decode()
         for name, value in (entry.items() if isinstance(entry, dict) else ())
         if isinstance(value, str)
-    )
-    metadata: dict[str, str] = {}
-    left = MAX_METADATA
-    for name, value in sorted(texts, key=lambda text: len(text[1])):
-        left -= len(name) + len(value)
-        if left < 0:
-            break
-        metadata[name.encode(errors="replace").decode()] = value
-    return metadata
+    }
 
 
 def _read_tensor(entry: Any) -> tuple[tuple[int, ...], tuple[int, int]]:

@@ -12,6 +12,12 @@ FIRST_CONV = "model.diffusion_model.input_blocks.0.0.weight"
 LATENT_CHANNELS = 4
 EDM_MARKS = ("edm_mean", "edm_vpred.sigma_max")
 VAE_MARKS = ("first_stage_model.encoder.conv_in.weight", "first_stage_model.decoder.conv_in.weight")
+CLIP_L = tuple(
+    f"conditioner.embedders.0.transformer.{level}embeddings.token_embedding.weight"
+    for level in ("text_model.", "")
+)
+CLIP_G = "conditioner.embedders.1.model.token_embedding.weight"
+"""Marks of the text encoders of SDXL. The first has one of two names."""
 
 EMBEDDING = ("clip_l", "clip_g")
 _FAMILIES = {768: "sd15", 1024: "sd2", 1280: "sdxl-refiner", 2048: "sdxl"}
@@ -58,7 +64,7 @@ NOT_CHECKPOINTS = (
 """Kinds of files that are no model of their own, without those that have a folder here."""
 FAMILY_NAMES = {
     "sdxl": "Stable Diffusion XL",
-    "sdxl-unet": "Stable Diffusion XL UNet (without its text encoders)",
+    "sdxl-unet": "Stable Diffusion XL UNet (without both text encoders)",
     "sdxl-refiner": "Stable Diffusion XL refiner",
     "sdxl-inpaint": "Stable Diffusion XL inpainting",
     "sdxl-edm": "Stable Diffusion XL (EDM-trained, as Playground 2.5 and CosXL)",
@@ -85,8 +91,16 @@ FAMILY_NAMES = {
     "text-encoder": "text encoder",
     "upscaler": "upscaler",
     "vae": "VAE",
-    "unknown": "unknown kind of",
+    "unknown": "unknown kind",
 }
+
+
+def describe(family: str, noun: str = "") -> str:
+    """Return what a file is, for messages: "a LoRA", or "of an unknown kind"."""
+    if family == "unknown":
+        return "of an unknown kind"
+    name = f"{FAMILY_NAMES.get(family, family)} {noun}".strip()
+    return f"{'an' if name.lower().startswith(('a', 'e', 'i', 'o', 'u')) else 'a'} {name}"
 
 
 def family_of(shapes: Shapes) -> str:
@@ -103,9 +117,11 @@ def family_of(shapes: Shapes) -> str:
     if len(context) != 2 or len(first) < 2:
         return "unknown"
     family, channels = _FAMILIES.get(context[1], "unknown"), first[1]
+    if channels == 9 and f"{family}-inpaint" in FAMILY_NAMES:
+        return f"{family}-inpaint"
     if channels > LATENT_CHANNELS:
-        return f"{family}-inpaint" if channels == 9 else "edit"
-    if "conditioner.embedders.1.model.token_embedding.weight" in shapes:
+        return "edit"
+    if CLIP_G in shapes:
         return _sdxl_variant(shapes)
     return "sdxl-unet" if family == "sdxl" else family
 
@@ -116,6 +132,8 @@ def _sdxl_variant(shapes: Shapes) -> str:
         return "ssd-1b"
     if any(mark in shapes for mark in EDM_MARKS):
         return "sdxl-edm"
+    if shapes.keys().isdisjoint(CLIP_L):
+        return "sdxl-unet"
     return "sdxl" if all(mark in shapes for mark in VAE_MARKS) else "sdxl-no-vae"
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from alphalayer.catalog.entries import CHECKPOINTS, EMBEDDED_MODEL, ModelEntry, flatten_name
 from alphalayer.catalog.files import printable, usable_files
 from alphalayer.catalog.hashes import SHORT_HASH_DIGITS
-from alphalayer.catalog.headers import summarize
+from alphalayer.catalog.headers import listed_metadata, summarize
 from alphalayer.core.errors import CommandHint, CorruptFile, InvalidRequest, ModelNotFound
 
 PULL = "models pull sdxl-base layerdiffuse"
@@ -92,16 +92,19 @@ def find_lora(models_dir: Path, name: str) -> Path:
 
 
 def lora_metadata(path: Path) -> dict[str, str]:
-    """Return the metadata in a LoRA's header; none if it is damaged."""
+    """Return the metadata in a LoRA's header, of limited size; none if it is damaged."""
     try:
-        return summarize(path).metadata
+        return listed_metadata(path)
     except CorruptFile:
         return {}
 
 
 def lora_alias(path: Path) -> list[str]:
     """Return the name that a LoRA was trained under, or nothing."""
-    alias = lora_metadata(path).get("ss_output_name", "")
+    try:
+        alias = summarize(path).alias
+    except CorruptFile:
+        alias = ""
     return [alias] if alias and alias != "None" else []
 
 

@@ -32,10 +32,13 @@ _PREDICTIONS = {
     "v-prediction": "v_prediction",
 }
 _SCALINGS = {"EpsScaling": "epsilon", "VScaling": "v_prediction"}
-_STEPS = re.compile(r"(\d{1,2})[-_ ]?steps?")
+_STEPS = re.compile(r"(?<![0-9])([0-9]{1,2})[-_ ]?steps?(?![a-z0-9])")
+_CAPITAL = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
+_START = "(?:(?<![a-z])|(?<=xl))(?<!^non[-_ ])(?<![^a-z]non[-_ ])"
+"""Start of a word, or what follows "xl", and no "non" before it."""
 _FEW_STEPS: tuple[tuple[re.Pattern[str], dict[str, Any]], ...] = (
     (
-        re.compile("sd_?xl_?turbo"),
+        re.compile("(?<![a-z])sd_?xl_?turbo"),
         {
             "width": 512,
             "height": 512,
@@ -46,19 +49,19 @@ _FEW_STEPS: tuple[tuple[re.Pattern[str], dict[str, Any]], ...] = (
         },
     ),
     (
-        re.compile("dmd2"),
+        re.compile(f"{_START}dmd2"),
         {"steps": 4, "sampler": "LCM", "scheduler": "SGM Uniform", "cfg_scale": 1},
     ),
     (
-        re.compile("(?<![a-z])lcm(?![a-z])"),
+        re.compile(f"{_START}lcm(?![a-z])"),
         {"steps": 8, "sampler": "LCM", "scheduler": "SGM Uniform", "cfg_scale": 1.5},
     ),
     (
-        re.compile("turbo|lightning.*dpm.*sde"),
+        re.compile(f"{_START}(?:turbo|lightning.*dpm.*sde)"),
         {"steps": 8, "sampler": "DPM++ SDE", "scheduler": "Karras", "cfg_scale": 2},
     ),
     (
-        re.compile("lightning|(?<![a-z])hyper(?=[-_ ]?(sd|[0-9]|$))"),
+        re.compile(f"{_START}(?:lightning|hyper(?=[-_ ]?(?:sd|[0-9]|$)))"),
         {"steps": 8, "sampler": "Euler", "scheduler": "SGM Uniform", "cfg_scale": 1},
     ),
 )
@@ -91,23 +94,27 @@ def read_settings(model: Path) -> FileSettings:
         return FileSettings()
     try:
         content = tomllib.loads(_read(path))
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError: a number of too many digits
         raise _damaged(path, f"it is not TOML ({error})") from None
     prediction, zero_snr = content.get("prediction_type"), content.get("zero_snr")
     defaults = content.get("defaults", {})
-    if prediction is not None and prediction not in _PREDICTIONS:
+    if prediction is not None and _known_prediction(prediction) is None:
         raise _damaged(path, 'prediction_type: expected "epsilon" or "v_prediction"')
     if not isinstance(zero_snr, (bool, type(None))):
         raise _damaged(path, "zero_snr: expected true or false")
     if not isinstance(defaults, dict):
         raise _damaged(path, "defaults: expected a table")
-    known = _PREDICTIONS[prediction] if prediction else None
+    known = _known_prediction(prediction)
     return FileSettings(known, zero_snr, cast("dict[str, Any]", defaults))
+
+
+def _known_prediction(value: Any) -> str | None:
+    return _PREDICTIONS.get(value) if isinstance(value, str) else None
 
 
 def few_step_defaults(model: Path) -> dict[str, Any]:
     """Return the defaults of a model that was distilled to few steps, by its name."""
-    name = model.stem.lower()
+    name = _CAPITAL.sub("_", model.stem).lower()
     for word, defaults in _FEW_STEPS:
         if word.search(name):
             steps = _STEPS.search(name)
@@ -144,13 +151,14 @@ def _prediction_in_yaml(model: Path) -> str | None:
     if path is None:
         return None
     try:
-        content = yaml.safe_load(_read(path))
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        # all values stay texts: building a date or a number of a damaged file may fail in any way
+        content = yaml.load(_read(path), Loader=yaml.BaseLoader)
+    except (yaml.YAMLError, RecursionError, ValueError, OverflowError) as error:
         raise _damaged(path, f"it is not YAML ({str(error).splitlines()[0]})") from None
     values = [*_values(content)]
     for key, value in values:
-        if key == "parameterization" and str(value) in _PREDICTIONS:
-            return _PREDICTIONS[str(value)]
+        if key == "parameterization" and (prediction := _known_prediction(value)):
+            return prediction
     for key, value in values:
         if key == "target" and (scaling := str(value).rpartition(".")[2]) in _SCALINGS:
             return _SCALINGS[scaling]

@@ -418,6 +418,8 @@ class Txt2ImgResponse(BaseModel):
 def file_title(entry: ModelEntry) -> str:
     """Return the title of a model in AUTOMATIC1111, with the suffix of its file."""
     suffix = entry.path.suffix if entry.kind == "single_file" else ""
+    if entry.name.endswith(suffix):
+        suffix = ""  # of a name that needs it to differ from others
     return f"{entry.name}{suffix}{entry.title.removeprefix(entry.name)}"
 
 

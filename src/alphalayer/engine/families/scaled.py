@@ -18,8 +18,8 @@ from torch import Tensor
 from alphalayer.catalog.files import parse_json
 
 _FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
-_SCALES = {".scale_weight": ".weight", ".weight_scale": ".weight"}
-_EXTRAS = (".scale_weight", ".weight_scale", ".scale_input", ".input_scale", ".comfy_quant")
+_SCALES = (".scale_weight", ".weight_scale")
+_EXTRAS = (*_SCALES, ".scale_input", ".input_scale", ".comfy_quant")
 _OTHERS = {
     ".weight_scale_2": "nvfp4",
     ".quant_state.bitsandbytes__nf4": "nf4",
@@ -34,7 +34,8 @@ def load_scaled(path: Path, prefix: str) -> dict[str, Tensor]:
     """Return the tensors of a file below a prefix, with their scales applied.
 
     Raises:
-        ValueError: The weights are stored in another quantized format, or a scale does not fit.
+        ValueError: The weights are stored in another quantized format, or a scale does not fit,
+            or a product is no number of float16.
     """
     tensors = load_file(path)
     return apply_scales({name: tensors[name] for name in tensors if name.startswith(prefix)})
@@ -49,9 +50,9 @@ def apply_scales(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         ValueError: See `load_scaled`.
     """
     scales = {
-        name.removesuffix(end) + weight: scale
+        f"{name.removesuffix(end)}.weight": scale
         for name, scale in tensors.items()
-        for end, weight in _SCALES.items()
+        for end in _SCALES
         if name.endswith(end)
     }
     for name, tensor in tensors.items():
@@ -71,7 +72,10 @@ def _multiply(name: str, weight: Tensor, scale: Tensor) -> Tensor:
     if weight.dtype not in _FP8 or scale.numel() not in (1, len(weight) if weight.ndim else 1):
         raise ValueError(f"{name} has a scale, and is not in fp8 with one scale for each output")
     rows = scale.float().reshape([-1, *[1] * (weight.ndim - 1)])
-    return (weight.float() * rows).half()
+    product = (weight.float() * rows).reshape(weight.shape).half()
+    if not product.isfinite().all():
+        raise ValueError(f"{name} times its scale has numbers beyond those of float16")
+    return product
 
 
 def _check_format(tensor: Tensor) -> None:

@@ -114,9 +114,10 @@ class Factored:
     def fits(self, weight: Tensor) -> bool:
         """Check whether the shape of a weight matches. Nothing is computed."""
         try:
+            # in float32, as in `apply`, where tensors of two dtypes would not multiply
             shape = self.formula(
-                {name: factor.to("meta") for name, factor in self.factors.items()},
-                weight.to("meta"),
+                {name: _shape_of(factor) for name, factor in self.factors.items()},
+                _shape_of(weight),
             ).shape
         except (RuntimeError, IndexError):
             return False
@@ -132,14 +133,14 @@ def low_rank(factors: Factors, _weight: Tensor) -> Tensor:
     """Return LoRA's product: up @ down, or up @ mid @ down."""
     up, down = factors["up"].flatten(1), factors["down"]
     if "mid" in factors:
-        return _tucker(factors["mid"], up, down.flatten(1))
+        return _tucker(factors["mid"], up.T, down.flatten(1))
     return up @ down.flatten(1)
 
 
 def hadamard(factors: Factors, _weight: Tensor) -> Tensor:
     """Return LoHa's product: two low-rank matrices, multiplied number by number."""
     first, second = (
-        _tucker(factors[f"t{i}"], factors[f"w{i}_a"].T, factors[f"w{i}_b"])
+        _tucker(factors[f"t{i}"], factors[f"w{i}_a"], factors[f"w{i}_b"])
         if f"t{i}" in factors
         else factors[f"w{i}_a"] @ factors[f"w{i}_b"]
         for i in (1, 2)
@@ -154,7 +155,7 @@ def kronecker(factors: Factors, _weight: Tensor) -> Tensor:
         first = factors["w1_a"] @ factors["w1_b"]
     second = factors.get("w2")
     if second is None and "t2" in factors:
-        second = _tucker(factors["t2"], factors["w2_a"].T, factors["w2_b"])
+        second = _tucker(factors["t2"], factors["w2_a"], factors["w2_b"])
     if second is None:
         second = factors["w2_a"] @ factors["w2_b"]
     return torch.kron(first, second.flatten(1))
@@ -185,15 +186,25 @@ def _along(vector: Tensor, weight: Tensor, axis: int) -> Tensor:
     return vector.reshape([-1 if i == axis else 1 for i in range(weight.ndim)])
 
 
+def _shape_of(tensor: Tensor) -> Tensor:
+    return torch.empty(tensor.shape, device="meta")
+
+
 def _tucker(core: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """Return a convolution (o, i, ...) from three parts.
 
     Args:
         core: (m, n, ...).
-        left: (o, m).
+        left: (m, o).
         right: (n, i).
+
+    Raises:
+        IndexError: m or n is larger than o and i. A small file could fill the memory.
     """
-    return torch.einsum("mn...,om,ni->oi...", core, left, right)
+    product = torch.einsum("mn...,mo,ni->oi...", core, left, right)
+    if max(core.shape[:2]) > max(product.shape[:2]):
+        raise IndexError("more ranks than rows")
+    return product
 
 
 def _without_ones(tensor: Tensor) -> list[int]:

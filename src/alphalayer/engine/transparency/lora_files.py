@@ -70,9 +70,12 @@ _SLOTS = {
     "diff_b": r"\.diff_b|\.b_norm",
     "set": r"\.set_weight",
     "set_b": r"\.set_bias",
-    "oft": r"\.b?oft_\w+(\.\w+)*|\.rescale",
+    "oft": r"\.b?oft_\w+(\.\w+){0,2}|\.rescale",
 }
-"""What follows a module's name, by what the tensor is of the module's change."""
+"""What follows a module's name, by what the tensor is of the module's change.
+
+No part may repeat without a limit: the time would be quadratic in the length of a name.
+"""
 _TENSOR = re.compile(
     "(?P<stem>.+?)(" + "|".join(f"(?P<{slot}>{ends})" for slot, ends in _SLOTS.items()) + ")"
 )
@@ -121,36 +124,36 @@ def read_lora(
         weights: Parameters of the model.
 
     Raises:
-        ValueError: An alpha is not one number.
+        ValueError: An alpha is not one finite number.
     """
-    read, known = LoraChanges(), flat_names(name.removesuffix(".weight") for name in weights)
+    content, known = LoraChanges(), flat_names(name.removesuffix(".weight") for name in weights)
     groups: dict[str, Slots] = {}
     for key, tensor in tensors.items():
         match = _TENSOR.fullmatch(key)
         if bundled := _BUNDLED.match(key):
-            read.embeddings.append(bundled[1])
+            content.embeddings.append(bundled[1])
         elif match:
             groups.setdefault(match["stem"], {})[_slot(match)] = tensor
         elif f"{key.removesuffix('.weight')}.on_input" in tensors:
             groups.setdefault(key.removesuffix(".weight"), {})["vector"] = tensor
         elif (name := ldm_to_diffusers(_remove_prefixes(key))) in weights:
-            read.changes[name] = Delta(tensor)
+            content.changes[name] = Delta(tensor)
         else:
-            read.unknown.append(key)
+            content.unknown.append(key)
     scale = _header_scale(metadata)
     for stem, slots in groups.items():
         module = _find_module(stem, known)
         if "oft" in slots:
-            read.unsupported.append(stem)
+            content.unsupported.append(stem)
             continue
         changes = dict(_changes(slots, lambda rank, module=module: scale(module, rank)))
         if not changes:
-            read.halves.append(stem)
+            content.halves.append(stem)
         for parameter, change in changes.items():
-            read.changes[f"{module}.{parameter}"] = change
-    read.embeddings = [*dict.fromkeys(read.embeddings)]
-    read.family = _other_family(groups)
-    return read
+            content.changes[f"{module}.{parameter}"] = change
+    content.embeddings = [*dict.fromkeys(content.embeddings)]
+    content.family = _other_family(groups)
+    return content
 
 
 def _slot(match: re.Match[str]) -> str:
@@ -161,6 +164,17 @@ def _slot(match: re.Match[str]) -> str:
     return match[slot][1:3] if slot == "general" else slot
 
 
+def alpha_scale(alpha: Tensor, rank: int) -> float:
+    """Return the strength alpha / rank, 1 without a rank.
+
+    Raises:
+        ValueError: alpha is not one finite number.
+    """
+    if alpha.numel() != 1 or not math.isfinite(float(alpha)):
+        raise ValueError("an alpha is not one finite number")
+    return float(alpha) / rank if rank else 1.0
+
+
 def _changes(slots: Slots, header: Callable[[int], float]) -> Iterator[tuple[str, Change]]:
     """Yield the changes of a module: "weight" or "bias", and the change."""
 
@@ -168,9 +182,7 @@ def _changes(slots: Slots, header: Callable[[int], float]) -> Iterator[tuple[str
         alpha = slots.get("alpha")
         if alpha is None:
             return header(rank) if rank else 1.0
-        if alpha.numel() != 1:
-            raise ValueError("an alpha is not one number")
-        return float(alpha) / rank if rank else 1.0
+        return alpha_scale(alpha, rank)
 
     if change := _low_rank_change(slots, scale) or _factored_change(slots, scale):
         yield "weight", change
@@ -211,12 +223,14 @@ def _factored_change(slots: Slots, scale: Callable[[int], float]) -> Change | No
         rank = 0 if inner is None else _rank(inner)
         return _factored(slots | lokr, parts, kronecker, scale(rank))
     if slots.keys() >= {"a1", "a2", "b1", "b2"}:
-        rank = min(_rank(slots["b1"].flatten(1)), _rank(slots["b2"].flatten(1)))
+        rank = min(_rank(slots["b1"]), _rank(slots["b2"]))
         return _factored(slots, ("a1", "a2", "b1", "b2"), generalized, scale(rank))
     if {"vector", "on_input"} <= slots.keys() and slots["on_input"].numel() == 1:
-        return Factored({"vector": slots["vector"]}, per_input if slots["on_input"] else per_output)
-    if "ia3" in slots:
-        vector = slots["ia3"]
+        return Factored(
+            {"vector": slots["vector"]}, per_input if slots["on_input"].float() else per_output
+        )
+    if "ia3" in slots and slots["ia3"].ndim:
+        vector = slots["ia3"].float()
         # PEFT's vector is the factor itself: (outputs, 1), or (1, inputs)
         return Factored({"vector": vector - 1}, per_output if len(vector) > 1 else per_input)
     return None
@@ -305,7 +319,7 @@ def _header_scale(metadata: Mapping[str, Any]) -> Scale:
         )
         try:
             number = float(alpha)
-        except (TypeError, ValueError):
+        except (OverflowError, TypeError, ValueError):
             return 1.0
         divisor = math.sqrt(rank) if value("use_rslora") in (True, "true", "True") else rank
         return number / divisor if math.isfinite(number) else 1.0

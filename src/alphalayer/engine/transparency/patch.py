@@ -33,6 +33,7 @@ from alphalayer.engine.transparency.lora_files import (
     TEXT_ENCODERS,
     LoraChanges,
     Weights,
+    alpha_scale,
     read_lora,
 )
 
@@ -50,14 +51,15 @@ class PatchFile:
     """Version of a patch file: a file that replaces another has a different stamp."""
 
     path: Path
-    stamp: tuple[int, int]
+    stamp: tuple[int, ...]
     widened: str | None = None
     """Convolution that the patch widens for a condition; None: none."""
 
     @classmethod
     def at(cls, path: Path, widened: str | None = None) -> PatchFile:
         """Return the current version of a file, which may be missing."""
-        return cls(path, file_stamp(path), widened)
+        files = (path, config) if (config := _peft_config(path)) else (path,)
+        return cls(path, tuple(part for file in files for part in file_stamp(file)), widened)
 
 
 PatchSpec = tuple[PatchFile, float]
@@ -101,24 +103,24 @@ def read_patch(path: Path, weights: Weights, widened: str | None = None) -> Patc
         )
     tensors = read_tensors(path)
     try:
-        read = (
+        content = (
             LoraChanges(_read_published(tensors))
             if any("::" in key for key in tensors)
             else read_lora(tensors, _metadata(path), weights)
         )
-    except ValueError as error:
+    except (ArithmeticError, LookupError, TypeError, ValueError) as error:
         raise ModelUnusable(
             f"{path} is not a LayerDiffuse patch or LoRA: {error}.",
             hint="Download it again.",
         ) from None
-    condition = _split_condition(path, read.changes, weights, widened) if widened else None
+    condition = _split_condition(path, content.changes, weights, widened) if widened else None
     fitting = {
         name: change
-        for name, change in read.changes.items()
+        for name, change in content.changes.items()
         if name in weights and change.fits(weights[name])
     }
-    _check_half(path, read, len(fitting))
-    left_out = _describe_rest(read, weights, fitting)
+    _check_half(path, content, len(fitting))
+    left_out = _describe_rest(content, weights, fitting)
     if left_out:
         logger.warning("%s is merged without %s.", path, "; ".join(left_out))
     return Patch(fitting, left_out, condition)
@@ -126,19 +128,24 @@ def read_patch(path: Path, weights: Weights, widened: str | None = None) -> Patc
 
 def _metadata(path: Path) -> Mapping[str, Any]:
     """Return the strengths in a LoRA file, or in the file that PEFT writes beside it."""
-    config = path.with_name("adapter_config.json")
-    if path.name == _PEFT_FILE and config.is_file():
+    if config := _peft_config(path):
         return catalog.read_config(config)
     return catalog.read_header(path).metadata
 
 
-def _check_half(path: Path, read: LoraChanges, fitting: int) -> None:
+def _peft_config(path: Path) -> Path | None:
+    """Return the file that PEFT writes beside a LoRA, None if there is none."""
+    config = path.with_name("adapter_config.json")
+    return config if path.name == _PEFT_FILE and config.is_file() else None
+
+
+def _check_half(path: Path, content: LoraChanges, fitting: int) -> None:
     """Raise `ModelUnusable` if less than half of a file can be merged."""
     unread = {
-        "OFT": len(read.unsupported),
-        "unknown": len(read.unknown),
-        "half": len(read.halves),
-        "unfit": len(read.changes) - fitting,
+        "OFT": len(content.unsupported),
+        "unknown": len(content.unknown),
+        "half": len(content.halves),
+        "unfit": len(content.changes) - fitting,
     }
     total = fitting + sum(unread.values())
     if fitting and 2 * fitting >= total:
@@ -147,7 +154,7 @@ def _check_half(path: Path, read: LoraChanges, fitting: int) -> None:
         raise ModelUnusable(
             f"{path} holds no change of a weight.",
             hint="Put embeddings into the embeddings folder, each as a file of its own."
-            if read.embeddings
+            if content.embeddings
             else "Get the file again.",
         )
     worst = max(unread, key=lambda kind: unread[kind])
@@ -159,16 +166,16 @@ def _check_half(path: Path, read: LoraChanges, fitting: int) -> None:
     if worst == "unknown":
         raise ModelUnusable(
             f"{path}: {unread[worst]} of its {total} parts are no change of a known kind, such as "
-            f"{catalog.printable(read.unknown[0])[:100]}.",
+            f"{catalog.printable(content.unknown[0])[:100]}.",
             hint=f"Use a file with {_KINDS}, with the names of kohya, LyCORIS, diffusers or PEFT.",
         )
     if worst == "half":
         raise ModelUnusable(
             f"{path}: {unread[worst]} of its {total} changes lack a part, such as "
-            f"{catalog.printable(read.halves[0])[:100]}.",
+            f"{catalog.printable(content.halves[0])[:100]}.",
             hint="Get the file again.",
         )
-    made_for = f"It was made for {read.family}. " if read.family else ""
+    made_for = f"It was made for {content.family}. " if content.family else ""
     raise ModelUnusable(
         f"{path} does not fit this model: "
         f"{fitting} of its {total} changes name a weight of the same shape.",
@@ -177,18 +184,18 @@ def _check_half(path: Path, read: LoraChanges, fitting: int) -> None:
 
 
 def _describe_rest(
-    read: LoraChanges, weights: Weights, fitting: Mapping[str, Change]
+    content: LoraChanges, weights: Weights, fitting: Mapping[str, Change]
 ) -> tuple[str, ...]:
     """Return what of a file is not merged, each kind with its number."""
-    unfit = [name for name in read.changes if name not in fitting]
+    unfit = [name for name in content.changes if name not in fitting]
     unmatched = [name for name in unfit if name not in weights]
     kinds = (
         ("changes of another shape than the weight", len(unfit) - len(unmatched), ()),
         ("changes of layers that the model lacks", len(unmatched), ()),
-        ("changes that lack a part", len(read.halves), ()),
-        ("OFT", len(read.unsupported), ()),
-        ("tensors of an unknown kind", len(read.unknown), read.unknown),
-        ("bundled embeddings", len(read.embeddings), read.embeddings),
+        ("changes that lack a part", len(content.halves), ()),
+        ("OFT", len(content.unsupported), ()),
+        ("tensors of an unknown kind", len(content.unknown), content.unknown),
+        ("bundled embeddings", len(content.embeddings), content.embeddings),
     )
     return tuple(
         f"{kind}: {number}"
@@ -237,11 +244,9 @@ def _read_published(tensors: Mapping[str, Tensor]) -> dict[str, Change]:
 
 
 def _low_rank(up: Tensor, down: Tensor, alpha: Tensor | None) -> Delta:
-    if alpha is None or not len(down.shape) or not len(down):
+    if alpha is None:
         return Delta(up, down)
-    if alpha.numel() != 1:
-        raise ValueError("an alpha is not one number")
-    return Delta(up, down, float(alpha) / len(down))
+    return Delta(up, down, alpha_scale(alpha, len(down) if down.ndim else 0))
 
 
 class WeightPatcher:
