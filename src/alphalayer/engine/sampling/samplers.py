@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 from torch import Tensor
 
 from alphalayer.engine.sampling import levels, multistep, partial, single_step
 from alphalayer.engine.sampling.partial import Levels
-from alphalayer.engine.sampling.run import Run, pair_levels
+from alphalayer.engine.sampling.run import Run
 from alphalayer.engine.sampling.schedules import LevelsOf, SigmaTable, sigmas_for
 
 LastLevels = Callable[[LevelsOf, str, int, int, SigmaTable], Levels]
@@ -176,7 +177,7 @@ def brownian_intervals(name: str, sigmas: Tensor, eta: float = 1.0) -> list[tupl
     """
     if SAMPLERS[name].noise != "brownian" or not eta:
         return []
-    steps = [step for step in pair_levels(sigmas.tolist()) if step[1] > 0]
+    steps = [step for step in pairwise(sigmas.tolist()) if step[1] > 0]
     if name != "DPM++ SDE":
         return steps
     halves = [single_step.sde_levels(*step) for step in steps]

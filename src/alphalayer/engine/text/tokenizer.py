@@ -69,10 +69,10 @@ class ClipTokenizer:
         Special tokens are found first. The text between them is fixed apart. So a full-width
         exclamation mark is no padding token.
         """
-        found = self._tokenizer.encode(text, add_special_tokens=False)
+        encoding = self._tokenizer.encode(text, add_special_tokens=False)
         ids: list[int] = []
         at = 0
-        for number, (start, end) in zip(found.ids, found.offsets, strict=True):
+        for number, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
             if number in self._added:
                 ids += [*self._encode_words(text[at:start]), number]
                 at = end
