@@ -127,6 +127,34 @@ def test_removed_patch_prepares_the_text_again():
     assert model.prepared == 2
 
 
+def test_equal_prompts_keep_their_own_conditions():
+    """Texts of unlike lengths are calls of their own, one after the other."""
+    model, received = Model("cpu"), list[float]()
+
+    def denoise(x: torch.Tensor, _sigma: float, _text: Any, condition: torch.Tensor):
+        received.append(float(condition.mean()))
+        return x
+
+    model.denoise = denoise  # type: ignore[method-assign]
+    texts = constant(make_text("cpu", 77 * 5)), constant(make_text("cpu"))
+    guidances = [
+        Guidance(*texts, 5.0, condition=torch.full((1, 4, 8, 8), float(i))) for i in range(2)
+    ]
+    denoiser = Denoiser(model, guidances, 64, 64, MEMORY_MODES["high"])  # type: ignore[arg-type]
+    for step in range(2):
+        denoiser(torch.ones(2, 4, 8, 8), 1.0, step)
+    assert received == [0.0, 0.0, 1.0, 1.0] * 2
+
+
+@pytest.mark.parametrize("step", [0, 1])
+@pytest.mark.parametrize("scale", [1.0, 5.0])
+def test_negative_is_kept_for_a_sampler_that_uses_it(step: int, scale: float):
+    positive, negative = make_text("cpu"), make_text("cpu")
+    texts = constant(positive), constant(negative)
+    guidance = Guidance(*texts, scale, min_uncond=2.0, keep_negative=True)
+    assert guidance.conditionings(step, 1.0) == [negative, positive]
+
+
 def test_crop_reaches_the_model():
     model, text = Model("cpu"), make_text("cpu")
     guidance = Guidance(constant(text), constant(make_text("cpu")), 5.0)

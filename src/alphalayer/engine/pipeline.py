@@ -648,13 +648,14 @@ def _guidance(
     request: ResolvedRequest, encoders: TextEncoders, check: Callable[[], None]
 ) -> Guidance:
     """Encode the prompts of a request."""
-    reading = _reading(request)
+    reading, sampler = _reading(request), SAMPLERS[request.sampler]
     return Guidance(
         plan_prompt(encoders, request.prompt, reading, check),
         plan_negative(encoders, request.negative_prompt, reading, check),
-        request.cfg_scale * SAMPLERS[request.sampler].guidance_share,
+        request.cfg_scale * sampler.guidance_share,
         len(request.images),
         min_uncond=request.options.min_uncond,
+        keep_negative=sampler.is_cfgpp,
     )
 
 

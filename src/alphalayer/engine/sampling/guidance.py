@@ -32,12 +32,15 @@ class Guidance:
     """Condition of a mode with input images (1, C, h, w), see `DiffusionModel.denoise`."""
     min_uncond: float = 0.0
     """Noise level below which the negative prompt is left out of odd steps."""
+    keep_negative: bool = False
+    """Whether each step has the negative prompt, because the sampler uses its prediction."""
 
     def conditionings(self, step: int, sigma: float) -> list[Conditioning]:
         """Return the conditionings of a step: the negative one first, if it is used."""
         positives = self.positive.at(step)
         is_plain = self.scale == 1.0 and positives[0][1] == 1.0
-        if len(positives) == 1 and (is_plain or (step % 2 and sigma < self.min_uncond)):
+        is_skipped = is_plain or (step % 2 and sigma < self.min_uncond)
+        if len(positives) == 1 and is_skipped and not self.keep_negative:
             return [positives[0][0]]
         return [self.negative.at(step)[0][0], *(positive for positive, _ in positives)]
 
@@ -60,7 +63,7 @@ class Denoiser:
 
     Guidance works on x0: `u + scale * sum_i w_i (c_i - u)`, with several `c_i` if the prompt has
     AND. At scale 1 with a single prompt the negative row is skipped. So it is at odd steps below
-    `Guidance.min_uncond`.
+    `Guidance.min_uncond`. `Guidance.keep_negative` keeps it.
 
     Rows with different token counts are repeated to a common length, if that is at most four times
     the shorter one. Cross-attention does not change when its keys are repeated. Other rows are
@@ -84,8 +87,8 @@ class Denoiser:
     check: Callable[[], None] = lambda: None
     crop: tuple[int, int] = (0, 0)
     _unconditional: list[Tensor] = field(default_factory=list[Tensor], init=False)
-    _prepared: dict[tuple[tuple[int, int, bool], ...], _Prepared] = field(
-        default_factory=dict[tuple[tuple[int, int, bool], ...], "_Prepared"], init=False
+    _prepared: dict[tuple[_Key, ...], _Prepared] = field(
+        default_factory=dict[tuple["_Key", ...], "_Prepared"], init=False
     )
 
     @torch.inference_mode()
@@ -172,6 +175,9 @@ PREPARED_GROUPS = 4
 """Prepared texts that are kept. A prompt whose text changes at each step has more."""
 
 
+_Key = tuple[int, int, int, bool]
+
+
 @dataclass(frozen=True)
 class _Prepared:
     """Text and condition of the rows of one call, on the device and in the denoiser's dtype."""
@@ -200,12 +206,12 @@ class _Rows:
         return self.conditioning.context.shape[1]
 
     @property
-    def key(self) -> tuple[int, int, bool]:
-        """Return the key of the prepared text.
+    def key(self) -> _Key:
+        """Return the key of the prepared text and condition.
 
-        The plans of the prompts keep the conditionings alive, so the id stays unique.
+        The guidances keep their conditionings and conditions alive, so the ids stay unique.
         """
-        return id(self.conditioning), len(self.images), self.patched
+        return id(self.conditioning), id(self.condition), len(self.images), self.patched
 
 
 def _expand(group: Sequence[_Rows], value: Callable[[_Rows], Tensor | None]) -> Any:

@@ -32,8 +32,13 @@ class Sampler:
     last_levels: LastLevels = partial.last_levels
     preserves_variance: bool = False
     """Whether its first and last latents are in the variance-preserving frame."""
-    guidance_share: float = 1.0
-    """Factor of the guidance scale."""
+    is_cfgpp: bool = False
+    """Whether it uses the prediction without the prompt (CFG++)."""
+
+    @property
+    def guidance_share(self) -> float:
+        """Return the factor of the guidance scale."""
+        return _CFGPP_SHARE if self.is_cfgpp else 1.0
 
     def choose_eta(self, requested: float | None) -> float:
         """Return the share of fresh noise of a request."""
@@ -123,7 +128,7 @@ SAMPLERS = {
         levels=levels.ddim_sigmas,
         last_levels=partial.last_ddim_levels,
         preserves_variance=True,
-        guidance_share=_CFGPP_SHARE,
+        is_cfgpp=True,
     ),
     "PLMS": Sampler(
         multistep.plms,
@@ -160,8 +165,8 @@ def sample(name: str, run: Run, x: Tensor, sigmas: Tensor) -> Tensor:
 
 
 def count_steps(sigmas: Tensor) -> int:
-    """Return the number of steps along noise levels. A rise is no step."""
-    return int((sigmas[1:] < sigmas[:-1]).sum())
+    """Return the number of steps along noise levels. A rise is no step, a repeated level is one."""
+    return int((sigmas[1:] <= sigmas[:-1]).sum())
 
 
 def brownian_intervals(name: str, sigmas: Tensor, eta: float = 1.0) -> list[tuple[float, float]]:
