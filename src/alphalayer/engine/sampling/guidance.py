@@ -147,7 +147,7 @@ class Denoiser:
     def _prepare_text(self, group: Sequence[_Rows]) -> _Prepared:
         length = math.lcm(*(entry.tokens for entry in group))
         text = Conditioning(
-            _expand(group, lambda entry: _repeat(entry.conditioning.context, length)),
+            _expand(group, lambda entry: _repeat(entry.conditioning.padded_context(), length)),
             _expand(group, lambda entry: entry.conditioning.pooled),
         )
         weight = next(self.model.modules["denoiser"].parameters())
@@ -203,7 +203,7 @@ class _Rows:
 
     @property
     def tokens(self) -> int:
-        return self.conditioning.context.shape[1]
+        return self.conditioning.tokens
 
     @property
     def key(self) -> _Key:
