@@ -9,14 +9,22 @@ from typing import Any
 import pytest
 import torch
 
-from alphalayer.core.request import MAX_SEED, GenerationOptions, GenerationRequest, ModelDefaults
+from alphalayer.core import cost
+from alphalayer.core.request import (
+    MAX_SEED,
+    SCHEDULERS,
+    GenerationOptions,
+    GenerationRequest,
+    ModelDefaults,
+)
 from alphalayer.engine import pipeline
 from alphalayer.engine.base import Progress, RenderTask
 from alphalayer.engine.canvas import Canvas
 from alphalayer.engine.families.base import LatentSpec
 from alphalayer.engine.pipeline import LocalEngine, Pass
 from alphalayer.engine.sampling.noise import ImageGenerator
-from alphalayer.engine.sampling.samplers import SAMPLERS
+from alphalayer.engine.sampling.run import Run
+from alphalayer.engine.sampling.samplers import SAMPLERS, count_steps, sample
 from alphalayer.engine.sampling.schedules import SigmaTable
 
 TABLE = SigmaTable.from_betas()
@@ -115,6 +123,47 @@ def test_negative_prompt_is_kept_for_cfgpp(
     guidance = pipeline._guidance(request, None, lambda: None)  # type: ignore[arg-type]
     assert guidance.keep_negative is is_kept
     assert guidance.scale == (1.0 if is_kept else 12.5)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_steps_of_the_cost_are_those_of_the_engine(sampler: str):
+    for scheduler in SCHEDULERS:
+        for steps in (1, 2, 3, 19, 20, 36, 49, 50, 60, 143, 150):
+            sigmas = SAMPLERS[sampler].levels(scheduler, steps, TABLE)
+            counted = cost.count_steps(sampler, scheduler, steps)
+            assert count_steps(sigmas) == counted, (scheduler, steps)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_second_pass_steps_of_the_cost_are_those_of_the_engine(sampler: str):
+    for scheduler in SCHEDULERS:
+        for steps, strength in ((1, 1.0), (2, 0.5), (20, 0.75), (60, 0.5), (150, 0.25), (150, 1.0)):
+            total = cost.total_steps(steps, strength)
+            sigmas = SAMPLERS[sampler].choose_levels(scheduler, steps, TABLE, total).sigmas
+            counted = cost.count_steps(sampler, scheduler, steps, strength)
+            assert count_steps(sigmas) == counted, (scheduler, steps, strength)
+
+
+@pytest.mark.parametrize("scheduler", ["Normal", "KL Optimal", "DDIM"])
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_calls_of_the_cost_are_those_of_the_engine(sampler: str, scheduler: str):
+    for steps in (1, 2, 21, 40):
+        calls: list[float] = []
+        progress: list[int] = []
+        x = torch.zeros(1)
+        run = Run(
+            lambda x, sigma, calls=calls: calls.append(sigma) or x,
+            lambda *_, x=x: x,
+            lambda step, *_, progress=progress: progress.append(step),
+            lambda x=x: x,
+            SAMPLERS[sampler].eta,
+        )
+        sigmas = SAMPLERS[sampler].levels(scheduler, steps, TABLE)
+        sample(sampler, run, x, sigmas)
+        taken = cost.count_steps(sampler, scheduler, steps)
+        most = cost.count_calls(sampler, taken)
+        assert most - 3 <= len(calls) <= most, steps
+        assert progress[-1] == max(progress) == taken, steps
 
 
 class Denoiser:

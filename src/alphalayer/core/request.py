@@ -704,7 +704,10 @@ class ResolvedRequest(GenerationRequest, frozen=True):
 
     @property
     def calls(self) -> int:
-        """Return the calls of the network. Prompt schedules count them."""
+        """Return the calls that prompt schedules count, as Forge counts them.
+
+        Samplers that choose levels themselves make a few more or fewer, see `cost.count_steps`.
+        """
         return self.steps * CALLS_PER_STEP.get(self.sampler, 1)
 
     @property

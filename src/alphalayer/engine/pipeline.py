@@ -22,6 +22,7 @@ from torch import Tensor
 
 from alphalayer import catalog
 from alphalayer.catalog import ModelEntry
+from alphalayer.core.cost import total_steps
 from alphalayer.core.errors import AlphalayerError, InvalidRequest, ModelNotFound, OutOfMemory
 from alphalayer.core.request import GenerationRequest, ResolvedRequest
 from alphalayer.engine.acceleration import Acceleration, check_acceleration
@@ -49,7 +50,7 @@ from alphalayer.engine.progress import ProgressReporter, Stopwatch
 from alphalayer.engine.sampling.brownian_tree import BrownianNoise
 from alphalayer.engine.sampling.guidance import Denoiser, Guidance
 from alphalayer.engine.sampling.noise import ImageGenerator, Shape, initial_noise
-from alphalayer.engine.sampling.partial import Levels, total_steps
+from alphalayer.engine.sampling.partial import Levels
 from alphalayer.engine.sampling.run import Noise, Run
 from alphalayer.engine.sampling.samplers import SAMPLERS, brownian_intervals, count_steps, sample
 from alphalayer.engine.text.encoders import (
