@@ -147,7 +147,7 @@ def _count_whole(sampler: str, scheduler: str, steps: int) -> int:
 
 
 def _strided(levels: int, steps: int, first: int = 0) -> int:
-    """Count the levels from `first` on, in strides of `levels` / `steps`, rounded down."""
+    """Count the levels from `first` on, in whole strides of `levels` / `steps`."""
     return len(range(first, levels, max(levels // steps, 1)))
 
 

@@ -165,7 +165,10 @@ def sample(name: str, run: Run, x: Tensor, sigmas: Tensor) -> Tensor:
 
 
 def count_steps(sigmas: Tensor) -> int:
-    """Return the number of steps along noise levels. A rise is no step, a repeated level is one."""
+    """Return the number of steps along noise levels.
+
+    A repeated level is a step, and a rise is none.
+    """
     return int((sigmas[1:] <= sigmas[:-1]).sum())
 
 
