@@ -13,7 +13,7 @@ from tests.support.transfers import Transfers
 from alphalayer.engine.families.base import NoiseProcess
 from alphalayer.engine.memory import MEMORY_MODES
 from alphalayer.engine.networks.unet import UNet
-from alphalayer.engine.sampling.guidance import Denoiser, Guidance
+from alphalayer.engine.sampling.guidance import PREPARED_TOKENS, Denoiser, Guidance
 from alphalayer.engine.sampling.run import Run
 from alphalayer.engine.sampling.samplers import sample
 from alphalayer.engine.sampling.schedules import SigmaTable, sigmas_for
@@ -100,6 +100,21 @@ def test_alternating_texts_are_prepared_once_each():
     plan = PromptPlan([(1.0, [(step, texts[step % 2]) for step in range(20)])])
     generate(model, plan, constant(make_text("cpu")), "cpu")
     assert model.prepared == 2
+
+
+def test_prepared_texts_have_a_limit_in_tokens():
+    model = Model("meta")
+    guidance = Guidance(
+        PromptPlan([(1.0, [(step, make_text("meta", 77 * 40)) for step in range(5)])]),
+        constant(make_text("meta")),
+        5.0,
+    )
+    denoiser = Denoiser(model, [guidance], 64, 64, MEMORY_MODES["high"])  # type: ignore[arg-type]
+    for step in range(5):
+        denoiser(torch.ones(1, 4, 8, 8, device="meta"), 1.0, step)
+        held = [prepared.tokens for prepared in denoiser._prepared.values()]
+        assert held[-1] == 77 * 40
+        assert sum(held) <= PREPARED_TOKENS
 
 
 def test_unconditional_is_the_prediction_of_the_negative_prompt():

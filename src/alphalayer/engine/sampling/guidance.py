@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import reduce
 from typing import Any
 
@@ -138,14 +138,24 @@ class Denoiser:
     def _prepare(self, group: Sequence[_Rows]) -> _Prepared:
         """Prepare the text of a group, or return it from an earlier step."""
         key = tuple(entry.key for entry in group)
-        prepared = self._prepared.pop(key, None) or self._prepare_text(group)
-        if len(self._prepared) >= PREPARED_GROUPS:
-            del self._prepared[next(iter(self._prepared))]
+        prepared = self._prepared.pop(key, None)
+        if prepared is None:
+            self._make_room(_common_length(group) * sum(len(entry.images) for entry in group))
+            prepared = self._prepare_text(group)
         self._prepared[key] = prepared
         return prepared
 
+    def _make_room(self, tokens: int) -> None:
+        """Drop the oldest prepared texts, so that one of this many tokens may be added."""
+        while self._prepared and (
+            len(self._prepared) >= PREPARED_GROUPS
+            or tokens + sum(prepared.tokens for prepared in self._prepared.values())
+            > PREPARED_TOKENS
+        ):
+            del self._prepared[next(iter(self._prepared))]
+
     def _prepare_text(self, group: Sequence[_Rows]) -> _Prepared:
-        length = math.lcm(*(entry.tokens for entry in group))
+        length = _common_length(group)
         text = Conditioning(
             _expand(group, lambda entry: _repeat(entry.conditioning.padded_context(), length)),
             _expand(group, lambda entry: entry.conditioning.pooled),
@@ -156,6 +166,7 @@ class Denoiser:
         return _Prepared(
             self.model.prepare(text, self.width, self.height, self.crop),
             None if condition is None else condition.to(weight.device, weight.dtype),
+            length * len(text.pooled),
         )
 
     def _evaluate(self, noisy: Tensor, sigma: float, prepared: _Prepared) -> Tensor:
@@ -173,6 +184,8 @@ class Denoiser:
 
 PREPARED_GROUPS = 4
 """Prepared texts that are kept. A prompt whose text changes at each step has more."""
+PREPARED_TOKENS = 8192
+"""Tokens of the prepared texts that are kept: 2.7 GB for SDXL in float16."""
 
 
 _Key = tuple[int, int, int, bool]
@@ -184,12 +197,13 @@ class _Prepared:
 
     text: Prepared
     condition: Tensor | None
+    tokens: int
+    """Tokens of all rows."""
 
     def rows(self, rows: slice) -> _Prepared:
         """Return some of the rows."""
-        return _Prepared(
-            self.text.rows(rows), None if self.condition is None else self.condition[rows]
-        )
+        condition = None if self.condition is None else self.condition[rows]
+        return replace(self, text=self.text.rows(rows), condition=condition)
 
 
 @dataclass(frozen=True)
@@ -224,6 +238,11 @@ def _expand(group: Sequence[_Rows], value: Callable[[_Rows], Tensor | None]) -> 
     return torch.cat(rows) if rows else None
 
 
+def _common_length(group: Sequence[_Rows]) -> int:
+    """Return the length in tokens to which all texts of a group can be repeated."""
+    return math.lcm(*(entry.tokens for entry in group))
+
+
 def _repeat(context: Tensor, length: int) -> Tensor:
     """Repeat the tokens of a text (1, tokens, width) to a length."""
     return context.repeat(1, length // context.shape[1], 1)
@@ -241,5 +260,4 @@ def _groups(rows: Sequence[_Rows]) -> list[list[_Rows]]:
 
 
 def _are_compatible(group: Sequence[_Rows]) -> bool:
-    lengths = [entry.tokens for entry in group]
-    return math.lcm(*lengths) <= 4 * min(lengths)
+    return _common_length(group) <= 4 * min(entry.tokens for entry in group)
