@@ -306,6 +306,9 @@ FOLDER_DAMAGES: dict[str, Callable[[Path], None]] = {
     "scheduler of no steps": lambda folder: _change(
         folder / "scheduler" / "scheduler_config.json", num_train_timesteps=0
     ),
+    "scheduler of few steps": lambda folder: _change(
+        folder / "scheduler" / "scheduler_config.json", num_train_timesteps=199
+    ),
     "scheduler of text": lambda folder: _change(
         folder / "scheduler" / "scheduler_config.json", beta_start="low"
     ),

@@ -14,6 +14,7 @@ from tests.support import tiny_models
 from torch.nn import functional
 from torchsde import BrownianTree
 
+from alphalayer.core.cost import total_steps
 from alphalayer.core.errors import Cancelled, InvalidRequest
 from alphalayer.core.request import LATENT_UPSCALERS, GenerationRequest
 from alphalayer.engine import pipeline
@@ -22,7 +23,6 @@ from alphalayer.engine.canvas import Canvas
 from alphalayer.engine.hires import Resizing, enlarge_latents
 from alphalayer.engine.networks.transparent import TransparentEncoder
 from alphalayer.engine.pipeline import LocalEngine
-from alphalayer.engine.sampling.partial import total_steps
 from alphalayer.engine.sampling.run import Run
 from alphalayer.engine.sampling.samplers import SAMPLERS
 from alphalayer.engine.sampling.schedules import SigmaTable

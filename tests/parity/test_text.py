@@ -16,7 +16,7 @@ from tests.support import tiny_models
 from transformers import CLIPTokenizer
 
 from alphalayer.core.cost import EMBEDDING_CHUNKS, max_chunks
-from alphalayer.core.errors import InvalidRequest
+from alphalayer.core.errors import Cancelled, InvalidRequest
 from alphalayer.core.request import MAX_PROMPT_BYTES
 from alphalayer.engine.families.clip_files import build_text_model, transformers_names
 from alphalayer.engine.families.configs import SHIPPED
@@ -402,7 +402,8 @@ def test_plan_encodes_each_text_once(
         == len(calls)
         == 4
     )
-    assert checks == [0, 1, 2, 3], "a job can be cancelled between any two"
+    # the texts are split first
+    assert checks == [0] * 4 + [0, 1, 2, 3], "a job can be cancelled between any two"
 
 
 @pytest.mark.parametrize(
@@ -433,7 +434,7 @@ def test_plan_with_too_many_embedding_vectors_is_refused(tokenizers, own_models)
 )
 def test_text_without_embeddings_has_no_more_than_max_chunks(encoders: TextEncoders, text: str):
     for count in (1, 30, 200, MAX_PROMPT_BYTES // len(text.encode())):
-        assert encoders.count_chunks(text * count) <= max_chunks(text * count) - EMBEDDING_CHUNKS
+        assert len(encoders.split(text * count)[0]) <= max_chunks(text * count) - EMBEDDING_CHUNKS
 
 
 def test_plan_negative_treats_and_as_text(encoders: TextEncoders):
@@ -470,9 +471,55 @@ def test_texts_of_a_schedule_are_padded_with_empty_chunks(encoders: TextEncoders
 def test_shorter_parts_of_and_repeat_their_last_vector(encoders: TextEncoders):
     (short, _), (long, _) = plan_prompt(encoders, f"a cat AND {LONG}", Reading(4)).at(0)
     alone = encoders.encode("a cat ").context
-    assert short.context.shape == long.context.shape == (1, 154, alone.shape[2])
-    assert torch.equal(short.context[:, :77], alone)
-    assert torch.equal(short.context[:, 77:], alone[:, -1:].expand(1, 77, -1))
+    padded = short.padded_context()
+    assert short.tokens == long.tokens == 154
+    assert padded.shape == long.padded_context().shape == (1, 154, alone.shape[2])
+    assert torch.equal(padded[:, :77], alone)
+    assert torch.equal(padded[:, 77:], alone[:, -1:].expand(1, 77, -1))
+
+
+def test_plan_of_unlike_parts_holds_each_chunk_once(encoders: TextEncoders):
+    prompt = "a " + "BREAK a " * 20 + "AND [" + "|".join(map(str, range(10))) + "]"
+    plan = plan_prompt(encoders, prompt, Reading(10))
+    held = {id(entry): entry for _, schedule in plan.parts for _, entry in schedule}.values()
+    assert {entry.tokens for entry in held} == {77 * 21}
+    assert sum(entry.context.shape[1] for entry in held) == 77 * (21 + 10)
+
+
+def test_plan_splits_each_text_once_and_can_be_cancelled(
+    encoders: TextEncoders, monkeypatch: pytest.MonkeyPatch
+):
+    texts: list[str] = []
+    whole = TextEncoders.split
+    monkeypatch.setattr(
+        TextEncoders,
+        "split",
+        lambda self, text, *rest: texts.append(text) or whole(self, text, *rest),
+    )
+
+    def cancel() -> None:
+        raise Cancelled("cancelled.")
+
+    with pytest.raises(Cancelled):
+        plan_prompt(encoders, "[one|two] mug", Reading(4), cancel)
+    assert texts == []
+    plan_prompt(encoders, "[one|two] mug", Reading(4))
+    assert texts == ["one mug", "two mug"]
+
+
+@pytest.mark.parametrize("line", ["\n\x01", "\n\ufeff"])
+def test_lines_of_deleted_characters_are_fixed_once(
+    encoders: TextEncoders, line: str, monkeypatch: pytest.MonkeyPatch
+):
+    import ftfy
+
+    lines: list[str] = []
+    whole = ftfy.fix_text
+    monkeypatch.setattr(
+        ftfy, "fix_text", lambda line, **options: lines.append(line) or whole(line, **options)
+    )
+    plan_prompt(encoders, line * 500 + "[0|1|2|3|4]", Reading(5))
+    assert len(lines) < 8
 
 
 def _weighted(encoders: TextEncoders, text: str, weights: dict[int, float]) -> torch.Tensor:
@@ -533,6 +580,23 @@ def test_negative_whose_texts_are_all_empty_is_zeros(
 ):
     conditioning = plan_negative(encoders, negative, Reading(4)).at(0)[0][0]
     assert bool(conditioning.context.any()) != is_zeroed
+
+
+def test_schedule_above_the_cache_keeps_the_other_entries(
+    tokenizers, own_models, monkeypatch: pytest.MonkeyPatch
+):
+    own = TextEncoders(*tokenizers, *own_models)
+    monkeypatch.setattr("alphalayer.engine.text.encoders.CACHE_BYTES", own.encode("cup").nbytes * 3)
+    own.encode_schedule([str(i) for i in range(4)])
+    assert own.is_cached(["cup"], 1, "Original")
+    assert not own.is_cached([str(i) for i in range(4)], 1, "Original")
+
+
+def test_clip_skip_of_the_same_layer_shares_the_cache(tokenizers, own_models):
+    own = TextEncoders(*tokenizers, *own_models)
+    own.encode("cup", clip_skip=1)
+    assert own.is_cached(["cup"], 2, "Original")
+    assert not own.is_cached(["cup"], 3, "Original")
 
 
 def test_cache_holds_what_a_plan_needs(tokenizers, own_models):

@@ -11,6 +11,7 @@ import json
 import shutil
 from pathlib import Path
 
+import ftfy
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -19,7 +20,7 @@ from transformers import CLIPTokenizer
 from alphalayer.catalog import EMBEDDED_MODEL
 from alphalayer.core.errors import CorruptFile
 from alphalayer.engine.families.configs import SHIPPED
-from alphalayer.engine.text.tokenizer import ClipTokenizer, read_tokenizer, read_tokenizers
+from alphalayer.engine.text.tokenizer import ClipTokenizer, _fix, read_tokenizer, read_tokenizers
 
 FOLDERS = [
     model / name for model in (SHIPPED, EMBEDDED_MODEL) for name in ("tokenizer", "tokenizer_2")
@@ -89,6 +90,21 @@ def test_recorded_token_ids_are_equal(pairs: list[Pair]):
     assert len(rows) > 300
     for text, *expected in rows:
         assert [own.encode(text) for own, _ in pairs[:2]] == expected, ascii(text)
+
+
+def test_lines_are_fixed_as_ftfy_fixes_the_whole_text():
+    """Cover entities, which ftfy keeps from the first tag on."""
+    texts = [text for text, *_ in json.loads(RECORDED.read_text())]
+    entities = ["&amp; <b", "a\n", "&lt;", "\n\n", "\x01", "\r", "x\u2028y", "\ufeff"]
+    lines = texts[:150] + entities + texts[150:] + entities
+    for size in (1, 2, 40):
+        for first in range(0, len(lines), size):
+            text = "\n".join(lines[first : first + size])
+            # ftfy replaces "\r". Any white space becomes a blank later.
+            assert _fix(text).replace("\r\n", "\n").replace("\r", "\n") == (
+                ftfy.fix_text(text).lower()
+            ), ascii(text)
+    assert _fix("&amp;\n<\n&amp;") == "&\n<\n&amp;"
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from tests.support.transfers import Transfers
 from alphalayer.engine.families.base import NoiseProcess
 from alphalayer.engine.memory import MEMORY_MODES
 from alphalayer.engine.networks.unet import UNet
-from alphalayer.engine.sampling.guidance import Denoiser, Guidance
+from alphalayer.engine.sampling.guidance import PREPARED_TOKENS, Denoiser, Guidance
 from alphalayer.engine.sampling.run import Run
 from alphalayer.engine.sampling.samplers import sample
 from alphalayer.engine.sampling.schedules import SigmaTable, sigmas_for
@@ -102,6 +102,21 @@ def test_alternating_texts_are_prepared_once_each():
     assert model.prepared == 2
 
 
+def test_prepared_texts_have_a_limit_in_tokens():
+    model = Model("meta")
+    guidance = Guidance(
+        PromptPlan([(1.0, [(step, make_text("meta", 77 * 40)) for step in range(5)])]),
+        constant(make_text("meta")),
+        5.0,
+    )
+    denoiser = Denoiser(model, [guidance], 64, 64, MEMORY_MODES["high"])  # type: ignore[arg-type]
+    for step in range(5):
+        denoiser(torch.ones(1, 4, 8, 8, device="meta"), 1.0, step)
+        held = [prepared.tokens for prepared in denoiser._prepared.values()]
+        assert held[-1] == 77 * 40
+        assert sum(held) <= PREPARED_TOKENS
+
+
 def test_unconditional_is_the_prediction_of_the_negative_prompt():
     model = Model("cpu")
     negative = Conditioning(torch.zeros(1, 77, 16), torch.zeros(1, 8))
@@ -125,6 +140,34 @@ def test_removed_patch_prepares_the_text_again():
     for patched in (True, True, False, False):
         denoiser(torch.ones(1, 4, 8, 8), 1.0, 0, patched=patched)
     assert model.prepared == 2
+
+
+def test_equal_prompts_keep_their_own_conditions():
+    """Texts of unlike lengths are calls of their own, one after the other."""
+    model, received = Model("cpu"), list[float]()
+
+    def denoise(x: torch.Tensor, _sigma: float, _text: Any, condition: torch.Tensor):
+        received.append(float(condition.mean()))
+        return x
+
+    model.denoise = denoise  # type: ignore[method-assign]
+    texts = constant(make_text("cpu", 77 * 5)), constant(make_text("cpu"))
+    guidances = [
+        Guidance(*texts, 5.0, condition=torch.full((1, 4, 8, 8), float(i))) for i in range(2)
+    ]
+    denoiser = Denoiser(model, guidances, 64, 64, MEMORY_MODES["high"])  # type: ignore[arg-type]
+    for step in range(2):
+        denoiser(torch.ones(2, 4, 8, 8), 1.0, step)
+    assert received == [0.0, 0.0, 1.0, 1.0] * 2
+
+
+@pytest.mark.parametrize("step", [0, 1])
+@pytest.mark.parametrize("scale", [1.0, 5.0])
+def test_negative_is_kept_for_a_sampler_that_uses_it(step: int, scale: float):
+    positive, negative = make_text("cpu"), make_text("cpu")
+    texts = constant(positive), constant(negative)
+    guidance = Guidance(*texts, scale, min_uncond=2.0, keep_negative=True)
+    assert guidance.conditionings(step, 1.0) == [negative, positive]
 
 
 def test_crop_reaches_the_model():

@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from alphalayer.core.request import GenerationOptions, GenerationRequest, ModelDefaults
+from alphalayer.core import cost
+from alphalayer.core.request import (
+    MAX_SEED,
+    SCHEDULERS,
+    GenerationOptions,
+    GenerationRequest,
+    ModelDefaults,
+)
+from alphalayer.engine import pipeline
 from alphalayer.engine.base import Progress, RenderTask
 from alphalayer.engine.canvas import Canvas
 from alphalayer.engine.families.base import LatentSpec
 from alphalayer.engine.pipeline import LocalEngine, Pass
 from alphalayer.engine.sampling.noise import ImageGenerator
-from alphalayer.engine.sampling.samplers import SAMPLERS
+from alphalayer.engine.sampling.run import Run
+from alphalayer.engine.sampling.samplers import SAMPLERS, count_steps, sample
 from alphalayer.engine.sampling.schedules import SigmaTable
 
 TABLE = SigmaTable.from_betas()
@@ -34,8 +44,8 @@ def resolve(sampler: str, **options: Any):
     return request.resolve(ModelDefaults())
 
 
-def make_pass(sampler: str, **options: Any) -> Pass:
-    levels = SAMPLERS[sampler].choose_levels("Karras", 5, TABLE)
+def make_pass(sampler: str, scheduler: str = "Karras", steps: int = 5, **options: Any) -> Pass:
+    levels = SAMPLERS[sampler].choose_levels(scheduler, steps, TABLE)
     return Pass(0, [resolve(sampler, **options)], Canvas.of(24, 16, 8), levels)
 
 
@@ -61,6 +71,24 @@ def test_noise_seed_delta_leaves_brownian_paths():
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
+@pytest.mark.parametrize("source", ["nv", "cpu"])
+def test_noise_seed_delta_above_the_largest_seed_starts_at_zero(source: str):
+    request = GenerationRequest(
+        prompt="an apple",
+        sampler="Euler a",
+        seed=MAX_SEED,
+        batch_size=3,
+        noise=source,
+        options=GenerationOptions(noise_seed_delta=MAX_SEED),
+    ).resolve(ModelDefaults())
+    run = replace(make_pass("Euler a"), requests=[request])
+    _, source_of_noise = make_engine()._noise(run, LatentSpec(4, 8, 1.0), None)
+    with source_of_noise as noise:
+        fresh = noise(*run.levels.sigmas[:2].tolist())
+    # 2 * (2^63 - 1) + 2 = 2^64
+    assert torch.equal(fresh[2], ImageGenerator(0, source).randn(SHAPE))
+
+
 @pytest.mark.parametrize(("eta", "requested"), [(None, 4), (0.5, 4), (0.0, 0)])
 def test_eta_of_the_request_reaches_the_sampler(eta: float | None, requested: int):
     noises: list[float] = []
@@ -78,6 +106,64 @@ def test_prompts_count_calls_and_progress_counts_steps(sampler: str, calls: int,
     assert [entry.step for entry in progress] == sorted({entry.step for entry in progress})
     assert {entry.steps for entry in progress} == {steps}
     assert progress[-1].step == steps
+
+
+def test_progress_counts_repeated_levels():
+    _, progress = sample_with("LCM", scheduler="Simple", steps=60)
+    assert [(entry.step, entry.steps) for entry in progress][-1] == (60, 60)
+
+
+@pytest.mark.parametrize(("sampler", "is_kept"), [("DDIM CFG++", True), ("DDIM", False)])
+def test_negative_prompt_is_kept_for_cfgpp(
+    sampler: str, is_kept: bool, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(pipeline, "plan_prompt", lambda *_: None)
+    monkeypatch.setattr(pipeline, "plan_negative", lambda *_: None)
+    request = resolve(sampler).model_copy(update={"cfg_scale": 12.5})
+    guidance = pipeline._guidance(request, None, lambda: None)  # type: ignore[arg-type]
+    assert guidance.keep_negative is is_kept
+    assert guidance.scale == (1.0 if is_kept else 12.5)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_steps_of_the_cost_are_those_of_the_engine(sampler: str):
+    for scheduler in SCHEDULERS:
+        for steps in (1, 2, 3, 19, 20, 36, 49, 50, 60, 143, 150):
+            sigmas = SAMPLERS[sampler].levels(scheduler, steps, TABLE)
+            counted = cost.count_steps(sampler, scheduler, steps)
+            assert count_steps(sigmas) == counted, (scheduler, steps)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_second_pass_steps_of_the_cost_are_those_of_the_engine(sampler: str):
+    for scheduler in SCHEDULERS:
+        for steps, strength in ((1, 1.0), (2, 0.5), (20, 0.75), (60, 0.5), (150, 0.25), (150, 1.0)):
+            total = cost.total_steps(steps, strength)
+            sigmas = SAMPLERS[sampler].choose_levels(scheduler, steps, TABLE, total).sigmas
+            counted = cost.count_steps(sampler, scheduler, steps, strength)
+            assert count_steps(sigmas) == counted, (scheduler, steps, strength)
+
+
+@pytest.mark.parametrize("scheduler", ["Normal", "KL Optimal", "DDIM"])
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_calls_of_the_cost_are_those_of_the_engine(sampler: str, scheduler: str):
+    for steps in (1, 2, 21, 40):
+        calls: list[float] = []
+        progress: list[int] = []
+        x = torch.zeros(1)
+        run = Run(
+            lambda x, sigma, calls=calls: calls.append(sigma) or x,
+            lambda *_, x=x: x,
+            lambda step, *_, progress=progress: progress.append(step),
+            lambda x=x: x,
+            SAMPLERS[sampler].eta,
+        )
+        sigmas = SAMPLERS[sampler].levels(scheduler, steps, TABLE)
+        sample(sampler, run, x, sigmas)
+        taken = cost.count_steps(sampler, scheduler, steps)
+        most = cost.count_calls(sampler, taken)
+        assert most - 3 <= len(calls) <= most, steps
+        assert progress[-1] == max(progress) == taken, steps
 
 
 class Denoiser:

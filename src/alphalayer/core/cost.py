@@ -24,6 +24,11 @@ DECODE_STEPS = 10
 """Steps that take as long as the decode of an image [counted for both models: 5 to 17]."""
 CALLS = {**CALLS_PER_STEP, "HeunPP2": 3}
 """Most calls of the UNet a step; 1 for other samplers."""
+MAX_STRENGTH = 0.999
+TRAINING_STEPS, LCM_LEVELS = 1000, 50
+"""Levels that SDXL was trained on, and those of them that LCM uses."""
+_STRIDING = ("DDIM", "DDIM CFG++", "PLMS")
+_WITHOUT_LOWEST = ("DPM++ 3M SDE", "DPM2", "DPM2 a")
 BYTES_OF_A_CHUNK = 150
 """UTF-8 bytes of 75 tokens, at two a token. English has about 4.5, digits and emoji 1 to 2."""
 CHUNK_UNITS = 0.01
@@ -64,13 +69,12 @@ def image_cost(request: GenerationRequest) -> Cost:
 def _pass_cost(request: ResolvedRequest) -> Cost:
     """Return the cost of one pass with its decode."""
     megapixels = request.width * request.height / UNIT_PIXELS
-    steps = request.steps
-    calls = steps * CALLS.get(request.sampler, 1)
+    calls = count_calls(request.sampler, _count_pass_steps(request))
     # two short prompts are two rows of the UNet, and each AND part is one more
     rows = (len(AND.findall(request.prompt)) + 2) / 2
     positive, negative = count_chunks(request.prompt), count_chunks(request.negative_prompt)
     texts = sum(
-        chunks * _count_texts(text, calls)
+        chunks * _count_texts(text, request.calls)
         for text, chunks in ((request.prompt, positive), (request.negative_prompt, negative))
     )
     sampling = megapixels * calls * rows
@@ -84,10 +88,72 @@ def _pass_cost(request: ResolvedRequest) -> Cost:
 def extras_cost(request: GenerationRequest, previews: int) -> float:
     """Return the cost of a request's LoRAs, and of previews of `previews` iterations."""
     preview = sum(
-        one.steps * DECODE_STEPS * min(one.width * one.height, PREVIEW_PIXELS) / UNIT_PIXELS
+        _count_pass_steps(one)
+        * DECODE_STEPS
+        * min(one.width * one.height, PREVIEW_PIXELS)
+        / UNIT_PIXELS
         for one in request.resolve(ModelDefaults()).passes
     )
     return len(request.loras) * LORA_UNITS + previews * preview
+
+
+def count_calls(sampler: str, steps: int) -> int:
+    """Return the most calls of the UNet in the steps of a sampler.
+
+    The last steps of samplers with several calls have fewer. The first step of PLMS has two.
+    """
+    return steps * CALLS.get(sampler, 1) + (sampler == "PLMS")
+
+
+def count_steps(sampler: str, scheduler: str, steps: int, strength: float | None = None) -> int:
+    """Return the steps that a sampler takes for a requested number.
+
+    DDIM, PLMS, UniPC and the schedule "DDIM" select training steps with a whole stride, as Forge
+    does. So 150 steps become 166 or 167.
+
+    Args:
+        sampler: Name of the sampler.
+        scheduler: Name of the schedule.
+        steps: Requested steps.
+        strength: Strength of a second pass. None: the first pass.
+    """
+    if strength is None or sampler == "DPM fast":
+        return _count_whole(sampler, scheduler, steps)
+    if sampler in (*_STRIDING, "UniPC"):
+        return max(steps - 1, 2) - (sampler in _STRIDING)
+    total = total_steps(steps, strength)
+    return max(_count_whole(sampler, scheduler, total) - (total - steps), 1)
+
+
+def total_steps(steps: int, strength: float) -> int:
+    """Return the steps of a schedule whose last `steps` begin at a strength.
+
+    Source: AUTOMATIC1111, the second pass of hires fix.
+    """
+    return int(steps / min(strength, MAX_STRENGTH))
+
+
+def _count_whole(sampler: str, scheduler: str, steps: int) -> int:
+    """Return the steps along a whole schedule."""
+    if sampler in _STRIDING:
+        return _strided(TRAINING_STEPS, max(steps, 2)) - 1
+    if sampler == "UniPC":
+        return _strided(TRAINING_STEPS, steps)
+    if scheduler != "DDIM" or sampler == "DPM fast":
+        return steps
+    if sampler in _WITHOUT_LOWEST:
+        return _strided(TRAINING_STEPS, steps + 1, first=1) - 1
+    return _strided(LCM_LEVELS if sampler == "LCM" else TRAINING_STEPS, steps, first=1)
+
+
+def _strided(levels: int, steps: int, first: int = 0) -> int:
+    """Count the levels from `first` on, in whole strides of `levels` / `steps`."""
+    return len(range(first, levels, max(levels // steps, 1)))
+
+
+def _count_pass_steps(request: ResolvedRequest) -> int:
+    strength = request.hires_strength if request.calls_before else None
+    return count_steps(request.sampler, request.scheduler, request.steps, strength)
 
 
 def max_chunks(text: str) -> int:
@@ -105,5 +171,5 @@ def count_chunks(text: str) -> int:
 
 
 def _count_texts(prompt: str, calls: int) -> int:
-    """Return the most texts that the schedules of a prompt can need over its calls."""
+    """Return the most texts that the schedules of a prompt can need over `calls`."""
     return calls if "|" in prompt else min(calls, 1 + prompt.count("["))

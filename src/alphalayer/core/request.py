@@ -378,8 +378,9 @@ class GenerationOptions(Frozen, frozen=True):
             Field(
                 ge=0,
                 le=1,
-                description="Share of fresh noise in each step (eta, eta_ancestral, eta_ddim). "
-                "Null: 0 for DDIM, else 1.",
+                description="Share of fresh noise in each step (eta, eta_ancestral, eta_ddim) of "
+                "the SDE and ancestral samplers, DPM fast, DDIM and DDIM CFG++. Others ignore it. "
+                "Null: 0 for DDIM and DDIM CFG++, else 1.",
             ),
         ]
         | None
@@ -703,7 +704,10 @@ class ResolvedRequest(GenerationRequest, frozen=True):
 
     @property
     def calls(self) -> int:
-        """Return the calls of the network. Prompt schedules count them."""
+        """Return the calls that prompt schedules count, as Forge counts them.
+
+        Samplers that choose levels themselves make a few more or fewer, see `cost.count_steps`.
+        """
         return self.steps * CALLS_PER_STEP.get(self.sampler, 1)
 
     @property

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from alphalayer import catalog
 from alphalayer.catalog import ModelEntry
+from alphalayer.core.cost import total_steps
 from alphalayer.core.errors import AlphalayerError, InvalidRequest, ModelNotFound, OutOfMemory
 from alphalayer.core.request import GenerationRequest, ResolvedRequest
 from alphalayer.engine.acceleration import Acceleration, check_acceleration
@@ -49,7 +50,7 @@ from alphalayer.engine.progress import ProgressReporter, Stopwatch
 from alphalayer.engine.sampling.brownian_tree import BrownianNoise
 from alphalayer.engine.sampling.guidance import Denoiser, Guidance
 from alphalayer.engine.sampling.noise import ImageGenerator, Shape, initial_noise
-from alphalayer.engine.sampling.partial import Levels, total_steps
+from alphalayer.engine.sampling.partial import Levels
 from alphalayer.engine.sampling.run import Noise, Run
 from alphalayer.engine.sampling.samplers import SAMPLERS, brownian_intervals, count_steps, sample
 from alphalayer.engine.text.encoders import (
@@ -648,13 +649,14 @@ def _guidance(
     request: ResolvedRequest, encoders: TextEncoders, check: Callable[[], None]
 ) -> Guidance:
     """Encode the prompts of a request."""
-    reading = _reading(request)
+    reading, sampler = _reading(request), SAMPLERS[request.sampler]
     return Guidance(
         plan_prompt(encoders, request.prompt, reading, check),
         plan_negative(encoders, request.negative_prompt, reading, check),
-        request.cfg_scale * SAMPLERS[request.sampler].guidance_share,
+        request.cfg_scale * sampler.guidance_share,
         len(request.images),
         min_uncond=request.options.min_uncond,
+        keep_negative=sampler.is_cfgpp,
     )
 
 

@@ -86,5 +86,5 @@ def heads_of(width: int) -> int:
 
 def _count(shapes: Shapes, prefix: str) -> int:
     """Count the numbered parts that follow a prefix."""
-    numbers = {int(found[1]) for name in shapes if (found := re.match(rf"{prefix}(\d+)\.", name))}
-    return len(numbers)
+    matches = (re.match(rf"{prefix}(\d+)\.", name) for name in shapes)
+    return len({int(match[1]) for match in matches if match})

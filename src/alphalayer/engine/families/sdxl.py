@@ -45,7 +45,8 @@ from alphalayer.engine.transparency.patch import WeightPatcher, patchers
 logger = logging.getLogger(__name__)
 
 COLOURS = 3
-MAX_TRAINING_STEPS = 100_000
+MIN_TRAINING_STEPS, MAX_TRAINING_STEPS = 200, 100_000
+"""Limits of a model's table. Samplers select up to 150 levels, LCM every 20th one."""
 ROW_LENGTH = CHUNK_LENGTH + 2
 """Tokens of a row: a chunk, its start and its end."""
 
@@ -334,8 +335,11 @@ def _sigma_table(scheduler: Mapping[str, Any]) -> SigmaTable:
     steps = scheduler.get("num_train_timesteps", 1000)
     betas = scheduler.get("beta_start", 0.00085), scheduler.get("beta_end", 0.012)
     kind = scheduler.get("beta_schedule", "scaled_linear")
-    if not (type(steps) is int and 2 <= steps <= MAX_TRAINING_STEPS):
-        raise ValueError(f"its num_train_timesteps: got {str(steps)[:20]}")
+    if not (type(steps) is int and MIN_TRAINING_STEPS <= steps <= MAX_TRAINING_STEPS):
+        raise ValueError(
+            f"its num_train_timesteps: got {str(steps)[:20]}; "
+            f"expected {MIN_TRAINING_STEPS} to {MAX_TRAINING_STEPS}"
+        )
     if not all(isinstance(beta, float) and 0 < beta < 1 for beta in betas):
         raise ValueError(f"its betas: got {str(betas)[:60]}; expected numbers between 0 and 1")
     zero_snr = bool(scheduler.get("rescale_betas_zero_snr"))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import reduce
 from typing import Any
 
@@ -32,12 +32,15 @@ class Guidance:
     """Condition of a mode with input images (1, C, h, w), see `DiffusionModel.denoise`."""
     min_uncond: float = 0.0
     """Noise level below which the negative prompt is left out of odd steps."""
+    keep_negative: bool = False
+    """Whether each step has the negative prompt, because the sampler uses its prediction."""
 
     def conditionings(self, step: int, sigma: float) -> list[Conditioning]:
         """Return the conditionings of a step: the negative one first, if it is used."""
         positives = self.positive.at(step)
         is_plain = self.scale == 1.0 and positives[0][1] == 1.0
-        if len(positives) == 1 and (is_plain or (step % 2 and sigma < self.min_uncond)):
+        is_skipped = is_plain or (step % 2 and sigma < self.min_uncond)
+        if len(positives) == 1 and is_skipped and not self.keep_negative:
             return [positives[0][0]]
         return [self.negative.at(step)[0][0], *(positive for positive, _ in positives)]
 
@@ -60,7 +63,7 @@ class Denoiser:
 
     Guidance works on x0: `u + scale * sum_i w_i (c_i - u)`, with several `c_i` if the prompt has
     AND. At scale 1 with a single prompt the negative row is skipped. So it is at odd steps below
-    `Guidance.min_uncond`.
+    `Guidance.min_uncond`. `Guidance.keep_negative` keeps it.
 
     Rows with different token counts are repeated to a common length, if that is at most four times
     the shorter one. Cross-attention does not change when its keys are repeated. Other rows are
@@ -84,8 +87,8 @@ class Denoiser:
     check: Callable[[], None] = lambda: None
     crop: tuple[int, int] = (0, 0)
     _unconditional: list[Tensor] = field(default_factory=list[Tensor], init=False)
-    _prepared: dict[tuple[tuple[int, int, bool], ...], _Prepared] = field(
-        default_factory=dict[tuple[tuple[int, int, bool], ...], "_Prepared"], init=False
+    _prepared: dict[tuple[_Key, ...], _Prepared] = field(
+        default_factory=dict[tuple["_Key", ...], "_Prepared"], init=False
     )
 
     @torch.inference_mode()
@@ -135,16 +138,26 @@ class Denoiser:
     def _prepare(self, group: Sequence[_Rows]) -> _Prepared:
         """Prepare the text of a group, or return it from an earlier step."""
         key = tuple(entry.key for entry in group)
-        prepared = self._prepared.pop(key, None) or self._prepare_text(group)
-        if len(self._prepared) >= PREPARED_GROUPS:
-            del self._prepared[next(iter(self._prepared))]
+        prepared = self._prepared.pop(key, None)
+        if prepared is None:
+            self._make_room(_common_length(group) * sum(len(entry.images) for entry in group))
+            prepared = self._prepare_text(group)
         self._prepared[key] = prepared
         return prepared
 
+    def _make_room(self, tokens: int) -> None:
+        """Drop the oldest prepared texts, so that one of this many tokens may be added."""
+        while self._prepared and (
+            len(self._prepared) >= PREPARED_GROUPS
+            or tokens + sum(prepared.tokens for prepared in self._prepared.values())
+            > PREPARED_TOKENS
+        ):
+            del self._prepared[next(iter(self._prepared))]
+
     def _prepare_text(self, group: Sequence[_Rows]) -> _Prepared:
-        length = math.lcm(*(entry.tokens for entry in group))
+        length = _common_length(group)
         text = Conditioning(
-            _expand(group, lambda entry: _repeat(entry.conditioning.context, length)),
+            _expand(group, lambda entry: _repeat(entry.conditioning.padded_context(), length)),
             _expand(group, lambda entry: entry.conditioning.pooled),
         )
         weight = next(self.model.modules["denoiser"].parameters())
@@ -153,6 +166,7 @@ class Denoiser:
         return _Prepared(
             self.model.prepare(text, self.width, self.height, self.crop),
             None if condition is None else condition.to(weight.device, weight.dtype),
+            length * len(text.pooled),
         )
 
     def _evaluate(self, noisy: Tensor, sigma: float, prepared: _Prepared) -> Tensor:
@@ -170,6 +184,11 @@ class Denoiser:
 
 PREPARED_GROUPS = 4
 """Prepared texts that are kept. A prompt whose text changes at each step has more."""
+PREPARED_TOKENS = 8192
+"""Tokens of the prepared texts that are kept: 2.7 GB for SDXL in float16."""
+
+
+_Key = tuple[int, int, int, bool]
 
 
 @dataclass(frozen=True)
@@ -178,12 +197,13 @@ class _Prepared:
 
     text: Prepared
     condition: Tensor | None
+    tokens: int
+    """Tokens of all rows."""
 
     def rows(self, rows: slice) -> _Prepared:
         """Return some of the rows."""
-        return _Prepared(
-            self.text.rows(rows), None if self.condition is None else self.condition[rows]
-        )
+        condition = None if self.condition is None else self.condition[rows]
+        return replace(self, text=self.text.rows(rows), condition=condition)
 
 
 @dataclass(frozen=True)
@@ -197,15 +217,15 @@ class _Rows:
 
     @property
     def tokens(self) -> int:
-        return self.conditioning.context.shape[1]
+        return self.conditioning.tokens
 
     @property
-    def key(self) -> tuple[int, int, bool]:
-        """Return the key of the prepared text.
+    def key(self) -> _Key:
+        """Return the key of the prepared text and condition.
 
-        The plans of the prompts keep the conditionings alive, so the id stays unique.
+        The guidances keep their conditionings and conditions alive, so the ids stay unique.
         """
-        return id(self.conditioning), len(self.images), self.patched
+        return id(self.conditioning), id(self.condition), len(self.images), self.patched
 
 
 def _expand(group: Sequence[_Rows], value: Callable[[_Rows], Tensor | None]) -> Any:
@@ -216,6 +236,11 @@ def _expand(group: Sequence[_Rows], value: Callable[[_Rows], Tensor | None]) -> 
     values = [(value(entry), len(entry.images)) for entry in group]
     rows = [one.expand(n, *one.shape[1:]) for one, n in values if one is not None]
     return torch.cat(rows) if rows else None
+
+
+def _common_length(group: Sequence[_Rows]) -> int:
+    """Return the length in tokens to which all texts of a group can be repeated."""
+    return math.lcm(*(entry.tokens for entry in group))
 
 
 def _repeat(context: Tensor, length: int) -> Tensor:
@@ -235,5 +260,4 @@ def _groups(rows: Sequence[_Rows]) -> list[list[_Rows]]:
 
 
 def _are_compatible(group: Sequence[_Rows]) -> bool:
-    lengths = [entry.tokens for entry in group]
-    return math.lcm(*lengths) <= 4 * min(lengths)
+    return _common_length(group) <= 4 * min(entry.tokens for entry in group)

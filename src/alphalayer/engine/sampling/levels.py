@@ -38,8 +38,8 @@ def lcm_sigmas(scheduler: str, steps: int, table: SigmaTable) -> Tensor:
 def ddim_sigmas(_scheduler: str, steps: int, table: SigmaTable) -> Tensor:
     """Return the levels of the training steps 1, 1 + stride, 1 + 2 stride and so on.
 
-    The stride is a whole number. There is one step fewer than `steps` where it divides the training
-    steps, and at least one step.
+    The stride is a whole number, so the number of steps differs from `steps`. For 1,000 training
+    steps it is 19 for 20 and 166 for 150. There is at least one step.
 
     Source: Song et al. 2021, arXiv 2010.02502, section D.3, in the form of Stable Diffusion.
     """
@@ -54,6 +54,9 @@ def ddim_timesteps(steps: int, table: SigmaTable) -> Tensor:
 
 def unipc_sigmas(_scheduler: str, steps: int, table: SigmaTable) -> Tensor:
     """Return levels spaced evenly in time from 1 to 0.001, both ends included.
+
+    There is a step for each level of a whole stride. For 1,000 training steps it is 20 steps for 20
+    and 167 for 150.
 
     Source: Zhao et al. 2023, arXiv 2302.04867, `NoiseScheduleVP` of its code.
     """

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from alphalayer.engine.sampling.run import Run, pair_levels
+from alphalayer.engine.sampling.run import Run
 
 ADAMS_BASHFORTH = {
     1: (1.0,),
@@ -36,7 +36,7 @@ def dpmpp_2m(run: Run, x: Tensor, sigmas: Sequence[float]) -> Tensor:
     Source: Lu et al. 2022, arXiv 2211.01095, algorithm 2.
     """
     previous: tuple[Tensor, float] | None = None
-    for i, (sigma, following) in enumerate(pair_levels(sigmas)):
+    for i, (sigma, following) in enumerate(pairwise(sigmas)):
         clean = run.denoise(x, sigma)
         if following == 0:
             x = clean
@@ -76,7 +76,7 @@ def _dpmpp_2m_sde(
     is the step in log sigma with its noise.
     """
     previous: tuple[Tensor, float] | None = None
-    for i, (sigma, following) in enumerate(pair_levels(sigmas)):
+    for i, (sigma, following) in enumerate(pairwise(sigmas)):
         clean = run.denoise(x, sigma)
         if following == 0:
             x = clean
@@ -101,7 +101,7 @@ def dpmpp_3m_sde(run: Run, x: Tensor, sigmas: Sequence[float]) -> Tensor:
     Source: Lu et al. 2022, arXiv 2211.01095. k-diffusion, `sample_dpmpp_3m_sde`.
     """
     history: list[tuple[Tensor, float]] = []
-    for i, (sigma, following) in enumerate(pair_levels(sigmas)):
+    for i, (sigma, following) in enumerate(pairwise(sigmas)):
         clean = run.denoise(x, sigma)
         if following == 0:
             x = clean
@@ -243,7 +243,7 @@ def _follow_slopes(
         last_order: Most slopes in the step to level 0. 1 is Euler's method.
     """
     history: list[tuple[Tensor, float]] = []
-    for i, (sigma, following) in enumerate(pair_levels(sigmas)):
+    for i, (sigma, following) in enumerate(pairwise(sigmas)):
         clean = run.denoise(x, sigma)
         history = [((x - clean) / sigma, sigma), *history[: order - 1]]
         if following == 0:
@@ -314,7 +314,7 @@ def unipc(run: Run, x: Tensor, sigmas: Sequence[float]) -> Tensor:
     """
     history: list[tuple[Tensor, float]] = []
     before, order = x, 0
-    for i, (sigma, following) in enumerate(pair_levels(sigmas)):
+    for i, (sigma, following) in enumerate(pairwise(sigmas)):
         clean = run.denoise(x, sigma)
         if history:
             x = _unified_step(before, sigma, history[:order], [(clean, sigma)])

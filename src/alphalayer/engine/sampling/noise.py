@@ -24,6 +24,10 @@ from alphalayer.engine.sampling.philox import philox_normal
 Shape = tuple[int, ...]
 
 
+SEEDS = 2**64
+"""Number of seeds of a generator. Sums of seeds start again at 0."""
+
+
 class ImageGenerator:
     """Generator of the random numbers of one image.
 
@@ -32,7 +36,7 @@ class ImageGenerator:
     """
 
     def __init__(self, seed: int, source: NoiseSource, device: torch.device | str = "cpu"):
-        self._seed = seed
+        self._seed = seed = seed % SEEDS
         self._source: NoiseSource = source
         self._device = torch.device(device)
         self._calls = 0

@@ -18,8 +18,6 @@ from alphalayer.engine.sampling.levels import (
 )
 from alphalayer.engine.sampling.schedules import LevelsOf, SigmaTable, sigmas_for
 
-MAX_STRENGTH = 0.999
-
 
 class Levels(NamedTuple):
     """Noise levels of a run."""
@@ -37,18 +35,10 @@ class Levels(NamedTuple):
         return cls(sigmas, float(sigmas[0]), sigmas)
 
 
-def total_steps(steps: int, strength: float) -> int:
-    """Return the steps of a schedule whose last `steps` begin at a strength.
-
-    Source: AUTOMATIC1111, the second pass of hires fix.
-    """
-    return int(steps / min(strength, MAX_STRENGTH))
-
-
 def last_levels(
     levels: LevelsOf, scheduler: str, total: int, steps: int, table: SigmaTable
 ) -> Levels:
-    """Return the last steps of a schedule.
+    """Return the last steps of a schedule, and at least one.
 
     Args:
         levels: Function that returns the schedule.
@@ -58,7 +48,8 @@ def last_levels(
         table: Noise levels that the model was trained on.
     """
     span = levels(scheduler, total, table)
-    sigmas = span[total - steps :]
+    # schedules over fewer training steps may have fewer levels
+    sigmas = span[min(total - steps, len(span) - 2) :]
     return Levels(sigmas, float(sigmas[0]), span)
 
 

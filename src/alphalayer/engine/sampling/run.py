@@ -8,9 +8,8 @@ source of noise.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise
 
 from torch import Tensor
 
@@ -34,11 +33,6 @@ class Run:
     """Function () → clean latent of the last call without the prompt, for CFG++."""
     eta: float = 0.0
     """Share of fresh noise in each step. At 0 the samplers are deterministic."""
-
-
-def pair_levels(sigmas: Sequence[float]) -> list[tuple[float, float]]:
-    """Return both levels of each step."""
-    return list(pairwise(sigmas))
 
 
 def split_step(sigma: float, following: float, eta: float) -> tuple[float, float]:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 from torch import Tensor
 
 from alphalayer.engine.sampling import levels, multistep, partial, single_step
 from alphalayer.engine.sampling.partial import Levels
-from alphalayer.engine.sampling.run import Run, pair_levels
+from alphalayer.engine.sampling.run import Run
 from alphalayer.engine.sampling.schedules import LevelsOf, SigmaTable, sigmas_for
 
 LastLevels = Callable[[LevelsOf, str, int, int, SigmaTable], Levels]
@@ -31,8 +32,13 @@ class Sampler:
     last_levels: LastLevels = partial.last_levels
     preserves_variance: bool = False
     """Whether its first and last latents are in the variance-preserving frame."""
-    guidance_share: float = 1.0
-    """Factor of the guidance scale."""
+    is_cfgpp: bool = False
+    """Whether it uses the prediction without the prompt (CFG++)."""
+
+    @property
+    def guidance_share(self) -> float:
+        """Return the factor of the guidance scale."""
+        return _CFGPP_SHARE if self.is_cfgpp else 1.0
 
     def choose_eta(self, requested: float | None) -> float:
         """Return the share of fresh noise of a request."""
@@ -122,7 +128,7 @@ SAMPLERS = {
         levels=levels.ddim_sigmas,
         last_levels=partial.last_ddim_levels,
         preserves_variance=True,
-        guidance_share=_CFGPP_SHARE,
+        is_cfgpp=True,
     ),
     "PLMS": Sampler(
         multistep.plms,
@@ -159,8 +165,11 @@ def sample(name: str, run: Run, x: Tensor, sigmas: Tensor) -> Tensor:
 
 
 def count_steps(sigmas: Tensor) -> int:
-    """Return the number of steps along noise levels. A rise is no step."""
-    return int((sigmas[1:] < sigmas[:-1]).sum())
+    """Return the number of steps along noise levels.
+
+    A repeated level is a step, and a rise is none.
+    """
+    return int((sigmas[1:] <= sigmas[:-1]).sum())
 
 
 def brownian_intervals(name: str, sigmas: Tensor, eta: float = 1.0) -> list[tuple[float, float]]:
@@ -176,7 +185,7 @@ def brownian_intervals(name: str, sigmas: Tensor, eta: float = 1.0) -> list[tupl
     """
     if SAMPLERS[name].noise != "brownian" or not eta:
         return []
-    steps = [step for step in pair_levels(sigmas.tolist()) if step[1] > 0]
+    steps = [step for step in pairwise(sigmas.tolist()) if step[1] > 0]
     if name != "DPM++ SDE":
         return steps
     halves = [single_step.sde_levels(*step) for step in steps]

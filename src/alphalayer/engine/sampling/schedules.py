@@ -180,7 +180,8 @@ def _sgm_uniform(steps: int, table: SigmaTable) -> Tensor:
 def _ddim(steps: int, table: SigmaTable) -> Tensor:
     """Select levels with a whole stride, from the second lowest one up.
 
-    There is one level more than steps where the stride does not divide the training steps.
+    There are more levels than steps where the stride does not divide the training steps: for 1,000
+    of them, 167 for 150 steps.
     """
     return table.sigmas[1 :: max(len(table) // steps, 1)].flip(0)
 
@@ -300,7 +301,7 @@ def sigmas_for(
 ) -> Tensor:
     """Return the noise levels of a schedule, highest first. The last one is 0.
 
-    "KL Optimal" ends at the lowest level instead. "DDIM" may have one step more.
+    "KL Optimal" ends at the lowest level instead. "DDIM" may have more steps.
 
     Args:
         scheduler: One of `alphalayer.core.request.SCHEDULERS`.
@@ -310,7 +311,7 @@ def sigmas_for(
             The last step is then a long one.
 
     Returns:
-        float32 (steps + 1,), on the CPU.
+        float32, on the CPU: one level more than there are steps.
     """
     levels = SCHEDULES[scheduler](steps + skip_lowest, table)
     if scheduler not in _ENDS_ABOVE_ZERO:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from alphalayer.engine.sampling.levels import solver_orders
-from alphalayer.engine.sampling.run import Run, geometric_mean, pair_levels, split_step
+from alphalayer.engine.sampling.run import Run, geometric_mean, split_step
 
 
 def euler(run: Run, x: Tensor, sigmas: Sequence[float]) -> Tensor:
@@ -21,7 +22,7 @@ def euler(run: Run, x: Tensor, sigmas: Sequence[float]) -> Tensor:
     Source: Karras et al. 2022, arXiv 2206.00364. Song et al. 2021, arXiv 2010.02502, equation 12.
     k-diffusion, `sample_euler_ancestral`.
     """
-    for i, (sigma, following) in enumerate(pair_levels(sigmas)):
+    for i, (sigma, following) in enumerate(pairwise(sigmas)):
         clean = run.denoise(x, sigma)
         down, up = split_step(sigma, following, run.eta)
         x = x + (x - clean) / sigma * (down - sigma)
@@ -36,7 +37,7 @@ def ddim_cfgpp(run: Run, x: Tensor, sigmas: Sequence[float]) -> Tensor:
 
     Source: Chung et al. 2024, "CFG++", arXiv 2406.08070, algorithm 1.
     """
-    for i, (sigma, following) in enumerate(pair_levels(sigmas)):
+    for i, (sigma, following) in enumerate(pairwise(sigmas)):
         clean = run.denoise(x, sigma)
         down, up = split_step(sigma, following, run.eta)
         x = clean + (x - run.unconditional()) / sigma * down
@@ -59,7 +60,7 @@ def lcm(run: Run, x: Tensor, sigmas: Sequence[float]) -> Tensor:
 
     Source: Luo et al. 2023, "Latent Consistency Models", arXiv 2310.04378.
     """
-    for i, (sigma, following) in enumerate(pair_levels(sigmas)):
+    for i, (sigma, following) in enumerate(pairwise(sigmas)):
         clean = run.denoise(x, sigma)
         x = clean + run.noise(sigma, following) * following if following > 0 else clean
         run.on_step(i + 1, x, clean)
@@ -76,7 +77,7 @@ def heun(run: Run, x: Tensor, sigmas: Sequence[float]) -> Tensor:
     "Restart Sampling for Improving Generative Processes", arXiv 2306.14878, for rising levels.
     """
     steps = 0
-    for sigma, following in pair_levels(sigmas):
+    for sigma, following in pairwise(sigmas):
         if following > sigma:
             x = x + run.noise(sigma, following) * math.sqrt(following**2 - sigma**2)
             continue
@@ -99,7 +100,7 @@ def heun_plus(run: Run, x: Tensor, sigmas: Sequence[float]) -> Tensor:
 
     Source: Carzit, sd-webui-samplers-scheduler (MIT), `sample_heunpp2`.
     """
-    for i, (sigma, following) in enumerate(pair_levels(sigmas)):
+    for i, (sigma, following) in enumerate(pairwise(sigmas)):
         clean = run.denoise(x, sigma)
         first = (x - clean) / sigma
         ahead = sigmas[i + 1 : min(i + 3, len(sigmas) - 1)]
@@ -121,7 +122,7 @@ def dpm2(run: Run, x: Tensor, sigmas: Sequence[float]) -> Tensor:
     Source: Karras et al. 2022, arXiv 2206.00364. Lu et al. 2022, arXiv 2206.00927, DPM-Solver-2.
     k-diffusion, `sample_dpm_2_ancestral`.
     """
-    for i, (sigma, following) in enumerate(pair_levels(sigmas)):
+    for i, (sigma, following) in enumerate(pairwise(sigmas)):
         clean = run.denoise(x, sigma)
         slope = (x - clean) / sigma
         down, up = split_step(sigma, following, run.eta)
@@ -142,7 +143,7 @@ def dpmpp_2s(run: Run, x: Tensor, sigmas: Sequence[float]) -> Tensor:
     Source: Lu et al. 2022, arXiv 2211.01095, algorithm 1. k-diffusion,
     `sample_dpmpp_2s_ancestral`.
     """
-    for i, (sigma, following) in enumerate(pair_levels(sigmas)):
+    for i, (sigma, following) in enumerate(pairwise(sigmas)):
         clean = target = run.denoise(x, sigma)
         down, up = split_step(sigma, following, run.eta)
         if down > 0:
@@ -162,7 +163,7 @@ def dpmpp_sde(run: Run, x: Tensor, sigmas: Sequence[float]) -> Tensor:
 
     Source: Lu et al. 2022, arXiv 2211.01095. k-diffusion, `sample_dpmpp_sde`.
     """
-    for i, (sigma, following) in enumerate(pair_levels(sigmas)):
+    for i, (sigma, following) in enumerate(pairwise(sigmas)):
         clean = run.denoise(x, sigma)
         if following == 0:
             x = clean

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ from alphalayer.engine.text.tokenizer import ClipTokenizer
 CACHE_BYTES = 64 * 1024**2
 """Size of the cache of conditionings, on the device: about 100 short prompts of SDXL."""
 MAX_CHUNKS = 600
-"""Limit of a prompt over all steps: 380 MB for SDXL.
+"""Limit of the chunks of a prompt that are encoded over all steps: 380 MB for SDXL.
 
 A prompt of 10,000 characters without BREAK has fewer chunks.
 """
@@ -41,10 +41,24 @@ class Conditioning:
     Attributes:
         context: float32 (1, 77 n, width of both encoders).
         pooled: float32 (1, projection width of encoder 2).
+        padding: Tokens after the text. Each repeats the last vector of `context`.
     """
 
     context: Tensor
     pooled: Tensor
+    padding: int = 0
+
+    @property
+    def tokens(self) -> int:
+        """Return the length in tokens, with the padding."""
+        return self.context.shape[1] + self.padding
+
+    def padded_context(self) -> Tensor:
+        """Return the context with its padding, (1, tokens, width). Padded, it is a copy."""
+        if not self.padding:
+            return self.context
+        last = self.context[:, -1:].expand(-1, self.padding, -1)
+        return torch.cat([self.context, last], dim=1)
 
     @property
     def nbytes(self) -> int:
@@ -112,6 +126,7 @@ class TextEncoders:
         clip_skip: int = 1,
         emphasis: Emphasis = "Original",
         check: Callable[[], None] = lambda: None,
+        splits: Mapping[str, Split] | None = None,
     ) -> Mapping[str, Conditioning]:
         """Return the conditioning of each text of a schedule, from the cache or new.
 
@@ -123,12 +138,15 @@ class TextEncoders:
             clip_skip: Layer of the hidden states, counted from the last. 1 means 2 in SDXL.
             emphasis: How attention weights act.
             check: Called before each text. Its exceptions stop the encoding.
+            splits: Chunks of the texts, if `split` returned them before.
         """
         key = _key(texts, clip_skip, emphasis)
-        if key not in self._cache:
-            self._cache[key] = self._encode(Counter(texts), clip_skip, emphasis, check)
-        self._cache.move_to_end(key)
-        conditionings = self._cache[key]
+        conditionings = self._cache.pop(key, None)
+        if conditionings is None:
+            splits = splits or {text: self.split(text, emphasis) for text in texts}
+            conditionings = self._encode(Counter(texts), clip_skip, emphasis, check, splits)
+        if _nbytes(conditionings) <= CACHE_BYTES:
+            self._cache[key] = conditionings
         while sum(map(_nbytes, self._cache.values())) > CACHE_BYTES:
             self._cache.popitem(last=False)
         return conditionings
@@ -141,21 +159,11 @@ class TextEncoders:
         """Clear the cache."""
         self._cache.clear()
 
-    def count_chunks(self, text: str, emphasis: Emphasis = "Original") -> int:
-        """Count the chunks of a text."""
-        return max(len(encoder.split(text, emphasis)) for encoder in self._encoders)
-
-    def _split(self, texts: Sequence[str], emphasis: Emphasis) -> list[list[list[Chunk]]]:
-        """Split texts into chunks: for each encoder, for each text.
-
-        All get the same number of chunks: shorter lists are padded with empty ones.
-        """
-        lists = [[encoder.split(text, emphasis) for text in texts] for encoder in self._encoders]
-        count = max(len(chunks) for split in lists for chunks in split)
-        return [
-            [[*chunks, *(Chunk() for _ in range(count - len(chunks)))] for chunks in split]
-            for split in lists
-        ]
+    def split(self, text: str, emphasis: Emphasis = "Original") -> Split:
+        """Split a text into chunks, for each encoder. Both get the same number of chunks."""
+        first, second = (encoder.split(text, emphasis) for encoder in self._encoders)
+        count = max(len(first), len(second))
+        return _fill(first, count), _fill(second, count)
 
     @torch.inference_mode()
     def _encode(
@@ -164,16 +172,18 @@ class TextEncoders:
         clip_skip: int,
         emphasis: Emphasis,
         check: Callable[[], None],
+        splits: Mapping[str, Split],
     ) -> Mapping[str, Conditioning]:
-        """Encode texts chunk by chunk.
+        """Encode texts chunk by chunk. Shorter ones are padded with empty chunks.
 
         `context` joins the chunks. It is the hidden state of the last layer but one, or of an
         earlier one, without the final norm. `pooled` is that of the first chunk by encoder 2.
 
         Source: Podell et al. 2023, "SDXL", arXiv 2307.01952. AUTOMATIC1111 for the chunks.
         """
-        layer = max(clip_skip, 2)
-        lists = self._split([*texts], emphasis)
+        layer = _layer(clip_skip)
+        count = max(len(splits[text][0]) for text in texts)
+        lists = [[_fill(splits[text][i], count) for text in texts] for i in range(2)]
         hidden: list[list[Tensor]] = [[] for _ in self._encoders]
         for split in zip(*lists, strict=True):
             check()
@@ -202,12 +212,24 @@ class TextEncoders:
         return self.is_cached([""], 1, "Original")
 
 
+Split = tuple[list[Chunk], list[Chunk]]
+"""Chunks of a text for each encoder."""
 _Key = tuple[frozenset[tuple[str, int]], int, Emphasis]
+
+
+def _fill(chunks: list[Chunk], count: int) -> list[Chunk]:
+    """Add empty chunks up to a number."""
+    return [*chunks, *(Chunk() for _ in range(count - len(chunks)))]
 
 
 def _key(texts: Sequence[str], clip_skip: int, emphasis: Emphasis) -> _Key:
     """Return the key of a schedule's texts, with how often each occurs."""
-    return frozenset(Counter(texts).items()), clip_skip, emphasis
+    return frozenset(Counter(texts).items()), _layer(clip_skip), emphasis
+
+
+def _layer(clip_skip: int) -> int:
+    """Return the layer of the hidden states, counted from the last."""
+    return max(clip_skip, 2)
 
 
 def _nbytes(conditionings: Mapping[str, Conditioning]) -> int:
@@ -363,7 +385,7 @@ def plan_prompt(
 ) -> PromptPlan:
     """Encode all texts of a prompt over the steps, each once.
 
-    The texts of each part of AND are encoded together. Then shorter parts repeat their last vector.
+    The texts of each part of AND are encoded together. Shorter parts repeat their last vector.
 
     Args:
         encoders: Text encoders.
@@ -424,12 +446,13 @@ def _plan(
     field: str,
 ) -> PromptPlan:
     schedules = [(weight, reading.schedule(part)) for part, weight in parts]
-    _check_length(encoders, [_texts(schedule) for _, schedule in schedules], reading, field)
+    parts_texts = [_texts(schedule) for _, schedule in schedules]
+    splits = _split_checked(encoders, parts_texts, reading, check, field)
     encoded = [
-        encoders.encode_schedule(_texts(schedule), reading.clip_skip, reading.emphasis, check)
-        for _, schedule in schedules
+        encoders.encode_schedule(texts, reading.clip_skip, reading.emphasis, check, splits)
+        for texts in parts_texts
     ]
-    length = max(text.context.shape[1] for texts in encoded for text in texts.values())
+    length = max(text.tokens for texts in encoded for text in texts.values())
     padded = [
         {text: _pad(conditioning, length) for text, conditioning in texts.items()}
         for texts in encoded
@@ -443,24 +466,28 @@ def _plan(
 
 
 def _pad(conditioning: Conditioning, length: int) -> Conditioning:
-    """Repeat the last vector of a text up to a length in tokens."""
-    context = conditioning.context
-    missing = length - context.shape[1]
-    if not missing:
-        return conditioning
-    last = context[:, -1:].expand(-1, missing, -1)
-    return Conditioning(torch.cat([context, last], dim=1), conditioning.pooled)
+    """Repeat the last vector of a text up to a length in tokens, without a copy."""
+    missing = length - conditioning.tokens
+    return replace(conditioning, padding=missing) if missing else conditioning
 
 
-def _check_length(
-    encoders: TextEncoders, schedules: Sequence[Sequence[str]], reading: Reading, field: str
-) -> None:
-    """Check the chunks of all texts. Raises `InvalidRequest`."""
+def _split_checked(
+    encoders: TextEncoders,
+    schedules: Sequence[Sequence[str]],
+    reading: Reading,
+    check: Callable[[], None],
+    field: str,
+) -> dict[str, Split]:
+    """Split all texts into chunks and check their numbers. Raises `InvalidRequest`."""
+    splits: dict[str, Split] = {}
     total = 0
     for schedule in schedules:
         longest = 0
         for number, text in enumerate(dict.fromkeys(schedule), start=1):
-            count = encoders.count_chunks(text, reading.emphasis)
+            if text not in splits:
+                check()
+                splits[text] = encoders.split(text, reading.emphasis)
+            count = len(splits[text][0])
             if count > max_chunks(text):
                 raise InvalidRequest(
                     f"its embeddings fill {count} chunks of 75 tokens; at most {max_chunks(text)} "
@@ -478,3 +505,4 @@ def _check_length(
                     field=field,
                 )
         total += len(set(schedule)) * longest
+    return splits

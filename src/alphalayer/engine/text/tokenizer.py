@@ -8,6 +8,7 @@ from __future__ import annotations
 import filecmp
 import re
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,8 @@ _SPECIAL = {
 _FLAGS = ("lstrip", "normalized", "rstrip", "single_word")
 _PLAIN = re.compile(r"[\t\n\r -%'-~]*")
 """Texts that `ftfy` does not change: printable ASCII without entities."""
+FIXED_LINES, FIXED_LENGTH = 8192, 256
+"""Cache of `ftfy`: lines, and the most characters of a line. It fixes each line in about 70 us."""
 _WORDS = (
     r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d"
     r"|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
@@ -69,10 +72,10 @@ class ClipTokenizer:
         Special tokens are found first. The text between them is fixed apart. So a full-width
         exclamation mark is no padding token.
         """
-        found = self._tokenizer.encode(text, add_special_tokens=False)
+        encoding = self._tokenizer.encode(text, add_special_tokens=False)
         ids: list[int] = []
         at = 0
-        for number, (start, end) in zip(found.ids, found.offsets, strict=True):
+        for number, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
             if number in self._added:
                 ids += [*self._encode_words(text[at:start]), number]
                 at = end
@@ -113,11 +116,25 @@ def _fix(text: str) -> str:
     Curly quotes, HTML entities, full-width letters, ligatures and control characters are replaced.
     """
     if not _PLAIN.fullmatch(text):
-        # its import takes a while, and most prompts do not need it
-        import ftfy
-
-        text = ftfy.fix_text(text)
+        lines: list[str] = []
+        has_entities = True
+        for line in re.findall(r"[^\n]*\n|[^\n]+", text):
+            # as in ftfy, a tag ends the entities of its line and of all that follow
+            has_entities = has_entities and "<" not in line
+            if not _PLAIN.fullmatch(line):
+                fix = _fix_line if len(line) <= FIXED_LENGTH else _fix_line.__wrapped__
+                line = fix(line, has_entities=has_entities)
+            lines.append(line)
+        text = "".join(lines)
     return text.lower()
+
+
+@lru_cache(FIXED_LINES)
+def _fix_line(line: str, *, has_entities: bool) -> str:
+    # its import takes a while, and most prompts do not need it
+    import ftfy
+
+    return ftfy.fix_text(line, unescape_html=has_entities)
 
 
 def read_tokenizers(first: Path, second: Path) -> tuple[ClipTokenizer, ClipTokenizer]:
