@@ -14,7 +14,8 @@ from prometheus_client.metrics import MetricWrapperBase
 
 from alphalayer.cli.app import COMMANDS, load_command
 from alphalayer.config import PREFIX, TOML_FILE, Settings
-from alphalayer.core.request import MAX_SEED, NOT_BLANK, SAMPLERS, SCHEDULERS
+from alphalayer.core.request import MAX_SEED, NOT_BLANK
+from alphalayer.core.samplers import SAMPLERS, SCHEDULERS
 from alphalayer.observability.metrics import Metrics
 from alphalayer.service.app import create_app
 

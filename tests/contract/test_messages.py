@@ -9,7 +9,7 @@ import httpx
 import pytest
 from tests.support.serving import served
 
-from alphalayer.core.request import SAMPLERS
+from alphalayer.core.samplers import SAMPLERS
 
 NATIVE, JOBS, A1111, OPENAI = (
     "/alpha/v1/txt2img",

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from alphalayer.core.request import SAMPLERS, GenerationRequest
+from alphalayer.core.request import GenerationRequest
+from alphalayer.core.samplers import SAMPLERS
 from alphalayer.engine.memory import MEMORY_MODES
 from alphalayer.engine.pipeline import LocalEngine
 from alphalayer.engine.sampling.brownian_tree import BrownianNoise

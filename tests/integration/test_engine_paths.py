@@ -35,7 +35,9 @@ from alphalayer.core.errors import (
     ModelUnusable,
     OutOfMemory,
 )
-from alphalayer.core.request import SAMPLERS, SCHEDULERS, GenerationRequest, Lora, parse_request
+from alphalayer.core.prompts import Lora
+from alphalayer.core.request import GenerationRequest, parse_request
+from alphalayer.core.samplers import SAMPLERS, SCHEDULERS
 from alphalayer.engine.base import GenerationResult, Progress
 from alphalayer.engine.families.base import NoiseProcess
 from alphalayer.engine.networks.weights import NamedWeights

@@ -19,7 +19,7 @@ import torchsde
 from tests.support.transfers import Transfers
 
 from alphalayer.core.errors import InvalidRequest
-from alphalayer.core.request import SCHEDULERS
+from alphalayer.core.samplers import SCHEDULERS
 from alphalayer.engine.sampling.brownian_tree import BrownianNoise, BrownianTree
 from alphalayer.engine.sampling.noise import (
     ImageGenerator,

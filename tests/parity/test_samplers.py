@@ -16,7 +16,7 @@ import pytest
 import torch
 from tests.support.transfers import Transfers
 
-from alphalayer.core import request
+from alphalayer.core import samplers as names
 from alphalayer.engine.sampling.brownian_tree import BrownianNoise
 from alphalayer.engine.sampling.multistep import _mean_of_uneven_steps
 from alphalayer.engine.sampling.run import Run
@@ -148,15 +148,15 @@ def _dpm(**options) -> diffusers.DPMSolverMultistepScheduler:
 
 
 def test_samplers_of_engine_and_requests_agree():
-    assert set(SAMPLERS) == set(request.SAMPLERS)
-    assert set(SCHEDULES) == set(request.SCHEDULERS)
+    assert set(SAMPLERS) == set(names.SAMPLERS)
+    assert set(SCHEDULES) == set(names.SCHEDULERS)
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_samplers_without_eta_ignore_it(name: str):
     sigmas = levels_of(name, 6)
     sampled = [run_sampler(name, sigmas, RecordedNoise(), eta) for eta in (0.0, 1.0)]
-    assert torch.equal(*sampled) == (name in request.WITHOUT_ETA)
+    assert torch.equal(*sampled) == (name in names.WITHOUT_ETA)
 
 
 @pytest.mark.parametrize("steps", [2, 3, 8, 20])

@@ -15,7 +15,7 @@ from diffusers import EulerDiscreteScheduler
 from diffusers.schedulers.scheduling_ddim import rescale_zero_terminal_snr
 from scipy import integrate, special, stats
 
-from alphalayer.core.request import SCHEDULERS
+from alphalayer.core.samplers import SCHEDULERS
 from alphalayer.engine.sampling.samplers import SAMPLERS, count_steps
 from alphalayer.engine.sampling.schedules import SigmaTable, sigmas_for
 

@@ -17,7 +17,7 @@ from transformers import CLIPTokenizer
 
 from alphalayer.core.cost import EMBEDDING_CHUNKS, max_chunks
 from alphalayer.core.errors import Cancelled, InvalidRequest
-from alphalayer.core.request import MAX_PROMPT_BYTES
+from alphalayer.core.prompts import MAX_PROMPT_BYTES
 from alphalayer.engine.families.clip_files import build_text_model, transformers_names
 from alphalayer.engine.families.configs import SHIPPED
 from alphalayer.engine.networks.clip import ClipTextModel

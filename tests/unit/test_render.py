@@ -33,14 +33,8 @@ from alphalayer.core.job import (
     Webhook,
 )
 from alphalayer.core.modes import MODES
-from alphalayer.core.request import (
-    MAX_LORAS,
-    MAX_PROMPT_BYTES,
-    MAX_SEED,
-    GenerationRequest,
-    ImageInput,
-    ModelDefaults,
-)
+from alphalayer.core.prompts import MAX_LORAS, MAX_PROMPT_BYTES
+from alphalayer.core.request import MAX_SEED, GenerationRequest, ImageInput, ModelDefaults
 from alphalayer.engine.base import GenerationResult, RenderTask, RgbaImage
 from alphalayer.engine.fake import FakeEngine, render_disc
 from alphalayer.images import codecs

@@ -15,18 +15,16 @@ from alphalayer.catalog import EMBEDDED_MODEL, model_defaults
 from alphalayer.core.cost import DECODE_STEPS, LORA_UNITS, UNIT_PIXELS
 from alphalayer.core.errors import InvalidRequest
 from alphalayer.core.job import JobSpec
+from alphalayer.core.prompts import Lora
 from alphalayer.core.request import (
     MAX_SEED,
-    SAMPLERS,
-    SCHEDULERS,
     GenerationRequest,
-    Lora,
     ModelDefaults,
     RequestFields,
-    parse_as,
     parse_request,
-    split_sampler_name,
 )
+from alphalayer.core.samplers import SAMPLERS, SCHEDULERS, split_sampler_name
+from alphalayer.core.values import parse_as
 
 BAD: list[tuple[str, Any]] = [
     ("prompt", ""),

@@ -10,18 +10,14 @@ import pytest
 import torch
 
 from alphalayer.core import cost
-from alphalayer.core.request import (
-    MAX_SEED,
-    SCHEDULERS,
-    GenerationOptions,
-    GenerationRequest,
-    ModelDefaults,
-)
-from alphalayer.engine import pipeline
+from alphalayer.core.request import MAX_SEED, GenerationOptions, GenerationRequest, ModelDefaults
+from alphalayer.core.samplers import SCHEDULERS
+from alphalayer.engine import passes
 from alphalayer.engine.base import Progress, RenderTask
 from alphalayer.engine.canvas import Canvas
 from alphalayer.engine.families.base import LatentSpec
-from alphalayer.engine.pipeline import LocalEngine, Pass
+from alphalayer.engine.passes import Pass
+from alphalayer.engine.pipeline import LocalEngine
 from alphalayer.engine.sampling.noise import ImageGenerator
 from alphalayer.engine.sampling.run import Run
 from alphalayer.engine.sampling.samplers import SAMPLERS, count_steps, sample
@@ -117,10 +113,10 @@ def test_progress_counts_repeated_levels():
 def test_negative_prompt_is_kept_for_cfgpp(
     sampler: str, is_kept: bool, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(pipeline, "plan_prompt", lambda *_: None)
-    monkeypatch.setattr(pipeline, "plan_negative", lambda *_: None)
+    monkeypatch.setattr(passes, "plan_prompt", lambda *_: None)
+    monkeypatch.setattr(passes, "plan_negative", lambda *_: None)
     request = resolve(sampler).model_copy(update={"cfg_scale": 12.5})
-    guidance = pipeline._guidance(request, None, lambda: None)  # type: ignore[arg-type]
+    guidance = passes.read_prompts(request, None, lambda: None)  # type: ignore[arg-type]
     assert guidance.keep_negative is is_kept
     assert guidance.scale == (1.0 if is_kept else 12.5)
 

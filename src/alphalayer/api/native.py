@@ -47,9 +47,9 @@ from alphalayer.core.request import (
     NoiseSource,
     RequestFields,
     TransparencyMethod,
-    choose_sampler,
-    copy_fields,
 )
+from alphalayer.core.samplers import choose_sampler
+from alphalayer.core.values import copy_fields
 from alphalayer.images import codecs, postprocess
 from alphalayer.images.codecs import MIME_TYPES
 from alphalayer.storage import check_image_key, read

@@ -47,13 +47,7 @@ from alphalayer.core.errors import (
     NotImplementedYet,
 )
 from alphalayer.core.job import Delivery, ImageRef, Job, JobSpec, Output, Submission
-from alphalayer.core.request import (
-    MAX_SIDE,
-    MIN_SIDE,
-    GenerationRequest,
-    Prompt,
-    Seed,
-)
+from alphalayer.core.request import MAX_SIDE, MIN_SIDE, GenerationRequest, Prompt, Seed
 from alphalayer.images import codecs
 from alphalayer.jobs.base import JobView
 from alphalayer.storage import open_file, read

@@ -18,7 +18,7 @@ from pydantic import (
 from alphalayer.core import validation
 from alphalayer.core.errors import InvalidRequest
 from alphalayer.core.job import HALF_DIGEST
-from alphalayer.core.request import Frozen
+from alphalayer.core.values import Frozen
 
 StageSeconds = Annotated[
     dict[str, float],

@@ -21,14 +21,9 @@ from alphalayer.core.errors import CommandHint, InvalidRequest, StorageFailed
 from alphalayer.core.job import Job, JobResult, JobSpec, Output
 from alphalayer.core.modes import InputRole
 from alphalayer.core.optional_dependencies import require
-from alphalayer.core.request import (
-    OPAQUE,
-    GenerationOptions,
-    GenerationRequest,
-    parse_as,
-    parse_request,
-    split_sampler_name,
-)
+from alphalayer.core.request import OPAQUE, GenerationOptions, GenerationRequest, parse_request
+from alphalayer.core.samplers import split_sampler_name
+from alphalayer.core.values import parse_as
 from alphalayer.images import codecs
 from alphalayer.storage import StoredFile
 from alphalayer.storage.inputs import input_name

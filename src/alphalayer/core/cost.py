@@ -11,13 +11,9 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from alphalayer.core.request import (
-    AND,
-    CALLS_PER_STEP,
-    GenerationRequest,
-    ModelDefaults,
-    ResolvedRequest,
-)
+from alphalayer.core.prompts import AND
+from alphalayer.core.request import GenerationRequest, ModelDefaults, ResolvedRequest
+from alphalayer.core.samplers import CALLS_PER_STEP
 
 UNIT_PIXELS = 2**20
 DECODE_STEPS = 10

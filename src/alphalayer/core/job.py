@@ -14,7 +14,6 @@ from alphalayer.core.cost import extras_cost, image_cost
 from alphalayer.core.errors import InvalidRequest
 from alphalayer.core.modes import LayerRole
 from alphalayer.core.request import (
-    Frozen,
     GenerationRequest,
     ImageFormat,
     ImageSeed,
@@ -22,6 +21,7 @@ from alphalayer.core.request import (
     ResolvedRequest,
 )
 from alphalayer.core.validation import COLOUR
+from alphalayer.core.values import Frozen
 
 MAX_ITERATIONS = 16
 HALF_DIGEST = 32

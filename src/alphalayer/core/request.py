@@ -5,99 +5,32 @@ Free of torch, HTTP and files.
 
 from __future__ import annotations
 
-import re
 import secrets
-from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_args
+from typing import Annotated, Any, Literal, NamedTuple, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, Field, model_validator
 
 from alphalayer.core import validation
 from alphalayer.core.errors import InvalidRequest
 from alphalayer.core.modes import DEFAULT_MODE, MODES, OPAQUE, InputRole
-
-T = TypeVar("T", bound=BaseModel)
-SAMPLERS = (
-    "DPM++ 2M SDE",
-    "DPM++ 2M",
-    "DPM++ SDE",
-    "DPM++ 2M SDE Heun",
-    "DPM++ 2S a",
-    "DPM++ 3M SDE",
-    "Euler a",
-    "Euler",
-    "LMS",
-    "Heun",
-    "DPM2",
-    "DPM2 a",
-    "DPM fast",
-    "Restart",
-    "HeunPP2",
-    "IPNDM",
-    "IPNDM_V",
-    "DEIS",
-    "DDIM",
-    "DDIM CFG++",
-    "PLMS",
-    "UniPC",
-    "LCM",
-    "DDPM",
+from alphalayer.core.prompts import (
+    MAX_LORAS,
+    MAX_PROMPT_BYTES,
+    MAX_PROMPT_CHARACTERS,
+    Lora,
+    check_prompt,
+    check_text,
+    remove_comments,
+    split_tags,
 )
-SCHEDULERS = (
-    "Karras",
-    "Exponential",
-    "Normal",
-    "SGM Uniform",
-    "Simple",
-    "Beta",
-    "Uniform",
-    "Polyexponential",
-    "KL Optimal",
-    "Align Your Steps",
-    "Align Your Steps GITS",
-    "Align Your Steps 11",
-    "Align Your Steps 32",
-    "DDIM",
-    "Turbo",
+from alphalayer.core.samplers import (
+    CALLS_PER_STEP,
+    SAMPLERS,
+    SCHEDULERS,
+    sampler_named,
+    scheduler_named,
 )
-AUTOMATIC = "Automatic"
-_AUTOMATIC = {
-    "DPM++ 2M": "Karras",
-    "DPM++ SDE": "Karras",
-    "DPM++ 2S a": "Karras",
-    "DPM2": "Karras",
-    "DPM2 a": "Karras",
-    "Restart": "Karras",
-    "DPM++ 2M SDE": "Exponential",
-    "DPM++ 2M SDE Heun": "Exponential",
-    "DPM++ 3M SDE": "Exponential",
-}
-"""The schedule that "Automatic" means for a sampler; "Normal" for the others."""
-CALLS_PER_STEP = {
-    "DPM++ SDE": 2,
-    "DPM++ 2S a": 2,
-    "Heun": 2,
-    "DPM2": 2,
-    "DPM2 a": 2,
-    "Restart": 2,
-}
-"""Calls of the UNet a step, as the schedules of prompts count them; 1 for the others."""
-WITHOUT_ETA = (
-    "Euler",
-    "Heun",
-    "LMS",
-    "DPM2",
-    "DPM++ 2M",
-    "Restart",
-    "HeunPP2",
-    "IPNDM",
-    "IPNDM_V",
-    "DEIS",
-    "DDPM",
-    "PLMS",
-    "UniPC",
-    "LCM",
-)
-"""Samplers for which the share of fresh noise has no meaning, as in Forge."""
+from alphalayer.core.values import Frozen, copy_fields, one_of, parse_as
 
 NoiseSource = Literal["nv", "cpu", "gpu"]
 Decode = Literal["official", "forge2"]
@@ -111,13 +44,6 @@ ResizeMode = Literal["Just Resize", "Crop and Resize", "Resize and Fill"]
 """How an input image is fitted to the size of the result."""
 RESIZE_MODES: tuple[ResizeMode, ...] = get_args(ResizeMode)
 
-MAX_PROMPT_CHARACTERS = 10_000
-MAX_PROMPT_BYTES = 10_000
-"""Limit of a prompt in UTF-8. CLIP's tokenizer returns at most one token a byte."""
-AND = re.compile(r"\bAND\b")
-"""Separates parts of a prompt that are mixed. Each part is another UNet pass at every step."""
-MAX_PROMPT_PARTS = 8
-MAX_LORAS = 16
 MIN_SIDE, MAX_SIDE = 64, 2048
 MAX_HIRES_SIDE, MAX_HIRES_PIXELS = 4096, 16_000_000
 """Limits of a second pass."""
@@ -135,11 +61,8 @@ IMAGE_UPSCALERS = ("None", "Lanczos", "Nearest")
 """Upscalers of images without a file. The files of models/ESRGAN are the others."""
 MAX_SEED = 2**63 - 1
 NOT_BLANK = r"\S"
-MAX_LORA_WEIGHT = 100
 PROMPTS = ("prompt", "negative_prompt", "hires_prompt", "hires_negative_prompt")
 """Fields with prompts."""
-_COMMENT = re.compile(r"(?m)^#.*\n?|#.*")
-_TAG = re.compile(r"<(\w+):([^>]+)>")
 FREE_IN_A_BATCH = {
     "prompt",
     "negative_prompt",
@@ -159,82 +82,18 @@ FREE_IN_A_BATCH = {
 """Fields in which requests that are generated together may differ."""
 
 
-def _one_of(names: tuple[str, ...], kind: str):
-    """Return a check for one of `names` in any case. It returns the name as listed."""
-    by_lower = {name.lower(): name for name in names}
-
-    def check(value: str) -> str:
-        if value.lower() not in by_lower:
-            raise ValueError(f'unknown {kind} "{value}"; use one of: {", ".join(names)}')
-        return by_lower[value.lower()]
-
-    return check
-
-
-_sampler_named = _one_of(SAMPLERS, "sampler")
-_scheduler_named = _one_of(SCHEDULERS, "scheduler")
 _METHODS = tuple(mode.name for mode in MODES.values() if mode.files and not mode.needs)
 TransparencyMethod = Annotated[
     str,
     Field(json_schema_extra={"enum": list(_METHODS)}),
-    AfterValidator(_one_of(_METHODS, "method")),
+    AfterValidator(one_of(_METHODS, "method")),
 ]
 """Name of a mode without input images."""
 ModeName = Annotated[
     str,
     Field(json_schema_extra={"enum": list(MODES)}),
-    AfterValidator(_one_of(tuple(MODES), "mode")),
+    AfterValidator(one_of(tuple(MODES), "mode")),
 ]
-
-
-_EMPTY = 'empty. Describe the image, for instance "an apple, high quality"'
-
-
-def _check_prompt(prompt: str) -> str:
-    if not prompt.strip():
-        raise ValueError(_EMPTY)
-    return prompt
-
-
-class Frozen(BaseModel, frozen=True):
-    """Base of immutable values: unknown fields and numbers that are not finite are refused."""
-
-    # errors go into logs, and inputs hold prompts
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, hide_input_in_errors=True)
-
-
-LoraWeight = Annotated[
-    float,
-    Field(ge=-MAX_LORA_WEIGHT, le=MAX_LORA_WEIGHT, description="Strength of the LoRA."),
-]
-
-
-class Lora(Frozen, frozen=True):
-    """A LoRA file of `models/Lora` and its weight."""
-
-    name: Annotated[
-        str, Field(min_length=1, max_length=200, description="File name without extension.")
-    ]
-    weight: LoraWeight = 1.0
-    text_weight: (
-        Annotated[LoraWeight, Field(description="Strength in the text encoders. Null: weight.")]
-        | None
-    ) = None
-
-    @property
-    def weights(self) -> tuple[float, float]:
-        """Return the weights of the text encoders and of the denoiser."""
-        return self.weight if self.text_weight is None else self.text_weight, self.weight
-
-    @property
-    def tag(self) -> str:
-        """Return the LoRA as a tag of a prompt."""
-        text, weight = (f"{value:.12g}" for value in self.weights)
-        return (
-            f"<lora:{self.name}:{text}:{weight}>"
-            if text != weight
-            else f"<lora:{self.name}:{weight}>"
-        )
 
 
 INPUT_NAME = r"^input_[0-9a-f]{64}\.png$"
@@ -256,7 +115,7 @@ Prompt = Annotated[
         json_schema_extra={"pattern": NOT_BLANK},
         description="What to generate.",
     ),
-    AfterValidator(_check_prompt),
+    AfterValidator(check_prompt),
 ]
 NegativePrompt = Annotated[
     str, Field(max_length=MAX_PROMPT_CHARACTERS, description="What to avoid.")
@@ -273,14 +132,14 @@ Steps = Annotated[int, Field(ge=1, le=150, description="Sampling steps; SDXL: 20
 SamplerName = Annotated[
     str,
     Field(json_schema_extra={"enum": list(SAMPLERS)}, description="Sampler; SDXL: DPM++ 2M SDE."),
-    AfterValidator(_sampler_named),
+    AfterValidator(sampler_named),
 ]
 SchedulerName = Annotated[
     str,
     Field(
         json_schema_extra={"enum": list(SCHEDULERS)}, description="Noise schedule; SDXL: Karras."
     ),
-    AfterValidator(_scheduler_named),
+    AfterValidator(scheduler_named),
 ]
 CfgScale = Annotated[
     float, Field(ge=0, le=30, description="Classifier-free guidance scale; SDXL: 5.")
@@ -597,13 +456,13 @@ class GenerationRequest(RequestFields, frozen=True):
         """
         self._check_bytes()
         prompt, negative, hires_prompt, hires_negative = (
-            (_COMMENT.sub("", getattr(self, name)) if comments else getattr(self, name)).strip()
+            (remove_comments(getattr(self, name)) if comments else getattr(self, name)).strip()
             for name in PROMPTS
         )
-        text, tagged, ignored = _split_tags(prompt)
-        _check_text(text, "prompt")
-        hires_text, hires_tagged, _ = _split_tags(hires_prompt)
-        _check_text(hires_text or text, "hires_prompt")
+        text, tagged, ignored = split_tags(prompt)
+        check_text(text, "prompt")
+        hires_text, hires_tagged, _ = split_tags(hires_prompt)
+        check_text(hires_text or text, "hires_prompt")
         loras = (*self.loras, *tagged)
         if len(loras) > MAX_LORAS:
             raise InvalidRequest(
@@ -737,159 +596,6 @@ class ResolvedRequest(GenerationRequest, frozen=True):
         )
 
 
-def _check_text(prompt: str, field: str) -> None:
-    """Check a prompt without comments and tags. Raises `InvalidRequest`."""
-    if not prompt:
-        raise InvalidRequest(f"{_EMPTY}.", field=field)
-    parts = len(AND.findall(prompt)) + 1
-    if parts > MAX_PROMPT_PARTS:
-        raise InvalidRequest(
-            f"got {parts} parts between ANDs; at most {MAX_PROMPT_PARTS}. "
-            "Write the word in small letters.",
-            field=field,
-        )
-
-
-def remove_tags(prompt: str) -> str:
-    """Return a prompt without its tags, which are not parsed."""
-    # without a closing bracket each "<" would be read to the end
-    end = prompt.rfind(">") + 1
-    return _TAG.sub("", prompt[:end]) + prompt[end:]
-
-
-def _split_tags(prompt: str) -> tuple[str, list[Lora], list[str]]:
-    """Split a prompt into its text, its LoRAs and what of the tags is ignored.
-
-    Raises:
-        InvalidRequest: A tag is malformed.
-    """
-    loras: list[Lora] = []
-    ignored: list[str] = []
-    end = prompt.rfind(">") + 1
-    for tag in _TAG.finditer(prompt, endpos=end):
-        if tag[1] in ("lora", "lyco"):
-            lora, unknown = _parse_lora(tag[0], tag[2])
-            loras.append(lora)
-            ignored += unknown
-        else:
-            ignored.append(tag[0])
-    return remove_tags(prompt).strip(), loras, ignored
-
-
-def _parse_lora(tag: str, values: str) -> tuple[Lora, list[str]]:
-    """Parse a LoRA's tag.
-
-    Args:
-        tag: The whole tag.
-        values: Its inside: "name", "name:weight" or "name:te:unet". Weights may be named: "te=0.5".
-
-    Returns:
-        The LoRA and the values that have no meaning here.
-
-    Raises:
-        InvalidRequest: The tag is malformed.
-    """
-    name, *rest = values.split(":")
-    plain = [value for value in rest if "=" not in value]
-    named = dict(value.split("=", 1) for value in rest if "=" in value)
-    text, weight, *others = plain + [""] * (2 - len(plain))
-    try:
-        text_weight = float(named.pop("te", text) or 1)
-        unet_weight = float(named.pop("unet", weight) or text_weight)
-        lora = Lora(
-            name=name.strip(),
-            weight=unet_weight,
-            text_weight=None if text_weight == unet_weight else text_weight,
-        )
-    except ValueError:
-        raise InvalidRequest(
-            f'"{tag[:106]}" is not a LoRA with its weight.',
-            hint=f"Write <lora:name:0.8>, with a weight from -{MAX_LORA_WEIGHT} to "
-            f"{MAX_LORA_WEIGHT}.",
-            field="prompt",
-        ) from None
-    return lora, [*others, *(f"{key}={value}" for key, value in named.items())]
-
-
-def copy_fields(source: BaseModel, kind: type[T], **values: Any) -> T:
-    """Build an object from the fields of a valid one, without a second validation.
-
-    Args:
-        source: Object whose fields of the same names have the same types.
-        kind: Class to build.
-        values: Valid values of other fields, or instead of those of `source`.
-    """
-    shared = kind.model_fields.keys() & type(source).model_fields
-    return kind.model_construct(**{**{name: getattr(source, name) for name in shared}, **values})
-
-
 def parse_request(fields: dict[str, Any], *, comments: bool = True) -> GenerationRequest:
     """Validate the fields of a new request; see `parse_as` and `read_prompts`."""
     return parse_as(GenerationRequest, fields).read_prompts(comments=comments)
-
-
-def parse_as(kind: type[T], fields: dict[str, Any]) -> T:
-    """Validate plain data. Raises `InvalidRequest` of the first wrong field."""
-    try:
-        return kind.model_validate(fields)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        raise InvalidRequest(
-            f"{validation.describe_validation_error(first)}.",
-            field=".".join(str(part) for part in first["loc"]),
-        ) from None
-
-
-def split_sampler_name(
-    name: str | None, scheduler: str | None = None, default: str | None = None
-) -> tuple[str | None, str | None]:
-    """Split a sampler name that carries its schedule, such as "DPM++ 2M SDE Karras".
-
-    AUTOMATIC1111 writes the two as one name. `scheduler` wins over the schedule in the name,
-    which wins over `default`.
-    Schedules go by label or by name ("SGM Uniform", "sgm_uniform"). "Automatic" means the
-    sampler's own schedule.
-    Unknown names are returned unchanged.
-    """
-    # "Euler SGM Uniform" ends in "Uniform", too
-    for label in sorted((*SCHEDULERS, AUTOMATIC), key=len, reverse=True):
-        suffixes = (f" {label.lower()}", f" {scheduler_name(label).lower()}")
-        if name and name.lower().endswith(suffixes):
-            name, scheduler = name[: -len(label) - 1], scheduler or label
-            break
-    scheduler = scheduler or default
-    if scheduler and scheduler.lower() == AUTOMATIC.lower():
-        own = {sampler.lower(): schedule for sampler, schedule in _AUTOMATIC.items()}
-        return name, own.get(name.lower(), "Normal") if name else None
-    return name, next(
-        (
-            label
-            for label in SCHEDULERS
-            if scheduler_name(label).lower() == (scheduler or "").lower()
-        ),
-        scheduler,
-    )
-
-
-def choose_sampler(
-    name: str | None, scheduler: str | None = None, default: str | None = None
-) -> tuple[str | None, str | None]:
-    """Split a sampler name as `split_sampler_name` does, and check both parts.
-
-    Raises:
-        InvalidRequest: One of them is unknown; `field` is "sampler" or "scheduler".
-    """
-    sampler, schedule = split_sampler_name(name, scheduler, default)
-    checks = {"sampler": (_sampler_named, sampler), "scheduler": (_scheduler_named, schedule)}
-    chosen: dict[str, str | None] = {}
-    for field, (check, value) in checks.items():
-        try:
-            chosen[field] = None if value is None else check(value)
-        except ValueError as error:
-            raise InvalidRequest(f"{error}.", field=field) from None
-    return chosen["sampler"], chosen["scheduler"]
-
-
-def scheduler_name(label: str) -> str:
-    """Return the name of a schedule by its label: "sgm_uniform" for "SGM Uniform"."""
-    return label.lower().replace(" ", "_").replace("_gits", "_GITS")

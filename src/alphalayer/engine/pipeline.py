@@ -10,7 +10,7 @@ import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import accumulate, chain, count, islice, pairwise
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,8 +22,7 @@ from torch import Tensor
 
 from alphalayer import catalog
 from alphalayer.catalog import ModelEntry
-from alphalayer.core.cost import total_steps
-from alphalayer.core.errors import AlphalayerError, InvalidRequest, ModelNotFound, OutOfMemory
+from alphalayer.core.errors import AlphalayerError, ModelNotFound, OutOfMemory
 from alphalayer.core.request import GenerationRequest, ResolvedRequest
 from alphalayer.engine.acceleration import Acceleration, check_acceleration
 from alphalayer.engine.base import GeneratedImage, GenerationResult, Progress, RenderTask
@@ -46,20 +45,21 @@ from alphalayer.engine.memory import (
 )
 from alphalayer.engine.memory_count import Networks, count_memory
 from alphalayer.engine.model_cache import ModelCache
+from alphalayer.engine.passes import (
+    Batch,
+    Pass,
+    PatchSchedule,
+    is_encoded,
+    patch_text,
+    plan_passes,
+    read_prompts,
+)
 from alphalayer.engine.progress import ProgressReporter, Stopwatch
 from alphalayer.engine.sampling.brownian_tree import BrownianNoise
 from alphalayer.engine.sampling.guidance import Denoiser, Guidance
-from alphalayer.engine.sampling.noise import ImageGenerator, Shape, initial_noise
-from alphalayer.engine.sampling.partial import Levels
+from alphalayer.engine.sampling.noise import ImageGenerator, initial_noise
 from alphalayer.engine.sampling.run import Noise, Run
-from alphalayer.engine.sampling.samplers import SAMPLERS, brownian_intervals, count_steps, sample
-from alphalayer.engine.text.encoders import (
-    Reading,
-    TextEncoders,
-    is_cached,
-    plan_negative,
-    plan_prompt,
-)
+from alphalayer.engine.sampling.samplers import SAMPLERS, brownian_intervals, sample
 from alphalayer.engine.text.textual_inversion import EmbeddingFolder
 from alphalayer.engine.transparency.decode import to_opaque
 from alphalayer.engine.transparency.modes import MODES, Decoding, Layer, Mode
@@ -275,12 +275,12 @@ class LocalEngine:
         model, memory = batch.model, batch.residency.mode
         requests = [request for run in batch.passes for request in run.requests]
         batch.reporter.stage("text")
-        readers = [] if _is_encoded(requests, loras, model) else [model.modules["text"]]
+        readers = [] if is_encoded(requests, loras, model) else [model.modules["text"]]
         encoding = batch.residency.of(*readers, keep=memory.keep_text)
         with batch.stopwatch.stage("text"), encoding:
-            _patch_text(loras, model)
+            patch_text(loras, model)
             guidances = [
-                _guidance(request, model.text, batch.reporter.check) for request in requests
+                read_prompts(request, model.text, batch.reporter.check) for request in requests
             ]
         if requests[0].inputs:
             encoding = batch.residency.of(model.modules["vae"], keep=memory.keep_unet)
@@ -527,90 +527,6 @@ class LocalEngine:
         )
 
 
-@dataclass(frozen=True)
-class Pass:
-    """One run of the denoiser over all images of a batch."""
-
-    number: int
-    requests: Sequence[ResolvedRequest]
-    canvas: Canvas
-    levels: Levels
-
-    @property
-    def shared(self) -> ResolvedRequest:
-        """Return the first request; what all share is read from it."""
-        return self.requests[0]
-
-    @property
-    def steps(self) -> int:
-        """Return the number of its steps."""
-        return count_steps(self.levels.sigmas)
-
-    def latent_shape(self, spec: LatentSpec) -> Shape:
-        """Return the shape of a latent, (C, h, w)."""
-        canvas, cell = self.canvas, spec.cell
-        return spec.channels, canvas.full_height // cell, canvas.full_width // cell
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Requests that are generated together, and what their stages share."""
-
-    tasks: Sequence[RenderTask]
-    passes: Sequence[Pass]
-    model: DiffusionModel
-    mode: Mode
-    residency: Residency
-    reporter: ProgressReporter
-    stopwatch: Stopwatch
-
-
-def plan_passes(requests: Sequence[ResolvedRequest], model: DiffusionModel) -> list[Pass]:
-    """Return the passes of requests of one batch.
-
-    Raises:
-        InvalidRequest: The second pass is too large, or its strength too low for its steps.
-    """
-    requests[0].check_hires()
-    multiple = SIZE_MULTIPLE if requests[0].uses_layerdiffuse else model.latent.cell
-    table = model.process.table
-    passes: list[Pass] = []
-    for group in zip(*(request.passes for request in requests), strict=True):
-        shared = group[0]
-        total = total_steps(shared.steps, shared.hires_strength) if passes else None
-        if total and total > len(table):
-            raise InvalidRequest(
-                f"{shared.steps} steps at this strength are the end of a schedule of {total}; "
-                f"at most {len(table)}.",
-                hint="Use fewer steps or a higher strength.",
-                field="hires_strength",
-            )
-        canvas = Canvas.of(shared.width, shared.height, multiple)
-        levels = SAMPLERS[shared.sampler].choose_levels(
-            shared.scheduler, shared.steps, table, total
-        )
-        passes.append(Pass(len(passes), group, canvas, levels))
-    return passes
-
-
-@dataclass(frozen=True)
-class PatchSchedule:
-    """Weight patches of the denoiser over the noise levels of a run."""
-
-    model: DiffusionModel
-    patches: tuple[PatchSpec, ...]
-    """Merged from the start: LoRAs and the LayerDiffuse patch."""
-    loras: tuple[PatchSpec, ...]
-    """Merged below `end_sigma`."""
-    end_sigma: float
-
-    def apply(self, sigma: float) -> bool:
-        """Merge the patches of a noise level. Return whether LayerDiffuse is on."""
-        is_on = sigma >= self.end_sigma
-        self.model.patchers["denoiser"].ensure(self.patches if is_on else self.loras)
-        return is_on
-
-
 def create_engine(options: dict[str, Any]) -> LocalEngine:
     """Build the engine from plain options: keywords of `LocalEngine`, paths as text."""
     values: dict[str, Any] = {**options, "models_dir": Path(options["models_dir"])}
@@ -625,43 +541,6 @@ def _no_memory_for_model() -> OutOfMemory:
         hint="Close other programs, set spare_model_gb to 0 if it is not, or use a model "
         "file of 16 bit.",
     )
-
-
-def _is_encoded(
-    requests: Sequence[ResolvedRequest], loras: tuple[PatchSpec, ...], model: DiffusionModel
-) -> bool:
-    """Return whether all prompts were encoded before, with the same LoRAs."""
-    return loras == model.patchers["text"].applied and all(
-        is_cached(model.text, request.prompt, request.negative_prompt, _reading(request))
-        for request in requests
-    )
-
-
-def _patch_text(loras: tuple[PatchSpec, ...], model: DiffusionModel) -> None:
-    """Merge LoRAs into the text encoders. Other LoRAs clear the cached encodings."""
-    patcher = model.patchers["text"]
-    if loras != patcher.applied:
-        model.text.forget()
-        patcher.ensure(loras)
-
-
-def _guidance(
-    request: ResolvedRequest, encoders: TextEncoders, check: Callable[[], None]
-) -> Guidance:
-    """Encode the prompts of a request."""
-    reading, sampler = _reading(request), SAMPLERS[request.sampler]
-    return Guidance(
-        plan_prompt(encoders, request.prompt, reading, check),
-        plan_negative(encoders, request.negative_prompt, reading, check),
-        request.cfg_scale * sampler.guidance_share,
-        len(request.images),
-        min_uncond=request.options.min_uncond,
-        keep_negative=sampler.is_cfgpp,
-    )
-
-
-def _reading(request: ResolvedRequest) -> Reading:
-    return Reading(request.calls, request.clip_skip, request.options.emphasis, request.calls_before)
 
 
 def _result(

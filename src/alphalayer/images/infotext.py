@@ -7,7 +7,8 @@ import re
 
 from alphalayer import __version__
 from alphalayer.core.modes import MODES
-from alphalayer.core.request import WITHOUT_ETA, GenerationRequest, ResolvedRequest
+from alphalayer.core.request import GenerationRequest, ResolvedRequest
+from alphalayer.core.samplers import WITHOUT_ETA
 
 MAX_LINE = 50_000
 """A longer last line is part of the prompt: no program writes so many settings."""

@@ -14,8 +14,8 @@ from pydantic import BaseModel, Field, PlainSerializer, PlainValidator, TypeAdap
 
 from alphalayer.core.errors import AlphalayerError, EngineFailed
 from alphalayer.core.job import Job, JobProgress, JobResult
-from alphalayer.core.request import Frozen
 from alphalayer.core.validation import describe_validation_error
+from alphalayer.core.values import Frozen
 
 T = TypeVar("T")
 MAX_LINE_BYTES = 16 * 1024 * 1024

@@ -11,16 +11,15 @@ from alphalayer.api.deps import wire_names
 from alphalayer.core.errors import InvalidRequest
 from alphalayer.core.request import (
     CfgScale,
-    Frozen,
     HiresPrompt,
     HiresScale,
     HiresSide,
     HiresSteps,
     HiresStrength,
     HiresUpscaler,
-    choose_sampler,
-    parse_as,
 )
+from alphalayer.core.samplers import choose_sampler
+from alphalayer.core.values import Frozen, parse_as
 
 HIRES_FIELDS = {
     "hires_scale": "hr_scale",

@@ -22,11 +22,9 @@ from alphalayer.catalog import (
     usable_files,
 )
 from alphalayer.core.errors import CorruptFile
-from alphalayer.core.request import (
+from alphalayer.core.request import IMAGE_UPSCALERS, LATENT_UPSCALERS, RESIZE_MODES
+from alphalayer.core.samplers import (
     AUTOMATIC,
-    IMAGE_UPSCALERS,
-    LATENT_UPSCALERS,
-    RESIZE_MODES,
     SAMPLERS,
     SCHEDULERS,
     scheduler_name,

@@ -25,8 +25,8 @@ from alphalayer.core import validation
 from alphalayer.core.errors import InvalidRequest
 from alphalayer.core.job import Iterations, JobSpec, Output, Postprocessing
 from alphalayer.core.modes import OPAQUE, InputRole
+from alphalayer.core.prompts import remove_tags
 from alphalayer.core.request import (
-    AUTOMATIC,
     BatchSize,
     CfgScale,
     GenerationRequest,
@@ -39,10 +39,9 @@ from alphalayer.core.request import (
     Subseed,
     SubseedStrength,
     Width,
-    choose_sampler,
-    copy_fields,
-    remove_tags,
 )
+from alphalayer.core.samplers import AUTOMATIC, choose_sampler
+from alphalayer.core.values import copy_fields
 
 FIELDS = {
     **HIRES_FIELDS,

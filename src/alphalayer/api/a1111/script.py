@@ -8,13 +8,9 @@ from pydantic import BeforeValidator, ConfigDict, Field, ValidationError
 
 from alphalayer.core.errors import InvalidRequest
 from alphalayer.core.modes import DEFAULT_MODE, MODES, OPAQUE, InputRole
-from alphalayer.core.request import (
-    Frozen,
-    LayerdiffuseStopAt,
-    LayerdiffuseWeight,
-    ResizeModeName,
-)
+from alphalayer.core.request import LayerdiffuseStopAt, LayerdiffuseWeight, ResizeModeName
 from alphalayer.core.validation import describe_validation_error
+from alphalayer.core.values import Frozen
 
 SCRIPT = "LayerDiffuse"
 METHODS = {mode.label: mode.name for mode in MODES.values() if mode.label}

@@ -17,14 +17,9 @@ from pydantic import (
 from alphalayer.api.deps import wire_names
 from alphalayer.core import validation
 from alphalayer.core.errors import InvalidRequest
-from alphalayer.core.request import (
-    WITHOUT_ETA,
-    ClipSkip,
-    Emphasis,
-    GenerationOptions,
-    NoiseSource,
-    parse_as,
-)
+from alphalayer.core.request import ClipSkip, Emphasis, GenerationOptions, NoiseSource
+from alphalayer.core.samplers import WITHOUT_ETA
+from alphalayer.core.values import parse_as
 from alphalayer.observability.logging import log
 
 UNIMPLEMENTED: dict[str, tuple[Any, ...]] = {

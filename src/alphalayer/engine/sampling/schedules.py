@@ -304,7 +304,7 @@ def sigmas_for(
     "KL Optimal" ends at the lowest level instead. "DDIM" may have more steps.
 
     Args:
-        scheduler: One of `alphalayer.core.request.SCHEDULERS`.
+        scheduler: One of `alphalayer.core.samplers.SCHEDULERS`.
         steps: Number of steps.
         table: Noise levels that the model was trained on.
         skip_lowest: Take the schedule of one step more, and leave out the level before the last.

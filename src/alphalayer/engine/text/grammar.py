@@ -22,7 +22,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from alphalayer.core.errors import InvalidRequest
-from alphalayer.core.request import AND, Emphasis
+from alphalayer.core.prompts import AND
+from alphalayer.core.request import Emphasis
 
 ROUND_WEIGHT = 1.1
 MAX_WEIGHT = 1e4
