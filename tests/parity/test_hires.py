@@ -14,6 +14,7 @@ from tests.support import tiny_models
 from torch.nn import functional
 from torchsde import BrownianTree
 
+from alphalayer.core import cost
 from alphalayer.core.cost import total_steps
 from alphalayer.core.errors import Cancelled, InvalidRequest
 from alphalayer.core.request import LATENT_UPSCALERS, GenerationRequest
@@ -24,8 +25,8 @@ from alphalayer.engine.hires import Resizing, enlarge_latents
 from alphalayer.engine.networks.transparent import TransparentEncoder
 from alphalayer.engine.pipeline import LocalEngine
 from alphalayer.engine.sampling.run import Run
-from alphalayer.engine.sampling.samplers import SAMPLERS
-from alphalayer.engine.sampling.schedules import SigmaTable
+from alphalayer.engine.sampling.samplers import SAMPLERS, count_steps
+from alphalayer.engine.sampling.schedules import SCHEDULES, SigmaTable
 from alphalayer.engine.transparency.encode import encode_offset, pad_colours
 
 ENCODER = "vae_transparent_encoder.safetensors"
@@ -176,6 +177,24 @@ def test_last_levels_fall_from_the_start_of_each_sampler(name: str, steps: int):
     assert len(levels.sigmas) >= 2
     assert float(levels.sigmas[0]) == pytest.approx(levels.start, rel=0.5) or steps < 3
     assert float(levels.sigmas.max()) <= levels.start * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULES)
+@pytest.mark.parametrize("strength", [0.05, 0.5, 1.0])
+def test_dpm_fast_falls_in_a_single_step(scheduler: str, strength: float):
+    total = total_steps(1, strength)
+    levels = SAMPLERS["DPM fast"].choose_levels(scheduler, 1, TABLE, total)
+    assert len(levels.sigmas) == 2
+    assert 0 < float(levels.sigmas[1]) < float(levels.sigmas[0])
+    assert float(levels.sigmas[0]) == pytest.approx(levels.start)
+
+
+@pytest.mark.parametrize(("steps", "strength"), [(20, 0.1), (36, 0.1), (25, 0.2)])
+def test_restart_of_a_weak_second_pass_has_no_restart(steps: int, strength: float):
+    total = total_steps(steps, strength)
+    sigmas = SAMPLERS["Restart"].choose_levels("Exponential", steps, TABLE, total).sigmas
+    assert (sigmas[1:] < sigmas[:-1]).all()
+    assert count_steps(sigmas) <= cost.count_steps("Restart", "Exponential", steps, strength)
 
 
 # --- images
