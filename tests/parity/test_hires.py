@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +15,23 @@ from tests.support import tiny_models
 from torch.nn import functional
 from torchsde import BrownianTree
 
+from alphalayer.core import cost
 from alphalayer.core.cost import total_steps
 from alphalayer.core.errors import Cancelled, InvalidRequest
-from alphalayer.core.request import LATENT_UPSCALERS, GenerationRequest
-from alphalayer.engine import pipeline
+from alphalayer.core.request import LATENT_UPSCALERS, GenerationRequest, ModelDefaults
+from alphalayer.engine import hires, pipeline, progress
 from alphalayer.engine.base import GenerationResult, Progress, RenderTask
 from alphalayer.engine.canvas import Canvas
-from alphalayer.engine.hires import Resizing, enlarge_latents
+from alphalayer.engine.hires import Enlarger, Resizing, enlarge_latents
 from alphalayer.engine.networks.transparent import TransparentEncoder
 from alphalayer.engine.pipeline import LocalEngine
 from alphalayer.engine.sampling.run import Run
-from alphalayer.engine.sampling.samplers import SAMPLERS
-from alphalayer.engine.sampling.schedules import SigmaTable
-from alphalayer.engine.transparency.encode import encode_offset, pad_colours
+from alphalayer.engine.sampling.samplers import SAMPLERS, count_steps
+from alphalayer.engine.sampling.schedules import SCHEDULES, SigmaTable
+from alphalayer.engine.transparency.conditions import resize
+from alphalayer.engine.transparency.encode import _average, encode_offset, pad_colours
+from alphalayer.engine.transparency.modes import MODES
+from alphalayer.engine.upscalers import Upscale
 
 ENCODER = "vae_transparent_encoder.safetensors"
 REQUEST = GenerationRequest(
@@ -178,6 +183,24 @@ def test_last_levels_fall_from_the_start_of_each_sampler(name: str, steps: int):
     assert float(levels.sigmas.max()) <= levels.start * (1 + 1e-6)
 
 
+@pytest.mark.parametrize("scheduler", SCHEDULES)
+@pytest.mark.parametrize("strength", [0.05, 0.5, 1.0])
+def test_dpm_fast_falls_in_a_single_step(scheduler: str, strength: float):
+    total = total_steps(1, strength)
+    levels = SAMPLERS["DPM fast"].choose_levels(scheduler, 1, TABLE, total)
+    assert len(levels.sigmas) == 2
+    assert 0 < float(levels.sigmas[1]) < float(levels.sigmas[0])
+    assert float(levels.sigmas[0]) == pytest.approx(levels.start)
+
+
+@pytest.mark.parametrize(("steps", "strength"), [(20, 0.1), (36, 0.1), (25, 0.2)])
+def test_restart_of_a_weak_second_pass_has_no_restart(steps: int, strength: float):
+    total = total_steps(steps, strength)
+    sigmas = SAMPLERS["Restart"].choose_levels("Exponential", steps, TABLE, total).sigmas
+    assert (sigmas[1:] < sigmas[:-1]).all()
+    assert count_steps(sigmas) <= cost.count_steps("Restart", "Exponential", steps, strength)
+
+
 # --- images
 
 
@@ -295,6 +318,79 @@ def test_patch_is_merged_in_the_second_pass(engine: LocalEngine, monkeypatch: py
     assert {is_on for _, is_on in second} == {True, False}
 
 
+@pytest.mark.parametrize(
+    ("fields", "window"),
+    [
+        ({"width": 65, "height": 65, "hires_width": 4000, "hires_height": 4000}, (4032, 4032)),
+        ({"width": 1024, "height": 1024, "hires_width": 4000, "hires_height": 64}, (4000, 64)),
+        ({"width": 512, "height": 512, "hires_scale": 2}, (1024, 1024)),
+    ],
+)
+def test_window_is_no_larger_than_the_target(fields: dict[str, Any], window: tuple[int, int]):
+    request = GenerationRequest(prompt="an apple", **fields)
+    first, target = Canvas.of(*request.size), Canvas.of(*request.final_size)
+    resizing = Resizing.of(request.resolve(ModelDefaults()), first, target)
+    left, top, right, bottom = resizing.window
+    assert (right - left, bottom - top) == window
+    assert abs(left + right - resizing.width) <= 1
+    assert abs(top + bottom - resizing.height) <= 1
+
+
+@pytest.fixture
+def on_upscale(monkeypatch: pytest.MonkeyPatch) -> list[Callable[..., None]]:
+    """Return functions to call with the check and result of each enlargement."""
+    functions: list[Callable[..., None]] = []
+    original = hires.load_upscaler
+
+    def load(models_dir: Path, name: str, device: torch.device, check: Any) -> Upscale:
+        def upscale(*arguments: Any) -> np.ndarray:
+            image = original(models_dir, name, device, check)(*arguments)
+            for function in functions:
+                function(check, image)
+            return image
+
+        return upscale
+
+    monkeypatch.setattr(hires, "load_upscaler", load)
+    return functions
+
+
+def test_only_what_the_second_canvas_shows_is_enlarged(
+    engine: LocalEngine, on_upscale: list[Callable[..., None]]
+):
+    shapes: list[tuple[int, ...]] = []
+    on_upscale.append(lambda _, image: shapes.append(image.shape))
+    generate(engine, width=128, hires_width=128, hires_height=128, hires_upscaler="Lanczos")
+    assert shapes == [(128, 128, 3)]
+
+
+def test_upscaler_repeats_the_report_of_its_stage(
+    engine: LocalEngine, on_upscale: list[Callable[..., None]], monkeypatch: pytest.MonkeyPatch
+):
+    reports: list[Progress] = []
+    repeated: list[str] = []
+
+    def report_tile(check: Callable[[], None], _: np.ndarray) -> None:
+        monkeypatch.setattr(progress, "REPEAT_S", -1.0)
+        before = len(reports)
+        check()
+        repeated.extend(report.stage for report in reports[before:])
+
+    on_upscale.append(report_tile)
+    request = REQUEST.model_copy(update={"hires_upscaler": "Lanczos", "hires_width": 64})
+    engine.render([RenderTask(request, on_progress=reports.append)])
+    assert repeated == ["upscale"]
+
+
+def test_each_image_is_checked_before_it_is_enlarged():
+    def check() -> None:
+        raise Cancelled("cancelled.")
+
+    enlarger = Enlarger("Lanczos", MODES["opaque"], lambda image, *_: image, None, check)
+    with pytest.raises(Cancelled):
+        enlarger.enlarge(None, torch.zeros(1, 4, 8, 8), None)  # type: ignore[arg-type]
+
+
 # --- progress
 
 
@@ -365,6 +461,14 @@ def test_padded_colours_equal_the_published_ones(size: Any, pixel: Any, colour: 
     assert padded[pixel] == pytest.approx(colour, abs=1e-5)
     solid = image[..., 3] == 255
     assert np.allclose(padded[solid] * 255, image[solid][:, :3], atol=1e-3)
+
+
+@pytest.mark.parametrize("size", [(2, 3), (3, 2), (7, 5), (64, 61), (300, 100)])
+def test_averages_equal_those_of_dense_matrices(size: tuple[int, int]):
+    image = np.random.default_rng(1).random((*size, 4), np.float32)
+    height, width = (int(side / 1.2) for side in size)
+    shrunk = _average(_average(image, height, axis=0), width, axis=1)
+    assert np.allclose(shrunk, resize(image, (width, height)), atol=1e-6)
 
 
 def test_padded_colours_of_an_empty_image_are_black():

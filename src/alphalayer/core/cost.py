@@ -107,6 +107,8 @@ def count_steps(sampler: str, scheduler: str, steps: int, strength: float | None
     DDIM, PLMS, UniPC and the schedule "DDIM" select training steps with a whole stride, as Forge
     does. So 150 steps become 166 or 167.
 
+    For Restart it is the most: a second pass below the levels that it repeats has fewer steps.
+
     Args:
         sampler: Name of the sampler.
         scheduler: Name of the schedule.

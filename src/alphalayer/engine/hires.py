@@ -30,7 +30,7 @@ from alphalayer.engine.transparency.encode import (
     pad_colours,
 )
 from alphalayer.engine.transparency.modes import Decoding, Mode
-from alphalayer.engine.upscalers import Upscale, load_upscaler
+from alphalayer.engine.upscalers import RgbImage, Upscale, Window, load_upscaler
 
 NO_ENCODER = (
     f"hires_upscaler: {ENCODER_FILES[0]} is missing or not for this model, so the transparency was "
@@ -47,6 +47,14 @@ class Resizing:
     """Size of the whole first canvas, enlarged, in pixels."""
     target: Canvas
     """Canvas of the second pass. It is filled with the border, or cuts the middle out."""
+
+    @property
+    def window(self) -> Window:
+        """Return the part of the enlarged canvas that the target shows."""
+        width = min(self.width, self.target.full_width)
+        height = min(self.height, self.target.full_height)
+        left, top = (self.width - width) // 2, (self.height - height) // 2
+        return left, top, left + width, top + height
 
     @classmethod
     def of(cls, request: ResolvedRequest, first: Canvas, target: Canvas) -> Resizing:
@@ -69,6 +77,8 @@ class Enlarger:
     """Upscaler of images. None: latents are interpolated."""
     encoder: TransparentEncoder | None
     """Encoder of the alpha of images, if there is one."""
+    check: Callable[[], None]
+    """Called before each image and each tile of it. It may raise."""
 
     @classmethod
     def load(
@@ -87,12 +97,12 @@ class Enlarger:
         """
         name = request.hires_upscaler
         if name in LATENT_UPSCALERS:
-            return cls(name, mode, None, None)
+            return cls(name, mode, None, None, check)
         upscale = load_upscaler(models_dir, name, device, check)
         path = model.layerdiffuse.encoder() if mode.has_alpha else None
         fits = model.latent.channels == 4 and model.latent.cell == 8
         encoder = load_encoder(path).to(device) if path and fits else None
-        return cls(name, mode, upscale, encoder)
+        return cls(name, mode, upscale, encoder, check)
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -120,16 +130,21 @@ class Enlarger:
     def _enlarge_image(
         self, decoding: Decoding, latent: Tensor, resizing: Resizing, upscale: Upscale
     ) -> Tensor:
-        model, size = decoding.model, (resizing.width, resizing.height)
+        self.check()
+        model = decoding.model
+
+        def enlarge(image: RgbImage) -> RgbImage:
+            return upscale(image, (resizing.width, resizing.height), resizing.window)
+
         if self.encoder:
             image = self.mode.compose(decoding, latent)[0].rgba
-            colour = upscale(np.rint(pad_colours(image) * 255).astype(np.uint8), size)
-            alpha = upscale(np.repeat(image[..., 3:], 3, axis=-1), size).mean(-1, keepdims=True)
+            colour = enlarge(np.rint(pad_colours(image) * 255).astype(np.uint8))
+            alpha = enlarge(np.repeat(image[..., 3:], 3, axis=-1)).mean(-1, keepdims=True)
             rgba = _fit(np.concatenate([colour, alpha], axis=-1), resizing.target)
             enlarged = model.encode_image(on_grey(rgba), encode_offset(self.encoder, rgba))
         else:
             image = to_opaque(decoding.rgb(latent))[..., :3]
-            enlarged = model.encode_image(_fit(upscale(image, size), resizing.target) * 2 - 1)
+            enlarged = model.encode_image(_fit(enlarge(image), resizing.target) * 2 - 1)
             if self.mode.has_alpha:
                 # what the latent holds beside the colours is its transparency
                 colours = model.encode_image(_to_tensor(image) * 2 - 1)

@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import partial
 from itertools import accumulate, chain, count, islice, pairwise
 from pathlib import Path
 from typing import Any, TypeVar
@@ -303,7 +304,9 @@ class LocalEngine:
         """Read the upscaler of a request, None without a second pass."""
         if not request.uses_hires:
             return None
-        return Enlarger.load(request, mode, model, self._models_dir, self.device, reporter.check)
+        return Enlarger.load(
+            request, mode, model, self._models_dir, self.device, partial(reporter.repeat, "upscale")
+        )
 
     def _enlarge(
         self,

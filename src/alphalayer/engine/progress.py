@@ -43,6 +43,17 @@ class ProgressReporter:
         for task in self._tasks:
             task.on_progress(Progress(name))
 
+    def repeat(self, name: str) -> None:
+        """Report a running stage again, at most once in `REPEAT_S`.
+
+        Raises:
+            Cancelled: All tasks are cancelled.
+        """
+        if time.monotonic() - self._reported_at > REPEAT_S:
+            self.stage(name)
+        else:
+            self.check()
+
     @contextmanager
     def within(self, name: str, networks: Sequence[nn.Module]) -> Generator[None]:
         """Report a stage, and repeat the report while networks run.
@@ -54,10 +65,7 @@ class ProgressReporter:
         """
 
         def continue_(*_: object) -> None:
-            if time.monotonic() - self._reported_at > REPEAT_S:
-                self.stage(name)
-            else:
-                self.check()
+            self.repeat(name)
 
         layers = [layer for network in networks for layer in network.modules()]
         hooks = [layer.register_forward_pre_hook(continue_) for layer in layers]

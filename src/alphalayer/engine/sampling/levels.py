@@ -89,15 +89,20 @@ def restart_sigmas(scheduler: str, steps: int, table: SigmaTable) -> Tensor:
 
 
 def add_restarts(sigmas: Tensor) -> Tensor:
-    """Return the levels of `restart_sigmas` for those of a schedule."""
+    """Return the levels of `restart_sigmas` for those of a schedule.
+
+    There is no restart, and so fewer steps, if all levels are below those that it repeats.
+    """
     steps = len(sigmas) - 1
     if steps < RESTART_FROM:
         return sigmas
     length, times = (9, 1) if steps < RESTART_TWICE_FROM else (steps // 4, 2)
     falling = karras_between(steps - length * times, float(sigmas[0]), float(sigmas[-2]))
     high, low = (int((falling - level).abs().argmin()) for level in RESTART_INTERVAL)
-    restart = karras_between(length + 1, float(falling[high]), float(falling[low]))
-    return torch.cat([falling[: low + 1], *[restart] * times, falling[low + 1 :], torch.zeros(1)])
+    restarts: list[Tensor] = []
+    if high < low:
+        restarts = [karras_between(length + 1, float(falling[high]), float(falling[low]))] * times
+    return torch.cat([falling[: low + 1], *restarts, falling[low + 1 :], torch.zeros(1)])
 
 
 def dpm_fast_sigmas(_scheduler: str, steps: int, table: SigmaTable) -> Tensor:

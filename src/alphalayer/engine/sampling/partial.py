@@ -67,6 +67,8 @@ def last_dpm_fast_levels(
     """Return levels of DPM-Solver-fast between the ends of the last steps."""
     last = last_levels(sigmas_for, scheduler, total, steps, table)
     low = float(last.sigmas[-2]) if steps > 1 else table.sigma_min
+    if low >= last.start:  # the last step of some schedules begins at the lowest level
+        low = last.start / 2
     return last._replace(sigmas=dpm_fast_between(steps, last.start, low))
 
 

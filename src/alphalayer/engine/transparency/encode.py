@@ -17,12 +17,11 @@ from alphalayer.core.errors import CommandHint, ModelUnusable
 from alphalayer.engine.base import RgbaImage
 from alphalayer.engine.networks.transparent import TransparentEncoder
 from alphalayer.engine.networks.weights import NamedWeights
-from alphalayer.engine.transparency.conditions import resize
 from alphalayer.engine.transparency.decode import read_weights
 
 Pixels = NDArray[np.float32]
 SHRINK = 1.2
-"""Ratio of the sides of two levels of the pyramid."""
+"""Ratio of the sides of two levels of the pyramid, at most 2 where sides are rounded down."""
 
 
 def load_encoder(path: Path) -> TransparentEncoder:
@@ -64,13 +63,32 @@ def pad_colours(rgba: RgbaImage) -> Pixels:
     levels = [finest]
     while min(levels[-1].shape[:2]) > 1:
         height, width = levels[-1].shape[:2]
-        levels.append(resize(levels[-1], (int(width / SHRINK), int(height / SHRINK))))
+        shrunk = _average(levels[-1], int(height / SHRINK), axis=0)
+        levels.append(_average(shrunk, int(width / SHRINK), axis=1))
     coarsest = levels[-1].sum((0, 1))
     colour: Pixels = coarsest[None, None, :3] / max(float(coarsest[3]), 1e-8)
     for level in reversed(levels):
         coarser = _enlarge(colour, level.shape[:2])
         colour = np.add(level[..., :3], coarser * (1 - level[..., 3:]), dtype=np.float32)
     return colour.clip(0, 1)
+
+
+def _average(image: Pixels, new: int, axis: int) -> Pixels:
+    """Shrink an axis of an image to `new` pixels, each the mean of the area below it.
+
+    At a ratio of at most 2, this area touches three pixels.
+    """
+    old = image.shape[axis]
+    edges = np.arange(new + 1) * (old / new)
+    result: Pixels = np.zeros((1, 1, 1), np.float32)
+    for tap in range(3):
+        below = edges[:-1].astype(int) + tap
+        covered = np.minimum(edges[1:], below + 1) - np.maximum(edges[:-1], below)
+        weights = np.expand_dims(covered.clip(0) * (new / old), (1 - axis, 2))
+        touched = image.take(below.clip(max=old - 1), axis)
+        touched *= weights.astype(np.float32)
+        result = np.add(touched, result, out=touched)
+    return result
 
 
 def _enlarge(image: Pixels, size: tuple[int, ...]) -> Pixels:
