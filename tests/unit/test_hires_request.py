@@ -90,6 +90,34 @@ def test_pixels_and_cost_count_the_second_pass():
     assert image_cost(heun).pixels - image_cost(few).pixels == pytest.approx(5)
 
 
+def test_pixels_are_those_of_the_larger_pass():
+    sides = {"width": 2048, "height": 2048, "hires_width": 64, "hires_height": 64}
+    spec = JobSpec(generation=request(batch_size=8, **sides))
+    assert spec.pixels == 8 * 2048 * 2048
+    with pytest.raises(InvalidRequest) as caught:
+        JobSpec(generation=request(**sides)).check_pixels(10**6)
+    assert caught.value.field == "width"
+    with pytest.raises(InvalidRequest) as caught:
+        JobSpec(generation=request(hires_width=2048)).check_pixels(10**6)
+    assert caught.value.field == "hires_width"
+
+
+@pytest.mark.parametrize(
+    ("fields", "field"),
+    [
+        ({"steps": 10, "hires_steps": 100}, "hires_steps"),
+        ({"hires_steps": 100}, "hires_steps"),
+        ({"steps": 100, "hires_steps": 10}, "steps"),
+        ({"hires_prompt": "[a|b]" * 1600}, "hires_prompt"),
+        ({"hires_negative_prompt": "[a|b]" * 1600}, "hires_negative_prompt"),
+    ],
+)
+def test_refused_cost_names_the_field_of_the_second_pass(fields: dict[str, Any], field: str):
+    with pytest.raises(InvalidRequest) as caught:
+        JobSpec(generation=request(width=256, height=256, hires_scale=2, **fields)).check_cost(1)
+    assert caught.value.field == field
+
+
 def test_previews_of_both_passes_cost():
     plain, previewed = (
         JobSpec(generation=request(steps=20, hires_scale=2, hires_steps=10), previews=previews).cost

@@ -5,6 +5,7 @@ Free of torch, HTTP and files.
 
 from __future__ import annotations
 
+import math
 import secrets
 from typing import Annotated, Any, Literal, NamedTuple, get_args
 
@@ -394,10 +395,26 @@ class GenerationRequest(RequestFields, frozen=True):
             return self.hires_width, self.hires_height
         return self.enlarged_size if self.uses_hires else self.size
 
+    @property
+    def largest_size(self) -> tuple[int, int]:
+        """Return width and height of the pass with more pixels."""
+        return max(self.size, self.final_size, key=math.prod)
+
+    @property
+    def size_field(self) -> str:
+        """Return the field to reduce for a smaller image."""
+        return "width" if self.largest_size == self.size else self._hires_field
+
+    @property
+    def _hires_field(self) -> str:
+        """Return the field that sets the size of the second pass."""
+        sides = ("hires_width", "hires_height")
+        return next((name for name in sides if getattr(self, name)), "hires_scale")
+
     def check_hires(self) -> None:
         """Raise `InvalidRequest` for a second pass of a size that is not generated."""
         if problem := self._hires_problem:
-            raise InvalidRequest(f"{problem}.", field="hires_scale")
+            raise InvalidRequest(f"{problem}.", field=self._hires_field)
 
     @property
     def _hires_problem(self) -> str | None:
