@@ -262,6 +262,49 @@ def test_sides_replace_the_scale(fields: dict[str, Any], expected: tuple[int, in
     assert one.final_size == expected
 
 
+@pytest.mark.parametrize(
+    ("fields", "etas"),
+    [
+        ({"sampler_name": "Euler", "hr_sampler_name": "Euler a", "eta": 0}, [None, 0]),
+        ({"sampler_name": "Euler a", "hr_sampler_name": "Euler", "eta": 0}, [0, 0]),
+        ({"sampler_name": "Euler a", "eta": 0.5}, [0.5, 0.5]),
+        ({"sampler_name": "Euler a", "hr_sampler_name": "DDIM"}, [None, None]),
+        (
+            {
+                "sampler_name": "Euler a",
+                "hr_sampler_name": "DDIM",
+                "override_settings": {"eta_ancestral": 0.3},
+            },
+            [0.3, 0],
+        ),
+        (
+            {
+                "sampler_name": "DDIM",
+                "hr_sampler_name": "Euler a",
+                "override_settings": {"eta_ancestral": 0.3, "eta_ddim": 0.2},
+            },
+            [0.2, 0.3],
+        ),
+    ],
+)
+def test_each_pass_has_the_eta_of_its_sampler(fields: dict[str, Any], etas: list[float | None]):
+    one = translate(**fields).resolve(ModelDefaults())
+    assert [each.options.eta for each in one.passes] == etas
+    pairs = read_parameters(write_parameters(one, "model", "", 1))
+    written = {
+        "Eta DDIM" if each.sampler == "DDIM" else "Eta": f"{each.options.eta:g}"
+        for each in one.passes
+        if each.options.eta is not None and each.sampler != "Euler"
+    }
+    assert {key: value for key, value in pairs.items() if "Eta" in key} == written
+
+
+def test_second_eta_of_the_same_key_is_written_apart():
+    one = request(sampler="Euler a", hires_scale=2, options={"eta": 0.3, "hires_eta": 0.7})
+    text = write_parameters(one.resolve(ModelDefaults()), "model", "", 1)
+    assert ", Eta: 0.3, Hires Eta: 0.7," in text
+
+
 def test_automatic_schedule_is_that_of_the_second_sampler():
     one = translate(sampler_name="DPM++ 2M", hr_sampler_name="Euler")
     assert (one.scheduler, one.hires_sampler, one.hires_scheduler) == ("Karras", "Euler", "Normal")

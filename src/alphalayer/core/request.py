@@ -245,6 +245,13 @@ class GenerationOptions(Frozen, frozen=True):
         ]
         | None
     ) = None
+    hires_eta: (
+        Annotated[
+            float,
+            Field(ge=0, le=1, description="The same for the second pass. Null: as in the first."),
+        ]
+        | None
+    ) = None
     noise_seed_delta: Annotated[
         int,
         Field(
@@ -592,6 +599,9 @@ class ResolvedRequest(GenerationRequest, frozen=True):
         if not self.uses_hires:
             return (self,)
         width, height = self.final_size
+        options = self.options
+        if options.hires_eta is not None:
+            options = options.model_copy(update={"eta": options.hires_eta})
         second = {
             "width": width,
             "height": height,
@@ -601,6 +611,7 @@ class ResolvedRequest(GenerationRequest, frozen=True):
             "cfg_scale": self.cfg_scale if self.hires_cfg_scale is None else self.hires_cfg_scale,
             "prompt": self.hires_prompt or self.prompt,
             "negative_prompt": self.hires_negative_prompt or self.negative_prompt,
+            "options": options,
             "calls_before": self.calls,
         }
         return self, self.model_copy(update=second)

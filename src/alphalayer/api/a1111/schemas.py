@@ -275,6 +275,7 @@ class Txt2ImgRequest(HiresBody, Body, Postprocessing, frozen=True):
         reject_unused_options(self, "trim", "trim_threshold", "trim_padding")
         settings = self.override_settings.over(stored)
         sampler, scheduler = self._choose_sampler()
+        second = self._second_pass()
         generation = GenerationRequest.of(
             self,
             comments=service.prompt_comments
@@ -286,12 +287,14 @@ class Txt2ImgRequest(HiresBody, Body, Postprocessing, frozen=True):
             model=settings.sd_model_checkpoint or None,
             noise=settings.noise or service.noise,
             decode=service.decode,
-            options=settings.options(sampler, OVERRIDE, self.eta, self.s_min_uncond),
+            options=settings.options(
+                sampler, OVERRIDE, self.eta, self.s_min_uncond, second.get("hires_sampler")
+            ),
             warnings=self._warnings(),
             inputs=inputs,
             prompt=remove_tags(self.prompt) if self.disable_extra_networks else self.prompt,
             **self._layerdiffuse(),
-            **self._second_pass(),
+            **second,
         )
         return JobSpec.model_construct(
             generation=generation,
