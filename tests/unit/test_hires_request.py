@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from alphalayer.api.a1111.schemas import Txt2ImgRequest
 from alphalayer.api.a1111.settings import OverrideSettings
@@ -310,8 +311,38 @@ def test_automatic_schedule_is_that_of_the_second_sampler():
     assert (one.scheduler, one.hires_sampler, one.hires_scheduler) == ("Karras", "Euler", "Normal")
     one = translate(sampler_name="DPM++ 2M", hr_scheduler="Automatic")
     assert (one.hires_sampler, one.hires_scheduler) == ("DPM++ 2M", "Karras")
+    one = translate(sampler_name="DPM++ 2M SDE", hr_sampler_name="DPM++ 2M SDE Karras")
+    assert (one.scheduler, one.hires_scheduler) == ("Exponential", "Karras")
+    one = translate(sampler_name="DPM++ 2M SDE Karras", hr_sampler_name="Euler")
+    assert (one.hires_sampler, one.hires_scheduler) == ("Euler", "Karras")
+    one = translate(scheduler="sgm_uniform", hr_sampler_name="DPM++ 2M SDE")
+    assert (one.hires_sampler, one.hires_scheduler) == ("DPM++ 2M SDE", "SGM Uniform")
+    one = translate(sampler_name="DPM++ 2M SDE Karras", hr_scheduler="Exponential")
+    assert (one.hires_sampler, one.hires_scheduler) == ("DPM++ 2M SDE", "Exponential")
     one = translate(hr_sampler_name="Use same sampler", hr_scheduler="Use same scheduler")
     assert (one.hires_sampler, one.hires_scheduler) == (None, None)
+
+
+@pytest.mark.parametrize("value", [None, 0, "0", "0.0", ""])
+def test_unused_guidance_is_that_of_the_first_pass(value: Any):
+    assert translate(hr_cfg=value).hires_cfg_scale is None
+
+
+@pytest.mark.parametrize("scale", [0, 9, "big"])
+def test_scale_is_ignored_beside_a_side(scale: Any):
+    assert translate(hr_scale=scale, hr_resize_x=768, hr_resize_y="0").final_size == (768, 768)
+
+
+def test_echo_has_no_guidance_that_was_not_sent():
+    body = Txt2ImgRequest.model_validate({"prompt": "an apple", "enable_hr": True})
+    assert body.echo["hr_cfg"] is None
+
+
+def test_name_of_the_second_sampler_is_short_text():
+    for value in ("x" * 101, ["Euler"]):
+        for name in ("hr_sampler_name", "hr_scheduler"):
+            with pytest.raises(ValidationError):
+                Txt2ImgRequest.model_validate({"prompt": "an apple", name: value})
 
 
 @pytest.mark.parametrize(
