@@ -11,7 +11,13 @@ from pydantic import ValidationError
 from alphalayer.api.a1111.schemas import Txt2ImgRequest
 from alphalayer.api.a1111.settings import OverrideSettings
 from alphalayer.api.native import Txt2ImgRequest as NativeRequest
-from alphalayer.core.cost import DECODE_STEPS, image_cost
+from alphalayer.core.cost import (
+    DECODE_STEPS,
+    ENCODE_STEPS,
+    UPSCALER_RUNS,
+    UPSCALER_STEPS,
+    image_cost,
+)
 from alphalayer.core.errors import InvalidRequest
 from alphalayer.core.job import JobSpec
 from alphalayer.core.request import GenerationRequest, ModelDefaults, parse_request
@@ -117,6 +123,17 @@ def test_refused_cost_names_the_field_of_the_second_pass(fields: dict[str, Any],
     with pytest.raises(InvalidRequest) as caught:
         JobSpec(generation=request(width=256, height=256, hires_scale=2, **fields)).check_cost(1)
     assert caught.value.field == field
+
+
+def test_enlargement_of_images_costs():
+    latent, resampled, network = (
+        image_cost(request(hires_scale=1.5, hires_upscaler=name)).pixels
+        for name in ("Latent", "Lanczos", "4x-Sharp")
+    )
+    megapixels = 1.5**2
+    assert resampled - latent == pytest.approx(megapixels * ENCODE_STEPS)
+    assert network - resampled == pytest.approx(megapixels * UPSCALER_STEPS * UPSCALER_RUNS)
+    assert image_cost(request(hires_upscaler="4x-Sharp")) == image_cost(request())
 
 
 def test_previews_of_both_passes_cost():

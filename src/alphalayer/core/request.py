@@ -418,6 +418,12 @@ class GenerationRequest(RequestFields, frozen=True):
         sides = ("hires_width", "hires_height")
         return next((name for name in sides if getattr(self, name)), "hires_scale")
 
+    @property
+    def upscaler_file(self) -> str | None:
+        """Return the name of the file that enlarges the first pass, if it needs one."""
+        is_built_in = self.hires_upscaler in (*LATENT_UPSCALERS, *IMAGE_UPSCALERS)
+        return self.hires_upscaler if self.uses_hires and not is_built_in else None
+
     def check_hires(self) -> None:
         """Raise `InvalidRequest` for a second pass of a size that is not generated."""
         if problem := self._hires_problem:
