@@ -22,7 +22,7 @@ from alphalayer.core.errors import InvalidRequest
 from alphalayer.core.job import JobSpec
 from alphalayer.core.request import GenerationRequest, ModelDefaults, parse_request
 from alphalayer.engine.text.grammar import schedule_prompt
-from alphalayer.images.infotext import read_parameters, write_parameters
+from alphalayer.images.infotext import complete, read_parameters, write_parameters
 
 SERVICE: Any = SimpleNamespace(noise="nv", decode="official", prompt_comments=True)
 
@@ -174,6 +174,15 @@ def test_tags_and_comments_of_the_second_prompt_are_read():
     assert caught.value.field == "hires_prompt"
 
 
+def test_ignored_and_malformed_tags_of_the_second_prompt_are_named():
+    tags = "a pear <hypernet:soft:1> <lora:shiny:1:1:3>"
+    read = parse_request({"prompt": "x <lora:shiny:1>", "hires_prompt": tags})
+    assert read.warnings == ("hires_prompt: ignored <hypernet:soft:1>, 3.",)
+    with pytest.raises(InvalidRequest) as caught:
+        parse_request({"prompt": "an apple", "hires_prompt": "a pear <lora:shiny:strong>"})
+    assert caught.value.field == "hires_prompt"
+
+
 @pytest.mark.parametrize(
     ("prompt", "texts"),
     [
@@ -218,6 +227,7 @@ def test_settings_text_has_the_keys_of_automatic1111():
     sides = one.model_copy(update={"hires_width": 1024, "hires_steps": 0})
     pairs = read_parameters(write_parameters(sides, "model", "0" * 10, 1, 1))
     assert pairs["Hires resize"] == "1024x0"
+    assert {"Hires resize-1": "1024", "Hires resize-2": "0"}.items() <= complete(pairs).items()
     assert not pairs.keys() & {"Hires upscale", "Hires steps"}
     off = read_parameters(write_parameters(request().resolve(ModelDefaults()), "model", "", 1, 1))
     assert not any("ires" in key or "Denoising" in key for key in off)

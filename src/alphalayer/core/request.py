@@ -475,7 +475,8 @@ class GenerationRequest(RequestFields, frozen=True):
         """Return the request without comments and tags in its prompts.
 
         A comment goes from "#" to the end of its line. `<lora:name:weight>` in the prompt is added
-        to `loras`. Tags `<word:...>` of other words are left out, with a sentence in `warnings`.
+        to `loras`. What has no effect is left out, with a sentence in `warnings`: tags `<word:...>`
+        of other words, and LoRAs of the second prompt that the first does not have.
 
         Args:
             comments: Whether "#" starts a comment.
@@ -489,9 +490,9 @@ class GenerationRequest(RequestFields, frozen=True):
             (remove_comments(getattr(self, name)) if comments else getattr(self, name)).strip()
             for name in PROMPTS
         )
-        text, tagged, ignored = split_tags(prompt)
+        text, tagged, ignored = split_tags(prompt, "prompt")
         check_text(text, "prompt")
-        hires_text, hires_tagged, _ = split_tags(hires_prompt)
+        hires_text, hires_tagged, hires_ignored = split_tags(hires_prompt, "hires_prompt")
         check_text(hires_text or text, "hires_prompt")
         loras = (*self.loras, *tagged)
         if len(loras) > MAX_LORAS:
@@ -500,8 +501,9 @@ class GenerationRequest(RequestFields, frozen=True):
                 field="loras" if self.loras else "prompt",
             )
         warnings = self.warnings
-        if ignored:
-            warnings += (f"prompt: ignored {validation.cut(', '.join(ignored))}.",)
+        for field, tags in (("prompt", ignored), ("hires_prompt", hires_ignored)):
+            if tags:
+                warnings += (f"{field}: ignored {validation.cut(', '.join(tags))}.",)
         if others := [lora.tag for lora in hires_tagged if lora not in loras]:
             warnings += (
                 f"hires_prompt: ignored {validation.cut(', '.join(others))}. "

@@ -96,8 +96,10 @@ def read_parameters(text: str) -> dict[str, str]:
 
 def complete(parameters: dict[str, str]) -> dict[str, object]:
     """Return pairs with those that AUTOMATIC1111's reader adds, see `READER_DEFAULTS`."""
-    width, _, height = parameters.get("Size", "").partition("x")
-    sizes = {"Size-1": width, "Size-2": height} if height else {}
+    sizes: dict[str, str] = {}
+    for key in ("Size", "Hires resize"):
+        width, _, height = parameters.get(key, "").partition("x")
+        sizes |= {f"{key}-1": width, f"{key}-2": height} if height else {}
     return {**READER_DEFAULTS, **sizes, **parameters}
 
 
