@@ -150,6 +150,7 @@ def test_requests_of_different_second_passes_are_no_batch():
         for fields in ({}, {"hires_scale": 2}, {"hires_scale": 2, "hires_steps": 3})
     }
     assert len(keys) == 3
+    assert request(hires_steps=3, hires_upscaler="None").batch_key == request().batch_key
     free = {"hires_prompt": "a pear", "hires_negative_prompt": "blue", "hires_cfg_scale": 2}
     assert request(hires_scale=2, **free).batch_key == request(hires_scale=2).batch_key
 

@@ -189,21 +189,8 @@ HiresStrength = Annotated[
         description="Share of the noise that the second pass adds: more changes more.",
     ),
 ]
-HiresSide = Annotated[
-    int,
-    Field(
-        ge=0,
-        le=MAX_HIRES_SIDE,
-        description="Side of the second pass instead of the scale. 0: by the other side.",
-    ),
-]
-HiresPrompt = Annotated[
-    str,
-    Field(
-        max_length=MAX_PROMPT_CHARACTERS,
-        description="Prompt of the second pass. Empty: as in the first.",
-    ),
-]
+HiresSide = Annotated[int, Field(ge=0, le=MAX_HIRES_SIDE)]
+HiresPrompt = Annotated[str, Field(max_length=MAX_PROMPT_CHARACTERS)]
 ResizeModeName = Annotated[
     ResizeMode, Field(description="How input images are fitted to the size of the result.")
 ]
@@ -248,7 +235,11 @@ class GenerationOptions(Frozen, frozen=True):
     hires_eta: (
         Annotated[
             float,
-            Field(ge=0, le=1, description="The same for the second pass. Null: as in the first."),
+            Field(
+                ge=0,
+                le=1,
+                description="Share of fresh noise in the second pass. Null: as in the first.",
+            ),
         ]
         | None
     ) = None
@@ -348,8 +339,14 @@ class GenerationRequest(RequestFields, frozen=True):
     options: Annotated[
         GenerationOptions, Field(description="Settings of AUTOMATIC1111 that change the image.")
     ] = GenerationOptions()
-    hires_width: HiresSide = 0
-    hires_height: HiresSide = 0
+    hires_width: Annotated[
+        HiresSide,
+        Field(description="Width of the second pass instead of the scale. 0: by the height."),
+    ] = 0
+    hires_height: Annotated[
+        HiresSide,
+        Field(description="Height of the second pass instead of the scale. 0: by the width."),
+    ] = 0
     hires_sampler: Annotated[
         SamplerName | None, Field(description="Sampler of the second pass. Null: as the first.")
     ] = None
@@ -359,8 +356,13 @@ class GenerationRequest(RequestFields, frozen=True):
     hires_cfg_scale: Annotated[
         CfgScale | None, Field(description="Guidance of the second pass. Null: as the first.")
     ] = None
-    hires_prompt: HiresPrompt = ""
-    hires_negative_prompt: HiresPrompt = ""
+    hires_prompt: Annotated[
+        HiresPrompt, Field(description="Prompt of the second pass. Empty: as in the first.")
+    ] = ""
+    hires_negative_prompt: Annotated[
+        HiresPrompt,
+        Field(description="Negative prompt of the second pass. Empty: as in the first."),
+    ] = ""
     warnings: Annotated[
         tuple[str, ...],
         Field(description="What of the client's request was ignored, in its order."),
@@ -540,9 +542,12 @@ class GenerationRequest(RequestFields, frozen=True):
     def batch_key(self) -> str:
         """Return a key that is equal for requests that may be generated together.
 
-        They differ in prompts, seeds, guidance, input images and number of images alone.
+        They differ in prompts, seeds, guidance, input images and number of images alone, and in
+        the fields of a second pass that they do not have.
         """
-        return self.model_dump_json(exclude=FREE_IN_A_BATCH)
+        fields = GenerationRequest.model_fields
+        unused = () if self.uses_hires else (name for name in fields if name.startswith("hires_"))
+        return self.model_dump_json(exclude={*FREE_IN_A_BATCH, *unused})
 
     def with_seeds(self) -> GenerationRequest:
         """Replace seeds of -1 by random ones."""
