@@ -175,7 +175,7 @@ def test_tags_and_comments_of_the_second_prompt_are_read():
     assert caught.value.field == "hires_prompt"
 
 
-def test_ignored_and_malformed_tags_of_the_second_prompt_are_named():
+def test_wrong_tags_of_the_second_prompt_are_named():
     tags = "a pear <hypernet:soft:1> <lora:shiny:1:1:3>"
     read = parse_request({"prompt": "x <lora:shiny:1>", "hires_prompt": tags})
     assert read.warnings == ("hires_prompt: ignored <hypernet:soft:1>, 3.",)
@@ -318,12 +318,12 @@ def test_sides_replace_the_scale(fields: dict[str, Any], expected: tuple[int, in
 )
 def test_each_pass_has_the_eta_of_its_sampler(fields: dict[str, Any], etas: list[float | None]):
     one = translate(**fields).resolve(ModelDefaults())
-    assert [each.options.eta for each in one.passes] == etas
+    assert [run.options.eta for run in one.passes] == etas
     pairs = read_parameters(write_parameters(one, "model", "", 1))
     written = {
-        "Eta DDIM" if each.sampler == "DDIM" else "Eta": f"{each.options.eta:g}"
-        for each in one.passes
-        if each.options.eta is not None and each.sampler != "Euler"
+        "Eta DDIM" if run.sampler == "DDIM" else "Eta": f"{run.options.eta:g}"
+        for run in one.passes
+        if run.options.eta is not None and run.sampler != "Euler"
     }
     assert {key: value for key, value in pairs.items() if "Eta" in key} == written
 
