@@ -209,6 +209,17 @@ def test_lora_alias_is_listed_and_names_it_in_prompts(tmp_path):
         assert render(client, prompt="x <lora:other:0.5>").status_code == 422
 
 
+def test_unknown_upscaler_is_refused_at_once(client):
+    unknown = {"hr_upscaler": "4x-Sharp", "width": 64, "height": 64, "steps": 1}
+    refused = render(client, enable_hr=True, **unknown)
+    assert refused.status_code == 422
+    detail = refused.json()["detail"]
+    assert detail.startswith('hr_upscaler: unknown upscaler "4x-Sharp"')
+    assert detail.endswith("Put its file into models/ESRGAN.")
+    assert render(client, **unknown).status_code == 200
+    assert render(client, enable_hr=True, **unknown | {"hr_upscaler": "Lanczos"}).is_success
+
+
 def test_txt2img_defaults_are_those_of_automatic1111(client):
     settings = settings_of(client.post("/sdapi/v1/txt2img", json={"prompt": "x"}))
     expected = {

@@ -225,10 +225,11 @@ def test_out_of_memory_retry_starts_with_an_empty_device(
 
 def test_out_of_memory_in_every_mode_reports_needed_memory(engine: LocalEngine, base: np.ndarray):
     _render(engine, steps=1)
+    smaller = {"hires_width": 64, "hires_height": 64}
     handle = engine.model.unet.register_forward_pre_hook(_FailingHook(99, OUT_OF_MEMORY[0]))
     try:
         with pytest.raises(OutOfMemory) as error:
-            engine.generate(REQUEST.model_copy(update={"batch_size": 2, "width": 128}))
+            engine.generate(REQUEST.model_copy(update={"batch_size": 2, "width": 128, **smaller}))
     finally:
         handle.remove()
     assert "128x64, batch of 2, needs about" in error.value.message

@@ -24,6 +24,7 @@ from alphalayer.catalog import (
     ModelEntry,
     check_layerdiffuse_mode,
     find_lora,
+    find_upscaler,
     resolve_model,
     shorten_paths,
 )
@@ -250,7 +251,7 @@ def find_model(service: Service, name: str | None) -> ModelEntry:
 
 
 def _check_models(service: Service, generation: GenerationRequest) -> None:
-    """Check that the model, LoRAs and LayerDiffuse method are available.
+    """Check that the model, LoRAs, upscaler and LayerDiffuse method are available.
 
     It reads folders.
 
@@ -261,6 +262,8 @@ def _check_models(service: Service, generation: GenerationRequest) -> None:
     try:
         for lora in generation.loras:
             find_lora(service.models_dir, lora.name)
+        if generation.upscaler_file:
+            find_upscaler(service.models_dir, generation.upscaler_file)
         if generation.uses_layerdiffuse:
             check_layerdiffuse_mode(entry, generation.mode)
     except AlphalayerError as error:
@@ -285,7 +288,10 @@ async def submit_job(
     spec.check_cost(service.max_cost)
     generation = spec.generation
     if service.knows_models and (
-        generation.model or generation.loras or generation.mode != DEFAULT_MODE
+        generation.model
+        or generation.loras
+        or generation.upscaler_file
+        or generation.mode != DEFAULT_MODE
     ):
         await asyncio.to_thread(_check_models, service, generation)
     job = await _submit_charged(service, spec, submission, delivery, job_id or new_id())

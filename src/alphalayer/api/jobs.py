@@ -100,7 +100,8 @@ class JobAnswer(BaseModel):
     stage: Annotated[
         str,
         Field(
-            description="waiting, start, load, text, sample, vae, decode, store, or final state."
+            description="waiting, start, load, text, sample, upscale, vae, decode, store, or final "
+            "state."
         ),
     ]
     step: Annotated[int, Field(description="Last finished step.")]

@@ -23,8 +23,8 @@ from alphalayer.core.values import Frozen
 StageSeconds = Annotated[
     dict[str, float],
     Field(
-        description="Seconds of each stage of the finished job: load, text, inputs, sample, vae, "
-        "decode, store."
+        description="Seconds of each stage of the finished job: load, text, inputs, sample, "
+        "upscale, vae, decode, store."
     ),
 ]
 

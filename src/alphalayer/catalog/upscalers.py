@@ -33,7 +33,7 @@ def find_upscaler(models_dir: Path, name: str) -> Path:
         known = ", ".join((*LATENT_UPSCALERS, *IMAGE_UPSCALERS, *files))
         raise InvalidRequest(
             f'unknown upscaler "{name}"; use one of: {known}.',
-            hint=f"Put its file into {models_dir / FOLDER}.",
+            hint=f"Put its file into {models_dir.absolute().name}/{FOLDER}.",
             field="hires_upscaler",
         )
     return path

@@ -8,16 +8,28 @@ The engine refuses prompts that are longer than `max_chunks`, such as many large
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 
 from alphalayer.core.prompts import AND
-from alphalayer.core.request import GenerationRequest, ModelDefaults, ResolvedRequest
+from alphalayer.core.request import (
+    LATENT_UPSCALERS,
+    GenerationRequest,
+    ModelDefaults,
+    ResolvedRequest,
+)
 from alphalayer.core.samplers import CALLS_PER_STEP
 
 UNIT_PIXELS = 2**20
 DECODE_STEPS = 10
 """Steps that take as long as the decode of an image [counted for both models: 5 to 17]."""
+ENCODE_STEPS = 5
+"""Steps that take as long as the encode of an image [estimated: half a decode]."""
+UPSCALER_STEPS = 10
+"""Steps that take as long as an upscaler's network, a result [estimated for ESRGAN]."""
+UPSCALER_RUNS = 2
+"""Images that an upscaler enlarges: colour and alpha."""
 CALLS = {**CALLS_PER_STEP, "HeunPP2": 3}
 """Most calls of the UNet a step; 1 for other samplers."""
 MAX_STRENGTH = 0.999
@@ -45,7 +57,7 @@ class Cost:
     """Cost of one image in megapixel-steps, by its causes."""
 
     pixels: float
-    """Sampling and decode, without what the length of the prompt adds."""
+    """Sampling, enlargement and decode, without what the length of the prompt adds."""
     prompt: float
     """What the length of the prompts adds."""
 
@@ -59,7 +71,16 @@ def image_cost(request: GenerationRequest) -> Cost:
     """Return the cost of one image of a request. Open fields count as SDXL's defaults."""
     # an upscaler of images decodes the first pass, too
     costs = [_pass_cost(one) for one in request.resolve(ModelDefaults()).passes]
-    return Cost(sum(cost.pixels for cost in costs), sum(cost.prompt for cost in costs))
+    pixels = sum(cost.pixels for cost in costs) + _enlargement_cost(request)
+    return Cost(pixels, sum(cost.prompt for cost in costs))
+
+
+def _enlargement_cost(request: GenerationRequest) -> float:
+    """Return the cost between two passes. Interpolated latents cost nothing."""
+    if not request.uses_hires or request.hires_upscaler in LATENT_UPSCALERS:
+        return 0.0
+    steps = ENCODE_STEPS + (UPSCALER_STEPS * UPSCALER_RUNS if request.upscaler_file else 0)
+    return math.prod(request.enlarged_size) / UNIT_PIXELS * steps
 
 
 def _pass_cost(request: ResolvedRequest) -> Cost:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import secrets
 import time
@@ -14,6 +15,7 @@ from alphalayer.core.cost import extras_cost, image_cost
 from alphalayer.core.errors import InvalidRequest
 from alphalayer.core.modes import LayerRole
 from alphalayer.core.request import (
+    PROMPTS,
     GenerationRequest,
     ImageFormat,
     ImageSeed,
@@ -119,9 +121,8 @@ class JobSpec(Frozen, frozen=True):
 
     @property
     def pixels(self) -> int:
-        """Return the pixels of one batch at its final size; an open side counts as SDXL's."""
-        width, height = self.generation.final_size
-        return width * height * self.generation.batch_size
+        """Return the pixels of one batch in its larger pass. Open sides count as SDXL's."""
+        return math.prod(self.generation.largest_size) * self.generation.batch_size
 
     def check_pixels(self, limit: int) -> None:
         """Raise `InvalidRequest` for more than `limit` pixels in all; 0 means no limit.
@@ -135,13 +136,8 @@ class JobSpec(Frozen, frozen=True):
         raise InvalidRequest(
             f"the request has {pixels:,} pixels in all; at most {limit:,}.",
             hint="Request fewer or smaller images.",
-            field=next((name for name, count in counts.items() if count > 1), self._size_field),
+            field=_first_above_one(counts) or self.generation.size_field,
         )
-
-    @property
-    def _size_field(self) -> str:
-        """Return the field to reduce for a smaller image."""
-        return "hires_scale" if self.generation.uses_hires else "width"
 
     @property
     def images(self) -> int:
@@ -163,18 +159,16 @@ class JobSpec(Frozen, frozen=True):
         if not limit or self.cost <= limit:
             return
         request, image = self.generation, image_cost(self.generation)
-        prompts = {"prompt": request.prompt, "negative_prompt": request.negative_prompt}
-        counts = {
-            "iterations": self.iterations,
-            "batch_size": request.batch_size,
-            "steps": request.steps or 1,
-        }
+        steps = {"steps": request.steps or 1}
+        if request.uses_hires and request.hires_steps > (request.steps or ModelDefaults().steps):
+            steps = {"hires_steps": request.hires_steps}
+        counts = {"iterations": self.iterations, "batch_size": request.batch_size, **steps}
         if image.prompt > image.pixels:
-            counts = {max(prompts, key=lambda name: len(prompts[name])): 2}
+            counts = {max(PROMPTS, key=lambda name: len(getattr(request, name))): 2}
         raise InvalidRequest(
             f"the request costs {self.cost:,.0f} megapixel-steps; at most {limit:,.0f}.",
             hint="Request fewer or smaller images, fewer steps, or a shorter prompt.",
-            field=next((name for name, count in counts.items() if count > 1), self._size_field),
+            field=_first_above_one(counts) or request.size_field,
         )
 
 
@@ -333,6 +327,10 @@ class Job(Frozen, frozen=True):
     def file_name(self, index: int) -> str:
         """Return the name of image `index`, the same in every run of the job."""
         return f"alpha_{int(self.created_at)}_{self.id[:10]}{index:02x}.{self.spec.output.format}"
+
+
+def _first_above_one(counts: dict[str, int]) -> str | None:
+    return next((name for name, count in counts.items() if count > 1), None)
 
 
 def _halves(digest: str) -> set[str]:

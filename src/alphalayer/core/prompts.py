@@ -92,8 +92,12 @@ def remove_tags(prompt: str) -> str:
     return _TAG.sub("", prompt[:end]) + prompt[end:]
 
 
-def split_tags(prompt: str) -> tuple[str, list[Lora], list[str]]:
+def split_tags(prompt: str, field: str) -> tuple[str, list[Lora], list[str]]:
     """Split a prompt into its text, its LoRAs and what of the tags is ignored.
+
+    Args:
+        prompt: The prompt.
+        field: Field of the prompt, for errors.
 
     Raises:
         InvalidRequest: A tag is malformed.
@@ -103,7 +107,7 @@ def split_tags(prompt: str) -> tuple[str, list[Lora], list[str]]:
     end = prompt.rfind(">") + 1
     for tag in _TAG.finditer(prompt, endpos=end):
         if tag[1] in ("lora", "lyco"):
-            lora, unknown = _parse_lora(tag[0], tag[2])
+            lora, unknown = _parse_lora(tag[0], tag[2], field)
             loras.append(lora)
             ignored += unknown
         else:
@@ -111,12 +115,13 @@ def split_tags(prompt: str) -> tuple[str, list[Lora], list[str]]:
     return remove_tags(prompt).strip(), loras, ignored
 
 
-def _parse_lora(tag: str, values: str) -> tuple[Lora, list[str]]:
+def _parse_lora(tag: str, values: str, field: str) -> tuple[Lora, list[str]]:
     """Parse a LoRA's tag.
 
     Args:
         tag: The whole tag.
         values: Its inside: "name", "name:weight" or "name:te:unet". Weights may be named: "te=0.5".
+        field: Field of the prompt, for errors.
 
     Returns:
         The LoRA and the values that have no meaning here.
@@ -141,6 +146,6 @@ def _parse_lora(tag: str, values: str) -> tuple[Lora, list[str]]:
             f'"{tag[:106]}" is not a LoRA with its weight.',
             hint=f"Write <lora:name:0.8>, with a weight from -{MAX_LORA_WEIGHT} to "
             f"{MAX_LORA_WEIGHT}.",
-            field="prompt",
+            field=field,
         ) from None
     return lora, [*others, *(f"{key}={value}" for key, value in named.items())]

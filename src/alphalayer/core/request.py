@@ -5,6 +5,7 @@ Free of torch, HTTP and files.
 
 from __future__ import annotations
 
+import math
 import secrets
 from typing import Annotated, Any, Literal, NamedTuple, get_args
 
@@ -188,21 +189,8 @@ HiresStrength = Annotated[
         description="Share of the noise that the second pass adds: more changes more.",
     ),
 ]
-HiresSide = Annotated[
-    int,
-    Field(
-        ge=0,
-        le=MAX_HIRES_SIDE,
-        description="Side of the second pass instead of the scale. 0: by the other side.",
-    ),
-]
-HiresPrompt = Annotated[
-    str,
-    Field(
-        max_length=MAX_PROMPT_CHARACTERS,
-        description="Prompt of the second pass. Empty: as in the first.",
-    ),
-]
+HiresSide = Annotated[int, Field(ge=0, le=MAX_HIRES_SIDE)]
+HiresPrompt = Annotated[str, Field(max_length=MAX_PROMPT_CHARACTERS)]
 ResizeModeName = Annotated[
     ResizeMode, Field(description="How input images are fitted to the size of the result.")
 ]
@@ -240,6 +228,17 @@ class GenerationOptions(Frozen, frozen=True):
                 description="Share of fresh noise in each step (eta, eta_ancestral, eta_ddim) of "
                 "the SDE and ancestral samplers, DPM fast, DDIM and DDIM CFG++. Others ignore it. "
                 "Null: 0 for DDIM and DDIM CFG++, else 1.",
+            ),
+        ]
+        | None
+    ) = None
+    hires_eta: (
+        Annotated[
+            float,
+            Field(
+                ge=0,
+                le=1,
+                description="Share of fresh noise in the second pass. Null: as in the first.",
             ),
         ]
         | None
@@ -340,8 +339,14 @@ class GenerationRequest(RequestFields, frozen=True):
     options: Annotated[
         GenerationOptions, Field(description="Settings of AUTOMATIC1111 that change the image.")
     ] = GenerationOptions()
-    hires_width: HiresSide = 0
-    hires_height: HiresSide = 0
+    hires_width: Annotated[
+        HiresSide,
+        Field(description="Width of the second pass instead of the scale. 0: by the height."),
+    ] = 0
+    hires_height: Annotated[
+        HiresSide,
+        Field(description="Height of the second pass instead of the scale. 0: by the width."),
+    ] = 0
     hires_sampler: Annotated[
         SamplerName | None, Field(description="Sampler of the second pass. Null: as the first.")
     ] = None
@@ -351,8 +356,13 @@ class GenerationRequest(RequestFields, frozen=True):
     hires_cfg_scale: Annotated[
         CfgScale | None, Field(description="Guidance of the second pass. Null: as the first.")
     ] = None
-    hires_prompt: HiresPrompt = ""
-    hires_negative_prompt: HiresPrompt = ""
+    hires_prompt: Annotated[
+        HiresPrompt, Field(description="Prompt of the second pass. Empty: as in the first.")
+    ] = ""
+    hires_negative_prompt: Annotated[
+        HiresPrompt,
+        Field(description="Negative prompt of the second pass. Empty: as in the first."),
+    ] = ""
     warnings: Annotated[
         tuple[str, ...],
         Field(description="What of the client's request was ignored, in its order."),
@@ -394,10 +404,32 @@ class GenerationRequest(RequestFields, frozen=True):
             return self.hires_width, self.hires_height
         return self.enlarged_size if self.uses_hires else self.size
 
+    @property
+    def largest_size(self) -> tuple[int, int]:
+        """Return width and height of the pass with more pixels."""
+        return max(self.size, self.final_size, key=math.prod)
+
+    @property
+    def size_field(self) -> str:
+        """Return the field to reduce for a smaller image."""
+        return "width" if self.largest_size == self.size else self._hires_field
+
+    @property
+    def _hires_field(self) -> str:
+        """Return the field that sets the size of the second pass."""
+        sides = ("hires_width", "hires_height")
+        return next((name for name in sides if getattr(self, name)), "hires_scale")
+
+    @property
+    def upscaler_file(self) -> str | None:
+        """Return the name of the file that enlarges the first pass, if it needs one."""
+        is_built_in = self.hires_upscaler in (*LATENT_UPSCALERS, *IMAGE_UPSCALERS)
+        return self.hires_upscaler if self.uses_hires and not is_built_in else None
+
     def check_hires(self) -> None:
         """Raise `InvalidRequest` for a second pass of a size that is not generated."""
         if problem := self._hires_problem:
-            raise InvalidRequest(f"{problem}.", field="hires_scale")
+            raise InvalidRequest(f"{problem}.", field=self._hires_field)
 
     @property
     def _hires_problem(self) -> str | None:
@@ -445,7 +477,8 @@ class GenerationRequest(RequestFields, frozen=True):
         """Return the request without comments and tags in its prompts.
 
         A comment goes from "#" to the end of its line. `<lora:name:weight>` in the prompt is added
-        to `loras`. Tags `<word:...>` of other words are left out, with a sentence in `warnings`.
+        to `loras`. What has no effect is left out, with a sentence in `warnings`: tags `<word:...>`
+        of other words, and LoRAs of the second prompt that the first does not have.
 
         Args:
             comments: Whether "#" starts a comment.
@@ -459,9 +492,9 @@ class GenerationRequest(RequestFields, frozen=True):
             (remove_comments(getattr(self, name)) if comments else getattr(self, name)).strip()
             for name in PROMPTS
         )
-        text, tagged, ignored = split_tags(prompt)
+        text, tagged, ignored = split_tags(prompt, "prompt")
         check_text(text, "prompt")
-        hires_text, hires_tagged, _ = split_tags(hires_prompt)
+        hires_text, hires_tagged, hires_ignored = split_tags(hires_prompt, "hires_prompt")
         check_text(hires_text or text, "hires_prompt")
         loras = (*self.loras, *tagged)
         if len(loras) > MAX_LORAS:
@@ -470,8 +503,9 @@ class GenerationRequest(RequestFields, frozen=True):
                 field="loras" if self.loras else "prompt",
             )
         warnings = self.warnings
-        if ignored:
-            warnings += (f"prompt: ignored {validation.cut(', '.join(ignored))}.",)
+        for field, tags in (("prompt", ignored), ("hires_prompt", hires_ignored)):
+            if tags:
+                warnings += (f"{field}: ignored {validation.cut(', '.join(tags))}.",)
         if others := [lora.tag for lora in hires_tagged if lora not in loras]:
             warnings += (
                 f"hires_prompt: ignored {validation.cut(', '.join(others))}. "
@@ -508,9 +542,12 @@ class GenerationRequest(RequestFields, frozen=True):
     def batch_key(self) -> str:
         """Return a key that is equal for requests that may be generated together.
 
-        They differ in prompts, seeds, guidance, input images and number of images alone.
+        They differ in prompts, seeds, guidance, input images and number of images alone, and in
+        the fields of a second pass that they do not have.
         """
-        return self.model_dump_json(exclude=FREE_IN_A_BATCH)
+        fields = GenerationRequest.model_fields
+        unused = () if self.uses_hires else (name for name in fields if name.startswith("hires_"))
+        return self.model_dump_json(exclude={*FREE_IN_A_BATCH, *unused})
 
     def with_seeds(self) -> GenerationRequest:
         """Replace seeds of -1 by random ones."""
@@ -575,6 +612,9 @@ class ResolvedRequest(GenerationRequest, frozen=True):
         if not self.uses_hires:
             return (self,)
         width, height = self.final_size
+        options = self.options
+        if options.hires_eta is not None:
+            options = options.model_copy(update={"eta": options.hires_eta})
         second = {
             "width": width,
             "height": height,
@@ -584,6 +624,7 @@ class ResolvedRequest(GenerationRequest, frozen=True):
             "cfg_scale": self.cfg_scale if self.hires_cfg_scale is None else self.hires_cfg_scale,
             "prompt": self.hires_prompt or self.prompt,
             "negative_prompt": self.hires_negative_prompt or self.negative_prompt,
+            "options": options,
             "calls_before": self.calls,
         }
         return self, self.model_copy(update=second)

@@ -510,7 +510,7 @@ class LocalEngine:
         smallest = tried[-1]
         try:
             networks = Networks.of(model, MODES[first.mode].has_alpha)
-            width, height = first.final_size
+            width, height = first.largest_size
             needed = count_memory(networks, width, height, images, smallest, self.device)
         except Exception as error:  # the decoder is read on first use
             if not is_out_of_memory(error):

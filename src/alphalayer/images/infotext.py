@@ -96,24 +96,36 @@ def read_parameters(text: str) -> dict[str, str]:
 
 def complete(parameters: dict[str, str]) -> dict[str, object]:
     """Return pairs with those that AUTOMATIC1111's reader adds, see `READER_DEFAULTS`."""
-    width, _, height = parameters.get("Size", "").partition("x")
-    sizes = {"Size-1": width, "Size-2": height} if height else {}
+    sizes: dict[str, str] = {}
+    for key in ("Size", "Hires resize"):
+        width, _, height = parameters.get(key, "").partition("x")
+        sizes |= {f"{key}-1": width, f"{key}-2": height} if height else {}
     return {**READER_DEFAULTS, **sizes, **parameters}
 
 
 def extra_pairs(request: ResolvedRequest) -> dict[str, object]:
     """Return the pairs of LayerDiffuse and of options that are not at their defaults."""
     options = request.options
-    eta = "Eta DDIM" if request.sampler.startswith("DDIM") else "Eta"
     pairs = {
         "SDXL crop top": options.crop_top or None,
         "SDXL crop left": options.crop_left or None,
         "Emphasis": options.emphasis if options.emphasis != "Original" else None,
-        eta: options.eta if request.sampler not in WITHOUT_ETA else None,
+        **_eta_pairs(request),
         "NGMS": options.min_uncond or None,
     }
     used = {name: value for name, value in pairs.items() if value is not None}
     return {**_hires_pairs(request), **_layerdiffuse_pairs(request), **used}
+
+
+def _eta_pairs(request: ResolvedRequest) -> dict[str, object | None]:
+    """Return the share of fresh noise in each pass. DDIM has its own key."""
+    pairs: dict[str, object | None] = {}
+    for number, one in enumerate(request.passes):
+        if one.sampler in WITHOUT_ETA:
+            continue
+        key, eta = "Eta DDIM" if one.sampler.startswith("DDIM") else "Eta", one.options.eta
+        pairs[f"Hires {key}" if number and pairs.get(key, eta) != eta else key] = eta
+    return pairs
 
 
 def _hires_pairs(request: ResolvedRequest) -> dict[str, object]:

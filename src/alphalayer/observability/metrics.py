@@ -28,7 +28,7 @@ class Metrics:
         self.pictures = counter("alphalayer_pictures", "Stored images.")
         self.stage_seconds = histogram(
             "alphalayer_stage_seconds",
-            "Seconds of a job's stages: load, text, inputs, sample, vae, decode, store.",
+            "Seconds of a job's stages: load, text, inputs, sample, upscale, vae, decode, store.",
             ["stage"],
             buckets=(0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100),
         )

@@ -18,7 +18,7 @@ from alphalayer.core.request import (
     HiresStrength,
     HiresUpscaler,
 )
-from alphalayer.core.samplers import choose_sampler
+from alphalayer.core.samplers import AUTOMATIC, choose_sampler, split_sampler_name
 from alphalayer.core.values import Frozen, parse_as
 
 HIRES_FIELDS = {
@@ -35,6 +35,8 @@ HIRES_FIELDS = {
 """Fields of `GenerationRequest`, and their names in a body."""
 SAME = ("", "Use same checkpoint", "Use same sampler", "Use same scheduler", "Use same choices")
 """Values that mean those of the first pass."""
+NOTHING = ("", "0", "0.0", "false", "no", "none", "off", "null")
+"""Texts with which clients leave a field unused, in lower case."""
 
 
 class HiresBody(Frozen, frozen=True):
@@ -51,21 +53,27 @@ class HiresBody(Frozen, frozen=True):
     hr_second_pass_steps: Annotated[Any, Field(description="0: as many as in the first.")] = 0
     hr_resize_x: Annotated[Any, Field(description="Width instead of hr_scale.")] = 0
     hr_resize_y: Annotated[Any, Field(description="Height instead of hr_scale.")] = 0
-    hr_sampler_name: Annotated[Any, Field(description="Null: as in the first pass.")] = None
-    hr_scheduler: Annotated[Any, Field(description="Null: as in the first pass.")] = None
+    hr_sampler_name: Annotated[
+        str | None, Field(max_length=100, description="Null: as in the first pass.")
+    ] = None
+    hr_scheduler: Annotated[
+        str | None, Field(max_length=100, description="Null: as in the first pass.")
+    ] = None
     hr_prompt: Annotated[Any, Field(description="Empty: as in the first pass.")] = ""
     hr_negative_prompt: Annotated[Any, Field(description="Empty: as in the first pass.")] = ""
     hr_cfg: Annotated[Any, Field(description="Null or 0: as in the first pass.")] = None
     hr_checkpoint_name: Annotated[Any, Field(description="Only that of the first pass.")] = None
     hr_additional_modules: Annotated[Any, Field(description="Not implemented.")] = None
 
-    def second_pass(self, size: tuple[int, int], sampler: str, scheduler: str) -> dict[str, Any]:
+    def second_pass(
+        self, size: tuple[int, int], sampler: str, scheduler: str | None
+    ) -> dict[str, Any]:
         """Return the fields of `GenerationRequest` for the second pass.
 
         Args:
             size: Width and height of the first pass.
-            sampler: Sampler of the first pass.
-            scheduler: Its schedule, which may be "Automatic".
+            sampler: Sampler of the first pass as sent, also with its schedule.
+            scheduler: Schedule of the first pass as sent, None if only the sampler has one.
 
         Raises:
             InvalidRequest: A field is wrong or not implemented.
@@ -79,17 +87,22 @@ class HiresBody(Frozen, frozen=True):
                     field=name,
                 )
         values = {name: getattr(self, wire) for name, wire in HIRES_FIELDS.items()}
-        values["hires_cfg_scale"] = values["hires_cfg_scale"] or None
+        if not is_used(self.hr_cfg):
+            values["hires_cfg_scale"] = None
+        if is_used(self.hr_resize_x) or is_used(self.hr_resize_y):
+            values["hires_scale"] = 1
         with wire_names(HIRES_FIELDS):
             fields = parse_as(_SecondPass, values).model_dump()
         if fields["hires_scale"] == 1 and not (fields["hires_width"] or fields["hires_height"]):
             fields |= {"hires_width": size[0], "hires_height": size[1]}
         own_sampler, own_scheduler = _own(self.hr_sampler_name), _own(self.hr_scheduler)
         if own_sampler or own_scheduler:
-            name, schedule = own_sampler or sampler, own_scheduler or scheduler
+            first = _schedule(scheduler) or split_sampler_name(expand_aliases(sampler))[1]
             with wire_names({"sampler": "hr_sampler_name", "scheduler": "hr_scheduler"}):
                 fields["hires_sampler"], fields["hires_scheduler"] = choose_sampler(
-                    expand_aliases(name), SCHEDULES.get(schedule.lower(), schedule)
+                    expand_aliases(own_sampler or sampler),
+                    _schedule(own_scheduler),
+                    first or AUTOMATIC,
                 )
         return fields
 
@@ -108,9 +121,19 @@ class _SecondPass(Frozen, frozen=True):
     hires_negative_prompt: HiresPrompt
 
 
-def _own(value: Any) -> str:
-    """Return the name of a sampler or schedule, "" for that of the first pass."""
-    return "" if value is None or value in SAME else str(value)
+def is_used(value: Any) -> bool:
+    """Return whether the value of a field requests something."""
+    return bool(value) and str(value).strip().lower() not in NOTHING
+
+
+def _own(value: str | None) -> str | None:
+    """Return the name of a sampler or schedule, None for that of the first pass."""
+    return None if value in SAME else value
+
+
+def _schedule(name: str | None) -> str | None:
+    """Return a schedule by the name that AUTOMATIC1111 lists."""
+    return SCHEDULES.get(name.lower(), name) if name else None
 
 
 def _list(value: Any) -> list[Any]:

@@ -14,7 +14,7 @@ from pydantic import (
     model_validator,
 )
 
-from alphalayer.api.a1111.hires import HIRES_FIELDS, HiresBody
+from alphalayer.api.a1111.hires import HIRES_FIELDS, HiresBody, is_used
 from alphalayer.api.a1111.lists import SCHEDULES, expand_aliases
 from alphalayer.api.a1111.script import SCRIPT, Arguments, read_arguments
 from alphalayer.api.a1111.settings import OverrideSettings
@@ -55,8 +55,6 @@ FIELDS = {
 """Names of fields on the wire, where they differ from those of `JobSpec`."""
 NOT_IMPLEMENTED = "Not implemented; refused if it would change the image."
 OVERRIDE = "override_settings."
-NOTHING = ("", "0", "0.0", "false", "no", "none", "off", "null")
-"""Texts with which clients leave a field unused, in lower case."""
 FIELDS_AS_SCRIPTS = ("sampler", "seed")
 """Scripts of AUTOMATIC1111's page whose values are fields of the body."""
 SWITCHES = ("enabled", "ad_tab_enable", "ad_model")
@@ -111,7 +109,7 @@ ECHOED: dict[str, Any] = {
     "hr_scheduler": None,
     "hr_prompt": "",
     "hr_negative_prompt": "",
-    "hr_cfg": 1.0,
+    "hr_cfg": None,
     "hr_distilled_cfg": 3.5,
     "force_task_id": None,
     "sampler_index": "Euler",
@@ -275,6 +273,7 @@ class Txt2ImgRequest(HiresBody, Body, Postprocessing, frozen=True):
         reject_unused_options(self, "trim", "trim_threshold", "trim_padding")
         settings = self.override_settings.over(stored)
         sampler, scheduler = self._choose_sampler()
+        second = self._second_pass()
         generation = GenerationRequest.of(
             self,
             comments=service.prompt_comments
@@ -286,12 +285,14 @@ class Txt2ImgRequest(HiresBody, Body, Postprocessing, frozen=True):
             model=settings.sd_model_checkpoint or None,
             noise=settings.noise or service.noise,
             decode=service.decode,
-            options=settings.options(sampler, OVERRIDE, self.eta, self.s_min_uncond),
+            options=settings.options(
+                sampler, OVERRIDE, self.eta, self.s_min_uncond, second.get("hires_sampler")
+            ),
             warnings=self._warnings(),
             inputs=inputs,
             prompt=remove_tags(self.prompt) if self.disable_extra_networks else self.prompt,
             **self._layerdiffuse(),
-            **self._second_pass(),
+            **second,
         )
         return JobSpec.model_construct(
             generation=generation,
@@ -312,7 +313,7 @@ class Txt2ImgRequest(HiresBody, Body, Postprocessing, frozen=True):
 
     def _warnings(self) -> tuple[str, ...]:
         """Return what of the request has no effect."""
-        styles = dict.fromkeys(style for style in self.styles if _is_used(style))
+        styles = dict.fromkeys(style for style in self.styles if is_used(style))
         return tuple(f"There is no style {validation.shown(style)}." for style in styles)
 
     def _script(self) -> Arguments | None:
@@ -352,11 +353,11 @@ class Txt2ImgRequest(HiresBody, Body, Postprocessing, frozen=True):
 
     def _second_pass(self) -> dict[str, Any]:
         """Return the fields of the second pass. Raises `InvalidRequest`."""
-        if not _is_used(self.enable_hr):
+        if not is_used(self.enable_hr):
             return {}
         sampler = self.sampler_name or self.sampler_index
         size = (self.width, self.height)
-        fields = self.second_pass(size, sampler, self.scheduler or AUTOMATIC)
+        fields = self.second_pass(size, sampler, self.scheduler)
         if self.disable_extra_networks:
             fields["hires_prompt"] = remove_tags(fields["hires_prompt"])
         return fields
@@ -370,7 +371,7 @@ class Txt2ImgRequest(HiresBody, Body, Postprocessing, frozen=True):
             "infotext",
             "s_churn",
         ]
-        used = [name for name in names if _is_used(getattr(self, name))]
+        used = [name for name in names if is_used(getattr(self, name))]
         used += [
             name for name in ("seed_resize_from_w", "seed_resize_from_h") if getattr(self, name) > 0
         ]
@@ -378,11 +379,6 @@ class Txt2ImgRequest(HiresBody, Body, Postprocessing, frozen=True):
         self.override_settings.reject_unimplemented(OVERRIDE)
         if used:
             raise InvalidRequest("this is not implemented.", hint="Leave it out.", field=used[0])
-
-
-def _is_used(value: Any) -> bool:
-    """Return whether the value of a field requests something."""
-    return bool(value) and str(value).strip().lower() not in NOTHING
 
 
 def _is_enabled(args: list[Any]) -> bool:
@@ -393,9 +389,9 @@ def _is_enabled(args: list[Any]) -> bool:
     """
     units = [cast("dict[str, Any]", unit) for unit in args if isinstance(unit, dict)]
     if not units:
-        return bool(args) and _is_used(args[0])
-    is_on = args[0] is None or isinstance(args[0], dict) or _is_used(args[0])
-    return is_on and any(all(_is_used(unit.get(key, True)) for key in SWITCHES) for unit in units)
+        return bool(args) and is_used(args[0])
+    is_on = args[0] is None or isinstance(args[0], dict) or is_used(args[0])
+    return is_on and any(all(is_used(unit.get(key, True)) for key in SWITCHES) for unit in units)
 
 
 class Detail(BaseModel):

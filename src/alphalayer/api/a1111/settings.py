@@ -229,6 +229,7 @@ class OverrideSettings(BaseModel):
         prefix: str = "",
         eta: float | None = None,
         min_uncond: float | None = None,
+        second_sampler: str | None = None,
     ) -> GenerationOptions:
         """Return the options of a request.
 
@@ -237,24 +238,27 @@ class OverrideSettings(BaseModel):
             prefix: Put before the name of the field in the error.
             eta: The body's `eta`, which precedes the settings.
             min_uncond: The body's `s_min_uncond`, which precedes the settings.
+            second_sampler: The sampler of the second pass, if it has one of its own.
 
         Raises:
             InvalidRequest: A value is out of range.
         """
-        is_ddim = (sampler or "").startswith("DDIM")
-        names = {**OPTION_NAMES, "eta": "eta_ddim" if is_ddim else "eta_ancestral"}
+        names = {
+            **OPTION_NAMES,
+            "eta": _eta_name(sampler),
+            "hires_eta": _eta_name(second_sampler or sampler),
+        }
         options = {option: getattr(self, name) for option, name in names.items()}
         names = {option: f"{prefix}{name}" for option, name in names.items()}
         if eta is not None:
-            options["eta"], names["eta"] = eta, "eta"
+            options |= {"eta": eta, "hires_eta": eta}
+            names |= {"eta": "eta", "hires_eta": "eta"}
         if min_uncond is not None:
             options["min_uncond"], names["min_uncond"] = min_uncond, "s_min_uncond"
         used = {option: value for option, value in options.items() if value is not None}
         with wire_names(names):
             parsed = parse_as(GenerationOptions, used)
-        if sampler in WITHOUT_ETA or parsed.eta == (0 if is_ddim else 1):
-            return parsed.model_copy(update={"eta": None})
-        return parsed
+        return parsed.model_copy(update=_used_eta(parsed, sampler, second_sampler))
 
 
 def current_options(
@@ -289,6 +293,32 @@ def current_options(
         **{name: accepted[0] for name, accepted in UNIMPLEMENTED.items()},
         **settings.values,
     }
+
+
+def _used_eta(
+    options: GenerationOptions, sampler: str | None, second_sampler: str | None
+) -> dict[str, float | None]:
+    """Return `eta` and `hires_eta` of options, None where the image has them anyway."""
+    eta = _own_eta(options.eta, sampler)
+    if not second_sampler or second_sampler in WITHOUT_ETA:
+        return {"eta": eta, "hires_eta": None}
+    default = _default_eta(second_sampler)
+    inherited = default if eta is None else eta
+    second = default if options.hires_eta is None else options.hires_eta
+    return {"eta": eta, "hires_eta": None if second == inherited else second}
+
+
+def _own_eta(eta: float | None, sampler: str | None) -> float | None:
+    """Return the share of fresh noise, None for a sampler's default or one without it."""
+    return None if sampler in WITHOUT_ETA or eta == _default_eta(sampler) else eta
+
+
+def _eta_name(sampler: str | None) -> str:
+    return "eta_ddim" if (sampler or "").startswith("DDIM") else "eta_ancestral"
+
+
+def _default_eta(sampler: str | None) -> float:
+    return 0.0 if _eta_name(sampler) == "eta_ddim" else 1.0
 
 
 def _is_same(value: Any, accepted: Any) -> bool:
