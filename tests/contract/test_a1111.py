@@ -190,7 +190,7 @@ def test_lora_path_begins_with_the_models_folder(tmp_path, monkeypatch):
     file.parent.mkdir(parents=True)
     file.write_bytes(b"")
     monkeypatch.chdir(tmp_path)
-    with served(tmp_path, models_dir="models") as client:
+    with served(tmp_path, models_dir="models", engine=None) as client:
         [listed] = client.get("/sdapi/v1/loras").json()
         assert (listed["name"], listed["path"]) == (
             "apples",
@@ -308,7 +308,7 @@ def test_txt2img_layerdiffuse_script_sets_the_mode(client, title, args, expected
 
 
 def test_options_title_of_the_default_model_has_its_hash(tmp_path):
-    with served(tmp_path) as client:
+    with served(tmp_path, engine=None) as client:
         options = client.get("/sdapi/v1/options").json()
     assert (
         options["sd_model_checkpoint"] == f"alphalayer-mini [{options['sd_checkpoint_hash'][:10]}]"
@@ -320,7 +320,7 @@ def test_embeddings_are_listed_as_loaded_or_skipped(tmp_path):
     sides = {"clip_l": np.zeros((3, 768), np.float32), "clip_g": np.zeros((3, 1280), np.float32)}
     for name, tensors in {"soft": sides, "other": {"emb_params": sides["clip_l"]}}.items():
         save_file(tensors, tmp_path / "embeddings" / f"{name}.safetensors")
-    with served(tmp_path) as client:
+    with served(tmp_path, engine=None) as client:
         listed = client.get("/sdapi/v1/embeddings").json()
     assert (listed["loaded"]["soft"]["vectors"], listed["loaded"]["soft"]["shape"]) == (3, 2048)
     assert (list(listed["loaded"]), list(listed["skipped"])) == (["soft"], ["other"])
@@ -591,7 +591,7 @@ def test_png_info_takes_base64_with_line_breaks(client):
 def test_messages_name_no_absolute_path(tmp_path):
     put_model(tmp_path)
     (tmp_path / "models").rename(tmp_path / "weights")
-    with served(tmp_path, models_dir=tmp_path / "weights") as client:
+    with served(tmp_path, models_dir=tmp_path / "weights", engine=None) as client:
         for fields in (
             {"prompt": "an apple <lora:nowhere:1>"},
             {"override_settings": {"sd_model_checkpoint": "nowhere"}},

@@ -48,7 +48,7 @@ def test_key_is_accepted_in_every_header(tmp_path):
 @pytest.mark.parametrize("encoding", ["utf-8", "latin-1"])
 def test_password_outside_ascii_is_accepted_in_both_encodings(tmp_path, encoding):
     pair = "ann:pässwörd".encode(encoding)
-    with served(tmp_path, api_auth="ann:pässwörd", wait_ready=False) as client:
+    with served(tmp_path, api_auth="ann:pässwörd", engine=None) as client:
         for header in (b"Basic " + base64.b64encode(pair), b"Bearer " + pair):
             assert (
                 client.get("/alpha/v1/jobs", headers={"Authorization": header}).status_code == 200
@@ -59,7 +59,7 @@ def test_keys_file_changes_apply_to_a_running_service(tmp_path, monkeypatch):
     monkeypatch.setattr(store, "CHECK_EVERY_S", 0)
     file = tmp_path / "keys.json"
     api_keys.add_key(file, "first")
-    with served(tmp_path, keys_file=file, wait_ready=False) as client:
+    with served(tmp_path, keys_file=file, engine=None) as client:
 
         def is_known(secret):
             return client.get("/alpha/v1/jobs", headers={"X-API-Key": secret}).status_code == 200
@@ -79,7 +79,7 @@ def test_keys_file_changes_apply_to_a_running_service(tmp_path, monkeypatch):
 
 def test_keys_file_first_key_closes_a_running_service(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # without the setting, its file may be missing
-    with served(tmp_path, wait_ready=False) as client:
+    with served(tmp_path, engine=None) as client:
         assert client.get("/alpha/v1/jobs").status_code == 200
         api_keys.add_key(Path("data/keys.json"), "first")
         wait_until(lambda: client.get("/alpha/v1/jobs").status_code == 401)
@@ -87,7 +87,7 @@ def test_keys_file_first_key_closes_a_running_service(tmp_path, monkeypatch):
 
 def test_unknown_key_and_missing_key_have_own_messages(tmp_path):
     api_keys.add_key(tmp_path / "keys.json", "shop")
-    with served(tmp_path, keys_file=tmp_path / "keys.json", wait_ready=False) as client:
+    with served(tmp_path, keys_file=tmp_path / "keys.json", engine=None) as client:
         for headers, message in (
             ({}, "a key is needed."),
             ({"X-API-Key": "alk_x"}, "this key is not known."),
@@ -136,7 +136,7 @@ def test_keys_file_without_keys_rejects_every_request(tmp_path):
     file = tmp_path / "keys.json"
     api_keys.add_key(file, "shop")
     api_keys.remove_key(file, "shop")
-    with served(tmp_path, keys_file=file, wait_ready=False) as client:
+    with served(tmp_path, keys_file=file, engine=None) as client:
         assert client.post("/alpha/v1/txt2img", json=BODY).status_code == 401
         assert client.get("/sdapi/v1/options", auth=("shop", "")).status_code == 401
 
@@ -182,7 +182,7 @@ def test_key_is_checked_before_the_body_is_read(tmp_path):
     api_keys.add_key(file, "shop")
     paths = ("/alpha/v1/txt2img", "/alpha/v1/jobs", "/sdapi/v1/txt2img", "/v1/images/generations")
     with (
-        served(tmp_path, keys_file=file, wait_ready=False) as client,
+        served(tmp_path, keys_file=file, engine=None) as client,
         socket.create_connection((client.base_url.host, client.base_url.port), 10) as connection,
     ):
         for path in paths:
@@ -199,7 +199,7 @@ def test_key_is_checked_before_the_body_is_read(tmp_path):
 def test_key_without_the_scope_gets_403_in_every_dialect(tmp_path):
     file = tmp_path / "keys.json"
     secret = api_keys.add_key(file, "shop", scopes=("read",))
-    with served(tmp_path, keys_file=file, wait_ready=False) as client:
+    with served(tmp_path, keys_file=file, engine=None) as client:
         client.headers["X-API-Key"] = secret
         # not even the body is read
         refused = client.post("/alpha/v1/jobs", content=b"{")
@@ -219,11 +219,11 @@ def test_options_of_one_key_do_not_change_those_of_another(tmp_path):
     file = tmp_path / "keys.json"
     ann, bob = ({"X-API-Key": api_keys.add_key(file, name)} for name in ("ann", "bob"))
     path, name = "/sdapi/v1/options", "CLIP_stop_at_last_layers"
-    with served(tmp_path, keys_file=file, wait_ready=False) as client:
+    with served(tmp_path, keys_file=file, engine=None) as client:
         assert client.post(path, json={name: 2}, headers=ann).status_code == 200
         assert client.get(path, headers=ann).json()[name] == 2
         assert client.get(path, headers=bob).json()[name] == 1
-    with served(tmp_path, keys_file=file, wait_ready=False) as client:
+    with served(tmp_path, keys_file=file, engine=None) as client:
         assert client.get(path, headers=ann).json()[name] == 2
 
 
@@ -254,7 +254,7 @@ def test_event_stream_of_a_removed_key_ends(tmp_path, monkeypatch):
 def test_wrong_keys_of_an_address_get_429(tmp_path):
     file = tmp_path / "keys.json"
     secret = api_keys.add_key(file, "shop")
-    with served(tmp_path, keys_file=file, wait_ready=False) as client:
+    with served(tmp_path, keys_file=file, engine=None) as client:
 
         def status(key, address="10.0.0.1"):
             # the test's own address is a trusted proxy
@@ -271,7 +271,7 @@ def test_wrong_keys_of_an_address_get_429(tmp_path):
 def test_job_above_the_cost_of_its_key_is_refused(tmp_path):
     file = tmp_path / "keys.json"
     secret = api_keys.add_key(file, "shop", cost_per_minute=10)
-    with served(tmp_path, keys_file=file, wait_ready=False) as client:
+    with served(tmp_path, keys_file=file, engine=None) as client:
         client.headers["X-API-Key"] = secret
         large = {**BODY, "width": 2048, "height": 2048, "steps": 30}
         refused = client.post("/alpha/v1/jobs", json=large)

@@ -257,7 +257,7 @@ def test_job_list_is_filtered_and_paged(tmp_path):
 
 
 def test_job_is_visible_to_its_owner_only(tmp_path):
-    with served(tmp_path, api_auth="ann:a,bob:b") as client:
+    with served(tmp_path, api_auth="ann:a,bob:b", engine=None) as client:
         job = client.post("/alpha/v1/jobs", json=BODY, auth=("ann", "a")).json()
         assert client.get(job["url"], auth=("ann", "a")).status_code == 200
         for method in ("GET", "DELETE"):

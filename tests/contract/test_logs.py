@@ -338,7 +338,7 @@ def test_service_start_logs_its_address_and_access(
     Path("keys.json").write_text("[]")
     if "role" in settings:
         settings = {**settings, "database": request.getfixturevalue("postgres").fresh_database()}
-    with capture_logs() as logs, served(tmp_path, **{"port": 7861, **settings}):
+    with capture_logs() as logs, served(tmp_path, engine=None, **{"port": 7861, **settings}):
         pass
     assert [line["event"] for line in logs if line["event"].startswith("auth.")] == warnings
     serving = next(line for line in logs if line["event"] == "service.started")

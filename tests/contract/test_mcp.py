@@ -171,6 +171,9 @@ def test_tool_image_address_follows_a_trusted_proxy(tmp_path: Path, trusted: str
         other = httpx.HTTPTransport(local_address="127.0.0.2")
         with httpx.Client(base_url=service.base_url, transport=other, headers=headers) as proxy:
             assert start in send(proxy, 1)
+
+
+def test_tool_image_address_begins_with_the_public_url(tmp_path: Path):
     with served(tmp_path, public_url="https://alpha.example.com/") as service:
         assert "https://alpha.example.com/alpha/v1/file/" in send(service, 2)
 

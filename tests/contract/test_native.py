@@ -267,7 +267,7 @@ def test_file_serves_images_and_previews_only(tmp_path):
         (outputs / name).write_bytes(b"secret")
     link = "alpha_1_aaaaaaaaaa00.png"
     (outputs / link).symlink_to(outputs / "notes.txt")
-    with served(tmp_path, wait_ready=False) as client:
+    with served(tmp_path, engine=None) as client:
         for name in (*names, link):
             for route in ("file", "convert"):
                 answer = client.get(f"/alpha/v1/{route}/{name}")
@@ -389,7 +389,7 @@ def test_request_of_too_many_pixels_is_refused_in_each_dialect(tmp_path):
 
 
 def test_cost_and_bytes_are_limited_in_every_dialect(tmp_path):
-    with served(tmp_path, max_request_cost=100, wait_ready=False) as client:
+    with served(tmp_path, max_request_cost=100, engine=None) as client:
         for path, fields, count in (
             ("/alpha/v1/txt2img", {"n_iter": 4}, "n_iter"),
             ("/alpha/v1/jobs", {"n_iter": 4}, "n_iter"),
@@ -448,7 +448,7 @@ def test_models_are_listed_with_defaults_and_errors(tmp_path):
     )
     make_single_file(folder / "sdxl.safetensors")
     (folder / "broken.safetensors").write_bytes(b"no weights")
-    with served(tmp_path) as client:
+    with served(tmp_path, engine=None) as client:
         listed = {model["name"]: model for model in client.get("/alpha/v1/models").json()["models"]}
     assert [model["name"] for model in listed.values() if model["is_default"]] == ["own"]
     assert (listed["own"]["defaults"]["steps"], listed["own"]["defaults"]["width"]) == (9, 256)
@@ -466,7 +466,7 @@ def test_cors_is_off_unless_configured(tmp_path, client):
         "access-control-allow-origin"
         not in client.options("/alpha/v1/txt2img", headers=preflight).headers
     )
-    with served(tmp_path, cors_allow_origins="*", wait_ready=False) as open_to_all:
+    with served(tmp_path, cors_allow_origins="*", engine=None) as open_to_all:
         headers = open_to_all.options("/alpha/v1/txt2img", headers=preflight).headers
         assert headers["access-control-allow-origin"] == "*"
         answer = open_to_all.get("/livez", headers={"Origin": "https://example.com"})
@@ -521,7 +521,7 @@ def test_routes_are_reachable_below_any_prefix(client, prefix):
 def test_images_remain_after_a_service_restart(tmp_path):
     with served(tmp_path) as client:
         name = render(client, width=64, height=64).json()["filename"]
-    with served(tmp_path, wait_ready=False) as client:
+    with served(tmp_path, engine=None) as client:
         assert client.get(f"/alpha/v1/file/{name}").status_code == 200
 
 

@@ -270,9 +270,7 @@ def test_bearer_token_is_required(tmp_path):
 
 
 def test_full_queue_is_a_rate_limit_error(tmp_path):
-    with served(
-        tmp_path, wait_ready=False, queue_limit=1, engine="alphalayer.engine.fake:no_such_engine"
-    ) as client:
+    with served(tmp_path, engine=None, queue_limit=1) as client:
         client.post("/alpha/v1/jobs", json={"prompt": "x"})
         answer = client.post("/v1/images/generations", json=SMALL)
         assert answer.status_code == 429

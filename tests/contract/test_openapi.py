@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from tests.support.serving import served
 
 CONFIGURATION = """
@@ -41,56 +42,56 @@ BY_DESIGN = "events|readyz|img2img|extra-|interrogate|edits|variations"
 """Excluded routes: an endless answer, a 503 by design, and those that are not implemented."""
 
 
-def test_openapi_examples_are_accepted(tmp_path):
+@pytest.fixture(scope="module")
+def client(tmp_path_factory):
+    with served(tmp_path_factory.mktemp("service")) as client:
+        yield client
+
+
+def test_openapi_examples_are_accepted(client):
     """Send the examples that "Try it out" shows."""
-    with served(tmp_path) as client:
-        description = client.get("/openapi.json").json()
-        for path in (
-            "/alpha/v1/txt2img",
-            "/alpha/v1/jobs",
-            "/sdapi/v1/txt2img",
-            "/v1/images/generations",
-        ):
-            content = description["paths"][path]["post"]["requestBody"]["content"][
-                "application/json"
-            ]
-            schema = description["components"]["schemas"][
-                content["schema"]["$ref"].rpartition("/")[2]
-            ]
-            (example,) = schema["examples"]
-            assert client.post(path, json=example).status_code == (
-                202 if path.endswith("jobs") else 200
-            ), path
+    description = client.get("/openapi.json").json()
+    for path in (
+        "/alpha/v1/txt2img",
+        "/alpha/v1/jobs",
+        "/sdapi/v1/txt2img",
+        "/v1/images/generations",
+    ):
+        content = description["paths"][path]["post"]["requestBody"]["content"]["application/json"]
+        schema = description["components"]["schemas"][content["schema"]["$ref"].rpartition("/")[2]]
+        (example,) = schema["examples"]
+        assert client.post(path, json=example).status_code == (
+            202 if path.endswith("jobs") else 200
+        ), path
 
 
-def test_openapi_documents_every_answer(tmp_path):
-    examples = os.environ.get("SCHEMATHESIS_EXAMPLES", "3")
+def test_openapi_documents_every_answer(client, tmp_path):
+    examples = os.environ.get("SCHEMATHESIS_EXAMPLES", "2")
     (tmp_path / "schemathesis.toml").write_text(CONFIGURATION)
-    with served(tmp_path) as client:
-        done = subprocess.run(
-            [
-                *(
-                    str(Path(sys.executable).parent / "schemathesis"),
-                    "--config-file",
-                    "schemathesis.toml",
-                ),
-                *("run", f"{client.base_url}/openapi.json".replace("//openapi", "/openapi")),
-                *(
-                    "--max-examples",
-                    examples,
-                    "--exclude-path-regex",
-                    BY_DESIGN,
-                    "--request-timeout",
-                    "60",
-                    "--seed",
-                    "1",
-                ),
-            ],
-            capture_output=True,
-            text=True,
-            cwd=tmp_path,
-            env={**os.environ, "NO_COLOR": "1"},
-            check=False,
-        )
+    done = subprocess.run(
+        [
+            *(
+                str(Path(sys.executable).parent / "schemathesis"),
+                "--config-file",
+                "schemathesis.toml",
+            ),
+            *("run", f"{client.base_url}/openapi.json".replace("//openapi", "/openapi")),
+            *(
+                "--max-examples",
+                examples,
+                "--exclude-path-regex",
+                BY_DESIGN,
+                "--request-timeout",
+                "60",
+                "--seed",
+                "1",
+            ),
+        ],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "NO_COLOR": "1"},
+        check=False,
+    )
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
     assert " passed" in done.stdout

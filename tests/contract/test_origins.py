@@ -134,7 +134,7 @@ def test_start_with_keys_warns_without_a_name():
     ids=["allowed_hosts", "public_url", "cors"],
 )
 def test_setting_allows_a_host(tmp_path: Path, settings: dict[str, Any], host: str):
-    with served(tmp_path, wait_ready=False, **settings) as client:
+    with served(tmp_path, engine=None, **settings) as client:
         for name in ("Host", "X-Forwarded-Host"):
             assert client.get("/alpha/v1/jobs", headers={name: host}).status_code == 200
 

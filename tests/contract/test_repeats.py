@@ -35,16 +35,21 @@ def test_repeated_request_after_changed_options_is_the_same(
         assert jobs(client) == 1
 
 
-@pytest.mark.parametrize(
-    "path", ["/alpha/v1/jobs", "/alpha/v1/txt2img", "/sdapi/v1/txt2img", "/v1/images/generations"]
-)
-def test_repeated_request_after_changed_settings_is_the_same(tmp_path: Path, path: str):
-    body = {"prompt": "an apple", "size": "64x64"} if path.startswith("/v1/") else BODY
+def test_repeated_request_after_changed_settings_is_the_same(tmp_path: Path):
+    sized = {"prompt": "an apple", "size": "64x64"}
+    requests = {
+        "/alpha/v1/jobs": BODY,
+        "/alpha/v1/txt2img": BODY,
+        "/sdapi/v1/txt2img": BODY,
+        "/v1/images/generations": sized,
+    }
     changes: list[dict[str, Any]] = [{}, {"decode": "forge2", "noise": "cpu"}]
     for settings in changes:
         with served(tmp_path, **settings) as client:
-            client.post(path, json=body, headers=KEY).raise_for_status()
-            assert jobs(client) == 1
+            for path, body in requests.items():
+                headers = {"Idempotency-Key": path}
+                client.post(path, json=body, headers=headers).raise_for_status()
+            assert jobs(client) == len(requests)
 
 
 def test_request_with_another_answer_format_is_another(tmp_path: Path):
@@ -63,7 +68,7 @@ def test_request_with_another_answer_format_is_another(tmp_path: Path):
 
 
 def test_repeated_request_with_explicit_defaults_is_the_same(tmp_path: Path):
-    with served(tmp_path) as client:
+    with served(tmp_path, engine=None) as client:
         first = client.post("/alpha/v1/jobs", json=BODY, headers=KEY).json()
         again = client.post(
             "/alpha/v1/jobs", json={**BODY, "negative_prompt": "bad, ugly"}, headers=KEY

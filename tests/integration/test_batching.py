@@ -132,22 +132,28 @@ def test_cancelled_task_does_not_stop_others_in_its_batch(
         engine.render([RenderTask(request, is_cancelled=lambda: True) for request in REQUESTS[:2]])
 
 
+def _with_model(engine: LocalEngine, name: str) -> np.ndarray:
+    """Return a simple image of a model."""
+    changes = {"model": name, "steps": 1, "mode": "opaque"}
+    return engine.generate(REQUESTS[0].model_copy(update=changes)).images[0].rgba
+
+
 def test_cached_model_is_reused_without_the_disk(engine: LocalEngine):
-    before = engine.generate(REQUESTS[0].model_copy(update={"model": "one"})).images[0].rgba
+    before = _with_model(engine, "one")
     first = engine.model
-    engine.generate(REQUESTS[0].model_copy(update={"model": "two"}))
+    _with_model(engine, "two")
     assert engine.model is not first
-    after = engine.generate(REQUESTS[0].model_copy(update={"model": "one"})).images[0].rgba
+    after = _with_model(engine, "one")
     assert engine.model is first
     assert (before == after).all()
 
 
 def test_engine_without_spare_memory_keeps_one_model(engine: LocalEngine):
     alone = LocalEngine(engine._models_dir, device="cpu")
-    alone.generate(REQUESTS[0].model_copy(update={"model": "one"}))
+    _with_model(alone, "one")
     first = alone.model
-    alone.generate(REQUESTS[0].model_copy(update={"model": "two"}))
-    alone.generate(REQUESTS[0].model_copy(update={"model": "one"}))
+    _with_model(alone, "two")
+    _with_model(alone, "one")
     assert alone.model is not first
 
 

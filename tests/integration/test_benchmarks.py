@@ -27,8 +27,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_engine_benchmark_counts_launches_and_floor(
-    models: Path, capsys: pytest.CaptureFixture[str]
+    models: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
+    monkeypatch.setattr(engine, "WARM_RUNS", 1)
     arguments = ["--width", "64", "--height", "64", "--steps", "3", "--batch", "1"]
     engine.main(["--random-sdxl", str(models), "--device", "cpu", *arguments])
     report = json.loads(capsys.readouterr().out.splitlines()[-1])

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import shutil
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
@@ -48,6 +49,9 @@ from alphalayer.images.infotext import read_parameters, write_parameters
 REQUEST = GenerationRequest(
     prompt="a red apple", seed=3, steps=2, width=64, height=64, model="folder"
 )
+
+OPAQUE = {"mode": "opaque"}
+"""Changes for tests that need no transparency, because it takes half the time."""
 
 
 def infotext_of(result: GenerationResult, index: int = 0) -> str:
@@ -107,6 +111,12 @@ def engine(models: Path) -> LocalEngine:
 def base(engine: LocalEngine) -> np.ndarray:
     """Return the image of `REQUEST`."""
     return _render(engine)
+
+
+@pytest.fixture(scope="module")
+def opaque(engine: LocalEngine) -> np.ndarray:
+    """Return the image of `OPAQUE`."""
+    return _render(engine, **OPAQUE)
 
 
 def _render(engine: LocalEngine, **changes: object) -> np.ndarray:
@@ -244,11 +254,11 @@ def test_out_of_memory_in_every_mode_reports_needed_memory(engine: LocalEngine, 
 
 def test_out_of_memory_in_the_smallest_mode_is_tried_once(models: Path):
     engine = LocalEngine(models, device="cpu", memory="low")
-    _render(engine, steps=1)
+    _render(engine, steps=1, **OPAQUE)
     hook = _FailingHook(99, OUT_OF_MEMORY[0])
     engine.model.unet.register_forward_pre_hook(hook)
     with pytest.raises(OutOfMemory) as error:
-        _render(engine, mode="opaque")
+        _render(engine, **OPAQUE)
     assert hook.calls == 1
     assert '"low".' in error.value.message
     assert "--memory" not in error.value.hint
@@ -268,12 +278,12 @@ def test_out_of_memory_while_reading_a_model_is_reported(
 
 
 def test_other_runtime_error_is_not_retried(engine: LocalEngine):
-    _render(engine, steps=1)
+    _render(engine, steps=1, **OPAQUE)
     hook = _FailingHook(1, RuntimeError("a shape is wrong"))
     handle = engine.model.unet.register_forward_pre_hook(hook)
     try:
         with pytest.raises(RuntimeError, match="a shape is wrong"):
-            _render(engine)
+            _render(engine, **OPAQUE)
     finally:
         handle.remove()
     assert hook.calls == 1
@@ -309,11 +319,11 @@ def test_previews_are_small_and_keep_the_result(engine: LocalEngine):
 
 
 @pytest.mark.parametrize("at", [0, 1])
-def test_cancel_stops_before_the_next_step(engine: LocalEngine, base: np.ndarray, at: int):
+def test_cancel_stops_before_the_next_step(engine: LocalEngine, opaque: np.ndarray, at: int):
     progress: list[Progress] = []
     with pytest.raises(Cancelled):
         engine.generate(
-            REQUEST,
+            REQUEST.model_copy(update=OPAQUE),
             on_progress=progress.append,
             is_cancelled=lambda: any(
                 event.stage == "sample" and event.step == at for event in progress
@@ -321,13 +331,13 @@ def test_cancel_stops_before_the_next_step(engine: LocalEngine, base: np.ndarray
         )
     assert progress[-1].stage == "sample"
     assert progress[-1].step == at
-    assert np.array_equal(_render(engine), base)
+    assert np.array_equal(_render(engine, **OPAQUE), opaque)
 
 
 def test_cancel_stops_between_two_unet_calls_of_a_step(models: Path):
     """Cancel within a step, which is several calls in the smallest memory mode."""
     engine = LocalEngine(models, device="cpu", memory="low")
-    _render(engine, steps=1)
+    _render(engine, steps=1, **OPAQUE)
     calls: list[int] = []
     engine.model.unet.register_forward_pre_hook(lambda *_: calls.append(1))
     with pytest.raises(Cancelled):
@@ -346,54 +356,61 @@ def test_cancel_before_the_start_loads_no_model(models: Path):
 # --- LoRAs and the patch
 
 
-def test_lora_changes_the_image_by_weight_and_is_removed(engine: LocalEngine, base: np.ndarray):
-    full, half = (
-        _render(engine, loras=(Lora(name="kohya", weight=weight),)) for weight in (1.0, 0.1)
-    )
-    assert _difference(base, full) > 3
-    assert 0 < np.abs(base - half).mean() < np.abs(base - full).mean()
-    assert np.array_equal(_render(engine), base)
-    assert np.array_equal(_render(engine, loras=(Lora(name="kohya", weight=0.0),)), base)
+def test_lora_changes_the_image_by_weight_and_is_removed(engine: LocalEngine, opaque: np.ndarray):
+    def render(weight: float) -> np.ndarray:
+        return _render(engine, loras=(Lora(name="kohya", weight=weight),), **OPAQUE)
+
+    full, half = render(1.0), render(0.1)
+    assert _difference(opaque, full) > 3
+    assert 0 < np.abs(opaque - half).mean() < np.abs(opaque - full).mean()
+    assert np.array_equal(_render(engine, **OPAQUE), opaque)
+    assert np.array_equal(render(0.0), opaque)
 
 
-def test_lora_of_text_encoders_changes_image_and_is_removed(engine: LocalEngine, base: np.ndarray):
-    with_words = _render(engine, loras=(Lora(name="words"),))
-    assert _difference(base, with_words) > 3
+def test_lora_of_text_encoders_changes_image_and_is_removed(
+    engine: LocalEngine, opaque: np.ndarray
+):
+    def render(weight: float) -> np.ndarray:
+        return _render(engine, loras=(Lora(name="words", weight=weight),), **OPAQUE)
+
+    with_words = render(1.0)
+    assert _difference(opaque, with_words) > 3
     # the conditioning is cached without and with the LoRA
-    assert np.array_equal(_render(engine), base)
-    assert np.array_equal(_render(engine, loras=(Lora(name="words"),)), with_words)
-    assert not np.array_equal(_render(engine, loras=(Lora(name="words", weight=0.5),)), with_words)
-    assert np.array_equal(_render(engine), base)
+    assert np.array_equal(_render(engine, **OPAQUE), opaque)
+    assert np.array_equal(render(1.0), with_words)
+    assert not np.array_equal(render(0.5), with_words)
+    assert np.array_equal(_render(engine, **OPAQUE), opaque)
 
 
 def test_lora_in_kohya_and_peft_names_gives_one_image(engine: LocalEngine):
-    assert np.array_equal(
-        _render(engine, loras=(Lora(name="kohya"),)), _render(engine, loras=(Lora(name="peft"),))
+    kohya, peft = (
+        _render(engine, loras=(Lora(name=name),), **OPAQUE) for name in ("kohya", "peft")
     )
+    assert np.array_equal(kohya, peft)
 
 
 def test_lora_in_the_prompt_equals_the_lora_field(engine: LocalEngine):
     request = parse_request(
-        {**REQUEST.model_dump(), "prompt": f"{REQUEST.prompt} <lora:kohya:0.5>"}
+        {**REQUEST.model_dump(), **OPAQUE, "prompt": f"{REQUEST.prompt} <lora:kohya:0.5>"}
     )
     result = engine.generate(request)
     assert np.array_equal(
-        result.images[0].rgba, _render(engine, loras=(Lora(name="kohya", weight=0.5),))
+        result.images[0].rgba, _render(engine, loras=(Lora(name="kohya", weight=0.5),), **OPAQUE)
     )
     assert infotext_of(result).startswith(f"{REQUEST.prompt} <lora:kohya:0.5>\n")
 
 
-def test_lora_weight_of_the_text_encoders_is_their_own(engine: LocalEngine, base: np.ndarray):
-    def render(name: str, weight: float, text_weight: float) -> np.ndarray:
-        return _render(engine, loras=(Lora(name=name, weight=weight, text_weight=text_weight),))
+def test_lora_weight_of_the_text_encoders_is_their_own(engine: LocalEngine, opaque: np.ndarray):
+    def render(name: str, **weights: float) -> np.ndarray:
+        return _render(engine, loras=(Lora(name=name, **weights),), **OPAQUE)
 
-    assert np.array_equal(render("words", 0, 1), _render(engine, loras=(Lora(name="words"),)))
-    assert np.array_equal(render("words", 1, 0), base)
-    assert np.array_equal(render("kohya", 0, 1), base)
+    assert np.array_equal(render("words", weight=0, text_weight=1), render("words"))
+    assert np.array_equal(render("words", weight=1, text_weight=0), opaque)
+    assert np.array_equal(render("kohya", weight=0, text_weight=1), opaque)
 
 
 def test_lora_that_is_merged_in_part_is_named_in_the_result(engine: LocalEngine):
-    request = REQUEST.model_copy(update={"steps": 1, "loras": (Lora(name="trained"),)})
+    request = REQUEST.model_copy(update={"steps": 1, "loras": (Lora(name="trained"),), **OPAQUE})
     result = engine.generate(request)
     assert result.warnings == ("bundle is merged without bundled embeddings: 1 (my_word).",)
     assert engine.generate(request.model_copy(update={"loras": ()})).warnings == ()
@@ -414,9 +431,9 @@ def test_layerdiffuse_weight_0_uses_the_base_model(engine: LocalEngine):
 
 
 def test_stop_at_increase_approaches_the_patched_model(engine: LocalEngine):
-    patched = _render(engine, steps=6)
+    patched = _render(engine, steps=5)
     distances = [
-        np.abs(_render(engine, steps=6, layerdiffuse_stop_at=stop_at) - patched).mean()
+        np.abs(_render(engine, steps=5, layerdiffuse_stop_at=stop_at) - patched).mean()
         for stop_at in (0, 0.4, 0.8, 1)
     ]
     assert distances[0] > distances[1] > distances[2] >= distances[3] == 0
@@ -488,16 +505,21 @@ def _add_embedding(folder: Path) -> None:
 @pytest.mark.parametrize(
     "change", [_rewrite_checkpoint, _rewrite_patch, _rewrite_lora, _add_embedding]
 )
-def test_rewritten_file_is_read_again(tmp_path: Path, change: Callable[[Path], None]):
+def test_rewritten_file_is_read_again(models: Path, tmp_path: Path, change: Callable[[Path], None]):
     tiny_models.make_diffusers_folder(tmp_path / "Stable-diffusion" / "folder")
-    _make_loras(tmp_path / "Lora")
+    shutil.copytree(models / "Lora", tmp_path / "Lora")
     (tmp_path / "embeddings").mkdir()
     engine = LocalEngine(tmp_path, device="cpu", embeddings_dir=tmp_path / "embeddings")
-    before = _render(engine, loras=(Lora(name="kohya", weight=0.5),))
+
+    def render() -> np.ndarray:
+        own = {} if change is _rewrite_patch else OPAQUE
+        return _render(engine, loras=(Lora(name="kohya", weight=0.5),), **own)
+
+    before = render()
     model = engine.model
-    assert np.array_equal(before, _render(engine, loras=(Lora(name="kohya", weight=0.5),)))
+    assert np.array_equal(before, render())
     change(tmp_path)
-    assert not np.array_equal(before, _render(engine, loras=(Lora(name="kohya", weight=0.5),)))
+    assert not np.array_equal(before, render())
     assert (engine.model is model) is (change in (_rewrite_lora, _add_embedding)), (
         "the model is read again only for its own files"
     )
@@ -511,7 +533,7 @@ def test_lora_is_looked_up_once_for_each_image(
     monkeypatch.setattr(
         catalog, "find_lora", lambda folder, name: lookups.append(name) or find_lora(folder, name)
     )
-    _render(engine, loras=(Lora(name="kohya"),), steps=4)
+    _render(engine, loras=(Lora(name="kohya"),), steps=4, **OPAQUE)
     assert lookups == ["kohya"]
 
 
@@ -540,7 +562,7 @@ def test_cached_model_keeps_only_its_own_weights(models: Path, base: np.ndarray)
 def test_overflow_in_a_module_raises_an_error(
     engine: LocalEngine, base: np.ndarray, part: str, part_name: str
 ):
-    _render(engine)
+    _render(engine, steps=1, **OPAQUE)
     module = getattr(engine.model, part.partition(".")[0])
     module = module.decoder if part == "vae.decoder" else module
     handle = module.register_forward_hook(
@@ -563,7 +585,7 @@ def test_failed_model_hash_keeps_the_image(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ):
-    _render(engine)
+    _render(engine, steps=1, **OPAQUE)
     failed: Future[str] = Future()
     failed.set_exception(CorruptFile("folder cannot be read: Input/output error."))
     monkeypatch.setattr(engine.model, "hashing", failed)
@@ -578,47 +600,54 @@ def test_failed_model_hash_keeps_the_image(
 
 
 def test_cfg_scale_1_skips_the_negative_row(engine: LocalEngine):
-    _render(engine)
+    _render(engine, **OPAQUE)
     rows: list[int] = []
     handle = engine.model.unet.register_forward_pre_hook(
         lambda _, inputs: rows.append(len(inputs[0]))
     )
-    without_negative = _render(engine, cfg_scale=1.0, negative_prompt="something else entirely")
+    one = {"cfg_scale": 1.0, **OPAQUE}
+    without_negative = _render(engine, negative_prompt="something else entirely", **one)
     one_row = rows[:]
     rows.clear()
-    _render(engine)
+    _render(engine, **OPAQUE)
     handle.remove()
     assert (one_row, rows) == ([1] * 2, [2] * 2)
-    assert np.array_equal(without_negative, _render(engine, cfg_scale=1.0))
+    assert np.array_equal(without_negative, _render(engine, **one))
 
 
 def test_and_in_the_prompt_mixes_two_prompts(engine: LocalEngine):
-    one = _render(engine, prompt="a red apple")
+    one, without, mixed = (
+        _render(engine, prompt=f"a red apple{end}", **OPAQUE)
+        for end in ("", " AND a blue cup:0", " AND a blue cup:1")
+    )
     # a weight of 0 gives the same image, up to the rounding of a larger batch
-    assert _difference(one, _render(engine, prompt="a red apple AND a blue cup:0")) <= 1
-    assert _difference(one, _render(engine, prompt="a red apple AND a blue cup:1")) > 3
+    assert _difference(one, without) <= 1
+    assert _difference(one, mixed) > 3
 
 
 def test_prompts_of_unequal_length_are_tiled_or_split(engine: LocalEngine):
     """Tile a negative prompt of 1 chunk to 2 chunks, but split the calls for 5 chunks."""
     for chunks in (2, 5):
         prompt = " BREAK ".join(["a red apple"] * chunks)
-        _render(engine)
+        _render(engine, **OPAQUE)
         rows: list[int] = []
         handle = engine.model.unet.register_forward_pre_hook(
             lambda _, inputs, rows=rows: rows.append(len(inputs[0]))
         )
-        image = _render(engine, prompt=prompt, negative_prompt="bad")
+        image = _render(engine, prompt=prompt, negative_prompt="bad", **OPAQUE)
         handle.remove()
         assert set(rows) == ({2} if chunks == 2 else {1})
         assert image.std() > 1
 
 
 def test_prompt_schedule_switches_at_its_step(engine: LocalEngine):
-    red, blue = (_render(engine, steps=4, prompt=f"a {colour} apple") for colour in ("red", "blue"))
-    assert np.array_equal(_render(engine, steps=4, prompt="a [red:blue:4] apple"), red)
-    assert np.array_equal(_render(engine, steps=4, prompt="a [red:blue:0] apple"), blue)
-    mixed = _render(engine, steps=4, prompt="a [red:blue:1] apple")
+    def render(word: str) -> np.ndarray:
+        return _render(engine, steps=4, prompt=f"a {word} apple", **OPAQUE)
+
+    red, blue = render("red"), render("blue")
+    assert np.array_equal(render("[red:blue:4]"), red)
+    assert np.array_equal(render("[red:blue:0]"), blue)
+    mixed = render("[red:blue:1]")
     assert not np.array_equal(mixed, red)
     assert not np.array_equal(mixed, blue)
 
@@ -679,22 +708,20 @@ def test_prediction_type_of_single_file_is_detected(
     highest: float,
 ):
     engine = _marked(models, tmp_path, {name: torch.zeros(1) for name in markers}, yaml)
-    image = _render(engine, model="single", sampler="Euler", scheduler="Normal")
+    image = _render(engine, model="single", sampler="Euler", scheduler="Normal", **OPAQUE)
     assert engine.model.process.prediction == prediction
     assert engine.model.process.table.sigma_max == pytest.approx(highest, rel=1e-5)
     assert image.std() > 1
 
 
 def test_prediction_type_of_folder_comes_from_its_scheduler(models: Path, tmp_path: Path):
-    import shutil
-
     folder = tmp_path / "Stable-diffusion" / "folder"
     shutil.copytree(models / "Stable-diffusion" / "folder", folder)
     config = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
     config |= {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
     (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(config))
     engine = LocalEngine(tmp_path, device="cpu")
-    _render(engine)
+    _render(engine, **OPAQUE)
     assert engine.model.process.prediction == "v"
     assert engine.model.process.table.sigma_max > 4000
 
@@ -742,7 +769,7 @@ def test_default_model_skips_unsupported_models(models: Path, tmp_path: Path):
     wide = torch.cat([tensors[FIRST_CONV], torch.zeros_like(tensors[FIRST_CONV])], dim=1)
     save_file({**tensors, FIRST_CONV: wide}, checkpoints / "c.safetensors")
     engine = LocalEngine(tmp_path, device="cpu")
-    result = engine.generate(REQUEST.model_copy(update={"model": None}))
+    result = engine.generate(REQUEST.model_copy(update={"model": None, **OPAQUE}))
     assert result.model_name == "z"
 
 
@@ -758,9 +785,9 @@ def test_embeddings_beside_the_models_folder_are_found(
         "clip_g": torch.ones(2, tiny_models.WIDTH_G),
     }
     options = Settings(models_dir=tmp_path / "there" / "models", device="cpu").engine_options()
-    plain = _render(create_engine(options))
+    plain = _render(create_engine(options), **OPAQUE)
     save_file(vectors, tmp_path / "there" / "embeddings" / "apple.safetensors")
-    assert not np.array_equal(_render(create_engine(options)), plain)
+    assert not np.array_equal(_render(create_engine(options), **OPAQUE), plain)
 
 
 # --- samplers, schedules and number formats
@@ -768,7 +795,7 @@ def test_embeddings_beside_the_models_folder_are_found(
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_sampler_batch_equals_single_images(engine: LocalEngine, sampler: str):
-    changes = {"sampler": sampler, "mode": "opaque"}
+    changes = {"sampler": sampler, **OPAQUE}
     batch = engine.generate(REQUEST.model_copy(update={**changes, "batch_size": 2})).images
     alone = _render(engine, **changes, seed=4)
     assert _difference(batch[1].rgba.astype(int), alone) <= 1
@@ -777,7 +804,7 @@ def test_sampler_batch_equals_single_images(engine: LocalEngine, sampler: str):
 
 def test_3m_sampler_skips_the_lowest_level(engine: LocalEngine):
     """Skip the level for this sampler only, as AUTOMATIC1111 does."""
-    _render(engine)
+    _render(engine, **OPAQUE)
     timesteps: list[int] = []
     handle = engine.model.unet.register_forward_pre_hook(
         lambda _, inputs: timesteps.append(int(inputs[1][0]))
@@ -829,7 +856,7 @@ def test_model_defaults_fill_missing_fields(engine: LocalEngine):
 
 
 def test_switching_models_and_back_gives_the_same_image(engine: LocalEngine, base: np.ndarray):
-    _render(engine, model="single")
+    _render(engine, model="single", steps=1, **OPAQUE)
     assert np.array_equal(_render(engine), base)
 
 

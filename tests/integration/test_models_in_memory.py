@@ -23,6 +23,7 @@ from alphalayer.engine.pipeline import FAMILIES, LocalEngine
 REQUEST = GenerationRequest(
     prompt="a red [apple:cup:1]", seed=3, steps=2, width=64, height=64, batch_size=2
 )
+OPAQUE = REQUEST.model_copy(update={"batch_size": 1, "mode": "opaque"})
 
 
 @pytest.fixture(scope="module")
@@ -66,16 +67,16 @@ def test_model_cache_keeps_models_within_its_budget(budget: float, reads: str):
 
 def test_unloaded_model_is_freed_and_read_again(models: Path):
     engine = LocalEngine(models, device="cpu")
-    before = engine.generate(REQUEST).images[0].rgba
+    before = engine.generate(OPAQUE).images[0].rgba
     weight = weakref.ref(engine.model.modules["vae"])
     engine.unload()
     assert weight() is None
-    assert np.array_equal(engine.generate(REQUEST).images[0].rgba, before)
+    assert np.array_equal(engine.generate(OPAQUE).images[0].rgba, before)
 
 
 def test_text_encoders_are_moved_only_for_new_texts(models: Path, monkeypatch: pytest.MonkeyPatch):
     engine = LocalEngine(models, device="cpu", memory="balanced")
-    engine.generate(REQUEST)
+    engine.generate(OPAQUE)
     encoder, moves = engine.model.modules["text"], []
     monkeypatch.setattr(
         "alphalayer.engine.memory.move",
@@ -89,7 +90,7 @@ def test_text_encoders_are_moved_only_for_new_texts(models: Path, monkeypatch: p
         ({"prompt": "a red [apple:plate:1]"}, 1),
     ):
         moves.clear()
-        engine.generate(REQUEST.model_copy(update=changes))
+        engine.generate(OPAQUE.model_copy(update=changes))
         assert len(moves) == expected, changes
 
 

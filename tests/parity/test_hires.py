@@ -110,7 +110,7 @@ def test_second_pass_starts_from_noise_on_the_enlarged_latent(
     engine: LocalEngine, monkeypatch: pytest.MonkeyPatch
 ):
     recorder = Recorder(monkeypatch)
-    generate(engine, hires_steps=3, hires_strength=0.7)
+    generate(engine, mode="opaque", hires_steps=3, hires_strength=0.7)
     _, (_, x, sigmas, noise) = recorder.calls
     # 3 of int(3 / 0.7) levels
     levels = karras(4)
@@ -263,7 +263,8 @@ def test_covered_size_is_the_middle_of_the_enlarged_latent(
     engine: LocalEngine, monkeypatch: pytest.MonkeyPatch
 ):
     recorder = Recorder(monkeypatch)
-    generate(engine, width=128, hires_width=128, hires_height=128, hires_upscaler="Latent")
+    sizes = {"width": 128, "hires_width": 128, "hires_height": 128}
+    generate(engine, mode="opaque", hires_upscaler="Latent", **sizes)
     enlarged = functional.interpolate(recorder.latents[0], size=(16, 32), mode="bilinear")
     unit = torch.randn((4, 16, 16), generator=torch.Generator().manual_seed(3))
     start = recorder.calls[1][1] - unit * recorder.calls[1][2][0]
@@ -290,7 +291,7 @@ def test_images_are_equal_alone_and_together(engine: LocalEngine):
 
 
 def test_own_settings_change_the_second_pass(engine: LocalEngine):
-    same = {"hires_width": 64, "hires_height": 64}
+    same = {"mode": "opaque", "hires_width": 64, "hires_height": 64}
     images = [
         image_of(engine, **same),
         image_of(engine, **same, hires_prompt="a blue ghost"),

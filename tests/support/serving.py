@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 import shutil
 import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import httpx
 
@@ -19,6 +21,7 @@ from alphalayer.config import Settings
 from alphalayer.service.app import create_app
 from alphalayer.service.connections import ConnectionLimits
 from alphalayer.service.uvicorn_server import Server
+from alphalayer.worker.supervisor import Supervisor
 
 FAKE = "alphalayer.engine.fake:create_engine"
 
@@ -55,7 +58,7 @@ def answers(address: str, path: str = "/ping") -> bool:
 def served(
     folder: Path,
     *,
-    engine: str = FAKE,
+    engine: str | None = FAKE,
     engine_options: dict[str, Any] | None = None,
     wait_ready: bool = True,
     limits: ConnectionLimits = ConnectionLimits(),
@@ -63,6 +66,7 @@ def served(
 ) -> Iterator[httpx.Client]:
     """Run a service that keeps its files in `folder`; yield a client for it.
 
+    Without an engine, no engine process is started, and jobs wait in the queue.
     `client.app` is its application, `client.server` its server.
     """
     port = free_port()
@@ -76,15 +80,19 @@ def served(
         "drain_s": 5,
         **settings,
     }
-    app = create_app(Settings(**values), engine=engine, engine_options=engine_options)
+    app = create_app(Settings(**values), engine=engine or FAKE, engine_options=engine_options)
     server = Server(app, port=port, drain_s=values["drain_s"], limits=limits)
     thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60, trust_env=False) as client:
+    without_engine = patch.object(Supervisor, "_run_process", _run_no_process)
+    with (
+        nullcontext() if engine else without_engine,
+        httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60, trust_env=False) as client,
+    ):
+        thread.start()
         wait_until(lambda: server.started)
         # an unknown path makes FastAPI build all routes, which must not happen in two threads
         assert client.get("/no-such-path").status_code == 404
-        if wait_ready:
+        if engine and wait_ready:
             wait_until(lambda: client.get("/ping").status_code == 200, 30)
         client.app, client.server = app, server  # type: ignore[attr-defined]
         try:
@@ -93,6 +101,11 @@ def served(
             server.should_exit = True
             thread.join(30)
             assert not thread.is_alive(), "the service did not stop"
+
+
+async def _run_no_process(_supervisor: Supervisor) -> str:
+    await asyncio.Event().wait()
+    return ""
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from alphalayer.engine.sampling.schedules import SigmaTable, sigmas_for
 from alphalayer.engine.text.encoders import Conditioning, PromptPlan
 
 PROCESS = NoiseProcess(SigmaTable.from_betas(), "epsilon")
+STEPS = 8
 
 
 class Model:
@@ -64,11 +65,11 @@ def generate(model: Any, positive: PromptPlan, negative: PromptPlan, device: str
         eta=1.0,
     )
     with torch.inference_mode():
-        sigmas = sigmas_for("Karras", 20, PROCESS.table)
+        sigmas = sigmas_for("Karras", STEPS, PROCESS.table)
         return sample("DPM++ 2M SDE", run, noise * 14.0, sigmas)
 
 
-def constant(text: Conditioning, steps: int = 20) -> PromptPlan:
+def constant(text: Conditioning, steps: int = STEPS) -> PromptPlan:
     return PromptPlan([(1.0, [(steps, text)])])
 
 
@@ -88,8 +89,8 @@ def test_loop_copies_to_the_device_only_to_prepare():
 @pytest.mark.parametrize(("switches", "prepared"), [(1, 2), (2, 3)])
 def test_text_is_prepared_again_only_when_it_changes(switches: int, prepared: int):
     model = Model("cpu")
-    schedule = [(5 * (i + 1), make_text("cpu")) for i in range(switches)]
-    plan = PromptPlan([(1.0, [*schedule, (20, make_text("cpu"))])])
+    schedule = [(2 * (i + 1), make_text("cpu")) for i in range(switches)]
+    plan = PromptPlan([(1.0, [*schedule, (STEPS, make_text("cpu"))])])
     generate(model, plan, constant(make_text("cpu")), "cpu")
     assert model.prepared == prepared
 
@@ -97,7 +98,7 @@ def test_text_is_prepared_again_only_when_it_changes(switches: int, prepared: in
 def test_alternating_texts_are_prepared_once_each():
     model = Model("cpu")
     texts = make_text("cpu"), make_text("cpu")
-    plan = PromptPlan([(1.0, [(step, texts[step % 2]) for step in range(20)])])
+    plan = PromptPlan([(1.0, [(step, texts[step % 2]) for step in range(STEPS)])])
     generate(model, plan, constant(make_text("cpu")), "cpu")
     assert model.prepared == 2
 
@@ -193,6 +194,6 @@ def test_negative_is_left_out_of_odd_steps_below_a_level(step: int, sigma: float
     guidance = Guidance(constant(positive), constant(negative), 5.0, min_uncond=2.0)
     assert len(guidance.conditionings(step, sigma)) == rows
     assert guidance.conditionings(step, sigma)[-1] is positive
-    both = PromptPlan([(1.0, [(20, positive)]), (-1.0, [(20, positive)])])
+    both = PromptPlan([(1.0, [(STEPS, positive)]), (-1.0, [(STEPS, positive)])])
     with_and = Guidance(both, constant(negative), 5.0, min_uncond=2.0)
     assert len(with_and.conditionings(step, sigma)) == 3, "parts of AND differ from the negative"
