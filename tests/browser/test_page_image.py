@@ -79,12 +79,12 @@ async def test_dropped_forge_image_lists_unavailable_settings(visit: Visit):
     text = (
         "a cat, <lora:foo:0.8>\nNegative prompt: ugly\n"
         "Steps: 20, Sampler: DPM++ 2M Karras, CFG scale: 5, Seed: 7, Size: 512x768, "
-        "Model hash: abc, Model: juggernautXL, Clip skip: 2, Hires upscale: 2, Version: f2.0"
+        "Model hash: abc, Model: juggernautXL, Clip skip: 2, Refiner: sdxl, Version: f2.0"
     )
     await visit.drop("cat.png", encode_image(parameters=text))
     await expect(visit.page.locator("#note")).to_have_text(
         "The settings of cat.png are in the form. "
-        "Not available: model juggernautXL, clip skip 2, hires upscale 2."
+        "Not available: model juggernautXL, clip skip 2, refiner sdxl."
     )
     values = {
         "prompt": "a cat, <lora:foo:0.8>",
@@ -173,10 +173,10 @@ async def test_dropped_image_lists_unavailable_schedule_and_rng(visit: Visit):
     )
     assert await visit.values("scheduler") == {"scheduler": "Exponential"}
     await visit.drop(
-        "dog.png", encode_image(parameters=text.replace(" Automatic", " Turbo") + "NV")
+        "dog.png", encode_image(parameters=text.replace(" Automatic", " Sigmoid") + "NV")
     )
     await expect(visit.page.locator("#note")).to_have_text(
-        "The settings of dog.png are in the form. Not available: schedule type Turbo."
+        "The settings of dog.png are in the form. Not available: schedule type Sigmoid."
     )
     assert await visit.values("scheduler") == {"scheduler": ""}
 
