@@ -467,6 +467,17 @@ def test_few_step_models_have_the_defaults_of_their_name(tmp_path: Path, name: s
     assert isinstance(defaults, ModelDefaults)
 
 
+def test_few_step_models_have_the_defaults_of_their_title(tmp_path: Path):
+    path = write(
+        tmp_path / "cup.safetensors", SDXL, metadata={"modelspec.title": "XL Lightning 4step"}
+    )
+    assert catalog.model_defaults(path).steps == 4
+    named = write(
+        tmp_path / "cup_lcm.safetensors", SDXL, metadata={"modelspec.title": "Cup XL Turbo"}
+    )
+    assert catalog.model_defaults(named).sampler == "LCM"
+
+
 def test_changed_files_beside_a_model_change_its_stamp(tmp_path: Path):
     folder = tmp_path / "Stable-diffusion"
     checkpoint()(folder)

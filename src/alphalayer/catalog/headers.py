@@ -50,6 +50,8 @@ class Summary:
     """Shapes of an embedding's tensors by name."""
     alias: str = ""
     """Name that a LoRA was trained under."""
+    title: str = ""
+    """Title that its author gave it."""
     has_diffusers_names: bool = False
     """Whether it is a VAE with the names of diffusers."""
     missing: str = ""
@@ -131,6 +133,7 @@ def _summarize(path: Path, _version: tuple[int, ...]) -> Summary | CorruptFile:
         family_of(shapes),
         embedding,
         header.metadata.get("ss_output_name", "")[:MAX_ALIAS],
+        header.metadata.get("modelspec.title", "")[:MAX_ALIAS],
         any(name.startswith("encoder.down_blocks.") for name in shapes),
         missing_tensor(shapes),
     )

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from alphalayer.catalog.entries import ModelEntry
 from alphalayer.catalog.files import printable
 from alphalayer.catalog.folders import read_config
+from alphalayer.catalog.headers import summarize
 from alphalayer.catalog.sidecars import TOML, few_step_defaults, read_settings
 from alphalayer.core.errors import CorruptFile, InvalidRequest
 from alphalayer.core.modes import DEFAULT_MODE
@@ -51,7 +52,7 @@ def model_defaults(path: Path) -> ModelDefaults:
     """Return the default parameters of a model.
 
     Those of a folder are in its configuration. Those of a single file are in a TOML file beside
-    it, or follow from its name. The others are SDXL's.
+    it, or follow from its name or the title in its header. The others are SDXL's.
 
     Raises:
         CorruptFile: The model's configuration cannot be read or has a wrong value.
@@ -60,7 +61,8 @@ def model_defaults(path: Path) -> ModelDefaults:
         source, defaults = path / LAYER_CONFIG, layer_config(path).get("defaults", {})
     else:
         source = path.with_suffix(TOML)
-        defaults = few_step_defaults(path) | read_settings(path).defaults
+        known = few_step_defaults(path.stem) or few_step_defaults(_title(path))
+        defaults = known | read_settings(path).defaults
     try:
         return ModelDefaults.model_validate(defaults)
     except ValidationError as error:
@@ -68,6 +70,14 @@ def model_defaults(path: Path) -> ModelDefaults:
         field = ".".join(str(part) for part in first["loc"])
         reason = printable(f"{source}: defaults.{field}: {first['msg']}")
         raise CorruptFile(f"{reason[:1000]}.") from None
+
+
+def _title(path: Path) -> str:
+    """Return the title in the header of a single file, "" if there is none."""
+    try:
+        return summarize(path).title
+    except CorruptFile:
+        return ""
 
 
 def check_layerdiffuse_mode(entry: ModelEntry, mode: str) -> None:

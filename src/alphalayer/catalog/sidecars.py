@@ -112,9 +112,9 @@ def _known_prediction(value: Any) -> str | None:
     return _PREDICTIONS.get(value) if isinstance(value, str) else None
 
 
-def few_step_defaults(model: Path) -> dict[str, Any]:
-    """Return the defaults of a model that was distilled to few steps, by its name."""
-    name = _CAPITAL.sub("_", model.stem).lower()
+def few_step_defaults(name: str) -> dict[str, Any]:
+    """Return the defaults of a model distilled to few steps, by its name or title."""
+    name = _CAPITAL.sub("_", name).lower()
     for word, defaults in _FEW_STEPS:
         if word.search(name):
             steps = _STEPS.search(name)
