@@ -7,6 +7,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from alphalayer.api.a1111.lists import SCHEDULES, expand_aliases
+from alphalayer.api.a1111.settings import is_used
 from alphalayer.api.deps import wire_names
 from alphalayer.core.errors import InvalidRequest
 from alphalayer.core.request import (
@@ -35,8 +36,6 @@ HIRES_FIELDS = {
 """Fields of `GenerationRequest`, and their names in a body."""
 SAME = ("", "Use same checkpoint", "Use same sampler", "Use same scheduler", "Use same choices")
 """Values that mean those of the first pass."""
-NOTHING = ("", "0", "0.0", "false", "no", "none", "off", "null")
-"""Texts with which clients leave a field unused, in lower case."""
 
 
 class HiresBody(Frozen, frozen=True):
@@ -119,11 +118,6 @@ class _SecondPass(Frozen, frozen=True):
     hires_cfg_scale: CfgScale | None
     hires_prompt: HiresPrompt
     hires_negative_prompt: HiresPrompt
-
-
-def is_used(value: Any) -> bool:
-    """Return whether the value of a field requests something."""
-    return bool(value) and str(value).strip().lower() not in NOTHING
 
 
 def _own(value: str | None) -> str | None:

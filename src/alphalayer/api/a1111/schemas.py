@@ -14,10 +14,10 @@ from pydantic import (
     model_validator,
 )
 
-from alphalayer.api.a1111.hires import HIRES_FIELDS, HiresBody, is_used
+from alphalayer.api.a1111.hires import HIRES_FIELDS, HiresBody
 from alphalayer.api.a1111.lists import SCHEDULES, expand_aliases
 from alphalayer.api.a1111.script import SCRIPT, Arguments, read_arguments
-from alphalayer.api.a1111.settings import OverrideSettings
+from alphalayer.api.a1111.settings import OverrideSettings, is_used
 from alphalayer.api.deps import Service, wire_names
 from alphalayer.api.schemas import Body, reject_unused_options
 from alphalayer.catalog import EMBEDDED_MODEL, ModelEntry, public_path

@@ -101,8 +101,15 @@ SHORTEST_COMPARED = 6
 """Shorter names are not compared: too many other words are like them."""
 
 
+NOTHING = ("", "0", "0.0", "false", "no", "none", "off", "null")
+"""Texts with which clients leave a field unused, in lower case."""
 FALSE = ("", "false")
 """Texts that clients send for a false or empty value."""
+
+
+def is_used(value: Any) -> bool:
+    """Return whether the value of a field requests something."""
+    return bool(value) and str(value).strip().lower() not in NOTHING
 
 
 def _in_any_case(*names: str) -> BeforeValidator:
