@@ -1,6 +1,6 @@
 """The small random model that Forge was run with, bit for bit; see `data/forge/README.md`.
 
-The order of the draws and every constant matter: a change here is another model.
+The order of the random numbers and every constant matter: a change here is another model.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ def _draw(name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
 
 
 def _attention_patch(unet: dict[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
-    """Return the attention patch. The conv patch is drawn between its weights, and dropped."""
+    """Return the attention patch. Random numbers of the conv patch are skipped."""
     patch: dict[str, Tensor] = {}
     for name, weight in unet.items():
         key = f"diffusion_model.{unet_name_in_ldm(name)}"
