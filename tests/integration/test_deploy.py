@@ -203,6 +203,8 @@ def test_rolling_restart_under_load_fails_no_request(site: Site):
             node.stop()
             node.start()
             wait_until(node.answers, 60)
+            # Nginx tries each pod once: a request must not meet two that stop
+            crowd.wait_for_open_requests()
         counts = crowd.count()
     finally:
         crowd.close()

@@ -55,7 +55,7 @@ def test_every_mode_has_data_and_mathematics():
 @pytest.mark.parametrize("mode", CONDITIONAL)
 def test_conditional_mode_renders_its_layer(engine: LocalEngine, mode: str):
     (image,) = render(engine, mode)
-    assert image.role == MODES[mode].result
+    assert image.role == MODES[mode].layers[0]
     assert image.rgba.shape == (64, 64, 4)
     assert bool(image.rgba[..., 3].min() < 255) is MODES[mode].has_alpha
 

@@ -22,9 +22,10 @@ from pydantic import BaseModel
 from alphalayer.api import errors, native, ops
 from alphalayer.api.a1111 import routes as a1111
 from alphalayer.api.auth import Authenticator
-from alphalayer.api.deps import convert_preview, store_images, while_connected
+from alphalayer.api.deps import convert_preview, while_connected
 from alphalayer.api.embedded_files import EmbeddedFiles
 from alphalayer.api.pixel_pool import PixelPool
+from alphalayer.api.uploads import store_upload
 from alphalayer.core.errors import Busy, Cancelled, InvalidRequest
 from alphalayer.images import codecs, postprocess
 from alphalayer.observability.metrics import Metrics
@@ -304,12 +305,10 @@ async def test_hostile_upload_names_its_field(service: SimpleNamespace):
     huge = PNG[:12] + header + zlib.crc32(header).to_bytes(4, "big") + PNG[33:]
     for data, message in ((huge, "too large"), (b"x", "not an image")):
         with pytest.raises(InvalidRequest, match=message) as error:
-            await store_images(
-                service, {"foreground": base64.b64encode(data).decode()}, "init_images"
-            )
+            await store_upload(service, base64.b64encode(data).decode(), "init_images")  # type: ignore[arg-type]
         assert error.value.field == "init_images"
     with pytest.raises(InvalidRequest, match="not base64") as error:
-        await store_images(service, {"foreground": "data:image/png;base64,%"}, "init_images")
+        await store_upload(service, "data:image/png;base64,%", "init_images")  # type: ignore[arg-type]
     assert error.value.field == "init_images"
 
 

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from alphalayer.core.request import RESIZE_MODES
-from alphalayer.engine.transparency.conditions import border_colour, condition_image, fit, on_grey
+from alphalayer.engine.transparency.conditions import condition_image
+from alphalayer.images.resampling import border_colour, fit, on_grey
 
 FITTED = {
     ("Just Resize", 64): ((0.244950, 0.246832, 0.245891), (0.389375, 0.283705, 0.336541)),

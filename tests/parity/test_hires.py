@@ -28,10 +28,10 @@ from alphalayer.engine.pipeline import LocalEngine
 from alphalayer.engine.sampling.run import Run
 from alphalayer.engine.sampling.samplers import SAMPLERS, count_steps
 from alphalayer.engine.sampling.schedules import SCHEDULES, SigmaTable
-from alphalayer.engine.transparency.conditions import resize
 from alphalayer.engine.transparency.encode import _average, encode_offset, pad_colours
 from alphalayer.engine.transparency.modes import MODES
 from alphalayer.engine.upscalers import Upscale
+from alphalayer.images.resampling import resize
 
 ENCODER = "vae_transparent_encoder.safetensors"
 REQUEST = GenerationRequest(

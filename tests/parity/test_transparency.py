@@ -18,7 +18,6 @@ from alphalayer.catalog import EMBEDDED_MODEL
 from alphalayer.core.errors import CorruptFile, InvalidRequest, LayerDiffuseMissing, ModelUnusable
 from alphalayer.engine.networks.transparent import TransparentDecoder, TransparentEncoder
 from alphalayer.engine.networks.weights import NamedWeights
-from alphalayer.engine.transparency.conditions import resize
 from alphalayer.engine.transparency.decode import (
     choose_passes,
     decode_transparent,
@@ -27,6 +26,7 @@ from alphalayer.engine.transparency.decode import (
     lower_median,
     to_uint8,
 )
+from alphalayer.images.resampling import resize
 
 # the network is a few hundred float32 operations deep, with values of about 1
 NETWORK = {"rtol": 0, "atol": 2e-5}

@@ -50,6 +50,7 @@ class Crowd:
         ]
         self._is_calm, self._is_over = threading.Event(), threading.Event()
         self._unanswered: list[str] = []
+        self._answers = [0] * clients
         self.accepted: dict[str, int] = {}
         """The number of images of each job, by the part of its id that names its images."""
         self.failures: list[str] = []
@@ -60,6 +61,13 @@ class Crowd:
         ]
         for client in self._clients:
             client.start()
+
+    def wait_for_open_requests(self) -> None:
+        """Wait until each client has the answer of the request that it has sent."""
+        before = list(self._answers)
+        wait_until(
+            lambda: all(now > old for now, old in zip(self._answers, before, strict=True)), 60
+        )
 
     def count(self, patience_s: float = 120.0) -> dict[str, Any]:
         """Send no new requests, wait for all jobs, and count the outcomes.
@@ -154,6 +162,7 @@ class Crowd:
                         self._unanswered.append(self.failures[-1])
                         return
                     time.sleep(0.05)
+                self._answers[number] += 1
                 if answer.status_code == good:
                     job = answer.json()
                     self.accepted[

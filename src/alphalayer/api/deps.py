@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import base64
-import binascii
 from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -38,16 +36,14 @@ from alphalayer.core.errors import (
     ModelUnusable,
 )
 from alphalayer.core.job import Delivery, Job, JobSpec, JobState, Submission, new_id
-from alphalayer.core.modes import DEFAULT_MODE, InputRole
-from alphalayer.core.request import DecodeMode, GenerationRequest, ImageInput, NoiseSource
+from alphalayer.core.modes import DEFAULT_MODE
+from alphalayer.core.request import DecodeMode, GenerationRequest, NoiseSource
 from alphalayer.core.validation import check_printable
-from alphalayer.images import codecs
 from alphalayer.jobs.base import JobQueue, JobView
 from alphalayer.observability.logging import log
 from alphalayer.observability.metrics import Metrics
 from alphalayer.observability.tracing import current_traceparent
 from alphalayer.storage import Storage, open_file, read
-from alphalayer.storage.inputs import store_input
 
 ENCODE_BYTES = 16
 """Memory for encoding an image again, in bytes a pixel. Measured: 9, and 16 for WebP."""
@@ -162,48 +158,6 @@ async def convert_preview(
             return await service.pixels.process(data, ENCODE_BYTES, work, *arguments)
     except (Busy, FileMissing):
         return None
-
-
-def decode_base64(text: str) -> bytes:
-    """Decode a file as base64 or as a data URL, also with line breaks.
-
-    Raises:
-        InvalidRequest: It is not base64.
-    """
-    try:
-        return base64.b64decode("".join(text.rpartition(",")[2].split()), validate=True)
-    except (binascii.Error, ValueError):
-        raise InvalidRequest("not base64.") from None
-
-
-async def store_images(
-    service: Service, images: Mapping[InputRole, str], field: str
-) -> tuple[ImageInput, ...]:
-    """Store input images that came with a request.
-
-    Args:
-        service: The service.
-        images: PNG, WebP, AVIF or JPEG files by role, as base64 or as a data URL.
-        field: Field of the request with the images.
-
-    Raises:
-        InvalidRequest: A file is not readable.
-        Busy: Too many requests wait for work on images.
-        StorageFailed: A file cannot be stored.
-    """
-    pixels = service.pixels
-
-    async def store(text: str) -> str:
-        async with pixels.turn():
-            with error_field(field):
-                data = await pixels.run(len(text), decode_base64, text)
-                file = await pixels.process(data, ENCODE_BYTES, codecs.encode_input)
-            return await pixels.run(len(file), store_input, service.storage, file)
-
-    names = [await store(text) for text in images.values()]
-    return tuple(
-        ImageInput(role=role, file_name=name) for role, name in zip(images, names, strict=True)
-    )
 
 
 @contextmanager

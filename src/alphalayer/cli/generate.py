@@ -199,7 +199,7 @@ class _TargetFiles:
 def _read_image(role: InputRole, path: Path) -> bytes:
     """Return an image file as PNG. Raises `InvalidRequest`, or `StorageFailed`."""
     try:
-        return codecs.encode_input(path.read_bytes())
+        return codecs.encode_input(path.read_bytes()).data
     except InvalidRequest as error:
         error.field = f"{role}_image"
         raise

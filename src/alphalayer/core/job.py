@@ -19,7 +19,9 @@ from alphalayer.core.request import (
     GenerationRequest,
     ImageFormat,
     ImageSeed,
+    LayerdiffuseStopAt,
     ModelDefaults,
+    ModeName,
     ResolvedRequest,
 )
 from alphalayer.core.validation import COLOUR
@@ -97,10 +99,27 @@ class Submission(Frozen, frozen=True):
     """W3C trace context of the request."""
 
 
+class Stage(Frozen, frozen=True):
+    """A request that follows in a chain. Layers of the stages before are its input images.
+
+    What it does not name is as in the job's first request. It has no second pass.
+    """
+
+    mode: ModeName
+    prompt: str
+    sampler: str | None = None
+    scheduler: str | None = None
+    layerdiffuse_stop_at: LayerdiffuseStopAt = 1.0
+
+
 class JobSpec(Frozen, frozen=True):
     """What a worker needs: the request, its iterations, their seeds, and the output."""
 
     generation: GenerationRequest
+    stages: Annotated[tuple[Stage, ...], Field(max_length=2)] = ()
+    """Requests that follow, in their order."""
+    stores_layers: bool = False
+    """Whether input layers and the composite are stored, too."""
     iterations: Iterations = 1
     output: Output = Output()
     previews: Previews = False

@@ -8,10 +8,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-InputRole = Literal["foreground", "background", "blended"]
-"""What an input image is to the images that are generated."""
-LayerRole = Literal["image", "foreground", "background", "blended"]
-"""What a generated layer is. "image" is the one layer of a mode without inputs."""
+ConditionRole = Literal["foreground", "background", "blended"]
+"""What an input image of a mode is to the images that are generated."""
+InputRole = Literal["init", "mask", "foreground", "background", "blended"]
+"""What an input image is. Any mode can start from "init", and change the part of "mask"."""
+LayerRole = Literal["image", "foreground", "background", "blended", "composite"]
+"""What a layer of a result is.
+
+"image" is the one layer of a mode without inputs. "composite" is the foreground over the
+background.
+"""
 
 
 @dataclass(frozen=True)
@@ -25,11 +31,18 @@ class Mode:
     """Published names of the weight patch, original and converted; the first existing is used."""
     download: str = "layerdiffuse"
     """Name of the patch for `alphalayer models pull`."""
-    needs: tuple[InputRole, ...] = ()
+    family: str = "sdxl"
+    """Family of the models that it runs with."""
+    needs: tuple[ConditionRole, ...] = ()
     """Input images, in the order of their channels."""
-    result: LayerRole = "image"
+    layers: tuple[LayerRole, ...] = ("image",)
+    """Layers of one set. Each is an image of the batch with a seed of its own."""
     has_alpha: bool = True
-    """Whether the transparent decoder makes the result. Otherwise it is opaque."""
+    """Whether the transparent decoder makes its image or foreground. The others are opaque."""
+
+    def is_transparent(self, role: LayerRole) -> bool:
+        """Return whether the transparent decoder makes a layer."""
+        return self.has_alpha and role in ("image", "foreground")
 
 
 MODES = {
@@ -62,7 +75,7 @@ MODES = {
             ),
             download="layerdiffuse-fg2ble",
             needs=("foreground",),
-            result="blended",
+            layers=("blended",),
             has_alpha=False,
         ),
         Mode(
@@ -74,7 +87,7 @@ MODES = {
             ),
             download="layerdiffuse-fgble2bg",
             needs=("foreground", "blended"),
-            result="background",
+            layers=("background",),
             has_alpha=False,
         ),
         Mode(
@@ -86,7 +99,7 @@ MODES = {
             ),
             download="layerdiffuse-bg2ble",
             needs=("background",),
-            result="blended",
+            layers=("blended",),
             has_alpha=False,
         ),
         Mode(
@@ -98,7 +111,7 @@ MODES = {
             ),
             download="layerdiffuse-bgble2fg",
             needs=("background", "blended"),
-            result="foreground",
+            layers=("foreground",),
         ),
         Mode(name="opaque", label="", has_alpha=False),
     )

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, NamedTuple, get_args
 from pydantic import AfterValidator, BaseModel, Field, model_validator
 
 from alphalayer.core import validation
+from alphalayer.core.edits import EditFields
 from alphalayer.core.errors import InvalidRequest
 from alphalayer.core.modes import DEFAULT_MODE, MODES, OPAQUE, InputRole
 from alphalayer.core.prompts import (
@@ -314,7 +315,7 @@ class RequestFields(Frozen, frozen=True):
     hires_strength: HiresStrength = 0.75
 
 
-class GenerationRequest(RequestFields, frozen=True):
+class GenerationRequest(RequestFields, EditFields, frozen=True):
     """What to generate: the fields of clients and those that the service adds.
 
     Comments and tags are read once, by `of` and `parse_request`. The text of a stored request is
@@ -323,7 +324,11 @@ class GenerationRequest(RequestFields, frozen=True):
 
     mode: Annotated[ModeName, Field(description="How transparency is generated.")] = DEFAULT_MODE
     inputs: Annotated[
-        tuple[ImageInput, ...], Field(max_length=3, description="Input images that the mode needs.")
+        tuple[ImageInput, ...],
+        Field(
+            max_length=5,
+            description="Input images: those that the mode needs, one to change (init), its mask.",
+        ),
     ] = ()
     noise: Annotated[
         NoiseSource,
@@ -373,6 +378,16 @@ class GenerationRequest(RequestFields, frozen=True):
         if problem := self._input_problem or self._hires_problem:
             raise ValueError(problem)
         return self
+
+    @property
+    def roles(self) -> set[InputRole]:
+        """Return the roles of the input images."""
+        return {image.role for image in self.inputs}
+
+    @property
+    def uses_init(self) -> bool:
+        """Return whether the request changes an image."""
+        return "init" in self.roles
 
     @property
     def uses_hires(self) -> bool:
@@ -448,8 +463,14 @@ class GenerationRequest(RequestFields, frozen=True):
     @property
     def _input_problem(self) -> str | None:
         """Return what is wrong with the input images for the mode."""
-        needed = MODES[self.mode].needs
-        if sorted(image.role for image in self.inputs) == sorted(needed):
+        needed, roles = MODES[self.mode].needs, self.roles
+        if len(roles) < len(self.inputs):
+            return "there are two images of one role"
+        if "mask" in roles and "init" not in roles:
+            return "a mask needs an image to change (init)"
+        if "init" in roles and self.uses_hires:
+            return "an image to change (init) takes no second pass"
+        if roles - {"init", "mask"} == set(needed):
             return None
         accepted = f"one image each of: {', '.join(needed)}" if needed else "no input images"
         return f'mode "{self.mode}" takes {accepted}'
@@ -542,12 +563,14 @@ class GenerationRequest(RequestFields, frozen=True):
     def batch_key(self) -> str:
         """Return a key that is equal for requests that may be generated together.
 
-        They differ in prompts, seeds, guidance, input images and number of images alone, and in
-        the fields of a second pass that they do not have.
+        They differ in prompts, seeds, guidance, input images of the same roles and number of images
+        alone, and in the fields of a second pass or a change that they do not have.
         """
         fields = GenerationRequest.model_fields
-        unused = () if self.uses_hires else (name for name in fields if name.startswith("hires_"))
-        return self.model_dump_json(exclude={*FREE_IN_A_BATCH, *unused})
+        unused = [name for name in fields if name.startswith("hires_") and not self.uses_hires]
+        unused += [] if self.uses_init else EditFields.model_fields
+        shared = self.model_dump_json(exclude={*FREE_IN_A_BATCH, *unused})
+        return f"{shared} {sorted(self.roles)}"
 
     def with_seeds(self) -> GenerationRequest:
         """Replace seeds of -1 by random ones."""

@@ -9,12 +9,12 @@ import io
 import struct
 from collections.abc import Iterable, Iterator
 from pathlib import PurePath
-from typing import Any, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 from isal import isal_zlib
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 
 from alphalayer.core.errors import InvalidRequest
 from alphalayer.core.request import ImageFormat
@@ -31,6 +31,7 @@ Rgba = NDArray[np.uint8]
 
 MAX_INPUT_SIDE = 16_384
 """Longest side of an input image, because fitting takes memory by the side."""
+OPAQUE_ALPHA = 255
 STRIP_PIXELS = 1 << 18
 """Pixels that are processed at once. Large images take little memory beside themselves."""
 MIME_TYPES: dict[ImageFormat, str] = {
@@ -134,14 +135,66 @@ def strips(rgba: Rgba) -> Iterator[slice]:
         yield slice(top, min(top + count, height))
 
 
-def encode_input(data: bytes) -> bytes:
-    """Convert an image file to a PNG without settings text.
+class InputFile(NamedTuple):
+    """An input image as it is stored: a PNG without settings text."""
+
+    data: bytes
+    width: int
+    height: int
+    is_opaque: bool
+    """Whether every pixel is opaque."""
+
+
+MaskReading = Literal["white", "transparent"]
+"""Which part of a mask image is changed."""
+ROUNDED_ALPHA = 128
+"""Alpha of a mask above which a pixel is changed, as in AUTOMATIC1111."""
+
+
+def encode_input(data: bytes) -> InputFile:
+    """Convert an image file to a PNG, turned as its EXIF data say.
 
     Equal images are one file then.
 
     Raises:
         InvalidRequest: See `decode`, or a side is longer than `MAX_INPUT_SIDE`.
     """
+    rgba = _decode_upright(data)
+    return _input_file(rgba, is_opaque=bool(rgba[..., 3].min() == OPAQUE_ALPHA))
+
+
+def encode_mask(data: bytes, reading: MaskReading = "white", *, invert: bool = False) -> InputFile:
+    """Convert the image of a mask to a grey PNG that is white where an image is changed.
+
+    Args:
+        data: The file.
+        reading: "white": white is changed. If the image has transparency, its opaque part is.
+            "transparent": the transparent part is changed.
+        invert: Whether the other part is changed.
+
+    Raises:
+        InvalidRequest: See `encode_input`, or an opaque image was read as "transparent".
+    """
+    rgba = _decode_upright(data)
+    alpha = rgba[..., 3]
+    is_opaque = alpha.min() == OPAQUE_ALPHA
+    if reading == "transparent" and is_opaque:
+        raise InvalidRequest(
+            "the mask is opaque; its transparent part is changed.",
+            hint="Save the mask as a PNG with an alpha channel.",
+        )
+    if is_opaque:
+        grey = np.asarray(Image.fromarray(rgba).convert("L"))
+    else:
+        grey = np.where(alpha > ROUNDED_ALPHA, np.uint8(255), np.uint8(0))
+    if invert != (reading == "transparent"):
+        grey = 255 - grey
+    mask = np.dstack([grey, grey, grey, np.full_like(grey, OPAQUE_ALPHA)])
+    return _input_file(mask, is_opaque=True)
+
+
+def _decode_upright(data: bytes) -> Rgba:
+    """Decode an input image and turn it as its EXIF data say."""
     rgba, _ = decode(data)
     height, width = rgba.shape[:2]
     if max(height, width) > MAX_INPUT_SIDE:
@@ -149,7 +202,18 @@ def encode_input(data: bytes) -> bytes:
             f"the image is too large: the limit is {MAX_INPUT_SIDE} pixels a side, "
             f"and it has {width}x{height} pixels."
         )
-    return encode(rgba)
+    with open_image(data) as image:
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    turned = Image.fromarray(rgba)
+    turned.info["exif"] = exif.tobytes()
+    return np.asarray(ImageOps.exif_transpose(turned))
+
+
+def _input_file(rgba: Rgba, *, is_opaque: bool) -> InputFile:
+    height, width = rgba.shape[:2]
+    return InputFile(encode(rgba), width, height, is_opaque)
 
 
 def _encode_png(rgba: Rgba, parameters: str) -> bytes:

@@ -27,12 +27,10 @@ from alphalayer.api.deps import (
     Service,
     ServiceDep,
     convert_preview,
-    decode_base64,
     embed_file,
     error_field,
     find_model,
     run_job,
-    store_images,
     while_connected,
     wire_names,
 )
@@ -41,6 +39,7 @@ from alphalayer.api.embedded_files import EmbeddedFiles
 from alphalayer.api.errors import ErrorResponse, Problem
 from alphalayer.api.guard import Admitted, Converter, Generator, GuardedRoute, Reader, Submitter
 from alphalayer.api.info import webui_info
+from alphalayer.api.uploads import decode_base64, store_upload
 from alphalayer.catalog import ModelEntry
 from alphalayer.core.errors import NotImplementedYet
 from alphalayer.core.job import JobState, Submission
@@ -91,9 +90,11 @@ async def txt2img(
 
     `images` holds the images alone, without a grid.
     """
-    inputs = await while_connected(
-        request, store_images(service, body.input_images, FIELDS["inputs"])
-    )
+    stored = {
+        role: await while_connected(request, store_upload(service, image, FIELDS["inputs"]))
+        for role, image in body.input_images.items()
+    }
+    inputs = tuple(image.as_role(role) for role, image in stored.items())
     key = f"{body.force_task_id}:{body.sent_digest}" if body.force_task_id else idempotency_key
     with wire_names({**FIELDS, "model": body.model_source(options)}):
         spec = body.to_spec(service, options, inputs)
@@ -274,4 +275,4 @@ async def _running(service: Service, user: str) -> JobView | None:
 
 
 def _encode_preview(data: bytes) -> str:
-    return base64.b64encode(codecs.encode_input(data)).decode()
+    return base64.b64encode(codecs.encode_input(data).data).decode()

@@ -69,12 +69,12 @@ def compose_transparent(decoding: Decoding, latent: Tensor) -> list[Layer]:
         passes = choose_passes(model.decoder, pixel, decoding.memory.passes_at_once)
         decoded = decode_transparent(model.decoder, pixel, decoder_latent, passes)
         rgba = to_uint8(check_finite(decoded, "the transparent decoder"))
-    return [Layer(rgba, MODE_DATA[request.mode].result)]
+    return [Layer(rgba, MODE_DATA[request.mode].layers[0])]
 
 
 def compose_opaque(decoding: Decoding, latent: Tensor) -> list[Layer]:
     """Decode a latent (1, C, h, w) to one opaque layer."""
-    return [Layer(to_opaque(decoding.rgb(latent)), MODE_DATA[decoding.request.mode].result)]
+    return [Layer(to_opaque(decoding.rgb(latent)), MODE_DATA[decoding.request.mode].layers[0])]
 
 
 def no_condition(_model: DiffusionModel, _request: ResolvedRequest, _inputs: Inputs) -> None:
