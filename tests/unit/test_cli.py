@@ -24,7 +24,7 @@ from alphalayer.cli.app import app, load_command, main
 from alphalayer.cli.options import add_options, name_flags, select_fields
 from alphalayer.config import Settings
 from alphalayer.core.job import JobResult, Output
-from alphalayer.core.modes import MODES, InputRole
+from alphalayer.core.modes import MODES, ConditionRole
 from alphalayer.core.request import GenerationOptions, GenerationRequest, ModelDefaults
 from alphalayer.images import codecs, postprocess
 from alphalayer.images.infotext import read_parameters
@@ -193,7 +193,7 @@ def test_generate_has_an_option_for_each_core_field():
     names = {name for model in models for name in model.model_fields}
     parameters = {parameter.name: parameter for parameter in _command("generate").params}
     assert names - {"prompt", "inputs", "options", "warnings"} <= parameters.keys()
-    assert {f"{role}_image" for role in get_args(InputRole)} <= parameters.keys()
+    assert {f"{role}_image" for role in get_args(ConditionRole)} <= parameters.keys()
     assert parameters["iterations"].opts == ["--n-iter"]
     assert "previews" not in parameters
     flags = {option for parameter in parameters.values() for option in parameter.opts}

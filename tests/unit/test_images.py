@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import ExifTags, Image
 
 from alphalayer.core.errors import InvalidRequest
 from alphalayer.core.job import Output
@@ -441,3 +441,40 @@ def test_encode_input_drops_the_settings_and_refuses_a_long_side():
     long = codecs.encode(np.zeros((1, codecs.MAX_INPUT_SIDE + 1, 4), np.uint8))
     with pytest.raises(InvalidRequest, match="16384 pixels a side, and it has 16385x1 pixels"):
         codecs.encode_input(long)
+
+
+def test_input_is_turned_as_its_exif_data_say():
+    rgba = np.zeros((2, 3, 4), np.uint8)
+    rgba[0, 0] = 255
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6  # a quarter turn to the right shows it upright
+    buffer = io.BytesIO()
+    Image.fromarray(rgba).save(buffer, "PNG", exif=exif)
+    file = codecs.encode_input(buffer.getvalue())
+    turned, _ = codecs.decode(file.data)
+    assert (file.width, file.height, file.is_opaque) == (2, 3, False)
+    assert turned.shape == (3, 2, 4)
+    assert turned[0, 1].tolist() == [255] * 4
+
+
+@pytest.mark.parametrize(
+    ("pixel", "reading", "invert", "changed"),
+    [
+        ((255, 255, 255, 255), "white", False, 255),
+        ((255, 255, 255, 255), "white", True, 0),
+        ((90, 90, 90, 255), "white", False, 90),
+        ((0, 0, 0, 129), "white", False, 255),
+        ((255, 255, 255, 128), "white", False, 0),
+        ((9, 9, 9, 0), "transparent", False, 255),
+        ((9, 9, 9, 0), "transparent", True, 0),
+    ],
+)
+def test_mask_is_white_where_the_image_is_changed(pixel, reading, invert, changed):
+    rgba = np.full((2, 2, 4), pixel, np.uint8)
+    mask, _ = codecs.decode(codecs.encode_mask(codecs.encode(rgba), reading, invert=invert).data)
+    assert mask[0, 0].tolist() == [changed] * 3 + [255]
+
+
+def test_opaque_mask_has_no_transparent_part():
+    with pytest.raises(InvalidRequest, match="the mask is opaque"):
+        codecs.encode_mask(codecs.encode(np.full((2, 2, 4), 255, np.uint8)), "transparent")

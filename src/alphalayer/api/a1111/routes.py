@@ -43,6 +43,7 @@ from alphalayer.api.uploads import decode_base64, store_upload
 from alphalayer.catalog import ModelEntry
 from alphalayer.core.errors import NotImplementedYet
 from alphalayer.core.job import JobState, Submission
+from alphalayer.core.request import ImageInput
 from alphalayer.images import codecs, files, infotext
 from alphalayer.jobs.base import JobView
 from alphalayer.observability.logging import log
@@ -90,14 +91,13 @@ async def txt2img(
 
     `images` holds the images alone, without a grid.
     """
-    stored = {
-        role: await while_connected(request, store_upload(service, image, FIELDS["inputs"]))
-        for role, image in body.input_images.items()
-    }
-    inputs = tuple(image.as_role(role) for role, image in stored.items())
+    inputs: list[ImageInput] = []
+    for role, image in body.input_images.items():
+        stored = await while_connected(request, store_upload(service, image, FIELDS["inputs"]))
+        inputs.append(stored.as_role(role))
     key = f"{body.force_task_id}:{body.sent_digest}" if body.force_task_id else idempotency_key
     with wire_names({**FIELDS, "model": body.model_source(options)}):
-        spec = body.to_spec(service, options, inputs)
+        spec = body.to_spec(service, options, tuple(inputs))
         job = await run_job(
             service, request, spec, Submission(owner=user, idempotency_key=key, digest=body.digest)
         )
