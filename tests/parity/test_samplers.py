@@ -17,6 +17,7 @@ import torch
 from tests.support.transfers import Transfers
 
 from alphalayer.core import samplers as names
+from alphalayer.core.errors import InvalidRequest
 from alphalayer.engine.sampling.brownian_tree import BrownianNoise
 from alphalayer.engine.sampling.multistep import _mean_of_uneven_steps
 from alphalayer.engine.sampling.run import Run
@@ -36,6 +37,8 @@ BETAS = {
     "num_train_timesteps": 1000,
 }
 TABLE = SigmaTable.from_betas()
+ON_GIVEN_LEVELS = [name for name in SAMPLERS if name != names.ADAPTIVE]
+"""Samplers with the levels that they are called with. DPM adaptive reads errors instead."""
 # the clean latent is of size 1, so this is absolute and relative at once
 TOLERANCE = {"rtol": 0, "atol": 1e-4}
 
@@ -99,7 +102,8 @@ def run_sampler(name: str, sigmas: torch.Tensor, noise=None, eta=None) -> torch.
 
     run = make_run(denoise, noise or _no_noise, on_step, sampler.choose_eta(eta))
     result = sample(name, run, START * sampler.noise_scale(float(sigmas[0])), sigmas)
-    if name != "DPM fast":  # it reports after each call but the inner ones of a step
+    # DPM fast reports after each call but the inner ones of a step, DPM adaptive by the noise
+    if name not in ("DPM fast", "DPM adaptive"):
         assert completed == list(range(1, count_steps(sigmas) + 1))
     assert completed[-1] == count_steps(sigmas)
     if sampler.preserves_variance:
@@ -594,6 +598,64 @@ def test_dpm_fast_equals_the_published_update():
     torch.testing.assert_close(result.double(), x, **TOLERANCE)
 
 
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_dpm_adaptive_equals_the_published_update(eta: float):
+    """Write out the steps in t = -log sigma, in float64.
+
+    Source: Lu et al. 2022, arXiv 2206.00927, appendix C. k-diffusion, `dpm_solver_adaptive`.
+    """
+    sigmas = levels_of("DPM adaptive", 8)
+    end, s, h = -math.log(float(sigmas[-1])), -math.log(float(sigmas[0])), 0.05
+    rejected, generator = 0, torch.Generator().manual_seed(3)
+    x = before = START.double() * math.exp(-s)
+
+    def eps(x: torch.Tensor, t: float) -> torch.Tensor:
+        return (x - denoise(x, math.exp(-t))) / math.exp(-t)
+
+    def unit_noise(*_: float) -> torch.Tensor:
+        return torch.randn(SHAPE, generator=generator)
+
+    while s < end - 1e-5:
+        t = min(end, s + h)
+        up = min(math.exp(-t), eta * math.exp(-t) * math.sqrt(1 - math.exp(2 * (s - t))))
+        t_down = min(end, -math.log(math.sqrt(math.exp(-2 * t) - up**2))) if eta else t
+        step, start = t_down - s, eps(x, s)
+        u_1 = x - math.exp(-s - step / 3) * math.expm1(step / 3) * start
+        d_1 = eps(u_1, s + step / 3) - start
+        s_2, grown = s + step * 2 / 3, math.expm1(step * 2 / 3)
+        u_2 = x - math.exp(-s_2) * (grown * start + 2 * (grown / (step * 2 / 3) - 1) * d_1)
+        d_2 = eps(u_2, s_2) - start
+        whole, level = math.expm1(step), math.exp(-t_down)
+        low = x - level * whole * (start + 1.5 * d_1)
+        high = x - level * (whole * start + 1.5 * (whole / step - 1) * d_2)
+        tolerated = (0.05 * torch.maximum(low.abs(), before.abs())).clamp(min=0.0078)
+        error = float((((low - high) / tolerated) ** 2).mean().sqrt())
+        factor = 1 + math.atan((1 / (error + 1e-8)) ** (1 / (1.5 if eta else 3)) - 1)
+        h *= factor
+        if factor < 0.81:
+            rejected += 1
+            continue
+        added = math.exp(-2 * t) - math.exp(-2 * t_down)
+        x, before, s = high, low, t
+        if added > 1e-9:
+            x = x + math.sqrt(added) * unit_noise()
+    generator.manual_seed(3)
+    result = run_sampler("DPM adaptive", sigmas, unit_noise, eta)
+    assert rejected
+    torch.testing.assert_close(result.double(), x, rtol=0, atol=1e-3)
+
+
+def test_dpm_adaptive_stops_after_too_many_calls():
+    """A prediction that jumps makes every step too long."""
+    numbers = itertools.count()
+    run = make_run(lambda x, _: x * (next(numbers) % 2), _no_noise, lambda *_: None, eta=0.0)
+    sigmas = levels_of("DPM adaptive", 8)
+    with pytest.raises(InvalidRequest, match="more than 450 calls") as error:
+        sample("DPM adaptive", run, START * float(sigmas[0]), sigmas)
+    assert error.value.field == "sampler"
+    assert next(numbers) == 450
+
+
 # --- a Gaussian, whose exact path is known
 
 SPREAD = 0.8
@@ -638,7 +700,7 @@ def test_errors_of_a_sampler_fall_with_its_order(name: str, order: int):
 @pytest.mark.parametrize(
     "name",
     # LCM keeps the spread of consistency models alone
-    [name for name, sampler in SAMPLERS.items() if sampler.noise != "none" and name != "LCM"],
+    [name for name in ON_GIVEN_LEVELS if SAMPLERS[name].noise != "none" and name != "LCM"],
 )
 def test_noisy_samplers_keep_the_spread_of_a_gaussian(name: str, eta: float):
     sigmas = levels_of(name, 150)
@@ -687,7 +749,7 @@ def test_dpmpp_sde_queries_the_levels_of_float32():
 # --- properties of all of them
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("name", ON_GIVEN_LEVELS)
 def test_sampling_loop_leaves_the_device_alone(name: str):
     """Check on the meta device, where reading a value raises."""
     sigmas = levels_of(name, 6)
@@ -729,7 +791,7 @@ def test_sampler_with_perfect_denoiser_returns_its_target(name: str):
         torch.testing.assert_close(result, target, **TOLERANCE)
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("name", ON_GIVEN_LEVELS)
 def test_sampler_requests_exactly_its_own_noise(name: str):
     sigmas = levels_of(name, 5)
     requested: list[tuple[float, float]] = []
@@ -749,7 +811,7 @@ def test_sampler_requests_exactly_its_own_noise(name: str):
         assert len(requested) == expected.get(name, 4 if is_fresh else 0)
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("name", ON_GIVEN_LEVELS)
 def test_sampler_one_step_returns_the_predicted_latent(name: str):
     sigmas = levels_of(name, 1)
     first, last = float(sigmas[0]), float(sigmas[-1])

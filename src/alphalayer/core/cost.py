@@ -19,7 +19,7 @@ from alphalayer.core.request import (
     ModelDefaults,
     ResolvedRequest,
 )
-from alphalayer.core.samplers import CALLS_PER_STEP
+from alphalayer.core.samplers import ADAPTIVE, CALLS_PER_STEP, MAX_ADAPTIVE_CALLS
 
 UNIT_PIXELS = 2**20
 DECODE_STEPS = 10
@@ -36,6 +36,7 @@ MAX_STRENGTH = 0.999
 TRAINING_STEPS, LCM_LEVELS = 1000, 50
 """Levels that SDXL was trained on, and those of them that LCM uses."""
 _STRIDING = ("DDIM", "DDIM CFG++", "PLMS")
+_EVENLY_SPACED = ("DPM fast", ADAPTIVE)
 _WITHOUT_LOWEST = ("DPM++ 3M SDE", "DPM2", "DPM2 a")
 BYTES_OF_A_CHUNK = 150
 """UTF-8 bytes of 75 tokens, at two a token. English has about 4.5, digits and emoji 1 to 2."""
@@ -118,7 +119,10 @@ def count_calls(sampler: str, steps: int) -> int:
     """Return the most calls of the UNet in the steps of a sampler.
 
     The last steps of samplers with several calls have fewer. The first step of PLMS has two.
+    DPM adaptive makes a number of calls that the steps do not decide.
     """
+    if sampler == ADAPTIVE:
+        return MAX_ADAPTIVE_CALLS
     return steps * CALLS.get(sampler, 1) + (sampler == "PLMS")
 
 
@@ -136,7 +140,7 @@ def count_steps(sampler: str, scheduler: str, steps: int, strength: float | None
         steps: Requested steps.
         strength: Strength of a second pass. None: the first pass.
     """
-    if strength is None or sampler == "DPM fast":
+    if strength is None or sampler in _EVENLY_SPACED:
         return _count_whole(sampler, scheduler, steps)
     if sampler in (*_STRIDING, "UniPC"):
         return max(steps - 1, 2) - (sampler in _STRIDING)
@@ -158,7 +162,7 @@ def _count_whole(sampler: str, scheduler: str, steps: int) -> int:
         return _strided(TRAINING_STEPS, max(steps, 2)) - 1
     if sampler == "UniPC":
         return _strided(TRAINING_STEPS, steps)
-    if scheduler != "DDIM" or sampler == "DPM fast":
+    if scheduler != "DDIM" or sampler in _EVENLY_SPACED:
         return steps
     if sampler in _WITHOUT_LOWEST:
         return _strided(TRAINING_STEPS, steps + 1, first=1) - 1

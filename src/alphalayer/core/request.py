@@ -227,8 +227,8 @@ class GenerationOptions(Frozen, frozen=True):
                 ge=0,
                 le=1,
                 description="Share of fresh noise in each step (eta, eta_ancestral, eta_ddim) of "
-                "the SDE and ancestral samplers, DPM fast, DDIM and DDIM CFG++. Others ignore it. "
-                "Null: 0 for DDIM and DDIM CFG++, else 1.",
+                "the SDE and ancestral samplers, DPM fast, DPM adaptive, DDIM and DDIM CFG++. "
+                "Others ignore it. Null: 0 for DDIM and DDIM CFG++, else 1.",
             ),
         ]
         | None

@@ -22,6 +22,7 @@ SAMPLERS = (
     "DPM2",
     "DPM2 a",
     "DPM fast",
+    "DPM adaptive",
     "Restart",
     "HeunPP2",
     "IPNDM",
@@ -73,6 +74,10 @@ CALLS_PER_STEP = {
     "Restart": 2,
 }
 """Calls of the UNet a step, as the schedules of prompts count them; 1 for the others."""
+ADAPTIVE = "DPM adaptive"
+"""Sampler that chooses its levels by the image. Each image runs alone."""
+MAX_ADAPTIVE_CALLS = 450
+"""Most calls of the UNet for an image with it: those of 150 steps of order 3."""
 WITHOUT_ETA = (
     "Euler",
     "Heun",

@@ -25,6 +25,7 @@ from alphalayer import catalog
 from alphalayer.catalog import ModelEntry
 from alphalayer.core.errors import AlphalayerError, ModelNotFound, OutOfMemory
 from alphalayer.core.request import GenerationRequest, ResolvedRequest
+from alphalayer.core.samplers import ADAPTIVE
 from alphalayer.engine.acceleration import Acceleration, check_acceleration
 from alphalayer.engine.base import GeneratedImage, GenerationResult, Progress, RenderTask
 from alphalayer.engine.canvas import SIZE_MULTIPLE, Canvas
@@ -231,6 +232,9 @@ class LocalEngine:
             # read here, so that missing or damaged files are reported before the work
             mode.decoders(model)
             enlarger = self._enlarger(shared, mode, model, reporter)
+        is_single = len(tasks) == len(shared.images) == 1
+        if not is_single and any(one.sampler == ADAPTIVE for one in shared.passes):
+            return self._render_alone(tasks, requests, memory)
         passes = plan_passes(requests, model)
         batch = Batch(
             tasks, passes, model, mode, Residency(self.device, memory), reporter, stopwatch
@@ -264,6 +268,38 @@ class LocalEngine:
             )
             for request in requests
         ]
+
+    def _render_alone(
+        self,
+        tasks: Sequence[RenderTask],
+        requests: Sequence[ResolvedRequest],
+        memory: MemoryMode,
+    ) -> list[GenerationResult]:
+        """Generate each image by itself, because its sampler chooses levels by the image."""
+        results: list[GenerationResult] = []
+        for task, request in zip(tasks, requests, strict=True):
+            count = len(request.images)
+            parts = [
+                self._render(
+                    [
+                        replace(
+                            task,
+                            images=(seeds,),
+                            on_progress=partial(_report_part, task, number, count),
+                            is_cancelled=lambda: all(one.is_cancelled() for one in tasks),
+                        )
+                    ],
+                    memory,
+                )[0]
+                for number, seeds in enumerate(request.images)
+            ]
+            images = [image for part in parts for image in part.images]
+            seconds = {
+                stage: sum(part.seconds.get(stage, 0.0) for part in parts)
+                for stage in parts[0].seconds
+            }
+            results.append(replace(parts[0], request=request, images=images, seconds=seconds))
+        return results
 
     def _encode_prompts(
         self, batch: Batch, loras: tuple[PatchSpec, ...]
@@ -536,6 +572,11 @@ def create_engine(options: dict[str, Any]) -> LocalEngine:
     if values.get("embeddings_dir"):
         values["embeddings_dir"] = Path(values["embeddings_dir"])
     return LocalEngine(**values)
+
+
+def _report_part(task: RenderTask, number: int, count: int, progress: Progress) -> None:
+    """Report the progress of one image of a task as part of the whole task."""
+    task.on_progress(progress.within(number, count))
 
 
 def _no_memory_for_model() -> OutOfMemory:

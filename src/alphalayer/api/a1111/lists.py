@@ -47,6 +47,7 @@ SAMPLER_ROWS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "DPM2": (("k_dpm_2",), ("discard_next_to_last_sigma", "second_order")),
     "DPM2 a": (("k_dpm_2_a",), ("discard_next_to_last_sigma", "uses_ensd", "second_order")),
     "DPM fast": (("k_dpm_fast",), ("uses_ensd",)),
+    "DPM adaptive": (("k_dpm_ad",), ("uses_ensd",)),
     "Restart": (("restart",), ("second_order",)),
     "DDIM": (("ddim",), ()),
     "DDIM CFG++": (("ddim_cfgpp",), ()),

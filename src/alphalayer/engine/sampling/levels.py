@@ -127,6 +127,18 @@ def dpm_fast_between(steps: int, high: float, low: float) -> Tensor:
     return torch.from_numpy(np.exp(np.concatenate([*calls, ends[-1:]]))).float()
 
 
+def dpm_adaptive_sigmas(_scheduler: str, steps: int, table: SigmaTable) -> Tensor:
+    """Return levels evenly spaced in log sigma. DPM adaptive uses the first and the last one."""
+    return evenly_spaced(steps, table.sigma_max, table.sigma_min)
+
+
+def evenly_spaced(steps: int, high: float, low: float) -> Tensor:
+    """Return the levels of `dpm_adaptive_sigmas` between two levels."""
+    return (
+        torch.linspace(math.log(high), math.log(low), steps + 1, dtype=torch.float64).exp().float()
+    )
+
+
 def solver_orders(calls: int) -> list[int]:
     """Return the orders of the steps of DPM-Solver-fast, which sum to `calls`."""
     full, rest = divmod(calls, 3)

@@ -5,6 +5,7 @@ An image that is enlarged or changed gets the noise of a middle level, and is de
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 from torch import Tensor
@@ -14,6 +15,7 @@ from alphalayer.engine.sampling.levels import (
     ddim_sigmas,
     ddim_timesteps,
     dpm_fast_between,
+    evenly_spaced,
     sigmas_in_time,
 )
 from alphalayer.engine.sampling.schedules import LevelsOf, SigmaTable, sigmas_for
@@ -65,11 +67,28 @@ def last_dpm_fast_levels(
     _levels: LevelsOf, scheduler: str, total: int, steps: int, table: SigmaTable
 ) -> Levels:
     """Return levels of DPM-Solver-fast between the ends of the last steps."""
+    return _between_last_ends(dpm_fast_between, scheduler, total, steps, table)
+
+
+def last_dpm_adaptive_levels(
+    _levels: LevelsOf, scheduler: str, total: int, steps: int, table: SigmaTable
+) -> Levels:
+    """Return levels of DPM adaptive between the ends of the last steps."""
+    return _between_last_ends(evenly_spaced, scheduler, total, steps, table)
+
+
+def _between_last_ends(
+    between: Callable[[int, float, float], Tensor],
+    scheduler: str,
+    total: int,
+    steps: int,
+    table: SigmaTable,
+) -> Levels:
     last = last_levels(sigmas_for, scheduler, total, steps, table)
     low = float(last.sigmas[-2]) if steps > 1 else table.sigma_min
     if low >= last.start:  # the last step of some schedules begins at the lowest level
         low = last.start / 2
-    return last._replace(sigmas=dpm_fast_between(steps, last.start, low))
+    return last._replace(sigmas=between(steps, last.start, low))
 
 
 def last_ddim_levels(

@@ -10,6 +10,7 @@ from typing import Literal
 
 from torch import Tensor
 
+from alphalayer.core.samplers import ADAPTIVE
 from alphalayer.engine.sampling import levels, multistep, partial, single_step
 from alphalayer.engine.sampling.partial import Levels
 from alphalayer.engine.sampling.run import Run
@@ -103,6 +104,13 @@ SAMPLERS = {
         eta=1.0,
         levels=levels.dpm_fast_sigmas,
         last_levels=partial.last_dpm_fast_levels,
+    ),
+    ADAPTIVE: Sampler(
+        single_step.dpm_adaptive,
+        "fresh",
+        eta=1.0,
+        levels=levels.dpm_adaptive_sigmas,
+        last_levels=partial.last_dpm_adaptive_levels,
     ),
     "Restart": Sampler(
         single_step.heun,

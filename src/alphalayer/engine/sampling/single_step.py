@@ -4,14 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
+from alphalayer.core.errors import InvalidRequest
+from alphalayer.core.samplers import MAX_ADAPTIVE_CALLS
 from alphalayer.engine.sampling.levels import solver_orders
 from alphalayer.engine.sampling.run import Run, geometric_mean, split_step
+
+ADAPTIVE_FIRST_LENGTH = 0.05
+"""Length of the first step of DPM adaptive, in log sigma."""
+RELATIVE_ERROR, ABSOLUTE_ERROR = 0.05, 0.0078
+"""Errors of a step that DPM adaptive tolerates."""
+ACCEPTED_FACTOR = 0.81
+"""Change of the length below which DPM adaptive repeats a step."""
 
 
 def euler(run: Run, x: Tensor, sigmas: Sequence[float]) -> Tensor:
@@ -212,7 +221,13 @@ def dpm_fast(run: Run, x: Tensor, sigmas: Sequence[float]) -> Tensor:
         sigma, following = sigmas[calls], sigmas[calls + order]
         down = max(split_step(sigma, following, run.eta)[0], sigmas[-1])
         clean = run.denoise(x, sigma)
-        x = _solver_step(run, x, (x - clean) / sigma, (sigma, down), order)
+        step = _SolverStep(run, x, (x - clean) / sigma, sigma, down)
+        if order == 1:
+            x = step.move(1)
+        elif order == 2:
+            x = step.second_order(step.find_slope(1 / 2))
+        else:
+            x = step.third_order(step.find_slope(1 / 3))
         if down < following:
             x = x + run.noise(sigma, following) * math.sqrt(following**2 - down**2)
         calls += order
@@ -220,36 +235,82 @@ def dpm_fast(run: Run, x: Tensor, sigmas: Sequence[float]) -> Tensor:
     return x
 
 
-def _solver_step(
-    run: Run, x: Tensor, first: Tensor, levels: tuple[float, float], order: int
-) -> Tensor:
-    """Return the latent after a step of DPM-Solver.
+def dpm_adaptive(run: Run, x: Tensor, sigmas: Sequence[float]) -> Tensor:
+    """Follow the probability flow in steps of order 3 whose length the error decides.
 
-    Args:
-        run: What the sampler calls.
-        x: Latent at the start of the step.
-        first: Noise that is predicted at the start of the step.
-        levels: Noise levels at the start and at the end of the step.
-        order: 1, 2 or 3: number of calls of the step, with the one of `first`.
+    The difference to a step of order 2 is the error. It is a mean over all latents, so that each
+    image runs alone. `sigmas` between the first and the last one only measure the progress.
+
+    Raises:
+        InvalidRequest: There are more than `MAX_ADAPTIVE_CALLS` calls.
+
+    Source: Lu et al. 2022, arXiv 2206.00927, section 3.4 and appendix C. Step lengths: k-diffusion,
+    `dpm_solver_adaptive` and `PIDStepSizeController`, with an integral part of 1.
     """
-    sigma, following = levels
-    h = math.log(sigma / following)
+    sigma, last = sigmas[0], sigmas[-1]
+    before, length, calls = x, ADAPTIVE_FIRST_LENGTH, 0
+    order = 1.5 if run.eta else 3.0
+    while sigma > last * math.exp(1e-5):
+        calls += 3
+        if calls > MAX_ADAPTIVE_CALLS:
+            raise InvalidRequest(
+                f"DPM adaptive needs more than {MAX_ADAPTIVE_CALLS} calls for this image.",
+                hint="Use another sampler.",
+                field="sampler",
+            )
+        following = max(last, sigma * math.exp(-length))
+        down = max(split_step(sigma, following, run.eta)[0], last)
+        clean = run.denoise(x, sigma)
+        step = _SolverStep(run, x, (x - clean) / sigma, sigma, down)
+        slope = step.find_slope(1 / 3)
+        low, high = step.second_order(slope), step.third_order(slope)
+        scale = (low.abs().maximum(before.abs()) * RELATIVE_ERROR).clamp(min=ABSOLUTE_ERROR)
+        error = float(((low - high) / scale).square().mean().sqrt())
+        factor = 1 + math.atan((1 / (error + 1e-8)) ** (1 / order) - 1)
+        length *= factor
+        if factor >= ACCEPTED_FACTOR:
+            before, x = low, high
+            if down < following:
+                x = x + run.noise(sigma, following) * math.sqrt(following**2 - down**2)
+            sigma = following
+            run.on_step(sum(level >= sigma for level in sigmas[1:]), x, clean)
+    return x
 
-    def move(share: float, slope: Tensor | float) -> Tensor:
+
+@dataclass(frozen=True)
+class _SolverStep:
+    """A step of DPM-Solver: its start, the noise predicted there, and its levels."""
+
+    run: Run
+    x: Tensor
+    first: Tensor
+    sigma: float
+    following: float
+
+    @property
+    def h(self) -> float:
+        """Return the length of the step in log sigma."""
+        return math.log(self.sigma / self.following)
+
+    def move(self, share: float, slope: Tensor | float = 0.0) -> Tensor:
         """Return the latent at a share of the step. The noise changes by `slope`."""
-        growth = math.expm1(share * h)
-        change = share * (growth / (share * h) - 1)
-        return x - sigma * math.exp(-share * h) * (growth * first + change * slope)
+        growth = math.expm1(share * self.h)
+        change = share * (growth / (share * self.h) - 1)
+        level = self.sigma * math.exp(-share * self.h)
+        return self.x - level * (growth * self.first + change * slope)
 
-    def find_slope(share: float, slope: Tensor | float) -> Tensor:
-        moved, level = move(share, slope), sigma * math.exp(-share * h)
-        return ((moved - run.denoise(moved, level)) / level - first) / share
+    def find_slope(self, share: float, slope: Tensor | float = 0.0) -> Tensor:
+        """Return the change of the noise over the step, by a call at a share of it."""
+        moved, level = self.move(share, slope), self.sigma * math.exp(-share * self.h)
+        return ((moved - self.run.denoise(moved, level)) / level - self.first) / share
 
-    if order == 1:
-        return move(1, 0.0)
-    if order == 2:
-        return x - following * math.expm1(h) * (first + find_slope(1 / 2, 0.0) / 2)
-    return move(1, find_slope(2 / 3, find_slope(1 / 3, 0.0)))
+    def second_order(self, slope: Tensor) -> Tensor:
+        """Return the latent at the end of the step, by a slope of any share."""
+        return self.x - self.following * math.expm1(self.h) * (self.first + slope / 2)
+
+    def third_order(self, slope: Tensor) -> Tensor:
+        """Return the latent at the end of the step, by a slope at a third of it."""
+        return self.move(1, self.find_slope(2 / 3, slope))
 
 
 def _move(x: Tensor, clean: Tensor, share: float) -> Tensor:
