@@ -11,11 +11,13 @@ import json
 from functools import cache
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
 from tests.support.operations import OperationCounter, flash_attention
+from tests.support.seeded_weights import seeded_weights
 
 from alphalayer.catalog import EMBEDDED_MODEL
 from alphalayer.engine.families.configs import SHIPPED
@@ -41,7 +43,6 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "layers_per_block": 2,
         "attention_head_dim": 8,
         "cross_attention_dim": 40,
-        "use_linear_projection": True,
     },
     "embedded": json.loads((EMBEDDED_MODEL / "unet" / "config.json").read_text()),
 }
@@ -99,6 +100,39 @@ def test_unet_equals_diffusers(config: str, dtype: torch.dtype, tolerance: float
     expected = run_reference(reference, inputs)
     difference = (run(unet, inputs) - expected).abs().max()
     assert difference <= tolerance * expected.abs().max()
+
+
+@torch.inference_mode()
+def test_random_sd15_unet_gives_known_values():
+    """Weights and inputs come from seeds, and the values from diffusers on another machine."""
+    sizes = CONFIGS["SD 1.5, narrow"] | {
+        "attention_head_dim": 4,
+        "cross_attention_dim": 24,
+        "norm_num_groups": 8,
+    }
+    with torch.device("meta"):
+        unet = UNet(UNetConfig.of(sizes))
+        shapes = {
+            name: tensor.shape
+            for name, tensor in UNet2DConditionModel.from_config(sizes).state_dict().items()
+        }
+    weights = seeded_weights(shapes, 100)
+    assert len(weights) == 686
+    assert sum(weight.numel() for weight in weights.values()) == 5_439_396
+    NamedWeights(unet).assign(weights, torch.float32)
+    numbers = np.random.RandomState(102)
+    x, context = (
+        torch.from_numpy(numbers.standard_normal(shape)).float()
+        for shape in ((6, 4, 8, 8), (6, 5, 24))
+    )
+    output = run(unet, (x, torch.tensor([500.0]), context, torch.empty(6, 0))).double()
+    first = torch.tensor([-0.343699, -0.427626, -0.411297, 0.012965], dtype=torch.double)
+    last = torch.tensor([0.340846, 0.415157, -0.025304], dtype=torch.double)
+    tolerance = 1e-4 * output.abs().max()
+    assert (output.flatten()[:4] - first).abs().max() < tolerance
+    assert (output.flatten()[-3:] - last).abs().max() < tolerance
+    assert output.sum().item() == pytest.approx(213.19350, rel=1e-4)
+    assert output.abs().sum().item() == pytest.approx(737.39154, rel=1e-4)
 
 
 @torch.inference_mode()

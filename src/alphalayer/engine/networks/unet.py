@@ -1,7 +1,6 @@
-"""UNet of Stable Diffusion: the denoiser of SDXL, in any width and depth.
+"""UNet of Stable Diffusion: the denoiser of SDXL and of SD 1.5, in any width and depth.
 
-SD 1.5 has the same structure. Its files have 1x1 convolutions around the transformer blocks, where
-this network has linear layers. Parameter names are those of diffusers.
+Parameter names are those of diffusers.
 
 Source: Rombach et al. 2022, arXiv 2112.10752. Podell et al. 2023, "SDXL", arXiv 2307.01952.
 """
@@ -11,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import zip_longest
 from typing import Any, cast
 
@@ -44,6 +44,8 @@ class UNetConfig:
     """Width of the pooled text. 0: the network is conditioned on neither it nor sizes."""
     size_width: int = 0
     """Width of the embedding of each of the six sizes."""
+    conv_projections: bool = False
+    """Whether 1x1 convolutions surround the transformer blocks. Otherwise linear layers do."""
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> UNetConfig:
@@ -68,6 +70,7 @@ class UNetConfig:
             groups=config.get("norm_num_groups", 32),
             pooled=added - SIZES * size_width if added else 0,
             size_width=size_width,
+            conv_projections=not config.get("use_linear_projection", False),
         )
 
 
@@ -171,9 +174,9 @@ class UNet(nn.Module):
             added = self.add_embedding(torch.cat([pooled, embedded.expand(len(pooled), -1)], -1))
         return Prepared(
             tuple(
-                part.keys_values(context)
-                for part in self.modules()
-                if isinstance(part, _CrossAttention)
+                block.attn2.keys_values(context)
+                for block in self.modules()
+                if isinstance(block, TransformerBlock)
             ),
             added,
             _frequencies(self.config.widths[0], context.device),
@@ -232,9 +235,7 @@ class _Level(nn.Module):
         width, groups = config.widths[i], config.groups
         self.resnets = nn.ModuleList(ResnetBlock(own, width, groups) for own in entering)
         self.attentions = nn.ModuleList(
-            _Transformer(width, config.heads[i], config.context, depth, groups)
-            for depth in depths
-            if depth
+            _Transformer(config, width, config.heads[i], depth) for depth in depths if depth
         )
         self.downsamplers = nn.ModuleList()
         self.upsamplers = nn.ModuleList()
@@ -263,42 +264,49 @@ class _Embedding(nn.Module):
 class _Transformer(nn.Module):
     """Transformer blocks over the positions of an image, added to their input."""
 
-    def __init__(self, width: int, heads: int, context: int, depth: int, groups: int):
+    def __init__(self, config: UNetConfig, width: int, heads: int, depth: int):
         super().__init__()
-        self.norm = nn.GroupNorm(groups, width, 1e-6)
-        self.proj_in = nn.Linear(width, width)
+        project = partial(nn.Conv2d, kernel_size=1) if config.conv_projections else nn.Linear
+        self.norm = nn.GroupNorm(config.groups, width, 1e-6)
+        self.proj_in = project(width, width)
         self.transformer_blocks = nn.ModuleList(
-            _TransformerBlock(width, heads, context) for _ in range(depth)
+            TransformerBlock(width, heads, config.context) for _ in range(depth)
         )
-        self.proj_out = nn.Linear(width, width)
+        self.proj_out = project(width, width)
 
     def forward(self, x: Tensor, texts: Iterator[Tensor]) -> Tensor:
         b, c, h, w = x.shape
-        tokens = self.proj_in(self.norm(x).permute(0, 2, 3, 1).reshape(b, h * w, c))
+        tokens = _project(self.proj_in, self.norm(x).permute(0, 2, 3, 1).reshape(b, h * w, c))
         for block in self.transformer_blocks:
             tokens = block(tokens, next(texts))
-        return x + self.proj_out(tokens).reshape(b, h, w, c).permute(0, 3, 1, 2)
+        return x + _project(self.proj_out, tokens).reshape(b, h, w, c).permute(0, 3, 1, 2)
 
 
-class _TransformerBlock(nn.Module):
+def _project(layer: nn.Linear | nn.Conv2d, tokens: Tensor) -> Tensor:
+    """Apply a linear layer, or a 1x1 convolution as one, to (B, tokens, width)."""
+    return F.linear(tokens, layer.weight.flatten(1), layer.bias)
+
+
+class TransformerBlock(nn.Module):
     """Self-attention, cross-attention to the text, and a gated feed-forward network."""
 
     def __init__(self, width: int, heads: int, context: int):
         super().__init__()
         self.norm1 = nn.LayerNorm(width)
-        self.attn1 = _SelfAttention(width, heads)
+        self.attn1 = SelfAttention(width, heads)
         self.norm2 = nn.LayerNorm(width)
-        self.attn2 = _CrossAttention(width, heads, context)
+        self.attn2 = CrossAttention(width, heads, context)
         self.norm3 = nn.LayerNorm(width)
         self.ff = _FeedForward(width)
 
     def forward(self, x: Tensor, keys_values: Tensor) -> Tensor:
+        """Return tokens (B, positions, width) of x, with keys and values of the text."""
         x = x + self.attn1(self.norm1(x))
         x = x + self.attn2(self.norm2(x), keys_values)
         return x + self.ff(self.norm3(x))
 
 
-class _SelfAttention(nn.Module):
+class SelfAttention(nn.Module):
     """Attention between the positions of an image."""
 
     def __init__(self, width: int, heads: int):
@@ -308,13 +316,14 @@ class _SelfAttention(nn.Module):
         self.to_out = nn.Sequential(nn.Linear(width, width))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return tokens (B, positions, width), shaped like x."""
         qkv = self.to_qkv(x).unflatten(-1, (3, self.heads, -1))  # (B, positions, 3, heads, width)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()
         attended = F.scaled_dot_product_attention(q, k, v)  # (B, heads, positions, width)
         return self.to_out(attended.transpose(1, 2).flatten(2))
 
 
-class _CrossAttention(nn.Module):
+class CrossAttention(nn.Module):
     """Attention of the positions of an image to the tokens of a text."""
 
     def __init__(self, width: int, heads: int, context: int):
@@ -333,6 +342,7 @@ class _CrossAttention(nn.Module):
         return pair.permute(2, 0, 3, 1, 4).contiguous()
 
     def forward(self, x: Tensor, keys_values: Tensor) -> Tensor:
+        """Return tokens (B, positions, width) of x, with what `keys_values` returned."""
         q = self.to_q(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         keys, values = keys_values.unbind()
         attended = F.scaled_dot_product_attention(q, keys, values)
