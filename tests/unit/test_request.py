@@ -303,6 +303,27 @@ def test_request_other_tags_are_left_out_with_a_warning():
     )
 
 
+def test_request_layer_prompts_are_read_without_tags():
+    request = parse_request(
+        {
+            "prompt": "a cat",
+            "foreground_prompt": " glass # comment",
+            "background_prompt": "a <lora:x:1>sea AND <d:1>sand",
+        }
+    )
+    assert request.foreground_prompt == "glass"
+    assert request.background_prompt == "a sea and sand"
+    assert request.loras == ()
+    assert request.warnings == ("background_prompt: ignored <lora:x:1>, <d:1>.",)
+
+
+def test_batch_key_is_equal_for_other_layer_prompts():
+    first, second = (
+        parse_request({"prompt": "a", "blended_prompt": text}).batch_key for text in ("b", "c")
+    )
+    assert first == second
+
+
 COMMENTS = {
     "a red apple # not this": "a red apple",
     "a #1 apple": "a",
@@ -439,7 +460,7 @@ def test_check_cost_of_the_longest_prompt_takes_no_time():
     assert time.process_time() - start < 0.5
 
 
-@pytest.mark.parametrize("field", ["prompt", "negative_prompt"])
+@pytest.mark.parametrize("field", ["prompt", "negative_prompt", "foreground_prompt"])
 def test_request_prompt_of_too_many_bytes_is_refused(field: str):
     parse_request({"prompt": "x", field: "\U0001f600" * 2500})
     with pytest.raises(InvalidRequest, match="got 40,000 bytes of UTF-8; at most 10,000") as error:

@@ -90,11 +90,10 @@ def _pass_cost(request: ResolvedRequest) -> Cost:
     calls = count_calls(request.sampler, _count_pass_steps(request))
     # two short prompts are two rows of the UNet, and each AND part is one more
     rows = (len(AND.findall(request.prompt)) + 2) / 2
-    positive, negative = count_chunks(request.prompt), count_chunks(request.negative_prompt)
-    texts = sum(
-        chunks * _count_texts(text, request.calls)
-        for text, chunks in ((request.prompt, positive), (request.negative_prompt, negative))
-    )
+    positive = max(map(count_chunks, request.layer_prompts))
+    negative = count_chunks(request.negative_prompt)
+    texts = max(_text_chunks(text, request.calls) for text in request.layer_prompts)
+    texts += _text_chunks(request.negative_prompt, request.calls)
     sampling = megapixels * calls * rows
     longest = max(positive, negative)
     return Cost(
@@ -191,6 +190,11 @@ def max_chunks(text: str) -> int:
 def count_chunks(text: str) -> int:
     """Estimate the chunks of 75 tokens of a text, without a tokenizer."""
     return 1 + len(text.encode(errors="replace")) // BYTES_OF_A_CHUNK + len(_BREAK.findall(text))
+
+
+def _text_chunks(prompt: str, calls: int) -> int:
+    """Return the most chunks of all texts of a prompt over `calls`."""
+    return count_chunks(prompt) * _count_texts(prompt, calls)
 
 
 def _count_texts(prompt: str, calls: int) -> int:

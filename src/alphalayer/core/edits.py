@@ -1,4 +1,4 @@
-"""Fields of a request that changes an image: img2img and inpaint. Free of torch and HTTP."""
+"""Fields of requests that change an image or generate several layers. Free of torch and HTTP."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Annotated, Literal, get_args
 
 from pydantic import Field
 
+from alphalayer.core.prompts import MAX_PROMPT_CHARACTERS
 from alphalayer.core.values import Frozen
 
 AlphaSource = Literal["new", "keep", "multiply"]
@@ -55,3 +56,23 @@ class EditFields(Frozen, frozen=True):
     mask_padding: Annotated[
         int, Field(ge=0, le=256, description="Pixels around the box of `masked_only`.")
     ] = 32
+
+
+_LayerPrompt = Annotated[str, Field(max_length=MAX_PROMPT_CHARACTERS)]
+
+
+class LayerFields(Frozen, frozen=True):
+    """Additional prompts of the modes that generate several layers, each declared here once.
+
+    The name of a field is the role of its layer with "_prompt".
+    """
+
+    foreground_prompt: Annotated[
+        _LayerPrompt, Field(description="Put before the prompt for the foreground alone.")
+    ] = ""
+    background_prompt: Annotated[
+        _LayerPrompt, Field(description="Put before the prompt for the background alone.")
+    ] = ""
+    blended_prompt: Annotated[
+        _LayerPrompt, Field(description="Put before the prompt for the blended image alone.")
+    ] = ""

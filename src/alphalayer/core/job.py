@@ -15,6 +15,7 @@ from alphalayer.core.cost import extras_cost, image_cost
 from alphalayer.core.errors import InvalidRequest
 from alphalayer.core.modes import LayerRole
 from alphalayer.core.request import (
+    LAYER_PROMPTS,
     PROMPTS,
     GenerationRequest,
     ImageFormat,
@@ -183,7 +184,8 @@ class JobSpec(Frozen, frozen=True):
             steps = {"hires_steps": request.hires_steps}
         counts = {"iterations": self.iterations, "batch_size": request.batch_size, **steps}
         if image.prompt > image.pixels:
-            counts = {max(PROMPTS, key=lambda name: len(getattr(request, name))): 2}
+            prompts = (*PROMPTS, *LAYER_PROMPTS)
+            counts = {max(prompts, key=lambda name: len(getattr(request, name))): 2}
         raise InvalidRequest(
             f"the request costs {self.cost:,.0f} megapixel-steps; at most {limit:,.0f}.",
             hint="Request fewer or smaller images, fewer steps, or a shorter prompt.",

@@ -12,10 +12,11 @@ from typing import Annotated, Any, Literal, NamedTuple, get_args
 from pydantic import AfterValidator, BaseModel, Field, model_validator
 
 from alphalayer.core import validation
-from alphalayer.core.edits import EditFields
+from alphalayer.core.edits import EditFields, LayerFields
 from alphalayer.core.errors import InvalidRequest
 from alphalayer.core.modes import DEFAULT_MODE, MODES, OPAQUE, InputRole
 from alphalayer.core.prompts import (
+    AND,
     MAX_LORAS,
     MAX_PROMPT_BYTES,
     MAX_PROMPT_CHARACTERS,
@@ -65,9 +66,12 @@ MAX_SEED = 2**63 - 1
 NOT_BLANK = r"\S"
 PROMPTS = ("prompt", "negative_prompt", "hires_prompt", "hires_negative_prompt")
 """Fields with prompts."""
+LAYER_PROMPTS = tuple(LayerFields.model_fields)
+"""Fields with additional prompts."""
 FREE_IN_A_BATCH = {
     "prompt",
     "negative_prompt",
+    *LAYER_PROMPTS,
     "seed",
     "subseed",
     "subseed_strength",
@@ -315,7 +319,7 @@ class RequestFields(Frozen, frozen=True):
     hires_strength: HiresStrength = 0.75
 
 
-class GenerationRequest(RequestFields, EditFields, frozen=True):
+class GenerationRequest(RequestFields, EditFields, LayerFields, frozen=True):
     """What to generate: the fields of clients and those that the service adds.
 
     Comments and tags are read once, by `of` and `parse_request`. The text of a stored request is
@@ -383,6 +387,15 @@ class GenerationRequest(RequestFields, EditFields, frozen=True):
     def roles(self) -> set[InputRole]:
         """Return the roles of the input images."""
         return {image.role for image in self.inputs}
+
+    @property
+    def layer_prompts(self) -> tuple[str, ...]:
+        """Return the prompt of each layer of the mode. A layer may have an additional one."""
+        roles = MODES[self.mode].layers
+        additional = [getattr(self, f"{role}_prompt", "") for role in roles]
+        if len(roles) == 1:
+            return (self.prompt,)
+        return tuple(f"{text}, {self.prompt}" if text else self.prompt for text in additional)
 
     @property
     def uses_init(self) -> bool:
@@ -499,7 +512,8 @@ class GenerationRequest(RequestFields, EditFields, frozen=True):
 
         A comment goes from "#" to the end of its line. `<lora:name:weight>` in the prompt is added
         to `loras`. What has no effect is left out, with a sentence in `warnings`: tags `<word:...>`
-        of other words, and LoRAs of the second prompt that the first does not have.
+        of other words, and LoRAs of the second prompt that the first does not have. Additional
+        prompts of layers have neither tags nor AND: the word is read in small letters.
 
         Args:
             comments: Whether "#" starts a comment.
@@ -517,6 +531,7 @@ class GenerationRequest(RequestFields, EditFields, frozen=True):
         check_text(text, "prompt")
         hires_text, hires_tagged, hires_ignored = split_tags(hires_prompt, "hires_prompt")
         check_text(hires_text or text, "hires_prompt")
+        layer_texts, layer_tags = self._read_layer_prompts(comments=comments)
         loras = (*self.loras, *tagged)
         if len(loras) > MAX_LORAS:
             raise InvalidRequest(
@@ -524,7 +539,11 @@ class GenerationRequest(RequestFields, EditFields, frozen=True):
                 field="loras" if self.loras else "prompt",
             )
         warnings = self.warnings
-        for field, tags in (("prompt", ignored), ("hires_prompt", hires_ignored)):
+        for field, tags in (
+            ("prompt", ignored),
+            ("hires_prompt", hires_ignored),
+            *layer_tags.items(),
+        ):
             if tags:
                 warnings += (f"{field}: ignored {validation.cut(', '.join(tags))}.",)
         if others := [lora.tag for lora in hires_tagged if lora not in loras]:
@@ -534,13 +553,26 @@ class GenerationRequest(RequestFields, EditFields, frozen=True):
             )
         values = {
             **dict(zip(PROMPTS, (text, negative, hires_text, hires_negative), strict=True)),
+            **layer_texts,
             "loras": loras,
             "warnings": warnings,
         }
         return self.model_copy(update=values)
 
+    def _read_layer_prompts(self, *, comments: bool) -> tuple[dict[str, str], dict[str, list[str]]]:
+        """Return text and ignored tags of each additional prompt; see `read_prompts`."""
+        texts: dict[str, str] = {}
+        tags: dict[str, list[str]] = {}
+        for field in LAYER_PROMPTS:
+            prompt = getattr(self, field)
+            prompt = (remove_comments(prompt) if comments else prompt).strip()
+            text, loras, ignored = split_tags(prompt, field)
+            texts[field] = AND.sub("and", text)
+            tags[field] = [*(lora.tag for lora in loras), *ignored]
+        return texts, tags
+
     def _check_bytes(self) -> None:
-        for field in PROMPTS:
+        for field in (*PROMPTS, *LAYER_PROMPTS):
             size = len(getattr(self, field).encode(errors="replace"))
             if size > MAX_PROMPT_BYTES:
                 raise InvalidRequest(
