@@ -7,12 +7,13 @@ Source:
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from isal import isal_zlib
 
-from alphalayer.images.codecs import Rgba, strips
+from alphalayer.images.codecs import Rgba
+from alphalayer.images.postprocess import composite
 
 RAW, ZIP = 0, 2
 """Compressions of channel data."""
@@ -21,6 +22,7 @@ CHANNELS = ((-1, 3), (0, 0), (1, 1), (2, 2))
 HIDDEN = 2
 """Flag of a layer that is not visible."""
 RGB_MODE = 3
+WHITE = (255, 255, 255)
 
 
 def encode_psd(layers: Sequence[tuple[str, Rgba, bool]], merged: Rgba) -> bytes:
@@ -46,6 +48,8 @@ def encode_psd(layers: Sequence[tuple[str, Rgba, bool]], merged: Rgba) -> bytes:
     length = sum(len(part) for part in info)
     padding = length % 2
     empty = struct.pack(">I", 0)
+    # readers remove the white again
+    on_white = composite(merged, WHITE)
     # one join, because the parts are large
     return b"".join(
         [
@@ -57,7 +61,8 @@ def encode_psd(layers: Sequence[tuple[str, Rgba, bool]], merged: Rgba) -> bytes:
             bytes(padding),
             empty,  # mask of the document
             struct.pack(">H", RAW),
-            *_merged_planes(merged),
+            *(on_white[..., channel].tobytes() for channel in range(3)),
+            merged[..., 3].tobytes(),
         ]
     )
 
@@ -88,17 +93,6 @@ def _record(name: str, size: tuple[int, int], lengths: Sequence[int], is_visible
             _block(extra),
         ]
     )
-
-
-def _merged_planes(merged: Rgba) -> Iterator[bytes]:
-    """Yield red, green, blue and alpha. Colours are on white, which readers remove."""
-    on_white = np.empty_like(merged[..., :3])
-    for rows in strips(merged):
-        alpha = merged[rows, :, 3:].astype(np.uint16)
-        colour = merged[rows, :, :3] * alpha + 255 * (255 - alpha)
-        on_white[rows] = (colour + 127) // 255
-    yield from (on_white[..., channel].tobytes() for channel in range(3))
-    yield merged[..., 3].tobytes()
 
 
 def _block(content: bytes) -> bytes:
