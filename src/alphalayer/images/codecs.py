@@ -152,7 +152,7 @@ ROUNDED_ALPHA = 128
 
 
 def encode_input(data: bytes) -> InputFile:
-    """Convert an image file to a PNG, turned as its EXIF data say.
+    """Convert an image file to a PNG, turned by its EXIF orientation.
 
     Equal images are one file then.
 
@@ -164,7 +164,7 @@ def encode_input(data: bytes) -> InputFile:
 
 
 def encode_mask(data: bytes, reading: MaskReading = "white", *, invert: bool = False) -> InputFile:
-    """Convert the image of a mask to a grey PNG that is white where an image is changed.
+    """Convert a mask image to a grey PNG that is white where an image is changed.
 
     Args:
         data: The file.
@@ -194,7 +194,7 @@ def encode_mask(data: bytes, reading: MaskReading = "white", *, invert: bool = F
 
 
 def _decode_upright(data: bytes) -> Rgba:
-    """Decode an input image and turn it as its EXIF data say."""
+    """Decode an input image and turn it by its EXIF orientation."""
     rgba, _ = decode(data)
     height, width = rgba.shape[:2]
     if max(height, width) > MAX_INPUT_SIDE:
