@@ -227,6 +227,27 @@ def test_torch_version_is_pinned_in_one_place():
         assert version not in (ROOT / name).read_text(encoding="utf-8"), name
 
 
+def test_torch_hashes_are_of_the_pinned_version():
+    pins = [
+        line.removesuffix(" \\")
+        for line in (ROOT / "requirements" / "torch-hashes.txt").read_text("utf-8").splitlines()
+        if line.startswith("torch")
+    ]
+    assert pins == [(ROOT / "requirements" / "torch.txt").read_text("utf-8").strip()]
+
+
+def test_images_of_others_are_pinned_by_digest():
+    """Find the base image, and the services of the examples."""
+    deploy = ROOT / "deploy"
+    names = re.findall(r"^ARG PYTHON_IMAGE=(.+)$", (deploy / "docker/Dockerfile").read_text(), re.M)
+    for file in [*(deploy / "kubernetes").glob("*.yaml"), deploy / "docker/compose.yaml"]:
+        names += re.findall(r"^ +image: +(\S+)", file.read_text(), re.M)
+    others = [name for name in names if not name.startswith("alphalayer")]
+    assert len(others) == 6
+    for name in others:
+        assert re.search(r":[\w.-]+@sha256:[0-9a-f]{64}}?$", name), name
+
+
 def test_wheel_has_type_marker_data_and_version(tmp_path):
     pytest.importorskip("hatchling")
     build = "import sys; from hatchling.build import build_wheel; build_wheel(sys.argv[1])"
