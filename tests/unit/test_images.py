@@ -443,7 +443,7 @@ def test_encode_input_drops_the_settings_and_refuses_a_long_side():
         codecs.encode_input(long)
 
 
-def test_input_is_turned_as_its_exif_data_say():
+def test_input_is_turned_by_its_exif_data():
     rgba = np.zeros((2, 3, 4), np.uint8)
     rgba[0, 0] = 255
     exif = Image.Exif()

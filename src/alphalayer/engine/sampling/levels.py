@@ -128,7 +128,10 @@ def dpm_fast_between(steps: int, high: float, low: float) -> Tensor:
 
 
 def dpm_adaptive_sigmas(_scheduler: str, steps: int, table: SigmaTable) -> Tensor:
-    """Return levels evenly spaced in log sigma. DPM adaptive uses the first and the last one."""
+    """Return levels evenly spaced in log sigma.
+
+    DPM adaptive uses the first and the last one.
+    """
     return evenly_spaced(steps, table.sigma_max, table.sigma_min)
 
 
