@@ -189,7 +189,7 @@ def _layer_files(settings: Settings) -> Iterator[Finding]:
 
 
 def _layer_kinds() -> Iterator[tuple[str, str, Sequence[str], Mode]]:
-    """Yield key, kind, published names and mode of each file of the families' default modes."""
+    """Yield key, kind, published names and mode of each file that is needed."""
     for family, decoders in DECODER_FILES.items():
         for mode in [mode for mode in MODES.values() if mode.family == family][:1]:
             yield "patch", "patch", mode.files, mode

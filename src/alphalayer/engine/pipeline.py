@@ -582,7 +582,7 @@ def _report_part(task: RenderTask, number: int, count: int, progress: Progress) 
 
 
 def _resolve(task: RenderTask, model: DiffusionModel) -> ResolvedRequest:
-    """Return a request with the model's defaults, and the mode that it means for the family."""
+    """Return a request with the model's defaults and its family's mode."""
     request = task.request.resolve(model.defaults, task.images)
     mode = mode_for(model.entry.family, request.mode)
     return request.model_copy(update={"mode": mode.name})

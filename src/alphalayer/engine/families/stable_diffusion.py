@@ -312,7 +312,7 @@ class SingleFile:
         return read_header(self.path)
 
     def vae_config(self) -> dict[str, Any]:
-        """Return the config of its VAE, as far as shapes show it. The rest is that of SDXL."""
+        """Return the config of its VAE. What no shape shows is as in SDXL."""
         beside = catalog.separate_vae(self.path)
         shapes = vae_names.with_prefix(read_header(beside).shapes) if beside else self.header.shapes
         return fitted_vae(shapes)
