@@ -183,26 +183,37 @@ def make_sd15_folder(path: Path, seed: int = 0) -> Path:
 
 def make_sd15_file(path: Path, seed: int = 0) -> Path:
     """Write the same model as an LDM single file, with the names of old files."""
-    first, _ = text_encoders(seed)
-    unet = {
-        f"model.diffusion_model.{unet_name_in_ldm(name)}": tensor
-        for name, tensor in sd15_unet(seed).state_dict().items()
-    }
-    # the first level on the way up has no attention, so its upsampler is the second part
     tensors = {
-        name.replace("output_blocks.2.2.", "output_blocks.2.1."): tensor
-        for name, tensor in unet.items()
-    }
-    tensors |= _vae_in_ldm(vae(seed).state_dict())
-    tensors |= {
-        f"cond_stage_model.transformer.{name.removeprefix('text_model.')}": tensor
-        for name, tensor in first.state_dict().items()
+        name.replace(".text_model.", "."): tensor
+        for name, tensor in sd15_file_tensors(
+            text_encoders(seed)[0], sd15_unet(seed), vae(seed)
+        ).items()
     }
     tensors["cond_stage_model.transformer.embeddings.position_ids"] = torch.arange(77.0)[None]
     tensors["model_ema.decay"] = torch.tensor(0.9999)
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file({name: tensor.half().contiguous() for name, tensor in tensors.items()}, path)
     return path
+
+
+def sd15_file_tensors(
+    text: CLIPTextModel, unet: UNet2DConditionModel, vae: AutoencoderKL
+) -> dict[str, torch.Tensor]:
+    """Return the tensors of an SD 1.5 model under the names of an LDM single file."""
+    tensors = {
+        f"model.diffusion_model.{unet_name_in_ldm(name)}": tensor
+        for name, tensor in unet.state_dict().items()
+    }
+    # the first level on the way up has no attention, so its upsampler is the second part
+    tensors = {
+        name.replace("output_blocks.2.2.", "output_blocks.2.1."): tensor
+        for name, tensor in tensors.items()
+    }
+    tensors |= _vae_in_ldm(vae.state_dict())
+    return tensors | {
+        f"cond_stage_model.transformer.text_model.{name.removeprefix('text_model.')}": tensor
+        for name, tensor in text.state_dict().items()
+    }
 
 
 @cache
