@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from itertools import pairwise
 from pathlib import Path
 
@@ -272,3 +273,19 @@ def test_checkpoint_of_other_sizes_is_refused(models: Path, tmp_path: Path):
     with pytest.raises(ModelUnusable, match=message) as error:
         load(tmp_path, "wide")
     assert "complete Stable Diffusion 1.5 model" in error.value.hint
+
+
+def test_unet_with_pooled_text_is_refused(models: Path, tmp_path: Path):
+    """Such a UNet is SDXL's: SD 1.5 has no pooled text."""
+    folder = tmp_path / "Stable-diffusion" / "mixed"
+    shutil.copytree(models / "Stable-diffusion" / "folder", folder)
+    config = folder / "unet" / "config.json"
+    sizes = {"addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 32 + 6 * 8}
+    config.write_text(json.dumps(json.loads(config.read_text()) | sizes))
+    file = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    layers = {"linear_1.weight": (128, 80), "linear_2.weight": (128, 128)}
+    layers |= {"linear_1.bias": (128,), "linear_2.bias": (128,)}
+    added = {f"add_embedding.{name}": torch.zeros(shape) for name, shape in layers.items()}
+    save_file(load_file(file) | added, file)
+    with pytest.raises(ModelUnusable, match="pooled text that the UNet reads: got 32, expected 0"):
+        load(tmp_path, "mixed")

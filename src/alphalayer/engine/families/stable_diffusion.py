@@ -229,6 +229,7 @@ def _check_parts(parts: Parts) -> None:
     unet, vae, last = parts.unet.config, parts.vae, parts.text_encoders[-1]
     projection, config = last.text_projection, parts.vae_config
     pooled = projection.out_features if projection else last.width
+    pooled = pooled if parts.text_outputs.pooled else 0
     context = sum(encoder.width for encoder in parts.text_encoders)
     sizes = {
         "the width of the text that the UNet reads": (unet.context, context),
