@@ -48,7 +48,6 @@ ResizeMode = Literal["Just Resize", "Crop and Resize", "Resize and Fill"]
 RESIZE_MODES: tuple[ResizeMode, ...] = get_args(ResizeMode)
 
 MIN_SIDE, MAX_SIDE = 64, 2048
-MAX_BATCH_SIZE = 8
 MAX_HIRES_SIDE, MAX_HIRES_PIXELS = 4096, 16_000_000
 """Limits of a second pass."""
 MAX_HIRES_SCALE = 4
@@ -64,6 +63,7 @@ LATENT_UPSCALERS = {
 IMAGE_UPSCALERS = ("None", "Lanczos", "Nearest")
 """Upscalers of images without a file. The files of models/ESRGAN are the others."""
 MAX_SEED = 2**63 - 1
+MAX_BATCH = 8
 NOT_BLANK = r"\S"
 PROMPTS = ("prompt", "negative_prompt", "hires_prompt", "hires_negative_prompt")
 """Fields with prompts."""
@@ -156,8 +156,7 @@ Height = Annotated[
     int, Field(ge=MIN_SIDE, le=MAX_SIDE, description="Height in pixels; SDXL: 1024.")
 ]
 BatchSize = Annotated[
-    int,
-    Field(ge=1, le=MAX_BATCH_SIZE, description="Images generated together; seeds count up."),
+    int, Field(ge=1, le=MAX_BATCH, description="Images generated together; seeds count up.")
 ]
 ClipSkip = Annotated[
     int, Field(ge=1, le=12, description="Last text encoder layer to use, counted from the end.")
@@ -496,7 +495,7 @@ class GenerationRequest(RequestFields, EditFields, LayerFields, frozen=True):
         layers = len(MODES[self.mode].layers)
         if self.batch_size % layers == 0:
             return None
-        sizes = ", ".join(map(str, range(layers, MAX_BATCH_SIZE + 1, layers)))
+        sizes = ", ".join(map(str, range(layers, MAX_BATCH + 1, layers)))
         return (
             f'mode "{self.mode}" generates {layers} images together: '
             f"got a batch_size of {self.batch_size}; use one of {sizes}"
