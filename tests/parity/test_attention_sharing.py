@@ -22,7 +22,6 @@ from alphalayer.engine.networks.unet import CrossAttention, SelfAttention, UNet,
 from alphalayer.engine.networks.weights import NamedWeights
 from alphalayer.engine.transparency.attention_sharing import (
     ControlEncoder,
-    InputImage,
     SharedAttention,
     Sharing,
     SharingFile,
@@ -87,7 +86,9 @@ def make_unit(
     entering = 8 if isinstance(attention, SelfAttention) else 6
     unit = SharedAttention(sizes, 8, entering, 2)
     seeded(unit, seed)
-    unit.replace(attention, signal)
+    unit.replace(attention)
+    if signal is not None:
+        unit.set_control(signal)
     return unit
 
 
@@ -240,7 +241,6 @@ def test_whole_unet_with_units(images: int, tmp_path: Path):
 
 def test_whole_unet_with_units_and_an_input_image(tmp_path: Path):
     file = make_file(tmp_path / "units.safetensors", UnitSizes(2, 8, CONTROL))
-    control = InputImage(input_image(64, 64))
-    share_attention(whole_unet(), Sharing(file, 2, control=control))
+    share_attention(whole_unet(), Sharing(file, 2, control=input_image(64, 64)))
     assert_summary(denoise(4), *CONTROLLED)
     share_attention(whole_unet(), None)

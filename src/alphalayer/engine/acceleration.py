@@ -100,7 +100,7 @@ class GraphRunner:
     ) -> Tensor:
         """Return the output of the UNet, see `UNet.forward`."""
         weight = next(self._unet.parameters()).detach()
-        sharing = getattr(self._unet, "sharing", None)
+        sharing = getattr(getattr(self._unet, "sharing", None), "spec", None)
         is_moved = self._weight is None or weight.data_ptr() != self._weight.data_ptr()
         if is_moved or sharing is not self._sharing:
             self._recordings.clear()

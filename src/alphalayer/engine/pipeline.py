@@ -556,7 +556,7 @@ class LocalEngine:
         try:
             networks = Networks.of(model, mode.has_alpha)
             width, height = first.largest_size
-            together = MODES[first.mode].images
+            together = len(mode.layers)
             needed = count_memory(networks, width, height, images, smallest, self.device, together)
         except Exception as error:  # the decoder is read on first use
             if not is_out_of_memory(error):

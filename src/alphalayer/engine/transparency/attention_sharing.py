@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
-from itertools import chain, pairwise
+from itertools import chain, islice, pairwise
 from typing import cast
 
 import torch
@@ -34,21 +34,15 @@ _STRIDED = (2, 4, 6)
 
 @dataclass(frozen=True)
 class Sharing:
-    """What replaces the attentions of a UNet. Equal ones replace them in the same way."""
+    """What replaces the attentions of a UNet."""
 
     file: PatchFile
     images: int
     """Images of a set."""
     loras: tuple[PatchSpec, ...] = ()
     """LoRAs that are merged into the UNet. The units take its weights with them."""
-    control: InputImage | None = None
-
-
-@dataclass(frozen=True, eq=False)
-class InputImage:
-    """An input image of a set, (1, 3, H, W) in [-1, 1]. Each is equal to itself alone."""
-
-    pixels: Tensor
+    control: Tensor | None = field(default=None, compare=False)
+    """Input image (1, 3, H, W) in [-1, 1]."""
 
 
 @dataclass(frozen=True)
@@ -105,13 +99,20 @@ class _Lora(nn.Module):
 
     def __init__(self, entering: int, width: int, rank: int):
         super().__init__()
-        self.down = nn.Linear(entering, rank, bias=False)
-        self.up = nn.Linear(rank, width, bias=False)
+        self.down, self.up = _Matrix(rank, entering), _Matrix(width, rank)
 
     def product(self, like: Tensor) -> Tensor:
         """Return the change, float32 on the device of another tensor."""
         up, down = (layer.weight.to(like.device).float() for layer in (self.up, self.down))
         return up @ down
+
+
+class _Matrix(nn.Module):
+    """Weight of a linear layer. Without random numbers a thousand of them take no time."""
+
+    def __init__(self, outputs: int, entering: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(outputs, entering), requires_grad=False)
 
 
 class SharedAttention(nn.Module):
@@ -147,13 +148,8 @@ class SharedAttention(nn.Module):
         self.register_buffer("control", None, persistent=False)
 
     @torch.no_grad()
-    def replace(self, attention: Attention, signal: Tensor | None) -> None:
-        """Take the place of an attention.
-
-        Args:
-            attention: The attention. Its layers are replaced until `restore`.
-            signal: Encoded input image (1, width, h, w), float32 on its device, or None.
-        """
+    def replace(self, attention: Attention) -> None:
+        """Take the place of an attention, whose layers are replaced until `restore`."""
         last = cast(nn.Linear, attention.to_out[0])
         weight = last.weight
         q, k, v, out = (cast(nn.ModuleList, getattr(self, f"to_{part}_lora")) for part in _PARTS)
@@ -165,16 +161,22 @@ class SharedAttention(nn.Module):
                 "to_kv": FrameLinear(attention.to_kv, [k, v]),
             }
         layers["to_out"] = FrameLinear(last, [out])
-        if signal is not None:
-            maps = [convs.to(weight.device).float()(signal) for convs in self.control_convs]
-            self.control = torch.cat(maps).flatten(2).mT.to(weight.dtype)
-        # merged into the layers, and into the control
-        for name in (*(f"to_{part}_lora" for part in _PARTS), "control_convs"):
-            self._modules.pop(name, None)
+        for part in _PARTS:
+            delattr(self, f"to_{part}_lora")
         self.to(weight.device, weight.dtype)
         self.attention = attention
         for name, layer in layers.items():
             setattr(attention, name, nn.Sequential(layer) if name == "to_out" else layer)
+
+    @torch.no_grad()
+    def set_control(self, signal: Tensor) -> None:
+        """Add an input image to the tokens from now on.
+
+        Args:
+            signal: Encoded image (1, width, h, w), with as many positions as there are tokens.
+        """
+        maps = [convs(signal.to(self.temporal_i.weight.dtype)) for convs in self.control_convs]
+        self.control = torch.cat(maps).flatten(2).mT.contiguous()
 
     def restore(self) -> Attention:
         """Return the attention with its own layers."""
@@ -252,6 +254,9 @@ class ControlEncoder(nn.Module):
 class SharingFile(nn.Module):
     """Contents of a file for a UNet. Parameter names are those of the file."""
 
+    spec: Sharing
+    """What they were read for."""
+
     def __init__(self, sizes: UnitSizes, blocks: Sequence[TransformerBlock]):
         super().__init__()
         units: list[SharedAttention] = []
@@ -267,6 +272,27 @@ class SharingFile(nn.Module):
     def units(self) -> list[SharedAttention]:
         """Return the units: two for each transformer block."""
         return cast("list[SharedAttention]", list(cast(nn.ModuleList, self.hookers["layers"])))
+
+    def install(self, unet: UNet) -> None:
+        """Replace the attentions of a UNet."""
+        units = iter(self.units)
+        for _, block in transformer_blocks(unet):
+            for name in ("attn1", "attn2"):
+                unit = next(units)
+                unit.replace(getattr(block, name))
+                setattr(block, name, unit)
+        if hasattr(self, "kwargs_encoder"):
+            self.kwargs_encoder.to(unet.conv_in.weight.device).float()
+        unet.sharing = self
+
+    @torch.no_grad()
+    def set_control(self, unet: UNet, pixels: Tensor) -> None:
+        """Add an input image (1, 3, H, W) to the tokens of all units."""
+        signals = self.kwargs_encoder(pixels.to(unet.conv_in.weight.device))
+        units = iter(self.units)
+        for level, _ in transformer_blocks(unet):
+            for unit in islice(units, 2):
+                unit.set_control(signals[level])
 
 
 def read_sharing(spec: Sharing, unet: UNet) -> SharingFile:
@@ -298,7 +324,7 @@ def _check_kind(sizes: UnitSizes, spec: Sharing) -> None:
     """Check that a file is for the images of a mode. Raises `ValueError`."""
     if sizes.images != spec.images:
         raise ValueError(f"it is for {sizes.images} images together, expected {spec.images}")
-    if bool(sizes.control) != bool(spec.control):
+    if bool(sizes.control) != (spec.control is not None):
         kind = "an" if sizes.control else "no"
         raise ValueError(f"it is for {kind} input image")
 
@@ -325,33 +351,26 @@ def transformer_blocks(unet: UNet) -> Iterator[tuple[int, TransformerBlock]]:
                 yield number, module
 
 
-@torch.no_grad()
 def share_attention(unet: UNet, spec: Sharing | None) -> None:
     """Replace the attentions of a UNet, or restore them with None.
 
-    If they are replaced in this way already, do nothing. Weights of patches are merged before.
+    What is replaced already stays. Weights of patches are merged before.
 
     Raises:
         CorruptFile, ModelUnusable: See `read_sharing`.
     """
-    if unet.sharing == spec:
+    shared = cast("SharingFile | None", unet.sharing)
+    if (shared and shared.spec) is spec:
         return
-    restore_attention(unet)
-    if spec is None:
-        return
-    content = read_sharing(spec, unet)
-    signals: list[Tensor] = []
-    if spec.control:
-        device = unet.conv_in.weight.device
-        signals = content.kwargs_encoder.to(device).float()(spec.control.pixels.to(device))
-    units = iter(content.units)
-    for level, block in transformer_blocks(unet):
-        signal = signals[level] if signals else None
-        for name in ("attn1", "attn2"):
-            unit = next(units)
-            unit.replace(getattr(block, name), signal)
-            setattr(block, name, unit)
-    unet.sharing = spec
+    if spec is None or shared is None or shared.spec != spec:
+        restore_attention(unet)
+        if spec is None:
+            return
+        shared = read_sharing(spec, unet)
+        shared.install(unet)
+    if spec.control is not None:
+        shared.set_control(unet, spec.control)
+    shared.spec = spec
 
 
 def restore_attention(unet: UNet) -> None:

@@ -19,7 +19,7 @@ from alphalayer.engine.canvas import Canvas
 from alphalayer.engine.families.base import DiffusionModel, check_finite
 from alphalayer.engine.memory import MemoryMode
 from alphalayer.engine.progress import Stopwatch
-from alphalayer.engine.transparency.attention_sharing import InputImage, Sharing
+from alphalayer.engine.transparency.attention_sharing import Sharing
 from alphalayer.engine.transparency.conditions import condition_image
 from alphalayer.engine.transparency.decode import (
     choose_passes,
@@ -147,7 +147,7 @@ class Mode:
         size, control = (request.width, request.height), None
         for role in info.needs:
             image = condition_image(inputs[role], size, request.resize_mode)
-            control = InputImage(Canvas.of(*size).extend(image))
+            control = Canvas.of(*size).extend(image)
         file = PatchFile.at(model.layerdiffuse.patch(info.name))
         return Sharing(file, self.images, loras, control)
 
