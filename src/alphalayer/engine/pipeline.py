@@ -277,7 +277,7 @@ class LocalEngine:
         requests: Sequence[ResolvedRequest],
         memory: MemoryMode,
     ) -> list[GenerationResult]:
-        """Generate each image or set alone, because its sampler chooses levels by the image."""
+        """Generate each image or set alone, because the sampler adapts its levels to it."""
         results: list[GenerationResult] = []
         for task, request in zip(tasks, requests, strict=True):
             size = MODES[request.mode].images

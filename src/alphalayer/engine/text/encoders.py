@@ -498,7 +498,7 @@ def _plan(
 
 
 def combine_plans(plans: Sequence[PromptPlan], empty: Conditioning) -> PromptPlan:
-    """Combine the plans of several images into one, whose conditionings have a row for each.
+    """Combine the plans of several images into one with a row for each.
 
     Args:
         plans: Plan of each image. All have the same parts, with other texts.

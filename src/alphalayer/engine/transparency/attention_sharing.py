@@ -85,7 +85,7 @@ class FrameLinear(nn.Module):
         self.weight = nn.Parameter(merged, requires_grad=False)  # (images, outputs, inputs)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return (B, tokens, outputs) of x (B, tokens, inputs). Sets follow one another in B."""
+        """Return (B, tokens, outputs) of x (B, tokens, inputs), whose rows are sets."""
         images, tokens = len(self.weight), x.shape[1]
         by_image = x.unflatten(0, (-1, images)).transpose(0, 1).flatten(1, 2)
         y = torch.bmm(by_image, self.weight.mT)
@@ -205,7 +205,7 @@ class SharedAttention(nn.Module):
         return u + self._exchange(u) - x
 
     def _exchange(self, u: Tensor) -> Tensor:
-        """Let each position (B, positions, width) attend to the same one of the other images."""
+        """Let each position attend to the same one of the other images."""
         h = self.temporal_i(self.temporal_n(u))
         values = self.temporal_v(h)
         if self.images > 1:  # one image attends to itself alone

@@ -130,7 +130,7 @@ class Mode:
         inputs: Inputs,
         loras: tuple[PatchSpec, ...],
     ) -> Sharing | None:
-        """Return what replaces the attentions of the denoiser, None in most modes.
+        """Return what replaces the denoiser's attentions, None in most modes.
 
         Args:
             model: The model.
