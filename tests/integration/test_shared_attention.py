@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -98,14 +97,15 @@ def test_set_of_a_batch_equals_the_set_alone(engine: LocalEngine):
 
 
 def test_images_of_a_set_depend_on_each_other(engine: LocalEngine):
-    plain = pixels(render(engine, "sd15_joint"))
-    other = pixels(render(engine, "sd15_joint", blended_prompt="glass"))
+    plain = pixels(render(engine, "sd15_fg2bg"))
+    other = pixels(render(engine, "sd15_fg2bg", blended_prompt="glass"))
     assert not any(np.array_equal(one, changed) for one, changed in zip(plain, other, strict=True))
 
 
 def test_low_memory_mode_keeps_sets_together(engine: LocalEngine):
     low = LocalEngine(engine._models_dir, device="cpu", memory="low")
-    assert_equal(pixels(render(low, "sd15_fg2bg")), pixels(render(engine, "sd15_fg2bg")))
+    one, other = (pixels(render(used, "sd15_fg2bg", steps=1)) for used in (low, engine))
+    assert_equal(one, other)
 
 
 def test_other_modes_have_the_attentions_of_the_model(engine: LocalEngine):
@@ -122,7 +122,9 @@ def test_other_modes_have_the_attentions_of_the_model(engine: LocalEngine):
 
 
 def test_control_depends_on_the_input_image(engine: LocalEngine):
-    one, other, repeated = (pixels(render(engine, "sd15_fg2bg", image=i)) for i in (0, 1, 0))
+    one, other, repeated = (
+        pixels(render(engine, "sd15_fg2bg", image=i, steps=1)) for i in (0, 1, 0)
+    )
     assert np.array_equal(one, repeated)
     assert not np.array_equal(one, other)
 
@@ -153,7 +155,7 @@ def test_shorter_prompt_of_a_set_is_filled_with_empty_chunks(zero_engine: LocalE
 
 def test_weight_is_ignored_with_a_warning(engine: LocalEngine):
     (whole,), (half,) = (
-        engine.render([task_of("sd15_attention", layerdiffuse_weight=weight)])
+        engine.render([task_of("sd15_attention", layerdiffuse_weight=weight, steps=1)])
         for weight in (1.0, 0.5)
     )
     assert (whole.warnings, half.warnings) == ((), (NO_WEIGHT,))
@@ -167,16 +169,24 @@ def test_second_pass_shares_attention_at_its_size(engine: LocalEngine):
 
 
 def test_file_of_another_mode_is_refused(engine: LocalEngine, tmp_path: Path):
-    folder = make_models(tmp_path) / "layer_model"
-    names = {mode: MODES[mode].files[0] for mode in SHARING}
-    shutil.copy(folder / names["sd15_joint"], folder / names["sd15_attention"])
-    engine = LocalEngine(tmp_path, device="cpu")
-    reason = f"{names['sd15_attention']} does not fit .*: it is for 3 images together, expected 1"
-    with pytest.raises(ModelUnusable, match=reason):
-        render(engine, "sd15_attention")
-    (folder / names["sd15_fg2bg"]).unlink()
-    with pytest.raises(LayerDiffuseMissing, match=names["sd15_fg2bg"]):
-        render(engine, "sd15_fg2bg")
+    unet: Any = engine.model.modules["denoiser"]
+    image = torch.zeros(1, 3, 64, 64)
+    for mode, images, control, reason in (
+        ("sd15_joint", 1, None, "it is for 3 images together, expected 1"),
+        ("sd15_fg2bg", 2, None, "it is for an input image"),
+        ("sd15_joint", 3, image, "it is for no input image"),
+    ):
+        path = tiny_models.make_sharing_file(tmp_path, mode)
+        with pytest.raises(ModelUnusable, match=f"{path.name} does not fit .*: {reason}"):
+            share_attention(unet, Sharing(PatchFile.at(path), images, control=control))
+
+
+def test_missing_file_is_named_with_its_download(zero_engine: LocalEngine):
+    path = zero_engine.model.layerdiffuse.patch("sd15_joint")
+    path.unlink()
+    with pytest.raises(LayerDiffuseMissing, match=path.name) as error:
+        render(zero_engine, "sd15_joint")
+    assert "models pull layerdiffuse-sd15-joint" in str(error.value.hint)
 
 
 def test_file_for_another_unet_is_refused(engine: LocalEngine, tmp_path: Path):
@@ -193,10 +203,41 @@ def test_file_for_another_unet_is_refused(engine: LocalEngine, tmp_path: Path):
         save_file(wrong, path)
         with pytest.raises(ModelUnusable, match=reason):
             share_attention(unet, Sharing(PatchFile.at(path), 3))
+    save_file(
+        {f"hookers.layers.0.to_q_lora.{i}.down.weight": torch.ones(()) for i in range(3)}, path
+    )
+    with pytest.raises(ModelUnusable):
+        share_attention(unet, Sharing(PatchFile.at(path), 3))
     save_file({**tensors, "other": torch.zeros(1)}, path)
     with pytest.raises(ModelUnusable, match="it has 1153 tensors, expected 1152"):
         share_attention(unet, Sharing(PatchFile.at(path), 3))
     assert unet.sharing is None
+
+
+def test_failed_installation_restores_the_attentions(
+    engine: LocalEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    path = tiny_models.make_sharing_file(tmp_path, "sd15_joint")
+    unet: Any = engine.model.modules["denoiser"]
+    share_attention(unet, None)
+    replace, calls = SharedAttention.replace, iter(range(8))
+
+    def fail_later(unit: SharedAttention, attention: Any) -> None:
+        if next(calls) == 5:
+            raise MemoryError
+        replace(unit, attention)
+
+    monkeypatch.setattr(SharedAttention, "replace", fail_later)
+    with pytest.raises(MemoryError):
+        share_attention(unet, Sharing(PatchFile.at(path), 3))
+    assert not any(isinstance(module, SharedAttention) for module in unet.modules())
+
+
+def test_infotext_has_the_prompts_of_layers(engine: LocalEngine):
+    result = engine.render([task_of("sd15_fg2bg", background_prompt="sea, sand", steps=1)])[0]
+    text = result.infotext(result.images[0])
+    assert 'layerdiffusion_bg_additional_prompt: "sea, sand"' in text
+    assert "layerdiffusion_method: (SD1.5) From Foreground to Background" in text
 
 
 def test_unused_model_has_its_own_attentions(engine: LocalEngine):

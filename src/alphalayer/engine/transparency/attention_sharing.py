@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from itertools import chain, islice, pairwise
 from typing import cast
 
@@ -302,17 +301,16 @@ def read_sharing(spec: Sharing, unet: UNet) -> SharingFile:
         CorruptFile: The file cannot be read.
         ModelUnusable: It does not fit the UNet, or it is for another mode.
     """
-    tensors = _read_tensors(spec.file)
+    tensors = read_tensors(spec.file.path)
     blocks = [block for _, block in transformer_blocks(unet)]
     try:
         sizes = UnitSizes.of(tensors)
         _check_kind(sizes, spec)
-        dtype = next(iter(tensors.values())).dtype
-        content = build(lambda: SharingFile(sizes, blocks), tensors, dtype)
+        content = build(lambda: SharingFile(sizes, blocks), tensors, unet.conv_in.weight.dtype)
         names = len(NamedWeights(content))
         if len(tensors) != names:
             raise ValueError(f"it has {len(tensors)} tensors, expected {names}")
-    except (LookupError, ValueError) as error:
+    except (LookupError, TypeError, ValueError) as error:
         raise ModelUnusable(
             f"{spec.file.path} does not fit this mode and model: {error}.",
             hint="Get the file again, or use the mode that it was made for.",
@@ -327,11 +325,6 @@ def _check_kind(sizes: UnitSizes, spec: Sharing) -> None:
     if bool(sizes.control) != (spec.control is not None):
         kind = "an" if sizes.control else "no"
         raise ValueError(f"it is for {kind} input image")
-
-
-@lru_cache(1)
-def _read_tensors(file: PatchFile) -> dict[str, Tensor]:
-    return read_tensors(file.path)
 
 
 def transformer_blocks(unet: UNet) -> Iterator[tuple[int, TransformerBlock]]:
@@ -364,13 +357,18 @@ def share_attention(unet: UNet, spec: Sharing | None) -> None:
         return
     if spec is None or shared is None or shared.spec != spec:
         restore_attention(unet)
-        if spec is None:
-            return
-        shared = read_sharing(spec, unet)
-        shared.install(unet)
-    if spec.control is not None:
-        shared.set_control(unet, spec.control)
-    shared.spec = spec
+    if spec is None:
+        return
+    try:
+        if shared is None or unet.sharing is None:
+            shared = read_sharing(spec, unet)
+            shared.install(unet)
+        if spec.control is not None:
+            shared.set_control(unet, spec.control)
+        shared.spec = spec
+    except BaseException:
+        restore_attention(unet)
+        raise
 
 
 def restore_attention(unet: UNet) -> None:
