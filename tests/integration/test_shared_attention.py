@@ -14,6 +14,7 @@ from tests.support import tiny_models
 
 from alphalayer.core.errors import LayerDiffuseMissing, ModelUnusable
 from alphalayer.core.modes import DECODER_FILES, MODES
+from alphalayer.core.prompts import Lora
 from alphalayer.core.request import GenerationRequest, ImageInput
 from alphalayer.engine.base import GeneratedImage, RenderTask
 from alphalayer.engine.passes import read_prompts
@@ -119,6 +120,22 @@ def test_other_modes_have_the_attentions_of_the_model(engine: LocalEngine):
     halfway = pixels(render(engine, "sd15_fg2bg", layerdiffuse_stop_at=0.5))
     assert not np.array_equal(halfway, before)
     assert not np.array_equal(halfway, shared)
+
+
+def test_units_take_the_weights_of_loras(engine: LocalEngine):
+    folder = engine._models_dir / "Lora"
+    folder.mkdir()
+    stem = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_v"
+    pair = {"lora_A": torch.ones(1, 32), "lora_B": torch.ones(32, 1)}
+    save_file(
+        {f"{stem}.{part}.weight": one for part, one in pair.items()}, folder / "x.safetensors"
+    )
+    plain, changed, restored = (
+        pixels(render(engine, "sd15_fg2bg", steps=1, loras=loras))
+        for loras in ((), (Lora(name="x"),), ())
+    )
+    assert not np.array_equal(plain, changed)
+    assert np.array_equal(plain, restored)
 
 
 def test_control_depends_on_the_input_image(engine: LocalEngine):
