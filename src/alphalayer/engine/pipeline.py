@@ -390,7 +390,7 @@ class LocalEngine:
             memory,
             batch.reporter.check,
             (run.shared.options.crop_top, run.shared.options.crop_left),
-            batch.mode.images,
+            together=batch.mode.images,
         )
         # requests of one batch have the same input images
         inputs = batch.tasks[0].inputs

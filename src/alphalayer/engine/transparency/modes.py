@@ -161,7 +161,7 @@ class Mode:
         return MODE_DATA[self.name].layers[number % self.images]
 
     def is_transparent(self, number: int) -> bool:
-        """Return whether the transparent decoder makes the image with a number in its batch."""
+        """Return whether the image with a number in its batch has alpha."""
         return MODE_DATA[self.name].is_transparent(self.role(number))
 
     def compose(self, decoding: Decoding, latent: Tensor, number: int) -> list[Layer]:
