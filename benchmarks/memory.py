@@ -1,6 +1,6 @@
-"""Memory of an image in each memory mode, counted from SDXL's shapes.
+"""Memory of an image in each memory mode, counted from the shapes of SDXL or SD 1.5.
 
-    python -m benchmarks.memory [--width …] [--height …] [--images …] [--dtype …]
+    python -m benchmarks.memory [--family …] [--width …] [--height …] [--images …] [--dtype …]
 
 The table has GiB of weights + activations for each stage, and the largest sum. It needs neither a
 model nor a GPU. What a count includes is in `alphalayer.engine.memory_count`.
@@ -9,6 +9,7 @@ model nor a GPU. What a count includes is in `alphalayer.engine.memory_count`.
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 
 import torch
 
@@ -57,18 +58,39 @@ def sdxl_networks(precision: Precision) -> Networks:
         )
 
 
+def sd15_networks(precision: Precision) -> Networks:
+    """Build SD 1.5 with LayerDiffuse on the meta device. Only UNet and text differ from SDXL."""
+    sdxl = sdxl_networks(precision)
+    config = {
+        "in_channels": 4,
+        "out_channels": 4,
+        "block_out_channels": [320, 640, 1280, 1280],
+        "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
+        "layers_per_block": 2,
+        "attention_head_dim": 8,
+        "cross_attention_dim": 768,
+    }
+    with torch.device("meta"):
+        unet = UNet(UNetConfig.of(config)).to(precision.unet)
+    return replace(sdxl, text=sdxl.text[:1], denoiser=unet)
+
+
+FAMILIES = {"sdxl": sdxl_networks, "sd15": sd15_networks}
+
+
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--family", choices=FAMILIES, default="sdxl")
     parser.add_argument("--width", type=int, default=1024)
     parser.add_argument("--height", type=int, default=1024)
     parser.add_argument("--images", type=int, default=1, help="images generated together")
     parser.add_argument("--dtype", choices=PRECISIONS, default="fp16")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     options = parser.parse_args()
-    networks = sdxl_networks(PRECISIONS[options.dtype])
+    networks = FAMILIES[options.family](PRECISIONS[options.dtype])
     for name, mode in MEMORY_MODES.items():
         stages = count_memory(
             networks,

@@ -318,12 +318,18 @@ def test_options_title_of_the_default_model_has_its_hash(tmp_path):
 def test_embeddings_are_listed_as_loaded_or_skipped(tmp_path):
     (tmp_path / "embeddings").mkdir()
     sides = {"clip_l": np.zeros((3, 768), np.float32), "clip_g": np.zeros((3, 1280), np.float32)}
-    for name, tensors in {"soft": sides, "other": {"emb_params": sides["clip_l"]}}.items():
+    files = {
+        "soft": sides,
+        "old": {"emb_params": sides["clip_l"]},
+        "other": {"emb_params": np.zeros((3, 1024), np.float32)},
+    }
+    for name, tensors in files.items():
         save_file(tensors, tmp_path / "embeddings" / f"{name}.safetensors")
     with served(tmp_path, engine=None) as client:
         listed = client.get("/sdapi/v1/embeddings").json()
     assert (listed["loaded"]["soft"]["vectors"], listed["loaded"]["soft"]["shape"]) == (3, 2048)
-    assert (list(listed["loaded"]), list(listed["skipped"])) == (["soft"], ["other"])
+    assert (listed["loaded"]["old"]["vectors"], listed["loaded"]["old"]["shape"]) == (3, 768)
+    assert (list(listed["loaded"]), list(listed["skipped"])) == (["old", "soft"], ["other"])
 
 
 def test_missing_lora_is_an_error_of_the_prompt(client, tmp_path):

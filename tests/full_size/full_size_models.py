@@ -45,6 +45,17 @@ def checkpoint_shapes(configs: Path = SHIPPED) -> Shapes:
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
+def sd15_shapes() -> Shapes:
+    """Return every tensor of an SD 1.5 checkpoint in the LDM layout, without position ids."""
+    with torch.device("meta"):
+        # the defaults of diffusers are the sizes of SD 1.5, but for the width of the text
+        unet = UNet2DConditionModel(cross_attention_dim=768)
+        vae = AutoencoderKL.from_config(_config(SHIPPED, "vae"))
+        text = CLIPTextModel(CLIPTextConfig(**_config(SHIPPED, "text_encoder")))
+    tensors = tiny_models.sd15_file_tensors(text, unet, vae)
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
 def patch_shapes(configs: Path = SHIPPED) -> Shapes:
     """Return the tensors of the attention patch, in the published key scheme.
 

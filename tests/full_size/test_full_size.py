@@ -7,6 +7,7 @@ The checkpoint has random numbers: 6.9 GB, float16. Not part of the default run:
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -14,7 +15,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.full_size.full_size_models import checkpoint_shapes, write_models
+from alphalayer.core.request import GenerationRequest
+from alphalayer.engine.pipeline import LocalEngine
+from tests.full_size.full_size_models import (
+    checkpoint_shapes,
+    sd15_shapes,
+    write_models,
+    write_random,
+)
 
 pytestmark = pytest.mark.full_size
 
@@ -58,3 +66,19 @@ def test_full_size_checkpoint_loads_offline_and_renders(tmp_path: Path):
     # Forge takes 16.4 GB for the same image, with the mapped file
     assert report["peak_gib"] < 15.3
     assert report["load_s"] < report["sample_s"] + report["decode_s"]
+
+
+def test_full_size_sd15_loads_offline_and_renders(tmp_path: Path):
+    shapes = sd15_shapes()
+    assert len(shapes) == 686 + 248 + 196
+    unet = [shape for name, shape in shapes.items() if name.startswith("model.")]
+    assert sum(math.prod(shape) for shape in unet) == 859_520_964
+    write_random(tmp_path / "Stable-diffusion" / "random.safetensors", shapes)
+    engine = LocalEngine(tmp_path, device="cpu")
+    request = GenerationRequest(
+        prompt="an apple", model="random", mode="opaque", steps=1, width=64, height=64
+    )
+    result = engine.generate(request)
+    assert result.images[0].rgba.shape == (64, 64, 4)
+    # as published: in float16, computed in float32 on a CPU
+    assert engine.model.memory_bytes() > 4 * 859_520_964

@@ -152,7 +152,7 @@ def test_generate_missing_model_lists_available_models(
 @pytest.mark.parametrize(
     "family",
     [
-        "sd15",
+        "sd15-no-vae",
         "sd2",
         "sdxl-refiner",
         "sdxl-inpaint",

@@ -220,7 +220,7 @@ def test_out_of_memory_retry_starts_with_an_empty_device(
             moves.append((names[module], str(device)))
 
     monkeypatch.setattr("alphalayer.engine.memory.move", record)
-    monkeypatch.setattr("alphalayer.engine.families.sdxl.move", record)
+    monkeypatch.setattr("alphalayer.engine.families.stable_diffusion.move", record)
     handle = unet.register_forward_pre_hook(_FailingHook(1, OUT_OF_MEMORY[0]))
     try:
         _render(engine)

@@ -12,7 +12,8 @@ from tests.support import tiny_models
 
 from alphalayer import catalog
 from alphalayer.engine.families.scaled import apply_scales
-from alphalayer.engine.families.sdxl import SdxlModel, load_model
+from alphalayer.engine.families.sdxl import load_model
+from alphalayer.engine.families.stable_diffusion import StableDiffusion
 from alphalayer.engine.memory import choose_precision
 from alphalayer.engine.networks.weights import NamedWeights
 from alphalayer.engine.parameter_names import ldm_to_diffusers
@@ -38,7 +39,7 @@ def _quant_config(kind: str) -> torch.Tensor:
     return torch.tensor([*json.dumps({"format": kind}).encode()], dtype=torch.uint8)
 
 
-def _load(folder: Path, **files: Tensors) -> SdxlModel:
+def _load(folder: Path, **files: Tensors) -> StableDiffusion:
     (folder / "Stable-diffusion").mkdir(parents=True, exist_ok=True)
     for name, tensors in files.items():
         save_file(tensors, folder / "Stable-diffusion" / f"{name.replace('__', '.')}.safetensors")

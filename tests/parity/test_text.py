@@ -22,6 +22,7 @@ from alphalayer.engine.families.clip_files import build_text_model, transformers
 from alphalayer.engine.families.configs import SHIPPED
 from alphalayer.engine.networks.clip import ClipTextModel
 from alphalayer.engine.text.encoders import (
+    SDXL_OUTPUTS,
     Reading,
     TextEncoders,
     is_cached,
@@ -60,9 +61,13 @@ def _own(models) -> tuple[ClipTextModel, ClipTextModel]:
     return first, second
 
 
+def _encoders(tokenizers, models, embeddings=None) -> TextEncoders:
+    return TextEncoders([*zip(tokenizers, models, strict=True)], SDXL_OUTPUTS, embeddings)
+
+
 @pytest.fixture(scope="module")
 def encoders(tokenizers, own_models) -> TextEncoders:
-    return TextEncoders(*tokenizers, *own_models)
+    return _encoders(tokenizers, own_models)
 
 
 @pytest.fixture(scope="module")
@@ -239,8 +244,10 @@ def learned() -> TextualInversion:
     generator = torch.Generator().manual_seed(2)
     return TextualInversion(
         "glowstyle",
-        torch.randn(2, tiny_models.WIDTH_L, generator=generator),
-        torch.randn(2, tiny_models.WIDTH_G, generator=generator),
+        (
+            torch.randn(2, tiny_models.WIDTH_L, generator=generator),
+            torch.randn(2, tiny_models.WIDTH_G, generator=generator),
+        ),
     )
 
 
@@ -250,12 +257,10 @@ def test_learned_word_is_replaced_by_its_vectors(
     """Compare with models whose embedding tables are overwritten at two unused tokens."""
     spare = [40_000, 40_001]
     changed = [copy.deepcopy(model) for model in models]
-    for model, vectors in zip(changed, (learned.clip_l, learned.clip_g), strict=True):
+    for model, vectors in zip(changed, learned.vectors, strict=True):
         model.get_input_embeddings().weight.data[spare] = vectors
     hidden_l, hidden_g, pooled = _raw(changed, _framed([550, *spare, 3055]))
-    result = TextEncoders(*tokenizers, *own_models, {"glowstyle": learned}).encode(
-        "an glowstyle apple"
-    )
+    result = _encoders(tokenizers, own_models, {"glowstyle": learned}).encode("an glowstyle apple")
     torch.testing.assert_close(result.context[0], torch.cat([hidden_l, hidden_g], dim=-1), **SAME)
     torch.testing.assert_close(result.pooled[0], pooled, **SAME)
 
@@ -263,7 +268,7 @@ def test_learned_word_is_replaced_by_its_vectors(
 def test_learned_words_do_not_change_other_prompts(
     tokenizers, own_models, encoders, learned: TextualInversion
 ):
-    with_words = TextEncoders(*tokenizers, *own_models, {"glowstyle": learned})
+    with_words = _encoders(tokenizers, own_models, {"glowstyle": learned})
     with_words.encode("an glowstyle apple")
     torch.testing.assert_close(
         with_words.encode("an apple").context, encoders.encode("an apple").context, **SAME
@@ -271,8 +276,8 @@ def test_learned_words_do_not_change_other_prompts(
 
 
 def test_learned_word_of_another_width_is_ignored(tokenizers, own_models, encoders):
-    other = TextualInversion("glowstyle", torch.zeros(1, 7), torch.zeros(1, 9))
-    with_words = TextEncoders(*tokenizers, *own_models, {"glowstyle": other})
+    other = TextualInversion("glowstyle", (torch.zeros(1, 7), torch.zeros(1, 9)))
+    with_words = _encoders(tokenizers, own_models, {"glowstyle": other})
     torch.testing.assert_close(
         with_words.encode("glowstyle").context, encoders.encode("glowstyle").context, **SAME
     )
@@ -281,7 +286,7 @@ def test_learned_word_of_another_width_is_ignored(tokenizers, own_models, encode
 def test_learned_word_without_a_name_is_ignored(
     tokenizers, own_models, encoders, learned: TextualInversion
 ):
-    with_words = TextEncoders(*tokenizers, *own_models, {"\u200b": learned})
+    with_words = _encoders(tokenizers, own_models, {"\u200b": learned})
     torch.testing.assert_close(
         with_words.encode("an apple").context, encoders.encode("an apple").context, **SAME
     )
@@ -290,7 +295,7 @@ def test_learned_word_without_a_name_is_ignored(
 def test_conditioning_cache_stays_within_its_size(
     tokenizers, own_models, monkeypatch: pytest.MonkeyPatch
 ):
-    with_words = TextEncoders(*tokenizers, *own_models)
+    with_words = _encoders(tokenizers, own_models)
     calls: list[int] = []
     own_models[0].register_forward_pre_hook(lambda *_: calls.append(1))
     one = with_words.encode("an apple").nbytes
@@ -317,16 +322,19 @@ def test_read_embeddings_skips_other_files(tmp_path: Path, caplog: pytest.LogCap
         tmp_path / "deep" / "good.safetensors",
     )
     save_file({"emb_params": torch.ones(2, 3)}, tmp_path / "sd15.safetensors")
+    save_file({"a": torch.ones(2, 3), "b": torch.ones(2, 3)}, tmp_path / "pair.safetensors")
+    save_file({"emb_params": torch.ones(2, 3, 1)}, tmp_path / "cube.safetensors")
     save_file(
         {"clip_l": torch.ones(2, 3), "clip_g": torch.ones(1, 5)}, tmp_path / "uneven.safetensors"
     )
     save_file({"clip_l": torch.ones(3), "clip_g": torch.ones(5)}, tmp_path / "single.safetensors")
     (tmp_path / "broken.safetensors").write_bytes(b"no")
     embeddings = read_embeddings(tmp_path)
-    assert list(embeddings) == ["good", "single"]
-    assert embeddings["single"].clip_l.shape == (1, 3)
-    assert embeddings["good"].clip_g.dtype == torch.float32
-    assert all(name in caplog.text for name in ("sd15", "uneven", "broken"))
+    assert list(embeddings) == ["good", "sd15", "single"]
+    assert [matrix.shape for matrix in embeddings["single"].vectors] == [(1, 3), (1, 5)]
+    assert [matrix.shape for matrix in embeddings["sd15"].vectors] == [(2, 3)]
+    assert embeddings["good"].vectors[1].dtype == torch.float32
+    assert all(name in caplog.text for name in ("pair", "cube", "uneven", "broken"))
     assert read_embeddings(tmp_path / "absent") == {}
 
 
@@ -417,10 +425,9 @@ def test_plan_with_too_many_chunks_is_refused(encoders: TextEncoders, prompt: st
 
 
 def test_plan_with_too_many_embedding_vectors_is_refused(tokenizers, own_models):
-    large = TextualInversion(
-        "cup", torch.zeros(75, tiny_models.WIDTH_L), torch.zeros(75, tiny_models.WIDTH_G)
-    )
-    with_words = TextEncoders(*tokenizers, *own_models, {"cup": large})
+    vectors = torch.zeros(75, tiny_models.WIDTH_L), torch.zeros(75, tiny_models.WIDTH_G)
+    large = TextualInversion("cup", vectors)
+    with_words = _encoders(tokenizers, own_models, {"cup": large})
     most = max_chunks("cup")
     plan_prompt(with_words, "cup " * most, Reading(1))
     for plan, field in ((plan_prompt, "prompt"), (plan_negative, "negative_prompt")):
@@ -585,7 +592,7 @@ def test_negative_whose_texts_are_all_empty_is_zeros(
 def test_schedule_above_the_cache_keeps_the_other_entries(
     tokenizers, own_models, monkeypatch: pytest.MonkeyPatch
 ):
-    own = TextEncoders(*tokenizers, *own_models)
+    own = _encoders(tokenizers, own_models)
     monkeypatch.setattr("alphalayer.engine.text.encoders.CACHE_BYTES", own.encode("cup").nbytes * 3)
     own.encode_schedule([str(i) for i in range(4)])
     assert own.is_cached(["cup"], 1, "Original")
@@ -593,14 +600,14 @@ def test_schedule_above_the_cache_keeps_the_other_entries(
 
 
 def test_clip_skip_of_the_same_layer_shares_the_cache(tokenizers, own_models):
-    own = TextEncoders(*tokenizers, *own_models)
+    own = _encoders(tokenizers, own_models)
     own.encode("cup", clip_skip=1)
     assert own.is_cached(["cup"], 2, "Original")
     assert not own.is_cached(["cup"], 3, "Original")
 
 
 def test_cache_holds_what_a_plan_needs(tokenizers, own_models):
-    own = TextEncoders(*tokenizers, *own_models)
+    own = _encoders(tokenizers, own_models)
     prompts = "[cat|(dog:1.6)] AND a cup", "[bad::0]"
     reading = Reading(4)
     assert not is_cached(own, *prompts, reading)

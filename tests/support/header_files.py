@@ -1,4 +1,4 @@
-"""Files with a header alone: sparse safetensors files of any size, and the shapes of SDXL."""
+"""Files with a header alone: sparse safetensors files, and shapes of SDXL and SD 1.5."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import struct
 from pathlib import Path
 
 from alphalayer.catalog.headers import BITS
-from alphalayer.catalog.kinds import CONTEXT, FIRST_CONV, VAE_MARKS
+from alphalayer.catalog.kinds import CONTEXT, FIRST_CONV, SD15_TEXT, VAE_MARKS
 
 UNET = "model.diffusion_model."
 CLIP_L = "conditioner.embedders.0.transformer.text_model.embeddings.token_embedding.weight"
@@ -25,6 +25,10 @@ FIRST_BIAS, MIDDLE_BIAS = (name.replace("weight", "bias") for name in (FIRST_CON
 SDXL: Shapes = {
     FIRST_CONV: (320, 4, 3, 3), FIRST_BIAS: (320,), CONTEXT: (640, 2048), CLIP_L: (49408, 768),
     CLIP_G: (49408, 1280), MIDDLE: (1280,), MIDDLE_BIAS: (1280,), **VAE,
+}  # fmt: skip
+SD15: Shapes = {
+    FIRST_CONV: (320, 4, 3, 3), FIRST_BIAS: (320,), CONTEXT: (640, 768),
+    SD15_TEXT[0]: (49408, 768), **VAE,
 }  # fmt: skip
 
 

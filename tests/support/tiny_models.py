@@ -1,4 +1,4 @@
-"""Random tiny models of SDXL's shape: a diffusers folder, a single file, LayerDiffuse files.
+"""Random tiny models of SDXL's and SD 1.5's shape: folders, single files, LayerDiffuse files.
 
 The same seed gives the same weights in every form, so that tests can compare the forms.
 Each process builds a model once, because random weights take longer than copies of them.
@@ -32,6 +32,7 @@ TEXT = {
     "eos_token_id": 2,
 }
 WIDTH_L, WIDTH_G = 32, 64
+"""Widths of the text encoders. That of SD 1.5 has the first."""
 DECODER = {
     "in_channels": 3,
     "out_channels": 4,
@@ -108,6 +109,20 @@ def unet(seed: int = 0) -> UNet2DConditionModel:
 
 
 @_built_once
+def sd15_unet(seed: int = 0) -> UNet2DConditionModel:
+    """Return a UNet with SD 1.5's block structure and 32, 64, 64 and 64 channels."""
+    torch.manual_seed(seed + 1)
+    return _rounded(
+        UNet2DConditionModel(
+            block_out_channels=(32, 64, 64, 64),
+            cross_attention_dim=WIDTH_L,
+            attention_head_dim=8,
+            sample_size=8,
+        )
+    )
+
+
+@_built_once
 def vae(seed: int = 0) -> AutoencoderKL:
     """Return a VAE with four levels, so that a latent cell is 8 pixels."""
     torch.manual_seed(seed + 2)
@@ -150,6 +165,55 @@ def lora_pairs(seed: int = 0) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
 def make_diffusers_folder(path: Path, seed: int = 0) -> Path:
     """Write a diffusers folder with `layerdiffuse/`, whose patch has PEFT names."""
     return shutil.copytree(_diffusers_folder(seed), path)
+
+
+def make_sd15_folder(path: Path, seed: int = 0) -> Path:
+    """Write a diffusers folder of SD 1.5's class, without LayerDiffuse files."""
+    first, _ = text_encoders(seed)
+    first.save_pretrained(path / "text_encoder")
+    sd15_unet(seed).save_pretrained(path / "unet")
+    own = vae(seed)
+    own.register_to_config(scaling_factor=0.18215)
+    own.save_pretrained(path / "vae")
+    for part in ("tokenizer", "scheduler"):
+        shutil.copytree(SHIPPED / part, path / part)
+    (path / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
+    return path
+
+
+def make_sd15_file(path: Path, seed: int = 0) -> Path:
+    """Write the same model as an LDM single file, with the names of old files."""
+    tensors = {
+        name.replace(".text_model.", "."): tensor
+        for name, tensor in sd15_file_tensors(
+            text_encoders(seed)[0], sd15_unet(seed), vae(seed)
+        ).items()
+    }
+    tensors["cond_stage_model.transformer.embeddings.position_ids"] = torch.arange(77.0)[None]
+    tensors["model_ema.decay"] = torch.tensor(0.9999)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file({name: tensor.half().contiguous() for name, tensor in tensors.items()}, path)
+    return path
+
+
+def sd15_file_tensors(
+    text: CLIPTextModel, unet: UNet2DConditionModel, vae: AutoencoderKL
+) -> dict[str, torch.Tensor]:
+    """Return the tensors of an SD 1.5 model under the names of an LDM single file."""
+    tensors = {
+        f"model.diffusion_model.{unet_name_in_ldm(name)}": tensor
+        for name, tensor in unet.state_dict().items()
+    }
+    # the first level on the way up has no attention, so its upsampler is the second part
+    tensors = {
+        name.replace("output_blocks.2.2.", "output_blocks.2.1."): tensor
+        for name, tensor in tensors.items()
+    }
+    tensors |= _vae_in_ldm(vae.state_dict())
+    return tensors | {
+        f"cond_stage_model.transformer.text_model.{name.removeprefix('text_model.')}": tensor
+        for name, tensor in text.state_dict().items()
+    }
 
 
 @cache
@@ -258,7 +322,7 @@ def make_condition_patch(folder: Path, mode: str, seed: int = 0) -> Path:
 def unet_name_in_ldm(name: str) -> str:
     """Return the LDM name of a diffusers UNet parameter.
 
-    The UNet has two residual blocks a level, and attention in levels 1 and 2.
+    The UNet has two residual blocks a level. Its last levels have attention.
     """
     whole = {
         "conv_in.": "input_blocks.0.0.",

@@ -7,6 +7,7 @@ does. The tests of CUDA graphs are in tests/gpu.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -35,10 +36,11 @@ class Recorder:
         return lambda: output.copy_(call()), output
 
 
-@pytest.fixture
-def unet() -> UNet:
+@pytest.fixture(params=["SDXL", "SD 1.5"])
+def unet(request: pytest.FixtureRequest) -> UNet:
+    config = replace(CONFIG, pooled=0, size_width=0, conv_projections=True)
     torch.manual_seed(0)
-    return UNet(CONFIG).eval().requires_grad_(False)
+    return UNet(CONFIG if request.param == "SDXL" else config).eval().requires_grad_(False)
 
 
 @pytest.fixture

@@ -17,14 +17,24 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.support.header_files import ATTENTION, CLIP_G, MIDDLE, SDXL, UNET, VAE, Shapes, write
+from tests.support.header_files import (
+    ATTENTION,
+    CLIP_G,
+    MIDDLE,
+    SD15,
+    SDXL,
+    UNET,
+    VAE,
+    Shapes,
+    write,
+)
 
 from alphalayer import catalog
 from alphalayer.api.a1111.schemas import SdModel
 from alphalayer.catalog import download, headers
 from alphalayer.catalog.hashes import HashCache
 from alphalayer.catalog.headers import read_header
-from alphalayer.catalog.kinds import CONTEXT, FIRST_CONV, VAE_MARKS, family_of
+from alphalayer.catalog.kinds import CONTEXT, FIRST_CONV, SD15_TEXT, SUPPORTED, VAE_MARKS, family_of
 from alphalayer.core.errors import (
     CorruptFile,
     InvalidRequest,
@@ -53,10 +63,9 @@ FAMILIES: dict[str, Shapes] = {
         FIRST_CONV: (320, 4, 3, 3), CONTEXT: (640, 2048), CLIP_G: (49408, 1280),
         UNET + "middle_block.0.x": (1280,),
     },
-    "sd15": {
-        FIRST_CONV: (320, 4, 3, 3), CONTEXT: (640, 768),
-        "cond_stage_model.transformer.text_model.embeddings.token_embedding.weight": (49408, 768),
-    },
+    "sd15": SD15,
+    "sd15-no-vae": {name: shape for name, shape in SD15.items() if name not in VAE},
+    "sd15-unet": {FIRST_CONV: (320, 4, 3, 3), CONTEXT: (640, 768), **VAE},
     "sd15-inpaint": {FIRST_CONV: (320, 9, 3, 3), CONTEXT: (640, 768)},
     "sd2": {
         FIRST_CONV: (320, 4, 3, 3), CONTEXT: (640, 1024),
@@ -71,6 +80,10 @@ FAMILIES: dict[str, Shapes] = {
     "transparent-decoder": {"latent_conv_in.weight": (64, 4, 1, 1)},
     "unknown": {"something.weight": (3, 3)},
 }  # fmt: skip
+
+
+def _without(shapes: Shapes, name: str) -> Shapes:
+    return {other: shape for other, shape in shapes.items() if other != name}
 
 
 def _find_own_models(models_dir: Path) -> dict[str, catalog.ModelEntry]:
@@ -91,6 +104,14 @@ def test_family_of_other_marker_tensors_is_the_same(tmp_path: Path):
         ("sdxl-no-vae", {name: shape for name, shape in SDXL.items() if name != VAE_MARKS[0]}),
         ("sdxl", {**SDXL, "v_pred": (), "ztsnr": ()}),
         ("edit", {FIRST_CONV: (320, 8, 3, 3), CONTEXT: (640, 768)}),
+        ("sd15", {**_without(SD15, SD15_TEXT[0]), SD15_TEXT[1]: (49408, 768)}),
+        ("sd15", {**SD15, CONTEXT: (640, 32)}),
+        ("sd15-inpaint", {**SD15, FIRST_CONV: (320, 9, 3, 3)}),
+        ("text-encoder", {SD15_TEXT[0]: (49408, 768)}),
+        ("embedding", {"emb_params": (3, 768)}),
+        ("embedding", {"<cup>": (768,)}),
+        ("embedding-other", {"emb_params": (3, 1024)}),
+        ("unknown", {"<cup>": (1024,)}),
     ]
     for family, shapes in same:
         assert (
@@ -106,7 +127,7 @@ def test_family_of_tensor_shapes_is_recognized(tmp_path: Path, family: str):
     )
 
 
-@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "sdxl"])
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family not in SUPPORTED])
 def test_unsupported_family_is_named(tmp_path: Path, family: str):
     write(tmp_path / "Stable-diffusion" / "other.safetensors", FAMILIES[family])
     entry = _find_own_models(tmp_path)["other"]
@@ -235,7 +256,6 @@ def test_diffusers_folder_is_one_model(tmp_path: Path):
 @pytest.mark.parametrize(
     "pipeline",
     [
-        "StableDiffusionPipeline",
         "StableDiffusionXLInpaintPipeline",
         "StableDiffusionXLImg2ImgPipeline",  # the refiner
         "FluxPipeline",
@@ -248,6 +268,24 @@ def test_diffusers_folder_of_another_pipeline_is_named(tmp_path: Path, pipeline:
     problem = _find_own_models(tmp_path)["other"].problem
     assert isinstance(problem, UnsupportedFamily)
     assert str(pipeline) in problem.message
+
+
+def test_diffusers_folders_of_sd15_and_sd2_differ_in_the_unet(tmp_path: Path):
+    path = _make_diffusers_folder(
+        tmp_path / "Stable-diffusion" / "old", {"_class_name": "StableDiffusionPipeline"}
+    )
+    for part in ("text_encoder_2", "tokenizer_2"):
+        shutil.rmtree(path / part)
+    assert _find_own_models(tmp_path)["old"].family == "sd2"
+    config = path / "unet" / "config.json"
+    _change_config(config, use_linear_projection=False)
+    entry = _find_own_models(tmp_path)["old"]
+    assert (entry.family, entry.problem) == ("sd15", None)
+    _change_config(config, in_channels=9)
+    assert _find_own_models(tmp_path)["old"].family == "sd15-inpaint"
+    _change_config(config, in_channels=4)
+    shutil.rmtree(path / "text_encoder")
+    assert "text_encoder" in str(_find_own_models(tmp_path)["old"].problem)
 
 
 DEEP = '{"a":' + "[" * 60_000 + "]" * 60_000 + "}"
@@ -540,6 +578,15 @@ def test_layerdiffuse_method_of_a_models_own_patch_is_checked(tmp_path: Path):
             else pytest.raises(InvalidRequest, match="own LayerDiffuse")
         ):
             catalog.check_layerdiffuse_mode(entry, "conv")
+
+
+def test_layerdiffuse_mode_of_another_family_is_refused():
+    entry = catalog.ModelEntry("cup", Path("cup.safetensors"), "single_file", "sd15")
+    catalog.check_layerdiffuse_mode(entry, "opaque")
+    with pytest.raises(InvalidRequest, match='mode "conv" is one of SDXL') as error:
+        catalog.check_layerdiffuse_mode(entry, "conv")
+    assert error.value.field == "mode"
+    assert '"opaque"' in error.value.hint
 
 
 # --- odd files: one row with its reason

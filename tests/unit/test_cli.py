@@ -322,7 +322,7 @@ def test_info_shows_the_settings_of_an_image(run: Run, tmp_path: Path):
 
 def test_models_list_and_verify_report_each_file(run: Run, tmp_path: Path):
     write(tmp_path / "models" / "Stable-diffusion" / "cup.safetensors", FAMILIES["lora"])
-    write(tmp_path / "models" / "Stable-diffusion" / "old.safetensors", FAMILIES["sd15"], missing=5)
+    write(tmp_path / "models" / "Stable-diffusion" / "old.safetensors", FAMILIES["sd2"], missing=5)
     code, out, _ = run("models", "list")
     assert code == 0
     checkpoints = "models/Stable-diffusion"
@@ -345,7 +345,7 @@ def test_models_list_and_verify_report_each_file(run: Run, tmp_path: Path):
 def test_output_names_in_brackets_are_shown_unchanged(run: Run, tmp_path: Path):
     """Square brackets are markup to the library that prints."""
     folder = tmp_path / "m[/x]" / "Stable-diffusion"
-    write(folder / "model[v1].safetensors", FAMILIES["sd15"])
+    write(folder / "model[v1].safetensors", FAMILIES["sd2"])
     for command in (["models", "list"], ["models", "verify"], ["doctor"]):
         _, out, err = run(*command, "--models-dir", "m[/x]")
         assert "m[/x]/Stable-diffusion/model[v1].safetensors" in out

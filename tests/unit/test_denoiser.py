@@ -24,7 +24,7 @@ STEPS = 8
 
 
 class Model:
-    """Part of `DiffusionModel` that the denoiser uses, as `SdxlModel` has it."""
+    """Part of `DiffusionModel` that the denoiser uses, as `StableDiffusion` has it."""
 
     def __init__(self, device: str):
         with torch.device(device):

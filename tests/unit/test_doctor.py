@@ -175,12 +175,12 @@ def test_layer_files_missing_are_fine_if_a_model_has_its_own(
 
 def test_models_unsupported_files_are_described(tmp_path: Path):
     checkpoints = tmp_path / "models" / "Stable-diffusion"
-    write(checkpoints / "old.safetensors", FAMILIES["sd15"])
+    write(checkpoints / "old.safetensors", FAMILIES["sd2"])
     write(checkpoints / "style.safetensors", FAMILIES["lora"])
     write(checkpoints / "cut.safetensors", FAMILIES["sdxl"], missing=10)
     (checkpoints / "virus.ckpt").write_bytes(b"\x80")
     findings = list(doctor._models(_settings(tmp_path, 1)))
-    right = ("old.safetensors is a Stable Diffusion 1.5", "style.safetensors is a LoRA")
+    right = ("old.safetensors is a Stable Diffusion 2", "style.safetensors is a LoRA")
     for words in (*right, "cut.safetensors is cut off", "virus.ckpt is a pickle"):
         assert _find_finding(findings, words).level == "warning"
 

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from benchmarks.memory import PRECISIONS, sdxl_networks
+from benchmarks.memory import PRECISIONS, sd15_networks, sdxl_networks
 from tests.support import tiny_models
 from torch.profiler import ProfilerActivity, profile
 
@@ -119,6 +119,15 @@ def test_memory_of_a_mode_is_counted(sdxl: Networks, mode: MemoryMode):
     assert peak_gib(sdxl, mode) == pytest.approx(mode.sdxl_gib, abs=0.05)
 
 
+@pytest.mark.usefixtures("sdxl")
+def test_batch_of_sd15_fits_where_one_of_sdxl_fits():
+    """Batches are chosen by the memory of SDXL."""
+    sd15 = sd15_networks(PRECISIONS["fp16"])
+    assert sum(weight.numel() for weight in sd15.denoiser.parameters()) == 859_520_964
+    largest = SDXL_GIB + SAMPLING_GIB * MAX_BATCH_MEGAPIXELS
+    assert peak_gib(sd15, MEMORY_MODES["high"], MAX_BATCH_MEGAPIXELS) < largest
+
+
 def test_memory_of_a_batch_is_counted(sdxl: Networks):
     stages = count_memory(
         sdxl, 1024, 1024, MAX_BATCH_MEGAPIXELS, MEMORY_MODES["high"], torch.device("cuda")
@@ -149,6 +158,7 @@ def test_gpu_size_decides_memory_mode_and_batch(
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models")
     tiny_models.make_diffusers_folder(folder / "Stable-diffusion" / "tiny")
+    tiny_models.make_sd15_folder(folder / "Stable-diffusion" / "sd15")
     return folder
 
 
@@ -162,7 +172,10 @@ def measured_stage(peaks: dict[str, int], name: str) -> Generator[None]:
     peaks[name] = max(accumulate((change for _, change in changes), initial=0))
 
 
-@pytest.mark.parametrize(("model", "width", "height"), [("embedded", 128, 128), ("tiny", 64, 192)])
+@pytest.mark.parametrize(
+    ("model", "width", "height"),
+    [("alphalayer-mini", 128, 128), ("tiny", 64, 192), ("sd15", 192, 128)],
+)
 def test_counted_activations_equal_those_of_the_allocator(
     models: Path, monkeypatch: pytest.MonkeyPatch, model: str, width: int, height: int
 ):
@@ -170,15 +183,18 @@ def test_counted_activations_equal_those_of_the_allocator(
 
     Kernels on the CPU also allocate small buffers, which are not counted.
     """
-    engine = LocalEngine(models if model == "tiny" else models / "none", device="cpu")
-    request = GenerationRequest(prompt="a cup", width=width, height=height, steps=1)
+    engine = LocalEngine(models, device="cpu")
+    mode = "opaque" if model == "sd15" else "attention"
+    request = GenerationRequest(
+        prompt="a cup", model=model, mode=mode, width=width, height=height, steps=1
+    )
     engine.generate(request)
     measured: dict[str, int] = {}
     monkeypatch.setattr(Stopwatch, "stage", lambda _, name: measured_stage(measured, name))
     engine.generate(request.model_copy(update={"prompt": "two red cups"}))
     with torch.inference_mode(), measured_stage(measured, "inputs"):
         engine.model.encode_image(torch.zeros(1, 3, height, width))
-    networks = Networks.of(engine.model, transparent=True)
+    networks = Networks.of(engine.model, transparent=mode == "attention")
     counted = count_memory(networks, width, height, 1, engine.memory, engine.device)
     for stage, memory in counted.items():
         assert memory.activations == pytest.approx(measured[stage], rel=0.1), stage

@@ -15,7 +15,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from tests.support.header_files import CLIP_L, CONTEXT, FIRST_CONV, SDXL, UNET, VAE, Shapes, write
+from tests.support.header_files import (
+    CLIP_L,
+    CONTEXT,
+    FIRST_CONV,
+    SD15,
+    SDXL,
+    UNET,
+    VAE,
+    Shapes,
+    write,
+)
 
 from alphalayer import catalog
 from alphalayer.api.a1111.schemas import SdModel
@@ -100,6 +110,17 @@ def _beside(vae: Shapes, base: Shapes) -> Callable[[Path], object]:
         write(models / "cup.vae.safetensors", vae)
 
     return make
+
+
+def _sd15_folder(models: Path) -> None:
+    """Write a folder of SD 1.5 with the safety checker of the original."""
+    path = folder(without="text_encoder_2")(models)
+    assert isinstance(path, Path)
+    shutil.rmtree(path / "tokenizer_2")
+    write(path / "safety_checker" / "model.safetensors", {})
+    (path / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
+    config = path / "unet" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"use_linear_projection": False}))
 
 
 def _linked(models: Path) -> None:
@@ -293,7 +314,44 @@ LAYOUTS = [
         "refused: UNet alone",
         "Stable Diffusion 1.5 UNet",
     ),
-    Layout("SD 1.5", tensors({CONTEXT: (640, 768)}), "refused: SD 1.5", "Stable Diffusion 1.5"),
+    Layout("SD 1.5, LDM single file", tensors(SD15)),
+    Layout("SD 1.5, LDM single file with EMA", tensors({"model_ema.decay": ()}, SD15)),
+    Layout(
+        "SD 1.5, LDM single file, CLIP-L without text_model.",
+        tensors({name.replace("text_model.", ""): shape for name, shape in SD15.items()}),
+    ),
+    Layout(
+        "SD 1.5, v-prediction by a tensor (v_pred)",
+        tensors({"v_pred": ()}, SD15),
+        "read, v-prediction",
+    ),
+    Layout("SD 1.5, diffusers folder", _sd15_folder),
+    Layout(
+        "SD 1.5 without VAE",
+        tensors({name: shape for name, shape in SD15.items() if name not in VAE}),
+        "refused: without VAE",
+        "without its whole VAE",
+    ),
+    Layout(
+        "SD 1.5 that lacks a layer of the text encoder",
+        tensors(
+            {f"cond_stage_model.transformer.text_model.layers.{i}.x": (1,) for i in (0, 2)}, SD15
+        ),
+        "refused: incomplete",
+        "layers.1.x is missing",
+    ),
+    Layout(
+        "SD 1.5 UNet, LDM names",
+        tensors({CONTEXT: (640, 768)}),
+        "refused: UNet alone",
+        "Stable Diffusion 1.5 UNet",
+    ),
+    Layout(
+        "SD 1.5 inpainting",
+        tensors({FIRST_CONV: (320, 9, 3, 3)}, SD15),
+        "refused: inpainting",
+        "inpainting",
+    ),
     Layout("SD 2", tensors({CONTEXT: (640, 1024)}), "refused: SD 2", "Stable Diffusion 2"),
     Layout(
         "SDXL inpainting",
@@ -334,7 +392,18 @@ LAYOUTS = [
     Layout(
         "SDXL embedding", named("clip_l", "clip_g"), "refused: embedding", "Move it to embeddings/"
     ),
-    Layout("SD 1.5 embedding", named("emb_params"), "refused: embedding", "of another family"),
+    Layout(
+        "SD 1.5 embedding",
+        tensors({"emb_params": (2, 768)}),
+        "refused: embedding",
+        "Move it to embeddings/",
+    ),
+    Layout(
+        "SD 2 embedding",
+        tensors({"emb_params": (2, 1024)}),
+        "refused: embedding",
+        "of another family",
+    ),
     Layout("ESRGAN upscaler", named("model.1.sub.0.RDB1.x"), "refused: upscaler", "is an upscaler"),
     Layout("LoRA", tensors(LORA), "refused: LoRA", "Move it to Lora/"),
     Layout(
@@ -476,6 +545,14 @@ def test_few_step_models_have_the_defaults_of_their_title(tmp_path: Path):
         tmp_path / "cup_lcm.safetensors", SDXL, metadata={"modelspec.title": "Cup XL Turbo"}
     )
     assert catalog.model_defaults(named).sampler == "LCM"
+
+
+def test_defaults_of_sd15_are_its_own(tmp_path: Path):
+    defaults = catalog.model_defaults(tmp_path / "cup.safetensors", "sd15")
+    assert (defaults.width, defaults.height, defaults.steps) == (512, 512, 20)
+    assert (defaults.sampler, defaults.scheduler, defaults.cfg_scale) == ("DPM++ 2M", "Karras", 7)
+    few = catalog.model_defaults(tmp_path / "lcm.safetensors", "sd15")
+    assert (few.width, few.sampler, few.steps) == (512, "LCM", 8)
 
 
 def test_changed_files_beside_a_model_change_its_stamp(tmp_path: Path):

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 
 _NETWORKS = re.compile(
-    r"model\.diffusion_model\.|conditioner\."
+    r"model\.diffusion_model\.|conditioner\.|cond_stage_model\."
     r"|first_stage_model\.(?:encoder|decoder|quant_conv|post_quant_conv)\."
 )
 """Networks of an LDM single file."""

@@ -325,7 +325,7 @@ def verify_layer_file(path: Path) -> Verified:
 
 def _layer_families(name: str) -> tuple[str, ...]:
     """Return the families that a file of that name may have in `layer_model`."""
-    if name in DECODER_FILES:
+    if any(name in names for names in DECODER_FILES.values()):
         return ("transparent-decoder",)
     if name in {mode.files[0] for mode in MODES.values() if mode.files}:
         return ("layerdiffuse-patch",)

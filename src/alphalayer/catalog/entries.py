@@ -36,10 +36,14 @@ _RIGHT_FOLDER = {
     "lora": "Lora",
     "embedding": "embeddings",
 }
+_NO_VAE = f"Put its VAE beside it as NAME{VAE_SUFFIX}, or use a version with the VAE."
+_UNET_ALONE = "Use a checkpoint with the text encoders and the VAE inside."
 _HINTS = {
-    "sdxl-no-vae": f"Put its VAE beside it as NAME{VAE_SUFFIX}, or use a version with the VAE.",
+    "sdxl-no-vae": _NO_VAE,
+    "sd15-no-vae": _NO_VAE,
     "vae": f"Put it beside its checkpoint, as NAME{VAE_SUFFIX}.",
-    "sdxl-unet": "Use a checkpoint with the text encoders and the VAE inside.",
+    "sdxl-unet": _UNET_ALONE,
+    "sd15-unet": _UNET_ALONE,
 }
 
 
@@ -206,8 +210,8 @@ def _family_of_file(path: Path) -> tuple[str, ModelUnusable | None]:
     family = summary.family
     if problem:
         return family, problem
-    if vae and family == "sdxl-no-vae":
-        family = "sdxl"
+    if vae:
+        family = family.removesuffix("-no-vae")
     if family not in SUPPORTED:
         return family, _unsupported(path, family)
     return family, _incomplete(path, summary.missing) if summary.missing else None
@@ -234,7 +238,7 @@ def _diffusers_entry(index: ListedFile, cache: HashCache) -> ModelEntry:
         try:
             family = family_of_folder(path)
             if family in SUPPORTED:
-                check_parts(path)
+                check_parts(path, family)
             else:
                 problem = _unsupported(path, family)
         except CorruptFile as error:
@@ -273,7 +277,7 @@ def _unsupported(path: Path, family: str) -> UnsupportedFamily:
         )
     return UnsupportedFamily(
         f"{path} is {describe(family, 'checkpoint')}; "
-        "this version supports only complete SDXL text-to-image checkpoints.",
+        "this version supports only complete text-to-image checkpoints of SDXL and SD 1.5.",
         hint=_HINTS.get(family, ""),
     )
 

@@ -8,7 +8,8 @@ from typing import Any
 from alphalayer.catalog.files import open_file, parse_json, printable
 from alphalayer.core.errors import CorruptFile
 
-PIPELINE = "StableDiffusionXLPipeline"
+PIPELINES = {"StableDiffusionXLPipeline": "sdxl", "StableDiffusionPipeline": "sd15"}
+"""Families by the class of their pipeline."""
 PREDICTIONS = ("epsilon", "v_prediction")
 AGAIN = "Download the folder again."
 MAX_JSON_BYTES = 16_000_000
@@ -18,7 +19,7 @@ MAX_NUMBER = 1_000_000
 
 
 def family_of_folder(path: Path) -> str:
-    """Return the family of a model: "sdxl", or another name.
+    """Return the family of a model: one of `kinds.SUPPORTED`, or another name.
 
     The name of an unknown family is the class of its pipeline.
 
@@ -28,18 +29,22 @@ def family_of_folder(path: Path) -> str:
     pipeline = printable(str(read_json(path / "model_index.json").get("_class_name", "")))[:100]
     if "InstructPix2Pix" in pipeline:
         return "edit"
-    if pipeline != PIPELINE:
+    if pipeline not in PIPELINES:
         return pipeline
+    family = PIPELINES[pipeline]
     scheduler = read_json(path / "scheduler/scheduler_config.json")
+    unet = read_json(path / "unet/config.json")
+    # SD 2 has the same pipeline as SD 1.5, and another text encoder
+    if family == "sd15" and unet.get("use_linear_projection"):
+        return "sd2"
     # trained over continuous noise levels: the UNet's input and output are scaled differently
     if "sigma_data" in scheduler or str(scheduler.get("_class_name")).startswith("EDM"):
         return "sdxl-edm"
     if scheduler.get("prediction_type", PREDICTIONS[0]) not in PREDICTIONS:
-        return "sdxl-other"
-    unet = read_json(path / "unet/config.json")
+        return f"{family}-other"
     if unet.get("in_channels") != unet.get("out_channels"):
-        return "sdxl-inpaint" if unet.get("in_channels") == 9 else "edit"
-    return "sdxl"
+        return f"{family}-inpaint" if unet.get("in_channels") == 9 else "edit"
+    return family
 
 
 def read_json(path: Path, **hooks: Any) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from typing import Any
 
 from alphalayer.catalog.completeness import missing_tensor
 from alphalayer.catalog.files import open_file, parse_json, printable
-from alphalayer.catalog.kinds import EMBEDDING, family_of
+from alphalayer.catalog.kinds import embedding_shapes, family_of
 from alphalayer.core.errors import CorruptFile
 
 MAX_HEADER_BYTES = 16_000_000
@@ -128,10 +128,9 @@ def _summarize(path: Path, _version: tuple[int, ...]) -> Summary | CorruptFile:
             raise  # a failing disk may recover
         return error.with_traceback(None)
     shapes = header.shapes
-    embedding = {name: shapes[name] for name in EMBEDDING if name in shapes}
     return Summary(
         family_of(shapes),
-        embedding,
+        embedding_shapes(shapes),
         header.metadata.get("ss_output_name", "")[:MAX_ALIAS],
         header.metadata.get("modelspec.title", "")[:MAX_ALIAS],
         any(name.startswith("encoder.down_blocks.") for name in shapes),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 Shapes = Mapping[str, tuple[int, ...]]
 """Shapes of a file's tensors by name."""
@@ -18,11 +18,17 @@ CLIP_L = tuple(
 )
 CLIP_G = "conditioner.embedders.1.model.token_embedding.weight"
 """Marks of the text encoders of SDXL. The first has one of two names."""
+SD15_TEXT = tuple(name.replace("conditioner.embedders.0", "cond_stage_model") for name in CLIP_L)
+"""Marks of the text encoder of SD 1.5: one of two names."""
 
 EMBEDDING = ("clip_l", "clip_g")
+"""Names of the vectors of an SDXL embedding. Those of SD 1.5 are one tensor of any name."""
+_OTHER_EMBEDDING = ("emb_params", "string_to_param")
+_EMBEDDING_WIDTH = 768
+"""Width of SD 1.5's vectors."""
 _FAMILIES = {768: "sd15", 1024: "sd2", 1280: "sdxl-refiner", 2048: "sdxl"}
 _MARKS = (
-    ("layerdiffuse-patch", ("::lora::", "::diff::")),
+    ("layerdiffuse-patch", ("::lora::", "::diff::", "hookers.layers.")),
     ("transparent-decoder", ("latent_conv_in.",)),
     (
         "lora",
@@ -45,13 +51,17 @@ _MARKS = (
     ("flux", ("double_blocks.",)),
     ("sd3", ("joint_blocks.",)),
     ("upscaler", (".RDB1.", ".rdb1.", "conv_first.")),
-    ("embedding-other", ("emb_params", "string_to_param")),
 )
 """Parts of tensor names by the family that has them."""
 _DIFFUSERS_CONTEXT = "attentions.0.transformer_blocks.0.attn2.to_k.weight"
-_TEXT_ENCODERS = ("text_model.encoder.", "encoder.block.", "transformer.resblocks.")
+_TEXT_ENCODERS = (
+    "text_model.encoder.",
+    "encoder.block.",
+    "transformer.resblocks.",
+    "cond_stage_model.",
+)
 
-SUPPORTED = ("sdxl",)
+SUPPORTED = ("sdxl", "sd15")
 """Families that the engine renders."""
 NOT_CHECKPOINTS = (
     "embedding-other",
@@ -71,6 +81,8 @@ FAMILY_NAMES = {
     "sdxl-other": "Stable Diffusion XL (trained to predict neither epsilon nor v)",
     "sdxl-no-vae": "Stable Diffusion XL (without its whole VAE)",
     "sd15": "Stable Diffusion 1.5",
+    "sd15-other": "Stable Diffusion 1.5 (trained to predict neither epsilon nor v)",
+    "sd15-no-vae": "Stable Diffusion 1.5 (without its whole VAE)",
     "sd15-inpaint": "Stable Diffusion 1.5 inpainting",
     "sd2": "Stable Diffusion 2",
     "sd2-inpaint": "Stable Diffusion 2 inpainting",
@@ -79,7 +91,7 @@ FAMILY_NAMES = {
     "layerdiffuse-patch": "LayerDiffuse patch",
     "transparent-decoder": "LayerDiffuse transparent decoder",
     "lora": "LoRA",
-    "embedding": "textual-inversion embedding (clip_l and clip_g)",
+    "embedding": "textual-inversion embedding for SDXL (clip_l and clip_g) or SD 1.5",
     "embedding-other": "textual-inversion embedding of another family",
     "sd15-unet": "Stable Diffusion 1.5 UNet (without its text encoder)",
     "sd2-unet": "Stable Diffusion 2 UNet (without its text encoder)",
@@ -104,26 +116,48 @@ def describe(family: str, noun: str = "") -> str:
 
 
 def family_of(shapes: Shapes) -> str:
-    """Return the family of a file by its tensors: "sdxl", or the name of another kind."""
+    """Return the family of a file by its tensors: one of `SUPPORTED`, or another kind."""
     for kind, marks in _MARKS:
         if any(mark in name for name in shapes for mark in marks):
             return kind
-    if shapes.keys() >= {*EMBEDDING}:
+    if embedding_shapes(shapes):
         return "embedding"
+    if any(mark in name for name in shapes for mark in _OTHER_EMBEDDING):
+        return "embedding-other"
     context = shapes.get(CONTEXT)
     if context is None:
         return _without_context(shapes)
     first = shapes.get(FIRST_CONV, (0, LATENT_CHANNELS))
     if len(context) != 2 or len(first) < 2:
         return "unknown"
-    family, channels = _FAMILIES.get(context[1], "unknown"), first[1]
+    has_text = not shapes.keys().isdisjoint(SD15_TEXT)
+    family = "sd15" if has_text else _FAMILIES.get(context[1], "unknown")
+    channels = first[1]
     if channels == 9 and f"{family}-inpaint" in FAMILY_NAMES:
         return f"{family}-inpaint"
     if channels > LATENT_CHANNELS:
         return "edit"
     if CLIP_G in shapes:
         return _sdxl_variant(shapes)
+    if family == "sd15":
+        return _complete_or_not(family, shapes, SD15_TEXT)
     return "sdxl-unet" if family == "sdxl" else family
+
+
+def embedding_shapes(shapes: Shapes) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of an embedding's vectors by name, {} for other files."""
+    if shapes.keys() >= {*EMBEDDING}:
+        return {name: shapes[name] for name in EMBEDDING}
+    (name, shape), *others = [*shapes.items()] or [("", ())]
+    is_one = not others and "." not in name and len(shape) in (1, 2)
+    return {name: shape} if is_one and shape[-1] == _EMBEDDING_WIDTH else {}
+
+
+def _complete_or_not(family: str, shapes: Shapes, text: Sequence[str]) -> str:
+    """Return the family, with what the checkpoint lacks."""
+    if shapes.keys().isdisjoint(text):
+        return f"{family}-unet"
+    return family if all(mark in shapes for mark in VAE_MARKS) else f"{family}-no-vae"
 
 
 def _sdxl_variant(shapes: Shapes) -> str:
@@ -132,9 +166,7 @@ def _sdxl_variant(shapes: Shapes) -> str:
         return "ssd-1b"
     if any(mark in shapes for mark in EDM_MARKS):
         return "sdxl-edm"
-    if shapes.keys().isdisjoint(CLIP_L):
-        return "sdxl-unet"
-    return "sdxl" if all(mark in shapes for mark in VAE_MARKS) else "sdxl-no-vae"
+    return _complete_or_not("sdxl", shapes, CLIP_L)
 
 
 def _is_full_depth(shapes: Shapes) -> bool:
@@ -154,7 +186,5 @@ def _without_context(shapes: Shapes) -> str:
         for name in shapes
     ):
         return "vae"
-    if any(name.startswith("cond_stage_model.transformer.") for name in shapes):
-        return "sd15"
     is_text = any(name.startswith(_TEXT_ENCODERS) for name in shapes)
     return "text-encoder" if is_text else "unknown"

@@ -15,7 +15,7 @@ from alphalayer.catalog.folders import read_config
 from alphalayer.catalog.headers import summarize
 from alphalayer.catalog.sidecars import TOML, few_step_defaults, read_settings
 from alphalayer.core.errors import CorruptFile, InvalidRequest
-from alphalayer.core.modes import DEFAULT_MODE
+from alphalayer.core.modes import DEFAULT_MODE, mode_for
 from alphalayer.core.request import ModelDefaults
 
 LAYER_CONFIG = Path("layerdiffuse", "config.json")
@@ -24,6 +24,10 @@ LAYER_CONFIG = Path("layerdiffuse", "config.json")
 _FILES = ("patch", "decoder")
 _KINDS = {"patch": str, "decoder": str, "method": str, "decoder_config": dict}
 _EXPECTED = {str: "a text", dict: "an object"}
+_FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
+    "sd15": {"width": 512, "height": 512, "sampler": "DPM++ 2M", "cfg_scale": 7},
+}
+"""Defaults of families that differ from SDXL's."""
 
 
 def layer_config(path: Path) -> dict[str, Any]:
@@ -48,11 +52,11 @@ def layer_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def model_defaults(path: Path) -> ModelDefaults:
+def model_defaults(path: Path, family: str = "sdxl") -> ModelDefaults:
     """Return the default parameters of a model.
 
     Those of a folder are in its configuration. Those of a single file are in a TOML file beside
-    it, or follow from its name or the title in its header. The others are SDXL's.
+    it, or follow from its name or the title in its header. The others are those of its family.
 
     Raises:
         CorruptFile: The model's configuration cannot be read or has a wrong value.
@@ -64,7 +68,7 @@ def model_defaults(path: Path) -> ModelDefaults:
         known = few_step_defaults(path.stem) or few_step_defaults(_title(path))
         defaults = known | read_settings(path).defaults
     try:
-        return ModelDefaults.model_validate(defaults)
+        return ModelDefaults.model_validate(_FAMILY_DEFAULTS.get(family, {}) | defaults)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         field = ".".join(str(part) for part in first["loc"])
@@ -81,14 +85,16 @@ def _title(path: Path) -> str:
 
 
 def check_layerdiffuse_mode(entry: ModelEntry, mode: str) -> None:
-    """Check a requested mode against the model's own patch.
+    """Check a requested mode against the model's family and its own patch.
 
     The model's configuration names the mode of its patch.
     The default mode fits every patch.
 
     Raises:
-        InvalidRequest: The model has its own patch, and it is of another mode.
+        InvalidRequest: The mode is one of another family. Or the model has its own patch, and it is
+            of another mode.
     """
+    mode_for(entry.family, mode)
     if mode == DEFAULT_MODE:
         return
     config = layer_config(entry.path)

@@ -13,8 +13,11 @@ from alphalayer.catalog.hashes import file_stamp
 from alphalayer.catalog.headers import read_header
 from alphalayer.core.errors import CorruptFile
 
-_WITH_WEIGHTS = ("unet", "vae", "text_encoder", "text_encoder_2")
-_TOKENIZERS = ("tokenizer", "tokenizer_2")
+_WITH_WEIGHTS = {
+    "sdxl": ("unet", "vae", "text_encoder", "text_encoder_2"),
+    "sd15": ("unet", "vae", "text_encoder"),
+}
+_TOKENIZERS = {"sdxl": ("tokenizer", "tokenizer_2"), "sd15": ("tokenizer",)}
 _WEIGHTS = ("diffusion_pytorch_model", "model")
 _SHARD = re.compile(r"-\d{5}-of-(\d{5})")
 
@@ -36,16 +39,16 @@ def weight_files(folder: Path) -> list[Path]:
     return variants[min(variants, key=rank)] if variants else []
 
 
-def check_parts(model: Path) -> None:
-    """Check the parts of an SDXL folder by their configs and headers.
+def check_parts(model: Path, family: str) -> None:
+    """Check the parts of a diffusers folder by their configs and headers.
 
     Raises:
         CorruptFile: A part, file or tensor is missing or damaged. The message names it.
     """
-    for part in _WITH_WEIGHTS:
+    for part in _WITH_WEIGHTS[family]:
         config = read_json(model / part / "config.json")
         _check_weights(model / part, is_regular=config.get("_class_name") != "AutoencoderDC")
-    for part in _TOKENIZERS:
+    for part in _TOKENIZERS[family]:
         _check_tokenizer(model / part)
 
 

@@ -9,9 +9,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import typer
@@ -22,7 +21,7 @@ from alphalayer.cli.checks import ModelsDir, check_models_dir, check_port
 from alphalayer.cli.console import show_mark
 from alphalayer.config import Settings, load_settings
 from alphalayer.core.errors import CommandHint, CorruptFile, SetupFailed, StorageFailed
-from alphalayer.core.modes import DECODER_FILES, DEFAULT_MODE, MODES
+from alphalayer.core.modes import DECODER_FILES, MODES, Mode
 from alphalayer.core.optional_dependencies import install_hint, is_installed
 from alphalayer.storage.objects import open_storage
 
@@ -155,29 +154,25 @@ def _models(settings: Settings) -> Iterator[Finding]:
 
 def _layer_files(settings: Settings) -> Iterator[Finding]:
     folder = settings.models_dir / "layer_model"
-    configs: dict[Path, dict[str, Any]] = {}
+    configs: dict[catalog.ModelEntry, dict[str, Any]] = {}
     for entry in catalog.find_models(settings.models_dir):
         if entry.problem is None:
             try:
-                configs[entry.path] = catalog.layer_config(entry.path)
+                configs[entry] = catalog.layer_config(entry.path)
             except CorruptFile as error:
                 yield Finding("error", error.message, error.hint)
-    kinds = (
-        ("patch", "patch", MODES[DEFAULT_MODE].files),
-        ("decoder", "transparent decoder", DECODER_FILES),
-    )
-    for key, kind, names in kinds:
+    for key, kind, names, mode in _layer_kinds():
+        pull = f"models pull {mode.download}"
         required = {
-            catalog.layer_file(path, names, config.get(key), settings.models_dir)
-            for path, config in configs.items()
+            catalog.layer_file(entry.path, names, config.get(key), settings.models_dir)
+            for entry, config in configs.items()
+            if entry.family == mode.family
         }
         for missing in sorted(path for path in required if not path.is_file()):
             yield Finding(
                 "error",
                 f"the LayerDiffuse {kind} ({missing.name}) is not in {missing.parent}.",
-                CommandHint("Run:", catalog.PULL_LAYERS)
-                if missing.parent == folder
-                else "Get the model again.",
+                CommandHint("Run:", pull) if missing.parent == folder else "Get the model again.",
             )
         path = next((folder / name for name in names if (folder / name).is_file()), None)
         if path:
@@ -185,12 +180,20 @@ def _layer_files(settings: Settings) -> Iterator[Finding]:
             if result.is_ok:
                 yield Finding("ok", f"LayerDiffuse {kind}")
             else:
-                hint = CommandHint("Remove it. Then run:", catalog.PULL_LAYERS)
+                hint = CommandHint("Remove it. Then run:", pull)
                 yield Finding(
                     "error",
                     f"LayerDiffuse {kind}: {result}",
                     hint,
                 )
+
+
+def _layer_kinds() -> Iterator[tuple[str, str, Sequence[str], Mode]]:
+    """Yield key, kind, published names and mode of each file that is needed."""
+    for family, decoders in DECODER_FILES.items():
+        for mode in [mode for mode in MODES.values() if mode.family == family][:1]:
+            yield "patch", "patch", mode.files, mode
+            yield "decoder", "transparent decoder", decoders, mode
 
 
 def _port(settings: Settings) -> Iterator[Finding]:

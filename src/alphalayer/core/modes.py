@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from alphalayer.core.errors import InvalidRequest
+
 ConditionRole = Literal["foreground", "background", "blended"]
 """What an input image of a mode is to the images that are generated."""
 InputRole = Literal["init", "mask", "foreground", "background", "blended"]
@@ -54,6 +56,8 @@ class Mode:
         return self.has_alpha and role in ("image", "foreground")
 
 
+FAMILIES = {"sdxl": "SDXL", "sd15": "SD 1.5"}
+"""Families that the modes are for, with their names in messages."""
 MODES = {
     mode.name: mode
     for mode in (
@@ -131,11 +135,39 @@ MODES = {
 """All modes by name. "opaque" is LayerDiffuse off."""
 DEFAULT_MODE = "attention"
 OPAQUE = "opaque"
-DECODER_FILES = (
-    "vae_transparent_decoder.safetensors",
-    "ld_diffusers_sdxl_vae_transparent_decoder.safetensors",
-    "diffuser_layer_xl_vae_transparent_decoder.safetensors",
-)
-"""Published names of the transparent decoder for SDXL."""
-ENCODER_FILES = ("vae_transparent_encoder.safetensors",)
-"""Published name of the transparent encoder. It is the same for all models with such a VAE."""
+DECODER_FILES = {
+    "sdxl": (
+        "vae_transparent_decoder.safetensors",
+        "ld_diffusers_sdxl_vae_transparent_decoder.safetensors",
+        "diffuser_layer_xl_vae_transparent_decoder.safetensors",
+    ),
+    "sd15": ("layer_sd15_vae_transparent_decoder.safetensors",),
+}
+"""Published names of the transparent decoder by family."""
+ENCODER_FILES = {
+    "sdxl": ("vae_transparent_encoder.safetensors",),
+    "sd15": ("layer_sd15_vae_transparent_encoder.safetensors",),
+}
+"""Published names of the transparent encoder by family."""
+
+
+def mode_for(family: str, name: str) -> Mode:
+    """Return the mode that a requested one means for a model of a family.
+
+    The default mode means the first one of the family. "opaque" fits all families.
+
+    Raises:
+        InvalidRequest: The mode is one of another family.
+    """
+    fitting = [mode for mode in MODES.values() if mode.family == family and mode.files]
+    if name == DEFAULT_MODE and fitting:
+        return fitting[0]
+    if name == OPAQUE or MODES[name] in fitting:
+        return MODES[name]
+    names = ", ".join(f'"{mode.name}"' for mode in (*fitting, MODES[OPAQUE]))
+    raise InvalidRequest(
+        f'mode "{name}" is one of {FAMILIES[MODES[name].family]}; '
+        f"the model is one of {FAMILIES[family]}.",
+        hint=f"Use {names}, or a model of the other family.",
+        field="mode",
+    )

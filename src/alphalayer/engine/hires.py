@@ -33,8 +33,9 @@ from alphalayer.engine.transparency.modes import Decoding, Mode
 from alphalayer.engine.upscalers import RgbImage, Upscale, Window, load_upscaler
 
 NO_ENCODER = (
-    f"hires_upscaler: {ENCODER_FILES[0]} is missing or not for this model, so the transparency was "
-    "enlarged in the latent."
+    "hires_upscaler: the transparent encoder "
+    f"({' or '.join(names[0] for names in ENCODER_FILES.values())}) is missing or not for this "
+    "model, so the transparency was enlarged in the latent."
 )
 
 

@@ -1,6 +1,6 @@
 """UNet parameter names: from published checkpoints (LDM) and LoRA files to diffusers.
 
-SDXL's UNet has three levels with two residual blocks each. So each level has three input blocks
+The UNets of SDXL and SD 1.5 have two residual blocks a level. So each level has three input blocks
 and three output blocks.
 
 Source: Podell et al. 2023, "SDXL", arXiv 2307.01952. Layouts: Stability AI's `generative-models`,

@@ -24,12 +24,13 @@ from torch import Tensor
 from alphalayer import catalog
 from alphalayer.catalog import ModelEntry
 from alphalayer.core.errors import AlphalayerError, ModelNotFound, OutOfMemory
+from alphalayer.core.modes import mode_for
 from alphalayer.core.request import GenerationRequest, ResolvedRequest
 from alphalayer.core.samplers import ADAPTIVE
 from alphalayer.engine.acceleration import Acceleration, check_acceleration
 from alphalayer.engine.base import GeneratedImage, GenerationResult, Progress, RenderTask
 from alphalayer.engine.canvas import SIZE_MULTIPLE, Canvas
-from alphalayer.engine.families import sdxl
+from alphalayer.engine.families import sd15, sdxl
 from alphalayer.engine.families.base import DiffusionModel, LatentSpec, Load, check_finite
 from alphalayer.engine.hires import Enlarger, Resizing
 from alphalayer.engine.memory import (
@@ -69,7 +70,7 @@ from alphalayer.engine.transparency.patch import PatchFile, PatchSpec
 
 logger = logging.getLogger(__name__)
 
-FAMILIES: dict[str, Load] = {"sdxl": sdxl.load_model}
+FAMILIES: dict[str, Load] = {"sdxl": sdxl.load_model, "sd15": sd15.load_model}
 """How a model of each family is read, by the catalog's name of the family."""
 PREVIEW_LATENT_SIDE = 32
 T = TypeVar("T")
@@ -224,7 +225,7 @@ class LocalEngine:
         with stopwatch.stage("load"):
             model = self._models.get(self._entry(tasks[0].request))
             model.text.set_embeddings(self._embeddings.read())
-            requests = [task.request.resolve(model.defaults, task.images) for task in tasks]
+            requests = [_resolve(task, model) for task in tasks]
             shared = requests[0]
             mode = MODES[shared.mode]
             text_loras, loras = self._lora_patches(shared)
@@ -541,11 +542,12 @@ class LocalEngine:
         model = self._models.active
         if model is None:
             return _no_memory_for_model()
+        mode = mode_for(model.entry.family, requests[0].mode)
         first = requests[0].resolve(model.defaults)
         images = sum(request.batch_size for request in requests)
         smallest = tried[-1]
         try:
-            networks = Networks.of(model, MODES[first.mode].has_alpha)
+            networks = Networks.of(model, mode.has_alpha)
             width, height = first.largest_size
             needed = count_memory(networks, width, height, images, smallest, self.device)
         except Exception as error:  # the decoder is read on first use
@@ -577,6 +579,13 @@ def create_engine(options: dict[str, Any]) -> LocalEngine:
 def _report_part(task: RenderTask, number: int, count: int, progress: Progress) -> None:
     """Report the progress of one image of a task as part of the whole task."""
     task.on_progress(progress.within(number, count))
+
+
+def _resolve(task: RenderTask, model: DiffusionModel) -> ResolvedRequest:
+    """Return a request with the model's defaults and its family's mode."""
+    request = task.request.resolve(model.defaults, task.images)
+    mode = mode_for(model.entry.family, request.mode)
+    return request.model_copy(update={"mode": mode.name})
 
 
 def _no_memory_for_model() -> OutOfMemory:

@@ -161,7 +161,8 @@ def _is_flat(value: Any, limit: int) -> bool:
 def embeddings(service: ServiceDep) -> dict[str, dict[str, Any]]:
     """Return the files of the embeddings folder by their names in prompts.
 
-    `skipped` has those that are not for SDXL, and damaged ones with the reason as `problem`.
+    `skipped` has those that are for neither SDXL nor SD 1.5, and damaged ones with the reason as
+    `problem`.
     """
     embeddings: dict[str, dict[str, Any]] = {"loaded": {}, "skipped": {}}
     for path in usable_files(service.embeddings_dir):
@@ -172,13 +173,11 @@ def embeddings(service: ServiceDep) -> dict[str, dict[str, Any]]:
             embeddings["skipped"][path.stem] = {**EMBEDDING, "problem": problem}
             continue
         vectors = {side[0] if len(side) > 1 else 1 for side in sides}
-        is_sdxl = (
-            len(sides) == 2 and len(vectors) == 1 and all(len(side) in (1, 2) for side in sides)
-        )
+        is_known = len(vectors) == 1 and all(len(side) in (1, 2) for side in sides)
         measures = (
-            {"shape": sum(side[-1] for side in sides), "vectors": vectors.pop()} if is_sdxl else {}
+            {"shape": sum(side[-1] for side in sides), "vectors": vectors.pop()} if is_known else {}
         )
-        embeddings["loaded" if is_sdxl else "skipped"][path.stem] = {**EMBEDDING, **measures}
+        embeddings["loaded" if is_known else "skipped"][path.stem] = {**EMBEDDING, **measures}
     return embeddings
 
 

@@ -44,7 +44,7 @@ def models(service: ServiceDep, _user: Reader) -> ModelList:
 def _model(entry: ModelEntry, default: str | None, service: Service) -> Model:
     problem, defaults = entry.problem, ModelDefaults()
     try:
-        defaults = model_defaults(entry.path)
+        defaults = model_defaults(entry.path, entry.family)
     except CorruptFile as error:
         problem = problem or shorten_paths(error, service.models_dir)
     return Model(

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from alphalayer import catalog
 from alphalayer.catalog import ModelEntry
 from alphalayer.core.errors import CommandHint, EngineFailed, LayerDiffuseMissing
-from alphalayer.core.modes import DECODER_FILES, ENCODER_FILES, MODES
+from alphalayer.core.modes import DECODER_FILES, DEFAULT_MODE, ENCODER_FILES, MODES, mode_for
 from alphalayer.core.request import ModelDefaults
 from alphalayer.engine.acceleration import Acceleration
 from alphalayer.engine.memory import Precision
@@ -96,12 +96,15 @@ class LayerDiffuseFiles:
 
     def decoder(self) -> Path:
         """Return the transparent decoder. Raises `LayerDiffuseMissing`."""
-        return self._existing("decoder", DECODER_FILES, "layerdiffuse")
+        family = self.entry.family
+        download = mode_for(family, DEFAULT_MODE).download
+        return self._existing("decoder", DECODER_FILES[family], download)
 
     def encoder(self) -> Path | None:
         """Return the transparent encoder, None if there is no such file."""
         configured = self.config.get("encoder")
-        path = catalog.layer_file(self.entry.path, ENCODER_FILES, configured, self.models_dir)
+        names = ENCODER_FILES[self.entry.family]
+        path = catalog.layer_file(self.entry.path, names, configured, self.models_dir)
         return path if path.is_file() else None
 
     def _existing(self, kind: str, names: tuple[str, ...], download: str) -> Path:

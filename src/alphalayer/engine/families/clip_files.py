@@ -49,9 +49,18 @@ def read_text_models(tensors: Mapping[str, Tensor]) -> tuple[ClipTextModel, Clip
         LookupError, ValueError: A weight is missing or has another shape.
     """
     return (
-        build_text_model(transformers_names(tensors, _FIRST), _OPENAI),
+        read_clip_l(tensors, _FIRST),
         build_text_model(open_clip_names(tensors, _SECOND), _OPEN_CLIP),
     )
+
+
+def read_clip_l(tensors: Mapping[str, Tensor], prefix: str) -> ClipTextModel:
+    """Return OpenAI's text model from the tensors below a prefix of a single file.
+
+    Raises:
+        LookupError, ValueError: A weight is missing or has another shape.
+    """
+    return build_text_model(transformers_names(tensors, prefix), _OPENAI)
 
 
 def build_text_model(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> ClipTextModel:

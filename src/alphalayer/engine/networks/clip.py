@@ -87,6 +87,10 @@ class ClipTextModel(nn.Module):
             x = _in_float32(block, x)
         return x
 
+    def norm(self, hidden: Tensor) -> Tensor:
+        """Return hidden states (B, T, width) after the final norm."""
+        return _in_float32(self.final_layer_norm, hidden)
+
     def pool(self, hidden: Tensor, ids: Tensor, layer: int = 1) -> Tensor:
         """Return the pooled output of hidden states: (B, projection width).
 
@@ -99,7 +103,7 @@ class ClipTextModel(nn.Module):
             hidden = _in_float32(block, hidden)
         ends = (ids if self.end is None else (ids == self.end).int()).argmax(dim=-1)
         rows = torch.arange(len(ids), device=ids.device)
-        pooled = _in_float32(self.final_layer_norm, hidden[rows, ends])
+        pooled = self.norm(hidden[rows, ends])
         if self.text_projection is None:
             return pooled
         return _in_float32(self.text_projection, pooled)

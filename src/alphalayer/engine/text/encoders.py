@@ -1,4 +1,4 @@
-"""Conditioning from prompts: both text encoders of SDXL, and the plan of a prompt over the steps.
+"""Conditioning from prompts: text encoders of a model, and the plan of a prompt over the steps.
 
 The encoders compute in float32 with weights as stored (float16 in published checkpoints). The
 UNet's cross-attention and its added conditioning read the result. This module is independent of
@@ -39,8 +39,8 @@ class Conditioning:
     """Encoded text of n chunks.
 
     Attributes:
-        context: float32 (1, 77 n, width of both encoders).
-        pooled: float32 (1, projection width of encoder 2).
+        context: float32 (1, 77 n, sum of the encoders' widths).
+        pooled: float32 (1, projection width of the last encoder), or (1, 0).
         padding: Tokens after the text. Each repeats the last vector of `context`.
     """
 
@@ -66,26 +66,44 @@ class Conditioning:
         return self.context.nbytes + self.pooled.nbytes
 
 
+@dataclass(frozen=True)
+class TextOutputs:
+    """What a denoiser reads of its text encoders.
+
+    Attributes:
+        last_layer: Last layer whose hidden states it can read, counted from the end, which is 1.
+        normed: Whether the final norm follows.
+        pooled: Whether it reads the pooled output of the last encoder, too. Such a denoiser was
+            trained with zeros for an empty text.
+    """
+
+    last_layer: int
+    normed: bool
+    pooled: bool
+
+
+SDXL_OUTPUTS = TextOutputs(last_layer=2, normed=False, pooled=True)
+"""Source: Podell et al. 2023, "SDXL", arXiv 2307.01952."""
+SD15_OUTPUTS = TextOutputs(last_layer=1, normed=True, pooled=False)
+"""Source: Rombach et al. 2022, arXiv 2112.10752. AUTOMATIC1111 for the norm of other layers."""
+
+
 class TextEncoders:
-    """Both text encoders with their tokenizers, and a cache of the latest conditionings.
+    """Text encoders with their tokenizers, and a cache of the latest conditionings.
 
     Args:
-        tokenizer: Tokenizer of encoder 1.
-        tokenizer_2: Tokenizer of encoder 2.
-        text_encoder: CLIP ViT-L, without projection.
-        text_encoder_2: OpenCLIP ViT-bigG, with projection.
+        parts: Tokenizer and model of each encoder.
+        outputs: What the denoiser reads of them.
         embeddings: Textual inversions by name.
     """
 
     def __init__(
         self,
-        tokenizer: ClipTokenizer,
-        tokenizer_2: ClipTokenizer,
-        text_encoder: ClipTextModel,
-        text_encoder_2: ClipTextModel,
+        parts: Sequence[tuple[ClipTokenizer, ClipTextModel]],
+        outputs: TextOutputs = SDXL_OUTPUTS,
         embeddings: Mapping[str, TextualInversion] | None = None,
     ):
-        self._parts = (tokenizer, text_encoder), (tokenizer_2, text_encoder_2)
+        self._parts, self._outputs = parts, outputs
         self._cache: OrderedDict[_Key, Mapping[str, Conditioning]] = OrderedDict()
         self._embeddings: Mapping[str, TextualInversion] | None = None
         self.set_embeddings(embeddings or {})
@@ -93,7 +111,7 @@ class TextEncoders:
     def set_embeddings(self, embeddings: Mapping[str, TextualInversion]) -> None:
         """Replace the textual inversions and clear the cache.
 
-        Embeddings of another width are ignored. The same object as before changes nothing.
+        Embeddings of other widths are ignored. The same object as before changes nothing.
 
         Args:
             embeddings: Textual inversions by name.
@@ -104,13 +122,12 @@ class TextEncoders:
         fitting = [
             embedding
             for embedding in embeddings.values()
-            if (embedding.clip_l.shape[1], embedding.clip_g.shape[1]) == widths
+            if tuple(vectors.shape[1] for vectors in embedding.vectors) == widths
         ]
-        first, second = self._parts
-        self._encoders = (
-            _Encoder(*first, {embedding.name: embedding.clip_l for embedding in fitting}),
-            _Encoder(*second, {embedding.name: embedding.clip_g for embedding in fitting}),
-        )
+        self._encoders = [
+            _Encoder(*part, {embedding.name: embedding.vectors[i] for embedding in fitting})
+            for i, part in enumerate(self._parts)
+        ]
         self._embeddings = embeddings
         self.forget()
 
@@ -140,7 +157,7 @@ class TextEncoders:
             check: Called before each text. Its exceptions stop the encoding.
             splits: Chunks of the texts, if `split` returned them before.
         """
-        key = _key(texts, clip_skip, emphasis)
+        key = self._key(texts, clip_skip, emphasis)
         conditionings = self._cache.pop(key, None)
         if conditionings is None:
             splits = splits or {text: self.split(text, emphasis) for text in texts}
@@ -153,17 +170,17 @@ class TextEncoders:
 
     def is_cached(self, texts: Sequence[str], clip_skip: int, emphasis: Emphasis) -> bool:
         """Check whether the conditionings of a schedule are in the cache."""
-        return _key(texts, clip_skip, emphasis) in self._cache
+        return self._key(texts, clip_skip, emphasis) in self._cache
 
     def forget(self) -> None:
         """Clear the cache."""
         self._cache.clear()
 
     def split(self, text: str, emphasis: Emphasis = "Original") -> Split:
-        """Split a text into chunks, for each encoder. Both get the same number of chunks."""
-        first, second = (encoder.split(text, emphasis) for encoder in self._encoders)
-        count = max(len(first), len(second))
-        return _fill(first, count), _fill(second, count)
+        """Split a text into chunks, for each encoder. All get the same number of chunks."""
+        splits = [encoder.split(text, emphasis) for encoder in self._encoders]
+        count = max(map(len, splits))
+        return [_fill(chunks, count) for chunks in splits]
 
     @torch.inference_mode()
     def _encode(
@@ -176,23 +193,31 @@ class TextEncoders:
     ) -> Mapping[str, Conditioning]:
         """Encode texts chunk by chunk. Shorter ones are padded with empty chunks.
 
-        `context` joins the chunks. It is the hidden state of the last layer but one, or of an
-        earlier one, without the final norm. `pooled` is that of the first chunk by encoder 2.
+        `context` joins the chunks. `pooled` is that of the first chunk by the last encoder.
 
-        Source: Podell et al. 2023, "SDXL", arXiv 2307.01952. AUTOMATIC1111 for the chunks.
+        Source: AUTOMATIC1111 for the chunks.
         """
-        layer = _layer(clip_skip)
+        layer = self._layer(clip_skip)
         count = max(len(splits[text][0]) for text in texts)
-        lists = [[_fill(splits[text][i], count) for text in texts] for i in range(2)]
+        lists = [
+            [_fill(splits[text][i], count) for text in texts] for i in range(len(self._encoders))
+        ]
         hidden: list[list[Tensor]] = [[] for _ in self._encoders]
         for split in zip(*lists, strict=True):
             check()
             for encoder, chunks, states in zip(self._encoders, split, hidden, strict=True):
                 states.append(encoder.encode(chunks, layer))
         pooled = [
-            self._encoders[1].pool(states[:1], chunks[:1], layer)
-            for states, chunks in zip(hidden[1], lists[1], strict=True)
+            self._encoders[-1].pool(states[:1], chunks[:1], layer)
+            if self._outputs.pooled
+            else states.new_empty(1, 0)
+            for states, chunks in zip(hidden[-1], lists[-1], strict=True)
         ]
+        if self._outputs.normed:
+            hidden = [
+                [encoder.norm(states) for states in own]
+                for encoder, own in zip(self._encoders, hidden, strict=True)
+            ]
         if emphasis != "Ignore":
             keep_mean = emphasis != "No norm"
             for states, split in zip(hidden, lists, strict=True):
@@ -202,17 +227,30 @@ class TextEncoders:
         ]
         return dict(zip(texts, map(Conditioning, contexts, pooled), strict=True))
 
-    def empty(self) -> Conditioning:
-        """Return zeros, the conditioning of an empty negative prompt in SDXL's training."""
+    @property
+    def zeroes_empty(self) -> bool:
+        """Return whether the conditioning of an empty negative prompt is `zeros`."""
+        return self._outputs.pooled
+
+    def zeros(self) -> Conditioning:
+        """Return zeros, the conditioning of an empty text in SDXL's training."""
         blank = self.encode("")
         return Conditioning(torch.zeros_like(blank.context), torch.zeros_like(blank.pooled))
 
-    def is_empty_cached(self) -> bool:
-        """Check whether `empty` needs no encoder."""
+    def are_zeros_cached(self) -> bool:
+        """Check whether `zeros` needs no encoder."""
         return self.is_cached([""], 1, "Original")
 
+    def _key(self, texts: Sequence[str], clip_skip: int, emphasis: Emphasis) -> _Key:
+        """Return the key of a schedule's texts, with how often each occurs."""
+        return frozenset(Counter(texts).items()), self._layer(clip_skip), emphasis
 
-Split = tuple[list[Chunk], list[Chunk]]
+    def _layer(self, clip_skip: int) -> int:
+        """Return the layer of the hidden states, counted from the last."""
+        return max(clip_skip, self._outputs.last_layer)
+
+
+Split = Sequence[list[Chunk]]
 """Chunks of a text for each encoder."""
 _Key = tuple[frozenset[tuple[str, int]], int, Emphasis]
 
@@ -220,16 +258,6 @@ _Key = tuple[frozenset[tuple[str, int]], int, Emphasis]
 def _fill(chunks: list[Chunk], count: int) -> list[Chunk]:
     """Add empty chunks up to a number."""
     return [*chunks, *(Chunk() for _ in range(count - len(chunks)))]
-
-
-def _key(texts: Sequence[str], clip_skip: int, emphasis: Emphasis) -> _Key:
-    """Return the key of a schedule's texts, with how often each occurs."""
-    return frozenset(Counter(texts).items()), _layer(clip_skip), emphasis
-
-
-def _layer(clip_skip: int) -> int:
-    """Return the layer of the hidden states, counted from the last."""
-    return max(clip_skip, 2)
 
 
 def _nbytes(conditionings: Mapping[str, Conditioning]) -> int:
@@ -269,6 +297,10 @@ class _Encoder:
         return torch.cat(
             [self._model(self._ids(batch), layer, self._learned(batch)) for batch in batches]
         )
+
+    def norm(self, hidden: Tensor) -> Tensor:
+        """Return hidden states after the final norm, float32 (chunks, 77, width)."""
+        return self._model.norm(hidden)
 
     def pool(self, hidden: Tensor, chunks: Sequence[Chunk], layer: int) -> Tensor:
         """Return the pooled output of what `encode` returned, (chunks, projection width)."""
@@ -408,19 +440,19 @@ def plan_negative(
 ) -> PromptPlan:
     """Encode all texts of a negative prompt over the steps.
 
-    AND is plain text here. If all texts are empty, the result is zeros. The rest is as in
+    AND is plain text here. For SDXL, the result is zeros if all texts are empty. The rest is as in
     `plan_prompt`.
     """
-    if _is_zeroed(prompt, reading):
-        return PromptPlan([(1.0, [(reading.calls, encoders.empty())])])
+    if _is_zeroed(encoders, prompt, reading):
+        return PromptPlan([(1.0, [(reading.calls, encoders.zeros())])])
     return _plan(encoders, [(prompt, 1.0)], reading, check, "negative_prompt")
 
 
 def is_cached(encoders: TextEncoders, prompt: str, negative_prompt: str, reading: Reading) -> bool:
     """Check whether the cache holds all conditionings of both prompts."""
     parts = [part for part, _ in split_and(prompt)]
-    if _is_zeroed(negative_prompt, reading):
-        if not encoders.is_empty_cached():
+    if _is_zeroed(encoders, negative_prompt, reading):
+        if not encoders.are_zeros_cached():
             return False
     else:
         parts.append(negative_prompt)
@@ -430,8 +462,8 @@ def is_cached(encoders: TextEncoders, prompt: str, negative_prompt: str, reading
     )
 
 
-def _is_zeroed(negative_prompt: str, reading: Reading) -> bool:
-    return not any(_texts(reading.schedule(negative_prompt)))
+def _is_zeroed(encoders: TextEncoders, negative_prompt: str, reading: Reading) -> bool:
+    return encoders.zeroes_empty and not any(_texts(reading.schedule(negative_prompt)))
 
 
 def _texts(schedule: Sequence[tuple[int, str]]) -> list[str]:

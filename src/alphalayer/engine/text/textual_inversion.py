@@ -1,8 +1,9 @@
-"""Textual-inversion files: learned vectors that replace a word, for both text encoders of SDXL."""
+"""Textual-inversion files: learned vectors that replace a word, for each text encoder."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from alphalayer.catalog import file_stamp, printable, usable_files
+from alphalayer.catalog.kinds import EMBEDDING
 from alphalayer.core.errors import CorruptFile
 from alphalayer.engine.tensors import read_tensors
 
@@ -22,13 +24,11 @@ class TextualInversion:
 
     Attributes:
         name: Word that the vectors replace: the name of the file.
-        clip_l: float32 (n, width of text encoder 1).
-        clip_g: float32 (n, width of text encoder 2).
+        vectors: float32 (n, width of the encoder) for each text encoder.
     """
 
     name: str
-    clip_l: Tensor
-    clip_g: Tensor
+    vectors: tuple[Tensor, ...]
 
 
 class EmbeddingFolder:
@@ -68,19 +68,24 @@ def read_embeddings(folder: Path) -> dict[str, TextualInversion]:
             logger.warning("%s is left out: %s", shown, error)
             continue
         # a single vector may lack the first dimension
-        vectors = [
-            torch.atleast_2d(tensors[name].float())
-            for name in ("clip_l", "clip_g")
-            if name in tensors
-        ]
+        vectors = tuple(torch.atleast_2d(tensors[name].float()) for name in _names(tensors))
         if (
-            len(vectors) == 2
+            vectors
             and all(matrix.ndim == 2 and matrix.isfinite().all() for matrix in vectors)
-            and 0 < len(vectors[0]) == len(vectors[1])
+            and 0 < len(vectors[0]) == len(vectors[-1])
         ):
-            embeddings[path.stem] = TextualInversion(path.stem, *vectors)
+            embeddings[path.stem] = TextualInversion(path.stem, vectors)
         else:
             logger.warning(
-                "%s is not an SDXL embedding (clip_l and clip_g) and is left out.", shown
+                "%s is neither an SDXL embedding (clip_l and clip_g) nor one of SD 1.5 "
+                "(one tensor), and is left out.",
+                shown,
             )
     return embeddings
+
+
+def _names(tensors: Mapping[str, Tensor]) -> Sequence[str]:
+    """Return the names of the vectors in a file: two for SDXL, one for SD 1.5."""
+    if tensors.keys() >= {*EMBEDDING}:
+        return EMBEDDING
+    return [*tensors] if len(tensors) == 1 else []

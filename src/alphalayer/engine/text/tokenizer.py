@@ -137,20 +137,26 @@ def _fix_line(line: str, *, has_entities: bool) -> str:
     return ftfy.fix_text(line, unescape_html=has_entities)
 
 
-def read_tokenizers(first: Path, second: Path) -> tuple[ClipTokenizer, ClipTokenizer]:
-    """Read the tokenizers of both text encoders.
+def read_tokenizers(first: Path, *others: Path) -> list[ClipTokenizer]:
+    """Read the tokenizers of all text encoders.
 
     Building a vocabulary takes most of the time, so they share it if their files are equal.
 
     Args:
         first: Folder of tokenizer 1.
-        second: Folder of tokenizer 2.
+        others: Folders of the others.
 
     Raises:
         CorruptFile: A file is missing or damaged.
     """
     one = read_tokenizer(first)
-    return one, read_tokenizer(second, one.model if _is_same_vocabulary(first, second) else None)
+    return [
+        one,
+        *(
+            read_tokenizer(folder, one.model if _is_same_vocabulary(first, folder) else None)
+            for folder in others
+        ),
+    ]
 
 
 def read_tokenizer(folder: Path, model: BPE | None = None) -> ClipTokenizer:

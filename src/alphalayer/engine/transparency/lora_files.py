@@ -85,7 +85,11 @@ _FAMILIES = (
     (re.compile(r"joint_blocks|^(lora_)?transformer[._]"), "a diffusion transformer"),
 )
 _CONTEXT = re.compile(r"attn2[._]to_[kv]$")
-_CONTEXT_FAMILIES = {768: "Stable Diffusion 1.5", 1024: "Stable Diffusion 2"}
+_CONTEXT_FAMILIES = {
+    768: "Stable Diffusion 1.5",
+    1024: "Stable Diffusion 2",
+    2048: "Stable Diffusion XL",
+}
 
 Slots = dict[str, Tensor]
 Scale = Callable[[str, int], float]

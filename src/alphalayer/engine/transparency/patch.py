@@ -362,10 +362,10 @@ def patchers(
 
     Args:
         unet: UNet of the model.
-        text_encoders: Text encoders 1 and 2.
+        text_encoders: Its text encoders, in the order of `TEXT_ENCODERS`.
     """
     own = NamedWeights(unet)
-    named = zip(TEXT_ENCODERS, text_encoders, strict=True)
+    named = zip(TEXT_ENCODERS, text_encoders, strict=False)  # SD 1.5 has one
     text = NamedWeights(nn.ModuleDict({prefix[:-1]: encoder for prefix, encoder in named}))
 
     @lru_cache(4)
