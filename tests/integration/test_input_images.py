@@ -21,7 +21,7 @@ from alphalayer.images import codecs
 from alphalayer.storage.objects import open_storage
 from alphalayer.worker.render import Renderer
 
-CONDITIONAL = [mode.name for mode in MODES.values() if mode.needs]
+CONDITIONAL = [mode.name for mode in MODES.values() if mode.needs and mode.family == "sdxl"]
 
 
 @pytest.fixture(scope="module")
