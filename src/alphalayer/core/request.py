@@ -314,13 +314,18 @@ class RequestFields(Frozen, frozen=True):
     layerdiffuse_weight: LayerdiffuseWeight = 1.0
     layerdiffuse_stop_at: LayerdiffuseStopAt = 1.0
     resize_mode: ResizeModeName = "Crop and Resize"
+
+
+class HiresFields(Frozen, frozen=True):
+    """Fields of a second pass that a client chooses under these names, each declared here once."""
+
     hires_scale: HiresScale = 1.0
     hires_upscaler: HiresUpscaler = "Latent"
     hires_steps: HiresSteps = 0
     hires_strength: HiresStrength = 0.75
 
 
-class GenerationRequest(RequestFields, EditFields, LayerFields, frozen=True):
+class GenerationRequest(RequestFields, HiresFields, EditFields, LayerFields, frozen=True):
     """What to generate: the fields of clients and those that the service adds.
 
     Comments and tags are read once, by `of` and `parse_request`. The text of a stored request is
