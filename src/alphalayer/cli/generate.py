@@ -6,7 +6,7 @@ import errno
 import secrets
 import tempfile
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,18 +15,18 @@ import typer
 from alphalayer import catalog
 from alphalayer.cli.checks import check_models_dir
 from alphalayer.cli.console import err, out, program_name, progress, render_hint
+from alphalayer.cli.inputs import InputImages, read_images
 from alphalayer.cli.options import add_options, name_flags, select_fields
 from alphalayer.config import Settings, load_settings
-from alphalayer.core.errors import CommandHint, InvalidRequest, StorageFailed
+from alphalayer.core.errors import CommandHint, StorageFailed
+from alphalayer.core.inputs import check_opaque_init, size_from_image
 from alphalayer.core.job import Job, JobResult, JobSpec, Output
-from alphalayer.core.modes import InputRole
+from alphalayer.core.modes import DEFAULT_MODE, OPAQUE
 from alphalayer.core.optional_dependencies import require
-from alphalayer.core.request import OPAQUE, GenerationOptions, GenerationRequest, parse_request
+from alphalayer.core.request import GenerationOptions, GenerationRequest, parse_request
 from alphalayer.core.samplers import split_sampler_name
 from alphalayer.core.values import parse_as
 from alphalayer.images import codecs
-from alphalayer.storage import StoredFile
-from alphalayer.storage.inputs import input_name
 from alphalayer.worker.render import ENGINE, Renderer, load_engine
 
 app = typer.Typer()
@@ -35,7 +35,7 @@ SETTINGS = ("models_dir", "device", "dtype", "memory", "noise", "decode")
 """Settings with an option."""
 
 
-InputFile = Annotated[Path | None, typer.Option(help="Input image, for a mode that needs it.")]
+InputPath = Annotated[Path | None, typer.Option(help="Input image, for a mode that needs it.")]
 
 
 @app.command(context_settings={"allow_extra_args": True})
@@ -54,9 +54,14 @@ def generate(
     transparent: Annotated[
         bool, typer.Option(help="Generate with LayerDiffuse. --no-transparent is --mode opaque.")
     ] = True,
-    foreground_image: InputFile = None,
-    background_image: InputFile = None,
-    blended_image: InputFile = None,
+    image: Annotated[Path | None, typer.Option(help="Image to change.")] = None,
+    mask: Annotated[
+        Path | None,
+        typer.Option(help="Mask of --image: its white part is changed, or its opaque part."),
+    ] = None,
+    foreground_image: InputPath = None,
+    background_image: InputPath = None,
+    blended_image: InputPath = None,
     **options: Any,
 ) -> None:
     """Generate PROMPT and write an image with a real alpha channel."""
@@ -70,31 +75,45 @@ def generate(
     check_models_dir(settings)
     if not transparent:
         options["mode"] = OPAQUE
-    paths: dict[InputRole, Path | None] = {
-        "foreground": foreground_image,
-        "background": background_image,
-        "blended": blended_image,
-    }
-    images = {role: _read_image(role, path) for role, path in paths.items() if path}
-    options["inputs"] = [
-        {"role": role, "file_name": input_name(data)} for role, data in images.items()
-    ]
+    inputs = read_images(
+        {
+            ("init", "image"): image,
+            ("mask", "mask"): mask,
+            ("foreground", "foreground_image"): foreground_image,
+            ("background", "background_image"): background_image,
+            ("blended", "blended_image"): blended_image,
+        }
+    )
+    options |= {"inputs": inputs.fields, **_init_options(inputs, options)}
     job = Job.new(_spec(prompt, output, options, settings))
     targets = _choose_targets(job, output, settings.outputs_dir)
     _check_writable(next(iter(targets.values())))
     model = job.spec.generation.model or settings.default_model
     _report_embedded_model(model, settings.models_dir)
     start = time.perf_counter()
-    inputs = {input_name(data): data for data in images.values()}
     result = _render(job, _TargetFiles(targets, inputs), settings)
     seconds = time.perf_counter() - start
     for warning in result.warnings:
         err.print(warning, markup=False)
-    for image in result.images:
+    for file in result.images:
         out.print(
-            f"{targets[image.key]}  {image.width}x{image.height}  seed {image.seed}  "
+            f"{targets[file.key]}  {file.width}x{file.height}  seed {file.seed}  "
             f"{seconds:.1f} s  {result.model_name}"
         )
+
+
+def _init_options(inputs: InputImages, options: dict[str, Any]) -> dict[str, Any]:
+    """Return the size of the image to change, as far as no size is requested.
+
+    Raises:
+        InvalidRequest: It is opaque, and the mode generates transparency.
+    """
+    init = inputs.by_role.get("init")
+    if init is None:
+        return {}
+    check_opaque_init(options["mode"] or DEFAULT_MODE, is_opaque=init.is_opaque)
+    sides = zip(("width", "height"), size_from_image(init.width, init.height), strict=True)
+    return {name: side for name, side in sides if options[name] is None}
 
 
 def _spec(prompt: str, output: Path | None, options: dict[str, Any], settings: Settings) -> JobSpec:
@@ -173,11 +192,11 @@ def _render(job: Job, files: _TargetFiles, settings: Settings) -> JobResult:
 
 
 class _TargetFiles:
-    """Paths that images are written to, and the content of input images."""
+    """Paths that images are written to, and the input images."""
 
-    def __init__(self, targets: Mapping[str, Path], inputs: Mapping[str, bytes]):
+    def __init__(self, targets: Mapping[str, Path], inputs: InputImages):
         self._targets = targets
-        self._inputs = inputs
+        self.open = inputs.open
 
     def put(self, key: str, data: bytes, *, replace: bool = False) -> None:  # noqa: ARG002
         """Write an image to its target, also over a file that exists."""
@@ -185,30 +204,6 @@ class _TargetFiles:
             self._targets[key].write_bytes(data)
         except OSError as error:
             raise _cannot_write(self._targets[key], error) from None
-
-    async def open(self, key: str) -> StoredFile:
-        """Open an input image."""
-        data = self._inputs[key]
-
-        async def chunks() -> AsyncIterator[bytes]:
-            yield data
-
-        return StoredFile(len(data), time.time(), chunks())
-
-
-def _read_image(role: InputRole, path: Path) -> bytes:
-    """Return an image file as PNG. Raises `InvalidRequest`, or `StorageFailed`."""
-    try:
-        return codecs.encode_input(path.read_bytes()).data
-    except InvalidRequest as error:
-        error.field = f"{role}_image"
-        raise
-    except OSError as error:
-        raise StorageFailed(
-            f"cannot read {path}: {error.strerror}.",
-            hint="Name an image file.",
-            field=f"{role}_image",
-        ) from None
 
 
 def _cannot_write(target: Path, error: OSError) -> StorageFailed:
