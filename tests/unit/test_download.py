@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -24,10 +25,13 @@ import pytest
 import torch
 from filelock import FileLock
 from safetensors.torch import save_file
+from tests.support import header_files
+from tests.support.layer_shapes import layer_shapes
 
 from alphalayer import catalog
 from alphalayer.catalog import download
 from alphalayer.core.errors import InvalidRequest
+from alphalayer.core.modes import MODES
 
 REPOSITORY, FILENAME = "someone/some-model", "weights.safetensors"
 CONTENT = bytes(range(256)) * 4096
@@ -319,6 +323,11 @@ def test_plan_pull_orders_names_and_refuses_unknown_ones():
         "layerdiffuse",
         "layerdiffuse",
     ]
+    files = download.plan_pull(["layerdiffuse-sd15", "layerdiffuse-sd15-decoder"])
+    assert [file.filename for file in files] == [
+        "layer_sd15_transparent_attn.safetensors",
+        "layer_sd15_vae_transparent_decoder.safetensors",
+    ]
     with pytest.raises(InvalidRequest, match=r'"sd3".*sdxl-base, layerdiffuse, layerdiffuse-conv'):
         download.plan_pull(["sd3"])
 
@@ -330,6 +339,13 @@ def test_plan_pull_juggernaut_is_refused_for_its_licence(name: str):
     assert not any(
         "juggernaut" in (entry.name + entry.repository).lower() for entry in download.PUBLISHED
     )
+
+
+def test_published_files_hold_each_file_of_a_mode():
+    files = {file.filename: file.name for file in download.PUBLISHED}
+    for mode in MODES.values():
+        if mode.files:
+            assert mode.download == files[mode.files[0]]
 
 
 def test_published_files_have_a_licence_and_a_full_hash():
@@ -394,18 +410,63 @@ def test_verify_reports_layer_files_of_another_kind(tmp_path: Path):
     assert (
         "is not a LayerDiffuse patch, but a LoRA" in findings["layer_xl_transparent_attn"].finding
     )
-    assert (
-        "is not a LayerDiffuse patch, but a LayerDiffuse tr"
-        in findings["layer_xl_transparent_conv"].finding
-    )
-    assert (
-        "is not a LayerDiffuse transparent decoder, but a"
-        in findings["vae_transparent_decoder"].finding
-    )
-    assert {name for name in files if findings[name].is_ok} == {
-        "layer_xl_fg2ble",
-        "ld_diffusers_sdxl_attn",
-    }
+    assert "is a LayerDiffuse transparent decoder" in findings["layer_xl_transparent_conv"].finding
+    for name in ("vae_transparent_decoder", "layer_xl_fg2ble"):
+        assert (
+            "is a LayerDiffuse patch with the tensors of layer_xl_transparent_attn.safetensors. "
+            "Rename it."
+        ) in findings[name].finding
+    assert {name for name in files if findings[name].is_ok} == {"ld_diffusers_sdxl_attn"}
+
+
+LAYERS = layer_shapes()
+
+
+@pytest.mark.parametrize("name", [name for name in LAYERS if "decoder" not in name])
+def test_published_size_is_that_of_the_tensors(name: str):
+    """A safetensors file with these tensors in float16 has the published size."""
+    sizes = {file.filename: file.size for file in download.PUBLISHED}
+    entries, end = {}, 0
+    for tensor, shape in sorted(LAYERS[name].items()):
+        after = end + 2 * math.prod(shape)
+        entries[tensor] = {"dtype": "F16", "shape": shape, "data_offsets": [end, after]}
+        end = after
+    header = len(json.dumps(entries, separators=(",", ":")))
+    assert sizes[f"{name}.safetensors"] == 8 + header + -header % 8 + end
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_verify_layer_file_names_what_a_file_is(tmp_path: Path, name: str):
+    """A published file is accepted under its name, and recognized under another one."""
+    path = header_files.write(tmp_path / f"{name}.safetensors", LAYERS[name])
+    assert download.verify_layer_file(path).is_ok
+    alike = [other for other in LAYERS if LAYERS[other] == LAYERS[name]]
+    expected = " or ".join(f"{other}.safetensors" for other in alike)
+    another = next(other for other in LAYERS if other not in alike)
+    for other in (*alike, another, "backup"):
+        path = path.rename(tmp_path / f"{other}.safetensors")
+        found = download.verify_layer_file(path)
+        assert found.is_ok == (other in alike)
+        assert found.is_ok or f"with the tensors of {expected}. Rename it." in found.finding
+
+
+def test_verify_layer_file_knows_converted_files(tmp_path: Path):
+    names = ("conv_in.weight", "down_blocks.0.resnets.0.conv1.weight")
+    for converted, channels in (("fgble2bg", 12), ("fg2ble", 8), ("bg2ble", 8)):
+        shapes = {names[0]: (320, channels, 3, 3), names[1]: (320, 320, 3, 3)}
+        path = tmp_path / f"diffuser_layer_xl_{converted}.safetensors"
+        assert download.verify_layer_file(header_files.write(path, shapes)).is_ok
+    query = "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k.weight"
+    path = tmp_path / "ld_diffusers_sdxl_attn.safetensors"
+    assert download.verify_layer_file(header_files.write(path, {query: (640, 2048)})).is_ok
+    path = tmp_path / "ld_diffusers_sdxl_vae_transparent_encoder.safetensors"
+    encoder = header_files.write(path, LAYERS["vae_transparent_encoder"])
+    assert "has another factor" in download.verify_layer_file(encoder).finding
+    # a whole UNet is no patch
+    whole = {names[0]: (320, 4, 3, 3), "time_embedding.linear_1.weight": (1280, 320)}
+    path = tmp_path / "layer_xl_transparent_conv.safetensors"
+    found = download.verify_layer_file(header_files.write(path, whole))
+    assert found.finding == "is not a LayerDiffuse patch, but of an unknown kind."
 
 
 @pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
