@@ -30,8 +30,9 @@ from tests.support.layer_shapes import layer_shapes
 
 from alphalayer import catalog
 from alphalayer.catalog import download
-from alphalayer.core.errors import InvalidRequest
-from alphalayer.core.modes import MODES
+from alphalayer.core.errors import InvalidRequest, LayerDiffuseMissing
+from alphalayer.core.modes import DECODER_FILES, MODES, Mode
+from alphalayer.engine.families.base import LayerDiffuseFiles
 
 REPOSITORY, FILENAME = "someone/some-model", "weights.safetensors"
 CONTENT = bytes(range(256)) * 4096
@@ -354,6 +355,20 @@ def test_published_files_have_a_licence_and_a_full_hash():
         assert entry.sha256 is None or re.fullmatch("[0-9a-f]{64}", entry.sha256)
 
 
+@pytest.mark.parametrize("mode", [mode for mode in MODES.values() if mode.files])
+def test_missing_file_of_a_mode_is_named_with_its_pull_line(tmp_path: Path, mode: Mode):
+    entry = catalog.ModelEntry("cup", tmp_path / "cup.safetensors", "single_file", mode.family)
+    files = LayerDiffuseFiles(entry, {}, tmp_path)
+    with pytest.raises(LayerDiffuseMissing, match=mode.files[0]) as caught:
+        files.patch(mode.name)
+    assert caught.value.hint == f"Run: alphalayer models pull {mode.download}"
+    assert download.plan_pull([mode.download])[0].filename == mode.files[0]
+    with pytest.raises(LayerDiffuseMissing, match=DECODER_FILES[mode.family][0]) as caught:
+        files.decoder()
+    pulled = download.plan_pull([caught.value.hint.rpartition(" ")[2]])
+    assert DECODER_FILES[mode.family][0] in [file.filename for file in pulled]
+
+
 # --- verify
 
 
@@ -435,37 +450,44 @@ def test_published_size_is_that_of_the_tensors(name: str):
     assert sizes[f"{name}.safetensors"] == 8 + header + -header % 8 + end
 
 
+def _verify_layer_file(path: Path) -> download.Verified:
+    results = {result.path: result for result in download.verify_layer_files(path.parents[1])}
+    return results[path]
+
+
 @pytest.mark.parametrize("name", LAYERS)
 def test_verify_layer_file_names_what_a_file_is(tmp_path: Path, name: str):
     """A published file is accepted under its name, and recognized under another one."""
-    path = header_files.write(tmp_path / f"{name}.safetensors", LAYERS[name])
-    assert download.verify_layer_file(path).is_ok
+    folder = tmp_path / "layer_model"
+    path = header_files.write(folder / f"{name}.safetensors", LAYERS[name])
+    assert _verify_layer_file(path).is_ok
     alike = [other for other in LAYERS if LAYERS[other] == LAYERS[name]]
     expected = " or ".join(f"{other}.safetensors" for other in alike)
     another = next(other for other in LAYERS if other not in alike)
     for other in (*alike, another, "backup"):
-        path = path.rename(tmp_path / f"{other}.safetensors")
-        found = download.verify_layer_file(path)
+        path = path.rename(folder / f"{other}.safetensors")
+        found = _verify_layer_file(path)
         assert found.is_ok == (other in alike)
         assert found.is_ok or f"with the tensors of {expected}. Rename it." in found.finding
 
 
 def test_verify_layer_file_knows_converted_files(tmp_path: Path):
+    folder = tmp_path / "layer_model"
     names = ("conv_in.weight", "down_blocks.0.resnets.0.conv1.weight")
     for converted, channels in (("fgble2bg", 12), ("fg2ble", 8), ("bg2ble", 8)):
         shapes = {names[0]: (320, channels, 3, 3), names[1]: (320, 320, 3, 3)}
-        path = tmp_path / f"diffuser_layer_xl_{converted}.safetensors"
-        assert download.verify_layer_file(header_files.write(path, shapes)).is_ok
+        path = folder / f"diffuser_layer_xl_{converted}.safetensors"
+        assert _verify_layer_file(header_files.write(path, shapes)).is_ok
     query = "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k.weight"
-    path = tmp_path / "ld_diffusers_sdxl_attn.safetensors"
-    assert download.verify_layer_file(header_files.write(path, {query: (640, 2048)})).is_ok
-    path = tmp_path / "ld_diffusers_sdxl_vae_transparent_encoder.safetensors"
+    path = folder / "ld_diffusers_sdxl_attn.safetensors"
+    assert _verify_layer_file(header_files.write(path, {query: (640, 2048)})).is_ok
+    path = folder / "ld_diffusers_sdxl_vae_transparent_encoder.safetensors"
     encoder = header_files.write(path, LAYERS["vae_transparent_encoder"])
-    assert "has another factor" in download.verify_layer_file(encoder).finding
+    assert "has another factor" in _verify_layer_file(encoder).finding
     # a whole UNet is no patch
     whole = {names[0]: (320, 4, 3, 3), "time_embedding.linear_1.weight": (1280, 320)}
-    path = tmp_path / "layer_xl_transparent_conv.safetensors"
-    found = download.verify_layer_file(header_files.write(path, whole))
+    path = folder / "layer_xl_transparent_conv.safetensors"
+    found = _verify_layer_file(header_files.write(path, whole))
     assert found.finding == "is not a LayerDiffuse patch, but of an unknown kind."
 
 

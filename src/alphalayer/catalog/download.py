@@ -319,11 +319,11 @@ def verify(models_dir: Path, embeddings_dir: Path) -> list[Verified]:
     cache = open_hash_cache(models_dir)
     published = {file.filename: file for file in PUBLISHED}
     results: list[Verified] = []
-    for file in list_files(models_dir / "layer_model", _is_weight_file):
-        result = _verify_layer_file(file)
-        if result.is_ok:
-            result = _verify_published(file.path, published.get(file.path.name), cache)
-        results.append(result)
+    for result in verify_layer_files(models_dir):
+        path = result.path
+        results.append(
+            _verify_published(path, published.get(path.name), cache) if result.is_ok else result
+        )
     results += [_verify_checkpoint(entry, models_dir) for entry in catalog.find_models(models_dir)]
     # LoRAs have many forms, so tensor names of no known kind are accepted
     for folder, families in (
@@ -341,9 +341,11 @@ def _verify_published(path: Path, published: Published | None, cache: HashCache)
         return Verified(path, f"cannot be read: {error.strerror}.", False)
 
 
-def verify_layer_file(path: Path) -> Verified:
-    """Check that a file of `layer_model` is of the kind that its name promises."""
-    return _verify_layer_file(ListedFile(path, path.name))
+def verify_layer_files(models_dir: Path) -> list[Verified]:
+    """Check that each file of `layer_model` is of the kind that its name promises."""
+    return [
+        _verify_layer_file(file) for file in list_files(models_dir / "layer_model", _is_weight_file)
+    ]
 
 
 def _verify_layer_file(file: ListedFile) -> Verified:
