@@ -11,7 +11,7 @@ SIDE_STEP = 8
 
 
 def size_from_image(width: int, height: int) -> tuple[int, int]:
-    """Return the size to generate for an image to change: nearly its own, within the limits."""
+    """Return the size to generate for an image: nearly its own, within the limits."""
     factor = min(max(1, MIN_SIDE / min(width, height)), MAX_SIDE / max(width, height))
     sides = (round(side * factor / SIDE_STEP) * SIDE_STEP for side in (width, height))
     width, height = (min(max(side, MIN_SIDE), MAX_SIDE) for side in sides)
