@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import errno
 import secrets
-import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,35 +10,36 @@ from typing import Annotated, Any
 
 import typer
 
-from alphalayer import catalog
-from alphalayer.cli.checks import check_models_dir
-from alphalayer.cli.console import err, out, program_name, progress, render_hint
+from alphalayer.cli.console import out
 from alphalayer.cli.inputs import InputImages, read_images
 from alphalayer.cli.options import add_options, name_flags, select_fields
-from alphalayer.config import Settings, load_settings
-from alphalayer.core.errors import CommandHint, StorageFailed
+from alphalayer.cli.rendering import (
+    SETTINGS,
+    check_writable,
+    choose_model,
+    load_checked_settings,
+    numbered,
+    refuse_more_words,
+    render,
+    write_file,
+)
+from alphalayer.config import Settings
 from alphalayer.core.inputs import check_opaque_init, size_from_image
-from alphalayer.core.job import Job, JobResult, JobSpec, Output
+from alphalayer.core.job import Job, JobSpec, Output
 from alphalayer.core.modes import DEFAULT_MODE, OPAQUE
-from alphalayer.core.optional_dependencies import require
 from alphalayer.core.request import GenerationOptions, GenerationRequest, parse_request
 from alphalayer.core.samplers import split_sampler_name
 from alphalayer.core.values import parse_as
 from alphalayer.images import codecs
-from alphalayer.worker.render import ENGINE, Renderer, load_engine
 
 app = typer.Typer()
-
-SETTINGS = ("models_dir", "device", "dtype", "memory", "noise", "decode")
-"""Settings with an option."""
-
 
 InputPath = Annotated[Path | None, typer.Option(help="Input image, for a mode that needs it.")]
 
 
 @app.command(context_settings={"allow_extra_args": True})
 @name_flags
-@add_options(JobSpec, skip=("generation", "output", "previews", "seeds"))
+@add_options(JobSpec, only=("iterations",))
 @add_options(Output)
 @add_options(GenerationRequest, skip=("inputs", "options", "warnings"))
 @add_options(GenerationOptions)
@@ -65,14 +64,8 @@ def generate(
     **options: Any,
 ) -> None:
     """Generate PROMPT and write an image with a real alpha channel."""
-    if context.args:
-        words = " ".join([prompt, *context.args])
-        raise typer.BadParameter(
-            f'put it in quotes: {program_name()} generate "{words}"', param_hint="PROMPT"
-        )
-    require("torch", "engine")
-    settings = load_settings(**select_fields(Settings, options))
-    check_models_dir(settings)
+    refuse_more_words(context, prompt)
+    settings = load_checked_settings(options)
     if not transparent:
         options["mode"] = OPAQUE
     inputs = read_images(
@@ -87,14 +80,11 @@ def generate(
     options |= {"inputs": inputs.fields, **_init_options(inputs, options)}
     job = Job.new(_spec(prompt, output, options, settings))
     targets = _choose_targets(job, output, settings.outputs_dir)
-    _check_writable(next(iter(targets.values())))
-    model = job.spec.generation.model or settings.default_model
-    _report_embedded_model(model, settings.models_dir)
+    check_writable(next(iter(targets.values())))
+    choose_model(job.spec.generation.model, settings)
     start = time.perf_counter()
-    result = _render(job, _TargetFiles(targets, inputs), settings)
+    result = render(job, _TargetFiles(targets, inputs), settings)
     seconds = time.perf_counter() - start
-    for warning in result.warnings:
-        err.print(warning, markup=False)
     for file in result.images:
         out.print(
             f"{targets[file.key]}  {file.width}x{file.height}  seed {file.seed}  "
@@ -153,42 +143,12 @@ def _choose_targets(job: Job, output: Path | None, folder: Path) -> dict[str, Pa
     """
     keys = [job.file_name(index) for index in range(len(job.spec.seeds))]
     if output and output.suffix:
-        later = (output.with_stem(f"{output.stem}-{number}") for number in range(2, len(keys) + 1))
-        return dict(zip(keys, (output, *later), strict=True))
+        return {key: numbered(output, number) for number, key in enumerate(keys, 1)}
     return {
         key: (output or folder)
         / f"alpha_{int(job.created_at)}_{secrets.token_hex(4)}.{job.spec.output.format}"
         for key in keys
     }
-
-
-def _check_writable(target: Path) -> None:
-    """Create the folder of a file. Raises `StorageFailed` if it cannot be written to."""
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=target.parent):
-            pass
-    except OSError as error:
-        raise _cannot_write(target, error) from None
-
-
-def _report_embedded_model(name: str | None, models_dir: Path) -> None:
-    """Print a line if the embedded model is used because there is no other.
-
-    Raises:
-        ModelNotFound, ModelUnusable: See `alphalayer.catalog.resolve_model`.
-    """
-    entry = catalog.resolve_model(name, catalog.find_models(models_dir), models_dir)
-    if not name and entry.path == catalog.EMBEDDED_MODEL:
-        folder = models_dir / catalog.CHECKPOINTS
-        text = f"Generating with {entry.name}, the small embedded model. {folder} holds no other."
-        err.print(render_hint(CommandHint(f"{text} For SDXL run:", catalog.PULL)))
-
-
-def _render(job: Job, files: _TargetFiles, settings: Settings) -> JobResult:
-    with progress() as report:
-        engine = load_engine(ENGINE, settings.engine_options())
-        return Renderer(engine, files, lambda _job, step: report(step)).run(job)
 
 
 class _TargetFiles:
@@ -200,14 +160,4 @@ class _TargetFiles:
 
     def put(self, key: str, data: bytes, *, replace: bool = False) -> None:  # noqa: ARG002
         """Write an image to its target, also over a file that exists."""
-        try:
-            self._targets[key].write_bytes(data)
-        except OSError as error:
-            raise _cannot_write(self._targets[key], error) from None
-
-
-def _cannot_write(target: Path, error: OSError) -> StorageFailed:
-    remedy = "Free some space, or name" if error.errno == errno.ENOSPC else "Name"
-    return StorageFailed(
-        f"cannot write {target}: {error.strerror}.", hint=f"{remedy} another place with --output."
-    )
+        write_file(self._targets[key], data)
