@@ -152,12 +152,12 @@ def test_modes_are_ready_with_their_files(tmp_path: Path, no_embedded_model: Non
     _write_models(tmp_path)
     layers = tmp_path / "models" / "layer_model"
     (layers / "diffuser_layer_xl_fg2ble.safetensors").touch()
-    ready, missing = doctor._modes(_settings(tmp_path, 1))
+    ready, missing, *_ = doctor._modes(_settings(tmp_path, 1))
     assert ready.text == "modes that are ready: attention, fg2ble"
     assert "fgble2bg (layer_xl_fgble2bg.safetensors)" in missing.text
     assert "models pull layerdiffuse-conv layerdiffuse-fgble2bg" in missing.hint
     (layers / "vae_transparent_decoder.safetensors").unlink()
-    ready, missing = doctor._modes(_settings(tmp_path, 1))
+    ready, missing, *_ = doctor._modes(_settings(tmp_path, 1))
     # its result is opaque
     assert ready.text == "modes that are ready: fg2ble"
     assert "attention (vae_transparent_decoder.safetensors)" in missing.text
@@ -166,8 +166,9 @@ def test_modes_are_ready_with_their_files(tmp_path: Path, no_embedded_model: Non
 
 def test_modes_of_a_model_with_its_own_patch(tmp_path: Path):
     """The embedded model has one mode, and no others whose files could be missing."""
-    (ready,) = doctor._modes(_settings(tmp_path, 1))
+    ready, others = doctor._modes(_settings(tmp_path, 1))
     assert ready.text == "modes that are ready: attention"
+    assert others.text.startswith("modes without a model that has them: conv, fg2ble, ")
 
 
 def test_database_of_a_shared_queue_is_checked(

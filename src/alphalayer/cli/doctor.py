@@ -205,6 +205,7 @@ def _modes(settings: Settings) -> Iterator[Finding]:
     """Report which modes of LayerDiffuse a model can run."""
     entries = [entry for entry in catalog.find_models(settings.models_dir) if not entry.problem]
     ready: list[str] = []
+    without_model: list[str] = []
     missing: dict[str, list[catalog.MissingFile]] = {}
     for mode in MODES.values():
         if not mode.files:
@@ -218,6 +219,8 @@ def _modes(settings: Settings) -> Iterator[Finding]:
             ready.append(mode.name)
         elif lacks:
             missing[mode.name] = lacks[0]
+        else:
+            without_model.append(mode.name)
     if ready:
         yield Finding("ok", f"modes that are ready: {', '.join(ready)}")
     if missing:
@@ -230,6 +233,8 @@ def _modes(settings: Settings) -> Iterator[Finding]:
             f"modes whose files are missing: {', '.join(shown)}",
             CommandHint("To use them run:", f"models pull {' '.join(names)}"),
         )
+    if without_model:
+        yield Finding("ok", f"modes without a model that has them: {', '.join(without_model)}")
 
 
 def _missing_files(
