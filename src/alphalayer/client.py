@@ -5,8 +5,10 @@
     with Client("http://localhost:7861") as client:
         (image,) = client.generate("an apple, high quality", seed=7)
         Path("apple.png").write_bytes(image)
+        (ripe,) = client.img2img("a ripe apple", image, strength=0.5)
 
-The fields of a request are those of `POST /alpha/v1/jobs`.
+The fields of a request are those of `POST /alpha/v1/jobs`, `/jobs/img2img` and `/jobs/layers`.
+Images are files as bytes, or names of stored images.
 Errors of the service are raised as the classes of `alphalayer.core.errors`.
 """
 
@@ -18,7 +20,7 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import httpx
 
@@ -28,6 +30,8 @@ BASE_URL = "http://localhost:7861"
 TIMEOUT_S = 60.0
 """Timeout of a request. Events of a waiting job come more often."""
 JOBS = "/alpha/v1/jobs"
+JobKind = Literal["txt2img", "img2img", "layers"]
+"""What a job generates, and the end of its path."""
 RETRY_TIMEOUT_S = 120.0
 """Default time without a response. It covers a restart: `drain_s` (60) of shutdown and a start."""
 PAUSES_S = (0.2, 1.0, 3.0, 5.0, 10.0)
@@ -58,6 +62,8 @@ class ImageInfo:
     seed: int
     width: int
     height: int
+    role: str = "image"
+    """What a layer is: background, foreground, blended or composite. "image" is one alone."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +86,8 @@ class JobStatus:
     warnings: tuple[str, ...]
     """What of the request was ignored."""
     error: AlphalayerError | None
+    documents: tuple[dict[str, str], ...] = ()
+    """URLs of files with all layers of each set, by format: psd, ora, tiff and zip."""
 
     @property
     def is_finished(self) -> bool:
@@ -91,7 +99,9 @@ class JobStatus:
         """Read the status from the JSON of the service."""
         names = ("id", "state", "position", "stage", "step", "steps", "created_at")
         images = [
-            ImageInfo(**{name: image[name] for name in ImageInfo.__dataclass_fields__})
+            ImageInfo(
+                **{name: image[name] for name in ImageInfo.__dataclass_fields__ if name in image}
+            )
             for image in body["images"]
         ]
         return cls(
@@ -101,6 +111,7 @@ class JobStatus:
             images=tuple(images),
             warnings=tuple(body.get("warnings", ())),
             error=_read_error(body["error"]) if body.get("error") else None,
+            documents=tuple(body.get("documents", ())),
         )
 
     def check(self) -> JobStatus:
@@ -112,6 +123,12 @@ class JobStatus:
         if self.state == "done":
             return self
         raise self.error or Cancelled(f"job {self.id} was cancelled.")
+
+
+OnChange = Callable[[JobStatus], None]
+"""Function that is called at every change of a job."""
+ImageFile = bytes | str
+"""An image of a request: a PNG, WebP, AVIF or JPEG file, or the name of a stored image."""
 
 
 class _Retry:
@@ -173,11 +190,23 @@ class _Protocol:
         return {"method": method, "url": f"{self.base_url}{path}", "headers": headers, **options}
 
     def submit(
-        self, prompt: str, idempotency_key: str | None, fields: dict[str, Any]
+        self, kind: JobKind, idempotency_key: str | None, fields: dict[str, Any]
     ) -> dict[str, Any]:
-        """Return the request for a new job. The idempotency key makes retries safe."""
+        """Return the request for a new job. The idempotency key makes retries safe.
+
+        It is a form if a field is a file.
+        """
         headers = {"Idempotency-Key": idempotency_key or secrets.token_hex(12)}
-        return self.request("POST", JOBS, json={"prompt": prompt, **fields}, headers=headers)
+        path = JOBS if kind == "txt2img" else f"{JOBS}/{kind}"
+        files = {name: value for name, value in fields.items() if isinstance(value, bytes)}
+        if not files:
+            return self.request("POST", path, json=fields, headers=headers)
+        data = {
+            name: value if isinstance(value, str) else json.dumps(value)
+            for name, value in fields.items()
+            if name not in files and value is not None
+        }
+        return self.request("POST", path, data=data, files=files, headers=headers)
 
     def list(self, query: dict[str, Any]) -> dict[str, Any]:
         """Return the request for a list of jobs, without parameters that are None."""
@@ -265,7 +294,7 @@ class Client:
         return self._protocol.base_url
 
     def generate(
-        self, prompt: str, *, on_change: Callable[[JobStatus], None] = lambda _: None, **fields: Any
+        self, prompt: str, *, on_change: OnChange = lambda _: None, **fields: Any
     ) -> list[bytes]:
         """Generate images and return their files.
 
@@ -277,23 +306,76 @@ class Client:
         Raises:
             AlphalayerError: The request is refused, or the job failed or was cancelled.
         """
-        status = self.submit(prompt, **fields)
-        for change in self.events(status.id):
-            on_change(status := change)
-        return [self.download(image) for image in status.check().images]
+        status = self._finish("txt2img", on_change, {"prompt": prompt, **fields})
+        return [self.download(image) for image in status.images]
+
+    def img2img(
+        self,
+        prompt: str,
+        image: ImageFile,
+        mask: ImageFile | None = None,
+        *,
+        on_change: OnChange = lambda _: None,
+        **fields: Any,
+    ) -> list[bytes]:
+        """Change an image and return the files of the results.
+
+        Args:
+            prompt: Description of the result.
+            image: Image to change.
+            mask: Mask that is white where the image is changed. Default: everywhere.
+            on_change: Called at every change of the job.
+            **fields: Further fields of the request, such as `strength`.
+
+        Raises:
+            AlphalayerError: The request is refused, or the job failed or was cancelled.
+        """
+        sent = {"prompt": prompt, "image": image, "mask": mask, **fields}
+        status = self._finish("img2img", on_change, sent)
+        return [self.download(image) for image in status.images]
+
+    def layers(
+        self, prompt: str, *, on_change: OnChange = lambda _: None, **fields: Any
+    ) -> dict[str, bytes]:
+        """Generate layers and return the files of the first set by role, bottom to top.
+
+        Args:
+            prompt: Description of the whole image.
+            on_change: Called at every change of the job.
+            **fields: Further fields of the request, such as `want`, `foreground` and `background`.
+
+        Raises:
+            AlphalayerError: The request is refused, or the job failed or was cancelled.
+        """
+        status = self._finish("layers", on_change, {"prompt": prompt, **fields})
+        files: dict[str, bytes] = {}
+        for layer in status.images:
+            if layer.role in files:
+                break
+            files[layer.role] = self.download(layer)
+        return files
 
     def submit(
-        self, prompt: str, *, idempotency_key: str | None = None, **fields: Any
+        self,
+        prompt: str,
+        *,
+        kind: JobKind = "txt2img",
+        idempotency_key: str | None = None,
+        **fields: Any,
     ) -> JobStatus:
         """Submit a job. The same idempotency key returns the same job again.
+
+        Args:
+            prompt: Description of the image.
+            kind: What to generate.
+            idempotency_key: Key of the request. Default: a random one.
+            **fields: Further fields of the request.
 
         Raises:
             AlphalayerError: The request is refused, for instance `QueueFull`, `InvalidRequest`.
         """
-        return _read(
-            self._send(self._protocol.submit(prompt, idempotency_key, fields), is_new=True),
-            JobStatus.read,
-        )
+        request = self._protocol.submit(kind, idempotency_key, {"prompt": prompt, **fields})
+        return _read(self._send(request, is_new=True), JobStatus.read)
 
     def get(self, job_id: str) -> JobStatus:
         """Return the status of a job.
@@ -354,6 +436,13 @@ class Client:
         """Return the file of an image, or of its URL."""
         return self._send(self._protocol.file(image)).content
 
+    def _finish(self, kind: JobKind, on_change: OnChange, fields: dict[str, Any]) -> JobStatus:
+        """Submit a job and wait until it is done. Raises its error."""
+        status = self.submit(**fields, kind=kind)
+        for change in self.events(status.id):
+            on_change(status := change)
+        return status.check()
+
     def _send(self, request: dict[str, Any], *, is_new: bool = False) -> httpx.Response:
         retry = self._protocol.retry(request, is_new=is_new)
         while True:
@@ -390,22 +479,49 @@ class AsyncClient:
         return self._protocol.base_url
 
     async def generate(
-        self, prompt: str, *, on_change: Callable[[JobStatus], None] = lambda _: None, **fields: Any
+        self, prompt: str, *, on_change: OnChange = lambda _: None, **fields: Any
     ) -> list[bytes]:
         """Generate images and return their files. See `Client.generate`."""
-        status = await self.submit(prompt, **fields)
-        async for change in self.events(status.id):
-            on_change(status := change)
-        return [await self.download(image) for image in status.check().images]
+        status = await self._finish("txt2img", on_change, {"prompt": prompt, **fields})
+        return [await self.download(image) for image in status.images]
+
+    async def img2img(
+        self,
+        prompt: str,
+        image: ImageFile,
+        mask: ImageFile | None = None,
+        *,
+        on_change: OnChange = lambda _: None,
+        **fields: Any,
+    ) -> list[bytes]:
+        """Change an image and return the files of the results. See `Client.img2img`."""
+        sent = {"prompt": prompt, "image": image, "mask": mask, **fields}
+        status = await self._finish("img2img", on_change, sent)
+        return [await self.download(image) for image in status.images]
+
+    async def layers(
+        self, prompt: str, *, on_change: OnChange = lambda _: None, **fields: Any
+    ) -> dict[str, bytes]:
+        """Generate layers and return their files by role. See `Client.layers`."""
+        status = await self._finish("layers", on_change, {"prompt": prompt, **fields})
+        files: dict[str, bytes] = {}
+        for layer in status.images:
+            if layer.role in files:
+                break
+            files[layer.role] = await self.download(layer)
+        return files
 
     async def submit(
-        self, prompt: str, *, idempotency_key: str | None = None, **fields: Any
+        self,
+        prompt: str,
+        *,
+        kind: JobKind = "txt2img",
+        idempotency_key: str | None = None,
+        **fields: Any,
     ) -> JobStatus:
         """Submit a job. See `Client.submit`."""
-        return _read(
-            await self._send(self._protocol.submit(prompt, idempotency_key, fields), is_new=True),
-            JobStatus.read,
-        )
+        request = self._protocol.submit(kind, idempotency_key, {"prompt": prompt, **fields})
+        return _read(await self._send(request, is_new=True), JobStatus.read)
 
     async def get(self, job_id: str) -> JobStatus:
         """Return the status of a job. See `Client.get`."""
@@ -447,6 +563,15 @@ class AsyncClient:
     async def download(self, image: ImageInfo | str) -> bytes:
         """Return the file of an image, or of its URL."""
         return (await self._send(self._protocol.file(image))).content
+
+    async def _finish(
+        self, kind: JobKind, on_change: OnChange, fields: dict[str, Any]
+    ) -> JobStatus:
+        """Submit a job and wait until it is done. Raises its error."""
+        status = await self.submit(**fields, kind=kind)
+        async for change in self.events(status.id):
+            on_change(status := change)
+        return status.check()
 
     async def _send(self, request: dict[str, Any], *, is_new: bool = False) -> httpx.Response:
         retry = self._protocol.retry(request, is_new=is_new)

@@ -343,7 +343,7 @@ class Settings(BaseSettings):
             ge=1024,
             description="Largest request body in bytes. Bodies without images: at most 1,000,000.",
         ),
-    ] = 16_000_000
+    ] = 64_000_000
     image_memory_bytes: Annotated[
         int | None,
         Field(

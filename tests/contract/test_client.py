@@ -12,7 +12,7 @@ from pathlib import Path
 import httpx
 import pytest
 from tests.support import fake_service
-from tests.support.serving import answers, free_port, serve_handler, served, wait_until
+from tests.support.serving import answers, free_port, put_model, serve_handler, served, wait_until
 
 from alphalayer.auth.api_keys import add_key
 from alphalayer.client import AsyncClient, Client, JobStatus, ServiceUnreachable
@@ -60,6 +60,33 @@ async def test_async_client_generates_cancels_and_lists_jobs(address: str):
         assert last.state == "cancelled"
         with pytest.raises(JobMissing):
             [status async for status in client.events("0" * 24)]
+
+
+def test_client_changes_an_image_as_a_file_or_by_its_name(address: str):
+    with Client(address) as client:
+        changes: list[JobStatus] = []
+        (image,) = client.generate("an apple", on_change=changes.append, **SMALL)
+        (changed,) = client.img2img("a ripe apple", image, exact_steps=True, **SMALL)
+        name = changes[-1].images[0].filename
+        assert client.img2img("a ripe apple", name, exact_steps=True, **SMALL) == [changed]
+        with pytest.raises(InvalidRequest, match="mask: not an image"):
+            client.img2img("a ripe apple", image, b"no image")
+
+
+async def test_async_client_changes_an_image_and_generates_layers(tmp_path: Path):
+    with served(put_model(tmp_path)) as service:
+        async with AsyncClient(str(service.base_url)) as client:
+            changes: list[JobStatus] = []
+            layers = await client.layers("an apple", on_change=changes.append, **SMALL)
+            assert list(layers) == ["background", "foreground", "blended", "composite"]
+            assert [image.role for image in changes[-1].images] == list(layers)
+            document = await client.download(changes[-1].documents[0]["psd"])
+            assert document.startswith(b"8BPS")
+            foreground = layers["foreground"]
+            (changed,) = await client.img2img("a pear", foreground, **SMALL)
+            assert codecs.decode(changed)[0].shape == (64, 64, 4)
+    with Client("http://127.0.0.1:9") as client, pytest.raises(ServiceUnreachable):
+        client.layers("an apple", foreground=foreground)
 
 
 def test_client_same_idempotency_key_returns_the_same_job(address: str):

@@ -15,7 +15,7 @@ from fastmcp import Client
 from fastmcp.client.transports import StdioTransport, StreamableHttpTransport
 from fastmcp.exceptions import ToolError
 from structlog.testing import capture_logs
-from tests.support.serving import served
+from tests.support.serving import put_model, served
 
 from alphalayer.auth.api_keys import add_key
 from alphalayer.config import Settings
@@ -50,8 +50,9 @@ async def test_tool_returns_the_image_and_reports_progress(transport: object):
         reported.append((done, total))
 
     async with Client(transport) as client:
-        (tool,) = await client.list_tools()
+        tool, *others = await client.list_tools()
         assert tool.name == TOOL
+        assert [other.name for other in others] == ["change_picture", "draw_layers"]
         assert "prompt" in tool.input_schema["required"]
         answer = await client.call_tool(
             TOOL, {**SMALL, "seed": 7, "steps": 20}, progress_handler=progress
@@ -66,6 +67,25 @@ async def test_tool_returns_the_image_and_reports_progress(transport: object):
     assert done == sorted(done)
     assert len({*done} - {0, 20}) >= 2
     assert reported[-1][1] == 20
+
+
+async def test_tools_change_an_image_and_generate_layers(tmp_path: Path):
+    with served(put_model(tmp_path), public_url="https://art.example") as service:
+        transport = StreamableHttpTransport(f"{service.base_url}/mcp/")
+        async with Client(transport) as client:
+            small = {**SMALL, "steps": 1}
+            answer = await client.call_tool("draw_layers", small)
+            *images, words = answer.content
+            lines = words.text.splitlines()
+            assert len(images) == 4
+            assert "background, 64x64, seed" in lines[0]
+            assert lines[4].startswith("https://art.example/alpha/v1/jobs/")
+            assert lines[4].endswith("/layers.psd")
+            name = lines[1].partition(" ")[0].rpartition("/")[2]
+            answer = await client.call_tool("change_picture", {**small, "image": name})
+            assert len(answer.content) == 2
+            with pytest.raises(ToolError, match="image: not base64"):
+                await client.call_tool("change_picture", {**small, "image": "!"})
 
 
 async def test_tool_errors_name_the_argument(transport: object):

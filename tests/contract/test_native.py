@@ -18,7 +18,7 @@ from tests.support.serving import put_lora, served, wait_until
 from tests.support.tiny_models import make_diffusers_folder, make_single_file
 
 from alphalayer import catalog
-from alphalayer.api.native import Txt2ImgRequest
+from alphalayer.api.native.txt2img import Txt2ImgRequest
 from alphalayer.engine.fake import render_disc
 from alphalayer.images import codecs, postprocess
 

@@ -15,6 +15,7 @@ from alphalayer.service.app import create_app
 OPEN = {
     "/",
     "/alpha/v1/file/{filename}",
+    "/alpha/v1/jobs/{job_id}/layers.{kind}",
     "/docs",
     "/docs/assets",
     "/livez",
@@ -27,13 +28,21 @@ OPEN = {
 ADMIN = {f"/sdapi/v1/refresh-{what}" for what in ("checkpoints", "embeddings", "loras", "vae")}
 GENERATE = {
     ("POST", "/alpha/v1/txt2img"),
+    ("POST", "/alpha/v1/img2img"),
+    ("POST", "/alpha/v1/layers"),
     ("POST", "/alpha/v1/jobs"),
+    ("POST", "/alpha/v1/jobs/img2img"),
+    ("POST", "/alpha/v1/jobs/layers"),
     ("DELETE", "/alpha/v1/jobs/{job_id}"),
     ("POST", "/v1/images/generations"),
 } | {("POST", f"/sdapi/v1/{name}") for name in ("txt2img", "options", "interrupt", "skip")}
 WORK = {
     "/alpha/v1/txt2img",
+    "/alpha/v1/img2img",
+    "/alpha/v1/layers",
     "/alpha/v1/jobs",
+    "/alpha/v1/jobs/img2img",
+    "/alpha/v1/jobs/layers",
     "/alpha/v1/convert/{filename}",
     "/sdapi/v1/txt2img",
     "/sdapi/v1/png-info",

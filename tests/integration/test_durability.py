@@ -18,7 +18,7 @@ import httpx
 import pytest
 from structlog.testing import capture_logs
 from tests.support import fake_service
-from tests.support.serving import answers, free_port, served, wait_until
+from tests.support.serving import answers, free_port, put_model, served, wait_until
 
 from alphalayer.core.errors import StorageFailed
 from alphalayer.core.job import Job, JobSpec, JobState
@@ -53,6 +53,25 @@ def limit_silence(client, silence_limit_s: float) -> None:
 def kill_engine(client) -> None:
     wait_until(lambda: engine_pid(client) is not None)
     os.kill(engine_pid(client), signal.SIGKILL)
+
+
+def test_chain_of_a_killed_engine_process_is_stored_once(tmp_path):
+    with served(put_model(tmp_path), engine_options={"step_s": 0.05}) as client:
+        body = {"prompt": "an apple", "width": 64, "height": 64, "steps": 10}
+        url = client.post("/alpha/v1/jobs/layers", json=body).json()["url"]
+        # in the middle of the second stage
+        wait_until(lambda: client.get(url).json()["step"] > 12)
+        kill_engine(client)
+        wait_until(lambda: client.get(url).json()["state"] == "done", 60)
+        images = client.get(url).json()["images"]
+        assert [image["role"] for image in images] == [
+            "background",
+            "foreground",
+            "blended",
+            "composite",
+        ]
+        stored = {path.name for path in (tmp_path / "outputs").iterdir()}
+        assert stored == {image["filename"] for image in images}
 
 
 def test_job_survives_a_killed_engine_process(tmp_path):

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 from tests.support.serving import free_port, wait_until
 
@@ -102,11 +103,20 @@ def worker(
 
 def test_serverless_worker_returns_images_and_errors(tmp_path):
     small = {"width": 64, "height": 64, "steps": 3}
+    # a transparent image
+    image = codecs.encode(np.full((64, 64, 4), 99, np.uint8))
+    glass = {"image": base64.b64encode(image).decode()}
     jobs = JobApi(
         [
             {"id": "good", "input": {"prompt": "an apple", "batch_size": 2, **small}},
             {"id": "one", "input": {"prompt": "an apple", **small}},
             {"id": "wrong", "input": {"prompt": "an apple", "steps": 0}},
+            {
+                "id": "changed",
+                "input": {"prompt": "x", "task": "img2img", "image": glass(), **small},
+            },
+            {"id": "layers", "input": {"prompt": "x", "task": "layers", **small}},
+            {"id": "odd", "input": {"prompt": "x", "task": "odd"}},
             {"id": "large", "input": {"prompt": "an apple", "n_iter": 8, "batch_size": 8, **small}},
         ]
     )
@@ -122,7 +132,7 @@ def test_serverless_worker_returns_images_and_errors(tmp_path):
         start=f"import alphalayer.integrations.runpod as s; s.MAX_RESULT_BYTES = 20_000; {START}",
         **environment,
     ):
-        wait_until(lambda: len(jobs.results) == 4, 60)
+        wait_until(lambda: len(jobs.results) == 7, 60)
     jobs.server.shutdown()
     jobs.server.server_close()
     answer = jobs.results["good"]["output"]
@@ -135,7 +145,11 @@ def test_serverless_worker_returns_images_and_errors(tmp_path):
     one = jobs.results["one"]["output"]
     assert codecs.decode(base64.b64decode(one["base64"]))[0].shape == (64, 64, 4)
     assert "images" not in one
+    assert "base64" in jobs.results["changed"]["output"]
+    roles = [image["role"] for image in jobs.results["layers"]["output"]["images"]]
+    assert roles == ["background", "foreground", "blended", "composite"]
     assert list((tmp_path / "outputs").iterdir()) == []
+    assert json.loads(jobs.results["odd"]["error"])["field"] == "task"
     problem = json.loads(jobs.results["wrong"]["error"])
     assert (problem["code"], problem["field"]) == ("invalid_request", "steps")
     problem = json.loads(jobs.results["large"]["error"])

@@ -460,6 +460,35 @@ def broken_images(target: Target, outcome: Outcome, scale: float) -> None:
         data = base64.b64encode(image).decode()
         answer = target.http.post("/sdapi/v1/png-info", json={"image": data})
         outcome.check(answer.status_code in (200, 422), f"png-info: {answer.status_code}")
+        form = {"data": SMALL, "files": {"image": image}}
+        answer = target.http.post("/alpha/v1/img2img", **form)
+        outcome.check(answer.status_code in (200, 422), f"img2img: {answer.status_code}")
+
+
+@attack(OPEN)
+def odd_forms(target: Target, outcome: Outcome, scale: float) -> None:
+    """Send forms with many parts, long headers, and content that is like a boundary."""
+    size = int(30_000_000 * scale)
+    part = b'--xx\r\nContent-Disposition: form-data; name="f"\r\n'
+    file = b'--xx\r\nContent-Disposition: form-data; name="image"; filename="a"\r\n\r\n'
+    bodies = {
+        "parts": (part + b"\r\n1\r\n") * (size // len(part)),
+        "header": part + b"X: " + b"a" * size + b"\r\n\r\n1\r\n--xx--\r\n",
+        "headers": part + b"X: a\r\n" * (size // 6) + b"\r\n1\r\n--xx--\r\n",
+        "boundaries": file + b"\r\n--x" * (size // 5) + b"\r\n--xx--\r\n",
+        "returns": file + b"\r" * size + b"\r\n--xx--\r\n",
+        "preamble": b"\r\n" * (size // 2) + file,
+        "text": part + b"\r\n" + b"a" * size + b"\r\n--xx--\r\n",
+        "unclosed": file + b"a" * size,
+        "empty": b"",
+    }
+    for path, (name, body) in itertools.product(
+        ("/alpha/v1/img2img", "/alpha/v1/layers"), bodies.items()
+    ):
+        answer = target.http.post(
+            path, content=body, headers={"Content-Type": "multipart/form-data; boundary=xx"}
+        )
+        outcome.check(400 <= answer.status_code < 500, f"{path} {name}: {answer.status_code}")
 
 
 @attack(OPEN)

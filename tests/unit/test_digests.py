@@ -12,7 +12,7 @@ from pydantic import TypeAdapter, ValidationError, create_model
 from alphalayer.api.a1111.schemas import Txt2ImgRequest as A1111Request
 from alphalayer.api.deps import IdempotencyKey
 from alphalayer.api.jobs import JobRequest
-from alphalayer.api.native import Txt2ImgRequest
+from alphalayer.api.native.txt2img import Txt2ImgRequest
 from alphalayer.api.openai import GenerationsRequest
 from alphalayer.api.schemas import Body
 from alphalayer.core.errors import InvalidRequest

@@ -10,7 +10,8 @@ from pydantic import ValidationError
 
 from alphalayer.api.a1111.schemas import Txt2ImgRequest
 from alphalayer.api.a1111.settings import OverrideSettings
-from alphalayer.api.native import Txt2ImgRequest as NativeRequest
+from alphalayer.api.native.fields import SpecContext
+from alphalayer.api.native.txt2img import Txt2ImgRequest as NativeRequest
 from alphalayer.core.cost import (
     DECODE_STEPS,
     ENCODE_STEPS,
@@ -76,7 +77,7 @@ def test_too_large_or_small_second_pass_is_refused(fields: dict[str, Any]):
     body = {name: value for name, value in fields.items() if name in NativeRequest.model_fields}
     if "hires_scale" in body:
         with pytest.raises(InvalidRequest) as caught:
-            NativeRequest(prompt="an apple", **body).to_spec("nv", "official")
+            NativeRequest(prompt="an apple", **body).to_spec(SpecContext("nv", "official"))
         assert caught.value.field == "hires_scale"
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,7 +36,7 @@ from alphalayer.core.errors import (
     ModelUnusable,
 )
 from alphalayer.core.job import Delivery, Job, JobSpec, JobState, Submission, new_id
-from alphalayer.core.modes import DEFAULT_MODE
+from alphalayer.core.modes import DEFAULT_MODE, OPAQUE
 from alphalayer.core.request import DecodeMode, GenerationRequest, NoiseSource
 from alphalayer.core.validation import check_printable
 from alphalayer.jobs.base import JobQueue, JobView
@@ -204,7 +204,7 @@ def find_model(service: Service, name: str | None) -> ModelEntry:
         raise
 
 
-def _check_models(service: Service, generation: GenerationRequest) -> None:
+def _check_models(service: Service, generation: GenerationRequest, modes: Sequence[str]) -> None:
     """Check that the model, LoRAs, upscaler and LayerDiffuse method are available.
 
     It reads folders.
@@ -218,8 +218,9 @@ def _check_models(service: Service, generation: GenerationRequest) -> None:
             find_lora(service.models_dir, lora.name)
         if generation.upscaler_file:
             find_upscaler(service.models_dir, generation.upscaler_file)
-        if generation.uses_layerdiffuse:
-            check_layerdiffuse_mode(entry, generation.mode)
+        for mode in modes:
+            if mode != OPAQUE:
+                check_layerdiffuse_mode(entry, mode)
     except AlphalayerError as error:
         raise shorten_paths(error, service.models_dir) from None
 
@@ -240,14 +241,11 @@ async def submit_job(
     """
     spec.check_pixels(service.max_pixels)
     spec.check_cost(service.max_cost)
-    generation = spec.generation
+    generation, modes = spec.generation, [one.mode for one in spec.requests]
     if service.knows_models and (
-        generation.model
-        or generation.loras
-        or generation.upscaler_file
-        or generation.mode != DEFAULT_MODE
+        generation.model or generation.loras or generation.upscaler_file or modes != [DEFAULT_MODE]
     ):
-        await asyncio.to_thread(_check_models, service, generation)
+        await asyncio.to_thread(_check_models, service, generation, modes)
     job = await _submit_charged(service, spec, submission, delivery, job_id or new_id())
     prompt = {"prompt": generation.prompt} if service.log_prompts else {}
     log.info("job.accepted", job=job.id, owner=submission.owner, **prompt)

@@ -19,13 +19,16 @@ def webui_info(job: Job) -> dict[str, Any]:
     result, request = job.result, job.request
     seeds = [image.seed for image in result.images]
     subseeds = [image.subseed for image in result.images]
+    generated_by = [(image, job.request_of(image)) for image in result.images]
     infotexts = [
-        write_parameters(request, result.model_name, result.model_hash, image.seed, image.subseed)
-        for image in result.images
+        write_parameters(one, result.model_name, result.model_hash, image.seed, image.subseed)
+        if one
+        else ""
+        for image, one in generated_by
     ]
     return {
         "prompt": request.prompt,
-        "all_prompts": [request.prompt] * len(seeds),
+        "all_prompts": [(one or request).prompt for _, one in generated_by],
         "negative_prompt": request.negative_prompt,
         "all_negative_prompts": [request.negative_prompt] * len(seeds),
         "seed": seeds[0],

@@ -25,8 +25,17 @@ from alphalayer.api.embedded_files import EmbeddedFiles
 from alphalayer.api.errors import PROBLEMS, Problem
 from alphalayer.api.file_urls import UrlSigner, file_url
 from alphalayer.api.guard import Generator, GuardedRoute, Reader, Submitter
-from alphalayer.api.native import DIALECT as NATIVE
-from alphalayer.api.native import ImageAnswer, Txt2ImgRequest, add_data, image_answers
+from alphalayer.api.native.answers import (
+    Documents,
+    ImageAnswer,
+    add_data,
+    image_answers,
+    layer_sets,
+)
+from alphalayer.api.native.fields import FIELDS, describe_form, prepare_job
+from alphalayer.api.native.img2img import Img2ImgRequest
+from alphalayer.api.native.layers import LAYER_FIELDS, LayersRequest
+from alphalayer.api.native.txt2img import Txt2ImgRequest
 from alphalayer.api.schemas import StageSeconds
 from alphalayer.core.errors import (
     AlphalayerError,
@@ -35,14 +44,15 @@ from alphalayer.core.errors import (
     JobMissing,
     Stopping,
 )
-from alphalayer.core.job import Delivery, JobState, Previews, Submission, Webhook, is_job_id
+from alphalayer.core.job import Delivery, JobState, Previews, Webhook, is_job_id
+from alphalayer.core.values import Frozen
 from alphalayer.jobs.base import JobView
 from alphalayer.observability.logging import log
 
 router = APIRouter(
     prefix="/alpha/v1/jobs", tags=["Jobs"], responses=PROBLEMS, route_class=GuardedRoute
 )
-DIALECT = Dialect(router.prefix, router, field_names=NATIVE.field_names)
+DIALECT = Dialect(router.prefix, router, field_names=FIELDS)
 JobId = Annotated[str, Path(description="Id of the job.")]
 
 
@@ -61,8 +71,8 @@ class ListQuery(BaseModel):
     ] = None
 
 
-class JobRequest(Txt2ImgRequest, frozen=True):
-    """Body of `POST /alpha/v1/jobs`: the fields of txt2img, previews and a webhook."""
+class JobFields(Frozen, frozen=True):
+    """Fields of all jobs besides those of their requests."""
 
     previews: Previews = False
     webhook_url: (
@@ -87,6 +97,18 @@ class JobRequest(Txt2ImgRequest, frozen=True):
             )
         service.check_webhook(self.webhook_url)
         return Webhook(url=self.webhook_url, service_url=base)
+
+
+class JobRequest(JobFields, Txt2ImgRequest, frozen=True):
+    """Body of `POST /alpha/v1/jobs`: the fields of txt2img, previews and a webhook."""
+
+
+class Img2ImgJobRequest(JobFields, Img2ImgRequest, frozen=True):
+    """Body of `POST /alpha/v1/jobs/img2img`: the fields of img2img, previews and a webhook."""
+
+
+class LayersJobRequest(JobFields, LayersRequest, frozen=True):
+    """Body of `POST /alpha/v1/jobs/layers`: the fields of layers, previews and a webhook."""
 
 
 class JobAnswer(BaseModel):
@@ -121,6 +143,10 @@ class JobAnswer(BaseModel):
         None
     )
     images: Annotated[list[ImageAnswer], Field(description="Images of a finished job.")] = []
+    documents: Annotated[
+        list[Documents],
+        Field(description="Files with all layers of each set, of a finished job with layers."),
+    ] = []
     seconds: StageSeconds = {}
     warnings: Annotated[
         list[str], Field(description="What of the request of a finished job was ignored.")
@@ -153,15 +179,63 @@ async def submit(
 
     The job stays queued when the client disconnects or the service restarts.
     """
+    with wire_names(FIELDS):
+        return await _submit(body, request, response, service, user, idempotency_key)
+
+
+@router.post(
+    "/img2img",
+    status_code=202,
+    summary="Submit a change of an image",
+    openapi_extra=describe_form("Img2ImgJobRequest", *Img2ImgRequest.image_fields),
+)
+async def submit_img2img(
+    body: Img2ImgJobRequest,
+    request: Request,
+    response: Response,
+    service: ServiceDep,
+    user: Submitter,
+    idempotency_key: IdempotencyKey = None,
+) -> JobAnswer:
+    """Queue a job that changes an image. The body is JSON or multipart/form-data."""
+    with wire_names(FIELDS):
+        return await _submit(body, request, response, service, user, idempotency_key)
+
+
+@router.post(
+    "/layers",
+    status_code=202,
+    summary="Submit layers",
+    openapi_extra=describe_form("LayersJobRequest", *LayersRequest.image_fields),
+)
+async def submit_layers(
+    body: LayersJobRequest,
+    request: Request,
+    response: Response,
+    service: ServiceDep,
+    user: Submitter,
+    idempotency_key: IdempotencyKey = None,
+) -> JobAnswer:
+    """Queue a job that generates layers. The body is JSON or multipart/form-data."""
+    with wire_names(LAYER_FIELDS):
+        return await _submit(body, request, response, service, user, idempotency_key)
+
+
+async def _submit(
+    body: JobRequest | Img2ImgJobRequest | LayersJobRequest,
+    request: Request,
+    response: Response,
+    service: Service,
+    user: str,
+    idempotency_key: str | None,
+) -> JobAnswer:
+    """Queue the job of a body and return it."""
     delivery = Delivery(
         webhook=body.webhook(service, base_url(service, request)), with_data=body.with_data
     )
-    submission = Submission(owner=user, idempotency_key=idempotency_key, digest=body.digest)
-    with wire_names(DIALECT.field_names):
-        spec = body.to_spec(
-            service.noise, service.decode, comments=service.prompt_comments
-        ).model_copy(update={"previews": body.previews})
-        job = await submit_job(service, spec, submission, delivery)
+    spec, submission = await prepare_job(service, request, body, user, idempotency_key)
+    spec = spec.model_copy(update={"previews": body.previews})
+    job = await submit_job(service, spec, submission, delivery)
     job_answer = answer(
         await _view(service, job.id, user), base_url(service, request), service.url_signer
     )
@@ -294,6 +368,7 @@ def answer(view: JobView, base: str, signer: UrlSigner | None) -> JobAnswer:
         started_at=job.started_at,
         finished_at=job.finished_at,
         images=image_answers(job, base, signer),
+        documents=[one.documents for one in layer_sets(job, base, signer)],
         seconds=job.result.seconds if job.result else {},
         warnings=list(job.result.warnings) if job.result else [],
         error=_problem(job.error),

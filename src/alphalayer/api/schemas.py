@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from difflib import get_close_matches
 from typing import Annotated, Any, cast
 
@@ -41,13 +42,22 @@ class Body(Frozen, frozen=True):
 
     @property
     def digest(self) -> str:
-        """Return the digest of the request, see `Job.check_repeated`.
+        """Return the digest of the request, see `Job.check_repeated`."""
+        return self.digest_with({})
+
+    def digest_with(self, images: Mapping[str, str]) -> str:
+        """Return the digest of a request with images, see `Job.check_repeated`.
 
         The first half is of the JSON as sent, the second one of the fields that differ from
         their defaults.
+
+        Args:
+            images: Digests of images by field, which take the place of the images.
         """
-        fields = self.model_dump(by_alias=True, exclude_defaults=True)
-        return self.sent_digest[:HALF_DIGEST] + _sha256(fields)[:HALF_DIGEST]
+        sent = {name: value for name, value in self._sent.items() if name not in images}
+        fields = self.model_dump(by_alias=True, exclude_defaults=True, exclude=set(images))
+        halves = (_sha256({**values, **images})[:HALF_DIGEST] for values in (sent, fields))
+        return "".join(halves)
 
     @model_validator(mode="wrap")
     @classmethod

@@ -4,21 +4,71 @@ from __future__ import annotations
 
 import base64
 import binascii
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Annotated, Any, Protocol
+from urllib.parse import parse_qs
 
-from alphalayer.api.deps import ENCODE_BYTES, Service, error_field
-from alphalayer.core.errors import InvalidRequest
+from pydantic import PlainValidator, WithJsonSchema
+
+from alphalayer.api.deps import ENCODE_BYTES, error_field
+from alphalayer.api.file_urls import UrlSigner
+from alphalayer.api.pixel_pool import PixelPool
+from alphalayer.core import validation
+from alphalayer.core.errors import FileMissing, Forbidden, InvalidRequest
 from alphalayer.core.job import job_prefix_of
 from alphalayer.core.modes import InputRole
 from alphalayer.core.request import ImageInput
 from alphalayer.images import codecs
 from alphalayer.images.codecs import InputFile
-from alphalayer.storage import is_input, read
+from alphalayer.storage import Storage, is_input, read
 from alphalayer.storage.inputs import store_input
 
 MAX_NAME = 200
 """Longest text that may be the name of a file. Longer ones are base64."""
+MAX_UPLOAD_BYTES = 20_000_000
+"""Largest file of an input image."""
+BASE64_BYTES = MAX_UPLOAD_BYTES * 3 // 2
+"""Largest text with an input image as base64, also with line breaks."""
+
+
+def _check_source(source: Any) -> str:
+    """Check the form of an image of a request. Raises `ValueError`."""
+    if not isinstance(source, str):
+        raise ValueError(f"got {validation.shown(source)}; a text with an image")
+    if not source:
+        raise ValueError("it is empty. Send a PNG, WebP, AVIF or JPEG file")
+    if source[:8].lower().startswith(("http://", "https://")):
+        raise ValueError(
+            "URLs are not fetched. Send the file itself, or the name of a stored image"
+        )
+    if len(source) > BASE64_BYTES:
+        raise ValueError(f"the file is larger than {MAX_UPLOAD_BYTES // 1_000_000} MB")
+    return source
+
+
+ImageSource = Annotated[str, PlainValidator(_check_source), WithJsonSchema({"type": "string"})]
+"""Field with an image: base64, data URL, name of a stored image, or name of a file of a form."""
+
+
+class Uploads(Protocol):
+    """The parts of a service that store input images."""
+
+    @property
+    def storage(self) -> Storage:
+        """Return the storage of images."""
+        ...
+
+    @property
+    def pixels(self) -> PixelPool:
+        """Return the pool for work on images."""
+        ...
+
+    @property
+    def url_signer(self) -> UrlSigner | None:
+        """Return the signer of URLs. None: the name alone opens an image."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -29,6 +79,8 @@ class StoredInput:
     width: int
     height: int
     is_opaque: bool
+    content_digest: str
+    """SHA-256 of the file as it was sent, in whatever form."""
 
     def as_role(self, role: InputRole) -> ImageInput:
         """Return the image as an input of a request."""
@@ -36,7 +88,7 @@ class StoredInput:
 
 
 async def store_upload(
-    service: Service,
+    service: Uploads,
     source: str | bytes,
     field: str,
     encode: Callable[[bytes], InputFile] = codecs.encode_input,
@@ -51,25 +103,56 @@ async def store_upload(
         encode: Function of the file that returns what is stored, see `codecs.encode_mask`.
 
     Raises:
-        InvalidRequest: The file is not readable, or there is no image of that name.
+        InvalidRequest: The file is too large or not readable, or there is no image of that name.
+        Forbidden: The name is not signed, and the service signs its URLs.
         Busy: Too many requests wait for work on images.
         StorageFailed: The file cannot be read or stored.
     """
     pixels = service.pixels
     async with pixels.turn():
         with error_field(field):
-            data = await _read_source(service, source)
+            data = await _read_source(service, source, field)
+            digest = await pixels.run(0, _sha256, data)
             file = await pixels.process(data, ENCODE_BYTES, encode)
         name = await pixels.run(len(file.data), store_input, service.storage, file.data)
-    return StoredInput(name, file.width, file.height, file.is_opaque)
+    return StoredInput(name, file.width, file.height, file.is_opaque, digest)
 
 
-async def _read_source(service: Service, source: str | bytes) -> bytes:
+async def _read_source(service: Uploads, source: str | bytes, field: str) -> bytes:
     if isinstance(source, bytes):
-        return source
-    if len(source) <= MAX_NAME and (is_input(source) or job_prefix_of(source)):
-        return await read(service.storage, source)
-    return await service.pixels.run(len(source), decode_base64, source)
+        return _check_bytes(source)
+    name, _, query = source[: MAX_NAME + 1].partition("?")
+    if len(source) > MAX_NAME or not (is_input(name) or job_prefix_of(name)):
+        return _check_bytes(await service.pixels.run(len(source), decode_base64, source))
+    if service.url_signer:
+        _check_signature(service.url_signer, name, query, field)
+    try:
+        return await read(service.storage, name)
+    except FileMissing:
+        raise InvalidRequest(
+            f'there is no stored image "{name}".', hint="Send the file itself."
+        ) from None
+
+
+def _check_bytes(data: bytes) -> bytes:
+    if len(data) > MAX_UPLOAD_BYTES:
+        raise InvalidRequest(f"the file has {len(data):,} bytes; at most {MAX_UPLOAD_BYTES:,}.")
+    return data
+
+
+def _check_signature(signer: UrlSigner, name: str, query: str, field: str) -> None:
+    """Check the signature of a name, the query of its URL. Raises `Forbidden`."""
+    values = {key: texts[0] for key, texts in parse_qs(query).items()}
+    expires = values.get("expires", "")
+    try:
+        signer.check(name, int(expires) if expires.isdecimal() else None, values.get("signature"))
+    except Forbidden as error:
+        error.field = field
+        raise
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
 
 
 def decode_base64(text: str) -> bytes:

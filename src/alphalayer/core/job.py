@@ -13,12 +13,13 @@ from pydantic import Field
 
 from alphalayer.core.cost import extras_cost, image_cost
 from alphalayer.core.errors import InvalidRequest
-from alphalayer.core.modes import LayerRole
+from alphalayer.core.modes import MODES, ConditionRole, LayerRole
 from alphalayer.core.request import (
     LAYER_PROMPTS,
     PROMPTS,
     GenerationRequest,
     ImageFormat,
+    ImageInput,
     ImageSeed,
     LayerdiffuseStopAt,
     ModelDefaults,
@@ -29,6 +30,8 @@ from alphalayer.core.validation import COLOUR
 from alphalayer.core.values import Frozen
 
 MAX_ITERATIONS = 16
+MAX_LAYERS = 256
+"""Most layers of a job, whose number has two digits in the name of a file."""
 HALF_DIGEST = 32
 """Length of each half of a digest."""
 PREVIEW_PREFIX = "preview_"
@@ -112,6 +115,29 @@ class Stage(Frozen, frozen=True):
     scheduler: str | None = None
     layerdiffuse_stop_at: LayerdiffuseStopAt = 1.0
 
+    def request(self, first: GenerationRequest) -> GenerationRequest:
+        """Return its request for one set of layers, in a chain that begins with `first`."""
+        mode = MODES[self.mode]
+        uploaded = {image.role: image for image in first.inputs}
+        values = {
+            "mode": self.mode,
+            "prompt": self.prompt,
+            "sampler": self.sampler or first.sampler,
+            "scheduler": self.scheduler or first.scheduler,
+            "layerdiffuse_stop_at": self.layerdiffuse_stop_at,
+            "batch_size": len(mode.layers),
+            "inputs": tuple(uploaded.get(role) or _layer_input(role) for role in mode.needs),
+        }
+        return first.model_copy(update=values)
+
+
+def _layer_input(role: ConditionRole) -> ImageInput:
+    """Return a layer of one stage as the input image of another.
+
+    It is not in the storage.
+    """
+    return ImageInput.model_construct(role=role, file_name="")
+
 
 class JobSpec(Frozen, frozen=True):
     """What a worker needs: the request, its iterations, their seeds, and the output."""
@@ -140,6 +166,16 @@ class JobSpec(Frozen, frozen=True):
         return [self.seeds[i : i + size] for i in range(0, len(self.seeds), size)]
 
     @property
+    def requests(self) -> tuple[GenerationRequest, ...]:
+        """Return the request of each stage."""
+        return self.generation, *(stage.request(self.generation) for stage in self.stages)
+
+    @property
+    def sets(self) -> int:
+        """Return the number of sets of layers of an iteration."""
+        return self.generation.batch_size // len(MODES[self.generation.mode].layers)
+
+    @property
     def pixels(self) -> int:
         """Return the pixels of one batch in its larger pass. Open sides count as SDXL's."""
         return math.prod(self.generation.largest_size) * self.generation.batch_size
@@ -149,7 +185,7 @@ class JobSpec(Frozen, frozen=True):
 
         The error names the first field to reduce.
         """
-        pixels = self.pixels * self.iterations
+        pixels = self.pixels * self.iterations * len(self.requests)
         if not limit or pixels <= limit:
             return
         counts = {"iterations": self.iterations, "batch_size": self.generation.batch_size}
@@ -160,16 +196,14 @@ class JobSpec(Frozen, frozen=True):
         )
 
     @property
-    def images(self) -> int:
-        """Return the number of images over all iterations."""
-        return self.iterations * self.generation.batch_size
-
-    @property
     def cost(self) -> float:
-        """Return the cost in megapixel-steps, see `alphalayer.core.cost`."""
-        images = self.images * image_cost(self.generation).total
-        extras = extras_cost(self.generation, self.iterations if self.previews else 0)
-        return round(images + extras, 4)
+        """Return the cost of all stages in megapixel-steps, see `alphalayer.core.cost`."""
+        first, *later = self.requests
+        images = first.batch_size * image_cost(first).total
+        images += sum(self.sets * one.batch_size * image_cost(one).total for one in later)
+        previews = self.iterations if self.previews else 0
+        extras = sum(extras_cost(one, previews) for one in self.requests)
+        return round(self.iterations * images + extras, 4)
 
     def check_cost(self, limit: float) -> None:
         """Raise `InvalidRequest` for a cost above `limit`; 0 means no limit.
@@ -218,6 +252,8 @@ class ImageRef(Frozen, frozen=True):
     height: int
     size_bytes: int
     role: LayerRole = "image"
+    is_opaque: bool | None = None
+    """Whether every pixel is opaque. Known of the layers of a chain."""
 
 
 class JobResult(Frozen, frozen=True):
@@ -304,6 +340,19 @@ class Job(Frozen, frozen=True):
         assert self.result is not None, self.id
         return self.spec.generation.resolve(self.result.settings, self.spec.seeds)
 
+    def request_of(self, image: ImageRef) -> ResolvedRequest | None:
+        """Return the request that generated an image. None: it was given, or composited.
+
+        Only of a job that is done.
+        """
+        assert self.result is not None, self.id
+        if not self.spec.stores_layers:
+            return self.request
+        for one in self.spec.requests:
+            if image.role in MODES[one.mode].layer_roles:
+                return one.resolve(self.result.settings)
+        return None
+
     def with_key(self, idempotency_key: str | None) -> Job:
         """Return the job with another idempotency key."""
         submission = self.submission.model_copy(update={"idempotency_key": idempotency_key})
@@ -332,13 +381,11 @@ class Job(Frozen, frozen=True):
     def batch_key(self) -> str | None:
         """Return a key that is equal for jobs that may be generated together.
 
-        None: the job is generated alone. It has several iterations, or ended an engine before.
+        None: the job is generated alone. It has several iterations or stages, or ended an engine
+        before.
         """
-        return (
-            self.spec.generation.batch_key
-            if self.spec.iterations == 1 and self.starts == 0
-            else None
-        )
+        is_alone = self.spec.iterations > 1 or self.spec.stages or self.starts
+        return None if is_alone else self.spec.generation.batch_key
 
     @property
     def preview_name(self) -> str:

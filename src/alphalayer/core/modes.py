@@ -39,8 +39,17 @@ class Mode:
     """Input images, in the order of their channels."""
     layers: tuple[LayerRole, ...] = ("image",)
     """Layers of one set. Each is an image of the batch with a seed of its own."""
+    sampler: str | None = None
+    """Sampler that its authors recommend. None: that of the model."""
+    stop_at: float = 1.0
+    """Fraction of the schedule during which its authors recommend to use the patch."""
     has_alpha: bool = True
     """Whether the transparent decoder makes its image or foreground. The others are opaque."""
+
+    @property
+    def layer_roles(self) -> tuple[LayerRole, ...]:
+        """Return the roles of its layers in a document, where "image" is the foreground."""
+        return tuple("foreground" if role == "image" else role for role in self.layers)
 
     def is_transparent(self, role: LayerRole) -> bool:
         """Return whether the transparent decoder makes a layer."""
@@ -92,6 +101,8 @@ MODES = {
             download="layerdiffuse-fgble2bg",
             needs=("foreground", "blended"),
             layers=("background",),
+            sampler="Euler a",
+            stop_at=0.5,
             has_alpha=False,
         ),
         Mode(
@@ -116,6 +127,7 @@ MODES = {
             download="layerdiffuse-bgble2fg",
             needs=("background", "blended"),
             layers=("foreground",),
+            sampler="Euler a",
         ),
         Mode(name="opaque", label="", has_alpha=False),
     )

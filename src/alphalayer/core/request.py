@@ -63,6 +63,7 @@ LATENT_UPSCALERS = {
 IMAGE_UPSCALERS = ("None", "Lanczos", "Nearest")
 """Upscalers of images without a file. The files of models/ESRGAN are the others."""
 MAX_SEED = 2**63 - 1
+MAX_BATCH = 8
 NOT_BLANK = r"\S"
 PROMPTS = ("prompt", "negative_prompt", "hires_prompt", "hires_negative_prompt")
 """Fields with prompts."""
@@ -155,7 +156,7 @@ Height = Annotated[
     int, Field(ge=MIN_SIDE, le=MAX_SIDE, description="Height in pixels; SDXL: 1024.")
 ]
 BatchSize = Annotated[
-    int, Field(ge=1, le=8, description="Images generated together; seeds count up.")
+    int, Field(ge=1, le=MAX_BATCH, description="Images generated together; seeds count up.")
 ]
 ClipSkip = Annotated[
     int, Field(ge=1, le=12, description="Last text encoder layer to use, counted from the end.")
@@ -313,13 +314,18 @@ class RequestFields(Frozen, frozen=True):
     layerdiffuse_weight: LayerdiffuseWeight = 1.0
     layerdiffuse_stop_at: LayerdiffuseStopAt = 1.0
     resize_mode: ResizeModeName = "Crop and Resize"
+
+
+class HiresFields(Frozen, frozen=True):
+    """Fields of a second pass that a client chooses under these names, each declared here once."""
+
     hires_scale: HiresScale = 1.0
     hires_upscaler: HiresUpscaler = "Latent"
     hires_steps: HiresSteps = 0
     hires_strength: HiresStrength = 0.75
 
 
-class GenerationRequest(RequestFields, EditFields, LayerFields, frozen=True):
+class GenerationRequest(RequestFields, HiresFields, EditFields, LayerFields, frozen=True):
     """What to generate: the fields of clients and those that the service adds.
 
     Comments and tags are read once, by `of` and `parse_request`. The text of a stored request is

@@ -1,6 +1,7 @@
 """Engine without torch, for tests of the service and of clients.
 
-It generates a disc with a soft edge, whose colour depends on prompt and seed.
+It generates a disc with a soft edge, whose colour depends on prompt and seed. Layers that a mode
+makes opaque are opaque.
 """
 
 from __future__ import annotations
@@ -8,11 +9,13 @@ from __future__ import annotations
 import time
 import zlib
 from collections.abc import Sequence
+from itertools import cycle
 from typing import Any
 
 import numpy as np
 
 from alphalayer.core.errors import Cancelled
+from alphalayer.core.modes import MODES
 from alphalayer.core.request import ModelDefaults
 from alphalayer.engine.base import GeneratedImage, GenerationResult, Progress, RenderTask, RgbaImage
 
@@ -66,14 +69,16 @@ class FakeEngine:
 
     def _result(self, task: RenderTask, seconds: float) -> GenerationResult:
         request = task.request.resolve(ModelDefaults(), task.images)
+        mode = MODES[request.mode]
         images = [
             GeneratedImage(
-                render_disc(request.prompt, seeds.seed, *request.final_size),
-                seeds.seed,
-                seeds.subseed,
+                render_disc(request.prompt, seeds.seed, *request.final_size), *seeds, role
             )
-            for seeds in request.images
+            for seeds, role in zip(request.images, cycle(mode.layers), strict=False)
         ]
+        for image in images:
+            if image.role != "image" and not mode.is_transparent(image.role):
+                image.rgba[..., 3] = 255
         return GenerationResult(
             request, "fake", "0" * 10, images, {"sample": seconds}, self._warnings
         )

@@ -12,7 +12,7 @@ from alphalayer.core.request import ResizeMode
 from alphalayer.images.codecs import Rgba
 
 Image = NDArray[np.float32]
-"""RGB in [0, 1], shape (height, width, 3). Resampling may overshoot, and is not clamped."""
+"""RGB or RGBA in [0, 1], (height, width, channels). Resampling may overshoot: it is not clamped."""
 Size = tuple[int, int]
 """Width and height in pixels."""
 Window = tuple[int, int, int, int]
@@ -44,11 +44,24 @@ def fit(image: Image, size: Size, resize_mode: ResizeMode) -> Image:
     if covers:
         left, top = (scaled[0] - size[0]) // 2, (scaled[1] - size[1]) // 2
         return resize(image, scaled, (left, top, *size))
-    canvas = np.empty((size[1], size[0], 3), np.float32)
+    canvas = np.empty((size[1], size[0], image.shape[2]), np.float32)
     canvas[:] = border_colour(image)
     left, top = (size[0] - scaled[0]) // 2, (size[1] - scaled[1]) // 2
     canvas[top : top + scaled[1], left : left + scaled[0]] = resize(image, scaled)
     return canvas
+
+
+def fit_layer(rgba: Rgba, size: Size, resize_mode: ResizeMode) -> Rgba:
+    """Fit a layer to a size as `fit` does. Its colours are premultiplied meanwhile."""
+    height, width = rgba.shape[:2]
+    if size == (width, height):
+        return rgba
+    values = np.divide(rgba, 255, dtype=np.float32)
+    values[..., :3] *= values[..., 3:]
+    fitted = fit(values, size, resize_mode).clip(0, 1)
+    alpha = fitted[..., 3:]
+    colour = fitted[..., :3] / np.maximum(alpha, 1e-6)
+    return np.rint(np.concatenate([colour.clip(0, 1), alpha], axis=2) * 255).astype(np.uint8)
 
 
 def resize(image: Image, size: Size, window: Window | None = None) -> Image:

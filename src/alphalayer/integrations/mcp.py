@@ -1,7 +1,8 @@
-"""Model Context Protocol server with one tool, which generates a transparent image.
+"""Model Context Protocol server whose tools generate and change transparent images.
 
-It is mounted at `/mcp` and runs over stdio. The tool is a client of the service's HTTP API with the
-API key of its caller, so that there is one way to generate. It needs the extra `mcp` (fastmcp).
+It is mounted at `/mcp` and runs over stdio. Its tools are clients of the service's HTTP API with
+the API key of their caller, so that there is one way to generate. It needs the extra `mcp`
+(fastmcp).
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import anyio
 import httpx
@@ -24,8 +25,11 @@ from pydantic import Field
 from alphalayer import __version__
 from alphalayer.api.addresses import address
 from alphalayer.api.file_urls import file_url
-from alphalayer.api.native import Txt2ImgRequest
-from alphalayer.client import TIMEOUT_S, AsyncClient, JobStatus
+from alphalayer.api.native.fields import NativeRequest
+from alphalayer.api.native.img2img import Img2ImgRequest
+from alphalayer.api.native.layers import LayersRequest
+from alphalayer.api.native.txt2img import Txt2ImgRequest
+from alphalayer.client import JOBS, TIMEOUT_S, AsyncClient, ImageInfo, JobKind, JobStatus
 from alphalayer.core.errors import AlphalayerError
 
 PATH = "/mcp"
@@ -40,9 +44,47 @@ NOT_OFFERED = {"layerdiffuse_resize_mode", "layerdiffuse_output_origin", "respon
 RANDOM_SEED = -1
 
 
-def parameters() -> dict[str, Any]:
-    """Return the JSON schema of the tool: the native API with random seeds."""
-    schema = Txt2ImgRequest.model_json_schema()
+class _Offer(NamedTuple):
+    """A tool: what it generates, and how an assistant sees it."""
+
+    kind: JobKind
+    body: type[NativeRequest]
+    name: str
+    title: str
+    description: str
+
+
+OFFERS = (
+    _Offer(
+        "txt2img",
+        Txt2ImgRequest,
+        "draw_transparent_picture",
+        "Generate a transparent image",
+        "Generate images with a transparent background. "
+        "Returns the files, and the URL, size and seed of each.",
+    ),
+    _Offer(
+        "img2img",
+        Img2ImgRequest,
+        "change_picture",
+        "Change an image",
+        "Change an image, or the part of it under a mask, and keep its transparency. "
+        "An image is base64, or the file name at the end of the URL of an earlier result.",
+    ),
+    _Offer(
+        "layers",
+        LayersRequest,
+        "draw_layers",
+        "Generate layers",
+        "Generate foreground and background of one image as layers, or those that are not given. "
+        "Returns the layers, bottom to top, and the URL of a Photoshop document.",
+    ),
+)
+
+
+def parameters(body: type[NativeRequest] = Txt2ImgRequest) -> dict[str, Any]:
+    """Return the JSON schema of a tool: the native API with random seeds."""
+    schema = body.model_json_schema()
     properties = {
         name: field for name, field in schema["properties"].items() if name not in NOT_OFFERED
     }
@@ -52,8 +94,9 @@ def parameters() -> dict[str, Any]:
 
 
 class _GenerateTool(Tool):
-    """The tool. The API validates its arguments."""
+    """A tool. The API validates its arguments."""
 
+    kind: Annotated[JobKind, Field(exclude=True)]
     connect: Annotated[Callable[[], AsyncClient], Field(exclude=True)]
     outside: Annotated[Callable[[], str] | None, Field(exclude=True)]
 
@@ -65,57 +108,65 @@ class _GenerateTool(Tool):
         try:
             async with self.connect() as client:
                 files, status = await _render(
-                    client, get_context(), {"seed": RANDOM_SEED, **fields}
+                    client, get_context(), self.kind, {"seed": RANDOM_SEED, **fields}
                 )
         except AlphalayerError as error:
             raise ToolError(str(error)) from None
-        lines = [
-            f"{_move(image.url, self.outside()) if self.outside else image.url} "
-            f"({image.width}x{image.height}, seed {image.seed})"
-            for image in status.images
-        ]
         format = str(fields.get("format", "png"))
         return self.convert_result(
             [
                 *(Image(data=file, format=format) for file in files),
-                "\n".join([*lines, *status.warnings]),
+                "\n".join([*self._describe_images(status), *status.warnings]),
             ]
         )
+
+    def _describe_images(self, status: JobStatus) -> list[str]:
+        """Return a line for each image, and for each Photoshop document."""
+        base = self.outside() if self.outside else None
+        lines = [
+            f"{_move(image.url, base) if base else image.url} ({_describe_image(image)})"
+            for image in status.images
+        ]
+        return lines + [
+            base + document["psd"][document["psd"].index(JOBS) :] if base else document["psd"]
+            for document in status.documents
+        ]
 
 
 def create_server(
     connect: Callable[[], AsyncClient], outside: Callable[[], str] | None = None
 ) -> FastMCP[Any]:
-    """Create a server with the tool.
+    """Create a server with the tools.
 
     Args:
         connect: Returns the API client of one call.
         outside: Returns the service's address as the caller knows it; None for that of the API.
     """
     server: FastMCP[Any] = FastMCP("Alphalayer", version=__version__, instructions=INSTRUCTIONS)
-    tool = _GenerateTool(
-        name="draw_transparent_picture",
-        title="Generate a transparent image",
-        description="Generate images with a transparent background. "
-        "Returns the files, and the URL, size and seed of each.",
-        parameters=parameters(),
-        annotations=ToolAnnotations.model_validate({"openWorldHint": False}),
-        connect=connect,
-        outside=outside,
-    )
-    server.add_tool(tool)
+    for offer in OFFERS:
+        tool = _GenerateTool(
+            kind=offer.kind,
+            name=offer.name,
+            title=offer.title,
+            description=offer.description,
+            parameters=parameters(offer.body),
+            annotations=ToolAnnotations.model_validate({"openWorldHint": False}),
+            connect=connect,
+            outside=outside,
+        )
+        server.add_tool(tool)
     return server
 
 
 async def _render(
-    client: AsyncClient, context: Context, fields: dict[str, Any]
+    client: AsyncClient, context: Context, kind: JobKind, fields: dict[str, Any]
 ) -> tuple[list[bytes], JobStatus]:
     """Submit a job, report its progress and download its files.
 
     A caller that cancels withdraws the job.
     """
     prompt = fields.pop("prompt", None)
-    status = await client.submit(prompt, idempotency_key=_job_key(context), **fields)
+    status = await client.submit(prompt, kind=kind, idempotency_key=_job_key(context), **fields)
     step = steps = 0
     try:
         async for change in client.events(status.id):
@@ -144,6 +195,11 @@ def _job_key(context: Context) -> str | None:
 
 def _describe(status: JobStatus) -> str:
     return f"waiting, number {status.position}" if status.position else status.stage
+
+
+def _describe_image(image: ImageInfo) -> str:
+    role = "" if image.role == "image" else f"{image.role}, "
+    return f"{role}{image.width}x{image.height}, seed {image.seed}"
 
 
 def _move(url: str, base: str) -> str:

@@ -1,6 +1,7 @@
 """Worker for Runpod's serverless endpoints: the same engine, called through their SDK.
 
-A job's input is the body of `POST /alpha/v1/txt2img`.
+A job's input is the body of `POST /alpha/v1/txt2img`. With `"task": "img2img"` or `"layers"` it is
+the body of that route, with images as base64 or as names of images in the bucket.
 """
 
 from __future__ import annotations
@@ -10,16 +11,22 @@ import base64
 import contextlib
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from pydantic import ValidationError
 
 from alphalayer.api.deps import wire_names
 from alphalayer.api.errors import Problem, first_error
+from alphalayer.api.file_urls import UrlSigner
 from alphalayer.api.info import webui_info
-from alphalayer.api.native import FIELDS, Txt2ImgRequest
+from alphalayer.api.native.fields import FIELDS, NativeRequest, SpecContext, store_images
+from alphalayer.api.native.img2img import Img2ImgRequest
+from alphalayer.api.native.layers import LAYER_FIELDS, LayersRequest
+from alphalayer.api.native.txt2img import Txt2ImgRequest
+from alphalayer.api.pixel_pool import PixelPool
 from alphalayer.config import Settings
-from alphalayer.core.errors import AlphalayerError, StorageFailed
+from alphalayer.core.errors import AlphalayerError, InvalidRequest, StorageFailed
 from alphalayer.core.job import ImageRef, Job, JobProgress, JobSpec, JobState
 from alphalayer.storage import Storage, read
 from alphalayer.storage.objects import open_storage
@@ -29,12 +36,27 @@ URL_S = 24 * 3600
 """Seconds that the URL of an image in a bucket is valid."""
 MAX_RESULT_BYTES = 10_000_000
 """Runpod refuses larger results."""
+TASKS: dict[str, type[NativeRequest]] = {
+    "txt2img": Txt2ImgRequest,
+    "img2img": Img2ImgRequest,
+    "layers": LayersRequest,
+}
+IMAGE_MEMORY = 250_000_000
 
 
 class ResultTooLarge(AlphalayerError):
     """The images are generated, and too large for a result."""
 
     code = "result_too_large"
+
+
+@dataclass(frozen=True)
+class _Uploads:
+    """What stores the input images of a job. See `alphalayer.api.uploads.Uploads`."""
+
+    storage: Storage
+    pixels: PixelPool
+    url_signer: UrlSigner | None = None
 
 
 class Handler:
@@ -46,6 +68,7 @@ class Handler:
         self._engine = load_engine(engine, settings.engine_options())
         self._engine.warm_up()
         self._turn = asyncio.Lock()
+        self._uploads = _Uploads(self._storage, PixelPool(IMAGE_MEMORY))
 
     async def __call__(self, job: dict[str, Any]) -> dict[str, Any]:
         """Return the answer of txt2img, or `{"error": …}` with the problem as JSON.
@@ -62,18 +85,10 @@ class Handler:
                 )
 
         try:
-            request = Txt2ImgRequest.model_validate(job.get("input") or {})
-            with wire_names(FIELDS):
-                settings = self._settings
-                spec = request.to_spec(
-                    settings.noise, settings.decode, comments=settings.prompt_comments
-                )
-                spec.check_pixels(self._settings.max_request_pixels)
-                spec.check_cost(self._settings.max_request_cost)
+            request = _read_input(job.get("input") or {})
+            with wire_names(LAYER_FIELDS if request.is_chain else FIELDS):
                 async with self._turn:
-                    return await asyncio.to_thread(
-                        self._render, spec, on_progress, request.response_format == "base64"
-                    )
+                    return await self._run(request, on_progress)
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
             return _failed(first_error({**first, "loc": ("input", *first["loc"])}))
@@ -83,6 +98,23 @@ class Handler:
             # the GPU may be broken, and every later job would fail: restart the worker
             return {**_failed(to_public_error(error)), "refresh_worker": True}
 
+    async def _run(
+        self, request: NativeRequest, on_progress: Callable[[Job, JobProgress], None]
+    ) -> dict[str, Any]:
+        """Store the input images of a request, and run it."""
+        settings, images = self._settings, await store_images(self._uploads, request)
+        context = SpecContext(settings.noise, settings.decode, settings.prompt_comments, images)
+        spec = request.to_spec(context)
+        spec.check_pixels(settings.max_request_pixels)
+        spec.check_cost(settings.max_request_cost)
+        try:
+            return await asyncio.to_thread(self._render, spec, on_progress, request.with_data)
+        finally:
+            # a bucket has its own retention
+            if not settings.storage:
+                for image in images.values():
+                    self._storage.delete(image.file_name)
+
     def _render(
         self, spec: JobSpec, on_progress: Callable[[Job, JobProgress], None], with_data: bool
     ) -> dict[str, Any]:
@@ -90,7 +122,7 @@ class Handler:
         result = Renderer(self._engine, self._storage, on_progress).run(job)
         job = job.model_copy(update={"state": JobState.DONE, "result": result})
         images = [self._answer(image, with_data) for image in result.images]
-        several = {"images": images} if len(images) > 1 else {}
+        several = {"images": images} if len(images) > 1 or spec.stores_layers else {}
         info = json.dumps(webui_info(job), ensure_ascii=False)
         warnings = {"warnings": list(result.warnings)} if result.warnings else {}
         return _check_size({**images[0], **several, **warnings, "info": info})
@@ -102,6 +134,7 @@ class Handler:
             "seed": image.seed,
             "width": image.width,
             "height": image.height,
+            "role": image.role,
         }
         if url:
             answer["url"] = url
@@ -112,6 +145,20 @@ class Handler:
             with contextlib.suppress(StorageFailed):  # no client could fetch it later
                 self._storage.delete(image.key)
         return {**answer, "base64": base64.b64encode(data).decode()}
+
+
+def _read_input(fields: dict[str, Any]) -> NativeRequest:
+    """Validate the input of a job.
+
+    Raises:
+        InvalidRequest: The task is unknown.
+        ValidationError: A field is wrong.
+    """
+    task = fields.get("task", "txt2img")
+    if task not in TASKS:
+        raise InvalidRequest(f"use one of: {', '.join(TASKS)}.", field="task")
+    body = {name: value for name, value in fields.items() if name != "task"}
+    return TASKS[task].model_validate(body)
 
 
 def _check_size(answer: dict[str, Any]) -> dict[str, Any]:

@@ -50,7 +50,8 @@ class JobView:
     @classmethod
     def of_finished(cls, job: Job) -> JobView:
         """Return the view of a finished job. A completed one is at its last step."""
-        steps = job.result.settings.steps * job.spec.iterations if job.result else 0
+        parts = job.spec.iterations * len(job.spec.requests)
+        steps = job.result.settings.steps * parts if job.result else 0
         return cls(job, progress=JobProgress(step=steps, steps=steps))
 
 

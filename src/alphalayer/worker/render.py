@@ -25,10 +25,10 @@ from alphalayer.core.errors import (
     StorageFailed,
 )
 from alphalayer.core.job import ImageRef, Job, JobProgress, JobResult
-from alphalayer.core.request import InputRole
+from alphalayer.core.modes import MODES, InputRole
+from alphalayer.core.request import GenerationRequest, ImageSeed
 from alphalayer.engine.base import (
     Engine,
-    GeneratedImage,
     GenerationResult,
     Progress,
     RenderTask,
@@ -38,6 +38,7 @@ from alphalayer.engine.threads import configure_threads
 from alphalayer.images import codecs, postprocess
 from alphalayer.observability.logging import describe_error
 from alphalayer.storage import StoredFile
+from alphalayer.worker.layers import Described, stack_layers
 
 logger = logging.getLogger(__name__)
 
@@ -81,20 +82,54 @@ class Renderer:
             jobs: Jobs with seeds. Several jobs need the same `batch_key`.
 
         Returns:
-            The results of each job, one an iteration.
+            The results of each job: of its iterations, and of the stages of each.
 
         Raises:
             FileMissing: An input image is not in the storage.
             StorageFailed: An input image cannot be read.
+            Cancelled: The job was cancelled.
             AlphalayerError: See `Engine.render`.
         """
-        if len(jobs) > 1:
-            tasks = [self._task(job, self._load_inputs(job)) for job in jobs]
-            return [[result] for result in self.engine.render(tasks)]
-        job = jobs[0]
-        inputs = self._load_inputs(job)
-        tasks = [self._task(job, inputs, iteration) for iteration in range(job.spec.iterations)]
-        return [[self.engine.render([task])[0] for task in tasks]]
+        if len(jobs) == 1:
+            return [self._run_stages(jobs[0])]
+        tasks = [
+            self._task(
+                job,
+                job.spec.generation,
+                job.spec.seeds,
+                self._load_inputs(job),
+                partial(self._report, job, 0, 1),
+            )
+            for job in jobs
+        ]
+        return [[result] for result in self.engine.render(tasks)]
+
+    def _run_stages(self, job: Job) -> list[GenerationResult]:
+        """Generate all iterations of a job. Layers become input images of later stages."""
+        spec, inputs, results = job.spec, self._load_inputs(job), list[GenerationResult]()
+        parts = spec.iterations * len(spec.requests)
+        for iteration, seeds in enumerate(spec.batches()):
+            sets = [Inputs(inputs) for _ in range(spec.sets)]
+            for stage, request in enumerate(spec.requests):
+                if self.is_cancelled(job):
+                    raise Cancelled("cancelled.")
+                part = iteration * len(spec.requests) + stage
+                report = partial(self._report, job, part, parts)
+                if stage == 0:
+                    tasks = [self._task(job, request, seeds, inputs, report)]
+                else:
+                    firsts = seeds[:: len(seeds) // spec.sets]
+                    # the first task reports the progress of all
+                    reports = [report, *[None] * (spec.sets - 1)]
+                    tasks = [
+                        self._task(job, request, (seed,), layers, one)
+                        for seed, layers, one in zip(firsts, sets, reports, strict=True)
+                    ]
+                results += (made := self.engine.render(tasks))
+                images = iter([image.rgba for result in made for image in result.images])
+                for layers in sets:
+                    layers |= {role: next(images) for role in MODES[request.mode].layer_roles}
+        return results
 
     def store(self, job: Job, results: Sequence[GenerationResult]) -> JobResult:
         """Finish, encode and store the images of a job.
@@ -106,9 +141,12 @@ class Renderer:
         self.on_progress(job, JobProgress(stage="store"))
         start = time.perf_counter()
         first = results[0]
-        images = [image for result in results for image in result.images]
+        if job.spec.stores_layers:
+            images = stack_layers(job.spec, results, self._load_inputs(job))
+        else:
+            images = [(one, result.infotext(one)) for result in results for one in result.images]
         stored = tuple(
-            self._store_image(job, job.file_name(index), image, first.infotext(image))
+            self._store_image(job, job.file_name(index), image)
             for index, image in enumerate(images)
         )
         return JobResult(
@@ -117,10 +155,17 @@ class Renderer:
             model_name=first.model_name,
             model_hash=first.model_hash,
             seconds={**_sum_stages(results), "store": round(time.perf_counter() - start, 4)},
-            warnings=tuple(dict.fromkeys([*first.request.warnings, *first.warnings])),
+            warnings=tuple(
+                dict.fromkeys(
+                    warning
+                    for result in results
+                    for warning in (*result.request.warnings, *result.warnings)
+                )
+            ),
         )
 
-    def _store_image(self, job: Job, key: str, image: GeneratedImage, infotext: str) -> ImageRef:
+    def _store_image(self, job: Job, key: str, described: Described) -> ImageRef:
+        image, infotext = described
         if self.is_cancelled(job):
             raise Cancelled("cancelled.")
         rgba = postprocess.finish(image.rgba, job.spec.output)
@@ -135,6 +180,9 @@ class Renderer:
             height=height,
             size_bytes=len(data),
             role=image.role,
+            is_opaque=bool(rgba[..., 3].min() == codecs.OPAQUE_ALPHA)
+            if job.spec.stores_layers
+            else None,
         )
 
     def _load_inputs(self, job: Job) -> Inputs:
@@ -143,18 +191,26 @@ class Renderer:
             for image in job.spec.generation.inputs
         }
 
-    def _task(self, job: Job, inputs: Inputs, iteration: int = 0) -> RenderTask:
+    def _task(
+        self,
+        job: Job,
+        request: GenerationRequest,
+        seeds: Sequence[ImageSeed],
+        inputs: Inputs,
+        report: Callable[[Progress], None] | None,
+    ) -> RenderTask:
+        """Return a task of a job. Without `report` another task reports for both."""
         return RenderTask(
-            job.spec.generation,
-            job.spec.batches()[iteration],
-            partial(self._report, job, iteration),
+            request,
+            tuple(seeds),
+            report or (lambda _: None),
             partial(self.is_cancelled, job),
-            job.spec.previews,
-            inputs,
+            job.spec.previews and report is not None,
+            {image.role: inputs[image.role] for image in request.inputs},
         )
 
-    def _report(self, job: Job, iteration: int, progress: Progress) -> None:
-        progress = progress.within(iteration, job.spec.iterations)
+    def _report(self, job: Job, part: int, parts: int, progress: Progress) -> None:
+        progress = progress.within(part, parts)
         preview = None
         if progress.preview is not None:
             # a full disk ends a job at its image, not at a preview

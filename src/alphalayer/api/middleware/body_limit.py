@@ -8,7 +8,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from alphalayer.api.errors import send_error
 from alphalayer.api.request_body import check_declared, count_received
 
-HELD_BODIES = 8
+HELD_BODIES = 3
 """Bodies of the largest size that are in memory together, at most."""
 
 

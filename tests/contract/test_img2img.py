@@ -1,0 +1,332 @@
+"""Images in the native dialect: img2img and layers, as JSON and as forms, at once and as jobs."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from tests.support.serving import put_model, served, wait_until
+
+from alphalayer.api.uploads import MAX_UPLOAD_BYTES
+from alphalayer.core.layers import STACK
+from alphalayer.images import codecs
+from alphalayer.images.layered import composite
+
+FIELDS = {"prompt": "an apple", "steps": 2}
+EDIT, LAYERS = "/alpha/v1/img2img", "/alpha/v1/layers"
+
+
+def picture(width: int = 64, height: int = 64, *, opaque: bool = False, seed: int = 0) -> bytes:
+    rgba = np.random.default_rng(seed).integers(0, 256, (height, width, 4), np.uint8)
+    rgba[..., 3] |= 255 if opaque else 0
+    return codecs.encode(rgba)
+
+
+def text(data: bytes) -> str:
+    return base64.b64encode(data).decode()
+
+
+def bomb(width: int = 100_000, height: int = 100_000) -> bytes:
+    """Return a PNG whose header declares many pixels."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        checksum = zlib.crc32(name + data)
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", checksum)
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 6, 0, 0, 0)
+    parts = [(b"IHDR", header), (b"IDAT", zlib.compress(bytes(100))), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return put_model(tmp_path_factory.mktemp("service"))
+
+
+@pytest.fixture(scope="module")
+def client(folder: Path):
+    with served(folder, webhook_secret="of the test", webhook_allow_private=True) as client:
+        yield client
+
+
+def test_img2img_json_changes_an_image(client):
+    answer = client.post(EDIT, json={**FIELDS, "image": text(picture(96, 64))})
+    assert answer.status_code == 200, answer.text
+    body = answer.json()
+    assert set(body) == {"url", "filename", "info", "seconds"}
+    info = json.loads(body["info"])
+    assert (info["width"], info["height"]) == (96, 64)
+    assert client.get(body["url"]).status_code == 200
+
+
+def test_img2img_form_equals_json(client):
+    fields = {**FIELDS, "width": 128, "strength": 0.5, "exact_steps": True}
+    files = {"image": ("apple.png", picture(), "image/png"), "mask": picture(seed=2)}
+    sent = client.post(EDIT, data={**fields, "n_iter": "1"}, files=files)
+    assert sent.status_code == 200, sent.text
+    as_json = client.post(
+        EDIT, json={**fields, "image": text(files["image"][1]), "mask": text(files["mask"])}
+    )
+    assert client.get(sent.json()["url"]).content == client.get(as_json.json()["url"]).content
+    assert json.loads(sent.json()["info"])["width"] == 128
+
+
+def test_form_and_json_of_one_request_are_one_job(client):
+    key = {"Idempotency-Key": "same image"}
+    image = picture()
+    sent = [
+        client.post("/alpha/v1/jobs/img2img", headers=key, **body)
+        for body in (
+            {"json": {**FIELDS, "image": text(image)}},
+            {"data": FIELDS, "files": {"image": image}},
+            {"data": FIELDS, "files": {"image": image}},
+            {"json": {**FIELDS, "image": f"data:image/png;base64,{text(image)}"}},
+        )
+    ]
+    assert [answer.status_code for answer in sent] == [202] * 4, sent[-1].text
+    assert len({answer.json()["id"] for answer in sent}) == 1
+    other = client.post(
+        "/alpha/v1/jobs/img2img", headers=key, data=FIELDS, files={"image": picture(seed=9)}
+    )
+    assert (other.status_code, other.json()["field"]) == (422, "Idempotency-Key")
+
+
+def test_form_takes_loras_as_json_or_not_at_all(client):
+    image = {"image": picture()}
+    answer = client.post(EDIT, data={**FIELDS, "loras": '[{"name": "none"}]'}, files=image)
+    assert "none" in answer.json()["detail"]
+    answer = client.post(EDIT, data={**FIELDS, "loras": "[{"}, files=image)
+    assert (answer.status_code, answer.json()["field"]) == (422, "loras")
+
+
+def test_stored_image_is_a_source_by_its_name(client):
+    first = client.post("/alpha/v1/txt2img", json={**FIELDS, "width": 64, "height": 64}).json()
+    answer = client.post(EDIT, json={**FIELDS, "image": first["filename"]})
+    assert answer.status_code == 200, answer.text
+    missing = f"alpha_1700000000_{'0' * 12}.png"
+    answer = client.post(EDIT, json={**FIELDS, "image": missing})
+    assert (answer.status_code, answer.json()["field"]) == (422, "image")
+    assert missing in answer.json()["detail"]
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [
+        ((64, 200), (64, 200)),
+        ((32, 48), (64, 96)),
+    ],
+)
+def test_img2img_size_is_nearly_that_of_the_image(client, size, expected):
+    image = io.BytesIO()
+    Image.new("RGBA", size, (1, 2, 3, 4)).save(image, "PNG")
+    body = client.post(
+        "/alpha/v1/jobs/img2img",
+        data={"prompt": "x", "steps": 1},
+        files={"image": image.getvalue()},
+    ).json()
+    wait_until(lambda: client.get(body["url"]).json()["state"] == "done", 30)
+    done = client.get(body["url"]).json()["images"][0]
+    assert (done["width"], done["height"], done["role"]) == (*expected, "image")
+
+
+OPAQUE = picture(opaque=True)
+WRONG = [
+    ({}, "image", "it must be given"),
+    ({"image": ""}, "image", "it is empty"),
+    ({"image": 5}, "image", "got 5"),
+    ({"image": ["x"]}, "image", "a text with an image"),
+    ({"image": "!"}, "image", "not base64"),
+    ({"image": text(b"no image")}, "image", "not an image"),
+    ({"image": "https://example.com/a.png"}, "image", "URLs are not fetched"),
+    ({"image": text(bomb())}, "image", "too large"),
+    ({"image": text(bomb(17_000, 1_000))}, "image", "16 megapixels"),
+    ({"image": text(picture()[:200])}, "image", "damaged"),
+    ({"image": text(OPAQUE)}, "image", "layerdiffuse_enabled"),
+    ({"mask": "x"}, "mask", "not base64"),
+    ({"mask": text(bomb())}, "mask", "too large"),
+    ({"mask_blur": 8}, "mask_blur", "no effect without mask"),
+    ({"strength": 1.5}, "strength", "at most 1"),
+    ({"strength": -0.1}, "strength", "at least 0"),
+    ({"alpha": "odd"}, "alpha", "new"),
+    ({"resize_mode": "odd"}, "resize_mode", "Crop and Resize"),
+    ({"hires_scale": 2}, "hires_scale", "no such field"),
+    ({"init_image": "x"}, "init_image", "no such field"),
+]
+
+
+@pytest.mark.parametrize(("fields", "field", "words"), WRONG)
+def test_img2img_wrong_values_name_their_field(client, fields, field, words):
+    image = {} if not fields else {"image": text(picture())}
+    answer = client.post(EDIT, json={**FIELDS, **image, **fields})
+    assert answer.status_code == 422, answer.text
+    body = answer.json()
+    assert body["field"] == field
+    assert words in f"{body['detail']} {body['hint']}"
+
+
+def test_img2img_numbers_that_are_not_finite_are_refused(client):
+    body = json.dumps({**FIELDS, "image": text(picture()), "strength": float("nan")})
+    sent = client.post(EDIT, content=body, headers={"Content-Type": "application/json"})
+    form = client.post(EDIT, data={**FIELDS, "strength": "nan"}, files={"image": picture()})
+    for answer in (sent, form):
+        assert (answer.status_code, answer.json()["field"]) == (422, "strength")
+
+
+def test_file_of_a_form_has_a_limit(client):
+    large = bytes(MAX_UPLOAD_BYTES + 1)
+    answer = client.post(EDIT, data=FIELDS, files={"image": large})
+    assert (answer.status_code, answer.json()["field"]) == (422, "image")
+    assert "at most 20,000,000" in answer.json()["detail"]
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"--x\r\nContent-Disposition: form-data\r\n\r\n1\r\n--x--\r\n", "cannot be read"),
+        (b"no boundary", "cannot be read"),
+        (
+            b"".join(
+                b'--x\r\nContent-Disposition: form-data; name="steps"\r\n\r\n%d\r\n' % number
+                for number in range(2)
+            )
+            + b"--x--\r\n",
+            "more than once",
+        ),
+        (
+            b"".join(
+                b'--x\r\nContent-Disposition: form-data; name="f%d"\r\n\r\n1\r\n' % number
+                for number in range(200)
+            )
+            + b"--x--\r\n",
+            "Too many fields",
+        ),
+    ],
+)
+def test_wrong_form_is_refused(client, content, words):
+    kind = {"Content-Type": "multipart/form-data; boundary=x"}
+    answer = client.post(EDIT, content=content, headers=kind)
+    assert answer.status_code == 422, answer.text
+    assert words in answer.json()["detail"]
+
+
+def test_other_routes_take_no_form(client):
+    answer = client.post("/alpha/v1/txt2img", data=FIELDS, files={"image": picture()})
+    assert (answer.status_code, answer.json()["field"]) == (422, "Content-Type")
+
+
+def test_layers_lists_the_stack_with_documents(client):
+    answer = client.post(LAYERS, json={**FIELDS, "width": 64, "height": 64})
+    assert answer.status_code == 200, answer.text
+    body = answer.json()
+    assert [layer["role"] for layer in body["layers"]] == list(STACK)
+    assert [layer["is_visible"] for layer in body["layers"]] == [True, True, False, False]
+    assert {(layer["width"], layer["height"]) for layer in body["layers"]} == {(64, 64)}
+    files = {layer["role"]: client.get(layer["url"]).content for layer in body["layers"]}
+    pixels = {role: codecs.decode(file)[0] for role, file in files.items()}
+    np.testing.assert_array_equal(
+        pixels["composite"], composite([pixels["background"], pixels["foreground"]])
+    )
+    assert set(body["documents"]) == {"psd", "ora", "tiff", "zip"}
+    for kind, start in (("psd", b"8BPS"), ("ora", b"PK"), ("zip", b"PK"), ("tiff", b"II")):
+        sent = client.get(body["documents"][kind])
+        assert sent.status_code == 200, sent.text
+        assert sent.content.startswith(start)
+        assert f".{kind}" in sent.headers["content-disposition"]
+    texts = json.loads(body["info"])["infotexts"]
+    assert ["From Foreground and Blending to Background" in one for one in texts] == [
+        True,
+        False,
+        False,
+        False,
+    ]
+
+
+def test_layers_form_with_a_given_foreground(client):
+    files = {"foreground": picture(80, 64)}
+    answer = client.post(LAYERS, data={**FIELDS, "want": "background"}, files=files)
+    assert answer.status_code == 200, answer.text
+    layers = answer.json()["layers"]
+    assert [layer["role"] for layer in layers] == list(STACK)
+    stored = client.get(layers[1]["url"]).content
+    np.testing.assert_array_equal(codecs.decode(stored)[0], codecs.decode(files["foreground"])[0])
+
+
+def test_layers_of_several_sets(client):
+    body = client.post(
+        LAYERS, json={**FIELDS, "width": 64, "height": 64, "batch_size": 2, "seed": 3}
+    ).json()
+    assert [{layer["seed"] for layer in one["layers"]} for one in body["sets"]] == [{3}, {4}]
+    assert body["sets"][0]["layers"] == body["layers"]
+    first, second = (client.get(one["documents"]["zip"]).content for one in body["sets"])
+    assert first != second
+    answer = client.get(f"{body['documents']['zip']}?set=3")
+    assert (answer.status_code, answer.json()["code"]) == (404, "file_not_found")
+
+
+@pytest.mark.parametrize(
+    ("fields", "field", "words"),
+    [
+        ({"want": "all"}, "want", "layers"),
+        ({"want": "foreground", "foreground": text(picture())}, "want", "given already"),
+        ({"blended": text(picture())}, "blended", "foreground"),
+        ({"foreground": text(OPAQUE)}, "foreground", "Remove its background"),
+        ({"background": "x"}, "background", "not base64"),
+        ({"trim": True}, "trim", "no such field"),
+        ({"prompt": ""}, "prompt", "empty"),
+        ({"background_prompt": "x" * 9_999, "prompt": "y" * 9}, "background_prompt", "bytes"),
+    ],
+)
+def test_layers_wrong_values_name_their_field(client, fields, field, words):
+    answer = client.post(LAYERS, json={**FIELDS, **fields})
+    assert answer.status_code == 422, answer.text
+    body = answer.json()
+    assert body["field"] == field
+    assert words in f"{body['detail']} {body['hint']}"
+
+
+def test_layers_job_shows_roles_and_documents(client):
+    body = client.post(
+        "/alpha/v1/jobs/layers", json={**FIELDS, "width": 64, "height": 64, "previews": True}
+    ).json()
+    assert body["documents"] == []
+    answer = client.get(f"{body['url']}/layers.psd")
+    assert answer.status_code in (200, 404)
+    wait_until(lambda: client.get(body["url"]).json()["state"] == "done", 30)
+    done = client.get(body["url"]).json()
+    assert [image["role"] for image in done["images"]] == list(STACK)
+    assert client.get(done["documents"][0]["psd"]).content.startswith(b"8BPS")
+    assert done["steps"] == 6
+
+
+@pytest.mark.parametrize("job_id", ["0" * 24, "x"])
+def test_document_of_no_job_is_missing(client, job_id):
+    answer = client.get(f"/alpha/v1/jobs/{job_id}/layers.psd")
+    assert (answer.status_code, answer.json()["code"]) == (404, "job_not_found")
+
+
+def test_document_of_a_job_without_layers_is_missing(client):
+    body = client.post("/alpha/v1/jobs", json={**FIELDS, "width": 64, "height": 64}).json()
+    answer = client.get(f"/alpha/v1/jobs/{body['id']}/layers.psd")
+    assert (answer.status_code, answer.json()["code"]) == (404, "file_not_found")
+
+
+def test_signed_service_wants_signed_names_and_documents(tmp_path: Path):
+    with served(put_model(tmp_path), sign_file_urls="a secret of the test") as client:
+        body = client.post(LAYERS, json={**FIELDS, "width": 64, "height": 64}).json()
+        signed = body["layers"][1]["url"].rpartition("/")[2]
+        name = signed.partition("?")[0]
+        for source in (name, f"{name}?expires=99999999999&signature=00", f"{name}?expires=x"):
+            answer = client.post(EDIT, json={**FIELDS, "image": source})
+            assert (answer.status_code, answer.json()["field"]) == (403, "image")
+        assert client.post(EDIT, json={**FIELDS, "image": signed}).status_code == 200
+        url = body["documents"]["psd"]
+        assert client.get(url).status_code == 200
+        assert client.get(url.partition("?")[0]).status_code == 403
+        assert client.get(url.replace(".psd", ".ora")).status_code == 403
