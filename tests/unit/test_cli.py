@@ -24,7 +24,7 @@ from alphalayer.cli import rendering
 from alphalayer.cli.app import app, load_command, main
 from alphalayer.cli.options import add_options, name_flags, select_fields
 from alphalayer.config import Settings
-from alphalayer.core.inputs import size_from_image
+from alphalayer.core.inputs import size_for_image
 from alphalayer.core.job import Job, JobResult, Output
 from alphalayer.core.modes import MODES, ConditionRole
 from alphalayer.core.request import GenerationOptions, GenerationRequest, ModelDefaults
@@ -342,15 +342,16 @@ def test_generate_with_an_image_and_mask_requests_a_change(
     # the opaque part of the mask is changed
     assert [inputs["mask"][row, 0, 0] for row in (0, 1)] == [0, 255]
     run(*_generate(models, *images, "--width", "128"))
-    assert rendered[1][0].spec.generation.size == (128, 72)
+    assert rendered[1][0].spec.generation.size == (128, 96)
 
 
 def test_generate_opaque_image_is_refused_with_advice(run: Run, models: Path, tmp_path: Path):
     (tmp_path / "photo.png").write_bytes(codecs.encode(np.full((8, 8, 4), 255, np.uint8)))
     code, _, err = run(*_generate(models, "--image", "photo.png"))
     assert code == 1
-    assert '--image: the image is opaque, and mode "attention" generates transparency.' in err
-    assert "Remove its background first" in err
+    assert "--image: the image is opaque, and LayerDiffuse changes images with" in err
+    assert "Remove its background first, or add --no-transparent." in err
+    assert "unknown mode" in run(*_generate(models, "--image", "photo.png", "--mode", "x"))[2]
     err = run(*_generate(models, "--mask", "photo.png"))[2]
     assert "a mask needs an image to change (init)" in err
     assert "--mask: cannot read none.png" in run(*_generate(models, "--mask", "none.png"))[2]
@@ -367,8 +368,15 @@ def test_generate_opaque_image_is_refused_with_advice(run: Run, models: Path, tm
         ((1, 16_000), (64, 2048)),
     ],
 )
-def test_size_from_image_is_near_its_own(size: tuple[int, int], expected: tuple[int, int]):
-    assert size_from_image(*size) == expected
+def test_size_for_image_is_near_its_own(size: tuple[int, int], expected: tuple[int, int]):
+    assert size_for_image(size) == expected
+
+
+def test_size_for_image_follows_from_a_requested_side():
+    assert size_for_image((300, 200), 1200) == (1200, 800)
+    assert size_for_image((300, 200), height=100) == (152, 100)
+    assert size_for_image((300, 200), 70, 80) == (70, 80)
+    assert size_for_image((1000, 10), 1000) == (1000, 64)
 
 
 def test_generate_same_command_gives_the_same_image(run: Run, models: Path, tmp_path: Path):

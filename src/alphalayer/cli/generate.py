@@ -24,9 +24,10 @@ from alphalayer.cli.rendering import (
     write_file,
 )
 from alphalayer.config import Settings
-from alphalayer.core.inputs import check_opaque_init, size_from_image
+from alphalayer.core.errors import InvalidRequest
+from alphalayer.core.inputs import size_for_image
 from alphalayer.core.job import Job, JobSpec, Output
-from alphalayer.core.modes import DEFAULT_MODE, OPAQUE
+from alphalayer.core.modes import DEFAULT_MODE, MODES, OPAQUE
 from alphalayer.core.request import GenerationOptions, GenerationRequest, parse_request
 from alphalayer.core.samplers import split_sampler_name
 from alphalayer.core.values import parse_as
@@ -93,7 +94,7 @@ def generate(
 
 
 def _init_options(inputs: InputImages, options: dict[str, Any]) -> dict[str, Any]:
-    """Return the size of the image to change, as far as no size is requested.
+    """Return the size that an image to change leads to.
 
     Raises:
         InvalidRequest: It is opaque, and the mode generates transparency.
@@ -101,9 +102,15 @@ def _init_options(inputs: InputImages, options: dict[str, Any]) -> dict[str, Any
     init = inputs.by_role.get("init")
     if init is None:
         return {}
-    check_opaque_init(options["mode"] or DEFAULT_MODE, is_opaque=init.is_opaque)
-    sides = zip(("width", "height"), size_from_image(init.width, init.height), strict=True)
-    return {name: side for name, side in sides if options[name] is None}
+    mode = MODES.get(options["mode"] or DEFAULT_MODE)
+    if init.is_opaque and mode and mode.has_alpha:
+        raise InvalidRequest(
+            "the image is opaque, and LayerDiffuse changes images with transparency.",
+            hint="Remove its background first, or add --no-transparent.",
+            field="image",
+        )
+    size = size_for_image((init.width, init.height), options["width"], options["height"])
+    return dict(zip(("width", "height"), size, strict=True))
 
 
 def _spec(prompt: str, output: Path | None, options: dict[str, Any], settings: Settings) -> JobSpec:
