@@ -7,6 +7,7 @@ import io
 import json
 import struct
 import zlib
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -14,13 +15,14 @@ import pytest
 from PIL import Image
 from tests.support.serving import put_model, served, wait_until
 
+from alphalayer.api.middleware.body_limit import HELD_BODIES
 from alphalayer.api.uploads import MAX_UPLOAD_BYTES
 from alphalayer.core.layers import STACK
 from alphalayer.images import codecs
 from alphalayer.images.layered import composite
 
 FIELDS = {"prompt": "an apple", "steps": 2}
-EDIT, LAYERS = "/alpha/v1/img2img", "/alpha/v1/layers"
+EDIT, LAYERS, JOBS = "/alpha/v1/img2img", "/alpha/v1/layers", "/alpha/v1/jobs"
 
 
 def picture(width: int = 64, height: int = 64, *, opaque: bool = False, seed: int = 0) -> bytes:
@@ -214,6 +216,26 @@ def test_wrong_form_is_refused(client, content, words):
     answer = client.post(EDIT, content=content, headers=kind)
     assert answer.status_code == 422, answer.text
     assert words in answer.json()["detail"]
+
+
+def test_waiting_requests_hold_no_files_of_their_forms(tmp_path: Path):
+    # of random pixels, which take all of their 262 kB
+    image, limit = picture(256, 256), 300_000
+    with (
+        served(put_model(tmp_path), engine=None, max_request_bytes=limit, drain_s=1) as client,
+        ThreadPoolExecutor() as pool,
+    ):
+
+        def wait() -> int:
+            answer = client.post(EDIT, data=FIELDS, files={"image": image}, timeout=5)
+            return answer.status_code
+
+        waiting = list[Future[int]]()
+        for count in range(1, HELD_BODIES + 3):
+            waiting.append(pool.submit(wait))
+            wait_until(lambda count=count: len(client.get(JOBS).json()["jobs"]) == count)
+        client.server.should_exit = True  # type: ignore[attr-defined]
+        assert {future.result() for future in waiting} == {503}
 
 
 def test_other_routes_take_no_form(client):

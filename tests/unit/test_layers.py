@@ -258,6 +258,13 @@ def test_warnings_of_all_stages_are_kept_once(storage: ObjectStorage):
     assert any("<huge:1>" in warning for warning in result.warnings)
 
 
+def test_prompt_of_a_layer_that_is_not_generated_is_a_warning():
+    warnings = job_of(want="blended", background_prompt="x", blended_prompt="y")
+    assert warnings.spec.generation.warnings == (
+        "background_prompt: ignored, because no background is generated.",
+    )
+
+
 def test_sets_of_layers_have_a_limit():
     with pytest.raises(InvalidRequest) as caught:
         job_of(n_iter=16, batch_size=8)

@@ -10,13 +10,19 @@ from alphalayer.api.request_body import check_declared, count_received
 
 HELD_BODIES = 3
 """Bodies of the largest size that are in memory together, at most."""
+_RELEASE = "alphalayer.release_body"
+
+
+def release_body(scope: Scope) -> None:
+    """Count the body of a request no longer, because nothing holds it."""
+    scope[_RELEASE]()
 
 
 class BodyLimit:
     """ASGI middleware that answers 413 to bodies over `limit` bytes, declared or sent.
 
-    A body is in memory until its response is complete. All together have a limit, too: over it the
-    answer is 503. Compressed bodies are answered with 415.
+    A body is in memory until its response is complete, or until `release_body`. All together have a
+    limit, too: over it the answer is 503. Compressed bodies are answered with 415.
     """
 
     def __init__(self, app: ASGIApp, limit: int):
@@ -43,7 +49,13 @@ class BodyLimit:
             if self._held_bytes > HELD_BODIES * self._limit:
                 raise HTTPException(503, "too many large requests are open.", {"Retry-After": "5"})
 
+        def release() -> None:
+            nonlocal received_bytes
+            self._held_bytes -= received_bytes
+            received_bytes = 0
+
+        scope[_RELEASE] = release
         try:
             await self._app(scope, count_received(receive, self._limit, hold), send)
         finally:
-            self._held_bytes -= received_bytes
+            release()

@@ -13,6 +13,7 @@ from pydantic import ConfigDict, Field
 
 from alphalayer.api.deps import Service, find_model, while_connected
 from alphalayer.api.forms import Form, uploads_of
+from alphalayer.api.middleware.body_limit import release_body
 from alphalayer.api.schemas import Body, reject_unused_options
 from alphalayer.api.uploads import StoredInput, Uploads, store_upload
 from alphalayer.core import validation
@@ -252,6 +253,10 @@ async def prepare_job(
     if body.images:
         storing = store_images(service, body, uploads_of(request))
         images = await while_connected(request, storing)
+        if uploads_of(request):
+            # the job may wait for long, and the body has names of files only
+            request.state.uploads = {}
+            release_body(request.scope)
     family = DEFAULT_FAMILY
     if body.is_chain and service.knows_models:
         family = (await asyncio.to_thread(find_model, service, body.model)).family

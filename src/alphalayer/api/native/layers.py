@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar
 
 from fastapi import APIRouter, Request, Response
@@ -29,6 +29,7 @@ from alphalayer.core.prompts import MAX_PROMPT_BYTES
 from alphalayer.core.request import (
     LAYER_PROMPTS,
     MAX_BATCH,
+    BatchSize,
     GenerationRequest,
     ImageFormat,
 )
@@ -59,6 +60,9 @@ class LayersRequest(LayerFields, UploadRequest, frozen=True):
         role: ImageField(role) for role in CONDITIONS
     }
 
+    batch_size: Annotated[
+        BatchSize, Field(description="Sets of layers generated together; seeds count up.")
+    ] = 1
     want: Annotated[
         Want, Field(description="Layer to generate, with those that it needs, or all layers.")
     ] = "layers"
@@ -104,7 +108,9 @@ class LayersRequest(LayerFields, UploadRequest, frozen=True):
         return copy_fields(
             self,
             JobSpec,
-            generation=request,
+            generation=request.model_copy(
+                update={"warnings": (*request.warnings, *self._unused_prompts(modes))}
+            ),
             stages=stages,
             stores_layers=True,
             output=Output(format=self.format),
@@ -122,6 +128,15 @@ class LayersRequest(LayerFields, UploadRequest, frozen=True):
             "scheduler": scheduler,
             "layerdiffuse_stop_at": self.layerdiffuse_stop_at if is_sent else mode.stop_at,
         }
+
+    def _unused_prompts(self, modes: Sequence[Mode]) -> list[str]:
+        """Return a warning for each additional prompt of a layer that is not generated."""
+        roles = {role for mode in modes for role in mode.layer_roles}
+        return [
+            f"{role}_prompt: ignored, because no {role} is generated."
+            for role in CONDITIONS
+            if getattr(self, f"{role}_prompt") and role not in roles
+        ]
 
     def _check(self, images: Mapping[str, StoredInput], first: Mode) -> None:
         """Raise `InvalidRequest` for what no chain has."""
