@@ -390,8 +390,8 @@ def test_txt2img_layerdiffuse_enabled_false_is_opaque(client):
             'there is no "(SD1.5) Only',
         ),
         (
-            {"alwayson_scripts": {"LayerDiffuse": {"args": [True, f"(SD1.5) {ATTENTION[7:]}"]}}},
-            "is not implemented",
+            {"alwayson_scripts": {"LayerDiffuse": {"args": [True, 3]}}, "batch_size": 2},
+            "use one of 3, 6",
         ),
         (
             {"alwayson_scripts": {"LayerDiffuse": {"args": [True, CONV, *[None] * 6, True]}}},

@@ -17,6 +17,7 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
+from alphalayer.core.modes import DECODER_FILES, MODES
 from alphalayer.engine.families.configs import SHIPPED
 from alphalayer.engine.networks.transparent import TransparentDecoder
 from alphalayer.engine.networks.weights import NamedWeights
@@ -54,6 +55,14 @@ def sd15_shapes() -> Shapes:
         text = CLIPTextModel(CLIPTextConfig(**_config(SHIPPED, "text_encoder")))
     tensors = tiny_models.sd15_file_tensors(text, unet, vae)
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def sharing_shapes(mode: str) -> Shapes:
+    """Return the tensors of the file of a mode that shares attention."""
+    info, control = MODES[mode], (32, 32, 64, 64, 128, 128, 256, 256)
+    return tiny_models.sharing_shapes(
+        (320, 640, 1280, 1280), 768, len(info.layers), RANK, control if info.needs else ()
+    )
 
 
 def patch_shapes(configs: Path = SHIPPED) -> Shapes:
@@ -127,6 +136,16 @@ def write_models(models_dir: Path, configs: Path = SHIPPED, **decoder: Any) -> P
     write_random(layers / "layer_xl_transparent_attn.safetensors", patch_shapes(configs), 0.1)
     write_random(layers / "vae_transparent_decoder.safetensors", decoder_shapes(**decoder))
     return checkpoint
+
+
+def write_sd15_models(models_dir: Path) -> None:
+    """Write a checkpoint of SD 1.5, its decoder and all files of attention sharing, 4 GB."""
+    write_random(models_dir / "Stable-diffusion" / "random-sd15.safetensors", sd15_shapes())
+    layers = models_dir / "layer_model"
+    write_random(layers / DECODER_FILES["sd15"][0], decoder_shapes())
+    for mode in MODES.values():
+        if mode.shares_attention:
+            write_random(layers / mode.files[0], sharing_shapes(mode.name), 0.1)
 
 
 def _config(configs: Path, part: str) -> dict[str, Any]:

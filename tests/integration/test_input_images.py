@@ -15,7 +15,7 @@ from alphalayer.engine.base import GeneratedImage, RenderTask
 from alphalayer.engine.pipeline import LocalEngine
 from alphalayer.engine.transparency.modes import MODES as MATHEMATICS
 
-CONDITIONAL = [mode.name for mode in MODES.values() if mode.needs]
+CONDITIONAL = [mode.name for mode in MODES.values() if mode.needs and mode.family == "sdxl"]
 
 
 @pytest.fixture(scope="module")

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import atexit
 import json
+import re
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from functools import cache, wraps
 from pathlib import Path
@@ -24,6 +25,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from alphalayer.core.modes import MODES
 from alphalayer.engine.families.configs import SHIPPED
 from tests.support.reference_decoder import ReferenceDecoder
+from tests.support.seeded_weights import seeded_weights
 
 TEXT = {
     "vocab_size": 49408,
@@ -317,6 +319,66 @@ def make_condition_patch(folder: Path, mode: str, seed: int = 0) -> Path:
         folder / name,
     )
     return folder / name
+
+
+def sharing_shapes(
+    widths: Sequence[int], context: int, images: int, rank: int, control: Sequence[int] = ()
+) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of a file of attention sharing by name.
+
+    Args:
+        widths: Widths of the UNet's levels.
+        context: Width of the text.
+        images: Images of a set.
+        rank: Rank of the changes.
+        control: Widths of the encoder's first block. Empty: no input image.
+    """
+    down = [width for width in widths[:3] for _ in range(2)]
+    up = [width for width in widths[2::-1] for _ in range(3)]
+    shapes: dict[str, tuple[int, ...]] = {}
+    for i, width in enumerate(width for width in (*down, *up, widths[3]) for _ in range(2)):
+        unit = f"hookers.layers.{i}."
+        text = context if i % 2 else width
+        for part, entering in (("q", width), ("k", text), ("v", text), ("out", width)):
+            for image in range(images):
+                lora = f"{unit}to_{part}_lora.{image}."
+                shapes[f"{lora}down.weight"] = rank, entering
+                shapes[f"{lora}up.weight"] = width, rank
+        for part in "inqkvo":
+            shapes[f"{unit}temporal_{part}.weight"] = (width,) if part == "n" else (width, width)
+            shapes[f"{unit}temporal_{part}.bias"] = (width,)
+        for image in range(images) if control else ():
+            convs, last = f"{unit}control_convs.{image}.", control[-1]
+            shapes |= {f"{convs}0.weight": (last, last, 3, 3), f"{convs}0.bias": (last,)}
+            shapes |= {f"{convs}2.weight": (width, last, 1, 1), f"{convs}2.bias": (width,)}
+    for block, outputs in enumerate([control, *[control[-1:] * 2] * 3]) if control else ():
+        entering = control[-1] if block else 3
+        for i, width in enumerate(outputs):
+            conv = f"kwargs_encoder.blocks_{block}.{2 * i}."
+            shapes |= {f"{conv}weight": (width, entering, 3, 3), f"{conv}bias": (width,)}
+            entering = width
+    return shapes
+
+
+def make_sharing_file(folder: Path, mode: str, *, is_zero: bool = False) -> Path:
+    """Write the file of a mode that shares attention, for the tiny UNet of SD 1.5.
+
+    Args:
+        folder: The folder.
+        mode: Name of the mode.
+        is_zero: Whether the changes are zero, so that the attentions are those of the model.
+    """
+    info = MODES[mode]
+    control = (4, 4, 4, 4, 8, 8, 8, 8) if info.needs else ()
+    shapes = sharing_shapes((32, 64, 64, 64), WIDTH_L, len(info.layers), 2, control)
+    tensors = {name: tensor.half() for name, tensor in seeded_weights(shapes, 7).items()}
+    for name, tensor in tensors.items():
+        adds = ".up." in name or "temporal_o" in name or re.search(r"control_convs\..\.2", name)
+        if is_zero and adds:
+            tensor.zero_()
+    path = folder / info.files[0]
+    save_file(tensors, path)
+    return path
 
 
 def unet_name_in_ldm(name: str) -> str:

@@ -12,7 +12,7 @@ from tests.support.header_files import write
 
 from alphalayer.api.a1111.lists import loras, samplers, script_info
 from alphalayer.api.a1111.schemas import Txt2ImgRequest
-from alphalayer.api.a1111.script import ROWS
+from alphalayer.api.a1111.script import METHODS, ROWS
 from alphalayer.api.a1111.settings import UNIMPLEMENTED, OverrideSettings
 from alphalayer.core.errors import InvalidRequest
 from alphalayer.core.request import GenerationOptions, GenerationRequest
@@ -159,10 +159,58 @@ def test_script_arguments_in_other_forms(args: Any, mode: str, weight: float):
     assert (request.mode, request.layerdiffuse_weight) == (mode, weight)
 
 
-@pytest.mark.parametrize("method", [0, 3, "(SD1.5) Generate Everything Together"])
-def test_script_method_of_another_family_is_not_implemented(method: str | int):
-    with pytest.raises(InvalidRequest, match="is not implemented"):
-        generation(alwayson_scripts={"LayerDiffuse": {"args": [True, method]}})
+def script_of(*args: Any, **fields: Any) -> Any:
+    return generation(alwayson_scripts={"LayerDiffuse": {"args": [True, *args]}}, **fields)
+
+
+@pytest.mark.parametrize(
+    ("methods", "mode"),
+    [
+        ((0, "(SD1.5) Only Generate Transparent Image (Attention Injection)"), "sd15_attention"),
+        ((4, "Only Generate Transparent Image (Attention Injection)"), "attention"),
+        (
+            (
+                3,
+                "(SD1.5) Generate Everything Together (need batch size 3)",
+                "(SD1.5) Generate Everything Together",
+                "Generate Everything Together",
+            ),
+            "sd15_joint",
+        ),
+    ],
+)
+def test_script_method_by_row_or_label(methods: tuple[str | int, ...], mode: str):
+    for method in methods:
+        assert script_of(method, batch_size=3).mode == mode
+
+
+def test_script_rows_are_those_of_forge():
+    [script] = script_info()
+    rows = script["args"][1]["choices"]
+    modes = [METHODS[label] for label in rows]
+    assert modes == [
+        *("sd15_attention", "sd15_fg2bg", "sd15_bg2fg", "sd15_joint", "attention", "conv"),
+        *("fg2ble", "fgble2bg", "bg2ble", "bgble2fg"),
+    ]
+
+
+def test_script_batch_of_no_whole_set_is_refused():
+    with pytest.raises(InvalidRequest, match="got a batch_size of 4; use one of 3, 6") as error:
+        script_of(3, batch_size=4)
+    assert error.value.field == "batch_size"
+
+
+def test_script_additional_prompts_are_those_of_layers():
+    tail = (1, 1, None, None, None, "Just Resize", False, "glass", None, "both")
+    request = script_of(3, *tail, batch_size=3)
+    texts = (request.foreground_prompt, request.background_prompt, request.blended_prompt)
+    assert texts == ("glass", "", "both")
+    assert request.warnings == ()
+    assert request.layer_prompts == ("glass, an apple", "an apple", "both, an apple")
+    assert script_of(5, *tail).warnings == (
+        "fg_additional_prompt: ignored by this method.",
+        "blend_additional_prompt: ignored by this method.",
+    )
 
 
 @pytest.mark.parametrize("args", [[{"strength": 1}], {"strength": 1}, {"0": True, "strength": 1}])

@@ -112,6 +112,22 @@ def test_moved_weights_drop_the_recordings(unet: UNet, runner: GraphRunner, reco
     assert recorder.recorded == 2
 
 
+def test_replaced_attentions_drop_the_recordings(
+    unet: UNet, runner: GraphRunner, recorder: Recorder
+):
+    text, x = make_text(unet, 1), make_latents(1)
+    runner(x, TIME, text, None)
+    unet.sharing = torch.nn.Identity()
+    # another input image has another specification
+    for spec in ("one", "one", "other"):
+        unet.sharing.spec = spec  # pyright: ignore[reportArgumentType]
+        runner(x, TIME, text, None)
+    assert recorder.recorded == 3
+    unet.sharing = None
+    runner(x, TIME, text, None)
+    assert recorder.recorded == 4
+
+
 def test_each_shape_is_recorded_and_the_oldest_dropped(
     unet: UNet, runner: GraphRunner, recorder: Recorder
 ):

@@ -85,6 +85,11 @@ def test_out_of_memory_is_not_recognized_in_other_errors():
         assert not is_out_of_memory(error)
 
 
+def test_rows_at_once_keep_sets_together():
+    assert MEMORY_MODES["low"].rows_at_once(512, 512, 3) == 3
+    assert MEMORY_MODES["balanced"].rows_at_once(512, 512, 3) == 15
+
+
 def test_rows_at_once_are_limited_in_every_mode():
     """Allow one call on a large GPU for 8 images of 1024x1024 with guidance.
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from alphalayer.catalog import EMBEDDED_MODEL, model_defaults
-from alphalayer.core.cost import DECODE_STEPS, LORA_UNITS, UNIT_PIXELS
+from alphalayer.core.cost import DECODE_STEPS, LORA_UNITS, UNIT_PIXELS, image_cost
 from alphalayer.core.errors import InvalidRequest
 from alphalayer.core.job import JobSpec
 from alphalayer.core.prompts import Lora
@@ -322,6 +322,43 @@ def test_batch_key_is_equal_for_other_layer_prompts():
         parse_request({"prompt": "a", "blended_prompt": text}).batch_key for text in ("b", "c")
     )
     assert first == second
+
+
+def test_request_batch_of_no_whole_set_is_refused():
+    body = parse_as(RequestFields, {"prompt": "a", "batch_size": 4})
+    with pytest.raises(InvalidRequest, match="got a batch_size of 4; use one of 3, 6") as error:
+        GenerationRequest.of(body, mode="sd15_joint")
+    assert error.value.field == "batch_size"
+    with pytest.raises(InvalidRequest, match="use one of 3, 6"):
+        parse_request({"prompt": "a", "batch_size": 4, "mode": "sd15_joint"})
+    assert parse_request({"prompt": "a", "batch_size": 6, "mode": "sd15_joint"}).batch_size == 6
+
+
+def test_layer_prompts_precede_the_prompt_of_their_layer():
+    fields = {"prompt": "a cat", "background_prompt": "sea", "batch_size": 6}
+    joint = parse_request({**fields, "mode": "sd15_joint"})
+    assert joint.layer_prompts == ("a cat", "sea, a cat", "a cat")
+    alone = parse_request({**fields, "mode": "sd15_attention"})
+    assert alone.layer_prompts == ("a cat",)
+
+
+def test_batch_key_differs_for_input_images_of_shared_attention():
+    def key(mode: str, digit: str) -> str:
+        image = {"role": "foreground", "file_name": f"input_{digit * 64}.png"}
+        fields = {"prompt": "a", "mode": mode, "inputs": [image], "batch_size": 2}
+        return parse_request(fields).batch_key
+
+    assert key("sd15_fg2bg", "1") != key("sd15_fg2bg", "2")
+    assert key("fg2ble", "1") == key("fg2ble", "2")
+
+
+def test_cost_counts_the_longest_prompt_of_a_set():
+    fields = {"prompt": "a", "batch_size": 3, "blended_prompt": "word " * 500}
+    joint, other = (
+        image_cost(parse_request({**fields, "mode": mode})) for mode in ("sd15_joint", "opaque")
+    )
+    assert joint.pixels == other.pixels
+    assert joint.prompt > other.prompt
 
 
 COMMENTS = {

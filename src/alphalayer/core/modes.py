@@ -55,6 +55,11 @@ class Mode:
         """Return whether the transparent decoder makes a layer."""
         return self.has_alpha and role in ("image", "foreground")
 
+    @property
+    def shares_attention(self) -> bool:
+        """Return whether the images of a set attend to each other."""
+        return self.family == "sd15" and bool(self.files)
+
 
 FAMILIES = {"sdxl": "SDXL", "sd15": "SD 1.5"}
 """Families that the modes are for, with their names in messages."""
@@ -128,6 +133,40 @@ MODES = {
             needs=("background", "blended"),
             layers=("foreground",),
             sampler="Euler a",
+        ),
+        Mode(
+            name="sd15_attention",
+            label="(SD1.5) Only Generate Transparent Image (Attention Injection)",
+            files=("layer_sd15_transparent_attn.safetensors",),
+            download="layerdiffuse-sd15",
+            family="sd15",
+        ),
+        Mode(
+            name="sd15_fg2bg",
+            label="(SD1.5) From Foreground to Background (need batch size 2)",
+            files=("layer_sd15_fg2bg.safetensors",),
+            download="layerdiffuse-sd15-fg2bg",
+            family="sd15",
+            needs=("foreground",),
+            layers=("background", "blended"),
+            has_alpha=False,
+        ),
+        Mode(
+            name="sd15_bg2fg",
+            label="(SD1.5) From Background to Foreground (need batch size 2)",
+            files=("layer_sd15_bg2fg.safetensors",),
+            download="layerdiffuse-sd15-bg2fg",
+            family="sd15",
+            needs=("background",),
+            layers=("foreground", "blended"),
+        ),
+        Mode(
+            name="sd15_joint",
+            label="(SD1.5) Generate Everything Together (need batch size 3)",
+            files=("layer_sd15_joint.safetensors",),
+            download="layerdiffuse-sd15-joint",
+            family="sd15",
+            layers=("foreground", "background", "blended"),
         ),
         Mode(name="opaque", label="", has_alpha=False),
     )

@@ -385,7 +385,7 @@ class GenerationRequest(RequestFields, HiresFields, EditFields, LayerFields, fro
 
     @model_validator(mode="after")
     def _validate_inputs(self) -> GenerationRequest:
-        if problem := self._input_problem or self._hires_problem:
+        if problem := self._input_problem or self._batch_problem or self._hires_problem:
             raise ValueError(problem)
         return self
 
@@ -494,6 +494,18 @@ class GenerationRequest(RequestFields, HiresFields, EditFields, LayerFields, fro
         accepted = f"one image each of: {', '.join(needed)}" if needed else "no input images"
         return f'mode "{self.mode}" takes {accepted}'
 
+    @property
+    def _batch_problem(self) -> str | None:
+        """Return what is wrong with the number of images for the mode."""
+        layers = len(MODES[self.mode].layers)
+        if self.batch_size % layers == 0:
+            return None
+        sizes = ", ".join(map(str, range(layers, MAX_BATCH + 1, layers)))
+        return (
+            f'mode "{self.mode}" generates {layers} images together: '
+            f"got a batch_size of {self.batch_size}; use one of {sizes}"
+        )
+
     @classmethod
     def of(cls, body: BaseModel, *, comments: bool = True, **values: Any) -> GenerationRequest:
         """Build a request from a validated body without a second validation.
@@ -505,11 +517,13 @@ class GenerationRequest(RequestFields, HiresFields, EditFields, LayerFields, fro
 
         Raises:
             InvalidRequest: A prompt is not right, see `read_prompts`, or the input images are not
-                those that the mode needs.
+                those that the mode needs, or its batch is no multiple of the mode's images.
         """
         request = copy_fields(body, cls, **values)
         if problem := request._input_problem:
             raise InvalidRequest(f"{problem}.", field="inputs")
+        if problem := request._batch_problem:
+            raise InvalidRequest(f"{problem}.", field="batch_size")
         request.check_hires()
         return request.read_prompts(comments=comments)
 
@@ -602,12 +616,16 @@ class GenerationRequest(RequestFields, HiresFields, EditFields, LayerFields, fro
         """Return a key that is equal for requests that may be generated together.
 
         They differ in prompts, seeds, guidance, input images of the same roles and number of images
-        alone, and in the fields of a second pass or a change that they do not have.
+        alone, and in the fields of a second pass or a change that they do not have. Modes that
+        share attention have the same input images.
         """
         fields = GenerationRequest.model_fields
         unused = [name for name in fields if name.startswith("hires_") and not self.uses_hires]
         unused += [] if self.uses_init else EditFields.model_fields
-        shared = self.model_dump_json(exclude={*FREE_IN_A_BATCH, *unused})
+        free = FREE_IN_A_BATCH
+        if MODES[self.mode].shares_attention:
+            free = free - {"inputs", "resize_mode"}
+        shared = self.model_dump_json(exclude={*free, *unused})
         return f"{shared} {sorted(self.roles)}"
 
     def with_seeds(self) -> GenerationRequest:

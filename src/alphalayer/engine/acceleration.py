@@ -81,7 +81,7 @@ class GraphRunner:
 
     A replay reads the memory of the recorded call. So inputs are copied there, text only after a
     change. Patches write weights in place, which keeps recordings valid. A denoiser that moved to
-    another device has other memory, and its recordings are dropped.
+    another device, or whose attentions were replaced, has other memory. Its recordings are dropped.
 
     Args:
         unet: The UNet that holds the weights.
@@ -93,16 +93,19 @@ class GraphRunner:
         self._unet, self._run, self._record = unet, run, record
         self._recordings: OrderedDict[object, _Recording] = OrderedDict()
         self._weight: Tensor | None = None
+        self._sharing: object = None
 
     def __call__(
         self, x: Tensor, timestep: Tensor, prepared: Prepared, condition: Tensor | None
     ) -> Tensor:
         """Return the output of the UNet, see `UNet.forward`."""
         weight = next(self._unet.parameters()).detach()
-        if self._weight is None or weight.data_ptr() != self._weight.data_ptr():
+        sharing = getattr(getattr(self._unet, "sharing", None), "spec", None)
+        is_moved = self._weight is None or weight.data_ptr() != self._weight.data_ptr()
+        if is_moved or sharing is not self._sharing:
             self._recordings.clear()
             # kept, so that no other weight gets its address
-            self._weight = weight
+            self._weight, self._sharing = weight, sharing
         key = x.shape, x.dtype, prepared.keys_values[0].shape, condition is not None
         recording = self._recordings.pop(key, None)
         if recording is None:

@@ -123,22 +123,27 @@ class Enlarger:
             return enlarge_latents(latents, self.name, resizing, decoding.model.latent.cell)
         return torch.cat(
             [
-                self._enlarge_image(decoding, latent[None], resizing, self.upscale)
-                for latent in latents
+                self._enlarge_image(decoding, latent[None], number, resizing, self.upscale)
+                for number, latent in enumerate(latents)
             ]
         )
 
     def _enlarge_image(
-        self, decoding: Decoding, latent: Tensor, resizing: Resizing, upscale: Upscale
+        self,
+        decoding: Decoding,
+        latent: Tensor,
+        number: int,
+        resizing: Resizing,
+        upscale: Upscale,
     ) -> Tensor:
         self.check()
-        model = decoding.model
+        model, has_alpha = decoding.model, self.mode.is_transparent(number)
 
         def enlarge(image: RgbImage) -> RgbImage:
             return upscale(image, (resizing.width, resizing.height), resizing.window)
 
-        if self.encoder:
-            image = self.mode.compose(decoding, latent)[0].rgba
+        if self.encoder and has_alpha:
+            image = self.mode.compose(decoding, latent, number)[0].rgba
             colour = enlarge(np.rint(pad_colours(image) * 255).astype(np.uint8))
             alpha = enlarge(np.repeat(image[..., 3:], 3, axis=-1)).mean(-1, keepdims=True)
             rgba = _fit(np.concatenate([colour, alpha], axis=-1), resizing.target)
@@ -146,7 +151,7 @@ class Enlarger:
         else:
             image = to_opaque(decoding.rgb(latent))[..., :3]
             enlarged = model.encode_image(_fit(enlarge(image), resizing.target) * 2 - 1)
-            if self.mode.has_alpha:
+            if has_alpha:
                 # what the latent holds beside the colours is its transparency
                 colours = model.encode_image(_to_tensor(image) * 2 - 1)
                 rest = enlarge_latents(latent - colours, "Latent", resizing, model.latent.cell)

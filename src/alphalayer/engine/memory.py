@@ -55,9 +55,13 @@ class MemoryMode:
     sdxl_gib: float
     """GiB of a transparent SDXL image of 1024x1024: weights and activations [counted]."""
 
-    def rows_at_once(self, width: int, height: int) -> int:
-        """Return the rows of one UNet call for images of a size in pixels, at least 1."""
-        return max(1, self.unet_megapixels * 1024**2 // (width * height))
+    def rows_at_once(self, width: int, height: int, together: int = 1) -> int:
+        """Return the rows of one UNet call for images of a size in pixels.
+
+        They are a multiple of `together`, the rows that no call may separate.
+        """
+        rows = self.unet_megapixels * 1024**2 // (width * height)
+        return max(1, rows // together) * together
 
 
 MEMORY_MODES = {

@@ -84,6 +84,7 @@ def count_memory(
     images: int,
     mode: MemoryMode,
     device: torch.device,
+    together: int = 1,
 ) -> dict[Stage, StageMemory]:
     """Count the memory of each stage of a request with guidance.
 
@@ -96,8 +97,10 @@ def count_memory(
         images: Images that are generated together. Guidance doubles the rows.
         mode: Memory mode.
         device: Where the stages run. A CPU holds all weights in every mode.
+        together: Images that attend to each other.
     """
-    activations = _activations(networks, Canvas.of(width, height), images, mode, device)
+    canvas = Canvas.of(width, height)
+    activations = _activations(networks, canvas, images, mode, device, together)
     decoders = [networks.vae, *([networks.decoder] if networks.decoder else [])]
     used: Mapping[Stage, Sequence[nn.Module]] = {
         "text": networks.text,
@@ -118,14 +121,19 @@ def count_memory(
 
 
 def _activations(
-    networks: Networks, canvas: Canvas, images: int, mode: MemoryMode, device: torch.device
+    networks: Networks,
+    canvas: Canvas,
+    images: int,
+    mode: MemoryMode,
+    device: torch.device,
+    together: int,
 ) -> dict[Stage, int]:
     """Return the bytes of activations by stage. They include the inputs of the stage."""
     width, height = canvas.full_width, canvas.full_height
     text = [_on_meta(encoder) for encoder in networks.text]
     unet, vae = _on_meta(networks.denoiser), _on_meta(networks.vae)
     rgb, latent = (3, height, width), (vae.latent_channels, height // vae.cell, width // vae.cell)
-    at_once = mode.rows_at_once(width, height)
+    at_once = mode.rows_at_once(width, height, together)
     dtype = next(vae.parameters()).dtype
     peaks: dict[Stage, int] = {
         "text": _peak(lambda: _encode_text(text)),

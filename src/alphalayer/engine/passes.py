@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 from alphalayer.core.cost import total_steps
 from alphalayer.core.errors import InvalidRequest
@@ -12,6 +13,7 @@ from alphalayer.engine.base import RenderTask
 from alphalayer.engine.canvas import SIZE_MULTIPLE, Canvas
 from alphalayer.engine.families.base import DiffusionModel, LatentSpec
 from alphalayer.engine.memory import Residency
+from alphalayer.engine.networks.unet import UNet
 from alphalayer.engine.progress import ProgressReporter, Stopwatch
 from alphalayer.engine.sampling.guidance import Guidance
 from alphalayer.engine.sampling.noise import Shape
@@ -20,10 +22,12 @@ from alphalayer.engine.sampling.samplers import SAMPLERS, count_steps
 from alphalayer.engine.text.encoders import (
     Reading,
     TextEncoders,
+    combine_plans,
     is_cached,
     plan_negative,
     plan_prompt,
 )
+from alphalayer.engine.transparency.attention_sharing import Sharing, share_attention
 from alphalayer.engine.transparency.modes import Mode
 from alphalayer.engine.transparency.patch import PatchSpec
 
@@ -104,11 +108,16 @@ class PatchSchedule:
     loras: tuple[PatchSpec, ...]
     """Merged below `end_sigma`."""
     end_sigma: float
+    sharing: Sharing | None = None
+    """What replaces the attentions of the denoiser until `end_sigma`."""
 
     def apply(self, sigma: float) -> bool:
         """Merge the patches of a noise level. Return whether LayerDiffuse is on."""
         is_on = sigma >= self.end_sigma
         self.model.patchers["denoiser"].ensure(self.patches if is_on else self.loras)
+        # after the LoRAs: it copies the weights that it changes
+        unet = cast(UNet, self.model.modules["denoiser"])
+        share_attention(unet, self.sharing if is_on else None)
         return is_on
 
 
@@ -117,8 +126,10 @@ def is_encoded(
 ) -> bool:
     """Return whether all prompts were encoded before, with the same LoRAs."""
     return loras == model.patchers["text"].applied and all(
-        is_cached(model.text, request.prompt, request.negative_prompt, _reading(request))
+        is_cached(model.text, prompt, request.negative_prompt, _reading(request))
         for request in requests
+        # an empty one fills the shorter ones of a set
+        for prompt in (*request.layer_prompts, *([""] if len(request.layer_prompts) > 1 else []))
     )
 
 
@@ -135,8 +146,14 @@ def read_prompts(
 ) -> Guidance:
     """Encode the prompts of a request."""
     reading, sampler = _reading(request), SAMPLERS[request.sampler]
+    prompts = request.layer_prompts
+    plans = {prompt: plan_prompt(encoders, prompt, reading, check) for prompt in prompts}
+    positive = plans[prompts[0]]
+    if len(plans) > 1:
+        empty = encoders.encode("", reading.clip_skip, reading.emphasis)
+        positive = combine_plans([plans[prompt] for prompt in prompts], empty)
     return Guidance(
-        plan_prompt(encoders, request.prompt, reading, check),
+        positive,
         plan_negative(encoders, request.negative_prompt, reading, check),
         request.cfg_scale * sampler.guidance_share,
         len(request.images),

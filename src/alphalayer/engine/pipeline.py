@@ -233,7 +233,7 @@ class LocalEngine:
             # read here, so that missing or damaged files are reported before the work
             mode.decoders(model)
             enlarger = self._enlarger(shared, mode, model, reporter)
-        is_single = len(tasks) == len(shared.images) == 1
+        is_single = len(tasks) == 1 and len(shared.images) == mode.images
         if not is_single and any(one.sampler == ADAPTIVE for one in shared.passes):
             return self._render_alone(tasks, requests, memory)
         passes = plan_passes(requests, model)
@@ -257,6 +257,7 @@ class LocalEngine:
         canvas = passes[-1].canvas
         notes = [model.patchers["denoiser"].notes, model.patchers["text"].notes]
         notes += [enlarger.warnings] if enlarger else []
+        notes.append(mode.warnings(shared))
         warnings = tuple(dict.fromkeys(chain.from_iterable(notes)))
         return [
             _result(
@@ -276,23 +277,24 @@ class LocalEngine:
         requests: Sequence[ResolvedRequest],
         memory: MemoryMode,
     ) -> list[GenerationResult]:
-        """Generate each image by itself, because its sampler chooses levels by the image."""
+        """Generate each image or set alone, because the sampler adapts its levels to it."""
         results: list[GenerationResult] = []
         for task, request in zip(tasks, requests, strict=True):
-            count = len(request.images)
+            size = MODES[request.mode].images
+            firsts = range(0, len(request.images), size)
             parts = [
                 self._render(
                     [
                         replace(
                             task,
-                            images=(seeds,),
-                            on_progress=partial(_report_part, task, number, count),
+                            images=request.images[first : first + size],
+                            on_progress=partial(_report_part, task, number, len(firsts)),
                             is_cancelled=lambda: all(one.is_cancelled() for one in tasks),
                         )
                     ],
                     memory,
                 )[0]
-                for number, seeds in enumerate(request.images)
+                for number, first in enumerate(firsts)
             ]
             images = [image for part in parts for image in part.images]
             seconds = {
@@ -388,7 +390,12 @@ class LocalEngine:
             memory,
             batch.reporter.check,
             (run.shared.options.crop_top, run.shared.options.crop_left),
+            together=batch.mode.images,
         )
+        # requests of one batch have the same input images
+        inputs = batch.tasks[0].inputs
+        sharing = batch.mode.sharing(model, run.shared, inputs, schedule.loras)
+        schedule = replace(schedule, sharing=sharing)
         start, noise = self._noise(run, model.latent, latents)
         batch.reporter.stage("sample")
         denoising = batch.residency.of(model.modules["denoiser"], keep=memory.keep_unet)
@@ -415,7 +422,7 @@ class LocalEngine:
             with Residency(self.device, memory).of(*decoders, keep=memory.keep_unet):
                 for latent in latents[len(composed) :]:
                     with reporter.within("decode", decoders):
-                        composed.append(mode.compose(attempt, latent[None]))
+                        composed.append(mode.compose(attempt, latent[None], len(composed)))
 
         self._with_less_memory(requests, modes_down_from(decoding.memory), compose)
         return composed
@@ -549,7 +556,8 @@ class LocalEngine:
         try:
             networks = Networks.of(model, mode.has_alpha)
             width, height = first.largest_size
-            needed = count_memory(networks, width, height, images, smallest, self.device)
+            together = len(mode.layers)
+            needed = count_memory(networks, width, height, images, smallest, self.device, together)
         except Exception as error:  # the decoder is read on first use
             if not is_out_of_memory(error):
                 raise

@@ -162,9 +162,9 @@ def _layerdiffuse_pairs(request: GenerationRequest) -> dict[str, object]:
         "blend_image": "blended" in roles,
         # without input images it has no effect, and Forge writes its default
         "resize_mode": request.resize_mode if roles else "Crop and Resize",
-        "fg_additional_prompt": "",
-        "bg_additional_prompt": "",
-        "blend_additional_prompt": "",
+        "fg_additional_prompt": request.foreground_prompt,
+        "bg_additional_prompt": request.background_prompt,
+        "blend_additional_prompt": request.blended_prompt,
         **({"decode": request.decode} if request.decode != "official" else {}),
     }
     return {f"layerdiffusion_{key}": value for key, value in values.items()}

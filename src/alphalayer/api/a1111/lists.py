@@ -247,8 +247,8 @@ def scripts() -> dict[str, list[str]]:
 def script_info() -> list[dict[str, Any]]:
     """Return the positional arguments of LayerDiffuse.
 
-    Methods of SD1.5 are listed, so that numbers of rows are those of Forge. They are refused.
-    The last four have no effect, and only their defaults are accepted.
+    The numbers of rows are those of Forge. "Output original mat" has no effect, and only its
+    default is accepted.
     """
     bounds = {"weight": _number("weight", 0.001), "ending_step": _number("ending_step", 0.01)}
     choices = {"method": list(ROWS), "resize_mode": list(RESIZE_MODES)}

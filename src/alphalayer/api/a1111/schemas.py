@@ -314,7 +314,9 @@ class Txt2ImgRequest(HiresBody, Body, Postprocessing, frozen=True):
     def _warnings(self) -> tuple[str, ...]:
         """Return what of the request has no effect."""
         styles = dict.fromkeys(style for style in self.styles if is_used(style))
-        return tuple(f"There is no style {validation.shown(style)}." for style in styles)
+        missing = tuple(f"There is no style {validation.shown(style)}." for style in styles)
+        script = self._script()
+        return missing + (script.warnings if script else ())
 
     def _script(self) -> Arguments | None:
         """Return the arguments of the script, if sent. Raises `InvalidRequest`."""

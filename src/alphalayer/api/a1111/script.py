@@ -7,7 +7,7 @@ from typing import Annotated, Any, cast
 from pydantic import BeforeValidator, ConfigDict, Field, ValidationError
 
 from alphalayer.core.errors import InvalidRequest
-from alphalayer.core.modes import DEFAULT_MODE, MODES, OPAQUE, InputRole
+from alphalayer.core.modes import DEFAULT_MODE, MODES, OPAQUE, InputRole, LayerRole
 from alphalayer.core.request import LayerdiffuseStopAt, LayerdiffuseWeight, ResizeModeName
 from alphalayer.core.validation import describe_validation_error
 from alphalayer.core.values import Frozen
@@ -15,15 +15,8 @@ from alphalayer.core.values import Frozen
 SCRIPT = "LayerDiffuse"
 METHODS = {mode.label: mode.name for mode in MODES.values() if mode.label}
 """Modes by their labels."""
-OTHER_METHODS = (
-    "(SD1.5) Only Generate Transparent Image (Attention Injection)",
-    "(SD1.5) From Foreground to Background (need batch size 2)",
-    "(SD1.5) From Background to Foreground (need batch size 2)",
-    "(SD1.5) Generate Everything Together (need batch size 3)",
-)
-"""Methods of the original that are not implemented."""
-ROWS = (*OTHER_METHODS, *METHODS)
-"""Methods in the order of the original, whose numbers clients send."""
+ROWS = tuple(sorted(METHODS, key=lambda label: MODES[METHODS[label]].family))
+"""Methods in the order of the original, whose numbers clients send: those of SD 1.5 come first."""
 LABELS = {
     "enabled": "Enabled",
     "method": "Method",
@@ -63,9 +56,9 @@ class Arguments(Frozen, frozen=True):
     blend_image: str | None = None
     resize_mode: ResizeModeName = "Crop and Resize"
     output_origin: Switch = False
-    fg_additional_prompt: Any = ""
-    bg_additional_prompt: Any = ""
-    blend_additional_prompt: Any = ""
+    fg_additional_prompt: str = ""
+    bg_additional_prompt: str = ""
+    blend_additional_prompt: str = ""
 
     @property
     def fields(self) -> dict[str, Any]:
@@ -77,7 +70,27 @@ class Arguments(Frozen, frozen=True):
             "layerdiffuse_weight": self.weight,
             "layerdiffuse_stop_at": self.ending_step,
             "resize_mode": self.resize_mode,
+            "foreground_prompt": self.fg_additional_prompt,
+            "background_prompt": self.bg_additional_prompt,
+            "blended_prompt": self.blend_additional_prompt,
         }
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """Return which additional prompts have no effect, one sentence each."""
+        if not self.enabled:
+            return ()
+        layers = MODES[_method(self.method)].layers
+        prompts: dict[LayerRole, str] = {
+            "foreground": "fg_additional_prompt",
+            "background": "bg_additional_prompt",
+            "blended": "blend_additional_prompt",
+        }
+        return tuple(
+            f"{name}: ignored by this method."
+            for role, name in prompts.items()
+            if getattr(self, name).strip() and (len(layers) == 1 or role not in layers)
+        )
 
     @property
     def images(self) -> dict[InputRole, str]:
@@ -88,14 +101,6 @@ class Arguments(Frozen, frozen=True):
             "blended": self.blend_image,
         }
         return {role: image for role, image in images.items() if self.enabled and image}
-
-
-UNSUPPORTED = (
-    "output_origin",
-    "fg_additional_prompt",
-    "bg_additional_prompt",
-    "blend_additional_prompt",
-)
 
 
 def read_arguments(args: list[Any]) -> Arguments:
@@ -117,28 +122,25 @@ def read_arguments(args: list[Any]) -> Arguments:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         raise _wrong_argument(str(first["loc"][0]), describe_validation_error(first)) from None
-    for name in UNSUPPORTED if arguments.enabled else ():
-        if str(getattr(arguments, name) or "").strip():
-            raise _wrong_argument(name, "not implemented")
+    if arguments.enabled and arguments.output_origin:
+        raise _wrong_argument("output_origin", "not implemented")
     return arguments
 
 
 def _method(method: str | int) -> str:
     """Return a mode by its label or row. Raises `InvalidRequest`.
 
-    The label may lack "(SDXL)".
+    The label may lack its family, which then is SDXL where both have it, or "(need batch size 2)".
     """
     label = str(method)
     label = {str(row): label for row, label in enumerate(ROWS)}.get(label, label)
-    bare = label.removeprefix("(SDXL) ")
-    known = {label.removeprefix("(SDXL) "): name for label, name in METHODS.items()}
-    if bare in known:
-        return known[bare]
-    # older labels of these methods have no "(need batch size 2)"
-    others = {other for label in OTHER_METHODS for other in (label, label.partition(" (need")[0])}
-    is_known = {label, f"(SD1.5) {label}"} & others
-    reason = f'"{label}" is not implemented' if is_known else f'there is no "{label}"'
-    raise _wrong_argument("method", f"{reason}; use one of: {', '.join(METHODS)}")
+    known: dict[str, str] = {}
+    for full in ROWS:
+        own, short = full.partition(" (need")[0], full.partition(") ")[2]
+        known |= dict.fromkeys((full, own, short, short.partition(" (need")[0]), METHODS[full])
+    if label in known:
+        return known[label]
+    raise _wrong_argument("method", f'there is no "{label}"; use one of: {", ".join(ROWS)}')
 
 
 def _wrong_argument(name: str, reason: str) -> InvalidRequest:

@@ -40,6 +40,7 @@ from alphalayer.engine.sampling.schedules import SigmaTable
 from alphalayer.engine.text.chunks import CHUNK_LENGTH
 from alphalayer.engine.text.encoders import Conditioning, TextEncoders, TextOutputs
 from alphalayer.engine.text.tokenizer import ClipTokenizer, read_tokenizers
+from alphalayer.engine.transparency.attention_sharing import restore_attention
 from alphalayer.engine.transparency.decode import load_decoder
 from alphalayer.engine.transparency.patch import WeightPatcher, patchers
 
@@ -180,6 +181,7 @@ class StableDiffusion:
 
     def remove_patches(self) -> None:
         """Remove all merged patches and release what was read for them."""
+        restore_attention(self.unet)
         for patcher in (self._patchers or {}).values():
             patcher.remove()
         self._patchers = None

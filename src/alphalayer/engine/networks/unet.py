@@ -123,6 +123,8 @@ class UNet(nn.Module):
         super().__init__()
         first, time_width = config.widths[0], 4 * config.widths[0]
         self.config = config
+        self.sharing: nn.Module | None = None
+        """What replaces its attentions, see `engine.transparency.attention_sharing`."""
         self.conv_in = nn.Conv2d(config.in_channels, first, 3, padding=1)
         self.time_embedding = _Embedding(first, time_width)
         if config.pooled:

@@ -22,7 +22,10 @@ from alphalayer.engine.text.encoders import Conditioning, PromptPlan
 
 @dataclass(frozen=True)
 class Guidance:
-    """Conditioning of a request's images over the steps, and the guidance scale."""
+    """Conditioning of a request's images over the steps, and the guidance scale.
+
+    A conditioning has one row for all images, or one for each image of a set.
+    """
 
     positive: PromptPlan
     negative: PromptPlan
@@ -77,6 +80,7 @@ class Denoiser:
         memory: Memory mode, which limits the rows of one call.
         check: Called before each call of the network. It may raise.
         crop: Top and left of the crop that the model is conditioned on.
+        together: Images that attend to each other. No call separates them.
     """
 
     model: DiffusionModel
@@ -86,6 +90,7 @@ class Denoiser:
     memory: MemoryMode
     check: Callable[[], None] = lambda: None
     crop: tuple[int, int] = (0, 0)
+    together: int = 1
     _unconditional: list[Tensor] = field(default_factory=list[Tensor], init=False)
     _prepared: dict[tuple[_Key, ...], _Prepared] = field(
         default_factory=dict[tuple["_Key", ...], "_Prepared"], init=False
@@ -172,7 +177,7 @@ class Denoiser:
     def _evaluate(self, noisy: Tensor, sigma: float, prepared: _Prepared) -> Tensor:
         """Return the raw output of the denoiser, float32 (rows, C, h, w)."""
         scaled = self.model.process.scale_input(noisy, sigma)
-        at_once = self.memory.rows_at_once(self.width, self.height)
+        at_once = self.memory.rows_at_once(self.width, self.height, self.together)
         outputs: list[Tensor] = []
         for first in range(0, len(scaled), at_once):
             rows = slice(first, first + at_once)
@@ -229,12 +234,14 @@ class _Rows:
 
 
 def _expand(group: Sequence[_Rows], value: Callable[[_Rows], Tensor | None]) -> Any:
-    """Repeat a value (1, ...) of each entry for its images and join them.
+    """Repeat a value (rows, ...) of each entry for its images and join them.
 
     Returns None if no entry has the value.
     """
     values = [(value(entry), len(entry.images)) for entry in group]
-    rows = [one.expand(n, *one.shape[1:]) for one, n in values if one is not None]
+    rows = [
+        one.expand(n // len(one), *one.shape).flatten(0, 1) for one, n in values if one is not None
+    ]
     return torch.cat(rows) if rows else None
 
 
@@ -244,7 +251,7 @@ def _common_length(group: Sequence[_Rows]) -> int:
 
 
 def _repeat(context: Tensor, length: int) -> Tensor:
-    """Repeat the tokens of a text (1, tokens, width) to a length."""
+    """Repeat the tokens of texts (rows, tokens, width) to a length."""
     return context.repeat(1, length // context.shape[1], 1)
 
 

@@ -497,6 +497,37 @@ def _plan(
     )
 
 
+def combine_plans(plans: Sequence[PromptPlan], empty: Conditioning) -> PromptPlan:
+    """Combine the plans of several images into one with a row for each.
+
+    Args:
+        plans: Plan of each image. All have the same parts, with other texts.
+        empty: Conditioning of an empty chunk, which fills shorter texts.
+    """
+    parts: list[tuple[float, list[tuple[int, Conditioning]]]] = []
+    for i, (weight, _) in enumerate(plans[0].parts):
+        ends = sorted({last for plan in plans for last, _ in plan.parts[i][1]})
+        schedule = [(last, _stack([plan.at(last)[i][0] for plan in plans], empty)) for last in ends]
+        parts.append((weight, schedule))
+    return PromptPlan(parts)
+
+
+def _stack(texts: Sequence[Conditioning], empty: Conditioning) -> Conditioning:
+    """Return one conditioning with a row for each text."""
+    length = max(text.tokens for text in texts)
+    contexts = [
+        torch.cat(
+            [
+                text.padded_context(),
+                empty.context.repeat(1, (length - text.tokens) // empty.tokens, 1),
+            ],
+            dim=1,
+        )
+        for text in texts
+    ]
+    return Conditioning(torch.cat(contexts), torch.cat([text.pooled for text in texts]))
+
+
 def _pad(conditioning: Conditioning, length: int) -> Conditioning:
     """Repeat the last vector of a text up to a length in tokens, without a copy."""
     missing = length - conditioning.tokens

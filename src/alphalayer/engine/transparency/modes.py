@@ -19,6 +19,7 @@ from alphalayer.engine.canvas import Canvas
 from alphalayer.engine.families.base import DiffusionModel, check_finite
 from alphalayer.engine.memory import MemoryMode
 from alphalayer.engine.progress import Stopwatch
+from alphalayer.engine.transparency.attention_sharing import Sharing
 from alphalayer.engine.transparency.conditions import condition_image
 from alphalayer.engine.transparency.decode import (
     choose_passes,
@@ -30,6 +31,7 @@ from alphalayer.engine.transparency.decode import (
 from alphalayer.engine.transparency.patch import PatchFile, PatchSpec
 
 FIRST_CONVOLUTION = "conv_in.weight"
+NO_WEIGHT = "layerdiffuse_weight: ignored, because the mode shares attention at full strength."
 Inputs = Mapping[InputRole, RgbaImage]
 """Pixels of the input images by role."""
 
@@ -57,8 +59,8 @@ class Decoding:
             return check_finite(self.model.decode(latent), "the VAE")
 
 
-def compose_transparent(decoding: Decoding, latent: Tensor) -> list[Layer]:
-    """Decode a latent (1, C, h, w) to one layer with alpha."""
+def decode_with_alpha(decoding: Decoding, latent: Tensor) -> RgbaImage:
+    """Decode a latent (1, C, h, w) to an image with alpha."""
     model, request = decoding.model, decoding.request
     rgb = decoding.rgb(latent)
     with decoding.stopwatch.stage("decode"):
@@ -68,13 +70,7 @@ def compose_transparent(decoding: Decoding, latent: Tensor) -> list[Layer]:
         )
         passes = choose_passes(model.decoder, pixel, decoding.memory.passes_at_once)
         decoded = decode_transparent(model.decoder, pixel, decoder_latent, passes)
-        rgba = to_uint8(check_finite(decoded, "the transparent decoder"))
-    return [Layer(rgba, MODE_DATA[request.mode].layers[0])]
-
-
-def compose_opaque(decoding: Decoding, latent: Tensor) -> list[Layer]:
-    """Decode a latent (1, C, h, w) to one opaque layer."""
-    return [Layer(to_opaque(decoding.rgb(latent)), MODE_DATA[decoding.request.mode].layers[0])]
+        return to_uint8(check_finite(decoded, "the transparent decoder"))
 
 
 def no_condition(_model: DiffusionModel, _request: ResolvedRequest, _inputs: Inputs) -> None:
@@ -110,10 +106,9 @@ def _patch_file(model: DiffusionModel, mode: str) -> PatchFile:
 
 @dataclass(frozen=True)
 class Mode:
-    """Mathematics of one mode: patch, condition and composition."""
+    """Mathematics of one mode: patch or shared attention, condition, and composition."""
 
     name: str
-    compose: Callable[[Decoding, Tensor], list[Layer]]
     condition: Callable[[DiffusionModel, ResolvedRequest, Inputs], Tensor | None] = no_condition
 
     @property
@@ -123,9 +118,69 @@ class Mode:
 
     def patches(self, model: DiffusionModel, request: ResolvedRequest) -> tuple[PatchSpec, ...]:
         """Return the patches to merge, with weights. Raises `LayerDiffuseMissing`."""
-        if not MODE_DATA[self.name].files:
+        info = MODE_DATA[self.name]
+        if info.shares_attention or not info.files:
             return ()
         return ((_patch_file(model, self.name), request.layerdiffuse_weight),)
+
+    def sharing(
+        self,
+        model: DiffusionModel,
+        request: ResolvedRequest,
+        inputs: Inputs,
+        loras: tuple[PatchSpec, ...],
+    ) -> Sharing | None:
+        """Return what replaces the denoiser's attentions, None in most modes.
+
+        Args:
+            model: The model.
+            request: Request of a pass. An input image is fitted to its size.
+            inputs: Input images by role.
+            loras: LoRAs that are merged into the denoiser.
+
+        Raises:
+            LayerDiffuseMissing: The file does not exist.
+        """
+        info = MODE_DATA[self.name]
+        if not info.shares_attention:
+            return None
+        size, control = (request.width, request.height), None
+        for role in info.needs:
+            image = condition_image(inputs[role], size, request.resize_mode)
+            control = Canvas.of(*size).extend(image)
+        file = PatchFile.at(model.layerdiffuse.patch(info.name))
+        return Sharing(file, self.images, loras, control)
+
+    @property
+    def images(self) -> int:
+        """Return the number of images that are generated as one set."""
+        return len(MODE_DATA[self.name].layers)
+
+    def role(self, number: int) -> LayerRole:
+        """Return the role of the image with a number in its batch."""
+        return MODE_DATA[self.name].layers[number % self.images]
+
+    def is_transparent(self, number: int) -> bool:
+        """Return whether the image with a number in its batch has alpha."""
+        return MODE_DATA[self.name].is_transparent(self.role(number))
+
+    def compose(self, decoding: Decoding, latent: Tensor, number: int) -> list[Layer]:
+        """Decode a latent (1, C, h, w) to its layers.
+
+        Args:
+            decoding: What composing needs besides the latent.
+            latent: The latent.
+            number: Number of the image in its batch, from 0.
+        """
+        role = self.role(number)
+        if self.is_transparent(number):
+            return [Layer(decode_with_alpha(decoding, latent), role)]
+        return [Layer(to_opaque(decoding.rgb(latent)), role)]
+
+    def warnings(self, request: ResolvedRequest) -> tuple[str, ...]:
+        """Return what of a request has no effect in the mode, one sentence each."""
+        has_weight = not MODE_DATA[self.name].shares_attention
+        return () if has_weight or request.layerdiffuse_weight == 1 else (NO_WEIGHT,)
 
     def decoders(self, model: DiffusionModel) -> list[nn.Module]:
         """Return the networks that `compose` uses. Raises `LayerDiffuseMissing`."""
@@ -135,13 +190,17 @@ class Mode:
 MODES = {
     mode.name: mode
     for mode in (
-        Mode("attention", compose_transparent),
-        Mode("conv", compose_transparent),
-        Mode("fg2ble", compose_opaque, encode_condition),
-        Mode("fgble2bg", compose_opaque, encode_condition),
-        Mode("bg2ble", compose_opaque, encode_condition),
-        Mode("bgble2fg", compose_transparent, encode_condition),
-        Mode("opaque", compose_opaque),
+        Mode("attention"),
+        Mode("conv"),
+        Mode("fg2ble", encode_condition),
+        Mode("fgble2bg", encode_condition),
+        Mode("bg2ble", encode_condition),
+        Mode("bgble2fg", encode_condition),
+        Mode("sd15_attention"),
+        Mode("sd15_fg2bg"),
+        Mode("sd15_bg2fg"),
+        Mode("sd15_joint"),
+        Mode("opaque"),
     )
 }
 """All modes by name."""
