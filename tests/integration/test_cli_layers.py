@@ -66,7 +66,8 @@ def test_layers_writes_images_and_documents_of_each_set(run: Run, tmp_path: Path
     size = ("--width", "64", "--height", "64", "--batch-size", "2")
     code, out, err = run(*documents, *size, "-o", "layers")
     assert code == 0, err
-    assert len(out.splitlines()) == 2 * (len(ROLES) + 3)
+    seeds = [line.split("  ")[2] for line in out.splitlines()]
+    assert seeds == ["seed 12345"] * (len(ROLES) + 3) + ["seed 12346"] * (len(ROLES) + 3)
     images = {role: _read(*(tmp_path / "layers").glob(f"*_{role}.png")) for role in ROLES}
     pixels = layered.composite([images["background"], images["foreground"]])
     np.testing.assert_array_equal(images["composite"], pixels)

@@ -88,11 +88,10 @@ def layers(
     result = render(job, files, settings)
     seconds = time.perf_counter() - start
     for number, stack in enumerate(split_sets(job.model_copy(update={"result": result})), 1):
-        bottom = stack[0]
+        width, height, seed = stack[0].width, stack[0].height, min(layer.seed for layer in stack)
         for path in targets.write(stack, files.data, number):
             out.print(
-                f"{path}  {bottom.width}x{bottom.height}  seed {bottom.seed}  {seconds:.1f} s  "
-                f"{result.model_name}"
+                f"{path}  {width}x{height}  seed {seed}  {seconds:.1f} s  {result.model_name}"
             )
 
 
