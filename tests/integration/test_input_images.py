@@ -8,12 +8,18 @@ import numpy as np
 import pytest
 from tests.support import tiny_models
 
+from alphalayer.api.native.fields import SpecContext
+from alphalayer.api.native.layers import LayersRequest
 from alphalayer.core.errors import InvalidRequest, LayerDiffuseMissing, ModelUnusable
+from alphalayer.core.job import Job
 from alphalayer.core.modes import MODES
 from alphalayer.core.request import GenerationRequest, ImageInput, parse_request
 from alphalayer.engine.base import GeneratedImage, RenderTask
 from alphalayer.engine.pipeline import LocalEngine
 from alphalayer.engine.transparency.modes import MODES as MATHEMATICS
+from alphalayer.images import codecs
+from alphalayer.storage.objects import open_storage
+from alphalayer.worker.render import Renderer
 
 CONDITIONAL = [mode.name for mode in MODES.values() if mode.needs and mode.family == "sdxl"]
 
@@ -131,3 +137,21 @@ def test_patch_of_another_mode_is_refused(tmp_path: Path):
     (folder / "layer_xl_transparent_attn.safetensors").rename(folder / MODES["fg2ble"].files[0])
     with pytest.raises(ModelUnusable, match="is not a patch for input images"):
         render(LocalEngine(tmp_path, device="cpu"), "fg2ble")
+
+
+def test_chain_equals_its_stages_alone(engine: LocalEngine, tmp_path: Path):
+    body = LayersRequest(prompt="a table", steps=3, width=64, height=64, seed=5)
+    job = Job.new(body.to_spec(SpecContext("nv", "official")))
+    stored = Renderer(engine, open_storage(str(tmp_path))).run(job).images
+    layers = {image.role: codecs.decode((tmp_path / image.key).read_bytes())[0] for image in stored}
+    assert list(layers) == ["background", "foreground", "blended", "composite"]
+    assert [image.is_opaque for image in stored] == [True, False, True, True]
+    task = RenderTask(
+        request_of(
+            "fgble2bg", sampler="Euler a", scheduler="Normal", layerdiffuse_stop_at=0.5, subseed=1
+        ),
+        job.spec.seeds,
+        inputs={"foreground": layers["foreground"], "blended": layers["blended"]},
+    )
+    (alone,) = engine.render([task])[0].images
+    assert np.array_equal(alone.rgba, layers["background"])

@@ -18,9 +18,10 @@ import pytest_asyncio
 from structlog.testing import capture_logs
 
 from alphalayer.core.errors import Cancelled, StorageFailed
-from alphalayer.core.job import JobSpec
+from alphalayer.core.job import ImageRef, JobResult, JobSpec, Stage
+from alphalayer.core.layers import STACK
 from alphalayer.core.modes import MODES
-from alphalayer.core.request import GenerationRequest, ImageInput
+from alphalayer.core.request import GenerationRequest, ImageInput, ModelDefaults
 from alphalayer.jobs.base import Jobs
 from alphalayer.jobs.sqlite import SqliteJobQueue
 from alphalayer.service import retention
@@ -94,6 +95,40 @@ async def test_input_names_are_those_of_unfinished_jobs(queue: Jobs):
     assert await queue.input_names() == {names[0], names[1]}
     await queue.complete(running.id, Cancelled("cancelled."))
     assert await queue.input_names() == set()
+
+
+async def test_chain_is_kept_by_the_queue(queue: Jobs):
+    stages = (
+        Stage(mode="fg2ble", prompt="an apple"),
+        Stage(mode="fgble2bg", prompt="a table", sampler="Euler a", layerdiffuse_stop_at=0.5),
+    )
+    chain = spec().model_copy(update={"stages": stages, "stores_layers": True})
+    first, second = [await queue.submit(chain) for _ in range(2)]
+    claimed = await queue.claim()
+    assert (claimed.id, claimed.spec) == (first.id, first.spec)
+    assert claimed.spec.stages == stages
+    # a chain is generated alone
+    assert await queue.claim_compatible(claimed, 10**9) is None
+    layers = tuple(
+        ImageRef(
+            key=first.file_name(index),
+            seed=1,
+            subseed=1,
+            width=64,
+            height=64,
+            size_bytes=1,
+            role=role,
+            is_opaque=role != "foreground",
+        )
+        for index, role in enumerate(STACK)
+    )
+    result = JobResult(images=layers, settings=ModelDefaults(), model_name="apples", model_hash="0")
+    await queue.complete(first.id, result)
+    view = await queue.view(first.id)
+    assert view is not None
+    assert view.job.result == result
+    assert view.job.spec.stages == stages
+    await queue.cancel(second.id)
 
 
 async def test_upload_is_stored_once_and_gets_a_new_age(storage: Storage):

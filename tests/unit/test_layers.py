@@ -14,7 +14,7 @@ from alphalayer.api.native.layers import LayersRequest
 from alphalayer.api.uploads import StoredInput
 from alphalayer.core.errors import Cancelled, InvalidRequest
 from alphalayer.core.job import Job, JobProgress
-from alphalayer.core.layers import CONDITIONS, Want, plan_chain
+from alphalayer.core.layers import CONDITIONS, STACK, Want, plan_chain
 from alphalayer.core.modes import MODES, LayerRole
 from alphalayer.core.request import ImageInput
 from alphalayer.engine.base import GenerationResult, RenderTask, RgbaImage
@@ -90,7 +90,7 @@ def test_chain_makes_the_wanted_layer(want: Want, given: str, modes: str):
 
 
 def test_every_chain_has_the_inputs_that_its_modes_need():
-    for family in ("sdxl",):
+    for family in ("sdxl", "sd15"):
         for count in range(4):
             for given in itertools.combinations(CONDITIONS, count):
                 try:
@@ -102,8 +102,36 @@ def test_every_chain_has_the_inputs_that_its_modes_need():
                 for mode in chain:
                     assert set(mode.needs) <= layers
                     layers |= set(mode.layer_roles)
-                if family == "sdxl":
-                    assert {"foreground", "background"} <= layers
+                assert {mode.family for mode in chain} == {family}
+                assert {"foreground", "background"} <= layers
+
+
+@pytest.mark.parametrize(
+    ("want", "given", "mode"),
+    [
+        ("layers", "", "sd15_joint"),
+        ("blended", "", "sd15_joint"),
+        ("foreground", "", "sd15_attention"),
+        ("layers", "foreground", "sd15_fg2bg"),
+        ("foreground", "background", "sd15_bg2fg"),
+    ],
+)
+def test_mode_of_sd15_makes_all_layers_at_once(want: Want, given: str, mode: str):
+    assert [one.name for one in plan_chain(want, given.split(), "sd15")] == [mode]
+
+
+def test_sets_of_shared_attention_are_stacked(storage: ObjectStorage):
+    body = LayersRequest(prompt="an apple", background_prompt="a table", batch_size=2, **SMALL)
+    job = Job.new(body.to_spec(SpecContext("nv", "official", family="sd15")))
+    request = job.spec.generation
+    assert (request.mode, request.batch_size, job.spec.sets) == ("sd15_joint", 6, 2)
+    # the mode itself reads the additional prompts
+    assert (request.prompt, request.background_prompt) == ("an apple", "a table")
+    images = Renderer(Recording(), storage).run(job).images
+    assert [image.role for image in images] == [*STACK, *STACK]
+    seeds = [image.seed - request.seed for image in images]
+    # as foreground, background, blended of each set, and the composite's is that of the first
+    assert seeds == [1, 0, 2, 0, 4, 3, 5, 3]
 
 
 @pytest.mark.parametrize(
