@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import asyncio
 import re
 import sys
 from collections.abc import Callable
@@ -20,10 +20,12 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 from alphalayer import __version__
+from alphalayer.cli import rendering
 from alphalayer.cli.app import app, load_command, main
 from alphalayer.cli.options import add_options, name_flags, select_fields
 from alphalayer.config import Settings
-from alphalayer.core.job import JobResult, Output
+from alphalayer.core.inputs import size_for_image
+from alphalayer.core.job import Job, JobResult, Output
 from alphalayer.core.modes import MODES, ConditionRole
 from alphalayer.core.request import GenerationOptions, GenerationRequest, ModelDefaults
 from alphalayer.images import codecs, postprocess
@@ -114,8 +116,7 @@ def test_generate_prints_each_warning_on_stderr(
     def render(*_: object) -> JobResult:
         return result
 
-    module = importlib.import_module("alphalayer.cli.generate")
-    monkeypatch.setattr(module, "_render", render)
+    monkeypatch.setattr(rendering, "_run", render)
     assert run(*_generate(models))[::2] == (0, "a\n[b]\n")
 
 
@@ -194,8 +195,9 @@ def test_generate_has_an_option_for_each_core_field():
     parameters = {parameter.name: parameter for parameter in _command("generate").params}
     assert names - {"prompt", "inputs", "options", "warnings"} <= parameters.keys()
     assert {f"{role}_image" for role in get_args(ConditionRole)} <= parameters.keys()
+    assert {"image", "mask"} <= parameters.keys()
     assert parameters["iterations"].opts == ["--n-iter"]
-    assert "previews" not in parameters
+    assert parameters.keys().isdisjoint({"previews", "stages", "stores_layers"})
     flags = {option for parameter in parameters.values() for option in parameter.opts}
     assert {"--mode", "--clip-skip", "--trim-padding", "--layerdiffuse-stop-at", "-o"} <= flags
 
@@ -300,6 +302,81 @@ def test_generate_reads_an_input_image_from_its_file(run: Run, tmp_path: Path):
 def test_generate_mode_without_its_input_image_is_refused(run: Run, models: Path):
     err = run(*_generate(models, "--mode", "fg2ble"))[2]
     assert 'mode "fg2ble" takes one image each of: foreground' in err
+
+
+def _cut_out(width: int, height: int) -> bytes:
+    rgba = np.full((height, width, 4), 200, np.uint8)
+    rgba[0, :, 3] = 0
+    return codecs.encode(rgba)
+
+
+def test_generate_with_an_image_and_mask_requests_a_change(
+    run: Run, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "cup.png").write_bytes(_cut_out(100, 73))
+    (tmp_path / "mask.png").write_bytes(_cut_out(100, 73))
+    rendered: list[tuple[Job, dict[str, codecs.Rgba]]] = []
+
+    def render(job: Job, files: Any, _: Settings) -> JobResult:
+        rendered.append((job, {}))
+        for image in job.spec.generation.inputs:
+
+            async def read(name: str) -> bytes:
+                return b"".join([part async for part in (await files.open(name)).chunks])
+
+            data = asyncio.run(read(image.file_name))
+            rendered[-1][1][image.role] = codecs.decode(data)[0]
+        return JobResult(images=(), settings=ModelDefaults(), model_name="m", model_hash="")
+
+    monkeypatch.setattr(rendering, "_run", render)
+    images = ("--image", "cup.png", "--mask", "mask.png")
+    options = "--strength 0.4 --exact-steps --alpha keep --mask-fill fill --masked-only"
+    code, _, err = run(*_generate(models, *images, *options.split(), "--mask-blur", "2"))
+    assert code == 0, err
+    ((job, inputs),) = rendered
+    request = job.spec.generation
+    assert (request.width, request.height) == (96, 72)
+    assert (request.strength, request.exact_steps, request.alpha) == (0.4, True, "keep")
+    assert (request.mask_fill, request.masked_only, request.mask_blur) == ("fill", True, 2)
+    assert inputs["init"][0, 0].tolist() == [200, 200, 200, 0]
+    # the opaque part of the mask is changed
+    assert [inputs["mask"][row, 0, 0] for row in (0, 1)] == [0, 255]
+    run(*_generate(models, *images, "--width", "128"))
+    assert rendered[1][0].spec.generation.size == (128, 96)
+
+
+def test_generate_opaque_image_is_refused_with_advice(run: Run, models: Path, tmp_path: Path):
+    (tmp_path / "photo.png").write_bytes(codecs.encode(np.full((8, 8, 4), 255, np.uint8)))
+    code, _, err = run(*_generate(models, "--image", "photo.png"))
+    assert code == 1
+    assert "--image: the image is opaque, and LayerDiffuse changes images with" in err
+    assert "Remove its background first, or add --no-transparent." in err
+    assert "unknown mode" in run(*_generate(models, "--image", "photo.png", "--mode", "x"))[2]
+    err = run(*_generate(models, "--mask", "photo.png"))[2]
+    assert "a mask needs an image to change (init)" in err
+    assert "--mask: cannot read none.png" in run(*_generate(models, "--mask", "none.png"))[2]
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [
+        ((1024, 1024), (1024, 1024)),
+        ((100, 73), (96, 72)),
+        ((4096, 1000), (2048, 496)),
+        ((16, 32), (64, 128)),
+        ((3000, 10), (2048, 64)),
+        ((1, 16_000), (64, 2048)),
+    ],
+)
+def test_size_for_image_is_near_its_own(size: tuple[int, int], expected: tuple[int, int]):
+    assert size_for_image(size) == expected
+
+
+def test_size_for_image_follows_from_a_requested_side():
+    assert size_for_image((300, 200), 1200) == (1200, 800)
+    assert size_for_image((300, 200), height=100) == (152, 100)
+    assert size_for_image((300, 200), 70, 80) == (70, 80)
+    assert size_for_image((1000, 10), 1000) == (1000, 64)
 
 
 def test_generate_same_command_gives_the_same_image(run: Run, models: Path, tmp_path: Path):

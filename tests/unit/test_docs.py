@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from alphalayer.catalog.download import PUBLISHED
 from alphalayer.cli.app import load_command
 from alphalayer.config import Settings
 from alphalayer.observability.metrics import Metrics
@@ -38,6 +39,14 @@ def test_every_setting_has_a_description_and_a_flag():
     for name, field in Settings.model_fields.items():
         assert field.description, name
         assert f"--{name.replace('_', '-')}" in options
+
+
+def test_model_files_guide_lists_each_published_file():
+    guide = (DOCS / "guides" / "model-files.md").read_text(encoding="utf-8")
+    for file in PUBLISHED:
+        if file.folder == "layer_model":
+            assert f"`{file.name}`" in guide
+            assert f"`{file.filename.removesuffix('.safetensors')}`" in guide
 
 
 def test_every_field_and_parameter_of_the_api_is_described():

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from tests.support.layer_shapes import layer_shapes
 from tests.support.servers import Postgres
 from tests.unit.test_catalog import FAMILIES, write
 
@@ -126,6 +127,48 @@ def test_layer_files_damaged_content_is_an_error(tmp_path: Path):
     assert finding.level == "error"
     assert str(patch) in finding.text
     assert "pull layerdiffuse" in finding.hint
+
+
+def test_layer_files_with_a_wrong_name_are_errors(tmp_path: Path):
+    _write_models(tmp_path)
+    layers = tmp_path / "models" / "layer_model"
+    shapes = layer_shapes()
+    write(layers / "layer_xl_fgble2bg.safetensors", shapes["layer_xl_bgble2fg"])
+    write(layers / "layer_xl_bg2ble.safetensors", shapes["layer_xl_fg2ble"])
+    findings = [
+        finding
+        for finding in doctor._layer_files(_settings(tmp_path, 1))
+        if finding.level == "error"
+    ]
+    (finding,) = findings
+    assert (
+        "layer_xl_fgble2bg.safetensors  is a LayerDiffuse patch with the tensors of "
+        in finding.text
+    )
+    assert "layer_xl_bgble2fg.safetensors. Rename it." in finding.text
+
+
+def test_modes_are_ready_with_their_files(tmp_path: Path, no_embedded_model: None):
+    _write_models(tmp_path)
+    layers = tmp_path / "models" / "layer_model"
+    (layers / "diffuser_layer_xl_fg2ble.safetensors").touch()
+    ready, missing, *_ = doctor._modes(_settings(tmp_path, 1))
+    assert ready.text == "modes that are ready: attention, fg2ble"
+    assert "fgble2bg (layer_xl_fgble2bg.safetensors)" in missing.text
+    assert "models pull layerdiffuse-conv layerdiffuse-fgble2bg" in missing.hint
+    (layers / "vae_transparent_decoder.safetensors").unlink()
+    ready, missing, *_ = doctor._modes(_settings(tmp_path, 1))
+    # its result is opaque
+    assert ready.text == "modes that are ready: fg2ble"
+    assert "attention (vae_transparent_decoder.safetensors)" in missing.text
+    assert missing.hint.startswith("To use them run: alphalayer models pull layerdiffuse ")
+
+
+def test_modes_of_a_model_with_its_own_patch(tmp_path: Path):
+    """The embedded model has one mode, and no others whose files could be missing."""
+    ready, others = doctor._modes(_settings(tmp_path, 1))
+    assert ready.text == "modes that are ready: attention"
+    assert others.text.startswith("modes without a model that has them: conv, fg2ble, ")
 
 
 def test_database_of_a_shared_queue_is_checked(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -24,10 +25,14 @@ import pytest
 import torch
 from filelock import FileLock
 from safetensors.torch import save_file
+from tests.support import header_files
+from tests.support.layer_shapes import layer_shapes
 
 from alphalayer import catalog
 from alphalayer.catalog import download
-from alphalayer.core.errors import InvalidRequest
+from alphalayer.core.errors import InvalidRequest, LayerDiffuseMissing
+from alphalayer.core.modes import DECODER_FILES, MODES, Mode
+from alphalayer.engine.families.base import LayerDiffuseFiles
 
 REPOSITORY, FILENAME = "someone/some-model", "weights.safetensors"
 CONTENT = bytes(range(256)) * 4096
@@ -319,6 +324,11 @@ def test_plan_pull_orders_names_and_refuses_unknown_ones():
         "layerdiffuse",
         "layerdiffuse",
     ]
+    files = download.plan_pull(["layerdiffuse-sd15", "layerdiffuse-sd15-decoder"])
+    assert [file.filename for file in files] == [
+        "layer_sd15_transparent_attn.safetensors",
+        "layer_sd15_vae_transparent_decoder.safetensors",
+    ]
     with pytest.raises(InvalidRequest, match=r'"sd3".*sdxl-base, layerdiffuse, layerdiffuse-conv'):
         download.plan_pull(["sd3"])
 
@@ -332,10 +342,31 @@ def test_plan_pull_juggernaut_is_refused_for_its_licence(name: str):
     )
 
 
+def test_published_files_hold_each_file_of_a_mode():
+    files = {file.filename: file.name for file in download.PUBLISHED}
+    for mode in MODES.values():
+        if mode.files:
+            assert mode.download == files[mode.files[0]]
+
+
 def test_published_files_have_a_licence_and_a_full_hash():
     for entry in download.PUBLISHED:
         assert entry.licence
         assert entry.sha256 is None or re.fullmatch("[0-9a-f]{64}", entry.sha256)
+
+
+@pytest.mark.parametrize("mode", [mode for mode in MODES.values() if mode.files])
+def test_missing_file_of_a_mode_is_named_with_its_pull_line(tmp_path: Path, mode: Mode):
+    entry = catalog.ModelEntry("cup", tmp_path / "cup.safetensors", "single_file", mode.family)
+    files = LayerDiffuseFiles(entry, {}, tmp_path)
+    with pytest.raises(LayerDiffuseMissing, match=mode.files[0]) as caught:
+        files.patch(mode.name)
+    assert caught.value.hint == f"Run: alphalayer models pull {mode.download}"
+    assert download.plan_pull([mode.download])[0].filename == mode.files[0]
+    with pytest.raises(LayerDiffuseMissing, match=DECODER_FILES[mode.family][0]) as caught:
+        files.decoder()
+    pulled = download.plan_pull([caught.value.hint.rpartition(" ")[2]])
+    assert DECODER_FILES[mode.family][0] in [file.filename for file in pulled]
 
 
 # --- verify
@@ -394,18 +425,72 @@ def test_verify_reports_layer_files_of_another_kind(tmp_path: Path):
     assert (
         "is not a LayerDiffuse patch, but a LoRA" in findings["layer_xl_transparent_attn"].finding
     )
+    assert "is a LayerDiffuse transparent decoder" in findings["layer_xl_transparent_conv"].finding
     assert (
-        "is not a LayerDiffuse patch, but a LayerDiffuse tr"
-        in findings["layer_xl_transparent_conv"].finding
-    )
-    assert (
-        "is not a LayerDiffuse transparent decoder, but a"
+        "is not a LayerDiffuse transparent decoder, but a LayerDiffuse patch"
         in findings["vae_transparent_decoder"].finding
     )
+    # a patch of another size could be any
     assert {name for name in files if findings[name].is_ok} == {
         "layer_xl_fg2ble",
         "ld_diffusers_sdxl_attn",
     }
+
+
+LAYERS = layer_shapes()
+
+
+@pytest.mark.parametrize("name", [name for name in LAYERS if "decoder" not in name])
+def test_published_size_is_that_of_the_tensors(name: str):
+    """A safetensors file with these tensors in float16 has the published size."""
+    sizes = {file.filename: file.size for file in download.PUBLISHED}
+    entries, end = {}, 0
+    for tensor, shape in sorted(LAYERS[name].items()):
+        after = end + 2 * math.prod(shape)
+        entries[tensor] = {"dtype": "F16", "shape": shape, "data_offsets": [end, after]}
+        end = after
+    header = len(json.dumps(entries, separators=(",", ":")))
+    assert sizes[f"{name}.safetensors"] == 8 + header + -header % 8 + end
+
+
+def _verify_layer_file(path: Path) -> download.Verified:
+    results = {result.path: result for result in download.verify_layer_files(path.parents[1])}
+    return results[path]
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_verify_layer_file_names_what_a_file_is(tmp_path: Path, name: str):
+    """A published file is accepted under its name, and recognized under another one."""
+    folder = tmp_path / "layer_model"
+    path = header_files.write(folder / f"{name}.safetensors", LAYERS[name])
+    assert _verify_layer_file(path).is_ok
+    alike = [other for other in LAYERS if LAYERS[other] == LAYERS[name]]
+    expected = " or ".join(f"{other}.safetensors" for other in alike)
+    another = next(other for other in LAYERS if other not in alike)
+    for other in (*alike, another, "backup"):
+        path = path.rename(folder / f"{other}.safetensors")
+        found = _verify_layer_file(path)
+        assert found.is_ok == (other in alike)
+        assert found.is_ok or f"with the tensors of {expected}. Rename it." in found.finding
+
+
+def test_verify_layer_file_knows_converted_files(tmp_path: Path):
+    folder = tmp_path / "layer_model"
+    first = "diffusion_model.input_blocks.0.0.weight::diff::0"
+    for mode in ("fgble2bg", "fg2ble", "bg2ble"):
+        others = list(LAYERS[f"layer_xl_{mode}"].items())
+        shapes = {f"mid_block.{number}": shape for number, (_, shape) in enumerate(others[1:])}
+        shapes["conv_in.weight"] = LAYERS[f"layer_xl_{mode}"][first]
+        path = folder / f"diffuser_layer_xl_{mode}.safetensors"
+        assert _verify_layer_file(header_files.write(path, shapes)).is_ok
+        wrong = path.rename(folder / "layer_xl_transparent_conv.safetensors")
+        assert f"layer_xl_{mode}.safetensors" in _verify_layer_file(wrong).finding
+    queries = {f"down_blocks.{number}.attn2.to_k.weight": (640, 2048) for number in range(560)}
+    path = folder / "ld_diffusers_sdxl_attn.safetensors"
+    assert _verify_layer_file(header_files.write(path, queries)).is_ok
+    path = folder / "ld_diffusers_sdxl_vae_transparent_encoder.safetensors"
+    encoder = header_files.write(path, LAYERS["vae_transparent_encoder"])
+    assert "has another factor" in _verify_layer_file(encoder).finding
 
 
 @pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])

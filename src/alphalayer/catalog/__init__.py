@@ -22,6 +22,7 @@ from alphalayer.catalog.folders import read_config, read_json
 from alphalayer.catalog.hashes import SHORT_HASH_DIGITS, file_stamp
 from alphalayer.catalog.headers import Header, read_header, summarize
 from alphalayer.catalog.kinds import FAMILY_NAMES
+from alphalayer.catalog.mode_files import MissingFile, missing_files
 from alphalayer.catalog.model_config import (
     check_layerdiffuse_mode,
     layer_config,
@@ -49,6 +50,7 @@ __all__ = [
     "PULL_LAYERS",
     "SHORT_HASH_DIGITS",
     "Header",
+    "MissingFile",
     "ModelEntry",
     "check_layerdiffuse_mode",
     "file_stamp",
@@ -60,6 +62,7 @@ __all__ = [
     "layer_file",
     "lora_alias",
     "lora_metadata",
+    "missing_files",
     "model_defaults",
     "printable",
     "public_path",

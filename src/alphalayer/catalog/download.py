@@ -19,6 +19,12 @@ from alphalayer.catalog.files import ListedFile, list_files, printable, suffix_o
 from alphalayer.catalog.hashes import HashCache, open_hash_cache
 from alphalayer.catalog.headers import read_header, summarize
 from alphalayer.catalog.kinds import describe
+from alphalayer.catalog.layer_kinds import (
+    DECODERS,
+    ENCODERS,
+    RESCALED_ENCODER,
+    published_name,
+)
 from alphalayer.core.errors import (
     AlphalayerError,
     CorruptFile,
@@ -26,7 +32,6 @@ from alphalayer.core.errors import (
     ModelNotFound,
     StorageFailed,
 )
-from alphalayer.core.modes import DECODER_FILES, MODES
 
 SDXL_LICENCE = (
     "SDXL base 1.0: CreativeML Open RAIL++-M. "
@@ -53,6 +58,18 @@ class Published:
     licence: str
 
 
+def _layer_file(name: str, filename: str, size: int, sha256: str | None) -> Published:
+    return Published(
+        name,
+        "LayerDiffusion/layerdiffusion-v1",
+        f"{filename}.safetensors",
+        "layer_model",
+        size,
+        sha256,
+        LAYERDIFFUSE_LICENCE,
+    )
+
+
 PUBLISHED = (
     Published(
         "sdxl-base",
@@ -63,78 +80,83 @@ PUBLISHED = (
         None,
         SDXL_LICENCE,
     ),
-    Published(
+    _layer_file(
         "layerdiffuse",
-        "LayerDiffusion/layerdiffusion-v1",
-        "layer_xl_transparent_attn.safetensors",
-        "layer_model",
+        "layer_xl_transparent_attn",
         743_352_688,
         "b7919c5b4837fb64f24c97a7abdf1a9c6e8d60de080a5dae089dde098266df95",
-        LAYERDIFFUSE_LICENCE,
     ),
-    Published(
+    _layer_file(
         "layerdiffuse",
-        "LayerDiffusion/layerdiffusion-v1",
-        "vae_transparent_decoder.safetensors",
-        "layer_model",
+        "vae_transparent_decoder",
         208_266_320,
         "59dc8feefe40d26b6cb7186aed7af70c60d94ac4f9db8ebe7f121a01ba27a2fc",
-        LAYERDIFFUSE_LICENCE,
     ),
-    Published(
+    _layer_file(
         "layerdiffuse-conv",
-        "LayerDiffusion/layerdiffusion-v1",
-        "layer_xl_transparent_conv.safetensors",
-        "layer_model",
+        "layer_xl_transparent_conv",
         3_619_745_776,
         "5ee958d80dcd515fa7ac915274c536fadd3db5d919adeb5ff45107b6169aacc7",
-        LAYERDIFFUSE_LICENCE,
     ),
-    Published(
+    _layer_file(
         "layerdiffuse-fg2ble",
-        "LayerDiffusion/layerdiffusion-v1",
-        "layer_xl_fg2ble.safetensors",
-        "layer_model",
+        "layer_xl_fg2ble",
         701_981_624,
         "50a29851ad56308f14d6c9ed375be17df6921efeca240b31f567f6b8c76d1e70",
-        LAYERDIFFUSE_LICENCE,
     ),
-    Published(
+    _layer_file(
         "layerdiffuse-fgble2bg",
-        "LayerDiffusion/layerdiffusion-v1",
-        "layer_xl_fgble2bg.safetensors",
-        "layer_model",
+        "layer_xl_fgble2bg",
         702_004_664,
         "179a61fdcdb149af1897b2840f24ba09466ab6265b2c792b0e99df557f0439be",
-        LAYERDIFFUSE_LICENCE,
     ),
-    Published(
+    _layer_file(
         "layerdiffuse-bg2ble",
-        "LayerDiffusion/layerdiffusion-v1",
-        "layer_xl_bg2ble.safetensors",
-        "layer_model",
+        "layer_xl_bg2ble",
         701_981_624,
         "2901d1353cc4ca763c8bedc48453b36e88680605f417c7f7ec730a7c36845d7c",
-        LAYERDIFFUSE_LICENCE,
     ),
-    Published(
+    _layer_file(
         "layerdiffuse-bgble2fg",
-        "LayerDiffusion/layerdiffusion-v1",
-        "layer_xl_bgble2fg.safetensors",
-        "layer_model",
+        "layer_xl_bgble2fg",
         3_619_791_856,
         "1688f0c17447f74662686fadd431f24d26a1ba8ffea322c6f56c8b5ed581b78d",
-        LAYERDIFFUSE_LICENCE,
     ),
-    Published(
-        "layerdiffuse-encoder",
-        "LayerDiffusion/layerdiffusion-v1",
-        "vae_transparent_encoder.safetensors",
-        "layer_model",
-        2_365_008,
-        None,
-        LAYERDIFFUSE_LICENCE,
+    _layer_file("layerdiffuse-encoder", "vae_transparent_encoder", 2_365_008, None),
+    _layer_file(
+        "layerdiffuse-sd15",
+        "layer_sd15_transparent_attn",
+        350_266_608,
+        "cc9ee87452bf1ccdd419035bf9618f6bdcaac1a2d3e23694d62e5a9c721da295",
     ),
+    *(
+        _layer_file(
+            name,
+            "layer_sd15_vae_transparent_decoder",
+            208_266_320,
+            "6df4712dfbb3783231b22f869a5da5cbfea782ebb05f782bd9e8744bfb0cdf03",
+        )
+        for name in ("layerdiffuse-sd15", "layerdiffuse-sd15-decoder")
+    ),
+    _layer_file(
+        "layerdiffuse-sd15-fg2bg",
+        "layer_sd15_fg2bg",
+        562_982_312,
+        "5bade856ec3e55d6ceb0e35bbc97cea7fa4953f7776c8032f2fe52ba740ed580",
+    ),
+    _layer_file(
+        "layerdiffuse-sd15-bg2fg",
+        "layer_sd15_bg2fg",
+        562_982_312,
+        "8367f976da1cc4275e513c7fb40f977ca312e79e720d7db7ae94978a9359fb62",
+    ),
+    _layer_file(
+        "layerdiffuse-sd15-joint",
+        "layer_sd15_joint",
+        554_404_208,
+        "2cc81c33c1a786bdc376c6d1bfb43dbdffda2f610f7c6b4ebd776505a29712bd",
+    ),
+    _layer_file("layerdiffuse-sd15-encoder", "layer_sd15_vae_transparent_encoder", 2_365_008, None),
 )
 """All files that `pull` can download. Sizes (bytes) are approximate, for the free space check."""
 
@@ -160,7 +182,8 @@ def plan_pull(requested: Sequence[str]) -> list[Published]:
                 hint=f"Use: {', '.join(known)}.",
                 field="name",
             )
-    return [published for published in PUBLISHED if published.name in requested]
+    files = {file.filename: file for file in PUBLISHED if file.name in requested}
+    return list(files.values())
 
 
 @dataclass(frozen=True)
@@ -296,11 +319,11 @@ def verify(models_dir: Path, embeddings_dir: Path) -> list[Verified]:
     cache = open_hash_cache(models_dir)
     published = {file.filename: file for file in PUBLISHED}
     results: list[Verified] = []
-    for file in list_files(models_dir / "layer_model", _is_weight_file):
-        result = _verify(file, _layer_families(file.path.name))
-        if result.is_ok:
-            result = _verify_published(file.path, published.get(file.path.name), cache)
-        results.append(result)
+    for result in verify_layer_files(models_dir):
+        path = result.path
+        results.append(
+            _verify_published(path, published.get(path.name), cache) if result.is_ok else result
+        )
     results += [_verify_checkpoint(entry, models_dir) for entry in catalog.find_models(models_dir)]
     # LoRAs have many forms, so tensor names of no known kind are accepted
     for folder, families in (
@@ -318,21 +341,46 @@ def _verify_published(path: Path, published: Published | None, cache: HashCache)
         return Verified(path, f"cannot be read: {error.strerror}.", False)
 
 
-def verify_layer_file(path: Path) -> Verified:
-    """Check that a file of `layer_model` is of the kind that its name promises."""
-    return _verify(ListedFile(path, path.name), _layer_families(path.name))
+def verify_layer_files(models_dir: Path) -> list[Verified]:
+    """Check that each file of `layer_model` is of the kind that its name promises."""
+    return [
+        _verify_layer_file(file) for file in list_files(models_dir / "layer_model", _is_weight_file)
+    ]
+
+
+def _verify_layer_file(file: ListedFile) -> Verified:
+    path, name = file.path, published_name(file.path.name)
+    if file.problem or suffix_of(path) in catalog.PICKLE_SUFFIXES:
+        return _verify(file, ())
+    try:
+        actual = summarize(path).layer_names
+    except AlphalayerError as error:
+        return Verified(path, str(error), False)
+    if name in actual:
+        return Verified(path, "readable, LayerDiffuse", True)
+    if not actual:
+        return _verify(file, _layer_families(path.name))
+    kinds = {DECODERS: "transparent-decoder", ENCODERS: "transparent-encoder"}
+    kind = describe(kinds.get(actual, "layerdiffuse-patch"))
+    if path.name == RESCALED_ENCODER:
+        return Verified(path, f"is {kind} whose output has another factor. It is not used.", False)
+    names = " or ".join(f"{other}.safetensors" for other in actual)
+    return Verified(path, f"is {kind} with the tensors of {names}. Rename it.", False)
 
 
 def _layer_families(name: str) -> tuple[str, ...]:
     """Return the families that a file of that name may have in `layer_model`."""
-    if any(name in names for names in DECODER_FILES.values()):
+    original = published_name(name)
+    if original in DECODERS:
         return ("transparent-decoder",)
-    if name in {mode.files[0] for mode in MODES.values() if mode.files}:
+    if original in ENCODERS:
+        return ("transparent-encoder",)
+    if name in {file.filename for file in PUBLISHED}:
         return ("layerdiffuse-patch",)
-    if any(name in mode.files for mode in MODES.values()):
+    if name.removesuffix(".safetensors") != original:
         # names of diffusers: there a patch is a LoRA, or has the tensor names of a UNet
         return ("layerdiffuse-patch", "lora", "unknown")
-    return ("layerdiffuse-patch", "transparent-decoder", "unknown")
+    return ("layerdiffuse-patch", "unknown")
 
 
 def _is_weight_file(name: str) -> bool:

@@ -33,6 +33,7 @@ _INDEX = "model_index.json"
 _RIGHT_FOLDER = {
     "layerdiffuse-patch": "layer_model",
     "transparent-decoder": "layer_model",
+    "transparent-encoder": "layer_model",
     "lora": "Lora",
     "embedding": "embeddings",
 }

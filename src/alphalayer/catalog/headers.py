@@ -15,6 +15,7 @@ from typing import Any
 from alphalayer.catalog.completeness import missing_tensor
 from alphalayer.catalog.files import open_file, parse_json, printable
 from alphalayer.catalog.kinds import embedding_shapes, family_of
+from alphalayer.catalog.layer_kinds import layer_names
 from alphalayer.core.errors import CorruptFile
 
 MAX_HEADER_BYTES = 16_000_000
@@ -56,6 +57,8 @@ class Summary:
     """Whether it is a VAE with the names of diffusers."""
     missing: str = ""
     """A tensor that is not there, though those around it are."""
+    layer_names: tuple[str, ...] = ()
+    """Published names that it may have as a LayerDiffuse file, see `layer_kinds`."""
 
 
 def summarize(path: Path) -> Summary:
@@ -135,6 +138,7 @@ def _summarize(path: Path, _version: tuple[int, ...]) -> Summary | CorruptFile:
         header.metadata.get("modelspec.title", "")[:MAX_ALIAS],
         any(name.startswith("encoder.down_blocks.") for name in shapes),
         missing_tensor(shapes),
+        layer_names(shapes),
     )
 
 

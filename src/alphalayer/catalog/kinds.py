@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 
 Shapes = Mapping[str, tuple[int, ...]]
 """Shapes of a file's tensors by name."""
@@ -26,6 +27,12 @@ EMBEDDING = ("clip_l", "clip_g")
 _OTHER_EMBEDDING = ("emb_params", "string_to_param")
 _EMBEDDING_WIDTH = 768
 """Width of SD 1.5's vectors."""
+_ENCODER_WIDTHS = (4, 32, 32, 64, 64, 128, 128, 256, 256, 4)
+ENCODER_SHAPES = {
+    f"blocks.{2 * index}.weight": (after, before, 3, 3)
+    for index, (before, after) in enumerate(pairwise(_ENCODER_WIDTHS))
+}
+"""Convolutions of the transparent encoder."""
 _FAMILIES = {768: "sd15", 1024: "sd2", 1280: "sdxl-refiner", 2048: "sdxl"}
 _MARKS = (
     ("layerdiffuse-patch", ("::lora::", "::diff::", "hookers.layers.")),
@@ -90,6 +97,7 @@ FAMILY_NAMES = {
     "ssd-1b": "SSD-1B or Segmind Vega (a distilled Stable Diffusion XL)",
     "layerdiffuse-patch": "LayerDiffuse patch",
     "transparent-decoder": "LayerDiffuse transparent decoder",
+    "transparent-encoder": "LayerDiffuse transparent encoder",
     "lora": "LoRA",
     "embedding": "textual-inversion embedding for SDXL (clip_l and clip_g) or SD 1.5",
     "embedding-other": "textual-inversion embedding of another family",
@@ -124,6 +132,8 @@ def family_of(shapes: Shapes) -> str:
         return "embedding"
     if any(mark in name for name in shapes for mark in _OTHER_EMBEDDING):
         return "embedding-other"
+    if all(shapes.get(name) == shape for name, shape in ENCODER_SHAPES.items()):
+        return "transparent-encoder"
     context = shapes.get(CONTEXT)
     if context is None:
         return _without_context(shapes)

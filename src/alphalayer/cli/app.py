@@ -29,6 +29,9 @@ COMMANDS = {
     "generate": CommandEntry(
         "generate", "Generate PROMPT and write an image with a real alpha channel."
     ),
+    "layers": CommandEntry(
+        "layers", "Generate PROMPT as layers, and write them as images or as one file."
+    ),
     "serve": CommandEntry("serve", "Start the HTTP service."),
     "serverless": CommandEntry("serve", "Run a worker of a Runpod serverless endpoint."),
     "serve-as-before": CommandEntry(

@@ -11,6 +11,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import typer
@@ -63,7 +64,7 @@ def diagnose(settings: Settings) -> list[Finding]:
     """Check torch, GPU, models, LayerDiffuse files, port, storage and queue."""
     findings: list[Finding] = []
     storage = _bucket if settings.storage else _outputs
-    for check in (_torch, _models, _layer_files, _port, storage, _database):
+    for check in (_torch, _models, _layer_files, _modes, _port, storage, _database):
         findings += check(settings)
     return findings
 
@@ -174,26 +175,75 @@ def _layer_files(settings: Settings) -> Iterator[Finding]:
                 f"the LayerDiffuse {kind} ({missing.name}) is not in {missing.parent}.",
                 CommandHint("Run:", pull) if missing.parent == folder else "Get the model again.",
             )
-        path = next((folder / name for name in names if (folder / name).is_file()), None)
-        if path:
-            result = download.verify_layer_file(path)
-            if result.is_ok:
-                yield Finding("ok", f"LayerDiffuse {kind}")
-            else:
-                hint = CommandHint("Remove it. Then run:", pull)
-                yield Finding(
-                    "error",
-                    f"LayerDiffuse {kind}: {result}",
-                    hint,
-                )
+    yield from _existing_layer_files(settings.models_dir)
+
+
+def _existing_layer_files(models_dir: Path) -> Iterator[Finding]:
+    kinds = {name: (kind, mode) for _, kind, names, mode in _layer_kinds() for name in names}
+    for result in download.verify_layer_files(models_dir):
+        kind, mode = kinds.get(result.path.name, ("file", None))
+        if not result.is_ok:
+            pull = (
+                CommandHint("Remove it. Then run:", f"models pull {mode.download}") if mode else ""
+            )
+            yield Finding(
+                "error", f"LayerDiffuse {kind}: {result}", pull or "Rename it, or remove it."
+            )
+        elif mode:
+            yield Finding("ok", f"LayerDiffuse {kind}")
 
 
 def _layer_kinds() -> Iterator[tuple[str, str, Sequence[str], Mode]]:
-    """Yield key, kind, published names and mode of each file that is needed."""
+    """Yield key, kind, names and mode of each file of the default modes."""
     for family, decoders in DECODER_FILES.items():
         for mode in [mode for mode in MODES.values() if mode.family == family][:1]:
             yield "patch", "patch", mode.files, mode
             yield "decoder", "transparent decoder", decoders, mode
+
+
+def _modes(settings: Settings) -> Iterator[Finding]:
+    """Report which modes of LayerDiffuse a model can run."""
+    entries = [entry for entry in catalog.find_models(settings.models_dir) if not entry.problem]
+    ready: list[str] = []
+    without_model: list[str] = []
+    missing: dict[str, list[catalog.MissingFile]] = {}
+    for mode in MODES.values():
+        if not mode.files:
+            continue
+        lacks = [
+            files
+            for entry in entries
+            if (files := _missing_files(entry, mode, settings.models_dir)) is not None
+        ]
+        if [] in lacks:
+            ready.append(mode.name)
+        elif lacks:
+            missing[mode.name] = lacks[0]
+        else:
+            without_model.append(mode.name)
+    if ready:
+        yield Finding("ok", f"modes that are ready: {', '.join(ready)}")
+    if missing:
+        shown = [
+            f"{name} ({', '.join(file.path.name for file in missing[name])})" for name in missing
+        ]
+        names = dict.fromkeys(file.download for files in missing.values() for file in files)
+        yield Finding(
+            "ok",
+            f"modes whose files are missing: {', '.join(shown)}",
+            CommandHint("To use them run:", f"models pull {' '.join(names)}"),
+        )
+    if without_model:
+        yield Finding("ok", f"modes without a model that has them: {', '.join(without_model)}")
+
+
+def _missing_files(
+    entry: catalog.ModelEntry, mode: Mode, models_dir: Path
+) -> list[catalog.MissingFile] | None:
+    try:
+        return catalog.missing_files(entry, mode, models_dir)
+    except CorruptFile:  # which `_layer_files` reports
+        return None
 
 
 def _port(settings: Settings) -> Iterator[Finding]:

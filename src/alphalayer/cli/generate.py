@@ -2,45 +2,45 @@
 
 from __future__ import annotations
 
-import errno
 import secrets
-import tempfile
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from alphalayer import catalog
-from alphalayer.cli.checks import check_models_dir
-from alphalayer.cli.console import err, out, program_name, progress, render_hint
+from alphalayer.cli.console import out
+from alphalayer.cli.inputs import InputImages, read_images
 from alphalayer.cli.options import add_options, name_flags, select_fields
-from alphalayer.config import Settings, load_settings
-from alphalayer.core.errors import CommandHint, InvalidRequest, StorageFailed
-from alphalayer.core.job import Job, JobResult, JobSpec, Output
-from alphalayer.core.modes import InputRole
-from alphalayer.core.optional_dependencies import require
-from alphalayer.core.request import OPAQUE, GenerationOptions, GenerationRequest, parse_request
+from alphalayer.cli.rendering import (
+    SETTINGS,
+    check_writable,
+    choose_model,
+    load_checked_settings,
+    numbered,
+    refuse_more_words,
+    render,
+    write_file,
+)
+from alphalayer.config import Settings
+from alphalayer.core.errors import InvalidRequest
+from alphalayer.core.inputs import size_for_image
+from alphalayer.core.job import Job, JobSpec, Output
+from alphalayer.core.modes import DEFAULT_MODE, MODES, OPAQUE
+from alphalayer.core.request import GenerationOptions, GenerationRequest, parse_request
 from alphalayer.core.samplers import split_sampler_name
 from alphalayer.core.values import parse_as
 from alphalayer.images import codecs
-from alphalayer.storage import StoredFile
-from alphalayer.storage.inputs import input_name
-from alphalayer.worker.render import ENGINE, Renderer, load_engine
 
 app = typer.Typer()
 
-SETTINGS = ("models_dir", "device", "dtype", "memory", "noise", "decode")
-"""Settings with an option."""
-
-
-InputFile = Annotated[Path | None, typer.Option(help="Input image, for a mode that needs it.")]
+InputPath = Annotated[Path | None, typer.Option(help="Input image, for a mode that needs it.")]
 
 
 @app.command(context_settings={"allow_extra_args": True})
 @name_flags
-@add_options(JobSpec, skip=("generation", "output", "previews", "seeds"))
+@add_options(JobSpec, only=("iterations",))
 @add_options(Output)
 @add_options(GenerationRequest, skip=("inputs", "options", "warnings"))
 @add_options(GenerationOptions)
@@ -54,47 +54,63 @@ def generate(
     transparent: Annotated[
         bool, typer.Option(help="Generate with LayerDiffuse. --no-transparent is --mode opaque.")
     ] = True,
-    foreground_image: InputFile = None,
-    background_image: InputFile = None,
-    blended_image: InputFile = None,
+    image: Annotated[Path | None, typer.Option(help="Image to change.")] = None,
+    mask: Annotated[
+        Path | None,
+        typer.Option(help="Mask of --image: its white part is changed, or its opaque part."),
+    ] = None,
+    foreground_image: InputPath = None,
+    background_image: InputPath = None,
+    blended_image: InputPath = None,
     **options: Any,
 ) -> None:
     """Generate PROMPT and write an image with a real alpha channel."""
-    if context.args:
-        words = " ".join([prompt, *context.args])
-        raise typer.BadParameter(
-            f'put it in quotes: {program_name()} generate "{words}"', param_hint="PROMPT"
-        )
-    require("torch", "engine")
-    settings = load_settings(**select_fields(Settings, options))
-    check_models_dir(settings)
+    refuse_more_words(context, prompt)
+    settings = load_checked_settings(options)
     if not transparent:
         options["mode"] = OPAQUE
-    paths: dict[InputRole, Path | None] = {
-        "foreground": foreground_image,
-        "background": background_image,
-        "blended": blended_image,
-    }
-    images = {role: _read_image(role, path) for role, path in paths.items() if path}
-    options["inputs"] = [
-        {"role": role, "file_name": input_name(data)} for role, data in images.items()
-    ]
+    inputs = read_images(
+        {
+            ("init", "image"): image,
+            ("mask", "mask"): mask,
+            ("foreground", "foreground_image"): foreground_image,
+            ("background", "background_image"): background_image,
+            ("blended", "blended_image"): blended_image,
+        }
+    )
+    options |= {"inputs": inputs.fields, **_init_options(inputs, options)}
     job = Job.new(_spec(prompt, output, options, settings))
     targets = _choose_targets(job, output, settings.outputs_dir)
-    _check_writable(next(iter(targets.values())))
-    model = job.spec.generation.model or settings.default_model
-    _report_embedded_model(model, settings.models_dir)
+    check_writable(next(iter(targets.values())))
+    choose_model(job.spec.generation.model, settings)
     start = time.perf_counter()
-    inputs = {input_name(data): data for data in images.values()}
-    result = _render(job, _TargetFiles(targets, inputs), settings)
+    result = render(job, _TargetFiles(targets, inputs), settings)
     seconds = time.perf_counter() - start
-    for warning in result.warnings:
-        err.print(warning, markup=False)
-    for image in result.images:
+    for file in result.images:
         out.print(
-            f"{targets[image.key]}  {image.width}x{image.height}  seed {image.seed}  "
+            f"{targets[file.key]}  {file.width}x{file.height}  seed {file.seed}  "
             f"{seconds:.1f} s  {result.model_name}"
         )
+
+
+def _init_options(inputs: InputImages, options: dict[str, Any]) -> dict[str, Any]:
+    """Return the size that an image to change leads to.
+
+    Raises:
+        InvalidRequest: It is opaque, and the mode generates transparency.
+    """
+    init = inputs.by_role.get("init")
+    if init is None:
+        return {}
+    mode = MODES.get(options["mode"] or DEFAULT_MODE)
+    if init.is_opaque and mode and mode.has_alpha:
+        raise InvalidRequest(
+            "the image is opaque, and LayerDiffuse changes images with transparency.",
+            hint="Remove its background first, or add --no-transparent.",
+            field="image",
+        )
+    size = size_for_image((init.width, init.height), options["width"], options["height"])
+    return dict(zip(("width", "height"), size, strict=True))
 
 
 def _spec(prompt: str, output: Path | None, options: dict[str, Any], settings: Settings) -> JobSpec:
@@ -134,8 +150,7 @@ def _choose_targets(job: Job, output: Path | None, folder: Path) -> dict[str, Pa
     """
     keys = [job.file_name(index) for index in range(len(job.spec.seeds))]
     if output and output.suffix:
-        later = (output.with_stem(f"{output.stem}-{number}") for number in range(2, len(keys) + 1))
-        return dict(zip(keys, (output, *later), strict=True))
+        return {key: numbered(output, number) for number, key in enumerate(keys, 1)}
     return {
         key: (output or folder)
         / f"alpha_{int(job.created_at)}_{secrets.token_hex(4)}.{job.spec.output.format}"
@@ -143,76 +158,13 @@ def _choose_targets(job: Job, output: Path | None, folder: Path) -> dict[str, Pa
     }
 
 
-def _check_writable(target: Path) -> None:
-    """Create the folder of a file. Raises `StorageFailed` if it cannot be written to."""
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=target.parent):
-            pass
-    except OSError as error:
-        raise _cannot_write(target, error) from None
-
-
-def _report_embedded_model(name: str | None, models_dir: Path) -> None:
-    """Print a line if the embedded model is used because there is no other.
-
-    Raises:
-        ModelNotFound, ModelUnusable: See `alphalayer.catalog.resolve_model`.
-    """
-    entry = catalog.resolve_model(name, catalog.find_models(models_dir), models_dir)
-    if not name and entry.path == catalog.EMBEDDED_MODEL:
-        folder = models_dir / catalog.CHECKPOINTS
-        text = f"Generating with {entry.name}, the small embedded model. {folder} holds no other."
-        err.print(render_hint(CommandHint(f"{text} For SDXL run:", catalog.PULL)))
-
-
-def _render(job: Job, files: _TargetFiles, settings: Settings) -> JobResult:
-    with progress() as report:
-        engine = load_engine(ENGINE, settings.engine_options())
-        return Renderer(engine, files, lambda _job, step: report(step)).run(job)
-
-
 class _TargetFiles:
-    """Paths that images are written to, and the content of input images."""
+    """Paths that images are written to, and the input images."""
 
-    def __init__(self, targets: Mapping[str, Path], inputs: Mapping[str, bytes]):
+    def __init__(self, targets: Mapping[str, Path], inputs: InputImages):
         self._targets = targets
-        self._inputs = inputs
+        self.open = inputs.open
 
     def put(self, key: str, data: bytes, *, replace: bool = False) -> None:  # noqa: ARG002
         """Write an image to its target, also over a file that exists."""
-        try:
-            self._targets[key].write_bytes(data)
-        except OSError as error:
-            raise _cannot_write(self._targets[key], error) from None
-
-    async def open(self, key: str) -> StoredFile:
-        """Open an input image."""
-        data = self._inputs[key]
-
-        async def chunks() -> AsyncIterator[bytes]:
-            yield data
-
-        return StoredFile(len(data), time.time(), chunks())
-
-
-def _read_image(role: InputRole, path: Path) -> bytes:
-    """Return an image file as PNG. Raises `InvalidRequest`, or `StorageFailed`."""
-    try:
-        return codecs.encode_input(path.read_bytes()).data
-    except InvalidRequest as error:
-        error.field = f"{role}_image"
-        raise
-    except OSError as error:
-        raise StorageFailed(
-            f"cannot read {path}: {error.strerror}.",
-            hint="Name an image file.",
-            field=f"{role}_image",
-        ) from None
-
-
-def _cannot_write(target: Path, error: OSError) -> StorageFailed:
-    remedy = "Free some space, or name" if error.errno == errno.ENOSPC else "Name"
-    return StorageFailed(
-        f"cannot write {target}: {error.strerror}.", hint=f"{remedy} another place with --output."
-    )
+        write_file(self._targets[key], data)

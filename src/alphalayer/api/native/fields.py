@@ -18,13 +18,11 @@ from alphalayer.api.schemas import Body, reject_unused_options
 from alphalayer.api.uploads import StoredInput, Uploads, store_upload
 from alphalayer.core import validation
 from alphalayer.core.errors import InvalidRequest
-from alphalayer.core.inputs import SIDE_STEP, size_from_image
+from alphalayer.core.inputs import size_for_image
 from alphalayer.core.job import Iterations, JobSpec, Output, Submission
 from alphalayer.core.layers import DEFAULT_FAMILY
 from alphalayer.core.modes import DEFAULT_MODE, OPAQUE, InputRole
 from alphalayer.core.request import (
-    MAX_SIDE,
-    MIN_SIDE,
     DecodeMode,
     GenerationRequest,
     Height,
@@ -155,12 +153,7 @@ class UploadRequest(NativeRequest, frozen=True):
 
     def size_for(self, image: StoredInput) -> tuple[int, int]:
         """Return the size to generate for an image. An open side follows from the other."""
-        width, height = self.width, self.height
-        if width is None and height is None:
-            return size_from_image(image.width, image.height)
-        if width is None:
-            width = _side((height or 0) * image.width / image.height)
-        return width, height or _side(width * image.height / image.width)
+        return size_for_image((image.width, image.height), self.width, self.height)
 
 
 def _read_list(name: str, values: list[str]) -> Any:
@@ -173,10 +166,6 @@ def _read_list(name: str, values: list[str]) -> Any:
         raise InvalidRequest(
             f"it is not a JSON list of at most {MAX_LIST_CHARACTERS:,} characters.", field=name
         ) from None
-
-
-def _side(pixels: float) -> int:
-    return min(max(round(pixels / SIDE_STEP) * SIDE_STEP, MIN_SIDE), MAX_SIDE)
 
 
 class LayerdiffuseRequest(Output, NativeRequest, frozen=True):
