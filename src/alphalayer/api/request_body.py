@@ -11,6 +11,7 @@ from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.types import Message, Receive, Scope
 
+from alphalayer.api.forms import FormRequest, is_form, read_form
 from alphalayer.core import validation
 
 JSON_BYTES = 1_000_000
@@ -28,7 +29,8 @@ class LimitedRoute(APIRoute):
     """Route with a limit of its body, which fields with images raise.
 
     The model of the body states it: `carries_images: ClassVar[bool] = True`. Such a body may be as
-    large as the service allows, see `BodyLimit`.
+    large as the service allows, see `BodyLimit`. A model with a class method `from_form` accepts
+    multipart bodies, too. The method converts a `Form` to JSON.
     """
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
@@ -36,13 +38,18 @@ class LimitedRoute(APIRoute):
         handle = super().get_route_handler()
         if self.body_field is None:
             return handle
-        carries_images = getattr(self.body_field.field_info.annotation, "carries_images", False)
+        model = self.body_field.field_info.annotation
+        carries_images = getattr(model, "carries_images", False)
+        from_form = getattr(model, "from_form", None)
 
         async def read_with_limits(request: Request) -> Response:
             receive = request.receive
             if not carries_images:
                 check_declared(request.scope, JSON_BYTES)
                 receive = count_received(receive, JSON_BYTES)
+            if from_form and is_form(request):
+                request = Request(request.scope, receive)
+                return await handle(FormRequest(request, from_form(await read_form(request))))
             return await handle(JsonRequest(request.scope, receive))
 
         return read_with_limits
