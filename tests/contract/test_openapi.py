@@ -39,7 +39,8 @@ These are: text that is the base64 of an image, fields that depend on each other
 of a sampler, null as an absent value. A cancelled job can still be read after DELETE.
 """
 BY_DESIGN = "events|readyz|img2img|extra-|interrogate|edits|variations"
-"""Excluded routes: an endless answer, a 503 by design, and those that are not implemented."""
+"""Excluded routes: an endless answer, a 503 by design, changes of images, which a schema does not
+describe, and those that are not implemented."""
 
 
 @pytest.fixture(scope="module")
