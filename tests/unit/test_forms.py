@@ -6,6 +6,7 @@ import hashlib
 from typing import Any
 
 import pytest
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
 from alphalayer.api.forms import FormRequest, is_form, read_form, uploads_of
@@ -61,3 +62,11 @@ async def test_form_with_a_long_field_is_refused():
     part = b'--b\r\nContent-Disposition: form-data; name="a"\r\n\r\n'
     with pytest.raises(InvalidRequest, match="Part exceeded"):
         await read_form(request_of(part + b"x" * 1_000_001 + b"\r\n--b--\r\n"))
+
+
+async def test_form_of_a_disconnected_client_is_an_http_error():
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.disconnect"}
+
+    with pytest.raises(HTTPException, match="ended early"):
+        await read_form(Request(request_of(b"").scope, receive))

@@ -8,7 +8,9 @@ from typing import Any
 
 from fastapi import Request
 from starlette.datastructures import UploadFile
+from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException, MultiPartParser
+from starlette.requests import ClientDisconnect
 
 from alphalayer.core import validation
 from alphalayer.core.errors import InvalidRequest
@@ -75,6 +77,8 @@ async def read_form(request: Request) -> Form:
         raise InvalidRequest(
             f"the form cannot be read: {error.message}", hint=validation.DESCRIBED
         ) from None
+    except ClientDisconnect:
+        raise HTTPException(400, "the form ended early.") from None
     for name, part in parts.multi_items():
         value = part
         if isinstance(part, UploadFile):
