@@ -135,7 +135,8 @@ def _named(schema: dict[str, Any]) -> str | None:
 
 def _title(name: str) -> str:
     """Return a short name. Dialects have objects of the same name: `native.Model`."""
-    return ".".join(name.split("__")[-2:])
+    parts = [part for part in name.split("__") if part != "schemas"]
+    return ".".join(parts[-2:])
 
 
 def _response(status: str, response: dict[str, Any]) -> str:

@@ -18,7 +18,7 @@ from PIL import Image
 from tests.support.serving import put_model, served, wait_until
 
 from alphalayer.api.errors import Problem
-from alphalayer.api.openai import DIALECT
+from alphalayer.api.openai.routes import DIALECT
 from alphalayer.core.errors import AlphalayerError
 from alphalayer.engine.fake import render_disc
 
@@ -108,7 +108,7 @@ def test_stream_with_partial_images_sends_them(tmp_path):
 
 
 def test_stream_of_a_queued_job_is_kept_open(tmp_path, monkeypatch):
-    monkeypatch.setattr("alphalayer.api.openai.SILENT_S", 0.1)
+    monkeypatch.setattr("alphalayer.api.openai.streaming.SILENT_S", 0.1)
     with served(tmp_path, engine_options={"step_s": 0.05}) as client:
         slow = client.post(
             "/alpha/v1/jobs", json={"prompt": "first", "steps": 20, "width": 64, "height": 64}
@@ -223,19 +223,19 @@ def test_generations_invalid_field_is_named(api, fields, field):
 
 
 def test_errors_have_the_shape_of_openai(client, api):
-    answer = client.post("/v1/images/edits", files={"image": b"x"}, data={"prompt": "x"})
+    answer = client.post("/v1/images/variations", files={"image": b"x"})
     assert answer.status_code == 400
     assert answer.headers["x-should-retry"] == "false"
     assert answer.json() == {
         "error": {
-            "message": "editing images is not implemented. Use /v1/images/generations.",
+            "message": "variations of images are not implemented. Use /v1/images/edits.",
             "type": "invalid_request_error",
             "param": None,
             "code": "not_implemented",
         }
     }
     with pytest.raises(openai.BadRequestError, match="not implemented"):
-        api.images.edit(image=b"x", prompt="x")
+        api.images.create_variation(image=b"x")
     assert client.get("/v1/nothing").json()["error"]["code"] == "not_found"
     assert client.post("/v1/images/generations", content=b"{").status_code == 400
     large = client.post("/v1/images/generations", content=b" " * 16_100_000)

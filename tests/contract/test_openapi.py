@@ -20,7 +20,7 @@ include-method = "POST"
 checks.positive_data_acceptance.enabled = false
 
 [[operations]]
-include-path-regex = "^/v1/images/generations$"
+include-path-regex = "^/v1/images/(generations|edits)$"
 include-method = "POST"
 checks.positive_data_acceptance.enabled = false
 checks.negative_data_rejection.enabled = false
@@ -39,7 +39,7 @@ These are: text that is the base64 of an image, fields that depend on each other
 of a sampler, null as an absent value. A cancelled job can still be read after DELETE.
 """
 BY_DESIGN = (
-    "events|readyz|jobs/img2img|/layers$|sdapi/v1/img2img|extra-|interrogate|edits|variations"
+    "events|readyz|jobs/img2img|/layers$|sdapi/v1/img2img|extra-|interrogate|variations"
 )
 """Excluded routes: an endless answer, a 503 by design, those whose bodies other routes have, and
 those that are not implemented.

@@ -124,7 +124,7 @@ def test_head_within_limits_is_answered(client: httpx.Client):
         (POST + b"Content-Length: 9\r\n\r\n{", 408),
         (CHUNKED + b"1\r\n{\r\n", 408),
         (POST + b"Connection: Upgrade\r\nUpgrade: h2c\r\nContent-Length: 9\r\n\r\n{", 0),
-        (b"POST /v1/images/edits HTTP/1.1\r\n" + HOST + b"Content-Length: 9\r\n\r\n{", 400),
+        (b"POST /v1/images/variations HTTP/1.1\r\n" + HOST + b"Content-Length: 9\r\n\r\n{", 400),
     ],
     ids=range(8),
 )
@@ -288,7 +288,7 @@ def test_compressed_body_is_refused(client: httpx.Client, path: str):
 
 
 def test_form_is_not_read(client: httpx.Client):
-    response = client.post("/v1/images/edits", files={f"f{i}": b"x" for i in range(2000)})
+    response = client.post("/v1/images/variations", files={f"f{i}": b"x" for i in range(2000)})
     assert response.json()["error"]["code"] == "not_implemented"
 
 

@@ -13,7 +13,7 @@ from alphalayer.api.a1111.schemas import Txt2ImgRequest as A1111Request
 from alphalayer.api.deps import IdempotencyKey
 from alphalayer.api.jobs import JobRequest
 from alphalayer.api.native.txt2img import Txt2ImgRequest
-from alphalayer.api.openai import GenerationsRequest
+from alphalayer.api.openai.schemas import GenerationsRequest
 from alphalayer.api.schemas import Body
 from alphalayer.core.errors import InvalidRequest
 from alphalayer.core.job import Job, JobSpec, Submission

@@ -41,6 +41,7 @@ _FULL = {
     "extra_forbidden": "there is no such field",
     "unexpected_keyword_argument": "there is no such field",
     "too_long": "got {actual_length} entries; at most {max_length}",
+    "too_short": "got {actual_length} entries; at least {min_length}",
     "string_too_short": "it is empty",
 }
 """Full description of errors where the received value does not help."""

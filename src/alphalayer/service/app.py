@@ -15,7 +15,7 @@ from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 
 from alphalayer import __version__, catalog
-from alphalayer.api import docs, errors, jobs, openai, ops, playground
+from alphalayer.api import docs, errors, jobs, ops, playground
 from alphalayer.api.a1111 import routes as a1111
 from alphalayer.api.addresses import ALL_ADDRESSES, KnownHosts, address, find_names, origin
 from alphalayer.api.auth import Authenticator
@@ -30,6 +30,7 @@ from alphalayer.api.middleware.request_log import RequestLog
 from alphalayer.api.middleware.security_headers import SecurityHeaders
 from alphalayer.api.middleware.turns import Turns
 from alphalayer.api.native import routes as native
+from alphalayer.api.openai import routes as openai
 from alphalayer.api.pixel_pool import PixelPool
 from alphalayer.api.shutdown import Shutdown
 from alphalayer.auth import usage

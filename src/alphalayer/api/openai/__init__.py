@@ -1,0 +1,1 @@
+"""The OpenAI Images dialect, served under `/v1/images` and `/v1/models`."""
