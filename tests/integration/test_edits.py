@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -43,7 +44,10 @@ def engine(models: Path) -> LocalEngine:
 def inpainting(tmp_path_factory: pytest.TempPathFactory, models: Path) -> LocalEngine:
     """Return an engine with an inpainting checkpoint."""
     folder = tmp_path_factory.mktemp("inpainting")
-    tiny_models.make_inpainting_folder(folder / "Stable-diffusion" / "inpaint")
+    path = tiny_models.make_diffusers_folder(folder / "Stable-diffusion" / "inpaint")
+    shutil.rmtree(tiny_models.widen_for_inpainting(path) / "layerdiffuse")
+    older = tiny_models.make_sd15_folder(folder / "Stable-diffusion" / "sd15")
+    tiny_models.widen_for_inpainting(older)
     (folder / "layer_model").symlink_to(models / "layer_model")
     return LocalEngine(folder, device="cpu")
 
@@ -278,7 +282,11 @@ def test_inpainting_checkpoint_reads_mask_and_image(inpainting: LocalEngine, mod
     assert not torch.equal(model.denoise(x, sigma, prepared, blank), actual)
 
 
-@pytest.mark.parametrize("fields", [{}, {"layerdiffuse_stop_at": 0.5}, {"mode": "opaque"}], ids=str)
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"layerdiffuse_stop_at": 0.5}, {"mode": "opaque", "model": "sd15"}],
+    ids=str,
+)
 def test_inpainting_checkpoint_renders_every_route(inpainting: LocalEngine, fields: dict):
     init = image()
     (edited,) = render(inpainting, {"init": init, "mask": mask()}, **fields)

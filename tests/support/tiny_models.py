@@ -305,18 +305,16 @@ def make_encoder(folder: Path, widths: tuple[int, ...] = ENCODER, seed: int = 0)
     """Write a transparent encoder, float16."""
     torch.manual_seed(seed + 5)
     encoder = TransparentEncoder(widths).half()
-    path = folder / ENCODER_FILES[0]
+    path = folder / ENCODER_FILES["sdxl"][0]
     save_file(encoder.state_dict(), path)
     return path
 
 
-def make_inpainting_folder(path: Path, seed: int = 0) -> Path:
-    """Write the same model as an inpainting checkpoint, and return its file with the UNet.
+def widen_for_inpainting(path: Path, seed: int = 0) -> Path:
+    """Change a diffusers folder into an inpainting checkpoint.
 
-    Its first convolution reads five more channels.
+    The first convolution reads five more channels.
     """
-    make_diffusers_folder(path, seed)
-    shutil.rmtree(path / "layerdiffuse")
     file = path / "unet" / "diffusion_pytorch_model.safetensors"
     tensors = load_file(file)
     weight = tensors["conv_in.weight"]
@@ -327,7 +325,7 @@ def make_inpainting_folder(path: Path, seed: int = 0) -> Path:
     config = path / "unet" / "config.json"
     values = json.loads(config.read_text()) | {"in_channels": 9}
     config.write_text(json.dumps(values))
-    return file
+    return path
 
 
 def make_condition_patch(folder: Path, mode: str, seed: int = 0) -> Path:

@@ -326,6 +326,7 @@ LAYOUTS = [
         tensors({"v_pred": ()}, SD15),
         "read, v-prediction",
     ),
+    Layout("SD 1.5, inpainting", tensors({FIRST_CONV: (320, 9, 3, 3)}, SD15)),
     Layout("SD 1.5, diffusers folder", _sd15_folder),
     Layout(
         "SD 1.5 without VAE",
@@ -346,12 +347,6 @@ LAYOUTS = [
         tensors({CONTEXT: (640, 768)}),
         "refused: UNet alone",
         "Stable Diffusion 1.5 UNet",
-    ),
-    Layout(
-        "SD 1.5 inpainting",
-        tensors({FIRST_CONV: (320, 9, 3, 3)}, SD15),
-        "refused: inpainting",
-        "inpainting",
     ),
     Layout("SD 2", tensors({CONTEXT: (640, 1024)}), "refused: SD 2", "Stable Diffusion 2"),
     Layout("SDXL refiner", tensors({CONTEXT: (768, 1280)}), "refused: refiner", "refiner"),
