@@ -14,7 +14,14 @@ from torch import Tensor, nn
 from alphalayer import catalog
 from alphalayer.catalog import ModelEntry
 from alphalayer.core.errors import CommandHint, EngineFailed, LayerDiffuseMissing
-from alphalayer.core.modes import DECODER_FILES, DEFAULT_MODE, ENCODER_FILES, MODES, mode_for
+from alphalayer.core.modes import (
+    DECODER_FILES,
+    DEFAULT_MODE,
+    ENCODER_DOWNLOADS,
+    ENCODER_FILES,
+    MODES,
+    mode_for,
+)
 from alphalayer.core.request import ModelDefaults
 from alphalayer.engine.acceleration import Acceleration
 from alphalayer.engine.memory import Precision
@@ -109,7 +116,8 @@ class LayerDiffuseFiles:
 
     def required_encoder(self) -> Path:
         """Return the transparent encoder. Raises `LayerDiffuseMissing`."""
-        return self._existing("encoder", ENCODER_FILES[self.entry.family], "layerdiffuse-encoder")
+        family = self.entry.family
+        return self._existing("encoder", ENCODER_FILES[family], ENCODER_DOWNLOADS[family])
 
     def _existing(self, kind: str, names: tuple[str, ...], download: str) -> Path:
         path = catalog.layer_file(self.entry.path, names, self.config.get(kind), self.models_dir)
