@@ -167,6 +167,7 @@ LAYOUTS = [
             {name.replace("text_model.", ""): shape for name, shape in SDXL.items()},
         ),
     ),
+    Layout("LDM single file, inpainting", tensors({FIRST_CONV: (320, 9, 3, 3)}, SDXL)),
     Layout("LDM single file, suffix in capitals", lambda f: write(f / "cup.SAFETENSORS", SDXL)),
     Layout(
         "v-prediction by a tensor (v_pred)", tensors({"v_pred": ()}, SDXL), "read, v-prediction"
@@ -325,6 +326,7 @@ LAYOUTS = [
         tensors({"v_pred": ()}, SD15),
         "read, v-prediction",
     ),
+    Layout("SD 1.5, inpainting", tensors({FIRST_CONV: (320, 9, 3, 3)}, SD15)),
     Layout("SD 1.5, diffusers folder", _sd15_folder),
     Layout(
         "SD 1.5 without VAE",
@@ -346,19 +348,7 @@ LAYOUTS = [
         "refused: UNet alone",
         "Stable Diffusion 1.5 UNet",
     ),
-    Layout(
-        "SD 1.5 inpainting",
-        tensors({FIRST_CONV: (320, 9, 3, 3)}, SD15),
-        "refused: inpainting",
-        "inpainting",
-    ),
     Layout("SD 2", tensors({CONTEXT: (640, 1024)}), "refused: SD 2", "Stable Diffusion 2"),
-    Layout(
-        "SDXL inpainting",
-        tensors({FIRST_CONV: (320, 9, 3, 3)}, SDXL),
-        "refused: inpainting",
-        "inpainting",
-    ),
     Layout("SDXL refiner", tensors({CONTEXT: (768, 1280)}), "refused: refiner", "refiner"),
     Layout(
         "SD 3 and 3.5",

@@ -188,6 +188,8 @@ ENCODER_FILES = {
     "sd15": ("layer_sd15_vae_transparent_encoder.safetensors",),
 }
 """Published names of the transparent encoder by family."""
+ENCODER_DOWNLOADS = {"sdxl": "layerdiffuse-encoder", "sd15": "layerdiffuse-sd15-encoder"}
+"""Names of the transparent encoders for `alphalayer models pull`, by family."""
 
 
 def mode_for(family: str, name: str) -> Mode:

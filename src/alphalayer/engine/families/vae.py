@@ -47,4 +47,8 @@ def read_vae(
         if config.get(name, value) != value:
             raise ValueError(f"its VAE has {name}: {config[name]}; supported: {value}")
     check_counts(config, "norm_num_groups")
-    return build(lambda: network(config), tensors, dtype, memory_format)
+    vae = build(lambda: network(config), tensors, dtype, memory_format)
+    # with channels last, torch's group norm on the CPU loses digits of flat areas
+    for weight in vae.encoder.parameters():
+        weight.data = weight.contiguous()
+    return vae
