@@ -198,7 +198,7 @@ def test_restart_of_a_weak_second_pass_has_no_restart(steps: int, strength: floa
     total = total_steps(steps, strength)
     sigmas = SAMPLERS["Restart"].choose_levels("Exponential", steps, TABLE, total).sigmas
     assert (sigmas[1:] < sigmas[:-1]).all()
-    assert count_steps(sigmas) <= cost.count_steps("Restart", "Exponential", steps, strength)
+    assert count_steps(sigmas) <= cost.count_steps("Restart", "Exponential", steps, total)
 
 
 # --- images

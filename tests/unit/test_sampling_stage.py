@@ -136,7 +136,7 @@ def test_second_pass_steps_of_the_cost_are_those_of_the_engine(sampler: str):
         for steps, strength in ((1, 1.0), (2, 0.5), (20, 0.75), (60, 0.5), (150, 0.25), (150, 1.0)):
             total = cost.total_steps(steps, strength)
             sigmas = SAMPLERS[sampler].choose_levels(scheduler, steps, TABLE, total).sigmas
-            counted = cost.count_steps(sampler, scheduler, steps, strength)
+            counted = cost.count_steps(sampler, scheduler, steps, total)
             assert count_steps(sigmas) == counted, (scheduler, steps, strength)
 
 

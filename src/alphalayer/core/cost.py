@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from alphalayer.core.prompts import AND
 from alphalayer.core.request import (
@@ -73,6 +74,8 @@ def image_cost(request: GenerationRequest) -> Cost:
     # an upscaler of images decodes the first pass, too
     costs = [_pass_cost(one) for one in request.resolve(ModelDefaults()).passes]
     pixels = sum(cost.pixels for cost in costs) + _enlargement_cost(request)
+    if request.uses_init:
+        pixels += math.prod(request.size) / UNIT_PIXELS * ENCODE_STEPS
     return Cost(pixels, sum(cost.prompt for cost in costs))
 
 
@@ -125,26 +128,47 @@ def count_calls(sampler: str, steps: int) -> int:
     return steps * CALLS.get(sampler, 1) + (sampler == "PLMS")
 
 
-def count_steps(sampler: str, scheduler: str, steps: int, strength: float | None = None) -> int:
+def count_steps(sampler: str, scheduler: str, steps: int, total: int | None = None) -> int:
     """Return the steps that a sampler takes for a requested number.
 
     DDIM, PLMS, UniPC and the schedule "DDIM" select training steps with a whole stride, as Forge
     does. So 150 steps become 166 or 167.
 
-    For Restart it is the most: a second pass below the levels that it repeats has fewer steps.
+    For Restart it is the most: a run below the levels that it repeats has fewer steps.
 
     Args:
         sampler: Name of the sampler.
         scheduler: Name of the schedule.
         steps: Requested steps.
-        strength: Strength of a second pass. None: the first pass.
+        total: Steps of a schedule whose last `steps` are taken. None: the whole of `steps`.
     """
-    if strength is None or sampler in _EVENLY_SPACED:
+    if total is None or sampler in _EVENLY_SPACED:
         return _count_whole(sampler, scheduler, steps)
     if sampler in (*_STRIDING, "UniPC"):
         return max(steps - 1, 2) - (sampler in _STRIDING)
-    total = total_steps(steps, strength)
     return max(_count_whole(sampler, scheduler, total) - (total - steps), 1)
+
+
+class LastSteps(NamedTuple):
+    """End of a schedule: how many of its steps are taken, and how many it has."""
+
+    taken: int
+    total: int
+
+
+def last_steps(request: ResolvedRequest) -> LastSteps | None:
+    """Return the end of a schedule that a pass runs along. None: it runs along the whole.
+
+    Source: AUTOMATIC1111, img2img and the second pass of hires fix. There exact steps are the
+    setting `img2img_fix_steps`.
+    """
+    if request.calls_before:
+        return LastSteps(request.steps, total_steps(request.steps, request.hires_strength))
+    if not request.uses_init:
+        return None
+    if request.exact_steps and request.strength:
+        return LastSteps(request.steps, total_steps(request.steps, request.strength))
+    return LastSteps(int(min(request.strength, MAX_STRENGTH) * request.steps) + 1, request.steps)
 
 
 def total_steps(steps: int, strength: float) -> int:
@@ -174,8 +198,8 @@ def _strided(levels: int, steps: int, first: int = 0) -> int:
 
 
 def _count_pass_steps(request: ResolvedRequest) -> int:
-    strength = request.hires_strength if request.calls_before else None
-    return count_steps(request.sampler, request.scheduler, request.steps, strength)
+    steps, total = last_steps(request) or (request.steps, None)
+    return count_steps(request.sampler, request.scheduler, steps, total)
 
 
 def max_chunks(text: str) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import cast
 
-from alphalayer.core.cost import total_steps
+from alphalayer.core.cost import last_steps
 from alphalayer.core.errors import InvalidRequest
 from alphalayer.core.request import ResolvedRequest
 from alphalayer.engine.base import RenderTask
@@ -74,7 +74,7 @@ def plan_passes(requests: Sequence[ResolvedRequest], model: DiffusionModel) -> l
     """Return the passes of requests of one batch.
 
     Raises:
-        InvalidRequest: The second pass is too large, or its strength too low for its steps.
+        InvalidRequest: The second pass is too large, or a strength too low for its steps.
     """
     requests[0].check_hires()
     multiple = SIZE_MULTIPLE if requests[0].uses_layerdiffuse else model.latent.cell
@@ -82,18 +82,16 @@ def plan_passes(requests: Sequence[ResolvedRequest], model: DiffusionModel) -> l
     passes: list[Pass] = []
     for group in zip(*(request.passes for request in requests), strict=True):
         shared = group[0]
-        total = total_steps(shared.steps, shared.hires_strength) if passes else None
+        steps, total = last_steps(shared) or (shared.steps, None)
         if total and total > len(table):
             raise InvalidRequest(
                 f"{shared.steps} steps at this strength are the end of a schedule of {total}; "
                 f"at most {len(table)}.",
                 hint="Use fewer steps or a higher strength.",
-                field="hires_strength",
+                field="hires_strength" if passes else "strength",
             )
         canvas = Canvas.of(shared.width, shared.height, multiple)
-        levels = SAMPLERS[shared.sampler].choose_levels(
-            shared.scheduler, shared.steps, table, total
-        )
+        levels = SAMPLERS[shared.sampler].choose_levels(shared.scheduler, steps, table, total)
         passes.append(Pass(len(passes), group, canvas, levels))
     return passes
 
