@@ -6,9 +6,15 @@ from pathlib import Path
 from typing import Any
 
 from alphalayer.catalog.files import open_file, parse_json, printable
+from alphalayer.catalog.kinds import INPAINT_CHANNELS
 from alphalayer.core.errors import CorruptFile
 
-PIPELINES = {"StableDiffusionXLPipeline": "sdxl", "StableDiffusionPipeline": "sd15"}
+PIPELINES = {
+    "StableDiffusionXLPipeline": "sdxl",
+    "StableDiffusionXLInpaintPipeline": "sdxl",
+    "StableDiffusionPipeline": "sd15",
+    "StableDiffusionInpaintPipeline": "sd15",
+}
 """Families by the class of their pipeline."""
 PREDICTIONS = ("epsilon", "v_prediction")
 AGAIN = "Download the folder again."
@@ -42,8 +48,8 @@ def family_of_folder(path: Path) -> str:
         return "sdxl-edm"
     if scheduler.get("prediction_type", PREDICTIONS[0]) not in PREDICTIONS:
         return f"{family}-other"
-    if unet.get("in_channels") != unet.get("out_channels"):
-        return f"{family}-inpaint" if unet.get("in_channels") == 9 else "edit"
+    if unet.get("in_channels") not in (unet.get("out_channels"), INPAINT_CHANNELS):
+        return "edit"
     return family
 
 

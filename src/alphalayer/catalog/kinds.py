@@ -9,7 +9,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 CONTEXT = "model.diffusion_model.input_blocks.4.1.transformer_blocks.0.attn2.to_k.weight"
 FIRST_CONV = "model.diffusion_model.input_blocks.0.0.weight"
-LATENT_CHANNELS = 4
+LATENT_CHANNELS, INPAINT_CHANNELS = 4, 9
 EDM_MARKS = ("edm_mean", "edm_vpred.sigma_max")
 VAE_MARKS = ("first_stage_model.encoder.conv_in.weight", "first_stage_model.decoder.conv_in.weight")
 CLIP_L = tuple(
@@ -76,14 +76,12 @@ FAMILY_NAMES = {
     "sdxl": "Stable Diffusion XL",
     "sdxl-unet": "Stable Diffusion XL UNet (without both text encoders)",
     "sdxl-refiner": "Stable Diffusion XL refiner",
-    "sdxl-inpaint": "Stable Diffusion XL inpainting",
     "sdxl-edm": "Stable Diffusion XL (EDM-trained, as Playground 2.5 and CosXL)",
     "sdxl-other": "Stable Diffusion XL (trained to predict neither epsilon nor v)",
     "sdxl-no-vae": "Stable Diffusion XL (without its whole VAE)",
     "sd15": "Stable Diffusion 1.5",
     "sd15-other": "Stable Diffusion 1.5 (trained to predict neither epsilon nor v)",
     "sd15-no-vae": "Stable Diffusion 1.5 (without its whole VAE)",
-    "sd15-inpaint": "Stable Diffusion 1.5 inpainting",
     "sd2": "Stable Diffusion 2",
     "sd2-inpaint": "Stable Diffusion 2 inpainting",
     "edit": "image-to-image (as InstructPix2Pix)",
@@ -132,10 +130,10 @@ def family_of(shapes: Shapes) -> str:
         return "unknown"
     has_text = not shapes.keys().isdisjoint(SD15_TEXT)
     family = "sd15" if has_text else _FAMILIES.get(context[1], "unknown")
-    channels = first[1]
-    if channels == 9 and f"{family}-inpaint" in FAMILY_NAMES:
+    is_inpainting = first[1] == INPAINT_CHANNELS
+    if is_inpainting and f"{family}-inpaint" in FAMILY_NAMES:
         return f"{family}-inpaint"
-    if channels > LATENT_CHANNELS:
+    if first[1] > LATENT_CHANNELS and not (is_inpainting and family in SUPPORTED):
         return "edit"
     if CLIP_G in shapes:
         return _sdxl_variant(shapes)

@@ -28,8 +28,22 @@ from alphalayer.core.modes import mode_for
 from alphalayer.core.request import GenerationRequest, ResolvedRequest
 from alphalayer.core.samplers import ADAPTIVE
 from alphalayer.engine.acceleration import Acceleration, check_acceleration
-from alphalayer.engine.base import GeneratedImage, GenerationResult, Progress, RenderTask
+from alphalayer.engine.base import (
+    GeneratedImage,
+    GenerationResult,
+    Progress,
+    RenderTask,
+    RgbaImage,
+)
 from alphalayer.engine.canvas import SIZE_MULTIPLE, Canvas
+from alphalayer.engine.edits import (
+    Edit,
+    check_mode,
+    encode_edit,
+    inpaint_condition,
+    read_encoder,
+    start_latents,
+)
 from alphalayer.engine.families import sd15, sdxl
 from alphalayer.engine.families.base import DiffusionModel, LatentSpec, Load, check_finite
 from alphalayer.engine.hires import Enlarger, Resizing
@@ -48,6 +62,7 @@ from alphalayer.engine.memory import (
 )
 from alphalayer.engine.memory_count import Networks, count_memory
 from alphalayer.engine.model_cache import ModelCache
+from alphalayer.engine.networks.transparent import TransparentEncoder
 from alphalayer.engine.passes import (
     Batch,
     Pass,
@@ -60,6 +75,7 @@ from alphalayer.engine.passes import (
 from alphalayer.engine.progress import ProgressReporter, Stopwatch
 from alphalayer.engine.sampling.brownian_tree import BrownianNoise
 from alphalayer.engine.sampling.guidance import Denoiser, Guidance
+from alphalayer.engine.sampling.masking import KeptLatents
 from alphalayer.engine.sampling.noise import ImageGenerator, initial_noise
 from alphalayer.engine.sampling.run import Noise, Run
 from alphalayer.engine.sampling.samplers import SAMPLERS, brownian_intervals, sample
@@ -228,10 +244,12 @@ class LocalEngine:
             requests = [_resolve(task, model) for task in tasks]
             shared = requests[0]
             mode = MODES[shared.mode]
+            check_mode(shared, model)
             text_loras, loras = self._lora_patches(shared)
             patches = (*loras, *mode.patches(model, shared))
             # read here, so that missing or damaged files are reported before the work
             mode.decoders(model)
+            encoder = read_encoder(shared, model, self.device)
             enlarger = self._enlarger(shared, mode, model, reporter)
         is_single = len(tasks) == 1 and len(shared.images) == mode.images
         if not is_single and any(one.sampler == ADAPTIVE for one in shared.passes):
@@ -242,10 +260,12 @@ class LocalEngine:
         )
 
         guidances = self._encode_prompts(batch, text_loras)
+        edits, guidances = self._encode_images(batch, guidances, encoder)
+        first_latents, kept = start_latents(edits, self.device)
         end_sigma = model.process.end_sigma(shared.layerdiffuse_stop_at)
         schedule = PatchSchedule(model, patches, loras, end_sigma)
         decoding = Decoding(model, shared, memory, stopwatch)
-        latents = self._run_pass(batch, passes[0], guidances, schedule)
+        latents = self._run_pass(batch, passes[0], guidances, schedule, first_latents, kept)
         for before, run in pairwise(passes):
             if enlarger:
                 resizing = Resizing.of(shared, before.canvas, run.canvas)
@@ -265,10 +285,11 @@ class LocalEngine:
                 model,
                 canvas,
                 list(islice(layers, len(request.images))),
+                edit,
                 stopwatch,
                 warnings,
             )
-            for request in requests
+            for request, edit in zip(requests, edits or [None] * len(requests), strict=True)
         ]
 
     def _render_alone(
@@ -307,7 +328,7 @@ class LocalEngine:
     def _encode_prompts(
         self, batch: Batch, loras: tuple[PatchSpec, ...]
     ) -> dict[int, list[Guidance]]:
-        """Encode the prompts of all passes, and the input images at the size of each.
+        """Encode the prompts of all passes.
 
         Returns:
             Guidance of each request, by number of the pass.
@@ -322,16 +343,45 @@ class LocalEngine:
             guidances = [
                 read_prompts(request, model.text, batch.reporter.check) for request in requests
             ]
-        if requests[0].inputs:
-            encoding = batch.residency.of(model.modules["vae"], keep=memory.keep_unet)
-            inputs = [task.inputs for task in batch.tasks] * len(batch.passes)
-            with batch.stopwatch.stage("inputs"), encoding:
-                guidances = [
-                    replace(guidance, condition=batch.mode.condition(model, request, images))
-                    for guidance, request, images in zip(guidances, requests, inputs, strict=True)
-                ]
         remaining = iter(guidances)
         return {run.number: list(islice(remaining, len(run.requests))) for run in batch.passes}
+
+    def _encode_images(
+        self,
+        batch: Batch,
+        guidances: dict[int, list[Guidance]],
+        encoder: TransparentEncoder | None,
+    ) -> tuple[list[Edit], dict[int, list[Guidance]]]:
+        """Encode the images to change, and the conditions at the size of each pass.
+
+        Returns:
+            The image of each request, if it changes one, and guidances with conditions.
+        """
+        model, first = batch.model, batch.passes[0]
+        if not first.shared.inputs and model.inpaint_weight is None:
+            return [], guidances
+        encoding = batch.residency.of(model.modules["vae"], keep=batch.residency.mode.keep_unet)
+        edits: list[Edit] = []
+        conditioned: dict[int, list[Guidance]] = {}
+        with batch.stopwatch.stage("inputs"), encoding:
+            for request, task in zip(first.requests, batch.tasks, strict=True):
+                batch.reporter.check()
+                if request.uses_init:
+                    edits.append(encode_edit(model, encoder, request, task.inputs, first.canvas))
+            for run in batch.passes:
+                blank = None if edits else inpaint_condition(model, run.canvas)
+                own = [edit.condition for edit in edits] or [blank] * len(run.requests)
+                conditioned[run.number] = [
+                    replace(
+                        guidance,
+                        condition=batch.mode.condition(model, request, task.inputs),
+                        model_condition=condition,
+                    )
+                    for guidance, request, task, condition in zip(
+                        guidances[run.number], run.requests, batch.tasks, own, strict=True
+                    )
+                ]
+        return edits, conditioned
 
     def _enlarger(
         self,
@@ -371,6 +421,7 @@ class LocalEngine:
         guidances: Mapping[int, Sequence[Guidance]],
         schedule: PatchSchedule,
         latents: Tensor | None = None,
+        kept: KeptLatents | None = None,
     ) -> Tensor:
         """Denoise the latents of a pass (B, C, h, w).
 
@@ -380,6 +431,7 @@ class LocalEngine:
             guidances: Guidance of each request, by number of the pass.
             schedule: Patches over the noise levels.
             latents: Clean latents that the pass changes. None: it starts from pure noise.
+            kept: Part of the latents that stays as it is.
         """
         model, memory, canvas = batch.model, batch.residency.mode, run.canvas
         denoiser = Denoiser(
@@ -391,6 +443,7 @@ class LocalEngine:
             batch.reporter.check,
             (run.shared.options.crop_top, run.shared.options.crop_left),
             together=batch.mode.images,
+            kept=kept,
         )
         # requests of one batch have the same input images
         inputs = batch.tasks[0].inputs
@@ -518,6 +571,8 @@ class LocalEngine:
         eta = sampler.choose_eta(run.shared.options.eta)
         sampling = Run(denoise, noise, on_step, denoiser.unconditional, eta)
         latents = sample(run.shared.sampler, sampling, x, run.levels.sigmas)
+        if denoiser.kept:
+            latents = denoiser.kept.restore(latents)
         return check_finite(latents, "the denoiser")
 
     def _preview(self, model: DiffusionModel, clean: Tensor) -> NDArray[np.uint8]:
@@ -609,11 +664,16 @@ def _result(
     model: DiffusionModel,
     canvas: Canvas,
     composed: Sequence[Sequence[Layer]],
+    edit: Edit | None,
     stopwatch: Stopwatch,
     warnings: tuple[str, ...],
 ) -> GenerationResult:
+    def finish(layer: Layer) -> RgbaImage:
+        rgba = canvas.crop(layer.rgba)
+        return edit.finish(rgba, layer) if edit else rgba
+
     images = [
-        GeneratedImage(canvas.crop(layer.rgba), *seeds, layer.role)
+        GeneratedImage(finish(layer), *seeds, layer.role)
         for layers, seeds in zip(composed, request.images, strict=True)
         for layer in layers
     ]

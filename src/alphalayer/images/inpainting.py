@@ -89,17 +89,18 @@ def fit_edit(
     """
     image = Image.fromarray(init)
     flat = _flatten(image, WHITE if is_opaque else GREY)
+    own = flat.convert("RGBA") if is_opaque and fields.alpha == "new" else image
     if mask is None:
-        kept = KeptImage(np.asarray(fit(image, size, fields.init_resize_mode)))
+        kept = KeptImage(np.asarray(fit(own, size, fields.init_resize_mode)))
         return _fit_pixels(image, flat, None, size, fields, kept)
     grey = soften(fit(Image.fromarray(mask), image.size, "Just Resize"), fields.mask_blur)
     if not fields.masked_only:
         fitted = fit(grey, size, fields.init_resize_mode)
         doubled = np.asarray(ImageChops.add(fitted, fitted))
-        kept = KeptImage(np.asarray(fit(image, size, fields.init_resize_mode)), doubled)
+        kept = KeptImage(np.asarray(fit(own, size, fields.init_resize_mode)), doubled)
         return _fit_pixels(image, flat, grey, size, fields, kept)
     region = masked_region(grey, fields.mask_padding, size)
-    kept = KeptImage(init, np.asarray(grey), region)
+    kept = KeptImage(np.asarray(own), np.asarray(grey), region)
     fields = fields.model_copy(update={"init_resize_mode": "Resize and Fill"})
     return _fit_pixels(image.crop(region), flat.crop(region), grey.crop(region), size, fields, kept)
 

@@ -107,6 +107,10 @@ class LayerDiffuseFiles:
         path = catalog.layer_file(self.entry.path, names, configured, self.models_dir)
         return path if path.is_file() else None
 
+    def required_encoder(self) -> Path:
+        """Return the transparent encoder. Raises `LayerDiffuseMissing`."""
+        return self._existing("encoder", ENCODER_FILES[self.entry.family], "layerdiffuse-encoder")
+
     def _existing(self, kind: str, names: tuple[str, ...], download: str) -> Path:
         path = catalog.layer_file(self.entry.path, names, self.config.get(kind), self.models_dir)
         if not path.is_file():
@@ -130,6 +134,11 @@ class DiffusionModel(Protocol):
     modules: Mapping[Part, nn.Module]
     text: TextEncoders
     layerdiffuse: LayerDiffuseFiles
+    inpaint_weight: Tensor | None
+    """Weight of the first convolution for mask and masked image of an inpainting checkpoint.
+
+    Its shape is (width of the first level, 1 + channels, 3, 3), float32. None: another checkpoint.
+    """
 
     @property
     def patchers(self) -> Mapping[Part, WeightPatcher]:
@@ -168,8 +177,9 @@ class DiffusionModel(Protocol):
             x: Scaled noisy latents (rows, channels, h, w).
             sigma: Noise level.
             prepared: Text of the rows, as `prepare` returned it for the current weights.
-            condition: Condition of a mode with input images, one row for each latent. It is added
-                to what the first convolution returns, (rows, width of the first level, h, w).
+            condition: Condition of a mode with input images, or of an inpainting checkpoint, one
+                row for each latent. It is added to what the first convolution returns, (rows, width
+                of the first level, h, w).
 
         Returns:
             Output (rows, channels, h, w), float32.

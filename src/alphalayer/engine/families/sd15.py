@@ -41,7 +41,7 @@ def _from_file(path: Path, precision: Precision) -> Parts:
     unet_config = fitted_sd15_unet(file.header.shapes)
     vae_config = file.vae_config() | {"scaling_factor": SCALING_FACTOR}
     return Parts(
-        file.read_unet(unet_config),
+        *file.read_unet(unet_config),
         file.read_vae(vae_config),
         vae_config,
         [read_clip_l(load_scaled(path, _TEXT), _TEXT)],

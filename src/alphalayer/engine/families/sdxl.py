@@ -39,7 +39,7 @@ def _from_file(path: Path, precision: Precision) -> Parts:
     file = SingleFile(path, precision)
     unet_config, vae_config = fitted_sdxl_unet(file.header.shapes), file.vae_config()
     return Parts(
-        file.read_unet(unet_config),
+        *file.read_unet(unet_config),
         file.read_vae(vae_config),
         vae_config,
         read_text_models(load_scaled(path, "conditioner.")),

@@ -58,6 +58,8 @@ class Parts:
     """Networks and tokenizers of a model, and the configs that go with them."""
 
     unet: UNet
+    inpaint_weight: Tensor | None
+    """See `DiffusionModel.inpaint_weight`."""
     vae: Vae
     vae_config: Mapping[str, Any]
     text_encoders: Sequence[ClipTextModel]
@@ -81,6 +83,7 @@ class StableDiffusion:
     ):
         self.entry = entry
         self.unet, self.vae, self.text_encoders = parts.unet, parts.vae, parts.text_encoders
+        self.inpaint_weight = parts.inpaint_weight
         is_v = parts.scheduler.get("prediction_type") == "v_prediction"
         self.process = NoiseProcess(_sigma_table(parts.scheduler), "v" if is_v else "epsilon")
         self.defaults = catalog.model_defaults(entry.path, entry.family)
@@ -155,7 +158,7 @@ class StableDiffusion:
     def encode_image(self, rgb: Tensor, offset: Tensor | None = None) -> Tensor:
         """Encode RGB (B, 3, H, W) in [-1, 1] to sampler latents; see `DiffusionModel`."""
         weight = next(self.vae.parameters())
-        encoded = self.vae.encode(rgb.to(weight.device, weight.dtype), offset)
+        encoded = self.vae.encode(rgb.to(weight.device, weight.dtype).contiguous(), offset)
         return self.latent.from_vae(encoded.float())
 
     def decode(self, latent: Tensor) -> Tensor:
@@ -280,7 +283,7 @@ def read_folder(
     """
     vae_config = catalog.read_config(folder / "vae" / "config.json")
     return Parts(
-        _build_unet(
+        *_build_unet(
             read_part(folder / "unet"),
             catalog.read_config(folder / "unet" / "config.json"),
             precision,
@@ -331,8 +334,8 @@ class SingleFile:
         names = vae_names.from_ldm(tensors)
         return read_vae(names, config, self.precision.vae, self.precision.memory_format)
 
-    def read_unet(self, config: Mapping[str, Any]) -> UNet:
-        """Read its UNet."""
+    def read_unet(self, config: Mapping[str, Any]) -> tuple[UNet, Tensor | None]:
+        """Read its UNet, see `_build_unet`."""
         tensors = {
             ldm_to_diffusers(name.removeprefix(LDM_UNET)): tensor
             for name, tensor in load_scaled(self.path, LDM_UNET).items()
@@ -346,13 +349,25 @@ class SingleFile:
 
 def _build_unet(
     tensors: Mapping[str, Tensor], config: Mapping[str, Any], precision: Precision
-) -> UNet:
+) -> tuple[UNet, Tensor | None]:
+    """Build the UNet, without what an inpainting checkpoint reads beside latents.
+
+    Returns:
+        The UNet, and the weight of its first convolution for mask and masked image.
+    """
     check_counts(config, "norm_num_groups", "attention_head_dim")
+    inpaint_weight, channels = None, config["out_channels"]
+    if config["in_channels"] == 2 * channels + 1:
+        weight = tensors["conv_in.weight"]
+        inpaint_weight = weight[:, channels:].float()
+        tensors = {**tensors, "conv_in.weight": weight[:, :channels]}
+        config = {**config, "in_channels": channels}
     sizes = UNetConfig.of(config)
     for heads, width in zip(sizes.heads, sizes.widths, strict=True):
         if width % heads:
             raise ValueError(f"its UNet has {heads} heads for {width} channels")
-    return build(lambda: UNet(sizes), tensors, precision.unet, precision.memory_format)
+    unet = build(lambda: UNet(sizes), tensors, precision.unet, precision.memory_format)
+    return unet, inpaint_weight
 
 
 def _latent_spec(vae: Vae, config: Mapping[str, Any]) -> LatentSpec:

@@ -47,4 +47,7 @@ def read_vae(
         if config.get(name, value) != value:
             raise ValueError(f"its VAE has {name}: {config[name]}; supported: {value}")
     check_counts(config, "norm_num_groups")
-    return build(lambda: network(config), tensors, dtype, memory_format)
+    vae = build(lambda: network(config), tensors, dtype, memory_format)
+    # with channels last, torch's group norm on the CPU loses digits of flat areas
+    vae.encoder.to(memory_format=torch.contiguous_format)
+    return vae

@@ -60,10 +60,10 @@ class AutoencoderDC(nn.Module):
 
         Args:
             rgb: Image in [-1, 1], (B, 3, H, W), in the dtype of the network.
-            offset: Only None, because the latent has no distribution.
+            offset: Added to the latent, because it has no distribution with a deviation.
         """
-        assert offset is None
-        return self.encoder(rgb)
+        latent = self.encoder(rgb)
+        return latent if offset is None else latent + offset.to(latent.device)
 
     def decode(self, latent: Tensor) -> Tensor:
         """Return the image, about [-1, 1], (B, 3, h*cell, w*cell).

@@ -8,6 +8,7 @@ Source: Zhang and Agrawala, "Transparent Image Layer Diffusion using Latent Tran
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -150,17 +151,18 @@ class _UpBlock(_Block):
 class TransparentEncoder(nn.Module):
     """Convolutions from alpha and colour to an offset of the latent.
 
-    The offset counts in standard deviations of the VAE's latent distribution.
+    The offset counts in standard deviations of the VAE's latent distribution. The default widths
+    are those of the published network.
     """
 
-    def __init__(self):
+    STRIDES = (1, 1, 2, 1, 2, 1, 2, 1, 1)
+
+    def __init__(self, widths: Sequence[int] = (32, 32, 64, 64, 128, 128, 256, 256, 4)):
         super().__init__()
-        sizes = [
-            (4, 32, 1), (32, 32, 1), (32, 64, 2), (64, 64, 1), (64, 128, 2), (128, 128, 1),
-            (128, 256, 2), (256, 256, 1), (256, 4, 1),
-        ]  # fmt: skip
+        self.channels = widths[-1]
+        self.cell = math.prod(self.STRIDES)
         layers: list[nn.Module] = []
-        for entering, width, stride in sizes:
+        for entering, width, stride in zip((4, *widths), widths, self.STRIDES, strict=False):
             layers += [nn.Conv2d(entering, width, 3, stride, padding=1), nn.SiLU()]
         self.blocks = nn.Sequential(*layers[:-1])
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from alphalayer.engine.families.base import DiffusionModel
 from alphalayer.engine.memory import MemoryMode
 from alphalayer.engine.networks.unet import Prepared
+from alphalayer.engine.sampling.masking import KeptLatents
 from alphalayer.engine.text.encoders import Conditioning, PromptPlan
 
 
@@ -33,6 +34,8 @@ class Guidance:
     images: int = 1
     condition: Tensor | None = None
     """Condition of a mode with input images (1, C, h, w), see `DiffusionModel.denoise`."""
+    model_condition: Tensor | None = None
+    """Condition of the model itself, also while the patch of the mode is off."""
     min_uncond: float = 0.0
     """Noise level below which the negative prompt is left out of odd steps."""
     keep_negative: bool = False
@@ -46,6 +49,10 @@ class Guidance:
         if len(positives) == 1 and is_skipped and not self.keep_negative:
             return [positives[0][0]]
         return [self.negative.at(step)[0][0], *(positive for positive, _ in positives)]
+
+    def condition_of(self, patched: bool) -> Tensor | None:
+        """Return the condition while the patch of the mode is on or off. There is at most one."""
+        return self.condition if patched and self.condition is not None else self.model_condition
 
     def combine(self, step: int, predicted: Sequence[Tensor]) -> Tensor:
         """Combine the x0 predicted under each conditioning of a step into one."""
@@ -81,6 +88,7 @@ class Denoiser:
         check: Called before each call of the network. It may raise.
         crop: Top and left of the crop that the model is conditioned on.
         together: Images that attend to each other. No call separates them.
+        kept: Part of the latents that stays as it is.
     """
 
     model: DiffusionModel
@@ -91,6 +99,7 @@ class Denoiser:
     check: Callable[[], None] = lambda: None
     crop: tuple[int, int] = (0, 0)
     together: int = 1
+    kept: KeptLatents | None = None
     _unconditional: list[Tensor] = field(default_factory=list[Tensor], init=False)
     _prepared: dict[tuple[_Key, ...], _Prepared] = field(
         default_factory=dict[tuple["_Key", ...], "_Prepared"], init=False
@@ -104,12 +113,18 @@ class Denoiser:
             x: Noisy latents (B, C, h, w), float32.
             sigma: Noise level.
             step: Step of the schedule, from 0.
-            patched: Whether the patch of the mode is merged. Else conditions are left out.
+            patched: Whether the patch of the mode is merged. Else its conditions are left out.
         """
+        clean = self._denoise(
+            self.kept.add_noise(x, sigma) if self.kept else x, sigma, step, patched
+        )
+        return self.kept.restore(clean) if self.kept else clean
+
+    def _denoise(self, x: Tensor, sigma: float, step: int, patched: bool) -> Tensor:
         conditionings = [guidance.conditionings(step, sigma) for guidance in self.guidances]
         latents = x.split([guidance.images for guidance in self.guidances])
         rows = [
-            _Rows(images, conditioning, guidance.condition if patched else None, patched)
+            _Rows(images, conditioning, guidance.condition_of(patched), patched)
             for guidance, images, texts in zip(self.guidances, latents, conditionings, strict=True)
             for conditioning in texts
         ]

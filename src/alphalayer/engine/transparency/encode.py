@@ -32,8 +32,11 @@ def load_encoder(path: Path) -> TransparentEncoder:
         ModelUnusable: The file holds something else.
     """
     weights = read_weights(path)
+    biases = [weights.get(f"blocks.{2 * i}.bias") for i in range(len(TransparentEncoder.STRIDES))]
+    widths = [bias.numel() for bias in biases if bias is not None and bias.numel()]
     with torch.device("meta"):
-        encoder = TransparentEncoder()
+        # a file of another kind is compared with the published network
+        encoder = TransparentEncoder(*([widths] if len(widths) == len(biases) else []))
     if NamedWeights(encoder).shapes() != {name: tuple(w.shape) for name, w in weights.items()}:
         raise ModelUnusable(
             f"{path.name} is not the transparent encoder.",
