@@ -14,11 +14,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file, save_file
 from tests.support import tiny_models
 from tests.unit.test_catalog import FAMILIES, write
 
-from alphalayer.catalog.kinds import CONTEXT, FIRST_CONV
 from alphalayer.cli.app import main
 from alphalayer.core.errors import AlphalayerError, CorruptFile, ModelUnusable
 from alphalayer.core.request import GenerationRequest
@@ -155,8 +153,6 @@ def test_generate_missing_model_lists_available_models(
         "sd15-no-vae",
         "sd2",
         "sdxl-refiner",
-        "sdxl-inpaint",
-        "sd15-inpaint",
         "sd2-inpaint",
         "ssd-1b",
         "sdxl-unet",
@@ -174,22 +170,6 @@ def test_generate_other_model_family_is_named(
     assert "other.safetensors is a " in line
     assert FAMILY_NAMES[family] in line
     assert "SDXL" in line
-
-
-def test_generate_inpainting_model_is_refused(
-    command: Callable[..., str], originals: Path, tmp_path: Path
-):
-    """Use a valid file with the first convolution of an inpainting model."""
-    tensors = load_file(originals / "Stable-diffusion" / "single.safetensors")
-    assert CONTEXT in tensors
-    tensors[FIRST_CONV] = tensors[FIRST_CONV][:, :1].repeat(1, 9, 1, 1)
-    checkpoints = tmp_path / "models" / "Stable-diffusion"
-    checkpoints.mkdir(parents=True)
-    save_file(tensors, checkpoints / "inpaint.safetensors")
-    line = command(
-        "generate", "x", *SMALL, "--models-dir", str(tmp_path / "models"), "--model", "inpaint"
-    )
-    assert "inpaint" in line.removeprefix("error: ")
 
 
 def test_generate_pickle_file_is_refused(command: Callable[..., str], tmp_path: Path):

@@ -48,7 +48,6 @@ from alphalayer.engine.text.textual_inversion import read_embeddings
 # the tensors by which families differ, with the shapes of the published checkpoints
 FAMILIES: dict[str, Shapes] = {
     "sdxl": SDXL,
-    "sdxl-inpaint": {**SDXL, FIRST_CONV: (320, 9, 3, 3)},
     "edit": {**SDXL, FIRST_CONV: (320, 8, 3, 3)},
     "sdxl-edm": {**SDXL, "edm_mean": (1, 4, 1, 1), "edm_std": (1, 4, 1, 1)},
     "sdxl-no-vae": {name: shape for name, shape in SDXL.items() if name not in VAE},
@@ -66,7 +65,6 @@ FAMILIES: dict[str, Shapes] = {
     "sd15": SD15,
     "sd15-no-vae": {name: shape for name, shape in SD15.items() if name not in VAE},
     "sd15-unet": {FIRST_CONV: (320, 4, 3, 3), CONTEXT: (640, 768), **VAE},
-    "sd15-inpaint": {FIRST_CONV: (320, 9, 3, 3), CONTEXT: (640, 768)},
     "sd2": {
         FIRST_CONV: (320, 4, 3, 3), CONTEXT: (640, 1024),
         "cond_stage_model.model.ln_final.weight": (1024,),
@@ -103,10 +101,11 @@ def test_family_of_other_marker_tensors_is_the_same(tmp_path: Path):
         ("sdxl-edm", {**SDXL, "edm_vpred.sigma_max": ()}),
         ("sdxl-no-vae", {name: shape for name, shape in SDXL.items() if name != VAE_MARKS[0]}),
         ("sdxl", {**SDXL, "v_pred": (), "ztsnr": ()}),
+        ("sdxl", {**SDXL, FIRST_CONV: (320, 9, 3, 3)}),
         ("edit", {FIRST_CONV: (320, 8, 3, 3), CONTEXT: (640, 768)}),
         ("sd15", {**_without(SD15, SD15_TEXT[0]), SD15_TEXT[1]: (49408, 768)}),
         ("sd15", {**SD15, CONTEXT: (640, 32)}),
-        ("sd15-inpaint", {**SD15, FIRST_CONV: (320, 9, 3, 3)}),
+        ("sd15", {**SD15, FIRST_CONV: (320, 9, 3, 3)}),
         ("text-encoder", {SD15_TEXT[0]: (49408, 768)}),
         ("embedding", {"emb_params": (3, 768)}),
         ("embedding", {"<cup>": (768,)}),
@@ -256,7 +255,6 @@ def test_diffusers_folder_is_one_model(tmp_path: Path):
 @pytest.mark.parametrize(
     "pipeline",
     [
-        "StableDiffusionXLInpaintPipeline",
         "StableDiffusionXLImg2ImgPipeline",  # the refiner
         "FluxPipeline",
         5,
@@ -282,7 +280,7 @@ def test_diffusers_folders_of_sd15_and_sd2_differ_in_the_unet(tmp_path: Path):
     entry = _find_own_models(tmp_path)["old"]
     assert (entry.family, entry.problem) == ("sd15", None)
     _change_config(config, in_channels=9)
-    assert _find_own_models(tmp_path)["old"].family == "sd15-inpaint"
+    assert _find_own_models(tmp_path)["old"].family == "sd15"
     _change_config(config, in_channels=4)
     shutil.rmtree(path / "text_encoder")
     assert "text_encoder" in str(_find_own_models(tmp_path)["old"].problem)
@@ -296,7 +294,6 @@ DEEP = '{"a":' + "[" * 60_000 + "]" * 60_000 + "}"
     [
         ("model_index.json", {"_class_name": "StableDiffusionXLInstructPix2PixPipeline"}, "edit"),
         ("unet/config.json", {"in_channels": 8}, "edit"),
-        ("unet/config.json", {"in_channels": 9}, "sdxl-inpaint"),
         (
             "scheduler/scheduler_config.json",
             {"_class_name": "EDMDPMSolverMultistepScheduler"},

@@ -202,5 +202,7 @@ def test_counted_activations_equal_those_of_the_allocator(
     networks = Networks.of(engine.model, transparent=mode == "attention")
     counted = count_memory(networks, width, height, 1, engine.memory, engine.device)
     for stage, memory in counted.items():
-        assert memory.activations == pytest.approx(measured[stage], rel=0.1), stage
+        # convolutions of the VAE's encoder copy their input into another order
+        tolerance = 0.3 if stage == "inputs" else 0.1
+        assert memory.activations == pytest.approx(measured[stage], rel=tolerance), stage
         assert memory.weights == engine.model.memory_bytes()

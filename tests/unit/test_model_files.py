@@ -167,6 +167,7 @@ LAYOUTS = [
             {name.replace("text_model.", ""): shape for name, shape in SDXL.items()},
         ),
     ),
+    Layout("LDM single file, inpainting", tensors({FIRST_CONV: (320, 9, 3, 3)}, SDXL)),
     Layout("LDM single file, suffix in capitals", lambda f: write(f / "cup.SAFETENSORS", SDXL)),
     Layout(
         "v-prediction by a tensor (v_pred)", tensors({"v_pred": ()}, SDXL), "read, v-prediction"
@@ -353,12 +354,6 @@ LAYOUTS = [
         "inpainting",
     ),
     Layout("SD 2", tensors({CONTEXT: (640, 1024)}), "refused: SD 2", "Stable Diffusion 2"),
-    Layout(
-        "SDXL inpainting",
-        tensors({FIRST_CONV: (320, 9, 3, 3)}, SDXL),
-        "refused: inpainting",
-        "inpainting",
-    ),
     Layout("SDXL refiner", tensors({CONTEXT: (768, 1280)}), "refused: refiner", "refiner"),
     Layout(
         "SD 3 and 3.5",

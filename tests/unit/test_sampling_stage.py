@@ -172,6 +172,7 @@ class Denoiser:
     def __init__(self):
         self.calls: list[int] = []
         self.guidances = [SimpleNamespace(images=1)]
+        self.kept = None
 
     def __call__(self, x: torch.Tensor, sigma: float, call: int, *, patched: bool) -> torch.Tensor:
         self.calls.append(call)

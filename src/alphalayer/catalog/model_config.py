@@ -21,8 +21,8 @@ from alphalayer.core.request import ModelDefaults
 LAYER_CONFIG = Path("layerdiffuse", "config.json")
 """Path in a model's folder of the description of its own patch, decoder and defaults."""
 
-_FILES = ("patch", "decoder")
-_KINDS = {"patch": str, "decoder": str, "method": str, "decoder_config": dict}
+_FILES = ("patch", "decoder", "encoder")
+_KINDS = {"patch": str, "decoder": str, "encoder": str, "method": str, "decoder_config": dict}
 _EXPECTED = {str: "a text", dict: "an object"}
 _FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
     "sd15": {"width": 512, "height": 512, "sampler": "DPM++ 2M", "cfg_scale": 7},

@@ -144,7 +144,7 @@ class PickleRefused(ModelUnusable):
 
 
 class LayerDiffuseMissing(AlphalayerError):
-    """Missing LayerDiffuse patch or transparent decoder."""
+    """Missing LayerDiffuse patch, transparent decoder or transparent encoder."""
 
     code = "layerdiffuse_missing"
 

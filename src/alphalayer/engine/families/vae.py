@@ -49,5 +49,6 @@ def read_vae(
     check_counts(config, "norm_num_groups")
     vae = build(lambda: network(config), tensors, dtype, memory_format)
     # with channels last, torch's group norm on the CPU loses digits of flat areas
-    vae.encoder.to(memory_format=torch.contiguous_format)
+    for weight in vae.encoder.parameters():
+        weight.data = weight.contiguous()
     return vae
