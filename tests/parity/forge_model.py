@@ -18,6 +18,8 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from alphalayer.engine.families.configs import SHIPPED
+from alphalayer.engine.networks.transparent import TransparentDecoder, TransparentEncoder
+from alphalayer.engine.networks.weights import NamedWeights
 
 SEED = 2024
 RANK = 8
@@ -83,7 +85,20 @@ def make_models(models: Path) -> Path:
     patch = _attention_patch(states["unet"], generator)
     save_file(patch, layers / "layer_xl_transparent_attn.safetensors")
     save_file(decoder().half().state_dict(), layers / "vae_transparent_decoder.safetensors")
+    save_file(_encoder(generator), layers / "vae_transparent_encoder.safetensors")
     return models
+
+
+def _encoder(generator: torch.Generator) -> dict[str, Tensor]:
+    """Return the transparent encoder. Random numbers of the published decoder are skipped."""
+    with torch.device("meta"):
+        networks = TransparentDecoder(), TransparentEncoder()
+    for shape in NamedWeights(networks[0]).shapes().values():
+        torch.randn(*shape, generator=generator)
+    return {
+        name: _draw(name, torch.Size(shape), generator).half()
+        for name, shape in NamedWeights(networks[1]).shapes().items()
+    }
 
 
 def _text_config(width: int, heads: int, layers: int, activation: str) -> CLIPTextConfig:
