@@ -19,11 +19,12 @@ from typing import TypeVar
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from alphalayer.core.modes import MODES
+from alphalayer.core.modes import ENCODER_FILES, MODES
 from alphalayer.engine.families.configs import SHIPPED
+from alphalayer.engine.networks.transparent import TransparentEncoder
 from tests.support.reference_decoder import ReferenceDecoder
 from tests.support.seeded_weights import seeded_weights
 
@@ -46,6 +47,8 @@ DECODER = {
     "norm_num_groups": 4,
     "attention_head_dim": 8,
 }
+ENCODER = (8, 8, 8, 8, 8, 8, 8, 8, 4)
+"""Widths of the transparent encoder."""
 RANK = 4
 Model = TypeVar("Model")
 
@@ -296,6 +299,35 @@ def make_layer_files(folder: Path, seed: int = 0) -> Path:
     save_file(patch, folder / "layer_xl_transparent_attn.safetensors")
     save_file(decoder(seed).half().state_dict(), folder / "vae_transparent_decoder.safetensors")
     return folder
+
+
+def make_encoder(folder: Path, widths: tuple[int, ...] = ENCODER, seed: int = 0) -> Path:
+    """Write a transparent encoder, float16."""
+    torch.manual_seed(seed + 5)
+    encoder = TransparentEncoder(widths).half()
+    path = folder / ENCODER_FILES[0]
+    save_file(encoder.state_dict(), path)
+    return path
+
+
+def make_inpainting_folder(path: Path, seed: int = 0) -> Path:
+    """Write the same model as an inpainting checkpoint, and return its file with the UNet.
+
+    Its first convolution reads five more channels.
+    """
+    make_diffusers_folder(path, seed)
+    shutil.rmtree(path / "layerdiffuse")
+    file = path / "unet" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    weight = tensors["conv_in.weight"]
+    generator = torch.Generator().manual_seed(seed + 901)
+    more = torch.randn(len(weight), 5, 3, 3, generator=generator) * 0.2
+    tensors["conv_in.weight"] = torch.cat([weight, more.to(weight.dtype)], dim=1)
+    save_file(tensors, file)
+    config = path / "unet" / "config.json"
+    values = json.loads(config.read_text()) | {"in_channels": 9}
+    config.write_text(json.dumps(values))
+    return file
 
 
 def make_condition_patch(folder: Path, mode: str, seed: int = 0) -> Path:
