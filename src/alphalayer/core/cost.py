@@ -157,7 +157,7 @@ class LastSteps(NamedTuple):
 
 
 def last_steps(request: ResolvedRequest) -> LastSteps | None:
-    """Return the end of a schedule that a pass runs along. None: it runs along the whole.
+    """Return the end of a schedule that a pass runs along. None: the whole.
 
     Source: AUTOMATIC1111, img2img and the second pass of hires fix. There exact steps are the
     setting `img2img_fix_steps`.

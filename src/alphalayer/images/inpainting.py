@@ -133,10 +133,11 @@ def _limit(size: Size) -> Size:
 
 
 def fit(image: Image.Image, size: Size, mode: InitResizeMode) -> Image.Image:
-    """Fit an image to a size by Lanczos. Colours of invisible pixels of RGBA have no effect.
+    """Fit an image to a size by Lanczos.
 
-    "Crop and Resize" covers the size and cuts the middle out. "Resize and Fill" shows the whole
-    image and repeats its border. The other modes stretch it.
+    Colours of invisible pixels of RGBA have no effect. "Crop and Resize" covers the size and cuts
+    the middle out. "Resize and Fill" shows the whole image and repeats its border. The other modes
+    stretch it.
     """
     (width, height), (own_width, own_height) = size, image.size
     # whole divisions, as in AUTOMATIC1111
@@ -164,7 +165,7 @@ def _cover(image: Image.Image, scaled: Size, size: Size) -> Image.Image:
 
 
 def _cover_part(image: Image.Image, scaled: Size, size: Size) -> Image.Image:
-    """Resize only the part of an image that the filter reads. A thin image is very long."""
+    """Resize the part of a very long image that the filter reads."""
     cut: list[tuple[int, int, int]] = []
     for old, new, target in zip(image.size, scaled, size, strict=True):
         first = new // 2 - target // 2
@@ -184,7 +185,11 @@ def _cover_part(image: Image.Image, scaled: Size, size: Size) -> Image.Image:
 
 
 def soften(mask: Image.Image, radius: int) -> Image.Image:
-    """Blur a grey mask by a Gaussian of this standard deviation, along x and then along y.
+    """Blur a grey mask by a Gaussian, along x and then along y.
+
+    Args:
+        mask: The mask.
+        radius: Standard deviation in pixels. 0: the mask stays as it is.
 
     Source: OpenCV, `GaussianBlur` of 8 bit, whose kernel has whole numbers.
     """
@@ -209,9 +214,9 @@ def soften(mask: Image.Image, radius: int) -> Image.Image:
 
 
 def masked_region(mask: Image.Image, padding: int, size: Size) -> Box:
-    """Return the box of a mask with padding, grown to the ratio of `size` where there is room.
+    """Return the box of a mask with padding, grown to the ratio of `size`.
 
-    The box of a black mask is the whole image.
+    It stays within the image. The box of a black mask is the whole image.
     """
     width, height = mask.size
     left, top, right, bottom = mask.getbbox() or (0, 0, width, height)
@@ -258,7 +263,7 @@ def fill_masked(rgb: Image.Image, mask: Image.Image) -> Image.Image:
 
 
 def shrink_mask(mask: Pixels, size: Size) -> NDArray[np.float32]:
-    """Return the mask of a latent's cells (height, width): 1 where a cell is generated."""
+    """Return the mask of cells (height, width): 1 where one is generated."""
     # of one channel Pillow would round otherwise
     shrunk = Image.fromarray(mask).resize(size, Image.Resampling.BICUBIC)
     return np.rint(np.asarray(shrunk, np.float32) / 255)
@@ -289,7 +294,7 @@ def _with_alpha(generated: Rgba, own: Pixels, source: AlphaSource) -> Rgba:
 
 
 def _mix(own: Rgba, generated: Rgba, mask: Pixels) -> Rgba:
-    """Cross-fade two images by a mask, with colours weighted by their alpha."""
+    """Fade one image into another by a mask, with colours weighted by alpha."""
     mixed = np.where(mask[..., None] == WHITE, generated, own)
     soft = (mask > 0) & (mask < WHITE)
     share = mask[soft][:, None] / 255

@@ -51,7 +51,7 @@ class Guidance:
         return [self.negative.at(step)[0][0], *(positive for positive, _ in positives)]
 
     def condition_of(self, patched: bool) -> Tensor | None:
-        """Return the condition while the patch of the mode is on or off. There is at most one."""
+        """Return the condition while the patch of the mode is on or off."""
         return self.condition if patched and self.condition is not None else self.model_condition
 
     def combine(self, step: int, predicted: Sequence[Tensor]) -> Tensor:
