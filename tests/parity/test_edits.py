@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from alphalayer.core.cost import count_steps, last_steps
+from alphalayer.core.cost import ENCODE_STEPS, count_steps, image_cost, last_steps
 from alphalayer.core.request import GenerationRequest, ImageInput, ModelDefaults
 from alphalayer.engine.sampling.levels import ddim_timesteps
 from alphalayer.engine.sampling.partial import Levels
@@ -108,3 +108,15 @@ def test_mask_of_cells_is_shrunk_by_pillow_and_rounded():
 )
 def test_region_grows_to_the_ratio_of_the_size(box, size, limit, expected):
     assert grow(box, size, limit) == expected
+
+
+def test_cost_of_an_edit_grows_with_its_strength():
+    image = ImageInput(role="init", file_name=f"input_{'0' * 64}.png")
+    request = GenerationRequest(prompt="x", width=1024, height=1024, steps=20)
+    plain = image_cost(request).total
+    costs = [
+        image_cost(request.model_copy(update={"inputs": (image,), "strength": strength})).total
+        for strength in (0.2, 0.75, 1.0)
+    ]
+    saved = [15, 4, 0]  # of 20 steps
+    assert costs == pytest.approx([plain - steps + ENCODE_STEPS for steps in saved])

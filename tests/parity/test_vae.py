@@ -124,6 +124,13 @@ def test_dc_equals_diffusers(make):
     _assert_near(ours.decode(latent), reference.decode(latent).sample)
 
 
+@torch.inference_mode()
+def test_dc_adds_the_offset_to_the_latent():
+    ours = _ours(_embedded())
+    rgb, offset = _random(1, 3, 16, 16), _random(1, 4, 2, 2)
+    assert torch.equal(ours.encode(rgb, offset), ours.encode(rgb) + offset)
+
+
 @pytest.mark.parametrize("make", [_embedded, _next_embedded])
 def test_gradients_of_dc_equal_diffusers(make):
     reference = make()
