@@ -171,6 +171,8 @@ def test_progress_counts_the_steps_of_the_strength(
     engine.render([task])
     steps = [(report.step, report.steps) for report in reports if report.step]
     assert steps == [(step, calls) for step in range(1, calls + 1)]
+    stages = list(dict.fromkeys(report.stage for report in reports))
+    assert stages == ["load", "text", "inputs", "sample", "decode"]
 
 
 def test_schedule_that_is_too_long_names_the_strength(engine: LocalEngine):

@@ -28,6 +28,7 @@ _COLOURS = {"ok": "green", "warning": "yellow", "error": "red"}
 _STAGES = {
     "load": "loading the model",
     "text": "reading the prompt",
+    "inputs": "reading the images",
     "sample": "generating",
     "upscale": "enlarging",
     "decode": "decoding",

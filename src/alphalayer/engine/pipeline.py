@@ -35,7 +35,7 @@ from alphalayer.engine.base import (
     RenderTask,
     RgbaImage,
 )
-from alphalayer.engine.canvas import SIZE_MULTIPLE, Canvas
+from alphalayer.engine.canvas import SIZE_MULTIPLE
 from alphalayer.engine.edits import (
     Edit,
     check_mode,
@@ -273,22 +273,13 @@ class LocalEngine:
             latents = self._run_pass(batch, run, guidances, schedule, latents)
 
         composed = self._compose(requests, mode, decoding, latents, reporter)
-        layers = iter(composed)
-        canvas = passes[-1].canvas
         notes = [model.patchers["denoiser"].notes, model.patchers["text"].notes]
         notes += [enlarger.warnings] if enlarger else []
         notes.append(mode.warnings(shared))
         warnings = tuple(dict.fromkeys(chain.from_iterable(notes)))
+        layers = iter(composed)
         return [
-            _result(
-                request,
-                model,
-                canvas,
-                list(islice(layers, len(request.images))),
-                edit,
-                stopwatch,
-                warnings,
-            )
+            _result(batch, request, edit, list(islice(layers, len(request.images))), warnings)
             for request, edit in zip(requests, edits or [None] * len(requests), strict=True)
         ]
 
@@ -360,12 +351,13 @@ class LocalEngine:
         model, first = batch.model, batch.passes[0]
         if not first.shared.inputs and model.inpaint_weight is None:
             return [], guidances
-        encoding = batch.residency.of(model.modules["vae"], keep=batch.residency.mode.keep_unet)
+        vae = model.modules["vae"]
+        encoding = batch.residency.of(vae, keep=batch.residency.mode.keep_unet)
+        reporting = batch.reporter.within("inputs", [vae])
         edits: list[Edit] = []
         conditioned: dict[int, list[Guidance]] = {}
-        with batch.stopwatch.stage("inputs"), encoding:
+        with batch.stopwatch.stage("inputs"), encoding, reporting:
             for request, task in zip(first.requests, batch.tasks, strict=True):
-                batch.reporter.check()
                 if request.uses_init:
                     edits.append(encode_edit(model, encoder, request, task.inputs, first.canvas))
             for run in batch.passes:
@@ -660,14 +652,15 @@ def _no_memory_for_model() -> OutOfMemory:
 
 
 def _result(
+    batch: Batch,
     request: ResolvedRequest,
-    model: DiffusionModel,
-    canvas: Canvas,
-    composed: Sequence[Sequence[Layer]],
     edit: Edit | None,
-    stopwatch: Stopwatch,
+    composed: Sequence[Sequence[Layer]],
     warnings: tuple[str, ...],
 ) -> GenerationResult:
+    """Return the result of a request, from the layers of each of its images."""
+    model, canvas = batch.model, batch.passes[-1].canvas
+
     def finish(layer: Layer) -> RgbaImage:
         rgba = canvas.crop(layer.rgba)
         return edit.finish(rgba, layer) if edit else rgba
@@ -677,6 +670,5 @@ def _result(
         for layers, seeds in zip(composed, request.images, strict=True)
         for layer in layers
     ]
-    return GenerationResult(
-        request, model.entry.name, model.short_hash, images, stopwatch.seconds, warnings
-    )
+    seconds = batch.stopwatch.seconds
+    return GenerationResult(request, model.entry.name, model.short_hash, images, seconds, warnings)

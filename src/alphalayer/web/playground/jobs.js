@@ -133,7 +133,7 @@ function describe({ job, problem, isStopping, note }) {
   if (job.position === 1) return `Next in the queue${left}`;
   if (job.position > 1) return `Number ${job.position} in the queue${left}`;
   if (job.stage === "sample" && job.steps) return `Step ${job.step} of ${job.steps}${left}`;
-  return { load: "Loading the model", text: "Reading the prompt", upscale: "Enlarging", vae: "Finishing", decode: "Finishing", store: "Saving" }[job.stage] ?? "Starting";
+  return { load: "Loading the model", text: "Reading the prompt", inputs: "Reading the images", upscale: "Enlarging", vae: "Finishing", decode: "Finishing", store: "Saving" }[job.stage] ?? "Starting";
 }
 
 function duration(seconds) {
