@@ -347,12 +347,7 @@ LAYOUTS = [
         "refused: UNet alone",
         "Stable Diffusion 1.5 UNet",
     ),
-    Layout(
-        "SD 1.5 inpainting",
-        tensors({FIRST_CONV: (320, 9, 3, 3)}, SD15),
-        "refused: inpainting",
-        "inpainting",
-    ),
+    Layout("SD 1.5 inpainting", tensors({FIRST_CONV: (320, 9, 3, 3)}, SD15)),
     Layout("SD 2", tensors({CONTEXT: (640, 1024)}), "refused: SD 2", "Stable Diffusion 2"),
     Layout("SDXL refiner", tensors({CONTEXT: (768, 1280)}), "refused: refiner", "refiner"),
     Layout(

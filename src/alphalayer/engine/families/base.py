@@ -109,7 +109,9 @@ class LayerDiffuseFiles:
 
     def required_encoder(self) -> Path:
         """Return the transparent encoder. Raises `LayerDiffuseMissing`."""
-        return self._existing("encoder", ENCODER_FILES[self.entry.family], "layerdiffuse-encoder")
+        family = self.entry.family
+        download = f"{mode_for(family, DEFAULT_MODE).download}-encoder"
+        return self._existing("encoder", ENCODER_FILES[family], download)
 
     def _existing(self, kind: str, names: tuple[str, ...], download: str) -> Path:
         path = catalog.layer_file(self.entry.path, names, self.config.get(kind), self.models_dir)
