@@ -20,7 +20,7 @@ from tests.support import tiny_models
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from alphalayer import catalog
-from alphalayer.core.errors import ModelUnusable
+from alphalayer.core.errors import LayerDiffuseMissing, ModelUnusable
 from alphalayer.core.request import GenerationRequest
 from alphalayer.engine.base import GeneratedImage
 from alphalayer.engine.families import sd15
@@ -289,3 +289,24 @@ def test_unet_with_pooled_text_is_refused(models: Path, tmp_path: Path):
     save_file(load_file(file) | added, file)
     with pytest.raises(ModelUnusable, match="pooled text that the UNet reads: got 32, expected 0"):
         load(tmp_path, "mixed")
+
+
+def test_missing_encoder_is_named_with_its_download(models: Path):
+    with pytest.raises(LayerDiffuseMissing, match="layer_sd15_vae_transparent_encoder") as error:
+        load(models, "folder").layerdiffuse.required_encoder()
+    assert "models pull layerdiffuse-sd15-encoder" in str(error.value.hint)
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.1])
+def test_inpainting_checkpoint_reads_mask_and_image(
+    models: Path, engine: LocalEngine, tmp_path: Path, scale: float
+):
+    """Without weights of the mask and the masked image it equals the plain checkpoint."""
+    tensors = load_file(models / "Stable-diffusion" / "single.safetensors")
+    name = "model.diffusion_model.input_blocks.0.0.weight"
+    more = torch.randn(32, 5, 3, 3, generator=torch.Generator().manual_seed(4)).half() * scale
+    tensors[name] = torch.cat([tensors[name], more], dim=1)
+    (tmp_path / "Stable-diffusion").mkdir()
+    save_file(tensors, tmp_path / "Stable-diffusion" / "inpaint.safetensors")
+    image = generate(LocalEngine(tmp_path, device="cpu"), model="inpaint")
+    assert np.array_equal(image, generate(engine, model="single")) == (scale == 0)
