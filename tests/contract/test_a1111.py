@@ -621,7 +621,7 @@ def test_options_that_are_set_are_used_and_returned(tmp_path):
 
 
 def test_script_info_has_all_arguments(client):
-    [script] = client.get("/sdapi/v1/script-info").json()
+    script, _ = client.get("/sdapi/v1/script-info").json()
     values = [argument["value"] for argument in script["args"]]
     assert len(values) == 12
     answer = render(client, alwayson_scripts={script["name"]: {"args": values}})
