@@ -111,7 +111,7 @@ def complete(parameters: dict[str, str]) -> dict[str, object]:
 
 
 def extra_pairs(request: ResolvedRequest) -> dict[str, object]:
-    """Return the pairs of a mask, LayerDiffuse and options that are not at their defaults."""
+    """Return the pairs of a mask, LayerDiffuse, and options other than defaults."""
     options = request.options
     pairs = {
         "SDXL crop top": options.crop_top or None,

@@ -15,6 +15,7 @@ from alphalayer.api.uploads import store_upload
 from alphalayer.core.edits import INIT_RESIZE_MODES, MASK_FILLS, MaskBlur, MaskPadding, Strength
 from alphalayer.core.errors import InvalidRequest
 from alphalayer.core.job import Output
+from alphalayer.core.request import GenerationRequest
 from alphalayer.images import codecs, postprocess
 from alphalayer.images.codecs import InputFile
 
@@ -92,8 +93,8 @@ class Img2ImgRequest(GenerationBody, frozen=True):
     layerdiffuse_enabled: Annotated[
         bool | None,
         Field(
-            description="Whether the result is transparent. Null: as the script says; without "
-            "it, as the image is."
+            description="Whether the result is transparent. Null: as the script has it; "
+            "without it, as the image is."
         ),
     ] = None
     image_cfg_scale: Annotated[
@@ -133,6 +134,9 @@ class Img2ImgRequest(GenerationBody, frozen=True):
             "strength": self.denoising_strength,
             "exact_steps": bool(settings.img2img_fix_steps),
             "init_resize_mode": INIT_RESIZE_MODES[self.resize_mode],
+            # fields of the body have these names, and mean something else
+            "resize_mode": _default("resize_mode"),
+            "mask_blur": _default("mask_blur"),
         }
         if is_used(self.mask):
             fields |= {
@@ -166,6 +170,10 @@ class Img2ImgRequest(GenerationBody, frozen=True):
         ):
             if not is_accepted:
                 raise InvalidRequest("this is not implemented.", hint="Leave it out.", field=name)
+
+
+def _default(name: str) -> Any:
+    return GenerationRequest.model_fields[name].default
 
 
 def encode_flattened(data: bytes, background: str) -> InputFile:

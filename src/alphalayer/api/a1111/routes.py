@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Query, Request, Response
 
-from alphalayer.api.a1111 import lists
+from alphalayer.api.a1111 import extras, lists
 from alphalayer.api.a1111.img2img import Img2ImgRequest
 from alphalayer.api.a1111.schemas import (
     FIELDS,
@@ -60,6 +60,7 @@ router = APIRouter(
     route_class=GuardedRoute,
 )
 router.include_router(lists.router)
+router.include_router(extras.router)
 
 
 def _render_error(problem: Problem, headers: Mapping[str, str]) -> ErrorResponse:
@@ -106,8 +107,8 @@ async def img2img(
 ) -> Response:
     """Change an image, or the part that a mask shows.
 
-    The result is transparent if the image is, unless `layerdiffuse_enabled` or the script says
-    otherwise. `images` holds the images alone, without a grid.
+    The result is transparent if the image is, unless `layerdiffuse_enabled` or the script is set.
+    `images` holds the images alone, without a grid.
     """
     return await _generate(body, request, service, options, user, idempotency_key)
 

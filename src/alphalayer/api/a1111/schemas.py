@@ -253,8 +253,7 @@ class GenerationBody(Body, Postprocessing, frozen=True):
             warnings=self._warnings(),
             inputs=inputs.images,
             prompt=remove_tags(self.prompt) if self.disable_extra_networks else self.prompt,
-            **self._layerdiffuse(inputs),
-            **own_fields,
+            **{**own_fields, **self._layerdiffuse(inputs)},
         )
         return JobSpec.model_construct(
             generation=generation,
@@ -325,6 +324,8 @@ class GenerationBody(Body, Postprocessing, frozen=True):
     @abstractmethod
     def _own_fields(self, settings: OverrideSettings) -> dict[str, Any]:
         """Return the fields of `GenerationRequest` that this kind of request alone has.
+
+        Those of LayerDiffuse precede them.
 
         Args:
             settings: Settings of the request and the client.

@@ -121,7 +121,7 @@ def is_used(value: Any) -> bool:
 
 
 def _in_any_case(*names: str) -> BeforeValidator:
-    """Return a reader of a text, or one of `names` in any case. An empty text is not set."""
+    """Return a reader of one of `names` in any case. An empty text is not set."""
     by_lower = {name.lower(): name for name in names} | {"": None}
 
     def read(value: Any) -> Any:
