@@ -36,6 +36,9 @@ WORK = {
     "/alpha/v1/jobs",
     "/alpha/v1/convert/{filename}",
     "/sdapi/v1/txt2img",
+    "/sdapi/v1/img2img",
+    "/sdapi/v1/extra-single-image",
+    "/sdapi/v1/extra-batch-images",
     "/sdapi/v1/png-info",
     "/v1/images/generations",
 }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from functools import partial
 from typing import Annotated, Any, ClassVar
 
 from fastapi import APIRouter, Depends, Request, Response
@@ -19,7 +18,7 @@ from alphalayer.api.deps import (
     while_connected,
 )
 from alphalayer.api.embedded_files import EmbeddedFiles
-from alphalayer.api.guard import Admitted, Converter, GuardedRoute
+from alphalayer.api.guard import Admitted, GuardedRoute, Submitter
 from alphalayer.api.schemas import Body
 from alphalayer.api.uploads import decode_base64
 from alphalayer.core.errors import InvalidRequest
@@ -90,6 +89,15 @@ class ExtrasBody(Body, frozen=True):
             if is_used(getattr(self, name)):
                 raise InvalidRequest("this is not implemented.", hint="Leave it out.", field=name)
 
+    def count_pixels(self, pixels: int) -> int:
+        """Return the most pixels of the result of an image with so many."""
+        if self.upscaler_1 == UNCHANGED:
+            return pixels
+        if not self.resize_mode:
+            return min(round(pixels * self.upscaling_resize**2), MAX_HIRES_PIXELS)
+        exact = self.upscaling_resize_w * self.upscaling_resize_h
+        return min(exact, MAX_HIRES_PIXELS) if self.upscaling_crop else MAX_HIRES_PIXELS
+
     def target_size(self, width: int, height: int) -> Size:
         """Return the size of the result of an image.
 
@@ -97,22 +105,20 @@ class ExtrasBody(Body, frozen=True):
             InvalidRequest: It is too large.
         """
         factor = self.upscaling_resize
-        if self.upscaler_1 == UNCHANGED:
-            factor = 1.0
-        elif self.resize_mode and self.upscaling_crop:
-            return self._checked((self.upscaling_resize_w, self.upscaling_resize_h))
-        elif self.resize_mode:
+        if self.resize_mode:
             factor = max(self.upscaling_resize_w / width, self.upscaling_resize_h / height)
-        return self._checked((max(1, round(width * factor)), max(1, round(height * factor))))
-
-    def _checked(self, size: Size) -> Size:
-        if math.prod(size) <= MAX_HIRES_PIXELS and max(size) <= MAX_INPUT_SIDE:
-            return size
-        raise InvalidRequest(
-            f"the result would have {size[0]}x{size[1]} pixels; at most {MAX_HIRES_PIXELS:,} "
-            f"and {MAX_INPUT_SIDE:,} a side.",
-            field="upscaling_resize_w" if self.resize_mode else "upscaling_resize",
-        )
+        size = max(1, round(width * factor)), max(1, round(height * factor))
+        if self.upscaler_1 == UNCHANGED:
+            size = width, height
+        elif self.resize_mode and self.upscaling_crop:
+            size = self.upscaling_resize_w, self.upscaling_resize_h
+        if math.prod(size) > MAX_HIRES_PIXELS or max(size) > MAX_INPUT_SIDE:
+            raise InvalidRequest(
+                f"the result would have {size[0]}x{size[1]} pixels; at most {MAX_HIRES_PIXELS:,} "
+                f"and {MAX_INPUT_SIDE:,} a side.",
+                field="upscaling_resize_w" if self.resize_mode else "upscaling_resize",
+            )
+        return size
 
 
 class ExtrasSingleRequest(ExtrasBody, frozen=True):
@@ -152,7 +158,7 @@ class ExtrasBatchResponse(BaseModel):
 
 @router.post("/extra-single-image", response_model=ExtrasSingleResponse, summary="Enlarge an image")
 async def extra_single_image(
-    body: ExtrasSingleRequest, request: Request, service: ServiceDep, _user: Converter
+    body: ExtrasSingleRequest, request: Request, service: ServiceDep, _user: Submitter
 ) -> Response:
     """Enlarge an image and its alpha."""
     body.check()
@@ -167,7 +173,7 @@ async def extra_single_image(
 
 @router.post("/extra-batch-images", response_model=ExtrasBatchResponse, summary="Enlarge images")
 async def extra_batch_images(
-    body: ExtrasBatchRequest, request: Request, service: ServiceDep, _user: Converter
+    body: ExtrasBatchRequest, request: Request, service: ServiceDep, _user: Submitter
 ) -> Response:
     """Enlarge images and their alpha."""
     body.check()
@@ -186,33 +192,23 @@ async def _enlarge(service: Service, body: ExtrasBody, image: str, field: str) -
     async with pixels.turn():
         with error_field(field):
             data = await pixels.run(len(image), decode_base64, image)
-            width, height = await pixels.run(0, _read_size, data)
-        # a file may be turned
-        sizes = body.target_size(width, height), body.target_size(height, width)
-        most = max(width * height, *map(math.prod, sizes))
-        with error_field(field):
-            work = partial(_enlarge_file, data, body)
-            file = await pixels.run(2 * ENCODE_BYTES * most, work)
+        read = await pixels.run(0, files.count_pixels, data)
+        memory = ENCODE_BYTES * (read + body.count_pixels(read))
+        file = await pixels.run(memory, _enlarge_file, data, body, field)
         return await pixels.run(len(file), store_input, service.storage, file)
 
 
-def _read_size(data: bytes) -> Size:
-    """Return width and height of a file.
+def _enlarge_file(data: bytes, body: ExtrasBody, field: str) -> bytes:
+    """Return an enlarged image as a PNG with the settings text of the file.
 
     Raises:
-        InvalidRequest: It cannot be opened, or is too large.
+        InvalidRequest: The file is not readable, or the result would be too large.
     """
-    with files.open_image(data) as image:
-        files.check_size(image, data, files.MAX_PIXELS)
-        return image.size
-
-
-def _enlarge_file(data: bytes, body: ExtrasBody) -> bytes:
-    """Return an enlarged image as a PNG with the settings text of the file."""
-    rgba = codecs.decode_upright(data)
+    with error_field(field):
+        rgba, parameters = codecs.decode_upright(data), files.read_settings(data)[1]
     height, width = rgba.shape[:2]
     size = body.target_size(width, height)
     if size != (width, height):
         box = enlarging.cover(width, height, size)
         rgba = enlarging.enlarge(rgba, size, box, nearest=body.upscaler_1 == "Nearest")
-    return codecs.encode(rgba, parameters=files.read_settings(data)[1] or "")
+    return codecs.encode(rgba, parameters=parameters or "")
