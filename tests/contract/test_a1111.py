@@ -126,15 +126,15 @@ def test_webuiapi_calls_of_all_routes_succeed(client):
     ):
         assert listing() == []
     assert api.get_upscalers()[0]["name"] == "None"
-    assert api.get_scripts() == {"txt2img": ["layerdiffuse"], "img2img": []}
+    assert api.get_scripts() == {"txt2img": ["layerdiffuse"], "img2img": ["layerdiffuse"]}
     assert api.get_memory()["ram"]["total"] > 0
     assert api.get_cmd_flags()["api"] is True
     assert api.refresh_checkpoints() is None
     assert api.interrupt() == api.skip() == {}
     assert api.get_embeddings() == {"loaded": {}, "skipped": {}}
     api.util_wait_for_ready(0.05)
-    with pytest.raises(RuntimeError, match="img2img is not implemented"):
-        api.img2img(images=[Image.new("RGB", (8, 8))])
+    with pytest.raises(RuntimeError, match="no model here describes images"):
+        api.interrogate(Image.new("RGB", (8, 8)))
 
 
 def test_model_is_selected_by_options_or_by_request(tmp_path):
@@ -469,9 +469,11 @@ def test_errors_have_the_shape_of_automatic1111(client):
     assert client.get("/sdapi/v1/txt2img").json() == {
         "detail": "this path does not take that method. Use POST; see /docs."
     }
-    answer = client.post("/sdapi/v1/img2img", json={})
+    answer = client.post("/sdapi/v1/interrogate", json={})
     assert answer.status_code == 501
-    assert answer.json() == {"detail": "img2img is not implemented. Use /sdapi/v1/txt2img."}
+    assert answer.json()["detail"].endswith(
+        "/sdapi/v1/png-info returns the prompt of a generated image."
+    )
     large = client.post("/sdapi/v1/txt2img", content=b" " * 16_100_000)
     assert (large.status_code, list(large.json())) == (413, ["detail"])
     broken = client.post("/sdapi/v1/png-info", json={"image": "data:image/png;base64,aGk="})
@@ -627,7 +629,7 @@ def test_options_that_are_set_are_used_and_returned(tmp_path):
 
 
 def test_script_info_has_all_arguments(client):
-    [script] = client.get("/sdapi/v1/script-info").json()
+    script, _ = client.get("/sdapi/v1/script-info").json()
     values = [argument["value"] for argument in script["args"]]
     assert len(values) == 12
     answer = render(client, alwayson_scripts={script["name"]: {"args": values}})

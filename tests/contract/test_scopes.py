@@ -45,8 +45,12 @@ WORK = {
     "/alpha/v1/jobs/layers",
     "/alpha/v1/convert/{filename}",
     "/sdapi/v1/txt2img",
+    "/sdapi/v1/img2img",
+    "/sdapi/v1/extra-single-image",
+    "/sdapi/v1/extra-batch-images",
     "/sdapi/v1/png-info",
     "/v1/images/generations",
+    "/v1/images/edits",
 }
 
 

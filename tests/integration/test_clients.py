@@ -69,6 +69,55 @@ async def test_webuiapi_client_gets_the_native_image(
     assert result.info["all_seeds"] == [SEED]
 
 
+@pytest.mark.parametrize("only_masked", [False, True])
+def test_webuiapi_client_changes_only_the_masked_part(
+    service: httpx.Client, apple: np.ndarray, only_masked: bool
+):
+    """Send an opaque image without the script, as ordinary clients do."""
+    api = webuiapi.WebUIApi(baseurl=f"{str(service.base_url).rstrip('/')}/sdapi/v1")
+    image = Image.new("RGB", (256, 256), "white")
+    image.paste(Image.fromarray(apple), mask=Image.fromarray(apple[..., 3]))
+    mask = Image.new("L", (256, 256), 0)
+    mask.paste(255, (0, 0, 128, 256))
+    result = api.img2img(
+        images=[image],
+        mask_image=mask,
+        prompt="a green apple",
+        denoising_strength=0.8,
+        inpaint_full_res=only_masked,
+        **SETTINGS,
+    )
+    changed, original = np.asarray(result.image), np.asarray(image)
+    assert changed[..., 3].min() == 255
+    np.testing.assert_array_equal(changed[:, 150:, :3], original[:, 150:])
+    assert (changed[:, :100, :3] != original[:, :100]).mean() > 0.5
+    assert result.info["denoising_strength"] == 0.8
+
+
+def test_webuiapi_client_changes_an_image_by_the_strength(service: httpx.Client, apple: np.ndarray):
+    api = webuiapi.WebUIApi(baseurl=f"{str(service.base_url).rstrip('/')}/sdapi/v1")
+    fields = {
+        "prompt": "a green apple",
+        "override_settings": {"img2img_background_color": "#808080"},
+    }
+    alpha = apple[..., 3:] / 255
+    original = apple[..., :3] * alpha + 128 * (1 - alpha)
+    little, much = (
+        np.asarray(
+            api.img2img(
+                images=[Image.fromarray(apple)],
+                alwayson_scripts={"LayerDiffuse": {"args": [False]}},
+                denoising_strength=strength,
+                **fields,
+                **SETTINGS,
+            ).image
+        )
+        for strength in (0.1, 0.9)
+    )
+    differences = [np.abs(image[..., :3] - original).mean() for image in (little, much)]
+    assert differences[0] < differences[1] / 3
+
+
 @pytest.fixture(scope="module")
 def small_apple(service: httpx.Client) -> np.ndarray:
     """Return the native image of `OPENAI_REQUEST`: quality "low" is 12 steps."""

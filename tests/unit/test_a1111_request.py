@@ -257,12 +257,12 @@ def test_script_that_is_on_is_refused(args: Any):
 
 def test_script_resize_mode_is_by_default_that_of_forge():
     assert generation(alwayson_scripts={"LayerDiffuse": {"args": [True]}}) == generation()
-    [script] = script_info()
+    script, _ = script_info()
     assert script["args"][7]["value"] == "Crop and Resize"
 
 
 def test_script_method_is_the_row_of_its_choice():
-    [script] = script_info()
+    script, _ = script_info()
     choices = script["args"][1]["choices"]
     assert (len(choices), tuple(choices)) == (10, ROWS)
     for row in (4, 5):

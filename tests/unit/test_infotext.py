@@ -137,6 +137,42 @@ def test_read_parameters_reads_the_published_example():
     assert parameters["Version"] == "f0.0.17v1.8.0rc-latest-269-gef35383b"
 
 
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"strength": 0.3}, {"Denoising strength": "0.3"}),
+        (
+            {"masked": True, "mask_blur": 8, "mask_fill": "latent nothing"},
+            {
+                "Denoising strength": "0.75",
+                "Mask blur": "8",
+                "Masked content": "latent nothing",
+            },
+        ),
+        (
+            {"masked": True, "masked_only": True, "mask_padding": 0},
+            {
+                "Denoising strength": "0.75",
+                "Mask blur": "4",
+                "Inpaint area": "Only masked",
+                "Masked area padding": "0",
+            },
+        ),
+    ],
+)
+def test_infotext_of_a_changed_image_has_strength_and_mask(
+    fields: dict[str, Any], expected: dict[str, str]
+):
+    roles = ["init", *(["mask"] if fields.pop("masked", False) else [])]
+    inputs = [{"role": role, "file_name": f"input_{'0' * 64}.png"} for role in roles]
+    request = parse_request({"prompt": "an apple", "inputs": inputs, **fields})
+    text = write_parameters(request.resolve(ModelDefaults()), "m", "", 1)
+    names = ("Denoising", "Mask", "Inpaint")
+    pairs = {key: value for key, value in read_parameters(text).items() if key.startswith(names)}
+    assert pairs == expected
+    assert not any(name in write_parameters(REQUEST, "m", "", 1) for name in names)
+
+
 @pytest.mark.parametrize("text", ["just a prompt", "one\ntwo: three", "", "a\nNegative prompt: b"])
 def test_read_parameters_text_without_pairs_is_the_prompt(text: str):
     parameters = read_parameters(text)

@@ -7,7 +7,7 @@ from typing import Any
 
 from alphalayer import __version__
 from alphalayer.core.job import Job
-from alphalayer.images.infotext import extra_pairs, write_parameters
+from alphalayer.images.infotext import denoising_strength, extra_pairs, write_parameters
 
 
 def webui_info(job: Job) -> dict[str, Any]:
@@ -50,7 +50,7 @@ def webui_info(job: Job) -> dict[str, Any]:
         "sd_vae_hash": None,
         "seed_resize_from_w": -1,
         "seed_resize_from_h": -1,
-        "denoising_strength": request.hires_strength if request.uses_hires else None,
+        "denoising_strength": denoising_strength(request),
         "extra_generation_params": {
             **extra_pairs(request),
             "Schedule type": request.scheduler,

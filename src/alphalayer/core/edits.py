@@ -22,6 +22,12 @@ Strength = Annotated[
     float,
     Field(ge=0, le=1, description="Share of the noise that is added to the image: 1 keeps little."),
 ]
+MaskBlur = Annotated[
+    int, Field(ge=0, le=64, description="Radius in pixels by which the mask is softened.")
+]
+MaskPadding = Annotated[
+    int, Field(ge=0, le=256, description="Pixels around the box of `masked_only`.")
+]
 
 
 class EditFields(Frozen, frozen=True):
@@ -42,9 +48,7 @@ class EditFields(Frozen, frozen=True):
     init_resize_mode: Annotated[
         InitResizeMode, Field(description="How the image is fitted to width and height.")
     ] = "Crop and Resize"
-    mask_blur: Annotated[
-        int, Field(ge=0, le=64, description="Radius in pixels by which the mask is softened.")
-    ] = 4
+    mask_blur: MaskBlur = 4
     mask_fill: Annotated[
         MaskFill,
         Field(description="What the masked part holds before noise is added."),
@@ -53,9 +57,7 @@ class EditFields(Frozen, frozen=True):
         bool,
         Field(description="Generate the box around the mask at full size, and paste it back."),
     ] = False
-    mask_padding: Annotated[
-        int, Field(ge=0, le=256, description="Pixels around the box of `masked_only`.")
-    ] = 32
+    mask_padding: MaskPadding = 32
 
 
 _LayerPrompt = Annotated[str, Field(max_length=MAX_PROMPT_CHARACTERS)]

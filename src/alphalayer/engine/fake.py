@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import cycle
 from typing import Any
 
 import numpy as np
 
 from alphalayer.core.errors import Cancelled
-from alphalayer.core.modes import MODES
+from alphalayer.core.modes import MODES, LayerRole
 from alphalayer.core.request import ModelDefaults
 from alphalayer.engine.base import GeneratedImage, GenerationResult, Progress, RenderTask, RgbaImage
 
@@ -70,11 +70,12 @@ class FakeEngine:
     def _result(self, task: RenderTask, seconds: float) -> GenerationResult:
         request = task.request.resolve(ModelDefaults(), task.images)
         mode = MODES[request.mode]
+        roles: Iterator[LayerRole] = cycle(mode.layers)
         images = [
             GeneratedImage(
                 render_disc(request.prompt, seeds.seed, *request.final_size), *seeds, role
             )
-            for seeds, role in zip(request.images, cycle(mode.layers), strict=False)
+            for seeds, role in zip(request.images, roles, strict=False)
         ]
         for image in images:
             if image.role != "image" and not mode.is_transparent(image.role):

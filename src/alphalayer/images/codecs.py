@@ -159,7 +159,7 @@ def encode_input(data: bytes) -> InputFile:
     Raises:
         InvalidRequest: See `decode`, or a side is longer than `MAX_INPUT_SIDE`.
     """
-    rgba = _decode_upright(data)
+    rgba = decode_upright(data)
     return _input_file(rgba, is_opaque=bool(rgba[..., 3].min() == OPAQUE_ALPHA))
 
 
@@ -175,7 +175,7 @@ def encode_mask(data: bytes, reading: MaskReading = "white", *, invert: bool = F
     Raises:
         InvalidRequest: See `encode_input`, or an opaque image was read as "transparent".
     """
-    rgba = _decode_upright(data)
+    rgba = decode_upright(data)
     alpha = rgba[..., 3]
     is_opaque = alpha.min() == OPAQUE_ALPHA
     if reading == "transparent" and is_opaque:
@@ -193,7 +193,7 @@ def encode_mask(data: bytes, reading: MaskReading = "white", *, invert: bool = F
     return _input_file(mask, is_opaque=True)
 
 
-def _decode_upright(data: bytes) -> Rgba:
+def decode_upright(data: bytes) -> Rgba:
     """Decode an input image and turn it by its EXIF orientation."""
     rgba, _ = decode(data)
     height, width = rgba.shape[:2]

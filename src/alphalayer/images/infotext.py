@@ -68,7 +68,7 @@ def write_parameters(
         "Variation seed strength": request.subseed_strength if varied else None,
         "Clip skip": request.clip_skip if request.clip_skip > 1 else None,
         "ENSD": request.options.noise_seed_delta or None,
-        "Denoising strength": request.hires_strength if request.uses_hires else None,
+        "Denoising strength": denoising_strength(request),
         "RNG": request.noise.upper() if request.noise != "gpu" else None,
         **extra_pairs(request),
         "Version": f"alphalayer-{__version__}",
@@ -76,6 +76,13 @@ def write_parameters(
     line = ", ".join(f"{key}: {_quote(value)}" for key, value in pairs.items() if value is not None)
     negative = f"\nNegative prompt: {request.negative_prompt}" if request.negative_prompt else ""
     return f"{request.tagged_prompt}{negative}\n{line}"
+
+
+def denoising_strength(request: GenerationRequest) -> float | None:
+    """Return the share of noise that is added to an image, None without an image."""
+    if request.uses_hires:
+        return request.hires_strength
+    return request.strength if request.uses_init else None
 
 
 def read_parameters(text: str) -> dict[str, str]:
@@ -104,7 +111,7 @@ def complete(parameters: dict[str, str]) -> dict[str, object]:
 
 
 def extra_pairs(request: ResolvedRequest) -> dict[str, object]:
-    """Return the pairs of LayerDiffuse and of options that are not at their defaults."""
+    """Return the pairs of a mask, LayerDiffuse, and options other than defaults."""
     options = request.options
     pairs = {
         "SDXL crop top": options.crop_top or None,
@@ -114,7 +121,12 @@ def extra_pairs(request: ResolvedRequest) -> dict[str, object]:
         "NGMS": options.min_uncond or None,
     }
     used = {name: value for name, value in pairs.items() if value is not None}
-    return {**_hires_pairs(request), **_layerdiffuse_pairs(request), **used}
+    return {
+        **_mask_pairs(request),
+        **_hires_pairs(request),
+        **_layerdiffuse_pairs(request),
+        **used,
+    }
 
 
 def _eta_pairs(request: ResolvedRequest) -> dict[str, object | None]:
@@ -126,6 +138,18 @@ def _eta_pairs(request: ResolvedRequest) -> dict[str, object | None]:
         key, eta = "Eta DDIM" if one.sampler.startswith("DDIM") else "Eta", one.options.eta
         pairs[f"Hires {key}" if number and pairs.get(key, eta) != eta else key] = eta
     return pairs
+
+
+def _mask_pairs(request: ResolvedRequest) -> dict[str, object]:
+    """Return the pairs of a mask. Those that AUTOMATIC1111's reader adds are left out."""
+    if "mask" not in request.roles:
+        return {}
+    pairs: dict[str, object] = {"Mask blur": request.mask_blur}
+    if request.masked_only:
+        pairs |= {"Inpaint area": "Only masked", "Masked area padding": request.mask_padding}
+    return pairs | (
+        {"Masked content": request.mask_fill} if request.mask_fill != "original" else {}
+    )
 
 
 def _hires_pairs(request: ResolvedRequest) -> dict[str, object]:

@@ -240,12 +240,12 @@ def extensions() -> list[dict[str, Any]]:
 @router.get("/scripts", summary="List scripts")
 def scripts() -> dict[str, list[str]]:
     """Return the one script, LayerDiffuse."""
-    return {"txt2img": [SCRIPT.lower()], "img2img": []}
+    return {"txt2img": [SCRIPT.lower()], "img2img": [SCRIPT.lower()]}
 
 
 @router.get("/script-info", summary="List the arguments of scripts")
 def script_info() -> list[dict[str, Any]]:
-    """Return the positional arguments of LayerDiffuse.
+    """Return the positional arguments of LayerDiffuse, for txt2img and for img2img.
 
     The numbers of rows are those of Forge. "Output original mat" has no effect, and only its
     default is accepted.
@@ -264,7 +264,10 @@ def script_info() -> list[dict[str, Any]]:
         }
         for name, label in LABELS.items()
     ]
-    return [{"name": SCRIPT.lower(), "is_alwayson": True, "is_img2img": False, "args": args}]
+    return [
+        {"name": SCRIPT.lower(), "is_alwayson": True, "is_img2img": is_img2img, "args": args}
+        for is_img2img in (False, True)
+    ]
 
 
 def _number(name: str, step: float) -> dict[str, Any]:

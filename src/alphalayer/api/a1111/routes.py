@@ -11,14 +11,16 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Query, Request, Response
 
-from alphalayer.api.a1111 import lists
+from alphalayer.api.a1111 import extras, lists
+from alphalayer.api.a1111.img2img import Img2ImgRequest
 from alphalayer.api.a1111.schemas import (
     FIELDS,
     Detail,
+    GenerationBody,
+    GenerationResponse,
     ImageFile,
     SdModel,
     Txt2ImgRequest,
-    Txt2ImgResponse,
     file_title,
 )
 from alphalayer.api.a1111.settings import OverrideSettings, current_options
@@ -39,11 +41,10 @@ from alphalayer.api.embedded_files import EmbeddedFiles
 from alphalayer.api.errors import ErrorResponse, Problem
 from alphalayer.api.guard import Admitted, Converter, Generator, GuardedRoute, Reader, Submitter
 from alphalayer.api.info import webui_info
-from alphalayer.api.uploads import decode_base64, store_upload
+from alphalayer.api.uploads import decode_base64
 from alphalayer.catalog import ModelEntry
 from alphalayer.core.errors import NotImplementedYet
 from alphalayer.core.job import JobState, Submission
-from alphalayer.core.request import ImageInput
 from alphalayer.images import codecs, files, infotext
 from alphalayer.jobs.base import JobView
 from alphalayer.observability.logging import log
@@ -59,6 +60,7 @@ router = APIRouter(
     route_class=GuardedRoute,
 )
 router.include_router(lists.router)
+router.include_router(extras.router)
 
 
 def _render_error(problem: Problem, headers: Mapping[str, str]) -> ErrorResponse:
@@ -78,7 +80,7 @@ async def options_of(request: Request, service: ServiceDep) -> OverrideSettings:
 OptionsDep = Annotated[OverrideSettings, Depends(options_of)]
 
 
-@router.post("/txt2img", response_model=Txt2ImgResponse, summary="Generate images")
+@router.post("/txt2img", response_model=GenerationResponse, summary="Generate images")
 async def txt2img(
     body: Txt2ImgRequest,
     request: Request,
@@ -91,19 +93,45 @@ async def txt2img(
 
     `images` holds the images alone, without a grid.
     """
-    inputs: list[ImageInput] = []
-    for role, image in body.input_images.items():
-        stored = await while_connected(request, store_upload(service, image, FIELDS["inputs"]))
-        inputs.append(stored.as_role(role))
+    return await _generate(body, request, service, options, user, idempotency_key)
+
+
+@router.post("/img2img", response_model=GenerationResponse, summary="Change an image")
+async def img2img(
+    body: Img2ImgRequest,
+    request: Request,
+    service: ServiceDep,
+    options: OptionsDep,
+    user: Submitter,
+    idempotency_key: IdempotencyKey = None,
+) -> Response:
+    """Change an image, or the part that a mask shows.
+
+    The result is transparent if the image is, unless `layerdiffuse_enabled` or the script is set.
+    `images` holds the images alone, without a grid.
+    """
+    return await _generate(body, request, service, options, user, idempotency_key)
+
+
+async def _generate(
+    body: GenerationBody,
+    request: Request,
+    service: Service,
+    options: OverrideSettings,
+    user: str,
+    idempotency_key: str | None,
+) -> Response:
+    """Return the response of a request once its job has finished."""
+    inputs = await while_connected(request, body.store_inputs(service, options))
     key = f"{body.force_task_id}:{body.sent_digest}" if body.force_task_id else idempotency_key
     with wire_names({**FIELDS, "model": body.model_source(options)}):
-        spec = body.to_spec(service, options, tuple(inputs))
+        spec = body.to_spec(service, options, inputs)
         job = await run_job(
             service, request, spec, Submission(owner=user, idempotency_key=key, digest=body.digest)
         )
     keys = [image.key for image in job.result.images] if job.result and body.send_images else []
     embedded = EmbeddedFiles()
-    answer = Txt2ImgResponse(
+    answer = GenerationResponse(
         images=[await embed_file(service, embedded, key) for key in keys],
         parameters=body.echo,
         info=json.dumps(webui_info(job), ensure_ascii=False),
@@ -111,18 +139,15 @@ async def txt2img(
     return embedded.respond(answer)
 
 
-@router.post("/img2img", summary="Not implemented", status_code=501, response_model=Detail)
 @router.post(
-    "/extra-single-image", summary="Not implemented", status_code=501, response_model=Detail
+    "/interrogate", summary="Refuse to describe an image", status_code=501, response_model=Detail
 )
-@router.post(
-    "/extra-batch-images", summary="Not implemented", status_code=501, response_model=Detail
-)
-@router.post("/interrogate", summary="Not implemented", status_code=501, response_model=Detail)
-async def not_implemented(request: Request, _user: Generator) -> None:
-    """Respond with 501."""
-    name = request.url.path.rpartition("/")[2]
-    raise NotImplementedYet(f"{name} is not implemented.", hint="Use /sdapi/v1/txt2img.")
+async def interrogate(_user: Generator) -> None:
+    """Respond with 501: no model here describes images."""
+    raise NotImplementedYet(
+        "no model here describes images.",
+        hint="/sdapi/v1/png-info returns the prompt of a generated image.",
+    )
 
 
 @router.head("/sd-models", include_in_schema=False)

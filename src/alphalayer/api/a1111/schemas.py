@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, cast
 
@@ -14,17 +16,19 @@ from pydantic import (
     model_validator,
 )
 
+from alphalayer.api.a1111.echo import IMAGES, TXT2IMG
 from alphalayer.api.a1111.hires import HIRES_FIELDS, HiresBody
 from alphalayer.api.a1111.lists import SCHEDULES, expand_aliases
 from alphalayer.api.a1111.script import SCRIPT, Arguments, read_arguments
 from alphalayer.api.a1111.settings import OverrideSettings, is_used
 from alphalayer.api.deps import Service, wire_names
 from alphalayer.api.schemas import Body, reject_unused_options
+from alphalayer.api.uploads import store_upload
 from alphalayer.catalog import EMBEDDED_MODEL, ModelEntry, public_path
 from alphalayer.core import validation
 from alphalayer.core.errors import InvalidRequest
 from alphalayer.core.job import Iterations, JobSpec, Output, Postprocessing
-from alphalayer.core.modes import OPAQUE, InputRole
+from alphalayer.core.modes import DEFAULT_MODE, MODES, OPAQUE
 from alphalayer.core.prompts import remove_tags
 from alphalayer.core.request import (
     BatchSize,
@@ -59,68 +63,6 @@ FIELDS_AS_SCRIPTS = ("sampler", "seed")
 """Scripts of AUTOMATIC1111's page whose values are fields of the body."""
 SWITCHES = ("enabled", "ad_tab_enable", "ad_model")
 """Keys that switch a unit of ControlNet or ADetailer off. Without them it is on."""
-ECHOED: dict[str, Any] = {
-    "prompt": "",
-    "negative_prompt": "",
-    "styles": None,
-    "seed": -1,
-    "subseed": -1,
-    "subseed_strength": 0.0,
-    "seed_resize_from_h": -1,
-    "seed_resize_from_w": -1,
-    "sampler_name": None,
-    "scheduler": None,
-    "batch_size": 1,
-    "n_iter": 1,
-    "steps": 50,
-    "cfg_scale": 7.0,
-    "distilled_cfg_scale": 3.5,
-    "width": 512,
-    "height": 512,
-    "restore_faces": None,
-    "tiling": None,
-    "do_not_save_samples": False,
-    "do_not_save_grid": False,
-    "eta": None,
-    "denoising_strength": None,
-    "s_min_uncond": None,
-    "s_churn": None,
-    "s_tmax": None,
-    "s_tmin": None,
-    "s_noise": None,
-    "override_settings": {},
-    "override_settings_restore_afterwards": True,
-    "refiner_checkpoint": None,
-    "refiner_switch_at": None,
-    "disable_extra_networks": False,
-    "firstpass_image": None,
-    "comments": None,
-    "enable_hr": False,
-    "firstphase_width": 0,
-    "firstphase_height": 0,
-    "hr_scale": 2.0,
-    "hr_upscaler": None,
-    "hr_second_pass_steps": 0,
-    "hr_resize_x": 0,
-    "hr_resize_y": 0,
-    "hr_checkpoint_name": None,
-    "hr_additional_modules": None,
-    "hr_sampler_name": None,
-    "hr_scheduler": None,
-    "hr_prompt": "",
-    "hr_negative_prompt": "",
-    "hr_cfg": None,
-    "hr_distilled_cfg": 3.5,
-    "force_task_id": None,
-    "sampler_index": "Euler",
-    "script_name": None,
-    "script_args": [],
-    "send_images": True,
-    "save_images": False,
-    "alwayson_scripts": {},
-    "infotext": None,
-}
-"""Fields that `parameters` of a response repeats, with the defaults of Forge."""
 
 
 def _list_arguments(args: Any) -> Any:
@@ -147,23 +89,26 @@ class Script(BaseModel):
     ] = []
 
 
-class Txt2ImgRequest(HiresBody, Body, Postprocessing, frozen=True):
-    """Body of `POST /sdapi/v1/txt2img`, with the defaults of AUTOMATIC1111.
+@dataclass(frozen=True)
+class Inputs:
+    """Stored images of a request."""
+
+    images: tuple[ImageInput, ...] = ()
+    is_opaque: bool = False
+    """Whether the image to change has no transparency."""
+
+
+class GenerationBody(Body, Postprocessing, frozen=True):
+    """Fields that `txt2img` and `img2img` share, with the defaults of AUTOMATIC1111.
 
     Unknown fields are ignored, as AUTOMATIC1111 does. The fields of postprocessing are extensions.
     """
 
-    model_config = ConfigDict(
-        extra="ignore",
-        title="A1111Txt2ImgRequest",
-        json_schema_extra={
-            "examples": [
-                {"prompt": "an apple, high quality", "steps": 20, "width": 1024, "height": 1024}
-            ]
-        },
-    )
+    model_config = ConfigDict(extra="ignore")
 
     carries_images: ClassVar[bool] = True
+    echoed: ClassVar[dict[str, Any]]
+    """Fields that `parameters` repeats, with their defaults."""
 
     prompt: Annotated[Prompt, Field(validate_default=True)] = ""
     negative_prompt: NegativePrompt = ""
@@ -200,8 +145,8 @@ class Txt2ImgRequest(HiresBody, Body, Postprocessing, frozen=True):
         Field(description="LayerDiffuse, by its name, with positional arguments."),
     ] = {}  # noqa: RUF012 - pydantic copies it
     layerdiffuse_enabled: Annotated[
-        bool, Field(description="Generate with transparency, also without the script.")
-    ] = True
+        bool | None, Field(description="Generate with transparency, also without the script.")
+    ] = None
     restore_faces: Annotated[Any, Field(description=NOT_IMPLEMENTED)] = False
     tiling: Annotated[Any, Field(description=NOT_IMPLEMENTED)] = False
     styles: Annotated[
@@ -232,7 +177,7 @@ class Txt2ImgRequest(HiresBody, Body, Postprocessing, frozen=True):
     def check_unicode(cls, data: Any) -> Any:
         """Check the fields that can be anything and are returned to the client."""
         fields = cast("dict[str, Any]", data) if isinstance(data, dict) else {}
-        for name in ECHOED.keys() & fields.keys():
+        for name in cls.echoed.keys() & fields.keys() - {*IMAGES}:
             try:
                 validation.check_unicode(fields[name])
             except ValueError as error:
@@ -244,14 +189,31 @@ class Txt2ImgRequest(HiresBody, Body, Postprocessing, frozen=True):
         """Return the request as AUTOMATIC1111 repeats it in `parameters`."""
         fields = self.model_dump(mode="json", exclude={"override_settings"})
         sent = {name: fields.get(name, value) for name, value in self._sent.items()}
-        own = {name: value for name, value in fields.items() if name not in ECHOED}
-        return {**{name: sent.get(name, value) for name, value in ECHOED.items()}, **own}
+        own = {name: value for name, value in fields.items() if name not in self.echoed}
+        return {**{name: sent.get(name, value) for name, value in self.echoed.items()}, **own}
 
-    @property
-    def input_images(self) -> dict[InputRole, str]:
-        """Return the script's input images by role, as base64. Raises `InvalidRequest`."""
+    async def store_inputs(
+        self,
+        service: Service,
+        stored: OverrideSettings,  # noqa: ARG002 - that of img2img reads it
+    ) -> Inputs:
+        """Store the images of the request.
+
+        Args:
+            service: The service with the storage.
+            stored: Settings of the client between requests.
+
+        Raises:
+            InvalidRequest: An image or the script is not valid.
+        """
         script = self._script()
-        return script.images if script and self.layerdiffuse_enabled else {}
+        images = script.images if script and self.layerdiffuse_enabled is not False else {}
+        field = FIELDS["inputs"]
+        uploads = [
+            (await store_upload(service, image, field)).as_role(role)
+            for role, image in images.items()
+        ]
+        return Inputs(tuple(uploads))
 
     def model_source(self, stored: OverrideSettings) -> str:
         """Return the field that names the model."""
@@ -260,20 +222,20 @@ class Txt2ImgRequest(HiresBody, Body, Postprocessing, frozen=True):
         return FIELDS["model"]
 
     def to_spec(
-        self, service: Service, stored: OverrideSettings, inputs: tuple[ImageInput, ...] = ()
+        self, service: Service, stored: OverrideSettings, inputs: Inputs = Inputs()
     ) -> JobSpec:
         """Return the job of this request. Raises `InvalidRequest`.
 
         Args:
             service: The service that runs the job.
             stored: Settings of the client between requests.
-            inputs: The stored `input_images`.
+            inputs: What `store_inputs` returned.
         """
         self._reject_unimplemented()
         reject_unused_options(self, "trim", "trim_threshold", "trim_padding")
         settings = self.override_settings.over(stored)
         sampler, scheduler = self._choose_sampler()
-        second = self._second_pass()
+        own_fields = self._own_fields(settings)
         generation = GenerationRequest.of(
             self,
             comments=service.prompt_comments
@@ -286,13 +248,12 @@ class Txt2ImgRequest(HiresBody, Body, Postprocessing, frozen=True):
             noise=settings.noise or service.noise,
             decode=service.decode,
             options=settings.options(
-                sampler, OVERRIDE, self.eta, self.s_min_uncond, second.get("hires_sampler")
+                sampler, OVERRIDE, self.eta, self.s_min_uncond, own_fields.get("hires_sampler")
             ),
             warnings=self._warnings(),
-            inputs=inputs,
+            inputs=inputs.images,
             prompt=remove_tags(self.prompt) if self.disable_extra_networks else self.prompt,
-            **self._layerdiffuse(),
-            **second,
+            **{**own_fields, **self._layerdiffuse(inputs)},
         )
         return JobSpec.model_construct(
             generation=generation,
@@ -346,23 +307,35 @@ class Txt2ImgRequest(HiresBody, Body, Postprocessing, frozen=True):
             )
         return arguments
 
-    def _layerdiffuse(self) -> dict[str, Any]:
+    def _layerdiffuse(self, inputs: Inputs) -> dict[str, Any]:
         """Return the fields of LayerDiffuse. Raises `InvalidRequest`."""
         script = self._script()
-        if not self.layerdiffuse_enabled:
+        if self.layerdiffuse_enabled is False:
             return {"mode": OPAQUE}
-        return script.fields if script else {}
-
-    def _second_pass(self) -> dict[str, Any]:
-        """Return the fields of the second pass. Raises `InvalidRequest`."""
-        if not is_used(self.enable_hr):
-            return {}
-        sampler = self.sampler_name or self.sampler_index
-        size = (self.width, self.height)
-        fields = self.second_pass(size, sampler, self.scheduler)
-        if self.disable_extra_networks:
-            fields["hires_prompt"] = remove_tags(fields["hires_prompt"])
+        if script is None and self.layerdiffuse_enabled is None:
+            return {"mode": OPAQUE if inputs.is_opaque else DEFAULT_MODE}
+        fields = script.fields if script else {}
+        if inputs.is_opaque and MODES[fields.get("mode", DEFAULT_MODE)].has_alpha:
+            raise InvalidRequest(
+                "the image is opaque, and LayerDiffuse needs transparency.",
+                hint="Cut the object out first, or switch LayerDiffuse off.",
+                field="init_images",
+            )
         return fields
+
+    @abstractmethod
+    def _own_fields(self, settings: OverrideSettings) -> dict[str, Any]:
+        """Return the fields of `GenerationRequest` that this kind of request alone has.
+
+        Those of LayerDiffuse precede them.
+
+        Args:
+            settings: Settings of the request and the client.
+
+        Raises:
+            InvalidRequest: A field is wrong or not implemented.
+        """
+        ...
 
     def _reject_unimplemented(self) -> None:
         names = [
@@ -381,6 +354,38 @@ class Txt2ImgRequest(HiresBody, Body, Postprocessing, frozen=True):
         self.override_settings.reject_unimplemented(OVERRIDE)
         if used:
             raise InvalidRequest("this is not implemented.", hint="Leave it out.", field=used[0])
+
+
+class Txt2ImgRequest(HiresBody, GenerationBody, frozen=True):
+    """Body of `POST /sdapi/v1/txt2img`. It generates with transparency by default."""
+
+    model_config = ConfigDict(
+        title="A1111Txt2ImgRequest",
+        json_schema_extra={
+            "examples": [
+                {"prompt": "an apple, high quality", "steps": 20, "width": 1024, "height": 1024}
+            ]
+        },
+    )
+    echoed: ClassVar[dict[str, Any]] = TXT2IMG
+
+    layerdiffuse_enabled: Annotated[
+        bool, Field(description="Generate with transparency, also without the script.")
+    ] = True
+
+    def _own_fields(
+        self,
+        settings: OverrideSettings,  # noqa: ARG002 - that of img2img reads it
+    ) -> dict[str, Any]:
+        """Return the fields of the second pass. Raises `InvalidRequest`."""
+        if not is_used(self.enable_hr):
+            return {}
+        sampler = self.sampler_name or self.sampler_index
+        size = (self.width, self.height)
+        fields = self.second_pass(size, sampler, self.scheduler)
+        if self.disable_extra_networks:
+            fields["hires_prompt"] = remove_tags(fields["hires_prompt"])
+        return fields
 
 
 def _is_enabled(args: list[Any]) -> bool:
@@ -402,7 +407,7 @@ class Detail(BaseModel):
     detail: Annotated[str, Field(description="What happened, and what to do.")]
 
 
-class Txt2ImgResponse(BaseModel):
+class GenerationResponse(BaseModel):
     """The images as bare base64, the request, and `info`, a JSON string."""
 
     images: Annotated[list[str], Field(description="PNG files as base64.")]

@@ -56,6 +56,14 @@ UNIMPLEMENTED: dict[str, tuple[Any, ...]] = {
     "uni_pc_lower_order_final": (True,),
     "token_merging_ratio": (0.0,),
     "token_merging_ratio_hr": (0.0,),
+    "token_merging_ratio_img2img": (0.0,),
+    "initial_noise_multiplier": (1.0,),
+    "img2img_extra_noise": (0.0,),
+    "img2img_color_correction": (False,),
+    "inpainting_mask_weight": (1.0,),
+    "overlay_inpaint": (True,),
+    "return_mask": (False,),
+    "return_mask_composite": (False,),
     "pad_cond_uncond": (False,),
     "pad_cond_uncond_v0": (False,),
     "comma_padding_backtrack": (20,),
@@ -123,6 +131,7 @@ def _in_any_case(*names: str) -> BeforeValidator:
 
 
 RandnSource = Literal["NV", "CPU", "GPU"]
+WHITE = "#ffffff"
 
 
 class OverrideSettings(BaseModel):
@@ -166,6 +175,14 @@ class OverrideSettings(BaseModel):
     enable_prompt_comments: Annotated[
         bool | None, Field(description="Whether # starts a comment in a prompt.")
     ] = None
+    img2img_fix_steps: Annotated[
+        bool | None, Field(description="Whether img2img makes all its steps.")
+    ] = None
+    img2img_background_color: Annotated[
+        Annotated[str, Field(pattern=validation.COLOUR)] | None,
+        Field(description="Colour behind the image to change, if LayerDiffuse is off."),
+        _in_any_case(),
+    ] = None
 
     @property
     def values(self) -> dict[str, Any]:
@@ -193,6 +210,11 @@ class OverrideSettings(BaseModel):
     def noise(self) -> NoiseSource | None:
         """Return the source of noise, None if it is not set."""
         return cast("NoiseSource", self.randn_source.lower()) if self.randn_source else None
+
+    @property
+    def background(self) -> str:
+        """Return the colour behind an image to change."""
+        return self.img2img_background_color or WHITE
 
     def over(self, other: OverrideSettings) -> OverrideSettings:
         """Return these settings, and those of `other` that are not set here."""
@@ -290,6 +312,8 @@ def current_options(
         "eta_ancestral": 1.0,
         "eta_ddim": 0.0,
         "enable_prompt_comments": comments,
+        "img2img_fix_steps": False,
+        "img2img_background_color": WHITE,
         "samples_save": True,
         "grid_save": False,
         "return_grid": False,
