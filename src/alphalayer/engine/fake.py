@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import time
 import zlib
-from collections.abc import Iterator, Sequence
-from itertools import cycle
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from alphalayer.core.errors import Cancelled
-from alphalayer.core.modes import MODES, LayerRole
+from alphalayer.core.modes import MODES
 from alphalayer.core.request import ModelDefaults
 from alphalayer.engine.base import GeneratedImage, GenerationResult, Progress, RenderTask, RgbaImage
 
@@ -70,12 +69,13 @@ class FakeEngine:
     def _result(self, task: RenderTask, seconds: float) -> GenerationResult:
         request = task.request.resolve(ModelDefaults(), task.images)
         mode = MODES[request.mode]
-        roles: Iterator[LayerRole] = cycle(mode.layers)
         images = [
             GeneratedImage(
-                render_disc(request.prompt, seeds.seed, *request.final_size), *seeds, role
+                render_disc(request.prompt, seeds.seed, *request.final_size),
+                *seeds,
+                mode.layers[number % len(mode.layers)],
             )
-            for seeds, role in zip(request.images, roles, strict=False)
+            for number, seeds in enumerate(request.images)
         ]
         for image in images:
             if image.role != "image" and not mode.is_transparent(image.role):
