@@ -32,7 +32,7 @@ SLOW_MS = 600_000
 
 
 async def take_screenshots() -> None:
-    """Generate on the page, and take screenshots of results and of running jobs.
+    """Generate on the page, and take screenshots of results, a mask, and running jobs.
 
     Each one is taken in both sizes and both colour schemes.
     """
@@ -60,6 +60,10 @@ async def take_screenshots() -> None:
             await page.locator("#history button").first.click()
             await page.wait_for_selector("#image:not(.preview)")
             await _take_screenshot(page, name, "")
+            await _paint_mask(page)
+            await _take_screenshot(page, name, "-mask")
+            await page.click("#leave-mask")
+            await page.check("[name=task][value=image]")
             for prompt in QUEUED:
                 await _generate(page, prompt)
             step = page.locator("#progress-words")
@@ -76,6 +80,20 @@ async def _take_screenshot(page: Page, name: str, state: str) -> None:
         await page.screenshot(
             path=TARGET / f"{name}-{scheme}{state}.png", full_page=name == "phone"
         )
+
+
+async def _paint_mask(page: Page) -> None:
+    """Use the shown image, and paint a part of it."""
+    await page.click("#use")
+    await page.click(".choice[value=part]")
+    box = await page.locator("#mask").bounding_box()
+    assert box
+    y = box["y"] + 0.7 * box["height"]
+    await page.mouse.move(box["x"] + 0.35 * box["width"], y)
+    await page.mouse.down()
+    await page.mouse.move(box["x"] + 0.65 * box["width"], y, steps=8)
+    await page.mouse.up()
+    await page.fill("#prompt", "a red apple with a green stripe")
 
 
 async def _open(context: BrowserContext) -> Page:

@@ -38,7 +38,7 @@ async def test_dropped_image_fills_the_form(visit: Visit, service: httpx.Client)
         "cfg_scale": 7.5,
     }
     body |= {"width": 64, "height": 128, "sampler_name": "Euler a", "scheduler": "Exponential"}
-    await visit.drop("star.png", await _generate_image(service, **body))
+    await visit.drop("star.png", await _generate_image(service, **body), use="settings")
     await expect(page.locator("#note")).to_contain_text("The settings of star.png are in the form.")
     assert await visit.values(*body) == {name: str(value) for name, value in body.items()}
     assert await page.is_checked("#layerdiffuse_enabled")
@@ -60,7 +60,7 @@ async def test_settings_without_a_field_are_carried_along(visit: Visit, service:
         "checkpoint": "apples",
     }
     first = await _generate_image(service, **body)
-    await visit.drop("mug.png", first)
+    await visit.drop("mug.png", first, use="settings")
     await expect(page.locator("#carried-words")).to_contain_text("conv")
     assert await page.input_value("#seed") == "9007199254740993"
     await page.select_option("#checkpoint", "apples")
@@ -81,7 +81,7 @@ async def test_dropped_forge_image_lists_unavailable_settings(visit: Visit):
         "Steps: 20, Sampler: DPM++ 2M Karras, CFG scale: 5, Seed: 7, Size: 512x768, "
         "Model hash: abc, Model: juggernautXL, Clip skip: 2, Refiner: sdxl, Version: f2.0"
     )
-    await visit.drop("cat.png", encode_image(parameters=text))
+    await visit.drop("cat.png", encode_image(parameters=text), use="settings")
     await expect(visit.page.locator("#note")).to_have_text(
         "The settings of cat.png are in the form. "
         "Not available: model juggernautXL, clip skip 2, refiner sdxl."
@@ -128,7 +128,7 @@ async def test_dropped_image_selects_its_model_by_hash(
     await context.route("**/alpha/v1/models", with_hash)
     visit = await open_visit(context, str(service.base_url))
     text = f"a cat\nSteps: 20, Sampler: Euler, CFG scale: 5, Seed: 7, Size: 512x512, {parameters}"
-    await visit.drop("cat.png", encode_image(parameters=text))
+    await visit.drop("cat.png", encode_image(parameters=text), use="settings")
     await expect(visit.page.locator("#note")).to_have_text(
         f"The settings of cat.png are in the form.{unavailable}"
     )
@@ -139,7 +139,7 @@ async def test_dropped_image_selects_its_model_by_hash(
 async def test_variation_batch_has_one_seed(visit: Visit, service: httpx.Client):
     page = visit.page
     body = {"prompt": "a mug", "seed": 9007199254740993, "subseed": 5, "subseed_strength": 0.5}
-    await visit.drop("mug.png", await _generate_image(service, **body))
+    await visit.drop("mug.png", await _generate_image(service, **body), use="settings")
     await expect(page.locator("#carried-words")).to_contain_text("variation")
     await page.fill("#batch_size", "2")
     await page.click("#generate")
@@ -167,14 +167,13 @@ async def test_dropped_image_lists_unavailable_schedule_and_rng(visit: Visit):
         "a cat\nSteps: 20, Sampler: DPM++ 2M SDE, Schedule type: Automatic, CFG scale: 5, "
         "Seed: 7, Size: 64x64, RNG: "
     )
-    await visit.drop("cat.png", encode_image(parameters=text + "CPU"))
+    await visit.drop("cat.png", encode_image(parameters=text + "CPU"), use="settings")
     await expect(visit.page.locator("#note")).to_have_text(
         "The settings of cat.png are in the form. Not available: RNG CPU."
     )
     assert await visit.values("scheduler") == {"scheduler": "Exponential"}
-    await visit.drop(
-        "dog.png", encode_image(parameters=text.replace(" Automatic", " Sigmoid") + "NV")
-    )
+    other = encode_image(parameters=text.replace(" Automatic", " Sigmoid") + "NV")
+    await visit.drop("dog.png", other, use="settings")
     await expect(visit.page.locator("#note")).to_have_text(
         "The settings of dog.png are in the form. Not available: schedule type Sigmoid."
     )
@@ -209,15 +208,15 @@ async def test_dropped_image_becomes_the_background(visit: Visit):
     await page.check("[name=backdrop][value=white]")
     await page.check("[name=backdrop][value=photo]")
     assert await visit.corner() == (200, 30, 90)
-    await visit.drop("plain.png", encode_image(color=(1, 2, 3)))
+    await visit.drop("plain.png", encode_image(color=(1, 2, 3)), use="photo")
     await expect(page.locator("#note")).to_have_text("plain.png is the background.")
     assert await visit.corner() == (1, 2, 3)
     visit.requests.clear()
     await visit.drop("large.jpg", encode_image("JPEG"), "image/jpeg", more=13_000_000)
-    await expect(page.locator("#note")).to_have_text("large.jpg is the background.")
+    await expect(page.locator(".choice[value=settings]")).to_be_hidden()
     await visit.drop("large.png", encode_image(), more=13_000_000)
-    await expect(page.locator("#note")).to_have_text(
-        "large.png is the background. Settings are read from PNG, WebP and AVIF files up to 11 MB."
+    await expect(page.locator(".choice[value=settings]")).to_contain_text(
+        "Settings are read from PNG, WebP and AVIF files up to 11 MB."
     )
     await visit.drop("broken.png", b"no image")
     await expect(page.locator("#note")).to_contain_text("broken.png is not an image")

@@ -77,8 +77,10 @@ class Visit:
             zip(terms, await self.page.locator("#facts dd").all_text_contents(), strict=True)
         )
 
-    async def drop(self, name: str, data: bytes, mime: str = "image/png", more: int = 0) -> None:
-        """Drop a file on the page; `more` bytes are added to it."""
+    async def drop(
+        self, name: str, data: bytes, mime: str = "image/png", more: int = 0, use: str = ""
+    ) -> None:
+        """Drop a file on the page, and choose its `use`; `more` bytes are added to it."""
         transfer = await self.page.evaluate_handle(
             """([name, bytes, type, more]) => {
               const transfer = new DataTransfer();
@@ -89,6 +91,8 @@ class Visit:
             [name, list(data), mime, more],
         )
         await self.page.dispatch_event("#viewport", "drop", {"dataTransfer": transfer})
+        if use:
+            await self.page.click(f".choice[value={use}]")
 
     async def download(self, button: str) -> bytes:
         """Click a download button, and return the file."""

@@ -19,6 +19,7 @@ from tests.support.tiny_models import make_diffusers_folder, make_single_file
 
 from alphalayer import catalog
 from alphalayer.api.native.txt2img import Txt2ImgRequest
+from alphalayer.core.modes import MODES
 from alphalayer.engine.fake import render_disc
 from alphalayer.images import codecs, postprocess
 
@@ -458,6 +459,27 @@ def test_models_are_listed_with_defaults_and_errors(tmp_path):
         "damaged" in listed["broken"]["problem"]
         or "not a safetensors" in listed["broken"]["problem"]
     )
+
+
+def test_models_are_listed_with_modes_and_layers(tmp_path):
+    make_diffusers_folder(tmp_path / "models" / "Stable-diffusion" / "own")
+    make_single_file(tmp_path / "models" / "Stable-diffusion" / "sdxl.safetensors")
+    layers = tmp_path / "models" / "layer_model"
+    layers.mkdir()
+    for mode in ("attention", "fg2ble"):
+        (layers / MODES[mode].files[0]).touch()
+    with served(tmp_path, engine=None) as client:
+        listed = {model["name"]: model for model in client.get("/alpha/v1/models").json()["models"]}
+    assert listed["sdxl"]["modes"] == ["fg2ble"]  # there is no decoder for attention
+    pulls = {
+        (*choice["given"], choice["want"]): choice["pull"] for choice in listed["sdxl"]["layers"]
+    }
+    assert pulls["foreground", "blended"] == []
+    assert pulls["foreground", "layers"] == ["layerdiffuse-fgble2bg"]
+    assert pulls[("layers",)] == ["layerdiffuse", "layerdiffuse-fgble2bg"]
+    # its own patch is of one mode
+    assert listed["own"]["modes"] == ["attention"]
+    assert listed["own"]["layers"] == [{"given": [], "want": "foreground", "pull": []}]
 
 
 def test_cors_is_off_unless_configured(tmp_path, client):

@@ -10,6 +10,7 @@ from alphalayer.core.modes import MODES, ConditionRole, LayerRole, Mode
 
 Want = Literal["layers", "foreground", "background", "blended"]
 """Layer to generate, with those that it needs, or all layers."""
+WANTS: tuple[Want, ...] = get_args(Want)
 STACK: tuple[LayerRole, ...] = ("background", "foreground", "blended", "composite")
 """Roles of the layers of a document, bottom to top."""
 CONDITIONS: tuple[ConditionRole, ...] = get_args(ConditionRole)
@@ -73,6 +74,16 @@ def plan_chain(
     return next(
         plan for plan in plans if want in {role for mode in plan for role in mode.layer_roles}
     )
+
+
+def find_chains(family: str) -> dict[tuple[ConditionRole, ...], dict[Want, tuple[Mode, ...]]]:
+    """Return the chains of a family by the given layers and the wanted ones."""
+    return {
+        tuple(role for role in CONDITIONS if role in given): {
+            want: plan_chain(want, given, family) for want in WANTS if want not in given
+        }
+        for given in _CHAINS.get(family, {})
+    }
 
 
 def _names_of(roles: Collection[ConditionRole]) -> str:

@@ -1,19 +1,23 @@
 // Connects the parts of the page.
 
+import * as choose from "./choose.js";
 import * as health from "./health.js";
 import * as history from "./history.js";
+import * as images from "./images.js";
 import * as jobs from "./jobs.js";
+import * as layers from "./layers.js";
 import * as outside from "./outside.js";
 import * as result from "./result.js";
 import * as service from "./service.js";
 import * as settings from "./settings.js";
 import { snippet } from "./snippets.js";
 import * as stage from "./stage.js";
+import * as task from "./task.js";
 
 const find = (id) => document.getElementById(id);
 const pause = (seconds) => new Promise((resume) => setTimeout(resume, seconds * 1000));
 const UNANSWERED = "The service did not respond, so the job may exist or not. Press Generate again when it is back: the job runs only once.";
-const EMPTY = "Describe an image and press Generate. The image appears here, without a background.";
+const EMPTY = "Describe an image and press Generate. The image appears here, without a background. Or drop an image.";
 let needsKey = false;
 let isLocked = false;
 let noteTimer;
@@ -35,7 +39,7 @@ async function connect() {
     settings.setChoices({ models, fields: await service.fields(), ...(await service.lists()) });
     health.report("entry", "");
     settings.clearErrors();
-    updateCode();
+    task.update();
   } catch (error) {
     if (error.status === 401) return requestKey();
     if (error instanceof service.Away) return;
@@ -93,18 +97,19 @@ let isSending = false;
 
 async function generate() {
   settings.clearErrors();
-  if (!settings.check() || isSending) return;
+  if (!settings.check() || !task.check() || isSending) return;
   if (isLocked) return requestKey();
-  const body = settings.read();
+  const body = { ...task.describe(), ...task.read() };
   notify("");
   let job;
   isSending = true;
   find("generate-word").textContent = "Sending…";
   try {
-    job = await service.submit(body);
+    job = await service.submit(`alpha/v1/${task.paths()[1]}`, { ...task.read(), ...(await task.readImages()) });
     confirmSent();
   } catch (error) {
-    find("generate-word").textContent = "Generate";
+    find("generate-word").textContent = task.verb();
+    task.offerOpaque(error);
     if (error.status === 401) requestKey();
     else if (error instanceof service.Away) settings.showError(new Error(UNANSWERED));
     else settings.showError(error);
@@ -112,6 +117,7 @@ async function generate() {
   } finally {
     isSending = false;
   }
+  if (stage.isEditing()) showResult("");
   find("stage").scrollIntoView({ block: "nearest", behavior: "smooth" });
   try {
     await finish(await jobs.follow(job, body), body);
@@ -124,7 +130,7 @@ async function generate() {
 async function confirmSent() {
   find("generate-word").textContent = "Sent ✓";
   await pause(1);
-  if (!isSending) find("generate-word").textContent = "Generate";
+  if (!isSending) find("generate-word").textContent = task.verb();
 }
 
 /** Show the preview of an unfinished job. */
@@ -141,7 +147,7 @@ function preview(job, body) {
 
 async function finish({ job, wasShown }, body) {
   if (job.state === "done") {
-    const entries = await Promise.all(job.images.map((image, i) => entry(image, i, body)));
+    const entries = await Promise.all(job.documents.length ? layerSets(job, body) : job.images.map((image, i) => entry(image, i, body)));
     for (const image of entries.toReversed()) past.add(image);
     if (wasShown) result.present(entries[0]);
     return;
@@ -164,16 +170,37 @@ async function entry({ filename, seed, width, height }, i, body) {
   return { name: filename, seed: exact, width, height, settings: { ...used, ...own } };
 }
 
+/** Return the history entries of a job with layers, one for each set. */
+function layerSets({ id, images, documents }, body) {
+  const count = images.length / documents.length;
+  return documents.map(async (_, i) => {
+    const own = images.slice(i * count, (i + 1) * count);
+    // the last layer shows the most
+    return { ...(await entry(own.at(-1), i, body)), job: id, set: i + 1, layers: own.map(({ filename, role }) => ({ name: filename, role })) };
+  });
+}
+
 const defined = (all) => Object.fromEntries(Object.entries(all).filter(([, value]) => value !== undefined));
 
 /** Show again what the stage showed before the jobs. */
 function restore() {
+  if (!stage.isEditing()) showResult(EMPTY);
+}
+
+/** Show the last result, or a text if there is none. */
+function showResult(text) {
   if (result.current()) result.present(result.current());
-  else stage.blank(EMPTY);
+  else stage.blank(text);
 }
 
 // connecting checks whether the service rejects the current key
 jobs.start(preview, () => isLocked || connect());
+stage.start(jobs.unwatch);
+layers.start(showError);
+task.start(() => {
+  if (!isSending) find("generate-word").textContent = task.verb();
+  updateCode();
+});
 const past = history.start(service.fileAddress, service.isGone, (selected) => {
   notify("");
   jobs.unwatch();
@@ -201,6 +228,7 @@ window.addEventListener("pagehide", (event) => {
 for (const format of ["png", "webp"]) {
   find(`save-${format}`).addEventListener("click", () => result.save(format).catch(showError));
 }
+find("use").addEventListener("click", () => result.file().then(choose.open).catch(showError));
 find("reuse").addEventListener("click", () => notify(describeMissing(reuse(result.current().settings))));
 
 const describeMissing = (names) => (names.length ? `Not available: ${names.join(", ")}.` : "");
@@ -219,26 +247,38 @@ find("close-note").addEventListener("click", () => notify(""));
 
 // --- image files of the user
 
-/** Use the settings of an image. A dropped image without settings becomes the background. */
-async function importFile(file, isDropped) {
+/** Show an image and the choice what it is for. */
+const openImage = (file) => choose.open(file).catch(showError);
+
+choose.start({
+  onSettings: useSettings,
+  onPhoto: setBackground,
+  onLeave() {
+    showResult(EMPTY);
+    if (jobs.ids().length) jobs.watch();
+  },
+});
+
+/** Write the settings of an image into the form. */
+function useSettings(name, read) {
+  const missing = [...read.missing, ...reuse(read.settings)];
+  notify(`The settings of ${name} are in the form. ${describeMissing(missing)}`.trim());
+}
+
+async function importFile(file) {
   try {
-    const imported = await outside.readSettings(file);
-    if (!imported && isDropped) return useAsBackground(file);
-    if (!imported) return notify(`No settings were found in ${file.name}. ${outside.SUPPORTED} Images of Alphalayer, AUTOMATIC1111 and Forge have settings.`);
-    const missing = [...imported.missing, ...reuse(imported.settings)];
-    notify(`The settings of ${file.name} are in the form. ${describeMissing(missing)}`.trim());
+    await images.open(file);
+    const read = await outside.readSettings(file);
+    if (read) useSettings(file.name, read);
+    else notify(`No settings were found in ${file.name}. ${outside.SUPPORTED} Images of Alphalayer, AUTOMATIC1111 and Forge have settings.`);
   } catch (error) {
     showError(error);
   }
 }
 
-async function useAsBackground(file) {
-  try {
-    await outside.useAsBackground(file);
-    notify(`${file.name} is the background.${outside.isTooLarge(file) ? ` ${outside.SUPPORTED}` : ""}`, { isBrief: true });
-  } catch (error) {
-    showError(error);
-  }
+function setBackground(file) {
+  stage.setPhoto(file);
+  notify(`${file.name} is the background.`, { isBrief: true });
 }
 
 function onFile(id, handle) {
@@ -248,8 +288,16 @@ function onFile(id, handle) {
   });
 }
 
-onFile("open-file", (file) => importFile(file, false));
-onFile("open-photo", useAsBackground);
+onFile("open-file", importFile);
+onFile("open-image", openImage);
+onFile("open-photo", (file) => images.open(file).then(() => setBackground(file), showError));
+document.addEventListener("paste", (event) => {
+  const [file] = event.clipboardData.files;
+  // text that comes with its image goes into the field
+  if (!file || event.clipboardData.types.includes("text/plain")) return;
+  event.preventDefault();
+  openImage(file);
+});
 // dragged text keeps its usual target
 const hasFiles = (event) => event.dataTransfer.types.includes("Files");
 document.addEventListener("dragover", (event) => {
@@ -261,7 +309,7 @@ for (const kind of ["dragleave", "drop"]) document.addEventListener(kind, () => 
 document.addEventListener("drop", (event) => {
   if (!hasFiles(event)) return;
   event.preventDefault();
-  if (event.dataTransfer.files[0]) importFile(event.dataTransfer.files[0], true);
+  if (event.dataTransfer.files[0]) openImage(event.dataTransfer.files[0]);
 });
 
 // --- the request as code
@@ -269,13 +317,24 @@ document.addEventListener("drop", (event) => {
 function updateCode() {
   find("brief").textContent = settings.brief();
   const language = document.querySelector("[name=language]:checked").value;
-  find("snippet").textContent = snippet(language, document.baseURI.split(/[?#]/)[0], settings.read(), needsKey || Boolean(service.key.read()));
+  find("snippet").textContent = snippet(language, {
+    url: `${document.baseURI.split(/[?#]/)[0]}alpha/v1/${task.paths()[0]}`,
+    body: task.read(),
+    files: task.fileNames(),
+    withKey: needsKey || Boolean(service.key.read()),
+  });
 }
 
 for (const id of ["settings", "code-dialog"]) {
   for (const kind of ["input", "change"]) find(id).addEventListener(kind, updateCode);
 }
 find("drop-carried").addEventListener("click", updateCode);
+find("go-opaque").addEventListener("click", () => {
+  find("layerdiffuse_enabled").click();
+  find("go-opaque").hidden = true;
+  find("generate").focus({ preventScroll: true });
+  find("settings").requestSubmit();
+});
 find("open-code").addEventListener("click", () => find("code-dialog").showModal());
 find("copy").addEventListener("click", async () => {
   try {

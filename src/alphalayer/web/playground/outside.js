@@ -1,9 +1,9 @@
-// Image files of the user: their settings go into the form, or they become the background.
+// The settings in image files.
 
+import * as images from "./images.js";
 import { fromParameters } from "./infotext.js";
 import * as service from "./service.js";
 import * as settings from "./settings.js";
-import * as stage from "./stage.js";
 
 const TYPES = ["image/png", "image/webp", "image/avif"];
 const MAX_BYTES = 11_000_000; // as base64 below the service's limit for a request
@@ -14,12 +14,8 @@ export const isTooLarge = (file) => TYPES.includes(file.type) && file.size > MAX
 /** Hint for users: the files that are read. */
 export const SUPPORTED = `Settings are read from PNG, WebP and AVIF files up to ${MAX_BYTES / 1e6} MB.`;
 
-/**
- * Read the settings of an image file: {settings, missing}, or null.
- * Throws an Error for the user if the file cannot be read.
- */
+/** Read the settings of an image file: {settings, missing}, or null. */
 export async function readSettings(file) {
-  await check(file);
   if (!TYPES.includes(file.type) || isTooLarge(file)) return null;
   try {
     return fromParameters(await fetchParameters(file), settings.choices());
@@ -43,33 +39,7 @@ export async function settingsOf(name) {
 const PROMPTS = ["Prompt", "Negative prompt"];
 
 async function fetchParameters(file) {
-  const { info, parameters } = await service.json("sdapi/v1/png-info", { method: "POST", body: { image: await base64(file) } });
+  const { info, parameters } = await service.json("sdapi/v1/png-info", { method: "POST", body: { image: await images.dataUrl(file) } });
   // the service adds the values that AUTOMATIC1111 assumes for other keys
   return Object.fromEntries(Object.entries(parameters).filter(([key]) => PROMPTS.includes(key) || info.includes(`${key}: `)));
 }
-
-/** Use an image file as the background. Throws an Error for the user if it cannot be read. */
-export async function useAsBackground(file) {
-  await check(file);
-  stage.setPhoto(file);
-}
-
-async function check(file) {
-  const image = new Image();
-  image.src = URL.createObjectURL(file);
-  try {
-    await image.decode();
-  } catch {
-    throw new Error(`${file.name} is not an image that this browser can show. Use a PNG, JPEG or WebP file.`);
-  } finally {
-    URL.revokeObjectURL(image.src);
-  }
-}
-
-const base64 = (file) =>
-  new Promise((resolve, reject) => {
-    const reader = new FileReader();
-    reader.onload = () => resolve(reader.result);
-    reader.onerror = () => reject(new Error(`${file.name} cannot be read. Check that the file still exists.`));
-    reader.readAsDataURL(file);
-  });

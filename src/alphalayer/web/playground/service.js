@@ -116,15 +116,15 @@ export async function lists() {
 let unanswered = null; // a request without a response, which may have created a job: {text, key}
 
 /**
- * Submit a job. Throws `Refused` or `Away`.
+ * Submit a job to a path. Throws `Refused` or `Away`.
  * After `Away`, the same body returns the job of the first request, if it created one.
  */
-export async function submit(body) {
-  const text = JSON.stringify(body);
+export async function submit(path, body) {
+  const text = path + JSON.stringify(body);
   const submission = unanswered?.text === text ? unanswered : { text, key: randomKey() };
   unanswered = submission;
   try {
-    const job = await jobOf("alpha/v1/jobs", { method: "POST", body: { ...body, previews: true }, headers: { "Idempotency-Key": submission.key } });
+    const job = await jobOf(path, { method: "POST", body: { ...body, previews: true }, headers: { "Idempotency-Key": submission.key } });
     unanswered = null;
     return job;
   } catch (error) {
@@ -151,10 +151,22 @@ function learn(job) {
   for (const url of [job.preview_url, ...job.images.map((image) => image.url)].filter(Boolean)) {
     signatures.set(nameOf(url), new URL(url, document.baseURI).search);
   }
+  for (const [kind, url] of Object.entries(job.documents[0] ?? {})) {
+    signatures.set(documentName(job.id, kind), new URL(url, document.baseURI).search);
+  }
   return job;
 }
 
 const jobOf = async (path, options) => learn(await json(path, options));
+
+const documentName = (id, kind) => `${id}/layers.${kind}`;
+
+/** Return the address of a file with all layers of a job's set: psd, ora, tiff or zip. */
+export function documentAddress(id, kind, set) {
+  const query = new URLSearchParams(signatures.get(documentName(id, kind)));
+  if (set > 1) query.set("set", set);
+  return `alpha/v1/jobs/${documentName(id, kind)}?${query}`;
+}
 
 let renewing = null;
 

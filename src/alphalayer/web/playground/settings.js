@@ -13,9 +13,10 @@ const input = (name) => document.getElementById(name);
 let models = [];
 let fields = {}; // defaults and bounds by name; empty until the service has sent them
 let lists = { samplers: [], schedulers: [] };
+let imageSize = {}; // the default size if the request has an image: {width, height}
 let carried = {}; // settings of an image that have no field in the form
 
-/** Return the body of a request, without empty values and defaults of the service. */
+/** Return the fields of a request, without empty values and defaults of the service. */
 export function read() {
   const body = {};
   for (const name of TEXTS) body[name] = input(name).value;
@@ -64,7 +65,7 @@ function defaults() {
 
 /** Return a short summary of the form. */
 export function brief() {
-  const { width, height, steps, seed } = resolve(read());
+  const { width, height, steps, seed } = resolve({ ...imageSize, ...read() });
   const size = width && height && `${width} × ${height}`;
   return [size, steps && `${steps} steps`, seed !== undefined && `seed ${seed}`].filter(Boolean).join(", ");
 }
@@ -106,14 +107,23 @@ function describe(control, { minimum, maximum, maxLength, default: value }) {
   if (value !== undefined && value !== null) control.defaultValue = value;
 }
 
+/** Return the layers that the selected model can generate: [{given, want, pull}]. */
+export const layerChoices = () => (usable().find((model) => model.name === input("checkpoint").value) ?? defaultModel())?.layers ?? [];
+
 /** Return the available models, fields and lists. */
 export const choices = () => ({ models: usable(), fields, ...lists });
+
+/** Set the size of the request's image, or {}. */
+export function setImageSize(size) {
+  imageSize = size;
+  hint();
+}
 
 /** Show the defaults of the selected model in empty fields. */
 function hint() {
   const defaults = defaultsOf(input("checkpoint").value);
   input("checkpoint-help").hidden = (input("checkpoint").value || defaultModel()?.name) !== BUILT_IN;
-  for (const name of ["width", "height", "steps", "cfg_scale"]) input(name).placeholder = defaults?.[name] ?? "";
+  for (const name of ["width", "height", "steps", "cfg_scale"]) input(name).placeholder = imageSize[name] ?? defaults?.[name] ?? "";
   fill("sampler_name", lists.samplers, defaults?.sampler);
   fill("scheduler", lists.schedulers, defaults?.scheduler);
 }
@@ -173,9 +183,13 @@ function describeValid({ id, min, max }) {
   return `${id === "cfg_scale" ? "A number" : "A whole number"} from ${min} to ${max}.`;
 }
 
+/** Return an error of a field of the form, as the service would. */
+export const fieldError = (field, text) => Object.assign(new Error(text), { besideField: text, problem: { field } });
+
 /** Show an error of the service, beside its field if the form has it. */
 export function showError(error) {
-  const field = error.problem?.field;
+  const name = error.problem?.field;
+  const field = name === "image" ? "init" : name;
   const hasField = field && input(`${field}-error`);
   if (!hasField) return void (input("form-error").textContent = error.message);
   mark(input(field), error.besideField);

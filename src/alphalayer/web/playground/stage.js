@@ -1,4 +1,5 @@
 // The image, its background (checkerboard, white, black, a colour or a photo), zoom and alpha view.
+// The same place shows a dropped image, a mask or layers.
 
 const find = (id) => document.getElementById(id);
 const stage = find("stage");
@@ -11,11 +12,30 @@ let size = null;
 let zoom = null; // null: fit into the frame
 let photo = null;
 
+let onEdit = () => {};
+
+/** Set the listener. It is called if the user starts to choose what an image is for, or to paint. */
+export const start = (listener) => (onEdit = listener);
+
+/** Show one of the views: "image", "choose", "mask" or "layers". */
+export function view(name) {
+  stage.dataset.view = name;
+  for (const part of stage.querySelectorAll("[data-show]")) part.hidden = part.dataset.show !== name;
+  find("spread").hidden = name !== "layers";
+  if (!isEditing()) return;
+  onEdit();
+  stage.scrollIntoView({ block: "nearest" });
+}
+
+/** Return whether the user chooses what an image is for, or paints a mask. */
+export const isEditing = () => ["choose", "mask"].includes(stage.dataset.view);
+
 /**
  * Show the image at a URL, with a layout size of `width` x `height`.
  * Previews (`isFinal` is false) have fewer pixels and no alpha.
  */
 export function show(address, { alt, width, height, isFinal, onMissing = () => {} }) {
+  view("image");
   size = { width, height };
   image.onerror = () => {
     image.hidden = true;
@@ -33,6 +53,7 @@ export function show(address, { alt, width, height, isFinal, onMissing = () => {
 
 /** Show a text instead of an image. */
 export function blank(text) {
+  view("image");
   size = null;
   image.hidden = true;
   image.removeAttribute("src");
@@ -128,4 +149,6 @@ for (const kind of ["click", "input"]) {
   });
 }
 find("choose-photo").addEventListener("click", () => find("open-photo").click());
-find("alpha").addEventListener("change", (event) => image.classList.toggle("alpha", event.target.checked));
+find("alpha").addEventListener("change", (event) => {
+  for (const shown of [image, find("stack")]) shown.classList.toggle("alpha", event.target.checked);
+});
