@@ -170,7 +170,7 @@ async def test_mcp_client_gets_the_native_image(service: httpx.Client, apple: np
     async with Client(
         StreamableHttpTransport(f"{str(service.base_url).rstrip('/')}/mcp/")
     ) as client:
-        (tool,) = await client.list_tools()
+        tool, *_ = await client.list_tools()
         fields = {
             name: value for name, value in SETTINGS.items() if name != "cfg_scale"
         }  # the model's own is 3

@@ -113,7 +113,7 @@ def test_serverless_worker_returns_images_and_errors(tmp_path):
             {"id": "wrong", "input": {"prompt": "an apple", "steps": 0}},
             {
                 "id": "changed",
-                "input": {"prompt": "x", "task": "img2img", "image": glass(), **small},
+                "input": {"prompt": "x", "task": "img2img", **glass, **small},
             },
             {"id": "layers", "input": {"prompt": "x", "task": "layers", **small}},
             {"id": "odd", "input": {"prompt": "x", "task": "odd"}},
