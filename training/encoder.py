@@ -174,7 +174,7 @@ def to_argb(rgba: Tensor) -> Tensor:
 
 
 def make_encoder() -> TransparentEncoder:
-    """Return a new encoder that keeps the spread of values. Its offset begins near zero."""
+    """Return a new encoder, whose offset begins near zero."""
     encoder = TransparentEncoder((*WIDTHS, 4))
     layers = [layer for layer in encoder.modules() if isinstance(layer, nn.Conv2d)]
     for layer in layers:
@@ -196,7 +196,7 @@ def decode(model: DiffusionModel, latent: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def sample_images(sampler: ImageSampler, step: int) -> Tensor:
-    """Return a batch of images at the shipped model's size: two crops, or one whole image.
+    """Return two crops or one whole image, at the shipped model's size.
 
     The borders of crops are not those of images.
     """
@@ -208,32 +208,14 @@ def sample_images(sampler: ImageSampler, step: int) -> Tensor:
     if choice < SOFT_SHARE:
         rgba = images.soften(rgba, sampler.generator)
     elif choice < SOFT_SHARE + THIN_SHARE:
-        rgba = thin(rgba, sampler.generator)
+        rgba = images.thin(rgba, sampler.generator)
     return images.downsample(rgba)
-
-
-def thin(rgba: Tensor, generator: torch.Generator) -> Tensor:
-    """Give each image one opacity, as glass has, or the part of it beside a line.
-
-    Args:
-        rgba: (B, 4, H, W).
-        generator: Source of random numbers.
-    """
-    count = len(rgba)
-    axes = (torch.linspace(-1, 1, side) for side in rgba.shape[-2:])
-    y, x = torch.meshgrid(*axes, indexing="ij")
-    angle, shift, opacity = torch.rand(3, count, 1, 1, 1, generator=generator)
-    distance = x * (angle * 2 * torch.pi).cos() + y * (angle * 2 * torch.pi).sin()
-    # Beyond 1.5 the line is outside of the image.
-    share = (distance < shift * 3 - 0.5).float()
-    alpha = rgba[:, 3:] * (1 - share * (0.9 - 0.8 * opacity))
-    return torch.cat([rgba[:, :3], alpha], 1)
 
 
 def compute_loss(
     model: DiffusionModel, encoder: nn.Module, rgba: Tensor, generator: torch.Generator
 ) -> Tensor:
-    """Compute the loss of images (B, 4, H, W) that must come back from the frozen decoders."""
+    """Compute the loss of images (B, 4, H, W) against what the decoders return."""
     grey = on_grey(rgba).contiguous(memory_format=torch.channels_last)
     with torch.no_grad():
         encoded = model.modules["vae"].encode(grey)
@@ -304,7 +286,11 @@ def save(
     best: dict[str, Any],
     fixed: Tensor,
 ) -> dict[str, Any]:
-    """Write the checkpoint atomically. Return the best averaged weights so far with their score."""
+    """Write the checkpoint atomically.
+
+    Returns:
+        The best averaged weights so far, with their score and step.
+    """
     candidate = make_encoder()
     candidate.load_state_dict(average.weights)
     figures = measure(reconstruct(model, candidate, fixed), fixed)
@@ -408,7 +394,11 @@ def load_best() -> TransparentEncoder:
 
 
 def export() -> int:
-    """Write the best weights as float16 into the shipped folder; return the file's bytes."""
+    """Write the best weights as float16 into the shipped folder.
+
+    Returns:
+        Size of the file in bytes.
+    """
     weights = {name: value.half().contiguous() for name, value in load_best().state_dict().items()}
     save_file(weights, FILE)
     path = FILE.with_name("config.json")
@@ -420,7 +410,7 @@ def export() -> int:
 
 
 def evaluate(count: int, sheet: Path) -> None:
-    """Print figures of the shipped file on images that were held out, and write a sheet.
+    """Print figures of the shipped file on held-out images, and write a sheet.
 
     Args:
         count: Number of training images.

@@ -95,7 +95,7 @@ def edit(engine: LocalEngine, inputs: dict[str, np.ndarray], **fields) -> np.nda
 
 
 def draw_tree() -> np.ndarray:
-    """Return a tree that no training saw, with hard edges and a half-transparent crown."""
+    """Return an unknown image: hard edges, half-transparent crown."""
     image = Image.new("RGBA", (1024, 1024))
     drawing = ImageDraw.Draw(image)
     drawing.rectangle((450, 520, 574, 920), (120, 72, 30, 255))
