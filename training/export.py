@@ -1,7 +1,8 @@
 """Write the trained parts into the package as a diffusers folder of the SDXL class.
 
 The folder has a `layerdiffuse/` folder with the patch and the transparent decoder. All weights
-are float16.
+are float16. The transparent encoder is trained for an exported folder (`encoder.py`). It is kept as
+long as VAE and transparent decoder stay the same.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ PASSES = 1
 """Orientations in which the transparent decoder reads a latent. The published decoder needs 8."""
 ALPHA_MARGIN = 0.06
 """Alpha this near to 0 or 1 becomes 0 or 1. The last layer's range is widened by it."""
+DECODER_FILE = Path("layerdiffuse", "decoder.safetensors")
 LARGEST_BYTES = 60_000_000
 PARTS = {
     "unet": ("diffusers", "UNet2DConditionModel"),
@@ -52,6 +54,10 @@ def export(target: Path) -> int:
     Returns:
         Its size in bytes.
     """
+    layers = target / "layerdiffuse"
+    kept = layers / "encoder.safetensors"
+    encoder = kept.read_bytes() if kept.is_file() else b""
+    earlier = autoencoder_bytes(target)
     shutil.rmtree(target, ignore_errors=True)
     shutil.copytree(CARD, target)
     encoders, autoencoder, unet = Encoders(), load_trained(), load_averaged()
@@ -79,13 +85,12 @@ def export(target: Path) -> int:
     make_schedule().save_pretrained(target / "scheduler")
     decoder = autoencoder.decoder.network
     stretch(decoder.conv_out)
-    layers = target / "layerdiffuse"
     layers.mkdir()
     save_file(patch, layers / "patch.safetensors")
     decoder_weights = {
         name: value.half().contiguous() for name, value in NamedWeights(decoder).items()
     }
-    save_file(decoder_weights, layers / "decoder.safetensors")
+    save_file(decoder_weights, target / DECODER_FILE)
     config = {
         "version": 1,
         "patch": "patch.safetensors",
@@ -95,11 +100,21 @@ def export(target: Path) -> int:
         "latent": "unscaled",
         "defaults": DEFAULTS,
     }
+    # The transparent encoder belongs to the networks that decode its latents.
+    if encoder and autoencoder_bytes(target) == earlier:
+        kept.write_bytes(encoder)
+        config["encoder"] = kept.name
     (layers / "config.json").write_text(json.dumps(config, indent=1) + "\n")
     index: dict[str, object] = {"_class_name": "StableDiffusionXLPipeline"}
     index |= {name: list(classes) for name, classes in PARTS.items()}
     (target / "model_index.json").write_text(json.dumps(index, indent=1) + "\n")
     return sum(file.stat().st_size for file in target.rglob("*") if file.is_file())
+
+
+def autoencoder_bytes(target: Path) -> list[bytes]:
+    """Return the files of the VAE and the transparent decoder that a folder has."""
+    files = target / "vae" / "diffusion_pytorch_model.safetensors", target / DECODER_FILE
+    return [file.read_bytes() for file in files if file.is_file()]
 
 
 @torch.no_grad()

@@ -84,6 +84,24 @@ def soften(rgba: Tensor, generator: torch.Generator) -> Tensor:
     return add_glow(rgba, 24 + 60 * amount, 0.9)
 
 
+def thin(rgba: Tensor, generator: torch.Generator) -> Tensor:
+    """Give each image one opacity, as glass has, or the part of it beside a line.
+
+    Args:
+        rgba: (B, 4, H, W).
+        generator: Source of random numbers.
+    """
+    count = len(rgba)
+    axes = (torch.linspace(-1, 1, side) for side in rgba.shape[-2:])
+    y, x = torch.meshgrid(*axes, indexing="ij")
+    angle, shift, opacity = torch.rand(3, count, 1, 1, 1, generator=generator)
+    distance = x * (angle * 2 * math.pi).cos() + y * (angle * 2 * math.pi).sin()
+    # Beyond 1.5 the line is outside of the image.
+    share = (distance < shift * 3 - 0.5).float()
+    alpha = rgba[:, 3:] * (1 - share * (0.9 - 0.8 * opacity))
+    return torch.cat([rgba[:, :3], alpha], 1)
+
+
 def add_glow(rgba: Tensor, radius: float, strength: float) -> Tensor:
     """Put a glow of the image's own colours behind it.
 

@@ -298,6 +298,9 @@ FOLDER_DAMAGES: dict[str, Callable[[Path], None]] = {
     "patch above its folder": lambda folder: _change(
         folder / "layerdiffuse" / "config.json", patch="../../patch.safetensors"
     ),
+    "encoder above its folder": lambda folder: _change(
+        folder / "layerdiffuse" / "config.json", encoder="../../encoder.safetensors"
+    ),
     "decoder of a million layers": lambda folder: _change(
         folder / "layerdiffuse" / "config.json", decoder_config={"layers_per_block": 10**6}
     ),

@@ -53,6 +53,17 @@ def test_glow_ends_at_its_radius() -> None:
     assert row[64 - 32 - 22] == 0
 
 
+def test_thin_image_has_one_opacity_beside_a_line() -> None:
+    rgba = make_disc().expand(8, -1, -1, -1)
+    thinned = images.thin(rgba, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(thinned[:, :3], rgba[:, :3])
+    for image in thinned:
+        values = set(image[3].unique().tolist()) - {0.0, 1.0}
+        assert len(values) <= 1
+        assert all(0.1 <= value <= 0.9 for value in values)
+    assert (thinned[:, 3] < rgba[:, 3]).any()
+
+
 def test_pixelate_has_hard_alpha_and_plain_cells() -> None:
     rgba = make_disc()
     cells = images.pixelate(rgba, cells=16).unfold(2, 8, 8).unfold(3, 8, 8).flatten(4)
