@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import Image
@@ -50,7 +51,7 @@ def make_background(width: int) -> Image.Image:
     return background
 
 
-def make_strip(images: list[Image.Image]) -> Image.Image:
+def make_strip(images: Sequence[Image.Image]) -> Image.Image:
     """Lay images beside each other on a checkerboard, and again on black."""
     strip = make_background(SIDE * len(images))
     for column, image in enumerate(images):
