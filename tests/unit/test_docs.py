@@ -12,6 +12,9 @@ import pytest
 from alphalayer.catalog.download import PUBLISHED
 from alphalayer.cli.app import load_command
 from alphalayer.config import Settings
+from alphalayer.core.errors import InvalidRequest
+from alphalayer.core.layers import plan_chain
+from alphalayer.core.modes import MODES
 from alphalayer.observability.metrics import Metrics
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -47,6 +50,41 @@ def test_model_files_guide_lists_each_published_file():
         if file.folder == "layer_model":
             assert f"`{file.name}`" in guide
             assert f"`{file.filename.removesuffix('.safetensors')}`" in guide
+
+
+def test_readme_lists_each_mode():
+    readme = (DOCS.parent / "README.md").read_text(encoding="utf-8")
+    for mode in MODES.values():
+        if mode.files:
+            file = mode.files[0].removesuffix(".safetensors")
+            cells = (
+                mode.label,
+                ", ".join(mode.needs) or "–",
+                ", ".join(mode.layers),
+                f"`{file}`",
+                f"`{mode.download}`",
+            )
+            assert f"| {' | '.join(cells)} |" in readme
+
+
+def _names_of_chain(want, given, family):
+    try:
+        return ", ".join(f"`{mode.name}`" for mode in plan_chain(want, given, family))
+    except InvalidRequest:
+        return "–"
+
+
+def test_layers_guide_lists_the_chains():
+    guide = (DOCS / "guides" / "layers-and-edits.md").read_text(encoding="utf-8")
+    table = guide.split("| Given | `want` | SDXL | SD 1.5 |\n|---|---|---|---|\n")[1].split("\n\n")[
+        0
+    ]
+    rows = [[cell.strip() for cell in row.strip("|").split("|")] for row in table.splitlines()]
+    assert len(rows) == 9
+    for given, wants, *chains in rows:
+        roles = [] if given == "–" else given.split(", ")
+        for want in re.findall(r"`(\w+)`", wants):
+            assert [_names_of_chain(want, roles, family) for family in ("sdxl", "sd15")] == chains
 
 
 def test_every_field_and_parameter_of_the_api_is_described():
