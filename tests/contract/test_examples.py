@@ -65,8 +65,12 @@ def image_folder(tmp_path: Path) -> Path:
 
 
 def test_guide_python_clients_succeed(service: httpx.Client, image_folder: Path):
-    """Run the blocks as one program, because some continue the one before."""
-    code = "\n".join(examples("clients.md", "python"))
+    """Run the blocks as one program, because some continue the one before.
+
+    LiteLLM is not installed: its many dependencies have versions that differ from ours.
+    """
+    blocks = examples("clients.md", "python")
+    code = "\n".join(block for block in blocks if "import litellm" not in block)
     for port in ("localhost:7861", 'localhost", port=7861'):
         new = port.replace("localhost", "127.0.0.1").replace("7861", str(service.base_url.port))
         code = code.replace(port, new)
