@@ -14,7 +14,7 @@ import httpx
 import numpy as np
 import pytest
 from PIL import Image
-from tests.support.serving import free_port, served, wait_until
+from tests.support.serving import free_port, put_model, served, wait_until
 
 GUIDES = Path(__file__).parents[2] / "docs" / "guides"
 RUNNERS = {
@@ -38,11 +38,12 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def service(home: Path) -> Iterator[httpx.Client]:
-    with served(home) as client:
+    with served(put_model(home)) as client:
         yield client
 
 
-def run(language: str, code: str, folder: Path) -> None:
+def run(language: str, code: str, folder: Path) -> str:
+    """Run a program in a folder and return its output."""
     runner = RUNNERS[language]
     if not shutil.which(runner[0]):
         pytest.skip(f"{runner[0]} is not installed")
@@ -50,6 +51,41 @@ def run(language: str, code: str, folder: Path) -> None:
         [*runner, code], cwd=folder, capture_output=True, text=True, timeout=60, check=False
     )
     assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture
+def image_folder(tmp_path: Path) -> Path:
+    """Return a folder with an image and a mask, both transparent on the left."""
+    image = Image.new("RGBA", (1024, 1024), "white")
+    image.paste((0, 0, 0, 0), (0, 0, 512, 1024))
+    for name in ("apple.png", "mask.png"):
+        image.save(tmp_path / name)
+    return tmp_path
+
+
+def test_guide_python_clients_succeed(service: httpx.Client, image_folder: Path):
+    """Run the blocks as one program, because some continue the one before.
+
+    LiteLLM is not installed: its many dependencies have versions that differ from ours.
+    """
+    blocks = examples("clients.md", "python")
+    code = "\n".join(block for block in blocks if "import litellm" not in block)
+    for port in ("localhost:7861", 'localhost", port=7861'):
+        new = port.replace("localhost", "127.0.0.1").replace("7861", str(service.base_url.port))
+        code = code.replace(port, new)
+    run("python", code, image_folder)
+    with Image.open(image_folder / "table.png") as image:
+        assert image.size == (1024, 1024)
+
+
+def test_guide_requests_with_images_succeed(service: httpx.Client, image_folder: Path):
+    code = next(block for block in examples("clients.md", "bash") if "img2img" in block)
+    output = run(
+        "bash", code.replace("localhost:7861", f"127.0.0.1:{service.base_url.port}"), image_folder
+    )
+    assert '"layers":' in output
+    assert '"code":' not in output
 
 
 @pytest.mark.parametrize("language", RUNNERS)

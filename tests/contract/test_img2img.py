@@ -145,6 +145,7 @@ WRONG = [
     ({"image": 5}, "image", "got 5"),
     ({"image": ["x"]}, "image", "a text with an image"),
     ({"image": "!"}, "image", "not base64"),
+    ({"image": "apple.png"}, "image", 'no stored image "apple.png"'),
     ({"image": text(b"no image")}, "image", "not an image"),
     ({"image": "https://example.com/a.png"}, "image", "URLs are not fetched"),
     ({"image": text(bomb())}, "image", "too large"),

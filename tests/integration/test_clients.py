@@ -8,7 +8,12 @@ from __future__ import annotations
 import base64
 import dataclasses
 import io
+import json
+import shutil
+import subprocess
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
@@ -17,6 +22,7 @@ import pytest
 import webuiapi
 from fastmcp import Client
 from fastmcp.client.transports import StreamableHttpTransport
+from fastmcp.exceptions import ToolError
 from PIL import Image
 from tests.support.serving import served, wait_until
 
@@ -51,6 +57,18 @@ def apple(service: httpx.Client) -> np.ndarray:
     return rgba
 
 
+def put_on_white(rgba: np.ndarray) -> Image.Image:
+    image = Image.new("RGB", rgba.shape[1::-1], "white")
+    image.paste(Image.fromarray(rgba), mask=Image.fromarray(rgba[..., 3]))
+    return image
+
+
+def save_png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
 @pytest.mark.parametrize("use_async", [False, True])
 async def test_webuiapi_client_gets_the_native_image(
     service: httpx.Client, apple: np.ndarray, use_async: bool
@@ -75,8 +93,7 @@ def test_webuiapi_client_changes_only_the_masked_part(
 ):
     """Send an opaque image without the script, as ordinary clients do."""
     api = webuiapi.WebUIApi(baseurl=f"{str(service.base_url).rstrip('/')}/sdapi/v1")
-    image = Image.new("RGB", (256, 256), "white")
-    image.paste(Image.fromarray(apple), mask=Image.fromarray(apple[..., 3]))
+    image = put_on_white(apple)
     mask = Image.new("L", (256, 256), 0)
     mask.paste(255, (0, 0, 128, 256))
     result = api.img2img(
@@ -118,13 +135,20 @@ def test_webuiapi_client_changes_an_image_by_the_strength(service: httpx.Client,
     assert differences[0] < differences[1] / 3
 
 
+SMALL = {"steps": 12, "width": 192, "height": 192, "seed": SEED}
+"""Fields of the native API that are those of `OPENAI_REQUEST`: quality "low" is 12 steps."""
+
+
 @pytest.fixture(scope="module")
-def small_apple(service: httpx.Client) -> np.ndarray:
-    """Return the native image of `OPENAI_REQUEST`: quality "low" is 12 steps."""
-    body = {"prompt": PROMPT, "steps": 12, "width": 192, "height": 192, "seed": SEED}
-    return codecs.decode(
-        service.get(service.post("/alpha/v1/txt2img", json=body).json()["url"]).content
-    )[0]
+def small_apple_name(service: httpx.Client) -> str:
+    """Return the name of the stored native image of `OPENAI_REQUEST`."""
+    answer = service.post("/alpha/v1/txt2img", json={"prompt": PROMPT, **SMALL}).json()
+    return answer["filename"]
+
+
+@pytest.fixture(scope="module")
+def small_apple(service: httpx.Client, small_apple_name: str) -> np.ndarray:
+    return codecs.decode(service.get(f"/alpha/v1/file/{small_apple_name}").content)[0]
 
 
 OPENAI_REQUEST = {"model": "alphalayer-mini", "prompt": PROMPT, "size": "192x192", "quality": "low"}
@@ -161,6 +185,141 @@ async def test_async_openai_client_gets_the_native_image(
     np.testing.assert_array_equal(decode_base64(events[0].b64_json), small_apple)
 
 
+OPENAI_EDIT = {"model": "alphalayer-mini", "prompt": "a green apple", "quality": "low"}
+OPENAI_EDIT["extra_body"] = {"seed": SEED}
+NATIVE_EDIT = {"prompt": "a green apple", "strength": 0.75, **SMALL}
+
+
+@pytest.fixture(scope="module")
+def edit_files(small_apple: np.ndarray) -> dict[str, bytes]:
+    """Return an opaque and a transparent image, and a mask for their left half."""
+    mask = Image.new("RGBA", (192, 192), "white")
+    mask.paste((0, 0, 0, 0), (0, 0, 96, 192))
+    return {
+        "opaque.png": save_png(put_on_white(small_apple)),
+        "apple.png": save_png(Image.fromarray(small_apple)),
+        "mask.png": save_png(mask),
+    }
+
+
+@pytest.fixture(scope="module")
+def green_apple(service: httpx.Client, edit_files: dict[str, bytes]) -> np.ndarray:
+    """Return the opaque image, changed by the native API as `OPENAI_EDIT` changes it."""
+    with own_client.Client(str(service.base_url)) as client:
+        (image,) = client.img2img(
+            image=edit_files["opaque.png"], layerdiffuse_enabled=False, **NATIVE_EDIT
+        )
+    rgba, _ = codecs.decode(image)
+    original = np.asarray(Image.open(io.BytesIO(edit_files["opaque.png"])))
+    assert (np.abs(rgba[..., :3].astype(int) - original).max(2) > 16).mean() > 0.1
+    return rgba
+
+
+@pytest.fixture(scope="module")
+def green_cutout(service: httpx.Client, small_apple_name: str) -> np.ndarray:
+    """Return the stored transparent image, changed by the native API."""
+    with own_client.Client(str(service.base_url)) as client:
+        (image,) = client.img2img(image=small_apple_name, **NATIVE_EDIT)
+    rgba, _ = codecs.decode(image)
+    assert rgba[96, 96, 3] == 255
+    assert (rgba[..., 3] == 0).mean() > 0.2
+    return rgba
+
+
+def check_masked(changed: np.ndarray, original: np.ndarray) -> None:
+    """Check that all but the left half and a blurred line beside it is unchanged."""
+    np.testing.assert_array_equal(changed[:, 110:], original[:, 110:])
+    assert (changed[:, :90] != original[:, :90]).mean() > 0.2
+
+
+def test_openai_client_edits_as_the_native_api(
+    service: httpx.Client, edit_files: dict[str, bytes], green_apple: np.ndarray
+):
+    opaque, apple, mask = edit_files.values()
+    with openai.OpenAI(
+        base_url=f"{str(service.base_url).rstrip('/')}/v1", api_key="x", timeout=120
+    ) as api:
+        several = api.images.edit(image=[opaque, apple], **OPENAI_EDIT)
+        *partial, last = api.images.edit(image=opaque, **OPENAI_EDIT, stream=True, partial_images=1)
+        masked = api.images.edit(image=opaque, mask=mask, **OPENAI_EDIT)
+    assert [event.type for event in partial] == ["image_edit.partial_image"]
+    for b64_json in (several.data[0].b64_json, last.b64_json):
+        np.testing.assert_array_equal(decode_base64(b64_json), green_apple)
+    assert several.to_dict()["warnings"]
+    original = np.asarray(Image.open(io.BytesIO(opaque)).convert("RGBA"))
+    check_masked(decode_base64(masked.data[0].b64_json), original)
+
+
+def test_openai_client_edits_a_transparent_image(
+    service: httpx.Client,
+    edit_files: dict[str, bytes],
+    small_apple: np.ndarray,
+    green_cutout: np.ndarray,
+):
+    _, apple, mask = edit_files.values()
+    with openai.OpenAI(
+        base_url=f"{str(service.base_url).rstrip('/')}/v1", api_key="x", timeout=120
+    ) as api:
+        answer = api.images.edit(image=apple, **OPENAI_EDIT)
+        masked = api.images.edit(image=apple, mask=mask, **OPENAI_EDIT)
+    assert answer.background == "transparent"
+    np.testing.assert_array_equal(decode_base64(answer.data[0].b64_json), green_cutout)
+    check_masked(decode_base64(masked.data[0].b64_json), small_apple)
+
+
+def test_npm_openai_client_edits_as_the_native_api(
+    service: httpx.Client,
+    edit_files: dict[str, bytes],
+    green_apple: np.ndarray,
+    green_cutout: np.ndarray,
+    tmp_path: Path,
+):
+    node = shutil.which("node")
+    check = [node or "", "-e", 'require.resolve("openai")']
+    if not node or subprocess.run(check, capture_output=True, check=False).returncode:
+        pytest.skip("npm's openai is not in NODE_PATH")
+    for name, data in edit_files.items():
+        (tmp_path / name).write_bytes(data)
+    program = Path(__file__).parents[1] / "support" / "edit_images.js"
+    done = subprocess.run(
+        [node, program, f"{str(service.base_url).rstrip('/')}/v1", str(SEED)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    answers: dict[str, Any] = json.loads(done.stdout)
+    for name in ("one", "several", "stream"):
+        np.testing.assert_array_equal(decode_base64(answers[name]), green_apple)
+    assert answers["events"] == ["image_edit.partial_image", "image_edit.completed"]
+    original = np.asarray(Image.open(tmp_path / "opaque.png").convert("RGBA"))
+    check_masked(decode_base64(answers["masked"]), original)
+    np.testing.assert_array_equal(decode_base64(answers["transparent"]), green_cutout)
+
+
+async def test_mcp_client_changes_a_stored_image(
+    service: httpx.Client, small_apple_name: str, green_cutout: np.ndarray
+):
+    async with Client(
+        StreamableHttpTransport(f"{str(service.base_url).rstrip('/')}/mcp/")
+    ) as client:
+        answer = await client.call_tool(
+            "change_picture", {"image": small_apple_name, **NATIVE_EDIT}
+        )
+        image, text = answer.content
+        np.testing.assert_array_equal(codecs.decode(base64.b64decode(image.data))[0], green_cutout)
+        assert f"192x192, seed {SEED}" in text.text
+        small = {"prompt": "a table", "width": 192, "height": 192, "steps": 2}
+        answer = await client.call_tool("draw_layers", {**small, "want": "foreground"})
+        assert [content.type for content in answer.content] == ["image", "text"]
+        assert "(foreground, 192x192" in answer.content[1].text
+        assert answer.content[1].text.endswith("/layers.psd")
+        with pytest.raises(ToolError, match="alphalayer-mini brings its own"):
+            await client.call_tool("draw_layers", {**small, "foreground": small_apple_name})
+
+
 async def test_mcp_client_gets_the_native_image(service: httpx.Client, apple: np.ndarray):
     steps: list[float] = []
 
@@ -170,12 +329,11 @@ async def test_mcp_client_gets_the_native_image(service: httpx.Client, apple: np
     async with Client(
         StreamableHttpTransport(f"{str(service.base_url).rstrip('/')}/mcp/")
     ) as client:
-        tool, *_ = await client.list_tools()
         fields = {
             name: value for name, value in SETTINGS.items() if name != "cfg_scale"
         }  # the model's own is 3
         answer = await client.call_tool(
-            tool.name, {"prompt": PROMPT, **fields}, progress_handler=progress
+            "draw_transparent_picture", {"prompt": PROMPT, **fields}, progress_handler=progress
         )
     np.testing.assert_array_equal(codecs.decode(base64.b64decode(answer.content[0].data))[0], apple)
     assert len(set(steps)) >= 3

@@ -122,16 +122,18 @@ async def _read_source(service: Uploads, source: str | bytes, field: str) -> byt
     if isinstance(source, bytes):
         return _check_bytes(source)
     name, _, query = source[: MAX_NAME + 1].partition("?")
-    if len(source) > MAX_NAME or not (is_input(name) or job_prefix_of(name)):
+    # base64 has no dot, and a data URL has a colon
+    if len(source) > MAX_NAME or "." not in name or ":" in name:
         return _check_bytes(await service.pixels.run(len(source), decode_base64, source))
+    missing = InvalidRequest(f'there is no stored image "{name}".', hint="Send the file itself.")
+    if not (is_input(name) or job_prefix_of(name)):
+        raise missing
     if service.url_signer:
         _check_signature(service.url_signer, name, query, field)
     try:
         return await read(service.storage, name)
     except FileMissing:
-        raise InvalidRequest(
-            f'there is no stored image "{name}".', hint="Send the file itself."
-        ) from None
+        raise missing from None
 
 
 def _check_bytes(data: bytes) -> bytes:

@@ -101,7 +101,7 @@ def check_layerdiffuse_mode(entry: ModelEntry, mode: str) -> None:
     if "patch" in config and mode != config.get("method"):
         raise InvalidRequest(
             f'{entry.name} brings its own LayerDiffuse patch, which is not one of "{mode}".',
-            hint=f'Use "{DEFAULT_MODE}", or another model.',
+            hint=f'Use "{DEFAULT_MODE}" (of layers "foreground"), or a model without a patch.',
             field="mode",
         )
 
