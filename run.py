@@ -2,6 +2,7 @@
 """Set up and run Alphalayer with nothing but Python.
 
     python3 run.py generate "an apple"   generate an image into outputs/
+    python3 run.py layers "an apple"     generate foreground and background
     python3 run.py serve                 start the service: web page and HTTP API
     python3 run.py test                  run the tests
     python3 run.py models                list, pull and verify models

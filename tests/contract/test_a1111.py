@@ -474,7 +474,7 @@ def test_errors_have_the_shape_of_automatic1111(client):
     assert answer.json()["detail"].endswith(
         "/sdapi/v1/png-info returns the prompt of a generated image."
     )
-    large = client.post("/sdapi/v1/txt2img", content=b" " * 16_100_000)
+    large = client.post("/sdapi/v1/txt2img", content=b" " * 64_100_000)
     assert (large.status_code, list(large.json())) == (413, ["detail"])
     broken = client.post("/sdapi/v1/png-info", json={"image": "data:image/png;base64,aGk="})
     assert broken.status_code == 422

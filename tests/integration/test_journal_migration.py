@@ -198,6 +198,9 @@ def test_finished_job_answers_as_before(migrated: Migrated, name: str):
     # the journal of that commit stored the seconds, and its answers did not show them
     assert job.pop("seconds").keys() == ({"sample"} if name.startswith("done") else set())
     assert job.pop("warnings") == []
+    # answers of that commit had neither documents nor roles
+    assert job.pop("documents") == []
+    assert {image.pop("role") for image in job["images"]} <= {"image"}
     assert job == migrated.recorded[name]["job"]
 
 
@@ -220,6 +223,8 @@ def test_repeated_request_gets_recorded_answer(migrated: Migrated, name: str):
         field: request[field] for field in echo.keys() & request
     }
     assert repeated.pop("seconds", {}).keys() <= {"sample"}
+    for image in repeated.get("images", []) if name == "done_native" else []:
+        assert image.pop("role") == "image"
     assert repeated == answer
     assert len(migrated.list_jobs()) == len(migrated.recorded)
 

@@ -19,11 +19,12 @@ import pytest_asyncio
 from fastapi import FastAPI
 from pydantic import BaseModel
 
-from alphalayer.api import errors, native, ops
+from alphalayer.api import errors, ops
 from alphalayer.api.a1111 import routes as a1111
 from alphalayer.api.auth import Authenticator
 from alphalayer.api.deps import convert_preview, while_connected
 from alphalayer.api.embedded_files import EmbeddedFiles
+from alphalayer.api.native import routes as native
 from alphalayer.api.pixel_pool import PixelPool
 from alphalayer.api.uploads import store_upload
 from alphalayer.core.errors import Busy, Cancelled, InvalidRequest

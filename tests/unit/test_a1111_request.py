@@ -185,8 +185,8 @@ def test_script_method_by_row_or_label(methods: tuple[str | int, ...], mode: str
 
 
 def test_script_rows_are_those_of_forge():
-    [script] = script_info()
-    rows = script["args"][1]["choices"]
+    rows, same = (script["args"][1]["choices"] for script in script_info())
+    assert rows == same
     modes = [METHODS[label] for label in rows]
     assert modes == [
         *("sd15_attention", "sd15_fg2bg", "sd15_bg2fg", "sd15_joint", "attention", "conv"),
