@@ -115,7 +115,7 @@ class PatchSchedule:
         self.model.patchers["denoiser"].ensure(self.patches if is_on else self.loras)
         # after the LoRAs: it copies the weights that it changes
         unet = cast(UNet, self.model.modules["denoiser"])
-        share_attention(unet, self.sharing if is_on else None)
+        share_attention(unet, self.sharing, is_on=is_on)
         return is_on
 
 

@@ -14,7 +14,7 @@ from dataclasses import replace
 from functools import partial
 from itertools import accumulate, chain, count, islice, pairwise
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -63,6 +63,7 @@ from alphalayer.engine.memory import (
 from alphalayer.engine.memory_count import Networks, count_memory
 from alphalayer.engine.model_cache import ModelCache
 from alphalayer.engine.networks.transparent import TransparentEncoder
+from alphalayer.engine.networks.unet import UNet
 from alphalayer.engine.passes import (
     Batch,
     Pass,
@@ -80,6 +81,7 @@ from alphalayer.engine.sampling.noise import ImageGenerator, initial_noise
 from alphalayer.engine.sampling.run import Noise, Run
 from alphalayer.engine.sampling.samplers import SAMPLERS, brownian_intervals, sample
 from alphalayer.engine.text.textual_inversion import EmbeddingFolder
+from alphalayer.engine.transparency.attention_sharing import restore_attention
 from alphalayer.engine.transparency.decode import to_opaque
 from alphalayer.engine.transparency.modes import MODES, Decoding, Layer, Mode
 from alphalayer.engine.transparency.patch import PatchFile, PatchSpec
@@ -600,6 +602,8 @@ class LocalEngine:
         first = requests[0].resolve(model.defaults)
         images = sum(request.batch_size for request in requests)
         smallest = tried[-1]
+        # what replaces them is for another number of images
+        restore_attention(cast(UNet, model.modules["denoiser"]))
         try:
             networks = Networks.of(model, mode.has_alpha)
             width, height = first.largest_size
