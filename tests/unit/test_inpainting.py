@@ -121,7 +121,7 @@ def test_mask_of_another_size_is_stretched_to_the_image():
 
 
 def test_latent_resize_limits_the_encoded_image(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(inpainting, "MAX_LATENT_PIXELS", 64 * 64)
+    monkeypatch.setattr(inpainting, "MAX_ENCODED_PIXELS", 64 * 64)
     fields = EditFields(init_resize_mode="Latent")
     fitted = fit_edit(noise(256, 64), None, (64, 64), fields, is_opaque=False)
     assert fitted.rgb.shape == (32, 128, 3)

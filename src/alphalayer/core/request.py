@@ -112,6 +112,13 @@ class ImageInput(Frozen, frozen=True):
 
     role: Annotated[InputRole, Field(description="What the image is to the result.")]
     file_name: Annotated[str, Field(pattern=INPUT_NAME, description="Storage key of the image.")]
+    width: Annotated[int, Field(ge=0, description="Width in pixels. 0: unknown.")] = 0
+    height: Annotated[int, Field(ge=0, description="Height in pixels. 0: unknown.")] = 0
+
+    @property
+    def pixels(self) -> int:
+        """Return its number of pixels, 0 if its size is unknown."""
+        return self.width * self.height
 
 
 # Types of the fields: bounds and description. Models whose defaults or names differ share them.
@@ -444,8 +451,22 @@ class GenerationRequest(RequestFields, HiresFields, EditFields, LayerFields, fro
         return max(self.size, self.final_size, key=math.prod)
 
     @property
+    def init(self) -> ImageInput | None:
+        """Return the image to change."""
+        return next((image for image in self.inputs if image.role == "init"), None)
+
+    @property
+    def result_pixels(self) -> int:
+        """Return the pixels of a result. With `masked_only` it has those of the image to change."""
+        keeps_size = self.masked_only and "mask" in self.roles
+        pixels = self.init.pixels if keeps_size and self.init else 0
+        return pixels or math.prod(self.final_size)
+
+    @property
     def size_field(self) -> str:
         """Return the field to reduce for a smaller image."""
+        if self.result_pixels > math.prod(self.largest_size):
+            return "inputs"
         return "width" if self.largest_size == self.size else self._hires_field
 
     @property

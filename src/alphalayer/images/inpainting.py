@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageChops, ImageFilter, ImageOps
 
+from alphalayer.core.cost import MAX_ENCODED_PIXELS
 from alphalayer.core.edits import AlphaSource, EditFields, InitResizeMode
 from alphalayer.images.codecs import Rgba
 
@@ -22,8 +23,6 @@ Size = tuple[int, int]
 Box = tuple[int, int, int, int]
 """Left, top, right and bottom in pixels."""
 GREY, WHITE = 127, 255
-MAX_LATENT_PIXELS = 2048**2
-"""Limit of an image whose latent is resized. A larger one is shrunk before it is encoded."""
 FILL_RADII = (256, 64, 16, 16, 4, 4, 4, 4, 2, 2, 0)
 KERNEL_SUM = 256
 """Sum of the whole numbers in OpenCV's kernels for 8 bit."""
@@ -127,8 +126,8 @@ def _fit_pixels(
 
 
 def _limit(size: Size) -> Size:
-    """Return a size of at most `MAX_LATENT_PIXELS`, with the same ratio of the sides."""
-    factor = min(1.0, math.sqrt(MAX_LATENT_PIXELS / math.prod(size)))
+    """Return a size of at most `MAX_ENCODED_PIXELS`, with the same ratio of the sides."""
+    factor = min(1.0, math.sqrt(MAX_ENCODED_PIXELS / math.prod(size)))
     return max(1, int(size[0] * factor)), max(1, int(size[1] * factor))
 
 
