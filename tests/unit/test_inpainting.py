@@ -126,3 +126,12 @@ def test_latent_resize_limits_the_encoded_image(monkeypatch: pytest.MonkeyPatch)
     fitted = fit_edit(noise(256, 64), None, (64, 64), fields, is_opaque=False)
     assert fitted.rgb.shape == (32, 128, 3)
     assert fitted.kept.rgba.shape == (64, 64, 4)
+
+
+@pytest.mark.parametrize("radius", [0, 4])
+def test_thin_mask_generates_the_cells_that_it_touches(radius: int):
+    thin = inpainting.soften(Image.fromarray(box(64, 64, 27, 8, 29, 24)), radius)
+    cells = inpainting.shrink_mask(np.asarray(thin), (8, 8))
+    assert cells[1:3, 3].all()
+    assert cells[5:].sum() == cells[:, 5:].sum() == 0
+    assert not inpainting.shrink_mask(np.zeros((64, 64), np.uint8), (8, 8)).any()

@@ -262,10 +262,20 @@ def fill_masked(rgb: Image.Image, mask: Image.Image) -> Image.Image:
 
 
 def shrink_mask(mask: Pixels, size: Size) -> NDArray[np.float32]:
-    """Return the mask of cells (height, width): 1 where one is generated."""
+    """Return the mask of cells (height, width): 1 where one is generated.
+
+    A mask that is too thin for any cell has those that it touches.
+    """
     # of one channel Pillow would round otherwise
     shrunk = Image.fromarray(mask).resize(size, Image.Resampling.BICUBIC)
-    return np.rint(np.asarray(shrunk, np.float32) / 255)
+    cells: NDArray[np.float32] = np.rint(np.asarray(shrunk, np.float32) / 255)
+    if cells.any() or not mask.any():
+        return cells
+    peaks = mask
+    for axis, length in enumerate(reversed(size)):
+        firsts = np.arange(length) * mask.shape[axis] // length
+        peaks = np.maximum.reduceat(peaks, firsts, axis)
+    return (peaks >= peaks.max() / 2).astype(np.float32)
 
 
 def _flatten(image: Image.Image, grey: int) -> Image.Image:
