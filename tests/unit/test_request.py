@@ -465,6 +465,32 @@ def input_image(role: InputRole, side: int = 0) -> ImageInput:
     return ImageInput(role=role, file_name=f"input_{'0' * 64}.png", width=side, height=side)
 
 
+@pytest.mark.parametrize(
+    ("fields", "field"),
+    [
+        ({"strength": 0.01, "exact_steps": True, "inputs": ("init",)}, "strength"),
+        ({"hires_scale": 2.0, "hires_strength": 0.01}, "hires_strength"),
+        ({"strength": 0.01, "inputs": ("init",)}, None),
+        ({"strength": 0.0, "exact_steps": True, "inputs": ("init",)}, None),
+        ({"strength": 0.01, "exact_steps": True}, None),
+        ({"strength": 0.01, "exact_steps": True, "inputs": ("init",), "steps": None}, None),
+    ],
+)
+def test_strength_that_no_schedule_has_is_refused(fields: dict[str, Any], field: str | None):
+    roles = fields.get("inputs", ())
+    inputs = tuple(input_image(role) for role in roles)
+    values = {"prompt": "x", "steps": 20, **fields, "inputs": inputs}
+    body = GenerationRequest.model_construct(**values)
+    if field is None:
+        assert GenerationRequest.of(body).inputs == inputs
+        return
+    with pytest.raises(InvalidRequest, match="end of a schedule of 2,000; at most 1,000") as error:
+        GenerationRequest.of(body)
+    assert error.value.field == field
+    with pytest.raises(ValueError, match="at most 1,000"):
+        GenerationRequest.model_validate(values)
+
+
 def test_cost_counts_the_input_images():
     def added(*inputs: ImageInput, mode: str = "attention", **fields: Any) -> float:
         plain = GenerationRequest(prompt="an apple", batch_size=2, **fields)

@@ -21,7 +21,14 @@ from alphalayer.core.request import (
     ModelDefaults,
     ResolvedRequest,
 )
-from alphalayer.core.samplers import ADAPTIVE, CALLS_PER_STEP, MAX_ADAPTIVE_CALLS
+from alphalayer.core.samplers import (
+    ADAPTIVE,
+    CALLS_PER_STEP,
+    MAX_ADAPTIVE_CALLS,
+    MAX_STRENGTH,
+    TRAINING_STEPS,
+    total_steps,
+)
 
 UNIT_PIXELS = 2**20
 DECODE_STEPS = 10
@@ -42,9 +49,8 @@ UPSCALER_RUNS = 2
 """Images that an upscaler enlarges: colour and alpha."""
 CALLS = {**CALLS_PER_STEP, "HeunPP2": 3}
 """Most calls of the UNet a step; 1 for other samplers."""
-MAX_STRENGTH = 0.999
-TRAINING_STEPS, LCM_LEVELS = 1000, 50
-"""Levels that SDXL was trained on, and those of them that LCM uses."""
+LCM_LEVELS = 50
+"""Levels of those that SDXL was trained on that LCM uses."""
 _STRIDING = ("DDIM", "DDIM CFG++", "PLMS")
 _EVENLY_SPACED = ("DPM fast", ADAPTIVE)
 _WITHOUT_LOWEST = ("DPM++ 3M SDE", "DPM2", "DPM2 a")
@@ -191,14 +197,6 @@ def last_steps(request: ResolvedRequest) -> LastSteps | None:
     if request.exact_steps and request.strength:
         return LastSteps(request.steps, total_steps(request.steps, request.strength))
     return LastSteps(int(min(request.strength, MAX_STRENGTH) * request.steps) + 1, request.steps)
-
-
-def total_steps(steps: int, strength: float) -> int:
-    """Return the steps of a schedule whose last `steps` begin at a strength.
-
-    Source: AUTOMATIC1111, the second pass of hires fix.
-    """
-    return int(steps / min(strength, MAX_STRENGTH))
 
 
 def _count_whole(sampler: str, scheduler: str, steps: int) -> int:

@@ -30,8 +30,10 @@ from alphalayer.core.samplers import (
     CALLS_PER_STEP,
     SAMPLERS,
     SCHEDULERS,
+    TRAINING_STEPS,
     sampler_named,
     scheduler_named,
+    total_steps,
 )
 from alphalayer.core.values import Frozen, copy_fields, one_of, parse_as
 
@@ -392,7 +394,8 @@ class GenerationRequest(RequestFields, HiresFields, EditFields, LayerFields, fro
 
     @model_validator(mode="after")
     def _validate_inputs(self) -> GenerationRequest:
-        if problem := self._input_problem or self._batch_problem or self._hires_problem:
+        problem = self._input_problem or self._batch_problem
+        if problem := problem or self._hires_problem or self._strength_problem:
             raise ValueError(problem)
         return self
 
@@ -501,6 +504,19 @@ class GenerationRequest(RequestFields, HiresFields, EditFields, LayerFields, fro
         )
 
     @property
+    def _strength_problem(self) -> str | None:
+        """Return what is wrong with the strength for the steps. Open steps are not checked."""
+        steps = (self.hires_steps or self.steps) if self.uses_hires else self.steps
+        strength = self.hires_strength if self.uses_hires else self.strength
+        is_share = self.uses_hires or (self.uses_init and self.exact_steps and strength > 0)
+        if not is_share or not steps or (total := total_steps(steps, strength)) <= TRAINING_STEPS:
+            return None
+        return (
+            f"{steps} steps at a strength of {strength:g} are the end of a schedule of {total:,}; "
+            f"at most {TRAINING_STEPS:,}. Use fewer steps or a higher strength"
+        )
+
+    @property
     def _input_problem(self) -> str | None:
         """Return what is wrong with the input images for the mode."""
         needed, roles = MODES[self.mode].needs, self.roles
@@ -538,7 +554,8 @@ class GenerationRequest(RequestFields, HiresFields, EditFields, LayerFields, fro
 
         Raises:
             InvalidRequest: A prompt is not right, see `read_prompts`, or the input images are not
-                those that the mode needs, or its batch is no multiple of the mode's images.
+                those that the mode needs, or its batch is no multiple of the mode's images, or the
+                size or strength of a pass is not accepted.
         """
         request = copy_fields(body, cls, **values)
         if problem := request._input_problem:
@@ -546,6 +563,9 @@ class GenerationRequest(RequestFields, HiresFields, EditFields, LayerFields, fro
         if problem := request._batch_problem:
             raise InvalidRequest(f"{problem}.", field="batch_size")
         request.check_hires()
+        if problem := request._strength_problem:
+            field = "hires_strength" if request.uses_hires else "strength"
+            raise InvalidRequest(f"{problem}.", field=field)
         return request.read_prompts(comments=comments)
 
     def read_prompts(self, *, comments: bool = True) -> GenerationRequest:
