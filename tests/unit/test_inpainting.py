@@ -128,6 +128,29 @@ def test_latent_resize_limits_the_encoded_image(monkeypatch: pytest.MonkeyPatch)
     assert fitted.kept.rgba.shape == (64, 64, 4)
 
 
+@pytest.mark.parametrize(("left", "top"), [(100, 50), (0, 0), (270, 150)])
+def test_blur_reads_the_part_around_the_mask_alone(
+    monkeypatch: pytest.MonkeyPatch, left: int, top: int
+):
+    sizes: list[int] = []
+    blur = inpainting._blur_rows
+    monkeypatch.setattr(
+        inpainting, "_blur_rows", lambda part, kernel: sizes.append(part.size) or blur(part, kernel)
+    )
+    mask = Image.fromarray(box(300, 200, left, top, left + 20, top + 10))
+    softened = np.asarray(inpainting.soften(mask, 8))
+    assert max(sizes) <= 62 * 52
+    # a corner pixel widens the part to the whole image, and changes its surroundings alone
+    mask.putpixel((0, 199), 255)
+    mask.putpixel((299, 0), 255)
+    whole = np.asarray(inpainting.soften(mask, 8))
+    assert max(sizes) == 300 * 200
+    area = np.s_[max(top - 21, 0) : top + 31, max(left - 21, 0) : left + 41]
+    changed = whole != softened
+    assert softened[area].any()
+    assert not changed[area].any()
+
+
 @pytest.mark.parametrize("radius", [0, 4])
 def test_thin_mask_generates_the_cells_that_it_touches(radius: int):
     thin = inpainting.soften(Image.fromarray(box(64, 64, 27, 8, 29, 24)), radius)

@@ -7,6 +7,7 @@ Masks are grey, white where an image is changed.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -192,24 +193,46 @@ def soften(mask: Image.Image, radius: int) -> Image.Image:
 
     Source: OpenCV, `GaussianBlur` of 8 bit, whose kernel has whole numbers.
     """
-    if not radius:
+    if not radius or not (box := mask.getbbox()):
         return mask
     reach = int(2.5 * radius + 0.5)
+    # beyond its reach the mask stays black
+    margin = reach + 1
+    box = (
+        max(box[0] - margin, 0),
+        max(box[1] - margin, 0),
+        min(box[2] + margin, mask.width),
+        min(box[3] + margin, mask.height),
+    )
+    kernel = _gaussian(radius, reach)
+    values = np.asarray(mask.crop(box)).astype(np.uint16)
+    for _ in range(2):
+        values = _blur_rows(values.T, kernel)
+    softened = Image.new("L", mask.size)
+    softened.paste(Image.fromarray(values.astype(np.uint8)), box[:2])
+    return softened
+
+
+def _gaussian(radius: int, reach: int) -> list[int]:
+    """Return the middle of a Gaussian and its right half, whole numbers as OpenCV rounds them."""
     weights = np.exp(-(np.arange(-reach, reach + 1) ** 2) / (2 * radius**2))
     ends = weights[:reach].cumsum() * (KERNEL_SUM / weights.sum())
-    half = np.diff(np.rint(ends), prepend=0).astype(np.int32)
-    kernel = [*half, KERNEL_SUM - 2 * half.sum(), *half[::-1]]
-    values = np.asarray(mask).astype(np.int32)
-    for axis in (1, 0):
-        length = values.shape[axis]
-        around = [(reach, reach) if i == axis else (0, 0) for i in range(2)]
-        padded = np.moveaxis(np.pad(values, around, mode="reflect"), axis, 0)
-        blurred = np.full_like(padded[:length], KERNEL_SUM // 2)
-        for first, weight in enumerate(kernel):
-            if weight:
-                blurred += weight * padded[first : first + length]
-        values = np.moveaxis(blurred // KERNEL_SUM, 0, axis)
-    return Image.fromarray(values.astype(np.uint8))
+    half = np.diff(np.rint(ends), prepend=0).astype(int)
+    return [int(KERNEL_SUM - 2 * half.sum()), *map(int, half[::-1])]
+
+
+def _blur_rows(values: NDArray[np.uint16], kernel: Sequence[int]) -> NDArray[np.uint16]:
+    """Blur uint16 (H, W) of at most 255 down its columns. 16 bits hold the weighted sums."""
+    reach, height = len(kernel) - 1, len(values)
+    padded = np.pad(values, [(reach, reach), (0, 0)], mode="reflect")
+    blurred = padded[reach : reach + height] * np.uint16(kernel[0]) + np.uint16(KERNEL_SUM // 2)
+    for distance, weight in enumerate(kernel):
+        if distance and weight:
+            first, last = reach - distance, reach + distance
+            both = padded[first : first + height] + padded[last : last + height]
+            both *= np.uint16(weight)
+            blurred += both
+    return blurred // np.uint16(KERNEL_SUM)
 
 
 def masked_region(mask: Image.Image, padding: int, size: Size) -> Box:
