@@ -167,6 +167,16 @@ def test_stages_have_their_prompts_and_recommended_samplers():
     )
 
 
+def test_later_stages_have_no_second_pass():
+    spec = job_of().spec
+    large = spec.generation.model_copy(
+        update={"hires_scale": 2.0, "hires_width": 128, "hires_height": 128}
+    )
+    first, *later = spec.model_copy(update={"generation": large}).requests
+    assert first.uses_hires
+    assert not any(one.uses_hires for one in later)
+
+
 def test_cost_and_pixels_count_all_stages():
     alone, chain = job_of(want="foreground"), job_of()
     assert chain.spec.cost > 2.5 * alone.spec.cost

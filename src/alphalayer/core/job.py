@@ -127,6 +127,7 @@ class Stage(Frozen, frozen=True):
             "layerdiffuse_stop_at": self.layerdiffuse_stop_at,
             "batch_size": len(mode.layers),
             "inputs": tuple(uploaded.get(role) or _layer_input(role) for role in mode.needs),
+            **{"hires_scale": 1.0, "hires_width": 0, "hires_height": 0},
         }
         return first.model_copy(update=values)
 
