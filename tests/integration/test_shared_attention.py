@@ -19,6 +19,7 @@ from alphalayer.core.prompts import Lora
 from alphalayer.core.request import GenerationRequest, ImageInput
 from alphalayer.engine.acceleration import GraphRunner
 from alphalayer.engine.base import GeneratedImage, RenderTask
+from alphalayer.engine.memory import Residency
 from alphalayer.engine.networks.unet import UNet
 from alphalayer.engine.passes import read_prompts
 from alphalayer.engine.pipeline import LocalEngine
@@ -283,6 +284,23 @@ def test_units_are_read_once_and_recordings_stay(
     # the input image of another size has other memory
     render(engine, "sd15_fg2bg", width=128, steps=1)
     assert (len(reads), len(recordings)) == (1, 3)
+
+
+def test_repeated_set_moves_neither_text_encoders_nor_vae_before_it_is_sampled(
+    engine: LocalEngine, monkeypatch: pytest.MonkeyPatch
+):
+    moved: list[Any] = []
+    of = Residency.of
+
+    def spy(residency: Residency, *networks: Any, keep: bool) -> Any:
+        moved.extend(networks)
+        return of(residency, *networks, keep=keep)
+
+    render(engine, "sd15_fg2bg", steps=1)
+    monkeypatch.setattr(Residency, "of", spy)
+    render(engine, "sd15_fg2bg", steps=1)
+    modules = engine.model.modules
+    assert moved == [modules["denoiser"], modules["vae"]]
 
 
 def test_out_of_memory_after_shared_attention_is_reported(

@@ -22,7 +22,7 @@ from alphalayer.engine.families.base import DiffusionModel, check_finite
 from alphalayer.engine.networks.transparent import TransparentEncoder
 from alphalayer.engine.sampling.masking import KeptLatents, mask_generator
 from alphalayer.engine.sampling.noise import randn
-from alphalayer.engine.transparency.encode import encode_offset, load_encoder, pad_colours
+from alphalayer.engine.transparency.encode import encode_offset, pad_colours
 from alphalayer.engine.transparency.modes import Layer
 from alphalayer.images.inpainting import KeptImage, Pixels, fit_edit, shrink_mask
 
@@ -63,7 +63,7 @@ class Edit:
 def read_encoder(
     request: ResolvedRequest, model: DiffusionModel, device: torch.device
 ) -> TransparentEncoder | None:
-    """Read the transparent encoder if a request needs it.
+    """Return the transparent encoder if a request needs it.
 
     Raises:
         LayerDiffuseMissing: The model has no such file.
@@ -71,7 +71,7 @@ def read_encoder(
     """
     if not (request.uses_init and MODES[request.mode].has_alpha):
         return None
-    encoder = load_encoder(model.layerdiffuse.required_encoder())
+    encoder = model.encoder
     if (model.latent.channels, model.latent.cell) != (encoder.channels, encoder.cell):
         raise ModelUnusable(
             f"the transparent encoder does not fit the latent of {model.entry.name}.",

@@ -25,7 +25,6 @@ from alphalayer.engine.networks.transparent import TransparentEncoder
 from alphalayer.engine.transparency.decode import to_opaque
 from alphalayer.engine.transparency.encode import (
     encode_offset,
-    load_encoder,
     on_grey,
     pad_colours,
 )
@@ -94,7 +93,7 @@ class Enlarger:
         """Read what the upscaler of a request needs.
 
         Raises:
-            AlphalayerError: See `load_upscaler` and `load_encoder`.
+            AlphalayerError: See `load_upscaler` and `DiffusionModel.encoder`.
         """
         name = request.hires_upscaler
         if name in LATENT_UPSCALERS:
@@ -102,7 +101,7 @@ class Enlarger:
         upscale = load_upscaler(models_dir, name, device, check)
         path = model.layerdiffuse.encoder() if mode.has_alpha else None
         fits = model.latent.channels == 4 and model.latent.cell == 8
-        encoder = load_encoder(path).to(device) if path and fits else None
+        encoder = model.encoder.to(device) if path and fits else None
         return cls(name, mode, upscale, encoder, check)
 
     @property

@@ -351,7 +351,8 @@ class LocalEngine:
             The image of each request, if it changes one, and guidances with conditions.
         """
         model, first = batch.model, batch.passes[0]
-        if not first.shared.inputs and model.inpaint_weight is None:
+        needs_vae = first.shared.uses_init or batch.mode.encodes_inputs
+        if not needs_vae and model.inpaint_weight is None:
             return [], guidances
         vae = model.modules["vae"]
         encoding = batch.residency.of(vae, keep=batch.residency.mode.keep_unet)
@@ -360,6 +361,7 @@ class LocalEngine:
         conditioned: dict[int, list[Guidance]] = {}
         with batch.stopwatch.stage("inputs"), encoding, reporting:
             for request, task in zip(first.requests, batch.tasks, strict=True):
+                batch.reporter.check()  # fitting a large image takes a while
                 if request.uses_init:
                     edits.append(encode_edit(model, encoder, request, task.inputs, first.canvas))
             for run in batch.passes:
@@ -666,6 +668,7 @@ def _result(
     model, canvas = batch.model, batch.passes[-1].canvas
 
     def finish(layer: Layer) -> RgbaImage:
+        batch.reporter.check()
         rgba = canvas.crop(layer.rgba)
         return edit.finish(rgba, layer) if edit else rgba
 
