@@ -7,8 +7,10 @@ import pytest
 from PIL import Image
 
 from alphalayer.core.edits import INIT_RESIZE_MODES, EditFields
+from alphalayer.core.request import ResizeMode
 from alphalayer.images import inpainting
 from alphalayer.images.inpainting import KeptImage, fill_masked, fit, fit_edit, masked_region
+from alphalayer.images.resampling import fit_layer
 
 RED, CLEAR_GREEN = (255, 0, 0, 255), (0, 255, 0, 0)
 
@@ -158,3 +160,22 @@ def test_thin_mask_generates_the_cells_that_it_touches(radius: int):
     assert cells[1:3, 3].all()
     assert cells[5:].sum() == cells[:, 5:].sum() == 0
     assert not inpainting.shrink_mask(np.zeros((64, 64), np.uint8), (8, 8)).any()
+
+
+@pytest.mark.parametrize("mode", ["Just Resize", "Crop and Resize", "Resize and Fill"])
+@pytest.mark.parametrize("size", [(2048, 122), (122, 2048)], ids=str)
+def test_long_layer_is_fitted_with_little_work(
+    monkeypatch: pytest.MonkeyPatch, mode: ResizeMode, size: tuple[int, int]
+):
+    counts: list[int] = []
+    product = np.tensordot
+
+    def count(matrix: np.ndarray, lines: np.ndarray, axes: int) -> np.ndarray:
+        counts.append(len(matrix) * lines.size)
+        return product(matrix, lines, axes)
+
+    monkeypatch.setattr(np, "tensordot", count)
+    layer = fit_layer(noise(*size), (256, 256), mode)
+    assert layer.shape == (256, 256, 4)
+    # a few dozen for each number of the larger image
+    assert 0 < sum(counts) < 60 * noise(*size).size
