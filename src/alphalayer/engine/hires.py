@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from alphalayer.core.modes import ENCODER_FILES
 from alphalayer.core.request import LATENT_UPSCALERS, ResolvedRequest
 from alphalayer.engine.base import RgbaImage
-from alphalayer.engine.canvas import Canvas, fit_middle
+from alphalayer.engine.canvas import Canvas, fit_middle, to_tensor
 from alphalayer.engine.families.base import DiffusionModel, check_finite
 from alphalayer.engine.networks.transparent import TransparentEncoder
 from alphalayer.engine.transparency.decode import to_opaque
@@ -152,7 +152,7 @@ class Enlarger:
             enlarged = model.encode_image(_fit(enlarge(image), resizing.target) * 2 - 1)
             if has_alpha:
                 # what the latent holds beside the colours is its transparency
-                colours = model.encode_image(_to_tensor(image) * 2 - 1)
+                colours = model.encode_image(to_tensor(image) * 2 - 1)
                 rest = enlarge_latents(latent - colours, "Latent", resizing, model.latent.cell)
                 enlarged = enlarged + rest
         return check_finite(enlarged, "the VAE")
@@ -176,9 +176,4 @@ def enlarge_latents(latents: Tensor, name: str, resizing: Resizing, cell: int) -
 
 def _fit(planes: RgbaImage, target: Canvas) -> Tensor:
     """Return uint8 (H, W, channels) on a canvas, (1, channels, h, w) in [0, 1]."""
-    return fit_middle(_to_tensor(planes), target.full_height, target.full_width)
-
-
-def _to_tensor(planes: RgbaImage) -> Tensor:
-    """Return uint8 (H, W, channels) as float32 (1, channels, H, W) in [0, 1]."""
-    return torch.from_numpy(planes.copy()).permute(2, 0, 1)[None].float() / 255
+    return fit_middle(to_tensor(planes), target.full_height, target.full_width)

@@ -441,7 +441,7 @@ class LocalEngine:
             together=batch.mode.images,
             kept=kept,
         )
-        # requests of one batch have the same input images
+        # where attention is shared, requests of one batch have the same input images
         inputs = batch.tasks[0].inputs
         sharing = batch.mode.sharing(model, run.shared, inputs, schedule.loras)
         schedule = replace(schedule, sharing=sharing)
