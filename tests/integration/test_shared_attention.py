@@ -286,9 +286,7 @@ def test_units_are_read_once_and_recordings_stay(
     assert (len(reads), len(recordings)) == (1, 3)
 
 
-def test_repeated_set_moves_neither_text_encoders_nor_vae_before_it_is_sampled(
-    engine: LocalEngine, monkeypatch: pytest.MonkeyPatch
-):
+def test_repeated_set_moves_no_unused_network(engine: LocalEngine, monkeypatch: pytest.MonkeyPatch):
     moved: list[Any] = []
     of = Residency.of
 

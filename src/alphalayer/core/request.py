@@ -460,7 +460,10 @@ class GenerationRequest(RequestFields, HiresFields, EditFields, LayerFields, fro
 
     @property
     def result_pixels(self) -> int:
-        """Return the pixels of a result. With `masked_only` it has those of the image to change."""
+        """Return the pixels of a result.
+
+        With `masked_only` it has the size of the image to change.
+        """
         keeps_size = self.masked_only and "mask" in self.roles
         pixels = self.init.pixels if keeps_size and self.init else 0
         return pixels or math.prod(self.final_size)
@@ -505,7 +508,10 @@ class GenerationRequest(RequestFields, HiresFields, EditFields, LayerFields, fro
 
     @property
     def _strength_problem(self) -> str | None:
-        """Return what is wrong with the strength for the steps. Open steps are not checked."""
+        """Return what is wrong with the strength for the steps.
+
+        Open steps are not checked.
+        """
         steps = (self.hires_steps or self.steps) if self.uses_hires else self.steps
         strength = self.hires_strength if self.uses_hires else self.strength
         is_share = self.uses_hires or (self.uses_init and self.exact_steps and strength > 0)

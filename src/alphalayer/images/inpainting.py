@@ -214,7 +214,10 @@ def soften(mask: Image.Image, radius: int) -> Image.Image:
 
 
 def _gaussian(radius: int, reach: int) -> list[int]:
-    """Return the middle of a Gaussian and its right half, whole numbers as OpenCV rounds them."""
+    """Return the middle of a Gaussian and its right half.
+
+    They are whole numbers, as OpenCV rounds them.
+    """
     weights = np.exp(-(np.arange(-reach, reach + 1) ** 2) / (2 * radius**2))
     ends = weights[:reach].cumsum() * (KERNEL_SUM / weights.sum())
     half = np.diff(np.rint(ends), prepend=0).astype(int)
@@ -222,7 +225,10 @@ def _gaussian(radius: int, reach: int) -> list[int]:
 
 
 def _blur_rows(values: NDArray[np.uint16], kernel: Sequence[int]) -> NDArray[np.uint16]:
-    """Blur uint16 (H, W) of at most 255 down its columns. 16 bits hold the weighted sums."""
+    """Blur values (H, W) of at most 255 along their columns.
+
+    16 bits hold the weighted sums.
+    """
     reach, height = len(kernel) - 1, len(values)
     padded = np.pad(values, [(reach, reach), (0, 0)], mode="reflect")
     blurred = padded[reach : reach + height] * np.uint16(kernel[0]) + np.uint16(KERNEL_SUM // 2)
