@@ -18,6 +18,7 @@ from alphalayer.core.request import GenerationRequest, ImageInput
 from alphalayer.engine.base import Progress, RenderTask
 from alphalayer.engine.canvas import Canvas
 from alphalayer.engine.edits import encode_edit, inpaint_condition
+from alphalayer.engine.families import stable_diffusion
 from alphalayer.engine.families.base import LayerDiffuseFiles
 from alphalayer.engine.pipeline import LocalEngine
 from alphalayer.engine.text.encoders import Conditioning
@@ -180,8 +181,9 @@ def test_progress_counts_the_steps_of_the_strength(
 
 
 def test_schedule_that_is_too_long_names_the_strength(engine: LocalEngine):
-    with pytest.raises(InvalidRequest, match="schedule of 2000") as caught:
-        render(engine, {"init": image()}, strength=0.001, exact_steps=True)
+    # the engine alone knows open steps
+    with pytest.raises(InvalidRequest, match="schedule of 20000") as caught:
+        render(engine, {"init": image()}, strength=0.001, exact_steps=True, steps=None)
     assert caught.value.field == "strength"
 
 
@@ -223,6 +225,12 @@ def test_missing_encoder_names_the_file_and_command(engine: LocalEngine, models:
         assert render(engine, {"init": image()}, mode="opaque", steps=1)
     finally:
         path.with_suffix(".away").rename(path)
+
+
+def test_encoder_is_read_once(engine: LocalEngine, monkeypatch: pytest.MonkeyPatch):
+    render(engine, {"init": image()}, steps=1)
+    monkeypatch.setattr(stable_diffusion, "load_encoder", None)
+    assert render(engine, {"init": image()}, steps=1)
 
 
 def test_encoder_of_other_widths_is_read_by_its_shapes(tmp_path: Path):

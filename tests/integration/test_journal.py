@@ -11,13 +11,15 @@ import pytest
 import structlog.testing
 
 from alphalayer.core.errors import SetupFailed
-from alphalayer.core.job import Job, JobResult, JobSpec
+from alphalayer.core.job import ImageRef, Job, JobResult, JobSpec
 from alphalayer.core.request import GenerationRequest, ModelDefaults
 from alphalayer.jobs import table
 from alphalayer.jobs.sqlite import SqliteJobQueue
 from alphalayer.jobs.table import MIGRATIONS, VERSION, jobs
 from alphalayer.worker.messages import Render, read_command, write_message
 
+# as the version before changes of images and chains wrote it
+RECORDED_SPEC = Path(__file__).parent / "data" / "spec-before-edits.json"
 LATER_COLUMNS = (
     "webhook_due",
     "webhook_tries",
@@ -133,3 +135,25 @@ async def test_result_without_stage_seconds_is_readable(tmp_path: Path):
     view = await job_queue.view(job.id)
     assert (view.job.state.value, view.job.result.seconds) == ("done", {})
     await job_queue.close()
+
+
+def test_spec_of_the_version_before_is_readable():
+    recorded = json.loads(RECORDED_SPEC.read_text())
+    spec = JobSpec.model_validate(recorded)
+    assert (spec.generation.mode, spec.generation.steps) == ("fg2ble", 12)
+    assert [tuple(seeds) for seeds in spec.seeds] == [(7, 1)]
+
+
+def test_stored_job_without_later_fields_has_none_of_them():
+    recorded = json.loads(RECORDED_SPEC.read_text())
+    request = GenerationRequest.model_validate(recorded["generation"])
+    job = Job.new(JobSpec(generation=request, iterations=2, previews=True))
+    image = ImageRef(key="k", seed=1, subseed=1, width=64, height=64, size_bytes=1)
+    result = JobResult(images=(image,), settings=ModelDefaults(), model_name="m", model_hash="h")
+    row = table.row_of(job.model_copy(update={"result": result}))
+    stored = json.loads(row["spec"])
+    assert stored.keys() <= recorded.keys()
+    assert stored["generation"].keys() <= recorded["generation"].keys()
+    assert stored["generation"]["inputs"][0].keys() == recorded["generation"]["inputs"][0].keys()
+    assert "is_opaque" not in json.loads(row["result"])["images"][0]
+    assert JobSpec.model_validate(stored) == job.spec

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +13,22 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from tests.support import tiny_models
 
-from alphalayer.core.errors import LayerDiffuseMissing, ModelUnusable
+from alphalayer.core.errors import LayerDiffuseMissing, ModelUnusable, OutOfMemory
 from alphalayer.core.modes import DECODER_FILES, MODES
 from alphalayer.core.prompts import Lora
 from alphalayer.core.request import GenerationRequest, ImageInput
+from alphalayer.engine.acceleration import GraphRunner
 from alphalayer.engine.base import GeneratedImage, RenderTask
+from alphalayer.engine.memory import Residency
+from alphalayer.engine.networks.unet import UNet
 from alphalayer.engine.passes import read_prompts
 from alphalayer.engine.pipeline import LocalEngine
+from alphalayer.engine.transparency import attention_sharing
 from alphalayer.engine.transparency.attention_sharing import (
     SharedAttention,
     Sharing,
+    SharingFile,
+    read_sharing,
     share_attention,
 )
 from alphalayer.engine.transparency.modes import NO_WEIGHT
@@ -237,17 +244,75 @@ def test_failed_installation_restores_the_attentions(
     path = tiny_models.make_sharing_file(tmp_path, "sd15_joint")
     unet: Any = engine.model.modules["denoiser"]
     share_attention(unet, None)
-    replace, calls = SharedAttention.replace, iter(range(8))
+    merge, calls = SharedAttention.merge, iter(range(8))
 
     def fail_later(unit: SharedAttention, attention: Any) -> None:
         if next(calls) == 5:
             raise MemoryError
-        replace(unit, attention)
+        merge(unit, attention)
 
-    monkeypatch.setattr(SharedAttention, "replace", fail_later)
+    monkeypatch.setattr(SharedAttention, "merge", fail_later)
     with pytest.raises(MemoryError):
         share_attention(unet, Sharing(PatchFile.at(path), 3))
     assert not any(isinstance(module, SharedAttention) for module in unet.modules())
+
+
+def test_units_are_read_once_and_recordings_stay(
+    engine: LocalEngine, monkeypatch: pytest.MonkeyPatch
+):
+    render(engine, "opaque", steps=1)
+    reads: list[Sharing] = []
+    recordings: list[torch.Tensor] = []
+
+    def read(spec: Sharing, unet: UNet) -> SharingFile:
+        reads.append(spec)
+        return read_sharing(spec, unet)
+
+    def record(call: Callable[[], torch.Tensor]) -> tuple[Callable[[], None], torch.Tensor]:
+        recordings.append(output := call())
+        return lambda: (output.copy_(call()), None)[1], output
+
+    monkeypatch.setattr(attention_sharing, "read_sharing", read)
+    model: Any = engine.model
+    fields = {"steps": 2, "layerdiffuse_stop_at": 0.5}
+    plain = [pixels(render(engine, "sd15_fg2bg", image=image, **fields)) for image in (1, 2)]
+    assert len(reads) == 1
+    monkeypatch.setattr(model, "_run", GraphRunner(model.unet, model.unet, record))
+    for image, expected in zip((1, 2), plain, strict=True):
+        assert_equal(pixels(render(engine, "sd15_fg2bg", image=image, **fields)), expected)
+    assert (len(reads), len(recordings)) == (1, 2)
+    # the input image of another size has other memory
+    render(engine, "sd15_fg2bg", width=128, steps=1)
+    assert (len(reads), len(recordings)) == (1, 3)
+
+
+def test_repeated_set_moves_no_unused_network(engine: LocalEngine, monkeypatch: pytest.MonkeyPatch):
+    moved: list[Any] = []
+    of = Residency.of
+
+    def spy(residency: Residency, *networks: Any, keep: bool) -> Any:
+        moved.extend(networks)
+        return of(residency, *networks, keep=keep)
+
+    render(engine, "sd15_fg2bg", steps=1)
+    monkeypatch.setattr(Residency, "of", spy)
+    render(engine, "sd15_fg2bg", steps=1)
+    modules = engine.model.modules
+    assert moved == [modules["denoiser"], modules["vae"]]
+
+
+def test_out_of_memory_after_shared_attention_is_reported(
+    engine: LocalEngine, monkeypatch: pytest.MonkeyPatch
+):
+    def fail(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    render(engine, "sd15_fg2bg", steps=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(LocalEngine, "_encode_prompts", fail)
+        with pytest.raises(OutOfMemory, match="needs about"):
+            render(engine, "sd15_joint")
+    assert len(render(engine, "sd15_fg2bg", steps=1)) == 2
 
 
 def test_infotext_has_the_prompts_of_layers(engine: LocalEngine):

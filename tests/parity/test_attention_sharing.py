@@ -86,7 +86,8 @@ def make_unit(
     entering = 8 if isinstance(attention, SelfAttention) else 6
     unit = SharedAttention(sizes, 8, entering, 2)
     seeded(unit, seed)
-    unit.replace(attention)
+    unit.merge(attention)
+    unit.replace()
     if signal is not None:
         unit.set_control(signal)
     return unit

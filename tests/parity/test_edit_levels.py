@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from alphalayer.core.cost import ENCODE_STEPS, count_steps, image_cost, last_steps
+from alphalayer.core.cost import count_steps, image_cost, last_steps
 from alphalayer.core.request import GenerationRequest, ImageInput, ModelDefaults
 from alphalayer.engine.sampling.levels import ddim_timesteps
 from alphalayer.engine.sampling.partial import Levels
@@ -119,4 +119,4 @@ def test_cost_of_an_edit_grows_with_its_strength():
         for strength in (0.2, 0.75, 1.0)
     ]
     saved = [15, 4, 0]  # of 20 steps
-    assert costs == pytest.approx([plain - steps + ENCODE_STEPS for steps in saved])
+    assert costs == pytest.approx([plain - steps for steps in saved])

@@ -656,6 +656,14 @@ def test_dpm_adaptive_stops_after_too_many_calls():
     assert next(numbers) == 450
 
 
+def test_dpm_adaptive_ends_at_numbers_that_are_not_finite():
+    numbers = itertools.count()
+    run = make_run(lambda x, _: x * math.nan + next(numbers), _no_noise, lambda *_: None, eta=0.0)
+    sigmas = levels_of("DPM adaptive", 8)
+    assert sample("DPM adaptive", run, START * float(sigmas[0]), sigmas).isnan().all()
+    assert next(numbers) == 3
+
+
 # --- a Gaussian, whose exact path is known
 
 SPREAD = 0.8

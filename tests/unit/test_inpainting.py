@@ -7,8 +7,10 @@ import pytest
 from PIL import Image
 
 from alphalayer.core.edits import INIT_RESIZE_MODES, EditFields
+from alphalayer.core.request import ResizeMode
 from alphalayer.images import inpainting
 from alphalayer.images.inpainting import KeptImage, fill_masked, fit, fit_edit, masked_region
+from alphalayer.images.resampling import fit_layer
 
 RED, CLEAR_GREEN = (255, 0, 0, 255), (0, 255, 0, 0)
 
@@ -121,8 +123,59 @@ def test_mask_of_another_size_is_stretched_to_the_image():
 
 
 def test_latent_resize_limits_the_encoded_image(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(inpainting, "MAX_LATENT_PIXELS", 64 * 64)
+    monkeypatch.setattr(inpainting, "MAX_ENCODED_PIXELS", 64 * 64)
     fields = EditFields(init_resize_mode="Latent")
     fitted = fit_edit(noise(256, 64), None, (64, 64), fields, is_opaque=False)
     assert fitted.rgb.shape == (32, 128, 3)
     assert fitted.kept.rgba.shape == (64, 64, 4)
+
+
+@pytest.mark.parametrize(("left", "top"), [(100, 50), (0, 0), (270, 150)])
+def test_blur_reads_the_part_around_the_mask_alone(
+    monkeypatch: pytest.MonkeyPatch, left: int, top: int
+):
+    sizes: list[int] = []
+    blur = inpainting._blur_rows
+    monkeypatch.setattr(
+        inpainting, "_blur_rows", lambda part, kernel: sizes.append(part.size) or blur(part, kernel)
+    )
+    mask = Image.fromarray(box(300, 200, left, top, left + 20, top + 10))
+    softened = np.asarray(inpainting.soften(mask, 8))
+    assert max(sizes) <= 62 * 52
+    # a corner pixel widens the part to the whole image, and changes its surroundings alone
+    mask.putpixel((0, 199), 255)
+    mask.putpixel((299, 0), 255)
+    whole = np.asarray(inpainting.soften(mask, 8))
+    assert max(sizes) == 300 * 200
+    area = np.s_[max(top - 21, 0) : top + 31, max(left - 21, 0) : left + 41]
+    changed = whole != softened
+    assert softened[area].any()
+    assert not changed[area].any()
+
+
+@pytest.mark.parametrize("radius", [0, 4])
+def test_thin_mask_generates_the_cells_that_it_touches(radius: int):
+    thin = inpainting.soften(Image.fromarray(box(64, 64, 27, 8, 29, 24)), radius)
+    cells = inpainting.shrink_mask(np.asarray(thin), (8, 8))
+    assert cells[1:3, 3].all()
+    assert cells[5:].sum() == cells[:, 5:].sum() == 0
+    assert not inpainting.shrink_mask(np.zeros((64, 64), np.uint8), (8, 8)).any()
+
+
+@pytest.mark.parametrize("mode", ["Just Resize", "Crop and Resize", "Resize and Fill"])
+@pytest.mark.parametrize("size", [(2048, 122), (122, 2048)], ids=str)
+def test_long_layer_is_fitted_with_little_work(
+    monkeypatch: pytest.MonkeyPatch, mode: ResizeMode, size: tuple[int, int]
+):
+    counts: list[int] = []
+    product = np.tensordot
+
+    def count(matrix: np.ndarray, lines: np.ndarray, axes: int) -> np.ndarray:
+        counts.append(len(matrix) * lines.size)
+        return product(matrix, lines, axes)
+
+    monkeypatch.setattr(np, "tensordot", count)
+    layer = fit_layer(noise(*size), (256, 256), mode)
+    assert layer.shape == (256, 256, 4)
+    # a few dozen for each number of the larger image
+    assert 0 < sum(counts) < 60 * noise(*size).size

@@ -12,11 +12,10 @@ import pytest
 from alphalayer.api.native.fields import SpecContext
 from alphalayer.api.native.layers import LayersRequest
 from alphalayer.api.uploads import StoredInput
-from alphalayer.core.errors import Cancelled, InvalidRequest
+from alphalayer.core.errors import Cancelled, InvalidRequest, OutOfMemory
 from alphalayer.core.job import Job, JobProgress
 from alphalayer.core.layers import CONDITIONS, STACK, Want, plan_chain
 from alphalayer.core.modes import MODES, LayerRole
-from alphalayer.core.request import ImageInput
 from alphalayer.engine.base import GenerationResult, RenderTask, RgbaImage
 from alphalayer.engine.fake import FakeEngine
 from alphalayer.images import codecs
@@ -168,6 +167,16 @@ def test_stages_have_their_prompts_and_recommended_samplers():
     )
 
 
+def test_later_stages_have_no_second_pass():
+    spec = job_of().spec
+    large = spec.generation.model_copy(
+        update={"hires_scale": 2.0, "hires_width": 128, "hires_height": 128}
+    )
+    first, *later = spec.model_copy(update={"generation": large}).requests
+    assert first.uses_hires
+    assert not any(one.uses_hires for one in later)
+
+
 def test_cost_and_pixels_count_all_stages():
     alone, chain = job_of(want="foreground"), job_of()
     assert chain.spec.cost > 2.5 * alone.spec.cost
@@ -251,6 +260,33 @@ def test_chain_is_cancelled_between_its_stages(storage: ObjectStorage, tmp_path:
     assert not list(tmp_path.glob("alpha_*"))
 
 
+def test_later_stage_without_memory_is_generated_set_by_set(storage: ObjectStorage):
+    class Small(Recording):
+        def render(self, tasks: Sequence[RenderTask]) -> list[GenerationResult]:
+            if len(tasks) > 1:
+                self.calls.append([])
+                raise OutOfMemory("too many images.")
+            return super().render(tasks)
+
+    engine = Small()
+    job = job_of(batch_size=2, seed=3)
+    result = Renderer(engine, storage).run(job)
+    assert [len(tasks) for tasks in engine.calls] == [1, 0, 1, 1, 0, 1, 1]
+    plain = Renderer(Recording(), storage).run(job)
+    assert [image.seed for image in result.images] == [image.seed for image in plain.images]
+
+
+def test_input_that_vanishes_after_the_work_is_not_read_again(
+    storage: ObjectStorage, tmp_path: Path
+):
+    image = upload(storage, noise(0))
+    job = job_of({"foreground": image})
+    renderer = Renderer(Recording(), storage)
+    (generated,) = renderer.generate([job])
+    (tmp_path / image.file_name).unlink()
+    assert [stored.role for stored in renderer.store(job, generated).images] == list(STACK)
+
+
 def test_chain_that_ends_half_way_is_stored_once(storage: ObjectStorage, tmp_path: Path):
     class Killed(Exception):
         pass
@@ -327,4 +363,4 @@ def test_size_follows_the_given_layer(storage: ObjectStorage):
     image = upload(storage, noise(1, size=(96, 72)))
     job = job_of({"foreground": image}, foreground="x", width=None, height=None)
     assert job.spec.generation.size == (96, 72)
-    assert job.spec.generation.inputs == (ImageInput(role="foreground", file_name=image.file_name),)
+    assert job.spec.generation.inputs == (image.as_role("foreground"),)

@@ -131,7 +131,8 @@ def test_compatible_jobs_are_generated_in_one_call(storage: ObjectStorage):
     jobs = [_job(seed=1), _job(prompt="a pear", seed=5, batch_size=2)]
     results = Renderer(engine, storage).generate(jobs)
     assert [len(call) for call in engine.calls] == [2]
-    assert [[image.seed for image in result.images] for (result,) in results] == [[1], [5, 6]]
+    seeds = [[one.seed for one in generated.results[0].images] for generated in results]
+    assert seeds == [[1], [5, 6]]
 
 
 def test_input_images_reach_the_engine(storage: ObjectStorage):

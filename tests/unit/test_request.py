@@ -12,13 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from alphalayer.catalog import EMBEDDED_MODEL, model_defaults
-from alphalayer.core.cost import DECODE_STEPS, LORA_UNITS, UNIT_PIXELS, image_cost
+from alphalayer.core.cost import DECODE_STEPS, LORA_UNITS, PASTE_STEPS, UNIT_PIXELS, image_cost
 from alphalayer.core.errors import InvalidRequest
 from alphalayer.core.job import JobSpec
+from alphalayer.core.modes import InputRole
 from alphalayer.core.prompts import Lora
 from alphalayer.core.request import (
     MAX_SEED,
     GenerationRequest,
+    ImageInput,
     ModelDefaults,
     RequestFields,
     parse_request,
@@ -457,6 +459,74 @@ def test_cost_grows_with_each_of_its_causes():
     for field in ("prompt", "negative_prompt"):
         assert cost_of(**{field: long}) > 1.1 * one
     assert cost_of(prompt="[a|b]" + long) > cost_of(prompt="[a:b:9]" + long) > cost_of(prompt=long)
+
+
+def input_image(role: InputRole, side: int = 0) -> ImageInput:
+    return ImageInput(role=role, file_name=f"input_{'0' * 64}.png", width=side, height=side)
+
+
+@pytest.mark.parametrize(
+    ("fields", "field"),
+    [
+        ({"strength": 0.01, "exact_steps": True, "inputs": ("init",)}, "strength"),
+        ({"hires_scale": 2.0, "hires_strength": 0.01}, "hires_strength"),
+        ({"strength": 0.01, "inputs": ("init",)}, None),
+        ({"strength": 0.0, "exact_steps": True, "inputs": ("init",)}, None),
+        ({"strength": 0.01, "exact_steps": True}, None),
+        ({"strength": 0.01, "exact_steps": True, "inputs": ("init",), "steps": None}, None),
+    ],
+)
+def test_strength_that_no_schedule_has_is_refused(fields: dict[str, Any], field: str | None):
+    roles = fields.get("inputs", ())
+    inputs = tuple(input_image(role) for role in roles)
+    values = {"prompt": "x", "steps": 20, **fields, "inputs": inputs}
+    body = GenerationRequest.model_construct(**values)
+    if field is None:
+        assert GenerationRequest.of(body).inputs == inputs
+        return
+    with pytest.raises(InvalidRequest, match="end of a schedule of 2,000; at most 1,000") as error:
+        GenerationRequest.of(body)
+    assert error.value.field == field
+    with pytest.raises(ValueError, match="at most 1,000"):
+        GenerationRequest.model_validate(values)
+
+
+def test_cost_counts_the_input_images():
+    def added(*inputs: ImageInput, mode: str = "attention", **fields: Any) -> float:
+        plain = GenerationRequest(prompt="an apple", batch_size=2, **fields)
+        whole = plain.model_copy(update={"inputs": inputs, "mode": mode, "strength": 1.0})
+        one, other = (JobSpec(generation=request).cost for request in (plain, whole))
+        return other - one
+
+    init, latent = input_image("init"), {"init_resize_mode": "Latent"}
+    assert added(init) == pytest.approx(10)
+    assert added(init, **latent) == pytest.approx(40)
+    assert added(input_image("init", 1024), width=64, height=64, **latent) == pytest.approx(15)
+    assert added(input_image("init", 4096), width=64, height=64) == pytest.approx(80, abs=0.1)
+    both = (input_image("foreground"), input_image("blended"))
+    assert added(*both, mode="fgble2bg") == pytest.approx(10)
+    assert added(*both, mode="fgble2bg", hires_scale=2) == pytest.approx(10 + 40)
+
+
+def test_whole_image_around_a_region_counts():
+    inputs = (input_image("init", 4096), input_image("mask"))
+    request = GenerationRequest(prompt="x", width=64, height=64, batch_size=8, inputs=inputs)
+    small, large = (
+        JobSpec(generation=request.model_copy(update={"masked_only": region}), iterations=16)
+        for region in (False, True)
+    )
+    assert (small.pixels, large.pixels) == (8 * 64 * 64, 8 * 4096 * 4096)
+    assert large.cost - small.cost == pytest.approx(128 * 16 * PASTE_STEPS, rel=0.01)
+    assert large.generation.largest_size == (64, 64)
+    one = large.model_copy(
+        update={
+            "iterations": 1,
+            "generation": large.generation.model_copy(update={"batch_size": 1}),
+        }
+    )
+    with pytest.raises(InvalidRequest, match="16,777,216 pixels in all") as error:
+        one.check_pixels(2**20)
+    assert error.value.field == "inputs"
 
 
 def test_cost_counts_loras_and_previews_once():

@@ -11,7 +11,7 @@ import torch
 
 from alphalayer.core import cost
 from alphalayer.core.request import MAX_SEED, GenerationOptions, GenerationRequest, ModelDefaults
-from alphalayer.core.samplers import ADAPTIVE, SCHEDULERS
+from alphalayer.core.samplers import ADAPTIVE, SCHEDULERS, total_steps
 from alphalayer.engine import passes
 from alphalayer.engine.base import Progress, RenderTask
 from alphalayer.engine.canvas import Canvas
@@ -134,7 +134,7 @@ def test_steps_of_the_cost_are_those_of_the_engine(sampler: str):
 def test_second_pass_steps_of_the_cost_are_those_of_the_engine(sampler: str):
     for scheduler in SCHEDULERS:
         for steps, strength in ((1, 1.0), (2, 0.5), (20, 0.75), (60, 0.5), (150, 0.25), (150, 1.0)):
-            total = cost.total_steps(steps, strength)
+            total = total_steps(steps, strength)
             sigmas = SAMPLERS[sampler].choose_levels(scheduler, steps, TABLE, total).sigmas
             counted = cost.count_steps(sampler, scheduler, steps, total)
             assert count_steps(sigmas) == counted, (scheduler, steps, strength)

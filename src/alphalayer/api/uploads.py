@@ -84,7 +84,7 @@ class StoredInput:
 
     def as_role(self, role: InputRole) -> ImageInput:
         """Return the image as an input of a request."""
-        return ImageInput(role=role, file_name=self.file_name)
+        return ImageInput(role=role, file_name=self.file_name, width=self.width, height=self.height)
 
 
 async def store_upload(

@@ -13,6 +13,7 @@ import re
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from alphalayer.core.modes import MODES
 from alphalayer.core.prompts import AND
 from alphalayer.core.request import (
     LATENT_UPSCALERS,
@@ -20,22 +21,36 @@ from alphalayer.core.request import (
     ModelDefaults,
     ResolvedRequest,
 )
-from alphalayer.core.samplers import ADAPTIVE, CALLS_PER_STEP, MAX_ADAPTIVE_CALLS
+from alphalayer.core.samplers import (
+    ADAPTIVE,
+    CALLS_PER_STEP,
+    MAX_ADAPTIVE_CALLS,
+    MAX_STRENGTH,
+    TRAINING_STEPS,
+    total_steps,
+)
 
 UNIT_PIXELS = 2**20
 DECODE_STEPS = 10
 """Steps that take as long as the decode of an image [counted for both models: 5 to 17]."""
 ENCODE_STEPS = 5
 """Steps that take as long as the encode of an image [estimated: half a decode]."""
+MAX_ENCODED_PIXELS = 2048**2
+"""Most pixels of an image that is encoded at its own size, with "Latent"."""
+INIT_ENCODES = 2
+"""Encodes of an image to change: itself, and its alpha or masked part in another way."""
+READ_STEPS = 5
+"""Steps that take as long as reading and fitting an input image, at its size [estimated]."""
+PASTE_STEPS = 5
+"""Steps that take as long as pasting and storing what surrounds a region [estimated]."""
 UPSCALER_STEPS = 10
 """Steps that take as long as an upscaler's network, a result [estimated for ESRGAN]."""
 UPSCALER_RUNS = 2
 """Images that an upscaler enlarges: colour and alpha."""
 CALLS = {**CALLS_PER_STEP, "HeunPP2": 3}
 """Most calls of the UNet a step; 1 for other samplers."""
-MAX_STRENGTH = 0.999
-TRAINING_STEPS, LCM_LEVELS = 1000, 50
-"""Levels that SDXL was trained on, and those of them that LCM uses."""
+LCM_LEVELS = 50
+"""Levels of those that SDXL was trained on that LCM uses."""
 _STRIDING = ("DDIM", "DDIM CFG++", "PLMS")
 _EVENLY_SPACED = ("DPM fast", ADAPTIVE)
 _WITHOUT_LOWEST = ("DPM++ 3M SDE", "DPM2", "DPM2 a")
@@ -74,9 +89,22 @@ def image_cost(request: GenerationRequest) -> Cost:
     # an upscaler of images decodes the first pass, too
     costs = [_pass_cost(one) for one in request.resolve(ModelDefaults()).passes]
     pixels = sum(cost.pixels for cost in costs) + _enlargement_cost(request)
-    if request.uses_init:
-        pixels += math.prod(request.size) / UNIT_PIXELS * ENCODE_STEPS
+    around = max(request.result_pixels - math.prod(request.final_size), 0)
+    pixels += around / UNIT_PIXELS * PASTE_STEPS
     return Cost(pixels, sum(cost.prompt for cost in costs))
+
+
+def inputs_cost(request: GenerationRequest) -> float:
+    """Return the cost of reading and encoding the input images of one batch."""
+    pixels = sum(image.pixels for image in request.inputs) * READ_STEPS
+    if request.init:
+        own = min(request.init.pixels or MAX_ENCODED_PIXELS, MAX_ENCODED_PIXELS)
+        encoded = own if request.init_resize_mode == "Latent" else math.prod(request.size)
+        pixels += encoded * INIT_ENCODES * ENCODE_STEPS
+    conditions = len(MODES[request.mode].needs)
+    for one in request.resolve(ModelDefaults()).passes:
+        pixels += one.width * one.height * conditions * ENCODE_STEPS
+    return pixels / UNIT_PIXELS
 
 
 def _enlargement_cost(request: GenerationRequest) -> float:
@@ -169,14 +197,6 @@ def last_steps(request: ResolvedRequest) -> LastSteps | None:
     if request.exact_steps and request.strength:
         return LastSteps(request.steps, total_steps(request.steps, request.strength))
     return LastSteps(int(min(request.strength, MAX_STRENGTH) * request.steps) + 1, request.steps)
-
-
-def total_steps(steps: int, strength: float) -> int:
-    """Return the steps of a schedule whose last `steps` begin at a strength.
-
-    Source: AUTOMATIC1111, the second pass of hires fix.
-    """
-    return int(steps / min(strength, MAX_STRENGTH))
 
 
 def _count_whole(sampler: str, scheduler: str, steps: int) -> int:

@@ -11,7 +11,7 @@ from typing import Annotated, Any, get_args
 
 from pydantic import Field
 
-from alphalayer.core.cost import extras_cost, image_cost
+from alphalayer.core.cost import extras_cost, image_cost, inputs_cost
 from alphalayer.core.errors import InvalidRequest
 from alphalayer.core.modes import MODES, ConditionRole, LayerRole
 from alphalayer.core.request import (
@@ -127,6 +127,7 @@ class Stage(Frozen, frozen=True):
             "layerdiffuse_stop_at": self.layerdiffuse_stop_at,
             "batch_size": len(mode.layers),
             "inputs": tuple(uploaded.get(role) or _layer_input(role) for role in mode.needs),
+            **{"hires_scale": 1.0, "hires_width": 0, "hires_height": 0},
         }
         return first.model_copy(update=values)
 
@@ -177,8 +178,10 @@ class JobSpec(Frozen, frozen=True):
 
     @property
     def pixels(self) -> int:
-        """Return the pixels of one batch in its larger pass. Open sides count as SDXL's."""
-        return math.prod(self.generation.largest_size) * self.generation.batch_size
+        """Return the pixels of one batch, at its largest. Open sides count as SDXL's."""
+        request = self.generation
+        largest = max(math.prod(request.largest_size), request.result_pixels)
+        return largest * request.batch_size
 
     def check_pixels(self, limit: int) -> None:
         """Raise `InvalidRequest` for more than `limit` pixels in all; 0 means no limit.
@@ -199,8 +202,9 @@ class JobSpec(Frozen, frozen=True):
     def cost(self) -> float:
         """Return the cost of all stages in megapixel-steps, see `alphalayer.core.cost`."""
         first, *later = self.requests
-        images = first.batch_size * image_cost(first).total
-        images += sum(self.sets * one.batch_size * image_cost(one).total for one in later)
+        images = first.batch_size * image_cost(first).total + inputs_cost(first)
+        for one in later:
+            images += self.sets * (one.batch_size * image_cost(one).total + inputs_cost(one))
         previews = self.iterations if self.previews else 0
         extras = sum(extras_cost(one, previews) for one in self.requests)
         return round(self.iterations * images + extras, 4)

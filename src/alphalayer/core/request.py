@@ -30,8 +30,10 @@ from alphalayer.core.samplers import (
     CALLS_PER_STEP,
     SAMPLERS,
     SCHEDULERS,
+    TRAINING_STEPS,
     sampler_named,
     scheduler_named,
+    total_steps,
 )
 from alphalayer.core.values import Frozen, copy_fields, one_of, parse_as
 
@@ -112,6 +114,13 @@ class ImageInput(Frozen, frozen=True):
 
     role: Annotated[InputRole, Field(description="What the image is to the result.")]
     file_name: Annotated[str, Field(pattern=INPUT_NAME, description="Storage key of the image.")]
+    width: Annotated[int, Field(ge=0, description="Width in pixels. 0: unknown.")] = 0
+    height: Annotated[int, Field(ge=0, description="Height in pixels. 0: unknown.")] = 0
+
+    @property
+    def pixels(self) -> int:
+        """Return its number of pixels, 0 if its size is unknown."""
+        return self.width * self.height
 
 
 # Types of the fields: bounds and description. Models whose defaults or names differ share them.
@@ -385,7 +394,8 @@ class GenerationRequest(RequestFields, HiresFields, EditFields, LayerFields, fro
 
     @model_validator(mode="after")
     def _validate_inputs(self) -> GenerationRequest:
-        if problem := self._input_problem or self._batch_problem or self._hires_problem:
+        problem = self._input_problem or self._batch_problem
+        if problem := problem or self._hires_problem or self._strength_problem:
             raise ValueError(problem)
         return self
 
@@ -444,8 +454,25 @@ class GenerationRequest(RequestFields, HiresFields, EditFields, LayerFields, fro
         return max(self.size, self.final_size, key=math.prod)
 
     @property
+    def init(self) -> ImageInput | None:
+        """Return the image to change."""
+        return next((image for image in self.inputs if image.role == "init"), None)
+
+    @property
+    def result_pixels(self) -> int:
+        """Return the pixels of a result.
+
+        With `masked_only` it has the size of the image to change.
+        """
+        keeps_size = self.masked_only and "mask" in self.roles
+        pixels = self.init.pixels if keeps_size and self.init else 0
+        return pixels or math.prod(self.final_size)
+
+    @property
     def size_field(self) -> str:
         """Return the field to reduce for a smaller image."""
+        if self.result_pixels > math.prod(self.largest_size):
+            return "inputs"
         return "width" if self.largest_size == self.size else self._hires_field
 
     @property
@@ -477,6 +504,22 @@ class GenerationRequest(RequestFields, HiresFields, EditFields, LayerFields, fro
         return (
             f"the second pass has {width}x{height}; a side has from {MIN_SIDE} to "
             f"{MAX_HIRES_SIDE} pixels, and an image at most {MAX_HIRES_PIXELS:,}"
+        )
+
+    @property
+    def _strength_problem(self) -> str | None:
+        """Return what is wrong with the strength for the steps.
+
+        Open steps are not checked.
+        """
+        steps = (self.hires_steps or self.steps) if self.uses_hires else self.steps
+        strength = self.hires_strength if self.uses_hires else self.strength
+        is_share = self.uses_hires or (self.uses_init and self.exact_steps and strength > 0)
+        if not is_share or not steps or (total := total_steps(steps, strength)) <= TRAINING_STEPS:
+            return None
+        return (
+            f"{steps} steps at a strength of {strength:g} are the end of a schedule of {total:,}; "
+            f"at most {TRAINING_STEPS:,}. Use fewer steps or a higher strength"
         )
 
     @property
@@ -517,7 +560,8 @@ class GenerationRequest(RequestFields, HiresFields, EditFields, LayerFields, fro
 
         Raises:
             InvalidRequest: A prompt is not right, see `read_prompts`, or the input images are not
-                those that the mode needs, or its batch is no multiple of the mode's images.
+                those that the mode needs, or its batch is no multiple of the mode's images, or the
+                size or strength of a pass is not accepted.
         """
         request = copy_fields(body, cls, **values)
         if problem := request._input_problem:
@@ -525,6 +569,9 @@ class GenerationRequest(RequestFields, HiresFields, EditFields, LayerFields, fro
         if problem := request._batch_problem:
             raise InvalidRequest(f"{problem}.", field="batch_size")
         request.check_hires()
+        if problem := request._strength_problem:
+            field = "hires_strength" if request.uses_hires else "strength"
+            raise InvalidRequest(f"{problem}.", field=field)
         return request.read_prompts(comments=comments)
 
     def read_prompts(self, *, comments: bool = True) -> GenerationRequest:

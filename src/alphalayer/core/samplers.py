@@ -78,6 +78,9 @@ ADAPTIVE = "DPM adaptive"
 """Sampler that chooses its levels by the image. Each image runs alone."""
 MAX_ADAPTIVE_CALLS = 450
 """Most calls of the UNet for an image with it: those of 150 steps of order 3."""
+TRAINING_STEPS = 1000
+"""Levels that SDXL and SD 1.5 were trained on."""
+MAX_STRENGTH = 0.999
 WITHOUT_ETA = (
     "Euler",
     "Heun",
@@ -98,6 +101,14 @@ WITHOUT_ETA = (
 
 sampler_named = one_of(SAMPLERS, "sampler")
 scheduler_named = one_of(SCHEDULERS, "scheduler")
+
+
+def total_steps(steps: int, strength: float) -> int:
+    """Return the steps of a schedule whose last `steps` begin at a strength.
+
+    Source: AUTOMATIC1111, the second pass of hires fix.
+    """
+    return int(steps / min(strength, MAX_STRENGTH))
 
 
 def split_sampler_name(

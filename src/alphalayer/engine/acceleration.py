@@ -81,7 +81,8 @@ class GraphRunner:
 
     A replay reads the memory of the recorded call. So inputs are copied there, text only after a
     change. Patches write weights in place, which keeps recordings valid. A denoiser that moved to
-    another device, or whose attentions were replaced, has other memory. Its recordings are dropped.
+    another device, or that shares attention by another file, has other memory. Its recordings are
+    dropped. Sharing that is switched off meanwhile keeps them.
 
     Args:
         unet: The UNet that holds the weights.
@@ -100,13 +101,14 @@ class GraphRunner:
     ) -> Tensor:
         """Return the output of the UNet, see `UNet.forward`."""
         weight = next(self._unet.parameters()).detach()
-        sharing = getattr(getattr(self._unet, "sharing", None), "spec", None)
+        shared = getattr(self._unet, "sharing", None)
+        sharing, is_shared = getattr(shared, "spec", None), getattr(shared, "is_on", False)
         is_moved = self._weight is None or weight.data_ptr() != self._weight.data_ptr()
         if is_moved or sharing is not self._sharing:
             self._recordings.clear()
             # kept, so that no other weight gets its address
             self._weight, self._sharing = weight, sharing
-        key = x.shape, x.dtype, prepared.keys_values[0].shape, condition is not None
+        key = x.shape, x.dtype, prepared.keys_values[0].shape, condition is not None, is_shared
         recording = self._recordings.pop(key, None)
         if recording is None:
             while len(self._recordings) >= MAX_RECORDINGS:

@@ -1,4 +1,4 @@
-"""Size that is generated and the requested window of it, without knowledge of models."""
+"""Size that is generated, the requested window of it, and its pixels as tensors."""
 
 from __future__ import annotations
 
@@ -51,3 +51,8 @@ def fit_middle(image: Tensor, height: int, width: int) -> Tensor:
     )
     below, after = height - image.shape[-2] - above, width - image.shape[-1] - before
     return torch.nn.functional.pad(image, (before, after, above, below), mode="replicate")
+
+
+def to_tensor(pixels: NDArray[np.uint8]) -> Tensor:
+    """Return uint8 (H, W, channels) as float32 (1, channels, H, W) in [0, 1]."""
+    return torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None].float() / 255

@@ -17,14 +17,14 @@ from alphalayer.core.errors import InvalidRequest, ModelUnusable
 from alphalayer.core.modes import MODES, InputRole
 from alphalayer.core.request import ResolvedRequest
 from alphalayer.engine.base import RgbaImage
-from alphalayer.engine.canvas import Canvas, fit_middle
+from alphalayer.engine.canvas import Canvas, fit_middle, to_tensor
 from alphalayer.engine.families.base import DiffusionModel, check_finite
 from alphalayer.engine.networks.transparent import TransparentEncoder
 from alphalayer.engine.sampling.masking import KeptLatents, mask_generator
 from alphalayer.engine.sampling.noise import randn
-from alphalayer.engine.transparency.encode import encode_offset, load_encoder, pad_colours
+from alphalayer.engine.transparency.encode import encode_offset, pad_colours
 from alphalayer.engine.transparency.modes import Layer
-from alphalayer.images.inpainting import KeptImage, Pixels, fit_edit, shrink_mask
+from alphalayer.images.inpainting import KeptImage, fit_edit, shrink_mask
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Edit:
 def read_encoder(
     request: ResolvedRequest, model: DiffusionModel, device: torch.device
 ) -> TransparentEncoder | None:
-    """Read the transparent encoder if a request needs it.
+    """Return the transparent encoder if a request needs it.
 
     Raises:
         LayerDiffuseMissing: The model has no such file.
@@ -71,7 +71,7 @@ def read_encoder(
     """
     if not (request.uses_init and MODES[request.mode].has_alpha):
         return None
-    encoder = load_encoder(model.layerdiffuse.required_encoder())
+    encoder = model.encoder
     if (model.latent.channels, model.latent.cell) != (encoder.channels, encoder.cell):
         raise ModelUnusable(
             f"the transparent encoder does not fit the latent of {model.entry.name}.",
@@ -117,14 +117,14 @@ def encode_edit(
         inputs["init"], mask, (canvas.width, canvas.height), request, is_opaque=encoder is None
     )
     cell = model.latent.cell
-    rgb = _extend(_to_tensor(fitted.rgb) * 2 - 1, canvas, cell)
+    rgb = _extend(to_tensor(fitted.rgb) * 2 - 1, canvas, cell)
     offset = None
     if encoder:
         colours = torch.from_numpy(pad_colours(fitted.rgba)).permute(2, 0, 1)[None]
-        padded = torch.cat([colours, _to_tensor(fitted.rgba)[:, 3:]], dim=1)
+        padded = torch.cat([colours, to_tensor(fitted.rgba)[:, 3:]], dim=1)
         offset = encode_offset(encoder, _extend(padded, canvas, cell))
     latent = check_finite(_fit_latent(model.encode_image(rgb, offset), canvas, cell), "the VAE")
-    whole = None if fitted.mask is None else canvas.extend(_to_tensor(fitted.mask[..., None]))
+    whole = None if fitted.mask is None else canvas.extend(to_tensor(fitted.mask[..., None]))
     condition = inpaint_condition(model, canvas, rgb, whole, offset)
     cells = None if whole is None else _cells(whole, latent)
     return Edit(request, fitted.kept, latent, cells, condition)
@@ -209,8 +209,3 @@ def _cells(mask: Tensor, latent: Tensor) -> Tensor:
     height, width = latent.shape[-2:]
     pixels = (mask[0, 0] * 255).round().to(torch.uint8).numpy()
     return torch.from_numpy(shrink_mask(pixels, (width, height)))[None, None].to(latent.device)
-
-
-def _to_tensor(pixels: Pixels) -> Tensor:
-    """Return uint8 (H, W, C) as float32 (1, C, H, W) in [0, 1]."""
-    return torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None].float() / 255

@@ -19,13 +19,12 @@ from torch import Tensor, nn
 from alphalayer.core.modes import ENCODER_FILES
 from alphalayer.core.request import LATENT_UPSCALERS, ResolvedRequest
 from alphalayer.engine.base import RgbaImage
-from alphalayer.engine.canvas import Canvas, fit_middle
+from alphalayer.engine.canvas import Canvas, fit_middle, to_tensor
 from alphalayer.engine.families.base import DiffusionModel, check_finite
 from alphalayer.engine.networks.transparent import TransparentEncoder
 from alphalayer.engine.transparency.decode import to_opaque
 from alphalayer.engine.transparency.encode import (
     encode_offset,
-    load_encoder,
     on_grey,
     pad_colours,
 )
@@ -94,7 +93,7 @@ class Enlarger:
         """Read what the upscaler of a request needs.
 
         Raises:
-            AlphalayerError: See `load_upscaler` and `load_encoder`.
+            AlphalayerError: See `load_upscaler` and `DiffusionModel.encoder`.
         """
         name = request.hires_upscaler
         if name in LATENT_UPSCALERS:
@@ -102,7 +101,7 @@ class Enlarger:
         upscale = load_upscaler(models_dir, name, device, check)
         path = model.layerdiffuse.encoder() if mode.has_alpha else None
         fits = model.latent.channels == 4 and model.latent.cell == 8
-        encoder = load_encoder(path).to(device) if path and fits else None
+        encoder = model.encoder.to(device) if path and fits else None
         return cls(name, mode, upscale, encoder, check)
 
     @property
@@ -153,7 +152,7 @@ class Enlarger:
             enlarged = model.encode_image(_fit(enlarge(image), resizing.target) * 2 - 1)
             if has_alpha:
                 # what the latent holds beside the colours is its transparency
-                colours = model.encode_image(_to_tensor(image) * 2 - 1)
+                colours = model.encode_image(to_tensor(image) * 2 - 1)
                 rest = enlarge_latents(latent - colours, "Latent", resizing, model.latent.cell)
                 enlarged = enlarged + rest
         return check_finite(enlarged, "the VAE")
@@ -177,9 +176,4 @@ def enlarge_latents(latents: Tensor, name: str, resizing: Resizing, cell: int) -
 
 def _fit(planes: RgbaImage, target: Canvas) -> Tensor:
     """Return uint8 (H, W, channels) on a canvas, (1, channels, h, w) in [0, 1]."""
-    return fit_middle(_to_tensor(planes), target.full_height, target.full_width)
-
-
-def _to_tensor(planes: RgbaImage) -> Tensor:
-    """Return uint8 (H, W, channels) as float32 (1, channels, H, W) in [0, 1]."""
-    return torch.from_numpy(planes.copy()).permute(2, 0, 1)[None].float() / 255
+    return fit_middle(to_tensor(planes), target.full_height, target.full_width)

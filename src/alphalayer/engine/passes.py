@@ -115,7 +115,7 @@ class PatchSchedule:
         self.model.patchers["denoiser"].ensure(self.patches if is_on else self.loras)
         # after the LoRAs: it copies the weights that it changes
         unet = cast(UNet, self.model.modules["denoiser"])
-        share_attention(unet, self.sharing if is_on else None)
+        share_attention(unet, self.sharing, is_on=is_on)
         return is_on
 
 
@@ -126,8 +126,7 @@ def is_encoded(
     return loras == model.patchers["text"].applied and all(
         is_cached(model.text, prompt, request.negative_prompt, _reading(request))
         for request in requests
-        # an empty one fills the shorter ones of a set
-        for prompt in (*request.layer_prompts, *([""] if len(request.layer_prompts) > 1 else []))
+        for prompt in _texts_of(request)
     )
 
 
@@ -158,6 +157,12 @@ def read_prompts(
         min_uncond=request.options.min_uncond,
         keep_negative=sampler.is_cfgpp,
     )
+
+
+def _texts_of(request: ResolvedRequest) -> set[str]:
+    """Return the prompts of all layers. An empty one fills the shorter ones of a set."""
+    texts = set(request.layer_prompts)
+    return {*texts, ""} if len(texts) > 1 else texts
 
 
 def _reading(request: ResolvedRequest) -> Reading:

@@ -14,7 +14,7 @@ from dataclasses import replace
 from functools import partial
 from itertools import accumulate, chain, count, islice, pairwise
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -63,6 +63,7 @@ from alphalayer.engine.memory import (
 from alphalayer.engine.memory_count import Networks, count_memory
 from alphalayer.engine.model_cache import ModelCache
 from alphalayer.engine.networks.transparent import TransparentEncoder
+from alphalayer.engine.networks.unet import UNet
 from alphalayer.engine.passes import (
     Batch,
     Pass,
@@ -80,6 +81,7 @@ from alphalayer.engine.sampling.noise import ImageGenerator, initial_noise
 from alphalayer.engine.sampling.run import Noise, Run
 from alphalayer.engine.sampling.samplers import SAMPLERS, brownian_intervals, sample
 from alphalayer.engine.text.textual_inversion import EmbeddingFolder
+from alphalayer.engine.transparency.attention_sharing import restore_attention
 from alphalayer.engine.transparency.decode import to_opaque
 from alphalayer.engine.transparency.modes import MODES, Decoding, Layer, Mode
 from alphalayer.engine.transparency.patch import PatchFile, PatchSpec
@@ -349,7 +351,8 @@ class LocalEngine:
             The image of each request, if it changes one, and guidances with conditions.
         """
         model, first = batch.model, batch.passes[0]
-        if not first.shared.inputs and model.inpaint_weight is None:
+        needs_vae = first.shared.uses_init or batch.mode.encodes_inputs
+        if not needs_vae and model.inpaint_weight is None:
             return [], guidances
         vae = model.modules["vae"]
         encoding = batch.residency.of(vae, keep=batch.residency.mode.keep_unet)
@@ -358,6 +361,7 @@ class LocalEngine:
         conditioned: dict[int, list[Guidance]] = {}
         with batch.stopwatch.stage("inputs"), encoding, reporting:
             for request, task in zip(first.requests, batch.tasks, strict=True):
+                batch.reporter.check()  # fitting a large image takes a while
                 if request.uses_init:
                     edits.append(encode_edit(model, encoder, request, task.inputs, first.canvas))
             for run in batch.passes:
@@ -437,7 +441,7 @@ class LocalEngine:
             together=batch.mode.images,
             kept=kept,
         )
-        # requests of one batch have the same input images
+        # where attention is shared, requests of one batch have the same input images
         inputs = batch.tasks[0].inputs
         sharing = batch.mode.sharing(model, run.shared, inputs, schedule.loras)
         schedule = replace(schedule, sharing=sharing)
@@ -600,6 +604,8 @@ class LocalEngine:
         first = requests[0].resolve(model.defaults)
         images = sum(request.batch_size for request in requests)
         smallest = tried[-1]
+        # what replaces them is for another number of images
+        restore_attention(cast(UNet, model.modules["denoiser"]))
         try:
             networks = Networks.of(model, mode.has_alpha)
             width, height = first.largest_size
@@ -662,6 +668,7 @@ def _result(
     model, canvas = batch.model, batch.passes[-1].canvas
 
     def finish(layer: Layer) -> RgbaImage:
+        batch.reporter.check()
         rgba = canvas.crop(layer.rgba)
         return edit.finish(rgba, layer) if edit else rgba
 

@@ -7,12 +7,14 @@ Masks are grey, white where an image is changed.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageChops, ImageFilter, ImageOps
 
+from alphalayer.core.cost import MAX_ENCODED_PIXELS
 from alphalayer.core.edits import AlphaSource, EditFields, InitResizeMode
 from alphalayer.images.codecs import Rgba
 
@@ -22,8 +24,6 @@ Size = tuple[int, int]
 Box = tuple[int, int, int, int]
 """Left, top, right and bottom in pixels."""
 GREY, WHITE = 127, 255
-MAX_LATENT_PIXELS = 2048**2
-"""Limit of an image whose latent is resized. A larger one is shrunk before it is encoded."""
 FILL_RADII = (256, 64, 16, 16, 4, 4, 4, 4, 2, 2, 0)
 KERNEL_SUM = 256
 """Sum of the whole numbers in OpenCV's kernels for 8 bit."""
@@ -127,8 +127,8 @@ def _fit_pixels(
 
 
 def _limit(size: Size) -> Size:
-    """Return a size of at most `MAX_LATENT_PIXELS`, with the same ratio of the sides."""
-    factor = min(1.0, math.sqrt(MAX_LATENT_PIXELS / math.prod(size)))
+    """Return a size of at most `MAX_ENCODED_PIXELS`, with the same ratio of the sides."""
+    factor = min(1.0, math.sqrt(MAX_ENCODED_PIXELS / math.prod(size)))
     return max(1, int(size[0] * factor)), max(1, int(size[1] * factor))
 
 
@@ -193,24 +193,52 @@ def soften(mask: Image.Image, radius: int) -> Image.Image:
 
     Source: OpenCV, `GaussianBlur` of 8 bit, whose kernel has whole numbers.
     """
-    if not radius:
+    if not radius or not (box := mask.getbbox()):
         return mask
     reach = int(2.5 * radius + 0.5)
+    # beyond its reach the mask stays black
+    margin = reach + 1
+    box = (
+        max(box[0] - margin, 0),
+        max(box[1] - margin, 0),
+        min(box[2] + margin, mask.width),
+        min(box[3] + margin, mask.height),
+    )
+    kernel = _gaussian(radius, reach)
+    values = np.asarray(mask.crop(box)).astype(np.uint16)
+    for _ in range(2):
+        values = _blur_rows(values.T, kernel)
+    softened = Image.new("L", mask.size)
+    softened.paste(Image.fromarray(values.astype(np.uint8)), box[:2])
+    return softened
+
+
+def _gaussian(radius: int, reach: int) -> list[int]:
+    """Return the middle of a Gaussian and its right half.
+
+    They are whole numbers, as OpenCV rounds them.
+    """
     weights = np.exp(-(np.arange(-reach, reach + 1) ** 2) / (2 * radius**2))
     ends = weights[:reach].cumsum() * (KERNEL_SUM / weights.sum())
-    half = np.diff(np.rint(ends), prepend=0).astype(np.int32)
-    kernel = [*half, KERNEL_SUM - 2 * half.sum(), *half[::-1]]
-    values = np.asarray(mask).astype(np.int32)
-    for axis in (1, 0):
-        length = values.shape[axis]
-        around = [(reach, reach) if i == axis else (0, 0) for i in range(2)]
-        padded = np.moveaxis(np.pad(values, around, mode="reflect"), axis, 0)
-        blurred = np.full_like(padded[:length], KERNEL_SUM // 2)
-        for first, weight in enumerate(kernel):
-            if weight:
-                blurred += weight * padded[first : first + length]
-        values = np.moveaxis(blurred // KERNEL_SUM, 0, axis)
-    return Image.fromarray(values.astype(np.uint8))
+    half = np.diff(np.rint(ends), prepend=0).astype(int)
+    return [int(KERNEL_SUM - 2 * half.sum()), *map(int, half[::-1])]
+
+
+def _blur_rows(values: NDArray[np.uint16], kernel: Sequence[int]) -> NDArray[np.uint16]:
+    """Blur values (H, W) of at most 255 along their columns.
+
+    16 bits hold the weighted sums.
+    """
+    reach, height = len(kernel) - 1, len(values)
+    padded = np.pad(values, [(reach, reach), (0, 0)], mode="reflect")
+    blurred = padded[reach : reach + height] * np.uint16(kernel[0]) + np.uint16(KERNEL_SUM // 2)
+    for distance, weight in enumerate(kernel):
+        if distance and weight:
+            first, last = reach - distance, reach + distance
+            both = padded[first : first + height] + padded[last : last + height]
+            both *= np.uint16(weight)
+            blurred += both
+    return blurred // np.uint16(KERNEL_SUM)
 
 
 def masked_region(mask: Image.Image, padding: int, size: Size) -> Box:
@@ -263,10 +291,20 @@ def fill_masked(rgb: Image.Image, mask: Image.Image) -> Image.Image:
 
 
 def shrink_mask(mask: Pixels, size: Size) -> NDArray[np.float32]:
-    """Return the mask of cells (height, width): 1 where one is generated."""
+    """Return the mask of cells (height, width): 1 where one is generated.
+
+    A mask that is too thin for any cell has those that it touches.
+    """
     # of one channel Pillow would round otherwise
     shrunk = Image.fromarray(mask).resize(size, Image.Resampling.BICUBIC)
-    return np.rint(np.asarray(shrunk, np.float32) / 255)
+    cells: NDArray[np.float32] = np.rint(np.asarray(shrunk, np.float32) / 255)
+    if cells.any() or not mask.any():
+        return cells
+    peaks = mask
+    for axis, length in enumerate(reversed(size)):
+        firsts = np.arange(length) * mask.shape[axis] // length
+        peaks = np.maximum.reduceat(peaks, firsts, axis)
+    return (peaks >= peaks.max() / 2).astype(np.float32)
 
 
 def _flatten(image: Image.Image, grey: int) -> Image.Image:

@@ -1,9 +1,11 @@
 """Fitting of images to a size, in NumPy: by area, by Lanczos, or linear where OpenCV is.
 
-The filters are those of OpenCV's INTER_AREA and INTER_LANCZOS4, written as one matrix an axis.
+The filters are those of OpenCV's INTER_AREA and INTER_LANCZOS4, one axis after the other.
 """
 
 from __future__ import annotations
+
+import math
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,8 +19,11 @@ Size = tuple[int, int]
 """Width and height in pixels."""
 Window = tuple[int, int, int, int]
 """Left, top, width and height in pixels."""
-Matrix = NDArray[np.float32]
 Indices = NDArray[np.int_]
+Taps = tuple[Indices, NDArray[np.float64]]
+"""Pixels that each new one is a sum of, and their weights, (pixels, taps)."""
+BLOCK = 32
+"""New pixels of one product of matrices."""
 LANCZOS_TAPS = np.arange(-3, 5)
 
 
@@ -78,50 +83,60 @@ def resize(image: Image, size: Size, window: Window | None = None) -> Image:
     if size == (width, height):
         return np.ascontiguousarray(image[top : top + rows, left : left + columns])
     if size[0] * size[1] >= width * height:
-        matrix = _lanczos
+        find_taps = _lanczos
     elif size[0] > width or size[1] > height:
-        matrix = _linear
+        find_taps = _linear
     else:
-        matrix = _area
-    vertical = matrix(height, size[1], np.arange(top, top + rows))
-    horizontal = matrix(width, size[0], np.arange(left, left + columns))
-    return np.einsum("yh,hwc,xw->yxc", vertical, image, horizontal, optimize=True)
+        find_taps = _area
+    vertical = 0, find_taps(height, size[1], np.arange(top, top + rows))
+    horizontal = 1, find_taps(width, size[0], np.arange(left, left + columns))
+    # the axis that shrinks more first
+    is_vertical_first = rows * width <= columns * height
+    for axis, taps in (vertical, horizontal) if is_vertical_first else (horizontal, vertical):
+        image = _resample(image, axis, taps)
+    return np.ascontiguousarray(image)
 
 
-def _lanczos(old: int, new: int, pixels: Indices) -> Matrix:
-    """Return the matrix (pixels, old) of a Lanczos filter with 8 taps."""
+def _resample(image: Image, axis: int, taps: Taps) -> Image:
+    """Resample an axis of an image. The border is repeated.
+
+    Each block of new pixels is a product of matrices with the part of the image that it reads.
+    """
+    lines = np.ascontiguousarray(image.swapaxes(0, axis))
+    columns, weights = taps[0].clip(0, len(lines) - 1), taps[1] / taps[1].sum(1, keepdims=True)
+    resampled = np.empty((len(columns), *lines.shape[1:]), np.float32)
+    for start in range(0, len(columns), BLOCK):
+        block = columns[start : start + BLOCK]
+        first, end = block.min(), block.max() + 1
+        matrix = np.zeros((len(block), end - first), np.float32)
+        own = weights[start : start + BLOCK].astype(np.float32)
+        np.add.at(matrix, (np.arange(len(block))[:, None], block - first), own)
+        resampled[start : start + BLOCK] = np.tensordot(matrix, lines[first:end], 1)
+    return resampled.swapaxes(0, axis)
+
+
+def _lanczos(old: int, new: int, pixels: Indices) -> Taps:
+    """Return the taps of a Lanczos filter of 8."""
     centres = (pixels + 0.5) * (old / new) - 0.5
     first = np.floor(centres).astype(int)
     distance = (centres - first)[:, None] - LANCZOS_TAPS
-    weights = np.sinc(distance) * np.sinc(distance / 4)
-    return _matrix(old, first[:, None] + LANCZOS_TAPS, weights)
+    return first[:, None] + LANCZOS_TAPS, np.sinc(distance) * np.sinc(distance / 4)
 
 
-def _area(old: int, new: int, pixels: Indices) -> Matrix:
-    """Return the matrix (pixels, old) that averages the pixels below each new one."""
+def _area(old: int, new: int, pixels: Indices) -> Taps:
+    """Return the pixels below each new one, by the area that it covers of them."""
     first, last = pixels * (old / new), (pixels + 1) * (old / new)
-    below = np.arange(old)
+    below = first.astype(int)[:, None] + np.arange(math.ceil(old / new) + 1)
     covered = np.minimum(last[:, None], below + 1) - np.maximum(first[:, None], below)
-    weights = np.clip(covered, 0, None)
-    return (weights / weights.sum(1, keepdims=True)).astype(np.float32)
+    return below, np.clip(covered, 0, None)
 
 
-def _linear(old: int, new: int, pixels: Indices) -> Matrix:
-    """Return the matrix (pixels, old) that OpenCV uses if only one side shrinks."""
+def _linear(old: int, new: int, pixels: Indices) -> Taps:
+    """Return the two taps that OpenCV uses if only one side shrinks."""
     first = np.floor(pixels * (old / new)).astype(int)
     part = (pixels + 1) - (first + 1) * (new / old)
     part = np.where(part <= 0, 0.0, part - np.floor(part))
-    weights = np.stack([1 - part, part], axis=1)
-    return _matrix(old, first[:, None] + np.arange(2), weights)
-
-
-def _matrix(old: int, columns: Indices, weights: NDArray[np.float64]) -> Matrix:
-    """Return a matrix of normalised weights. The border is repeated."""
-    matrix = np.zeros((len(weights), old), np.float32)
-    rows = np.broadcast_to(np.arange(len(weights))[:, None], columns.shape)
-    normalised = weights / weights.sum(1, keepdims=True)
-    np.add.at(matrix, (rows, columns.clip(0, old - 1)), normalised.astype(np.float32))
-    return matrix
+    return first[:, None] + np.arange(2), np.stack([1 - part, part], axis=1)
 
 
 def border_colour(image: Image) -> NDArray[np.float32]:

@@ -516,13 +516,17 @@ def _upgrade_rows(connection: Connection) -> None:
 
 
 def row_of(job: Job) -> dict[str, Any]:
-    """Return the job as a row of the table."""
+    """Return the job as a row of the table.
+
+    Without defaults: the version before reads requests that use none of its later fields. So a
+    default that changes needs a migration.
+    """
     return {
         **_changes_of(job),
         "id": job.id,
         "created_at": job.created_at,
         **dict(job.submission),
-        "spec": job.spec.model_dump_json(),
+        "spec": job.spec.model_dump_json(exclude_defaults=True),
         "delivery": job.delivery.model_dump_json(),
     }
 
@@ -536,7 +540,7 @@ def _changes_of(job: Job) -> dict[str, Any]:
         "started_at": job.started_at,
         "finished_at": job.finished_at,
         "starts": job.starts,
-        "result": job.result.model_dump_json() if job.result else None,
+        "result": job.result.model_dump_json(exclude_none=True) if job.result else None,
         "error": json.dumps(job.error) if job.error else None,
         "webhook_due": job.finished_at if is_due else None,
     }

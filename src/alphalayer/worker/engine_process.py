@@ -19,7 +19,7 @@ from structlog.contextvars import bind_contextvars
 
 from alphalayer.core.errors import AlphalayerError, Cancelled, EngineFailed
 from alphalayer.core.job import Job, JobProgress
-from alphalayer.engine.base import Engine, GenerationResult
+from alphalayer.engine.base import Engine
 from alphalayer.jobs.base import MAX_STARTS
 from alphalayer.observability.logging import configure_logging
 from alphalayer.storage.objects import open_storage
@@ -39,7 +39,13 @@ from alphalayer.worker.messages import (
     read_open,
     write_report,
 )
-from alphalayer.worker.render import ImageFiles, Renderer, load_engine, to_public_error
+from alphalayer.worker.render import (
+    Generated,
+    ImageFiles,
+    Renderer,
+    load_engine,
+    to_public_error,
+)
 
 
 class EngineProcess:
@@ -153,7 +159,7 @@ class EngineProcess:
         fails with this error.
         """
         try:
-            results = renderer.generate(jobs)
+            generated = renderer.generate(jobs)
         except AlphalayerError as error:
             if len(jobs) == 1:
                 self._fail(jobs[0], error)
@@ -168,13 +174,13 @@ class EngineProcess:
         # images in memory: those of one batch at most, beside the batch that is generated
         wait(self._storing)
         self._storing = [
-            self._encoder.submit(self._store, renderer, job, job_results)
-            for job, job_results in zip(jobs, results, strict=True)
+            self._encoder.submit(self._store, renderer, job, images)
+            for job, images in zip(jobs, generated, strict=True)
         ]
 
-    def _store(self, renderer: Renderer, job: Job, results: list[GenerationResult]) -> None:
+    def _store(self, renderer: Renderer, job: Job, images: Generated) -> None:
         try:
-            result = renderer.store(job, results)
+            result = renderer.store(job, images)
             memory_bytes = renderer.engine.memory_bytes()
             self._send(Done(id=job.id, result=result, memory_bytes=memory_bytes))
         except Exception as error:

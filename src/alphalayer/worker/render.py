@@ -22,6 +22,7 @@ from alphalayer.core.errors import (
     Cancelled,
     EngineFailed,
     FileMissing,
+    OutOfMemory,
     StorageFailed,
 )
 from alphalayer.core.job import ImageRef, Job, JobProgress, JobResult
@@ -59,6 +60,15 @@ class ImageFiles(Protocol):
 
 
 @dataclass(frozen=True)
+class Generated:
+    """What was generated for a job, and the input images that it was generated from."""
+
+    results: Sequence[GenerationResult]
+    """Results of its iterations, and of the stages of each."""
+    inputs: Inputs
+
+
+@dataclass(frozen=True)
 class Renderer:
     """An engine, the storage of its images, and the receiver of its progress."""
 
@@ -75,14 +85,14 @@ class Renderer:
         """
         return self.store(job, self.generate([job])[0])
 
-    def generate(self, jobs: Sequence[Job]) -> list[list[GenerationResult]]:
+    def generate(self, jobs: Sequence[Job]) -> list[Generated]:
         """Generate the images of one job, or of several compatible jobs together.
 
         Args:
             jobs: Jobs with seeds. Several jobs need the same `batch_key`.
 
         Returns:
-            The results of each job: of its iterations, and of the stages of each.
+            What was generated for each job.
 
         Raises:
             FileMissing: An input image is not in the storage.
@@ -92,19 +102,17 @@ class Renderer:
         """
         if len(jobs) == 1:
             return [self._run_stages(jobs[0])]
+        inputs = [self._load_inputs(job) for job in jobs]
         tasks = [
             self._task(
-                job,
-                job.spec.generation,
-                job.spec.seeds,
-                self._load_inputs(job),
-                partial(self._report, job, 0, 1),
+                job, job.spec.generation, job.spec.seeds, own, partial(self._report, job, 0, 1)
             )
-            for job in jobs
+            for job, own in zip(jobs, inputs, strict=True)
         ]
-        return [[result] for result in self.engine.render(tasks)]
+        results = self.engine.render(tasks)
+        return [Generated([result], own) for result, own in zip(results, inputs, strict=True)]
 
-    def _run_stages(self, job: Job) -> list[GenerationResult]:
+    def _run_stages(self, job: Job) -> Generated:
         """Generate all iterations of a job. Layers become input images of later stages."""
         spec, inputs, results = job.spec, self._load_inputs(job), list[GenerationResult]()
         parts = spec.iterations * len(spec.requests)
@@ -125,13 +133,25 @@ class Renderer:
                         self._task(job, request, (seed,), layers, one)
                         for seed, layers, one in zip(firsts, sets, reports, strict=True)
                     ]
-                results += (made := self.engine.render(tasks))
+                results += (made := self._render(tasks))
                 images = iter([image.rgba for result in made for image in result.images])
                 for layers in sets:
                     layers |= {role: next(images) for role in MODES[request.mode].layer_roles}
-        return results
+        return Generated(results, inputs)
 
-    def store(self, job: Job, results: Sequence[GenerationResult]) -> JobResult:
+    def _render(self, tasks: Sequence[RenderTask]) -> list[GenerationResult]:
+        """Generate tasks together, or one by one if the memory is too small for that.
+
+        The engine uses a smaller memory mode only for one task.
+        """
+        try:
+            return self.engine.render(tasks)
+        except OutOfMemory:
+            if len(tasks) == 1:
+                raise
+        return [result for task in tasks for result in self.engine.render([task])]
+
+    def store(self, job: Job, generated: Generated) -> JobResult:
         """Finish, encode and store the images of a job.
 
         Raises:
@@ -140,9 +160,10 @@ class Renderer:
         """
         self.on_progress(job, JobProgress(stage="store"))
         start = time.perf_counter()
+        results = generated.results
         first = results[0]
         if job.spec.stores_layers:
-            images = stack_layers(job.spec, results, self._load_inputs(job))
+            images = stack_layers(job.spec, results, generated.inputs)
         else:
             images = [(one, result.infotext(one)) for result in results for one in result.images]
         stored = tuple(

@@ -25,7 +25,7 @@ from alphalayer.core.modes import (
 from alphalayer.core.request import ModelDefaults
 from alphalayer.engine.acceleration import Acceleration
 from alphalayer.engine.memory import Precision
-from alphalayer.engine.networks.transparent import TransparentDecoder
+from alphalayer.engine.networks.transparent import TransparentDecoder, TransparentEncoder
 from alphalayer.engine.networks.unet import Prepared
 from alphalayer.engine.sampling.schedules import SigmaTable
 from alphalayer.engine.text.encoders import Conditioning, TextEncoders
@@ -156,6 +156,11 @@ class DiffusionModel(Protocol):
     @property
     def decoder(self) -> TransparentDecoder:
         """Return the transparent decoder, read on first use. Raises `LayerDiffuseMissing`."""
+        ...
+
+    @property
+    def encoder(self) -> TransparentEncoder:
+        """Return the transparent encoder, read on first use. Raises `LayerDiffuseMissing`."""
         ...
 
     @property

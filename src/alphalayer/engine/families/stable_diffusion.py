@@ -32,7 +32,7 @@ from alphalayer.engine.families.scaled import load_scaled
 from alphalayer.engine.families.vae import Vae, read_vae
 from alphalayer.engine.memory import Precision, is_out_of_memory, move
 from alphalayer.engine.networks.clip import ClipTextModel
-from alphalayer.engine.networks.transparent import TransparentDecoder
+from alphalayer.engine.networks.transparent import TransparentDecoder, TransparentEncoder
 from alphalayer.engine.networks.unet import Prepared, UNet, UNetConfig
 from alphalayer.engine.networks.weights import build
 from alphalayer.engine.parameter_names import ldm_to_diffusers
@@ -42,6 +42,7 @@ from alphalayer.engine.text.encoders import Conditioning, TextEncoders, TextOutp
 from alphalayer.engine.text.tokenizer import ClipTokenizer, read_tokenizers
 from alphalayer.engine.transparency.attention_sharing import restore_attention
 from alphalayer.engine.transparency.decode import load_decoder
+from alphalayer.engine.transparency.encode import load_encoder
 from alphalayer.engine.transparency.patch import WeightPatcher, patchers
 
 logger = logging.getLogger(__name__)
@@ -101,6 +102,7 @@ class StableDiffusion:
         self._precision = precision
         self._patchers: Mapping[Part, WeightPatcher] | None = None
         self._decoder: TransparentDecoder | None = None
+        self._encoder: tuple[Path, TransparentEncoder] | None = None
         # hashing takes seconds, so it runs while the first image is generated
         self.hashing = _in_thread(catalog.hash_model, entry, models_dir)
 
@@ -122,6 +124,14 @@ class StableDiffusion:
                 path, config, self._precision.decoder, self._precision.memory_format
             )
         return self._decoder
+
+    @property
+    def encoder(self) -> TransparentEncoder:
+        """Return the transparent encoder, read on first use. Raises `LayerDiffuseMissing`."""
+        path = self.layerdiffuse.required_encoder()
+        if self._encoder is None or self._encoder[0] != path:
+            self._encoder = path, load_encoder(path)
+        return self._encoder[1]
 
     @property
     def short_hash(self) -> str:
@@ -190,7 +200,8 @@ class StableDiffusion:
         self._patchers = None
 
     def _loaded(self) -> list[nn.Module]:
-        return [*self.modules.values(), *([self._decoder] if self._decoder else [])]
+        encoders = [self._encoder[1]] if self._encoder else []
+        return [*self.modules.values(), *([self._decoder] if self._decoder else []), *encoders]
 
 
 def load(

@@ -266,6 +266,8 @@ def dpm_adaptive(run: Run, x: Tensor, sigmas: Sequence[float]) -> Tensor:
         low, high = step.second_order(slope), step.third_order(slope)
         scale = (low.abs().maximum(before.abs()) * RELATIVE_ERROR).clamp(min=ABSOLUTE_ERROR)
         error = float(((low - high) / scale).square().mean().sqrt())
+        if not math.isfinite(error):
+            return low  # the caller reports numbers that are not finite
         factor = 1 + math.atan((1 / (error + 1e-8)) ** (1 / order) - 1)
         length *= factor
         if factor >= ACCEPTED_FACTOR:

@@ -147,8 +147,8 @@ class SharedAttention(nn.Module):
         self.register_buffer("control", None, persistent=False)
 
     @torch.no_grad()
-    def replace(self, attention: Attention) -> None:
-        """Take the place of an attention, whose layers are replaced until `restore`."""
+    def merge(self, attention: Attention) -> None:
+        """Merge the changes of each image into the weights of an attention."""
         last = cast(nn.Linear, attention.to_out[0])
         weight = last.weight
         q, k, v, out = (cast(nn.ModuleList, getattr(self, f"to_{part}_lora")) for part in _PARTS)
@@ -163,28 +163,39 @@ class SharedAttention(nn.Module):
         for part in _PARTS:
             delattr(self, f"to_{part}_lora")
         self.to(weight.device, weight.dtype)
-        self.attention = attention
-        for name, layer in layers.items():
-            setattr(attention, name, nn.Sequential(layer) if name == "to_out" else layer)
+        self.attention, self.layers = attention, nn.ModuleDict(layers)
 
     @torch.no_grad()
-    def set_control(self, signal: Tensor) -> None:
+    def set_control(self, signal: Tensor) -> bool:
         """Add an input image to the tokens from now on.
 
         Args:
             signal: Encoded image (1, width, h, w), with as many positions as there are tokens.
+
+        Returns:
+            Whether the tokens of an image before it stay in their memory.
         """
         maps = [convs(signal.to(self.temporal_i.weight.dtype)) for convs in self.control_convs]
-        self.control = torch.cat(maps).flatten(2).mT.contiguous()
+        tokens = torch.cat(maps).flatten(2).mT.contiguous()
+        if self.control is None or self.control.shape != tokens.shape:
+            self.control = tokens
+            return False
+        self.control.copy_(tokens)
+        return True
+
+    def replace(self) -> SharedAttention:
+        """Return itself, for the place of its attention. `restore` undoes it."""
+        self._set_layers({name: cast(FrameLinear, own) for name, own in self.layers.items()})
+        return self
 
     def restore(self) -> Attention:
         """Return the attention with its own layers."""
-        attention = self.attention
-        attention.to_out = nn.Sequential(cast(FrameLinear, attention.to_out[0]).base)
-        names = ("to_qkv",) if isinstance(attention, SelfAttention) else ("to_q", "to_kv")
-        for name in names:
-            setattr(attention, name, getattr(attention, name).base)
-        return attention
+        self._set_layers({n: cast(FrameLinear, own).base for n, own in self.layers.items()})
+        return self.attention
+
+    def _set_layers(self, layers: Mapping[str, nn.Module]) -> None:
+        for name, layer in layers.items():
+            setattr(self.attention, name, nn.Sequential(layer) if name == "to_out" else layer)
 
     def keys_values(self, context: Tensor) -> Tensor:
         """Return keys and values of a text, see `CrossAttention.keys_values`."""
@@ -254,10 +265,12 @@ class SharingFile(nn.Module):
     """Contents of a file for a UNet. Parameter names are those of the file."""
 
     spec: Sharing
-    """What they were read for."""
+    """What they were read for. It is another object if they are in other memory."""
 
     def __init__(self, sizes: UnitSizes, blocks: Sequence[TransformerBlock]):
         super().__init__()
+        self.is_on = False
+        self._control: Tensor | None = None
         units: list[SharedAttention] = []
         for block in blocks:
             width, heads = block.attn1.to_qkv.in_features, block.attn1.heads
@@ -273,25 +286,38 @@ class SharingFile(nn.Module):
         return cast("list[SharedAttention]", list(cast(nn.ModuleList, self.hookers["layers"])))
 
     def install(self, unet: UNet) -> None:
-        """Replace the attentions of a UNet."""
+        """Merge the units into the attentions of a UNet. `switch` puts them in place."""
         units = iter(self.units)
         for _, block in transformer_blocks(unet):
-            for name in ("attn1", "attn2"):
-                unit = next(units)
-                unit.replace(getattr(block, name))
-                setattr(block, name, unit)
+            for attention in (block.attn1, block.attn2):
+                next(units).merge(attention)
         if hasattr(self, "kwargs_encoder"):
             self.kwargs_encoder.to(unet.conv_in.weight.device).float()
         unet.sharing = self
 
+    def switch(self, unet: UNet, *, is_on: bool) -> None:
+        """Replace the attentions of a UNet, or restore them. What was merged stays."""
+        if is_on == self.is_on:
+            return
+        units = iter(self.units)
+        for _, block in transformer_blocks(unet):
+            for name in ("attn1", "attn2"):
+                unit = next(units)
+                setattr(block, name, unit.replace() if is_on else unit.restore())
+        self.is_on = is_on
+
     @torch.no_grad()
-    def set_control(self, unet: UNet, pixels: Tensor) -> None:
-        """Add an input image (1, 3, H, W) to the tokens of all units."""
-        signals = self.kwargs_encoder(pixels.to(unet.conv_in.weight.device))
+    def set_control(self, unet: UNet, spec: Sharing) -> None:
+        """Add the input image of `spec` to the tokens of all units."""
+        if spec.control is None or spec.control is self._control:
+            return
+        signals = self.kwargs_encoder(spec.control.to(unet.conv_in.weight.device))
         units = iter(self.units)
         for level, _ in transformer_blocks(unet):
             for unit in islice(units, 2):
-                unit.set_control(signals[level])
+                if not unit.set_control(signals[level]):
+                    self.spec = spec
+        self._control = spec.control
 
 
 def read_sharing(spec: Sharing, unet: UNet) -> SharingFile:
@@ -344,35 +370,41 @@ def transformer_blocks(unet: UNet) -> Iterator[tuple[int, TransformerBlock]]:
                 yield number, module
 
 
-def share_attention(unet: UNet, spec: Sharing | None) -> None:
+def share_attention(unet: UNet, spec: Sharing | None, *, is_on: bool = True) -> None:
     """Replace the attentions of a UNet, or restore them with None.
 
-    What is replaced already stays. Weights of patches are merged before.
+    What was read for an equal `spec` is used again. Weights of patches are merged before.
+
+    Args:
+        unet: The UNet.
+        spec: What replaces its attentions.
+        is_on: Whether they are replaced now. Otherwise what was read waits for the next time.
 
     Raises:
         CorruptFile, ModelUnusable: See `read_sharing`.
     """
     shared = cast("SharingFile | None", unet.sharing)
-    if (shared and shared.spec) is spec:
-        return
-    if spec is None or shared is None or shared.spec != spec:
+    if shared and shared.spec != spec:
         restore_attention(unet)
-    if spec is None:
+        shared = None
+    if spec is None or not is_on:
+        if shared:
+            shared.switch(unet, is_on=False)
         return
     try:
-        if shared is None or unet.sharing is None:
+        if shared is None:
             shared = read_sharing(spec, unet)
+            shared.spec = spec
             shared.install(unet)
-        if spec.control is not None:
-            shared.set_control(unet, spec.control)
-        shared.spec = spec
+        shared.set_control(unet, spec)
+        shared.switch(unet, is_on=True)
     except BaseException:
         restore_attention(unet)
         raise
 
 
 def restore_attention(unet: UNet) -> None:
-    """Restore the attentions of a UNet."""
+    """Restore the attentions of a UNet, and release what was read."""
     for _, block in transformer_blocks(unet):
         for name in ("attn1", "attn2"):
             if isinstance(unit := getattr(block, name), SharedAttention):

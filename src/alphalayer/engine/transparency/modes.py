@@ -112,6 +112,11 @@ class Mode:
     condition: Callable[[DiffusionModel, ResolvedRequest, Inputs], Tensor | None] = no_condition
 
     @property
+    def encodes_inputs(self) -> bool:
+        """Return whether the VAE encodes the input images of the mode."""
+        return self.condition is not no_condition
+
+    @property
     def has_alpha(self) -> bool:
         """Return whether the transparent decoder is needed."""
         return MODE_DATA[self.name].has_alpha
