@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import tempfile
 import threading
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Hashable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Generator, Hashable
 from pathlib import Path
 from typing import IO
 
@@ -29,6 +29,14 @@ class DocumentFile:
         """Yield the content."""
         for offset in range(0, self.size_bytes, CHUNK_BYTES):
             yield await asyncio.to_thread(self._read, offset)
+
+    async def chunks_once(self) -> AsyncIterator[bytes]:
+        """Yield the content, and delete the file."""
+        try:
+            async for chunk in self.chunks():
+                yield chunk
+        finally:
+            self.close()
 
     def close(self) -> None:
         """Delete the file."""
@@ -96,18 +104,29 @@ class DocumentFiles:
                 del self._shared[key]
                 shared.close()
 
+    def keep(self, data: bytes) -> DocumentFile:
+        """Write data to a temporary file. The call blocks. Raises `StorageFailed`."""
+        with _write_errors(), contextlib.ExitStack() as stack:
+            file = stack.enter_context(tempfile.TemporaryFile(dir=self._folder))
+            file.write(data)
+            stack.pop_all()
+            return DocumentFile(file)
+
     async def _make(self, write: Callable[[IO[bytes]], Awaitable[None]]) -> DocumentFile:
         async with self._turn:
-            with contextlib.ExitStack() as stack:
-                try:
-                    file = stack.enter_context(tempfile.TemporaryFile(dir=self._folder))
-                    await write(file)
-                except OSError as error:
-                    raise StorageFailed(
-                        f"the document cannot be written: {error.strerror}."
-                    ) from error
+            with _write_errors(), contextlib.ExitStack() as stack:
+                file = stack.enter_context(tempfile.TemporaryFile(dir=self._folder))
+                await write(file)
                 stack.pop_all()
                 return DocumentFile(file)
+
+
+@contextlib.contextmanager
+def _write_errors() -> Generator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise StorageFailed(f"the document cannot be written: {error.strerror}.") from error
 
 
 def _close_file(making: asyncio.Task[DocumentFile]) -> None:
