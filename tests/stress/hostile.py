@@ -15,6 +15,7 @@ import itertools
 import json
 import os
 import random
+import shutil
 import socket
 import struct
 import sys
@@ -36,7 +37,7 @@ from alphalayer.auth import api_keys
 from alphalayer.images import codecs
 from tests.stress.report import write_report
 from tests.support import fake_service
-from tests.support.serving import answers, free_port, wait_until
+from tests.support.serving import answers, free_port, put_model, wait_until
 
 LIVEZ_S = 0.5
 """Longest accepted answer of `/livez` on quiet cores."""
@@ -470,8 +471,10 @@ def broken_images(target: Target, outcome: Outcome, scale: float) -> None:
 def many_documents(target: Target, outcome: Outcome, scale: float) -> None:
     """Download the documents of one job many times at once, while an image is uploaded."""
     side = 2048 if scale == 1 else 256
-    body = {**SMALL, "width": side, "height": side}
+    body = {**SMALL, "width": side, "height": side, "checkpoint": "apples"}
+    put_model(target.folder)
     answer = target.http.post("/alpha/v1/layers", json=body, timeout=300)
+    shutil.rmtree(target.folder / "models/Stable-diffusion/apples")
     urls = list(answer.json()["documents"].values())
 
     def download(number: int) -> int:
