@@ -135,7 +135,7 @@ def settings_of(image: Image.Image) -> str | None:
 
 
 def orientation_of(image: Image.Image) -> int:
-    """Return the EXIF orientation of an image, from 1 to 8. It is 1 without a valid one."""
+    """Return the EXIF orientation of an image: 1 to 8, 1 without a valid one."""
     value = _read_exif(image).get(ORIENTATION)
     return value if isinstance(value, int) and 1 <= value <= 8 else 1
 

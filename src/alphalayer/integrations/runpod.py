@@ -151,7 +151,7 @@ class Handler:
         return await asyncio.to_thread(self._render, renderer, spec, request.with_data)
 
     def _find_family(self, request: NativeRequest) -> str:
-        """Return the family of a model. Only chains depend on it. Raises `AlphalayerError`."""
+        """Return the family of the model of a chain. Raises `AlphalayerError`."""
         if not request.is_chain:
             return DEFAULT_FAMILY
         folder = self._settings.models_dir
