@@ -256,6 +256,23 @@ def test_extra_image_wrong_value_is_named(client: httpx.Client, fields: dict[str
     assert answer.json()["detail"].startswith(words), answer.text
 
 
+def test_extra_image_is_not_stored(client: httpx.Client):
+    outputs = client.app.state.service.storage  # type: ignore[attr-defined]
+    before = outputs.list()
+    body = {"image": b64(DISC), "upscaler_1": "Lanczos", "upscaling_resize": 3}
+    assert client.post("/sdapi/v1/extra-single-image", json=body).status_code == 200
+    assert outputs.list() == before
+
+
+def test_extra_image_has_the_limit_of_uploads(client: httpx.Client):
+    large = base64.b64encode(bytes(20_000_001)).decode()
+    answer = client.post("/sdapi/v1/extra-single-image", json={"image": large})
+    assert (answer.status_code, answer.json()["detail"][:41]) == (
+        422,
+        "image: the file has 20,000,001 bytes; at ",
+    )
+
+
 def test_broken_image_of_a_batch_is_named(client: httpx.Client):
     files = [{"data": b64(DISC), "name": "a"}, {"data": "aGk="}]
     answer = client.post("/sdapi/v1/extra-batch-images", json={"imageList": files})

@@ -262,6 +262,11 @@ def test_layers_lists_the_stack_with_documents(client):
         assert sent.status_code == 200, sent.text
         assert sent.content.startswith(start)
         assert f".{kind}" in sent.headers["content-disposition"]
+        assert int(sent.headers["content-length"]) == len(sent.content)
+        head = client.head(body["documents"][kind])
+        assert (head.status_code, head.content) == (200, b"")
+        names = ("content-disposition", "content-type", "cache-control")
+        assert [head.headers[name] for name in names] == [sent.headers[name] for name in names]
     texts = json.loads(body["info"])["infotexts"]
     assert ["From Foreground and Blending to Background" in one for one in texts] == [
         True,
@@ -338,6 +343,15 @@ def test_document_of_a_job_without_layers_is_missing(client):
     body = client.post("/alpha/v1/jobs", json={**FIELDS, "width": 64, "height": 64}).json()
     answer = client.get(f"/alpha/v1/jobs/{body['id']}/layers.psd")
     assert (answer.status_code, answer.json()["code"]) == (404, "file_not_found")
+    assert answer.json()["detail"] == "the job has no layers."
+
+
+def test_document_of_a_waiting_job_names_its_state(tmp_path: Path):
+    with served(put_model(tmp_path), engine=None) as client:
+        body = client.post("/alpha/v1/jobs/layers", json={**FIELDS, "width": 64, "height": 64})
+        answer = client.get(f"{body.json()['url']}/layers.psd")
+    assert answer.status_code == 404
+    assert answer.json()["detail"] == "the job is queued, so it has no layers."
 
 
 def test_signed_service_wants_signed_names_and_documents(tmp_path: Path):

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -24,9 +25,12 @@ import numpy as np
 import pytest
 from tests.support.serving import free_port, wait_until
 
+from alphalayer.api.native.layers import LayersRequest
 from alphalayer.config import Settings
+from alphalayer.core.errors import InvalidRequest
 from alphalayer.engine.fake import FakeEngine
 from alphalayer.images import codecs
+from alphalayer.integrations import runpod as serverless
 from alphalayer.integrations.runpod import Handler
 
 pytestmark = pytest.mark.skipif(not find_spec("runpod"), reason="needs runpod")
@@ -187,6 +191,44 @@ def test_serverless_broken_gpu_refreshes_the_worker(tmp_path):
     answer = asyncio.run(handler({"id": "job", "input": {"prompt": "an apple"}}))
     assert answer["refresh_worker"] is True
     assert json.loads(answer["error"])["code"] == "engine_failed"
+
+
+def make_handler(folder: Path) -> Handler:
+    settings = Settings(device="cpu", outputs_dir=folder / "outputs", models_dir=folder)
+    return Handler(settings, "alphalayer.engine.fake:create_engine")
+
+
+@pytest.mark.parametrize(
+    ("sent", "field"),
+    [("abc", "input"), ([1], "input"), ({"task": []}, "task"), ({"task": {}}, "task")],
+)
+def test_serverless_input_of_a_wrong_type_is_named(tmp_path: Path, sent: Any, field: str):
+    answer = asyncio.run(make_handler(tmp_path)({"id": "job", "input": sent}))
+    assert set(answer) == {"error"}
+    problem = json.loads(answer["error"])
+    assert (problem["code"], problem["field"]) == ("invalid_request", field)
+
+
+def test_serverless_refused_request_leaves_no_input(tmp_path: Path):
+    image = codecs.encode(np.full((64, 64, 4), 255, np.uint8))
+    body = {"task": "img2img", "prompt": "x", "image": base64.b64encode(image).decode()}
+    answer = asyncio.run(make_handler(tmp_path)({"id": "job", "input": body}))
+    assert json.loads(answer["error"])["code"] == "invalid_request"
+    assert not list(tmp_path.rglob("input_*"))
+
+
+def test_serverless_layers_are_those_of_the_family(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    entry = SimpleNamespace(family="sd15")
+    monkeypatch.setattr(serverless, "resolve_model", lambda *_: entry)
+    contexts: list[str] = []
+
+    def to_spec(_request: Any, context: Any) -> Any:
+        contexts.append(context.family)
+        raise InvalidRequest("enough.")
+
+    monkeypatch.setattr(LayersRequest, "to_spec", to_spec)
+    asyncio.run(make_handler(tmp_path)({"id": "job", "input": {"task": "layers", "prompt": "x"}}))
+    assert contexts == ["sd15"]
 
 
 def _answers(address: str) -> bool:

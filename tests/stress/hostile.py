@@ -15,12 +15,14 @@ import itertools
 import json
 import os
 import random
+import shutil
 import socket
 import struct
 import sys
 import tempfile
 import threading
 import time
+import zlib
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -35,7 +37,7 @@ from alphalayer.auth import api_keys
 from alphalayer.images import codecs
 from tests.stress.report import write_report
 from tests.support import fake_service
-from tests.support.serving import answers, free_port, wait_until
+from tests.support.serving import answers, free_port, put_model, wait_until
 
 LIVEZ_S = 0.5
 """Longest accepted answer of `/livez` on quiet cores."""
@@ -463,6 +465,56 @@ def broken_images(target: Target, outcome: Outcome, scale: float) -> None:
         form = {"data": SMALL, "files": {"image": image}}
         answer = target.http.post("/alpha/v1/img2img", **form)
         outcome.check(answer.status_code in (200, 422), f"img2img: {answer.status_code}")
+
+
+@attack(OPEN)
+def many_documents(target: Target, outcome: Outcome, scale: float) -> None:
+    """Download the documents of one job many times at once, while an image is uploaded."""
+    side = 2048 if scale == 1 else 256
+    body = {**SMALL, "width": side, "height": side, "checkpoint": "apples"}
+    put_model(target.folder)
+    answer = target.http.post("/alpha/v1/layers", json=body, timeout=300)
+    shutil.rmtree(target.folder / "models/Stable-diffusion/apples")
+    urls = list(answer.json()["documents"].values())
+
+    def download(number: int) -> int:
+        with target.client(timeout=300) as http:
+            return http.get(urls[number % len(urls)]).status_code
+
+    image = codecs.encode(np.full((64, 64, 4), 9, np.uint8))
+    with ThreadPoolExecutor(60) as pool:
+        statuses = pool.map(download, range(60))
+        upload = target.http.post("/alpha/v1/img2img", data=SMALL, files={"image": image})
+        outcome.check(upload.status_code == 200, f"upload beside documents: {upload.status_code}")
+        for status in statuses:
+            outcome.check(status == 200, f"document: {status}")
+
+
+@attack(OPEN)
+def odd_orientations(target: Target, outcome: Outcome, _scale: float) -> None:
+    """Upload images whose EXIF orientation has another type or value."""
+    whole = codecs.encode(np.full((64, 64, 4), 9, np.uint8))
+    for kind, value in itertools.product(range(16), (b"\xff" * 4, b"\0\x09\0\0", bytes(4))):
+        exif = b"MM\0*\0\0\0\x08\0\x01" + struct.pack(">HHI4s", 0x112, kind, 1, value) + bytes(4)
+        chunk = b"eXIf" + exif
+        chunk = struct.pack(">I", len(exif)) + chunk + struct.pack(">I", zlib.crc32(chunk))
+        image = whole[:33] + chunk + whole[33:]
+        answer = target.http.post("/alpha/v1/img2img", data=SMALL, files={"image": image})
+        outcome.check(answer.status_code == 200, f"type {kind} {value!r}: {answer.status_code}")
+
+
+@attack(OPEN)
+def enlarged_images(target: Target, outcome: Outcome, scale: float) -> None:
+    """Enlarge many images in one request, and one that is too large; none is stored."""
+    count, side = (32, 512) if scale == 1 else (4, 32)
+    image = base64.b64encode(codecs.encode(np.full((side, side, 4), 9, np.uint8))).decode()
+    options = {"upscaler_1": "Lanczos", "upscaling_resize": 8}
+    body = {**options, "imageList": [{"data": image}] * count}
+    answer = target.http.post("/sdapi/v1/extra-batch-images", json=body, timeout=300)
+    outcome.check(answer.status_code == 200, f"batch: {answer.status_code}")
+    large = {**options, "image": base64.b64encode(bytes(21_000_000)).decode()}
+    answer = target.http.post("/sdapi/v1/extra-single-image", json=large)
+    outcome.check(answer.status_code == 422, f"large: {answer.status_code}")
 
 
 @attack(OPEN)

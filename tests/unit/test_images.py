@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, ImageOps
 
 from alphalayer.core.errors import InvalidRequest
 from alphalayer.core.job import Output
@@ -240,11 +240,10 @@ def test_decode_animation_decodes_its_first_frame(kind: str):
     assert codecs.decode(written.getvalue())[0].tolist() == np.asarray(frames[0]).tolist()
 
 
-@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "I;16"])
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA"])
 def test_decode_any_mode_of_png_equals_pillow(mode: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(codecs, "STRIP_PIXELS", 200)
-    image = Image.fromarray(_image())
-    image = Image.new(mode, (50, 33), 700) if mode == "I;16" else image.convert(mode)
+    image = Image.fromarray(_image()).convert(mode)
     written = io.BytesIO()
     image.save(written, "PNG", **({"transparency": 3} if mode == "P" else {}))
     expected = np.asarray(Image.open(io.BytesIO(written.getvalue())).convert("RGBA"))
@@ -455,6 +454,35 @@ def test_input_is_turned_by_its_exif_data():
     assert (file.width, file.height, file.is_opaque) == (2, 3, False)
     assert turned.shape == (3, 2, 4)
     assert turned[0, 1].tolist() == [255] * 4
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_input_is_turned_as_pillow_turns_it(orientation: int):
+    rgba = np.random.default_rng(0).integers(0, 256, (2, 3, 4), np.uint8)
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    buffer = io.BytesIO()
+    Image.fromarray(rgba).save(buffer, "PNG", exif=exif)
+    with Image.open(buffer) as image:
+        expected = np.asarray(ImageOps.exif_transpose(image))
+    np.testing.assert_array_equal(codecs.decode_upright(buffer.getvalue()), expected)
+
+
+@pytest.mark.filterwarnings("ignore:Truncated")
+@pytest.mark.parametrize("kind", range(14))
+def test_orientation_of_an_odd_type_is_ignored(kind: int):
+    exif = b"MM\0*\0\0\0\x08\0\x01" + struct.pack(">HHI4s", 0x112, kind, 1, b"\xff" * 4)
+    data = _with_chunks(_chunk(b"eXIf", exif + bytes(4)))
+    np.testing.assert_array_equal(codecs.decode_upright(data), codecs.decode(data)[0])
+
+
+def test_grey_of_16_bits_is_scaled():
+    grey = np.array([[0, 255, 256, 0x8000, 0xFFFF]], np.uint16)
+    buffer = io.BytesIO()
+    Image.fromarray(grey).save(buffer, "PNG")
+    rgba, _ = codecs.decode(buffer.getvalue())
+    assert rgba[0, :, 0].tolist() == [0, 0, 1, 128, 255]
+    assert (rgba[..., 3] == 255).all()
 
 
 @pytest.mark.parametrize(

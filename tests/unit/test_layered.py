@@ -6,6 +6,7 @@ import io
 import shutil
 import struct
 import subprocess
+import weakref
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -26,11 +27,21 @@ from alphalayer.images.layered import (
     DocumentKind,
     DocumentLayer,
     composite,
-    encode_document,
+    write_document,
 )
 
 NAMES = ("Hintergrund ü", "前景 👩‍🎨", "hidden")
 HEIGHT, WIDTH = 23, 37
+
+
+def layer_of(name: str, image: Rgba, is_visible: bool = True) -> DocumentLayer:
+    return DocumentLayer(name, lambda: image, is_visible)
+
+
+def encode_document(kind: DocumentKind, layers: list[DocumentLayer]) -> bytes:
+    file = io.BytesIO()
+    write_document(file, kind, layers)
+    return file.getvalue()
 
 
 @pytest.fixture(scope="module")
@@ -41,8 +52,7 @@ def layers() -> list[DocumentLayer]:
     images[1][4:12, :, 3] = 0
     images[1][12:, :20, 3] = 255
     return [
-        DocumentLayer(name, image, name != "hidden")
-        for name, image in zip(NAMES, images, strict=True)
+        layer_of(name, image, name != "hidden") for name, image in zip(NAMES, images, strict=True)
     ]
 
 
@@ -58,7 +68,7 @@ def over(front: list[int], back: list[int]) -> list[int]:
 
 
 def test_composite_equals_the_over_operator_in_fractions(layers: list[DocumentLayer]):
-    back, front = layers[0].rgba, layers[1].rgba
+    back, front = layers[0].load(), layers[1].load()
     result = composite([back, front])
     expected = [
         [over(f, b) for f, b in zip(*rows, strict=True)]
@@ -78,7 +88,7 @@ def test_composite_of_three_images_is_rounded_once():
 
 
 def test_composite_keeps_the_front_where_the_back_is_empty(layers: list[DocumentLayer]):
-    front = layers[1].rgba.copy()
+    front = layers[1].load().copy()
     front[front[..., 3] == 0] = 0
     assert (composite([np.zeros_like(front), front]) == front).all()
 
@@ -150,12 +160,12 @@ def test_psd_holds_each_layer_exactly(layers: list[DocumentLayer]):
     assert stored[0].short_name == "Hintergrund ü".encode("mac_roman")
     assert [layer.is_hidden for layer in stored] == [False, False, True]
     for layer, original in zip(stored, layers, strict=True):
-        assert (layer.rgba == original.rgba).all()
+        assert (layer.rgba == original.load()).all()
 
 
 def test_psd_merged_image_is_the_visible_layers_on_white(layers: list[DocumentLayer]):
     _, merged, has_transparency = read_psd(encode_document("psd", layers))
-    expected = composite([layer.rgba for layer in layers[:2]])
+    expected = composite([layer.load() for layer in layers[:2]])
     white = np.full_like(expected, 255)
     assert has_transparency
     assert (merged[..., 3] == expected[..., 3]).all()
@@ -173,7 +183,7 @@ def test_psd_is_read_by_psd_tools(layers: list[DocumentLayer]):
     assert [layer.name for layer in document] == list(NAMES)
     assert [layer.visible for layer in document] == [True, True, False]
     for layer, original in zip(document, layers, strict=True):
-        assert (np.asarray(layer.topil()) == original.rgba).all()
+        assert (np.asarray(layer.topil()) == original.load()).all()
 
 
 def test_psd_is_read_by_imagemagick(layers: list[DocumentLayer], tmp_path: Path):
@@ -186,8 +196,8 @@ def test_psd_is_read_by_imagemagick(layers: list[DocumentLayer], tmp_path: Path)
     # the first image is the merged one
     for number, layer in enumerate(layers, 1):
         rgba, _ = codecs.decode((tmp_path / f"layer{number}.png").read_bytes())
-        visible = layer.rgba[..., 3] > 0
-        assert (rgba[visible] == layer.rgba[visible]).all()
+        visible = layer.load()[..., 3] > 0
+        assert (rgba[visible] == layer.load()[visible]).all()
 
 
 def test_openraster_holds_layers_and_the_merged_image(layers: list[DocumentLayer]):
@@ -203,9 +213,9 @@ def test_openraster_holds_layers_and_the_merged_image(layers: list[DocumentLayer
         assert visibility == ["hidden", "visible", "visible"]
         for element, layer in zip(reversed(elements), layers, strict=True):
             rgba, _ = codecs.decode(file.read(element.get("src", "")))
-            assert (rgba == layer.rgba).all()
+            assert (rgba == layer.load()).all()
         merged, _ = codecs.decode(file.read("mergedimage.png"))
-        assert (merged == composite([layer.rgba for layer in layers[:2]])).all()
+        assert (merged == composite([layer.load() for layer in layers[:2]])).all()
         thumbnail, _ = codecs.decode(file.read("Thumbnails/thumbnail.png"))
         assert thumbnail.shape == (HEIGHT, WIDTH, 4)
 
@@ -217,15 +227,13 @@ def test_openraster_is_read_by_pyora(layers: list[DocumentLayer], tmp_path: Path
     project = pyora.Project.load(str(path))
     for layer in layers:
         stored = project.get_by_path(f"/{layer.name}")
-        assert (np.asarray(stored.get_image_data(raw=True)) == layer.rgba).all()
+        assert (np.asarray(stored.get_image_data(raw=True)) == layer.load()).all()
         assert stored.visible == layer.is_visible
 
 
 def test_openraster_thumbnail_is_at_most_256_pixels():
     image = np.full((30, 600, 4), 255, np.uint8)
-    with zipfile.ZipFile(
-        io.BytesIO(encode_document("ora", [DocumentLayer("a", image)]))
-    ) as document:
+    with zipfile.ZipFile(io.BytesIO(encode_document("ora", [layer_of("a", image)]))) as document:
         thumbnail, _ = codecs.decode(document.read("Thumbnails/thumbnail.png"))
     assert thumbnail.shape == (13, 256, 4)
 
@@ -239,16 +247,16 @@ def test_tiff_has_a_page_for_each_layer(layers: list[DocumentLayer]):
             tags: Any = getattr(image, "tag_v2", {})
             assert tags[338] == unassociated
             assert tags[285].encode("latin-1").decode() == layer.name
-            assert (np.asarray(image) == layer.rgba).all()
+            assert (np.asarray(image) == layer.load()).all()
 
 
 def test_zip_holds_numbered_pngs(layers: list[DocumentLayer]):
-    renamed = [DocumentLayer("../a:b", layers[0].rgba), *layers[1:]]
+    renamed = [layer_of("../a:b", layers[0].load()), *layers[1:]]
     with zipfile.ZipFile(io.BytesIO(encode_document("zip", renamed))) as file:
         assert file.namelist() == ["1 .._a_b.png", f"2 {NAMES[1]}.png", "3 hidden.png"]
         for name, layer in zip(file.namelist(), layers, strict=True):
             rgba, _ = codecs.decode(file.read(name))
-            assert (rgba == layer.rgba).all()
+            assert (rgba == layer.load()).all()
 
 
 def _kinds() -> Iterator[DocumentKind]:
@@ -258,7 +266,7 @@ def _kinds() -> Iterator[DocumentKind]:
 @pytest.mark.parametrize("kind", _kinds())
 def test_document_of_hidden_layers_with_odd_names_is_written(kind: DocumentKind):
     image = np.full((1, 1, 4), 9, np.uint8)
-    layers = [DocumentLayer("\0\x1b\ud800\uffff" + "x" * 300, image, False)] * 2
+    layers = [layer_of("\0\x1b\ud800\uffff" + "x" * 300, image, False)] * 2
     data = encode_document(kind, layers)
     assert data == encode_document(kind, layers)
     assert kind in DOCUMENT_MIME_TYPES
@@ -266,3 +274,21 @@ def test_document_of_hidden_layers_with_odd_names_is_written(kind: DocumentKind)
         stored, merged, _ = read_psd(data)
         assert stored[0].name == "????" + "x" * 251
         assert not merged[..., 3].any()
+
+
+@pytest.mark.parametrize(("kind", "most"), [("psd", 3), ("ora", 3), ("tiff", 1), ("zip", 1)])
+def test_document_holds_one_hidden_layer_at_a_time(kind: DocumentKind, most: int):
+    alive: list[weakref.ref[Rgba]] = []
+    counts: list[int] = []
+
+    def load() -> Rgba:
+        image = np.full((2, 2, 4), 9, np.uint8)
+        alive.append(weakref.ref(image))
+        counts.append(sum(one() is not None for one in alive))
+        return image
+
+    # of the visible layers, the merged image needs both
+    layers = [DocumentLayer(str(number), load, number in (1, 2)) for number in range(6)]
+    write_document(io.BytesIO(), kind, layers)
+    assert len(counts) == 6
+    assert max(counts) <= most + 1

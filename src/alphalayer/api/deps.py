@@ -14,6 +14,7 @@ from fastapi import Depends, Header, Request
 from pydantic import AfterValidator
 
 from alphalayer.api.auth import Authenticator
+from alphalayer.api.document_files import DocumentFiles
 from alphalayer.api.embedded_files import EmbeddedFiles
 from alphalayer.api.file_urls import UrlSigner
 from alphalayer.api.pixel_pool import PixelPool
@@ -85,6 +86,8 @@ class Service:
     """Signer of the URLs of images. None: the name alone opens an image."""
     check_webhook: Callable[[str], None] | None = None
     """Raises `InvalidRequest` for addresses that webhooks may not use. None: webhooks are off."""
+    documents: DocumentFiles = field(default_factory=DocumentFiles)
+    """Documents that clients download."""
     probes: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(PROBES))
     """Threads of the readiness probes."""
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from fastapi import Request
-from starlette.datastructures import UploadFile
+from python_multipart.multipart import parse_options_header
+from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect
@@ -54,13 +55,18 @@ def uploads_of(request: Request) -> Mapping[str, bytes]:
     return getattr(request.state, "uploads", {})
 
 
-async def read_form(request: Request) -> Form:
+async def read_form(request: Request, file_fields: Collection[str]) -> Form:
     """Read a multipart body and keep its files, see `uploads_of`.
 
     Parts without content are left out, because many clients send every field that they know.
 
+    Args:
+        request: The request.
+        file_fields: Fields that can be files.
+
     Raises:
-        InvalidRequest: It is not valid, has too many parts, or a part is too long.
+        InvalidRequest: It is not valid, has too many parts, a part is too long, or another field
+            is a file.
         HTTPException: The body is beyond a limit of its size.
     """
     form, uploads = Form(), dict[str, bytes]()
@@ -79,20 +85,49 @@ async def read_form(request: Request) -> Form:
         ) from None
     except ClientDisconnect:
         raise HTTPException(400, "the form ended early.") from None
-    for name, part in parts.multi_items():
-        value = part
-        if isinstance(part, UploadFile):
-            data = await part.read()
-            value = f"{hashlib.sha256(data).hexdigest()}.upload" if data else ""
-            uploads[value] = data
-        if value:
-            form.setdefault(name, []).append(str(value))
-    await parts.close()
+    try:
+        for name, part in parts.multi_items():
+            value = part
+            if isinstance(part, UploadFile):
+                data = await part.read()
+                if data and name not in file_fields:
+                    raise InvalidRequest(
+                        "got a file, and it takes none.",
+                        hint=f"Fields with files: {', '.join(file_fields)}.",
+                        field=validation.cut(name),
+                    )
+                value = f"{hashlib.sha256(data).hexdigest()}.upload" if data else ""
+                uploads[value] = data
+            if value:
+                form.setdefault(name, []).append(str(value))
+    finally:
+        await parts.close()
     request.state.uploads = uploads
     return form
 
 
 class _FormParser(MultiPartParser):
-    """Parser whose files stay in memory, where the body is counted."""
+    """Parser of UTF-8 whose files stay in memory, where the body is counted."""
 
     spool_max_size = 0
+
+    async def parse(self) -> FormData:
+        """Return the parts. Raises `MultiPartException` for another charset."""
+        _, options = parse_options_header(self.headers.get("content-type"))
+        charset = options.get(b"charset", b"utf-8").decode("latin-1")
+        if charset.lower() not in ("utf-8", "utf8"):
+            raise MultiPartException(f"the charset is {validation.shown(charset)}; only utf-8.")
+        return await super().parse()
+
+    def on_part_end(self) -> None:
+        """Keep a part. Raises `MultiPartException` if its text is not UTF-8."""
+        part = self._current_part
+        if part.file is None:
+            try:
+                part.data.decode()
+            except UnicodeDecodeError:
+                # the base class would read it as Latin-1
+                raise MultiPartException(
+                    f"the text of {validation.shown(part.field_name)} is not UTF-8."
+                ) from None
+        super().on_part_end()

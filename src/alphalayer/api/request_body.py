@@ -30,7 +30,8 @@ class LimitedRoute(APIRoute):
 
     The model of the body states it: `carries_images: ClassVar[bool] = True`. Such a body may be as
     large as the service allows, see `BodyLimit`. A model with a class method `from_form` accepts
-    multipart bodies, too. The method converts a `Form` to JSON.
+    multipart bodies, too. The method converts a `Form` to JSON. `image_fields` are the names of
+    its fields that can be files.
     """
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
@@ -41,6 +42,7 @@ class LimitedRoute(APIRoute):
         model = self.body_field.field_info.annotation
         carries_images = getattr(model, "carries_images", False)
         from_form = getattr(model, "from_form", None)
+        file_fields = [*getattr(model, "image_fields", ())]
 
         async def read_with_limits(request: Request) -> Response:
             receive = request.receive
@@ -49,7 +51,8 @@ class LimitedRoute(APIRoute):
                 receive = count_received(receive, JSON_BYTES)
             if from_form and is_form(request):
                 request = Request(request.scope, receive)
-                return await handle(FormRequest(request, from_form(await read_form(request))))
+                form = await read_form(request, file_fields)
+                return await handle(FormRequest(request, from_form(form)))
             return await handle(JsonRequest(request.scope, receive))
 
         return read_with_limits

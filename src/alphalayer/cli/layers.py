@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import secrets
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -35,7 +37,7 @@ from alphalayer.core.job import ImageRef, Job, JobSpec
 from alphalayer.core.request import RequestFields
 from alphalayer.core.values import parse_as
 from alphalayer.images import codecs
-from alphalayer.images.layered import DocumentKind, DocumentLayer, encode_document
+from alphalayer.images.layered import DocumentKind, DocumentLayer, write_document
 from alphalayer.storage.inputs import input_name
 
 app = typer.Typer()
@@ -158,15 +160,21 @@ class _Targets:
         layers = [
             DocumentLayer(
                 layer.role.capitalize(),
-                codecs.decode(files[layer.key])[0],
+                partial(_decode, files[layer.key]),
                 is_visible(layer, stack),
             )
             for layer in (stack if self.documents else ())
         ]
         for kind, target in self.documents.items():
             path = numbered(target, number)
-            write_file(path, encode_document(kind, layers))
+            document = io.BytesIO()
+            write_document(document, kind, layers)
+            write_file(path, document.getvalue())
             yield path
+
+
+def _decode(data: bytes) -> codecs.Rgba:
+    return codecs.decode(data)[0]
 
 
 class _Files:

@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import numpy as np
 from isal import isal_zlib
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, ImageOps
+from PIL import Image
 
 from alphalayer.core.errors import InvalidRequest
 from alphalayer.core.request import ImageFormat
@@ -24,6 +24,7 @@ from alphalayer.images.files import (
     USER_COMMENT,
     check_size,
     open_image,
+    orientation_of,
     settings_of,
 )
 
@@ -123,8 +124,16 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> tuple[Rgba, str | None]
         rgba = np.empty((image.height, image.width, 4), np.uint8)
         for rows in strips(rgba):
             strip = image.crop((0, rows.start, image.width, rows.stop))
-            rgba[rows] = np.asarray(strip if strip.mode == "RGBA" else strip.convert("RGBA"))
+            rgba[rows] = _to_rgba(strip)
         return rgba, settings_of(image)
+
+
+def _to_rgba(image: Image.Image) -> NDArray[np.uint8]:
+    """Convert the pixels of an image. Of 16 bits, the upper 8 are used."""
+    if image.mode.startswith("I;16"):
+        # Pillow would make everything above 255 white
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    return np.asarray(image if image.mode == "RGBA" else image.convert("RGBA"))
 
 
 def strips(rgba: Rgba) -> Iterator[slice]:
@@ -203,12 +212,21 @@ def decode_upright(data: bytes) -> Rgba:
             f"and it has {width}x{height} pixels."
         )
     with open_image(data) as image:
-        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
-    exif = Image.Exif()
-    exif[ExifTags.Base.Orientation] = orientation
-    turned = Image.fromarray(rgba)
-    turned.info["exif"] = exif.tobytes()
-    return np.asarray(ImageOps.exif_transpose(turned))
+        orientation = orientation_of(image)
+    return _turn(rgba, orientation)
+
+
+def _turn(rgba: Rgba, orientation: int) -> Rgba:
+    """Turn an image upright.
+
+    Source:
+        EXIF 2.32, section 4.6.4: 5 to 8 swap rows and columns.
+    """
+    if orientation in (5, 6, 7, 8):
+        rgba = rgba.swapaxes(0, 1)
+    rows = -1 if orientation in (3, 4, 7, 8) else 1
+    columns = -1 if orientation in (2, 3, 6, 7) else 1
+    return np.ascontiguousarray(rgba[::rows, ::columns])
 
 
 def _input_file(rgba: Rgba, *, is_opaque: bool) -> InputFile:

@@ -18,7 +18,7 @@ MAX_PIXELS = 16_000_000
 """Limit for decoding: four times the largest generated image. It takes about 150 MB."""
 READABLE = ("PNG", "WEBP", "AVIF", "JPEG")
 """Formats that are opened. Some other readers of Pillow start other programs."""
-EXIF_IFD, USER_COMMENT = 0x8769, 0x9286
+EXIF_IFD, USER_COMMENT, ORIENTATION = 0x8769, 0x9286, 0x0112
 MAX_TEXT = 1_000_000
 """Longest `parameters` text. Pillow has this limit for compressed text."""
 MAX_EXIF_BYTES = 2 * MAX_TEXT + 1000
@@ -126,18 +126,28 @@ def settings_of(image: Image.Image) -> str | None:
     text = image.info.get("parameters")
     if isinstance(text, str):
         return _check_length(text)
-    exif_data: bytes = image.info.get("exif") or b""
-    if len(exif_data) > MAX_EXIF_BYTES:
-        return None
-    # not image.getexif(), which decodes all pixels of a PNG
-    exif = Image.Exif()
-    exif.load(exif_data)
-    comment = exif.get_ifd(EXIF_IFD).get(USER_COMMENT)
+    comment = _read_exif(image).get_ifd(EXIF_IFD).get(USER_COMMENT)
     if isinstance(comment, bytes):
         comment = _decode_comment(comment)
     # Pillow returns a comment of another tag type as text
     comment = comment.rstrip("\0") if isinstance(comment, str) else None
     return _check_length(comment) if comment else None
+
+
+def orientation_of(image: Image.Image) -> int:
+    """Return the EXIF orientation of an image: 1 to 8, 1 without a valid one."""
+    value = _read_exif(image).get(ORIENTATION)
+    return value if isinstance(value, int) and 1 <= value <= 8 else 1
+
+
+def _read_exif(image: Image.Image) -> Image.Exif:
+    """Return the EXIF data of an image, empty if they are too large."""
+    # not image.getexif(), which decodes all pixels of a PNG
+    data: bytes = image.info.get("exif") or b""
+    exif = Image.Exif()
+    if len(data) <= MAX_EXIF_BYTES:
+        exif.load(data)
+    return exif
 
 
 def _decode_comment(comment: bytes) -> str | None:

@@ -5,19 +5,19 @@ Images are uint8 (height, width, 4), straight alpha. Layers are bottom to top, a
 
 from __future__ import annotations
 
-import io
 import re
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import IO, Literal
 from xml.etree import ElementTree
 
 import numpy as np
-from PIL import Image, TiffImagePlugin
+from PIL import Image
 
 from alphalayer.images.codecs import Rgba, encode, strips
-from alphalayer.images.psd import encode_psd
+from alphalayer.images.psd import write_psd
+from alphalayer.images.tiff import write_tiff
 
 DocumentKind = Literal["psd", "ora", "tiff", "zip"]
 DOCUMENT_MIME_TYPES: dict[DocumentKind, str] = {
@@ -26,13 +26,11 @@ DOCUMENT_MIME_TYPES: dict[DocumentKind, str] = {
     "tiff": "image/tiff",
     "zip": "application/zip",
 }
-DOCUMENT_BYTES = 32
-"""Memory for encoding a document, in bytes a pixel of all its layers. Measured with noise."""
+DOCUMENT_BYTES = 24
+"""Memory for writing a document, in bytes a pixel of one layer. See `document_bytes`."""
 MAX_NAME = 255
 """Longest name of a layer in a PSD, in characters."""
 THUMBNAIL_SIDE = 256
-PAGE_NAME = 285
-"""Tag of a TIFF page."""
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
 """Characters that XML cannot hold, or that change the output of a terminal."""
 _NOT_IN_FILE_NAMES = re.compile(r'[\\/:*?"<>|]')
@@ -43,26 +41,41 @@ class DocumentLayer:
     """A layer of a document: its name, image and visibility."""
 
     name: str
-    rgba: Rgba
+    load: Callable[[], Rgba]
+    """Function that returns the image. It is called once a document, for one layer after another.
+
+    So few images are in memory at one time.
+    """
     is_visible: bool = True
 
 
-def encode_document(kind: DocumentKind, layers: Sequence[DocumentLayer]) -> bytes:
-    """Encode layers, bottom to top, as one file. Equal layers give equal bytes.
+def document_bytes(pixels: int, visible: int) -> int:
+    """Return the memory for writing a document, as measured with noise.
+
+    Args:
+        pixels: Pixels of one layer.
+        visible: Number of visible layers, which stay in memory for the merged image.
+    """
+    return pixels * (DOCUMENT_BYTES + 4 * visible)
+
+
+def write_document(file: IO[bytes], kind: DocumentKind, layers: Sequence[DocumentLayer]) -> None:
+    """Write layers, bottom to top, as one document. Equal layers give equal bytes.
 
     PSD and OpenRaster have a merged image of the visible layers, with transparency. TIFF has a page
     for each layer, ZIP a PNG. Both have no visibility.
 
     Args:
-        kind: Format of the file.
+        file: Empty file that can seek.
+        kind: Format of the document.
         layers: At least one. Names may have any characters. Control characters become "?".
     """
     cleaned = [
-        DocumentLayer(_UNPRINTABLE.sub("?", layer.name)[:MAX_NAME], layer.rgba, layer.is_visible)
+        DocumentLayer(_UNPRINTABLE.sub("?", layer.name)[:MAX_NAME], layer.load, layer.is_visible)
         for layer in layers
     ]
-    encoders = {"psd": _encode_psd, "ora": _encode_ora, "tiff": _encode_tiff, "zip": _encode_zip}
-    return encoders[kind](cleaned)
+    writers = {"psd": _write_psd, "ora": _write_ora, "tiff": _write_tiff, "zip": _write_zip}
+    writers[kind](file, cleaned)
 
 
 def composite(layers: Sequence[Rgba]) -> Rgba:
@@ -87,33 +100,65 @@ def composite(layers: Sequence[Rgba]) -> Rgba:
     return result
 
 
-def _merge(layers: Sequence[DocumentLayer]) -> Rgba:
-    """Return the image of the visible layers. It is transparent without any."""
-    empty = np.zeros_like(layers[0].rgba)
-    return composite([layer.rgba for layer in layers if layer.is_visible] or [empty])
+class _Merge:
+    """The visible layers of a document, and their merged image."""
+
+    def __init__(self):
+        self._visible: list[Rgba] = []
+        self._last: Rgba | None = None
+
+    def load(self, layer: DocumentLayer) -> Rgba:
+        """Return the image of a layer, and keep it if it is visible."""
+        self._last = rgba = layer.load()
+        if layer.is_visible:
+            self._visible.append(rgba)
+        return rgba
+
+    def finish(self, *, is_top_down: bool = False) -> Rgba:
+        """Return the image of the visible layers. It is transparent without any."""
+        assert self._last is not None
+        visible = self._visible or [np.zeros_like(self._last)]
+        merged = composite(visible[::-1] if is_top_down else visible)
+        self._visible, self._last = [], None
+        return merged
 
 
-def _encode_psd(layers: Sequence[DocumentLayer]) -> bytes:
-    return encode_psd(
-        [(layer.name, layer.rgba, layer.is_visible) for layer in layers], _merge(layers)
-    )
+def _write_psd(file: IO[bytes], layers: Sequence[DocumentLayer]) -> None:
+    merge = _Merge()
+    images = (merge.load(layer) for layer in layers)
+    write_psd(file, [(layer.name, layer.is_visible) for layer in layers], images, merge.finish)
 
 
-def _encode_ora(layers: Sequence[DocumentLayer]) -> bytes:
-    """Encode an OpenRaster document.
+def _write_ora(file: IO[bytes], layers: Sequence[DocumentLayer]) -> None:
+    """Write an OpenRaster document.
 
     Source:
         OpenRaster file layout specification 0.0.5.
     """
-    merged = _merge(layers)
-    height, width = merged.shape[:2]
+    _write_zip_members(file, _ora_members(layers))
+
+
+def _ora_members(layers: Sequence[DocumentLayer]) -> Iterator[tuple[str, bytes]]:
+    """Yield the names and contents of the files of an OpenRaster document."""
+    yield "mimetype", DOCUMENT_MIME_TYPES["ora"].encode()
+    # the stack is top to bottom
+    stack = [(f"data/layer{number}.png", layer) for number, layer in reversed([*enumerate(layers)])]
+    merge = _Merge()
+    for source, layer in stack:
+        yield source, encode(merge.load(layer))
+    merged = merge.finish(is_top_down=True)
+    yield "stack.xml", _ora_stack(stack, merged.shape[1], merged.shape[0])
+    yield "mergedimage.png", encode(merged)
+    thumbnail = Image.fromarray(merged)
+    thumbnail.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
+    yield "Thumbnails/thumbnail.png", encode(np.asarray(thumbnail))
+
+
+def _ora_stack(layers: Iterable[tuple[str, DocumentLayer]], width: int, height: int) -> bytes:
+    """Encode the list of layers, top to bottom, with their files."""
     root = ElementTree.Element("image", version="0.0.5", w=str(width), h=str(height))
     stack = ElementTree.SubElement(root, "stack")
-    members = {"mimetype": DOCUMENT_MIME_TYPES["ora"].encode(), "stack.xml": b""}
-    # the stack is top to bottom
-    for number, layer in reversed(list(enumerate(layers))):
-        source = f"data/layer{number}.png"
-        members[source] = encode(layer.rgba)
+    for source, layer in layers:
         ElementTree.SubElement(
             stack,
             "layer",
@@ -127,42 +172,27 @@ def _encode_ora(layers: Sequence[DocumentLayer]) -> bytes:
                 "composite-op": "svg:src-over",
             },
         )
-    members["stack.xml"] = ElementTree.tostring(root, encoding="utf-8", xml_declaration=True)
-    members["mergedimage.png"] = encode(merged)
-    thumbnail = Image.fromarray(merged)
-    thumbnail.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
-    members["Thumbnails/thumbnail.png"] = encode(np.asarray(thumbnail))
-    return _zip(members)
+    return ElementTree.tostring(root, encoding="utf-8", xml_declaration=True)
 
 
-def _encode_tiff(layers: Sequence[DocumentLayer]) -> bytes:
-    buffer = io.BytesIO()
-    with TiffImagePlugin.AppendingTiffWriter(buffer) as pages:
-        for layer in layers:
-            tags = TiffImagePlugin.ImageFileDirectory_v2()
-            tags[PAGE_NAME] = layer.name.encode()
-            Image.fromarray(layer.rgba).save(
-                pages, format="TIFF", compression="tiff_adobe_deflate", tiffinfo=tags
-            )
-            pages.newFrame()
-    return buffer.getvalue()
+def _write_tiff(file: IO[bytes], layers: Sequence[DocumentLayer]) -> None:
+    write_tiff(file, ((layer.name, layer.load()) for layer in layers))
 
 
-def _encode_zip(layers: Sequence[DocumentLayer]) -> bytes:
-    """Encode a PNG for each layer, numbered from the bottom."""
-    return _zip(
-        {
-            f"{number} {_NOT_IN_FILE_NAMES.sub('_', layer.name)}.png": encode(layer.rgba)
+def _write_zip(file: IO[bytes], layers: Sequence[DocumentLayer]) -> None:
+    """Write a PNG for each layer, numbered from the bottom."""
+    _write_zip_members(
+        file,
+        (
+            (f"{number} {_NOT_IN_FILE_NAMES.sub('_', layer.name)}.png", encode(layer.load()))
             for number, layer in enumerate(layers, 1)
-        }
+        ),
     )
 
 
-def _zip(members: dict[str, bytes]) -> bytes:
-    """Return a ZIP of files that are compressed already, in their order."""
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w") as file:
-        for name, data in members.items():
+def _write_zip_members(file: IO[bytes], members: Iterable[tuple[str, bytes]]) -> None:
+    """Write a ZIP of files that are compressed already, in their order."""
+    with zipfile.ZipFile(file, "w") as archive:
+        for name, data in members:
             # without a time, so that equal documents are equal bytes
-            file.writestr(zipfile.ZipInfo(name), data)
-    return buffer.getvalue()
+            archive.writestr(zipfile.ZipInfo(name), data)

@@ -1,4 +1,4 @@
-"""Encoder of Photoshop documents with layers: 8-bit RGB with transparency.
+"""Writer of Photoshop documents with layers: 8-bit RGB with transparency.
 
 Source:
     Adobe Photoshop File Formats Specification, November 2019.
@@ -7,7 +7,8 @@ Source:
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import IO
 
 import numpy as np
 from isal import isal_zlib
@@ -25,49 +26,62 @@ RGB_MODE = 3
 WHITE = (255, 255, 255)
 
 
-def encode_psd(layers: Sequence[tuple[str, Rgba, bool]], merged: Rgba) -> bytes:
-    """Encode a document.
+def write_psd(
+    file: IO[bytes],
+    layers: Sequence[tuple[str, bool]],
+    images: Iterable[Rgba],
+    merge: Callable[[], Rgba],
+) -> None:
+    """Write a document.
 
     Args:
-        layers: Name, image and visibility of each layer, bottom to top, all of one size.
-        merged: The image of all layers, for programs that read no layers.
+        file: Empty file that can seek.
+        layers: Name and visibility of each layer, bottom to top.
+        images: Their images, all of one size. They are used one after another.
+        merge: Function that returns the image of all layers, for programs that read no layers.
+            It is called after the last image.
     """
-    height, width = merged.shape[:2]
-    records: list[bytes] = []
-    data: list[bytes] = []
-    for name, rgba, is_visible in layers:
-        planes = [
-            struct.pack(">H", ZIP)
-            + isal_zlib.compress(np.ascontiguousarray(rgba[..., index]).data, 1)
-            for _, index in CHANNELS
-        ]
-        records.append(_record(name, (width, height), [len(plane) for plane in planes], is_visible))
-        data += planes
-    # a negative count means that the merged image has transparency
-    info = [struct.pack(">h", -len(records)), *records, *data]
-    length = sum(len(part) for part in info)
-    padding = length % 2
     empty = struct.pack(">I", 0)
+    # the header and the lengths are written at the end, over these zeros
+    file.write(bytes(26) + empty + empty + bytes(10))
+    records = file.tell()
+    file.write(bytes(sum(len(_record(*layer, (0, 0), [0] * 4)) for layer in layers)))
+    sizes = [_write_planes(file, rgba) for rgba in images]
+    file.write(bytes(file.tell() % 2))
+    end = file.tell()
+    file.write(empty)  # mask of the document
+    merged = merge()
+    height, width = merged.shape[:2]
+    _write_merged(file, merged)
+    file.seek(0)
+    file.write(struct.pack(">4sH6xHIIHH", b"8BPS", 1, 4, height, width, 8, RGB_MODE))
+    file.seek(records - 10)
+    # without colour table and image resources; a negative count: the merged image has transparency
+    lengths = end + 4 - (records - 6), end - (records - 2)
+    file.write(struct.pack(">IIh", *lengths, -len(layers)))
+    for layer, planes in zip(layers, sizes, strict=True):
+        file.write(_record(*layer, (width, height), planes))
+
+
+def _write_planes(file: IO[bytes], rgba: Rgba) -> list[int]:
+    """Write the deflated channels of a layer. Return their sizes."""
+    return [
+        file.write(struct.pack(">H", ZIP))
+        + file.write(isal_zlib.compress(np.ascontiguousarray(rgba[..., index]).data, 1))
+        for _, index in CHANNELS
+    ]
+
+
+def _write_merged(file: IO[bytes], merged: Rgba) -> None:
+    file.write(struct.pack(">H", RAW))
     # readers remove the white again
     on_white = composite(merged, WHITE)
-    # one join, because the parts are large
-    return b"".join(
-        [
-            struct.pack(">4sH6xHIIHH", b"8BPS", 1, 4, height, width, 8, RGB_MODE),
-            empty,  # colour table
-            empty,  # image resources
-            struct.pack(">II", length + padding + 8, length + padding),
-            *info,
-            bytes(padding),
-            empty,  # mask of the document
-            struct.pack(">H", RAW),
-            *(on_white[..., channel].tobytes() for channel in range(3)),
-            merged[..., 3].tobytes(),
-        ]
-    )
+    for index in range(3):
+        file.write(np.ascontiguousarray(on_white[..., index]).data)
+    file.write(np.ascontiguousarray(merged[..., 3]).data)
 
 
-def _record(name: str, size: tuple[int, int], lengths: Sequence[int], is_visible: bool) -> bytes:
+def _record(name: str, is_visible: bool, size: tuple[int, int], lengths: Sequence[int]) -> bytes:
     """Encode the description of a layer that fills the document."""
     width, height = size
     channels = b"".join(

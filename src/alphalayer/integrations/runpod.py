@@ -10,9 +10,10 @@ import asyncio
 import base64
 import contextlib
 import json
-from collections.abc import Callable
+import time
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from pydantic import ValidationError
 
@@ -25,10 +26,13 @@ from alphalayer.api.native.img2img import Img2ImgRequest
 from alphalayer.api.native.layers import LAYER_FIELDS, LayersRequest
 from alphalayer.api.native.txt2img import Txt2ImgRequest
 from alphalayer.api.pixel_pool import PixelPool
+from alphalayer.catalog import find_models, resolve_model
 from alphalayer.config import Settings
+from alphalayer.core import validation
 from alphalayer.core.errors import AlphalayerError, InvalidRequest, StorageFailed
 from alphalayer.core.job import ImageRef, Job, JobProgress, JobSpec, JobState
-from alphalayer.storage import Storage, read
+from alphalayer.core.layers import DEFAULT_FAMILY
+from alphalayer.storage import Storage, StoredFile, is_input, read
 from alphalayer.storage.objects import open_storage
 from alphalayer.worker.render import ENGINE, Renderer, load_engine, to_public_error
 
@@ -59,6 +63,35 @@ class _Uploads:
     url_signer: UrlSigner | None = None
 
 
+class _JobFiles:
+    """The storage, with the input images of one job in memory.
+
+    Nothing of a refused or finished job stays.
+    """
+
+    def __init__(self, storage: Storage):
+        self._storage = storage
+        self._inputs: dict[str, bytes] = {}
+
+    def put(self, key: str, data: bytes, *, replace: bool = False, renew: bool = False) -> None:
+        """Write an image, or keep an input image."""
+        if is_input(key):
+            self._inputs[key] = data
+        else:
+            self._storage.put(key, data, replace=replace, renew=renew)
+
+    async def open(self, key: str) -> StoredFile:
+        """Open a file. See `Storage`."""
+        if key not in self._inputs:
+            return await self._storage.open(key)
+        data = self._inputs[key]
+
+        async def chunks() -> AsyncIterator[bytes]:
+            yield data
+
+        return StoredFile(len(data), time.time(), chunks())
+
+
 class Handler:
     """Handler of jobs, one after another. The engine is loaded once, when the worker starts."""
 
@@ -68,7 +101,7 @@ class Handler:
         self._engine = load_engine(engine, settings.engine_options())
         self._engine.warm_up()
         self._turn = asyncio.Lock()
-        self._uploads = _Uploads(self._storage, PixelPool(IMAGE_MEMORY))
+        self._pixels = PixelPool(IMAGE_MEMORY)
 
     async def __call__(self, job: dict[str, Any]) -> dict[str, Any]:
         """Return the answer of txt2img, or `{"error": …}` with the problem as JSON.
@@ -85,7 +118,7 @@ class Handler:
                 )
 
         try:
-            request = _read_input(job.get("input") or {})
+            request = _read_input({} if job.get("input") is None else job["input"])
             with wire_names(LAYER_FIELDS if request.is_chain else FIELDS):
                 async with self._turn:
                     return await self._run(request, on_progress)
@@ -101,25 +134,33 @@ class Handler:
     async def _run(
         self, request: NativeRequest, on_progress: Callable[[Job, JobProgress], None]
     ) -> dict[str, Any]:
-        """Store the input images of a request, and run it."""
-        settings, images = self._settings, await store_images(self._uploads, request)
-        context = SpecContext(settings.noise, settings.decode, settings.prompt_comments, images)
+        """Read the input images of a request, and run it."""
+        settings, files = self._settings, _JobFiles(self._storage)
+        uploads = _Uploads(cast(Storage, files), self._pixels)
+        context = SpecContext(
+            settings.noise,
+            settings.decode,
+            settings.prompt_comments,
+            await store_images(uploads, request),
+            await asyncio.to_thread(self._find_family, request),
+        )
         spec = request.to_spec(context)
         spec.check_pixels(settings.max_request_pixels)
         spec.check_cost(settings.max_request_cost)
-        try:
-            return await asyncio.to_thread(self._render, spec, on_progress, request.with_data)
-        finally:
-            # a bucket has its own retention
-            if not settings.storage:
-                for image in images.values():
-                    self._storage.delete(image.file_name)
+        renderer = Renderer(self._engine, files, on_progress)
+        return await asyncio.to_thread(self._render, renderer, spec, request.with_data)
 
-    def _render(
-        self, spec: JobSpec, on_progress: Callable[[Job, JobProgress], None], with_data: bool
-    ) -> dict[str, Any]:
+    def _find_family(self, request: NativeRequest) -> str:
+        """Return the family of the model of a chain. Raises `AlphalayerError`."""
+        if not request.is_chain:
+            return DEFAULT_FAMILY
+        folder = self._settings.models_dir
+        name = request.model or self._settings.default_model
+        return resolve_model(name, find_models(folder), folder).family
+
+    def _render(self, renderer: Renderer, spec: JobSpec, with_data: bool) -> dict[str, Any]:
         job = Job.new(spec)
-        result = Renderer(self._engine, self._storage, on_progress).run(job)
+        result = renderer.run(job)
         job = job.model_copy(update={"state": JobState.DONE, "result": result})
         images = [self._answer(image, with_data) for image in result.images]
         several = {"images": images} if len(images) > 1 or spec.stores_layers else {}
@@ -147,15 +188,18 @@ class Handler:
         return {**answer, "base64": base64.b64encode(data).decode()}
 
 
-def _read_input(fields: dict[str, Any]) -> NativeRequest:
+def _read_input(fields: Any) -> NativeRequest:
     """Validate the input of a job.
 
     Raises:
-        InvalidRequest: The task is unknown.
+        InvalidRequest: It is no object, or the task is unknown.
         ValidationError: A field is wrong.
     """
+    if not isinstance(fields, dict):
+        raise InvalidRequest(f"got {validation.shown(fields)}; an object.", field="input")
+    fields = cast(dict[str, Any], fields)
     task = fields.get("task", "txt2img")
-    if task not in TASKS:
+    if not isinstance(task, str) or task not in TASKS:
         raise InvalidRequest(f"use one of: {', '.join(TASKS)}.", field="task")
     body = {name: value for name, value in fields.items() if name != "task"}
     return TASKS[task].model_validate(body)

@@ -20,6 +20,7 @@ from alphalayer.api.a1111 import routes as a1111
 from alphalayer.api.addresses import ALL_ADDRESSES, KnownHosts, address, find_names, origin
 from alphalayer.api.auth import Authenticator
 from alphalayer.api.deps import Service
+from alphalayer.api.document_files import DocumentFiles
 from alphalayer.api.file_urls import UrlSigner
 from alphalayer.api.guard import GuardedApp
 from alphalayer.api.middleware.body_limit import BodyLimit
@@ -355,6 +356,10 @@ async def _assemble(
         authenticator=Authenticator(keys.keys, key_usage.record),
         shutdown=shutdown,
         pixels=_create_pixel_pool(settings, metrics),
+        # a container often has its system folder in memory
+        documents=DocumentFiles(
+            settings.data_dir if os.access(settings.data_dir, os.W_OK) else None
+        ),
         requires_key=lambda: keys.keys() is not None,
         default_model=settings.default_model,
         max_pixels=settings.max_request_pixels,

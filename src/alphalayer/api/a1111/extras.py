@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import ExitStack
 from typing import Annotated, Any, ClassVar
 
 from fastapi import APIRouter, Depends, Request, Response
@@ -13,20 +14,19 @@ from alphalayer.api.deps import (
     ENCODE_BYTES,
     Service,
     ServiceDep,
-    embed_file,
     error_field,
     while_connected,
 )
+from alphalayer.api.document_files import DocumentFile
 from alphalayer.api.embedded_files import EmbeddedFiles
 from alphalayer.api.guard import Admitted, GuardedRoute, Submitter
 from alphalayer.api.schemas import Body
-from alphalayer.api.uploads import decode_base64
+from alphalayer.api.uploads import MAX_UPLOAD_BYTES, decode_base64
 from alphalayer.core.errors import InvalidRequest
 from alphalayer.core.request import IMAGE_UPSCALERS, MAX_HIRES_PIXELS
 from alphalayer.images import codecs, enlarging, files
 from alphalayer.images.codecs import MAX_INPUT_SIDE
 from alphalayer.images.enlarging import Size
-from alphalayer.storage.inputs import store_input
 
 router = APIRouter(dependencies=[Depends(Admitted("read"))], route_class=GuardedRoute)
 MAX_IMAGES = 32
@@ -163,12 +163,9 @@ async def extra_single_image(
     """Enlarge an image and its alpha."""
     body.check()
     embedded = EmbeddedFiles()
-    name = await while_connected(request, _enlarge(service, body, body.image, "image"))
-    return embedded.respond(
-        ExtrasSingleResponse(
-            html_info=body.html_info, image=await embed_file(service, embedded, name)
-        )
-    )
+    file = await while_connected(request, _enlarge(service, body, body.image, "image"))
+    image = embedded.add(file.chunks_once)
+    return embedded.respond(ExtrasSingleResponse(html_info=body.html_info, image=image))
 
 
 @router.post("/extra-batch-images", response_model=ExtrasBatchResponse, summary="Enlarge images")
@@ -179,23 +176,30 @@ async def extra_batch_images(
     body.check()
     embedded = EmbeddedFiles()
     images: list[str] = []
-    for index, file in enumerate(body.imageList):
-        work = _enlarge(service, body, file.data, f"imageList.{index}.data")
-        name = await while_connected(request, work)
-        images.append(await embed_file(service, embedded, name))
+    with ExitStack() as unsent:
+        for index, sent in enumerate(body.imageList):
+            work = _enlarge(service, body, sent.data, f"imageList.{index}.data")
+            file = await while_connected(request, work)
+            unsent.callback(file.close)
+            images.append(embedded.add(file.chunks_once))
+        unsent.pop_all()
     return embedded.respond(ExtrasBatchResponse(html_info=body.html_info, images=images))
 
 
-async def _enlarge(service: Service, body: ExtrasBody, image: str, field: str) -> str:
-    """Return the name under which an enlarged image is stored for its answer."""
+async def _enlarge(service: Service, body: ExtrasBody, image: str, field: str) -> DocumentFile:
+    """Return the temporary file of an enlarged image."""
     pixels = service.pixels
     async with pixels.turn():
         with error_field(field):
             data = await pixels.run(len(image), decode_base64, image)
+            if len(data) > MAX_UPLOAD_BYTES:
+                raise InvalidRequest(
+                    f"the file has {len(data):,} bytes; at most {MAX_UPLOAD_BYTES:,}."
+                )
         read = await pixels.run(0, files.count_pixels, data)
         memory = ENCODE_BYTES * (read + body.count_pixels(read))
         file = await pixels.run(memory, _enlarge_file, data, body, field)
-        return await pixels.run(len(file), store_input, service.storage, file)
+        return await pixels.run(len(file), service.documents.keep, file)
 
 
 def _enlarge_file(data: bytes, body: ExtrasBody, field: str) -> bytes:

@@ -93,6 +93,7 @@ class EditsRequest(ImageFields, frozen=True):
     model_config = ConfigDict(title="OpenAIEditsRequest")
     event = "image_edit"
     carries_images: ClassVar[bool] = True
+    image_fields: ClassVar[tuple[str, ...]] = (*IMAGE_PARTS, "mask")
 
     images: Annotated[
         tuple[ImageReference, ...],
