@@ -163,6 +163,7 @@ BOMB = _FILE.getvalue()
         ),
         ({"image": CUT_OUT, "mask": [MASK, MASK]}, {}, "mask", "more than once"),
         ({"image": CUT_OUT, "markup": MASK}, {}, "markup", "not supported"),
+        ({"image": CUT_OUT, "prompt": b"an apple"}, {}, "prompt", "got a file"),
         ({"image": CUT_OUT}, {"prompt": ""}, "prompt", "must be given"),
         ({"image": CUT_OUT}, {"n": "11"}, "n", "at most 10"),
         ({"image": CUT_OUT}, {"n": "NaN"}, "n", "a whole number"),

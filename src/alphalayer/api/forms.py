@@ -55,18 +55,18 @@ def uploads_of(request: Request) -> Mapping[str, bytes]:
     return getattr(request.state, "uploads", {})
 
 
-async def read_form(request: Request, file_fields: Collection[str]) -> Form:
+async def read_form(request: Request, text_fields: Collection[str] = ()) -> Form:
     """Read a multipart body and keep its files, see `uploads_of`.
 
     Parts without content are left out, because many clients send every field that they know.
 
     Args:
         request: The request.
-        file_fields: Fields that can be files.
+        text_fields: Fields that cannot be files.
 
     Raises:
-        InvalidRequest: It is not valid, has too many parts, a part is too long, or another field
-            is a file.
+        InvalidRequest: It is not valid, has too many parts, a part is too long, or a text
+            field is a file.
         HTTPException: The body is beyond a limit of its size.
     """
     form, uploads = Form(), dict[str, bytes]()
@@ -90,11 +90,11 @@ async def read_form(request: Request, file_fields: Collection[str]) -> Form:
             value = part
             if isinstance(part, UploadFile):
                 data = await part.read()
-                if data and name not in file_fields:
+                if name in text_fields:
                     raise InvalidRequest(
                         "got a file, and it takes none.",
-                        hint=f"Fields with files: {', '.join(file_fields)}.",
-                        field=validation.cut(name),
+                        hint="Send it without a file name.",
+                        field=name,
                     )
                 value = f"{hashlib.sha256(data).hexdigest()}.upload" if data else ""
                 uploads[value] = data

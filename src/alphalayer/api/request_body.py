@@ -42,7 +42,8 @@ class LimitedRoute(APIRoute):
         model = self.body_field.field_info.annotation
         carries_images = getattr(model, "carries_images", False)
         from_form = getattr(model, "from_form", None)
-        file_fields = [*getattr(model, "image_fields", ())]
+        names = {info.alias or name for name, info in getattr(model, "model_fields", {}).items()}
+        text_fields = names - {*getattr(model, "image_fields", ())}
 
         async def read_with_limits(request: Request) -> Response:
             receive = request.receive
@@ -51,7 +52,7 @@ class LimitedRoute(APIRoute):
                 receive = count_received(receive, JSON_BYTES)
             if from_form and is_form(request):
                 request = Request(request.scope, receive)
-                request.state.fields = from_form(await read_form(request, file_fields))
+                request.state.fields = from_form(await read_form(request, text_fields))
                 return await handle(FormRequest(request, request.state.fields))
             return await handle(_RouteRequest(request.scope, receive))
 
