@@ -191,7 +191,7 @@ class JobSpec(Frozen, frozen=True):
         pixels = self.pixels * self.iterations * len(self.requests)
         if not limit or pixels <= limit:
             return
-        counts = {"iterations": self.iterations, "batch_size": self.generation.batch_size}
+        counts = {"iterations": self.iterations, "batch_size": self.sets}
         raise InvalidRequest(
             f"the request has {pixels:,} pixels in all; at most {limit:,}.",
             hint="Request fewer or smaller images.",
@@ -220,7 +220,7 @@ class JobSpec(Frozen, frozen=True):
         steps = {"steps": request.steps or 1}
         if request.uses_hires and request.hires_steps > (request.steps or ModelDefaults().steps):
             steps = {"hires_steps": request.hires_steps}
-        counts = {"iterations": self.iterations, "batch_size": request.batch_size, **steps}
+        counts = {"iterations": self.iterations, "batch_size": self.sets, **steps}
         if image.prompt > image.pixels:
             prompts = (*PROMPTS, *LAYER_PROMPTS)
             counts = {max(prompts, key=lambda name: len(getattr(request, name))): 2}
