@@ -18,6 +18,7 @@ from unittest.mock import patch
 import httpx
 
 from alphalayer.config import Settings
+from alphalayer.core.modes import DECODER_FILES, ENCODER_FILES, MODES
 from alphalayer.service.app import create_app
 from alphalayer.service.connections import ConnectionLimits
 from alphalayer.service.uvicorn_server import Server
@@ -125,7 +126,7 @@ NO_TENSORS = (2).to_bytes(8, "little") + b"{}"
 
 
 def put_model(folder: Path) -> Path:
-    """Add a model "apples" with empty weights, which the fake engine does not read."""
+    """Add a model "apples" and LayerDiffuse, with empty weights for the fake engine."""
     # not at the top: it imports torch, which a service in a process of its own must not have
     from alphalayer.engine.families.configs import SHIPPED
 
@@ -133,6 +134,11 @@ def put_model(folder: Path) -> Path:
     shutil.copytree(SHIPPED, model)
     for part in ("unet", "vae", "text_encoder", "text_encoder_2"):
         (model / part / "model.safetensors").write_bytes(NO_TENSORS)
+    layers = folder / "models" / "layer_model"
+    layers.mkdir()
+    files = [mode.files for mode in MODES.values()] + [*DECODER_FILES.values()]
+    for names in filter(None, [*files, *ENCODER_FILES.values()]):
+        (layers / names[0]).write_bytes(NO_TENSORS)
     return folder
 
 

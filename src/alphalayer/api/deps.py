@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +24,7 @@ from alphalayer.catalog import (
     check_layerdiffuse_mode,
     find_lora,
     find_upscaler,
+    missing_files,
     resolve_model,
     shorten_paths,
 )
@@ -31,13 +32,15 @@ from alphalayer.core.errors import (
     AlphalayerError,
     Busy,
     Cancelled,
+    CommandHint,
     FileMissing,
     InvalidRequest,
+    LayerDiffuseMissing,
     ModelNotFound,
     ModelUnusable,
 )
 from alphalayer.core.job import Delivery, Job, JobSpec, JobState, Submission, new_id
-from alphalayer.core.modes import DEFAULT_MODE, OPAQUE
+from alphalayer.core.modes import DEFAULT_MODE, MODES, OPAQUE, Mode, mode_for
 from alphalayer.core.request import DecodeMode, GenerationRequest, NoiseSource
 from alphalayer.core.validation import check_printable
 from alphalayer.jobs.base import JobQueue, JobView
@@ -207,25 +210,59 @@ def find_model(service: Service, name: str | None) -> ModelEntry:
         raise
 
 
-def _check_models(service: Service, generation: GenerationRequest, modes: Sequence[str]) -> None:
-    """Check that the model, LoRAs, upscaler and LayerDiffuse method are available.
+def _check_models(service: Service, spec: JobSpec) -> None:
+    """Check that the model, LoRAs, upscaler and the files of LayerDiffuse are available.
 
     It reads folders.
 
     Raises:
-        InvalidRequest, ModelUnusable: one of them is not.
+        InvalidRequest, ModelUnusable, LayerDiffuseMissing: one of them is not.
     """
+    generation = spec.generation
     entry = find_model(service, generation.model)
     try:
         for lora in generation.loras:
             find_lora(service.models_dir, lora.name)
         if generation.upscaler_file:
             find_upscaler(service.models_dir, generation.upscaler_file)
-        for mode in modes:
-            if mode != OPAQUE:
-                check_layerdiffuse_mode(entry, mode)
+        for request in spec.requests:
+            if request.mode != OPAQUE:
+                _check_mode(service, entry, spec, request)
     except AlphalayerError as error:
         raise shorten_paths(error, service.models_dir) from None
+
+
+def _check_mode(
+    service: Service, entry: ModelEntry, spec: JobSpec, request: GenerationRequest
+) -> None:
+    """Check that a model has the mode of a request of a job, and its files.
+
+    Raises:
+        InvalidRequest: It has another mode.
+        LayerDiffuseMissing: A file is missing.
+    """
+    try:
+        check_layerdiffuse_mode(entry, request.mode)
+    except InvalidRequest as error:
+        if spec.stores_layers:
+            error.hint = _layers_hint(MODES[request.mode], has_inputs=bool(spec.generation.inputs))
+        raise
+    mode, encodes = mode_for(entry.family, request.mode), request.uses_init
+    for file in missing_files(entry, mode, service.models_dir, encodes=encodes) or ():
+        raise LayerDiffuseMissing(
+            f'{file.path.name} is not in {file.path.parent}; mode "{mode.name}" needs it'
+            f"{' to change an image' if encodes else ''}.",
+            hint=CommandHint("Run:", f"models pull {file.download}"),
+        )
+
+
+def _layers_hint(mode: Mode, *, has_inputs: bool) -> CommandHint:
+    """Return what to do if a model lacks the mode of a layer."""
+    start = "Use" if has_inputs else 'Want "foreground", or use'
+    return CommandHint(
+        f"{start} another model. Its file {mode.files[0]} comes with:",
+        f"models pull {mode.download}",
+    )
 
 
 async def submit_job(
@@ -245,10 +282,9 @@ async def submit_job(
     spec.check_pixels(service.max_pixels)
     spec.check_cost(service.max_cost)
     generation, modes = spec.generation, [one.mode for one in spec.requests]
-    if service.knows_models and (
-        generation.model or generation.loras or generation.upscaler_file or modes != [DEFAULT_MODE]
-    ):
-        await asyncio.to_thread(_check_models, service, generation, modes)
+    needs_files = generation.loras or generation.upscaler_file or generation.inputs
+    if service.knows_models and (generation.model or needs_files or modes != [DEFAULT_MODE]):
+        await asyncio.to_thread(_check_models, service, spec)
     job = await _submit_charged(service, spec, submission, delivery, job_id or new_id())
     prompt = {"prompt": generation.prompt} if service.log_prompts else {}
     log.info("job.accepted", job=job.id, owner=submission.owner, **prompt)
