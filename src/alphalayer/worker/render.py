@@ -27,7 +27,7 @@ from alphalayer.core.errors import (
 )
 from alphalayer.core.job import ImageRef, Job, JobProgress, JobResult
 from alphalayer.core.modes import MODES, InputRole
-from alphalayer.core.request import GenerationRequest, ImageSeed
+from alphalayer.core.request import GenerationRequest, ImageInput, ImageSeed
 from alphalayer.engine.base import (
     Engine,
     GenerationResult,
@@ -208,8 +208,7 @@ class Renderer:
 
     def _load_inputs(self, job: Job) -> Inputs:
         return {
-            image.role: _decode_input(image.file_name, self.files)
-            for image in job.spec.generation.inputs
+            image.role: _decode_input(image, self.files) for image in job.spec.generation.inputs
         }
 
     def _task(
@@ -276,16 +275,18 @@ def to_public_error(error: Exception) -> AlphalayerError:
     )
 
 
-def _decode_input(name: str, files: ImageFiles) -> RgbaImage:
+def _decode_input(image: ImageInput, files: ImageFiles) -> RgbaImage:
     async def read() -> bytes:
-        stored = await files.open(name)
+        stored = await files.open(image.file_name)
         return b"".join([chunk async for chunk in stored.chunks])
 
     try:
         return codecs.decode(asyncio.run(read()))[0]
     except FileMissing:
         raise FileMissing(
-            f'there is no input image "{name}".', hint="Upload it again.", field="inputs"
+            f'there is no input image "{image.file_name}".',
+            hint="Upload it again.",
+            field=image.role,
         ) from None
 
 
