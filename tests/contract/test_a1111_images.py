@@ -124,9 +124,9 @@ def test_init_images_are_repeated_only_if_requested(client: httpx.Client):
         ({"init_images": [5]}, "init_images.0: got 5; a text"),
         ({"init_images": ["?"]}, "init_images: not base64"),
         ({"init_images": ["aGk="]}, "init_images: not an image"),
-        ({"init_images": [""]}, "init_images: not an image"),
+        ({"init_images": [""]}, "init_images: it is empty"),
         ({"init_images": [bomb()]}, "init_images: the image is too large"),
-        ({"init_images": ["https://example.com/a.png"]}, "init_images: not base64"),
+        ({"init_images": ["https://example.com/a.png"]}, "init_images: URLs are not fetched"),
         ({"init_images": None, "mask": "aGk="}, "init_images: it must be given"),
         ({"mask": "aGk="}, "mask: not an image"),
         ({"mask": bomb()}, "mask: the image is too large"),
@@ -153,8 +153,8 @@ def test_init_images_are_repeated_only_if_requested(client: httpx.Client):
         ),
         (
             {"init_images": [b64(OPAQUE)], "layerdiffuse_enabled": True},
-            "init_images: the image is opaque, and LayerDiffuse needs transparency. "
-            "Cut the object out first, or switch LayerDiffuse off.",
+            "init_images: the image is opaque, and LayerDiffuse changes images with transparency. "
+            "Remove its background first, or switch LayerDiffuse off.",
         ),
         (
             {
@@ -162,6 +162,14 @@ def test_init_images_are_repeated_only_if_requested(client: httpx.Client):
                 "alwayson_scripts": {"LayerDiffuse": {"args": [True]}},
             },
             "init_images: the image is opaque",
+        ),
+        (
+            {"alwayson_scripts": {"LayerDiffuse": {"args": [True, FG2BLE, 1, 1, "?"]}}},
+            "alwayson_scripts.LayerDiffuse.args.fg_image: not base64",
+        ),
+        (
+            {"alwayson_scripts": {"LayerDiffuse": {"args": [True, FG2BLE]}}},
+            f'alwayson_scripts.LayerDiffuse.args: mode "{FG2BLE}" takes one image',
         ),
         ({"alwayson_scripts": {"ADetailer": {"args": [True]}}}, "ADetailer"),
         ({"prompt": ""}, "prompt: "),
@@ -171,6 +179,14 @@ def test_img2img_wrong_value_is_named(client: httpx.Client, fields: dict[str, An
     answer = img2img(client, **fields)
     assert (answer.status_code, list(answer.json())) == (422, ["detail"])
     assert answer.json()["detail"].startswith(words) or words in ("ADetailer",), answer.text
+
+
+def test_script_images_are_not_repeated(client: httpx.Client):
+    args = [True, FG2BLE, 1, 1, b64(DISC)]
+    sent = {"alwayson_scripts": {"LayerDiffuse": {"args": args}}, "send_images": False}
+    for include, image in ((False, None), (True, b64(DISC))):
+        echoed = img2img(client, **sent, include_init_images=include).json()["parameters"]
+        assert echoed["alwayson_scripts"] == {"LayerDiffuse": {"args": [*args[:4], image]}}
 
 
 def test_img2img_number_that_is_not_finite_is_refused(client: httpx.Client):

@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import base64
+import gc
 import io
 import json
 import struct
 import zlib
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 from PIL import Image
 from tests.support.serving import put_model, served, wait_until
 
-from alphalayer.api.middleware.body_limit import HELD_BODIES
-from alphalayer.api.uploads import MAX_UPLOAD_BYTES
+from alphalayer.api.a1111 import routes as a1111_routes
+from alphalayer.api.middleware.body_limit import HELD_BODIES, BodyLimit
+from alphalayer.api.native import fields as fields_module
+from alphalayer.api.openai import routes as openai_routes
+from alphalayer.api.uploads import MAX_UPLOAD_BYTES, release_images
 from alphalayer.core.layers import STACK
+from alphalayer.core.modes import MODES
 from alphalayer.images import codecs
 from alphalayer.images.layered import composite
 
@@ -239,6 +247,133 @@ def test_waiting_requests_hold_no_files_of_their_forms(tmp_path: Path):
         assert {future.result() for future in waiting} == {503}
 
 
+def url_of(data: bytes) -> dict[str, str]:
+    return {"image_url": f"data:image/png;base64,{text(data)}"}
+
+
+WAITING: dict[str, dict[str, Any]] = {
+    EDIT: {"image": text(picture(seed=3))},
+    LAYERS: {"foreground": text(picture(seed=4))},
+    "/v1/images/edits": {"images": [url_of(picture(seed=5))]},
+    "/sdapi/v1/img2img": {"init_images": [text(picture(seed=6))], "mask": text(picture(seed=6))},
+    "/sdapi/v1/txt2img": {
+        "alwayson_scripts": {
+            "layerdiffuse": {
+                "args": [True, MODES["fg2ble"].label, 1, 1, text(picture(seed=7))],
+            }
+        }
+    },
+}
+"""Requests with images by route."""
+
+
+def test_waiting_request_in_any_dialect_holds_no_images(tmp_path: Path):
+    dropped = list[Any]()
+
+    def keep(request: Any, body: Any, fields: Any) -> None:
+        release_images(request, body, fields)
+        dropped.append((body, request.state.fields))
+
+    modules = (fields_module, openai_routes, a1111_routes)
+    with (
+        served(put_model(tmp_path), engine=None, drain_s=1) as client,
+        ThreadPoolExecutor() as pool,
+        ExitStack() as patches,
+    ):
+        for module in modules:
+            patches.enter_context(patch.object(module, "release_images", keep))
+        for count, (path, images) in enumerate(WAITING.items(), 1):
+            pool.submit(client.post, path, json={**FIELDS, **images}, timeout=5)
+            wait_until(lambda count=count: len(client.get(JOBS).json()["jobs"]) == count)
+        limits = [one for one in gc.get_objects() if type(one) is BodyLimit]
+        assert sum(limit._held_bytes for limit in limits) == 0
+        assert len(dropped) == len(WAITING)
+        for body, sent in dropped:
+            assert len(repr(body)) + len(repr(body._sent)) + len(repr(sent)) < 10_000
+        client.server.should_exit = True  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("path", ["/v1/images/edits", "/sdapi/v1/img2img"])
+def test_image_in_another_form_is_the_same_request(client, path: str):
+    image = picture(seed=11)
+    plain, address = text(image), f"data:image/png;base64,{text(image)}"
+    sources = ("images", lambda one: [{"image_url": one}])
+    if path.startswith("/sdapi"):
+        sources = ("init_images", lambda one: [one])
+    name, wrap = sources
+    bodies: list[dict[str, Any]] = [
+        {"json": {**FIELDS, name: wrap(source), "seed": -1}} for source in (plain, address)
+    ]
+    if path.startswith("/v1"):
+        bodies.append({"data": {**FIELDS, "seed": -1}, "files": {"image": image}})
+    before = len(client.get(JOBS).json()["jobs"])
+    for body in bodies:
+        answer = client.post(path, headers={"Idempotency-Key": path}, **body)
+        assert answer.status_code == 200, answer.text
+    assert len(client.get(JOBS).json()["jobs"]) == before + 1
+
+
+@pytest.mark.parametrize(
+    ("path", "fields"),
+    [
+        (EDIT, {"mask_blur": 8}),
+        (EDIT, {"layerdiffuse_output_origin": True}),
+        (LAYERS, {"n_iter": 16, "batch_size": 8}),
+        ("/sdapi/v1/img2img", {"mask_round": False}),
+        ("/sdapi/v1/img2img", {"mask": "https://example.org/a.png"}),
+        ("/v1/images/edits", {"background": "transparent", "output_format": "jpeg"}),
+    ],
+)
+def test_refused_request_stores_no_image(client, folder: Path, path: str, fields: dict[str, Any]):
+    data = picture(seed=hash((path, *fields)) % 1000 + 1000)
+    images: dict[str, Any] = {
+        EDIT: {"image": text(data)},
+        LAYERS: {"foreground": text(data)},
+        "/sdapi/v1/img2img": {"init_images": [text(data)]},
+        "/v1/images/edits": {"images": [url_of(data)]},
+    }[path]
+    before = {file.name for file in folder.rglob("input_*")}
+    answer = client.post(path, json={**FIELDS, **images, **fields})
+    assert answer.status_code in (400, 422), answer.text
+    assert {file.name for file in folder.rglob("input_*")} == before
+
+
+def test_missing_file_of_a_later_stage_is_named_at_submission(tmp_path: Path):
+    models = put_model(tmp_path) / "models" / "layer_model"
+    for name in ("layer_xl_fgble2bg.safetensors", "vae_transparent_encoder.safetensors"):
+        (models / name).unlink()
+    with served(tmp_path, engine=None) as client:
+        chain = client.post("/alpha/v1/jobs/layers", json=FIELDS)
+        edit = client.post("/alpha/v1/jobs/img2img", json={**FIELDS, "image": text(picture())})
+        for answer, file, download in (
+            (chain, "layer_xl_fgble2bg", "layerdiffuse-fgble2bg"),
+            (edit, "vae_transparent_encoder", "layerdiffuse-encoder"),
+        ):
+            body = answer.json()
+            assert (answer.status_code, body["code"]) == (503, "layerdiffuse_missing")
+            assert file in body["detail"]
+            assert body["hint"].endswith(f"models pull {download}")
+        assert client.post("/alpha/v1/jobs/layers", json={**FIELDS, "want": "foreground"})
+        (models / "layer_xl_fg2ble.safetensors").unlink()
+        script = {"LayerDiffuse": {"args": [True, MODES["fg2ble"].label, 1, 1, text(picture())]}}
+        answer = client.post("/sdapi/v1/txt2img", json={**FIELDS, "alwayson_scripts": script})
+        assert f'mode "{MODES["fg2ble"].label}" needs it' in answer.json()["detail"]
+
+
+def test_layers_of_the_embedded_model_hint_at_the_foreground(tmp_path: Path):
+    with served(tmp_path, engine=None) as client:
+        body = client.post("/alpha/v1/jobs/layers", json=FIELDS).json()
+        assert (body["field"], body["code"]) == ("want", "invalid_request")
+        assert body["hint"] == (
+            'Want "foreground", or use another model. Its file layer_xl_fg2ble.safetensors comes '
+            "with: alphalayer models pull layerdiffuse-fg2ble"
+        )
+        answer = client.post(
+            "/alpha/v1/jobs/layers", json={**FIELDS, "foreground": text(picture())}
+        )
+        assert answer.json()["hint"].startswith("Use another model.")
+
+
 def test_other_routes_take_no_form(client):
     answer = client.post("/alpha/v1/txt2img", data=FIELDS, files={"image": picture()})
     assert (answer.status_code, answer.json()["field"]) == (422, "Content-Type")
@@ -307,6 +442,11 @@ def test_layers_of_several_sets(client):
         ({"foreground": text(OPAQUE)}, "foreground", "Remove its background"),
         ({"background": "x"}, "background", "not base64"),
         ({"trim": True}, "trim", "no such field"),
+        (
+            {"layerdiffuse_resize_mode": "x"},
+            "layerdiffuse_resize_mode",
+            'Did you mean "resize_mode"?',
+        ),
         ({"prompt": ""}, "prompt", "empty"),
         ({"background_prompt": "x" * 9_999, "prompt": "y" * 9}, "background_prompt", "bytes"),
     ],
@@ -363,6 +503,9 @@ def test_signed_service_wants_signed_names_and_documents(tmp_path: Path):
             answer = client.post(EDIT, json={**FIELDS, "image": source})
             assert (answer.status_code, answer.json()["field"]) == (403, "image")
         assert client.post(EDIT, json={**FIELDS, "image": signed}).status_code == 200
+        for source, status in ((name, 403), (signed, 200)):
+            edit = {"prompt": "x", "images": [{"file_id": source}]}
+            assert client.post("/v1/images/edits", json=edit).status_code == status
         url = body["documents"]["psd"]
         assert client.get(url).status_code == 200
         assert client.get(url.partition("?")[0]).status_code == 403

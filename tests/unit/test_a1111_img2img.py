@@ -15,6 +15,7 @@ from alphalayer.api.a1111.img2img import Img2ImgRequest
 from alphalayer.api.a1111.schemas import Txt2ImgRequest
 from alphalayer.api.a1111.settings import OverrideSettings
 from alphalayer.api.pixel_pool import PixelPool
+from alphalayer.api.uploads import store_uploads
 from alphalayer.core.edits import EditFields
 from alphalayer.core.request import GenerationRequest
 from alphalayer.images import codecs, enlarging
@@ -51,9 +52,9 @@ class Requests:
             storage=open_storage(str(self._folder)),
         )
         options = OverrideSettings(**(stored or {}))
-        inputs = asyncio.run(body.store_inputs(service, options))
+        images = asyncio.run(store_uploads(service, body.uploads(options)))
         service.pixels.close()
-        return body.to_spec(service, options, inputs).generation
+        return body.to_spec(service, options, images).generation
 
     def image(self, request: GenerationRequest, role: str) -> Rgba:
         """Return a stored image of a request."""

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from typing import Any
 
 import pytest
 from pydantic import TypeAdapter, ValidationError, create_model
 
 from alphalayer.api.a1111.schemas import Txt2ImgRequest as A1111Request
+from alphalayer.api.a1111.settings import is_used
 from alphalayer.api.deps import IdempotencyKey
 from alphalayer.api.jobs import JobRequest
 from alphalayer.api.native.txt2img import Txt2ImgRequest
 from alphalayer.api.openai.schemas import GenerationsRequest
 from alphalayer.api.schemas import Body
+from alphalayer.api.uploads import check_source
 from alphalayer.core.errors import InvalidRequest
 from alphalayer.core.job import Job, JobSpec, Submission
 from alphalayer.core.request import GenerationRequest
@@ -67,7 +70,15 @@ def test_digest_of_an_earlier_version_is_accepted(model: type[Body]):
     assert is_same(stored, request.digest)
     assert is_same(None, request.digest)
     assert not is_same(stored, other.digest)
-    assert request.sent_digest != other.sent_digest
+    assert request.sent_digest() != other.sent_digest()
+
+
+def test_check_of_a_large_image_reads_its_start_only():
+    image = "a" * 29_000_000
+    start = time.process_time()
+    assert check_source(image) is image
+    assert is_used(image)
+    assert time.process_time() - start < 0.02
 
 
 def test_keys_with_control_characters_are_refused():

@@ -9,11 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from alphalayer.api.native.fields import SpecContext
+from alphalayer.api.jobs import _problem
+from alphalayer.api.native.fields import FIELDS, SpecContext
 from alphalayer.api.native.layers import LayersRequest
 from alphalayer.api.uploads import StoredInput
-from alphalayer.core.errors import Cancelled, InvalidRequest, OutOfMemory
-from alphalayer.core.job import Job, JobProgress
+from alphalayer.core.errors import Cancelled, FileMissing, InvalidRequest, OutOfMemory
+from alphalayer.core.job import Job, JobProgress, JobSpec
 from alphalayer.core.layers import CONDITIONS, STACK, Want, plan_chain
 from alphalayer.core.modes import MODES, LayerRole
 from alphalayer.engine.base import GenerationResult, RenderTask, RgbaImage
@@ -334,6 +335,35 @@ def test_sets_of_layers_have_a_limit():
         job_of(n_iter=16, batch_size=8)
     assert caught.value.field == "iterations"
     assert "at most 64" in caught.value.message
+
+
+def test_limits_count_sets_of_shared_attention():
+    spec = job_of(steps=1).spec
+    for sets, field in ((1, "width"), (2, "batch_size")):
+        generation = spec.generation.model_copy(
+            update={"mode": "sd15_joint", "batch_size": 3 * sets}
+        )
+        joint = JobSpec(generation=generation, stores_layers=True)
+        for check in (joint.check_pixels, joint.check_cost):
+            with pytest.raises(InvalidRequest) as caught:
+                check(1e-9)  # type: ignore[arg-type]
+            assert caught.value.field == field
+
+
+def test_missing_layer_is_named_by_its_field(storage: ObjectStorage):
+    image = StoredInput(f"input_{'0' * 64}.png", 64, 64, is_opaque=False, content_digest="")
+    job = job_of({"background": image}, background="x")
+    with pytest.raises(FileMissing) as caught:
+        Renderer(FakeEngine(), storage).run(job)
+    assert caught.value.field == "background"
+    names = {"init": "image", "background": "background"}
+    assert {role: FIELDS.get(role, role) for role in names} == names
+    wrong = Job.new(job.spec).model_copy(
+        update={"error": InvalidRequest("x", field="mode").to_dict()}
+    )
+    problem = _problem(wrong)
+    assert problem
+    assert problem.field == "want"
 
 
 def test_opaque_foreground_is_refused(storage: ObjectStorage):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import suppress
-from typing import Annotated, Any
+from typing import Annotated
 
 from fastapi import APIRouter, Depends, Path, Query, Request, Response
 from fastapi.sse import EventSourceResponse, ServerSentEvent
@@ -44,7 +44,7 @@ from alphalayer.core.errors import (
     JobMissing,
     Stopping,
 )
-from alphalayer.core.job import Delivery, JobState, Previews, Webhook, is_job_id
+from alphalayer.core.job import Delivery, Job, JobState, Previews, Webhook, is_job_id
 from alphalayer.core.values import Frozen
 from alphalayer.jobs.base import JobView
 from alphalayer.observability.logging import log
@@ -179,8 +179,7 @@ async def submit(
 
     The job stays queued when the client disconnects or the service restarts.
     """
-    with wire_names(FIELDS):
-        return await _submit(body, request, response, service, user, idempotency_key)
+    return await _submit(body, request, response, service, user, idempotency_key)
 
 
 @router.post(
@@ -198,8 +197,7 @@ async def submit_img2img(
     idempotency_key: IdempotencyKey = None,
 ) -> JobAnswer:
     """Queue a job that changes an image. The body is JSON or multipart/form-data."""
-    with wire_names(FIELDS):
-        return await _submit(body, request, response, service, user, idempotency_key)
+    return await _submit(body, request, response, service, user, idempotency_key)
 
 
 @router.post(
@@ -217,8 +215,7 @@ async def submit_layers(
     idempotency_key: IdempotencyKey = None,
 ) -> JobAnswer:
     """Queue a job that generates layers. The body is JSON or multipart/form-data."""
-    with wire_names(LAYER_FIELDS):
-        return await _submit(body, request, response, service, user, idempotency_key)
+    return await _submit(body, request, response, service, user, idempotency_key)
 
 
 async def _submit(
@@ -233,9 +230,10 @@ async def _submit(
     delivery = Delivery(
         webhook=body.webhook(service, base_url(service, request)), with_data=body.with_data
     )
-    spec, submission = await prepare_job(service, request, body, user, idempotency_key)
-    spec = spec.model_copy(update={"previews": body.previews})
-    job = await submit_job(service, spec, submission, delivery)
+    with wire_names(body.wire_fields):
+        spec, submission = await prepare_job(service, request, body, user, idempotency_key)
+        spec = spec.model_copy(update={"previews": body.previews})
+        job = await submit_job(service, spec, submission, delivery)
     job_answer = answer(
         await _view(service, job.id, user), base_url(service, request), service.url_signer
     )
@@ -371,16 +369,15 @@ def answer(view: JobView, base: str, signer: UrlSigner | None) -> JobAnswer:
         documents=[one.documents for one in layer_sets(job, base, signer)],
         seconds=job.result.seconds if job.result else {},
         warnings=list(job.result.warnings) if job.result else [],
-        error=_problem(job.error),
+        error=_problem(job),
         url=url,
         events_url=f"{url}/events",
     )
 
 
-def _problem(error: dict[str, Any] | None) -> Problem | None:
-    if error is None:
+def _problem(job: Job) -> Problem | None:
+    if job.error is None:
         return None
-    field = error["field"]
-    return Problem.of(
-        AlphalayerError.from_dict({**error, "field": DIALECT.field_names.get(field, field)})
-    )
+    names = LAYER_FIELDS if job.spec.stores_layers else FIELDS
+    field = job.error["field"]
+    return Problem.of(AlphalayerError.from_dict({**job.error, "field": names.get(field, field)}))

@@ -52,8 +52,11 @@ class LimitedRoute(APIRoute):
             if from_form and is_form(request):
                 request = Request(request.scope, receive)
                 form = await read_form(request, file_fields)
-                return await handle(FormRequest(request, from_form(form)))
-            return await handle(JsonRequest(request.scope, receive))
+                request.state.fields = from_form(form)
+                # the frame of this function must not keep the texts of the form
+                del form
+                return await handle(FormRequest(request, request.state.fields))
+            return await handle(_RouteRequest(request.scope, receive))
 
         return read_with_limits
 
@@ -62,31 +65,52 @@ class JsonRequest(Request):
     """Request whose JSON has limits of its elements and depth."""
 
     async def json(self) -> Any:
-        """Return the JSON of the body.
+        """Return the JSON of the body. See `parse`."""
+        return parse(await self.body())
 
-        It is parsed in the event loop: the parser would hold the interpreter in a thread, too.
-        Within the limits it takes a few ms, and 35 ms for 16 MB of images.
 
-        Raises:
-            HTTPException: It has too many values, commas or brackets, or they are too deep.
-            ValueError: It is not valid.
-        """
-        body = await self.body()
-        if sum(map(body.count, (b",", b"[", b"{"))) > MAX_DELIMITERS:
-            raise _invalid(f"the body has more than {MAX_DELIMITERS:,} commas and brackets.")
-        try:
-            value = json.loads(body)
-        except RecursionError:
-            raise _invalid(_TOO_DEEP) from None
-        level, values = [value], 1
-        for _ in range(MAX_DEPTH + 1):
-            level = [part for item in level for part in _parts(item)]
-            values += len(level)
-            if values > MAX_VALUES:
-                raise _invalid(f"the body has more than {MAX_VALUES:,} values.")
-            if not level:
-                return value
-        raise _invalid(_TOO_DEEP)
+class _RouteRequest(Request):
+    """Request of a route, whose body is not kept beside its JSON.
+
+    `state.fields` is the JSON of the body, see `alphalayer.api.uploads.release_images`.
+    """
+
+    async def body(self) -> bytes:
+        """Return the first byte: FastAPI reads whether there is one, and keeps what it reads."""
+        return (await super().body())[:1]
+
+    async def json(self) -> Any:
+        """Return the JSON of the body. See `parse`."""
+        body, self._body = await super().body(), b""
+        self.state.fields = parse(body)
+        return self.state.fields
+
+
+def parse(body: bytes) -> Any:
+    """Return the JSON of a body.
+
+    It is parsed in the event loop: the parser would hold the interpreter in a thread, too.
+    Within the limits it takes a few ms, and 35 ms for 16 MB of images.
+
+    Raises:
+        HTTPException: It has too many values, commas or brackets, or they are too deep.
+        ValueError: It is not valid.
+    """
+    if sum(map(body.count, (b",", b"[", b"{"))) > MAX_DELIMITERS:
+        raise _invalid(f"the body has more than {MAX_DELIMITERS:,} commas and brackets.")
+    try:
+        value = json.loads(body)
+    except RecursionError:
+        raise _invalid(_TOO_DEEP) from None
+    level, values = [value], 1
+    for _ in range(MAX_DEPTH + 1):
+        level = [part for item in level for part in _parts(item)]
+        values += len(level)
+        if values > MAX_VALUES:
+            raise _invalid(f"the body has more than {MAX_VALUES:,} values.")
+        if not level:
+            return value
+    raise _invalid(_TOO_DEEP)
 
 
 def _parts(value: Any) -> Iterable[Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from typing import Annotated, Any, cast
 
@@ -35,17 +35,20 @@ class Body(Frozen, frozen=True):
 
     _sent: dict[str, Any] = PrivateAttr(default_factory=dict[str, Any])
 
-    @property
-    def sent_digest(self) -> str:
-        """Return the SHA-256 of the JSON as sent. It is the same in every version."""
-        return _sha256(self._sent)
+    def sent_digest(self, images: Mapping[str, Any] = {}) -> str:
+        """Return the SHA-256 of the JSON as sent. It is the same in every version.
+
+        Args:
+            images: Digests of images by field, which take the place of the images.
+        """
+        return _sha256({**self._sent, **images})
 
     @property
     def digest(self) -> str:
         """Return the digest of the request, see `Job.check_repeated`."""
         return self.digest_with({})
 
-    def digest_with(self, images: Mapping[str, str]) -> str:
+    def digest_with(self, images: Mapping[str, Any]) -> str:
         """Return the digest of a request with images, see `Job.check_repeated`.
 
         The first half is of the JSON as sent, the second one of the fields that differ from
@@ -54,10 +57,15 @@ class Body(Frozen, frozen=True):
         Args:
             images: Digests of images by field, which take the place of the images.
         """
-        sent = {name: value for name, value in self._sent.items() if name not in images}
         fields = self.model_dump(by_alias=True, exclude_defaults=True, exclude=set(images))
-        halves = (_sha256({**values, **images})[:HALF_DIGEST] for values in (sent, fields))
-        return "".join(halves)
+        halves = (self.sent_digest(images), _sha256({**fields, **images}))
+        return "".join(half[:HALF_DIGEST] for half in halves)
+
+    def drop(self, fields: Iterable[str]) -> None:
+        """Replace fields by null, so that their values are no longer in memory."""
+        for name in fields:
+            self._sent.pop(name, None)
+            object.__setattr__(self, name, None)  # it is frozen otherwise
 
     @model_validator(mode="wrap")
     @classmethod
@@ -95,7 +103,14 @@ def _unknown_field(name: str, names: dict[str, str]) -> InvalidRequest:
         name: The field as sent.
         names: The names in `alphalayer.core` by those of the dialect.
     """
-    same = next((sent for sent, core in names.items() if core == name), None)
+    same = next(
+        (
+            sent
+            for sent, core in names.items()
+            if core == name or name.endswith(f"_{sent}") or sent.endswith(f"_{name}")
+        ),
+        None,
+    )
     # a field of a megabyte would be compared for a second
     like = same or next(iter(get_close_matches(validation.cut(name), names, n=1)), None)
     hint = f'Did you mean "{like}"? {validation.DESCRIBED}' if like else validation.DESCRIBED

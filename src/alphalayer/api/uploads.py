@@ -5,25 +5,29 @@ from __future__ import annotations
 import base64
 import binascii
 import hashlib
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Protocol
 from urllib.parse import parse_qs
 
+from fastapi import Request
 from pydantic import PlainValidator, WithJsonSchema
 
 from alphalayer.api.deps import ENCODE_BYTES, error_field
 from alphalayer.api.file_urls import UrlSigner
+from alphalayer.api.middleware.body_limit import release_body
 from alphalayer.api.pixel_pool import PixelPool
+from alphalayer.api.schemas import Body
 from alphalayer.core import validation
 from alphalayer.core.errors import FileMissing, Forbidden, InvalidRequest
 from alphalayer.core.job import job_prefix_of
 from alphalayer.core.modes import InputRole
-from alphalayer.core.request import ImageInput
+from alphalayer.core.request import MIN_SIDE, ImageInput
 from alphalayer.images import codecs
 from alphalayer.images.codecs import InputFile
 from alphalayer.storage import Storage, is_input, read
-from alphalayer.storage.inputs import store_input
+from alphalayer.storage.inputs import input_name, store_input
 
 MAX_NAME = 200
 """Longest text that may be the name of a file. Longer ones are base64."""
@@ -31,15 +35,17 @@ MAX_UPLOAD_BYTES = 20_000_000
 """Largest file of an input image."""
 BASE64_BYTES = MAX_UPLOAD_BYTES * 3 // 2
 """Largest text with an input image as base64, also with line breaks."""
+_URL = re.compile(r"(?!data:)[a-z][a-z0-9+.-]*:", re.IGNORECASE)
 
 
-def _check_source(source: Any) -> str:
-    """Check the form of an image of a request. Raises `ValueError`."""
+def check_source(source: Any) -> str:
+    """Check the form of an image of a request, in any dialect. Raises `ValueError`."""
     if not isinstance(source, str):
         raise ValueError(f"got {validation.shown(source)}; a text with an image")
     if not source:
         raise ValueError("it is empty. Send a PNG, WebP, AVIF or JPEG file")
-    if source[:8].lower().startswith(("http://", "https://")):
+    # the whole text could be a name of 30 MB
+    if _URL.match(source[:20]):
         raise ValueError(
             "URLs are not fetched. Send the file itself, or the name of a stored image"
         )
@@ -48,7 +54,7 @@ def _check_source(source: Any) -> str:
     return source
 
 
-ImageSource = Annotated[str, PlainValidator(_check_source), WithJsonSchema({"type": "string"})]
+ImageSource = Annotated[str, PlainValidator(check_source), WithJsonSchema({"type": "string"})]
 """Field with an image: base64, data URL, name of a stored image, or name of a file of a form."""
 
 
@@ -72,6 +78,18 @@ class Uploads(Protocol):
 
 
 @dataclass(frozen=True)
+class Upload:
+    """An input image as a request has it."""
+
+    role: InputRole
+    field: str
+    """Field of the request, for errors."""
+    source: str | bytes
+    """See `store_upload`."""
+    encode: Callable[[bytes], InputFile] = codecs.encode_input
+
+
+@dataclass(frozen=True)
 class StoredInput:
     """An input image in the storage."""
 
@@ -85,6 +103,48 @@ class StoredInput:
     def as_role(self, role: InputRole) -> ImageInput:
         """Return the image as an input of a request."""
         return ImageInput(role=role, file_name=self.file_name, width=self.width, height=self.height)
+
+
+Images = dict[InputRole, StoredInput]
+"""Input images of a request."""
+_EXPECTED = StoredInput(input_name(b""), MIN_SIDE, MIN_SIDE, is_opaque=False, content_digest="")
+
+
+def expect_images(uploads: Iterable[Upload]) -> Images:
+    """Return images that fit any request.
+
+    With them a request is checked before its own are stored.
+    """
+    return {upload.role: _EXPECTED for upload in uploads}
+
+
+async def store_uploads(service: Uploads, uploads: Sequence[Upload]) -> Images:
+    """Store the input images of a request.
+
+    Raises:
+        AlphalayerError: See `store_upload`.
+    """
+    for upload in uploads:
+        _check_form(upload.source, upload.field)
+    return {
+        upload.role: await store_upload(service, upload.source, upload.field, upload.encode)
+        for upload in uploads
+    }
+
+
+def release_images(request: Request, body: Body, fields: Iterable[str]) -> None:
+    """Drop the images of a request, whose job may wait for long.
+
+    Args:
+        request: The request, whose body is then counted no longer.
+        body: Its body.
+        fields: Fields with images.
+    """
+    body.drop(fields)
+    request.state.uploads = {}
+    # the framework keeps the JSON until the response is complete
+    request.state.fields.clear()
+    release_body(request.scope)
 
 
 async def store_upload(
@@ -108,6 +168,7 @@ async def store_upload(
         Busy: Too many requests wait for work on images.
         StorageFailed: The file cannot be read or stored.
     """
+    _check_form(source, field)
     pixels = service.pixels
     async with pixels.turn():
         with error_field(field):
@@ -116,6 +177,14 @@ async def store_upload(
             file = await pixels.process(data, ENCODE_BYTES, encode)
         name = await pixels.run(len(file.data), store_input, service.storage, file.data)
     return StoredInput(name, file.width, file.height, file.is_opaque, digest)
+
+
+def _check_form(source: str | bytes, field: str) -> None:
+    try:
+        if isinstance(source, str):
+            check_source(source)
+    except ValueError as error:
+        raise InvalidRequest(f"{error}.", field=field) from None
 
 
 async def _read_source(service: Uploads, source: str | bytes, field: str) -> bytes:

@@ -24,8 +24,7 @@ from alphalayer.cli.rendering import (
     write_file,
 )
 from alphalayer.config import Settings
-from alphalayer.core.errors import InvalidRequest
-from alphalayer.core.inputs import size_for_image
+from alphalayer.core.inputs import check_transparency, size_for_image
 from alphalayer.core.job import Job, JobSpec, Output
 from alphalayer.core.modes import DEFAULT_MODE, MODES, OPAQUE
 from alphalayer.core.request import GenerationOptions, GenerationRequest, parse_request
@@ -103,12 +102,8 @@ def _init_options(inputs: InputImages, options: dict[str, Any]) -> dict[str, Any
     if init is None:
         return {}
     mode = MODES.get(options["mode"] or DEFAULT_MODE)
-    if init.is_opaque and mode and mode.has_alpha:
-        raise InvalidRequest(
-            "the image is opaque, and LayerDiffuse changes images with transparency.",
-            hint="Remove its background first, or add --no-transparent.",
-            field="image",
-        )
+    if init.is_opaque and mode:
+        check_transparency(mode, "add --no-transparent", "image")
     size = size_for_image((init.width, init.height), options["width"], options["height"])
     return dict(zip(("width", "height"), size, strict=True))
 

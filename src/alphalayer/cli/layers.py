@@ -16,7 +16,7 @@ import typer
 from alphalayer.api.native.answers import is_visible, split_sets
 from alphalayer.api.native.fields import SpecContext
 from alphalayer.api.native.layers import LAYER_FIELDS, LayersRequest
-from alphalayer.api.uploads import StoredInput
+from alphalayer.api.uploads import Images, StoredInput
 from alphalayer.cli.console import out
 from alphalayer.cli.inputs import InputImages, read_images
 from alphalayer.cli.options import add_options, name_flags, select_fields
@@ -100,7 +100,7 @@ def layers(
 def _spec(options: dict[str, Any], inputs: InputImages, family: str, settings: Settings) -> JobSpec:
     """Validate the options. Raises `InvalidRequest`."""
     fields = select_fields(LayersRequest, options)
-    images = {
+    images: Images = {
         role: StoredInput(input_name(image.data), image.width, image.height, image.is_opaque, "")
         for role, image in inputs.by_role.items()
     }

@@ -2,10 +2,28 @@
 
 from __future__ import annotations
 
+from alphalayer.core.errors import InvalidRequest
+from alphalayer.core.modes import Mode
 from alphalayer.core.request import MAX_SIDE, MIN_SIDE
 
 SIDE_STEP = 8
 """Pixels of an image for one of its latent, along a side."""
+
+
+def check_transparency(mode: Mode, remedy: str, field: str = "init") -> None:
+    """Raise `InvalidRequest` if a mode cannot change an opaque image.
+
+    Args:
+        mode: The mode of the request.
+        remedy: What to do without transparency, for the error.
+        field: Field of the error.
+    """
+    if mode.has_alpha:
+        raise InvalidRequest(
+            "the image is opaque, and LayerDiffuse changes images with transparency.",
+            hint=f"Remove its background first, or {remedy}.",
+            field=field,
+        )
 
 
 def size_for_image(

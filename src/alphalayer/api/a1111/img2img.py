@@ -8,10 +8,9 @@ from typing import Annotated, Any, ClassVar
 from pydantic import AfterValidator, ConfigDict, Field
 
 from alphalayer.api.a1111.echo import IMAGES, IMG2IMG
-from alphalayer.api.a1111.schemas import NOT_IMPLEMENTED, GenerationBody, Inputs
+from alphalayer.api.a1111.schemas import FIELDS, NOT_IMPLEMENTED, GenerationBody
 from alphalayer.api.a1111.settings import OverrideSettings, is_used
-from alphalayer.api.deps import Service
-from alphalayer.api.uploads import store_upload
+from alphalayer.api.uploads import Images, Upload
 from alphalayer.core.edits import INIT_RESIZE_MODES, MASK_FILLS, MaskBlur, MaskPadding, Strength
 from alphalayer.core.errors import InvalidRequest
 from alphalayer.core.job import Output
@@ -110,23 +109,28 @@ class Img2ImgRequest(GenerationBody, frozen=True):
     def echo(self) -> dict[str, Any]:
         """Return the request as AUTOMATIC1111 repeats it, with images only if requested."""
         fields = super().echo
-        return fields if self.include_init_images else fields | dict.fromkeys(IMAGES)
+        if self.include_init_images:
+            return fields | {"alwayson_scripts": self._sent.get("alwayson_scripts", {})}
+        return fields | dict.fromkeys(IMAGES)
 
-    async def store_inputs(self, service: Service, stored: OverrideSettings) -> Inputs:
-        """Store the image, its mask and the images of the script. See `GenerationBody`."""
+    def uploads(self, stored: OverrideSettings) -> list[Upload]:
+        """Return the image, its mask and the images of the script. See `GenerationBody`."""
         script = self._script()
         encode = codecs.encode_input
         if self.layerdiffuse_enabled is False or (script and not script.enabled):
             settings = self.override_settings.over(stored)
             encode = partial(encode_flattened, background=settings.background)
-        init = await store_upload(service, self.init_images[0], "init_images", encode)
-        images = [init.as_role("init")]
+        uploads = [Upload("init", "init_images", self.init_images[0], encode)]
         if is_used(self.mask):
             invert = bool(self.inpainting_mask_invert)
             encode = partial(codecs.encode_mask, invert=invert)
-            images.append((await store_upload(service, self.mask, "mask", encode)).as_role("mask"))
-        others = await super().store_inputs(service, stored)
-        return Inputs((*images, *others.images), init.is_opaque)
+            uploads.append(Upload("mask", "mask", self.mask, encode))
+        return uploads + super().uploads(stored)
+
+    def digests(self, images: Images) -> dict[str, Any]:
+        """Return the digests of images by the field that they are in."""
+        own = {FIELDS.get(role, role): images[role].content_digest for role in images}
+        return super().digests(images) | {name: own[name] for name in IMAGES if name in own}
 
     def _own_fields(self, settings: OverrideSettings) -> dict[str, Any]:
         """Return the fields of the image to change. Raises `InvalidRequest`."""

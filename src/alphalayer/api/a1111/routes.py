@@ -23,6 +23,7 @@ from alphalayer.api.a1111.schemas import (
     Txt2ImgRequest,
     file_title,
 )
+from alphalayer.api.a1111.script import method_labels
 from alphalayer.api.a1111.settings import OverrideSettings, current_options
 from alphalayer.api.deps import (
     IdempotencyKey,
@@ -41,10 +42,15 @@ from alphalayer.api.embedded_files import EmbeddedFiles
 from alphalayer.api.errors import ErrorResponse, Problem
 from alphalayer.api.guard import Admitted, Converter, Generator, GuardedRoute, Reader, Submitter
 from alphalayer.api.info import webui_info
-from alphalayer.api.uploads import decode_base64
+from alphalayer.api.uploads import (
+    decode_base64,
+    expect_images,
+    release_images,
+    store_uploads,
+)
 from alphalayer.catalog import ModelEntry
 from alphalayer.core.errors import NotImplementedYet
-from alphalayer.core.job import JobState, Submission
+from alphalayer.core.job import JobSpec, JobState, Submission
 from alphalayer.images import codecs, files, infotext
 from alphalayer.jobs.base import JobView
 from alphalayer.observability.logging import log
@@ -122,21 +128,41 @@ async def _generate(
     idempotency_key: str | None,
 ) -> Response:
     """Return the response of a request once its job has finished."""
-    inputs = await while_connected(request, body.store_inputs(service, options))
-    key = f"{body.force_task_id}:{body.sent_digest}" if body.force_task_id else idempotency_key
-    with wire_names({**FIELDS, "model": body.model_source(options)}):
-        spec = body.to_spec(service, options, inputs)
-        job = await run_job(
-            service, request, spec, Submission(owner=user, idempotency_key=key, digest=body.digest)
-        )
+    names = {**FIELDS, "model": body.model_source(options)}
+    with wire_names(names), method_labels():
+        spec, digests = await _store_images(body, request, service, options)
+        key = idempotency_key
+        if body.force_task_id:
+            key = f"{body.force_task_id}:{body.sent_digest(digests)}"
+        submission = Submission(owner=user, idempotency_key=key, digest=body.digest_with(digests))
+        parameters = body.echo
+        if digests and not getattr(body, "include_init_images", False):
+            release_images(request, body, digests)
+        job = await run_job(service, request, spec, submission)
     keys = [image.key for image in job.result.images] if job.result and body.send_images else []
     embedded = EmbeddedFiles()
     answer = GenerationResponse(
         images=[await embed_file(service, embedded, key) for key in keys],
-        parameters=body.echo,
+        parameters=parameters,
         info=json.dumps(webui_info(job), ensure_ascii=False),
     )
     return embedded.respond(answer)
+
+
+async def _store_images(
+    body: GenerationBody, request: Request, service: Service, options: OverrideSettings
+) -> tuple[JobSpec, dict[str, Any]]:
+    """Store the images of a request, and return its job and the digests of its images.
+
+    Raises:
+        AlphalayerError: An image or a field is not right, see `store_upload`.
+    """
+    uploads = body.uploads(options)
+    spec = body.to_spec(service, options, expect_images(uploads))
+    if not uploads:
+        return spec, {}
+    images = await while_connected(request, store_uploads(service, uploads))
+    return body.to_spec(service, options, images), body.digests(images)
 
 
 @router.post(

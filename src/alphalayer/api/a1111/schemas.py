@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, cast
 
@@ -19,23 +18,30 @@ from pydantic import (
 from alphalayer.api.a1111.echo import IMAGES, TXT2IMG
 from alphalayer.api.a1111.hires import HIRES_FIELDS, HiresBody
 from alphalayer.api.a1111.lists import SCHEDULES, expand_aliases
-from alphalayer.api.a1111.script import SCRIPT, Arguments, read_arguments
+from alphalayer.api.a1111.script import (
+    ARGUMENTS,
+    IMAGE_ARGUMENTS,
+    SCRIPT,
+    Arguments,
+    read_arguments,
+    replace_texts,
+)
 from alphalayer.api.a1111.settings import OverrideSettings, is_used
 from alphalayer.api.deps import Service, wire_names
 from alphalayer.api.schemas import Body, reject_unused_options
-from alphalayer.api.uploads import store_upload
+from alphalayer.api.uploads import Images, StoredInput, Upload
 from alphalayer.catalog import EMBEDDED_MODEL, ModelEntry, public_path
 from alphalayer.core import validation
 from alphalayer.core.errors import InvalidRequest
+from alphalayer.core.inputs import check_transparency
 from alphalayer.core.job import Iterations, JobSpec, Output, Postprocessing
-from alphalayer.core.modes import DEFAULT_MODE, MODES, OPAQUE
+from alphalayer.core.modes import DEFAULT_MODE, MODES, OPAQUE, InputRole
 from alphalayer.core.prompts import remove_tags
 from alphalayer.core.request import (
     BatchSize,
     CfgScale,
     GenerationRequest,
     Height,
-    ImageInput,
     NegativePrompt,
     Prompt,
     Seed,
@@ -53,8 +59,10 @@ FIELDS = {
     "model": "override_settings.sd_model_checkpoint",
     "iterations": "n_iter",
     "loras": "prompt",
-    "mode": f"alwayson_scripts.{SCRIPT}.args",
-    "inputs": f"alwayson_scripts.{SCRIPT}.args",
+    "mode": ARGUMENTS,
+    "inputs": ARGUMENTS,
+    "init": "init_images",
+    **{role: f"{ARGUMENTS}.{name}" for role, name in IMAGE_ARGUMENTS.items()},
 }
 """Names of fields on the wire, where they differ from those of `JobSpec`."""
 NOT_IMPLEMENTED = "Not implemented; refused if it would change the image."
@@ -87,15 +95,6 @@ class Script(BaseModel):
         BeforeValidator(_list_arguments),
         Field(description="In the order of `script-info`. A missing tail keeps its defaults."),
     ] = []
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """Stored images of a request."""
-
-    images: tuple[ImageInput, ...] = ()
-    is_opaque: bool = False
-    """Whether the image to change has no transparency."""
 
 
 class GenerationBody(Body, Postprocessing, frozen=True):
@@ -190,30 +189,39 @@ class GenerationBody(Body, Postprocessing, frozen=True):
         fields = self.model_dump(mode="json", exclude={"override_settings"})
         sent = {name: fields.get(name, value) for name, value in self._sent.items()}
         own = {name: value for name, value in fields.items() if name not in self.echoed}
-        return {**{name: sent.get(name, value) for name, value in self.echoed.items()}, **own}
+        echo = {**{name: sent.get(name, value) for name, value in self.echoed.items()}, **own}
+        if images := self._script_images:
+            hidden = dict.fromkeys(images.values())
+            echo["alwayson_scripts"] = replace_texts(echo["alwayson_scripts"], hidden)
+        return echo
 
-    async def store_inputs(
+    def uploads(
         self,
-        service: Service,
         stored: OverrideSettings,  # noqa: ARG002 - that of img2img reads it
-    ) -> Inputs:
-        """Store the images of the request.
+    ) -> list[Upload]:
+        """Return the images of the request.
 
         Args:
-            service: The service with the storage.
             stored: Settings of the client between requests.
 
         Raises:
-            InvalidRequest: An image or the script is not valid.
+            InvalidRequest: The script is not valid.
         """
+        return [Upload(role, FIELDS[role], image) for role, image in self._script_images.items()]
+
+    @property
+    def _script_images(self) -> dict[InputRole, str]:
         script = self._script()
-        images = script.images if script and self.layerdiffuse_enabled is not False else {}
-        field = FIELDS["inputs"]
-        uploads = [
-            (await store_upload(service, image, field)).as_role(role)
-            for role, image in images.items()
-        ]
-        return Inputs(tuple(uploads))
+        return script.images if script and self.layerdiffuse_enabled is not False else {}
+
+    def digests(self, images: Images) -> dict[str, Any]:
+        """Return the digests of images by the field that they are in."""
+        digests = {
+            source: images[role].content_digest for role, source in self._script_images.items()
+        }
+        if not digests:
+            return {}
+        return {"alwayson_scripts": replace_texts(self._sent["alwayson_scripts"], digests)}
 
     def model_source(self, stored: OverrideSettings) -> str:
         """Return the field that names the model."""
@@ -222,20 +230,20 @@ class GenerationBody(Body, Postprocessing, frozen=True):
         return FIELDS["model"]
 
     def to_spec(
-        self, service: Service, stored: OverrideSettings, inputs: Inputs = Inputs()
+        self, service: Service, stored: OverrideSettings, images: Images | None = None
     ) -> JobSpec:
         """Return the job of this request. Raises `InvalidRequest`.
 
         Args:
             service: The service that runs the job.
             stored: Settings of the client between requests.
-            inputs: What `store_inputs` returned.
+            images: The stored images of the request.
         """
         self._reject_unimplemented()
         reject_unused_options(self, "trim", "trim_threshold", "trim_padding")
         settings = self.override_settings.over(stored)
         sampler, scheduler = self._choose_sampler()
-        own_fields = self._own_fields(settings)
+        own_fields, images = self._own_fields(settings), images or {}
         generation = GenerationRequest.of(
             self,
             comments=service.prompt_comments
@@ -251,9 +259,9 @@ class GenerationBody(Body, Postprocessing, frozen=True):
                 sampler, OVERRIDE, self.eta, self.s_min_uncond, own_fields.get("hires_sampler")
             ),
             warnings=self._warnings(),
-            inputs=inputs.images,
+            inputs=tuple(image.as_role(role) for role, image in images.items()),
             prompt=remove_tags(self.prompt) if self.disable_extra_networks else self.prompt,
-            **{**own_fields, **self._layerdiffuse(inputs)},
+            **{**own_fields, **self._layerdiffuse(images.get("init"))},
         )
         return JobSpec.model_construct(
             generation=generation,
@@ -307,20 +315,18 @@ class GenerationBody(Body, Postprocessing, frozen=True):
             )
         return arguments
 
-    def _layerdiffuse(self, inputs: Inputs) -> dict[str, Any]:
+    def _layerdiffuse(self, init: StoredInput | None) -> dict[str, Any]:
         """Return the fields of LayerDiffuse. Raises `InvalidRequest`."""
         script = self._script()
         if self.layerdiffuse_enabled is False:
             return {"mode": OPAQUE}
+        is_opaque = init is not None and init.is_opaque
         if script is None and self.layerdiffuse_enabled is None:
-            return {"mode": OPAQUE if inputs.is_opaque else DEFAULT_MODE}
+            return {"mode": OPAQUE if is_opaque else DEFAULT_MODE}
         fields = script.fields if script else {}
-        if inputs.is_opaque and MODES[fields.get("mode", DEFAULT_MODE)].has_alpha:
-            raise InvalidRequest(
-                "the image is opaque, and LayerDiffuse needs transparency.",
-                hint="Cut the object out first, or switch LayerDiffuse off.",
-                field="init_images",
-            )
+        if is_opaque:
+            mode = MODES[fields.get("mode", DEFAULT_MODE)]
+            check_transparency(mode, "switch LayerDiffuse off")
         return fields
 
     @abstractmethod

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from typing import Annotated, Any, cast
 
 from pydantic import BeforeValidator, ConfigDict, Field, ValidationError
 
-from alphalayer.core.errors import InvalidRequest
+from alphalayer.core.errors import AlphalayerError, InvalidRequest
 from alphalayer.core.modes import DEFAULT_MODE, MODES, OPAQUE, InputRole, LayerRole
 from alphalayer.core.request import LayerdiffuseStopAt, LayerdiffuseWeight, ResizeModeName
 from alphalayer.core.validation import describe_validation_error
 from alphalayer.core.values import Frozen
 
 SCRIPT = "LayerDiffuse"
+ARGUMENTS = f"alwayson_scripts.{SCRIPT}.args"
+IMAGE_ARGUMENTS: dict[InputRole, str] = {
+    "foreground": "fg_image",
+    "background": "bg_image",
+    "blended": "blend_image",
+}
+"""Arguments with images, by their roles."""
 METHODS = {mode.label: mode.name for mode in MODES.values() if mode.label}
 """Modes by their labels."""
 ROWS = tuple(sorted(METHODS, key=lambda label: MODES[METHODS[label]].family))
@@ -96,9 +105,7 @@ class Arguments(Frozen, frozen=True):
     def images(self) -> dict[InputRole, str]:
         """Return the input images by role, as base64."""
         images: dict[InputRole, str | None] = {
-            "foreground": self.fg_image,
-            "background": self.bg_image,
-            "blended": self.blend_image,
+            role: getattr(self, name) for role, name in IMAGE_ARGUMENTS.items()
         }
         return {role: image for role, image in images.items() if self.enabled and image}
 
@@ -144,4 +151,28 @@ def _method(method: str | int) -> str:
 
 
 def _wrong_argument(name: str, reason: str) -> InvalidRequest:
-    return InvalidRequest(f"{name}: {reason}.", field=f"alwayson_scripts.{SCRIPT}.args")
+    return InvalidRequest(f"{name}: {reason}.", field=ARGUMENTS)
+
+
+def replace_texts(value: Any, texts: Mapping[str, Any]) -> Any:
+    """Return a JSON value with other values in the place of some texts, at any depth."""
+    if isinstance(value, dict):
+        fields = cast("dict[str, Any]", value)
+        return {name: replace_texts(part, texts) for name, part in fields.items()}
+    if isinstance(value, list):
+        return [replace_texts(part, texts) for part in cast("list[Any]", value)]
+    return texts.get(value, value) if isinstance(value, str) else value
+
+
+@contextmanager
+def method_labels() -> Generator[None]:
+    """Name modes by their labels in errors that are raised inside."""
+    try:
+        yield
+    except AlphalayerError as error:
+        for mode in MODES.values():
+            if mode.label:
+                error.message = error.message.replace(f'"{mode.name}"', f'"{mode.label}"')
+                if f'"{mode.name}"' in error.hint:
+                    error.hint = error.hint.replace(f'"{mode.name}"', f'"{mode.label}"')
+        raise

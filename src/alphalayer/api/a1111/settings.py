@@ -117,7 +117,9 @@ FALSE = ("", "false")
 
 def is_used(value: Any) -> bool:
     """Return whether the value of a field requests something."""
-    return bool(value) and str(value).strip().lower() not in NOTHING
+    # not all of a text, which may be an image
+    text = value[:100] if isinstance(value, str) else str(value)
+    return bool(value) and text.strip().lower() not in NOTHING
 
 
 def _in_any_case(*names: str) -> BeforeValidator:

@@ -5,21 +5,28 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 from fastapi import Request
 from pydantic import ConfigDict, Field
 
-from alphalayer.api.deps import Service, find_model, while_connected
+from alphalayer.api.deps import Service, find_model, run_job, while_connected, wire_names
 from alphalayer.api.forms import Form, uploads_of
-from alphalayer.api.middleware.body_limit import release_body
 from alphalayer.api.schemas import Body, reject_unused_options
-from alphalayer.api.uploads import StoredInput, Uploads, store_upload
+from alphalayer.api.uploads import (
+    Images,
+    StoredInput,
+    Upload,
+    Uploads,
+    expect_images,
+    release_images,
+    store_uploads,
+)
 from alphalayer.core import validation
 from alphalayer.core.errors import InvalidRequest
 from alphalayer.core.inputs import size_for_image
-from alphalayer.core.job import Iterations, JobSpec, Output, Submission
+from alphalayer.core.job import Delivery, Iterations, Job, JobSpec, Output, Submission
 from alphalayer.core.layers import DEFAULT_FAMILY
 from alphalayer.core.modes import DEFAULT_MODE, OPAQUE, InputRole
 from alphalayer.core.request import (
@@ -42,8 +49,9 @@ FIELDS = {
     "mode": "layerdiffuse_method",
     "resize_mode": "layerdiffuse_resize_mode",
     "init_resize_mode": "resize_mode",
+    "init": "image",
 }
-"""Names of fields on the wire, where they differ from those of `RequestFields` and `JobSpec`."""
+"""Names of fields on the wire, where they differ from those of `JobSpec` and from roles."""
 MAX_LIST_CHARACTERS = 20_000
 """Longest JSON list of a form."""
 
@@ -65,8 +73,8 @@ class SpecContext:
     """Decoding of transparency of the service."""
     comments: bool = True
     """Whether "#" starts a comment in the prompts."""
-    images: Mapping[str, StoredInput] = field(default_factory=dict[str, StoredInput])
-    """Stored images by field."""
+    images: Images = field(default_factory=Images)
+    """Stored images."""
     family: str = DEFAULT_FAMILY
     """Family of the model."""
 
@@ -75,6 +83,8 @@ class NativeRequest(Body, RequestFields, frozen=True):
     """Fields that all native requests have. Fields that are null take the model's default."""
 
     model_config = ConfigDict(alias_generator=lambda name: FIELDS.get(name, name))
+    wire_fields: ClassVar[Mapping[str, str]] = FIELDS
+    """Names of fields on the wire, see `FIELDS`."""
     image_fields: ClassVar[Mapping[str, ImageField]] = {}
     """Fields with images."""
     is_chain: ClassVar[bool] = False
@@ -109,11 +119,19 @@ class NativeRequest(Body, RequestFields, frozen=True):
         """Return whether the response holds the images themselves."""
         return self.response_format == "base64"
 
-    @property
-    def images(self) -> dict[str, str]:
-        """Return the images by field."""
+    def uploads(self, files: Mapping[str, bytes] = {}) -> list[Upload]:
+        """Return the images.
+
+        Args:
+            files: Files of the form by the names in the fields.
+        """
         sources = {name: getattr(self, name) for name in self.image_fields}
-        return {name: source for name, source in sources.items() if source is not None}
+        return [
+            Upload(self.image_fields[name].role, name, files.get(source, source), encode)
+            for name, source in sources.items()
+            if source is not None
+            for encode in [self.image_fields[name].encode]
+        ]
 
 
 class UploadRequest(NativeRequest, frozen=True):
@@ -216,25 +234,9 @@ class LayerdiffuseRequest(Output, NativeRequest, frozen=True):
         )
 
 
-async def store_images(
-    service: Uploads, body: NativeRequest, files: Mapping[str, bytes] = {}
-) -> dict[str, StoredInput]:
-    """Store the images of a request.
-
-    Args:
-        service: The service.
-        body: The request.
-        files: Files of its form by the names in their fields.
-
-    Raises:
-        AlphalayerError: See `store_upload`.
-    """
-    return {
-        name: await store_upload(
-            service, files.get(source, source), name, body.image_fields[name].encode
-        )
-        for name, source in body.images.items()
-    }
+async def store_images(service: Uploads, body: NativeRequest) -> Images:
+    """Store the images of a request that is JSON. Raises `AlphalayerError`."""
+    return await store_uploads(service, body.uploads())
 
 
 async def prepare_job(
@@ -249,21 +251,36 @@ async def prepare_job(
     Raises:
         AlphalayerError: A field is wrong, an image cannot be stored, or the client disconnected.
     """
-    images: dict[str, StoredInput] = {}
-    if body.images:
-        storing = store_images(service, body, uploads_of(request))
-        images = await while_connected(request, storing)
-        if uploads_of(request):
-            # the job may wait for long, and the body has names of files only
-            request.state.uploads = {}
-            release_body(request.scope)
     family = DEFAULT_FAMILY
     if body.is_chain and service.knows_models:
         family = (await asyncio.to_thread(find_model, service, body.model)).family
-    context = SpecContext(service.noise, service.decode, service.prompt_comments, images, family)
-    digest = body.digest_with({name: image.content_digest for name, image in images.items()})
-    spec = body.to_spec(context)
+    uploads = body.uploads(uploads_of(request))
+    context = SpecContext(
+        service.noise, service.decode, service.prompt_comments, expect_images(uploads), family
+    )
+    spec, digests = body.to_spec(context), dict[str, str]()
+    if uploads:
+        images = await while_connected(request, store_uploads(service, uploads))
+        spec = body.to_spec(replace(context, images=images))
+        digests = {upload.field: images[upload.role].content_digest for upload in uploads}
+    digest = body.digest_with(digests)
+    if uploads:
+        release_images(request, body, digests)
     return spec, Submission(owner=user, idempotency_key=idempotency_key, digest=digest)
+
+
+async def run_request(
+    service: Service,
+    request: Request,
+    body: NativeRequest,
+    user: str,
+    idempotency_key: str | None,
+) -> Job:
+    """Run the job of a request and return it. A client that disconnects cancels it."""
+    with wire_names(body.wire_fields):
+        spec, submission = await prepare_job(service, request, body, user, idempotency_key)
+        delivery = Delivery(with_data=body.with_data)
+        return await run_job(service, request, spec, submission, delivery)
 
 
 def describe_form(schema: str, *files: str) -> dict[str, Any]:

@@ -8,24 +8,23 @@ from typing import Annotated, ClassVar
 from fastapi import APIRouter, Request, Response
 from pydantic import ConfigDict, Field
 
-from alphalayer.api.deps import IdempotencyKey, ServiceDep, run_job, wire_names
+from alphalayer.api.deps import IdempotencyKey, ServiceDep
 from alphalayer.api.guard import GuardedRoute, Submitter
 from alphalayer.api.native.answers import Txt2ImgResponse, answer_images
 from alphalayer.api.native.fields import (
-    FIELDS,
     ImageField,
     LayerdiffuseRequest,
     SpecContext,
     UploadRequest,
     describe_form,
-    prepare_job,
+    run_request,
 )
 from alphalayer.api.schemas import reject_unused_options
 from alphalayer.api.uploads import ImageSource
 from alphalayer.core.edits import EditFields
-from alphalayer.core.errors import InvalidRequest
-from alphalayer.core.job import Delivery, JobSpec, Output
-from alphalayer.core.modes import OPAQUE
+from alphalayer.core.inputs import check_transparency
+from alphalayer.core.job import JobSpec, Output
+from alphalayer.core.modes import MODES
 from alphalayer.core.values import copy_fields
 from alphalayer.images import codecs
 
@@ -70,21 +69,15 @@ class Img2ImgRequest(EditFields, UploadRequest, LayerdiffuseRequest, frozen=True
     def to_spec(self, context: SpecContext) -> JobSpec:
         """Return the job of this request. See `NativeRequest.to_spec`."""
         reject_unused_options(self, "mask", "mask_blur", "mask_fill", "masked_only", "mask_padding")
-        image = context.images["image"]
-        if image.is_opaque and self.mode != OPAQUE:
-            raise InvalidRequest(
-                "the image is opaque, and LayerDiffuse changes images with transparency.",
-                hint="Remove its background first, or set layerdiffuse_enabled to false.",
-                field="image",
-            )
+        image = context.images["init"]
+        if image.is_opaque:
+            check_transparency(MODES[self.mode], "set layerdiffuse_enabled to false")
         width, height = self.size_for(image)
         generation = self.generation(
             context,
             width=width,
             height=height,
-            inputs=tuple(
-                one.as_role(self.image_fields[name].role) for name, one in context.images.items()
-            ),
+            inputs=tuple(one.as_role(role) for role, one in context.images.items()),
         )
         return copy_fields(self, JobSpec, generation=generation, output=copy_fields(self, Output))
 
@@ -107,7 +100,5 @@ async def img2img(
 
     The body is JSON or multipart/form-data. A client that disconnects cancels its job.
     """
-    with wire_names(FIELDS):
-        spec, submission = await prepare_job(service, request, body, user, idempotency_key)
-        job = await run_job(service, request, spec, submission, Delivery(with_data=body.with_data))
+    job = await run_request(service, request, body, user, idempotency_key)
     return await answer_images(job, request, service)

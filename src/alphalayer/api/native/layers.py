@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar
 from fastapi import APIRouter, Request, Response
 from pydantic import ConfigDict, Field
 
-from alphalayer.api.deps import IdempotencyKey, ServiceDep, run_job, wire_names
+from alphalayer.api.deps import IdempotencyKey, ServiceDep
 from alphalayer.api.guard import GuardedRoute, Submitter
 from alphalayer.api.native.answers import LayersResponse, answer_layers
 from alphalayer.api.native.fields import (
@@ -17,12 +17,12 @@ from alphalayer.api.native.fields import (
     SpecContext,
     UploadRequest,
     describe_form,
-    prepare_job,
+    run_request,
 )
-from alphalayer.api.uploads import ImageSource, StoredInput
+from alphalayer.api.uploads import Images, ImageSource
 from alphalayer.core.edits import LayerFields
 from alphalayer.core.errors import InvalidRequest
-from alphalayer.core.job import MAX_LAYERS, Delivery, JobSpec, Output, Stage
+from alphalayer.core.job import MAX_LAYERS, JobSpec, Output, Stage
 from alphalayer.core.layers import CONDITIONS, STACK, Want, plan_chain
 from alphalayer.core.modes import ConditionRole, Mode
 from alphalayer.core.prompts import MAX_PROMPT_BYTES
@@ -55,6 +55,7 @@ class LayersRequest(LayerFields, UploadRequest, frozen=True):
         alias_generator=lambda name: LAYER_FIELDS.get(name, name),
         json_schema_extra={"examples": [{"prompt": "an apple on a table"}]},
     )
+    wire_fields: ClassVar[Mapping[str, str]] = LAYER_FIELDS
     is_chain: ClassVar[bool] = True
     image_fields: ClassVar[Mapping[str, ImageField]] = {
         role: ImageField(role) for role in CONDITIONS
@@ -138,7 +139,7 @@ class LayersRequest(LayerFields, UploadRequest, frozen=True):
             if getattr(self, f"{role}_prompt") and role not in roles
         ]
 
-    def _check(self, images: Mapping[str, StoredInput], first: Mode) -> None:
+    def _check(self, images: Images, first: Mode) -> None:
         """Raise `InvalidRequest` for what no chain has."""
         if "foreground" in images and images["foreground"].is_opaque:
             raise InvalidRequest(
@@ -191,7 +192,5 @@ async def layers(
 
     The body is JSON or multipart/form-data. A client that disconnects cancels its job.
     """
-    with wire_names(LAYER_FIELDS):
-        spec, submission = await prepare_job(service, request, body, user, idempotency_key)
-        job = await run_job(service, request, spec, submission, Delivery(with_data=body.with_data))
+    job = await run_request(service, request, body, user, idempotency_key)
     return await answer_layers(job, request, service)

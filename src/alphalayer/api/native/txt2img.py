@@ -5,11 +5,11 @@ from __future__ import annotations
 from fastapi import APIRouter, Request, Response
 from pydantic import ConfigDict
 
-from alphalayer.api.deps import IdempotencyKey, ServiceDep, run_job, wire_names
+from alphalayer.api.deps import IdempotencyKey, ServiceDep
 from alphalayer.api.guard import GuardedRoute, Submitter
 from alphalayer.api.native.answers import Txt2ImgResponse, answer_images
-from alphalayer.api.native.fields import FIELDS, LayerdiffuseRequest, SpecContext, prepare_job
-from alphalayer.core.job import Delivery, JobSpec, Output
+from alphalayer.api.native.fields import LayerdiffuseRequest, SpecContext, run_request
+from alphalayer.core.job import JobSpec, Output
 from alphalayer.core.request import HiresFields
 from alphalayer.core.values import copy_fields
 
@@ -46,7 +46,5 @@ async def txt2img(
     idempotency_key: IdempotencyKey = None,
 ) -> Response:
     """Wait for the image. A client that disconnects cancels its job."""
-    with wire_names(FIELDS):
-        spec, submission = await prepare_job(service, request, body, user, idempotency_key)
-        job = await run_job(service, request, spec, submission, Delivery(with_data=body.with_data))
+    job = await run_request(service, request, body, user, idempotency_key)
     return await answer_images(job, request, service)

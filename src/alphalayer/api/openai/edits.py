@@ -2,36 +2,29 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from functools import partial
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
 from alphalayer.api.deps import Service
 from alphalayer.api.forms import Form
 from alphalayer.api.openai.schemas import Background, ImageFields, Size
 from alphalayer.api.schemas import Body
-from alphalayer.api.uploads import MAX_NAME, StoredInput, store_upload
+from alphalayer.api.uploads import Images, ImageSource, Upload
+from alphalayer.core import validation
 from alphalayer.core.errors import InvalidRequest
-from alphalayer.core.job import JobSpec, job_prefix_of
-from alphalayer.core.modes import DEFAULT_MODE, OPAQUE
+from alphalayer.core.inputs import check_transparency, size_for_image
+from alphalayer.core.job import JobSpec
+from alphalayer.core.modes import DEFAULT_MODE, MODES, OPAQUE, InputRole
 from alphalayer.core.request import MAX_SIDE, MIN_SIDE
 from alphalayer.images import codecs
-from alphalayer.storage import is_input
 
 MAX_IMAGES = 16
 FIDELITY_STRENGTH = {"high": 0.5, "low": 0.75}
 IMAGE_PARTS = ("image", "image[]")
 """Names of the parts of a form with the images."""
-_ADDRESS = re.compile(r"(?!data:)[a-z][a-z0-9+.-]*:", re.IGNORECASE)
-
-
-def _check_address(text: str) -> str:
-    if _ADDRESS.match(text):
-        raise ValueError("URLs are not fetched; send the file itself as a data URL")
-    return text
 
 
 class ImageReference(Body, frozen=True):
@@ -40,12 +33,14 @@ class ImageReference(Body, frozen=True):
     model_config = ConfigDict(title="OpenAIImageReference")
 
     image_url: Annotated[
-        Annotated[str, AfterValidator(_check_address)] | None,
-        Field(description="The file as a data URL. Other URLs are refused."),
+        ImageSource | None, Field(description="The file as a data URL. Other URLs are refused.")
     ] = None
     file_id: Annotated[
-        str | None,
-        Field(max_length=MAX_NAME, description="File name of an image of this service."),
+        ImageSource | None,
+        Field(
+            description="File name of an image of this service. If it signs its URLs: with the "
+            "query of the URL."
+        ),
     ] = None
 
     @model_validator(mode="after")
@@ -54,37 +49,19 @@ class ImageReference(Body, frozen=True):
             raise ValueError("it must have either image_url or file_id")
         return self
 
-    @classmethod
-    def of_part(cls, text: str) -> dict[str, str]:
-        """Return the JSON of an image in a form. A name has a dot, and base64 has none."""
-        is_name = len(text) <= MAX_NAME and "." in text and ":" not in text
-        return {"file_id" if is_name else "image_url": text}
-
-    async def store(
-        self, service: Service, uploads: Mapping[str, bytes], field: str, *, is_mask: bool = False
-    ) -> StoredInput:
-        """Store the image for a job.
+    def upload(self, role: InputRole, field: str, files: Mapping[str, bytes]) -> Upload:
+        """Return the image as an input of a job.
 
         Args:
-            service: The service that runs the job.
-            uploads: Files of the request by their `file_id`.
+            role: Its role. The transparent part of a mask is changed.
             field: Field of the request, for errors.
-            is_mask: Whether it is a mask. Its transparent part is changed.
-
-        Raises:
-            AlphalayerError: See `store_upload`.
+            files: Files of a form by their names in the fields.
         """
-        name = self.file_id or ""
-        source = uploads.get(name) or self.image_url or name
-        if source is name and not (is_input(name) or job_prefix_of(name)):
-            raise InvalidRequest(
-                f'"{name}" is no image of this service.',
-                hint="Send the file itself, or the name of an image that the service stores.",
-                field=field,
-            )
-        encode_mask = partial(codecs.encode_mask, reading="transparent")
-        encode = encode_mask if is_mask else codecs.encode_input
-        return await store_upload(service, source, field, encode)
+        source = self.file_id or self.image_url or ""
+        encode = codecs.encode_input
+        if role == "mask":
+            encode = partial(codecs.encode_mask, reading="transparent")
+        return Upload(role, field, files.get(source, source), encode)
 
 
 class EditsRequest(ImageFields, frozen=True):
@@ -109,7 +86,10 @@ class EditsRequest(ImageFields, frozen=True):
     ] = None
     size: Annotated[
         Size,
-        Field(description=f"auto is that of the image. WxH: sides from {MIN_SIDE} to {MAX_SIDE}."),
+        Field(
+            description="auto is nearly that of the image. "
+            f"WxH: sides from {MIN_SIDE} to {MAX_SIDE}."
+        ),
     ] = "auto"
     background: Annotated[
         Background,
@@ -142,54 +122,69 @@ class EditsRequest(ImageFields, frozen=True):
             raise InvalidRequest("it must be given.", field="image")
         if len(images) > MAX_IMAGES:
             raise InvalidRequest(f"got {len(images)} images; at most {MAX_IMAGES}.", field="image")
-        fields: dict[str, Any] = {
-            name: parts[-1] for name, parts in form.items() if name not in IMAGE_PARTS
-        }
-        fields["images"] = [ImageReference.of_part(image) for image in images]
+        fields: dict[str, Any] = {}
+        for name, parts in form.items():
+            if name not in IMAGE_PARTS and len(parts) > 1:
+                raise InvalidRequest("it was sent more than once.", field=validation.cut(name))
+            fields[name] = parts[0]
+        fields = {name: part for name, part in fields.items() if name not in IMAGE_PARTS}
+        fields["images"] = [{"image_url": image} for image in images]
         if "mask" in fields:
-            fields["mask"] = ImageReference.of_part(fields["mask"])
+            fields["mask"] = {"image_url": fields["mask"]}
         return fields
 
-    async def create_spec(
-        self, service: Service, model: str | None, uploads: Mapping[str, bytes]
-    ) -> JobSpec:
-        """Store the images and return the job of this request.
+    def uploads(self, files: Mapping[str, bytes]) -> list[Upload]:
+        """Return the images that have an effect.
+
+        Args:
+            files: Files of a form by their names in the fields.
+        """
+        uploads = [self.images[0].upload("init", "image" if files else "images.0", files)]
+        if self.mask:
+            uploads.append(self.mask.upload("mask", "mask", files))
+        return uploads
+
+    def digest_of(self, images: Images) -> str:
+        """Return the digest of the request, see `Job.check_repeated`. It needs no pixels."""
+        digests: dict[str, Any] = {
+            "images": [images["init"].content_digest, len(self.images)],
+        }
+        if "mask" in images:
+            digests["mask"] = images["mask"].content_digest
+        return self.digest_with(digests)
+
+    def to_spec(self, service: Service, model: str | None, images: Images) -> JobSpec:
+        """Return the job of this request.
 
         Args:
             service: The service that runs the job.
             model: Name of the model; None for the default.
-            uploads: Files of a form by their `file_id`.
+            images: The stored images.
 
         Raises:
-            AlphalayerError: An image or a field is not right, see `store_upload`.
+            InvalidRequest: An image or a field is not right.
         """
-        field = "image" if uploads else "images"
-        image = await self.images[0].store(service, uploads, field)
+        image = images["init"]
+        mode = OPAQUE if image.is_opaque else DEFAULT_MODE
         if self.background == "transparent" and image.is_opaque:
+            remedy = 'use background "auto" or "opaque"'
+            check_transparency(MODES[DEFAULT_MODE], remedy, "background")
+        mask = images.get("mask", image)
+        if (mask.width, mask.height) != (image.width, image.height):
             raise InvalidRequest(
-                "the image is opaque, so its background cannot become transparent.",
-                hint='Send an image without its background, or use "auto" or "opaque".',
-                field="background",
+                f"it has {mask.width}x{mask.height} pixels, and the image "
+                f"{image.width}x{image.height}.",
+                hint="Send a mask of the size of the first image.",
+                field="mask",
             )
-        inputs = (image.as_role("init"),)
-        if self.mask:
-            mask = await self.mask.store(service, uploads, "mask", is_mask=True)
-            if (mask.width, mask.height) != (image.width, image.height):
-                raise InvalidRequest(
-                    f"it has {mask.width}x{mask.height} pixels, and the image "
-                    f"{image.width}x{image.height}.",
-                    hint="Send a mask of the size of the first image.",
-                    field="mask",
-                )
-            inputs += (mask.as_role("mask"),)
-        width, height = fit_size(image.width, image.height)
+        width, height = size_for_image((image.width, image.height))
         return self.build_spec(
             service,
             model,
             width=width,
             height=height,
-            inputs=inputs,
-            mode=OPAQUE if image.is_opaque else DEFAULT_MODE,
+            inputs=tuple(one.as_role(role) for role, one in images.items()),
+            mode=mode,
             strength=FIDELITY_STRENGTH[self.input_fidelity],
             warnings=self._warnings,
         )
@@ -199,13 +194,6 @@ class EditsRequest(ImageFields, frozen=True):
         """Return what of the request is ignored."""
         others = len(self.images) - 1
         return (f"image: ignored {others}. Only the first is changed.",) if others else ()
-
-
-def fit_size(width: int, height: int) -> tuple[int, int]:
-    """Return the size of an image, fitted to the sizes that can be generated."""
-    factor = min(max(1, MIN_SIDE / min(width, height)), MAX_SIDE / max(width, height))
-    width, height = (max(MIN_SIDE, round(side * factor)) for side in (width, height))
-    return width, height
 
 
 def form_schema() -> dict[str, Any]:

@@ -16,6 +16,7 @@ from alphalayer.api.deps import (
     ServiceDep,
     base_url,
     run_job,
+    while_connected,
     wire_names,
 )
 from alphalayer.api.dialect import Dialect
@@ -36,6 +37,7 @@ from alphalayer.api.openai.schemas import (
     settings_of,
 )
 from alphalayer.api.openai.streaming import stream_events
+from alphalayer.api.uploads import expect_images, release_images, store_uploads
 from alphalayer.catalog import resolve_model
 from alphalayer.core.errors import ModelNotFound, ModelUnusable, NotImplementedYet
 from alphalayer.core.job import Delivery, Job, JobSpec, Submission
@@ -51,7 +53,14 @@ router = APIRouter(
     route_class=GuardedRoute,
 )
 
-FIELDS = {"iterations": "n", "width": "size", "height": "size", "loras": "prompt"}
+FIELDS = {
+    "iterations": "n",
+    "batch_size": "n",
+    "width": "size",
+    "height": "size",
+    "loras": "prompt",
+    "init": "image",
+}
 """Names of fields on the wire, where they differ from those of `JobSpec`."""
 OPENAI_MODELS = re.compile(r"(gpt-|chatgpt-|dall-e|alphalayer$)", re.IGNORECASE)
 """Names that mean the default model."""
@@ -108,9 +117,26 @@ async def edits(
     With `stream` the response is server-sent events.
     """
     model = await asyncio.to_thread(_find_model, body.model, service)
-    spec = await body.create_spec(service, model, uploads_of(request))
-    submission = Submission(owner=user, idempotency_key=idempotency_key, digest=body.digest)
+    with wire_names(FIELDS):
+        spec, digest = await _store_images(body, request, service, model)
+    submission = Submission(owner=user, idempotency_key=idempotency_key, digest=digest)
     return await _respond(body, request, service, spec, submission)
+
+
+async def _store_images(
+    body: EditsRequest, request: Request, service: Service, model: str | None
+) -> tuple[JobSpec, str]:
+    """Store the images of an edit, and return its job and its digest.
+
+    Raises:
+        AlphalayerError: An image or a field is not right, see `store_upload`.
+    """
+    uploads = body.uploads(uploads_of(request))
+    body.to_spec(service, model, expect_images(uploads))
+    images = await while_connected(request, store_uploads(service, uploads))
+    spec, digest = body.to_spec(service, model, images), body.digest_of(images)
+    release_images(request, body, ("images", "mask"))
+    return spec, digest
 
 
 @router.post(
