@@ -211,7 +211,7 @@ def find_model(service: Service, name: str | None) -> ModelEntry:
 
 
 def _check_models(service: Service, spec: JobSpec) -> None:
-    """Check that the model, LoRAs, upscaler and the files of LayerDiffuse are available.
+    """Check that the model, LoRAs, upscaler and LayerDiffuse files are available.
 
     It reads folders.
 

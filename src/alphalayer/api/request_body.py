@@ -76,7 +76,10 @@ class _RouteRequest(Request):
     """
 
     async def body(self) -> bytes:
-        """Return the first byte: FastAPI reads whether there is one, and keeps what it reads."""
+        """Return the first byte of the body.
+
+        FastAPI only reads whether there is one, and keeps what it reads.
+        """
         return (await super().body())[:1]
 
     async def json(self) -> Any:
