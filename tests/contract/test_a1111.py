@@ -28,6 +28,7 @@ RECORDED = Path(__file__).parent / "recorded"
 ATTENTION = "(SDXL) Only Generate Transparent Image (Attention Injection)"
 PIXEL = base64.b64encode(codecs.encode(np.full((2, 2, 4), 9, np.uint8))).decode()
 CONV = "(SDXL) Only Generate Transparent Image (Conv Injection)"
+FG2BLE = "(SDXL) From Foreground to Blending"
 INFO_KEYS = (
     "prompt all_prompts negative_prompt all_negative_prompts seed all_seeds subseed all_subseeds "
     "subseed_strength width height sampler_name cfg_scale steps batch_size restore_faces "
@@ -383,7 +384,7 @@ def test_txt2img_layerdiffuse_enabled_false_is_opaque(client):
         ),
         (
             {"alwayson_scripts": {"LayerDiffuse": {"args": [True, "From Foreground to Blending"]}}},
-            'mode "fg2ble" takes one image each of: foreground',
+            f'mode "{FG2BLE}" takes one image each of: foreground',
         ),
         (
             {"alwayson_scripts": {"LayerDiffuse": {"args": [True, f"(SD1.5) {CONV[7:]}"]}}},
@@ -409,14 +410,14 @@ def test_txt2img_layerdiffuse_enabled_false_is_opaque(client):
         ({"alwayson_scripts": {"LayerDiffuse": {"args": [True, CONV, 3]}}}, "weight"),
         ({"alwayson_scripts": {"LayerDiffuse": {"args": [True, CONV, 1, 2]}}}, "ending_step"),
         ({"alwayson_scripts": {"LayerDiffuse": {"args": [True, CONV, 1, 1, 5]}}}, "fg_image"),
-        ({"alwayson_scripts": {"LayerDiffuse": {"args": [True, CONV, 1, 1, "a"]}}}, "not base64"),
+        ({"alwayson_scripts": {"LayerDiffuse": {"args": [True, FG2BLE, 1, 1, "a"]}}}, "not base64"),
         (
-            {"alwayson_scripts": {"LayerDiffuse": {"args": [True, CONV, 1, 1, "aGk="]}}},
+            {"alwayson_scripts": {"LayerDiffuse": {"args": [True, FG2BLE, 1, 1, "aGk="]}}},
             "not an image",
         ),
         (
             {"alwayson_scripts": {"LayerDiffuse": {"args": [True, CONV, 1, 1, PIXEL]}}},
-            'mode "conv" takes no input images',
+            f'mode "{CONV}" takes no input images',
         ),
     ],
 )

@@ -153,7 +153,9 @@ def test_input_images_reach_the_engine(storage: ObjectStorage):
 def test_missing_input_image_is_named(storage: ObjectStorage):
     name = f"input_{'0' * 64}.png"
     job = _job(mode="fg2ble", inputs=[ImageInput(role="foreground", file_name=name)])
-    with pytest.raises(FileMissing, match=f'inputs: there is no input image "{name}"') as caught:
+    with pytest.raises(
+        FileMissing, match=f'foreground: there is no input image "{name}"'
+    ) as caught:
         Renderer(FakeEngine(), storage).run(job)
     assert caught.value.hint == "Upload it again."
 
