@@ -116,7 +116,7 @@ def test_json_and_form_give_the_same_image(client: httpx.Client):
     name = url["data"][0]["url"].rpartition("/")[2]
     stored = {**fields, "images": [{"file_id": name}]}
     assert client.post("/v1/images/edits", json=stored).json()["size"] == "96x64"
-    form = client.post("/v1/images/edits", data={**fields, "image": name}, files={"x": b"x"})
+    form = client.post("/v1/images/edits", data={**fields, "image": name}, files={"x": (None, "x")})
     assert form.json()["size"] == "96x64"
 
 
@@ -196,7 +196,7 @@ def test_wrong_form_is_refused(
         for data in (value if isinstance(value, list) else [value])
     ]
     answer = client.post(
-        "/v1/images/edits", data={"prompt": "x", **fields}, files=parts or {"x": b"x"}
+        "/v1/images/edits", data={"prompt": "x", **fields}, files=parts or {"x": (None, "x")}
     )
     error = answer.json()["error"]
     assert (answer.status_code, error["type"]) == (400, "invalid_request_error"), error

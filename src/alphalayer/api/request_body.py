@@ -52,7 +52,10 @@ class LimitedRoute(APIRoute):
                 receive = count_received(receive, JSON_BYTES)
             if from_form and is_form(request):
                 request = Request(request.scope, receive)
-                request.state.fields = from_form(await read_form(request, text_fields))
+                form = await read_form(request, text_fields)
+                request.state.fields = from_form(form)
+                # the frame of this function must not keep the texts of the form
+                del form
                 return await handle(FormRequest(request, request.state.fields))
             return await handle(_RouteRequest(request.scope, receive))
 
