@@ -125,7 +125,7 @@ def test_layers_missing_file_names_the_pull_line(run: Run, tmp_path: Path):
     (tmp_path / "photo.png").write_bytes(codecs.encode(np.full((64, 64, 4), 255, np.uint8)))
     err = run("--background", "photo.png")[2]
     assert "layer_xl_bg2ble.safetensors is not in" in err
-    assert f"Run: alphalayer models pull {MODES['bg2ble'].download}" in err
+    assert f"models pull {MODES['bg2ble'].download}" in err
 
 
 def test_layers_has_an_option_for_each_field_of_a_request():

@@ -135,7 +135,7 @@ def put_model(folder: Path) -> Path:
     for part in ("unet", "vae", "text_encoder", "text_encoder_2"):
         (model / part / "model.safetensors").write_bytes(NO_TENSORS)
     layers = folder / "models" / "layer_model"
-    layers.mkdir()
+    layers.mkdir(exist_ok=True)
     files = [mode.files for mode in MODES.values()] + [*DECODER_FILES.values()]
     for names in filter(None, [*files, *ENCODER_FILES.values()]):
         (layers / names[0]).write_bytes(NO_TENSORS)
