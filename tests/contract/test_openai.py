@@ -126,7 +126,7 @@ def test_stream_of_a_queued_job_is_kept_open(tmp_path, monkeypatch):
 
 def test_stream_disconnected_or_cancelled_ends_its_job(tmp_path):
     with (
-        served(tmp_path, engine_options={"step_s": 0.05}) as client,
+        served(tmp_path, engine_options={"step_s": 0.01}) as client,
         openai.OpenAI(base_url=f"{client.base_url}/v1".replace("//v1", "/v1"), api_key="x") as api,
     ):
         slow = {**SMALL, "quality": "max", "n": 10, "stream": True, "partial_images": 3}
