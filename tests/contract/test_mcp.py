@@ -52,7 +52,7 @@ async def test_tool_returns_the_image_and_reports_progress(transport: object):
     async with Client(transport) as client:
         tool, *others = await client.list_tools()
         assert tool.name == TOOL
-        assert [other.name for other in others] == ["change_picture", "draw_layers"]
+        assert [other.name for other in others] == ["change_image", "generate_layers"]
         assert "prompt" in tool.input_schema["required"]
         answer = await client.call_tool(
             TOOL, {**SMALL, "seed": 7, "steps": 20}, progress_handler=progress
@@ -74,7 +74,7 @@ async def test_tools_change_an_image_and_generate_layers(tmp_path: Path):
         transport = StreamableHttpTransport(f"{service.base_url}/mcp/")
         async with Client(transport) as client:
             small = {**SMALL, "steps": 1}
-            answer = await client.call_tool("draw_layers", small)
+            answer = await client.call_tool("generate_layers", small)
             *images, words = answer.content
             lines = words.text.splitlines()
             assert len(images) == 4
@@ -82,10 +82,10 @@ async def test_tools_change_an_image_and_generate_layers(tmp_path: Path):
             assert lines[4].startswith("https://art.example/alpha/v1/jobs/")
             assert lines[4].endswith("/layers.psd")
             name = lines[1].partition(" ")[0].rpartition("/")[2]
-            answer = await client.call_tool("change_picture", {**small, "image": name})
+            answer = await client.call_tool("change_image", {**small, "image": name})
             assert len(answer.content) == 2
             with pytest.raises(ToolError, match="image: not base64"):
-                await client.call_tool("change_picture", {**small, "image": "!"})
+                await client.call_tool("change_image", {**small, "image": "!"})
 
 
 async def test_tool_errors_name_the_argument(transport: object):

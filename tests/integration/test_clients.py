@@ -305,19 +305,17 @@ async def test_mcp_client_changes_a_stored_image(
     async with Client(
         StreamableHttpTransport(f"{str(service.base_url).rstrip('/')}/mcp/")
     ) as client:
-        answer = await client.call_tool(
-            "change_picture", {"image": small_apple_name, **NATIVE_EDIT}
-        )
+        answer = await client.call_tool("change_image", {"image": small_apple_name, **NATIVE_EDIT})
         image, text = answer.content
         np.testing.assert_array_equal(codecs.decode(base64.b64decode(image.data))[0], green_cutout)
         assert f"192x192, seed {SEED}" in text.text
         small = {"prompt": "a table", "width": 192, "height": 192, "steps": 2}
-        answer = await client.call_tool("draw_layers", {**small, "want": "foreground"})
+        answer = await client.call_tool("generate_layers", {**small, "want": "foreground"})
         assert [content.type for content in answer.content] == ["image", "text"]
         assert "(foreground, 192x192" in answer.content[1].text
         assert answer.content[1].text.endswith("/layers.psd")
         with pytest.raises(ToolError, match="alphalayer-mini brings its own"):
-            await client.call_tool("draw_layers", {**small, "foreground": small_apple_name})
+            await client.call_tool("generate_layers", {**small, "foreground": small_apple_name})
 
 
 async def test_mcp_client_gets_the_native_image(service: httpx.Client, apple: np.ndarray):

@@ -68,7 +68,7 @@ def read(storage: ObjectStorage, tmp_path: Path, key: str) -> tuple[RgbaImage, s
 
 
 @pytest.mark.parametrize(
-    ("want", "given", "modes"),
+    ("want", "roles", "modes"),
     [
         ("layers", "", "attention fg2ble fgble2bg"),
         ("foreground", "", "attention"),
@@ -85,20 +85,20 @@ def read(storage: ObjectStorage, tmp_path: Path, key: str) -> tuple[RgbaImage, s
         ("foreground", "background blended", "bgble2fg"),
     ],
 )
-def test_chain_makes_the_wanted_layer(want: Want, given: str, modes: str):
-    assert [mode.name for mode in plan_chain(want, given.split())] == modes.split()
+def test_chain_makes_the_wanted_layer(want: Want, roles: str, modes: str):
+    assert [mode.name for mode in plan_chain(want, roles.split())] == modes.split()
 
 
 def test_every_chain_has_the_inputs_that_its_modes_need():
     for family in ("sdxl", "sd15"):
         for count in range(4):
-            for given in itertools.combinations(CONDITIONS, count):
+            for roles in itertools.combinations(CONDITIONS, count):
                 try:
-                    chain = plan_chain("layers", given, family)
+                    chain = plan_chain("layers", roles, family)
                 except InvalidRequest:
                     continue
-                layers: set[LayerRole] = set(given)
-                assert set(chain[0].needs) == set(given)
+                layers: set[LayerRole] = set(roles)
+                assert set(chain[0].needs) == set(roles)
                 for mode in chain:
                     assert set(mode.needs) <= layers
                     layers |= set(mode.layer_roles)
@@ -107,7 +107,7 @@ def test_every_chain_has_the_inputs_that_its_modes_need():
 
 
 @pytest.mark.parametrize(
-    ("want", "given", "mode"),
+    ("want", "roles", "mode"),
     [
         ("layers", "", "sd15_joint"),
         ("blended", "", "sd15_joint"),
@@ -116,8 +116,8 @@ def test_every_chain_has_the_inputs_that_its_modes_need():
         ("foreground", "background", "sd15_bg2fg"),
     ],
 )
-def test_mode_of_sd15_makes_all_layers_at_once(want: Want, given: str, mode: str):
-    assert [one.name for one in plan_chain(want, given.split(), "sd15")] == [mode]
+def test_mode_of_sd15_makes_all_layers_at_once(want: Want, roles: str, mode: str):
+    assert [one.name for one in plan_chain(want, roles.split(), "sd15")] == [mode]
 
 
 def test_sets_of_shared_attention_are_stacked(storage: ObjectStorage):
@@ -135,7 +135,7 @@ def test_sets_of_shared_attention_are_stacked(storage: ObjectStorage):
 
 
 @pytest.mark.parametrize(
-    ("want", "given", "family", "field", "words"),
+    ("want", "roles", "family", "field", "words"),
     [
         ("foreground", "foreground", "sdxl", "want", "given already"),
         ("layers", "blended", "sdxl", "blended", "foreground and blended"),
@@ -144,10 +144,10 @@ def test_sets_of_shared_attention_are_stacked(storage: ObjectStorage):
     ],
 )
 def test_chain_without_sense_is_refused(
-    want: Want, given: str, family: str, field: str, words: str
+    want: Want, roles: str, family: str, field: str, words: str
 ):
     with pytest.raises(InvalidRequest) as caught:
-        plan_chain(want, given.split(), family)
+        plan_chain(want, roles.split(), family)
     assert caught.value.field == field
     assert words in str(caught.value)
 

@@ -41,32 +41,32 @@ _CHAINS: dict[str, _Chains] = {
 
 
 def plan_chain(
-    want: Want, given: Collection[ConditionRole], family: str = DEFAULT_FAMILY
+    want: Want, inputs: Collection[ConditionRole], family: str = DEFAULT_FAMILY
 ) -> tuple[Mode, ...]:
     """Return the modes that make the wanted layers, in their order.
 
     Args:
         want: Layer to generate.
-        given: Roles of the given layers.
+        inputs: Roles of the given layers.
         family: Family of the model.
 
     Raises:
         InvalidRequest: The layer is given already, or no mode makes it from the given ones.
     """
-    if want in given:
+    if want in inputs:
         raise InvalidRequest(
             f"the {want} is given already.",
             hint=f"Leave {want} out, or want another.",
             field="want",
         )
     chains = _CHAINS.get(family, {})
-    key = frozenset(given)
+    key = frozenset(inputs)
     if key not in chains:
         accepted = ", or ".join(_names_of(roles) for roles in chains if roles)
         raise InvalidRequest(
-            f"no mode of {family} starts from {_names_of(given) or 'a prompt alone'}.",
+            f"no mode of {family} starts from {_names_of(inputs) or 'a prompt alone'}.",
             hint=f"Send no images, or {accepted}." if accepted else "Use a model of SDXL.",
-            field=_first_of(given),
+            field=_first_of(inputs),
         )
     plans = [tuple(MODES[name] for name in chain) for chain in chains[key]]
     if want == "layers":
@@ -79,10 +79,10 @@ def plan_chain(
 def find_chains(family: str) -> dict[tuple[ConditionRole, ...], dict[Want, tuple[Mode, ...]]]:
     """Return the chains of a family by the given layers and the wanted ones."""
     return {
-        tuple(role for role in CONDITIONS if role in given): {
-            want: plan_chain(want, given, family) for want in WANTS if want not in given
+        tuple(role for role in CONDITIONS if role in inputs): {
+            want: plan_chain(want, inputs, family) for want in WANTS if want not in inputs
         }
-        for given in _CHAINS.get(family, {})
+        for inputs in _CHAINS.get(family, {})
     }
 
 
@@ -90,5 +90,5 @@ def _names_of(roles: Collection[ConditionRole]) -> str:
     return " and ".join(role for role in CONDITIONS if role in roles)
 
 
-def _first_of(given: Collection[ConditionRole]) -> str:
-    return next((role for role in CONDITIONS if role in given), "model")
+def _first_of(roles: Collection[ConditionRole]) -> str:
+    return next((role for role in CONDITIONS if role in roles), "model")

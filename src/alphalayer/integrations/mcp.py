@@ -66,7 +66,7 @@ OFFERS = (
     _Offer(
         "img2img",
         Img2ImgRequest,
-        "change_picture",
+        "change_image",
         "Change an image",
         "Change an image, or the part of it under a mask, and keep its transparency. "
         "An image is base64, or the file name at the end of the URL of an earlier result.",
@@ -74,7 +74,7 @@ OFFERS = (
     _Offer(
         "layers",
         LayersRequest,
-        "draw_layers",
+        "generate_layers",
         "Generate layers",
         "Generate foreground and background of one image as layers, or those that are not given. "
         "Returns the layers, bottom to top, and the URL of a Photoshop document.",

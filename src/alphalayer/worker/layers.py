@@ -28,7 +28,7 @@ def stack_layers(
     """
     size = results[0].request.size
     resize_mode = spec.generation.resize_mode
-    given: dict[InputRole, RgbaImage] = {
+    fitted: dict[InputRole, RgbaImage] = {
         role: fit_layer(rgba, size, resize_mode) for role, rgba in inputs.items()
     }
     generated = iter([(one, result.infotext(one)) for result in results for one in result.images])
@@ -40,19 +40,19 @@ def stack_layers(
             for made in sets:
                 made |= {role: next(generated) for role in mode.layer_roles}
         for made in sets:
-            layers += _stack(made, given)
+            layers += _stack(made, fitted)
     return layers
 
 
 def _stack(
-    made: Mapping[LayerRole, Described], given: Mapping[InputRole, RgbaImage]
+    made: Mapping[LayerRole, Described], fitted: Mapping[InputRole, RgbaImage]
 ) -> list[Described]:
     """Return the layers of one set, bottom to top, with the composite on top."""
     (first, _), *_ = made.values()
     stack = {role: (replace(image, role=role), text) for role, (image, text) in made.items()}
     for role in CONDITIONS:
-        if role in given:
-            stack[role] = replace(first, rgba=given[role], role=role), ""
+        if role in fitted:
+            stack[role] = replace(first, rgba=fitted[role], role=role), ""
     if {"background", "foreground"} <= stack.keys():
         pixels = [stack[role][0].rgba for role in ("background", "foreground")]
         stack["composite"] = replace(first, rgba=composite(pixels), role="composite"), ""

@@ -80,12 +80,12 @@ class LayersRequest(LayerFields, UploadRequest, frozen=True):
     def to_spec(self, context: SpecContext) -> JobSpec:
         """Return the job of this request. See `NativeRequest.to_spec`."""
         images = context.images
-        given: list[ConditionRole] = [role for role in CONDITIONS if role in images]
-        modes = plan_chain(self.want, given, context.family)
+        roles: list[ConditionRole] = [role for role in CONDITIONS if role in images]
+        modes = plan_chain(self.want, roles, context.family)
         self._check(images, modes[0])
         width, height = self.width, self.height
-        if given:
-            width, height = self.size_for(images[given[0]])
+        if roles:
+            width, height = self.size_for(images[roles[0]])
         first, *later = modes
         request = GenerationRequest.of(
             self,
@@ -93,7 +93,7 @@ class LayersRequest(LayerFields, UploadRequest, frozen=True):
             mode=first.name,
             noise=context.noise,
             decode=context.decode,
-            inputs=tuple(images[role].as_role(role) for role in given),
+            inputs=tuple(images[role].as_role(role) for role in roles),
             width=width,
             height=height,
             batch_size=self.batch_size * len(first.layers),

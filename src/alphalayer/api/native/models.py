@@ -79,11 +79,11 @@ def _model(entry: ModelEntry, default: str | None, service: Service) -> Model:
         modes=[name for name, downloads in missing.items() if not downloads],
         layers=[
             LayerChoice(
-                given=list(given),
+                given=list(roles),
                 want=want,
                 pull=list(dict.fromkeys(one for mode in chain for one in missing[mode.name])),
             )
-            for given, chains in find_chains(entry.family).items()
+            for roles, chains in find_chains(entry.family).items()
             for want, chain in chains.items()
             if all(mode.name in missing for mode in chain)
         ],

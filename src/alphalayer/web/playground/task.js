@@ -46,7 +46,7 @@ export function use(image, purpose) {
 
 /** Return whether the model can generate the layers around an image: "ready", "files" or nothing. */
 export function support(role) {
-  const all = settings.layerChoices().find(({ given, want }) => String(given) === role && want === "layers");
+  const all = settings.layerChoices().find((choice) => String(choice.given) === role && choice.want === "layers");
   return all && (all.pull.length ? "files" : "ready");
 }
 
@@ -144,8 +144,8 @@ export function update() {
 }
 
 function updateWants() {
-  const given = GIVEN.filter((role) => sources[role]);
-  const choices = settings.layerChoices().filter((choice) => String(choice.given) === String(given));
+  const roles = GIVEN.filter((role) => sources[role]);
+  const choices = settings.layerChoices().filter((choice) => String(choice.given) === String(roles));
   const before = find("want").value;
   find("want").replaceChildren(
     ...choices.map(({ want, pull }) => {
@@ -157,7 +157,7 @@ function updateWants() {
   const ready = choices.filter(({ pull }) => !pull.length).map(({ want }) => want);
   find("want").value = ready.includes(before) ? before : ready[0] ?? "";
   const pulls = [...new Set(choices.flatMap(({ pull }) => pull))];
-  const names = given.join(" and ") || "the prompt alone";
+  const names = roles.join(" and ") || "the prompt alone";
   find("want-help").textContent = describeOthers();
 
   function describeOthers() {
