@@ -33,7 +33,7 @@ FIELDS = {"prompt": "an apple", "steps": 2}
 EDIT, LAYERS, JOBS = "/alpha/v1/img2img", "/alpha/v1/layers", "/alpha/v1/jobs"
 
 
-def picture(width: int = 64, height: int = 64, *, opaque: bool = False, seed: int = 0) -> bytes:
+def png_of(width: int = 64, height: int = 64, *, opaque: bool = False, seed: int = 0) -> bytes:
     rgba = np.random.default_rng(seed).integers(0, 256, (height, width, 4), np.uint8)
     rgba[..., 3] |= 255 if opaque else 0
     return codecs.encode(rgba)
@@ -67,7 +67,7 @@ def client(folder: Path):
 
 
 def test_img2img_json_changes_an_image(client):
-    answer = client.post(EDIT, json={**FIELDS, "image": text(picture(96, 64))})
+    answer = client.post(EDIT, json={**FIELDS, "image": text(png_of(96, 64))})
     assert answer.status_code == 200, answer.text
     body = answer.json()
     assert set(body) == {"url", "filename", "info", "seconds"}
@@ -78,7 +78,7 @@ def test_img2img_json_changes_an_image(client):
 
 def test_img2img_form_equals_json(client):
     fields = {**FIELDS, "width": 128, "strength": 0.5, "exact_steps": True}
-    files = {"image": ("apple.png", picture(), "image/png"), "mask": picture(seed=2)}
+    files = {"image": ("apple.png", png_of(), "image/png"), "mask": png_of(seed=2)}
     sent = client.post(EDIT, data={**fields, "n_iter": "1"}, files=files)
     assert sent.status_code == 200, sent.text
     as_json = client.post(
@@ -90,7 +90,7 @@ def test_img2img_form_equals_json(client):
 
 def test_form_and_json_of_one_request_are_one_job(client):
     key = {"Idempotency-Key": "same image"}
-    image = picture()
+    image = png_of()
     sent = [
         client.post("/alpha/v1/jobs/img2img", headers=key, **body)
         for body in (
@@ -103,13 +103,13 @@ def test_form_and_json_of_one_request_are_one_job(client):
     assert [answer.status_code for answer in sent] == [202] * 4, sent[-1].text
     assert len({answer.json()["id"] for answer in sent}) == 1
     other = client.post(
-        "/alpha/v1/jobs/img2img", headers=key, data=FIELDS, files={"image": picture(seed=9)}
+        "/alpha/v1/jobs/img2img", headers=key, data=FIELDS, files={"image": png_of(seed=9)}
     )
     assert (other.status_code, other.json()["field"]) == (422, "Idempotency-Key")
 
 
 def test_form_takes_loras_as_json_or_not_at_all(client):
-    image = {"image": picture()}
+    image = {"image": png_of()}
     answer = client.post(EDIT, data={**FIELDS, "loras": '[{"name": "none"}]'}, files=image)
     assert "none" in answer.json()["detail"]
     answer = client.post(EDIT, data={**FIELDS, "loras": "[{"}, files=image)
@@ -146,7 +146,7 @@ def test_img2img_size_is_nearly_that_of_the_image(client, size, expected):
     assert (done["width"], done["height"], done["role"]) == (*expected, "image")
 
 
-OPAQUE = picture(opaque=True)
+OPAQUE = png_of(opaque=True)
 WRONG = [
     ({}, "image", "it must be given"),
     ({"image": ""}, "image", "it is empty"),
@@ -158,7 +158,7 @@ WRONG = [
     ({"image": "https://example.com/a.png"}, "image", "URLs are not fetched"),
     ({"image": text(bomb())}, "image", "too large"),
     ({"image": text(bomb(17_000, 1_000))}, "image", "16 megapixels"),
-    ({"image": text(picture()[:200])}, "image", "damaged"),
+    ({"image": text(png_of()[:200])}, "image", "damaged"),
     ({"image": text(OPAQUE)}, "image", "layerdiffuse_enabled"),
     ({"mask": "x"}, "mask", "not base64"),
     ({"mask": text(bomb())}, "mask", "too large"),
@@ -174,7 +174,7 @@ WRONG = [
 
 @pytest.mark.parametrize(("fields", "field", "words"), WRONG)
 def test_img2img_wrong_values_name_their_field(client, fields, field, words):
-    image = {} if not fields else {"image": text(picture())}
+    image = {} if not fields else {"image": text(png_of())}
     answer = client.post(EDIT, json={**FIELDS, **image, **fields})
     assert answer.status_code == 422, answer.text
     body = answer.json()
@@ -183,9 +183,9 @@ def test_img2img_wrong_values_name_their_field(client, fields, field, words):
 
 
 def test_img2img_numbers_that_are_not_finite_are_refused(client):
-    body = json.dumps({**FIELDS, "image": text(picture()), "strength": float("nan")})
+    body = json.dumps({**FIELDS, "image": text(png_of()), "strength": float("nan")})
     sent = client.post(EDIT, content=body, headers={"Content-Type": "application/json"})
-    form = client.post(EDIT, data={**FIELDS, "strength": "nan"}, files={"image": picture()})
+    form = client.post(EDIT, data={**FIELDS, "strength": "nan"}, files={"image": png_of()})
     for answer in (sent, form):
         assert (answer.status_code, answer.json()["field"]) == (422, "strength")
 
@@ -229,7 +229,7 @@ def test_wrong_form_is_refused(client, content, words):
 
 def test_waiting_requests_hold_no_files_of_their_forms(tmp_path: Path):
     # of random pixels, which take all of their 262 kB
-    image, limit = picture(256, 256), 300_000
+    image, limit = png_of(256, 256), 300_000
     with (
         served(put_model(tmp_path), engine=None, max_request_bytes=limit, drain_s=1) as client,
         ThreadPoolExecutor() as pool,
@@ -252,14 +252,14 @@ def url_of(data: bytes) -> dict[str, str]:
 
 
 WAITING: dict[str, dict[str, Any]] = {
-    EDIT: {"image": text(picture(seed=3))},
-    LAYERS: {"foreground": text(picture(seed=4))},
-    "/v1/images/edits": {"images": [url_of(picture(seed=5))]},
-    "/sdapi/v1/img2img": {"init_images": [text(picture(seed=6))], "mask": text(picture(seed=6))},
+    EDIT: {"image": text(png_of(seed=3))},
+    LAYERS: {"foreground": text(png_of(seed=4))},
+    "/v1/images/edits": {"images": [url_of(png_of(seed=5))]},
+    "/sdapi/v1/img2img": {"init_images": [text(png_of(seed=6))], "mask": text(png_of(seed=6))},
     "/sdapi/v1/txt2img": {
         "alwayson_scripts": {
             "layerdiffuse": {
-                "args": [True, MODES["fg2ble"].label, 1, 1, text(picture(seed=7))],
+                "args": [True, MODES["fg2ble"].label, 1, 1, text(png_of(seed=7))],
             }
         }
     },
@@ -295,7 +295,7 @@ def test_waiting_request_in_any_dialect_holds_no_images(tmp_path: Path):
 
 @pytest.mark.parametrize("path", ["/v1/images/edits", "/sdapi/v1/img2img"])
 def test_image_in_another_form_is_the_same_request(client, path: str):
-    image = picture(seed=11)
+    image = png_of(seed=11)
     plain, address = text(image), f"data:image/png;base64,{text(image)}"
     sources = ("images", lambda one: [{"image_url": one}])
     if path.startswith("/sdapi"):
@@ -325,7 +325,7 @@ def test_image_in_another_form_is_the_same_request(client, path: str):
     ],
 )
 def test_refused_request_stores_no_image(client, folder: Path, path: str, fields: dict[str, Any]):
-    data = picture(seed=hash((path, *fields)) % 1000 + 1000)
+    data = png_of(seed=hash((path, *fields)) % 1000 + 1000)
     images: dict[str, Any] = {
         EDIT: {"image": text(data)},
         LAYERS: {"foreground": text(data)},
@@ -344,7 +344,7 @@ def test_missing_file_of_a_later_stage_is_named_at_submission(tmp_path: Path):
         (models / name).unlink()
     with served(tmp_path, engine=None) as client:
         chain = client.post("/alpha/v1/jobs/layers", json=FIELDS)
-        edit = client.post("/alpha/v1/jobs/img2img", json={**FIELDS, "image": text(picture())})
+        edit = client.post("/alpha/v1/jobs/img2img", json={**FIELDS, "image": text(png_of())})
         for answer, file, download in (
             (chain, "layer_xl_fgble2bg", "layerdiffuse-fgble2bg"),
             (edit, "vae_transparent_encoder", "layerdiffuse-encoder"),
@@ -355,7 +355,7 @@ def test_missing_file_of_a_later_stage_is_named_at_submission(tmp_path: Path):
             assert body["hint"].endswith(f"models pull {download}")
         assert client.post("/alpha/v1/jobs/layers", json={**FIELDS, "want": "foreground"})
         (models / "layer_xl_fg2ble.safetensors").unlink()
-        script = {"LayerDiffuse": {"args": [True, MODES["fg2ble"].label, 1, 1, text(picture())]}}
+        script = {"LayerDiffuse": {"args": [True, MODES["fg2ble"].label, 1, 1, text(png_of())]}}
         answer = client.post("/sdapi/v1/txt2img", json={**FIELDS, "alwayson_scripts": script})
         assert f'mode "{MODES["fg2ble"].label}" needs it' in answer.json()["detail"]
 
@@ -369,13 +369,13 @@ def test_layers_of_the_embedded_model_hint_at_the_foreground(tmp_path: Path):
             "with: alphalayer models pull layerdiffuse-fg2ble"
         )
         answer = client.post(
-            "/alpha/v1/jobs/layers", json={**FIELDS, "foreground": text(picture())}
+            "/alpha/v1/jobs/layers", json={**FIELDS, "foreground": text(png_of())}
         )
         assert answer.json()["hint"].startswith("Use another model.")
 
 
 def test_other_routes_take_no_form(client):
-    answer = client.post("/alpha/v1/txt2img", data=FIELDS, files={"image": picture()})
+    answer = client.post("/alpha/v1/txt2img", data=FIELDS, files={"image": png_of()})
     assert (answer.status_code, answer.json()["field"]) == (422, "Content-Type")
 
 
@@ -412,7 +412,7 @@ def test_layers_lists_the_stack_with_documents(client):
 
 
 def test_layers_form_with_a_given_foreground(client):
-    files = {"foreground": picture(80, 64)}
+    files = {"foreground": png_of(80, 64)}
     answer = client.post(LAYERS, data={**FIELDS, "want": "background"}, files=files)
     assert answer.status_code == 200, answer.text
     layers = answer.json()["layers"]
@@ -437,8 +437,8 @@ def test_layers_of_several_sets(client):
     ("fields", "field", "words"),
     [
         ({"want": "all"}, "want", "layers"),
-        ({"want": "foreground", "foreground": text(picture())}, "want", "given already"),
-        ({"blended": text(picture())}, "blended", "foreground"),
+        ({"want": "foreground", "foreground": text(png_of())}, "want", "given already"),
+        ({"blended": text(png_of())}, "blended", "foreground"),
         ({"foreground": text(OPAQUE)}, "foreground", "Remove its background"),
         ({"background": "x"}, "background", "not base64"),
         ({"trim": True}, "trim", "no such field"),

@@ -1,4 +1,4 @@
-"""Chains: the modes that make the wanted layers from the given ones. Free of torch and HTTP."""
+"""Chains: the modes that make the requested layers from the given ones. Free of torch and HTTP."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ _CHAINS: dict[str, _Chains] = {
 def plan_chain(
     want: Want, inputs: Collection[ConditionRole], family: str = DEFAULT_FAMILY
 ) -> tuple[Mode, ...]:
-    """Return the modes that make the wanted layers, in their order.
+    """Return the modes that make the requested layers, in their order.
 
     Args:
         want: Layer to generate.
@@ -77,7 +77,7 @@ def plan_chain(
 
 
 def find_chains(family: str) -> dict[tuple[ConditionRole, ...], dict[Want, tuple[Mode, ...]]]:
-    """Return the chains of a family by the given layers and the wanted ones."""
+    """Return the chains of a family by the given layers and the requested ones."""
     return {
         tuple(role for role in CONDITIONS if role in inputs): {
             want: plan_chain(want, inputs, family) for want in WANTS if want not in inputs
