@@ -27,7 +27,7 @@ from alphalayer.api.uploads import MAX_UPLOAD_BYTES, release_images
 from alphalayer.core.layers import STACK
 from alphalayer.core.modes import MODES
 from alphalayer.images import codecs
-from alphalayer.images.layered import composite
+from alphalayer.images.layered import composite_layers
 
 FIELDS = {"prompt": "an apple", "steps": 2}
 EDIT, LAYERS, JOBS = "/alpha/v1/img2img", "/alpha/v1/layers", "/alpha/v1/jobs"
@@ -368,9 +368,7 @@ def test_layers_of_the_embedded_model_hint_at_the_foreground(tmp_path: Path):
             'Want "foreground", or use another model. Its file layer_xl_fg2ble.safetensors comes '
             "with: alphalayer models pull layerdiffuse-fg2ble"
         )
-        answer = client.post(
-            "/alpha/v1/jobs/layers", json={**FIELDS, "foreground": text(png_of())}
-        )
+        answer = client.post("/alpha/v1/jobs/layers", json={**FIELDS, "foreground": text(png_of())})
         assert answer.json()["hint"].startswith("Use another model.")
 
 
@@ -389,7 +387,7 @@ def test_layers_lists_the_stack_with_documents(client):
     files = {layer["role"]: client.get(layer["url"]).content for layer in body["layers"]}
     pixels = {role: codecs.decode(file)[0] for role, file in files.items()}
     np.testing.assert_array_equal(
-        pixels["composite"], composite([pixels["background"], pixels["foreground"]])
+        pixels["composite"], composite_layers([pixels["background"], pixels["foreground"]])
     )
     assert set(body["documents"]) == {"psd", "ora", "tiff", "zip"}
     for kind, start in (("psd", b"8BPS"), ("ora", b"PK"), ("zip", b"PK"), ("tiff", b"II")):

@@ -69,7 +69,7 @@ def test_layers_writes_images_and_documents_of_each_set(run: Run, tmp_path: Path
     seeds = [line.split("  ")[2] for line in out.splitlines()]
     assert seeds == ["seed 12345"] * (len(ROLES) + 3) + ["seed 12346"] * (len(ROLES) + 3)
     images = {role: _read(*(tmp_path / "layers").glob(f"*_{role}.png")) for role in ROLES}
-    pixels = layered.composite([images["background"], images["foreground"]])
+    pixels = layered.composite_layers([images["background"], images["foreground"]])
     np.testing.assert_array_equal(images["composite"], pixels)
     assert images["foreground"][..., 3].min() < images["background"][..., 3].min() == 255
     assert {path.name for path in (tmp_path / "new").iterdir()} == {"cup.psd", "cup-2.psd"}

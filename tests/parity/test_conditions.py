@@ -13,7 +13,7 @@ import torch
 
 from alphalayer.core.request import RESIZE_MODES
 from alphalayer.engine.transparency.conditions import condition_image
-from alphalayer.images.resampling import border_colour, fit, on_grey
+from alphalayer.images.resampling import border_colour, fit_condition, flatten_on_grey
 
 FITTED = {
     ("Just Resize", 64): ((0.244950, 0.246832, 0.245891), (0.389375, 0.283705, 0.336541)),
@@ -35,14 +35,14 @@ def image_of(width: int, height: int) -> np.ndarray:
 
 
 def test_on_grey_flattens_alpha_onto_half():
-    flat = on_grey(image_of(48, 32))
+    flat = flatten_on_grey(image_of(48, 32))
     assert flat[16, 24] == pytest.approx((0.376471, 0.250980, 0.313726), abs=1e-6)
-    assert on_grey(np.zeros((2, 2, 4), np.uint8)) == pytest.approx(0.5, abs=0)
+    assert flatten_on_grey(np.zeros((2, 2, 4), np.uint8)) == pytest.approx(0.5, abs=0)
 
 
 @pytest.mark.parametrize(("mode", "side"), FITTED, ids=str)
 def test_fit_equals_recorded_values(mode, side):
-    fitted = fit(on_grey(image_of(48, 32)), (side, side), mode)
+    fitted = fit_condition(flatten_on_grey(image_of(48, 32)), (side, side), mode)
     value, mean = FITTED[mode, side]
     assert fitted.shape == (side, side, 3)
     assert fitted[side // 2, side // 3] == pytest.approx(value, abs=TOLERANCE)
@@ -50,12 +50,12 @@ def test_fit_equals_recorded_values(mode, side):
 
 
 def test_fit_keeps_the_overshoot_of_lanczos():
-    fitted = fit(on_grey(image_of(48, 32)), (64, 64), "Just Resize")
+    fitted = fit_condition(flatten_on_grey(image_of(48, 32)), (64, 64), "Just Resize")
     assert fitted.min() == pytest.approx(-0.0019308, abs=1e-6)
 
 
 def test_border_colour_is_the_median_of_the_border():
-    colour = border_colour(on_grey(image_of(48, 32)))
+    colour = border_colour(flatten_on_grey(image_of(48, 32)))
     assert colour == pytest.approx((0.446078, 0.433691, 0.423779), abs=1e-6)
 
 

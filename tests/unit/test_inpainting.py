@@ -9,7 +9,7 @@ from PIL import Image
 from alphalayer.core.edits import INIT_RESIZE_MODES, EditFields
 from alphalayer.core.request import ResizeMode
 from alphalayer.images import inpainting
-from alphalayer.images.inpainting import KeptImage, fill_masked, fit, fit_edit, masked_region
+from alphalayer.images.inpainting import KeptImage, fill_masked, fit_edit, fit_init, masked_region
 from alphalayer.images.resampling import fit_layer
 
 RED, CLEAR_GREEN = (255, 0, 0, 255), (0, 255, 0, 0)
@@ -29,19 +29,19 @@ def box(width: int, height: int, left: int, top: int, right: int, bottom: int) -
 @pytest.mark.parametrize("size", [(64, 192), (200, 40), (48, 32)], ids=str)
 @pytest.mark.parametrize("own", [(48, 32), (1, 400), (400, 1), (1, 1)], ids=str)
 def test_fit_gives_the_size(mode, size, own):
-    assert fit(Image.new("RGBA", own), size, mode).size == size
+    assert fit_init(Image.new("RGBA", own), size, mode).size == size
 
 
 def test_fit_ignores_colours_of_invisible_pixels():
     image = Image.new("RGBA", (8, 8), CLEAR_GREEN)
     image.paste(RED, (0, 0, 4, 8))
-    fitted = np.asarray(fit(image, (20, 20), "Just Resize"))
+    fitted = np.asarray(fit_init(image, (20, 20), "Just Resize"))
     assert fitted[fitted[..., 3] > 0][:, 1].max() == 0
 
 
 def test_resize_and_fill_repeats_the_border():
     image = Image.fromarray(noise(10, 20))
-    fitted = np.asarray(fit(image, (21, 20), "Resize and Fill"))
+    fitted = np.asarray(fit_init(image, (21, 20), "Resize and Fill"))
     assert np.array_equal(fitted[:, 5:15], np.asarray(image))
     assert np.array_equal(fitted[:, 0], np.asarray(image)[:, 0])
     assert np.array_equal(fitted[:, -1], np.asarray(image)[:, -1])
@@ -50,9 +50,9 @@ def test_resize_and_fill_repeats_the_border():
 def test_cover_of_a_part_equals_the_part_of_a_cover(monkeypatch: pytest.MonkeyPatch):
     y, x = np.mgrid[:200, :30]
     image = Image.fromarray(np.dstack([8 * x, y, 255 - y]).astype(np.uint8))
-    whole = np.asarray(fit(image, (64, 48), "Crop and Resize")).astype(int)
+    whole = np.asarray(fit_init(image, (64, 48), "Crop and Resize")).astype(int)
     monkeypatch.setattr(inpainting, "MAX_SCALED_PIXELS", 0)
-    part = np.asarray(fit(image, (64, 48), "Crop and Resize"))
+    part = np.asarray(fit_init(image, (64, 48), "Crop and Resize"))
     assert np.abs(part - whole).max() <= 1
 
 

@@ -26,7 +26,7 @@ from alphalayer.images.layered import (
     DOCUMENT_MIME_TYPES,
     DocumentKind,
     DocumentLayer,
-    composite,
+    composite_layers,
     write_document,
 )
 
@@ -69,7 +69,7 @@ def over(front: list[int], back: list[int]) -> list[int]:
 
 def test_composite_equals_the_over_operator_in_fractions(layers: list[DocumentLayer]):
     back, front = layers[0].load(), layers[1].load()
-    result = composite([back, front])
+    result = composite_layers([back, front])
     expected = [
         [over(f, b) for f, b in zip(*rows, strict=True)]
         for rows in zip(front.tolist(), back.tolist(), strict=True)
@@ -83,14 +83,14 @@ def test_composite_of_three_images_is_rounded_once():
     for *colour, alpha in pixels[1:]:
         a = Fraction(alpha, 255)
         below = [c * a + d * (1 - a) for c, d in zip(colour, below, strict=True)]
-    result = composite([np.full((1, 1, 4), pixel, np.uint8) for pixel in pixels])
+    result = composite_layers([np.full((1, 1, 4), pixel, np.uint8) for pixel in pixels])
     assert result[0, 0].tolist() == [*(round(value) for value in below), 255]
 
 
 def test_composite_keeps_the_front_where_the_back_is_empty(layers: list[DocumentLayer]):
     front = layers[1].load().copy()
     front[front[..., 3] == 0] = 0
-    assert (composite([np.zeros_like(front), front]) == front).all()
+    assert (composite_layers([np.zeros_like(front), front]) == front).all()
 
 
 @dataclass
@@ -165,11 +165,11 @@ def test_psd_holds_each_layer_exactly(layers: list[DocumentLayer]):
 
 def test_psd_merged_image_is_the_visible_layers_on_white(layers: list[DocumentLayer]):
     _, merged, has_transparency = read_psd(encode_document("psd", layers))
-    expected = composite([layer.load() for layer in layers[:2]])
+    expected = composite_layers([layer.load() for layer in layers[:2]])
     white = np.full_like(expected, 255)
     assert has_transparency
     assert (merged[..., 3] == expected[..., 3]).all()
-    assert (merged[..., :3] == composite([white, expected])[..., :3]).all()
+    assert (merged[..., :3] == composite_layers([white, expected])[..., :3]).all()
 
 
 def test_psd_is_opened_by_pillow(layers: list[DocumentLayer]):
@@ -215,7 +215,7 @@ def test_openraster_holds_layers_and_the_merged_image(layers: list[DocumentLayer
             rgba, _ = codecs.decode(file.read(element.get("src", "")))
             assert (rgba == layer.load()).all()
         merged, _ = codecs.decode(file.read("mergedimage.png"))
-        assert (merged == composite([layer.load() for layer in layers[:2]])).all()
+        assert (merged == composite_layers([layer.load() for layer in layers[:2]])).all()
         thumbnail, _ = codecs.decode(file.read("Thumbnails/thumbnail.png"))
         assert thumbnail.shape == (HEIGHT, WIDTH, 4)
 

@@ -21,7 +21,7 @@ from alphalayer.engine.base import GenerationResult, RenderTask, RgbaImage
 from alphalayer.engine.fake import FakeEngine
 from alphalayer.images import codecs
 from alphalayer.images.infotext import read_parameters
-from alphalayer.images.layered import composite
+from alphalayer.images.layered import composite_layers
 from alphalayer.images.resampling import fit_layer
 from alphalayer.storage.inputs import store_input
 from alphalayer.storage.objects import ObjectStorage, open_storage
@@ -204,7 +204,7 @@ def test_chain_stores_all_layers_bottom_to_top(storage: ObjectStorage, tmp_path:
     for role, pixels in last.inputs.items():
         np.testing.assert_array_equal(pixels, files[role][0])
     np.testing.assert_array_equal(
-        files["composite"][0], composite([files["background"][0], files["foreground"][0]])
+        files["composite"][0], composite_layers([files["background"][0], files["foreground"][0]])
     )
     texts = {role: read_parameters(text or "") for role, (_, text) in files.items()}
     assert texts["background"]["Prompt"] == "a table, an apple"

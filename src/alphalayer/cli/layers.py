@@ -7,13 +7,12 @@ import secrets
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from alphalayer.api.native.answers import is_visible, split_sets
+from alphalayer.api.native.answers import split_sets
 from alphalayer.api.native.fields import SpecContext
 from alphalayer.api.native.layers import LAYER_FIELDS, LayersRequest
 from alphalayer.api.uploads import Images, StoredInput
@@ -37,7 +36,7 @@ from alphalayer.core.job import ImageRef, Job, JobSpec
 from alphalayer.core.request import RequestFields
 from alphalayer.core.values import parse_as
 from alphalayer.images import codecs
-from alphalayer.images.layered import DocumentKind, DocumentLayer, write_document
+from alphalayer.images.layered import DocumentKind, describe_layers, write_document
 from alphalayer.storage.inputs import input_name
 
 app = typer.Typer()
@@ -157,24 +156,13 @@ class _Targets:
                 path = numbered(self.stem.with_name(f"{self.stem.name}_{layer.role}.png"), number)
                 write_file(path, files[layer.key])
                 yield path
-        layers = [
-            DocumentLayer(
-                layer.role.capitalize(),
-                partial(_decode, files[layer.key]),
-                is_visible(layer, stack),
-            )
-            for layer in (stack if self.documents else ())
-        ]
+        layers = describe_layers(stack, lambda key: codecs.decode(files[key])[0])
         for kind, target in self.documents.items():
             path = numbered(target, number)
             document = io.BytesIO()
             write_document(document, kind, layers)
             write_file(path, document.getvalue())
             yield path
-
-
-def _decode(data: bytes) -> codecs.Rgba:
-    return codecs.decode(data)[0]
 
 
 class _Files:

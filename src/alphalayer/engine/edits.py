@@ -22,7 +22,7 @@ from alphalayer.engine.families.base import DiffusionModel, check_finite
 from alphalayer.engine.networks.transparent import TransparentEncoder
 from alphalayer.engine.sampling.masking import KeptLatents, mask_generator
 from alphalayer.engine.sampling.noise import randn
-from alphalayer.engine.transparency.encode import encode_offset, pad_colours
+from alphalayer.engine.transparency.encode import encode_offset, fits_latent, pad_colours
 from alphalayer.engine.transparency.modes import Layer
 from alphalayer.images.inpainting import KeptImage, fit_edit, shrink_mask
 
@@ -72,7 +72,7 @@ def read_encoder(
     if not (request.uses_init and MODES[request.mode].has_alpha):
         return None
     encoder = model.encoder
-    if (model.latent.channels, model.latent.cell) != (encoder.channels, encoder.cell):
+    if not fits_latent(encoder, model.latent):
         raise ModelUnusable(
             f"the transparent encoder does not fit the latent of {model.entry.name}.",
             hint="Use the encoder that was made for this model's VAE.",

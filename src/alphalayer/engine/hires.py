@@ -25,6 +25,7 @@ from alphalayer.engine.networks.transparent import TransparentEncoder
 from alphalayer.engine.transparency.decode import to_opaque
 from alphalayer.engine.transparency.encode import (
     encode_offset,
+    fits_latent,
     on_grey,
     pad_colours,
 )
@@ -99,10 +100,10 @@ class Enlarger:
         if name in LATENT_UPSCALERS:
             return cls(name, mode, None, None, check)
         upscale = load_upscaler(models_dir, name, device, check)
-        path = model.layerdiffuse.encoder() if mode.has_alpha else None
-        fits = model.latent.channels == 4 and model.latent.cell == 8
-        encoder = model.encoder.to(device) if path and fits else None
-        return cls(name, mode, upscale, encoder, check)
+        has_encoder = mode.has_alpha and model.layerdiffuse.encoder()
+        encoder = model.encoder.to(device) if has_encoder else None
+        fits = encoder is None or fits_latent(encoder, model.latent)
+        return cls(name, mode, upscale, encoder if fits else None, check)
 
     @property
     def warnings(self) -> tuple[str, ...]:

@@ -24,11 +24,10 @@ from alphalayer.core.request import IMAGE_UPSCALERS
 from alphalayer.engine.families.base import check_finite
 from alphalayer.engine.memory import is_out_of_memory
 from alphalayer.engine.tensors import read_tensors
+from alphalayer.images.codecs import Size
 
 RgbImage = NDArray[np.uint8]
 """RGB, shape (height, width, 3)."""
-Size = tuple[int, int]
-"""Width and height in pixels."""
 Window = tuple[int, int, int, int]
 """Left, top, right and bottom in pixels."""
 Upscale = Callable[[RgbImage, Size, Window], RgbImage]

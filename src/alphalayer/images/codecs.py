@@ -29,6 +29,8 @@ from alphalayer.images.files import (
 )
 
 Rgba = NDArray[np.uint8]
+Size = tuple[int, int]
+"""Width and height in pixels."""
 
 MAX_INPUT_SIDE = 16_384
 """Longest side of an input image, because fitting takes memory by the side."""

@@ -5,10 +5,8 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image
 
-from alphalayer.images.codecs import OPAQUE_ALPHA, Rgba
+from alphalayer.images.codecs import OPAQUE_ALPHA, Rgba, Size
 
-Size = tuple[int, int]
-"""Width and height in pixels."""
 Box = tuple[float, float, float, float]
 """Left, top, right and bottom in pixels, also between them."""
 LANCZOS, NEAREST = Image.Resampling.LANCZOS, Image.Resampling.NEAREST
@@ -33,12 +31,12 @@ def enlarge(rgba: Rgba, size: Size, box: Box, *, nearest: bool = False) -> Rgba:
     image = Image.fromarray(rgba)
     if nearest:
         return np.asarray(image.resize(size, NEAREST, box))
-    colours = pad_colours(image).resize(size, LANCZOS, box)
+    colours = fill_invisible(image).resize(size, LANCZOS, box)
     colours.putalpha(image.getchannel("A").resize(size, LANCZOS, box))
     return np.asarray(colours)
 
 
-def pad_colours(image: Image.Image) -> Image.Image:
+def fill_invisible(image: Image.Image) -> Image.Image:
     """Return RGB in which invisible pixels have the colours of visible ones.
 
     The image is halved again and again. Its invisible pixels show the next smaller one, enlarged.
@@ -50,7 +48,7 @@ def pad_colours(image: Image.Image) -> Image.Image:
     solid = image.copy()
     solid.putalpha(visible)
     half = max(1, image.width // 2), max(1, image.height // 2)
-    smaller = pad_colours(solid.resize(half, Image.Resampling.BOX))
+    smaller = fill_invisible(solid.resize(half, Image.Resampling.BOX))
     filled = smaller.resize(image.size, Image.Resampling.BILINEAR)
     filled.paste(image, mask=visible)
     return filled

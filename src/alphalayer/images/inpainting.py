@@ -16,11 +16,9 @@ from PIL import Image, ImageChops, ImageFilter, ImageOps
 
 from alphalayer.core.cost import MAX_ENCODED_PIXELS
 from alphalayer.core.edits import AlphaSource, EditFields, InitResizeMode
-from alphalayer.images.codecs import Rgba
+from alphalayer.images.codecs import Rgba, Size
 
 Pixels = NDArray[np.uint8]
-Size = tuple[int, int]
-"""Width and height in pixels."""
 Box = tuple[int, int, int, int]
 """Left, top, right and bottom in pixels."""
 GREY, WHITE = 127, 255
@@ -91,13 +89,13 @@ def fit_edit(
     flat = _flatten(image, WHITE if is_opaque else GREY)
     own = flat.convert("RGBA") if is_opaque and fields.alpha == "new" else image
     if mask is None:
-        kept = KeptImage(np.asarray(fit(own, size, fields.init_resize_mode)))
+        kept = KeptImage(np.asarray(fit_init(own, size, fields.init_resize_mode)))
         return _fit_pixels(image, flat, None, size, fields, kept)
-    grey = soften(fit(Image.fromarray(mask), image.size, "Just Resize"), fields.mask_blur)
+    grey = soften(fit_init(Image.fromarray(mask), image.size, "Just Resize"), fields.mask_blur)
     if not fields.masked_only:
-        fitted = fit(grey, size, fields.init_resize_mode)
+        fitted = fit_init(grey, size, fields.init_resize_mode)
         doubled = np.asarray(ImageChops.add(fitted, fitted))
-        kept = KeptImage(np.asarray(fit(own, size, fields.init_resize_mode)), doubled)
+        kept = KeptImage(np.asarray(fit_init(own, size, fields.init_resize_mode)), doubled)
         return _fit_pixels(image, flat, grey, size, fields, kept)
     region = masked_region(grey, fields.mask_padding, size)
     kept = KeptImage(np.asarray(own), np.asarray(grey), region)
@@ -115,13 +113,13 @@ def _fit_pixels(
 ) -> FittedEdit:
     mode = fields.init_resize_mode
     own = _limit(image.size) if mode == "Latent" else size
-    rgb = fit(flat, own, mode)
+    rgb = fit_init(flat, own, mode)
     if mask and fields.mask_fill != "original":
-        rgb = fill_masked(rgb, fit(mask, own, mode))
+        rgb = fill_masked(rgb, fit_init(mask, own, mode))
     return FittedEdit(
-        np.asarray(fit(image, own, mode)),
+        np.asarray(fit_init(image, own, mode)),
         np.asarray(rgb),
-        np.asarray(fit(mask, size, mode)) if mask else None,
+        np.asarray(fit_init(mask, size, mode)) if mask else None,
         kept,
     )
 
@@ -132,7 +130,7 @@ def _limit(size: Size) -> Size:
     return max(1, int(size[0] * factor)), max(1, int(size[1] * factor))
 
 
-def fit(image: Image.Image, size: Size, mode: InitResizeMode) -> Image.Image:
+def fit_init(image: Image.Image, size: Size, mode: InitResizeMode) -> Image.Image:
     """Fit an image to a size by Lanczos.
 
     Colours of invisible pixels of RGBA have no effect. "Crop and Resize" covers the size and cuts
@@ -318,7 +316,7 @@ def _paste(generated: Rgba, own: Rgba, region: Box) -> Rgba:
     """Return an image with the generated one in a region."""
     left, top, right, bottom = region
     whole = own.copy()
-    part = fit(Image.fromarray(generated), (right - left, bottom - top), "Crop and Resize")
+    part = fit_init(Image.fromarray(generated), (right - left, bottom - top), "Crop and Resize")
     whole[top:bottom, left:right] = np.asarray(part)
     return whole
 

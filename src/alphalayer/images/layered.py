@@ -9,12 +9,14 @@ import re
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import IO, Literal
 from xml.etree import ElementTree
 
 import numpy as np
 from PIL import Image
 
+from alphalayer.core.job import ImageRef
 from alphalayer.images.codecs import Rgba, encode, strips
 from alphalayer.images.psd import write_psd
 from alphalayer.images.tiff import write_tiff
@@ -49,6 +51,29 @@ class DocumentLayer:
     is_visible: bool = True
 
 
+def describe_layers(layers: Sequence[ImageRef], load: Callable[[str], Rgba]) -> list[DocumentLayer]:
+    """Return the layers of a document for stored images, bottom to top.
+
+    Args:
+        layers: The images of one set.
+        load: Function of a storage key that returns the image.
+    """
+    return [
+        DocumentLayer(layer.role.capitalize(), partial(load, layer.key), is_visible(layer, layers))
+        for layer in layers
+    ]
+
+
+def is_visible(layer: ImageRef, layers: Sequence[ImageRef]) -> bool:
+    """Return whether a layer is visible in documents.
+
+    Foreground over background is the composite. The blended image and the composite would hide
+    them.
+    """
+    is_complete = any(one.role == "composite" for one in layers)
+    return not is_complete or layer.role in ("background", "foreground")
+
+
 def document_bytes(pixels: int, visible: int) -> int:
     """Return the memory for writing a document, as measured with noise.
 
@@ -78,7 +103,7 @@ def write_document(file: IO[bytes], kind: DocumentKind, layers: Sequence[Documen
     writers[kind](file, cleaned)
 
 
-def composite(layers: Sequence[Rgba]) -> Rgba:
+def composite_layers(layers: Sequence[Rgba]) -> Rgba:
     """Composite images, bottom to top, with the "over" operator.
 
     The sums are whole numbers, which float64 holds exactly for up to five images. Each value is
@@ -118,7 +143,7 @@ class _Merge:
         """Return the image of the visible layers. It is transparent without any."""
         assert self._last is not None
         visible = self._visible or [np.zeros_like(self._last)]
-        merged = composite(visible[::-1] if is_top_down else visible)
+        merged = composite_layers(visible[::-1] if is_top_down else visible)
         self._visible, self._last = [], None
         return merged
 

@@ -11,12 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from alphalayer.core.request import ResizeMode
-from alphalayer.images.codecs import Rgba
+from alphalayer.images.codecs import Rgba, Size
 
 Image = NDArray[np.float32]
 """RGB or RGBA in [0, 1], (height, width, channels). Resampling may overshoot: it is not clamped."""
-Size = tuple[int, int]
-"""Width and height in pixels."""
 Window = tuple[int, int, int, int]
 """Left, top, width and height in pixels."""
 Indices = NDArray[np.int_]
@@ -27,13 +25,13 @@ BLOCK = 32
 LANCZOS_TAPS = np.arange(-3, 5)
 
 
-def on_grey(rgba: Rgba) -> Image:
+def flatten_on_grey(rgba: Rgba) -> Image:
     """Flatten RGBA onto a grey of 0.5."""
     values = rgba.astype(np.float32) / 255
     return np.add((values[..., :3] - 0.5) * values[..., 3:], 0.5, dtype=np.float32)
 
 
-def fit(image: Image, size: Size, resize_mode: ResizeMode) -> Image:
+def fit_condition(image: Image, size: Size, resize_mode: ResizeMode) -> Image:
     """Fit an image to a size.
 
     "Just Resize" stretches, "Crop and Resize" covers the size and cuts the middle out, "Resize and
@@ -57,13 +55,13 @@ def fit(image: Image, size: Size, resize_mode: ResizeMode) -> Image:
 
 
 def fit_layer(rgba: Rgba, size: Size, resize_mode: ResizeMode) -> Rgba:
-    """Fit a layer to a size as `fit` does. Its colours are premultiplied meanwhile."""
+    """Fit a layer to a size as `fit_condition` does, premultiplied meanwhile."""
     height, width = rgba.shape[:2]
     if size == (width, height):
         return rgba
     values = np.divide(rgba, 255, dtype=np.float32)
     values[..., :3] *= values[..., 3:]
-    fitted = fit(values, size, resize_mode).clip(0, 1)
+    fitted = fit_condition(values, size, resize_mode).clip(0, 1)
     alpha = fitted[..., 3:]
     colour = fitted[..., :3] / np.maximum(alpha, 1e-6)
     return np.rint(np.concatenate([colour.clip(0, 1), alpha], axis=2) * 255).astype(np.uint8)

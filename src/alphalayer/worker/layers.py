@@ -9,7 +9,7 @@ from alphalayer.core.job import JobSpec
 from alphalayer.core.layers import CONDITIONS, STACK
 from alphalayer.core.modes import MODES, InputRole, LayerRole
 from alphalayer.engine.base import GeneratedImage, GenerationResult, RgbaImage
-from alphalayer.images.layered import composite
+from alphalayer.images.layered import composite_layers
 from alphalayer.images.resampling import fit_layer
 
 Described = tuple[GeneratedImage, str]
@@ -55,5 +55,5 @@ def _stack(
             stack[role] = replace(first, rgba=fitted[role], role=role), ""
     if {"background", "foreground"} <= stack.keys():
         pixels = [stack[role][0].rgba for role in ("background", "foreground")]
-        stack["composite"] = replace(first, rgba=composite(pixels), role="composite"), ""
+        stack["composite"] = replace(first, rgba=composite_layers(pixels), role="composite"), ""
     return [stack[role] for role in STACK if role in stack]

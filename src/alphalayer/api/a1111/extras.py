@@ -25,8 +25,7 @@ from alphalayer.api.uploads import MAX_UPLOAD_BYTES, decode_base64
 from alphalayer.core.errors import InvalidRequest
 from alphalayer.core.request import IMAGE_UPSCALERS, MAX_HIRES_PIXELS
 from alphalayer.images import codecs, enlarging, files
-from alphalayer.images.codecs import MAX_INPUT_SIDE
-from alphalayer.images.enlarging import Size
+from alphalayer.images.codecs import MAX_INPUT_SIDE, Size
 
 router = APIRouter(dependencies=[Depends(Admitted("read"))], route_class=GuardedRoute)
 MAX_IMAGES = 32

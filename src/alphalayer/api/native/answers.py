@@ -16,6 +16,7 @@ from alphalayer.api.info import webui_info
 from alphalayer.api.schemas import StageSeconds
 from alphalayer.core.job import ImageRef, Job
 from alphalayer.core.modes import LayerRole
+from alphalayer.images.layered import is_visible
 
 Info = Annotated[str, Field(description="JSON string: seeds, size, sampler, model and infotexts.")]
 Warnings = Annotated[
@@ -121,16 +122,6 @@ def split_sets(job: Job) -> list[tuple[ImageRef, ...]]:
     images, count = job.result.images, job.spec.iterations * job.spec.sets
     size = len(images) // count
     return [images[number * size : (number + 1) * size] for number in range(count)]
-
-
-def is_visible(layer: ImageRef, layers: Sequence[ImageRef]) -> bool:
-    """Return whether a layer is visible in documents.
-
-    Foreground over background is the composite. The blended image and the composite would hide
-    them.
-    """
-    is_complete = any(one.role == "composite" for one in layers)
-    return not is_complete or layer.role in ("background", "foreground")
 
 
 def _describe(image: ImageRef, base: str, signer: UrlSigner | None) -> dict[str, Any]:

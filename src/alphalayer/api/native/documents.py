@@ -16,7 +16,7 @@ from alphalayer.api.deps import Service, ServiceDep, while_connected
 from alphalayer.api.document_files import DocumentFile
 from alphalayer.api.file_urls import Expires, Signature
 from alphalayer.api.guard import GuardedRoute
-from alphalayer.api.native.answers import document_key, is_visible, split_sets
+from alphalayer.api.native.answers import document_key, split_sets
 from alphalayer.api.native.files import FOREVER_S
 from alphalayer.core.errors import FileMissing, JobMissing
 from alphalayer.core.job import ImageRef, Job, JobState, is_job_id
@@ -25,7 +25,7 @@ from alphalayer.images.codecs import Rgba
 from alphalayer.images.layered import (
     DOCUMENT_MIME_TYPES,
     DocumentKind,
-    DocumentLayer,
+    describe_layers,
     document_bytes,
     write_document,
 )
@@ -141,14 +141,7 @@ async def _write(
 ) -> None:
     """Write the document of layers, within a turn of the pool."""
     loop = asyncio.get_running_loop()
-    parts = [
-        DocumentLayer(
-            layer.role.capitalize(),
-            partial(_load, service.storage, layer.key, loop),
-            is_visible(layer, layers),
-        )
-        for layer in layers
-    ]
+    parts = describe_layers(layers, partial(_load, service.storage, loop))
     memory = document_bytes(
         max(layer.width * layer.height for layer in layers), sum(part.is_visible for part in parts)
     )
@@ -156,6 +149,6 @@ async def _write(
         await service.pixels.run(memory, write_document, file, kind, parts)
 
 
-def _load(storage: Storage, key: str, loop: asyncio.AbstractEventLoop) -> Rgba:
+def _load(storage: Storage, loop: asyncio.AbstractEventLoop, key: str) -> Rgba:
     """Read and decode an image in a thread of the pool."""
     return codecs.decode(asyncio.run_coroutine_threadsafe(read(storage, key), loop).result())[0]

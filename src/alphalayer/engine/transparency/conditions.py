@@ -10,7 +10,8 @@ from torch import Tensor
 
 from alphalayer.core.request import ResizeMode
 from alphalayer.engine.base import RgbaImage
-from alphalayer.images.resampling import Size, fit, on_grey
+from alphalayer.images.codecs import Size
+from alphalayer.images.resampling import fit_condition, flatten_on_grey
 
 
 def condition_image(rgba: RgbaImage, size: Size, resize_mode: ResizeMode) -> Tensor:
@@ -21,5 +22,5 @@ def condition_image(rgba: RgbaImage, size: Size, resize_mode: ResizeMode) -> Ten
         size: Size of the generated image.
         resize_mode: How the image is fitted to `size`.
     """
-    fitted = fit(on_grey(rgba), size, resize_mode)
+    fitted = fit_condition(flatten_on_grey(rgba), size, resize_mode)
     return torch.from_numpy(fitted).permute(2, 0, 1)[None] * 2 - 1

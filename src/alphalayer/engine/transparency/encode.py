@@ -15,6 +15,7 @@ from torch import Tensor
 
 from alphalayer.core.errors import CommandHint, ModelUnusable
 from alphalayer.engine.base import RgbaImage
+from alphalayer.engine.families.base import LatentSpec
 from alphalayer.engine.networks.transparent import TransparentEncoder
 from alphalayer.engine.networks.weights import NamedWeights
 from alphalayer.engine.transparency.decode import read_weights
@@ -46,6 +47,11 @@ def load_encoder(path: Path) -> TransparentEncoder:
         )
     NamedWeights(encoder).assign(weights, torch.float32)
     return encoder.eval()
+
+
+def fits_latent(encoder: TransparentEncoder, latent: LatentSpec) -> bool:
+    """Return whether the offsets of an encoder have the shape of a model's latent."""
+    return (latent.channels, latent.cell) == (encoder.channels, encoder.cell)
 
 
 def pad_colours(rgba: RgbaImage) -> Pixels:
