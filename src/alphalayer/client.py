@@ -20,6 +20,7 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import httpx
@@ -127,8 +128,8 @@ class JobStatus:
 
 OnChange = Callable[[JobStatus], None]
 """Function that is called at every change of a job."""
-ImageFile = bytes | str
-"""An image of a request: a PNG, WebP, AVIF or JPEG file, or the name of a stored image."""
+ImageFile = bytes | Path | str
+"""An image of a request: a PNG, WebP, AVIF or JPEG file, its path, or a stored image's name."""
 
 
 class _Retry:
@@ -198,6 +199,10 @@ class _Protocol:
         """
         headers = {"Idempotency-Key": idempotency_key or secrets.token_hex(12)}
         path = JOBS if kind == "txt2img" else f"{JOBS}/{kind}"
+        fields = {
+            name: value.read_bytes() if isinstance(value, Path) else value
+            for name, value in fields.items()
+        }
         files = {name: value for name, value in fields.items() if isinstance(value, bytes)}
         if not files:
             return self.request("POST", path, json=fields, headers=headers)

@@ -62,13 +62,16 @@ async def test_async_client_generates_cancels_and_lists_jobs(address: str):
             [status async for status in client.events("0" * 24)]
 
 
-def test_client_changes_an_image_as_a_file_or_by_its_name(address: str):
+def test_client_changes_an_image_as_a_file_or_by_its_name(address: str, tmp_path: Path):
     with Client(address) as client:
         changes: list[JobStatus] = []
         (image,) = client.generate("an apple", on_change=changes.append, **SMALL)
         (changed,) = client.img2img("a ripe apple", image, exact_steps=True, **SMALL)
         name = changes[-1].images[0].filename
         assert client.img2img("a ripe apple", name, exact_steps=True, **SMALL) == [changed]
+        (tmp_path / "apple.png").write_bytes(image)
+        path = tmp_path / "apple.png"
+        assert client.img2img("a ripe apple", path, exact_steps=True, **SMALL) == [changed]
         with pytest.raises(InvalidRequest, match="mask: not an image"):
             client.img2img("a ripe apple", image, b"no image")
 

@@ -128,6 +128,18 @@ def test_layers_missing_file_names_the_pull_line(run: Run, tmp_path: Path):
     assert f"models pull {MODES['bg2ble'].download}" in err
 
 
+def test_layers_missing_file_of_a_later_stage_stops_the_first(
+    run: Run, models: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("alphalayer.cli.layers.render", lambda *_: pytest.fail("it rendered"))
+    file = models / "layer_model" / MODES["fgble2bg"].files[0]
+    moved = file.rename(models / "moved")
+    code, _, err = run()
+    moved.rename(file)
+    assert code == 1
+    assert f"{file.name} is not in" in err
+
+
 def test_layers_has_an_option_for_each_field_of_a_request():
     parameters = {parameter.name for parameter in load_command("layers").params}
     fields = {name for name in RequestFields.model_fields if not name.startswith("hires_")}

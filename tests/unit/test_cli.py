@@ -353,7 +353,7 @@ def test_generate_opaque_image_is_refused_with_advice(run: Run, models: Path, tm
     assert "Remove its background first, or add --no-transparent." in err
     assert "unknown mode" in run(*_generate(models, "--image", "photo.png", "--mode", "x"))[2]
     err = run(*_generate(models, "--mask", "photo.png"))[2]
-    assert "a mask needs an image to change (init)" in err
+    assert "--mask: it needs an image to change. Name one with --image." in err
     assert "--mask: cannot read none.png" in run(*_generate(models, "--mask", "none.png"))[2]
 
 

@@ -156,6 +156,8 @@ def test_modes_are_ready_with_their_files(tmp_path: Path, no_embedded_model: Non
     assert ready.text == "modes that are ready: attention, fg2ble"
     assert "fgble2bg (layer_xl_fgble2bg.safetensors)" in missing.text
     assert "models pull layerdiffuse-conv layerdiffuse-fgble2bg" in missing.hint
+    assert "img2img (vae_transparent_encoder.safetensors)" in missing.text
+    assert "layerdiffuse-encoder" in missing.hint
     (layers / "vae_transparent_decoder.safetensors").unlink()
     ready, missing, *_ = doctor._modes(_settings(tmp_path, 1))
     # its result is opaque
@@ -167,7 +169,7 @@ def test_modes_are_ready_with_their_files(tmp_path: Path, no_embedded_model: Non
 def test_modes_of_a_model_with_its_own_patch(tmp_path: Path):
     """The embedded model has one mode, and no others whose files could be missing."""
     ready, others = doctor._modes(_settings(tmp_path, 1))
-    assert ready.text == "modes that are ready: attention"
+    assert ready.text == "modes that are ready: attention, img2img"
     assert others.text.startswith("modes without a model that has them: conv, fg2ble, ")
 
 

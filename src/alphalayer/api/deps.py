@@ -21,10 +21,9 @@ from alphalayer.api.pixel_pool import PixelPool
 from alphalayer.api.shutdown import Shutdown, stopping
 from alphalayer.catalog import (
     ModelEntry,
-    check_layerdiffuse_mode,
+    check_modes,
     find_lora,
     find_upscaler,
-    missing_files,
     resolve_model,
     shorten_paths,
 )
@@ -32,16 +31,14 @@ from alphalayer.core.errors import (
     AlphalayerError,
     Busy,
     Cancelled,
-    CommandHint,
     FileMissing,
     InvalidRequest,
-    LayerDiffuseMissing,
     ModelNotFound,
     ModelUnusable,
 )
 from alphalayer.core.job import Delivery, Job, JobSpec, JobState, Submission, new_id
-from alphalayer.core.modes import DEFAULT_MODE, MODES, OPAQUE, Mode, mode_for
-from alphalayer.core.request import DecodeMode, GenerationRequest, NoiseSource
+from alphalayer.core.modes import DEFAULT_MODE
+from alphalayer.core.request import DecodeMode, NoiseSource
 from alphalayer.core.validation import check_printable
 from alphalayer.jobs.base import JobQueue, JobView
 from alphalayer.observability.logging import log
@@ -225,44 +222,9 @@ def _check_models(service: Service, spec: JobSpec) -> None:
             find_lora(service.models_dir, lora.name)
         if generation.upscaler_file:
             find_upscaler(service.models_dir, generation.upscaler_file)
-        for request in spec.requests:
-            if request.mode != OPAQUE:
-                _check_mode(service, entry, spec, request)
+        check_modes(entry, spec, service.models_dir)
     except AlphalayerError as error:
         raise shorten_paths(error, service.models_dir) from None
-
-
-def _check_mode(
-    service: Service, entry: ModelEntry, spec: JobSpec, request: GenerationRequest
-) -> None:
-    """Check that a model has the mode of a request of a job, and its files.
-
-    Raises:
-        InvalidRequest: It has another mode.
-        LayerDiffuseMissing: A file is missing.
-    """
-    try:
-        check_layerdiffuse_mode(entry, request.mode)
-    except InvalidRequest as error:
-        if spec.stores_layers:
-            error.hint = _layers_hint(MODES[request.mode], has_inputs=bool(spec.generation.inputs))
-        raise
-    mode, encodes = mode_for(entry.family, request.mode), request.uses_init
-    for file in missing_files(entry, mode, service.models_dir, encodes=encodes) or ():
-        raise LayerDiffuseMissing(
-            f'{file.path.name} is not in {file.path.parent}; mode "{mode.name}" needs it'
-            f"{' to change an image' if encodes else ''}.",
-            hint=CommandHint("Run:", f"models pull {file.download}"),
-        )
-
-
-def _layers_hint(mode: Mode, *, has_inputs: bool) -> CommandHint:
-    """Return what to do if a model lacks the mode of a layer."""
-    start = "Use" if has_inputs else 'Want "foreground", or use'
-    return CommandHint(
-        f"{start} another model. Its file {mode.files[0]} comes with:",
-        f"models pull {mode.download}",
-    )
 
 
 async def submit_job(

@@ -22,7 +22,7 @@ from alphalayer.catalog.folders import read_config, read_json
 from alphalayer.catalog.hashes import SHORT_HASH_DIGITS, file_stamp
 from alphalayer.catalog.headers import Header, read_header, summarize
 from alphalayer.catalog.kinds import FAMILY_NAMES
-from alphalayer.catalog.mode_files import MissingFile, missing_files
+from alphalayer.catalog.mode_files import MissingFile, check_modes, missing_files
 from alphalayer.catalog.model_config import (
     check_layerdiffuse_mode,
     layer_config,
@@ -53,6 +53,7 @@ __all__ = [
     "MissingFile",
     "ModelEntry",
     "check_layerdiffuse_mode",
+    "check_modes",
     "file_stamp",
     "find_lora",
     "find_models",

@@ -22,7 +22,7 @@ from alphalayer.cli.checks import ModelsDir, check_models_dir, check_port
 from alphalayer.cli.console import show_mark
 from alphalayer.config import Settings, load_settings
 from alphalayer.core.errors import CommandHint, CorruptFile, SetupFailed, StorageFailed
-from alphalayer.core.modes import DECODER_FILES, MODES, Mode
+from alphalayer.core.modes import DECODER_FILES, DEFAULT_MODE, MODES, Mode, mode_for
 from alphalayer.core.optional_dependencies import install_hint, is_installed
 from alphalayer.storage.objects import open_storage
 
@@ -207,20 +207,18 @@ def _modes(settings: Settings) -> Iterator[Finding]:
     ready: list[str] = []
     without_model: list[str] = []
     missing: dict[str, list[catalog.MissingFile]] = {}
-    for mode in MODES.values():
-        if not mode.files:
-            continue
+    for name, mode, encodes in _uses():
         lacks = [
             files
             for entry in entries
-            if (files := _missing_files(entry, mode, settings.models_dir)) is not None
+            if (files := _missing_files(entry, mode, settings.models_dir, encodes)) is not None
         ]
         if [] in lacks:
-            ready.append(mode.name)
+            ready.append(name)
         elif lacks:
-            missing[mode.name] = lacks[0]
+            missing[name] = lacks[0]
         else:
-            without_model.append(mode.name)
+            without_model.append(name)
     if ready:
         yield Finding("ok", f"modes that are ready: {', '.join(ready)}")
     if missing:
@@ -237,11 +235,20 @@ def _modes(settings: Settings) -> Iterator[Finding]:
         yield Finding("ok", f"modes without a model that has them: {', '.join(without_model)}")
 
 
+def _uses() -> Iterator[tuple[str, Mode, bool]]:
+    """Yield name and mode of what models can do, and whether it changes an image."""
+    for mode in MODES.values():
+        if mode.files:
+            yield mode.name, mode, False
+    for name, family in (("img2img", "sdxl"), ("img2img of SD 1.5", "sd15")):
+        yield name, mode_for(family, DEFAULT_MODE), True
+
+
 def _missing_files(
-    entry: catalog.ModelEntry, mode: Mode, models_dir: Path
+    entry: catalog.ModelEntry, mode: Mode, models_dir: Path, encodes: bool
 ) -> list[catalog.MissingFile] | None:
     try:
-        return catalog.missing_files(entry, mode, models_dir)
+        return catalog.missing_files(entry, mode, models_dir, encodes=encodes)
     except CorruptFile:  # which `_layer_files` reports
         return None
 

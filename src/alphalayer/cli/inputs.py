@@ -46,16 +46,19 @@ def read_images(paths: Mapping[tuple[InputRole, str], Path | None]) -> InputImag
         paths: Files by role and name of the option.
 
     Raises:
-        InvalidRequest: A file is no image.
+        InvalidRequest: A file is no image, or there is a mask without an image to change.
         StorageFailed: A file cannot be read.
     """
-    return InputImages(
-        {
-            role: _read_image(path, field, _encoder(role))
-            for (role, field), path in paths.items()
-            if path
-        }
-    )
+    images = {
+        role: _read_image(path, field, _encoder(role))
+        for (role, field), path in paths.items()
+        if path
+    }
+    if "mask" in images and "init" not in images:
+        raise InvalidRequest(
+            "it needs an image to change.", hint="Name one with --image.", field="mask"
+        )
+    return InputImages(images)
 
 
 def _encoder(role: InputRole) -> Callable[[bytes], InputFile]:

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
+from alphalayer import catalog
 from alphalayer.api.native.answers import split_sets
 from alphalayer.api.native.fields import SpecContext
 from alphalayer.api.native.layers import LAYER_FIELDS, LayersRequest
@@ -82,8 +83,10 @@ def layers(
         }
     )
     targets = _Targets.of(output, {"psd": psd, "ora": ora, "tiff": tiff}, settings.outputs_dir)
-    family = choose_model(options["model"], settings).family
-    job = Job.new(_spec({"prompt": prompt, **options}, inputs, family, settings))
+    model = choose_model(options["model"], settings)
+    spec = _spec({"prompt": prompt, **options}, inputs, model.family, settings)
+    catalog.check_modes(model, spec, settings.models_dir)
+    job = Job.new(spec)
     start = time.perf_counter()
     files = _Files(inputs)
     result = render(job, files, settings)

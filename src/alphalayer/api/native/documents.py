@@ -19,7 +19,8 @@ from alphalayer.api.guard import GuardedRoute
 from alphalayer.api.native.answers import document_key, split_sets
 from alphalayer.api.native.files import FOREVER_S
 from alphalayer.core.errors import FileMissing, JobMissing
-from alphalayer.core.job import ImageRef, Job, JobState, is_job_id
+from alphalayer.core.job import MAX_LAYERS, ImageRef, Job, JobState, is_job_id
+from alphalayer.core.layers import STACK
 from alphalayer.images import codecs
 from alphalayer.images.codecs import Rgba
 from alphalayer.images.layered import (
@@ -65,7 +66,13 @@ async def document(
     request: Request,
     service: ServiceDep,
     number: Annotated[
-        int, Query(alias="set", ge=1, le=256, description="Number of the set of layers.")
+        int,
+        Query(
+            alias="set",
+            ge=1,
+            le=MAX_LAYERS // len(STACK),
+            description="Number of the set of layers.",
+        ),
     ] = 1,
     expires: Expires = None,
     signature: Signature = None,
