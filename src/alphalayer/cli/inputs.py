@@ -49,7 +49,7 @@ def read_images(paths: Mapping[tuple[InputRole, str], Path | None]) -> InputImag
         InvalidRequest: A file is no image, or there is a mask without an image to change.
         StorageFailed: A file cannot be read.
     """
-    images = {
+    images: dict[InputRole, InputFile] = {
         role: _read_image(path, field, _encoder(role))
         for (role, field), path in paths.items()
         if path
